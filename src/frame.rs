@@ -1,0 +1,660 @@
+//! What master and worker say to each other, as bytes. Pure: no socket, no clock.
+//!
+//! ```text
+//!    0       1       2       3       4       5       6       7
+//! +-------+-------+-------+-------+-------+-------+-------+-------+
+//! | length of the body, bytes     |version| kind  | fds   |   0   |
+//! +-------+-------+-------+-------+-------+-------+-------+-------+
+//! | body, by kind                                         ...
+//! +-------+-------+-------+-------+
+//! ```
+//!
+//! All numbers are little-endian. `fds` counts the descriptors that travel with the frame: they
+//! arrive with its first byte or before, in the order of the frames.
+//!
+//! ```text
+//! kind  to master   body                       | kind  to worker   body                    fds
+//!   1   Online                                 |  65   Reply       request 4, errno 4,
+//!   2   Listen      request 4, index 4, address|                   handle 4, policy 1,
+//!   3   Listening   handle 4                   |                   address                 0, 1
+//!   4   Ready       handle 4, credits 4, taken 8|  66  Connection  handle 4, number 8        1
+//!   5   Refused     handle 4, number 8         |  67   End         handle 4, drain 1
+//!   6   Close       handle 4                   |  68   Disconnect
+//!   7   Leaving                                | 127   Message     the program's bytes       n
+//! 127   Message     the program's bytes        |
+//!
+//! address: family 1 (4 or 6), port 2, IP 4 or 16; for family 6 then flow 4, scope 4
+//! ```
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+
+use crate::settings::SchedulingPolicy;
+
+/// Version of the format; a frame with another one is refused.
+pub(crate) const VERSION: u8 = 1;
+/// Bytes before the body.
+pub(crate) const HEADER: usize = 8;
+/// The longest body in bytes, and so the longest message. A longer one is refused by its header,
+/// before a byte of it is stored.
+pub(crate) const MAX_BODY: usize = 1 << 20;
+/// The most descriptors one frame may carry.
+pub(crate) const MAX_FDS: usize = 16;
+
+const MESSAGE: u8 = 127;
+
+/// Names a bound listener of the master to the workers that use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct HandleId(pub(crate) u32);
+
+/// What a worker asks to listen on. Workers that ask with equal keys share a listener.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct HandleKey {
+    pub(crate) address: SocketAddr,
+    /// Tells apart several listens on one address within a worker, so that the n-th `listen` on
+    /// port 0 is the same port in every worker, and another one than its first.
+    pub(crate) index: u32,
+}
+
+/// How a `Listen` ended well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bound {
+    pub(crate) handle: HandleId,
+    pub(crate) policy: SchedulingPolicy,
+    /// The address with the real port.
+    pub(crate) address: SocketAddr,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ToMaster {
+    /// The worker's program has called `init`.
+    Online,
+    Listen {
+        request: u32,
+        key: HandleKey,
+    },
+    /// The worker's program has the listener that it asked for.
+    Listening {
+        handle: HandleId,
+    },
+    /// All connections up to number `taken` are in the program's hands, and `credits` more may
+    /// be given.
+    Ready {
+        handle: HandleId,
+        credits: u32,
+        taken: u64,
+    },
+    /// The worker closed its copy of this connection without the program having seen it.
+    Refused {
+        handle: HandleId,
+        number: u64,
+    },
+    /// The worker will take nothing more from this listener; the last frame that names it.
+    Close {
+        handle: HandleId,
+    },
+    /// The worker wants to leave; the answer is `Disconnect`.
+    Leaving,
+    Message(Vec<u8>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ToWorker {
+    /// The answer to `Listen`; the error is an errno.
+    Reply {
+        request: u32,
+        result: Result<Bound, i32>,
+    },
+    /// Connections of a listener are numbered from 1 for each worker.
+    Connection {
+        handle: HandleId,
+        number: u64,
+    },
+    /// Nothing more comes from this listener. With `drain` nobody else is there to serve what the
+    /// worker still has of it.
+    End {
+        handle: HandleId,
+        drain: bool,
+    },
+    /// Leave when every listener has ended and its connections are closed.
+    Disconnect,
+    Message(Vec<u8>),
+}
+
+/// Why a worker's or master's bytes are not a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// The frame has another version of the format: the two programs were built with different
+    /// versions of this crate.
+    Version(u8),
+    /// The header announces a body longer than the limit.
+    TooLong(u32),
+    /// No frame of this kind travels in this direction.
+    Kind(u8),
+    /// The body does not have the form that its kind demands.
+    Body(u8),
+    /// More or other descriptors came than the frames announce.
+    Descriptors,
+    /// A well-formed frame that makes no sense now; the text says which.
+    State(&'static str),
+}
+
+impl std::fmt::Display for FrameError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Version(version) => {
+                write!(
+                    f,
+                    "frame of version {version}, this program speaks {VERSION}"
+                )
+            }
+            Self::TooLong(length) => {
+                write!(f, "frame of {length} bytes, the limit is {MAX_BODY}")
+            }
+            Self::Kind(kind) => write!(f, "unknown kind of frame {kind}"),
+            Self::Body(kind) => write!(f, "malformed frame of kind {kind}"),
+            Self::Descriptors => write!(f, "descriptors that no frame announced"),
+            Self::State(what) => write!(f, "{what}"),
+        }
+    }
+}
+
+/// One direction of the conversation.
+pub(crate) trait Frame: Sized {
+    /// Appends the frame, header included.
+    fn encode(&self, fds: usize, out: &mut Vec<u8>);
+    /// Reads the body of a frame whose header announced `kind`, and takes over its bytes.
+    fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError>;
+}
+
+/// The first eight bytes, checked as far as they can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) length: usize,
+    pub(crate) kind: u8,
+    pub(crate) fds: usize,
+}
+
+impl Header {
+    pub(crate) fn decode(bytes: [u8; HEADER]) -> Result<Self, FrameError> {
+        let [a, b, c, d, version, kind, fds, zero] = bytes;
+        if version != VERSION {
+            return Err(FrameError::Version(version));
+        }
+        let length = u32::from_le_bytes([a, b, c, d]);
+        if length as usize > MAX_BODY {
+            return Err(FrameError::TooLong(length));
+        }
+        if usize::from(fds) > MAX_FDS {
+            return Err(FrameError::Descriptors);
+        }
+        if zero != 0 {
+            return Err(FrameError::Body(kind));
+        }
+        Ok(Self {
+            length: length as usize,
+            kind,
+            fds: usize::from(fds),
+        })
+    }
+}
+
+/// Writes the header, then the body, then the length back into the header.
+fn frame(out: &mut Vec<u8>, kind: u8, fds: usize, body: impl FnOnce(&mut Vec<u8>)) {
+    let start = out.len();
+    debug_assert!(fds <= MAX_FDS);
+    let fds = u8::try_from(fds).unwrap_or(u8::MAX);
+    out.extend_from_slice(&[0, 0, 0, 0, VERSION, kind, fds, 0]);
+    body(out);
+    // A body beyond the limit is refused by whoever queues it; beyond 4 GiB it gets a length
+    // that the reader refuses.
+    let length = u32::try_from(out.len() - start - HEADER).unwrap_or(u32::MAX);
+    out[start..start + 4].copy_from_slice(&length.to_le_bytes());
+}
+
+fn put_address(out: &mut Vec<u8>, address: &SocketAddr) {
+    match address {
+        SocketAddr::V4(v4) => {
+            out.push(4);
+            out.extend_from_slice(&v4.port().to_le_bytes());
+            out.extend_from_slice(&v4.ip().octets());
+        }
+        SocketAddr::V6(v6) => {
+            out.push(6);
+            out.extend_from_slice(&v6.port().to_le_bytes());
+            out.extend_from_slice(&v6.ip().octets());
+            out.extend_from_slice(&v6.flowinfo().to_le_bytes());
+            out.extend_from_slice(&v6.scope_id().to_le_bytes());
+        }
+    }
+}
+
+/// Reads a body from its front; `None` where it ends too early.
+struct Body<'a>(&'a [u8]);
+
+impl Body<'_> {
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, rest) = self.0.split_first_chunk::<N>()?;
+        self.0 = rest;
+        Some(*head)
+    }
+    fn u8(&mut self) -> Option<u8> {
+        self.array().map(|[byte]| byte)
+    }
+    fn bool(&mut self) -> Option<bool> {
+        match self.u8()? {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }
+    }
+    fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_le_bytes)
+    }
+    fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_le_bytes)
+    }
+    fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_le_bytes)
+    }
+    fn handle(&mut self) -> Option<HandleId> {
+        self.u32().map(HandleId)
+    }
+    fn address(&mut self) -> Option<SocketAddr> {
+        let family = self.u8()?;
+        let port = self.u16()?;
+        match family {
+            4 => {
+                let ip = Ipv4Addr::from(self.array::<4>()?);
+                Some(SocketAddrV4::new(ip, port).into())
+            }
+            6 => {
+                let ip = Ipv6Addr::from(self.array::<16>()?);
+                let flow = self.u32()?;
+                Some(SocketAddrV6::new(ip, port, flow, self.u32()?).into())
+            }
+            _ => None,
+        }
+    }
+    fn end(&self) -> Option<()> {
+        self.0.is_empty().then_some(())
+    }
+}
+
+impl Frame for ToMaster {
+    fn encode(&self, fds: usize, out: &mut Vec<u8>) {
+        match self {
+            Self::Online => frame(out, 1, fds, |_| {}),
+            Self::Listen { request, key } => frame(out, 2, fds, |out| {
+                out.extend_from_slice(&request.to_le_bytes());
+                out.extend_from_slice(&key.index.to_le_bytes());
+                put_address(out, &key.address);
+            }),
+            Self::Listening { handle } => frame(out, 3, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+            }),
+            Self::Ready {
+                handle,
+                credits,
+                taken,
+            } => frame(out, 4, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+                out.extend_from_slice(&credits.to_le_bytes());
+                out.extend_from_slice(&taken.to_le_bytes());
+            }),
+            Self::Refused { handle, number } => frame(out, 5, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+                out.extend_from_slice(&number.to_le_bytes());
+            }),
+            Self::Close { handle } => frame(out, 6, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+            }),
+            Self::Leaving => frame(out, 7, fds, |_| {}),
+            Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
+        }
+    }
+
+    fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError> {
+        if kind == MESSAGE {
+            return Ok(Self::Message(body.to_vec()));
+        }
+        let mut body = Body(body);
+        let read = |body: &mut Body<'_>| {
+            let frame = match kind {
+                1 => Self::Online,
+                2 => {
+                    let request = body.u32()?;
+                    let index = body.u32()?;
+                    let address = body.address()?;
+                    let key = HandleKey { address, index };
+                    Self::Listen { request, key }
+                }
+                3 => Self::Listening {
+                    handle: body.handle()?,
+                },
+                4 => Self::Ready {
+                    handle: body.handle()?,
+                    credits: body.u32()?,
+                    taken: body.u64()?,
+                },
+                5 => Self::Refused {
+                    handle: body.handle()?,
+                    number: body.u64()?,
+                },
+                6 => Self::Close {
+                    handle: body.handle()?,
+                },
+                7 => Self::Leaving,
+                _ => return None,
+            };
+            body.end()?;
+            Some(frame)
+        };
+        match (kind, read(&mut body)) {
+            (_, Some(_)) if fds > 0 => Err(FrameError::Descriptors),
+            (_, Some(frame)) => Ok(frame),
+            (1..=7, None) => Err(FrameError::Body(kind)),
+            (_, None) => Err(FrameError::Kind(kind)),
+        }
+    }
+}
+
+fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
+    out.push(match policy {
+        SchedulingPolicy::RoundRobin => 0,
+        SchedulingPolicy::Shared => 1,
+    });
+}
+
+impl Frame for ToWorker {
+    fn encode(&self, fds: usize, out: &mut Vec<u8>) {
+        match self {
+            Self::Reply { request, result } => frame(out, 65, fds, |out| {
+                out.extend_from_slice(&request.to_le_bytes());
+                match result {
+                    Ok(bound) => {
+                        out.extend_from_slice(&0i32.to_le_bytes());
+                        out.extend_from_slice(&bound.handle.0.to_le_bytes());
+                        put_policy(out, bound.policy);
+                        put_address(out, &bound.address);
+                    }
+                    Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
+                }
+            }),
+            Self::Connection { handle, number } => frame(out, 66, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+                out.extend_from_slice(&number.to_le_bytes());
+            }),
+            Self::End { handle, drain } => frame(out, 67, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+                out.push(u8::from(*drain));
+            }),
+            Self::Disconnect => frame(out, 68, fds, |_| {}),
+            Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
+        }
+    }
+
+    fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError> {
+        if kind == MESSAGE {
+            return Ok(Self::Message(body.to_vec()));
+        }
+        let mut body = Body(body);
+        let read = |body: &mut Body<'_>| {
+            let (frame, wanted) = match kind {
+                65 => {
+                    let request = body.u32()?;
+                    let errno = body.array().map(i32::from_le_bytes)?;
+                    if errno == 0 {
+                        let handle = body.handle()?;
+                        let policy = match body.u8()? {
+                            0 => SchedulingPolicy::RoundRobin,
+                            1 => SchedulingPolicy::Shared,
+                            _ => return None,
+                        };
+                        let address = body.address()?;
+                        let result = Ok(Bound {
+                            handle,
+                            policy,
+                            address,
+                        });
+                        let shared = usize::from(policy == SchedulingPolicy::Shared);
+                        (Self::Reply { request, result }, shared)
+                    } else {
+                        let result = Err(errno);
+                        (Self::Reply { request, result }, 0)
+                    }
+                }
+                66 => {
+                    let handle = body.handle()?;
+                    let number = body.u64()?;
+                    (Self::Connection { handle, number }, 1)
+                }
+                67 => {
+                    let handle = body.handle()?;
+                    let drain = body.bool()?;
+                    (Self::End { handle, drain }, 0)
+                }
+                68 => (Self::Disconnect, 0),
+                _ => return None,
+            };
+            body.end()?;
+            Some((frame, wanted))
+        };
+        match (kind, read(&mut body)) {
+            (_, Some((_, wanted))) if fds != wanted => Err(FrameError::Descriptors),
+            (_, Some((frame, _))) => Ok(frame),
+            (65..=68, None) => Err(FrameError::Body(kind)),
+            (_, None) => Err(FrameError::Kind(kind)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bytes(frame: &impl Frame, fds: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        frame.encode(fds, &mut out);
+        out
+    }
+
+    fn read<F: Frame>(bytes: &[u8]) -> Result<F, FrameError> {
+        let (header, body) = bytes
+            .split_first_chunk()
+            .ok_or(FrameError::State("short"))?;
+        let header = Header::decode(*header)?;
+        if header.length != body.len() {
+            return Err(FrameError::State("other length"));
+        }
+        F::decode(header.kind, header.fds, body)
+    }
+
+    const H: HandleId = HandleId(0x0102_0304);
+
+    fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
+        let v6: SocketAddr = "[::1]:8000".parse().unwrap();
+        let mut listen6 = vec![
+            35, 0, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 6, 64, 31, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            0, 0, 0, 0, 0, 0, 1,
+        ];
+        listen6.extend([0; 8]);
+        vec![
+            (ToMaster::Online, vec![0, 0, 0, 0, 1, 1, 0, 0]),
+            (
+                ToMaster::Listen {
+                    request: 5,
+                    key: HandleKey {
+                        address: "127.0.0.1:8000".parse().unwrap(),
+                        index: 1,
+                    },
+                },
+                vec![
+                    15, 0, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 4, 64, 31, 127, 0, 0, 1,
+                ],
+            ),
+            (
+                ToMaster::Listen {
+                    request: 5,
+                    key: HandleKey {
+                        address: v6,
+                        index: 1,
+                    },
+                },
+                listen6,
+            ),
+            (
+                ToMaster::Listening { handle: H },
+                vec![4, 0, 0, 0, 1, 3, 0, 0, 4, 3, 2, 1],
+            ),
+            (
+                ToMaster::Ready {
+                    handle: H,
+                    credits: 2,
+                    taken: 3,
+                },
+                vec![
+                    16, 0, 0, 0, 1, 4, 0, 0, 4, 3, 2, 1, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0,
+                ],
+            ),
+            (
+                ToMaster::Refused {
+                    handle: H,
+                    number: 3,
+                },
+                vec![
+                    12, 0, 0, 0, 1, 5, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0,
+                ],
+            ),
+            (
+                ToMaster::Close { handle: H },
+                vec![4, 0, 0, 0, 1, 6, 0, 0, 4, 3, 2, 1],
+            ),
+            (ToMaster::Leaving, vec![0, 0, 0, 0, 1, 7, 0, 0]),
+            (
+                ToMaster::Message(b"hi".to_vec()),
+                vec![2, 0, 0, 0, 1, 127, 0, 0, b'h', b'i'],
+            ),
+        ]
+    }
+
+    fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
+        vec![
+            (
+                ToWorker::Reply {
+                    request: 5,
+                    result: Ok(Bound {
+                        handle: H,
+                        policy: SchedulingPolicy::Shared,
+                        address: "127.0.0.1:8000".parse().unwrap(),
+                    }),
+                },
+                1,
+                vec![
+                    20, 0, 0, 0, 1, 65, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 1, 4, 64, 31,
+                    127, 0, 0, 1,
+                ],
+            ),
+            (
+                ToWorker::Reply {
+                    request: 5,
+                    result: Err(98),
+                },
+                0,
+                vec![8, 0, 0, 0, 1, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
+            ),
+            (
+                ToWorker::Connection {
+                    handle: H,
+                    number: 7,
+                },
+                1,
+                vec![
+                    12, 0, 0, 0, 1, 66, 1, 0, 4, 3, 2, 1, 7, 0, 0, 0, 0, 0, 0, 0,
+                ],
+            ),
+            (
+                ToWorker::End {
+                    handle: H,
+                    drain: true,
+                },
+                0,
+                vec![5, 0, 0, 0, 1, 67, 0, 0, 4, 3, 2, 1, 1],
+            ),
+            (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 1, 68, 0, 0]),
+            (
+                ToWorker::Message(b"hi".to_vec()),
+                0,
+                vec![2, 0, 0, 0, 1, 127, 0, 0, b'h', b'i'],
+            ),
+        ]
+    }
+
+    #[test]
+    fn golden_bytes() {
+        for (frame, golden) in to_master() {
+            assert_eq!(bytes(&frame, 0), golden, "{frame:?}");
+            assert_eq!(read::<ToMaster>(&golden), Ok(frame));
+        }
+        for (frame, fds, golden) in to_worker() {
+            assert_eq!(bytes(&frame, fds), golden, "{frame:?}");
+            assert_eq!(read::<ToWorker>(&golden), Ok(frame));
+        }
+    }
+
+    #[test]
+    fn a_truncated_body_is_an_error() {
+        let golden = to_master().into_iter().map(|(_, bytes)| bytes);
+        for bytes in golden.filter(|bytes| bytes[5] != MESSAGE) {
+            for cut in HEADER..bytes.len() {
+                let mut short = bytes[..cut].to_vec();
+                short[0] = u8::try_from(cut - HEADER).unwrap();
+                assert_eq!(read::<ToMaster>(&short), Err(FrameError::Body(bytes[5])));
+            }
+        }
+    }
+
+    #[test]
+    fn a_changed_byte_is_an_error_or_another_frame() {
+        for (_, bytes) in to_master() {
+            for (at, value) in (0..bytes.len()).flat_map(|at| (0..=255).map(move |v| (at, v))) {
+                let mut changed = bytes.clone();
+                changed[at] = value;
+                if let Ok(frame) = read::<ToMaster>(&changed) {
+                    assert_eq!(super::tests::bytes(&frame, changed[6].into()), changed);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn limits_are_in_the_header() {
+        let long = [1, 0, 16, 0, VERSION, MESSAGE, 0, 0];
+        assert_eq!(
+            Header::decode(long),
+            Err(FrameError::TooLong(u32::try_from(MAX_BODY).unwrap() + 1))
+        );
+        let version = [0, 0, 0, 0, 2, MESSAGE, 0, 0];
+        assert_eq!(Header::decode(version), Err(FrameError::Version(2)));
+        let fds = [0, 0, 0, 0, VERSION, MESSAGE, 17, 0];
+        assert_eq!(Header::decode(fds), Err(FrameError::Descriptors));
+    }
+
+    #[test]
+    fn directions_do_not_mix() {
+        for (_, bytes) in to_master() {
+            if bytes[5] != MESSAGE {
+                assert_eq!(read::<ToWorker>(&bytes), Err(FrameError::Kind(bytes[5])));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_err(kind: u8, fds in 0..20usize, body: Vec<u8>) {
+            let _ = ToMaster::decode(kind, fds, &body);
+            let _ = ToWorker::decode(kind, fds, &body);
+        }
+    }
+}

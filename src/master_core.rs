@@ -1,0 +1,983 @@
+//! Every decision of the master. Pure: facts come in as method calls, and what is to be done goes
+//! out as [`Action`]s (at once, without the program) and [`Emit`]s (when the loop turns, by the
+//! program's callbacks). No descriptor, no clock, no system call.
+//!
+//! The life of a listener:
+//!
+//! ```text
+//!              first worker asks            last worker leaves
+//!   (nothing) ------------------> Open ---------------------------> Draining
+//!                                  |  <---- a new worker asks ------    |
+//!                                  |                                    | backlog empty
+//!                                  | last worker dies or closes         v
+//!                                  +------------------------------> Unbound --> (nothing)
+//!                                                                      when all have let go
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::process::ExitStatus;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::address::Address;
+use crate::error::Error;
+use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToMaster, ToWorker};
+use crate::ledger::Ledger;
+use crate::message::Message;
+use crate::round_robin::RoundRobin;
+use crate::settings::SchedulingPolicy;
+use crate::signal::Signal;
+use crate::worker_id::WorkerId;
+
+/// The time since the loop began.
+pub(crate) type Time = Duration;
+
+/// How many connections are accepted from one listener before the others get their turn.
+const ACCEPT_BATCH: u64 = 64;
+/// How long a listener rests when accepting failed: without a pause a full table of descriptors
+/// would make the loop spin, since the listener stays readable.
+const ACCEPT_RETRY: Time = Duration::from_millis(100);
+/// How long a draining listener must have been closed to newcomers before it counts as empty:
+/// handshakes that were under way still complete.
+const DRAIN_GRACE: Time = Duration::from_millis(10);
+/// The most listeners one worker may have.
+const MAX_LISTENERS: usize = 256;
+
+/// What the shell does at once.
+#[derive(Debug)]
+pub(crate) enum Action<C> {
+    Send {
+        worker: WorkerId,
+        frame: ToWorker,
+        with: With<C>,
+    },
+    /// Bind and listen; the answer is `bound`.
+    Bind {
+        handle: HandleId,
+        address: SocketAddr,
+    },
+    /// Tell when the listener is readable.
+    Watch {
+        handle: HandleId,
+    },
+    Unwatch {
+        handle: HandleId,
+    },
+    /// Accept; the answers are `accepted`, then `accept_done`, `drained` or `accept_failed`.
+    Accept {
+        handle: HandleId,
+        at_most: u64,
+    },
+    /// Let nobody new into the backlog, as far as the system can.
+    ShutDoor {
+        handle: HandleId,
+    },
+    /// Undo `ShutDoor`.
+    OpenDoor {
+        handle: HandleId,
+    },
+    Unbind {
+        handle: HandleId,
+    },
+    /// Let the worker write nothing more, feed what it has written, then `channel_closed`. In this
+    /// order: what the worker has said it took must not be given to another.
+    CloseChannel {
+        worker: WorkerId,
+    },
+    /// Close the channel unread.
+    DiscardChannel {
+        worker: WorkerId,
+    },
+    Signal {
+        worker: WorkerId,
+        signal: Signal,
+    },
+}
+
+/// The descriptor that goes with a frame.
+#[derive(Debug)]
+pub(crate) enum With<C> {
+    Nothing,
+    Connection(C),
+    Listener(HandleId),
+}
+
+/// Whose callbacks an event is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Level {
+    Worker,
+    Cluster,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    Setup,
+    Fork,
+    Online,
+    Listening(Rc<Address>),
+    Message(Rc<Message>),
+    Disconnect,
+    Exit(Departure),
+    Error(Rc<Error>),
+    /// `disconnect_all` is finished.
+    Disconnected,
+}
+
+/// What is known of a worker that has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Departure {
+    pub(crate) status: ExitStatus,
+    pub(crate) exited_after_disconnect: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Emit {
+    pub(crate) level: Level,
+    pub(crate) worker: Option<WorkerId>,
+    pub(crate) event: Event,
+}
+
+/// How far a worker has come.
+///
+/// Node: `worker.state`. See [`WorkerProcess::state`](crate::WorkerProcess::state) for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WorkerState {
+    /// Forked; its program has not called `init` yet. Node: `none`.
+    None,
+    /// Its program runs.
+    Online,
+    /// It listens on something.
+    Listening,
+    /// Its channel is closed.
+    Disconnected,
+    /// Its process has ended.
+    Dead,
+}
+
+#[derive(Debug)]
+struct WorkerEntry {
+    state: WorkerState,
+    connected: bool,
+    leaving: bool,
+    exited_after_disconnect: Option<bool>,
+    /// Sent when the channel is closed.
+    kill_signal: Option<Signal>,
+    status: Option<ExitStatus>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Open,
+    /// Nobody new comes in; empty no earlier than this.
+    Draining(Time),
+    Unbound,
+}
+
+/// What is known of the backlog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Door {
+    /// Perhaps empty: the poller tells.
+    Watched,
+    /// Not empty, or not known to be: accept when there is credit.
+    Ready,
+    /// The shell is accepting.
+    Accepting,
+    /// Accepting failed; not before this time again.
+    Resting(Time),
+}
+
+#[derive(Debug)]
+struct Handle<C> {
+    key: HandleKey,
+    address: SocketAddr,
+    policy: SchedulingPolicy,
+    stage: Stage,
+    door: Door,
+    watched: bool,
+    /// Whoever may still take or refuse something.
+    members: BTreeSet<WorkerId>,
+    /// The members that have not been told that nothing more comes.
+    serving: BTreeSet<WorkerId>,
+    connections: RoundRobin<C>,
+    accepted: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct MasterCore<C> {
+    policy: SchedulingPolicy,
+    now: Time,
+    last_worker: u32,
+    last_handle: u32,
+    workers: BTreeMap<WorkerId, WorkerEntry>,
+    handles: BTreeMap<HandleId, Handle<C>>,
+    keys: BTreeMap<HandleKey, HandleId>,
+    /// The one listen whose `Bind` is being carried out.
+    binding: BTreeMap<HandleId, (HandleKey, WorkerId, u32)>,
+    ledger: Ledger,
+    /// Whether someone waits for the end of `disconnect_all`.
+    awaited: bool,
+    actions: VecDeque<Action<C>>,
+    events: VecDeque<Emit>,
+}
+
+impl<C: Clone> MasterCore<C> {
+    pub(crate) fn new(policy: SchedulingPolicy) -> Self {
+        Self {
+            policy,
+            now: Time::ZERO,
+            last_worker: 0,
+            last_handle: 0,
+            workers: BTreeMap::new(),
+            handles: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            binding: BTreeMap::new(),
+            ledger: Ledger::default(),
+            awaited: false,
+            actions: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    // What the shell asks.
+
+    pub(crate) fn next_action(&mut self) -> Option<Action<C>> {
+        self.actions.pop_front()
+    }
+
+    /// The next callbacks to call. A worker leaves the table here, so that it is still in it when
+    /// its `disconnect` is delivered and no longer when its `exit` is.
+    pub(crate) fn next_event(&mut self) -> Option<Emit> {
+        let Some(emit) = self.events.pop_front() else {
+            let finished = self.awaited && self.workers.is_empty() && self.handles.is_empty();
+            self.awaited &= !finished;
+            return finished.then_some(Emit {
+                level: Level::Cluster,
+                worker: None,
+                event: Event::Disconnected,
+            });
+        };
+        if let (Level::Worker, Event::Exit(_), Some(worker)) =
+            (emit.level, &emit.event, emit.worker)
+        {
+            self.workers.remove(&worker);
+        }
+        Some(emit)
+    }
+
+    /// Whether `next_event` would return one.
+    pub(crate) fn has_events(&self) -> bool {
+        !self.events.is_empty()
+            || self.awaited && self.workers.is_empty() && self.handles.is_empty()
+    }
+
+    /// When `tick` is needed at the latest.
+    pub(crate) fn deadline(&self) -> Option<Time> {
+        let times = self.handles.values().flat_map(|handle| {
+            let rest = match handle.door {
+                Door::Resting(until) => Some(until),
+                Door::Watched | Door::Ready | Door::Accepting => None,
+            };
+            let quiet = match (handle.stage, handle.door) {
+                (Stage::Draining(quiet), Door::Watched) => Some(quiet),
+                _ => None,
+            };
+            rest.into_iter().chain(quiet)
+        });
+        times.min()
+    }
+
+    pub(crate) fn ledger(&self) -> Ledger {
+        self.ledger
+    }
+
+    pub(crate) fn policy(&self) -> SchedulingPolicy {
+        self.policy
+    }
+
+    pub(crate) fn worker_ids(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        self.workers.keys().copied()
+    }
+
+    pub(crate) fn has_workers(&self) -> bool {
+        !self.workers.is_empty()
+    }
+
+    /// `None` for a worker that has left the table.
+    pub(crate) fn state(&self, worker: WorkerId) -> Option<WorkerState> {
+        self.workers.get(&worker).map(|entry| entry.state)
+    }
+
+    pub(crate) fn is_connected(&self, worker: WorkerId) -> bool {
+        self.workers
+            .get(&worker)
+            .is_some_and(|entry| entry.connected)
+    }
+
+    pub(crate) fn exit_status(&self, worker: WorkerId) -> Option<ExitStatus> {
+        self.workers.get(&worker)?.status
+    }
+
+    pub(crate) fn exited_after_disconnect(&self, worker: WorkerId) -> Option<bool> {
+        self.workers.get(&worker)?.exited_after_disconnect
+    }
+
+    /// Whether any accepted connection waits in the master.
+    pub(crate) fn anyone_waits(&self) -> bool {
+        self.handles
+            .values()
+            .any(|handle| !handle.connections.waiting().is_empty())
+    }
+
+    // What the program does.
+
+    /// Fails once the policy is frozen by the first fork.
+    pub(crate) fn set_policy(&mut self, policy: SchedulingPolicy) -> Result<(), Error> {
+        if self.last_worker > 0 {
+            return Err(Error::PolicyFrozen);
+        }
+        self.policy = policy;
+        Ok(())
+    }
+
+    pub(crate) fn setup(&mut self) {
+        self.emit(Level::Cluster, None, Event::Setup);
+    }
+
+    /// The id that the next worker gets, if its fork succeeds.
+    pub(crate) fn next_worker_id(&self) -> WorkerId {
+        WorkerId::new(self.last_worker + 1)
+    }
+
+    pub(crate) fn forked(&mut self) -> WorkerId {
+        self.last_worker += 1;
+        let worker = WorkerId::new(self.last_worker);
+        let entry = WorkerEntry {
+            state: WorkerState::None,
+            connected: true,
+            leaving: false,
+            exited_after_disconnect: None,
+            kill_signal: None,
+            status: None,
+        };
+        self.workers.insert(worker, entry);
+        self.emit(Level::Cluster, Some(worker), Event::Fork);
+        worker
+    }
+
+    pub(crate) fn disconnect(&mut self, worker: WorkerId) {
+        self.begin_leave(&[worker]);
+    }
+
+    /// Disconnects everybody; `Disconnected` is emitted when nobody is left.
+    pub(crate) fn disconnect_all(&mut self, awaited: bool) {
+        self.awaited |= awaited;
+        let everybody: Vec<_> = self.worker_ids().collect();
+        self.begin_leave(&everybody);
+    }
+
+    /// Disconnects the worker, then sends the signal.
+    pub(crate) fn kill(&mut self, worker: WorkerId, signal: Signal) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if entry.connected {
+            entry.kill_signal = Some(signal);
+            self.begin_leave(&[worker]);
+        } else {
+            self.signal(worker, signal);
+        }
+    }
+
+    /// Signals the worker at once.
+    pub(crate) fn signal(&mut self, worker: WorkerId, signal: Signal) {
+        if let Some(WorkerEntry { status: None, .. }) = self.workers.get(&worker) {
+            self.actions.push_back(Action::Signal { worker, signal });
+        }
+    }
+
+    /// Closes the channel without a word, which makes the worker leave at once.
+    pub(crate) fn close_channel(&mut self, worker: WorkerId) {
+        if self.is_connected(worker) {
+            self.actions.push_back(Action::CloseChannel { worker });
+        }
+    }
+
+    /// Reports an error to the worker's and the cluster's callbacks.
+    pub(crate) fn error(&mut self, worker: Option<WorkerId>, error: Error) {
+        let error = Rc::new(error);
+        if worker.is_some() {
+            self.emit(Level::Worker, worker, Event::Error(Rc::clone(&error)));
+        }
+        self.emit(Level::Cluster, worker, Event::Error(error));
+    }
+
+    // What happens.
+
+    pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster, message: Option<Message>) {
+        if self.is_connected(worker) {
+            if let Err(error) = self.understand(worker, frame, message) {
+                self.violation(worker, error);
+            }
+        }
+    }
+
+    /// The worker is broken or hostile: nothing more is believed, and it is not left running.
+    pub(crate) fn violation(&mut self, worker: WorkerId, source: FrameError) {
+        let error = Error::Frame {
+            worker: Some(worker),
+            source,
+        };
+        self.error(Some(worker), error);
+        self.signal(worker, Signal::KILL);
+        self.actions.push_back(Action::DiscardChannel { worker });
+        self.channel_closed(worker);
+    }
+
+    pub(crate) fn channel_closed(&mut self, worker: WorkerId) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if !entry.connected {
+            return;
+        }
+        entry.connected = false;
+        entry.state = WorkerState::Disconnected;
+        entry.exited_after_disconnect = Some(entry.leaving);
+        let (kill_signal, status) = (entry.kill_signal, entry.status);
+        let handles: Vec<_> = self.handles_of(worker).collect();
+        for handle in handles {
+            self.leave_handle(handle, worker);
+        }
+        self.emit_both(worker, &Event::Disconnect);
+        match (status, kill_signal) {
+            (Some(_), _) => self.depart(worker),
+            (None, Some(signal)) => self.signal(worker, signal),
+            (None, None) => {}
+        }
+    }
+
+    pub(crate) fn exited(&mut self, worker: WorkerId, status: ExitStatus) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if entry.status.is_some() {
+            return;
+        }
+        entry.status = Some(status);
+        if !entry.connected {
+            return self.depart(worker);
+        }
+        // What it sent before it died still counts, but it can take nothing more.
+        for handle in self.handles.values_mut() {
+            handle.connections.end(worker);
+        }
+        self.actions.push_back(Action::CloseChannel { worker });
+    }
+
+    pub(crate) fn bound(&mut self, handle: HandleId, result: Result<SocketAddr, i32>) {
+        let Some((key, worker, request)) = self.binding.remove(&handle) else {
+            return;
+        };
+        match result {
+            Err(errno) => {
+                let result = Err(errno);
+                self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+            }
+            Ok(address) => {
+                let open = Handle {
+                    key: key.clone(),
+                    address,
+                    policy: self.policy,
+                    stage: Stage::Open,
+                    door: Door::Watched,
+                    watched: false,
+                    members: BTreeSet::new(),
+                    serving: BTreeSet::new(),
+                    connections: RoundRobin::new(),
+                    accepted: false,
+                };
+                self.keys.insert(key, handle);
+                self.handles.insert(handle, open);
+                self.join(worker, request, handle);
+                if self.policy == SchedulingPolicy::RoundRobin {
+                    self.watch(handle, true);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn readable(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.door == Door::Watched && entry.stage != Stage::Unbound {
+                entry.door = Door::Ready;
+                self.pull(handle);
+            }
+        }
+    }
+
+    pub(crate) fn accepted(&mut self, handle: HandleId, connection: C) {
+        self.ledger.accepted += 1;
+        match self.handles.get_mut(&handle) {
+            Some(entry) if entry.stage != Stage::Unbound => {
+                entry.accepted = true;
+                entry.connections.push(connection);
+                self.distribute(handle);
+            }
+            _ => self.ledger.dropped += 1,
+        }
+    }
+
+    /// As many as were wanted have been accepted; there may be more.
+    pub(crate) fn accept_done(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door == Door::Accepting {
+            // With credit left, this was a full batch: the poller brings the rest in its turn.
+            let more = entry.connections.room() > 0;
+            entry.door = if more { Door::Watched } else { Door::Ready };
+            self.watch(handle, more);
+        }
+    }
+
+    /// The backlog is empty.
+    pub(crate) fn drained(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door == Door::Accepting {
+            entry.door = Door::Watched;
+            self.watch(handle, true);
+            self.finish_drain(handle);
+        }
+    }
+
+    pub(crate) fn accept_failed(&mut self, handle: HandleId, source: io::Error) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door == Door::Accepting {
+            entry.door = Door::Resting(self.now + ACCEPT_RETRY);
+            let address = entry.address;
+            self.watch(handle, false);
+            self.error(None, Error::Accept { address, source });
+        }
+    }
+
+    /// Removes those waiting connections of which `gone` says that the client has left.
+    pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) {
+        for handle in self.handles.values_mut() {
+            self.ledger.closed_by_peer += handle.connections.sweep(&mut gone);
+        }
+    }
+
+    /// The time is now `now`, which never goes back.
+    pub(crate) fn tick(&mut self, now: Time) {
+        self.now = self.now.max(now);
+        if self.deadline().is_none_or(|deadline| deadline > self.now) {
+            return;
+        }
+        let handles: Vec<_> = self.handles.keys().copied().collect();
+        for handle in handles {
+            let Some(entry) = self.handles.get_mut(&handle) else {
+                continue;
+            };
+            match entry.door {
+                Door::Resting(until) if until <= self.now => {
+                    entry.door = Door::Ready;
+                    self.pull(handle);
+                }
+                Door::Watched => self.finish_drain(handle),
+                Door::Resting(_) | Door::Ready | Door::Accepting => {}
+            }
+        }
+    }
+
+    // How it is decided.
+
+    fn emit(&mut self, level: Level, worker: Option<WorkerId>, event: Event) {
+        self.events.push_back(Emit {
+            level,
+            worker,
+            event,
+        });
+    }
+
+    /// The worker's callbacks first; for messages Node has it the other way round.
+    fn emit_both(&mut self, worker: WorkerId, event: &Event) {
+        let order = match event {
+            Event::Message(_) => [Level::Cluster, Level::Worker],
+            _ => [Level::Worker, Level::Cluster],
+        };
+        for level in order {
+            self.emit(level, Some(worker), event.clone());
+        }
+    }
+
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<C>) {
+        let entry = self.workers.get(&worker);
+        if entry.is_some_and(|entry| entry.connected && entry.status.is_none()) {
+            self.actions.push_back(Action::Send {
+                worker,
+                frame,
+                with,
+            });
+        }
+    }
+
+    fn handles_of(&self, worker: WorkerId) -> impl Iterator<Item = HandleId> + '_ {
+        let mine = move |(_, handle): &(&HandleId, &Handle<C>)| handle.members.contains(&worker);
+        self.handles.iter().filter(mine).map(|(id, _)| *id)
+    }
+
+    fn understand(
+        &mut self,
+        worker: WorkerId,
+        frame: ToMaster,
+        message: Option<Message>,
+    ) -> Result<(), FrameError> {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return Ok(());
+        };
+        if entry.state == WorkerState::None && frame != ToMaster::Online {
+            return Err(FrameError::State("spoke before it was online"));
+        }
+        match frame {
+            ToMaster::Online => {
+                if entry.state != WorkerState::None {
+                    return Err(FrameError::State("was online already"));
+                }
+                entry.state = WorkerState::Online;
+                self.emit_both(worker, &Event::Online);
+            }
+            ToMaster::Listen { request, key } => {
+                // A worker that leaves gets no answer: it does not wait for one.
+                if !entry.leaving {
+                    self.listen(worker, request, key)?;
+                }
+            }
+            ToMaster::Listening { handle } => {
+                let listened = self.handles.get(&handle);
+                let Some(listened) = listened.filter(|h| h.members.contains(&worker)) else {
+                    return Err(FrameError::State("listening on what it has not"));
+                };
+                entry.state = WorkerState::Listening;
+                let mut address = Address::from(listened.key.address);
+                address.port = listened.address.port();
+                self.emit_both(worker, &Event::Listening(Rc::new(address)));
+            }
+            ToMaster::Ready {
+                handle,
+                credits,
+                taken,
+            } => {
+                let Some(entry) = self.handles.get_mut(&handle) else {
+                    return Err(FrameError::State("ready for a listener it has not"));
+                };
+                self.ledger.taken += entry.connections.grant(worker, credits, taken)?;
+                self.distribute(handle);
+                self.pull(handle);
+            }
+            ToMaster::Refused { handle, number } => {
+                let Some(entry) = self.handles.get_mut(&handle) else {
+                    return Err(FrameError::State("refused from a listener it has not"));
+                };
+                let connection = entry.connections.refuse(worker, number)?;
+                self.take_back(handle, vec![connection]);
+            }
+            ToMaster::Close { handle } => {
+                if !self.handles_of(worker).any(|mine| mine == handle) {
+                    return Err(FrameError::State("closed a listener it has not"));
+                }
+                self.leave_handle(handle, worker);
+            }
+            ToMaster::Leaving => self.begin_leave(&[worker]),
+            ToMaster::Message(_) => {
+                if let Some(message) = message {
+                    self.emit_both(worker, &Event::Message(Rc::new(message)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn listen(
+        &mut self,
+        worker: WorkerId,
+        request: u32,
+        key: HandleKey,
+    ) -> Result<(), FrameError> {
+        if self.handles_of(worker).count() >= MAX_LISTENERS {
+            return Err(FrameError::State("listens on too many addresses"));
+        }
+        match self.keys.get(&key) {
+            Some(handle) => {
+                let handle = *handle;
+                if self.handles[&handle].members.contains(&worker) {
+                    return Err(FrameError::State("listens twice with one index"));
+                }
+                self.join(worker, request, handle);
+            }
+            None => {
+                self.last_handle += 1;
+                let handle = HandleId(self.last_handle);
+                let address = key.address;
+                self.binding.insert(handle, (key, worker, request));
+                self.actions.push_back(Action::Bind { handle, address });
+            }
+        }
+        Ok(())
+    }
+
+    fn join(&mut self, worker: WorkerId, request: u32, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let mut relieved = BTreeSet::new();
+        if let Stage::Draining(_) = entry.stage {
+            entry.stage = Stage::Open;
+            relieved.clone_from(&entry.serving);
+            self.actions.push_back(Action::OpenDoor { handle });
+        }
+        entry.members.insert(worker);
+        entry.serving.insert(worker);
+        entry.connections.join(worker);
+        let (policy, address) = (entry.policy, entry.address);
+        for worker in relieved {
+            self.end(handle, worker, false);
+        }
+        let result = Ok(Bound {
+            handle,
+            policy,
+            address,
+        });
+        let with = match policy {
+            SchedulingPolicy::RoundRobin => With::Nothing,
+            SchedulingPolicy::Shared => With::Listener(handle),
+        };
+        self.send(worker, ToWorker::Reply { request, result }, with);
+    }
+
+    /// Gives what waits to whoever can take it.
+    fn distribute(&mut self, handle: HandleId) {
+        while let Some(given) = self
+            .handles
+            .get_mut(&handle)
+            .and_then(|entry| entry.connections.distribute())
+        {
+            let number = given.number;
+            let frame = ToWorker::Connection { handle, number };
+            self.send(given.worker, frame, With::Connection(given.connection));
+        }
+    }
+
+    /// Accepts if there is something and someone to take it.
+    fn pull(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door != Door::Ready || entry.stage == Stage::Unbound {
+            return;
+        }
+        let room = entry.connections.room();
+        if room > 0 {
+            entry.door = Door::Accepting;
+            let at_most = room.min(ACCEPT_BATCH);
+            self.actions.push_back(Action::Accept { handle, at_most });
+        } else {
+            // Level-triggered: left in the poller it would wake the loop until someone has credit.
+            self.watch(handle, false);
+        }
+    }
+
+    fn watch(&mut self, handle: HandleId, watched: bool) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.watched != watched && entry.stage != Stage::Unbound {
+            entry.watched = watched;
+            self.actions.push_back(if watched {
+                Action::Watch { handle }
+            } else {
+                Action::Unwatch { handle }
+            });
+        }
+    }
+
+    /// Tells workers to leave. A listener that others serve ends for them at once; one that nobody
+    /// else serves is drained first, so that whoever is in its backlog still gets an answer.
+    fn begin_leave(&mut self, workers: &[WorkerId]) {
+        let mut leaving = BTreeSet::new();
+        for &worker in workers {
+            if let Some(entry) = self.workers.get_mut(&worker) {
+                if entry.connected && !entry.leaving {
+                    entry.leaving = true;
+                    leaving.insert(worker);
+                    self.send(worker, ToWorker::Disconnect, With::Nothing);
+                }
+            }
+        }
+        let affected = |(_, handle): &(&HandleId, &Handle<C>)| {
+            handle.stage == Stage::Open && !handle.serving.is_disjoint(&leaving)
+        };
+        let handles: Vec<_> = self
+            .handles
+            .iter()
+            .filter(affected)
+            .map(|(id, _)| *id)
+            .collect();
+        for handle in handles {
+            if self.handles[&handle].serving.is_subset(&leaving) {
+                self.begin_drain(handle);
+            } else {
+                for &worker in &leaving {
+                    self.end(handle, worker, false);
+                }
+            }
+        }
+    }
+
+    fn begin_drain(&mut self, handle: HandleId) {
+        let now = self.now;
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let grace = if entry.accepted {
+            DRAIN_GRACE
+        } else {
+            Time::ZERO
+        };
+        entry.stage = Stage::Draining(now + grace);
+        self.actions.push_back(Action::ShutDoor { handle });
+        match entry.policy {
+            SchedulingPolicy::Shared => {
+                // The workers accept until they find the backlog empty, and then close.
+                let serving: Vec<_> = entry.serving.iter().copied().collect();
+                for worker in serving {
+                    let drain = true;
+                    self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+                }
+            }
+            SchedulingPolicy::RoundRobin if !entry.connections.was_granted() => {
+                // Nobody ever asked for a connection, so nobody is going to.
+                self.unbind(handle);
+            }
+            SchedulingPolicy::RoundRobin => {
+                if entry.door == Door::Watched {
+                    entry.door = Door::Ready;
+                }
+                self.pull(handle);
+            }
+        }
+    }
+
+    /// Ends a draining listener whose backlog was just found empty, or has been since.
+    fn finish_drain(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        let shared = entry.policy == SchedulingPolicy::Shared;
+        match entry.stage {
+            Stage::Draining(quiet) if quiet <= self.now && !shared => self.unbind(handle),
+            Stage::Draining(_) | Stage::Open | Stage::Unbound => {}
+        }
+    }
+
+    fn end(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.serving.remove(&worker) {
+            entry.connections.end(worker);
+            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+        }
+    }
+
+    /// Closes the listener. Members stay until they say that they let go of what they hold.
+    fn unbind(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let serving: Vec<_> = entry.serving.iter().copied().collect();
+        for worker in serving {
+            self.end(handle, worker, true);
+        }
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.stage != Stage::Unbound {
+                entry.stage = Stage::Unbound;
+                entry.door = Door::Ready;
+                self.ledger.dropped += entry.connections.drop_waiting();
+                self.keys.remove(&entry.key);
+                self.actions.push_back(Action::Unbind { handle });
+            }
+        }
+    }
+
+    fn leave_handle(&mut self, handle: HandleId, worker: WorkerId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        entry.members.remove(&worker);
+        entry.serving.remove(&worker);
+        let untaken = entry.connections.leave(worker);
+        if entry.serving.is_empty() {
+            self.unbind(handle);
+        }
+        self.take_back(handle, untaken);
+        let abandoned = |entry: &Handle<C>| entry.members.is_empty();
+        if self.handles.get(&handle).is_some_and(abandoned) {
+            self.handles.remove(&handle);
+        }
+    }
+
+    /// Offers to others what a worker did not take.
+    fn take_back(&mut self, handle: HandleId, untaken: Vec<C>) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.stage == Stage::Unbound {
+            self.ledger.dropped += untaken.len() as u64;
+        } else {
+            entry.connections.push_front(untaken);
+            self.distribute(handle);
+        }
+    }
+
+    fn depart(&mut self, worker: WorkerId) {
+        let Some(entry) = self.workers.get(&worker) else {
+            return;
+        };
+        if let Some(status) = entry.status {
+            let exited_after_disconnect = entry.leaving;
+            let departure = Departure {
+                status,
+                exited_after_disconnect,
+            };
+            self.emit_both(worker, &Event::Exit(departure));
+        }
+    }
+}
+
+#[cfg(test)]
+impl<C: Clone> MasterCore<C> {
+    pub(crate) fn in_hand(&self) -> u64 {
+        self.handles.values().map(|h| h.connections.in_hand()).sum()
+    }
+
+    /// Whether a connection waits although someone could take it.
+    pub(crate) fn someone_waits_in_vain(&self) -> bool {
+        self.handles.values().any(|handle| {
+            let waits = !handle.connections.waiting().is_empty();
+            let idle = handle.door == Door::Ready && handle.stage != Stage::Unbound;
+            handle.connections.room() > 0 && (waits || idle)
+        })
+    }
+
+    pub(crate) fn is_bound(&self, handle: HandleId) -> bool {
+        let entry = self.handles.get(&handle);
+        entry.is_some_and(|entry| entry.stage != Stage::Unbound)
+    }
+}

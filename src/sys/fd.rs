@@ -1,0 +1,56 @@
+//! Descriptors by number, where they cannot be avoided.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use super::check;
+
+/// Takes ownership of the descriptor that the master left for this process, if it is a socket.
+///
+/// # Errors
+///
+/// The number is not an open descriptor, or not that of a stream socket.
+pub(crate) fn adopt_channel(number: RawFd) -> io::Result<UnixStream> {
+    // SAFETY: F_GETFD only reads the flags, whatever the number is.
+    check(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: the descriptor is open, and nobody else in this process knows of it: `init` runs
+    // once, and has consumed the variable that named it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    let stream = UnixStream::from(fd);
+    let outcome = stream.local_addr().and_then(|_| {
+        close_on_exec(number)?;
+        stream.set_nonblocking(true)
+    });
+    if let Err(error) = outcome {
+        // It is somebody else's after all: leave it open.
+        std::mem::forget(stream);
+        return Err(error);
+    }
+    Ok(stream)
+}
+
+pub(crate) fn close_on_exec(number: RawFd) -> io::Result<()> {
+    // SAFETY: F_SETFD changes no memory.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    Ok(())
+}
+
+/// Adopts descriptors that the kernel has just made for this process.
+pub(super) fn adopt(number: RawFd) -> OwnedFd {
+    // SAFETY: the caller got the number from the kernel a moment ago and keeps no copy.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Whether the other side of a connection is gone for good: both directions are shut, or an error
+/// such as a reset is pending. A client that only stopped sending still waits for its answer.
+pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd is passed, and the call does not wait.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready > 0 && poll.revents & (libc::POLLHUP | libc::POLLERR) != 0
+}

@@ -1,0 +1,33 @@
+//! The system calls, and all the `unsafe` of the crate.
+//!
+//! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
+//! signal handlers (`signal`), `fork` and `execve` (`process`), calls with raw buffers (`socket`),
+//! changing the environment (`env`). Functions return `io::Error`; the caller says what it tried.
+
+pub(crate) mod env;
+pub(crate) mod fd;
+pub(crate) mod poll;
+pub(crate) mod process;
+pub(crate) mod signal;
+pub(crate) mod socket;
+
+use std::io;
+
+/// The result of a system call that says -1 when it fails.
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Repeats a call that a signal interrupted.
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The poller, and the one way to put something into it.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use polling::{Event, Events, PollMode};
+
+/// How many events one wait returns at most; the rest come with the next one.
+const EVENTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// What a watched descriptor is waited for.
+///
+/// See [`Worker::watch`](crate::Worker::watch) for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Interest {
+    /// Something can be read, or a connection accepted, or the other side is gone.
+    Readable,
+    /// Something can be written, or the other side is gone.
+    Writable,
+    /// Either of both.
+    Both,
+}
+
+/// Waits for many descriptors.
+#[derive(Clone, Debug)]
+pub(crate) struct Poller(Rc<polling::Poller>);
+
+/// A descriptor in the poller. It is taken out before it can be closed.
+#[derive(Debug)]
+pub(crate) struct Registered<S: AsFd> {
+    poller: Poller,
+    key: usize,
+    source: S,
+}
+
+/// One descriptor that is ready.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ready {
+    pub(crate) key: usize,
+    pub(crate) writable: bool,
+}
+
+fn event(key: usize, interest: Option<Interest>) -> Event {
+    match interest {
+        None => Event::none(key),
+        Some(Interest::Readable) => Event::readable(key),
+        Some(Interest::Writable) => Event::writable(key),
+        Some(Interest::Both) => Event::all(key),
+    }
+}
+
+impl Poller {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self(Rc::new(polling::Poller::new()?)))
+    }
+
+    /// Adds a descriptor, level-triggered; events carry `key`.
+    pub(crate) fn add<S: AsFd>(
+        &self,
+        source: S,
+        key: usize,
+        interest: Option<Interest>,
+    ) -> io::Result<Registered<S>> {
+        // SAFETY: `Registered` owns the source and deletes it from this poller in its `Drop`,
+        // which runs before the source itself is dropped and can be closed.
+        unsafe {
+            self.0.add_with_mode(
+                source.as_fd().as_raw_fd(),
+                event(key, interest),
+                PollMode::Level,
+            )?;
+        }
+        Ok(Registered {
+            poller: self.clone(),
+            key,
+            source,
+        })
+    }
+
+    /// Waits until something is ready or the time is over.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+        let mut events = Events::with_capacity(EVENTS);
+        self.0.wait(&mut events, timeout)?;
+        let ready = events.iter().map(|event| Ready {
+            key: event.key,
+            writable: event.writable,
+        });
+        Ok(ready.collect())
+    }
+}
+
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl<S: AsFd> Registered<S> {
+    pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
+        let event = event(self.key, interest);
+        self.poller
+            .0
+            .modify_with_mode(self.source.as_fd(), event, PollMode::Level)
+    }
+
+    pub(crate) fn source_mut(&mut self) -> &mut S {
+        &mut self.source
+    }
+}
+
+impl<S: AsFd> Deref for Registered<S> {
+    type Target = S;
+
+    fn deref(&self) -> &S {
+        &self.source
+    }
+}
+
+impl<S: AsFd> Drop for Registered<S> {
+    fn drop(&mut self) {
+        // It can fail only if it is out already.
+        let _ = self.poller.0.delete(self.source.as_fd());
+    }
+}
+
+/// Waits until one of two descriptors is readable or the time is over. One call where a wait of
+/// the poller takes five.
+pub(crate) fn wait_for_either(
+    one: BorrowedFd<'_>,
+    other: BorrowedFd<'_>,
+    timeout: Option<Duration>,
+) -> io::Result<()> {
+    let mut fds = [one, other].map(|fd| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    let millis = match timeout {
+        None => -1,
+        // Rounded up: waking too early would mean waking twice.
+        Some(timeout) => {
+            let millis = timeout.as_nanos().div_ceil(1_000_000);
+            libc::c_int::try_from(millis).unwrap_or(libc::c_int::MAX)
+        }
+    };
+    // SAFETY: the array lives through the call, and its length is given.
+    let result = unsafe { libc::poll(fds.as_mut_ptr(), 2, millis) };
+    match super::check(result) {
+        // A signal: its handler has made the poller readable if it matters.
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Ok(()),
+    }
+}

@@ -1,0 +1,563 @@
+//! Every decision of the worker. Pure, like [`master_core`](crate::master_core): facts come in as
+//! method calls, and [`Action`]s and [`Event`]s go out.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+
+use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
+use crate::message::Message;
+use crate::settings::SchedulingPolicy;
+
+/// How many connections a listener with a callback takes ahead of its turn. Large enough to hand
+/// over in batches under load, small enough that little waits behind a slow callback.
+const CALLBACK_WINDOW: u32 = 8;
+
+/// What the program calls a listener; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ListenerId(pub(crate) u32);
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    Send(ToMaster),
+    /// Close this worker's copy of a shared listener.
+    CloseListener(ListenerId),
+    /// Close the channel once everything queued is written.
+    CloseChannel,
+}
+
+#[derive(Debug)]
+pub(crate) enum Event<C> {
+    /// For the callback of a listener that is served by callbacks.
+    Connection(ListenerId, C),
+    Message(Message),
+    Disconnect,
+}
+
+/// The answer to `listen`.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Listen {
+    Pending,
+    /// Open, or ended already because the worker leaves.
+    Done(SocketAddr),
+    /// The errno.
+    Failed(i32),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Asked,
+    /// Given up before the answer came; it closes when it comes.
+    Abandoned,
+    Failed(i32),
+    Open(HandleId),
+    /// The master gives nothing more; what was given may still be taken.
+    Ending(HandleId),
+    Closed,
+}
+
+#[derive(Debug)]
+struct Entry<C> {
+    key: HandleKey,
+    address: SocketAddr,
+    policy: SchedulingPolicy,
+    stage: Stage,
+    /// Served by a callback.
+    served: bool,
+    /// The program waits in `accept`.
+    wanted: bool,
+    /// Granted and not yet used.
+    credits: u32,
+    /// Received, and nobody there to take it.
+    pending: VecDeque<(u64, C)>,
+    /// Ready for the program that waits in `accept`.
+    arrived: VecDeque<C>,
+    taken: u64,
+}
+
+impl<C> Entry<C> {
+    fn handle(&self) -> Option<HandleId> {
+        match self.stage {
+            Stage::Open(handle) | Stage::Ending(handle) => Some(handle),
+            Stage::Asked | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct WorkerCore<C> {
+    connected: bool,
+    /// This worker has said that it wants to leave.
+    asked: bool,
+    /// The master has told it to, or has agreed.
+    told: bool,
+    /// It leaves without waiting for its connections.
+    killed: bool,
+    closing: bool,
+    last_listener: u32,
+    listeners: BTreeMap<ListenerId, Entry<C>>,
+    /// The indices in use, by the address as it was asked for.
+    indices: BTreeMap<SocketAddr, BTreeSet<u32>>,
+    /// Taken, but the master may not know it yet: until it does, another worker may be given the
+    /// same connection, and so the program must not see it.
+    unconfirmed: VecDeque<(ListenerId, C)>,
+    /// Connections in the program's hands.
+    open: u64,
+    actions: VecDeque<Action>,
+    events: VecDeque<Event<C>>,
+}
+
+impl<C> WorkerCore<C> {
+    /// The first thing a worker says is that it is online.
+    pub(crate) fn new() -> Self {
+        Self {
+            connected: true,
+            asked: false,
+            told: false,
+            killed: false,
+            closing: false,
+            last_listener: 0,
+            listeners: BTreeMap::new(),
+            indices: BTreeMap::new(),
+            unconfirmed: VecDeque::new(),
+            open: 0,
+            actions: VecDeque::from([Action::Send(ToMaster::Online)]),
+            events: VecDeque::new(),
+        }
+    }
+
+    // What the shell asks.
+
+    pub(crate) fn next_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    pub(crate) fn next_event(&mut self) -> Option<Event<C>> {
+        self.events.pop_front()
+    }
+
+    pub(crate) fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    pub(crate) fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connected
+    }
+
+    /// `None` until the channel is closed.
+    pub(crate) fn exited_after_disconnect(&self) -> Option<bool> {
+        (!self.connected).then_some(self.told)
+    }
+
+    /// Whether the worker should end whatever the program still waits for: it was cut off without
+    /// a word, or wants to be gone at once.
+    pub(crate) fn must_exit(&self) -> bool {
+        !self.connected && (!self.told || self.killed)
+    }
+
+    /// Whether the cluster gives the program no more reason to go on.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.must_exit() || !self.connected && self.open == 0
+    }
+
+    pub(crate) fn listen_result(&self, listener: ListenerId) -> Listen {
+        match self.listeners.get(&listener) {
+            Some(entry) => match entry.stage {
+                Stage::Asked => Listen::Pending,
+                Stage::Failed(errno) => Listen::Failed(errno),
+                Stage::Open(_) | Stage::Ending(_) | Stage::Abandoned | Stage::Closed => {
+                    Listen::Done(entry.address)
+                }
+            },
+            None => Listen::Pending,
+        }
+    }
+
+    /// Whether the program can expect no further connection.
+    pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
+        match self.listeners.get(&listener) {
+            Some(entry) => match (entry.stage, entry.policy) {
+                (Stage::Asked | Stage::Open(_), _) => false,
+                // A shared listener ends when accepting finds it empty.
+                (Stage::Ending(_), SchedulingPolicy::Shared) => false,
+                (Stage::Ending(_), SchedulingPolicy::RoundRobin)
+                | (Stage::Failed(_) | Stage::Abandoned | Stage::Closed, _) => {
+                    let coming = self.is_coming(listener);
+                    entry.pending.is_empty() && entry.arrived.is_empty() && !coming
+                }
+            },
+            None => true,
+        }
+    }
+
+    /// Whether an empty backlog means the end of this shared listener.
+    pub(crate) fn is_ending(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| matches!(entry.stage, Stage::Ending(_)))
+    }
+
+    // What the program does.
+
+    pub(crate) fn listen(&mut self, address: SocketAddr) -> ListenerId {
+        self.last_listener += 1;
+        let listener = ListenerId(self.last_listener);
+        let used = self.indices.entry(address).or_default();
+        let free = |index: &u32| !used.contains(index);
+        let index = (0..).find(free).unwrap_or(u32::MAX);
+        used.insert(index);
+        let key = HandleKey { address, index };
+        let gone = self.told || !self.connected;
+        if !gone {
+            let (request, key) = (listener.0, key.clone());
+            self.send(ToMaster::Listen { request, key });
+        }
+        let entry = Entry {
+            key,
+            address,
+            policy: SchedulingPolicy::RoundRobin,
+            stage: if gone { Stage::Closed } else { Stage::Asked },
+            served: false,
+            wanted: false,
+            credits: 0,
+            pending: VecDeque::new(),
+            arrived: VecDeque::new(),
+            taken: 0,
+        };
+        self.listeners.insert(listener, entry);
+        listener
+    }
+
+    /// The program has its listener.
+    pub(crate) fn listening(&mut self, listener: ListenerId) {
+        if let Some(handle) = self.listeners.get(&listener).and_then(Entry::handle) {
+            self.send(ToMaster::Listening { handle });
+        }
+    }
+
+    /// The program waits for a connection: one that has arrived, or `None` and a credit.
+    pub(crate) fn accept(&mut self, listener: ListenerId) -> Option<C> {
+        let entry = self.listeners.get_mut(&listener)?;
+        if let Some(connection) = entry.arrived.pop_front() {
+            entry.wanted = false;
+            return Some(connection);
+        }
+        entry.wanted = true;
+        if entry.pending.is_empty() && entry.credits == 0 && !self.is_coming(listener) {
+            self.grant(listener, 1);
+        }
+        self.take(listener);
+        None
+    }
+
+    /// Everything sent so far has been written.
+    pub(crate) fn confirmed(&mut self) {
+        while let Some((listener, connection)) = self.unconfirmed.pop_front() {
+            self.open += 1;
+            match self.listeners.get_mut(&listener) {
+                Some(entry) if !entry.served => entry.arrived.push_back(connection),
+                _ => {
+                    let event = Event::Connection(listener, connection);
+                    self.events.push_back(event);
+                }
+            }
+        }
+    }
+
+    /// From now on connections go to a callback.
+    pub(crate) fn serve(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        entry.served = true;
+        let arrived = std::mem::take(&mut entry.arrived);
+        let arrived = arrived.into_iter().map(|c| Event::Connection(listener, c));
+        self.events.extend(arrived);
+        let credits = CALLBACK_WINDOW.saturating_sub(entry.credits);
+        self.grant(listener, credits);
+        self.take(listener);
+    }
+
+    pub(crate) fn is_served(&self, listener: ListenerId) -> bool {
+        self.listeners
+            .get(&listener)
+            .is_some_and(|entry| entry.served)
+    }
+
+    /// The program has accepted a connection from a shared listener.
+    pub(crate) fn connection_opened(&mut self) {
+        self.open += 1;
+    }
+
+    pub(crate) fn connection_closed(&mut self) {
+        self.open = self.open.saturating_sub(1);
+        self.close_channel_if_done();
+    }
+
+    /// Closes a listener and refuses what it still holds.
+    pub(crate) fn close(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        match (entry.stage, entry.handle()) {
+            // The index stays taken: the master may have bound it.
+            (Stage::Asked, _) => entry.stage = Stage::Abandoned,
+            (_, Some(handle)) => {
+                entry.stage = Stage::Closed;
+                let key = entry.key.clone();
+                let pending = std::mem::take(&mut entry.pending);
+                for (number, _) in pending {
+                    self.send(ToMaster::Refused { handle, number });
+                }
+                self.send(ToMaster::Close { handle });
+                self.actions.push_back(Action::CloseListener(listener));
+                self.release(&key);
+                self.close_channel_if_done();
+            }
+            (_, None) => {}
+        }
+    }
+
+    /// The program has let go of the listener.
+    pub(crate) fn forget(&mut self, listener: ListenerId) {
+        self.close(listener);
+        let answered = |entry: &Entry<C>| entry.stage != Stage::Abandoned;
+        if self.listeners.get(&listener).is_some_and(answered) {
+            self.listeners.remove(&listener);
+        }
+    }
+
+    /// The program waits for events in general: while the worker leaves, a listener that has no
+    /// callback is not going to be served.
+    pub(crate) fn wait_for_events(&mut self) {
+        if self.told {
+            let unserved = |(_, entry): &(&ListenerId, &Entry<C>)| {
+                !entry.served && entry.handle().is_some()
+            };
+            let unserved: Vec<_> = self
+                .listeners
+                .iter()
+                .filter(unserved)
+                .map(|(id, _)| *id)
+                .collect();
+            for listener in unserved {
+                self.close(listener);
+            }
+        }
+    }
+
+    pub(crate) fn disconnect(&mut self) {
+        if self.connected && !self.asked && !self.told {
+            self.asked = true;
+            self.send(ToMaster::Leaving);
+        }
+    }
+
+    /// Leaves without waiting for connections; the master is asked all the same, so that it knows.
+    pub(crate) fn kill(&mut self) {
+        self.killed = true;
+        self.disconnect();
+        self.close_channel_if_done();
+    }
+
+    // What happens.
+
+    pub(crate) fn channel_closed(&mut self) {
+        if !self.connected {
+            return;
+        }
+        self.connected = false;
+        for entry in self.listeners.values_mut() {
+            if !matches!(entry.stage, Stage::Failed(_)) {
+                entry.stage = Stage::Closed;
+            }
+            entry.pending.clear();
+        }
+        // The master never heard of these: it gives them to somebody else.
+        self.unconfirmed.clear();
+        let all = self.listeners.keys().copied().map(Action::CloseListener);
+        self.actions.extend(all);
+        self.events.push_back(Event::Disconnect);
+    }
+
+    /// A frame of the master. Returns the listener that its descriptor, if it is one, belongs to.
+    pub(crate) fn frame(
+        &mut self,
+        frame: ToWorker,
+        connection: Option<C>,
+        message: Option<Message>,
+    ) -> Result<Option<ListenerId>, FrameError> {
+        match frame {
+            ToWorker::Reply { request, result } => {
+                let listener = ListenerId(request);
+                let Some(entry) = self.listeners.get_mut(&listener) else {
+                    return Err(FrameError::State("answer to a question never asked"));
+                };
+                let abandoned = match entry.stage {
+                    Stage::Asked => false,
+                    Stage::Abandoned => true,
+                    Stage::Failed(_) | Stage::Open(_) | Stage::Ending(_) | Stage::Closed => {
+                        return Err(FrameError::State("second answer to one question"));
+                    }
+                };
+                match result {
+                    Ok(bound) => {
+                        entry.address = bound.address;
+                        entry.policy = bound.policy;
+                        entry.stage = Stage::Open(bound.handle);
+                        if abandoned {
+                            self.forget(listener);
+                        }
+                        return Ok(Some(listener));
+                    }
+                    Err(errno) => {
+                        entry.stage = Stage::Failed(errno);
+                        let key = entry.key.clone();
+                        self.release(&key);
+                    }
+                }
+            }
+            ToWorker::Connection { handle, number } => {
+                let listener = self.by_handle(handle);
+                match (listener, connection) {
+                    (Some(listener), Some(connection)) => {
+                        if let Some(entry) = self.listeners.get_mut(&listener) {
+                            entry.credits = entry.credits.saturating_sub(1);
+                            entry.pending.push_back((number, connection));
+                            self.take(listener);
+                        }
+                    }
+                    // Closed while it was under way: `Close` has told the master.
+                    (None, _) => {}
+                    (Some(_), None) => return Err(FrameError::Descriptors),
+                }
+            }
+            ToWorker::End { handle, drain } => {
+                if let Some(listener) = self.by_handle(handle) {
+                    if drain {
+                        if let Some(entry) = self.listeners.get_mut(&listener) {
+                            entry.stage = Stage::Ending(handle);
+                            entry.credits = 0;
+                        }
+                        self.end_if_empty(listener);
+                    } else {
+                        self.close(listener);
+                    }
+                }
+            }
+            ToWorker::Disconnect => {
+                self.told = true;
+                // A worker that leaves gets no answer to what it has asked.
+                for entry in self.listeners.values_mut() {
+                    if entry.stage == Stage::Asked {
+                        entry.stage = Stage::Abandoned;
+                    }
+                }
+                self.close_channel_if_done();
+            }
+            ToWorker::Message(_) => self.events.extend(message.map(Event::Message)),
+        }
+        Ok(None)
+    }
+
+    // How it is decided.
+
+    fn send(&mut self, frame: ToMaster) {
+        if self.connected && !self.closing {
+            self.actions.push_back(Action::Send(frame));
+        }
+    }
+
+    fn by_handle(&self, handle: HandleId) -> Option<ListenerId> {
+        let mut open = self.listeners.iter();
+        open.find(|(_, entry)| entry.handle() == Some(handle))
+            .map(|(id, _)| *id)
+    }
+
+    fn grant(&mut self, listener: ListenerId, credits: u32) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        let credits = match entry.stage {
+            Stage::Open(_) => credits,
+            Stage::Asked
+            | Stage::Abandoned
+            | Stage::Failed(_)
+            | Stage::Ending(_)
+            | Stage::Closed => 0,
+        };
+        entry.credits += credits;
+        let taken = entry.taken;
+        if entry.policy == SchedulingPolicy::RoundRobin && (credits > 0 || taken > 0) {
+            if let Some(handle) = entry.handle() {
+                self.send(ToMaster::Ready {
+                    handle,
+                    credits,
+                    taken,
+                });
+            }
+        }
+    }
+
+    fn is_coming(&self, listener: ListenerId) -> bool {
+        self.unconfirmed.iter().any(|(id, _)| *id == listener)
+    }
+
+    /// Takes what is pending if the program is there for it, and tells the master.
+    fn take(&mut self, listener: ListenerId) {
+        let coming = self.is_coming(listener);
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        let wanted = match (entry.served, entry.wanted) {
+            (true, _) => entry.pending.len(),
+            (false, true) if !coming && entry.arrived.is_empty() => 1.min(entry.pending.len()),
+            (false, _) => 0,
+        };
+        if wanted == 0 || self.closing {
+            return;
+        }
+        for (number, connection) in entry.pending.drain(..wanted) {
+            entry.taken = number;
+            self.unconfirmed.push_back((listener, connection));
+        }
+        let credits = match entry.served {
+            true => CALLBACK_WINDOW.saturating_sub(entry.credits),
+            false => 0,
+        };
+        self.grant(listener, credits);
+        self.end_if_empty(listener);
+    }
+
+    /// Closes a listener that gets nothing more and holds nothing more.
+    fn end_if_empty(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get(&listener) {
+            let empty = entry.pending.is_empty();
+            let round_robin = entry.policy == SchedulingPolicy::RoundRobin;
+            if matches!(entry.stage, Stage::Ending(_)) && empty && round_robin {
+                self.close(listener);
+            }
+        }
+    }
+
+    fn release(&mut self, key: &HandleKey) {
+        if let Some(used) = self.indices.get_mut(&key.address) {
+            used.remove(&key.index);
+            if used.is_empty() {
+                self.indices.remove(&key.address);
+            }
+        }
+    }
+
+    fn close_channel_if_done(&mut self) {
+        let open = |entry: &Entry<C>| entry.handle().is_some();
+        let busy = self.open > 0 || !self.unconfirmed.is_empty();
+        let done = !self.listeners.values().any(open) && !busy;
+        if self.told && self.connected && !self.closing && (done || self.killed) {
+            self.closing = true;
+            self.actions.push_back(Action::CloseChannel);
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! The number by which a worker is known.
+
+/// The number of a worker: 1 for the first, never used twice by one master.
+///
+/// Node: `worker.id`. It is the key of [`Master::worker`](crate::Master::worker), and the worker
+/// itself knows it as [`Worker::id`](crate::Worker::id), which has an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(u32);
+
+impl WorkerId {
+    pub(crate) const fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// Returns the plain number, 1 or more.
+    ///
+    /// ```
+    /// fn port(id: cluster::WorkerId) -> u32 {
+    ///     9000 + id.get()
+    /// }
+    /// # let _ = port;
+    /// ```
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl std::fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
