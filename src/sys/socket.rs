@@ -25,6 +25,24 @@ pub(crate) fn send(
     bytes: &[u8],
     fds: &[BorrowedFd<'_>],
 ) -> io::Result<usize> {
+    send_with_flags(socket, bytes, fds, SEND_FLAGS)
+}
+
+/// The same, as patient as the socket is.
+pub(crate) fn send_waiting(
+    socket: &UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    send_with_flags(socket, bytes, fds, SEND_FLAGS & !libc::MSG_DONTWAIT)
+}
+
+fn send_with_flags(
+    socket: &UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+    flags: libc::c_int,
+) -> io::Result<usize> {
     if fds.is_empty() {
         return retry(|| {
             // SAFETY: the buffer is valid for its length through the call.
@@ -33,7 +51,7 @@ pub(crate) fn send(
                     socket.as_raw_fd(),
                     bytes.as_ptr().cast(),
                     bytes.len(),
-                    SEND_FLAGS,
+                    flags,
                 )
             };
             usize::try_from(sent).map_err(|_| io::Error::last_os_error())

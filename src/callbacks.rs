@@ -1,0 +1,119 @@
+//! Lists of closures that may change while they are being called.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// Names a callback, for [`Master::off`](crate::Master::off), which has an example.
+///
+/// Node: the listener function that `removeListener` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CallbackId(u64);
+
+impl CallbackId {
+    /// Returns one that this process has not used before.
+    pub(crate) fn next() -> Self {
+        thread_local! {
+            static LAST: Cell<u64> = const { Cell::new(0) };
+        }
+        LAST.set(LAST.get() + 1);
+        Self(LAST.get())
+    }
+}
+
+/// A closure that can be called while the list it is in changes.
+pub(crate) type Shared<F> = Rc<RefCell<F>>;
+
+/// The callbacks of one event, in the order in which they were added.
+pub(crate) struct Callbacks<F: ?Sized>(RefCell<Vec<(CallbackId, Shared<F>)>>);
+
+impl<F: ?Sized> Callbacks<F> {
+    pub(crate) fn add(&self, callback: Shared<F>) -> CallbackId {
+        let id = CallbackId::next();
+        self.0.borrow_mut().push((id, callback));
+        id
+    }
+
+    pub(crate) fn remove(&self, id: CallbackId) {
+        // Dropped after the borrow: what a closure owns may call back in its own `Drop`.
+        let removed: Vec<_> = {
+            let mut list = self.0.borrow_mut();
+            let (removed, kept) = list.drain(..).partition(|(other, _)| *other == id);
+            *list = kept;
+            removed
+        };
+        drop(removed);
+    }
+
+    pub(crate) fn clear(&self) {
+        drop(self.0.take());
+    }
+
+    /// Calls each closure that was there at the beginning and is still there at its turn. One that
+    /// is being called already is left out: it has called what led here.
+    pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
+        let snapshot: Vec<_> = self.0.borrow().iter().map(|(id, f)| (*id, Rc::clone(f))).collect();
+        for (id, callback) in snapshot {
+            let registered = self.0.borrow().iter().any(|(other, _)| *other == id);
+            if registered {
+                if let Ok(mut callback) = callback.try_borrow_mut() {
+                    call(&mut callback);
+                }
+            }
+        }
+    }
+}
+
+impl<F: ?Sized> Default for Callbacks<F> {
+    fn default() -> Self {
+        Self(RefCell::default())
+    }
+}
+
+impl<F: ?Sized> std::fmt::Debug for Callbacks<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} callbacks", self.0.borrow().len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Log = Rc<RefCell<Vec<&'static str>>>;
+    type List = Rc<Callbacks<dyn FnMut(&Log)>>;
+
+    fn add(list: &List, mut f: impl FnMut(&Log) + 'static) -> CallbackId {
+        list.add(Rc::new(RefCell::new(move |log: &Log| f(log))))
+    }
+
+    #[test]
+    fn removed_and_added_inside_callbacks() {
+        let (list, log) = (List::default(), Log::default());
+        let second = Rc::new(Cell::new(None));
+        let (inner, victim) = (Rc::clone(&list), Rc::clone(&second));
+        add(&list, move |log| {
+            log.borrow_mut().push("first");
+            if let Some(id) = victim.take() {
+                inner.remove(id);
+                add(&inner, |log| log.borrow_mut().push("third"));
+            }
+        });
+        second.set(Some(add(&list, |log| log.borrow_mut().push("second"))));
+        list.each(|f| f(&log));
+        assert_eq!(log.take(), ["first"], "removed before its turn, added after");
+        list.each(|f| f(&log));
+        assert_eq!(log.take(), ["first", "third"]);
+    }
+
+    #[test]
+    fn a_callback_does_not_enter_itself() {
+        let (list, log) = (List::default(), Log::default());
+        let inner = Rc::clone(&list);
+        add(&list, move |log| {
+            log.borrow_mut().push("outer");
+            inner.each(|f| f(log));
+        });
+        list.each(|f| f(&log));
+        assert_eq!(log.take(), ["outer"]);
+    }
+}
