@@ -151,6 +151,8 @@ pub(crate) struct Channel<In, Out> {
     broken: bool,
     /// To be closed when everything is written.
     closing: bool,
+    /// Whether the poller tells when something can be read.
+    waits_to_read: bool,
     waits_to_write: bool,
     direction: PhantomData<(In, Out)>,
 }
@@ -164,6 +166,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             outbox: Outbox::default(),
             broken: false,
             closing: false,
+            waits_to_read: true,
             waits_to_write: false,
             direction: PhantomData,
         })
@@ -188,7 +191,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Queues a message of the program's. Returns `false` when the program should slow down.
+    /// Queues a message of the program's; `has_room` tells whether the program should slow down.
     pub(crate) fn send(
         &mut self,
         message: &Out,
@@ -255,13 +258,31 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         Ok(())
     }
 
+    /// Whether the poller is to tell when something can be read.
+    pub(crate) fn wait_to_read(&mut self, wait: bool) -> io::Result<()> {
+        if self.waits_to_read != wait {
+            self.waits_to_read = wait;
+            self.update_interest()?;
+        }
+        Ok(())
+    }
+
     fn wait_to_write(&mut self, wait: bool) -> io::Result<()> {
         if self.waits_to_write != wait {
             self.waits_to_write = wait;
-            let interest = if wait { Interest::Both } else { Interest::Readable };
-            self.socket.set_interest(Some(interest))?;
+            self.update_interest()?;
         }
         Ok(())
+    }
+
+    fn update_interest(&self) -> io::Result<()> {
+        self.socket
+            .set_interest(match (self.waits_to_read, self.waits_to_write) {
+                (false, false) => None,
+                (true, false) => Some(Interest::Readable),
+                (false, true) => Some(Interest::Writable),
+                (true, true) => Some(Interest::Both),
+            })
     }
 
     /// Waits for the other side to make room, and writes, until all is written or the time over.

@@ -372,6 +372,9 @@ impl World {
             if !process.alive {
                 return;
             }
+            if let Some(listener) = process.accepting {
+                process.core.want(listener);
+            }
             if let Some(action) = process.core.next_action() {
                 match action {
                     worker_core::Action::Send(frame) => {
@@ -414,7 +417,7 @@ impl World {
         let Some(listener) = process.accepting else {
             return false;
         };
-        if let Some(client) = process.core.accept(listener) {
+        if let Some(client) = process.core.arrived(listener) {
             process.accepting = None;
             self.receive(worker, client);
             return true;
@@ -422,7 +425,7 @@ impl World {
         if process.core.has_ended(listener) {
             process.accepting = None;
         }
-        process.core.has_actions()
+        false
     }
 
     /// The program has a connection in its hands.

@@ -139,10 +139,6 @@ impl<C> WorkerCore<C> {
         !self.events.is_empty()
     }
 
-    pub(crate) fn has_actions(&self) -> bool {
-        !self.actions.is_empty()
-    }
-
     pub(crate) fn is_connected(&self) -> bool {
         self.connected
     }
@@ -237,19 +233,27 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    /// The program waits for a connection: one that has arrived, or `None` and a credit.
-    pub(crate) fn accept(&mut self, listener: ListenerId) -> Option<C> {
-        let entry = self.listeners.get_mut(&listener)?;
-        if let Some(connection) = entry.arrived.pop_front() {
-            entry.wanted = false;
-            return Some(connection);
+    /// The program waits for one connection: the master is to send one, unless one is here.
+    pub(crate) fn want(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if !entry.arrived.is_empty() {
+            return;
         }
         entry.wanted = true;
         if entry.pending.is_empty() && entry.credits == 0 && !self.is_coming(listener) {
             self.grant(listener, 1);
         }
         self.take(listener);
-        None
+    }
+
+    /// Returns the connection that the program waits for.
+    pub(crate) fn arrived(&mut self, listener: ListenerId) -> Option<C> {
+        let entry = self.listeners.get_mut(&listener)?;
+        let connection = entry.arrived.pop_front()?;
+        entry.wanted = false;
+        Some(connection)
     }
 
     /// Everything sent so far has been written.

@@ -128,16 +128,27 @@ impl<S: AsFd> Drop for Registered<S> {
     }
 }
 
-/// Waits until one of two descriptors is readable or the time is over. One call where a wait of
-/// the poller takes five.
-pub(crate) fn wait_for_either(
-    one: BorrowedFd<'_>,
-    other: BorrowedFd<'_>,
+/// Waits until one of the descriptors is readable, or the time is over, or a signal has come.
+/// Returns which are. One call to the system, where a wait of the poller takes five.
+pub(crate) fn wait_readable<const N: usize>(
+    fds: [BorrowedFd<'_>; N],
     timeout: Option<Duration>,
-) -> io::Result<()> {
-    let mut fds = [one, other].map(|fd| libc::pollfd {
+) -> io::Result<[bool; N]> {
+    wait_for(fds.map(|fd| (fd, libc::POLLIN)), timeout)
+}
+
+/// Waits until the descriptor is readable or writable.
+pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
+    wait_for([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
+}
+
+fn wait_for<const N: usize>(
+    fds: [(BorrowedFd<'_>, libc::c_short); N],
+    timeout: Option<Duration>,
+) -> io::Result<[bool; N]> {
+    let mut fds = fds.map(|(fd, events)| libc::pollfd {
         fd: fd.as_raw_fd(),
-        events: libc::POLLIN,
+        events,
         revents: 0,
     });
     let millis = match timeout {
@@ -148,12 +159,13 @@ pub(crate) fn wait_for_either(
             libc::c_int::try_from(millis).unwrap_or(libc::c_int::MAX)
         }
     };
+    let count = libc::nfds_t::try_from(N).unwrap_or(0);
     // SAFETY: the array lives through the call, and its length is given.
-    let result = unsafe { libc::poll(fds.as_mut_ptr(), 2, millis) };
+    let result = unsafe { libc::poll(fds.as_mut_ptr(), count, millis) };
     match super::check(result) {
-        // A signal: its handler has made the poller readable if it matters.
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        // Its handler has made the poller readable if it matters.
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
         Err(error) => Err(error),
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(fds.map(|fd| fd.revents != 0)),
     }
 }

@@ -88,7 +88,7 @@ impl Program {
         match failure.read_exact(&mut errno) {
             Err(_) => Ok(pid),
             Ok(()) => {
-                let _ = retry(|| pid.wait(0));
+                let _ = pid.wait();
                 Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
             }
         }
@@ -190,6 +190,11 @@ fn restore_signals(mask: &libc::sigset_t) {
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut()) };
 }
 
+/// Stands for an end that nobody can learn about: code 255.
+pub(crate) fn unknown_status() -> ExitStatus {
+    ExitStatus::from_raw(255 << 8)
+}
+
 impl Pid {
     pub(crate) fn number(self) -> u32 {
         self.0.unsigned_abs()
@@ -201,10 +206,19 @@ impl Pid {
     ///
     /// Somebody else has waited for it.
     pub(crate) fn try_wait(self) -> io::Result<Option<ExitStatus>> {
-        retry(|| self.wait(libc::WNOHANG))
+        retry(|| self.wait_with(libc::WNOHANG))
     }
 
-    fn wait(self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+    /// Waits for the child to end.
+    ///
+    /// # Errors
+    ///
+    /// Somebody else has waited for it.
+    pub(crate) fn wait(self) -> io::Result<Option<ExitStatus>> {
+        retry(|| self.wait_with(0))
+    }
+
+    fn wait_with(self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
         let mut status = 0;
         // SAFETY: the status is writable. Only this one child is waited for.
         let pid = check(unsafe { libc::waitpid(self.0, &raw mut status, options) })?;

@@ -184,3 +184,17 @@ impl Drop for Installed {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) fn raise(signal: libc::c_int) {
+    // SAFETY: raise takes an integer.
+    unsafe { libc::raise(signal) };
+}
+
+#[cfg(test)]
+pub(crate) fn is_handled(signal: libc::c_int) -> bool {
+    let mut current = empty_action();
+    // SAFETY: without a new action the call only reads the old one.
+    unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) };
+    current.sa_sigaction == ours()
+}

@@ -112,6 +112,25 @@ pub(crate) fn receive(
     Ok(read)
 }
 
+/// Whether `accept` failed because of the one connection that it would have returned: the next one
+/// may be well. The list is that of accept(2).
+pub(crate) fn lost_before_accept(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ECONNABORTED
+                | libc::EINTR
+                | libc::ENETDOWN
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::EHOSTUNREACH
+                | libc::EOPNOTSUPP
+                | libc::ENETUNREACH
+        )
+    )
+}
+
 /// Sets how many connections may wait to be accepted. `listen` may be called again for this.
 pub(crate) fn set_backlog(listener: &TcpListener, backlog: libc::c_int) -> io::Result<()> {
     // SAFETY: listen takes two integers.

@@ -1,0 +1,135 @@
+//! A web server on every core, with workers that block.
+//!
+//! Type:      cargo run --release --example http_server
+//! then:      curl -i http://127.0.0.1:8000/
+//! and stop:  Ctrl-C
+//!
+//! Options:   --addr 127.0.0.1:8000   --workers 4   --policy rr|none
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::{Connection, Master, Role, SchedulingPolicy, Signal, Worker};
+use lexopt::prelude::*;
+
+/// A client that says nothing holds its worker no longer than this.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+struct Options {
+    addr: String,
+    workers: usize,
+    policy: Option<SchedulingPolicy>,
+}
+
+fn options() -> Result<Options, lexopt::Error> {
+    let mut options = Options {
+        addr: "127.0.0.1:8000".to_owned(),
+        workers: cluster::available_parallelism(),
+        policy: None,
+    };
+    let mut args = lexopt::Parser::from_env();
+    while let Some(arg) = args.next()? {
+        match arg {
+            Long("addr") => options.addr = args.value()?.string()?,
+            Long("workers") => options.workers = args.value()?.parse()?,
+            Long("policy") => options.policy = Some(args.value()?.parse()?),
+            _ => return Err(arg.unexpected()),
+        }
+    }
+    Ok(options)
+}
+
+fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
+    if let Some(policy) = options.policy {
+        master.set_scheduling_policy(policy)?;
+    }
+    let failed = Rc::new(Cell::new(false));
+    let listening = Rc::new(RefCell::new(BTreeSet::new()));
+
+    master.on_online(|_, worker| println!("worker {} {}", worker.id(), worker.process().id()));
+    let (seen, wanted) = (Rc::clone(&listening), options.workers);
+    master.on_listening(move |_, worker, address| {
+        let mut seen = seen.borrow_mut();
+        if seen.insert(worker.id()) && seen.len() == wanted {
+            println!("listening on {address}");
+        }
+    });
+    let failure = Rc::clone(&failed);
+    master.on_exit(move |master, worker, status| {
+        if worker.exited_after_disconnect() == Some(true) {
+            return;
+        }
+        eprintln!("worker {} died ({status})", worker.id());
+        // One that never listened would not do better the next time.
+        if !listening.borrow().contains(&worker.id()) || master.fork().is_err() {
+            failure.set(true);
+            master.disconnect(|_| {});
+        }
+    });
+    for signal in [Signal::INT, Signal::TERM] {
+        master.on_signal(signal, |master, _| master.disconnect(|_| {}))?;
+    }
+    for _ in 0..options.workers {
+        master.fork()?;
+    }
+    master.run()?;
+    Ok(if failed.get() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
+    // A terminal sends these to everybody: the master tells its workers when to leave.
+    for signal in [Signal::INT, Signal::TERM] {
+        worker.on_signal(signal, |_, _| {})?;
+    }
+    let listener = worker.listen(options.addr.as_str())?;
+    for connection in listener.incoming() {
+        // A client that leaves or sends nonsense is its own affair.
+        let _ = answer(connection?, worker);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn answer(mut connection: Connection, worker: &Worker) -> io::Result<()> {
+    connection.set_read_timeout(Some(PATIENCE))?;
+    let mut buffer = [0; 8192];
+    let mut length = 0;
+    let status = loop {
+        let read = connection.read(&mut buffer[length..])?;
+        length += read;
+        let mut headers = [httparse::EMPTY_HEADER; 64];
+        match httparse::Request::new(&mut headers).parse(&buffer[..length]) {
+            Ok(done) if done.is_complete() => break "200 OK",
+            Ok(_) if read > 0 => {}
+            Ok(_) | Err(_) => break "400 Bad Request",
+        }
+    };
+    let body = if status == "200 OK" { "hello world\n" } else { "" };
+    let (id, length) = (worker.id(), body.len());
+    let head = "Content-Type: text/plain\r\nConnection: close";
+    let answer = format!(
+        "HTTP/1.1 {status}\r\nX-Worker: {id}\r\nContent-Length: {length}\r\n{head}\r\n\r\n{body}"
+    );
+    connection.write_all(answer.as_bytes())
+}
+
+fn main() -> ExitCode {
+    let outcome = cluster::init().map(|role| (role, options()));
+    let outcome = match outcome {
+        Ok((_, Err(usage))) => {
+            eprintln!("{usage}");
+            return ExitCode::from(2);
+        }
+        Ok((Role::Master(role), Ok(options))) => master(&role, &options),
+        Ok((Role::Worker(role), Ok(options))) => worker(&role, &options),
+        Err(error) => Err(error),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("{error}");
+        ExitCode::FAILURE
+    })
+}

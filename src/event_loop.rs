@@ -1,0 +1,434 @@
+//! What master and worker have in common: one poller, timers, signals and watched descriptors.
+//! Knows nothing of clusters; `R` is the role that callbacks get handed in.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use crate::callbacks::{CallbackId, Callbacks, Shared};
+use crate::channel::READ_SIZE;
+use crate::error::{Error, Result};
+use crate::master_core::Time;
+use crate::signal::Signal;
+use crate::sys::poll::{Interest, Poller, Registered};
+use crate::sys::signal::{self, Installed, SignalPipe};
+use crate::timers::{TimerId, Timers};
+
+/// Names a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
+///
+/// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WatchId(u32);
+
+/// Who a ready descriptor belongs to. It travels through the poller as a number; one of a source
+/// that is gone finds nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Token {
+    Channel(u32),
+    Process(u32),
+    Listener(u32),
+    Watch(u32),
+    Signals,
+}
+
+impl Token {
+    pub(crate) fn key(self) -> usize {
+        let (tag, number) = match self {
+            Self::Channel(number) => (0, number),
+            Self::Process(number) => (1, number),
+            Self::Listener(number) => (2, number),
+            Self::Watch(number) => (3, number),
+            Self::Signals => (4, 0),
+        };
+        // The numbers count up from 1; on 32 bits they stay unique for half a billion.
+        (number as usize) << 3 | tag
+    }
+
+    fn from_key(key: usize) -> Option<Self> {
+        let number = u32::try_from(key >> 3).ok()?;
+        match key & 7 {
+            0 => Some(Self::Channel(number)),
+            1 => Some(Self::Process(number)),
+            2 => Some(Self::Listener(number)),
+            3 => Some(Self::Watch(number)),
+            4 => Some(Self::Signals),
+            _ => None,
+        }
+    }
+}
+
+/// A watched descriptor and its callback, whatever their types.
+trait Watched<R> {
+    /// Calls the callback. Returns whether the descriptor stays.
+    fn ready(&mut self, role: &R) -> bool;
+}
+
+struct Watch<S: AsFd, F> {
+    source: Registered<S>,
+    interest: Interest,
+    callback: F,
+}
+
+impl<R, S, F> Watched<R> for Watch<S, F>
+where
+    S: AsFd,
+    F: FnMut(&R, &mut S) -> Option<Interest>,
+{
+    fn ready(&mut self, role: &R) -> bool {
+        match (self.callback)(role, self.source.source_mut()) {
+            None => false,
+            Some(interest) if interest == self.interest => true,
+            Some(interest) => {
+                self.interest = interest;
+                self.source.set_interest(Some(interest)).is_ok()
+            }
+        }
+    }
+}
+
+struct SignalInterest<R> {
+    callbacks: Callbacks<dyn FnMut(&R, Signal)>,
+    /// Held for its `Drop`.
+    _installed: Installed,
+}
+
+pub(crate) struct EventLoop<R> {
+    poller: Poller,
+    began: Instant,
+    timers: RefCell<Timers<Shared<dyn FnMut(&R)>>>,
+    watches: RefCell<BTreeMap<WatchId, Shared<dyn Watched<R>>>>,
+    last_watch: Cell<u32>,
+    signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
+    signals: RefCell<BTreeMap<Signal, Rc<SignalInterest<R>>>>,
+    /// Whether the loop is turning, so that a callback that turns it gets an error.
+    running: Cell<bool>,
+    scratch: RefCell<Vec<u8>>,
+}
+
+impl<R> std::fmt::Debug for EventLoop<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventLoop").finish_non_exhaustive()
+    }
+}
+
+impl<R> EventLoop<R> {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            poller: Poller::new().map_err(Error::io("create a poller"))?,
+            began: Instant::now(),
+            timers: RefCell::new(Timers::new()),
+            watches: RefCell::default(),
+            last_watch: Cell::new(0),
+            signal_pipe: RefCell::default(),
+            signals: RefCell::default(),
+            running: Cell::new(false),
+            scratch: RefCell::new(Vec::new()),
+        })
+    }
+
+    pub(crate) fn poller(&self) -> &Poller {
+        &self.poller
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.poller.as_fd()
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        self.began.elapsed()
+    }
+
+    /// A buffer to read into, shared by all channels.
+    pub(crate) fn with_scratch<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
+        let mut scratch = self.scratch.borrow_mut();
+        scratch.resize(READ_SIZE, 0);
+        read(&mut scratch)
+    }
+
+    /// Marks the loop as turning while the guard lives.
+    pub(crate) fn enter(&self) -> Result<Running<'_>> {
+        if self.running.replace(true) {
+            return Err(Error::AlreadyRunning);
+        }
+        Ok(Running(&self.running))
+    }
+
+    /// The time until the first timer, or `other` if that comes first.
+    pub(crate) fn time_left(&self, other: Option<Time>) -> Option<Duration> {
+        let timer = self.timers.borrow().deadline();
+        let first = timer.into_iter().chain(other).min()?;
+        Some(first.saturating_sub(self.now()))
+    }
+
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<Vec<(Token, bool)>> {
+        let ready = self.poller.wait(timeout);
+        let ready = ready.map_err(Error::io("wait for events"))?;
+        let tokens = ready.into_iter().filter_map(|ready| {
+            let token = Token::from_key(ready.key)?;
+            Some((token, ready.writable))
+        });
+        Ok(tokens.collect())
+    }
+
+    /// Whether the program has something here that is still to happen. Signals do not count.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.timers.borrow().is_empty() || !self.watches.borrow().is_empty()
+    }
+
+    /// Drops every closure: they may own what owns this loop.
+    pub(crate) fn clear(&self) {
+        let timers = self.timers.replace(Timers::new());
+        let watches = self.watches.take();
+        let signals = self.signals.take();
+        drop((timers, watches, signals));
+    }
+
+    pub(crate) fn set_timeout(
+        &self,
+        after: Duration,
+        callback: impl FnOnce(&R) + 'static,
+    ) -> TimerId {
+        let mut callback = Some(callback);
+        let once = move |role: &R| {
+            if let Some(callback) = callback.take() {
+                callback(role);
+            }
+        };
+        self.set_timer(after, None, Rc::new(RefCell::new(once)))
+    }
+
+    pub(crate) fn set_interval(
+        &self,
+        every: Duration,
+        callback: impl FnMut(&R) + 'static,
+    ) -> TimerId {
+        self.set_timer(every, Some(every), Rc::new(RefCell::new(callback)))
+    }
+
+    fn set_timer(
+        &self,
+        after: Duration,
+        interval: Option<Duration>,
+        callback: Shared<dyn FnMut(&R)>,
+    ) -> TimerId {
+        let now = self.now();
+        self.timers.borrow_mut().set(now, after, interval, callback)
+    }
+
+    pub(crate) fn clear_timer(&self, id: TimerId) {
+        self.timers.borrow_mut().clear(id);
+    }
+
+    /// Calls what is due now, and not what falls due meanwhile.
+    pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
+        let now = self.now();
+        loop {
+            let due = self.timers.borrow_mut().take_due(now);
+            let Some((id, callback)) = due else {
+                break;
+            };
+            (callback.borrow_mut())(role);
+            self.timers.borrow_mut().put_back(now, id, callback);
+            settle();
+        }
+    }
+
+    pub(crate) fn watch<S: AsFd + 'static>(
+        &self,
+        source: S,
+        interest: Interest,
+        callback: impl FnMut(&R, &mut S) -> Option<Interest> + 'static,
+    ) -> Result<WatchId>
+    where
+        R: 'static,
+    {
+        let id = WatchId(self.last_watch.get().wrapping_add(1));
+        self.last_watch.set(id.0);
+        let source = self
+            .poller
+            .add(source, Token::Watch(id.0).key(), Some(interest))
+            .map_err(Error::io("watch a descriptor"))?;
+        let watch = Watch {
+            source,
+            interest,
+            callback,
+        };
+        self.watches
+            .borrow_mut()
+            .insert(id, Rc::new(RefCell::new(watch)));
+        Ok(id)
+    }
+
+    pub(crate) fn unwatch(&self, id: WatchId) {
+        let removed = self.watches.borrow_mut().remove(&id);
+        drop(removed);
+    }
+
+    pub(crate) fn watch_ready(&self, role: &R, number: u32) {
+        let id = WatchId(number);
+        let watch = self.watches.borrow().get(&id).map(Rc::clone);
+        let Some(watch) = watch else {
+            return;
+        };
+        let stays = watch.borrow_mut().ready(role);
+        if !stays {
+            self.unwatch(id);
+        }
+    }
+
+    /// Makes the loop wake up for signals.
+    fn open_signal_pipe(&self) -> io::Result<()> {
+        let mut pipe = self.signal_pipe.borrow_mut();
+        if pipe.is_none() {
+            let key = Token::Signals.key();
+            let new = SignalPipe::new()?;
+            *pipe = Some(self.poller.add(new, key, Some(Interest::Readable))?);
+        }
+        Ok(())
+    }
+
+    /// Wakes the loop when `signal` comes; `take_signals` tells that it came.
+    pub(crate) fn install(&self, signal: Signal) -> io::Result<Installed> {
+        self.open_signal_pipe()?;
+        signal::install(signal.number())
+    }
+
+    pub(crate) fn on_signal(
+        &self,
+        signal: Signal,
+        callback: impl FnMut(&R, Signal) + 'static,
+    ) -> Result<CallbackId> {
+        let known = self.signals.borrow().get(&signal).map(Rc::clone);
+        let interest = match known {
+            Some(interest) => interest,
+            None => {
+                let installed = self.install(signal);
+                let interest = Rc::new(SignalInterest {
+                    callbacks: Callbacks::default(),
+                    _installed: installed.map_err(Error::io("handle a signal"))?,
+                });
+                let mut signals = self.signals.borrow_mut();
+                signals.insert(signal, Rc::clone(&interest));
+                interest
+            }
+        };
+        Ok(interest.callbacks.add(Rc::new(RefCell::new(callback))))
+    }
+
+    pub(crate) fn remove_signal_callback(&self, id: CallbackId) {
+        for interest in self.signals.borrow().values() {
+            interest.callbacks.remove(id);
+        }
+    }
+
+    pub(crate) fn take_signals(&self) -> Vec<Signal> {
+        let pipe = self.signal_pipe.borrow();
+        let numbers = pipe.as_ref().map(|pipe| pipe.take()).unwrap_or_default();
+        numbers.into_iter().map(Signal::from_number).collect()
+    }
+
+    pub(crate) fn call_signal(&self, role: &R, signal: Signal) {
+        let interest = self.signals.borrow().get(&signal).map(Rc::clone);
+        if let Some(interest) = interest {
+            interest.callbacks.each(|callback| callback(role, signal));
+        }
+    }
+}
+
+/// While it lives, the loop is turning.
+#[derive(Debug)]
+pub(crate) struct Running<'a>(&'a Cell<bool>);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_survive_the_poller() {
+        let all = [
+            Token::Channel(1),
+            Token::Process(2),
+            Token::Listener(3),
+            Token::Watch(0x1fff_ffff),
+            Token::Signals,
+        ];
+        for token in all {
+            assert_eq!(Token::from_key(token.key()), Some(token));
+        }
+    }
+
+    #[test]
+    fn a_watch_says_what_it_waits_for_next() {
+        use std::io::{Read as _, Write as _};
+        use std::os::unix::net::UnixStream;
+
+        let home = EventLoop::<RefCell<Vec<u8>>>::new().unwrap();
+        let seen = RefCell::new(Vec::new());
+        let (mut here, there) = UnixStream::pair().unwrap();
+        let id = home
+            .watch(there, Interest::Readable, |seen: &RefCell<_>, there| {
+                let mut byte = [0];
+                there.read_exact(&mut byte).unwrap();
+                seen.borrow_mut().push(byte[0]);
+                (byte[0] < 2).then_some(Interest::Readable)
+            })
+            .unwrap();
+        for byte in [1, 2] {
+            assert!(home.has_work());
+            here.write_all(&[byte]).unwrap();
+            let ready = home.wait(None).unwrap();
+            assert_eq!(ready[0].0, Token::Watch(id.0));
+            home.watch_ready(&seen, id.0);
+        }
+        assert_eq!(seen.take(), [1, 2]);
+        assert!(!home.has_work(), "let go");
+        assert_eq!(here.read(&mut [0]).unwrap(), 0, "and closed");
+    }
+
+    #[test]
+    fn only_one_turn_at_a_time() {
+        let home = EventLoop::<()>::new().unwrap();
+        let running = home.enter().unwrap();
+        assert!(matches!(home.enter(), Err(Error::AlreadyRunning)));
+        drop(running);
+        assert!(home.enter().is_ok());
+    }
+
+    #[test]
+    fn a_signal_wakes_the_loop_and_the_old_handler_comes_back() {
+        let home = EventLoop::<RefCell<u32>>::new().unwrap();
+        let count = RefCell::new(0);
+        home.on_signal(Signal::USR1, |count: &RefCell<u32>, signal| {
+            assert_eq!(signal, Signal::USR1);
+            *count.borrow_mut() += 1;
+        })
+        .unwrap();
+        crate::sys::signal::raise(Signal::USR1.number());
+        let ready = home.wait(None).unwrap();
+        assert_eq!(ready[0].0, Token::Signals);
+        for signal in home.take_signals() {
+            home.call_signal(&count, signal);
+        }
+        assert_eq!(count.take(), 1);
+        assert!(home.take_signals().is_empty());
+        assert!(crate::sys::signal::is_handled(Signal::USR1.number()));
+        home.clear();
+        assert!(!crate::sys::signal::is_handled(Signal::USR1.number()));
+    }
+
+    #[test]
+    fn some_signals_cannot_be_handled() {
+        let home = EventLoop::<()>::new().unwrap();
+        let error = home.on_signal(Signal::KILL, |(), _| {}).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(22));
+    }
+}

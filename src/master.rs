@@ -1,0 +1,1149 @@
+//! The master's shell: carries out what [`MasterCore`] decides, and calls the program.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::address::Address;
+use crate::callbacks::{CallbackId, Callbacks};
+use crate::channel::{Channel, Received};
+use crate::error::{Error, Result, SendError};
+use crate::event_loop::{EventLoop, Token, WatchId};
+use crate::frame::{HandleId, ToMaster, ToWorker};
+use crate::ledger::Ledger;
+use crate::master_core::{Action, Emit, Event, Level, MasterCore, With};
+use crate::message::Message;
+use crate::settings::{CHANNEL_FD, SchedulingPolicy, Settings, UNIQUE_ID};
+use crate::signal::Signal;
+use crate::sys;
+use crate::sys::poll::{Interest, Registered};
+use crate::sys::process::{Pid, Program};
+use crate::sys::signal::Installed;
+use crate::timers::TimerId;
+use crate::worker_id::WorkerId;
+use crate::worker_process::{Record, WorkerProcess};
+
+/// How many connections may wait in the kernel's queue. Node: 511, too.
+const BACKLOG: i32 = 511;
+/// How often a dead worker's channel is read before its end is told; more than a socket holds,
+/// unless the worker's own children go on writing.
+const LAST_WORDS: u32 = 64;
+
+/// The process that forks workers, supervises them and shares its ports with them.
+///
+/// Node: `cluster` where `cluster.isMaster` is true. It comes from [`init`](crate::init). All
+/// methods can be called at any time, by callbacks too, unless they say otherwise. Callbacks are
+/// called by [`run`](Self::run) and [`dispatch`](Self::dispatch) and never inside another call.
+///
+/// When it is dropped the channels to its workers close, and they leave.
+///
+/// ```no_run
+/// use cluster::{Role, Signal};
+///
+/// # fn serve(_: cluster::Connection) {}
+/// fn main() -> cluster::Result<()> {
+///     match cluster::init()? {
+///         Role::Master(master) => {
+///             for _ in 0..cluster::available_parallelism() {
+///                 master.fork()?;
+///             }
+///             master.on_exit(|master, worker, status| {
+///                 println!("worker {} died ({status})", worker.process().id());
+///                 if worker.exited_after_disconnect() != Some(true) {
+///                     let _ = master.fork();
+///                 }
+///             });
+///             master.on_signal(Signal::TERM, |master, _| master.disconnect(|_| {}))?;
+///             master.run()
+///         }
+///         Role::Worker(worker) => {
+///             let listener = worker.listen("127.0.0.1:8000")?;
+///             for connection in listener.incoming() {
+///                 serve(connection?);
+///             }
+///             Ok(())
+///         }
+///     }
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Master {
+    inner: Rc<Inner>,
+}
+
+pub(crate) type Core = MasterCore<Rc<OwnedFd>>;
+
+type OnEvent = dyn FnMut(&Master, &WorkerProcess);
+type OnListening = dyn FnMut(&Master, &WorkerProcess, &Address);
+type OnMessage = dyn FnMut(&Master, &WorkerProcess, &Message);
+type OnExit = dyn FnMut(&Master, &WorkerProcess, ExitStatus);
+type OnError = dyn FnMut(&Master, Option<&WorkerProcess>, &Error);
+type OnSetup = dyn FnMut(&Master, &Settings);
+type OnDisconnected = dyn FnOnce(&Master);
+
+/// The callbacks of one worker, or of all of them.
+#[derive(Debug, Default)]
+pub(crate) struct WorkerCallbacks {
+    pub(crate) online: Callbacks<OnEvent>,
+    pub(crate) listening: Callbacks<OnListening>,
+    pub(crate) message: Callbacks<OnMessage>,
+    pub(crate) disconnect: Callbacks<OnEvent>,
+    pub(crate) exit: Callbacks<OnExit>,
+    pub(crate) error: Callbacks<OnError>,
+}
+
+impl WorkerCallbacks {
+    pub(crate) fn remove(&self, id: CallbackId) {
+        self.online.remove(id);
+        self.listening.remove(id);
+        self.message.remove(id);
+        self.disconnect.remove(id);
+        self.exit.remove(id);
+        self.error.remove(id);
+    }
+
+    pub(crate) fn clear(&self) {
+        self.online.clear();
+        self.listening.clear();
+        self.message.clear();
+        self.disconnect.clear();
+        self.exit.clear();
+        self.error.clear();
+    }
+}
+
+#[derive(Default)]
+struct ClusterCallbacks {
+    fork: Callbacks<OnEvent>,
+    setup: Callbacks<OnSetup>,
+    of_workers: WorkerCallbacks,
+    disconnected: RefCell<Vec<Box<OnDisconnected>>>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) core: RefCell<Core>,
+    home: EventLoop<Master>,
+    records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
+    listeners: RefCell<BTreeMap<HandleId, Registered<TcpListener>>>,
+    callbacks: ClusterCallbacks,
+    settings: RefCell<Settings>,
+    /// Channels that have something to write.
+    unflushed: RefCell<BTreeSet<WorkerId>>,
+    /// Where the kernel has no descriptors for processes.
+    child_signal: RefCell<Option<Installed>>,
+    /// A worker may have ended before the signal for it was asked for.
+    reap: Cell<bool>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Master")
+            .field("records", &self.records)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Master {
+    pub(crate) fn new(policy: SchedulingPolicy) -> Result<Self> {
+        let inner = Inner {
+            core: RefCell::new(MasterCore::new(policy)),
+            home: EventLoop::new()?,
+            records: RefCell::default(),
+            listeners: RefCell::default(),
+            callbacks: ClusterCallbacks::default(),
+            settings: RefCell::default(),
+            unflushed: RefCell::default(),
+            child_signal: RefCell::default(),
+            reap: Cell::new(false),
+        };
+        let inner = Rc::new(inner);
+        Ok(Self { inner })
+    }
+
+    /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment.
+    ///
+    /// Node: `cluster.fork()`. The worker is in [`workers`](Self::workers) when this returns, and
+    /// the events `setup` and `fork` come when the loop turns. The calling thread waits until the
+    /// program is executed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Fork`] if the program cannot be executed, or the system has no process or
+    /// descriptor left.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// let worker = master.fork()?;
+    /// worker.on_online(|_, worker| println!("worker {} is online", worker.id()));
+    /// # Ok(()) }
+    /// ```
+    pub fn fork(&self) -> Result<WorkerProcess> {
+        self.fork_with(std::iter::empty::<(OsString, OsString)>())
+    }
+
+    /// Starts a worker with more or other variables in its environment.
+    ///
+    /// Node: `cluster.fork(env)`. The master's own environment stays as it is; see
+    /// [`fork`](Self::fork) for the rest.
+    ///
+    /// # Errors
+    ///
+    /// As [`fork`](Self::fork), and [`Error::Fork`] if a name or value has a zero byte in it.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// master.fork_with([("ROLE", "cache"), ("RUST_BACKTRACE", "1")])?;
+    /// # Ok(()) }
+    /// ```
+    pub fn fork_with<K, V>(&self, env: impl IntoIterator<Item = (K, V)>) -> Result<WorkerProcess>
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        self.setup_master(Settings::default());
+        let settings = self.settings();
+        let program = settings.exec.clone().unwrap_or_default();
+        let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
+        self.start(settings, env).map_err(|source| Error::Fork {
+            program,
+            source,
+        })
+    }
+
+    fn start(
+        &self,
+        settings: Settings,
+        extra: impl Iterator<Item = (OsString, OsString)>,
+    ) -> io::Result<WorkerProcess> {
+        let id = self.inner.core.borrow().next_worker_id();
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let key = Token::Channel(id.get()).key();
+        let channel = Channel::new(ours, self.inner.home.poller(), key)?;
+
+        let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
+        env.extend(extra);
+        env.insert(UNIQUE_ID.into(), id.to_string().into());
+        env.insert(CHANNEL_FD.into(), theirs.as_raw_fd().to_string().into());
+        let own_name = || std::env::args_os().next();
+        let exec = settings.exec.unwrap_or_default().into_os_string();
+        let is_own = std::env::current_exe().is_ok_and(|own| own == *exec);
+        let name = own_name().filter(|_| is_own).unwrap_or_else(|| exec.clone());
+        let args = std::iter::once(name).chain(settings.args.unwrap_or_default());
+        let pid = Program::new(exec, args, env)?.spawn(theirs.as_raw_fd())?;
+        drop(theirs);
+
+        let process = match self.watch_process(id, pid) {
+            Ok(process) => process,
+            Err(error) => {
+                // It would never be noticed that it ended.
+                let _ = pid.signal(Signal::KILL.number());
+                let _ = pid.wait();
+                return Err(error);
+            }
+        };
+        self.inner.core.borrow_mut().forked();
+        let record = Rc::new(Record::new(id, pid, channel, process));
+        self.inner.records.borrow_mut().insert(id, Rc::clone(&record));
+        Ok(WorkerProcess::new(&self.inner, record))
+    }
+
+    /// Arranges for the loop to wake up when the process ends.
+    fn watch_process(&self, id: WorkerId, pid: Pid) -> io::Result<Option<Registered<OwnedFd>>> {
+        let home = &self.inner.home;
+        if let Some(fd) = pid.open() {
+            let key = Token::Process(id.get()).key();
+            return home.poller().add(fd, key, Some(Interest::Readable)).map(Some);
+        }
+        let mut installed = self.inner.child_signal.borrow_mut();
+        if installed.is_none() {
+            *installed = Some(home.install(Signal::from_number(sys::signal::CHLD))?);
+        }
+        self.inner.reap.set(true);
+        Ok(None)
+    }
+
+    /// Changes what later calls of [`fork`](Self::fork) start; running workers are not affected.
+    ///
+    /// Node: `cluster.setupMaster(settings)`. A field left `None` keeps its value, and at the first
+    /// call gets the default. The event `setup` comes when the loop turns, once for each call.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Settings;
+    ///
+    /// master.setup_master(Settings::default().exec("./worker").args(["--use", "https"]));
+    /// master.fork()?; // https worker
+    /// master.setup_master(Settings::default().args(["--use", "http"]));
+    /// master.fork()?; // http worker
+    /// # Ok(()) }
+    /// ```
+    pub fn setup_master(&self, settings: Settings) {
+        let mut current = self.inner.settings.borrow_mut();
+        current.update(settings);
+        current.exec.get_or_insert_with(|| {
+            // Without /proc the program's name has to do.
+            let name = || std::env::args_os().next().map(PathBuf::from);
+            std::env::current_exe().ok().or_else(name).unwrap_or_default()
+        });
+        let own_args = || std::env::args_os().skip(1).collect();
+        current.args.get_or_insert_with(own_args);
+        drop(current);
+        self.inner.core.borrow_mut().setup();
+    }
+
+    /// Returns the settings as they are now: empty before the first
+    /// [`setup_master`](Self::setup_master) or [`fork`](Self::fork), complete afterwards.
+    ///
+    /// Node: `cluster.settings`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// assert_eq!(master.settings().exec, None);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        self.inner.settings.borrow().clone()
+    }
+
+    /// Chooses who accepts connections, instead of `CLUSTER_SCHED_POLICY` or the default.
+    ///
+    /// Node: `cluster.schedulingPolicy = …`. Call it before the first [`fork`](Self::fork).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PolicyFrozen`] after the first fork.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// master.set_scheduling_policy(cluster::SchedulingPolicy::Shared)?;
+    /// # Ok(()) }
+    /// ```
+    pub fn set_scheduling_policy(&self, policy: SchedulingPolicy) -> Result<()> {
+        self.inner.core.borrow_mut().set_policy(policy)
+    }
+
+    /// Returns who accepts connections.
+    ///
+    /// Node: `cluster.schedulingPolicy`. See
+    /// [`set_scheduling_policy`](Self::set_scheduling_policy) for an example.
+    #[must_use]
+    pub fn scheduling_policy(&self) -> SchedulingPolicy {
+        self.inner.core.borrow().policy()
+    }
+
+    /// Returns the workers in the order of their ids. One leaves the table when it has
+    /// disconnected and exited, just before its `exit` event.
+    ///
+    /// Node: `cluster.workers`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// for worker in master.workers() {
+    ///     let _ = worker.send(b"big announcement to all workers");
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn workers(&self) -> Vec<WorkerProcess> {
+        let core = self.inner.core.borrow();
+        core.worker_ids().filter_map(|id| self.find(id)).collect()
+    }
+
+    /// Returns the worker with this id, if it is in the table.
+    ///
+    /// Node: `cluster.workers[id]`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master, id: cluster::WorkerId) {
+    /// if let Some(worker) = master.worker(id) {
+    ///     worker.disconnect();
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn worker(&self, id: WorkerId) -> Option<WorkerProcess> {
+        self.inner.core.borrow().state(id)?;
+        self.find(id)
+    }
+
+    fn find(&self, id: WorkerId) -> Option<WorkerProcess> {
+        let record = self.inner.record(id)?;
+        Some(WorkerProcess::new(&self.inner, record))
+    }
+
+    /// Disconnects every worker, and calls back when all have left and all listeners are closed.
+    ///
+    /// Node: `cluster.disconnect(callback)`. Connections that have been accepted, or wait in the
+    /// kernel's queue, are still served. There is no deadline: a worker that never finishes is for
+    /// the program to kill. The callback is never called inside this call.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.disconnect(|_| println!("all workers are gone"));
+    /// # }
+    /// ```
+    pub fn disconnect(&self, callback: impl FnOnce(&Self) + 'static) {
+        let mut waiting = self.inner.callbacks.disconnected.borrow_mut();
+        waiting.push(Box::new(callback));
+        drop(waiting);
+        self.inner.core.borrow_mut().disconnect_all(true);
+        self.inner.act();
+    }
+
+    /// Returns what became of the accepted connections so far.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let ledger = master.ledger();
+    /// println!("{} accepted, {} on their way", ledger.accepted, ledger.in_hand());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn ledger(&self) -> Ledger {
+        self.inner.core.borrow().ledger()
+    }
+}
+
+/// Callbacks. Each method adds one to those that are there, and returns what
+/// [`off`](Master::off) takes. For every event but `message`, the callbacks of the worker itself
+/// are called before these.
+impl Master {
+    /// Calls back when a worker has been forked.
+    ///
+    /// Node: `cluster.on('fork')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_fork(|_, worker| println!("worker {} forked", worker.id()));
+    /// # }
+    /// ```
+    pub fn on_fork(&self, callback: impl FnMut(&Self, &WorkerProcess) + 'static) -> CallbackId {
+        self.inner.callbacks.fork.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when a worker's program has called [`init`](crate::init).
+    ///
+    /// Node: `cluster.on('online')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_online(|_, worker| println!("worker {} is online", worker.id()));
+    /// # }
+    /// ```
+    pub fn on_online(&self, callback: impl FnMut(&Self, &WorkerProcess) + 'static) -> CallbackId {
+        let callbacks = &self.inner.callbacks.of_workers.online;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when a worker listens, once for each of its listeners.
+    ///
+    /// Node: `cluster.on('listening')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_listening(|_, worker, address| {
+    ///     println!("worker {} is now connected to {address}", worker.id());
+    /// });
+    /// # }
+    /// ```
+    pub fn on_listening(
+        &self,
+        callback: impl FnMut(&Self, &WorkerProcess, &Address) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.inner.callbacks.of_workers.listening;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when a message has come from a worker; before the worker's own callbacks.
+    ///
+    /// Node: `cluster.on('message')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_message(|_, worker, message| {
+    ///     println!("{} bytes from worker {}", message.bytes().len(), worker.id());
+    /// });
+    /// # }
+    /// ```
+    pub fn on_message(
+        &self,
+        callback: impl FnMut(&Self, &WorkerProcess, &Message) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.inner.callbacks.of_workers.message;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when a worker's channel has closed.
+    ///
+    /// Node: `cluster.on('disconnect')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_disconnect(|_, worker| println!("worker {} has disconnected", worker.id()));
+    /// # }
+    /// ```
+    pub fn on_disconnect(
+        &self,
+        callback: impl FnMut(&Self, &WorkerProcess) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.inner.callbacks.of_workers.disconnect;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when a worker has ended, with its exit code or the signal that ended it. It is
+    /// the last event of a worker; the process is gone and no longer in the table.
+    ///
+    /// Node: `cluster.on('exit')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_exit(|master, worker, status| {
+    ///     println!("worker {} died ({status}), restarting", worker.process().id());
+    ///     let _ = master.fork();
+    /// });
+    /// # }
+    /// ```
+    pub fn on_exit(
+        &self,
+        callback: impl FnMut(&Self, &WorkerProcess, ExitStatus) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.inner.callbacks.of_workers.exit;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when something failed outside any call of the program's: with the worker it
+    /// concerns, or with `None` for a listener.
+    ///
+    /// Node: the `error` events. Without a callback these errors go unnoticed.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_error(|_, _, error| eprintln!("{error}"));
+    /// # }
+    /// ```
+    pub fn on_error(
+        &self,
+        callback: impl FnMut(&Self, Option<&WorkerProcess>, &Error) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.inner.callbacks.of_workers.error;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back for each [`setup_master`](Self::setup_master), of which each
+    /// [`fork`](Self::fork) implies one, with the settings as they are then.
+    ///
+    /// Node: `cluster.on('setup')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_setup(|_, settings| println!("workers run {:?}", settings.exec));
+    /// # }
+    /// ```
+    pub fn on_setup(&self, callback: impl FnMut(&Self, &Settings) + 'static) -> CallbackId {
+        self.inner.callbacks.setup.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when the process gets `signal`, in the loop and not in a signal handler.
+    ///
+    /// Node: `process.on(signal)`. The signal loses its default effect until the master is
+    /// dropped. A handler that the program installed before still runs. Several signals of one
+    /// kind that come at once may lead to one call.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the signal cannot be handled, as `KILL` and `STOP`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Signal;
+    ///
+    /// for signal in [Signal::INT, Signal::TERM] {
+    ///     master.on_signal(signal, |master, _| master.disconnect(|_| {}))?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn on_signal(
+        &self,
+        signal: Signal,
+        callback: impl FnMut(&Self, Signal) + 'static,
+    ) -> Result<CallbackId> {
+        self.inner.home.on_signal(signal, callback)
+    }
+
+    /// Removes a callback of the cluster, of a worker or of a signal. One that is gone already is
+    /// no error.
+    ///
+    /// Node: `cluster.removeListener()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let id = master.on_fork(|_, _| println!("the first time only"));
+    /// master.on_online(move |master, _| master.off(id));
+    /// # }
+    /// ```
+    pub fn off(&self, id: CallbackId) {
+        self.inner.callbacks.fork.remove(id);
+        self.inner.callbacks.setup.remove(id);
+        self.inner.callbacks.of_workers.remove(id);
+        for record in self.inner.records.borrow().values() {
+            record.callbacks.remove(id);
+        }
+        self.inner.home.remove_signal_callback(id);
+    }
+}
+
+/// The loop: timers, the program's own descriptors, and how it turns.
+impl Master {
+    /// Calls back once, `after` this time.
+    ///
+    /// Node: `setTimeout`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// use std::time::Duration;
+    ///
+    /// master.set_timeout(Duration::from_secs(2), |_| println!("two seconds later"));
+    /// # }
+    /// ```
+    pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
+        self.inner.home.set_timeout(after, callback)
+    }
+
+    /// Calls back again and again, `every` time this has passed; 1 ms at least. If the program is
+    /// late, calls are left out.
+    ///
+    /// Node: `setInterval`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// use std::time::Duration;
+    ///
+    /// master.set_interval(Duration::from_secs(1), |master| println!("{:?}", master.ledger()));
+    /// # }
+    /// ```
+    pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
+        self.inner.home.set_interval(every, callback)
+    }
+
+    /// Cancels a timer. One that is over already is no error.
+    ///
+    /// Node: `clearTimeout` and `clearInterval`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// use std::time::Duration;
+    ///
+    /// let timer = master.set_timeout(Duration::from_secs(2), |_| println!("too late"));
+    /// master.on_listening(move |master, _, _| master.clear_timer(timer));
+    /// # }
+    /// ```
+    pub fn clear_timer(&self, timer: TimerId) {
+        self.inner.home.clear_timer(timer);
+    }
+
+    /// Waits for a descriptor of the program's own in the master's loop. See
+    /// [`Worker::watch`](crate::Worker::watch), which is the same.
+    ///
+    /// Node has no counterpart; there, everything is in the loop.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the descriptor is of a kind that cannot be waited for, such as a file.
+    pub fn watch<S: AsFd + 'static>(
+        &self,
+        source: S,
+        interest: Interest,
+        callback: impl FnMut(&Self, &mut S) -> Option<Interest> + 'static,
+    ) -> Result<WatchId> {
+        self.inner.home.watch(source, interest, callback)
+    }
+
+    /// Lets go of a watched descriptor, and drops it. One that is gone already is no error.
+    ///
+    /// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
+    pub fn unwatch(&self, watch: WatchId) {
+        self.inner.home.unwatch(watch);
+    }
+
+    /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
+    /// descriptor, no event to deliver. Callbacks for signals do not count.
+    ///
+    /// Node: the process goes on by itself after the main program, and ends when nothing is left.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::AlreadyRunning`] if a callback calls it;
+    /// - [`Error::Io`] if the system refuses to wait.
+    ///
+    /// See [`Master`] for an example.
+    pub fn run(&self) -> Result<()> {
+        while self.has_work() {
+            self.dispatch(None)?;
+        }
+        Ok(())
+    }
+
+    fn has_work(&self) -> bool {
+        let core = self.inner.core.borrow();
+        core.has_workers() || core.has_events() || self.inner.home.has_work()
+    }
+
+    /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
+    /// limit; zero: not at all), handles it and calls back. For programs with a loop of their own,
+    /// which wait for [`as_fd`](Self::as_fd) to be readable, at most for
+    /// [`time_left`](Self::time_left), and then call this with a timeout of zero.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::time::Duration;
+    ///
+    /// master.dispatch(Some(Duration::ZERO))?;
+    /// # Ok(()) }
+    /// ```
+    pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
+        let home = &self.inner.home;
+        let _running = home.enter()?;
+        let limits = self.time_left().into_iter().chain(timeout);
+        let ready = home.wait(limits.min())?;
+        self.inner.tick();
+        self.settle();
+        for (token, writable) in ready {
+            match token {
+                Token::Channel(number) => self.channel_ready(WorkerId::new(number), writable),
+                Token::Process(number) => self.process_ready(WorkerId::new(number)),
+                Token::Listener(number) => {
+                    self.inner.core.borrow_mut().readable(HandleId(number));
+                }
+                Token::Watch(number) => home.watch_ready(self, number),
+                Token::Signals => self.signals_ready(),
+            }
+            self.settle();
+        }
+        if self.inner.reap.take() {
+            for worker in self.inner.unwatched() {
+                self.process_ready(worker);
+                self.settle();
+            }
+        }
+        home.fire_timers(self, || self.settle());
+        Ok(())
+    }
+
+    /// Returns how long the program may wait before it calls [`dispatch`](Self::dispatch) although
+    /// [`as_fd`](Self::as_fd) is not readable: `None` for any time, zero if events wait.
+    ///
+    /// Node has no counterpart. It changes with every call of another method, so ask last.
+    ///
+    /// ```no_run
+    /// # fn wait(_: std::os::fd::BorrowedFd<'_>, _: Option<std::time::Duration>) {}
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::{os::fd::AsFd, time::Duration};
+    ///
+    /// loop {
+    ///     wait(master.as_fd(), master.time_left());
+    ///     master.dispatch(Some(Duration::ZERO))?;
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn time_left(&self) -> Option<Duration> {
+        let core = self.inner.core.borrow();
+        if core.has_events() || self.inner.reap.get() {
+            return Some(Duration::ZERO);
+        }
+        self.inner.home.time_left(core.deadline())
+    }
+
+    /// Carries out what the core decided and calls the program, until nothing is left to do.
+    fn settle(&self) {
+        self.inner.act();
+        loop {
+            let emit = self.inner.core.borrow_mut().next_event();
+            let Some(emit) = emit else {
+                break;
+            };
+            self.deliver(emit);
+            self.inner.act();
+        }
+    }
+
+    fn deliver(&self, emit: Emit) {
+        let cluster = &self.inner.callbacks;
+        let worker = emit.worker.and_then(|id| self.find(id));
+        let record = worker.as_ref().map(|worker| Rc::clone(worker.record()));
+        let callbacks = match (emit.level, &record) {
+            (Level::Worker, Some(record)) => &record.callbacks,
+            (Level::Worker, None) => return,
+            (Level::Cluster, _) => &cluster.of_workers,
+        };
+        if let Event::Error(error) = &emit.event {
+            return callbacks.error.each(|f| f(self, worker.as_ref(), error));
+        }
+        if let Event::Setup = emit.event {
+            let settings = self.settings();
+            return cluster.setup.each(|f| f(self, &settings));
+        }
+        if let Event::Disconnected = emit.event {
+            for callback in cluster.disconnected.take() {
+                callback(self);
+            }
+            return;
+        }
+        let Some(worker) = worker else {
+            return;
+        };
+        match emit.event {
+            Event::Fork => cluster.fork.each(|f| f(self, &worker)),
+            Event::Online => callbacks.online.each(|f| f(self, &worker)),
+            Event::Listening(address) => {
+                callbacks.listening.each(|f| f(self, &worker, &address));
+            }
+            Event::Message(message) => callbacks.message.each(|f| f(self, &worker, &message)),
+            Event::Disconnect => callbacks.disconnect.each(|f| f(self, &worker)),
+            Event::Exit(departure) => {
+                worker.record().departure.set(Some(departure));
+                callbacks.exit.each(|f| f(self, &worker, departure.status));
+                if emit.level == Level::Cluster {
+                    self.inner.records.borrow_mut().remove(&worker.id());
+                    // They may own what owns the record.
+                    worker.record().callbacks.clear();
+                }
+            }
+            Event::Error(_) | Event::Setup | Event::Disconnected => {}
+        }
+    }
+
+    fn channel_ready(&self, worker: WorkerId, writable: bool) {
+        if writable {
+            self.inner.unflushed.borrow_mut().insert(worker);
+        }
+        match self.inner.receive(worker) {
+            Received::Nothing => {}
+            Received::Something => self.understand(worker),
+            Received::End => self.inner.channel_closed(worker),
+        }
+    }
+
+    /// A worker has ended: what it wrote before comes first.
+    fn process_ready(&self, worker: WorkerId) {
+        for _ in 0..LAST_WORDS {
+            match self.inner.receive(worker) {
+                Received::Something => self.understand(worker),
+                Received::Nothing | Received::End => break,
+            }
+        }
+        self.inner.try_reap(worker);
+    }
+
+    /// Feeds the frames that have arrived.
+    fn understand(&self, worker: WorkerId) {
+        while self.inner.feed(worker) {
+            self.settle();
+        }
+    }
+
+    fn signals_ready(&self) {
+        for signal in self.inner.home.take_signals() {
+            if signal.number() == sys::signal::CHLD {
+                self.inner.reap.set(true);
+            }
+            self.inner.home.call_signal(self, signal);
+            self.settle();
+        }
+    }
+}
+
+/// The descriptor that is readable when [`dispatch`](Master::dispatch) has something to do.
+impl AsFd for Master {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.home.as_fd()
+    }
+}
+
+impl Drop for Master {
+    fn drop(&mut self) {
+        // What closures own may own what owns them.
+        self.inner.home.clear();
+        for record in self.inner.records.borrow().values() {
+            record.callbacks.clear();
+        }
+    }
+}
+
+impl Inner {
+    fn record(&self, worker: WorkerId) -> Option<Rc<Record>> {
+        self.records.borrow().get(&worker).map(Rc::clone)
+    }
+
+    /// Runs `call` on the worker's channel, if it is open.
+    pub(crate) fn with_channel<T>(
+        &self,
+        worker: WorkerId,
+        call: impl FnOnce(&mut Channel<ToMaster, ToWorker>) -> T,
+    ) -> Option<T> {
+        let record = self.record(worker)?;
+        let mut channel = record.channel.borrow_mut();
+        channel.as_mut().map(call)
+    }
+
+    /// Tells the core the time, and which of the waiting clients have left meanwhile.
+    fn tick(&self) {
+        let mut core = self.core.borrow_mut();
+        core.tick(self.home.now());
+        if core.anyone_waits() {
+            core.sweep(|connection| sys::fd::is_hung_up(connection.as_fd()));
+        }
+    }
+
+    /// Carries out everything that needs no callback.
+    pub(crate) fn act(&self) {
+        loop {
+            let action = self.core.borrow_mut().next_action();
+            match action {
+                Some(action) => self.carry_out(action),
+                None if self.unflushed.borrow().is_empty() => break,
+                None => self.flush(),
+            }
+        }
+    }
+
+    fn carry_out(&self, action: Action<Rc<OwnedFd>>) {
+        match action {
+            Action::Send {
+                worker,
+                frame,
+                with,
+            } => {
+                let fd = match with {
+                    With::Nothing => None,
+                    With::Connection(connection) => Some(connection),
+                    With::Listener(handle) => match self.share(handle) {
+                        Ok(listener) => Some(listener),
+                        Err(source) => return self.channel_failed(worker, source),
+                    },
+                };
+                self.with_channel(worker, |channel| channel.queue(&frame, fd));
+                self.unflushed.borrow_mut().insert(worker);
+            }
+            Action::Bind { handle, address } => {
+                let result = self.bind(handle, address);
+                let result = result.map_err(|error| error.raw_os_error().unwrap_or(0));
+                self.core.borrow_mut().bound(handle, result);
+            }
+            Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
+            Action::Unwatch { handle } => self.set_interest(handle, None),
+            Action::Accept { handle, at_most } => self.accept(handle, at_most),
+            // Where it cannot be done, the backlog is emptied with the door open.
+            Action::ShutDoor { handle } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    let _ = sys::socket::shut_door(listener);
+                }
+            }
+            Action::OpenDoor { handle } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    let _ = sys::socket::open_door(listener);
+                }
+            }
+            Action::Unbind { handle } => {
+                self.listeners.borrow_mut().remove(&handle);
+            }
+            Action::CloseChannel { worker } => {
+                self.with_channel(worker, Channel::shut);
+                // Bounded by what the socket can hold, since nobody can write any more. The
+                // events wait: this may be inside a call of the program's.
+                while self.receive(worker) == Received::Something {
+                    while self.feed(worker) {}
+                }
+                self.channel_closed(worker);
+            }
+            Action::DiscardChannel { worker } => self.drop_channel(worker),
+            Action::Signal { worker, signal } => {
+                if let Some(record) = self.record(worker) {
+                    // It fails only for a process that has ended, which is noticed by itself.
+                    let _ = record.pid.signal(signal.number());
+                }
+            }
+        }
+    }
+
+    fn bind(&self, handle: HandleId, address: std::net::SocketAddr) -> io::Result<std::net::SocketAddr> {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        sys::socket::set_backlog(&listener, BACKLOG)?;
+        let address = listener.local_addr()?;
+        let key = Token::Listener(handle.0).key();
+        let listener = self.home.poller().add(listener, key, None)?;
+        self.listeners.borrow_mut().insert(handle, listener);
+        Ok(address)
+    }
+
+    /// A copy of the listener for a worker.
+    fn share(&self, handle: HandleId) -> io::Result<Rc<OwnedFd>> {
+        match self.listeners.borrow().get(&handle) {
+            Some(listener) => Ok(Rc::new(listener.try_clone()?.into())),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn set_interest(&self, handle: HandleId, interest: Option<Interest>) {
+        if let Some(listener) = self.listeners.borrow().get(&handle) {
+            if let Err(source) = listener.set_interest(interest) {
+                let error = Error::Io {
+                    attempt: "watch a listener",
+                    source,
+                };
+                self.core.borrow_mut().error(None, error);
+            }
+        }
+    }
+
+    fn accept(&self, handle: HandleId, at_most: u64) {
+        let listeners = self.listeners.borrow();
+        let Some(listener) = listeners.get(&handle) else {
+            return;
+        };
+        let mut core = self.core.borrow_mut();
+        for _ in 0..at_most {
+            match listener.accept() {
+                Ok((stream, _)) => core.accepted(handle, Rc::new(stream.into())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return core.drained(handle);
+                }
+                Err(error) if sys::socket::lost_before_accept(&error) => {}
+                Err(error) => return core.accept_failed(handle, error),
+            }
+        }
+        core.accept_done(handle);
+    }
+
+    fn flush(&self) {
+        let unflushed = std::mem::take(&mut *self.unflushed.borrow_mut());
+        for worker in unflushed {
+            if let Some(Err(source)) = self.with_channel(worker, Channel::flush) {
+                self.channel_failed(worker, source);
+            }
+        }
+    }
+
+    /// Reads once from a worker's channel.
+    fn receive(&self, worker: WorkerId) -> Received {
+        let received = self
+            .home
+            .with_scratch(|scratch| self.with_channel(worker, |channel| channel.receive(scratch)));
+        match received {
+            None => Received::Nothing,
+            Some(Ok(received)) => received,
+            Some(Err(source)) => {
+                self.channel_failed(worker, source);
+                Received::Nothing
+            }
+        }
+    }
+
+    /// Feeds one frame that has arrived. Returns whether there was one.
+    fn feed(&self, worker: WorkerId) -> bool {
+        match self.with_channel(worker, Channel::next) {
+            None | Some(Ok(None)) => false,
+            Some(Ok(Some((frame, fds)))) => {
+                let mut core = self.core.borrow_mut();
+                match frame {
+                    ToMaster::Message(bytes) => {
+                        let message = Message::new(bytes, fds);
+                        core.frame(worker, ToMaster::Message(Vec::new()), Some(message));
+                    }
+                    frame => core.frame(worker, frame, None),
+                }
+                true
+            }
+            Some(Err(error)) => {
+                self.core.borrow_mut().violation(worker, error);
+                false
+            }
+        }
+    }
+
+    fn channel_failed(&self, worker: WorkerId, source: io::Error) {
+        let error = Error::Channel {
+            worker: Some(worker),
+            source,
+        };
+        self.core.borrow_mut().error(Some(worker), error);
+        self.channel_closed(worker);
+    }
+
+    fn channel_closed(&self, worker: WorkerId) {
+        self.drop_channel(worker);
+        self.core.borrow_mut().channel_closed(worker);
+    }
+
+    fn drop_channel(&self, worker: WorkerId) {
+        if let Some(record) = self.record(worker) {
+            drop(record.channel.take());
+        }
+    }
+
+    fn try_reap(&self, worker: WorkerId) {
+        let Some(record) = self.record(worker) else {
+            return;
+        };
+        let reaped = self.core.borrow().exit_status(worker).is_some();
+        if reaped || record.departure.get().is_some() {
+            return;
+        }
+        let status = match record.pid.try_wait() {
+            Ok(None) => return,
+            Ok(Some(status)) => status,
+            Err(source) => {
+                let error = Error::ExitStatus { worker, source };
+                self.core.borrow_mut().error(Some(worker), error);
+                sys::process::unknown_status()
+            }
+        };
+        drop(record.process.take());
+        self.core.borrow_mut().exited(worker, status);
+    }
+
+    /// The workers whose end only SIGCHLD tells.
+    fn unwatched(&self) -> Vec<WorkerId> {
+        let records = self.records.borrow();
+        let unwatched = records.values().filter(|record| record.process.borrow().is_none());
+        unwatched.map(|record| record.id).collect()
+    }
+}
+
+impl Inner {
+    /// Queues a message and writes what can be written. Returns whether the program may go on
+    /// without a pause.
+    pub(crate) fn send(
+        &self,
+        worker: WorkerId,
+        message: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> std::result::Result<bool, SendError> {
+        let length = message.len();
+        let frame = ToWorker::Message(message.to_vec());
+        let queued = self.with_channel(worker, |channel| channel.send(&frame, length, fds));
+        queued.unwrap_or(Err(SendError::ChannelClosed))?;
+        self.unflushed.borrow_mut().insert(worker);
+        self.act();
+        Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))
+    }
+}

@@ -1,0 +1,424 @@
+//! A worker as the master sees it.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
+use std::process::ExitStatus;
+use std::rc::{Rc, Weak};
+
+use crate::address::Address;
+use crate::callbacks::CallbackId;
+use crate::channel::Channel;
+use crate::error::{Error, Result, SendError};
+use crate::frame::{ToMaster, ToWorker};
+use crate::master::{Inner, Master, WorkerCallbacks};
+use crate::master_core::{Departure, WorkerState};
+use crate::message::Message;
+use crate::signal::Signal;
+use crate::sys::poll::Registered;
+use crate::sys::process::Pid;
+use crate::worker_id::WorkerId;
+
+/// A worker, in the master's hands.
+///
+/// Node: the class `Worker`, as `cluster.fork()` returns it. It can be cloned; all clones are the
+/// same worker. Every method can be called at any time, on a worker that has left too.
+///
+/// ```no_run
+/// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+/// use std::time::Duration;
+/// use cluster::Signal;
+///
+/// let worker = master.fork()?;
+/// worker.on_listening(|master, worker, _| {
+///     let _ = worker.send(b"shutdown");
+///     let straggler = worker.disconnect().clone();
+///     let deadline = master.set_timeout(Duration::from_secs(2), move |_| {
+///         straggler.process().kill(Signal::KILL);
+///     });
+///     worker.on_disconnect(move |master, _| master.clear_timer(deadline));
+/// });
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct WorkerProcess {
+    master: Weak<Inner>,
+    record: Rc<Record>,
+}
+
+/// What the master's shell knows of a worker.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) id: WorkerId,
+    pub(crate) pid: Pid,
+    /// `None` when it is closed.
+    pub(crate) channel: RefCell<Option<Channel<ToMaster, ToWorker>>>,
+    /// Readable when the process ends, where the kernel has such descriptors.
+    pub(crate) process: RefCell<Option<Registered<OwnedFd>>>,
+    /// Set when the worker has left the table.
+    pub(crate) departure: Cell<Option<Departure>>,
+    pub(crate) callbacks: WorkerCallbacks,
+}
+
+impl Record {
+    pub(crate) fn new(
+        id: WorkerId,
+        pid: Pid,
+        channel: Channel<ToMaster, ToWorker>,
+        process: Option<Registered<OwnedFd>>,
+    ) -> Self {
+        Self {
+            id,
+            pid,
+            channel: RefCell::new(Some(channel)),
+            process: RefCell::new(process),
+            departure: Cell::new(None),
+            callbacks: WorkerCallbacks::default(),
+        }
+    }
+}
+
+impl PartialEq for WorkerProcess {
+    fn eq(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.record, &other.record)
+    }
+}
+
+impl Eq for WorkerProcess {}
+
+impl WorkerProcess {
+    pub(crate) fn new(master: &Rc<Inner>, record: Rc<Record>) -> Self {
+        let master = Rc::downgrade(master);
+        Self { master, record }
+    }
+
+    pub(crate) fn record(&self) -> &Rc<Record> {
+        &self.record
+    }
+
+    /// Asks the core, unless the worker has left or the master is gone.
+    fn ask<T>(&self, ask: impl FnOnce(&crate::master::Core) -> T) -> Option<T> {
+        if self.record.departure.get().is_some() {
+            return None;
+        }
+        let master = self.master.upgrade()?;
+        let core = master.core.borrow();
+        Some(ask(&core))
+    }
+
+    /// Tells the core, and carries out what follows.
+    fn tell(&self, tell: impl FnOnce(&mut crate::master::Core)) {
+        if let Some(master) = self.master.upgrade() {
+            tell(&mut master.core.borrow_mut());
+            master.act();
+        }
+    }
+
+    /// Returns the number of the worker.
+    ///
+    /// Node: `worker.id`. See [`Master::on_online`] for an example.
+    #[must_use]
+    pub fn id(&self) -> WorkerId {
+        self.record.id
+    }
+
+    /// Returns the worker's process, for what is done to it without the cluster's courtesy.
+    ///
+    /// Node: `worker.process`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) {
+    /// println!("worker {} has pid {}", worker.id(), worker.process().id());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn process(&self) -> Process<'_> {
+        Process(self)
+    }
+
+    /// Returns how far the worker has come.
+    ///
+    /// Node: `worker.state`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) {
+    /// if worker.state() == cluster::WorkerState::Listening {
+    ///     println!("worker {} serves", worker.id());
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn state(&self) -> WorkerState {
+        let state = self.ask(|core| core.state(self.id())).flatten();
+        state.unwrap_or(WorkerState::Dead)
+    }
+
+    /// Returns whether the channel to the worker is open, as it is from the fork to the
+    /// `disconnect` event.
+    ///
+    /// Node: `worker.isConnected()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let connected = master.workers().iter().filter(|worker| worker.is_connected()).count();
+    /// # let _ = connected;
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.ask(|core| core.is_connected(self.id()))
+            .unwrap_or(false)
+    }
+
+    /// Returns whether the worker's process has ended.
+    ///
+    /// Node: `worker.isDead()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_exit(|_, worker, _| assert!(worker.is_dead()));
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.exit_status().is_some()
+    }
+
+    fn exit_status(&self) -> Option<ExitStatus> {
+        let departed = self.record.departure.get().map(|left| left.status);
+        departed.or_else(|| self.ask(|core| core.exit_status(self.id())).flatten())
+    }
+
+    /// Returns whether the worker left because it was to: `Some(true)` after
+    /// [`disconnect`](Self::disconnect) or [`kill`](Self::kill), here or in the worker,
+    /// `Some(false)` if it left in any other way, and `None` as long as it has not left. It is set
+    /// when `disconnect` and `exit` are called.
+    ///
+    /// Node: `worker.exitedAfterDisconnect`, once `worker.suicide`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_exit(|master, worker, _| {
+    ///     if worker.exited_after_disconnect() == Some(true) {
+    ///         println!("Oh, it was just voluntary – no need to worry");
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn exited_after_disconnect(&self) -> Option<bool> {
+        match self.record.departure.get() {
+            Some(departure) => Some(departure.exited_after_disconnect),
+            None => self
+                .ask(|core| core.exited_after_disconnect(self.id()))
+                .flatten(),
+        }
+    }
+
+    /// Asks the worker to leave: to close its listeners, wait for its connections, and close the
+    /// channel. Returns the worker.
+    ///
+    /// Node: `worker.disconnect()`. It gets no new connection; what other workers can serve goes
+    /// to them, and what only this one can (the kernel's queue of a listener that nobody else
+    /// serves) it still gets before it leaves. There is no deadline: see [`WorkerProcess`] for how
+    /// to set one. Nothing happens if it is leaving already or has left.
+    pub fn disconnect(&self) -> &Self {
+        self.tell(|core| core.disconnect(self.id()));
+        self
+    }
+
+    /// Asks the worker to leave, and sends it `signal` once its channel is closed.
+    ///
+    /// Node: `worker.kill(signal)`, with `'SIGTERM'` as the default signal, and its alias
+    /// `worker.destroy`. Because it waits for the worker to disconnect, it does not end one that is
+    /// stuck: [`process().kill`](Process::kill) does. If the channel is closed already, the signal
+    /// is sent at once; if the process has ended, nothing happens.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) {
+    /// worker.kill(cluster::Signal::TERM);
+    /// # }
+    /// ```
+    pub fn kill(&self, signal: Signal) {
+        self.tell(|core| core.kill(self.id(), signal));
+    }
+
+    /// Sends a message of at most 1 MiB. It arrives after everything sent before.
+    ///
+    /// Node: `worker.send(message)`. Returns `true`, or `false` as advice to pause when more than
+    /// 64 KiB wait to be written; the message is on its way in both cases. It may be sent as soon
+    /// as the worker is forked, and waits for it to come online.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Send`] with [`SendError::ChannelClosed`], [`SendError::TooLong`], or
+    /// [`SendError::QueueFull`] when 8 MiB wait already. The same error then comes as an `error`
+    /// event.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// master.fork()?.send(b"hi there")?;
+    /// # Ok(()) }
+    /// ```
+    pub fn send(&self, message: &[u8]) -> Result<bool> {
+        self.send_with_fds(message, Vec::new())
+    }
+
+    /// Sends a message with at most 16 descriptors, which are closed here once they are sent.
+    ///
+    /// Node: `worker.send(message, handle)`. See [`send`](Self::send) for what is returned; to keep
+    /// a descriptor, send a clone.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send), and [`SendError::TooManyDescriptors`].
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) -> cluster::Result<()> {
+    /// let file = std::fs::File::open("/etc/hostname").expect("a file");
+    /// worker.send_with_fds(b"read this", vec![file.into()])?;
+    /// # Ok(()) }
+    /// ```
+    pub fn send_with_fds(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
+        let outcome = match self.master.upgrade() {
+            Some(master) => master.send(self.id(), message, fds),
+            None => Err(SendError::ChannelClosed),
+        };
+        outcome.map_err(|reason| {
+            let error = || Error::Send {
+                worker: Some(self.id()),
+                reason,
+            };
+            self.tell(|core| core.error(Some(self.id()), error()));
+            error()
+        })
+    }
+}
+
+/// Callbacks of this worker alone. For every event but `message` they are called before the
+/// cluster's. [`Master::off`] removes them; they end with the worker's `exit`.
+impl WorkerProcess {
+    /// Calls back when the worker's program has called [`init`](crate::init).
+    ///
+    /// Node: `worker.on('online')`. See [`Master::on_online`] for an example.
+    pub fn on_online(&self, callback: impl FnMut(&Master, &Self) + 'static) -> CallbackId {
+        let callbacks = &self.record.callbacks.online;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when the worker listens, once for each of its listeners.
+    ///
+    /// Node: `worker.on('listening')`. See [`Master::on_listening`] for an example.
+    pub fn on_listening(
+        &self,
+        callback: impl FnMut(&Master, &Self, &Address) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.record.callbacks.listening;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when a message has come from the worker, after the cluster's callbacks.
+    ///
+    /// Node: `worker.on('message')`. See [`Master::on_message`] for an example.
+    pub fn on_message(
+        &self,
+        callback: impl FnMut(&Master, &Self, &Message) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.record.callbacks.message;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when the worker's channel has closed.
+    ///
+    /// Node: `worker.on('disconnect')`. See [`Master::on_disconnect`] for an example.
+    pub fn on_disconnect(&self, callback: impl FnMut(&Master, &Self) + 'static) -> CallbackId {
+        let callbacks = &self.record.callbacks.disconnect;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when the worker has ended.
+    ///
+    /// Node: `worker.on('exit')`. See [`Master::on_exit`] for an example.
+    pub fn on_exit(
+        &self,
+        callback: impl FnMut(&Master, &Self, ExitStatus) + 'static,
+    ) -> CallbackId {
+        let callbacks = &self.record.callbacks.exit;
+        callbacks.add(Rc::new(RefCell::new(callback)))
+    }
+
+    /// Calls back when something concerning the worker failed outside any call of the program's.
+    ///
+    /// Node: `worker.on('error')`. See [`Master::on_error`] for an example.
+    pub fn on_error(
+        &self,
+        mut callback: impl FnMut(&Master, &Self, &Error) + 'static,
+    ) -> CallbackId {
+        let with_worker = move |master: &Master, worker: Option<&Self>, error: &Error| {
+            if let Some(worker) = worker {
+                callback(master, worker, error);
+            }
+        };
+        let callbacks = &self.record.callbacks.error;
+        callbacks.add(Rc::new(RefCell::new(with_worker)))
+    }
+}
+
+/// The process of a worker, as the system knows it.
+///
+/// Node: `worker.process`, a `ChildProcess`. See [`WorkerProcess::process`] for an example.
+#[derive(Clone, Copy, Debug)]
+pub struct Process<'a>(&'a WorkerProcess);
+
+impl Process<'_> {
+    /// Returns the process id. It is the worker's own until its `exit` event.
+    ///
+    /// Node: `worker.process.pid`. See [`WorkerProcess::process`] for an example.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.0.record.pid.number()
+    }
+
+    /// Sends `signal` at once, without disconnecting first.
+    ///
+    /// Node: `worker.process.kill(signal)`. It does not count as leaving on purpose. Nothing
+    /// happens if the process has ended.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) {
+    /// worker.process().kill(cluster::Signal::KILL);
+    /// # }
+    /// ```
+    pub fn kill(&self, signal: Signal) {
+        self.0.tell(|core| core.signal(self.0.id(), signal));
+    }
+
+    /// Closes the channel without a word: the worker leaves at once, and it does not count as
+    /// leaving on purpose.
+    ///
+    /// Node: `worker.process.disconnect()`. Connections on their way to it go to other workers.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) {
+    /// worker.process().disconnect();
+    /// # }
+    /// ```
+    pub fn disconnect(&self) {
+        self.0.tell(|core| core.close_channel(self.0.id()));
+    }
+
+    /// Returns how the process ended, or `None` as long as it has not.
+    ///
+    /// Node: `worker.process.exitCode` and `worker.process.signalCode`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_exit(|_, worker, status| {
+    ///     assert_eq!(worker.process().exit_status(), Some(status));
+    /// });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn exit_status(&self) -> Option<ExitStatus> {
+        self.0.exit_status()
+    }
+}
