@@ -689,6 +689,7 @@ impl Master {
     ///
     /// See [`Master`] for an example.
     pub fn run(&self) -> Result<()> {
+        drop(self.inner.home.enter()?);
         while self.has_work() {
             self.dispatch(None)?;
         }

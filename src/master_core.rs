@@ -280,8 +280,10 @@ impl<C: Clone> MasterCore<C> {
                 Door::Resting(until) => Some(until),
                 Door::Watched | Door::Ready | Door::Accepting => None,
             };
-            let quiet = match (handle.stage, handle.door) {
-                (Stage::Draining(quiet), Door::Watched) => Some(quiet),
+            let quiet = match (handle.stage, handle.door, handle.policy) {
+                (Stage::Draining(quiet), Door::Watched, SchedulingPolicy::RoundRobin) => {
+                    Some(quiet)
+                }
                 _ => None,
             };
             rest.into_iter().chain(quiet)

@@ -405,6 +405,11 @@ impl World {
                     }
                 }
                 Some(worker_core::Event::Connection(_, client)) => self.receive(worker, client),
+                Some(worker_core::Event::AcceptRest(listener)) => {
+                    if let Some(handle) = process.shared.get(&listener).copied() {
+                        self.accept_shared(worker, listener, handle);
+                    }
+                }
                 Some(worker_core::Event::Message(_) | worker_core::Event::Disconnect) => {}
             }
         }

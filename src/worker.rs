@@ -454,6 +454,7 @@ impl Worker {
     ///
     /// See [`send`](Self::send) for an example.
     pub fn run(&self) -> Result<()> {
+        drop(self.inner.home.enter()?);
         loop {
             let core = self.inner.core.borrow();
             let idle = core.is_finished() && !core.has_events() && !self.inner.home.has_work();
@@ -533,6 +534,7 @@ impl Worker {
                 Some(Event::Message(message)) => {
                     self.inner.on_message.each(|f| f(self, &message));
                 }
+                Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
                 Some(Event::Connection(listener, fd)) => {
                     self.deliver(listener, Connection::new(fd, &self.inner));

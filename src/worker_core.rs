@@ -29,6 +29,8 @@ pub(crate) enum Action {
 pub(crate) enum Event<C> {
     /// For the callback of a listener that is served by callbacks.
     Connection(ListenerId, C),
+    /// What is left in the backlog of this shared listener is for its callback; then it closes.
+    AcceptRest(ListenerId),
     Message(Message),
     Disconnect,
 }
@@ -282,6 +284,7 @@ impl<C> WorkerCore<C> {
         let credits = CALLBACK_WINDOW.saturating_sub(entry.credits);
         self.grant(listener, credits);
         self.take(listener);
+        self.accept_rest(listener);
     }
 
     pub(crate) fn is_served(&self, listener: ListenerId) -> bool {
@@ -446,6 +449,7 @@ impl<C> WorkerCore<C> {
                             entry.credits = 0;
                         }
                         self.end_if_empty(listener);
+                        self.accept_rest(listener);
                     } else {
                         self.close(listener);
                     }
@@ -543,6 +547,13 @@ impl<C> WorkerCore<C> {
             if matches!(entry.stage, Stage::Ending(_)) && empty && round_robin {
                 self.close(listener);
             }
+        }
+    }
+
+    fn accept_rest(&mut self, listener: ListenerId) {
+        let shared = |entry: &Entry<C>| entry.served && entry.policy == SchedulingPolicy::Shared;
+        if self.is_ending(listener) && self.listeners.get(&listener).is_some_and(shared) {
+            self.events.push_back(Event::AcceptRest(listener));
         }
     }
 

@@ -1,1 +1,47 @@
-fn main() {}
+//! Tests with real processes. `harness = false`, because libtest runs tests on threads and a
+//! worker must be `main` itself: it is this binary, executed again.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    missing_docs,
+    unreachable_pub
+)]
+
+mod examples;
+mod faults;
+mod harness;
+mod leave;
+mod life;
+mod listen;
+mod messages;
+mod round_robin;
+mod running;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+
+fn main() -> ExitCode {
+    let scenarios = [
+        life::SCENARIOS,
+        listen::SCENARIOS,
+        round_robin::SCENARIOS,
+        messages::SCENARIOS,
+        leave::SCENARIOS,
+        faults::SCENARIOS,
+        running::SCENARIOS,
+    ];
+    let mut scenarios = scenarios.into_iter().flatten();
+    if let Ok(name) = std::env::var(harness::SCENARIO) {
+        let scenario = scenarios.find(|scenario| scenario.name == name);
+        (scenario.expect("a known scenario").play)();
+        return ExitCode::SUCCESS;
+    }
+    // Orphans of the tests come to this process, which sees whether there are any.
+    nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
+    let mut trials: Vec<_> = scenarios.map(harness::trial).collect();
+    trials.extend(examples::trials());
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}

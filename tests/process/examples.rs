@@ -1,0 +1,222 @@
+//! The examples, as a user starts them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use libtest_mimic::{Failed, Trial};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{Group, example, talk, wait_until};
+
+pub fn trials() -> Vec<Trial> {
+    let for_both = |name: &str, test: fn(&str) -> Result<(), Failed>| {
+        ["rr", "none"].map(|policy| Trial::test(format!("{name}_{policy}"), move || test(policy)))
+    };
+    let mut trials = Vec::new();
+    trials.extend(for_both("http_server_serves_and_stops", http_server));
+    trials.extend(for_both("http_server_replaces_a_dead_worker", replaces));
+    trials.extend(for_both("http_server_stops_under_load_without_a_failure", stops_under_load));
+    trials.extend([
+        Trial::test("http_server_gives_up_on_an_address_in_use", gives_up),
+        Trial::test("http_server_explains_its_options", explains),
+        Trial::test("http_server_is_not_held_by_a_silent_client", silent_client),
+        Trial::test("echo_events_echoes_and_counts", echo_events),
+        Trial::test("embedded_hosts_a_master", embedded),
+    ]);
+    trials
+}
+
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+fn start_server(policy: &str, workers: &str) -> (Group, SocketAddr) {
+    let mut command = example("http_server");
+    command.args(["--addr", "127.0.0.1:0", "--workers", workers, "--policy", policy]);
+    let server = Group::start(&mut command).unwrap();
+    let address = server.line("listening on ").parse().unwrap();
+    (server, address)
+}
+
+fn stop(server: &Group, signal: Signal) -> Result<(), Failed> {
+    kill(server.pid(), signal)?;
+    let status = server.finish()?;
+    if status.code() == Some(0) { Ok(()) } else { Err(status.to_string().into()) }
+}
+
+fn http_server(policy: &str) -> Result<(), Failed> {
+    let (server, address) = start_server(policy, "4");
+    let pids = (1..=4).map(|id| server.line(&format!("worker {id} ")));
+    let pids: Vec<_> = pids.collect();
+    let mut count = [0; 5];
+    for _ in 0..200 {
+        // A worker that was put aside after its last answer is not ready for its next turn.
+        wait_until("rest", || pids.iter().all(|pid| sleeps(pid)).then_some(()));
+        let answer = talk(address, REQUEST)?;
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains("\r\nConnection: close\r\n"), "{answer}");
+        assert!(answer.ends_with("\r\n\r\nhello world\n"), "{answer}");
+        let (_, rest) = answer.split_once("\r\nX-Worker: ").unwrap();
+        count[rest.split_once('\r').unwrap().0.parse::<usize>()?] += 1;
+    }
+    if policy == "rr" {
+        assert_eq!(count, [0, 50, 50, 50, 50]);
+    }
+    let nonsense = talk(address, b"\x00\x01\r\n\r\n")?;
+    assert!(nonsense.starts_with("HTTP/1.1 400 "), "{nonsense}");
+    stop(&server, Signal::SIGINT)?;
+    TcpStream::connect(address).unwrap_err();
+    Ok(())
+}
+
+fn sleeps(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.contains(") S ")
+}
+
+fn replaces(policy: &str) -> Result<(), Failed> {
+    let (server, address) = start_server(policy, "2");
+    for new in 3..=6 {
+        let victim = server.line(&format!("worker {} ", new - 2));
+        let victim = victim.split(' ').next_back().unwrap().parse()?;
+        kill(Pid::from_raw(victim), Signal::SIGKILL)?;
+        server.line(&format!("worker {new} "));
+        assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
+    }
+    stop(&server, Signal::SIGTERM)
+}
+
+/// What became of one request. A connection that the server refused was never made.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    Answered,
+    Refused,
+    Failed(String),
+}
+
+fn request(address: SocketAddr) -> Outcome {
+    let Ok(mut stream) = TcpStream::connect(address) else {
+        return Outcome::Refused;
+    };
+    let mut answer = String::new();
+    let exchange = stream
+        .write_all(REQUEST)
+        .and_then(|()| stream.read_to_string(&mut answer));
+    match exchange {
+        Ok(_) if answer.ends_with("\r\n\r\nhello world\n") => Outcome::Answered,
+        Ok(_) => Outcome::Failed(format!("short answer {answer:?}")),
+        Err(error) => Outcome::Failed(error.to_string()),
+    }
+}
+
+fn stops_under_load(policy: &str) -> Result<(), Failed> {
+    let (server, address) = start_server(policy, "4");
+    let clients: Vec<_> = (0..16)
+        .map(|_| {
+            std::thread::spawn(move || {
+                let mut answered = 0;
+                loop {
+                    match request(address) {
+                        Outcome::Answered => answered += 1,
+                        Outcome::Refused => return Ok(answered),
+                        Outcome::Failed(why) => return Err(why),
+                    }
+                }
+            })
+        })
+        .collect();
+    // The load has begun when it has been felt.
+    for _ in 0..100 {
+        assert_eq!(request(address), Outcome::Answered);
+    }
+    stop(&server, Signal::SIGTERM)?;
+    let mut answered = 0;
+    for client in clients {
+        answered += client.join().unwrap()?;
+    }
+    assert!(answered > 100, "only {answered} requests: that is no load");
+    Ok(())
+}
+
+fn gives_up() -> Result<(), Failed> {
+    let other = TcpListener::bind("127.0.0.1:0")?;
+    let address = other.local_addr()?.to_string();
+    let mut command = example("http_server");
+    let server = Group::start(command.args(["--addr", &address, "--workers", "2"]))?;
+    server.line(&format!("cannot listen on {address}: "));
+    wait_until("the end", || nix::sys::signal::kill(server.pid(), None).err().or_else(|| {
+        (!crate::harness::is_alive(server.pid().as_raw().cast_unsigned())).then_some(nix::Error::ESRCH)
+    }));
+    let output = server.output();
+    assert!(output.lines().count() <= 6, "no endless attempts:\n{output}");
+    Ok(())
+}
+
+fn explains() -> Result<(), Failed> {
+    for (args, expected) in [
+        (["--policy", "random"], "\"rr\" and \"none\""),
+        (["--nonsense", "x"], "--nonsense"),
+    ] {
+        let output = example("http_server").args(args).output()?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text.contains(expected), "{text}");
+    }
+    Ok(())
+}
+
+fn silent_client() -> Result<(), Failed> {
+    let (server, address) = start_server("rr", "1");
+    let silent = TcpStream::connect(address)?;
+    silent.set_read_timeout(Some(Duration::from_secs(30)))?;
+    // The only worker is held for as long as the example is patient.
+    assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
+    drop(silent);
+    stop(&server, Signal::SIGTERM)
+}
+
+fn echo_events() -> Result<(), Failed> {
+    let mut command = example("echo_events");
+    let server = Group::start(command.args(["--addr", "127.0.0.1:0", "--workers", "2"]))?;
+    let address: SocketAddr = server.line("listening on ").parse()?;
+    let mut clients: Vec<_> = (0..50)
+        .map(|_| TcpStream::connect(address))
+        .collect::<Result<_, _>>()?;
+    for client in &mut clients {
+        client.write_all(b"hello")?;
+    }
+    for client in &mut clients {
+        let mut text = [0; 5];
+        client.read_exact(&mut text)?;
+        assert_eq!(&text, b"hello");
+    }
+    server.line("requests = 50");
+    // More than the sockets hold, by a client that reads only afterwards.
+    let client = &mut clients[0];
+    let mut writer = client.try_clone()?;
+    let sender = std::thread::spawn(move || {
+        writer.write_all(&vec![b'x'; 5_000_000])?;
+        writer.shutdown(std::net::Shutdown::Write)
+    });
+    let mut echoed = Vec::new();
+    client.read_to_end(&mut echoed)?;
+    sender.join().unwrap()?;
+    assert!(echoed.len() == 5_000_000 && echoed.iter().all(|byte| *byte == b'x'));
+    // Connections that stay open do not keep it.
+    stop(&server, Signal::SIGTERM)
+}
+
+fn embedded() -> Result<(), Failed> {
+    let mut command = example("embedded");
+    command.args(["--addr", "127.0.0.1:0", "--status", "127.0.0.1:0"]);
+    let host = Group::start(&mut command)?;
+    let status: SocketAddr = host.line("status on ").parse()?;
+    let first = host.line("worker 1 listening on ");
+    assert_eq!(first, host.line("worker 2 listening on "));
+    let mut answers = [(); 2].map(|()| talk(first.parse().unwrap(), b"").unwrap());
+    answers.sort();
+    assert_eq!(answers, ["hello from worker 1\n", "hello from worker 2\n"]);
+    let text = talk(status, b"")?;
+    assert!(text.starts_with("2 workers, Ledger { accepted: 2, taken: 2, "), "{text}");
+    stop(&host, Signal::SIGTERM)
+}

@@ -1,0 +1,315 @@
+//! Runs each test in processes of its own, and looks that nothing is left of them.
+//!
+//! A *scenario* is a function that calls `cluster::init` and plays whichever role it gets. The
+//! driver starts this very binary with the scenario's name in its environment; that process becomes
+//! the master, and forks this binary again for its workers, which find the same name.
+
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use cluster::{Interest, Master, Role, Worker};
+use libtest_mimic::{Failed, Trial};
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use wait_timeout::ChildExt as _;
+
+/// Names the scenario to a process that is to play it.
+pub const SCENARIO: &str = "SCENARIO";
+
+/// Far beyond what any test needs; it is there to end one that hangs.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// How long a process may outlive its master.
+const GRACE: Duration = Duration::from_secs(1);
+
+pub struct Scenario {
+    pub name: &'static str,
+    pub play: fn(),
+}
+
+/// A table of scenarios from the functions of that name.
+#[macro_export]
+macro_rules! scenarios {
+    ($($name:ident)*) => {
+        pub const SCENARIOS: &[$crate::harness::Scenario] = &[
+            $($crate::harness::Scenario { name: stringify!($name), play: $name },)*
+        ];
+    };
+}
+
+/// A test that plays a scenario.
+pub fn trial(scenario: &'static Scenario) -> Trial {
+    Trial::test(scenario.name, || run(scenario.name))
+}
+
+fn run(name: &str) -> Result<(), Failed> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.env(SCENARIO, name);
+    let group = Group::start(&mut command)?;
+    let status = group.finish()?;
+    status.success().then_some(()).ok_or_else(|| status.to_string().into())
+}
+
+/// A process, and all that it leads to, in a process group of its own.
+pub struct Group {
+    child: RefCell<Child>,
+    log: RefCell<File>,
+}
+
+impl Group {
+    /// Starts a program whose output is shown if the test fails.
+    pub fn start(command: &mut Command) -> std::io::Result<Self> {
+        let log = tempfile::tempfile()?;
+        let child = command
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?)
+            .spawn()?;
+        let (child, log) = (RefCell::new(child), RefCell::new(log));
+        Ok(Self { child, log })
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.borrow().id().cast_signed())
+    }
+
+    /// What the program has printed so far.
+    pub fn output(&self) -> String {
+        let path = format!("/proc/self/fd/{}", {
+            use std::os::fd::AsRawFd as _;
+            self.log.borrow().as_raw_fd()
+        });
+        let mut text = String::new();
+        File::open(path).unwrap().read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Waits until a line of the output begins with `prefix`, and returns the rest of it.
+    pub fn line(&self, prefix: &str) -> String {
+        let find = || {
+            let output = self.output();
+            let complete = output.rsplit_once('\n').map_or("", |(lines, _)| lines).to_owned();
+            let found = complete.lines().find_map(|line| line.strip_prefix(prefix));
+            found.map(str::to_owned)
+        };
+        wait_until(&format!("a line {prefix:?}"), || {
+            assert!(
+                find().is_some() || matches!(self.child.borrow_mut().try_wait(), Ok(None)),
+                "ended without a line {prefix:?}:\n{}",
+                self.output()
+            );
+            find()
+        })
+    }
+
+    /// Waits for the program, then for everything that it started, and shows what it printed if
+    /// it failed.
+    pub fn finish(&self) -> Result<ExitStatus, Failed> {
+        let ended = self.child.borrow_mut().wait_timeout(DEADLINE)?;
+        let Some(status) = ended else {
+            return Err(format!("hangs:\n{}", self.output()).into());
+        };
+        self.assert_nobody_left()?;
+        if !status.success() {
+            let mut stderr = std::io::stderr().lock();
+            let _ = writeln!(stderr, "{}", self.output());
+        }
+        Ok(status)
+    }
+
+    /// Whoever is left was inherited by this process, which is a subreaper.
+    fn assert_nobody_left(&self) -> Result<(), Failed> {
+        let group = Pid::from_raw(-self.pid().as_raw());
+        let end = Instant::now() + GRACE;
+        loop {
+            match waitpid(group, Some(WaitPidFlag::WNOHANG)) {
+                Err(nix::Error::ECHILD) => return Ok(()),
+                Ok(WaitStatus::StillAlive) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Ok(WaitStatus::StillAlive) => {
+                    return Err(format!("left a process behind:\n{}", self.output()).into());
+                }
+                Ok(_) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = killpg(self.pid(), Signal::SIGKILL);
+        let _ = self.child.borrow_mut().wait();
+    }
+}
+
+/// Asks again and again, where the system has no event for it.
+#[track_caller]
+pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + DEADLINE / 2;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < end, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Plays both roles of a scenario; returns in the master only. The master runs until nothing is left to wait for, and must
+/// have given back all descriptors and accounted for all connections then.
+pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
+    let before = open_fds();
+    match cluster::init().expect("init") {
+        Role::Master(role) => {
+            master(&role);
+            role.run().expect("run");
+            assert!(role.workers().is_empty());
+            assert_eq!(role.ledger().in_hand(), 0);
+            drop(role);
+            let after = open_fds();
+            let left: Vec<_> = after.iter().filter(|fd| !before.contains(fd)).collect();
+            // The pair by which signals arrive stays for the life of the process, because a
+            // handler may be using it at any time.
+            let pair = if SIGNALS.load(Ordering::SeqCst) { 2 } else { 0 };
+            assert_eq!(left.len(), pair, "descriptors left open: {left:?}");
+        }
+        Role::Worker(role) => {
+            worker(role);
+            // What follows in the scenario is about the master.
+            std::process::exit(0);
+        }
+    }
+}
+
+/// Set by scenarios that handle signals.
+pub static SIGNALS: AtomicBool = AtomicBool::new(false);
+
+/// The open descriptors, as what they are.
+pub fn open_fds() -> Vec<PathBuf> {
+    let fds = std::fs::read_dir("/proc/self/fd").expect("/proc");
+    let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    let mut links: Vec<_> = links.filter(|link| !link.starts_with("/proc")).collect();
+    links.sort();
+    links
+}
+
+/// Does work that blocks on a thread, so that the master can go on, and then calls back.
+pub fn in_background<T: Send + 'static>(
+    master: &Master,
+    work: impl FnOnce() -> T + Send + 'static,
+    then: impl FnOnce(&Master, T) + 'static,
+) {
+    let (done, signal) = UnixStream::pair().unwrap();
+    let thread = std::thread::spawn(move || {
+        let result = work();
+        drop(signal);
+        result
+    });
+    let mut rest = Some((thread, then));
+    let finish = move |master: &Master, _: &mut UnixStream| {
+        let (thread, then) = rest.take().unwrap();
+        then(master, thread.join().unwrap());
+        None
+    };
+    master.watch(done, Interest::Readable, finish).unwrap();
+}
+
+/// Calls back with the address when as many workers listen.
+pub fn when_listening(master: &Master, workers: usize, then: impl FnOnce(&Master, SocketAddr) + 'static) {
+    let mut then = Some(then);
+    let mut count = 0;
+    master.on_listening(move |master, _, address| {
+        count += 1;
+        if count == workers {
+            let ip = address.address.parse().unwrap();
+            then.take().unwrap()(master, SocketAddr::new(ip, address.port));
+        }
+    });
+}
+
+/// Calls back when every worker waits in `accept`: they answer messages there, and have told the
+/// master before that they can take a connection. Workers must call `answer_pings`.
+pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
+    let mut missing = master.workers().len();
+    let mut then = Some(then);
+    let own = Rc::new(Cell::new(None));
+    let id = Rc::clone(&own);
+    own.set(Some(master.on_message(move |master, _, _| {
+        missing -= 1;
+        if missing == 0 {
+            master.off(id.get().unwrap());
+            then.take().unwrap()(master);
+        }
+    })));
+    for worker in master.workers() {
+        worker.send(b"ping").unwrap();
+    }
+}
+
+pub fn answer_pings(worker: &Worker) {
+    worker.on_message(|worker, _| drop(worker.send(b"pong").unwrap()));
+}
+
+/// Answers each connection with the worker's id.
+pub fn serve_id(worker: &Worker, address: &str) {
+    for connection in worker.listen(address).unwrap().incoming() {
+        let id = worker.id().to_string();
+        let _ = connection.unwrap().write_all(id.as_bytes());
+    }
+}
+
+/// What happened, in order.
+#[derive(Clone, Default)]
+pub struct Log(Rc<RefCell<Vec<String>>>);
+
+impl Log {
+    pub fn add(&self, entry: impl Into<String>) {
+        self.0.borrow_mut().push(entry.into());
+    }
+
+    pub fn take(&self) -> Vec<String> {
+        self.0.take()
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.borrow().len()
+    }
+}
+
+/// The path of an example, which `cargo test` builds.
+pub fn example(name: &str) -> Command {
+    let own = std::env::current_exe().expect("own path");
+    let built = own.parent().and_then(|deps| deps.parent()).expect("target");
+    let path = built.join("examples").join(name);
+    assert!(path.exists(), "{} is built by a plain `cargo test`", path.display());
+    Command::new(path)
+}
+
+/// Connects, says `request`, and reads until the end.
+pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(DEADLINE / 2))?;
+    stream.write_all(request)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// Whether the process exists and is not a zombie.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    !matches!(state, None | Some('Z' | 'X'))
+}

@@ -1,0 +1,424 @@
+//! How workers leave: asked, by themselves, killed, cut off, or orphaned.
+
+use std::cell::Cell;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt as _;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use cluster::{Signal, Worker};
+
+use crate::harness::{Log, cluster, in_background, is_alive, serve_id, talk, wait_until, when_listening};
+
+crate::scenarios! {
+    asked_by_the_master
+    by_itself
+    by_itself_at_once
+    killed_with_a_signal_after_disconnecting
+    cut_off_without_a_word
+    disconnect_waits_for_connections
+    disconnect_all_calls_back_once_when_nobody_is_left
+    disconnect_all_without_workers
+    disconnect_before_the_worker_has_started
+    a_new_round_from_inside_the_callback
+    repeated_and_mixed_requests_to_leave
+    no_client_in_the_backlog_is_lost
+    orphans_leave_within_a_second
+}
+
+/// Forks one worker that leaves in some way, and notes the flag at both events and the status.
+fn leaving(
+    what: impl FnOnce(&cluster::WorkerProcess) + 'static,
+    worker: impl FnOnce(Worker),
+) -> Vec<String> {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (at_disconnect, at_exit) = (log.clone(), log);
+            master.on_disconnect(move |_, worker| {
+                at_disconnect.add(format!("{:?}", worker.exited_after_disconnect()));
+            });
+            master.on_exit(move |_, worker, status| {
+                let end = (status.code(), status.signal());
+                at_exit.add(format!("{:?} {end:?}", worker.exited_after_disconnect()));
+            });
+            let forked = master.fork().unwrap();
+            assert_eq!(forked.exited_after_disconnect(), None);
+            let mut what = Some(what);
+            forked.on_message(move |_, worker, _| {
+                assert_eq!(worker.exited_after_disconnect(), None);
+                if let Some(what) = what.take() {
+                    what(worker);
+                }
+            });
+        },
+        worker,
+    );
+    entries.take()
+}
+
+fn ready_then_run(worker: &Worker) {
+    assert!(worker.is_connected());
+    worker.on_disconnect(|worker| assert!(!worker.is_connected()));
+    worker.send(b"ready").unwrap();
+    worker.run().unwrap();
+}
+
+fn asked_by_the_master() {
+    let seen = leaving(
+        |worker| assert_eq!(worker.disconnect(), worker),
+        |worker| {
+            // An idle listener and no callback: nothing it has to wait for.
+            let _listener = worker.listen("127.0.0.1:0").unwrap();
+            ready_then_run(&worker);
+            assert_eq!(worker.exited_after_disconnect(), Some(true));
+            std::process::exit(5);
+        },
+    );
+    assert_eq!(seen, ["Some(true)", "Some(true) (Some(5), None)"]);
+}
+
+fn by_itself() {
+    let seen = leaving(
+        |_| {},
+        |worker| {
+            let _listener = worker.listen("127.0.0.1:0").unwrap();
+            let inside = Rc::new(Cell::new(true));
+            let still_inside = Rc::clone(&inside);
+            worker.on_disconnect(move |_| assert!(!still_inside.get(), "not inside the call"));
+            worker.disconnect().disconnect();
+            assert!(worker.is_connected(), "the master has not agreed yet");
+            inside.set(false);
+            worker.run().unwrap();
+            assert_eq!(worker.exited_after_disconnect(), Some(true));
+        },
+    );
+    assert_eq!(seen, ["Some(true)", "Some(true) (Some(0), None)"]);
+}
+
+fn by_itself_at_once() {
+    let seen = leaving(
+        |_| {},
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let address = listener.local_addr();
+            let client = std::thread::spawn(move || TcpStream::connect(address).unwrap());
+            // A connection that is never closed does not keep it.
+            let connection = listener.accept().unwrap().unwrap();
+            worker.kill();
+            worker.run().unwrap();
+            drop((connection, client));
+        },
+    );
+    assert_eq!(seen, ["Some(true)", "Some(true) (Some(0), None)"]);
+}
+
+fn killed_with_a_signal_after_disconnecting() {
+    let seen = leaving(
+        |worker| worker.kill(Signal::USR1),
+        |worker| {
+            ready_then_run(&worker);
+            // The signal comes when the channel is closed.
+            loop {
+                nix::unistd::pause();
+            }
+        },
+    );
+    assert_eq!(seen, ["Some(true)", "Some(true) (None, Some(10))"]);
+}
+
+fn cut_off_without_a_word() {
+    let seen = leaving(
+        |worker| {
+            worker.process().disconnect();
+            assert!(!worker.is_connected());
+        },
+        |worker| {
+            let _listener = worker.listen("127.0.0.1:0").unwrap();
+            // It would go on for long if it were not cut off.
+            worker.set_timeout(Duration::from_secs(600), |_| panic!("too long"));
+            ready_then_run(&worker);
+            assert_eq!(worker.exited_after_disconnect(), Some(false));
+        },
+    );
+    assert_eq!(seen, ["Some(false)", "Some(false) (Some(0), None)"]);
+}
+
+fn disconnect_waits_for_connections() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let at_disconnect = log.clone();
+            master.on_disconnect(move |_, _| at_disconnect.add("disconnect"));
+            when_listening(master, 1, move |master, address| {
+                let work = move || {
+                    let mut client = TcpStream::connect(address).unwrap();
+                    client.read_exact(&mut [0]).unwrap();
+                    client
+                };
+                in_background(master, work, move |master, mut client| {
+                    let worker = master.workers().remove(0);
+                    worker.disconnect();
+                    worker.on_message(move |_, worker, message| {
+                        assert_eq!(message.bytes(), b"told");
+                        assert!(worker.is_connected());
+                        log.add("closing");
+                        client.write_all(b"x").unwrap();
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let mut connection = listener.accept().unwrap().unwrap();
+            connection.write_all(b"x").unwrap();
+            assert!(listener.accept().unwrap().is_none(), "told to leave");
+            worker.send(b"told").unwrap();
+            worker
+                .watch(connection, cluster::Interest::Readable, |_, connection| {
+                    connection.read_exact(&mut [0]).unwrap();
+                    None
+                })
+                .unwrap();
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["closing", "disconnect"]);
+}
+
+fn disconnect_all_calls_back_once_when_nobody_is_left() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let at_exit = log.clone();
+            master.on_exit(move |_, _, _| at_exit.add("exit"));
+            when_listening(master, 3, move |master, _| {
+                let (first, second) = (log.clone(), log.clone());
+                master.disconnect(move |master| {
+                    assert!(master.workers().is_empty());
+                    first.add("first callback");
+                });
+                master.disconnect(move |_| second.add("second callback"));
+                log.add("not inside the call");
+            });
+            (0..3).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve_id(&worker, "127.0.0.1:0"),
+    );
+    let end = ["first callback", "second callback"];
+    let mut expected = vec!["not inside the call", "exit", "exit", "exit"];
+    expected.extend(end);
+    assert_eq!(entries.take(), expected);
+}
+
+fn disconnect_all_without_workers() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let late = log.clone();
+            master.disconnect(move |_| late.add("callback"));
+            log.add("after the call");
+        },
+        |_| unreachable!(),
+    );
+    assert_eq!(entries.take(), ["after the call", "callback"]);
+}
+
+fn disconnect_before_the_worker_has_started() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let at_exit = log.clone();
+            master.on_exit(move |_, worker, status| {
+                at_exit.add(format!("{status} {:?}", worker.exited_after_disconnect()));
+            });
+            master.on_listening(|_, _, _| panic!("it was leaving before it asked"));
+            master.fork().unwrap();
+            master.fork().unwrap();
+            master.disconnect(move |_| log.add("callback"));
+        },
+        |worker| serve_id(&worker, "127.0.0.1:0"),
+    );
+    let exit = "exit status: 0 Some(true)";
+    assert_eq!(entries.take(), [exit, exit, "callback"]);
+}
+
+fn a_new_round_from_inside_the_callback() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let rounds = Cell::new(0);
+            master.on_listening(move |master, _, address| {
+                log.add(format!("round {}", rounds.get()));
+                if rounds.replace(rounds.get() + 1) == 0 {
+                    let env = [("ADDRESS", address.to_string())];
+                    master.disconnect(move |master| drop(master.fork_with(env).unwrap()));
+                } else {
+                    master.disconnect(|_| {});
+                }
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            // The same port again: the first round has left nothing behind.
+            let address = std::env::var("ADDRESS");
+            serve_id(&worker, address.as_deref().unwrap_or("127.0.0.1:0"));
+        },
+    );
+    assert_eq!(entries.take(), ["round 0", "round 1"]);
+}
+
+fn repeated_and_mixed_requests_to_leave() {
+    let seen = leaving(
+        |worker| {
+            worker.disconnect().disconnect();
+            worker.kill(Signal::TERM);
+            worker.kill(Signal::CONT);
+            worker.process().disconnect();
+            worker.process().disconnect();
+            worker.kill(Signal::CONT);
+        },
+        |worker| {
+            ready_then_run(&worker);
+            worker.disconnect();
+            worker.kill();
+            assert!(worker.send(b"x").is_err());
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(seen[0], "Some(true)");
+    assert_eq!(seen[1], "Some(true) (Some(0), None)");
+}
+
+fn no_client_in_the_backlog_is_lost() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 2, move |master, address| {
+                // Two are served, the others wait in the kernel when everybody is told to leave.
+                let work = move || {
+                    let connect = |_| TcpStream::connect(address).unwrap();
+                    (0..40).map(connect).collect::<Vec<_>>()
+                };
+                in_background(master, work, move |master, mut clients| {
+                    master.disconnect(|_| {});
+                    let work = move || {
+                        let mut answered = 0;
+                        for client in &mut clients {
+                            client.write_all(b"x").unwrap();
+                        }
+                        for client in &mut clients {
+                            let mut answer = String::new();
+                            client.read_to_string(&mut answer).unwrap();
+                            answered += usize::from(!answer.is_empty());
+                        }
+                        answered
+                    };
+                    in_background(master, work, move |_, answered| {
+                        log.add(answered.to_string());
+                    });
+                });
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                let mut connection = connection.unwrap();
+                connection.read_exact(&mut [0]).unwrap();
+                connection.write_all(b"answer").unwrap();
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["40"]);
+}
+
+/// The master of the orphans is a child of this one, and is killed.
+fn orphans_leave_within_a_second() {
+    const PLAY: &str = "ORPHANS";
+    if std::env::var_os(PLAY).is_none() {
+        for how in ["kill", "exit"] {
+            let mut master = std::process::Command::new(std::env::current_exe().unwrap())
+                .env(PLAY, how)
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut lines = String::new();
+            let mut stdout = master.stdout.take().unwrap();
+            let mut piece = [0; 256];
+            let (pids, address) = loop {
+                let length = stdout.read(&mut piece).unwrap();
+                assert_ne!(length, 0, "{lines}");
+                lines.push_str(std::str::from_utf8(&piece[..length]).unwrap());
+                if let Some((pids, address)) = lines.trim_end().split_once(" at ") {
+                    let pids = pids.split(' ').map(|pid| pid.parse::<u32>().unwrap());
+                    break (pids.collect::<Vec<_>>(), address.parse().unwrap());
+                }
+            };
+            // One of the three is in an endless loop by now, and one serves.
+            wait_until("an answer", || talk(address, b"").ok().filter(|text| !text.is_empty()));
+            assert!(pids.iter().all(|pid| is_alive(*pid)));
+            let began = Instant::now();
+            if how == "kill" {
+                master.kill().unwrap();
+            }
+            master.wait().unwrap();
+            wait_until("their end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(()));
+            assert!(began.elapsed() < Duration::from_secs(1));
+            TcpStream::connect(address).unwrap_err();
+        }
+        return;
+    }
+    match cluster::init().unwrap() {
+        cluster::Role::Master(master) => {
+            let pids = Rc::new(std::cell::RefCell::new(Vec::new()));
+            let address = Rc::new(std::cell::RefCell::new(String::new()));
+            let heard = Rc::clone(&address);
+            master.on_listening(move |_, _, at| heard.replace(at.to_string()).clear());
+            master.on_message(move |_, worker, _| {
+                pids.borrow_mut().push(worker.process().id().to_string());
+                if pids.borrow().len() == 3 {
+                    println!("{} at {}", pids.borrow().join(" "), address.borrow());
+                }
+            });
+            for kind in ["idle", "busy", "looping"] {
+                master.fork_with([("KIND", kind)]).unwrap();
+            }
+            if std::env::var(PLAY).as_deref() == Ok("exit") {
+                // Long after it was asked about.
+                master.set_timeout(Duration::from_millis(500), |_| std::process::exit(0));
+            }
+            master.run().unwrap();
+        }
+        cluster::Role::Worker(worker) => {
+            let ready = || worker.send(b"ready").unwrap();
+            match std::env::var("KIND").unwrap().as_str() {
+                "idle" => {
+                    ready();
+                    worker.run().unwrap();
+                }
+                "busy" => {
+                    let listener = worker.listen("127.0.0.1:0").unwrap();
+                    ready();
+                    for connection in listener.incoming() {
+                        connection.unwrap().write_all(b"served").unwrap();
+                    }
+                }
+                _ => {
+                    ready();
+                    loop {
+                        std::hint::spin_loop();
+                    }
+                }
+            }
+        }
+    }
+}

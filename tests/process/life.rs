@@ -1,0 +1,422 @@
+//! From fork to exit: events, arguments, environment, identity.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::Command;
+use std::rc::Rc;
+
+use cluster::{AddressType, Error, Master, Settings, Signal, WorkerState};
+
+use crate::harness::{Log, cluster, is_alive};
+
+crate::scenarios! {
+    events_come_once_and_in_order
+    last_words_arrive_before_the_end
+    exit_code_and_signal
+    fork_env_adds_and_overrides
+    settings_reach_the_worker
+    setup_comes_with_each_fork
+    missing_program_is_an_error_of_fork
+    identity_is_consumed
+    strangers_with_our_variables_get_an_error
+    unknown_policy_is_an_error
+    policy_is_frozen_by_the_first_fork
+    children_start_with_default_signals
+    children_inherit_only_their_channel
+    callbacks_may_change_anything
+}
+
+fn events_come_once_and_in_order() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let state = |name: &'static str, level: &'static str| {
+                let log = log.clone();
+                move |_: &Master, worker: &cluster::WorkerProcess| {
+                    assert_eq!(worker.id().get(), 1);
+                    log.add(format!("{level} {name} {:?}", worker.state()));
+                }
+            };
+            master.on_fork(state("fork", "cluster"));
+            master.on_online(state("online", "cluster"));
+            let listening = state("listening", "cluster");
+            let listening = RefCell::new(listening);
+            master.on_listening(move |master, worker, address| {
+                assert_eq!(address.address, "127.0.0.1");
+                assert_eq!(address.address_type, AddressType::Tcp4);
+                assert_ne!(address.port, 0);
+                (listening.borrow_mut())(master, worker);
+                worker.process().kill(Signal::KILL);
+            });
+            master.on_disconnect(|master, worker| {
+                assert!(master.worker(worker.id()).is_some(), "still in the table");
+                assert!(!worker.is_connected());
+                assert_eq!(worker.exited_after_disconnect(), Some(false));
+            });
+            master.on_disconnect(state("disconnect", "cluster"));
+            master.on_exit(|master, worker, status| {
+                assert!(master.worker(worker.id()).is_none(), "no longer in the table");
+                assert!(worker.is_dead());
+                assert_eq!(status.signal(), Some(9));
+                assert_eq!(status.code(), None);
+                assert_eq!(worker.process().exit_status(), Some(status));
+                assert_eq!(worker.exited_after_disconnect(), Some(false));
+                assert!(!is_alive(worker.process().id()));
+            });
+            let exit = RefCell::new(state("exit", "cluster"));
+            master.on_exit(move |master, worker, _| (exit.borrow_mut())(master, worker));
+
+            let worker = master.fork().unwrap();
+            assert_eq!(worker.state(), WorkerState::None);
+            assert!(worker.is_connected() && !worker.is_dead());
+            assert_eq!(worker.exited_after_disconnect(), None);
+            assert_eq!(master.workers(), std::slice::from_ref(&worker));
+            worker.on_online(state("online", "worker"));
+            let listening = RefCell::new(state("listening", "worker"));
+            worker.on_listening(move |m, w, _| (listening.borrow_mut())(m, w));
+            worker.on_disconnect(state("disconnect", "worker"));
+            let exit = RefCell::new(state("exit", "worker"));
+            worker.on_exit(move |m, w, _| (exit.borrow_mut())(m, w));
+            assert_eq!(log.len(), 0, "nothing is emitted inside fork");
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            for _ in listener.incoming() {
+                panic!("nobody connects");
+            }
+        },
+    );
+    assert_eq!(
+        entries.take(),
+        [
+            "cluster fork None",
+            "worker online Online",
+            "cluster online Online",
+            "worker listening Listening",
+            "cluster listening Listening",
+            "worker disconnect Disconnected",
+            "cluster disconnect Disconnected",
+            "worker exit Dead",
+            "cluster exit Dead",
+        ]
+    );
+}
+
+fn last_words_arrive_before_the_end() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (a, b, c, d) = (log.clone(), log.clone(), log.clone(), log);
+            master.on_online(move |_, worker| a.add(format!("online {:?}", worker.state())));
+            master.on_message(move |_, _, message| {
+                b.add(String::from_utf8_lossy(message.bytes()));
+            });
+            master.on_disconnect(move |_, _| c.add("disconnect"));
+            master.on_exit(move |_, _, status| d.add(format!("{:?}", status.code())));
+            master.fork().unwrap();
+        },
+        |worker| {
+            worker.send(b"last").unwrap();
+            worker.send(b"words").unwrap();
+            std::process::exit(42);
+        },
+    );
+    let expected = ["online Online", "last", "words", "disconnect", "Some(42)"];
+    assert_eq!(entries.take(), expected);
+}
+
+fn exit_code_and_signal() {
+    let seen = Rc::new(RefCell::new(BTreeMap::new()));
+    let ends = Rc::clone(&seen);
+    cluster(
+        |master| {
+            master.on_exit(move |_, worker, status| {
+                let end = (status.code(), status.signal());
+                ends.borrow_mut().insert(worker.id().get(), end);
+                // A worker that has left answers everything and fails nothing.
+                assert_eq!(worker.disconnect(), worker);
+                worker.kill(Signal::KILL);
+                worker.process().kill(Signal::KILL);
+                worker.process().disconnect();
+                assert!(worker.send(b"hello?").is_err());
+            });
+            for end in ["0", "7", "TERM"] {
+                master.fork_with([("END", end)]).unwrap();
+            }
+        },
+        |worker| match std::env::var("END").unwrap().parse() {
+            Ok(code) => std::process::exit(code),
+            Err(_) => {
+                nix::sys::signal::raise(nix::sys::signal::SIGTERM).unwrap();
+                drop(worker);
+            }
+        },
+    );
+    let expected = [(1, (Some(0), None)), (2, (Some(7), None)), (3, (None, Some(15)))];
+    assert_eq!(seen.take(), BTreeMap::from(expected));
+}
+
+fn fork_env_adds_and_overrides() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.on_message(move |_, worker, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+                worker.disconnect();
+            });
+            let home = std::env::var_os("HOME");
+            let env = [("CUSTOM", "custom"), ("HOME", "new")];
+            master.fork_with(env).unwrap();
+            assert_eq!(std::env::var_os("HOME"), home);
+            assert_eq!(std::env::var_os("CUSTOM"), None);
+        },
+        |worker| {
+            let values = ["CUSTOM", "HOME"].map(|name| std::env::var(name).unwrap());
+            assert!(worker.send(values.join(" ").as_bytes()).unwrap());
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["custom new"]);
+}
+
+fn settings_reach_the_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            assert_eq!(master.settings(), Settings::default());
+            master.on_message(move |_, worker, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+                worker.disconnect();
+            });
+            master.fork().unwrap();
+            let own = std::env::current_exe().unwrap();
+            let settings = master.settings();
+            assert_eq!(settings.exec, Some(own.clone()));
+            assert_eq!(settings.args, Some(Vec::new()), "those of this process");
+            master.setup_master(Settings::default().args(["custom argument"]));
+            assert_eq!(master.settings().exec, Some(own), "kept");
+            master.fork().unwrap();
+        },
+        |worker| {
+            let args: Vec<_> = std::env::args().skip(1).collect();
+            let text = format!("{} {args:?}", worker.id());
+            worker.send(text.as_bytes()).unwrap();
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["1 []", "2 [\"custom argument\"]"]);
+}
+
+fn setup_comes_with_each_fork() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (setups, forks) = (log.clone(), log.clone());
+            master.on_setup(move |_, settings| setups.add(format!("setup {:?}", settings.args)));
+            master.on_fork(move |_, _| forks.add("fork"));
+            master.setup_master(Settings::default().args(["a"]));
+            master.fork().unwrap();
+            assert_eq!(log.len(), 0, "never inside the call");
+        },
+        |_| {},
+    );
+    let setup = "setup Some([\"a\"])";
+    assert_eq!(entries.take(), [setup, setup, "fork"]);
+}
+
+fn missing_program_is_an_error_of_fork() {
+    cluster(
+        |master| {
+            master.on_fork(|_, _| panic!("nothing was forked"));
+            master.on_exit(|_, _, _| panic!("nothing was forked"));
+            master.setup_master(Settings::default().exec("/no/such/program"));
+            let error = master.fork().unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::ENOENT), "{error}");
+            assert!(error.to_string().contains("/no/such/program"), "{error}");
+            master.setup_master(Settings::default().exec("/etc/passwd"));
+            let error = master.fork().unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EACCES), "{error}");
+            let zero = master.fork_with([("NAME", "a\0b")]).unwrap_err();
+            assert!(matches!(zero, Error::Fork { .. }), "{zero}");
+            assert!(master.workers().is_empty());
+        },
+        |_| {},
+    );
+}
+
+fn identity_is_consumed() {
+    let log = Log::default();
+    let entries = log.clone();
+    assert_eq!(cluster::is_worker(), std::env::var_os("CLUSTER_UNIQUE_ID").is_some());
+    cluster(
+        |master| {
+            assert!(cluster::is_master() && !cluster::is_worker());
+            assert!(matches!(cluster::init(), Err(Error::AlreadyInitialized)));
+            master.on_message(move |_, worker, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+                worker.disconnect();
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            assert!(cluster::is_worker() && !cluster::is_master());
+            assert!(matches!(cluster::init(), Err(Error::AlreadyInitialized)));
+            let env = Command::new("env").output().unwrap().stdout;
+            let env = String::from_utf8(env).unwrap();
+            let ours: Vec<_> = env.lines().filter(|line| line.starts_with("CLUSTER_")).collect();
+            worker.send(format!("{ours:?}").as_bytes()).unwrap();
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["[]"], "a worker's child is no worker");
+}
+
+fn strangers_with_our_variables_get_an_error() {
+    const PLAY: &str = "STRANGER";
+    if std::env::var_os(PLAY).is_some() {
+        let error = cluster::init().unwrap_err();
+        assert!(matches!(error, Error::Environment { .. }), "{error}");
+        println!("{error}");
+        // What it named is still open: it was not ours to close.
+        assert!(nix::fcntl::fcntl(std::io::stderr(), nix::fcntl::F_GETFD).is_ok());
+        return;
+    }
+    let cases = [
+        (Some("1"), None, "CLUSTER_CHANNEL_FD is \"\""),
+        (None, Some("3"), "CLUSTER_UNIQUE_ID is \"\""),
+        (Some("one"), Some("3"), "CLUSTER_UNIQUE_ID is \"one\""),
+        (Some("1"), Some("999"), "CLUSTER_CHANNEL_FD is \"999\""),
+        (Some("1"), Some("99999999999"), "CLUSTER_CHANNEL_FD is \"99999999999\""),
+        (Some("1"), Some("2"), "CLUSTER_CHANNEL_FD is \"2\""),
+    ];
+    for (id, fd, expected) in cases {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.env(PLAY, "1");
+        command.envs(id.map(|id| ("CLUSTER_UNIQUE_ID", id)));
+        command.envs(fd.map(|fd| ("CLUSTER_CHANNEL_FD", fd)));
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains(expected), "{output:?}");
+    }
+}
+
+fn unknown_policy_is_an_error() {
+    const PLAY: &str = "POLICY_TEST";
+    if std::env::var_os(PLAY).is_some() {
+        match cluster::init() {
+            Err(error) => println!("{error}"),
+            Ok(cluster::Role::Master(master)) => println!("{}", master.scheduling_policy()),
+            Ok(cluster::Role::Worker(_)) => println!("worker"),
+        }
+        return;
+    }
+    let unknown = "environment variable CLUSTER_SCHED_POLICY is \"roundrobin\", \
+                   expected \"rr\" or \"none\"\n";
+    let cases = [("roundrobin", unknown), ("rr", "rr\n"), ("none", "none\n")];
+    for (value, expected) in cases {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let output = command.env(PLAY, "1").env("CLUSTER_SCHED_POLICY", value).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+    }
+}
+
+fn policy_is_frozen_by_the_first_fork() {
+    use cluster::SchedulingPolicy::{RoundRobin, Shared};
+    cluster(
+        |master| {
+            assert_eq!(master.scheduling_policy(), RoundRobin);
+            master.set_scheduling_policy(Shared).unwrap();
+            master.fork().unwrap();
+            let error = master.set_scheduling_policy(RoundRobin).unwrap_err();
+            assert!(matches!(error, Error::PolicyFrozen));
+            assert_eq!(master.scheduling_policy(), Shared);
+        },
+        |_| {},
+    );
+}
+
+/// A shell that writes what `command` prints into a file, which the master reads at its exit.
+fn in_a_shell(command: &str, before: impl FnOnce(&Master)) -> String {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let script = format!("{{ {command}; }} > {}", file.path().display());
+    cluster(
+        |master| {
+            before(master);
+            master.setup_master(Settings::default().exec("/bin/sh").args(["-c", &script]));
+            master.on_exit(|_, _, status| assert!(status.success()));
+            master.fork().unwrap();
+        },
+        |_| unreachable!("the workers are shells"),
+    );
+    std::fs::read_to_string(file.path()).unwrap()
+}
+
+fn children_start_with_default_signals() {
+    use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
+
+    let text = in_a_shell("cat /proc/self/status", |_| {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGUSR1);
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) }.unwrap();
+    });
+    for field in ["SigBlk:", "SigIgn:"] {
+        let value = text.lines().find_map(|line| line.strip_prefix(field));
+        let bits = u64::from_str_radix(value.unwrap().trim(), 16).unwrap();
+        // The C library keeps 32 and 33 for itself.
+        assert_eq!(bits & !(0b11 << 31), 0, "{field} in {text}");
+    }
+}
+
+fn children_inherit_only_their_channel() {
+    let text = in_a_shell("echo $CLUSTER_CHANNEL_FD; ls -l /proc/$$/fd", |_| {});
+    let mut lines = text.lines();
+    let channel = lines.next().unwrap();
+    let fds: Vec<_> = lines.filter_map(|line| line.split_once(" -> ")).collect();
+    let beyond: Vec<_> = fds
+        .iter()
+        .filter_map(|(left, _)| left.rsplit(' ').next())
+        .filter(|fd| !["0", "1", "2"].contains(fd))
+        // The shell's own way to get its standard output back.
+        .filter(|fd| fds.iter().all(|(l, to)| !l.ends_with(fd) || to.starts_with("socket:")))
+        .collect();
+    assert_eq!(beyond, [channel], "{text}");
+}
+
+fn callbacks_may_change_anything() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let inner = log.clone();
+            let never = master.on_online(|_, _| panic!("removed by an earlier event"));
+            master.on_fork(move |master, worker| {
+                master.off(never);
+                let log = inner.clone();
+                worker.on_online(move |_, _| log.add("added inside"));
+                if worker.id().get() == 1 {
+                    master.fork().unwrap();
+                }
+            });
+            master.on_exit(move |master, _, _| {
+                log.add("exit");
+                assert!(matches!(master.run(), Err(Error::AlreadyRunning)));
+            });
+            master.fork().unwrap();
+        },
+        |_| {},
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["added inside", "added inside", "exit", "exit"]);
+}

@@ -1,0 +1,301 @@
+//! Messages both ways: order, size, descriptors, back-pressure, and ends that are not there.
+
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+
+use cluster::{Error, SendError, Signal};
+
+use crate::harness::{Log, cluster};
+
+crate::scenarios! {
+    messages_arrive_once_and_in_order
+    a_message_sent_before_the_worker_is_online_arrives
+    cluster_callbacks_come_before_the_workers
+    a_large_message_with_a_descriptor_goes_both_ways
+    descriptors_stay_with_their_messages
+    descriptors_nobody_takes_are_closed
+    a_worker_that_does_not_read_is_felt_by_the_sender
+    sending_to_a_dead_worker_is_an_error_and_an_event
+    both_sides_may_send_a_lot_at_once
+}
+
+fn messages_arrive_once_and_in_order() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let count = Cell::new(0u32);
+            worker.on_message(move |_, worker, message| {
+                let number = u32::from_le_bytes(message.bytes().try_into().unwrap());
+                assert_eq!(number, count.replace(number + 1));
+                if number == 9999 {
+                    log.add("all");
+                    worker.disconnect();
+                }
+            });
+            for number in 0..10_000u32 {
+                worker.send(&number.to_le_bytes()).unwrap();
+            }
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                worker.send(message.bytes()).unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["all"]);
+}
+
+fn a_message_sent_before_the_worker_is_online_arrives() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            assert!(worker.send(b"early").unwrap());
+            assert!(worker.send(b"").unwrap(), "an empty message is a message");
+            worker.on_message(move |_, _, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+            });
+        },
+        |worker| {
+            let count = Cell::new(0);
+            worker.on_message(move |worker, message| {
+                worker.send(message.bytes()).unwrap();
+                count.set(count.get() + 1);
+                if count.get() == 2 {
+                    worker.disconnect();
+                }
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["early", ""]);
+}
+
+fn cluster_callbacks_come_before_the_workers() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let (first, second) = (log.clone(), log);
+            worker.on_message(move |_, worker, _| {
+                second.add("worker");
+                worker.disconnect();
+            });
+            master.on_message(move |_, _, message| {
+                assert_eq!(message.bytes(), b"one");
+                first.add("cluster");
+            });
+        },
+        |worker| {
+            worker.send(b"one").unwrap();
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["cluster", "worker"]);
+}
+
+fn a_large_message_with_a_descriptor_goes_both_ways() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let file = tempfile::tempfile().unwrap();
+            let text: Vec<u8> = (0..800_000u32).map(|n| n.to_le_bytes()[0]).collect();
+            worker.send_with_fds(&text, vec![file.try_clone().unwrap().into()]).unwrap();
+            let file = RefCell::new(file);
+            worker.on_message(move |_, worker, message| {
+                assert!(message.bytes() == text, "the same text");
+                let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
+                File::from(fd).write_all(b" and back").unwrap();
+                let mut file = file.borrow_mut();
+                file.rewind().unwrap();
+                let mut content = String::new();
+                file.read_to_string(&mut content).unwrap();
+                log.add(content);
+                worker.disconnect();
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                assert_eq!(message.bytes().len(), 800_000);
+                let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
+                let mut file = File::from(fd);
+                file.write_all(b"there").unwrap();
+                worker.send_with_fds(message.bytes(), vec![file.into()]).unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["there and back"]);
+}
+
+fn descriptors_stay_with_their_messages() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_message(move |_, worker, message| {
+                let name = String::from_utf8_lossy(message.bytes()).into_owned();
+                for fd in message.take_fds() {
+                    let mut file = File::from(fd);
+                    file.rewind().unwrap();
+                    let mut content = String::new();
+                    file.read_to_string(&mut content).unwrap();
+                    assert_eq!(content, name);
+                    log.add(name.clone());
+                }
+                if name == "end" {
+                    worker.disconnect();
+                }
+            });
+        },
+        |worker| {
+            for number in 0..100usize {
+                let name = format!("message {number}");
+                let fds = (0..number % 5).map(|_| {
+                    let mut file = tempfile::tempfile().unwrap();
+                    file.write_all(name.as_bytes()).unwrap();
+                    file.into()
+                });
+                worker.send_with_fds(name.as_bytes(), fds.collect()).unwrap();
+            }
+            worker.send(b"end").unwrap();
+            worker.run().unwrap();
+        },
+    );
+    let expected: Vec<_> = (0..100)
+        .flat_map(|number| vec![format!("message {number}"); number % 5])
+        .collect();
+    assert_eq!(entries.take(), expected);
+}
+
+fn descriptors_nobody_takes_are_closed() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let (mut kept, sent) = UnixStream::pair().unwrap();
+            worker.send_with_fds(b"not wanted", vec![sent.into()]).unwrap();
+            worker.on_message(move |_, worker, _| {
+                let mut rest = Vec::new();
+                kept.read_to_end(&mut rest).unwrap();
+                log.add("closed");
+                worker.disconnect();
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, _| {
+                worker.set_timeout(std::time::Duration::ZERO, |worker| {
+                    worker.send(b"seen").unwrap();
+                });
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["closed"]);
+}
+
+fn a_worker_that_does_not_read_is_felt_by_the_sender() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            master.on_error(move |_, worker, error| {
+                assert!(worker.is_some());
+                log.add(error.to_string());
+            });
+            worker.on_online(|_, worker| {
+                worker.process().kill(Signal::STOP);
+                let message = vec![0; 64 << 10];
+                let mut told_to_pause = 0;
+                let error = loop {
+                    match worker.send(&message) {
+                        Ok(true) => assert_eq!(told_to_pause, 0),
+                        Ok(false) => told_to_pause += 1,
+                        Err(error) => break error,
+                    }
+                };
+                let full = SendError::QueueFull;
+                assert!(matches!(error, Error::Send { reason, .. } if reason == full));
+                assert!(told_to_pause > 100, "8 MiB in pieces of 64 KiB");
+                assert!(worker.is_connected(), "and nothing else happened");
+                worker.process().kill(Signal::KILL);
+            });
+        },
+        |worker| worker.run().unwrap(),
+    );
+    assert_eq!(entries.take(), ["cannot send to worker 1: too much waits to be sent"]);
+}
+
+fn sending_to_a_dead_worker_is_an_error_and_an_event() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let (own, all) = (log.clone(), log);
+            worker.on_error(move |_, _, error| own.add(format!("worker: {error}")));
+            master.on_error(move |_, _, error| all.add(format!("cluster: {error}")));
+            worker.on_disconnect(|_, worker| {
+                let error = worker.send(b"hello?").unwrap_err();
+                assert!(matches!(
+                    error,
+                    Error::Send { reason: SendError::ChannelClosed, .. }
+                ));
+            });
+        },
+        |_| {},
+    );
+    let text = "cannot send to worker 1: the channel is closed";
+    assert_eq!(entries.take(), [format!("worker: {text}"), format!("cluster: {text}")]);
+}
+
+fn both_sides_may_send_a_lot_at_once() {
+    let log = Log::default();
+    let entries = log.clone();
+    const COUNT: usize = 50;
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let message = vec![1; 100_000];
+            for _ in 0..COUNT {
+                let file = tempfile::tempfile().unwrap();
+                worker.send_with_fds(&message, vec![file.into()]).unwrap();
+            }
+            let seen = Rc::new(Cell::new(0));
+            worker.on_message(move |_, worker, message| {
+                assert_eq!((message.bytes().len(), message.take_fds().len()), (100_000, 1));
+                seen.set(seen.get() + 1);
+                if seen.get() == COUNT {
+                    log.add("all");
+                    worker.disconnect();
+                }
+            });
+        },
+        |worker| {
+            let message = vec![2; 100_000];
+            for _ in 0..COUNT {
+                let file = tempfile::tempfile().unwrap();
+                worker.send_with_fds(&message, vec![file.into()]).unwrap();
+            }
+            worker.on_message(|_, message| {
+                assert_eq!((message.bytes().len(), message.take_fds().len()), (100_000, 1));
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["all"]);
+}

@@ -1,0 +1,303 @@
+//! The loop: timers, signals, watched descriptors, embedding, and rest.
+
+use std::cell::Cell;
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cluster::{Interest, Signal};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::harness::{Log, SIGNALS, cluster, in_background, serve_id, talk, wait_until, when_listening};
+
+crate::scenarios! {
+    timers_fire_in_order_and_can_be_cleared
+    signals_reach_callbacks_in_both_roles
+    watched_descriptors_keep_the_loop_alive
+    a_host_with_its_own_loop
+    a_worker_with_its_own_loop
+    a_blocking_worker_serves_timers_and_messages
+    idle_processes_sleep
+}
+
+fn timers_fire_in_order_and_can_be_cleared() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let began = Instant::now();
+            let at = |millis: u64| Duration::from_millis(millis);
+            let (late, soon, ticks) = (log.clone(), log.clone(), log);
+            master.set_timeout(at(30), move |_| {
+                assert!(began.elapsed() >= at(30));
+                late.add("late");
+            });
+            let never = master.set_timeout(at(20), |_| panic!("cleared"));
+            master.set_timeout(at(10), move |master| {
+                soon.add("soon");
+                master.clear_timer(never);
+            });
+            let count = Cell::new(0);
+            let own = Rc::new(Cell::new(None));
+            let id = Rc::clone(&own);
+            own.set(Some(master.set_interval(at(50), move |master| {
+                ticks.add("tick");
+                count.set(count.get() + 1);
+                if count.get() == 3 {
+                    master.clear_timer(id.get().unwrap());
+                }
+            })));
+        },
+        |_| unreachable!(),
+    );
+    assert_eq!(entries.take(), ["soon", "late", "tick", "tick", "tick"]);
+}
+
+fn signals_reach_callbacks_in_both_roles() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+                let log = log.clone();
+                let on_signal = move |master: &cluster::Master, signal: Signal| {
+                    log.add(format!("master {signal}"));
+                    let worker = &master.workers()[0];
+                    worker.process().kill(signal);
+                };
+                master.on_signal(signal, on_signal).unwrap();
+            }
+            let raise = |signal: Signal| {
+                let signal = nix::sys::signal::Signal::try_from(signal.number()).unwrap();
+                nix::sys::signal::raise(signal).unwrap();
+            };
+            let worker = master.fork().unwrap();
+            worker.on_message(move |_, worker, message| {
+                let text = String::from_utf8_lossy(message.bytes()).into_owned();
+                log.add(text.clone());
+                match text.as_str() {
+                    "ready" => raise(Signal::INT),
+                    "worker SIGINT" => raise(Signal::TERM),
+                    "worker SIGTERM" => raise(Signal::HUP),
+                    _ => drop(worker.disconnect()),
+                }
+            });
+        },
+        |worker| {
+            // While it blocks.
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+                let on_signal = |worker: &cluster::Worker, signal: Signal| {
+                    worker.send(format!("worker {signal}").as_bytes()).unwrap();
+                };
+                worker.on_signal(signal, on_signal).unwrap();
+            }
+            worker.send(b"ready").unwrap();
+            assert!(listener.accept().unwrap().is_none());
+        },
+    );
+    let rounds = ["SIGINT", "SIGTERM", "SIGHUP"];
+    let expected = rounds.map(|name| [format!("master {name}"), format!("worker {name}")]);
+    assert_eq!(entries.take()[1..], expected.concat());
+}
+
+fn watched_descriptors_keep_the_loop_alive() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (here, mut there) = UnixStream::pair().unwrap();
+            there.set_nonblocking(true).unwrap();
+            let watch = |master: &cluster::Master, here: UnixStream, log: Log| {
+                master
+                    .watch(here, Interest::Both, move |_, here| {
+                        // Writable at once; then readable; then let go.
+                        log.add("ready");
+                        if log.len() == 1 {
+                            here.write_all(b"x").unwrap();
+                            return Some(Interest::Readable);
+                        }
+                        here.read_exact(&mut [0]).unwrap();
+                        None
+                    })
+                    .unwrap()
+            };
+            watch(master, here, log.clone());
+            let (unused, _closed) = UnixStream::pair().unwrap();
+            let other = watch(master, unused, Log::default());
+            master.unwatch(other);
+            master.unwatch(other);
+            master.set_timeout(Duration::from_millis(5), move |_| {
+                there.read_exact(&mut [0]).unwrap();
+                there.write_all(b"y").unwrap();
+            });
+        },
+        |_| unreachable!(),
+    );
+    assert_eq!(entries.take(), ["ready", "ready"]);
+}
+
+/// Waits as a program with its own loop does.
+fn wait(fd: std::os::fd::BorrowedFd<'_>, time: Option<Duration>) {
+    // Rounded up, so as not to wake before the time.
+    let time = time.map(|time| time + Duration::from_micros(999));
+    let time = time.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    poll(&mut fds, time.unwrap_or(PollTimeout::MAX)).unwrap();
+}
+
+fn a_host_with_its_own_loop() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (answers, exits) = (log.clone(), log);
+            master.on_exit(move |_, _, _| exits.add("exit"));
+            when_listening(master, 1, move |master, address| {
+                in_background(master, move || talk(address, b""), move |master, answer| {
+                    answers.add(answer.unwrap());
+                    master.set_timeout(Duration::from_millis(3), |master| {
+                        master.disconnect(|_| {});
+                    });
+                });
+            });
+            master.fork().unwrap();
+            assert_eq!(master.time_left(), Some(Duration::ZERO), "events wait");
+            let mut turns = 0;
+            while !master.workers().is_empty() {
+                wait(master.as_fd(), master.time_left());
+                master.dispatch(Some(Duration::ZERO)).unwrap();
+                turns += 1;
+            }
+            assert!(turns < 100, "{turns} turns: it does not sleep");
+        },
+        |worker| serve_id(&worker, "127.0.0.1:0"),
+    );
+    assert_eq!(entries.take(), ["1", "exit"]);
+}
+
+fn a_worker_with_its_own_loop() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                in_background(master, move || talk(address, b""), move |master, answer| {
+                    log.add(answer.unwrap());
+                    master.disconnect(|_| {});
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, mut connection| {
+                connection.write_all(b"embedded").unwrap();
+            });
+            while worker.is_connected() {
+                wait(worker.as_fd(), worker.time_left());
+                worker.dispatch(Some(Duration::ZERO)).unwrap();
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["embedded"]);
+}
+
+fn a_blocking_worker_serves_timers_and_messages() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_message(move |_, worker, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+                match log.len() {
+                    2 => drop(worker.send(b"ping").unwrap()),
+                    3 => drop(worker.disconnect()),
+                    _ => {}
+                }
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                assert_eq!(message.bytes(), b"ping");
+                worker.send(b"pong").unwrap();
+            });
+            worker.set_timeout(Duration::from_millis(1), |worker| {
+                worker.send(b"one").unwrap();
+            });
+            worker.set_timeout(Duration::from_millis(2), |worker| {
+                worker.send(b"two").unwrap();
+            });
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert!(listener.accept().unwrap().is_none());
+        },
+    );
+    assert_eq!(entries.take(), ["one", "two", "pong"]);
+}
+
+/// How often a process was put to sleep of its own will: a wake-up adds one.
+fn switches(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name));
+        value.unwrap().trim().parse::<u64>().unwrap()
+    };
+    assert_eq!(field("Threads:"), 1);
+    field("voluntary_ctxt_switches:") + field("nonvoluntary_ctxt_switches:")
+}
+
+/// The cluster that is watched is a child of this process.
+fn idle_processes_sleep() {
+    const PLAY: &str = "IDLE";
+    if std::env::var_os(PLAY).is_none() {
+        for policy in ["rr", "none"] {
+            let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+            command.env(PLAY, "1").env("CLUSTER_SCHED_POLICY", policy);
+            let mut master = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+            let mut stdout = master.stdout.take().unwrap();
+            let mut text = [0; 256];
+            let length = stdout.read(&mut text).unwrap();
+            let line = std::str::from_utf8(&text[..length]).unwrap();
+            let pids = line.split_whitespace().map(|pid| pid.parse::<u32>().unwrap());
+            let pids: Vec<_> = pids.chain([master.id()]).collect();
+            assert_eq!(pids.len(), 4, "{line}");
+            // Until they have come to rest; then time itself is what is tested.
+            let mut before = Vec::new();
+            wait_until("rest", || {
+                let last = std::mem::replace(&mut before, pids.iter().map(|p| switches(*p)).collect());
+                std::thread::sleep(Duration::from_millis(100));
+                (last == before).then_some(())
+            });
+            std::thread::sleep(Duration::from_secs(2));
+            let after: Vec<_> = pids.iter().map(|pid| switches(*pid)).collect();
+            assert_eq!(after, before, "woken up while idle");
+            master.kill().unwrap();
+            master.wait().unwrap();
+        }
+        return;
+    }
+    match cluster::init().unwrap() {
+        cluster::Role::Master(master) => {
+            when_listening(&master, 3, |master, _| {
+                let pids = master.workers().into_iter().map(|worker| worker.process().id());
+                let pids: Vec<_> = pids.map(|pid| pid.to_string()).collect();
+                println!("{}", pids.join(" "));
+            });
+            (0..3).for_each(|_| drop(master.fork().unwrap()));
+            master.run().unwrap();
+        }
+        cluster::Role::Worker(worker) => {
+            if worker.id().get() == 3 {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                listener.on_connection(|_, _| {});
+                return worker.run().unwrap();
+            }
+            serve_id(&worker, "127.0.0.1:0");
+        }
+    }
+}
