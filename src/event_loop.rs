@@ -9,7 +9,6 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::callbacks::{CallbackId, Callbacks, Shared};
-use crate::channel::READ_SIZE;
 use crate::error::{Error, Result};
 use crate::master_core::Time;
 use crate::signal::Signal;
@@ -105,7 +104,6 @@ pub(crate) struct EventLoop<R> {
     signals: RefCell<BTreeMap<Signal, Rc<SignalInterest<R>>>>,
     /// Whether the loop is turning, so that a callback that turns it gets an error.
     running: Cell<bool>,
-    scratch: RefCell<Vec<u8>>,
 }
 
 impl<R> std::fmt::Debug for EventLoop<R> {
@@ -125,7 +123,6 @@ impl<R> EventLoop<R> {
             signal_pipe: RefCell::default(),
             signals: RefCell::default(),
             running: Cell::new(false),
-            scratch: RefCell::new(Vec::new()),
         })
     }
 
@@ -139,13 +136,6 @@ impl<R> EventLoop<R> {
 
     pub(crate) fn now(&self) -> Time {
         self.began.elapsed()
-    }
-
-    /// A buffer to read into, shared by all channels.
-    pub(crate) fn with_scratch<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
-        let mut scratch = self.scratch.borrow_mut();
-        scratch.resize(READ_SIZE, 0);
-        read(&mut scratch)
     }
 
     /// Marks the loop as turning while the guard lives.

@@ -10,6 +10,7 @@ mod ledger;
 mod listener;
 mod master;
 mod master_core;
+mod master_shell;
 mod message;
 mod role;
 mod round_robin;
@@ -24,6 +25,7 @@ mod worker;
 mod worker_core;
 mod worker_id;
 mod worker_process;
+mod worker_shell;
 
 pub use address::{Address, AddressType};
 pub use callbacks::CallbackId;

@@ -10,6 +10,7 @@ use std::rc::{Rc, Weak};
 use crate::error::Result;
 use crate::worker::{Inner, Worker};
 use crate::worker_core::ListenerId;
+use crate::worker_shell::WorkerShell;
 
 /// What a worker listens on, together with others.
 ///
@@ -127,7 +128,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let served = self.worker.core.borrow().is_served(self.id);
+        let served = self.worker.shell.core.borrow().is_served(self.id);
         if !served {
             self.close();
         }
@@ -174,7 +175,7 @@ pub struct Connection {
 
 /// Tells the worker when its connection is gone.
 #[derive(Debug)]
-struct Counted(Weak<Inner>);
+struct Counted(Weak<WorkerShell>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
@@ -185,7 +186,7 @@ impl Drop for Counted {
 }
 
 impl Connection {
-    pub(crate) fn new(fd: OwnedFd, worker: &Rc<Inner>) -> Self {
+    pub(crate) fn new(fd: OwnedFd, worker: &Rc<WorkerShell>) -> Self {
         Self {
             stream: fd.into(),
             _counted: Counted(Rc::downgrade(worker)),

@@ -1,12 +1,9 @@
-//! The master's shell: carries out what [`MasterCore`] decides, and calls the program.
+//! The master as the program sees it: its methods, its callbacks, and how its loop turns.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io;
-use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::rc::Rc;
@@ -14,25 +11,23 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
-use crate::channel::{Channel, Received};
-use crate::error::{Error, Result, SendError};
+use crate::channel::Received;
+use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Token, WatchId};
-use crate::frame::{HandleId, ToMaster, ToWorker};
+use crate::frame::HandleId;
 use crate::ledger::Ledger;
-use crate::master_core::{Action, Emit, Event, Level, MasterCore, With};
+use crate::master_core::{Emit, Event, Level};
+use crate::master_shell::MasterShell;
 use crate::message::Message;
-use crate::settings::{CHANNEL_FD, SchedulingPolicy, Settings, UNIQUE_ID};
+use crate::settings::{SchedulingPolicy, Settings};
 use crate::signal::Signal;
 use crate::sys;
-use crate::sys::poll::{Interest, Registered};
-use crate::sys::process::{Pid, Program};
+use crate::sys::poll::Interest;
 use crate::sys::signal::Installed;
 use crate::timers::TimerId;
 use crate::worker_id::WorkerId;
-use crate::worker_process::{Record, WorkerProcess};
+use crate::worker_process::{WorkerCallbacks, WorkerProcess};
 
-/// How many connections may wait in the kernel's queue. Node: 511, too.
-const BACKLOG: i32 = 511;
 /// How often a dead worker's channel is read before its end is told; more than a socket holds,
 /// unless the worker's own children go on writing.
 const LAST_WORDS: u32 = 64;
@@ -74,98 +69,52 @@ const LAST_WORDS: u32 = 64;
 ///     }
 /// }
 /// ```
-#[derive(Debug)]
 pub struct Master {
-    inner: Rc<Inner>,
-}
-
-pub(crate) type Core = MasterCore<Rc<OwnedFd>>;
-
-type OnEvent = dyn FnMut(&Master, &WorkerProcess);
-type OnListening = dyn FnMut(&Master, &WorkerProcess, &Address);
-type OnMessage = dyn FnMut(&Master, &WorkerProcess, &Message);
-type OnExit = dyn FnMut(&Master, &WorkerProcess, ExitStatus);
-type OnError = dyn FnMut(&Master, Option<&WorkerProcess>, &Error);
-type OnSetup = dyn FnMut(&Master, &Settings);
-type OnDisconnected = dyn FnOnce(&Master);
-
-/// The callbacks of one worker, or of all of them.
-#[derive(Debug, Default)]
-pub(crate) struct WorkerCallbacks {
-    pub(crate) online: Callbacks<OnEvent>,
-    pub(crate) listening: Callbacks<OnListening>,
-    pub(crate) message: Callbacks<OnMessage>,
-    pub(crate) disconnect: Callbacks<OnEvent>,
-    pub(crate) exit: Callbacks<OnExit>,
-    pub(crate) error: Callbacks<OnError>,
-}
-
-impl WorkerCallbacks {
-    pub(crate) fn remove(&self, id: CallbackId) {
-        self.online.remove(id);
-        self.listening.remove(id);
-        self.message.remove(id);
-        self.disconnect.remove(id);
-        self.exit.remove(id);
-        self.error.remove(id);
-    }
-
-    pub(crate) fn clear(&self) {
-        self.online.clear();
-        self.listening.clear();
-        self.message.clear();
-        self.disconnect.clear();
-        self.exit.clear();
-        self.error.clear();
-    }
-}
-
-#[derive(Default)]
-struct ClusterCallbacks {
-    fork: Callbacks<OnEvent>,
-    setup: Callbacks<OnSetup>,
-    of_workers: WorkerCallbacks,
-    disconnected: RefCell<Vec<Box<OnDisconnected>>>,
-}
-
-pub(crate) struct Inner {
-    pub(crate) core: RefCell<Core>,
-    home: EventLoop<Master>,
-    records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
-    listeners: RefCell<BTreeMap<HandleId, Registered<TcpListener>>>,
+    shell: Rc<MasterShell>,
+    home: EventLoop<Self>,
     callbacks: ClusterCallbacks,
+    /// Those of the workers that have not left.
+    of_worker: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
-    /// Channels that have something to write.
-    unflushed: RefCell<BTreeSet<WorkerId>>,
     /// Where the kernel has no descriptors for processes.
     child_signal: RefCell<Option<Installed>>,
     /// A worker may have ended before the signal for it was asked for.
     reap: Cell<bool>,
 }
 
-impl std::fmt::Debug for Inner {
+impl std::fmt::Debug for Master {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Master")
-            .field("records", &self.records)
+            .field("workers", &self.workers())
             .finish_non_exhaustive()
     }
 }
 
+type OnFork = dyn FnMut(&Master, &WorkerProcess);
+type OnSetup = dyn FnMut(&Master, &Settings);
+type OnDisconnected = dyn FnOnce(&Master);
+
+#[derive(Default)]
+struct ClusterCallbacks {
+    fork: Callbacks<OnFork>,
+    setup: Callbacks<OnSetup>,
+    of_workers: WorkerCallbacks,
+    disconnected: RefCell<Vec<Box<OnDisconnected>>>,
+}
+
 impl Master {
     pub(crate) fn new(policy: SchedulingPolicy) -> Result<Self> {
-        let inner = Inner {
-            core: RefCell::new(MasterCore::new(policy)),
-            home: EventLoop::new()?,
-            records: RefCell::default(),
-            listeners: RefCell::default(),
+        let home = EventLoop::new()?;
+        let shell = MasterShell::new(policy, home.poller().clone());
+        Ok(Self {
+            shell: Rc::new(shell),
+            home,
             callbacks: ClusterCallbacks::default(),
+            of_worker: RefCell::default(),
             settings: RefCell::default(),
-            unflushed: RefCell::default(),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
-        };
-        let inner = Rc::new(inner);
-        Ok(Self { inner })
+        })
     }
 
     /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment.
@@ -210,65 +159,26 @@ impl Master {
     {
         self.setup_master(Settings::default());
         let settings = self.settings();
-        let program = settings.exec.clone().unwrap_or_default();
         let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
-        self.start(settings, env).map_err(|source| Error::Fork {
-            program,
+        let forked = self.shell.fork(&settings, env, || self.watch_children());
+        let record = forked.map_err(|source| Error::Fork {
+            program: settings.exec.unwrap_or_default(),
             source,
-        })
+        })?;
+        let callbacks = Rc::new(WorkerCallbacks::default());
+        self.of_worker.borrow_mut().insert(record.id, Rc::clone(&callbacks));
+        Ok(WorkerProcess::new(&self.shell, record, callbacks))
     }
 
-    fn start(
-        &self,
-        settings: Settings,
-        extra: impl Iterator<Item = (OsString, OsString)>,
-    ) -> io::Result<WorkerProcess> {
-        let id = self.inner.core.borrow().next_worker_id();
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let key = Token::Channel(id.get()).key();
-        let channel = Channel::new(ours, self.inner.home.poller(), key)?;
-
-        let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
-        env.extend(extra);
-        env.insert(UNIQUE_ID.into(), id.to_string().into());
-        env.insert(CHANNEL_FD.into(), theirs.as_raw_fd().to_string().into());
-        let own_name = || std::env::args_os().next();
-        let exec = settings.exec.unwrap_or_default().into_os_string();
-        let is_own = std::env::current_exe().is_ok_and(|own| own == *exec);
-        let name = own_name().filter(|_| is_own).unwrap_or_else(|| exec.clone());
-        let args = std::iter::once(name).chain(settings.args.unwrap_or_default());
-        let pid = Program::new(exec, args, env)?.spawn(theirs.as_raw_fd())?;
-        drop(theirs);
-
-        let process = match self.watch_process(id, pid) {
-            Ok(process) => process,
-            Err(error) => {
-                // It would never be noticed that it ended.
-                let _ = pid.signal(Signal::KILL.number());
-                let _ = pid.wait();
-                return Err(error);
-            }
-        };
-        self.inner.core.borrow_mut().forked();
-        let record = Rc::new(Record::new(id, pid, channel, process));
-        self.inner.records.borrow_mut().insert(id, Rc::clone(&record));
-        Ok(WorkerProcess::new(&self.inner, record))
-    }
-
-    /// Arranges for the loop to wake up when the process ends.
-    fn watch_process(&self, id: WorkerId, pid: Pid) -> io::Result<Option<Registered<OwnedFd>>> {
-        let home = &self.inner.home;
-        if let Some(fd) = pid.open() {
-            let key = Token::Process(id.get()).key();
-            return home.poller().add(fd, key, Some(Interest::Readable)).map(Some);
-        }
-        let mut installed = self.inner.child_signal.borrow_mut();
+    /// Makes the loop wake up when any child ends.
+    fn watch_children(&self) -> std::io::Result<()> {
+        let mut installed = self.child_signal.borrow_mut();
         if installed.is_none() {
-            *installed = Some(home.install(Signal::from_number(sys::signal::CHLD))?);
+            let signal = Signal::from_number(sys::signal::CHLD);
+            *installed = Some(self.home.install(signal)?);
         }
-        self.inner.reap.set(true);
-        Ok(None)
+        self.reap.set(true);
+        Ok(())
     }
 
     /// Changes what later calls of [`fork`](Self::fork) start; running workers are not affected.
@@ -287,7 +197,7 @@ impl Master {
     /// # Ok(()) }
     /// ```
     pub fn setup_master(&self, settings: Settings) {
-        let mut current = self.inner.settings.borrow_mut();
+        let mut current = self.settings.borrow_mut();
         current.update(settings);
         current.exec.get_or_insert_with(|| {
             // Without /proc the program's name has to do.
@@ -297,7 +207,7 @@ impl Master {
         let own_args = || std::env::args_os().skip(1).collect();
         current.args.get_or_insert_with(own_args);
         drop(current);
-        self.inner.core.borrow_mut().setup();
+        self.shell.core.borrow_mut().setup();
     }
 
     /// Returns the settings as they are now: empty before the first
@@ -312,7 +222,7 @@ impl Master {
     /// ```
     #[must_use]
     pub fn settings(&self) -> Settings {
-        self.inner.settings.borrow().clone()
+        self.settings.borrow().clone()
     }
 
     /// Chooses who accepts connections, instead of `CLUSTER_SCHED_POLICY` or the default.
@@ -329,7 +239,7 @@ impl Master {
     /// # Ok(()) }
     /// ```
     pub fn set_scheduling_policy(&self, policy: SchedulingPolicy) -> Result<()> {
-        self.inner.core.borrow_mut().set_policy(policy)
+        self.shell.core.borrow_mut().set_policy(policy)
     }
 
     /// Returns who accepts connections.
@@ -338,7 +248,7 @@ impl Master {
     /// [`set_scheduling_policy`](Self::set_scheduling_policy) for an example.
     #[must_use]
     pub fn scheduling_policy(&self) -> SchedulingPolicy {
-        self.inner.core.borrow().policy()
+        self.shell.core.borrow().policy()
     }
 
     /// Returns the workers in the order of their ids. One leaves the table when it has
@@ -355,7 +265,7 @@ impl Master {
     /// ```
     #[must_use]
     pub fn workers(&self) -> Vec<WorkerProcess> {
-        let core = self.inner.core.borrow();
+        let core = self.shell.core.borrow();
         core.worker_ids().filter_map(|id| self.find(id)).collect()
     }
 
@@ -372,13 +282,14 @@ impl Master {
     /// ```
     #[must_use]
     pub fn worker(&self, id: WorkerId) -> Option<WorkerProcess> {
-        self.inner.core.borrow().state(id)?;
+        self.shell.core.borrow().state(id)?;
         self.find(id)
     }
 
     fn find(&self, id: WorkerId) -> Option<WorkerProcess> {
-        let record = self.inner.record(id)?;
-        Some(WorkerProcess::new(&self.inner, record))
+        let record = self.shell.record(id)?;
+        let callbacks = Rc::clone(self.of_worker.borrow().get(&id)?);
+        Some(WorkerProcess::new(&self.shell, record, callbacks))
     }
 
     /// Disconnects every worker, and calls back when all have left and all listeners are closed.
@@ -393,11 +304,11 @@ impl Master {
     /// # }
     /// ```
     pub fn disconnect(&self, callback: impl FnOnce(&Self) + 'static) {
-        let mut waiting = self.inner.callbacks.disconnected.borrow_mut();
+        let mut waiting = self.callbacks.disconnected.borrow_mut();
         waiting.push(Box::new(callback));
         drop(waiting);
-        self.inner.core.borrow_mut().disconnect_all(true);
-        self.inner.act();
+        self.shell.core.borrow_mut().disconnect_all(true);
+        self.shell.act();
     }
 
     /// Returns what became of the accepted connections so far.
@@ -412,7 +323,7 @@ impl Master {
     /// ```
     #[must_use]
     pub fn ledger(&self) -> Ledger {
-        self.inner.core.borrow().ledger()
+        self.shell.core.borrow().ledger()
     }
 }
 
@@ -430,7 +341,7 @@ impl Master {
     /// # }
     /// ```
     pub fn on_fork(&self, callback: impl FnMut(&Self, &WorkerProcess) + 'static) -> CallbackId {
-        self.inner.callbacks.fork.add(Rc::new(RefCell::new(callback)))
+        self.callbacks.fork.add(Rc::new(RefCell::new(callback)))
     }
 
     /// Calls back when a worker's program has called [`init`](crate::init).
@@ -443,7 +354,7 @@ impl Master {
     /// # }
     /// ```
     pub fn on_online(&self, callback: impl FnMut(&Self, &WorkerProcess) + 'static) -> CallbackId {
-        let callbacks = &self.inner.callbacks.of_workers.online;
+        let callbacks = &self.callbacks.of_workers.online;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -462,7 +373,7 @@ impl Master {
         &self,
         callback: impl FnMut(&Self, &WorkerProcess, &Address) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.inner.callbacks.of_workers.listening;
+        let callbacks = &self.callbacks.of_workers.listening;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -481,7 +392,7 @@ impl Master {
         &self,
         callback: impl FnMut(&Self, &WorkerProcess, &Message) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.inner.callbacks.of_workers.message;
+        let callbacks = &self.callbacks.of_workers.message;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -498,7 +409,7 @@ impl Master {
         &self,
         callback: impl FnMut(&Self, &WorkerProcess) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.inner.callbacks.of_workers.disconnect;
+        let callbacks = &self.callbacks.of_workers.disconnect;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -519,7 +430,7 @@ impl Master {
         &self,
         callback: impl FnMut(&Self, &WorkerProcess, ExitStatus) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.inner.callbacks.of_workers.exit;
+        let callbacks = &self.callbacks.of_workers.exit;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -537,7 +448,7 @@ impl Master {
         &self,
         callback: impl FnMut(&Self, Option<&WorkerProcess>, &Error) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.inner.callbacks.of_workers.error;
+        let callbacks = &self.callbacks.of_workers.error;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -552,7 +463,7 @@ impl Master {
     /// # }
     /// ```
     pub fn on_setup(&self, callback: impl FnMut(&Self, &Settings) + 'static) -> CallbackId {
-        self.inner.callbacks.setup.add(Rc::new(RefCell::new(callback)))
+        self.callbacks.setup.add(Rc::new(RefCell::new(callback)))
     }
 
     /// Calls back when the process gets `signal`, in the loop and not in a signal handler.
@@ -579,7 +490,7 @@ impl Master {
         signal: Signal,
         callback: impl FnMut(&Self, Signal) + 'static,
     ) -> Result<CallbackId> {
-        self.inner.home.on_signal(signal, callback)
+        self.home.on_signal(signal, callback)
     }
 
     /// Removes a callback of the cluster, of a worker or of a signal. One that is gone already is
@@ -594,13 +505,13 @@ impl Master {
     /// # }
     /// ```
     pub fn off(&self, id: CallbackId) {
-        self.inner.callbacks.fork.remove(id);
-        self.inner.callbacks.setup.remove(id);
-        self.inner.callbacks.of_workers.remove(id);
-        for record in self.inner.records.borrow().values() {
-            record.callbacks.remove(id);
+        self.callbacks.fork.remove(id);
+        self.callbacks.setup.remove(id);
+        self.callbacks.of_workers.remove(id);
+        for callbacks in self.of_worker.borrow().values() {
+            callbacks.remove(id);
         }
-        self.inner.home.remove_signal_callback(id);
+        self.home.remove_signal_callback(id);
     }
 }
 
@@ -618,7 +529,7 @@ impl Master {
     /// # }
     /// ```
     pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
-        self.inner.home.set_timeout(after, callback)
+        self.home.set_timeout(after, callback)
     }
 
     /// Calls back again and again, `every` time this has passed; 1 ms at least. If the program is
@@ -634,7 +545,7 @@ impl Master {
     /// # }
     /// ```
     pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
-        self.inner.home.set_interval(every, callback)
+        self.home.set_interval(every, callback)
     }
 
     /// Cancels a timer. One that is over already is no error.
@@ -650,7 +561,7 @@ impl Master {
     /// # }
     /// ```
     pub fn clear_timer(&self, timer: TimerId) {
-        self.inner.home.clear_timer(timer);
+        self.home.clear_timer(timer);
     }
 
     /// Waits for a descriptor of the program's own in the master's loop. See
@@ -667,14 +578,14 @@ impl Master {
         interest: Interest,
         callback: impl FnMut(&Self, &mut S) -> Option<Interest> + 'static,
     ) -> Result<WatchId> {
-        self.inner.home.watch(source, interest, callback)
+        self.home.watch(source, interest, callback)
     }
 
     /// Lets go of a watched descriptor, and drops it. One that is gone already is no error.
     ///
     /// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
     pub fn unwatch(&self, watch: WatchId) {
-        self.inner.home.unwatch(watch);
+        self.home.unwatch(watch);
     }
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
@@ -689,7 +600,7 @@ impl Master {
     ///
     /// See [`Master`] for an example.
     pub fn run(&self) -> Result<()> {
-        drop(self.inner.home.enter()?);
+        drop(self.home.enter()?);
         while self.has_work() {
             self.dispatch(None)?;
         }
@@ -697,8 +608,8 @@ impl Master {
     }
 
     fn has_work(&self) -> bool {
-        let core = self.inner.core.borrow();
-        core.has_workers() || core.has_events() || self.inner.home.has_work()
+        let core = self.shell.core.borrow();
+        core.has_workers() || core.has_events() || self.home.has_work()
     }
 
     /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
@@ -720,26 +631,26 @@ impl Master {
     /// # Ok(()) }
     /// ```
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
-        let home = &self.inner.home;
+        let home = &self.home;
         let _running = home.enter()?;
         let limits = self.time_left().into_iter().chain(timeout);
         let ready = home.wait(limits.min())?;
-        self.inner.tick();
+        self.shell.tick(home.now());
         self.settle();
         for (token, writable) in ready {
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), writable),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
                 Token::Listener(number) => {
-                    self.inner.core.borrow_mut().readable(HandleId(number));
+                    self.shell.core.borrow_mut().readable(HandleId(number));
                 }
                 Token::Watch(number) => home.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }
             self.settle();
         }
-        if self.inner.reap.take() {
-            for worker in self.inner.unwatched() {
+        if self.reap.take() {
+            for worker in self.shell.unwatched() {
                 self.process_ready(worker);
                 self.settle();
             }
@@ -766,32 +677,31 @@ impl Master {
     /// ```
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
-        let core = self.inner.core.borrow();
-        if core.has_events() || self.inner.reap.get() {
+        let core = self.shell.core.borrow();
+        if core.has_events() || self.reap.get() {
             return Some(Duration::ZERO);
         }
-        self.inner.home.time_left(core.deadline())
+        self.home.time_left(core.deadline())
     }
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
-        self.inner.act();
+        self.shell.act();
         loop {
-            let emit = self.inner.core.borrow_mut().next_event();
+            let emit = self.shell.core.borrow_mut().next_event();
             let Some(emit) = emit else {
                 break;
             };
             self.deliver(emit);
-            self.inner.act();
+            self.shell.act();
         }
     }
 
     fn deliver(&self, emit: Emit) {
-        let cluster = &self.inner.callbacks;
+        let cluster = &self.callbacks;
         let worker = emit.worker.and_then(|id| self.find(id));
-        let record = worker.as_ref().map(|worker| Rc::clone(worker.record()));
-        let callbacks = match (emit.level, &record) {
-            (Level::Worker, Some(record)) => &record.callbacks,
+        let callbacks = match (emit.level, &worker) {
+            (Level::Worker, Some(worker)) => worker.callbacks(),
             (Level::Worker, None) => return,
             (Level::Cluster, _) => &cluster.of_workers,
         };
@@ -808,24 +718,25 @@ impl Master {
             }
             return;
         }
-        let Some(worker) = worker else {
+        let Some(worker) = &worker else {
             return;
         };
         match emit.event {
-            Event::Fork => cluster.fork.each(|f| f(self, &worker)),
-            Event::Online => callbacks.online.each(|f| f(self, &worker)),
+            Event::Fork => cluster.fork.each(|f| f(self, worker)),
+            Event::Online => callbacks.online.each(|f| f(self, worker)),
             Event::Listening(address) => {
-                callbacks.listening.each(|f| f(self, &worker, &address));
+                callbacks.listening.each(|f| f(self, worker, &address));
             }
-            Event::Message(message) => callbacks.message.each(|f| f(self, &worker, &message)),
-            Event::Disconnect => callbacks.disconnect.each(|f| f(self, &worker)),
+            Event::Message(message) => callbacks.message.each(|f| f(self, worker, &message)),
+            Event::Disconnect => callbacks.disconnect.each(|f| f(self, worker)),
             Event::Exit(departure) => {
-                worker.record().departure.set(Some(departure));
-                callbacks.exit.each(|f| f(self, &worker, departure.status));
+                worker.has_left(departure);
+                callbacks.exit.each(|f| f(self, worker, departure.status));
                 if emit.level == Level::Cluster {
-                    self.inner.records.borrow_mut().remove(&worker.id());
-                    // They may own what owns the record.
-                    worker.record().callbacks.clear();
+                    self.shell.forget(worker.id());
+                    self.of_worker.borrow_mut().remove(&worker.id());
+                    // They may own the very worker that has them.
+                    worker.callbacks().clear();
                 }
             }
             Event::Error(_) | Event::Setup | Event::Disconnected => {}
@@ -834,39 +745,39 @@ impl Master {
 
     fn channel_ready(&self, worker: WorkerId, writable: bool) {
         if writable {
-            self.inner.unflushed.borrow_mut().insert(worker);
+            self.shell.writable(worker);
         }
-        match self.inner.receive(worker) {
+        match self.shell.receive(worker) {
             Received::Nothing => {}
             Received::Something => self.understand(worker),
-            Received::End => self.inner.channel_closed(worker),
+            Received::End => self.shell.channel_closed(worker),
         }
     }
 
     /// A worker has ended: what it wrote before comes first.
     fn process_ready(&self, worker: WorkerId) {
         for _ in 0..LAST_WORDS {
-            match self.inner.receive(worker) {
+            match self.shell.receive(worker) {
                 Received::Something => self.understand(worker),
                 Received::Nothing | Received::End => break,
             }
         }
-        self.inner.try_reap(worker);
+        self.shell.try_reap(worker);
     }
 
     /// Feeds the frames that have arrived.
     fn understand(&self, worker: WorkerId) {
-        while self.inner.feed(worker) {
+        while self.shell.feed(worker) {
             self.settle();
         }
     }
 
     fn signals_ready(&self) {
-        for signal in self.inner.home.take_signals() {
+        for signal in self.home.take_signals() {
             if signal.number() == sys::signal::CHLD {
-                self.inner.reap.set(true);
+                self.reap.set(true);
             }
-            self.inner.home.call_signal(self, signal);
+            self.home.call_signal(self, signal);
             self.settle();
         }
     }
@@ -875,276 +786,16 @@ impl Master {
 /// The descriptor that is readable when [`dispatch`](Master::dispatch) has something to do.
 impl AsFd for Master {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.home.as_fd()
+        self.home.as_fd()
     }
 }
 
 impl Drop for Master {
     fn drop(&mut self) {
         // What closures own may own what owns them.
-        self.inner.home.clear();
-        for record in self.inner.records.borrow().values() {
-            record.callbacks.clear();
+        self.home.clear();
+        for callbacks in self.of_worker.borrow().values() {
+            callbacks.clear();
         }
-    }
-}
-
-impl Inner {
-    fn record(&self, worker: WorkerId) -> Option<Rc<Record>> {
-        self.records.borrow().get(&worker).map(Rc::clone)
-    }
-
-    /// Runs `call` on the worker's channel, if it is open.
-    pub(crate) fn with_channel<T>(
-        &self,
-        worker: WorkerId,
-        call: impl FnOnce(&mut Channel<ToMaster, ToWorker>) -> T,
-    ) -> Option<T> {
-        let record = self.record(worker)?;
-        let mut channel = record.channel.borrow_mut();
-        channel.as_mut().map(call)
-    }
-
-    /// Tells the core the time, and which of the waiting clients have left meanwhile.
-    fn tick(&self) {
-        let mut core = self.core.borrow_mut();
-        core.tick(self.home.now());
-        if core.anyone_waits() {
-            core.sweep(|connection| sys::fd::is_hung_up(connection.as_fd()));
-        }
-    }
-
-    /// Carries out everything that needs no callback.
-    pub(crate) fn act(&self) {
-        loop {
-            let action = self.core.borrow_mut().next_action();
-            match action {
-                Some(action) => self.carry_out(action),
-                None if self.unflushed.borrow().is_empty() => break,
-                None => self.flush(),
-            }
-        }
-    }
-
-    fn carry_out(&self, action: Action<Rc<OwnedFd>>) {
-        match action {
-            Action::Send {
-                worker,
-                frame,
-                with,
-            } => {
-                let fd = match with {
-                    With::Nothing => None,
-                    With::Connection(connection) => Some(connection),
-                    With::Listener(handle) => match self.share(handle) {
-                        Ok(listener) => Some(listener),
-                        Err(source) => return self.channel_failed(worker, source),
-                    },
-                };
-                self.with_channel(worker, |channel| channel.queue(&frame, fd));
-                self.unflushed.borrow_mut().insert(worker);
-            }
-            Action::Bind { handle, address } => {
-                let result = self.bind(handle, address);
-                let result = result.map_err(|error| error.raw_os_error().unwrap_or(0));
-                self.core.borrow_mut().bound(handle, result);
-            }
-            Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
-            Action::Unwatch { handle } => self.set_interest(handle, None),
-            Action::Accept { handle, at_most } => self.accept(handle, at_most),
-            // Where it cannot be done, the backlog is emptied with the door open.
-            Action::ShutDoor { handle } => {
-                if let Some(listener) = self.listeners.borrow().get(&handle) {
-                    let _ = sys::socket::shut_door(listener);
-                }
-            }
-            Action::OpenDoor { handle } => {
-                if let Some(listener) = self.listeners.borrow().get(&handle) {
-                    let _ = sys::socket::open_door(listener);
-                }
-            }
-            Action::Unbind { handle } => {
-                self.listeners.borrow_mut().remove(&handle);
-            }
-            Action::CloseChannel { worker } => {
-                self.with_channel(worker, Channel::shut);
-                // Bounded by what the socket can hold, since nobody can write any more. The
-                // events wait: this may be inside a call of the program's.
-                while self.receive(worker) == Received::Something {
-                    while self.feed(worker) {}
-                }
-                self.channel_closed(worker);
-            }
-            Action::DiscardChannel { worker } => self.drop_channel(worker),
-            Action::Signal { worker, signal } => {
-                if let Some(record) = self.record(worker) {
-                    // It fails only for a process that has ended, which is noticed by itself.
-                    let _ = record.pid.signal(signal.number());
-                }
-            }
-        }
-    }
-
-    fn bind(&self, handle: HandleId, address: std::net::SocketAddr) -> io::Result<std::net::SocketAddr> {
-        let listener = TcpListener::bind(address)?;
-        listener.set_nonblocking(true)?;
-        sys::socket::set_backlog(&listener, BACKLOG)?;
-        let address = listener.local_addr()?;
-        let key = Token::Listener(handle.0).key();
-        let listener = self.home.poller().add(listener, key, None)?;
-        self.listeners.borrow_mut().insert(handle, listener);
-        Ok(address)
-    }
-
-    /// A copy of the listener for a worker.
-    fn share(&self, handle: HandleId) -> io::Result<Rc<OwnedFd>> {
-        match self.listeners.borrow().get(&handle) {
-            Some(listener) => Ok(Rc::new(listener.try_clone()?.into())),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn set_interest(&self, handle: HandleId, interest: Option<Interest>) {
-        if let Some(listener) = self.listeners.borrow().get(&handle) {
-            if let Err(source) = listener.set_interest(interest) {
-                let error = Error::Io {
-                    attempt: "watch a listener",
-                    source,
-                };
-                self.core.borrow_mut().error(None, error);
-            }
-        }
-    }
-
-    fn accept(&self, handle: HandleId, at_most: u64) {
-        let listeners = self.listeners.borrow();
-        let Some(listener) = listeners.get(&handle) else {
-            return;
-        };
-        let mut core = self.core.borrow_mut();
-        for _ in 0..at_most {
-            match listener.accept() {
-                Ok((stream, _)) => core.accepted(handle, Rc::new(stream.into())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return core.drained(handle);
-                }
-                Err(error) if sys::socket::lost_before_accept(&error) => {}
-                Err(error) => return core.accept_failed(handle, error),
-            }
-        }
-        core.accept_done(handle);
-    }
-
-    fn flush(&self) {
-        let unflushed = std::mem::take(&mut *self.unflushed.borrow_mut());
-        for worker in unflushed {
-            if let Some(Err(source)) = self.with_channel(worker, Channel::flush) {
-                self.channel_failed(worker, source);
-            }
-        }
-    }
-
-    /// Reads once from a worker's channel.
-    fn receive(&self, worker: WorkerId) -> Received {
-        let received = self
-            .home
-            .with_scratch(|scratch| self.with_channel(worker, |channel| channel.receive(scratch)));
-        match received {
-            None => Received::Nothing,
-            Some(Ok(received)) => received,
-            Some(Err(source)) => {
-                self.channel_failed(worker, source);
-                Received::Nothing
-            }
-        }
-    }
-
-    /// Feeds one frame that has arrived. Returns whether there was one.
-    fn feed(&self, worker: WorkerId) -> bool {
-        match self.with_channel(worker, Channel::next) {
-            None | Some(Ok(None)) => false,
-            Some(Ok(Some((frame, fds)))) => {
-                let mut core = self.core.borrow_mut();
-                match frame {
-                    ToMaster::Message(bytes) => {
-                        let message = Message::new(bytes, fds);
-                        core.frame(worker, ToMaster::Message(Vec::new()), Some(message));
-                    }
-                    frame => core.frame(worker, frame, None),
-                }
-                true
-            }
-            Some(Err(error)) => {
-                self.core.borrow_mut().violation(worker, error);
-                false
-            }
-        }
-    }
-
-    fn channel_failed(&self, worker: WorkerId, source: io::Error) {
-        let error = Error::Channel {
-            worker: Some(worker),
-            source,
-        };
-        self.core.borrow_mut().error(Some(worker), error);
-        self.channel_closed(worker);
-    }
-
-    fn channel_closed(&self, worker: WorkerId) {
-        self.drop_channel(worker);
-        self.core.borrow_mut().channel_closed(worker);
-    }
-
-    fn drop_channel(&self, worker: WorkerId) {
-        if let Some(record) = self.record(worker) {
-            drop(record.channel.take());
-        }
-    }
-
-    fn try_reap(&self, worker: WorkerId) {
-        let Some(record) = self.record(worker) else {
-            return;
-        };
-        let reaped = self.core.borrow().exit_status(worker).is_some();
-        if reaped || record.departure.get().is_some() {
-            return;
-        }
-        let status = match record.pid.try_wait() {
-            Ok(None) => return,
-            Ok(Some(status)) => status,
-            Err(source) => {
-                let error = Error::ExitStatus { worker, source };
-                self.core.borrow_mut().error(Some(worker), error);
-                sys::process::unknown_status()
-            }
-        };
-        drop(record.process.take());
-        self.core.borrow_mut().exited(worker, status);
-    }
-
-    /// The workers whose end only SIGCHLD tells.
-    fn unwatched(&self) -> Vec<WorkerId> {
-        let records = self.records.borrow();
-        let unwatched = records.values().filter(|record| record.process.borrow().is_none());
-        unwatched.map(|record| record.id).collect()
-    }
-}
-
-impl Inner {
-    /// Queues a message and writes what can be written. Returns whether the program may go on
-    /// without a pause.
-    pub(crate) fn send(
-        &self,
-        worker: WorkerId,
-        message: &[u8],
-        fds: Vec<OwnedFd>,
-    ) -> std::result::Result<bool, SendError> {
-        let length = message.len();
-        let frame = ToWorker::Message(message.to_vec());
-        let queued = self.with_channel(worker, |channel| channel.send(&frame, length, fds));
-        queued.unwrap_or(Err(SendError::ChannelClosed))?;
-        self.unflushed.borrow_mut().insert(worker);
-        self.act();
-        Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))
     }
 }

@@ -12,6 +12,8 @@
 //!                                  | last worker dies or closes         v
 //!                                  +------------------------------> Unbound --> (nothing)
 //!                                                                      when all have let go
+//!
+//! A shared listener is Emptying between Draining and Unbound: only its workers see its backlog.
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -39,9 +41,9 @@ const ACCEPT_BATCH: u64 = 64;
 /// How long a listener rests when accepting failed: without a pause a full table of descriptors
 /// would make the loop spin, since the listener stays readable.
 const ACCEPT_RETRY: Time = Duration::from_millis(100);
-/// How long a draining listener must have been closed to newcomers before it counts as empty:
-/// handshakes that were under way still complete.
-const DRAIN_GRACE: Time = Duration::from_millis(10);
+/// How long a draining listener must have been closed to newcomers before it counts as empty, if
+/// it was ever used: handshakes that are under way over a network complete in that time.
+const DRAIN_GRACE: Time = Duration::from_millis(100);
 /// The most listeners one worker may have.
 const MAX_LISTENERS: usize = 256;
 
@@ -173,6 +175,8 @@ enum Stage {
     Open,
     /// Nobody new comes in; empty no earlier than this.
     Draining(Time),
+    /// A shared listener that the workers close when they find it empty.
+    Emptying,
     Unbound,
 }
 
@@ -281,9 +285,8 @@ impl<C: Clone> MasterCore<C> {
                 Door::Watched | Door::Ready | Door::Accepting => None,
             };
             let quiet = match (handle.stage, handle.door, handle.policy) {
-                (Stage::Draining(quiet), Door::Watched, SchedulingPolicy::RoundRobin) => {
-                    Some(quiet)
-                }
+                (Stage::Draining(quiet), Door::Watched, _)
+                | (Stage::Draining(quiet), _, SchedulingPolicy::Shared) => Some(quiet),
                 _ => None,
             };
             rest.into_iter().chain(quiet)
@@ -409,11 +412,24 @@ impl<C: Clone> MasterCore<C> {
 
     /// Reports an error to the worker's and the cluster's callbacks.
     pub(crate) fn error(&mut self, worker: Option<WorkerId>, error: Error) {
-        let error = Rc::new(error);
-        if worker.is_some() {
-            self.emit(Level::Worker, worker, Event::Error(Rc::clone(&error)));
+        let event = Event::Error(Rc::new(error));
+        // The last event of a worker is its exit, which may be waiting to be delivered.
+        let is_exit = |emit: &Emit| {
+            worker.is_some() && emit.worker == worker && matches!(emit.event, Event::Exit(_))
+        };
+        let exit = self.events.iter().position(is_exit);
+        let mut at = exit.unwrap_or(self.events.len());
+        let levels = [Level::Worker, Level::Cluster];
+        for level in levels.into_iter().skip(usize::from(worker.is_none())) {
+            let event = event.clone();
+            let emit = Emit {
+                level,
+                worker,
+                event,
+            };
+            self.events.insert(at, emit);
+            at += 1;
         }
-        self.emit(Level::Cluster, worker, Event::Error(error));
     }
 
     // What happens.
@@ -739,7 +755,7 @@ impl<C: Clone> MasterCore<C> {
             return;
         };
         let mut relieved = BTreeSet::new();
-        if let Stage::Draining(_) = entry.stage {
+        if let Stage::Draining(_) | Stage::Emptying = entry.stage {
             entry.stage = Stage::Open;
             relieved.clone_from(&entry.serving);
             self.actions.push_back(Action::OpenDoor { handle });
@@ -847,44 +863,47 @@ impl<C: Clone> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        let grace = if entry.accepted {
+        // What workers accept themselves is not known here.
+        let shared = entry.policy == SchedulingPolicy::Shared;
+        let grace = if entry.accepted || shared {
             DRAIN_GRACE
         } else {
             Time::ZERO
         };
         entry.stage = Stage::Draining(now + grace);
         self.actions.push_back(Action::ShutDoor { handle });
-        match entry.policy {
-            SchedulingPolicy::Shared => {
-                // The workers accept until they find the backlog empty, and then close.
+        if shared {
+            return; // The workers go on accepting until the time has come.
+        }
+        if entry.connections.was_granted() {
+            if entry.door == Door::Watched {
+                entry.door = Door::Ready;
+            }
+            self.pull(handle);
+        } else {
+            // Nobody ever asked for a connection, so nobody is going to.
+            self.unbind(handle);
+        }
+    }
+
+    /// Ends a draining listener whose backlog was just found empty, or has been since; if the
+    /// workers accept themselves, tells them to empty it.
+    fn finish_drain(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        match (entry.stage, entry.policy) {
+            (Stage::Draining(quiet), _) if quiet > self.now => {}
+            (Stage::Draining(_), SchedulingPolicy::RoundRobin) => self.unbind(handle),
+            (Stage::Draining(_), SchedulingPolicy::Shared) => {
+                entry.stage = Stage::Emptying;
                 let serving: Vec<_> = entry.serving.iter().copied().collect();
                 for worker in serving {
                     let drain = true;
                     self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
                 }
             }
-            SchedulingPolicy::RoundRobin if !entry.connections.was_granted() => {
-                // Nobody ever asked for a connection, so nobody is going to.
-                self.unbind(handle);
-            }
-            SchedulingPolicy::RoundRobin => {
-                if entry.door == Door::Watched {
-                    entry.door = Door::Ready;
-                }
-                self.pull(handle);
-            }
-        }
-    }
-
-    /// Ends a draining listener whose backlog was just found empty, or has been since.
-    fn finish_drain(&mut self, handle: HandleId) {
-        let Some(entry) = self.handles.get(&handle) else {
-            return;
-        };
-        let shared = entry.policy == SchedulingPolicy::Shared;
-        match entry.stage {
-            Stage::Draining(quiet) if quiet <= self.now && !shared => self.unbind(handle),
-            Stage::Draining(_) | Stage::Open | Stage::Unbound => {}
+            (Stage::Open | Stage::Emptying | Stage::Unbound, _) => {}
         }
     }
 

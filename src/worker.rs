@@ -1,34 +1,28 @@
-//! The worker's shell: carries out what [`WorkerCore`] decides, and calls the program.
+//! The worker as the program sees it: its methods, its callbacks, and how its loop turns.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::ToSocketAddrs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
 use crate::callbacks::{CallbackId, Callbacks, Shared};
-use crate::channel::{Channel, Received};
-use crate::error::{Error, Result, SendError};
+use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Token, WatchId};
-use crate::frame::{ToMaster, ToWorker};
 use crate::listener::{Connection, Listener};
 use crate::message::Message;
 use crate::signal::Signal;
-use crate::sys::poll::{Interest, Registered, wait_readable, wait_readable_or_writable};
+use crate::sys::poll::Interest;
 use crate::timers::TimerId;
-use crate::worker_core::{Action, Event, Listen, ListenerId, WorkerCore};
+use crate::worker_core::{Event, Listen, ListenerId};
 use crate::worker_id::WorkerId;
+use crate::worker_shell::WorkerShell;
 
 /// How many connections one shared listener accepts in a turn.
 const ACCEPT_BATCH: u32 = 16;
-/// How long a worker that ends waits for the master to read its last words.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-/// The channel is the only one of its kind here.
-const CHANNEL: u32 = 0;
-
 /// The process that a master forked: this one.
 ///
 /// Node: `cluster.worker`. It comes from [`init`](crate::init), and can be used in three ways:
@@ -63,21 +57,15 @@ type OnDisconnect = dyn FnMut(&Worker);
 type OnError = dyn FnMut(&Worker, &Error);
 pub(crate) type OnConnection = dyn FnMut(&Worker, Connection);
 
-/// A listener that this process has a copy of.
-type SharedListener = Rc<Registered<TcpListener>>;
-
+/// All of a worker: its listeners share it.
 pub(crate) struct Inner {
     id: WorkerId,
-    pub(crate) core: RefCell<WorkerCore<OwnedFd>>,
+    pub(crate) shell: Rc<WorkerShell>,
     home: EventLoop<Worker>,
-    /// `None` when it is closed.
-    channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
-    listeners: RefCell<BTreeMap<ListenerId, SharedListener>>,
     on_connection: RefCell<BTreeMap<ListenerId, Shared<OnConnection>>>,
     on_message: Callbacks<OnMessage>,
     on_disconnect: Callbacks<OnDisconnect>,
     on_error: Callbacks<OnError>,
-    errors: RefCell<Vec<Error>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -91,21 +79,16 @@ impl std::fmt::Debug for Inner {
 impl Worker {
     pub(crate) fn new(id: WorkerId, channel: UnixStream) -> Result<Self> {
         let home = EventLoop::new()?;
-        let channel = Channel::new(channel, home.poller(), Token::Channel(CHANNEL).key())
-            .map_err(Error::io("wait for the channel"))?;
+        let shell = WorkerShell::new(channel, home.poller().clone());
         let inner = Inner {
             id,
-            core: RefCell::new(WorkerCore::new()),
+            shell: Rc::new(shell.map_err(Error::io("wait for the channel"))?),
             home,
-            channel: RefCell::new(Some(channel)),
-            listeners: RefCell::default(),
             on_connection: RefCell::default(),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),
             on_error: Callbacks::default(),
-            errors: RefCell::default(),
         };
-        inner.act();
         let inner = Rc::new(inner);
         Ok(Self { inner })
     }
@@ -153,20 +136,20 @@ impl Worker {
         let addresses = address.to_socket_addrs().map_err(failed)?;
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in addresses {
-            let id = self.inner.core.borrow_mut().listen(address);
+            let id = self.inner.shell.core.borrow_mut().listen(address);
             let listener = Listener::new(Rc::clone(&self.inner), id);
             let outcome = loop {
-                self.inner.act();
-                let outcome = self.inner.core.borrow().listen_result(id);
-                match outcome {
-                    Listen::Pending => self.inner.wait_for_channel()?,
-                    outcome => break outcome,
+                self.inner.shell.act();
+                let outcome = self.inner.shell.core.borrow().listen_result(id);
+                if outcome != Listen::Pending {
+                    break outcome;
                 }
+                self.inner.shell.wait_for_channel()?;
             };
             match outcome {
                 Listen::Done(address) => {
-                    self.inner.core.borrow_mut().listening(id);
-                    self.inner.act();
+                    self.inner.shell.core.borrow_mut().listening(id);
+                    self.inner.shell.act();
                     return Ok(listener.at(address));
                 }
                 Listen::Failed(errno) => last = io::Error::from_raw_os_error(errno),
@@ -187,7 +170,7 @@ impl Worker {
     /// ```
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.inner.core.borrow().is_connected()
+        self.inner.shell.core.borrow().is_connected()
     }
 
     /// Returns whether this worker left because it was to, or `None` as long as the channel is
@@ -206,7 +189,7 @@ impl Worker {
     /// ```
     #[must_use]
     pub fn exited_after_disconnect(&self) -> Option<bool> {
-        self.inner.core.borrow().exited_after_disconnect()
+        self.inner.shell.core.borrow().exited_after_disconnect()
     }
 
     /// Sends a message of at most 1 MiB to the master. It arrives after everything sent before.
@@ -217,8 +200,8 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// [`Error::Send`] with [`SendError::ChannelClosed`], [`SendError::TooLong`], or
-    /// [`SendError::QueueFull`] when 8 MiB wait already.
+    /// [`Error::Send`] with [`ChannelClosed`](crate::SendError::ChannelClosed),
+    /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull) when 8 MiB wait already.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -238,7 +221,7 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// As [`send`](Self::send), and [`SendError::TooManyDescriptors`].
+    /// As [`send`](Self::send), and [`TooManyDescriptors`](crate::SendError::TooManyDescriptors).
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker, stream: std::net::TcpStream) -> cluster::Result<()> {
@@ -246,18 +229,7 @@ impl Worker {
     /// # Ok(()) }
     /// ```
     pub fn send_with_fds(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
-        let failed = |reason| Error::Send {
-            worker: None,
-            reason,
-        };
-        let frame = ToMaster::Message(message.to_vec());
-        let mut channel = self.inner.channel.borrow_mut();
-        let Some(channel) = channel.as_mut() else {
-            return Err(failed(SendError::ChannelClosed));
-        };
-        channel.send(&frame, message.len(), fds).map_err(failed)?;
-        self.inner.flush(channel);
-        Ok(channel.has_room())
+        self.inner.shell.send(message, fds)
     }
 
     /// Leaves: tells the master, and on its word closes the listeners, waits for the connections,
@@ -273,8 +245,8 @@ impl Worker {
     /// # }
     /// ```
     pub fn disconnect(&self) -> &Self {
-        self.inner.core.borrow_mut().disconnect();
-        self.inner.act();
+        self.inner.shell.core.borrow_mut().disconnect();
+        self.inner.shell.act();
         self
     }
 
@@ -291,8 +263,8 @@ impl Worker {
     /// # }
     /// ```
     pub fn kill(&self) {
-        self.inner.core.borrow_mut().kill();
-        self.inner.act();
+        self.inner.shell.core.borrow_mut().kill();
+        self.inner.shell.act();
     }
 }
 
@@ -456,7 +428,7 @@ impl Worker {
     pub fn run(&self) -> Result<()> {
         drop(self.inner.home.enter()?);
         loop {
-            let core = self.inner.core.borrow();
+            let core = self.inner.shell.core.borrow();
             let idle = core.is_finished() && !core.has_events() && !self.inner.home.has_work();
             let must_exit = core.must_exit() && !core.has_events();
             drop(core);
@@ -477,9 +449,9 @@ impl Worker {
     ///
     /// As [`run`](Self::run).
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
-        self.inner.read_by_poller(true)?;
-        self.inner.core.borrow_mut().wait_for_events();
-        self.inner.act();
+        self.inner.shell.read_by_poller(true)?;
+        self.inner.shell.core.borrow_mut().wait_for_events();
+        self.inner.shell.act();
         self.turn(timeout)
     }
 
@@ -489,7 +461,11 @@ impl Worker {
     /// Node has no counterpart. See [`Master::time_left`](crate::Master::time_left) for an example.
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
-        self.inner.time_left()
+        let shell = &self.inner.shell;
+        if shell.core.borrow().has_events() || shell.has_errors() {
+            return Some(Duration::ZERO);
+        }
+        self.inner.home.time_left(None)
     }
 
     /// Turns the loop once.
@@ -502,9 +478,9 @@ impl Worker {
             match token {
                 Token::Channel(_) => {
                     if writable {
-                        self.inner.flush_channel();
+                        self.inner.shell.flush_channel();
                     }
-                    self.inner.receive();
+                    self.inner.shell.receive();
                 }
                 Token::Listener(number) => self.accept_shared(ListenerId(number)),
                 Token::Watch(number) => home.watch_ready(self, number),
@@ -524,11 +500,11 @@ impl Worker {
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
         loop {
-            self.inner.act();
-            for error in self.inner.errors.take() {
+            self.inner.shell.act();
+            for error in self.inner.shell.take_errors() {
                 self.inner.on_error.each(|f| f(self, &error));
             }
-            let event = self.inner.core.borrow_mut().next_event();
+            let event = self.inner.shell.core.borrow_mut().next_event();
             match event {
                 None => break,
                 Some(Event::Message(message)) => {
@@ -537,7 +513,7 @@ impl Worker {
                 Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
                 Some(Event::Connection(listener, fd)) => {
-                    self.deliver(listener, Connection::new(fd, &self.inner));
+                    self.deliver(listener, Connection::new(fd, &self.inner.shell));
                 }
             }
         }
@@ -554,11 +530,12 @@ impl Worker {
 
     /// Accepts what a shared listener with a callback has.
     fn accept_shared(&self, listener: ListenerId) {
+        let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
-            match self.inner.try_accept(listener) {
-                Ok(Some(connection)) => self.deliver(listener, connection),
+            match shell.try_accept(listener) {
+                Ok(Some(fd)) => self.deliver(listener, Connection::new(fd, shell)),
                 Ok(None) => return,
-                Err(error) => return self.inner.errors.borrow_mut().push(error),
+                Err(error) => return shell.report(error),
             }
         }
     }
@@ -566,62 +543,49 @@ impl Worker {
     /// Waits for the next connection of a listener without a callback.
     pub(crate) fn accept(inner: &Rc<Inner>, listener: ListenerId) -> Result<Option<Connection>> {
         drop(inner.home.enter()?);
-        inner.read_by_poller(false)?;
+        let shell = &inner.shell;
+        shell.read_by_poller(false)?;
         let worker = Self {
             inner: Rc::clone(inner),
         };
         loop {
-            inner.core.borrow_mut().want(listener);
-            inner.act();
-            let arrived = inner.core.borrow_mut().arrived(listener);
+            shell.core.borrow_mut().want(listener);
+            shell.act();
+            let arrived = shell.core.borrow_mut().arrived(listener);
             if let Some(fd) = arrived {
-                return Ok(Some(Connection::new(fd, inner)));
+                return Ok(Some(Connection::new(fd, shell)));
             }
-            let core = inner.core.borrow();
+            let core = shell.core.borrow();
             let (ended, ending) = (core.has_ended(listener), core.is_ending(listener));
             let events = core.has_events();
             drop(core);
             if events {
                 worker.turn(Some(Duration::ZERO))?;
-            } else if ended {
+                continue;
+            }
+            if ended {
                 return Ok(None);
-            } else {
-                let shared = inner.listeners.borrow().get(&listener).map(Rc::clone);
-                // One that is ending is taken from until nothing is left, without waiting.
-                let ready = ending || worker.wait_and_serve(shared.as_deref())?;
-                if let (true, Some(_)) = (ready, shared) {
-                    if let Some(connection) = inner.try_accept(listener)? {
-                        return Ok(Some(connection));
-                    }
+            }
+            // A shared listener that is ending is emptied without waiting.
+            if ending || worker.wait_and_serve(listener)? {
+                if let Some(fd) = shell.try_accept(listener)? {
+                    return Ok(Some(Connection::new(fd, shell)));
                 }
             }
         }
     }
 
     /// Waits for anything at all and handles it; the channel first, by which connections come.
-    /// Returns whether the shared listener has something.
-    fn wait_and_serve(&self, shared: Option<&Registered<TcpListener>>) -> Result<bool> {
-        let inner = &self.inner;
-        let timeout = inner.time_left();
-        let waited = match (inner.channel.borrow().as_ref(), shared) {
-            (None, _) => return Ok(false),
-            (Some(channel), None) => {
-                wait_readable([channel.as_fd(), inner.home.as_fd()], timeout)
-                    .map(|[channel, home]| [channel, home, false])
-            }
-            (Some(channel), Some(listener)) => {
-                let fds = [channel.as_fd(), inner.home.as_fd(), listener.as_fd()];
-                wait_readable(fds, timeout)
-            }
-        };
-        let [channel, home, listener] = waited.map_err(Error::io("wait for a connection"))?;
-        if channel {
-            inner.receive();
-        }
-        if home || inner.time_left() == Some(Duration::ZERO) {
+    /// Returns whether the listener, if it is a shared one, has something.
+    fn wait_and_serve(&self, listener: ListenerId) -> Result<bool> {
+        let shell = &self.inner.shell;
+        let shared = shell.listener(listener);
+        let shared = shared.as_deref().map(|registered| &**registered);
+        let ready = shell.wait(self.inner.home.as_fd(), shared, self.time_left())?;
+        if ready.poller || self.time_left() == Some(Duration::ZERO) {
             self.turn(Some(Duration::ZERO))?;
         }
-        Ok(listener)
+        Ok(ready.listener)
     }
 }
 
@@ -629,7 +593,7 @@ impl Worker {
 impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // It fails only if the poller is beyond use, which the next call of `dispatch` reports.
-        let _ = self.inner.read_by_poller(true);
+        let _ = self.inner.shell.read_by_poller(true);
         self.inner.home.as_fd()
     }
 }
@@ -653,247 +617,15 @@ impl Inner {
         drop(self.on_connection.take());
     }
 
-    fn time_left(&self) -> Option<Duration> {
-        if self.core.borrow().has_events() || !self.errors.borrow().is_empty() {
-            return Some(Duration::ZERO);
-        }
-        self.home.time_left(None)
-    }
-
-    /// Carries out everything that needs no callback.
-    pub(crate) fn act(&self) {
-        let mut sent = false;
-        loop {
-            let action = self.core.borrow_mut().next_action();
-            match action {
-                Some(Action::Send(frame)) => {
-                    sent = true;
-                    if let Some(channel) = self.channel.borrow_mut().as_mut() {
-                        channel.queue(&frame, None);
-                    }
-                }
-                Some(Action::CloseListener(listener)) => {
-                    self.listeners.borrow_mut().remove(&listener);
-                }
-                Some(Action::CloseChannel) => {
-                    sent = true;
-                    if let Some(channel) = self.channel.borrow_mut().as_mut() {
-                        channel.close();
-                    }
-                }
-                None => break,
-            }
-        }
-        if sent {
-            self.flush_channel();
-        }
-    }
-
-    fn flush_channel(&self) {
-        if let Some(channel) = self.channel.borrow_mut().as_mut() {
-            self.flush(channel);
-        }
-    }
-
-    /// Writes what can be written, and tells the core if that was everything.
-    fn flush(&self, channel: &mut Channel<ToWorker, ToMaster>) {
-        match channel.flush() {
-            Ok(()) if channel.is_flushed() => self.core.borrow_mut().confirmed(),
-            Ok(()) => {}
-            Err(source) => {
-                let worker = None;
-                self.errors
-                    .borrow_mut()
-                    .push(Error::Channel { worker, source });
-            }
-        }
-    }
-
-    /// Reads once from the channel and feeds the frames.
-    fn receive(&self) -> Received {
-        let received = self.home.with_scratch(|scratch| {
-            let mut channel = self.channel.borrow_mut();
-            channel.as_mut().map(|channel| channel.receive(scratch))
-        });
-        let received = match received {
-            None => return Received::Nothing,
-            Some(Ok(received)) => received,
-            Some(Err(source)) => {
-                let worker = None;
-                let error = Error::Channel { worker, source };
-                self.errors.borrow_mut().push(error);
-                Received::End
-            }
-        };
-        if received == Received::Something {
-            while self.feed() {}
-        }
-        if received == Received::End {
-            self.cut_off();
-        }
-        received
-    }
-
-    /// Feeds one frame that has arrived. Returns whether there was one.
-    fn feed(&self) -> bool {
-        let next = self.channel.borrow_mut().as_mut().map(Channel::next);
-        let outcome = match next {
-            None | Some(Ok(None)) => return false,
-            Some(Ok(Some((frame, fds)))) => self.understand(frame, fds),
-            Some(Err(error)) => Err(error),
-        };
-        match outcome {
-            Ok(()) => {
-                self.act();
-                true
-            }
-            Err(source) => {
-                let worker = None;
-                let error = Error::Frame { worker, source };
-                self.errors.borrow_mut().push(error);
-                self.cut_off();
-                false
-            }
-        }
-    }
-
-    fn understand(
-        &self,
-        frame: ToWorker,
-        fds: Vec<OwnedFd>,
-    ) -> std::result::Result<(), crate::frame::FrameError> {
-        let mut core = self.core.borrow_mut();
-        match frame {
-            ToWorker::Message(bytes) => {
-                let message = Message::new(bytes, fds);
-                core.frame(ToWorker::Message(Vec::new()), None, Some(message))?;
-            }
-            ToWorker::Reply { .. } => {
-                let listener = core.frame(frame, None, None)?;
-                drop(core);
-                if let (Some(listener), Some(fd)) = (listener, fds.into_iter().next()) {
-                    self.adopt(listener, fd);
-                }
-            }
-            ToWorker::Connection { .. } | ToWorker::End { .. } | ToWorker::Disconnect => {
-                core.frame(frame, fds.into_iter().next(), None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the channel wakes the poller. In `accept` it is waited for beside the poller, which
-    /// would otherwise be ready each time the channel is.
-    fn read_by_poller(&self, by_poller: bool) -> Result<()> {
-        match self.channel.borrow_mut().as_mut() {
-            Some(channel) => channel
-                .wait_to_read(by_poller)
-                .map_err(Error::io("wait for the channel")),
-            None => Ok(()),
-        }
-    }
-
-    /// Keeps the copy of a shared listener.
-    fn adopt(&self, listener: ListenerId, fd: OwnedFd) {
-        let key = Token::Listener(listener.0).key();
-        match self.home.poller().add(TcpListener::from(fd), key, None) {
-            Ok(registered) => {
-                let mut listeners = self.listeners.borrow_mut();
-                listeners.insert(listener, Rc::new(registered));
-            }
-            Err(source) => {
-                let attempt = "wait for a shared listener";
-                self.errors
-                    .borrow_mut()
-                    .push(Error::Io { attempt, source });
-                self.core.borrow_mut().close(listener);
-            }
-        }
-    }
-
-    fn cut_off(&self) {
-        drop(self.channel.take());
-        self.core.borrow_mut().channel_closed();
-        self.act();
-    }
-
-    /// Waits until something has come by the channel. Events wait meanwhile.
-    fn wait_for_channel(&self) -> Result<()> {
-        let waited = match self.channel.borrow().as_ref() {
-            Some(channel) if channel.is_flushed() => {
-                wait_readable([channel.as_fd()], None).map(drop)
-            }
-            Some(channel) => wait_readable_or_writable(channel.as_fd()),
-            None => Ok(()),
-        };
-        waited.map_err(Error::io("wait for the master"))?;
-        self.flush_channel();
-        self.receive();
-        Ok(())
-    }
-
-    /// Accepts from a shared listener, if this is one and has something.
-    fn try_accept(self: &Rc<Self>, listener: ListenerId) -> Result<Option<Connection>> {
-        let shared = self.listeners.borrow().get(&listener).map(Rc::clone);
-        let Some(shared) = shared else {
-            return Ok(None);
-        };
-        loop {
-            match shared.accept() {
-                Ok((stream, _)) => {
-                    self.core.borrow_mut().connection_opened();
-                    return Ok(Some(Connection::new(stream.into(), self)));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if self.core.borrow().is_ending(listener) {
-                        self.core.borrow_mut().close(listener);
-                        self.act();
-                    }
-                    return Ok(None);
-                }
-                Err(error) if crate::sys::socket::lost_before_accept(&error) => {}
-                Err(source) => {
-                    let attempt = "accept a connection";
-                    return Err(Error::Io { attempt, source });
-                }
-            }
-        }
-    }
-
     /// Sends the connections of a listener to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId, callback: Shared<OnConnection>) {
         self.on_connection.borrow_mut().insert(listener, callback);
-        self.core.borrow_mut().serve(listener);
-        self.act();
-        let shared = self.listeners.borrow().get(&listener).map(Rc::clone);
-        let watched = shared.map_or(Ok(()), |shared| {
-            shared.set_interest(Some(Interest::Readable))
-        });
-        if let Err(source) = watched {
-            let attempt = "wait for a shared listener";
-            self.errors
-                .borrow_mut()
-                .push(Error::Io { attempt, source });
-        }
+        self.shell.serve(listener);
     }
 
     pub(crate) fn close(&self, listener: ListenerId) {
         let callback = self.on_connection.borrow_mut().remove(&listener);
         drop(callback);
-        self.core.borrow_mut().forget(listener);
-        self.act();
-    }
-
-    pub(crate) fn connection_closed(&self) {
-        self.core.borrow_mut().connection_closed();
-        self.act();
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        if let Some(channel) = self.channel.borrow_mut().as_mut() {
-            channel.flush_blocking(LAST_WORDS);
-        }
+        self.shell.close(listener);
     }
 }

@@ -1,21 +1,18 @@
 //! A worker as the master sees it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
 use std::rc::{Rc, Weak};
 
 use crate::address::Address;
-use crate::callbacks::CallbackId;
-use crate::channel::Channel;
+use crate::callbacks::{CallbackId, Callbacks};
 use crate::error::{Error, Result, SendError};
-use crate::frame::{ToMaster, ToWorker};
-use crate::master::{Inner, Master, WorkerCallbacks};
+use crate::master::Master;
 use crate::master_core::{Departure, WorkerState};
+use crate::master_shell::{Core, MasterShell, Record};
 use crate::message::Message;
 use crate::signal::Signal;
-use crate::sys::poll::Registered;
-use crate::sys::process::Pid;
 use crate::worker_id::WorkerId;
 
 /// A worker, in the master's hands.
@@ -41,39 +38,45 @@ use crate::worker_id::WorkerId;
 /// ```
 #[derive(Clone, Debug)]
 pub struct WorkerProcess {
-    master: Weak<Inner>,
+    master: Weak<MasterShell>,
     record: Rc<Record>,
+    callbacks: Rc<WorkerCallbacks>,
 }
 
-/// What the master's shell knows of a worker.
-#[derive(Debug)]
-pub(crate) struct Record {
-    pub(crate) id: WorkerId,
-    pub(crate) pid: Pid,
-    /// `None` when it is closed.
-    pub(crate) channel: RefCell<Option<Channel<ToMaster, ToWorker>>>,
-    /// Readable when the process ends, where the kernel has such descriptors.
-    pub(crate) process: RefCell<Option<Registered<OwnedFd>>>,
-    /// Set when the worker has left the table.
-    pub(crate) departure: Cell<Option<Departure>>,
-    pub(crate) callbacks: WorkerCallbacks,
+type OnEvent = dyn FnMut(&Master, &WorkerProcess);
+type OnListening = dyn FnMut(&Master, &WorkerProcess, &Address);
+type OnMessage = dyn FnMut(&Master, &WorkerProcess, &Message);
+type OnExit = dyn FnMut(&Master, &WorkerProcess, ExitStatus);
+type OnError = dyn FnMut(&Master, Option<&WorkerProcess>, &Error);
+
+/// The callbacks of one worker, or of all of them.
+#[derive(Debug, Default)]
+pub(crate) struct WorkerCallbacks {
+    pub(crate) online: Callbacks<OnEvent>,
+    pub(crate) listening: Callbacks<OnListening>,
+    pub(crate) message: Callbacks<OnMessage>,
+    pub(crate) disconnect: Callbacks<OnEvent>,
+    pub(crate) exit: Callbacks<OnExit>,
+    pub(crate) error: Callbacks<OnError>,
 }
 
-impl Record {
-    pub(crate) fn new(
-        id: WorkerId,
-        pid: Pid,
-        channel: Channel<ToMaster, ToWorker>,
-        process: Option<Registered<OwnedFd>>,
-    ) -> Self {
-        Self {
-            id,
-            pid,
-            channel: RefCell::new(Some(channel)),
-            process: RefCell::new(process),
-            departure: Cell::new(None),
-            callbacks: WorkerCallbacks::default(),
-        }
+impl WorkerCallbacks {
+    pub(crate) fn remove(&self, id: CallbackId) {
+        self.online.remove(id);
+        self.listening.remove(id);
+        self.message.remove(id);
+        self.disconnect.remove(id);
+        self.exit.remove(id);
+        self.error.remove(id);
+    }
+
+    pub(crate) fn clear(&self) {
+        self.online.clear();
+        self.listening.clear();
+        self.message.clear();
+        self.disconnect.clear();
+        self.exit.clear();
+        self.error.clear();
     }
 }
 
@@ -86,17 +89,28 @@ impl PartialEq for WorkerProcess {
 impl Eq for WorkerProcess {}
 
 impl WorkerProcess {
-    pub(crate) fn new(master: &Rc<Inner>, record: Rc<Record>) -> Self {
-        let master = Rc::downgrade(master);
-        Self { master, record }
+    pub(crate) fn new(
+        master: &Rc<MasterShell>,
+        record: Rc<Record>,
+        callbacks: Rc<WorkerCallbacks>,
+    ) -> Self {
+        Self {
+            master: Rc::downgrade(master),
+            record,
+            callbacks,
+        }
     }
 
-    pub(crate) fn record(&self) -> &Rc<Record> {
-        &self.record
+    pub(crate) fn callbacks(&self) -> &WorkerCallbacks {
+        &self.callbacks
+    }
+
+    pub(crate) fn has_left(&self, departure: Departure) {
+        self.record.departure.set(Some(departure));
     }
 
     /// Asks the core, unless the worker has left or the master is gone.
-    fn ask<T>(&self, ask: impl FnOnce(&crate::master::Core) -> T) -> Option<T> {
+    fn ask<T>(&self, ask: impl FnOnce(&Core) -> T) -> Option<T> {
         if self.record.departure.get().is_some() {
             return None;
         }
@@ -106,7 +120,7 @@ impl WorkerProcess {
     }
 
     /// Tells the core, and carries out what follows.
-    fn tell(&self, tell: impl FnOnce(&mut crate::master::Core)) {
+    fn tell(&self, tell: impl FnOnce(&mut Core)) {
         if let Some(master) = self.master.upgrade() {
             tell(&mut master.core.borrow_mut());
             master.act();
@@ -301,7 +315,7 @@ impl WorkerProcess {
     ///
     /// Node: `worker.on('online')`. See [`Master::on_online`] for an example.
     pub fn on_online(&self, callback: impl FnMut(&Master, &Self) + 'static) -> CallbackId {
-        let callbacks = &self.record.callbacks.online;
+        let callbacks = &self.callbacks.online;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -312,7 +326,7 @@ impl WorkerProcess {
         &self,
         callback: impl FnMut(&Master, &Self, &Address) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.record.callbacks.listening;
+        let callbacks = &self.callbacks.listening;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -323,7 +337,7 @@ impl WorkerProcess {
         &self,
         callback: impl FnMut(&Master, &Self, &Message) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.record.callbacks.message;
+        let callbacks = &self.callbacks.message;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -331,7 +345,7 @@ impl WorkerProcess {
     ///
     /// Node: `worker.on('disconnect')`. See [`Master::on_disconnect`] for an example.
     pub fn on_disconnect(&self, callback: impl FnMut(&Master, &Self) + 'static) -> CallbackId {
-        let callbacks = &self.record.callbacks.disconnect;
+        let callbacks = &self.callbacks.disconnect;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -342,7 +356,7 @@ impl WorkerProcess {
         &self,
         callback: impl FnMut(&Master, &Self, ExitStatus) + 'static,
     ) -> CallbackId {
-        let callbacks = &self.record.callbacks.exit;
+        let callbacks = &self.callbacks.exit;
         callbacks.add(Rc::new(RefCell::new(callback)))
     }
 
@@ -358,7 +372,7 @@ impl WorkerProcess {
                 callback(master, worker, error);
             }
         };
-        let callbacks = &self.record.callbacks.error;
+        let callbacks = &self.callbacks.error;
         callbacks.add(Rc::new(RefCell::new(with_worker)))
     }
 }

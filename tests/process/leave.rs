@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::ExitStatusExt as _;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -310,6 +310,9 @@ fn no_client_in_the_backlog_is_lost() {
                     (0..40).map(connect).collect::<Vec<_>>()
                 };
                 in_background(master, work, move |master, mut clients| {
+                    // A client may think it is connected before the kernel here does.
+                    let waiting = 40 - master.ledger().accepted;
+                    wait_until("the backlog", || (backlog(address) == waiting).then_some(()));
                     master.disconnect(|_| {});
                     let work = move || {
                         let mut answered = 0;
@@ -339,6 +342,20 @@ fn no_client_in_the_backlog_is_lost() {
         },
     );
     assert_eq!(entries.take(), ["40"]);
+}
+
+/// How many connections the kernel holds for a listener.
+fn backlog(address: SocketAddr) -> u64 {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let port = format!(":{:04X}", address.port());
+    let queues = table.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let listens = fields[1].ends_with(&port) && fields[3] == "0A";
+        listens.then(|| fields[4].to_owned())
+    });
+    let queues = queues.unwrap();
+    let (_, received) = queues.split_once(':').unwrap();
+    u64::from_str_radix(received, 16).unwrap()
 }
 
 /// The master of the orphans is a child of this one, and is killed.

@@ -206,8 +206,15 @@ fn a_client_that_leaves_while_it_waits_is_counted() {
                 // The second keeps the other worker busy, so that the first has nobody to go to
                 // when the stopped worker dies.
                 let clients = move || [(); 2].map(|()| TcpStream::connect(address).unwrap());
-                in_background(master, clients, move |_, [first, mut second]| {
-                    stopped.process().kill(Signal::KILL);
+                in_background(master, clients, move |master, [first, mut second]| {
+                    let victim = stopped.clone();
+                    until(master, move |master| {
+                        let taken = master.ledger().taken == 3;
+                        if taken {
+                            victim.process().kill(Signal::KILL);
+                        }
+                        taken
+                    });
                     let clients = RefCell::new(Some(first));
                     stopped.on_exit(move |master, _, _| {
                         assert_eq!(master.ledger().in_hand(), 1, "waits in the master");

@@ -1,0 +1,346 @@
+//! The worker's hands: carries out what [`WorkerCore`] decides, on the channel and on shared
+//! listeners. Never calls the program.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::channel::{Channel, READ_SIZE, Received};
+use crate::error::{Error, Result, SendError};
+use crate::event_loop::Token;
+use crate::frame::{FrameError, ToMaster, ToWorker};
+use crate::message::Message;
+use crate::sys;
+use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
+use crate::worker_core::{Action, ListenerId, WorkerCore};
+
+/// How long a worker that ends waits for the master to read its last words.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// The channel is the only one of its kind here.
+const CHANNEL: u32 = 0;
+
+/// A listener that this process has a copy of.
+pub(crate) type SharedListener = Rc<Registered<TcpListener>>;
+
+pub(crate) struct WorkerShell {
+    pub(crate) core: RefCell<WorkerCore<OwnedFd>>,
+    poller: Poller,
+    /// `None` when it is closed.
+    channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
+    listeners: RefCell<BTreeMap<ListenerId, SharedListener>>,
+    /// What went wrong outside any call of the program's.
+    errors: RefCell<Vec<Error>>,
+    /// What the channel reads into.
+    scratch: RefCell<Vec<u8>>,
+}
+
+impl std::fmt::Debug for WorkerShell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerShell").finish_non_exhaustive()
+    }
+}
+
+/// What `wait` found ready.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReadyFor {
+    pub(crate) poller: bool,
+    pub(crate) listener: bool,
+}
+
+impl WorkerShell {
+    pub(crate) fn new(channel: UnixStream, poller: Poller) -> io::Result<Self> {
+        let channel = Channel::new(channel, &poller, Token::Channel(CHANNEL).key())?;
+        let shell = Self {
+            core: RefCell::new(WorkerCore::new()),
+            poller,
+            channel: RefCell::new(Some(channel)),
+            listeners: RefCell::default(),
+            errors: RefCell::default(),
+            scratch: RefCell::new(vec![0; READ_SIZE]),
+        };
+        shell.act();
+        Ok(shell)
+    }
+
+    pub(crate) fn has_errors(&self) -> bool {
+        !self.errors.borrow().is_empty()
+    }
+
+    pub(crate) fn take_errors(&self) -> Vec<Error> {
+        self.errors.take()
+    }
+
+    pub(crate) fn report(&self, error: Error) {
+        self.errors.borrow_mut().push(error);
+    }
+
+    pub(crate) fn listener(&self, listener: ListenerId) -> Option<SharedListener> {
+        self.listeners.borrow().get(&listener).map(Rc::clone)
+    }
+
+    pub(crate) fn send(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
+        let failed = |reason| Error::Send {
+            worker: None,
+            reason,
+        };
+        let frame = ToMaster::Message(message.to_vec());
+        let mut channel = self.channel.borrow_mut();
+        let Some(channel) = channel.as_mut() else {
+            return Err(failed(SendError::ChannelClosed));
+        };
+        channel.send(&frame, message.len(), fds).map_err(failed)?;
+        self.flush(channel);
+        Ok(channel.has_room())
+    }
+
+    /// Waits for the channel, the poller, and a shared listener if there is one; reads from the
+    /// channel what has come.
+    pub(crate) fn wait(
+        &self,
+        poller: BorrowedFd<'_>,
+        shared: Option<&TcpListener>,
+        timeout: Option<Duration>,
+    ) -> Result<ReadyFor> {
+        let waited = match (self.channel.borrow().as_ref(), shared) {
+            (None, _) => Ok([false; 3]),
+            (Some(channel), None) => wait_readable([channel.as_fd(), poller], timeout)
+                .map(|[channel, poller]| [channel, poller, false]),
+            (Some(channel), Some(listener)) => {
+                wait_readable([channel.as_fd(), poller, listener.as_fd()], timeout)
+            }
+        };
+        let [channel, poller, listener] = waited.map_err(Error::io("wait for a connection"))?;
+        if channel {
+            self.receive();
+        }
+        Ok(ReadyFor { poller, listener })
+    }
+
+    /// Carries out everything that needs no callback.
+    pub(crate) fn act(&self) {
+        let mut sent = false;
+        loop {
+            let action = self.core.borrow_mut().next_action();
+            match action {
+                Some(Action::Send(frame)) => {
+                    sent = true;
+                    if let Some(channel) = self.channel.borrow_mut().as_mut() {
+                        channel.queue(&frame, None);
+                    }
+                }
+                Some(Action::CloseListener(listener)) => {
+                    self.listeners.borrow_mut().remove(&listener);
+                }
+                Some(Action::CloseChannel) => {
+                    sent = true;
+                    if let Some(channel) = self.channel.borrow_mut().as_mut() {
+                        channel.close();
+                    }
+                }
+                None => break,
+            }
+        }
+        if sent {
+            self.flush_channel();
+        }
+    }
+
+    pub(crate) fn flush_channel(&self) {
+        if let Some(channel) = self.channel.borrow_mut().as_mut() {
+            self.flush(channel);
+        }
+    }
+
+    /// Writes what can be written, and tells the core if that was everything.
+    fn flush(&self, channel: &mut Channel<ToWorker, ToMaster>) {
+        match channel.flush() {
+            Ok(()) if channel.is_flushed() => self.core.borrow_mut().confirmed(),
+            Ok(()) => {}
+            Err(source) => {
+                let worker = None;
+                self.report(Error::Channel { worker, source });
+            }
+        }
+    }
+
+    /// Reads once from the channel and feeds the frames.
+    pub(crate) fn receive(&self) -> Received {
+        let mut channel = self.channel.borrow_mut();
+        let mut scratch = self.scratch.borrow_mut();
+        let received = channel.as_mut().map(|channel| channel.receive(&mut scratch));
+        drop((channel, scratch));
+        let received = match received {
+            None => return Received::Nothing,
+            Some(Ok(received)) => received,
+            Some(Err(source)) => {
+                let worker = None;
+                self.report(Error::Channel { worker, source });
+                Received::End
+            }
+        };
+        if received == Received::Something {
+            while self.feed() {}
+        }
+        if received == Received::End {
+            self.cut_off();
+        }
+        received
+    }
+
+    /// Feeds one frame that has arrived. Returns whether there was one.
+    fn feed(&self) -> bool {
+        let next = self.channel.borrow_mut().as_mut().map(Channel::next);
+        let outcome = match next {
+            None | Some(Ok(None)) => return false,
+            Some(Ok(Some((frame, fds)))) => self.understand(frame, fds),
+            Some(Err(error)) => Err(error),
+        };
+        match outcome {
+            Ok(()) => {
+                self.act();
+                true
+            }
+            Err(source) => {
+                let worker = None;
+                self.report(Error::Frame { worker, source });
+                self.cut_off();
+                false
+            }
+        }
+    }
+
+    fn understand(
+        &self,
+        frame: ToWorker,
+        fds: Vec<OwnedFd>,
+    ) -> std::result::Result<(), FrameError> {
+        let mut core = self.core.borrow_mut();
+        match frame {
+            ToWorker::Message(bytes) => {
+                let message = Message::new(bytes, fds);
+                core.frame(ToWorker::Message(Vec::new()), None, Some(message))?;
+            }
+            ToWorker::Reply { .. } => {
+                let listener = core.frame(frame, None, None)?;
+                drop(core);
+                if let (Some(listener), Some(fd)) = (listener, fds.into_iter().next()) {
+                    self.adopt(listener, fd);
+                }
+            }
+            ToWorker::Connection { .. } | ToWorker::End { .. } | ToWorker::Disconnect => {
+                core.frame(frame, fds.into_iter().next(), None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the channel wakes the poller. In `accept` it is waited for beside the poller, which
+    /// would otherwise be ready each time the channel is.
+    pub(crate) fn read_by_poller(&self, by_poller: bool) -> Result<()> {
+        match self.channel.borrow_mut().as_mut() {
+            Some(channel) => channel
+                .wait_to_read(by_poller)
+                .map_err(Error::io("wait for the channel")),
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps the copy of a shared listener.
+    fn adopt(&self, listener: ListenerId, fd: OwnedFd) {
+        let key = Token::Listener(listener.0).key();
+        match self.poller.add(TcpListener::from(fd), key, None) {
+            Ok(registered) => {
+                let mut listeners = self.listeners.borrow_mut();
+                listeners.insert(listener, Rc::new(registered));
+            }
+            Err(source) => {
+                let attempt = "wait for a shared listener";
+                self.report(Error::Io { attempt, source });
+                self.core.borrow_mut().close(listener);
+            }
+        }
+    }
+
+    fn cut_off(&self) {
+        drop(self.channel.take());
+        self.core.borrow_mut().channel_closed();
+        self.act();
+    }
+
+    /// Waits until something has come by the channel. Events wait meanwhile.
+    pub(crate) fn wait_for_channel(&self) -> Result<()> {
+        let waited = match self.channel.borrow().as_ref() {
+            Some(channel) if channel.is_flushed() => {
+                wait_readable([channel.as_fd()], None).map(drop)
+            }
+            Some(channel) => wait_readable_or_writable(channel.as_fd()),
+            None => Ok(()),
+        };
+        waited.map_err(Error::io("wait for the master"))?;
+        self.flush_channel();
+        self.receive();
+        Ok(())
+    }
+
+    /// Accepts from a shared listener, if this is one and has something. One that is ending closes
+    /// when it has nothing.
+    pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<OwnedFd>> {
+        let Some(shared) = self.listener(listener) else {
+            return Ok(None);
+        };
+        loop {
+            match shared.accept() {
+                Ok((stream, _)) => {
+                    self.core.borrow_mut().connection_opened();
+                    return Ok(Some(stream.into()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.core.borrow().is_ending(listener) {
+                        self.core.borrow_mut().close(listener);
+                        self.act();
+                    }
+                    return Ok(None);
+                }
+                Err(error) if sys::socket::lost_before_accept(&error) => {}
+                Err(source) => {
+                    let attempt = "accept a connection";
+                    return Err(Error::Io { attempt, source });
+                }
+            }
+        }
+    }
+
+    /// Sends the connections of a listener to a callback from now on.
+    pub(crate) fn serve(&self, listener: ListenerId) {
+        self.core.borrow_mut().serve(listener);
+        self.act();
+        let watch = |shared: SharedListener| shared.set_interest(Some(Interest::Readable));
+        if let Some(Err(source)) = self.listener(listener).map(watch) {
+            let attempt = "wait for a shared listener";
+            self.report(Error::Io { attempt, source });
+        }
+    }
+
+    pub(crate) fn close(&self, listener: ListenerId) {
+        self.core.borrow_mut().forget(listener);
+        self.act();
+    }
+
+    pub(crate) fn connection_closed(&self) {
+        self.core.borrow_mut().connection_closed();
+        self.act();
+    }
+}
+
+impl Drop for WorkerShell {
+    fn drop(&mut self) {
+        if let Some(channel) = self.channel.borrow_mut().as_mut() {
+            channel.flush_blocking(LAST_WORDS);
+        }
+    }
+}
