@@ -27,7 +27,7 @@ fn options() -> Result<(String, usize), lexopt::Error> {
         match arg {
             Long("addr") => addr = args.value()?.string()?,
             Long("workers") => workers = args.value()?.parse()?,
-            _ => return Err(arg.unexpected()),
+            Short(_) | Long(_) | Value(_) => return Err(arg.unexpected()),
         }
     }
     Ok((addr, workers))

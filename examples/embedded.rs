@@ -28,7 +28,7 @@ fn options() -> Result<(String, String), lexopt::Error> {
         match arg {
             Long("addr") => addr = args.value()?.string()?,
             Long("status") => status = args.value()?.string()?,
-            _ => return Err(arg.unexpected()),
+            Short(_) | Long(_) | Value(_) => return Err(arg.unexpected()),
         }
     }
     Ok((addr, status))
@@ -53,7 +53,9 @@ fn host(master: &Master, status: &str) -> Outcome {
             PollFd::new(master.as_fd(), PollFlags::POLLIN),
         ];
         // Rounded up to the next millisecond, so as not to wake before the time.
-        let wait = master.time_left().map(|time| time + Duration::from_micros(999));
+        let wait = master
+            .time_left()
+            .map(|time| time + Duration::from_micros(999));
         let wait = wait.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
         match poll(&mut fds, wait.unwrap_or(PollTimeout::MAX)) {
             Ok(_) | Err(nix::Error::EINTR) => {}

@@ -38,7 +38,7 @@ fn options() -> Result<Options, lexopt::Error> {
             Long("addr") => options.addr = args.value()?.string()?,
             Long("workers") => options.workers = args.value()?.parse()?,
             Long("policy") => options.policy = Some(args.value()?.parse()?),
-            _ => return Err(arg.unexpected()),
+            Short(_) | Long(_) | Value(_) => return Err(arg.unexpected()),
         }
     }
     Ok(options)
@@ -78,7 +78,11 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         master.fork()?;
     }
     master.run()?;
-    Ok(if failed.get() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if failed.get() {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
@@ -108,7 +112,11 @@ fn answer(mut connection: Connection, worker: &Worker) -> io::Result<()> {
             Ok(_) | Err(_) => break "400 Bad Request",
         }
     };
-    let body = if status == "200 OK" { "hello world\n" } else { "" };
+    let body = if status == "200 OK" {
+        "hello world\n"
+    } else {
+        ""
+    };
     let (id, length) = (worker.id(), body.len());
     let head = "Content-Type: text/plain\r\nConnection: close";
     let answer = format!(

@@ -51,7 +51,12 @@ impl<F: ?Sized> Callbacks<F> {
     /// Calls each closure that was there at the beginning and is still there at its turn. One that
     /// is being called already is left out: it has called what led here.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
-        let snapshot: Vec<_> = self.0.borrow().iter().map(|(id, f)| (*id, Rc::clone(f))).collect();
+        let snapshot: Vec<_> = self
+            .0
+            .borrow()
+            .iter()
+            .map(|(id, f)| (*id, Rc::clone(f)))
+            .collect();
         for (id, callback) in snapshot {
             let registered = self.0.borrow().iter().any(|(other, _)| *other == id);
             if registered {
@@ -100,7 +105,11 @@ mod tests {
         });
         second.set(Some(add(&list, |log| log.borrow_mut().push("second"))));
         list.each(|f| f(&log));
-        assert_eq!(log.take(), ["first"], "removed before its turn, added after");
+        assert_eq!(
+            log.take(),
+            ["first"],
+            "removed before its turn, added after"
+        );
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["first", "third"]);
     }

@@ -231,9 +231,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.broken = true;
             self.outbox.clear();
             self.wait_to_write(false)?;
-            return match error.kind() {
-                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Ok(()),
-                _ => Err(error),
+            let closed = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+            return if closed.contains(&error.kind()) {
+                Ok(())
+            } else {
+                Err(error)
             };
         }
         if self.outbox.bytes.len() > CUT_OFF {
@@ -307,12 +309,10 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
                 self.inbox.push(&scratch[..read]);
                 Ok(Received::Something)
             }
-            Err(error) => match error.kind() {
-                io::ErrorKind::WouldBlock => Ok(Received::Nothing),
-                // The other side ended without having read everything.
-                io::ErrorKind::ConnectionReset => Ok(Received::End),
-                _ => Err(error),
-            },
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
+            // The other side ended without having read everything.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Received::End),
+            Err(error) => Err(error),
         }
     }
 
@@ -403,13 +403,12 @@ mod tests {
         let mut readers = readers.into_iter();
         let mut numbers = 0..200;
         for (frame, fds) in frames {
-            match frame {
-                ToWorker::Connection { number, .. } => {
-                    assert_eq!(Some(number), numbers.next());
-                    let [fd] = fds.try_into().unwrap();
-                    assert!(is_same(readers.next().unwrap(), fd), "number {number}");
-                }
-                _ => assert_eq!((frame, fds.len()), (ToWorker::Message(vec![7; 3000]), 0)),
+            if let ToWorker::Connection { number, .. } = frame {
+                assert_eq!(Some(number), numbers.next());
+                let [fd] = fds.try_into().unwrap();
+                assert!(is_same(readers.next().unwrap(), fd), "number {number}");
+            } else {
+                assert_eq!((frame, fds.len()), (ToWorker::Message(vec![7; 3000]), 0));
             }
         }
         assert_eq!(numbers.next(), None);

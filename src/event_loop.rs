@@ -88,8 +88,11 @@ where
     }
 }
 
+type OnTimer<R> = Shared<dyn FnMut(&R)>;
+type OnSignal<R> = dyn FnMut(&R, Signal);
+
 struct SignalInterest<R> {
-    callbacks: Callbacks<dyn FnMut(&R, Signal)>,
+    callbacks: Callbacks<OnSignal<R>>,
     /// Held for its `Drop`.
     _installed: Installed,
 }
@@ -97,7 +100,7 @@ struct SignalInterest<R> {
 pub(crate) struct EventLoop<R> {
     poller: Poller,
     began: Instant,
-    timers: RefCell<Timers<Shared<dyn FnMut(&R)>>>,
+    timers: RefCell<Timers<OnTimer<R>>>,
     watches: RefCell<BTreeMap<WatchId, Shared<dyn Watched<R>>>>,
     last_watch: Cell<u32>,
     signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
@@ -202,7 +205,7 @@ impl<R> EventLoop<R> {
         &self,
         after: Duration,
         interval: Option<Duration>,
-        callback: Shared<dyn FnMut(&R)>,
+        callback: OnTimer<R>,
     ) -> TimerId {
         let now = self.now();
         self.timers.borrow_mut().set(now, after, interval, callback)

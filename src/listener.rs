@@ -106,8 +106,7 @@ impl Listener {
     /// # }
     /// ```
     pub fn on_connection(&self, callback: impl FnMut(&Worker, Connection) + 'static) {
-        self.worker
-            .serve(self.id, Rc::new(RefCell::new(callback)));
+        self.worker.serve(self.id, Rc::new(RefCell::new(callback)));
     }
 
     /// Closes the listener for this worker; others go on. Connections that were on their way go to

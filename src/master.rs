@@ -166,7 +166,9 @@ impl Master {
             source,
         })?;
         let callbacks = Rc::new(WorkerCallbacks::default());
-        self.of_worker.borrow_mut().insert(record.id, Rc::clone(&callbacks));
+        self.of_worker
+            .borrow_mut()
+            .insert(record.id, Rc::clone(&callbacks));
         Ok(WorkerProcess::new(&self.shell, record, callbacks))
     }
 
@@ -202,7 +204,10 @@ impl Master {
         current.exec.get_or_insert_with(|| {
             // Without /proc the program's name has to do.
             let name = || std::env::args_os().next().map(PathBuf::from);
-            std::env::current_exe().ok().or_else(name).unwrap_or_default()
+            std::env::current_exe()
+                .ok()
+                .or_else(name)
+                .unwrap_or_default()
         });
         let own_args = || std::env::args_os().skip(1).collect();
         current.args.get_or_insert_with(own_args);

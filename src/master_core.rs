@@ -418,9 +418,11 @@ impl<C: Clone> MasterCore<C> {
             worker.is_some() && emit.worker == worker && matches!(emit.event, Event::Exit(_))
         };
         let exit = self.events.iter().position(is_exit);
-        let mut at = exit.unwrap_or(self.events.len());
-        let levels = [Level::Worker, Level::Cluster];
-        for level in levels.into_iter().skip(usize::from(worker.is_none())) {
+        let at = exit.unwrap_or(self.events.len());
+        // Inserted in reverse: each before the one inserted last.
+        let levels = [Level::Cluster, Level::Worker];
+        let concerned = if worker.is_some() { 2 } else { 1 };
+        for level in levels.into_iter().take(concerned) {
             let event = event.clone();
             let emit = Emit {
                 level,
@@ -428,7 +430,6 @@ impl<C: Clone> MasterCore<C> {
                 event,
             };
             self.events.insert(at, emit);
-            at += 1;
         }
     }
 
@@ -626,9 +627,10 @@ impl<C: Clone> MasterCore<C> {
 
     /// The worker's callbacks first; for messages Node has it the other way round.
     fn emit_both(&mut self, worker: WorkerId, event: &Event) {
-        let order = match event {
-            Event::Message(_) => [Level::Cluster, Level::Worker],
-            _ => [Level::Worker, Level::Cluster],
+        let order = if matches!(event, Event::Message(_)) {
+            [Level::Cluster, Level::Worker]
+        } else {
+            [Level::Worker, Level::Cluster]
         };
         for level in order {
             self.emit(level, Some(worker), event.clone());
@@ -722,12 +724,7 @@ impl<C: Clone> MasterCore<C> {
         Ok(())
     }
 
-    fn listen(
-        &mut self,
-        worker: WorkerId,
-        request: u32,
-        key: HandleKey,
-    ) -> Result<(), FrameError> {
+    fn listen(&mut self, worker: WorkerId, request: u32, key: HandleKey) -> Result<(), FrameError> {
         if self.handles_of(worker).count() >= MAX_LISTENERS {
             return Err(FrameError::State("listens on too many addresses"));
         }

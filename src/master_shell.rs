@@ -362,7 +362,9 @@ impl MasterShell {
     /// The workers whose end only SIGCHLD tells.
     pub(crate) fn unwatched(&self) -> Vec<WorkerId> {
         let records = self.records.borrow();
-        let unwatched = records.values().filter(|record| record.process.borrow().is_none());
+        let unwatched = records
+            .values()
+            .filter(|record| record.process.borrow().is_none());
         unwatched.map(|record| record.id).collect()
     }
 

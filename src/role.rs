@@ -20,6 +20,7 @@ static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
 ///
 /// Node: `cluster.isMaster` and `cluster.isWorker`. See [`init`] for an example.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a process")]
 pub enum Role {
     /// The process that forks workers. Newer versions of Node say *primary*.
     Master(Master),
@@ -54,7 +55,7 @@ pub enum Role {
 ///             println!("I am worker {}", worker.id());
 ///             Ok(())
 ///         }
-/// ///     }
+///     }
 /// }
 /// ```
 pub fn init() -> Result<Role> {

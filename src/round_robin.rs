@@ -162,7 +162,10 @@ impl<C: Clone> RoundRobin<C> {
         self.end(worker);
         let member = self.members.remove(&worker);
         let given = member.map(|member| member.given).unwrap_or_default();
-        given.into_iter().map(|(_, connection)| connection).collect()
+        given
+            .into_iter()
+            .map(|(_, connection)| connection)
+            .collect()
     }
 
     pub(crate) fn push(&mut self, connection: C) {

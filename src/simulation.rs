@@ -344,10 +344,8 @@ impl World {
         let Some((frame, _)) = process.to_master.pop_front() else {
             return false;
         };
-        let message = match &frame {
-            ToMaster::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-            _ => None,
-        };
+        let is_message = matches!(frame, ToMaster::Message(_));
+        let message = is_message.then(|| Message::new(Vec::new(), Vec::new()));
         self.master.frame(worker, frame, message);
         true
     }
@@ -447,10 +445,8 @@ impl World {
         let Some((frame, with)) = process.to_worker.pop_front() else {
             return;
         };
-        let message = match &frame {
-            ToWorker::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-            _ => None,
-        };
+        let is_message = matches!(frame, ToWorker::Message(_));
+        let message = is_message.then(|| Message::new(Vec::new(), Vec::new()));
         let (connection, handle) = match with {
             With::Nothing => (None, None),
             With::Connection(client) => (Some(client), None),
@@ -511,11 +507,9 @@ impl World {
                 process.listeners.retain(|l| *l != listener);
             }
             (34, _) => process.core.wait_for_events(),
-            (35, _) => {
-                if process.worker_end && !process.shut {
-                    let message = ToMaster::Message(b"hello".to_vec());
-                    process.to_master.push_back((message, With::Nothing));
-                }
+            (35, _) if process.worker_end && !process.shut => {
+                let message = ToMaster::Message(b"hello".to_vec());
+                process.to_master.push_back((message, With::Nothing));
             }
             (36, _) if choice == 0 => process.core.disconnect(),
             (36, _) if choice == 1 => process.core.kill(),
@@ -675,9 +669,8 @@ impl World {
     fn notice_exit(&mut self) {
         let master = &self.master;
         let dead = self.processes.iter().filter(|(_, p)| !p.alive);
-        let unreaped = dead.filter(|(id, _)| {
-            master.state(**id).is_some() && master.exit_status(**id).is_none()
-        });
+        let unreaped = dead
+            .filter(|(id, _)| master.state(**id).is_some() && master.exit_status(**id).is_none());
         let ids: Vec<_> = unreaped.map(|(id, p)| (*id, p.status)).collect();
         if let Some((worker, Some(status))) = self.pick(&ids) {
             self.master.exited(worker, status);

@@ -350,11 +350,7 @@ impl Worker {
     /// for an example.
     ///
     /// Node: `setTimeout`.
-    pub fn set_timeout(
-        &self,
-        after: Duration,
-        callback: impl FnOnce(&Self) + 'static,
-    ) -> TimerId {
+    pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
         self.inner.home.set_timeout(after, callback)
     }
 
@@ -520,7 +516,12 @@ impl Worker {
     }
 
     fn deliver(&self, listener: ListenerId, connection: Connection) {
-        let callback = self.inner.on_connection.borrow().get(&listener).map(Rc::clone);
+        let callback = self
+            .inner
+            .on_connection
+            .borrow()
+            .get(&listener)
+            .map(Rc::clone);
         if let Some(callback) = callback {
             if let Ok(mut callback) = callback.try_borrow_mut() {
                 callback(self, connection);

@@ -340,9 +340,8 @@ impl<C> WorkerCore<C> {
     /// callback is not going to be served.
     pub(crate) fn wait_for_events(&mut self) {
         if self.told {
-            let unserved = |(_, entry): &(&ListenerId, &Entry<C>)| {
-                !entry.served && entry.handle().is_some()
-            };
+            let unserved =
+                |(_, entry): &(&ListenerId, &Entry<C>)| !entry.served && entry.handle().is_some();
             let unserved: Vec<_> = self
                 .listeners
                 .iter()

@@ -172,7 +172,9 @@ impl WorkerShell {
     pub(crate) fn receive(&self) -> Received {
         let mut channel = self.channel.borrow_mut();
         let mut scratch = self.scratch.borrow_mut();
-        let received = channel.as_mut().map(|channel| channel.receive(&mut scratch));
+        let received = channel
+            .as_mut()
+            .map(|channel| channel.receive(&mut scratch));
         drop((channel, scratch));
         let received = match received {
             None => return Received::Nothing,

@@ -126,7 +126,9 @@ impl Child {
         }
         let mask = empty_set();
         // SAFETY: the set is initialised.
-        check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) })?;
+        check(unsafe {
+            libc::sigprocmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut())
+        })?;
         die_with_parent(self.parent)?;
         // The one descriptor that stays open: cleared here and not in the parent, where another
         // thread may fork at this moment.

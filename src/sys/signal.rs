@@ -32,11 +32,7 @@ fn bit(signal: libc::c_int) -> u64 {
 }
 
 /// Only async-signal-safe calls, and errno as it was.
-extern "C" fn handler(
-    signal: libc::c_int,
-    info: *mut libc::siginfo_t,
-    context: *mut libc::c_void,
-) {
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the location of errno is valid for the thread that runs this.
     let errno = unsafe { *errno_location() };
     PENDING.fetch_or(bit(signal), Ordering::SeqCst);
@@ -52,9 +48,7 @@ extern "C" fn handler(
             )
         };
     }
-    let previous = usize::try_from(signal)
-        .ok()
-        .and_then(|at| PREVIOUS.get(at));
+    let previous = usize::try_from(signal).ok().and_then(|at| PREVIOUS.get(at));
     let previous = previous.map_or(0, |previous| previous.load(Ordering::SeqCst));
     if previous != 0 {
         // SAFETY: `install` stored the address of a handler that the system would have called. A
@@ -160,7 +154,11 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<Installed> {
         && previous.sa_sigaction != ours();
     let chained = usize::try_from(signal).ok().and_then(|at| PREVIOUS.get(at));
     if let Some(chained) = chained {
-        let address = if is_function { previous.sa_sigaction } else { 0 };
+        let address = if is_function {
+            previous.sa_sigaction
+        } else {
+            0
+        };
         chained.store(address, Ordering::SeqCst);
     }
     let mut action = empty_action();
@@ -180,7 +178,13 @@ impl Drop for Installed {
         // Whoever put a handler over ours keeps it.
         if read == 0 && current.sa_sigaction == ours() {
             // SAFETY: this is the action that was in force before ours.
-            unsafe { libc::sigaction(self.signal, &raw const self.previous.0, std::ptr::null_mut()) };
+            unsafe {
+                libc::sigaction(
+                    self.signal,
+                    &raw const self.previous.0,
+                    std::ptr::null_mut(),
+                )
+            };
         }
     }
 }

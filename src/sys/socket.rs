@@ -20,11 +20,7 @@ pub(super) const SEND_FLAGS: libc::c_int = libc::MSG_NOSIGNAL | libc::MSG_DONTWA
 pub(super) const SEND_FLAGS: libc::c_int = libc::MSG_DONTWAIT;
 
 /// Writes what fits of `bytes`. If anything is written, all of `fds` have left with it.
-pub(crate) fn send(
-    socket: &UnixStream,
-    bytes: &[u8],
-    fds: &[BorrowedFd<'_>],
-) -> io::Result<usize> {
+pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     send_with_flags(socket, bytes, fds, SEND_FLAGS)
 }
 

@@ -46,7 +46,10 @@ fn expect_cut_off(bytes: &str, why: &str) {
 }
 
 fn a_garbled_frame_cuts_the_worker_off() {
-    expect_cut_off("GET / HTTP/1.1", "frame of version 47, this program speaks 1");
+    expect_cut_off(
+        "GET / HTTP/1.1",
+        "frame of version 47, this program speaks 1",
+    );
 }
 
 fn an_oversized_frame_cuts_the_worker_off() {

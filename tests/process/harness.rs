@@ -56,7 +56,10 @@ fn run(name: &str) -> Result<(), Failed> {
     command.env(SCENARIO, name);
     let group = Group::start(&mut command)?;
     let status = group.finish()?;
-    status.success().then_some(()).ok_or_else(|| status.to_string().into())
+    status
+        .success()
+        .then_some(())
+        .ok_or_else(|| status.to_string().into())
 }
 
 /// A process, and all that it leads to, in a process group of its own.
@@ -80,7 +83,7 @@ impl Group {
     }
 
     pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.borrow().id().cast_signed())
+        Pid::from_raw(i32::try_from(self.child.borrow().id()).unwrap())
     }
 
     /// What the program has printed so far.
@@ -98,7 +101,10 @@ impl Group {
     pub fn line(&self, prefix: &str) -> String {
         let find = || {
             let output = self.output();
-            let complete = output.rsplit_once('\n').map_or("", |(lines, _)| lines).to_owned();
+            let complete = output
+                .rsplit_once('\n')
+                .map_or("", |(lines, _)| lines)
+                .to_owned();
             let found = complete.lines().find_map(|line| line.strip_prefix(prefix));
             found.map(str::to_owned)
         };
@@ -115,15 +121,21 @@ impl Group {
     /// Waits for the program, then for everything that it started, and shows what it printed if
     /// it failed.
     pub fn finish(&self) -> Result<ExitStatus, Failed> {
+        let status = self.end()?;
+        if !status.success() {
+            let mut stderr = std::io::stderr().lock();
+            let _ = writeln!(stderr, "{}", self.output());
+        }
+        Ok(status)
+    }
+
+    /// Waits for the program, then for everything that it started.
+    pub fn end(&self) -> Result<ExitStatus, Failed> {
         let ended = self.child.borrow_mut().wait_timeout(DEADLINE)?;
         let Some(status) = ended else {
             return Err(format!("hangs:\n{}", self.output()).into());
         };
         self.assert_nobody_left()?;
-        if !status.success() {
-            let mut stderr = std::io::stderr().lock();
-            let _ = writeln!(stderr, "{}", self.output());
-        }
         Ok(status)
     }
 
@@ -227,7 +239,11 @@ pub fn in_background<T: Send + 'static>(
 }
 
 /// Calls back with the address when as many workers listen.
-pub fn when_listening(master: &Master, workers: usize, then: impl FnOnce(&Master, SocketAddr) + 'static) {
+pub fn when_listening(
+    master: &Master,
+    workers: usize,
+    then: impl FnOnce(&Master, SocketAddr) + 'static,
+) {
     let mut then = Some(then);
     let mut count = 0;
     master.on_listening(move |master, _, address| {
@@ -259,7 +275,9 @@ pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
 }
 
 pub fn answer_pings(worker: &Worker) {
-    worker.on_message(|worker, _| drop(worker.send(b"pong").unwrap()));
+    worker.on_message(|worker, _| {
+        worker.send(b"pong").unwrap();
+    });
 }
 
 /// Answers each connection with the worker's id.
@@ -293,7 +311,11 @@ pub fn example(name: &str) -> Command {
     let own = std::env::current_exe().expect("own path");
     let built = own.parent().and_then(|deps| deps.parent()).expect("target");
     let path = built.join("examples").join(name);
-    assert!(path.exists(), "{} is built by a plain `cargo test`", path.display());
+    assert!(
+        path.exists(),
+        "{} is built by a plain `cargo test`",
+        path.display()
+    );
     Command::new(path)
 }
 
@@ -310,6 +332,8 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
 /// Whether the process exists and is not a zombie.
 pub fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    let state = stat
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.chars().next());
     !matches!(state, None | Some('Z' | 'X'))
 }

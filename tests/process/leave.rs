@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use cluster::{Signal, Worker};
 
-use crate::harness::{Log, cluster, in_background, is_alive, serve_id, talk, wait_until, when_listening};
+use crate::harness::{
+    Log, cluster, in_background, is_alive, serve_id, talk, wait_until, when_listening,
+};
 
 crate::scenarios! {
     asked_by_the_master
@@ -312,7 +314,9 @@ fn no_client_in_the_backlog_is_lost() {
                 in_background(master, work, move |master, mut clients| {
                     // A client may think it is connected before the kernel here does.
                     let waiting = 40 - master.ledger().accepted;
-                    wait_until("the backlog", || (backlog(address) == waiting).then_some(()));
+                    wait_until("the backlog", || {
+                        (backlog(address) == waiting).then_some(())
+                    });
                     master.disconnect(|_| {});
                     let work = move || {
                         let mut answered = 0;
@@ -381,14 +385,18 @@ fn orphans_leave_within_a_second() {
                 }
             };
             // One of the three is in an endless loop by now, and one serves.
-            wait_until("an answer", || talk(address, b"").ok().filter(|text| !text.is_empty()));
+            wait_until("an answer", || {
+                talk(address, b"").ok().filter(|text| !text.is_empty())
+            });
             assert!(pids.iter().all(|pid| is_alive(*pid)));
             let began = Instant::now();
             if how == "kill" {
                 master.kill().unwrap();
             }
             master.wait().unwrap();
-            wait_until("their end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(()));
+            wait_until("their end", || {
+                pids.iter().all(|pid| !is_alive(*pid)).then_some(())
+            });
             assert!(began.elapsed() < Duration::from_secs(1));
             TcpStream::connect(address).unwrap_err();
         }

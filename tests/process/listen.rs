@@ -35,7 +35,12 @@ fn port_zero_is_the_same_port_in_every_worker() {
     );
     let entries = entries.take();
     assert_eq!(entries.len(), 3);
-    assert!(entries.iter().all(|port| *port == entries[0] && port != "0"), "{entries:?}");
+    assert!(
+        entries
+            .iter()
+            .all(|port| *port == entries[0] && port != "0"),
+        "{entries:?}"
+    );
 }
 
 fn the_second_listen_on_port_zero_is_another_port() {
@@ -75,10 +80,14 @@ fn ipv6() {
                 assert_eq!(address.address_type, AddressType::Tcp6);
             });
             when_listening(master, 1, move |master, address| {
-                in_background(master, move || talk(address, b""), move |master, answer| {
-                    log.add(answer.unwrap());
-                    master.disconnect(|_| {});
-                });
+                in_background(
+                    master,
+                    move || talk(address, b""),
+                    move |master, answer| {
+                        log.add(answer.unwrap());
+                        master.disconnect(|_| {});
+                    },
+                );
             });
             master.fork().unwrap();
         },
@@ -111,7 +120,10 @@ fn address_in_use_is_an_error_and_nothing_remains() {
                 let error = worker.listen(address.as_str()).unwrap_err();
                 assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
                 let text = error.to_string();
-                assert!(text.starts_with(&format!("cannot listen on {address}: ")), "{text}");
+                assert!(
+                    text.starts_with(&format!("cannot listen on {address}: ")),
+                    "{text}"
+                );
                 worker.send(b"in use").unwrap();
                 worker.on_message(move |worker, message| {
                     assert_eq!(message.bytes(), b"free");
@@ -211,7 +223,9 @@ fn shared_listener_serves() {
     let entries = log.clone();
     cluster(
         |master| {
-            master.set_scheduling_policy(SchedulingPolicy::Shared).unwrap();
+            master
+                .set_scheduling_policy(SchedulingPolicy::Shared)
+                .unwrap();
             when_listening(master, 3, move |master, address| {
                 let work = move || {
                     // Until everybody has had one: who is woken is the kernel's choice.
@@ -240,7 +254,9 @@ fn shared_listener_with_callbacks() {
     let entries = log.clone();
     cluster(
         |master| {
-            master.set_scheduling_policy(SchedulingPolicy::Shared).unwrap();
+            master
+                .set_scheduling_policy(SchedulingPolicy::Shared)
+                .unwrap();
             when_listening(master, 2, move |master, address| {
                 let work = move || {
                     let answers = (0..50).map(|_| talk(address, b"").unwrap());

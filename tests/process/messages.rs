@@ -111,7 +111,9 @@ fn a_large_message_with_a_descriptor_goes_both_ways() {
             let worker = master.fork().unwrap();
             let file = tempfile::tempfile().unwrap();
             let text: Vec<u8> = (0..800_000u32).map(|n| n.to_le_bytes()[0]).collect();
-            worker.send_with_fds(&text, vec![file.try_clone().unwrap().into()]).unwrap();
+            worker
+                .send_with_fds(&text, vec![file.try_clone().unwrap().into()])
+                .unwrap();
             let file = RefCell::new(file);
             worker.on_message(move |_, worker, message| {
                 assert!(message.bytes() == text, "the same text");
@@ -131,7 +133,9 @@ fn a_large_message_with_a_descriptor_goes_both_ways() {
                 let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
                 let mut file = File::from(fd);
                 file.write_all(b"there").unwrap();
-                worker.send_with_fds(message.bytes(), vec![file.into()]).unwrap();
+                worker
+                    .send_with_fds(message.bytes(), vec![file.into()])
+                    .unwrap();
             });
             worker.run().unwrap();
         },
@@ -168,7 +172,9 @@ fn descriptors_stay_with_their_messages() {
                     file.write_all(name.as_bytes()).unwrap();
                     file.into()
                 });
-                worker.send_with_fds(name.as_bytes(), fds.collect()).unwrap();
+                worker
+                    .send_with_fds(name.as_bytes(), fds.collect())
+                    .unwrap();
             }
             worker.send(b"end").unwrap();
             worker.run().unwrap();
@@ -187,7 +193,9 @@ fn descriptors_nobody_takes_are_closed() {
         |master| {
             let worker = master.fork().unwrap();
             let (mut kept, sent) = UnixStream::pair().unwrap();
-            worker.send_with_fds(b"not wanted", vec![sent.into()]).unwrap();
+            worker
+                .send_with_fds(b"not wanted", vec![sent.into()])
+                .unwrap();
             worker.on_message(move |_, worker, _| {
                 let mut rest = Vec::new();
                 kept.read_to_end(&mut rest).unwrap();
@@ -237,7 +245,10 @@ fn a_worker_that_does_not_read_is_felt_by_the_sender() {
         },
         |worker| worker.run().unwrap(),
     );
-    assert_eq!(entries.take(), ["cannot send to worker 1: too much waits to be sent"]);
+    assert_eq!(
+        entries.take(),
+        ["cannot send to worker 1: too much waits to be sent"]
+    );
 }
 
 fn sending_to_a_dead_worker_is_an_error_and_an_event() {
@@ -253,14 +264,20 @@ fn sending_to_a_dead_worker_is_an_error_and_an_event() {
                 let error = worker.send(b"hello?").unwrap_err();
                 assert!(matches!(
                     error,
-                    Error::Send { reason: SendError::ChannelClosed, .. }
+                    Error::Send {
+                        reason: SendError::ChannelClosed,
+                        ..
+                    }
                 ));
             });
         },
         |_| {},
     );
     let text = "cannot send to worker 1: the channel is closed";
-    assert_eq!(entries.take(), [format!("worker: {text}"), format!("cluster: {text}")]);
+    assert_eq!(
+        entries.take(),
+        [format!("worker: {text}"), format!("cluster: {text}")]
+    );
 }
 
 fn both_sides_may_send_a_lot_at_once() {
@@ -277,7 +294,10 @@ fn both_sides_may_send_a_lot_at_once() {
             }
             let seen = Rc::new(Cell::new(0));
             worker.on_message(move |_, worker, message| {
-                assert_eq!((message.bytes().len(), message.take_fds().len()), (100_000, 1));
+                assert_eq!(
+                    (message.bytes().len(), message.take_fds().len()),
+                    (100_000, 1)
+                );
                 seen.set(seen.get() + 1);
                 if seen.get() == COUNT {
                     log.add("all");
@@ -292,7 +312,10 @@ fn both_sides_may_send_a_lot_at_once() {
                 worker.send_with_fds(&message, vec![file.into()]).unwrap();
             }
             worker.on_message(|_, message| {
-                assert_eq!((message.bytes().len(), message.take_fds().len()), (100_000, 1));
+                assert_eq!(
+                    (message.bytes().len(), message.take_fds().len()),
+                    (100_000, 1)
+                );
             });
             worker.run().unwrap();
         },

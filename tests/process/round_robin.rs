@@ -9,7 +9,8 @@ use std::time::Duration;
 use cluster::{Interest, Signal};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, serve_id, talk, wait_until, when_all_wait, when_listening,
+    Log, answer_pings, cluster, in_background, serve_id, talk, wait_until, when_all_wait,
+    when_listening,
 };
 
 crate::scenarios! {

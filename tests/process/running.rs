@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use cluster::{Interest, Signal};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::harness::{Log, SIGNALS, cluster, in_background, serve_id, talk, wait_until, when_listening};
+use crate::harness::{
+    Log, SIGNALS, cluster, in_background, serve_id, talk, wait_until, when_listening,
+};
 
 crate::scenarios! {
     timers_fire_in_order_and_can_be_cleared
@@ -158,12 +160,16 @@ fn a_host_with_its_own_loop() {
             let (answers, exits) = (log.clone(), log);
             master.on_exit(move |_, _, _| exits.add("exit"));
             when_listening(master, 1, move |master, address| {
-                in_background(master, move || talk(address, b""), move |master, answer| {
-                    answers.add(answer.unwrap());
-                    master.set_timeout(Duration::from_millis(3), |master| {
-                        master.disconnect(|_| {});
-                    });
-                });
+                in_background(
+                    master,
+                    move || talk(address, b""),
+                    move |master, answer| {
+                        answers.add(answer.unwrap());
+                        master.set_timeout(Duration::from_millis(3), |master| {
+                            master.disconnect(|_| {});
+                        });
+                    },
+                );
             });
             master.fork().unwrap();
             assert_eq!(master.time_left(), Some(Duration::ZERO), "events wait");
@@ -186,10 +192,14 @@ fn a_worker_with_its_own_loop() {
     cluster(
         |master| {
             when_listening(master, 1, move |master, address| {
-                in_background(master, move || talk(address, b""), move |master, answer| {
-                    log.add(answer.unwrap());
-                    master.disconnect(|_| {});
-                });
+                in_background(
+                    master,
+                    move || talk(address, b""),
+                    move |master, answer| {
+                        log.add(answer.unwrap());
+                        master.disconnect(|_| {});
+                    },
+                );
             });
             master.fork().unwrap();
         },
@@ -258,18 +268,24 @@ fn idle_processes_sleep() {
         for policy in ["rr", "none"] {
             let mut command = std::process::Command::new(std::env::current_exe().unwrap());
             command.env(PLAY, "1").env("CLUSTER_SCHED_POLICY", policy);
-            let mut master = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+            let mut master = command
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
             let mut stdout = master.stdout.take().unwrap();
             let mut text = [0; 256];
             let length = stdout.read(&mut text).unwrap();
             let line = std::str::from_utf8(&text[..length]).unwrap();
-            let pids = line.split_whitespace().map(|pid| pid.parse::<u32>().unwrap());
+            let pids = line
+                .split_whitespace()
+                .map(|pid| pid.parse::<u32>().unwrap());
             let pids: Vec<_> = pids.chain([master.id()]).collect();
             assert_eq!(pids.len(), 4, "{line}");
             // Until they have come to rest; then time itself is what is tested.
             let mut before = Vec::new();
             wait_until("rest", || {
-                let last = std::mem::replace(&mut before, pids.iter().map(|p| switches(*p)).collect());
+                let last =
+                    std::mem::replace(&mut before, pids.iter().map(|p| switches(*p)).collect());
                 std::thread::sleep(Duration::from_millis(100));
                 (last == before).then_some(())
             });
@@ -284,7 +300,10 @@ fn idle_processes_sleep() {
     match cluster::init().unwrap() {
         cluster::Role::Master(master) => {
             when_listening(&master, 3, |master, _| {
-                let pids = master.workers().into_iter().map(|worker| worker.process().id());
+                let pids = master
+                    .workers()
+                    .into_iter()
+                    .map(|worker| worker.process().id());
                 let pids: Vec<_> = pids.map(|pid| pid.to_string()).collect();
                 println!("{}", pids.join(" "));
             });
