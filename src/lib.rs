@@ -1,4 +1,4 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
 
 mod address;
 mod callbacks;
