@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 use cluster::{AddressType, Error, Master, Settings, Signal, WorkerState};
 
-use crate::harness::{Log, cluster, is_alive};
+use crate::harness::{Log, SIGNALS, cluster, is_alive};
 
 crate::scenarios! {
     events_come_once_and_in_order
@@ -25,6 +26,7 @@ crate::scenarios! {
     children_start_with_default_signals
     children_inherit_only_their_channel
     callbacks_may_change_anything
+    without_process_descriptors_ends_are_noticed_too
 }
 
 fn events_come_once_and_in_order() {
@@ -444,4 +446,40 @@ fn callbacks_may_change_anything() {
     let mut entries = entries.take();
     entries.sort();
     assert_eq!(entries, ["added inside", "added inside", "exit", "exit"]);
+}
+
+/// As on a kernel that has no `pidfd_open`.
+fn without_process_descriptors_ends_are_noticed_too() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+    let call = nix::libc::SYS_pidfd_open;
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(call, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(nix::libc::ENOSYS.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            // A child of the program's own is not ours to wait for.
+            let mut stranger = Command::new("true").spawn().unwrap();
+            master.on_exit(move |master, worker, status| {
+                log.add(format!("{} {:?}", worker.id(), status.code()));
+                if log.len() == 3 {
+                    assert!(stranger.wait().unwrap().success());
+                } else if log.len() == 2 {
+                    master.fork().unwrap();
+                }
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| std::process::exit(i32::try_from(worker.id().get()).unwrap()),
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["1 Some(1)", "2 Some(2)", "3 Some(3)"]);
 }
