@@ -95,7 +95,12 @@ fn replaces(policy: &str) -> Result<(), Failed> {
         let victim = victim.split(' ').next_back().unwrap().parse()?;
         kill(Pid::from_raw(victim), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
+        // Somebody answers at any time, and after a while the new one does.
+        wait_until("its answer", || {
+            let answer = talk(address, REQUEST).unwrap();
+            assert!(answer.ends_with("hello world\n"), "{answer:?}");
+            answer.contains(&format!("X-Worker: {new}\r")).then_some(())
+        });
     }
     stop(&server, Signal::SIGTERM)
 }
