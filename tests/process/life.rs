@@ -466,13 +466,13 @@ fn without_process_descriptors_ends_are_noticed_too() {
     cluster(
         |master| {
             // A child of the program's own is not ours to wait for.
-            let mut stranger = Command::new("true").spawn().unwrap();
+            let stranger = RefCell::new(Command::new("true").spawn().unwrap());
             master.on_exit(move |master, worker, status| {
                 log.add(format!("{} {:?}", worker.id(), status.code()));
-                if log.len() == 3 {
-                    assert!(stranger.wait().unwrap().success());
-                } else if log.len() == 2 {
-                    master.fork().unwrap();
+                match log.len() {
+                    2 => drop(master.fork().unwrap()),
+                    3 => assert!(stranger.borrow_mut().wait().unwrap().success()),
+                    _ => {}
                 }
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
