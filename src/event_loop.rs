@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::error::{Error, Result};
-use crate::master_core::Time;
 use crate::signal::Signal;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
-use crate::timers::{TimerId, Timers};
+use crate::timers::{Time, TimerId, Timers};
 
 /// Names a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
 ///

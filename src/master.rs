@@ -13,10 +13,10 @@ use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
 use crate::channel::Received;
 use crate::error::{Error, Result};
+use crate::event::{Emit, Event, Level};
 use crate::event_loop::{EventLoop, Token, WatchId};
 use crate::frame::HandleId;
 use crate::ledger::Ledger;
-use crate::master_core::{Emit, Event, Level};
 use crate::master_shell::MasterShell;
 use crate::message::Message;
 use crate::settings::{SchedulingPolicy, Settings};
@@ -28,6 +28,9 @@ use crate::timers::TimerId;
 use crate::worker_id::WorkerId;
 use crate::worker_process::{WorkerCallbacks, WorkerProcess};
 
+/// How many events are delivered before the loop looks around again: a callback for errors that
+/// causes one each time must not keep it for ever.
+const EVENTS_PER_TURN: u32 = 1024;
 /// How often a dead worker's channel is read before its end is told; more than a socket holds,
 /// unless the worker's own children go on writing.
 const LAST_WORDS: u32 = 64;
@@ -38,7 +41,9 @@ const LAST_WORDS: u32 = 64;
 /// methods can be called at any time, by callbacks too, unless they say otherwise. Callbacks are
 /// called by [`run`](Self::run) and [`dispatch`](Self::dispatch) and never inside another call.
 ///
-/// When it is dropped the channels to its workers close, and they leave.
+/// When it is dropped the channels to its workers close, and they leave; but nobody waits for their
+/// processes then, which stay zombies for as long as this one lives. Let [`run`](Self::run) come
+/// to its end first.
 ///
 /// ```no_run
 /// use cluster::{Role, Signal};
@@ -692,7 +697,7 @@ impl Master {
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
         self.shell.act();
-        loop {
+        for _ in 0..EVENTS_PER_TURN {
             let emit = self.shell.core.borrow_mut().next_event();
             let Some(emit) = emit else {
                 break;

@@ -12,15 +12,17 @@ use std::rc::Rc;
 
 use crate::channel::{Channel, READ_SIZE, Received};
 use crate::error::{Error, SendError};
+use crate::event::Departure;
 use crate::event_loop::Token;
 use crate::frame::{HandleId, ToMaster, ToWorker};
-use crate::master_core::{Action, Departure, MasterCore, Time, With};
+use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
 use crate::settings::{CHANNEL_FD, SchedulingPolicy, Settings, UNIQUE_ID};
 use crate::signal::Signal;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Pid, Program};
+use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
 /// How many connections may wait in the kernel's queue. Node: 511, too.

@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
+use crate::event::{Event, Level, WorkerState};
 use crate::frame::{HandleId, HandleKey, ToMaster, ToWorker};
 use crate::ledger::Ledger;
-use crate::master_core::{Action, Event, Level, MasterCore, With, WorkerState};
+use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::master_core::Time;
+/// The time since the loop began.
+pub(crate) type Time = Duration;
 
 /// The shortest interval: with none at all a loop would do nothing else.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);

@@ -20,6 +20,7 @@ crate::scenarios! {
     descriptors_nobody_takes_are_closed
     a_worker_that_does_not_read_is_felt_by_the_sender
     sending_to_a_dead_worker_is_an_error_and_an_event
+    an_error_in_the_callback_for_errors_does_not_keep_the_loop
     both_sides_may_send_a_lot_at_once
 }
 
@@ -278,6 +279,33 @@ fn sending_to_a_dead_worker_is_an_error_and_an_event() {
         entries.take(),
         [format!("worker: {text}"), format!("cluster: {text}")]
     );
+}
+
+fn an_error_in_the_callback_for_errors_does_not_keep_the_loop() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let stop = Rc::new(Cell::new(false));
+            let stopped = Rc::clone(&stop);
+            worker.on_disconnect(|_, worker| drop(worker.send(b"x").unwrap_err()));
+            worker.on_error(move |_, worker, _| {
+                if !stopped.get() {
+                    drop(worker.send(b"x").unwrap_err());
+                }
+            });
+            worker.on_disconnect(move |master, _| {
+                let (log, stop) = (log.clone(), Rc::clone(&stop));
+                master.set_timeout(std::time::Duration::from_millis(1), move |_| {
+                    log.add("the timer came");
+                    stop.set(true);
+                });
+            });
+        },
+        |_| {},
+    );
+    assert_eq!(entries.take(), ["the timer came"]);
 }
 
 fn both_sides_may_send_a_lot_at_once() {
