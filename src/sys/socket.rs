@@ -13,7 +13,7 @@ use super::{check, retry};
 /// more than that arrive; surplus ones are closed by the kernel.
 pub(crate) const MAX_FDS_PER_CALL: usize = 64;
 
-/// Never waits, never raises SIGPIPE.
+/// Never waits; and never raises SIGPIPE, where the system has a flag for that.
 #[cfg(not(target_vendor = "apple"))]
 pub(super) const SEND_FLAGS: libc::c_int = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
 #[cfg(target_vendor = "apple")]
@@ -40,7 +40,7 @@ fn send_with_flags(
     flags: libc::c_int,
 ) -> io::Result<usize> {
     if fds.is_empty() {
-        return retry(|| {
+        let call = || {
             // SAFETY: the buffer is valid for its length through the call.
             let sent = unsafe {
                 libc::send(
@@ -51,7 +51,12 @@ fn send_with_flags(
                 )
             };
             usize::try_from(sent).map_err(|_| io::Error::last_os_error())
-        });
+        };
+        return if cfg!(target_vendor = "apple") {
+            without_sigpipe(|| retry(call))
+        } else {
+            retry(call)
+        };
     }
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     without_sigpipe(|| retry(|| socket.send_with_fd(bytes, &fds)))
