@@ -79,9 +79,8 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
     worker.listen(addr)?.on_connection(|worker, connection| {
         let watched = connection.set_nonblocking(true).is_ok();
         let mut waiting = Vec::new();
-        let echo = move |worker: &Worker, connection: &mut Connection| {
-            echo(worker, connection, &mut waiting)
-        };
+        let echo =
+            move |worker: &Worker, connection: &Connection| echo(worker, connection, &mut waiting);
         if watched {
             // Without descriptors left the connection is dropped, which closes it.
             let _ = worker.watch(connection, Interest::Readable, echo);
@@ -91,7 +90,7 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
 }
 
 /// Reads what is there, writes what can be written, and says what to wait for.
-fn echo(worker: &Worker, connection: &mut Connection, waiting: &mut Vec<u8>) -> Option<Interest> {
+fn echo(worker: &Worker, mut connection: &Connection, waiting: &mut Vec<u8>) -> Option<Interest> {
     let mut buffer = [0; 4096];
     let mut ended = false;
     while waiting.len() < MOST_WAITING {

@@ -137,7 +137,8 @@ fn main() -> ExitCode {
         Err(error) => Err(error),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("{error}");
+        // In one piece: other workers may have the same to say at this moment.
+        eprint!("{}", format!("{error}\n"));
         ExitCode::FAILURE
     })
 }

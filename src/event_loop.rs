@@ -73,10 +73,10 @@ struct Watch<S: AsFd, F> {
 impl<R, S, F> Watched<R> for Watch<S, F>
 where
     S: AsFd,
-    F: FnMut(&R, &mut S) -> Option<Interest>,
+    F: FnMut(&R, &S) -> Option<Interest>,
 {
     fn ready(&mut self, role: &R) -> bool {
-        match (self.callback)(role, self.source.source_mut()) {
+        match (self.callback)(role, &self.source) {
             None => false,
             Some(interest) if interest == self.interest => true,
             Some(interest) => {
@@ -136,7 +136,11 @@ impl<R> EventLoop<R> {
         self.poller.as_fd()
     }
 
-    pub(crate) fn now(&self) -> Time {
+    pub(crate) fn began(&self) -> Instant {
+        self.began
+    }
+
+    fn now(&self) -> Time {
         self.began.elapsed()
     }
 
@@ -211,19 +215,21 @@ impl<R> EventLoop<R> {
     }
 
     pub(crate) fn clear_timer(&self, id: TimerId) {
-        self.timers.borrow_mut().clear(id);
+        // Dropped when nothing is borrowed: what a closure owns may come back here.
+        let cleared = self.timers.borrow_mut().clear(id);
+        drop(cleared);
     }
 
     /// Calls what is due now, and not what falls due meanwhile.
     pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
         let now = self.now();
         loop {
-            let due = self.timers.borrow_mut().take_due(now);
-            let Some((id, callback)) = due else {
+            let due = self.timers.borrow_mut().next_due(now);
+            let Some(callback) = due else {
                 break;
             };
             (callback.borrow_mut())(role);
-            self.timers.borrow_mut().put_back(now, id, callback);
+            drop(callback);
             settle();
         }
     }
@@ -232,7 +238,7 @@ impl<R> EventLoop<R> {
         &self,
         source: S,
         interest: Interest,
-        callback: impl FnMut(&R, &mut S) -> Option<Interest> + 'static,
+        callback: impl FnMut(&R, &S) -> Option<Interest> + 'static,
     ) -> Result<WatchId>
     where
         R: 'static,
@@ -311,7 +317,8 @@ impl<R> EventLoop<R> {
     }
 
     pub(crate) fn remove_signal_callback(&self, id: CallbackId) {
-        for interest in self.signals.borrow().values() {
+        let signals: Vec<_> = self.signals.borrow().values().map(Rc::clone).collect();
+        for interest in signals {
             interest.callbacks.remove(id);
         }
     }
@@ -367,7 +374,7 @@ mod tests {
         let seen = RefCell::new(Vec::new());
         let (mut here, there) = UnixStream::pair().unwrap();
         let id = home
-            .watch(there, Interest::Readable, |seen: &RefCell<_>, there| {
+            .watch(there, Interest::Readable, |seen: &RefCell<_>, mut there| {
                 let mut byte = [0];
                 there.read_exact(&mut byte).unwrap();
                 seen.borrow_mut().push(byte[0]);

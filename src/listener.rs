@@ -69,7 +69,9 @@ impl Listener {
     /// served meanwhile.
     ///
     /// Node has no counterpart; there, connections are events. While the program is not in this
-    /// call, connections go to other workers.
+    /// call, connections go to other workers; of several listeners only the one that it waits for
+    /// is served. After the end the program can still send messages, and is free to finish its
+    /// work; a program that wants to see the `disconnect` event calls [`Worker::run`] then.
     ///
     /// # Errors
     ///
@@ -150,9 +152,10 @@ impl Iterator for Incoming<'_> {
 
 /// A connection to a client: a [`TcpStream`] that the worker counts.
 ///
-/// Node: `net.Socket`. It blocks, like any new `TcpStream`. A worker that is to leave waits until
-/// all of its connections are dropped. To use one beyond that, or on another thread, take the
-/// stream out of it with [`into_stream`](Self::into_stream).
+/// Node: `net.Socket`. It blocks, like any new `TcpStream`. In [`Worker::run`] and
+/// [`Worker::dispatch`] a worker that is to leave waits until all of its connections are dropped.
+/// To use one beyond that, or on another thread, take the stream out of it with
+/// [`into_stream`](Self::into_stream).
 ///
 /// ```no_run
 /// # fn f(mut connection: cluster::Connection) -> std::io::Result<()> {
@@ -219,6 +222,22 @@ impl Deref for Connection {
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+impl Read for &Connection {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.stream).read(buffer)
+    }
+}
+
+impl Write for &Connection {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        (&self.stream).write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        (&self.stream).flush()
     }
 }
 

@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
-use crate::channel::Received;
 use crate::error::{Error, Result};
 use crate::event::{Emit, Event, Level};
 use crate::event_loop::{EventLoop, Token, WatchId};
@@ -57,7 +56,9 @@ const LAST_WORDS: u32 = 64;
 ///             }
 ///             master.on_exit(|master, worker, status| {
 ///                 println!("worker {} died ({status})", worker.process().id());
-///                 if worker.exited_after_disconnect() != Some(true) {
+///                 // One that could not listen would not do better the next time.
+///                 let failed = status.code() == Some(1);
+///                 if worker.exited_after_disconnect() != Some(true) && !failed {
 ///                     let _ = master.fork();
 ///                 }
 ///             });
@@ -110,7 +111,7 @@ struct ClusterCallbacks {
 impl Master {
     pub(crate) fn new(policy: SchedulingPolicy) -> Result<Self> {
         let home = EventLoop::new()?;
-        let shell = MasterShell::new(policy, home.poller().clone());
+        let shell = MasterShell::new(policy, home.poller().clone(), home.began());
         Ok(Self {
             shell: Rc::new(shell),
             home,
@@ -306,7 +307,8 @@ impl Master {
     ///
     /// Node: `cluster.disconnect(callback)`. Connections that have been accepted, or wait in the
     /// kernel's queue, are still served. There is no deadline: a worker that never finishes is for
-    /// the program to kill. The callback is never called inside this call.
+    /// the program to kill. A worker that is forked meanwhile is waited for, too, and nobody tells
+    /// it to leave. The callback is never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -317,7 +319,7 @@ impl Master {
         let mut waiting = self.callbacks.disconnected.borrow_mut();
         waiting.push(Box::new(callback));
         drop(waiting);
-        self.shell.core.borrow_mut().disconnect_all(true);
+        self.shell.decide().disconnect_all(true);
         self.shell.act();
     }
 
@@ -518,7 +520,9 @@ impl Master {
         self.callbacks.fork.remove(id);
         self.callbacks.setup.remove(id);
         self.callbacks.of_workers.remove(id);
-        for callbacks in self.of_worker.borrow().values() {
+        // Not while the table is borrowed: what a callback owns may come back here when dropped.
+        let workers: Vec<_> = self.of_worker.borrow().values().map(Rc::clone).collect();
+        for callbacks in workers {
             callbacks.remove(id);
         }
         self.home.remove_signal_callback(id);
@@ -586,7 +590,7 @@ impl Master {
         &self,
         source: S,
         interest: Interest,
-        callback: impl FnMut(&Self, &mut S) -> Option<Interest> + 'static,
+        callback: impl FnMut(&Self, &S) -> Option<Interest> + 'static,
     ) -> Result<WatchId> {
         self.home.watch(source, interest, callback)
     }
@@ -645,7 +649,7 @@ impl Master {
         let _running = home.enter()?;
         let limits = self.time_left().into_iter().chain(timeout);
         let ready = home.wait(limits.min())?;
-        self.shell.tick(home.now());
+        self.shell.tick();
         self.settle();
         for (token, writable) in ready {
             match token {
@@ -757,20 +761,18 @@ impl Master {
         if writable {
             self.shell.writable(worker);
         }
-        match self.shell.receive(worker) {
-            Received::Nothing => {}
-            Received::Something => self.understand(worker),
-            Received::End => self.shell.channel_closed(worker),
+        if self.shell.read(worker) {
+            self.understand(worker);
         }
     }
 
     /// A worker has ended: what it wrote before comes first.
     fn process_ready(&self, worker: WorkerId) {
         for _ in 0..LAST_WORDS {
-            match self.shell.receive(worker) {
-                Received::Something => self.understand(worker),
-                Received::Nothing | Received::End => break,
+            if !self.shell.read(worker) {
+                break;
             }
+            self.understand(worker);
         }
         self.shell.try_reap(worker);
     }
@@ -804,7 +806,7 @@ impl Drop for Master {
     fn drop(&mut self) {
         // What closures own may own what owns them.
         self.home.clear();
-        for callbacks in self.of_worker.borrow().values() {
+        for callbacks in self.of_worker.take().into_values() {
             callbacks.clear();
         }
     }

@@ -107,8 +107,12 @@ pub(crate) enum With<C> {
 
 #[derive(Debug)]
 struct WorkerEntry {
+    /// As far as the program has been told.
     state: WorkerState,
+    online: bool,
     connected: bool,
+    /// What it has written is still read, but it gets nothing more.
+    deaf: bool,
     leaving: bool,
     exited_after_disconnect: Option<bool>,
     /// Sent when the channel is closed.
@@ -119,8 +123,8 @@ struct WorkerEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Open,
-    /// Nobody new comes in; empty no earlier than this.
-    Draining(Time),
+    /// Nobody new comes in. Empty no earlier than this; `None` when that time is over.
+    Draining(Option<Time>),
     /// A shared listener that the workers close when they find it empty.
     Emptying,
     Unbound,
@@ -197,8 +201,8 @@ impl<C: Clone> MasterCore<C> {
         self.actions.pop_front()
     }
 
-    /// The next callbacks to call. A worker leaves the table here, so that it is still in it when
-    /// its `disconnect` is delivered and no longer when its `exit` is.
+    /// The next callbacks to call. A worker's state changes here, and here it leaves the table, so
+    /// that both are what the event says however many events wait.
     pub(crate) fn next_event(&mut self) -> Option<Emit> {
         let Some(emit) = self.events.pop_front() else {
             let finished = self.awaited && self.workers.is_empty() && self.handles.is_empty();
@@ -209,10 +213,24 @@ impl<C: Clone> MasterCore<C> {
                 event: Event::Disconnected,
             });
         };
-        if let (Level::Worker, Event::Exit(_), Some(worker)) =
-            (emit.level, &emit.event, emit.worker)
-        {
-            self.workers.remove(&worker);
+        if let (Level::Worker, Some(worker)) = (emit.level, emit.worker) {
+            let state = match emit.event {
+                Event::Online => Some(WorkerState::Online),
+                Event::Listening(_) => Some(WorkerState::Listening),
+                Event::Disconnect => Some(WorkerState::Disconnected),
+                Event::Exit(_) => {
+                    self.workers.remove(&worker);
+                    None
+                }
+                Event::Setup
+                | Event::Fork
+                | Event::Message(_)
+                | Event::Error(_)
+                | Event::Disconnected => None,
+            };
+            if let (Some(state), Some(entry)) = (state, self.workers.get_mut(&worker)) {
+                entry.state = state;
+            }
         }
         Some(emit)
     }
@@ -232,7 +250,7 @@ impl<C: Clone> MasterCore<C> {
             };
             let quiet = match (handle.stage, handle.door, handle.policy) {
                 (Stage::Draining(quiet), Door::Watched, _)
-                | (Stage::Draining(quiet), _, SchedulingPolicy::Shared) => Some(quiet),
+                | (Stage::Draining(quiet), _, SchedulingPolicy::Shared) => quiet,
                 _ => None,
             };
             rest.into_iter().chain(quiet)
@@ -307,7 +325,9 @@ impl<C: Clone> MasterCore<C> {
         let worker = WorkerId::new(self.last_worker);
         let entry = WorkerEntry {
             state: WorkerState::None,
+            online: false,
             connected: true,
+            deaf: false,
             leaving: false,
             exited_after_disconnect: None,
             kill_signal: None,
@@ -351,7 +371,14 @@ impl<C: Clone> MasterCore<C> {
 
     /// Closes the channel without a word, which makes the worker leave at once.
     pub(crate) fn close_channel(&mut self, worker: WorkerId) {
-        if self.is_connected(worker) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if entry.connected && !entry.deaf {
+            entry.deaf = true;
+            for handle in self.handles.values_mut() {
+                handle.connections.end(worker);
+            }
             self.actions.push_back(Action::CloseChannel { worker });
         }
     }
@@ -409,7 +436,6 @@ impl<C: Clone> MasterCore<C> {
             return;
         }
         entry.connected = false;
-        entry.state = WorkerState::Disconnected;
         entry.exited_after_disconnect = Some(entry.leaving);
         let (kill_signal, status) = (entry.kill_signal, entry.status);
         let handles: Vec<_> = self.handles_of(worker).collect();
@@ -432,14 +458,12 @@ impl<C: Clone> MasterCore<C> {
             return;
         }
         entry.status = Some(status);
-        if !entry.connected {
-            return self.depart(worker);
+        if entry.connected {
+            // What it sent before it died still counts.
+            self.close_channel(worker);
+        } else {
+            self.depart(worker);
         }
-        // What it sent before it died still counts, but it can take nothing more.
-        for handle in self.handles.values_mut() {
-            handle.connections.end(worker);
-        }
-        self.actions.push_back(Action::CloseChannel { worker });
     }
 
     pub(crate) fn bound(&mut self, handle: HandleId, result: Result<SocketAddr, i32>) {
@@ -450,6 +474,10 @@ impl<C: Clone> MasterCore<C> {
             Err(errno) => {
                 let result = Err(errno);
                 self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+            }
+            // It has left meanwhile, and nobody else asked.
+            Ok(_) if !self.hears(worker) => {
+                self.actions.push_back(Action::Unbind { handle });
             }
             Ok(address) => {
                 let open = Handle {
@@ -472,6 +500,19 @@ impl<C: Clone> MasterCore<C> {
                 }
             }
         }
+    }
+
+    /// No copy of the listener could be made for the worker that asked for it.
+    pub(crate) fn share_failed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        request: u32,
+        errno: i32,
+    ) {
+        self.leave_handle(handle, worker);
+        let result = Err(errno);
+        self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
     }
 
     pub(crate) fn readable(&mut self, handle: HandleId) {
@@ -516,7 +557,7 @@ impl<C: Clone> MasterCore<C> {
         if entry.door == Door::Accepting {
             entry.door = Door::Watched;
             self.watch(handle, true);
-            self.finish_drain(handle);
+            self.unbind_if_drained(handle);
         }
     }
 
@@ -539,9 +580,14 @@ impl<C: Clone> MasterCore<C> {
         }
     }
 
-    /// The time is now `now`, which never goes back.
-    pub(crate) fn tick(&mut self, now: Time) {
+    /// The time is now `now`, which never goes back. What is due is left to `tick`.
+    pub(crate) fn set_time(&mut self, now: Time) {
         self.now = self.now.max(now);
+    }
+
+    /// The same, and what is due happens.
+    pub(crate) fn tick(&mut self, now: Time) {
+        self.set_time(now);
         if self.deadline().is_none_or(|deadline| deadline > self.now) {
             return;
         }
@@ -550,13 +596,18 @@ impl<C: Clone> MasterCore<C> {
             let Some(entry) = self.handles.get_mut(&handle) else {
                 continue;
             };
-            match entry.door {
-                Door::Resting(until) if until <= self.now => {
+            match entry.stage {
+                Stage::Draining(Some(quiet)) if quiet <= self.now => {
+                    entry.stage = Stage::Draining(None);
+                    self.finish_drain(handle);
+                }
+                _ => {}
+            }
+            if let Some(entry) = self.handles.get_mut(&handle) {
+                if matches!(entry.door, Door::Resting(until) if until <= self.now) {
                     entry.door = Door::Ready;
                     self.pull(handle);
                 }
-                Door::Watched => self.finish_drain(handle),
-                Door::Resting(_) | Door::Ready | Door::Accepting => {}
             }
         }
     }
@@ -583,9 +634,13 @@ impl<C: Clone> MasterCore<C> {
         }
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<C>) {
+    fn hears(&self, worker: WorkerId) -> bool {
         let entry = self.workers.get(&worker);
-        if entry.is_some_and(|entry| entry.connected && entry.status.is_none()) {
+        entry.is_some_and(|entry| entry.connected && !entry.deaf)
+    }
+
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<C>) {
+        if self.hears(worker) {
             self.actions.push_back(Action::Send {
                 worker,
                 frame,
@@ -608,20 +663,19 @@ impl<C: Clone> MasterCore<C> {
         let Some(entry) = self.workers.get_mut(&worker) else {
             return Ok(());
         };
-        if entry.state == WorkerState::None && frame != ToMaster::Online {
+        if !entry.online && frame != ToMaster::Online {
             return Err(FrameError::State("spoke before it was online"));
         }
         match frame {
             ToMaster::Online => {
-                if entry.state != WorkerState::None {
+                if std::mem::replace(&mut entry.online, true) {
                     return Err(FrameError::State("was online already"));
                 }
-                entry.state = WorkerState::Online;
                 self.emit_both(worker, &Event::Online);
             }
             ToMaster::Listen { request, key } => {
                 // A worker that leaves gets no answer: it does not wait for one.
-                if !entry.leaving {
+                if !entry.leaving && !entry.deaf {
                     self.listen(worker, request, key)?;
                 }
             }
@@ -630,7 +684,6 @@ impl<C: Clone> MasterCore<C> {
                 let Some(listened) = listened.filter(|h| h.members.contains(&worker)) else {
                     return Err(FrameError::State("listening on what it has not"));
                 };
-                entry.state = WorkerState::Listening;
                 let mut address = Address::from(listened.key.address);
                 address.port = listened.address.port();
                 self.emit_both(worker, &Event::Listening(Rc::new(address)));
@@ -646,6 +699,7 @@ impl<C: Clone> MasterCore<C> {
                 self.ledger.taken += entry.connections.grant(worker, credits, taken)?;
                 self.distribute(handle);
                 self.pull(handle);
+                self.look_again_if_draining(handle);
             }
             ToMaster::Refused { handle, number } => {
                 let Some(entry) = self.handles.get_mut(&handle) else {
@@ -653,6 +707,7 @@ impl<C: Clone> MasterCore<C> {
                 };
                 let connection = entry.connections.refuse(worker, number)?;
                 self.take_back(handle, vec![connection]);
+                self.look_again_if_draining(handle);
             }
             ToMaster::Close { handle } => {
                 if !self.handles_of(worker).any(|mine| mine == handle) {
@@ -813,32 +868,23 @@ impl<C: Clone> MasterCore<C> {
         } else {
             Time::ZERO
         };
-        entry.stage = Stage::Draining(now + grace);
+        entry.stage = Stage::Draining(Some(now + grace));
         self.actions.push_back(Action::ShutDoor { handle });
         if shared {
             return; // The workers go on accepting until the time has come.
         }
-        if entry.connections.was_granted() {
-            if entry.door == Door::Watched {
-                entry.door = Door::Ready;
-            }
-            self.pull(handle);
-        } else {
-            // Nobody ever asked for a connection, so nobody is going to.
-            self.unbind(handle);
-        }
+        self.look_again(handle);
     }
 
-    /// Ends a draining listener whose backlog was just found empty, or has been since; if the
-    /// workers accept themselves, tells them to empty it.
+    /// The time that handshakes are given is over.
     fn finish_drain(&mut self, handle: HandleId) {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        match (entry.stage, entry.policy) {
-            (Stage::Draining(quiet), _) if quiet > self.now => {}
-            (Stage::Draining(_), SchedulingPolicy::RoundRobin) => self.unbind(handle),
-            (Stage::Draining(_), SchedulingPolicy::Shared) => {
+        match entry.policy {
+            SchedulingPolicy::RoundRobin => self.look_again(handle),
+            SchedulingPolicy::Shared => {
+                // Only the workers see what is left: they close when they find nothing.
                 entry.stage = Stage::Emptying;
                 let serving: Vec<_> = entry.serving.iter().copied().collect();
                 for worker in serving {
@@ -846,7 +892,40 @@ impl<C: Clone> MasterCore<C> {
                     self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
                 }
             }
-            (Stage::Open | Stage::Emptying | Stage::Unbound, _) => {}
+        }
+    }
+
+    /// Accepts although the poller has not said that there is something: only `accept` itself
+    /// tells for sure that the backlog is empty.
+    fn look_again(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.door == Door::Watched {
+                entry.door = Door::Ready;
+            }
+            self.pull(handle);
+        }
+    }
+
+    /// Something has changed on which the end of a drain may have waited.
+    fn look_again_if_draining(&mut self, handle: HandleId) {
+        let stage = self.handles.get(&handle).map(|entry| entry.stage);
+        if stage == Some(Stage::Draining(None)) {
+            self.look_again(handle);
+        }
+    }
+
+    /// Ends a draining listener whose backlog was just found empty. As long as a connection is on
+    /// its way to a worker, the others stay: it may come back.
+    fn unbind_if_drained(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        let over = match entry.stage {
+            Stage::Draining(quiet) => quiet.is_none_or(|quiet| quiet <= self.now),
+            Stage::Open | Stage::Emptying | Stage::Unbound => false,
+        };
+        if over && entry.connections.in_hand() == 0 {
+            self.unbind(handle);
         }
     }
 
@@ -891,6 +970,7 @@ impl<C: Clone> MasterCore<C> {
             self.unbind(handle);
         }
         self.take_back(handle, untaken);
+        self.look_again_if_draining(handle);
         let abandoned = |entry: &Handle<C>| entry.members.is_empty();
         if self.handles.get(&handle).is_some_and(abandoned) {
             self.handles.remove(&handle);

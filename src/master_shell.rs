@@ -1,7 +1,7 @@
 //! The master's hands: carries out what [`MasterCore`] decides, on real processes, channels and
 //! listeners. Never calls the program.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io;
@@ -9,6 +9,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::time::Instant;
 
 use crate::channel::{Channel, READ_SIZE, Received};
 use crate::error::{Error, SendError};
@@ -22,7 +23,6 @@ use crate::signal::Signal;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Pid, Program};
-use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
 /// How many connections may wait in the kernel's queue. Node: 511, too.
@@ -47,6 +47,7 @@ pub(crate) struct Record {
 pub(crate) struct MasterShell {
     pub(crate) core: RefCell<Core>,
     poller: Poller,
+    began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
     listeners: RefCell<BTreeMap<HandleId, Registered<TcpListener>>>,
     /// Channels that have something to write.
@@ -56,15 +57,24 @@ pub(crate) struct MasterShell {
 }
 
 impl MasterShell {
-    pub(crate) fn new(policy: SchedulingPolicy, poller: Poller) -> Self {
+    /// Time is counted from `began`.
+    pub(crate) fn new(policy: SchedulingPolicy, poller: Poller, began: Instant) -> Self {
         Self {
             core: RefCell::new(MasterCore::new(policy)),
             poller,
+            began,
             records: RefCell::default(),
             listeners: RefCell::default(),
             unflushed: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         }
+    }
+
+    /// The core, for a decision that is made now.
+    pub(crate) fn decide(&self) -> RefMut<'_, Core> {
+        let mut core = self.core.borrow_mut();
+        core.set_time(self.began.elapsed());
+        core
     }
 
     /// Starts a worker. Where the kernel has no descriptors for processes, `watch_children` makes
@@ -135,9 +145,9 @@ impl MasterShell {
     }
 
     /// Tells the core the time, and which of the waiting clients have left meanwhile.
-    pub(crate) fn tick(&self, now: Time) {
+    pub(crate) fn tick(&self) {
         let mut core = self.core.borrow_mut();
-        core.tick(now);
+        core.tick(self.began.elapsed());
         if core.anyone_waits() {
             core.sweep(|connection| sys::fd::is_hung_up(connection.as_fd()));
         }
@@ -162,13 +172,20 @@ impl MasterShell {
                 frame,
                 with,
             } => {
-                let fd = match with {
-                    With::Nothing => None,
-                    With::Connection(connection) => Some(connection),
-                    With::Listener(handle) => match self.share(handle) {
-                        Ok(listener) => Some(listener),
-                        Err(source) => return self.channel_failed(worker, source),
-                    },
+                let fd = match (with, &frame) {
+                    (With::Nothing, _) => None,
+                    (With::Connection(connection), _) => Some(connection),
+                    (With::Listener(handle), ToWorker::Reply { request, .. }) => {
+                        match self.share(handle) {
+                            Ok(listener) => Some(listener),
+                            Err(error) => {
+                                let errno = error.raw_os_error().unwrap_or(0);
+                                let mut core = self.decide();
+                                return core.share_failed(handle, worker, *request, errno);
+                            }
+                        }
+                    }
+                    (With::Listener(_), _) => None,
                 };
                 self.with_channel(worker, |channel| channel.queue(&frame, fd));
                 self.unflushed.borrow_mut().insert(worker);
@@ -197,10 +214,15 @@ impl MasterShell {
             }
             Action::CloseChannel { worker } => {
                 self.with_channel(worker, Channel::shut);
-                // Bounded by what the socket can hold, since nobody can write any more. The
-                // events wait: this may be inside a call of the program's.
-                while self.receive(worker) == Received::Something {
+                // Bounded by what the socket can hold, since nobody can write any more. What was
+                // read before may be half of it. The events wait: this may be inside a call of
+                // the program's.
+                loop {
                     while self.feed(worker) {}
+                    let received = self.receive(worker);
+                    if !matches!(received, Ok(Received::Something)) {
+                        break;
+                    }
                 }
                 self.channel_closed(worker);
             }
@@ -279,17 +301,22 @@ impl MasterShell {
     }
 
     /// Reads once from a worker's channel.
-    pub(crate) fn receive(&self, worker: WorkerId) -> Received {
+    fn receive(&self, worker: WorkerId) -> io::Result<Received> {
         let mut scratch = self.scratch.borrow_mut();
         let received = self.with_channel(worker, |channel| channel.receive(&mut scratch));
-        match received {
-            None => Received::Nothing,
-            Some(Ok(received)) => received,
-            Some(Err(source)) => {
-                self.channel_failed(worker, source);
-                Received::Nothing
-            }
+        received.unwrap_or(Ok(Received::Nothing))
+    }
+
+    /// Reads once from a worker's channel, and closes it at its end. Returns whether there is
+    /// something to feed.
+    pub(crate) fn read(&self, worker: WorkerId) -> bool {
+        match self.receive(worker) {
+            Ok(Received::Something) => return true,
+            Ok(Received::Nothing) => {}
+            Ok(Received::End) => self.channel_closed(worker),
+            Err(source) => self.channel_failed(worker, source),
         }
+        false
     }
 
     /// Feeds one frame that has arrived. Returns whether there was one.
@@ -297,7 +324,7 @@ impl MasterShell {
         match self.with_channel(worker, Channel::next) {
             None | Some(Ok(None)) => false,
             Some(Ok(Some((frame, fds)))) => {
-                let mut core = self.core.borrow_mut();
+                let mut core = self.decide();
                 match frame {
                     ToMaster::Message(bytes) => {
                         let message = Message::new(bytes, fds);
@@ -314,7 +341,7 @@ impl MasterShell {
                 true
             }
             Some(Err(error)) => {
-                self.core.borrow_mut().violation(worker, error);
+                self.decide().violation(worker, error);
                 false
             }
         }
@@ -325,13 +352,15 @@ impl MasterShell {
             worker: Some(worker),
             source,
         };
-        self.core.borrow_mut().error(Some(worker), error);
-        self.channel_closed(worker);
+        let mut core = self.decide();
+        core.error(Some(worker), error);
+        // What it has said it took must not be given to another.
+        core.close_channel(worker);
     }
 
-    pub(crate) fn channel_closed(&self, worker: WorkerId) {
+    fn channel_closed(&self, worker: WorkerId) {
         self.drop_channel(worker);
-        self.core.borrow_mut().channel_closed(worker);
+        self.decide().channel_closed(worker);
     }
 
     fn drop_channel(&self, worker: WorkerId) {
@@ -358,7 +387,7 @@ impl MasterShell {
             }
         };
         drop(record.process.take());
-        self.core.borrow_mut().exited(worker, status);
+        self.decide().exited(worker, status);
     }
 
     /// The workers whose end only SIGCHLD tells.

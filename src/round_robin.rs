@@ -49,7 +49,6 @@ pub(crate) struct RoundRobin<C> {
     /// Accepted and given to nobody: only what a dead or refusing worker gave back.
     waiting: VecDeque<C>,
     turns: u64,
-    granted: bool,
 }
 
 impl<C: Clone> RoundRobin<C> {
@@ -60,18 +59,12 @@ impl<C: Clone> RoundRobin<C> {
             credits: 0,
             waiting: VecDeque::new(),
             turns: 0,
-            granted: false,
         }
     }
 
     /// How many more connections may be accepted now: the credits not spoken for.
     pub(crate) fn room(&self) -> u64 {
         self.credits.saturating_sub(self.waiting.len() as u64)
-    }
-
-    /// Whether any worker ever asked for a connection of this listener.
-    pub(crate) fn was_granted(&self) -> bool {
-        self.granted
     }
 
     pub(crate) fn waiting(&self) -> &VecDeque<C> {
@@ -133,7 +126,6 @@ impl<C: Clone> RoundRobin<C> {
             member.given.drain(..confirmed);
             Ok(confirmed as u64)
         });
-        self.granted |= credits > 0;
         outcome.unwrap_or(Err(FrameError::State("ready for a listener it has not")))
     }
 
@@ -214,7 +206,6 @@ impl<C: Clone> RoundRobin<C> {
     }
 
     /// Accepted and not yet taken, wherever they are.
-    #[cfg(test)]
     pub(crate) fn in_hand(&self) -> u64 {
         let given: usize = self.members.values().map(|m| m.given.len()).sum();
         (self.waiting.len() + given) as u64

@@ -234,9 +234,8 @@ impl World {
             Action::CloseChannel { worker } => {
                 let process = self.processes.get_mut(&worker).expect("close of nobody");
                 process.shut = true;
-                while self.master_reads(worker) {
-                    self.settle();
-                }
+                // As the shell does: everything that was written, before anything else is done.
+                while self.master_reads(worker) {}
                 self.master.channel_closed(worker);
                 let process = self.processes.get_mut(&worker).expect("known");
                 process.master_end = false;
@@ -403,7 +402,10 @@ impl World {
                         break;
                     }
                 }
-                Some(worker_core::Event::Connection(_, client)) => self.receive(worker, client),
+                Some(worker_core::Event::Connection(listener, client)) => {
+                    process.core.delivered(listener);
+                    self.receive(worker, client);
+                }
                 Some(worker_core::Event::AcceptRest(listener)) => {
                     if let Some(handle) = process.shared.get(&listener).copied() {
                         self.accept_shared(worker, listener, handle);

@@ -19,8 +19,7 @@ pub struct TimerId(u64);
 struct Timer<T> {
     due: Time,
     interval: Option<Duration>,
-    /// `None` while it is being called.
-    payload: Option<T>,
+    payload: T,
 }
 
 #[derive(Debug)]
@@ -30,7 +29,7 @@ pub(crate) struct Timers<T> {
     order: BTreeSet<(Time, TimerId)>,
 }
 
-impl<T> Timers<T> {
+impl<T: Clone> Timers<T> {
     pub(crate) fn new() -> Self {
         Self {
             last: 0,
@@ -52,17 +51,18 @@ impl<T> Timers<T> {
         let timer = Timer {
             due,
             interval: interval.map(|interval| interval.max(SHORTEST_INTERVAL)),
-            payload: Some(payload),
+            payload,
         };
         self.timers.insert(id, timer);
         self.order.insert((due, id));
         id
     }
 
-    pub(crate) fn clear(&mut self, id: TimerId) {
-        if let Some(timer) = self.timers.remove(&id) {
-            self.order.remove(&(timer.due, id));
-        }
+    /// Returns what the timer had, which is better dropped when nothing is borrowed.
+    pub(crate) fn clear(&mut self, id: TimerId) -> Option<T> {
+        let timer = self.timers.remove(&id)?;
+        self.order.remove(&(timer.due, id));
+        Some(timer.payload)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -73,31 +73,19 @@ impl<T> Timers<T> {
         self.order.first().map(|(due, _)| *due)
     }
 
-    /// Takes out what is due first. It goes back with `put_back`.
-    pub(crate) fn take_due(&mut self, now: Time) -> Option<(TimerId, T)> {
+    /// Returns what is due first. An interval is armed again, and does not catch up if it has
+    /// fallen behind; anything else is over.
+    pub(crate) fn next_due(&mut self, now: Time) -> Option<T> {
         let &(due, id) = self.order.first().filter(|(due, _)| *due <= now)?;
         self.order.remove(&(due, id));
-        let payload = self.timers.get_mut(&id)?.payload.take()?;
-        Some((id, payload))
-    }
-
-    /// Arms an interval again, unless it was cleared meanwhile; ends anything else. An interval
-    /// that has fallen behind does not catch up.
-    pub(crate) fn put_back(&mut self, now: Time, id: TimerId, payload: T) {
-        let Some(timer) = self.timers.get_mut(&id) else {
-            return;
+        let timer = self.timers.get_mut(&id)?;
+        let Some(interval) = timer.interval else {
+            return self.timers.remove(&id).map(|timer| timer.payload);
         };
-        match timer.interval {
-            None => {
-                self.timers.remove(&id);
-            }
-            Some(interval) => {
-                let next = timer.due.saturating_add(interval);
-                timer.due = if next > now { next } else { now + interval };
-                timer.payload = Some(payload);
-                self.order.insert((timer.due, id));
-            }
-        }
+        let next = due.saturating_add(interval);
+        timer.due = if next > now { next } else { now + interval };
+        self.order.insert((timer.due, id));
+        Some(timer.payload.clone())
     }
 }
 
@@ -110,12 +98,7 @@ mod tests {
     }
 
     fn fire(timers: &mut Timers<&'static str>, now: Time) -> Vec<&'static str> {
-        let mut fired = Vec::new();
-        while let Some((id, name)) = timers.take_due(now) {
-            fired.push(name);
-            timers.put_back(now, id, name);
-        }
-        fired
+        std::iter::from_fn(|| timers.next_due(now)).collect()
     }
 
     #[test]
@@ -144,10 +127,8 @@ mod tests {
     fn cleared_inside_its_own_callback() {
         let mut timers = Timers::new();
         let id = timers.set(ms(0), ms(1), Some(ms(0)), "tick");
-        let (same, payload) = timers.take_due(ms(1)).unwrap();
-        assert_eq!(same, id);
-        timers.clear(id);
-        timers.put_back(ms(1), id, payload);
+        assert_eq!(timers.next_due(ms(1)), Some("tick"));
+        assert_eq!(timers.clear(id), Some("tick"));
         assert!(timers.is_empty());
         assert_eq!(timers.deadline(), None);
     }

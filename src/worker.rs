@@ -1,6 +1,6 @@
 //! The worker as the program sees it: its methods, its callbacks, and how its loop turns.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::ToSocketAddrs;
@@ -23,6 +23,8 @@ use crate::worker_shell::WorkerShell;
 
 /// How many connections one shared listener accepts in a turn.
 const ACCEPT_BATCH: u32 = 16;
+/// How long a shared listener rests when accepting failed, for instance without descriptors left.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The process that a master forked: this one.
 ///
 /// Node: `cluster.worker`. It comes from [`init`](crate::init), and can be used in three ways:
@@ -50,6 +52,8 @@ const ACCEPT_BATCH: u32 = 16;
 #[derive(Debug)]
 pub struct Worker {
     inner: Rc<Inner>,
+    /// The program's own, and not the one by which `accept` calls it back.
+    is_owner: bool,
 }
 
 type OnMessage = dyn FnMut(&Worker, &Message);
@@ -63,6 +67,8 @@ pub(crate) struct Inner {
     pub(crate) shell: Rc<WorkerShell>,
     home: EventLoop<Worker>,
     on_connection: RefCell<BTreeMap<ListenerId, Shared<OnConnection>>>,
+    /// `accept` has found the poller ready and has not looked yet.
+    poller_waits: Cell<bool>,
     on_message: Callbacks<OnMessage>,
     on_disconnect: Callbacks<OnDisconnect>,
     on_error: Callbacks<OnError>,
@@ -85,12 +91,15 @@ impl Worker {
             shell: Rc::new(shell.map_err(Error::io("wait for the channel"))?),
             home,
             on_connection: RefCell::default(),
+            poller_waits: Cell::new(false),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),
             on_error: Callbacks::default(),
         };
-        let inner = Rc::new(inner);
-        Ok(Self { inner })
+        Ok(Self {
+            inner: Rc::new(inner),
+            is_owner: true,
+        })
     }
 
     /// Returns the number of this worker, which no other worker of the same master has or had.
@@ -112,7 +121,8 @@ impl Worker {
     /// Node: `server.listen()`. The master binds the address when the first worker asks and closes
     /// it when the last one has left it. Port 0 is any free port, and the same one for the first
     /// `listen` of every worker, another one for the second. If the argument stands for several
-    /// addresses, the first that can be had is taken. This waits for the master's answer.
+    /// addresses, the first that can be had is taken; for all of the machine's addresses write
+    /// `"[::]:8000"` or `"0.0.0.0:8000"`. This waits for the master's answer.
     ///
     /// A worker that has been told to leave, or whose master is gone, gets a listener that has
     /// ended, so that its program comes to its end.
@@ -271,7 +281,8 @@ impl Worker {
 /// Callbacks. Each method adds one to those that are there, and returns what
 /// [`off`](Worker::off) takes.
 impl Worker {
-    /// Calls back when a message has come from the master.
+    /// Calls back when a message has come from the master. One that comes while there is no
+    /// callback is dropped.
     ///
     /// Node: `process.on('message')` or `worker.on('message')`. See [`send`](Self::send) for an
     /// example.
@@ -279,7 +290,8 @@ impl Worker {
         self.inner.on_message.add(Rc::new(RefCell::new(callback)))
     }
 
-    /// Calls back when the channel to the master has closed.
+    /// Calls back when the channel to the master has closed. A program that leaves `main` without
+    /// waiting for that in [`run`](Self::run) does not see it.
     ///
     /// Node: `process.on('disconnect')` or `worker.on('disconnect')`. See
     /// [`is_connected`](Self::is_connected) for an example.
@@ -384,7 +396,7 @@ impl Worker {
     /// use std::io::{Read, Write};
     /// use cluster::Interest;
     ///
-    /// worker.watch(connection, Interest::Readable, |_, connection| {
+    /// worker.watch(connection, Interest::Readable, |_, mut connection| {
     ///     let mut buffer = [0; 1024];
     ///     let length = connection.read(&mut buffer).ok().filter(|length| *length > 0)?;
     ///     connection.write_all(&buffer[..length]).ok()?;
@@ -396,7 +408,7 @@ impl Worker {
         &self,
         source: S,
         interest: Interest,
-        callback: impl FnMut(&Self, &mut S) -> Option<Interest> + 'static,
+        callback: impl FnMut(&Self, &S) -> Option<Interest> + 'static,
     ) -> Result<WatchId> {
         self.inner.home.watch(source, interest, callback)
     }
@@ -437,7 +449,8 @@ impl Worker {
 
     /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
     /// limit; zero: not at all), handles it and calls back. For programs with a loop of their own,
-    /// as [`Master::dispatch`](crate::Master::dispatch) is, which has an example.
+    /// as [`Master::dispatch`](crate::Master::dispatch) is, which has an example. Such a program
+    /// ends when [`is_connected`](Self::is_connected) says so.
     ///
     /// Node has no counterpart.
     ///
@@ -458,7 +471,8 @@ impl Worker {
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
-        if shell.core.borrow().has_events() || shell.has_errors() {
+        let core = shell.core.borrow();
+        if core.has_events() || core.is_done() || shell.has_errors() {
             return Some(Duration::ZERO);
         }
         self.inner.home.time_left(None)
@@ -468,9 +482,10 @@ impl Worker {
     fn turn(&self, timeout: Option<Duration>) -> Result<()> {
         let home = &self.inner.home;
         let _running = home.enter()?;
+        // Before anything is delivered: after the last event nothing wakes the poller any more.
+        let limit = self.time_left().into_iter().chain(timeout).min();
         self.settle();
-        let limits = self.time_left().into_iter().chain(timeout);
-        for (token, writable) in home.wait(limits.min())? {
+        for (token, writable) in home.wait(limit)? {
             match token {
                 Token::Channel(_) => {
                     if writable {
@@ -510,6 +525,8 @@ impl Worker {
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
                 Some(Event::Connection(listener, fd)) => {
                     self.deliver(listener, Connection::new(fd, &self.inner.shell));
+                    self.inner.forget_callback(listener);
+                    self.inner.shell.core.borrow_mut().delivered(listener);
                 }
             }
         }
@@ -536,7 +553,14 @@ impl Worker {
             match shell.try_accept(listener) {
                 Ok(Some(fd)) => self.deliver(listener, Connection::new(fd, shell)),
                 Ok(None) => return,
-                Err(error) => return shell.report(error),
+                Err(error) => {
+                    shell.report(error);
+                    // It stays readable: without a rest it would keep the loop.
+                    shell.watch(listener, false);
+                    let watch = move |worker: &Self| worker.inner.shell.watch(listener, true);
+                    self.inner.home.set_timeout(ACCEPT_RETRY, watch);
+                    return;
+                }
             }
         }
     }
@@ -548,44 +572,52 @@ impl Worker {
         shell.read_by_poller(false)?;
         let worker = Self {
             inner: Rc::clone(inner),
+            is_owner: false,
         };
         loop {
+            // What the program is to be told comes before it is kept waiting.
+            if inner.poller_waits.take() || worker.time_left() == Some(Duration::ZERO) {
+                worker.turn(Some(Duration::ZERO))?;
+            }
             shell.core.borrow_mut().want(listener);
             shell.act();
-            let arrived = shell.core.borrow_mut().arrived(listener);
-            if let Some(fd) = arrived {
-                return Ok(Some(Connection::new(fd, shell)));
+            if let Some(connection) = worker.arrived(listener) {
+                return Ok(Some(connection));
             }
             let core = shell.core.borrow();
             let (ended, ending) = (core.has_ended(listener), core.is_ending(listener));
             let events = core.has_events();
             drop(core);
-            if events {
-                worker.turn(Some(Duration::ZERO))?;
-                continue;
-            }
-            if ended {
+            if ended && !events {
                 return Ok(None);
             }
             // A shared listener that is ending is emptied without waiting.
-            if ending || worker.wait_and_serve(listener)? {
+            if ending || worker.wait(listener)? {
                 if let Some(fd) = shell.try_accept(listener)? {
                     return Ok(Some(Connection::new(fd, shell)));
                 }
             }
+            // Before anything else is looked at: a callback might close the listener.
+            if let Some(connection) = worker.arrived(listener) {
+                return Ok(Some(connection));
+            }
         }
     }
 
-    /// Waits for anything at all and handles it; the channel first, by which connections come.
-    /// Returns whether the listener, if it is a shared one, has something.
-    fn wait_and_serve(&self, listener: ListenerId) -> Result<bool> {
+    fn arrived(&self, listener: ListenerId) -> Option<Connection> {
+        let shell = &self.inner.shell;
+        let arrived = shell.core.borrow_mut().arrived(listener);
+        arrived.map(|fd| Connection::new(fd, shell))
+    }
+
+    /// Waits for anything at all; the channel, by which connections come, is read. Returns whether
+    /// the listener, if it is a shared one, has something.
+    fn wait(&self, listener: ListenerId) -> Result<bool> {
         let shell = &self.inner.shell;
         let shared = shell.listener(listener);
         let shared = shared.as_deref().map(|registered| &**registered);
         let ready = shell.wait(self.inner.home.as_fd(), shared, self.time_left())?;
-        if ready.poller || self.time_left() == Some(Duration::ZERO) {
-            self.turn(Some(Duration::ZERO))?;
-        }
+        self.inner.poller_waits.set(ready.poller);
         Ok(ready.listener)
     }
 }
@@ -601,9 +633,9 @@ impl AsFd for Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Callbacks own what they please, this very worker's listeners for instance. The worker
-        // that `accept` makes for callbacks is one of several.
-        if Rc::strong_count(&self.inner) == 1 {
+        // Callbacks own what they please, this very worker's listeners for instance: left alone,
+        // they would keep each other, and the last words would not be written.
+        if self.is_owner {
             self.inner.clear();
         }
     }
@@ -620,13 +652,23 @@ impl Inner {
 
     /// Sends the connections of a listener to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId, callback: Shared<OnConnection>) {
-        self.on_connection.borrow_mut().insert(listener, callback);
+        let replaced = self.on_connection.borrow_mut().insert(listener, callback);
+        drop(replaced);
         self.shell.serve(listener);
     }
 
     pub(crate) fn close(&self, listener: ListenerId) {
-        let callback = self.on_connection.borrow_mut().remove(&listener);
-        drop(callback);
         self.shell.close(listener);
+        self.forget_callback(listener);
+    }
+
+    /// Drops the callback of a listener that is closed and has nothing more for it.
+    fn forget_callback(&self, listener: ListenerId) {
+        let core = self.shell.core.borrow();
+        if !core.is_served(listener) && !core.owes(listener) {
+            drop(core);
+            let callback = self.on_connection.borrow_mut().remove(&listener);
+            drop(callback);
+        }
     }
 }

@@ -73,6 +73,8 @@ struct Entry<C> {
     pending: VecDeque<(u64, C)>,
     /// Ready for the program that waits in `accept`.
     arrived: VecDeque<C>,
+    /// The callback has one and has not returned.
+    delivering: bool,
     taken: u64,
 }
 
@@ -82,6 +84,12 @@ impl<C> Entry<C> {
             Stage::Open(handle) | Stage::Ending(handle) => Some(handle),
             Stage::Asked | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => None,
         }
+    }
+
+    /// How many more may be on their way to the callback.
+    fn room(&self) -> u32 {
+        let pending = u32::try_from(self.pending.len()).unwrap_or(u32::MAX);
+        CALLBACK_WINDOW.saturating_sub(self.credits.saturating_add(pending))
     }
 }
 
@@ -222,6 +230,7 @@ impl<C> WorkerCore<C> {
             credits: 0,
             pending: VecDeque::new(),
             arrived: VecDeque::new(),
+            delivering: false,
             taken: 0,
         };
         self.listeners.insert(listener, entry);
@@ -264,12 +273,33 @@ impl<C> WorkerCore<C> {
             self.open += 1;
             match self.listeners.get_mut(&listener) {
                 Some(entry) if !entry.served => entry.arrived.push_back(connection),
-                _ => {
+                Some(entry) => {
+                    entry.delivering = true;
+                    let event = Event::Connection(listener, connection);
+                    self.events.push_back(event);
+                }
+                None => {
                     let event = Event::Connection(listener, connection);
                     self.events.push_back(event);
                 }
             }
         }
+    }
+
+    /// The callback has returned. Until then the next connection is not taken: if the program
+    /// breaks down over this one, others can have it.
+    pub(crate) fn delivered(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.delivering = false;
+            self.take(listener);
+        }
+    }
+
+    /// Whether the callback of this listener still has something to get.
+    pub(crate) fn owes(&self, listener: ListenerId) -> bool {
+        let queued =
+            |event: &Event<C>| matches!(event, Event::Connection(id, _) if *id == listener);
+        self.is_coming(listener) || self.events.iter().any(queued)
     }
 
     /// From now on connections go to a callback.
@@ -279,9 +309,10 @@ impl<C> WorkerCore<C> {
         };
         entry.served = true;
         let arrived = std::mem::take(&mut entry.arrived);
+        entry.delivering = !arrived.is_empty();
         let arrived = arrived.into_iter().map(|c| Event::Connection(listener, c));
         self.events.extend(arrived);
-        let credits = CALLBACK_WINDOW.saturating_sub(entry.credits);
+        let credits = entry.room();
         self.grant(listener, credits);
         self.take(listener);
         self.accept_rest(listener);
@@ -300,7 +331,6 @@ impl<C> WorkerCore<C> {
 
     pub(crate) fn connection_closed(&mut self) {
         self.open = self.open.saturating_sub(1);
-        self.close_channel_if_done();
     }
 
     /// Closes a listener and refuses what it still holds.
@@ -321,7 +351,6 @@ impl<C> WorkerCore<C> {
                 self.send(ToMaster::Close { handle });
                 self.actions.push_back(Action::CloseListener(listener));
                 self.release(&key);
-                self.close_channel_if_done();
             }
             (_, None) => {}
         }
@@ -332,12 +361,17 @@ impl<C> WorkerCore<C> {
         self.close(listener);
         let answered = |entry: &Entry<C>| entry.stage != Stage::Abandoned;
         if self.listeners.get(&listener).is_some_and(answered) {
-            self.listeners.remove(&listener);
+            if let Some(entry) = self.listeners.remove(&listener) {
+                // Nobody is going to ask for these.
+                self.open -= entry.arrived.len() as u64;
+            }
         }
     }
 
-    /// The program waits for events in general: while the worker leaves, a listener that has no
-    /// callback is not going to be served.
+    /// The program waits for events in general. If the worker leaves, a listener that has no
+    /// callback is not going to be served, and the channel closes when there is nothing left to
+    /// wait for. Not before: a program that blocks may have something to say after its last
+    /// connection.
     pub(crate) fn wait_for_events(&mut self) {
         if self.told {
             let unserved =
@@ -352,6 +386,17 @@ impl<C> WorkerCore<C> {
                 self.close(listener);
             }
         }
+        if self.is_done() {
+            self.close_channel();
+        }
+    }
+
+    /// Whether a worker that leaves has nothing left to wait for.
+    pub(crate) fn is_done(&self) -> bool {
+        let open = |entry: &Entry<C>| entry.handle().is_some();
+        let busy = self.open > 0 || !self.unconfirmed.is_empty();
+        let idle = !busy && !self.listeners.values().any(open);
+        self.told && self.connected && !self.closing && idle
     }
 
     pub(crate) fn disconnect(&mut self) {
@@ -365,7 +410,9 @@ impl<C> WorkerCore<C> {
     pub(crate) fn kill(&mut self) {
         self.killed = true;
         self.disconnect();
-        self.close_channel_if_done();
+        if self.told {
+            self.close_channel();
+        }
     }
 
     // What happens.
@@ -462,7 +509,9 @@ impl<C> WorkerCore<C> {
                         entry.stage = Stage::Abandoned;
                     }
                 }
-                self.close_channel_if_done();
+                if self.killed {
+                    self.close_channel();
+                }
             }
             ToWorker::Message(_) => self.events.extend(message.map(Event::Message)),
         }
@@ -512,28 +561,26 @@ impl<C> WorkerCore<C> {
         self.unconfirmed.iter().any(|(id, _)| *id == listener)
     }
 
-    /// Takes what is pending if the program is there for it, and tells the master.
+    /// Takes one that is pending if the program is there for it, and tells the master.
     fn take(&mut self, listener: ListenerId) {
         let coming = self.is_coming(listener);
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
-        let wanted = match (entry.served, entry.wanted) {
-            (true, _) => entry.pending.len(),
-            (false, true) if !coming && entry.arrived.is_empty() => 1.min(entry.pending.len()),
-            (false, _) => 0,
+        let wanted = if entry.served {
+            !entry.delivering
+        } else {
+            entry.wanted && entry.arrived.is_empty()
         };
-        if wanted == 0 || self.closing {
+        if !wanted || coming || self.closing {
             return;
         }
-        for (number, connection) in entry.pending.drain(..wanted) {
-            entry.taken = number;
-            self.unconfirmed.push_back((listener, connection));
-        }
-        let credits = match entry.served {
-            true => CALLBACK_WINDOW.saturating_sub(entry.credits),
-            false => 0,
+        let Some((number, connection)) = entry.pending.pop_front() else {
+            return;
         };
+        entry.taken = number;
+        self.unconfirmed.push_back((listener, connection));
+        let credits = if entry.served { entry.room() } else { 0 };
         self.grant(listener, credits);
         self.end_if_empty(listener);
     }
@@ -565,11 +612,8 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    fn close_channel_if_done(&mut self) {
-        let open = |entry: &Entry<C>| entry.handle().is_some();
-        let busy = self.open > 0 || !self.unconfirmed.is_empty();
-        let done = !self.listeners.values().any(open) && !busy;
-        if self.told && self.connected && !self.closing && (done || self.killed) {
+    fn close_channel(&mut self) {
+        if self.connected && !self.closing {
             self.closing = true;
             self.actions.push_back(Action::CloseChannel);
         }

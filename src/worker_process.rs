@@ -122,7 +122,7 @@ impl WorkerProcess {
     /// Tells the core, and carries out what follows.
     fn tell(&self, tell: impl FnOnce(&mut Core)) {
         if let Some(master) = self.master.upgrade() {
-            tell(&mut master.core.borrow_mut());
+            tell(&mut master.decide());
             master.act();
         }
     }
@@ -244,8 +244,10 @@ impl WorkerProcess {
     ///
     /// Node: `worker.kill(signal)`, with `'SIGTERM'` as the default signal, and its alias
     /// `worker.destroy`. Because it waits for the worker to disconnect, it does not end one that is
-    /// stuck: [`process().kill`](Process::kill) does. If the channel is closed already, the signal
-    /// is sent at once; if the process has ended, nothing happens.
+    /// stuck: [`process().kill`](Process::kill) does. The signal comes when the worker has closed
+    /// its channel and may be about to end by itself: whether `exit` reports the signal or a code
+    /// is then a matter of chance. If the channel is closed already, the signal is sent at once; if
+    /// the process has ended, nothing happens.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -351,7 +353,19 @@ impl WorkerProcess {
 
     /// Calls back when the worker has ended.
     ///
-    /// Node: `worker.on('exit')`. See [`Master::on_exit`] for an example.
+    /// Node: `worker.on('exit')`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::os::unix::process::ExitStatusExt;
+    ///
+    /// master.fork()?.on_exit(|_, _, status| match (status.code(), status.signal()) {
+    ///     (Some(0), _) => println!("worker success!"),
+    ///     (Some(code), _) => println!("worker exited with error code: {code}"),
+    ///     (None, signal) => println!("worker was killed by signal: {signal:?}"),
+    /// });
+    /// # Ok(()) }
+    /// ```
     pub fn on_exit(
         &self,
         callback: impl FnMut(&Master, &Self, ExitStatus) + 'static,

@@ -164,6 +164,8 @@ impl WorkerShell {
             Err(source) => {
                 let worker = None;
                 self.report(Error::Channel { worker, source });
+                // Reading finds the end now, and all comes to its end.
+                channel.shut();
             }
         }
     }
@@ -321,8 +323,14 @@ impl WorkerShell {
     pub(crate) fn serve(&self, listener: ListenerId) {
         self.core.borrow_mut().serve(listener);
         self.act();
-        let watch = |shared: SharedListener| shared.set_interest(Some(Interest::Readable));
-        if let Some(Err(source)) = self.listener(listener).map(watch) {
+        self.watch(listener, true);
+    }
+
+    /// Whether a shared listener wakes the poller.
+    pub(crate) fn watch(&self, listener: ListenerId, watch: bool) {
+        let interest = watch.then_some(Interest::Readable);
+        let shared = self.listener(listener);
+        if let Some(Err(source)) = shared.map(|shared| shared.set_interest(interest)) {
             let attempt = "wait for a shared listener";
             self.report(Error::Io { attempt, source });
         }

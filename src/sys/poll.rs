@@ -69,8 +69,8 @@ impl Poller {
         key: usize,
         interest: Option<Interest>,
     ) -> io::Result<Registered<S>> {
-        // SAFETY: `Registered` owns the source and deletes it from this poller in its `Drop`,
-        // which runs before the source itself is dropped and can be closed.
+        // SAFETY: `Registered` owns the source, lends it out only as a shared reference, and
+        // deletes it from this poller in its `Drop`, before the source itself is dropped.
         unsafe {
             self.0.add_with_mode(
                 source.as_fd().as_raw_fd(),
@@ -110,10 +110,6 @@ impl<S: AsFd> Registered<S> {
         self.poller
             .0
             .modify_with_mode(self.source.as_fd(), event, PollMode::Level)
-    }
-
-    pub(crate) fn source_mut(&mut self) -> &mut S {
-        &mut self.source
     }
 }
 

@@ -149,11 +149,12 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<Installed> {
     let mut previous = empty_action();
     // SAFETY: without a new action the call only reads the old one.
     check(unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut previous) })?;
-    let is_function = previous.sa_sigaction != libc::SIG_DFL
-        && previous.sa_sigaction != libc::SIG_IGN
-        && previous.sa_sigaction != ours();
-    let chained = usize::try_from(signal).ok().and_then(|at| PREVIOUS.get(at));
-    if let Some(chained) = chained {
+    let is_function =
+        previous.sa_sigaction != libc::SIG_DFL && previous.sa_sigaction != libc::SIG_IGN;
+    let at = usize::try_from(signal).ok();
+    let chained = at.and_then(|at| PREVIOUS.get(at));
+    // Installed once more over ours, it must not forget what came before.
+    if let Some(chained) = chained.filter(|_| previous.sa_sigaction != ours()) {
         let address = if is_function {
             previous.sa_sigaction
         } else {

@@ -230,7 +230,7 @@ pub fn in_background<T: Send + 'static>(
         result
     });
     let mut rest = Some((thread, then));
-    let finish = move |master: &Master, _: &mut UnixStream| {
+    let finish = move |master: &Master, _: &UnixStream| {
         let (thread, then) = rest.take().unwrap();
         then(master, thread.join().unwrap());
         None

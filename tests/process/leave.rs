@@ -181,10 +181,14 @@ fn disconnect_waits_for_connections() {
             assert!(listener.accept().unwrap().is_none(), "told to leave");
             worker.send(b"told").unwrap();
             worker
-                .watch(connection, cluster::Interest::Readable, |_, connection| {
-                    connection.read_exact(&mut [0]).unwrap();
-                    None
-                })
+                .watch(
+                    connection,
+                    cluster::Interest::Readable,
+                    |_, mut connection| {
+                        connection.read_exact(&mut [0]).unwrap();
+                        None
+                    },
+                )
                 .unwrap();
             worker.run().unwrap();
         },

@@ -290,7 +290,7 @@ fn callback_workers_hold_many_connections() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|worker, connection| {
-                let echo = |_: &cluster::Worker, connection: &mut cluster::Connection| {
+                let echo = |_: &cluster::Worker, mut connection: &cluster::Connection| {
                     let mut byte = [0];
                     match connection.read(&mut byte) {
                         Ok(1) => connection.write_all(&byte).ok()?,
