@@ -596,12 +596,9 @@ impl<C: Clone> MasterCore<C> {
             let Some(entry) = self.handles.get_mut(&handle) else {
                 continue;
             };
-            match entry.stage {
-                Stage::Draining(Some(quiet)) if quiet <= self.now => {
-                    entry.stage = Stage::Draining(None);
-                    self.finish_drain(handle);
-                }
-                _ => {}
+            if matches!(entry.stage, Stage::Draining(Some(quiet)) if quiet <= self.now) {
+                entry.stage = Stage::Draining(None);
+                self.finish_drain(handle);
             }
             if let Some(entry) = self.handles.get_mut(&handle) {
                 if matches!(entry.door, Door::Resting(until) if until <= self.now) {

@@ -26,6 +26,11 @@ crate::scenarios! {
     a_new_round_from_inside_the_callback
     repeated_and_mixed_requests_to_leave
     no_client_in_the_backlog_is_lost
+    no_client_of_the_second_listener_is_lost
+    a_backlog_of_several_batches_is_not_lost
+    a_listener_that_was_asked_for_too_late_is_not_left_behind
+    last_words_after_the_last_connection
+    last_words_of_a_worker_whose_callbacks_own_its_listener
     orphans_leave_within_a_second
 }
 
@@ -350,6 +355,182 @@ fn no_client_in_the_backlog_is_lost() {
         },
     );
     assert_eq!(entries.take(), ["40"]);
+}
+
+fn no_client_of_the_second_listener_is_lost() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let mut first = None;
+            master.on_listening(move |master, _, address| {
+                let address = address.to_string().parse::<SocketAddr>().unwrap();
+                let Some(first) = first.replace(address) else {
+                    return;
+                };
+                // The worker waits for the first; meanwhile somebody comes to the second.
+                let work = move || {
+                    let waits = TcpStream::connect(address).unwrap();
+                    (talk(first, b"").unwrap(), waits)
+                };
+                let log = log.clone();
+                in_background(master, work, move |master, (answer, mut waits)| {
+                    log.add(answer);
+                    wait_until("the backlog", || (backlog(address) == 1).then_some(()));
+                    master.disconnect(|_| {});
+                    let work = move || {
+                        let mut answer = String::new();
+                        waits.read_to_string(&mut answer).unwrap();
+                        answer
+                    };
+                    in_background(master, work, move |_, answer| log.add(answer));
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listeners = ["first", "second"].map(|name| {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                (name, listener)
+            });
+            for (name, listener) in &listeners {
+                for connection in listener.incoming() {
+                    connection.unwrap().write_all(name.as_bytes()).unwrap();
+                }
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["first", "second"]);
+}
+
+/// More clients than are accepted in one go come while a callback keeps the master, which then
+/// tells everybody to leave.
+fn a_backlog_of_several_batches_is_not_lost() {
+    const CLIENTS: u64 = 200;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 10, move |master, address| {
+                let connect = move || {
+                    let connect = |_| TcpStream::connect(address).unwrap();
+                    (0..CLIENTS).map(connect).collect::<Vec<_>>()
+                };
+                let clients = std::thread::spawn(connect);
+                wait_until("the backlog", || {
+                    (backlog(address) == CLIENTS).then_some(())
+                });
+                // Longer ago than handshakes are given.
+                std::thread::sleep(Duration::from_millis(200));
+                master.disconnect(|_| {});
+                let work = move || {
+                    let mut answered = 0;
+                    for mut client in clients.join().unwrap() {
+                        let mut answer = String::new();
+                        client.read_to_string(&mut answer).unwrap();
+                        answered += usize::from(answer == "served");
+                    }
+                    answered
+                };
+                in_background(master, work, move |_, answered| {
+                    log.add(answered.to_string())
+                });
+            });
+            (0..10).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, mut connection| {
+                connection.write_all(b"served").unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), [CLIENTS.to_string()]);
+}
+
+/// The worker is cut off while its request to listen waits to be read.
+fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
+    let log = Log::default();
+    let entries = log.clone();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    cluster(
+        |master| {
+            let worker = master
+                .fork_with([("ADDRESS", address.to_string())])
+                .unwrap();
+            worker.on_online(|_, worker| {
+                let stat = format!("/proc/{}/stat", worker.process().id());
+                wait_until("its request", || {
+                    let stat = std::fs::read_to_string(&stat).unwrap();
+                    stat.contains(") S ").then_some(())
+                });
+                worker.process().disconnect();
+            });
+            let at_exit = log.clone();
+            worker.on_exit(move |master, _, status| {
+                at_exit.add(status.to_string());
+                TcpStream::connect(address).unwrap_err();
+                let log = at_exit.clone();
+                master.disconnect(move |_| log.add("all gone"));
+            });
+        },
+        |worker| {
+            let address = std::env::var("ADDRESS").unwrap();
+            let listener = worker.listen(address.as_str()).unwrap();
+            listener.on_connection(|_, _| panic!("nobody can come"));
+            // The end has been read already: nothing wakes the loop for it.
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["exit status: 0", "all gone"]);
+}
+
+fn last_words_after_the_last_connection() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_listening(|_, worker, _| drop(worker.disconnect().clone()));
+            worker.on_message(move |_, _, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert!(listener.accept().unwrap().is_none());
+            assert!(worker.is_connected());
+            worker.send(b"served nobody").unwrap();
+            let seen = Rc::new(Cell::new(false));
+            let at_disconnect = Rc::clone(&seen);
+            worker.on_disconnect(move |_| at_disconnect.set(true));
+            worker.run().unwrap();
+            assert!(seen.get() && !worker.is_connected());
+        },
+    );
+    assert_eq!(entries.take(), ["served nobody"]);
+}
+
+fn last_words_of_a_worker_whose_callbacks_own_its_listener() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.fork().unwrap().on_message(move |_, _, message| {
+                log.add(message.bytes().len().to_string());
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            worker.on_message(move |_, _| listener.close());
+            // More than the socket holds.
+            worker.send(&vec![0; 800_000]).unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["800000"]);
 }
 
 /// How many connections the kernel holds for a listener.

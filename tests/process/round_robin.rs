@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::rc::Rc;
 use std::time::Duration;
 
 use cluster::{Interest, Signal};
@@ -20,6 +21,9 @@ crate::scenarios! {
     a_connection_outlives_the_worker_it_was_given_to
     a_client_that_leaves_while_it_waits_is_counted
     callback_workers_hold_many_connections
+    what_a_callback_has_not_got_goes_to_others
+    a_connection_that_was_taken_is_not_given_again
+    a_callback_inside_accept_cannot_lose_the_connection
 }
 
 fn sequential_connections_rotate_exactly() {
@@ -149,12 +153,7 @@ fn with_a_stopped_worker(
             when_all_wait(master, move |master| {
                 let is_next = |worker: &cluster::WorkerProcess| worker.id().to_string() != last;
                 let next = master.workers().into_iter().find(is_next).unwrap();
-                next.process().kill(Signal::STOP);
-                let stat = format!("/proc/{}/stat", next.process().id());
-                wait_until("the stop", || {
-                    let stat = std::fs::read_to_string(&stat).unwrap();
-                    stat.contains(") T ").then_some(())
-                });
+                stop(&next);
                 then(master, address, next);
             });
         });
@@ -304,4 +303,204 @@ fn callback_workers_hold_many_connections() {
         },
     );
     assert_eq!(entries.take(), ["300"]);
+}
+
+/// Two callback workers; the first has several connections under way when its callback, at the
+/// first of them, closes the listener or breaks down.
+fn what_a_callback_has_not_got_goes_to_others() {
+    for how in ["close", "abort"] {
+        if std::env::var_os("HOW").is_none_or(|own| own == how) {
+            callback_that_ends(how);
+        }
+    }
+}
+
+fn callback_that_ends(how: &'static str) {
+    // A process has one cluster: the two ways are played by children of this one.
+    if std::env::var_os("HOW").is_none() {
+        let own = std::env::current_exe().unwrap();
+        let status = std::process::Command::new(own).env("HOW", how).status();
+        return assert!(status.unwrap().success(), "{how}");
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                when_all_wait(master, move |master| {
+                    let first = master.workers().remove(0);
+                    stop(&first);
+                    // All of these are given to the only worker there is.
+                    let connect = move |_| TcpStream::connect(address).unwrap();
+                    let clients: Vec<_> = (0..5).map(connect).collect();
+                    when_accepted(master, 5, move |master| {
+                        let second = master.fork_with([("SECOND", "1")]).unwrap();
+                        second.on_listening(move |_, _, _| first.process().kill(Signal::CONT));
+                        in_background(
+                            master,
+                            move || read_all(clients),
+                            move |master, answers| {
+                                log.add(answers.join(" "));
+                                master.disconnect(|_| {});
+                            },
+                        );
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            answer_pings(&worker);
+            let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
+            let own = Rc::downgrade(&listener);
+            let is_second = std::env::var_os("SECOND").is_some();
+            listener.on_connection(move |_, mut connection| {
+                if is_second {
+                    return connection.write_all(b"second").unwrap();
+                }
+                connection.write_all(b"first").unwrap();
+                match how {
+                    "close" => own.upgrade().unwrap().close(),
+                    _ => std::process::abort(),
+                }
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["first second second second second"]);
+}
+
+/// Stops a worker that has come to rest, and waits until it has stopped.
+fn stop(worker: &cluster::WorkerProcess) {
+    let stat = format!("/proc/{}/stat", worker.process().id());
+    let until = |state: &str| {
+        wait_until(state, || {
+            let stat = std::fs::read_to_string(&stat).unwrap();
+            stat.contains(state).then_some(())
+        });
+    };
+    until(") S ");
+    worker.process().kill(Signal::STOP);
+    until(") T ");
+}
+
+/// Reads each answer to its end; in alphabetical order.
+fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
+    let read = |mut client: TcpStream| {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let mut answers: Vec<_> = clients.into_iter().map(read).collect();
+    answers.sort();
+    answers
+}
+
+/// Calls back when the master has accepted, and given, so many.
+fn when_accepted(
+    master: &cluster::Master,
+    count: u64,
+    then: impl FnOnce(&cluster::Master) + 'static,
+) {
+    let then = RefCell::new(Some(then));
+    until(master, move |master| {
+        let accepted = master.ledger().accepted == count;
+        if accepted {
+            then.take().unwrap()(master);
+        }
+        accepted
+    });
+}
+
+/// The master cuts a worker off in a callback, with its word that it took a connection read but
+/// not yet looked at.
+fn a_connection_that_was_taken_is_not_given_again() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 2, move |master, address| {
+                when_all_wait(master, move |master| {
+                    // Whatever the first says from now on arrives in one piece.
+                    let [first, second] = master.workers().try_into().unwrap();
+                    stop(&second);
+                    first.on_message(move |_, worker, _| {
+                        worker.process().disconnect();
+                        second.process().kill(Signal::CONT);
+                    });
+                    let connect = move |_| TcpStream::connect(address).unwrap();
+                    let clients: Vec<_> = (0..2).map(connect).collect();
+                    in_background(
+                        master,
+                        move || read_all(clients),
+                        move |master, answers| {
+                            log.add(answers.join(" "));
+                            master.disconnect(|_| {});
+                        },
+                    );
+                });
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            answer_pings(&worker);
+            let id = worker.id();
+            while let Some(mut connection) = listener.accept().unwrap() {
+                connection.write_all(id.to_string().as_bytes()).unwrap();
+                if id.get() == 1 {
+                    // More than the master reads at once follows: the word that the next one is
+                    // taken comes in the middle of it.
+                    for _ in 0..3 {
+                        worker.send(b"something").unwrap();
+                    }
+                }
+            }
+        },
+    );
+    // Each was served by one worker, whoever it was.
+    let entries = entries.take();
+    let answers: Vec<_> = entries[0].split(' ').collect();
+    assert!(
+        answers.len() == 2 && answers.iter().all(|a| a.len() == 1),
+        "{entries:?}"
+    );
+}
+
+/// A connection and a signal come at once, and the signal's callback closes the listener.
+fn a_callback_inside_accept_cannot_lose_the_connection() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                when_all_wait(master, move |master| {
+                    let worker = master.workers().remove(0);
+                    stop(&worker);
+                    let connect = move || TcpStream::connect(address).unwrap();
+                    in_background(master, connect, move |master, client| {
+                        when_accepted(master, 1, move |_| {
+                            worker.process().kill(Signal::USR1);
+                            worker.process().kill(Signal::CONT);
+                        });
+                        let read = move || read_all(vec![client]).remove(0);
+                        in_background(master, read, move |_, answer| log.add(answer));
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            answer_pings(&worker);
+            let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
+            let own = Rc::downgrade(&listener);
+            let close = move |_: &cluster::Worker, _| own.upgrade().unwrap().close();
+            worker.on_signal(Signal::USR1, close).unwrap();
+            for connection in listener.incoming() {
+                connection.unwrap().write_all(b"served").unwrap();
+            }
+            worker.disconnect().run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["served"]);
 }
