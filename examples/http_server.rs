@@ -138,7 +138,8 @@ fn main() -> ExitCode {
     };
     outcome.unwrap_or_else(|error| {
         // In one piece: other workers may have the same to say at this moment.
-        eprint!("{}", format!("{error}\n"));
+        let line = format!("{error}\n");
+        eprint!("{line}");
         ExitCode::FAILURE
     })
 }

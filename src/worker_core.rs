@@ -103,6 +103,8 @@ pub(crate) struct WorkerCore<C> {
     /// It leaves without waiting for its connections.
     killed: bool,
     closing: bool,
+    /// There may be no descriptors for more connections: callbacks get no more credit.
+    full: bool,
     last_listener: u32,
     listeners: BTreeMap<ListenerId, Entry<C>>,
     /// The indices in use, by the address as it was asked for.
@@ -125,6 +127,7 @@ impl<C> WorkerCore<C> {
             told: false,
             killed: false,
             closing: false,
+            full: false,
             last_listener: 0,
             listeners: BTreeMap::new(),
             indices: BTreeMap::new(),
@@ -331,6 +334,18 @@ impl<C> WorkerCore<C> {
 
     pub(crate) fn connection_closed(&mut self) {
         self.open = self.open.saturating_sub(1);
+        if std::mem::take(&mut self.full) {
+            let served = self.listeners.iter().filter(|(_, entry)| entry.served);
+            let rooms: Vec<_> = served.map(|(id, entry)| (*id, entry.room())).collect();
+            for (listener, room) in rooms {
+                self.grant(listener, room);
+            }
+        }
+    }
+
+    /// The descriptors are running out: no connection is asked for until one has closed.
+    pub(crate) fn is_full(&mut self) {
+        self.full = true;
     }
 
     /// Closes a listener and refuses what it still holds.
@@ -537,6 +552,7 @@ impl<C> WorkerCore<C> {
             return;
         };
         let credits = match entry.stage {
+            Stage::Open(_) if entry.served && self.full => 0,
             Stage::Open(_) => credits,
             Stage::Asked
             | Stage::Abandoned

@@ -1,11 +1,11 @@
 //! The worker's hands: carries out what [`WorkerCore`] decides, on the channel and on shared
 //! listeners. Never calls the program.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
@@ -21,6 +21,9 @@ use crate::worker_core::{Action, ListenerId, WorkerCore};
 
 /// How long a worker that ends waits for the master to read its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How many descriptors callbacks leave for the rest of the program, and for connections that are
+/// on their way already. One that finds no free descriptor would be lost by the kernel.
+const SPARE_FDS: u64 = 32;
 /// The channel is the only one of its kind here.
 const CHANNEL: u32 = 0;
 
@@ -33,6 +36,8 @@ pub(crate) struct WorkerShell {
     /// `None` when it is closed.
     channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
     listeners: RefCell<BTreeMap<ListenerId, SharedListener>>,
+    /// How many descriptors the program had room for when it last set a callback.
+    fd_limit: Cell<u64>,
     /// What went wrong outside any call of the program's.
     errors: RefCell<Vec<Error>>,
     /// What the channel reads into.
@@ -60,6 +65,7 @@ impl WorkerShell {
             poller,
             channel: RefCell::new(Some(channel)),
             listeners: RefCell::default(),
+            fd_limit: Cell::new(u64::MAX),
             errors: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         };
@@ -237,7 +243,15 @@ impl WorkerShell {
                 }
             }
             ToWorker::Connection { .. } | ToWorker::End { .. } | ToWorker::Disconnect => {
-                core.frame(frame, fds.into_iter().next(), None)?;
+                let fd = fds.into_iter().next();
+                // The kernel gives out the lowest number that is free.
+                let number = fd
+                    .as_ref()
+                    .and_then(|fd| u64::try_from(fd.as_raw_fd()).ok());
+                if number.is_some_and(|number| number + SPARE_FDS > self.fd_limit.get()) {
+                    core.is_full();
+                }
+                core.frame(frame, fd, None)?;
             }
         }
         Ok(())
@@ -321,6 +335,7 @@ impl WorkerShell {
 
     /// Sends the connections of a listener to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId) {
+        self.fd_limit.set(sys::fd::limit());
         self.core.borrow_mut().serve(listener);
         self.act();
         self.watch(listener, true);

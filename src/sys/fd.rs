@@ -36,6 +36,23 @@ pub(crate) fn close_on_exec(number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// How many descriptors this process may have.
+#[allow(
+    clippy::useless_conversion,
+    reason = "the type is not the same on all systems"
+)]
+pub(crate) fn limit() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure is writable.
+    match check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }) {
+        Ok(_) => u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX),
+        Err(_) => u64::MAX,
+    }
+}
+
 /// Adopts descriptors that the kernel has just made for this process.
 pub(super) fn adopt(number: RawFd) -> OwnedFd {
     // SAFETY: the caller got the number from the kernel a moment ago and keeps no copy.

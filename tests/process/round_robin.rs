@@ -21,6 +21,7 @@ crate::scenarios! {
     a_connection_outlives_the_worker_it_was_given_to
     a_client_that_leaves_while_it_waits_is_counted
     callback_workers_hold_many_connections
+    clients_cannot_use_up_a_workers_descriptors
     what_a_callback_has_not_got_goes_to_others
     a_connection_that_was_taken_is_not_given_again
     a_callback_inside_accept_cannot_lose_the_connection
@@ -503,4 +504,51 @@ fn a_callback_inside_accept_cannot_lose_the_connection() {
         },
     );
     assert_eq!(entries.take(), ["served"]);
+}
+
+fn clients_cannot_use_up_a_workers_descriptors() {
+    const CLIENTS: usize = 120;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            when_listening(master, 1, move |master, address| {
+                let work = move || {
+                    let connect = |_| TcpStream::connect(address).unwrap();
+                    let clients: Vec<_> = (0..CLIENTS).map(connect).collect();
+                    let mut answered = 0;
+                    // Each that leaves makes room for another.
+                    for mut client in clients {
+                        client.read_exact(&mut [0]).unwrap();
+                        answered += 1;
+                    }
+                    answered
+                };
+                in_background(master, work, move |master, answered| {
+                    log.add(answered.to_string());
+                    assert_eq!(master.ledger().accepted, 120);
+                    master.disconnect(|_| {});
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            use nix::sys::resource::{Resource, getrlimit, setrlimit};
+            let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|worker, mut connection| {
+                connection.write_all(b"x").unwrap();
+                // Held until its client leaves.
+                let watch = |_: &cluster::Worker, mut connection: &cluster::Connection| {
+                    let _ = connection.read(&mut [0]);
+                    None
+                };
+                worker.watch(connection, Interest::Readable, watch).unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
