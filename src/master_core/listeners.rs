@@ -1,0 +1,428 @@
+//! How listeners open, are shared, drain and close.
+//!
+//! The life of a listener:
+//!
+//! ```text
+//!              first worker asks            last worker leaves
+//!   (nothing) ------------------> Open ---------------------------> Draining
+//!                                  |  <---- a new worker asks ------    |
+//!                                  |                                    | backlog empty
+//!                                  | last worker dies or closes         v
+//!                                  +------------------------------> Unbound --> (nothing)
+//!                                                                      when all have let go
+//!
+//! A shared listener is Emptying between Draining and Unbound: only its workers see its backlog.
+//! ```
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::{Action, MasterCore, With};
+use crate::error::Error;
+use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
+use crate::round_robin::RoundRobin;
+use crate::settings::SchedulingPolicy;
+use crate::timers::Time;
+use crate::worker_id::WorkerId;
+
+/// How many connections are accepted from one listener before the others get their turn.
+const ACCEPT_BATCH: u64 = 64;
+/// How long a listener rests when accepting failed: without a pause a full table of descriptors
+/// would make the loop spin, since the listener stays readable.
+const ACCEPT_RETRY: Time = Duration::from_millis(100);
+/// How long a draining listener must have been closed to newcomers before it counts as empty, if
+/// it was ever used: handshakes that are under way over a network complete in that time.
+const DRAIN_GRACE: Time = Duration::from_millis(100);
+/// The most listeners one worker may have.
+const MAX_LISTENERS: usize = 256;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Open,
+    /// Nobody new comes in. Empty no earlier than this; `None` when that time is over.
+    Draining(Option<Time>),
+    /// A shared listener that the workers close when they find it empty.
+    Emptying,
+    Unbound,
+}
+
+/// What is known of the backlog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Door {
+    /// Perhaps empty: the poller tells.
+    Watched,
+    /// Not empty, or not known to be: accept when there is credit.
+    Ready,
+    /// The shell is accepting.
+    Accepting,
+    /// Accepting failed; not before this time again.
+    Resting(Time),
+}
+
+#[derive(Debug)]
+pub(super) struct Handle<C> {
+    pub(super) key: HandleKey,
+    pub(super) address: SocketAddr,
+    pub(super) policy: SchedulingPolicy,
+    pub(super) stage: Stage,
+    pub(super) door: Door,
+    pub(super) watched: bool,
+    /// Whoever may still take or refuse something.
+    pub(super) members: BTreeSet<WorkerId>,
+    /// The members that have not been told that nothing more comes.
+    pub(super) serving: BTreeSet<WorkerId>,
+    pub(super) connections: RoundRobin<C>,
+    pub(super) accepted: bool,
+}
+
+// What happens to listeners.
+impl<C: Clone> MasterCore<C> {
+    pub(crate) fn bound(&mut self, handle: HandleId, result: Result<SocketAddr, i32>) {
+        let Some((key, worker, request)) = self.binding.remove(&handle) else {
+            return;
+        };
+        match result {
+            Err(errno) => {
+                let result = Err(errno);
+                self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+            }
+            // It has left meanwhile, and nobody else asked.
+            Ok(_) if !self.hears(worker) => {
+                self.actions.push_back(Action::Unbind { handle });
+            }
+            Ok(address) => {
+                let open = Handle {
+                    key: key.clone(),
+                    address,
+                    policy: self.policy,
+                    stage: Stage::Open,
+                    door: Door::Watched,
+                    watched: false,
+                    members: BTreeSet::new(),
+                    serving: BTreeSet::new(),
+                    connections: RoundRobin::new(),
+                    accepted: false,
+                };
+                self.keys.insert(key, handle);
+                self.handles.insert(handle, open);
+                self.join(worker, request, handle);
+                if self.policy == SchedulingPolicy::RoundRobin {
+                    self.watch(handle, true);
+                }
+            }
+        }
+    }
+
+    /// No copy of the listener could be made for the worker that asked for it.
+    pub(crate) fn share_failed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        request: u32,
+        errno: i32,
+    ) {
+        self.leave_handle(handle, worker);
+        let result = Err(errno);
+        self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+    }
+
+    pub(crate) fn readable(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.door == Door::Watched && entry.stage != Stage::Unbound {
+                entry.door = Door::Ready;
+                self.pull(handle);
+            }
+        }
+    }
+
+    pub(crate) fn accepted(&mut self, handle: HandleId, connection: C) {
+        self.ledger.accepted += 1;
+        match self.handles.get_mut(&handle) {
+            Some(entry) if entry.stage != Stage::Unbound => {
+                entry.accepted = true;
+                entry.connections.push(connection);
+                self.distribute(handle);
+            }
+            _ => self.ledger.dropped += 1,
+        }
+    }
+
+    /// As many as were wanted have been accepted; there may be more.
+    pub(crate) fn accept_done(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door == Door::Accepting {
+            // With credit left, this was a full batch: the poller brings the rest in its turn.
+            let more = entry.connections.room() > 0;
+            entry.door = if more { Door::Watched } else { Door::Ready };
+            self.watch(handle, more);
+        }
+    }
+
+    /// The backlog is empty.
+    pub(crate) fn drained(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door == Door::Accepting {
+            entry.door = Door::Watched;
+            self.watch(handle, true);
+            self.unbind_if_drained(handle);
+        }
+    }
+
+    pub(crate) fn accept_failed(&mut self, handle: HandleId, source: io::Error) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door == Door::Accepting {
+            entry.door = Door::Resting(self.now + ACCEPT_RETRY);
+            let address = entry.address;
+            self.watch(handle, false);
+            self.error(None, Error::Accept { address, source });
+        }
+    }
+}
+
+// How it is decided.
+impl<C: Clone> MasterCore<C> {
+    pub(super) fn listen(
+        &mut self,
+        worker: WorkerId,
+        request: u32,
+        key: HandleKey,
+    ) -> Result<(), FrameError> {
+        if self.handles_of(worker).count() >= MAX_LISTENERS {
+            return Err(FrameError::State("listens on too many addresses"));
+        }
+        match self.keys.get(&key) {
+            Some(handle) => {
+                let handle = *handle;
+                if self.handles[&handle].members.contains(&worker) {
+                    return Err(FrameError::State("listens twice with one index"));
+                }
+                self.join(worker, request, handle);
+            }
+            None => {
+                self.last_handle += 1;
+                let handle = HandleId(self.last_handle);
+                let address = key.address;
+                self.binding.insert(handle, (key, worker, request));
+                self.actions.push_back(Action::Bind { handle, address });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn join(&mut self, worker: WorkerId, request: u32, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let mut relieved = BTreeSet::new();
+        if let Stage::Draining(_) | Stage::Emptying = entry.stage {
+            entry.stage = Stage::Open;
+            relieved.clone_from(&entry.serving);
+            self.actions.push_back(Action::OpenDoor { handle });
+        }
+        entry.members.insert(worker);
+        entry.serving.insert(worker);
+        entry.connections.join(worker);
+        let (policy, address) = (entry.policy, entry.address);
+        for worker in relieved {
+            self.end(handle, worker, false);
+        }
+        let result = Ok(Bound {
+            handle,
+            policy,
+            address,
+        });
+        let with = match policy {
+            SchedulingPolicy::RoundRobin => With::Nothing,
+            SchedulingPolicy::Shared => With::Listener(handle),
+        };
+        self.send(worker, ToWorker::Reply { request, result }, with);
+    }
+
+    /// Gives what waits to whoever can take it.
+    pub(super) fn distribute(&mut self, handle: HandleId) {
+        while let Some(given) = self
+            .handles
+            .get_mut(&handle)
+            .and_then(|entry| entry.connections.distribute())
+        {
+            let number = given.number;
+            let frame = ToWorker::Connection { handle, number };
+            self.send(given.worker, frame, With::Connection(given.connection));
+        }
+    }
+
+    /// Accepts if there is something and someone to take it.
+    pub(super) fn pull(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.door != Door::Ready || entry.stage == Stage::Unbound {
+            return;
+        }
+        let room = entry.connections.room();
+        if room > 0 {
+            entry.door = Door::Accepting;
+            let at_most = room.min(ACCEPT_BATCH);
+            self.actions.push_back(Action::Accept { handle, at_most });
+        } else {
+            // Level-triggered: left in the poller it would wake the loop until someone has credit.
+            self.watch(handle, false);
+        }
+    }
+
+    pub(super) fn watch(&mut self, handle: HandleId, watched: bool) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.watched != watched && entry.stage != Stage::Unbound {
+            entry.watched = watched;
+            self.actions.push_back(if watched {
+                Action::Watch { handle }
+            } else {
+                Action::Unwatch { handle }
+            });
+        }
+    }
+
+    pub(super) fn begin_drain(&mut self, handle: HandleId) {
+        let now = self.now;
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        // What workers accept themselves is not known here.
+        let shared = entry.policy == SchedulingPolicy::Shared;
+        let grace = if entry.accepted || shared {
+            DRAIN_GRACE
+        } else {
+            Time::ZERO
+        };
+        entry.stage = Stage::Draining(Some(now + grace));
+        self.actions.push_back(Action::ShutDoor { handle });
+        if shared {
+            return; // The workers go on accepting until the time has come.
+        }
+        self.look_again(handle);
+    }
+
+    /// The time that handshakes are given is over.
+    pub(super) fn finish_drain(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        match entry.policy {
+            SchedulingPolicy::RoundRobin => self.look_again(handle),
+            SchedulingPolicy::Shared => {
+                // Only the workers see what is left: they close when they find nothing.
+                entry.stage = Stage::Emptying;
+                let serving: Vec<_> = entry.serving.iter().copied().collect();
+                for worker in serving {
+                    let drain = true;
+                    self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+                }
+            }
+        }
+    }
+
+    /// Accepts although the poller has not said that there is something: only `accept` itself
+    /// tells for sure that the backlog is empty.
+    pub(super) fn look_again(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.door == Door::Watched {
+                entry.door = Door::Ready;
+            }
+            self.pull(handle);
+        }
+    }
+
+    /// Something has changed on which the end of a drain may have waited.
+    pub(super) fn look_again_if_draining(&mut self, handle: HandleId) {
+        let stage = self.handles.get(&handle).map(|entry| entry.stage);
+        if stage == Some(Stage::Draining(None)) {
+            self.look_again(handle);
+        }
+    }
+
+    /// Ends a draining listener whose backlog was just found empty. As long as a connection is on
+    /// its way to a worker, the others stay: it may come back.
+    pub(super) fn unbind_if_drained(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        let over = match entry.stage {
+            Stage::Draining(quiet) => quiet.is_none_or(|quiet| quiet <= self.now),
+            Stage::Open | Stage::Emptying | Stage::Unbound => false,
+        };
+        if over && entry.connections.in_hand() == 0 {
+            self.unbind(handle);
+        }
+    }
+
+    pub(super) fn end(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.serving.remove(&worker) {
+            entry.connections.end(worker);
+            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+        }
+    }
+
+    /// Closes the listener. Members stay until they say that they let go of what they hold.
+    pub(super) fn unbind(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let serving: Vec<_> = entry.serving.iter().copied().collect();
+        for worker in serving {
+            self.end(handle, worker, true);
+        }
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.stage != Stage::Unbound {
+                entry.stage = Stage::Unbound;
+                entry.door = Door::Ready;
+                self.ledger.dropped += entry.connections.drop_waiting();
+                self.keys.remove(&entry.key);
+                self.actions.push_back(Action::Unbind { handle });
+            }
+        }
+    }
+
+    pub(super) fn leave_handle(&mut self, handle: HandleId, worker: WorkerId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        entry.members.remove(&worker);
+        entry.serving.remove(&worker);
+        let untaken = entry.connections.leave(worker);
+        if entry.serving.is_empty() {
+            self.unbind(handle);
+        }
+        self.take_back(handle, untaken);
+        self.look_again_if_draining(handle);
+        let abandoned = |entry: &Handle<C>| entry.members.is_empty();
+        if self.handles.get(&handle).is_some_and(abandoned) {
+            self.handles.remove(&handle);
+        }
+    }
+
+    /// Offers to others what a worker did not take.
+    pub(super) fn take_back(&mut self, handle: HandleId, untaken: Vec<C>) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.stage == Stage::Unbound {
+            self.ledger.dropped += untaken.len() as u64;
+        } else {
+            entry.connections.push_front(untaken);
+            self.distribute(handle);
+        }
+    }
+}
