@@ -15,8 +15,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What was attempted, on what, and why it failed.
 ///
 /// Node: the `Error` objects with a `code`; the system's code is in
-/// [`raw_os_error`](Self::raw_os_error). What happens in the normal life of a cluster, such as
-/// the death of a worker, is an event and not an error.
+/// [`raw_os_error`](Self::raw_os_error). Printed, it includes the reason, so that
+/// [`source`](std::error::Error::source) is `None`. What happens in the normal life of a cluster,
+/// such as the death of a worker, is an event and not an error.
 ///
 /// ```no_run
 /// use cluster::Error;
@@ -47,7 +48,7 @@ pub enum Error {
     AlreadyInitialized,
     /// The scheduling policy cannot change after the first `fork`.
     PolicyFrozen,
-    /// `run` or `dispatch` was called by a callback, inside `run` or `dispatch`.
+    /// `run`, `dispatch` or `accept` was called by a callback, which one of them had called.
     AlreadyRunning,
     /// A worker could not be started.
     Fork {
@@ -202,7 +203,7 @@ impl std::fmt::Display for Error {
                     "the scheduling policy cannot change after the first fork"
                 )
             }
-            Self::AlreadyRunning => write!(f, "run or dispatch called inside a callback"),
+            Self::AlreadyRunning => write!(f, "run, dispatch or accept called inside a callback"),
             Self::Fork { program, source } => {
                 write!(
                     f,
