@@ -103,8 +103,9 @@ pub(crate) struct WorkerCore<C> {
     /// It leaves without waiting for its connections.
     killed: bool,
     closing: bool,
-    /// There may be no descriptors for more connections: callbacks get no more credit.
-    full: bool,
+    /// How many connections callbacks may hold, once it is known that there are no descriptors for
+    /// more.
+    most: Option<u64>,
     last_listener: u32,
     listeners: BTreeMap<ListenerId, Entry<C>>,
     /// The indices in use, by the address as it was asked for.
@@ -127,7 +128,7 @@ impl<C> WorkerCore<C> {
             told: false,
             killed: false,
             closing: false,
-            full: false,
+            most: None,
             last_listener: 0,
             listeners: BTreeMap::new(),
             indices: BTreeMap::new(),
@@ -334,7 +335,7 @@ impl<C> WorkerCore<C> {
 
     pub(crate) fn connection_closed(&mut self) {
         self.open = self.open.saturating_sub(1);
-        if std::mem::take(&mut self.full) {
+        if self.most.is_some() {
             let served = self.listeners.iter().filter(|(_, entry)| entry.served);
             let rooms: Vec<_> = served.map(|(id, entry)| (*id, entry.room())).collect();
             for (listener, room) in rooms {
@@ -343,9 +344,23 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    /// The descriptors are running out: no connection is asked for until one has closed.
+    /// The descriptors are running out: from now on no more connections are asked for than are
+    /// held at this moment.
     pub(crate) fn is_full(&mut self) {
-        self.full = true;
+        // One at a time must do where there is hardly any to begin with.
+        let held = self.open.max(1);
+        self.most = Some(self.most.map_or(held, |most| most.min(held)));
+    }
+
+    /// How many more connections callbacks may be given.
+    fn spare(&self) -> u32 {
+        let Some(most) = self.most else {
+            return u32::MAX;
+        };
+        let under_way = |entry: &Entry<C>| u64::from(entry.credits) + entry.pending.len() as u64;
+        let under_way: u64 = self.listeners.values().map(under_way).sum();
+        let taken = self.open + self.unconfirmed.len() as u64;
+        u32::try_from(most.saturating_sub(taken + under_way)).unwrap_or(u32::MAX)
     }
 
     /// Closes a listener and refuses what it still holds.
@@ -548,11 +563,12 @@ impl<C> WorkerCore<C> {
     }
 
     fn grant(&mut self, listener: ListenerId, credits: u32) {
+        let spare = self.spare();
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
         let credits = match entry.stage {
-            Stage::Open(_) if entry.served && self.full => 0,
+            Stage::Open(_) if entry.served => credits.min(spare),
             Stage::Open(_) => credits,
             Stage::Asked
             | Stage::Abandoned

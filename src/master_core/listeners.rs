@@ -88,10 +88,6 @@ impl<C: Clone> MasterCore<C> {
                 let result = Err(errno);
                 self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
             }
-            // It has left meanwhile, and nobody else asked.
-            Ok(_) if !self.hears(worker) => {
-                self.actions.push_back(Action::Unbind { handle });
-            }
             Ok(address) => {
                 let open = Handle {
                     key: key.clone(),

@@ -209,3 +209,30 @@ pub(crate) fn shut_door(_listener: &TcpListener) -> io::Result<()> {
 pub(crate) fn open_door(_listener: &TcpListener) -> io::Result<()> {
     Ok(())
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use std::net::TcpStream;
+    use std::time::Duration;
+
+    #[test]
+    fn a_shut_door_keeps_newcomers_out_and_whoever_is_in() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let address = listener.local_addr().unwrap();
+            let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
+            let _early = connect().unwrap();
+            shut_door(&listener).unwrap();
+            let error = connect().unwrap_err();
+            assert_eq!(
+                error.kind(),
+                io::ErrorKind::TimedOut,
+                "not refused: ignored"
+            );
+            listener.accept().unwrap();
+            open_door(&listener).unwrap();
+            connect().unwrap();
+        }
+    }
+}

@@ -28,6 +28,7 @@ crate::scenarios! {
     no_client_in_the_backlog_is_lost
     no_client_of_the_second_listener_is_lost
     a_backlog_of_several_batches_is_not_lost
+    a_slow_callback_does_not_shorten_the_time_for_handshakes
     a_listener_that_was_asked_for_too_late_is_not_left_behind
     last_words_after_the_last_connection
     last_words_of_a_worker_whose_callbacks_own_its_listener
@@ -447,6 +448,29 @@ fn a_backlog_of_several_batches_is_not_lost() {
         },
     );
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
+}
+
+fn a_slow_callback_does_not_shorten_the_time_for_handshakes() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                let work = move || talk(address, b"").unwrap();
+                in_background(master, work, move |master, _| {
+                    std::thread::sleep(Duration::from_millis(200));
+                    let began = Instant::now();
+                    master.disconnect(move |_| {
+                        let open = began.elapsed() >= Duration::from_millis(100);
+                        log.add(open.to_string());
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| serve_id(&worker, "127.0.0.1:0"),
+    );
+    assert_eq!(entries.take(), ["true"]);
 }
 
 /// The worker is cut off while its request to listen waits to be read.
