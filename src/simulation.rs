@@ -58,6 +58,27 @@ struct Process {
     worker_end: bool,
 }
 
+impl Process {
+    fn new() -> Self {
+        Self {
+            core: WorkerCore::new(),
+            alive: true,
+            status: None,
+            polite: true,
+            liar: false,
+            listeners: Vec::new(),
+            shared: BTreeMap::new(),
+            held: Vec::new(),
+            accepting: None,
+            to_master: Wire::new(),
+            to_worker: Wire::new(),
+            master_end: true,
+            shut: false,
+            worker_end: true,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Port {
     backlog: VecDeque<Client>,
@@ -140,22 +161,8 @@ impl World {
         let announced = self.master.next_worker_id();
         let id = self.master.forked();
         assert_eq!(announced, id);
-        let process = Process {
-            core: WorkerCore::new(),
-            alive: true,
-            status: None,
-            polite: self.rng.u8(0..8) > 0,
-            liar: false,
-            listeners: Vec::new(),
-            shared: BTreeMap::new(),
-            held: Vec::new(),
-            accepting: None,
-            to_master: Wire::new(),
-            to_worker: Wire::new(),
-            master_end: true,
-            shut: false,
-            worker_end: true,
-        };
+        let mut process = Process::new();
+        process.polite = self.rng.u8(0..8) > 0;
         self.processes.insert(id, process);
         self.seen.insert(id, Seen::default());
         self.act_for_worker(id);
@@ -767,6 +774,124 @@ fn a_million_steps() {
     // The schedules are worth something only if they reach all of it.
     println!("{total:?}");
     assert!(!all || total.taken > 10_000 && total.closed_by_peer > 20 && total.dropped > 500);
+}
+
+impl World {
+    /// One step of a program that serves until its listener ends, and then ends itself.
+    fn serve(&mut self, worker: WorkerId) {
+        let process = self.processes.get_mut(&worker).expect("known");
+        let Some(&listener) = process.listeners.first() else {
+            let listener = process.core.listen(address(0));
+            process.listeners.push(listener);
+            return self.act_for_worker(worker);
+        };
+        if process.held.pop().is_some() {
+            process.core.connection_closed();
+        } else if process.core.has_ended(listener) {
+            return self.die(worker, ExitStatus::from_raw(0));
+        } else if process.core.listen_result(listener) != Listen::Pending {
+            if worker.get() % 2 == 0 {
+                process.core.serve(listener);
+            } else {
+                process.accepting = Some(listener);
+            }
+        }
+        self.act_for_worker(worker);
+    }
+
+    /// One step of a world in which everybody does what he should, but workers may die as long as
+    /// one of them lives.
+    fn friendly_step(&mut self, deaths: bool) {
+        match self.rng.u8(0..60) {
+            0..=19 => {
+                if let Some(worker) = self.some_process(|p| p.alive && !p.to_worker.is_empty()) {
+                    self.worker_reads(worker);
+                }
+            }
+            20..=34 => {
+                if let Some(worker) = self.some_process(|p| !p.to_master.is_empty()) {
+                    self.master_reads(worker);
+                }
+            }
+            35..=49 => {
+                if let Some(worker) = self.some_process(|p| p.alive) {
+                    self.serve(worker);
+                }
+            }
+            50..=53 => {
+                let ready = self
+                    .ports
+                    .iter()
+                    .filter(|(_, p)| p.watched && !p.backlog.is_empty());
+                let ready: Vec<_> = ready.map(|(id, _)| *id).collect();
+                if let Some(handle) = self.pick(&ready) {
+                    self.master.readable(handle);
+                }
+            }
+            54..=56 => {
+                self.now += Duration::from_millis(self.rng.u64(0..20));
+                self.master.tick(self.now);
+            }
+            57 => self.notice_eof(),
+            58 => self.notice_exit(),
+            _ => {
+                let alive = self.processes.values().filter(|p| p.alive).count();
+                if deaths && alive > 1 && self.rng.u8(0..4) == 0 {
+                    if let Some(worker) = self.some_process(|p| p.alive) {
+                        self.die(worker, ExitStatus::from_raw(9));
+                    }
+                }
+            }
+        }
+        // Nobody reacts to events here: whoever is gone is not replaced.
+        while let Some(action) = self.master.next_action() {
+            self.act(action);
+        }
+        while self.master.next_event().is_some() {
+            while let Some(action) = self.master.next_action() {
+                self.act(action);
+            }
+        }
+        self.check(false);
+    }
+}
+
+/// Everybody is told to leave while clients wait, and workers die: all clients are served.
+#[test]
+fn stopping_loses_nobody() {
+    for seed in 0..500 {
+        let mut world = World::new(seed);
+        world.policy = SchedulingPolicy::RoundRobin;
+        world.master = MasterCore::new(SchedulingPolicy::RoundRobin);
+        for _ in 0..3 {
+            world.master.forked();
+            let id = world.master.worker_ids().last().expect("forked");
+            world.processes.insert(id, Process::new());
+            world.seen.insert(id, Seen::default());
+            world.act_for_worker(id);
+        }
+        while world.master.worker_ids().count() == 3 && world.ports.is_empty() {
+            world.friendly_step(false);
+        }
+        for _ in 0..world.rng.u32(0..300) {
+            if world.rng.u8(0..8) == 0 {
+                world.clients += 1;
+                let client = world.clients;
+                world.port(HandleId(1)).backlog.push_back(client);
+            }
+            world.friendly_step(false);
+        }
+        world.master.disconnect_all(true);
+        let mut steps = 0;
+        while world.master.has_workers() {
+            world.friendly_step(true);
+            steps += 1;
+            assert!(steps < 100_000, "seed {seed}: it never ends");
+        }
+        let ledger = world.master.ledger();
+        assert_eq!(ledger.dropped, 0, "seed {seed}: {ledger:?}");
+        assert_eq!(world.served.len(), world.clients as usize, "seed {seed}");
+    }
 }
 
 /// Four well-behaved workers, clients one after the other: everybody serves the same number.

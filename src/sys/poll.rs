@@ -12,9 +12,6 @@ use polling::{Event, Events, PollMode};
 /// How many events one wait returns at most; the rest come with the next one.
 const EVENTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
-/// The longest single wait: beyond what the system can take, a timer is waited for in pieces.
-const LONGEST_WAIT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-
 /// What a watched descriptor is waited for.
 ///
 /// See [`Worker::watch`](crate::Worker::watch) for an example.
@@ -88,7 +85,6 @@ impl Poller {
     /// Waits until something is ready or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
         let mut events = Events::with_capacity(EVENTS);
-        let timeout = timeout.map(|timeout| timeout.min(LONGEST_WAIT));
         self.0.wait(&mut events, timeout)?;
         let ready = events.iter().map(|event| Ready {
             key: event.key,
