@@ -829,7 +829,7 @@ impl World {
                 }
             }
             54..=56 => {
-                self.now += Duration::from_millis(self.rng.u64(0..20));
+                self.now += Duration::from_millis(self.rng.u64(0..150));
                 self.master.tick(self.now);
             }
             57 => self.notice_eof(),
