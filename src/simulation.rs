@@ -856,7 +856,8 @@ impl World {
     }
 }
 
-/// Everybody is told to leave while clients wait, and workers die: all clients are served.
+/// Everybody is told to leave while clients wait, and in half of the worlds workers die: all
+/// clients are served.
 #[test]
 fn stopping_loses_nobody() {
     for seed in 0..500 {
@@ -884,7 +885,7 @@ fn stopping_loses_nobody() {
         world.master.disconnect_all(true);
         let mut steps = 0;
         while world.master.has_workers() {
-            world.friendly_step(true);
+            world.friendly_step(seed % 2 == 0);
             steps += 1;
             assert!(steps < 100_000, "seed {seed}: it never ends");
         }
