@@ -37,7 +37,9 @@ fn options() -> Result<(String, String), lexopt::Error> {
 fn host(master: &Master, status: &str) -> Outcome {
     let status = TcpListener::bind(status)?;
     status.set_nonblocking(true)?;
-    println!("status on {}", status.local_addr()?);
+    let own = status.local_addr()?;
+    println!("status on {own}");
+    println!("try: nc {} {}", own.ip(), own.port());
     master.on_listening(|_, worker, address| {
         println!("worker {} listening on {address}", worker.id());
     });
