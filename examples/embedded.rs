@@ -39,7 +39,7 @@ fn host(master: &Master, status: &str) -> Outcome {
     status.set_nonblocking(true)?;
     let own = status.local_addr()?;
     println!("status on {own}");
-    println!("try: nc {} {}", own.ip(), own.port());
+    eprintln!("try: nc {} {}", own.ip(), own.port());
     master.on_listening(|_, worker, address| {
         println!("worker {} listening on {address}", worker.id());
     });

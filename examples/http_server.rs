@@ -57,7 +57,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         let mut seen = seen.borrow_mut();
         if seen.insert(worker.id()) && seen.len() == wanted {
             println!("listening on {address}");
-            println!("try: curl -i http://{address}/");
+            eprintln!("try: curl -i http://{address}/");
         }
     });
     let failure = Rc::clone(&failed);
