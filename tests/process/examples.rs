@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
@@ -22,6 +24,7 @@ pub fn trials() -> Vec<Trial> {
         "http_server_stops_under_load_without_a_failure",
         stops_under_load,
     ));
+    trials.extend(for_both("http_server_under_fire", under_fire));
     trials.extend([
         Trial::test("http_server_gives_up_on_an_address_in_use", gives_up),
         Trial::test("http_server_explains_its_options", explains),
@@ -106,6 +109,17 @@ fn replaces(policy: &str) -> Result<(), Failed> {
     stop(&server, Signal::SIGTERM)
 }
 
+/// Asks until a certain worker answers. Until then others do.
+fn await_answer(address: SocketAddr, worker: usize) {
+    wait_until("its answer", || {
+        let answer = talk(address, REQUEST).unwrap();
+        assert!(answer.ends_with("hello world\n"), "{answer:?}");
+        answer
+            .contains(&format!("X-Worker: {worker}\r"))
+            .then_some(())
+    });
+}
+
 /// What became of one request. A connection that the server refused was never made.
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
@@ -156,6 +170,47 @@ fn stops_under_load(policy: &str) -> Result<(), Failed> {
     }
     assert!(answered > 100, "only {answered} requests: that is no load");
     Ok(())
+}
+
+/// Workers die under load, one after the other. A blocking worker holds one connection: no death
+/// costs more than one answer.
+fn under_fire(policy: &str) -> Result<(), Failed> {
+    const DEATHS: usize = 20;
+    let (server, address) = start_server(policy, "4");
+    let over = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..8)
+        .map(|_| {
+            let over = Arc::clone(&over);
+            std::thread::spawn(move || {
+                let mut outcomes = Vec::new();
+                while !over.load(Ordering::SeqCst) {
+                    outcomes.push(request(address));
+                }
+                outcomes
+            })
+        })
+        .collect();
+    for id in 1..=DEATHS {
+        let victim = server.line(&format!("worker {id} ")).parse()?;
+        kill(Pid::from_raw(victim), Signal::SIGKILL)?;
+        // The next one dies when this one's place is taken: somebody always listens.
+        await_answer(address, id + 4);
+    }
+    over.store(true, Ordering::SeqCst);
+    let (mut answered, mut failed) = (0, 0);
+    for outcome in clients
+        .into_iter()
+        .flat_map(|client| client.join().unwrap())
+    {
+        match outcome {
+            Outcome::Answered => answered += 1,
+            Outcome::Failed(_) => failed += 1,
+            Outcome::Refused => return Err("refused".into()),
+        }
+    }
+    assert!(failed <= DEATHS, "{failed} failures by {DEATHS} deaths");
+    assert!(answered > 100, "only {answered} requests: that is no load");
+    stop(&server, Signal::SIGTERM)
 }
 
 fn gives_up() -> Result<(), Failed> {
