@@ -80,6 +80,9 @@ pub(crate) enum With<C> {
     Listener(HandleId),
 }
 
+/// How many errors are told of a worker whose channel is closed.
+const LATE_ERRORS: u32 = 16;
+
 #[derive(Debug)]
 struct WorkerEntry {
     /// As far as the program has been told.
@@ -88,6 +91,8 @@ struct WorkerEntry {
     connected: bool,
     /// What it has written is still read, but it gets nothing more.
     deaf: bool,
+    /// Errors since its channel closed.
+    late_errors: u32,
     leaving: bool,
     exited_after_disconnect: Option<bool>,
     /// Sent when the channel is closed.
@@ -264,6 +269,7 @@ impl<C: Clone> MasterCore<C> {
             online: false,
             connected: true,
             deaf: false,
+            late_errors: 0,
             leaving: false,
             exited_after_disconnect: None,
             kill_signal: None,
@@ -322,7 +328,16 @@ impl<C: Clone> MasterCore<C> {
     /// Reports an error to the worker's and the cluster's callbacks.
     pub(crate) fn error(&mut self, worker: Option<WorkerId>, error: Error) {
         let event = Event::Error(Rc::new(error));
-        // The last event of a worker is its exit, which may be waiting to be delivered.
+        // The last event of a worker is its exit, which may be waiting to be delivered. It does not
+        // wait for ever: whoever causes an error in his callback for errors has the result anyway.
+        if let Some(worker) = worker {
+            match self.workers.get_mut(&worker) {
+                Some(entry) if entry.late_errors < LATE_ERRORS => {
+                    entry.late_errors += u32::from(!entry.connected);
+                }
+                _ => return,
+            }
+        }
         let is_exit = |emit: &Emit| {
             worker.is_some() && emit.worker == worker && matches!(emit.event, Event::Exit(_))
         };

@@ -461,7 +461,11 @@ impl Worker {
         self.inner.shell.read_by_poller(true)?;
         self.inner.shell.core.borrow_mut().wait_for_events();
         self.inner.shell.act();
-        self.turn(timeout)
+        self.turn(timeout)?;
+        // The request to leave may have come just now, and nothing else may come any more.
+        self.inner.shell.core.borrow_mut().close_unserved();
+        self.inner.shell.act();
+        Ok(())
     }
 
     /// Returns how long the program may wait before it calls [`dispatch`](Self::dispatch) although
@@ -557,12 +561,18 @@ impl Worker {
                     shell.report(error);
                     // It stays readable: without a rest it would keep the loop.
                     shell.watch(listener, false);
-                    let watch = move |worker: &Self| worker.inner.shell.watch(listener, true);
-                    self.inner.home.set_timeout(ACCEPT_RETRY, watch);
+                    let again = move |worker: &Self| {
+                        worker.inner.shell.watch(listener, true);
+                        // One that is ending may have nothing more that could make it readable.
+                        worker.accept_shared(listener);
+                    };
+                    self.inner.home.set_timeout(ACCEPT_RETRY, again);
                     return;
                 }
             }
         }
+        // Nor may one whose batch was just full.
+        shell.core.borrow_mut().accept_rest(listener);
     }
 
     /// Waits for the next connection of a listener without a callback.

@@ -313,7 +313,7 @@ impl<C> WorkerCore<C> {
         };
         entry.served = true;
         let arrived = std::mem::take(&mut entry.arrived);
-        entry.delivering = !arrived.is_empty();
+        entry.delivering |= !arrived.is_empty();
         let arrived = arrived.into_iter().map(|c| Event::Connection(listener, c));
         self.events.extend(arrived);
         let credits = entry.room();
@@ -352,6 +352,11 @@ impl<C> WorkerCore<C> {
         self.most = Some(self.most.map_or(held, |most| most.min(held)));
     }
 
+    /// There are plenty of descriptors again.
+    pub(crate) fn has_room(&mut self) {
+        self.most = None;
+    }
+
     /// How many more connections callbacks may be given.
     fn spare(&self) -> u32 {
         let Some(most) = self.most else {
@@ -373,6 +378,7 @@ impl<C> WorkerCore<C> {
             (Stage::Asked, _) => entry.stage = Stage::Abandoned,
             (_, Some(handle)) => {
                 entry.stage = Stage::Closed;
+                entry.credits = 0;
                 let key = entry.key.clone();
                 let pending = std::mem::take(&mut entry.pending);
                 for (number, _) in pending {
@@ -398,11 +404,18 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    /// The program waits for events in general. If the worker leaves, a listener that has no
-    /// callback is not going to be served, and the channel closes when there is nothing left to
-    /// wait for. Not before: a program that blocks may have something to say after its last
-    /// connection.
+    /// The program waits for events in general. If the worker leaves, the channel closes when there
+    /// is nothing left to wait for. Not before: a program that blocks may have something to say
+    /// after its last connection.
     pub(crate) fn wait_for_events(&mut self) {
+        self.close_unserved();
+        if self.is_done() {
+            self.close_channel();
+        }
+    }
+
+    /// Closes the listeners that nobody is going to serve, if the worker leaves.
+    pub(crate) fn close_unserved(&mut self) {
         if self.told {
             let unserved =
                 |(_, entry): &(&ListenerId, &Entry<C>)| !entry.served && entry.handle().is_some();
@@ -415,9 +428,6 @@ impl<C> WorkerCore<C> {
             for listener in unserved {
                 self.close(listener);
             }
-        }
-        if self.is_done() {
-            self.close_channel();
         }
     }
 
@@ -564,11 +574,16 @@ impl<C> WorkerCore<C> {
 
     fn grant(&mut self, listener: ListenerId, credits: u32) {
         let spare = self.spare();
+        // An idle listener must not keep another one from serving at all.
+        let idle = self.open == 0 && self.unconfirmed.is_empty();
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
         let credits = match entry.stage {
-            Stage::Open(_) if entry.served => credits.min(spare),
+            Stage::Open(_) if entry.served => {
+                let nothing = idle && entry.credits == 0 && entry.pending.is_empty();
+                credits.min(spare.max(u32::from(nothing)))
+            }
             Stage::Open(_) => credits,
             Stage::Asked
             | Stage::Abandoned
@@ -628,7 +643,8 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    fn accept_rest(&mut self, listener: ListenerId) {
+    /// Lets the callback of a shared listener that is ending have what is left.
+    pub(crate) fn accept_rest(&mut self, listener: ListenerId) {
         let shared = |entry: &Entry<C>| entry.served && entry.policy == SchedulingPolicy::Shared;
         if self.is_ending(listener) && self.listeners.get(&listener).is_some_and(shared) {
             self.events.push_back(Event::AcceptRest(listener));

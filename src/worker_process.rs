@@ -268,7 +268,7 @@ impl WorkerProcess {
     ///
     /// [`Error::Send`] with [`SendError::ChannelClosed`], [`SendError::TooLong`], or
     /// [`SendError::QueueFull`] when 8 MiB wait already. The same error then comes as an `error`
-    /// event.
+    /// event, until the worker's `exit` and at most 16 times once its channel is closed.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

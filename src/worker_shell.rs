@@ -248,8 +248,11 @@ impl WorkerShell {
                 let number = fd
                     .as_ref()
                     .and_then(|fd| u64::try_from(fd.as_raw_fd()).ok());
-                if number.is_some_and(|number| number + SPARE_FDS > self.fd_limit.get()) {
-                    core.is_full();
+                let limit = self.fd_limit.get();
+                match number {
+                    Some(number) if number + SPARE_FDS > limit => core.is_full(),
+                    Some(number) if number + 2 * SPARE_FDS <= limit => core.has_room(),
+                    _ => {}
                 }
                 core.frame(frame, fd, None)?;
             }
