@@ -667,3 +667,76 @@ impl<C> WorkerCore<C> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Bound;
+
+    fn listener(core: &mut WorkerCore<u32>, handle: u32) -> ListenerId {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listener = core.listen(address);
+        let result = Ok(Bound {
+            handle: HandleId(handle),
+            policy: SchedulingPolicy::RoundRobin,
+            address,
+        });
+        let reply = ToWorker::Reply {
+            request: listener.0,
+            result,
+        };
+        core.frame(reply, None, None).unwrap();
+        core.serve(listener);
+        listener
+    }
+
+    /// Plays the program and the master's part for the second of two listeners. Returns how many
+    /// connections it is ready for after each.
+    fn serve(core: &mut WorkerCore<u32>, number: u64) -> u32 {
+        let handle = HandleId(2);
+        let frame = ToWorker::Connection { handle, number };
+        core.frame(frame, Some(0), None).unwrap();
+        core.confirmed();
+        while let Some(event) = core.next_event() {
+            if let Event::Connection(listener, _) = event {
+                core.delivered(listener);
+                core.connection_closed();
+            }
+        }
+        core.listeners[&ListenerId(2)].credits
+    }
+
+    #[test]
+    fn an_idle_listener_does_not_starve_another_when_descriptors_run_out() {
+        let mut core = WorkerCore::new();
+        listener(&mut core, 1);
+        listener(&mut core, 2);
+        core.is_full();
+        for number in 1..100 {
+            assert!(serve(&mut core, number) > 0, "after {number}");
+        }
+        core.has_room();
+        assert_eq!(serve(&mut core, 100), CALLBACK_WINDOW);
+    }
+
+    #[test]
+    fn a_callback_gets_one_connection_at_a_time() {
+        let mut core = WorkerCore::new();
+        let listener = listener(&mut core, 1);
+        let handle = HandleId(1);
+        for number in 1..=3 {
+            let frame = ToWorker::Connection { handle, number };
+            core.frame(frame, Some(0), None).unwrap();
+        }
+        core.confirmed();
+        assert!(matches!(core.next_event(), Some(Event::Connection(..))));
+        // Whatever happens inside the callback, the second is not taken before it returns.
+        core.serve(listener);
+        core.confirmed();
+        assert!(core.next_event().is_none());
+        core.close(listener);
+        let refused = std::iter::from_fn(|| core.next_action());
+        let refused = refused.filter(|a| matches!(a, Action::Send(ToMaster::Refused { .. })));
+        assert_eq!(refused.count(), 2);
+    }
+}

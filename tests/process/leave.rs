@@ -28,6 +28,7 @@ crate::scenarios! {
     no_client_in_the_backlog_is_lost
     no_client_of_the_second_listener_is_lost
     a_backlog_of_several_batches_is_not_lost
+    a_shared_backlog_of_full_batches_ends
     a_slow_callback_does_not_shorten_the_time_for_handshakes
     a_listener_that_was_asked_for_too_late_is_not_left_behind
     last_words_after_the_last_connection
@@ -448,6 +449,58 @@ fn a_backlog_of_several_batches_is_not_lost() {
         },
     );
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
+}
+
+/// The last connections fill a batch exactly: nothing tells the worker that there are no more.
+fn a_shared_backlog_of_full_batches_ends() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let policy = cluster::SchedulingPolicy::Shared;
+            master.set_scheduling_policy(policy).unwrap();
+            when_listening(master, 1, move |master, address| {
+                let worker = master.workers().remove(0);
+                let stat = format!("/proc/{}/stat", worker.process().id());
+                let until = |state| {
+                    wait_until(state, || {
+                        let stat = std::fs::read_to_string(&stat).unwrap();
+                        stat.contains(state).then_some(())
+                    });
+                };
+                until(") S ");
+                worker.process().kill(Signal::STOP);
+                until(") T ");
+                let connect = |_| TcpStream::connect(address).unwrap();
+                let clients: Vec<_> = (0..32).map(connect).collect();
+                master.disconnect(|_| {});
+                // When it wakes it finds the request to leave, the end and all of them.
+                master.set_timeout(Duration::from_millis(150), move |_| {
+                    worker.process().kill(Signal::CONT);
+                });
+                let work = move || {
+                    let answers = clients.into_iter().map(|mut client| {
+                        let mut answer = String::new();
+                        client.read_to_string(&mut answer).unwrap();
+                        usize::from(answer == "served")
+                    });
+                    answers.sum::<usize>()
+                };
+                in_background(master, work, move |_, answered| {
+                    log.add(answered.to_string())
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, mut connection| {
+                connection.write_all(b"served").unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["32"]);
 }
 
 fn a_slow_callback_does_not_shorten_the_time_for_handshakes() {

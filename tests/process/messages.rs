@@ -21,6 +21,7 @@ crate::scenarios! {
     a_worker_that_does_not_read_is_felt_by_the_sender
     sending_to_a_dead_worker_is_an_error_and_an_event
     an_error_in_the_callback_for_errors_does_not_keep_the_loop
+    an_error_in_the_callback_for_errors_does_not_keep_the_exit
     both_sides_may_send_a_lot_at_once
 }
 
@@ -287,25 +288,38 @@ fn an_error_in_the_callback_for_errors_does_not_keep_the_loop() {
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            let stop = Rc::new(Cell::new(false));
-            let stopped = Rc::clone(&stop);
-            worker.on_disconnect(|_, worker| drop(worker.send(b"x").unwrap_err()));
-            worker.on_error(move |_, worker, _| {
-                if !stopped.get() {
-                    drop(worker.send(b"x").unwrap_err());
-                }
+            // Each error causes another one, as long as the worker lives and does not read.
+            worker.on_error(|_, worker, _| {
+                let _ = worker.send(&[0; 64 << 10]);
             });
-            worker.on_disconnect(move |master, _| {
-                let (log, stop) = (log.clone(), Rc::clone(&stop));
+            worker.on_online(move |master, worker| {
+                worker.process().kill(Signal::STOP);
+                while worker.send(&[0; 64 << 10]).is_ok() {}
+                let (worker, log) = (worker.clone(), log.clone());
                 master.set_timeout(std::time::Duration::from_millis(1), move |_| {
                     log.add("the timer came");
-                    stop.set(true);
+                    worker.process().kill(Signal::KILL);
                 });
             });
         },
-        |_| {},
+        |worker| worker.run().unwrap(),
     );
     assert_eq!(entries.take(), ["the timer came"]);
+}
+
+fn an_error_in_the_callback_for_errors_does_not_keep_the_exit() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_disconnect(|_, worker| drop(worker.send(b"x").unwrap_err()));
+            worker.on_error(|_, worker, _| drop(worker.send(b"x").unwrap_err()));
+            worker.on_exit(move |_, _, _| log.add("exit"));
+        },
+        |_| {},
+    );
+    assert_eq!(entries.take(), ["exit"]);
 }
 
 fn both_sides_may_send_a_lot_at_once() {
