@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Interest, Master, Role, Worker};
+use cluster::{Interest, Master, Role, Worker, WorkerProcess};
 use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -286,6 +286,26 @@ pub fn serve_id(worker: &Worker, address: &str) {
         let id = worker.id().to_string();
         let _ = connection.unwrap().write_all(id.as_bytes());
     }
+}
+
+fn wait_for_state(worker: &WorkerProcess, state: &str) {
+    let stat = format!("/proc/{}/stat", worker.process().id());
+    wait_until(state, || {
+        let stat = std::fs::read_to_string(&stat).unwrap();
+        stat.contains(state).then_some(())
+    });
+}
+
+/// Waits until a worker sleeps.
+pub fn rest(worker: &WorkerProcess) {
+    wait_for_state(worker, ") S ");
+}
+
+/// Stops a worker that has come to rest, and waits until it has stopped.
+pub fn stop(worker: &WorkerProcess) {
+    rest(worker);
+    worker.process().kill(cluster::Signal::STOP);
+    wait_for_state(worker, ") T ");
 }
 
 /// What happened, in order.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, is_alive, serve_id, talk, wait_until, when_listening,
+    Log, cluster, in_background, is_alive, rest, serve_id, stop, talk, wait_until, when_listening,
 };
 
 crate::scenarios! {
@@ -461,16 +461,7 @@ fn a_shared_backlog_of_full_batches_ends() {
             master.set_scheduling_policy(policy).unwrap();
             when_listening(master, 1, move |master, address| {
                 let worker = master.workers().remove(0);
-                let stat = format!("/proc/{}/stat", worker.process().id());
-                let until = |state| {
-                    wait_until(state, || {
-                        let stat = std::fs::read_to_string(&stat).unwrap();
-                        stat.contains(state).then_some(())
-                    });
-                };
-                until(") S ");
-                worker.process().kill(Signal::STOP);
-                until(") T ");
+                stop(&worker);
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..32).map(connect).collect();
                 master.disconnect(|_| {});
@@ -539,11 +530,8 @@ fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
                 .fork_with([("ADDRESS", address.to_string())])
                 .unwrap();
             worker.on_online(|_, worker| {
-                let stat = format!("/proc/{}/stat", worker.process().id());
-                wait_until("its request", || {
-                    let stat = std::fs::read_to_string(&stat).unwrap();
-                    stat.contains(") S ").then_some(())
-                });
+                // Its request waits to be read when it waits for the answer.
+                rest(worker);
                 worker.process().disconnect();
             });
             let at_exit = log.clone();

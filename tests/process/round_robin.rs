@@ -10,7 +10,7 @@ use std::time::Duration;
 use cluster::{Interest, Signal};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, serve_id, talk, wait_until, when_all_wait,
+    Log, answer_pings, cluster, in_background, rest, serve_id, stop, talk, when_all_wait,
     when_listening,
 };
 
@@ -369,26 +369,6 @@ fn callback_that_ends(how: &'static str) {
         },
     );
     assert_eq!(entries.take(), ["first second second second second"]);
-}
-
-fn wait_for_state(worker: &cluster::WorkerProcess, state: &str) {
-    let stat = format!("/proc/{}/stat", worker.process().id());
-    wait_until(state, || {
-        let stat = std::fs::read_to_string(&stat).unwrap();
-        stat.contains(state).then_some(())
-    });
-}
-
-/// Waits until a worker sleeps.
-fn rest(worker: &cluster::WorkerProcess) {
-    wait_for_state(worker, ") S ");
-}
-
-/// Stops a worker that has come to rest, and waits until it has stopped.
-fn stop(worker: &cluster::WorkerProcess) {
-    rest(worker);
-    worker.process().kill(Signal::STOP);
-    wait_for_state(worker, ") T ");
 }
 
 /// Reads each answer to its end; in alphabetical order.
