@@ -66,8 +66,9 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
             return;
         }
         eprintln!("worker {} died ({status})", worker.id());
-        // One that never listened would not do better the next time.
-        if !listening.borrow().contains(&worker.id()) || master.fork().is_err() {
+        // One that gave up before it listened would not do better the next time.
+        let gave_up = status.code().is_some() && !listening.borrow().contains(&worker.id());
+        if gave_up || master.fork().is_err() {
             failure.set(true);
             master.disconnect(|_| {});
         }

@@ -11,7 +11,7 @@ use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Group, example, talk, wait_until};
+use crate::harness::{Group, example, reserve_port, talk, wait_until};
 
 pub fn trials() -> Vec<Trial> {
     let for_both = |name: &str, test: fn(&str) -> Result<(), Failed>| {
@@ -27,6 +27,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(for_both("http_server_under_fire", under_fire));
     trials.extend([
         Trial::test("http_server_gives_up_on_an_address_in_use", gives_up),
+        Trial::test("http_server_survives_deaths_at_birth", deaths_at_birth),
         Trial::test("http_server_explains_its_options", explains),
         Trial::test("http_server_is_not_held_by_a_silent_client", silent_client),
         Trial::test("echo_events_echoes_and_counts", echo_events),
@@ -225,6 +226,24 @@ fn gives_up() -> Result<(), Failed> {
         "no endless attempts:\n{output}"
     );
     Ok(())
+}
+
+/// Workers that are killed before they listen are replaced, too.
+fn deaths_at_birth() -> Result<(), Failed> {
+    let (_reserved, address) = reserve_port();
+    let mut command = example("http_server");
+    let addr = address.to_string();
+    let server = Group::start(command.args(["--addr", &addr, "--workers", "2"]))?;
+    for id in 1..=10 {
+        let victim = server.line(&format!("worker {id} ")).parse()?;
+        kill(Pid::from_raw(victim), Signal::SIGKILL)?;
+    }
+    wait_until("an answer", || {
+        talk(address, REQUEST)
+            .ok()
+            .filter(|a| a.ends_with("world\n"))
+    });
+    stop(&server, Signal::SIGTERM)
 }
 
 fn explains() -> Result<(), Failed> {

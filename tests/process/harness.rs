@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -88,10 +89,7 @@ impl Group {
 
     /// What the program has printed so far.
     pub fn output(&self) -> String {
-        let path = format!("/proc/self/fd/{}", {
-            use std::os::fd::AsRawFd as _;
-            self.log.borrow().as_raw_fd()
-        });
+        let path = format!("/proc/self/fd/{}", self.log.borrow().as_raw_fd());
         let mut text = String::new();
         File::open(path).unwrap().read_to_string(&mut text).unwrap();
         text
@@ -347,6 +345,22 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// A port that somebody may listen on and that nobody gets by chance, for as long as the socket
+/// lives: it is bound to the port, and does not listen.
+pub fn reserve_port() -> (OwnedFd, SocketAddr) {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket,
+        sockopt::ReuseAddr,
+    };
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
+    setsockopt(&socket, ReuseAddr, &true).unwrap();
+    let any = SockaddrIn::new(127, 0, 0, 1, 0);
+    bind(socket.as_raw_fd(), &any).unwrap();
+    let bound = getsockname::<SockaddrIn>(socket.as_raw_fd()).unwrap();
+    (socket, SocketAddr::from(([127, 0, 0, 1], bound.port())))
 }
 
 /// Whether the process exists and is not a zombie.

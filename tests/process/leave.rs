@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, is_alive, rest, serve_id, stop, talk, wait_until, when_listening,
+    Log, cluster, in_background, is_alive, reserve_port, rest, serve_id, stop, talk, wait_until,
+    when_listening,
 };
 
 crate::scenarios! {
@@ -521,9 +522,7 @@ fn a_slow_callback_does_not_shorten_the_time_for_handshakes() {
 fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
     let log = Log::default();
     let entries = log.clone();
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap();
-    drop(free);
+    let (_reserved, address) = reserve_port();
     cluster(
         |master| {
             let worker = master
