@@ -61,7 +61,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         }
     });
     let failure = Rc::clone(&failed);
-    master.on_exit(move |master, worker, status| {
+    let replace = master.on_exit(move |master, worker, status| {
         if worker.exited_after_disconnect() == Some(true) {
             return;
         }
@@ -74,7 +74,11 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         }
     });
     for signal in [Signal::INT, Signal::TERM] {
-        master.on_signal(signal, |master, _| master.disconnect(|_| {}))?;
+        master.on_signal(signal, move |master, _| {
+            // Whoever has died at this very moment is not replaced: nobody would stop that one.
+            master.off(replace);
+            master.disconnect(|_| {});
+        })?;
     }
     for _ in 0..options.workers {
         master.fork()?;

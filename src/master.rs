@@ -54,7 +54,7 @@ const LAST_WORDS: u32 = 64;
 ///             for _ in 0..cluster::available_parallelism() {
 ///                 master.fork()?;
 ///             }
-///             master.on_exit(|master, worker, status| {
+///             let replace = master.on_exit(|master, worker, status| {
 ///                 println!("worker {} died ({status})", worker.process().id());
 ///                 // One that could not listen would not do better the next time.
 ///                 let failed = status.code() == Some(1);
@@ -62,7 +62,10 @@ const LAST_WORDS: u32 = 64;
 ///                     let _ = master.fork();
 ///                 }
 ///             });
-///             master.on_signal(Signal::TERM, |master, _| master.disconnect(|_| {}))?;
+///             master.on_signal(Signal::TERM, move |master, _| {
+///                 master.off(replace);
+///                 master.disconnect(|_| {});
+///             })?;
 ///             master.run()
 ///         }
 ///         Role::Worker(worker) => {
@@ -308,7 +311,8 @@ impl Master {
     /// Node: `cluster.disconnect(callback)`. Connections that have been accepted, or wait in the
     /// kernel's queue, are still served. There is no deadline: a worker that never finishes is for
     /// the program to kill. A worker that is forked meanwhile is waited for, too, and nobody tells
-    /// it to leave. The callback is never called inside this call.
+    /// it to leave: a program that replaces dead workers stops doing so first, as the example of
+    /// [`Master`] does. The callback is never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

@@ -639,9 +639,12 @@ fn orphans_leave_within_a_second() {
             });
             assert!(pids.iter().all(|pid| is_alive(*pid)));
             let began = Instant::now();
-            if how == "kill" {
-                master.kill().unwrap();
-            }
+            let signal = match how {
+                "kill" => nix::sys::signal::SIGKILL,
+                _ => nix::sys::signal::SIGTERM,
+            };
+            let pid = i32::try_from(master.id()).unwrap();
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
             master.wait().unwrap();
             wait_until("their end", || {
                 pids.iter().all(|pid| !is_alive(*pid)).then_some(())
@@ -666,10 +669,8 @@ fn orphans_leave_within_a_second() {
             for kind in ["idle", "busy", "looping"] {
                 master.fork_with([("KIND", kind)]).unwrap();
             }
-            if std::env::var(PLAY).as_deref() == Ok("exit") {
-                // Long after it was asked about.
-                master.set_timeout(Duration::from_millis(500), |_| std::process::exit(0));
-            }
+            let exit = |_: &cluster::Master, _| std::process::exit(0);
+            master.on_signal(Signal::TERM, exit).unwrap();
             master.run().unwrap();
         }
         cluster::Role::Worker(worker) => {
