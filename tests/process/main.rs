@@ -9,6 +9,7 @@
     unreachable_pub
 )]
 
+mod conformance;
 mod examples;
 mod faults;
 mod harness;
@@ -33,7 +34,8 @@ fn main() -> ExitCode {
         faults::SCENARIOS,
         running::SCENARIOS,
     ];
-    let mut scenarios = scenarios.into_iter().flatten();
+    let scenarios = scenarios.into_iter().flatten();
+    let mut scenarios = scenarios.chain(conformance::scenarios());
     if let Ok(name) = std::env::var(harness::SCENARIO) {
         let scenario = scenarios.find(|scenario| scenario.name == name);
         (scenario.expect("a known scenario").play)();

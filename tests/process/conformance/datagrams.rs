@@ -1,0 +1,6 @@
+//! UDP sockets that all workers share.
+
+use crate::scenarios;
+
+scenarios! {
+}

@@ -1,0 +1,6 @@
+//! What is told, when, how often and in which order.
+
+use crate::scenarios;
+
+scenarios! {
+}

@@ -1,0 +1,6 @@
+//! What workers listen on.
+
+use crate::scenarios;
+
+scenarios! {
+}

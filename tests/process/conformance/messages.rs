@@ -1,0 +1,6 @@
+//! Messages, and descriptors that travel with them.
+
+use crate::scenarios;
+
+scenarios! {
+}

@@ -1,0 +1,24 @@
+//! The scenarios of Node's own test suite, retold with real processes. Each is named after its
+//! file there, and `tests/CONFORMANCE.md` says what became of every one.
+
+mod datagrams;
+mod events;
+mod leaving;
+mod listening;
+mod messages;
+mod settings;
+
+use crate::harness::Scenario;
+
+/// All of them.
+pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
+    let scenarios = [
+        datagrams::SCENARIOS,
+        events::SCENARIOS,
+        leaving::SCENARIOS,
+        listening::SCENARIOS,
+        messages::SCENARIOS,
+        settings::SCENARIOS,
+    ];
+    scenarios.into_iter().flatten()
+}

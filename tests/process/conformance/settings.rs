@@ -1,0 +1,6 @@
+//! What workers are made of.
+
+use crate::scenarios;
+
+scenarios! {
+}
