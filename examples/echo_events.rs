@@ -53,7 +53,7 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     master.on_listening(move |_, _, address| {
         if first.replace(false) {
             println!("listening on {address}");
-            eprintln!("try: nc {} {}", address.address, address.port);
+            eprintln!("try: nc {}", address.to_string().replace(':', " "));
         }
     });
     for signal in [Signal::INT, Signal::TERM] {

@@ -23,21 +23,35 @@ impl CallbackId {
 /// A closure that can be called while the list it is in changes.
 pub(crate) type Shared<F> = Rc<RefCell<F>>;
 
+struct Entry<F: ?Sized> {
+    id: CallbackId,
+    once: bool,
+    callback: Shared<F>,
+}
+
 /// The callbacks of one event, in the order in which they were added.
-pub(crate) struct Callbacks<F: ?Sized>(RefCell<Vec<(CallbackId, Shared<F>)>>);
+pub(crate) struct Callbacks<F: ?Sized>(RefCell<Vec<Entry<F>>>);
 
 impl<F: ?Sized> Callbacks<F> {
     pub(crate) fn add(&self, callback: Shared<F>) -> CallbackId {
         let id = CallbackId::next();
-        self.0.borrow_mut().push((id, callback));
+        let once = false;
+        self.0.borrow_mut().push(Entry { id, once, callback });
         id
+    }
+
+    /// Its next call is its last.
+    pub(crate) fn once(&self, id: CallbackId) {
+        for entry in self.0.borrow_mut().iter_mut() {
+            entry.once |= entry.id == id;
+        }
     }
 
     pub(crate) fn remove(&self, id: CallbackId) {
         // Dropped after the borrow: what a closure owns may call back in its own `Drop`.
         let removed: Vec<_> = {
             let mut list = self.0.borrow_mut();
-            let (removed, kept) = list.drain(..).partition(|(other, _)| *other == id);
+            let (removed, kept) = list.drain(..).partition(|entry| entry.id == id);
             *list = kept;
             removed
         };
@@ -51,15 +65,23 @@ impl<F: ?Sized> Callbacks<F> {
     /// Calls each closure that was there at the beginning and is still there at its turn. One that
     /// is being called already is left out: it has called what led here.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
-        let snapshot: Vec<_> = self
-            .0
-            .borrow()
+        let entries = self.0.borrow();
+        let snapshot = entries
             .iter()
-            .map(|(id, f)| (*id, Rc::clone(f)))
-            .collect();
+            .map(|entry| (entry.id, Rc::clone(&entry.callback)));
+        let snapshot: Vec<_> = snapshot.collect();
+        drop(entries);
         for (id, callback) in snapshot {
-            let registered = self.0.borrow().iter().any(|(other, _)| *other == id);
-            if registered {
+            let entries = self.0.borrow();
+            let once = entries
+                .iter()
+                .find(|entry| entry.id == id)
+                .map(|entry| entry.once);
+            drop(entries);
+            if once == Some(true) {
+                self.remove(id);
+            }
+            if once.is_some() {
                 if let Ok(mut callback) = callback.try_borrow_mut() {
                     call(&mut callback);
                 }
@@ -112,6 +134,22 @@ mod tests {
         );
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["first", "third"]);
+    }
+
+    #[test]
+    fn once_is_once_also_inside_itself() {
+        let (list, log) = (List::default(), Log::default());
+        let inner = Rc::clone(&list);
+        let id = add(&list, move |log| {
+            log.borrow_mut().push("once");
+            inner.each(|f| f(log));
+        });
+        add(&list, |log| log.borrow_mut().push("always"));
+        list.once(id);
+        list.each(|f| f(&log));
+        assert_eq!(log.take(), ["once", "always", "always"]);
+        list.each(|f| f(&log));
+        assert_eq!(log.take(), ["always"]);
     }
 
     #[test]

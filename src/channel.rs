@@ -7,6 +7,7 @@
 //! And they arrive no later than the first byte of the frame they belong to, in order, so that the
 //! reader keeps a queue of them and each frame takes as many as its header says.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::marker::PhantomData;
@@ -33,6 +34,21 @@ const WRITE_SIZE: usize = 64 << 10;
 pub(crate) const READ_SIZE: usize = 64 << 10;
 /// Descriptors that arrived ahead of their frames. Two calls of an honest peer can be under way.
 const MAX_EARLY_FDS: usize = 2 * MAX_FDS_PER_CALL;
+
+/// Names a message of the program's until it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ReceiptId(u64);
+
+impl ReceiptId {
+    /// Returns one that this process has not used before.
+    pub(crate) fn next() -> Self {
+        thread_local! {
+            static LAST: Cell<u64> = const { Cell::new(0) };
+        }
+        LAST.set(LAST.get() + 1);
+        Self(LAST.get())
+    }
+}
 
 /// Turns pieces into frames.
 #[derive(Debug, Default)]
@@ -88,6 +104,8 @@ struct Outbox {
     written: u64,
     /// Each descriptor with the place of its frame's first byte, counted like `written`.
     fds: VecDeque<(u64, Rc<OwnedFd>)>,
+    /// Each message of which the program wants to hear, with the place of its last byte.
+    receipts: VecDeque<(u64, ReceiptId)>,
 }
 
 impl Outbox {
@@ -124,8 +142,27 @@ impl Outbox {
         }
     }
 
+    /// What has been pushed last is the message of this receipt.
+    fn want_receipt(&mut self, receipt: ReceiptId) {
+        let end = self.written + self.bytes.len() as u64;
+        self.receipts.push_back((end, receipt));
+    }
+
+    /// The messages that have been written since the last call.
+    fn take_receipts(&mut self) -> Vec<ReceiptId> {
+        let done = self
+            .receipts
+            .partition_point(|(end, _)| *end <= self.written);
+        self.receipts
+            .drain(..done)
+            .map(|(_, receipt)| receipt)
+            .collect()
+    }
+
+    /// Forgets what waits, but for the receipts, which the program still wants.
     fn clear(&mut self) {
-        *self = Self::default();
+        self.bytes = VecDeque::new();
+        self.fds.clear();
     }
 }
 
@@ -181,6 +218,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.bytes.is_empty() && !self.broken
     }
 
+    /// Whether something waits to be written, and can be.
+    pub(crate) fn is_writing(&self) -> bool {
+        !self.outbox.bytes.is_empty() && !self.broken
+    }
+
     /// Queues a frame of the crate's own.
     pub(crate) fn queue(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<OwnedFd>>) {
         if !self.broken && !self.closing {
@@ -197,6 +239,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         message: &Out,
         length: usize,
         fds: Vec<OwnedFd>,
+        receipt: Option<ReceiptId>,
     ) -> Result<(), SendError> {
         if self.broken || self.closing {
             return Err(SendError::ChannelClosed);
@@ -211,7 +254,21 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             return Err(SendError::QueueFull);
         }
         self.queue(message, fds.into_iter().map(Rc::new));
+        if let Some(receipt) = receipt {
+            self.outbox.want_receipt(receipt);
+        }
         Ok(())
+    }
+
+    /// The messages of which it is known now whether they have been written, and whether they have.
+    pub(crate) fn take_receipts(&mut self) -> Vec<(ReceiptId, bool)> {
+        let written = self.outbox.take_receipts();
+        let mut receipts: Vec<_> = written.into_iter().map(|id| (id, true)).collect();
+        if self.broken {
+            let lost = self.outbox.receipts.drain(..);
+            receipts.extend(lost.map(|(_, id)| (id, false)));
+        }
+        receipts
     }
 
     /// Whether the program may go on sending without a pause.
@@ -420,7 +477,11 @@ mod tests {
         let (reader, fd) = marked();
         let text = vec![9; 800_000];
         let message = ToWorker::Message(text.clone());
-        master.send(&message, text.len(), vec![fd]).unwrap();
+        let receipt = ReceiptId::next();
+        let sent = master.send(&message, text.len(), vec![fd], Some(receipt));
+        sent.unwrap();
+        master.flush().unwrap();
+        assert_eq!(master.take_receipts(), [], "not all of it");
         let mut frames = Vec::new();
         while frames.is_empty() {
             master.flush().unwrap();
@@ -430,6 +491,7 @@ mod tests {
         assert_eq!(frame, message);
         assert!(is_same(reader, fds.remove(0)));
         assert!(master.is_flushed());
+        assert_eq!(master.take_receipts(), [(receipt, true)]);
     }
 
     #[test]
@@ -455,7 +517,7 @@ mod tests {
         let message = ToWorker::Message(vec![0; 64 << 10]);
         let (mut slow, mut sent) = (0, 0);
         let refused = loop {
-            match master.send(&message, 64 << 10, Vec::new()) {
+            match master.send(&message, 64 << 10, Vec::new(), None) {
                 Ok(()) => sent += 1,
                 Err(error) => break error,
             }
@@ -470,10 +532,10 @@ mod tests {
     #[test]
     fn the_limits_of_a_message() {
         let (mut master, _worker) = pair();
-        let long = master.send(&ToWorker::Message(vec![]), MAX_BODY + 1, Vec::new());
+        let long = master.send(&ToWorker::Message(vec![]), MAX_BODY + 1, Vec::new(), None);
         assert_eq!(long, Err(SendError::TooLong));
         let fds = (0..17).map(|_| marked().1).collect();
-        let many = master.send(&ToWorker::Message(vec![]), 0, fds);
+        let many = master.send(&ToWorker::Message(vec![]), 0, fds, None);
         assert_eq!(many, Err(SendError::TooManyDescriptors));
     }
 
@@ -513,6 +575,20 @@ mod tests {
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
         master.queue(&ToWorker::Disconnect, []);
         assert!(master.flush().is_ok(), "a dead peer is no error");
+    }
+
+    #[test]
+    fn a_receipt_tells_what_was_lost() {
+        let (mut master, worker) = pair();
+        let receipts = [ReceiptId::next(), ReceiptId::next()];
+        for receipt in receipts {
+            let message = ToWorker::Message(vec![0; 500_000]);
+            let sent = master.send(&message, 500_000, Vec::new(), Some(receipt));
+            sent.unwrap();
+        }
+        drop(worker);
+        master.flush().unwrap();
+        assert_eq!(master.take_receipts(), receipts.map(|id| (id, false)));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! What can go wrong, and with what.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::frame::{FrameError, MAX_BODY, MAX_FDS};
@@ -54,7 +53,9 @@ pub enum Error {
     Fork {
         /// The program that was to run.
         program: PathBuf,
-        /// The system's reason; for a missing program that of `execve`.
+        /// What could not be done, for instance "execute it" or "change its user".
+        attempt: &'static str,
+        /// The system's reason.
         source: io::Error,
     },
     /// A worker could not listen.
@@ -64,10 +65,17 @@ pub enum Error {
         /// The system's reason, for instance that the address is in use.
         source: io::Error,
     },
+    /// A worker could not bind a UDP socket.
+    Bind {
+        /// The address as the program gave it.
+        address: String,
+        /// The system's reason, for instance that the address is in use.
+        source: io::Error,
+    },
     /// The master could not accept a connection, and tries again in 100 ms.
     Accept {
         /// The address of the listener.
-        address: SocketAddr,
+        address: String,
         /// The system's reason, for instance too many open files.
         source: io::Error,
     },
@@ -161,6 +169,7 @@ impl Error {
         match self {
             Self::Fork { source, .. }
             | Self::Listen { source, .. }
+            | Self::Bind { source, .. }
             | Self::Accept { source, .. }
             | Self::Channel { source, .. }
             | Self::ExitStatus { source, .. }
@@ -204,14 +213,19 @@ impl std::fmt::Display for Error {
                 )
             }
             Self::AlreadyRunning => write!(f, "run, dispatch or accept called inside a callback"),
-            Self::Fork { program, source } => {
+            Self::Fork {
+                program,
+                attempt,
+                source,
+            } => {
+                let program = program.display();
                 write!(
                     f,
-                    "cannot start a worker from {}: {source}",
-                    program.display()
+                    "cannot start a worker from {program}: cannot {attempt}: {source}"
                 )
             }
             Self::Listen { address, source } => write!(f, "cannot listen on {address}: {source}"),
+            Self::Bind { address, source } => write!(f, "cannot bind {address}: {source}"),
             Self::Accept { address, source } => {
                 write!(f, "cannot accept a connection on {address}: {source}")
             }

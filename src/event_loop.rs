@@ -21,6 +21,31 @@ use crate::timers::{Time, TimerId, Timers};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WatchId(u32);
 
+/// A timer or a watched descriptor, for [`Master::unref`](crate::Master::unref), which has an
+/// example.
+///
+/// Node: the object that has a method `unref()`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum LoopId {
+    /// What `set_timeout` and `set_interval` return.
+    Timer(TimerId),
+    /// What `watch` returns.
+    Watch(WatchId),
+}
+
+impl From<TimerId> for LoopId {
+    fn from(id: TimerId) -> Self {
+        Self::Timer(id)
+    }
+}
+
+impl From<WatchId> for LoopId {
+    fn from(id: WatchId) -> Self {
+        Self::Watch(id)
+    }
+}
+
 /// Who a ready descriptor belongs to. It travels through the poller as a number; one of a source
 /// that is gone finds nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +112,13 @@ where
     }
 }
 
+/// A watched descriptor in the loop.
+struct Place<R> {
+    watched: Shared<dyn Watched<R>>,
+    /// It keeps the program running.
+    referenced: bool,
+}
+
 type OnTimer<R> = Shared<dyn FnMut(&R)>;
 type OnSignal<R> = dyn FnMut(&R, Signal);
 
@@ -100,7 +132,7 @@ pub(crate) struct EventLoop<R> {
     poller: Poller,
     began: Instant,
     timers: RefCell<Timers<OnTimer<R>>>,
-    watches: RefCell<BTreeMap<WatchId, Shared<dyn Watched<R>>>>,
+    watches: RefCell<BTreeMap<WatchId, Place<R>>>,
     last_watch: Cell<u32>,
     signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
     signals: RefCell<BTreeMap<Signal, Rc<SignalInterest<R>>>>,
@@ -171,7 +203,20 @@ impl<R> EventLoop<R> {
 
     /// Whether the program has something here that is still to happen. Signals do not count.
     pub(crate) fn has_work(&self) -> bool {
-        !self.timers.borrow().is_empty() || !self.watches.borrow().is_empty()
+        let watches = self.watches.borrow();
+        self.timers.borrow().has_referenced() || watches.values().any(|place| place.referenced)
+    }
+
+    /// Whether this keeps the program running.
+    pub(crate) fn reference(&self, id: LoopId, referenced: bool) {
+        match id {
+            LoopId::Timer(id) => self.timers.borrow_mut().reference(id, referenced),
+            LoopId::Watch(id) => {
+                if let Some(place) = self.watches.borrow_mut().get_mut(&id) {
+                    place.referenced = referenced;
+                }
+            }
+        }
     }
 
     /// Drops every closure: they may own what owns this loop.
@@ -254,9 +299,11 @@ impl<R> EventLoop<R> {
             interest,
             callback,
         };
-        self.watches
-            .borrow_mut()
-            .insert(id, Rc::new(RefCell::new(watch)));
+        let place = Place {
+            watched: Rc::new(RefCell::new(watch)),
+            referenced: true,
+        };
+        self.watches.borrow_mut().insert(id, place);
         Ok(id)
     }
 
@@ -267,7 +314,9 @@ impl<R> EventLoop<R> {
 
     pub(crate) fn watch_ready(&self, role: &R, number: u32) {
         let id = WatchId(number);
-        let watch = self.watches.borrow().get(&id).map(Rc::clone);
+        let watches = self.watches.borrow();
+        let watch = watches.get(&id).map(|place| Rc::clone(&place.watched));
+        drop(watches);
         let Some(watch) = watch else {
             return;
         };
@@ -320,6 +369,12 @@ impl<R> EventLoop<R> {
         let signals: Vec<_> = self.signals.borrow().values().map(Rc::clone).collect();
         for interest in signals {
             interest.callbacks.remove(id);
+        }
+    }
+
+    pub(crate) fn signal_callback_once(&self, id: CallbackId) {
+        for interest in self.signals.borrow().values() {
+            interest.callbacks.once(id);
         }
     }
 
@@ -383,6 +438,9 @@ mod tests {
             .unwrap();
         for byte in [1, 2] {
             assert!(home.has_work());
+            home.reference(id.into(), false);
+            assert!(!home.has_work());
+            home.reference(id.into(), true);
             here.write_all(&[byte]).unwrap();
             let ready = home.wait(None).unwrap();
             assert_eq!(ready[0].0, Token::Watch(id.0));

@@ -15,19 +15,27 @@
 //! ```text
 //! kind  to master   body                       | kind  to worker   body                    fds
 //!   1   Online                                 |  65   Reply       request 4, errno 4,
-//!   2   Listen      request 4, index 4, address|                   handle 4, policy 1,
-//!   3   Listening   handle 4                   |                   address                 0, 1
+//!   2   Listen      request 4, index 4,        |                   handle 4, policy 1,
+//!                   backlog 4, flags 1,        |                   address                 0, 1
+//!                   kind 1, place              |
+//!   3   Listening   handle 4                   |
 //!   4   Ready       handle 4, credits 4, taken 8|  66  Connection  handle 4, number 8        1
 //!   5   Refused     handle 4, number 8         |  67   End         handle 4, drain 1
 //!   6   Close       handle 4                   |  68   Disconnect
 //!   7   Leaving                                | 127   Message     the program's bytes       n
 //! 127   Message     the program's bytes        |
 //!
-//! address: family 1 (4 or 6), port 2, IP 4 or 16; for family 6 then flow 4, scope 4
+//! address: family 1 (4, 6, or 0 for none), port 2, IP 4 or 16; for family 6 then flow 4, scope 4
+//! place:   an address, or 1 and a port 2, or 2 and a descriptor's number 4, or 3, length 2 and a path
+//! kind:    0 TCP, 1 Unix, 2 UDP
+//! flags:   1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all
 //! ```
 
+use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::unix::ffi::OsStrExt as _;
 
+use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::settings::SchedulingPolicy;
 
 /// Version of the format; a frame with another one is refused.
@@ -49,8 +57,8 @@ pub(crate) struct HandleId(pub(crate) u32);
 /// What a worker asks to listen on. Workers that ask with equal keys share a listener.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleKey {
-    pub(crate) address: SocketAddr,
-    /// Tells apart several listens on one address within a worker, so that the n-th `listen` on
+    pub(crate) endpoint: Endpoint,
+    /// Tells apart several listens on one endpoint within a worker, so that the n-th `listen` on
     /// port 0 is the same port in every worker, and another one than its first.
     pub(crate) index: u32,
 }
@@ -60,8 +68,8 @@ pub(crate) struct HandleKey {
 pub(crate) struct Bound {
     pub(crate) handle: HandleId,
     pub(crate) policy: SchedulingPolicy,
-    /// The address with the real port.
-    pub(crate) address: SocketAddr,
+    /// The address with the real port; none for a Unix path.
+    pub(crate) address: Option<SocketAddr>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +79,7 @@ pub(crate) enum ToMaster {
     Listen {
         request: u32,
         key: HandleKey,
+        flags: BindFlags,
     },
     /// The worker's program has the listener that it asked for.
     Listening {
@@ -212,14 +221,15 @@ fn frame(out: &mut Vec<u8>, kind: u8, fds: usize, body: impl FnOnce(&mut Vec<u8>
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
 }
 
-fn put_address(out: &mut Vec<u8>, address: &SocketAddr) {
+fn put_address(out: &mut Vec<u8>, address: Option<&SocketAddr>) {
     match address {
-        SocketAddr::V4(v4) => {
+        None => out.push(0),
+        Some(SocketAddr::V4(v4)) => {
             out.push(4);
             out.extend_from_slice(&v4.port().to_le_bytes());
             out.extend_from_slice(&v4.ip().octets());
         }
-        SocketAddr::V6(v6) => {
+        Some(SocketAddr::V6(v6)) => {
             out.push(6);
             out.extend_from_slice(&v6.port().to_le_bytes());
             out.extend_from_slice(&v6.ip().octets());
@@ -227,6 +237,45 @@ fn put_address(out: &mut Vec<u8>, address: &SocketAddr) {
             out.extend_from_slice(&v6.scope_id().to_le_bytes());
         }
     }
+}
+
+fn put_endpoint(out: &mut Vec<u8>, endpoint: &Endpoint) {
+    out.push(match endpoint.kind {
+        Kind::Tcp => 0,
+        Kind::Unix => 1,
+        Kind::Udp => 2,
+    });
+    match &endpoint.place {
+        Place::Ip(address) => put_address(out, Some(address)),
+        Place::Port(port) => {
+            out.push(1);
+            out.extend_from_slice(&port.to_le_bytes());
+        }
+        Place::Fd(number) => {
+            out.push(2);
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        Place::Path(path) => {
+            out.push(3);
+            let path = path.as_os_str().as_bytes();
+            // One that does not fit is refused by the reader; no system has paths so long.
+            let length = u16::try_from(path.len()).unwrap_or(u16::MAX);
+            out.extend_from_slice(&length.to_le_bytes());
+            out.extend_from_slice(path);
+        }
+    }
+}
+
+fn put_flags(out: &mut Vec<u8>, flags: &BindFlags) {
+    out.extend_from_slice(&flags.backlog.to_le_bytes());
+    let bits = [
+        flags.ipv6_only,
+        flags.reuse_addr,
+        flags.readable_all,
+        flags.writable_all,
+    ];
+    let bits = bits.iter().enumerate();
+    out.push(bits.fold(0, |sum, (n, bit)| sum | u8::from(*bit) << n));
 }
 
 /// Reads a body from its front; `None` where it ends too early.
@@ -260,8 +309,7 @@ impl Body<'_> {
     fn handle(&mut self) -> Option<HandleId> {
         self.u32().map(HandleId)
     }
-    fn address(&mut self) -> Option<SocketAddr> {
-        let family = self.u8()?;
+    fn ip(&mut self, family: u8) -> Option<SocketAddr> {
         let port = self.u16()?;
         match family {
             4 => {
@@ -276,6 +324,51 @@ impl Body<'_> {
             _ => None,
         }
     }
+    /// An address, or that there is none.
+    fn address(&mut self) -> Option<Option<SocketAddr>> {
+        match self.u8()? {
+            0 => Some(None),
+            family => self.ip(family).map(Some),
+        }
+    }
+    fn endpoint(&mut self) -> Option<Endpoint> {
+        let kind = match self.u8()? {
+            0 => Kind::Tcp,
+            1 => Kind::Unix,
+            2 => Kind::Udp,
+            _ => return None,
+        };
+        let place = match self.u8()? {
+            1 => Place::Port(self.u16()?),
+            2 => Place::Fd(self.array().map(i32::from_le_bytes)?),
+            3 => {
+                let length = self.u16()?;
+                let (path, rest) = self.0.split_at_checked(length.into())?;
+                self.0 = rest;
+                Place::Path(OsStr::from_bytes(path).into())
+            }
+            family => Place::Ip(self.ip(family)?),
+        };
+        let possible = match (kind, &place) {
+            (_, Place::Fd(_)) => true,
+            (Kind::Unix, place) => matches!(place, Place::Path(_)),
+            (Kind::Tcp, place) => !matches!(place, Place::Path(_)),
+            (Kind::Udp, place) => matches!(place, Place::Ip(_)),
+        };
+        possible.then_some(Endpoint { kind, place })
+    }
+    fn flags(&mut self) -> Option<BindFlags> {
+        let backlog = self.u32()?;
+        let bits = self.u8()?;
+        let bit = |n: u8| bits & 1 << n != 0;
+        (bits < 16).then(|| BindFlags {
+            backlog,
+            ipv6_only: bit(0),
+            reuse_addr: bit(1),
+            readable_all: bit(2),
+            writable_all: bit(3),
+        })
+    }
     fn end(&self) -> Option<()> {
         self.0.is_empty().then_some(())
     }
@@ -285,10 +378,15 @@ impl Frame for ToMaster {
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         match self {
             Self::Online => frame(out, 1, fds, |_| {}),
-            Self::Listen { request, key } => frame(out, 2, fds, |out| {
+            Self::Listen {
+                request,
+                key,
+                flags,
+            } => frame(out, 2, fds, |out| {
                 out.extend_from_slice(&request.to_le_bytes());
                 out.extend_from_slice(&key.index.to_le_bytes());
-                put_address(out, &key.address);
+                put_flags(out, flags);
+                put_endpoint(out, &key.endpoint);
             }),
             Self::Listening { handle } => frame(out, 3, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
@@ -325,9 +423,14 @@ impl Frame for ToMaster {
                 2 => {
                     let request = body.u32()?;
                     let index = body.u32()?;
-                    let address = body.address()?;
-                    let key = HandleKey { address, index };
-                    Self::Listen { request, key }
+                    let flags = body.flags()?;
+                    let endpoint = body.endpoint()?;
+                    let key = HandleKey { endpoint, index };
+                    Self::Listen {
+                        request,
+                        key,
+                        flags,
+                    }
                 }
                 3 => Self::Listening {
                     handle: body.handle()?,
@@ -376,7 +479,7 @@ impl Frame for ToWorker {
                         out.extend_from_slice(&0i32.to_le_bytes());
                         out.extend_from_slice(&bound.handle.0.to_le_bytes());
                         put_policy(out, bound.policy);
-                        put_address(out, &bound.address);
+                        put_address(out, bound.address.as_ref());
                     }
                     Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
                 }
@@ -473,37 +576,56 @@ mod tests {
 
     const H: HandleId = HandleId(0x0102_0304);
 
+    fn listen(kind: Kind, place: Place) -> ToMaster {
+        let endpoint = Endpoint { kind, place };
+        ToMaster::Listen {
+            request: 5,
+            key: HandleKey { endpoint, index: 1 },
+            flags: BindFlags {
+                backlog: 511,
+                ipv6_only: true,
+                ..BindFlags::default()
+            },
+        }
+    }
+
+    /// What every `Listen` here begins with, after the length.
+    const LISTEN: [u8; 17] = [1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 1];
+
     fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
-        let v6: SocketAddr = "[::1]:8000".parse().unwrap();
-        let mut listen6 = vec![
-            35, 0, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 6, 64, 31, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-            0, 0, 0, 0, 0, 0, 1,
+        let ip = |text: &str| Place::Ip(text.parse().unwrap());
+        let mut v6 = vec![0, 6, 64, 31];
+        v6.extend([0; 15]);
+        v6.push(1);
+        v6.extend([0; 8]);
+        let listens = [
+            (
+                Kind::Tcp,
+                ip("127.0.0.1:8000"),
+                vec![0, 4, 64, 31, 127, 0, 0, 1],
+            ),
+            (Kind::Tcp, ip("[::1]:8000"), v6),
+            (Kind::Tcp, Place::Port(8000), vec![0, 1, 64, 31]),
+            (
+                Kind::Unix,
+                Place::Path("/a".into()),
+                vec![1, 3, 2, 0, b'/', b'a'],
+            ),
+            (Kind::Udp, Place::Fd(3), vec![2, 2, 3, 0, 0, 0]),
         ];
-        listen6.extend([0; 8]);
+        let listens = listens.map(|(kind, place, end)| {
+            let length = u8::try_from(LISTEN.len() - 4 + end.len()).unwrap();
+            let golden = [&[length, 0, 0, 0], &LISTEN[..], &end].concat();
+            (listen(kind, place), golden)
+        });
+        let mut all = Vec::from(listens);
+        all.extend(simple_to_master());
+        all
+    }
+
+    fn simple_to_master() -> Vec<(ToMaster, Vec<u8>)> {
         vec![
             (ToMaster::Online, vec![0, 0, 0, 0, 1, 1, 0, 0]),
-            (
-                ToMaster::Listen {
-                    request: 5,
-                    key: HandleKey {
-                        address: "127.0.0.1:8000".parse().unwrap(),
-                        index: 1,
-                    },
-                },
-                vec![
-                    15, 0, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 4, 64, 31, 127, 0, 0, 1,
-                ],
-            ),
-            (
-                ToMaster::Listen {
-                    request: 5,
-                    key: HandleKey {
-                        address: v6,
-                        index: 1,
-                    },
-                },
-                listen6,
-            ),
             (
                 ToMaster::Listening { handle: H },
                 vec![4, 0, 0, 0, 1, 3, 0, 0, 4, 3, 2, 1],
@@ -545,7 +667,7 @@ mod tests {
                     result: Ok(Bound {
                         handle: H,
                         policy: SchedulingPolicy::Shared,
-                        address: "127.0.0.1:8000".parse().unwrap(),
+                        address: "127.0.0.1:8000".parse().ok(),
                     }),
                 },
                 1,

@@ -1,8 +1,10 @@
 #![doc = include_str!("../README.md")]
 
 mod address;
+mod bind;
 mod callbacks;
 mod channel;
+mod endpoint;
 mod error;
 mod event;
 mod event_loop;
@@ -13,15 +15,19 @@ mod master;
 mod master_core;
 mod master_shell;
 mod message;
+mod options;
 mod role;
 mod round_robin;
+mod send_options;
 mod settings;
 mod signal;
 #[cfg(test)]
 mod simulation;
+mod socket_file;
 #[allow(unsafe_code)]
 mod sys;
 mod timers;
+mod udp_socket;
 mod worker;
 mod worker_core;
 mod worker_id;
@@ -32,17 +38,20 @@ pub use address::{Address, AddressType};
 pub use callbacks::CallbackId;
 pub use error::{Error, Result, SendError};
 pub use event::WorkerState;
-pub use event_loop::WatchId;
+pub use event_loop::{LoopId, WatchId};
 pub use frame::FrameError;
 pub use ledger::Ledger;
 pub use listener::{Connection, Incoming, Listener};
 pub use master::Master;
 pub use message::Message;
+pub use options::{BindOptions, ListenOptions};
 pub use role::{Role, available_parallelism, init, is_master, is_worker};
-pub use settings::{SchedulingPolicy, Settings, UnknownPolicy};
+pub use send_options::SendOptions;
+pub use settings::{InspectPort, SchedulingPolicy, Settings, Stdio, UnknownPolicy};
 pub use signal::Signal;
 pub use sys::poll::Interest;
 pub use timers::TimerId;
-pub use worker::Worker;
+pub use udp_socket::UdpSocket;
+pub use worker::{OwnProcess, Worker};
 pub use worker_id::WorkerId;
 pub use worker_process::{Process, WorkerProcess};

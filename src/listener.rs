@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
+use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,7 +13,8 @@ use crate::worker::{Inner, Worker};
 use crate::worker_core::ListenerId;
 use crate::worker_shell::WorkerShell;
 
-/// What a worker listens on, together with others.
+/// What a worker listens on, together with others. Its connections are [`TcpStream`]s, or, if it is
+/// a `Listener<UnixStream>`, [`UnixStream`](std::os::unix::net::UnixStream)s.
 ///
 /// Node: the `net.Server` after `server.listen()`. It comes from [`Worker::listen`]. When it is
 /// dropped it closes, unless it has a callback: then it stays open until [`close`](Self::close).
@@ -28,27 +30,79 @@ use crate::worker_shell::WorkerShell;
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
-pub struct Listener {
+pub struct Listener<S = TcpStream> {
     worker: Rc<Inner>,
     id: ListenerId,
-    address: SocketAddr,
+    address: Option<SocketAddr>,
+    streams: PhantomData<fn() -> S>,
 }
 
-impl Listener {
-    pub(crate) fn new(worker: Rc<Inner>, id: ListenerId) -> Self {
-        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+impl<S> Listener<S> {
+    pub(crate) fn new(worker: Rc<Inner>, id: ListenerId, address: Option<SocketAddr>) -> Self {
         Self {
             worker,
             id,
             address,
+            streams: PhantomData,
         }
     }
 
-    pub(crate) fn at(mut self, address: SocketAddr) -> Self {
-        self.address = address;
-        self
+    /// Closes the listener for this worker; others go on. Connections that were on their way go to
+    /// them, and those that the program has stay open.
+    ///
+    /// Node: `server.close()`.
+    ///
+    /// ```no_run
+    /// # fn f(listener: &cluster::Listener) {
+    /// listener.close();
+    /// assert!(matches!(listener.accept(), Ok(None)));
+    /// # }
+    /// ```
+    pub fn close(&self) {
+        self.worker.close(self.id);
     }
 
+    /// Sets how many connections the program wants to have at a time; `None`, the default, for any
+    /// number. While it has as many, the next ones go to other workers, and wait in the kernel's
+    /// queue when there are none. The worker no longer counts a connection that it has dropped or
+    /// taken out of its [`Connection`].
+    ///
+    /// Node: `server.maxConnections`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// let listener = worker.listen(8000)?;
+    /// listener.set_max_connections(Some(100));
+    /// # Ok(()) }
+    /// ```
+    pub fn set_max_connections(&self, most: Option<u64>) {
+        self.worker.set_most(self.id, most);
+    }
+
+    /// Lets the worker end although this listener is open: [`Worker::run`] does not wait for it.
+    /// Its connections it does wait for.
+    ///
+    /// Node: `server.unref()`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// let status = worker.listen(8001)?;
+    /// status.unref();
+    /// # Ok(()) }
+    /// ```
+    pub fn unref(&self) {
+        self.worker.reference(self.id, false);
+    }
+
+    /// Undoes [`unref`](Self::unref).
+    ///
+    /// Node: `server.ref()`.
+    pub fn ref_(&self) {
+        self.worker.reference(self.id, true);
+    }
+}
+
+impl Listener<TcpStream> {
     /// Returns the address, with the real port where port 0 was asked for. The listener of a
     /// worker that was leaving already when it asked has the address it asked for.
     ///
@@ -61,9 +115,12 @@ impl Listener {
     /// ```
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.address
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        self.address.unwrap_or(nowhere)
     }
+}
 
+impl<S: From<OwnedFd>> Listener<S> {
     /// Waits for the next connection; `None` means that the listener has ended, because the worker
     /// is to leave or has lost its master. Messages, timers, signals and watched descriptors are
     /// served meanwhile.
@@ -79,15 +136,16 @@ impl Listener {
     /// - [`Error::Io`](crate::Error::Io) if the system refuses to wait or to accept.
     ///
     /// See [`Listener`] for an example.
-    pub fn accept(&self) -> Result<Option<Connection>> {
-        Worker::accept(&self.worker, self.id)
+    pub fn accept(&self) -> Result<Option<Connection<S>>> {
+        let accepted = Worker::accept(&self.worker, self.id)?;
+        Ok(accepted.map(Connection::cast))
     }
 
     /// Returns an iterator over the connections, which ends when the listener does.
     ///
     /// Node has no counterpart. It calls [`accept`](Self::accept). See [`Worker`] for an example.
     #[must_use]
-    pub fn incoming(&self) -> Incoming<'_> {
+    pub fn incoming(&self) -> Incoming<'_, S> {
         Incoming(self)
     }
 
@@ -107,30 +165,43 @@ impl Listener {
     /// worker.run()
     /// # }
     /// ```
-    pub fn on_connection(&self, callback: impl FnMut(&Worker, Connection) + 'static) {
-        self.worker.serve(self.id, Rc::new(RefCell::new(callback)));
+    pub fn on_connection(&self, mut callback: impl FnMut(&Worker, Connection<S>) + 'static) {
+        let with_stream = move |worker: &Worker, connection: Connection<OwnedFd>| {
+            callback(worker, connection.cast());
+        };
+        let callback = Rc::new(RefCell::new(with_stream));
+        self.worker.serve(self.id, callback);
     }
 
-    /// Closes the listener for this worker; others go on. Connections that were on their way go to
-    /// them, and those that the program has stay open.
+    /// Takes the connections beyond the limit of
+    /// [`set_max_connections`](Self::set_max_connections), too, instead of leaving them to others,
+    /// and calls back for each of them. The connection is closed when the callback drops it. A
+    /// second callback replaces the first.
     ///
-    /// Node: `server.close()`.
+    /// Node: `server.dropMaxConnection` and the event `drop`.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
-    /// listener.close();
-    /// assert!(matches!(listener.accept(), Ok(None)));
+    /// use std::io::Write;
+    ///
+    /// listener.set_max_connections(Some(100));
+    /// listener.on_drop(|_, mut connection| {
+    ///     let _ = connection.write_all(b"HTTP/1.1 503 Service Unavailable\r\n\r\n");
+    /// });
     /// # }
     /// ```
-    pub fn close(&self) {
-        self.worker.close(self.id);
+    pub fn on_drop(&self, mut callback: impl FnMut(&Worker, Connection<S>) + 'static) {
+        let with_stream = move |worker: &Worker, connection: Connection<OwnedFd>| {
+            callback(worker, connection.cast());
+        };
+        let callback = Rc::new(RefCell::new(with_stream));
+        self.worker.drop_beyond(self.id, callback);
     }
 }
 
-impl Drop for Listener {
+impl<S> Drop for Listener<S> {
     fn drop(&mut self) {
-        let served = self.worker.shell.core.borrow().is_served(self.id);
-        if !served {
+        if !self.worker.is_served(self.id) {
             self.close();
         }
     }
@@ -140,19 +211,20 @@ impl Drop for Listener {
 ///
 /// Node has no counterpart. It comes from [`Listener::incoming`]. See [`Worker`] for an example.
 #[derive(Debug)]
-pub struct Incoming<'a>(&'a Listener);
+pub struct Incoming<'a, S = TcpStream>(&'a Listener<S>);
 
-impl Iterator for Incoming<'_> {
-    type Item = Result<Connection>;
+impl<S: From<OwnedFd>> Iterator for Incoming<'_, S> {
+    type Item = Result<Connection<S>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.0.accept().transpose()
     }
 }
 
-/// A connection to a client: a [`TcpStream`] that the worker counts.
+/// A connection to a client: a [`TcpStream`] or
+/// [`UnixStream`](std::os::unix::net::UnixStream) that the worker counts.
 ///
-/// Node: `net.Socket`. It blocks, like any new `TcpStream`. In [`Worker::run`] and
+/// Node: `net.Socket`. It blocks, like any new stream. In [`Worker::run`] and
 /// [`Worker::dispatch`] a worker that is to leave waits until all of its connections are dropped.
 /// To use one beyond that, or on another thread, take the stream out of it with
 /// [`into_stream`](Self::into_stream).
@@ -169,30 +241,32 @@ impl Iterator for Incoming<'_> {
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
-pub struct Connection {
+pub struct Connection<S = TcpStream> {
     // Dropped in this order: the master must not hear of the end before the client does.
-    stream: TcpStream,
-    _counted: Counted,
+    stream: S,
+    counted: Counted,
 }
 
 /// Tells the worker when its connection is gone.
 #[derive(Debug)]
-struct Counted(Weak<WorkerShell>);
+struct Counted {
+    worker: Weak<WorkerShell>,
+    listener: Option<ListenerId>,
+}
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        if let Some(worker) = self.0.upgrade() {
-            worker.connection_closed();
+        if let Some(worker) = self.worker.upgrade() {
+            worker.connection_closed(self.listener);
         }
     }
 }
 
-impl Connection {
-    pub(crate) fn new(fd: OwnedFd, worker: &Rc<WorkerShell>) -> Self {
-        Self {
-            stream: fd.into(),
-            _counted: Counted(Rc::downgrade(worker)),
-        }
+impl<S> Connection<S> {
+    pub(crate) fn new(stream: S, worker: &Rc<WorkerShell>, listener: Option<ListenerId>) -> Self {
+        let worker = Rc::downgrade(worker);
+        let counted = Counted { worker, listener };
+        Self { stream, counted }
     }
 
     /// Returns the stream, which the worker no longer counts.
@@ -206,32 +280,47 @@ impl Connection {
     /// # }
     /// ```
     #[must_use]
-    pub fn into_stream(self) -> TcpStream {
+    pub fn into_stream(self) -> S {
         self.stream
     }
 }
 
-impl Deref for Connection {
-    type Target = TcpStream;
+impl Connection<OwnedFd> {
+    fn cast<S: From<OwnedFd>>(self) -> Connection<S> {
+        Connection {
+            stream: self.stream.into(),
+            counted: self.counted,
+        }
+    }
+}
 
-    fn deref(&self) -> &TcpStream {
+impl<S> Deref for Connection<S> {
+    type Target = S;
+
+    fn deref(&self) -> &S {
         &self.stream
     }
 }
 
-impl AsFd for Connection {
+impl<S: AsFd> AsFd for Connection<S> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
 }
 
-impl Read for &Connection {
+impl<'a, S> Read for &'a Connection<S>
+where
+    &'a S: Read,
+{
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         (&self.stream).read(buffer)
     }
 }
 
-impl Write for &Connection {
+impl<'a, S> Write for &'a Connection<S>
+where
+    &'a S: Write,
+{
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         (&self.stream).write(buffer)
     }
@@ -241,13 +330,13 @@ impl Write for &Connection {
     }
 }
 
-impl Read for Connection {
+impl<S: Read> Read for Connection<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stream.read(buffer)
     }
 }
 
-impl Write for Connection {
+impl<S: Write> Write for Connection<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.write(buffer)
     }

@@ -11,14 +11,15 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
-use crate::error::{Error, Result};
+use crate::channel::ReceiptId;
+use crate::error::{Error, Result, SendError};
 use crate::event::{Emit, Event, Level};
-use crate::event_loop::{EventLoop, Token, WatchId};
+use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::frame::HandleId;
 use crate::ledger::Ledger;
 use crate::master_shell::MasterShell;
 use crate::message::Message;
-use crate::settings::{SchedulingPolicy, Settings};
+use crate::settings::{DEBUG, SchedulingPolicy, Settings};
 use crate::signal::Signal;
 use crate::sys;
 use crate::sys::poll::Interest;
@@ -89,6 +90,8 @@ pub struct Master {
     child_signal: RefCell<Option<Installed>>,
     /// A worker may have ended before the signal for it was asked for.
     reap: Cell<bool>,
+    /// Whether the user wants to see what happens.
+    debug: bool,
 }
 
 impl std::fmt::Debug for Master {
@@ -123,6 +126,7 @@ impl Master {
             settings: RefCell::default(),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
+            debug: std::env::var_os(DEBUG).is_some_and(|value| value == "1"),
         })
     }
 
@@ -170,8 +174,9 @@ impl Master {
         let settings = self.settings();
         let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
         let forked = self.shell.fork(&settings, env, || self.watch_children());
-        let record = forked.map_err(|source| Error::Fork {
+        let record = forked.map_err(|(attempt, source)| Error::Fork {
             program: settings.exec.unwrap_or_default(),
+            attempt,
             source,
         })?;
         let callbacks = Rc::new(WorkerCallbacks::default());
@@ -220,6 +225,8 @@ impl Master {
         });
         let own_args = || std::env::args_os().skip(1).collect();
         current.args.get_or_insert_with(own_args);
+        current.exec_args.get_or_insert_with(Vec::new);
+        current.silent.get_or_insert(false);
         drop(current);
         self.shell.core.borrow_mut().setup();
     }
@@ -509,6 +516,26 @@ impl Master {
         self.home.on_signal(signal, callback)
     }
 
+    /// Makes a callback, of the cluster, of a worker or of a signal, one that is called once: it is
+    /// removed before its next call. One that is gone already is no error.
+    ///
+    /// Node: `cluster.once()` and `worker.once()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.once(master.on_listening(|_, _, address| println!("serving {address}")));
+    /// # }
+    /// ```
+    pub fn once(&self, id: CallbackId) {
+        self.callbacks.fork.once(id);
+        self.callbacks.setup.once(id);
+        self.callbacks.of_workers.once(id);
+        for callbacks in self.of_worker.borrow().values() {
+            callbacks.once(id);
+        }
+        self.home.signal_callback_once(id);
+    }
+
     /// Removes a callback of the cluster, of a worker or of a signal. One that is gone already is
     /// no error.
     ///
@@ -606,8 +633,35 @@ impl Master {
         self.home.unwatch(watch);
     }
 
+    /// Lets the master end although a timer or watched descriptor is still there:
+    /// [`run`](Self::run) does not wait for it. One that is gone already is no error.
+    ///
+    /// Node: `timer.unref()` and `socket.unref()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::time::Duration;
+    ///
+    /// let report = master.set_interval(Duration::from_secs(1), |_| println!("still here"));
+    /// master.unref(report);
+    /// master.fork()?;
+    /// master.run() // returns when the worker has left
+    /// # }
+    /// ```
+    pub fn unref(&self, id: impl Into<LoopId>) {
+        self.home.reference(id.into(), false);
+    }
+
+    /// Undoes [`unref`](Self::unref).
+    ///
+    /// Node: `timer.ref()` and `socket.ref()`.
+    pub fn ref_(&self, id: impl Into<LoopId>) {
+        self.home.reference(id.into(), true);
+    }
+
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
-    /// descriptor, no event to deliver. Callbacks for signals do not count.
+    /// descriptor, no event to deliver. Callbacks for signals do not count, and neither does what
+    /// has been let go with `unref`.
     ///
     /// Node: the process goes on by itself after the main program, and ends when nothing is left.
     ///
@@ -626,8 +680,8 @@ impl Master {
     }
 
     fn has_work(&self) -> bool {
-        let core = self.shell.core.borrow();
-        core.has_workers() || core.has_events() || self.home.has_work()
+        let workers = self.shell.core.borrow().has_workers();
+        workers || self.shell.has_news() || self.home.has_work()
     }
 
     /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
@@ -695,23 +749,38 @@ impl Master {
     /// ```
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
-        let core = self.shell.core.borrow();
-        if core.has_events() || self.reap.get() {
+        if self.shell.has_news() || self.reap.get() {
             return Some(Duration::ZERO);
         }
-        self.home.time_left(core.deadline())
+        self.home.time_left(self.shell.core.borrow().deadline())
     }
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
         self.shell.act();
         for _ in 0..EVENTS_PER_TURN {
+            if let Some((worker, receipt, written)) = self.shell.next_receipt() {
+                self.written(worker, receipt, written);
+                self.shell.act();
+                continue;
+            }
             let emit = self.shell.core.borrow_mut().next_event();
             let Some(emit) = emit else {
                 break;
             };
             self.deliver(emit);
             self.shell.act();
+        }
+    }
+
+    fn written(&self, worker: WorkerId, receipt: ReceiptId, written: bool) {
+        let found = self.find(worker);
+        let callback = found.and_then(|worker| worker.callbacks().take_receipt(receipt));
+        if let Some(callback) = callback {
+            let reason = SendError::ChannelClosed;
+            let worker = Some(worker);
+            let lost = || Error::Send { worker, reason };
+            callback(self, written.then_some(()).ok_or_else(lost));
         }
     }
 
@@ -741,7 +810,12 @@ impl Master {
         };
         match emit.event {
             Event::Fork => cluster.fork.each(|f| f(self, worker)),
-            Event::Online => callbacks.online.each(|f| f(self, worker)),
+            Event::Online => {
+                if emit.level == Level::Cluster {
+                    self.debug(format_args!("Worker {} online", worker.process().id()));
+                }
+                callbacks.online.each(|f| f(self, worker));
+            }
             Event::Listening(address) => {
                 callbacks.listening.each(|f| f(self, worker, &address));
             }
@@ -758,6 +832,16 @@ impl Master {
                 }
             }
             Event::Error(_) | Event::Setup | Event::Disconnected => {}
+        }
+    }
+
+    /// What `CLUSTER_DEBUG=1` asks for, on standard error.
+    fn debug(&self, what: std::fmt::Arguments<'_>) {
+        if self.debug {
+            use std::io::Write as _;
+
+            let mut stderr = std::io::stderr().lock();
+            let _ = writeln!(stderr, "{},Master {what}", std::process::id());
         }
     }
 

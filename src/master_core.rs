@@ -5,11 +5,11 @@
 mod listeners;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
 use crate::address::Address;
+use crate::endpoint::{BindFlags, Endpoint};
 use crate::error::Error;
 use crate::event::{Departure, Emit, Event, Level, WorkerState};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
@@ -32,7 +32,8 @@ pub(crate) enum Action<C> {
     /// Bind and listen; the answer is `bound`.
     Bind {
         handle: HandleId,
-        address: SocketAddr,
+        endpoint: Endpoint,
+        flags: BindFlags,
     },
     /// Tell when the listener is readable.
     Watch {
@@ -46,7 +47,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         at_most: u64,
     },
-    /// Let nobody new into the backlog, as far as the system can.
+    /// Let nobody new into the backlog, as far as the system can; for good, if it is a Unix path.
     ShutDoor {
         handle: HandleId,
     },
@@ -98,6 +99,8 @@ struct WorkerEntry {
     /// Sent when the channel is closed.
     kill_signal: Option<Signal>,
     status: Option<ExitStatus>,
+    /// The program does not wait for its end.
+    unreferenced: bool,
 }
 
 #[derive(Debug)]
@@ -187,7 +190,7 @@ impl<C: Clone> MasterCore<C> {
         let times = self.handles.values().flat_map(|handle| {
             let rest = match handle.door {
                 Door::Resting(until) => Some(until),
-                Door::Watched | Door::Ready | Door::Accepting => None,
+                Door::Watched | Door::Ready | Door::Accepting | Door::Closed => None,
             };
             let quiet = match (handle.stage, handle.door, handle.policy) {
                 (Stage::Draining(quiet), Door::Watched, _)
@@ -211,8 +214,9 @@ impl<C: Clone> MasterCore<C> {
         self.workers.keys().copied()
     }
 
+    /// Whether there are workers whose end the program waits for.
     pub(crate) fn has_workers(&self) -> bool {
-        !self.workers.is_empty()
+        self.workers.values().any(|entry| !entry.unreferenced)
     }
 
     /// `None` for a worker that has left the table.
@@ -274,6 +278,7 @@ impl<C: Clone> MasterCore<C> {
             exited_after_disconnect: None,
             kill_signal: None,
             status: None,
+            unreferenced: false,
         };
         self.workers.insert(worker, entry);
         self.emit(Level::Cluster, Some(worker), Event::Fork);
@@ -308,6 +313,13 @@ impl<C: Clone> MasterCore<C> {
     pub(crate) fn signal(&mut self, worker: WorkerId, signal: Signal) {
         if let Some(WorkerEntry { status: None, .. }) = self.workers.get(&worker) {
             self.actions.push_back(Action::Signal { worker, signal });
+        }
+    }
+
+    /// Whether the program waits for the end of this worker.
+    pub(crate) fn reference(&mut self, worker: WorkerId, referenced: bool) {
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            entry.unreferenced = !referenced;
         }
     }
 
@@ -514,10 +526,14 @@ impl<C: Clone> MasterCore<C> {
                 }
                 self.emit_both(worker, &Event::Online);
             }
-            ToMaster::Listen { request, key } => {
+            ToMaster::Listen {
+                request,
+                key,
+                flags,
+            } => {
                 // A worker that leaves gets no answer: it does not wait for one.
                 if !entry.leaving && !entry.deaf {
-                    self.listen(worker, request, key)?;
+                    self.listen(worker, request, key, flags)?;
                 }
             }
             ToMaster::Listening { handle } => {
@@ -525,8 +541,7 @@ impl<C: Clone> MasterCore<C> {
                 let Some(listened) = listened.filter(|h| h.members.contains(&worker)) else {
                     return Err(FrameError::State("listening on what it has not"));
                 };
-                let mut address = Address::from(listened.key.address);
-                address.port = listened.address.port();
+                let address = Address::new(&listened.key.endpoint, listened.address);
                 self.emit_both(worker, &Event::Listening(Rc::new(address)));
             }
             ToMaster::Ready {

@@ -2,31 +2,31 @@
 //! listeners. Never calls the program.
 
 use std::cell::{Cell, RefCell, RefMut};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Instant;
 
-use crate::channel::{Channel, READ_SIZE, Received};
+use crate::bind::{BoundSocket, bind};
+use crate::channel::{Channel, READ_SIZE, ReceiptId, Received};
+use crate::endpoint::{BindFlags, Endpoint};
 use crate::error::{Error, SendError};
 use crate::event::Departure;
 use crate::event_loop::Token;
 use crate::frame::{HandleId, ToMaster, ToWorker};
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
-use crate::settings::{CHANNEL_FD, SchedulingPolicy, Settings, UNIQUE_ID};
+use crate::settings::{CHANNEL_FD, INSPECT_PORT, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID};
 use crate::signal::Signal;
+use crate::socket_file::SocketFile;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
-use crate::sys::process::{Pid, Program};
+use crate::sys::process::{Failure, Pid, Program};
 use crate::worker_id::WorkerId;
-
-/// How many connections may wait in the kernel's queue. Node: 511, too.
-const BACKLOG: i32 = 511;
 
 pub(crate) type Core = MasterCore<Rc<OwnedFd>>;
 
@@ -39,8 +39,18 @@ pub(crate) struct Record {
     channel: RefCell<Option<Channel<ToMaster, ToWorker>>>,
     /// Readable when the process ends, where the kernel has such descriptors.
     process: RefCell<Option<Registered<OwnedFd>>>,
+    /// The master's ends of the worker's pipes, by the worker's number.
+    pub(crate) stdio: RefCell<BTreeMap<usize, UnixStream>>,
     /// Set when the worker has left the table.
     pub(crate) departure: Cell<Option<Departure>>,
+}
+
+/// A socket that is bound for the workers. The file goes first: as long as it is there, nobody else
+/// can have it.
+#[derive(Debug)]
+struct MasterSocket {
+    file: Option<SocketFile>,
+    socket: Registered<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -49,9 +59,11 @@ pub(crate) struct MasterShell {
     poller: Poller,
     began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
-    listeners: RefCell<BTreeMap<HandleId, Registered<TcpListener>>>,
+    listeners: RefCell<BTreeMap<HandleId, MasterSocket>>,
     /// Channels that have something to write.
     unflushed: RefCell<BTreeSet<WorkerId>>,
+    /// Messages that have been written or lost.
+    receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
 }
@@ -66,6 +78,7 @@ impl MasterShell {
             records: RefCell::default(),
             listeners: RefCell::default(),
             unflushed: RefCell::default(),
+            receipts: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         }
     }
@@ -84,33 +97,39 @@ impl MasterShell {
         settings: &Settings,
         extra: impl IntoIterator<Item = (OsString, OsString)>,
         watch_children: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<Rc<Record>> {
+    ) -> Result<Rc<Record>, Failure> {
+        let making = |error| ("make a channel", error);
         let id = self.core.borrow().next_worker_id();
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let channel = Channel::new(ours, &self.poller, Token::Channel(id.get()).key())?;
+        let stdio = Stdios::new(settings).map_err(|error| ("prepare its descriptors", error))?;
+        let (ours, low) = UnixStream::pair().map_err(making)?;
+        ours.set_nonblocking(true).map_err(making)?;
+        let key = Token::Channel(id.get()).key();
+        let channel = Channel::new(ours, &self.poller, key).map_err(making)?;
+        let theirs = sys::fd::duplicate(low.as_raw_fd(), stdio.beyond()).map_err(making)?;
+        drop(low);
 
         let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
         env.extend(extra);
         env.insert(UNIQUE_ID.into(), id.to_string().into());
         env.insert(CHANNEL_FD.into(), theirs.as_raw_fd().to_string().into());
-        let exec = settings.exec.clone().unwrap_or_default().into_os_string();
-        let is_own = std::env::current_exe().is_ok_and(|own| own == *exec);
-        let own_name = std::env::args_os().next().filter(|_| is_own);
-        let name = own_name.unwrap_or_else(|| exec.clone());
-        let args = std::iter::once(name).chain(settings.args.clone().unwrap_or_default());
-        let pid = Program::new(exec, args, env)?.spawn(theirs.as_raw_fd())?;
-        drop(theirs);
+        if let Some(port) = &settings.inspect_port {
+            env.insert(INSPECT_PORT.into(), port.next().to_string().into());
+        }
+        let mut program = program(settings, env).map_err(|error| ("prepare it", error))?;
+        program.stdio(stdio.theirs);
+        let pid = program.spawn(theirs.as_raw_fd())?;
+        drop((program, theirs));
 
         let key = Token::Process(id.get()).key();
         let process = match pid.open() {
             Some(fd) => self.poller.add(fd, key, Some(Interest::Readable)).map(Some),
             None => watch_children().map(|()| None),
         };
-        let process = process.inspect_err(|_| {
+        let process = process.map_err(|error| {
             // Nobody would notice its end.
             let _ = pid.signal(Signal::KILL.number());
             let _ = pid.wait();
+            ("watch it", error)
         })?;
         self.core.borrow_mut().forked();
         let record = Rc::new(Record {
@@ -118,6 +137,7 @@ impl MasterShell {
             pid,
             channel: RefCell::new(Some(channel)),
             process: RefCell::new(process),
+            stdio: RefCell::new(stdio.ours),
             departure: Cell::new(None),
         });
         self.records.borrow_mut().insert(id, Rc::clone(&record));
@@ -190,9 +210,13 @@ impl MasterShell {
                 self.with_channel(worker, |channel| channel.queue(&frame, fd));
                 self.unflushed.borrow_mut().insert(worker);
             }
-            Action::Bind { handle, address } => {
-                let result = self.bind(handle, address);
-                let result = result.map_err(|error| error.raw_os_error().unwrap_or(0));
+            Action::Bind {
+                handle,
+                endpoint,
+                flags,
+            } => {
+                let result = self.bind(handle, &endpoint, &flags);
+                let result = result.map_err(|error| error.raw_os_error().unwrap_or(libc::EINVAL));
                 self.core.borrow_mut().bound(handle, result);
             }
             Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
@@ -200,13 +224,17 @@ impl MasterShell {
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
             // Where it cannot be done, the backlog is emptied with the door open.
             Action::ShutDoor { handle } => {
-                if let Some(listener) = self.listeners.borrow().get(&handle) {
-                    let _ = sys::socket::shut_door(listener);
+                if let Some(listener) = self.listeners.borrow_mut().get_mut(&handle) {
+                    if listener.file.take().is_some() {
+                        sys::listen::shut_unix_door(&listener.socket);
+                    } else {
+                        let _ = sys::listen::shut_door(&listener.socket);
+                    }
                 }
             }
             Action::OpenDoor { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
-                    let _ = sys::socket::open_door(listener);
+                    let _ = sys::listen::open_door(&listener.socket);
                 }
             }
             Action::Unbind { handle } => {
@@ -236,28 +264,35 @@ impl MasterShell {
         }
     }
 
-    fn bind(&self, handle: HandleId, address: SocketAddr) -> io::Result<SocketAddr> {
-        let listener = TcpListener::bind(address)?;
-        listener.set_nonblocking(true)?;
-        sys::socket::set_backlog(&listener, BACKLOG)?;
-        let address = listener.local_addr()?;
+    fn bind(
+        &self,
+        handle: HandleId,
+        endpoint: &Endpoint,
+        flags: &BindFlags,
+    ) -> io::Result<Option<SocketAddr>> {
+        let BoundSocket {
+            file,
+            socket,
+            address,
+        } = bind(endpoint, flags, false)?;
         let key = Token::Listener(handle.0).key();
-        let listener = self.poller.add(listener, key, None)?;
-        self.listeners.borrow_mut().insert(handle, listener);
+        let socket = self.poller.add(socket, key, None)?;
+        let bound = MasterSocket { file, socket };
+        self.listeners.borrow_mut().insert(handle, bound);
         Ok(address)
     }
 
     /// A copy of the listener for a worker.
     fn share(&self, handle: HandleId) -> io::Result<Rc<OwnedFd>> {
         match self.listeners.borrow().get(&handle) {
-            Some(listener) => Ok(Rc::new(listener.try_clone()?.into())),
+            Some(listener) => Ok(Rc::new(listener.socket.try_clone()?)),
             None => Err(io::ErrorKind::NotFound.into()),
         }
     }
 
     fn set_interest(&self, handle: HandleId, interest: Option<Interest>) {
         if let Some(listener) = self.listeners.borrow().get(&handle) {
-            if let Err(source) = listener.set_interest(interest) {
+            if let Err(source) = listener.socket.set_interest(interest) {
                 let error = Error::Io {
                     attempt: "watch a listener",
                     source,
@@ -274,12 +309,12 @@ impl MasterShell {
         };
         let mut core = self.core.borrow_mut();
         for _ in 0..at_most {
-            match listener.accept() {
-                Ok((stream, _)) => core.accepted(handle, Rc::new(stream.into())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            match sys::listen::accept(&*listener.socket) {
+                Ok(stream) => core.accepted(handle, Rc::new(stream)),
+                Err(error) if sys::listen::nothing_to_accept(&error) => {
                     return core.drained(handle);
                 }
-                Err(error) if sys::socket::lost_before_accept(&error) => {}
+                Err(error) if sys::listen::lost_before_accept(&error) => {}
                 Err(error) => return core.accept_failed(handle, error),
             }
         }
@@ -289,10 +324,31 @@ impl MasterShell {
     fn flush(&self) {
         let unflushed = std::mem::take(&mut *self.unflushed.borrow_mut());
         for worker in unflushed {
-            if let Some(Err(source)) = self.with_channel(worker, Channel::flush) {
+            let flushed = self.with_channel(worker, |channel| {
+                let outcome = channel.flush();
+                self.collect_receipts(worker, channel);
+                outcome
+            });
+            if let Some(Err(source)) = flushed {
                 self.channel_failed(worker, source);
             }
         }
+    }
+
+    fn collect_receipts(&self, worker: WorkerId, channel: &mut Channel<ToMaster, ToWorker>) {
+        let receipts = channel.take_receipts().into_iter();
+        let receipts = receipts.map(|(id, written)| (worker, id, written));
+        self.receipts.borrow_mut().extend(receipts);
+    }
+
+    /// A message of which it is known now whether it has been written, and whether it has.
+    pub(crate) fn next_receipt(&self) -> Option<(WorkerId, ReceiptId, bool)> {
+        self.receipts.borrow_mut().pop_front()
+    }
+
+    /// Whether there is something to tell the program.
+    pub(crate) fn has_news(&self) -> bool {
+        self.core.borrow().has_events() || !self.receipts.borrow().is_empty()
     }
 
     /// A channel can be written to again.
@@ -364,8 +420,10 @@ impl MasterShell {
     }
 
     fn drop_channel(&self, worker: WorkerId) {
-        if let Some(record) = self.record(worker) {
-            drop(record.channel.take());
+        let record = self.record(worker);
+        if let Some(mut channel) = record.and_then(|record| record.channel.take()) {
+            channel.shut();
+            self.collect_receipts(worker, &mut channel);
         }
     }
 
@@ -406,13 +464,81 @@ impl MasterShell {
         worker: WorkerId,
         message: &[u8],
         fds: Vec<OwnedFd>,
+        receipt: Option<ReceiptId>,
     ) -> std::result::Result<bool, SendError> {
         let length = message.len();
         let frame = ToWorker::Message(message.to_vec());
-        let queued = self.with_channel(worker, |channel| channel.send(&frame, length, fds));
+        let queued =
+            self.with_channel(worker, |channel| channel.send(&frame, length, fds, receipt));
         queued.unwrap_or(Err(SendError::ChannelClosed))?;
         self.unflushed.borrow_mut().insert(worker);
         self.act();
         Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))
+    }
+}
+
+/// The program of a worker, without its descriptors.
+fn program(settings: &Settings, env: BTreeMap<OsString, OsString>) -> io::Result<Program> {
+    let mut exec = settings.exec.clone().unwrap_or_default();
+    let is_own = std::env::current_exe().is_ok_and(|own| own == exec);
+    let own_name = std::env::args_os().next().filter(|_| is_own);
+    let name = own_name.unwrap_or_else(|| exec.clone().into());
+    if settings.cwd.is_some() {
+        // It is relative to where the master is.
+        exec = std::path::absolute(exec)?;
+    }
+    let exec_args = settings.exec_args.iter().flatten().cloned();
+    let args = settings.args.iter().flatten().cloned();
+    let args = std::iter::once(name).chain(exec_args).chain(args);
+    let mut program = Program::new(exec.into(), args, env)?;
+    if let Some(cwd) = &settings.cwd {
+        program.cwd(cwd.clone().into())?;
+    }
+    program.identity(settings.uid, settings.gid);
+    Ok(program)
+}
+
+/// What a worker gets as descriptors 0, 1 and so on, and the master's ends of the pipes.
+#[derive(Default)]
+struct Stdios {
+    theirs: Vec<Option<OwnedFd>>,
+    ours: BTreeMap<usize, UnixStream>,
+}
+
+impl Stdios {
+    fn new(settings: &Settings) -> io::Result<Self> {
+        let wanted = settings.effective_stdio();
+        let mut stdios = Self::default();
+        // Where they all go there must be none of them before.
+        let beyond = RawFd::try_from(wanted.len()).unwrap_or(RawFd::MAX);
+        for (number, wanted) in wanted.into_iter().enumerate() {
+            let away = |fd: OwnedFd| sys::fd::duplicate(fd.as_raw_fd(), beyond);
+            let theirs = match wanted.0 {
+                // Left as they are, open or not.
+                StdioKind::Inherit if number <= 2 => None,
+                StdioKind::Inherit => {
+                    let number = RawFd::try_from(number).unwrap_or(RawFd::MAX);
+                    Some(sys::fd::duplicate(number, beyond)?)
+                }
+                StdioKind::Null => {
+                    let mut options = std::fs::File::options();
+                    let null = options.read(true).write(true).open("/dev/null")?;
+                    Some(away(null.into())?)
+                }
+                StdioKind::Pipe => {
+                    let (ours, theirs) = UnixStream::pair()?;
+                    stdios.ours.insert(number, ours);
+                    Some(away(theirs.into())?)
+                }
+                StdioKind::Fd(fd) => Some(sys::fd::duplicate(fd.as_raw_fd(), beyond)?),
+            };
+            stdios.theirs.push(theirs);
+        }
+        Ok(stdios)
+    }
+
+    /// A number that none of them will have.
+    fn beyond(&self) -> RawFd {
+        RawFd::try_from(self.theirs.len()).map_or(RawFd::MAX, |count| count.max(3))
     }
 }

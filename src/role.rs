@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::{Error, Result};
 use crate::master::Master;
-use crate::settings::{CHANNEL_FD, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID};
+use crate::settings::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID};
 use crate::sys;
 use crate::worker::Worker;
 use crate::worker_id::WorkerId;
@@ -31,15 +31,16 @@ pub enum Role {
 /// Finds out what this process is, and gives it the means.
 ///
 /// Node: loading the module, with `cluster.isMaster`. Call it once, first thing in `main`: before
-/// the program starts threads, because it removes from the environment the two variables by which
-/// a worker knows itself (so that a worker's own children are not workers), and before anything
+/// the program starts threads, because it removes from the environment the variables by which a
+/// worker knows itself (so that a worker's own children are not workers), and before anything
 /// that a worker must not do. In a worker, the master has its `online` event after this.
 ///
 /// # Errors
 ///
 /// - [`Error::AlreadyInitialized`] at the second call;
 /// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is neither `rr` nor `none`, or if
-///   `CLUSTER_UNIQUE_ID` and `CLUSTER_CHANNEL_FD` are not what a master sets;
+///   `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT` are not what a master
+///   sets;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
 /// ```no_run
@@ -73,7 +74,7 @@ pub fn init() -> Result<Role> {
                 value: number.to_string(),
                 expected: "the descriptor of a channel to a master",
             })?;
-            Ok(Role::Worker(Worker::new(id, channel)?))
+            Ok(Role::Worker(Worker::new(id, inspect_port()?, channel)?))
         }
     }
 }
@@ -99,6 +100,22 @@ fn identity() -> Result<Option<(WorkerId, RawFd)>> {
     let channel = number(CHANNEL_FD, channel)?;
     // Beyond what a descriptor can be, it is one that is not open.
     Ok(Some((id, RawFd::try_from(channel).unwrap_or(RawFd::MAX))))
+}
+
+/// Reads and removes the variable by which a worker knows its inspect port.
+fn inspect_port() -> Result<Option<u16>> {
+    let Some(value) = sys::env::take(INSPECT_PORT) else {
+        return Ok(None);
+    };
+    let value = value.to_string_lossy().into_owned();
+    match value.parse() {
+        Ok(port) => Ok(Some(port)),
+        Err(_) => Err(Error::Environment {
+            variable: INSPECT_PORT,
+            value,
+            expected: "a port set by a master",
+        }),
+    }
 }
 
 fn policy() -> Result<SchedulingPolicy> {

@@ -1,13 +1,22 @@
 //! What workers are made of, and who gets the connections.
 
+use std::cell::Cell;
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::str::FromStr;
 
 /// Carries the worker's id from master to worker; consumed by `init`.
 pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
 /// Carries the number of the channel's descriptor from master to worker; consumed by `init`.
 pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
+/// Carries the inspect port, if there is one, from master to worker; consumed by `init`.
+pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
+/// Makes the master write down on standard error what happens, if it is `1`.
+pub(crate) const DEBUG: &str = "CLUSTER_DEBUG";
+/// The first port that everybody may have.
+const FIRST_FREE_PORT: u16 = 1024;
 /// Chooses the scheduling policy from outside.
 pub(crate) const SCHED_POLICY: &str = "CLUSTER_SCHED_POLICY";
 
@@ -97,10 +106,46 @@ pub struct Settings {
     ///
     /// Node: `settings.exec`.
     pub exec: Option<PathBuf>,
+    /// Arguments that come before [`args`](Self::args): what the program needs, whatever the
+    /// worker is to do. The default is none.
+    ///
+    /// Node: `settings.execArgv`.
+    pub exec_args: Option<Vec<OsString>>,
     /// The arguments after the program's name. The default is the master's own arguments.
     ///
     /// Node: `settings.args`.
     pub args: Option<Vec<OsString>>,
+    /// The directory in which workers start. Without it they start in the master's.
+    ///
+    /// Node: `settings.cwd`.
+    pub cwd: Option<PathBuf>,
+    /// Whether a worker's standard input, output and error are pipes to the master
+    /// ([`Process::take_stdio`](crate::Process::take_stdio)) instead of the master's own. The
+    /// default is `false`.
+    ///
+    /// Node: `settings.silent`.
+    pub silent: Option<bool>,
+    /// What a worker's descriptors 0, 1, 2 and so on are, instead of what
+    /// [`silent`](Self::silent) says. Those of the first three that are not mentioned are the
+    /// master's. There is no entry for the channel, which has a number beyond.
+    ///
+    /// Node: `settings.stdio`.
+    pub stdio: Option<Vec<Stdio>>,
+    /// The user that workers run as, and give up all other groups for. The master must be allowed
+    /// to do this (be root, say), or `fork` fails.
+    ///
+    /// Node: `settings.uid`.
+    pub uid: Option<u32>,
+    /// The group that workers run as, and give up all other groups for. The master must be allowed
+    /// to do this (be root, say), or `fork` fails.
+    ///
+    /// Node: `settings.gid`.
+    pub gid: Option<u32>,
+    /// A port for each worker, for whatever looks into it: a debugger, or a page of its metrics. The
+    /// worker learns it from [`Worker::inspect_port`](crate::Worker::inspect_port).
+    ///
+    /// Node: `settings.inspectPort`.
+    pub inspect_port: Option<InspectPort>,
 }
 
 impl Settings {
@@ -113,6 +158,23 @@ impl Settings {
         self
     }
 
+    /// Sets [`exec_args`](Self::exec_args), the arguments before [`args`](Self::args).
+    ///
+    /// Node: `settings.execArgv`.
+    ///
+    /// ```
+    /// use cluster::Settings;
+    ///
+    /// let worker = Settings::default().exec("/usr/bin/python3").exec_args(["-u", "worker.py"]);
+    /// let https = worker.args(["--use", "https"]);
+    /// # let _ = https;
+    /// ```
+    #[must_use]
+    pub fn exec_args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.exec_args = Some(args.into_iter().map(Into::into).collect());
+        self
+    }
+
     /// Sets [`args`](Self::args), the arguments of the workers.
     ///
     /// Node: `settings.args`. See [`Settings`] for an example.
@@ -122,12 +184,226 @@ impl Settings {
         self
     }
 
+    /// Sets [`cwd`](Self::cwd), the directory of the workers.
+    ///
+    /// Node: `settings.cwd`.
+    ///
+    /// ```
+    /// let settings = cluster::Settings::default().cwd("/var/empty");
+    /// # let _ = settings;
+    /// ```
+    #[must_use]
+    pub fn cwd(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.cwd = Some(directory.into());
+        self
+    }
+
+    /// Sets [`silent`](Self::silent), whether the master gets the workers' output.
+    ///
+    /// Node: `settings.silent`. See [`Process::take_stdio`](crate::Process::take_stdio) for an
+    /// example.
+    #[must_use]
+    pub fn silent(mut self, silent: bool) -> Self {
+        self.silent = Some(silent);
+        self
+    }
+
+    /// Sets [`stdio`](Self::stdio), what the workers' descriptors are.
+    ///
+    /// Node: `settings.stdio`. See [`Stdio`] for an example.
+    #[must_use]
+    pub fn stdio(mut self, stdio: impl IntoIterator<Item = Stdio>) -> Self {
+        self.stdio = Some(stdio.into_iter().collect());
+        self
+    }
+
+    /// Sets [`uid`](Self::uid), the user that workers run as.
+    ///
+    /// Node: `settings.uid`.
+    ///
+    /// ```
+    /// // The group first: `nobody` could not change it any more.
+    /// let settings = cluster::Settings::default().gid(65534).uid(65534);
+    /// # let _ = settings;
+    /// ```
+    #[must_use]
+    pub fn uid(mut self, uid: u32) -> Self {
+        self.uid = Some(uid);
+        self
+    }
+
+    /// Sets [`gid`](Self::gid), the group that workers run as.
+    ///
+    /// Node: `settings.gid`. See [`uid`](Self::uid()) for an example.
+    #[must_use]
+    pub fn gid(mut self, gid: u32) -> Self {
+        self.gid = Some(gid);
+        self
+    }
+
+    /// Sets [`inspect_port`](Self::inspect_port), a number or a closure.
+    ///
+    /// Node: `settings.inspectPort`. See [`InspectPort`] for an example.
+    #[must_use]
+    pub fn inspect_port(mut self, port: impl Into<InspectPort>) -> Self {
+        self.inspect_port = Some(port.into());
+        self
+    }
+
     /// Takes over what `later` sets and keeps the rest.
     pub(crate) fn update(&mut self, later: Self) {
-        self.exec = later.exec.or(self.exec.take());
-        self.args = later.args.or(self.args.take());
+        fn set<T>(value: &mut Option<T>, later: Option<T>) {
+            if later.is_some() {
+                *value = later;
+            }
+        }
+        set(&mut self.exec, later.exec);
+        set(&mut self.exec_args, later.exec_args);
+        set(&mut self.args, later.args);
+        set(&mut self.cwd, later.cwd);
+        set(&mut self.silent, later.silent);
+        set(&mut self.stdio, later.stdio);
+        set(&mut self.uid, later.uid);
+        set(&mut self.gid, later.gid);
+        set(&mut self.inspect_port, later.inspect_port);
+    }
+
+    /// What `stdio` and `silent` come to.
+    pub(crate) fn effective_stdio(&self) -> Vec<Stdio> {
+        match (&self.stdio, self.silent) {
+            (Some(stdio), _) => stdio.clone(),
+            (None, Some(true)) => vec![Stdio::pipe(); 3],
+            (None, _) => Vec::new(),
+        }
     }
 }
+
+/// What one of a worker's descriptors is, for [`Settings::stdio`].
+///
+/// Node: an entry of `settings.stdio`.
+///
+/// ```
+/// use cluster::{Settings, Stdio};
+///
+/// # fn f() -> std::io::Result<()> {
+/// let log = std::fs::File::create("worker.log")?;
+/// let stdio = [Stdio::null(), Stdio::fd(log), Stdio::inherit(), Stdio::pipe()];
+/// let settings = Settings::default().stdio(stdio);
+/// # let _ = settings;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Stdio(pub(crate) StdioKind);
+
+#[derive(Clone, Debug)]
+pub(crate) enum StdioKind {
+    Inherit,
+    Null,
+    Pipe,
+    Fd(Rc<OwnedFd>),
+}
+
+impl Stdio {
+    /// The master's descriptor of the same number.
+    ///
+    /// Node: `'inherit'`. See [`Stdio`] for an example.
+    #[must_use]
+    pub fn inherit() -> Self {
+        Self(StdioKind::Inherit)
+    }
+
+    /// `/dev/null`.
+    ///
+    /// Node: `'ignore'`. See [`Stdio`] for an example.
+    #[must_use]
+    pub fn null() -> Self {
+        Self(StdioKind::Null)
+    }
+
+    /// One end of a stream of which the master has the other one,
+    /// [`Process::take_stdio`](crate::Process::take_stdio). Both can be read and written.
+    ///
+    /// Node: `'pipe'`. See [`Stdio`] for an example.
+    #[must_use]
+    pub fn pipe() -> Self {
+        Self(StdioKind::Pipe)
+    }
+
+    /// A descriptor of the master's, which every worker gets a copy of.
+    ///
+    /// Node: a number, or a stream. See [`Stdio`] for an example.
+    #[must_use]
+    pub fn fd(descriptor: impl Into<OwnedFd>) -> Self {
+        Self(StdioKind::Fd(Rc::new(descriptor.into())))
+    }
+}
+
+impl PartialEq for Stdio {
+    fn eq(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (StdioKind::Fd(a), StdioKind::Fd(b)) => Rc::ptr_eq(a, b),
+            (a, b) => std::mem::discriminant(a) == std::mem::discriminant(b),
+        }
+    }
+}
+
+impl Eq for Stdio {}
+
+/// Where workers get their [`inspect_port`](Settings::inspect_port) from: a number, which the first
+/// worker gets, the next worker the next one, and so on (after 65535 comes 1024); or a closure that
+/// is asked at each fork.
+///
+/// Node: the two forms of `settings.inspectPort`.
+///
+/// ```
+/// use cluster::{InspectPort, Settings};
+///
+/// let counted = Settings::default().inspect_port(9229);
+/// let chosen = Settings::default().inspect_port(InspectPort::new(|| 9000 + rand() % 100));
+/// # fn rand() -> u16 { 4 }
+/// # assert_ne!(counted, chosen);
+/// ```
+#[derive(Clone)]
+pub struct InspectPort(Rc<dyn Fn() -> u16>);
+
+impl InspectPort {
+    /// Asks `port` at each fork.
+    ///
+    /// Node: a function as `settings.inspectPort`. See [`InspectPort`] for an example.
+    pub fn new(port: impl Fn() -> u16 + 'static) -> Self {
+        Self(Rc::new(port))
+    }
+
+    pub(crate) fn next(&self) -> u16 {
+        (self.0)()
+    }
+}
+
+impl From<u16> for InspectPort {
+    fn from(first: u16) -> Self {
+        let next = Cell::new(first);
+        Self::new(move || {
+            let port = next.get();
+            next.set(port.checked_add(1).unwrap_or(FIRST_FREE_PORT));
+            port
+        })
+    }
+}
+
+impl std::fmt::Debug for InspectPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InspectPort").finish_non_exhaustive()
+    }
+}
+
+/// Equal to its clones alone.
+impl PartialEq for InspectPort {
+    fn eq(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for InspectPort {}
 
 #[cfg(test)]
 mod tests {
@@ -138,8 +414,26 @@ mod tests {
         let mut settings = Settings::default();
         settings.update(Settings::default().exec("a").args(["1"]));
         settings.update(Settings::default());
-        settings.update(Settings::default().exec("b"));
-        assert_eq!(settings, Settings::default().exec("b").args(["1"]));
+        settings.update(Settings::default().exec("b").exec_args(["0"]).cwd("/"));
+        settings.update(Settings::default().silent(true).uid(1).gid(2));
+        let all = Settings::default().exec("b").args(["1"]).exec_args(["0"]);
+        assert_eq!(settings, all.cwd("/").silent(true).uid(1).gid(2));
+    }
+
+    #[test]
+    fn stdio_comes_before_silent() {
+        let silent = Settings::default().silent(true);
+        assert_eq!(silent.effective_stdio(), vec![Stdio::pipe(); 3]);
+        let both = silent.stdio([Stdio::null()]);
+        assert_eq!(both.effective_stdio(), [Stdio::null()]);
+        assert_eq!(Settings::default().effective_stdio(), []);
+    }
+
+    #[test]
+    fn every_worker_has_its_own_inspect_port() {
+        let ports = InspectPort::from(65534);
+        let ports: Vec<_> = std::iter::repeat_with(|| ports.next()).take(4).collect();
+        assert_eq!(ports, [65534, 65535, 1024, 1025]);
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct TimerId(u64);
 struct Timer<T> {
     due: Time,
     interval: Option<Duration>,
+    /// It keeps the program running.
+    referenced: bool,
     payload: T,
 }
 
@@ -51,6 +53,7 @@ impl<T: Clone> Timers<T> {
         let timer = Timer {
             due,
             interval: interval.map(|interval| interval.max(SHORTEST_INTERVAL)),
+            referenced: true,
             payload,
         };
         self.timers.insert(id, timer);
@@ -65,8 +68,16 @@ impl<T: Clone> Timers<T> {
         Some(timer.payload)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.timers.is_empty()
+    /// Whether the timer keeps the program running.
+    pub(crate) fn reference(&mut self, id: TimerId, referenced: bool) {
+        if let Some(timer) = self.timers.get_mut(&id) {
+            timer.referenced = referenced;
+        }
+    }
+
+    /// Whether any timer keeps the program running.
+    pub(crate) fn has_referenced(&self) -> bool {
+        self.timers.values().any(|timer| timer.referenced)
     }
 
     pub(crate) fn deadline(&self) -> Option<Time> {
@@ -110,7 +121,7 @@ mod tests {
         assert_eq!(timers.deadline(), Some(ms(3)));
         assert_eq!(fire(&mut timers, ms(2)), [""; 0]);
         assert_eq!(fire(&mut timers, ms(9)), ["a", "b", "late"]);
-        assert!(timers.is_empty());
+        assert!(!timers.has_referenced());
     }
 
     #[test]
@@ -129,8 +140,18 @@ mod tests {
         let id = timers.set(ms(0), ms(1), Some(ms(0)), "tick");
         assert_eq!(timers.next_due(ms(1)), Some("tick"));
         assert_eq!(timers.clear(id), Some("tick"));
-        assert!(timers.is_empty());
+        assert!(!timers.has_referenced());
         assert_eq!(timers.deadline(), None);
+    }
+
+    #[test]
+    fn what_is_let_go_still_fires() {
+        let mut timers = Timers::new();
+        let id = timers.set(ms(0), ms(1), None, "once");
+        assert!(timers.has_referenced());
+        timers.reference(id, false);
+        assert!(!timers.has_referenced());
+        assert_eq!(fire(&mut timers, ms(1)), ["once"]);
     }
 
     #[test]

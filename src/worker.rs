@@ -3,20 +3,27 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::ToSocketAddrs;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
+use crate::bind::{self, BoundSocket, bind};
 use crate::callbacks::{CallbackId, Callbacks, Shared};
+use crate::channel::ReceiptId;
+use crate::endpoint::{BindFlags, Kind};
 use crate::error::{Error, Result};
-use crate::event_loop::{EventLoop, Token, WatchId};
+use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::listener::{Connection, Listener};
 use crate::message::Message;
+use crate::options::{BindOptions, ListenOptions, Resolved};
+use crate::send_options::{SendOptions, Written};
 use crate::signal::Signal;
+use crate::sys;
 use crate::sys::poll::Interest;
 use crate::timers::TimerId;
+use crate::udp_socket::UdpSocket;
 use crate::worker_core::{Event, Listen, ListenerId};
 use crate::worker_id::WorkerId;
 use crate::worker_shell::WorkerShell;
@@ -59,19 +66,31 @@ pub struct Worker {
 type OnMessage = dyn FnMut(&Worker, &Message);
 type OnDisconnect = dyn FnMut(&Worker);
 type OnError = dyn FnMut(&Worker, &Error);
-pub(crate) type OnConnection = dyn FnMut(&Worker, Connection);
+pub(crate) type OnConnection = dyn FnMut(&Worker, Connection<OwnedFd>);
+pub(crate) type OnDatagram = dyn FnMut(&Worker, &[u8], SocketAddr);
+
+/// The callbacks of one listener or socket.
+#[derive(Default)]
+struct ListenerCallbacks {
+    connection: Option<Shared<OnConnection>>,
+    drop: Option<Shared<OnConnection>>,
+    datagram: Option<Shared<OnDatagram>>,
+}
 
 /// All of a worker: its listeners share it.
 pub(crate) struct Inner {
     id: WorkerId,
+    inspect_port: Option<u16>,
     pub(crate) shell: Rc<WorkerShell>,
     home: EventLoop<Worker>,
-    on_connection: RefCell<BTreeMap<ListenerId, Shared<OnConnection>>>,
+    of_listener: RefCell<BTreeMap<ListenerId, ListenerCallbacks>>,
     /// `accept` has found the poller ready and has not looked yet.
     poller_waits: Cell<bool>,
     on_message: Callbacks<OnMessage>,
     on_disconnect: Callbacks<OnDisconnect>,
     on_error: Callbacks<OnError>,
+    /// To be called when their messages have been written.
+    receipts: RefCell<BTreeMap<ReceiptId, Written<Worker>>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -83,18 +102,24 @@ impl std::fmt::Debug for Inner {
 }
 
 impl Worker {
-    pub(crate) fn new(id: WorkerId, channel: UnixStream) -> Result<Self> {
+    pub(crate) fn new(
+        id: WorkerId,
+        inspect_port: Option<u16>,
+        channel: UnixStream,
+    ) -> Result<Self> {
         let home = EventLoop::new()?;
         let shell = WorkerShell::new(channel, home.poller().clone());
         let inner = Inner {
             id,
+            inspect_port,
             shell: Rc::new(shell.map_err(Error::io("wait for the channel"))?),
             home,
-            on_connection: RefCell::default(),
+            of_listener: RefCell::default(),
             poller_waits: Cell::new(false),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),
             on_error: Callbacks::default(),
+            receipts: RefCell::default(),
         };
         Ok(Self {
             inner: Rc::new(inner),
@@ -116,13 +141,45 @@ impl Worker {
         self.inner.id
     }
 
-    /// Listens on a TCP address together with all workers that ask for the same one.
+    /// Returns the port that this worker may open for whatever looks into it: the one that
+    /// [`Settings::inspect_port`](crate::Settings::inspect_port) says, if it says one.
     ///
-    /// Node: `server.listen()`. The master binds the address when the first worker asks and closes
-    /// it when the last one has left it. Port 0 is any free port, and the same one for the first
-    /// `listen` of every worker, another one for the second. If the argument stands for several
-    /// addresses, the first that can be had is taken; for all of the machine's addresses write
-    /// `"[::]:8000"` or `"0.0.0.0:8000"`. This waits for the master's answer.
+    /// Node: `process.debugPort`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> std::io::Result<()> {
+    /// if let Some(port) = worker.inspect_port() {
+    ///     let metrics = std::net::TcpListener::bind(("127.0.0.1", port))?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn inspect_port(&self) -> Option<u16> {
+        self.inner.inspect_port
+    }
+
+    /// Returns this worker's process, for what is done to it without the cluster's courtesy.
+    ///
+    /// Node: `worker.process`, which is `process` here.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) {
+    /// println!("worker {} has pid {}", worker.id(), worker.process().id());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn process(&self) -> OwnProcess<'_> {
+        OwnProcess(self)
+    }
+
+    /// Listens together with all workers that ask for the same.
+    ///
+    /// Node: `server.listen()`. See [`ListenOptions`] for what can be listened on, and how. The
+    /// master binds the address when the first worker asks and closes it when the last one has left
+    /// it. Port 0 is any free port, and the same one for the first `listen` of every worker, another
+    /// one for the second. If a name stands for several addresses, the first that can be had is
+    /// taken. A path is relative to the worker's directory; the master removes the file at the end.
+    /// This waits for the master's answer.
     ///
     /// A worker that has been told to leave, or whose master is gone, gets a listener that has
     /// ended, so that its program comes to its end.
@@ -134,39 +191,150 @@ impl Worker {
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
-    /// let http = worker.listen("[::]:80")?;
+    /// let http = worker.listen(80)?;
     /// println!("listening on {}", http.local_addr());
     /// # Ok(()) }
     /// ```
-    pub fn listen(&self, address: impl ToSocketAddrs + std::fmt::Debug) -> Result<Listener> {
-        let failed = |source| Error::Listen {
-            address: format!("{address:?}").trim_matches('"').to_owned(),
-            source,
+    pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<Listener<S>> {
+        let options = options.into();
+        let described = options.describe();
+        let request = Request {
+            kind: Kind::Tcp,
+            flags: options.flags,
+            alone: options.exclusive || options.reuse_port,
+            reuse_port: options.reuse_port,
         };
-        let addresses = address.to_socket_addrs().map_err(failed)?;
+        let opened = match options.resolve() {
+            Ok(resolved) => self.open(resolved, request)?,
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok((id, address)) => Ok(Listener::new(Rc::clone(&self.inner), id, address)),
+            Err(source) => Err(Error::Listen {
+                address: described,
+                source,
+            }),
+        }
+    }
+
+    /// Binds a UDP socket together with all workers that ask for the same: they share one socket,
+    /// and each datagram goes to one of them.
+    ///
+    /// Node: `dgram.createSocket()` and `socket.bind()`. See [`BindOptions`] for what it can be
+    /// bound to, and how; the rest is as with [`listen`](Self::listen), whatever the scheduling
+    /// policy.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Bind`] with the system's reason if the address is in use, not allowed or cannot be
+    /// resolved. Nothing of it remains, and a later try may succeed.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// worker.bind("127.0.0.1:5353")?.on_message(|worker, datagram, from| {
+    ///     println!("{} bytes from {from}", datagram.len());
+    /// });
+    /// worker.run()
+    /// # }
+    /// ```
+    pub fn bind(&self, options: impl Into<BindOptions>) -> Result<UdpSocket> {
+        let options = options.into();
+        let described = options.describe();
+        let request = Request {
+            kind: Kind::Udp,
+            flags: options.flags,
+            alone: options.exclusive || options.reuse_port,
+            reuse_port: options.reuse_port,
+        };
+        let opened = match options.resolve() {
+            Ok(resolved) => self.open(resolved, request)?,
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok((id, address)) => Ok(UdpSocket::new(Rc::clone(&self.inner), id, address)),
+            Err(source) => Err(Error::Bind {
+                address: described,
+                source,
+            }),
+        }
+    }
+
+    /// Opens the first of several endpoints that can be had.
+    fn open(
+        &self,
+        resolved: Resolved,
+        request: Request,
+    ) -> Result<io::Result<(ListenerId, Option<SocketAddr>)>> {
+        let shell = &self.inner.shell;
+        let endpoints = match resolved {
+            Resolved::Bind(endpoints) => endpoints,
+            Resolved::Socket(socket) => {
+                let opened = bind::adopt(&socket, request.flags.backlog).and_then(|()| {
+                    let bound = BoundSocket {
+                        file: None,
+                        address: sys::listen::local_addr(&socket),
+                        socket,
+                    };
+                    let address = bound.address;
+                    Ok((shell.keep_alone(request.kind, bound, false)?, address))
+                });
+                return Ok(opened);
+            }
+        };
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        for address in addresses {
-            let id = self.inner.shell.core.borrow_mut().listen(address);
-            let listener = Listener::new(Rc::clone(&self.inner), id);
-            let outcome = loop {
-                self.inner.shell.act();
-                let outcome = self.inner.shell.core.borrow().listen_result(id);
-                if outcome != Listen::Pending {
-                    break outcome;
+        for endpoint in endpoints {
+            if request.alone {
+                let opened = bind(&endpoint, &request.flags, request.reuse_port);
+                let opened = opened.and_then(|bound| {
+                    let address = bound.address;
+                    Ok((shell.keep_alone(endpoint.kind, bound, true)?, address))
+                });
+                match opened {
+                    Ok(opened) => return Ok(Ok(opened)),
+                    Err(error) => last = error,
                 }
-                self.inner.shell.wait_for_channel()?;
-            };
-            match outcome {
-                Listen::Done(address) => {
-                    self.inner.shell.core.borrow_mut().listening(id);
-                    self.inner.shell.act();
-                    return Ok(listener.at(address));
+                continue;
+            }
+            let asked = endpoint.address();
+            let id = shell.core.borrow_mut().listen(endpoint, request.flags);
+            match shell.wait_for_answer(id) {
+                Ok(Listen::Done(address)) => {
+                    shell.core.borrow_mut().listening(id);
+                    shell.act();
+                    return Ok(Ok((id, address.or(asked))));
                 }
-                Listen::Failed(errno) => last = io::Error::from_raw_os_error(errno),
-                Listen::Pending => {}
+                Ok(Listen::Failed(errno)) => {
+                    shell.close(id);
+                    last = io::Error::from_raw_os_error(errno);
+                }
+                Ok(Listen::Pending) => {}
+                Err(error) => {
+                    shell.close(id);
+                    return Err(error);
+                }
             }
         }
-        Err(failed(last))
+        Ok(Err(last))
+    }
+
+    /// Takes a stream as if a listener had accepted it: the worker counts it, and waits for its end
+    /// when it is to leave.
+    ///
+    /// Node: `server.emit('connection', socket)`, for a socket that came with a message.
+    ///
+    /// ```no_run
+    /// # fn serve(_: cluster::Connection) {}
+    /// # fn f(worker: &cluster::Worker) {
+    /// worker.on_message(|worker, message| {
+    ///     for fd in message.take_fds() {
+    ///         serve(worker.adopt(fd.into()));
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    pub fn adopt<S>(&self, stream: S) -> Connection<S> {
+        self.inner.shell.core.borrow_mut().connection_adopted();
+        Connection::new(stream, &self.inner.shell, None)
     }
 
     /// Returns whether the channel to the master is open.
@@ -181,6 +349,20 @@ impl Worker {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.inner.shell.core.borrow().is_connected()
+    }
+
+    /// Returns whether this worker's process has ended, and so `false`.
+    ///
+    /// Node: `worker.isDead()`, which a worker can ask about itself.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) {
+    /// assert!(!worker.is_dead());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        false
     }
 
     /// Returns whether this worker left because it was to, or `None` as long as the channel is
@@ -239,7 +421,31 @@ impl Worker {
     /// # Ok(()) }
     /// ```
     pub fn send_with_fds(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
-        self.inner.shell.send(message, fds)
+        self.inner.shell.send(message, fds, None)
+    }
+
+    /// Sends a message with descriptors, and with a callback for when it is written. See
+    /// [`SendOptions`] for an example.
+    ///
+    /// Node: `worker.send(message, handle, options, callback)`. See [`send`](Self::send) for what is
+    /// returned.
+    ///
+    /// # Errors
+    ///
+    /// As [`send_with_fds`](Self::send_with_fds), and [`Error::Io`] if a descriptor that is to be
+    /// kept open cannot be copied.
+    pub fn send_with(&self, message: &[u8], options: SendOptions<Self>) -> Result<bool> {
+        let (fds, written) = options.into_parts()?;
+        let receipt = written.as_ref().map(|_| ReceiptId::next());
+        if let (Some(receipt), Some(written)) = (receipt, written) {
+            self.inner.receipts.borrow_mut().insert(receipt, written);
+        }
+        let sent = self.inner.shell.send(message, fds, receipt);
+        if let (Some(receipt), Err(_)) = (receipt, &sent) {
+            let never = self.inner.receipts.borrow_mut().remove(&receipt);
+            drop(never);
+        }
+        sent
     }
 
     /// Leaves: tells the master, and on its word closes the listeners, waits for the connections,
@@ -275,6 +481,84 @@ impl Worker {
     pub fn kill(&self) {
         self.inner.shell.core.borrow_mut().kill();
         self.inner.shell.act();
+    }
+
+    /// The same as [`kill`](Self::kill).
+    ///
+    /// Node: `worker.destroy()`.
+    pub fn destroy(&self) {
+        self.kill();
+    }
+}
+
+/// What `listen` and `bind` have in common.
+#[derive(Clone, Copy)]
+struct Request {
+    kind: Kind,
+    flags: BindFlags,
+    /// Without the master.
+    alone: bool,
+    reuse_port: bool,
+}
+
+/// The process of this worker, as the system knows it.
+///
+/// Node: `process`. See [`Worker::process`] for an example.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnProcess<'a>(&'a Worker);
+
+impl OwnProcess<'_> {
+    /// Returns the process id.
+    ///
+    /// Node: `process.pid`. See [`Worker::process`] for an example.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        std::process::id()
+    }
+
+    /// Closes the channel without a word, once everything sent has been written. It does not count
+    /// as leaving on purpose: [`run`](Worker::run) and [`Listener::accept`] come to an end, whatever
+    /// is still open.
+    ///
+    /// Node: `process.disconnect()`. To leave in an orderly way, use [`Worker::disconnect`].
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// worker.process().disconnect();
+    /// worker.run()
+    /// # }
+    /// ```
+    pub fn disconnect(&self) {
+        self.0.inner.shell.core.borrow_mut().close_channel();
+        self.0.inner.shell.act();
+    }
+
+    /// Lets the worker end although its channel is open: [`run`](Worker::run) returns when nothing
+    /// else is left to wait for, and everything sent has been written.
+    ///
+    /// Node: `process.channel.unref()`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// worker.send(b"done")?;
+    /// worker.process().unref();
+    /// worker.run()
+    /// # }
+    /// ```
+    pub fn unref(&self) {
+        self.reference(false);
+    }
+
+    /// Undoes [`unref`](Self::unref).
+    ///
+    /// Node: `process.channel.ref()`.
+    pub fn ref_(&self) {
+        self.reference(true);
+    }
+
+    fn reference(&self, referenced: bool) {
+        let mut core = self.0.inner.shell.core.borrow_mut();
+        core.reference(None, referenced);
     }
 }
 
@@ -336,6 +620,23 @@ impl Worker {
         callback: impl FnMut(&Self, Signal) + 'static,
     ) -> Result<CallbackId> {
         self.inner.home.on_signal(signal, callback)
+    }
+
+    /// Makes a callback one that is called once: it is removed before its next call. One that is
+    /// gone already is no error.
+    ///
+    /// Node: `worker.once()`.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) {
+    /// worker.once(worker.on_message(|_, _| println!("the first message")));
+    /// # }
+    /// ```
+    pub fn once(&self, id: CallbackId) {
+        self.inner.on_message.once(id);
+        self.inner.on_disconnect.once(id);
+        self.inner.on_error.once(id);
+        self.inner.home.signal_callback_once(id);
     }
 
     /// Removes a callback. One that is gone already is no error.
@@ -421,8 +722,24 @@ impl Worker {
         self.inner.home.unwatch(watch);
     }
 
+    /// Lets the worker end although a timer or watched descriptor is still there:
+    /// [`run`](Self::run) does not wait for it. One that is gone already is no error. See
+    /// [`Master::unref`](crate::Master::unref) for an example.
+    ///
+    /// Node: `timer.unref()` and `socket.unref()`.
+    pub fn unref(&self, id: impl Into<LoopId>) {
+        self.inner.home.reference(id.into(), false);
+    }
+
+    /// Undoes [`unref`](Self::unref).
+    ///
+    /// Node: `timer.ref()` and `socket.ref()`.
+    pub fn ref_(&self, id: impl Into<LoopId>) {
+        self.inner.home.reference(id.into(), true);
+    }
+
     /// Turns the loop until the worker has left and nothing else is left to wait for: connection,
-    /// timer or watched descriptor. If the channel closed although nobody had asked the worker to
+    /// timer or watched descriptor. Whatever has been let go with `unref` does not count. If the channel closed although nobody had asked the worker to
     /// leave (the master is gone, for instance), it returns at once.
     ///
     /// Node: a worker goes on by itself, and ends like this.
@@ -437,8 +754,10 @@ impl Worker {
         drop(self.inner.home.enter()?);
         loop {
             let core = self.inner.shell.core.borrow();
-            let idle = core.is_finished() && !core.has_events() && !self.inner.home.has_work();
-            let must_exit = core.must_exit() && !core.has_events();
+            let events = core.has_events() || self.inner.shell.has_news();
+            let busy = self.inner.home.has_work() || self.inner.shell.is_writing();
+            let idle = core.is_finished() && !busy && !events;
+            let must_exit = core.must_exit() && !events;
             drop(core);
             if idle || must_exit {
                 return Ok(());
@@ -476,7 +795,7 @@ impl Worker {
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
         let core = shell.core.borrow();
-        if core.has_events() || core.is_done() || shell.has_errors() {
+        if core.has_events() || core.is_done() || shell.has_news() {
             return Some(Duration::ZERO);
         }
         self.inner.home.time_left(None)
@@ -497,7 +816,7 @@ impl Worker {
                     }
                     self.inner.shell.receive();
                 }
-                Token::Listener(number) => self.accept_shared(ListenerId(number)),
+                Token::Listener(number) => self.listener_ready(ListenerId(number)),
                 Token::Watch(number) => home.watch_ready(self, number),
                 Token::Signals => {
                     for signal in home.take_signals() {
@@ -519,6 +838,12 @@ impl Worker {
             for error in self.inner.shell.take_errors() {
                 self.inner.on_error.each(|f| f(self, &error));
             }
+            for (id, outcome) in self.inner.shell.take_receipts() {
+                let callback = self.inner.receipts.borrow_mut().remove(&id);
+                if let Some(callback) = callback {
+                    callback(self, outcome);
+                }
+            }
             let event = self.inner.shell.core.borrow_mut().next_event();
             match event {
                 None => break,
@@ -528,21 +853,32 @@ impl Worker {
                 Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
                 Some(Event::Connection(listener, fd)) => {
-                    self.deliver(listener, Connection::new(fd, &self.inner.shell));
-                    self.inner.forget_callback(listener);
+                    self.deliver(listener, fd, false);
+                    self.inner.forget_callbacks(listener);
+                    self.inner.shell.core.borrow_mut().delivered(listener);
+                }
+                Some(Event::Drop(listener, fd)) => {
+                    self.deliver(listener, fd, true);
+                    self.inner.forget_callbacks(listener);
                     self.inner.shell.core.borrow_mut().delivered(listener);
                 }
             }
         }
     }
 
-    fn deliver(&self, listener: ListenerId, connection: Connection) {
-        let callback = self
-            .inner
-            .on_connection
-            .borrow()
-            .get(&listener)
-            .map(Rc::clone);
+    /// Gives a connection to the callback for it, or for those that are one too many.
+    fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_over: bool) {
+        let connection = Connection::new(fd, &self.inner.shell, Some(listener));
+        let callbacks = self.inner.of_listener.borrow();
+        let callback = callbacks.get(&listener).and_then(|callbacks| {
+            let callback = if is_over {
+                &callbacks.drop
+            } else {
+                &callbacks.connection
+            };
+            callback.as_ref().map(Rc::clone)
+        });
+        drop(callbacks);
         if let Some(callback) = callback {
             if let Ok(mut callback) = callback.try_borrow_mut() {
                 callback(self, connection);
@@ -550,33 +886,73 @@ impl Worker {
         }
     }
 
+    fn listener_ready(&self, listener: ListenerId) {
+        if self.inner.shell.core.borrow().is_datagram(listener) {
+            self.receive_datagrams(listener);
+        } else {
+            self.accept_shared(listener);
+        }
+    }
+
     /// Accepts what a shared listener with a callback has.
     fn accept_shared(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
+            if shell.core.borrow().leaves_to_others(listener) {
+                return shell.watch(listener, false);
+            }
             match shell.try_accept(listener) {
-                Ok(Some(fd)) => self.deliver(listener, Connection::new(fd, shell)),
+                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_over),
                 Ok(None) => return,
-                Err(error) => {
-                    shell.report(error);
-                    // It stays readable: without a rest it would keep the loop.
-                    shell.watch(listener, false);
-                    let again = move |worker: &Self| {
-                        worker.inner.shell.watch(listener, true);
-                        // One that is ending may have nothing more that could make it readable.
-                        worker.accept_shared(listener);
-                    };
-                    self.inner.home.set_timeout(ACCEPT_RETRY, again);
-                    return;
-                }
+                Err(error) => return self.rest(listener, error),
             }
         }
-        // Nor may one whose batch was just full.
+        // One that is ending may have nothing more that could make it readable.
         shell.core.borrow_mut().accept_rest(listener);
     }
 
+    /// Receives one datagram after the other: what the callback does not want, because it closes
+    /// the socket, is for others.
+    fn receive_datagrams(&self, listener: ListenerId) {
+        for _ in 0..ACCEPT_BATCH {
+            let callbacks = self.inner.of_listener.borrow();
+            let callback = callbacks.get(&listener).and_then(|c| c.datagram.as_ref());
+            let callback = callback.map(Rc::clone);
+            drop(callbacks);
+            let Some(callback) = callback else {
+                return;
+            };
+            match self.inner.shell.try_receive_any(listener) {
+                Ok(Some((bytes, from))) => {
+                    if let Ok(mut callback) = callback.try_borrow_mut() {
+                        callback(self, &bytes, from);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return self.rest(listener, error),
+            }
+        }
+    }
+
+    /// Leaves a shared listener alone for a while: it stays readable, and would keep the loop.
+    fn rest(&self, listener: ListenerId, error: Error) {
+        let shell = &self.inner.shell;
+        shell.report(error);
+        shell.watch(listener, false);
+        let again = move |worker: &Self| {
+            worker.inner.shell.watch_if_wanted(listener);
+            // One that is ending may have nothing more that could make it readable.
+            worker.listener_ready(listener);
+        };
+        let timer = self.inner.home.set_timeout(ACCEPT_RETRY, again);
+        self.inner.home.reference(timer.into(), false);
+    }
+
     /// Waits for the next connection of a listener without a callback.
-    pub(crate) fn accept(inner: &Rc<Inner>, listener: ListenerId) -> Result<Option<Connection>> {
+    pub(crate) fn accept(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+    ) -> Result<Option<Connection<OwnedFd>>> {
         drop(inner.home.enter()?);
         let shell = &inner.shell;
         shell.read_by_poller(false)?;
@@ -603,8 +979,14 @@ impl Worker {
             }
             // A shared listener that is ending is emptied without waiting.
             if ending || worker.wait(listener)? {
-                if let Some(fd) = shell.try_accept(listener)? {
-                    return Ok(Some(Connection::new(fd, shell)));
+                match shell.try_accept(listener)? {
+                    Some(accepted) if accepted.is_over => {
+                        worker.deliver(listener, accepted.fd, true);
+                    }
+                    Some(accepted) => {
+                        return Ok(Some(Connection::new(accepted.fd, shell, Some(listener))));
+                    }
+                    None => {}
                 }
             }
             // Before anything else is looked at: a callback might close the listener.
@@ -614,17 +996,51 @@ impl Worker {
         }
     }
 
-    fn arrived(&self, listener: ListenerId) -> Option<Connection> {
+    fn arrived(&self, listener: ListenerId) -> Option<Connection<OwnedFd>> {
         let shell = &self.inner.shell;
         let arrived = shell.core.borrow_mut().arrived(listener);
-        arrived.map(|fd| Connection::new(fd, shell))
+        arrived.map(|fd| Connection::new(fd, shell, Some(listener)))
+    }
+
+    /// Waits for the next datagram of a socket without a callback.
+    pub(crate) fn receive(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+        buffer: &mut [u8],
+    ) -> Result<Option<(usize, SocketAddr)>> {
+        drop(inner.home.enter()?);
+        let shell = &inner.shell;
+        shell.read_by_poller(false)?;
+        let worker = Self {
+            inner: Rc::clone(inner),
+            is_owner: false,
+        };
+        loop {
+            // What the program is to be told comes before it is kept waiting.
+            if inner.poller_waits.take() || worker.time_left() == Some(Duration::ZERO) {
+                worker.turn(Some(Duration::ZERO))?;
+            }
+            let core = shell.core.borrow();
+            let ended = core.has_ended(listener) && !core.has_events();
+            drop(core);
+            if ended {
+                return Ok(None);
+            }
+            if worker.wait(listener)? {
+                // Another worker may have been faster.
+                if let Some(received) = shell.try_receive(listener, buffer)? {
+                    return Ok(Some(received));
+                }
+            }
+        }
     }
 
     /// Waits for anything at all; the channel, by which connections come, is read. Returns whether
-    /// the listener, if it is a shared one, has something.
+    /// the listener, if it is a shared one, has something for this worker.
     fn wait(&self, listener: ListenerId) -> Result<bool> {
         let shell = &self.inner.shell;
-        let shared = shell.listener(listener);
+        let left = shell.core.borrow().leaves_to_others(listener);
+        let shared = shell.socket(listener).filter(|_| !left);
         let shared = shared.as_deref().map(|registered| &**registered);
         let ready = shell.wait(self.inner.home.as_fd(), shared, self.time_left())?;
         self.inner.poller_waits.set(ready.poller);
@@ -657,28 +1073,71 @@ impl Inner {
         self.on_message.clear();
         self.on_disconnect.clear();
         self.on_error.clear();
-        drop(self.on_connection.take());
+        drop(self.of_listener.take());
+        drop(self.receipts.take());
     }
 
     /// Sends the connections of a listener to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId, callback: Shared<OnConnection>) {
-        let replaced = self.on_connection.borrow_mut().insert(listener, callback);
-        drop(replaced);
+        self.set_callback(listener, |callbacks| callbacks.connection.replace(callback));
         self.shell.serve(listener);
+    }
+
+    /// Drops the connections that are too many, and tells a callback.
+    pub(crate) fn drop_beyond(&self, listener: ListenerId, callback: Shared<OnConnection>) {
+        self.set_callback(listener, |callbacks| callbacks.drop.replace(callback));
+        self.shell.core.borrow_mut().drop_beyond(listener);
+        self.shell.act();
+        self.shell.watch_if_wanted(listener);
+    }
+
+    /// Whether a listener keeps the program running.
+    pub(crate) fn reference(&self, listener: ListenerId, referenced: bool) {
+        let mut core = self.shell.core.borrow_mut();
+        core.reference(Some(listener), referenced);
+    }
+
+    pub(crate) fn is_served(&self, listener: ListenerId) -> bool {
+        self.shell.core.borrow().is_served(listener)
+    }
+
+    /// How many connections of a listener the program wants at most.
+    pub(crate) fn set_most(&self, listener: ListenerId, most: Option<u64>) {
+        self.shell.core.borrow_mut().set_most(listener, most);
+        self.shell.act();
+        self.shell.watch_if_wanted(listener);
+    }
+
+    /// Sends the datagrams of a socket to a callback from now on.
+    pub(crate) fn serve_datagrams(&self, listener: ListenerId, callback: Shared<OnDatagram>) {
+        self.set_callback(listener, |callbacks| callbacks.datagram.replace(callback));
+        self.shell.serve(listener);
+    }
+
+    fn set_callback<T>(
+        &self,
+        listener: ListenerId,
+        set: impl FnOnce(&mut ListenerCallbacks) -> Option<T>,
+    ) {
+        let mut all = self.of_listener.borrow_mut();
+        let replaced = set(all.entry(listener).or_default());
+        // What a closure owns may come back here when it is dropped.
+        drop(all);
+        drop(replaced);
     }
 
     pub(crate) fn close(&self, listener: ListenerId) {
         self.shell.close(listener);
-        self.forget_callback(listener);
+        self.forget_callbacks(listener);
     }
 
-    /// Drops the callback of a listener that is closed and has nothing more for it.
-    fn forget_callback(&self, listener: ListenerId) {
+    /// Drops the callbacks of a listener that is closed and has nothing more for them.
+    fn forget_callbacks(&self, listener: ListenerId) {
         let core = self.shell.core.borrow();
-        if !core.is_served(listener) && !core.owes(listener) {
+        if !core.is_known(listener) && !core.owes(listener) {
             drop(core);
-            let callback = self.on_connection.borrow_mut().remove(&listener);
-            drop(callback);
+            let callbacks = self.of_listener.borrow_mut().remove(&listener);
+            drop(callbacks);
         }
     }
 }

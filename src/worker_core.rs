@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
+use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::message::Message;
 use crate::settings::SchedulingPolicy;
@@ -19,8 +20,10 @@ pub(crate) struct ListenerId(pub(crate) u32);
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Send(ToMaster),
-    /// Close this worker's copy of a shared listener.
+    /// Close this worker's copy of a shared listener or socket.
     CloseListener(ListenerId),
+    /// Let nobody new into the backlog of a listener that this worker has made itself.
+    ShutDoor(ListenerId),
     /// Close the channel once everything queued is written.
     CloseChannel,
 }
@@ -29,6 +32,8 @@ pub(crate) enum Action {
 pub(crate) enum Event<C> {
     /// For the callback of a listener that is served by callbacks.
     Connection(ListenerId, C),
+    /// The same, but there are as many already as the program allows.
+    Drop(ListenerId, C),
     /// What is left in the backlog of this shared listener is for its callback; then it closes.
     AcceptRest(ListenerId),
     Message(Message),
@@ -40,7 +45,7 @@ pub(crate) enum Event<C> {
 pub(crate) enum Listen {
     Pending,
     /// Open, or ended already because the worker leaves.
-    Done(SocketAddr),
+    Done(Option<SocketAddr>),
     /// The errno.
     Failed(i32),
 }
@@ -51,16 +56,21 @@ enum Stage {
     /// Given up before the answer came; it closes when it comes.
     Abandoned,
     Failed(i32),
-    Open(HandleId),
-    /// The master gives nothing more; what was given may still be taken.
-    Ending(HandleId),
+    /// The master knows it by this handle; it knows nothing of the worker's own listeners.
+    Open(Option<HandleId>),
+    /// Nothing more comes; what has come may still be taken.
+    Ending(Option<HandleId>),
     Closed,
 }
 
 #[derive(Debug)]
 struct Entry<C> {
-    key: HandleKey,
-    address: SocketAddr,
+    kind: Kind,
+    /// What the master was asked for; `None` for the worker's own listeners.
+    key: Option<HandleKey>,
+    /// Made by this worker, which therefore empties it when it leaves.
+    own: bool,
+    address: Option<SocketAddr>,
     policy: SchedulingPolicy,
     stage: Stage,
     /// Served by a callback.
@@ -76,20 +86,48 @@ struct Entry<C> {
     /// The callback has one and has not returned.
     delivering: bool,
     taken: u64,
+    /// In the program's hands.
+    open: u64,
+    /// How many of these the program allows.
+    most: Option<u64>,
+    /// What is beyond is taken and dropped, instead of being left to others.
+    drops: bool,
+    /// It keeps the program running.
+    referenced: bool,
 }
 
 impl<C> Entry<C> {
     fn handle(&self) -> Option<HandleId> {
         match self.stage {
-            Stage::Open(handle) | Stage::Ending(handle) => Some(handle),
+            Stage::Open(handle) | Stage::Ending(handle) => handle,
             Stage::Asked | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => None,
         }
     }
 
-    /// How many more may be on their way to the callback.
-    fn room(&self) -> u32 {
+    fn is_open(&self) -> bool {
+        matches!(self.stage, Stage::Open(_) | Stage::Ending(_))
+    }
+
+    /// Whether it must not take more, with `coming` on their way to the program. One that ends has
+    /// nobody else to leave them to.
+    fn is_full(&self, coming: u64) -> bool {
+        let full = self.most.is_some_and(|most| self.open + coming >= most);
+        full && !self.drops && matches!(self.stage, Stage::Open(_))
+    }
+
+    /// How many more may be on their way to the callback, with `coming` there already.
+    fn room(&self, coming: u64) -> u32 {
         let pending = u32::try_from(self.pending.len()).unwrap_or(u32::MAX);
-        CALLBACK_WINDOW.saturating_sub(self.credits.saturating_add(pending))
+        let under_way = self.credits.saturating_add(pending);
+        let window = CALLBACK_WINDOW.saturating_sub(under_way);
+        match self.most {
+            Some(most) if !self.drops => {
+                let others = self.open + coming + u64::from(under_way);
+                let left = most.saturating_sub(others);
+                window.min(u32::try_from(left).unwrap_or(u32::MAX))
+            }
+            _ => window,
+        }
     }
 }
 
@@ -103,13 +141,15 @@ pub(crate) struct WorkerCore<C> {
     /// It leaves without waiting for its connections.
     killed: bool,
     closing: bool,
+    /// The channel keeps the program running.
+    referenced: bool,
     /// How many connections callbacks may hold, once it is known that there are no descriptors for
     /// more.
     most: Option<u64>,
     last_listener: u32,
     listeners: BTreeMap<ListenerId, Entry<C>>,
-    /// The indices in use, by the address as it was asked for.
-    indices: BTreeMap<SocketAddr, BTreeSet<u32>>,
+    /// The indices in use, by the endpoint as it was asked for.
+    indices: BTreeMap<Endpoint, BTreeSet<u32>>,
     /// Taken, but the master may not know it yet: until it does, another worker may be given the
     /// same connection, and so the program must not see it.
     unconfirmed: VecDeque<(ListenerId, C)>,
@@ -128,6 +168,7 @@ impl<C> WorkerCore<C> {
             told: false,
             killed: false,
             closing: false,
+            referenced: true,
             most: None,
             last_listener: 0,
             listeners: BTreeMap::new(),
@@ -170,7 +211,22 @@ impl<C> WorkerCore<C> {
 
     /// Whether the cluster gives the program no more reason to go on.
     pub(crate) fn is_finished(&self) -> bool {
-        self.must_exit() || !self.connected && self.open == 0
+        let channel = self.connected && self.referenced;
+        let listens = |entry: &Entry<C>| entry.referenced && entry.is_open();
+        let busy = channel || self.open > 0 || self.listeners.values().any(listens);
+        self.must_exit() || !busy
+    }
+
+    /// Whether the channel, or a listener, keeps the program running.
+    pub(crate) fn reference(&mut self, listener: Option<ListenerId>, referenced: bool) {
+        match listener {
+            None => self.referenced = referenced,
+            Some(listener) => {
+                if let Some(entry) = self.listeners.get_mut(&listener) {
+                    entry.referenced = referenced;
+                }
+            }
+        }
     }
 
     pub(crate) fn listen_result(&self, listener: ListenerId) -> Listen {
@@ -203,6 +259,16 @@ impl<C> WorkerCore<C> {
         }
     }
 
+    /// Whether the program has not let go of it.
+    pub(crate) fn is_known(&self, listener: ListenerId) -> bool {
+        self.listeners.contains_key(&listener)
+    }
+
+    pub(crate) fn is_datagram(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| entry.kind == Kind::Udp)
+    }
+
     /// Whether an empty backlog means the end of this shared listener.
     pub(crate) fn is_ending(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
@@ -211,24 +277,61 @@ impl<C> WorkerCore<C> {
 
     // What the program does.
 
-    pub(crate) fn listen(&mut self, address: SocketAddr) -> ListenerId {
-        self.last_listener += 1;
-        let listener = ListenerId(self.last_listener);
-        let used = self.indices.entry(address).or_default();
+    /// Asks the master to listen, or to bind a socket for datagrams.
+    pub(crate) fn listen(&mut self, endpoint: Endpoint, flags: BindFlags) -> ListenerId {
+        let used = self.indices.entry(endpoint.clone()).or_default();
         let free = |index: &u32| !used.contains(index);
         let index = (0..).find(free).unwrap_or(u32::MAX);
         used.insert(index);
-        let key = HandleKey { address, index };
-        let gone = self.told || !self.connected;
-        if !gone {
-            let (request, key) = (listener.0, key.clone());
-            self.send(ToMaster::Listen { request, key });
+        let kind = endpoint.kind;
+        let key = HandleKey { endpoint, index };
+        let asked = key.clone();
+        let listener = self.add(kind, Some(key), Stage::Asked, SchedulingPolicy::RoundRobin);
+        let asks = self.listeners.get(&listener).map(|entry| entry.stage) == Some(Stage::Asked);
+        if asks {
+            self.send(ToMaster::Listen {
+                request: listener.0,
+                key: asked,
+                flags,
+            });
         }
+        listener
+    }
+
+    /// Takes note of a socket of the worker's own; `own` if the worker has made it, so that nobody
+    /// else serves what is in its backlog.
+    pub(crate) fn listen_alone(
+        &mut self,
+        kind: Kind,
+        address: Option<SocketAddr>,
+        own: bool,
+    ) -> ListenerId {
+        let listener = self.add(kind, None, Stage::Open(None), SchedulingPolicy::Shared);
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.address = address;
+            entry.own = own;
+        }
+        listener
+    }
+
+    /// A worker that leaves gets listeners that are closed already.
+    fn add(
+        &mut self,
+        kind: Kind,
+        key: Option<HandleKey>,
+        stage: Stage,
+        policy: SchedulingPolicy,
+    ) -> ListenerId {
+        self.last_listener += 1;
+        let listener = ListenerId(self.last_listener);
+        let gone = self.told || self.closing || !self.connected;
         let entry = Entry {
+            kind,
             key,
-            address,
-            policy: SchedulingPolicy::RoundRobin,
-            stage: if gone { Stage::Closed } else { Stage::Asked },
+            own: false,
+            address: None,
+            policy,
+            stage: if gone { Stage::Closed } else { stage },
             served: false,
             wanted: false,
             credits: 0,
@@ -236,6 +339,10 @@ impl<C> WorkerCore<C> {
             arrived: VecDeque::new(),
             delivering: false,
             taken: 0,
+            open: 0,
+            most: None,
+            drops: false,
+            referenced: true,
         };
         self.listeners.insert(listener, entry);
         listener
@@ -257,10 +364,20 @@ impl<C> WorkerCore<C> {
             return;
         }
         entry.wanted = true;
-        if entry.pending.is_empty() && entry.credits == 0 && !self.is_coming(listener) {
+        self.ask(listener);
+        self.take(listener);
+    }
+
+    /// Grants one for the program that waits in `accept`, unless one is on its way.
+    fn ask(&mut self, listener: ListenerId) {
+        let coming = u64::from(self.is_coming(listener));
+        let Some(entry) = self.listeners.get(&listener) else {
+            return;
+        };
+        let under_way = coming > 0 || entry.credits > 0 || !entry.pending.is_empty();
+        if entry.wanted && !entry.served && !under_way && !entry.is_full(coming) {
             self.grant(listener, 1);
         }
-        self.take(listener);
     }
 
     /// Returns the connection that the program waits for.
@@ -274,8 +391,12 @@ impl<C> WorkerCore<C> {
     /// Everything sent so far has been written.
     pub(crate) fn confirmed(&mut self) {
         while let Some((listener, connection)) = self.unconfirmed.pop_front() {
-            self.open += 1;
+            let over = self.connection_opened(listener);
             match self.listeners.get_mut(&listener) {
+                Some(entry) if over => {
+                    entry.delivering = true;
+                    self.events.push_back(Event::Drop(listener, connection));
+                }
                 Some(entry) if !entry.served => entry.arrived.push_back(connection),
                 Some(entry) => {
                     entry.delivering = true;
@@ -301,8 +422,10 @@ impl<C> WorkerCore<C> {
 
     /// Whether the callback of this listener still has something to get.
     pub(crate) fn owes(&self, listener: ListenerId) -> bool {
-        let queued =
-            |event: &Event<C>| matches!(event, Event::Connection(id, _) if *id == listener);
+        let queued = |event: &Event<C>| match event {
+            Event::Connection(id, _) | Event::Drop(id, _) => *id == listener,
+            Event::AcceptRest(_) | Event::Message(_) | Event::Disconnect => false,
+        };
         self.is_coming(listener) || self.events.iter().any(queued)
     }
 
@@ -316,8 +439,7 @@ impl<C> WorkerCore<C> {
         entry.delivering |= !arrived.is_empty();
         let arrived = arrived.into_iter().map(|c| Event::Connection(listener, c));
         self.events.extend(arrived);
-        let credits = entry.room();
-        self.grant(listener, credits);
+        self.refill(listener);
         self.take(listener);
         self.accept_rest(listener);
     }
@@ -328,20 +450,80 @@ impl<C> WorkerCore<C> {
             .is_some_and(|entry| entry.served)
     }
 
-    /// The program has accepted a connection from a shared listener.
-    pub(crate) fn connection_opened(&mut self) {
+    /// The program has a connection. Returns whether it is one too many, and to be dropped.
+    pub(crate) fn connection_opened(&mut self, listener: ListenerId) -> bool {
+        self.open += 1;
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return false;
+        };
+        let full = entry.most.is_some_and(|most| entry.open >= most);
+        entry.open += 1;
+        entry.drops && full
+    }
+
+    /// The program has a connection that comes from elsewhere.
+    pub(crate) fn connection_adopted(&mut self) {
         self.open += 1;
     }
 
-    pub(crate) fn connection_closed(&mut self) {
+    /// Returns whether a shared listener need no longer be left to others.
+    pub(crate) fn connection_closed(&mut self, listener: Option<ListenerId>) -> bool {
         self.open = self.open.saturating_sub(1);
-        if self.most.is_some() {
-            let served = self.listeners.iter().filter(|(_, entry)| entry.served);
-            let rooms: Vec<_> = served.map(|(id, entry)| (*id, entry.room())).collect();
-            for (listener, room) in rooms {
-                self.grant(listener, room);
-            }
+        let mut has_room = false;
+        if let Some(entry) = listener.and_then(|id| self.listeners.get_mut(&id)) {
+            let was_full = entry.is_full(0);
+            entry.open = entry.open.saturating_sub(1);
+            has_room = was_full && !entry.is_full(0);
         }
+        // Without a limit the next connection that is taken does all this, in the same frame.
+        let limited = |(id, entry): (&ListenerId, &Entry<C>)| {
+            let concerned = listener == Some(*id) && entry.most.is_some();
+            (concerned || self.most.is_some()).then_some(*id)
+        };
+        let limited: Vec<_> = self.listeners.iter().filter_map(limited).collect();
+        for listener in limited {
+            self.ask(listener);
+            self.refill(listener);
+        }
+        has_room
+    }
+
+    /// Grants what a callback can take.
+    fn refill(&mut self, listener: ListenerId) {
+        let coming = u64::from(self.is_coming(listener));
+        let entry = self.listeners.get(&listener);
+        let room = entry
+            .filter(|entry| entry.served)
+            .map(|entry| entry.room(coming));
+        if let Some(room @ 1..) = room {
+            self.grant(listener, room);
+        }
+    }
+
+    /// From now on the program wants to have at most so many connections of this listener at a
+    /// time.
+    pub(crate) fn set_most(&mut self, listener: ListenerId, most: Option<u64>) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.most = most;
+            self.take(listener);
+            self.ask(listener);
+            self.refill(listener);
+        }
+    }
+
+    /// What is beyond that is to be dropped.
+    pub(crate) fn drop_beyond(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.drops = true;
+            self.ask(listener);
+            self.refill(listener);
+        }
+    }
+
+    /// Whether a shared listener is better left to others now.
+    pub(crate) fn leaves_to_others(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| entry.is_full(0))
     }
 
     /// The descriptors are running out: from now on no more connections are asked for than are
@@ -386,7 +568,11 @@ impl<C> WorkerCore<C> {
                 }
                 self.send(ToMaster::Close { handle });
                 self.actions.push_back(Action::CloseListener(listener));
-                self.release(&key);
+                self.release(key.as_ref());
+            }
+            (Stage::Open(None) | Stage::Ending(None), None) => {
+                entry.stage = Stage::Closed;
+                self.actions.push_back(Action::CloseListener(listener));
             }
             (_, None) => {}
         }
@@ -417,8 +603,7 @@ impl<C> WorkerCore<C> {
     /// Closes the listeners that nobody is going to serve, if the worker leaves.
     pub(crate) fn close_unserved(&mut self) {
         if self.told {
-            let unserved =
-                |(_, entry): &(&ListenerId, &Entry<C>)| !entry.served && entry.handle().is_some();
+            let unserved = |(_, entry): &(&ListenerId, &Entry<C>)| !entry.served && entry.is_open();
             let unserved: Vec<_> = self
                 .listeners
                 .iter()
@@ -433,9 +618,8 @@ impl<C> WorkerCore<C> {
 
     /// Whether a worker that leaves has nothing left to wait for.
     pub(crate) fn is_done(&self) -> bool {
-        let open = |entry: &Entry<C>| entry.handle().is_some();
         let busy = self.open > 0 || !self.unconfirmed.is_empty();
-        let idle = !busy && !self.listeners.values().any(open);
+        let idle = !busy && !self.listeners.values().any(Entry::is_open);
         self.told && self.connected && !self.closing && idle
     }
 
@@ -452,6 +636,14 @@ impl<C> WorkerCore<C> {
         self.disconnect();
         if self.told {
             self.close_channel();
+        }
+    }
+
+    /// Closes the channel without a word to the master.
+    pub(crate) fn close_channel(&mut self) {
+        if self.connected && !self.closing {
+            self.closing = true;
+            self.actions.push_back(Action::CloseChannel);
         }
     }
 
@@ -499,7 +691,7 @@ impl<C> WorkerCore<C> {
                     Ok(bound) => {
                         entry.address = bound.address;
                         entry.policy = bound.policy;
-                        entry.stage = Stage::Open(bound.handle);
+                        entry.stage = Stage::Open(Some(bound.handle));
                         if abandoned {
                             self.forget(listener);
                         }
@@ -508,7 +700,7 @@ impl<C> WorkerCore<C> {
                     Err(errno) => {
                         entry.stage = Stage::Failed(errno);
                         let key = entry.key.clone();
-                        self.release(&key);
+                        self.release(key.as_ref());
                     }
                 }
             }
@@ -530,12 +722,7 @@ impl<C> WorkerCore<C> {
             ToWorker::End { handle, drain } => {
                 if let Some(listener) = self.by_handle(handle) {
                     if drain {
-                        if let Some(entry) = self.listeners.get_mut(&listener) {
-                            entry.stage = Stage::Ending(handle);
-                            entry.credits = 0;
-                        }
-                        self.end_if_empty(listener);
-                        self.accept_rest(listener);
+                        self.end(listener);
                     } else {
                         self.close(listener);
                     }
@@ -543,10 +730,25 @@ impl<C> WorkerCore<C> {
             }
             ToWorker::Disconnect => {
                 self.told = true;
-                // A worker that leaves gets no answer to what it has asked.
-                for entry in self.listeners.values_mut() {
-                    if entry.stage == Stage::Asked {
-                        entry.stage = Stage::Abandoned;
+                let mut alone = Vec::new();
+                for (listener, entry) in &mut self.listeners {
+                    match entry.stage {
+                        // A worker that leaves gets no answer to what it has asked.
+                        Stage::Asked => entry.stage = Stage::Abandoned,
+                        Stage::Open(None) => alone.push((*listener, entry.own)),
+                        Stage::Open(Some(_))
+                        | Stage::Abandoned
+                        | Stage::Failed(_)
+                        | Stage::Ending(_)
+                        | Stage::Closed => {}
+                    }
+                }
+                for (listener, own) in alone {
+                    if own {
+                        self.actions.push_back(Action::ShutDoor(listener));
+                        self.end(listener);
+                    } else {
+                        self.close(listener);
                     }
                 }
                 if self.killed {
@@ -608,12 +810,20 @@ impl<C> WorkerCore<C> {
         self.unconfirmed.iter().any(|(id, _)| *id == listener)
     }
 
-    /// Takes one that is pending if the program is there for it, and tells the master.
+    /// Takes one that is pending if the program is there for it, and tells the master. If it wants
+    /// no more, others get what is pending.
     fn take(&mut self, listener: ListenerId) {
         let coming = self.is_coming(listener);
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
+        if let (true, Some(handle)) = (entry.is_full(u64::from(coming)), entry.handle()) {
+            let pending = std::mem::take(&mut entry.pending);
+            for (number, _) in pending {
+                self.send(ToMaster::Refused { handle, number });
+            }
+            return;
+        }
         let wanted = if entry.served {
             !entry.delivering
         } else {
@@ -627,9 +837,25 @@ impl<C> WorkerCore<C> {
         };
         entry.taken = number;
         self.unconfirmed.push_back((listener, connection));
-        let credits = if entry.served { entry.room() } else { 0 };
+        let credits = if entry.served { entry.room(1) } else { 0 };
         self.grant(listener, credits);
         self.end_if_empty(listener);
+    }
+
+    /// Nothing more comes. A listener is emptied before it closes.
+    fn end(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if entry.kind == Kind::Udp {
+            return self.close(listener);
+        }
+        if let Stage::Open(handle) = entry.stage {
+            entry.stage = Stage::Ending(handle);
+            entry.credits = 0;
+        }
+        self.end_if_empty(listener);
+        self.accept_rest(listener);
     }
 
     /// Closes a listener that gets nothing more and holds nothing more.
@@ -651,19 +877,15 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    fn release(&mut self, key: &HandleKey) {
-        if let Some(used) = self.indices.get_mut(&key.address) {
-            used.remove(&key.index);
+    fn release(&mut self, key: Option<&HandleKey>) {
+        let Some(HandleKey { endpoint, index }) = key else {
+            return;
+        };
+        if let Some(used) = self.indices.get_mut(endpoint) {
+            used.remove(index);
             if used.is_empty() {
-                self.indices.remove(&key.address);
+                self.indices.remove(endpoint);
             }
-        }
-    }
-
-    fn close_channel(&mut self) {
-        if self.connected && !self.closing {
-            self.closing = true;
-            self.actions.push_back(Action::CloseChannel);
         }
     }
 }
@@ -671,15 +893,17 @@ impl<C> WorkerCore<C> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::Place;
     use crate::frame::Bound;
 
     fn listener(core: &mut WorkerCore<u32>, handle: u32) -> ListenerId {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listener = core.listen(address);
+        let endpoint = Endpoint::new(Kind::Tcp, Place::Ip(address));
+        let listener = core.listen(endpoint, BindFlags::default());
         let result = Ok(Bound {
             handle: HandleId(handle),
             policy: SchedulingPolicy::RoundRobin,
-            address,
+            address: Some(address),
         });
         let reply = ToWorker::Reply {
             request: listener.0,
@@ -700,7 +924,7 @@ mod tests {
         while let Some(event) = core.next_event() {
             if let Event::Connection(listener, _) = event {
                 core.delivered(listener);
-                core.connection_closed();
+                core.connection_closed(Some(listener));
             }
         }
         core.listeners[&ListenerId(2)].credits

@@ -1,17 +1,21 @@
 //! A worker as the master sees it.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::ExitStatus;
 use std::rc::{Rc, Weak};
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
+use crate::channel::ReceiptId;
 use crate::error::{Error, Result, SendError};
 use crate::event::{Departure, WorkerState};
 use crate::master::Master;
 use crate::master_shell::{Core, MasterShell, Record};
 use crate::message::Message;
+use crate::send_options::{SendOptions, Written};
 use crate::signal::Signal;
 use crate::worker_id::WorkerId;
 
@@ -58,9 +62,33 @@ pub(crate) struct WorkerCallbacks {
     pub(crate) disconnect: Callbacks<OnEvent>,
     pub(crate) exit: Callbacks<OnExit>,
     pub(crate) error: Callbacks<OnError>,
+    /// To be called when their messages have been written.
+    receipts: Receipts,
+}
+
+#[derive(Default)]
+struct Receipts(RefCell<BTreeMap<ReceiptId, Written<Master>>>);
+
+impl std::fmt::Debug for Receipts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} receipts", self.0.borrow().len())
+    }
 }
 
 impl WorkerCallbacks {
+    pub(crate) fn once(&self, id: CallbackId) {
+        self.online.once(id);
+        self.listening.once(id);
+        self.message.once(id);
+        self.disconnect.once(id);
+        self.exit.once(id);
+        self.error.once(id);
+    }
+
+    pub(crate) fn take_receipt(&self, id: ReceiptId) -> Option<Written<Master>> {
+        self.receipts.0.borrow_mut().remove(&id)
+    }
+
     pub(crate) fn remove(&self, id: CallbackId) {
         self.online.remove(id);
         self.listening.remove(id);
@@ -77,6 +105,7 @@ impl WorkerCallbacks {
         self.disconnect.clear();
         self.exit.clear();
         self.error.clear();
+        drop(self.receipts.0.take());
     }
 }
 
@@ -258,6 +287,13 @@ impl WorkerProcess {
         self.tell(|core| core.kill(self.id(), signal));
     }
 
+    /// The same as [`kill`](Self::kill).
+    ///
+    /// Node: `worker.destroy(signal)`.
+    pub fn destroy(&self, signal: Signal) {
+        self.kill(signal);
+    }
+
     /// Sends a message of at most 1 MiB. It arrives after everything sent before.
     ///
     /// Node: `worker.send(message)`. Returns `true`, or `false` as advice to pause when more than
@@ -295,8 +331,41 @@ impl WorkerProcess {
     /// # Ok(()) }
     /// ```
     pub fn send_with_fds(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
+        self.send_wanting(message, fds, None)
+    }
+
+    /// Sends a message with descriptors, and with a callback for when it is written. See
+    /// [`SendOptions`] for an example.
+    ///
+    /// Node: `worker.send(message, handle, options, callback)`. See [`send`](Self::send) for what is
+    /// returned.
+    ///
+    /// # Errors
+    ///
+    /// As [`send_with_fds`](Self::send_with_fds), and [`Error::Io`] if a descriptor that is to be
+    /// kept open cannot be copied.
+    pub fn send_with(&self, message: &[u8], options: SendOptions<Master>) -> Result<bool> {
+        let (fds, written) = options.into_parts()?;
+        let receipt = written.as_ref().map(|_| ReceiptId::next());
+        if let (Some(receipt), Some(written)) = (receipt, written) {
+            let mut receipts = self.callbacks.receipts.0.borrow_mut();
+            receipts.insert(receipt, written);
+        }
+        let sent = self.send_wanting(message, fds, receipt);
+        if let (Some(receipt), Err(_)) = (receipt, &sent) {
+            drop(self.callbacks.take_receipt(receipt));
+        }
+        sent
+    }
+
+    fn send_wanting(
+        &self,
+        message: &[u8],
+        fds: Vec<OwnedFd>,
+        receipt: Option<ReceiptId>,
+    ) -> Result<bool> {
         let outcome = match self.master.upgrade() {
-            Some(master) => master.send(self.id(), message, fds),
+            Some(master) => master.send(self.id(), message, fds, receipt),
             None => Err(SendError::ChannelClosed),
         };
         outcome.map_err(|reason| {
@@ -432,6 +501,58 @@ impl Process<'_> {
     /// ```
     pub fn disconnect(&self) {
         self.0.tell(|core| core.close_channel(self.0.id()));
+    }
+
+    /// Takes the master's end of the pipe that is the worker's descriptor `number`: 0 for its
+    /// standard input, 1 for its output, 2 for its error output, or one beyond; `None` if it is no
+    /// pipe ([`Settings::silent`](crate::Settings::silent) and
+    /// [`Settings::stdio`](crate::Settings::stdio) make them), or has been taken already.
+    ///
+    /// Node: `worker.process.stdin`, `stdout`, `stderr` and `stdio[number]`. It is a stream, as in
+    /// Node: it can be read and written, and [`watch`](Master::watch)ed. It blocks, like any new
+    /// one. A worker that fills a pipe that nobody reads waits. An end that nobody takes is closed
+    /// after the worker's `exit` event.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::io::Read;
+    /// use cluster::{Interest, Settings};
+    ///
+    /// master.setup_master(Settings::default().silent(true));
+    /// if let Some(output) = master.fork()?.process().take_stdio(1) {
+    ///     master.watch(output, Interest::Readable, |_, mut output| {
+    ///         let mut bytes = [0; 4096];
+    ///         let length = output.read(&mut bytes).ok().filter(|length| *length > 0)?;
+    ///         print!("{}", String::from_utf8_lossy(&bytes[..length]));
+    ///         Some(Interest::Readable)
+    ///     })?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn take_stdio(&self, number: usize) -> Option<UnixStream> {
+        self.0.record.stdio.borrow_mut().remove(&number)
+    }
+
+    /// Lets the master end although this worker is still there: [`Master::run`] does not wait for
+    /// it. The worker goes on as long as the master's process does.
+    ///
+    /// Node: `worker.process.unref()`, with that of its channel.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// master.fork()?.process().unref();
+    /// # Ok(()) }
+    /// ```
+    pub fn unref(&self) {
+        self.0.tell(|core| core.reference(self.0.id(), false));
+    }
+
+    /// Undoes [`unref`](Self::unref).
+    ///
+    /// Node: `worker.process.ref()`.
+    pub fn ref_(&self) {
+        self.0.tell(|core| core.reference(self.0.id(), true));
     }
 
     /// Returns how the process ended, or `None` as long as it has not.

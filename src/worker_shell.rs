@@ -4,20 +4,23 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::TcpListener;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::channel::{Channel, READ_SIZE, Received};
+use crate::bind::BoundSocket;
+use crate::channel::{Channel, READ_SIZE, ReceiptId, Received};
+use crate::endpoint::Kind;
 use crate::error::{Error, Result, SendError};
 use crate::event_loop::Token;
 use crate::frame::{FrameError, ToMaster, ToWorker};
 use crate::message::Message;
+use crate::socket_file::SocketFile;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
-use crate::worker_core::{Action, ListenerId, WorkerCore};
+use crate::worker_core::{Action, Listen, ListenerId, WorkerCore};
 
 /// How long a worker that ends waits for the master to read its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -27,19 +30,43 @@ const SPARE_FDS: u64 = 32;
 /// The channel is the only one of its kind here.
 const CHANNEL: u32 = 0;
 
-/// A listener that this process has a copy of.
-pub(crate) type SharedListener = Rc<Registered<TcpListener>>;
+/// A socket that this process has a copy of, or to itself.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Listener(OwnedFd),
+    Datagrams(UdpSocket),
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Listener(listener) => listener.as_fd(),
+            Self::Datagrams(socket) => socket.as_fd(),
+        }
+    }
+}
+
+/// What came of accepting from a shared listener.
+pub(crate) struct Accepted {
+    pub(crate) fd: OwnedFd,
+    /// One more than the program wants.
+    pub(crate) is_over: bool,
+}
 
 pub(crate) struct WorkerShell {
     pub(crate) core: RefCell<WorkerCore<OwnedFd>>,
     poller: Poller,
     /// `None` when it is closed.
     channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
-    listeners: RefCell<BTreeMap<ListenerId, SharedListener>>,
+    sockets: RefCell<BTreeMap<ListenerId, Rc<Registered<Socket>>>>,
+    /// Of the Unix paths on which this worker listens alone.
+    files: RefCell<BTreeMap<ListenerId, SocketFile>>,
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
     /// What went wrong outside any call of the program's.
     errors: RefCell<Vec<Error>>,
+    /// Messages that have been written or lost.
+    receipts: RefCell<Vec<(ReceiptId, bool)>>,
     /// What the channel reads into.
     scratch: RefCell<Vec<u8>>,
 }
@@ -64,17 +91,37 @@ impl WorkerShell {
             core: RefCell::new(WorkerCore::new()),
             poller,
             channel: RefCell::new(Some(channel)),
-            listeners: RefCell::default(),
+            sockets: RefCell::default(),
+            files: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
             errors: RefCell::default(),
+            receipts: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         };
         shell.act();
         Ok(shell)
     }
 
-    pub(crate) fn has_errors(&self) -> bool {
-        !self.errors.borrow().is_empty()
+    /// Whether there is something to tell that is not an event of the core's.
+    pub(crate) fn has_news(&self) -> bool {
+        !self.errors.borrow().is_empty() || !self.receipts.borrow().is_empty()
+    }
+
+    /// Whether something waits to be written.
+    pub(crate) fn is_writing(&self) -> bool {
+        let channel = self.channel.borrow();
+        channel.as_ref().is_some_and(Channel::is_writing)
+    }
+
+    /// The messages that have been written or lost since the last call, and which of both.
+    pub(crate) fn take_receipts(&self) -> Vec<(ReceiptId, Result<()>)> {
+        let lost = || Error::Send {
+            worker: None,
+            reason: SendError::ChannelClosed,
+        };
+        let receipts = self.receipts.take().into_iter();
+        let outcome = |(id, written): (_, bool)| (id, written.then_some(()).ok_or_else(lost));
+        receipts.map(outcome).collect()
     }
 
     pub(crate) fn take_errors(&self) -> Vec<Error> {
@@ -85,11 +132,16 @@ impl WorkerShell {
         self.errors.borrow_mut().push(error);
     }
 
-    pub(crate) fn listener(&self, listener: ListenerId) -> Option<SharedListener> {
-        self.listeners.borrow().get(&listener).map(Rc::clone)
+    pub(crate) fn socket(&self, listener: ListenerId) -> Option<Rc<Registered<Socket>>> {
+        self.sockets.borrow().get(&listener).map(Rc::clone)
     }
 
-    pub(crate) fn send(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
+    pub(crate) fn send(
+        &self,
+        message: &[u8],
+        fds: Vec<OwnedFd>,
+        receipt: Option<ReceiptId>,
+    ) -> Result<bool> {
         let failed = |reason| Error::Send {
             worker: None,
             reason,
@@ -99,7 +151,8 @@ impl WorkerShell {
         let Some(channel) = channel.as_mut() else {
             return Err(failed(SendError::ChannelClosed));
         };
-        channel.send(&frame, message.len(), fds).map_err(failed)?;
+        let sent = channel.send(&frame, message.len(), fds, receipt);
+        sent.map_err(failed)?;
         self.flush(channel);
         Ok(channel.has_room())
     }
@@ -109,7 +162,7 @@ impl WorkerShell {
     pub(crate) fn wait(
         &self,
         poller: BorrowedFd<'_>,
-        shared: Option<&TcpListener>,
+        shared: Option<&Socket>,
         timeout: Option<Duration>,
     ) -> Result<ReadyFor> {
         let waited = match (self.channel.borrow().as_ref(), shared) {
@@ -140,8 +193,11 @@ impl WorkerShell {
                     }
                 }
                 Some(Action::CloseListener(listener)) => {
-                    self.listeners.borrow_mut().remove(&listener);
+                    // The file first: as long as it is there, nobody else can have it.
+                    self.files.borrow_mut().remove(&listener);
+                    self.sockets.borrow_mut().remove(&listener);
                 }
+                Some(Action::ShutDoor(listener)) => self.shut_door(listener),
                 Some(Action::CloseChannel) => {
                     sent = true;
                     if let Some(channel) = self.channel.borrow_mut().as_mut() {
@@ -174,6 +230,7 @@ impl WorkerShell {
                 channel.shut();
             }
         }
+        self.receipts.borrow_mut().extend(channel.take_receipts());
     }
 
     /// Reads once from the channel and feeds the frames.
@@ -271,30 +328,83 @@ impl WorkerShell {
         }
     }
 
-    /// Keeps the copy of a shared listener.
+    /// Keeps the copy of a shared listener or socket.
     fn adopt(&self, listener: ListenerId, fd: OwnedFd) {
+        if let Err(source) = self.keep(listener, fd) {
+            let attempt = "wait for a shared listener";
+            self.report(Error::Io { attempt, source });
+            self.core.borrow_mut().close(listener);
+        }
+    }
+
+    fn keep(&self, listener: ListenerId, fd: OwnedFd) -> io::Result<()> {
+        let socket = if self.core.borrow().is_datagram(listener) {
+            Socket::Datagrams(fd.into())
+        } else {
+            Socket::Listener(fd)
+        };
         let key = Token::Listener(listener.0).key();
-        match self.poller.add(TcpListener::from(fd), key, None) {
-            Ok(registered) => {
-                let mut listeners = self.listeners.borrow_mut();
-                listeners.insert(listener, Rc::new(registered));
-            }
-            Err(source) => {
-                let attempt = "wait for a shared listener";
-                self.report(Error::Io { attempt, source });
-                self.core.borrow_mut().close(listener);
+        let registered = self.poller.add(socket, key, None)?;
+        let mut sockets = self.sockets.borrow_mut();
+        sockets.insert(listener, Rc::new(registered));
+        Ok(())
+    }
+
+    /// Keeps a socket of which the master knows nothing; `own` if this worker has made it.
+    pub(crate) fn keep_alone(
+        &self,
+        kind: Kind,
+        bound: BoundSocket,
+        own: bool,
+    ) -> io::Result<ListenerId> {
+        let mut core = self.core.borrow_mut();
+        let listener = core.listen_alone(kind, bound.address, own);
+        let ended = core.has_ended(listener);
+        drop(core);
+        if !ended {
+            self.keep(listener, bound.socket)
+                .inspect_err(|_| self.close(listener))?;
+            let mut files = self.files.borrow_mut();
+            files.extend(bound.file.map(|file| (listener, file)));
+        }
+        Ok(listener)
+    }
+
+    /// Where it cannot be done, the backlog is emptied with the door open.
+    fn shut_door(&self, listener: ListenerId) {
+        let was_path = self.files.borrow_mut().remove(&listener).is_some();
+        if let Some(socket) = self.socket(listener) {
+            match &**socket {
+                Socket::Listener(socket) if was_path => sys::listen::shut_unix_door(socket),
+                Socket::Listener(socket) => drop(sys::listen::shut_door(socket)),
+                Socket::Datagrams(_) => {}
             }
         }
     }
 
     fn cut_off(&self) {
-        drop(self.channel.take());
+        if let Some(mut channel) = self.channel.take() {
+            channel.shut();
+            self.receipts.borrow_mut().extend(channel.take_receipts());
+        }
         self.core.borrow_mut().channel_closed();
         self.act();
     }
 
+    /// Waits until the master has answered. Events wait meanwhile.
+    pub(crate) fn wait_for_answer(&self, listener: ListenerId) -> Result<Listen> {
+        loop {
+            self.act();
+            let answer = self.core.borrow().listen_result(listener);
+            if answer != Listen::Pending {
+                return Ok(answer);
+            }
+            self.wait_for_channel()?;
+        }
+    }
+
     /// Waits until something has come by the channel. Events wait meanwhile.
-    pub(crate) fn wait_for_channel(&self) -> Result<()> {
+    fn wait_for_channel(&self) -> Result<()> {
         let waited = match self.channel.borrow().as_ref() {
             Some(channel) if channel.is_flushed() => {
                 wait_readable([channel.as_fd()], None).map(drop)
@@ -310,24 +420,24 @@ impl WorkerShell {
 
     /// Accepts from a shared listener, if this is one and has something. One that is ending closes
     /// when it has nothing.
-    pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<OwnedFd>> {
-        let Some(shared) = self.listener(listener) else {
+    pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
+        let Some(shared) = self.socket(listener) else {
             return Ok(None);
         };
         loop {
-            match shared.accept() {
-                Ok((stream, _)) => {
-                    self.core.borrow_mut().connection_opened();
-                    return Ok(Some(stream.into()));
+            match sys::listen::accept(&**shared) {
+                Ok(fd) => {
+                    let is_over = self.core.borrow_mut().connection_opened(listener);
+                    return Ok(Some(Accepted { fd, is_over }));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(error) if sys::listen::nothing_to_accept(&error) => {
                     if self.core.borrow().is_ending(listener) {
                         self.core.borrow_mut().close(listener);
                         self.act();
                     }
                     return Ok(None);
                 }
-                Err(error) if sys::socket::lost_before_accept(&error) => {}
+                Err(error) if sys::listen::lost_before_accept(&error) => {}
                 Err(source) => {
                     let attempt = "accept a connection";
                     return Err(Error::Io { attempt, source });
@@ -336,18 +446,48 @@ impl WorkerShell {
         }
     }
 
+    /// Receives a datagram, if there is one.
+    pub(crate) fn try_receive(
+        &self,
+        listener: ListenerId,
+        buffer: &mut [u8],
+    ) -> Result<Option<(usize, SocketAddr)>> {
+        let socket = self.socket(listener);
+        let Some(Socket::Datagrams(socket)) = socket.as_deref().map(|socket| &**socket) else {
+            return Ok(None);
+        };
+        match socket.recv_from(buffer) {
+            Ok(received) => Ok(Some(received)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(source) => {
+                let attempt = "receive a datagram";
+                Err(Error::Io { attempt, source })
+            }
+        }
+    }
+
+    /// The same, into a buffer that is long enough for any.
+    pub(crate) fn try_receive_any(
+        &self,
+        listener: ListenerId,
+    ) -> Result<Option<(Vec<u8>, SocketAddr)>> {
+        let mut scratch = self.scratch.borrow_mut();
+        let received = self.try_receive(listener, &mut scratch)?;
+        Ok(received.map(|(length, from)| (scratch[..length].to_vec(), from)))
+    }
+
     /// Sends the connections of a listener to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId) {
         self.fd_limit.set(sys::fd::limit());
         self.core.borrow_mut().serve(listener);
         self.act();
-        self.watch(listener, true);
+        self.watch_if_wanted(listener);
     }
 
     /// Whether a shared listener wakes the poller.
     pub(crate) fn watch(&self, listener: ListenerId, watch: bool) {
         let interest = watch.then_some(Interest::Readable);
-        let shared = self.listener(listener);
+        let shared = self.socket(listener);
         if let Some(Err(source)) = shared.map(|shared| shared.set_interest(interest)) {
             let attempt = "wait for a shared listener";
             self.report(Error::Io { attempt, source });
@@ -359,9 +499,20 @@ impl WorkerShell {
         self.act();
     }
 
-    pub(crate) fn connection_closed(&self) {
-        self.core.borrow_mut().connection_closed();
+    pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
+        let has_room = self.core.borrow_mut().connection_closed(listener);
         self.act();
+        if let (Some(listener), true) = (listener, has_room) {
+            self.watch_if_wanted(listener);
+        }
+    }
+
+    /// Makes a shared listener with a callback wake the poller as long as the program wants more.
+    pub(crate) fn watch_if_wanted(&self, listener: ListenerId) {
+        let core = self.core.borrow();
+        let wanted = core.is_served(listener) && !core.leaves_to_others(listener);
+        drop(core);
+        self.watch(listener, wanted);
     }
 }
 

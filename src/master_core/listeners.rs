@@ -12,6 +12,8 @@
 //!                                                                      when all have let go
 //!
 //! A shared listener is Emptying between Draining and Unbound: only its workers see its backlog.
+//! The way back from Draining is that of TCP listeners alone. Unix paths are gone then, and what the
+//! master's program lent goes on without us: for these a new worker gets a new listener.
 //! ```
 
 use std::collections::BTreeSet;
@@ -20,6 +22,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{Action, MasterCore, With};
+use crate::address::Address;
+use crate::endpoint::{BindFlags, Kind};
 use crate::error::Error;
 use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
 use crate::round_robin::RoundRobin;
@@ -59,12 +63,15 @@ pub(super) enum Door {
     Accepting,
     /// Accepting failed; not before this time again.
     Resting(Time),
+    /// Nothing is accepted any more: what comes is for others.
+    Closed,
 }
 
 #[derive(Debug)]
 pub(super) struct Handle<C> {
     pub(super) key: HandleKey,
-    pub(super) address: SocketAddr,
+    /// With the real port; none for a Unix path.
+    pub(super) address: Option<SocketAddr>,
     pub(super) policy: SchedulingPolicy,
     pub(super) stage: Stage,
     pub(super) door: Door,
@@ -77,9 +84,15 @@ pub(super) struct Handle<C> {
     pub(super) accepted: bool,
 }
 
+impl<C> Handle<C> {
+    fn is_unix(&self) -> bool {
+        self.key.endpoint.kind == Kind::Unix
+    }
+}
+
 // What happens to listeners.
 impl<C: Clone> MasterCore<C> {
-    pub(crate) fn bound(&mut self, handle: HandleId, result: Result<SocketAddr, i32>) {
+    pub(crate) fn bound(&mut self, handle: HandleId, result: Result<Option<SocketAddr>, i32>) {
         let Some((key, worker, request)) = self.binding.remove(&handle) else {
             return;
         };
@@ -89,10 +102,15 @@ impl<C: Clone> MasterCore<C> {
                 self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
             }
             Ok(address) => {
+                let policy = match key.endpoint.kind {
+                    Kind::Tcp | Kind::Unix => self.policy,
+                    // Whoever reads from the one socket gets the datagram.
+                    Kind::Udp => SchedulingPolicy::Shared,
+                };
                 let open = Handle {
                     key: key.clone(),
                     address,
-                    policy: self.policy,
+                    policy,
                     stage: Stage::Open,
                     door: Door::Watched,
                     watched: false,
@@ -104,7 +122,7 @@ impl<C: Clone> MasterCore<C> {
                 self.keys.insert(key, handle);
                 self.handles.insert(handle, open);
                 self.join(worker, request, handle);
-                if self.policy == SchedulingPolicy::RoundRobin {
+                if policy == SchedulingPolicy::RoundRobin {
                     self.watch(handle, true);
                 }
             }
@@ -165,7 +183,9 @@ impl<C: Clone> MasterCore<C> {
         };
         if entry.door == Door::Accepting {
             entry.door = Door::Watched;
-            self.watch(handle, true);
+            // The poller would say again and again that a shut door is shut.
+            let shut_for_good = entry.is_unix() && entry.stage != Stage::Open;
+            self.watch(handle, !shut_for_good);
             self.unbind_if_drained(handle);
         }
     }
@@ -176,7 +196,7 @@ impl<C: Clone> MasterCore<C> {
         };
         if entry.door == Door::Accepting {
             entry.door = Door::Resting(self.now + ACCEPT_RETRY);
-            let address = entry.address;
+            let address = Address::new(&entry.key.endpoint, entry.address).to_string();
             self.watch(handle, false);
             self.error(None, Error::Accept { address, source });
         }
@@ -190,6 +210,7 @@ impl<C: Clone> MasterCore<C> {
         worker: WorkerId,
         request: u32,
         key: HandleKey,
+        flags: BindFlags,
     ) -> Result<(), FrameError> {
         if self.handles_of(worker).count() >= MAX_LISTENERS {
             return Err(FrameError::State("listens on too many addresses"));
@@ -205,9 +226,13 @@ impl<C: Clone> MasterCore<C> {
             None => {
                 self.last_handle += 1;
                 let handle = HandleId(self.last_handle);
-                let address = key.address;
+                let endpoint = key.endpoint.clone();
                 self.binding.insert(handle, (key, worker, request));
-                self.actions.push_back(Action::Bind { handle, address });
+                self.actions.push_back(Action::Bind {
+                    handle,
+                    endpoint,
+                    flags,
+                });
             }
         }
         Ok(())
@@ -293,19 +318,67 @@ impl<C: Clone> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        // What workers accept themselves is not known here.
         let shared = entry.policy == SchedulingPolicy::Shared;
-        let grace = if entry.accepted || shared {
-            DRAIN_GRACE
-        } else {
-            Time::ZERO
-        };
-        entry.stage = Stage::Draining(Some(now + grace));
-        self.actions.push_back(Action::ShutDoor { handle });
-        if shared {
-            return; // The workers go on accepting until the time has come.
+        match entry.key.endpoint.kind {
+            // Nobody waits for an answer to what is in its queue.
+            Kind::Udp => self.unbind(handle),
+            Kind::Tcp | Kind::Unix if entry.key.endpoint.is_borrowed() => {
+                self.give_back(handle);
+            }
+            Kind::Unix => {
+                // From now on nobody finds the way, and so there is no handshake to wait for.
+                entry.stage = Stage::Draining(None);
+                self.forget_key(handle);
+                self.actions.push_back(Action::ShutDoor { handle });
+                self.finish_drain(handle);
+            }
+            Kind::Tcp => {
+                // What workers accept themselves is not known here.
+                let grace = if entry.accepted || shared {
+                    DRAIN_GRACE
+                } else {
+                    Time::ZERO
+                };
+                entry.stage = Stage::Draining(Some(now + grace));
+                self.actions.push_back(Action::ShutDoor { handle });
+                if !shared {
+                    self.look_again(handle);
+                } // Otherwise the workers go on accepting until the time has come.
+            }
         }
-        self.look_again(handle);
+    }
+
+    /// Lets go of a listener that the master's program has lent. It stays open there, and with it
+    /// its backlog; only what has been accepted is ours to serve.
+    fn give_back(&mut self, handle: HandleId) {
+        self.forget_key(handle);
+        self.watch(handle, false);
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        match entry.policy {
+            SchedulingPolicy::RoundRobin => {
+                entry.stage = Stage::Draining(None);
+                entry.door = Door::Closed;
+                self.unbind_if_drained(handle);
+            }
+            SchedulingPolicy::Shared => {
+                let serving: Vec<_> = entry.serving.iter().copied().collect();
+                for worker in serving {
+                    self.end(handle, worker, false);
+                }
+                self.unbind(handle);
+            }
+        }
+    }
+
+    /// Whoever asks for the same from now on gets another listener.
+    fn forget_key(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get(&handle) {
+            if self.keys.get(&entry.key) == Some(&handle) {
+                self.keys.remove(&entry.key);
+            }
+        }
     }
 
     /// The time that handshakes are given is over.
@@ -331,8 +404,10 @@ impl<C: Clone> MasterCore<C> {
     /// tells for sure that the backlog is empty.
     pub(super) fn look_again(&mut self, handle: HandleId) {
         if let Some(entry) = self.handles.get_mut(&handle) {
-            if entry.door == Door::Watched {
-                entry.door = Door::Ready;
+            match entry.door {
+                Door::Watched => entry.door = Door::Ready,
+                Door::Closed => return self.unbind_if_drained(handle),
+                Door::Ready | Door::Accepting | Door::Resting(_) => {}
             }
             self.pull(handle);
         }
@@ -385,7 +460,7 @@ impl<C: Clone> MasterCore<C> {
                 entry.stage = Stage::Unbound;
                 entry.door = Door::Ready;
                 self.ledger.dropped += entry.connections.drop_waiting();
-                self.keys.remove(&entry.key);
+                self.forget_key(handle);
                 self.actions.push_back(Action::Unbind { handle });
             }
         }

@@ -36,6 +36,30 @@ pub(crate) fn close_on_exec(number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> io::Result<()> {
+    // SAFETY: F_GETFL only reads the flags.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let wanted = if nonblocking {
+        flags | libc::O_NONBLOCK
+    } else {
+        flags & !libc::O_NONBLOCK
+    };
+    // SAFETY: F_SETFL changes no memory.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted) })?;
+    Ok(())
+}
+
+/// Makes a copy of a descriptor that is known by its number alone; its own number is `at_least`.
+///
+/// # Errors
+///
+/// The number is not an open descriptor, or there are no descriptors left.
+pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC changes no memory, whatever the number is.
+    let copy = check(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, at_least) })?;
+    Ok(adopt(copy))
+}
+
 /// How many descriptors this process may have.
 #[allow(
     clippy::useless_conversion,

@@ -1,13 +1,12 @@
-//! Bytes and descriptors over a socket, and what a listener's backlog lets in.
+//! Bytes and descriptors over a channel.
 
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use sendfd::{RecvWithFd as _, SendWithFd as _};
 
-use super::{check, retry};
+use super::retry;
 
 /// How many descriptors travel with one call. Even, because `sendfd` panics on an odd number when
 /// more than that arrive; surplus ones are closed by the kernel.
@@ -111,128 +110,4 @@ pub(crate) fn receive(
     }
     fds.extend(received);
     Ok(read)
-}
-
-/// Whether `accept` failed because of the one connection that it would have returned: the next one
-/// may be well. The list is that of accept(2).
-pub(crate) fn lost_before_accept(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(
-            libc::ECONNABORTED
-                | libc::EINTR
-                | libc::ENETDOWN
-                | libc::EPROTO
-                | libc::ENOPROTOOPT
-                | libc::EHOSTDOWN
-                | libc::EHOSTUNREACH
-                | libc::EOPNOTSUPP
-                | libc::ENETUNREACH
-        )
-    )
-}
-
-/// Sets how many connections may wait to be accepted. `listen` may be called again for this.
-pub(crate) fn set_backlog(listener: &TcpListener, backlog: libc::c_int) -> io::Result<()> {
-    // SAFETY: listen takes two integers.
-    check(unsafe { libc::listen(listener.as_raw_fd(), backlog) })?;
-    Ok(())
-}
-
-/// Lets no new connection into the backlog, while handshakes under way complete: a packet filter
-/// on the listener drops what asks for a new connection (SYN without ACK). Clients ask again after
-/// a second and then find the port closed, or somebody else's. Without it, whoever comes between
-/// the last `accept` and `close` would be connected and then reset.
-#[cfg(target_os = "linux")]
-pub(crate) fn shut_door(listener: &TcpListener) -> io::Result<()> {
-    /// Offset of the flags in the TCP header, where the filter's view of a packet begins.
-    const FLAGS: u32 = 13;
-    const SYN: u32 = 0x02;
-    const ACK: u32 = 0x10;
-    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
-        code: u16::try_from(code).unwrap_or(0),
-        jt,
-        jf,
-        k,
-    };
-    let mut program = [
-        statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, FLAGS, 0, 0),
-        statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, SYN | ACK, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SYN, 0, 1),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
-        statement(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
-    ];
-    let filter = libc::sock_fprog {
-        len: u16::try_from(program.len()).unwrap_or(0),
-        filter: program.as_mut_ptr(),
-    };
-    let size = libc::socklen_t::try_from(size_of_val(&filter)).unwrap_or(0);
-    // SAFETY: the option takes a sock_fprog, which points to a live program of the given length.
-    check(unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const filter).cast(),
-            size,
-        )
-    })?;
-    Ok(())
-}
-
-/// Undoes `shut_door`.
-#[cfg(target_os = "linux")]
-pub(crate) fn open_door(listener: &TcpListener) -> io::Result<()> {
-    let unused: libc::c_int = 0;
-    let size = libc::socklen_t::try_from(size_of_val(&unused)).unwrap_or(0);
-    // SAFETY: the option ignores its value.
-    check(unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_DETACH_FILTER,
-            (&raw const unused).cast(),
-            size,
-        )
-    })?;
-    Ok(())
-}
-
-/// Elsewhere the backlog is emptied with the door open.
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn shut_door(_listener: &TcpListener) -> io::Result<()> {
-    Ok(())
-}
-
-/// Undoes `shut_door`.
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn open_door(_listener: &TcpListener) -> io::Result<()> {
-    Ok(())
-}
-
-#[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use super::*;
-    use std::net::TcpStream;
-    use std::time::Duration;
-
-    #[test]
-    fn a_shut_door_keeps_newcomers_out_and_whoever_is_in() {
-        for address in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = TcpListener::bind(address).unwrap();
-            let address = listener.local_addr().unwrap();
-            let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
-            let _early = connect().unwrap();
-            shut_door(&listener).unwrap();
-            let error = connect().unwrap_err();
-            assert_eq!(
-                error.kind(),
-                io::ErrorKind::TimedOut,
-                "not refused: ignored"
-            );
-            listener.accept().unwrap();
-            open_door(&listener).unwrap();
-            connect().unwrap();
-        }
-    }
 }

@@ -247,8 +247,8 @@ pub fn when_listening(
     master.on_listening(move |master, _, address| {
         count += 1;
         if count == workers {
-            let ip = address.address.parse().unwrap();
-            then.take().unwrap()(master, SocketAddr::new(ip, address.port));
+            let address = address.to_string().parse().unwrap();
+            then.take().unwrap()(master, address);
         }
     });
 }

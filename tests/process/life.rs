@@ -46,9 +46,9 @@ fn events_come_once_and_in_order() {
             let listening = state("listening", "cluster");
             let listening = RefCell::new(listening);
             master.on_listening(move |master, worker, address| {
-                assert_eq!(address.address, "127.0.0.1");
+                assert_eq!(address.address.as_deref(), Some("127.0.0.1"));
                 assert_eq!(address.address_type, AddressType::Tcp4);
-                assert_ne!(address.port, 0);
+                assert_ne!(address.port, Some(0));
                 (listening.borrow_mut())(master, worker);
                 worker.process().kill(Signal::KILL);
             });

@@ -1,6 +1,6 @@
 //! Listening: ports, families, errors, and who shares what.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 
 use cluster::{AddressType, Error, SchedulingPolicy};
 
@@ -24,7 +24,7 @@ fn port_zero_is_the_same_port_in_every_worker() {
     cluster(
         |master| {
             master.on_listening(move |master, _, address| {
-                log.add(address.port.to_string());
+                log.add(address.to_string());
                 if log.len() == 3 {
                     master.disconnect(|_| {});
                 }
@@ -76,7 +76,7 @@ fn ipv6() {
     cluster(
         |master| {
             master.on_listening(|_, _, address| {
-                assert_eq!(address.address, "::1");
+                assert_eq!(address.address.as_deref(), Some("::1"));
                 assert_eq!(address.address_type, AddressType::Tcp6);
             });
             when_listening(master, 1, move |master, address| {
@@ -145,8 +145,6 @@ fn an_unresolvable_address_is_an_error() {
             let error = worker.listen("no port here").unwrap_err();
             assert!(matches!(error, Error::Listen { .. }), "{error}");
             assert!(error.to_string().contains("no port here"), "{error}");
-            let nowhere: &[SocketAddr] = &[];
-            assert!(matches!(worker.listen(nowhere), Err(Error::Listen { .. })));
         },
     );
 }

@@ -1,0 +1,83 @@
+//! Opens what an endpoint stands for, in the master or in a worker that keeps it to itself.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+
+use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::socket_file::{self, SocketFile};
+use crate::sys;
+
+/// A socket that listens, or is bound if it is for datagrams; it does not block.
+#[derive(Debug)]
+pub(crate) struct BoundSocket {
+    /// Of a Unix path. It goes with the socket.
+    pub(crate) file: Option<SocketFile>,
+    pub(crate) socket: OwnedFd,
+    /// With the real port; none for a Unix path.
+    pub(crate) address: Option<SocketAddr>,
+}
+
+pub(crate) fn bind(
+    endpoint: &Endpoint,
+    flags: &BindFlags,
+    reuse_port: bool,
+) -> io::Result<BoundSocket> {
+    let mut file = None;
+    let socket = match (endpoint.kind, &endpoint.place) {
+        (kind, Place::Fd(number)) => borrow(kind, *number, flags)?,
+        (Kind::Udp, Place::Ip(address)) => sys::listen::bind_udp(address, flags, reuse_port)?,
+        (Kind::Tcp, Place::Ip(address)) => sys::listen::listen_tcp(address, flags, reuse_port)?,
+        (Kind::Tcp, Place::Port(port)) => {
+            let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port));
+            let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port));
+            match sys::listen::listen_tcp(&both, flags, reuse_port) {
+                Err(error) if sys::listen::lacks_family(&error) => {
+                    sys::listen::listen_tcp(&v4, flags, reuse_port)?
+                }
+                outcome => outcome?,
+            }
+        }
+        (Kind::Unix, Place::Path(path)) => {
+            let (socket, own) = socket_file::listen(path, flags)?;
+            file = Some(own);
+            socket
+        }
+        (Kind::Unix, _) | (_, Place::Path(_)) | (Kind::Udp, Place::Port(_)) => {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+    };
+    let address = sys::listen::local_addr(&socket);
+    Ok(BoundSocket {
+        file,
+        socket,
+        address,
+    })
+}
+
+/// A copy of a socket that this process has under this number.
+fn borrow(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
+    let found = sys::listen::kind_of(number)?;
+    let fits = match kind {
+        Kind::Tcp => found.is_stream && !found.is_unix,
+        Kind::Unix => found.is_stream && found.is_unix,
+        Kind::Udp => !found.is_stream && !found.is_unix,
+    };
+    if !fits {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let socket = sys::fd::duplicate(number, 0)?;
+    adopt(&socket, flags.backlog)?;
+    Ok(socket)
+}
+
+/// Makes a socket listen that is there already, if it is a stream and does not listen yet.
+pub(crate) fn adopt(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+
+    let found = sys::listen::kind_of(socket.as_raw_fd())?;
+    if found.is_stream && !found.listens {
+        sys::listen::listen(socket, backlog)?;
+    }
+    sys::fd::set_nonblocking(socket.as_fd(), true)
+}

@@ -1,0 +1,88 @@
+//! What a worker asks to be bound, in the words that master and workers share.
+
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// How many connections may wait in the kernel's queue unless the program says otherwise. Node:
+/// 511, too.
+pub(crate) const BACKLOG: u32 = 511;
+
+/// What kind of socket it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Kind {
+    Tcp,
+    Unix,
+    Udp,
+}
+
+/// Where it is bound.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Place {
+    /// All of the machine's addresses, of both families where it has both.
+    Port(u16),
+    Ip(SocketAddr),
+    /// Absolute: master and worker may be in different directories.
+    Path(PathBuf),
+    /// A descriptor that the master has already.
+    Fd(RawFd),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Endpoint {
+    pub(crate) kind: Kind,
+    pub(crate) place: Place,
+}
+
+/// How it is bound. Whoever asks first decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BindFlags {
+    pub(crate) backlog: u32,
+    pub(crate) ipv6_only: bool,
+    pub(crate) reuse_addr: bool,
+    pub(crate) readable_all: bool,
+    pub(crate) writable_all: bool,
+}
+
+impl Default for BindFlags {
+    fn default() -> Self {
+        Self {
+            backlog: BACKLOG,
+            ipv6_only: false,
+            reuse_addr: false,
+            readable_all: false,
+            writable_all: false,
+        }
+    }
+}
+
+impl Endpoint {
+    pub(crate) fn new(kind: Kind, place: Place) -> Self {
+        Self { kind, place }
+    }
+
+    /// The IP address and port, as far as they are known before it is bound.
+    pub(crate) fn address(&self) -> Option<SocketAddr> {
+        match self.place {
+            Place::Ip(address) => Some(address),
+            Place::Port(port) => Some((Ipv6Addr::UNSPECIFIED, port).into()),
+            Place::Path(_) | Place::Fd(_) => None,
+        }
+    }
+
+    /// Whether the master's program had this socket before, and keeps it afterwards.
+    pub(crate) fn is_borrowed(&self) -> bool {
+        matches!(self.place, Place::Fd(_))
+    }
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.place {
+            Place::Port(port) => write!(f, "*:{port}"),
+            Place::Ip(address) => address.fmt(f),
+            Place::Path(path) => path.display().fmt(f),
+            Place::Fd(number) => write!(f, "the master's descriptor {number}"),
+        }
+    }
+}

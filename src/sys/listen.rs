@@ -1,0 +1,347 @@
+//! Making sockets, accepting from them, and what a listener's backlog lets in.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+
+use super::{check, retry};
+use crate::endpoint::BindFlags;
+
+fn length<T>(value: &T) -> libc::socklen_t {
+    libc::socklen_t::try_from(size_of_val(value)).unwrap_or(0)
+}
+
+/// A new socket that does not block and is closed on exec.
+fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
+    let family = match address {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
+    };
+    #[cfg(not(target_vendor = "apple"))]
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: socket takes three integers.
+    let number = check(unsafe { libc::socket(family, kind, 0) })?;
+    let socket = super::fd::adopt(number);
+    if cfg!(target_vendor = "apple") {
+        super::fd::close_on_exec(number)?;
+        super::fd::set_nonblocking(socket.as_fd(), true)?;
+    }
+    Ok(socket)
+}
+
+fn set_option(
+    socket: &OwnedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the option's value is an integer that lives through the call.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            length(&value),
+        )
+    })?;
+    Ok(())
+}
+
+fn option(socket: RawFd, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value = 0;
+    let mut size = length(&value);
+    // SAFETY: value and size are writable, and the size is that of the value.
+    check(unsafe {
+        libc::getsockopt(
+            socket,
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &raw mut size,
+        )
+    })?;
+    Ok(value)
+}
+
+fn bind(socket: &OwnedFd, address: &SocketAddr, flags: &BindFlags) -> io::Result<()> {
+    if address.is_ipv6() {
+        // Both ways: what the system has as its default is not what the program said.
+        let only = libc::c_int::from(flags.ipv6_only);
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, only)?;
+    }
+    match address {
+        SocketAddr::V4(v4) => {
+            // SAFETY: all zeroes is a valid sockaddr_in.
+            let mut raw: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+            raw.sin_family = family(libc::AF_INET);
+            raw.sin_port = v4.port().to_be();
+            raw.sin_addr.s_addr = u32::from_ne_bytes(v4.ip().octets());
+            bind_raw(socket, &raw)
+        }
+        SocketAddr::V6(v6) => {
+            // SAFETY: all zeroes is a valid sockaddr_in6.
+            let mut raw: libc::sockaddr_in6 = unsafe { std::mem::zeroed() };
+            raw.sin6_family = family(libc::AF_INET6);
+            raw.sin6_port = v6.port().to_be();
+            raw.sin6_addr.s6_addr = v6.ip().octets();
+            raw.sin6_flowinfo = v6.flowinfo();
+            raw.sin6_scope_id = v6.scope_id();
+            bind_raw(socket, &raw)
+        }
+    }
+}
+
+fn family(number: libc::c_int) -> libc::sa_family_t {
+    libc::sa_family_t::try_from(number).unwrap_or(0)
+}
+
+/// `address` is one of the structures that bind takes.
+fn bind_raw<T>(socket: &OwnedFd, address: &T) -> io::Result<()> {
+    // SAFETY: the address lives through the call, and its length is given.
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            std::ptr::from_ref(address).cast(),
+            length(address),
+        )
+    })?;
+    Ok(())
+}
+
+/// A TCP listener.
+pub(crate) fn listen_tcp(
+    address: &SocketAddr,
+    flags: &BindFlags,
+    reuse_port: bool,
+) -> io::Result<OwnedFd> {
+    let socket = open(address, libc::SOCK_STREAM)?;
+    // A port whose last connections are still dying down can be had again.
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    if reuse_port {
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    }
+    bind(&socket, address, flags)?;
+    listen(&socket, flags.backlog)?;
+    Ok(socket)
+}
+
+/// A UDP socket.
+pub(crate) fn bind_udp(
+    address: &SocketAddr,
+    flags: &BindFlags,
+    reuse_port: bool,
+) -> io::Result<OwnedFd> {
+    let socket = open(address, libc::SOCK_DGRAM)?;
+    if flags.reuse_addr {
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    }
+    if reuse_port {
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    }
+    bind(&socket, address, flags)?;
+    Ok(socket)
+}
+
+/// Makes a bound socket listen, or changes how many connections may wait to be accepted.
+pub(crate) fn listen(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
+    let backlog = libc::c_int::try_from(backlog).unwrap_or(libc::c_int::MAX);
+    // SAFETY: listen takes two integers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
+    Ok(())
+}
+
+/// What a descriptor that the program names is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SocketKind {
+    /// TCP or a Unix stream socket; otherwise a socket for datagrams.
+    pub(crate) is_stream: bool,
+    pub(crate) is_unix: bool,
+    pub(crate) listens: bool,
+}
+
+/// # Errors
+///
+/// The number is not an open descriptor, or not a socket for streams or datagrams.
+pub(crate) fn kind_of(number: RawFd) -> io::Result<SocketKind> {
+    let is_stream = match option(number, libc::SO_TYPE)? {
+        libc::SOCK_STREAM => true,
+        libc::SOCK_DGRAM => false,
+        _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    };
+    // SAFETY: all zeroes is a valid sockaddr_storage.
+    let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut size = length(&address);
+    // SAFETY: address and size are writable, and the size is that of the address.
+    check(unsafe { libc::getsockname(number, (&raw mut address).cast(), &raw mut size) })?;
+    Ok(SocketKind {
+        is_stream,
+        is_unix: address.ss_family == family(libc::AF_UNIX),
+        listens: option(number, libc::SO_ACCEPTCONN)? != 0,
+    })
+}
+
+/// The address of a TCP or UDP socket; none for any other.
+pub(crate) fn local_addr(socket: &OwnedFd) -> Option<SocketAddr> {
+    // The structure is the same for TCP and UDP.
+    TcpListener::from(socket.try_clone().ok()?)
+        .local_addr()
+        .ok()
+}
+
+/// Accepts a connection; it blocks, and is closed on exec.
+pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
+    let number = listener.as_fd().as_raw_fd();
+    let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
+    #[cfg(not(target_vendor = "apple"))]
+    let accepted = {
+        // SAFETY: without room for an address none is written.
+        retry(|| check(unsafe { libc::accept4(number, address, size, libc::SOCK_CLOEXEC) }))
+    };
+    #[cfg(target_vendor = "apple")]
+    // SAFETY: without room for an address none is written.
+    let accepted = retry(|| check(unsafe { libc::accept(number, address, size) }));
+    let socket = super::fd::adopt(accepted?);
+    if !cfg!(target_os = "linux") {
+        // Elsewhere it takes after the listener.
+        super::fd::close_on_exec(socket.as_raw_fd())?;
+        super::fd::set_nonblocking(socket.as_fd(), false)?;
+    }
+    Ok(socket)
+}
+
+/// Whether this machine has no addresses of the family that was asked for.
+pub(crate) fn lacks_family(error: &io::Error) -> bool {
+    let errno = error.raw_os_error();
+    matches!(errno, Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+/// Whether `accept` found nothing: the backlog is empty, or the door is shut and it is empty.
+pub(crate) fn nothing_to_accept(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Whether `accept` failed because of the one connection that it would have returned: the next one
+/// may be well. The list is that of accept(2).
+pub(crate) fn lost_before_accept(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ECONNABORTED
+                | libc::EINTR
+                | libc::ENETDOWN
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::EHOSTUNREACH
+                | libc::EOPNOTSUPP
+                | libc::ENETUNREACH
+        )
+    )
+}
+
+/// Lets no new connection into the backlog of a Unix socket, whose file is gone already: whoever has
+/// found it before is refused. It cannot be undone.
+pub(crate) fn shut_unix_door(listener: &OwnedFd) {
+    // SAFETY: shutdown takes two integers. Where it does nothing for listeners, that is fine.
+    unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD) };
+}
+
+/// Lets no new connection into the backlog of a TCP listener, while handshakes under way complete: a
+/// packet filter on the listener drops what asks for a new connection (SYN without ACK). Clients ask again after
+/// a second and then find the port closed, or somebody else's. Without it, whoever comes between
+/// the last `accept` and `close` would be connected and then reset.
+#[cfg(target_os = "linux")]
+pub(crate) fn shut_door(listener: &OwnedFd) -> io::Result<()> {
+    /// Offset of the flags in the TCP header, where the filter's view of a packet begins.
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(0),
+        jt,
+        jf,
+        k,
+    };
+    let mut program = [
+        statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, FLAGS, 0, 0),
+        statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, SYN | ACK, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SYN, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        statement(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
+    ];
+    let filter = libc::sock_fprog {
+        len: u16::try_from(program.len()).unwrap_or(0),
+        filter: program.as_mut_ptr(),
+    };
+    let size = libc::socklen_t::try_from(size_of_val(&filter)).unwrap_or(0);
+    // SAFETY: the option takes a sock_fprog, which points to a live program of the given length.
+    check(unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size,
+        )
+    })?;
+    Ok(())
+}
+
+/// Undoes `shut_door`.
+#[cfg(target_os = "linux")]
+pub(crate) fn open_door(listener: &OwnedFd) -> io::Result<()> {
+    let unused: libc::c_int = 0;
+    let size = libc::socklen_t::try_from(size_of_val(&unused)).unwrap_or(0);
+    // SAFETY: the option ignores its value.
+    check(unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_DETACH_FILTER,
+            (&raw const unused).cast(),
+            size,
+        )
+    })?;
+    Ok(())
+}
+
+/// Elsewhere the backlog is emptied with the door open.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn shut_door(_listener: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+/// Undoes `shut_door`.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn open_door(_listener: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use std::net::TcpStream;
+    use std::time::Duration;
+
+    #[test]
+    fn a_shut_door_keeps_newcomers_out_and_whoever_is_in() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let address = address.parse().unwrap();
+            let listener = listen_tcp(&address, &BindFlags::default(), false).unwrap();
+            let address = local_addr(&listener).unwrap();
+            let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
+            let _early = connect().unwrap();
+            shut_door(&listener).unwrap();
+            let error = connect().unwrap_err();
+            assert_eq!(
+                error.kind(),
+                io::ErrorKind::TimedOut,
+                "not refused: ignored"
+            );
+            accept(&listener).unwrap();
+            open_door(&listener).unwrap();
+            connect().unwrap();
+        }
+    }
+}
