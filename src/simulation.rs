@@ -410,7 +410,8 @@ impl World {
             if let Some(action) = process.core.next_action() {
                 match action {
                     worker_core::Action::Send(frame) => {
-                        assert!(process.worker_end, "worker sends on a closed channel");
+                        let open = process.worker_end || process.shut;
+                        assert!(open, "worker sends on a closed channel");
                         if process.shut {
                             process.worker_end = false;
                             process.to_worker.clear();

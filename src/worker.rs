@@ -853,14 +853,12 @@ impl Worker {
                 Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
                 Some(Event::Connection(listener, fd)) => {
+                    let _delivering = Delivering(self, listener);
                     self.deliver(listener, fd, false);
-                    self.inner.forget_callbacks(listener);
-                    self.inner.shell.core.borrow_mut().delivered(listener);
                 }
                 Some(Event::Drop(listener, fd)) => {
+                    let _delivering = Delivering(self, listener);
                     self.deliver(listener, fd, true);
-                    self.inner.forget_callbacks(listener);
-                    self.inner.shell.core.borrow_mut().delivered(listener);
                 }
             }
         }
@@ -1064,6 +1062,18 @@ impl Drop for Worker {
         if self.is_owner {
             self.inner.clear();
         }
+    }
+}
+
+/// A connection is with its callback. The next one comes when this is dropped: also if the callback
+/// panics, and the program goes on.
+struct Delivering<'a>(&'a Worker, ListenerId);
+
+impl Drop for Delivering<'_> {
+    fn drop(&mut self) {
+        let Self(worker, listener) = *self;
+        worker.inner.forget_callbacks(listener);
+        worker.inner.shell.core.borrow_mut().delivered(listener);
     }
 }
 
