@@ -286,8 +286,9 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
-fn wait_for_state(worker: &WorkerProcess, state: &str) {
-    let stat = format!("/proc/{}/stat", worker.process().id());
+/// Waits until the process is in a state, as `") T "` for one that has stopped.
+pub fn wait_for_state(pid: u32, state: &str) {
+    let stat = format!("/proc/{pid}/stat");
     wait_until(state, || {
         let stat = std::fs::read_to_string(&stat).unwrap();
         stat.contains(state).then_some(())
@@ -296,14 +297,14 @@ fn wait_for_state(worker: &WorkerProcess, state: &str) {
 
 /// Waits until a worker sleeps.
 pub fn rest(worker: &WorkerProcess) {
-    wait_for_state(worker, ") S ");
+    wait_for_state(worker.process().id(), ") S ");
 }
 
 /// Stops a worker that has come to rest, and waits until it has stopped.
 pub fn stop(worker: &WorkerProcess) {
     rest(worker);
     worker.process().kill(cluster::Signal::STOP);
-    wait_for_state(worker, ") T ");
+    wait_for_state(worker.process().id(), ") T ");
 }
 
 /// What happened, in order.
@@ -322,6 +323,42 @@ impl Log {
     pub fn len(&self) -> usize {
         self.0.borrow().len()
     }
+}
+
+/// Notes every event of every worker at cluster level, except messages: "1 online", "2 disconnect
+/// Some(true)", "2 exit Some(true) exit status: 0".
+pub fn note_events(master: &Master, log: &Log) {
+    let note = |event: &'static str| {
+        let log = log.clone();
+        move |_: &Master, worker: &WorkerProcess| log.add(format!("{} {event}", worker.id()))
+    };
+    master.on_fork(note("fork"));
+    master.on_online(note("online"));
+    let listening = note("listening");
+    master.on_listening(move |master, worker, _| listening(master, worker));
+    let at_disconnect = log.clone();
+    master.on_disconnect(move |_, worker| {
+        let flag = worker.exited_after_disconnect();
+        at_disconnect.add(format!("{} disconnect {flag:?}", worker.id()));
+    });
+    let at_exit = log.clone();
+    master.on_exit(move |_, worker, status| {
+        let flag = worker.exited_after_disconnect();
+        at_exit.add(format!("{} exit {flag:?} {status}", worker.id()));
+    });
+    let at_error = log.clone();
+    master.on_error(move |_, _, error| at_error.add(error.to_string()));
+}
+
+/// Plays in a child of this process, which has one more environment variable: for what is decided
+/// before a program begins. Workers have the variable, too.
+pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
+    if std::env::var_os(name).is_some_and(|own| own == value) {
+        return play();
+    }
+    let own = std::env::current_exe().expect("own path");
+    let status = Command::new(own).env(name, value).status().expect("child");
+    assert!(status.success(), "with {name}={value}: {status}");
 }
 
 /// The path of an example, which `cargo test` builds.
