@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Interest, Master, Role, Worker, WorkerProcess};
+use cluster::{Error, Interest, Master, Role, SchedulingPolicy, Worker, WorkerProcess};
 use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -348,6 +348,45 @@ pub fn note_events(master: &Master, log: &Log) {
     });
     let at_error = log.clone();
     master.on_error(move |_, _, error| at_error.add(error.to_string()));
+}
+
+/// Notes every message of every worker, as "1 ready".
+pub fn note_messages(master: &Master, log: &Log) {
+    let log = log.clone();
+    master.on_message(move |_, worker, message| {
+        let text = String::from_utf8_lossy(message.bytes());
+        log.add(format!("{} {text}", worker.id()));
+    });
+}
+
+pub fn share_listeners(master: &Master) {
+    let policy = SchedulingPolicy::Shared;
+    master.set_scheduling_policy(policy).unwrap();
+}
+
+/// A server of the master's own program, which keeps its port from the workers.
+pub fn idle_server() -> (TcpListener, SocketAddr) {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    server.set_nonblocking(true).unwrap();
+    let address = server.local_addr().unwrap();
+    (server, address)
+}
+
+/// Closes the server, to which nobody may have come, when the worker exits.
+pub fn close_at_exit(worker: &WorkerProcess, server: TcpListener) {
+    let server = RefCell::new(Some(server));
+    worker.on_exit(move |_, _, _| {
+        let nobody = server.take().unwrap().accept().unwrap_err();
+        assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
+    });
+}
+
+/// Listens where the system refuses it.
+pub fn listen_in_vain(worker: &Worker, address: &str, errno: i32) -> Error {
+    let error = worker.listen(address).unwrap_err();
+    assert!(matches!(error, Error::Listen { .. }), "{error}");
+    assert_eq!(error.raw_os_error(), Some(errno), "{error}");
+    error
 }
 
 /// Plays in a child of this process, which has one more environment variable: for what is decided

@@ -2,18 +2,19 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Error, Master, SchedulingPolicy, Signal, Worker, WorkerState};
+use cluster::{Error, Master, Message, SchedulingPolicy, Signal, Worker, WorkerState};
 use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::{Pid, getppid};
 
 use crate::harness::{
-    Log, cluster, in_background, note_events, serve_id, talk, wait_for_state, with_env,
+    Log, answer_pings, close_at_exit, cluster, idle_server, in_background, listen_in_vain,
+    note_events, note_messages, serve_id, share_listeners, talk, wait_for_state, with_env,
 };
 
 crate::scenarios! {
@@ -179,17 +180,12 @@ fn disconnect_idle_worker() {
     assert_eq!(entries[8..], ["callback"]);
 }
 
-fn share(master: &Master) {
-    let policy = SchedulingPolicy::Shared;
-    master.set_scheduling_policy(policy).unwrap();
-}
-
 fn disconnect_leak() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            share(master);
+            share_listeners(master);
             note_events(master, &log);
             let worker = master.fork().unwrap();
             let (at_disconnect, at_exit) = (log.clone(), log.clone());
@@ -232,10 +228,19 @@ fn disconnect_unshared_tcp() {
                     let log = log.clone();
                     with.on_listening(move |_, with, address| {
                         let address = SocketAddr::from(([127, 0, 0, 1], address.port));
-                        let (with, log) = (with.clone(), log.clone());
+                        let asked = with.clone();
                         without.disconnect();
-                        without.on_disconnect(move |master, _| {
-                            assert!(with.is_connected() && !with.is_dead());
+                        without.on_disconnect(move |_, _| {
+                            asked.send(b"ping").unwrap();
+                        });
+                        // Between the answers it acts on whatever the other's leave has led to.
+                        let (log, answers) = (log.clone(), Cell::new(0));
+                        with.on_message(move |master, with, _| {
+                            answers.set(answers.get() + 1);
+                            if answers.get() == 1 {
+                                with.send(b"ping").unwrap();
+                                return;
+                            }
                             log.add(format!("served by {}", talk(address, b"").unwrap()));
                             master.disconnect(|_| {});
                         });
@@ -243,7 +248,10 @@ fn disconnect_unshared_tcp() {
                 });
             },
             |worker| match std::env::var_os("LISTENS") {
-                Some(_) => serve_id(&worker, "127.0.0.1:0"),
+                Some(_) => {
+                    answer_pings(&worker);
+                    serve_id(&worker, "127.0.0.1:0");
+                }
                 None => worker.run().unwrap(),
             },
         );
@@ -259,8 +267,8 @@ fn disconnect_unshared_tcp() {
             "2 fork",
             "2 online",
             "2 listening",
-            "served by 2",
             "1 disconnect Some(true)",
+            "served by 2",
             "2 disconnect Some(true)",
             "2 exit Some(true) exit status: 0",
         ];
@@ -351,30 +359,10 @@ fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
     }
 }
 
-/// A port that the master's own program listens on; nobody may come to it.
-fn own_server() -> (TcpListener, SocketAddr) {
-    let server = TcpListener::bind("127.0.0.1:0").unwrap();
-    server.set_nonblocking(true).unwrap();
-    let address = server.local_addr().unwrap();
-    (server, address)
-}
-
-/// Closes the master's server at a worker's exit.
-fn close_at_exit(worker: &cluster::WorkerProcess, server: TcpListener) {
-    let server = RefCell::new(Some(server));
-    worker.on_exit(move |_, _, _| {
-        let server = server.take().unwrap();
-        let nobody = server.accept().unwrap_err();
-        assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
-    });
-}
-
-fn in_use(worker: &Worker, message: &cluster::Message) -> Error {
+/// Listens in vain on the address in a message.
+fn port_in_use(worker: &Worker, message: &Message) -> Error {
     let address = std::str::from_utf8(message.bytes()).unwrap();
-    let error = worker.listen(address).unwrap_err();
-    assert!(matches!(error, Error::Listen { .. }), "{error}");
-    assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE), "{error}");
-    error
+    listen_in_vain(worker, address, nix::libc::EADDRINUSE)
 }
 
 /// What Node throws is a panic here. It comes out of `run`, and the program goes on.
@@ -384,17 +372,15 @@ fn ipc_throw() {
     cluster(
         |master| {
             note_events(master, &log);
-            let (server, address) = own_server();
+            let (server, address) = idle_server();
             let worker = master.fork().unwrap();
             worker.send(address.to_string().as_bytes()).unwrap();
-            worker.on_message(move |_, _, message| {
-                log.add(String::from_utf8_lossy(message.bytes()));
-            });
+            note_messages(master, &log);
             close_at_exit(&worker, server);
         },
         |worker| {
             worker.on_message(|worker, message| {
-                let error = in_use(worker, message);
+                let error = port_in_use(worker, message);
                 worker.send(b"error").unwrap();
                 worker.disconnect();
                 resume_unwind(Box::new(error));
@@ -415,8 +401,8 @@ fn ipc_throw() {
     let expected = [
         "1 fork",
         "1 online",
-        "error",
-        "uncaught",
+        "1 error",
+        "1 uncaught",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
     ];
@@ -457,19 +443,17 @@ fn worker_disconnect_on_error() {
     let entries = log.clone();
     cluster(
         |master| {
-            share(master);
+            share_listeners(master);
             note_events(master, &log);
             let worker = master.fork().unwrap();
-            let (server, address) = own_server();
+            let (server, address) = idle_server();
             worker.send(address.to_string().as_bytes()).unwrap();
-            worker.on_message(move |_, _, message| {
-                log.add(String::from_utf8_lossy(message.bytes()));
-            });
+            note_messages(master, &log);
             close_at_exit(&worker, server);
         },
         |worker| {
             worker.on_message(|worker, message| {
-                in_use(worker, message);
+                port_in_use(worker, message);
                 worker.send(b"error").unwrap();
                 worker.disconnect();
             });
@@ -479,7 +463,7 @@ fn worker_disconnect_on_error() {
     let expected = [
         "1 fork",
         "1 online",
-        "error",
+        "1 error",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
     ];

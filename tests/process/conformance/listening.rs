@@ -8,10 +8,13 @@ use std::os::fd::AsFd as _;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Error, Master, SchedulingPolicy, Worker};
+use cluster::{Master, SchedulingPolicy, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::harness::{Log, cluster, note_events, open_fds, reserve_port, serve_id, with_env};
+use crate::harness::{
+    Log, close_at_exit, cluster, idle_server, listen_in_vain, note_events, note_messages, open_fds,
+    reserve_port, serve_id, share_listeners, with_env,
+};
 
 crate::scenarios! {
     eaddrinuse
@@ -22,25 +25,10 @@ crate::scenarios! {
     worker_handle_close
 }
 
-fn share(master: &Master) {
-    let policy = SchedulingPolicy::Shared;
-    master.set_scheduling_policy(policy).unwrap();
-}
-
 /// Listens in vain, and tells the master.
 fn refused(worker: &Worker, address: &str, errno: i32) {
-    let error = worker.listen(address).unwrap_err();
-    assert!(matches!(error, Error::Listen { .. }), "{error}");
-    assert_eq!(error.raw_os_error(), Some(errno), "{error}");
+    listen_in_vain(worker, address, errno);
     worker.send(b"refused").unwrap();
-}
-
-fn note_messages(master: &Master, log: &Log) {
-    let log = log.clone();
-    master.on_message(move |_, worker, message| {
-        let text = String::from_utf8_lossy(message.bytes());
-        log.add(format!("{} {text}", worker.id()));
-    });
 }
 
 /// The worker's end closes the channel without a word, as far as the master is told.
@@ -98,17 +86,14 @@ fn shared_handle_bind_error() {
     let entries = log.clone();
     cluster(
         |master| {
-            share(master);
+            share_listeners(master);
             note_events(master, &log);
             note_messages(master, &log);
-            let server = TcpListener::bind("127.0.0.1:0").unwrap();
-            let address = server.local_addr().unwrap().to_string();
-            server.set_nonblocking(true).unwrap();
-            let worker = master.fork_with([("ADDRESS", address)]).unwrap();
-            worker.on_exit(move |_, _, _| {
-                let nobody = server.accept().unwrap_err();
-                assert_eq!(nobody.kind(), ErrorKind::WouldBlock);
-            });
+            let (server, address) = idle_server();
+            let worker = master
+                .fork_with([("ADDRESS", address.to_string())])
+                .unwrap();
+            close_at_exit(&worker, server);
         },
         |worker| {
             let address = std::env::var("ADDRESS").unwrap();
@@ -183,7 +168,7 @@ fn bind_privileged_port() {
 }
 
 fn shared_handle_bind_privileged_port() {
-    unprivileged(|| privileged_port(share));
+    unprivileged(|| privileged_port(share_listeners));
 }
 
 fn server_restart_none() {
@@ -193,7 +178,7 @@ fn server_restart_none() {
     let seen = Rc::clone(&ports);
     cluster(
         |master| {
-            share(master);
+            share_listeners(master);
             note_events(master, &log);
             master.on_listening(move |_, _, address| ports.borrow_mut().push(address.port));
             let first = master.fork().unwrap();
