@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Interest, Master, Role, Worker, WorkerProcess};
+use cluster::{Error, Interest, Master, Role, SchedulingPolicy, Worker, WorkerProcess};
 use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -286,8 +286,9 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
-fn wait_for_state(worker: &WorkerProcess, state: &str) {
-    let stat = format!("/proc/{}/stat", worker.process().id());
+/// Waits until the process is in a state, as `") T "` for one that has stopped.
+pub fn wait_for_state(pid: u32, state: &str) {
+    let stat = format!("/proc/{pid}/stat");
     wait_until(state, || {
         let stat = std::fs::read_to_string(&stat).unwrap();
         stat.contains(state).then_some(())
@@ -296,14 +297,14 @@ fn wait_for_state(worker: &WorkerProcess, state: &str) {
 
 /// Waits until a worker sleeps.
 pub fn rest(worker: &WorkerProcess) {
-    wait_for_state(worker, ") S ");
+    wait_for_state(worker.process().id(), ") S ");
 }
 
 /// Stops a worker that has come to rest, and waits until it has stopped.
 pub fn stop(worker: &WorkerProcess) {
     rest(worker);
     worker.process().kill(cluster::Signal::STOP);
-    wait_for_state(worker, ") T ");
+    wait_for_state(worker.process().id(), ") T ");
 }
 
 /// What happened, in order.
@@ -322,6 +323,81 @@ impl Log {
     pub fn len(&self) -> usize {
         self.0.borrow().len()
     }
+}
+
+/// Notes every event of every worker at cluster level, except messages: "1 online", "2 disconnect
+/// Some(true)", "2 exit Some(true) exit status: 0".
+pub fn note_events(master: &Master, log: &Log) {
+    let note = |event: &'static str| {
+        let log = log.clone();
+        move |_: &Master, worker: &WorkerProcess| log.add(format!("{} {event}", worker.id()))
+    };
+    master.on_fork(note("fork"));
+    master.on_online(note("online"));
+    let listening = note("listening");
+    master.on_listening(move |master, worker, _| listening(master, worker));
+    let at_disconnect = log.clone();
+    master.on_disconnect(move |_, worker| {
+        let flag = worker.exited_after_disconnect();
+        at_disconnect.add(format!("{} disconnect {flag:?}", worker.id()));
+    });
+    let at_exit = log.clone();
+    master.on_exit(move |_, worker, status| {
+        let flag = worker.exited_after_disconnect();
+        at_exit.add(format!("{} exit {flag:?} {status}", worker.id()));
+    });
+    let at_error = log.clone();
+    master.on_error(move |_, _, error| at_error.add(error.to_string()));
+}
+
+/// Notes every message of every worker, as "1 ready".
+pub fn note_messages(master: &Master, log: &Log) {
+    let log = log.clone();
+    master.on_message(move |_, worker, message| {
+        let text = String::from_utf8_lossy(message.bytes());
+        log.add(format!("{} {text}", worker.id()));
+    });
+}
+
+pub fn share_listeners(master: &Master) {
+    let policy = SchedulingPolicy::Shared;
+    master.set_scheduling_policy(policy).unwrap();
+}
+
+/// A server of the master's own program, which keeps its port from the workers.
+pub fn idle_server() -> (TcpListener, SocketAddr) {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    server.set_nonblocking(true).unwrap();
+    let address = server.local_addr().unwrap();
+    (server, address)
+}
+
+/// Closes the server, to which nobody may have come, when the worker exits.
+pub fn close_at_exit(worker: &WorkerProcess, server: TcpListener) {
+    let server = RefCell::new(Some(server));
+    worker.on_exit(move |_, _, _| {
+        let nobody = server.take().unwrap().accept().unwrap_err();
+        assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
+    });
+}
+
+/// Listens where the system refuses it.
+pub fn listen_in_vain(worker: &Worker, address: &str, errno: i32) -> Error {
+    let error = worker.listen(address).unwrap_err();
+    assert!(matches!(error, Error::Listen { .. }), "{error}");
+    assert_eq!(error.raw_os_error(), Some(errno), "{error}");
+    error
+}
+
+/// Plays in a child of this process, which has one more environment variable: for what is decided
+/// before a program begins. Workers have the variable, too.
+pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
+    if std::env::var_os(name).is_some_and(|own| own == value) {
+        return play();
+    }
+    let own = std::env::current_exe().expect("own path");
+    let status = Command::new(own).env(name, value).status().expect("child");
+    assert!(status.success(), "with {name}={value}: {status}");
 }
 
 /// The path of an example, which `cargo test` builds.

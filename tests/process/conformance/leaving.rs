@@ -1,5 +1,513 @@
 //! How workers leave, and what is known of it.
 
-use crate::scenarios;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::rc::Rc;
+use std::time::Duration;
 
-scenarios! {}
+use cluster::{Error, Master, Message, SchedulingPolicy, Signal, Worker, WorkerState};
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::unistd::{Pid, getppid};
+
+use crate::harness::{
+    Log, answer_pings, close_at_exit, cluster, idle_server, in_background, listen_in_vain,
+    note_events, note_messages, serve_id, share_listeners, talk, wait_for_state, with_env,
+};
+
+crate::scenarios! {
+    call_and_destroy
+    disconnect_before_exit
+    disconnect_exited_after_disconnect_race
+    disconnect_idle_worker
+    disconnect_leak
+    disconnect_unshared_tcp
+    disconnect_with_no_workers
+    disconnect
+    ipc_throw
+    kill_disconnect
+    worker_disconnect_on_error
+    worker_disconnect
+}
+
+fn call_and_destroy() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.on_disconnect(move |_, worker| {
+                assert!(!worker.is_connected());
+                worker.kill(Signal::TERM);
+                log.add("killed");
+            });
+        },
+        |worker| {
+            assert!(worker.is_connected());
+            worker.disconnect().run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    // The signal finds it about to end by itself: which is first is a matter of chance.
+    let end = entries.pop().unwrap();
+    let ends = ["exit status: 0", "signal: 15 (SIGTERM)"];
+    let ends = ends.map(|end| format!("1 exit Some(true) {end}"));
+    assert!(ends.contains(&end), "{end}");
+    let expected = ["1 fork", "1 online", "killed", "1 disconnect Some(true)"];
+    assert_eq!(entries, expected);
+}
+
+fn disconnect_before_exit() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.on_online(|_, worker| drop(worker.disconnect().clone()));
+            worker.on_disconnect(move |master, worker| {
+                log.add("worker disconnect");
+                // It is disconnected, and still in the table until its exit.
+                assert_eq!(master.workers(), std::slice::from_ref(worker));
+                let log = log.clone();
+                master.disconnect(move |_| log.add("all gone"));
+            });
+        },
+        |worker| worker.run().unwrap(),
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "worker disconnect",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+        "all gone",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// The master of this worker, which answers nothing as long as this lives.
+struct StoppedMaster(Pid);
+
+impl StoppedMaster {
+    fn new() -> Self {
+        let stopped = Self(getppid());
+        kill(stopped.0, nix::sys::signal::SIGSTOP).unwrap();
+        wait_for_state(stopped.0.as_raw().unsigned_abs(), ") T ");
+        stopped
+    }
+}
+
+impl Drop for StoppedMaster {
+    fn drop(&mut self) {
+        kill(self.0, nix::sys::signal::SIGCONT).unwrap();
+    }
+}
+
+fn disconnect_exited_after_disconnect_race() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let master = StoppedMaster::new();
+            worker.disconnect();
+            let count = Rc::new(Cell::new(0));
+            let at_disconnect = Rc::clone(&count);
+            worker.on_disconnect(move |worker| {
+                assert!(!worker.is_connected());
+                at_disconnect.set(at_disconnect.get() + 1);
+            });
+            assert_eq!(count.get(), 0, "inside the call");
+            for _ in 0..3 {
+                worker.dispatch(Some(Duration::ZERO)).unwrap();
+                assert_eq!(count.get(), 0, "the master has not agreed");
+                assert!(worker.is_connected());
+            }
+            drop(master);
+            worker.run().unwrap();
+            assert_eq!(count.get(), 1);
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// The entries of one worker, as they follow its id.
+fn of(worker: u32, entries: &[String]) -> Vec<&str> {
+    let prefix = format!("{worker} ");
+    let own = entries
+        .iter()
+        .filter_map(|entry| entry.strip_prefix(&prefix));
+    own.collect()
+}
+
+fn disconnect_idle_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+            master.disconnect(move |master| {
+                assert!(master.workers().is_empty());
+                log.add("callback");
+            });
+        },
+        // The counterpart of Node's empty program, which waits.
+        |worker| worker.run().unwrap(),
+    );
+    let entries = entries.take();
+    let expected = [
+        "fork",
+        "online",
+        "disconnect Some(true)",
+        "exit Some(true) exit status: 0",
+    ];
+    assert_eq!(of(1, &entries), expected);
+    assert_eq!(of(2, &entries), expected);
+    assert_eq!(entries[8..], ["callback"]);
+}
+
+fn disconnect_leak() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            let (at_disconnect, at_exit) = (log.clone(), log.clone());
+            worker.on_disconnect(move |_, _| at_disconnect.add("worker disconnect"));
+            worker.on_exit(move |_, _, _| at_exit.add("worker exit"));
+            // It comes back when no listener is left either.
+            master.disconnect(move |_| log.add("all gone"));
+        },
+        |worker| {
+            // It asks before it hears that it is to leave.
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert!(listener.accept().unwrap().is_none());
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "worker disconnect",
+        "1 disconnect Some(true)",
+        "worker exit",
+        "1 exit Some(true) exit status: 0",
+        "all gone",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn disconnect_unshared_tcp() {
+    with_env("CLUSTER_SCHED_POLICY", "none", || {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                assert_eq!(master.scheduling_policy(), SchedulingPolicy::Shared);
+                note_events(master, &log);
+                let without = master.fork().unwrap();
+                let idle = RefCell::new(Some(without.clone()));
+                without.on_online(move |master, _| {
+                    let with = master.fork_with([("LISTENS", "1")]).unwrap();
+                    let without = idle.take().unwrap();
+                    let log = log.clone();
+                    with.on_listening(move |_, with, address| {
+                        let address = SocketAddr::from(([127, 0, 0, 1], address.port.unwrap()));
+                        let asked = with.clone();
+                        without.disconnect();
+                        without.on_disconnect(move |_, _| {
+                            asked.send(b"ping").unwrap();
+                        });
+                        // Between the answers it acts on whatever the other's leave has led to.
+                        let (log, answers) = (log.clone(), Cell::new(0));
+                        with.on_message(move |master, with, _| {
+                            answers.set(answers.get() + 1);
+                            if answers.get() == 1 {
+                                with.send(b"ping").unwrap();
+                                return;
+                            }
+                            log.add(format!("served by {}", talk(address, b"").unwrap()));
+                            master.disconnect(|_| {});
+                        });
+                    });
+                });
+            },
+            |worker| match std::env::var_os("LISTENS") {
+                Some(_) => {
+                    answer_pings(&worker);
+                    serve_id(&worker, "127.0.0.1:0");
+                }
+                None => worker.run().unwrap(),
+            },
+        );
+        let mut entries = entries.take();
+        // When the first ends, after it has disconnected, is its own affair.
+        let end = "1 exit Some(true) exit status: 0";
+        let before = entries.len();
+        entries.retain(|entry| entry != end);
+        assert_eq!(before - entries.len(), 1);
+        let expected = [
+            "1 fork",
+            "1 online",
+            "2 fork",
+            "2 online",
+            "2 listening",
+            "1 disconnect Some(true)",
+            "served by 2",
+            "2 disconnect Some(true)",
+            "2 exit Some(true) exit status: 0",
+        ];
+        assert_eq!(entries, expected);
+    });
+}
+
+fn disconnect_with_no_workers() {
+    let called = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&called);
+    cluster(
+        |master| {
+            let count = Rc::clone(&called);
+            master.disconnect(move |_| count.set(count.get() + 1));
+            assert_eq!(called.get(), 0, "inside the call");
+        },
+        |_| unreachable!("nobody is forked"),
+    );
+    assert_eq!(seen.get(), 1);
+}
+
+fn disconnect() {
+    let log = Log::default();
+    let entries = log.clone();
+    let exits = Rc::new(Cell::new(0));
+    let exited = Rc::clone(&exits);
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            master.on_exit(move |_, worker, status| {
+                assert_eq!(status.code(), Some(0));
+                assert_eq!(worker.exited_after_disconnect(), Some(true));
+                exits.set(exits.get() + 1);
+            });
+            let second_log = log.clone();
+            round(master, log, move |master| {
+                assert!(master.workers().is_empty());
+                round(master, second_log, |_| {});
+            });
+        },
+        |worker| {
+            for _ in 0..2 {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                listener.on_connection(|_, mut connection| {
+                    use std::io::Write as _;
+                    connection.write_all(b"echo").unwrap();
+                });
+            }
+            worker.run().unwrap();
+        },
+    );
+    let one_round = ["16 on 2 ports", "echo echo", "disconnected"];
+    assert_eq!(entries.take(), [one_round, one_round].concat());
+    assert_eq!(exited.get(), 16);
+}
+
+/// Eight workers come, are talked to on each port, and go.
+fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
+    let heard: Rc<RefCell<BTreeMap<_, Vec<u16>>>> = Rc::default();
+    let then = Rc::new(RefCell::new(Some(then)));
+    for _ in 0..8 {
+        let (heard, log, then) = (Rc::clone(&heard), log.clone(), Rc::clone(&then));
+        let worker = master.fork().unwrap();
+        worker.on_listening(move |master, worker, address| {
+            let mut heard = heard.borrow_mut();
+            heard
+                .entry(worker.id())
+                .or_default()
+                .push(address.port.unwrap());
+            let count = heard.values().map(Vec::len).sum::<usize>();
+            if count < 16 {
+                return;
+            }
+            assert_eq!(heard.len(), 8);
+            assert!(heard.values().all(|ports| ports.len() == 2), "{heard:?}");
+            let ports: BTreeSet<_> = heard.values().flatten().copied().collect();
+            log.add(format!("{count} on {} ports", ports.len()));
+            let work = move || {
+                let talk = |port| talk(SocketAddr::from(([127, 0, 0, 1], port)), b"").unwrap();
+                ports.into_iter().map(talk).collect::<Vec<_>>()
+            };
+            let (log, then) = (log.clone(), then.take());
+            in_background(master, work, move |master, answers| {
+                log.add(answers.join(" "));
+                master.disconnect(move |master| {
+                    log.add("disconnected");
+                    then.unwrap()(master);
+                });
+            });
+        });
+    }
+}
+
+/// Listens in vain on the address in a message.
+fn port_in_use(worker: &Worker, message: &Message) -> Error {
+    let address = std::str::from_utf8(message.bytes()).unwrap();
+    listen_in_vain(worker, address, nix::libc::EADDRINUSE)
+}
+
+/// What Node throws is a panic here. It comes out of `run`, and the program goes on.
+fn ipc_throw() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let (server, address) = idle_server();
+            let worker = master.fork().unwrap();
+            worker.send(address.to_string().as_bytes()).unwrap();
+            note_messages(master, &log);
+            close_at_exit(&worker, server);
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                let error = port_in_use(worker, message);
+                worker.send(b"error").unwrap();
+                worker.disconnect();
+                resume_unwind(Box::new(error));
+            });
+            let run = || worker.run();
+            let thrown = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
+            let error = thrown.downcast::<Error>().unwrap();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
+            // The channel can be used, and the leave that was asked for comes to its end.
+            worker.send(b"uncaught").unwrap();
+            let count = Rc::new(Cell::new(0));
+            let at_disconnect = Rc::clone(&count);
+            worker.on_disconnect(move |_| at_disconnect.set(at_disconnect.get() + 1));
+            worker.run().unwrap();
+            assert_eq!(count.get(), 1);
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 error",
+        "1 uncaught",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn kill_disconnect() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            match worker.id().get() {
+                1 => drop(worker.disconnect()),
+                _ => worker.kill(),
+            }
+            worker.run().unwrap();
+            assert_eq!(worker.exited_after_disconnect(), Some(true));
+        },
+    );
+    let entries = entries.take();
+    let expected = [
+        "fork",
+        "online",
+        "disconnect Some(true)",
+        "exit Some(true) exit status: 0",
+    ];
+    assert_eq!(of(1, &entries), expected);
+    assert_eq!(of(2, &entries), expected);
+    assert_eq!(entries.len(), 8);
+}
+
+fn worker_disconnect_on_error() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            let (server, address) = idle_server();
+            worker.send(address.to_string().as_bytes()).unwrap();
+            note_messages(master, &log);
+            close_at_exit(&worker, server);
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                port_in_use(worker, message);
+                worker.send(b"error").unwrap();
+                worker.disconnect();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 error",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn worker_disconnect() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.on_listening(|_, worker, _| assert_eq!(worker.disconnect(), worker));
+            let (at_disconnect, at_exit) = (log.clone(), log);
+            worker.on_disconnect(move |_, worker| {
+                assert_eq!(worker.exited_after_disconnect(), Some(true));
+                assert_eq!(worker.state(), WorkerState::Disconnected);
+                at_disconnect.add("worker disconnect");
+            });
+            worker.on_exit(move |_, worker, status| {
+                assert_eq!(status.code(), Some(42));
+                let pid = i32::try_from(worker.process().id()).unwrap();
+                assert_eq!(kill(Pid::from_raw(pid), None), Err(Errno::ESRCH));
+                at_exit.add("worker exit");
+            });
+        },
+        |worker| {
+            let _listener = worker.listen("127.0.0.1:0").unwrap();
+            worker.on_disconnect(|_| std::process::exit(42));
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "worker disconnect",
+        "1 disconnect Some(true)",
+        "worker exit",
+        "1 exit Some(true) exit status: 42",
+    ];
+    assert_eq!(entries.take(), expected);
+}
