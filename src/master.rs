@@ -840,8 +840,9 @@ impl Master {
         if self.debug {
             use std::io::Write as _;
 
-            let mut stderr = std::io::stderr().lock();
-            let _ = writeln!(stderr, "{},Master {what}", std::process::id());
+            // In one piece: workers may write there at the same time.
+            let line = format!("{},Master {what}\n", std::process::id());
+            let _ = std::io::stderr().write_all(line.as_bytes());
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -32,7 +33,14 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("http_server_is_not_held_by_a_silent_client", silent_client),
         Trial::test("echo_events_echoes_and_counts", echo_events),
         Trial::test("embedded_hosts_a_master", embedded),
+        Trial::test("request_counter_counts", request_counter),
+        Trial::test("is_dead_tells_who_is", is_dead),
+        Trial::test("debug_lines_are_those_of_the_page", debug_lines),
     ]);
+    trials.extend(PRINTS.iter().map(|prints| {
+        let name = prints.command.replace(' ', "_");
+        Trial::test(format!("{name}_prints"), || prints.check())
+    }));
     trials
 }
 
@@ -318,4 +326,176 @@ fn embedded() -> Result<(), Failed> {
     let text = talk(status, b"")?;
     assert!(text.starts_with("2 workers, Ledger { accepted: "), "{text}");
     stop(&host, Signal::SIGTERM)
+}
+
+fn request_counter() -> Result<(), Failed> {
+    let server = Group::start(example("request_counter").arg("127.0.0.1:0"))?;
+    let address = server.line("listening on ").parse()?;
+    for _ in 0..3 {
+        assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello world\n"));
+    }
+    server.line("requests = 3");
+    kill(server.pid(), Signal::SIGTERM)?;
+    assert_eq!(server.end()?.signal(), Some(15), "it does not handle it");
+    Ok(())
+}
+
+fn is_dead() -> Result<(), Failed> {
+    let server = Group::start(example("is_dead").arg("127.0.0.1:0"))?;
+    let address = server.line("listening on ").parse()?;
+    let mut pids = BTreeSet::new();
+    for _ in 0..cluster::available_parallelism() {
+        // Each worker answers once. The last ones may not listen yet.
+        let answer = wait_until("an answer", || talk(address, REQUEST).ok());
+        let (_, pid) = answer.rsplit_once("current process\n ").unwrap();
+        assert!(pids.insert(pid.to_owned()), "{pid:?} twice");
+    }
+    assert_eq!(server.finish()?.code(), Some(0));
+    let output = server.output();
+    for dead in ["true", "false"] {
+        let lines = output.matches(&format!("worker is dead: {dead}\n")).count();
+        assert_eq!(lines, pids.len(), "{output}");
+    }
+    Ok(())
+}
+
+fn debug_lines() -> Result<(), Failed> {
+    let program = Group::start(example("worker_id").env("CLUSTER_DEBUG", "1"))?;
+    assert_eq!(program.finish()?.code(), Some(0));
+    let (master, output) = (program.pid(), program.output());
+    let lines = output
+        .lines()
+        .filter_map(|line| line.strip_suffix(" online"));
+    let lines = lines.map(|line| line.strip_prefix(&format!("{master},Master Worker ")));
+    let pids: BTreeSet<u32> = lines.map(|pid| pid.unwrap().parse().unwrap()).collect();
+    assert_eq!(pids.len(), 2, "{output}");
+    Ok(())
+}
+
+/// What a program prints that ends by itself, sorted; `N` stands for any number that may differ.
+struct Prints {
+    command: &'static str,
+    lines: &'static [&'static str],
+}
+
+const PRINTS: &[Prints] = &[
+    Prints {
+        command: "worker_id",
+        lines: &["I am master", "I am worker #1", "I am worker #2"],
+    },
+    Prints {
+        command: "echo",
+        lines: &["hi there"],
+    },
+    Prints {
+        command: "broadcast",
+        lines: &[
+            "worker 1: and something for you alone",
+            "worker 1: big announcement to all workers",
+            "worker 2: big announcement to all workers",
+            "worker 3: big announcement to all workers",
+        ],
+    },
+    Prints {
+        command: "worker_events",
+        lines: &[
+            "1: has disconnected",
+            "1: success!",
+            "1: yay, it responded after it was forked",
+            "2: exited with error code: 3",
+            "2: has disconnected",
+            "2: yay, it responded after it was forked",
+            "3: has disconnected",
+            "3: was killed by signal: Some(6)",
+            "3: yay, it responded after it was forked",
+            "4: has disconnected",
+            "4: is now connected to 127.0.0.1:N",
+            "4: success!",
+            "4: yay, it responded after it was forked",
+        ],
+    },
+    Prints {
+        command: "restart",
+        lines: &[
+            "worker N died (exit status: 1). restarting...",
+            "worker N died (exit status: 2). restarting...",
+            "worker N died (exit status: 3). restarting...",
+            "worker N died (exit status: 4). restarting...",
+            "worker N died (exit status: 5). enough.",
+        ],
+    },
+    Prints {
+        command: "fork_timeouts",
+        lines: &[
+            "worker 1 listens on 127.0.0.1:N",
+            "worker 2: something must be wrong with the connection ...",
+            "worker 3: something must be wrong with the connection ...",
+        ],
+    },
+    Prints {
+        command: "shutdown",
+        lines: &[
+            "its time is over",
+            "the worker has ended: signal: 9 (SIGKILL)",
+        ],
+    },
+    Prints {
+        command: "shutdown polite",
+        lines: &["the worker has ended: exit status: 0"],
+    },
+    Prints {
+        command: "voluntary",
+        lines: &[
+            "1 exited: Some(false)",
+            "2 exited: Some(true)",
+            "3 exited: Some(false)",
+            "4 exited: Some(true)",
+            "Oh, it was just voluntary – no need to worry",
+            "Oh, it was just voluntary – no need to worry",
+        ],
+    },
+    Prints {
+        command: "setup_master",
+        lines: &[
+            "worker 1 prints: I use https",
+            "worker 2 prints: I use http",
+        ],
+    },
+    Prints {
+        command: "codecs",
+        lines: &[
+            "16 bytes: Report { requests: 300, busiest: Some(\"/index.html\") }",
+            "41 bytes: Report { requests: 300, busiest: Some(\"/index.html\") }",
+            "worker 1 sent nonsense: an empty message, or one of an unknown kind",
+        ],
+    },
+];
+
+impl Prints {
+    fn check(&self) -> Result<(), Failed> {
+        let mut words = self.command.split(' ');
+        let mut command = example(words.next().unwrap());
+        let program = Group::start(command.args(words))?;
+        assert_eq!(program.finish()?.code(), Some(0));
+        let output = program.output();
+        let mut lines: Vec<_> = output.lines().map(without_numbers).collect();
+        lines.sort();
+        assert_eq!(lines, self.lines, "{output}");
+        Ok(())
+    }
+}
+
+/// Numbers of four digits and more are ports and pids.
+fn without_numbers(line: &str) -> String {
+    let is_digit = |c: char| c.is_ascii_digit();
+    let mut text = String::new();
+    let mut rest = line;
+    while let Some(at) = rest.find(is_digit) {
+        let (before, number) = rest.split_at(at);
+        let end = number.find(|c| !is_digit(c)).unwrap_or(number.len());
+        text.push_str(before);
+        text.push_str(if end < 4 { &number[..end] } else { "N" });
+        rest = &number[end..];
+    }
+    text + rest
 }

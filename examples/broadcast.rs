@@ -1,0 +1,37 @@
+//! One announcement to all workers, and one to the worker with a certain id.
+//!
+//! Type:      cargo run --example broadcast
+#![allow(clippy::print_stdout)]
+
+use cluster::{Master, Role, WorkerProcess};
+
+fn each_worker(master: &Master, call: impl Fn(&WorkerProcess)) {
+    for worker in master.workers() {
+        call(&worker);
+    }
+}
+
+fn main() -> cluster::Result<()> {
+    match cluster::init()? {
+        Role::Master(master) => {
+            let first = master.fork()?.id();
+            master.fork()?;
+            master.fork()?;
+            each_worker(&master, |worker| {
+                let _ = worker.send(b"big announcement to all workers");
+            });
+            if let Some(worker) = master.worker(first) {
+                worker.send(b"and something for you alone")?;
+            }
+            master.disconnect(|_| {});
+            master.run()
+        }
+        Role::Worker(worker) => {
+            worker.on_message(|worker, message| {
+                let text = String::from_utf8_lossy(message.bytes());
+                println!("worker {}: {text}", worker.id());
+            });
+            worker.run()
+        }
+    }
+}

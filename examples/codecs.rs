@@ -1,0 +1,66 @@
+//! A message is bytes, and what they mean is the program's choice: here JSON, for what people are
+//! to read, and a compact form, for what comes often, over the same channel.
+//!
+//! Type:      cargo run --example codecs
+#![allow(clippy::print_stdout)]
+
+use std::error::Error;
+
+use cluster::{Master, Role, Worker};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Report {
+    requests: u64,
+    busiest: Option<String>,
+}
+
+/// The first byte says which it is.
+const JSON: u8 = b'j';
+const COMPACT: u8 = b'c';
+
+fn json(report: &Report) -> Result<Vec<u8>, Box<dyn Error>> {
+    let mut message = vec![JSON];
+    serde_json::to_writer(&mut message, report)?;
+    Ok(message)
+}
+
+fn compact(report: &Report) -> Result<Vec<u8>, Box<dyn Error>> {
+    Ok(postcard::to_extend(report, vec![COMPACT])?)
+}
+
+fn decode(message: &[u8]) -> Result<Report, Box<dyn Error>> {
+    match message.split_first() {
+        Some((&JSON, body)) => Ok(serde_json::from_slice(body)?),
+        Some((&COMPACT, body)) => Ok(postcard::from_bytes(body)?),
+        _ => Err("an empty message, or one of an unknown kind".into()),
+    }
+}
+
+fn master(master: &Master) -> cluster::Result<()> {
+    master.on_message(|_, worker, message| match decode(message.bytes()) {
+        Ok(report) => println!("{} bytes: {report:?}", message.bytes().len()),
+        // Workers parse what strangers send: what they say need not be well-formed.
+        Err(error) => println!("worker {} sent nonsense: {error}", worker.id()),
+    });
+    master.fork()?;
+    master.run()
+}
+
+fn worker(worker: &Worker) -> Result<(), Box<dyn Error>> {
+    let report = Report {
+        requests: 300,
+        busiest: Some("/index.html".to_owned()),
+    };
+    worker.send(&json(&report)?)?;
+    worker.send(&compact(&report)?)?;
+    worker.send(b"?")?;
+    Ok(())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    match cluster::init()? {
+        Role::Master(role) => Ok(master(&role)?),
+        Role::Worker(role) => worker(&role),
+    }
+}

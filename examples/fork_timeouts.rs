@@ -1,0 +1,67 @@
+//! A time-out for each worker, from its fork until it listens: worker 1 listens, worker 2 never
+//! does, and worker 3 exits instead.
+//!
+//! Type:      cargo run --example fork_timeouts
+#![allow(clippy::print_stdout)]
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::{Master, Role, Worker, WorkerId};
+
+const PATIENCE: Duration = Duration::from_millis(500);
+
+fn error_message(id: WorkerId) {
+    println!("worker {id}: something must be wrong with the connection ...");
+}
+
+fn master(master: &Master) -> cluster::Result<()> {
+    let timeouts = Rc::new(RefCell::new(BTreeMap::new()));
+    let (set, listening, exited) = (Rc::clone(&timeouts), Rc::clone(&timeouts), timeouts);
+    master.on_fork(move |master, worker| {
+        let late = worker.clone();
+        let timeout = master.set_timeout(PATIENCE, move |_| {
+            error_message(late.id());
+            late.disconnect();
+        });
+        set.borrow_mut().insert(worker.id(), timeout);
+    });
+    master.on_listening(move |master, worker, address| {
+        println!("worker {} listens on {address}", worker.id());
+        if let Some(timeout) = listening.borrow_mut().remove(&worker.id()) {
+            master.clear_timer(timeout);
+        }
+        worker.disconnect();
+    });
+    master.on_exit(move |master, worker, _| {
+        // Nobody who has listened is left here, and nobody who was too late.
+        if let Some(timeout) = exited.borrow_mut().remove(&worker.id()) {
+            master.clear_timer(timeout);
+            if worker.exited_after_disconnect() != Some(true) {
+                error_message(worker.id());
+            }
+        }
+    });
+    for _ in 0..3 {
+        master.fork()?;
+    }
+    master.run()
+}
+
+fn worker(worker: &Worker) -> cluster::Result<()> {
+    match worker.id().get() {
+        1 => drop(worker.listen("127.0.0.1:0")?.accept()?),
+        2 => worker.run()?,
+        _ => {}
+    }
+    Ok(())
+}
+
+fn main() -> cluster::Result<()> {
+    match cluster::init()? {
+        Role::Master(role) => master(&role),
+        Role::Worker(role) => worker(&role),
+    }
+}

@@ -1,0 +1,53 @@
+//! The workers answer requests, and the master counts them.
+//!
+//! Type:      cargo run --release --example request_counter
+//! then:      curl http://127.0.0.1:8000/
+//! and stop:  Ctrl-C
+//!
+//! Another address may follow: `-- 127.0.0.1:8001`
+#![allow(clippy::print_stdout)]
+
+mod hello;
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::{Master, Role, Worker};
+
+fn master(master: &Master) -> cluster::Result<()> {
+    // Keep track of requests.
+    let requests = Rc::new(Cell::new(0));
+    let total = Rc::clone(&requests);
+    master.set_interval(Duration::from_secs(1), move |_| {
+        println!("requests = {}", total.get());
+    });
+    master.once(master.on_listening(|_, _, address| println!("listening on {address}")));
+    // Start workers and listen for messages that say `notifyRequest`.
+    for _ in 0..cluster::available_parallelism() {
+        let requests = Rc::clone(&requests);
+        master.fork()?.on_message(move |_, _, message| {
+            if message.bytes() == b"notifyRequest" {
+                requests.set(requests.get() + 1);
+            }
+        });
+    }
+    master.run()
+}
+
+fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
+    for connection in worker.listen(address)?.incoming() {
+        let _ = hello::answer(connection?, "hello world\n");
+        // Notify the master about the request.
+        worker.send(b"notifyRequest")?;
+    }
+    Ok(())
+}
+
+fn main() -> cluster::Result<()> {
+    let address = std::env::args().nth(1);
+    match cluster::init()? {
+        Role::Master(role) => master(&role),
+        Role::Worker(role) => worker(&role, address.as_deref().unwrap_or("127.0.0.1:8000")),
+    }
+}

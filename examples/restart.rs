@@ -1,0 +1,25 @@
+//! Whoever dies is replaced: each worker dies once, until there were five.
+//!
+//! Type:      cargo run --example restart
+#![allow(clippy::print_stdout)]
+
+use cluster::Role;
+
+fn main() -> cluster::Result<()> {
+    match cluster::init()? {
+        Role::Master(master) => {
+            master.on_exit(|master, worker, status| {
+                let pid = worker.process().id();
+                if worker.id().get() < 5 {
+                    println!("worker {pid} died ({status}). restarting...");
+                    let _ = master.fork();
+                } else {
+                    println!("worker {pid} died ({status}). enough.");
+                }
+            });
+            master.fork()?;
+            master.run()
+        }
+        Role::Worker(worker) => std::process::exit(i32::try_from(worker.id().get()).unwrap_or(1)),
+    }
+}

@@ -1,0 +1,41 @@
+//! One program, two kinds of workers: the first speaks https, the second http, and the output of
+//! both comes to the master.
+//!
+//! Type:      cargo run --example setup_master
+#![allow(clippy::print_stdout)]
+
+use std::io::Read;
+
+use cluster::{Interest, Master, Role, Settings};
+
+/// Shows what a worker prints.
+fn show(master: &Master) -> cluster::Result<()> {
+    let worker = master.fork()?;
+    if let Some(output) = worker.process().take_stdio(1) {
+        master.watch(output, Interest::Readable, move |_, mut output| {
+            let mut bytes = [0; 1024];
+            let length = output.read(&mut bytes).ok().filter(|length| *length > 0)?;
+            let text = String::from_utf8_lossy(&bytes[..length]);
+            print!("worker {} prints: {text}", worker.id());
+            Some(Interest::Readable)
+        })?;
+    }
+    Ok(())
+}
+
+fn main() -> cluster::Result<()> {
+    match cluster::init()? {
+        Role::Master(master) => {
+            master.setup_master(Settings::default().args(["--use", "https"]).silent(true));
+            show(&master)?; // https worker
+            master.setup_master(Settings::default().args(["--use", "http"]));
+            show(&master)?; // http worker
+            master.run()
+        }
+        Role::Worker(_) => {
+            let protocol = std::env::args().nth(2);
+            println!("I use {}", protocol.as_deref().unwrap_or("nothing"));
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Who left on purpose, and who did not: three workers that leave in three ways, and one that is
+//! killed by its master.
+//!
+//! Type:      cargo run --example voluntary
+#![allow(clippy::print_stdout)]
+
+use cluster::{Role, Signal};
+
+fn main() -> cluster::Result<()> {
+    match cluster::init()? {
+        Role::Master(master) => {
+            master.on_exit(|_, worker, _| {
+                let voluntary = worker.exited_after_disconnect();
+                println!("{} exited: {voluntary:?}", worker.id());
+                if voluntary == Some(true) {
+                    println!("Oh, it was just voluntary – no need to worry");
+                }
+            });
+            for _ in 0..3 {
+                master.fork()?;
+            }
+            master.fork()?.kill(Signal::TERM);
+            master.run()
+        }
+        Role::Worker(worker) => {
+            match worker.id().get() {
+                1 => worker.process().disconnect(),
+                2 => drop(worker.disconnect()),
+                3 => std::process::exit(1),
+                _ => {}
+            }
+            worker.run()
+        }
+    }
+}
