@@ -2,5 +2,4 @@
 
 use crate::scenarios;
 
-scenarios! {
-}
+scenarios! {}
