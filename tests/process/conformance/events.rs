@@ -66,8 +66,9 @@ macro_rules! listen_to {
         $source.on_online(move |_, worker| online(worker, "online"));
         let listening = note.clone();
         $source.on_listening(move |_, worker, _| listening(worker, "listening"));
-        let log = $log.clone();
-        $source.on_message(move |_, _, message| {
+        let (log, own) = ($log.clone(), $worker.clone());
+        $source.on_message(move |_, worker, message| {
+            assert_eq!(*worker, own);
             log.add(String::from_utf8_lossy(message.bytes()));
         });
         let disconnect = note.clone();
@@ -262,6 +263,7 @@ fn basic() {
         },
         |worker| {
             assert!(has_id && cluster::is_worker());
+            assert_eq!(std::env::var_os("CLUSTER_UNIQUE_ID"), None, "consumed");
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|_, _| panic!("nobody connects"));
             run_until_killed(&worker);
