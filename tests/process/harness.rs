@@ -307,6 +307,30 @@ pub fn stop(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") T ");
 }
 
+/// Serves events until a signal ends the process. After `worker.kill` in the master it is so
+/// certain to be the signal that ends the worker, and not its own way out of `main`.
+pub fn run_until_killed(worker: &Worker) -> ! {
+    worker.run().unwrap();
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// Set for a process that plays a scenario under the eyes of another one that plays it.
+const WATCHED: &str = "WATCHED";
+
+/// The scenario of this process, for another one that this one watches from outside.
+pub fn watched() -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("own path"));
+    command.env(WATCHED, "1");
+    command
+}
+
+/// Whether this process, or the master that forked it, was started by way of [`watched`].
+pub fn is_watched() -> bool {
+    std::env::var_os(WATCHED).is_some()
+}
+
 /// What happened, in order.
 #[derive(Clone, Default)]
 pub struct Log(Rc<RefCell<Vec<String>>>);

@@ -1,5 +1,808 @@
 //! What is told, when, how often and in which order.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::panic::{catch_unwind, panic_any, set_hook};
+use std::path::Path;
+use std::process::Stdio;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use cluster::{
+    Address, AddressType, Error, Interest, Master, Settings, Signal, Worker, WorkerProcess,
+    WorkerState,
+};
+use nix::errno::Errno;
+use nix::libc::{self, c_int};
+
+use crate::harness::{
+    Log, cluster, is_alive, is_watched, run_until_killed, wait_until, watched, when_listening,
+};
 use crate::scenarios;
 
-scenarios! {}
+scenarios! {
+    cluster_preload_test
+    cluster_preload
+    app
+    basic
+    message
+    worker_constructor
+    worker_death
+    worker_events
+    worker_exit
+    worker_init
+    worker_kill
+    worker_kill_signal
+    worker_isdead
+    worker_isconnected
+    uncaught_exception
+    accept_fail
+    accept_fail_without_descriptors
+    kill_infinite_loop
+    primary_kill
+}
+
+/// All that is told about the only worker, at both levels.
+#[derive(Default)]
+struct Told {
+    by_cluster: Log,
+    by_worker: Log,
+}
+
+/// Writes down the events that come at both levels, and looks that what is known about the worker
+/// agrees with them.
+macro_rules! listen_to {
+    ($source:expr, $log:expr, $worker:expr) => {{
+        let (log, own) = ($log.clone(), $worker.clone());
+        let note = move |worker: &WorkerProcess, event: &str| {
+            assert_eq!(*worker, own);
+            log.add(format!("{event} {:?}", worker.state()));
+        };
+        let online = note.clone();
+        $source.on_online(move |_, worker| online(worker, "online"));
+        let listening = note.clone();
+        $source.on_listening(move |_, worker, _| listening(worker, "listening"));
+        let (log, own) = ($log.clone(), $worker.clone());
+        $source.on_message(move |_, worker, message| {
+            assert_eq!(*worker, own);
+            log.add(String::from_utf8_lossy(message.bytes()));
+        });
+        let disconnect = note.clone();
+        $source.on_disconnect(move |master, worker| {
+            assert!(!worker.is_connected());
+            assert!(master.worker(worker.id()).is_some(), "in the table");
+            let flag = worker.exited_after_disconnect();
+            disconnect(worker, &format!("disconnect {flag:?}"));
+        });
+        let exit = note;
+        $source.on_exit(move |master, worker, status| {
+            assert_eq!(worker.process().exit_status(), Some(status));
+            assert!(worker.is_dead() && !is_alive(worker.process().id()));
+            assert!(master.workers().is_empty());
+            exit(worker, &format!("exit {status}"));
+        });
+    }};
+}
+
+impl Told {
+    /// To be called before the loop turns.
+    fn about(&self, master: &Master, worker: &WorkerProcess) {
+        let (log, own) = (self.by_cluster.clone(), worker.clone());
+        master.on_fork(move |_, worker| {
+            assert_eq!(*worker, own);
+            log.add(format!("fork {:?}", worker.state()));
+        });
+        listen_to!(master, self.by_cluster, worker);
+        listen_to!(worker, self.by_worker, worker);
+        master.on_error(|_, _, error| panic!("{error}"));
+    }
+
+    /// Everything, after `fork`, which comes at the cluster's level only, and `online`.
+    #[track_caller]
+    fn take(&self) -> Vec<String> {
+        let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
+        assert_eq!(by_cluster[..2], ["fork None", "online Online"]);
+        assert_eq!(by_cluster[1..], by_worker);
+        by_cluster.split_off(2)
+    }
+}
+
+/// What a worker does that ends before its main part, by what it knows at once.
+fn exit_with_own_id(worker: Worker) {
+    assert!(cluster::is_worker());
+    std::process::exit(42 + i32::try_from(worker.id().get()).unwrap());
+}
+
+fn cluster_preload_test() {
+    if !is_watched() {
+        let path = std::env::current_exe().unwrap();
+        std::env::set_current_dir(path.parent().unwrap()).unwrap();
+        let relative = Path::new(".").join(path.file_name().unwrap());
+        for program in [&path, &relative] {
+            let mut master = watched();
+            master.env("PROGRAM", program).stderr(Stdio::inherit());
+            let output = master.output().unwrap();
+            assert!(output.status.success());
+            assert_eq!(output.stdout, b"a worker ended with 43\n", "{program:?}");
+        }
+        return;
+    }
+    cluster(
+        |master| {
+            let program = std::env::var_os("PROGRAM").unwrap();
+            master.setup_master(Settings::default().exec(program));
+            master.on_exit(|_, _, status| {
+                println!("a worker ended with {}", status.code().unwrap());
+            });
+            master.fork().unwrap();
+        },
+        exit_with_own_id,
+    );
+}
+
+fn cluster_preload() {
+    let told = Told::default();
+    // Before anything else a process knows what it is.
+    let is_worker = cluster::is_worker();
+    cluster(
+        |master| {
+            assert!(!is_worker && cluster::is_master());
+            let worker = master.fork().unwrap();
+            assert_eq!(worker.id().get(), 1);
+            told.about(master, &worker);
+        },
+        |worker| {
+            assert!(is_worker);
+            exit_with_own_id(worker);
+        },
+    );
+    let expected = [
+        "disconnect Some(false) Disconnected",
+        "exit exit status: 43 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+/// The channel by which somebody asks the master is its standard input here.
+fn app() {
+    if !is_watched() {
+        let mut master = watched()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stderr = BufReader::new(master.stderr.take().unwrap()).lines();
+        assert_eq!(stderr.next().unwrap().unwrap(), "all workers are running");
+        let mut stdin = master.stdin.take().unwrap();
+        stdin.write_all(b"getpids\n").unwrap();
+        let mut answer = String::new();
+        let mut stdout = BufReader::new(master.stdout.take().unwrap());
+        stdout.read_line(&mut answer).unwrap();
+        let pids: Vec<u32> = answer
+            .split_whitespace()
+            .map(|pid| pid.parse().unwrap())
+            .collect();
+        assert_eq!(pids.len(), 3);
+        assert_eq!(pids[0], master.id());
+        assert_eq!(pids.iter().collect::<BTreeSet<_>>().len(), 3, "{pids:?}");
+        assert!(pids.iter().all(|pid| is_alive(*pid)));
+        drop(stdin);
+        assert!(master.wait().unwrap().success());
+        let rest: Vec<_> = stderr.map(Result::unwrap).collect();
+        assert_eq!(rest, [""; 0]);
+        return;
+    }
+    let log = Log::default();
+    cluster(
+        |master| {
+            let online = log.clone();
+            master.on_online(move |_, _| {
+                online.add("online");
+                if online.len() == 2 {
+                    eprintln!("all workers are running");
+                }
+            });
+            when_listening(master, 2, |master, _| {
+                let answer = |master: &Master, stdin: &std::io::Stdin| {
+                    let mut request = String::new();
+                    if stdin.read_line(&mut request).unwrap() == 0 {
+                        master.disconnect(|_| {});
+                        return None;
+                    }
+                    assert_eq!(request, "getpids\n");
+                    let pids = master
+                        .workers()
+                        .into_iter()
+                        .map(|worker| worker.process().id());
+                    let pids = std::iter::once(std::process::id()).chain(pids);
+                    let pids: Vec<_> = pids.map(|pid| pid.to_string()).collect();
+                    println!("{}", pids.join(" "));
+                    Some(Interest::Readable)
+                };
+                master
+                    .watch(std::io::stdin(), Interest::Readable, answer)
+                    .unwrap();
+            });
+            master.on_exit(|_, _, status| assert!(status.success()));
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+        },
+    );
+    assert_eq!(log.take(), ["online"; 2]);
+}
+
+fn basic() {
+    fn expect_ours(address: &Address) {
+        assert_eq!(address.address.as_deref(), Some("127.0.0.1"));
+        assert_eq!(address.address_type, AddressType::Tcp4);
+        assert!(address.port.is_some_and(|port| port > 0));
+        assert_eq!(address.fd, None);
+    }
+    let told = Told::default();
+    let has_id = std::env::var_os("CLUSTER_UNIQUE_ID").is_some();
+    assert_eq!(cluster::is_worker(), has_id);
+    cluster(
+        |master| {
+            assert!(!has_id && cluster::is_master());
+            let worker = master.fork().unwrap();
+            assert_eq!(worker.id().get(), 1);
+            told.about(master, &worker);
+            worker.on_listening(|_, _, address| expect_ours(address));
+            master.on_listening(|_, worker, address| {
+                expect_ours(address);
+                worker.kill(Signal::TERM);
+            });
+        },
+        |worker| {
+            assert!(has_id && cluster::is_worker());
+            assert_eq!(std::env::var_os("CLUSTER_UNIQUE_ID"), None, "consumed");
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, _| panic!("nobody connects"));
+            run_until_killed(&worker);
+        },
+    );
+    let expected = [
+        "listening Listening",
+        "disconnect Some(true) Disconnected",
+        "exit signal: 15 (SIGTERM) Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+fn message() {
+    const TO_WORKER: &str = "message from primary";
+    const TO_MASTER: &str = "message from worker";
+    let told = Told::default();
+    let receipts = Log::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            let receipts = receipts.clone();
+            worker.on_listening(move |master, worker, address| {
+                let address: SocketAddr = address.to_string().parse().unwrap();
+                let client = Rc::new(TcpStream::connect(address).unwrap());
+                assert!(worker.send(TO_WORKER.as_bytes()).unwrap());
+                let (all, other_end) = (receipts.clone(), Rc::clone(&client));
+                let receive = move |what: String| {
+                    all.add(what);
+                    if all.len() == 3 {
+                        other_end.shutdown(Shutdown::Write).unwrap();
+                    }
+                };
+                let (at_cluster, at_worker) = (receive.clone(), receive.clone());
+                master.on_message(move |_, _, _| at_cluster("cluster".to_owned()));
+                worker.on_message(move |_, _, _| at_worker("worker".to_owned()));
+                let worker = worker.clone();
+                let read = move |_: &Master, client: &Rc<TcpStream>| {
+                    let mut buffer = [0; 64];
+                    let length = (&**client).read(&mut buffer).unwrap();
+                    if length == 0 {
+                        worker.kill(Signal::TERM);
+                        return None;
+                    }
+                    receive(String::from_utf8_lossy(&buffer[..length]).into_owned());
+                    Some(Interest::Readable)
+                };
+                master.watch(client, Interest::Readable, read).unwrap();
+            });
+        },
+        |worker| {
+            let received = Rc::new(RefCell::new(None));
+            let message = Rc::clone(&received);
+            worker.on_message(move |_, text| {
+                let before = message.replace(Some(text.bytes().to_owned()));
+                assert_eq!(before, None);
+            });
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let mut connection = listener.accept().unwrap().unwrap();
+            assert!(worker.send(TO_MASTER.as_bytes()).unwrap());
+            while received.borrow().is_none() {
+                worker.dispatch(None).unwrap();
+            }
+            let text = received.borrow().clone().unwrap();
+            connection.write_all(&text).unwrap();
+            assert_eq!(connection.read(&mut [0]).unwrap(), 0);
+            drop(connection);
+            run_until_killed(&worker);
+        },
+    );
+    // The echo travels by another way and may come first.
+    let mut receipts = receipts.take();
+    receipts.sort();
+    assert_eq!(receipts, ["cluster", TO_WORKER, "worker"]);
+    let expected = [
+        "listening Listening",
+        TO_MASTER,
+        "disconnect Some(true) Disconnected",
+        "exit signal: 15 (SIGTERM) Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+/// A program cannot make workers by other means than `fork` here.
+fn worker_constructor() {
+    let log = Log::default();
+    cluster(
+        |master| {
+            let workers: Vec<_> = (0..3).map(|_| master.fork().unwrap()).collect();
+            for (id, worker) in (1..).zip(&workers) {
+                assert_eq!(worker.id().get(), id);
+                assert_eq!(worker.state(), WorkerState::None);
+                assert_eq!(worker.exited_after_disconnect(), None);
+                assert_eq!(worker.process().exit_status(), None);
+                assert!(is_alive(worker.process().id()));
+            }
+            let pids = workers.iter().map(|worker| worker.process().id());
+            assert_eq!(pids.collect::<BTreeSet<_>>().len(), 3);
+            master.on_online(|_, worker| {
+                assert_eq!(worker.state(), WorkerState::Online);
+                assert_eq!(worker.exited_after_disconnect(), None);
+            });
+            let (messages, exits) = (log.clone(), log.clone());
+            master.on_message(move |_, worker, message| {
+                assert_eq!(worker.exited_after_disconnect(), None);
+                let text = String::from_utf8_lossy(message.bytes());
+                messages.add(format!("{} {} {text}", worker.id(), worker.process().id()));
+                worker.disconnect();
+            });
+            let pids: Vec<_> = workers.iter().map(|worker| worker.process().id()).collect();
+            master.on_exit(move |_, worker, status| {
+                let index = usize::try_from(worker.id().get()).unwrap() - 1;
+                assert_eq!(pids[index], worker.process().id());
+                exits.add(format!("{} {status}", worker.id()));
+            });
+        },
+        |worker| {
+            assert_eq!(worker.exited_after_disconnect(), None);
+            let text = format!("{} {}", worker.id(), std::process::id());
+            worker.send(text.as_bytes()).unwrap();
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = log.take();
+    entries.sort();
+    assert_eq!(entries.len(), 6);
+    for (id, entries) in (1..).zip(entries.chunks(2)) {
+        let known: Vec<_> = entries[0].split(' ').collect();
+        assert_eq!(
+            known[..2],
+            known[2..],
+            "as the master and as the worker knows it"
+        );
+        assert_eq!(entries[1], format!("{id} exit status: 0"));
+    }
+}
+
+fn worker_death() {
+    let told = Told::default();
+    cluster(
+        |master| told.about(master, &master.fork().unwrap()),
+        |_| std::process::exit(42),
+    );
+    let expected = [
+        "disconnect Some(false) Disconnected",
+        "exit exit status: 42 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+/// What Node tells the process and the worker object is told to all callbacks here.
+fn worker_events() {
+    let told = Told::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            assert_eq!(worker.state(), WorkerState::None);
+            assert!(worker.send(b"a text").unwrap());
+            // Whatever came twice would have come before this.
+            assert!(worker.send(b"end").unwrap());
+        },
+        |worker| {
+            let log = Log::default();
+            for name in ["first", "second"] {
+                let log = log.clone();
+                worker.on_message(move |_, message| {
+                    log.add(format!(
+                        "{name}: {}",
+                        String::from_utf8_lossy(message.bytes())
+                    ));
+                });
+            }
+            worker.on_message(move |_, message| {
+                if message.bytes() == b"end" {
+                    let expected = [
+                        "first: a text",
+                        "second: a text",
+                        "first: end",
+                        "second: end",
+                    ];
+                    assert_eq!(log.take(), expected);
+                    std::process::exit(2);
+                }
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "disconnect Some(false) Disconnected",
+        "exit exit status: 2 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+fn worker_exit() {
+    let told = Told::default();
+    cluster(
+        |master| told.about(master, &master.fork().unwrap()),
+        |worker| {
+            let _listener = worker.listen("127.0.0.1:0").unwrap();
+            std::process::exit(42);
+        },
+    );
+    let expected = [
+        "listening Listening",
+        "disconnect Some(false) Disconnected",
+        "exit exit status: 42 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+fn worker_init() {
+    let told = Told::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            worker.on_online(|_, worker| assert!(worker.send(b"foo").unwrap()));
+            worker.on_message(|_, worker, _| assert_eq!(worker.disconnect(), worker));
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                let is_foo = message.bytes() == b"foo";
+                worker.send(is_foo.to_string().as_bytes()).unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "true",
+        "disconnect Some(true) Disconnected",
+        "exit exit status: 0 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+/// What is told when `kill` is called as soon as the worker listens.
+fn killed_when_listening(kill: fn(&WorkerProcess)) -> Vec<String> {
+    let told = Told::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            worker.on_listening(move |_, worker, _| kill(worker));
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+            run_until_killed(&worker);
+        },
+    );
+    told.take()
+}
+
+fn worker_kill() {
+    let expected = [
+        "listening Listening",
+        "disconnect Some(false) Disconnected",
+        "exit signal: 9 (SIGKILL) Dead",
+    ];
+    let told = killed_when_listening(|worker| worker.process().kill(Signal::KILL));
+    assert_eq!(told, expected);
+}
+
+/// As Node's page says, and not as its newer versions do: the worker leaves first, and so it
+/// counts as leaving on purpose.
+fn worker_kill_signal() {
+    let expected = [
+        "listening Listening",
+        "disconnect Some(true) Disconnected",
+        "exit signal: 9 (SIGKILL) Dead",
+    ];
+    let told = killed_when_listening(|worker| worker.kill(Signal::KILL));
+    assert_eq!(told, expected);
+}
+
+fn worker_isdead() {
+    let told = Told::default();
+    let log = Log::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            log.add(worker.is_dead().to_string());
+            worker.on_message(|_, worker, _| {
+                assert!(!worker.is_dead());
+                worker.kill(Signal::TERM);
+            });
+            let log = log.clone();
+            worker.on_exit(move |_, worker, _| log.add(worker.is_dead().to_string()));
+        },
+        |worker| {
+            assert!(!worker.is_dead());
+            worker.send(b"readyToDie").unwrap();
+            run_until_killed(&worker);
+        },
+    );
+    assert_eq!(log.take(), ["false", "true"]);
+    let expected = [
+        "readyToDie",
+        "disconnect Some(true) Disconnected",
+        "exit signal: 15 (SIGTERM) Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+fn worker_isconnected() {
+    let told = Told::default();
+    let log = Log::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            log.add(worker.is_connected().to_string());
+            worker.on_message(|_, worker, _| {
+                assert!(worker.is_connected());
+                worker.disconnect();
+            });
+            let log = log.clone();
+            worker.on_disconnect(move |_, worker| log.add(worker.is_connected().to_string()));
+        },
+        |worker| {
+            let log = Log::default();
+            log.add(worker.is_connected().to_string());
+            // Node tells the process and the worker object.
+            for _ in 0..2 {
+                let log = log.clone();
+                worker.on_disconnect(move |worker| log.add(worker.is_connected().to_string()));
+            }
+            worker.send(b"readyToDisconnect").unwrap();
+            worker.run().unwrap();
+            assert_eq!(log.take(), ["true", "false", "false"]);
+        },
+    );
+    assert_eq!(log.take(), ["true", "false"]);
+    let expected = [
+        "readyToDisconnect",
+        "disconnect Some(true) Disconnected",
+        "exit exit status: 0 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+/// A panic is what comes closest to what Node calls an uncaught exception.
+fn uncaught_exception() {
+    struct Thrown;
+    if !is_watched() {
+        for place in ["main", "callback"] {
+            let status = watched().env("PLACE", place).status().unwrap();
+            assert_eq!(status.code(), Some(42), "thrown in {place}");
+        }
+        return;
+    }
+    let hooked = Arc::new(AtomicBool::new(false));
+    let hook = Arc::clone(&hooked);
+    set_hook(Box::new(move |_| hook.store(true, Ordering::SeqCst)));
+    let play = || {
+        cluster(
+            |master| {
+                master.fork().unwrap();
+                if std::env::var("PLACE").unwrap() == "main" {
+                    panic_any(Thrown);
+                }
+                master.on_fork(|_, _| panic_any(Thrown));
+            },
+            |_| {},
+        );
+    };
+    let thrown = catch_unwind(play).unwrap_err();
+    assert!(thrown.is::<Thrown>() && hooked.load(Ordering::SeqCst));
+    std::process::exit(42);
+}
+
+/// Whether whoever is accepted is lost at that moment.
+static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
+
+/// What the standard library accepts with: the linker takes this one instead of the C library's.
+/// No other means makes the kernel say that a connection was aborted.
+#[allow(unsafe_code)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn accept4(
+    listener: c_int,
+    address: *mut libc::sockaddr,
+    length: *mut libc::socklen_t,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: the caller's arguments, for the system call of that name.
+    let accepted = unsafe { libc::syscall(libc::SYS_accept4, listener, address, length, flags) };
+    let accepted = c_int::try_from(accepted).unwrap_or(-1);
+    if accepted >= 0 && LOSE_CONNECTIONS.load(Ordering::SeqCst) {
+        // SAFETY: the descriptor is new, and nobody else knows it.
+        unsafe { libc::close(accepted) };
+        Errno::ECONNABORTED.set();
+        return -1;
+    }
+    accepted
+}
+
+fn accept_fail() {
+    const CLIENTS: usize = 3;
+    let told = Told::default();
+    cluster(
+        |master| {
+            LOSE_CONNECTIONS.store(true, Ordering::SeqCst);
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            worker.on_exit(|master, _, _| assert_eq!(master.ledger().accepted, 0));
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, _| panic!("nobody is accepted"));
+            let log = Log::default();
+            let all = log.clone();
+            // One after the other: the master goes on after the first.
+            for _ in 0..CLIENTS {
+                let client = TcpStream::connect(listener.local_addr()).unwrap();
+                let log = log.clone();
+                let read = move |_: &Worker, mut client: &TcpStream| {
+                    log.add(client.read(&mut [0]).unwrap().to_string());
+                    None
+                };
+                worker.watch(client, Interest::Readable, read).unwrap();
+                let before = all.len();
+                while all.len() == before {
+                    worker.dispatch(None).unwrap();
+                }
+            }
+            assert_eq!(all.take(), ["0"; CLIENTS], "the ends of the clients");
+            listener.close();
+            assert!(listener.accept().unwrap().is_none(), "closed");
+            worker.disconnect().run().unwrap();
+        },
+    );
+    let expected = [
+        "listening Listening",
+        "disconnect Some(true) Disconnected",
+        "exit exit status: 0 Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+/// The other way in which accepting fails: then the connection stays with the kernel, and is
+/// served when there is room again.
+fn accept_fail_without_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+    let log = Log::default();
+    cluster(
+        |master| {
+            let limits = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            let limit = move |soft| setrlimit(Resource::RLIMIT_NOFILE, soft, limits.1).unwrap();
+            let errors = log.clone();
+            master.on_error(move |_, worker, error| {
+                assert!(worker.is_none());
+                let Error::Accept { source, .. } = error else {
+                    panic!("{error}");
+                };
+                assert_eq!(source.raw_os_error(), Some(libc::EMFILE));
+                errors.add("no room");
+                limit(limits.0);
+            });
+            let answers = log.clone();
+            when_listening(master, 1, move |master, address| {
+                let client = TcpStream::connect(address).unwrap();
+                limit(0);
+                let read = move |master: &Master, mut client: &TcpStream| {
+                    let mut answer = String::new();
+                    client.read_to_string(&mut answer).unwrap();
+                    answers.add(answer);
+                    master.disconnect(|_| {});
+                    None
+                };
+                master.watch(client, Interest::Readable, read).unwrap();
+            });
+            let worker = master.fork().unwrap();
+            let exits = log.clone();
+            worker.on_exit(move |_, _, status| exits.add(status.to_string()));
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, mut connection| {
+                connection.write_all(b"served").unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(log.take(), ["no room", "served", "exit status: 0"]);
+}
+
+fn kill_infinite_loop() {
+    let told = Told::default();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            told.about(master, &worker);
+            worker.on_online(|_, worker| worker.process().kill(Signal::TERM));
+        },
+        |_| {
+            loop {
+                std::hint::spin_loop();
+            }
+        },
+    );
+    let expected = [
+        "disconnect Some(false) Disconnected",
+        "exit signal: 15 (SIGTERM) Dead",
+    ];
+    assert_eq!(told.take(), expected);
+}
+
+fn primary_kill() {
+    if !is_watched() {
+        let mut master = watched().stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let mut stdout = BufReader::new(master.stdout.take().unwrap());
+        stdout.read_line(&mut line).unwrap();
+        let pid: u32 = line.trim_end().parse().unwrap();
+        assert_eq!(master.wait().unwrap().code(), Some(0));
+        wait_until("the worker's end", || (!is_alive(pid)).then_some(()));
+        return;
+    }
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_listening(|master, worker, _| {
+                let worker = worker.clone();
+                master.set_timeout(Duration::ZERO, move |_| {
+                    assert!(worker.is_connected() && is_alive(worker.process().id()));
+                    println!("{}", worker.process().id());
+                    std::process::exit(0);
+                });
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+        },
+    );
+    unreachable!("the master leaves before");
+}

@@ -1,5 +1,121 @@
 //! What workers are made of.
 
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::Settings;
+
+use crate::harness::{Log, cluster, is_watched, watched};
 use crate::scenarios;
 
-scenarios! {}
+scenarios! {
+    fork_env
+    setup_primary_argv
+    setup_primary_emit
+    setup_primary_multiple
+}
+
+fn fork_env() {
+    let log = Log::default();
+    cluster(
+        |master| {
+            #[allow(unsafe_code)]
+            // SAFETY: this process has one thread.
+            unsafe {
+                std::env::set_var("OVERWRITE", "old");
+            }
+            let messages = log.clone();
+            master.on_message(move |_, _, message| {
+                messages.add(String::from_utf8_lossy(message.bytes()));
+            });
+            let exits = log.clone();
+            master.on_exit(move |_, _, status| exits.add(status.to_string()));
+            let env = [("PROP", "custom"), ("OVERWRITE", "new")];
+            master.fork_with(env).unwrap();
+            assert_eq!(std::env::var_os("PROP"), None);
+            assert_eq!(std::env::var_os("OVERWRITE"), Some(OsString::from("old")));
+        },
+        |worker| {
+            let values = ["PROP", "OVERWRITE"].map(|name| std::env::var(name).unwrap());
+            assert!(worker.send(values.join(" ").as_bytes()).unwrap());
+        },
+    );
+    assert_eq!(log.take(), ["custom new", "exit status: 0"]);
+}
+
+/// Here the arguments of a process cannot change, so it is given some.
+fn setup_primary_argv() {
+    const ARGS: [&str; 2] = ["one more", "word"];
+    if !is_watched() {
+        assert!(watched().args(ARGS).status().unwrap().success());
+        return;
+    }
+    let log = Log::default();
+    cluster(
+        |master| {
+            let setups = log.clone();
+            master.on_setup(move |_, settings| setups.add(format!("{:?}", settings.args)));
+            master.setup_master(Settings::default());
+            let args = master.settings().args.unwrap();
+            assert_eq!(args, std::env::args_os().skip(1).collect::<Vec<_>>());
+            assert_eq!(args, ARGS);
+        },
+        |_| unreachable!("nobody forks"),
+    );
+    assert_eq!(log.take(), [format!("{:?}", Some(ARGS))]);
+}
+
+fn setup_primary_emit() {
+    let log = Log::default();
+    cluster(
+        |master| {
+            let setups = log.clone();
+            master.on_setup(move |master, settings| {
+                assert_eq!(*settings, master.settings());
+                setups.add(format!("{:?}", settings.exec));
+                if setups.len() == 1 {
+                    master.setup_master(Settings::default());
+                    assert_eq!(setups.len(), 1, "never inside the call");
+                }
+            });
+            master.setup_master(Settings::default().exec("new-exec"));
+            assert_eq!(log.len(), 0, "never inside the call");
+        },
+        |_| unreachable!("nobody forks"),
+    );
+    assert_eq!(log.take(), ["Some(\"new-exec\")"; 2]);
+}
+
+fn setup_primary_multiple() {
+    let log = Log::default();
+    cluster(
+        |master| {
+            let expected = Rc::new(Cell::new(""));
+            let (setups, set) = (log.clone(), Rc::clone(&expected));
+            master.on_setup(move |master, settings| {
+                let exec = Some(PathBuf::from(set.get()));
+                assert_eq!(
+                    (&settings.exec, master.settings().exec),
+                    (&exec, exec.clone())
+                );
+                setups.add(set.get());
+            });
+            // Apart by turns of the loop.
+            for (turn, exec) in (0..).zip(["exec-a", "exec-b", "exec-c"]) {
+                let (setups, expected) = (log.clone(), Rc::clone(&expected));
+                master.set_timeout(Duration::from_millis(turn), move |master| {
+                    expected.set(exec);
+                    let before = setups.len();
+                    master.setup_master(Settings::default().exec(exec));
+                    assert_eq!(setups.len(), before, "never inside the call");
+                    assert_eq!(master.settings().exec.as_deref(), Some(Path::new(exec)));
+                });
+            }
+        },
+        |_| unreachable!("nobody forks"),
+    );
+    assert_eq!(log.take(), ["exec-a", "exec-b", "exec-c"]);
+}
