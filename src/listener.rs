@@ -48,7 +48,8 @@ impl<S> Listener<S> {
     }
 
     /// Closes the listener for this worker; others go on. Connections that were on their way go to
-    /// them, and those that the program has stay open.
+    /// them, and those that the program has stay open. One whose turn it was already still comes to
+    /// the callback.
     ///
     /// Node: `server.close()`.
     ///

@@ -146,7 +146,9 @@ impl MasterShell {
 
     /// The worker has left the table, and its last event has been delivered.
     pub(crate) fn forget(&self, worker: WorkerId) {
-        self.records.borrow_mut().remove(&worker);
+        if let Some(record) = self.records.borrow_mut().remove(&worker) {
+            record.stdio.take();
+        }
     }
 
     pub(crate) fn record(&self, worker: WorkerId) -> Option<Rc<Record>> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::bind::{self, BoundSocket, bind};
 use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::channel::ReceiptId;
-use crate::endpoint::{BindFlags, Kind};
+use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::listener::{Connection, Listener};
@@ -24,7 +24,7 @@ use crate::sys;
 use crate::sys::poll::Interest;
 use crate::timers::TimerId;
 use crate::udp_socket::UdpSocket;
-use crate::worker_core::{Event, Listen, ListenerId};
+use crate::worker_core::{Event, ListenerId};
 use crate::worker_id::WorkerId;
 use crate::worker_shell::WorkerShell;
 
@@ -197,23 +197,15 @@ impl Worker {
     /// ```
     pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<Listener<S>> {
         let options = options.into();
-        let described = options.describe();
+        let address = options.describe();
         let request = Request {
-            kind: Kind::Tcp,
             flags: options.flags,
             alone: options.exclusive || options.reuse_port,
             reuse_port: options.reuse_port,
         };
-        let opened = match options.resolve() {
-            Ok(resolved) => self.open(resolved, request)?,
-            Err(error) => Err(error),
-        };
-        match opened {
+        match self.open(options.resolve(), request)? {
             Ok((id, address)) => Ok(Listener::new(Rc::clone(&self.inner), id, address)),
-            Err(source) => Err(Error::Listen {
-                address: described,
-                source,
-            }),
+            Err(source) => Err(Error::Listen { address, source }),
         }
     }
 
@@ -239,82 +231,96 @@ impl Worker {
     /// ```
     pub fn bind(&self, options: impl Into<BindOptions>) -> Result<UdpSocket> {
         let options = options.into();
-        let described = options.describe();
+        let address = options.describe();
         let request = Request {
-            kind: Kind::Udp,
             flags: options.flags,
             alone: options.exclusive || options.reuse_port,
             reuse_port: options.reuse_port,
         };
-        let opened = match options.resolve() {
-            Ok(resolved) => self.open(resolved, request)?,
-            Err(error) => Err(error),
-        };
-        match opened {
+        match self.open(options.resolve(), request)? {
             Ok((id, address)) => Ok(UdpSocket::new(Rc::clone(&self.inner), id, address)),
-            Err(source) => Err(Error::Bind {
-                address: described,
-                source,
-            }),
+            Err(source) => Err(Error::Bind { address, source }),
         }
     }
 
-    /// Opens the first of several endpoints that can be had.
+    /// Opens the first of several endpoints that can be had. The outer error is that of the wait
+    /// for the master, the inner one that of the system.
     fn open(
         &self,
-        resolved: Resolved,
+        resolved: io::Result<Resolved>,
         request: Request,
     ) -> Result<io::Result<(ListenerId, Option<SocketAddr>)>> {
-        let shell = &self.inner.shell;
         let endpoints = match resolved {
-            Resolved::Bind(endpoints) => endpoints,
-            Resolved::Socket(socket) => {
-                let opened = bind::adopt(&socket, request.flags.backlog).and_then(|()| {
-                    let bound = BoundSocket {
-                        file: None,
-                        address: sys::listen::local_addr(&socket),
-                        socket,
-                    };
-                    let address = bound.address;
-                    Ok((shell.keep_alone(request.kind, bound, false)?, address))
-                });
-                return Ok(opened);
-            }
+            Ok(Resolved::Bind(endpoints)) => endpoints,
+            Ok(Resolved::Socket(socket)) => return Ok(self.open_socket(socket, request)),
+            Err(error) => return Ok(Err(error)),
         };
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for endpoint in endpoints {
-            if request.alone {
-                let opened = bind(&endpoint, &request.flags, request.reuse_port);
-                let opened = opened.and_then(|bound| {
-                    let address = bound.address;
-                    Ok((shell.keep_alone(endpoint.kind, bound, true)?, address))
-                });
-                match opened {
-                    Ok(opened) => return Ok(Ok(opened)),
-                    Err(error) => last = error,
-                }
-                continue;
-            }
-            let asked = endpoint.address();
-            let id = shell.core.borrow_mut().listen(endpoint, request.flags);
-            match shell.wait_for_answer(id) {
-                Ok(Listen::Done(address)) => {
-                    shell.core.borrow_mut().listening(id);
-                    shell.act();
-                    return Ok(Ok((id, address.or(asked))));
-                }
-                Ok(Listen::Failed(errno)) => {
-                    shell.close(id);
-                    last = io::Error::from_raw_os_error(errno);
-                }
-                Ok(Listen::Pending) => {}
-                Err(error) => {
-                    shell.close(id);
-                    return Err(error);
-                }
+            let opened = if request.alone {
+                self.open_alone(&endpoint, request)
+            } else {
+                self.open_shared(endpoint, request)?
+            };
+            match opened {
+                Ok(opened) => return Ok(Ok(opened)),
+                Err(error) => last = error,
             }
         }
         Ok(Err(last))
+    }
+
+    /// Asks the master.
+    fn open_shared(
+        &self,
+        endpoint: Endpoint,
+        request: Request,
+    ) -> Result<io::Result<(ListenerId, Option<SocketAddr>)>> {
+        let shell = &self.inner.shell;
+        let asked = endpoint.address();
+        let id = shell.core.borrow_mut().listen(endpoint, request.flags);
+        let answer = shell.wait_for_answer(id).inspect_err(|_| shell.close(id))?;
+        Ok(match answer {
+            Ok(bound) => {
+                shell.core.borrow_mut().listening(id);
+                shell.act();
+                Ok((id, bound.or(asked)))
+            }
+            Err(error) => {
+                shell.close(id);
+                Err(error)
+            }
+        })
+    }
+
+    /// Binds in this process; the master is not asked.
+    fn open_alone(
+        &self,
+        endpoint: &Endpoint,
+        request: Request,
+    ) -> io::Result<(ListenerId, Option<SocketAddr>)> {
+        let bound = bind(endpoint, &request.flags, request.reuse_port)?;
+        let (address, own) = (bound.address, !endpoint.is_borrowed());
+        let id = self.inner.shell.keep_alone(endpoint.kind, bound, own)?;
+        Ok((id, address))
+    }
+
+    /// Uses a socket that the worker has already.
+    fn open_socket(
+        &self,
+        socket: OwnedFd,
+        request: Request,
+    ) -> io::Result<(ListenerId, Option<SocketAddr>)> {
+        bind::adopt(&socket, request.flags.backlog)?;
+        let address = sys::listen::local_addr(&socket);
+        let bound = BoundSocket {
+            file: None,
+            socket,
+            address,
+        };
+        // Of TCP or Unix, which makes no difference from here on.
+        let id = self.inner.shell.keep_alone(Kind::Tcp, bound, false)?;
+        Ok((id, address))
     }
 
     /// Takes a stream as if a listener had accepted it: the worker counts it, and waits for its end
@@ -494,7 +500,6 @@ impl Worker {
 /// What `listen` and `bind` have in common.
 #[derive(Clone, Copy)]
 struct Request {
-    kind: Kind,
     flags: BindFlags,
     /// Without the master.
     alone: bool,

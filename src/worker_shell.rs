@@ -392,12 +392,16 @@ impl WorkerShell {
     }
 
     /// Waits until the master has answered. Events wait meanwhile.
-    pub(crate) fn wait_for_answer(&self, listener: ListenerId) -> Result<Listen> {
+    pub(crate) fn wait_for_answer(
+        &self,
+        listener: ListenerId,
+    ) -> Result<io::Result<Option<SocketAddr>>> {
         loop {
             self.act();
-            let answer = self.core.borrow().listen_result(listener);
-            if answer != Listen::Pending {
-                return Ok(answer);
+            match self.core.borrow().listen_result(listener) {
+                Listen::Done(address) => return Ok(Ok(address)),
+                Listen::Failed(errno) => return Ok(Err(io::Error::from_raw_os_error(errno))),
+                Listen::Pending => {}
             }
             self.wait_for_channel()?;
         }
