@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
@@ -36,17 +36,15 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         device: metadata.dev(),
         inode: metadata.ino(),
     };
-    let mut permissions = metadata.permissions();
-    let mut mode = permissions.mode();
+    let mut mode = metadata.mode();
     if flags.readable_all {
         mode |= 0o444;
     }
     if flags.writable_all {
         mode |= 0o222;
     }
-    if mode != permissions.mode() {
-        permissions.set_mode(mode);
-        std::fs::set_permissions(path, permissions)?;
+    if mode != metadata.mode() {
+        sys::fd::change_mode(path, mode & 0o7777)?;
     }
     listener.set_nonblocking(true)?;
     let listener = OwnedFd::from(listener);
@@ -130,7 +128,7 @@ mod tests {
             ..BindFlags::default()
         };
         let _kept = listen(&path, &flags).unwrap();
-        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        let mode = std::fs::metadata(&path).unwrap().mode();
         assert_eq!(mode & 0o666, 0o666);
     }
 

@@ -1,8 +1,11 @@
 //! Descriptors by number, where they cannot be avoided.
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use super::check;
 
@@ -60,6 +63,17 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
+/// Changes the mode of a file; not of what a link leads to, which somebody may have put in its
+/// place.
+pub(crate) fn change_mode(path: &Path, mode: u32) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mode = libc::mode_t::try_from(mode).map_err(io::Error::other)?;
+    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: the path is zero-terminated.
+    check(unsafe { libc::fchmodat(libc::AT_FDCWD, path.as_ptr(), mode, flags) })?;
+    Ok(())
+}
+
 /// How many descriptors this process may have.
 #[allow(
     clippy::useless_conversion,
@@ -83,8 +97,9 @@ pub(super) fn adopt(number: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
-/// Whether the other side of a connection is gone for good: both directions are shut, or an error
-/// such as a reset is pending. A client that only stopped sending still waits for its answer.
+/// Whether the other side of a connection is gone for good, and has left nothing to read: both
+/// directions are shut, or an error such as a reset is pending. A client that only stopped sending
+/// still waits for its answer.
 pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
         fd: fd.as_raw_fd(),
@@ -93,5 +108,31 @@ pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
     };
     // SAFETY: one valid pollfd is passed, and the call does not wait.
     let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    ready > 0 && poll.revents & (libc::POLLHUP | libc::POLLERR) != 0
+    if ready <= 0 || poll.revents & (libc::POLLHUP | libc::POLLERR) == 0 {
+        return false;
+    }
+    let mut byte = 0u8;
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: one byte is written at most, into a live buffer.
+    let read = unsafe { libc::recv(fd.as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
+    read <= 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use std::os::fd::AsFd as _;
+
+    #[test]
+    fn who_left_a_message_is_not_gone() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        assert!(!is_hung_up(here.as_fd()));
+        there.write_all(b"goodbye").unwrap();
+        drop(there);
+        assert!(!is_hung_up(here.as_fd()), "it can still be heard");
+        let (here, there) = UnixStream::pair().unwrap();
+        drop(there);
+        assert!(is_hung_up(here.as_fd()));
+    }
 }
