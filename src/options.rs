@@ -34,10 +34,7 @@ use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 #[derive(Debug)]
 #[must_use]
 pub struct ListenOptions<S = TcpStream> {
-    target: Target,
-    pub(crate) flags: BindFlags,
-    pub(crate) exclusive: bool,
-    pub(crate) reuse_port: bool,
+    pub(crate) wish: Wish,
     streams: PhantomData<fn() -> S>,
 }
 
@@ -59,9 +56,16 @@ pub struct ListenOptions<S = TcpStream> {
 #[derive(Debug)]
 #[must_use]
 pub struct BindOptions {
+    pub(crate) wish: Wish,
+}
+
+/// What both kinds of options come to.
+#[derive(Debug)]
+pub(crate) struct Wish {
+    kind: Kind,
     target: Target,
     pub(crate) flags: BindFlags,
-    pub(crate) exclusive: bool,
+    exclusive: bool,
     pub(crate) reuse_port: bool,
 }
 
@@ -74,65 +78,88 @@ enum Target {
     Host(String, u16),
     Ip(SocketAddr),
     Path(PathBuf),
-    Fd(Kind, RawFd),
-    Socket(OwnedFd),
+    Fd(RawFd),
+    Socket(Option<OwnedFd>),
 }
 
-/// Where the options lead.
-#[derive(Debug)]
-pub(crate) enum Resolved {
-    /// To the first of these that can be had.
-    Bind(Vec<Endpoint>),
-    /// To a socket that is there.
-    Socket(OwnedFd),
-}
+impl Wish {
+    fn new(kind: Kind, target: Target) -> Self {
+        Self {
+            kind,
+            target,
+            flags: BindFlags::default(),
+            exclusive: false,
+            reuse_port: false,
+        }
+    }
 
-impl Target {
-    fn resolve(self, kind: Kind) -> io::Result<Resolved> {
-        let endpoint = |place| Endpoint::new(kind, place);
-        let addresses = |addresses: std::vec::IntoIter<SocketAddr>| {
-            addresses.map(|ip| endpoint(Place::Ip(ip))).collect()
-        };
-        let port = |port| match kind {
-            Kind::Udp => endpoint(Place::Ip((Ipv4Addr::UNSPECIFIED, port).into())),
-            Kind::Tcp | Kind::Unix => endpoint(Place::Port(port)),
-        };
-        Ok(Resolved::Bind(match self {
-            Self::Socket(socket) => return Ok(Resolved::Socket(socket)),
-            Self::Port(number) => vec![port(number)],
-            Self::Ip(address) => vec![endpoint(Place::Ip(address))],
-            Self::Fd(kind, number) => vec![Endpoint::new(kind, Place::Fd(number))],
-            Self::Path(path) => vec![endpoint(Place::Path(std::path::absolute(path)?))],
-            Self::Host(host, port) => addresses((host.as_str(), port).to_socket_addrs()?),
-            Self::Name(name) => match name.parse() {
-                Ok(number) => vec![port(number)],
-                Err(_) => addresses(name.to_socket_addrs()?),
+    /// Whether the worker binds by itself.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.exclusive || self.reuse_port
+    }
+
+    /// A port without a host. For datagrams there is no socket for both families.
+    fn port(&self, port: u16) -> Place {
+        match self.kind {
+            Kind::Udp => Place::Ip((Ipv4Addr::UNSPECIFIED, port).into()),
+            Kind::Tcp | Kind::Unix => Place::Port(port),
+        }
+    }
+
+    pub(crate) fn resolve(&self) -> io::Result<Vec<Endpoint>> {
+        let all = |addresses: std::vec::IntoIter<SocketAddr>| addresses.map(Place::Ip).collect();
+        let places: Vec<_> = match &self.target {
+            Target::Port(number) => vec![self.port(*number)],
+            Target::Ip(address) => vec![Place::Ip(*address)],
+            Target::Fd(number) => vec![Place::Fd(*number)],
+            Target::Path(path) => vec![Place::Path(std::path::absolute(path)?)],
+            Target::Host(host, port) => all((host.as_str(), *port).to_socket_addrs()?),
+            Target::Name(name) => match name.parse() {
+                Ok(number) => vec![self.port(number)],
+                Err(_) => all(name.to_socket_addrs()?),
             },
-        }))
+            Target::Socket(_) => Vec::new(),
+        };
+        let endpoints = places.into_iter();
+        Ok(endpoints
+            .map(|place| Endpoint::new(self.kind, place))
+            .collect())
+    }
+
+    /// The socket, if it is there already.
+    pub(crate) fn take_socket(&mut self) -> Option<OwnedFd> {
+        match &mut self.target {
+            Target::Socket(socket) => socket.take(),
+            Target::Port(_)
+            | Target::Name(_)
+            | Target::Host(..)
+            | Target::Ip(_)
+            | Target::Path(_)
+            | Target::Fd(_) => None,
+        }
     }
 }
 
-impl std::fmt::Display for Target {
+/// What the program wrote, for an error's text.
+impl std::fmt::Display for Wish {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Port(port) => write!(f, "*:{port}"),
-            Self::Name(name) => f.write_str(name),
-            Self::Host(host, port) => write!(f, "{host}:{port}"),
-            Self::Ip(address) => address.fmt(f),
-            Self::Path(path) => path.display().fmt(f),
-            Self::Fd(kind, number) => Endpoint::new(*kind, Place::Fd(*number)).fmt(f),
-            Self::Socket(_) => f.write_str("a socket of the worker's own"),
+        let endpoint = |place| Endpoint::new(self.kind, place);
+        match &self.target {
+            Target::Port(port) => endpoint(self.port(*port)).fmt(f),
+            Target::Ip(address) => address.fmt(f),
+            Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
+            Target::Path(path) => path.display().fmt(f),
+            Target::Name(name) => f.write_str(name),
+            Target::Host(host, port) => write!(f, "{host}:{port}"),
+            Target::Socket(_) => f.write_str("a socket of the worker's own"),
         }
     }
 }
 
 impl<S> ListenOptions<S> {
-    fn new(target: Target) -> Self {
+    fn of_kind(kind: Kind, target: Target) -> Self {
         Self {
-            target,
-            flags: BindFlags::default(),
-            exclusive: false,
-            reuse_port: false,
+            wish: Wish::new(kind, target),
             streams: PhantomData,
         }
     }
@@ -143,7 +170,7 @@ impl<S> ListenOptions<S> {
     ///
     /// Node: `backlog`. See [`ListenOptions`] for an example.
     pub fn backlog(mut self, connections: u32) -> Self {
-        self.flags.backlog = connections;
+        self.wish.flags.backlog = connections;
         self
     }
 
@@ -159,35 +186,21 @@ impl<S> ListenOptions<S> {
     /// # Ok(()) }
     /// ```
     pub fn exclusive(mut self, exclusive: bool) -> Self {
-        self.exclusive = exclusive;
+        self.wish.exclusive = exclusive;
         self
-    }
-
-    /// What the program wrote, for an error's text.
-    pub(crate) fn describe(&self) -> String {
-        self.target.to_string()
-    }
-
-    pub(crate) fn resolve(self) -> io::Result<Resolved> {
-        let kind = match self.target {
-            Target::Path(_) => Kind::Unix,
-            Target::Port(_)
-            | Target::Name(_)
-            | Target::Host(..)
-            | Target::Ip(_)
-            | Target::Fd(..)
-            | Target::Socket(_) => Kind::Tcp,
-        };
-        self.target.resolve(kind)
     }
 }
 
 impl ListenOptions<TcpStream> {
+    fn new(target: Target) -> Self {
+        Self::of_kind(Kind::Tcp, target)
+    }
+
     /// Leaves IPv4 out where the address is `[::]`, which stands for both otherwise.
     ///
     /// Node: `ipv6Only`. The default is `false`. See [`ListenOptions`] for an example.
     pub fn ipv6_only(mut self, only: bool) -> Self {
-        self.flags.ipv6_only = only;
+        self.wish.flags.ipv6_only = only;
         self
     }
 
@@ -203,7 +216,7 @@ impl ListenOptions<TcpStream> {
     /// # Ok(()) }
     /// ```
     pub fn reuse_port(mut self, reuse: bool) -> Self {
-        self.reuse_port = reuse;
+        self.wish.reuse_port = reuse;
         self
     }
 
@@ -220,11 +233,15 @@ impl ListenOptions<TcpStream> {
     /// # Ok(()) }
     /// ```
     pub fn fd(number: RawFd) -> Self {
-        Self::new(Target::Fd(Kind::Tcp, number))
+        Self::new(Target::Fd(number))
     }
 }
 
 impl ListenOptions<UnixStream> {
+    fn new(target: Target) -> Self {
+        Self::of_kind(Kind::Unix, target)
+    }
+
     /// Lets every user read from the socket, and not only who the umask lets.
     ///
     /// Node: `readableAll`. The default is `false`.
@@ -239,7 +256,7 @@ impl ListenOptions<UnixStream> {
     /// # Ok(()) }
     /// ```
     pub fn readable_all(mut self, readable: bool) -> Self {
-        self.flags.readable_all = readable;
+        self.wish.flags.readable_all = readable;
         self
     }
 
@@ -248,7 +265,7 @@ impl ListenOptions<UnixStream> {
     /// Node: `writableAll`. The default is `false`. See [`readable_all`](Self::readable_all) for an
     /// example.
     pub fn writable_all(mut self, writable: bool) -> Self {
-        self.flags.writable_all = writable;
+        self.wish.flags.writable_all = writable;
         self
     }
 
@@ -257,7 +274,7 @@ impl ListenOptions<UnixStream> {
     ///
     /// Node: `fd`.
     pub fn unix_fd(number: RawFd) -> Self {
-        Self::new(Target::Fd(Kind::Unix, number))
+        Self::new(Target::Fd(number))
     }
 }
 
@@ -282,31 +299,27 @@ impl From<PathBuf> for ListenOptions<UnixStream> {
 
 impl From<TcpListener> for ListenOptions<TcpStream> {
     fn from(listener: TcpListener) -> Self {
-        Self::new(Target::Socket(listener.into()))
+        Self::new(Target::Socket(Some(listener.into())))
     }
 }
 
 impl From<UnixListener> for ListenOptions<UnixStream> {
     fn from(listener: UnixListener) -> Self {
-        Self::new(Target::Socket(listener.into()))
+        Self::new(Target::Socket(Some(listener.into())))
     }
 }
 
 impl BindOptions {
     fn new(target: Target) -> Self {
-        Self {
-            target,
-            flags: BindFlags::default(),
-            exclusive: false,
-            reuse_port: false,
-        }
+        let wish = Wish::new(Kind::Udp, target);
+        Self { wish }
     }
 
     /// Leaves IPv4 out where the address is `[::]`, which stands for both otherwise.
     ///
     /// Node: `ipv6Only`. The default is `false`. See [`BindOptions`] for an example.
     pub fn ipv6_only(mut self, only: bool) -> Self {
-        self.flags.ipv6_only = only;
+        self.wish.flags.ipv6_only = only;
         self
     }
 
@@ -323,7 +336,7 @@ impl BindOptions {
     /// # Ok(()) }
     /// ```
     pub fn reuse_addr(mut self, reuse: bool) -> Self {
-        self.flags.reuse_addr = reuse;
+        self.wish.flags.reuse_addr = reuse;
         self
     }
 
@@ -334,7 +347,7 @@ impl BindOptions {
     /// Node: `reusePort`. The default is `false`. See
     /// [`ListenOptions::reuse_port`], which is the same for TCP, for an example.
     pub fn reuse_port(mut self, reuse: bool) -> Self {
-        self.reuse_port = reuse;
+        self.wish.reuse_port = reuse;
         self
     }
 
@@ -344,7 +357,7 @@ impl BindOptions {
     /// Node: `exclusive`. The default is `false`. See [`ListenOptions::exclusive`], which is the
     /// same for TCP, for an example.
     pub fn exclusive(mut self, exclusive: bool) -> Self {
-        self.exclusive = exclusive;
+        self.wish.exclusive = exclusive;
         self
     }
 
@@ -353,19 +366,7 @@ impl BindOptions {
     ///
     /// Node: `fd`. See [`ListenOptions::fd`], which is the same for TCP, for an example.
     pub fn fd(number: RawFd) -> Self {
-        Self::new(Target::Fd(Kind::Udp, number))
-    }
-
-    /// What the program wrote, for an error's text.
-    pub(crate) fn describe(&self) -> String {
-        if let Target::Port(port) = self.target {
-            return format!("0.0.0.0:{port}");
-        }
-        self.target.to_string()
-    }
-
-    pub(crate) fn resolve(self) -> io::Result<Resolved> {
-        self.target.resolve(Kind::Udp)
+        Self::new(Target::Fd(number))
     }
 }
 

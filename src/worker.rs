@@ -1,37 +1,32 @@
-//! The worker as the program sees it: its methods, its callbacks, and how its loop turns.
+//! The worker as the program sees it: its methods and its callbacks.
+
+mod opening;
+mod turning;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::bind::{self, BoundSocket, bind};
 use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::channel::ReceiptId;
-use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::error::{Error, Result};
-use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
+use crate::event_loop::{EventLoop, LoopId, WatchId};
 use crate::listener::{Connection, Listener};
 use crate::message::Message;
-use crate::options::{BindOptions, ListenOptions, Resolved};
+use crate::options::{BindOptions, ListenOptions};
 use crate::send_options::{SendOptions, Written};
 use crate::signal::Signal;
-use crate::sys;
 use crate::sys::poll::Interest;
 use crate::timers::TimerId;
 use crate::udp_socket::UdpSocket;
-use crate::worker_core::{Event, ListenerId};
+use crate::worker_core::ListenerId;
 use crate::worker_id::WorkerId;
 use crate::worker_shell::WorkerShell;
 
-/// How many connections one shared listener accepts in a turn.
-const ACCEPT_BATCH: u32 = 16;
-/// How long a shared listener rests when accepting failed, for instance without descriptors left.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The process that a master forked: this one.
 ///
 /// Node: `cluster.worker`. It comes from [`init`](crate::init), and can be used in three ways:
@@ -196,16 +191,13 @@ impl Worker {
     /// # Ok(()) }
     /// ```
     pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<Listener<S>> {
-        let options = options.into();
-        let address = options.describe();
-        let request = Request {
-            flags: options.flags,
-            alone: options.exclusive || options.reuse_port,
-            reuse_port: options.reuse_port,
-        };
-        match self.open(options.resolve(), request)? {
+        let mut wish = options.into().wish;
+        match self.open(&mut wish)? {
             Ok((id, address)) => Ok(Listener::new(Rc::clone(&self.inner), id, address)),
-            Err(source) => Err(Error::Listen { address, source }),
+            Err(source) => Err(Error::Listen {
+                address: wish.to_string(),
+                source,
+            }),
         }
     }
 
@@ -230,97 +222,14 @@ impl Worker {
     /// # }
     /// ```
     pub fn bind(&self, options: impl Into<BindOptions>) -> Result<UdpSocket> {
-        let options = options.into();
-        let address = options.describe();
-        let request = Request {
-            flags: options.flags,
-            alone: options.exclusive || options.reuse_port,
-            reuse_port: options.reuse_port,
-        };
-        match self.open(options.resolve(), request)? {
+        let mut wish = options.into().wish;
+        match self.open(&mut wish)? {
             Ok((id, address)) => Ok(UdpSocket::new(Rc::clone(&self.inner), id, address)),
-            Err(source) => Err(Error::Bind { address, source }),
+            Err(source) => Err(Error::Bind {
+                address: wish.to_string(),
+                source,
+            }),
         }
-    }
-
-    /// Opens the first of several endpoints that can be had. The outer error is that of the wait
-    /// for the master, the inner one that of the system.
-    fn open(
-        &self,
-        resolved: io::Result<Resolved>,
-        request: Request,
-    ) -> Result<io::Result<(ListenerId, Option<SocketAddr>)>> {
-        let endpoints = match resolved {
-            Ok(Resolved::Bind(endpoints)) => endpoints,
-            Ok(Resolved::Socket(socket)) => return Ok(self.open_socket(socket, request)),
-            Err(error) => return Ok(Err(error)),
-        };
-        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        for endpoint in endpoints {
-            let opened = if request.alone {
-                self.open_alone(&endpoint, request)
-            } else {
-                self.open_shared(endpoint, request)?
-            };
-            match opened {
-                Ok(opened) => return Ok(Ok(opened)),
-                Err(error) => last = error,
-            }
-        }
-        Ok(Err(last))
-    }
-
-    /// Asks the master.
-    fn open_shared(
-        &self,
-        endpoint: Endpoint,
-        request: Request,
-    ) -> Result<io::Result<(ListenerId, Option<SocketAddr>)>> {
-        let shell = &self.inner.shell;
-        let asked = endpoint.address();
-        let id = shell.core.borrow_mut().listen(endpoint, request.flags);
-        let answer = shell.wait_for_answer(id).inspect_err(|_| shell.close(id))?;
-        Ok(match answer {
-            Ok(bound) => {
-                shell.core.borrow_mut().listening(id);
-                shell.act();
-                Ok((id, bound.or(asked)))
-            }
-            Err(error) => {
-                shell.close(id);
-                Err(error)
-            }
-        })
-    }
-
-    /// Binds in this process; the master is not asked.
-    fn open_alone(
-        &self,
-        endpoint: &Endpoint,
-        request: Request,
-    ) -> io::Result<(ListenerId, Option<SocketAddr>)> {
-        let bound = bind(endpoint, &request.flags, request.reuse_port)?;
-        let (address, own) = (bound.address, !endpoint.is_borrowed());
-        let id = self.inner.shell.keep_alone(endpoint.kind, bound, own)?;
-        Ok((id, address))
-    }
-
-    /// Uses a socket that the worker has already.
-    fn open_socket(
-        &self,
-        socket: OwnedFd,
-        request: Request,
-    ) -> io::Result<(ListenerId, Option<SocketAddr>)> {
-        bind::adopt(&socket, request.flags.backlog)?;
-        let address = sys::listen::local_addr(&socket);
-        let bound = BoundSocket {
-            file: None,
-            socket,
-            address,
-        };
-        // Of TCP or Unix, which makes no difference from here on.
-        let id = self.inner.shell.keep_alone(Kind::Tcp, bound, false)?;
-        Ok((id, address))
     }
 
     /// Takes a stream as if a listener had accepted it: the worker counts it, and waits for its end
@@ -495,15 +404,6 @@ impl Worker {
     pub fn destroy(&self) {
         self.kill();
     }
-}
-
-/// What `listen` and `bind` have in common.
-#[derive(Clone, Copy)]
-struct Request {
-    flags: BindFlags,
-    /// Without the master.
-    alone: bool,
-    reuse_port: bool,
 }
 
 /// The process of this worker, as the system knows it.
@@ -805,250 +705,6 @@ impl Worker {
         }
         self.inner.home.time_left(None)
     }
-
-    /// Turns the loop once.
-    fn turn(&self, timeout: Option<Duration>) -> Result<()> {
-        let home = &self.inner.home;
-        let _running = home.enter()?;
-        // Before anything is delivered: after the last event nothing wakes the poller any more.
-        let limit = self.time_left().into_iter().chain(timeout).min();
-        self.settle();
-        for (token, writable) in home.wait(limit)? {
-            match token {
-                Token::Channel(_) => {
-                    if writable {
-                        self.inner.shell.flush_channel();
-                    }
-                    self.inner.shell.receive();
-                }
-                Token::Listener(number) => self.listener_ready(ListenerId(number)),
-                Token::Watch(number) => home.watch_ready(self, number),
-                Token::Signals => {
-                    for signal in home.take_signals() {
-                        home.call_signal(self, signal);
-                    }
-                }
-                Token::Process(_) => {}
-            }
-            self.settle();
-        }
-        home.fire_timers(self, || self.settle());
-        Ok(())
-    }
-
-    /// Carries out what the core decided and calls the program, until nothing is left to do.
-    fn settle(&self) {
-        loop {
-            self.inner.shell.act();
-            for error in self.inner.shell.take_errors() {
-                self.inner.on_error.each(|f| f(self, &error));
-            }
-            for (id, outcome) in self.inner.shell.take_receipts() {
-                let callback = self.inner.receipts.borrow_mut().remove(&id);
-                if let Some(callback) = callback {
-                    callback(self, outcome);
-                }
-            }
-            let event = self.inner.shell.core.borrow_mut().next_event();
-            match event {
-                None => break,
-                Some(Event::Message(message)) => {
-                    self.inner.on_message.each(|f| f(self, &message));
-                }
-                Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
-                Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
-                Some(Event::Connection(listener, fd)) => {
-                    let _delivering = Delivering(self, listener);
-                    self.deliver(listener, fd, false);
-                }
-                Some(Event::Drop(listener, fd)) => {
-                    let _delivering = Delivering(self, listener);
-                    self.deliver(listener, fd, true);
-                }
-            }
-        }
-    }
-
-    /// Gives a connection to the callback for it, or for those that are one too many.
-    fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_over: bool) {
-        let connection = Connection::new(fd, &self.inner.shell, Some(listener));
-        let callbacks = self.inner.of_listener.borrow();
-        let callback = callbacks.get(&listener).and_then(|callbacks| {
-            let callback = if is_over {
-                &callbacks.drop
-            } else {
-                &callbacks.connection
-            };
-            callback.as_ref().map(Rc::clone)
-        });
-        drop(callbacks);
-        if let Some(callback) = callback {
-            if let Ok(mut callback) = callback.try_borrow_mut() {
-                callback(self, connection);
-            }
-        }
-    }
-
-    fn listener_ready(&self, listener: ListenerId) {
-        if self.inner.shell.core.borrow().is_datagram(listener) {
-            self.receive_datagrams(listener);
-        } else {
-            self.accept_shared(listener);
-        }
-    }
-
-    /// Accepts what a shared listener with a callback has.
-    fn accept_shared(&self, listener: ListenerId) {
-        let shell = &self.inner.shell;
-        for _ in 0..ACCEPT_BATCH {
-            if shell.core.borrow().leaves_to_others(listener) {
-                return shell.watch(listener, false);
-            }
-            match shell.try_accept(listener) {
-                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_over),
-                Ok(None) => return,
-                Err(error) => return self.rest(listener, error),
-            }
-        }
-        // One that is ending may have nothing more that could make it readable.
-        shell.core.borrow_mut().accept_rest(listener);
-    }
-
-    /// Receives one datagram after the other: what the callback does not want, because it closes
-    /// the socket, is for others.
-    fn receive_datagrams(&self, listener: ListenerId) {
-        for _ in 0..ACCEPT_BATCH {
-            let callbacks = self.inner.of_listener.borrow();
-            let callback = callbacks.get(&listener).and_then(|c| c.datagram.as_ref());
-            let callback = callback.map(Rc::clone);
-            drop(callbacks);
-            let Some(callback) = callback else {
-                return;
-            };
-            match self.inner.shell.try_receive_any(listener) {
-                Ok(Some((bytes, from))) => {
-                    if let Ok(mut callback) = callback.try_borrow_mut() {
-                        callback(self, &bytes, from);
-                    }
-                }
-                Ok(None) => return,
-                Err(error) => return self.rest(listener, error),
-            }
-        }
-    }
-
-    /// Leaves a shared listener alone for a while: it stays readable, and would keep the loop.
-    fn rest(&self, listener: ListenerId, error: Error) {
-        let shell = &self.inner.shell;
-        shell.report(error);
-        shell.watch(listener, false);
-        let again = move |worker: &Self| {
-            worker.inner.shell.watch_if_wanted(listener);
-            // One that is ending may have nothing more that could make it readable.
-            worker.listener_ready(listener);
-        };
-        let timer = self.inner.home.set_timeout(ACCEPT_RETRY, again);
-        self.inner.home.reference(timer.into(), false);
-    }
-
-    /// Waits for the next connection of a listener without a callback.
-    pub(crate) fn accept(
-        inner: &Rc<Inner>,
-        listener: ListenerId,
-    ) -> Result<Option<Connection<OwnedFd>>> {
-        drop(inner.home.enter()?);
-        let shell = &inner.shell;
-        shell.read_by_poller(false)?;
-        let worker = Self {
-            inner: Rc::clone(inner),
-            is_owner: false,
-        };
-        loop {
-            // What the program is to be told comes before it is kept waiting.
-            if inner.poller_waits.take() || worker.time_left() == Some(Duration::ZERO) {
-                worker.turn(Some(Duration::ZERO))?;
-            }
-            shell.core.borrow_mut().want(listener);
-            shell.act();
-            if let Some(connection) = worker.arrived(listener) {
-                return Ok(Some(connection));
-            }
-            let core = shell.core.borrow();
-            let (ended, ending) = (core.has_ended(listener), core.is_ending(listener));
-            let events = core.has_events();
-            drop(core);
-            if ended && !events {
-                return Ok(None);
-            }
-            // A shared listener that is ending is emptied without waiting.
-            if ending || worker.wait(listener)? {
-                match shell.try_accept(listener)? {
-                    Some(accepted) if accepted.is_over => {
-                        worker.deliver(listener, accepted.fd, true);
-                    }
-                    Some(accepted) => {
-                        return Ok(Some(Connection::new(accepted.fd, shell, Some(listener))));
-                    }
-                    None => {}
-                }
-            }
-            // Before anything else is looked at: a callback might close the listener.
-            if let Some(connection) = worker.arrived(listener) {
-                return Ok(Some(connection));
-            }
-        }
-    }
-
-    fn arrived(&self, listener: ListenerId) -> Option<Connection<OwnedFd>> {
-        let shell = &self.inner.shell;
-        let arrived = shell.core.borrow_mut().arrived(listener);
-        arrived.map(|fd| Connection::new(fd, shell, Some(listener)))
-    }
-
-    /// Waits for the next datagram of a socket without a callback.
-    pub(crate) fn receive(
-        inner: &Rc<Inner>,
-        listener: ListenerId,
-        buffer: &mut [u8],
-    ) -> Result<Option<(usize, SocketAddr)>> {
-        drop(inner.home.enter()?);
-        let shell = &inner.shell;
-        shell.read_by_poller(false)?;
-        let worker = Self {
-            inner: Rc::clone(inner),
-            is_owner: false,
-        };
-        loop {
-            // What the program is to be told comes before it is kept waiting.
-            if inner.poller_waits.take() || worker.time_left() == Some(Duration::ZERO) {
-                worker.turn(Some(Duration::ZERO))?;
-            }
-            let core = shell.core.borrow();
-            let ended = core.has_ended(listener) && !core.has_events();
-            drop(core);
-            if ended {
-                return Ok(None);
-            }
-            if worker.wait(listener)? {
-                // Another worker may have been faster.
-                if let Some(received) = shell.try_receive(listener, buffer)? {
-                    return Ok(Some(received));
-                }
-            }
-        }
-    }
-
-    /// Waits for anything at all; the channel, by which connections come, is read. Returns whether
-    /// the listener, if it is a shared one, has something for this worker.
-    fn wait(&self, listener: ListenerId) -> Result<bool> {
-        let shell = &self.inner.shell;
-        let left = shell.core.borrow().leaves_to_others(listener);
-        let shared = shell.socket(listener).filter(|_| !left);
-        let shared = shared.as_deref().map(|registered| &**registered);
-        let ready = shell.wait(self.inner.home.as_fd(), shared, self.time_left())?;
-        self.inner.poller_waits.set(ready.poller);
-        Ok(ready.listener)
-    }
 }
 
 /// The descriptor that is readable when [`dispatch`](Worker::dispatch) has something to do.
@@ -1067,18 +723,6 @@ impl Drop for Worker {
         if self.is_owner {
             self.inner.clear();
         }
-    }
-}
-
-/// A connection is with its callback. The next one comes when this is dropped: also if the callback
-/// panics, and the program goes on.
-struct Delivering<'a>(&'a Worker, ListenerId);
-
-impl Drop for Delivering<'_> {
-    fn drop(&mut self) {
-        let Self(worker, listener) = *self;
-        worker.inner.forget_callbacks(listener);
-        worker.inner.shell.core.borrow_mut().delivered(listener);
     }
 }
 

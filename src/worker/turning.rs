@@ -1,0 +1,271 @@
+//! How a worker's loop turns: for a program that lives in it, or one that waits for a connection.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::event_loop::Token;
+use crate::listener::Connection;
+use crate::worker::{Inner, Worker};
+use crate::worker_core::{Event, ListenerId};
+
+/// How many connections one shared listener accepts in a turn.
+const ACCEPT_BATCH: u32 = 16;
+/// How long a shared listener rests when accepting failed, for instance without descriptors left.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+impl Worker {
+    /// Turns the loop once.
+    pub(super) fn turn(&self, timeout: Option<Duration>) -> Result<()> {
+        let home = &self.inner.home;
+        let _running = home.enter()?;
+        // Before anything is delivered: after the last event nothing wakes the poller any more.
+        let limit = self.time_left().into_iter().chain(timeout).min();
+        self.settle();
+        for (token, writable) in home.wait(limit)? {
+            match token {
+                Token::Channel(_) => {
+                    if writable {
+                        self.inner.shell.flush_channel();
+                    }
+                    self.inner.shell.receive();
+                }
+                Token::Listener(number) => self.listener_ready(ListenerId(number)),
+                Token::Watch(number) => home.watch_ready(self, number),
+                Token::Signals => {
+                    for signal in home.take_signals() {
+                        home.call_signal(self, signal);
+                    }
+                }
+                Token::Process(_) => {}
+            }
+            self.settle();
+        }
+        home.fire_timers(self, || self.settle());
+        Ok(())
+    }
+
+    /// Carries out what the core decided and calls the program, until nothing is left to do.
+    fn settle(&self) {
+        loop {
+            self.inner.shell.act();
+            for error in self.inner.shell.take_errors() {
+                self.inner.on_error.each(|f| f(self, &error));
+            }
+            for (id, outcome) in self.inner.shell.take_receipts() {
+                let callback = self.inner.receipts.borrow_mut().remove(&id);
+                if let Some(callback) = callback {
+                    callback(self, outcome);
+                }
+            }
+            let event = self.inner.shell.core.borrow_mut().next_event();
+            match event {
+                None => break,
+                Some(Event::Message(message)) => {
+                    self.inner.on_message.each(|f| f(self, &message));
+                }
+                Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
+                Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
+                Some(Event::Connection(listener, fd)) => {
+                    let _delivering = Delivering(self, listener);
+                    self.deliver(listener, fd, false);
+                }
+                Some(Event::Drop(listener, fd)) => {
+                    let _delivering = Delivering(self, listener);
+                    self.deliver(listener, fd, true);
+                }
+            }
+        }
+    }
+
+    /// Gives a connection to the callback for it, or for those that are one too many.
+    fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_over: bool) {
+        let connection = Connection::new(fd, &self.inner.shell, Some(listener));
+        let callbacks = self.inner.of_listener.borrow();
+        let callback = callbacks.get(&listener).and_then(|callbacks| {
+            let callback = if is_over {
+                &callbacks.drop
+            } else {
+                &callbacks.connection
+            };
+            callback.as_ref().map(Rc::clone)
+        });
+        drop(callbacks);
+        if let Some(callback) = callback {
+            if let Ok(mut callback) = callback.try_borrow_mut() {
+                callback(self, connection);
+            }
+        }
+    }
+
+    fn listener_ready(&self, listener: ListenerId) {
+        if self.inner.shell.core.borrow().is_datagram(listener) {
+            self.receive_datagrams(listener);
+        } else {
+            self.accept_shared(listener);
+        }
+    }
+
+    /// Accepts what a shared listener with a callback has.
+    fn accept_shared(&self, listener: ListenerId) {
+        let shell = &self.inner.shell;
+        for _ in 0..ACCEPT_BATCH {
+            if shell.core.borrow().leaves_to_others(listener) {
+                return shell.watch(listener, false);
+            }
+            match shell.try_accept(listener) {
+                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_over),
+                Ok(None) => return,
+                Err(error) => return self.rest(listener, error),
+            }
+        }
+        // One that is ending may have nothing more that could make it readable.
+        shell.core.borrow_mut().accept_rest(listener);
+    }
+
+    /// Receives one datagram after the other: what the callback does not want, because it closes
+    /// the socket, is for others.
+    fn receive_datagrams(&self, listener: ListenerId) {
+        for _ in 0..ACCEPT_BATCH {
+            let callbacks = self.inner.of_listener.borrow();
+            let callback = callbacks.get(&listener).and_then(|c| c.datagram.as_ref());
+            let callback = callback.map(Rc::clone);
+            drop(callbacks);
+            let Some(callback) = callback else {
+                return;
+            };
+            match self.inner.shell.try_receive_any(listener) {
+                Ok(Some((bytes, from))) => {
+                    if let Ok(mut callback) = callback.try_borrow_mut() {
+                        callback(self, &bytes, from);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return self.rest(listener, error),
+            }
+        }
+    }
+
+    /// Leaves a shared listener alone for a while: it stays readable, and would keep the loop.
+    fn rest(&self, listener: ListenerId, error: Error) {
+        let shell = &self.inner.shell;
+        shell.report(error);
+        shell.watch(listener, false);
+        let again = move |worker: &Self| {
+            worker.inner.shell.watch_if_wanted(listener);
+            // One that is ending may have nothing more that could make it readable.
+            worker.listener_ready(listener);
+        };
+        let timer = self.inner.home.set_timeout(ACCEPT_RETRY, again);
+        self.inner.home.reference(timer.into(), false);
+    }
+
+    /// Waits for the next connection of a listener without a callback.
+    pub(crate) fn accept(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+    ) -> Result<Option<Connection<OwnedFd>>> {
+        Self::wait_for(inner, listener, |worker, has_something| {
+            let shell = &inner.shell;
+            shell.core.borrow_mut().want(listener);
+            shell.act();
+            let arrived = shell.core.borrow_mut().arrived(listener);
+            if let Some(fd) = arrived {
+                return Ok(Some(Connection::new(fd, shell, Some(listener))));
+            }
+            if !has_something {
+                return Ok(None);
+            }
+            Ok(match shell.try_accept(listener)? {
+                Some(accepted) if accepted.is_over => {
+                    worker.deliver(listener, accepted.fd, true);
+                    None
+                }
+                Some(accepted) => Some(Connection::new(accepted.fd, shell, Some(listener))),
+                None => None,
+            })
+        })
+    }
+
+    /// Waits for the next datagram of a socket without a callback.
+    pub(crate) fn receive(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+        buffer: &mut [u8],
+    ) -> Result<Option<(usize, SocketAddr)>> {
+        Self::wait_for(inner, listener, |_, has_something| {
+            if has_something {
+                // Or it had: another worker may have been faster.
+                inner.shell.try_receive(listener, buffer)
+            } else {
+                Ok(None)
+            }
+        })
+    }
+
+    /// Turns the loop until `look` finds something, or the listener has ended. `look` is told
+    /// whether the worker's copy of the listener, if it has one, has something.
+    fn wait_for<T>(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+        mut look: impl FnMut(&Self, bool) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
+        drop(inner.home.enter()?);
+        let shell = &inner.shell;
+        shell.read_by_poller(false)?;
+        let worker = Self {
+            inner: Rc::clone(inner),
+            is_owner: false,
+        };
+        loop {
+            // What the program is to be told comes before it is kept waiting.
+            if inner.poller_waits.take() || worker.time_left() == Some(Duration::ZERO) {
+                worker.turn(Some(Duration::ZERO))?;
+            }
+            let found = look(&worker, false)?;
+            if found.is_some() {
+                return Ok(found);
+            }
+            let core = shell.core.borrow();
+            let (ended, ending) = (core.has_ended(listener), core.is_ending(listener));
+            let events = core.has_events();
+            drop(core);
+            if ended && !events {
+                return Ok(None);
+            }
+            // A shared listener that is ending is emptied without waiting.
+            let has_something = ending || worker.wait(listener)?;
+            // Before anything else is looked at: a callback might close the listener.
+            let found = look(&worker, has_something)?;
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Waits for anything at all; the channel, by which connections come, is read. Returns whether
+    /// the listener, if it is a shared one, has something for this worker.
+    fn wait(&self, listener: ListenerId) -> Result<bool> {
+        let shell = &self.inner.shell;
+        let left = shell.core.borrow().leaves_to_others(listener);
+        let shared = shell.socket(listener).filter(|_| !left);
+        let shared = shared.as_deref().map(|registered| &**registered);
+        let ready = shell.wait(self.inner.home.as_fd(), shared, self.time_left())?;
+        self.inner.poller_waits.set(ready.poller);
+        Ok(ready.listener)
+    }
+}
+
+/// A connection is with its callback. The next one comes when this is dropped: also if the callback
+/// panics, and the program goes on.
+struct Delivering<'a>(&'a Worker, ListenerId);
+
+impl Drop for Delivering<'_> {
+    fn drop(&mut self) {
+        let Self(worker, listener) = *self;
+        worker.inner.forget_callbacks(listener);
+        worker.inner.shell.core.borrow_mut().delivered(listener);
+    }
+}
