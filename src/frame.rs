@@ -129,7 +129,7 @@ pub(crate) enum ToWorker {
     Message(Vec<u8>),
 }
 
-/// Why a worker's or master's bytes are not a frame.
+/// Why a worker's or master's bytes are not a frame. [`Error`](crate::Error) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameError {

@@ -95,7 +95,7 @@ impl<S> Listener<S> {
         self.worker.reference(self.id, false);
     }
 
-    /// Undoes [`unref`](Self::unref).
+    /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `server.ref()`.
     pub fn ref_(&self) {

@@ -610,7 +610,7 @@ impl Master {
     }
 
     /// Waits for a descriptor of the program's own in the master's loop. See
-    /// [`Worker::watch`](crate::Worker::watch), which is the same.
+    /// [`Worker::watch`](crate::Worker::watch), which is the same, for an example.
     ///
     /// Node has no counterpart; there, everything is in the loop.
     ///
@@ -652,7 +652,7 @@ impl Master {
         self.home.reference(id.into(), false);
     }
 
-    /// Undoes [`unref`](Self::unref).
+    /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
     pub fn ref_(&self, id: impl Into<LoopId>) {

@@ -270,7 +270,7 @@ impl ListenOptions<UnixStream> {
     }
 
     /// Listens on a Unix socket that is open in the *master*, under this number. See
-    /// [`ListenOptions::fd`] for TCP, which is the same.
+    /// [`ListenOptions::fd`], which is the same for TCP, for an example.
     ///
     /// Node: `fd`.
     pub fn unix_fd(number: RawFd) -> Self {

@@ -140,14 +140,14 @@ impl UdpSocket {
     }
 
     /// Lets the worker end although this socket is open. See
-    /// [`Listener::unref`](crate::Listener::unref), which is the same.
+    /// [`Listener::unref`](crate::Listener::unref), which is the same, for an example.
     ///
     /// Node: `socket.unref()`.
     pub fn unref(&self) {
         self.worker.reference(self.id, false);
     }
 
-    /// Undoes [`unref`](Self::unref).
+    /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `socket.ref()`.
     pub fn ref_(&self) {

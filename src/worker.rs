@@ -398,7 +398,7 @@ impl Worker {
         self.inner.shell.act();
     }
 
-    /// The same as [`kill`](Self::kill).
+    /// The same as [`kill`](Self::kill), which has an example.
     ///
     /// Node: `worker.destroy()`.
     pub fn destroy(&self) {
@@ -454,7 +454,7 @@ impl OwnProcess<'_> {
         self.reference(false);
     }
 
-    /// Undoes [`unref`](Self::unref).
+    /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `process.channel.ref()`.
     pub fn ref_(&self) {
@@ -636,7 +636,7 @@ impl Worker {
         self.inner.home.reference(id.into(), false);
     }
 
-    /// Undoes [`unref`](Self::unref).
+    /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
     pub fn ref_(&self, id: impl Into<LoopId>) {

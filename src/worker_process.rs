@@ -262,8 +262,8 @@ impl WorkerProcess {
     ///
     /// Node: `worker.disconnect()`. It gets no new connection; what other workers can serve goes
     /// to them, and what only this one can (the kernel's queue of a listener that nobody else
-    /// serves) it still gets before it leaves. There is no deadline: see [`WorkerProcess`] for how
-    /// to set one. Nothing happens if it is leaving already or has left.
+    /// serves) it still gets before it leaves. There is no deadline: [`WorkerProcess`] has an
+    /// example of how to set one. Nothing happens if it is leaving already or has left.
     pub fn disconnect(&self) -> &Self {
         self.tell(|core| core.disconnect(self.id()));
         self
@@ -287,7 +287,7 @@ impl WorkerProcess {
         self.tell(|core| core.kill(self.id(), signal));
     }
 
-    /// The same as [`kill`](Self::kill).
+    /// The same as [`kill`](Self::kill), which has an example.
     ///
     /// Node: `worker.destroy(signal)`.
     pub fn destroy(&self, signal: Signal) {
@@ -548,7 +548,7 @@ impl Process<'_> {
         self.0.tell(|core| core.reference(self.0.id(), false));
     }
 
-    /// Undoes [`unref`](Self::unref).
+    /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `worker.process.ref()`.
     pub fn ref_(&self) {
