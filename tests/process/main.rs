@@ -22,7 +22,7 @@ mod running;
 
 use std::process::ExitCode;
 
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
     let scenarios = [
@@ -45,5 +45,9 @@ fn main() -> ExitCode {
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let mut trials: Vec<_> = scenarios.map(harness::trial).collect();
     trials.extend(examples::trials());
+    trials.push(Trial::test(
+        "conformance_list_and_tests_agree",
+        conformance::list_and_tests_agree,
+    ));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
