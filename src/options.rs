@@ -291,6 +291,12 @@ impl From<&Path> for ListenOptions<UnixStream> {
     }
 }
 
+impl From<&PathBuf> for ListenOptions<UnixStream> {
+    fn from(path: &PathBuf) -> Self {
+        Self::new(Target::Path(path.clone()))
+    }
+}
+
 impl From<PathBuf> for ListenOptions<UnixStream> {
     fn from(path: PathBuf) -> Self {
         Self::new(Target::Path(path))

@@ -321,7 +321,8 @@ impl Stdio {
     }
 
     /// One end of a stream of which the master has the other one,
-    /// [`Process::take_stdio`](crate::Process::take_stdio). Both can be read and written.
+    /// [`Process::take_stdio`](crate::Process::take_stdio). Both can be read and written. It is a
+    /// socket, which a program has open but cannot open by a name such as `/dev/stdout`.
     ///
     /// Node: `'pipe'`. See [`Stdio`] for an example.
     #[must_use]
