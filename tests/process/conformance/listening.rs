@@ -346,9 +346,9 @@ fn backlog(listener: RawFd) -> u32 {
     info.tcpi_sacked
 }
 
-/// One worker after the other listens with the backlog that it is given, and tells those of all
-/// listeners that it has itself. Returns those that the master had at each `listening`, and what
-/// the workers said.
+/// One worker after the other listens with the backlog that it is given; 0 is for none given.
+/// Returns the backlogs of the listeners that the master had at each `listening`, and those that
+/// the workers had.
 fn listen_with_backlogs(wanted: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -405,8 +405,8 @@ fn the_first_backlog_counts() {
     assert_eq!(exits, ["exit status: 0"; 2]);
 }
 
-/// Three workers listen on IPv6 and the same port; returns the events after their disconnect. All
-/// have listened when `then` is called.
+/// Three workers listen on IPv6 and the same port. All of them do when `then` is called, and leave
+/// afterwards.
 fn listen_on_ipv6(
     options: impl Fn(&str) -> ListenOptions,
     before: impl FnOnce(&Master),

@@ -9,7 +9,7 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::Command;
 use std::rc::Rc;
 
-use cluster::{InspectPort, Interest, Master, Role, Settings, Stdio, Worker, WorkerProcess};
+use cluster::{InspectPort, Interest, Master, Role, Settings, Stdio, Worker};
 
 use crate::harness::{Log, cluster, is_alive, note_events, note_messages, wait_until};
 
@@ -113,6 +113,7 @@ fn fork_windows_hide() {
             master.setup_master(Settings::default().silent(true));
             note_events(master, &log);
             let worker = master.fork().unwrap();
+            assert!(worker.process().take_stdio(1).is_some(), "silent");
             worker.on_online(|_, worker| assert!(worker.send(b"shutdown").unwrap()));
         },
         |worker| {
@@ -160,7 +161,10 @@ fn setup_primary() {
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
                 log.add(status.to_string());
             });
-            (0..2).for_each(|_| drop(master.fork().unwrap()));
+            for _ in 0..2 {
+                let worker = master.fork().unwrap();
+                assert!(worker.process().take_stdio(1).is_some(), "silent");
+            }
         },
         |worker| {
             let argument = std::env::args().nth(1).unwrap();
@@ -207,6 +211,22 @@ fn pipe(number: RawFd) -> UnixStream {
     end.into()
 }
 
+/// Notes all that comes over the worker's pipe of this number as one entry.
+fn note_output(master: &Master, stream: UnixStream, number: usize, log: &Log) {
+    let log = log.clone();
+    let mut all = Vec::new();
+    let read = move |_: &Master, mut stream: &UnixStream| {
+        let mut piece = [0; 64];
+        let length = stream.read(&mut piece).unwrap();
+        all.extend_from_slice(&piece[..length]);
+        if length == 0 {
+            log.add(format!("{number} {}", String::from_utf8_lossy(&all)));
+        }
+        (length > 0).then_some(Interest::Readable)
+    };
+    master.watch(stream, Interest::Readable, read).unwrap();
+}
+
 fn fork_stdio() {
     const PIPES: [RawFd; 2] = [3, 5];
     let log = Log::default();
@@ -230,14 +250,7 @@ fn fork_stdio() {
                 let index = usize::try_from(number).unwrap();
                 let mut stream = process.take_stdio(index).unwrap();
                 write!(stream, "to {number}").unwrap();
-                let log = log.clone();
-                let hear = move |_: &Master, mut stream: &UnixStream| {
-                    let mut text = [0; 64];
-                    let length = stream.read(&mut text).unwrap();
-                    log.add(std::str::from_utf8(&text[..length]).unwrap());
-                    (length > 0).then_some(Interest::Readable)
-                };
-                master.watch(stream, Interest::Readable, hear).unwrap();
+                note_output(master, stream, index, &log);
                 assert!(process.take_stdio(index).is_none(), "it is taken");
             }
             assert!(
@@ -260,7 +273,7 @@ fn fork_stdio() {
     );
     let mut entries = entries.take();
     entries.sort();
-    assert_eq!(entries, ["", "", "from 3", "from 5"]);
+    assert_eq!(entries, ["3 from 3", "5 from 5"]);
 }
 
 fn link(number: u32) -> String {
@@ -316,23 +329,6 @@ fn stdio_of_other_kinds() {
     assert_eq!(entries.take(), expected.take());
 }
 
-/// Notes all that comes over a pipe as one entry.
-fn note_output(worker: &WorkerProcess, master: &Master, number: usize, log: &Log) {
-    let log = log.clone();
-    let mut all = Vec::new();
-    let stream = worker.process().take_stdio(number).unwrap();
-    let read = move |_: &Master, mut stream: &UnixStream| {
-        let mut piece = [0; 64];
-        let length = stream.read(&mut piece).unwrap();
-        all.extend_from_slice(&piece[..length]);
-        if length == 0 {
-            log.add(format!("{number} {}", String::from_utf8_lossy(&all)));
-        }
-        (length > 0).then_some(Interest::Readable)
-    };
-    master.watch(stream, Interest::Readable, read).unwrap();
-}
-
 fn silent_workers_speak_to_the_master() {
     let log = Log::default();
     let entries = log.clone();
@@ -344,8 +340,10 @@ fn silent_workers_speak_to_the_master() {
             let mut input = worker.process().take_stdio(0).unwrap();
             input.write_all(b"input").unwrap();
             drop(input);
-            note_output(&worker, master, 1, &log);
-            note_output(&worker, master, 2, &log);
+            for number in [1, 2] {
+                let output = worker.process().take_stdio(number).unwrap();
+                note_output(master, output, number, &log);
+            }
         },
         |worker| {
             let mut text = String::new();
