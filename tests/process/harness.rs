@@ -17,9 +17,11 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Error, Interest, Master, Role, SchedulingPolicy, Worker, WorkerProcess};
+use cluster::{
+    Error, Interest, ListenOptions, Listener, Master, Role, SchedulingPolicy, Worker, WorkerProcess,
+};
 use libtest_mimic::{Failed, Trial};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use wait_timeout::ChildExt as _;
@@ -286,6 +288,24 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
+/// Answers each connection of a listener with `text`.
+pub fn answer(listener: &Listener, text: impl ToString) {
+    let text = text.to_string();
+    listener.on_connection(move |_, mut connection| {
+        connection.write_all(text.as_bytes()).unwrap();
+    });
+}
+
+/// What this worker, whose loop it turns, answers to a client.
+pub fn hear(worker: &Worker, address: SocketAddr) -> String {
+    let client = std::thread::spawn(move || talk(address, b"").unwrap());
+    wait_until("an answer", || {
+        worker.dispatch(Some(Duration::from_millis(1))).unwrap();
+        client.is_finished().then_some(())
+    });
+    client.join().unwrap()
+}
+
 /// Waits until the process is in a state, as `") T "` for one that has stopped.
 pub fn wait_for_state(pid: u32, state: &str) {
     let stat = format!("/proc/{pid}/stat");
@@ -406,8 +426,12 @@ pub fn close_at_exit(worker: &WorkerProcess, server: TcpListener) {
 }
 
 /// Listens where the system refuses it.
-pub fn listen_in_vain(worker: &Worker, address: &str, errno: i32) -> Error {
-    let error = worker.listen(address).unwrap_err();
+pub fn listen_in_vain<S: std::fmt::Debug>(
+    worker: &Worker,
+    options: impl Into<ListenOptions<S>>,
+    errno: i32,
+) -> Error {
+    let error = worker.listen(options).unwrap_err();
     assert!(matches!(error, Error::Listen { .. }), "{error}");
     assert_eq!(error.raw_os_error(), Some(errno), "{error}");
     error
@@ -450,17 +474,56 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
 /// A port that somebody may listen on and that nobody gets by chance, for as long as the socket
 /// lives: it is bound to the port, and does not listen.
 pub fn reserve_port() -> (OwnedFd, SocketAddr) {
+    reserve("127.0.0.1:0".parse().unwrap()).unwrap()
+}
+
+/// Reserves an address; of IPv6 it takes nothing but IPv6.
+pub fn reserve(address: SocketAddr) -> nix::Result<(OwnedFd, SocketAddr)> {
     use nix::sys::socket::{
-        AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket,
-        sockopt::ReuseAddr,
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, setsockopt, socket,
+        sockopt::{Ipv6V6Only, ReuseAddr},
     };
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let socket = socket(AddressFamily::Inet, SockType::Stream, flags, None).unwrap();
-    setsockopt(&socket, ReuseAddr, &true).unwrap();
-    let any = SockaddrIn::new(127, 0, 0, 1, 0);
-    bind(socket.as_raw_fd(), &any).unwrap();
-    let bound = getsockname::<SockaddrIn>(socket.as_raw_fd()).unwrap();
-    (socket, SocketAddr::from(([127, 0, 0, 1], bound.port())))
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        setsockopt(&socket, Ipv6V6Only, &true)?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let bound = getsockname::<SockaddrStorage>(socket.as_raw_fd())?;
+    let v4 = bound.as_sockaddr_in().map(|v4| v4.port());
+    let port = v4.or_else(|| bound.as_sockaddr_in6().map(|v6| v6.port()));
+    Ok((socket, SocketAddr::new(address.ip(), port.unwrap())))
+}
+
+/// Plays twice, with each policy: a process has one cluster, and the second one is a child's.
+pub fn for_both_policies(play: impl Fn()) {
+    const POLICY: &str = "CLUSTER_SCHED_POLICY";
+    if std::env::var_os(POLICY).is_none() {
+        play();
+    }
+    with_env(POLICY, "none", play);
+}
+
+/// Stops the master for as long as this lives: what a worker can do meanwhile, it does alone.
+pub struct WithoutMaster(Pid);
+
+impl WithoutMaster {
+    pub fn new() -> Self {
+        let master = Self(nix::unistd::getppid());
+        kill(master.0, Signal::SIGSTOP).unwrap();
+        wait_for_state(master.0.as_raw().unsigned_abs(), ") T ");
+        master
+    }
+}
+
+impl Drop for WithoutMaster {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
 }
 
 /// Whether the process exists and is not a zombie.

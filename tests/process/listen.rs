@@ -4,7 +4,9 @@ use std::net::{TcpListener, TcpStream};
 
 use cluster::{AddressType, Error, SchedulingPolicy};
 
-use crate::harness::{Log, cluster, in_background, serve_id, talk, wait_until, when_listening};
+use crate::harness::{
+    Log, cluster, for_both_policies, in_background, serve_id, talk, wait_until, when_listening,
+};
 
 crate::scenarios! {
     port_zero_is_the_same_port_in_every_worker
@@ -203,17 +205,6 @@ fn the_port_is_free_when_the_last_worker_has_left() {
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
-}
-
-fn for_both_policies(play: impl Fn()) {
-    // A process has one cluster: the second policy is tested by a child of this one.
-    const POLICY: &str = "CLUSTER_SCHED_POLICY";
-    play();
-    if std::env::var_os(POLICY).is_none() {
-        let own = std::env::current_exe().unwrap();
-        let status = std::process::Command::new(own).env(POLICY, "none").status();
-        assert!(status.unwrap().success());
-    }
 }
 
 fn shared_listener_serves() {

@@ -3,17 +3,18 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read as _};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd as _;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Master, SchedulingPolicy, Worker};
+use cluster::{AddressType, ListenOptions, Master, SchedulingPolicy, Signal, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
-    Log, close_at_exit, cluster, idle_server, listen_in_vain, note_events, note_messages, open_fds,
-    reserve_port, serve_id, share_listeners, with_env,
+    Log, answer, close_at_exit, cluster, for_both_policies, hear, idle_server, listen_in_vain,
+    note_events, note_messages, open_fds, reserve, reserve_port, serve_id, share_listeners,
+    wait_until, when_listening, with_env,
 };
 
 crate::scenarios! {
@@ -23,6 +24,16 @@ crate::scenarios! {
     shared_handle_bind_privileged_port
     server_restart_none
     worker_handle_close
+    listening_port
+    net_listen_backlog
+    backlog_of_a_shared_listener
+    the_first_backlog_counts
+    net_listen_ipv6only_false
+    net_listen_ipv6only_rr
+    net_listen_ipv6only_none
+    net_listen
+    a_closed_port_zero_leaves_the_other
+    a_port_is_listened_on_once_per_worker
 }
 
 /// Listens in vain, and tells the master.
@@ -262,4 +273,359 @@ fn worker_handle_close() {
         "1 exit Some(true) exit status: 0",
     ];
     assert_eq!(entries.take(), expected);
+}
+
+fn listening_port() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.on_listening(|_, worker, address| {
+                assert_ne!(address.port, Some(0));
+                assert_ne!(address.port, None);
+                assert_eq!((&address.address, address.fd), (&None, None));
+                worker.kill(Signal::KILL);
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen(0).unwrap();
+            listener.on_connection(|_, _| panic!("nobody connects"));
+            assert_ne!(listener.local_addr().port(), 0);
+            // The signal comes then.
+            worker.on_disconnect(|_| std::thread::park());
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) signal: 9 (SIGKILL)",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// The backlogs of all TCP listeners that this process has.
+fn backlogs() -> Vec<u32> {
+    use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
+
+    let entries = std::fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let numbers: Vec<i32> = numbers.map(|number| number.parse().unwrap()).collect();
+    let listens = |number: &i32| {
+        #[allow(unsafe_code)]
+        // SAFETY: nothing is closed meanwhile but the directory, which is only asked what it is.
+        let fd = unsafe { BorrowedFd::borrow_raw(*number) };
+        getsockopt(&fd, AcceptConn) == Ok(true)
+    };
+    numbers.into_iter().filter(listens).map(backlog).collect()
+}
+
+/// What the program told `listen`, or the system's limit.
+fn backlog(listener: RawFd) -> u32 {
+    #[allow(unsafe_code)]
+    // SAFETY: all zeroes is a valid tcp_info.
+    let mut info: nix::libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut size = u32::try_from(size_of_val(&info)).unwrap();
+    #[allow(unsafe_code)]
+    // SAFETY: info and size are writable, and the size is that of the info.
+    let result = unsafe {
+        nix::libc::getsockopt(
+            listener,
+            nix::libc::IPPROTO_TCP,
+            nix::libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut size,
+        )
+    };
+    assert_eq!(result, 0);
+    // Of a listener, the field tells this.
+    info.tcpi_sacked
+}
+
+/// One worker after the other listens with the backlog that it is given; 0 is for none given.
+/// Returns the backlogs of the listeners that the master had at each `listening`, and those that
+/// the workers had.
+fn listen_with_backlogs(wanted: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            before(master);
+            note_messages(master, &log);
+            let mut rest = wanted.iter();
+            let mut next = move |master: &Master| match rest.next() {
+                Some(backlog) => {
+                    let env = [("BACKLOG", backlog.to_string())];
+                    master.fork_with(env).unwrap();
+                }
+                None => master.disconnect(|_| {}),
+            };
+            next(master);
+            let listening = log.clone();
+            master.on_listening(move |_, _, _| listening.add(format!("master {:?}", backlogs())));
+            master.on_message(move |master, _, _| next(master));
+            master.on_exit(move |_, _, status| log.add(status.to_string()));
+        },
+        |worker| {
+            let backlog = std::env::var("BACKLOG").unwrap().parse().unwrap();
+            let options = ListenOptions::from("127.0.0.1:0");
+            let options = match backlog {
+                0 => options,
+                backlog => options.backlog(backlog),
+            };
+            let listener = worker.listen(options).unwrap();
+            listener.on_connection(|_, _| panic!("nobody connects"));
+            worker.send(format!("{:?}", backlogs()).as_bytes()).unwrap();
+            worker.run().unwrap();
+        },
+    );
+    entries.take()
+}
+
+fn net_listen_backlog() {
+    let seen = listen_with_backlogs(&[127], |_| {});
+    assert_eq!(seen, ["master [127]", "1 []", "exit status: 0"]);
+}
+
+fn backlog_of_a_shared_listener() {
+    let seen = listen_with_backlogs(&[127], share_listeners);
+    assert_eq!(seen, ["master [127]", "1 [127]", "exit status: 0"]);
+}
+
+fn the_first_backlog_counts() {
+    // Unless set, it is 511.
+    let mut seen = listen_with_backlogs(&[0, 127], |_| {});
+    let exits = seen.split_off(4);
+    let expected = ["master [511]", "1 []", "master [511]", "2 []"];
+    assert_eq!(seen, expected);
+    assert_eq!(exits, ["exit status: 0"; 2]);
+}
+
+/// Three workers listen on IPv6 and the same port. All of them do when `then` is called, and leave
+/// afterwards.
+fn listen_on_ipv6(
+    options: impl Fn(&str) -> ListenOptions,
+    before: impl FnOnce(&Master),
+    then: impl FnOnce(&Master, u16) + 'static,
+) {
+    let log = Log::default();
+    let entries = log.clone();
+    let heard = Rc::new(RefCell::new(Vec::new()));
+    let addresses = Rc::clone(&heard);
+    cluster(
+        |master| {
+            before(master);
+            note_events(master, &log);
+            let (reserved, port) = reserve_both_families();
+            master.on_listening(move |_, _, address| heard.borrow_mut().push(address.clone()));
+            when_listening(master, 3, move |master, address| {
+                assert_eq!(address.port(), port);
+                then(master, port);
+                drop(reserved);
+                master.disconnect(|_| {});
+            });
+            (0..3).for_each(|_| {
+                master.fork_with([("PORT", port.to_string())]).unwrap();
+            });
+        },
+        |worker| {
+            let port = std::env::var("PORT").unwrap();
+            let listener = worker.listen(options(&format!("[::]:{port}"))).unwrap();
+            listener.on_connection(|_, _| {});
+            worker.run().unwrap();
+        },
+    );
+    let addresses = addresses.take();
+    assert_eq!(addresses.len(), 3);
+    assert!(addresses.iter().all(|address| *address == addresses[0]));
+    assert_eq!(addresses[0].address.as_deref(), Some("::"));
+    assert_eq!(addresses[0].address_type, AddressType::Tcp6);
+    let mut entries = entries.take();
+    entries.sort();
+    let events = [
+        "disconnect Some(true)",
+        "exit Some(true) exit status: 0",
+        "fork",
+        "listening",
+        "online",
+    ];
+    let of_each = |id| events.map(|event| format!("{id} {event}"));
+    assert_eq!(entries, [1, 2, 3].map(of_each).concat());
+}
+
+/// A port that both families have free.
+fn reserve_both_families() -> ([OwnedFd; 2], u16) {
+    wait_until("a port", || {
+        let (v6, address) = reserve("[::]:0".parse().unwrap()).unwrap();
+        let v4 = SocketAddr::from(([0, 0, 0, 0], address.port()));
+        let (v4, _) = reserve(v4).ok()?;
+        Some(([v6, v4], address.port()))
+    })
+}
+
+fn net_listen_ipv6only_false() {
+    listen_on_ipv6(
+        |address| ListenOptions::from(address),
+        |_| {},
+        |_, port| {
+            // Both families are taken.
+            let error = TcpListener::bind(("0.0.0.0", port)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::AddrInUse);
+            drop(TcpStream::connect(("0.0.0.0", port)).unwrap());
+        },
+    );
+}
+
+fn ipv6_only(before: impl FnOnce(&Master)) {
+    listen_on_ipv6(
+        |address| ListenOptions::from(address).ipv6_only(true),
+        before,
+        |_, port| {
+            let refused = TcpStream::connect(("127.0.0.1", port)).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+            drop(TcpListener::bind(("0.0.0.0", port)).unwrap());
+            drop(TcpStream::connect(("::1", port)).unwrap());
+        },
+    );
+}
+
+fn net_listen_ipv6only_rr() {
+    ipv6_only(|_| {});
+}
+
+fn net_listen_ipv6only_none() {
+    ipv6_only(share_listeners);
+}
+
+fn net_listen() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.on_listening(|_, _, address| {
+                assert_eq!((&address.address, address.fd), (&None, None));
+                assert!(address.port.is_some_and(|port| port > 0));
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen(ListenOptions::default()).unwrap();
+            assert!(listener.local_addr().ip().is_unspecified());
+            // Leaves with the listener open.
+            std::process::exit(0);
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(false)",
+        "1 exit Some(false) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// Node: `child-index-net`.
+fn a_closed_port_zero_leaves_the_other() {
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                note_events(master, &log);
+                master.fork().unwrap();
+            },
+            |worker| {
+                let [first, second] = [(); 2].map(|()| worker.listen("127.0.0.1:0").unwrap());
+                answer(&second, "second");
+                first.close();
+                let third = worker.listen("127.0.0.1:0").unwrap();
+                answer(&third, "third");
+                assert_ne!(second.local_addr(), third.local_addr());
+                assert_eq!(hear(&worker, second.local_addr()), "second");
+                assert_eq!(hear(&worker, third.local_addr()), "third");
+                worker.disconnect().run().unwrap();
+            },
+        );
+        let expected = [
+            "1 fork",
+            "1 online",
+            "1 listening",
+            "1 listening",
+            "1 listening",
+            "1 disconnect Some(true)",
+            "1 exit Some(true) exit status: 0",
+        ];
+        assert_eq!(entries.take(), expected);
+    });
+}
+
+/// Node: `port-reuse-between-workers`.
+fn a_port_is_listened_on_once_per_worker() {
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                note_events(master, &log);
+                note_messages(master, &log);
+                let (reserved, address) = reserve_port();
+                let env = [("ADDRESS", address.to_string())];
+                let first = master.fork_with(env.clone()).unwrap();
+                master.on_message(move |master, worker, _| {
+                    let _ = &reserved;
+                    match worker.id().get() {
+                        1 if master.workers().len() == 1 => drop(master.fork_with(env.clone())),
+                        1 => master.disconnect(|_| {}),
+                        _ => drop(first.send(b"again")),
+                    }
+                });
+            },
+            |worker| {
+                let address = std::env::var("ADDRESS").unwrap();
+                let listener = worker.listen(&address).unwrap();
+                if worker.id().get() == 1 {
+                    answer(&listener, "first");
+                    listen_in_vain(&worker, &address, nix::libc::EADDRINUSE);
+                    assert_eq!(hear(&worker, listener.local_addr()), "first");
+                    worker.on_message(move |worker, _| {
+                        // By now the other one listens, too, and keeps the port.
+                        listener.close();
+                        let again = worker.listen(&address).unwrap();
+                        assert_eq!(again.local_addr().to_string(), address);
+                        again.on_connection(|_, _| {});
+                        worker.send(b"again").unwrap();
+                    });
+                }
+                worker.send(b"listens").unwrap();
+                worker.run().unwrap();
+            },
+        );
+        let mut entries = entries.take();
+        // Who leaves first is a matter of chance.
+        entries[10..].sort();
+        let expected = [
+            "1 fork",
+            "1 online",
+            "1 listening",
+            "1 listens",
+            "2 fork",
+            "2 online",
+            "2 listening",
+            "2 listens",
+            "1 listening",
+            "1 again",
+            "1 disconnect Some(true)",
+            "1 exit Some(true) exit status: 0",
+            "2 disconnect Some(true)",
+            "2 exit Some(true) exit status: 0",
+        ];
+        assert_eq!(entries[..10], expected[..10]);
+        assert_eq!(entries[10..], expected[10..]);
+    });
 }

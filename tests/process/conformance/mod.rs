@@ -3,10 +3,13 @@
 
 mod datagrams;
 mod events;
+mod handles;
 mod leaving;
 mod listening;
 mod messages;
 mod settings;
+mod spawning;
+mod unix_paths;
 
 use std::collections::BTreeSet;
 
@@ -17,10 +20,13 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
         datagrams::SCENARIOS,
         events::SCENARIOS,
+        handles::SCENARIOS,
         leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
         settings::SCENARIOS,
+        spawning::SCENARIOS,
+        unix_paths::SCENARIOS,
     ];
     scenarios.into_iter().flatten()
 }

@@ -1,0 +1,289 @@
+//! Sockets that the master does not bind: the worker's own, and those that somebody lends.
+
+use std::cell::Cell;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::{Shutdown, TcpListener};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::Command;
+use std::rc::Rc;
+
+use cluster::{Interest, ListenOptions, Master, Settings, Stdio};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{
+    Log, WithoutMaster, answer, cluster, hear, in_background, is_alive, note_events, note_messages,
+    reserve_port, talk, wait_until,
+};
+
+crate::scenarios! {
+    net_reuseport
+    an_exclusive_listener_is_the_workers_own
+    net_listen_handle_in_cluster_1
+    net_listen_handle_in_cluster_2
+    listen_fd_cluster
+    a_lent_listener_stays_with_the_master
+}
+
+/// The events of a worker that the master did not see listening.
+fn unheard_of(exited_after_disconnect: bool) -> [String; 4] {
+    let flag = Some(exited_after_disconnect);
+    [
+        "1 fork".to_owned(),
+        "1 online".to_owned(),
+        format!("1 disconnect {flag:?}"),
+        format!("1 exit {flag:?} exit status: 0"),
+    ]
+}
+
+fn net_reuseport() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let alone = WithoutMaster::new();
+            let any = ListenOptions::from("127.0.0.1:0").reuse_port(true);
+            let first = worker.listen(any).unwrap();
+            let address = first.local_addr();
+            let same = ListenOptions::from(address).reuse_port(true);
+            let second = worker.listen(same).unwrap();
+            assert_eq!(second.local_addr(), address);
+            // The kernel chooses which of them it is.
+            answer(&first, worker.id());
+            answer(&second, worker.id());
+            assert_eq!(hear(&worker, address), "1");
+            first.close();
+            assert_eq!(hear(&worker, address), "1");
+            second.close();
+            drop(alone);
+            // Both are closed: nothing has the port.
+            drop(TcpListener::bind(address).unwrap());
+            worker.disconnect().run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), unheard_of(true));
+}
+
+fn an_exclusive_listener_is_the_workers_own() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let alone = WithoutMaster::new();
+            let any = || ListenOptions::from("127.0.0.1:0").exclusive(true);
+            let listener = worker.listen(any()).unwrap();
+            let other = worker.listen(any()).unwrap();
+            assert_ne!(listener.local_addr(), other.local_addr());
+            answer(&listener, worker.id());
+            assert_eq!(hear(&worker, listener.local_addr()), "1");
+            drop(alone);
+            worker.disconnect().run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), unheard_of(true));
+}
+
+fn net_listen_handle_in_cluster_1() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            note_messages(master, &log);
+            let server = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = server.local_addr().unwrap();
+            let worker = master.fork().unwrap();
+            worker
+                .send_with_fds(b"listen", vec![server.into()])
+                .unwrap();
+            let log = log.clone();
+            worker.on_message(move |master, worker, _| {
+                let (log, worker) = (log.clone(), worker.clone());
+                in_background(
+                    master,
+                    move || talk(address, b"").unwrap(),
+                    move |_, text| {
+                        log.add(format!("heard {text}"));
+                        worker.disconnect();
+                    },
+                );
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                assert_eq!(message.bytes(), b"listen");
+                let fds = message.take_fds();
+                let [fd] = <[OwnedFd; 1]>::try_from(fds).unwrap();
+                let listener = worker.listen(TcpListener::from(fd)).unwrap();
+                answer(&listener, worker.id());
+                worker.send(b"listens").unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listens",
+        "heard 1",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn net_listen_handle_in_cluster_2() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let alone = WithoutMaster::new();
+            // Bound, and not listening yet.
+            let (socket, address) = reserve_port();
+            let listener = worker.listen(TcpListener::from(socket)).unwrap();
+            assert_eq!(listener.local_addr(), address);
+            answer(&listener, worker.id());
+            assert_eq!(hear(&worker, address), "1");
+            drop(alone);
+            std::process::exit(0);
+        },
+    );
+    assert_eq!(entries.take(), unheard_of(false));
+}
+
+/// The listener is this master's standard input, and its standard output the channel to whoever
+/// started it: it goes when that one does.
+fn master_with_a_listener() {
+    cluster(
+        |master| {
+            // In the worker the number is something else.
+            master.setup_master(Settings::default().stdio([Stdio::null()]));
+            master.on_listening(|_, worker, address| {
+                assert_eq!((&address.address, address.fd), (&None, Some(0)));
+                println!("{}", worker.process().id());
+            });
+            master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+            let driver = std::io::stdout().as_fd().try_clone_to_owned().unwrap();
+            let gone = move |master: &Master, driver: &UnixStream| {
+                assert_eq!((&*driver).read(&mut [0]).unwrap(), 0);
+                master.disconnect(|_| {});
+                None
+            };
+            let driver = UnixStream::from(driver);
+            master.watch(driver, Interest::Readable, gone).unwrap();
+            master.fork().unwrap();
+        },
+        |worker| {
+            let own = std::fs::read_link("/proc/self/fd/0").unwrap();
+            assert_eq!(own.to_str(), Some("/dev/null"));
+            let listener = worker.listen(ListenOptions::fd(0)).unwrap();
+            assert_eq!(listener.local_addr().to_string(), env_address());
+            answer(&listener, "hello from worker");
+            worker.run().unwrap();
+        },
+    );
+}
+
+fn env_address() -> String {
+    std::env::var("ADDRESS").unwrap()
+}
+
+fn listen_fd_cluster() {
+    if std::env::var_os("ADDRESS").is_some() {
+        return master_with_a_listener();
+    }
+    for is_killed in [true, false] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut master = Command::new(std::env::current_exe().unwrap())
+            .env("ADDRESS", address.to_string())
+            .stdin(OwnedFd::from(listener))
+            .stdout(OwnedFd::from(theirs))
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(&ours);
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        let worker = line.trim_end().parse().unwrap();
+        assert_eq!(talk(address, b"").unwrap(), "hello from worker");
+        assert!(is_alive(worker));
+        if is_killed {
+            let pid = Pid::from_raw(i32::try_from(master.id()).unwrap());
+            kill(pid, Signal::SIGTERM).unwrap();
+        } else {
+            ours.shutdown(Shutdown::Write).unwrap();
+        }
+        // The end is that of master and worker.
+        assert_eq!(output.read_line(&mut line).unwrap(), 0, "{line}");
+        let status = master.wait().unwrap();
+        let killed = is_killed.then_some(nix::libc::SIGTERM);
+        assert_eq!(status.signal(), killed, "{status}");
+        assert!(is_killed || status.success(), "{status}");
+        wait_until("the worker's end", || (!is_alive(worker)).then_some(()));
+    }
+}
+
+fn a_lent_listener_stays_with_the_master() {
+    const ROUNDS: u32 = 2;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_messages(master, &log);
+            let server = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = server.local_addr().unwrap();
+            let number = std::os::fd::AsRawFd::as_raw_fd(&server).to_string();
+            let env = [("NUMBER", number)];
+            let server = Cell::new(Some(server));
+            let rounds = Rc::new(Cell::new(0));
+            let asked = log.clone();
+            master.on_listening(move |master, _, _| {
+                let asked = asked.clone();
+                in_background(
+                    master,
+                    move || talk(address, b"").unwrap(),
+                    move |master, text| {
+                        asked.add(format!("heard {text}"));
+                        master.disconnect(|_| {});
+                    },
+                );
+            });
+            master.fork_with(env.clone()).unwrap();
+            master.on_exit(move |master, _, status| {
+                log.add(status.to_string());
+                rounds.set(rounds.get() + 1);
+                if rounds.get() < ROUNDS {
+                    drop(master.fork_with(env.clone()).unwrap());
+                } else {
+                    // It listens, and is the master's to serve again.
+                    let server = server.take().unwrap();
+                    let _client = std::net::TcpStream::connect(address).unwrap();
+                    server.accept().unwrap();
+                }
+            });
+        },
+        |worker| {
+            let number = std::env::var("NUMBER").unwrap().parse().unwrap();
+            let listener = worker.listen(ListenOptions::fd(number)).unwrap();
+            answer(&listener, worker.id());
+            worker.run().unwrap();
+        },
+    );
+    let expected = ["heard 1", "exit status: 0", "heard 2", "exit status: 0"];
+    assert_eq!(entries.take(), expected);
+}

@@ -1,0 +1,574 @@
+//! What workers start with: directory, arguments, descriptors, user and inspect port.
+
+use std::cell::{Cell, RefCell};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::Command;
+use std::rc::Rc;
+
+use cluster::{InspectPort, Interest, Master, Role, Settings, Stdio, Worker};
+
+use crate::harness::{Log, cluster, is_alive, note_events, note_messages, wait_until};
+
+crate::scenarios! {
+    cwd
+    the_program_is_where_the_master_is
+    fork_windows_hide
+    setup_primary
+    exec_args_come_first
+    fork_stdio
+    stdio_of_other_kinds
+    silent_workers_speak_to_the_master
+    user_and_group_are_given_up
+    user_and_group_are_for_root_alone
+    a_worker_of_another_user_dies_with_the_master
+    inspect_port_counts
+    inspect_port_is_asked_for
+}
+
+/// Sends one message, and closes the channel when it is written.
+fn say_and_leave(worker: &Worker, text: &str) {
+    worker.send(text.as_bytes()).unwrap();
+    worker.process().disconnect();
+    worker.run().unwrap();
+}
+
+/// Asserts at each exit that it was one without fault.
+fn expect_success(master: &Master) {
+    master.on_exit(|_, worker, status| assert!(status.success(), "{worker:?}: {status}"));
+}
+
+fn cwd() {
+    let log = Log::default();
+    let entries = log.clone();
+    let directory = Rc::new(tempfile::tempdir().unwrap());
+    let expected = directory.path().canonicalize().unwrap();
+    let wanted = expected.clone();
+    cluster(
+        |master| {
+            assert_eq!(master.settings().cwd, None);
+            note_messages(master, &log);
+            note_events(master, &log);
+            let first = master.fork().unwrap();
+            assert_eq!(master.settings().cwd, None);
+            first.on_exit(move |master, _, _| {
+                master.setup_master(Settings::default().cwd(&wanted));
+                assert_eq!(master.settings().cwd, Some(wanted.clone()));
+                master.fork().unwrap();
+            });
+        },
+        |worker| {
+            let directory = std::env::current_dir().unwrap();
+            say_and_leave(&worker, directory.to_str().unwrap());
+        },
+    );
+    let own = std::env::current_dir().unwrap();
+    assert_ne!(own, expected);
+    let of_each = |id: u32, directory: &std::path::Path| {
+        [
+            format!("{id} fork"),
+            format!("{id} online"),
+            format!("{id} {}", directory.display()),
+            format!("{id} disconnect Some(false)"),
+            format!("{id} exit Some(false) exit status: 0"),
+        ]
+    };
+    assert_eq!(
+        entries.take(),
+        [of_each(1, &own), of_each(2, &expected)].concat()
+    );
+}
+
+fn the_program_is_where_the_master_is() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let own = std::env::current_exe().unwrap();
+            std::env::set_current_dir(own.parent().unwrap()).unwrap();
+            let relative = std::path::Path::new(".").join(own.file_name().unwrap());
+            master.setup_master(Settings::default().exec(relative).cwd("/"));
+            note_messages(master, &log);
+            expect_success(master);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let directory = std::env::current_dir().unwrap();
+            say_and_leave(&worker, directory.to_str().unwrap());
+        },
+    );
+    assert_eq!(entries.take(), ["1 /"]);
+}
+
+/// The driver is that of all scenarios: the master has a process group of its own, and must end
+/// with status 0. There are no windows to hide.
+fn fork_windows_hide() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(Settings::default().silent(true));
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            assert!(worker.process().take_stdio(1).is_some(), "silent");
+            worker.on_online(|_, worker| assert!(worker.send(b"shutdown").unwrap()));
+        },
+        |worker| {
+            worker.on_message(|worker, _| {
+                worker.disconnect();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn setup_primary() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(Settings::default().args(["custom argument"]).silent(true));
+            let setup = log.clone();
+            master.once(master.on_setup(move |master, settings| {
+                let expected = Settings::default()
+                    .args(["custom argument"])
+                    .silent(true)
+                    .exec(std::env::current_exe().unwrap());
+                assert_eq!(settings.args, expected.args);
+                assert_eq!(settings.silent, expected.silent);
+                assert_eq!(settings.exec, expected.exec);
+                assert_eq!(master.settings(), *settings);
+                setup.add("setup");
+            }));
+            let online = log.clone();
+            master.on_online(move |_, _| online.add("online"));
+            let argument = log.clone();
+            master.on_message(move |_, worker, message| {
+                argument.add(String::from_utf8_lossy(message.bytes()));
+                worker.kill(cluster::Signal::KILL);
+            });
+            master.on_exit(move |_, worker, status| {
+                assert_eq!(worker.exited_after_disconnect(), Some(true));
+                log.add(status.to_string());
+            });
+            for _ in 0..2 {
+                let worker = master.fork().unwrap();
+                assert!(worker.process().take_stdio(1).is_some(), "silent");
+            }
+        },
+        |worker| {
+            let argument = std::env::args().nth(1).unwrap();
+            worker.send(argument.as_bytes()).unwrap();
+            // The signal comes then.
+            worker.on_disconnect(|_| std::thread::park());
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    assert_eq!(entries.first().map(String::as_str), Some("setup"));
+    entries.sort();
+    let [custom, online, killed] = ["custom argument", "online", "signal: 9 (SIGKILL)"];
+    assert_eq!(
+        entries,
+        [custom, custom, online, online, "setup", killed, killed]
+    );
+}
+
+fn exec_args_come_first() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let settings = Settings::default().args(["c", "d"]).exec_args(["a", "b"]);
+            master.setup_master(settings);
+            note_messages(master, &log);
+            expect_success(master);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let args: Vec<_> = std::env::args().skip(1).collect();
+            say_and_leave(&worker, &args.join(" "));
+        },
+    );
+    assert_eq!(entries.take(), ["1 a b c d"]);
+}
+
+/// The worker's end of a pipe.
+fn pipe(number: RawFd) -> UnixStream {
+    #[allow(unsafe_code)]
+    // SAFETY: the descriptor was opened for this process and belongs to nobody else in it.
+    let end = unsafe { OwnedFd::from_raw_fd(number) };
+    end.into()
+}
+
+/// Notes all that comes over the worker's pipe of this number as one entry.
+fn note_output(master: &Master, stream: UnixStream, number: usize, log: &Log) {
+    let log = log.clone();
+    let mut all = Vec::new();
+    let read = move |_: &Master, mut stream: &UnixStream| {
+        let mut piece = [0; 64];
+        let length = stream.read(&mut piece).unwrap();
+        all.extend_from_slice(&piece[..length]);
+        if length == 0 {
+            log.add(format!("{number} {}", String::from_utf8_lossy(&all)));
+        }
+        (length > 0).then_some(Interest::Readable)
+    };
+    master.watch(stream, Interest::Readable, read).unwrap();
+}
+
+fn fork_stdio() {
+    const PIPES: [RawFd; 2] = [3, 5];
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let own = Stdio::inherit;
+            let stdio = [
+                own(),
+                own(),
+                own(),
+                Stdio::pipe(),
+                Stdio::null(),
+                Stdio::pipe(),
+            ];
+            master.setup_master(Settings::default().stdio(stdio));
+            expect_success(master);
+            let worker = master.fork().unwrap();
+            let process = worker.process();
+            for number in PIPES {
+                let index = usize::try_from(number).unwrap();
+                let mut stream = process.take_stdio(index).unwrap();
+                write!(stream, "to {number}").unwrap();
+                note_output(master, stream, index, &log);
+                assert!(process.take_stdio(index).is_none(), "it is taken");
+            }
+            assert!(
+                [0, 1, 2, 4, 6]
+                    .iter()
+                    .all(|n| process.take_stdio(*n).is_none())
+            );
+        },
+        |worker| {
+            for number in PIPES {
+                let mut stream = pipe(number);
+                let mut text = [0; 4];
+                stream.read_exact(&mut text).unwrap();
+                assert_eq!(std::str::from_utf8(&text), Ok(&*format!("to {number}")));
+                write!(stream, "from {number}").unwrap();
+            }
+            worker.process().disconnect();
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["3 from 3", "5 from 5"]);
+}
+
+fn link(number: u32) -> String {
+    let link = std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap();
+    link.into_os_string().into_string().unwrap()
+}
+
+fn stdio_of_other_kinds() {
+    let log = Log::default();
+    let entries = log.clone();
+    let expected = Rc::new(RefCell::new(Vec::new()));
+    let links = Rc::clone(&expected);
+    let file = Rc::new(RefCell::new(None));
+    let written = Rc::clone(&file);
+    cluster(
+        |master| {
+            let mut file = tempfile::tempfile().unwrap();
+            // It is what it was when the settings were made, and not what has its number later.
+            let given = file.try_clone().unwrap();
+            writeln!(file, "master").unwrap();
+            let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+            let path = link(number.unsigned_abs());
+            let of_each = format!("/dev/null {path} {}", link(2));
+            links.replace(vec![format!("1 {of_each}"), format!("2 {of_each}")]);
+            let stdio = [Stdio::null(), Stdio::fd(given), Stdio::inherit()];
+            master.setup_master(Settings::default().stdio(stdio));
+            note_messages(master, &log);
+            expect_success(master);
+            written.replace(Some(file));
+            let first = master.fork().unwrap();
+            first.on_exit(|master, _, _| {
+                master.fork().unwrap();
+                // They keep the file as long as there are such workers.
+                master.setup_master(Settings::default().stdio([]));
+            });
+            master.on_exit(move |_, worker, _| {
+                if worker.id().get() == 2 {
+                    let mut file = written.take().unwrap();
+                    file.rewind().unwrap();
+                    let mut text = String::new();
+                    file.read_to_string(&mut text).unwrap();
+                    assert_eq!(text, "master\nworker 1\nworker 2\n");
+                }
+            });
+        },
+        |worker| {
+            assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 0);
+            println!("worker {}", worker.id());
+            say_and_leave(&worker, &[0, 1, 2].map(link).join(" "));
+        },
+    );
+    assert!(file.take().is_none(), "it was looked into");
+    assert_eq!(entries.take(), expected.take());
+}
+
+fn silent_workers_speak_to_the_master() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(Settings::default().silent(true));
+            expect_success(master);
+            let worker = master.fork().unwrap();
+            let mut input = worker.process().take_stdio(0).unwrap();
+            input.write_all(b"input").unwrap();
+            drop(input);
+            for number in [1, 2] {
+                let output = worker.process().take_stdio(number).unwrap();
+                note_output(master, output, number, &log);
+            }
+        },
+        |worker| {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).unwrap();
+            println!("standard output after {text}");
+            eprintln!("error output");
+            worker.process().disconnect();
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    let expected = ["1 standard output after input\n", "2 error output\n"];
+    assert_eq!(entries, expected);
+}
+
+const NOBODY: u32 = 65534;
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
+/// This program by a way that every user may go, wherever it is.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// Whose settings the system does not allow gets no worker.
+fn refused(settings: Settings) {
+    cluster(
+        |master| {
+            master.on_fork(|_, _| panic!("nothing was forked"));
+            master.on_exit(|_, _, _| panic!("nothing was forked"));
+            master.setup_master(settings);
+            let error = master.fork().unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EPERM), "{error}");
+            assert!(master.workers().is_empty());
+        },
+        |_| unreachable!("nothing was forked"),
+    );
+}
+
+/// The lines of `/proc/self/status` that tell user, group, and other groups.
+fn identity() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let told = |line: &&str| {
+        ["Uid:", "Gid:", "Groups:"]
+            .iter()
+            .any(|name| line.starts_with(name))
+    };
+    let lines = status.lines().filter(told).map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words.join(" ")
+    });
+    lines.collect::<Vec<_>>().join(", ")
+}
+
+fn user_and_group_are_given_up() {
+    let settings = || Settings::default().exec(OWN_PROGRAM);
+    if !is_root() && !cluster::is_worker() {
+        return refused(settings().uid(NOBODY).gid(NOBODY));
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let group = 1;
+            #[allow(unsafe_code)]
+            // SAFETY: there is one group to read.
+            let result = unsafe { nix::libc::setgroups(1, &raw const group) };
+            assert_eq!(result, 0);
+            assert!(identity().ends_with("Groups: 1"), "{}", identity());
+            note_messages(master, &log);
+            expect_success(master);
+            let cases = [
+                settings().gid(NOBODY),
+                settings().uid(NOBODY),
+                settings().uid(NOBODY).gid(1),
+            ];
+            for case in cases {
+                master.setup_master(case);
+                master.fork().unwrap();
+            }
+        },
+        |worker| say_and_leave(&worker, &identity()),
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    let ids = |id: u32| [id; 4].map(|id| id.to_string()).join(" ");
+    let identity = |id, uid, gid| format!("{id} Uid: {}, Gid: {}, Groups:", ids(uid), ids(gid));
+    // What one setup has set stays for the next.
+    let expected = [
+        identity(1, 0, NOBODY),
+        identity(2, NOBODY, NOBODY),
+        identity(3, NOBODY, 1),
+    ];
+    assert_eq!(entries, expected);
+}
+
+fn user_and_group_are_for_root_alone() {
+    let own = |settings: &str| match settings {
+        "uid" => Settings::default().uid(NOBODY),
+        _ => Settings::default().gid(NOBODY),
+    };
+    const PLAY: &str = "WITHOUT_ROOT";
+    if let Ok(which) = std::env::var(PLAY) {
+        return refused(own(&which));
+    }
+    for which in ["uid", "gid"] {
+        let mut command = Command::new(OWN_PROGRAM);
+        if is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let status = command.env(PLAY, which).status().unwrap();
+        assert!(status.success(), "{which}: {status}");
+    }
+}
+
+/// The master of the looping worker is a child of this one, and is killed.
+fn a_worker_of_another_user_dies_with_the_master() {
+    const PLAY: &str = "IS_KILLED";
+    let settings = Settings::default().exec(OWN_PROGRAM);
+    let settings = settings.uid(NOBODY).gid(NOBODY);
+    if !is_root() && !cluster::is_worker() {
+        return refused(settings);
+    }
+    if std::env::var_os(PLAY).is_none() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let mut master = Command::new(std::env::current_exe().unwrap())
+            .env(PLAY, "1")
+            .stdout(OwnedFd::from(theirs))
+            .spawn()
+            .unwrap();
+        let mut pid = [0; 4];
+        ours.read_exact(&mut pid).unwrap();
+        let pid = u32::from_ne_bytes(pid);
+        assert!(is_alive(pid));
+        master.kill().unwrap();
+        assert_eq!(master.wait().unwrap().signal(), Some(nix::libc::SIGKILL));
+        wait_until("its end", || (!is_alive(pid)).then_some(()));
+        return;
+    }
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            master.setup_master(settings);
+            master.fork().unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            assert!(identity().contains("Uid: 65534 65534 65534 65534"));
+            let mut output = std::io::stdout();
+            output
+                .write_all(&worker.process().id().to_ne_bytes())
+                .unwrap();
+            output.flush().unwrap();
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+/// Tells the worker's inspect port, and whether a child of it would find one, too.
+fn tell_inspect_port(worker: &Worker) {
+    let env = Command::new("env").output().unwrap().stdout;
+    let inherited = String::from_utf8_lossy(&env).matches("INSPECT").count();
+    say_and_leave(worker, &format!("{:?} {inherited}", worker.inspect_port()));
+}
+
+/// Forks four workers, the last one with other settings; what they tell.
+fn inspect_ports(
+    settings: impl FnOnce() -> Settings,
+    last: impl FnOnce() -> Settings,
+) -> Vec<String> {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_messages(master, &log);
+            expect_success(master);
+            master.fork().unwrap();
+            master.setup_master(settings());
+            (0..3).for_each(|_| drop(master.fork().unwrap()));
+            master.setup_master(last());
+            master.fork().unwrap();
+        },
+        |worker| tell_inspect_port(&worker),
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    entries
+}
+
+fn inspect_port_counts() {
+    let told = inspect_ports(
+        || Settings::default().inspect_port(65534),
+        || Settings::default().inspect_port(9229),
+    );
+    let expected = [
+        "1 None 0",
+        "2 Some(65534) 0",
+        "3 Some(65535) 0",
+        "4 Some(1024) 0",
+        "5 Some(9229) 0",
+    ];
+    assert_eq!(told, expected);
+}
+
+fn inspect_port_is_asked_for() {
+    let asked = Rc::new(Cell::new(0));
+    let count = Rc::clone(&asked);
+    let ask = move || {
+        count.set(count.get() + 1);
+        9000 + 10 * count.get()
+    };
+    let told = inspect_ports(
+        || Settings::default().inspect_port(InspectPort::new(ask)),
+        // It stays.
+        Settings::default,
+    );
+    let expected = [
+        "1 None 0",
+        "2 Some(9010) 0",
+        "3 Some(9020) 0",
+        "4 Some(9030) 0",
+        "5 Some(9040) 0",
+    ];
+    assert_eq!(told, expected);
+    assert_eq!(asked.get(), 4, "once for each");
+}

@@ -1,0 +1,424 @@
+//! Unix sockets: their names, permissions, files and connections.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use cluster::{AddressType, ListenOptions, Listener, Master, Role, Signal, Worker, WorkerProcess};
+use nix::sys::stat::{Mode, umask};
+
+use crate::harness::{
+    Log, cluster, for_both_policies, in_background, listen_in_vain, note_events, note_messages,
+    with_env,
+};
+
+crate::scenarios! {
+    eaccess
+    listen_pipe_readable_writable
+    each_permission_is_given_by_itself
+    net_listen_relative_path
+    connections_over_a_path
+    the_file_is_gone_after_the_last_close
+    the_file_is_gone_after_the_disconnect_of_all
+    the_file_is_gone_after_the_death_of_the_only_worker
+    somebody_elses_file_stays
+}
+
+/// A directory that is there as long as the master.
+fn directory(master: &Master) -> PathBuf {
+    let directory = tempfile::tempdir().unwrap();
+    // Without links and the like, so that it is what the system says.
+    let path = directory.path().canonicalize().unwrap();
+    master.on_exit(move |_, _, _| assert!(directory.path().exists()));
+    path
+}
+
+/// Forks a worker that is to listen on this path.
+fn fork_for(master: &Master, path: &Path) -> WorkerProcess {
+    master.fork_with([("SOCKET", path)]).unwrap()
+}
+
+/// The path that `fork_for` has told this worker.
+fn socket() -> PathBuf {
+    std::env::var_os("SOCKET").unwrap().into()
+}
+
+/// Notes at each exit whether the file is there.
+fn note_file(master: &Master, path: &Path, log: &Log) {
+    let (path, log) = (path.to_owned(), log.clone());
+    master.on_exit(move |_, worker, _| {
+        log.add(format!("{} file {}", worker.id(), path.exists()));
+    });
+}
+
+fn listen(worker: &Worker) -> Listener<UnixStream> {
+    worker.listen(socket()).unwrap()
+}
+
+/// Somebody who listens on the path and is no worker, although a worker has started him.
+fn stranger(path: &Path) {
+    assert!(!cluster::is_worker());
+    assert!(matches!(cluster::init(), Ok(Role::Master(_))));
+    let listener = UnixListener::bind(path).unwrap();
+    println!("listening");
+    drop(listener.accept().unwrap());
+    // Until the standard input ends.
+    assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 0);
+}
+
+fn eaccess() {
+    const STRANGER: &str = "STRANGER";
+    if std::env::var_os(STRANGER).is_some() {
+        return stranger(&socket());
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            note_messages(master, &log);
+            let path = directory(master).join("socket");
+            let worker = fork_for(master, &path);
+            worker.on_message(|_, worker, _| drop(worker.disconnect().clone()));
+            note_file(master, &path, &log);
+        },
+        |worker| {
+            let mut other = Command::new(std::env::current_exe().unwrap())
+                .env(STRANGER, "1")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut line = String::new();
+            let mut output = BufReader::new(other.stdout.take().unwrap());
+            output.read_line(&mut line).unwrap();
+            assert_eq!(line, "listening\n");
+            let error = listen_in_vain(&worker, socket(), nix::libc::EADDRINUSE);
+            let text = error.to_string();
+            assert!(text.contains(socket().to_str().unwrap()), "{text}");
+            // The file is still there, and the way to whoever has it.
+            drop(UnixStream::connect(socket()).unwrap());
+            drop(other.stdin.take());
+            assert!(other.wait().unwrap().success());
+            let errno = error.raw_os_error().unwrap();
+            worker.send(format!("error {errno}").as_bytes()).unwrap();
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork".to_owned(),
+        "1 online".to_owned(),
+        format!("1 error {}", nix::libc::EADDRINUSE),
+        "1 disconnect Some(true)".to_owned(),
+        "1 exit Some(true) exit status: 0".to_owned(),
+        // Nobody removes what is not his.
+        "1 file true".to_owned(),
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// Listens with these options, and tells the file's permissions.
+fn permissions(readable: bool, writable: bool, mask: u32) -> u32 {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            umask(Mode::from_bits(mask).unwrap());
+            note_events(master, &log);
+            let path = directory(master).join("socket");
+            fork_for(master, &path);
+            master.on_listening(move |_, _, address| {
+                assert_eq!(address.address.as_deref(), path.to_str());
+                assert_eq!(address.address_type, AddressType::Unix);
+                assert_eq!((address.port, address.fd), (None, None));
+            });
+            note_messages(master, &log);
+        },
+        |worker| {
+            let options = ListenOptions::from(socket());
+            let options = options.readable_all(readable).writable_all(writable);
+            let listener = worker.listen(options).unwrap();
+            let mode = std::fs::metadata(socket()).unwrap().permissions().mode();
+            worker.send(mode.to_string().as_bytes()).unwrap();
+            listener.close();
+            worker.process().disconnect();
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    let mode = entries.remove(3);
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(false)",
+        "1 exit Some(false) exit status: 0",
+    ];
+    assert_eq!(entries, expected);
+    let mode: u32 = mode.strip_prefix("1 ").unwrap().parse().unwrap();
+    mode & 0o777
+}
+
+fn listen_pipe_readable_writable() {
+    assert_eq!(permissions(true, true, 0o022), 0o777);
+}
+
+fn each_permission_is_given_by_itself() {
+    const CASE: &str = "PERMISSIONS";
+    let cases = [
+        ("none", (false, false), 0o700),
+        ("read", (true, false), 0o744),
+        ("write", (false, true), 0o722),
+    ];
+    let own = std::env::var(CASE).ok();
+    for (name, (readable, writable), mode) in cases {
+        // A child has one case, and this process has all children.
+        if own.as_ref().is_none_or(|own| own == name) {
+            with_env(CASE, name, || {
+                assert_eq!(permissions(readable, writable, 0o077), mode);
+            });
+        }
+    }
+}
+
+fn net_listen_relative_path() {
+    /// What a path may have, with the zero at its end.
+    const LIMIT: usize = 108;
+    const BELOW: &str = "below";
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let directory = directory(master);
+            std::env::set_current_dir(&directory).unwrap();
+            std::fs::create_dir(BELOW).unwrap();
+            let name = "x".repeat(101 - "./below/".len());
+            let path = directory.join(BELOW).join(&name);
+            assert!(path.as_os_str().len() >= LIMIT, "{}", path.display());
+            let expected = path.clone();
+            master.on_listening(move |_, _, address| {
+                assert_eq!(address.address.as_deref(), expected.to_str());
+            });
+            fork_for(master, name.as_ref());
+            note_file(master, &path, &log);
+        },
+        |worker| {
+            std::env::set_current_dir(BELOW).unwrap();
+            let listener = listen(&worker);
+            assert!(socket().is_relative() && socket().exists());
+            listener.on_connection(|_, _| {});
+            drop(UnixStream::connect(socket()).unwrap());
+            worker.process().disconnect();
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(false)",
+        "1 exit Some(false) exit status: 0",
+        "1 file false",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// Says something and returns what comes back.
+fn echo(path: &Path, text: &str) -> String {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.write_all(text.as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn connections_over_a_path() {
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                let path = directory(master).join("socket");
+                let mut listening = 0;
+                let client = path.clone();
+                note_messages(master, &log);
+                let heard = log.clone();
+                master.on_listening(move |master, _, _| {
+                    listening += 1;
+                    if listening < 2 {
+                        return;
+                    }
+                    let (path, heard) = (client.clone(), heard.clone());
+                    in_background(
+                        master,
+                        move || ["a", "b", "c", "d"].map(|text| echo(&path, text)),
+                        move |master, texts| {
+                            heard.add(texts.concat());
+                            master.disconnect(|_| {});
+                        },
+                    );
+                });
+                (0..2).for_each(|_| drop(fork_for(master, &path)));
+                master.on_exit(move |_, _, status| log.add(status.to_string()));
+            },
+            |worker| {
+                for connection in listen(&worker).incoming() {
+                    let mut connection = connection.unwrap();
+                    let mut text = String::new();
+                    connection.read_to_string(&mut text).unwrap();
+                    connection.write_all(text.as_bytes()).unwrap();
+                    // Nobody has an address on this way.
+                    assert!(connection.peer_addr().unwrap().is_unnamed());
+                }
+            },
+        );
+        assert_eq!(entries.take(), ["abcd", "exit status: 0", "exit status: 0"]);
+    });
+}
+
+/// Two workers listen, and one after the other closes what it has when it is told to.
+fn the_file_is_gone_after_the_last_close() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let path = directory(master).join("socket");
+            let (first, second) = (fork_for(master, &path), fork_for(master, &path));
+            let mut listening = 0;
+            let to_close = first.clone();
+            master.on_listening(move |_, _, _| {
+                listening += 1;
+                if listening == 2 {
+                    to_close.send(b"close").unwrap();
+                }
+            });
+            note_messages(master, &log);
+            let present = path.clone();
+            first.on_message(move |_, _, _| {
+                assert!(present.exists(), "the other one listens");
+                drop(UnixStream::connect(&present).unwrap());
+                second.send(b"close").unwrap();
+            });
+            let noted = log.clone();
+            master.on_message(move |master, worker, _| {
+                if worker.id().get() == 2 {
+                    noted.add(format!("file {}", path.exists()));
+                    master.disconnect(|_| {});
+                }
+            });
+            master.on_exit(move |_, _, status| log.add(status.to_string()));
+        },
+        |worker| {
+            let listener = listen(&worker);
+            listener.on_connection(|_, _| {});
+            worker.on_message(move |worker, _| {
+                listener.close();
+                worker.send(b"closed").unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 closed",
+        "2 closed",
+        "file false",
+        "exit status: 0",
+        "exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn the_file_is_gone_after_the_disconnect_of_all() {
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                let path = directory(master).join("socket");
+                let mut listening = 0;
+                (0..2).for_each(|_| drop(fork_for(master, &path)));
+                master.on_listening(move |master, _, _| {
+                    listening += 1;
+                    if listening == 2 {
+                        assert!(path.exists());
+                        let (path, log) = (path.clone(), log.clone());
+                        master.disconnect(move |_| log.add(format!("file {}", path.exists())));
+                    }
+                });
+                master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+            },
+            |worker| {
+                assert!(listen(&worker).accept().unwrap().is_none());
+            },
+        );
+        assert_eq!(entries.take(), ["file false"]);
+    });
+}
+
+fn the_file_is_gone_after_the_death_of_the_only_worker() {
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                let path = directory(master).join("socket");
+                note_events(master, &log);
+                fork_for(master, &path);
+                note_file(master, &path, &log);
+                master.on_listening(move |_, worker, _| {
+                    assert!(path.exists());
+                    worker.process().kill(Signal::KILL);
+                });
+            },
+            |worker| {
+                assert!(listen(&worker).accept().unwrap().is_none());
+            },
+        );
+        let expected = [
+            "1 fork",
+            "1 online",
+            "1 listening",
+            "1 disconnect Some(false)",
+            "1 exit Some(false) signal: 9 (SIGKILL)",
+            "1 file false",
+        ];
+        assert_eq!(entries.take(), expected);
+    });
+}
+
+fn somebody_elses_file_stays() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let directory = directory(master);
+            let path = directory.join("socket");
+            note_events(master, &log);
+            fork_for(master, &path);
+            note_file(master, &path, &log);
+            master.on_listening(move |_, worker, _| {
+                // The workers' own one is still there, so that the new one is another for sure.
+                std::fs::rename(&path, directory.join("away")).unwrap();
+                drop(UnixListener::bind(&path).unwrap());
+                worker.disconnect();
+            });
+        },
+        |worker| {
+            assert!(listen(&worker).accept().unwrap().is_none());
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+        "1 file true",
+    ];
+    assert_eq!(entries.take(), expected);
+}
