@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use cluster::{Error, Interest, Master, Role, SchedulingPolicy, Worker, WorkerProcess};
 use libtest_mimic::{Failed, Trial};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getppid};
 use wait_timeout::ChildExt as _;
 
 /// Names the scenario to a process that is to play it.
@@ -307,6 +307,24 @@ pub fn stop(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") T ");
 }
 
+/// The master of this worker, which answers nothing as long as this lives.
+pub struct StoppedMaster(Pid);
+
+impl StoppedMaster {
+    pub fn new() -> Self {
+        let stopped = Self(getppid());
+        kill(stopped.0, Signal::SIGSTOP).unwrap();
+        wait_for_state(stopped.0.as_raw().unsigned_abs(), ") T ");
+        stopped
+    }
+}
+
+impl Drop for StoppedMaster {
+    fn drop(&mut self) {
+        kill(self.0, Signal::SIGCONT).unwrap();
+    }
+}
+
 /// What happened, in order.
 #[derive(Clone, Default)]
 pub struct Log(Rc<RefCell<Vec<String>>>);
@@ -357,6 +375,15 @@ pub fn note_messages(master: &Master, log: &Log) {
         let text = String::from_utf8_lossy(message.bytes());
         log.add(format!("{} {text}", worker.id()));
     });
+}
+
+/// The entries of one worker, as they follow its id.
+pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
+    let prefix = format!("{worker} ");
+    let own = entries
+        .iter()
+        .filter_map(|entry| entry.strip_prefix(&prefix));
+    own.collect()
 }
 
 pub fn share_listeners(master: &Master) {

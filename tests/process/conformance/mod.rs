@@ -6,6 +6,7 @@ mod events;
 mod leaving;
 mod listening;
 mod messages;
+mod references;
 mod settings;
 
 use crate::harness::Scenario;
@@ -18,6 +19,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
+        references::SCENARIOS,
         settings::SCENARIOS,
     ];
     scenarios.into_iter().flatten()
