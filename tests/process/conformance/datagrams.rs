@@ -92,9 +92,11 @@ fn child_index_dgram() {
             // second socket closes its successor is open.
             worker.set_timeout(Duration::ZERO, move |worker| {
                 socket.close();
+                assert_unbound(&socket);
                 let again = worker.bind(0).unwrap();
                 worker.set_timeout(Duration::ZERO, move |worker| {
                     again.close();
+                    assert_unbound(&again);
                     closed.set(closed.get() + 1);
                     if closed.get() == 2 {
                         worker.disconnect();
@@ -256,6 +258,7 @@ fn dgram_2() {
         },
         |worker| {
             let socket = Rc::new(worker.bind(0).unwrap());
+            socket.on_message(|_, _, _| panic!("nobody answers"));
             let messages = Rc::new(Cell::new(0));
             let count = Rc::clone(&messages);
             worker.on_message(move |worker, message| {
@@ -588,7 +591,11 @@ fn a_socket_that_comes_just_before_the_request_to_leave_is_closed() {
             worker.on_error(|_, error| panic!("{error}"));
             let (mut here, there) = UnixStream::pair().unwrap();
             worker.send_with_fds(b"ready", vec![there.into()]).unwrap();
-            here.read_exact(&mut [0]).unwrap();
+            // It does not sleep here: when it does, it waits for the answer.
+            here.set_nonblocking(true).unwrap();
+            while here.read(&mut [0]).is_err() {
+                std::thread::yield_now();
+            }
             let before = open_fds();
             let socket = worker.bind(0).unwrap();
             assert_ne!(open_fds(), before, "it has come");

@@ -10,8 +10,7 @@ use std::rc::Rc;
 use cluster::{Interest, SchedulingPolicy, Signal, Worker};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, note_events, note_messages, of, rest,
-    share_listeners, when_listening,
+    Log, answer_pings, cluster, in_background, note_events, note_messages, of, rest, when_listening,
 };
 
 crate::scenarios! {
@@ -22,8 +21,11 @@ crate::scenarios! {
     process_disconnect
     http_server_drop_connections_in_cluster
     send_socket_to_worker_http_server
+    what_is_beyond_the_limit_is_dropped_none
     limits_share_out_connections_rr
     limits_share_out_connections_none
+    late_limits_share_out_connections_rr
+    late_limits_share_out_connections_none
 }
 
 /// What the master is told of a worker that listens and then ends by itself.
@@ -180,15 +182,25 @@ fn process_disconnect() {
 }
 
 fn http_server_drop_connections_in_cluster() {
+    // It was not refused: the master counts it as taken.
+    what_is_beyond_the_limit_is_dropped(SchedulingPolicy::RoundRobin, "(1, 1, 0)");
+}
+
+fn what_is_beyond_the_limit_is_dropped_none() {
+    // The master knows nothing of it.
+    what_is_beyond_the_limit_is_dropped(SchedulingPolicy::Shared, "(0, 0, 0)");
+}
+
+fn what_is_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
+            master.set_scheduling_policy(policy).unwrap();
             note_events(master, &log);
             note_messages(master, &log);
             let worker = master.fork().unwrap();
             worker.on_exit(move |master, _, _| {
-                // It was not refused: nobody else would have got it.
                 let ledger = master.ledger();
                 let sums = (ledger.accepted, ledger.taken, ledger.dropped);
                 log.add(format!("{sums:?}"));
@@ -220,7 +232,7 @@ fn http_server_drop_connections_in_cluster() {
         "1 listening",
         "1 drop",
         "1 disconnect Some(true)",
-        "(1, 1, 0)",
+        sums,
         "1 exit Some(true) exit status: 0",
     ];
     assert_eq!(entries.take(), expected);
@@ -295,24 +307,31 @@ fn send_socket_to_worker_http_server() {
 }
 
 fn limits_share_out_connections_rr() {
-    limits_share_out_connections(SchedulingPolicy::RoundRobin);
+    limits_share_out_connections(SchedulingPolicy::RoundRobin, false);
 }
 
 fn limits_share_out_connections_none() {
-    limits_share_out_connections(SchedulingPolicy::Shared);
+    limits_share_out_connections(SchedulingPolicy::Shared, false);
 }
 
-/// Three workers with the limits 0, 1 and 9 serve ten clients, all of which stay.
-fn limits_share_out_connections(policy: SchedulingPolicy) {
+fn late_limits_share_out_connections_rr() {
+    limits_share_out_connections(SchedulingPolicy::RoundRobin, true);
+}
+
+fn late_limits_share_out_connections_none() {
+    limits_share_out_connections(SchedulingPolicy::Shared, true);
+}
+
+/// Three workers with the limits 0, 1 and 9 serve ten clients, all of which stay. They set the limit
+/// when they are ready for connections already, or before.
+fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();
     let served: Rc<RefCell<BTreeMap<String, usize>>> = Rc::default();
     let sums = Rc::clone(&served);
     cluster(
         |master| {
-            if policy == SchedulingPolicy::Shared {
-                share_listeners(master);
-            }
+            master.set_scheduling_policy(policy).unwrap();
             note_events(master, &log);
             for limit in ["0", "1", "9"] {
                 master.fork_with([("LIMIT", limit)]).unwrap();
@@ -333,7 +352,10 @@ fn limits_share_out_connections(policy: SchedulingPolicy) {
         |worker| {
             let limit = std::env::var("LIMIT").unwrap();
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.set_max_connections(Some(limit.parse().unwrap()));
+            let most = Some(limit.parse().unwrap());
+            if !late {
+                listener.set_max_connections(most);
+            }
             listener.on_connection(move |worker, mut connection| {
                 connection.write_all(limit.as_bytes()).unwrap();
                 let until_end = |_: &Worker, mut connection: &cluster::Connection| {
@@ -344,6 +366,7 @@ fn limits_share_out_connections(policy: SchedulingPolicy) {
                     .watch(connection, Interest::Readable, until_end)
                     .unwrap();
             });
+            listener.set_max_connections(most);
             worker.run().unwrap();
         },
     );
