@@ -26,6 +26,8 @@ crate::scenarios! {
     limits_share_out_connections_none
     late_limits_share_out_connections_rr
     late_limits_share_out_connections_none
+    a_limit_of_one_serves_one_after_the_other_rr
+    a_limit_of_one_serves_one_after_the_other_none
 }
 
 /// What the master is told of a worker that listens and then ends by itself.
@@ -254,17 +256,18 @@ fn send_socket_to_worker_http_server() {
             worker
                 .send_with_fds(b"socket", vec![socket.into()])
                 .unwrap();
-            worker.on_message(move |_, worker, message| match message.bytes() {
-                b"handled" => {
+            let mut answers = 0;
+            worker.on_message(move |_, worker, _| {
+                // It has been told to leave when it gets the first of these; between the answers it
+                // would.
+                answers += 1;
+                if answers < 3 {
                     worker.send(b"ping").unwrap();
+                    return;
                 }
-                // It has been told to leave before it got this.
-                b"pong" => {
-                    client.write_all(b"bye").unwrap();
-                    assert_eq!(client.read(&mut [0]).unwrap(), 0);
-                    log.add("client closed");
-                }
-                other => panic!("{other:?}"),
+                client.write_all(b"bye").unwrap();
+                assert_eq!(client.read(&mut [0]).unwrap(), 0);
+                log.add("client closed");
             });
         },
         |worker| {
@@ -298,6 +301,7 @@ fn send_socket_to_worker_http_server() {
         "1 fork",
         "1 online",
         "1 handled",
+        "1 pong",
         "1 pong",
         "client closed",
         "1 disconnect Some(true)",
@@ -395,4 +399,66 @@ fn talk_to_ten(address: SocketAddr) -> Vec<String> {
         String::from_utf8(limit.to_vec()).unwrap()
     };
     clients.iter().map(answer).collect()
+}
+
+fn a_limit_of_one_serves_one_after_the_other_rr() {
+    a_limit_of_one_serves_one_after_the_other(SchedulingPolicy::RoundRobin);
+}
+
+fn a_limit_of_one_serves_one_after_the_other_none() {
+    a_limit_of_one_serves_one_after_the_other(SchedulingPolicy::Shared);
+}
+
+fn a_limit_of_one_serves_one_after_the_other(policy: SchedulingPolicy) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.set_scheduling_policy(policy).unwrap();
+            note_events(master, &log);
+            master.fork().unwrap();
+            when_listening(master, 1, move |master, address| {
+                let one_after_the_other = move || {
+                    let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+                    for mut client in clients {
+                        assert_eq!(client.read(&mut [0]).unwrap(), 1);
+                    }
+                };
+                in_background(master, one_after_the_other, |master, ()| {
+                    master.disconnect(|_| {});
+                });
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.set_max_connections(Some(1));
+            let busy = Rc::new(Cell::new(false));
+            let served = Rc::new(Cell::new(0));
+            let count = Rc::clone(&served);
+            listener.on_connection(move |worker, mut connection| {
+                assert!(!busy.replace(true), "one at a time");
+                count.set(count.get() + 1);
+                connection.write_all(b"x").unwrap();
+                let busy = Rc::clone(&busy);
+                let until_end = move |_: &Worker, mut connection: &cluster::Connection| {
+                    assert_eq!(connection.read(&mut [0]).unwrap(), 0);
+                    busy.set(false);
+                    None
+                };
+                worker
+                    .watch(connection, Interest::Readable, until_end)
+                    .unwrap();
+            });
+            worker.run().unwrap();
+            assert_eq!(served.get(), 3);
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
 }
