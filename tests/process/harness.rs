@@ -386,6 +386,16 @@ pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
     own.collect()
 }
 
+/// The entries are those of so many workers, each of which has these.
+#[track_caller]
+pub fn assert_each(workers: u32, entries: &[String], expected: &[&str]) {
+    for worker in 1..=workers {
+        assert_eq!(of(worker, entries), expected, "worker {worker}");
+    }
+    let all = expected.len() * workers as usize;
+    assert_eq!(entries.len(), all, "{entries:?}");
+}
+
 pub fn share_listeners(master: &Master) {
     let policy = SchedulingPolicy::Shared;
     master.set_scheduling_policy(policy).unwrap();

@@ -15,7 +15,8 @@ use cluster::{
 use nix::errno::Errno;
 
 use crate::harness::{
-    Log, StoppedMaster, answer_pings, cluster, note_events, note_messages, of, open_fds, stop,
+    Log, StoppedMaster, answer_pings, assert_each, cluster, note_events, note_messages, open_fds,
+    stop,
 };
 
 crate::scenarios! {
@@ -143,10 +144,7 @@ fn assert_dealt_out(entries: &[String], addresses: &[Address]) {
         "disconnect Some(true)",
         "exit Some(true) exit status: 0",
     ];
-    for worker in 1..=WORKERS {
-        assert_eq!(of(worker, entries), expected);
-    }
-    assert_eq!(entries.len(), expected.len() * WORKERS as usize);
+    assert_each(WORKERS, entries, &expected);
     assert_eq!(addresses.len(), WORKERS as usize);
     assert!(addresses.iter().all(|address| *address == addresses[0]));
     assert_eq!(addresses[0].address_type, AddressType::Udp4);
@@ -281,10 +279,7 @@ fn dgram_2() {
         "disconnect Some(true)",
         "exit Some(true) exit status: 0",
     ];
-    for worker in 1..=WORKERS {
-        assert_eq!(of(worker, &entries), expected);
-    }
-    assert_eq!(entries.len(), expected.len() * WORKERS as usize);
+    assert_each(WORKERS, &entries, &expected);
 }
 
 fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
@@ -509,7 +504,6 @@ fn dgram_cluster_close_in_listening() {
             worker.disconnect().run().unwrap();
         },
     );
-    let entries = entries.take();
     let expected = [
         "fork",
         "online",
@@ -517,10 +511,7 @@ fn dgram_cluster_close_in_listening() {
         "disconnect Some(true)",
         "exit Some(true) exit status: 0",
     ];
-    for worker in 1..=3 {
-        assert_eq!(of(worker, &entries), expected);
-    }
-    assert_eq!(entries.len(), expected.len() * 3);
+    assert_each(3, &entries.take(), &expected);
 }
 
 /// There is no socket before `bind` has returned; it is let go of right after that.

@@ -10,7 +10,8 @@ use std::rc::Rc;
 use cluster::{Interest, SchedulingPolicy, Signal, Worker};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, note_events, note_messages, of, rest, when_listening,
+    Log, answer_pings, assert_each, cluster, in_background, note_events, note_messages, rest,
+    when_listening,
 };
 
 crate::scenarios! {
@@ -376,7 +377,6 @@ fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
     );
     let expected = [("1".to_owned(), 1), ("9".to_owned(), 9)];
     assert_eq!(sums.take(), BTreeMap::from(expected));
-    let entries = entries.take();
     let expected = [
         "fork",
         "online",
@@ -384,10 +384,7 @@ fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
         "disconnect Some(true)",
         "exit Some(true) exit status: 0",
     ];
-    for worker in 1..=3 {
-        assert_eq!(of(worker, &entries), expected);
-    }
-    assert_eq!(entries.len(), expected.len() * 3);
+    assert_each(3, &entries.take(), &expected);
 }
 
 /// Returns who answered, when all ten clients have an answer; they are open until then.
