@@ -740,6 +740,7 @@ impl Inner {
     pub(crate) fn serve(&self, listener: ListenerId, callback: Shared<OnConnection>) {
         self.set_callback(listener, |callbacks| callbacks.connection.replace(callback));
         self.shell.serve(listener);
+        self.forget_callbacks(listener);
     }
 
     /// Drops the connections that are too many, and tells a callback.
@@ -748,6 +749,7 @@ impl Inner {
         self.shell.core.borrow_mut().drop_beyond(listener);
         self.shell.act();
         self.shell.watch_if_wanted(listener);
+        self.forget_callbacks(listener);
     }
 
     /// Whether a listener keeps the program running.
@@ -771,6 +773,7 @@ impl Inner {
     pub(crate) fn serve_datagrams(&self, listener: ListenerId, callback: Shared<OnDatagram>) {
         self.set_callback(listener, |callbacks| callbacks.datagram.replace(callback));
         self.shell.serve(listener);
+        self.forget_callbacks(listener);
     }
 
     fn set_callback<T>(

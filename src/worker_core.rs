@@ -211,7 +211,8 @@ impl<C> WorkerCore<C> {
 
     /// Whether the cluster gives the program no more reason to go on.
     pub(crate) fn is_finished(&self) -> bool {
-        let channel = self.connected && self.referenced;
+        // One that is being closed has its `disconnect` event still to come.
+        let channel = self.connected && (self.referenced || self.closing);
         let listens = |entry: &Entry<C>| entry.referenced && entry.is_open();
         let busy = channel || self.open > 0 || self.listeners.values().any(listens);
         self.must_exit() || !busy

@@ -23,7 +23,7 @@ use cluster::{
 use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getppid};
 use wait_timeout::ChildExt as _;
 
 /// Names the scenario to a process that is to play it.
@@ -351,6 +351,25 @@ pub fn is_watched() -> bool {
     std::env::var_os(WATCHED).is_some()
 }
 
+/// The master of this worker, which answers nothing as long as this lives: what a worker can do
+/// meanwhile, it does alone.
+pub struct StoppedMaster(Pid);
+
+impl StoppedMaster {
+    pub fn new() -> Self {
+        let stopped = Self(getppid());
+        kill(stopped.0, Signal::SIGSTOP).unwrap();
+        wait_for_state(stopped.0.as_raw().unsigned_abs(), ") T ");
+        stopped
+    }
+}
+
+impl Drop for StoppedMaster {
+    fn drop(&mut self) {
+        kill(self.0, Signal::SIGCONT).unwrap();
+    }
+}
+
 /// What happened, in order.
 #[derive(Clone, Default)]
 pub struct Log(Rc<RefCell<Vec<String>>>);
@@ -401,6 +420,25 @@ pub fn note_messages(master: &Master, log: &Log) {
         let text = String::from_utf8_lossy(message.bytes());
         log.add(format!("{} {text}", worker.id()));
     });
+}
+
+/// The entries of one worker, as they follow its id.
+pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
+    let prefix = format!("{worker} ");
+    let own = entries
+        .iter()
+        .filter_map(|entry| entry.strip_prefix(&prefix));
+    own.collect()
+}
+
+/// The entries are those of so many workers, each of which has these.
+#[track_caller]
+pub fn assert_each(workers: u32, entries: &[String], expected: &[&str]) {
+    for worker in 1..=workers {
+        assert_eq!(of(worker, entries), expected, "worker {worker}");
+    }
+    let all = expected.len() * workers as usize;
+    assert_eq!(entries.len(), all, "{entries:?}");
 }
 
 pub fn share_listeners(master: &Master) {
@@ -506,24 +544,6 @@ pub fn for_both_policies(play: impl Fn()) {
         play();
     }
     with_env(POLICY, "none", play);
-}
-
-/// Stops the master for as long as this lives: what a worker can do meanwhile, it does alone.
-pub struct WithoutMaster(Pid);
-
-impl WithoutMaster {
-    pub fn new() -> Self {
-        let master = Self(nix::unistd::getppid());
-        kill(master.0, Signal::SIGSTOP).unwrap();
-        wait_for_state(master.0.as_raw().unsigned_abs(), ") T ");
-        master
-    }
-}
-
-impl Drop for WithoutMaster {
-    fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGCONT);
-    }
 }
 
 /// Whether the process exists and is not a zombie.

@@ -1,5 +1,605 @@
 //! UDP sockets that all workers share.
 
-use crate::scenarios;
+use std::cell::{Cell, RefCell};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::time::Duration;
 
-scenarios! {}
+use cluster::{
+    Address, AddressType, BindOptions, Error, Interest, Master, SchedulingPolicy, Signal,
+    UdpSocket, Worker,
+};
+use nix::errno::Errno;
+
+use crate::harness::{
+    Log, StoppedMaster, answer_pings, assert_each, cluster, note_events, note_messages, open_fds,
+    stop,
+};
+
+crate::scenarios! {
+    child_index_dgram
+    dgram_1
+    dgram_2
+    dgram_ipv6only
+    dgram_reuse
+    dgram_reuseport
+    disconnect_unshared_udp
+    dgram_bind_socket_close_before_cluster_reply
+    dgram_cluster_bind_error
+    dgram_cluster_close_in_listening
+    dgram_unref_in_cluster
+    datagrams_to_a_socket_of_the_masters_own_are_dealt_out
+    a_socket_that_comes_just_before_the_request_to_leave_is_closed
+}
+
+/// What the master is told of a worker that binds so many sockets and leaves by itself.
+fn bound_and_left(sockets: usize) -> Vec<&'static str> {
+    let mut events = vec!["1 fork", "1 online"];
+    events.extend(std::iter::repeat_n("1 listening", sockets));
+    events.extend([
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ]);
+    events
+}
+
+/// Forks one worker that does this, and returns all events.
+fn one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap();
+        },
+        |role| {
+            role.on_error(|_, error| panic!("{error}"));
+            worker(&role);
+        },
+    );
+    entries.take()
+}
+
+/// Closes a socket, and sees that it is.
+fn close(socket: &UdpSocket) {
+    socket.close();
+    assert_closed(socket);
+}
+
+fn assert_closed(socket: &UdpSocket) {
+    assert!(socket.recv_from(&mut [0]).unwrap().is_none());
+    assert_unbound(socket);
+}
+
+/// The same, for callbacks, which cannot wait for datagrams.
+fn assert_unbound(socket: &UdpSocket) {
+    let error = socket.send_to(b"x", socket.local_addr()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotConnected);
+    assert!(socket.try_clone().is_err());
+}
+
+fn child_index_dgram() {
+    let events = one_worker(|worker| {
+        let first = [(); 2].map(|()| worker.bind(0).unwrap());
+        let ports = [0, 1].map(|n: usize| first[n].local_addr().port());
+        assert_ne!(ports[0], ports[1], "two sockets");
+        let closed = Rc::new(Cell::new(0));
+        for socket in first {
+            let closed = Rc::clone(&closed);
+            // The first one's index is free again while the second socket is open, and while the
+            // second socket closes its successor is open.
+            worker.set_timeout(Duration::ZERO, move |worker| {
+                socket.close();
+                assert_unbound(&socket);
+                let again = worker.bind(0).unwrap();
+                worker.set_timeout(Duration::ZERO, move |worker| {
+                    again.close();
+                    assert_unbound(&again);
+                    closed.set(closed.get() + 1);
+                    if closed.get() == 2 {
+                        worker.disconnect();
+                    }
+                });
+            });
+        }
+        worker.run().unwrap();
+        assert_eq!(closed.get(), 2);
+    });
+    assert_eq!(events, bound_and_left(4));
+}
+
+const WORKERS: u32 = 4;
+const EACH: usize = 10;
+
+/// Forks four workers, and sends 40 datagrams when all have bound their socket. Whoever says that
+/// he has got his share is to leave.
+fn deal_out(master: &Master, log: &Log, addresses: Rc<RefCell<Vec<Address>>>, env: &str) {
+    note_events(master, log);
+    note_messages(master, log);
+    master.on_listening(move |_, _, address| {
+        let mut addresses = addresses.borrow_mut();
+        addresses.push(address.clone());
+        if addresses.len() == WORKERS as usize {
+            let host = address.address.as_deref().unwrap_or("127.0.0.1");
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            for _ in 0..WORKERS as usize * EACH {
+                let sent = socket.send_to(b"hello", (host, address.port.unwrap()));
+                assert_eq!(sent.unwrap(), 5);
+            }
+        }
+    });
+    master.on_message(|_, worker, _| drop(worker.disconnect().clone()));
+    (0..WORKERS).for_each(|_| drop(master.fork_with([("SOCKET", env)]).unwrap()));
+}
+
+fn assert_dealt_out(entries: &[String], addresses: &[Address]) {
+    let expected = [
+        "fork",
+        "online",
+        "listening",
+        "received 10",
+        "disconnect Some(true)",
+        "exit Some(true) exit status: 0",
+    ];
+    assert_each(WORKERS, entries, &expected);
+    assert_eq!(addresses.len(), WORKERS as usize);
+    assert!(addresses.iter().all(|address| *address == addresses[0]));
+    assert_eq!(addresses[0].address_type, AddressType::Udp4);
+}
+
+fn dgram_1() {
+    let log = Log::default();
+    let entries = log.clone();
+    let addresses = Rc::default();
+    let seen = Rc::clone(&addresses);
+    cluster(
+        |master| deal_out(master, &log, addresses, ""),
+        |worker| {
+            let socket = Rc::new(worker.bind(0).unwrap());
+            let own = Rc::clone(&socket);
+            let received = Rc::new(Cell::new(0));
+            let count = Rc::clone(&received);
+            socket.on_message(move |worker, datagram, _| {
+                assert_eq!(datagram, b"hello");
+                count.set(count.get() + 1);
+                if count.get() == EACH {
+                    worker.send(b"received 10").unwrap();
+                    own.close();
+                }
+            });
+            worker.run().unwrap();
+            assert_eq!(received.get(), EACH);
+        },
+    );
+    let addresses = seen.take();
+    assert_dealt_out(&entries.take(), &addresses);
+    assert_eq!(addresses[0].address.as_deref(), Some("0.0.0.0"));
+    assert_eq!(addresses[0].fd, None);
+}
+
+fn datagrams_to_a_socket_of_the_masters_own_are_dealt_out() {
+    let log = Log::default();
+    let entries = log.clone();
+    let addresses = Rc::default();
+    let seen = Rc::clone(&addresses);
+    let number = Rc::new(Cell::new(None));
+    let fd = Rc::clone(&number);
+    cluster(
+        |master| {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            fd.set(Some(socket.as_raw_fd()));
+            let env = format!("{} {}", socket.as_raw_fd(), socket.local_addr().unwrap());
+            deal_out(master, &log, addresses, &env);
+            master.on_exit(move |master, _, _| {
+                if master.workers().is_empty() {
+                    // It is still open, and nothing was left over.
+                    let address = socket.local_addr().unwrap();
+                    assert_eq!(socket.send_to(b"own", address).unwrap(), 3);
+                    let mut buffer = [0; 16];
+                    let (length, _) = socket.recv_from(&mut buffer).unwrap();
+                    assert_eq!(&buffer[..length], b"own");
+                }
+            });
+        },
+        |worker| {
+            let socket = std::env::var("SOCKET").unwrap();
+            let (number, address) = socket.split_once(' ').unwrap();
+            let options = BindOptions::fd(number.parse().unwrap());
+            let socket = worker.bind(options).unwrap();
+            assert_eq!(socket.local_addr().to_string(), address);
+            let mut buffer = [0; 16];
+            for _ in 0..EACH {
+                let (length, _) = socket.recv_from(&mut buffer).unwrap().unwrap();
+                assert_eq!(&buffer[..length], b"hello");
+            }
+            close(&socket);
+            worker.send(b"received 10").unwrap();
+            worker.run().unwrap();
+        },
+    );
+    let addresses = seen.take();
+    assert_dealt_out(&entries.take(), &addresses);
+    assert_eq!(addresses[0].address, None);
+    assert_eq!(addresses[0].fd, number.get());
+}
+
+fn dgram_2() {
+    let log = Log::default();
+    let entries = log.clone();
+    let received = Rc::new(Cell::new(0));
+    let count = Rc::clone(&received);
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let port = socket.local_addr().unwrap().port().to_string();
+            for _ in 0..WORKERS {
+                master.fork().unwrap().send(port.as_bytes()).unwrap();
+            }
+            let receive = move |master: &Master, socket: &std::net::UdpSocket| {
+                let mut buffer = [0; 16];
+                let (length, _) = socket.recv_from(&mut buffer).unwrap();
+                assert_eq!(&buffer[..length], b"hello");
+                count.set(count.get() + 1);
+                if count.get() < 40 {
+                    return Some(Interest::Readable);
+                }
+                let log = log.clone();
+                master.disconnect(move |_| log.add("all gone"));
+                None
+            };
+            master.watch(socket, Interest::Readable, receive).unwrap();
+        },
+        |worker| {
+            let socket = Rc::new(worker.bind(0).unwrap());
+            socket.on_message(|_, _, _| panic!("nobody answers"));
+            let messages = Rc::new(Cell::new(0));
+            let count = Rc::clone(&messages);
+            worker.on_message(move |worker, message| {
+                count.set(count.get() + 1);
+                let port = std::str::from_utf8(message.bytes()).unwrap();
+                send_until_disconnect(worker, &socket, port.parse().unwrap());
+            });
+            worker.run().unwrap();
+            assert_eq!(messages.get(), 1);
+        },
+    );
+    assert_eq!(received.get(), 40);
+    let mut entries = entries.take();
+    assert_eq!(entries.pop().unwrap(), "all gone");
+    // The others may be so fast that a worker is to leave before it has bound.
+    entries.retain(|entry| !entry.ends_with(" listening"));
+    let expected = [
+        "fork",
+        "online",
+        "disconnect Some(true)",
+        "exit Some(true) exit status: 0",
+    ];
+    assert_each(WORKERS, &entries, &expected);
+}
+
+fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
+    let sender = Rc::clone(socket);
+    let send = move |_: &Worker| match sender.send_to(b"hello", ("127.0.0.1", port)) {
+        Ok(length) => assert_eq!(length, 5),
+        // The request to leave has closed it.
+        Err(error) => assert_eq!(error.kind(), ErrorKind::NotConnected),
+    };
+    let timer = worker.set_interval(Duration::from_millis(1), send);
+    let socket = Rc::clone(socket);
+    worker.on_disconnect(move |worker| {
+        assert_unbound(&socket);
+        worker.clear_timer(timer);
+    });
+}
+
+fn dgram_ipv6only() {
+    let events = one_worker(|worker| {
+        // IPv4 before IPv6: somebody else's IPv4 socket might have the port that an IPv6 socket
+        // gets by chance, but not the other way round.
+        let v4 = worker.bind(("0.0.0.0", 0)).unwrap();
+        let port = v4.local_addr().port();
+        let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        // For both families the port is taken.
+        let error = worker.bind(address).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EADDRINUSE as i32));
+        let v6 = worker.bind(BindOptions::from(address).ipv6_only(true));
+        let v6 = v6.unwrap();
+        assert_eq!(v6.local_addr(), address);
+        close(&v6);
+        close(&v4);
+        worker.disconnect().run().unwrap();
+    });
+    assert_eq!(events, bound_and_left(2));
+}
+
+/// Which socket this is, among all of the system's.
+fn identity(socket: &UdpSocket) -> std::path::PathBuf {
+    let copy = socket.try_clone().unwrap();
+    std::fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).unwrap()
+}
+
+/// Two sockets have one port, with this option on both.
+fn two_on_one_port(worker: &Worker, option: fn(BindOptions) -> BindOptions) {
+    let first = worker.bind(option(BindOptions::from(0))).unwrap();
+    let port = first.local_addr().port();
+    let error = worker.bind(port).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(Errno::EADDRINUSE as i32));
+    let second = worker.bind(option(BindOptions::from(port))).unwrap();
+    assert_eq!(second.local_addr(), first.local_addr());
+    assert_ne!(identity(&first), identity(&second));
+    close(&first);
+    close(&second);
+}
+
+fn dgram_reuse() {
+    let events = one_worker(|worker| {
+        two_on_one_port(worker, |options| options.reuse_addr(true));
+        worker.disconnect().run().unwrap();
+    });
+    assert_eq!(events, bound_and_left(2));
+}
+
+fn dgram_reuseport() {
+    let events = one_worker(|worker| {
+        // It is not asked, and could not answer.
+        let master = StoppedMaster::new();
+        let bind = |port| worker.bind(BindOptions::from(port).reuse_port(true));
+        let first = bind(0).unwrap();
+        let second = bind(first.local_addr().port()).unwrap();
+        assert_eq!(second.local_addr(), first.local_addr());
+        assert_ne!(identity(&first), identity(&second));
+        close(&first);
+        close(&second);
+        drop(master);
+        worker.disconnect().run().unwrap();
+    });
+    assert_eq!(events, bound_and_left(0));
+}
+
+/// Sends a datagram, and returns the answer.
+fn ask(address: SocketAddr) -> String {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.send_to(b"who?", address).unwrap();
+    let mut answer = [0; 16];
+    let (length, _) = socket.recv_from(&mut answer).unwrap();
+    String::from_utf8(answer[..length].to_vec()).unwrap()
+}
+
+/// Answers each datagram with the worker's id.
+fn answer_id(worker: &Worker) {
+    let socket = worker.bind(0).unwrap();
+    let id = worker.id().to_string();
+    while let Some((_, from)) = socket.recv_from(&mut [0; 16]).unwrap() {
+        socket.send_to(id.as_bytes(), from).unwrap();
+    }
+}
+
+fn disconnect_unshared_udp() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            assert_eq!(master.scheduling_policy(), SchedulingPolicy::RoundRobin);
+            note_events(master, &log);
+            let without = master.fork().unwrap();
+            without.on_online(move |master, without| {
+                let with = master.fork_with([("BINDS", "1")]).unwrap();
+                let (log, without) = (log.clone(), without.clone());
+                with.on_listening(move |_, with, address| {
+                    let address = SocketAddr::from(([127, 0, 0, 1], address.port.unwrap()));
+                    let asked = with.clone();
+                    without.disconnect();
+                    without.on_disconnect(move |_, _| {
+                        asked.send(b"ping").unwrap();
+                    });
+                    // Between the answers it acts on whatever the other's leave has led to.
+                    let (log, answers) = (log.clone(), Cell::new(0));
+                    with.on_message(move |master, with, _| {
+                        answers.set(answers.get() + 1);
+                        if answers.get() == 1 {
+                            with.send(b"ping").unwrap();
+                            return;
+                        }
+                        log.add(format!("served by {}", ask(address)));
+                        master.disconnect(|_| {});
+                    });
+                });
+            });
+        },
+        |worker| match std::env::var_os("BINDS") {
+            Some(_) => {
+                answer_pings(&worker);
+                answer_id(&worker);
+            }
+            None => worker.run().unwrap(),
+        },
+    );
+    let mut entries = entries.take();
+    // When the first ends, after it has disconnected, is its own affair.
+    let end = "1 exit Some(true) exit status: 0";
+    let before = entries.len();
+    entries.retain(|entry| entry != end);
+    assert_eq!(before - entries.len(), 1);
+    let expected = [
+        "1 fork",
+        "1 online",
+        "2 fork",
+        "2 online",
+        "2 listening",
+        "1 disconnect Some(true)",
+        "served by 2",
+        "2 disconnect Some(true)",
+        "2 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries, expected);
+}
+
+/// Forks one worker, and has a socket itself, whose port it tells the worker, until the worker
+/// exits. Returns all events.
+fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let holder = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+            let port = holder.local_addr().unwrap().port().to_string();
+            let forked = master.fork_with([("PORT", port)]).unwrap();
+            forked.on_exit(move |_, _, _| assert!(holder.local_addr().is_ok()));
+        },
+        |role| {
+            role.on_error(|_, error| panic!("{error}"));
+            worker(&role, std::env::var("PORT").unwrap().parse().unwrap());
+        },
+    );
+    entries.take()
+}
+
+/// `bind` waits for the answer, so that the program itself cannot close the socket before. The
+/// request to leave can: the master, which knows of it first, answers nothing any more.
+fn dgram_bind_socket_close_before_cluster_reply() {
+    let events = with_port_in_use(|worker, port| {
+        worker.disconnect();
+        let socket = worker.bind(port).unwrap();
+        assert_closed(&socket);
+        socket.on_message(|_, _, _| panic!("it has closed"));
+        worker.run().unwrap();
+        close(&socket);
+    });
+    assert_eq!(events, bound_and_left(0));
+}
+
+fn dgram_cluster_bind_error() {
+    let events = with_port_in_use(|worker, port| {
+        let before = open_fds();
+        let error = worker.bind(port).unwrap_err();
+        assert!(matches!(error, Error::Bind { .. }), "{error:?}");
+        assert_eq!(error.raw_os_error(), Some(Errno::EADDRINUSE as i32));
+        let reason = std::io::Error::from(Errno::EADDRINUSE);
+        let expected = format!("cannot bind 0.0.0.0:{port}: {reason}");
+        assert_eq!(error.to_string(), expected);
+        assert_eq!(open_fds(), before, "nothing remains");
+        worker.disconnect().run().unwrap();
+    });
+    assert_eq!(events, bound_and_left(0));
+}
+
+fn dgram_cluster_close_in_listening() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            (0..3).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            worker.on_error(|_, error| panic!("{error}"));
+            let socket = worker.bind(0).unwrap();
+            close(&socket);
+            worker.disconnect().run().unwrap();
+        },
+    );
+    let expected = [
+        "fork",
+        "online",
+        "listening",
+        "disconnect Some(true)",
+        "exit Some(true) exit status: 0",
+    ];
+    assert_each(3, &entries.take(), &expected);
+}
+
+/// There is no socket before `bind` has returned; it is let go of right after that.
+fn dgram_unref_in_cluster() {
+    let events = one_worker(|worker| {
+        let socket = Rc::new(worker.bind("127.0.0.1:0").unwrap());
+        let received = Rc::new(Cell::new(0));
+        let (own, count) = (Rc::clone(&socket), Rc::clone(&received));
+        socket.on_message(move |_, datagram, _| {
+            assert_eq!(datagram, b"x");
+            count.set(count.get() + 1);
+            own.unref();
+        });
+        socket.unref();
+        worker.process().unref();
+        worker.run().unwrap();
+        assert!(worker.is_connected());
+        // It is open still, and can keep the program again.
+        socket.ref_();
+        socket.send_to(b"x", socket.local_addr()).unwrap();
+        worker.run().unwrap();
+        assert_eq!(received.get(), 1);
+        assert!(worker.is_connected());
+        let told = Rc::new(Cell::new(false));
+        let tell = Rc::clone(&told);
+        worker.on_disconnect(move |_| tell.set(true));
+        worker.process().disconnect();
+        worker.run().unwrap();
+        assert!(
+            told.get(),
+            "it waits for the end, though not for the channel"
+        );
+        assert!(!worker.is_connected());
+    });
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 disconnect Some(false)",
+        "1 exit Some(false) exit status: 0",
+    ];
+    assert_eq!(events, expected);
+}
+
+/// While the worker waits for the answer, the master binds the socket and sends it, and then its
+/// program tells the worker to leave.
+fn a_socket_that_comes_just_before_the_request_to_leave_is_closed() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.on_message(|master, worker, message| {
+                // The worker asks now; the master does not read that before this callback returns.
+                let [line]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
+                UnixStream::from(line).write_all(b"x").unwrap();
+                stop(worker);
+                let (before, worker) = (open_fds().len(), worker.clone());
+                let own = Rc::new(Cell::new(None));
+                let timer = Rc::clone(&own);
+                let leave_when_bound = move |master: &Master| {
+                    if open_fds().len() > before {
+                        worker.disconnect();
+                        worker.process().kill(Signal::CONT);
+                        master.clear_timer(own.get().unwrap());
+                    }
+                };
+                let every = Duration::from_millis(1);
+                timer.set(Some(master.set_interval(every, leave_when_bound)));
+            });
+        },
+        |worker| {
+            worker.on_error(|_, error| panic!("{error}"));
+            let (mut here, there) = UnixStream::pair().unwrap();
+            worker.send_with_fds(b"ready", vec![there.into()]).unwrap();
+            // It does not sleep here: when it does, it waits for the answer.
+            here.set_nonblocking(true).unwrap();
+            while here.read(&mut [0]).is_err() {
+                std::thread::yield_now();
+            }
+            let before = open_fds();
+            let socket = worker.bind(0).unwrap();
+            assert_ne!(open_fds(), before, "it has come");
+            assert_closed(&socket);
+            assert_eq!(open_fds(), before, "and is given back");
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), bound_and_left(1));
+}

@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, WithoutMaster, answer, cluster, hear, in_background, is_alive, note_events, note_messages,
+    Log, StoppedMaster, answer, cluster, hear, in_background, is_alive, note_events, note_messages,
     reserve_port, talk, wait_until,
 };
 
@@ -47,7 +47,7 @@ fn net_reuseport() {
             master.fork().unwrap();
         },
         |worker| {
-            let alone = WithoutMaster::new();
+            let alone = StoppedMaster::new();
             let any = ListenOptions::from("127.0.0.1:0").reuse_port(true);
             let first = worker.listen(any).unwrap();
             let address = first.local_addr();
@@ -79,7 +79,7 @@ fn an_exclusive_listener_is_the_workers_own() {
             master.fork().unwrap();
         },
         |worker| {
-            let alone = WithoutMaster::new();
+            let alone = StoppedMaster::new();
             let any = || ListenOptions::from("127.0.0.1:0").exclusive(true);
             let listener = worker.listen(any()).unwrap();
             let other = worker.listen(any()).unwrap();
@@ -151,7 +151,7 @@ fn net_listen_handle_in_cluster_2() {
             master.fork().unwrap();
         },
         |worker| {
-            let alone = WithoutMaster::new();
+            let alone = StoppedMaster::new();
             // Bound, and not listening yet.
             let (socket, address) = reserve_port();
             let listener = worker.listen(TcpListener::from(socket)).unwrap();

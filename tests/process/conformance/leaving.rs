@@ -10,11 +10,11 @@ use std::time::Duration;
 use cluster::{Error, Master, Message, SchedulingPolicy, Signal, Worker, WorkerState};
 use nix::errno::Errno;
 use nix::sys::signal::kill;
-use nix::unistd::{Pid, getppid};
+use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, answer_pings, close_at_exit, cluster, idle_server, in_background, listen_in_vain,
-    note_events, note_messages, serve_id, share_listeners, talk, wait_for_state, with_env,
+    Log, StoppedMaster, answer_pings, close_at_exit, cluster, idle_server, in_background,
+    listen_in_vain, note_events, note_messages, of, serve_id, share_listeners, talk, with_env,
 };
 
 crate::scenarios! {
@@ -89,24 +89,6 @@ fn disconnect_before_exit() {
     assert_eq!(entries.take(), expected);
 }
 
-/// The master of this worker, which answers nothing as long as this lives.
-struct StoppedMaster(Pid);
-
-impl StoppedMaster {
-    fn new() -> Self {
-        let stopped = Self(getppid());
-        kill(stopped.0, nix::sys::signal::SIGSTOP).unwrap();
-        wait_for_state(stopped.0.as_raw().unsigned_abs(), ") T ");
-        stopped
-    }
-}
-
-impl Drop for StoppedMaster {
-    fn drop(&mut self) {
-        kill(self.0, nix::sys::signal::SIGCONT).unwrap();
-    }
-}
-
 fn disconnect_exited_after_disconnect_race() {
     let log = Log::default();
     let entries = log.clone();
@@ -142,15 +124,6 @@ fn disconnect_exited_after_disconnect_race() {
         "1 exit Some(true) exit status: 0",
     ];
     assert_eq!(entries.take(), expected);
-}
-
-/// The entries of one worker, as they follow its id.
-fn of(worker: u32, entries: &[String]) -> Vec<&str> {
-    let prefix = format!("{worker} ");
-    let own = entries
-        .iter()
-        .filter_map(|entry| entry.strip_prefix(&prefix));
-    own.collect()
 }
 
 fn disconnect_idle_worker() {

@@ -7,6 +7,7 @@ mod handles;
 mod leaving;
 mod listening;
 mod messages;
+mod references;
 mod settings;
 mod spawning;
 mod unix_paths;
@@ -24,6 +25,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
+        references::SCENARIOS,
         settings::SCENARIOS,
         spawning::SCENARIOS,
         unix_paths::SCENARIOS,
