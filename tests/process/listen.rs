@@ -205,7 +205,7 @@ fn the_port_is_free_when_the_last_worker_has_left() {
     );
 }
 
-fn for_both_policies(play: impl Fn()) {
+pub fn for_both_policies(play: impl Fn()) {
     // A process has one cluster: the second policy is tested by a child of this one.
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     play();

@@ -90,10 +90,10 @@ fn disconnect_before_exit() {
 }
 
 /// The master of this worker, which answers nothing as long as this lives.
-struct StoppedMaster(Pid);
+pub(super) struct StoppedMaster(Pid);
 
 impl StoppedMaster {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let stopped = Self(getppid());
         kill(stopped.0, nix::sys::signal::SIGSTOP).unwrap();
         wait_for_state(stopped.0.as_raw().unsigned_abs(), ") T ");
@@ -145,7 +145,7 @@ fn disconnect_exited_after_disconnect_race() {
 }
 
 /// The entries of one worker, as they follow its id.
-fn of(worker: u32, entries: &[String]) -> Vec<&str> {
+pub(super) fn of(worker: u32, entries: &[String]) -> Vec<&str> {
     let prefix = format!("{worker} ");
     let own = entries
         .iter()

@@ -3,9 +3,11 @@
 
 mod datagrams;
 mod events;
+mod further;
 mod leaving;
 mod listening;
 mod messages;
+mod receipts;
 mod settings;
 
 use crate::harness::Scenario;
@@ -15,9 +17,11 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
         datagrams::SCENARIOS,
         events::SCENARIOS,
+        further::SCENARIOS,
         leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
+        receipts::SCENARIOS,
         settings::SCENARIOS,
     ];
     scenarios.into_iter().flatten()
