@@ -1,6 +1,7 @@
 //! The scenarios of Node's own test suite, retold with real processes. Each is named after its
 //! file there, and `tests/CONFORMANCE.md` says what became of every one.
 
+mod callbacks;
 mod datagrams;
 mod events;
 mod further;
@@ -15,6 +16,7 @@ use crate::harness::Scenario;
 /// All of them.
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
+        callbacks::SCENARIOS,
         datagrams::SCENARIOS,
         events::SCENARIOS,
         further::SCENARIOS,
