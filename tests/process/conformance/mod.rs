@@ -2,6 +2,7 @@
 //! file there, and `tests/CONFORMANCE.md` says what became of every one.
 
 mod callbacks;
+mod calls;
 mod datagrams;
 mod events;
 mod further;
@@ -17,6 +18,7 @@ use crate::harness::Scenario;
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
         callbacks::SCENARIOS,
+        calls::SCENARIOS,
         datagrams::SCENARIOS,
         events::SCENARIOS,
         further::SCENARIOS,

@@ -142,8 +142,8 @@ impl Kinds {
         let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
         datagrams.connect(receiver.local_addr().unwrap()).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let (pipe, mut writer) = std::io::pipe().unwrap();
-        writer.write_all(b"pipe").unwrap();
+        let (pipe, writer) = nix::unistd::pipe().unwrap();
+        File::from(writer).write_all(b"pipe").unwrap();
         let options = SendOptions::new()
             .fd(accepted)
             .fd(listener)
