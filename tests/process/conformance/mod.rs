@@ -4,8 +4,10 @@
 mod callbacks;
 mod calls;
 mod datagrams;
+mod descriptors;
 mod events;
 mod further;
+mod further_leaving;
 mod leaving;
 mod listening;
 mod messages;
@@ -20,8 +22,10 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         callbacks::SCENARIOS,
         calls::SCENARIOS,
         datagrams::SCENARIOS,
+        descriptors::SCENARIOS,
         events::SCENARIOS,
         further::SCENARIOS,
+        further_leaving::SCENARIOS,
         leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
