@@ -13,6 +13,7 @@ use crate::harness::{Log, cluster, note_events, note_messages, stop};
 
 crate::scenarios! {
     written_is_told_once_and_never_inside_the_call
+    written_is_told_while_a_worker_waits_in_accept
     written_is_an_error_when_the_worker_is_gone
     written_is_an_error_when_the_master_has_gone
     a_send_that_fails_calls_nothing_back
@@ -128,6 +129,42 @@ fn written_is_told_once_and_never_inside_the_call() {
     ];
     assert_eq!(end, expected);
     assert_eq!(entries.len(), 2 + 5);
+}
+
+fn written_is_told_while_a_worker_waits_in_accept() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            note_messages(master, &log);
+            let worker = master.fork().unwrap();
+            worker.on_message(|_, worker, message| {
+                if message.bytes() == b"written" {
+                    worker.disconnect();
+                }
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let options = SendOptions::new().on_written(|worker: &Worker, outcome| {
+                outcome.unwrap();
+                worker.send(b"written").unwrap();
+            });
+            worker.send_with(b"message", options).unwrap();
+            assert!(listener.accept().unwrap().is_none());
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 message",
+        "1 written",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
 }
 
 fn written_is_an_error_when_the_worker_is_gone() {
