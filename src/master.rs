@@ -1,7 +1,7 @@
 //! The master as the program sees it: its methods, its callbacks, and how its loop turns.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -112,6 +112,9 @@ struct ClusterCallbacks {
     setup: Callbacks<OnSetup>,
     of_workers: WorkerCallbacks,
     disconnected: RefCell<Vec<Box<OnDisconnected>>>,
+    /// Those whose time has come. They are called one by one: whoever panics in one of them and
+    /// goes on gets the rest later.
+    over: RefCell<VecDeque<Box<OnDisconnected>>>,
 }
 
 impl Master {
@@ -660,7 +663,7 @@ impl Master {
     }
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
-    /// descriptor, no event to deliver. Callbacks for signals do not count, and neither does what
+    /// descriptor, no event to deliver, no message to write. Callbacks for signals do not count, and neither does what
     /// has been let go with `unref`.
     ///
     /// Node: the process goes on by itself after the main program, and ends when nothing is left.
@@ -681,7 +684,13 @@ impl Master {
 
     fn has_work(&self) -> bool {
         let workers = self.shell.core.borrow().has_workers();
-        workers || self.shell.has_news() || self.home.has_work()
+        let busy = workers || self.has_news() || self.home.has_work();
+        busy || self.shell.is_writing()
+    }
+
+    /// Whether there is something to tell the program.
+    fn has_news(&self) -> bool {
+        self.shell.has_news() || !self.callbacks.over.borrow().is_empty()
     }
 
     /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
@@ -749,7 +758,7 @@ impl Master {
     /// ```
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
-        if self.shell.has_news() || self.reap.get() {
+        if self.has_news() || self.reap.get() {
             return Some(Duration::ZERO);
         }
         self.home.time_left(self.shell.core.borrow().deadline())
@@ -759,6 +768,12 @@ impl Master {
     fn settle(&self) {
         self.shell.act();
         for _ in 0..EVENTS_PER_TURN {
+            let over = self.callbacks.over.borrow_mut().pop_front();
+            if let Some(callback) = over {
+                callback(self);
+                self.shell.act();
+                continue;
+            }
             if let Some((worker, receipt, written)) = self.shell.next_receipt() {
                 self.written(worker, receipt, written);
                 self.shell.act();
@@ -800,10 +815,8 @@ impl Master {
             return cluster.setup.each(|f| f(self, &settings));
         }
         if let Event::Disconnected = emit.event {
-            for callback in cluster.disconnected.take() {
-                callback(self);
-            }
-            return;
+            let over = cluster.disconnected.take();
+            return cluster.over.borrow_mut().extend(over);
         }
         let Some(worker) = &worker else {
             return;

@@ -216,7 +216,7 @@ impl<C: Clone> MasterCore<C> {
 
     /// Whether there are workers whose end the program waits for.
     pub(crate) fn has_workers(&self) -> bool {
-        self.workers.values().any(|entry| !entry.unreferenced)
+        self.awaited || self.workers.values().any(|entry| !entry.unreferenced)
     }
 
     /// `None` for a worker that has left the table.

@@ -348,6 +348,15 @@ impl MasterShell {
         self.receipts.borrow_mut().pop_front()
     }
 
+    /// Whether a message waits to be written.
+    pub(crate) fn is_writing(&self) -> bool {
+        let records = self.records.borrow();
+        records.values().any(|record| {
+            let channel = record.channel.borrow();
+            channel.as_ref().is_some_and(Channel::is_writing)
+        })
+    }
+
     /// Whether there is something to tell the program.
     pub(crate) fn has_news(&self) -> bool {
         self.core.borrow().has_events() || !self.receipts.borrow().is_empty()

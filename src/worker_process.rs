@@ -192,7 +192,13 @@ impl WorkerProcess {
     #[must_use]
     pub fn state(&self) -> WorkerState {
         let state = self.ask(|core| core.state(self.id())).flatten();
-        state.unwrap_or(WorkerState::Dead)
+        let is_gone = || match self.master.upgrade() {
+            Some(_) => WorkerState::Dead,
+            // Its channel has closed with the master, and nobody knows more.
+            None if self.record.departure.get().is_none() => WorkerState::Disconnected,
+            None => WorkerState::Dead,
+        };
+        state.unwrap_or_else(is_gone)
     }
 
     /// Returns whether the channel to the worker is open, as it is from the fork to the

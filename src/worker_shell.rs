@@ -2,7 +2,7 @@
 //! listeners. Never calls the program.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -64,9 +64,9 @@ pub(crate) struct WorkerShell {
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
     /// What went wrong outside any call of the program's.
-    errors: RefCell<Vec<Error>>,
+    errors: RefCell<VecDeque<Error>>,
     /// Messages that have been written or lost.
-    receipts: RefCell<Vec<(ReceiptId, bool)>>,
+    receipts: RefCell<VecDeque<(ReceiptId, bool)>>,
     /// What the channel reads into.
     scratch: RefCell<Vec<u8>>,
 }
@@ -104,7 +104,7 @@ impl WorkerShell {
 
     /// Whether there is something to tell that is not an event of the core's.
     pub(crate) fn has_news(&self) -> bool {
-        !self.errors.borrow().is_empty() || !self.receipts.borrow().is_empty()
+        self.count_news() != (0, 0)
     }
 
     /// Whether something waits to be written.
@@ -113,23 +113,27 @@ impl WorkerShell {
         channel.as_ref().is_some_and(Channel::is_writing)
     }
 
-    /// The messages that have been written or lost since the last call, and which of both.
-    pub(crate) fn take_receipts(&self) -> Vec<(ReceiptId, Result<()>)> {
+    /// How many errors there are to tell, and how many messages that have been written or lost.
+    pub(crate) fn count_news(&self) -> (usize, usize) {
+        (self.errors.borrow().len(), self.receipts.borrow().len())
+    }
+
+    /// A message of which it is known now whether it has been written.
+    pub(crate) fn next_receipt(&self) -> Option<(ReceiptId, Result<()>)> {
+        let (id, written) = self.receipts.borrow_mut().pop_front()?;
         let lost = || Error::Send {
             worker: None,
             reason: SendError::ChannelClosed,
         };
-        let receipts = self.receipts.take().into_iter();
-        let outcome = |(id, written): (_, bool)| (id, written.then_some(()).ok_or_else(lost));
-        receipts.map(outcome).collect()
+        Some((id, written.then_some(()).ok_or_else(lost)))
     }
 
-    pub(crate) fn take_errors(&self) -> Vec<Error> {
-        self.errors.take()
+    pub(crate) fn next_error(&self) -> Option<Error> {
+        self.errors.borrow_mut().pop_front()
     }
 
     pub(crate) fn report(&self, error: Error) {
-        self.errors.borrow_mut().push(error);
+        self.errors.borrow_mut().push_back(error);
     }
 
     pub(crate) fn socket(&self, listener: ListenerId) -> Option<Rc<Registered<Socket>>> {

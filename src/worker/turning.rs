@@ -51,15 +51,7 @@ impl Worker {
     fn settle(&self) {
         loop {
             self.inner.shell.act();
-            for error in self.inner.shell.take_errors() {
-                self.inner.on_error.each(|f| f(self, &error));
-            }
-            for (id, outcome) in self.inner.shell.take_receipts() {
-                let callback = self.inner.receipts.borrow_mut().remove(&id);
-                if let Some(callback) = callback {
-                    callback(self, outcome);
-                }
-            }
+            self.tell_news();
             let event = self.inner.shell.core.borrow_mut().next_event();
             match event {
                 None => break,
@@ -76,6 +68,22 @@ impl Worker {
                     let _delivering = Delivering(self, listener);
                     self.deliver(listener, fd, true);
                 }
+            }
+        }
+    }
+
+    /// Tells what there is now, and not what comes of that. One by one: whoever panics here and goes
+    /// on gets the rest later.
+    fn tell_news(&self) {
+        let shell = &self.inner.shell;
+        let (errors, receipts) = shell.count_news();
+        for error in std::iter::from_fn(|| shell.next_error()).take(errors) {
+            self.inner.on_error.each(|f| f(self, &error));
+        }
+        for (id, outcome) in std::iter::from_fn(|| shell.next_receipt()).take(receipts) {
+            let callback = self.inner.receipts.borrow_mut().remove(&id);
+            if let Some(callback) = callback {
+                callback(self, outcome);
             }
         }
     }

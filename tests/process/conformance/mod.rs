@@ -1,12 +1,18 @@
 //! The scenarios of Node's own test suite, retold with real processes. Each is named after its
 //! file there, and `tests/CONFORMANCE.md` says what became of every one.
 
+mod callbacks;
+mod calls;
 mod datagrams;
+mod descriptors;
 mod events;
+mod further;
+mod further_leaving;
 mod handles;
 mod leaving;
 mod listening;
 mod messages;
+mod receipts;
 mod references;
 mod settings;
 mod spawning;
@@ -19,12 +25,18 @@ use crate::harness::Scenario;
 /// All of them.
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
+        callbacks::SCENARIOS,
+        calls::SCENARIOS,
         datagrams::SCENARIOS,
+        descriptors::SCENARIOS,
         events::SCENARIOS,
+        further::SCENARIOS,
+        further_leaving::SCENARIOS,
         handles::SCENARIOS,
         leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
+        receipts::SCENARIOS,
         references::SCENARIOS,
         settings::SCENARIOS,
         spawning::SCENARIOS,

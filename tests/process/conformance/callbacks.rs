@@ -1,0 +1,606 @@
+//! Callbacks that are called once, that change while they are called, and what is let go with
+//! `unref`.
+
+use std::cell::{Cell, RefCell};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use cluster::{CallbackId, Error, Interest, Master, Signal, Worker, WorkerProcess};
+
+use crate::harness::{Log, SIGNALS, cluster, note_events};
+
+crate::scenarios! {
+    once_is_once_for_the_cluster
+    once_is_once_for_a_worker
+    once_is_once_in_the_worker
+    once_is_once_for_signals
+    callbacks_come_and_go_inside_callbacks
+    callbacks_come_and_go_inside_callbacks_of_the_worker
+    a_callback_cannot_turn_the_loop
+    unref_lets_the_master_end
+    unref_and_ref_as_often_as_one_likes
+    unref_lets_the_worker_end
+    a_worker_that_is_let_go_is_not_waited_for
+}
+
+/// The identity of a callback, for itself.
+type Own = Rc<Cell<Option<CallbackId>>>;
+
+fn once_is_once_for_the_cluster() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let note = |event: &'static str| {
+                let log = log.clone();
+                move |_: &Master, worker: &WorkerProcess| {
+                    log.add(format!("{} {event}", worker.id()))
+                }
+            };
+            master.once(master.on_fork(note("fork")));
+            master.once(master.on_online(note("online")));
+            let noted = note("listening");
+            master.once(master.on_listening(move |master, worker, _| noted(master, worker)));
+            let noted = note("message");
+            master.once(master.on_message(move |master, worker, _| noted(master, worker)));
+            let noted = note("error");
+            let error = master.on_error(move |master, worker, _| noted(master, worker.unwrap()));
+            master.once(error);
+            master.once(master.on_disconnect(note("disconnect")));
+            let noted = note("exit");
+            let exit = master.on_exit(move |master, worker, status| {
+                assert_eq!(status.code(), Some(0));
+                noted(master, worker);
+            });
+            // Twice is once, too.
+            master.once(exit);
+            master.once(exit);
+            let at_setup = log.clone();
+            master.once(master.on_setup(move |_, _| at_setup.add("setup")));
+            let never = master.on_fork(|_, _| panic!("it is off"));
+            master.once(never);
+            master.off(never);
+            master.once(never);
+
+            master.on_disconnect(|_, worker| drop(worker.send(b"too late").unwrap_err()));
+            master.fork().unwrap();
+            master.on_exit(|master, worker, _| {
+                if worker.id().get() < 3 {
+                    master.fork().unwrap();
+                }
+            });
+        },
+        |worker| {
+            let _listener = worker.listen("127.0.0.1:0").unwrap();
+            worker.send(b"one").unwrap();
+            worker.send(b"two").unwrap();
+            worker.disconnect().run().unwrap();
+        },
+    );
+    let events = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 message",
+        "1 disconnect",
+        "1 error",
+        "1 exit",
+    ];
+    let setup = ["setup"];
+    assert_eq!(entries.take(), [&setup[..], &events].concat());
+}
+
+fn once_is_once_for_a_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let note = |event: &'static str| {
+                let log = log.clone();
+                move |_: &Master, worker: &WorkerProcess| {
+                    log.add(format!("{} {event}", worker.id()))
+                }
+            };
+            let noted = note("listening");
+            master.once(worker.on_listening(move |master, worker, _| noted(master, worker)));
+            let noted = note("error");
+            master.once(worker.on_error(move |master, worker, _| noted(master, worker)));
+            let own = Own::default();
+            let (itself, noted) = (Rc::clone(&own), note("message"));
+            // It decides by itself that this is the last time.
+            own.set(Some(worker.on_message(move |master, worker, _| {
+                master.once(itself.get().unwrap());
+                noted(master, worker);
+            })));
+            worker.on_disconnect(|_, worker| {
+                worker.send(b"too late").unwrap_err();
+                worker.send(b"too late").unwrap_err();
+            });
+            worker.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+        },
+        |worker| {
+            let _listeners = [(); 2].map(|()| worker.listen("127.0.0.1:0").unwrap());
+            for message in 0..4 {
+                worker.send(&[message]).unwrap();
+            }
+            worker.disconnect().run().unwrap();
+        },
+    );
+    // What is made once inside its own call is called once more.
+    let events = ["listening", "message", "message", "error"];
+    assert_eq!(entries.take(), events.map(|event| format!("1 {event}")));
+}
+
+fn once_is_once_in_the_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            for message in ["one", "two", "three", "leave"] {
+                worker.send(message.as_bytes()).unwrap();
+            }
+        },
+        |worker| {
+            let log = Log::default();
+            let (first, second, always) = (log.clone(), log.clone(), log.clone());
+            worker.once(worker.on_message(move |worker, message| {
+                first.add(format!(
+                    "first {}",
+                    String::from_utf8_lossy(message.bytes())
+                ));
+                // It is the next message that this one gets, and no other.
+                let second = second.clone();
+                worker.once(worker.on_message(move |_, message| {
+                    second.add(format!(
+                        "second {}",
+                        String::from_utf8_lossy(message.bytes())
+                    ));
+                }));
+            }));
+            worker.on_message(move |worker, message| {
+                always.add(String::from_utf8_lossy(message.bytes()));
+                if message.bytes() == b"leave" {
+                    worker.disconnect();
+                }
+            });
+            let at_disconnect = log.clone();
+            worker.once(worker.on_disconnect(move |_| at_disconnect.add("disconnect")));
+            worker.once(worker.on_error(|_, error| panic!("{error}")));
+            worker.run().unwrap();
+            let expected = [
+                "first one",
+                "one",
+                "two",
+                "second two",
+                "three",
+                "leave",
+                "disconnect",
+            ];
+            assert_eq!(log.take(), expected);
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn raise_usr1() {
+    nix::sys::signal::raise(nix::sys::signal::SIGUSR1).unwrap();
+}
+
+fn once_is_once_for_signals() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let (once, always) = (log.clone(), log);
+            let on_once = move |_: &Master, _| once.add("once");
+            master.once(master.on_signal(Signal::USR1, on_once).unwrap());
+            let on_always = move |master: &Master, _| {
+                always.add("always");
+                match always.len() {
+                    2 => raise_usr1(),
+                    _ => drop(master.fork().unwrap()),
+                }
+            };
+            master.on_signal(Signal::USR1, on_always).unwrap();
+            // Signals alone keep nobody waiting.
+            master.set_timeout(Duration::ZERO, |_| {});
+            raise_usr1();
+            master.dispatch(Some(Duration::ZERO)).unwrap();
+            master.dispatch(None).unwrap();
+        },
+        |worker| {
+            let count = Rc::new(Cell::new((0, 0)));
+            let (once, always) = (Rc::clone(&count), Rc::clone(&count));
+            let on_once = move |_: &Worker, _| once.set((once.get().0 + 1, once.get().1));
+            worker.once(worker.on_signal(Signal::USR1, on_once).unwrap());
+            let on_always = move |worker: &Worker, _| {
+                always.set((always.get().0, always.get().1 + 1));
+                match always.get().1 {
+                    1 => raise_usr1(),
+                    _ => drop(worker.disconnect()),
+                }
+            };
+            worker.on_signal(Signal::USR1, on_always).unwrap();
+            raise_usr1();
+            worker.run().unwrap();
+            assert_eq!(count.get(), (1, 2));
+        },
+    );
+    let expected = [
+        "once",
+        "always",
+        "always",
+        "1 fork",
+        "1 online",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn callbacks_come_and_go_inside_callbacks() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            let later = Own::default();
+            let (victim, itself) = (Rc::clone(&later), Own::default());
+            let (own, first) = (Rc::clone(&itself), log.clone());
+            itself.set(Some(master.on_message(move |master, worker, _| {
+                first.add("first");
+                // One that would have its turn, one that has not been there, and itself.
+                master.off(victim.get().unwrap());
+                let (all, one) = (first.clone(), first.clone());
+                master.on_message(move |_, _, _| all.add("added to all"));
+                worker.on_message(move |_, _, _| one.add("added to one"));
+                master.off(own.get().unwrap());
+                master.off(own.get().unwrap());
+            })));
+            later.set(Some(master.on_message(|_, _, _| panic!("it is off"))));
+            let second = log.clone();
+            worker.on_message(move |_, worker, message| {
+                second.add("second");
+                if message.bytes() == b"two" {
+                    worker.disconnect();
+                }
+            });
+            // What a callback owns may be the last of its kind, and be dropped while it is called.
+            let dropped = OnDrop(log.clone());
+            let own = Own::default();
+            let itself = Rc::clone(&own);
+            own.set(Some(worker.on_online(move |master, _| {
+                master.off(itself.get().unwrap());
+                dropped.0.add("called");
+            })));
+        },
+        |worker| {
+            worker.send(b"one").unwrap();
+            worker.send(b"two").unwrap();
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "called",
+        "dropped",
+        "first",
+        // Added at cluster level while the worker's own were still to come: these are another list.
+        "second",
+        "added to one",
+        "added to all",
+        "second",
+        "added to one",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+struct OnDrop(Log);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        self.0.add("dropped");
+    }
+}
+
+fn callbacks_come_and_go_inside_callbacks_of_the_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.send(b"one").unwrap();
+            worker.send(b"two").unwrap();
+        },
+        |worker| {
+            let log = Log::default();
+            let (later, itself) = (Own::default(), Own::default());
+            let (victim, own) = (Rc::clone(&later), Rc::clone(&itself));
+            let (first, last) = (log.clone(), log.clone());
+            let dropped = OnDrop(log.clone());
+            itself.set(Some(worker.on_message(move |worker, _| {
+                dropped.0.add("first");
+                worker.off(victim.get().unwrap());
+                worker.off(own.get().unwrap());
+                worker.off(own.get().unwrap());
+                let first = first.clone();
+                worker.on_message(move |worker, message| {
+                    assert_eq!(message.bytes(), b"two");
+                    first.add("added");
+                    worker.disconnect();
+                });
+            })));
+            later.set(Some(worker.on_message(|_, _| panic!("it is off"))));
+            worker.on_message(move |_, _| last.add("last"));
+            worker.run().unwrap();
+            let expected = ["first", "dropped", "last", "last", "added"];
+            assert_eq!(log.take(), expected);
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn a_callback_cannot_turn_the_loop() {
+    fn refused<T: std::fmt::Debug>(outcome: cluster::Result<T>) {
+        assert!(matches!(outcome, Err(Error::AlreadyRunning)), "{outcome:?}");
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let turn = |master: &Master| {
+                refused(master.run());
+                refused(master.dispatch(None));
+            };
+            master.set_timeout(Duration::ZERO, turn);
+            master.on_online(move |master, _| turn(master));
+            master.on_exit(move |master, _, _| turn(master));
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let socket = worker.bind("127.0.0.1:0").unwrap();
+            worker.set_timeout(Duration::ZERO, move |worker| {
+                refused(worker.run());
+                refused(worker.dispatch(None));
+                refused(listener.accept());
+                refused(socket.recv_from(&mut []));
+                worker.disconnect();
+            });
+            worker.on_disconnect(|worker| refused(worker.run()));
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 listening",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn unref_lets_the_master_end() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            // Nothing but these: it ends at once, and none of them is called.
+            let interval = master.set_interval(Duration::from_millis(1), |_| panic!("an interval"));
+            let timeout = master.set_timeout(Duration::from_secs(3600), |_| panic!("a timer"));
+            let (watched, _kept) = UnixStream::pair().unwrap();
+            let readable = Interest::Readable;
+            let watch = master.watch(watched, readable, |_, _| panic!("a watch"));
+            let watch = watch.unwrap();
+            master.unref(interval);
+            master.unref(timeout);
+            master.unref(watch);
+            master.run().unwrap();
+            master.clear_timer(interval);
+
+            // As long as something else is there they are served.
+            let (ticks, ready) = (log.clone(), log.clone());
+            let count = Cell::new(0);
+            let other = Rc::new(RefCell::new(None));
+            let end = Rc::clone(&other);
+            let interval = master.set_interval(Duration::from_millis(1), move |_| {
+                count.set(count.get() + 1);
+                if count.get() == 3 {
+                    ticks.add("three ticks");
+                    drop(end.take());
+                }
+            });
+            master.unref(interval);
+            let (kept, ours) = UnixStream::pair().unwrap();
+            other.replace(Some(kept));
+            let closed = move |_: &Master, _: &UnixStream| {
+                ready.add("closed");
+                None
+            };
+            master.watch(ours, readable, closed).unwrap();
+            master.run().unwrap();
+            master.clear_timer(interval);
+            master.clear_timer(timeout);
+            master.unwatch(watch);
+        },
+        |_| unreachable!("nobody is forked"),
+    );
+    assert_eq!(entries.take(), ["three ticks", "closed"]);
+}
+
+fn unref_and_ref_as_often_as_one_likes() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let fired = log.clone();
+            let timer = master.set_timeout(Duration::from_millis(2), move |_| fired.add("timer"));
+            let (watched, kept) = UnixStream::pair().unwrap();
+            let closed = move |_: &Master, _: &UnixStream| {
+                log.add("closed");
+                None
+            };
+            let watch = master.watch(watched, Interest::Readable, closed).unwrap();
+            for _ in 0..2 {
+                master.unref(timer);
+                master.unref(watch);
+            }
+            master.run().unwrap();
+            for _ in 0..2 {
+                master.ref_(timer);
+                master.ref_(watch);
+            }
+            master.unref(watch);
+            master.run().unwrap();
+            master.ref_(watch);
+            drop(kept);
+            master.run().unwrap();
+            // They are gone.
+            for _ in 0..2 {
+                master.unref(timer);
+                master.ref_(timer);
+                master.unref(watch);
+                master.ref_(watch);
+            }
+            master.run().unwrap();
+        },
+        |_| unreachable!("nobody is forked"),
+    );
+    assert_eq!(entries.take(), ["timer", "closed"]);
+}
+
+fn unref_lets_the_worker_end() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.on_listening(|_, worker, _| drop(worker.disconnect().clone()));
+            master.fork().unwrap();
+        },
+        |worker| {
+            let interval = worker.set_interval(Duration::from_secs(3600), |_| panic!("already?"));
+            let (watched, _kept) = UnixStream::pair().unwrap();
+            let watch = worker.watch(watched, Interest::Readable, |_, _| panic!("a watch"));
+            worker.unref(interval);
+            worker.unref(watch.unwrap());
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.on_connection(|_, _| {});
+            if worker.id().get() == 1 {
+                // It leaves, and these do not keep it.
+                worker.run().unwrap();
+                assert_eq!(worker.exited_after_disconnect(), Some(true));
+            } else {
+                // Nothing keeps it, although it is connected.
+                worker.process().unref();
+                listener.unref();
+                worker.run().unwrap();
+                assert!(worker.is_connected());
+                // A last thing to do does.
+                worker.set_timeout(Duration::from_millis(1), |worker| {
+                    worker.process().ref_();
+                    worker.disconnect();
+                });
+                worker.run().unwrap();
+                assert_eq!(worker.exited_after_disconnect(), Some(true));
+            }
+        },
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    let expected = ["1", "2"].map(|id| {
+        [
+            "disconnect Some(true)",
+            "exit Some(true) exit status: 0",
+            "fork",
+            "listening",
+            "online",
+        ]
+        .map(|event| format!("{id} {event}"))
+    });
+    assert_eq!(entries, expected.concat());
+}
+
+fn a_worker_that_is_let_go_is_not_waited_for() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            worker.process().unref();
+            worker.process().unref();
+            // What has happened is told, and then nothing is left to wait for.
+            master.run().unwrap();
+            assert_eq!(master.workers(), std::slice::from_ref(&worker));
+            assert!(!worker.is_dead());
+            log.add("ended");
+            // With something else to wait for it lives on like any other.
+            let other = master.fork().unwrap();
+            let asked = worker.clone();
+            other.on_message(move |_, other, _| {
+                asked.send(b"are you there?").unwrap();
+                let other = other.clone();
+                let log = log.clone();
+                asked.on_message(move |_, _, _| {
+                    log.add("it is");
+                    other.disconnect();
+                });
+            });
+            master.run().unwrap();
+            assert_eq!(master.workers(), std::slice::from_ref(&worker));
+            worker.process().ref_();
+            worker.process().ref_();
+            worker.disconnect();
+        },
+        |worker| {
+            match worker.id().get() {
+                1 => drop(worker.on_message(|worker, _| {
+                    worker.send(b"yes").unwrap();
+                })),
+                _ => drop(worker.send(b"ask the other").unwrap()),
+            }
+            worker.run().unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    // When the first one comes online nobody waits for.
+    let before = entries.len();
+    entries.retain(|entry| entry != "1 online");
+    assert_eq!(before - entries.len(), 1);
+    let expected = [
+        "1 fork",
+        "ended",
+        "2 fork",
+        "2 online",
+        "it is",
+        "2 disconnect Some(true)",
+        "2 exit Some(true) exit status: 0",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries, expected);
+}

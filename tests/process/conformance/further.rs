@@ -1,0 +1,357 @@
+//! What else is known of Node: behaviours that its documentation and its users rely on, each named
+//! like its test there.
+
+use std::cell::{Cell, RefCell};
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::rc::Rc;
+
+use cluster::{AddressType, SendOptions, Settings};
+
+use crate::harness::for_both_policies;
+use crate::harness::{
+    Log, cluster, in_background, listen_in_vain, note_events, note_messages, open_fds, serve_id,
+    talk, when_listening,
+};
+
+crate::scenarios! {
+    bind_twice
+    dgram_cluster_close_during_bind
+    http_pipe
+    invalid_message
+    send_handle_twice
+    server_restart_rr
+    setup_primary_cumulative
+}
+
+/// The second cluster is that of a child, which finds the address of the first one.
+fn bind_twice() {
+    const ADDRESS: &str = "ADDRESS";
+    if std::env::var_os(ADDRESS).is_some() {
+        return second_cluster(ADDRESS);
+    }
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                note_events(master, &log);
+                when_listening(master, 1, move |master, address| {
+                    let own = std::env::current_exe().unwrap();
+                    let mut second = Command::new(own);
+                    second.env(ADDRESS, address.to_string());
+                    let play = move || second.status().unwrap().success();
+                    in_background(master, play, move |master, success| {
+                        assert!(success, "the second cluster");
+                        let ask = move || talk(address, b"").unwrap();
+                        in_background(master, ask, move |master, answer| {
+                            log.add(format!("served by {answer}"));
+                            master.disconnect(|_| {});
+                        });
+                    });
+                });
+                master.fork().unwrap();
+            },
+            |worker| serve_id(&worker, "127.0.0.1:0"),
+        );
+        let expected = [
+            "1 fork",
+            "1 online",
+            "1 listening",
+            "served by 1",
+            "1 disconnect Some(true)",
+            "1 exit Some(true) exit status: 0",
+        ];
+        assert_eq!(entries.take(), expected);
+    });
+}
+
+fn second_cluster(address: &str) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            note_messages(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let address = std::env::var(address).unwrap();
+            listen_in_vain(&worker, &address, nix::libc::EADDRINUSE);
+            worker.send(b"refused").unwrap();
+            worker.disconnect().run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 refused",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+/// Here `bind` waits for the answer, and no callback can close a socket that is not there yet. What
+/// can come in between is that the worker is to leave.
+fn dgram_cluster_close_during_bind() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let before = open_fds();
+            // Closed at once: the descriptor is given back, and so is the place.
+            for _ in 0..2 {
+                let socket = worker.bind("127.0.0.1:0").unwrap();
+                socket.on_message(|_, _, _| panic!("it is closed"));
+                let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+                client.send_to(b"hello", socket.local_addr()).unwrap();
+                socket.close();
+                assert!(socket.recv_from(&mut [0]).unwrap().is_none());
+                drop((socket, client));
+                assert_eq!(open_fds(), before);
+            }
+            worker.disconnect();
+            let socket = worker.bind("127.0.0.1:0").unwrap();
+            socket.on_message(|_, _, _| panic!("it has never been open"));
+            assert!(socket.recv_from(&mut [0]).unwrap().is_none());
+            assert_eq!(open_fds(), before);
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 listening",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn http_pipe() {
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("server.sock");
+        cluster(
+            |master| {
+                note_events(master, &log);
+                note_messages(master, &log);
+                let path = path.clone();
+                let worker = master.fork_with([("SOCKET", &path)]).unwrap();
+                let expected = path.to_str().unwrap().to_owned();
+                worker.on_listening(move |_, _, address| {
+                    assert_eq!(address.address.as_deref(), Some(expected.as_str()));
+                    assert_eq!(address.address_type, AddressType::Unix);
+                    assert_eq!((address.port, address.fd), (None, None));
+                });
+                worker.on_exit(move |_, _, _| assert!(!path.exists(), "left behind"));
+            },
+            |worker| {
+                let path = std::env::var_os("SOCKET").unwrap();
+                let listener = worker.listen(Path::new(&path)).unwrap();
+                let mut client = UnixStream::connect(&path).unwrap();
+                client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+                let mut connection = listener.accept().unwrap().unwrap();
+                assert!(connection.peer_addr().unwrap().is_unnamed());
+                let mut request = [0; 18];
+                connection.read_exact(&mut request).unwrap();
+                connection.write_all(b"HTTP/1.1 200 OK\r\n\r\nOK").unwrap();
+                drop(connection);
+                let mut answer = String::new();
+                client.read_to_string(&mut answer).unwrap();
+                assert!(answer.ends_with("OK"), "{answer}");
+                worker.send(b"DONE").unwrap();
+                std::process::exit(0);
+            },
+        );
+        let expected = [
+            "1 fork",
+            "1 online",
+            "1 listening",
+            "1 DONE",
+            "1 disconnect Some(false)",
+            "1 exit Some(false) exit status: 0",
+        ];
+        assert_eq!(entries.take(), expected);
+    });
+}
+
+/// A message is bytes here, and the crate's own frames have a kind of their own: none of the
+/// program's can be taken for one. What is no frame at all cuts the worker off, which other tests
+/// show.
+fn invalid_message() {
+    let log = Log::default();
+    let entries = log.clone();
+    const MESSAGES: [&[u8]; 5] = [
+        br#"{"cmd":"NODE_CLUSTER","ack":-1}"#,
+        b"\0\0\0\0\0\0\0\0",
+        b"\x01\0\0\0\x01\0\0\0\x01",
+        b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"",
+    ];
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let worker = master.fork().unwrap();
+            master.on_online(move |_, worker| {
+                for message in MESSAGES {
+                    let log = log.clone();
+                    let written = SendOptions::new().on_written(move |_, outcome| {
+                        outcome.unwrap();
+                        log.add("written");
+                    });
+                    assert!(worker.send_with(message, written).unwrap());
+                }
+            });
+            let mut expected = MESSAGES.iter();
+            worker.on_message(move |_, worker, message| {
+                assert_eq!(message.bytes(), *expected.next().unwrap());
+                if expected.len() == 0 {
+                    worker.disconnect();
+                }
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                worker.send(message.bytes()).unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        &["1 fork", "1 online"][..],
+        &["written"; 5],
+        &[
+            "1 disconnect Some(true)",
+            "1 exit Some(true) exit status: 0",
+        ],
+    ];
+    assert_eq!(entries.take(), expected.concat());
+}
+
+/// Nobody takes what is sent: then the client must see that its connection is closed. In Rust what
+/// is given away cannot be given a second time, but a copy can be sent before.
+fn send_handle_twice() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            note_messages(master, &log);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let mut client = TcpStream::connect(listener.local_addr()).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let socket = listener.accept().unwrap().unwrap().into_stream();
+            let copy = SendOptions::new().keep_open(&socket);
+            worker.send_with(b"send-handle-1", copy).unwrap();
+            let given = SendOptions::new().fd(socket);
+            worker.send_with(b"send-handle-2", given).unwrap();
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+            worker.disconnect().run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "1 send-handle-1",
+        "1 send-handle-2",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn server_restart_rr() {
+    let log = Log::default();
+    let entries = log.clone();
+    let ports = Rc::new(RefCell::new(Vec::new()));
+    let seen = Rc::clone(&ports);
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.on_listening(move |_, _, address| ports.borrow_mut().push(address.port));
+            let first = master.fork().unwrap();
+            first.on_listening(|master, first, _| {
+                let first = first.clone();
+                let second = master.fork().unwrap();
+                second.on_exit(move |_, _, _| drop(first.disconnect().clone()));
+            });
+        },
+        |worker| {
+            if worker.id().get() == 1 {
+                return serve_id(&worker, "127.0.0.1:0");
+            }
+            for _ in 0..2 {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                listener.close();
+                // It is the other one that still has it.
+                assert_eq!(talk(listener.local_addr(), b"").unwrap(), "1");
+            }
+            worker.process().disconnect();
+            worker.run().unwrap();
+        },
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 listening",
+        "2 fork",
+        "2 online",
+        "2 listening",
+        "2 listening",
+        "2 disconnect Some(false)",
+        "2 exit Some(false) exit status: 0",
+        "1 disconnect Some(true)",
+        "1 exit Some(true) exit status: 0",
+    ];
+    assert_eq!(entries.take(), expected);
+    let ports = seen.take();
+    assert_eq!(ports.len(), 3);
+    assert!(ports.iter().all(|port| *port == ports[0]), "{ports:?}");
+}
+
+fn setup_primary_cumulative() {
+    let count = Rc::new(Cell::new(0));
+    let setups = Rc::clone(&count);
+    cluster(
+        |master| {
+            assert_eq!(master.settings(), Settings::default());
+            master.on_setup(move |_, _| count.set(count.get() + 1));
+            master.setup_master(Settings::default());
+            let mut expected = Settings::default()
+                .exec(std::env::current_exe().unwrap())
+                .args(std::env::args_os().skip(1))
+                .exec_args([""; 0])
+                .silent(false);
+            assert_eq!(master.settings(), expected);
+            let check = |change: Settings, expected: &Settings| {
+                master.setup_master(change);
+                assert_eq!(master.settings(), *expected);
+            };
+            expected = expected.exec("overridden");
+            check(Settings::default().exec("overridden"), &expected);
+            expected = expected.args(["foo", "bar"]);
+            check(Settings::default().args(["foo", "bar"]), &expected);
+            expected = expected.exec_args(["baz", "bang"]);
+            check(Settings::default().exec_args(["baz", "bang"]), &expected);
+            check(Settings::default(), &expected);
+        },
+        |_| unreachable!("nobody is forked"),
+    );
+    assert_eq!(setups.get(), 5);
+}
