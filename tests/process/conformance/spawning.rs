@@ -296,9 +296,14 @@ fn stdio_of_other_kinds() {
             writeln!(file, "master").unwrap();
             let number = std::os::fd::AsRawFd::as_raw_fd(&file);
             let path = link(number.unsigned_abs());
-            let of_each = format!("/dev/null {path} {}", link(2));
+            let of_each = format!("/dev/null {path} {} /dev/null", link(2));
             links.replace(vec![format!("1 {of_each}"), format!("2 {of_each}")]);
-            let stdio = [Stdio::null(), Stdio::fd(given), Stdio::inherit()];
+            let stdio = [
+                Stdio::null(),
+                Stdio::fd(given),
+                Stdio::inherit(),
+                Stdio::null(),
+            ];
             master.setup_master(Settings::default().stdio(stdio));
             note_messages(master, &log);
             expect_success(master);
@@ -322,7 +327,7 @@ fn stdio_of_other_kinds() {
         |worker| {
             assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 0);
             println!("worker {}", worker.id());
-            say_and_leave(&worker, &[0, 1, 2].map(link).join(" "));
+            say_and_leave(&worker, &[0, 1, 2, 3].map(link).join(" "));
         },
     );
     assert!(file.take().is_none(), "it was looked into");

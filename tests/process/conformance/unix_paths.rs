@@ -283,54 +283,56 @@ fn connections_over_a_path() {
 
 /// Two workers listen, and one after the other closes what it has when it is told to.
 fn the_file_is_gone_after_the_last_close() {
-    let log = Log::default();
-    let entries = log.clone();
-    cluster(
-        |master| {
-            let path = directory(master).join("socket");
-            let (first, second) = (fork_for(master, &path), fork_for(master, &path));
-            let mut listening = 0;
-            let to_close = first.clone();
-            master.on_listening(move |_, _, _| {
-                listening += 1;
-                if listening == 2 {
-                    to_close.send(b"close").unwrap();
-                }
-            });
-            note_messages(master, &log);
-            let present = path.clone();
-            first.on_message(move |_, _, _| {
-                assert!(present.exists(), "the other one listens");
-                drop(UnixStream::connect(&present).unwrap());
-                second.send(b"close").unwrap();
-            });
-            let noted = log.clone();
-            master.on_message(move |master, worker, _| {
-                if worker.id().get() == 2 {
-                    noted.add(format!("file {}", path.exists()));
-                    master.disconnect(|_| {});
-                }
-            });
-            master.on_exit(move |_, _, status| log.add(status.to_string()));
-        },
-        |worker| {
-            let listener = listen(&worker);
-            listener.on_connection(|_, _| {});
-            worker.on_message(move |worker, _| {
-                listener.close();
-                worker.send(b"closed").unwrap();
-            });
-            worker.run().unwrap();
-        },
-    );
-    let expected = [
-        "1 closed",
-        "2 closed",
-        "file false",
-        "exit status: 0",
-        "exit status: 0",
-    ];
-    assert_eq!(entries.take(), expected);
+    for_both_policies(|| {
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                let path = directory(master).join("socket");
+                let (first, second) = (fork_for(master, &path), fork_for(master, &path));
+                let mut listening = 0;
+                let to_close = first.clone();
+                master.on_listening(move |_, _, _| {
+                    listening += 1;
+                    if listening == 2 {
+                        to_close.send(b"close").unwrap();
+                    }
+                });
+                note_messages(master, &log);
+                let present = path.clone();
+                first.on_message(move |_, _, _| {
+                    assert!(present.exists(), "the other one listens");
+                    drop(UnixStream::connect(&present).unwrap());
+                    second.send(b"close").unwrap();
+                });
+                let noted = log.clone();
+                master.on_message(move |master, worker, _| {
+                    if worker.id().get() == 2 {
+                        noted.add(format!("file {}", path.exists()));
+                        master.disconnect(|_| {});
+                    }
+                });
+                master.on_exit(move |_, _, status| log.add(status.to_string()));
+            },
+            |worker| {
+                let listener = listen(&worker);
+                listener.on_connection(|_, _| {});
+                worker.on_message(move |worker, _| {
+                    listener.close();
+                    worker.send(b"closed").unwrap();
+                });
+                worker.run().unwrap();
+            },
+        );
+        let expected = [
+            "1 closed",
+            "2 closed",
+            "file false",
+            "exit status: 0",
+            "exit status: 0",
+        ];
+        assert_eq!(entries.take(), expected);
+    });
 }
 
 fn the_file_is_gone_after_the_disconnect_of_all() {
