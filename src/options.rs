@@ -147,6 +147,7 @@ impl std::fmt::Display for Wish {
         match &self.target {
             Target::Port(port) => endpoint(self.port(*port)).fmt(f),
             Target::Ip(address) => address.fmt(f),
+            Target::Fd(number) if self.is_alone() => write!(f, "descriptor {number}"),
             Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
             Target::Path(path) => path.display().fmt(f),
             Target::Name(name) => f.write_str(name),

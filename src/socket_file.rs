@@ -24,11 +24,14 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
     // The system takes about a hundred bytes; from where we are the way may be shorter.
     let short = std::env::current_dir().map_or_else(|_| path.into(), |here| shortest(path, &here));
     let listener = UnixListener::bind(&short).map_err(|error| {
-        let too_long = error.kind() == io::ErrorKind::InvalidInput;
-        if too_long && error.raw_os_error().is_none() {
-            return io::Error::from_raw_os_error(libc::ENAMETOOLONG);
+        // What std finds wrong before the system can.
+        let wrong = error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none();
+        let has_zero = path.as_os_str().as_bytes().contains(&0);
+        match (wrong, has_zero) {
+            (false, _) => error,
+            (true, true) => io::Error::from_raw_os_error(libc::EINVAL),
+            (true, false) => io::Error::from_raw_os_error(libc::ENAMETOOLONG),
         }
-        error
     })?;
     let metadata = std::fs::symlink_metadata(path)?;
     let file = SocketFile {
@@ -133,9 +136,11 @@ mod tests {
     }
 
     #[test]
-    fn a_path_too_long_is_an_error_with_a_number() {
+    fn a_path_that_cannot_be_is_an_error_with_a_number() {
         let path = Path::new("/tmp").join("x".repeat(120));
         let error = listen(&path, &BindFlags::default()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENAMETOOLONG));
+        let error = listen("/tmp/a\0b".as_ref(), &BindFlags::default()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     }
 }
