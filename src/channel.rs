@@ -186,6 +186,8 @@ pub(crate) struct Channel<In, Out> {
     outbox: Outbox,
     /// Nothing can be written any more.
     broken: bool,
+    /// Something was to be written and has not been.
+    lost: bool,
     /// To be closed when everything is written.
     closing: bool,
     /// Whether the poller tells when something can be read.
@@ -202,6 +204,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             inbox: Inbox::default(),
             outbox: Outbox::default(),
             broken: false,
+            lost: false,
             closing: false,
             waits_to_read: true,
             waits_to_write: false,
@@ -215,7 +218,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Whether everything queued has reached the other side's socket.
     pub(crate) fn is_flushed(&self) -> bool {
-        self.outbox.bytes.is_empty() && !self.broken
+        self.outbox.bytes.is_empty() && !self.lost
     }
 
     /// Whether something waits to be written, and can be.
@@ -225,6 +228,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Queues a frame of the crate's own.
     pub(crate) fn queue(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<OwnedFd>>) {
+        self.lost |= self.broken || self.closing;
         if !self.broken && !self.closing {
             let fds: Vec<_> = fds.into_iter().collect();
             let mut bytes = Vec::new();
@@ -286,6 +290,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         let outcome = self.write();
         if let Err(error) = outcome {
             self.broken = true;
+            self.lost = true;
             self.outbox.clear();
             self.wait_to_write(false)?;
             let closed = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
@@ -386,6 +391,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// From now on neither side can write; what was written can still be read.
     pub(crate) fn shut(&mut self) {
         self.broken = true;
+        self.lost |= !self.outbox.bytes.is_empty();
         self.outbox.clear();
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }

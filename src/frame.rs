@@ -23,6 +23,7 @@
 //!   5   Refused     handle 4, number 8         |  67   End         handle 4, drain 1
 //!   6   Close       handle 4                   |  68   Disconnect
 //!   7   Leaving                                | 127   Message     the program's bytes       n
+//!   8   Revoke      handle 4                   |
 //! 127   Message     the program's bytes        |
 //!
 //! address: family 1 (4, 6, or 0 for none), port 2, IP 4 or 16; for family 6 then flow 4, scope 4
@@ -103,6 +104,10 @@ pub(crate) enum ToMaster {
     },
     /// The worker wants to leave; the answer is `Disconnect`.
     Leaving,
+    /// Whatever credits are left are taken back: the program wants less than it did.
+    Revoke {
+        handle: HandleId,
+    },
     Message(Vec<u8>),
 }
 
@@ -408,6 +413,9 @@ impl Frame for ToMaster {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
             Self::Leaving => frame(out, 7, fds, |_| {}),
+            Self::Revoke { handle } => frame(out, 8, fds, |out| {
+                out.extend_from_slice(&handle.0.to_le_bytes());
+            }),
             Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
         }
     }
@@ -448,6 +456,9 @@ impl Frame for ToMaster {
                     handle: body.handle()?,
                 },
                 7 => Self::Leaving,
+                8 => Self::Revoke {
+                    handle: body.handle()?,
+                },
                 _ => return None,
             };
             body.end()?;
@@ -456,7 +467,7 @@ impl Frame for ToMaster {
         match (kind, read(&mut body)) {
             (_, Some(_)) if fds > 0 => Err(FrameError::Descriptors),
             (_, Some(frame)) => Ok(frame),
-            (1..=7, None) => Err(FrameError::Body(kind)),
+            (1..=8, None) => Err(FrameError::Body(kind)),
             (_, None) => Err(FrameError::Kind(kind)),
         }
     }
@@ -652,6 +663,10 @@ mod tests {
                 vec![4, 0, 0, 0, 1, 6, 0, 0, 4, 3, 2, 1],
             ),
             (ToMaster::Leaving, vec![0, 0, 0, 0, 1, 7, 0, 0]),
+            (
+                ToMaster::Revoke { handle: H },
+                vec![4, 0, 0, 0, 1, 8, 0, 0, 4, 3, 2, 1],
+            ),
             (
                 ToMaster::Message(b"hi".to_vec()),
                 vec![2, 0, 0, 0, 1, 127, 0, 0, b'h', b'i'],

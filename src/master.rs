@@ -911,5 +911,7 @@ impl Drop for Master {
         for callbacks in self.of_worker.take().into_values() {
             callbacks.clear();
         }
+        // The program may still have workers in its hands.
+        self.shell.close();
     }
 }

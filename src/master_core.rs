@@ -42,10 +42,15 @@ pub(crate) enum Action<C> {
     Unwatch {
         handle: HandleId,
     },
-    /// Accept; the answers are `accepted`, then `accept_done`, `drained` or `accept_failed`.
+    /// Accept; the answers are `accepted`, then `accept_done`, `drained` or `accept_failed`. A shut
+    /// door is no failure if it was ours to shut.
     Accept {
         handle: HandleId,
         at_most: u64,
+    },
+    /// Remove the file of a Unix path, so that nobody finds the way any more.
+    RemoveFile {
+        handle: HandleId,
     },
     /// Let nobody new into the backlog, as far as the system can; for good, if it is a Unix path.
     ShutDoor {
@@ -242,7 +247,7 @@ impl<C: Clone> MasterCore<C> {
     pub(crate) fn anyone_waits(&self) -> bool {
         self.handles
             .values()
-            .any(|handle| !handle.connections.waiting().is_empty())
+            .any(|handle| handle.connections.anyone_waits())
     }
 
     // What the program does.
@@ -572,6 +577,12 @@ impl<C: Clone> MasterCore<C> {
                 self.leave_handle(handle, worker);
             }
             ToMaster::Leaving => self.begin_leave(&[worker]),
+            ToMaster::Revoke { handle } => {
+                let Some(entry) = self.handles.get_mut(&handle) else {
+                    return Err(FrameError::State("revoked from a listener it has not"));
+                };
+                entry.connections.revoke(worker)?;
+            }
             ToMaster::Message(_) => {
                 if let Some(message) = message {
                     self.emit_both(worker, &Event::Message(Rc::new(message)));
@@ -638,7 +649,7 @@ impl<C: Clone> MasterCore<C> {
     /// Whether a connection waits although someone could take it.
     pub(crate) fn someone_waits_in_vain(&self) -> bool {
         self.handles.values().any(|handle| {
-            let waits = !handle.connections.waiting().is_empty();
+            let waits = handle.connections.anyone_waits();
             let idle = handle.door == Door::Ready && handle.stage != Stage::Unbound;
             handle.connections.room() > 0 && (waits || idle)
         })

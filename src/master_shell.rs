@@ -20,7 +20,9 @@ use crate::event_loop::Token;
 use crate::frame::{HandleId, ToMaster, ToWorker};
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
-use crate::settings::{CHANNEL_FD, INSPECT_PORT, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID};
+use crate::settings::{
+    CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
+};
 use crate::signal::Signal;
 use crate::socket_file::SocketFile;
 use crate::sys;
@@ -49,6 +51,7 @@ pub(crate) struct Record {
 /// can have it.
 #[derive(Debug)]
 struct MasterSocket {
+    is_path: bool,
     file: Option<SocketFile>,
     socket: Registered<OwnedFd>,
 }
@@ -99,6 +102,9 @@ impl MasterShell {
         watch_children: impl FnOnce() -> io::Result<()>,
     ) -> Result<Rc<Record>, Failure> {
         let making = |error| ("make a channel", error);
+        // The program's own code first: it may fork, too.
+        let extra: Vec<_> = extra.into_iter().collect();
+        let inspect_port = settings.inspect_port.as_ref().map(InspectPort::next);
         let id = self.core.borrow().next_worker_id();
         let stdio = Stdios::new(settings).map_err(|error| ("prepare its descriptors", error))?;
         let (ours, low) = UnixStream::pair().map_err(making)?;
@@ -112,8 +118,8 @@ impl MasterShell {
         env.extend(extra);
         env.insert(UNIQUE_ID.into(), id.to_string().into());
         env.insert(CHANNEL_FD.into(), theirs.as_raw_fd().to_string().into());
-        if let Some(port) = &settings.inspect_port {
-            env.insert(INSPECT_PORT.into(), port.next().to_string().into());
+        if let Some(port) = inspect_port {
+            env.insert(INSPECT_PORT.into(), port.to_string().into());
         }
         let mut program = program(settings, env).map_err(|error| ("prepare it", error))?;
         program.stdio(stdio.theirs);
@@ -142,6 +148,15 @@ impl MasterShell {
         });
         self.records.borrow_mut().insert(id, Rc::clone(&record));
         Ok(record)
+    }
+
+    /// Lets go of everything: the workers leave when their channels close.
+    pub(crate) fn close(&self) {
+        for record in self.records.take().into_values() {
+            record.channel.take();
+            record.process.take();
+            record.stdio.take();
+        }
     }
 
     /// The worker has left the table, and its last event has been delivered.
@@ -224,16 +239,19 @@ impl MasterShell {
             Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
             Action::Unwatch { handle } => self.set_interest(handle, None),
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
-            // Where it cannot be done, the backlog is emptied with the door open.
-            Action::ShutDoor { handle } => {
+            Action::RemoveFile { handle } => {
                 if let Some(listener) = self.listeners.borrow_mut().get_mut(&handle) {
-                    if listener.file.take().is_some() {
-                        sys::listen::shut_unix_door(&listener.socket);
-                    } else {
-                        let _ = sys::listen::shut_door(&listener.socket);
-                    }
+                    listener.file = None;
                 }
             }
+            // Where it cannot be done, the backlog is emptied with the door open.
+            Action::ShutDoor { handle } => match self.listeners.borrow().get(&handle) {
+                Some(listener) if listener.is_path => {
+                    sys::listen::shut_unix_door(&listener.socket);
+                }
+                Some(listener) => drop(sys::listen::shut_door(&listener.socket)),
+                None => {}
+            },
             Action::OpenDoor { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
                     let _ = sys::listen::open_door(&listener.socket);
@@ -249,8 +267,8 @@ impl MasterShell {
                 // the program's.
                 loop {
                     while self.feed(worker) {}
-                    let received = self.receive(worker);
-                    if !matches!(received, Ok(Received::Something)) {
+                    let believed = self.core.borrow().is_connected(worker);
+                    if !believed || !matches!(self.receive(worker), Ok(Received::Something)) {
                         break;
                     }
                 }
@@ -279,7 +297,12 @@ impl MasterShell {
         } = bind(endpoint, flags, false)?;
         let key = Token::Listener(handle.0).key();
         let socket = self.poller.add(socket, key, None)?;
-        let bound = MasterSocket { file, socket };
+        let is_path = file.is_some();
+        let bound = MasterSocket {
+            is_path,
+            file,
+            socket,
+        };
         self.listeners.borrow_mut().insert(handle, bound);
         Ok(address)
     }
@@ -313,7 +336,10 @@ impl MasterShell {
         for _ in 0..at_most {
             match sys::listen::accept(&*listener.socket) {
                 Ok(stream) => core.accepted(handle, Rc::new(stream)),
-                Err(error) if sys::listen::nothing_to_accept(&error) => {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return core.drained(handle);
+                }
+                Err(error) if sys::listen::is_shut(&error) && core.is_ending(handle) => {
                     return core.drained(handle);
                 }
                 Err(error) if sys::listen::lost_before_accept(&error) => {}
@@ -403,7 +429,8 @@ impl MasterShell {
                     | ToMaster::Ready { .. }
                     | ToMaster::Refused { .. }
                     | ToMaster::Close { .. }
-                    | ToMaster::Leaving) => core.frame(worker, frame, None),
+                    | ToMaster::Leaving
+                    | ToMaster::Revoke { .. }) => core.frame(worker, frame, None),
                 }
                 true
             }

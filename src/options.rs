@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 
+/// The system has no longer paths; with the directory before it, this one still fits a frame.
+const MAX_PATH: usize = 4096;
+
 /// What to listen on, and how: the argument of [`Worker::listen`](crate::Worker::listen).
 ///
 /// Node: the options of `server.listen()`. It is made from
@@ -112,6 +115,9 @@ impl Wish {
             Target::Port(number) => vec![self.port(*number)],
             Target::Ip(address) => vec![Place::Ip(*address)],
             Target::Fd(number) => vec![Place::Fd(*number)],
+            Target::Path(path) if path.as_os_str().len() > MAX_PATH => {
+                return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+            }
             Target::Path(path) => vec![Place::Path(std::path::absolute(path)?)],
             Target::Host(host, port) => all((host.as_str(), *port).to_socket_addrs()?),
             Target::Name(name) => match name.parse() {

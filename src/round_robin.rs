@@ -20,13 +20,16 @@ pub(crate) struct Given<C> {
     pub(crate) connection: C,
 }
 
+/// A connection with its place among all that were accepted.
+pub(crate) type Placed<C> = (u64, C);
+
 #[derive(Debug)]
 struct Member<C> {
     credits: u32,
     /// Number of the last connection given; they count from 1.
     last: u64,
     /// Given and not yet known to be taken, in order.
-    given: VecDeque<(u64, C)>,
+    given: VecDeque<(u64, Placed<C>)>,
     /// When this worker was last served; the smallest is served next.
     turn: u64,
     /// Told that nothing more comes.
@@ -46,8 +49,9 @@ pub(crate) struct RoundRobin<C> {
     members: BTreeMap<WorkerId, Member<C>>,
     ready: BTreeSet<(bool, u64, WorkerId)>,
     credits: u64,
-    /// Accepted and given to nobody: only what a dead or refusing worker gave back.
-    waiting: VecDeque<C>,
+    /// Accepted and given to nobody, by place: only what a dead or refusing worker gave back.
+    waiting: BTreeMap<u64, C>,
+    accepted: u64,
     turns: u64,
 }
 
@@ -57,7 +61,8 @@ impl<C: Clone> RoundRobin<C> {
             members: BTreeMap::new(),
             ready: BTreeSet::new(),
             credits: 0,
-            waiting: VecDeque::new(),
+            waiting: BTreeMap::new(),
+            accepted: 0,
             turns: 0,
         }
     }
@@ -67,8 +72,9 @@ impl<C: Clone> RoundRobin<C> {
         self.credits.saturating_sub(self.waiting.len() as u64)
     }
 
-    pub(crate) fn waiting(&self) -> &VecDeque<C> {
-        &self.waiting
+    /// Whether any connection waits for a worker.
+    pub(crate) fn anyone_waits(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     pub(crate) fn join(&mut self, worker: WorkerId) {
@@ -129,8 +135,18 @@ impl<C: Clone> RoundRobin<C> {
         outcome.unwrap_or(Err(FrameError::State("ready for a listener it has not")))
     }
 
+    /// Takes back the credits that `worker` has left.
+    pub(crate) fn revoke(&mut self, worker: WorkerId) -> Result<(), FrameError> {
+        let revoked = self.change(worker, |member| member.credits = 0);
+        revoked.ok_or(FrameError::State("revoked what it never granted"))
+    }
+
     /// Takes back the connection that `worker` refused.
-    pub(crate) fn refuse(&mut self, worker: WorkerId, number: u64) -> Result<C, FrameError> {
+    pub(crate) fn refuse(
+        &mut self,
+        worker: WorkerId,
+        number: u64,
+    ) -> Result<Placed<C>, FrameError> {
         let refused = self.change(worker, |member| {
             let at = member.given.iter().position(|(n, _)| *n == number)?;
             member.given.remove(at)
@@ -150,31 +166,27 @@ impl<C: Clone> RoundRobin<C> {
     }
 
     /// Forgets `worker`. Returns what it was given and never took.
-    pub(crate) fn leave(&mut self, worker: WorkerId) -> Vec<C> {
+    pub(crate) fn leave(&mut self, worker: WorkerId) -> Vec<Placed<C>> {
         self.end(worker);
         let member = self.members.remove(&worker);
         let given = member.map(|member| member.given).unwrap_or_default();
-        given
-            .into_iter()
-            .map(|(_, connection)| connection)
-            .collect()
+        given.into_iter().map(|(_, placed)| placed).collect()
     }
 
     pub(crate) fn push(&mut self, connection: C) {
-        self.waiting.push_back(connection);
+        self.accepted += 1;
+        self.waiting.insert(self.accepted, connection);
     }
 
     /// Puts back what somebody did not take, before everything that came later.
-    pub(crate) fn push_front(&mut self, connections: Vec<C>) {
-        for connection in connections.into_iter().rev() {
-            self.waiting.push_front(connection);
-        }
+    pub(crate) fn put_back(&mut self, connections: Vec<Placed<C>>) {
+        self.waiting.extend(connections);
     }
 
     /// Removes those waiting connections that `gone` says are gone.
     pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) -> u64 {
         let before = self.waiting.len();
-        self.waiting.retain(|connection| !gone(connection));
+        self.waiting.retain(|_, connection| !gone(connection));
         (before - self.waiting.len()) as u64
     }
 
@@ -187,7 +199,7 @@ impl<C: Clone> RoundRobin<C> {
     /// Gives the first waiting connection to the worker whose turn it is.
     pub(crate) fn distribute(&mut self) -> Option<Given<C>> {
         let &(_, _, worker) = self.ready.first()?;
-        let connection = self.waiting.pop_front()?;
+        let (place, connection) = self.waiting.pop_first()?;
         self.turns += 1;
         let turn = self.turns;
         let copy = connection.clone();
@@ -195,7 +207,7 @@ impl<C: Clone> RoundRobin<C> {
             member.credits -= 1;
             member.last += 1;
             member.turn = turn;
-            member.given.push_back((member.last, copy));
+            member.given.push_back((member.last, (place, copy)));
             member.last
         })?;
         Some(Given {
@@ -293,11 +305,37 @@ mod tests {
         assert_eq!(who(&mut rr).len(), 3);
         assert_eq!(rr.grant(id(1), 0, 1), Ok(1));
         let untaken = rr.leave(id(1));
-        assert_eq!(untaken, [1, 2]);
+        assert_eq!(untaken, [(2, 1), (3, 2)]);
         rr.push(3);
-        rr.push_front(untaken);
+        rr.put_back(untaken);
         rr.grant(id(2), 9, 0).unwrap();
         assert_eq!(who(&mut rr), [(2, 1), (2, 2), (2, 3)]);
+    }
+
+    #[test]
+    fn what_comes_back_in_pieces_keeps_its_order() {
+        let mut rr = with_members(2);
+        rr.grant(id(1), 3, 0).unwrap();
+        (0..3).for_each(|c| rr.push(c));
+        assert_eq!(who(&mut rr).len(), 3);
+        for number in [1, 2, 3] {
+            let refused = rr.refuse(id(1), number).unwrap();
+            rr.put_back(vec![refused]);
+        }
+        rr.push(3);
+        rr.grant(id(2), 9, 0).unwrap();
+        assert_eq!(who(&mut rr), [(2, 0), (2, 1), (2, 2), (2, 3)]);
+    }
+
+    #[test]
+    fn revoked_credits_are_gone() {
+        let mut rr = with_members(1);
+        rr.grant(id(1), 3, 0).unwrap();
+        rr.revoke(id(1)).unwrap();
+        assert_eq!(rr.room(), 0);
+        rr.push(1);
+        assert!(rr.distribute().is_none());
+        assert!(rr.revoke(id(2)).is_err());
     }
 
     #[test]
@@ -310,7 +348,7 @@ mod tests {
         rr.grant(id(1), 1, 0).unwrap();
         rr.push(5);
         assert_eq!(who(&mut rr), [(1, 5)]);
-        assert_eq!(rr.refuse(id(1), 1), Ok(5));
+        assert_eq!(rr.refuse(id(1), 1), Ok((1, 5)));
         assert!(rr.refuse(id(1), 1).is_err(), "only once");
     }
 

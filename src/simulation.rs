@@ -231,12 +231,11 @@ impl World {
             }
             Action::Watch { handle } => self.port(handle).watched = true,
             Action::Unwatch { handle } => self.port(handle).watched = false,
-            Action::ShutDoor { handle } => {
+            Action::RemoveFile { handle } => {
                 self.port(handle).shut = true;
-                if self.port(handle).kind == Some(Kind::Unix) {
-                    self.taken.clear();
-                }
+                self.taken.clear();
             }
+            Action::ShutDoor { handle } => self.port(handle).shut = true,
             Action::OpenDoor { handle } => {
                 let port = self.port(handle);
                 assert_eq!(port.kind, Some(Kind::Tcp), "its file is gone");
@@ -485,7 +484,7 @@ impl World {
         if let Some(most) = process.limits.get(&listener) {
             let held = process.held.iter().filter(|(_, from)| *from == listener);
             assert!(
-                held.count() <= *most || process.core.is_ending(listener),
+                held.count() <= *most || process.core.is_leaving(),
                 "more than the program wants"
             );
         }
@@ -616,7 +615,7 @@ impl World {
     fn garbage(&mut self, worker: WorkerId) {
         let handle = HandleId(self.rng.u32(0..4));
         let number = self.rng.u64(0..4);
-        let frame = match self.rng.u8(0..7) {
+        let frame = match self.rng.u8(0..8) {
             0 => ToMaster::Online,
             1 => ToMaster::Listen {
                 request: 1,
@@ -634,6 +633,7 @@ impl World {
             },
             4 => ToMaster::Refused { handle, number },
             5 => ToMaster::Close { handle },
+            6 => ToMaster::Revoke { handle },
             _ => ToMaster::Leaving,
         };
         let process = self.processes.get_mut(&worker).expect("known");

@@ -1,5 +1,6 @@
 //! Unix sockets and the files by which they are known.
 
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
@@ -47,7 +48,8 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         mode |= 0o222;
     }
     if mode != metadata.mode() {
-        sys::fd::change_mode(path, mode & 0o7777)?;
+        let is_ours = |found: &Metadata| file.is(found);
+        sys::fd::change_mode(path, mode & 0o7777, is_ours)?;
     }
     listener.set_nonblocking(true)?;
     let listener = OwnedFd::from(listener);
@@ -76,10 +78,15 @@ fn shortest(path: &Path, here: &Path) -> PathBuf {
     }
 }
 
+impl SocketFile {
+    fn is(&self, found: &Metadata) -> bool {
+        found.dev() == self.device && found.ino() == self.inode
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = |file: &std::fs::Metadata| file.dev() == self.device && file.ino() == self.inode;
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|file| ours(&file)) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| self.is(&found)) {
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -22,7 +22,7 @@ pub(crate) enum Action {
     Send(ToMaster),
     /// Close this worker's copy of a shared listener or socket.
     CloseListener(ListenerId),
-    /// Let nobody new into the backlog of a listener that this worker has made itself.
+    /// Let nobody new into the backlog of a listener of which the master knows nothing.
     ShutDoor(ListenerId),
     /// Close the channel once everything queued is written.
     CloseChannel,
@@ -68,8 +68,6 @@ struct Entry<C> {
     kind: Kind,
     /// What the master was asked for; `None` for the worker's own listeners.
     key: Option<HandleKey>,
-    /// Made by this worker, which therefore empties it when it leaves.
-    own: bool,
     address: Option<SocketAddr>,
     policy: SchedulingPolicy,
     stage: Stage,
@@ -299,20 +297,14 @@ impl<C> WorkerCore<C> {
         listener
     }
 
-    /// Takes note of a socket of the worker's own; `own` if the worker has made it, so that nobody
-    /// else serves what is in its backlog.
-    pub(crate) fn listen_alone(
-        &mut self,
-        kind: Kind,
-        address: Option<SocketAddr>,
-        own: bool,
-    ) -> ListenerId {
-        let listener = self.add(kind, None, Stage::Open(None), SchedulingPolicy::Shared);
-        if let Some(entry) = self.listeners.get_mut(&listener) {
-            entry.address = address;
-            entry.own = own;
-        }
-        listener
+    /// Takes note of a socket of which the master knows nothing.
+    pub(crate) fn listen_alone(&mut self, kind: Kind) -> ListenerId {
+        self.add(kind, None, Stage::Open(None), SchedulingPolicy::Shared)
+    }
+
+    /// Whether listeners end as soon as they are asked for.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.told || self.closing || !self.connected
     }
 
     /// A worker that leaves gets listeners that are closed already.
@@ -325,11 +317,10 @@ impl<C> WorkerCore<C> {
     ) -> ListenerId {
         self.last_listener += 1;
         let listener = ListenerId(self.last_listener);
-        let gone = self.told || self.closing || !self.connected;
+        let gone = self.is_leaving();
         let entry = Entry {
             kind,
             key,
-            own: false,
             address: None,
             policy,
             stage: if gone { Stage::Closed } else { stage },
@@ -504,12 +495,21 @@ impl<C> WorkerCore<C> {
     /// From now on the program wants to have at most so many connections of this listener at a
     /// time.
     pub(crate) fn set_most(&mut self, listener: ListenerId, most: Option<u64>) {
-        if let Some(entry) = self.listeners.get_mut(&listener) {
-            entry.most = most;
-            self.take(listener);
-            self.ask(listener);
-            self.refill(listener);
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if self.told && !entry.drops {
+            return; // It serves what is left, however many it has.
         }
+        entry.most = most;
+        // What was granted before may be too much now.
+        if let (1.., Some(handle)) = (entry.credits, entry.handle()) {
+            entry.credits = 0;
+            self.send(ToMaster::Revoke { handle });
+        }
+        self.take(listener);
+        self.ask(listener);
+        self.refill(listener);
     }
 
     /// What is beyond that is to be dropped.
@@ -733,10 +733,14 @@ impl<C> WorkerCore<C> {
                 self.told = true;
                 let mut alone = Vec::new();
                 for (listener, entry) in &mut self.listeners {
+                    if !entry.drops {
+                        // Whatever is left comes to the last worker, however many it has.
+                        entry.most = None;
+                    }
                     match entry.stage {
                         // A worker that leaves gets no answer to what it has asked.
                         Stage::Asked => entry.stage = Stage::Abandoned,
-                        Stage::Open(None) => alone.push((*listener, entry.own)),
+                        Stage::Open(None) => alone.push(*listener),
                         Stage::Open(Some(_))
                         | Stage::Abandoned
                         | Stage::Failed(_)
@@ -744,13 +748,14 @@ impl<C> WorkerCore<C> {
                         | Stage::Closed => {}
                     }
                 }
-                for (listener, own) in alone {
-                    if own {
-                        self.actions.push_back(Action::ShutDoor(listener));
-                        self.end(listener);
-                    } else {
-                        self.close(listener);
-                    }
+                for listener in alone {
+                    self.actions.push_back(Action::ShutDoor(listener));
+                    self.end(listener);
+                }
+                let all: Vec<_> = self.listeners.keys().copied().collect();
+                for listener in all {
+                    self.ask(listener);
+                    self.refill(listener);
                 }
                 if self.killed {
                     self.close_channel();
@@ -782,6 +787,9 @@ impl<C> WorkerCore<C> {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
+        if entry.policy != SchedulingPolicy::RoundRobin {
+            return; // Nobody gives it anything.
+        }
         let credits = match entry.stage {
             Stage::Open(_) if entry.served => {
                 let nothing = idle && entry.credits == 0 && entry.pending.is_empty();
@@ -796,7 +804,7 @@ impl<C> WorkerCore<C> {
         };
         entry.credits += credits;
         let taken = entry.taken;
-        if entry.policy == SchedulingPolicy::RoundRobin && (credits > 0 || taken > 0) {
+        if credits > 0 || taken > 0 {
             if let Some(handle) = entry.handle() {
                 self.send(ToMaster::Ready {
                     handle,

@@ -2,7 +2,7 @@
 //! listeners. Never calls the program.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -58,9 +58,12 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     /// `None` when it is closed.
     channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
-    sockets: RefCell<BTreeMap<ListenerId, Rc<Registered<Socket>>>>,
-    /// Of the Unix paths on which this worker listens alone.
+    /// Of the Unix paths on which this worker listens alone. Dropped before the sockets: as long as
+    /// a file is there, nobody else can have it.
     files: RefCell<BTreeMap<ListenerId, SocketFile>>,
+    sockets: RefCell<BTreeMap<ListenerId, Rc<Registered<Socket>>>>,
+    /// Which of these others may have, too.
+    lent: RefCell<BTreeSet<ListenerId>>,
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
     /// What went wrong outside any call of the program's.
@@ -91,8 +94,9 @@ impl WorkerShell {
             core: RefCell::new(WorkerCore::new()),
             poller,
             channel: RefCell::new(Some(channel)),
-            sockets: RefCell::default(),
             files: RefCell::default(),
+            sockets: RefCell::default(),
+            lent: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
             errors: RefCell::default(),
             receipts: RefCell::default(),
@@ -197,9 +201,7 @@ impl WorkerShell {
                     }
                 }
                 Some(Action::CloseListener(listener)) => {
-                    // The file first: as long as it is there, nobody else can have it.
-                    self.files.borrow_mut().remove(&listener);
-                    self.sockets.borrow_mut().remove(&listener);
+                    self.close_socket(listener);
                 }
                 Some(Action::ShutDoor(listener)) => self.shut_door(listener),
                 Some(Action::CloseChannel) => {
@@ -354,24 +356,35 @@ impl WorkerShell {
         Ok(())
     }
 
-    /// Keeps a socket of which the master knows nothing; `own` if this worker has made it.
+    /// Keeps a socket of which the master knows nothing; `is_lent` if others may have it, too. A
+    /// worker that leaves gets a listener that has ended.
     pub(crate) fn keep_alone(
         &self,
         kind: Kind,
         bound: BoundSocket,
-        own: bool,
+        is_lent: bool,
     ) -> io::Result<ListenerId> {
-        let mut core = self.core.borrow_mut();
-        let listener = core.listen_alone(kind, bound.address, own);
-        let ended = core.has_ended(listener);
-        drop(core);
-        if !ended {
-            self.keep(listener, bound.socket)
-                .inspect_err(|_| self.close(listener))?;
+        let listener = self.core.borrow_mut().listen_alone(kind);
+        if !self.core.borrow().is_leaving() {
+            let kept = self.keep(listener, bound.socket);
+            kept.inspect_err(|_| self.close(listener))?;
             let mut files = self.files.borrow_mut();
             files.extend(bound.file.map(|file| (listener, file)));
+            self.lent.borrow_mut().extend(is_lent.then_some(listener));
         }
         Ok(listener)
+    }
+
+    fn close_socket(&self, listener: ListenerId) {
+        // The file first: as long as it is there, nobody else can have it.
+        self.files.borrow_mut().remove(&listener);
+        let socket = self.sockets.borrow_mut().remove(&listener);
+        let is_lent = self.lent.borrow_mut().remove(&listener);
+        if let (Some(Socket::Listener(listener)), true) = (socket.as_deref().map(|s| &**s), is_lent)
+        {
+            // Others go on with it.
+            let _ = sys::listen::open_door(listener);
+        }
     }
 
     /// Where it cannot be done, the backlog is emptied with the door open.
@@ -438,15 +451,18 @@ impl WorkerShell {
                     let is_over = self.core.borrow_mut().connection_opened(listener);
                     return Ok(Some(Accepted { fd, is_over }));
                 }
-                Err(error) if sys::listen::nothing_to_accept(&error) => {
-                    if self.core.borrow().is_ending(listener) {
-                        self.core.borrow_mut().close(listener);
-                        self.act();
-                    }
-                    return Ok(None);
-                }
                 Err(error) if sys::listen::lost_before_accept(&error) => {}
                 Err(source) => {
+                    let is_ending = self.core.borrow().is_ending(listener);
+                    let is_empty = source.kind() == io::ErrorKind::WouldBlock;
+                    if is_ending && (is_empty || sys::listen::is_shut(&source)) {
+                        self.core.borrow_mut().close(listener);
+                        self.act();
+                        return Ok(None);
+                    }
+                    if is_empty {
+                        return Ok(None);
+                    }
                     let attempt = "accept a connection";
                     return Err(Error::Io { attempt, source });
                 }

@@ -26,7 +26,7 @@ use crate::address::Address;
 use crate::endpoint::{BindFlags, Kind};
 use crate::error::Error;
 use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
-use crate::round_robin::RoundRobin;
+use crate::round_robin::{Placed, RoundRobin};
 use crate::settings::SchedulingPolicy;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
@@ -176,6 +176,12 @@ impl<C: Clone> MasterCore<C> {
         }
     }
 
+    /// Whether the door of this listener may be shut.
+    pub(crate) fn is_ending(&self, handle: HandleId) -> bool {
+        let entry = self.handles.get(&handle);
+        entry.is_none_or(|entry| entry.stage != Stage::Open)
+    }
+
     /// The backlog is empty.
     pub(crate) fn drained(&mut self, handle: HandleId) {
         let Some(entry) = self.handles.get_mut(&handle) else {
@@ -213,7 +219,9 @@ impl<C: Clone> MasterCore<C> {
         flags: BindFlags,
     ) -> Result<(), FrameError> {
         if self.handles_of(worker).count() >= MAX_LISTENERS {
-            return Err(FrameError::State("listens on too many addresses"));
+            let result = Err(libc::EMFILE);
+            self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+            return Ok(());
         }
         match self.keys.get(&key) {
             Some(handle) => {
@@ -246,7 +254,9 @@ impl<C: Clone> MasterCore<C> {
         if let Stage::Draining(_) | Stage::Emptying = entry.stage {
             entry.stage = Stage::Open;
             relieved.clone_from(&entry.serving);
-            self.actions.push_back(Action::OpenDoor { handle });
+            if entry.key.endpoint.kind == Kind::Tcp {
+                self.actions.push_back(Action::OpenDoor { handle });
+            }
         }
         entry.members.insert(worker);
         entry.serving.insert(worker);
@@ -320,8 +330,9 @@ impl<C: Clone> MasterCore<C> {
         };
         let shared = entry.policy == SchedulingPolicy::Shared;
         match entry.key.endpoint.kind {
-            // Nobody waits for an answer to what is in its queue.
-            Kind::Udp => self.unbind(handle),
+            // It stays until the last worker has let go of it, so that a new one can have it. Nobody
+            // waits for an answer to what is in its queue.
+            Kind::Udp => self.finish_drain(handle),
             Kind::Tcp | Kind::Unix if entry.key.endpoint.is_borrowed() => {
                 self.give_back(handle);
             }
@@ -329,7 +340,11 @@ impl<C: Clone> MasterCore<C> {
                 // From now on nobody finds the way, and so there is no handshake to wait for.
                 entry.stage = Stage::Draining(None);
                 self.forget_key(handle);
-                self.actions.push_back(Action::ShutDoor { handle });
+                self.actions.push_back(Action::RemoveFile { handle });
+                if !shared {
+                    // Workers that accept for themselves would take it for a failure.
+                    self.actions.push_back(Action::ShutDoor { handle });
+                }
                 self.finish_drain(handle);
             }
             Kind::Tcp => {
@@ -485,14 +500,14 @@ impl<C: Clone> MasterCore<C> {
     }
 
     /// Offers to others what a worker did not take.
-    pub(super) fn take_back(&mut self, handle: HandleId, untaken: Vec<C>) {
+    pub(super) fn take_back(&mut self, handle: HandleId, untaken: Vec<Placed<C>>) {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
         if entry.stage == Stage::Unbound {
             self.ledger.dropped += untaken.len() as u64;
         } else {
-            entry.connections.push_front(untaken);
+            entry.connections.put_back(untaken);
             self.distribute(handle);
         }
     }

@@ -1,9 +1,8 @@
 //! Descriptors by number, where they cannot be avoided.
 
-use std::ffi::CString;
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -63,11 +62,41 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
-/// Changes the mode of a file; not of what a link leads to, which somebody may have put in its
+/// Changes the mode of a file, if `is_it` says that it is the right one: not of what a link leads
+/// to, which somebody may have put in its place.
+#[cfg(target_os = "linux")]
+pub(crate) fn change_mode(
+    path: &Path,
+    mode: u32,
+    is_it: impl FnOnce(&Metadata) -> bool,
+) -> io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+
+    // The file itself, and not what it is to others: a socket cannot be opened.
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
+    let file = std::fs::File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)?;
+    if !is_it(&file.metadata()?) {
+        return Err(io::Error::from_raw_os_error(libc::EEXIST));
+    }
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::fs::set_permissions(name, std::fs::Permissions::from_mode(mode))
+}
+
+/// Changes the mode of a file: not of what a link leads to, which somebody may have put in its
 /// place.
-pub(crate) fn change_mode(path: &Path, mode: u32) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let mode = libc::mode_t::try_from(mode).map_err(io::Error::other)?;
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn change_mode(
+    path: &Path,
+    mode: u32,
+    _is_it: impl FnOnce(&Metadata) -> bool,
+) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mode = libc::mode_t::try_from(mode).unwrap_or(0);
     let flags = libc::AT_SYMLINK_NOFOLLOW;
     // SAFETY: the path is zero-terminated.
     check(unsafe { libc::fchmodat(libc::AT_FDCWD, path.as_ptr(), mode, flags) })?;

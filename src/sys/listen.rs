@@ -216,9 +216,9 @@ pub(crate) fn lacks_family(error: &io::Error) -> bool {
     matches!(errno, Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-/// Whether `accept` found nothing: the backlog is empty, or the door is shut and it is empty.
-pub(crate) fn nothing_to_accept(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::EINVAL)
+/// Whether `accept` failed because somebody has shut the listener down.
+pub(crate) fn is_shut(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
 }
 
 /// Whether `accept` failed because of the one connection that it would have returned: the next one

@@ -62,9 +62,14 @@ impl Worker {
 
     /// Binds in this process; the master is not asked.
     fn open_alone(&self, endpoint: &Endpoint, wish: &Wish) -> io::Result<Opened> {
+        let shell = &self.inner.shell;
+        if shell.core.borrow().is_leaving() {
+            let id = shell.core.borrow_mut().listen_alone(endpoint.kind);
+            return Ok((id, endpoint.address()));
+        }
         let bound = bind(endpoint, &wish.flags, wish.reuse_port)?;
-        let (address, own) = (bound.address, !endpoint.is_borrowed());
-        let id = self.inner.shell.keep_alone(endpoint.kind, bound, own)?;
+        let (address, is_lent) = (bound.address, endpoint.is_borrowed());
+        let id = shell.keep_alone(endpoint.kind, bound, is_lent)?;
         Ok((id, address))
     }
 
@@ -78,7 +83,7 @@ impl Worker {
             address,
         };
         // Of TCP or Unix, which makes no difference from here on.
-        let id = self.inner.shell.keep_alone(Kind::Tcp, bound, false)?;
+        let id = self.inner.shell.keep_alone(Kind::Tcp, bound, true)?;
         Ok((id, address))
     }
 }

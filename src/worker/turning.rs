@@ -188,6 +188,7 @@ impl Worker {
             }
             Ok(match shell.try_accept(listener)? {
                 Some(accepted) if accepted.is_over => {
+                    let _running = inner.home.enter()?;
                     worker.deliver(listener, accepted.fd, true);
                     None
                 }
