@@ -598,6 +598,21 @@ mod tests {
     }
 
     #[test]
+    fn what_was_written_before_closing_has_been_said() {
+        let (mut master, mut worker) = pair();
+        worker.queue(&ToMaster::Leaving, []);
+        worker.close();
+        worker.flush().unwrap();
+        assert!(worker.is_flushed());
+        worker.queue(&ToMaster::Online, []);
+        assert!(!worker.is_flushed(), "but not what came later");
+        let mut scratch = [0; 64];
+        assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
+        assert_eq!(master.next().unwrap().unwrap().0, ToMaster::Leaving);
+        assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
+    }
+
+    #[test]
     fn after_shut_the_other_side_cannot_write() {
         let (mut master, mut worker) = pair();
         worker.queue(&ToMaster::Leaving, []);

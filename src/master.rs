@@ -774,17 +774,24 @@ impl Master {
                 self.shell.act();
                 continue;
             }
-            if let Some((worker, receipt, written)) = self.shell.next_receipt() {
-                self.written(worker, receipt, written);
-                self.shell.act();
-                continue;
-            }
+            self.tell_receipts();
             let emit = self.shell.core.borrow_mut().next_event();
             let Some(emit) = emit else {
                 break;
             };
             self.deliver(emit);
             self.shell.act();
+        }
+    }
+
+    /// Tells which messages have been written or lost: those of now, and not what comes of that,
+    /// which would keep events waiting.
+    fn tell_receipts(&self) {
+        for _ in 0..self.shell.count_receipts() {
+            if let Some((worker, receipt, written)) = self.shell.next_receipt() {
+                self.written(worker, receipt, written);
+                self.shell.act();
+            }
         }
     }
 

@@ -369,6 +369,10 @@ impl MasterShell {
         self.receipts.borrow_mut().extend(receipts);
     }
 
+    pub(crate) fn count_receipts(&self) -> usize {
+        self.receipts.borrow().len()
+    }
+
     /// A message of which it is known now whether it has been written, and whether it has.
     pub(crate) fn next_receipt(&self) -> Option<(WorkerId, ReceiptId, bool)> {
         self.receipts.borrow_mut().pop_front()

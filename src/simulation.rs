@@ -850,6 +850,11 @@ impl World {
         let Some(&listener) = process.listeners.first() else {
             let listener = process.core.listen(endpoint(0), BindFlags::default());
             process.listeners.push(listener);
+            // However little one wants: when all leave, whoever is left is served.
+            let limits = [None, Some(0), Some(1), Some(2)];
+            let most = limits[self.rng.usize(0..limits.len())];
+            let process = self.processes.get_mut(&worker).expect("known");
+            process.core.set_most(listener, most);
             return self.act_for_worker(worker);
         };
         if let Some((_, listener)) = process.held.pop() {

@@ -953,6 +953,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_handed_over_needs_no_credit() {
+        let mut core = WorkerCore::new();
+        let alone = core.listen_alone(Kind::Tcp);
+        core.serve(alone);
+        let listener = listener(&mut core, 2);
+        for _ in 0..CALLBACK_WINDOW {
+            core.connection_opened(listener);
+        }
+        core.is_full();
+        core.connection_closed(Some(listener));
+        core.has_room();
+        assert_eq!(core.listeners[&alone].credits, 0);
+        assert_eq!(core.listeners[&listener].credits, CALLBACK_WINDOW);
+    }
+
+    #[test]
     fn a_callback_gets_one_connection_at_a_time() {
         let mut core = WorkerCore::new();
         let listener = listener(&mut core, 1);

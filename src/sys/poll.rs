@@ -1,5 +1,6 @@
 //! The poller, and the one way to put something into it.
 
+use std::cell::Cell;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -35,6 +36,7 @@ pub(crate) struct Poller(Rc<polling::Poller>);
 pub(crate) struct Registered<S: AsFd> {
     poller: Poller,
     key: usize,
+    interest: Cell<Option<Interest>>,
     source: S,
 }
 
@@ -51,6 +53,15 @@ fn event(key: usize, interest: Option<Interest>) -> Event {
         Some(Interest::Readable) => Event::readable(key),
         Some(Interest::Writable) => Event::writable(key),
         Some(Interest::Both) => Event::all(key),
+    }
+}
+
+/// What nobody waits for is reported once at most. The kernel reports errors and hang-ups whatever
+/// the interest, and level-triggered it would do so again and again.
+fn mode(interest: Option<Interest>) -> PollMode {
+    match interest {
+        Some(_) => PollMode::Level,
+        None => PollMode::Oneshot,
     }
 }
 
@@ -72,12 +83,13 @@ impl Poller {
             self.0.add_with_mode(
                 source.as_fd().as_raw_fd(),
                 event(key, interest),
-                PollMode::Level,
+                mode(interest),
             )?;
         }
         Ok(Registered {
             poller: self.clone(),
             key,
+            interest: Cell::new(interest),
             source,
         })
     }
@@ -102,10 +114,15 @@ impl AsFd for Poller {
 
 impl<S: AsFd> Registered<S> {
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
+        self.interest.set(interest);
         let event = event(self.key, interest);
-        self.poller
-            .0
-            .modify_with_mode(self.source.as_fd(), event, PollMode::Level)
+        let poller = &self.poller.0;
+        poller.modify_with_mode(self.source.as_fd(), event, mode(interest))
+    }
+
+    /// Whether it is waited for.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.interest.get().is_some()
     }
 }
 

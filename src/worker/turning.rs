@@ -109,6 +109,11 @@ impl Worker {
     }
 
     fn listener_ready(&self, listener: ListenerId) {
+        // One that rests may still report that it is shut down.
+        let socket = self.inner.shell.socket(listener);
+        if socket.is_some_and(|socket| !socket.is_watched()) {
+            return;
+        }
         if self.inner.shell.core.borrow().is_datagram(listener) {
             self.receive_datagrams(listener);
         } else {

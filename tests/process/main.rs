@@ -10,6 +10,7 @@
 )]
 
 mod conformance;
+mod edges;
 mod examples;
 mod faults;
 mod harness;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         leave::SCENARIOS,
         faults::SCENARIOS,
         running::SCENARIOS,
+        edges::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let mut scenarios = scenarios.chain(conformance::scenarios());
