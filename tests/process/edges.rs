@@ -415,6 +415,13 @@ fn a_message_to_a_worker_that_is_let_go_is_written() {
             let options = SendOptions::new().on_written(move |_, _| set.set(true));
             worker.send_with(&[0; 1 << 20], options).unwrap();
             worker.process().unref();
+            // It reads when the loop has come to rest; the timer alone would not keep it.
+            stop(&worker);
+            let stopped = worker.clone();
+            let timer = master.set_timeout(Duration::from_millis(20), move |_| {
+                stopped.process().kill(Signal::CONT);
+            });
+            master.unref(timer);
             master.run().unwrap();
             assert!(written.get());
             // For the harness it is waited for after all.
