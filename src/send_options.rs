@@ -64,8 +64,8 @@ impl<R> SendOptions<R> {
     }
 
     /// Calls back when the message has been written to the channel, or with an error when it
-    /// cannot be any more. Not if `send_with` itself fails. Written is not read: the other side may
-    /// end before that.
+    /// cannot be any more. Not if `send_with` itself fails, or the `Master` or `Worker` is
+    /// dropped first. Written is not read: the other side may end before that.
     ///
     /// Node: `callback`. See [`SendOptions`] for an example.
     pub fn on_written(mut self, callback: impl FnOnce(&R, Result<()>) + 'static) -> Self {

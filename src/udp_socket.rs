@@ -85,7 +85,7 @@ impl UdpSocket {
         self.worker.serve_datagrams(self.id, callback);
     }
 
-    /// Sends a datagram, without waiting.
+    /// Sends a datagram, without waiting for room; a name is looked up.
     ///
     /// Node: `socket.send()`.
     ///

@@ -182,7 +182,8 @@ impl Worker {
     /// # Errors
     ///
     /// [`Error::Listen`] with the system's reason if the address is in use, not allowed or cannot
-    /// be resolved. Nothing of it remains, and a later try may succeed.
+    /// be resolved, or if the worker has 256 listeners and sockets already. Nothing of it remains,
+    /// and a later try may succeed.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
