@@ -341,12 +341,16 @@ fn request_counter() -> Result<(), Failed> {
 }
 
 fn is_dead() -> Result<(), Failed> {
-    let server = Group::start(example("is_dead").arg("127.0.0.1:0"))?;
-    let address = server.line("listening on ").parse()?;
+    // A port that is the same when the last worker has died before the next one listens.
+    let (_reserved, address) = reserve_port();
+    let server = Group::start(example("is_dead").arg(address.to_string()))?;
     let mut pids = BTreeSet::new();
     for _ in 0..cluster::available_parallelism() {
-        // Each worker answers once. The last ones may not listen yet.
-        let answer = wait_until("an answer", || talk(address, REQUEST).ok());
+        // Each worker answers once. The next one may not listen yet.
+        let answer = wait_until("an answer", || {
+            let answer = talk(address, REQUEST).ok();
+            answer.filter(|answer| !answer.is_empty())
+        });
         let (_, pid) = answer.rsplit_once("current process\n ").unwrap();
         assert!(pids.insert(pid.to_owned()), "{pid:?} twice");
     }
