@@ -127,9 +127,10 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// served meanwhile.
     ///
     /// Node has no counterpart; there, connections are events. While the program is not in this
-    /// call, connections go to other workers; of several listeners only the one that it waits for
-    /// is served. After the end the program can still send messages, and is free to finish its
-    /// work; a program that wants to see the `disconnect` event calls [`Worker::run`] then.
+    /// call, connections go to other workers; of several listeners without a callback only the one
+    /// that it waits for is served. After the end the program can still send messages, and is free
+    /// to finish its work; a program that still has connections in its timers or watches, or wants
+    /// to see the `disconnect` event, calls [`Worker::run`] then.
     ///
     /// # Errors
     ///
@@ -176,8 +177,9 @@ impl<S: From<OwnedFd>> Listener<S> {
 
     /// Takes the connections beyond the limit of
     /// [`set_max_connections`](Self::set_max_connections), too, instead of leaving them to others,
-    /// and calls back for each of them. The connection is closed when the callback drops it. A
-    /// second callback replaces the first.
+    /// and calls back for each of them: also when another worker could serve it. The connection is
+    /// closed when the callback drops it. A second callback replaces the first. A worker that blocks
+    /// takes them while it waits in [`accept`](Self::accept).
     ///
     /// Node: `server.dropMaxConnection` and the event `drop`.
     ///

@@ -46,6 +46,7 @@ const LAST_WORDS: u32 = 64;
 /// to its end first.
 ///
 /// ```no_run
+/// use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
 /// use cluster::{Role, Signal};
 ///
 /// # fn serve(_: cluster::Connection) {}
@@ -55,11 +56,16 @@ const LAST_WORDS: u32 = 64;
 ///             for _ in 0..cluster::available_parallelism() {
 ///                 master.fork()?;
 ///             }
-///             let replace = master.on_exit(|master, worker, status| {
+///             let serving = Rc::new(RefCell::new(BTreeSet::new()));
+///             let listening = Rc::clone(&serving);
+///             master.on_listening(move |_, worker, _| {
+///                 listening.borrow_mut().insert(worker.id());
+///             });
+///             let replace = master.on_exit(move |master, worker, status| {
 ///                 println!("worker {} died ({status})", worker.process().id());
-///                 // One that could not listen would not do better the next time.
-///                 let failed = status.code() == Some(1);
-///                 if worker.exited_after_disconnect() != Some(true) && !failed {
+///                 // One that could not even listen would not do better the next time.
+///                 let served = serving.borrow_mut().remove(&worker.id());
+///                 if served && worker.exited_after_disconnect() != Some(true) {
 ///                     let _ = master.fork();
 ///                 }
 ///             });
@@ -326,7 +332,15 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// master.disconnect(|_| println!("all workers are gone"));
+    /// use std::time::Duration;
+    /// use cluster::Signal;
+    ///
+    /// let deadline = master.set_timeout(Duration::from_secs(2), |master| {
+    ///     for straggler in master.workers() {
+    ///         straggler.process().kill(Signal::KILL);
+    ///     }
+    /// });
+    /// master.disconnect(move |master| master.clear_timer(deadline));
     /// # }
     /// ```
     pub fn disconnect(&self, callback: impl FnOnce(&Self) + 'static) {

@@ -21,7 +21,8 @@ const MAX_PATH: usize = 4096;
 ///
 /// - a port, `8000`: on all of the machine's addresses, IPv6 and IPv4;
 /// - an address, `"127.0.0.1:8000"`, `("::1", 8000)` or a [`SocketAddr`]; a name is looked up;
-/// - a [`Path`]: a Unix socket, whose connections are [`UnixStream`]s;
+/// - a [`Path`] (a string would be an address): a Unix socket, whose connections are
+///   [`UnixStream`]s;
 /// - a listener that the worker has already.
 ///
 /// ```no_run
@@ -33,6 +34,20 @@ const MAX_PATH: usize = 4096;
 /// let v6 = worker.listen(ListenOptions::from("[::]:443").ipv6_only(true))?;
 /// let local = worker.listen(Path::new("app.sock"))?;
 /// # Ok(()) }
+/// ```
+///
+/// A function for both kinds of connections:
+///
+/// ```no_run
+/// use std::{io::{Read, Write}, os::fd::OwnedFd};
+/// use cluster::Listener;
+///
+/// fn serve<S: From<OwnedFd> + Read + Write>(listener: &Listener<S>) -> cluster::Result<()> {
+///     for connection in listener.incoming() {
+///         let _ = connection?.write_all(b"hello\n");
+///     }
+///     Ok(())
+/// }
 /// ```
 #[derive(Debug)]
 #[must_use]

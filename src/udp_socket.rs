@@ -61,7 +61,7 @@ impl UdpSocket {
     /// Waits for the next datagram, and returns its length and where it comes from; `None` means
     /// that the socket is closed, because the worker is to leave or has lost its master. Messages,
     /// timers, signals and watched descriptors are served meanwhile. What does not fit into
-    /// `buffer` is lost.
+    /// `buffer` is lost. After the end the program can still send messages.
     ///
     /// Node has no counterpart; there, datagrams are events.
     ///
@@ -76,12 +76,21 @@ impl UdpSocket {
     }
 
     /// Calls back for each datagram from now on, instead of [`recv_from`](Self::recv_from), with
-    /// its bytes and where it comes from. A second callback replaces the first. The next datagram
-    /// is not read before the callback has returned.
+    /// this socket, the bytes, and where they come from. A second callback replaces the first. The
+    /// next datagram is not read before the callback has returned.
     ///
     /// Node: `socket.on('message')`. See [`Worker::bind`] for an example.
-    pub fn on_message(&self, callback: impl FnMut(&Worker, &[u8], SocketAddr) + 'static) {
-        let callback = Rc::new(RefCell::new(callback));
+    pub fn on_message(
+        &self,
+        mut callback: impl FnMut(&Worker, &Self, &[u8], SocketAddr) + 'static,
+    ) {
+        let (id, address) = (self.id, self.address);
+        let with_socket = move |worker: &Worker, datagram: &[u8], from: SocketAddr| {
+            // It is served, and so it stays open when this is dropped.
+            let socket = Self::new(worker.inner(), id, Some(address));
+            callback(worker, &socket, datagram, from);
+        };
+        let callback = Rc::new(RefCell::new(with_socket));
         self.worker.serve_datagrams(self.id, callback);
     }
 

@@ -122,6 +122,10 @@ impl Worker {
         })
     }
 
+    pub(crate) fn inner(&self) -> Rc<Inner> {
+        Rc::clone(&self.inner)
+    }
+
     /// Returns the number of this worker, which no other worker of the same master has or had.
     ///
     /// Node: `cluster.worker.id`.
@@ -216,8 +220,8 @@ impl Worker {
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
-    /// worker.bind("127.0.0.1:5353")?.on_message(|worker, datagram, from| {
-    ///     println!("{} bytes from {from}", datagram.len());
+    /// worker.bind("127.0.0.1:7")?.on_message(|_, socket, datagram, from| {
+    ///     let _ = socket.send_to(datagram, from);
     /// });
     /// worker.run()
     /// # }
@@ -303,8 +307,9 @@ impl Worker {
     /// Sends a message of at most 1 MiB to the master. It arrives after everything sent before.
     ///
     /// Node: `worker.send(message)` or `process.send(message)`. Returns `true`, or `false` as
-    /// advice to pause when more than 64 KiB wait to be written; the message is on its way in both
-    /// cases. What waits is written while the worker waits for something.
+    /// advice to pause when more than 64 KiB wait to be written, until
+    /// [`on_written`](SendOptions::on_written) of the last message; the message is on its way in
+    /// both cases. What waits is written while the worker waits for something.
     ///
     /// # Errors
     ///
@@ -647,6 +652,9 @@ impl Worker {
     /// Turns the loop until the worker has left and nothing else is left to wait for: connection,
     /// timer or watched descriptor. Whatever has been let go with `unref` does not count. If the channel closed although nobody had asked the worker to
     /// leave (the master is gone, for instance), it returns at once.
+    ///
+    /// Nothing can be sent any more then: whoever has last words says them in answer to a message, or
+    /// uses the blocking form.
     ///
     /// Node: a worker goes on by itself, and ends like this.
     ///

@@ -202,7 +202,8 @@ impl WorkerProcess {
     }
 
     /// Returns whether the channel to the worker is open, as it is from the fork to the
-    /// `disconnect` event.
+    /// `disconnect` event. A worker that has just died counts as connected until then: only
+    /// [`send`](Self::send) tells.
     ///
     /// Node: `worker.isConnected()`.
     ///
@@ -303,7 +304,8 @@ impl WorkerProcess {
     /// Sends a message of at most 1 MiB. It arrives after everything sent before.
     ///
     /// Node: `worker.send(message)`. Returns `true`, or `false` as advice to pause when more than
-    /// 64 KiB wait to be written; the message is on its way in both cases. It may be sent as soon
+    /// 64 KiB wait to be written, until [`on_written`](SendOptions::on_written) of the last message;
+    /// the message is on its way in both cases. It may be sent as soon
     /// as the worker is forked, and waits for it to come online.
     ///
     /// # Errors

@@ -133,7 +133,10 @@ fn a_udp_socket_is_handed_on_while_the_old_worker_is_busy() {
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
         },
         |worker| {
-            worker.bind("127.0.0.1:0").unwrap().on_message(|_, _, _| {});
+            worker
+                .bind("127.0.0.1:0")
+                .unwrap()
+                .on_message(|_, _, _, _| {});
             worker.run().unwrap();
         },
     );

@@ -162,7 +162,7 @@ fn dgram_1() {
             let own = Rc::clone(&socket);
             let received = Rc::new(Cell::new(0));
             let count = Rc::clone(&received);
-            socket.on_message(move |worker, datagram, _| {
+            socket.on_message(move |worker, _, datagram, _| {
                 assert_eq!(datagram, b"hello");
                 count.set(count.get() + 1);
                 if count.get() == EACH {
@@ -256,7 +256,7 @@ fn dgram_2() {
         },
         |worker| {
             let socket = Rc::new(worker.bind(0).unwrap());
-            socket.on_message(|_, _, _| panic!("nobody answers"));
+            socket.on_message(|_, _, _, _| panic!("nobody answers"));
             let messages = Rc::new(Cell::new(0));
             let count = Rc::clone(&messages);
             worker.on_message(move |worker, message| {
@@ -467,7 +467,7 @@ fn dgram_bind_socket_close_before_cluster_reply() {
         worker.disconnect();
         let socket = worker.bind(port).unwrap();
         assert_closed(&socket);
-        socket.on_message(|_, _, _| panic!("it has closed"));
+        socket.on_message(|_, _, _, _| panic!("it has closed"));
         worker.run().unwrap();
         close(&socket);
     });
@@ -520,7 +520,7 @@ fn dgram_unref_in_cluster() {
         let socket = Rc::new(worker.bind("127.0.0.1:0").unwrap());
         let received = Rc::new(Cell::new(0));
         let (own, count) = (Rc::clone(&socket), Rc::clone(&received));
-        socket.on_message(move |_, datagram, _| {
+        socket.on_message(move |_, _, datagram, _| {
             assert_eq!(datagram, b"x");
             count.set(count.get() + 1);
             own.unref();

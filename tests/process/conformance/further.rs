@@ -110,7 +110,7 @@ fn dgram_cluster_close_during_bind() {
             // Closed at once: the descriptor is given back, and so is the place.
             for _ in 0..2 {
                 let socket = worker.bind("127.0.0.1:0").unwrap();
-                socket.on_message(|_, _, _| panic!("it is closed"));
+                socket.on_message(|_, _, _, _| panic!("it is closed"));
                 let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
                 client.send_to(b"hello", socket.local_addr()).unwrap();
                 socket.close();
@@ -120,7 +120,7 @@ fn dgram_cluster_close_during_bind() {
             }
             worker.disconnect();
             let socket = worker.bind("127.0.0.1:0").unwrap();
-            socket.on_message(|_, _, _| panic!("it has never been open"));
+            socket.on_message(|_, _, _, _| panic!("it has never been open"));
             assert!(socket.recv_from(&mut [0]).unwrap().is_none());
             assert_eq!(open_fds(), before);
             worker.run().unwrap();
