@@ -495,6 +495,7 @@ impl<C> WorkerCore<C> {
     /// From now on the program wants to have at most so many connections of this listener at a
     /// time.
     pub(crate) fn set_most(&mut self, listener: ListenerId, most: Option<u64>) {
+        let coming = u64::from(self.is_coming(listener));
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
@@ -502,8 +503,13 @@ impl<C> WorkerCore<C> {
             return; // It serves what is left, however many it has.
         }
         entry.most = most;
-        // What was granted before may be too much now.
-        if let (1.., Some(handle)) = (entry.credits, entry.handle()) {
+        // What was granted before may be too much now. Only then: what is on its way when it is
+        // revoked counts against the next credits, of which the master knows more than this worker.
+        let under_way = u64::from(entry.credits) + entry.pending.len() as u64 + coming;
+        let is_less = most.is_some_and(|most| entry.open + under_way > most);
+        if let (true, false, 1.., Some(handle)) =
+            (is_less, entry.drops, entry.credits, entry.handle())
+        {
             entry.credits = 0;
             self.send(ToMaster::Revoke { handle });
         }
@@ -950,6 +956,28 @@ mod tests {
         }
         core.has_room();
         assert_eq!(serve(&mut core, 100), CALLBACK_WINDOW);
+    }
+
+    #[test]
+    fn a_limit_that_is_no_less_takes_nothing_back() {
+        let revoked = |core: &mut WorkerCore<u32>| {
+            let actions = std::iter::from_fn(|| core.next_action());
+            let revokes = actions.filter(|a| matches!(a, Action::Send(ToMaster::Revoke { .. })));
+            revokes.count()
+        };
+        let mut core = WorkerCore::new();
+        let listener = listener(&mut core, 1);
+        for (most, times) in [
+            (None, 0),
+            (Some(8), 0),
+            (Some(3), 1),
+            (Some(3), 0),
+            (None, 0),
+        ] {
+            core.set_most(listener, most);
+            assert_eq!(revoked(&mut core), times, "{most:?}");
+        }
+        assert_eq!(core.listeners[&listener].credits, CALLBACK_WINDOW);
     }
 
     #[test]

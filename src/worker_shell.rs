@@ -378,17 +378,16 @@ impl WorkerShell {
     fn close_socket(&self, listener: ListenerId) {
         // The file first: as long as it is there, nobody else can have it.
         self.files.borrow_mut().remove(&listener);
-        let socket = self.sockets.borrow_mut().remove(&listener);
-        let is_lent = self.lent.borrow_mut().remove(&listener);
-        if let (Some(Socket::Listener(listener)), true) = (socket.as_deref().map(|s| &**s), is_lent)
-        {
-            // Others go on with it.
-            let _ = sys::listen::open_door(listener);
-        }
+        self.sockets.borrow_mut().remove(&listener);
+        self.lent.borrow_mut().remove(&listener);
     }
 
-    /// Where it cannot be done, the backlog is emptied with the door open.
+    /// Where it cannot be done, the backlog is emptied with the door open. So is one that others
+    /// have, too: it would be shut for them as well.
     fn shut_door(&self, listener: ListenerId) {
+        if self.lent.borrow().contains(&listener) {
+            return;
+        }
         let was_path = self.files.borrow_mut().remove(&listener).is_some();
         if let Some(socket) = self.socket(listener) {
             match &**socket {

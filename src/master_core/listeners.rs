@@ -12,8 +12,9 @@
 //!                                                                      when all have let go
 //!
 //! A shared listener is Emptying between Draining and Unbound: only its workers see its backlog.
-//! The way back from Draining is that of TCP listeners alone. Unix paths are gone then, and what the
-//! master's program lent goes on without us: for these a new worker gets a new listener.
+//! UDP sockets are Emptying, too, until the last worker has let go. There is no way back for Unix
+//! paths, which are gone, and for listeners that the master's program has lent, which go on without
+//! us: for these a new worker gets a new listener.
 //! ```
 
 use std::collections::BTreeSet;

@@ -1,8 +1,10 @@
 //! Descriptors by number, where they cannot be avoided.
 
+use std::ffi::CString;
 use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -62,6 +64,10 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
 /// Changes the mode of a file, if `is_it` says that it is the right one: not of what a link leads
 /// to, which somebody may have put in its place.
 #[cfg(target_os = "linux")]
@@ -70,14 +76,14 @@ pub(crate) fn change_mode(
     mode: u32,
     is_it: impl FnOnce(&Metadata) -> bool,
 ) -> io::Result<()> {
-    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    use std::os::unix::fs::PermissionsExt as _;
 
+    let path = c_path(path)?;
     // The file itself, and not what it is to others: a socket cannot be opened.
-    let flags = libc::O_PATH | libc::O_NOFOLLOW;
-    let file = std::fs::File::options()
-        .read(true)
-        .custom_flags(flags)
-        .open(path)?;
+    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    // SAFETY: the path is zero-terminated.
+    let number = check(unsafe { libc::open(path.as_ptr(), flags) })?;
+    let file = std::fs::File::from(adopt(number));
     if !is_it(&file.metadata()?) {
         return Err(io::Error::from_raw_os_error(libc::EEXIST));
     }
@@ -93,9 +99,7 @@ pub(crate) fn change_mode(
     mode: u32,
     _is_it: impl FnOnce(&Metadata) -> bool,
 ) -> io::Result<()> {
-    use std::os::unix::ffi::OsStrExt as _;
-
-    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let path = c_path(path)?;
     let mode = libc::mode_t::try_from(mode).unwrap_or(0);
     let flags = libc::AT_SYMLINK_NOFOLLOW;
     // SAFETY: the path is zero-terminated.

@@ -29,6 +29,7 @@ crate::scenarios! {
     a_dropped_master_lets_its_workers_go
     too_many_listeners_are_an_error
     a_listener_of_the_workers_own_is_emptied
+    a_worker_that_leaves_shuts_no_door_for_others
     a_callback_for_drops_cannot_turn_the_loop
     an_exclusive_listen_in_a_worker_that_has_left_has_ended
     a_panic_in_one_receipt_leaves_the_others
@@ -294,6 +295,65 @@ fn a_listener_of_the_workers_own_is_emptied() {
         },
     );
     assert_eq!(answers.take(), ["hello"; 5]);
+}
+
+/// Two workers have the same listener, by message; one is told to leave, and dies over it.
+fn a_worker_that_leaves_shuts_no_door_for_others() {
+    let lent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = lent.local_addr().unwrap();
+    let answered = Rc::new(Cell::new(false));
+    let set = Rc::clone(&answered);
+    cluster(
+        |master| {
+            let workers = ["dies", "serves"].map(|part| master.fork_with([("PART", part)]));
+            let [dies, serves] = workers.map(Result::unwrap);
+            for worker in [&dies, &serves] {
+                let copy = lent.try_clone().unwrap();
+                worker.send_with_fds(b"here", vec![copy.into()]).unwrap();
+            }
+            drop(lent);
+            let mut ready = 0;
+            let leaves = dies.clone();
+            master.on_message(move |_, _, _| {
+                ready += 1;
+                if ready == 2 {
+                    leaves.disconnect();
+                }
+            });
+            dies.on_exit(move |master, _, status| {
+                assert_eq!(status.code(), None);
+                let (set, serves) = (Rc::clone(&set), serves.clone());
+                let talk = move || crate::harness::talk(address, b"");
+                in_background(master, talk, move |_, answer| {
+                    assert_eq!(answer.unwrap(), "hello");
+                    set.set(true);
+                    serves.disconnect();
+                });
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                let [fd] = message.take_fds().try_into().unwrap();
+                let listener = worker.listen(TcpListener::from(fd)).unwrap();
+                if part() == "serves" {
+                    listener.on_connection(|_, mut connection| {
+                        connection.write_all(b"hello").unwrap();
+                    });
+                } else {
+                    // Open, and served by nobody.
+                    std::mem::forget(listener);
+                }
+                worker.send(b"ready").unwrap();
+            });
+            if part() == "serves" {
+                return worker.run().unwrap();
+            }
+            let other = worker.listen("127.0.0.1:0").unwrap();
+            assert!(other.accept().unwrap().is_none());
+            std::process::abort();
+        },
+    );
+    assert!(answered.get());
 }
 
 fn a_callback_for_drops_cannot_turn_the_loop() {
