@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::socket_file::{self, SocketFile};
-use crate::sys;
+use crate::sys::{self, errno};
 
 /// A socket that listens, or is bound if it is for datagrams; it does not block.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ pub(crate) fn bind(
             socket
         }
         (Kind::Unix, _) | (_, Place::Path(_)) | (Kind::Udp, Place::Port(_)) => {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            return Err(io::Error::from_raw_os_error(errno::EINVAL));
         }
     };
     let address = sys::listen::local_addr(&socket);
@@ -64,7 +64,7 @@ fn borrow(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
         Kind::Udp => !found.is_stream && !found.is_unix,
     };
     if !fits {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        return Err(io::Error::from_raw_os_error(errno::EINVAL));
     }
     let socket = sys::fd::duplicate(number, 0)?;
     adopt(&socket, flags.backlog)?;

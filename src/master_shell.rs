@@ -25,9 +25,9 @@ use crate::settings::{
 };
 use crate::signal::Signal;
 use crate::socket_file::SocketFile;
-use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Failure, Pid, Program};
+use crate::sys::{self, errno};
 use crate::worker_id::WorkerId;
 
 pub(crate) type Core = MasterCore<Rc<OwnedFd>>;
@@ -233,7 +233,7 @@ impl MasterShell {
                 flags,
             } => {
                 let result = self.bind(handle, &endpoint, &flags);
-                let result = result.map_err(|error| error.raw_os_error().unwrap_or(libc::EINVAL));
+                let result = result.map_err(|error| error.raw_os_error().unwrap_or(errno::EINVAL));
                 self.core.borrow_mut().bound(handle, result);
             }
             Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),

@@ -11,6 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::sys::errno;
 
 /// The system has no longer paths; with the directory before it, this one still fits a frame.
 const MAX_PATH: usize = 4096;
@@ -131,7 +132,7 @@ impl Wish {
             Target::Ip(address) => vec![Place::Ip(*address)],
             Target::Fd(number) => vec![Place::Fd(*number)],
             Target::Path(path) if path.as_os_str().len() > MAX_PATH => {
-                return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+                return Err(io::Error::from_raw_os_error(errno::ENAMETOOLONG));
             }
             Target::Path(path) => vec![Place::Path(std::path::absolute(path)?)],
             Target::Host(host, port) => all((host.as_str(), *port).to_socket_addrs()?),

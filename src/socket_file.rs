@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
 use crate::endpoint::BindFlags;
-use crate::sys;
+use crate::sys::{self, errno};
 
 /// The file of a listening socket, which is removed when this is dropped: unless the file has been
 /// replaced meanwhile, and belongs to somebody else.
@@ -30,8 +30,8 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         let has_zero = path.as_os_str().as_bytes().contains(&0);
         match (wrong, has_zero) {
             (false, _) => error,
-            (true, true) => io::Error::from_raw_os_error(libc::EINVAL),
-            (true, false) => io::Error::from_raw_os_error(libc::ENAMETOOLONG),
+            (true, true) => io::Error::from_raw_os_error(errno::EINVAL),
+            (true, false) => io::Error::from_raw_os_error(errno::ENAMETOOLONG),
         }
     })?;
     let metadata = std::fs::symlink_metadata(path)?;
@@ -120,7 +120,7 @@ mod tests {
         assert!(!path.exists());
         let (_listener, file) = listen(&path, &flags).unwrap();
         let error = listen(&path, &flags).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
+        assert_eq!(error.raw_os_error(), Some(errno::EADDRINUSE));
         assert!(path.exists(), "somebody else's stays");
         std::fs::rename(&path, directory.path().join("away")).unwrap();
         std::fs::write(&path, "another file").unwrap();
@@ -146,8 +146,8 @@ mod tests {
     fn a_path_that_cannot_be_is_an_error_with_a_number() {
         let path = Path::new("/tmp").join("x".repeat(120));
         let error = listen(&path, &BindFlags::default()).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENAMETOOLONG));
+        assert_eq!(error.raw_os_error(), Some(errno::ENAMETOOLONG));
         let error = listen("/tmp/a\0b".as_ref(), &BindFlags::default()).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(error.raw_os_error(), Some(errno::EINVAL));
     }
 }

@@ -506,12 +506,12 @@ impl<C> WorkerCore<C> {
         // What was granted before may be too much now. Only then: what is on its way when it is
         // revoked counts against the next credits, of which the master knows more than this worker.
         let under_way = u64::from(entry.credits) + entry.pending.len() as u64 + coming;
-        let is_less = most.is_some_and(|most| entry.open + under_way > most);
-        if let (true, false, 1.., Some(handle)) =
-            (is_less, entry.drops, entry.credits, entry.handle())
-        {
+        let too_much = most.is_some_and(|most| entry.open + under_way > most);
+        if too_much && !entry.drops && entry.credits > 0 {
             entry.credits = 0;
-            self.send(ToMaster::Revoke { handle });
+            if let Some(handle) = entry.handle() {
+                self.send(ToMaster::Revoke { handle });
+            }
         }
         self.take(listener);
         self.ask(listener);
@@ -535,14 +535,14 @@ impl<C> WorkerCore<C> {
 
     /// The descriptors are running out: from now on no more connections are asked for than are
     /// held at this moment.
-    pub(crate) fn is_full(&mut self) {
+    pub(crate) fn descriptors_run_out(&mut self) {
         // One at a time must do where there is hardly any to begin with.
         let held = self.open.max(1);
         self.most = Some(self.most.map_or(held, |most| most.min(held)));
     }
 
     /// There are plenty of descriptors again.
-    pub(crate) fn has_room(&mut self) {
+    pub(crate) fn descriptors_suffice(&mut self) {
         self.most = None;
     }
 
@@ -950,11 +950,11 @@ mod tests {
         let mut core = WorkerCore::new();
         listener(&mut core, 1);
         listener(&mut core, 2);
-        core.is_full();
+        core.descriptors_run_out();
         for number in 1..100 {
             assert!(serve(&mut core, number) > 0, "after {number}");
         }
-        core.has_room();
+        core.descriptors_suffice();
         assert_eq!(serve(&mut core, 100), CALLBACK_WINDOW);
     }
 
@@ -989,9 +989,9 @@ mod tests {
         for _ in 0..CALLBACK_WINDOW {
             core.connection_opened(listener);
         }
-        core.is_full();
+        core.descriptors_run_out();
         core.connection_closed(Some(listener));
-        core.has_room();
+        core.descriptors_suffice();
         assert_eq!(core.listeners[&alone].credits, 0);
         assert_eq!(core.listeners[&listener].credits, CALLBACK_WINDOW);
     }

@@ -200,9 +200,7 @@ impl WorkerShell {
                         channel.queue(&frame, None);
                     }
                 }
-                Some(Action::CloseListener(listener)) => {
-                    self.close_socket(listener);
-                }
+                Some(Action::CloseListener(listener)) => self.close_socket(listener),
                 Some(Action::ShutDoor(listener)) => self.shut_door(listener),
                 Some(Action::CloseChannel) => {
                     sent = true;
@@ -313,8 +311,8 @@ impl WorkerShell {
                     .and_then(|fd| u64::try_from(fd.as_raw_fd()).ok());
                 let limit = self.fd_limit.get();
                 match number {
-                    Some(number) if number + SPARE_FDS > limit => core.is_full(),
-                    Some(number) if number + 2 * SPARE_FDS <= limit => core.has_room(),
+                    Some(number) if number + SPARE_FDS > limit => core.descriptors_run_out(),
+                    Some(number) if number + 2 * SPARE_FDS <= limit => core.descriptors_suffice(),
                     _ => {}
                 }
                 core.frame(frame, fd, None)?;

@@ -29,6 +29,7 @@ use crate::error::Error;
 use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
 use crate::round_robin::{Placed, RoundRobin};
 use crate::settings::SchedulingPolicy;
+use crate::sys::errno;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
@@ -220,7 +221,7 @@ impl<C: Clone> MasterCore<C> {
         flags: BindFlags,
     ) -> Result<(), FrameError> {
         if self.handles_of(worker).count() >= MAX_LISTENERS {
-            let result = Err(libc::EMFILE);
+            let result = Err(errno::EMFILE);
             self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
             return Ok(());
         }

@@ -14,6 +14,13 @@ pub(crate) mod socket;
 
 use std::io;
 
+/// The system's error numbers that the crate gives as reasons itself.
+pub(crate) mod errno {
+    #[cfg(test)]
+    pub(crate) use libc::EADDRINUSE;
+    pub(crate) use libc::{EINVAL, EMFILE, ENAMETOOLONG};
+}
+
 /// The result of a system call that says -1 when it fails.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result == -1 {

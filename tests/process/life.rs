@@ -15,7 +15,6 @@ crate::scenarios! {
     events_come_once_and_in_order
     last_words_arrive_before_the_end
     exit_code_and_signal
-    fork_env_adds_and_overrides
     settings_reach_the_worker
     setup_comes_with_each_fork
     missing_program_is_an_error_of_fork
@@ -164,30 +163,6 @@ fn exit_code_and_signal() {
         (3, (None, Some(15))),
     ];
     assert_eq!(seen.take(), BTreeMap::from(expected));
-}
-
-fn fork_env_adds_and_overrides() {
-    let log = Log::default();
-    let entries = log.clone();
-    cluster(
-        |master| {
-            master.on_message(move |_, worker, message| {
-                log.add(String::from_utf8_lossy(message.bytes()));
-                worker.disconnect();
-            });
-            let home = std::env::var_os("HOME");
-            let env = [("CUSTOM", "custom"), ("HOME", "new")];
-            master.fork_with(env).unwrap();
-            assert_eq!(std::env::var_os("HOME"), home);
-            assert_eq!(std::env::var_os("CUSTOM"), None);
-        },
-        |worker| {
-            let values = ["CUSTOM", "HOME"].map(|name| std::env::var(name).unwrap());
-            assert!(worker.send(values.join(" ").as_bytes()).unwrap());
-            worker.run().unwrap();
-        },
-    );
-    assert_eq!(entries.take(), ["custom new"]);
 }
 
 fn settings_reach_the_worker() {

@@ -1,9 +1,8 @@
 //! Messages both ways: order, size, descriptors, back-pressure, and ends that are not there.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
@@ -15,7 +14,6 @@ crate::scenarios! {
     messages_arrive_once_and_in_order
     a_message_sent_before_the_worker_is_online_arrives
     cluster_callbacks_come_before_the_workers
-    a_large_message_with_a_descriptor_goes_both_ways
     descriptors_stay_with_their_messages
     descriptors_nobody_takes_are_closed
     a_worker_that_does_not_read_is_felt_by_the_sender
@@ -103,46 +101,6 @@ fn cluster_callbacks_come_before_the_workers() {
         },
     );
     assert_eq!(entries.take(), ["cluster", "worker"]);
-}
-
-fn a_large_message_with_a_descriptor_goes_both_ways() {
-    let log = Log::default();
-    let entries = log.clone();
-    cluster(
-        |master| {
-            let worker = master.fork().unwrap();
-            let file = tempfile::tempfile().unwrap();
-            let text: Vec<u8> = (0..800_000u32).map(|n| n.to_le_bytes()[0]).collect();
-            worker
-                .send_with_fds(&text, vec![file.try_clone().unwrap().into()])
-                .unwrap();
-            let file = RefCell::new(file);
-            worker.on_message(move |_, worker, message| {
-                assert!(message.bytes() == text, "the same text");
-                let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
-                File::from(fd).write_all(b" and back").unwrap();
-                let mut file = file.borrow_mut();
-                file.rewind().unwrap();
-                let mut content = String::new();
-                file.read_to_string(&mut content).unwrap();
-                log.add(content);
-                worker.disconnect();
-            });
-        },
-        |worker| {
-            worker.on_message(|worker, message| {
-                assert_eq!(message.bytes().len(), 800_000);
-                let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
-                let mut file = File::from(fd);
-                file.write_all(b"there").unwrap();
-                worker
-                    .send_with_fds(message.bytes(), vec![file.into()])
-                    .unwrap();
-            });
-            worker.run().unwrap();
-        },
-    );
-    assert_eq!(entries.take(), ["there and back"]);
 }
 
 fn descriptors_stay_with_their_messages() {
