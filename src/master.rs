@@ -325,30 +325,50 @@ impl Master {
     /// Disconnects every worker, and calls back when all have left and all listeners are closed.
     ///
     /// Node: `cluster.disconnect(callback)`. Connections that have been accepted, or wait in the
-    /// kernel's queue, are still served. There is no deadline: a worker that never finishes is for
-    /// the program to kill. A worker that is forked meanwhile is waited for, too, and nobody tells
-    /// it to leave: a program that replaces dead workers stops doing so first, as the example of
-    /// [`Master`] does. The callback is never called inside this call.
+    /// kernel's queue, are still served. Workers may take all the time they want:
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. A worker that is forked meanwhile
+    /// is waited for, too, and nobody tells it to leave: a program that replaces dead workers stops
+    /// doing so first, as the example of [`Master`] does. The callback is never called inside this
+    /// call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// use std::time::Duration;
-    /// use cluster::Signal;
-    ///
-    /// let deadline = master.set_timeout(Duration::from_secs(2), |master| {
-    ///     for straggler in master.workers() {
-    ///         straggler.process().kill(Signal::KILL);
-    ///     }
-    /// });
-    /// master.disconnect(move |master| master.clear_timer(deadline));
+    /// master.disconnect(|_| println!("nobody is left"));
     /// # }
     /// ```
     pub fn disconnect(&self, callback: impl FnOnce(&Self) + 'static) {
-        let mut waiting = self.callbacks.disconnected.borrow_mut();
-        waiting.push(Box::new(callback));
-        drop(waiting);
+        self.when_disconnected(callback);
         self.shell.decide().disconnect_all(true);
         self.shell.act();
+    }
+
+    /// Disconnects every worker, and kills those that have not exited when `deadline`, counted from
+    /// now, is over. Calls back when all have left and all listeners are closed.
+    ///
+    /// Node has no counterpart: there, programs set a timer. All is as with
+    /// [`disconnect`](Self::disconnect) until then. At the deadline every worker that is still there
+    /// gets SIGKILL, which also ends those that loop or are stopped; one that was forked meanwhile,
+    /// too. Of several deadlines the first one counts, and there is no way back.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::time::Duration;
+    /// use cluster::Signal;
+    ///
+    /// master.on_signal(Signal::TERM, |master, _| {
+    ///     master.disconnect_within(Duration::from_secs(10), |_| println!("nobody is left"));
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn disconnect_within(&self, deadline: Duration, callback: impl FnOnce(&Self) + 'static) {
+        self.when_disconnected(callback);
+        self.shell.decide().disconnect_all_within(deadline);
+        self.shell.act();
+    }
+
+    fn when_disconnected(&self, callback: impl FnOnce(&Self) + 'static) {
+        let mut waiting = self.callbacks.disconnected.borrow_mut();
+        waiting.push(Box::new(callback));
     }
 
     /// Returns what became of the accepted connections so far.

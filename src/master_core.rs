@@ -104,6 +104,8 @@ struct WorkerEntry {
     /// Sent when the channel is closed.
     kill_signal: Option<Signal>,
     status: Option<ExitStatus>,
+    /// It is killed then, if it has not exited before.
+    deadline: Option<Time>,
     /// The program does not wait for its end.
     unreferenced: bool,
 }
@@ -122,6 +124,10 @@ pub(crate) struct MasterCore<C> {
     ledger: Ledger,
     /// Whether someone waits for the end of `disconnect_all`.
     awaited: bool,
+    /// Whoever is still there then is killed.
+    stop_by: Option<Time>,
+    /// The workers that have a deadline, by its time.
+    deadlines: BTreeSet<(Time, WorkerId)>,
     actions: VecDeque<Action<C>>,
     events: VecDeque<Emit>,
 }
@@ -139,6 +145,8 @@ impl<C: Clone> MasterCore<C> {
             binding: BTreeMap::new(),
             ledger: Ledger::default(),
             awaited: false,
+            stop_by: None,
+            deadlines: BTreeSet::new(),
             actions: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -155,7 +163,9 @@ impl<C: Clone> MasterCore<C> {
     pub(crate) fn next_event(&mut self) -> Option<Emit> {
         let Some(emit) = self.events.pop_front() else {
             let finished = self.awaited && self.workers.is_empty() && self.handles.is_empty();
-            self.awaited &= !finished;
+            if finished {
+                (self.awaited, self.stop_by) = (false, None);
+            }
             return finished.then_some(Emit {
                 level: Level::Cluster,
                 worker: None,
@@ -204,7 +214,8 @@ impl<C: Clone> MasterCore<C> {
             };
             rest.into_iter().chain(quiet)
         });
-        times.min()
+        let worker = self.deadlines.first().map(|(time, _)| *time);
+        times.chain(worker).chain(self.stop_by).min()
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
@@ -283,6 +294,7 @@ impl<C: Clone> MasterCore<C> {
             exited_after_disconnect: None,
             kill_signal: None,
             status: None,
+            deadline: None,
             unreferenced: false,
         };
         self.workers.insert(worker, entry);
@@ -294,11 +306,35 @@ impl<C: Clone> MasterCore<C> {
         self.begin_leave(&[worker]);
     }
 
+    /// The same, and kills the worker if it has not exited `within` this time. Of several
+    /// deadlines the first one counts.
+    pub(crate) fn disconnect_within(&mut self, worker: WorkerId, within: Time) {
+        let deadline = self.now.saturating_add(within);
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            let earlier = entry.deadline.is_some_and(|earlier| earlier <= deadline);
+            if entry.status.is_none() && !earlier {
+                if let Some(later) = entry.deadline.replace(deadline) {
+                    self.deadlines.remove(&(later, worker));
+                }
+                self.deadlines.insert((deadline, worker));
+            }
+        }
+        self.begin_leave(&[worker]);
+    }
+
     /// Disconnects everybody; `Disconnected` is emitted when nobody is left.
     pub(crate) fn disconnect_all(&mut self, awaited: bool) {
         self.awaited |= awaited;
         let everybody: Vec<_> = self.worker_ids().collect();
         self.begin_leave(&everybody);
+    }
+
+    /// The same, and kills whoever has not exited `within` this time.
+    pub(crate) fn disconnect_all_within(&mut self, within: Time) {
+        let deadline = self.now.saturating_add(within);
+        let first = self.stop_by.map_or(deadline, |other| other.min(deadline));
+        self.stop_by = Some(first);
+        self.disconnect_all(true);
     }
 
     /// Disconnects the worker, then sends the signal.
@@ -426,6 +462,9 @@ impl<C: Clone> MasterCore<C> {
             return;
         }
         entry.status = Some(status);
+        if let Some(deadline) = entry.deadline.take() {
+            self.deadlines.remove(&(deadline, worker));
+        }
         if entry.connected {
             // What it sent before it died still counts.
             self.close_channel(worker);
@@ -452,6 +491,7 @@ impl<C: Clone> MasterCore<C> {
         if self.deadline().is_none_or(|deadline| deadline > self.now) {
             return;
         }
+        self.end_stragglers();
         let handles: Vec<_> = self.handles.keys().copied().collect();
         for handle in handles {
             let Some(entry) = self.handles.get_mut(&handle) else {
@@ -467,6 +507,26 @@ impl<C: Clone> MasterCore<C> {
                     self.pull(handle);
                 }
             }
+        }
+    }
+
+    /// Kills those whose deadline is over. Their end is noticed as any other.
+    fn end_stragglers(&mut self) {
+        let is_over = |deadline: &Time| *deadline <= self.now;
+        let mut stragglers = Vec::new();
+        if self.stop_by.as_ref().is_some_and(is_over) {
+            self.stop_by = None;
+            stragglers.extend(self.workers.keys().copied());
+        }
+        while let Some(&(deadline, worker)) = self.deadlines.first().filter(|(d, _)| is_over(d)) {
+            self.deadlines.remove(&(deadline, worker));
+            stragglers.push(worker);
+        }
+        for worker in stragglers {
+            if let Some(entry) = self.workers.get_mut(&worker) {
+                entry.deadline = None;
+            }
+            self.signal(worker, Signal::KILL);
         }
     }
 

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitStatus;
 use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
@@ -27,16 +28,11 @@ use crate::worker_id::WorkerId;
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
 /// use std::time::Duration;
-/// use cluster::Signal;
 ///
 /// let worker = master.fork()?;
-/// worker.on_listening(|master, worker, _| {
+/// worker.on_listening(|_, worker, _| {
 ///     let _ = worker.send(b"shutdown");
-///     let straggler = worker.disconnect().clone();
-///     let deadline = master.set_timeout(Duration::from_secs(2), move |_| {
-///         straggler.process().kill(Signal::KILL);
-///     });
-///     worker.on_disconnect(move |master, _| master.clear_timer(deadline));
+///     worker.disconnect_within(Duration::from_secs(2));
 /// });
 /// # Ok(()) }
 /// ```
@@ -269,10 +265,32 @@ impl WorkerProcess {
     ///
     /// Node: `worker.disconnect()`. It gets no new connection; what other workers can serve goes
     /// to them, and what only this one can (the kernel's queue of a listener that nobody else
-    /// serves) it still gets before it leaves. There is no deadline: [`WorkerProcess`] has an
-    /// example of how to set one. Nothing happens if it is leaving already or has left.
+    /// serves) it still gets before it leaves. It may take all the time it wants:
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if it is leaving
+    /// already or has left.
     pub fn disconnect(&self) -> &Self {
         self.tell(|core| core.disconnect(self.id()));
+        self
+    }
+
+    /// Asks the worker to leave, and kills it if it has not exited when `deadline`, counted from
+    /// now, is over. Returns the worker.
+    ///
+    /// Node has no counterpart: there, programs set a timer. The worker leaves as after
+    /// [`disconnect`](Self::disconnect), and if it has to be killed (SIGKILL, which also ends one
+    /// that loops or is stopped), it counts as having left on purpose all the same. With zero it is
+    /// killed when the loop turns next. Of several deadlines the first one counts, and there is no
+    /// way back. Nothing happens if the process has ended.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::WorkerProcess) {
+    /// use std::time::Duration;
+    ///
+    /// worker.disconnect_within(Duration::from_secs(2));
+    /// # }
+    /// ```
+    pub fn disconnect_within(&self, deadline: Duration) -> &Self {
+        self.tell(|core| core.disconnect_within(self.id(), deadline));
         self
     }
 
