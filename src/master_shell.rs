@@ -123,17 +123,17 @@ impl MasterShell {
         }
         let mut program = program(settings, env).map_err(|error| ("prepare it", error))?;
         program.stdio(stdio.theirs);
-        let pid = program.spawn(theirs.as_raw_fd())?;
+        let (pid, process) = program.spawn(theirs.as_raw_fd())?;
         drop((program, theirs));
 
         let key = Token::Process(id.get()).key();
-        let process = match pid.open() {
+        let process = match process {
             Some(fd) => self.poller.add(fd, key, Some(Interest::Readable)).map(Some),
             None => watch_children().map(|()| None),
         };
         let process = process.map_err(|error| {
             // Nobody would notice its end.
-            let _ = pid.signal(Signal::KILL.number());
+            let _ = pid.signal(None, Signal::KILL.number());
             let _ = pid.wait();
             ("watch it", error)
         })?;
@@ -277,8 +277,10 @@ impl MasterShell {
             Action::DiscardChannel { worker } => self.drop_channel(worker),
             Action::Signal { worker, signal } => {
                 if let Some(record) = self.record(worker) {
+                    let process = record.process.borrow();
+                    let process = process.as_ref().map(|process| process.as_fd());
                     // It fails only for a process that has ended, which is noticed by itself.
-                    let _ = record.pid.signal(signal.number());
+                    let _ = record.pid.signal(process, signal.number());
                 }
             }
         }

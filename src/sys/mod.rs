@@ -1,9 +1,11 @@
 //! The system calls, and all the `unsafe` of the crate.
 //!
 //! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
-//! signal handlers (`signal`), `fork` and `execve` (`process`), calls with raw buffers (`socket`), making and naming sockets (`listen`),
+//! signal handlers (`signal`), making processes (`process`) and what they do before they execute
+//! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`),
 //! changing the environment (`env`). Functions return `io::Error`; the caller says what it tried.
 
+mod child;
 pub(crate) mod env;
 pub(crate) mod fd;
 pub(crate) mod listen;

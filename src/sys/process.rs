@@ -1,13 +1,15 @@
-//! `fork`, `execve`, and waiting for the child.
+//! Making a child, signalling it, and waiting for it.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::io::{self, Read as _};
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
+use super::child::{Child, STEPS};
+use super::signal::empty_set;
 use super::{check, retry};
 
 /// Everything `execve` needs, made before `fork`: between the two nothing may be allocated.
@@ -25,22 +27,6 @@ pub(crate) struct Program {
 
 /// What was attempted in vain, and the system's reason.
 pub(crate) type Failure = (&'static str, io::Error);
-
-/// What the child does between `fork` and `execve`, by the number that it reports.
-const STEPS: [&str; 6] = [
-    "execute it",
-    "prepare its signals",
-    "prepare its descriptors",
-    "enter its directory",
-    "change its groups",
-    "change its user",
-];
-const EXECUTE: u8 = 0;
-const SIGNALS_STEP: u8 = 1;
-const DESCRIPTORS: u8 = 2;
-const DIRECTORY: u8 = 3;
-const GROUPS: u8 = 4;
-const USER: u8 = 5;
 
 /// The identity of a child until it has been waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,14 +77,17 @@ impl Program {
         (self.uid, self.gid) = (uid, gid);
     }
 
-    /// Starts the program in a child that inherits the descriptor `channel`, whose number is beyond
-    /// those of `stdio`, with default signal dispositions and an empty mask. On Linux the child
-    /// dies with the thread that called this.
+    /// Starts the program in a child that inherits nothing but `stdio`, or what is 0, 1 and 2 here,
+    /// and the descriptor `channel`, whose number is beyond those; with default signal dispositions
+    /// and an empty mask. On Linux the child dies with the thread that called this.
+    ///
+    /// Returns also a descriptor that becomes readable when the child ends, where the system has
+    /// such.
     ///
     /// # Errors
     ///
     /// The process cannot be made, or the program cannot be executed.
-    pub(crate) fn spawn(&self, channel: RawFd) -> Result<Pid, Failure> {
+    pub(crate) fn spawn(&self, channel: RawFd) -> Result<(Pid, Option<OwnedFd>), Failure> {
         let forking = |error| ("make a process", error);
         let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
             let pointers = strings.iter().map(|string| string.as_ptr());
@@ -115,7 +104,10 @@ impl Program {
             path: self.path.as_ptr(),
             args: args.as_ptr(),
             env: env.as_ptr(),
-            program: self,
+            cwd: self.cwd.as_deref().map_or(std::ptr::null(), CStr::as_ptr),
+            stdio: &self.stdio,
+            uid: self.uid,
+            gid: self.gid,
             channel,
             failure: child_failure.as_raw_fd(),
             parent: std::process::id(),
@@ -124,18 +116,14 @@ impl Program {
         // A handler of ours or of the host that ran in the child would act on the master's
         // descriptors: no signal is delivered until the child has default dispositions.
         let mask = block_signals().map_err(forking)?;
-        // SAFETY: the child makes only async-signal-safe calls until `execve`.
-        let forked = check(unsafe { libc::fork() });
-        if let Ok(0) = forked {
-            child.exec();
-        }
+        let forked = fork(&child);
         restore_signals(&mask);
-        let pid = Pid(forked.map_err(forking)?);
+        let (pid, process) = forked.map_err(forking)?;
 
         drop(child_failure);
         let mut report = [0; 5];
         match failure.read_exact(&mut report) {
-            Err(_) => Ok(pid),
+            Err(_) => Ok((pid, process)),
             Ok(()) => {
                 let _ = pid.wait();
                 let [step, errno @ ..] = report;
@@ -147,119 +135,61 @@ impl Program {
     }
 }
 
-/// What the child needs to know, as plain values.
-struct Child<'a> {
-    path: *const libc::c_char,
-    args: *const *const libc::c_char,
-    env: *const *const libc::c_char,
-    program: &'a Program,
-    channel: RawFd,
-    failure: RawFd,
-    parent: u32,
-}
-
-impl Child<'_> {
-    /// Runs in the child, where other threads' locks may be held for ever: nothing here allocates,
-    /// locks or panics.
-    fn exec(&self) -> ! {
-        let (step, error) = self.try_exec().unwrap_or_else(|failure| failure);
-        let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
-        let [a, b, c, d] = errno.to_ne_bytes();
-        let report = [step, a, b, c, d];
-        // SAFETY: the buffer lives through the call.
-        unsafe { libc::write(self.failure, report.as_ptr().cast(), report.len()) };
-        // SAFETY: `_exit` runs no destructors and no handlers of the parent.
-        unsafe { libc::_exit(127) }
+/// Makes the child, which does not return from here.
+fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
+    #[cfg(target_os = "linux")]
+    match clone_quietly(child) {
+        // No such call, or a sandbox that does not know it, or not these flags.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOSYS | libc::EINVAL | libc::EPERM)
+            ) => {}
+        cloned => return cloned.map(|(pid, process)| (pid, Some(process))),
     }
-
-    /// Returns the step that failed, and why: the last one if all others went well.
-    fn try_exec(&self) -> Result<(u8, io::Error), (u8, io::Error)> {
-        let at = |step| move |error| (step, error);
-        default_signals().map_err(at(SIGNALS_STEP))?;
-        self.arrange_descriptors().map_err(at(DESCRIPTORS))?;
-        if let Some(directory) = &self.program.cwd {
-            // SAFETY: the path is zero-terminated.
-            check(unsafe { libc::chdir(directory.as_ptr()) }).map_err(at(DIRECTORY))?;
+    // SAFETY: the child makes only async-signal-safe calls until `execve`.
+    match check(unsafe { libc::fork() })? {
+        0 => child.exec(),
+        number => {
+            let pid = Pid(number);
+            Ok((pid, pid.open()))
         }
-        // The groups first: who has given up being root cannot change them any more.
-        if self.program.uid.is_some() || self.program.gid.is_some() {
-            // SAFETY: a list of no groups is not read.
-            check(unsafe { libc::setgroups(0, std::ptr::null()) }).map_err(at(GROUPS))?;
-        }
-        if let Some(gid) = self.program.gid {
-            // SAFETY: setgid takes an integer.
-            check(unsafe { libc::setgid(gid) }).map_err(at(GROUPS))?;
-        }
-        if let Some(uid) = self.program.uid {
-            // SAFETY: setuid takes an integer.
-            check(unsafe { libc::setuid(uid) }).map_err(at(USER))?;
-        }
-        // Last: the kernel forgets this request when the user changes.
-        die_with_parent(self.parent).map_err(at(SIGNALS_STEP))?;
-        // SAFETY: path, arguments and environment were built by the parent as zero-terminated
-        // strings in arrays that end with a null pointer, and this process has a copy of them.
-        unsafe { libc::execve(self.path, self.args, self.env) };
-        Ok((EXECUTE, io::Error::last_os_error()))
-    }
-
-    fn arrange_descriptors(&self) -> io::Result<()> {
-        for (number, source) in self.program.stdio.iter().enumerate() {
-            if let (Some(source), Ok(number)) = (source, RawFd::try_from(number)) {
-                // The copy stays open through `execve`.
-                // SAFETY: dup2 changes no memory. No source is overwritten: they are all beyond.
-                check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
-            }
-        }
-        // Cleared here and not in the parent, where another thread may fork at this moment.
-        // SAFETY: F_SETFD changes no memory.
-        check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
-        Ok(())
     }
 }
 
-fn default_signals() -> io::Result<()> {
-    let last = libc::c_int::try_from(SIGNALS).unwrap_or(64);
-    for signal in 1..=last {
-        // Ignored signals would stay ignored through `execve`. Some numbers are refused.
-        // SAFETY: SIG_DFL is always a valid disposition.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
-    let mask = empty_set();
-    // SAFETY: the set is initialised.
-    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) })?;
-    Ok(())
-}
-
-/// The highest signal number there is.
-const SIGNALS: usize = 64;
-
+/// Forks a child whose end raises no signal. So it is nobody's business but ours: the host's own
+/// `waitpid(-1)` does not see it, and its exit status is kept even if the host ignores SIGCHLD.
 #[cfg(target_os = "linux")]
-fn die_with_parent(parent: u32) -> io::Result<()> {
-    let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
-    // SAFETY: PR_SET_PDEATHSIG takes a signal number.
-    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) })?;
-    // SAFETY: always callable.
-    let now = unsafe { libc::getppid() };
-    // The parent may have died before the request: then no signal comes.
-    if now.unsigned_abs() == parent {
-        Ok(())
-    } else {
-        Err(io::Error::from_raw_os_error(libc::ESRCH))
+fn clone_quietly(child: &Child<'_>) -> io::Result<(Pid, OwnedFd)> {
+    /// What the call takes, in its first version. `libc` has it for some architectures only.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Arguments {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
     }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn die_with_parent(_parent: u32) -> io::Result<()> {
-    // End-of-file on the channel has to do.
-    Ok(())
-}
-
-fn empty_set() -> libc::sigset_t {
-    // SAFETY: sigset_t is plain data.
-    let mut set = unsafe { std::mem::zeroed() };
-    // SAFETY: the set is writable.
-    unsafe { libc::sigemptyset(&raw mut set) };
-    set
+    let mut process: RawFd = -1;
+    let arguments = Arguments {
+        flags: u64::from(libc::CLONE_PIDFD.unsigned_abs()),
+        pidfd: (&raw mut process).expose_provenance() as u64,
+        ..Arguments::default()
+    };
+    let size = size_of::<Arguments>();
+    // SAFETY: the arguments live through the call, which writes one descriptor to where they say.
+    // Like `fork`, it gives the child a copy of all memory; the child makes only async-signal-safe
+    // calls, and such that need nothing of what the C library does at a `fork`.
+    let number = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size) };
+    match libc::pid_t::try_from(number) {
+        Ok(0) => child.exec(),
+        Ok(number) if number > 0 => Ok((Pid(number), super::fd::adopt(process))),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn block_signals() -> io::Result<libc::sigset_t> {
@@ -312,12 +242,20 @@ impl Pid {
     fn wait_with(self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
         let mut status = 0;
         // SAFETY: the status is writable. Only this one child is waited for.
-        let pid = check(unsafe { libc::waitpid(self.0, &raw mut status, options) })?;
+        let pid = check(unsafe { libc::waitpid(self.0, &raw mut status, options | ANY_KIND) })?;
         Ok((pid != 0).then(|| ExitStatus::from_raw(status)))
     }
 
-    /// Sends a signal. The caller has not reaped the child, so the number is still its own.
-    pub(crate) fn signal(self, signal: libc::c_int) -> io::Result<()> {
+    /// Sends a signal: by the descriptor of the process, if there is one. The caller has not reaped
+    /// the child; but where somebody else has, its number may be a stranger's by now.
+    pub(crate) fn signal(
+        self,
+        process: Option<BorrowedFd<'_>>,
+        signal: libc::c_int,
+    ) -> io::Result<()> {
+        if let Some(sent) = process.and_then(|process| signal_by_fd(process, signal)) {
+            return sent;
+        }
         // SAFETY: kill changes no memory.
         check(unsafe { libc::kill(self.0, signal) })?;
         Ok(())
@@ -325,7 +263,7 @@ impl Pid {
 
     /// A descriptor that becomes readable when the child ends; `None` where the kernel has none.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(self) -> Option<OwnedFd> {
+    fn open(self) -> Option<OwnedFd> {
         // SAFETY: the call takes two integers. The new descriptor is closed on exec.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.0, 0) };
         let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
@@ -333,7 +271,34 @@ impl Pid {
     }
 
     #[cfg(not(target_os = "linux"))]
-    pub(crate) fn open(self) -> Option<OwnedFd> {
+    fn open(self) -> Option<OwnedFd> {
         None
     }
+}
+
+/// Children whose end raises no signal are a kind of their own.
+#[cfg(target_os = "linux")]
+const ANY_KIND: libc::c_int = libc::__WALL;
+#[cfg(not(target_os = "linux"))]
+const ANY_KIND: libc::c_int = 0;
+
+/// `None` where the kernel cannot.
+#[cfg(target_os = "linux")]
+fn signal_by_fd(process: BorrowedFd<'_>, signal: libc::c_int) -> Option<io::Result<()>> {
+    let nothing = std::ptr::null::<libc::siginfo_t>();
+    let number = process.as_raw_fd();
+    // SAFETY: without information about the signal, the call takes integers.
+    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, nothing, 0) };
+    match sent {
+        0 => Some(Ok(())),
+        _ => {
+            let error = io::Error::last_os_error();
+            (error.raw_os_error() != Some(libc::ENOSYS)).then_some(Err(error))
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn signal_by_fd(_process: BorrowedFd<'_>, _signal: libc::c_int) -> Option<io::Result<()>> {
+    None
 }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use sendfd::{RecvWithFd as _, SendWithFd as _};
 
 use super::retry;
+use super::signal::empty_set;
 
 /// How many descriptors travel with one call. Even, because `sendfd` panics on an odd number when
 /// more than that arrive; surplus ones are closed by the kernel.
@@ -64,10 +65,7 @@ fn send_with_flags(
 /// Runs a call that may raise SIGPIPE in a program that did not ignore it: blocks the signal on
 /// this thread, and takes it back if the call raised it.
 fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    // SAFETY: sigset_t is plain data.
-    let mut pipe: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the set is writable.
-    unsafe { libc::sigemptyset(&raw mut pipe) };
+    let mut pipe = empty_set();
     // SAFETY: the set is initialised.
     unsafe { libc::sigaddset(&raw mut pipe, libc::SIGPIPE) };
     let mut previous = pipe;
@@ -78,8 +76,7 @@ fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let was_blocked = unsafe { libc::sigismember(&raw const previous, libc::SIGPIPE) } == 1;
     let raised = matches!(&result, Err(error) if error.kind() == io::ErrorKind::BrokenPipe);
     if raised && !was_blocked {
-        // SAFETY: sigset_t is plain data.
-        let mut pending: libc::sigset_t = unsafe { std::mem::zeroed() };
+        let mut pending = empty_set();
         // SAFETY: the set is writable.
         unsafe { libc::sigpending(&raw mut pending) };
         // SAFETY: the set is initialised.

@@ -427,9 +427,9 @@ fn callbacks_may_change_anything() {
 fn without_process_descriptors_ends_are_noticed_too() {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
-    let call = nix::libc::SYS_pidfd_open;
+    let calls = [nix::libc::SYS_clone3, nix::libc::SYS_pidfd_open];
     let filter = SeccompFilter::new(
-        BTreeMap::from([(call, Vec::new())]),
+        BTreeMap::from(calls.map(|call| (call, Vec::new()))),
         SeccompAction::Allow,
         SeccompAction::Errno(nix::libc::ENOSYS.unsigned_abs()),
         std::env::consts::ARCH.try_into().unwrap(),

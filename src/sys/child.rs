@@ -1,0 +1,254 @@
+//! What the child does between `fork` and `execve`. Other threads' locks may be held for ever here:
+//! nothing allocates, locks or panics.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+
+use super::check;
+use super::signal::empty_set;
+use identity::{give_up_groups, set_group, set_user};
+
+/// What the child does between `fork` and `execve`, by the number that it reports.
+pub(super) const STEPS: [&str; 6] = [
+    "execute it",
+    "prepare its signals",
+    "prepare its descriptors",
+    "enter its directory",
+    "change its groups",
+    "change its user",
+];
+const EXECUTE: u8 = 0;
+const SIGNALS_STEP: u8 = 1;
+const DESCRIPTORS: u8 = 2;
+const DIRECTORY: u8 = 3;
+const GROUPS: u8 = 4;
+const USER: u8 = 5;
+
+/// What the child needs to know, as plain values.
+pub(super) struct Child<'a> {
+    pub(super) path: *const libc::c_char,
+    pub(super) args: *const *const libc::c_char,
+    pub(super) env: *const *const libc::c_char,
+    /// Null if it stays where it is.
+    pub(super) cwd: *const libc::c_char,
+    pub(super) stdio: &'a [Option<OwnedFd>],
+    pub(super) uid: Option<libc::uid_t>,
+    pub(super) gid: Option<libc::gid_t>,
+    pub(super) channel: RawFd,
+    pub(super) failure: RawFd,
+    pub(super) parent: u32,
+}
+
+impl Child<'_> {
+    /// Runs in the child, where other threads' locks may be held for ever: nothing here allocates,
+    /// locks or panics.
+    pub(super) fn exec(&self) -> ! {
+        let (step, error) = self.try_exec().unwrap_or_else(|failure| failure);
+        let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+        let [a, b, c, d] = errno.to_ne_bytes();
+        let report = [step, a, b, c, d];
+        // SAFETY: the buffer lives through the call.
+        unsafe { libc::write(self.failure, report.as_ptr().cast(), report.len()) };
+        // SAFETY: `_exit` runs no destructors and no handlers of the parent.
+        unsafe { libc::_exit(127) }
+    }
+
+    /// Returns the step that failed, and why: the last one if all others went well.
+    fn try_exec(&self) -> Result<(u8, io::Error), (u8, io::Error)> {
+        let at = |step| move |error| (step, error);
+        default_signals().map_err(at(SIGNALS_STEP))?;
+        self.arrange_descriptors().map_err(at(DESCRIPTORS))?;
+        if !self.cwd.is_null() {
+            // SAFETY: the path is zero-terminated.
+            check(unsafe { libc::chdir(self.cwd) }).map_err(at(DIRECTORY))?;
+        }
+        // The groups first: who has given up being root cannot change them any more.
+        if self.uid.is_some() || self.gid.is_some() {
+            give_up_groups().map_err(at(GROUPS))?;
+        }
+        if let Some(gid) = self.gid {
+            set_group(gid).map_err(at(GROUPS))?;
+        }
+        if let Some(uid) = self.uid {
+            set_user(uid).map_err(at(USER))?;
+        }
+        // Last: the kernel forgets this request when the user changes.
+        die_with_parent(self.parent).map_err(at(SIGNALS_STEP))?;
+        // SAFETY: path, arguments and environment were built by the parent as zero-terminated
+        // strings in arrays that end with a null pointer, and this process has a copy of them.
+        unsafe { libc::execve(self.path, self.args, self.env) };
+        Ok((EXECUTE, io::Error::last_os_error()))
+    }
+
+    fn arrange_descriptors(&self) -> io::Result<()> {
+        for (number, source) in self.stdio.iter().enumerate() {
+            if let (Some(source), Ok(number)) = (source, RawFd::try_from(number)) {
+                // The copy stays open through `execve`.
+                // SAFETY: dup2 changes no memory. No source is overwritten: they are all beyond.
+                check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
+            }
+        }
+        // Cleared here and not in the parent, where another thread may fork at this moment.
+        // SAFETY: F_SETFD changes no memory.
+        check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
+        self.close_others();
+        Ok(())
+    }
+
+    /// What the host has left open for programs that it executes is not for workers.
+    fn close_others(&self) {
+        let standard = RawFd::try_from(self.stdio.len()).unwrap_or(RawFd::MAX);
+        let low = self.channel.min(self.failure);
+        let high = self.channel.max(self.failure);
+        for (first, last) in [
+            (standard.max(3), low - 1),
+            (low + 1, high - 1),
+            (high + 1, RawFd::MAX),
+        ] {
+            if first <= last && !close_range(first, last) {
+                close_one_by_one(first, last);
+            }
+        }
+    }
+}
+
+/// Ignored signals would stay ignored through `execve`. Some numbers are refused.
+fn default_signals() -> io::Result<()> {
+    for signal in 1..=SIGNALS {
+        default_signal(signal);
+    }
+    let mask = empty_set();
+    // SAFETY: the set is initialised.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// The system's own call: the C library's may take a lock that another thread held when this child
+/// was made.
+#[cfg(target_os = "linux")]
+fn default_signal(signal: libc::c_int) {
+    /// Longer than the structure is anywhere. All zeroes are the default disposition.
+    const DEFAULT: [u64; 8] = [0; 8];
+    let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
+    // SAFETY: the new action lives through the call, and no room for the old one is given.
+    unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, KERNEL_SET) };
+}
+
+/// How long the kernel's set of signals is, in bytes.
+#[cfg(all(target_os = "linux", any(target_arch = "mips", target_arch = "mips64")))]
+const KERNEL_SET: usize = 16;
+#[cfg(all(
+    target_os = "linux",
+    not(any(target_arch = "mips", target_arch = "mips64"))
+))]
+const KERNEL_SET: usize = 8;
+
+#[cfg(not(target_os = "linux"))]
+fn default_signal(signal: libc::c_int) {
+    // SAFETY: SIG_DFL is always a valid disposition.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+/// The highest signal number there is.
+const SIGNALS: libc::c_int = 64;
+
+#[cfg(target_os = "linux")]
+fn die_with_parent(parent: u32) -> io::Result<()> {
+    let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
+    // SAFETY: PR_SET_PDEATHSIG takes a signal number.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) })?;
+    // SAFETY: always callable.
+    let now = unsafe { libc::getppid() };
+    // The parent may have died before the request: then no signal comes.
+    if now.unsigned_abs() == parent {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::ESRCH))
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn die_with_parent(_parent: u32) -> io::Result<()> {
+    // End-of-file on the channel has to do.
+    Ok(())
+}
+
+/// The system's own calls: the C library would change the user of other threads, too, and this
+/// process has only its memory of them.
+#[cfg(target_os = "linux")]
+mod identity {
+    use super::*;
+
+    #[cfg(not(any(target_arch = "arm", target_arch = "x86")))]
+    use libc::{SYS_setgid as SETGID, SYS_setgroups as SETGROUPS, SYS_setuid as SETUID};
+    #[cfg(any(target_arch = "arm", target_arch = "x86"))]
+    use libc::{SYS_setgid32 as SETGID, SYS_setgroups32 as SETGROUPS, SYS_setuid32 as SETUID};
+
+    fn checked(result: libc::c_long) -> io::Result<()> {
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    pub(super) fn give_up_groups() -> io::Result<()> {
+        // SAFETY: a list of no groups is not read.
+        checked(unsafe { libc::syscall(SETGROUPS, 0, std::ptr::null::<libc::gid_t>()) })
+    }
+
+    pub(super) fn set_group(gid: libc::gid_t) -> io::Result<()> {
+        // SAFETY: setgid takes an integer.
+        checked(unsafe { libc::syscall(SETGID, gid) })
+    }
+
+    pub(super) fn set_user(uid: libc::uid_t) -> io::Result<()> {
+        // SAFETY: setuid takes an integer.
+        checked(unsafe { libc::syscall(SETUID, uid) })
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod identity {
+    use super::*;
+
+    pub(super) fn give_up_groups() -> io::Result<()> {
+        // SAFETY: a list of no groups is not read.
+        check(unsafe { libc::setgroups(0, std::ptr::null()) }).map(drop)
+    }
+
+    pub(super) fn set_group(gid: libc::gid_t) -> io::Result<()> {
+        // SAFETY: setgid takes an integer.
+        check(unsafe { libc::setgid(gid) }).map(drop)
+    }
+
+    pub(super) fn set_user(uid: libc::uid_t) -> io::Result<()> {
+        // SAFETY: setuid takes an integer.
+        check(unsafe { libc::setuid(uid) }).map(drop)
+    }
+}
+
+/// Closes all descriptors from `first` to `last`. Returns whether the system can.
+#[cfg(target_os = "linux")]
+fn close_range(first: RawFd, last: RawFd) -> bool {
+    // SAFETY: nothing in this child uses them any more.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn close_range(_first: RawFd, _last: RawFd) -> bool {
+    false
+}
+
+/// The same, as far as numbers go in practice: a process may have a limit in the millions, and each
+/// number is a call to the system.
+fn close_one_by_one(first: RawFd, last: RawFd) {
+    let limit = super::fd::limit().min(MOST_CLOSED);
+    let last = last.min(RawFd::try_from(limit).unwrap_or(RawFd::MAX));
+    for number in first..=last {
+        // SAFETY: nothing in this child uses it any more.
+        unsafe { libc::close(number) };
+    }
+}
+
+/// How many descriptors are closed one by one.
+const MOST_CLOSED: u64 = 65_536;
