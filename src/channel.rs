@@ -5,7 +5,9 @@
 //! its descriptors with an earlier piece. Two facts make it come out right. All descriptors of a
 //! call leave with its first byte, so that once anything is written none of them is sent again.
 //! And they arrive no later than the first byte of the frame they belong to, in order, so that the
-//! reader keeps a queue of them and each frame takes as many as its header says.
+//! reader keeps a queue of them and each frame takes as many as its header says. The first frame of
+//! each batch says how many the batch had, so that if the kernel had to drop some, the reader knows
+//! whose they were.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -17,9 +19,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::error::SendError;
-use crate::frame::{Frame, FrameError, HEADER, Header, MAX_BODY, MAX_FDS};
+use crate::frame::{BATCH, Frame, FrameError, HEADER, Header, MAX_BATCH, MAX_BODY, MAX_FDS};
 use crate::sys::poll::{Interest, Poller, Registered};
-use crate::sys::socket::{self, MAX_FDS_PER_CALL};
+use crate::sys::socket::{self, Piece};
 
 /// Above this many bytes waiting, `send` tells the program to slow down.
 const HIGH_WATER: usize = 64 << 10;
@@ -32,8 +34,10 @@ const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
 const WRITE_SIZE: usize = 64 << 10;
 /// How much one call reads at most, and so how long one peer keeps the loop.
 pub(crate) const READ_SIZE: usize = 64 << 10;
-/// Descriptors that arrived ahead of their frames. Two calls of an honest peer can be under way.
-const MAX_EARLY_FDS: usize = 2 * MAX_FDS_PER_CALL;
+/// How long to wait before writing again when the system has no room.
+pub(crate) const REST: Duration = Duration::from_millis(100);
+/// Descriptors that arrived ahead of their frames. Two batches of an honest peer can be under way.
+const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
 
 /// Names a message of the program's until it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,13 +54,25 @@ impl ReceiptId {
     }
 }
 
+/// A frame with its descriptors.
+#[derive(Debug)]
+pub(crate) struct Arrival<F> {
+    pub(crate) frame: F,
+    pub(crate) fds: Vec<OwnedFd>,
+    /// Some of its descriptors did not get through.
+    pub(crate) lost_fds: bool,
+}
+
 /// Turns pieces into frames.
 #[derive(Debug, Default)]
 struct Inbox {
     bytes: Vec<u8>,
     /// Where the first unread frame begins.
     start: usize,
-    fds: VecDeque<OwnedFd>,
+    /// Descriptors whose first frame has not been read, and whether there were more of them.
+    batches: VecDeque<(Vec<OwnedFd>, bool)>,
+    /// The rest of the batch whose frames are being read; `None` for one that is lost.
+    fds: VecDeque<Option<OwnedFd>>,
 }
 
 impl Inbox {
@@ -71,28 +87,60 @@ impl Inbox {
         self.bytes.extend_from_slice(piece);
     }
 
-    fn next<F: Frame>(&mut self) -> Result<Option<(F, Vec<OwnedFd>)>, FrameError> {
+    fn push_fds(&mut self, fds: Vec<OwnedFd>, lost: bool) {
+        if lost || !fds.is_empty() {
+            self.batches.push_back((fds, lost));
+        }
+    }
+
+    fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
+        if self.has_too_many_early() {
+            return Err(FrameError::Descriptors);
+        }
         let unread = &self.bytes[self.start..];
         let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
-            return self.incomplete();
+            return Ok(None);
         };
         let header = Header::decode(*header)?;
         let Some(body) = rest.get(..header.length) else {
-            return self.incomplete();
+            return Ok(None);
         };
+        let frame = F::decode(header.kind, header.fds, body)?;
+        self.start += HEADER + header.length;
+        if header.batch > 0 {
+            self.open_batch(header.batch)?;
+        }
         if header.fds > self.fds.len() {
             return Err(FrameError::Descriptors);
         }
-        let frame = F::decode(header.kind, header.fds, body)?;
-        self.start += HEADER + header.length;
-        Ok(Some((frame, self.fds.drain(..header.fds).collect())))
+        let fds: Vec<_> = self.fds.drain(..header.fds).flatten().collect();
+        let lost_fds = fds.len() < header.fds;
+        Ok(Some(Arrival {
+            frame,
+            fds,
+            lost_fds,
+        }))
     }
 
-    fn incomplete<T>(&self) -> Result<Option<T>, FrameError> {
-        if self.fds.len() > MAX_EARLY_FDS {
+    fn has_too_many_early(&self) -> bool {
+        let early: usize = self.batches.iter().map(|(fds, _)| fds.len().max(1)).sum();
+        early > MAX_EARLY_FDS
+    }
+
+    /// A batch of so many descriptors belongs to the frames that follow.
+    fn open_batch(&mut self, count: usize) -> Result<(), FrameError> {
+        let Some((fds, lost)) = self.batches.pop_front() else {
+            return Err(FrameError::Descriptors);
+        };
+        let fits = fds.len() == count || lost && fds.len() < count;
+        if !fits || !self.fds.is_empty() {
             return Err(FrameError::Descriptors);
         }
-        Ok(None)
+        let missing = count - fds.len();
+        self.fds.extend(fds.into_iter().map(Some));
+        // The kernel makes room for the first ones first.
+        self.fds.extend((0..missing).map(|_| None));
+        Ok(())
     }
 }
 
@@ -104,6 +152,9 @@ struct Outbox {
     written: u64,
     /// Each descriptor with the place of its frame's first byte, counted like `written`.
     fds: VecDeque<(u64, Rc<OwnedFd>)>,
+    /// Where the frames end whose descriptors have left with the last batch. The next one leaves
+    /// when these have: so the reader never has more than two.
+    batch_end: u64,
     /// Each message of which the program wants to hear, with the place of its last byte.
     receipts: VecDeque<(u64, ReceiptId)>,
 }
@@ -117,10 +168,27 @@ impl Outbox {
 
     /// What the next call should write: bytes up to a limit, and the descriptors of the frames
     /// that begin in them.
-    fn next(&self) -> (&[u8], Vec<BorrowedFd<'_>>) {
+    fn next(&mut self) -> (&[u8], Vec<BorrowedFd<'_>>) {
+        let (length, count) = self.next_batch();
+        if let (Some((place, _)), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(count)) {
+            let header = usize::try_from(place - self.written).ok();
+            if let Some(batch) = header.and_then(|at| self.bytes.get_mut(at + BATCH)) {
+                *batch = count;
+            }
+        }
+        let fds = self.fds.iter().take(count);
+        let fds = fds.map(|(_, fd)| fd.as_fd()).collect();
+        (&self.bytes.as_slices().0[..length], fds)
+    }
+
+    /// How many bytes, and how many descriptors.
+    fn next_batch(&self) -> (usize, usize) {
         let (bytes, _) = self.bytes.as_slices();
         let mut length = bytes.len().min(WRITE_SIZE);
-        if let Some((place, _)) = self.fds.get(MAX_FDS_PER_CALL) {
+        if let Some(rest @ 1..) = self.batch_end.checked_sub(self.written) {
+            return (length.min(usize::try_from(rest).unwrap_or(length)), 0);
+        }
+        if let Some((place, _)) = self.fds.get(MAX_BATCH) {
             // A frame does not begin before its descriptors can be sent. The limit of descriptors
             // in one frame keeps this from being zero.
             let before = usize::try_from(place - self.written).unwrap_or(length);
@@ -128,15 +196,18 @@ impl Outbox {
         }
         let end = self.written + length as u64;
         let fds = self.fds.iter().take_while(|(place, _)| *place < end);
-        (&bytes[..length], fds.map(|(_, fd)| fd.as_fd()).collect())
+        (length, fds.count())
     }
 
-    fn written(&mut self, bytes: usize, fds: usize) {
-        self.bytes.drain(..bytes);
-        self.written += bytes as u64;
-        if bytes > 0 {
+    /// So many bytes have been written, and if any, all of the descriptors that `next` gave.
+    fn written(&mut self, bytes: usize) {
+        let (length, fds) = self.next_batch();
+        if bytes > 0 && fds > 0 {
+            self.batch_end = self.written + length as u64;
             self.fds.drain(..fds);
         }
+        self.bytes.drain(..bytes);
+        self.written += bytes as u64;
         if self.bytes.is_empty() {
             self.bytes.shrink_to(WRITE_SIZE);
         }
@@ -167,7 +238,17 @@ impl Outbox {
 }
 
 // A frame has at most 16 descriptors, and a call takes 64.
-const _: () = assert!(MAX_FDS < MAX_FDS_PER_CALL);
+const _: () = assert!(MAX_FDS < MAX_BATCH);
+
+/// What one attempt to write achieved.
+#[derive(Debug)]
+pub(crate) enum Flushed {
+    /// All that the other side has room for; the poller tells when it has more.
+    Done,
+    /// The system has run out of something: it is to be tried again after a while. The error comes
+    /// with the first attempt of several.
+    Exhausted(Option<io::Error>),
+}
 
 /// What one read brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +269,8 @@ pub(crate) struct Channel<In, Out> {
     broken: bool,
     /// Something was to be written and has not been.
     lost: bool,
+    /// The system has no room for what is to be written; it is tried again later.
+    exhausted: bool,
     /// To be closed when everything is written.
     closing: bool,
     /// Whether the poller tells when something can be read.
@@ -205,6 +288,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             outbox: Outbox::default(),
             broken: false,
             lost: false,
+            exhausted: false,
             closing: false,
             waits_to_read: true,
             waits_to_write: false,
@@ -286,40 +370,58 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     ///
     /// The channel is of no more use for writing; what was queued is gone. That the other side has
     /// closed is no error: reading will tell, after what it wrote before.
-    pub(crate) fn flush(&mut self) -> io::Result<()> {
-        let outcome = self.write();
-        if let Err(error) = outcome {
-            self.broken = true;
-            self.lost = true;
-            self.outbox.clear();
-            self.wait_to_write(false)?;
-            let closed = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
-            return if closed.contains(&error.kind()) {
-                Ok(())
-            } else {
-                Err(error)
-            };
+    pub(crate) fn flush(&mut self) -> io::Result<Flushed> {
+        match self.write() {
+            Err(error) if socket::is_exhaustion(&error) => {
+                self.check_length()?;
+                self.wait_to_write(false)?;
+                let first = !std::mem::replace(&mut self.exhausted, true);
+                return Ok(Flushed::Exhausted(first.then_some(error)));
+            }
+            Err(error) => {
+                self.broken = true;
+                self.lost = true;
+                self.outbox.clear();
+                self.wait_to_write(false)?;
+                let closed = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+                return if closed.contains(&error.kind()) {
+                    Ok(Flushed::Done)
+                } else {
+                    Err(error)
+                };
+            }
+            Ok(()) => self.exhausted = false,
         }
-        if self.outbox.bytes.len() > CUT_OFF {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
+        self.check_length()?;
         if self.outbox.bytes.is_empty() && self.closing {
             self.shut();
         }
-        self.wait_to_write(!self.outbox.bytes.is_empty())
+        self.wait_to_write(!self.outbox.bytes.is_empty())?;
+        Ok(Flushed::Done)
+    }
+
+    fn check_length(&self) -> io::Result<()> {
+        if self.outbox.bytes.len() > CUT_OFF {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        Ok(())
     }
 
     fn write(&mut self) -> io::Result<()> {
         while !self.outbox.bytes.is_empty() {
             let (bytes, fds) = self.outbox.next();
-            let count = fds.len();
             match socket::send(&self.socket, bytes, &fds) {
-                Ok(written) => self.outbox.written(written, count),
+                Ok(written) => self.outbox.written(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Whether writing has to wait for something that no poller tells.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        self.exhausted
     }
 
     /// Whether the poller is to tell when something can be read.
@@ -355,9 +457,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         let _ = self.socket.set_write_timeout(Some(patience));
         while !self.outbox.bytes.is_empty() {
             let (bytes, fds) = self.outbox.next();
-            let count = fds.len();
             match socket::send_waiting(&self.socket, bytes, &fds) {
-                Ok(written) => self.outbox.written(written, count),
+                Ok(written) => self.outbox.written(written),
                 Err(_) => break,
             }
         }
@@ -365,10 +466,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Reads once. The frames are then got with `next`.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
-        match socket::receive(&self.socket, scratch, &mut self.inbox.fds) {
-            Ok(0) => Ok(Received::End),
-            Ok(read) => {
-                self.inbox.push(&scratch[..read]);
+        match socket::receive(&self.socket, scratch) {
+            Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
+            Ok(piece) => {
+                self.inbox.push(&scratch[..piece.bytes]);
+                self.inbox.push_fds(piece.fds, piece.lost_fds);
                 Ok(Received::Something)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
@@ -379,7 +481,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Returns the next complete frame with its descriptors.
-    pub(crate) fn next(&mut self) -> Result<Option<(In, Vec<OwnedFd>)>, FrameError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Arrival<In>>, FrameError> {
         self.inbox.next()
     }
 
@@ -422,8 +524,9 @@ mod tests {
         let mut frames = Vec::new();
         let mut scratch = vec![0; READ_SIZE];
         while end.receive(&mut scratch).unwrap() == Received::Something {
-            while let Some(frame) = end.next().unwrap() {
-                frames.push(frame);
+            while let Some(arrival) = end.next().unwrap() {
+                assert!(!arrival.lost_fds);
+                frames.push((arrival.frame, arrival.fds));
             }
         }
         frames
@@ -552,7 +655,7 @@ mod tests {
         let (_keep, fd) = marked();
         let mut outcome = Ok(None);
         for _ in 0..4 {
-            let fds = [fd.as_fd(); MAX_FDS_PER_CALL];
+            let fds = [fd.as_fd(); MAX_BATCH];
             socket::send(&worker.socket, &junk[..1], &fds).unwrap();
             let mut scratch = [0; 64];
             // A header of zeroes has version 0; one byte at a time it stays incomplete.
@@ -576,7 +679,7 @@ mod tests {
         drop(worker);
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
-        let (frame, _) = master.next().unwrap().unwrap();
+        let frame = master.next().unwrap().unwrap().frame;
         assert_eq!(frame, ToMaster::Message(b"last words".to_vec()));
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
         master.queue(&ToWorker::Disconnect, []);
@@ -608,7 +711,7 @@ mod tests {
         assert!(!worker.is_flushed(), "but not what came later");
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
-        assert_eq!(master.next().unwrap().unwrap().0, ToMaster::Leaving);
+        assert_eq!(master.next().unwrap().unwrap().frame, ToMaster::Leaving);
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
     }
 
@@ -624,7 +727,7 @@ mod tests {
         assert!(!worker.is_flushed(), "so it knows that this was not heard");
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
-        assert_eq!(master.next().unwrap().unwrap().0, ToMaster::Leaving);
+        assert_eq!(master.next().unwrap().unwrap().frame, ToMaster::Leaving);
     }
 
     proptest! {
@@ -645,8 +748,8 @@ mod tests {
                 let (piece, later) = rest.split_at(rest.len().min(*cut));
                 inbox.push(piece);
                 rest = later;
-                while let Some((frame, _)) = inbox.next::<ToMaster>().unwrap() {
-                    let ToMaster::Message(body) = frame else { unreachable!() };
+                while let Some(arrival) = inbox.next::<ToMaster>().unwrap() {
+                    let ToMaster::Message(body) = arrival.frame else { unreachable!() };
                     seen.push(body.len());
                 }
                 if rest.is_empty() {
@@ -654,6 +757,47 @@ mod tests {
                 }
             }
             prop_assert_eq!(seen, sizes);
+        }
+
+        /// The system writes as much as it likes of what it is given, reads it in other pieces, and
+        /// drops the last descriptors of some batches.
+        #[test]
+        fn lost_descriptors_are_those_of_their_own_frames(
+            counts in proptest::collection::vec(0..=MAX_FDS, 1..40),
+            writes in proptest::collection::vec((1..400usize, 0..4usize), 1..40),
+        ) {
+            let null = Rc::new(OwnedFd::from(File::open("/dev/null").unwrap()));
+            let mut outbox = Outbox::default();
+            for (n, count) in counts.iter().enumerate() {
+                let mut bytes = Vec::new();
+                let body = vec![u8::try_from(n).unwrap(); 30];
+                ToMaster::Message(body).encode(*count, &mut bytes);
+                outbox.push(&bytes, std::iter::repeat_n(Rc::clone(&null), *count));
+            }
+            let mut inbox = Inbox::default();
+            let (mut lost, mut got, mut seen) = (0, 0, 0);
+            for (most, drops) in writes.iter().cycle() {
+                let (bytes, fds) = outbox.next();
+                let kept = fds.len().saturating_sub(*drops);
+                let copies = fds[..kept].iter().map(|fd| fd.try_clone_to_owned().unwrap());
+                inbox.push_fds(copies.collect(), kept < fds.len());
+                lost += fds.len() - kept;
+                let written = bytes.len().min(*most);
+                inbox.push(&bytes[..written]);
+                outbox.written(written);
+                while let Some(arrival) = inbox.next::<ToMaster>().unwrap() {
+                    let announced = counts[seen];
+                    prop_assert_eq!(arrival.lost_fds, arrival.fds.len() < announced);
+                    got += arrival.fds.len();
+                    seen += 1;
+                }
+                if outbox.bytes.is_empty() {
+                    break;
+                }
+            }
+            prop_assert_eq!(seen, counts.len());
+            prop_assert_eq!(got + lost, counts.iter().sum::<usize>());
+            prop_assert!(inbox.fds.is_empty() && inbox.batches.is_empty());
         }
 
         #[test]

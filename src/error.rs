@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::frame::{FrameError, MAX_BODY, MAX_FDS};
+use crate::sys::errno;
 use crate::worker_id::WorkerId;
 
 /// The result of everything in this crate that can fail.
@@ -100,6 +101,16 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// The system has run out of room for what goes through the channel to this worker; nobody is
+    /// cut off. What was to be sent waits, and is tried again every 100 ms. Of what was received,
+    /// descriptors are lost: a message comes without them, and a connection goes to another worker.
+    Exhausted {
+        /// The worker; `None` in a worker, where it is the channel to the master.
+        worker: Option<WorkerId>,
+        /// The system's reason, for instance too many open files, or too many descriptors under
+        /// way.
+        source: io::Error,
+    },
     /// How this worker ended is not known, because something else in this process waited for it.
     /// Its `exit` event says code 255.
     ExitStatus {
@@ -153,6 +164,12 @@ impl std::fmt::Display for SendError {
 }
 
 impl Error {
+    /// Descriptors that were received found no place in this process.
+    pub(crate) fn no_descriptors(worker: Option<WorkerId>) -> Self {
+        let source = io::Error::from_raw_os_error(errno::EMFILE);
+        Self::Exhausted { worker, source }
+    }
+
     pub(crate) fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { attempt, source }
     }
@@ -172,6 +189,7 @@ impl Error {
             | Self::Bind { source, .. }
             | Self::Accept { source, .. }
             | Self::Channel { source, .. }
+            | Self::Exhausted { source, .. }
             | Self::ExitStatus { source, .. }
             | Self::Io { source, .. } => source.raw_os_error(),
             Self::Environment { .. }
@@ -237,6 +255,10 @@ impl std::fmt::Display for Error {
             }
             Self::Channel { worker, source } => {
                 write!(f, "lost the channel to {}: {source}", peer(*worker))
+            }
+            Self::Exhausted { worker, source } => {
+                let peer = peer(*worker);
+                write!(f, "no room for the channel to {peer}: {source}")
             }
             Self::ExitStatus { worker, source } => {
                 write!(f, "cannot learn how worker {worker} ended: {source}")

@@ -3,14 +3,16 @@
 //! ```text
 //!    0       1       2       3       4       5       6       7
 //! +-------+-------+-------+-------+-------+-------+-------+-------+
-//! | length of the body, bytes     |version| kind  | fds   |   0   |
+//! | length of the body, bytes     |version| kind  | fds   | batch |
 //! +-------+-------+-------+-------+-------+-------+-------+-------+
 //! | body, by kind                                         ...
 //! +-------+-------+-------+-------+
 //! ```
 //!
 //! All numbers are little-endian. `fds` counts the descriptors that travel with the frame: they
-//! arrive with its first byte or before, in the order of the frames.
+//! arrive with its first byte or before, in the order of the frames. Descriptors leave in batches, one
+//! with a call to the system; `batch` counts those of the batch that the frame's own are the first
+//! of, and is 0 in other frames. So the reader knows it if the kernel had to drop some.
 //!
 //! ```text
 //! kind  to master   body                       | kind  to worker   body                    fds
@@ -48,6 +50,10 @@ pub(crate) const HEADER: usize = 8;
 pub(crate) const MAX_BODY: usize = 1 << 20;
 /// The most descriptors one frame may carry.
 pub(crate) const MAX_FDS: usize = 16;
+/// The most descriptors that leave with one call to the system.
+pub(crate) const MAX_BATCH: usize = 64;
+/// Where a frame says how many its batch has; known when it leaves.
+pub(crate) const BATCH: usize = 7;
 
 const MESSAGE: u8 = 127;
 
@@ -187,11 +193,12 @@ pub(crate) struct Header {
     pub(crate) length: usize,
     pub(crate) kind: u8,
     pub(crate) fds: usize,
+    pub(crate) batch: usize,
 }
 
 impl Header {
     pub(crate) fn decode(bytes: [u8; HEADER]) -> Result<Self, FrameError> {
-        let [a, b, c, d, version, kind, fds, zero] = bytes;
+        let [a, b, c, d, version, kind, fds, batch] = bytes;
         if version != VERSION {
             return Err(FrameError::Version(version));
         }
@@ -199,16 +206,16 @@ impl Header {
         if length as usize > MAX_BODY {
             return Err(FrameError::TooLong(length));
         }
-        if usize::from(fds) > MAX_FDS {
+        let (fds, batch) = (usize::from(fds), usize::from(batch));
+        let begins_batch = batch > 0;
+        if fds > MAX_FDS || batch > MAX_BATCH || begins_batch && !(1..=batch).contains(&fds) {
             return Err(FrameError::Descriptors);
-        }
-        if zero != 0 {
-            return Err(FrameError::Body(kind));
         }
         Ok(Self {
             length: length as usize,
             kind,
-            fds: usize::from(fds),
+            fds,
+            batch,
         })
     }
 }
@@ -755,6 +762,9 @@ mod tests {
                 let mut changed = bytes.clone();
                 changed[at] = value;
                 if let Ok(frame) = read::<ToMaster>(&changed) {
+                    // Written when the frame leaves.
+                    let batch = std::mem::take(&mut changed[BATCH]);
+                    assert!(batch == 0 || changed[6] > 0);
                     assert_eq!(super::tests::bytes(&frame, changed[6].into()), changed);
                 }
             }
@@ -770,8 +780,10 @@ mod tests {
         );
         let version = [0, 0, 0, 0, 2, MESSAGE, 0, 0];
         assert_eq!(Header::decode(version), Err(FrameError::Version(2)));
-        let fds = [0, 0, 0, 0, VERSION, MESSAGE, 17, 0];
-        assert_eq!(Header::decode(fds), Err(FrameError::Descriptors));
+        for (fds, batch) in [(17, 0), (17, 17), (1, 65), (0, 1), (2, 1)] {
+            let header = [0, 0, 0, 0, VERSION, MESSAGE, fds, batch];
+            assert_eq!(Header::decode(header), Err(FrameError::Descriptors));
+        }
     }
 
     #[test]

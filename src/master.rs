@@ -795,7 +795,7 @@ impl Master {
         if self.has_news() || self.reap.get() {
             return Some(Duration::ZERO);
         }
-        self.home.time_left(self.shell.core.borrow().deadline())
+        self.home.time_left(self.shell.deadline())
     }
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.

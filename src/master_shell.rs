@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use crate::bind::{BoundSocket, bind};
-use crate::channel::{Channel, READ_SIZE, ReceiptId, Received};
+use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
 use crate::endpoint::{BindFlags, Endpoint};
 use crate::error::{Error, SendError};
 use crate::event::Departure;
@@ -28,6 +28,7 @@ use crate::socket_file::SocketFile;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Failure, Pid, Program};
 use crate::sys::{self, errno};
+use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
 pub(crate) type Core = MasterCore<Rc<OwnedFd>>;
@@ -65,6 +66,8 @@ pub(crate) struct MasterShell {
     listeners: RefCell<BTreeMap<HandleId, MasterSocket>>,
     /// Channels that have something to write.
     unflushed: RefCell<BTreeSet<WorkerId>>,
+    /// Channels that have, too, but the system has no room for it. They rest until this time.
+    resting: RefCell<(BTreeSet<WorkerId>, Option<Time>)>,
     /// Messages that have been written or lost.
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// What channels read into.
@@ -81,6 +84,7 @@ impl MasterShell {
             records: RefCell::default(),
             listeners: RefCell::default(),
             unflushed: RefCell::default(),
+            resting: RefCell::default(),
             receipts: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         }
@@ -181,10 +185,22 @@ impl MasterShell {
         channel.as_mut().map(call)
     }
 
+    /// When `tick` is needed at the latest.
+    pub(crate) fn deadline(&self) -> Option<Time> {
+        let rest = self.resting.borrow().1;
+        self.core.borrow().deadline().into_iter().chain(rest).min()
+    }
+
     /// Tells the core the time, and which of the waiting clients have left meanwhile.
     pub(crate) fn tick(&self) {
+        let now = self.began.elapsed();
+        let mut resting = self.resting.borrow_mut();
+        if resting.1.is_some_and(|until| until <= now) {
+            let (rested, _) = std::mem::take(&mut *resting);
+            self.unflushed.borrow_mut().extend(rested);
+        }
         let mut core = self.core.borrow_mut();
-        core.tick(self.began.elapsed());
+        core.tick(now);
         if core.anyone_waits() {
             core.sweep(|connection| sys::fd::is_hung_up(connection.as_fd()));
         }
@@ -359,9 +375,23 @@ impl MasterShell {
                 self.collect_receipts(worker, channel);
                 outcome
             });
-            if let Some(Err(source)) = flushed {
-                self.channel_failed(worker, source);
+            match flushed {
+                Some(Ok(Flushed::Exhausted(error))) => self.rest(worker, error),
+                Some(Err(source)) => self.channel_failed(worker, source),
+                Some(Ok(Flushed::Done)) | None => {}
             }
+        }
+    }
+
+    /// Writes to this channel again after a while.
+    fn rest(&self, worker: WorkerId, error: Option<io::Error>) {
+        let (resting, until) = &mut *self.resting.borrow_mut();
+        resting.insert(worker);
+        until.get_or_insert_with(|| self.began.elapsed() + REST);
+        if let Some(source) = error {
+            let worker = Some(worker);
+            let error = Error::Exhausted { worker, source };
+            self.core.borrow_mut().error(worker, error);
         }
     }
 
@@ -422,8 +452,15 @@ impl MasterShell {
     pub(crate) fn feed(&self, worker: WorkerId) -> bool {
         match self.with_channel(worker, Channel::next) {
             None | Some(Ok(None)) => false,
-            Some(Ok(Some((frame, fds)))) => {
+            Some(Ok(Some(Arrival {
+                frame,
+                fds,
+                lost_fds,
+            }))) => {
                 let mut core = self.decide();
+                if lost_fds {
+                    core.error(Some(worker), Error::no_descriptors(Some(worker)));
+                }
                 match frame {
                     ToMaster::Message(bytes) => {
                         let message = Message::new(bytes, fds);

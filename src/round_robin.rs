@@ -9,8 +9,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::frame::FrameError;
 use crate::worker_id::WorkerId;
 
-/// The most credits one worker may have outstanding. More is a broken worker.
-pub(crate) const MAX_CREDITS: u32 = 1024;
+/// The most credits one worker may have outstanding, and so the most connections that one which takes
+/// nothing can hold up. More is a broken worker; one of ours grants at most half of it.
+pub(crate) const MAX_CREDITS: u32 = 16;
 
 /// A connection on its way to a worker.
 #[derive(Debug)]

@@ -103,7 +103,7 @@ impl Worker {
         channel: UnixStream,
     ) -> Result<Self> {
         let home = EventLoop::new()?;
-        let shell = WorkerShell::new(channel, home.poller().clone());
+        let shell = WorkerShell::new(channel, home.poller().clone(), home.began());
         let inner = Inner {
             id,
             inspect_port,
@@ -712,7 +712,7 @@ impl Worker {
         if core.has_events() || core.is_done() || shell.has_news() {
             return Some(Duration::ZERO);
         }
-        self.inner.home.time_left(None)
+        self.inner.home.time_left(shell.deadline())
     }
 }
 

@@ -8,6 +8,7 @@ use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::message::Message;
 use crate::settings::SchedulingPolicy;
+use crate::sys::errno;
 
 /// How many connections a listener with a callback takes ahead of its turn. Large enough to hand
 /// over in batches under load, small enough that little waits behind a slow callback.
@@ -144,6 +145,8 @@ pub(crate) struct WorkerCore<C> {
     /// How many connections callbacks may hold, once it is known that there are no descriptors for
     /// more.
     most: Option<u64>,
+    /// A connection found no descriptor: nothing more is asked for.
+    resting: bool,
     last_listener: u32,
     listeners: BTreeMap<ListenerId, Entry<C>>,
     /// The indices in use, by the endpoint as it was asked for.
@@ -168,6 +171,7 @@ impl<C> WorkerCore<C> {
             closing: false,
             referenced: true,
             most: None,
+            resting: false,
             last_listener: 0,
             listeners: BTreeMap::new(),
             indices: BTreeMap::new(),
@@ -367,7 +371,8 @@ impl<C> WorkerCore<C> {
             return;
         };
         let under_way = coming > 0 || entry.credits > 0 || !entry.pending.is_empty();
-        if entry.wanted && !entry.served && !under_way && !entry.is_full(coming) {
+        let wants = entry.wanted && !entry.served && !entry.is_full(coming);
+        if wants && !under_way && !self.resting {
             self.grant(listener, 1);
         }
     }
@@ -487,7 +492,7 @@ impl<C> WorkerCore<C> {
         let room = entry
             .filter(|entry| entry.served)
             .map(|entry| entry.room(coming));
-        if let Some(room @ 1..) = room {
+        if let (Some(room @ 1..), false) = (room, self.resting) {
             self.grant(listener, room);
         }
     }
@@ -555,6 +560,43 @@ impl<C> WorkerCore<C> {
         let under_way: u64 = self.listeners.values().map(under_way).sum();
         let taken = self.open + self.unconfirmed.len() as u64;
         u32::try_from(most.saturating_sub(taken + under_way)).unwrap_or(u32::MAX)
+    }
+
+    /// A connection came without its descriptor, for which there was no room. The master has its
+    /// own, and gives it to somebody else.
+    fn connection_lost(&mut self, listener: ListenerId, handle: HandleId, number: u64) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.credits = entry.credits.saturating_sub(1);
+        }
+        self.resting = true;
+        self.send(ToMaster::Refused { handle, number });
+    }
+
+    /// Some time has passed since a connection was lost, and there may be room again.
+    pub(crate) fn rested(&mut self) {
+        self.resting = false;
+        self.ask_for_all();
+    }
+
+    /// Grants whatever the program is ready to take.
+    fn ask_for_all(&mut self) {
+        let all: Vec<_> = self.listeners.keys().copied().collect();
+        for listener in all {
+            self.ask(listener);
+            self.refill(listener);
+        }
+    }
+
+    /// The answer to a `Listen` came without the listener, for which there was no room.
+    pub(crate) fn listener_lost(
+        &mut self,
+        request: u32,
+        handle: HandleId,
+    ) -> Result<(), FrameError> {
+        let result = Err(errno::EMFILE);
+        self.frame(ToWorker::Reply { request, result }, None, None)?;
+        self.send(ToMaster::Close { handle });
+        Ok(())
     }
 
     /// Closes a listener and refuses what it still holds.
@@ -723,7 +765,7 @@ impl<C> WorkerCore<C> {
                     }
                     // Closed while it was under way: `Close` has told the master.
                     (None, _) => {}
-                    (Some(_), None) => return Err(FrameError::Descriptors),
+                    (Some(listener), None) => self.connection_lost(listener, handle, number),
                 }
             }
             ToWorker::End { handle, drain } => {
@@ -758,11 +800,7 @@ impl<C> WorkerCore<C> {
                     self.actions.push_back(Action::ShutDoor(listener));
                     self.end(listener);
                 }
-                let all: Vec<_> = self.listeners.keys().copied().collect();
-                for listener in all {
-                    self.ask(listener);
-                    self.refill(listener);
-                }
+                self.ask_for_all();
                 if self.killed {
                     self.close_channel();
                 }
@@ -852,7 +890,8 @@ impl<C> WorkerCore<C> {
         };
         entry.taken = number;
         self.unconfirmed.push_back((listener, connection));
-        let credits = if entry.served { entry.room(1) } else { 0 };
+        let asks = entry.served && !self.resting;
+        let credits = if asks { entry.room(1) } else { 0 };
         self.grant(listener, credits);
         self.end_if_empty(listener);
     }
@@ -956,6 +995,49 @@ mod tests {
         }
         core.descriptors_suffice();
         assert_eq!(serve(&mut core, 100), CALLBACK_WINDOW);
+    }
+
+    fn sent(core: &mut WorkerCore<u32>) -> Vec<ToMaster> {
+        let actions = std::iter::from_fn(|| core.next_action());
+        let frames = actions.filter_map(|action| match action {
+            Action::Send(frame) => Some(frame),
+            Action::CloseListener(_) | Action::ShutDoor(_) | Action::CloseChannel => None,
+        });
+        frames.collect()
+    }
+
+    #[test]
+    fn a_connection_that_found_no_descriptor_is_for_others() {
+        let mut core = WorkerCore::new();
+        listener(&mut core, 1);
+        sent(&mut core);
+        let (handle, number) = (HandleId(1), 1);
+        let lost = ToWorker::Connection { handle, number };
+        core.frame(lost, None, None).unwrap();
+        assert_eq!(sent(&mut core), [ToMaster::Refused { handle, number }]);
+        let second = ToWorker::Connection { handle, number: 2 };
+        core.frame(second, Some(7), None).unwrap();
+        let taken = |credits, taken| ToMaster::Ready {
+            handle,
+            credits,
+            taken,
+        };
+        assert_eq!(sent(&mut core), [taken(0, 2)], "and asks for nothing more");
+        core.rested();
+        assert_eq!(sent(&mut core), [taken(2, 2)]);
+    }
+
+    #[test]
+    fn a_listener_that_found_no_descriptor_is_given_back() {
+        let mut core = WorkerCore::<u32>::new();
+        let place = Place::Path("/path".into());
+        let listener = core.listen(Endpoint::new(Kind::Unix, place), BindFlags::default());
+        sent(&mut core);
+        let handle = HandleId(1);
+        core.listener_lost(listener.0, handle).unwrap();
+        assert_eq!(sent(&mut core), [ToMaster::Close { handle }]);
+        let failed = Listen::Failed(errno::EMFILE);
+        assert_eq!(core.listen_result(listener), failed);
     }
 
     #[test]

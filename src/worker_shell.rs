@@ -8,10 +8,10 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bind::BoundSocket;
-use crate::channel::{Channel, READ_SIZE, ReceiptId, Received};
+use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
 use crate::endpoint::Kind;
 use crate::error::{Error, Result, SendError};
 use crate::event_loop::Token;
@@ -20,6 +20,7 @@ use crate::message::Message;
 use crate::socket_file::SocketFile;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
+use crate::timers::Time;
 use crate::worker_core::{Action, Listen, ListenerId, WorkerCore};
 
 /// How long a worker that ends waits for the master to read its last words.
@@ -66,6 +67,9 @@ pub(crate) struct WorkerShell {
     lent: RefCell<BTreeSet<ListenerId>>,
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
+    began: Instant,
+    /// Something waits for the system to have room again.
+    rest_until: Cell<Option<Time>>,
     /// What went wrong outside any call of the program's.
     errors: RefCell<VecDeque<Error>>,
     /// Messages that have been written or lost.
@@ -88,7 +92,8 @@ pub(crate) struct ReadyFor {
 }
 
 impl WorkerShell {
-    pub(crate) fn new(channel: UnixStream, poller: Poller) -> io::Result<Self> {
+    /// Time is counted from `began`.
+    pub(crate) fn new(channel: UnixStream, poller: Poller, began: Instant) -> io::Result<Self> {
         let channel = Channel::new(channel, &poller, Token::Channel(CHANNEL).key())?;
         let shell = Self {
             core: RefCell::new(WorkerCore::new()),
@@ -98,6 +103,8 @@ impl WorkerShell {
             sockets: RefCell::default(),
             lent: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
+            began,
+            rest_until: Cell::new(None),
             errors: RefCell::default(),
             receipts: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
@@ -138,6 +145,28 @@ impl WorkerShell {
 
     pub(crate) fn report(&self, error: Error) {
         self.errors.borrow_mut().push_back(error);
+    }
+
+    /// Tries again after a while what the system has no room for.
+    fn rest(&self) {
+        let until = self.rest_until.get();
+        let until = until.unwrap_or_else(|| self.began.elapsed() + REST);
+        self.rest_until.set(Some(until));
+    }
+
+    /// When `tick` is needed at the latest.
+    pub(crate) fn deadline(&self) -> Option<Time> {
+        self.rest_until.get()
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick(&self) {
+        let is_over = |until: Time| until <= self.began.elapsed();
+        if self.rest_until.get().is_some_and(is_over) {
+            self.rest_until.set(None);
+            self.core.borrow_mut().rested();
+            self.flush_channel();
+        }
     }
 
     pub(crate) fn socket(&self, listener: ListenerId) -> Option<Rc<Registered<Socket>>> {
@@ -225,8 +254,14 @@ impl WorkerShell {
     /// Writes what can be written, and tells the core if that was everything.
     fn flush(&self, channel: &mut Channel<ToWorker, ToMaster>) {
         match channel.flush() {
-            Ok(()) if channel.is_flushed() => self.core.borrow_mut().confirmed(),
-            Ok(()) => {}
+            Ok(_) if channel.is_flushed() => self.core.borrow_mut().confirmed(),
+            Ok(Flushed::Done) => {}
+            Ok(Flushed::Exhausted(error)) => {
+                self.rest();
+                let worker = None;
+                let error = error.map(|source| Error::Exhausted { worker, source });
+                self.errors.borrow_mut().extend(error);
+            }
             Err(source) => {
                 let worker = None;
                 self.report(Error::Channel { worker, source });
@@ -268,7 +303,7 @@ impl WorkerShell {
         let next = self.channel.borrow_mut().as_mut().map(Channel::next);
         let outcome = match next {
             None | Some(Ok(None)) => return false,
-            Some(Ok(Some((frame, fds)))) => self.understand(frame, fds),
+            Some(Ok(Some(arrival))) => self.understand(arrival),
             Some(Err(error)) => Err(error),
         };
         match outcome {
@@ -285,12 +320,24 @@ impl WorkerShell {
         }
     }
 
-    fn understand(
-        &self,
-        frame: ToWorker,
-        fds: Vec<OwnedFd>,
-    ) -> std::result::Result<(), FrameError> {
+    fn understand(&self, arrival: Arrival<ToWorker>) -> std::result::Result<(), FrameError> {
+        let Arrival {
+            frame,
+            fds,
+            lost_fds,
+        } = arrival;
         let mut core = self.core.borrow_mut();
+        if lost_fds {
+            self.report(Error::no_descriptors(None));
+            self.rest();
+            if let ToWorker::Reply {
+                request,
+                result: Ok(bound),
+            } = &frame
+            {
+                return core.listener_lost(*request, bound.handle);
+            }
+        }
         match frame {
             ToWorker::Message(bytes) => {
                 let message = Message::new(bytes, fds);
@@ -426,6 +473,9 @@ impl WorkerShell {
         let waited = match self.channel.borrow().as_ref() {
             Some(channel) if channel.is_flushed() => {
                 wait_readable([channel.as_fd()], None).map(drop)
+            }
+            Some(channel) if channel.is_exhausted() => {
+                wait_readable([channel.as_fd()], Some(REST)).map(drop)
             }
             Some(channel) => wait_readable_or_writable(channel.as_fd()),
             None => Ok(()),

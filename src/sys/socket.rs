@@ -1,17 +1,14 @@
 //! Bytes and descriptors over a channel.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use sendfd::{RecvWithFd as _, SendWithFd as _};
+use sendfd::SendWithFd as _;
 
 use super::retry;
 use super::signal::empty_set;
-
-/// How many descriptors travel with one call. Even, because `sendfd` panics on an odd number when
-/// more than that arrive; surplus ones are closed by the kernel.
-pub(crate) const MAX_FDS_PER_CALL: usize = 64;
+use crate::frame::MAX_BATCH;
 
 /// Never waits; and never raises SIGPIPE, where the system has a flag for that.
 #[cfg(not(target_vendor = "apple"))]
@@ -91,20 +88,97 @@ fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     result
 }
 
-/// Reads what is there, at most `buffer`. Descriptors are adopted before anything can fail.
-pub(crate) fn receive(
-    socket: &UnixStream,
-    buffer: &mut [u8],
-    fds: &mut impl Extend<OwnedFd>,
-) -> io::Result<usize> {
-    let mut numbers = [-1; MAX_FDS_PER_CALL];
-    let (read, count) = retry(|| socket.recv_with_fd(buffer, &mut numbers))?;
-    let received = numbers.iter().take(count);
-    let received: Vec<_> = received.map(|number| super::fd::adopt(*number)).collect();
-    for fd in &received {
-        // `sendfd` does not ask the kernel to do it.
-        super::fd::close_on_exec(fd.as_raw_fd())?;
+/// What one call has read.
+#[derive(Debug, Default)]
+pub(crate) struct Piece {
+    pub(crate) bytes: usize,
+    pub(crate) fds: Vec<OwnedFd>,
+    /// There were more descriptors, and the kernel has closed them: for lack of room in this
+    /// process, most likely.
+    pub(crate) lost_fds: bool,
+}
+
+/// Whether the system has run out of something that sending needs, for now.
+pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
+    let errno = error.raw_os_error();
+    matches!(
+        errno,
+        Some(libc::ETOOMANYREFS | libc::ENOBUFS | libc::ENOMEM)
+    )
+}
+
+/// Reads what is there, at most `buffer`. Descriptors are closed on exec.
+///
+/// `sendfd` has this, too, but tells neither of lost descriptors nor lets the kernel mark them: a
+/// thread that forks between the call and the mark would give them to its child.
+pub(crate) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Piece> {
+    #[cfg(not(target_vendor = "apple"))]
+    const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
+    #[cfg(target_vendor = "apple")]
+    const FLAGS: libc::c_int = 0;
+    // For the descriptors and a header; of numbers, because the header has to be aligned.
+    let mut control = [0u64; MAX_BATCH * size_of::<RawFd>() / size_of::<u64>() + 4];
+    let fds = MAX_BATCH * size_of::<RawFd>();
+    // SAFETY: computes a length.
+    let space = unsafe { libc::CMSG_SPACE(u32::try_from(fds).unwrap_or(0)) };
+    debug_assert!(space as usize <= size_of_val(&control));
+    let mut vector = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: all zeroes is a valid msghdr, of nothing.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut vector;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    let bytes = retry(|| {
+        message.msg_controllen = space as _;
+        // SAFETY: the message points to live buffers of the given lengths.
+        let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, FLAGS) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    })?;
+    let fds = adopt_all(&message);
+    if cfg!(target_vendor = "apple") {
+        for fd in &fds {
+            super::fd::close_on_exec(fd.as_raw_fd())?;
+        }
     }
-    fds.extend(received);
-    Ok(read)
+    Ok(Piece {
+        bytes,
+        fds,
+        lost_fds: message.msg_flags & libc::MSG_CTRUNC != 0,
+    })
+}
+
+/// Takes ownership of the descriptors that came with a message.
+fn adopt_all(message: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    // SAFETY: the kernel has filled in the message.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
+    while !header.is_null() {
+        // SAFETY: it is not null, and so it points to a header in the message's buffer.
+        let libc::cmsghdr {
+            cmsg_len,
+            cmsg_level,
+            cmsg_type,
+            ..
+        } = unsafe { *header };
+        // SAFETY: computes a length.
+        let empty = unsafe { libc::CMSG_LEN(0) } as usize;
+        // SAFETY: the data follow the header.
+        let mut data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
+        if cmsg_level == libc::SOL_SOCKET && cmsg_type == libc::SCM_RIGHTS {
+            #[allow(clippy::unnecessary_cast, reason = "not the same type everywhere")]
+            let length = cmsg_len as usize - empty;
+            for _ in 0..length / size_of::<RawFd>() {
+                // SAFETY: so many numbers are there; nothing says that they are aligned.
+                fds.push(super::fd::adopt(unsafe { data.read_unaligned() }));
+                // SAFETY: the next number, or the end.
+                data = unsafe { data.add(1) };
+            }
+        }
+        // SAFETY: both are as the kernel has left them.
+        header = unsafe { libc::CMSG_NXTHDR(message, header) };
+    }
+    fds
 }

@@ -24,7 +24,10 @@ impl Worker {
         // Before anything is delivered: after the last event nothing wakes the poller any more.
         let limit = self.time_left().into_iter().chain(timeout).min();
         self.settle();
-        for (token, writable) in home.wait(limit)? {
+        let ready = home.wait(limit)?;
+        self.inner.shell.tick();
+        self.settle();
+        for (token, writable) in ready {
             match token {
                 Token::Channel(_) => {
                     if writable {
