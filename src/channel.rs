@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use crate::error::SendError;
 use crate::frame::{BATCH, Frame, FrameError, HEADER, Header, MAX_BATCH, MAX_BODY, MAX_FDS};
+use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::socket::{self, Piece};
 
@@ -58,7 +59,7 @@ impl ReceiptId {
 #[derive(Debug)]
 pub(crate) struct Arrival<F> {
     pub(crate) frame: F,
-    pub(crate) fds: Vec<OwnedFd>,
+    pub(crate) fds: Vec<CommonFd>,
     /// Some of its descriptors did not get through.
     pub(crate) lost_fds: bool,
 }
@@ -70,9 +71,9 @@ struct Inbox {
     /// Where the first unread frame begins.
     start: usize,
     /// Descriptors whose first frame has not been read, and whether there were more of them.
-    batches: VecDeque<(Vec<OwnedFd>, bool)>,
+    batches: VecDeque<(Vec<CommonFd>, bool)>,
     /// The rest of the batch whose frames are being read; `None` for one that is lost.
-    fds: VecDeque<Option<OwnedFd>>,
+    fds: VecDeque<Option<CommonFd>>,
 }
 
 impl Inbox {
@@ -87,7 +88,7 @@ impl Inbox {
         self.bytes.extend_from_slice(piece);
     }
 
-    fn push_fds(&mut self, fds: Vec<OwnedFd>, lost: bool) {
+    fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
         if lost || !fds.is_empty() {
             self.batches.push_back((fds, lost));
         }
@@ -151,7 +152,7 @@ struct Outbox {
     /// How many bytes have been written since the beginning.
     written: u64,
     /// Each descriptor with the place of its frame's first byte, counted like `written`.
-    fds: VecDeque<(u64, Rc<OwnedFd>)>,
+    fds: VecDeque<(u64, Rc<CommonFd>)>,
     /// Where the frames end whose descriptors have left with the last batch. The next one leaves
     /// when these have: so the reader never has more than two.
     batch_end: u64,
@@ -160,7 +161,7 @@ struct Outbox {
 }
 
 impl Outbox {
-    fn push(&mut self, frame: &[u8], fds: impl IntoIterator<Item = Rc<OwnedFd>>) {
+    fn push(&mut self, frame: &[u8], fds: impl IntoIterator<Item = Rc<CommonFd>>) {
         let place = self.written + self.bytes.len() as u64;
         self.fds.extend(fds.into_iter().map(|fd| (place, fd)));
         self.bytes.extend(frame);
@@ -311,7 +312,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Queues a frame of the crate's own.
-    pub(crate) fn queue(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<OwnedFd>>) {
+    pub(crate) fn queue(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<CommonFd>>) {
         self.lost |= self.broken || self.closing;
         if !self.broken && !self.closing {
             let fds: Vec<_> = fds.into_iter().collect();
@@ -341,7 +342,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if self.outbox.bytes.len() + length > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
-        self.queue(message, fds.into_iter().map(Rc::new));
+        self.queue(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
         if let Some(receipt) = receipt {
             self.outbox.want_receipt(receipt);
         }
@@ -470,7 +471,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
             Ok(piece) => {
                 self.inbox.push(&scratch[..piece.bytes]);
-                self.inbox.push_fds(piece.fds, piece.lost_fds);
+                let fds = piece.fds.into_iter().map(CommonFd::from);
+                self.inbox.push_fds(fds.collect(), piece.lost_fds);
                 Ok(Received::Something)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
@@ -496,6 +498,19 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.lost |= !self.outbox.bytes.is_empty();
         self.outbox.clear();
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Closes without regard to what the other side has written. Descriptors among it are let go of
+    /// one by one: left to the kernel, their end might be waited for.
+    pub(crate) fn discard(mut self) {
+        self.shut();
+        let mut scratch = [0; 4096];
+        while let Ok(Piece {
+            bytes: 1.., fds, ..
+        }) = socket::receive(&self.socket, &mut scratch)
+        {
+            drop(Vec::from_iter(fds.into_iter().map(CommonFd::from)));
+        }
     }
 }
 
@@ -526,7 +541,8 @@ mod tests {
         while end.receive(&mut scratch).unwrap() == Received::Something {
             while let Some(arrival) = end.next().unwrap() {
                 assert!(!arrival.lost_fds);
-                frames.push((arrival.frame, arrival.fds));
+                let fds = arrival.fds.into_iter().map(CommonFd::claim);
+                frames.push((arrival.frame, fds.collect()));
             }
         }
         frames
@@ -556,7 +572,7 @@ mod tests {
         for number in 0..200 {
             let (reader, fd) = marked();
             readers.push(reader);
-            master.queue(&connection(number), [Rc::new(fd)]);
+            master.queue(&connection(number), [Rc::new(fd.into())]);
             if number % 3 == 0 {
                 master.queue(&ToWorker::Message(vec![7; 3000]), []);
             }
@@ -607,7 +623,7 @@ mod tests {
     fn received_descriptors_close_on_exec() {
         let (mut master, mut worker) = pair();
         let (_reader, fd) = marked();
-        master.queue(&connection(1), [Rc::new(fd)]);
+        master.queue(&connection(1), [Rc::new(fd.into())]);
         master.flush().unwrap();
         let (_, fds) = drain(&mut worker).remove(0);
         let path = format!("/proc/self/fdinfo/{}", {
@@ -766,7 +782,7 @@ mod tests {
             counts in proptest::collection::vec(0..=MAX_FDS, 1..40),
             writes in proptest::collection::vec((1..400usize, 0..4usize), 1..40),
         ) {
-            let null = Rc::new(OwnedFd::from(File::open("/dev/null").unwrap()));
+            let null = Rc::new(CommonFd::from(OwnedFd::from(File::open("/dev/null").unwrap())));
             let mut outbox = Outbox::default();
             for (n, count) in counts.iter().enumerate() {
                 let mut bytes = Vec::new();
@@ -780,7 +796,7 @@ mod tests {
                 let (bytes, fds) = outbox.next();
                 let kept = fds.len().saturating_sub(*drops);
                 let copies = fds[..kept].iter().map(|fd| fd.try_clone_to_owned().unwrap());
-                inbox.push_fds(copies.collect(), kept < fds.len());
+                inbox.push_fds(copies.map(CommonFd::from).collect(), kept < fds.len());
                 lost += fds.len() - kept;
                 let written = bytes.len().min(*most);
                 inbox.push(&bytes[..written]);

@@ -17,7 +17,7 @@ use crate::event::{Emit, Event, Level};
 use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::frame::HandleId;
 use crate::ledger::Ledger;
-use crate::master_shell::MasterShell;
+use crate::master_shell::{Fed, MasterShell};
 use crate::message::Message;
 use crate::settings::{DEBUG, SchedulingPolicy, Settings};
 use crate::signal::Signal;
@@ -33,7 +33,9 @@ use crate::worker_process::{WorkerCallbacks, WorkerProcess};
 const EVENTS_PER_TURN: u32 = 1024;
 /// How often a dead worker's channel is read before its end is told; more than a socket holds,
 /// unless the worker's own children go on writing.
-const LAST_WORDS: u32 = 64;
+const LAST_WORDS: u32 = 8;
+/// How many frames of one worker are heard before the others have their turn.
+const FRAMES_PER_TURN: u32 = 32;
 
 /// The process that forks workers, supervises them and shares its ports with them.
 ///
@@ -750,8 +752,12 @@ impl Master {
         let _running = home.enter()?;
         let limits = self.time_left().into_iter().chain(timeout);
         let ready = home.wait(limits.min())?;
+        let unheard = self.shell.take_unheard();
         self.shell.tick();
         self.settle();
+        for worker in unheard {
+            self.hear(worker);
+        }
         for (token, writable) in ready {
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), writable),
@@ -792,7 +798,7 @@ impl Master {
     /// ```
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
-        if self.has_news() || self.reap.get() {
+        if self.has_news() || self.reap.get() || self.shell.anyone_is_unheard() {
             return Some(Duration::ZERO);
         }
         self.home.time_left(self.shell.deadline())
@@ -904,8 +910,9 @@ impl Master {
         if writable {
             self.shell.writable(worker);
         }
-        if self.shell.read(worker) {
-            self.understand(worker);
+        // What has arrived is heard before more is read: else it would pile up here.
+        if !self.shell.is_unheard(worker) && self.shell.read(worker) {
+            self.hear(worker);
         }
     }
 
@@ -915,16 +922,26 @@ impl Master {
             if !self.shell.read(worker) {
                 break;
             }
-            self.understand(worker);
+            while self.shell.feed(worker) != Fed::Nothing {
+                self.settle();
+            }
         }
         self.shell.try_reap(worker);
     }
 
-    /// Feeds the frames that have arrived.
-    fn understand(&self, worker: WorkerId) {
-        while self.shell.feed(worker) {
+    /// Feeds frames that have arrived: so many that the others are not kept waiting.
+    fn hear(&self, worker: WorkerId) {
+        for _ in 0..FRAMES_PER_TURN {
+            let fed = self.shell.feed(worker);
+            if fed == Fed::Nothing {
+                return;
+            }
             self.settle();
+            if fed == Fed::Labour {
+                break;
+            }
         }
+        self.shell.hear_later(worker);
     }
 
     fn signals_ready(&self) {

@@ -602,10 +602,13 @@ impl<C: Clone> MasterCore<C> {
                 }
             }
             ToMaster::Listening { handle } => {
-                let listened = self.handles.get(&handle);
+                let listened = self.handles.get_mut(&handle);
                 let Some(listened) = listened.filter(|h| h.members.contains(&worker)) else {
                     return Err(FrameError::State("listening on what it has not"));
                 };
+                if !listened.listening.insert(worker) {
+                    return Err(FrameError::State("was listening already"));
+                }
                 let address = Address::new(&listened.key.endpoint, listened.address);
                 self.emit_both(worker, &Event::Listening(Rc::new(address)));
             }

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use crate::bind::{BoundSocket, bind};
 use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
-use crate::endpoint::{BindFlags, Endpoint};
+use crate::endpoint::{BindFlags, Endpoint, Place};
 use crate::error::{Error, SendError};
 use crate::event::Departure;
 use crate::event_loop::Token;
@@ -25,13 +25,14 @@ use crate::settings::{
 };
 use crate::signal::Signal;
 use crate::socket_file::SocketFile;
+use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Failure, Pid, Program};
 use crate::sys::{self, errno};
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
-pub(crate) type Core = MasterCore<Rc<OwnedFd>>;
+pub(crate) type Core = MasterCore<Rc<CommonFd>>;
 
 /// What is kept of a worker beside the core's knowledge.
 #[derive(Debug)]
@@ -46,6 +47,15 @@ pub(crate) struct Record {
     pub(crate) stdio: RefCell<BTreeMap<usize, UnixStream>>,
     /// Set when the worker has left the table.
     pub(crate) departure: Cell<Option<Departure>>,
+}
+
+/// What one call of `feed` found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fed {
+    Nothing,
+    Word,
+    /// A frame that takes the master some time: others should have their turn after it.
+    Labour,
 }
 
 /// A socket that is bound for the workers. The file goes first: as long as it is there, nobody else
@@ -70,6 +80,8 @@ pub(crate) struct MasterShell {
     resting: RefCell<(BTreeSet<WorkerId>, Option<Time>)>,
     /// Messages that have been written or lost.
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
+    /// Workers of whom more has arrived than they may be heard in one turn.
+    unheard: RefCell<BTreeSet<WorkerId>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
 }
@@ -86,6 +98,7 @@ impl MasterShell {
             unflushed: RefCell::default(),
             resting: RefCell::default(),
             receipts: RefCell::default(),
+            unheard: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         }
     }
@@ -218,7 +231,7 @@ impl MasterShell {
         }
     }
 
-    fn carry_out(&self, action: Action<Rc<OwnedFd>>) {
+    fn carry_out(&self, action: Action<Rc<CommonFd>>) {
         match action {
             Action::Send {
                 worker,
@@ -282,7 +295,7 @@ impl MasterShell {
                 // read before may be half of it. The events wait: this may be inside a call of
                 // the program's.
                 loop {
-                    while self.feed(worker) {}
+                    while self.feed(worker) != Fed::Nothing {}
                     let believed = self.core.borrow().is_connected(worker);
                     if !believed || !matches!(self.receive(worker), Ok(Received::Something)) {
                         break;
@@ -308,6 +321,13 @@ impl MasterShell {
         endpoint: &Endpoint,
         flags: &BindFlags,
     ) -> io::Result<Option<SocketAddr>> {
+        if let Place::Fd(number) = endpoint.place {
+            let is_ours = |own: &MasterSocket| own.socket.as_fd().as_raw_fd() == number;
+            if self.listeners.borrow().values().any(is_ours) {
+                // It is not the program's to lend.
+                return Err(io::Error::from_raw_os_error(errno::EBADF));
+            }
+        }
         let BoundSocket {
             file,
             socket,
@@ -326,9 +346,9 @@ impl MasterShell {
     }
 
     /// A copy of the listener for a worker.
-    fn share(&self, handle: HandleId) -> io::Result<Rc<OwnedFd>> {
+    fn share(&self, handle: HandleId) -> io::Result<Rc<CommonFd>> {
         match self.listeners.borrow().get(&handle) {
-            Some(listener) => Ok(Rc::new(listener.socket.try_clone()?)),
+            Some(listener) => Ok(Rc::new(listener.socket.try_clone()?.into())),
             None => Err(io::ErrorKind::NotFound.into()),
         }
     }
@@ -353,7 +373,7 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         for _ in 0..at_most {
             match sys::listen::accept(&*listener.socket) {
-                Ok(stream) => core.accepted(handle, Rc::new(stream)),
+                Ok(stream) => core.accepted(handle, Rc::new(stream.into())),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);
                 }
@@ -448,16 +468,21 @@ impl MasterShell {
         false
     }
 
-    /// Feeds one frame that has arrived. Returns whether there was one.
-    pub(crate) fn feed(&self, worker: WorkerId) -> bool {
+    /// Feeds one frame that has arrived.
+    pub(crate) fn feed(&self, worker: WorkerId) -> Fed {
         match self.with_channel(worker, Channel::next) {
-            None | Some(Ok(None)) => false,
+            None | Some(Ok(None)) => Fed::Nothing,
             Some(Ok(Some(Arrival {
                 frame,
                 fds,
                 lost_fds,
             }))) => {
                 let mut core = self.decide();
+                let fed = if matches!(frame, ToMaster::Listen { .. }) {
+                    Fed::Labour
+                } else {
+                    Fed::Word
+                };
                 if lost_fds {
                     core.error(Some(worker), Error::no_descriptors(Some(worker)));
                 }
@@ -475,21 +500,44 @@ impl MasterShell {
                     | ToMaster::Leaving
                     | ToMaster::Revoke { .. }) => core.frame(worker, frame, None),
                 }
-                true
+                fed
             }
             Some(Err(error)) => {
                 self.decide().violation(worker, error);
-                false
+                Fed::Nothing
             }
         }
     }
 
+    /// More of this worker's frames have arrived than it may be heard in one turn.
+    pub(crate) fn hear_later(&self, worker: WorkerId) {
+        self.unheard.borrow_mut().insert(worker);
+    }
+
+    /// Whether there are frames of this worker's that have arrived and not been heard.
+    pub(crate) fn is_unheard(&self, worker: WorkerId) -> bool {
+        self.unheard.borrow().contains(&worker)
+    }
+
+    pub(crate) fn anyone_is_unheard(&self) -> bool {
+        !self.unheard.borrow().is_empty()
+    }
+
+    pub(crate) fn take_unheard(&self) -> BTreeSet<WorkerId> {
+        self.unheard.take()
+    }
+
     fn channel_failed(&self, worker: WorkerId, source: io::Error) {
+        // One that asks and asks and never reads an answer may not care for the end either.
+        let is_offence = source.kind() == io::ErrorKind::OutOfMemory;
         let error = Error::Channel {
             worker: Some(worker),
             source,
         };
         let mut core = self.decide();
+        if is_offence {
+            core.signal(worker, Signal::KILL);
+        }
         core.error(Some(worker), error);
         // What it has said it took must not be given to another.
         core.close_channel(worker);
@@ -505,6 +553,7 @@ impl MasterShell {
         if let Some(mut channel) = record.and_then(|record| record.channel.take()) {
             channel.shut();
             self.collect_receipts(worker, &mut channel);
+            channel.discard();
         }
     }
 

@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 
+use crate::sys::fd::CommonFd;
+
 /// A message as it arrived: bytes, and the descriptors that came with it.
 ///
 /// Node: the arguments `message` and `handle` of the `message` event. What the bytes mean is the
@@ -20,11 +22,11 @@ use std::os::fd::OwnedFd;
 #[derive(Debug)]
 pub struct Message {
     bytes: Vec<u8>,
-    fds: RefCell<Vec<OwnedFd>>,
+    fds: RefCell<Vec<CommonFd>>,
 }
 
 impl Message {
-    pub(crate) fn new(bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>, fds: Vec<CommonFd>) -> Self {
         let fds = RefCell::new(fds);
         Self { bytes, fds }
     }
@@ -43,6 +45,6 @@ impl Message {
     /// Node: `handle`. See [`Message`] for an example.
     #[must_use]
     pub fn take_fds(&self) -> Vec<OwnedFd> {
-        self.fds.take()
+        self.fds.take().into_iter().map(CommonFd::claim).collect()
     }
 }

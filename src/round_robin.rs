@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::frame::FrameError;
 use crate::worker_id::WorkerId;
 
-/// The most credits one worker may have outstanding, and so the most connections that one which takes
-/// nothing can hold up. More is a broken worker; one of ours grants at most half of it.
+/// The most connections that one worker may have been given and not taken, or asked for; and so the
+/// most that one which takes nothing can hold up. More is a broken worker; one of ours grants at most half of it.
 pub(crate) const MAX_CREDITS: u32 = 16;
 
 /// A connection on its way to a worker.
@@ -122,14 +122,15 @@ impl<C: Clone> RoundRobin<C> {
             if taken > member.last {
                 return Err(FrameError::State("took a connection it was never given"));
             }
+            let confirmed = member.given.partition_point(|(number, _)| *number <= taken);
+            let held = u32::try_from(member.given.len() - confirmed).unwrap_or(u32::MAX);
             let sum = member.credits.saturating_add(credits);
-            if sum > MAX_CREDITS {
+            if sum.saturating_add(held) > MAX_CREDITS {
                 return Err(FrameError::State("granted more credits than allowed"));
             }
             if !member.ended {
                 member.credits = sum;
             }
-            let confirmed = member.given.partition_point(|(number, _)| *number <= taken);
             member.given.drain(..confirmed);
             Ok(confirmed as u64)
         });
@@ -351,6 +352,18 @@ mod tests {
         assert_eq!(who(&mut rr), [(1, 5)]);
         assert_eq!(rr.refuse(id(1), 1), Ok((1, 5)));
         assert!(rr.refuse(id(1), 1).is_err(), "only once");
+    }
+
+    #[test]
+    fn who_takes_nothing_gets_no_more() {
+        let mut rr = with_members(1);
+        for connection in 0..MAX_CREDITS {
+            rr.grant(id(1), 1, 0).unwrap();
+            rr.push(connection);
+            assert!(rr.distribute().is_some());
+        }
+        assert!(rr.grant(id(1), 1, 0).is_err());
+        assert_eq!(rr.grant(id(1), 1, 1), Ok(1));
     }
 
     #[test]

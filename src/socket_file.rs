@@ -1,55 +1,60 @@
 //! Unix sockets and the files by which they are known.
 
-use std::fs::Metadata;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
 use crate::endpoint::BindFlags;
+use crate::sys::fd::{self, FileStatus};
 use crate::sys::{self, errno};
 
 /// The file of a listening socket, which is removed when this is dropped: unless the file has been
-/// replaced meanwhile, and belongs to somebody else.
+/// replaced meanwhile, and belongs to somebody else. It is known by its directory and not by its
+/// path, which whoever may rename directories on the way could make lead to another file.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
+    directory: OwnedFd,
+    name: OsString,
+    status: FileStatus,
 }
 
 /// Listens on `path`, which is absolute. A file that is there already is an error, and stays.
 pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, SocketFile)> {
     // The system takes about a hundred bytes; from where we are the way may be shorter.
     let short = std::env::current_dir().map_or_else(|_| path.into(), |here| shortest(path, &here));
+    let has_zero = path.as_os_str().as_bytes().contains(&0);
+    let (Some(parent), Some(name), false) = (path.parent(), path.file_name(), has_zero) else {
+        return Err(io::Error::from_raw_os_error(errno::EINVAL));
+    };
+    let directory = fd::open_directory(parent)?;
     let listener = UnixListener::bind(&short).map_err(|error| {
         // What std finds wrong before the system can.
-        let wrong = error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none();
-        let has_zero = path.as_os_str().as_bytes().contains(&0);
-        match (wrong, has_zero) {
-            (false, _) => error,
-            (true, true) => io::Error::from_raw_os_error(errno::EINVAL),
-            (true, false) => io::Error::from_raw_os_error(errno::ENAMETOOLONG),
-        }
+        let too_long = error.kind() == io::ErrorKind::InvalidInput;
+        let errno = too_long.then_some(errno::ENAMETOOLONG);
+        io::Error::from_raw_os_error(error.raw_os_error().or(errno).unwrap_or(errno::EINVAL))
     })?;
-    let metadata = std::fs::symlink_metadata(path)?;
+    let status = fd::status_at(&directory, name)?;
+    if !status.is_socket() {
+        // Somebody else is at work there.
+        return Err(io::Error::from_raw_os_error(errno::EADDRINUSE));
+    }
     let file = SocketFile {
-        path: path.into(),
-        device: metadata.dev(),
-        inode: metadata.ino(),
+        directory,
+        name: name.into(),
+        status,
     };
-    let mut mode = metadata.mode();
+    let mut mode = status.mode;
     if flags.readable_all {
         mode |= 0o444;
     }
     if flags.writable_all {
         mode |= 0o222;
     }
-    if mode != metadata.mode() {
-        let is_ours = |found: &Metadata| file.is(found);
-        sys::fd::change_mode(path, mode & 0o7777, is_ours)?;
+    if mode != status.mode {
+        fd::change_mode_at(&file.directory, name, status, mode & 0o7777)?;
     }
     listener.set_nonblocking(true)?;
     let listener = OwnedFd::from(listener);
@@ -78,16 +83,11 @@ fn shortest(path: &Path, here: &Path) -> PathBuf {
     }
 }
 
-impl SocketFile {
-    fn is(&self, found: &Metadata) -> bool {
-        found.dev() == self.device && found.ino() == self.inode
-    }
-}
-
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| self.is(&found)) {
-            let _ = std::fs::remove_file(&self.path);
+        let found = fd::status_at(&self.directory, &self.name);
+        if found.is_ok_and(|found| found.is_same(self.status)) {
+            let _ = fd::remove_at(&self.directory, &self.name);
         }
     }
 }
@@ -95,6 +95,7 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt as _;
 
     #[test]
     fn the_shorter_way() {
@@ -126,6 +127,21 @@ mod tests {
         std::fs::write(&path, "another file").unwrap();
         drop(file);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn whoever_moves_its_directory_cannot_have_another_file_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let [own, moved] = ["own", "moved"].map(|name| directory.path().join(name));
+        std::fs::create_dir(&own).unwrap();
+        let (_listener, file) = listen(&own.join("socket"), &BindFlags::default()).unwrap();
+        std::fs::rename(&own, &moved).unwrap();
+        std::fs::create_dir(&own).unwrap();
+        // The same file, at the path that was given.
+        std::fs::hard_link(moved.join("socket"), own.join("socket")).unwrap();
+        drop(file);
+        assert!(own.join("socket").exists());
+        assert!(!moved.join("socket").exists());
     }
 
     #[test]

@@ -93,6 +93,8 @@ struct Entry<C> {
     drops: bool,
     /// It keeps the program running.
     referenced: bool,
+    /// The master knows that the program has it.
+    announced: bool,
 }
 
 impl<C> Entry<C> {
@@ -339,6 +341,7 @@ impl<C> WorkerCore<C> {
             most: None,
             drops: false,
             referenced: true,
+            announced: false,
         };
         self.listeners.insert(listener, entry);
         listener
@@ -346,7 +349,11 @@ impl<C> WorkerCore<C> {
 
     /// The program has its listener.
     pub(crate) fn listening(&mut self, listener: ListenerId) {
-        if let Some(handle) = self.listeners.get(&listener).and_then(Entry::handle) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if let (Some(handle), false) = (entry.handle(), entry.announced) {
+            entry.announced = true;
             self.send(ToMaster::Listening { handle });
         }
     }

@@ -19,6 +19,7 @@ use crate::frame::{FrameError, ToMaster, ToWorker};
 use crate::message::Message;
 use crate::socket_file::SocketFile;
 use crate::sys;
+use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
 use crate::timers::Time;
 use crate::worker_core::{Action, Listen, ListenerId, WorkerCore};
@@ -346,12 +347,13 @@ impl WorkerShell {
             ToWorker::Reply { .. } => {
                 let listener = core.frame(frame, None, None)?;
                 drop(core);
-                if let (Some(listener), Some(fd)) = (listener, fds.into_iter().next()) {
+                let fd = fds.into_iter().next().map(CommonFd::claim);
+                if let (Some(listener), Some(fd)) = (listener, fd) {
                     self.adopt(listener, fd);
                 }
             }
             ToWorker::Connection { .. } | ToWorker::End { .. } | ToWorker::Disconnect => {
-                let fd = fds.into_iter().next();
+                let fd = fds.into_iter().next().map(CommonFd::claim);
                 // The kernel gives out the lowest number that is free.
                 let number = fd
                     .as_ref()

@@ -80,6 +80,8 @@ pub(super) struct Handle<C> {
     pub(super) watched: bool,
     /// Whoever may still take or refuse something.
     pub(super) members: BTreeSet<WorkerId>,
+    /// The members whose programs have it.
+    pub(super) listening: BTreeSet<WorkerId>,
     /// The members that have not been told that nothing more comes.
     pub(super) serving: BTreeSet<WorkerId>,
     pub(super) connections: RoundRobin<C>,
@@ -117,6 +119,7 @@ impl<C: Clone> MasterCore<C> {
                     door: Door::Watched,
                     watched: false,
                     members: BTreeSet::new(),
+                    listening: BTreeSet::new(),
                     serving: BTreeSet::new(),
                     connections: RoundRobin::new(),
                     accepted: false,
@@ -488,6 +491,7 @@ impl<C: Clone> MasterCore<C> {
             return;
         };
         entry.members.remove(&worker);
+        entry.listening.remove(&worker);
         entry.serving.remove(&worker);
         let untaken = entry.connections.leave(worker);
         if entry.serving.is_empty() {

@@ -1,9 +1,9 @@
 //! Descriptors by number, where they cannot be avoided.
 
-use std::ffi::CString;
-use std::fs::Metadata;
+use std::ffi::{CString, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -64,46 +64,128 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
-fn c_path(path: &Path) -> io::Result<CString> {
-    Ok(CString::new(path.as_os_str().as_bytes())?)
+fn c_string(text: &OsStr) -> io::Result<CString> {
+    Ok(CString::new(text.as_bytes())?)
 }
 
-/// Changes the mode of a file, if `is_it` says that it is the right one: not of what a link leads
-/// to, which somebody may have put in its place.
+/// What a descriptor of a directory or file has to be good for here: to name it.
 #[cfg(target_os = "linux")]
-pub(crate) fn change_mode(
-    path: &Path,
-    mode: u32,
-    is_it: impl FnOnce(&Metadata) -> bool,
-) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
+const NAME_ONLY: libc::c_int = libc::O_PATH;
+#[cfg(not(target_os = "linux"))]
+const NAME_ONLY: libc::c_int = libc::O_RDONLY;
 
-    let path = c_path(path)?;
-    // The file itself, and not what it is to others: a socket cannot be opened.
-    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+/// Opens a directory: whatever becomes of its name, its files can be named relative to it.
+pub(crate) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_string(path.as_os_str())?;
+    let flags = NAME_ONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
     // SAFETY: the path is zero-terminated.
     let number = check(unsafe { libc::open(path.as_ptr(), flags) })?;
-    let file = std::fs::File::from(adopt(number));
-    if !is_it(&file.metadata()?) {
-        return Err(io::Error::from_raw_os_error(libc::EEXIST));
-    }
-    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
-    std::fs::set_permissions(name, std::fs::Permissions::from_mode(mode))
+    Ok(adopt(number))
 }
 
-/// Changes the mode of a file: not of what a link leads to, which somebody may have put in its
-/// place.
+/// With an empty name, the status is that of the descriptor itself.
+#[cfg(target_os = "linux")]
+const STATUS_FLAGS: libc::c_int = libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH;
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn change_mode(
-    path: &Path,
-    mode: u32,
-    _is_it: impl FnOnce(&Metadata) -> bool,
+const STATUS_FLAGS: libc::c_int = libc::AT_SYMLINK_NOFOLLOW;
+
+/// Which file it is, of all in the system, and what it may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileStatus {
+    pub(crate) device: libc::dev_t,
+    pub(crate) inode: libc::ino_t,
+    pub(crate) mode: libc::mode_t,
+}
+
+impl FileStatus {
+    pub(crate) fn is_socket(self) -> bool {
+        self.mode & libc::S_IFMT == libc::S_IFSOCK
+    }
+
+    /// Whether it is the same file, though it may be used for other things now.
+    pub(crate) fn is_same(self, other: Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+impl From<libc::stat> for FileStatus {
+    fn from(stat: libc::stat) -> Self {
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            mode: stat.st_mode,
+        }
+    }
+}
+
+/// The status of a file itself, and not of what it leads to if it is a link.
+pub(crate) fn status_at(directory: &OwnedFd, name: &OsStr) -> io::Result<FileStatus> {
+    let name = c_string(name)?;
+    // SAFETY: stat is plain data.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the name is zero-terminated, and the structure writable.
+    check(unsafe {
+        libc::fstatat(
+            directory.as_raw_fd(),
+            name.as_ptr(),
+            &raw mut stat,
+            STATUS_FLAGS,
+        )
+    })?;
+    Ok(stat.into())
+}
+
+pub(crate) fn remove_at(directory: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: the name is zero-terminated.
+    check(unsafe { libc::unlinkat(directory.as_raw_fd(), name.as_ptr(), 0) })?;
+    Ok(())
+}
+
+/// Changes the mode of a file, if it is still this one: not of what somebody may have put in its
+/// place, nor of what a link leads to.
+#[cfg(target_os = "linux")]
+pub(crate) fn change_mode_at(
+    directory: &OwnedFd,
+    name: &OsStr,
+    status: FileStatus,
+    mode: libc::mode_t,
 ) -> io::Result<()> {
-    let path = c_path(path)?;
-    let mode = libc::mode_t::try_from(mode).unwrap_or(0);
-    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    /// Newer than the constant of `libc`; the same on all architectures.
+    const FCHMODAT2: libc::c_long = 452;
+    let name = c_string(name)?;
+    // The file itself, and not what it is to others: a socket cannot be opened.
+    let flags = NAME_ONLY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    // SAFETY: the name is zero-terminated.
+    let number = check(unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), flags) })?;
+    let file = adopt(number);
+    if status_at(&file, OsStr::new(""))? != status {
+        return Err(io::Error::from_raw_os_error(libc::EEXIST));
+    }
+    let empty = c"".as_ptr();
+    // SAFETY: the name is zero-terminated.
+    let changed = unsafe { libc::syscall(FCHMODAT2, number, empty, mode, libc::AT_EMPTY_PATH) };
+    if changed == 0 {
+        return Ok(());
+    }
+    let path = c_string(format!("/proc/self/fd/{number}").as_ref())?;
     // SAFETY: the path is zero-terminated.
-    check(unsafe { libc::fchmodat(libc::AT_FDCWD, path.as_ptr(), mode, flags) })?;
+    check(unsafe { libc::chmod(path.as_ptr(), mode) })?;
+    Ok(())
+}
+
+/// Changes the mode of a file: not of what a link leads to.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn change_mode_at(
+    directory: &OwnedFd,
+    name: &OsStr,
+    _status: FileStatus,
+    mode: libc::mode_t,
+) -> io::Result<()> {
+    let name = c_string(name)?;
+    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: the name is zero-terminated.
+    check(unsafe { libc::fchmodat(directory.as_raw_fd(), name.as_ptr(), mode, flags) })?;
     Ok(())
 }
 
@@ -121,6 +203,74 @@ pub(crate) fn limit() -> u64 {
     match check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }) {
         Ok(_) => u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX),
         Err(_) => u64::MAX,
+    }
+}
+
+/// A descriptor of what other processes may have, too. If they are gone, closing this one is the end
+/// of it, and the end of a socket with SO_LINGER waits for the peer, though the socket be set not to
+/// block. Who has it as his own may want that; in passing it would be a way to hold up this process.
+#[derive(Debug)]
+pub(crate) struct CommonFd(ManuallyDrop<OwnedFd>);
+
+impl CommonFd {
+    /// Makes it this process's own.
+    pub(crate) fn claim(self) -> OwnedFd {
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: neither it nor what it was in is used again.
+        unsafe { ManuallyDrop::take(&mut this.0) }
+    }
+}
+
+impl From<OwnedFd> for CommonFd {
+    fn from(fd: OwnedFd) -> Self {
+        Self(ManuallyDrop::new(fd))
+    }
+}
+
+impl AsFd for CommonFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for CommonFd {
+    fn drop(&mut self) {
+        do_not_linger(&self.0);
+        // SAFETY: it is not used again.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}
+
+/// Makes closing a socket something that does not wait.
+fn do_not_linger(fd: &OwnedFd) {
+    let mut linger = libc::linger {
+        l_onoff: 0,
+        l_linger: 0,
+    };
+    let mut size = libc::socklen_t::try_from(size_of_val(&linger)).unwrap_or(0);
+    // SAFETY: value and size are writable, and the size is that of the value.
+    let got = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw mut linger).cast(),
+            &raw mut size,
+        )
+    };
+    // With a time of zero it is the end at once.
+    if got == 0 && linger.l_onoff != 0 && linger.l_linger != 0 {
+        linger.l_onoff = 0;
+        // SAFETY: the value lives through the call, and its size is given.
+        unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_LINGER,
+                (&raw const linger).cast(),
+                size,
+            )
+        };
     }
 }
 
@@ -155,7 +305,6 @@ pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
 mod tests {
     use super::*;
     use std::io::Write as _;
-    use std::os::fd::AsFd as _;
 
     #[test]
     fn who_left_a_message_is_not_gone() {

@@ -18,9 +18,7 @@ use std::io;
 
 /// The system's error numbers that the crate gives as reasons itself.
 pub(crate) mod errno {
-    #[cfg(test)]
-    pub(crate) use libc::EADDRINUSE;
-    pub(crate) use libc::{EINVAL, EMFILE, ENAMETOOLONG};
+    pub(crate) use libc::{EADDRINUSE, EBADF, EINVAL, EMFILE, ENAMETOOLONG};
 }
 
 /// The result of a system call that says -1 when it fails.
