@@ -78,12 +78,7 @@ struct Inbox {
 
 impl Inbox {
     fn push(&mut self, piece: &[u8]) {
-        if self.start == self.bytes.len() {
-            self.bytes.clear();
-            self.bytes.shrink_to(READ_SIZE);
-        } else if self.start > 0 {
-            self.bytes.drain(..self.start);
-        }
+        self.bytes.drain(..self.start);
         self.start = 0;
         self.bytes.extend_from_slice(piece);
     }
@@ -108,6 +103,12 @@ impl Inbox {
         };
         let frame = F::decode(header.kind, header.fds, body)?;
         self.start += HEADER + header.length;
+        if self.start == self.bytes.len() {
+            // What one long message needed is not kept for the short ones.
+            self.start = 0;
+            self.bytes.clear();
+            self.bytes.shrink_to(READ_SIZE);
+        }
         if header.batch > 0 {
             self.open_batch(header.batch)?;
         }
@@ -211,6 +212,7 @@ impl Outbox {
         self.written += bytes as u64;
         if self.bytes.is_empty() {
             self.bytes.shrink_to(WRITE_SIZE);
+            self.fds.shrink_to(MAX_BATCH);
         }
     }
 
@@ -225,10 +227,12 @@ impl Outbox {
         let done = self
             .receipts
             .partition_point(|(end, _)| *end <= self.written);
-        self.receipts
-            .drain(..done)
-            .map(|(_, receipt)| receipt)
-            .collect()
+        let receipts = self.receipts.drain(..done).map(|(_, receipt)| receipt);
+        let receipts = receipts.collect();
+        if self.receipts.is_empty() {
+            self.receipts.shrink_to(MAX_BATCH);
+        }
+        receipts
     }
 
     /// Forgets what waits, but for the receipts, which the program still wants.
@@ -278,6 +282,19 @@ pub(crate) struct Channel<In, Out> {
     waits_to_read: bool,
     waits_to_write: bool,
     direction: PhantomData<(In, Out)>,
+}
+
+#[cfg(debug_assertions)]
+impl<In, Out> Channel<In, Out> {
+    /// For tests: as if the program had closed it behind our back.
+    pub(crate) fn shut_socket(&self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// For tests: what no frame is.
+    pub(crate) fn write_raw(&self, bytes: &[u8]) {
+        let _ = socket::send(&self.socket, bytes, &[]);
+    }
 }
 
 impl<In: Frame, Out: Frame> Channel<In, Out> {

@@ -8,6 +8,7 @@ mod endpoint;
 mod error;
 mod event;
 mod event_loop;
+mod fault;
 mod frame;
 mod ledger;
 mod listener;

@@ -219,6 +219,14 @@ impl MasterShell {
         }
     }
 
+    /// A point at which tests make this worker fail. The first one is spared.
+    fn fault(&self, name: &str, worker: WorkerId) {
+        if let Some(record) = self.record(worker).filter(|record| record.id.get() > 1) {
+            let elsewhere: Option<&Channel<ToMaster, ToWorker>> = None;
+            crate::fault::point(name, || record.pid, elsewhere);
+        }
+    }
+
     /// Carries out everything that needs no callback.
     pub(crate) fn act(&self) {
         loop {
@@ -240,7 +248,10 @@ impl MasterShell {
             } => {
                 let fd = match (with, &frame) {
                     (With::Nothing, _) => None,
-                    (With::Connection(connection), _) => Some(connection),
+                    (With::Connection(connection), _) => {
+                        self.fault("master.gives", worker);
+                        Some(connection)
+                    }
                     (With::Listener(handle), ToWorker::Reply { request, .. }) => {
                         match self.share(handle) {
                             Ok(listener) => Some(listener),
@@ -395,6 +406,7 @@ impl MasterShell {
                 self.collect_receipts(worker, channel);
                 outcome
             });
+            self.fault("master.has_written", worker);
             match flushed {
                 Some(Ok(Flushed::Exhausted(error))) => self.rest(worker, error),
                 Some(Err(source)) => self.channel_failed(worker, source),
@@ -498,7 +510,11 @@ impl MasterShell {
                     | ToMaster::Refused { .. }
                     | ToMaster::Close { .. }
                     | ToMaster::Leaving
-                    | ToMaster::Revoke { .. }) => core.frame(worker, frame, None),
+                    | ToMaster::Revoke { .. }) => {
+                        self.fault("master.has_decoded", worker);
+                        core.frame(worker, frame, None);
+                        self.fault("master.has_heard", worker);
+                    }
                 }
                 fed
             }

@@ -21,6 +21,7 @@ use crate::socket_file::SocketFile;
 use crate::sys;
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
+use crate::sys::process::Pid;
 use crate::timers::Time;
 use crate::worker_core::{Action, Listen, ListenerId, WorkerCore};
 
@@ -218,6 +219,13 @@ impl WorkerShell {
         Ok(ReadyFor { poller, listener })
     }
 
+    /// A point at which tests make this worker fail.
+    pub(crate) fn fault(&self, name: &str) {
+        if let Some(channel) = self.channel.borrow().as_ref() {
+            fault(name, channel);
+        }
+    }
+
     /// Carries out everything that needs no callback.
     pub(crate) fn act(&self) {
         let mut sent = false;
@@ -254,7 +262,10 @@ impl WorkerShell {
 
     /// Writes what can be written, and tells the core if that was everything.
     fn flush(&self, channel: &mut Channel<ToWorker, ToMaster>) {
-        match channel.flush() {
+        fault("worker.writes", channel);
+        let flushed = channel.flush();
+        fault("worker.has_written", channel);
+        match flushed {
             Ok(_) if channel.is_flushed() => self.core.borrow_mut().confirmed(),
             Ok(Flushed::Done) => {}
             Ok(Flushed::Exhausted(error)) => {
@@ -291,6 +302,7 @@ impl WorkerShell {
             }
         };
         if received == Received::Something {
+            self.fault("worker.has_received");
             while self.feed() {}
         }
         if received == Received::End {
@@ -327,6 +339,9 @@ impl WorkerShell {
             fds,
             lost_fds,
         } = arrival;
+        if matches!(frame, ToWorker::Connection { .. }) {
+            self.fault("worker.has_decoded");
+        }
         let mut core = self.core.borrow_mut();
         if lost_fds {
             self.report(Error::no_descriptors(None));
@@ -587,6 +602,10 @@ impl WorkerShell {
         drop(core);
         self.watch(listener, wanted);
     }
+}
+
+fn fault(name: &str, channel: &Channel<ToWorker, ToMaster>) {
+    crate::fault::point(name, Pid::own, Some(channel));
 }
 
 impl Drop for WorkerShell {

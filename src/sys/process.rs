@@ -217,6 +217,11 @@ pub(crate) fn unknown_status() -> ExitStatus {
 }
 
 impl Pid {
+    pub(crate) fn own() -> Self {
+        // SAFETY: always callable.
+        Self(unsafe { libc::getpid() })
+    }
+
     pub(crate) fn number(self) -> u32 {
         self.0.unsigned_abs()
     }

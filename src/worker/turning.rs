@@ -93,6 +93,7 @@ impl Worker {
 
     /// Gives a connection to the callback for it, or for those that are one too many.
     fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_over: bool) {
+        self.inner.shell.fault("worker.has_taken");
         let connection = Connection::new(fd, &self.inner.shell, Some(listener));
         let callbacks = self.inner.of_listener.borrow();
         let callback = callbacks.get(&listener).and_then(|callbacks| {
@@ -189,6 +190,7 @@ impl Worker {
             shell.act();
             let arrived = shell.core.borrow_mut().arrived(listener);
             if let Some(fd) = arrived {
+                shell.fault("worker.has_taken");
                 return Ok(Some(Connection::new(fd, shell, Some(listener))));
             }
             if !has_something {

@@ -31,6 +31,12 @@ pub const SCENARIO: &str = "SCENARIO";
 
 /// Far beyond what any test needs; it is there to end one that hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// How often the tests repeat what they can play again and again: `CLUSTER_TEST_ROUNDS`, or once.
+pub fn rounds() -> u32 {
+    let wanted = std::env::var("CLUSTER_TEST_ROUNDS").ok();
+    wanted.map_or(1, |wanted| wanted.parse().expect("a number"))
+}
+
 /// How long a process may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -131,7 +137,7 @@ impl Group {
 
     /// Waits for the program, then for everything that it started.
     pub fn end(&self) -> Result<ExitStatus, Failed> {
-        let ended = self.child.borrow_mut().wait_timeout(DEADLINE)?;
+        let ended = self.child.borrow_mut().wait_timeout(DEADLINE * rounds())?;
         let Some(status) = ended else {
             return Err(format!("hangs:\n{}", self.output()).into());
         };

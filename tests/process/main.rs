@@ -13,6 +13,7 @@ mod conformance;
 mod edges;
 mod examples;
 mod faults;
+mod hand_over;
 mod harness;
 mod leave;
 mod life;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         faults::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
+        hand_over::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let mut scenarios = scenarios.chain(conformance::scenarios());
@@ -47,6 +49,8 @@ fn main() -> ExitCode {
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let mut trials: Vec<_> = scenarios.map(harness::trial).collect();
     trials.extend(examples::trials());
+    let unarmed = hand_over::IGNORED.iter().map(harness::trial);
+    trials.extend(unarmed.map(|trial| trial.with_ignored_flag(true)));
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,

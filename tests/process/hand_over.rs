@@ -1,0 +1,330 @@
+//! Workers that fail at each step of the hand-over, in each way. Every client is served, once, unless
+//! its connection was in the hands of the worker's program already; and the ledger agrees.
+//!
+//! `CLUSTER_TEST_ROUNDS=N cargo test --test process hand_over` plays every combination N times. The
+//! faults are built in only with debug assertions; without these the tests are counted as ignored.
+
+use std::cell::{Cell, RefCell};
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use cluster::{Master, Worker, WorkerProcess};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{Scenario, answer, cluster, in_background, is_alive, rounds, talk, with_env};
+
+/// The faults of `src/fault.rs`.
+const FAULT: &str = "CLUSTER_FAULT";
+const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
+/// How often a worker writes until it has served a connection, and how often it does the rest: at
+/// which passes of its point it fails.
+const WRITES: u32 = 8;
+const OTHERS: u32 = 3;
+/// Makes a worker serve by a callback.
+const BY_CALLBACK: &str = "BY_CALLBACK";
+/// How many clients come until the fault must have happened.
+const MOST_CLIENTS: u32 = 12;
+
+pub const SCENARIOS: &[Scenario] = if cfg!(debug_assertions) { ALL } else { &[] };
+pub const IGNORED: &[Scenario] = if cfg!(debug_assertions) { &[] } else { ALL };
+
+const ALL: &[Scenario] = &[
+    Scenario {
+        name: "hand_over_survives_a_fault_before_writing",
+        play: || worker_fails("worker.writes", WRITES, Lost::Nobody),
+    },
+    Scenario {
+        name: "hand_over_survives_a_fault_after_writing",
+        play: || worker_fails("worker.has_written", WRITES, Lost::WhoWasTaken),
+    },
+    Scenario {
+        name: "hand_over_survives_a_fault_after_receiving",
+        play: || worker_fails("worker.has_received", OTHERS, Lost::Nobody),
+    },
+    Scenario {
+        name: "hand_over_survives_a_fault_after_decoding",
+        play: || worker_fails("worker.has_decoded", OTHERS, Lost::Nobody),
+    },
+    Scenario {
+        name: "hand_over_survives_a_fault_after_taking",
+        play: || worker_fails("worker.has_taken", OTHERS, Lost::WhoWasTaken),
+    },
+    Scenario {
+        name: "hand_over_survives_a_death_before_giving",
+        play: || master_sees_deaths("master.gives"),
+    },
+    Scenario {
+        name: "hand_over_survives_a_death_after_giving",
+        play: || master_sees_deaths("master.has_written"),
+    },
+    Scenario {
+        name: "hand_over_survives_a_death_before_hearing",
+        play: || master_sees_deaths("master.has_decoded"),
+    },
+    Scenario {
+        name: "hand_over_survives_a_death_after_hearing",
+        play: || master_sees_deaths("master.has_heard"),
+    },
+];
+
+/// Who may get no answer.
+#[derive(Clone, Copy)]
+enum Lost {
+    Nobody,
+    /// The one client whose connection the failing worker had said that it took.
+    WhoWasTaken,
+}
+
+/// What became of the clients of one round.
+struct Outcome {
+    came: u64,
+    unanswered: u64,
+}
+
+impl Outcome {
+    fn add(&mut self, answer: std::io::Result<String>) {
+        self.came += 1;
+        match answer {
+            Ok(id) if id.ends_with('.') && id.matches('.').count() == 1 => {}
+            Ok(nothing) if nothing.is_empty() => self.unanswered += 1,
+            Ok(answer) => panic!("served twice: {answer:?}"),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
+                self.unanswered += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Round {
+    fault: &'static str,
+    pass: u32,
+    by_callback: bool,
+}
+
+fn plan(passes: u32) -> Vec<Round> {
+    let mut plan = Vec::new();
+    for _ in 0..rounds() {
+        for fault in FAULTS {
+            for pass in 1..=passes {
+                for by_callback in [false, true] {
+                    plan.push(Round {
+                        fault,
+                        pass,
+                        by_callback,
+                    });
+                }
+            }
+        }
+    }
+    plan
+}
+
+/// One worker serves all the time; others come one after the other, and fail.
+fn worker_fails(point: &'static str, passes: u32, lost: Lost) {
+    cluster(
+        |master| {
+            let healthy = master.fork().unwrap();
+            let play = Rc::new(Play {
+                point,
+                lost,
+                left: RefCell::new(plan(passes)),
+                came: Cell::new(0),
+                unanswered: Cell::new(0),
+                healthy: healthy.clone(),
+            });
+            healthy.on_listening(move |master, _, address| {
+                let address = address.to_string().parse().unwrap();
+                Rc::clone(&play).next(master, address);
+            });
+        },
+        serve,
+    );
+}
+
+fn serve(worker: Worker) {
+    let listener = worker.listen("127.0.0.1:0").unwrap();
+    let id = format!("{}.", worker.id());
+    if std::env::var_os(BY_CALLBACK).is_some() {
+        answer(&listener, id);
+        return worker.run().unwrap();
+    }
+    for connection in listener.incoming() {
+        let _ = connection.unwrap().write_all(id.as_bytes());
+    }
+}
+
+struct Play {
+    point: &'static str,
+    lost: Lost,
+    left: RefCell<Vec<Round>>,
+    came: Cell<u64>,
+    unanswered: Cell<u64>,
+    healthy: WorkerProcess,
+}
+
+impl Play {
+    fn next(self: Rc<Self>, master: &Master, address: SocketAddr) {
+        let Some(round) = self.left.borrow_mut().pop() else {
+            return self.end();
+        };
+        let plan = format!("{}:{}:{}", self.point, round.fault, round.pass);
+        let by_callback = round.by_callback.then_some((BY_CALLBACK, "1"));
+        let env = [(FAULT, plan.as_str())].into_iter().chain(by_callback);
+        let failing = master.fork_with(env).unwrap();
+        // The round is over when the clients are and the worker is.
+        let parts = Rc::new(Cell::new(2));
+        let part_is_over = move |play: &Rc<Self>, master: &Master| {
+            parts.set(parts.get() - 1);
+            if parts.get() == 0 {
+                Rc::clone(play).next(master, address);
+            }
+        };
+        let (play, over) = (Rc::clone(&self), part_is_over.clone());
+        failing.on_exit(move |master, _, _| over(&play, master));
+        let pid = failing.process().id();
+        let kills = self.left.borrow().len() % 2 == 0;
+        let play = self;
+        in_background(
+            master,
+            move || clients(address, pid, kills),
+            move |master, outcome| {
+                play.count(round, &outcome);
+                // Whoever has only been stopped, or failed later than the last client came.
+                failing.disconnect_within(Duration::from_millis(500));
+                part_is_over(&play, master);
+            },
+        );
+    }
+
+    fn count(&self, round: Round, outcome: &Outcome) {
+        let allowed = match self.lost {
+            Lost::Nobody => 0,
+            Lost::WhoWasTaken => 1,
+        };
+        let Round { fault, pass, .. } = round;
+        let at = format!("{}:{fault}:{pass}", self.point);
+        assert!(outcome.unanswered <= allowed, "{at}: nobody answered");
+        self.came.set(self.came.get() + outcome.came);
+        self.unanswered
+            .set(self.unanswered.get() + outcome.unanswered);
+    }
+
+    fn end(&self) {
+        let (came, unanswered) = (self.came.get(), self.unanswered.get());
+        println!("{}: {came} clients, {unanswered} unanswered", self.point);
+        self.healthy.disconnect();
+        self.healthy.on_exit(move |master, _, _| {
+            let ledger = master.ledger();
+            assert_eq!(ledger.accepted, came);
+            // Whoever got no answer was in some program's hands.
+            assert_eq!(ledger.taken, came, "{ledger:?}");
+            assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
+        });
+    }
+}
+
+/// Clients come until the worker has failed and one more has been served. A worker that has stopped
+/// is killed or goes on.
+fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                if has_stopped(pid) {
+                    let signal = if kills {
+                        Signal::SIGKILL
+                    } else {
+                        Signal::SIGCONT
+                    };
+                    // It may be gone by now, and nobody else gets its number so soon.
+                    let _ = kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal);
+                }
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        let mut outcome = Outcome {
+            came: 0,
+            unanswered: 0,
+        };
+        for _ in 0..MOST_CLIENTS {
+            let was_alive = is_alive(pid);
+            outcome.add(talk(address, b""));
+            if !was_alive {
+                break;
+            }
+        }
+        over.store(true, Ordering::SeqCst);
+        outcome
+    })
+}
+
+fn has_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.contains(") T ")
+}
+
+/// The master kills workers at this point, again and again, while clients come; the first one is
+/// spared, so that there is always one.
+fn master_sees_deaths(point: &'static str) {
+    if let Ok(plan) = std::env::var(FAULT) {
+        return storm(&plan);
+    }
+    for every in [2, 3, 7, 10] {
+        with_env(FAULT, &format!("{point}:kill:{every}:again"), || {});
+    }
+}
+
+fn storm(plan: &str) {
+    let plan = plan.to_owned();
+    cluster(
+        |master| {
+            let deaths = Rc::new(Cell::new(0));
+            let (count, all) = (Rc::clone(&deaths), Rc::clone(&deaths));
+            let replace = master.on_exit(move |master, _, _| {
+                count.set(count.get() + 1);
+                master.fork().unwrap();
+            });
+            let first = master.fork().unwrap();
+            first.on_listening(move |master, _, address| {
+                (0..2).for_each(|_| drop(master.fork().unwrap()));
+                let address = address.to_string().parse().unwrap();
+                let (all, plan) = (Rc::clone(&all), plan.clone());
+                in_background(
+                    master,
+                    move || many_clients(address),
+                    move |master, outcome| {
+                        master.off(replace);
+                        let deaths: u64 = all.get();
+                        let Outcome { came, unanswered } = outcome;
+                        println!(
+                            "{plan}: {came} clients, {deaths} deaths, {unanswered} unanswered"
+                        );
+                        assert!(deaths > 0 && unanswered <= deaths);
+                        master.disconnect_within(Duration::from_secs(20), move |master| {
+                            let ledger = master.ledger();
+                            assert_eq!((ledger.accepted, ledger.taken), (came, came));
+                        });
+                    },
+                );
+            });
+        },
+        serve,
+    );
+}
+
+fn many_clients(address: SocketAddr) -> Outcome {
+    let mut outcome = Outcome {
+        came: 0,
+        unanswered: 0,
+    };
+    for _ in 0..40 * rounds() {
+        outcome.add(talk(address, b""));
+    }
+    outcome
+}
