@@ -1,0 +1,120 @@
+//! The clients: a process of its own, so that the master's memory is the master's.
+
+use std::cell::Cell;
+use std::io::{BufRead as _, Read, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::rc::Rc;
+
+use cluster::{Interest, Master};
+use nix::sys::socket::{setsockopt, sockopt::Linger};
+
+use crate::long_lived::turn_until;
+
+const CLIENT: &str = "CLIENT";
+/// Half of them use TCP, and half the Unix socket.
+const THREADS: u64 = 4;
+
+pub fn is_client() -> bool {
+    std::env::var_os(CLIENT).is_some()
+}
+
+/// In the master: the process with the clients.
+pub struct Clients {
+    process: Child,
+    orders: UnixStream,
+    /// What the last order has come to.
+    failures: Rc<Cell<Option<u64>>>,
+}
+
+impl Clients {
+    pub fn new(master: &Master) -> Self {
+        let (orders, theirs) = UnixStream::pair().unwrap();
+        let theirs = OwnedFd::from(theirs);
+        let process = Command::new(std::env::current_exe().unwrap())
+            .env(CLIENT, "1")
+            .stdin(theirs.try_clone().unwrap())
+            .stdout(theirs)
+            .spawn()
+            .unwrap();
+        let failures = Rc::new(Cell::new(None));
+        let told = Rc::clone(&failures);
+        let answers = orders.try_clone().unwrap();
+        let read = move |_: &Master, mut answers: &UnixStream| {
+            let mut answer = [0; 8];
+            answers.read_exact(&mut answer).ok()?;
+            told.set(Some(u64::from_le_bytes(answer)));
+            Some(Interest::Readable)
+        };
+        let watched = master.watch(answers, Interest::Readable, read);
+        master.unref(watched.unwrap());
+        Self {
+            process,
+            orders,
+            failures,
+        }
+    }
+
+    /// Connects so many times, and returns how often that did not lead to an answer.
+    pub fn connect(&mut self, master: &Master, to: (SocketAddr, &Path), times: u64) -> u64 {
+        let (tcp, unix) = (to.0, to.1.display());
+        writeln!(self.orders, "{tcp} {unix} {times}").unwrap();
+        turn_until(master, || self.failures.get().is_some());
+        self.failures.take().unwrap()
+    }
+
+    pub fn end(mut self) {
+        self.orders.shutdown(Shutdown::Write).unwrap();
+        assert!(self.process.wait().unwrap().success());
+    }
+}
+
+/// In the process with the clients.
+pub fn obey() {
+    // An order may be a long one, and nobody is there to end it.
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::SIGKILL).unwrap();
+    for order in std::io::stdin().lock().lines() {
+        let order = order.unwrap();
+        let [tcp, unix, times] = order.split(' ').collect::<Vec<_>>()[..] else {
+            panic!("{order}");
+        };
+        let tcp: SocketAddr = tcp.parse().unwrap();
+        let times: u64 = times.parse().unwrap();
+        let failures = std::thread::scope(|scope| {
+            let one = |number| {
+                scope.spawn(move || {
+                    let (mine, all) = (0..times / THREADS, |failed: &bool| *failed);
+                    match number % 2 {
+                        0 => mine.map(|_| by_tcp(tcp).is_err()).filter(all).count(),
+                        _ => mine.map(|_| by_unix(unix).is_err()).filter(all).count(),
+                    }
+                })
+            };
+            let threads: Vec<_> = (0..THREADS).map(one).collect();
+            let counts = threads.into_iter().map(|thread| thread.join().unwrap());
+            counts.sum::<usize>()
+        });
+        let answer = (failures as u64).to_le_bytes();
+        std::io::stdout().write_all(&answer).unwrap();
+        std::io::stdout().flush().unwrap();
+    }
+}
+
+/// Ends with a reset, as soon as the answer is there: of a connection that ends in good order the
+/// client's port stays for a minute, and there are not as many ports as connections in a minute.
+fn by_tcp(address: SocketAddr) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    let reset = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    setsockopt(&stream, Linger, &reset)?;
+    stream.read_exact(&mut [0])
+}
+
+fn by_unix(path: &str) -> std::io::Result<()> {
+    UnixStream::connect(path)?.read_exact(&mut [0])
+}

@@ -1,0 +1,105 @@
+//! Listeners and sockets that two workers open and close, the same ones and each its own.
+
+use std::cell::Cell;
+use std::net::TcpStream;
+use std::path::Path;
+use std::rc::Rc;
+
+use cluster::{BindOptions, ListenOptions, Master, Settings, Worker};
+
+use crate::harness::{answer, cluster, hear};
+use crate::long_lived::{LongLived, obey};
+use crate::measure::{Sample, Series};
+
+crate::scenarios! {
+    listeners_by_round_robin
+    listeners_that_are_shared
+}
+
+fn listeners_by_round_robin() {
+    cluster(|master| play(master, "opened by master"), serve);
+}
+
+fn listeners_that_are_shared() {
+    let play = |master: &Master| {
+        crate::harness::share_listeners(master);
+        play(master, "opened and lent");
+    };
+    cluster(play, serve);
+}
+
+fn serve(worker: Worker) {
+    let opened = Cell::new(0);
+    obey(&worker, |worker, count| {
+        for _ in 0..count {
+            open_and_close(worker, opened.get());
+            opened.set(opened.get() + 1);
+        }
+    });
+}
+
+fn open_and_close(worker: &Worker, number: u64) {
+    match number % 8 {
+        0 => drop(worker.listen(0).unwrap()),
+        1 => drop(worker.listen("127.0.0.1:0").unwrap()),
+        2 => drop(worker.listen(Path::new("unix")).unwrap()),
+        3 => drop(worker.bind(BindOptions::from("127.0.0.1:0")).unwrap()),
+        4 => drop(
+            worker
+                .listen(ListenOptions::from(0).exclusive(true))
+                .unwrap(),
+        ),
+        5 => {
+            let options = BindOptions::from("127.0.0.1:0").exclusive(true);
+            drop(worker.bind(options).unwrap());
+        }
+        6 => drop([(); 3].map(|()| worker.listen(0).unwrap())),
+        // Of the addresses for documentation, which nobody has.
+        _ => drop(worker.listen("192.0.2.1:0").unwrap_err()),
+    }
+    if number % 200 == 10 {
+        use_one(worker);
+    }
+}
+
+/// One that was used is closed otherwise: clients may be under way.
+fn use_one(worker: &Worker) {
+    let listener = worker.listen::<TcpStream>("127.0.0.1:0").unwrap();
+    answer(&listener, "here");
+    assert_eq!(hear(worker, listener.local_addr()), "here");
+    listener.close();
+}
+
+fn play(master: &Master, name: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    master.setup_master(Settings::default().cwd(directory.path()));
+    master.on_error(|_, _, error| panic!("{error}"));
+    let heard = Rc::new(Cell::new(0_u64));
+    let count = Rc::clone(&heard);
+    master.on_listening(move |_, _, _| count.set(count.get() + 1));
+    let mut workers = [(); 2].map(|()| LongLived::new(master.fork().unwrap(), name));
+    let mut series = Series::new(&format!("{name}, master"));
+    for _ in 0..crate::ROUNDS {
+        for worker in &workers {
+            worker.order(crate::share(500));
+        }
+        for worker in &workers {
+            worker.wait(master);
+        }
+        // What has been used closes a little later.
+        while master.time_left().is_some() {
+            master.dispatch(None).unwrap();
+        }
+        assert!(!directory.path().join("unix").exists());
+        for worker in &mut workers {
+            worker.measure(master);
+        }
+        series.add(Sample::now());
+    }
+    println!("{name}: {} times listening", heard.get());
+    series.check();
+    for worker in &workers {
+        worker.check();
+    }
+    master.disconnect(|_| {});
+}

@@ -1,0 +1,115 @@
+//! Timers, watched descriptors, callbacks and signals, that come and go in both roles.
+
+use std::cell::Cell;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use cluster::{Interest, Master, Signal, Worker};
+use nix::sys::signal::raise;
+
+use crate::harness::{SIGNALS, cluster};
+use crate::long_lived::{LongLived, obey};
+use crate::measure::{Sample, Series};
+
+crate::scenarios! {
+    timers_watches_callbacks_and_signals
+}
+
+const LATER: Duration = Duration::from_secs(3600);
+const SOON: Duration = Duration::from_millis(1);
+
+/// A function that has one of everything, some until it has happened and some until they are
+/// removed. Master and worker have the same methods, and no trait for them.
+macro_rules! one_of_everything {
+    ($name:ident, $role:ty, $on_message:expr, $on_error:expr) => {
+        fn $name(role: &$role, number: u64) {
+            let happened = Rc::new(Cell::new(0));
+            let count = || {
+                let happened = Rc::clone(&happened);
+                move || happened.set(happened.get() + 1)
+            };
+            let once = count();
+            role.set_timeout(Duration::ZERO, move |_| once());
+            let timer = role.set_timeout(LATER, |_| unreachable!());
+            role.unref(timer);
+            let interval = role.set_interval(LATER, |_| unreachable!());
+
+            let (near, far) = UnixStream::pair().unwrap();
+            let readable = count();
+            let watch = move |_: &$role, _: &UnixStream| {
+                readable();
+                None
+            };
+            role.watch(near, Interest::Readable, watch).unwrap();
+            drop(far);
+            let (near, far) = UnixStream::pair().unwrap();
+            let silent = role.watch(near, Interest::Readable, |_, _| unreachable!());
+
+            let on_message = role.on_message($on_message);
+            let on_error = role.on_error($on_error);
+            role.once(on_error);
+            let on_signal = role.on_signal(Signal::USR1, |_, _| unreachable!());
+            let signal = count();
+            let expected = role.on_signal(Signal::USR2, move |_, _| signal());
+            role.once(expected.unwrap());
+            raise(nix::sys::signal::SIGUSR2).unwrap();
+
+            let mut all = 3;
+            if number % 100 == 0 {
+                let tick = count();
+                let own = Rc::new(Cell::new(None));
+                let id = Rc::clone(&own);
+                own.set(Some(role.set_interval(SOON, move |role| {
+                    tick();
+                    role.clear_timer(id.get().unwrap());
+                })));
+                all += 1;
+            }
+            while happened.get() < all {
+                role.dispatch(None).unwrap();
+            }
+            role.clear_timer(timer);
+            role.clear_timer(interval);
+            role.unwatch(silent.unwrap());
+            drop(far);
+            for id in [on_message, on_error, on_signal.unwrap()] {
+                role.off(id);
+            }
+        }
+    };
+}
+
+one_of_everything!(of_master, Master, |_, _, _| {}, |_, _, _| {});
+one_of_everything!(of_worker, Worker, |_, _| {}, |_, _| {});
+
+fn timers_watches_callbacks_and_signals() {
+    cluster(play, |worker| {
+        obey(&worker, |worker, count| {
+            for number in 0..count {
+                of_worker(worker, number);
+            }
+        });
+    });
+}
+
+fn play(master: &Master) {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let mut long_lived = LongLived::new(master.fork().unwrap(), "loop");
+    let mut series = Series::new("loop, master");
+    let turns = crate::share(2000);
+    for _ in 0..crate::ROUNDS {
+        long_lived.order(turns);
+        for number in 0..turns {
+            of_master(master, number);
+        }
+        long_lived.wait(master);
+        long_lived.measure(master);
+        series.add(Sample::now());
+    }
+    println!("loop: {} turns of each", turns * crate::ROUNDS);
+    series.check();
+    long_lived.check();
+    master.disconnect(|_| {});
+}

@@ -1,0 +1,211 @@
+//! What a process holds, and whether that grows.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// The most by which resident memory may have grown since the warm-up, in KiB: pages of the heap
+/// that are not given back for a few bytes in them, and pages of the program that are touched for
+/// the first time. The heap in use, below, is the sharper measure.
+const RESIDENT: i64 = 512;
+/// The most by which the heap in use may have grown, in bytes: queues keep the capacity of their
+/// longest, which may be a later round's.
+const IN_USE: i64 = 64 * 1024;
+/// The most by which the number of allocations may have grown: collections that were empty once and
+/// hold something, or have a node more for the same contents. One that is forgotten for each worker,
+/// connection, message or listener shows at once: there are more of them in each round.
+const BLOCKS: i64 = 10;
+/// How long a round of the usual size may take, and how much longer for each time more.
+const PATIENCE: (u64, u64) = (60, 5);
+
+static BYTES: AtomicI64 = AtomicI64::new(0);
+static ALLOCATIONS: AtomicI64 = AtomicI64::new(0);
+
+/// Counts what is in use, which the system's allocator tells nobody.
+pub struct CountingHeap;
+
+fn count(bytes: usize, blocks: i64, sign: i64) {
+    let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+    BYTES.fetch_add(sign * bytes, Ordering::Relaxed);
+    ALLOCATIONS.fetch_add(sign * blocks, Ordering::Relaxed);
+}
+
+// SAFETY: all is left to the system's allocator.
+#[allow(unsafe_code)]
+unsafe impl GlobalAlloc for CountingHeap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size(), 1, 1);
+        // SAFETY: the caller's promises are those that are asked for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        count(layout.size(), 1, -1);
+        // SAFETY: as above; the block comes from there.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count(layout.size(), 0, -1);
+        count(size, 0, 1);
+        // SAFETY: as above.
+        unsafe { System.realloc(block, layout, size) }
+    }
+}
+
+/// What this process holds now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sample {
+    /// In KiB, as the page tables have it. `VmRSS` is a sum that lags behind by some hundred KiB.
+    resident: i64,
+    in_use: i64,
+    blocks: i64,
+    descriptors: i64,
+    /// Zombies among them.
+    children: i64,
+}
+
+impl Sample {
+    pub fn now() -> Self {
+        trim();
+        let (in_use, blocks) = (
+            BYTES.load(Ordering::Relaxed),
+            ALLOCATIONS.load(Ordering::Relaxed),
+        );
+        Self {
+            resident: resident(),
+            in_use,
+            blocks,
+            descriptors: as_number(crate::harness::open_fds().len()),
+            children: children(),
+        }
+    }
+
+    pub fn to_text(self) -> String {
+        let Self {
+            resident,
+            in_use,
+            blocks,
+            descriptors,
+            children,
+        } = self;
+        format!("{resident} {in_use} {blocks} {descriptors} {children}")
+    }
+
+    pub fn from_text(text: &str) -> Self {
+        let mut numbers = text.split(' ').map(|number| number.parse().unwrap());
+        let mut next = || numbers.next().unwrap();
+        Self {
+            resident: next(),
+            in_use: next(),
+            blocks: next(),
+            descriptors: next(),
+            children: next(),
+        }
+    }
+}
+
+/// Makes the allocator give back what it keeps for later, some megabytes after long messages.
+fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it may be called at any time.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+fn as_number(length: usize) -> i64 {
+    i64::try_from(length).unwrap()
+}
+
+fn resident() -> i64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Rss:"));
+    let size = line.unwrap().trim().strip_suffix(" kB").unwrap();
+    size.parse().unwrap()
+}
+
+fn children() -> i64 {
+    let list = std::fs::read_to_string("/proc/thread-self/children").unwrap();
+    as_number(list.split_whitespace().count())
+}
+
+/// The samples of one process, one for each round.
+pub struct Series {
+    of: String,
+    samples: Vec<Sample>,
+}
+
+impl Series {
+    pub fn new(of: &str) -> Self {
+        let rounds = usize::try_from(crate::ROUNDS).unwrap();
+        wait_for_a_round();
+        Self {
+            of: of.to_owned(),
+            samples: Vec::with_capacity(rounds),
+        }
+    }
+
+    /// At the end of a round.
+    pub fn add(&mut self, sample: Sample) {
+        wait_for_a_round();
+        self.samples.push(sample);
+    }
+
+    /// Prints a line of the table, and panics if the process has grown.
+    pub fn check(&self) {
+        let (first, last) = (self.samples[0], *self.samples.last().unwrap());
+        println!(
+            "{:<28} resident {:>6} -> {:>6} KiB ({:+7.2} a round), heap {:>7} -> {:>7} bytes \
+             ({:+7.1} a round) in {:>4} -> {:>4} blocks, descriptors {:>2} -> {:>2}, \
+             children {} -> {}",
+            self.of,
+            first.resident,
+            last.resident,
+            self.slope(|sample| sample.resident),
+            first.in_use,
+            last.in_use,
+            self.slope(|sample| sample.in_use),
+            first.blocks,
+            last.blocks,
+            first.descriptors,
+            last.descriptors,
+            first.children,
+            last.children,
+        );
+        for sample in &self.samples {
+            assert_eq!(sample.descriptors, first.descriptors, "{:?}", self.samples);
+            assert_eq!(sample.children, first.children, "{:?}", self.samples);
+        }
+        self.assert_level(RESIDENT, |sample| sample.resident);
+        self.assert_level(IN_USE, |sample| sample.in_use);
+        self.assert_level(BLOCKS, |sample| sample.blocks);
+    }
+
+    /// Neither the last value nor the trend of all of them is higher than that.
+    fn assert_level(&self, slack: i64, value: impl Fn(&Sample) -> i64) {
+        let growth = value(self.samples.last().unwrap()) - value(&self.samples[0]);
+        assert!(growth <= slack, "{growth} more: {:?}", self.samples);
+        #[allow(clippy::cast_precision_loss)]
+        let (trend, slack) = (self.slope(value) * self.samples.len() as f64, slack as f64);
+        assert!(trend <= slack, "{trend} more: {:?}", self.samples);
+    }
+
+    /// The growth in a round, by least squares.
+    #[allow(clippy::cast_precision_loss)]
+    fn slope(&self, value: impl Fn(&Sample) -> i64) -> f64 {
+        let values = || self.samples.iter().map(|sample| value(sample) as f64);
+        let count = self.samples.len() as f64;
+        let middle = (count - 1.0) / 2.0;
+        let mean = values().sum::<f64>() / count;
+        let positions = || (0..self.samples.len()).map(|position| position as f64 - middle);
+        let products = positions().zip(values()).map(|(x, y)| x * (y - mean));
+        products.sum::<f64>() / positions().map(|x| x * x).sum::<f64>()
+    }
+}
+
+/// Ends this process if it comes to no end of a round.
+fn wait_for_a_round() {
+    let patience = PATIENCE.0 + PATIENCE.1 * crate::times();
+    nix::unistd::alarm::set(u32::try_from(patience).unwrap());
+}
