@@ -80,7 +80,7 @@ fn main() -> ExitCode {
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let trials = scenarios.map(trial).collect();
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
-    print!("{}", TABLE.lock().unwrap());
+    print!("{}{}", measure::head(), TABLE.lock().unwrap());
     conclusion.exit_code()
 }
 
