@@ -7,6 +7,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::rc::Rc;
+use std::time::Duration;
 
 use cluster::{BindOptions, Error, Master, Settings, Signal, Stdio, Worker, WorkerProcess};
 use nix::sys::signal::raise;
@@ -34,6 +35,7 @@ enum Way {
     IsKilledWhileItListens,
     IsTerminated,
     IsDisconnected,
+    IsDisconnectedInVain,
     Leaves,
     HangsUp,
     HasLastWords,
@@ -46,7 +48,7 @@ enum Way {
 
 use Way::*;
 
-const WAYS: [Way; 15] = [
+const WAYS: [Way; 16] = [
     ExitsWithCode,
     ExitsWhileItListens,
     KillsItself,
@@ -54,6 +56,7 @@ const WAYS: [Way; 15] = [
     IsKilledWhileItListens,
     IsTerminated,
     IsDisconnected,
+    IsDisconnectedInVain,
     Leaves,
     HangsUp,
     HasLastWords,
@@ -89,7 +92,7 @@ fn live(worker: &Worker, way: Way) {
         KillsItself => raise(nix::sys::signal::SIGKILL).unwrap(),
         ExitsWhileItListens => listen_on_everything(worker, || std::process::exit(0)),
         IsKilledWhileItListens => listen_on_everything(worker, || run_until_killed(worker)),
-        IsKilled | IsTerminated => run_until_killed(worker),
+        IsKilled | IsTerminated | IsDisconnectedInVain => run_until_killed(worker),
         IsDisconnected => listen_on_everything(worker, || worker.run().unwrap()),
         Leaves => worker.disconnect().run().unwrap(),
         HangsUp => worker.process().disconnect(),
@@ -210,6 +213,7 @@ fn attend(worker: &WorkerProcess, way: Way) {
     worker.on_online(move |_, worker| match way {
         IsKilled => worker.process().kill(Signal::KILL),
         IsTerminated => worker.kill(Signal::TERM),
+        IsDisconnectedInVain => drop(worker.disconnect_within(Duration::from_millis(1))),
         _ => {}
     });
     let mut listeners = 0;
@@ -238,7 +242,7 @@ fn end(way: Way) -> ExitStatus {
         ExitsWithCode => (3, 0),
         ExitsBeforeOnline => (4, 0),
         IsTerminated => (0, 15),
-        KillsItself | IsKilled | IsKilledWhileItListens | Garbles => (0, 9),
+        KillsItself | IsDisconnectedInVain | IsKilled | IsKilledWhileItListens | Garbles => (0, 9),
         _ => (0, 0),
     };
     ExitStatus::from_raw(code << 8 | signal)
