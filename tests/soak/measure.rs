@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 const RESIDENT: i64 = 1024;
 /// The same without what belongs to files, and so the process's own: pages of the heap that cannot
 /// be given back for a few bytes in them. The heap in use, below, is the sharper measure.
-const ANONYMOUS: i64 = 256;
+const ANONYMOUS: i64 = 128;
 /// The most by which the heap in use may have grown, in bytes: queues keep the capacity of their
 /// longest, which may be a later round's.
 const IN_USE: i64 = 64 * 1024;
