@@ -1,8 +1,9 @@
 //! Bounded for ever: whatever a master and a worker have done, they are as small as they were.
 //!
-//! A plain `cargo test` plays 500 respawns, 50,000 connections, 50,000 messages there and back, 1,000
-//! listeners and 2,000 timers and watches. This plays two hundred times as much (100,000 respawns, 10
-//! million connections, 10 million messages there and back) and prints a table:
+//! A plain `cargo test` plays 500 respawns, 50,000 connections, 50,000 messages there and back,
+//! 1,000 listeners by each policy, and 2,000 timers and watches in each role. This plays two hundred
+//! times as much (100,000 respawns, 10 million connections, 10 million messages there and back), in
+//! some twenty minutes of one core:
 //!
 //! ```sh
 //! CLUSTER_TEST_SOAK=200 cargo test --release --test soak -- --test-threads=1
@@ -10,8 +11,8 @@
 //!
 //! Each scenario is played in twenty rounds. After each of them everything that the round has
 //! started has ended, and the master and a worker that lives through all rounds are measured (see
-//! `measure`). The first round is the warm-up: what is there after it is what may be there after the
-//! last.
+//! `measure`). The first round is the warm-up: what is there after it is what may be there after
+//! the last.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,

@@ -4,7 +4,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// The most by which resident memory may have grown since the warm-up, in KiB. Most of it is the
-/// program's file, of which the kernel maps what surrounds a page that is touched for the first time.
+/// program's file, of which the kernel maps what surrounds a page that is touched for the first
+/// time.
 const RESIDENT: i64 = 1024;
 /// The same without what belongs to files, and so the process's own: pages of the heap that cannot
 /// be given back for a few bytes in them. The heap in use, below, is the sharper measure.
@@ -13,8 +14,8 @@ const ANONYMOUS: i64 = 128;
 /// longest, which may be a later round's.
 const IN_USE: i64 = 64 * 1024;
 /// The most by which the number of allocations may have grown: collections that were empty once and
-/// hold something, or have a node more for the same contents. One that is forgotten for each worker,
-/// connection, message or listener shows at once: there are more of them in each round.
+/// hold something, or have a node more for the same contents. One that is forgotten for each
+/// worker, connection, message or listener shows at once: there are more of them in each round.
 const BLOCKS: i64 = 10;
 /// How long a round of the usual size may take, and how much longer for each time more.
 const PATIENCE: (u64, u64) = (60, 5);
