@@ -1,0 +1,92 @@
+// Question 3: who lives on when the master is gone?
+//
+// A master with one worker of each kind ends in one of four ways; the workers that are alive 1 s and
+// 5 s after its end are counted. The workers listen for themselves (`exclusive`), so that nothing
+// keeps the master from coming to the end of its main. Loops are nice.
+'use strict';
+
+const cluster = require('cluster');
+const os = require('os');
+const ask = require('./ask');
+
+const ROUNDS = 3;
+const STRANGER = 54321; // a uid that nobody has
+const ROOT = process.getuid() === 0;
+const KINDS = ['idle', 'busy', 'looping'].concat(ROOT ? ['idle, other uid', 'looping, other uid'] : []);
+const ENDINGS = {
+  kill: 'SIGKILL',
+  throw: 'an uncaught exception',
+  exit: 'process.exit()',
+  main: 'the end of main',
+};
+
+function loop() {
+  os.setPriority(19);
+  for (;;);
+}
+
+function worker(kind) {
+  const looping = kind.startsWith('looping');
+  const server = ask.serve({ exclusive: true });
+  // Something to live for beside the channel.
+  setInterval(() => {}, 1000);
+  server.on('listening', () => process.send(server.address().port, looping ? loop : undefined));
+}
+
+function master([ending]) {
+  for (const kind of KINDS) {
+    const uid = kind.endsWith('uid') ? { uid: STRANGER, gid: STRANGER } : { uid: undefined, gid: undefined };
+    const one = ask.fork(__filename, [kind], uid);
+    one.once('message', (port) => console.log(`ready ${port} ${kind}`));
+  }
+  ask.obey(() => {
+    if (ending === 'throw') throw new Error('on purpose');
+    if (ending === 'exit') process.exit(0);
+    for (const one of Object.values(cluster.workers)) {
+      one.process.unref();
+      one.process.channel.unref();
+    }
+    process.stdin.destroy();
+  });
+}
+
+async function orphans(ending) {
+  const server = ask.master(__filename, [ending]);
+  const ports = {};
+  for (const _ of KINDS) {
+    const [port, ...kind] = (await server.expect('ready')).split(' ');
+    ports[kind.join(' ')] = port;
+  }
+  const client = new ask.Client(+ports.busy);
+  client.socket.removeAllListeners('data');
+  await new Promise((resolve) => client.socket.on('data', resolve));
+
+  if (ending === 'kill') ask.kill(server.self);
+  else server.say('end');
+  if (!(await ask.until(() => server.status !== null, 5000))) return ['master', 'master'];
+  const living = () => KINDS.filter((_, index) => ask.alive(server.workers[index]));
+  await ask.sleep(1000);
+  const early = living();
+  await ask.sleep(4000);
+  const late = living();
+  client.drop();
+  await server.end();
+  return [early, late];
+}
+
+async function questions() {
+  const rows = Object.keys(ENDINGS).map((ending) =>
+    Promise.all(Array.from({ length: ROUNDS }, () => orphans(ending))),
+  );
+  for (const [index, ending] of Object.values(ENDINGS).entries()) {
+    const rounds = await rows[index];
+    const told = (when) => ask.told(rounds.flatMap((round) => round[when]));
+    const text = `alive after 1 s: ${told(0)}; after 5 s: ${told(1)}`;
+    ask.row(`3 orphans after ${ending} of the master`, text, ROUNDS * KINDS.length);
+  }
+  if (!ROOT) ask.row('3 orphans with another uid', 'skipped: needs root', 0);
+}
+
+if (cluster.isWorker) worker(process.argv[2]);
+else if (process.argv[2] === 'master') master(process.argv.slice(3));
+else ask.run(questions);

@@ -1,0 +1,142 @@
+// Question 4: can one worker end, block or bloat the master?
+//
+// A good worker serves clients one after the other, each for itself a connection through the master.
+// Their median latency is measured before and while a second worker misbehaves (it does not listen,
+// so that all clients go to the good one), and so are the master's memory, its descriptors, and
+// whether it lives. Messages that are valid JSON but senseless get a master each, which has survived
+// when it still serves CALM ms later.
+'use strict';
+
+const cluster = require('cluster');
+const ask = require('./ask');
+
+const MEASURE = 2000;
+const CALM = 400;
+const PATIENCE = 2000; // for one client
+const MIB = 1 << 20;
+const SENT_BYTES = 200 * MIB;
+const FLOODS = {
+  random: '1 MiB of random bytes',
+  flood: 'a flood of small messages',
+  endless: '200 MiB without an end of line',
+  files: '250 files with each message',
+  sockets: '250 sockets with each message',
+  'never-reads': 'it never reads; the master sends 200 MiB and ignores `false`',
+};
+const NONSENSE = [
+  'null',
+  'unasked-acknowledgement',
+  'handle-without-descriptor',
+  'handle-of-unknown-type',
+  'file-as-connection',
+  'listen-twice',
+  'listen-without-address',
+  'listening-without-address',
+  'close-of-nothing',
+  'unknown-act',
+  'reply-to-nothing',
+];
+
+function send(worker, message, left) {
+  if (left <= 0) return;
+  worker.send(message);
+  setImmediate(send, worker, message, left - message.length);
+}
+
+function master() {
+  cluster.on('listening', (worker, { port }) => port && console.log(`listening ${port}`));
+  // A program that counts what its workers say.
+  let messages = 0;
+  cluster.on('message', () => messages++);
+  cluster.on('exit', (worker) => worker.id !== 1 && console.log('gone'));
+  ask.fork(__filename);
+  ask.obey((kind) => {
+    if (kind !== 'never-reads') return ask.fork(ask.RAW, ['send', kind]);
+    const worker = ask.fork(ask.RAW, ['wait']);
+    worker.on('online', () => send(worker, 'x'.repeat(65536), SENT_BYTES));
+  });
+}
+
+// Clients one after the other for `ms`: their median latency in ms, and the most that `watch` saw.
+async function latency(server, port, ms, watch = () => 0) {
+  const times = [];
+  let most = 0;
+  let failed = 0;
+  const end = Date.now() + ms;
+  while (Date.now() < end && server.status === null) {
+    const start = performance.now();
+    const client = new ask.Client(port);
+    const outcome = await Promise.race([client.done, ask.sleep(PATIENCE), server.ended]);
+    if (outcome !== 'served') failed++;
+    times.push(performance.now() - start);
+    client.drop();
+    if (ask.alive(server.self)) most = Math.max(most, watch());
+  }
+  times.sort((a, b) => a - b);
+  return { median: times[times.length >> 1], worst: times.at(-1), failed, most };
+}
+
+async function flood(kind) {
+  const server = ask.master(__filename);
+  const port = +(await server.expect('listening'));
+  await latency(server, port, MEASURE / 4); // to warm up
+  const before = await latency(server, port, MEASURE / 2);
+  const memory = ask.memory(server.pid);
+  const descriptors = ask.descriptors(server.pid);
+  let peak = memory;
+  server.say(kind);
+  const during = await latency(server, port, MEASURE, () => {
+    peak = ask.memory(server.pid, 'VmHWM');
+    return ask.descriptors(server.pid);
+  });
+  const parts = [];
+  if (await ask.until(() => server.status !== null, 100)) {
+    parts.push(`the master died: ${await server.complaint()}`);
+  } else {
+    const ratio = (during.median / before.median).toFixed(1);
+    parts.push('the master lives');
+    parts.push(`sibling's latency x ${ratio} (worst ${Math.round(during.worst)} ms)`);
+  }
+  if (during.failed) parts.push(`${during.failed} clients of the sibling not served`);
+  parts.push(`memory ${memory} -> ${peak} MiB`);
+  parts.push(`descriptors ${descriptors} -> ${during.most}`);
+  if (server.status === null) {
+    ask.kill(server.workers[1]);
+    await server.line('gone', 3000);
+    await ask.sleep(CALM);
+    parts.push(
+      `after the worker's death ${ask.memory(server.pid)} MiB, ${ask.descriptors(server.pid)} descriptors`,
+    );
+  }
+  ask.row(`4 hostile worker: ${FLOODS[kind]}`, parts.join('; '), 1);
+  await server.end();
+}
+
+async function survives(kind) {
+  const server = ask.master(__filename);
+  const port = +(await server.expect('listening'));
+  server.say(kind);
+  await ask.until(() => server.workers.length === 2, 5000);
+  await ask.until(() => server.status !== null, CALM);
+  const served = server.status === null && (await latency(server, port, CALM)).failed === 0;
+  const died = server.status === null ? 'does not serve' : await server.complaint();
+  const text = served ? null : `${kind} (${died})`;
+  await server.end();
+  return text;
+}
+
+async function questions() {
+  for (const kind of Object.keys(FLOODS)) await flood(kind);
+  const ends = [];
+  for (const kind of NONSENSE) ends.push(await survives(kind));
+  const fatal = ends.filter((end) => end !== null);
+  ask.row(
+    '4 hostile worker: one senseless message in valid JSON',
+    `${fatal.length} of ${NONSENSE.length} ended the master: ${fatal.join(', ') || 'none'}`,
+    NONSENSE.length,
+  );
+}
+
+if (cluster.isWorker) ask.serve();
+else if (process.argv[2] === 'master') master();
+else ask.run(questions);

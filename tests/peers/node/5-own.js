@@ -1,0 +1,70 @@
+// Question 5: does the cluster touch only what is its own?
+//
+// The master is started by a host that leaves it a file at descriptors 7 and 40, not close-on-exec,
+// and SIGCHLD ignored. Whether the file is open in a worker is looked up in /proc/PID/fd, for a
+// worker that is Node and for one that is not; and whether the exit code of a worker still arrives.
+'use strict';
+
+const cluster = require('cluster');
+const fs = require('fs');
+const os = require('os');
+const path = require('path');
+const ask = require('./ask');
+
+const PLACES = [7, 40];
+const CODE = 23;
+const HOST = `
+import os, signal, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+for place in (${PLACES}):
+    os.dup2(file, place)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execvp(sys.argv[2], sys.argv[2:])
+`;
+
+function worker() {
+  process.on('message', () => process.exit(CODE));
+}
+
+function master() {
+  const one = ask.fork(__filename);
+  const other = ask.fork(ask.RAW, ['wait']);
+  one.on('exit', (code, signal) => console.log(`exit ${signal || code}`));
+  for (const each of [one, other]) each.on('online', () => console.log('online'));
+  ask.obey(() => one.send('exit'));
+}
+
+function links(pid) {
+  const folder = `/proc/${pid}/fd`;
+  return fs.readdirSync(folder).map((name) => [+name, fs.readlinkSync(`${folder}/${name}`)]);
+}
+
+async function questions() {
+  const file = path.join(os.tmpdir(), 'the-hosts-own');
+  fs.writeFileSync(file, '');
+  const command = ['-c', HOST, file, process.execPath, __filename, 'master'];
+  const server = new ask.Program('python3', command);
+  await server.expect('online');
+  await server.expect('online');
+  const places = (pid) => {
+    const found = links(pid).filter(([, target]) => target === file);
+    return found.map(([place]) => place).join(' and ') || 'nowhere';
+  };
+  const [node, other] = server.workers;
+  const open = links(other.pid).map(([place]) => place);
+  ask.row(
+    `5 a host's descriptor, inheritable at ${PLACES.join(' and ')}`,
+    `open in the master at ${places(server.pid)}, in a worker at ${places(node.pid)}, in a worker ` +
+      `that is not Node at ${places(other.pid)} (all it has: ${open.join(', ')})`,
+    2,
+  );
+  server.say('exit');
+  const status = await server.line('exit', 5000);
+  const told = status === null ? 'no exit event within 5 s' : `exit event with code ${status}`;
+  ask.row('5 SIGCHLD ignored by the host', `a worker that exits with ${CODE}: ${told}`, 1);
+  await server.end();
+}
+
+if (cluster.isWorker) worker();
+else if (process.argv[2] === 'master') master();
+else ask.run(questions);

@@ -1,0 +1,94 @@
+// Question 8: are privileges given up, and what does a stranger's process get?
+//
+// The master has the supplementary groups GROUPS; workers tell who they are, from /proc/self/status.
+// A master without privileges asks for another user. Then a program that uses `cluster` is started
+// by somebody else than a master, with the variables by which a worker knows that it is one; what it
+// says and its exit code are shown, or that it hangs.
+'use strict';
+
+const cluster = require('cluster');
+const fs = require('fs');
+const net = require('net');
+const os = require('os');
+const path = require('path');
+const ask = require('./ask');
+
+const GROUPS = [0, 4, 27];
+const STRANGER = 54321; // a uid that nobody has
+const PATIENCE = 3000;
+const HOST = `
+import os, sys
+os.setgroups([${GROUPS}])
+os.execvp(sys.argv[1], sys.argv[1:])
+`;
+
+function worker() {
+  const status = fs.readFileSync('/proc/self/status', 'latin1');
+  const ids = (name) => new RegExp(`^${name}:[ \\t]*(.*)$`, 'm').exec(status)[1].trim();
+  const text = `uid ${ids('Uid')}, gid ${ids('Gid')}, groups ${ids('Groups') || 'none'}`;
+  process.send(text.replaceAll('\t', ' '), () => process.exit());
+}
+
+function master([settings]) {
+  try {
+    const worker = ask.fork(__filename, [], JSON.parse(settings));
+    worker.on('message', (text) => console.log(`is ${text}`));
+    worker.on('error', ({ code }) => console.log(`is not forked: error event ${code}`));
+    worker.on('exit', (code) => console.log(`is gone, ${code}`));
+  } catch ({ name, code, message }) {
+    console.log(`is not forked: threw ${code || name}: ${message}`);
+  }
+}
+
+// A program as anybody would write it: it does not know that it is not a worker of anybody's.
+function stranger() {
+  net.createServer().listen(0, () => console.log(`is listening, isWorker ${cluster.isWorker}`));
+}
+
+async function dropped() {
+  for (const settings of [{ uid: STRANGER, gid: STRANGER }, { uid: STRANGER }, { gid: STRANGER }]) {
+    const command = [process.execPath, __filename, 'master', JSON.stringify(settings)];
+    const server = new ask.Program('python3', ['-c', HOST, ...command]);
+    const text = await server.expect('is');
+    ask.row(`8 settings ${Object.keys(settings).join(' and ')} (${STRANGER}), as root with groups ${GROUPS}`, text, 1);
+    await server.end();
+  }
+  const settings = JSON.stringify({ uid: 0, gid: 0 });
+  const server = ask.master(__filename, [settings], { uid: STRANGER, gid: STRANGER });
+  const text = await server.line('is', PATIENCE);
+  const complaint = `the master died: ${await server.complaint()}`;
+  ask.row('8 settings uid and gid (0), without privileges', text ?? complaint, 1);
+  await server.end();
+}
+
+async function strangers() {
+  const file = fs.openSync(path.join(os.tmpdir(), 'no-channel'), 'w+');
+  const cases = [
+    ['alone', {}, 'ignore'],
+    ['and a NODE_CHANNEL_FD that is not open', { NODE_CHANNEL_FD: '99' }, 'ignore'],
+    ['and a NODE_CHANNEL_FD that is no number', { NODE_CHANNEL_FD: 'nonsense' }, 'ignore'],
+    ['and a NODE_CHANNEL_FD that is a file', { NODE_CHANNEL_FD: '3' }, file],
+    ['and a NODE_CHANNEL_FD that is a pipe to a stranger', { NODE_CHANNEL_FD: '3' }, 'pipe'],
+  ];
+  for (const [name, variables, channel] of cases) {
+    const env = { ...process.env, NODE_UNIQUE_ID: '1', ...variables };
+    const stdio = ['pipe', 'pipe', 'pipe', channel];
+    const one = new ask.Program(process.execPath, [__filename, 'stranger'], { env, stdio });
+    const status = await Promise.race([one.ended, ask.sleep(PATIENCE)]);
+    const text = status === undefined ? `no end within ${PATIENCE / 1000} s` : `exit ${status}`;
+    const said = one.lines[0] || (await one.complaint());
+    ask.row(`8 a stranger with NODE_UNIQUE_ID ${name}`, `${text}; it says ${said}`, 1);
+    await one.end();
+  }
+}
+
+async function questions() {
+  if (process.getuid() === 0) await dropped();
+  else ask.row('8 settings uid and gid', 'skipped: needs root', 0);
+  await strangers();
+}
+
+if (process.argv[2] === 'stranger') stranger();
+else if (cluster.isWorker) worker();
+else if (process.argv[2] === 'master') master(process.argv.slice(3));
+else ask.run(questions);
