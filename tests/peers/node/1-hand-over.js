@@ -5,8 +5,8 @@
 // connection that it gets: `sent` (the master has sent it, the worker has not read), `read`, and
 // `acked` (the descriptor is acknowledged, the connection is not accepted). Two clients connect, so
 // that exactly one connection is given to it. Each client should be served; what else becomes of it
-// is counted SETTLE ms after the last round, and then, when all clients have gone, the descriptors
-// that the master has not closed. A second part kills workers at random moments under load, and
+// is counted when nothing has changed for SETTLE ms, and then, when all clients have gone, the
+// descriptors that the master has not closed. A second part kills workers at random moments under load, and
 // excuses the clients that a worker's program has seen.
 'use strict';
 
@@ -50,9 +50,9 @@ const rounds = (fault) => (fault === 'garble' ? FATAL_ROUNDS : ROUNDS);
 
 async function struck(master, fault) {
   const bad = master.workers.at(-1);
-  if (fault === 'stop') return ask.until(() => ask.stat(bad.pid)?.state === 'T', 5000);
-  if (fault === 'garble') return ask.until(() => master.status !== null, 1000);
-  return master.line(fault === 'close' ? 'disconnected' : 'gone', 5000);
+  if (fault === 'stop') return ask.until(() => ask.stat(bad.pid)?.state === 'T', ask.PATIENCE);
+  if (fault === 'garble') return ask.until(() => master.status !== null, 5000);
+  return master.line(fault === 'close' ? 'closed' : 'gone');
 }
 
 // The clients of one step and fault that were not served, and how many masters died.
@@ -75,12 +75,12 @@ async function cell(step, fault) {
     await server.end();
     server = null;
   }
-  await ask.sleep(SETTLE);
+  await ask.settled(clients, SETTLE);
   const lost = () => clients.map(({ outcome }) => outcome).filter((word) => word !== 'served');
   let text = `${step}: ${ask.told(lost())}`;
   if (fault === 'stop') {
     server.workers.slice(1).forEach((worker) => ask.kill(worker));
-    await ask.sleep(SETTLE);
+    await ask.settled(clients, SETTLE);
     text += ` (when it was killed then: ${ask.told(lost())})`;
   }
   if (died) text += ` (the master died ${died} times)`;
@@ -88,6 +88,8 @@ async function cell(step, fault) {
   if (server === null) return text;
   await ask.sleep(SETTLE);
   text += `, ${ask.descriptors(server.pid) - server.descriptors} descriptors kept by the master`;
+  const told = server.lines.filter((line) => line === 'disconnected').length;
+  if (fault === 'close') text += `, ${told} disconnect events`;
   await server.end();
   return text;
 }
@@ -124,7 +126,7 @@ async function underLoad() {
     await server.expect('listening');
   }
   await Promise.all(load);
-  await ask.sleep(SETTLE);
+  await ask.settled(clients, SETTLE);
   const seen = new Set(fs.readFileSync(log, 'latin1').split('\n'));
   const lost = clients.filter(({ outcome }) => outcome !== 'served');
   const ours = lost.filter((client) => client.connected && !seen.has(client.address));

@@ -9,7 +9,7 @@ const cluster = require('cluster');
 const os = require('os');
 const ask = require('./ask');
 
-const ROUNDS = 3;
+const ROUNDS = 2;
 const DEADLINE = 5000;
 const KINDS = ['idle', 'busy', 'looping', 'stopped'];
 const CALLS = ['cluster.disconnect()', 'worker.disconnect()', 'worker.kill()'];

@@ -9,7 +9,7 @@ const cluster = require('cluster');
 const os = require('os');
 const ask = require('./ask');
 
-const ROUNDS = 3;
+const ROUNDS = 2;
 const STRANGER = 54321; // a uid that nobody has
 const ROOT = process.getuid() === 0;
 const KINDS = ['idle', 'busy', 'looping'].concat(ROOT ? ['idle, other uid', 'looping, other uid'] : []);
@@ -63,7 +63,7 @@ async function orphans(ending) {
 
   if (ending === 'kill') ask.kill(server.self);
   else server.say('end');
-  if (!(await ask.until(() => server.status !== null, 5000))) return ['master', 'master'];
+  if (!(await ask.until(() => server.status !== null, ask.PATIENCE))) return ['master', 'master'];
   const living = () => KINDS.filter((_, index) => ask.alive(server.workers[index]));
   await ask.sleep(1000);
   const early = living();

@@ -59,8 +59,8 @@ async function questions() {
     2,
   );
   server.say('exit');
-  const status = await server.line('exit', 5000);
-  const told = status === null ? 'no exit event within 5 s' : `exit event with code ${status}`;
+  const status = await server.line('exit', 10000);
+  const told = status === null ? 'no exit event within 10 s' : `exit event with code ${status}`;
   ask.row('5 SIGCHLD ignored by the host', `a worker that exits with ${CODE}: ${told}`, 1);
   await server.end();
 }

@@ -15,6 +15,7 @@ const ask = require('./ask');
 const CLIENTS = 20;
 const MEASURE = 2000;
 const SETTLE = 1000;
+const PATIENCE = 10000;
 const STRANGER = 54321; // a uid that nobody has
 
 function tryFork() {
@@ -87,9 +88,9 @@ async function forking(resource, user, value) {
   await server.expect('listening');
   limit(server.pid, resource, value(server.pid), user);
   server.say('fork');
-  const first = await server.line('fork', MEASURE);
-  const died = await ask.until(() => server.status !== null, 300);
-  let text = first === null ? `no event, no error within ${MEASURE / 1000} s` : first;
+  const first = await server.line('fork', PATIENCE);
+  const died = await ask.until(() => server.status !== null, SETTLE);
+  let text = first === null ? `no event, no error within ${PATIENCE / 1000} s` : first;
   if (died) {
     text += `; the master died: ${await server.complaint()}`;
   } else {
@@ -98,7 +99,7 @@ async function forking(resource, user, value) {
     const more = [];
     // What else the first attempt had to say comes before.
     while (more.at(-1) !== 'online') {
-      const next = await server.line('fork', 5000);
+      const next = await server.line('fork', PATIENCE);
       more.push(next);
       if (next === null) break;
     }

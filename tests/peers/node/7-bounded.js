@@ -57,7 +57,7 @@ function master([kind]) {
 async function work(server, kind, times, port) {
   if (kind !== 'connections') {
     server.say(`${kind} ${times}`);
-    return server.line('done', 60000);
+    return server.line('done');
   }
   let served = 0;
   await new Promise((resolve) => {

@@ -15,7 +15,7 @@ const ask = require('./ask');
 
 const GROUPS = [0, 4, 27];
 const STRANGER = 54321; // a uid that nobody has
-const PATIENCE = 3000;
+const PATIENCE = 5000;
 const HOST = `
 import os, sys
 os.setgroups([${GROUPS}])

@@ -8,6 +8,7 @@ const path = require('path');
 const readline = require('readline');
 const { spawn } = require('child_process');
 
+const PATIENCE = 60000; // for what is certain to come, on a busy machine
 const HZ = 100; // the unit of the times in /proc/PID/stat, on every Linux
 const started = []; // masters and workers, by pid and start time
 
@@ -89,7 +90,7 @@ class Program {
   }
 
   // Takes the next line that begins with `word`: what follows it, or null after `ms`.
-  async line(word, ms = 20000) {
+  async line(word, ms = PATIENCE) {
     const find = () => this.lines.findIndex((line) => line.split(' ')[0] === word);
     await until(() => find() >= 0 || (this.status !== null && this.process.stdout.destroyed), ms);
     const index = find();
@@ -165,6 +166,15 @@ function count(words) {
   return counts;
 }
 
+// Waits until nothing has become of any client for `ms`.
+async function settled(clients, ms) {
+  const hung = () => clients.filter(({ outcome }) => outcome === 'hung').length;
+  for (let before = NaN; before !== hung(); ) {
+    before = hung();
+    await sleep(ms);
+  }
+}
+
 // "3 hung, 1 reset", or "none".
 function told(words) {
   const parts = Object.entries(count(words)).map(([word, number]) => `${number} ${word}`);
@@ -210,6 +220,11 @@ function row(question, happened, runs) {
 
 // Asks, and leaves nothing behind whatever happens.
 async function run(ask) {
+  // Of several that run side by side, the first may fail before it is waited for.
+  process.on('unhandledRejection', (error) => {
+    console.error(error);
+    process.exitCode = 1;
+  });
   try {
     await ask();
   } catch (error) {
@@ -224,6 +239,7 @@ async function run(ask) {
 
 module.exports = {
   Client,
+  PATIENCE,
   Program,
   RAW: path.join(__dirname, 'raw.py'),
   alive,
@@ -237,6 +253,7 @@ module.exports = {
   row,
   run,
   serve,
+  settled,
   sleep,
   stat,
   told,

@@ -1,7 +1,7 @@
 """A worker that does on its channel what one written for Node cannot do.
 
     raw.py hand-over STEP FAULT   listens, and has an accident at that step of the first hand-over
-    raw.py send KIND              sends what KIND stands for
+    raw.py send KIND              sends what KIND stands for, and prints `attacks` and `sent`
     raw.py listen                 listens, and no more
     raw.py wait                   does nothing, and reads nothing
 
@@ -57,6 +57,7 @@ def fault(channel, kind):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "close":
         channel.close()
+        print("closed", flush=True)
     elif kind == "garble":
         channel.socket.sendall(b"\x00\xffnot JSON\n")
     signal.pause()
@@ -143,8 +144,10 @@ def main():
     elif action == "listen":
         listen(channel)
     elif action == "send":
+        print("attacks", flush=True)
         try:
             SENDS[rest[0]](channel)
+            print("sent", flush=True)
         except (BrokenPipeError, ConnectionResetError):
             return  # the master has ended
     signal.pause()
