@@ -50,7 +50,8 @@ async function dropped() {
     const command = [process.execPath, __filename, 'master', JSON.stringify(settings)];
     const server = new ask.Program('python3', ['-c', HOST, ...command]);
     const text = await server.expect('is');
-    ask.row(`8 settings ${Object.keys(settings).join(' and ')} (${STRANGER}), as root with groups ${GROUPS}`, text, 1);
+    const names = Object.keys(settings).join(' and ');
+    ask.row(`8 settings ${names} (${STRANGER}), as root with groups ${GROUPS}`, text, 1);
     await server.end();
   }
   const settings = JSON.stringify({ uid: 0, gid: 0 });
