@@ -100,8 +100,8 @@ async function flood(kind) {
     const ratio = (during.median / before.median).toFixed(1);
     parts.push('the master lives');
     parts.push(`sibling's latency x ${ratio} (worst ${Math.round(during.worst)} ms)`);
+    parts.push(`its clients not served: ${during.failed}`);
   }
-  if (during.failed) parts.push(`${during.failed} clients of the sibling not served`);
   parts.push(`memory ${memory} -> ${peak} MiB`);
   parts.push(`descriptors ${descriptors} -> ${Math.max(descriptors, during.most)}`);
   if (!dead()) {
