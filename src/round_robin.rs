@@ -9,8 +9,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::frame::FrameError;
 use crate::worker_id::WorkerId;
 
-/// The most connections that one worker may have been given and not taken, or asked for; and so the
-/// most that one which takes nothing can hold up. More is a broken worker; one of ours grants at most half of it.
+/// The most credits one worker may have outstanding: more is a broken worker, and one of ours grants
+/// half of it. And the most connections it may have been given and not taken, so that one which takes
+/// nothing holds up no more.
 pub(crate) const MAX_CREDITS: u32 = 16;
 
 /// A connection on its way to a worker.
@@ -38,10 +39,18 @@ struct Member<C> {
 }
 
 impl<C> Member<C> {
+    /// How many connections it can be given now.
+    fn room(&self) -> u32 {
+        if self.ended {
+            return 0;
+        }
+        let held = u32::try_from(self.given.len()).unwrap_or(u32::MAX);
+        self.credits.min(MAX_CREDITS.saturating_sub(held))
+    }
+
     /// The place among those who can take a connection.
     fn rank(&self, worker: WorkerId) -> Option<(bool, u64, WorkerId)> {
-        let ready = self.credits > 0 && !self.ended;
-        ready.then_some((!self.given.is_empty(), self.turn, worker))
+        (self.room() > 0).then_some((!self.given.is_empty(), self.turn, worker))
     }
 }
 
@@ -49,7 +58,8 @@ impl<C> Member<C> {
 pub(crate) struct RoundRobin<C> {
     members: BTreeMap<WorkerId, Member<C>>,
     ready: BTreeSet<(bool, u64, WorkerId)>,
-    credits: u64,
+    /// How many connections all of them can be given.
+    room: u64,
     /// Accepted and given to nobody, by place: only what a dead or refusing worker gave back.
     waiting: BTreeMap<u64, C>,
     accepted: u64,
@@ -61,16 +71,16 @@ impl<C: Clone> RoundRobin<C> {
         Self {
             members: BTreeMap::new(),
             ready: BTreeSet::new(),
-            credits: 0,
+            room: 0,
             waiting: BTreeMap::new(),
             accepted: 0,
             turns: 0,
         }
     }
 
-    /// How many more connections may be accepted now: the credits not spoken for.
+    /// How many more connections may be accepted now: the room not spoken for.
     pub(crate) fn room(&self) -> u64 {
-        self.credits.saturating_sub(self.waiting.len() as u64)
+        self.room.saturating_sub(self.waiting.len() as u64)
     }
 
     /// Whether any connection waits for a worker.
@@ -90,23 +100,23 @@ impl<C: Clone> RoundRobin<C> {
         self.members.insert(worker, member);
     }
 
-    /// Changes a member and keeps its place in `ready` and the sum of credits right.
+    /// Changes a member and keeps its place in `ready` and the sum of room right.
     fn change<T>(
         &mut self,
         worker: WorkerId,
         change: impl FnOnce(&mut Member<C>) -> T,
     ) -> Option<T> {
         let member = self.members.get_mut(&worker)?;
-        let (rank, credits) = (member.rank(worker), member.credits);
+        let (rank, room) = (member.rank(worker), member.room());
         let result = change(member);
-        let (new_rank, new_credits) = (member.rank(worker), member.credits);
+        let (new_rank, new_room) = (member.rank(worker), member.room());
         if rank != new_rank {
             if let Some(rank) = rank {
                 self.ready.remove(&rank);
             }
             self.ready.extend(new_rank);
         }
-        self.credits = self.credits - u64::from(credits) + u64::from(new_credits);
+        self.room = self.room - u64::from(room) + u64::from(new_room);
         Some(result)
     }
 
@@ -123,9 +133,8 @@ impl<C: Clone> RoundRobin<C> {
                 return Err(FrameError::State("took a connection it was never given"));
             }
             let confirmed = member.given.partition_point(|(number, _)| *number <= taken);
-            let held = u32::try_from(member.given.len() - confirmed).unwrap_or(u32::MAX);
             let sum = member.credits.saturating_add(credits);
-            if sum.saturating_add(held) > MAX_CREDITS {
+            if sum > MAX_CREDITS {
                 return Err(FrameError::State("granted more credits than allowed"));
             }
             if !member.ended {
@@ -362,8 +371,10 @@ mod tests {
             rr.push(connection);
             assert!(rr.distribute().is_some());
         }
-        assert!(rr.grant(id(1), 1, 0).is_err());
-        assert_eq!(rr.grant(id(1), 1, 1), Ok(1));
+        rr.grant(id(1), 1, 0).unwrap();
+        assert_eq!(rr.room(), 0);
+        rr.grant(id(1), 0, 1).unwrap();
+        assert_eq!(rr.room(), 1);
     }
 
     #[test]
