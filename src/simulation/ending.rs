@@ -66,7 +66,10 @@ impl World {
     pub(super) fn settle(&mut self) {
         loop {
             self.rest();
-            let busy = self.processes.iter().find(|(_, process)| process.is_busy());
+            let busy = self
+                .processes
+                .iter()
+                .find(|(_, process)| process.is_busy(self.now()));
             let Some((&worker, _)) = busy else {
                 return;
             };

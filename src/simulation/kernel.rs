@@ -43,6 +43,18 @@ impl Drop for Connection {
 pub(super) struct Parcel<F> {
     pub(super) frame: Result<F, FrameError>,
     pub(super) with: With<Client>,
+    /// The descriptor found no room where it should have arrived.
+    pub(super) is_robbed: bool,
+}
+
+impl<F> Parcel<F> {
+    pub(super) fn new(frame: Result<F, FrameError>, with: With<Client>) -> Self {
+        Self {
+            frame,
+            with,
+            is_robbed: false,
+        }
+    }
 }
 
 /// What came of writing a frame.
@@ -78,8 +90,7 @@ impl<F> Way<F> {
     pub(super) fn queue(&mut self, frame: F, with: With<Client>) {
         self.lost |= self.broken;
         if !self.broken {
-            let frame = Ok(frame);
-            self.outbox.push_back(Parcel { frame, with });
+            self.outbox.push_back(Parcel::new(Ok(frame), with));
         }
     }
 
@@ -130,13 +141,16 @@ impl Port {
     }
 }
 
-/// What one worker has been given of one listener, as the other end of the channel sees it.
+/// What one worker has been given of one listener.
 #[derive(Debug, Default)]
 pub(super) struct Given {
+    /// All the credits of which the master has heard.
     pub(super) granted: u64,
     pub(super) total: u64,
     /// By number, those of which the master has not heard.
-    pub(super) untaken: VecDeque<(u64, u32)>,
+    pub(super) untaken: VecDeque<u64>,
+    /// The clients of those of which the worker has said nothing.
+    pub(super) unanswered: VecDeque<(u64, u32)>,
 }
 
 /// How far a worker's events have come.
@@ -164,7 +178,7 @@ pub(super) struct Process {
     pub(super) life: [Life; 2],
     /// It has sent frames of its own making: its word means nothing any more.
     pub(super) liar: bool,
-    /// Its own channel has been closed behind its back, or its descriptors got lost.
+    /// Its own channel has been closed behind its back.
     pub(super) hurt: bool,
     /// The program has said that it does not care for what it holds.
     pub(super) careless: bool,
@@ -196,6 +210,8 @@ pub(super) struct Process {
     pub(super) deadline: Option<Time>,
     /// The master writes nothing to it before this time.
     pub(super) rests_until: Time,
+    /// The worker asks for nothing before this time.
+    pub(super) rested_at: Option<Time>,
     /// The numbers of the last messages sent and received, up and down.
     pub(super) sent: [u32; 2],
     pub(super) received: [u32; 2],
@@ -232,6 +248,7 @@ impl Process {
             given: BTreeMap::new(),
             deadline: None,
             rests_until: Time::ZERO,
+            rested_at: None,
             sent: [0; 2],
             received: [0; 2],
         }
@@ -272,8 +289,9 @@ impl Process {
     }
 
     /// Whether it has something to do, whatever its program does.
-    pub(super) fn is_busy(&self) -> bool {
-        let to_do = !self.actions.is_empty() || self.unflushed || self.core.has_events();
+    pub(super) fn is_busy(&self, now: Time) -> bool {
+        let rested = self.rested_at.is_some_and(|time| time <= now);
+        let to_do = rested || !self.actions.is_empty() || self.unflushed || self.core.has_events();
         let to_write = self.worker_end && self.up.can_write();
         let over = !self.worker_end || self.shut || !self.master_end;
         let to_read = !self.down.wire.is_empty() || over && self.core.is_connected();

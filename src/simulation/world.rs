@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use super::kernel::{Client, Connection, Life, Parcel, Port, Process, Written};
+use super::kernel::{Client, Connection, Given, Life, Parcel, Port, Process, Written};
 use super::{Call, Deed, Failure, Lie, Step, What};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::Error;
@@ -26,8 +26,8 @@ use crate::worker_id::WorkerId;
 
 const MOST_WORKERS: usize = 5;
 const MOST_LISTENERS: usize = 3;
-/// How long the shell lets a channel rest that cannot be written to.
-const SEND_RETRY: Time = Time::from_millis(100);
+/// How long the shells wait when there was no room for a descriptor.
+const RETRY: Time = Time::from_millis(100);
 /// A worker is told of in the order in which it was forked.
 const NOBODY: &str = "of a worker that was never forked";
 
@@ -134,6 +134,12 @@ impl World {
         self.fates.len() as u64
     }
 
+    /// How many clients nobody has accepted.
+    pub(super) fn queued(&self) -> u64 {
+        let backlogs = self.ports.values().map(|port| port.backlog.len());
+        backlogs.sum::<usize>() as u64
+    }
+
     /// The n-th worker of those that are alive.
     pub(super) fn living(&self, n: u8) -> Option<WorkerId> {
         let alive = self.processes.iter().filter(|(_, p)| p.alive);
@@ -160,7 +166,7 @@ impl World {
             What::InCallback(call) => self.callback = Some((call, n)),
             What::Fail(failure) => drop(self.failing.insert(failure)),
             What::Worker => {
-                let busy = self.processes.iter().filter(|(_, p)| p.is_busy());
+                let busy = self.processes.iter().filter(|(_, p)| p.is_busy(self.now));
                 if let Some(worker) = nth(busy.map(|(id, _)| *id), who) {
                     self.worker_step(worker, n);
                 }
@@ -200,6 +206,10 @@ impl World {
             | What::InCallback(_)
             | What::Fail(_) => {}
         }
+    }
+
+    pub(super) fn now(&self) -> Time {
+        self.now
     }
 
     pub(super) fn pass(&mut self, time: Time) {
@@ -356,7 +366,14 @@ impl World {
                 Self::note_read(process, &frame);
                 let message = match &frame {
                     ToMaster::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-                    _ => None,
+                    ToMaster::Online
+                    | ToMaster::Listen { .. }
+                    | ToMaster::Listening { .. }
+                    | ToMaster::Ready { .. }
+                    | ToMaster::Refused { .. }
+                    | ToMaster::Close { .. }
+                    | ToMaster::Leaving
+                    | ToMaster::Revoke { .. } => None,
                 };
                 self.master.frame(worker, frame, message);
             }
@@ -374,16 +391,23 @@ impl World {
             } => {
                 let given = process.given.entry(*handle).or_default();
                 given.granted += u64::from(*credits);
-                while given.untaken.front().is_some_and(|(n, _)| n <= taken) {
+                while given.untaken.front().is_some_and(|n| n <= taken) {
                     given.untaken.pop_front();
                 }
             }
+            // Should it join again, all begins anew.
+            ToMaster::Close { handle } => drop(process.given.remove(handle)),
             ToMaster::Refused { handle, number } => {
                 if let Some(given) = process.given.get_mut(handle) {
-                    given.untaken.retain(|(n, _)| n != number);
+                    given.untaken.retain(|n| n != number);
                 }
             }
-            _ => {}
+            ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Leaving
+            | ToMaster::Revoke { .. }
+            | ToMaster::Message(_) => {}
         }
     }
 
@@ -400,18 +424,18 @@ impl World {
         let first = process.down.outbox.front();
         if first.is_some_and(carries) && self.failing.remove(&Failure::Send) {
             // What the shell does when the kernel has no room for a descriptor on its way.
-            process.rests_until = now + SEND_RETRY;
+            process.rests_until = now + RETRY;
             let source = io::Error::from_raw_os_error(109);
             let worker = Some(worker);
-            return self.master.error(worker, Error::Channel { worker, source });
+            return self
+                .master
+                .error(worker, Error::Exhausted { worker, source });
         }
-        let Process { down, hurt, .. } = process;
         let failing = &mut self.failing;
-        let written = down.write(|parcel| {
-            let connection = matches!(parcel.with, With::Connection(_));
-            if connection && failing.remove(&Failure::Receive) {
+        let written = process.down.write(|parcel| {
+            if carries(parcel) && failing.remove(&Failure::Receive) {
                 parcel.with = With::Nothing;
-                *hurt = true;
+                parcel.is_robbed = true;
             }
         });
         if written == Written::Something {
@@ -500,7 +524,8 @@ impl World {
             let given = process.given.entry(*handle).or_default();
             given.total += 1;
             assert!(given.total <= given.granted, "more than there are credits");
-            given.untaken.push_back((*number, client.client));
+            given.untaken.push_back(*number);
+            given.unanswered.push_back((*number, client.client));
             let bound = MAX_CREDITS as usize;
             assert!(!liar || given.untaken.len() <= bound, "hoarded by a liar");
         }
@@ -747,11 +772,15 @@ impl World {
     /// One thing that a worker does: an action, a frame that it writes, an event that it delivers,
     /// or a frame that it reads.
     pub(super) fn worker_step(&mut self, worker: WorkerId, n: u8) {
+        let now = self.now;
         let process = self.process(worker);
         if !process.runs() {
             return;
         }
-        if let Some(action) = process.actions.pop_front() {
+        if process.rested_at.is_some_and(|time| time <= now) {
+            process.rested_at = None;
+            process.core.rested();
+        } else if let Some(action) = process.actions.pop_front() {
             self.worker_acts(worker, action);
         } else if process.unflushed {
             self.worker_flushes(worker);
@@ -828,46 +857,77 @@ impl World {
     }
 
     fn worker_writes(&mut self, worker: WorkerId) -> Written {
-        let mut readiness = None;
-        let process = self.process(worker);
-        let written = process.up.write(|parcel| {
-            if let Ok(ToMaster::Ready { handle, taken, .. }) = &parcel.frame {
-                readiness = Some((*handle, *taken));
+        let Process { up, given, .. } = self.processes.get_mut(&worker).expect("known");
+        let fates = &mut self.fates;
+        up.write(|parcel| {
+            if let Ok(frame) = &parcel.frame {
+                Self::note_written(worker, given, fates, frame);
             }
-        });
-        if let Some((handle, taken)) = readiness {
-            self.note_taken(worker, handle, taken);
-        }
-        written
+        })
     }
 
     /// From here on the worker answers for what it has taken.
-    fn note_taken(&mut self, worker: WorkerId, handle: HandleId, taken: u64) {
-        let process = self.processes.get(&worker).expect("known");
-        if let Some(given) = process.given.get(&handle) {
-            for (_, client) in given.untaken.iter().filter(|(n, _)| *n <= taken) {
-                self.fates[*client as usize].taker = Some(worker);
+    fn note_written(
+        worker: WorkerId,
+        given: &mut BTreeMap<HandleId, Given>,
+        fates: &mut [Fate],
+        frame: &ToMaster,
+    ) {
+        match frame {
+            ToMaster::Ready { handle, taken, .. } => {
+                let Some(Given { unanswered, .. }) = given.get_mut(handle) else {
+                    return;
+                };
+                let count = unanswered.partition_point(|(n, _)| n <= taken);
+                for (_, client) in unanswered.drain(..count) {
+                    fates[client as usize].taker = Some(worker);
+                }
             }
+            ToMaster::Refused { handle, number } => {
+                if let Some(given) = given.get_mut(handle) {
+                    given.unanswered.retain(|(n, _)| n != number);
+                }
+            }
+            ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Close { .. }
+            | ToMaster::Leaving
+            | ToMaster::Revoke { .. }
+            | ToMaster::Message(_) => {}
         }
     }
 
     fn worker_reads(&mut self, worker: WorkerId) {
+        let now = self.now;
         let process = self.process(worker);
         if !process.worker_end {
             return self.cut_off(worker);
         }
-        let Some(Parcel { frame, with }) = process.down.wire.pop_front() else {
+        let Some(parcel) = process.down.wire.pop_front() else {
             if process.shut || !process.master_end {
                 self.cut_off(worker);
             }
             return;
         };
-        let frame = frame.expect("the master is never wrong");
+        let frame = parcel.frame.expect("the master is never wrong");
+        if parcel.is_robbed {
+            process.rested_at = process.rested_at.or(Some(now + RETRY));
+            if let ToWorker::Reply { request, result } = &frame {
+                let handle = result.as_ref().expect("with a listener").handle;
+                let outcome = process.core.listener_lost(*request, handle);
+                assert!(process.liar || outcome.is_ok());
+                return self.forget_port(handle);
+            }
+        }
         let message = match &frame {
             ToWorker::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-            _ => None,
+            ToWorker::Reply { .. }
+            | ToWorker::Connection { .. }
+            | ToWorker::End { .. }
+            | ToWorker::Disconnect => None,
         };
-        let (connection, handle) = match with {
+        let (connection, handle) = match parcel.with {
             With::Nothing => (None, None),
             With::Connection(client) => (Some(client), None),
             With::Listener(handle) => (None, Some(handle)),
@@ -885,7 +945,7 @@ impl World {
                 }
             }
             Err(error) => {
-                assert!(process.liar || process.hurt, "{error}");
+                assert!(process.liar, "{error}");
                 self.cut_off(worker);
             }
         }
@@ -1147,14 +1207,12 @@ impl World {
             return;
         }
         process.liar = true;
-        if let Ok(ToMaster::Ready { handle, taken, .. }) = frame {
-            self.note_taken(worker, handle, taken);
+        if let Ok(frame @ ToMaster::Ready { .. }) = &frame {
+            let given = &mut self.processes.get_mut(&worker).expect("known").given;
+            Self::note_written(worker, given, &mut self.fates, frame);
         }
-        let with = With::Nothing;
-        self.process(worker)
-            .up
-            .wire
-            .push_back(Parcel { frame, with });
+        let parcel = Parcel::new(frame, With::Nothing);
+        self.process(worker).up.wire.push_back(parcel);
     }
 
     // What is promised.
