@@ -159,6 +159,7 @@ impl Case {
             lies: rng.bool(),
             faults: rng.u8(0..4) > 0,
             calls: rng.u8(0..4) > 0,
+            limits: rng.u8(0..8) == 0,
         };
         let steps = (0..STEPS_OF_ONE).map(|_| step(&mut rng, trouble)).collect();
         Self {
@@ -185,6 +186,8 @@ struct Trouble {
     lies: bool,
     faults: bool,
     calls: bool,
+    /// Programs cannot decide how many connections they want.
+    limits: bool,
 }
 
 fn step(rng: &mut Rng, trouble: Trouble) -> Step {
@@ -199,9 +202,10 @@ fn step(rng: &mut Rng, trouble: Trouble) -> Step {
         80..=159 => What::Worker,
         _ => What::Master,
     };
-    let n = match what {
-        What::Pass => rng.u8(0..20),
-        _ => rng.u8(..),
+    let n = if what == What::Pass {
+        rng.u8(0..20)
+    } else {
+        rng.u8(..)
     };
     (what, rng.u8(0..8), n)
 }
@@ -242,6 +246,13 @@ fn fault(rng: &mut Rng) -> What {
 }
 
 fn deed(rng: &mut Rng, trouble: Trouble) -> Deed {
+    if trouble.limits && rng.bool() {
+        return if rng.u8(0..8) == 0 {
+            Deed::Serve
+        } else {
+            Deed::Limit
+        };
+    }
     match rng.u8(0..=127) {
         0..=9 => Deed::Listen,
         10..=11 => Deed::ListenAlone,
@@ -515,4 +526,59 @@ fn a_talker_bloats_nothing() {
             assert!(size < 1 << 20, "{size} bytes after {round} rounds");
         }
     }
+}
+
+// Schedules that have failed once.
+
+#[test]
+fn a_limit_that_goes_up_and_down_is_no_offence() {
+    let steps = [
+        (What::Call(Call::Fork), 0, 0),
+        (What::Worker, 0, 0),
+        (What::Master, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Master, 0, 0),
+        (What::Master, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Master, 0, 0),
+        (What::Program(Deed::Listen), 0, 5),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Master, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Master, 0, 0),
+        (What::Master, 0, 0),
+        (What::Master, 0, 0),
+        (What::Master, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Program(Deed::Serve), 0, 0),
+        (What::Worker, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Connect, 0, 0),
+        (What::Program(Deed::Limit), 0, 2),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Program(Deed::Limit), 0, 1),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Program(Deed::Limit), 0, 2),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+        (What::Program(Deed::Limit), 0, 0),
+        (What::Worker, 0, 0),
+        (What::Worker, 0, 0),
+    ];
+    replay(SchedulingPolicy::RoundRobin, Ending::Kill, &steps);
 }

@@ -4,8 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
+use super::ending::Ending;
 use super::{Call, Case, Step, What};
 use crate::ledger::Ledger;
+use crate::settings::SchedulingPolicy;
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
@@ -162,4 +164,26 @@ fn source((what, who, n): &Step) -> String {
         | What::Cut => format!("{what:?}"),
     };
     format!("        (What::{what}, {who}, {n}),\n")
+}
+
+#[test]
+fn what_does_not_matter_is_removed() {
+    let step = |n: u8| (What::Master, n % 8, n);
+    let mut steps: Vec<_> = (0..200).map(step).collect();
+    let fails = |steps: &[Step]| {
+        let first = steps.iter().position(|(_, _, n)| *n >= 20);
+        let last = steps.iter().rposition(|(_, who, _)| *who >= 3);
+        first.is_some() && last > first
+    };
+    remove_chunks(&mut steps, &fails);
+    assert_eq!(steps.len(), 2);
+    simplify(&mut steps, &fails);
+    assert_eq!(steps[1], (What::Master, 3, 0));
+    assert_eq!(steps[0].1, 0);
+    let case = Case {
+        policy: SchedulingPolicy::Shared,
+        ending: Ending::Kill,
+        steps,
+    };
+    assert!(as_test(&case).contains("(What::Master, 3, 0),"));
 }

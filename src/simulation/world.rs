@@ -658,9 +658,10 @@ impl World {
         }
         let expected = self.second.take();
         if let Some(worker) = emit.worker {
-            let (first, second) = match event {
-                Event::Message(_) => (Level::Cluster, Level::Worker),
-                _ => (Level::Worker, Level::Cluster),
+            let (first, second) = if matches!(event, Event::Message(_)) {
+                (Level::Cluster, Level::Worker)
+            } else {
+                (Level::Worker, Level::Cluster)
             };
             let is_second = expected == Some((level, worker, name));
             assert!(expected.is_none() || is_second, "{expected:?} should come");
