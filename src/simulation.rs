@@ -22,7 +22,7 @@ use std::process::ExitStatus;
 use fastrand::Rng;
 
 use crate::endpoint::BindFlags;
-use crate::frame::{HandleId, HandleKey, ToMaster};
+use crate::frame::{FrameError, HandleId, HandleKey, ToMaster};
 use crate::ledger::Ledger;
 use crate::round_robin::MAX_CREDITS;
 use crate::settings::SchedulingPolicy;
@@ -446,8 +446,8 @@ fn sequential_clients_rotate_exactly() {
     assert_eq!(served, [250; 4]);
 }
 
-/// A worker that takes nothing gets no more than its credits, and all others are served beside it;
-/// when it asks for more it is cut off, and they are served, too.
+/// A worker that takes nothing gets no more than its credits, also if it asks for more, and all others
+/// are served beside it. When it is cut off, they are served, too.
 #[test]
 fn a_hoarder_holds_up_only_what_it_has_credit_for() {
     const ROUNDS: usize = 200;
@@ -480,6 +480,10 @@ fn a_hoarder_holds_up_only_what_it_has_credit_for() {
     let hoarded = world.processes[&hoarder].untaken(HandleId(1));
     assert_eq!(hoarded, MAX_CREDITS as usize);
     world.say(hoarder, Ok(asks_for(1)));
+    world.step((What::Connect, 0, 0));
+    world.settle();
+    world.say(hoarder, Err(FrameError::State("garbled")));
+    world.settle();
     while world.served < world.clients() {
         let before = world.served;
         world.program_step(honest, Deed::Accept, 0);
