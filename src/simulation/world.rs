@@ -1,0 +1,1287 @@
+//! The world, and what happens in it step by step.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+use std::rc::Rc;
+
+use super::kernel::{Client, Connection, Given, Life, Parcel, Port, Process, Written};
+use super::{Call, Deed, Failure, Lie, Step, What};
+use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::error::Error;
+use crate::event::{Emit, Event, Level, WorkerState};
+use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
+use crate::master_core::{Action, MasterCore, With};
+use crate::message::Message;
+use crate::round_robin::MAX_CREDITS;
+use crate::settings::SchedulingPolicy;
+use crate::signal::Signal;
+use crate::sys::errno;
+use crate::timers::Time;
+use crate::worker_core::{self, Listen, ListenerId};
+use crate::worker_id::WorkerId;
+
+const MOST_WORKERS: usize = 5;
+const MOST_LISTENERS: usize = 3;
+/// How long the shells wait when there was no room for a descriptor.
+const RETRY: Time = Time::from_millis(100);
+/// A worker is told of in the order in which it was forked.
+const NOBODY: &str = "of a worker that was never forked";
+
+/// What became of a client.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fate {
+    served: bool,
+    left: bool,
+    /// The worker that said that its program has the connection.
+    taker: Option<WorkerId>,
+}
+
+/// What the master can find ready.
+#[derive(Clone, Copy, Debug)]
+enum Fact {
+    Readable(HandleId),
+    Frame(WorkerId),
+    End(WorkerId),
+    Exit(WorkerId),
+    Writable(WorkerId),
+    Time,
+}
+
+pub(super) struct World {
+    now: Time,
+    /// When the master looked at its clock last.
+    ticked: Time,
+    pub(super) master: MasterCore<Client>,
+    actions: VecDeque<Action<Client>>,
+    /// Whose channels the master has not tried to write to.
+    unflushed: BTreeSet<WorkerId>,
+    /// What the program does in its next callback.
+    callback: Option<(Call, u8)>,
+    /// Of a pair of events the second, which must come next.
+    second: Option<(Level, WorkerId, &'static str)>,
+    pub(super) processes: BTreeMap<WorkerId, Process>,
+    pub(super) ports: BTreeMap<HandleId, Port>,
+    last_port: HandleId,
+    taken: BTreeSet<Endpoint>,
+    fates: Vec<Fate>,
+    /// Connections of which nobody has a descriptor any more.
+    closed: Rc<RefCell<Vec<u32>>>,
+    pub(super) served: u64,
+    /// Closed although no program had them.
+    lost: u64,
+    /// Closed because the worker died whose program was about to have them.
+    pub(super) taken_along: u64,
+    failing: BTreeSet<Failure>,
+    awaited: bool,
+    pub(super) disconnected: u32,
+    /// Everybody is to be gone then.
+    stop_by: Option<Time>,
+    facts: Vec<Fact>,
+}
+
+/// What a worker may ask for: any port, a port, a path, a descriptor of the master's, UDP.
+pub(super) fn endpoint(n: u8) -> Endpoint {
+    let ip = |port: u8| Place::Ip(SocketAddr::from(([127, 0, 0, 1], u16::from(port))));
+    match n % 5 {
+        n @ (0 | 1) => Endpoint::new(Kind::Tcp, ip(n)),
+        2 => Endpoint::new(Kind::Unix, Place::Path("/path".into())),
+        3 => Endpoint::new(Kind::Tcp, Place::Fd(3)),
+        _ => Endpoint::new(Kind::Udp, ip(0)),
+    }
+}
+
+fn nth<T>(mut all: impl Iterator<Item = T> + Clone, n: u8) -> Option<T> {
+    let count = all.clone().count();
+    all.nth(usize::from(n).checked_rem(count)?)
+}
+
+impl World {
+    pub(super) fn new(policy: SchedulingPolicy) -> Self {
+        Self {
+            now: Time::ZERO,
+            ticked: Time::ZERO,
+            master: MasterCore::new(policy),
+            actions: VecDeque::new(),
+            unflushed: BTreeSet::new(),
+            callback: None,
+            second: None,
+            processes: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            last_port: HandleId(0),
+            taken: BTreeSet::new(),
+            fates: Vec::new(),
+            closed: Rc::default(),
+            served: 0,
+            lost: 0,
+            taken_along: 0,
+            failing: BTreeSet::new(),
+            awaited: false,
+            disconnected: 0,
+            stop_by: None,
+            facts: Vec::new(),
+        }
+    }
+
+    fn process(&mut self, worker: WorkerId) -> &mut Process {
+        self.processes.get_mut(&worker).expect("known")
+    }
+
+    pub(super) fn clients(&self) -> u64 {
+        self.fates.len() as u64
+    }
+
+    /// How many clients nobody has accepted.
+    pub(super) fn queued(&self) -> u64 {
+        let backlogs = self.ports.values().map(|port| port.backlog.len());
+        backlogs.sum::<usize>() as u64
+    }
+
+    /// The n-th worker of those that are alive.
+    pub(super) fn living(&self, n: u8) -> Option<WorkerId> {
+        let alive = self.processes.iter().filter(|(_, p)| p.alive);
+        nth(alive.map(|(id, _)| *id), n)
+    }
+
+    /// Does one step. Whatever it names is chosen among what exists, so that every list of steps
+    /// has a meaning.
+    pub(super) fn step(&mut self, step: Step) {
+        let (what, who, n) = step;
+        match what {
+            What::Connect => self.connect(n),
+            What::HangUp => self.hang_up(n),
+            What::Pass => self.pass(Time::from_millis(n.into())),
+            What::Master => self.master_step(n),
+            What::Call(call) => {
+                if self.actions.is_empty() && self.unflushed.is_empty() {
+                    let workers: Vec<_> = self.master.worker_ids().collect();
+                    self.call(call, nth(workers.into_iter(), who), n);
+                } else {
+                    self.master_step(n);
+                }
+            }
+            What::InCallback(call) => self.callback = Some((call, n)),
+            What::Fail(failure) => drop(self.failing.insert(failure)),
+            What::Worker => {
+                let busy = self.processes.iter().filter(|(_, p)| p.is_busy(self.now));
+                if let Some(worker) = nth(busy.map(|(id, _)| *id), who) {
+                    self.worker_step(worker, n);
+                }
+            }
+            What::Program(_)
+            | What::Kill
+            | What::Stop
+            | What::Continue
+            | What::Cut
+            | What::Lie(_) => {
+                if let Some(worker) = self.living(who) {
+                    self.step_of(worker, what, n);
+                }
+            }
+        }
+        self.check();
+    }
+
+    fn step_of(&mut self, worker: WorkerId, what: What, n: u8) {
+        match what {
+            What::Program(deed) => self.program_step(worker, deed, n),
+            What::Kill => self.die(worker, ExitStatus::from_raw(9)),
+            What::Stop => self.process(worker).stopped = true,
+            What::Continue => self.go_on(worker),
+            What::Cut => {
+                let process = self.process(worker);
+                process.hurt = true;
+                process.close_end();
+            }
+            What::Lie(lie) => self.lie(worker, lie, n),
+            What::Connect
+            | What::HangUp
+            | What::Pass
+            | What::Master
+            | What::Worker
+            | What::Call(_)
+            | What::InCallback(_)
+            | What::Fail(_) => {}
+        }
+    }
+
+    pub(super) fn now(&self) -> Time {
+        self.now
+    }
+
+    pub(super) fn pass(&mut self, time: Time) {
+        self.now += time;
+    }
+
+    /// From now on nothing unexpected happens.
+    pub(super) fn calm_down(&mut self) {
+        self.callback = None;
+        self.failing.clear();
+    }
+
+    pub(super) fn count_lost(&self) -> u64 {
+        self.lost
+    }
+
+    // Clients.
+
+    fn connect(&mut self, n: u8) {
+        let client = u32::try_from(self.fates.len()).expect("few");
+        let ports = self.ports.values_mut();
+        let own = self.processes.values_mut().flat_map(|p| p.own.values_mut());
+        let mut open: Vec<_> = ports.chain(own).filter(|port| port.lets_in()).collect();
+        let count = open.len();
+        if let Some(n) = usize::from(n).checked_rem(count) {
+            open[n].backlog.push_back(client);
+            self.fates.push(Fate::default());
+        }
+    }
+
+    /// One of those that came last gives up.
+    fn hang_up(&mut self, n: u8) {
+        let ago = usize::from(n) % 16 + 1;
+        if let Some(at) = self.fates.len().checked_sub(ago) {
+            self.fates[at].left = true;
+        }
+    }
+
+    // The master.
+
+    /// One thing that the master does: an action, a frame that it writes, an event that it
+    /// delivers, or something that it finds ready.
+    pub(super) fn master_step(&mut self, n: u8) {
+        if let Some(action) = self.actions.pop_front() {
+            self.act(action);
+        } else if let Some(worker) = self.unflushed.pop_first() {
+            self.master_writes(worker);
+        } else if n % 8 != 7 && self.master.has_events() {
+            let emit = self.master.next_event().expect("has one");
+            self.deliver(&emit);
+        } else if let Some(fact) = self.fact(n / 8) {
+            self.master.set_time(self.now);
+            self.happen(fact);
+        }
+        self.gather();
+    }
+
+    /// Whether the master has nothing to do.
+    pub(super) fn master_sleeps(&mut self) -> bool {
+        let busy = !self.actions.is_empty() || !self.unflushed.is_empty();
+        !busy && !self.master.has_events() && self.fact(0).is_none()
+    }
+
+    fn gather(&mut self) {
+        while let Some(action) = self.master.next_action() {
+            self.actions.push_back(action);
+        }
+    }
+
+    fn fact(&mut self, n: u8) -> Option<Fact> {
+        let mut facts = std::mem::take(&mut self.facts);
+        facts.clear();
+        let ready = self.ports.iter().filter(|(_, port)| port.is_ready());
+        facts.extend(ready.map(|(handle, _)| Fact::Readable(*handle)));
+        for (worker, process) in &self.processes {
+            if process.master_end {
+                if !process.up.wire.is_empty() {
+                    facts.push(Fact::Frame(*worker));
+                } else if !process.worker_end || process.shut {
+                    facts.push(Fact::End(*worker));
+                }
+                if process.down.can_write() && process.rests_until <= self.now {
+                    facts.push(Fact::Writable(*worker));
+                }
+            }
+            if !process.alive && !process.reaped {
+                facts.push(Fact::Exit(*worker));
+            }
+        }
+        let is_due = |deadline| deadline <= self.now;
+        let waits = self.master.anyone_waits() && self.ticked < self.now;
+        if self.master.deadline().is_some_and(is_due) || waits {
+            facts.push(Fact::Time);
+        }
+        let fact = nth(facts.iter().copied(), n);
+        self.facts = facts;
+        fact
+    }
+
+    fn happen(&mut self, fact: Fact) {
+        match fact {
+            Fact::Readable(handle) => self.master.readable(handle),
+            Fact::Frame(worker) => drop(self.master_reads(worker)),
+            Fact::End(worker) => self.master_hears_the_end(worker),
+            Fact::Exit(worker) => {
+                let process = self.process(worker);
+                process.reaped = true;
+                let status = process.status.expect("dead");
+                self.master.exited(worker, status);
+            }
+            Fact::Writable(worker) => drop(self.unflushed.insert(worker)),
+            Fact::Time => self.tick(),
+        }
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.ticked = self.now;
+        if self.stop_by.is_some_and(|by| by <= self.now) {
+            // Whoever is forked from now on has not been told to leave.
+            let by = self.stop_by.take();
+            for process in self.processes.values_mut() {
+                process.deadline = process.deadline.into_iter().chain(by).min();
+            }
+        }
+        self.master.tick(self.now);
+        let fates = &self.fates;
+        let left = |connection: &Client| fates[connection.client as usize].left;
+        if self.master.anyone_waits() {
+            self.master.sweep(left);
+        }
+    }
+
+    fn master_hears_the_end(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        process.down.break_off();
+        process.up.wire.clear();
+        process.shut = true;
+        process.master_end = false;
+        self.master.channel_closed(worker);
+    }
+
+    /// Reads one frame of a worker.
+    fn master_reads(&mut self, worker: WorkerId) -> bool {
+        let process = self.process(worker);
+        if !process.master_end {
+            return false;
+        }
+        let Some(Parcel { frame, .. }) = process.up.wire.pop_front() else {
+            return false;
+        };
+        match frame {
+            Err(error) => self.master.violation(worker, error),
+            Ok(frame) => {
+                Self::note_read(process, &frame);
+                let message = match &frame {
+                    ToMaster::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
+                    ToMaster::Online
+                    | ToMaster::Listen { .. }
+                    | ToMaster::Listening { .. }
+                    | ToMaster::Ready { .. }
+                    | ToMaster::Refused { .. }
+                    | ToMaster::Close { .. }
+                    | ToMaster::Leaving
+                    | ToMaster::Revoke { .. } => None,
+                };
+                self.master.frame(worker, frame, message);
+            }
+        }
+        true
+    }
+
+    /// What the master knows now of what a worker has and may have.
+    fn note_read(process: &mut Process, frame: &ToMaster) {
+        match frame {
+            ToMaster::Ready {
+                handle,
+                credits,
+                taken,
+            } => {
+                let given = process.given.entry(*handle).or_default();
+                given.granted += u64::from(*credits);
+                while given.untaken.front().is_some_and(|n| n <= taken) {
+                    given.untaken.pop_front();
+                }
+            }
+            // Should it join again, all begins anew.
+            ToMaster::Close { handle } => drop(process.given.remove(handle)),
+            ToMaster::Refused { handle, number } => {
+                if let Some(given) = process.given.get_mut(handle) {
+                    given.untaken.retain(|n| n != number);
+                }
+            }
+            ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Leaving
+            | ToMaster::Revoke { .. }
+            | ToMaster::Message(_) => {}
+        }
+    }
+
+    fn master_writes(&mut self, worker: WorkerId) {
+        let now = self.now;
+        let process = self.processes.get_mut(&worker).expect("known");
+        if !process.master_end || process.rests_until > now {
+            return;
+        }
+        if !process.worker_end || process.shut {
+            return process.down.break_off();
+        }
+        let carries = |parcel: &Parcel<_>| !matches!(parcel.with, With::Nothing);
+        let first = process.down.outbox.front();
+        if first.is_some_and(carries) && self.failing.remove(&Failure::Send) {
+            // What the shell does when the kernel has no room for a descriptor on its way.
+            process.rests_until = now + RETRY;
+            let source = io::Error::from_raw_os_error(109);
+            let worker = Some(worker);
+            return self
+                .master
+                .error(worker, Error::Exhausted { worker, source });
+        }
+        let failing = &mut self.failing;
+        let written = process.down.write(|parcel| {
+            if carries(parcel) && failing.remove(&Failure::Receive) {
+                parcel.with = With::Nothing;
+                parcel.is_robbed = true;
+            }
+        });
+        if written == Written::Something {
+            self.unflushed.insert(worker);
+        }
+    }
+
+    fn act(&mut self, action: Action<Client>) {
+        match action {
+            Action::Send {
+                worker,
+                frame,
+                with,
+            } => self.send(worker, frame, with),
+            Action::Bind {
+                handle, endpoint, ..
+            } => {
+                let result = self.bind(handle, &endpoint);
+                self.master.bound(handle, result);
+            }
+            Action::Watch { handle } => self.port(handle).watched = true,
+            Action::Unwatch { handle } => self.port(handle).watched = false,
+            Action::RemoveFile { handle } => {
+                self.port(handle).shut = true;
+                self.taken.clear();
+            }
+            Action::ShutDoor { handle } => self.port(handle).shut = true,
+            Action::OpenDoor { handle } => {
+                let port = self.port(handle);
+                assert_eq!(port.kind, Some(Kind::Tcp), "its file is gone");
+                port.shut = false;
+            }
+            Action::Unbind { handle } => self.unbind(handle),
+            Action::Accept { handle, at_most } => self.accept(handle, at_most),
+            Action::CloseChannel { worker } => {
+                let process = self.process(worker);
+                process.shut = true;
+                process.down.break_off();
+                // As the shell does: everything that was written, before anything else is done.
+                while self.master_reads(worker) {
+                    if !self.master.is_connected(worker) {
+                        break;
+                    }
+                }
+                self.master_hears_the_end(worker);
+            }
+            Action::DiscardChannel { worker } => {
+                let process = self.process(worker);
+                assert!(process.liar, "an honest worker is cut off");
+                process.down.break_off();
+                process.up.wire.clear();
+                process.shut = true;
+                process.master_end = false;
+            }
+            Action::Signal { worker, signal } => {
+                let process = self.process(worker);
+                assert!(!process.reaped, "signal to a reaped pid");
+                if process.stopped && signal != Signal::KILL {
+                    process.signal = Some(signal);
+                } else if process.alive {
+                    self.die(worker, ExitStatus::from_raw(signal.number()));
+                }
+            }
+        }
+    }
+
+    fn port(&mut self, handle: HandleId) -> &mut Port {
+        let port = self.ports.get_mut(&handle).expect("no such listener");
+        assert!(!port.unbound, "the listener is gone");
+        port
+    }
+
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<Client>) {
+        if let (ToWorker::Reply { request, .. }, With::Listener(handle)) = (&frame, &with) {
+            assert!(!self.port(*handle).unbound);
+            if self.failing.remove(&Failure::Share) {
+                let error = errno::EMFILE;
+                return self.master.share_failed(*handle, worker, *request, error);
+            }
+        }
+        let process = self.process(worker);
+        assert!(process.master_end, "send on a closed channel");
+        if let (ToWorker::Connection { handle, number }, With::Connection(client)) = (&frame, &with)
+        {
+            let liar = process.liar;
+            let given = process.given.entry(*handle).or_default();
+            given.total += 1;
+            assert!(given.total <= given.granted, "more than there are credits");
+            given.untaken.push_back(*number);
+            given.unanswered.push_back((*number, client.client));
+            let bound = MAX_CREDITS as usize;
+            assert!(!liar || given.untaken.len() <= bound, "hoarded by a liar");
+        }
+        process.down.queue(frame, with);
+        self.unflushed.insert(worker);
+    }
+
+    fn bind(&mut self, handle: HandleId, endpoint: &Endpoint) -> Result<Option<SocketAddr>, i32> {
+        // Port 0 and what is open already always succeed.
+        let may_fail = [self::endpoint(1), self::endpoint(2)].contains(endpoint);
+        if may_fail && self.taken.contains(endpoint) || self.failing.remove(&Failure::Bind) {
+            return Err(errno::EADDRINUSE);
+        }
+        let port = Port {
+            kind: Some(endpoint.kind),
+            ..Port::default()
+        };
+        assert!(handle > self.last_port, "bound twice");
+        self.last_port = handle;
+        self.ports.insert(handle, port);
+        if may_fail {
+            self.taken.insert(endpoint.clone());
+        }
+        Ok(endpoint.address())
+    }
+
+    fn unbind(&mut self, handle: HandleId) {
+        let port = self.port(handle);
+        port.unbound = true;
+        port.watched = false;
+        // In this world a listener's address is known by its number alone.
+        self.taken.clear();
+        self.forget_port(handle);
+    }
+
+    /// A listener is gone when nobody has a descriptor of it, and its backlog with it.
+    fn forget_port(&mut self, handle: HandleId) {
+        let Some(port) = self.ports.get(&handle) else {
+            return;
+        };
+        let carries = |parcel: &Parcel<_>| matches!(parcel.with, With::Listener(h) if h == handle);
+        let has = |process: &Process| {
+            let copies = process.shared.values().any(|shared| *shared == handle);
+            copies
+                || process.down.wire.iter().any(carries)
+                || process.down.outbox.iter().any(carries)
+        };
+        if port.unbound && !self.processes.values().any(has) {
+            self.ports.remove(&handle);
+        }
+    }
+
+    fn accept(&mut self, handle: HandleId, at_most: u64) {
+        if self.failing.remove(&Failure::Accept) {
+            let error = io::Error::from_raw_os_error(errno::EMFILE);
+            return self.master.accept_failed(handle, error);
+        }
+        for _ in 0..at_most {
+            let Some(client) = self.port(handle).backlog.pop_front() else {
+                return self.master.drained(handle);
+            };
+            let connection = Connection::new(client, &self.closed);
+            self.master.accepted(handle, connection);
+        }
+        self.master.accept_done(handle);
+    }
+
+    // What the master's program does.
+
+    pub(super) fn fork(&mut self) -> WorkerId {
+        let announced = self.master.next_worker_id();
+        let id = self.master.forked();
+        assert_eq!(announced, id);
+        self.processes.insert(id, Process::new());
+        // The first thing it does is to say that it is online.
+        self.worker_gathers(id);
+        id
+    }
+
+    /// The program calls something, of a worker if there is one.
+    pub(super) fn call(&mut self, call: Call, worker: Option<WorkerId>, n: u8) {
+        self.master.set_time(self.now);
+        let within = Time::from_millis(u64::from(n) * 4);
+        match (call, worker) {
+            (Call::Fork, _) => {
+                if self.processes.values().filter(|p| p.alive).count() < MOST_WORKERS {
+                    self.fork();
+                }
+            }
+            (Call::DisconnectAll, _) => {
+                self.awaited = true;
+                self.master.disconnect_all(true);
+            }
+            (Call::DisconnectAllWithin, _) => {
+                self.awaited = true;
+                let by = self.now + within;
+                self.stop_by = Some(self.stop_by.map_or(by, |other| other.min(by)));
+                self.master.disconnect_all_within(within);
+            }
+            (_, None) => {}
+            (Call::Disconnect, Some(worker)) => self.master.disconnect(worker),
+            (Call::DisconnectWithin, Some(worker)) => {
+                let by = self.now + within;
+                let process = self.process(worker);
+                process.deadline = Some(process.deadline.map_or(by, |other| other.min(by)));
+                self.master.disconnect_within(worker, within);
+            }
+            (Call::Kill, Some(worker)) => self.master.kill(worker, Signal::TERM),
+            (Call::Signal, Some(worker)) => self.master.signal(worker, Signal::KILL),
+            (Call::CloseChannel, Some(worker)) => self.master.close_channel(worker),
+            (Call::Send, Some(worker)) => {
+                let process = self.process(worker);
+                if process.master_end && !process.down.broken {
+                    process.sent[1] += 1;
+                    let message = process.sent[1].to_le_bytes().to_vec();
+                    let message = ToWorker::Message(message);
+                    process.down.queue(message, With::Nothing);
+                    self.unflushed.insert(worker);
+                }
+            }
+        }
+        self.gather();
+    }
+
+    fn deliver(&mut self, emit: &Emit) {
+        let (level, event) = (emit.level, &emit.event);
+        let name = name(event);
+        if let Event::Disconnected = event {
+            self.all_have_left();
+        }
+        let expected = self.second.take();
+        if let Some(worker) = emit.worker {
+            let (first, second) = if matches!(event, Event::Message(_)) {
+                (Level::Cluster, Level::Worker)
+            } else {
+                (Level::Worker, Level::Cluster)
+            };
+            let is_second = expected == Some((level, worker, name));
+            assert!(expected.is_none() || is_second, "{expected:?} should come");
+            if level == first && !matches!(event, Event::Fork) {
+                self.second = Some((second, worker, name));
+            } else {
+                let alone = matches!(event, Event::Fork);
+                assert!(is_second || alone, "{name} at {level:?} without the other");
+            }
+            self.check_event(level, worker, event);
+        } else {
+            assert_eq!(expected, None, "should come first");
+        }
+        // What programs do in callbacks.
+        if let Some((call, n)) = self.callback.take() {
+            let worker = emit.worker.filter(|id| self.master.state(*id).is_some());
+            self.call(call, worker, n);
+        }
+    }
+
+    fn all_have_left(&mut self) {
+        assert!(self.awaited, "nobody asked");
+        assert!(!self.master.has_workers(), "someone is left");
+        assert!(!self.processes.values().any(|p| p.alive), "someone lives");
+        let bound = self.ports.values().any(|port| !port.unbound);
+        assert!(!bound, "listener left");
+        self.disconnected += 1;
+        self.awaited = false;
+        self.stop_by = None;
+    }
+
+    fn check_event(&mut self, level: Level, worker: WorkerId, event: &Event) {
+        let state = self.master.state(worker);
+        let flag = self.master.exited_after_disconnect(worker);
+        let connected = self.master.is_connected(worker);
+        let process = self.processes.get_mut(&worker).expect(NOBODY);
+        let life = match level {
+            Level::Worker => &mut process.life[0],
+            Level::Cluster => &mut process.life[1],
+        };
+        match event {
+            Event::Setup | Event::Disconnected => unreachable!("of no worker"),
+            Event::Fork => assert_eq!(*life, Life::Forked),
+            Event::Online => {
+                assert_eq!(*life, Life::Forked, "is online once");
+                assert_eq!(state, Some(WorkerState::Online));
+                *life = Life::Online;
+            }
+            Event::Listening(_) => {
+                assert_eq!(*life, Life::Online);
+                assert_eq!(state, Some(WorkerState::Listening));
+            }
+            Event::Message(message) => {
+                assert_eq!(*life, Life::Online);
+                if level == Level::Worker {
+                    let number = number(message);
+                    let last = std::mem::replace(&mut process.received[0], number);
+                    assert!(process.liar || number == last + 1, "message {number}");
+                }
+            }
+            Event::Disconnect => {
+                assert!(*life < Life::Disconnected, "disconnects once");
+                assert_eq!(state, Some(WorkerState::Disconnected), "in the table");
+                assert!(flag.is_some() && !connected);
+                *life = Life::Disconnected;
+            }
+            Event::Exit(departure) => {
+                assert_eq!(*life, Life::Disconnected, "disconnect comes before exit");
+                assert_eq!(state, None, "no longer in the table");
+                assert_eq!(Some(departure.status), process.status);
+                *life = Life::Gone;
+            }
+            Event::Error(_) => assert_ne!(*life, Life::Gone, "exit is the last"),
+        }
+    }
+
+    // The workers.
+
+    pub(super) fn die(&mut self, worker: WorkerId, status: ExitStatus) {
+        let process = self.process(worker);
+        let shared = std::mem::take(&mut process.shared);
+        let carries = |parcel: &Parcel<_>| match parcel.with {
+            With::Listener(handle) => Some(handle),
+            With::Nothing | With::Connection(_) => None,
+        };
+        let mut handles: Vec<_> = shared.into_values().collect();
+        handles.extend(process.down.wire.iter().filter_map(carries));
+        process.die(status);
+        for handle in handles {
+            self.forget_port(handle);
+        }
+    }
+
+    /// A worker that has been stopped goes on.
+    pub(super) fn go_on(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        process.stopped = false;
+        if let Some(signal) = process.signal.take() {
+            self.die(worker, ExitStatus::from_raw(signal.number()));
+        }
+    }
+
+    /// The program returns from `main`: what it has to say is written before.
+    pub(super) fn leave(&mut self, worker: WorkerId) {
+        while !self.process(worker).shut && self.worker_writes(worker) == Written::Something {}
+        self.die(worker, ExitStatus::from_raw(0));
+    }
+
+    /// One thing that a worker does: an action, a frame that it writes, an event that it delivers,
+    /// or a frame that it reads.
+    pub(super) fn worker_step(&mut self, worker: WorkerId, n: u8) {
+        let now = self.now;
+        let process = self.process(worker);
+        if !process.runs() {
+            return;
+        }
+        if process.rested_at.is_some_and(|time| time <= now) {
+            process.rested_at = None;
+            process.core.rested();
+        } else if let Some(action) = process.actions.pop_front() {
+            self.worker_acts(worker, action);
+        } else if process.unflushed {
+            self.worker_flushes(worker);
+        } else if n % 4 != 3 && process.core.has_events() {
+            let event = process.core.next_event().expect("has one");
+            self.worker_delivers(worker, event);
+        } else if n % 4 != 2 && process.worker_end && process.up.can_write() {
+            process.unflushed = true;
+        } else {
+            self.worker_reads(worker);
+        }
+        self.worker_gathers(worker);
+    }
+
+    pub(super) fn worker_gathers(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        while let Some(action) = process.core.next_action() {
+            process.actions.push_back(action);
+        }
+    }
+
+    fn worker_acts(&mut self, worker: WorkerId, action: worker_core::Action) {
+        let process = self.process(worker);
+        match action {
+            worker_core::Action::Send(frame) => {
+                if process.closing {
+                    process.up.lost = true;
+                } else if process.worker_end {
+                    process.up.queue(frame, With::Nothing);
+                }
+                process.unflushed = true;
+            }
+            worker_core::Action::CloseListener(listener) => {
+                if let Some(handle) = process.shared.remove(&listener) {
+                    self.forget_port(handle);
+                } else if let Some(port) = process.own.remove(&listener) {
+                    let served = process.core.is_connected() && process.core.is_served(listener);
+                    let emptied = port.backlog.is_empty();
+                    assert!(emptied || !served, "closed with clients in the backlog");
+                }
+            }
+            worker_core::Action::ShutDoor(listener) => {
+                if let Some(port) = process.own.get_mut(&listener) {
+                    port.shut = true;
+                }
+            }
+            worker_core::Action::CloseChannel => {
+                let idle = process.held.is_empty();
+                assert!(idle || process.careless, "leaves with connections in hand");
+                process.closing = true;
+                process.unflushed = true;
+            }
+        }
+    }
+
+    fn worker_flushes(&mut self, worker: WorkerId) {
+        if self.process(worker).shut {
+            self.process(worker).up.break_off();
+        }
+        if self.worker_writes(worker) == Written::Something {
+            return;
+        }
+        let process = self.process(worker);
+        process.unflushed = false;
+        if process.up.outbox.is_empty() {
+            if process.closing && process.worker_end {
+                process.shut = true;
+                process.up.broken = true;
+            }
+            if !process.up.lost && process.worker_end {
+                process.core.confirmed();
+            }
+        }
+    }
+
+    fn worker_writes(&mut self, worker: WorkerId) -> Written {
+        let Process { up, given, .. } = self.processes.get_mut(&worker).expect("known");
+        let fates = &mut self.fates;
+        up.write(|parcel| {
+            if let Ok(frame) = &parcel.frame {
+                Self::note_written(worker, given, fates, frame);
+            }
+        })
+    }
+
+    /// From here on the worker answers for what it has taken.
+    fn note_written(
+        worker: WorkerId,
+        given: &mut BTreeMap<HandleId, Given>,
+        fates: &mut [Fate],
+        frame: &ToMaster,
+    ) {
+        match frame {
+            ToMaster::Ready { handle, taken, .. } => {
+                let Some(Given { unanswered, .. }) = given.get_mut(handle) else {
+                    return;
+                };
+                let count = unanswered.partition_point(|(n, _)| n <= taken);
+                for (_, client) in unanswered.drain(..count) {
+                    fates[client as usize].taker = Some(worker);
+                }
+            }
+            ToMaster::Refused { handle, number } => {
+                if let Some(given) = given.get_mut(handle) {
+                    given.unanswered.retain(|(n, _)| n != number);
+                }
+            }
+            ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Close { .. }
+            | ToMaster::Leaving
+            | ToMaster::Revoke { .. }
+            | ToMaster::Message(_) => {}
+        }
+    }
+
+    fn worker_reads(&mut self, worker: WorkerId) {
+        let now = self.now;
+        let process = self.process(worker);
+        if !process.worker_end {
+            return self.cut_off(worker);
+        }
+        let Some(parcel) = process.down.wire.pop_front() else {
+            if process.shut || !process.master_end {
+                self.cut_off(worker);
+            }
+            return;
+        };
+        let frame = parcel.frame.expect("the master is never wrong");
+        if parcel.is_robbed {
+            process.rested_at = process.rested_at.or(Some(now + RETRY));
+            if let ToWorker::Reply { request, result } = &frame {
+                let handle = result.as_ref().expect("with a listener").handle;
+                let outcome = process.core.listener_lost(*request, handle);
+                assert!(process.liar || outcome.is_ok());
+                return self.forget_port(handle);
+            }
+        }
+        let message = match &frame {
+            ToWorker::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
+            ToWorker::Reply { .. }
+            | ToWorker::Connection { .. }
+            | ToWorker::End { .. }
+            | ToWorker::Disconnect => None,
+        };
+        let (connection, handle) = match parcel.with {
+            With::Nothing => (None, None),
+            With::Connection(client) => (Some(client), None),
+            With::Listener(handle) => (None, Some(handle)),
+        };
+        // The number of a connection's descriptor tells how many there are.
+        match (&connection, process.scarce) {
+            (None, _) => {}
+            (Some(_), true) => process.core.descriptors_run_out(),
+            (Some(_), false) => process.core.descriptors_suffice(),
+        }
+        match process.core.frame(frame, connection, message) {
+            Ok(listener) => {
+                if let (Some(listener), Some(handle)) = (listener, handle) {
+                    process.shared.insert(listener, handle);
+                }
+            }
+            Err(error) => {
+                assert!(process.liar, "{error}");
+                self.cut_off(worker);
+            }
+        }
+        if let Some(handle) = handle {
+            self.forget_port(handle);
+        }
+    }
+
+    /// The worker finds its channel closed.
+    fn cut_off(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        if process.core.is_connected() {
+            process.close_end();
+            process.core.channel_closed();
+        }
+    }
+
+    fn worker_delivers(&mut self, worker: WorkerId, event: worker_core::Event<Client>) {
+        let process = self.process(worker);
+        match event {
+            worker_core::Event::Connection(listener, client) => {
+                self.receive(worker, &client, listener);
+                self.process(worker).core.delivered(listener);
+            }
+            worker_core::Event::Drop(listener, client) => {
+                let most = process.limits.get(&listener);
+                let held = process.held.iter().filter(|(_, from)| *from == listener);
+                assert!(most.is_none_or(|most| held.count() >= *most), "room enough");
+                self.receive(worker, &client, listener);
+                self.process(worker).core.delivered(listener);
+            }
+            worker_core::Event::AcceptRest(listener) => {
+                self.accept_itself(worker, listener);
+                self.process(worker).core.accept_rest(listener);
+            }
+            worker_core::Event::Message(message) => {
+                let number = number(&message);
+                let last = std::mem::replace(&mut process.received[1], number);
+                assert_eq!(number, last + 1, "a message is missing");
+            }
+            worker_core::Event::Disconnect => {}
+        }
+    }
+
+    /// The program has a connection in its hands.
+    fn receive(&mut self, worker: WorkerId, client: &Client, listener: ListenerId) {
+        let process = self.processes.get_mut(&worker).expect("known");
+        process.held.push((Rc::clone(client), listener));
+        if let Some(most) = process.limits.get(&listener) {
+            let held = process.held.iter().filter(|(_, from)| *from == listener);
+            let allowed = held.count() <= *most || process.core.is_leaving();
+            assert!(allowed, "more than the program wants");
+        }
+        let fate = &mut self.fates[client.client as usize];
+        if process.liar {
+            fate.taker = fate.taker.or(Some(worker));
+        } else {
+            assert!(!fate.served, "client {} served twice", client.client);
+            fate.served = true;
+            self.served += 1;
+        }
+    }
+
+    /// Accepts from a listener that the worker has a copy of, or to itself.
+    fn accept_itself(&mut self, worker: WorkerId, listener: ListenerId) {
+        let process = self.processes.get_mut(&worker).expect("known");
+        let core = &mut process.core;
+        if core.leaves_to_others(listener) || core.is_datagram(listener) {
+            return;
+        }
+        let port = match process.shared.get(&listener) {
+            Some(handle) => self.ports.get_mut(handle),
+            None => process.own.get_mut(&listener),
+        };
+        let Some(port) = port else {
+            return;
+        };
+        match port.backlog.pop_front() {
+            Some(client) => {
+                core.connection_opened(listener);
+                let client = Connection::new(client, &self.closed);
+                self.receive(worker, &client, listener);
+            }
+            None if core.is_ending(listener) => core.close(listener),
+            None => {}
+        }
+    }
+
+    /// The program of one worker does something, when it has nothing else to do.
+    pub(super) fn program_step(&mut self, worker: WorkerId, deed: Deed, n: u8) {
+        let process = self.process(worker);
+        if !process.runs() {
+            return;
+        }
+        if !process.actions.is_empty() || process.unflushed {
+            return self.worker_step(worker, n);
+        }
+        if process.accepting.is_some() {
+            self.look(worker);
+        } else {
+            self.act_for_program(worker, deed, n);
+        }
+        self.worker_gathers(worker);
+    }
+
+    /// The program looks whether `accept` has something for it.
+    fn look(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        let Some(listener) = process.accepting else {
+            return;
+        };
+        process.core.want(listener);
+        if let Some(client) = process.core.arrived(listener) {
+            process.accepting = None;
+            return self.receive(worker, &client, listener);
+        }
+        let (ended, events) = (process.core.has_ended(listener), process.core.has_events());
+        if ended && !events {
+            process.accepting = None;
+        } else {
+            let held = process.held.len();
+            self.accept_itself(worker, listener);
+            let process = self.process(worker);
+            if process.held.len() > held {
+                process.accepting = None;
+            }
+        }
+    }
+
+    #[allow(clippy::wildcard_enum_match_arm)]
+    fn act_for_program(&mut self, worker: WorkerId, deed: Deed, n: u8) {
+        let process = self.process(worker);
+        let listener = nth(process.listeners.iter().copied(), n);
+        let has_room = process.listeners.len() < MOST_LISTENERS;
+        match (deed, listener) {
+            (Deed::Listen, _) if has_room => {
+                let listener = process.core.listen(endpoint(n), BindFlags::default());
+                process.listeners.push(listener);
+                // Whether it wants only so many.
+                if let limit @ 0..=2 = n / 5 % 8 {
+                    process.limits.insert(listener, limit.into());
+                    process.core.set_most(listener, Some(limit.into()));
+                }
+            }
+            (Deed::ListenAlone, _) if has_room => {
+                let listener = process.core.listen_alone(Kind::Tcp);
+                process.listeners.push(listener);
+                if !process.core.is_leaving() {
+                    let kind = Some(Kind::Tcp);
+                    let port = Port {
+                        kind,
+                        ..Port::default()
+                    };
+                    process.own.insert(listener, port);
+                }
+            }
+            (Deed::Accept, Some(listener)) if !process.core.is_served(listener) => {
+                process.accepting = Some(listener);
+                self.look(worker);
+            }
+            (Deed::Accept, Some(listener)) => self.accept_itself(worker, listener),
+            (Deed::Serve, Some(listener)) => process.core.serve(listener),
+            (Deed::Answer, Some(listener)) => match process.core.listen_result(listener) {
+                Listen::Pending => {}
+                Listen::Done(_) => process.core.listening(listener),
+                Listen::Failed(_) => {
+                    process.core.forget(listener);
+                    process.listeners.retain(|l| *l != listener);
+                }
+            },
+            (Deed::Close, _) => self.close_connection(worker, n),
+            (Deed::Forget, Some(listener)) => {
+                process.careless = true;
+                process.core.forget(listener);
+                process.listeners.retain(|l| *l != listener);
+            }
+            (Deed::Limit, Some(listener)) => {
+                // From now on there may be more.
+                process.limits.remove(&listener);
+                match n % 4 {
+                    0 => process.core.drop_beyond(listener),
+                    1 => process.core.set_most(listener, None),
+                    most => process.core.set_most(listener, Some(u64::from(most) - 2)),
+                }
+            }
+            (Deed::Wait, _) => {
+                process.core.wait_for_events();
+                let over = process.core.is_finished() && !process.core.has_events();
+                if over && process.up.outbox.is_empty() && process.actions.is_empty() {
+                    self.leave(worker);
+                }
+            }
+            (Deed::Scarce, _) => process.scarce = n % 2 == 0,
+            (Deed::Send, _) if process.worker_end && !process.closing && !process.up.broken => {
+                process.sent[0] += 1;
+                let message = process.sent[0].to_le_bytes().to_vec();
+                process.up.queue(ToMaster::Message(message), With::Nothing);
+                process.unflushed = true;
+            }
+            (Deed::Leave, _) => process.core.disconnect(),
+            (Deed::Kill, _) => {
+                process.careless = true;
+                process.core.kill();
+            }
+            (Deed::CloseChannel, _) => {
+                process.careless = true;
+                process.core.close_channel();
+            }
+            (Deed::Exit, _) => self.die(worker, ExitStatus::from_raw(i32::from(n) << 8)),
+            _ => {}
+        }
+    }
+
+    pub(super) fn close_connection(&mut self, worker: WorkerId, n: u8) {
+        let process = self.process(worker);
+        if let Some(at) = usize::from(n).checked_rem(process.held.len()) {
+            let (client, listener) = process.held.swap_remove(at);
+            drop(client);
+            process.core.connection_closed(Some(listener));
+        }
+    }
+
+    /// Something that no worker of ours would send.
+    fn lie(&mut self, worker: WorkerId, lie: Lie, n: u8) {
+        let number = u64::from(n / 8);
+        let handle = HandleId(self.last_port.0.saturating_sub(u32::from(n % 8) % 4));
+        let frame = match lie {
+            Lie::Garbled => Err(FrameError::State("garbled")),
+            Lie::Online => Ok(ToMaster::Online),
+            Lie::Listen => {
+                let key = HandleKey {
+                    endpoint: endpoint(n),
+                    index: u32::from(n / 64),
+                };
+                Ok(ToMaster::Listen {
+                    request: u32::from(n % 4),
+                    key,
+                    flags: BindFlags::default(),
+                })
+            }
+            Lie::Listening => Ok(ToMaster::Listening { handle }),
+            Lie::Ready => Ok(ToMaster::Ready {
+                handle,
+                credits: u32::from(n / 4),
+                taken: number % 4,
+            }),
+            Lie::Refused => Ok(ToMaster::Refused { handle, number }),
+            Lie::Close => Ok(ToMaster::Close { handle }),
+            Lie::Revoke => Ok(ToMaster::Revoke { handle }),
+            Lie::Leaving => Ok(ToMaster::Leaving),
+            Lie::Message => Ok(ToMaster::Message(vec![n; 4])),
+        };
+        self.say(worker, frame);
+    }
+
+    pub(super) fn say(&mut self, worker: WorkerId, frame: Result<ToMaster, FrameError>) {
+        let process = self.process(worker);
+        if !process.worker_end || process.shut {
+            return;
+        }
+        process.liar = true;
+        if let Ok(frame @ ToMaster::Ready { .. }) = &frame {
+            let given = &mut self.processes.get_mut(&worker).expect("known").given;
+            Self::note_written(worker, given, &mut self.fates, frame);
+        }
+        let parcel = Parcel::new(frame, With::Nothing);
+        self.process(worker).up.wire.push_back(parcel);
+    }
+
+    // What is promised.
+
+    pub(super) fn check(&mut self) {
+        self.check_closed();
+        let ledger = self.master.ledger();
+        assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
+        let gone = ledger.dropped + ledger.closed_by_peer;
+        assert!(self.lost <= gone, "a client is lost: {ledger:?}");
+        if self.actions.is_empty() {
+            self.check_at_rest();
+        }
+    }
+
+    /// Somebody answers for each connection that is closed.
+    fn check_closed(&mut self) {
+        while let Some(client) = self.closed.borrow_mut().pop() {
+            let fate = self.fates[client as usize];
+            match fate.taker {
+                _ if fate.served => {}
+                None => self.lost += 1,
+                Some(taker) => {
+                    let process = &self.processes[&taker];
+                    let excused = process.liar || process.hurt || process.careless;
+                    let lives = process.alive && !excused;
+                    assert!(!lives, "worker {taker} has lost client {client}");
+                    self.taken_along += 1;
+                }
+            }
+        }
+    }
+
+    /// What holds when the master has done what it decided.
+    fn check_at_rest(&mut self) {
+        assert!(!self.master.someone_waits_in_vain(), "someone waits");
+        for (handle, port) in &self.ports {
+            assert_eq!(self.master.is_bound(*handle), !port.unbound);
+        }
+        for (worker, process) in &self.processes {
+            if !process.alive {
+                continue;
+            }
+            let by = process.deadline.into_iter().chain(self.stop_by).min();
+            if let Some(by) = by {
+                assert!(by >= self.ticked, "worker {worker} outlives its deadline");
+                let wakes = self.master.deadline().is_some_and(|time| time <= by);
+                assert!(wakes, "nobody wakes for the deadline of worker {worker}");
+            }
+        }
+    }
+}
+
+fn name(event: &Event) -> &'static str {
+    match event {
+        Event::Setup => "setup",
+        Event::Fork => "fork",
+        Event::Online => "online",
+        Event::Listening(_) => "listening",
+        Event::Message(_) => "message",
+        Event::Disconnect => "disconnect",
+        Event::Exit(_) => "exit",
+        Event::Error(_) => "error",
+        Event::Disconnected => "disconnected",
+    }
+}
+
+fn number(message: &Message) -> u32 {
+    let bytes = message.bytes().try_into();
+    u32::from_le_bytes(bytes.expect("four bytes"))
+}
