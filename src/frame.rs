@@ -14,6 +14,9 @@
 //! with a call to the system; `batch` counts those of the batch that the frame's own are the first
 //! of, and is 0 in other frames. So the reader knows it if the kernel had to drop some.
 //!
+//! The master begins with a welcome, of kind 64, whose body is the worker's id. It is there before the
+//! worker's program begins, so that a process can see whether what it takes for its channel is one.
+//!
 //! ```text
 //! kind  to master   body                       | kind  to worker   body                    fds
 //!   1   Online                                 |  65   Reply       request 4, errno 4,
@@ -40,11 +43,14 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::settings::SchedulingPolicy;
+use crate::worker_id::WorkerId;
 
 /// Version of the format; a frame with another one is refused.
 pub(crate) const VERSION: u8 = 1;
 /// Bytes before the body.
 pub(crate) const HEADER: usize = 8;
+/// Bytes of the welcome.
+pub(crate) const WELCOME_LENGTH: usize = HEADER + 4;
 /// The longest body in bytes, and so the longest message. A longer one is refused by its header,
 /// before a byte of it is stored.
 pub(crate) const MAX_BODY: usize = 1 << 20;
@@ -55,6 +61,7 @@ pub(crate) const MAX_BATCH: usize = 64;
 /// Where a frame says how many its batch has; known when it leaves.
 pub(crate) const BATCH: usize = 7;
 
+const WELCOME: u8 = 64;
 const MESSAGE: u8 = 127;
 
 /// Names a bound listener of the master to the workers that use it.
@@ -177,6 +184,22 @@ impl std::fmt::Display for FrameError {
             Self::State(what) => write!(f, "{what}"),
         }
     }
+}
+
+/// What a master writes before all else.
+pub(crate) fn welcome(worker: WorkerId) -> [u8; WELCOME_LENGTH] {
+    let mut bytes = [0; WELCOME_LENGTH];
+    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, WELCOME, 0, 0]);
+    bytes[HEADER..].copy_from_slice(&worker.get().to_le_bytes());
+    bytes
+}
+
+/// The version that a welcome is of, if these bytes are one.
+pub(crate) fn version_of_welcome(bytes: [u8; WELCOME_LENGTH]) -> Option<u8> {
+    let [4, 0, 0, 0, version, WELCOME, 0, 0, ..] = bytes else {
+        return None;
+    };
+    Some(version)
 }
 
 /// One direction of the conversation.
@@ -741,6 +764,15 @@ mod tests {
             assert_eq!(bytes(&frame, fds), golden, "{frame:?}");
             assert_eq!(read::<ToWorker>(&golden), Ok(frame));
         }
+    }
+
+    #[test]
+    fn a_welcome_tells_its_version_and_is_no_other_frame() {
+        let bytes = welcome(WorkerId::new(7));
+        assert_eq!(bytes, [4, 0, 0, 0, 1, 64, 0, 0, 7, 0, 0, 0]);
+        assert_eq!(version_of_welcome(bytes), Some(VERSION));
+        assert_eq!(version_of_welcome([1; WELCOME_LENGTH]), None);
+        assert_eq!(read::<ToWorker>(&bytes), Err(FrameError::Kind(WELCOME)));
     }
 
     #[test]

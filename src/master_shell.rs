@@ -17,7 +17,7 @@ use crate::endpoint::{BindFlags, Endpoint, Place};
 use crate::error::{Error, SendError};
 use crate::event::Departure;
 use crate::event_loop::Token;
-use crate::frame::{HandleId, ToMaster, ToWorker};
+use crate::frame::{HandleId, ToMaster, ToWorker, welcome};
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
 use crate::settings::{
@@ -126,6 +126,8 @@ impl MasterShell {
         let stdio = Stdios::new(settings).map_err(|error| ("prepare its descriptors", error))?;
         let (ours, low) = UnixStream::pair().map_err(making)?;
         ours.set_nonblocking(true).map_err(making)?;
+        // It fits into an empty socket.
+        sys::socket::send(&ours, &welcome(id), &[]).map_err(making)?;
         let key = Token::Channel(id.get()).key();
         let channel = Channel::new(ours, &self.poller, key).map_err(making)?;
         let theirs = sys::fd::duplicate(low.as_raw_fd(), stdio.beyond()).map_err(making)?;

@@ -1,9 +1,11 @@
 //! Master or worker: which of them this process is.
 
 use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::{Error, Result};
+use crate::frame::{FrameError, VERSION, WELCOME_LENGTH, version_of_welcome, welcome};
 use crate::master::Master;
 use crate::settings::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID};
 use crate::sys;
@@ -40,7 +42,8 @@ pub enum Role {
 /// - [`Error::AlreadyInitialized`] at the second call;
 /// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is neither `rr` nor `none`, or if
 ///   `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT` are not what a master
-///   sets;
+///   sets: a descriptor that is no channel to one stays as it is;
+/// - [`Error::Frame`] if the master was built with another version of this crate;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
 /// ```no_run
@@ -69,13 +72,31 @@ pub fn init() -> Result<Role> {
     match worker {
         None => Ok(Role::Master(Master::new(policy()?)?)),
         Some((id, number)) => {
-            let channel = sys::fd::adopt_channel(number).map_err(|_| Error::Environment {
-                variable: CHANNEL_FD,
-                value: number.to_string(),
-                expected: "the descriptor of a channel to a master",
-            })?;
-            Ok(Role::Worker(Worker::new(id, inspect_port()?, channel)?))
+            let port = inspect_port()?;
+            Ok(Role::Worker(Worker::new(id, port, channel(id, number)?)?))
         }
+    }
+}
+
+/// Takes over the channel, if it is one: what a master has written there says so.
+fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
+    let mut found = [0; WELCOME_LENGTH];
+    let read = sys::fd::peek(number, &mut found);
+    let found_all = matches!(read, Ok(WELCOME_LENGTH));
+    if found_all && found == welcome(id) {
+        let attempt = "take over the channel to the master";
+        return sys::fd::adopt_channel(number, &mut found).map_err(Error::io(attempt));
+    }
+    match version_of_welcome(found).filter(|version| found_all && *version != VERSION) {
+        Some(version) => Err(Error::Frame {
+            worker: None,
+            source: FrameError::Version(version),
+        }),
+        None => Err(Error::Environment {
+            variable: CHANNEL_FD,
+            value: number.to_string(),
+            expected: "the descriptor of a channel to a master",
+        }),
     }
 }
 

@@ -242,7 +242,8 @@ fn close_range(_first: RawFd, _last: RawFd) -> bool {
 /// The same, as far as numbers go in practice: a process may have a limit in the millions, and each
 /// number is a call to the system.
 fn close_one_by_one(first: RawFd, last: RawFd) {
-    let limit = super::fd::limit().min(MOST_CLOSED);
+    // The limit may have been higher when they were opened.
+    let limit = super::fd::limit().clamp(LEAST_CLOSED, MOST_CLOSED);
     let last = last.min(RawFd::try_from(limit).unwrap_or(RawFd::MAX));
     for number in first..=last {
         // SAFETY: nothing in this child uses it any more.
@@ -251,4 +252,5 @@ fn close_one_by_one(first: RawFd, last: RawFd) {
 }
 
 /// How many descriptors are closed one by one.
+const LEAST_CLOSED: u64 = 4096;
 const MOST_CLOSED: u64 = 65_536;

@@ -1,7 +1,7 @@
 //! Descriptors by number, where they cannot be avoided.
 
 use std::ffi::{CString, OsStr};
-use std::io;
+use std::io::{self, Read as _};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -10,27 +10,27 @@ use std::path::Path;
 
 use super::check;
 
-/// Takes ownership of the descriptor that the master left for this process, if it is a socket.
+/// Looks at what can be read from a socket that is known by its number alone, and leaves it there.
 ///
 /// # Errors
 ///
-/// The number is not an open descriptor, or not that of a stream socket.
-pub(crate) fn adopt_channel(number: RawFd) -> io::Result<UnixStream> {
-    // SAFETY: F_GETFD only reads the flags, whatever the number is.
-    check(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+/// The number is not an open descriptor, or not that of a socket, or nothing can be read.
+pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: at most the buffer's length is written, into it.
+    let read = unsafe { libc::recv(number, buffer.as_mut_ptr().cast(), buffer.len(), flags) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+/// Takes ownership of the descriptor that the master left for this process, and reads the welcome
+/// that `peek` has found there.
+pub(crate) fn adopt_channel(number: RawFd, welcome: &mut [u8]) -> io::Result<UnixStream> {
     // SAFETY: the descriptor is open, and nobody else in this process knows of it: `init` runs
     // once, and has consumed the variable that named it.
-    let fd = unsafe { OwnedFd::from_raw_fd(number) };
-    let stream = UnixStream::from(fd);
-    let outcome = stream.local_addr().and_then(|_| {
-        close_on_exec(number)?;
-        stream.set_nonblocking(true)
-    });
-    if let Err(error) = outcome {
-        // It is somebody else's after all: leave it open.
-        std::mem::forget(stream);
-        return Err(error);
-    }
+    let mut stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
+    close_on_exec(number)?;
+    stream.read_exact(welcome)?;
+    stream.set_nonblocking(true)?;
     Ok(stream)
 }
 

@@ -287,20 +287,21 @@ const ANY_KIND: libc::c_int = libc::__WALL;
 #[cfg(not(target_os = "linux"))]
 const ANY_KIND: libc::c_int = 0;
 
-/// `None` where the kernel cannot.
+/// `None` where the kernel cannot, or a sandbox does not let us.
 #[cfg(target_os = "linux")]
 fn signal_by_fd(process: BorrowedFd<'_>, signal: libc::c_int) -> Option<io::Result<()>> {
     let nothing = std::ptr::null::<libc::siginfo_t>();
     let number = process.as_raw_fd();
     // SAFETY: without information about the signal, the call takes integers.
     let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, nothing, 0) };
-    match sent {
-        0 => Some(Ok(())),
-        _ => {
-            let error = io::Error::last_os_error();
-            (error.raw_os_error() != Some(libc::ENOSYS)).then_some(Err(error))
-        }
+    if sent == 0 {
+        return Some(Ok(()));
     }
+    let error = io::Error::last_os_error();
+    let refused = [libc::ENOSYS, libc::EPERM]
+        .map(Some)
+        .contains(&error.raw_os_error());
+    (!refused).then_some(Err(error))
 }
 
 #[cfg(not(target_os = "linux"))]
