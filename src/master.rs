@@ -34,6 +34,8 @@ const EVENTS_PER_TURN: u32 = 1024;
 /// How often a dead worker's channel is read before its end is told; more than a socket holds,
 /// unless the worker's own children go on writing.
 const LAST_WORDS: u32 = 8;
+/// How often to look whether a worker has ended, where nothing tells.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How many frames of one worker are heard before the others have their turn.
 const FRAMES_PER_TURN: u32 = 32;
 
@@ -770,7 +772,7 @@ impl Master {
             }
             self.settle();
         }
-        if self.reap.take() {
+        if self.reap.take() || self.shell.anyone_ends_unseen() {
             for worker in self.shell.unwatched() {
                 self.process_ready(worker);
                 self.settle();
@@ -801,7 +803,9 @@ impl Master {
         if self.has_news() || self.reap.get() || self.shell.anyone_is_unheard() {
             return Some(Duration::ZERO);
         }
-        self.home.time_left(self.shell.deadline())
+        let looks = self.shell.anyone_ends_unseen().then_some(LOOK_EVERY);
+        let due = self.home.time_left(self.shell.deadline());
+        looks.into_iter().chain(due).min()
     }
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.

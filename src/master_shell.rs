@@ -70,6 +70,8 @@ struct MasterSocket {
 #[derive(Debug)]
 pub(crate) struct MasterShell {
     pub(crate) core: RefCell<Core>,
+    /// Of the process that this is.
+    pid: Pid,
     poller: Poller,
     began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
@@ -91,6 +93,7 @@ impl MasterShell {
     pub(crate) fn new(policy: SchedulingPolicy, poller: Poller, began: Instant) -> Self {
         Self {
             core: RefCell::new(MasterCore::new(policy)),
+            pid: Pid::own(),
             poller,
             began,
             records: RefCell::default(),
@@ -153,7 +156,8 @@ impl MasterShell {
         let process = process.map_err(|error| {
             // Nobody would notice its end.
             let _ = pid.signal(None, Signal::KILL.number());
-            let _ = pid.wait();
+            let nothing: Option<&OwnedFd> = None;
+            let _ = pid.wait(nothing);
             ("watch it", error)
         })?;
         self.core.borrow_mut().forked();
@@ -171,8 +175,13 @@ impl MasterShell {
 
     /// Lets go of everything: the workers leave when their channels close.
     pub(crate) fn close(&self) {
+        // In a process that the host has forked since, it is all somebody else's.
+        let is_own = Pid::own() == self.pid;
         for record in self.records.take().into_values() {
-            record.channel.take();
+            if let Some(mut channel) = record.channel.take().filter(|_| is_own) {
+                // A child of the host's may have copies.
+                channel.shut();
+            }
             record.process.take();
             record.stdio.take();
         }
@@ -583,7 +592,10 @@ impl MasterShell {
         if reaped || record.departure.get().is_some() {
             return;
         }
-        let status = match record.pid.try_wait() {
+        let process = record.process.borrow();
+        let waited = record.pid.try_wait(process.as_deref());
+        drop(process);
+        let status = match waited {
             Ok(None) => return,
             Ok(Some(status)) => status,
             Err(source) => {
@@ -594,6 +606,18 @@ impl MasterShell {
         };
         drop(record.process.take());
         self.decide().exited(worker, status);
+    }
+
+    /// Whether a worker may end without anything to tell it: its channel is closed, only SIGCHLD is
+    /// left, and somebody else has that.
+    pub(crate) fn anyone_ends_unseen(&self) -> bool {
+        let records = self.records.borrow();
+        let mut unseen = records.values().filter(|record| {
+            record.process.borrow().is_none()
+                && record.channel.borrow().is_none()
+                && self.core.borrow().exit_status(record.id).is_none()
+        });
+        unseen.next().is_some() && !sys::signal::is_handled(sys::signal::CHLD)
     }
 
     /// The workers whose end only SIGCHLD tells.

@@ -159,8 +159,9 @@ fn die_with_parent(parent: u32) -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) })?;
     // SAFETY: always callable.
     let now = unsafe { libc::getppid() };
-    // The parent may have died before the request: then no signal comes.
-    if now.unsigned_abs() == parent {
+    // The parent may have died before the request: then no signal comes. One that is in another
+    // namespace has no number here, and has to be believed.
+    if now == 0 || now.unsigned_abs() == parent {
         Ok(())
     } else {
         Err(io::Error::from_raw_os_error(libc::ESRCH))

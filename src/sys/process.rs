@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, OsString};
 use std::io::{self, Read as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
@@ -121,11 +121,14 @@ impl Program {
         let (pid, process) = forked.map_err(forking)?;
 
         drop(child_failure);
+        if process.is_some() {
+            failure.set_nonblocking(true).map_err(forking)?;
+        }
         let mut report = [0; 5];
         match failure.read_exact(&mut report) {
             Err(_) => Ok((pid, process)),
             Ok(()) => {
-                let _ = pid.wait();
+                let _ = pid.wait(process.as_ref());
                 let [step, errno @ ..] = report;
                 let step = STEPS.get(usize::from(step)).unwrap_or(&STEPS[0]);
                 let errno = i32::from_ne_bytes(errno);
@@ -138,7 +141,7 @@ impl Program {
 /// Makes the child, which does not return from here.
 fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
     #[cfg(target_os = "linux")]
-    match clone_quietly(child) {
+    match clone_and_wait(child) {
         // No such call, or a sandbox that does not know it, or not these flags.
         Err(error)
             if matches!(
@@ -157,10 +160,12 @@ fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
     }
 }
 
-/// Forks a child whose end raises no signal. So it is nobody's business but ours: the host's own
-/// `waitpid(-1)` does not see it, and its exit status is kept even if the host ignores SIGCHLD.
+/// Forks and waits until the child has executed its program, or failed to. What it has to report is
+/// there then: nobody waits for the end of the pipe, a copy of which another child of the host's may
+/// hold for ever. And the descriptor of the process is there from the beginning: if the host ignores
+/// SIGCHLD, the number of a child that ends at once may be somebody else's soon.
 #[cfg(target_os = "linux")]
-fn clone_quietly(child: &Child<'_>) -> io::Result<(Pid, OwnedFd)> {
+fn clone_and_wait(child: &Child<'_>) -> io::Result<(Pid, OwnedFd)> {
     /// What the call takes, in its first version. `libc` has it for some architectures only.
     #[repr(C)]
     #[derive(Default)]
@@ -175,9 +180,11 @@ fn clone_quietly(child: &Child<'_>) -> io::Result<(Pid, OwnedFd)> {
         tls: u64,
     }
     let mut process: RawFd = -1;
+    let flags = libc::CLONE_PIDFD | libc::CLONE_VFORK;
     let arguments = Arguments {
-        flags: u64::from(libc::CLONE_PIDFD.unsigned_abs()),
+        flags: u64::from(flags.unsigned_abs()),
         pidfd: (&raw mut process).expose_provenance() as u64,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
         ..Arguments::default()
     };
     let size = size_of::<Arguments>();
@@ -230,9 +237,9 @@ impl Pid {
     ///
     /// # Errors
     ///
-    /// Somebody else has waited for it.
-    pub(crate) fn try_wait(self) -> io::Result<Option<ExitStatus>> {
-        retry(|| self.wait_with(libc::WNOHANG))
+    /// Somebody else has waited for it, and the kernel does not say what it heard.
+    pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<ExitStatus>> {
+        self.wait_with(libc::WNOHANG, process)
     }
 
     /// Waits for the child to end.
@@ -240,15 +247,29 @@ impl Pid {
     /// # Errors
     ///
     /// Somebody else has waited for it.
-    pub(crate) fn wait(self) -> io::Result<Option<ExitStatus>> {
-        retry(|| self.wait_with(0))
+    pub(crate) fn wait(self, process: Option<&impl AsFd>) -> io::Result<Option<ExitStatus>> {
+        self.wait_with(0, process)
     }
 
-    fn wait_with(self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+    fn wait_with(
+        self,
+        options: libc::c_int,
+        process: Option<&impl AsFd>,
+    ) -> io::Result<Option<ExitStatus>> {
         let mut status = 0;
-        // SAFETY: the status is writable. Only this one child is waited for.
-        let pid = check(unsafe { libc::waitpid(self.0, &raw mut status, options | ANY_KIND) })?;
-        Ok((pid != 0).then(|| ExitStatus::from_raw(status)))
+        let waited = retry(|| {
+            // SAFETY: the status is writable. Only this one child is waited for.
+            check(unsafe { libc::waitpid(self.0, &raw mut status, options) })
+        });
+        match waited {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(Some(ExitStatus::from_raw(status))),
+            // The host waits for whatever child ends, or lets the kernel do it.
+            Err(error) => match process.and_then(|process| status_by_fd(process.as_fd())) {
+                Some(status) => Ok(Some(status)),
+                None => Err(error),
+            },
+        }
     }
 
     /// Sends a signal: by the descriptor of the process, if there is one. The caller has not reaped
@@ -281,11 +302,41 @@ impl Pid {
     }
 }
 
-/// Children whose end raises no signal are a kind of their own.
+/// How a process ended for which somebody else has waited: Linux 6.15 and newer know it.
 #[cfg(target_os = "linux")]
-const ANY_KIND: libc::c_int = libc::__WALL;
+fn status_by_fd(process: BorrowedFd<'_>) -> Option<ExitStatus> {
+    /// What the call fills in, in its first version.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Information {
+        mask: u64,
+        control_group: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    /// `_IOWR(0xff, 11, Information)`, as on most architectures; on others it is no valid number.
+    const GET_INFORMATION: u32 = 0xc040_ff0b;
+    const EXIT: u64 = 1 << 3;
+    let mut information = Information {
+        mask: EXIT,
+        ..Information::default()
+    };
+    // SAFETY: the structure is writable, and its size is part of the number.
+    let got = unsafe {
+        libc::ioctl(
+            process.as_raw_fd(),
+            GET_INFORMATION as _,
+            &raw mut information,
+        )
+    };
+    let is_known = got == 0 && information.mask & EXIT != 0;
+    is_known.then(|| ExitStatus::from_raw(information.exit_code))
+}
+
 #[cfg(not(target_os = "linux"))]
-const ANY_KIND: libc::c_int = 0;
+fn status_by_fd(_process: BorrowedFd<'_>) -> Option<ExitStatus> {
+    None
+}
 
 /// `None` where the kernel cannot, or a sandbox does not let us.
 #[cfg(target_os = "linux")]

@@ -173,7 +173,14 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<Installed> {
     }
     let mut action = empty_action();
     action.sa_sigaction = ours();
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    if is_function {
+        // It runs inside ours, and as it is used to.
+        action.sa_mask = previous.sa_mask;
+        action.sa_flags |= previous.sa_flags & (libc::SA_RESTART | libc::SA_NODEFER);
+    } else {
+        action.sa_flags |= libc::SA_RESTART;
+    }
     // SAFETY: the handler makes only async-signal-safe calls.
     check(unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) })?;
     let previous = Action(previous);
@@ -182,11 +189,8 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<Installed> {
 
 impl Drop for Installed {
     fn drop(&mut self) {
-        let mut current = empty_action();
-        // SAFETY: without a new action the call only reads the old one.
-        let read = unsafe { libc::sigaction(self.signal, std::ptr::null(), &raw mut current) };
         // Whoever put a handler over ours keeps it.
-        if read == 0 && current.sa_sigaction == ours() {
+        if is_handled(self.signal) {
             // SAFETY: this is the action that was in force before ours.
             unsafe {
                 libc::sigaction(
@@ -199,16 +203,16 @@ impl Drop for Installed {
     }
 }
 
+/// Whether our handler is in place.
+pub(crate) fn is_handled(signal: libc::c_int) -> bool {
+    let mut current = empty_action();
+    // SAFETY: without a new action the call only reads the old one.
+    let read = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) };
+    read == 0 && current.sa_sigaction == ours()
+}
+
 #[cfg(test)]
 pub(crate) fn raise(signal: libc::c_int) {
     // SAFETY: raise takes an integer.
     unsafe { libc::raise(signal) };
-}
-
-#[cfg(test)]
-pub(crate) fn is_handled(signal: libc::c_int) -> bool {
-    let mut current = empty_action();
-    // SAFETY: without a new action the call only reads the old one.
-    unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) };
-    current.sa_sigaction == ours()
 }
