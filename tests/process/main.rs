@@ -10,14 +10,18 @@
 )]
 
 mod conformance;
+mod deadlines;
 mod edges;
 mod examples;
 mod faults;
 mod harness;
+mod host;
 mod leave;
 mod life;
 mod listen;
 mod messages;
+mod orphans;
+mod privileges;
 mod round_robin;
 mod running;
 
@@ -35,6 +39,10 @@ fn main() -> ExitCode {
         faults::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
+        deadlines::SCENARIOS,
+        orphans::SCENARIOS,
+        host::SCENARIOS,
+        privileges::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let mut scenarios = scenarios.chain(conformance::scenarios());

@@ -1,0 +1,2 @@
+//! soon
+crate::scenarios! {}
