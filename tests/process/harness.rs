@@ -58,6 +58,12 @@ pub const PID_NAMESPACE: Need = Need {
     is_met: has_pid_namespaces,
 };
 
+/// The kernel tells how a process ended whom somebody else has waited for.
+pub const EXITS_OF_THE_REAPED: Need = Need {
+    name: "Linux 6.15",
+    is_met: tells_exits_of_the_reaped,
+};
+
 /// A table of scenarios from the functions of that name, with what they need.
 #[macro_export]
 macro_rules! scenarios {
@@ -98,6 +104,14 @@ fn has_pid_namespaces() -> bool {
         command.pre_exec(enter)
     };
     command.status().is_ok_and(|status| status.success())
+}
+
+fn tells_exits_of_the_reaped() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split('.')
+        .map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(15))
 }
 
 /// A user and group that own nothing.
