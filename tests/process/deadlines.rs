@@ -208,7 +208,7 @@ fn stop_all_kinds(
 ) {
     let (log, times) = (Log::default(), Times::default());
     let (entries, exits) = (log.clone(), times.clone());
-    let began = Rc::new(Cell::new(None));
+    let began = Began::default();
     let at = Rc::clone(&began);
     let called = Rc::new(Cell::new(false));
     let call = Rc::clone(&called);
@@ -284,7 +284,7 @@ fn stopped_by(
 ) -> (Vec<String>, Times, Instant) {
     let (log, times) = (Log::default(), Times::default());
     let (entries, exits) = (log.clone(), times.clone());
-    let began = Rc::new(Cell::new(None));
+    let began = Began::default();
     let at = Rc::clone(&began);
     cluster(
         |master| {
@@ -298,6 +298,25 @@ fn stopped_by(
         work,
     );
     (entries.take(), exits, began.get().unwrap())
+}
+
+/// A time that is known when the workers are at work.
+type Began = Rc<Cell<Option<Instant>>>;
+
+/// Gives a deadline to the workers that are there when so many have exited: those had to end by
+/// themselves.
+fn stop_the_rest_after(master: &Master, exits: usize, deadline: Duration, began: &Began) {
+    let mut count = 0;
+    let began = Rc::clone(began);
+    master.on_exit(move |master, _, _| {
+        count += 1;
+        if count == exits {
+            assert!(!master.workers().is_empty());
+            assert!(master.workers().iter().all(|worker| !worker.is_dead()));
+            began.set(Some(Instant::now()));
+            master.disconnect_within(deadline, |_| {});
+        }
+    });
 }
 
 #[track_caller]
@@ -342,33 +361,37 @@ fn of_several_deadlines_the_first_counts() {
 }
 
 fn a_worker_is_ended_by_the_first_of_its_own_deadline_and_that_of_all() {
+    let rest = Began::default();
+    let at = Rc::clone(&rest);
     let parts = &["looping", "looping", "looping"];
-    let (entries, exits, began) = stopped_by(parts, |master, workers| {
+    let (entries, exits, began) = stopped_by(parts, move |master, workers| {
+        master.disconnect_within(LATE, |_| {});
         workers[0].disconnect_within(SOON);
         workers[1].disconnect_within(LATE);
-        master.disconnect_within(SOON * 2, |_| {});
-        master.disconnect_within(LATE, |_| {});
+        stop_the_rest_after(master, 1, SOON, &at);
     });
     assert_ends(&entries, &[KILLED; 3]);
     assert_at(began + SOON, exits.of(1));
-    assert!(exits.of(1) < exits.of(2));
-    assert_at(began + SOON * 2, exits.of(2));
-    assert_at(began + SOON * 2, exits.of(3));
+    let deadline = rest.get().unwrap() + SOON;
+    (2..=3).for_each(|worker| assert_at(deadline, exits.of(worker)));
 }
 
 fn a_deadline_of_nothing_kills_at_once() {
+    let rest = Began::default();
+    let at = Rc::clone(&rest);
     let parts = &["looping", "stopped", "holding", "looping"];
-    let (entries, exits, began) = stopped_by(parts, |master, workers| {
+    let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         for worker in &workers[..2] {
             worker
                 .disconnect_within(LATE)
                 .disconnect_within(Duration::ZERO);
             assert!(!worker.is_dead(), "never inside the call");
         }
-        master.disconnect_within(Duration::ZERO, |_| {});
+        stop_the_rest_after(master, 2, Duration::ZERO, &at);
     });
     assert_ends(&entries, &[KILLED; 4]);
-    (1..=4).for_each(|worker| assert_at(began, exits.of(worker)));
+    (1..=2).for_each(|worker| assert_at(began, exits.of(worker)));
+    (3..=4).for_each(|worker| assert_at(rest.get().unwrap(), exits.of(worker)));
 }
 
 /// It has left as far as the cluster is concerned, and its process has not.
@@ -389,7 +412,7 @@ fn a_worker_without_channel_that_does_not_exit_is_killed() {
                 gone += 1;
                 if gone == 2 {
                     mute.disconnect_within(Duration::from_millis(10));
-                    master.disconnect_within(Duration::from_millis(10), |_| {});
+                    stop_the_rest_after(master, 1, Duration::from_millis(10), &Began::default());
                 }
             });
         },
@@ -402,34 +425,43 @@ fn a_worker_without_channel_that_does_not_exit_is_killed() {
 }
 
 fn a_deadline_after_a_disconnect_is_kept() {
+    let rest = Began::default();
+    let at = Rc::clone(&rest);
     let parts = &["holding", "looping"];
-    let (entries, exits, began) = stopped_by(parts, |master, workers| {
+    let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         master.disconnect(|_| {});
         workers[0].disconnect().disconnect_within(SOON);
-        master.disconnect_within(SOON * 2, |_| {});
+        stop_the_rest_after(master, 1, SOON, &at);
     });
     assert_ends(&entries, &[KILLED; 2]);
     assert_at(began + SOON, exits.of(1));
-    assert_at(began + SOON * 2, exits.of(2));
+    assert_at(rest.get().unwrap() + SOON, exits.of(2));
 }
 
 /// The callback that calls it has taken longer than the deadline.
 fn a_deadline_counts_from_the_call() {
-    let called = Rc::new(Cell::new(None));
-    let at = Rc::clone(&called);
+    let (own, all) = (Began::default(), Began::default());
+    let (at, at_rest) = (Rc::clone(&own), Rc::clone(&all));
     let parts = &["looping", "looping"];
     let (entries, exits, _) = stopped_by(parts, move |master, workers| {
-        let busy = Instant::now();
-        while busy.elapsed() < SOON * 2 {
-            std::hint::spin_loop();
-        }
+        // The callback that gives the other one its deadline, too.
+        master.on_exit(|_, _, _| be_busy());
+        stop_the_rest_after(master, 1, SOON, &at_rest);
+        be_busy();
         at.set(Some(Instant::now()));
         workers[0].disconnect_within(SOON);
-        master.disconnect_within(SOON, |_| {});
     });
     assert_ends(&entries, &[KILLED; 2]);
-    let deadline = called.get().unwrap() + SOON;
-    (1..=2).for_each(|worker| assert_at(deadline, exits.of(worker)));
+    assert_at(own.get().unwrap() + SOON, exits.of(1));
+    assert_at(all.get().unwrap() + SOON, exits.of(2));
+}
+
+/// For longer than the deadlines here are.
+fn be_busy() {
+    let began = Instant::now();
+    while began.elapsed() < SOON * 2 {
+        std::hint::spin_loop();
+    }
 }
 
 fn a_deadline_for_the_dead_is_harmless() {
@@ -470,25 +502,28 @@ fn a_deadline_for_the_dead_is_harmless() {
 /// `kill` disconnects first, and its signal waits for that; one worker takes no notice of the signal
 /// either.
 fn a_deadline_ends_a_worker_whose_signal_is_pending() {
+    let rest = Began::default();
+    let at = Rc::clone(&rest);
     let parts = &["looping", "holding", "deaf", "deaf"];
-    let (entries, exits, began) = stopped_by(parts, |master, workers| {
+    let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         for worker in &workers[..3] {
             worker.kill(Signal::TERM);
             worker.disconnect_within(SOON);
         }
         workers[3].process().kill(Signal::TERM);
-        master.disconnect_within(SOON, |_| {});
+        stop_the_rest_after(master, 3, SOON, &at);
     });
     assert_ends(&entries, &[KILLED; 4]);
-    (1..=4).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
+    (1..=3).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
+    assert_at(rest.get().unwrap() + SOON, exits.of(4));
 }
 
 /// A program that never calls `init`.
 fn a_deadline_ends_a_worker_that_has_not_begun() {
     let (log, times) = (Log::default(), Times::default());
     let (entries, exits) = (log.clone(), times.clone());
-    let began = Rc::new(Cell::new(None));
-    let at = Rc::clone(&began);
+    let (began, rest) = (Began::default(), Began::default());
+    let (at, began_later) = (Rc::clone(&began), Rc::clone(&rest));
     cluster(
         |master| {
             note_events(master, &log);
@@ -497,14 +532,14 @@ fn a_deadline_ends_a_worker_that_has_not_begun() {
             let workers = [(); 2].map(|()| master.fork().unwrap());
             at.set(Some(Instant::now()));
             workers[0].disconnect_within(SOON);
-            master.disconnect_within(SOON, |_| {});
+            stop_the_rest_after(master, 1, SOON, &began_later);
         },
         |_| unreachable!("it sleeps"),
     );
     let entries = entries.take();
     assert_ends(&entries, &[KILLED; 2]);
-    let deadline = began.get().unwrap() + SOON;
-    (1..=2).for_each(|worker| assert_at(deadline, exits.of(worker)));
+    assert_at(began.get().unwrap() + SOON, exits.of(1));
+    assert_at(rest.get().unwrap() + SOON, exits.of(2));
 }
 
 fn a_deadline_is_for_those_forked_meanwhile_too() {

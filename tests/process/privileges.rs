@@ -278,7 +278,7 @@ fn had_by_number(worker: &Worker) -> String {
 fn open_all_kinds(worker: &Worker) {
     let home = tempfile::tempdir().unwrap();
     let tcp = worker.listen("127.0.0.1:0").unwrap();
-    let unix = worker.listen(&home.path().join("own")).unwrap();
+    let unix = worker.listen(home.path().join("own").as_path()).unwrap();
     let udp = worker.bind("127.0.0.1:0").unwrap();
     tcp.on_connection(|_, _| {});
     unix.on_connection(|_, _| {});
