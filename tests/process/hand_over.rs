@@ -15,7 +15,7 @@ use cluster::{Master, Worker, WorkerProcess};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Scenario, answer, cluster, in_background, is_alive, rounds, talk, with_env};
+use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
 
 /// The faults of `src/fault.rs`.
 const FAULT: &str = "CLUSTER_FAULT";
@@ -29,47 +29,53 @@ const BY_CALLBACK: &str = "BY_CALLBACK";
 /// How many clients come until the fault must have happened.
 const MOST_CLIENTS: u32 = 12;
 
-pub const SCENARIOS: &[Scenario] = if cfg!(debug_assertions) { ALL } else { &[] };
-pub const IGNORED: &[Scenario] = if cfg!(debug_assertions) { &[] } else { ALL };
+crate::scenarios! {
+    hand_over_survives_a_fault_before_writing: FAULT_POINTS
+    hand_over_survives_a_fault_after_writing: FAULT_POINTS
+    hand_over_survives_a_fault_after_receiving: FAULT_POINTS
+    hand_over_survives_a_fault_after_decoding: FAULT_POINTS
+    hand_over_survives_a_fault_after_taking: FAULT_POINTS
+    hand_over_survives_a_death_before_giving: FAULT_POINTS
+    hand_over_survives_a_death_after_giving: FAULT_POINTS
+    hand_over_survives_a_death_before_hearing: FAULT_POINTS
+    hand_over_survives_a_death_after_hearing: FAULT_POINTS
+}
 
-const ALL: &[Scenario] = &[
-    Scenario {
-        name: "hand_over_survives_a_fault_before_writing",
-        play: || worker_fails("worker.writes", WRITES, Lost::Nobody),
-    },
-    Scenario {
-        name: "hand_over_survives_a_fault_after_writing",
-        play: || worker_fails("worker.has_written", WRITES, Lost::WhoWasTaken),
-    },
-    Scenario {
-        name: "hand_over_survives_a_fault_after_receiving",
-        play: || worker_fails("worker.has_received", OTHERS, Lost::Nobody),
-    },
-    Scenario {
-        name: "hand_over_survives_a_fault_after_decoding",
-        play: || worker_fails("worker.has_decoded", OTHERS, Lost::Nobody),
-    },
-    Scenario {
-        name: "hand_over_survives_a_fault_after_taking",
-        play: || worker_fails("worker.has_taken", OTHERS, Lost::WhoWasTaken),
-    },
-    Scenario {
-        name: "hand_over_survives_a_death_before_giving",
-        play: || master_sees_deaths("master.gives"),
-    },
-    Scenario {
-        name: "hand_over_survives_a_death_after_giving",
-        play: || master_sees_deaths("master.has_written"),
-    },
-    Scenario {
-        name: "hand_over_survives_a_death_before_hearing",
-        play: || master_sees_deaths("master.has_decoded"),
-    },
-    Scenario {
-        name: "hand_over_survives_a_death_after_hearing",
-        play: || master_sees_deaths("master.has_heard"),
-    },
-];
+fn hand_over_survives_a_fault_before_writing() {
+    worker_fails("worker.writes", WRITES, Lost::Nobody);
+}
+
+fn hand_over_survives_a_fault_after_writing() {
+    worker_fails("worker.has_written", WRITES, Lost::WhoWasTaken);
+}
+
+fn hand_over_survives_a_fault_after_receiving() {
+    worker_fails("worker.has_received", OTHERS, Lost::Nobody);
+}
+
+fn hand_over_survives_a_fault_after_decoding() {
+    worker_fails("worker.has_decoded", OTHERS, Lost::Nobody);
+}
+
+fn hand_over_survives_a_fault_after_taking() {
+    worker_fails("worker.has_taken", OTHERS, Lost::WhoWasTaken);
+}
+
+fn hand_over_survives_a_death_before_giving() {
+    master_sees_deaths("master.gives");
+}
+
+fn hand_over_survives_a_death_after_giving() {
+    master_sees_deaths("master.has_written");
+}
+
+fn hand_over_survives_a_death_before_hearing() {
+    master_sees_deaths("master.has_decoded");
+}
+
+fn hand_over_survives_a_death_after_hearing() {
+    master_sees_deaths("master.has_heard");
+}
 
 /// Who may get no answer.
 #[derive(Clone, Copy)]

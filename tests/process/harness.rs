@@ -21,9 +21,11 @@ use cluster::{
     Error, Interest, ListenOptions, Listener, Master, Role, SchedulingPolicy, Worker, WorkerProcess,
 };
 use libtest_mimic::{Failed, Trial};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use wait_timeout::ChildExt as _;
 
 /// Names the scenario to a process that is to play it.
@@ -43,21 +45,101 @@ const GRACE: Duration = Duration::from_secs(1);
 pub struct Scenario {
     pub name: &'static str,
     pub play: fn(),
+    /// What not every machine has.
+    pub need: Option<&'static Need>,
 }
 
-/// A table of scenarios from the functions of that name.
+/// What a scenario needs: where it is missing, the scenario counts as ignored.
+pub struct Need {
+    name: &'static str,
+    is_met: fn() -> bool,
+}
+
+pub const ROOT: Need = Need {
+    name: "root",
+    is_met: is_root,
+};
+pub const PID_NAMESPACE: Need = Need {
+    name: "PID namespace",
+    is_met: has_pid_namespaces,
+};
+
+/// The library fails where tests want it to.
+pub const FAULT_POINTS: Need = Need {
+    name: "debug assertions",
+    is_met: || cfg!(debug_assertions),
+};
+/// The kernel tells how a process ended whom somebody else has waited for.
+pub const EXITS_OF_THE_REAPED: Need = Need {
+    name: "Linux 6.15",
+    is_met: tells_exits_of_the_reaped,
+};
+
+/// A table of scenarios from the functions of that name, with what they need.
 #[macro_export]
 macro_rules! scenarios {
-    ($($name:ident)*) => {
+    ($($name:ident $(: $need:ident)?)*) => {
         pub const SCENARIOS: &[$crate::harness::Scenario] = &[
-            $($crate::harness::Scenario { name: stringify!($name), play: $name },)*
+            $($crate::harness::Scenario {
+                name: stringify!($name),
+                play: $name,
+                need: $crate::scenarios!(@need $($need)?),
+            },)*
         ];
     };
+    (@need) => { None };
+    (@need $need:ident) => { Some(&$crate::harness::$need) };
 }
 
 /// A test that plays a scenario.
 pub fn trial(scenario: &'static Scenario) -> Trial {
-    Trial::test(scenario.name, || run(scenario.name))
+    let test = Trial::test(scenario.name, || run(scenario.name));
+    match scenario.need {
+        Some(need) => test
+            .with_kind(format!("needs {}", need.name))
+            .with_ignored_flag(!(need.is_met)()),
+        None => test,
+    }
+}
+
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+fn has_pid_namespaces() -> bool {
+    let mut command = Command::new("true");
+    let enter = || unshare(CloneFlags::CLONE_NEWPID).map_err(std::io::Error::from);
+    #[allow(unsafe_code)]
+    // SAFETY: one system call, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(enter)
+    };
+    command.status().is_ok_and(|status| status.success())
+}
+
+fn tells_exits_of_the_reaped() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split('.')
+        .map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(15))
+}
+
+/// A user and group that own nothing.
+pub const NOBODY: u32 = 65534;
+
+/// This program by a way that every user may go, wherever it is.
+pub const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// From now on this process, and what it starts, finds these calls fail.
+pub fn refuse_calls(calls: &[nix::libc::c_long], errno: i32) {
+    let filter = SeccompFilter::new(
+        calls.iter().map(|call| (*call, Vec::new())).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
 }
 
 fn run(name: &str) -> Result<(), Failed> {

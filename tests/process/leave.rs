@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, is_alive, reserve_port, rest, serve_id, stop, talk, wait_until,
+    Log, cluster, in_background, reserve_port, rest, serve_id, stop, talk, wait_until,
     when_listening,
 };
 
@@ -34,7 +34,6 @@ crate::scenarios! {
     a_listener_that_was_asked_for_too_late_is_not_left_behind
     last_words_after_the_last_connection
     last_words_of_a_worker_whose_callbacks_own_its_listener
-    orphans_leave_within_a_second
 }
 
 /// Forks one worker that leaves in some way, and notes the flag at both events and the status.
@@ -609,91 +608,4 @@ fn backlog(address: SocketAddr) -> u64 {
     let queues = queues.unwrap();
     let (_, received) = queues.split_once(':').unwrap();
     u64::from_str_radix(received, 16).unwrap()
-}
-
-/// The master of the orphans is a child of this one, and is killed.
-fn orphans_leave_within_a_second() {
-    const PLAY: &str = "ORPHANS";
-    if std::env::var_os(PLAY).is_none() {
-        for how in ["kill", "exit"] {
-            let mut master = std::process::Command::new(std::env::current_exe().unwrap())
-                .env(PLAY, how)
-                .stdout(std::process::Stdio::piped())
-                .spawn()
-                .unwrap();
-            let mut lines = String::new();
-            let mut stdout = master.stdout.take().unwrap();
-            let mut piece = [0; 256];
-            let (pids, address) = loop {
-                let length = stdout.read(&mut piece).unwrap();
-                assert_ne!(length, 0, "{lines}");
-                lines.push_str(std::str::from_utf8(&piece[..length]).unwrap());
-                if let Some((pids, address)) = lines.trim_end().split_once(" at ") {
-                    let pids = pids.split(' ').map(|pid| pid.parse::<u32>().unwrap());
-                    break (pids.collect::<Vec<_>>(), address.parse().unwrap());
-                }
-            };
-            // One of the three is in an endless loop by now, and one serves.
-            wait_until("an answer", || {
-                talk(address, b"").ok().filter(|text| !text.is_empty())
-            });
-            assert!(pids.iter().all(|pid| is_alive(*pid)));
-            let began = Instant::now();
-            let signal = match how {
-                "kill" => nix::sys::signal::SIGKILL,
-                _ => nix::sys::signal::SIGTERM,
-            };
-            let pid = i32::try_from(master.id()).unwrap();
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
-            master.wait().unwrap();
-            wait_until("their end", || {
-                pids.iter().all(|pid| !is_alive(*pid)).then_some(())
-            });
-            assert!(began.elapsed() < Duration::from_secs(1));
-            TcpStream::connect(address).unwrap_err();
-        }
-        return;
-    }
-    match cluster::init().unwrap() {
-        cluster::Role::Master(master) => {
-            let pids = Rc::new(std::cell::RefCell::new(Vec::new()));
-            let address = Rc::new(std::cell::RefCell::new(String::new()));
-            let heard = Rc::clone(&address);
-            master.on_listening(move |_, _, at| heard.replace(at.to_string()).clear());
-            master.on_message(move |_, worker, _| {
-                pids.borrow_mut().push(worker.process().id().to_string());
-                if pids.borrow().len() == 3 {
-                    println!("{} at {}", pids.borrow().join(" "), address.borrow());
-                }
-            });
-            for kind in ["idle", "busy", "looping"] {
-                master.fork_with([("KIND", kind)]).unwrap();
-            }
-            let exit = |_: &cluster::Master, _| std::process::exit(0);
-            master.on_signal(Signal::TERM, exit).unwrap();
-            master.run().unwrap();
-        }
-        cluster::Role::Worker(worker) => {
-            let ready = || worker.send(b"ready").unwrap();
-            match std::env::var("KIND").unwrap().as_str() {
-                "idle" => {
-                    ready();
-                    worker.run().unwrap();
-                }
-                "busy" => {
-                    let listener = worker.listen("127.0.0.1:0").unwrap();
-                    ready();
-                    for connection in listener.incoming() {
-                        connection.unwrap().write_all(b"served").unwrap();
-                    }
-                }
-                _ => {
-                    ready();
-                    loop {
-                        std::hint::spin_loop();
-                    }
-                }
-            }
-        }
-    }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use cluster::{AddressType, Error, Master, Settings, Signal, WorkerState};
 
-use crate::harness::{Log, SIGNALS, cluster, is_alive};
+use crate::harness::{Log, SIGNALS, cluster, is_alive, refuse_calls};
 
 crate::scenarios! {
     events_come_once_and_in_order
@@ -19,7 +19,6 @@ crate::scenarios! {
     setup_comes_with_each_fork
     missing_program_is_an_error_of_fork
     identity_is_consumed
-    strangers_with_our_variables_get_an_error
     unknown_policy_is_an_error
     policy_is_frozen_by_the_first_fork
     children_start_with_default_signals
@@ -267,42 +266,6 @@ fn identity_is_consumed() {
     assert_eq!(entries.take(), ["[]"], "a worker's child is no worker");
 }
 
-fn strangers_with_our_variables_get_an_error() {
-    const PLAY: &str = "STRANGER";
-    if std::env::var_os(PLAY).is_some() {
-        let error = cluster::init().unwrap_err();
-        assert!(matches!(error, Error::Environment { .. }), "{error}");
-        println!("{error}");
-        // What it named is still open: it was not ours to close.
-        assert!(nix::fcntl::fcntl(std::io::stderr(), nix::fcntl::F_GETFD).is_ok());
-        return;
-    }
-    let cases = [
-        (Some("1"), None, "CLUSTER_CHANNEL_FD is \"\""),
-        (None, Some("3"), "CLUSTER_UNIQUE_ID is \"\""),
-        (Some("one"), Some("3"), "CLUSTER_UNIQUE_ID is \"one\""),
-        (Some("1"), Some("999"), "CLUSTER_CHANNEL_FD is \"999\""),
-        (
-            Some("1"),
-            Some("99999999999"),
-            "CLUSTER_CHANNEL_FD is \"99999999999\"",
-        ),
-        (Some("1"), Some("2"), "CLUSTER_CHANNEL_FD is \"2\""),
-    ];
-    for (id, fd, expected) in cases {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.env(PLAY, "1");
-        command.envs(id.map(|id| ("CLUSTER_UNIQUE_ID", id)));
-        command.envs(fd.map(|fd| ("CLUSTER_CHANNEL_FD", fd)));
-        let output = command.output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.status.success() && text.contains(expected),
-            "{output:?}"
-        );
-    }
-}
-
 fn unknown_policy_is_an_error() {
     const PLAY: &str = "POLICY_TEST";
     if std::env::var_os(PLAY).is_some() {
@@ -425,16 +388,8 @@ fn callbacks_may_change_anything() {
 
 /// As on a kernel that has no `pidfd_open`.
 fn without_process_descriptors_ends_are_noticed_too() {
-    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
-
     let calls = [nix::libc::SYS_clone3, nix::libc::SYS_pidfd_open];
-    let filter = SeccompFilter::new(
-        BTreeMap::from(calls.map(|call| (call, Vec::new()))),
-        SeccompAction::Allow,
-        SeccompAction::Errno(nix::libc::ENOSYS.unsigned_abs()),
-        std::env::consts::ARCH.try_into().unwrap(),
-    );
-    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+    refuse_calls(&calls, nix::libc::ENOSYS);
     SIGNALS.store(true, Ordering::SeqCst);
     let log = Log::default();
     let entries = log.clone();

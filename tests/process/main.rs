@@ -10,15 +10,19 @@
 )]
 
 mod conformance;
+mod deadlines;
 mod edges;
 mod examples;
 mod faults;
 mod hand_over;
 mod harness;
+mod host;
 mod leave;
 mod life;
 mod listen;
 mod messages;
+mod orphans;
+mod privileges;
 mod round_robin;
 mod running;
 
@@ -37,6 +41,10 @@ fn main() -> ExitCode {
         running::SCENARIOS,
         edges::SCENARIOS,
         hand_over::SCENARIOS,
+        deadlines::SCENARIOS,
+        orphans::SCENARIOS,
+        host::SCENARIOS,
+        privileges::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let mut scenarios = scenarios.chain(conformance::scenarios());
@@ -49,8 +57,6 @@ fn main() -> ExitCode {
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let mut trials: Vec<_> = scenarios.map(harness::trial).collect();
     trials.extend(examples::trials());
-    let unarmed = hand_over::IGNORED.iter().map(harness::trial);
-    trials.extend(unarmed.map(|trial| trial.with_ignored_flag(true)));
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,

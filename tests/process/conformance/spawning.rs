@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::Command;
@@ -11,7 +10,9 @@ use std::rc::Rc;
 
 use cluster::{InspectPort, Interest, Master, Role, Settings, Stdio, Worker};
 
-use crate::harness::{Log, cluster, is_alive, note_events, note_messages, wait_until};
+use crate::harness::{
+    Log, NOBODY, OWN_PROGRAM, cluster, is_alive, is_root, note_events, note_messages, wait_until,
+};
 
 crate::scenarios! {
     cwd
@@ -364,15 +365,6 @@ fn silent_workers_speak_to_the_master() {
     let expected = ["1 standard output after input\n", "2 error output\n"];
     assert_eq!(entries, expected);
 }
-
-const NOBODY: u32 = 65534;
-
-fn is_root() -> bool {
-    std::fs::metadata("/proc/self").unwrap().uid() == 0
-}
-
-/// This program by a way that every user may go, wherever it is.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Whose settings the system does not allow gets no worker.
 fn refused(settings: Settings) {

@@ -1,0 +1,945 @@
+//! The program that the master lives in: its children, signal handlers and descriptors are its own.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, ChildStdout, Command};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use cluster::{Master, Role, Settings, Signal, Stdio, WorkerProcess};
+use nix::libc;
+use nix::sys::signal::{
+    SaFlags, SigAction, SigHandler, SigSet, Signal as Number, raise, sigaction,
+};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::{ForkResult, Pid, pause};
+
+use crate::harness::{
+    Log, SIGNALS, cluster, for_both_policies, note_events, note_messages, of, refuse_calls,
+    run_until_killed, wait_for_state, wait_until, with_env,
+};
+
+crate::scenarios! {
+    children_of_the_host_are_the_hosts
+    a_host_that_waits_for_everybody_gets_its_own: EXITS_OF_THE_REAPED
+    handlers_of_the_host_run_and_come_back
+    handlers_of_the_host_come_back_on_old_kernels
+    handlers_of_the_host_run_with_their_masks
+    a_handler_installed_later_stays
+    a_handler_installed_later_hides_no_end_on_old_kernels
+    ends_are_told_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
+    a_number_that_somebody_else_has_got_is_not_signalled: PID_NAMESPACE
+    nothing_passes_between_workers_and_children_of_busy_threads
+    a_child_that_the_host_keeps_holds_up_no_fork
+    a_child_that_the_host_keeps_holds_no_worker
+    a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master
+    a_worker_has_what_it_was_given_and_nothing_else
+    a_worker_has_nothing_else_on_old_kernels
+    the_first_process_of_a_namespace_is_a_master: PID_NAMESPACE
+    the_first_process_of_a_namespace_takes_its_workers_with_it: PID_NAMESPACE
+}
+
+/// As on a kernel that knows processes by their numbers alone.
+fn without_process_descriptors() {
+    let calls = [libc::SYS_clone3, libc::SYS_pidfd_open];
+    refuse_calls(&calls, libc::ENOSYS);
+    SIGNALS.store(true, Ordering::SeqCst);
+}
+
+/// A child of the host's that ends with this code.
+fn child(code: i32) -> Child {
+    let exit = format!("exit {code}");
+    Command::new("sh").args(["-c", &exit]).spawn().unwrap()
+}
+
+/// A worker ends with the code that its environment says.
+fn end_as_told() -> ! {
+    std::process::exit(std::env::var("CODE").unwrap().parse().unwrap())
+}
+
+fn fork_to_end_with(master: &Master, code: i32) {
+    master.fork_with([("CODE", code.to_string())]).unwrap();
+}
+
+fn panic_on_errors(master: &Master) {
+    master.on_error(|_, _, error| panic!("{error}"));
+}
+
+fn children_of_the_host_are_the_hosts() {
+    let log = Log::default();
+    let entries = log.clone();
+    let children = Rc::new(RefCell::new(Vec::new()));
+    let of_the_host = Rc::clone(&children);
+    let early = child(11);
+    wait_for_state(early.id(), ") Z ");
+    children.borrow_mut().push(early);
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            let started = Rc::clone(&children);
+            master.on_online(move |_, _| {
+                let child = child(12);
+                wait_for_state(child.id(), ") Z ");
+                started.borrow_mut().push(child);
+            });
+            master.on_exit(move |master, worker, status| {
+                log.add(format!("{} {:?}", worker.id(), status.code()));
+                children.borrow_mut().push(child(13));
+                if worker.id().get() < 5 {
+                    fork_to_end_with(master, 2);
+                }
+            });
+            fork_to_end_with(master, 1);
+        },
+        |_| end_as_told(),
+    );
+    let codes = [(1, 1), (2, 2), (3, 2), (4, 2), (5, 2)];
+    let expected = codes.map(|(worker, code)| format!("{worker} Some({code})"));
+    assert_eq!(entries.take(), expected);
+    let wait = |mut child: Child| child.wait().unwrap().code().unwrap();
+    let mut codes: Vec<_> = of_the_host.take().into_iter().map(wait).collect();
+    codes.sort_unstable();
+    assert_eq!(codes, [11, 12, 12, 12, 12, 12, 13, 13, 13, 13, 13]);
+}
+
+type Ends = Arc<Mutex<BTreeMap<i32, i32>>>;
+
+fn note_end(ends: &Ends, status: nix::Result<WaitStatus>) -> bool {
+    let Ok(WaitStatus::Exited(pid, code)) = status else {
+        return false;
+    };
+    let twice = ends.lock().unwrap().insert(pid.as_raw(), code);
+    assert_eq!(twice, None);
+    true
+}
+
+/// Waits for all children that there are, again and again, until there are none and `stop` is set.
+fn wait_for_everybody(ends: &Ends, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
+    let (ends, stop) = (Arc::clone(ends), Arc::clone(stop));
+    std::thread::spawn(move || {
+        loop {
+            let stopping = stop.load(Ordering::SeqCst);
+            if !note_end(&ends, waitpid(None, None)) && stopping {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    })
+}
+
+#[expect(clippy::zombie_processes, reason = "all are waited for at once")]
+fn a_host_that_waits_for_everybody_gets_its_own() {
+    const ROUNDS: i32 = 30;
+    let (ends, stop) = (Ends::default(), Arc::new(AtomicBool::new(false)));
+    let started = Rc::new(RefCell::new(BTreeMap::new()));
+    let of_the_host = Rc::clone(&started);
+    let exits = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&exits);
+    let waiting = cluster::is_master().then(|| wait_for_everybody(&ends, &stop));
+    let by_callbacks = Arc::clone(&ends);
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            master.on_exit(move |master, worker, status| {
+                let round = i32::try_from(worker.id().get()).unwrap();
+                assert_eq!(status.code(), Some(round));
+                exits.set(round);
+                let own = child(100 + round);
+                let pid = i32::try_from(own.id()).unwrap();
+                started.borrow_mut().insert(pid, 100 + round);
+                if round < ROUNDS {
+                    fork_to_end_with(master, round + 1);
+                }
+                note_end(&by_callbacks, waitpid(None, Some(WaitPidFlag::WNOHANG)));
+            });
+            fork_to_end_with(master, 1);
+        },
+        |_| end_as_told(),
+    );
+    stop.store(true, Ordering::SeqCst);
+    waiting.unwrap().join().unwrap();
+    assert_eq!(seen.get(), ROUNDS);
+    assert_eq!(*ends.lock().unwrap(), of_the_host.take());
+}
+
+/// How often each signal's handler has run.
+static RUNS: [AtomicU32; 32] = [const { AtomicU32::new(0) }; 32];
+/// Set by the handler of USR1 if USR2 could interrupt it.
+static INTERRUPTIBLE: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn count(number: libc::c_int) {
+    RUNS[usize::try_from(number).unwrap_or(0)].fetch_add(1, Ordering::SeqCst);
+    if let (Number::SIGUSR1, Ok(mask)) = (
+        Number::try_from(number).unwrap_or(Number::SIGHUP),
+        SigSet::thread_get_mask(),
+    ) {
+        INTERRUPTIBLE.store(!mask.contains(Number::SIGUSR2), Ordering::SeqCst);
+    }
+}
+
+extern "C" fn count_with_reason(
+    number: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _: *mut libc::c_void,
+) {
+    #[allow(unsafe_code)]
+    // SAFETY: the system passes what SA_SIGINFO promises.
+    let told = unsafe { (*info).si_signo };
+    if told == number {
+        count(number);
+    }
+}
+
+fn runs(number: Number) -> u32 {
+    RUNS[number as usize].load(Ordering::SeqCst)
+}
+
+fn mask(numbers: &[Number]) -> SigSet {
+    numbers.iter().copied().collect()
+}
+
+fn handle(number: Number, handler: SigHandler, flags: SaFlags, mask: SigSet) {
+    let action = SigAction::new(handler, flags, mask);
+    #[allow(unsafe_code)]
+    // SAFETY: the handlers here only store to atomics, or are the system's own.
+    unsafe { sigaction(number, &action) }.unwrap();
+}
+
+/// One of each kind.
+fn install_handlers_of_the_host() {
+    let (simple, full) = (
+        SigHandler::Handler(count),
+        SigHandler::SigAction(count_with_reason),
+    );
+    let none = SigSet::empty();
+    let restart = SaFlags::SA_RESTART | SaFlags::SA_NODEFER;
+    handle(Number::SIGTERM, simple, restart, mask(&[Number::SIGHUP]));
+    let stack = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
+    handle(Number::SIGUSR1, full, stack, mask(&[Number::SIGUSR2]));
+    handle(Number::SIGCHLD, simple, SaFlags::SA_NOCLDSTOP, none);
+    handle(Number::SIGINT, SigHandler::SigIgn, SaFlags::empty(), none);
+    handle(
+        Number::SIGHUP,
+        SigHandler::SigDfl,
+        SaFlags::SA_RESTART,
+        none,
+    );
+}
+
+const HANDLED: [(Number, Signal); 4] = [
+    (Number::SIGTERM, Signal::TERM),
+    (Number::SIGUSR1, Signal::USR1),
+    (Number::SIGINT, Signal::INT),
+    (Number::SIGHUP, Signal::HUP),
+];
+
+fn dispositions() -> Vec<(usize, i32, Vec<i32>)> {
+    let handled = HANDLED.map(|(number, _)| number).into_iter();
+    handled.chain([Number::SIGCHLD]).map(disposition).collect()
+}
+
+/// How the system handles a signal: address, flags, and the signals of the mask.
+fn disposition(number: Number) -> (usize, i32, Vec<i32>) {
+    #[allow(unsafe_code)]
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    #[allow(unsafe_code)]
+    // SAFETY: without a new action the call only reads the old one.
+    let read = unsafe { libc::sigaction(number as i32, std::ptr::null(), &raw mut action) };
+    assert_eq!(read, 0);
+    #[allow(unsafe_code)]
+    // SAFETY: the set has been written by the system.
+    let is_in =
+        |number: &i32| unsafe { libc::sigismember(&raw const action.sa_mask, *number) } == 1;
+    let mask = (1..=64).filter(is_in).collect();
+    (action.sa_sigaction, action.sa_flags, mask)
+}
+
+/// Some of the signals come while the master handles them, and the host does, too.
+fn handlers_run_and_come_back() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    install_handlers_of_the_host();
+    let before = dispositions();
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            for (number, signal) in HANDLED {
+                let log = log.clone();
+                let note = move |master: &Master, _: Signal| {
+                    log.add(number.as_str());
+                    if number == Number::SIGHUP {
+                        master.workers()[0].disconnect();
+                    }
+                };
+                master.on_signal(signal, note).unwrap();
+            }
+            let during = dispositions();
+            let taken = before
+                .iter()
+                .zip(&during)
+                .filter(|(host, ours)| host.0 != ours.0);
+            assert_eq!(taken.count(), HANDLED.len());
+            master.on_online(|_, _| {
+                let numbers = HANDLED.map(|(number, _)| number);
+                let all = numbers.into_iter().chain([Number::SIGCHLD]);
+                all.for_each(|number| raise(number).unwrap());
+            });
+            fork_to_end_with(master, 0);
+        },
+        |worker| run_until_left(&worker),
+    );
+    assert_eq!(dispositions(), before);
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1"]);
+    assert_eq!(runs(Number::SIGTERM), 1);
+    assert_eq!(runs(Number::SIGUSR1), 1);
+    assert!(runs(Number::SIGCHLD) >= 1);
+    assert_eq!((runs(Number::SIGINT), runs(Number::SIGHUP)), (0, 0));
+    raise(Number::SIGTERM).unwrap();
+    raise(Number::SIGINT).unwrap();
+    assert_eq!(runs(Number::SIGTERM), 2, "alone");
+}
+
+fn run_until_left(worker: &cluster::Worker) {
+    worker.run().unwrap();
+}
+
+fn handlers_of_the_host_run_and_come_back() {
+    handlers_run_and_come_back();
+}
+
+/// There the end of a worker is a signal, too.
+fn handlers_of_the_host_come_back_on_old_kernels() {
+    if cluster::is_master() {
+        without_process_descriptors();
+    }
+    handlers_run_and_come_back();
+    assert!(runs(Number::SIGCHLD) >= 2);
+}
+
+/// The handler relies on what it was installed with: that it is not interrupted by USR2.
+fn handlers_of_the_host_run_with_their_masks() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    INTERRUPTIBLE.store(true, Ordering::SeqCst);
+    install_handlers_of_the_host();
+    raise(Number::SIGUSR1).unwrap();
+    assert!(!INTERRUPTIBLE.load(Ordering::SeqCst), "by itself");
+    cluster(
+        |master| {
+            master.on_signal(Signal::USR1, |_, _| {}).unwrap();
+            INTERRUPTIBLE.store(true, Ordering::SeqCst);
+            raise(Number::SIGUSR1).unwrap();
+        },
+        |_| unreachable!(),
+    );
+    assert_eq!(runs(Number::SIGUSR1), 2);
+    assert!(
+        !INTERRUPTIBLE.load(Ordering::SeqCst),
+        "and with the master's"
+    );
+}
+
+fn a_handler_installed_later_stays() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            note_events(master, &log);
+            let never = |_: &Master, _| panic!("the host has taken it over");
+            master.on_signal(Signal::TERM, never).unwrap();
+            install_handlers_of_the_host();
+            master.on_online(|_, worker| {
+                raise(Number::SIGTERM).unwrap();
+                worker.disconnect();
+            });
+            master.fork().unwrap();
+        },
+        |worker| run_until_left(&worker),
+    );
+    assert_eq!(runs(Number::SIGTERM), 1);
+    assert_eq!(
+        of(1, &entries.take()).last(),
+        Some(&"exit Some(true) exit status: 0")
+    );
+    raise(Number::SIGTERM).unwrap();
+    assert_eq!(runs(Number::SIGTERM), 2, "it is still the host's");
+}
+
+/// The host's handler does not call the one that it replaces.
+fn a_handler_installed_later_hides_no_end_on_old_kernels() {
+    if cluster::is_master() {
+        without_process_descriptors();
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            note_events(master, &log);
+            let workers = [(); 2].map(|()| master.fork().unwrap());
+            install_handlers_of_the_host();
+            let mut online = 0;
+            master.on_online(move |_, _| {
+                online += 1;
+                if online == 2 {
+                    workers[0].disconnect();
+                    workers[1].process().kill(Signal::KILL);
+                }
+            });
+        },
+        |worker| run_until_left(&worker),
+    );
+    let entries = entries.take();
+    assert_eq!(
+        of(1, &entries).last(),
+        Some(&"exit Some(true) exit status: 0")
+    );
+    assert_eq!(
+        of(2, &entries).last(),
+        Some(&"exit Some(false) signal: 9 (SIGKILL)")
+    );
+    assert!(runs(Number::SIGCHLD) >= 1, "the host hears of it");
+}
+
+/// The kernel reaps children whom nobody wants to hear of, and their numbers are free at once.
+fn ignore_children(how: &str) {
+    let none = SigSet::empty();
+    let reap = SaFlags::SA_NOCLDWAIT;
+    match how {
+        "ignored" => handle(Number::SIGCHLD, SigHandler::SigIgn, SaFlags::empty(), none),
+        "default" => handle(Number::SIGCHLD, SigHandler::SigDfl, reap, none),
+        _ => handle(Number::SIGCHLD, SigHandler::Handler(count), reap, none),
+    }
+}
+
+fn ends_are_told_though_the_host_ignores_its_children() {
+    const HOW: &str = "HOW";
+    let Ok(how) = std::env::var(HOW) else {
+        for how in ["ignored", "default", "handled"] {
+            with_env(HOW, how, || unreachable!());
+        }
+        return;
+    };
+    if cluster::is_master() {
+        ignore_children(&how);
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            note_events(master, &log);
+            (0..3).for_each(|code| fork_to_end_with(master, code));
+            let killed = master.fork_with([("CODE", "none")]).unwrap();
+            killed.on_online(|_, worker| worker.process().kill(Signal::KILL));
+        },
+        |worker| match std::env::var("CODE").unwrap().as_str() {
+            "none" => run_until_killed(&worker),
+            _ => end_as_told(),
+        },
+    );
+    let entries = entries.take();
+    for (worker, expected) in [
+        (1, "exit status: 0"),
+        (2, "exit status: 1"),
+        (3, "exit status: 2"),
+        (4, "signal: 9 (SIGKILL)"),
+    ] {
+        let last = format!("exit Some(false) {expected}");
+        assert_eq!(of(worker, &entries).last(), Some(&last.as_str()), "{how}");
+    }
+}
+
+/// Set for the process that is the first one of a new PID namespace.
+const FIRST: &str = "FIRST";
+
+/// Starts this scenario in a new PID namespace, whose first process it is.
+fn first_process(how: &str) -> Child {
+    use nix::sched::{CloneFlags, setns, unshare};
+
+    let own = File::open("/proc/self/ns/pid").unwrap();
+    unshare(CloneFlags::CLONE_NEWPID).unwrap();
+    let first = Command::new(std::env::current_exe().unwrap())
+        .env(FIRST, how)
+        .stdout(std::process::Stdio::piped())
+        .spawn();
+    setns(own, CloneFlags::CLONE_NEWPID).unwrap();
+    first.unwrap()
+}
+
+fn is_first() -> bool {
+    std::env::var_os(FIRST).is_some()
+}
+
+/// The worker has ended, and the host has got a child with its number before the master has heard
+/// of it; then the program signals the worker.
+fn a_number_that_somebody_else_has_got_is_not_signalled() {
+    if !is_first() {
+        // With either way of making a process.
+        for how in ["cloned", "forked"] {
+            let status = first_process(how).wait().unwrap();
+            assert!(status.success(), "{how}: {status}");
+        }
+        return;
+    }
+    if cluster::is_master() {
+        ignore_children("ignored");
+        if std::env::var(FIRST).unwrap() == "forked" {
+            refuse_calls(&[libc::SYS_clone3], libc::ENOSYS);
+        }
+    }
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_online(|_, worker| signal_somebody_else(worker));
+        },
+        |worker| {
+            worker.on_message(|_, _| std::process::exit(0));
+            worker.run().unwrap();
+        },
+    );
+}
+
+fn signal_somebody_else(worker: &WorkerProcess) {
+    worker.send(b"end").unwrap();
+    let number = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
+    wait_until("its end", || has_ended(number).then_some(()));
+    handle(
+        Number::SIGCHLD,
+        SigHandler::SigDfl,
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    let mut stranger = wait_until("its number", || child_numbered(number));
+    worker.process().kill(Signal::KILL);
+    let number = Pid::from_raw(i32::try_from(stranger.id()).unwrap());
+    nix::sys::signal::kill(number, Number::SIGTERM).unwrap();
+    let status = stranger.wait().unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGTERM), "{status}");
+}
+
+/// A child of the host's that has got this number, which may not be free at once.
+fn child_numbered(number: Pid) -> Option<Child> {
+    let last = (number.as_raw() - 1).to_string();
+    std::fs::write("/proc/sys/kernel/ns_last_pid", last).unwrap();
+    let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+    if i32::try_from(child.id()) == Ok(number.as_raw()) {
+        return Some(child);
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    None
+}
+
+fn has_ended(pid: Pid) -> bool {
+    nix::sys::signal::kill(pid, None) == Err(nix::Error::ESRCH)
+}
+
+/// The numbers of the open descriptors.
+fn fd_numbers() -> BTreeSet<RawFd> {
+    let entries = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .map(Result::unwrap);
+    // Not the one by which they are read.
+    let others = entries
+        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|to| !to.starts_with("/proc")));
+    let numbers = others.map(|entry| entry.file_name().to_string_lossy().parse().unwrap());
+    numbers.collect()
+}
+
+/// What a worker has before `init`, other than 0 to `standard` and its channel.
+fn unasked(standard: RawFd) -> Vec<RawFd> {
+    let channel = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
+    let mut expected: BTreeSet<_> = (0..standard).collect();
+    assert!(expected.insert(channel.parse().unwrap()));
+    fd_numbers()
+        .symmetric_difference(&expected)
+        .copied()
+        .collect()
+}
+
+/// The descriptors of a program that the host executes.
+fn list_in_a_child() -> String {
+    let output = Command::new("ls").arg("/proc/self/fd").output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Executes programs all the time, which all get the same. Returns how often it did.
+fn execute_until(stop: &Arc<AtomicBool>) -> JoinHandle<u32> {
+    let stop = Arc::clone(stop);
+    let before = list_in_a_child();
+    std::thread::spawn(move || {
+        let mut times = 0;
+        while !stop.load(Ordering::SeqCst) {
+            assert_eq!(list_in_a_child(), before);
+            times += 1;
+        }
+        times
+    })
+}
+
+fn nothing_passes_between_workers_and_children_of_busy_threads() {
+    const WORKERS: u32 = 30;
+    let unasked = cluster::is_worker().then(|| unasked(3));
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut threads = cluster::is_master().then(|| [(); 4].map(|()| execute_until(&stop)));
+    let times = Rc::new(Cell::new([0; 4]));
+    let counted = Rc::clone(&times);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            note_messages(master, &log);
+            master.on_exit(move |master, worker, status| {
+                assert_eq!(status.code(), Some(0));
+                match worker.id().get() {
+                    1 => {}
+                    id if id < WORKERS => drop(master.fork().unwrap()),
+                    _ => {
+                        stop.store(true, Ordering::SeqCst);
+                        let threads = threads.take().unwrap();
+                        counted.set(threads.map(|thread| thread.join().unwrap()));
+                    }
+                }
+            });
+            // With one of each that the master may have while it forks another one.
+            let first = master.fork_with([("FIRST_OF_ALL", "1")]).unwrap();
+            first.on_listening(|master, _, _| drop(master.fork().unwrap()));
+            master.on_message(move |_, worker, _| {
+                if worker.id().get() == WORKERS {
+                    first.disconnect();
+                }
+            });
+        },
+        |worker| {
+            worker.send(format!("{unasked:?}").as_bytes()).unwrap();
+            if std::env::var_os("FIRST_OF_ALL").is_some() {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                assert!(listener.accept().unwrap().is_none());
+            }
+        },
+    );
+    let times = times.get();
+    println!("programs executed meanwhile: {times:?}");
+    assert!(times.iter().all(|times| *times > 0));
+    let entries = entries.take();
+    assert_eq!(entries.len(), WORKERS as usize);
+    assert!(
+        entries.iter().all(|entry| entry.ends_with(" Some([])")),
+        "{entries:?}"
+    );
+}
+
+/// A child of the host's that executes nothing: it keeps whatever was open when it was made.
+fn keeping_child() -> Pid {
+    #[allow(unsafe_code)]
+    // SAFETY: the child makes only async-signal-safe calls.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => loop {
+            pause();
+        },
+    }
+}
+
+fn end_child(pid: Pid) {
+    nix::sys::signal::kill(pid, Number::SIGKILL).unwrap();
+    waitpid(pid, None).unwrap();
+}
+
+/// One of them may be made at any time, also while the master forks.
+fn a_child_that_the_host_keeps_holds_up_no_fork() {
+    const WORKERS: i32 = 20;
+    const CHILDREN: usize = 100;
+    let stop = Arc::new(AtomicBool::new(false));
+    let make_children = |stop: Arc<AtomicBool>| {
+        std::thread::spawn(move || {
+            let mut children = Vec::new();
+            while children.len() < CHILDREN && !stop.load(Ordering::SeqCst) {
+                children.push(keeping_child());
+            }
+            // Long after the last fork, if that does not wait for these.
+            let end = Instant::now() + Duration::from_secs(20);
+            while !stop.load(Ordering::SeqCst) && Instant::now() < end {
+                std::thread::park_timeout(Duration::from_millis(100));
+            }
+            let in_time = stop.load(Ordering::SeqCst);
+            children.into_iter().for_each(end_child);
+            in_time
+        })
+    };
+    let threads = cluster::is_master().then(|| [(); 2].map(|()| make_children(Arc::clone(&stop))));
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+            (0..WORKERS).for_each(|_| fork_to_end_with(master, 0));
+            stop.store(true, Ordering::SeqCst);
+        },
+        |_| end_as_told(),
+    );
+    let in_time = threads.unwrap().map(|thread| {
+        thread.thread().unpark();
+        thread.join().unwrap()
+    });
+    assert_eq!(in_time, [true, true]);
+}
+
+/// It has copies of the master's ends of all channels.
+fn a_child_that_the_host_keeps_holds_no_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    let child = Rc::new(Cell::new(None));
+    let made = Rc::clone(&child);
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            note_events(master, &log);
+            let workers = [(); 3].map(|()| master.fork().unwrap());
+            let mut online = 0;
+            master.on_online(move |_, _| {
+                online += 1;
+                if online == 3 {
+                    made.set(Some(keeping_child()));
+                    workers[0].disconnect();
+                    workers[1].process().disconnect();
+                    workers[2].process().kill(Signal::KILL);
+                }
+            });
+        },
+        |worker| run_until_left(&worker),
+    );
+    end_child(child.get().unwrap());
+    let entries = entries.take();
+    let last = |worker| of(worker, &entries).last().copied();
+    assert_eq!(last(1), Some("exit Some(true) exit status: 0"));
+    assert_eq!(last(2), Some("exit Some(false) exit status: 0"));
+    assert_eq!(last(3), Some("exit Some(false) signal: 9 (SIGKILL)"));
+}
+
+fn a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master() {
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let worker = master.fork().unwrap();
+            let online = Rc::new(Cell::new(false));
+            let set = Rc::clone(&online);
+            worker.on_online(move |_, _| set.set(true));
+            while !online.get() {
+                master.dispatch(None).unwrap();
+            }
+            let child = keeping_child();
+            drop(master);
+            let pid = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
+            let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+            let end = wait_until("its end", || {
+                let end = waitpid(pid, Some(flags)).unwrap();
+                (end != WaitStatus::StillAlive).then_some(end)
+            });
+            assert_eq!(end, WaitStatus::Exited(pid, 0));
+            end_child(child);
+        }
+        Role::Worker(worker) => run_until_left(&worker),
+    }
+}
+
+/// Descriptors of the host's that programs which it executes inherit, at all kinds of numbers.
+fn inheritable_descriptors() -> Vec<OwnedFd> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::sys::resource::{Resource, getrlimit};
+    use std::os::fd::FromRawFd as _;
+
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let last = RawFd::try_from(limit.min(60_000)).unwrap() - 1;
+    let null = File::open("/dev/null").unwrap();
+    let lows = (0..47).map(|number| 3 + number * 11);
+    let numbers = lows.chain([last - 300, last - 1, last]);
+    let copy = |number| {
+        let copy = fcntl(&null, FcntlArg::F_DUPFD(number)).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: the system has just made it.
+        unsafe {
+            OwnedFd::from_raw_fd(copy)
+        }
+    };
+    numbers.map(copy).collect()
+}
+
+fn nothing_unasked_for() {
+    const STANDARD: &str = "STANDARD";
+    let standard = std::env::var(STANDARD).map(|standard| standard.parse().unwrap());
+    let unasked = standard.ok().map(unasked);
+    let open = cluster::is_master().then(inheritable_descriptors);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            assert_eq!(open.as_ref().unwrap().len(), 50);
+            note_messages(master, &log);
+            master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+            let file = tempfile::tempfile().unwrap();
+            let inherit = [(); 3].map(|()| Stdio::inherit());
+            let more = [Stdio::null(), Stdio::pipe(), Stdio::fd(file)];
+            let cases = [
+                (3, Settings::default()),
+                (3, Settings::default().silent(true)),
+                (3, Settings::default().silent(false).stdio(inherit.clone())),
+                (
+                    6,
+                    Settings::default().stdio(inherit.into_iter().chain(more)),
+                ),
+            ];
+            for (standard, settings) in cases {
+                master.setup_master(settings);
+                master
+                    .fork_with([(STANDARD, standard.to_string())])
+                    .unwrap();
+            }
+        },
+        |worker| {
+            worker.send(format!("{unasked:?}").as_bytes()).unwrap();
+        },
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    let expected = [1, 2, 3, 4].map(|worker| format!("{worker} Some([])"));
+    assert_eq!(entries, expected);
+    let open = open.unwrap();
+    let numbers = fd_numbers();
+    assert!(
+        open.iter().all(|fd| numbers.contains(&fd.as_raw_fd())),
+        "the host keeps them"
+    );
+}
+
+fn a_worker_has_what_it_was_given_and_nothing_else() {
+    for_both_policies(nothing_unasked_for);
+}
+
+fn a_worker_has_nothing_else_on_old_kernels() {
+    if cluster::is_master() {
+        refuse_calls(&[libc::SYS_close_range, libc::SYS_clone3], libc::ENOSYS);
+    }
+    nothing_unasked_for();
+}
+
+/// Reads the lines that the process and its workers print.
+fn lines_of(process: &mut Child) -> BufReader<ChildStdout> {
+    BufReader::new(process.stdout.take().unwrap())
+}
+
+/// A worker ends and leaves a child behind, which is the host's then. The other one leaves when the
+/// host is told to end, in the way that init systems do it.
+#[expect(clippy::zombie_processes, reason = "it is left behind")]
+fn the_first_process_of_a_namespace_is_a_master() {
+    if !is_first() {
+        let mut first = first_process("1");
+        let mut lines = lines_of(&mut first).lines();
+        let line = lines.next().unwrap().unwrap();
+        assert_eq!(line, "ready");
+        let number = Pid::from_raw(i32::try_from(first.id()).unwrap());
+        nix::sys::signal::kill(number, Number::SIGTERM).unwrap();
+        let status = first.wait().unwrap();
+        assert!(status.success(), "{status}");
+        return;
+    }
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            assert_eq!(std::process::id(), 1);
+            panic_on_errors(master);
+            note_events(master, &log);
+            let end = |master: &Master, _| master.disconnect(|_| {});
+            master.on_signal(Signal::TERM, end).unwrap();
+            master.on_message(|_, worker, message| leave_an_orphan(worker, message.bytes()));
+            master.fork_with([("PART", "parent")]).unwrap();
+        },
+        |worker| match std::env::var("PART").unwrap().as_str() {
+            "parent" => {
+                let mut command = Command::new("sh");
+                command.args(["-c", "read line; exit 7"]);
+                let child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+                worker.send(&child.id().to_ne_bytes()).unwrap();
+                run_until_killed(&worker);
+            }
+            _ => run_until_left(&worker),
+        },
+    );
+    let entries = entries.take();
+    assert_eq!(
+        of(1, &entries).last(),
+        Some(&"exit Some(false) signal: 9 (SIGKILL)")
+    );
+    assert_eq!(
+        of(2, &entries).last(),
+        Some(&"exit Some(true) exit status: 0")
+    );
+}
+
+/// The orphan ends when its parent, who has the other end of its input, is gone.
+fn leave_an_orphan(parent: &WorkerProcess, orphan: &[u8]) {
+    let orphan = u32::from_ne_bytes(orphan.try_into().unwrap());
+    let orphan = Pid::from_raw(i32::try_from(orphan).unwrap());
+    parent.process().kill(Signal::KILL);
+    let end = Ok(WaitStatus::Exited(orphan, 7));
+    parent.on_exit(move |master, _, _| {
+        // It stays there, so that the master could mistake it for the other worker.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        assert_eq!(waitid(Id::Pid(orphan), flags), end);
+        let other = master.fork_with([("PART", "other")]).unwrap();
+        other.on_online(|_, _| println!("ready"));
+        other.on_exit(move |_, _, _| assert_eq!(waitpid(orphan, None), end));
+    });
+}
+
+fn the_first_process_of_a_namespace_takes_its_workers_with_it() {
+    if !is_first() {
+        let mut first = first_process("1");
+        let mut output = lines_of(&mut first);
+        for _ in 0..3 {
+            output.read_line(&mut String::new()).unwrap();
+        }
+        first.kill().unwrap();
+        assert_eq!(first.wait().unwrap().signal(), Some(libc::SIGKILL));
+        let gone = Instant::now();
+        let mut rest = String::new();
+        // All have it as their output: it ends with the last of them.
+        output.read_to_string(&mut rest).unwrap();
+        assert!(gone.elapsed() < Duration::from_secs(1));
+        assert_eq!(rest, "");
+        return;
+    }
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            for part in ["idle", "looping", "stopped"] {
+                master.fork_with([("PART", part)]).unwrap();
+            }
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            println!("ready");
+            match std::env::var("PART").unwrap().as_str() {
+                "looping" => loop {
+                    std::hint::spin_loop();
+                },
+                "stopped" => raise(Number::SIGSTOP).unwrap(),
+                _ => {}
+            }
+            worker.run().unwrap();
+        }
+    }
+}
