@@ -54,9 +54,19 @@ pub fn trial(scenario: &'static Scenario) -> Trial {
     Trial::test(scenario.name, || run(scenario.name))
 }
 
+/// A test that is counted as ignored unless it is root who runs it.
+pub fn needs_root(trial: Trial) -> Trial {
+    trial.with_ignored_flag(!nix::unistd::Uid::effective().is_root())
+}
+
 fn run(name: &str) -> Result<(), Failed> {
+    run_with(name, &[])
+}
+
+/// Plays a scenario in an environment of its own.
+pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.env(SCENARIO, name);
+    command.env(SCENARIO, name).envs(env.iter().copied());
     let group = Group::start(&mut command)?;
     let status = group.finish()?;
     status
@@ -553,4 +563,25 @@ pub fn is_alive(pid: u32) -> bool {
         .rsplit_once(") ")
         .and_then(|(_, rest)| rest.chars().next());
     !matches!(state, None | Some('Z' | 'X'))
+}
+
+/// From now on these calls fail, in this process and in those it starts.
+pub fn refuse_calls(calls: &[i64], errno: i32) {
+    refuse_some(calls.iter().map(|call| (*call, Vec::new())), errno);
+}
+
+/// The same, where one of the rules about the arguments of a call is met.
+pub fn refuse_some(
+    calls: impl IntoIterator<Item = (i64, Vec<seccompiler::SeccompRule>)>,
+    errno: i32,
+) {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+    let filter = SeccompFilter::new(
+        calls.into_iter().collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
 }

@@ -12,12 +12,14 @@
 mod conformance;
 mod edges;
 mod examples;
-mod faults;
+mod exhaustion;
 mod harness;
+mod hostile;
 mod leave;
 mod life;
 mod listen;
 mod messages;
+mod old_kernels;
 mod round_robin;
 mod running;
 
@@ -32,20 +34,28 @@ fn main() -> ExitCode {
         round_robin::SCENARIOS,
         messages::SCENARIOS,
         leave::SCENARIOS,
-        faults::SCENARIOS,
+        hostile::SCENARIOS,
+        exhaustion::SCENARIOS,
+        old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
-    let mut scenarios = scenarios.chain(conformance::scenarios());
+    let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
-        let scenario = scenarios.find(|scenario| scenario.name == name);
+        old_kernels::become_old();
+        let scenario = scenarios.iter().find(|scenario| scenario.name == name);
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
     // Orphans of the tests come to this process, which sees whether there are any.
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
-    let mut trials: Vec<_> = scenarios.map(harness::trial).collect();
+    let alone = |scenario: &&'static harness::Scenario| match exhaustion::NEED_ROOT {
+        names if names.contains(&scenario.name) => harness::needs_root(harness::trial(scenario)),
+        _ => harness::trial(scenario),
+    };
+    let mut trials: Vec<_> = scenarios.iter().map(alone).collect();
+    trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
