@@ -10,15 +10,15 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Error, Interest, Master, Settings, Worker, WorkerProcess};
+use cluster::{Error, Interest, Master, Settings, Signal, Worker, WorkerProcess};
 use nix::libc;
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
 use crate::harness::{
-    Log, answer, cluster, in_background, is_alive, open_fds, refuse_calls, refuse_some, serve_id,
-    stop, talk, when_listening,
+    Log, answer, cluster, in_background, open_fds, refuse_calls, refuse_some, serve_id, stop, talk,
+    wait_until, when_listening,
 };
 
 crate::scenarios! {
@@ -29,6 +29,7 @@ crate::scenarios! {
     a_fork_beyond_the_users_processes_is_an_error_until_there_is_room
     descriptors_lost_on_the_way_to_the_master_are_told
     connections_lost_on_the_way_to_a_worker_go_to_another
+    descriptors_wait_for_a_worker_that_has_stopped
     descriptors_beyond_the_users_limit_wait
 }
 
@@ -42,9 +43,10 @@ pub const NEED_ROOT: &[&str] = &[
 const LEAN: Duration = Duration::from_secs(1);
 /// How much of that time the master may work: a tenth.
 const WORK: Duration = Duration::from_millis(100);
-/// Users whom nobody else is, so that what counts for a user counts for one test.
-const USER_OF_PROCESSES: u32 = 54_321;
-const USER_OF_DESCRIPTORS: u32 = 54_322;
+/// A user whom nobody else is, so that what counts for a user counts for one test.
+fn nobody_else() -> u32 {
+    100_000 + std::process::id()
+}
 
 /// The time that this process has worked.
 fn worked() -> Duration {
@@ -206,7 +208,7 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
                         log.add(format!("{answers:?}"));
                         drop(waiting);
                         // A listener that cannot be emptied cannot be closed in peace.
-                        master.workers()[0].process().kill(cluster::Signal::KILL);
+                        master.workers()[0].process().kill(Signal::KILL);
                     });
                 });
             });
@@ -270,7 +272,7 @@ fn a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked() {
             assert_eq!(attempts, BTreeSet::from(expected));
             // What came to be with so few has its parent's limit. The next one has not.
             let first = master.workers().remove(0);
-            first.process().kill(cluster::Signal::KILL);
+            first.process().kill(Signal::KILL);
             first.on_exit(move |master, _, _| {
                 let log = log.clone();
                 let second = master.fork().unwrap();
@@ -347,7 +349,7 @@ fn a_fork_beyond_the_users_processes_is_an_error_until_there_is_room() {
     let told = log.clone();
     cluster(
         |master| {
-            become_user(USER_OF_PROCESSES);
+            become_user(nobody_else());
             master.setup_master(Settings::default().exec("/bin/true").args(["x"]));
             let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
             setrlimit(Resource::RLIMIT_NPROC, 1, hard).unwrap();
@@ -372,7 +374,7 @@ fn descriptors_lost_on_the_way_to_the_master_are_told() {
             worker.on_online(|_, worker| assert!(worker.send(b"all").unwrap()));
             let errors = log.clone();
             worker.on_error(move |_, _, error| {
-                assert!(matches!(error, Error::Channel { .. }), "{error}");
+                assert!(matches!(error, Error::Exhausted { .. }), "{error}");
                 assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
                 errors.add("lost some");
             });
@@ -390,7 +392,9 @@ fn descriptors_lost_on_the_way_to_the_master_are_told() {
                         give_back.take().unwrap()();
                         worker.send(b"again").unwrap();
                     }
-                    _ => drop(worker.disconnect().id()),
+                    _ => {
+                        worker.disconnect();
+                    }
                 }
             });
             let exits = log.clone();
@@ -398,9 +402,7 @@ fn descriptors_lost_on_the_way_to_the_master_are_told() {
         },
         |worker| {
             worker.on_message(|worker, message| {
-                let copy = |_| std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-                let fds: Vec<OwnedFd> = (0..4).map(copy).collect();
-                worker.send_with_fds(message.bytes(), fds).unwrap();
+                worker.send_with_fds(message.bytes(), copies(4)).unwrap();
             });
             worker.run().unwrap();
         },
@@ -439,10 +441,10 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
                     }
                     _ => {
                         let log = log.clone();
-                        let work = move || answers(address);
-                        in_background(master, work, move |master, answers| {
-                            let both = answers.len() == 2;
-                            log.add(format!("both {both}"));
+                        // The first one may have its turn only after a while.
+                        let work = move || wait_until("both", || both(address));
+                        in_background(master, work, move |master, ()| {
+                            log.add("both");
                             master.disconnect(|_| {});
                         });
                     }
@@ -464,7 +466,7 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
             serve_id(&worker, "127.0.0.1:0");
         },
     );
-    assert_eq!(told.take(), [r#"{"2"}"#, "both true"]);
+    assert_eq!(told.take(), [r#"{"2"}"#, "both"]);
 }
 
 /// Who answers some clients that come one after the other.
@@ -472,8 +474,12 @@ fn answers(address: SocketAddr) -> BTreeSet<String> {
     (0..20).map(|_| talk(address, b"").unwrap()).collect()
 }
 
-/// A copy of this program that everybody may execute.
-fn program_for_all() -> (tempfile::TempDir, PathBuf) {
+fn both(address: SocketAddr) -> Option<()> {
+    (answers(address).len() == 2).then_some(())
+}
+
+/// A copy of this program that everybody may execute and this user can remove.
+fn program_for(user: u32) -> (tempfile::TempDir, PathBuf) {
     use std::os::unix::fs::PermissionsExt as _;
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("program");
@@ -481,67 +487,19 @@ fn program_for_all() -> (tempfile::TempDir, PathBuf) {
     let all = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(directory.path(), all.clone()).unwrap();
     std::fs::set_permissions(&path, all).unwrap();
+    std::os::unix::fs::chown(directory.path(), Some(user), None).unwrap();
     (directory, path)
 }
 
-/// How many messages are sent, and how many descriptors each has: together more than the user may
-/// have under way.
-const MESSAGES: u8 = 10;
-const FDS: usize = 16;
-const USERS_LIMIT: u64 = 64;
+/// How many messages the worker waits for.
+const MESSAGES: &str = "MESSAGES";
 
-/// What a worker does not read counts for the user. The channel rests and goes on when the worker
-/// reads; another worker is not hurt.
-fn descriptors_beyond_the_users_limit_wait() {
-    let (_directory, program) = if cluster::is_master() {
-        let (directory, program) = program_for_all();
-        (Some(directory), program)
-    } else {
-        (None, PathBuf::new())
-    };
-    let log = Log::default();
-    let told = log.clone();
-    cluster(
-        |master| {
-            master.setup_master(Settings::default().exec(program));
-            become_user(USER_OF_DESCRIPTORS);
-            let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-            setrlimit(Resource::RLIMIT_NOFILE, USERS_LIMIT, hard).unwrap();
-            let (reader, other) = (master.fork().unwrap(), master.fork().unwrap());
-            let failures = Rc::new(Cell::new(0));
-            let count = Rc::clone(&failures);
-            reader.on_error(move |_, _, error| {
-                assert!(matches!(error, Error::Channel { .. }), "{error}");
-                assert_eq!(error.raw_os_error(), Some(libc::ETOOMANYREFS), "{error}");
-                count.set(count.get() + 1);
-            });
-            other.on_error(|_, _, error| panic!("{error}"));
-            reader.on_online(move |master, reader| {
-                stop(reader);
-                send_too_many(reader);
-                let (failures, reader) = (Rc::clone(&failures), reader.clone());
-                after_lean_time(master, move |_| {
-                    assert!((2..=11).contains(&failures.get()), "{}", failures.get());
-                    reader.process().kill(cluster::Signal::CONT);
-                });
-            });
-            let read = log.clone();
-            reader.on_message(move |master, reader, message| {
-                read.add(String::from_utf8(message.bytes().to_vec()).unwrap());
-                assert!(is_alive(reader.process().id()));
-                other.send_with_fds(b"last", copies(1)).unwrap();
-                let read = read.clone();
-                other.on_message(move |master, _, message| {
-                    read.add(String::from_utf8(message.bytes().to_vec()).unwrap());
-                    master.disconnect(|_| {});
-                });
-                let _ = master;
-            });
-            master.on_exit(|_, _, status| assert!(status.success()));
-        },
-        |worker| read_in_order(&worker),
-    );
-    assert_eq!(told.take(), ["all", "last"]);
+/// Each message says its number, has so many descriptors and is so long.
+fn send_many(reader: &WorkerProcess, messages: u8, fds: usize, length: usize) {
+    for number in 0..messages {
+        let text = vec![number; length];
+        reader.send_with_fds(&text, copies(fds)).unwrap();
+    }
 }
 
 fn copies(count: usize) -> Vec<OwnedFd> {
@@ -549,30 +507,100 @@ fn copies(count: usize) -> Vec<OwnedFd> {
     (0..count).map(copy).collect()
 }
 
-fn send_too_many(reader: &WorkerProcess) {
-    for number in 0..MESSAGES {
-        // The copies are not under way before they are written.
-        reader.send_with_fds(&[number], copies(FDS)).unwrap();
-    }
-}
-
-/// Says "all" when every message has come with its descriptors, and "last" at the last one.
+/// Says so when every message has come, each with as many descriptors as the first.
 fn read_in_order(worker: &Worker) {
-    let mut next = 0;
+    let messages: u8 = std::env::var(MESSAGES).unwrap().parse().unwrap();
+    let (mut next, mut all) = (0, None);
     worker.on_message(move |worker, message| {
-        if message.bytes() == b"last" {
-            assert_eq!(message.take_fds().len(), 1);
-            worker.send(b"last").unwrap();
-            return;
-        }
-        assert_eq!(
-            (message.bytes(), message.take_fds().len()),
-            (&[next][..], FDS)
-        );
+        let fds = message.take_fds().len();
+        assert_eq!(message.bytes()[0], next);
+        assert_eq!(fds, *all.get_or_insert(fds));
         next += 1;
-        if next == MESSAGES {
-            worker.send(b"all").unwrap();
+        if next == messages {
+            worker.send(format!("all {fds}").as_bytes()).unwrap();
         }
     });
     worker.run().unwrap();
+}
+
+fn note_text(worker: &WorkerProcess, log: &Log) {
+    let log = log.clone();
+    worker.on_message(move |_, _, message| {
+        log.add(String::from_utf8(message.bytes().to_vec()).unwrap());
+    });
+}
+
+/// The system says EAGAIN, and the poller says when to go on.
+fn descriptors_wait_for_a_worker_that_has_stopped() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            let reader = master.fork_with([(MESSAGES, "200")]).unwrap();
+            note_text(&reader, &log);
+            reader.on_message(|_, reader, _| {
+                reader.disconnect();
+            });
+            reader.on_online(move |master, reader| {
+                stop(reader);
+                send_many(reader, 200, 2, 4000);
+                let reader = reader.clone();
+                after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
+            });
+            reader.on_exit(|_, _, status| assert!(status.success()));
+        },
+        |worker| read_in_order(&worker),
+    );
+    assert_eq!(told.take(), ["all 2"]);
+}
+
+/// How many descriptors the user may have under way, and the master open.
+const USERS_LIMIT: u64 = 64;
+
+/// What a worker does not read counts for the user. The channel rests, and goes on when the worker
+/// reads; another worker has to wait, too, and is not hurt.
+fn descriptors_beyond_the_users_limit_wait() {
+    let program = cluster::is_master().then(|| program_for(nobody_else()));
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let (_, path) = program.as_ref().unwrap();
+            master.setup_master(Settings::default().exec(path));
+            become_user(nobody_else());
+            let reader = master.fork_with([(MESSAGES, "12")]).unwrap();
+            let other = master.fork_with([(MESSAGES, "1")]).unwrap();
+            let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, USERS_LIMIT, hard).unwrap();
+            for worker in [&reader, &other] {
+                note_text(worker, &log);
+                let errors = log.clone();
+                worker.on_error(move |_, worker, error| {
+                    assert!(matches!(error, Error::Exhausted { .. }), "{error}");
+                    assert_eq!(error.raw_os_error(), Some(libc::ETOOMANYREFS), "{error}");
+                    errors.add(format!("{} rests", worker.id()));
+                });
+            }
+            reader.on_online(move |master, reader| {
+                stop(reader);
+                send_many(reader, 12, 8, 1);
+                send_many(&other, 1, 8, 1);
+                let reader = reader.clone();
+                after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
+            });
+            let mut missing = 2;
+            master.on_message(move |master, _, _| {
+                missing -= 1;
+                if missing == 0 {
+                    master.disconnect(|_| {});
+                }
+            });
+            master.on_exit(|_, _, status| assert!(status.success()));
+        },
+        |worker| read_in_order(&worker),
+    );
+    let mut seen = told.take();
+    seen.sort();
+    assert_eq!(seen, ["1 rests", "2 rests", "all 8", "all 8"]);
 }

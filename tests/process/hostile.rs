@@ -96,7 +96,8 @@ const ITS_INDEX: u32 = 0;
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
-    frame.extend([1, kind, fds, 0]);
+    // All of its descriptors leave with it, and no others.
+    frame.extend([1, kind, fds, fds]);
     frame.extend(body);
     frame
 }
@@ -975,6 +976,29 @@ fn wrong_forms() -> Vec<Wrong> {
         wrong(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
         wrong(
             |_| frame(MESSAGE, 17, &[]),
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| after_online(frame(MESSAGE, 1, &[])),
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| vec![0, 0, 0, 0, 1, MESSAGE, 0, 1],
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| vec![0, 0, 0, 0, 1, MESSAGE, 2, 1],
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| vec![0, 0, 0, 0, 1, MESSAGE, 1, 65],
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |enemy| {
+                enemy.say_with(&after_online(frame(MESSAGE, 2, &[])), &[0]);
+                Vec::new()
+            },
             "descriptors that no frame announced",
         ),
         wrong(
