@@ -49,6 +49,10 @@ fn nobody_else() -> u32 {
 }
 
 /// The time that this process has worked.
+#[allow(
+    clippy::useless_conversion,
+    reason = "the type is not the same on all systems"
+)]
 fn worked() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
     let both = [usage.user_time(), usage.system_time()];

@@ -65,6 +65,8 @@ const SLACK_FDS: usize = 8;
 /// other things anything less would fail now and then; a worker that keeps the master for as long
 /// as it likes makes it a hundred times.
 const SLOWER: u32 = 5;
+/// What the system's own scheduler may make anybody wait on such a machine, whatever the master does.
+const A_SLICE: Duration = Duration::from_millis(3);
 /// No client waits as long as this; what blocks the master does so for longer.
 const LONGEST: Duration = Duration::from_secs(5);
 /// After this an enemy that should have been cut off has not been.
@@ -426,7 +428,8 @@ fn attack(master: &Master, address: SocketAddr, quiet: &[Duration], case: Case, 
         println!("median {median_quiet:?} {:?}", median(&busy));
         println!("p99 {p99_quiet:?} {:?}", p99(&busy));
         assert!(busy[busy.len() - 1] < LONGEST, "blocked");
-        assert!(median(&busy) < SLOWER * median_quiet, "held up");
+        let most = A_SLICE.max(SLOWER * median_quiet);
+        assert!(median(&busy) < most, "held up");
         if let End::Tolerated = case.end {
             assert!(!enemy.is_dead());
             let went_on = processor_time(enemy.process().id()) > worked;

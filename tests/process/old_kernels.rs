@@ -105,7 +105,6 @@ const PLAYED: &[&str] = &[
     "a_whole_life",
     "events_come_once_and_in_order",
     "exit_code_and_signal",
-    "settings_reach_the_worker",
     "children_inherit_only_their_channel",
     "sequential_connections_rotate_exactly",
     "a_connection_outlives_the_worker_it_was_given_to",
@@ -114,8 +113,6 @@ const PLAYED: &[&str] = &[
     "disconnect_all_calls_back_once_when_nobody_is_left",
     "orphans_leave_within_a_second",
     "kill_infinite_loop",
-    "listen_pipe_readable_writable",
-    "idle_processes_sleep",
 ];
 
 pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
