@@ -585,6 +585,8 @@ impl MasterShell {
     }
 
     pub(crate) fn try_reap(&self, worker: WorkerId) {
+        // A signal that waits is for the process, and not for whoever gets its number next.
+        self.act();
         let Some(record) = self.record(worker) else {
             return;
         };

@@ -9,9 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::frame::FrameError;
 use crate::worker_id::WorkerId;
 
-/// The most credits one worker may have outstanding: more is a broken worker, and one of ours grants
-/// half of it. And the most connections it may have been given and not taken, so that one which takes
-/// nothing holds up no more.
+/// The most credits one worker has, or grants at a time; one of ours believes to have half of it. And the
+/// most connections that one may have been given and not taken: who takes nothing holds up no more.
 pub(crate) const MAX_CREDITS: u32 = 16;
 
 /// A connection on its way to a worker.
@@ -133,12 +132,13 @@ impl<C: Clone> RoundRobin<C> {
                 return Err(FrameError::State("took a connection it was never given"));
             }
             let confirmed = member.given.partition_point(|(number, _)| *number <= taken);
-            let sum = member.credits.saturating_add(credits);
-            if sum > MAX_CREDITS {
+            if credits > MAX_CREDITS {
                 return Err(FrameError::State("granted more credits than allowed"));
             }
             if !member.ended {
-                member.credits = sum;
+                // What it granted, revoked and granted again may add up to more than it believes to
+                // have granted: connections that were under way have used up the new credits.
+                member.credits = member.credits.saturating_add(credits).min(MAX_CREDITS);
             }
             member.given.drain(..confirmed);
             Ok(confirmed as u64)

@@ -25,7 +25,6 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use wait_timeout::ChildExt as _;
 
 /// Names the scenario to a process that is to play it.
@@ -131,20 +130,14 @@ pub const NOBODY: u32 = 65534;
 /// This program by a way that every user may go, wherever it is.
 pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// From now on this process, and what it starts, finds these calls fail.
-pub fn refuse_calls(calls: &[nix::libc::c_long], errno: i32) {
-    let filter = SeccompFilter::new(
-        calls.iter().map(|call| (*call, Vec::new())).collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(errno.unsigned_abs()),
-        std::env::consts::ARCH.try_into().unwrap(),
-    );
-    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
+fn run(name: &str) -> Result<(), Failed> {
+    run_with(name, &[])
 }
 
-fn run(name: &str) -> Result<(), Failed> {
+/// Plays a scenario in an environment of its own.
+pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.env(SCENARIO, name);
+    command.env(SCENARIO, name).envs(env.iter().copied());
     let group = Group::start(&mut command)?;
     let status = group.finish()?;
     status
@@ -641,4 +634,25 @@ pub fn is_alive(pid: u32) -> bool {
         .rsplit_once(") ")
         .and_then(|(_, rest)| rest.chars().next());
     !matches!(state, None | Some('Z' | 'X'))
+}
+
+/// From now on these calls fail, in this process and in those it starts.
+pub fn refuse_calls(calls: &[i64], errno: i32) {
+    refuse_some(calls.iter().map(|call| (*call, Vec::new())), errno);
+}
+
+/// The same, where one of the rules about the arguments of a call is met.
+pub fn refuse_some(
+    calls: impl IntoIterator<Item = (i64, Vec<seccompiler::SeccompRule>)>,
+    errno: i32,
+) {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+    let filter = SeccompFilter::new(
+        calls.into_iter().collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.unsigned_abs()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
 }

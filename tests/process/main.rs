@@ -13,14 +13,16 @@ mod conformance;
 mod deadlines;
 mod edges;
 mod examples;
-mod faults;
+mod exhaustion;
 mod hand_over;
 mod harness;
 mod host;
+mod hostile;
 mod leave;
 mod life;
 mod listen;
 mod messages;
+mod old_kernels;
 mod orphans;
 mod privileges;
 mod round_robin;
@@ -37,7 +39,9 @@ fn main() -> ExitCode {
         round_robin::SCENARIOS,
         messages::SCENARIOS,
         leave::SCENARIOS,
-        faults::SCENARIOS,
+        hostile::SCENARIOS,
+        exhaustion::SCENARIOS,
+        old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
         hand_over::SCENARIOS,
@@ -47,15 +51,17 @@ fn main() -> ExitCode {
         privileges::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
-    let mut scenarios = scenarios.chain(conformance::scenarios());
+    let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
-        let scenario = scenarios.find(|scenario| scenario.name == name);
+        old_kernels::become_old();
+        let scenario = scenarios.iter().find(|scenario| scenario.name == name);
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
     // Orphans of the tests come to this process, which sees whether there are any.
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
-    let mut trials: Vec<_> = scenarios.map(harness::trial).collect();
+    let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();
+    trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",

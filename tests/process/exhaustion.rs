@@ -1,0 +1,604 @@
+//! What happens when the system has no more to give, and afterwards. The master says what it could
+//! not do, does not spin, and goes on when there is something again.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::{Error, Interest, Master, Settings, Signal, Worker, WorkerProcess};
+use nix::libc;
+use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
+use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
+use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+
+use crate::harness::{
+    Log, answer, cluster, in_background, open_fds, refuse_calls, refuse_some, serve_id, stop, talk,
+    wait_until, when_listening,
+};
+
+crate::scenarios! {
+    accepting_without_descriptors_waits_and_goes_on
+    accepting_fails_for_one_listener_and_goes_on_for_others
+    a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked
+    a_fork_that_the_system_refuses_says_what_was_attempted
+    a_fork_beyond_the_users_processes_is_an_error_until_there_is_room: ROOT
+    descriptors_lost_on_the_way_to_the_master_are_told
+    connections_lost_on_the_way_to_a_worker_go_to_another
+    descriptors_wait_for_a_worker_that_has_stopped
+    descriptors_beyond_the_users_limit_wait: ROOT
+}
+
+/// How long there is nothing.
+const LEAN: Duration = Duration::from_secs(1);
+/// How much of that time the master may work: a tenth.
+const WORK: Duration = Duration::from_millis(100);
+/// A user whom nobody else is, so that what counts for a user counts for one test.
+fn nobody_else() -> u32 {
+    100_000 + std::process::id()
+}
+
+/// The time that this process has worked.
+#[allow(
+    clippy::useless_conversion,
+    reason = "the type is not the same on all systems"
+)]
+fn worked() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    let both = [usage.user_time(), usage.system_time()];
+    let micros = both.map(|time| time.tv_sec() * 1_000_000 + i64::from(time.tv_usec()));
+    Duration::from_micros(micros.iter().sum::<i64>().unsigned_abs())
+}
+
+/// Lets the lean time pass, in which this process must not work, and calls back.
+fn after_lean_time(master: &Master, then: impl FnOnce(&Master) + 'static) {
+    let before = worked();
+    master.set_timeout(LEAN, move |master| {
+        let work = worked() - before;
+        println!("worked {work:?}");
+        assert!(work < WORK, "spins: {work:?}");
+        then(master);
+    });
+}
+
+/// Lets this process have so many descriptors more than it has. Returns what undoes it.
+fn leave_free(more: usize) -> impl Fn() + Copy {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    // The system takes the lowest number that is free, of which there are as many below.
+    let mut free = Vec::new();
+    while free.len() < more {
+        free.push(std::fs::File::open("/dev/null").unwrap());
+    }
+    let next = std::fs::File::open("/dev/null").unwrap();
+    let limit = u64::try_from(std::os::fd::AsRawFd::as_raw_fd(&next)).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
+    move || setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap()
+}
+
+/// Reads what each of the clients is answered, and calls back with the answers.
+fn read_all(
+    master: &Master,
+    clients: Vec<TcpStream>,
+    then: impl FnOnce(&Master, Vec<String>) + 'static,
+) {
+    let read = |mut client: TcpStream| {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let work = move || clients.into_iter().map(read).collect();
+    in_background(master, work, then);
+}
+
+fn connect_some(address: SocketAddr) -> Vec<TcpStream> {
+    let connect = |_| TcpStream::connect(address).unwrap();
+    (0..10).map(connect).collect()
+}
+
+fn serve_with_callbacks(worker: &Worker) {
+    answer(&worker.listen("127.0.0.1:0").unwrap(), "served");
+    worker.run().unwrap();
+}
+
+fn accepting_without_descriptors_waits_and_goes_on() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let failures = Rc::new(Cell::new(0));
+            let count = Rc::clone(&failures);
+            master.on_error(move |_, worker, error| {
+                assert!(
+                    worker.is_none() && matches!(error, Error::Accept { .. }),
+                    "{error}"
+                );
+                assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
+                count.set(count.get() + 1);
+            });
+            when_listening(master, 1, move |master, address| {
+                let clients = connect_some(address);
+                read_all(master, clients, move |master, answers| {
+                    log.add(format!("{answers:?}"));
+                    master.disconnect(|_| {});
+                });
+                let give_back = leave_free(0);
+                after_lean_time(master, move |_| {
+                    // Once in 100 ms.
+                    assert!((2..=11).contains(&failures.get()), "{}", failures.get());
+                    give_back();
+                });
+            });
+            let worker = master.fork().unwrap();
+            worker.on_exit(|_, _, status| assert!(status.success()));
+        },
+        |worker| serve_with_callbacks(&worker),
+    );
+    assert_eq!(told.take(), [format!("{:?}", ["served"; 10])]);
+}
+
+/// The listening socket of this process on that port.
+fn listener_on(port: u16) -> u64 {
+    use nix::sys::socket::{SockaddrIn, getsockname, getsockopt, sockopt};
+    let is_it = |number: &i32| {
+        #[allow(unsafe_code)]
+        // SAFETY: it is only asked what it is.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
+        let listens = getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false);
+        listens && getsockname::<SockaddrIn>(*number).is_ok_and(|own| own.port() == port)
+    };
+    let found = (0..256).find(is_it).unwrap();
+    u64::try_from(found).unwrap()
+}
+
+/// The first argument of the call is this one.
+fn for_descriptor(fd: u64) -> SeccompRule {
+    let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+    let condition = SeccompCondition::new(0, length, operator, fd).unwrap();
+    SeccompRule::new(vec![condition]).unwrap()
+}
+
+const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
+
+/// Three listeners have a client each that cannot be accepted, the last one has ten that can.
+fn accepting_fails_for_one_listener_and_goes_on_for_others() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let seen = Rc::new(RefCell::new(BTreeSet::new()));
+            let failures = Rc::clone(&seen);
+            master.on_error(move |_, worker, error| {
+                assert!(worker.is_none(), "{error}");
+                let Error::Accept { address, .. } = error else {
+                    panic!("{error}");
+                };
+                let failure = (address.clone(), error.raw_os_error().unwrap());
+                failures.borrow_mut().insert(failure);
+            });
+            let addresses = RefCell::new(Vec::<SocketAddr>::new());
+            master.on_listening(move |master, _, address| {
+                let mut addresses = addresses.borrow_mut();
+                addresses.push(address.to_string().parse().unwrap());
+                let [poor @ .., rich] = &addresses[..] else {
+                    return;
+                };
+                if poor.len() < ACCEPT_ERRORS.len() {
+                    return;
+                }
+                let expected: BTreeSet<_> = poor.iter().zip(ACCEPT_ERRORS).collect();
+                let expected = expected.iter().map(|(a, e)| (a.to_string(), *e)).collect();
+                for (address, errno) in poor.iter().zip(ACCEPT_ERRORS) {
+                    let rule = for_descriptor(listener_on(address.port()));
+                    refuse_some([(libc::SYS_accept4, vec![rule])], errno);
+                }
+                let waiting: Vec<_> = poor
+                    .iter()
+                    .map(|a| TcpStream::connect(a).unwrap())
+                    .collect();
+                let (seen, log, rich) = (Rc::clone(&seen), log.clone(), *rich);
+                after_lean_time(master, move |master| {
+                    assert_eq!(*seen.borrow(), expected);
+                    read_all(master, connect_some(rich), move |master, answers| {
+                        log.add(format!("{answers:?}"));
+                        drop(waiting);
+                        // A listener that cannot be emptied cannot be closed in peace.
+                        master.workers()[0].process().kill(Signal::KILL);
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            for _ in 0..=ACCEPT_ERRORS.len() {
+                answer(&worker.listen("127.0.0.1:0").unwrap(), "served");
+            }
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(told.take(), [format!("{:?}", ["served"; 10])]);
+}
+
+/// What a fork attempted in vain.
+fn refused_fork(master: &Master, errno: i32) -> &'static str {
+    let before = (open_fds(), master.workers().len());
+    let error = master.fork().unwrap_err();
+    assert_eq!((open_fds(), master.workers().len()), before, "{error}");
+    assert_eq!(error.raw_os_error(), Some(errno), "{error}");
+    match error {
+        Error::Fork { attempt, .. } => attempt,
+        other => panic!("{other}"),
+    }
+}
+
+/// With one descriptor more each time, until there are enough.
+fn a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            let number = std::fs::File::open("/dev/null").unwrap();
+            let next = u64::try_from(std::os::fd::AsRawFd::as_raw_fd(&number)).unwrap();
+            drop(number);
+            let mut attempts = BTreeSet::new();
+            let mut more = 0;
+            loop {
+                setrlimit(Resource::RLIMIT_NOFILE, next + more, hard).unwrap();
+                let fds = count_below(next + more);
+                let outcome = master.fork();
+                assert!(more < 16, "it never has enough");
+                if outcome.is_ok() {
+                    break;
+                }
+                let Err(Error::Fork {
+                    attempt, source, ..
+                }) = outcome
+                else {
+                    panic!("{outcome:?}");
+                };
+                assert_eq!(source.raw_os_error(), Some(libc::EMFILE), "{attempt}");
+                assert_eq!(count_below(next + more), fds, "{attempt}");
+                attempts.insert(attempt);
+                more += 1;
+            }
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+            let expected = ["make a channel", "make a process"];
+            assert_eq!(attempts, BTreeSet::from(expected));
+            // What came to be with so few has its parent's limit. The next one has not.
+            let first = master.workers().remove(0);
+            first.process().kill(Signal::KILL);
+            first.on_exit(move |master, _, _| {
+                let log = log.clone();
+                let second = master.fork().unwrap();
+                second.on_exit(move |_, _, status| log.add(status.to_string()));
+            });
+        },
+        |_| {},
+    );
+    assert_eq!(told.take(), ["exit status: 0"]);
+}
+
+/// Without opening any.
+fn count_below(limit: u64) -> usize {
+    let is_open = |number: &i32| {
+        #[allow(unsafe_code)]
+        // SAFETY: it is only asked whether there is such a descriptor.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
+        nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFD).is_ok()
+    };
+    (0..i32::try_from(limit).unwrap()).filter(is_open).count()
+}
+
+/// The call to `epoll_ctl` that adds a descriptor.
+fn adding_to_a_poller() -> SeccompRule {
+    let add = u64::try_from(libc::EPOLL_CTL_ADD).unwrap();
+    let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+    let condition = SeccompCondition::new(1, length, operator, add).unwrap();
+    SeccompRule::new(vec![condition]).unwrap()
+}
+
+/// Nothing that the system refuses can be asked for again, and so each of them comes before what
+/// was refused already.
+fn a_fork_that_the_system_refuses_says_what_was_attempted() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                let client = TcpStream::connect(address).unwrap();
+                let read = move |master: &Master, mut client: &TcpStream| {
+                    let mut answer = String::new();
+                    client.read_to_string(&mut answer).unwrap();
+                    log.add(answer);
+                    master.disconnect(|_| {});
+                    None
+                };
+                master.watch(client, Interest::Readable, read).unwrap();
+                let forks = [libc::SYS_clone3, libc::SYS_clone, libc::SYS_fork];
+                refuse_calls(&forks, libc::ENOMEM);
+                assert_eq!(refused_fork(master, libc::ENOMEM), "make a process");
+                let rule = vec![adding_to_a_poller()];
+                refuse_some([(libc::SYS_epoll_ctl, rule)], libc::ENOSPC);
+                assert_eq!(refused_fork(master, libc::ENOSPC), "make a channel");
+                refuse_calls(&[libc::SYS_socketpair], libc::ENFILE);
+                assert_eq!(refused_fork(master, libc::ENFILE), "make a channel");
+            });
+            master.fork().unwrap();
+        },
+        |worker| serve_with_callbacks(&worker),
+    );
+    assert_eq!(told.take(), ["served"]);
+}
+
+/// From now on this process is somebody else, who may look at himself.
+fn become_user(user: u32) {
+    setgroups(&[]).unwrap();
+    setgid(Gid::from_raw(user)).unwrap();
+    setuid(Uid::from_raw(user)).unwrap();
+    nix::sys::prctl::set_dumpable(true).unwrap();
+}
+
+fn a_fork_beyond_the_users_processes_is_an_error_until_there_is_room() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            become_user(nobody_else());
+            master.setup_master(Settings::default().exec("/bin/true").args(["x"]));
+            let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
+            setrlimit(Resource::RLIMIT_NPROC, 1, hard).unwrap();
+            let attempt = refused_fork(master, libc::EAGAIN);
+            assert_eq!(attempt, "make a process");
+            setrlimit(Resource::RLIMIT_NPROC, soft, hard).unwrap();
+            let worker = master.fork().unwrap();
+            worker.on_exit(move |_, _, status| log.add(status.to_string()));
+        },
+        |_| unreachable!("/bin/true does not come here"),
+    );
+    assert_eq!(told.take(), ["exit status: 0"]);
+}
+
+/// The message comes with what could be had, and the worker stays.
+fn descriptors_lost_on_the_way_to_the_master_are_told() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_online(|_, worker| assert!(worker.send(b"all").unwrap()));
+            let errors = log.clone();
+            worker.on_error(move |_, _, error| {
+                assert!(matches!(error, Error::Exhausted { .. }), "{error}");
+                assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
+                errors.add("lost some");
+            });
+            let messages = log.clone();
+            let give_back: RefCell<Option<Box<dyn Fn()>>> = RefCell::default();
+            worker.on_message(move |_, worker, message| {
+                let text = String::from_utf8(message.bytes().to_vec()).unwrap();
+                messages.add(format!("{text} {}", message.take_fds().len()));
+                match text.as_str() {
+                    "all" => {
+                        *give_back.borrow_mut() = Some(Box::new(leave_free(2)));
+                        worker.send(b"some").unwrap();
+                    }
+                    "some" => {
+                        give_back.take().unwrap()();
+                        worker.send(b"again").unwrap();
+                    }
+                    _ => {
+                        worker.disconnect();
+                    }
+                }
+            });
+            let exits = log.clone();
+            worker.on_exit(move |_, _, status| exits.add(status.to_string()));
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                worker.send_with_fds(message.bytes(), copies(4)).unwrap();
+            });
+            worker.run().unwrap();
+        },
+    );
+    let mut seen = told.take();
+    // Whether the error or the message comes first is not promised.
+    seen[1..3].sort();
+    let expected = ["all 4", "lost some", "some 2", "again 4", "exit status: 0"];
+    assert_eq!(seen, expected);
+}
+
+/// The first worker has no descriptors for a while; the second one serves meanwhile.
+fn connections_lost_on_the_way_to_a_worker_go_to_another() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            master.on_exit(|_, _, status| assert!(status.success()));
+            let address = Rc::new(Cell::new(None));
+            let own = Rc::clone(&address);
+            when_listening(master, 2, move |master, at| {
+                own.set(Some(at));
+                master.workers()[0].send(b"be poor").unwrap();
+            });
+            master.on_message(move |master, poor, message| {
+                let address = address.get().unwrap();
+                match message.bytes() {
+                    b"poor" => {
+                        let (log, poor) = (log.clone(), poor.clone());
+                        let work = move || answers(address);
+                        in_background(master, work, move |_, answers| {
+                            log.add(format!("{answers:?}"));
+                            poor.send(b"be rich").unwrap();
+                        });
+                    }
+                    _ => {
+                        let log = log.clone();
+                        // The first one may have its turn only after a while.
+                        let work = move || wait_until("both", || both(address));
+                        in_background(master, work, move |master, ()| {
+                            log.add("both");
+                            master.disconnect(|_| {});
+                        });
+                    }
+                }
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            let give_back: RefCell<Option<Box<dyn Fn()>>> = RefCell::default();
+            worker.on_message(move |worker, message| {
+                if message.bytes() == b"be poor" {
+                    *give_back.borrow_mut() = Some(Box::new(leave_free(0)));
+                    worker.send(b"poor").unwrap();
+                } else {
+                    give_back.take().unwrap()();
+                    worker.send(b"rich").unwrap();
+                }
+            });
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+    assert_eq!(told.take(), [r#"{"2"}"#, "both"]);
+}
+
+/// Who answers some clients that come one after the other.
+fn answers(address: SocketAddr) -> BTreeSet<String> {
+    (0..20).map(|_| talk(address, b"").unwrap()).collect()
+}
+
+fn both(address: SocketAddr) -> Option<()> {
+    (answers(address).len() == 2).then_some(())
+}
+
+/// A copy of this program that everybody may execute and this user can remove.
+fn program_for(user: u32) -> (tempfile::TempDir, PathBuf) {
+    use std::os::unix::fs::PermissionsExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    std::fs::copy(std::env::current_exe().unwrap(), &path).unwrap();
+    let all = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(directory.path(), all.clone()).unwrap();
+    std::fs::set_permissions(&path, all).unwrap();
+    std::os::unix::fs::chown(directory.path(), Some(user), None).unwrap();
+    (directory, path)
+}
+
+/// How many messages the worker waits for.
+const MESSAGES: &str = "MESSAGES";
+
+/// Each message says its number, has so many descriptors and is so long.
+fn send_many(reader: &WorkerProcess, messages: u8, fds: usize, length: usize) {
+    for number in 0..messages {
+        let text = vec![number; length];
+        reader.send_with_fds(&text, copies(fds)).unwrap();
+    }
+}
+
+fn copies(count: usize) -> Vec<OwnedFd> {
+    let copy = |_| std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    (0..count).map(copy).collect()
+}
+
+/// Says so when every message has come, each with as many descriptors as the first.
+fn read_in_order(worker: &Worker) {
+    let messages: u8 = std::env::var(MESSAGES).unwrap().parse().unwrap();
+    let (mut next, mut all) = (0, None);
+    worker.on_message(move |worker, message| {
+        let fds = message.take_fds().len();
+        assert_eq!(message.bytes()[0], next);
+        assert_eq!(fds, *all.get_or_insert(fds));
+        next += 1;
+        if next == messages {
+            worker.send(format!("all {fds}").as_bytes()).unwrap();
+        }
+    });
+    worker.run().unwrap();
+}
+
+fn note_text(worker: &WorkerProcess, log: &Log) {
+    let log = log.clone();
+    worker.on_message(move |_, _, message| {
+        log.add(String::from_utf8(message.bytes().to_vec()).unwrap());
+    });
+}
+
+/// The system says EAGAIN, and the poller says when to go on.
+fn descriptors_wait_for_a_worker_that_has_stopped() {
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            let reader = master.fork_with([(MESSAGES, "200")]).unwrap();
+            note_text(&reader, &log);
+            reader.on_message(|_, reader, _| {
+                reader.disconnect();
+            });
+            reader.on_online(move |master, reader| {
+                stop(reader);
+                send_many(reader, 200, 2, 4000);
+                let reader = reader.clone();
+                after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
+            });
+            reader.on_exit(|_, _, status| assert!(status.success()));
+        },
+        |worker| read_in_order(&worker),
+    );
+    assert_eq!(told.take(), ["all 2"]);
+}
+
+/// How many descriptors the user may have under way, and the master open.
+const USERS_LIMIT: u64 = 64;
+
+/// What a worker does not read counts for the user. The channel rests, and goes on when the worker
+/// reads; another worker has to wait, too, and is not hurt.
+fn descriptors_beyond_the_users_limit_wait() {
+    let program = cluster::is_master().then(|| program_for(nobody_else()));
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let (_, path) = program.as_ref().unwrap();
+            master.setup_master(Settings::default().exec(path));
+            become_user(nobody_else());
+            let reader = master.fork_with([(MESSAGES, "12")]).unwrap();
+            let other = master.fork_with([(MESSAGES, "1")]).unwrap();
+            let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, USERS_LIMIT, hard).unwrap();
+            for worker in [&reader, &other] {
+                note_text(worker, &log);
+                let errors = log.clone();
+                worker.on_error(move |_, worker, error| {
+                    assert!(matches!(error, Error::Exhausted { .. }), "{error}");
+                    assert_eq!(error.raw_os_error(), Some(libc::ETOOMANYREFS), "{error}");
+                    errors.add(format!("{} rests", worker.id()));
+                });
+            }
+            reader.on_online(move |master, reader| {
+                stop(reader);
+                send_many(reader, 12, 8, 1);
+                send_many(&other, 1, 8, 1);
+                let reader = reader.clone();
+                after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
+            });
+            let mut missing = 2;
+            master.on_message(move |master, _, _| {
+                missing -= 1;
+                if missing == 0 {
+                    master.disconnect(|_| {});
+                }
+            });
+            master.on_exit(|_, _, status| assert!(status.success()));
+        },
+        |worker| read_in_order(&worker),
+    );
+    let mut seen = told.take();
+    seen.sort();
+    assert_eq!(seen, ["1 rests", "2 rests", "all 8", "all 8"]);
+}

@@ -1,0 +1,1135 @@
+//! Workers that mean harm: they write to their channel by themselves. The master lives, is not
+//! blocked, and spends no more on them than it promises.
+
+use std::cell::{Cell, RefCell};
+use std::io::{IoSlice, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use cluster::{Error, Master, SendError, Settings, Signal, WorkerProcess};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+
+use crate::harness::{Log, cluster, in_background, open_fds, serve_id, talk};
+
+crate::scenarios! {
+    a_garbled_frame_cuts_the_worker_off
+    an_oversized_frame_cuts_the_worker_off
+    a_program_that_is_no_worker_of_ours_comes_and_goes
+    frames_in_a_wrong_state_cut_the_worker_off
+    noise_is_an_error_or_nothing
+    a_flood_of_messages_holds_up_nobody
+    a_flood_of_empty_frames_holds_up_nobody
+    a_flood_of_listens_holds_up_nobody
+    a_flood_of_binds_holds_up_nobody
+    a_flood_of_credits_holds_up_nobody
+    a_flood_of_listening_events_cuts_the_worker_off
+    a_worker_that_refuses_everything_holds_up_nobody
+    a_frame_that_never_ends_holds_up_nobody
+    a_header_that_never_ends_holds_up_nobody
+    descriptors_with_frames_that_announce_none_cut_the_worker_off
+    descriptors_before_any_frame_cut_the_worker_off
+    descriptors_that_the_program_does_not_take_are_closed
+    descriptors_whose_close_waits_do_not_block_the_master
+    a_connection_whose_close_waits_does_not_block_the_master
+    a_worker_that_never_reads_is_bounded
+    a_worker_that_asks_and_never_reads_is_cut_off
+    absurd_credits_cut_the_worker_off
+    a_worker_that_takes_nothing_holds_no_more_than_it_may
+    a_worker_that_takes_and_never_answers_holds_up_nobody
+    a_worker_that_stops_itself_holds_up_nobody
+    a_worker_that_closes_its_channel_and_lives_on_is_disconnected
+}
+
+// What one worker may cost the master.
+
+/// Bytes of a frame that is not complete, and what was read behind it.
+const BYTES_IN: usize = (1 << 20) + (64 << 10);
+/// Bytes that wait for a worker that does not read.
+const BYTES_OUT: usize = 9 << 20;
+/// Descriptors that arrived, with their frames or before.
+const FDS_IN: usize = 144;
+/// Connections of one listener that it was given and has not taken.
+const CONNECTIONS: usize = 16;
+const LISTENERS: usize = 256;
+/// Its channel and its process.
+const FDS_OF_ITS_OWN: usize = 2;
+
+/// What the measuring costs, and what an allocator keeps.
+const SLACK_BYTES: usize = 4 << 20;
+const SLACK_FDS: usize = 8;
+/// How much longer, in the median, a client of the sibling may wait. On a machine that is busy with
+/// other things anything less would fail now and then; a worker that keeps the master for as long
+/// as it likes makes it a hundred times.
+const SLOWER: u32 = 5;
+/// What the system's own scheduler may make anybody wait on such a machine, whatever the master does.
+const A_SLICE: Duration = Duration::from_millis(3);
+/// No client waits as long as this; what blocks the master does so for longer.
+const LONGEST: Duration = Duration::from_secs(5);
+/// After this an enemy that should have been cut off has not been.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How many clients the sibling serves, one after the other.
+const CLIENTS: usize = 200;
+
+/// Marks the process that is to play the enemy, and says how.
+const ENEMY: &str = "ENEMY";
+/// Marks the well-behaved worker with which the enemy is compared.
+const NEIGHBOUR: &str = "NEIGHBOUR";
+
+const ONLINE: u8 = 1;
+const LISTEN: u8 = 2;
+const LISTENING: u8 = 3;
+const READY: u8 = 4;
+const REFUSED: u8 = 5;
+const CLOSE: u8 = 6;
+const LEAVING: u8 = 7;
+const REVOKE: u8 = 8;
+const MESSAGE: u8 = 127;
+const REPLY: u8 = 65;
+const CONNECTION: u8 = 66;
+
+/// The port that the honest worker listens on, as it asks for it.
+const ITS_INDEX: u32 = 0;
+
+fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len()).unwrap().to_le_bytes();
+    let mut frame = length.to_vec();
+    // All of its descriptors leave with it, and no others.
+    frame.extend([1, kind, fds, fds]);
+    frame.extend(body);
+    frame
+}
+
+/// A body of numbers.
+fn numbers(parts: &[u32]) -> Vec<u8> {
+    parts.iter().flat_map(|part| part.to_le_bytes()).collect()
+}
+
+fn online() -> Vec<u8> {
+    frame(ONLINE, 0, &[])
+}
+
+fn message(text: &[u8]) -> Vec<u8> {
+    frame(MESSAGE, 0, text)
+}
+
+/// Asks for a free port of 127.0.0.1.
+fn listen(index: u32) -> Vec<u8> {
+    let mut body = numbers(&[index, index, 511]);
+    body.extend([0, 0, 4, 0, 0, 127, 0, 0, 1]);
+    frame(LISTEN, 0, &body)
+}
+
+fn ready(handle: u32, credits: u32, taken: u32) -> Vec<u8> {
+    frame(READY, 0, &numbers(&[handle, credits, taken, 0]))
+}
+
+fn refused(handle: u32, number: u32) -> Vec<u8> {
+    frame(REFUSED, 0, &numbers(&[handle, number, 0]))
+}
+
+/// A frame that names a listener and says nothing else.
+fn about(kind: u8, handle: u32) -> Vec<u8> {
+    frame(kind, 0, &numbers(&[handle]))
+}
+
+/// A worker that has never called `init`, and has its channel for itself.
+struct Enemy {
+    channel: UnixStream,
+}
+
+impl Enemy {
+    /// `None` in all other processes.
+    fn of_this_process() -> Option<Self> {
+        std::env::var_os(ENEMY)?;
+        let number = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: the master left it for this process, in which nobody else knows of it.
+        let channel = unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) };
+        let channel = channel.into();
+        Some(Self { channel })
+    }
+
+    /// The channel breaks when the master has had enough, and then the master kills.
+    fn say(&self, bytes: &[u8]) {
+        if (&self.channel).write_all(bytes).is_err() {
+            self.wait_for_the_end();
+        }
+    }
+
+    fn say_with(&self, bytes: &[u8], fds: &[RawFd]) {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let slices = [IoSlice::new(bytes)];
+        let channel = self.channel.as_raw_fd();
+        let sent = sendmsg::<()>(channel, &slices, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        if sent.is_err() {
+            self.wait_for_the_end();
+        }
+    }
+
+    /// From here on the clients of the honest worker come.
+    fn begin(&self) {
+        self.say(&message(b"begin"));
+    }
+
+    /// The next frame: its kind and its body. Descriptors are lost.
+    fn hear(&self) -> (u8, Vec<u8>) {
+        let mut header = [0; 8];
+        let read = |buffer: &mut [u8]| {
+            if (&self.channel).read_exact(buffer).is_err() {
+                self.wait_for_the_end();
+            }
+        };
+        read(&mut header);
+        let [a, b, c, d, _, kind, _, _] = header;
+        let mut body = vec![0; u32::from_le_bytes([a, b, c, d]) as usize];
+        read(&mut body);
+        (kind, body)
+    }
+
+    /// Waits for a frame of this kind; returns the number at `place` in its body.
+    fn hear_of(&self, wanted: u8, place: usize) -> u32 {
+        loop {
+            let (kind, body) = self.hear();
+            if kind == wanted {
+                let number = body[place..place + 4].try_into().unwrap();
+                return u32::from_le_bytes(number);
+            }
+        }
+    }
+
+    /// Comes to have a listener, by its number.
+    fn listen(&self, index: u32) -> u32 {
+        self.say(&listen(index));
+        let handle = self.hear_of(REPLY, 8);
+        self.say(&about(LISTENING, handle));
+        handle
+    }
+
+    fn wait_for_the_end(&self) -> ! {
+        loop {
+            nix::unistd::pause();
+        }
+    }
+
+    fn flood(&self, one: &[u8]) -> ! {
+        let many = one.repeat((64 << 10) / one.len() + 1);
+        loop {
+            self.say(&many);
+        }
+    }
+}
+
+/// What happens to an enemy in the end.
+#[derive(Clone, Copy)]
+enum End {
+    /// The master ends it, and says why.
+    CutOff(&'static str),
+    /// It has done nothing that is forbidden; the test ends it, after the clients.
+    Tolerated,
+}
+
+#[derive(Clone, Copy)]
+struct Case {
+    attack: fn(&Enemy),
+    end: End,
+    bytes: usize,
+    fds: usize,
+    /// The attack goes on as long as the clients come, and not only for a moment.
+    goes_on: bool,
+    /// What the master's program does when the attack begins.
+    reply: fn(&Master, &WorkerProcess),
+}
+
+impl Case {
+    fn new(attack: fn(&Enemy), end: End) -> Self {
+        Self {
+            attack,
+            end,
+            bytes: BYTES_IN,
+            fds: FDS_OF_ITS_OWN,
+            goes_on: false,
+            reply: |_, _| {},
+        }
+    }
+
+    fn tolerated(attack: fn(&Enemy)) -> Self {
+        Self::new(attack, End::Tolerated)
+    }
+
+    fn flood(attack: fn(&Enemy)) -> Self {
+        let goes_on = true;
+        Self {
+            goes_on,
+            ..Self::tolerated(attack)
+        }
+    }
+}
+
+/// How long the clients of the honest worker, whose id is 1, waited: sorted.
+fn visit(address: SocketAddr) -> Vec<Duration> {
+    let one = |_| {
+        let began = Instant::now();
+        assert_eq!(talk(address, b"").unwrap(), "1");
+        began.elapsed()
+    };
+    let mut times: Vec<_> = (0..CLIENTS).map(one).collect();
+    times.sort();
+    times
+}
+
+fn median(times: &[Duration]) -> Duration {
+    times[times.len() / 2]
+}
+
+fn p99(times: &[Duration]) -> Duration {
+    times[times.len() * 99 / 100]
+}
+
+/// A line of /proc/self/status that is a size, in bytes.
+fn size(name: &str) -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let kib = line.unwrap().trim_start_matches(':').trim();
+    let kib: usize = kib.strip_suffix(" kB").unwrap().parse().unwrap();
+    kib << 10
+}
+
+/// The most that the master has had of everything since it was made.
+struct Peak {
+    bytes: usize,
+    fds: usize,
+    most_fds: Rc<Cell<usize>>,
+}
+
+impl Peak {
+    /// Descriptors are counted once in a millisecond as long as the master runs.
+    fn from_now(master: &Master) -> Self {
+        // The kernel begins anew with the highest size it has seen.
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
+        let fds = open_fds().len();
+        let most_fds = Rc::new(Cell::new(fds));
+        let most = Rc::clone(&most_fds);
+        let count = move |_: &Master| most.set(most.get().max(open_fds().len()));
+        master.unref(master.set_interval(Duration::from_millis(1), count));
+        let bytes = size("VmRSS");
+        Self {
+            bytes,
+            fds,
+            most_fds,
+        }
+    }
+
+    fn more_bytes(&self) -> usize {
+        size("VmHWM").saturating_sub(self.bytes)
+    }
+
+    fn more_fds(&self) -> usize {
+        self.most_fds.get() - self.fds
+    }
+}
+
+/// Plays the attack beside an honest worker, which serves a client after the other before and
+/// meanwhile.
+fn beside_an_honest_worker(case: Case) {
+    if let Some(enemy) = Enemy::of_this_process() {
+        enemy.say(&online());
+        (case.attack)(&enemy);
+        enemy.wait_for_the_end();
+    }
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let honest = master.fork().unwrap();
+            honest.on_listening(move |master, _, address| {
+                let address = address.to_string().parse().unwrap();
+                let log = log.clone();
+                after_a_quiet_time(master, address, move |master, quiet| {
+                    attack(master, address, &quiet, case, &log);
+                });
+            });
+        },
+        |worker| {
+            if std::env::var_os(NEIGHBOUR).is_some() {
+                // The last one comes too late.
+                worker.on_message(|worker, _| drop(worker.send(b"pong")));
+                worker.send(b"ready").unwrap();
+                worker.run().unwrap();
+            } else {
+                serve_id(&worker, "127.0.0.1:0");
+            }
+        },
+    );
+    let expected = match case.end {
+        End::CutOff(why) => vec![why.to_owned(), "disconnect".into(), "killed".into()],
+        End::Tolerated => vec!["disconnect".into(), "killed".into()],
+    };
+    assert_eq!(told.take(), expected);
+}
+
+/// How the honest worker serves beside one that is as honest, and as busy with the master as one can
+/// be that waits for answers.
+fn after_a_quiet_time(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master, Vec<Duration>) + 'static,
+) {
+    let neighbour = master.fork_with([(NEIGHBOUR, "1")]).unwrap();
+    neighbour.on_message(|_, neighbour, _| {
+        let _ = neighbour.send(b"ping");
+    });
+    let mut then = Some(then);
+    neighbour.on_online(move |master, neighbour| {
+        let (neighbour, then) = (neighbour.clone(), then.take().unwrap());
+        let finish = move |_: &Master, quiet| {
+            let mut rest = Some((then, quiet));
+            neighbour.on_exit(move |master, _, _| {
+                let (then, quiet) = rest.take().unwrap();
+                then(master, quiet);
+            });
+            neighbour.disconnect();
+        };
+        in_background(master, move || visit(address), finish);
+    });
+}
+
+/// How long a process has had a processor.
+fn processor_time(pid: u32) -> Duration {
+    let path = format!("/proc/{pid}/schedstat");
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let nanos = text.split(' ').next().and_then(|nanos| nanos.parse().ok());
+    Duration::from_nanos(nanos.unwrap_or(0))
+}
+
+fn attack(master: &Master, address: SocketAddr, quiet: &[Duration], case: Case, log: &Log) {
+    let peak = Peak::from_now(master);
+    let enemy = master.fork_with([(ENEMY, "1")]).unwrap();
+    note_enemy(&enemy, log);
+    let (median_quiet, p99_quiet) = (median(quiet), p99(quiet));
+    let missing = Rc::new(Cell::new(2));
+    let over = Rc::new(move |master: &Master| {
+        missing.set(missing.get() - 1);
+        if missing.get() == 0 {
+            println!("bytes {} fds {}", peak.more_bytes(), peak.more_fds());
+            assert!(peak.more_bytes() <= case.bytes + SLACK_BYTES, "bytes");
+            assert!(peak.more_fds() <= case.fds + SLACK_FDS, "descriptors");
+            master.disconnect(|_| {});
+        }
+    });
+    let exited = Rc::clone(&over);
+    enemy.on_exit(move |master, _, _| exited(master));
+    master.unref(master.set_timeout(PATIENCE, |_| panic!("the enemy lives on")));
+    let served = move |master: &Master, enemy: &WorkerProcess, busy: Vec<Duration>, worked| {
+        println!("median {median_quiet:?} {:?}", median(&busy));
+        println!("p99 {p99_quiet:?} {:?}", p99(&busy));
+        assert!(busy[busy.len() - 1] < LONGEST, "blocked");
+        let most = A_SLICE.max(SLOWER * median_quiet);
+        assert!(median(&busy) < most, "held up");
+        if let End::Tolerated = case.end {
+            assert!(!enemy.is_dead());
+            let went_on = processor_time(enemy.process().id()) > worked;
+            assert!(went_on || !case.goes_on, "the flood has ended");
+            enemy.process().kill(Signal::KILL);
+        }
+        over(master);
+    };
+    let mut served = Some(served);
+    enemy.on_message(move |master, enemy, _| {
+        let Some(served) = served.take() else {
+            return;
+        };
+        (case.reply)(master, enemy);
+        let worked = processor_time(enemy.process().id());
+        let enemy = enemy.clone();
+        in_background(
+            master,
+            move || visit(address),
+            move |master, busy| served(master, &enemy, busy, worked),
+        );
+    });
+}
+
+/// What the program is told about the enemy, except messages.
+fn note_enemy(enemy: &WorkerProcess, log: &Log) {
+    let (at_error, at_end, at_exit) = (log.clone(), log.clone(), log.clone());
+    let prefix = [
+        format!("cut off from worker {}: ", enemy.id()),
+        format!("lost the channel to worker {}: ", enemy.id()),
+    ];
+    enemy.on_error(move |_, _, error| {
+        if let Error::Send { .. } = error {
+            return; // It is what `send` has returned.
+        }
+        let text = error.to_string();
+        let found = prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
+        at_error.add(found.unwrap_or(&text));
+    });
+    enemy.on_disconnect(move |_, _| at_end.add("disconnect"));
+    enemy.on_exit(move |_, _, status| match status.signal() {
+        Some(9) => at_exit.add("killed"),
+        _ => at_exit.add(status.to_string()),
+    });
+}
+
+/// A shell writes `bytes` (in printf's notation) into its channel and then waits to be ended.
+fn worker_that_writes(bytes: &str) -> Vec<String> {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let script = format!("printf '{bytes}' >&$CLUSTER_CHANNEL_FD; exec sleep 600");
+            let settings = Settings::default().exec("/bin/sh");
+            master.setup_master(settings.args(["-c".to_owned(), script]));
+            let (at_error, at_end, at_exit) = (log.clone(), log.clone(), log);
+            master.on_error(move |_, worker, error| {
+                assert_eq!(worker.map(|worker| worker.id().get()), Some(1));
+                at_error.add(error.to_string());
+            });
+            master.on_disconnect(move |_, _| at_end.add("disconnect"));
+            master.on_exit(move |_, worker, status| {
+                let flag = worker.exited_after_disconnect();
+                at_exit.add(format!("{:?} {flag:?}", status.signal()));
+            });
+            master.fork().unwrap();
+        },
+        |_| unreachable!("the worker is a shell"),
+    );
+    entries.take()
+}
+
+fn expect_cut_off(bytes: &str, why: &str) {
+    let seen = worker_that_writes(bytes);
+    let error = format!("cut off from worker 1: {why}");
+    assert_eq!(seen, [error.as_str(), "disconnect", "Some(9) Some(false)"]);
+}
+
+fn a_garbled_frame_cuts_the_worker_off() {
+    expect_cut_off(
+        "GET / HTTP/1.1",
+        "frame of version 47, this program speaks 1",
+    );
+}
+
+fn an_oversized_frame_cuts_the_worker_off() {
+    let why = "frame of 2147483647 bytes, the limit is 1048576";
+    expect_cut_off(r"\377\377\377\177\001\177\000\000", why);
+}
+
+fn a_program_that_is_no_worker_of_ours_comes_and_goes() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(Settings::default().exec("/bin/true").args(["x"]));
+            master.on_online(|_, _| panic!("it never says so"));
+            master.on_error(|_, _, error| panic!("{error}"));
+            master.on_exit(move |_, _, status| log.add(status.to_string()));
+            master.fork().unwrap();
+        },
+        |_| unreachable!(),
+    );
+    assert_eq!(entries.take(), ["exit status: 0"]);
+}
+
+/// Floods, while somebody reads the answers.
+fn flood_and_read(enemy: &Enemy, next: impl Fn(u32) -> Vec<u8>) -> ! {
+    let channel = enemy.channel.try_clone().unwrap();
+    std::thread::spawn(move || std::io::copy(&mut &channel, &mut std::io::sink()));
+    let mut n = 0;
+    loop {
+        let many: Vec<_> = (n..n + 1000).flat_map(&next).collect();
+        enemy.say(&many);
+        n += 1000;
+    }
+}
+
+fn a_flood_of_messages_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        enemy.begin();
+        enemy.flood(&message(&[b'x'; 100]));
+    }));
+}
+
+/// None is shorter.
+fn a_flood_of_empty_frames_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        enemy.begin();
+        enemy.flood(&frame(LEAVING, 0, &[]));
+    }));
+}
+
+fn a_flood_of_listens_holds_up_nobody() {
+    let case = Case::flood(|enemy| {
+        enemy.begin();
+        flood_and_read(enemy, listen);
+    });
+    let fds = FDS_OF_ITS_OWN + LISTENERS;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+/// Each is closed again, and so it never has too many.
+fn a_flood_of_binds_holds_up_nobody() {
+    let case = Case::flood(|enemy| {
+        // Nobody else listens any more, so that it knows the numbers beforehand.
+        let first = enemy.listen(1);
+        enemy.begin();
+        flood_and_read(enemy, |n| [listen(2), about(CLOSE, first + 1 + n)].concat());
+    });
+    let fds = FDS_OF_ITS_OWN + 2;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn a_flood_of_credits_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        let handle = enemy.listen(1);
+        enemy.begin();
+        enemy.flood(&[ready(handle, 1, 0), about(REVOKE, handle)].concat());
+    }));
+}
+
+fn a_flood_of_listening_events_cuts_the_worker_off() {
+    let attack = |enemy: &Enemy| {
+        let handle = enemy.listen(1);
+        enemy.begin();
+        enemy.flood(&about(LISTENING, handle));
+    };
+    let why = End::CutOff("was listening already");
+    beside_an_honest_worker(Case::new(attack, why));
+}
+
+/// It has a part in the listener of the honest worker, where its turn comes again and again.
+fn a_worker_that_refuses_everything_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        let handle = enemy.listen(ITS_INDEX);
+        enemy.say(&ready(handle, 1, 0));
+        enemy.begin();
+        loop {
+            let number = enemy.hear_of(CONNECTION, 4);
+            enemy.say(&[refused(handle, number), ready(handle, 1, 0)].concat());
+        }
+    }));
+}
+
+/// It comes a byte at a time, and the last one never.
+fn a_frame_that_never_ends_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        enemy.begin();
+        let long = message(&[0; 1 << 20]);
+        let (most, rest) = long.split_at(long.len() - (64 << 10));
+        enemy.say(most);
+        for byte in &rest[1..] {
+            enemy.say(&[*byte]);
+        }
+    }));
+}
+
+fn a_header_that_never_ends_holds_up_nobody() {
+    beside_an_honest_worker(Case::tolerated(|enemy| {
+        enemy.begin();
+        enemy.say(&online()[..4]);
+    }));
+}
+
+/// As many as one call of the master's takes.
+const ONE_CALL: [RawFd; 64] = [0; 64];
+
+const UNANNOUNCED: End = End::CutOff("descriptors that no frame announced");
+
+fn descriptors_with_frames_that_announce_none_cut_the_worker_off() {
+    let attack = |enemy: &Enemy| {
+        enemy.begin();
+        loop {
+            enemy.say_with(&message(b"x"), &ONE_CALL);
+        }
+    };
+    let fds = FDS_OF_ITS_OWN + FDS_IN + ONE_CALL.len();
+    let case = Case::new(attack, UNANNOUNCED);
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn descriptors_before_any_frame_cut_the_worker_off() {
+    let attack = |enemy: &Enemy| {
+        enemy.begin();
+        for byte in &message(b"")[..7] {
+            enemy.say_with(&[*byte], &ONE_CALL);
+        }
+    };
+    let fds = FDS_OF_ITS_OWN + FDS_IN + ONE_CALL.len();
+    let case = Case::new(attack, UNANNOUNCED);
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn descriptors_that_the_program_does_not_take_are_closed() {
+    let case = Case::flood(|enemy| {
+        enemy.begin();
+        loop {
+            enemy.say_with(&frame(MESSAGE, 16, b"x"), &ONE_CALL[..16]);
+        }
+    });
+    let fds = FDS_OF_ITS_OWN + FDS_IN;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+/// Makes the last close of this socket, whoever it is that closes it, wait for a client that does
+/// not read.
+fn make_close_wait(mut socket: &TcpStream, time: Duration) {
+    let linger = nix::libc::linger {
+        l_onoff: 1,
+        l_linger: i32::try_from(time.as_secs()).unwrap(),
+    };
+    setsockopt(&socket, sockopt::Linger, &linger).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 4096]).is_ok() {}
+}
+
+fn descriptors_whose_close_waits_do_not_block_the_master() {
+    beside_an_honest_worker(Case::tolerated(|enemy| {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+        make_close_wait(&client, 4 * LONGEST);
+        enemy.begin();
+        let fds = [client.as_raw_fd()];
+        enemy.say_with(&frame(MESSAGE, 1, b"x"), &fds);
+        drop(client);
+        enemy.wait_for_the_end();
+    }));
+}
+
+/// The master has a copy of the connection until it hears that the worker has taken it, which may be
+/// when the worker has closed it.
+fn a_connection_whose_close_waits_does_not_block_the_master() {
+    const LINGER: Duration = Duration::from_secs(3);
+    let log = Log::default();
+    let told = log.clone();
+    cluster(
+        |master| {
+            let last = Cell::new(Instant::now());
+            let longest = Rc::new(Cell::new(Duration::ZERO));
+            let most = Rc::clone(&longest);
+            let beat = move |_: &Master| {
+                let since = last.replace(Instant::now()).elapsed();
+                most.set(most.get().max(since));
+            };
+            master.unref(master.set_interval(Duration::from_millis(10), beat));
+            let worker = master.fork().unwrap();
+            worker.on_listening(|_, worker, address| {
+                let address: SocketAddr = address.to_string().parse().unwrap();
+                let client = RefCell::new(Some(TcpStream::connect(address).unwrap()));
+                worker.on_message(move |_, worker, _| {
+                    client.take();
+                    worker.disconnect();
+                });
+            });
+            worker.on_exit(move |_, _, status| {
+                log.add(status.to_string());
+                println!("{:?}", longest.get());
+                assert!(longest.get() < LINGER / 2, "blocked {:?}", longest.get());
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let connection = listener.accept().unwrap().unwrap();
+            make_close_wait(&connection, LINGER);
+            drop(connection);
+            worker.set_timeout(Duration::ZERO, |worker| {
+                assert!(worker.send(b"waiting").unwrap())
+            });
+            assert!(listener.accept().unwrap().is_none());
+        },
+    );
+    assert_eq!(told.take(), ["exit status: 0"]);
+}
+
+/// Until the program is told that there is no more room.
+fn send_until_refused(_: &Master, enemy: &WorkerProcess) {
+    let refused = loop {
+        if let Err(error) = enemy.send(&[0; 64 << 10]) {
+            break error;
+        }
+    };
+    let Error::Send { worker, reason } = refused else {
+        panic!("{refused}");
+    };
+    assert_eq!((worker, reason), (Some(enemy.id()), SendError::QueueFull));
+}
+
+fn a_worker_that_never_reads_is_bounded() {
+    let case = Case::tolerated(Enemy::begin);
+    let bytes = BYTES_IN + BYTES_OUT;
+    let reply = send_until_refused;
+    beside_an_honest_worker(Case {
+        bytes,
+        reply,
+        ..case
+    });
+}
+
+fn a_worker_that_asks_and_never_reads_is_cut_off() {
+    let attack = |enemy: &Enemy| {
+        enemy.begin();
+        for n in 0.. {
+            let many: Vec<_> = (n * 1000..(n + 1) * 1000).flat_map(listen).collect();
+            enemy.say(&many);
+        }
+    };
+    // A worker that does not read is not yet one that breaks the protocol.
+    let case = Case::new(attack, End::CutOff("out of memory"));
+    let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_OF_ITS_OWN + LISTENERS);
+    beside_an_honest_worker(Case { bytes, fds, ..case });
+}
+
+fn absurd_credits_cut_the_worker_off() {
+    let attack = |enemy: &Enemy| {
+        let handle = enemy.listen(1);
+        enemy.begin();
+        enemy.say(&ready(handle, 1 << 20, 0));
+    };
+    let why = End::CutOff("granted more credits than allowed");
+    beside_an_honest_worker(Case::new(attack, why));
+}
+
+/// Comes to have a listener, and clients that it has made itself.
+fn with_clients(enemy: &Enemy) -> (u32, Vec<TcpStream>) {
+    enemy.say(&listen(1));
+    let (_, body) = enemy.hear();
+    let handle = u32::from_le_bytes(body[8..12].try_into().unwrap());
+    let port = u16::from_le_bytes(body[14..16].try_into().unwrap());
+    let connect = |_| TcpStream::connect(("127.0.0.1", port)).unwrap();
+    (handle, (0..3 * CONNECTIONS).map(connect).collect())
+}
+
+fn a_worker_that_takes_nothing_holds_no_more_than_it_may() {
+    let attack = |enemy: &Enemy| {
+        let (handle, _clients) = with_clients(enemy);
+        let most = u32::try_from(CONNECTIONS).unwrap();
+        enemy.begin();
+        for round in 0.. {
+            enemy.say(&ready(handle, most, 0));
+            while enemy.hear_of(CONNECTION, 4) < (round + 1) * most {}
+            assert_eq!(round, 0, "was given more");
+        }
+    };
+    let why = End::CutOff("granted more credits than allowed");
+    let fds = FDS_OF_ITS_OWN + 1 + CONNECTIONS;
+    let case = Case::new(attack, why);
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn a_worker_that_takes_and_never_answers_holds_up_nobody() {
+    let case = Case::tolerated(|enemy| {
+        let (handle, _clients) = with_clients(enemy);
+        enemy.begin();
+        enemy.say(&ready(handle, 1, 0));
+        loop {
+            let number = enemy.hear_of(CONNECTION, 4);
+            enemy.say(&ready(handle, 1, number));
+        }
+    });
+    let fds = FDS_OF_ITS_OWN + 1 + CONNECTIONS;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn a_worker_that_stops_itself_holds_up_nobody() {
+    let case = Case::tolerated(|enemy| {
+        let (handle, _clients) = with_clients(enemy);
+        enemy.say(&ready(handle, u32::try_from(CONNECTIONS).unwrap(), 0));
+        enemy.hear_of(CONNECTION, 4);
+        enemy.begin();
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).unwrap();
+    });
+    let fds = FDS_OF_ITS_OWN + 1 + CONNECTIONS;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn a_worker_that_closes_its_channel_and_lives_on_is_disconnected() {
+    beside_an_honest_worker(Case::tolerated(|enemy| {
+        enemy.begin();
+        nix::unistd::close(enemy.channel.as_raw_fd()).unwrap();
+        enemy.wait_for_the_end();
+    }));
+}
+
+/// Sends what is in the case, and is cut off for that.
+struct Wrong {
+    frames: fn(&Enemy) -> Vec<u8>,
+    why: &'static str,
+}
+
+/// The listener of the honest worker, which is the first one.
+const ITS_HANDLE: u32 = 1;
+/// One that nobody has.
+const NO_HANDLE: u32 = 77;
+
+/// A part in the listener of the honest worker.
+fn joined(enemy: &Enemy, frames: Vec<u8>) -> Vec<u8> {
+    enemy.say(&online());
+    assert_eq!(enemy.listen(ITS_INDEX), ITS_HANDLE);
+    frames
+}
+
+fn after_online(frames: Vec<u8>) -> Vec<u8> {
+    [online(), frames].concat()
+}
+
+fn wrongs() -> Vec<Wrong> {
+    let wrong = |frames, why| Wrong { frames, why };
+    let early = "spoke before it was online";
+    let mut all = vec![
+        wrong(|_| listen(1), early),
+        wrong(|_| about(LISTENING, ITS_HANDLE), early),
+        wrong(|_| ready(ITS_HANDLE, 1, 0), early),
+        wrong(|_| refused(ITS_HANDLE, 1), early),
+        wrong(|_| about(CLOSE, ITS_HANDLE), early),
+        wrong(|_| frame(LEAVING, 0, &[]), early),
+        wrong(|_| about(REVOKE, ITS_HANDLE), early),
+        wrong(|_| message(b"x"), early),
+        wrong(|_| after_online(online()), "was online already"),
+    ];
+    all.extend(wrongs_without_a_listener());
+    all.extend(wrongs_with_a_listener());
+    all.extend(wrong_forms());
+    all
+}
+
+/// For one that nobody has, and for one that somebody else has.
+fn wrongs_without_a_listener() -> Vec<Wrong> {
+    let wrong = |frames, why| Wrong { frames, why };
+    let (ready_why, listening_why) = (
+        "ready for a listener it has not",
+        "listening on what it has not",
+    );
+    let close_why = "closed a listener it has not";
+    vec![
+        wrong(|_| after_online(about(LISTENING, NO_HANDLE)), listening_why),
+        wrong(
+            |_| after_online(about(LISTENING, ITS_HANDLE)),
+            listening_why,
+        ),
+        wrong(|_| after_online(ready(NO_HANDLE, 1, 0)), ready_why),
+        wrong(|_| after_online(ready(ITS_HANDLE, 1, 0)), ready_why),
+        wrong(
+            |_| after_online(refused(NO_HANDLE, 1)),
+            "refused from a listener it has not",
+        ),
+        wrong(
+            |_| after_online(refused(ITS_HANDLE, 1)),
+            "refused a connection it does not hold",
+        ),
+        wrong(|_| after_online(about(CLOSE, NO_HANDLE)), close_why),
+        wrong(|_| after_online(about(CLOSE, ITS_HANDLE)), close_why),
+        wrong(
+            |_| after_online(about(REVOKE, NO_HANDLE)),
+            "revoked from a listener it has not",
+        ),
+        wrong(
+            |_| after_online(about(REVOKE, ITS_HANDLE)),
+            "revoked what it never granted",
+        ),
+    ]
+}
+
+fn wrongs_with_a_listener() -> Vec<Wrong> {
+    let wrong = |frames, why| Wrong { frames, why };
+    vec![
+        wrong(
+            |enemy| joined(enemy, listen(ITS_INDEX)),
+            "listens twice with one index",
+        ),
+        wrong(
+            |enemy| joined(enemy, ready(ITS_HANDLE, 0, 1)),
+            "took a connection it was never given",
+        ),
+        wrong(
+            |enemy| joined(enemy, ready(ITS_HANDLE, u32::MAX, 0)),
+            "granted more credits than allowed",
+        ),
+        wrong(
+            |enemy| joined(enemy, refused(ITS_HANDLE, 1)),
+            "refused a connection it does not hold",
+        ),
+        wrong(
+            |enemy| joined(enemy, about(CLOSE, ITS_HANDLE).repeat(2)),
+            "closed a listener it has not",
+        ),
+    ]
+}
+
+/// Not frames at all.
+fn wrong_forms() -> Vec<Wrong> {
+    let wrong = |frames, why| Wrong { frames, why };
+    vec![
+        wrong(|_| frame(0, 0, &[]), "unknown kind of frame 0"),
+        wrong(|_| frame(9, 0, &[]), "unknown kind of frame 9"),
+        wrong(|_| frame(255, 0, &[]), "unknown kind of frame 255"),
+        wrong(
+            |_| frame(REPLY, 0, &numbers(&[1, 98])),
+            "unknown kind of frame 65",
+        ),
+        wrong(
+            |_| frame(CONNECTION, 0, &numbers(&[1, 1, 0])),
+            "unknown kind of frame 66",
+        ),
+        wrong(|_| frame(ONLINE, 0, b"x"), "malformed frame of kind 1"),
+        wrong(|_| frame(CLOSE, 0, b"abc"), "malformed frame of kind 6"),
+        wrong(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
+        wrong(
+            |_| frame(MESSAGE, 17, &[]),
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| after_online(frame(MESSAGE, 1, &[])),
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| vec![0, 0, 0, 0, 1, MESSAGE, 0, 1],
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| vec![0, 0, 0, 0, 1, MESSAGE, 2, 1],
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |_| vec![0, 0, 0, 0, 1, MESSAGE, 1, 65],
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |enemy| {
+                enemy.say_with(&after_online(frame(MESSAGE, 2, &[])), &[0]);
+                Vec::new()
+            },
+            "descriptors that no frame announced",
+        ),
+        wrong(
+            |enemy| {
+                enemy.say_with(&frame(ONLINE, 1, &[]), &[0]);
+                Vec::new()
+            },
+            "descriptors that no frame announced",
+        ),
+    ]
+}
+
+/// One enemy after the other; the honest worker answers after each.
+fn one_after_the_other(count: usize, play: fn(&Enemy, usize), log: &Log) {
+    if let Some(enemy) = Enemy::of_this_process() {
+        let which = std::env::var(ENEMY).unwrap();
+        play(&enemy, which.parse().unwrap());
+        std::process::exit(0);
+    }
+    cluster(
+        |master| {
+            let log = log.clone();
+            let honest = master.fork().unwrap();
+            honest.on_listening(move |master, _, address| {
+                let address = address.to_string().parse().unwrap();
+                next_enemy(master, address, 0, count, &log);
+            });
+            honest.on_error(|_, _, error| panic!("{error}"));
+            honest.on_exit(|_, _, status| assert!(status.success()));
+        },
+        |worker| serve_id(&worker, "127.0.0.1:0"),
+    );
+}
+
+fn next_enemy(master: &Master, address: SocketAddr, which: usize, count: usize, log: &Log) {
+    if which == count {
+        return master.disconnect(|_| {});
+    }
+    let enemy = master.fork_with([(ENEMY, which.to_string())]).unwrap();
+    note_enemy(&enemy, log);
+    let log = log.clone();
+    let late = master.set_timeout(PATIENCE, move |_| panic!("enemy {which} lives on"));
+    enemy.on_exit(move |master, _, _| {
+        master.clear_timer(late);
+        let log = log.clone();
+        let work = move || assert_eq!(talk(address, b"").unwrap(), "1");
+        in_background(master, work, move |master, ()| {
+            next_enemy(master, address, which + 1, count, &log);
+        });
+    });
+}
+
+fn frames_in_a_wrong_state_cut_the_worker_off() {
+    let log = Log::default();
+    let play = |enemy: &Enemy, which: usize| {
+        enemy.say(&(wrongs()[which].frames)(enemy));
+        enemy.wait_for_the_end();
+    };
+    one_after_the_other(wrongs().len(), play, &log);
+    let seen = log.take();
+    let expected: Vec<_> = wrongs()
+        .iter()
+        .flat_map(|wrong| [wrong.why, "disconnect", "killed"])
+        .collect();
+    assert_eq!(seen, expected);
+}
+
+/// How many seeds are tried; each is a worker of its own.
+const SEEDS: &str = "CLUSTER_TEST_SEEDS";
+
+fn seeds() -> usize {
+    std::env::var(SEEDS).map_or(20, |seeds| seeds.parse().unwrap())
+}
+
+/// What begins as frames of the protocol, and does not go on so.
+fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
+    let bytes = |random: &mut fastrand::Rng, most: usize| -> Vec<u8> {
+        (0..random.usize(..most)).map(|_| random.u8(..)).collect()
+    };
+    let small = random.u32(..4);
+    match random.u8(..16) {
+        0 => bytes(random, 5000),
+        1..3 => {
+            let (kind, body) = (random.u8(..10), bytes(random, 30));
+            frame(kind, 0, &body)
+        }
+        3 => listen(small),
+        4 => about(LISTENING, small),
+        5 => ready(small, random.u32(..20), random.u32(..2)),
+        6 => refused(small, random.u32(..2)),
+        7 => about(CLOSE, small),
+        8 => about(REVOKE, small),
+        9 => frame(LEAVING, 0, &[]),
+        10 => {
+            let mut changed = [listen(small), ready(small, 1, 0)].concat();
+            let at = random.usize(..changed.len());
+            changed[at] = random.u8(..);
+            changed
+        }
+        _ => message(&bytes(random, 3000)),
+    }
+}
+
+/// A worker that makes noise ends as its program wants, or is cut off for what is no frame. In
+/// `CLUSTER_TEST_SEEDS` is how many are tried, and the first seed may be given as SEED.
+fn noise_is_an_error_or_nothing() {
+    let log = Log::default();
+    let play = |enemy: &Enemy, which: usize| {
+        let first: u64 = std::env::var("SEED").map_or_else(|_| 0, |seed| seed.parse().unwrap());
+        let mut random = fastrand::Rng::with_seed(first + which as u64);
+        enemy.say(&online());
+        for _ in 0..200 {
+            enemy.say(&noise(&mut random));
+        }
+    };
+    one_after_the_other(seeds(), play, &log);
+    let mut seen = log.take().into_iter();
+    for which in 0..seeds() {
+        let mut next = || seen.next().unwrap();
+        let mut event = next();
+        let cut_off = event != "disconnect";
+        if cut_off {
+            event = next();
+        }
+        assert_eq!(event, "disconnect", "{which}");
+        let status = next();
+        let possible = status == "exit status: 0" || cut_off && status == "killed";
+        assert!(possible, "{which}: {status}");
+    }
+    assert_eq!(seen.next(), None);
+}

@@ -1,0 +1,257 @@
+//! What is newer than the oldest kernels has a fall-back: the same scenarios are played where the
+//! system refuses it.
+
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use cluster::{Interest, ListenOptions, Master, Role, Signal, Worker};
+use libtest_mimic::Trial;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::harness::{Log, SIGNALS, Scenario, is_root, refuse_calls, run_with};
+
+crate::scenarios! {
+    a_whole_life
+}
+
+/// Names the system that a process and all that it starts are to find.
+const SYSTEM: &str = "SYSTEM";
+
+struct System {
+    name: &'static str,
+    lacks: &'static [i64],
+    /// What it answers with EPERM, as old sandboxes do.
+    forbids: &'static [i64],
+    /// The ends of children are told by SIGCHLD alone.
+    signals: bool,
+    has_proc: bool,
+}
+
+/// Newer than 2016 and used by this crate, by the standard library or by the poller.
+const NEW: &[i64] = &[
+    libc::SYS_clone3,
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_close_range,
+    libc::SYS_statx,
+    libc::SYS_openat2,
+    libc::SYS_faccessat2,
+    libc::SYS_fchmodat2,
+    libc::SYS_epoll_pwait2,
+];
+
+const SYSTEMS: &[System] = &[
+    without("clone3", &[libc::SYS_clone3]),
+    System {
+        signals: true,
+        ..without("pidfds", &[libc::SYS_clone3, libc::SYS_pidfd_open])
+    },
+    without("pidfd_send_signal", &[libc::SYS_pidfd_send_signal]),
+    without("close_range", &[libc::SYS_close_range]),
+    System {
+        signals: true,
+        ..without("what_came_after_2016", NEW)
+    },
+    // The C library makes threads without clone3 only where it is not known at all.
+    System {
+        signals: true,
+        forbids: &[
+            libc::SYS_pidfd_open,
+            libc::SYS_pidfd_send_signal,
+            libc::SYS_close_range,
+        ],
+        ..without("what_a_sandbox_does_not_know", &[libc::SYS_clone3])
+    },
+    // As where a filter was made for the pidfds of 5.3, and not for what is done with them.
+    System {
+        forbids: &[libc::SYS_pidfd_send_signal],
+        ..without("leave_to_signal_by_pidfd", &[])
+    },
+];
+
+/// These hide /proc, for which one must be root.
+const WITHOUT_PROC: &[System] = &[
+    System {
+        has_proc: false,
+        ..without("proc", &[])
+    },
+    System {
+        has_proc: false,
+        signals: true,
+        ..without("proc_and_what_came_after_2016", NEW)
+    },
+];
+
+const fn without(name: &'static str, lacks: &'static [i64]) -> System {
+    System {
+        name,
+        lacks,
+        forbids: &[],
+        signals: false,
+        has_proc: true,
+    }
+}
+
+/// What is played on every system; each says how a worker begins, serves, is signalled or ends.
+const PLAYED: &[&str] = &[
+    "a_whole_life",
+    "events_come_once_and_in_order",
+    "exit_code_and_signal",
+    "children_inherit_only_their_channel",
+    "sequential_connections_rotate_exactly",
+    "a_connection_outlives_the_worker_it_was_given_to",
+    "shared_listener_serves",
+    "killed_with_a_signal_after_disconnecting",
+    "disconnect_all_calls_back_once_when_nobody_is_left",
+    "orphans_leave_within_a_second",
+    "kill_infinite_loop",
+];
+
+pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
+    let play = |system: &'static System, scenario: &'static str| {
+        let known = scenarios.iter().any(|known| known.name == scenario);
+        assert!(known, "no scenario {scenario}");
+        let name = format!("{scenario}_without_{}", system.name);
+        let env = [(SYSTEM, system.name)];
+        Trial::test(name, move || run_with(scenario, &env))
+    };
+    let each = |system| PLAYED.iter().map(move |scenario| play(system, scenario));
+    let mut trials: Vec<_> = SYSTEMS.iter().flat_map(each).collect();
+    let hidden = |system| play(system, "a_whole_life").with_ignored_flag(!is_root());
+    trials.extend(WITHOUT_PROC.iter().map(hidden));
+    trials
+}
+
+/// Makes the system what the environment says. Workers have it from their master.
+pub fn become_old() {
+    let Ok(name) = std::env::var(SYSTEM) else {
+        return;
+    };
+    let mut systems = SYSTEMS.iter().chain(WITHOUT_PROC);
+    let system = systems.find(|system| system.name == name).unwrap();
+    SIGNALS.store(system.signals, Ordering::SeqCst);
+    if cluster::is_worker() {
+        return;
+    }
+    if !system.has_proc {
+        hide_proc();
+    }
+    for (calls, errno) in [(system.lacks, libc::ENOSYS), (system.forbids, libc::EPERM)] {
+        if !calls.is_empty() {
+            refuse_calls(calls, errno);
+        }
+    }
+}
+
+/// For this process and those that it starts.
+fn hide_proc() {
+    const NOTHING: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(NOTHING, "/", NOTHING, private, NOTHING).unwrap();
+    let nothing = MsFlags::empty();
+    mount(Some("empty"), "/proc", Some("tmpfs"), nothing, NOTHING).unwrap();
+    assert!(!Path::new("/proc/self").exists());
+}
+
+/// How many descriptors are open, also where /proc does not tell.
+fn count_fds() -> usize {
+    let is_open = |number: &i32| {
+        #[allow(unsafe_code)]
+        // SAFETY: it is only asked whether there is such a descriptor.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
+        fcntl(fd, FcntlArg::F_GETFD).is_ok()
+    };
+    (0..256).filter(is_open).count()
+}
+
+const SOCKET: &str = "SOCKET";
+
+/// One worker serves on a port and on a path until it is killed, another one exits with a code.
+fn a_whole_life() {
+    let before = count_fds();
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            lead_a_whole_life(&master);
+            drop(master);
+            let signals = if SIGNALS.load(Ordering::SeqCst) { 2 } else { 0 };
+            assert_eq!(count_fds(), before + signals);
+        }
+        Role::Worker(worker) => serve(&worker),
+    }
+}
+
+fn serve(worker: &Worker) {
+    if worker.id().get() == 2 {
+        std::process::exit(7);
+    }
+    let path = PathBuf::from(std::env::var_os(SOCKET).unwrap());
+    let options = ListenOptions::from(path.as_path());
+    let unix = worker.listen(options.readable_all(true)).unwrap();
+    unix.on_connection(|_, mut connection| connection.write_all(b"path").unwrap());
+    let tcp = worker.listen("127.0.0.1:0").unwrap();
+    tcp.on_connection(|_, mut connection| connection.write_all(b"port").unwrap());
+    worker.run().unwrap();
+    panic!("nobody has told it to leave");
+}
+
+fn lead_a_whole_life(master: &Master) {
+    let log = Log::default();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let first = master.fork_with([(SOCKET, path.as_path())]).unwrap();
+    let second = master.fork().unwrap();
+    let (file, answers) = (path.clone(), log.clone());
+    first.on_listening(move |master, _, address| {
+        let Some(port) = address.port else {
+            let mode = file.metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o444, 0o444);
+            return;
+        };
+        let (unix, log) = (UnixStream::connect(&file).unwrap(), answers.clone());
+        let tcp = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        hear(master, unix, move |master, answer| {
+            log.add(answer);
+            hear(master, tcp, move |master, answer| {
+                log.add(answer);
+                master.workers()[0].process().kill(Signal::KILL);
+            });
+        });
+    });
+    let exits = log.clone();
+    master.on_exit(move |_, worker, status| exits.add(format!("{} {status}", worker.id())));
+    drop((first, second));
+    master.run().unwrap();
+    let mut seen = log.take();
+    seen.sort();
+    let statuses = ["1 signal: 9 (SIGKILL)", "2 exit status: 7"];
+    assert_eq!(seen, [&statuses[..], &["path", "port"]].concat());
+    assert!(!path.exists(), "it has gone with the last worker");
+}
+
+/// Calls back with what comes before the end.
+fn hear(master: &Master, stream: impl Into<OwnedFd>, then: impl FnOnce(&Master, String) + 'static) {
+    let mut then = Some(then);
+    let mut answer = Vec::new();
+    let more = move |master: &Master, stream: &OwnedFd| {
+        let mut buffer = [0; 64];
+        let read = nix::unistd::read(stream, &mut buffer).unwrap();
+        answer.extend(&buffer[..read]);
+        if read > 0 {
+            return Some(Interest::Readable);
+        }
+        then.take().unwrap()(master, String::from_utf8(answer.clone()).unwrap());
+        None
+    };
+    master
+        .watch(stream.into(), Interest::Readable, more)
+        .unwrap();
+}
