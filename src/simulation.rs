@@ -338,7 +338,7 @@ fn a_million_steps() {
         None => run(0..steps.div_ceil(STEPS_OF_ONE)),
     };
     // The schedules are worth something only if they reach all of it.
-    let reached = total.taken > 10_000 && total.closed_by_peer > 20 && total.dropped > 300;
+    let reached = total.taken > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
     assert!(alone.is_some() || reached, "{total:?}");
 }
 
@@ -500,7 +500,7 @@ fn a_hoarder_holds_up_only_what_it_has_credit_for() {
 fn a_talker_bloats_nothing() {
     let (mut world, workers) = listeners(1);
     let talker = workers[0];
-    for round in 0..4000_u32 {
+    for round in 0..1500_u32 {
         let handle = HandleId(1);
         let key = HandleKey {
             endpoint: endpoint(0),
