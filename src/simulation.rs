@@ -495,6 +495,25 @@ fn a_hoarder_holds_up_only_what_it_has_credit_for() {
     assert!(!world.processes[&hoarder].alive);
 }
 
+/// For want of descriptors a worker rests, but not for ever.
+#[test]
+fn a_worker_that_lost_connections_serves_again() {
+    let (mut world, workers) = listeners(1);
+    world.program_step(workers[0], Deed::Serve, 0);
+    for _ in 0..20 {
+        world.step((What::Fail(Failure::Receive), 0, 0));
+        world.step((What::Connect, 0, 0));
+        world.settle();
+    }
+    assert!(world.served < world.clients());
+    world.calm_down();
+    for _ in 0..4 {
+        world.step((What::Pass, 0, 100));
+        world.settle();
+    }
+    assert_eq!(world.served, world.clients());
+}
+
 /// What one worker says, however much it is, takes up no more room than its listeners may.
 #[test]
 fn a_talker_bloats_nothing() {
