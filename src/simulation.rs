@@ -338,7 +338,7 @@ fn a_million_steps() {
         None => run(0..steps.div_ceil(STEPS_OF_ONE)),
     };
     // The schedules are worth something only if they reach all of it.
-    let reached = total.taken > 10_000 && total.closed_by_peer > 20 && total.dropped > 300;
+    let reached = total.taken > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
     assert!(alone.is_some() || reached, "{total:?}");
 }
 
@@ -495,12 +495,31 @@ fn a_hoarder_holds_up_only_what_it_has_credit_for() {
     assert!(!world.processes[&hoarder].alive);
 }
 
+/// For want of descriptors a worker rests, but not for ever.
+#[test]
+fn a_worker_that_lost_connections_serves_again() {
+    let (mut world, workers) = listeners(1);
+    world.program_step(workers[0], Deed::Serve, 0);
+    for _ in 0..20 {
+        world.step((What::Fail(Failure::Receive), 0, 0));
+        world.step((What::Connect, 0, 0));
+        world.settle();
+    }
+    assert!(world.served < world.clients());
+    world.calm_down();
+    for _ in 0..4 {
+        world.step((What::Pass, 0, 100));
+        world.settle();
+    }
+    assert_eq!(world.served, world.clients());
+}
+
 /// What one worker says, however much it is, takes up no more room than its listeners may.
 #[test]
 fn a_talker_bloats_nothing() {
     let (mut world, workers) = listeners(1);
     let talker = workers[0];
-    for round in 0..4000_u32 {
+    for round in 0..1500_u32 {
         let handle = HandleId(1);
         let key = HandleKey {
             endpoint: endpoint(0),

@@ -353,7 +353,7 @@ impl World {
 
     /// Reads one frame of a worker.
     fn master_reads(&mut self, worker: WorkerId) -> bool {
-        let process = self.process(worker);
+        let process = self.processes.get_mut(&worker).expect("known");
         if !process.master_end {
             return false;
         }
@@ -363,6 +363,11 @@ impl World {
         match frame {
             Err(error) => self.master.violation(worker, error),
             Ok(frame) => {
+                if process.liar {
+                    // It may have spoken of what it had not been given yet.
+                    let given = &mut process.given;
+                    Self::note_written(worker, given, &mut self.fates, &frame);
+                }
                 Self::note_read(process, &frame);
                 let message = match &frame {
                     ToMaster::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
