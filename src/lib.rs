@@ -9,6 +9,9 @@ mod error;
 mod event;
 mod event_loop;
 mod frame;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod ledger;
 mod listener;
 mod master;
