@@ -496,12 +496,11 @@ impl World {
         if arrival.lost_fds {
             self.tell(|core| core.error(Some(id), Error::no_descriptors(Some(id))));
         }
-        match arrival.frame {
-            ToMaster::Message(bytes) => {
-                let message = Message::new(bytes, arrival.fds);
-                self.tell(|core| core.frame(id, ToMaster::Message(Vec::new()), Some(message)));
-            }
-            frame => self.tell(|core| core.frame(id, frame, None)),
+        if let ToMaster::Message(bytes) = arrival.frame {
+            let message = Message::new(bytes, arrival.fds);
+            self.tell(|core| core.frame(id, ToMaster::Message(Vec::new()), Some(message)));
+        } else {
+            self.tell(|core| core.frame(id, arrival.frame, None));
         }
         self.hostile.frames += 1;
         true
@@ -510,11 +509,11 @@ impl World {
     /// A well-formed frame, in one or two pieces.
     fn speak(&mut self, script: &mut Script<'_>) {
         let frame = Self::invent(script);
-        let (fds, lost) = match frame {
-            ToMaster::Message(_) => {
-                [(0, false), (1, false), (3, false), (1, true)][usize::from(script.byte()) % 4]
-            }
-            _ => (0, false),
+        let (fds, lost) = if matches!(frame, ToMaster::Message(_)) {
+            let choices = [(0, false), (1, false), (3, false), (1, true)];
+            choices[usize::from(script.byte()) % 4]
+        } else {
+            (0, false)
         };
         let mut bytes = Vec::new();
         let announced = fds + usize::from(lost);
