@@ -38,7 +38,7 @@ pub(crate) const READ_SIZE: usize = 64 << 10;
 /// How long to wait before writing again when the system has no room.
 pub(crate) const REST: Duration = Duration::from_millis(100);
 /// Descriptors that arrived ahead of their frames. Two batches of an honest peer can be under way.
-const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
+pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
 
 /// Names a message of the program's until it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -66,7 +66,7 @@ pub(crate) struct Arrival<F> {
 
 /// Turns pieces into frames.
 #[derive(Debug, Default)]
-struct Inbox {
+pub(crate) struct Inbox {
     bytes: Vec<u8>,
     /// Where the first unread frame begins.
     start: usize,
@@ -77,19 +77,19 @@ struct Inbox {
 }
 
 impl Inbox {
-    fn push(&mut self, piece: &[u8]) {
+    pub(crate) fn push(&mut self, piece: &[u8]) {
         self.bytes.drain(..self.start);
         self.start = 0;
         self.bytes.extend_from_slice(piece);
     }
 
-    fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
+    pub(crate) fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
         if lost || !fds.is_empty() {
             self.batches.push_back((fds, lost));
         }
     }
 
-    fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
+    pub(crate) fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
         if self.has_too_many_early() {
             return Err(FrameError::Descriptors);
         }
@@ -143,6 +143,15 @@ impl Inbox {
         // The kernel makes room for the first ones first.
         self.fds.extend((0..missing).map(|_| None));
         Ok(())
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl Inbox {
+    /// How many bytes and descriptors it holds.
+    pub(crate) fn sizes(&self) -> (usize, usize) {
+        let early: usize = self.batches.iter().map(|(fds, _)| fds.len()).sum();
+        (self.bytes.len(), self.fds.len() + early)
     }
 }
 

@@ -10,6 +10,9 @@ mod event;
 mod event_loop;
 mod fault;
 mod frame;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod ledger;
 mod listener;
 mod master;

@@ -703,8 +703,25 @@ impl<C: Clone> MasterCore<C> {
     }
 }
 
-#[cfg(test)]
+/// What tests and fuzzers look at.
+#[cfg(any(test, fuzzing))]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) handles: usize,
+    pub(crate) actions: usize,
+    pub(crate) events: usize,
+}
+
+#[cfg(any(test, fuzzing))]
 impl<C: Clone> MasterCore<C> {
+    pub(crate) fn sizes(&self) -> Sizes {
+        Sizes {
+            handles: self.handles.len(),
+            actions: self.actions.len(),
+            events: self.events.len(),
+        }
+    }
+
     pub(crate) fn in_hand(&self) -> u64 {
         self.handles.values().map(|h| h.connections.in_hand()).sum()
     }

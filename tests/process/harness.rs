@@ -567,7 +567,11 @@ pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     assert!(status.success(), "with {name}={value}: {status}");
 }
 
-/// The path of an example, which `cargo test` builds.
+/// A command in words, under which the examples run: for programs that look at others from
+/// outside, as in `tests/checks/valgrind`.
+const WRAPPER: &str = "CLUSTER_TEST_WRAPPER";
+
+/// An example, which `cargo test` builds.
 pub fn example(name: &str) -> Command {
     let own = std::env::current_exe().expect("own path");
     let built = own.parent().and_then(|deps| deps.parent()).expect("target");
@@ -577,7 +581,12 @@ pub fn example(name: &str) -> Command {
         "{} is built by a plain `cargo test`",
         path.display()
     );
-    Command::new(path)
+    let wrapper = std::env::var(WRAPPER).unwrap_or_default();
+    let words = wrapper.split_whitespace().map(PathBuf::from);
+    let mut words = words.chain([path]);
+    let mut command = Command::new(words.next().unwrap());
+    command.args(words);
+    command
 }
 
 /// Connects, says `request`, and reads until the end.

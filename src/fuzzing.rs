@@ -1,0 +1,1064 @@
+//! What the fuzz targets in `tests/fuzz` do with their input. The same is done in the tests, with
+//! random input and with what the fuzzer has found worth keeping.
+//!
+//! `frame` is about the decoder. `master_input` is about all that one worker can say to the master:
+//! a hostile one, whose bytes go through a channel's inbox into the core, and an honest one beside
+//! it, whose promises are looked after. Kernel, clock and program are scripted by the input, too.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use crate::channel::{Arrival, Inbox, MAX_EARLY_FDS, READ_SIZE};
+use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::error::Error;
+use crate::event::{Emit, Event};
+use crate::frame::{
+    BATCH, Frame, FrameError, HEADER, HandleId, HandleKey, Header, MAX_BATCH, MAX_BODY, MAX_FDS,
+    ToMaster, ToWorker,
+};
+use crate::master_core::{Action, MasterCore, With};
+use crate::message::Message;
+use crate::round_robin::MAX_CREDITS;
+use crate::settings::SchedulingPolicy;
+use crate::signal::Signal;
+use crate::sys::fd::CommonFd;
+use crate::timers::Time;
+use crate::worker_core::{self, Listen, ListenerId, WorkerCore};
+use crate::worker_id::WorkerId;
+
+/// The input, from which everything is decided; zeroes when it is used up.
+struct Script<'a>(&'a [u8]);
+
+impl<'a> Script<'a> {
+    fn is_over(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn take(&mut self, length: usize) -> &'a [u8] {
+        let (taken, rest) = self.0.split_at(length.min(self.0.len()));
+        self.0 = rest;
+        taken
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.take(1).first().copied().unwrap_or(0)
+    }
+
+    fn wide(&mut self) -> u64 {
+        let mut bytes = [0; 8];
+        let taken = self.take(8);
+        bytes[..taken.len()].copy_from_slice(taken);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Small numbers mostly, because most of what has a number here has a small one.
+    fn long(&mut self) -> u64 {
+        match self.byte() {
+            small @ 0..=239 => u64::from(small),
+            _ => self.wide(),
+        }
+    }
+
+    fn number(&mut self) -> u32 {
+        let long = self.long();
+        u32::try_from(long).unwrap_or(u32::MAX)
+    }
+}
+
+/// Descriptors that the kernel might bring.
+fn descriptors(count: usize) -> Vec<CommonFd> {
+    thread_local! {
+        static NULL: File = File::open("/dev/null").expect("/dev/null");
+    }
+    let copy = |_| NULL.with(|null| OwnedFd::from(null.try_clone().expect("a descriptor")).into());
+    (0..count).map(copy).collect()
+}
+
+/// What is decoded is encoded to the same bytes, and however the bytes are cut into pieces, the
+/// same frames come out and the same error ends them.
+#[doc(hidden)]
+pub fn frame(data: &[u8]) {
+    let mut script = Script(data);
+    let batches = [script.byte(), script.byte()];
+    let count = usize::from(script.byte()) % 16;
+    let cuts = script.take(count);
+    let bytes = script.0;
+    round_trip::<ToMaster>(bytes);
+    round_trip::<ToWorker>(bytes);
+    cut::<ToMaster>(bytes, cuts, batches);
+    cut::<ToWorker>(bytes, cuts, batches);
+}
+
+fn round_trip<F: Frame>(bytes: &[u8]) {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
+        return;
+    };
+    let Ok(header) = Header::decode(*header) else {
+        return;
+    };
+    assert!(header.length <= MAX_BODY && header.fds <= MAX_FDS);
+    let Some(body) = rest.get(..header.length) else {
+        return;
+    };
+    if let Ok(frame) = F::decode(header.kind, header.fds, body) {
+        let mut again = Vec::new();
+        frame.encode(header.fds, &mut again);
+        // Filled in when the descriptors leave.
+        again[BATCH] = bytes[BATCH];
+        assert_eq!(again, bytes[..HEADER + header.length]);
+    }
+}
+
+fn cut<F: Frame + PartialEq + std::fmt::Debug>(bytes: &[u8], cuts: &[u8], batches: [u8; 2]) {
+    let mut pieces = Vec::new();
+    let mut rest = bytes;
+    for cut in cuts {
+        let (piece, later) = rest.split_at(rest.len().min((*cut).into()));
+        pieces.push(piece);
+        rest = later;
+    }
+    pieces.push(rest);
+    assert_eq!(read::<F>(&pieces, batches), read::<F>(&[bytes], batches));
+}
+
+/// A frame, how many descriptors it has, and whether it should have more.
+type Read<F> = (F, usize, bool);
+
+/// Reads frames until there is an error. Before them two batches of descriptors arrive, not all of
+/// them complete.
+fn read<F: Frame>(pieces: &[&[u8]], batches: [u8; 2]) -> (Vec<Read<F>>, Option<FrameError>) {
+    let mut inbox = Inbox::default();
+    for batch in batches {
+        inbox.push_fds(
+            descriptors(usize::from(batch) % (2 * MAX_FDS)),
+            batch >= 128,
+        );
+    }
+    let mut frames = Vec::new();
+    for piece in pieces {
+        inbox.push(piece);
+        loop {
+            match inbox.next() {
+                Ok(None) => break,
+                Ok(Some(arrival)) => {
+                    let Arrival {
+                        frame,
+                        fds,
+                        lost_fds,
+                    } = arrival;
+                    frames.push((frame, fds.len(), lost_fds));
+                }
+                Err(error) => return (frames, Some(error)),
+            }
+        }
+    }
+    (frames, None)
+}
+
+/// Whatever one worker says, the master goes on, its memory stays bounded, its ledger is right, and
+/// the other worker's clients are served.
+#[doc(hidden)]
+pub fn master_input(data: &[u8]) {
+    let mut script = Script(data);
+    let mut world = World::new(script.byte());
+    while !script.is_over() {
+        world.step(&mut script);
+        world.check();
+    }
+    world.finish();
+}
+
+/// A connection, by number.
+type Client = u32;
+
+/// The most listeners that the README allows a worker.
+const MOST_LISTENERS: usize = 256;
+/// The most connections that one `Accept` may bring.
+const ACCEPTED_AT_ONCE: usize = 64;
+
+/// A listener of the master's.
+#[derive(Default)]
+struct Port {
+    backlog: VecDeque<Client>,
+    watched: bool,
+    shut: bool,
+    unbound: bool,
+    datagram: bool,
+}
+
+/// The worker that says what the script has it say.
+struct Hostile {
+    id: WorkerId,
+    inbox: Inbox,
+    /// The master's end of its channel.
+    open: bool,
+    exited: bool,
+    frames: u64,
+    /// Frames for it, other than connections.
+    answers: u64,
+}
+
+impl Hostile {
+    fn new(id: WorkerId) -> Self {
+        Self {
+            id,
+            inbox: Inbox::default(),
+            open: true,
+            exited: false,
+            frames: 0,
+            answers: 0,
+        }
+    }
+}
+
+/// The worker whose program does what programs should do.
+struct Honest {
+    id: WorkerId,
+    core: WorkerCore<Client>,
+    to_master: VecDeque<ToMaster>,
+    to_worker: VecDeque<(ToWorker, With<Client>)>,
+    listeners: Vec<ListenerId>,
+    shared: BTreeMap<ListenerId, HandleId>,
+    held: Vec<(Client, ListenerId)>,
+    served: BTreeSet<Client>,
+    accepting: Option<ListenerId>,
+    /// The master's end of its channel, and its own.
+    master_end: bool,
+    worker_end: bool,
+    exited: bool,
+    /// The program of the master wants it to leave.
+    dismissed: bool,
+}
+
+impl Honest {
+    fn new(id: WorkerId) -> Self {
+        Self {
+            id,
+            core: WorkerCore::new(),
+            to_master: VecDeque::new(),
+            to_worker: VecDeque::new(),
+            listeners: Vec::new(),
+            shared: BTreeMap::new(),
+            held: Vec::new(),
+            served: BTreeSet::new(),
+            accepting: None,
+            master_end: true,
+            worker_end: true,
+            exited: false,
+            dismissed: false,
+        }
+    }
+
+    fn receive(&mut self, client: Client, listener: ListenerId) {
+        assert!(self.served.insert(client), "client {client} served twice");
+        self.held.push((client, listener));
+    }
+}
+
+struct World {
+    policy: SchedulingPolicy,
+    master: MasterCore<Client>,
+    now: Time,
+    ports: BTreeMap<HandleId, Port>,
+    hostile: Hostile,
+    honest: Honest,
+    clients: Client,
+    binding_fails: bool,
+    accepting_fails: bool,
+    /// What the program does when the next event comes.
+    reaction: u8,
+    awaited: bool,
+    disconnected: u32,
+}
+
+/// A few endpoints that both workers use, and many that only the hostile one asks for.
+fn endpoint(number: u32) -> Endpoint {
+    let port = u16::try_from(number / 8).unwrap_or(u16::MAX);
+    let ip = Place::Ip(SocketAddr::from(([127, 0, 0, 1], port)));
+    match number % 8 {
+        0..=2 => Endpoint::new(Kind::Tcp, ip),
+        3 => Endpoint::new(Kind::Tcp, Place::Port(port)),
+        4 => Endpoint::new(Kind::Unix, Place::Path(format!("/{port}").into())),
+        5 => Endpoint::new(Kind::Tcp, Place::Fd(port.into())),
+        6 => Endpoint::new(Kind::Unix, Place::Fd(port.into())),
+        _ => Endpoint::new(Kind::Udp, ip),
+    }
+}
+
+impl World {
+    fn new(choice: u8) -> Self {
+        let policy = if choice % 4 == 3 {
+            SchedulingPolicy::Shared
+        } else {
+            SchedulingPolicy::RoundRobin
+        };
+        let mut master = MasterCore::new(policy);
+        let hostile = Hostile::new(master.forked());
+        let honest = Honest::new(master.forked());
+        let mut world = Self {
+            policy,
+            master,
+            now: Time::ZERO,
+            ports: BTreeMap::new(),
+            hostile,
+            honest,
+            clients: 0,
+            binding_fails: false,
+            accepting_fails: false,
+            reaction: 0,
+            awaited: false,
+            disconnected: 0,
+        };
+        world.settle();
+        world
+    }
+
+    /// Tells the core something. Not much may come of it.
+    fn tell<T>(&mut self, fact: impl FnOnce(&mut MasterCore<Client>) -> T) -> T {
+        let before = self.master.sizes();
+        let connections = usize::try_from(self.master.in_hand()).unwrap_or(usize::MAX);
+        let result = fact(&mut self.master);
+        let after = self.master.sizes();
+        // Each worker may leave each listener, and what the one had goes to the other.
+        let actions = 16 + ACCEPTED_AT_ONCE + connections + 8 * before.handles.max(after.handles);
+        assert!(
+            after.actions <= before.actions + actions,
+            "too many actions"
+        );
+        assert!(after.events <= before.events + 12, "too many events");
+        result
+    }
+
+    /// Carries out what the core decided, then lets the program see its events.
+    fn settle(&mut self) {
+        loop {
+            while let Some(action) = self.master.next_action() {
+                self.act(action);
+            }
+            let Some(emit) = self.master.next_event() else {
+                break;
+            };
+            self.deliver(&emit);
+        }
+    }
+
+    fn deliver(&mut self, emit: &Emit) {
+        if let Event::Disconnected = emit.event {
+            assert!(self.awaited, "nobody asked");
+            self.awaited = false;
+            self.disconnected += 1;
+        }
+        if let (Event::Error(error), Some(worker)) = (&emit.event, emit.worker) {
+            if let Error::Frame { .. } = **error {
+                assert_eq!(worker, self.hostile.id, "the honest one speaks well");
+            }
+        }
+        match std::mem::take(&mut self.reaction) {
+            0 => {}
+            choice => self.program(choice),
+        }
+    }
+
+    fn port(&mut self, handle: HandleId) -> &mut Port {
+        let port = self.ports.get_mut(&handle).expect("no such listener");
+        assert!(!port.unbound, "the listener is gone");
+        port
+    }
+
+    fn act(&mut self, action: Action<Client>) {
+        match action {
+            Action::Send {
+                worker,
+                frame,
+                with,
+            } => self.send(worker, frame, with),
+            Action::Bind {
+                handle, endpoint, ..
+            } => {
+                let result = self.bind(handle, &endpoint);
+                self.tell(|core| core.bound(handle, result));
+            }
+            Action::Watch { handle } => self.port(handle).watched = true,
+            Action::Unwatch { handle } => self.port(handle).watched = false,
+            Action::Accept { handle, at_most } => self.accept(handle, at_most),
+            Action::RemoveFile { handle } | Action::ShutDoor { handle } => {
+                self.port(handle).shut = true;
+            }
+            Action::OpenDoor { handle } => self.port(handle).shut = false,
+            Action::Unbind { handle } => {
+                let port = self.port(handle);
+                port.unbound = true;
+                port.watched = false;
+            }
+            Action::CloseChannel { worker } => self.close_channel(worker),
+            Action::DiscardChannel { worker } => {
+                assert_eq!(worker, self.hostile.id, "only liars are cut off");
+                self.hostile.open = false;
+            }
+            Action::Signal { worker, .. } => {
+                assert!(self.master.exit_status(worker).is_none(), "a reaped pid");
+            }
+        }
+    }
+
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<Client>) {
+        if worker == self.hostile.id {
+            assert!(self.hostile.open, "send on a closed channel");
+            let is_connection = matches!(frame, ToWorker::Connection { .. });
+            self.hostile.answers += u64::from(!is_connection);
+        } else if worker == self.honest.id {
+            assert!(self.honest.master_end, "send on a closed channel");
+            self.honest.to_worker.push_back((frame, with));
+        }
+    }
+
+    fn bind(&mut self, handle: HandleId, endpoint: &Endpoint) -> Result<Option<SocketAddr>, i32> {
+        if std::mem::take(&mut self.binding_fails) {
+            return Err(98);
+        }
+        let datagram = endpoint.kind == Kind::Udp;
+        let port = Port {
+            datagram,
+            ..Port::default()
+        };
+        assert!(self.ports.insert(handle, port).is_none(), "bound twice");
+        Ok(endpoint.address())
+    }
+
+    fn accept(&mut self, handle: HandleId, at_most: u64) {
+        assert!(at_most <= ACCEPTED_AT_ONCE as u64);
+        if std::mem::take(&mut self.accepting_fails) {
+            let error = io::Error::from_raw_os_error(24);
+            return self.tell(|core| core.accept_failed(handle, error));
+        }
+        for _ in 0..at_most {
+            let Some(client) = self.port(handle).backlog.pop_front() else {
+                return self.tell(|core| core.drained(handle));
+            };
+            self.tell(|core| core.accepted(handle, client));
+        }
+        self.tell(|core| core.accept_done(handle));
+    }
+
+    /// What was written before is heard.
+    fn close_channel(&mut self, worker: WorkerId) {
+        if worker == self.hostile.id {
+            while self.feed() {}
+            self.hostile.open = false;
+        } else if worker == self.honest.id {
+            while let Some(frame) = self.honest.to_master.pop_front() {
+                self.hear(frame);
+            }
+            self.honest.master_end = false;
+        }
+        self.tell(|core| core.channel_closed(worker));
+    }
+
+    // The hostile worker.
+
+    /// Bytes arrive, with descriptors, of which some may be lost.
+    fn arrive(&mut self, bytes: &[u8], fds: usize, lost: bool) {
+        if !self.hostile.open {
+            return;
+        }
+        self.hostile.inbox.push_fds(descriptors(fds), lost);
+        self.hostile.inbox.push(bytes);
+        while self.feed() {
+            self.settle();
+        }
+        self.settle();
+        let (bytes, fds) = self.hostile.inbox.sizes();
+        assert!(bytes <= HEADER + MAX_BODY + READ_SIZE);
+        assert!(!self.hostile.open || fds <= MAX_EARLY_FDS + MAX_BATCH);
+    }
+
+    /// As the shell does it. Returns whether there was a frame.
+    fn feed(&mut self) -> bool {
+        if !self.hostile.open {
+            return false;
+        }
+        let id = self.hostile.id;
+        let arrival = match self.hostile.inbox.next() {
+            Ok(None) => return false,
+            Ok(Some(arrival)) => arrival,
+            Err(error) => {
+                self.tell(|core| core.violation(id, error));
+                assert!(!self.master.is_connected(id));
+                return false;
+            }
+        };
+        if arrival.lost_fds {
+            self.tell(|core| core.error(Some(id), Error::no_descriptors(Some(id))));
+        }
+        if let ToMaster::Message(bytes) = arrival.frame {
+            let message = Message::new(bytes, arrival.fds);
+            self.tell(|core| core.frame(id, ToMaster::Message(Vec::new()), Some(message)));
+        } else {
+            self.tell(|core| core.frame(id, arrival.frame, None));
+        }
+        self.hostile.frames += 1;
+        true
+    }
+
+    /// A well-formed frame, in one or two pieces.
+    fn speak(&mut self, script: &mut Script<'_>) {
+        let frame = Self::invent(script);
+        let (fds, lost) = if matches!(frame, ToMaster::Message(_)) {
+            let choices = [(0, false), (1, false), (3, false), (1, true)];
+            choices[usize::from(script.byte()) % 4]
+        } else {
+            (0, false)
+        };
+        let mut bytes = Vec::new();
+        let announced = fds + usize::from(lost);
+        frame.encode(announced, &mut bytes);
+        bytes[BATCH] = u8::try_from(announced).unwrap_or(0);
+        let at = usize::from(script.byte()).min(bytes.len());
+        let (first, second) = bytes.split_at(at);
+        self.arrive(first, fds, lost);
+        self.arrive(second, 0, false);
+    }
+
+    fn invent(script: &mut Script<'_>) -> ToMaster {
+        let choice = script.byte();
+        let handle = HandleId(u32::from(choice / 8));
+        match choice % 8 {
+            0 => ToMaster::Online,
+            1 => ToMaster::Listen {
+                request: script.number(),
+                key: HandleKey {
+                    endpoint: endpoint(script.number()),
+                    index: script.number(),
+                },
+                flags: BindFlags::default(),
+            },
+            2 => ToMaster::Listening { handle },
+            3 => ToMaster::Ready {
+                handle,
+                credits: script.number(),
+                taken: script.long(),
+            },
+            4 => ToMaster::Refused {
+                handle,
+                number: script.long(),
+            },
+            5 => ToMaster::Close { handle },
+            6 => ToMaster::Revoke { handle },
+            _ if choice == 255 => ToMaster::Leaving,
+            _ => ToMaster::Message(vec![0; choice.into()]),
+        }
+    }
+
+    /// The channel of the hostile worker ends.
+    fn hang_up(&mut self) {
+        if self.hostile.open {
+            let id = self.hostile.id;
+            self.hostile.open = false;
+            self.tell(|core| core.channel_closed(id));
+        }
+    }
+
+    fn die(&mut self) {
+        let id = self.hostile.id;
+        if !std::mem::replace(&mut self.hostile.exited, true) {
+            self.tell(|core| core.exited(id, ExitStatus::from_raw(9)));
+        }
+    }
+
+    /// A new one, if the old one is gone.
+    fn replace(&mut self) {
+        if !self.hostile.open && self.hostile.exited {
+            self.hostile = Hostile::new(self.master.forked());
+        }
+    }
+
+    // The honest worker.
+
+    /// The master reads what the honest worker said.
+    fn hear(&mut self, frame: ToMaster) {
+        let message = matches!(frame, ToMaster::Message(_));
+        let message = message.then(|| Message::new(Vec::new(), Vec::new()));
+        let id = self.honest.id;
+        self.tell(|core| core.frame(id, frame, message));
+    }
+
+    fn master_reads(&mut self) -> bool {
+        if !self.honest.master_end {
+            return false;
+        }
+        if let Some(frame) = self.honest.to_master.pop_front() {
+            self.hear(frame);
+            return true;
+        }
+        if !self.honest.worker_end {
+            let id = self.honest.id;
+            self.honest.master_end = false;
+            self.tell(|core| core.channel_closed(id));
+        }
+        false
+    }
+
+    fn worker_reads(&mut self) -> bool {
+        let honest = &mut self.honest;
+        if !honest.worker_end {
+            return false;
+        }
+        let Some((frame, with)) = honest.to_worker.pop_front() else {
+            if !honest.master_end {
+                honest.worker_end = false;
+                honest.core.channel_closed();
+                self.work();
+            }
+            return false;
+        };
+        let message = matches!(frame, ToWorker::Message(_));
+        let message = message.then(|| Message::new(Vec::new(), Vec::new()));
+        let (connection, handle) = match with {
+            With::Nothing => (None, None),
+            With::Connection(client) => (Some(client), None),
+            With::Listener(handle) => (None, Some(handle)),
+        };
+        let outcome = honest.core.frame(frame, connection, message);
+        let listener = outcome.expect("the master speaks well");
+        if let (Some(listener), Some(handle)) = (listener, handle) {
+            honest.shared.insert(listener, handle);
+        }
+        self.work();
+        true
+    }
+
+    /// The honest worker does what its core decided and what its program does at once.
+    fn work(&mut self) {
+        loop {
+            let honest = &mut self.honest;
+            if let Some(listener) = honest.accepting {
+                honest.core.want(listener);
+            }
+            if let Some(action) = honest.core.next_action() {
+                match action {
+                    worker_core::Action::Send(frame) if honest.master_end => {
+                        honest.to_master.push_back(frame);
+                    }
+                    worker_core::Action::Send(_) | worker_core::Action::CloseChannel => {
+                        honest.worker_end = false;
+                        honest.to_worker.clear();
+                        honest.core.channel_closed();
+                    }
+                    worker_core::Action::CloseListener(listener) => {
+                        honest.shared.remove(&listener);
+                    }
+                    worker_core::Action::ShutDoor(_) => unreachable!("nobody listens alone here"),
+                }
+                continue;
+            }
+            honest.core.confirmed();
+            match honest.core.next_event() {
+                Some(
+                    worker_core::Event::Connection(listener, client)
+                    | worker_core::Event::Drop(listener, client),
+                ) => {
+                    honest.core.delivered(listener);
+                    honest.receive(client, listener);
+                }
+                Some(worker_core::Event::AcceptRest(listener)) => {
+                    while self.accept_shared(listener) {}
+                }
+                Some(worker_core::Event::Message(_) | worker_core::Event::Disconnect) => {}
+                None if self.accepts() => {}
+                None => break,
+            }
+        }
+    }
+
+    /// Whether `accept` had something for the program that waits in it.
+    fn accepts(&mut self) -> bool {
+        let honest = &mut self.honest;
+        let Some(listener) = honest.accepting else {
+            return false;
+        };
+        if let Some(client) = honest.core.arrived(listener) {
+            honest.accepting = None;
+            honest.receive(client, listener);
+            return true;
+        }
+        if honest.core.has_ended(listener) {
+            honest.accepting = None;
+        }
+        false
+    }
+
+    /// The honest worker accepts for itself. Returns whether there was something.
+    fn accept_shared(&mut self, listener: ListenerId) -> bool {
+        let honest = &mut self.honest;
+        let Some(handle) = honest.shared.get(&listener) else {
+            return false;
+        };
+        let port = self.ports.get_mut(handle).expect("known");
+        match port.backlog.pop_front() {
+            Some(client) => {
+                honest.core.connection_opened(listener);
+                honest.receive(client, listener);
+                true
+            }
+            None => {
+                if honest.core.is_ending(listener) {
+                    honest.core.close(listener);
+                }
+                false
+            }
+        }
+    }
+
+    /// The honest worker's program goes on: listens, accepts, lets go of what it has.
+    fn serve(&mut self, choice: u8) {
+        let honest = &mut self.honest;
+        match choice % 8 {
+            0 if honest.listeners.len() < 4 => {
+                let endpoint = endpoint((choice / 8).into());
+                let listener = honest.core.listen(endpoint, BindFlags::default());
+                honest.listeners.push(listener);
+            }
+            1 | 2 if !honest.held.is_empty() => {
+                let at = usize::from(choice / 8) % honest.held.len();
+                let (_, listener) = honest.held.swap_remove(at);
+                honest.core.connection_closed(Some(listener));
+            }
+            3 => honest.core.wait_for_events(),
+            4..=7 if !honest.listeners.is_empty() => {
+                let at = usize::from(choice / 8) % honest.listeners.len();
+                let listener = honest.listeners[at];
+                match honest.core.listen_result(listener) {
+                    Listen::Pending => {}
+                    Listen::Failed(_) => {
+                        honest.core.forget(listener);
+                        honest.listeners.swap_remove(at);
+                    }
+                    Listen::Done(_) => self.use_listener(listener, choice),
+                }
+            }
+            _ => {}
+        }
+        self.work();
+    }
+
+    fn use_listener(&mut self, listener: ListenerId, choice: u8) {
+        let honest = &mut self.honest;
+        if honest.core.is_datagram(listener) {
+            return;
+        }
+        if honest.shared.contains_key(&listener) {
+            self.accept_shared(listener);
+        } else if choice >= 192 {
+            // The program changes its mind about how many connections it wants.
+            let most = (choice & 32 == 0).then_some(0);
+            honest.core.set_most(listener, most);
+        } else if choice % 8 == 4 {
+            honest.core.listening(listener);
+        } else if choice % 8 == 5 {
+            honest.core.serve(listener);
+        } else if honest.accepting.is_none() && !honest.core.is_served(listener) {
+            honest.accepting = Some(listener);
+        }
+    }
+
+    // The master's program, its kernel and the clock.
+
+    fn program(&mut self, choice: u8) {
+        let (hostile, honest) = (self.hostile.id, self.honest.id);
+        match choice % 32 {
+            0..=3 => self.tell(|core| core.disconnect(hostile)),
+            4..=5 => self.tell(|core| core.kill(hostile, Signal::TERM)),
+            6 => self.tell(|core| core.signal(hostile, Signal::TERM)),
+            7..=10 => self.tell(|core| core.close_channel(hostile)),
+            11 => self.tell(|core| core.reference(hostile, choice & 32 != 0)),
+            12..=14 => {
+                let source = io::Error::from_raw_os_error(32);
+                let worker = Some(hostile);
+                self.tell(|core| core.error(worker, Error::Channel { worker, source }));
+            }
+            15..=16 => self.replace(),
+            17 => self.tell(MasterCore::setup),
+            18..=21 => self.tell(|core| core.sweep(|client| client % 4 == u32::from(choice / 64))),
+            22 => {
+                self.honest.dismissed = true;
+                self.tell(|core| core.disconnect(honest));
+            }
+            23 => {
+                self.honest.dismissed = true;
+                self.awaited |= choice & 32 != 0;
+                let awaited = self.awaited;
+                self.tell(|core| core.disconnect_all(awaited));
+            }
+            24 => {
+                self.honest.dismissed = true;
+                self.tell(|core| core.close_channel(honest));
+            }
+            25 => self.binding_fails = true,
+            26..=28 => self.accepting_fails = true,
+            _ => {}
+        }
+    }
+
+    fn come(&mut self, choice: u8, count: u8) {
+        let open: Vec<_> = self
+            .ports
+            .iter()
+            .filter(|(_, port)| port.is_open())
+            .collect();
+        if open.is_empty() {
+            return;
+        }
+        let handle = *open[usize::from(choice) % open.len()].0;
+        for _ in 0..count {
+            self.clients += 1;
+            let client = self.clients;
+            self.port(handle).backlog.push_back(client);
+        }
+        self.wake();
+    }
+
+    /// The poller tells of the listeners that it watches, again and again.
+    fn wake(&mut self) {
+        let ready = |(_, port): &(&HandleId, &Port)| port.watched && !port.backlog.is_empty();
+        while let Some((handle, _)) = self.ports.iter().find(ready) {
+            let handle = *handle;
+            self.tell(|core| core.readable(handle));
+            self.settle();
+        }
+    }
+
+    fn pass(&mut self, millis: u8) {
+        self.now += Duration::from_millis(millis.into());
+        let now = self.now;
+        self.tell(|core| core.tick(now));
+    }
+
+    fn step(&mut self, script: &mut Script<'_>) {
+        match script.byte() % 32 {
+            0..=9 => self.speak(script),
+            10 => {
+                let (length, fds) = (script.byte(), script.byte());
+                let bytes = script.take(length.into());
+                // Descriptors come rarely, and then by the dozen: they cost a system call each.
+                let few = usize::from(fds).saturating_sub(192);
+                self.arrive(bytes, few, fds == 191);
+            }
+            11..=16 => self.serve(script.byte()),
+            17..=18 => drop(self.master_reads()),
+            19..=20 => drop(self.worker_reads()),
+            21 => self.exchange(),
+            22..=24 => self.come(script.byte(), script.byte()),
+            25 => self.wake(),
+            26 => self.pass(script.byte()),
+            27 => self.hang_up(),
+            28 => self.die(),
+            29 => self.reaction = script.byte(),
+            _ => self.program(script.byte()),
+        }
+        self.settle();
+    }
+
+    /// What is under way between the master and the honest worker arrives.
+    fn exchange(&mut self) {
+        loop {
+            self.work();
+            let heard = self.master_reads();
+            self.settle();
+            if !self.worker_reads() && !heard {
+                break;
+            }
+        }
+    }
+
+    // What must be true.
+
+    fn check(&self) {
+        let ledger = self.master.ledger();
+        assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
+        assert!(!self.master.someone_waits_in_vain(), "someone waits");
+        for (handle, port) in &self.ports {
+            assert_eq!(self.master.is_bound(*handle), !port.unbound);
+        }
+        assert!(
+            self.honest.dismissed || self.master.is_connected(self.honest.id),
+            "the honest worker was cut off"
+        );
+        let sizes = self.master.sizes();
+        assert_eq!((sizes.actions, sizes.events), (0, 0), "not settled");
+        assert!(sizes.handles <= 2 * MOST_LISTENERS);
+        let most = 2 * u64::from(MAX_CREDITS) * sizes.handles as u64;
+        assert!(ledger.in_hand() <= most, "too many in hand: {ledger:?}");
+        // Two for each listener, and one that tells it to leave.
+        assert!(self.hostile.answers <= 2 * self.hostile.frames + 1);
+    }
+
+    /// The hostile worker dies, and the honest one serves everybody. Then all ends.
+    fn finish(&mut self) {
+        self.accepting_fails = false;
+        self.reaction = 0;
+        self.hang_up();
+        self.settle();
+        self.die();
+        self.settle();
+        let is_served = !self.honest.dismissed;
+        if is_served {
+            self.serve_all();
+        }
+        self.disconnected = 0;
+        self.awaited = true;
+        self.honest.dismissed = true;
+        self.tell(|core| core.disconnect_all(true));
+        self.settle();
+        if is_served {
+            self.serve_rest();
+        }
+        let id = self.honest.id;
+        self.honest.exited = true;
+        self.tell(|core| core.exited(id, ExitStatus::from_raw(0)));
+        self.settle();
+        assert_eq!(self.disconnected, 1, "the end of disconnect");
+        assert_eq!(self.master.sizes().handles, 0);
+        assert_eq!(self.master.ledger().in_hand(), 0);
+        assert!(self.ports.values().all(|port| port.unbound));
+        assert_eq!(self.policy, self.master.policy());
+    }
+
+    /// Everybody who has come is served, and one more at each listener.
+    fn serve_all(&mut self) {
+        self.exchange();
+        let open: Vec<_> = self
+            .ports
+            .iter()
+            .filter(|(_, port)| port.is_open())
+            .collect();
+        let open: Vec<_> = open.into_iter().map(|(handle, _)| *handle).collect();
+        for handle in open {
+            self.clients += 1;
+            let client = self.clients;
+            self.port(handle).backlog.push_back(client);
+        }
+        let now = self.clients;
+        self.serve_until(|world| {
+            let bound = |port: &&Port| !port.unbound && !port.datagram;
+            let mut backlogs = world.ports.values().filter(bound);
+            backlogs.all(|port| port.backlog.is_empty()) && world.master.in_hand() == 0
+        });
+        assert_eq!(now, self.clients);
+    }
+
+    fn serve_rest(&mut self) {
+        self.serve_until(|world| !world.honest.worker_end && !world.honest.master_end);
+    }
+
+    /// The honest program serves all its listeners until the goal is reached.
+    fn serve_until(&mut self, goal: impl Fn(&Self) -> bool) {
+        for _ in 0..10_000 {
+            if goal(self) {
+                return;
+            }
+            for listener in self.honest.listeners.clone() {
+                let honest = &mut self.honest;
+                let open = matches!(honest.core.listen_result(listener), Listen::Done(_));
+                if honest.shared.contains_key(&listener) {
+                    if !honest.core.is_datagram(listener) {
+                        while self.accept_shared(listener) {}
+                    }
+                } else if open {
+                    honest.core.set_most(listener, None);
+                    if honest.accepting != Some(listener) {
+                        honest.core.serve(listener);
+                    }
+                }
+            }
+            while let Some((_, listener)) = self.honest.held.pop() {
+                self.honest.core.connection_closed(Some(listener));
+            }
+            if self.honest.accepting.is_none() {
+                self.honest.core.wait_for_events();
+            }
+            self.exchange();
+            self.wake();
+            self.pass(100);
+            self.settle();
+            self.check();
+        }
+        panic!("somebody is not served: {:?}", self.master);
+    }
+}
+
+impl Port {
+    fn is_open(&self) -> bool {
+        !self.unbound && !self.shut && !self.datagram
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Runs what the fuzzer has found worth keeping.
+    fn replay(target: &str, run: fn(&[u8])) {
+        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz");
+        if !fuzz.exists() {
+            return; // A published package is without it, because it is a package of its own.
+        }
+        let corpus = std::fs::read_dir(fuzz.join("corpus").join(target)).expect("a corpus");
+        let inputs: Vec<_> = corpus.map(|input| input.expect("input").path()).collect();
+        assert!(inputs.len() > 20, "only {} inputs", inputs.len());
+        for input in inputs {
+            println!("{}", input.display());
+            run(&std::fs::read(input).expect("input"));
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "reads files; slow")]
+    fn frame_corpus() {
+        replay("frame", frame);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "reads files; slow")]
+    fn master_input_corpus() {
+        replay("master_input", master_input);
+    }
+
+    /// Miri takes a thousand times as long.
+    const LONGEST: usize = if cfg!(miri) { 40 } else { 600 };
+
+    /// Frames that may be right but for their bodies.
+    fn frames() -> impl Strategy<Value = Vec<u8>> {
+        let kind = prop_oneof![0..10u8, 64..70u8, Just(127)];
+        let body = proptest::collection::vec(prop_oneof![0..5u8, any::<u8>()], 0..40);
+        let one = (kind, 0..3u8, 0..4u8, body).prop_map(|(kind, fds, batch, body)| {
+            let length = u8::try_from(body.len()).unwrap_or(0);
+            [&[length, 0, 0, 0, 1, kind, fds, batch], &body[..]].concat()
+        });
+        proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn any_frames_survive_the_frame_target(cuts: [u8; 6], frames in frames()) {
+            let control = [cuts[0], cuts[1], 4, cuts[2], cuts[3], cuts[4], cuts[5]];
+            frame(&[&control, &frames[..]].concat());
+        }
+
+        #[test]
+        fn any_script_survives_the_master_input_target(
+            input in proptest::collection::vec(any::<u8>(), 0..LONGEST)
+        ) {
+            master_input(&input);
+        }
+    }
+}
