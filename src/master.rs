@@ -923,11 +923,11 @@ impl Master {
     /// A worker has ended: what it wrote before comes first.
     fn process_ready(&self, worker: WorkerId) {
         for _ in 0..LAST_WORDS {
-            if !self.shell.read(worker) {
-                break;
-            }
             while self.shell.feed(worker) != Fed::Nothing {
                 self.settle();
+            }
+            if !self.shell.read(worker) {
+                break;
             }
         }
         self.shell.try_reap(worker);

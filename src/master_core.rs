@@ -422,6 +422,9 @@ impl<C: Clone> MasterCore<C> {
 
     /// The worker is broken or hostile: nothing more is believed, and it is not left running.
     pub(crate) fn violation(&mut self, worker: WorkerId, source: FrameError) {
+        if !self.is_connected(worker) {
+            return; // Nothing of it is believed any more, the rest of what it said neither.
+        }
         let error = Error::Frame {
             worker: Some(worker),
             source,

@@ -555,7 +555,9 @@ impl<C> WorkerCore<C> {
 
     /// There are plenty of descriptors again.
     pub(crate) fn descriptors_suffice(&mut self) {
-        self.most = None;
+        if self.most.take().is_some() {
+            self.ask_for_all();
+        }
     }
 
     /// How many more connections callbacks may be given.

@@ -21,7 +21,7 @@ crate::scenarios! {
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Set for the master that is to end, to the way in which it does.
-const END: &str = "END";
+const END: &str = "MASTERS_END";
 
 /// What a worker is doing when its master ends, and the state in which the system has it then.
 const KINDS: &[(&str, &str)] = &[
