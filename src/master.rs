@@ -772,7 +772,7 @@ impl Master {
             }
             self.settle();
         }
-        if self.reap.take() || self.shell.anyone_ends_unseen() {
+        if self.reap.take() || self.anyone_ends_unseen() {
             for worker in self.shell.unwatched() {
                 self.process_ready(worker);
                 self.settle();
@@ -803,9 +803,14 @@ impl Master {
         if self.has_news() || self.reap.get() || self.shell.anyone_is_unheard() {
             return Some(Duration::ZERO);
         }
-        let looks = self.shell.anyone_ends_unseen().then_some(LOOK_EVERY);
+        let looks = self.anyone_ends_unseen().then_some(LOOK_EVERY);
         let due = self.home.time_left(self.shell.deadline());
         looks.into_iter().chain(due).min()
+    }
+
+    /// Whether a worker may end without anything to tell it. Not where processes have descriptors.
+    fn anyone_ends_unseen(&self) -> bool {
+        self.child_signal.borrow().is_some() && self.shell.anyone_ends_unseen()
     }
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.

@@ -265,8 +265,8 @@ impl ListenOptions<UnixStream> {
         Self::of_kind(Kind::Unix, target)
     }
 
-    /// Lets every user read from the socket, and not only who the umask lets. On Linux this needs
-    /// `/proc`, where the mode is changed of the very file that was made.
+    /// Lets every user read from the socket, and not only who the umask lets. Linux before
+    /// 6.6 needs `/proc` for it, where the mode is changed of the very file that was made.
     ///
     /// Node: `readableAll`. The default is `false`.
     ///

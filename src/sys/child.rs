@@ -4,8 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 
-use super::check;
-use super::signal::empty_set;
+use super::{check, empty_set};
 use identity::{give_up_groups, set_group, set_user};
 
 /// What the child does between `fork` and `execve`, by the number that it reports.

@@ -39,3 +39,12 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         }
     }
 }
+
+/// No signals at all.
+fn empty_set() -> libc::sigset_t {
+    // SAFETY: sigset_t is plain data.
+    let mut set = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is writable.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    set
+}

@@ -9,8 +9,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::child::{Child, STEPS};
-use super::signal::empty_set;
-use super::{check, retry};
+use super::{check, empty_set, retry};
 
 /// Everything `execve` needs, made before `fork`: between the two nothing may be allocated.
 #[derive(Debug)]

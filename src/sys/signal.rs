@@ -31,15 +31,6 @@ fn bit(signal: libc::c_int) -> u64 {
     u32::try_from(signal - 1).map_or(0, |shift| 1u64.checked_shl(shift).unwrap_or(0))
 }
 
-/// No signals at all.
-pub(super) fn empty_set() -> libc::sigset_t {
-    // SAFETY: sigset_t is plain data.
-    let mut set = unsafe { std::mem::zeroed() };
-    // SAFETY: the set is writable.
-    unsafe { libc::sigemptyset(&raw mut set) };
-    set
-}
-
 /// Only async-signal-safe calls, and errno as it was.
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the location of errno is valid for the thread that runs this.

@@ -6,8 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use sendfd::SendWithFd as _;
 
-use super::retry;
-use super::signal::empty_set;
+use super::{empty_set, retry};
 use crate::frame::MAX_BATCH;
 
 /// Never waits; and never raises SIGPIPE, where the system has a flag for that.

@@ -1,7 +1,6 @@
 //! What workers listen on.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -13,8 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
     Log, answer, close_at_exit, cluster, for_both_policies, hear, idle_server, listen_in_vain,
-    note_events, note_messages, open_fds, reserve, reserve_port, serve_id, share_listeners,
-    wait_until, when_listening, with_env,
+    note_events, note_messages, open_fds, refuse_calls, reserve, reserve_port, serve_id,
+    share_listeners, wait_until, when_listening, with_env,
 };
 
 crate::scenarios! {
@@ -139,24 +138,11 @@ fn unprivileged(play: impl FnOnce()) {
         };
         if may_bind() {
             // Everybody may on this system: then the refusal has to be played.
-            refuse_to_bind();
+            refuse_calls(&[nix::libc::SYS_bind], nix::libc::EACCES);
             assert!(!may_bind());
         }
         play();
     });
-}
-
-/// From now on nobody may bind, in this process and in those it starts.
-fn refuse_to_bind() {
-    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
-
-    let filter = SeccompFilter::new(
-        BTreeMap::from([(nix::libc::SYS_bind, Vec::new())]),
-        SeccompAction::Allow,
-        SeccompAction::Errno(nix::libc::EACCES.unsigned_abs()),
-        std::env::consts::ARCH.try_into().unwrap(),
-    );
-    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
 }
 
 fn privileged_port(before: impl FnOnce(&Master)) {
