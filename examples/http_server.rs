@@ -19,6 +19,8 @@ use lexopt::prelude::*;
 
 /// A client that says nothing holds its worker no longer than this.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A worker that does not end by itself when it is told to is killed after this time.
+const GRACE: Duration = Duration::from_secs(10);
 
 struct Options {
     addr: String,
@@ -77,7 +79,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         master.on_signal(signal, move |master, _| {
             // Whoever has died at this very moment is not replaced: nobody would stop that one.
             master.off(replace);
-            master.disconnect(|_| {});
+            master.disconnect_within(GRACE, |_| {});
         })?;
     }
     for _ in 0..options.workers {
