@@ -498,7 +498,6 @@ impl<C: Clone> MasterCore<C> {
             self.unbind(handle);
         }
         self.take_back(handle, untaken);
-        self.look_again_if_draining(handle);
         let abandoned = |entry: &Handle<C>| entry.members.is_empty();
         if self.handles.get(&handle).is_some_and(abandoned) {
             self.handles.remove(&handle);
