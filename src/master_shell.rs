@@ -129,6 +129,8 @@ impl MasterShell {
         let stdio = Stdios::new(settings).map_err(|error| ("prepare its descriptors", error))?;
         let (ours, low) = UnixStream::pair().map_err(making)?;
         ours.set_nonblocking(true).map_err(making)?;
+        // Where there is no such option, nothing is sent out of band.
+        let _ = sys::socket::read_all_in_line(&ours);
         // It fits into an empty socket.
         sys::socket::send(&ours, &welcome(id), &[]).map_err(making)?;
         let key = Token::Channel(id.get()).key();

@@ -7,7 +7,6 @@ use std::os::unix::net::UnixStream;
 use sendfd::SendWithFd as _;
 
 use super::{empty_set, retry};
-use crate::frame::MAX_BATCH;
 
 /// Never waits; and never raises SIGPIPE, where the system has a flag for that.
 #[cfg(not(target_vendor = "apple"))]
@@ -87,6 +86,27 @@ fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     result
 }
 
+/// As many descriptors as the kernel lets anybody send at once (253), whatever we agreed on: those for
+/// which there is no room it closes within our call, and the end of a socket may be waited for there.
+const MOST_AT_ONCE: usize = 256;
+
+/// Makes whatever the other side sends come in its place. What is sent out of band the kernel would
+/// else leave out, and close the descriptors that are with it within our call.
+pub(crate) fn read_all_in_line(socket: &UnixStream) -> io::Result<()> {
+    let yes: libc::c_int = 1;
+    // SAFETY: the option's value is an integer that lives through the call.
+    super::check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_OOBINLINE,
+            (&raw const yes).cast(),
+            libc::socklen_t::try_from(size_of_val(&yes)).unwrap_or(0),
+        )
+    })?;
+    Ok(())
+}
+
 /// What one call has read.
 #[derive(Debug, Default)]
 pub(crate) struct Piece {
@@ -116,8 +136,8 @@ pub(crate) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Piec
     #[cfg(target_vendor = "apple")]
     const FLAGS: libc::c_int = 0;
     // For the descriptors and a header; of numbers, because the header has to be aligned.
-    let mut control = [0u64; MAX_BATCH * size_of::<RawFd>() / size_of::<u64>() + 4];
-    let fds = MAX_BATCH * size_of::<RawFd>();
+    let mut control = [0u64; MOST_AT_ONCE * size_of::<RawFd>() / size_of::<u64>() + 4];
+    let fds = MOST_AT_ONCE * size_of::<RawFd>();
     // SAFETY: computes a length.
     let space = unsafe { libc::CMSG_SPACE(u32::try_from(fds).unwrap_or(0)) };
     debug_assert!(space as usize <= size_of_val(&control));

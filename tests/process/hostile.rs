@@ -2,6 +2,7 @@
 //! blocked, and spends no more on them than it promises.
 
 use std::cell::{Cell, RefCell};
+use std::fs::File;
 use std::io::{IoSlice, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
@@ -34,6 +35,8 @@ crate::scenarios! {
     descriptors_before_any_frame_cut_the_worker_off
     descriptors_that_the_program_does_not_take_are_closed
     descriptors_whose_close_waits_do_not_block_the_master
+    more_descriptors_at_once_than_agreed_do_not_block_the_master
+    descriptors_out_of_band_do_not_block_the_master
     a_connection_whose_close_waits_does_not_block_the_master
     a_worker_that_never_reads_is_bounded
     a_worker_that_asks_and_never_reads_is_cut_off
@@ -694,15 +697,63 @@ fn make_close_wait(mut socket: &TcpStream, time: Duration) {
 
 fn descriptors_whose_close_waits_do_not_block_the_master() {
     beside_an_honest_worker(Case::tolerated(|enemy| {
-        let server = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
-        make_close_wait(&client, 4 * LONGEST);
+        let (client, _peer) = waiting();
         enemy.begin();
         let fds = [client.as_raw_fd()];
         enemy.say_with(&frame(MESSAGE, 1, b"x"), &fds);
         drop(client);
         enemy.wait_for_the_end();
     }));
+}
+
+/// A connection whose end waits, and its peer, which reads nothing.
+fn waiting() -> (TcpStream, TcpStream) {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+    make_close_wait(&client, 4 * LONGEST);
+    (client, server.accept().unwrap().0)
+}
+
+/// The kernel closes what there is no room for while the master reads.
+fn more_descriptors_at_once_than_agreed_do_not_block_the_master() {
+    let attack = |enemy: &Enemy| {
+        let (client, _peer) = waiting();
+        enemy.begin();
+        // An answer says that this has been heard: nothing of a piece with too much is.
+        enemy.listen(1);
+        let null = File::open("/dev/null").unwrap();
+        let mut fds = [null.as_raw_fd(); 250];
+        fds[249] = client.as_raw_fd();
+        enemy.say_with(&frame(MESSAGE, 1, b"x"), &fds);
+        drop(client);
+        enemy.wait_for_the_end();
+    };
+    let why = End::CutOff("descriptors that no frame announced");
+    let case = Case::new(attack, why);
+    beside_an_honest_worker(Case { fds: 256, ..case });
+}
+
+/// The kernel leaves out what was sent out of band, and closes what came with it, while the master
+/// reads.
+fn descriptors_out_of_band_do_not_block_the_master() {
+    let attack = |enemy: &Enemy| {
+        let (client, _peer) = waiting();
+        enemy.begin();
+        let fds = [client.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_OOB;
+        let byte = [IoSlice::new(b"o")];
+        let sent = sendmsg::<()>(enemy.channel.as_raw_fd(), &byte, &rights, flags, None);
+        if sent.is_err() {
+            // There is no such thing on this system.
+            enemy.say(b"o");
+        }
+        drop(client);
+        enemy.say(&message(b"x"));
+        enemy.wait_for_the_end();
+    };
+    let why = End::CutOff("frame of version 0, this program speaks 1");
+    beside_an_honest_worker(Case::new(attack, why));
 }
 
 /// The master has a copy of the connection until it hears that the worker has taken it, which may be
