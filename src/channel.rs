@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::SendError;
 use crate::frame::{BATCH, Frame, FrameError, HEADER, Header, MAX_BATCH, MAX_BODY, MAX_FDS};
@@ -480,9 +480,13 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Waits for the other side to make room, and writes, until all is written or the time over.
     pub(crate) fn flush_blocking(&mut self, patience: Duration) {
+        let end = Instant::now() + patience;
         let _ = self.socket.set_nonblocking(false);
-        let _ = self.socket.set_write_timeout(Some(patience));
         while !self.outbox.bytes.is_empty() {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.socket.set_write_timeout(Some(left)).is_err() {
+                break;
+            }
             let (bytes, fds) = self.outbox.next();
             match socket::send_waiting(&self.socket, bytes, &fds) {
                 Ok(written) => self.outbox.written(written),
@@ -497,8 +501,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
             Ok(piece) => {
                 self.inbox.push(&scratch[..piece.bytes]);
-                let fds = piece.fds.into_iter().map(CommonFd::from);
-                self.inbox.push_fds(fds.collect(), piece.lost_fds);
+                self.inbox.push_fds(piece.fds, piece.lost_fds);
                 Ok(Received::Something)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
@@ -531,12 +534,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     pub(crate) fn discard(mut self) {
         self.shut();
         let mut scratch = [0; 4096];
-        while let Ok(Piece {
-            bytes: 1.., fds, ..
-        }) = socket::receive(&self.socket, &mut scratch)
-        {
-            drop(Vec::from_iter(fds.into_iter().map(CommonFd::from)));
-        }
+        let is_something = |piece: &Piece| piece.bytes > 0;
+        while socket::receive(&self.socket, &mut scratch).is_ok_and(|piece| is_something(&piece)) {}
     }
 }
 

@@ -226,7 +226,7 @@ impl Master {
     /// # Ok(()) }
     /// ```
     pub fn setup_master(&self, settings: Settings) {
-        let mut current = self.settings.borrow_mut();
+        let mut current = self.settings();
         current.update(settings);
         current.exec.get_or_insert_with(|| {
             // Without /proc the program's name has to do.
@@ -240,7 +240,9 @@ impl Master {
         current.args.get_or_insert_with(own_args);
         current.exec_args.get_or_insert_with(Vec::new);
         current.silent.get_or_insert(false);
-        drop(current);
+        // What closures own may come back here when it is dropped.
+        let previous = self.settings.replace(current);
+        drop(previous);
         self.shell.core.borrow_mut().setup();
     }
 
@@ -352,7 +354,7 @@ impl Master {
     /// Node has no counterpart: there, programs set a timer. All is as with
     /// [`disconnect`](Self::disconnect) until then. At the deadline every worker that is still there
     /// gets SIGKILL, which also ends those that loop or are stopped; one that was forked meanwhile,
-    /// too. Of several deadlines the first one counts, and there is no way back.
+    /// too, but not one that is forked later. Of several deadlines the first one counts, and there is no way back.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -754,11 +756,14 @@ impl Master {
         let _running = home.enter()?;
         let limits = self.time_left().into_iter().chain(timeout);
         let ready = home.wait(limits.min())?;
-        let unheard = self.shell.take_unheard();
+        let unheard = self.shell.unheard();
         self.shell.tick();
         self.settle();
         for worker in unheard {
-            self.hear(worker);
+            // One by one: whoever panics here and goes on hears the rest later.
+            if self.shell.is_to_be_heard(worker) {
+                self.hear(worker);
+            }
         }
         for (token, writable) in ready {
             match token {

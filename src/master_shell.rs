@@ -17,7 +17,7 @@ use crate::endpoint::{BindFlags, Endpoint, Place};
 use crate::error::{Error, SendError};
 use crate::event::Departure;
 use crate::event_loop::Token;
-use crate::frame::{HandleId, ToMaster, ToWorker, welcome};
+use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
 use crate::settings::{
@@ -49,6 +49,9 @@ pub(crate) struct Record {
     pub(crate) departure: Cell<Option<Departure>>,
 }
 
+/// How many frames are heard when a channel closes: more than a socket holds that nobody has enlarged.
+const LAST_FRAMES: u32 = 65_536;
+
 /// What one call of `feed` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fed {
@@ -70,8 +73,6 @@ struct MasterSocket {
 #[derive(Debug)]
 pub(crate) struct MasterShell {
     pub(crate) core: RefCell<Core>,
-    /// Of the process that this is.
-    pid: Pid,
     poller: Poller,
     began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
@@ -93,7 +94,6 @@ impl MasterShell {
     pub(crate) fn new(policy: SchedulingPolicy, poller: Poller, began: Instant) -> Self {
         Self {
             core: RefCell::new(MasterCore::new(policy)),
-            pid: Pid::own(),
             poller,
             began,
             records: RefCell::default(),
@@ -178,11 +178,11 @@ impl MasterShell {
     /// Lets go of everything: the workers leave when their channels close.
     pub(crate) fn close(&self) {
         // In a process that the host has forked since, it is all somebody else's.
-        let is_own = Pid::own() == self.pid;
+        let is_own = Pid::own() == self.poller.owner();
         for record in self.records.take().into_values() {
-            if let Some(mut channel) = record.channel.take().filter(|_| is_own) {
-                // A child of the host's may have copies.
-                channel.shut();
+            if let Some(channel) = record.channel.take().filter(|_| is_own) {
+                // Shut, too: a child of the host's may have copies.
+                channel.discard();
             }
             record.process.take();
             record.stdio.take();
@@ -315,11 +315,17 @@ impl MasterShell {
             }
             Action::CloseChannel { worker } => {
                 self.with_channel(worker, Channel::shut);
-                // Bounded by what the socket can hold, since nobody can write any more. What was
-                // read before may be half of it. The events wait: this may be inside a call of
-                // the program's.
+                // What was read before may be half of it. The events wait: this may be inside a
+                // call of the program's.
+                let mut left = LAST_FRAMES;
                 loop {
-                    while self.feed(worker) != Fed::Nothing {}
+                    while left > 0 && self.feed(worker) != Fed::Nothing {
+                        left -= 1;
+                    }
+                    if left == 0 {
+                        let source = FrameError::State("left more unsaid than is listened to");
+                        self.decide().violation(worker, source);
+                    }
                     let believed = self.core.borrow().is_connected(worker);
                     if !believed || !matches!(self.receive(worker), Ok(Received::Something)) {
                         break;
@@ -552,8 +558,13 @@ impl MasterShell {
         !self.unheard.borrow().is_empty()
     }
 
-    pub(crate) fn take_unheard(&self) -> BTreeSet<WorkerId> {
-        self.unheard.take()
+    /// Who is to be heard now, and not whoever becomes so meanwhile.
+    pub(crate) fn unheard(&self) -> Vec<WorkerId> {
+        self.unheard.borrow().iter().copied().collect()
+    }
+
+    pub(crate) fn is_to_be_heard(&self, worker: WorkerId) -> bool {
+        self.unheard.borrow_mut().remove(&worker)
     }
 
     fn channel_failed(&self, worker: WorkerId, source: io::Error) {

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::endpoint::BindFlags;
 use crate::sys::fd::{self, FileStatus};
+use crate::sys::process::Pid;
 use crate::sys::{self, errno};
 
 /// The file of a listening socket, which is removed when this is dropped: unless the file has been
@@ -19,6 +20,8 @@ pub(crate) struct SocketFile {
     directory: OwnedFd,
     name: OsString,
     status: FileStatus,
+    /// In a child that the host has forked since, it is its parent's.
+    owner: Pid,
 }
 
 /// Listens on `path`, which is absolute. A file that is there already is an error, and stays.
@@ -45,6 +48,7 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         directory,
         name: name.into(),
         status,
+        owner: Pid::own(),
     };
     let mut mode = status.mode;
     if flags.readable_all {
@@ -86,7 +90,8 @@ fn shortest(path: &Path, here: &Path) -> PathBuf {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let found = fd::status_at(&self.directory, &self.name);
-        if found.is_ok_and(|found| found.is_same(self.status)) {
+        let is_same = found.is_ok_and(|found| found.is_same(self.status));
+        if is_same && self.owner == Pid::own() {
             let _ = fd::remove_at(&self.directory, &self.name);
         }
     }

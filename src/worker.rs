@@ -186,7 +186,7 @@ impl Worker {
     /// # Errors
     ///
     /// [`Error::Listen`] with the system's reason if the address is in use, not allowed or cannot
-    /// be resolved, or if the worker has 256 listeners and sockets already. Nothing of it remains,
+    /// be resolved, or if the worker has 64 listeners and sockets already. Nothing of it remains,
     /// and a later try may succeed.
     ///
     /// ```no_run

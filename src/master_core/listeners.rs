@@ -42,7 +42,9 @@ const ACCEPT_RETRY: Time = Duration::from_millis(100);
 /// it was ever used: handshakes that are under way over a network complete in that time.
 const DRAIN_GRACE: Time = Duration::from_millis(100);
 /// The most listeners one worker may have.
-const MAX_LISTENERS: usize = 256;
+const MAX_LISTENERS: usize = 64;
+/// The highest number of a listener, with which it can still travel through the poller.
+const MAX_HANDLE: u32 = (1 << 29) - 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -237,8 +239,7 @@ impl<C: Clone> MasterCore<C> {
                 self.join(worker, request, handle);
             }
             None => {
-                self.last_handle += 1;
-                let handle = HandleId(self.last_handle);
+                let handle = self.next_handle();
                 let endpoint = key.endpoint.clone();
                 self.binding.insert(handle, (key, worker, request));
                 self.actions.push_back(Action::Bind {
@@ -249,6 +250,17 @@ impl<C: Clone> MasterCore<C> {
             }
         }
         Ok(())
+    }
+
+    /// A number that no listener has: a worker may ask so often that they begin anew.
+    fn next_handle(&mut self) -> HandleId {
+        loop {
+            self.last_handle = self.last_handle % MAX_HANDLE + 1;
+            let handle = HandleId(self.last_handle);
+            if !self.handles.contains_key(&handle) && !self.binding.contains_key(&handle) {
+                return handle;
+            }
+        }
     }
 
     pub(super) fn join(&mut self, worker: WorkerId, request: u32, handle: HandleId) {

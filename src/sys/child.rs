@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 
 use super::{check, empty_set};
-use identity::{give_up_groups, set_group, set_user};
+use identity::{give_up_capabilities, give_up_groups, set_group, set_user};
 
 /// What the child does between `fork` and `execve`, by the number that it reports.
 pub(super) const STEPS: [&str; 6] = [
@@ -70,6 +70,7 @@ impl Child<'_> {
         }
         if let Some(uid) = self.uid {
             set_user(uid).map_err(at(USER))?;
+            give_up_capabilities();
         }
         // Last: the kernel forgets this request when the user changes.
         die_with_parent(self.parent).map_err(at(SIGNALS_STEP))?;
@@ -180,9 +181,13 @@ mod identity {
     use super::*;
 
     #[cfg(not(any(target_arch = "arm", target_arch = "x86")))]
-    use libc::{SYS_setgid as SETGID, SYS_setgroups as SETGROUPS, SYS_setuid as SETUID};
+    use libc::{
+        SYS_setgroups as SETGROUPS, SYS_setresgid as SETRESGID, SYS_setresuid as SETRESUID,
+    };
     #[cfg(any(target_arch = "arm", target_arch = "x86"))]
-    use libc::{SYS_setgid32 as SETGID, SYS_setgroups32 as SETGROUPS, SYS_setuid32 as SETUID};
+    use libc::{
+        SYS_setgroups32 as SETGROUPS, SYS_setresgid32 as SETRESGID, SYS_setresuid32 as SETRESUID,
+    };
 
     fn checked(result: libc::c_long) -> io::Result<()> {
         match result {
@@ -197,13 +202,21 @@ mod identity {
     }
 
     pub(super) fn set_group(gid: libc::gid_t) -> io::Result<()> {
-        // SAFETY: setgid takes an integer.
-        checked(unsafe { libc::syscall(SETGID, gid) })
+        // SAFETY: setresgid takes three integers.
+        checked(unsafe { libc::syscall(SETRESGID, gid, gid, gid) })
     }
 
     pub(super) fn set_user(uid: libc::uid_t) -> io::Result<()> {
-        // SAFETY: setuid takes an integer.
-        checked(unsafe { libc::syscall(SETUID, uid) })
+        // SAFETY: setresuid takes three integers.
+        checked(unsafe { libc::syscall(SETRESUID, uid, uid, uid) })
+    }
+
+    /// A master that is not root may have capabilities that outlive the user and `execve`. Kernels
+    /// that do not know them have none.
+    pub(super) fn give_up_capabilities() {
+        let (all, unused) = (libc::PR_CAP_AMBIENT_CLEAR_ALL, 0 as libc::c_ulong);
+        // SAFETY: PR_CAP_AMBIENT takes integers.
+        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, all, unused, unused, unused) };
     }
 }
 
@@ -225,6 +238,8 @@ mod identity {
         // SAFETY: setuid takes an integer.
         check(unsafe { libc::setuid(uid) }).map(drop)
     }
+
+    pub(super) fn give_up_capabilities() {}
 }
 
 /// Closes all descriptors from `first` to `last`. Returns whether the system can.

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use polling::{Event, Events, PollMode};
 
+use super::process::Pid;
+
 /// How many events one wait returns at most; the rest come with the next one.
 const EVENTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
@@ -29,7 +31,11 @@ pub enum Interest {
 
 /// Waits for many descriptors.
 #[derive(Clone, Debug)]
-pub(crate) struct Poller(Rc<polling::Poller>);
+pub(crate) struct Poller {
+    poller: Rc<polling::Poller>,
+    /// In a child that the host has forked since, it is its parent's.
+    owner: Pid,
+}
 
 /// A descriptor in the poller. It is taken out before it can be closed.
 #[derive(Debug)]
@@ -67,7 +73,14 @@ fn mode(interest: Option<Interest>) -> PollMode {
 
 impl Poller {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self(Rc::new(polling::Poller::new()?)))
+        Ok(Self {
+            poller: Rc::new(polling::Poller::new()?),
+            owner: Pid::own(),
+        })
+    }
+
+    pub(crate) fn owner(&self) -> Pid {
+        self.owner
     }
 
     /// Adds a descriptor, level-triggered; events carry `key`.
@@ -80,7 +93,7 @@ impl Poller {
         // SAFETY: `Registered` owns the source, lends it out only as a shared reference, and
         // deletes it from this poller in its `Drop`, before the source itself is dropped.
         unsafe {
-            self.0.add_with_mode(
+            self.poller.add_with_mode(
                 source.as_fd().as_raw_fd(),
                 event(key, interest),
                 mode(interest),
@@ -97,7 +110,7 @@ impl Poller {
     /// Waits until something is ready or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
         let mut events = Events::with_capacity(EVENTS);
-        self.0.wait(&mut events, timeout)?;
+        self.poller.wait(&mut events, timeout)?;
         let ready = events.iter().map(|event| Ready {
             key: event.key,
             writable: event.writable,
@@ -108,7 +121,7 @@ impl Poller {
 
 impl AsFd for Poller {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.poller.as_fd()
     }
 }
 
@@ -116,7 +129,7 @@ impl<S: AsFd> Registered<S> {
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
         self.interest.set(interest);
         let event = event(self.key, interest);
-        let poller = &self.poller.0;
+        let poller = &self.poller.poller;
         poller.modify_with_mode(self.source.as_fd(), event, mode(interest))
     }
 
@@ -136,8 +149,10 @@ impl<S: AsFd> Deref for Registered<S> {
 
 impl<S: AsFd> Drop for Registered<S> {
     fn drop(&mut self) {
-        // It can fail only if it is out already.
-        let _ = self.poller.0.delete(self.source.as_fd());
+        if self.poller.owner == Pid::own() {
+            // It can fail only if it is out already.
+            let _ = self.poller.poller.delete(self.source.as_fd());
+        }
     }
 }
 

@@ -121,7 +121,8 @@ impl Program {
 
         drop(child_failure);
         if process.is_some() {
-            failure.set_nonblocking(true).map_err(forking)?;
+            // It cannot fail; if it did, the end of the pipe would be waited for.
+            let _ = failure.set_nonblocking(true);
         }
         let mut report = [0; 5];
         match failure.read_exact(&mut report) {
@@ -255,20 +256,22 @@ impl Pid {
         options: libc::c_int,
         process: Option<&impl AsFd>,
     ) -> io::Result<Option<ExitStatus>> {
+        let by_fd = process.and_then(|process| wait_by_fd(process.as_fd(), options));
+        let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
+        // If that fails, the host waits for whatever child ends, or lets the kernel do it.
+        waited.or_else(|error| {
+            let status = process.and_then(|process| status_by_fd(process.as_fd()));
+            status.map(Some).ok_or(error)
+        })
+    }
+
+    fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
         let mut status = 0;
-        let waited = retry(|| {
+        let pid = retry(|| {
             // SAFETY: the status is writable. Only this one child is waited for.
             check(unsafe { libc::waitpid(self.0, &raw mut status, options) })
-        });
-        match waited {
-            Ok(0) => Ok(None),
-            Ok(_) => Ok(Some(ExitStatus::from_raw(status))),
-            // The host waits for whatever child ends, or lets the kernel do it.
-            Err(error) => match process.and_then(|process| status_by_fd(process.as_fd())) {
-                Some(status) => Ok(Some(status)),
-                None => Err(error),
-            },
-        }
+        })?;
+        Ok((pid != 0).then(|| ExitStatus::from_raw(status)))
     }
 
     /// Sends a signal: by the descriptor of the process, if there is one. The caller has not reaped
@@ -299,6 +302,48 @@ impl Pid {
     fn open(self) -> Option<OwnedFd> {
         None
     }
+}
+
+/// Waits by the descriptor: the number may be that of another child by now, if the host has waited for
+/// ours. `None` where the kernel cannot.
+#[cfg(target_os = "linux")]
+fn wait_by_fd(
+    process: BorrowedFd<'_>,
+    options: libc::c_int,
+) -> Option<io::Result<Option<ExitStatus>>> {
+    // SAFETY: all zeroes is a valid siginfo, of nothing.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let id = libc::id_t::try_from(process.as_raw_fd()).ok()?;
+    let waited = retry(|| {
+        // SAFETY: the structure is writable.
+        check(unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | options) })
+    });
+    match waited {
+        Ok(_) => {
+            // SAFETY: the call has filled it in for a child, or left it at zero.
+            let pid = unsafe { info.si_pid() };
+            // SAFETY: as above.
+            let status = unsafe { info.si_status() };
+            let status = match info.si_code {
+                libc::CLD_EXITED => status << 8,
+                libc::CLD_DUMPED => status | 0x80,
+                _ => status,
+            };
+            Some(Ok((pid != 0).then(|| ExitStatus::from_raw(status))))
+        }
+        Err(error) => {
+            let unknown = [libc::EINVAL, libc::ENOSYS].map(Some);
+            (!unknown.contains(&error.raw_os_error())).then_some(Err(error))
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn wait_by_fd(
+    _process: BorrowedFd<'_>,
+    _options: libc::c_int,
+) -> Option<io::Result<Option<ExitStatus>>> {
+    None
 }
 
 /// How a process ended for which somebody else has waited: Linux 6.15 and newer know it.

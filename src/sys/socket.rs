@@ -1,11 +1,12 @@
 //! Bytes and descriptors over a channel.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use sendfd::SendWithFd as _;
 
+use super::fd::CommonFd;
 use super::{empty_set, retry};
 
 /// Never waits; and never raises SIGPIPE, where the system has a flag for that.
@@ -111,7 +112,7 @@ pub(crate) fn read_all_in_line(socket: &UnixStream) -> io::Result<()> {
 #[derive(Debug, Default)]
 pub(crate) struct Piece {
     pub(crate) bytes: usize,
-    pub(crate) fds: Vec<OwnedFd>,
+    pub(crate) fds: Vec<CommonFd>,
     /// There were more descriptors, and the kernel has closed them: for lack of room in this
     /// process, most likely.
     pub(crate) lost_fds: bool,
@@ -159,7 +160,7 @@ pub(crate) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Piec
     let fds = adopt_all(&message);
     if cfg!(target_vendor = "apple") {
         for fd in &fds {
-            super::fd::close_on_exec(fd.as_raw_fd())?;
+            let _ = super::fd::close_on_exec(fd.as_fd().as_raw_fd());
         }
     }
     Ok(Piece {
@@ -170,7 +171,7 @@ pub(crate) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Piec
 }
 
 /// Takes ownership of the descriptors that came with a message.
-fn adopt_all(message: &libc::msghdr) -> Vec<OwnedFd> {
+fn adopt_all(message: &libc::msghdr) -> Vec<CommonFd> {
     let mut fds = Vec::new();
     // SAFETY: the kernel has filled in the message.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
@@ -191,7 +192,8 @@ fn adopt_all(message: &libc::msghdr) -> Vec<OwnedFd> {
             let length = cmsg_len as usize - empty;
             for _ in 0..length / size_of::<RawFd>() {
                 // SAFETY: so many numbers are there; nothing says that they are aligned.
-                fds.push(super::fd::adopt(unsafe { data.read_unaligned() }));
+                let fd = super::fd::adopt(unsafe { data.read_unaligned() });
+                fds.push(fd.into());
                 // SAFETY: the next number, or the end.
                 data = unsafe { data.add(1) };
             }

@@ -58,6 +58,10 @@ pub const ROOT: Need = Need {
     name: "root",
     is_met: is_root,
 };
+pub const SETPRIV: Need = Need {
+    name: "root and setpriv",
+    is_met: || is_root() && Command::new("setpriv").arg("--version").output().is_ok(),
+};
 pub const PID_NAMESPACE: Need = Need {
     name: "PID namespace",
     is_met: has_pid_namespaces,

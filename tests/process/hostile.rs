@@ -57,7 +57,7 @@ const BYTES_OUT: usize = 9 << 20;
 const FDS_IN: usize = 144;
 /// Connections of one listener that it was given and has not taken.
 const CONNECTIONS: usize = 16;
-const LISTENERS: usize = 256;
+const LISTENERS: usize = 64;
 /// Its channel and its process.
 const FDS_OF_ITS_OWN: usize = 2;
 

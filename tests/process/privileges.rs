@@ -23,6 +23,7 @@ use crate::harness::{
 crate::scenarios! {
     nothing_of_root_is_left_and_nothing_comes_back: ROOT
     a_step_that_fails_is_named_and_nobody_is_forked: ROOT
+    capabilities_that_outlive_the_user_are_given_up: SETPRIV
     a_worker_of_another_user_cannot_reach_into_the_master: ROOT
     a_worker_cannot_reach_into_one_of_another_user: ROOT
     by_number_a_worker_gets_what_the_host_has_opened_and_nothing_else: ROOT
@@ -109,6 +110,28 @@ fn nothing_of_root_is_left_and_nothing_comes_back() {
     });
 }
 
+/// A master that has capabilities which outlive a change of user.
+fn capabilities_that_outlive_the_user_are_given_up() {
+    const RAISED: &str = "RAISED";
+    if std::env::var_os(RAISED).is_none() {
+        let status = Command::new("setpriv")
+            .args(["--inh-caps=+setuid", "--ambient-caps=+setuid"])
+            .args(["--securebits=+no_setuid_fixup"])
+            .arg(std::env::current_exe().unwrap())
+            .env(RAISED, "1")
+            .status();
+        return assert!(status.unwrap().success());
+    }
+    let held = |powers: &[String]| powers.contains(&"CapAmb: 0000000000000080".to_owned());
+    if cluster::is_master() {
+        assert!(held(&powers()));
+    }
+    cluster_of_the_powerless(nobodys(), |_| {
+        let is_empty = |set: &String| !set.starts_with("Cap") || set.ends_with(" 0000000000000000");
+        powers().into_iter().filter(|set| !is_empty(set)).collect()
+    });
+}
+
 fn a_step_that_fails_is_named_and_nobody_is_forked() {
     cluster(
         |master| {
@@ -117,8 +140,8 @@ fn a_step_that_fails_is_named_and_nobody_is_forked() {
             master.setup_master(nobodys());
             // A filter stays: the earlier step comes later.
             let steps = [
-                (libc::SYS_setuid, libc::EACCES, "change its user"),
-                (libc::SYS_setgid, libc::EDOM, "change its groups"),
+                (libc::SYS_setresuid, libc::EACCES, "change its user"),
+                (libc::SYS_setresgid, libc::EDOM, "change its groups"),
                 (libc::SYS_setgroups, libc::ENOTSUP, "change its groups"),
             ];
             for (call, errno, step) in steps {
