@@ -3,9 +3,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -22,8 +24,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
-    Log, SIGNALS, cluster, for_both_policies, note_events, note_messages, of, refuse_calls,
-    run_until_killed, wait_for_state, wait_until, with_env,
+    Log, SIGNALS, cluster, for_both_policies, in_background, note_events, note_messages, of,
+    refuse_calls, run_until_killed, wait_for_state, wait_until, with_env,
 };
 
 crate::scenarios! {
@@ -40,6 +42,7 @@ crate::scenarios! {
     a_child_that_the_host_keeps_holds_up_no_fork
     a_child_that_the_host_keeps_holds_no_worker
     a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master
+    a_child_that_drops_its_copy_of_the_master_takes_nothing_from_it
     a_worker_has_what_it_was_given_and_nothing_else
     a_worker_has_nothing_else_on_old_kernels
     the_first_process_of_a_namespace_is_a_master: PID_NAMESPACE
@@ -649,9 +652,7 @@ fn nothing_passes_between_workers_and_children_of_busy_threads() {
 
 /// A child of the host's that executes nothing: it keeps whatever was open when it was made.
 fn keeping_child() -> Pid {
-    #[allow(unsafe_code)]
-    // SAFETY: the child makes only async-signal-safe calls.
-    match unsafe { nix::unistd::fork() }.unwrap() {
+    match fork_of_the_host() {
         ForkResult::Parent { child } => child,
         ForkResult::Child => loop {
             pause();
@@ -946,4 +947,57 @@ fn the_first_process_of_a_namespace_takes_its_workers_with_it() {
             worker.run().unwrap();
         }
     }
+}
+
+/// It returns from what the host does, instead of ending at once, and so it drops what it has of the
+/// master.
+fn a_child_that_drops_its_copy_of_the_master_takes_nothing_from_it() {
+    let path = std::env::temp_dir().join(format!("cluster-test-{}", std::process::id()));
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let worker = master.fork_with([("SOCKET", &path)]).unwrap();
+            let listening = Rc::new(Cell::new(false));
+            let seen = Rc::clone(&listening);
+            worker.on_listening(move |_, _, _| seen.set(true));
+            while !listening.get() {
+                master.dispatch(None).unwrap();
+            }
+            match fork_of_the_host() {
+                ForkResult::Child => {
+                    drop(master);
+                    std::process::exit(0);
+                }
+                ForkResult::Parent { child } => {
+                    assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
+                }
+            }
+            let address = path.clone();
+            let ask = move || {
+                let mut answer = String::new();
+                let mut client = UnixStream::connect(address).unwrap();
+                client.read_to_string(&mut answer).unwrap();
+                answer
+            };
+            in_background(&master, ask, |master, answer| {
+                assert_eq!(answer, "served");
+                master.disconnect(|_| {});
+            });
+            master.run().unwrap();
+            drop(master);
+            assert!(!path.exists());
+        }
+        Role::Worker(worker) => {
+            let path = PathBuf::from(std::env::var_os("SOCKET").unwrap());
+            let listener = worker.listen(path.as_path()).unwrap();
+            for connection in listener.incoming() {
+                connection.unwrap().write_all(b"served").unwrap();
+            }
+        }
+    }
+}
+
+fn fork_of_the_host() -> ForkResult {
+    #[allow(unsafe_code)]
+    // SAFETY: the child makes only async-signal-safe calls, or its parent has one thread.
+    unsafe { nix::unistd::fork() }.unwrap()
 }
