@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
@@ -31,10 +32,23 @@ pub enum Interest {
 
 /// Waits for many descriptors.
 #[derive(Clone, Debug)]
-pub(crate) struct Poller {
-    poller: Rc<polling::Poller>,
-    /// In a child that the host has forked since, it is its parent's.
+pub(crate) struct Poller(Rc<Owned>);
+
+/// In a child that the host has forked since, it is still its parent's: what the child takes out is
+/// gone for both.
+#[derive(Debug)]
+struct Owned {
+    poller: ManuallyDrop<polling::Poller>,
     owner: Pid,
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if self.owner == Pid::own() {
+            // SAFETY: it is not used again.
+            unsafe { ManuallyDrop::drop(&mut self.poller) };
+        }
+    }
 }
 
 /// A descriptor in the poller. It is taken out before it can be closed.
@@ -73,14 +87,14 @@ fn mode(interest: Option<Interest>) -> PollMode {
 
 impl Poller {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self {
-            poller: Rc::new(polling::Poller::new()?),
+        Ok(Self(Rc::new(Owned {
+            poller: ManuallyDrop::new(polling::Poller::new()?),
             owner: Pid::own(),
-        })
+        })))
     }
 
     pub(crate) fn owner(&self) -> Pid {
-        self.owner
+        self.0.owner
     }
 
     /// Adds a descriptor, level-triggered; events carry `key`.
@@ -93,7 +107,7 @@ impl Poller {
         // SAFETY: `Registered` owns the source, lends it out only as a shared reference, and
         // deletes it from this poller in its `Drop`, before the source itself is dropped.
         unsafe {
-            self.poller.add_with_mode(
+            self.0.poller.add_with_mode(
                 source.as_fd().as_raw_fd(),
                 event(key, interest),
                 mode(interest),
@@ -110,7 +124,7 @@ impl Poller {
     /// Waits until something is ready or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
         let mut events = Events::with_capacity(EVENTS);
-        self.poller.wait(&mut events, timeout)?;
+        self.0.poller.wait(&mut events, timeout)?;
         let ready = events.iter().map(|event| Ready {
             key: event.key,
             writable: event.writable,
@@ -121,7 +135,7 @@ impl Poller {
 
 impl AsFd for Poller {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.poller.as_fd()
+        self.0.poller.as_fd()
     }
 }
 
@@ -129,7 +143,7 @@ impl<S: AsFd> Registered<S> {
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
         self.interest.set(interest);
         let event = event(self.key, interest);
-        let poller = &self.poller.poller;
+        let poller = &self.poller.0.poller;
         poller.modify_with_mode(self.source.as_fd(), event, mode(interest))
     }
 
@@ -149,9 +163,9 @@ impl<S: AsFd> Deref for Registered<S> {
 
 impl<S: AsFd> Drop for Registered<S> {
     fn drop(&mut self) {
-        if self.poller.owner == Pid::own() {
+        if self.poller.owner() == Pid::own() {
             // It can fail only if it is out already.
-            let _ = self.poller.poller.delete(self.source.as_fd());
+            let _ = self.poller.0.poller.delete(self.source.as_fd());
         }
     }
 }
