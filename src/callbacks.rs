@@ -134,6 +134,7 @@ mod tests {
         );
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["first", "third"]);
+        list.clear(); // Else it would own itself for ever.
     }
 
     #[test]
@@ -150,6 +151,7 @@ mod tests {
         assert_eq!(log.take(), ["once", "always", "always"]);
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["always"]);
+        list.clear(); // Else it would own itself for ever.
     }
 
     #[test]
@@ -162,5 +164,6 @@ mod tests {
         });
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["outer"]);
+        list.clear(); // Else it would own itself for ever.
     }
 }

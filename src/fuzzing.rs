@@ -27,6 +27,7 @@ use crate::message::Message;
 use crate::round_robin::MAX_CREDITS;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;
+use crate::sys::errno;
 use crate::sys::fd::CommonFd;
 use crate::timers::Time;
 use crate::worker_core::{self, Listen, ListenerId, WorkerCore};
@@ -165,6 +166,13 @@ fn read<F: Frame>(pieces: &[&[u8]], batches: [u8; 2]) -> (Vec<Read<F>>, Option<F
 /// the other worker's clients are served.
 #[doc(hidden)]
 pub fn master_input(data: &[u8]) {
+    play(data);
+}
+
+/// How often what has happened; a script in which nothing does is worth nothing.
+type Reached = BTreeMap<&'static str, usize>;
+
+fn play(data: &[u8]) -> Reached {
     let mut script = Script(data);
     let mut world = World::new(script.byte());
     while !script.is_over() {
@@ -172,7 +180,16 @@ pub fn master_input(data: &[u8]) {
         world.check();
     }
     world.finish();
+    world.count(SERVED, world.honest.served.len());
+    world.reached
 }
+
+const SERVED: &str = "connections served by the honest worker";
+const HANDED: &str = "connections handed to the hostile worker";
+const TAKEN: &str = "connections it said it took";
+const REFUSED: &str = "connections it refused";
+const DENIED: &str = "listeners it was denied";
+const CUT_OFF: &str = "times it was cut off";
 
 /// A connection, by number.
 type Client = u32;
@@ -202,6 +219,11 @@ struct Hostile {
     frames: u64,
     /// Frames for it, other than connections.
     answers: u64,
+    online: bool,
+    /// How often it has asked for each endpoint.
+    asked: BTreeMap<u32, u32>,
+    /// Its listeners, with the numbers of the connections that it has neither taken nor refused.
+    held: BTreeMap<HandleId, VecDeque<u64>>,
 }
 
 impl Hostile {
@@ -213,6 +235,9 @@ impl Hostile {
             exited: false,
             frames: 0,
             answers: 0,
+            online: false,
+            asked: BTreeMap::new(),
+            held: BTreeMap::new(),
         }
     }
 }
@@ -275,6 +300,7 @@ struct World {
     reaction: u8,
     awaited: bool,
     disconnected: u32,
+    reached: Reached,
 }
 
 /// A few endpoints that both workers use, and many that only the hostile one asks for.
@@ -314,9 +340,14 @@ impl World {
             reaction: 0,
             awaited: false,
             disconnected: 0,
+            reached: Reached::new(),
         };
         world.settle();
         world
+    }
+
+    fn count(&mut self, what: &'static str, times: usize) {
+        *self.reached.entry(what).or_default() += times;
     }
 
     /// Tells the core something. Not much may come of it.
@@ -400,6 +431,7 @@ impl World {
             Action::DiscardChannel { worker } => {
                 assert_eq!(worker, self.hostile.id, "only liars are cut off");
                 self.hostile.open = false;
+                self.count(CUT_OFF, 1);
             }
             Action::Signal { worker, .. } => {
                 assert!(self.master.exit_status(worker).is_none(), "a reaped pid");
@@ -410,8 +442,7 @@ impl World {
     fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<Client>) {
         if worker == self.hostile.id {
             assert!(self.hostile.open, "send on a closed channel");
-            let is_connection = matches!(frame, ToWorker::Connection { .. });
-            self.hostile.answers += u64::from(!is_connection);
+            self.tell_hostile(&frame);
         } else if worker == self.honest.id {
             assert!(self.honest.master_end, "send on a closed channel");
             self.honest.to_worker.push_back((frame, with));
@@ -462,6 +493,28 @@ impl World {
 
     // The hostile worker.
 
+    fn tell_hostile(&mut self, frame: &ToWorker) {
+        let hostile = &mut self.hostile;
+        hostile.answers += u64::from(!matches!(frame, ToWorker::Connection { .. }));
+        match frame {
+            ToWorker::Connection { handle, number } => {
+                hostile.held.entry(*handle).or_default().push_back(*number);
+                self.count(HANDED, 1);
+            }
+            ToWorker::Reply {
+                result: Ok(bound), ..
+            } => drop(hostile.held.insert(bound.handle, VecDeque::new())),
+            ToWorker::Reply {
+                result: Err(errno::EMFILE),
+                ..
+            } => self.count(DENIED, 1),
+            ToWorker::Reply { .. }
+            | ToWorker::End { .. }
+            | ToWorker::Disconnect
+            | ToWorker::Message(_) => {}
+        }
+    }
+
     /// Bytes arrive, with descriptors, of which some may be lost.
     fn arrive(&mut self, bytes: &[u8], fds: usize, lost: bool) {
         if !self.hostile.open {
@@ -500,7 +553,13 @@ impl World {
             let message = Message::new(bytes, arrival.fds);
             self.tell(|core| core.frame(id, ToMaster::Message(Vec::new()), Some(message)));
         } else {
+            let refused = matches!(arrival.frame, ToMaster::Refused { .. });
+            let before = self.master.ledger().taken;
             self.tell(|core| core.frame(id, arrival.frame, None));
+            let taken = self.master.ledger().taken - before;
+            self.count(TAKEN, usize::try_from(taken).unwrap_or(usize::MAX));
+            let believed = refused && self.master.is_connected(id);
+            self.count(REFUSED, believed.into());
         }
         self.hostile.frames += 1;
         true
@@ -553,6 +612,51 @@ impl World {
             _ if choice == 255 => ToMaster::Leaving,
             _ => ToMaster::Message(vec![0; choice.into()]),
         }
+    }
+
+    /// The hostile worker says something true, as one of ours would.
+    fn admit(&mut self, choice: u8) {
+        let hostile = &mut self.hostile;
+        let (kind, more) = (choice % 8, u32::from(choice / 8));
+        let listeners = hostile.held.len().max(1);
+        let listener = hostile.held.iter_mut().nth(more as usize % listeners);
+        let frame = match (kind, listener) {
+            _ if !std::mem::replace(&mut hostile.online, true) => ToMaster::Online,
+            (0, _) | (_, None) => {
+                let asked = hostile.asked.entry(more).or_default();
+                let index = *asked;
+                *asked += 1;
+                let endpoint = endpoint(more);
+                ToMaster::Listen {
+                    request: 1,
+                    key: HandleKey { endpoint, index },
+                    flags: BindFlags::default(),
+                }
+            }
+            (1 | 2, Some((handle, held))) if !held.is_empty() => ToMaster::Refused {
+                handle: *handle,
+                number: held.pop_back().unwrap_or(0),
+            },
+            (3, Some((handle, held))) if !held.is_empty() => ToMaster::Ready {
+                handle: *handle,
+                credits: 0,
+                taken: held.pop_front().unwrap_or(0),
+            },
+            (4, Some((handle, _))) => ToMaster::Revoke { handle: *handle },
+            (5, Some((handle, _))) if more % 4 == 3 => {
+                let handle = *handle;
+                hostile.held.remove(&handle);
+                ToMaster::Close { handle }
+            }
+            (_, Some((handle, held))) => ToMaster::Ready {
+                handle: *handle,
+                credits: more % (MAX_CREDITS + 1),
+                taken: held.drain(..).next_back().unwrap_or(0),
+            },
+        };
+        let mut bytes = Vec::new();
+        frame.encode(0, &mut bytes);
+        self.arrive(&bytes, 0, false);
     }
 
     /// The channel of the hostile worker ends.
@@ -859,7 +963,8 @@ impl World {
             27 => self.hang_up(),
             28 => self.die(),
             29 => self.reaction = script.byte(),
-            _ => self.program(script.byte()),
+            30 => self.program(script.byte()),
+            _ => self.admit(script.byte()),
         }
         self.settle();
     }
@@ -1000,9 +1105,11 @@ impl Port {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::path::Path;
 
     use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
 
     use super::*;
 
@@ -1047,6 +1154,204 @@ mod tests {
         proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
     }
 
+    /// What is said in one go, in the language of `World::step`.
+    type Scene = BoxedStrategy<Vec<u8>>;
+
+    fn many(scene: impl Strategy<Value = Vec<u8>> + 'static, most: usize) -> Scene {
+        let scenes = proptest::collection::vec(scene, 0..most);
+        scenes.prop_map(|scenes| scenes.concat()).boxed()
+    }
+
+    fn both(first: Scene, second: Scene) -> Scene {
+        let pair = (first, second);
+        pair.prop_map(|(first, second)| [first, second].concat())
+            .boxed()
+    }
+
+    /// One or two that both workers use mostly, seldom one of many.
+    fn endpoints() -> impl Strategy<Value = u8> {
+        prop_oneof![6 => Just(0), 2 => 3..8u8, 1 => 0..32u8]
+    }
+
+    /// Handles count from 1, and few scripts get beyond the third.
+    fn handles() -> impl Strategy<Value = u8> {
+        prop_oneof![8 => Just(1), 3 => 2..4u8, 1 => 0..32u8]
+    }
+
+    /// Credits and numbers of connections: as they should be, at the limits, and beyond.
+    fn numbers() -> impl Strategy<Value = u8> {
+        let most = u8::try_from(MAX_CREDITS).expect("few");
+        prop_oneof![12 => 0..4u8, 2 => 4..=most, 1 => Just(most + 1), 1 => 0..240u8]
+    }
+
+    /// The hostile worker says a frame; `255` does not cut it in two.
+    fn spoken(frame: &[u8], cut: u8) -> Vec<u8> {
+        [&[0], frame, &[cut]].concat()
+    }
+
+    fn frame_of(kind: u8, handle: u8) -> u8 {
+        handle * 8 + kind
+    }
+
+    /// It goes online, listens and has credit, as one of ours would.
+    fn arrival() -> Scene {
+        let scene = (endpoints(), 0..17u8);
+        scene
+            .prop_map(|(endpoint, credits)| vec![31, 0, 31, endpoint * 8, 31, credits * 8 + 7])
+            .boxed()
+    }
+
+    /// It says something true.
+    fn admission() -> Scene {
+        any::<u8>().prop_map(|choice| vec![31, choice]).boxed()
+    }
+
+    /// It says something that is hardly true.
+    fn lie() -> Scene {
+        let ready = (handles(), numbers(), numbers());
+        let frame = prop_oneof![
+            1 => Just(vec![0]),
+            3 => (numbers(), endpoints(), 0..3u8).prop_map(|(r, e, index)| vec![1, r, e, index]),
+            1 => handles().prop_map(|handle| vec![frame_of(2, handle)]),
+            8 => ready.prop_map(|(h, credits, taken)| vec![frame_of(3, h), credits, taken]),
+            4 => (handles(), numbers()).prop_map(|(h, number)| vec![frame_of(4, h), number]),
+            1 => handles().prop_map(|handle| vec![frame_of(5, handle)]),
+            3 => handles().prop_map(|handle| vec![frame_of(6, handle)]),
+            1 => (0..31u8, 0..4u8).prop_map(|(length, fds)| vec![frame_of(7, length), fds]),
+            1 => Just(vec![255]),
+        ];
+        let cut = prop_oneof![3 => Just(255), 1 => 0..30u8];
+        (frame, cut)
+            .prop_map(|(frame, cut)| spoken(&frame, cut))
+            .boxed()
+    }
+
+    /// A new one asks for more listeners than it may have.
+    fn greed() -> Scene {
+        let one = |n: u16| {
+            let [low, high] = n.to_le_bytes();
+            spoken(&[1, 1, 0, 255, low, high, 0, 0, 0, 0, 0, 0], 255)
+        };
+        let most = u16::try_from(MOST_LISTENERS).expect("few");
+        let all: Vec<_> = (0..most + 10).map(|n| n + 100).flat_map(one).collect();
+        both(succession(), Just(all).boxed())
+    }
+
+    /// It dies, and another one comes.
+    fn succession() -> Scene {
+        let gone = prop_oneof![Just(vec![27, 28, 30, 15]), Just(vec![28, 27, 30, 15])];
+        both(gone.boxed(), arrival())
+    }
+
+    /// The program of the honest worker listens, and serves what it has.
+    fn service() -> Scene {
+        let scene = (endpoints(), 4..8u8);
+        scene
+            .prop_map(|(endpoint, deed)| vec![11, endpoint * 8, 21, 11, 4, 11, deed, 21])
+            .boxed()
+    }
+
+    /// One thing happens in the honest worker, to a client, or between the two and the master.
+    fn event() -> Scene {
+        prop_oneof![
+            4 => (0..4u8, 0..8u8).prop_map(|(at, deed)| vec![11, at * 8 + deed]),
+            1 => (192..=255u8).prop_map(|limit| vec![11, limit]),
+            4 => (0..4u8, numbers()).prop_map(|(at, count)| vec![22, at, count]),
+            3 => Just(vec![21]),
+            1 => Just(vec![17]),
+            1 => Just(vec![19]),
+            1 => Just(vec![25]),
+            1 => (0..150u8).prop_map(|millis| vec![26, millis]),
+        ]
+        .boxed()
+    }
+
+    /// The master's program does something, at once or when the next event comes. It dismisses the
+    /// honest worker seldom, because then less is looked at.
+    fn call() -> Scene {
+        let choice = prop_oneof![20 => 0..22u8, 1 => 22..25u8, 10 => 25..29u8];
+        let choice = (choice, 0..8u8).prop_map(|(choice, more)| choice + more * 32);
+        let when = prop_oneof![1 => Just(29), 3 => Just(30)];
+        (when, choice)
+            .prop_map(|(when, choice)| vec![when, choice])
+            .boxed()
+    }
+
+    fn junk() -> Scene {
+        let bytes = proptest::collection::vec(any::<u8>(), 0..20);
+        let scene = (bytes, any::<u8>());
+        scene
+            .prop_map(|(bytes, fds)| {
+                let length = u8::try_from(bytes.len()).expect("few");
+                [&[10, length, fds], &bytes[..]].concat()
+            })
+            .boxed()
+    }
+
+    /// Scripts that get far: both workers listen, connections come and go, and lies are told.
+    fn scripts() -> impl Strategy<Value = Vec<u8>> {
+        let policy = prop_oneof![5 => Just(vec![0]), 1 => Just(vec![3])];
+        let beginning = prop_oneof![
+            4 => both(service(), arrival()),
+            1 => both(arrival(), service()),
+            1 => many(event(), 4),
+        ];
+        let middle = prop_oneof![
+            300 => event(),
+            200 => admission(),
+            20 => lie(),
+            20 => call(),
+            20 => service(),
+            20 => succession(),
+            4 => junk(),
+            1 => greed(),
+        ];
+        let opened = both(policy.boxed(), beginning.boxed());
+        both(opened, many(middle, LONGEST / 10))
+    }
+
+    /// How far so many scripts must get together: about a tenth of what is usual.
+    const ENOUGH: [(&str, usize); 6] = [
+        (SERVED, 3000),
+        (HANDED, 400),
+        (TAKEN, 150),
+        (REFUSED, 20),
+        (DENIED, 50),
+        (CUT_OFF, 50),
+    ];
+    const SCRIPTS: u32 = 1024;
+
+    #[test]
+    fn any_script_survives_the_master_input_target() {
+        let config = ProptestConfig::default();
+        let config = ProptestConfig {
+            // They are quick, and there is much to reach.
+            cases: config.cases.saturating_mul(4),
+            failure_persistence: None,
+            ..config
+        };
+        let cases = config.cases;
+        let total = RefCell::new(Reached::new());
+        let run = |script: Vec<u8>| {
+            for (what, times) in play(&script) {
+                *total.borrow_mut().entry(what).or_default() += times;
+            }
+            Ok(())
+        };
+        let outcome = TestRunner::new(config).run(&scripts(), run);
+        outcome.unwrap_or_else(|error| panic!("{error}"));
+        let total = total.take();
+        println!("{total:#?}");
+        if cases >= SCRIPTS {
+            for (what, enough) in ENOUGH {
+                assert!(
+                    total.get(what).is_some_and(|times| *times >= enough),
+                    "{what}: {total:?}"
+                );
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn any_frames_survive_the_frame_target(cuts: [u8; 6], frames in frames()) {
@@ -1055,7 +1360,7 @@ mod tests {
         }
 
         #[test]
-        fn any_script_survives_the_master_input_target(
+        fn any_bytes_survive_the_master_input_target(
             input in proptest::collection::vec(any::<u8>(), 0..LONGEST)
         ) {
             master_input(&input);
