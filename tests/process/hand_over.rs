@@ -90,6 +90,8 @@ enum Lost {
 struct Outcome {
     came: u64,
     unanswered: u64,
+    /// The worker was seen to have stopped.
+    stopped: bool,
 }
 
 impl Outcome {
@@ -143,6 +145,8 @@ fn worker_fails(point: &'static str, passes: u32, lost: Lost) {
                 left: RefCell::new(plan(passes)),
                 came: Cell::new(0),
                 unanswered: Cell::new(0),
+                rounds: Cell::new(0),
+                faults: Cell::new(0),
                 healthy: healthy.clone(),
             });
             healthy.on_listening(move |master, _, address| {
@@ -172,6 +176,9 @@ struct Play {
     left: RefCell<Vec<Round>>,
     came: Cell<u64>,
     unanswered: Cell<u64>,
+    rounds: Cell<u64>,
+    /// Rounds in which the worker has failed: not all workers pass their point so often.
+    faults: Cell<u64>,
     healthy: WorkerProcess,
 }
 
@@ -193,7 +200,16 @@ impl Play {
             }
         };
         let (play, over) = (Rc::clone(&self), part_is_over.clone());
-        failing.on_exit(move |master, _, _| over(&play, master));
+        let has_failed = Rc::new(Cell::new(false));
+        let failed = Rc::clone(&has_failed);
+        failing.on_exit(move |master, worker, _| {
+            // It has left before it was asked to, or has stopped and went on.
+            let by_itself = worker.exited_after_disconnect() == Some(false);
+            failed.set(failed.get() || by_itself);
+            play.rounds.set(play.rounds.get() + 1);
+            play.faults.set(play.faults.get() + u64::from(failed.get()));
+            over(&play, master);
+        });
         let pid = failing.process().id();
         let kills = self.left.borrow().len() % 2 == 0;
         let play = self;
@@ -202,6 +218,7 @@ impl Play {
             move || clients(address, pid, kills),
             move |master, outcome| {
                 play.count(round, &outcome);
+                has_failed.set(outcome.stopped);
                 // Whoever has only been stopped, or failed later than the last client came.
                 failing.disconnect_within(Duration::from_millis(500));
                 part_is_over(&play, master);
@@ -224,7 +241,12 @@ impl Play {
 
     fn end(&self) {
         let (came, unanswered) = (self.came.get(), self.unanswered.get());
-        println!("{}: {came} clients, {unanswered} unanswered", self.point);
+        let (rounds, faults) = (self.rounds.get(), self.faults.get());
+        println!(
+            "{}: {rounds} rounds, {faults} faults, {came} clients, {unanswered} unanswered",
+            self.point
+        );
+        assert!(faults > rounds / 2, "the faults are not where workers pass");
         self.healthy.disconnect();
         self.healthy.on_exit(move |master, _, _| {
             let ledger = master.ledger();
@@ -240,10 +262,12 @@ impl Play {
 /// is killed or goes on.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
     let over = AtomicBool::new(false);
+    let stopped = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
                 if has_stopped(pid) {
+                    stopped.store(true, Ordering::SeqCst);
                     let signal = if kills {
                         Signal::SIGKILL
                     } else {
@@ -258,6 +282,7 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
         let mut outcome = Outcome {
             came: 0,
             unanswered: 0,
+            stopped: false,
         };
         for _ in 0..MOST_CLIENTS {
             let was_alive = is_alive(pid);
@@ -267,6 +292,7 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
             }
         }
         over.store(true, Ordering::SeqCst);
+        outcome.stopped = stopped.load(Ordering::SeqCst);
         outcome
     })
 }
@@ -309,7 +335,9 @@ fn storm(plan: &str) {
                     move |master, outcome| {
                         master.off(replace);
                         let deaths = all.load(Ordering::SeqCst);
-                        let Outcome { came, unanswered } = outcome;
+                        let Outcome {
+                            came, unanswered, ..
+                        } = outcome;
                         println!(
                             "{plan}: {came} clients, {deaths} deaths, {unanswered} unanswered"
                         );
@@ -331,6 +359,7 @@ fn many_clients(address: SocketAddr, deaths: &AtomicU64) -> Outcome {
     let mut outcome = Outcome {
         came: 0,
         unanswered: 0,
+        stopped: false,
     };
     let least = u64::from(rounds());
     while outcome.came < 40 * least || deaths.load(Ordering::SeqCst) < 5 * least {

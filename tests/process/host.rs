@@ -916,7 +916,9 @@ fn the_first_process_of_a_namespace_takes_its_workers_with_it() {
         let mut first = first_process("1");
         let mut output = lines_of(&mut first);
         for _ in 0..3 {
-            output.read_line(&mut String::new()).unwrap();
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            assert_eq!(line, "ready\n");
         }
         first.kill().unwrap();
         assert_eq!(first.wait().unwrap().signal(), Some(libc::SIGKILL));
