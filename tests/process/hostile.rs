@@ -435,7 +435,8 @@ fn attack(master: &Master, address: SocketAddr, quiet: &[Duration], case: Case, 
     });
     let exited = Rc::clone(&over);
     enemy.on_exit(move |master, _, _| exited(master));
-    master.unref(master.set_timeout(PATIENCE, |_| panic!("the enemy lives on")));
+    let patience = PATIENCE * if is_instrumented() { 4 } else { 1 };
+    master.unref(master.set_timeout(patience, |_| panic!("the enemy lives on")));
     let served = move |master: &Master, enemy: &WorkerProcess, busy: Vec<Duration>, worked| {
         println!("median {median_quiet:?} {:?}", median(&busy));
         println!("p99 {p99_quiet:?} {:?}", p99(&busy));
