@@ -545,6 +545,12 @@ fn after_a_quiet_time(
     });
 }
 
+/// Whether this program is built with a sanitizer, of which the variable has the options. Memory
+/// and speed are then those of the sanitizer.
+fn is_instrumented() -> bool {
+    std::env::var_os("ASAN_OPTIONS").is_some()
+}
+
 /// How long a process has had a processor.
 fn processor_time(pid: u32) -> Duration {
     let path = format!("/proc/{pid}/schedstat");
@@ -562,7 +568,8 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Visits, case: Case, l
         missing.set(missing.get() - 1);
         if missing.get() == 0 {
             println!("bytes {} fds {}", peak.more_bytes(), peak.more_fds());
-            assert!(peak.more_bytes() <= case.bytes + SLACK_BYTES, "bytes");
+            let bounded = peak.more_bytes() <= case.bytes + SLACK_BYTES;
+            assert!(bounded || is_instrumented(), "bytes");
             assert!(peak.more_fds() <= case.fds + SLACK_FDS, "descriptors");
             master.disconnect(|_| {});
         }
@@ -575,7 +582,7 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Visits, case: Case, l
         assert!(busy.longest_turn < LONGEST, "blocked");
         assert!(busy.turns.iter().all(|turns| *turns <= TURNS), "left out");
         let most = BUSIER * median(&quiet.work);
-        assert!(median(&busy.work) < most, "held up");
+        assert!(median(&busy.work) < most || is_instrumented(), "held up");
         if let End::Tolerated = case.end {
             assert!(!enemy.is_dead());
             let went_on = processor_time(enemy.process().id()) > worked;
