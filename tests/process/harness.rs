@@ -31,7 +31,7 @@ use wait_timeout::ChildExt as _;
 pub const SCENARIO: &str = "SCENARIO";
 
 /// Far beyond what any test needs; it is there to end one that hangs.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(120);
 /// How often the tests repeat what they can play again and again: `CLUSTER_TEST_ROUNDS`, or once.
 pub fn rounds() -> u32 {
     let wanted = std::env::var("CLUSTER_TEST_ROUNDS").ok();

@@ -667,15 +667,24 @@ fn end_child(pid: Pid) {
 
 /// One of them may be made at any time, also while the master forks.
 fn a_child_that_the_host_keeps_holds_up_no_fork() {
-    const WORKERS: i32 = 20;
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
+    // They begin together with the forks, and these go on as long as children are made.
+    let (begin, making) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU32::new(2)),
+    );
     let make_children = |stop: Arc<AtomicBool>| {
+        let (begin, making) = (Arc::clone(&begin), Arc::clone(&making));
         std::thread::spawn(move || {
             let mut children = Vec::new();
+            while !begin.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
             while children.len() < CHILDREN && !stop.load(Ordering::SeqCst) {
                 children.push(keeping_child());
             }
+            making.fetch_sub(1, Ordering::SeqCst);
             // Long after the last fork, if that does not wait for these.
             let end = Instant::now() + Duration::from_secs(20);
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
@@ -691,7 +700,10 @@ fn a_child_that_the_host_keeps_holds_up_no_fork() {
         |master| {
             panic_on_errors(master);
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
-            (0..WORKERS).for_each(|_| fork_to_end_with(master, 0));
+            begin.store(true, Ordering::SeqCst);
+            while making.load(Ordering::SeqCst) > 0 {
+                fork_to_end_with(master, 0);
+            }
             stop.store(true, Ordering::SeqCst);
         },
         |_| end_as_told(),

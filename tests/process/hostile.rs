@@ -70,10 +70,13 @@ const BUSIER: u32 = 20;
 /// In how many turns of its loop the master has accepted a client: it may have learnt of it only in
 /// the second one.
 const TURNS: u32 = 3;
+/// How many messages of one worker the program hears at most between two looks at the others: twice
+/// what the master hears in a turn, which may have begun between the two.
+const MESSAGES: u32 = 2 * 32;
 /// No turn of the master's takes as long as this; what blocks it does so for longer.
 const LONGEST: Duration = Duration::from_secs(5);
 /// After this an enemy that should have been cut off has not been.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How many clients the sibling serves, one after the other.
 const CLIENTS: usize = 100;
@@ -291,6 +294,8 @@ struct Visits {
     /// How long it waited for its answer.
     waits: Vec<Duration>,
     longest_turn: Duration,
+    /// The messages that came in one turn.
+    most_messages: u32,
 }
 
 impl Visits {
@@ -302,7 +307,10 @@ impl Visits {
         let (work, waits) = (middle(&mut self.work), middle(&mut self.waits));
         let turns = self.turns.iter().max();
         println!("{when}: work {work:?}, waits {waits:?} (median and 99%)");
-        println!("{when}: turns {turns:?}, longest {:?}", self.longest_turn);
+        println!(
+            "{when}: turns {turns:?}, longest {:?}, messages {}",
+            self.longest_turn, self.most_messages
+        );
     }
 }
 
@@ -326,6 +334,8 @@ struct Visiting {
     /// When the worker was seen to wait for its next client.
     rested: Option<u32>,
     visitor: Option<Visitor>,
+    /// Messages since the last turn.
+    messages: Rc<Cell<u32>>,
     visits: Visits,
 }
 
@@ -339,8 +349,11 @@ fn visit(master: &Master, address: SocketAddr, then: impl FnOnce(&Master, Visits
         last_turn: Instant::now(),
         rested: None,
         visitor: None,
+        messages: Rc::default(),
         visits: Visits::default(),
     };
+    let messages = Rc::clone(&visiting.messages);
+    let counting = master.on_message(move |_, _, _| messages.set(messages.get() + 1));
     let mut then = Some(then);
     // It can always be read, and so there is a call in each turn.
     let (ready, mut other) = UnixStream::pair().unwrap();
@@ -351,6 +364,7 @@ fn visit(master: &Master, address: SocketAddr, then: impl FnOnce(&Master, Visits
         if visiting.visits.waits.len() < CLIENTS {
             return Some(Interest::Readable);
         }
+        master.off(counting);
         then.take().unwrap()(master, std::mem::take(&mut visiting.visits));
         None
     };
@@ -363,6 +377,8 @@ impl Visiting {
         let took = self.last_turn.elapsed();
         self.last_turn = Instant::now();
         self.visits.longest_turn = self.visits.longest_turn.max(took);
+        let messages = self.messages.take();
+        self.visits.most_messages = self.visits.most_messages.max(messages);
         let Some(visitor) = &mut self.visitor else {
             return self.begin(master);
         };
@@ -581,6 +597,7 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Visits, case: Case, l
         busy.show("busy");
         assert!(busy.longest_turn < LONGEST, "blocked");
         assert!(busy.turns.iter().all(|turns| *turns <= TURNS), "left out");
+        assert!(busy.most_messages <= MESSAGES, "speaks all the time");
         let most = BUSIER * median(&quiet.work);
         assert!(median(&busy.work) < most || is_instrumented(), "held up");
         if let End::Tolerated = case.end {
