@@ -1115,7 +1115,7 @@ mod tests {
 
     /// Runs what the fuzzer has found worth keeping.
     fn replay(target: &str, run: fn(&[u8])) {
-        let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
+        let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
         let corpus = std::fs::read_dir(corpora.join(target)).expect("a corpus");
         let inputs: Vec<_> = corpus.map(|input| input.expect("input").path()).collect();
         assert!(inputs.len() > 20, "only {} inputs", inputs.len());
@@ -1126,14 +1126,12 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(not(corpus), ignore = "the package has no corpus")]
     #[cfg_attr(miri, ignore = "reads files; slow")]
     fn frame_corpus() {
         replay("frame", frame);
     }
 
     #[test]
-    #[cfg_attr(not(corpus), ignore = "the package has no corpus")]
     #[cfg_attr(miri, ignore = "reads files; slow")]
     fn master_input_corpus() {
         replay("master_input", master_input);
