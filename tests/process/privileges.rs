@@ -481,6 +481,15 @@ fn a_strangers_stream_is_no_channel() {
     ours.set_nonblocking(true).unwrap();
     assert_silence(ours.read(&mut [0]).unwrap_err());
 
+    // What is said there is not for us, and stays.
+    let words = b"what a stranger says to a stranger";
+    ours.write_all(words).unwrap();
+    refused_as_a_channel("Unix pair with words", theirs.try_clone().unwrap());
+    let mut heard = [0; 34];
+    let mut theirs = theirs;
+    theirs.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, words);
+
     let home = tempfile::tempdir().unwrap();
     let server = UnixListener::bind(home.path().join("server")).unwrap();
     let client = UnixStream::connect(home.path().join("server")).unwrap();
