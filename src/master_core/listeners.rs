@@ -529,3 +529,39 @@ impl<C: Clone> MasterCore<C> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::endpoint::{Endpoint, Place};
+    use crate::frame::ToMaster;
+
+    /// The number of the listener for a port.
+    fn listen(core: &mut MasterCore<u32>, worker: WorkerId, port: u16) -> HandleId {
+        let endpoint = Endpoint::new(Kind::Tcp, Place::Port(port));
+        let listen = ToMaster::Listen {
+            request: 1,
+            key: HandleKey { endpoint, index: 0 },
+            flags: BindFlags::default(),
+        };
+        core.frame(worker, listen, None);
+        let is_bind = |action: &Action<u32>| matches!(action, Action::Bind { .. });
+        let bind = std::iter::from_fn(|| core.next_action()).find(is_bind);
+        let Some(Action::Bind { handle, .. }) = bind else {
+            unreachable!("nobody has it yet");
+        };
+        core.bound(handle, Ok(None));
+        handle
+    }
+
+    #[test]
+    fn numbers_of_listeners_begin_anew_and_leave_out_those_in_use() {
+        let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
+        let worker = core.forked();
+        core.frame(worker, ToMaster::Online, None);
+        assert_eq!(listen(&mut core, worker, 1), HandleId(1));
+        core.last_handle = MAX_HANDLE - 1;
+        assert_eq!(listen(&mut core, worker, 2), HandleId(MAX_HANDLE));
+        assert_eq!(listen(&mut core, worker, 3), HandleId(2));
+    }
+}
