@@ -771,6 +771,25 @@ mod tests {
         assert_eq!(master.next().unwrap().unwrap().frame, ToMaster::Leaving);
     }
 
+    #[test]
+    fn descriptors_do_not_run_ahead_of_their_frames() {
+        let null = Rc::new(CommonFd::from(OwnedFd::from(
+            File::open("/dev/null").unwrap(),
+        )));
+        let mut outbox = Outbox::default();
+        for _ in 0..30 {
+            let mut bytes = Vec::new();
+            ToMaster::Message(vec![0; 30]).encode(MAX_FDS, &mut bytes);
+            outbox.push(&bytes, std::iter::repeat_n(Rc::clone(&null), MAX_FDS));
+        }
+        // However little of a call is written, its descriptors have left, and no others leave before
+        // its frames have.
+        for expected in [MAX_BATCH, 0, 0] {
+            assert_eq!(outbox.next().1.len(), expected);
+            outbox.written(1);
+        }
+    }
+
     proptest! {
         #[test]
         fn frames_come_out_however_they_are_cut(
