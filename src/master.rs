@@ -354,7 +354,8 @@ impl Master {
     /// Node has no counterpart: there, programs set a timer. All is as with
     /// [`disconnect`](Self::disconnect) until then. At the deadline every worker that is still there
     /// gets SIGKILL, which also ends those that loop or are stopped; one that was forked meanwhile,
-    /// too, but not one that is forked later. Of several deadlines the first one counts, and there is no way back.
+    /// too, but not one that is forked later. Of several deadlines the first one counts, and there is
+    /// no way back.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -167,6 +167,7 @@ impl WorkerShell {
         if self.rest_until.get().is_some_and(is_over) {
             self.rest_until.set(None);
             self.core.borrow_mut().rested();
+            self.act();
             self.flush_channel();
         }
     }

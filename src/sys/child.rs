@@ -39,8 +39,7 @@ pub(super) struct Child<'a> {
 }
 
 impl Child<'_> {
-    /// Runs in the child, where other threads' locks may be held for ever: nothing here allocates,
-    /// locks or panics.
+    /// Executes the program, or reports why not.
     pub(super) fn exec(&self) -> ! {
         let (step, error) = self.try_exec().unwrap_or_else(|failure| failure);
         let errno = error.raw_os_error().unwrap_or(libc::EINVAL);

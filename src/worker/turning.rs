@@ -26,7 +26,6 @@ impl Worker {
         self.settle();
         let ready = home.wait(limit)?;
         self.inner.shell.tick();
-        self.settle();
         for (token, writable) in ready {
             match token {
                 Token::Channel(_) => {
