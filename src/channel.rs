@@ -497,7 +497,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Reads once. The frames are then got with `next`.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
-        match socket::receive(&self.socket, scratch) {
+        match socket::receive(self.socket.as_fd(), scratch) {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
             Ok(piece) => {
                 self.inbox.push(&scratch[..piece.bytes]);
@@ -535,7 +535,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.shut();
         let mut scratch = [0; 4096];
         let is_something = |piece: &Piece| piece.bytes > 0;
-        while socket::receive(&self.socket, &mut scratch).is_ok_and(|piece| is_something(&piece)) {}
+        while socket::receive(self.socket.as_fd(), &mut scratch)
+            .is_ok_and(|piece| is_something(&piece))
+        {}
     }
 }
 

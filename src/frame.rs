@@ -17,6 +17,9 @@
 //! The master begins with a welcome, of kind 64, whose body is the worker's id. It is there before the
 //! worker's program begins, so that a process can see whether what it takes for its channel is one.
 //!
+//! With a `Reply` comes a copy of the listener, or the end of a queue by which the connections come
+//! (`sys/queue`), depending on the policy.
+//!
 //! ```text
 //! kind  to master   body                       | kind  to worker   body                    fds
 //!   1   Online                                 |  65   Reply       request 4, errno 4,
@@ -24,11 +27,10 @@
 //!                   backlog 4, flags 1,        |                   address                 0, 1
 //!                   kind 1, place              |
 //!   3   Listening   handle 4                   |
-//!   4   Ready       handle 4, credits 4, taken 8|  66  Connection  handle 4, number 8        1
-//!   5   Refused     handle 4, number 8         |  67   End         handle 4, drain 1
-//!   6   Close       handle 4                   |  68   Disconnect
-//!   7   Leaving                                | 127   Message     the program's bytes       n
-//!   8   Revoke      handle 4                   |
+//!   4   Ready       handle 4, taken 8          |  66   End         handle 4, drain 1
+//!   5   Revoke      handle 4                   |  67   Disconnect
+//!   6   Close       handle 4                   | 127   Message     the program's bytes       n
+//!   7   Leaving                                |
 //! 127   Message     the program's bytes        |
 //!
 //! address: family 1 (4, 6, or 0 for none), port 2, IP 4 or 16; for family 6 then flow 4, scope 4
@@ -99,17 +101,11 @@ pub(crate) enum ToMaster {
     Listening {
         handle: HandleId,
     },
-    /// All connections up to number `taken` are in the program's hands, and `credits` more may
-    /// be given.
+    /// The worker's queue was empty when its program had taken `taken` connections out of it in all:
+    /// it is idle.
     Ready {
         handle: HandleId,
-        credits: u32,
         taken: u64,
-    },
-    /// The worker closed its copy of this connection without the program having seen it.
-    Refused {
-        handle: HandleId,
-        number: u64,
     },
     /// The worker will take nothing more from this listener; the last frame that names it.
     Close {
@@ -117,7 +113,7 @@ pub(crate) enum ToMaster {
     },
     /// The worker wants to leave; the answer is `Disconnect`.
     Leaving,
-    /// Whatever credits are left are taken back: the program wants less than it did.
+    /// What is in the queue is for others: the program wants no more for now. Undone by `Ready`.
     Revoke {
         handle: HandleId,
     },
@@ -130,11 +126,6 @@ pub(crate) enum ToWorker {
     Reply {
         request: u32,
         result: Result<Bound, i32>,
-    },
-    /// Connections of a listener are numbered from 1 for each worker.
-    Connection {
-        handle: HandleId,
-        number: u64,
     },
     /// Nothing more comes from this listener. With `drain` nobody else is there to serve what the
     /// worker still has of it.
@@ -426,24 +417,15 @@ impl Frame for ToMaster {
             Self::Listening { handle } => frame(out, 3, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
-            Self::Ready {
-                handle,
-                credits,
-                taken,
-            } => frame(out, 4, fds, |out| {
+            Self::Ready { handle, taken } => frame(out, 4, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
-                out.extend_from_slice(&credits.to_le_bytes());
                 out.extend_from_slice(&taken.to_le_bytes());
-            }),
-            Self::Refused { handle, number } => frame(out, 5, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
-                out.extend_from_slice(&number.to_le_bytes());
             }),
             Self::Close { handle } => frame(out, 6, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
             Self::Leaving => frame(out, 7, fds, |_| {}),
-            Self::Revoke { handle } => frame(out, 8, fds, |out| {
+            Self::Revoke { handle } => frame(out, 5, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
             Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
@@ -475,20 +457,15 @@ impl Frame for ToMaster {
                 },
                 4 => Self::Ready {
                     handle: body.handle()?,
-                    credits: body.u32()?,
                     taken: body.u64()?,
                 },
-                5 => Self::Refused {
+                5 => Self::Revoke {
                     handle: body.handle()?,
-                    number: body.u64()?,
                 },
                 6 => Self::Close {
                     handle: body.handle()?,
                 },
                 7 => Self::Leaving,
-                8 => Self::Revoke {
-                    handle: body.handle()?,
-                },
                 _ => return None,
             };
             body.end()?;
@@ -497,7 +474,7 @@ impl Frame for ToMaster {
         match (kind, read(&mut body)) {
             (_, Some(_)) if fds > 0 => Err(FrameError::Descriptors),
             (_, Some(frame)) => Ok(frame),
-            (1..=8, None) => Err(FrameError::Body(kind)),
+            (1..=7, None) => Err(FrameError::Body(kind)),
             (_, None) => Err(FrameError::Kind(kind)),
         }
     }
@@ -525,15 +502,11 @@ impl Frame for ToWorker {
                     Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
                 }
             }),
-            Self::Connection { handle, number } => frame(out, 66, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
-                out.extend_from_slice(&number.to_le_bytes());
-            }),
-            Self::End { handle, drain } => frame(out, 67, fds, |out| {
+            Self::End { handle, drain } => frame(out, 66, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
                 out.push(u8::from(*drain));
             }),
-            Self::Disconnect => frame(out, 68, fds, |_| {}),
+            Self::Disconnect => frame(out, 67, fds, |_| {}),
             Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
         }
     }
@@ -561,8 +534,7 @@ impl Frame for ToWorker {
                             policy,
                             address,
                         });
-                        let shared = usize::from(policy == SchedulingPolicy::Shared);
-                        (Self::Reply { request, result }, shared)
+                        (Self::Reply { request, result }, 1)
                     } else {
                         let result = Err(errno);
                         (Self::Reply { request, result }, 0)
@@ -570,15 +542,10 @@ impl Frame for ToWorker {
                 }
                 66 => {
                     let handle = body.handle()?;
-                    let number = body.u64()?;
-                    (Self::Connection { handle, number }, 1)
-                }
-                67 => {
-                    let handle = body.handle()?;
                     let drain = body.bool()?;
                     (Self::End { handle, drain }, 0)
                 }
-                68 => (Self::Disconnect, 0),
+                67 => (Self::Disconnect, 0),
                 _ => return None,
             };
             body.end()?;
@@ -587,7 +554,7 @@ impl Frame for ToWorker {
         match (kind, read(&mut body)) {
             (_, Some((_, wanted))) if fds != wanted => Err(FrameError::Descriptors),
             (_, Some((frame, _))) => Ok(frame),
-            (65..=68, None) => Err(FrameError::Body(kind)),
+            (65..=67, None) => Err(FrameError::Body(kind)),
             (_, None) => Err(FrameError::Kind(kind)),
         }
     }
@@ -674,19 +641,9 @@ mod tests {
             (
                 ToMaster::Ready {
                     handle: H,
-                    credits: 2,
                     taken: 3,
                 },
-                vec![
-                    16, 0, 0, 0, 1, 4, 0, 0, 4, 3, 2, 1, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0,
-                ],
-            ),
-            (
-                ToMaster::Refused {
-                    handle: H,
-                    number: 3,
-                },
-                vec![12, 0, 0, 0, 1, 5, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0],
+                vec![12, 0, 0, 0, 1, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0],
             ),
             (
                 ToMaster::Close { handle: H },
@@ -695,7 +652,7 @@ mod tests {
             (ToMaster::Leaving, vec![0, 0, 0, 0, 1, 7, 0, 0]),
             (
                 ToMaster::Revoke { handle: H },
-                vec![4, 0, 0, 0, 1, 8, 0, 0, 4, 3, 2, 1],
+                vec![4, 0, 0, 0, 1, 5, 0, 0, 4, 3, 2, 1],
             ),
             (
                 ToMaster::Message(b"hi".to_vec()),
@@ -730,22 +687,14 @@ mod tests {
                 vec![8, 0, 0, 0, 1, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
             ),
             (
-                ToWorker::Connection {
-                    handle: H,
-                    number: 7,
-                },
-                1,
-                vec![12, 0, 0, 0, 1, 66, 1, 0, 4, 3, 2, 1, 7, 0, 0, 0, 0, 0, 0, 0],
-            ),
-            (
                 ToWorker::End {
                     handle: H,
                     drain: true,
                 },
                 0,
-                vec![5, 0, 0, 0, 1, 67, 0, 0, 4, 3, 2, 1, 1],
+                vec![5, 0, 0, 0, 1, 66, 0, 0, 4, 3, 2, 1, 1],
             ),
-            (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 1, 68, 0, 0]),
+            (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 1, 67, 0, 0]),
             (
                 ToWorker::Message(b"hi".to_vec()),
                 0,

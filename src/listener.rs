@@ -48,8 +48,7 @@ impl<S> Listener<S> {
     }
 
     /// Closes the listener for this worker; others go on. Connections that were on their way go to
-    /// them, and those that the program has stay open. One whose turn it was already still comes to
-    /// the callback.
+    /// them, and those that the program has stay open.
     ///
     /// Node: `server.close()`.
     ///

@@ -390,6 +390,7 @@ impl Master {
     /// ```
     #[must_use]
     pub fn ledger(&self) -> Ledger {
+        self.shell.count_all();
         self.shell.core.borrow().ledger()
     }
 }

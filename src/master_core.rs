@@ -15,6 +15,7 @@ use crate::event::{Departure, Emit, Event, Level, WorkerState};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::ledger::Ledger;
 use crate::message::Message;
+use crate::round_robin::Placed;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;
 use crate::timers::Time;
@@ -27,7 +28,30 @@ pub(crate) enum Action<C> {
     Send {
         worker: WorkerId,
         frame: ToWorker,
-        with: With<C>,
+        with: With,
+    },
+    /// Put a connection into a worker's queue; if that fails, the answer is `not_given`.
+    Give {
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Placed<C>,
+    },
+    /// Take so many connections out of a worker's queue; the answer is `came_back`.
+    TakeBack {
+        handle: HandleId,
+        worker: WorkerId,
+        at_most: usize,
+    },
+    /// Find out how many connections are in a worker's queue; the answer is `counted`, where the
+    /// system has one.
+    Count {
+        handle: HandleId,
+        worker: WorkerId,
+    },
+    /// Close a worker's queue, for both sides; the answer is `queue_closed`, with what was in it.
+    CloseQueue {
+        handle: HandleId,
+        worker: WorkerId,
     },
     /// Bind and listen; the answer is `bound`.
     Bind {
@@ -79,11 +103,13 @@ pub(crate) enum Action<C> {
 }
 
 /// The descriptor that goes with a frame.
-#[derive(Debug)]
-pub(crate) enum With<C> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum With {
     Nothing,
-    Connection(C),
+    /// A copy of the listener.
     Listener(HandleId),
+    /// The end of a new queue out of which connections are taken.
+    Queue(HandleId),
 }
 
 /// How many errors are told of a worker whose channel is closed.
@@ -132,7 +158,7 @@ pub(crate) struct MasterCore<C> {
     events: VecDeque<Emit>,
 }
 
-impl<C: Clone> MasterCore<C> {
+impl<C> MasterCore<C> {
     pub(crate) fn new(policy: SchedulingPolicy) -> Self {
         Self {
             policy,
@@ -212,7 +238,10 @@ impl<C: Clone> MasterCore<C> {
                 | (Stage::Draining(quiet), _, SchedulingPolicy::Shared) => quiet,
                 _ => None,
             };
-            rest.into_iter().chain(quiet)
+            let giving = handle.gives_from;
+            let look = handle.connections.look_at();
+            let look = look.filter(|_| handle.stage != Stage::Unbound);
+            rest.into_iter().chain(quiet).chain(giving).chain(look)
         });
         let worker = self.deadlines.first().map(|(time, _)| *time);
         times.chain(worker).chain(self.stop_by).min()
@@ -505,11 +534,19 @@ impl<C: Clone> MasterCore<C> {
                 self.finish_drain(handle);
             }
             if let Some(entry) = self.handles.get_mut(&handle) {
+                if entry.gives_from.is_some_and(|time| time <= self.now) {
+                    entry.gives_from = None;
+                    self.distribute(handle);
+                    self.pull(handle);
+                }
+            }
+            if let Some(entry) = self.handles.get_mut(&handle) {
                 if matches!(entry.door, Door::Resting(until) if until <= self.now) {
                     entry.door = Door::Ready;
                     self.pull(handle);
                 }
             }
+            self.balance(handle);
         }
     }
 
@@ -560,7 +597,7 @@ impl<C: Clone> MasterCore<C> {
         entry.is_some_and(|entry| entry.connected && !entry.deaf)
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<C>) {
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With) {
         if self.hears(worker) {
             self.actions.push_back(Action::Send {
                 worker,
@@ -615,25 +652,14 @@ impl<C: Clone> MasterCore<C> {
                 let address = Address::new(&listened.key.endpoint, listened.address);
                 self.emit_both(worker, &Event::Listening(Rc::new(address)));
             }
-            ToMaster::Ready {
-                handle,
-                credits,
-                taken,
-            } => {
+            ToMaster::Ready { handle, taken } => {
                 let Some(entry) = self.handles.get_mut(&handle) else {
                     return Err(FrameError::State("ready for a listener it has not"));
                 };
-                self.ledger.taken += entry.connections.grant(worker, credits, taken)?;
+                self.ledger.taken += entry.connections.idle(worker, taken, self.now)?;
                 self.distribute(handle);
                 self.pull(handle);
-                self.look_again_if_draining(handle);
-            }
-            ToMaster::Refused { handle, number } => {
-                let Some(entry) = self.handles.get_mut(&handle) else {
-                    return Err(FrameError::State("refused from a listener it has not"));
-                };
-                let connection = entry.connections.refuse(worker, number)?;
-                self.take_back(handle, vec![connection]);
+                self.balance(handle);
                 self.look_again_if_draining(handle);
             }
             ToMaster::Close { handle } => {
@@ -648,6 +674,7 @@ impl<C: Clone> MasterCore<C> {
                     return Err(FrameError::State("revoked from a listener it has not"));
                 };
                 entry.connections.revoke(worker)?;
+                self.take_all_back(handle, worker);
             }
             ToMaster::Message(_) => {
                 if let Some(message) = message {
@@ -716,7 +743,7 @@ pub(crate) struct Sizes {
 }
 
 #[cfg(any(test, fuzzing))]
-impl<C: Clone> MasterCore<C> {
+impl<C> MasterCore<C> {
     pub(crate) fn sizes(&self) -> Sizes {
         Sizes {
             handles: self.handles.len(),
@@ -733,8 +760,10 @@ impl<C: Clone> MasterCore<C> {
     pub(crate) fn someone_waits_in_vain(&self) -> bool {
         self.handles.values().any(|handle| {
             let waits = handle.connections.anyone_waits();
-            let idle = handle.door == Door::Ready && handle.stage != Stage::Unbound;
-            handle.connections.room() > 0 && (waits || idle)
+            let unlooked = handle.door == Door::Ready;
+            let left = handle.connections.to_take_back(Time::ZERO).is_some();
+            let open = handle.stage != Stage::Unbound && handle.gives_from.is_none();
+            open && handle.connections.room() > 0 && (waits || unlooked || left)
         })
     }
 

@@ -20,6 +20,7 @@ use crate::event_loop::Token;
 use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
+use crate::round_robin::Placed;
 use crate::settings::{
     CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
 };
@@ -28,11 +29,12 @@ use crate::socket_file::SocketFile;
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Failure, Pid, Program};
+use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
-pub(crate) type Core = MasterCore<Rc<CommonFd>>;
+pub(crate) type Core = MasterCore<CommonFd>;
 
 /// What is kept of a worker beside the core's knowledge.
 #[derive(Debug)]
@@ -77,16 +79,34 @@ pub(crate) struct MasterShell {
     began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
     listeners: RefCell<BTreeMap<HandleId, MasterSocket>>,
+    /// By which workers get their connections.
+    queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
     /// Channels that have something to write.
     unflushed: RefCell<BTreeSet<WorkerId>>,
-    /// Channels that have, too, but the system has no room for it. They rest until this time.
-    resting: RefCell<(BTreeSet<WorkerId>, Option<Time>)>,
+    /// What is tried again after a while.
+    resting: RefCell<Resting>,
     /// Messages that have been written or lost.
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// Workers of whom more has arrived than they may be heard in one turn.
     unheard: RefCell<BTreeSet<WorkerId>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
+}
+
+/// What the system has no room for.
+#[derive(Debug, Default)]
+struct Resting {
+    /// Channels that have something to write.
+    channels: BTreeSet<WorkerId>,
+    /// Queues that are to be closed, and may have something in them.
+    queues: Vec<(HandleId, WorkerId)>,
+    until: Option<Time>,
+}
+
+impl Resting {
+    fn rest_from(&mut self, now: Time) {
+        self.until.get_or_insert(now + REST);
+    }
 }
 
 impl MasterShell {
@@ -98,6 +118,7 @@ impl MasterShell {
             began,
             records: RefCell::default(),
             listeners: RefCell::default(),
+            queues: RefCell::default(),
             unflushed: RefCell::default(),
             resting: RefCell::default(),
             receipts: RefCell::default(),
@@ -213,7 +234,7 @@ impl MasterShell {
 
     /// When `tick` is needed at the latest.
     pub(crate) fn deadline(&self) -> Option<Time> {
-        let rest = self.resting.borrow().1;
+        let rest = self.resting.borrow().until;
         self.core.borrow().deadline().into_iter().chain(rest).min()
     }
 
@@ -221,9 +242,13 @@ impl MasterShell {
     pub(crate) fn tick(&self) {
         let now = self.began.elapsed();
         let mut resting = self.resting.borrow_mut();
-        if resting.1.is_some_and(|until| until <= now) {
-            let (rested, _) = std::mem::take(&mut *resting);
-            self.unflushed.borrow_mut().extend(rested);
+        if resting.until.is_some_and(|until| until <= now) {
+            let rested = std::mem::take(&mut *resting);
+            drop(resting);
+            self.unflushed.borrow_mut().extend(rested.channels);
+            for (handle, worker) in rested.queues {
+                self.close_queue(handle, worker);
+            }
         }
         let mut core = self.core.borrow_mut();
         core.tick(now);
@@ -252,34 +277,58 @@ impl MasterShell {
         }
     }
 
-    fn carry_out(&self, action: Action<Rc<CommonFd>>) {
+    fn carry_out(&self, action: Action<CommonFd>) {
         match action {
             Action::Send {
                 worker,
                 frame,
                 with,
             } => {
-                let fd = match (with, &frame) {
-                    (With::Nothing, _) => None,
-                    (With::Connection(connection), _) => {
-                        self.fault("master.gives", worker);
-                        Some(connection)
+                let shared = match with {
+                    With::Nothing => Ok(None),
+                    With::Listener(handle) => self.share(handle).map(Some),
+                    With::Queue(handle) => self.open_queue(handle, worker).map(Some),
+                };
+                let fd = match (shared, with, &frame) {
+                    (Ok(fd), _, _) => fd.map(|fd| Rc::new(fd.into())),
+                    (
+                        Err(error),
+                        With::Listener(handle) | With::Queue(handle),
+                        ToWorker::Reply { request, .. },
+                    ) => {
+                        let errno = error.raw_os_error().unwrap_or(0);
+                        let mut core = self.decide();
+                        return core.share_failed(handle, worker, *request, errno);
                     }
-                    (With::Listener(handle), ToWorker::Reply { request, .. }) => {
-                        match self.share(handle) {
-                            Ok(listener) => Some(listener),
-                            Err(error) => {
-                                let errno = error.raw_os_error().unwrap_or(0);
-                                let mut core = self.decide();
-                                return core.share_failed(handle, worker, *request, errno);
-                            }
-                        }
-                    }
-                    (With::Listener(_), _) => None,
+                    (Err(_), _, _) => None,
                 };
                 self.with_channel(worker, |channel| channel.queue(&frame, fd));
                 self.unflushed.borrow_mut().insert(worker);
             }
+            Action::Give {
+                handle,
+                worker,
+                connection,
+            } => self.give(handle, worker, connection),
+            Action::TakeBack {
+                handle,
+                worker,
+                at_most,
+            } => {
+                let queues = self.queues.borrow();
+                let Some(queue) = queues.get(&(handle, worker)) else {
+                    return;
+                };
+                let (back, state) = take_back(queue, at_most);
+                let mut core = self.decide();
+                if state == QueueState::Unknown {
+                    core.cannot_take_back(handle);
+                }
+                let is_empty = state == QueueState::Empty;
+                core.came_back(handle, worker, back, is_empty);
+            }
+            Action::Count { handle, worker } => self.count(handle, worker),
+            Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
             Action::Bind {
                 handle,
                 endpoint,
@@ -376,11 +425,75 @@ impl MasterShell {
     }
 
     /// A copy of the listener for a worker.
-    fn share(&self, handle: HandleId) -> io::Result<Rc<CommonFd>> {
+    fn share(&self, handle: HandleId) -> io::Result<OwnedFd> {
         match self.listeners.borrow().get(&handle) {
-            Some(listener) => Ok(Rc::new(listener.socket.try_clone()?.into())),
+            Some(listener) => listener.socket.try_clone(),
             None => Err(io::ErrorKind::NotFound.into()),
         }
+    }
+
+    /// Makes a queue. Returns the worker's end.
+    fn open_queue(&self, handle: HandleId, worker: WorkerId) -> io::Result<OwnedFd> {
+        let queue = Queue::new()?;
+        let theirs = queue.share()?;
+        self.queues.borrow_mut().insert((handle, worker), queue);
+        Ok(theirs)
+    }
+
+    fn give(&self, handle: HandleId, worker: WorkerId, (place, connection): Placed<CommonFd>) {
+        self.fault("master.gives", worker);
+        let given = match self.queues.borrow().get(&(handle, worker)) {
+            Some(queue) => queue.give(place, &connection),
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        match given {
+            // This process's own copy is closed here.
+            Ok(()) => self.fault("master.has_given", worker),
+            Err(source) => {
+                let is_exhausted = sys::socket::is_exhaustion(&source);
+                let mut core = self.decide();
+                core.not_given(handle, worker, (place, connection), is_exhausted);
+                if is_exhausted {
+                    let worker = Some(worker);
+                    core.error(worker, Error::Exhausted { worker, source });
+                }
+            }
+        }
+    }
+
+    /// Closes a queue when nothing is left in it; if there are no descriptors, after a while.
+    fn close_queue(&self, handle: HandleId, worker: WorkerId) {
+        let mut queues = self.queues.borrow_mut();
+        let mut core = self.decide();
+        let Some(queue) = queues.get(&(handle, worker)) else {
+            return core.queue_closed(handle, worker, Vec::new());
+        };
+        let (back, state) = take_back(queue, usize::MAX);
+        if state == QueueState::Empty {
+            queues.remove(&(handle, worker));
+            core.queue_closed(handle, worker, back);
+        } else {
+            core.came_back(handle, worker, back, false);
+            let mut resting = self.resting.borrow_mut();
+            resting.queues.push((handle, worker));
+            resting.rest_from(self.began.elapsed());
+        }
+    }
+
+    fn count(&self, handle: HandleId, worker: WorkerId) {
+        let queues = self.queues.borrow();
+        let queued = queues.get(&(handle, worker)).and_then(Queue::count);
+        if let Some(queued) = queued {
+            self.core.borrow_mut().counted(handle, worker, queued);
+        }
+    }
+
+    /// Learns what busy workers have taken and not said yet.
+    pub(crate) fn count_all(&self) {
+        for (handle, worker) in self.queues.borrow().keys() {
+            self.count(*handle, *worker);
+        }
+        self.act();
     }
 
     fn set_interest(&self, handle: HandleId, interest: Option<Interest>) {
@@ -403,7 +516,7 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         for _ in 0..at_most {
             match sys::listen::accept(&*listener.socket) {
-                Ok(stream) => core.accepted(handle, Rc::new(stream.into())),
+                Ok(stream) => core.accepted(handle, stream.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);
                 }
@@ -436,9 +549,10 @@ impl MasterShell {
 
     /// Writes to this channel again after a while.
     fn rest(&self, worker: WorkerId, error: Option<io::Error>) {
-        let (resting, until) = &mut *self.resting.borrow_mut();
-        resting.insert(worker);
-        until.get_or_insert_with(|| self.began.elapsed() + REST);
+        let mut resting = self.resting.borrow_mut();
+        resting.channels.insert(worker);
+        resting.rest_from(self.began.elapsed());
+        drop(resting);
         if let Some(source) = error {
             let worker = Some(worker);
             let error = Error::Exhausted { worker, source };
@@ -526,7 +640,6 @@ impl MasterShell {
                     | ToMaster::Listen { .. }
                     | ToMaster::Listening { .. }
                     | ToMaster::Ready { .. }
-                    | ToMaster::Refused { .. }
                     | ToMaster::Close { .. }
                     | ToMaster::Leaving
                     | ToMaster::Revoke { .. }) => {
@@ -662,6 +775,28 @@ impl MasterShell {
         self.act();
         Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))
     }
+}
+
+/// What is left of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum QueueState {
+    Empty,
+    PerhapsMore,
+    /// It cannot be looked at for lack of descriptors.
+    Unknown,
+}
+
+/// Takes out so many connections.
+fn take_back(queue: &Queue, at_most: usize) -> (Vec<Placed<CommonFd>>, QueueState) {
+    let mut back = Vec::new();
+    while back.len() < at_most {
+        match queue.take_back() {
+            Ok(Taken::Connection(place, connection)) => back.push((place, connection)),
+            Ok(Taken::Nothing | Taken::End) => return (back, QueueState::Empty),
+            Err(_) => return (back, QueueState::Unknown),
+        }
+    }
+    (back, QueueState::PerhapsMore)
 }
 
 /// The program of a worker, without its descriptors.

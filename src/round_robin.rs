@@ -1,77 +1,130 @@
 //! Which worker gets the next connection of one listener. Pure: a connection is any `C`.
 //!
-//! A worker grants *credits*: so many connections it can take now. Nothing is given without a
-//! credit. Among workers with credit, one that holds nothing untaken comes before one that does,
-//! and among equals the one served longest ago comes first.
+//! What a worker is given lies in its *queue* until it takes it out; until then the master can take
+//! it back. A worker that has found its queue empty says so: it is *idle* then. An idle worker comes
+//! before a busy one, and among idle ones the one served longest ago comes first. A busy worker is
+//! given something ahead of its turn only if it has been quick before; what lies behind a request
+//! that turns out slow is taken back as soon as another worker is idle.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::frame::FrameError;
+use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
-/// The most credits one worker has, or grants at a time; one of ours believes to have half of it. And the
-/// most connections that one may have been given and not taken: who takes nothing holds up no more.
-pub(crate) const MAX_CREDITS: u32 = 16;
+/// The most connections one worker is given before it says that it is idle again. Each time costs a
+/// frame and two changes of process; but what is given ahead may have to be taken back.
+pub(crate) const MAX_WINDOW: u32 = 16;
+/// A worker is quick if it needs no longer than this for a connection.
+const QUICK: Time = Duration::from_millis(1);
+/// An idle worker that has not taken what it was given for so long has been stopped, most likely.
+pub(crate) const STALE: Time = Duration::from_millis(20);
 
 /// A connection on its way to a worker.
 #[derive(Debug)]
 pub(crate) struct Given<C> {
     pub(crate) worker: WorkerId,
-    pub(crate) number: u64,
-    pub(crate) connection: C,
+    pub(crate) placed: Placed<C>,
 }
 
 /// A connection with its place among all that were accepted.
 pub(crate) type Placed<C> = (u64, C);
 
 #[derive(Debug)]
-struct Member<C> {
-    credits: u32,
-    /// Number of the last connection given; they count from 1.
-    last: u64,
-    /// Given and not yet known to be taken, in order.
-    given: VecDeque<(u64, Placed<C>)>,
-    /// When this worker was last served; the smallest is served next.
-    turn: u64,
+struct Member {
+    /// It takes connections: it has said so, and not that it wants no more.
+    ready: bool,
     /// Told that nothing more comes.
     ended: bool,
+    /// Put into its queue, and not taken back.
+    sent: u64,
+    /// Of these, how many it has taken out, as far as is known.
+    taken: u64,
+    /// How many of these it had taken out when it was idle.
+    done: u64,
+    /// How many it may have been sent since then.
+    window: u32,
+    /// When it was sent the first of them.
+    busy_since: Time,
+    /// It was idle, and did not take what it was sent.
+    sleeps: bool,
+    /// When it was last sent something; the smallest is next.
+    turn: u64,
 }
 
-impl<C> Member<C> {
-    /// How many connections it can be given now.
-    fn room(&self) -> u32 {
-        if self.ended {
-            return 0;
-        }
-        let held = u32::try_from(self.given.len()).unwrap_or(u32::MAX);
-        self.credits.min(MAX_CREDITS.saturating_sub(held))
+impl Member {
+    /// What it has been sent since it was idle: all this it may still be busy with.
+    fn load(&self) -> u32 {
+        u32::try_from(self.sent - self.done).unwrap_or(u32::MAX)
     }
 
-    /// The place among those who can take a connection.
-    fn rank(&self, worker: WorkerId) -> Option<(bool, u64, WorkerId)> {
-        (self.room() > 0).then_some((!self.given.is_empty(), self.turn, worker))
+    /// What may still be in its queue.
+    fn queued(&self) -> u32 {
+        u32::try_from(self.sent - self.taken).unwrap_or(u32::MAX)
     }
+
+    fn room(&self) -> u32 {
+        if self.ready && !self.ended {
+            self.window.saturating_sub(self.load())
+        } else {
+            0
+        }
+    }
+
+    /// What may lie behind another connection.
+    fn behind(&self) -> u32 {
+        self.queued().min(self.load().saturating_sub(1))
+    }
+
+    /// Its places in the orders below.
+    fn ranks(&self, worker: WorkerId) -> Ranks {
+        let (load, behind) = (self.load(), self.behind());
+        let unmoved = load > 0 && self.taken == self.done;
+        Ranks {
+            next: (self.room() > 0).then_some((self.sleeps, load, self.turn, worker)),
+            behind: (behind > 0).then_some((behind, worker)),
+            unmoved: unmoved.then_some((self.busy_since, worker)),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Ranks {
+    next: Option<(bool, u32, u64, WorkerId)>,
+    behind: Option<(u32, WorkerId)>,
+    unmoved: Option<(Time, WorkerId)>,
 }
 
 #[derive(Debug)]
 pub(crate) struct RoundRobin<C> {
-    members: BTreeMap<WorkerId, Member<C>>,
-    ready: BTreeSet<(bool, u64, WorkerId)>,
+    members: BTreeMap<WorkerId, Member>,
+    /// Who can be given something; the first is next.
+    next: BTreeSet<(bool, u32, u64, WorkerId)>,
+    /// From whom something can be taken that lies behind another; the last has most.
+    behind: BTreeSet<(u32, WorkerId)>,
+    /// Who was idle and is not known to have taken anything since.
+    unmoved: BTreeSet<(Time, WorkerId)>,
     /// How many connections all of them can be given.
     room: u64,
-    /// Accepted and given to nobody, by place: only what a dead or refusing worker gave back.
+    /// Accepted and given to nobody, by place.
     waiting: BTreeMap<u64, C>,
+    /// Sent and not known to be taken.
+    under_way: u64,
     accepted: u64,
     turns: u64,
 }
 
-impl<C: Clone> RoundRobin<C> {
+impl<C> RoundRobin<C> {
     pub(crate) fn new() -> Self {
         Self {
             members: BTreeMap::new(),
-            ready: BTreeSet::new(),
+            next: BTreeSet::new(),
+            behind: BTreeSet::new(),
+            unmoved: BTreeSet::new(),
             room: 0,
             waiting: BTreeMap::new(),
+            under_way: 0,
             accepted: 0,
             turns: 0,
         }
@@ -90,108 +143,144 @@ impl<C: Clone> RoundRobin<C> {
     pub(crate) fn join(&mut self, worker: WorkerId) {
         self.turns += 1;
         let member = Member {
-            credits: 0,
-            last: 0,
-            given: VecDeque::new(),
-            turn: self.turns,
+            ready: false,
             ended: false,
+            sent: 0,
+            taken: 0,
+            done: 0,
+            window: 1,
+            busy_since: Time::ZERO,
+            sleeps: false,
+            turn: self.turns,
         };
         self.members.insert(worker, member);
     }
 
-    /// Changes a member and keeps its place in `ready` and the sum of room right.
+    /// Changes a member and keeps the orders and sums right. Returns what `change` does, and how
+    /// many connections are known now to have been taken.
     fn change<T>(
         &mut self,
         worker: WorkerId,
-        change: impl FnOnce(&mut Member<C>) -> T,
-    ) -> Option<T> {
+        change: impl FnOnce(&mut Member) -> T,
+    ) -> Option<(T, u64)> {
         let member = self.members.get_mut(&worker)?;
-        let (rank, room) = (member.rank(worker), member.room());
+        let (ranks, room) = (member.ranks(worker), member.room());
+        let (sent, taken) = (member.sent, member.taken);
         let result = change(member);
-        let (new_rank, new_room) = (member.rank(worker), member.room());
-        if rank != new_rank {
-            if let Some(rank) = rank {
-                self.ready.remove(&rank);
-            }
-            self.ready.extend(new_rank);
-        }
+        let (new, new_room) = (member.ranks(worker), member.room());
+        self.under_way = self.under_way + member.sent + taken - sent - member.taken;
+        let taken = member.taken.saturating_sub(taken);
+        exchange(&mut self.next, ranks.next, new.next);
+        exchange(&mut self.behind, ranks.behind, new.behind);
+        exchange(&mut self.unmoved, ranks.unmoved, new.unmoved);
         self.room = self.room - u64::from(room) + u64::from(new_room);
-        Some(result)
+        Some((result, taken))
     }
 
-    /// Takes note that `worker` has taken everything up to number `taken` and can take `credits`
-    /// more. Returns how many connections this confirms.
-    pub(crate) fn grant(
+    /// Takes note that `worker` found its queue empty when it had taken `taken` connections in all.
+    /// Returns how many of them are news.
+    pub(crate) fn idle(
         &mut self,
         worker: WorkerId,
-        credits: u32,
         taken: u64,
+        now: Time,
     ) -> Result<u64, FrameError> {
         let outcome = self.change(worker, |member| {
-            if taken > member.last {
+            if taken > member.sent {
                 return Err(FrameError::State("took a connection it was never given"));
             }
-            let confirmed = member.given.partition_point(|(number, _)| *number <= taken);
-            if credits > MAX_CREDITS {
-                return Err(FrameError::State("granted more credits than allowed"));
-            }
-            if !member.ended {
-                // What it granted, revoked and granted again may add up to more than it believes to
-                // have granted: connections that were under way have used up the new credits.
-                member.credits = member.credits.saturating_add(credits).min(MAX_CREDITS);
-            }
-            member.given.drain(..confirmed);
-            Ok(confirmed as u64)
+            let served = taken.saturating_sub(member.done);
+            let quick = u32::try_from(served).is_ok_and(|served| {
+                now.saturating_sub(member.busy_since) <= QUICK.saturating_mul(served)
+            });
+            member.window = match u32::try_from(served) {
+                Ok(served) if quick && served >= member.window => {
+                    member.window.saturating_mul(2).min(MAX_WINDOW)
+                }
+                Ok(served) if quick => served.max(1),
+                _ => 1,
+            };
+            member.ready = true;
+            member.sleeps &= served == 0;
+            // What it said may be older than what is known.
+            member.taken = member.taken.max(taken);
+            member.done = member.done.max(taken);
+            member.busy_since = now;
+            Ok(())
         });
-        outcome.unwrap_or(Err(FrameError::State("ready for a listener it has not")))
-    }
-
-    /// Takes back the credits that `worker` has left.
-    pub(crate) fn revoke(&mut self, worker: WorkerId) -> Result<(), FrameError> {
-        let revoked = self.change(worker, |member| member.credits = 0);
-        revoked.ok_or(FrameError::State("revoked what it never granted"))
-    }
-
-    /// Takes back the connection that `worker` refused.
-    pub(crate) fn refuse(
-        &mut self,
-        worker: WorkerId,
-        number: u64,
-    ) -> Result<Placed<C>, FrameError> {
-        let refused = self.change(worker, |member| {
-            let at = member.given.iter().position(|(n, _)| *n == number)?;
-            member.given.remove(at)
-        });
-        match refused.flatten() {
-            Some((_, connection)) => Ok(connection),
-            None => Err(FrameError::State("refused a connection it does not hold")),
+        match outcome {
+            Some((Ok(()), taken)) => Ok(taken),
+            Some((Err(error), _)) => Err(error),
+            None => Err(FrameError::State("ready for a listener it has not")),
         }
     }
 
-    /// Gives `worker` nothing more; what it holds it may still take or refuse.
-    pub(crate) fn end(&mut self, worker: WorkerId) {
-        self.change(worker, |member| {
-            member.credits = 0;
-            member.ended = true;
-        });
+    /// Gives `worker` nothing more before it is idle again.
+    pub(crate) fn revoke(&mut self, worker: WorkerId) -> Result<(), FrameError> {
+        let revoked = self.change(worker, |member| member.ready = false);
+        revoked
+            .map(drop)
+            .ok_or(FrameError::State("revoked what it never had"))
     }
 
-    /// Forgets `worker`. Returns what it was given and never took.
-    pub(crate) fn leave(&mut self, worker: WorkerId) -> Vec<Placed<C>> {
+    /// Gives `worker` nothing more; what is in its queue it may still take.
+    pub(crate) fn end(&mut self, worker: WorkerId) {
+        self.change(worker, |member| member.ended = true);
+    }
+
+    /// So many are left in the queue of `worker`. Returns how many are known now to be taken.
+    pub(crate) fn counted(&mut self, worker: WorkerId, queued: u64) -> u64 {
+        let counted = self.change(worker, |member| {
+            let taken = member.sent.saturating_sub(queued);
+            member.taken = member.taken.max(taken);
+        });
+        counted.map_or(0, |((), taken)| taken)
+    }
+
+    /// These have been taken back out of the queue of `worker`, which is empty then or not. Returns
+    /// how many others are known now to be taken.
+    pub(crate) fn came_back(
+        &mut self,
+        worker: WorkerId,
+        connections: Vec<Placed<C>>,
+        is_empty: bool,
+    ) -> u64 {
+        let count = connections.len() as u64;
+        let changed = self.change(worker, |member| {
+            member.sent -= count;
+            if is_empty {
+                member.taken = member.sent;
+            }
+            // It was idle, and still is; but somebody else would have taken them.
+            member.sleeps |= count > 0 && member.load() == 0;
+        });
+        self.waiting.extend(connections);
+        changed.map_or(0, |((), taken)| taken)
+    }
+
+    /// This could not be put into the queue of `worker`. If it `takes_more` all the same, it is
+    /// offered more later, and otherwise when it is idle again.
+    pub(crate) fn not_given(&mut self, worker: WorkerId, connection: Placed<C>, takes_more: bool) {
+        self.change(worker, |member| {
+            member.sent -= 1;
+            member.ready &= takes_more;
+        });
+        self.waiting.extend([connection]);
+    }
+
+    /// Forgets `worker`, out of whose queue these were taken back. Returns how many others are known
+    /// now to be taken.
+    pub(crate) fn leave(&mut self, worker: WorkerId, connections: Vec<Placed<C>>) -> u64 {
         self.end(worker);
-        let member = self.members.remove(&worker);
-        let given = member.map(|member| member.given).unwrap_or_default();
-        given.into_iter().map(|(_, placed)| placed).collect()
+        let taken = self.came_back(worker, connections, true);
+        // It is in none of the orders: it has no room, and nothing in its queue.
+        self.members.remove(&worker);
+        taken
     }
 
     pub(crate) fn push(&mut self, connection: C) {
         self.accepted += 1;
         self.waiting.insert(self.accepted, connection);
-    }
-
-    /// Puts back what somebody did not take, before everything that came later.
-    pub(crate) fn put_back(&mut self, connections: Vec<Placed<C>>) {
-        self.waiting.extend(connections);
     }
 
     /// Removes those waiting connections that `gone` says are gone.
@@ -208,184 +297,64 @@ impl<C: Clone> RoundRobin<C> {
     }
 
     /// Gives the first waiting connection to the worker whose turn it is.
-    pub(crate) fn distribute(&mut self) -> Option<Given<C>> {
-        let &(_, _, worker) = self.ready.first()?;
-        let (place, connection) = self.waiting.pop_first()?;
+    pub(crate) fn distribute(&mut self, now: Time) -> Option<Given<C>> {
+        let &(_, _, _, worker) = self.next.first()?;
+        let placed = self.waiting.pop_first()?;
         self.turns += 1;
         let turn = self.turns;
-        let copy = connection.clone();
-        let number = self.change(worker, |member| {
-            member.credits -= 1;
-            member.last += 1;
+        self.change(worker, |member| {
+            if member.load() == 0 {
+                member.busy_since = now;
+            }
+            member.sent += 1;
             member.turn = turn;
-            member.given.push_back((member.last, (place, copy)));
-            member.last
         })?;
-        Some(Given {
-            worker,
-            number,
-            connection,
-        })
+        Some(Given { worker, placed })
     }
 
-    /// Accepted and not yet taken, wherever they are.
+    /// Out of whose queue a connection should be taken back, because another worker is idle.
+    pub(crate) fn to_take_back(&self, now: Time) -> Option<WorkerId> {
+        if !self.anyone_is_idle() || self.anyone_waits() {
+            return None;
+        }
+        let stale = self
+            .unmoved
+            .first()
+            .filter(|(since, _)| *since + STALE <= now);
+        let behind = self.behind.last().map(|(_, worker)| *worker);
+        behind.or(stale.map(|(_, worker)| *worker))
+    }
+
+    /// When `to_take_back` may have somebody to name although nothing has happened.
+    pub(crate) fn look_at(&self) -> Option<Time> {
+        let (since, _) = self.unmoved.first().filter(|_| self.anyone_is_idle())?;
+        Some(*since + STALE)
+    }
+
+    fn anyone_is_idle(&self) -> bool {
+        matches!(self.next.first(), Some((false, 0, _, _)))
+    }
+
+    /// Who may have something in its queue.
+    pub(crate) fn with_queues(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        let queued = self
+            .members
+            .iter()
+            .filter(|(_, member)| member.queued() > 0);
+        queued.map(|(worker, _)| *worker)
+    }
+
+    /// Accepted and not known to be taken, wherever they are.
     pub(crate) fn in_hand(&self) -> u64 {
-        let given: usize = self.members.values().map(|m| m.given.len()).sum();
-        (self.waiting.len() + given) as u64
+        self.waiting.len() as u64 + self.under_way
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id(n: u32) -> WorkerId {
-        WorkerId::new(n)
-    }
-
-    fn with_members(n: u32) -> RoundRobin<u32> {
-        let mut rr = RoundRobin::new();
-        for n in 1..=n {
-            rr.join(id(n));
+fn exchange<T: Ord>(set: &mut BTreeSet<T>, old: Option<T>, new: Option<T>) {
+    if old != new {
+        if let Some(old) = old {
+            set.remove(&old);
         }
-        rr
-    }
-
-    fn who(rr: &mut RoundRobin<u32>) -> Vec<(u32, u32)> {
-        let given = std::iter::from_fn(|| rr.distribute());
-        given.map(|g| (g.worker.get(), g.connection)).collect()
-    }
-
-    #[test]
-    fn nothing_is_given_without_credit() {
-        let mut rr = with_members(2);
-        rr.push(7);
-        assert!(rr.distribute().is_none());
-        rr.grant(id(2), 1, 0).unwrap();
-        assert_eq!(rr.room(), 0, "the credit is spoken for");
-        assert_eq!(who(&mut rr), [(2, 7)]);
-    }
-
-    #[test]
-    fn workers_take_turns() {
-        let mut rr = with_members(3);
-        for n in 1..=3 {
-            rr.grant(id(n), 2, 0).unwrap();
-        }
-        (0..6).for_each(|c| rr.push(c));
-        assert_eq!(
-            who(&mut rr),
-            [(1, 0), (2, 1), (3, 2), (1, 3), (2, 4), (3, 5)]
-        );
-    }
-
-    #[test]
-    fn an_idle_worker_comes_before_a_busy_one() {
-        let mut rr = with_members(2);
-        rr.grant(id(1), 5, 0).unwrap();
-        (0..2).for_each(|c| rr.push(c));
-        assert_eq!(who(&mut rr), [(1, 0), (1, 1)]);
-        rr.grant(id(2), 5, 0).unwrap();
-        rr.grant(id(1), 0, 1).unwrap();
-        rr.push(2);
-        assert_eq!(who(&mut rr), [(2, 2)], "worker 1 still holds one");
-        rr.grant(id(2), 0, 1).unwrap();
-        rr.grant(id(1), 0, 2).unwrap();
-        rr.push(3);
-        assert_eq!(who(&mut rr), [(1, 3)], "both idle, and 1 was served before");
-    }
-
-    #[test]
-    fn a_late_worker_gets_its_turn_back() {
-        let mut rr = with_members(3);
-        for n in [2, 3] {
-            rr.grant(id(n), 1, 0).unwrap();
-        }
-        rr.push(0);
-        assert_eq!(who(&mut rr), [(2, 0)]);
-        rr.grant(id(1), 1, 0).unwrap();
-        rr.push(1);
-        assert_eq!(who(&mut rr), [(1, 1)]);
-    }
-
-    #[test]
-    fn a_leaving_worker_gives_back_what_it_did_not_take() {
-        let mut rr = with_members(2);
-        rr.grant(id(1), 3, 0).unwrap();
-        (0..3).for_each(|c| rr.push(c));
-        assert_eq!(who(&mut rr).len(), 3);
-        assert_eq!(rr.grant(id(1), 0, 1), Ok(1));
-        let untaken = rr.leave(id(1));
-        assert_eq!(untaken, [(2, 1), (3, 2)]);
-        rr.push(3);
-        rr.put_back(untaken);
-        rr.grant(id(2), 9, 0).unwrap();
-        assert_eq!(who(&mut rr), [(2, 1), (2, 2), (2, 3)]);
-    }
-
-    #[test]
-    fn what_comes_back_in_pieces_keeps_its_order() {
-        let mut rr = with_members(2);
-        rr.grant(id(1), 3, 0).unwrap();
-        (0..3).for_each(|c| rr.push(c));
-        assert_eq!(who(&mut rr).len(), 3);
-        for number in [1, 2, 3] {
-            let refused = rr.refuse(id(1), number).unwrap();
-            rr.put_back(vec![refused]);
-        }
-        rr.push(3);
-        rr.grant(id(2), 9, 0).unwrap();
-        assert_eq!(who(&mut rr), [(2, 0), (2, 1), (2, 2), (2, 3)]);
-    }
-
-    #[test]
-    fn revoked_credits_are_gone() {
-        let mut rr = with_members(1);
-        rr.grant(id(1), 3, 0).unwrap();
-        rr.revoke(id(1)).unwrap();
-        assert_eq!(rr.room(), 0);
-        rr.push(1);
-        assert!(rr.distribute().is_none());
-        assert!(rr.revoke(id(2)).is_err());
-    }
-
-    #[test]
-    fn lies_are_errors() {
-        let mut rr = with_members(1);
-        assert!(rr.grant(id(1), 0, 1).is_err());
-        assert!(rr.grant(id(2), 1, 0).is_err());
-        assert!(rr.grant(id(1), MAX_CREDITS + 1, 0).is_err());
-        assert!(rr.refuse(id(1), 1).is_err());
-        rr.grant(id(1), 1, 0).unwrap();
-        rr.push(5);
-        assert_eq!(who(&mut rr), [(1, 5)]);
-        assert_eq!(rr.refuse(id(1), 1), Ok((1, 5)));
-        assert!(rr.refuse(id(1), 1).is_err(), "only once");
-    }
-
-    #[test]
-    fn who_takes_nothing_gets_no_more() {
-        let mut rr = with_members(1);
-        for connection in 0..MAX_CREDITS {
-            rr.grant(id(1), 1, 0).unwrap();
-            rr.push(connection);
-            assert!(rr.distribute().is_some());
-        }
-        rr.grant(id(1), 1, 0).unwrap();
-        assert_eq!(rr.room(), 0);
-        rr.grant(id(1), 0, 1).unwrap();
-        assert_eq!(rr.room(), 1);
-    }
-
-    #[test]
-    fn an_ended_worker_gets_nothing_more() {
-        let mut rr = with_members(1);
-        rr.grant(id(1), 4, 0).unwrap();
-        rr.end(id(1));
-        assert_eq!(rr.room(), 0);
-        rr.push(1);
-        assert!(rr.distribute().is_none());
-        assert_eq!(rr.grant(id(1), 1, 0), Ok(0), "a late credit is no crime");
-        assert!(rr.distribute().is_none());
+        set.extend(new);
     }
 }

@@ -108,7 +108,9 @@ impl UdpSocket {
     pub fn send_to(&self, datagram: &[u8], to: impl ToSocketAddrs) -> io::Result<usize> {
         match self.worker.shell.socket(self.id).as_deref().map(|s| &**s) {
             Some(Socket::Datagrams(socket)) => socket.send_to(datagram, to),
-            Some(Socket::Listener(_)) | None => Err(io::ErrorKind::NotConnected.into()),
+            Some(Socket::Listener(_) | Socket::Queue(_)) | None => {
+                Err(io::ErrorKind::NotConnected.into())
+            }
         }
     }
 
@@ -130,7 +132,9 @@ impl UdpSocket {
     pub fn try_clone(&self) -> io::Result<std::net::UdpSocket> {
         match self.worker.shell.socket(self.id).as_deref().map(|s| &**s) {
             Some(Socket::Datagrams(socket)) => socket.try_clone(),
-            Some(Socket::Listener(_)) | None => Err(io::ErrorKind::NotConnected.into()),
+            Some(Socket::Listener(_) | Socket::Queue(_)) | None => {
+                Err(io::ErrorKind::NotConnected.into())
+            }
         }
     }
 

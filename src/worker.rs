@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::channel::ReceiptId;
@@ -81,6 +81,8 @@ pub(crate) struct Inner {
     of_listener: RefCell<BTreeMap<ListenerId, ListenerCallbacks>>,
     /// `accept` has found the poller ready and has not looked yet.
     poller_waits: Cell<bool>,
+    /// When `accept` has waited last.
+    waited: Cell<Instant>,
     on_message: Callbacks<OnMessage>,
     on_disconnect: Callbacks<OnDisconnect>,
     on_error: Callbacks<OnError>,
@@ -111,6 +113,7 @@ impl Worker {
             home,
             of_listener: RefCell::default(),
             poller_waits: Cell::new(false),
+            waited: Cell::new(Instant::now()),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),
             on_error: Callbacks::default(),
@@ -802,10 +805,10 @@ impl Inner {
         self.forget_callbacks(listener);
     }
 
-    /// Drops the callbacks of a listener that is closed and has nothing more for them.
+    /// Drops the callbacks of a listener that the program has let go of.
     fn forget_callbacks(&self, listener: ListenerId) {
         let core = self.shell.core.borrow();
-        if !core.is_known(listener) && !core.owes(listener) {
+        if !core.is_known(listener) {
             drop(core);
             let callbacks = self.of_listener.borrow_mut().remove(&listener);
             drop(callbacks);

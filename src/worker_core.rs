@@ -10,10 +10,6 @@ use crate::message::Message;
 use crate::settings::SchedulingPolicy;
 use crate::sys::errno;
 
-/// How many connections a listener with a callback takes ahead of its turn. Large enough to hand
-/// over in batches under load, small enough that little waits behind a slow callback.
-const CALLBACK_WINDOW: u32 = 8;
-
 /// What the program calls a listener; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
@@ -21,7 +17,7 @@ pub(crate) struct ListenerId(pub(crate) u32);
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Send(ToMaster),
-    /// Close this worker's copy of a shared listener or socket.
+    /// Close this worker's copy of a shared listener or socket, or its queue.
     CloseListener(ListenerId),
     /// Let nobody new into the backlog of a listener of which the master knows nothing.
     ShutDoor(ListenerId),
@@ -30,13 +26,9 @@ pub(crate) enum Action {
 }
 
 #[derive(Debug)]
-pub(crate) enum Event<C> {
-    /// For the callback of a listener that is served by callbacks.
-    Connection(ListenerId, C),
-    /// The same, but there are as many already as the program allows.
-    Drop(ListenerId, C),
-    /// What is left in the backlog of this shared listener is for its callback; then it closes.
-    AcceptRest(ListenerId),
+pub(crate) enum Event {
+    /// Whatever is in the backlog or the queue of this listener is for its callback.
+    Look(ListenerId),
     Message(Message),
     Disconnect,
 }
@@ -65,7 +57,7 @@ enum Stage {
 }
 
 #[derive(Debug)]
-struct Entry<C> {
+struct Entry {
     kind: Kind,
     /// What the master was asked for; `None` for the worker's own listeners.
     key: Option<HandleKey>,
@@ -74,17 +66,11 @@ struct Entry<C> {
     stage: Stage,
     /// Served by a callback.
     served: bool,
-    /// The program waits in `accept`.
-    wanted: bool,
-    /// Granted and not yet used.
-    credits: u32,
-    /// Received, and nobody there to take it.
-    pending: VecDeque<(u64, C)>,
-    /// Ready for the program that waits in `accept`.
-    arrived: VecDeque<C>,
-    /// The callback has one and has not returned.
-    delivering: bool,
+    /// How many connections have been taken out of the queue.
     taken: u64,
+    /// The master believes that the queue is not looked at, or that it is, and was empty when so
+    /// many had been taken.
+    said: Said,
     /// In the program's hands.
     open: u64,
     /// How many of these the program allows.
@@ -97,7 +83,16 @@ struct Entry<C> {
     announced: bool,
 }
 
-impl<C> Entry<C> {
+/// The last word that the master has had about a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    /// That nothing more is wanted; or none yet, which is the same.
+    Enough,
+    /// That it was empty when so many had been taken.
+    Empty(u64),
+}
+
+impl Entry {
     fn handle(&self) -> Option<HandleId> {
         match self.stage {
             Stage::Open(handle) | Stage::Ending(handle) => handle,
@@ -109,31 +104,13 @@ impl<C> Entry<C> {
         matches!(self.stage, Stage::Open(_) | Stage::Ending(_))
     }
 
-    /// Whether it must not take more, with `coming` on their way to the program. One that ends has
-    /// nobody else to leave them to.
-    fn is_full(&self, coming: u64) -> bool {
-        let full = self.most.is_some_and(|most| self.open + coming >= most);
-        full && !self.drops && matches!(self.stage, Stage::Open(_))
-    }
-
-    /// How many more may be on their way to the callback, with `coming` there already.
-    fn room(&self, coming: u64) -> u32 {
-        let pending = u32::try_from(self.pending.len()).unwrap_or(u32::MAX);
-        let under_way = self.credits.saturating_add(pending);
-        let window = CALLBACK_WINDOW.saturating_sub(under_way);
-        match self.most {
-            Some(most) if !self.drops => {
-                let others = self.open + coming + u64::from(under_way);
-                let left = most.saturating_sub(others);
-                window.min(u32::try_from(left).unwrap_or(u32::MAX))
-            }
-            _ => window,
-        }
+    fn has_queue(&self) -> bool {
+        self.key.is_some() && self.policy == SchedulingPolicy::RoundRobin
     }
 }
 
 #[derive(Debug)]
-pub(crate) struct WorkerCore<C> {
+pub(crate) struct WorkerCore {
     connected: bool,
     /// This worker has said that it wants to leave.
     asked: bool,
@@ -147,22 +124,19 @@ pub(crate) struct WorkerCore<C> {
     /// How many connections callbacks may hold, once it is known that there are no descriptors for
     /// more.
     most: Option<u64>,
-    /// A connection found no descriptor: nothing more is asked for.
+    /// There was no descriptor for a connection: queues are left alone for a while.
     resting: bool,
     last_listener: u32,
-    listeners: BTreeMap<ListenerId, Entry<C>>,
+    listeners: BTreeMap<ListenerId, Entry>,
     /// The indices in use, by the endpoint as it was asked for.
     indices: BTreeMap<Endpoint, BTreeSet<u32>>,
-    /// Taken, but the master may not know it yet: until it does, another worker may be given the
-    /// same connection, and so the program must not see it.
-    unconfirmed: VecDeque<(ListenerId, C)>,
     /// Connections in the program's hands.
     open: u64,
     actions: VecDeque<Action>,
-    events: VecDeque<Event<C>>,
+    events: VecDeque<Event>,
 }
 
-impl<C> WorkerCore<C> {
+impl WorkerCore {
     /// The first thing a worker says is that it is online.
     pub(crate) fn new() -> Self {
         Self {
@@ -177,7 +151,6 @@ impl<C> WorkerCore<C> {
             last_listener: 0,
             listeners: BTreeMap::new(),
             indices: BTreeMap::new(),
-            unconfirmed: VecDeque::new(),
             open: 0,
             actions: VecDeque::from([Action::Send(ToMaster::Online)]),
             events: VecDeque::new(),
@@ -190,7 +163,7 @@ impl<C> WorkerCore<C> {
         self.actions.pop_front()
     }
 
-    pub(crate) fn next_event(&mut self) -> Option<Event<C>> {
+    pub(crate) fn next_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
 
@@ -217,7 +190,7 @@ impl<C> WorkerCore<C> {
     pub(crate) fn is_finished(&self) -> bool {
         // One that is being closed has its `disconnect` event still to come.
         let channel = self.connected && (self.referenced || self.closing);
-        let listens = |entry: &Entry<C>| entry.referenced && entry.is_open();
+        let listens = |entry: &Entry| entry.referenced && entry.is_open();
         let busy = channel || self.open > 0 || self.listeners.values().any(listens);
         self.must_exit() || !busy
     }
@@ -250,15 +223,10 @@ impl<C> WorkerCore<C> {
     /// Whether the program can expect no further connection.
     pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
         match self.listeners.get(&listener) {
-            Some(entry) => match (entry.stage, entry.policy) {
-                (Stage::Asked | Stage::Open(_), _) => false,
-                // A shared listener ends when accepting finds it empty.
-                (Stage::Ending(_), SchedulingPolicy::Shared) => false,
-                (Stage::Ending(_), SchedulingPolicy::RoundRobin)
-                | (Stage::Failed(_) | Stage::Abandoned | Stage::Closed, _) => {
-                    let coming = self.is_coming(listener);
-                    entry.pending.is_empty() && entry.arrived.is_empty() && !coming
-                }
+            Some(entry) => match entry.stage {
+                // One that is ending ends when accepting finds it empty.
+                Stage::Asked | Stage::Open(_) | Stage::Ending(_) => false,
+                Stage::Failed(_) | Stage::Abandoned | Stage::Closed => true,
             },
             None => true,
         }
@@ -274,7 +242,12 @@ impl<C> WorkerCore<C> {
         entry.is_some_and(|entry| entry.kind == Kind::Udp)
     }
 
-    /// Whether an empty backlog means the end of this shared listener.
+    /// Whether its connections come by a queue.
+    pub(crate) fn has_queue(&self, listener: ListenerId) -> bool {
+        self.listeners.get(&listener).is_some_and(Entry::has_queue)
+    }
+
+    /// Whether an empty backlog or queue means the end of this listener.
     pub(crate) fn is_ending(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
         entry.is_some_and(|entry| matches!(entry.stage, Stage::Ending(_)))
@@ -331,12 +304,8 @@ impl<C> WorkerCore<C> {
             policy,
             stage: if gone { Stage::Closed } else { stage },
             served: false,
-            wanted: false,
-            credits: 0,
-            pending: VecDeque::new(),
-            arrived: VecDeque::new(),
-            delivering: false,
             taken: 0,
+            said: Said::Enough,
             open: 0,
             most: None,
             drops: false,
@@ -358,94 +327,49 @@ impl<C> WorkerCore<C> {
         }
     }
 
-    /// The program waits for one connection: the master is to send one, unless one is here.
-    pub(crate) fn want(&mut self, listener: ListenerId) {
+    /// The queue of this listener was looked at, and empty, and the program waits for what comes:
+    /// the master is to know.
+    pub(crate) fn found_empty(&mut self, listener: ListenerId) {
+        let leaves = self.leaves_to_others(listener);
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
-        if !entry.arrived.is_empty() {
-            return;
-        }
-        entry.wanted = true;
-        self.ask(listener);
-        self.take(listener);
-    }
-
-    /// Grants one for the program that waits in `accept`, unless one is on its way.
-    fn ask(&mut self, listener: ListenerId) {
-        let coming = u64::from(self.is_coming(listener));
-        let Some(entry) = self.listeners.get(&listener) else {
-            return;
-        };
-        let under_way = coming > 0 || entry.credits > 0 || !entry.pending.is_empty();
-        let wants = entry.wanted && !entry.served && !entry.is_full(coming);
-        if wants && !under_way && !self.resting {
-            self.grant(listener, 1);
-        }
-    }
-
-    /// Returns the connection that the program waits for.
-    pub(crate) fn arrived(&mut self, listener: ListenerId) -> Option<C> {
-        let entry = self.listeners.get_mut(&listener)?;
-        let connection = entry.arrived.pop_front()?;
-        entry.wanted = false;
-        Some(connection)
-    }
-
-    /// Everything sent so far has been written.
-    pub(crate) fn confirmed(&mut self) {
-        while let Some((listener, connection)) = self.unconfirmed.pop_front() {
-            let over = self.connection_opened(listener);
-            match self.listeners.get_mut(&listener) {
-                Some(entry) if over => {
-                    entry.delivering = true;
-                    self.events.push_back(Event::Drop(listener, connection));
-                }
-                Some(entry) if !entry.served => entry.arrived.push_back(connection),
-                Some(entry) => {
-                    entry.delivering = true;
-                    let event = Event::Connection(listener, connection);
-                    self.events.push_back(event);
-                }
-                None => {
-                    let event = Event::Connection(listener, connection);
-                    self.events.push_back(event);
-                }
+        let said = Said::Empty(entry.taken);
+        if let (Stage::Open(Some(handle)), true) = (entry.stage, entry.has_queue()) {
+            if entry.said != said && !leaves {
+                entry.said = said;
+                let taken = entry.taken;
+                self.send(ToMaster::Ready { handle, taken });
             }
         }
     }
 
-    /// The callback has returned. Until then the next connection is not taken: if the program
-    /// breaks down over this one, others can have it.
-    pub(crate) fn delivered(&mut self, listener: ListenerId) {
-        if let Some(entry) = self.listeners.get_mut(&listener) {
-            entry.delivering = false;
-            self.take(listener);
+    /// Nothing more is to be given to a listener that is better left to others.
+    fn revoke_if_full(&mut self, listener: ListenerId) {
+        let leaves = self.leaves_to_others(listener);
+        if let Some(entry) = self.listeners.get_mut(&listener).filter(|_| leaves) {
+            let said = std::mem::replace(&mut entry.said, Said::Enough);
+            if let (Some(handle), true) = (entry.handle(), said != Said::Enough) {
+                self.send(ToMaster::Revoke { handle });
+            }
         }
-    }
-
-    /// Whether the callback of this listener still has something to get.
-    pub(crate) fn owes(&self, listener: ListenerId) -> bool {
-        let queued = |event: &Event<C>| match event {
-            Event::Connection(id, _) | Event::Drop(id, _) => *id == listener,
-            Event::AcceptRest(_) | Event::Message(_) | Event::Disconnect => false,
-        };
-        self.is_coming(listener) || self.events.iter().any(queued)
     }
 
     /// From now on connections go to a callback.
     pub(crate) fn serve(&mut self, listener: ListenerId) {
-        let Some(entry) = self.listeners.get_mut(&listener) else {
-            return;
-        };
-        entry.served = true;
-        let arrived = std::mem::take(&mut entry.arrived);
-        entry.delivering |= !arrived.is_empty();
-        let arrived = arrived.into_iter().map(|c| Event::Connection(listener, c));
-        self.events.extend(arrived);
-        self.refill(listener);
-        self.take(listener);
-        self.accept_rest(listener);
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.served = true;
+            self.look(listener);
+        }
+    }
+
+    /// Lets the callback have what there is.
+    pub(crate) fn look(&mut self, listener: ListenerId) {
+        let entry = self.listeners.get(&listener);
+        let open = entry.is_some_and(|entry| entry.served && entry.is_open());
+        if open && !self.leaves_to_others(listener) && !self.is_datagram(listener) {
+            self.events.push_back(Event::Look(listener));
+        }
     }
 
     pub(crate) fn is_served(&self, listener: ListenerId) -> bool {
@@ -462,7 +386,10 @@ impl<C> WorkerCore<C> {
         };
         let full = entry.most.is_some_and(|most| entry.open >= most);
         entry.open += 1;
-        entry.drops && full
+        entry.taken += u64::from(entry.has_queue());
+        let over = entry.drops && full;
+        self.revoke_if_full(listener);
+        over
     }
 
     /// The program has a connection that comes from elsewhere.
@@ -470,44 +397,34 @@ impl<C> WorkerCore<C> {
         self.open += 1;
     }
 
-    /// Returns whether a shared listener need no longer be left to others.
-    pub(crate) fn connection_closed(&mut self, listener: Option<ListenerId>) -> bool {
+    pub(crate) fn connection_closed(&mut self, listener: Option<ListenerId>) {
+        let full: Vec<_> = self.left_to_others().collect();
         self.open = self.open.saturating_sub(1);
-        let mut has_room = false;
         if let Some(entry) = listener.and_then(|id| self.listeners.get_mut(&id)) {
-            let was_full = entry.is_full(0);
             entry.open = entry.open.saturating_sub(1);
-            has_room = was_full && !entry.is_full(0);
         }
-        // Without a limit the next connection that is taken does all this, in the same frame.
-        let limited = |(id, entry): (&ListenerId, &Entry<C>)| {
-            let concerned = listener == Some(*id) && entry.most.is_some();
-            (concerned || self.most.is_some()).then_some(*id)
-        };
-        let limited: Vec<_> = self.listeners.iter().filter_map(limited).collect();
-        for listener in limited {
-            self.ask(listener);
-            self.refill(listener);
-        }
-        has_room
+        self.look_at(full);
     }
 
-    /// Grants what a callback can take.
-    fn refill(&mut self, listener: ListenerId) {
-        let coming = u64::from(self.is_coming(listener));
-        let entry = self.listeners.get(&listener);
-        let room = entry
-            .filter(|entry| entry.served)
-            .map(|entry| entry.room(coming));
-        if let (Some(room @ 1..), false) = (room, self.resting) {
-            self.grant(listener, room);
+    /// The listeners that are better left to others now.
+    fn left_to_others(&self) -> impl Iterator<Item = ListenerId> + '_ {
+        let limited = self.most.is_some() || self.resting;
+        let all = self.listeners.iter();
+        let all = all.filter(move |(_, entry)| limited || entry.most.is_some());
+        let all = all.map(|(listener, _)| *listener);
+        all.filter(|listener| self.leaves_to_others(*listener))
+    }
+
+    /// Some that were left to others may need it no longer.
+    fn look_at(&mut self, listeners: Vec<ListenerId>) {
+        for listener in listeners {
+            self.look(listener);
         }
     }
 
     /// From now on the program wants to have at most so many connections of this listener at a
     /// time.
     pub(crate) fn set_most(&mut self, listener: ListenerId, most: Option<u64>) {
-        let coming = u64::from(self.is_coming(listener));
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
@@ -515,34 +432,33 @@ impl<C> WorkerCore<C> {
             return; // It serves what is left, however many it has.
         }
         entry.most = most;
-        // What was granted before may be too much now. Only then: what is on its way when it is
-        // revoked counts against the next credits, of which the master knows more than this worker.
-        let under_way = u64::from(entry.credits) + entry.pending.len() as u64 + coming;
-        let too_much = most.is_some_and(|most| entry.open + under_way > most);
-        if too_much && !entry.drops && entry.credits > 0 {
-            entry.credits = 0;
-            if let Some(handle) = entry.handle() {
-                self.send(ToMaster::Revoke { handle });
-            }
-        }
-        self.take(listener);
-        self.ask(listener);
-        self.refill(listener);
+        self.revoke_if_full(listener);
+        self.look(listener);
     }
 
     /// What is beyond that is to be dropped.
     pub(crate) fn drop_beyond(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.drops = true;
-            self.ask(listener);
-            self.refill(listener);
+            self.look(listener);
         }
     }
 
-    /// Whether a shared listener is better left to others now.
+    /// Whether a listener is better left to others now: it has as many connections as the program
+    /// wants, or there are no descriptors. One that ends has nobody else to leave them to.
     pub(crate) fn leaves_to_others(&self, listener: ListenerId) -> bool {
-        let entry = self.listeners.get(&listener);
-        entry.is_some_and(|entry| entry.is_full(0))
+        let Some(entry) = self.listeners.get(&listener) else {
+            return false;
+        };
+        let full = entry.most.is_some_and(|most| entry.open >= most) && !entry.drops;
+        let scarce = entry.served && self.most.is_some_and(|most| self.open >= most);
+        let unable = entry.has_queue() && (self.resting || scarce);
+        match entry.stage {
+            Stage::Open(_) => full || unable,
+            // Nothing is lost by waiting until there are descriptors.
+            Stage::Ending(_) => entry.has_queue() && self.resting,
+            Stage::Asked | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => false,
+        }
     }
 
     /// The descriptors are running out: from now on no more connections are asked for than are
@@ -551,64 +467,51 @@ impl<C> WorkerCore<C> {
         // One at a time must do where there is hardly any to begin with.
         let held = self.open.max(1);
         self.most = Some(self.most.map_or(held, |most| most.min(held)));
+        self.revoke_all();
     }
 
     /// There are plenty of descriptors again.
     pub(crate) fn descriptors_suffice(&mut self) {
-        if self.most.take().is_some() {
-            self.ask_for_all();
+        if self.most.is_some() {
+            let full: Vec<_> = self.left_to_others().collect();
+            self.most = None;
+            self.look_at(full);
         }
     }
 
-    /// How many more connections callbacks may be given.
-    fn spare(&self) -> u32 {
-        let Some(most) = self.most else {
-            return u32::MAX;
-        };
-        let under_way = |entry: &Entry<C>| u64::from(entry.credits) + entry.pending.len() as u64;
-        let under_way: u64 = self.listeners.values().map(under_way).sum();
-        let taken = self.open + self.unconfirmed.len() as u64;
-        u32::try_from(most.saturating_sub(taken + under_way)).unwrap_or(u32::MAX)
-    }
-
-    /// A connection came without its descriptor, for which there was no room. The master has its
-    /// own, and gives it to somebody else.
-    fn connection_lost(&mut self, listener: ListenerId, handle: HandleId, number: u64) {
-        if let Some(entry) = self.listeners.get_mut(&listener) {
-            entry.credits = entry.credits.saturating_sub(1);
-        }
+    /// There is no descriptor at all: what is in the queues is for others.
+    pub(crate) fn descriptors_lack(&mut self) {
         self.resting = true;
-        self.send(ToMaster::Refused { handle, number });
+        self.revoke_all();
     }
 
-    /// Some time has passed since a connection was lost, and there may be room again.
-    pub(crate) fn rested(&mut self) {
-        self.resting = false;
-        self.ask_for_all();
-    }
-
-    /// Grants whatever the program is ready to take.
-    fn ask_for_all(&mut self) {
-        let all: Vec<_> = self.listeners.keys().copied().collect();
-        for listener in all {
-            self.ask(listener);
-            self.refill(listener);
+    fn revoke_all(&mut self) {
+        let full: Vec<_> = self.left_to_others().collect();
+        for listener in full {
+            self.revoke_if_full(listener);
         }
     }
 
-    /// The answer to a `Listen` came without the listener, for which there was no room.
+    /// Some time has passed since then, and there may be room again.
+    pub(crate) fn rested(&mut self) {
+        let left: Vec<_> = self.left_to_others().collect();
+        self.resting = false;
+        self.look_at(left);
+    }
+
+    /// The answer to a `Listen` came without the descriptor, for which there was no room.
     pub(crate) fn listener_lost(
         &mut self,
         request: u32,
         handle: HandleId,
     ) -> Result<(), FrameError> {
         let result = Err(errno::EMFILE);
-        self.frame(ToWorker::Reply { request, result }, None, None)?;
+        self.frame(ToWorker::Reply { request, result }, None)?;
         self.send(ToMaster::Close { handle });
         Ok(())
     }
 
-    /// Closes a listener and refuses what it still holds.
+    /// Closes a listener. The master takes back what is in its queue.
     pub(crate) fn close(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
@@ -618,12 +521,7 @@ impl<C> WorkerCore<C> {
             (Stage::Asked, _) => entry.stage = Stage::Abandoned,
             (_, Some(handle)) => {
                 entry.stage = Stage::Closed;
-                entry.credits = 0;
                 let key = entry.key.clone();
-                let pending = std::mem::take(&mut entry.pending);
-                for (number, _) in pending {
-                    self.send(ToMaster::Refused { handle, number });
-                }
                 self.send(ToMaster::Close { handle });
                 self.actions.push_back(Action::CloseListener(listener));
                 self.release(key.as_ref());
@@ -639,12 +537,9 @@ impl<C> WorkerCore<C> {
     /// The program has let go of the listener.
     pub(crate) fn forget(&mut self, listener: ListenerId) {
         self.close(listener);
-        let answered = |entry: &Entry<C>| entry.stage != Stage::Abandoned;
+        let answered = |entry: &Entry| entry.stage != Stage::Abandoned;
         if self.listeners.get(&listener).is_some_and(answered) {
-            if let Some(entry) = self.listeners.remove(&listener) {
-                // Nobody is going to ask for these.
-                self.open -= entry.arrived.len() as u64;
-            }
+            self.listeners.remove(&listener);
         }
     }
 
@@ -661,7 +556,7 @@ impl<C> WorkerCore<C> {
     /// Closes the listeners that nobody is going to serve, if the worker leaves.
     pub(crate) fn close_unserved(&mut self) {
         if self.told {
-            let unserved = |(_, entry): &(&ListenerId, &Entry<C>)| !entry.served && entry.is_open();
+            let unserved = |(_, entry): &(&ListenerId, &Entry)| !entry.served && entry.is_open();
             let unserved: Vec<_> = self
                 .listeners
                 .iter()
@@ -676,8 +571,7 @@ impl<C> WorkerCore<C> {
 
     /// Whether a worker that leaves has nothing left to wait for.
     pub(crate) fn is_done(&self) -> bool {
-        let busy = self.open > 0 || !self.unconfirmed.is_empty();
-        let idle = !busy && !self.listeners.values().any(Entry::is_open);
+        let idle = self.open == 0 && !self.listeners.values().any(Entry::is_open);
         self.told && self.connected && !self.closing && idle
     }
 
@@ -716,10 +610,7 @@ impl<C> WorkerCore<C> {
             if !matches!(entry.stage, Stage::Failed(_)) {
                 entry.stage = Stage::Closed;
             }
-            entry.pending.clear();
         }
-        // The master never heard of these: it gives them to somebody else.
-        self.unconfirmed.clear();
         let all = self.listeners.keys().copied().map(Action::CloseListener);
         self.actions.extend(all);
         self.events.push_back(Event::Disconnect);
@@ -729,7 +620,6 @@ impl<C> WorkerCore<C> {
     pub(crate) fn frame(
         &mut self,
         frame: ToWorker,
-        connection: Option<C>,
         message: Option<Message>,
     ) -> Result<Option<ListenerId>, FrameError> {
         match frame {
@@ -762,21 +652,6 @@ impl<C> WorkerCore<C> {
                     }
                 }
             }
-            ToWorker::Connection { handle, number } => {
-                let listener = self.by_handle(handle);
-                match (listener, connection) {
-                    (Some(listener), Some(connection)) => {
-                        if let Some(entry) = self.listeners.get_mut(&listener) {
-                            entry.credits = entry.credits.saturating_sub(1);
-                            entry.pending.push_back((number, connection));
-                            self.take(listener);
-                        }
-                    }
-                    // Closed while it was under way: `Close` has told the master.
-                    (None, _) => {}
-                    (Some(listener), None) => self.connection_lost(listener, handle, number),
-                }
-            }
             ToWorker::End { handle, drain } => {
                 if let Some(listener) = self.by_handle(handle) {
                     if drain {
@@ -788,6 +663,7 @@ impl<C> WorkerCore<C> {
             }
             ToWorker::Disconnect => {
                 self.told = true;
+                let full: Vec<_> = self.left_to_others().collect();
                 let mut alone = Vec::new();
                 for (listener, entry) in &mut self.listeners {
                     if !entry.drops {
@@ -809,7 +685,7 @@ impl<C> WorkerCore<C> {
                     self.actions.push_back(Action::ShutDoor(listener));
                     self.end(listener);
                 }
-                self.ask_for_all();
+                self.look_at(full);
                 if self.killed {
                     self.close_channel();
                 }
@@ -833,78 +709,6 @@ impl<C> WorkerCore<C> {
             .map(|(id, _)| *id)
     }
 
-    fn grant(&mut self, listener: ListenerId, credits: u32) {
-        let spare = self.spare();
-        // An idle listener must not keep another one from serving at all.
-        let idle = self.open == 0 && self.unconfirmed.is_empty();
-        let Some(entry) = self.listeners.get_mut(&listener) else {
-            return;
-        };
-        if entry.policy != SchedulingPolicy::RoundRobin {
-            return; // Nobody gives it anything.
-        }
-        let credits = match entry.stage {
-            Stage::Open(_) if entry.served => {
-                let nothing = idle && entry.credits == 0 && entry.pending.is_empty();
-                credits.min(spare.max(u32::from(nothing)))
-            }
-            Stage::Open(_) => credits,
-            Stage::Asked
-            | Stage::Abandoned
-            | Stage::Failed(_)
-            | Stage::Ending(_)
-            | Stage::Closed => 0,
-        };
-        entry.credits += credits;
-        let taken = entry.taken;
-        if credits > 0 || taken > 0 {
-            if let Some(handle) = entry.handle() {
-                self.send(ToMaster::Ready {
-                    handle,
-                    credits,
-                    taken,
-                });
-            }
-        }
-    }
-
-    fn is_coming(&self, listener: ListenerId) -> bool {
-        self.unconfirmed.iter().any(|(id, _)| *id == listener)
-    }
-
-    /// Takes one that is pending if the program is there for it, and tells the master. If it wants
-    /// no more, others get what is pending.
-    fn take(&mut self, listener: ListenerId) {
-        let coming = self.is_coming(listener);
-        let Some(entry) = self.listeners.get_mut(&listener) else {
-            return;
-        };
-        if let (true, Some(handle)) = (entry.is_full(u64::from(coming)), entry.handle()) {
-            let pending = std::mem::take(&mut entry.pending);
-            for (number, _) in pending {
-                self.send(ToMaster::Refused { handle, number });
-            }
-            return;
-        }
-        let wanted = if entry.served {
-            !entry.delivering
-        } else {
-            entry.wanted && entry.arrived.is_empty()
-        };
-        if !wanted || coming || self.closing {
-            return;
-        }
-        let Some((number, connection)) = entry.pending.pop_front() else {
-            return;
-        };
-        entry.taken = number;
-        self.unconfirmed.push_back((listener, connection));
-        let asks = entry.served && !self.resting;
-        let credits = if asks { entry.room(1) } else { 0 };
-        self.grant(listener, credits);
-        self.end_if_empty(listener);
-    }
-
     /// Nothing more comes. A listener is emptied before it closes.
     fn end(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
@@ -915,29 +719,8 @@ impl<C> WorkerCore<C> {
         }
         if let Stage::Open(handle) = entry.stage {
             entry.stage = Stage::Ending(handle);
-            entry.credits = 0;
         }
-        self.end_if_empty(listener);
-        self.accept_rest(listener);
-    }
-
-    /// Closes a listener that gets nothing more and holds nothing more.
-    fn end_if_empty(&mut self, listener: ListenerId) {
-        if let Some(entry) = self.listeners.get(&listener) {
-            let empty = entry.pending.is_empty();
-            let round_robin = entry.policy == SchedulingPolicy::RoundRobin;
-            if matches!(entry.stage, Stage::Ending(_)) && empty && round_robin {
-                self.close(listener);
-            }
-        }
-    }
-
-    /// Lets the callback of a shared listener that is ending have what is left.
-    pub(crate) fn accept_rest(&mut self, listener: ListenerId) {
-        let shared = |entry: &Entry<C>| entry.served && entry.policy == SchedulingPolicy::Shared;
-        if self.is_ending(listener) && self.listeners.get(&listener).is_some_and(shared) {
-            self.events.push_back(Event::AcceptRest(listener));
-        }
+        self.look(listener);
     }
 
     fn release(&mut self, key: Option<&HandleKey>) {
@@ -959,12 +742,14 @@ mod tests {
     use crate::endpoint::Place;
     use crate::frame::Bound;
 
-    fn listener(core: &mut WorkerCore<u32>, handle: u32) -> ListenerId {
+    const HANDLE: HandleId = HandleId(1);
+
+    fn listener(core: &mut WorkerCore, handle: HandleId) -> ListenerId {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let endpoint = Endpoint::new(Kind::Tcp, Place::Ip(address));
         let listener = core.listen(endpoint, BindFlags::default());
         let result = Ok(Bound {
-            handle: HandleId(handle),
+            handle,
             policy: SchedulingPolicy::RoundRobin,
             address: Some(address),
         });
@@ -972,41 +757,12 @@ mod tests {
             request: listener.0,
             result,
         };
-        core.frame(reply, None, None).unwrap();
+        core.frame(reply, None).unwrap();
         core.serve(listener);
         listener
     }
 
-    /// Plays the program and the master's part for the second of two listeners. Returns how many
-    /// connections it is ready for after each.
-    fn serve(core: &mut WorkerCore<u32>, number: u64) -> u32 {
-        let handle = HandleId(2);
-        let frame = ToWorker::Connection { handle, number };
-        core.frame(frame, Some(0), None).unwrap();
-        core.confirmed();
-        while let Some(event) = core.next_event() {
-            if let Event::Connection(listener, _) = event {
-                core.delivered(listener);
-                core.connection_closed(Some(listener));
-            }
-        }
-        core.listeners[&ListenerId(2)].credits
-    }
-
-    #[test]
-    fn an_idle_listener_does_not_starve_another_when_descriptors_run_out() {
-        let mut core = WorkerCore::new();
-        listener(&mut core, 1);
-        listener(&mut core, 2);
-        core.descriptors_run_out();
-        for number in 1..100 {
-            assert!(serve(&mut core, number) > 0, "after {number}");
-        }
-        core.descriptors_suffice();
-        assert_eq!(serve(&mut core, 100), CALLBACK_WINDOW);
-    }
-
-    fn sent(core: &mut WorkerCore<u32>) -> Vec<ToMaster> {
+    fn sent(core: &mut WorkerCore) -> Vec<ToMaster> {
         let actions = std::iter::from_fn(|| core.next_action());
         let frames = actions.filter_map(|action| match action {
             Action::Send(frame) => Some(frame),
@@ -1015,96 +771,150 @@ mod tests {
         frames.collect()
     }
 
+    /// Whether the callback of the listener is to look into the queue, which turns out empty.
+    fn looks(core: &mut WorkerCore, listener: ListenerId) -> bool {
+        let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
+        core.found_empty(listener);
+        let is_look = |event: &Event| matches!(event, Event::Look(id) if *id == listener);
+        events.iter().any(is_look)
+    }
+
+    fn ready(taken: u64) -> ToMaster {
+        let handle = HANDLE;
+        ToMaster::Ready { handle, taken }
+    }
+
+    const REVOKE: ToMaster = ToMaster::Revoke { handle: HANDLE };
+
     #[test]
-    fn a_connection_that_found_no_descriptor_is_for_others() {
+    fn the_master_is_told_once_that_the_queue_is_empty() {
         let mut core = WorkerCore::new();
-        listener(&mut core, 1);
+        let listener = listener(&mut core, HANDLE);
         sent(&mut core);
-        let (handle, number) = (HandleId(1), 1);
-        let lost = ToWorker::Connection { handle, number };
-        core.frame(lost, None, None).unwrap();
-        assert_eq!(sent(&mut core), [ToMaster::Refused { handle, number }]);
-        let second = ToWorker::Connection { handle, number: 2 };
-        core.frame(second, Some(7), None).unwrap();
-        let taken = |credits, taken| ToMaster::Ready {
-            handle,
-            credits,
-            taken,
-        };
-        assert_eq!(sent(&mut core), [taken(0, 2)], "and asks for nothing more");
+        assert!(looks(&mut core, listener));
+        assert_eq!(sent(&mut core), [ready(0)]);
+        assert!(!looks(&mut core, listener));
+        assert_eq!(sent(&mut core), []);
+        core.connection_opened(listener);
+        core.connection_opened(listener);
+        core.found_empty(listener);
+        assert_eq!(sent(&mut core), [ready(2)]);
+    }
+
+    #[test]
+    fn a_full_worker_leaves_its_queue_to_others_until_it_has_room() {
+        let mut core = WorkerCore::new();
+        let listener = listener(&mut core, HANDLE);
+        core.set_most(listener, Some(1));
+        assert!(looks(&mut core, listener));
+        sent(&mut core);
+        core.connection_opened(listener);
+        assert!(core.leaves_to_others(listener));
+        assert_eq!(sent(&mut core), [REVOKE]);
+        core.found_empty(listener);
+        core.set_most(listener, Some(0));
+        assert_eq!(sent(&mut core), [], "nothing new");
+        core.set_most(listener, Some(1));
+        core.connection_closed(Some(listener));
+        assert!(looks(&mut core, listener));
+        assert_eq!(sent(&mut core), [ready(1)]);
+    }
+
+    #[test]
+    fn a_limit_that_is_not_reached_takes_nothing_back() {
+        let mut core = WorkerCore::new();
+        let listener = listener(&mut core, HANDLE);
+        looks(&mut core, listener);
+        sent(&mut core);
+        core.connection_opened(listener);
+        for (most, full) in [
+            (Some(8), false),
+            (Some(1), true),
+            (Some(1), true),
+            (None, false),
+        ] {
+            core.set_most(listener, most);
+            assert_eq!(core.leaves_to_others(listener), full, "{most:?}");
+        }
+        assert_eq!(sent(&mut core), [REVOKE]);
+    }
+
+    #[test]
+    fn without_descriptors_queues_are_left_alone_for_a_while() {
+        let mut core = WorkerCore::new();
+        let (first, second) = (
+            listener(&mut core, HANDLE),
+            listener(&mut core, HandleId(2)),
+        );
+        for listener in [first, second] {
+            looks(&mut core, listener);
+        }
+        sent(&mut core);
+        core.descriptors_lack();
+        assert_eq!(
+            sent(&mut core),
+            [
+                REVOKE,
+                ToMaster::Revoke {
+                    handle: HandleId(2)
+                }
+            ]
+        );
+        assert!(!looks(&mut core, first));
+        assert_eq!(sent(&mut core), []);
         core.rested();
-        assert_eq!(sent(&mut core), [taken(2, 2)]);
+        assert!(looks(&mut core, first));
+        assert_eq!(sent(&mut core), [ready(0)]);
+    }
+
+    #[test]
+    fn callbacks_leave_some_descriptors_to_the_program() {
+        let mut core = WorkerCore::new();
+        let listener = listener(&mut core, HANDLE);
+        let blocking = core.listen_alone(Kind::Tcp);
+        looks(&mut core, listener);
+        core.connection_opened(listener);
+        core.connection_opened(listener);
+        core.descriptors_run_out();
+        assert!(core.leaves_to_others(listener) && !core.leaves_to_others(blocking));
+        core.connection_closed(Some(listener));
+        assert!(
+            !core.leaves_to_others(listener),
+            "one may come for one that has gone"
+        );
+        assert!(looks(&mut core, listener));
+        core.connection_opened(listener);
+        core.descriptors_suffice();
+        assert!(looks(&mut core, listener));
+        core.connection_opened(listener);
+        assert!(!core.leaves_to_others(listener));
     }
 
     #[test]
     fn a_listener_that_found_no_descriptor_is_given_back() {
-        let mut core = WorkerCore::<u32>::new();
+        let mut core = WorkerCore::new();
         let place = Place::Path("/path".into());
         let listener = core.listen(Endpoint::new(Kind::Unix, place), BindFlags::default());
         sent(&mut core);
-        let handle = HandleId(1);
-        core.listener_lost(listener.0, handle).unwrap();
-        assert_eq!(sent(&mut core), [ToMaster::Close { handle }]);
+        core.listener_lost(listener.0, HANDLE).unwrap();
+        assert_eq!(sent(&mut core), [ToMaster::Close { handle: HANDLE }]);
         let failed = Listen::Failed(errno::EMFILE);
         assert_eq!(core.listen_result(listener), failed);
     }
 
     #[test]
-    fn a_limit_that_is_no_less_takes_nothing_back() {
-        let revoked = |core: &mut WorkerCore<u32>| {
-            let actions = std::iter::from_fn(|| core.next_action());
-            let revokes = actions.filter(|a| matches!(a, Action::Send(ToMaster::Revoke { .. })));
-            revokes.count()
-        };
+    fn who_leaves_serves_what_is_left_however_much_it_has() {
         let mut core = WorkerCore::new();
-        let listener = listener(&mut core, 1);
-        for (most, times) in [
-            (None, 0),
-            (Some(8), 0),
-            (Some(3), 1),
-            (Some(3), 0),
-            (None, 0),
-        ] {
-            core.set_most(listener, most);
-            assert_eq!(revoked(&mut core), times, "{most:?}");
-        }
-        assert_eq!(core.listeners[&listener].credits, CALLBACK_WINDOW);
-    }
-
-    #[test]
-    fn what_is_not_handed_over_needs_no_credit() {
-        let mut core = WorkerCore::new();
-        let alone = core.listen_alone(Kind::Tcp);
-        core.serve(alone);
-        let listener = listener(&mut core, 2);
-        for _ in 0..CALLBACK_WINDOW {
-            core.connection_opened(listener);
-        }
-        core.descriptors_run_out();
-        core.connection_closed(Some(listener));
-        core.descriptors_suffice();
-        assert_eq!(core.listeners[&alone].credits, 0);
-        assert_eq!(core.listeners[&listener].credits, CALLBACK_WINDOW);
-    }
-
-    #[test]
-    fn a_callback_gets_one_connection_at_a_time() {
-        let mut core = WorkerCore::new();
-        let listener = listener(&mut core, 1);
-        let handle = HandleId(1);
-        for number in 1..=3 {
-            let frame = ToWorker::Connection { handle, number };
-            core.frame(frame, Some(0), None).unwrap();
-        }
-        core.confirmed();
-        assert!(matches!(core.next_event(), Some(Event::Connection(..))));
-        // Whatever happens inside the callback, the second is not taken before it returns.
-        core.serve(listener);
-        core.confirmed();
-        assert!(core.next_event().is_none());
+        let listener = listener(&mut core, HANDLE);
+        core.set_most(listener, Some(0));
+        assert!(!looks(&mut core, listener));
+        core.frame(ToWorker::Disconnect, None).unwrap();
+        assert!(looks(&mut core, listener));
+        let (handle, drain) = (HANDLE, true);
+        core.frame(ToWorker::End { handle, drain }, None).unwrap();
+        assert!(looks(&mut core, listener), "once more, for the last");
+        assert!(!core.has_ended(listener));
         core.close(listener);
-        let refused = std::iter::from_fn(|| core.next_action());
-        let refused = refused.filter(|a| matches!(a, Action::Send(ToMaster::Refused { .. })));
-        assert_eq!(refused.count(), 2);
+        assert!(core.has_ended(listener));
     }
 }

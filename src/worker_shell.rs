@@ -18,10 +18,11 @@ use crate::event_loop::Token;
 use crate::frame::{FrameError, ToMaster, ToWorker};
 use crate::message::Message;
 use crate::socket_file::SocketFile;
-use crate::sys;
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
 use crate::sys::process::Pid;
+use crate::sys::queue::{self, Taken};
+use crate::sys::{self, errno};
 use crate::timers::Time;
 use crate::worker_core::{Action, Listen, ListenerId, WorkerCore};
 
@@ -37,19 +38,21 @@ const CHANNEL: u32 = 0;
 #[derive(Debug)]
 pub(crate) enum Socket {
     Listener(OwnedFd),
+    /// Out of which the master's connections are taken.
+    Queue(OwnedFd),
     Datagrams(UdpSocket),
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Listener(listener) => listener.as_fd(),
+            Self::Listener(fd) | Self::Queue(fd) => fd.as_fd(),
             Self::Datagrams(socket) => socket.as_fd(),
         }
     }
 }
 
-/// What came of accepting from a shared listener.
+/// What came of accepting from a listener or taking out of a queue.
 pub(crate) struct Accepted {
     pub(crate) fd: OwnedFd,
     /// One more than the program wants.
@@ -57,7 +60,7 @@ pub(crate) struct Accepted {
 }
 
 pub(crate) struct WorkerShell {
-    pub(crate) core: RefCell<WorkerCore<OwnedFd>>,
+    pub(crate) core: RefCell<WorkerCore>,
     poller: Poller,
     /// `None` when it is closed.
     channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
@@ -69,6 +72,8 @@ pub(crate) struct WorkerShell {
     lent: RefCell<BTreeSet<ListenerId>>,
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
+    /// There has been none for a connection since the last one was taken.
+    lacks_descriptors: Cell<bool>,
     began: Instant,
     /// Something waits for the system to have room again.
     rest_until: Cell<Option<Time>>,
@@ -86,13 +91,6 @@ impl std::fmt::Debug for WorkerShell {
     }
 }
 
-/// What `wait` found ready.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ReadyFor {
-    pub(crate) poller: bool,
-    pub(crate) listener: bool,
-}
-
 impl WorkerShell {
     /// Time is counted from `began`.
     pub(crate) fn new(channel: UnixStream, poller: Poller, began: Instant) -> io::Result<Self> {
@@ -105,6 +103,7 @@ impl WorkerShell {
             sockets: RefCell::default(),
             lent: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
+            lacks_descriptors: Cell::new(false),
             began,
             rest_until: Cell::new(None),
             errors: RefCell::default(),
@@ -197,27 +196,27 @@ impl WorkerShell {
         Ok(channel.has_room())
     }
 
-    /// Waits for the channel, the poller, and a shared listener if there is one; reads from the
-    /// channel what has come.
+    /// Waits for the channel, the poller, and a listener's socket if there is one; reads from the
+    /// channel what has come. Returns whether the poller has something.
     pub(crate) fn wait(
         &self,
         poller: BorrowedFd<'_>,
-        shared: Option<&Socket>,
+        socket: Option<&Socket>,
         timeout: Option<Duration>,
-    ) -> Result<ReadyFor> {
-        let waited = match (self.channel.borrow().as_ref(), shared) {
-            (None, _) => Ok([false; 3]),
-            (Some(channel), None) => wait_readable([channel.as_fd(), poller], timeout)
-                .map(|[channel, poller]| [channel, poller, false]),
-            (Some(channel), Some(listener)) => {
-                wait_readable([channel.as_fd(), poller, listener.as_fd()], timeout)
+    ) -> Result<bool> {
+        let waited = match (self.channel.borrow().as_ref(), socket) {
+            (None, _) => Ok([false; 2]),
+            (Some(channel), None) => wait_readable([channel.as_fd(), poller], timeout),
+            (Some(channel), Some(socket)) => {
+                wait_readable([channel.as_fd(), poller, socket.as_fd()], timeout)
+                    .map(|[channel, poller, _]| [channel, poller])
             }
         };
-        let [channel, poller, listener] = waited.map_err(Error::io("wait for a connection"))?;
+        let [channel, poller] = waited.map_err(Error::io("wait for a connection"))?;
         if channel {
             self.receive();
         }
-        Ok(ReadyFor { poller, listener })
+        Ok(poller)
     }
 
     /// A point at which tests make this worker fail.
@@ -267,7 +266,6 @@ impl WorkerShell {
         let flushed = channel.flush();
         fault("worker.has_written", channel);
         match flushed {
-            Ok(_) if channel.is_flushed() => self.core.borrow_mut().confirmed(),
             Ok(Flushed::Done) => {}
             Ok(Flushed::Exhausted(error)) => {
                 self.rest();
@@ -340,9 +338,6 @@ impl WorkerShell {
             fds,
             lost_fds,
         } = arrival;
-        if matches!(frame, ToWorker::Connection { .. }) {
-            self.fault("worker.has_decoded");
-        }
         let mut core = self.core.borrow_mut();
         if lost_fds {
             self.report(Error::no_descriptors(None));
@@ -358,29 +353,18 @@ impl WorkerShell {
         match frame {
             ToWorker::Message(bytes) => {
                 let message = Message::new(bytes, fds);
-                core.frame(ToWorker::Message(Vec::new()), None, Some(message))?;
+                core.frame(ToWorker::Message(Vec::new()), Some(message))?;
             }
             ToWorker::Reply { .. } => {
-                let listener = core.frame(frame, None, None)?;
+                let listener = core.frame(frame, None)?;
                 drop(core);
                 let fd = fds.into_iter().next().map(CommonFd::claim);
                 if let (Some(listener), Some(fd)) = (listener, fd) {
                     self.adopt(listener, fd);
                 }
             }
-            ToWorker::Connection { .. } | ToWorker::End { .. } | ToWorker::Disconnect => {
-                let fd = fds.into_iter().next().map(CommonFd::claim);
-                // The kernel gives out the lowest number that is free.
-                let number = fd
-                    .as_ref()
-                    .and_then(|fd| u64::try_from(fd.as_raw_fd()).ok());
-                let limit = self.fd_limit.get();
-                match number {
-                    Some(number) if number + SPARE_FDS > limit => core.descriptors_run_out(),
-                    Some(number) if number + 2 * SPARE_FDS <= limit => core.descriptors_suffice(),
-                    _ => {}
-                }
-                core.frame(frame, fd, None)?;
+            ToWorker::End { .. } | ToWorker::Disconnect => {
+                core.frame(frame, None)?;
             }
         }
         Ok(())
@@ -397,7 +381,7 @@ impl WorkerShell {
         }
     }
 
-    /// Keeps the copy of a shared listener or socket.
+    /// Keeps the copy of a shared listener or socket, or the end of a queue.
     fn adopt(&self, listener: ListenerId, fd: OwnedFd) {
         if let Err(source) = self.keep(listener, fd) {
             let attempt = "wait for a shared listener";
@@ -407,11 +391,15 @@ impl WorkerShell {
     }
 
     fn keep(&self, listener: ListenerId, fd: OwnedFd) -> io::Result<()> {
-        let socket = if self.core.borrow().is_datagram(listener) {
+        let core = self.core.borrow();
+        let socket = if core.is_datagram(listener) {
             Socket::Datagrams(fd.into())
+        } else if core.has_queue(listener) {
+            Socket::Queue(fd)
         } else {
             Socket::Listener(fd)
         };
+        drop(core);
         let key = Token::Listener(listener.0).key();
         let registered = self.poller.add(socket, key, None)?;
         let mut sockets = self.sockets.borrow_mut();
@@ -456,7 +444,7 @@ impl WorkerShell {
             match &**socket {
                 Socket::Listener(socket) if was_path => sys::listen::shut_unix_door(socket),
                 Socket::Listener(socket) => drop(sys::listen::shut_door(socket)),
-                Socket::Datagrams(_) => {}
+                Socket::Queue(_) | Socket::Datagrams(_) => {}
             }
         }
     }
@@ -504,34 +492,88 @@ impl WorkerShell {
         Ok(())
     }
 
-    /// Accepts from a shared listener, if this is one and has something. One that is ending closes
-    /// when it has nothing.
+    /// Takes the next connection out of the queue or accepts it from the listener, if there is one.
+    /// A listener that is ending closes when there is none.
     pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
-        let Some(shared) = self.socket(listener) else {
+        let Some(socket) = self.socket(listener) else {
             return Ok(None);
         };
+        let taken = match &**socket {
+            Socket::Listener(shared) => self.try_shared(listener, shared)?,
+            Socket::Queue(queue) => self.try_queue(queue)?,
+            Socket::Datagrams(_) => None,
+        };
+        let mut core = self.core.borrow_mut();
+        if let Some(fd) = taken {
+            let is_over = core.connection_opened(listener);
+            if let Socket::Queue(_) = &**socket {
+                self.count_descriptors(&mut core, &fd);
+            }
+            drop(core);
+            self.act();
+            return Ok(Some(Accepted { fd, is_over }));
+        }
+        if !core.is_ending(listener) {
+            core.found_empty(listener);
+        } else if !core.leaves_to_others(listener) {
+            core.close(listener);
+        }
+        drop(core);
+        self.act();
+        Ok(None)
+    }
+
+    fn try_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
-            match sys::listen::accept(&**shared) {
-                Ok(fd) => {
-                    let is_over = self.core.borrow_mut().connection_opened(listener);
-                    return Ok(Some(Accepted { fd, is_over }));
-                }
+            match sys::listen::accept(shared) {
+                Ok(fd) => return Ok(Some(fd)),
                 Err(error) if sys::listen::lost_before_accept(&error) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(source) => {
                     let is_ending = self.core.borrow().is_ending(listener);
-                    let is_empty = source.kind() == io::ErrorKind::WouldBlock;
-                    if is_ending && (is_empty || sys::listen::is_shut(&source)) {
-                        self.core.borrow_mut().close(listener);
-                        self.act();
-                        return Ok(None);
-                    }
-                    if is_empty {
+                    if is_ending && sys::listen::is_shut(&source) {
                         return Ok(None);
                     }
                     let attempt = "accept a connection";
                     return Err(Error::Io { attempt, source });
                 }
             }
+        }
+    }
+
+    fn try_queue(&self, queue: &OwnedFd) -> Result<Option<OwnedFd>> {
+        match queue::take(queue.as_fd()) {
+            Ok(Taken::Connection(_, connection)) => {
+                self.lacks_descriptors.set(false);
+                Ok(Some(connection.claim()))
+            }
+            // The master has let go of it; what becomes of this worker the channel tells.
+            Ok(Taken::Nothing | Taken::End) => Ok(None),
+            Err(source) if source.raw_os_error() == Some(errno::EMFILE) => {
+                if !self.lacks_descriptors.replace(true) {
+                    self.report(Error::no_descriptors(None));
+                }
+                self.core.borrow_mut().descriptors_lack();
+                self.rest();
+                Ok(None)
+            }
+            Err(source) => {
+                let attempt = "take a connection";
+                Err(Error::Io { attempt, source })
+            }
+        }
+    }
+
+    /// The kernel gives out the lowest number that is free: it tells how many are.
+    fn count_descriptors(&self, core: &mut WorkerCore, fd: &OwnedFd) {
+        let Ok(number) = u64::try_from(fd.as_raw_fd()) else {
+            return;
+        };
+        let limit = self.fd_limit.get();
+        if number + SPARE_FDS > limit {
+            core.descriptors_run_out();
+        } else if number + 2 * SPARE_FDS <= limit {
+            core.descriptors_suffice();
         }
     }
 
@@ -589,14 +631,10 @@ impl WorkerShell {
     }
 
     pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
-        let has_room = self.core.borrow_mut().connection_closed(listener);
-        self.act();
-        if let (Some(listener), true) = (listener, has_room) {
-            self.watch_if_wanted(listener);
-        }
+        self.core.borrow_mut().connection_closed(listener);
     }
 
-    /// Makes a shared listener with a callback wake the poller as long as the program wants more.
+    /// Makes a listener with a callback wake the poller as long as the program wants more.
     pub(crate) fn watch_if_wanted(&self, listener: ListenerId) {
         let core = self.core.borrow();
         let wanted = core.is_served(listener) && !core.leaves_to_others(listener);

@@ -27,7 +27,7 @@ use crate::address::Address;
 use crate::endpoint::{BindFlags, Kind};
 use crate::error::Error;
 use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
-use crate::round_robin::{Placed, RoundRobin};
+use crate::round_robin::{Given, Placed, RoundRobin};
 use crate::settings::SchedulingPolicy;
 use crate::sys::errno;
 use crate::timers::Time;
@@ -87,6 +87,8 @@ pub(super) struct Handle<C> {
     /// The members that have not been told that nothing more comes.
     pub(super) serving: BTreeSet<WorkerId>,
     pub(super) connections: RoundRobin<C>,
+    /// The system had no room for what was to be given; it is tried again then.
+    pub(super) gives_from: Option<Time>,
     pub(super) accepted: bool,
 }
 
@@ -97,7 +99,7 @@ impl<C> Handle<C> {
 }
 
 // What happens to listeners.
-impl<C: Clone> MasterCore<C> {
+impl<C> MasterCore<C> {
     pub(crate) fn bound(&mut self, handle: HandleId, result: Result<Option<SocketAddr>, i32>) {
         let Some((key, worker, request)) = self.binding.remove(&handle) else {
             return;
@@ -124,6 +126,7 @@ impl<C: Clone> MasterCore<C> {
                     listening: BTreeSet::new(),
                     serving: BTreeSet::new(),
                     connections: RoundRobin::new(),
+                    gives_from: None,
                     accepted: false,
                 };
                 self.keys.insert(key, handle);
@@ -180,6 +183,7 @@ impl<C: Clone> MasterCore<C> {
             let more = entry.connections.room() > 0;
             entry.door = if more { Door::Watched } else { Door::Ready };
             self.watch(handle, more);
+            self.balance(handle);
         }
     }
 
@@ -199,6 +203,7 @@ impl<C: Clone> MasterCore<C> {
             // The poller would say again and again that a shut door is shut.
             let shut_for_good = entry.is_unix() && entry.stage != Stage::Open;
             self.watch(handle, !shut_for_good);
+            self.balance(handle);
             self.unbind_if_drained(handle);
         }
     }
@@ -216,8 +221,85 @@ impl<C: Clone> MasterCore<C> {
     }
 }
 
+// What happens to queues.
+impl<C> MasterCore<C> {
+    /// This could not be put into a worker's queue: for lack of something in the system, or else
+    /// because of this worker.
+    pub(crate) fn not_given(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Placed<C>,
+        is_exhausted: bool,
+    ) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            self.ledger.dropped += 1;
+            return;
+        };
+        if is_exhausted {
+            entry.gives_from.get_or_insert(self.now + ACCEPT_RETRY);
+        }
+        let takes_more = is_exhausted;
+        entry.connections.not_given(worker, connection, takes_more);
+        self.offer(handle);
+    }
+
+    /// There is no descriptor to take anything back with.
+    pub(crate) fn cannot_take_back(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            entry.gives_from.get_or_insert(self.now + ACCEPT_RETRY);
+        }
+    }
+
+    /// These have been taken out of a worker's queue, which is empty then or not.
+    pub(crate) fn came_back(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connections: Vec<Placed<C>>,
+        is_empty: bool,
+    ) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            let came_back = entry.connections.came_back(worker, connections, is_empty);
+            self.ledger.taken += came_back;
+            self.offer(handle);
+        }
+    }
+
+    /// So many connections are in a worker's queue.
+    pub(crate) fn counted(&mut self, handle: HandleId, worker: WorkerId, queued: u64) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            let taken = entry.connections.counted(worker, queued);
+            self.ledger.taken += taken;
+            if taken > 0 {
+                self.look_again_if_draining(handle);
+            }
+        }
+    }
+
+    /// A worker's queue is closed, and this was in it.
+    pub(crate) fn queue_closed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connections: Vec<Placed<C>>,
+    ) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.members.remove(&worker) {
+            self.ledger.taken += entry.connections.leave(worker, connections);
+            self.offer(handle);
+        }
+        let abandoned = |entry: &Handle<C>| entry.members.is_empty();
+        if self.handles.get(&handle).is_some_and(abandoned) {
+            self.handles.remove(&handle);
+        }
+    }
+}
+
 // How it is decided.
-impl<C: Clone> MasterCore<C> {
+impl<C> MasterCore<C> {
     pub(super) fn listen(
         &mut self,
         worker: WorkerId,
@@ -288,7 +370,7 @@ impl<C: Clone> MasterCore<C> {
             address,
         });
         let with = match policy {
-            SchedulingPolicy::RoundRobin => With::Nothing,
+            SchedulingPolicy::RoundRobin => With::Queue(handle),
             SchedulingPolicy::Shared => With::Listener(handle),
         };
         self.send(worker, ToWorker::Reply { request, result }, with);
@@ -296,15 +378,46 @@ impl<C: Clone> MasterCore<C> {
 
     /// Gives what waits to whoever can take it.
     pub(super) fn distribute(&mut self, handle: HandleId) {
-        while let Some(given) = self
-            .handles
-            .get_mut(&handle)
-            .and_then(|entry| entry.connections.distribute())
-        {
-            let number = given.number;
-            let frame = ToWorker::Connection { handle, number };
-            self.send(given.worker, frame, With::Connection(given.connection));
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        while entry.gives_from.is_none() {
+            let Some(Given { worker, placed }) = entry.connections.distribute(self.now) else {
+                break;
+            };
+            self.actions.push_back(Action::Give {
+                handle,
+                worker,
+                connection: placed,
+            });
         }
+    }
+
+    /// Takes a connection back that lies in one worker's queue although another one is idle.
+    pub(super) fn balance(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        // Until the backlog is known to be empty, it is looked at first.
+        let unlooked = matches!(entry.door, Door::Ready | Door::Accepting);
+        if unlooked || entry.stage == Stage::Unbound || entry.gives_from.is_some() {
+            return;
+        }
+        if let Some(worker) = entry.connections.to_take_back(self.now) {
+            self.actions.push_back(Action::TakeBack {
+                handle,
+                worker,
+                at_most: 1,
+            });
+        }
+    }
+
+    pub(super) fn take_all_back(&mut self, handle: HandleId, worker: WorkerId) {
+        self.actions.push_back(Action::TakeBack {
+            handle,
+            worker,
+            at_most: usize::MAX,
+        });
     }
 
     /// Accepts if there is something and someone to take it.
@@ -316,7 +429,7 @@ impl<C: Clone> MasterCore<C> {
             return;
         }
         let room = entry.connections.room();
-        if room > 0 {
+        if room > 0 && entry.gives_from.is_none() {
             entry.door = Door::Accepting;
             let at_most = room.min(ACCEPT_BATCH);
             self.actions.push_back(Action::Accept { handle, at_most });
@@ -463,8 +576,16 @@ impl<C: Clone> MasterCore<C> {
             Stage::Draining(quiet) => quiet.is_none_or(|quiet| quiet <= self.now),
             Stage::Open | Stage::Emptying | Stage::Unbound => false,
         };
-        if over && entry.connections.in_hand() == 0 {
+        if !over {
+            return;
+        }
+        if entry.connections.in_hand() == 0 {
             self.unbind(handle);
+        } else if !entry.connections.anyone_waits() {
+            // A busy worker may have taken all and not said so yet.
+            let counts = entry.connections.with_queues();
+            let counts = counts.map(|worker| Action::Count { handle, worker });
+            self.actions.extend(counts);
         }
     }
 
@@ -474,6 +595,9 @@ impl<C: Clone> MasterCore<C> {
         };
         if entry.serving.remove(&worker) {
             entry.connections.end(worker);
+            if !drain {
+                self.take_all_back(handle, worker);
+            }
             self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
         }
     }
@@ -498,34 +622,39 @@ impl<C: Clone> MasterCore<C> {
         }
     }
 
+    /// The worker lets go of the listener, or has let go of everything. With round robin what it has
+    /// not taken comes back first.
     pub(super) fn leave_handle(&mut self, handle: HandleId, worker: WorkerId) {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        entry.members.remove(&worker);
         entry.listening.remove(&worker);
         entry.serving.remove(&worker);
-        let untaken = entry.connections.leave(worker);
+        entry.connections.end(worker);
+        let policy = entry.policy;
         if entry.serving.is_empty() {
             self.unbind(handle);
         }
-        self.take_back(handle, untaken);
-        let abandoned = |entry: &Handle<C>| entry.members.is_empty();
-        if self.handles.get(&handle).is_some_and(abandoned) {
-            self.handles.remove(&handle);
+        match policy {
+            SchedulingPolicy::RoundRobin => {
+                self.actions
+                    .push_back(Action::CloseQueue { handle, worker });
+            }
+            SchedulingPolicy::Shared => self.queue_closed(handle, worker, Vec::new()),
         }
     }
 
-    /// Offers to others what a worker did not take.
-    pub(super) fn take_back(&mut self, handle: HandleId, untaken: Vec<Placed<C>>) {
+    /// Offers what waits to others, or lets go of it if there will be none.
+    fn offer(&mut self, handle: HandleId) {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
         if entry.stage == Stage::Unbound {
-            self.ledger.dropped += untaken.len() as u64;
+            self.ledger.dropped += entry.connections.drop_waiting();
         } else {
-            entry.connections.put_back(untaken);
             self.distribute(handle);
+            self.balance(handle);
+            self.look_again_if_draining(handle);
         }
     }
 }

@@ -29,7 +29,7 @@ fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn set_option(
+pub(super) fn set_option(
     socket: &OwnedFd,
     level: libc::c_int,
     name: libc::c_int,

@@ -2,8 +2,8 @@
 //!
 //! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
 //! signal handlers (`signal`), making processes (`process`) and what they do before they execute
-//! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`),
-//! changing the environment (`env`). Functions return `io::Error`; the caller says what it tried.
+//! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`,
+//! `queue`), changing the environment (`env`). Functions return `io::Error`; the caller says what it tried.
 
 mod child;
 pub(crate) mod env;
@@ -11,6 +11,7 @@ pub(crate) mod fd;
 pub(crate) mod listen;
 pub(crate) mod poll;
 pub(crate) mod process;
+pub(crate) mod queue;
 pub(crate) mod signal;
 pub(crate) mod socket;
 

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use sendfd::SendWithFd as _;
+use sendfd::SendWithFd;
 
 use super::fd::CommonFd;
 use super::{empty_set, retry};
@@ -54,6 +54,15 @@ fn send_with_flags(
             retry(call)
         };
     }
+    send_fds(socket, bytes, fds)
+}
+
+/// Writes what fits of `bytes`, and `fds` with it, as patient as the socket is.
+pub(crate) fn send_fds(
+    socket: &impl SendWithFd,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     without_sigpipe(|| retry(|| socket.send_with_fd(bytes, &fds)))
 }
@@ -131,7 +140,7 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 ///
 /// `sendfd` has this, too, but tells neither of lost descriptors nor lets the kernel mark them: a
 /// thread that forks between the call and the mark would give them to its child.
-pub(crate) fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Piece> {
+pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
     #[cfg(not(target_vendor = "apple"))]
     const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
     #[cfg(target_vendor = "apple")]

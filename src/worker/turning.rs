@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::event_loop::Token;
@@ -11,8 +11,11 @@ use crate::listener::Connection;
 use crate::worker::{Inner, Worker};
 use crate::worker_core::{Event, ListenerId};
 
-/// How many connections one shared listener accepts in a turn.
+/// How many connections one listener gets in a turn.
 const ACCEPT_BATCH: u32 = 16;
+/// How long a program that waits in `accept` may have one connection after the other before the
+/// rest is looked at: messages, timers, signals.
+const WAIT_EVERY: Duration = Duration::from_millis(1);
 /// How long a shared listener rests when accepting failed, for instance without descriptors left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -60,16 +63,11 @@ impl Worker {
                 Some(Event::Message(message)) => {
                     self.inner.on_message.each(|f| f(self, &message));
                 }
-                Some(Event::AcceptRest(listener)) => self.accept_shared(listener),
+                Some(Event::Look(listener)) => {
+                    self.inner.shell.watch_if_wanted(listener);
+                    self.accept_all(listener);
+                }
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
-                Some(Event::Connection(listener, fd)) => {
-                    let _delivering = Delivering(self, listener);
-                    self.deliver(listener, fd, false);
-                }
-                Some(Event::Drop(listener, fd)) => {
-                    let _delivering = Delivering(self, listener);
-                    self.deliver(listener, fd, true);
-                }
             }
         }
     }
@@ -120,12 +118,12 @@ impl Worker {
         if self.inner.shell.core.borrow().is_datagram(listener) {
             self.receive_datagrams(listener);
         } else {
-            self.accept_shared(listener);
+            self.accept_all(listener);
         }
     }
 
-    /// Accepts what a shared listener with a callback has.
-    fn accept_shared(&self, listener: ListenerId) {
+    /// Accepts what a listener with a callback has.
+    fn accept_all(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
             if shell.core.borrow().leaves_to_others(listener) {
@@ -138,7 +136,9 @@ impl Worker {
             }
         }
         // One that is ending may have nothing more that could make it readable.
-        shell.core.borrow_mut().accept_rest(listener);
+        if shell.core.borrow().is_ending(listener) {
+            shell.core.borrow_mut().look(listener);
+        }
     }
 
     /// Receives one datagram after the other: what the callback does not want, because it closes
@@ -183,16 +183,9 @@ impl Worker {
         inner: &Rc<Inner>,
         listener: ListenerId,
     ) -> Result<Option<Connection<OwnedFd>>> {
-        Self::wait_for(inner, listener, |worker, has_something| {
+        Self::wait_for(inner, listener, |worker| {
             let shell = &inner.shell;
-            shell.core.borrow_mut().want(listener);
-            shell.act();
-            let arrived = shell.core.borrow_mut().arrived(listener);
-            if let Some(fd) = arrived {
-                shell.fault("worker.has_taken");
-                return Ok(Some(Connection::new(fd, shell, Some(listener))));
-            }
-            if !has_something {
+            if shell.core.borrow().leaves_to_others(listener) {
                 return Ok(None);
             }
             Ok(match shell.try_accept(listener)? {
@@ -201,7 +194,10 @@ impl Worker {
                     worker.deliver(listener, accepted.fd, true);
                     None
                 }
-                Some(accepted) => Some(Connection::new(accepted.fd, shell, Some(listener))),
+                Some(accepted) => {
+                    shell.fault("worker.has_taken");
+                    Some(Connection::new(accepted.fd, shell, Some(listener)))
+                }
                 None => None,
             })
         })
@@ -213,22 +209,16 @@ impl Worker {
         listener: ListenerId,
         buffer: &mut [u8],
     ) -> Result<Option<(usize, SocketAddr)>> {
-        Self::wait_for(inner, listener, |_, has_something| {
-            if has_something {
-                // Or it had: another worker may have been faster.
-                inner.shell.try_receive(listener, buffer)
-            } else {
-                Ok(None)
-            }
+        Self::wait_for(inner, listener, |_| {
+            inner.shell.try_receive(listener, buffer)
         })
     }
 
-    /// Turns the loop until `look` finds something, or the listener has ended. `look` is told
-    /// whether the worker's copy of the listener, if it has one, has something.
+    /// Turns the loop until `look` finds something, or the listener has ended.
     fn wait_for<T>(
         inner: &Rc<Inner>,
         listener: ListenerId,
-        mut look: impl FnMut(&Self, bool) -> Result<Option<T>>,
+        mut look: impl FnMut(&Self) -> Result<Option<T>>,
     ) -> Result<Option<T>> {
         drop(inner.home.enter()?);
         let shell = &inner.shell;
@@ -237,53 +227,38 @@ impl Worker {
             inner: Rc::clone(inner),
             is_owner: false,
         };
+        // However fast connections come, the rest has its turn.
+        if inner.waited.get().elapsed() >= WAIT_EVERY {
+            worker.wait(listener, Some(Duration::ZERO))?;
+        }
         loop {
             // What the program is to be told comes before it is kept waiting.
             if inner.poller_waits.take() || worker.time_left() == Some(Duration::ZERO) {
                 worker.turn(Some(Duration::ZERO))?;
             }
-            let found = look(&worker, false)?;
+            let found = look(&worker)?;
             if found.is_some() {
                 return Ok(found);
             }
             let core = shell.core.borrow();
-            let (ended, ending) = (core.has_ended(listener), core.is_ending(listener));
-            let events = core.has_events();
+            let (ended, events) = (core.has_ended(listener), core.has_events());
             drop(core);
             if ended && !events {
                 return Ok(None);
             }
-            // A shared listener that is ending is emptied without waiting.
-            let has_something = ending || worker.wait(listener)?;
-            // Before anything else is looked at: a callback might close the listener.
-            let found = look(&worker, has_something)?;
-            if found.is_some() {
-                return Ok(found);
-            }
+            worker.wait(listener, worker.time_left())?;
         }
     }
 
-    /// Waits for anything at all; the channel, by which connections come, is read. Returns whether
-    /// the listener, if it is a shared one, has something for this worker.
-    fn wait(&self, listener: ListenerId) -> Result<bool> {
+    /// Waits for anything at all; what has come by the channel is read.
+    fn wait(&self, listener: ListenerId, limit: Option<Duration>) -> Result<()> {
         let shell = &self.inner.shell;
         let left = shell.core.borrow().leaves_to_others(listener);
-        let shared = shell.socket(listener).filter(|_| !left);
-        let shared = shared.as_deref().map(|registered| &**registered);
-        let ready = shell.wait(self.inner.home.as_fd(), shared, self.time_left())?;
-        self.inner.poller_waits.set(ready.poller);
-        Ok(ready.listener)
-    }
-}
-
-/// A connection is with its callback. The next one comes when this is dropped: also if the callback
-/// panics, and the program goes on.
-struct Delivering<'a>(&'a Worker, ListenerId);
-
-impl Drop for Delivering<'_> {
-    fn drop(&mut self) {
-        let Self(worker, listener) = *self;
-        worker.inner.forget_callbacks(listener);
-        worker.inner.shell.core.borrow_mut().delivered(listener);
+        let socket = shell.socket(listener).filter(|_| !left);
+        let socket = socket.as_deref().map(|registered| &**registered);
+        let poller = shell.wait(self.inner.home.as_fd(), socket, limit)?;
+        self.inner.poller_waits.set(poller);
+        self.inner.waited.set(Instant::now());
+        Ok(())
     }
 }
