@@ -240,7 +240,7 @@ impl<C> MasterCore<C> {
             };
             let giving = handle.gives_from;
             let look = handle.connections.look_at();
-            let look = look.filter(|_| handle.stage != Stage::Unbound);
+            let look = look.filter(|_| handle.is_balanced());
             rest.into_iter().chain(quiet).chain(giving).chain(look)
         });
         let worker = self.deadlines.first().map(|(time, _)| *time);
@@ -656,7 +656,8 @@ impl<C> MasterCore<C> {
                 let Some(entry) = self.handles.get_mut(&handle) else {
                     return Err(FrameError::State("ready for a listener it has not"));
                 };
-                self.ledger.taken += entry.connections.idle(worker, taken, self.now)?;
+                let taken = entry.connections.idle(worker, taken, self.now)?;
+                self.taken(taken);
                 self.distribute(handle);
                 self.pull(handle);
                 self.balance(handle);

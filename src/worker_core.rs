@@ -906,6 +906,7 @@ mod tests {
     fn who_leaves_serves_what_is_left_however_much_it_has() {
         let mut core = WorkerCore::new();
         let listener = listener(&mut core, HANDLE);
+        looks(&mut core, listener);
         core.set_most(listener, Some(0));
         assert!(!looks(&mut core, listener));
         core.frame(ToWorker::Disconnect, None).unwrap();

@@ -82,6 +82,8 @@ pub(super) struct Handle<C> {
     pub(super) watched: bool,
     /// Whoever may still take or refuse something.
     pub(super) members: BTreeSet<WorkerId>,
+    /// The members that want no more, and whose queues are not closed yet.
+    pub(super) leaving: BTreeSet<WorkerId>,
     /// The members whose programs have it.
     pub(super) listening: BTreeSet<WorkerId>,
     /// The members that have not been told that nothing more comes.
@@ -93,6 +95,13 @@ pub(super) struct Handle<C> {
 }
 
 impl<C> Handle<C> {
+    /// Whether workers are given what others have in their queues. Until the backlog is known to be
+    /// empty, it is looked at first.
+    pub(super) fn is_balanced(&self) -> bool {
+        let looked = !matches!(self.door, Door::Ready | Door::Accepting);
+        looked && self.stage != Stage::Unbound && self.gives_from.is_none()
+    }
+
     fn is_unix(&self) -> bool {
         self.key.endpoint.kind == Kind::Unix
     }
@@ -123,6 +132,7 @@ impl<C> MasterCore<C> {
                     door: Door::Watched,
                     watched: false,
                     members: BTreeSet::new(),
+                    leaving: BTreeSet::new(),
                     listening: BTreeSet::new(),
                     serving: BTreeSet::new(),
                     connections: RoundRobin::new(),
@@ -217,6 +227,7 @@ impl<C> MasterCore<C> {
             let address = Address::new(&entry.key.endpoint, entry.address).to_string();
             self.watch(handle, false);
             self.error(None, Error::Accept { address, source });
+            self.balance(handle);
         }
     }
 }
@@ -261,7 +272,7 @@ impl<C> MasterCore<C> {
     ) {
         if let Some(entry) = self.handles.get_mut(&handle) {
             let came_back = entry.connections.came_back(worker, connections, is_empty);
-            self.ledger.taken += came_back;
+            self.taken(came_back);
             self.offer(handle);
         }
     }
@@ -270,11 +281,16 @@ impl<C> MasterCore<C> {
     pub(crate) fn counted(&mut self, handle: HandleId, worker: WorkerId, queued: u64) {
         if let Some(entry) = self.handles.get_mut(&handle) {
             let taken = entry.connections.counted(worker, queued);
-            self.ledger.taken += taken;
-            if taken > 0 {
+            self.taken(taken);
+            if taken != 0 {
                 self.look_again_if_draining(handle);
             }
         }
+    }
+
+    /// So many more connections are known to be taken.
+    pub(super) fn taken(&mut self, more: i64) {
+        self.ledger.taken = self.ledger.taken.saturating_add_signed(more);
     }
 
     /// A worker's queue is closed, and this was in it.
@@ -287,8 +303,10 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
+        entry.leaving.remove(&worker);
         if entry.members.remove(&worker) {
-            self.ledger.taken += entry.connections.leave(worker, connections);
+            let taken = entry.connections.leave(worker, connections);
+            self.taken(taken);
             self.offer(handle);
         }
         let abandoned = |entry: &Handle<C>| entry.members.is_empty();
@@ -315,6 +333,12 @@ impl<C> MasterCore<C> {
         match self.keys.get(&key) {
             Some(handle) => {
                 let handle = *handle;
+                if self.handles[&handle].leaving.contains(&worker) {
+                    // There has been no descriptor to empty its old queue with.
+                    let result = Err(errno::EMFILE);
+                    self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                    return Ok(());
+                }
                 if self.handles[&handle].members.contains(&worker) {
                     return Err(FrameError::State("listens twice with one index"));
                 }
@@ -398,12 +422,8 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get(&handle) else {
             return;
         };
-        // Until the backlog is known to be empty, it is looked at first.
-        let unlooked = matches!(entry.door, Door::Ready | Door::Accepting);
-        if unlooked || entry.stage == Stage::Unbound || entry.gives_from.is_some() {
-            return;
-        }
-        if let Some(worker) = entry.connections.to_take_back(self.now) {
+        let worker = entry.connections.to_take_back(self.now);
+        if let Some(worker) = worker.filter(|_| entry.is_balanced()) {
             self.actions.push_back(Action::TakeBack {
                 handle,
                 worker,
@@ -637,6 +657,9 @@ impl<C> MasterCore<C> {
         }
         match policy {
             SchedulingPolicy::RoundRobin => {
+                if let Some(entry) = self.handles.get_mut(&handle) {
+                    entry.leaving.insert(worker);
+                }
                 self.actions
                     .push_back(Action::CloseQueue { handle, worker });
             }

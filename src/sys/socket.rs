@@ -141,10 +141,11 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 /// `sendfd` has this, too, but tells neither of lost descriptors nor lets the kernel mark them: a
 /// thread that forks between the call and the mark would give them to its child.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
+    // Never waits, whatever somebody else who has the socket, too, has made of it.
     #[cfg(not(target_vendor = "apple"))]
-    const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
+    const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     #[cfg(target_vendor = "apple")]
-    const FLAGS: libc::c_int = 0;
+    const FLAGS: libc::c_int = libc::MSG_DONTWAIT;
     // For the descriptors and a header; of numbers, because the header has to be aligned.
     let mut control = [0u64; MOST_AT_ONCE * size_of::<RawFd>() / size_of::<u64>() + 4];
     let fds = MOST_AT_ONCE * size_of::<RawFd>();

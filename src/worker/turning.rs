@@ -135,9 +135,10 @@ impl Worker {
                 Err(error) => return self.rest(listener, error),
             }
         }
-        // One that is ending may have nothing more that could make it readable.
-        if shell.core.borrow().is_ending(listener) {
-            shell.core.borrow_mut().look(listener);
+        // It may have nothing more that could make it readable: then it ends, or is idle.
+        let mut core = shell.core.borrow_mut();
+        if core.is_ending(listener) || core.has_queue(listener) {
+            core.look(listener);
         }
     }
 
