@@ -130,9 +130,13 @@ impl<C> RoundRobin<C> {
         }
     }
 
-    /// How many more connections may be accepted now: the room not spoken for.
+    /// How many more connections may be accepted now: the room not spoken for. None as long as
+    /// nobody is idle: whoever comes may as well wait in the kernel.
     pub(crate) fn room(&self) -> u64 {
-        self.room.saturating_sub(self.waiting.len() as u64)
+        match self.next.first() {
+            Some((_, 0, _, _)) => self.room.saturating_sub(self.waiting.len() as u64),
+            _ => 0,
+        }
     }
 
     /// Whether any connection waits for a worker.
@@ -317,17 +321,18 @@ impl<C> RoundRobin<C> {
         Some(Given { worker, placed })
     }
 
-    /// Out of whose queue a connection should be taken back, because another worker is idle.
-    pub(crate) fn to_take_back(&self, now: Time) -> Option<WorkerId> {
+    /// Out of whose queue connections should be taken back, because another worker is idle, and how
+    /// many: half of what lies behind others.
+    pub(crate) fn to_take_back(&self, now: Time) -> Option<(WorkerId, usize)> {
         if !self.anyone_is_idle() || self.anyone_waits() {
             return None;
         }
-        let stale = self
-            .unmoved
-            .first()
-            .filter(|(since, _)| *since + STALE <= now);
-        let behind = self.behind.last().map(|(_, worker)| *worker);
-        behind.or(stale.map(|(_, worker)| *worker))
+        if let Some((behind, worker)) = self.behind.last() {
+            return Some((*worker, behind.div_ceil(2) as usize));
+        }
+        let stale = self.unmoved.first();
+        let stale = stale.filter(|(since, _)| *since + STALE <= now);
+        stale.map(|(_, worker)| (*worker, 1))
     }
 
     /// When `to_take_back` may have somebody to name although nothing has happened.
@@ -474,9 +479,9 @@ mod tests {
         assert_eq!(who(&mut rr).len(), 5);
         assert_eq!(rr.to_take_back(NOW), None, "nobody is idle");
         rr.join(id(2));
-        for turn in 1..=4 {
+        for (turn, takes) in [(1, 2), (2, 2), (3, 1), (4, 1)] {
             rr.idle(id(2), turn - 1, NOW).unwrap();
-            assert_eq!(rr.to_take_back(NOW), Some(id(1)));
+            assert_eq!(rr.to_take_back(NOW), Some((id(1), takes)));
             rr.came_back(id(1), vec![(15 + turn, 0)], false);
             assert_eq!(who(&mut rr), [(2, 0)]);
         }
@@ -491,7 +496,7 @@ mod tests {
         assert_eq!(who(&mut rr), [(1, 5)]);
         assert_eq!(rr.to_take_back(NOW), None);
         assert_eq!(rr.look_at(), Some(STALE));
-        assert_eq!(rr.to_take_back(STALE), Some(id(1)));
+        assert_eq!(rr.to_take_back(STALE), Some((id(1), 1)));
         rr.came_back(id(1), vec![(1, 5)], false);
         assert_eq!(who(&mut rr), [(2, 5)]);
         rr.idle(id(2), 1, NOW).unwrap();
@@ -600,10 +605,10 @@ mod tests {
                 while let Some(given) = rr.distribute(now) {
                     queues[given.worker.get() as usize].push_back(given.placed);
                 }
-                while let Some(victim) = rr.to_take_back(now) {
+                while let Some((victim, count)) = rr.to_take_back(now) {
                     let queue = &mut queues[victim.get() as usize];
-                    let back: Vec<_> = queue.pop_front().into_iter().collect();
-                    let is_empty = back.is_empty();
+                    let back: Vec<_> = queue.drain(..count.min(queue.len())).collect();
+                    let is_empty = back.len() < count;
                     rr.came_back(victim, back, is_empty);
                     while let Some(given) = rr.distribute(now) {
                         queues[given.worker.get() as usize].push_back(given.placed);

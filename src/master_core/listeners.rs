@@ -209,10 +209,12 @@ impl<C> MasterCore<C> {
             return;
         };
         if entry.door == Door::Accepting {
-            entry.door = Door::Watched;
+            // While nobody is idle, nobody need know who comes.
+            let anyone = entry.connections.room() > 0;
+            entry.door = if anyone { Door::Watched } else { Door::Ready };
             // The poller would say again and again that a shut door is shut.
             let shut_for_good = entry.is_unix() && entry.stage != Stage::Open;
-            self.watch(handle, !shut_for_good);
+            self.watch(handle, anyone && !shut_for_good);
             self.balance(handle);
             self.unbind_if_drained(handle);
         }
@@ -417,17 +419,17 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Takes a connection back that lies in one worker's queue although another one is idle.
+    /// Takes connections back that lie in one worker's queue although another one is idle.
     pub(super) fn balance(&mut self, handle: HandleId) {
         let Some(entry) = self.handles.get(&handle) else {
             return;
         };
-        let worker = entry.connections.to_take_back(self.now);
-        if let Some(worker) = worker.filter(|_| entry.is_balanced()) {
+        let from = entry.connections.to_take_back(self.now);
+        if let Some((worker, at_most)) = from.filter(|_| entry.is_balanced()) {
             self.actions.push_back(Action::TakeBack {
                 handle,
                 worker,
-                at_most: 1,
+                at_most,
             });
         }
     }
@@ -676,6 +678,7 @@ impl<C> MasterCore<C> {
             self.ledger.dropped += entry.connections.drop_waiting();
         } else {
             self.distribute(handle);
+            self.pull(handle);
             self.balance(handle);
             self.look_again_if_draining(handle);
         }

@@ -58,7 +58,7 @@ impl Queue {
     /// something.
     pub(crate) fn give(&self, place: u64, connection: &CommonFd) -> io::Result<()> {
         let message = place.to_le_bytes();
-        socket::send_fds(&self.writer, &message, &[connection.as_fd()]).map(drop)
+        socket::send_one(&self.writer, &message, connection.as_fd()).map(drop)
     }
 
     /// Takes out the first connection, as `take` does.
