@@ -66,11 +66,11 @@ pub(crate) fn send_one(
     bytes: &[u8],
     fd: BorrowedFd<'_>,
 ) -> io::Result<usize> {
-    const LENGTH: libc::c_uint = size_of::<RawFd>() as libc::c_uint;
+    let size = libc::c_uint::try_from(size_of::<RawFd>()).unwrap_or(0);
     // Of numbers, because the header has to be aligned.
     let mut control = [0u64; 4];
     // SAFETY: computes a length.
-    let space = unsafe { libc::CMSG_SPACE(LENGTH) };
+    let space = unsafe { libc::CMSG_SPACE(size) };
     debug_assert!(space as usize <= size_of_val(&control));
     let mut vector = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -85,7 +85,7 @@ pub(crate) fn send_one(
     // SAFETY: the message has room for one header and one number.
     let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     // SAFETY: computes a length.
-    let length = unsafe { libc::CMSG_LEN(LENGTH) };
+    let length = unsafe { libc::CMSG_LEN(size) };
     // SAFETY: all zeroes is a valid header.
     let mut content: libc::cmsghdr = unsafe { std::mem::zeroed() };
     content.cmsg_len = length as _;
