@@ -442,7 +442,7 @@ impl WorkerShell {
         let was_path = self.files.borrow_mut().remove(&listener).is_some();
         if let Some(socket) = self.socket(listener) {
             match &**socket {
-                Socket::Listener(socket) if was_path => sys::listen::shut_unix_door(socket),
+                Socket::Listener(socket) if was_path => sys::listen::shut_for_good(socket),
                 Socket::Listener(socket) => drop(sys::listen::shut_door(socket)),
                 Socket::Queue(_) | Socket::Datagrams(_) => {}
             }
