@@ -81,6 +81,8 @@ pub(crate) struct Inner {
     of_listener: RefCell<BTreeMap<ListenerId, ListenerCallbacks>>,
     /// `accept` has found the poller ready and has not looked yet.
     poller_waits: Cell<bool>,
+    /// Before `accept` waits in the kernel, the channel has to be empty.
+    looks_around: Cell<bool>,
     /// When `accept` has waited last.
     waited: Cell<Instant>,
     on_message: Callbacks<OnMessage>,
@@ -112,7 +114,8 @@ impl Worker {
             shell: Rc::new(shell.map_err(Error::io("wait for the channel"))?),
             home,
             of_listener: RefCell::default(),
-            poller_waits: Cell::new(false),
+            poller_waits: Cell::new(true),
+            looks_around: Cell::new(true),
             waited: Cell::new(Instant::now()),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),

@@ -242,6 +242,11 @@ impl WorkerCore {
         entry.is_some_and(|entry| entry.kind == Kind::Udp)
     }
 
+    /// Whether a callback waits for connections or datagrams.
+    pub(crate) fn serves_any(&self) -> bool {
+        self.listeners.values().any(|entry| entry.served)
+    }
+
     /// Whether its connections come by a queue.
     pub(crate) fn has_queue(&self, listener: ListenerId) -> bool {
         self.listeners.get(&listener).is_some_and(Entry::has_queue)

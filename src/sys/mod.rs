@@ -8,6 +8,7 @@
 mod child;
 pub(crate) mod env;
 pub(crate) mod fd;
+pub(crate) mod interrupt;
 pub(crate) mod listen;
 pub(crate) mod poll;
 pub(crate) mod process;
