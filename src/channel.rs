@@ -31,6 +31,10 @@ const HARD_LIMIT: usize = 8 << 20;
 /// Above this many bytes waiting, a peer that reads nothing is cut off. Frames of the crate's own
 /// may use the room beyond the hard limit; there are few of them for each that the peer sends.
 const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
+/// The same for descriptors that wait: `send` refuses more.
+const FDS_LIMIT: usize = 256;
+/// And a peer that lets so many wait is cut off.
+const FDS_CUT_OFF: usize = 2 * FDS_LIMIT;
 /// How much one call writes at most.
 const WRITE_SIZE: usize = 64 << 10;
 /// How much one call reads at most, and so how long one peer keeps the loop.
@@ -365,7 +369,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if fds.len() > MAX_FDS {
             return Err(SendError::TooManyDescriptors);
         }
-        if self.outbox.bytes.len() + length > HARD_LIMIT {
+        let full = !fds.is_empty() && self.outbox.fds.len() + fds.len() > FDS_LIMIT;
+        if full || self.outbox.bytes.len() + length > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
         self.queue(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
@@ -428,7 +433,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.bytes.len() > CUT_OFF {
+        if self.outbox.bytes.len() > CUT_OFF || self.outbox.fds.len() > FDS_CUT_OFF {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())

@@ -394,8 +394,8 @@ impl MasterShell {
                 }
             }
             // Where it cannot be done, the backlog is emptied with the door open.
-            Action::ShutDoor { handle } => match self.listeners.borrow().get(&handle) {
-                Some(listener) => {
+            Action::ShutDoor { handle } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
                     for socket in &listener.sockets {
                         if listener.is_path {
                             sys::listen::shut_for_good(socket);
@@ -404,8 +404,7 @@ impl MasterShell {
                         }
                     }
                 }
-                None => {}
-            },
+            }
             Action::OpenDoor { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
                     for socket in &listener.sockets {

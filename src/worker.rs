@@ -83,6 +83,8 @@ pub(crate) struct Inner {
     poller_waits: Cell<bool>,
     /// Before `accept` waits in the kernel, the channel has to be empty.
     looks_around: Cell<bool>,
+    /// It has waited there, and been interrupted.
+    has_waited: Cell<bool>,
     /// When `accept` has waited last.
     waited: Cell<Instant>,
     on_message: Callbacks<OnMessage>,
@@ -116,6 +118,7 @@ impl Worker {
             of_listener: RefCell::default(),
             poller_waits: Cell::new(true),
             looks_around: Cell::new(true),
+            has_waited: Cell::new(false),
             waited: Cell::new(Instant::now()),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),

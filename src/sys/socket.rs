@@ -226,6 +226,13 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<P
     })
 }
 
+/// `SCM_PIDFD`: the kernel adds a descriptor of the sender's process, if somebody who has the socket,
+/// too, has asked for it.
+#[cfg(target_os = "linux")]
+const PIDFD: libc::c_int = 4;
+#[cfg(not(target_os = "linux"))]
+const PIDFD: libc::c_int = libc::SCM_RIGHTS;
+
 /// Takes ownership of the descriptors that came with a message.
 fn adopt_all(message: &libc::msghdr) -> Vec<CommonFd> {
     let mut fds = Vec::new();
@@ -243,13 +250,16 @@ fn adopt_all(message: &libc::msghdr) -> Vec<CommonFd> {
         let empty = unsafe { libc::CMSG_LEN(0) } as usize;
         // SAFETY: the data follow the header.
         let mut data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
-        if cmsg_level == libc::SOL_SOCKET && cmsg_type == libc::SCM_RIGHTS {
+        let brings_fds = cmsg_type == libc::SCM_RIGHTS || cmsg_type == PIDFD;
+        if cmsg_level == libc::SOL_SOCKET && brings_fds {
             #[allow(clippy::unnecessary_cast, reason = "not the same type everywhere")]
             let length = cmsg_len as usize - empty;
             for _ in 0..length / size_of::<RawFd>() {
                 // SAFETY: so many numbers are there; nothing says that they are aligned.
                 let fd = super::fd::adopt(unsafe { data.read_unaligned() });
-                fds.push(fd.into());
+                if cmsg_type == libc::SCM_RIGHTS {
+                    fds.push(fd.into());
+                }
                 // SAFETY: the next number, or the end.
                 data = unsafe { data.add(1) };
             }

@@ -233,13 +233,15 @@ impl Worker {
     /// Accepts a connection, and waits for it. Whatever else there is to do comes first.
     fn accept_blocking(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let (shell, home) = (&self.inner.shell, &self.inner.home);
-        if self.inner.looks_around.take() && shell.hear()? {
-            self.inner.looks_around.set(true);
+        if self.inner.looks_around.get() && shell.hear()? {
+            self.inner.has_waited.set(true);
             return Ok(None);
         }
+        self.inner.looks_around.set(false);
         let deadline = home.deadline(shell.deadline());
         let accepted = shell.accept_blocking(listener, deadline)?;
         if accepted.is_none() {
+            self.inner.has_waited.set(true);
             self.inner.looks_around.set(true);
             self.inner.poller_waits.set(true);
         }
@@ -289,7 +291,7 @@ impl Worker {
             if ended && !events {
                 return Ok(None);
             }
-            if !inner.looks_around.get() {
+            if !inner.has_waited.take() {
                 worker.wait(listener, worker.time_left())?;
             }
         }
