@@ -323,7 +323,8 @@ impl Worker {
     /// # Errors
     ///
     /// [`Error::Send`] with [`ChannelClosed`](crate::SendError::ChannelClosed),
-    /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull) when 8 MiB wait already.
+    /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull)
+    /// when 8 MiB or 256 descriptors wait already.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

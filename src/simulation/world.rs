@@ -465,6 +465,11 @@ impl World {
                 port.shut = false;
             }
             Action::Unbind { handle } => self.unbind(handle),
+            // Nobody waits in the kernel here.
+            Action::Unblock { .. } => {}
+            Action::BindShard { .. } | Action::UnbindShard { .. } | Action::Steer { .. } => {
+                unreachable!("there are no shards here")
+            }
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
             Action::CloseChannel { worker } => {
                 let process = self.process(worker);
@@ -781,7 +786,7 @@ impl World {
         let shared = std::mem::take(&mut process.shared);
         let carries = |parcel: &Parcel<_>| match parcel.with {
             With::Listener(handle) => Some(handle),
-            With::Nothing | With::Queue(_) => None,
+            With::Nothing | With::Queue(_) | With::Shard(..) => None,
         };
         let mut handles: Vec<_> = shared.into_values().collect();
         handles.extend(process.down.wire.iter().filter_map(carries));
@@ -922,7 +927,7 @@ impl World {
         };
         let handle = match parcel.with {
             With::Nothing => None,
-            With::Listener(handle) | With::Queue(handle) => Some(handle),
+            With::Listener(handle) | With::Queue(handle) | With::Shard(handle, _) => Some(handle),
         };
         match process.core.frame(frame, message) {
             Ok(listener) => {
