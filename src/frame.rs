@@ -27,7 +27,7 @@
 //!                   backlog 4, flags 1,        |                   address                 0, 1
 //!                   kind 1, place              |
 //!   3   Listening   handle 4                   |
-//!   4   Ready       handle 4, taken 8          |  66   End         handle 4, drain 1
+//!   4   Ready       handle 4, taken 8, open 4  |  66   End         handle 4, drain 1
 //!   5   Revoke      handle 4                   |  67   Disconnect
 //!   6   Close       handle 4                   | 127   Message     the program's bytes       n
 //!   7   Leaving                                |
@@ -101,11 +101,12 @@ pub(crate) enum ToMaster {
     Listening {
         handle: HandleId,
     },
-    /// The worker's queue was empty when its program had taken `taken` connections out of it in all:
-    /// it is idle.
+    /// The worker's queue was empty when its program had taken `taken` connections out of it in all,
+    /// and had `open` of them: it is idle.
     Ready {
         handle: HandleId,
         taken: u64,
+        open: u32,
     },
     /// The worker will take nothing more from this listener; the last frame that names it.
     Close {
@@ -417,9 +418,14 @@ impl Frame for ToMaster {
             Self::Listening { handle } => frame(out, 3, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
-            Self::Ready { handle, taken } => frame(out, 4, fds, |out| {
+            Self::Ready {
+                handle,
+                taken,
+                open,
+            } => frame(out, 4, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
                 out.extend_from_slice(&taken.to_le_bytes());
+                out.extend_from_slice(&open.to_le_bytes());
             }),
             Self::Close { handle } => frame(out, 6, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
@@ -458,6 +464,7 @@ impl Frame for ToMaster {
                 4 => Self::Ready {
                     handle: body.handle()?,
                     taken: body.u64()?,
+                    open: body.u32()?,
                 },
                 5 => Self::Revoke {
                     handle: body.handle()?,
@@ -644,8 +651,11 @@ mod tests {
                 ToMaster::Ready {
                     handle: H,
                     taken: 3,
+                    open: 2,
                 },
-                vec![12, 0, 0, 0, 1, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0],
+                vec![
+                    16, 0, 0, 0, 1, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0,
+                ],
             ),
             (
                 ToMaster::Close { handle: H },

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -10,13 +11,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::address::Address;
-use crate::callbacks::{CallbackId, Callbacks};
+use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::channel::ReceiptId;
 use crate::error::{Error, Result, SendError};
 use crate::event::{Emit, Event, Level};
 use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::frame::HandleId;
 use crate::ledger::Ledger;
+use crate::loads::{Loads, WorkerLoad};
 use crate::master_shell::{Fed, MasterShell};
 use crate::message::Message;
 use crate::settings::{DEBUG, SchedulingPolicy, Settings};
@@ -93,6 +95,7 @@ pub struct Master {
     shell: Rc<MasterShell>,
     home: EventLoop<Self>,
     callbacks: ClusterCallbacks,
+    scheduler: RefCell<Option<Shared<Scheduler>>>,
     /// Those of the workers that have not left.
     of_worker: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
@@ -115,6 +118,7 @@ impl std::fmt::Debug for Master {
 type OnFork = dyn FnMut(&Master, &WorkerProcess);
 type OnSetup = dyn FnMut(&Master, &Settings);
 type OnDisconnected = dyn FnOnce(&Master);
+type Scheduler = dyn FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId>;
 
 #[derive(Default)]
 struct ClusterCallbacks {
@@ -135,6 +139,7 @@ impl Master {
             shell: Rc::new(shell),
             home,
             callbacks: ClusterCallbacks::default(),
+            scheduler: RefCell::default(),
             of_worker: RefCell::default(),
             settings: RefCell::default(),
             child_signal: RefCell::default(),
@@ -392,6 +397,57 @@ impl Master {
     pub fn ledger(&self) -> Ledger {
         self.shell.count_all();
         self.shell.core.borrow().ledger()
+    }
+}
+
+/// Who gets the connections.
+impl Master {
+    /// Returns how busy workers and listeners are: figures to show, or to decide by.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let loads = master.loads();
+    /// for load in &loads.workers {
+    ///     println!("worker {}: {} served, {} open", load.worker, load.taken, load.open);
+    /// }
+    /// for load in &loads.listeners {
+    ///     println!("{}: {:?} wait", load.address, load.queued);
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn loads(&self) -> Loads {
+        self.shell.loads()
+    }
+
+    /// Lets the program choose the worker for each connection that the master accepts, instead of
+    /// round robin: by the client's address, say, or by what workers have to do.
+    ///
+    /// Node has no counterpart. The closure gets the client's address (`None` for a Unix socket), and
+    /// those workers that listen, by id. A connection waits for the worker that was chosen, however
+    /// busy that is; should the worker die before it takes it, the closure is asked again. With
+    /// `None`, or a worker that is not among them, whoever is next in round robin gets it. The master
+    /// accepts at most 16 connections ahead for each worker. Call it at any time; the latest closure
+    /// is asked. Only with [`SchedulingPolicy::RoundRobin`] there is something to choose.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// // Whoever has the fewest connections open gets the next one.
+    /// master.set_scheduler(|_, workers| {
+    ///     let least = workers.iter().min_by_key(|load| load.open + load.waiting());
+    ///     least.map(|load| load.worker)
+    /// });
+    /// # }
+    /// ```
+    pub fn set_scheduler(
+        &self,
+        choose: impl FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId> + 'static,
+    ) {
+        self.shell.core.borrow_mut().let_choose();
+        let replaced = self.scheduler.replace(Some(Rc::new(RefCell::new(choose))));
+        drop(replaced);
     }
 }
 
@@ -820,9 +876,31 @@ impl Master {
         self.child_signal.borrow().is_some() && self.shell.anyone_ends_unseen()
     }
 
+    /// Asks the program who gets the connections that have been accepted.
+    fn choose(&self) {
+        let Some(scheduler) = self.scheduler.borrow().as_ref().map(Rc::clone) else {
+            return;
+        };
+        loop {
+            let core = self.shell.core.borrow();
+            let Some((handle, place, connection)) = core.unchosen() else {
+                return;
+            };
+            let peer = sys::listen::peer_addr(connection.as_fd());
+            let candidates = core.candidates(handle);
+            drop(core);
+            // It may turn the loop, and be asked while it is asked.
+            let chosen = scheduler.try_borrow_mut();
+            let chosen = chosen.ok().and_then(|mut choose| choose(peer, &candidates));
+            self.shell.core.borrow_mut().choose(handle, place, chosen);
+            self.shell.act();
+        }
+    }
+
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
         self.shell.act();
+        self.choose();
         for _ in 0..EVENTS_PER_TURN {
             let over = self.callbacks.over.borrow_mut().pop_front();
             if let Some(callback) = over {
@@ -982,6 +1060,7 @@ impl Drop for Master {
     fn drop(&mut self) {
         // What closures own may own what owns them.
         self.home.clear();
+        drop(self.scheduler.take());
         for callbacks in self.of_worker.take().into_values() {
             callbacks.clear();
         }

@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::event::{Departure, Emit, Event, Level, WorkerState};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::ledger::Ledger;
+use crate::loads::{ListenerLoad, WorkerLoad};
 use crate::message::Message;
 use crate::round_robin::Placed;
 use crate::settings::SchedulingPolicy;
@@ -164,6 +165,8 @@ struct WorkerEntry {
 #[derive(Debug)]
 pub(crate) struct MasterCore<C> {
     policy: SchedulingPolicy,
+    /// The program says which worker gets which connection.
+    chooses: bool,
     now: Time,
     last_worker: u32,
     last_handle: u32,
@@ -187,6 +190,7 @@ impl<C> MasterCore<C> {
     pub(crate) fn new(policy: SchedulingPolicy) -> Self {
         Self {
             policy,
+            chooses: false,
             now: Time::ZERO,
             last_worker: 0,
             last_handle: 0,
@@ -322,7 +326,67 @@ impl<C> MasterCore<C> {
             .any(|handle| handle.connections.anyone_waits())
     }
 
+    /// What workers and listeners have had so far.
+    pub(crate) fn loads(&self) -> (Vec<WorkerLoad>, Vec<(HandleId, ListenerLoad)>) {
+        let all = self.workers.keys().map(|id| (*id, WorkerLoad::new(*id)));
+        let mut workers: BTreeMap<_, _> = all.collect();
+        for load in self
+            .handles
+            .values()
+            .flat_map(|handle| handle.connections.loads())
+        {
+            if let Some(sum) = workers.get_mut(&load.worker) {
+                sum.given += load.given;
+                sum.taken += load.taken;
+                sum.open += load.open;
+                sum.refused += load.refused;
+            }
+        }
+        let open = self.handles.iter();
+        let open = open.filter(|(_, handle)| handle.stage != Stage::Unbound);
+        let listeners = open.map(|(id, handle)| {
+            let load = ListenerLoad {
+                address: Address::new(&handle.key.endpoint, handle.address),
+                accepted: handle.connections.accepted(),
+                queued: None,
+            };
+            (*id, load)
+        });
+        (workers.into_values().collect(), listeners.collect())
+    }
+
+    /// A connection of which the program is to say who gets it.
+    pub(crate) fn unchosen(&self) -> Option<(HandleId, u64, &C)> {
+        let mut handles = self.handles.iter();
+        handles.find_map(|(handle, entry)| {
+            let (place, connection) = entry.connections.unchosen()?;
+            Some((*handle, place, connection))
+        })
+    }
+
+    /// What those have had so far who may get a connection of this listener.
+    pub(crate) fn candidates(&self, handle: HandleId) -> Vec<WorkerLoad> {
+        let entry = self.handles.get(&handle);
+        entry.map_or_else(Vec::new, |entry| entry.connections.loads().collect())
+    }
+
     // What the program does.
+
+    /// From now on it says itself which worker gets which connection.
+    pub(crate) fn let_choose(&mut self) {
+        self.chooses = true;
+        for handle in self.handles.values_mut() {
+            handle.connections.let_choose();
+        }
+    }
+
+    /// It has chosen this worker for a connection, or none in particular.
+    pub(crate) fn choose(&mut self, handle: HandleId, place: u64, worker: Option<WorkerId>) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            entry.connections.choose(place, worker);
+            self.distribute(handle);
+        }
+    }
 
     /// Fails once the policy is frozen by the first fork.
     pub(crate) fn set_policy(&mut self, policy: SchedulingPolicy) -> Result<(), Error> {
@@ -685,11 +749,15 @@ impl<C> MasterCore<C> {
                 let address = Address::new(&listened.key.endpoint, listened.address);
                 self.emit_both(worker, &Event::Listening(Rc::new(address)));
             }
-            ToMaster::Ready { handle, taken } => {
+            ToMaster::Ready {
+                handle,
+                taken,
+                open,
+            } => {
                 let Some(entry) = self.handles.get_mut(&handle) else {
                     return Err(FrameError::State("ready for a listener it has not"));
                 };
-                let taken = entry.connections.idle(worker, taken, self.now)?;
+                let taken = entry.connections.idle(worker, (taken, open), self.now)?;
                 self.taken(taken);
                 self.distribute(handle);
                 self.pull(handle);

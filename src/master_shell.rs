@@ -18,6 +18,7 @@ use crate::error::{Error, SendError};
 use crate::event::Departure;
 use crate::event_loop::Token;
 use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
+use crate::loads::Loads;
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
 use crate::round_robin::Placed;
@@ -559,6 +560,25 @@ impl MasterShell {
         let queued = queues.get(&(handle, worker)).and_then(Queue::count);
         if let Some(queued) = queued {
             self.core.borrow_mut().counted(handle, worker, queued);
+        }
+    }
+
+    /// How busy all are.
+    pub(crate) fn loads(&self) -> Loads {
+        self.count_all();
+        let (workers, listeners) = self.core.borrow().loads();
+        let own = self.listeners.borrow();
+        let counted = listeners.into_iter().map(|(handle, mut load)| {
+            let sockets = own.get(&handle).map_or(&[][..], |own| &own.sockets);
+            let queued = sockets
+                .iter()
+                .map(|socket| sys::listen::count_queued(socket));
+            load.queued = queued.sum();
+            load
+        });
+        Loads {
+            workers,
+            listeners: counted.collect(),
         }
     }
 

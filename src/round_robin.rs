@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::frame::FrameError;
+use crate::loads::WorkerLoad;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
@@ -43,6 +44,10 @@ struct Member {
     taken: u64,
     /// How many of these it had taken out when it was idle.
     done: u64,
+    /// How many of these its program still had then.
+    open: u64,
+    /// Taken back.
+    refused: u64,
     /// How many it may have been sent since then.
     window: u32,
     /// When it was sent the first of them.
@@ -109,6 +114,11 @@ pub(crate) struct RoundRobin<C> {
     room: u64,
     /// Accepted and given to nobody, by place.
     waiting: BTreeMap<u64, C>,
+    /// The program says who gets what; here is what it has not been asked about, and what it has
+    /// chosen somebody for who has no room.
+    chooses: bool,
+    unchosen: BTreeMap<u64, C>,
+    chosen: BTreeMap<WorkerId, BTreeMap<u64, C>>,
     /// Sent and not known to be taken.
     under_way: u64,
     accepted: u64,
@@ -124,6 +134,9 @@ impl<C> RoundRobin<C> {
             unmoved: BTreeSet::new(),
             room: 0,
             waiting: BTreeMap::new(),
+            chooses: false,
+            unchosen: BTreeMap::new(),
+            chosen: BTreeMap::new(),
             under_way: 0,
             accepted: 0,
             turns: 0,
@@ -133,15 +146,61 @@ impl<C> RoundRobin<C> {
     /// How many more connections may be accepted now: the room not spoken for. None as long as
     /// nobody is idle: whoever comes may as well wait in the kernel.
     pub(crate) fn room(&self) -> u64 {
+        if self.chooses {
+            let ready = self.members.values().filter(|m| m.ready && !m.ended);
+            let most = ready.count() as u64 * u64::from(MAX_WINDOW);
+            return most.saturating_sub(self.in_hand());
+        }
         match self.next.first() {
-            Some((_, 0, _, _)) => self.room.saturating_sub(self.waiting.len() as u64),
+            Some((_, 0, _, _)) => self.room.saturating_sub(self.count_waiting()),
             _ => 0,
         }
     }
 
+    /// Accepted and given to nobody.
+    fn count_waiting(&self) -> u64 {
+        let chosen: usize = self.chosen.values().map(BTreeMap::len).sum();
+        (self.waiting.len() + self.unchosen.len() + chosen) as u64
+    }
+
     /// Whether any connection waits for a worker.
     pub(crate) fn anyone_waits(&self) -> bool {
-        !self.waiting.is_empty()
+        self.count_waiting() > 0
+    }
+
+    /// From now on the program says who gets what.
+    pub(crate) fn let_choose(&mut self) {
+        self.chooses = true;
+    }
+
+    /// A connection of which the program is to say who gets it.
+    pub(crate) fn unchosen(&self) -> Option<(u64, &C)> {
+        let (place, connection) = self.unchosen.first_key_value()?;
+        Some((*place, connection))
+    }
+
+    /// The program has chosen this worker; or none, and leaves it to whoever is next.
+    pub(crate) fn choose(&mut self, place: u64, worker: Option<WorkerId>) {
+        let Some(connection) = self.unchosen.remove(&place) else {
+            return;
+        };
+        let member = worker.and_then(|id| Some((id, self.members.get(&id)?)));
+        match member.filter(|(_, member)| !member.ended) {
+            Some((worker, _)) => {
+                let chosen = self.chosen.entry(worker).or_default();
+                chosen.insert(place, connection);
+            }
+            None => drop(self.waiting.insert(place, connection)),
+        }
+    }
+
+    /// What waits, or comes back, is to be given to somebody.
+    fn wait(&mut self, connections: impl IntoIterator<Item = Placed<C>>) {
+        if self.chooses {
+            self.unchosen.extend(connections);
+        } else {
+            self.waiting.extend(connections);
+        }
     }
 
     pub(crate) fn join(&mut self, worker: WorkerId) {
@@ -152,6 +211,8 @@ impl<C> RoundRobin<C> {
             sent: 0,
             taken: 0,
             done: 0,
+            open: 0,
+            refused: 0,
             window: 1,
             busy_since: Time::ZERO,
             sleeps: false,
@@ -182,12 +243,12 @@ impl<C> RoundRobin<C> {
         Some((result, taken))
     }
 
-    /// Takes note that `worker` found its queue empty when it had taken `taken` connections in all.
-    /// Returns how many of them are news.
+    /// Takes note that `worker` found its queue empty when it had taken `taken` connections in all,
+    /// of which `open` are open. Returns how many of the first are news.
     pub(crate) fn idle(
         &mut self,
         worker: WorkerId,
-        taken: u64,
+        (taken, open): (u64, u32),
         now: Time,
     ) -> Result<i64, FrameError> {
         let outcome = self.change(worker, |member| {
@@ -210,6 +271,7 @@ impl<C> RoundRobin<C> {
             // What it said may be older than what is known.
             member.taken = member.taken.max(taken);
             member.done = member.done.max(taken);
+            member.open = open.into();
             member.busy_since = now;
             Ok(())
         });
@@ -231,6 +293,8 @@ impl<C> RoundRobin<C> {
     /// Gives `worker` nothing more; what is in its queue it may still take.
     pub(crate) fn end(&mut self, worker: WorkerId) {
         self.change(worker, |member| member.ended = true);
+        let chosen = self.chosen.remove(&worker);
+        self.unchosen.extend(chosen.into_iter().flatten());
     }
 
     /// So many are left in the queue of `worker`, whatever it has said. Returns how many more are
@@ -254,6 +318,7 @@ impl<C> RoundRobin<C> {
         let count = connections.len() as u64;
         let changed = self.change(worker, |member| {
             member.sent = member.sent.saturating_sub(count);
+            member.refused += count;
             member.taken = if is_empty {
                 member.sent
             } else {
@@ -263,7 +328,7 @@ impl<C> RoundRobin<C> {
             // It was idle, and still is; but somebody else would have taken them.
             member.sleeps |= count > 0 && member.load() == 0;
         });
-        self.waiting.extend(connections);
+        self.wait(connections);
         changed.map_or(0, |((), taken)| taken)
     }
 
@@ -274,7 +339,7 @@ impl<C> RoundRobin<C> {
             member.sent -= 1;
             member.ready &= takes_more;
         });
-        self.waiting.extend([connection]);
+        self.wait([connection]);
     }
 
     /// Forgets `worker`, out of whose queue these were taken back. Returns how many more are known
@@ -289,26 +354,59 @@ impl<C> RoundRobin<C> {
 
     pub(crate) fn push(&mut self, connection: C) {
         self.accepted += 1;
-        self.waiting.insert(self.accepted, connection);
+        self.wait([(self.accepted, connection)]);
+    }
+
+    /// How many connections have been accepted.
+    pub(crate) fn accepted(&self) -> u64 {
+        self.accepted
     }
 
     /// Removes those waiting connections that `gone` says are gone.
     pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) -> u64 {
-        let before = self.waiting.len();
-        self.waiting.retain(|_, connection| !gone(connection));
-        (before - self.waiting.len()) as u64
+        let before = self.count_waiting();
+        let mut stays = |_: &u64, connection: &mut C| !gone(connection);
+        self.waiting.retain(&mut stays);
+        self.unchosen.retain(&mut stays);
+        for chosen in self.chosen.values_mut() {
+            chosen.retain(&mut stays);
+        }
+        before - self.count_waiting()
     }
 
     pub(crate) fn drop_waiting(&mut self) -> u64 {
-        let dropped = self.waiting.len() as u64;
+        let dropped = self.count_waiting();
         self.waiting.clear();
+        self.unchosen.clear();
+        self.chosen.clear();
         dropped
     }
 
-    /// Gives the first waiting connection to the worker whose turn it is.
-    pub(crate) fn distribute(&mut self, now: Time) -> Option<Given<C>> {
+    /// The first connection for which a worker was chosen that has room.
+    fn next_chosen(&mut self) -> Option<(WorkerId, Placed<C>)> {
+        let has_room = |worker: &WorkerId| {
+            let member = self.members.get(worker);
+            member.is_some_and(|m| m.ready && !m.ended && m.queued() < MAX_WINDOW)
+        };
+        let worker = *self.chosen.keys().find(|worker| has_room(worker))?;
+        let chosen = self.chosen.get_mut(&worker)?;
+        let placed = chosen.pop_first();
+        if chosen.is_empty() {
+            self.chosen.remove(&worker);
+        }
+        Some((worker, placed?))
+    }
+
+    /// The first waiting connection, and the worker whose turn it is.
+    fn next_in_turn(&mut self) -> Option<(WorkerId, Placed<C>)> {
         let &(_, _, _, worker) = self.next.first()?;
-        let placed = self.waiting.pop_first()?;
+        Some((worker, self.waiting.pop_first()?))
+    }
+
+    /// Gives a waiting connection to a worker.
+    pub(crate) fn distribute(&mut self, now: Time) -> Option<Given<C>> {
+        let chosen = self.next_chosen();
+        let (worker, placed) = chosen.or_else(|| self.next_in_turn())?;
         self.turns += 1;
         let turn = self.turns;
         self.change(worker, |member| {
@@ -324,7 +422,7 @@ impl<C> RoundRobin<C> {
     /// Out of whose queue connections should be taken back, because another worker is idle, and how
     /// many: half of what lies behind others.
     pub(crate) fn to_take_back(&self, now: Time) -> Option<(WorkerId, usize)> {
-        if !self.anyone_is_idle() || self.anyone_waits() {
+        if self.chooses || !self.anyone_is_idle() || self.anyone_waits() {
             return None;
         }
         if let Some((behind, worker)) = self.behind.last() {
@@ -337,12 +435,25 @@ impl<C> RoundRobin<C> {
 
     /// When `to_take_back` may have somebody to name although nothing has happened.
     pub(crate) fn look_at(&self) -> Option<Time> {
-        let (since, _) = self.unmoved.first().filter(|_| self.anyone_is_idle())?;
+        let looks = self.anyone_is_idle() && !self.chooses;
+        let (since, _) = self.unmoved.first().filter(|_| looks)?;
         Some(*since + STALE)
     }
 
     fn anyone_is_idle(&self) -> bool {
         matches!(self.next.first(), Some((false, 0, _, _)))
+    }
+
+    /// Whoever may be given something, and what each has had so far.
+    pub(crate) fn loads(&self) -> impl Iterator<Item = WorkerLoad> + '_ {
+        let members = self.members.iter().filter(|(_, member)| !member.ended);
+        members.map(|(worker, member)| WorkerLoad {
+            given: member.sent + member.refused,
+            taken: member.taken,
+            open: member.open + member.taken - member.done,
+            refused: member.refused,
+            ..WorkerLoad::new(*worker)
+        })
     }
 
     /// Who may have something in its queue.
@@ -356,7 +467,7 @@ impl<C> RoundRobin<C> {
 
     /// Accepted and not known to be taken, wherever they are.
     pub(crate) fn in_hand(&self) -> u64 {
-        self.waiting.len() as u64 + self.under_way
+        self.count_waiting() + self.under_way
     }
 }
 
@@ -387,7 +498,7 @@ mod tests {
         let mut rr = RoundRobin::new();
         for n in 1..=count {
             rr.join(id(n));
-            rr.idle(id(n), 0, NOW).unwrap();
+            rr.idle(id(n), (0, 0), NOW).unwrap();
         }
         rr
     }
@@ -404,7 +515,7 @@ mod tests {
             (0..window).for_each(|c| rr.push(c));
             assert_eq!(who(rr).len(), window as usize);
             taken += u64::from(window);
-            rr.idle(id(worker), taken, NOW).unwrap();
+            rr.idle(id(worker), (taken, 0), NOW).unwrap();
         }
     }
 
@@ -414,7 +525,7 @@ mod tests {
         rr.join(id(1));
         rr.push(7);
         assert!(rr.distribute(NOW).is_none());
-        rr.idle(id(1), 0, NOW).unwrap();
+        rr.idle(id(1), (0, 0), NOW).unwrap();
         assert_eq!(rr.room(), 0, "what there is is spoken for");
         assert_eq!(who(&mut rr), [(1, 7)]);
     }
@@ -429,7 +540,7 @@ mod tests {
             assert_eq!(who(&mut rr), [(worker, n)]);
             let count = &mut taken[worker as usize - 1];
             *count += 1;
-            rr.idle(id(worker), *count, NOW).unwrap();
+            rr.idle(id(worker), (*count, 0), NOW).unwrap();
         }
     }
 
@@ -438,11 +549,11 @@ mod tests {
         let mut rr = RoundRobin::new();
         (1..=3).for_each(|n| rr.join(id(n)));
         for n in [2, 3] {
-            rr.idle(id(n), 0, NOW).unwrap();
+            rr.idle(id(n), (0, 0), NOW).unwrap();
         }
         rr.push(0);
         assert_eq!(who(&mut rr), [(2, 0)]);
-        rr.idle(id(1), 0, NOW).unwrap();
+        rr.idle(id(1), (0, 0), NOW).unwrap();
         rr.push(1);
         assert_eq!(who(&mut rr), [(1, 1)]);
     }
@@ -455,7 +566,7 @@ mod tests {
             assert_eq!(who(&mut rr).len(), 2, "one each");
             rr.drop_waiting();
             for worker in [1, 2] {
-                rr.idle(id(worker), taken, LATER).unwrap();
+                rr.idle(id(worker), (taken, 0), LATER).unwrap();
             }
         }
     }
@@ -467,7 +578,7 @@ mod tests {
         assert_eq!(rr.room(), u64::from(MAX_WINDOW));
         rr.push(0);
         assert_eq!(who(&mut rr).len(), 1);
-        rr.idle(id(1), 16, LATER).unwrap();
+        rr.idle(id(1), (16, 0), LATER).unwrap();
         assert_eq!(rr.room(), 1);
     }
 
@@ -480,12 +591,12 @@ mod tests {
         assert_eq!(rr.to_take_back(NOW), None, "nobody is idle");
         rr.join(id(2));
         for (turn, takes) in [(1, 2), (2, 2), (3, 1), (4, 1)] {
-            rr.idle(id(2), turn - 1, NOW).unwrap();
+            rr.idle(id(2), (turn - 1, 0), NOW).unwrap();
             assert_eq!(rr.to_take_back(NOW), Some((id(1), takes)));
             rr.came_back(id(1), vec![(15 + turn, 0)], false);
             assert_eq!(who(&mut rr), [(2, 0)]);
         }
-        rr.idle(id(2), 4, NOW).unwrap();
+        rr.idle(id(2), (4, 0), NOW).unwrap();
         assert_eq!(rr.to_take_back(NOW), None, "the first one is being served");
     }
 
@@ -499,17 +610,17 @@ mod tests {
         assert_eq!(rr.to_take_back(STALE), Some((id(1), 1)));
         rr.came_back(id(1), vec![(1, 5)], false);
         assert_eq!(who(&mut rr), [(2, 5)]);
-        rr.idle(id(2), 1, NOW).unwrap();
+        rr.idle(id(2), (1, 0), NOW).unwrap();
         for n in 6..9 {
             rr.push(n);
             assert_eq!(who(&mut rr), [(2, n)], "the sleeper comes last");
-            rr.idle(id(2), u64::from(n) - 4, NOW).unwrap();
+            rr.idle(id(2), (u64::from(n) - 4, 0), NOW).unwrap();
         }
         (0..2).for_each(|n| rr.push(n));
         let given = who(&mut rr);
         assert_eq!(given, [(2, 0), (1, 1)], "its chance");
-        rr.idle(id(1), 1, NOW).unwrap();
-        rr.idle(id(2), 5, NOW).unwrap();
+        rr.idle(id(1), (1, 0), NOW).unwrap();
+        rr.idle(id(2), (5, 0), NOW).unwrap();
         (9..11).for_each(|n| rr.push(n));
         assert_eq!(who(&mut rr), [(2, 9), (1, 10)], "it has used it");
     }
@@ -522,7 +633,7 @@ mod tests {
         assert_eq!(rr.came_back(id(1), Vec::new(), true), 1);
         assert_eq!((rr.to_take_back(LATER), rr.look_at()), (None, None));
         assert_eq!(rr.in_hand(), 0);
-        assert_eq!(rr.idle(id(1), 1, LATER), Ok(0), "no news");
+        assert_eq!(rr.idle(id(1), (1, 0), LATER), Ok(0), "no news");
     }
 
     #[test]
@@ -537,7 +648,7 @@ mod tests {
         assert_eq!(rr.leave(id(1), back.into()), 1, "one was taken");
         rr.join(id(2));
         for (taken, expected) in [1, 2, 3].into_iter().enumerate() {
-            rr.idle(id(2), taken as u64, LATER).unwrap();
+            rr.idle(id(2), (taken as u64, 0), LATER).unwrap();
             assert_eq!(who(&mut rr), [(2, expected)]);
         }
         assert_eq!(rr.in_hand(), 1);
@@ -551,15 +662,15 @@ mod tests {
         rr.not_given(worker, placed, false);
         assert_eq!(who(&mut rr), [(2, 5)]);
         assert_eq!(rr.room(), 0);
-        rr.idle(id(1), 0, NOW).unwrap();
+        rr.idle(id(1), (0, 0), NOW).unwrap();
         assert_eq!(rr.room(), 1);
     }
 
     #[test]
     fn lies_are_errors() {
         let mut rr = idle(1);
-        assert!(rr.idle(id(1), 1, NOW).is_err());
-        assert!(rr.idle(id(2), 0, NOW).is_err());
+        assert!(rr.idle(id(1), (1, 0), NOW).is_err());
+        assert!(rr.idle(id(2), (0, 0), NOW).is_err());
         assert!(rr.revoke(id(2)).is_err());
     }
 
@@ -570,7 +681,11 @@ mod tests {
         assert_eq!(rr.room(), 0);
         rr.push(1);
         assert!(rr.distribute(NOW).is_none());
-        assert_eq!(rr.idle(id(1), 0, NOW), Ok(0), "a late word is no crime");
+        assert_eq!(
+            rr.idle(id(1), (0, 0), NOW),
+            Ok(0),
+            "a late word is no crime"
+        );
         assert!(rr.distribute(NOW).is_none());
     }
 
@@ -595,7 +710,7 @@ mod tests {
                         taken[at] += 1;
                     }
                     2..=4 if queues[at].is_empty() => {
-                        rr.idle(own, taken[at], now).unwrap();
+                        rr.idle(own, (taken[at], 0), now).unwrap();
                     }
                     5 => now += Time::from_millis(n),
                     _ => {

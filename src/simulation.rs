@@ -458,7 +458,11 @@ fn a_hoarder_holds_up_nobody() {
     world.step((What::Stop, 1, 0));
     let says = |taken| {
         let handle = HandleId(1);
-        Ok(ToMaster::Ready { handle, taken })
+        Ok(ToMaster::Ready {
+            handle,
+            taken,
+            open: 0,
+        })
     };
     for round in 0..200 {
         world.say(hoarder, says(0));
@@ -534,7 +538,11 @@ fn a_talker_bloats_nothing() {
         let frame = match round % 4 {
             0 => ToMaster::Message(vec![0; 4]),
             1 => ToMaster::Revoke { handle },
-            2 => ToMaster::Ready { handle, taken: 0 },
+            2 => ToMaster::Ready {
+                handle,
+                taken: 0,
+                open: 0,
+            },
             _ => ToMaster::Listen {
                 request: round,
                 key,

@@ -88,8 +88,8 @@ struct Entry {
 enum Said {
     /// That nothing more is wanted; or none yet, which is the same.
     Enough,
-    /// That it was empty when so many had been taken.
-    Empty(u64),
+    /// That it was empty when so many had been taken, and so many were open.
+    Empty(u64, u32),
 }
 
 impl Entry {
@@ -339,13 +339,24 @@ impl WorkerCore {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
         };
-        let said = Said::Empty(entry.taken);
+        let is_news = !matches!(entry.said, Said::Empty(taken, _) if taken == entry.taken);
+        if is_news && !leaves {
+            self.say_empty(listener);
+        }
+    }
+
+    fn say_empty(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
         if let (Stage::Open(Some(handle)), true) = (entry.stage, entry.has_queue()) {
-            if entry.said != said && !leaves {
-                entry.said = said;
-                let taken = entry.taken;
-                self.send(ToMaster::Ready { handle, taken });
-            }
+            let (taken, open) = (entry.taken, u32::try_from(entry.open).unwrap_or(u32::MAX));
+            entry.said = Said::Empty(taken, open);
+            self.send(ToMaster::Ready {
+                handle,
+                taken,
+                open,
+            });
         }
     }
 
@@ -407,6 +418,12 @@ impl WorkerCore {
         self.open = self.open.saturating_sub(1);
         if let Some(entry) = listener.and_then(|id| self.listeners.get_mut(&id)) {
             entry.open = entry.open.saturating_sub(1);
+            // What the master knows of an idle worker is to be roughly right.
+            let half = |open: u32| entry.open <= u64::from(open) / 2;
+            if matches!(entry.said, Said::Empty(taken, open) if taken == entry.taken && half(open))
+            {
+                listener.into_iter().for_each(|id| self.say_empty(id));
+            }
         }
         self.look_at(full);
     }
@@ -784,9 +801,13 @@ mod tests {
         events.iter().any(is_look)
     }
 
-    fn ready(taken: u64) -> ToMaster {
+    fn ready(taken: u64, open: u32) -> ToMaster {
         let handle = HANDLE;
-        ToMaster::Ready { handle, taken }
+        ToMaster::Ready {
+            handle,
+            taken,
+            open,
+        }
     }
 
     const REVOKE: ToMaster = ToMaster::Revoke { handle: HANDLE };
@@ -797,13 +818,13 @@ mod tests {
         let listener = listener(&mut core, HANDLE);
         sent(&mut core);
         assert!(looks(&mut core, listener));
-        assert_eq!(sent(&mut core), [ready(0)]);
+        assert_eq!(sent(&mut core), [ready(0, 0)]);
         assert!(!looks(&mut core, listener));
         assert_eq!(sent(&mut core), []);
         core.connection_opened(listener);
         core.connection_opened(listener);
         core.found_empty(listener);
-        assert_eq!(sent(&mut core), [ready(2)]);
+        assert_eq!(sent(&mut core), [ready(2, 2)]);
     }
 
     #[test]
@@ -822,7 +843,7 @@ mod tests {
         core.set_most(listener, Some(1));
         core.connection_closed(Some(listener));
         assert!(looks(&mut core, listener));
-        assert_eq!(sent(&mut core), [ready(1)]);
+        assert_eq!(sent(&mut core), [ready(1, 0)]);
     }
 
     #[test]
@@ -869,7 +890,7 @@ mod tests {
         assert_eq!(sent(&mut core), []);
         core.rested();
         assert!(looks(&mut core, first));
-        assert_eq!(sent(&mut core), [ready(0)]);
+        assert_eq!(sent(&mut core), [ready(0, 0)]);
     }
 
     #[test]

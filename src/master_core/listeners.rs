@@ -147,7 +147,10 @@ impl<C> MasterCore<C> {
                     accepted: false,
                 };
                 self.keys.insert(key, handle);
-                self.handles.insert(handle, open);
+                let open = self.handles.entry(handle).or_insert(open);
+                if self.chooses {
+                    open.connections.let_choose();
+                }
                 self.join(worker, request, handle);
                 if policy == SchedulingPolicy::RoundRobin {
                     self.watch(handle, true);

@@ -1186,6 +1186,7 @@ impl World {
             Lie::Ready => Ok(ToMaster::Ready {
                 handle,
                 taken: number % 4,
+                open: u32::from(n),
             }),
             Lie::Take => return self.take_in_vain(worker, handle),
             Lie::Close => Ok(ToMaster::Close { handle }),

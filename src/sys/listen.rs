@@ -1,8 +1,8 @@
 //! Making sockets, accepting from them, and what a listener's backlog lets in.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use super::{check, retry};
 use crate::endpoint::BindFlags;
@@ -189,6 +189,38 @@ pub(crate) fn local_addr(socket: &OwnedFd) -> Option<SocketAddr> {
         .ok()
 }
 
+/// The address of the other side of a TCP connection; none for any other.
+pub(crate) fn peer_addr(connection: BorrowedFd<'_>) -> Option<SocketAddr> {
+    let connection = TcpStream::from(connection.try_clone_to_owned().ok()?);
+    connection.peer_addr().ok()
+}
+
+/// How many connections wait to be accepted; `None` where the system does not tell.
+#[cfg(target_os = "linux")]
+pub(crate) fn count_queued(listener: &OwnedFd) -> Option<u64> {
+    // SAFETY: all zeroes is a valid tcp_info.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut size = length(&info);
+    // SAFETY: value and size are writable, and the size is that of the value.
+    check(unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut size,
+        )
+    })
+    .ok()?;
+    // For a listener, its queue stands here.
+    Some(info.tcpi_unacked.into())
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn count_queued(_listener: &OwnedFd) -> Option<u64> {
+    None
+}
+
 /// Accepts a connection; it blocks, and is closed on exec.
 pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let number = listener.as_fd().as_raw_fd();
@@ -368,7 +400,6 @@ pub(crate) fn open_door(_listener: &OwnedFd) -> io::Result<()> {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
-    use std::net::TcpStream;
     use std::time::Duration;
 
     #[test]
