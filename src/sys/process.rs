@@ -117,10 +117,10 @@ impl Program {
         let mask = block_signals().map_err(forking)?;
         let forked = fork(&child);
         restore_signals(&mask);
-        let (pid, process) = forked.map_err(forking)?;
+        let (pid, process, has_executed) = forked.map_err(forking)?;
 
         drop(child_failure);
-        if process.is_some() {
+        if has_executed {
             // It cannot fail; if it did, the end of the pipe would be waited for.
             let _ = failure.set_nonblocking(true);
         }
@@ -138,8 +138,9 @@ impl Program {
     }
 }
 
-/// Makes the child, which does not return from here.
-fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
+/// Makes the child, which does not return from here. Returns also whether it has executed its
+/// program by now, or failed to.
+fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>, bool)> {
     #[cfg(target_os = "linux")]
     match clone_and_wait(child) {
         // No such call, or a sandbox that does not know it, or not these flags.
@@ -148,14 +149,14 @@ fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
                 error.raw_os_error(),
                 Some(libc::ENOSYS | libc::EINVAL | libc::EPERM)
             ) => {}
-        cloned => return cloned.map(|(pid, process)| (pid, Some(process))),
+        cloned => return cloned.map(|(pid, process)| (pid, Some(process), true)),
     }
     // SAFETY: the child makes only async-signal-safe calls until `execve`.
     match check(unsafe { libc::fork() })? {
         0 => child.exec(),
         number => {
             let pid = Pid(number);
-            Ok((pid, pid.open()))
+            Ok((pid, pid.open(), false))
         }
     }
 }

@@ -650,19 +650,20 @@ pub fn is_alive(pid: u32) -> bool {
 }
 
 /// From now on these calls fail, in this process and in those it starts.
-pub fn refuse_calls(calls: &[i64], errno: i32) {
+pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
     refuse_some(calls.iter().map(|call| (*call, Vec::new())), errno);
 }
 
 /// The same, where one of the rules about the arguments of a call is met.
 pub fn refuse_some(
-    calls: impl IntoIterator<Item = (i64, Vec<seccompiler::SeccompRule>)>,
+    calls: impl IntoIterator<Item = (impl Into<i64>, Vec<seccompiler::SeccompRule>)>,
     errno: i32,
 ) {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
+    let calls = calls.into_iter().map(|(call, rules)| (call.into(), rules));
     let filter = SeccompFilter::new(
-        calls.into_iter().collect(),
+        calls.collect(),
         SeccompAction::Allow,
         SeccompAction::Errno(errno.unsigned_abs()),
         std::env::consts::ARCH.try_into().unwrap(),

@@ -441,7 +441,7 @@ fn own_work() -> Duration {
         unsafe { nix::libc::clock_gettime(nix::libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     assert_eq!(told, 0);
     Duration::new(
-        time.tv_sec.unsigned_abs(),
+        u64::try_from(time.tv_sec).unwrap(),
         u32::try_from(time.tv_nsec).unwrap(),
     )
 }

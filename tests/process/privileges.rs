@@ -174,7 +174,7 @@ fn file_names(path: String) -> nix::Result<usize> {
 }
 
 /// A descriptor by which the kernel knows another process.
-fn process_descriptor(pid: Pid) -> i64 {
+fn process_descriptor(pid: Pid) -> libc::c_long {
     #[allow(unsafe_code)]
     // SAFETY: the call takes two integers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
@@ -182,9 +182,9 @@ fn process_descriptor(pid: Pid) -> i64 {
 }
 
 /// Copies of another process's descriptors.
-fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<i64>, Errno)> {
+fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_long>, Errno)> {
     let process = process_descriptor(pid);
-    let copy = |number: i64| {
+    let copy = |number: libc::c_long| {
         #[allow(unsafe_code)]
         // SAFETY: the call takes three integers.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process, number, 0) };
