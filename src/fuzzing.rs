@@ -1219,7 +1219,8 @@ impl World {
     fn check(&self) {
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
-        assert!(!self.master.someone_waits_in_vain(), "someone waits");
+        let waits = self.master.someone_waits_in_vain();
+        assert!(!waits, "someone waits in vain: {:?}", self.master);
         for (handle, port) in &self.ports {
             assert_eq!(self.master.is_bound(*handle), !port.unbound);
         }
