@@ -1097,9 +1097,8 @@ impl World {
             17 => self.tell(MasterCore::setup),
             18..=21 => {
                 let mut swept = BTreeSet::new();
-                let gone = |client: &Client| {
-                    client % 4 == u32::from(choice / 64) && swept.insert(*client)
-                };
+                let gone =
+                    |client: &Client| client % 4 == u32::from(choice / 64) && swept.insert(*client);
                 self.tell(|core| core.sweep(gone));
                 self.swept.extend(swept);
             }
@@ -1486,6 +1485,14 @@ mod tests {
             .boxed()
     }
 
+    /// The program of the honest worker closes a listener, perhaps when the master has no descriptor
+    /// to empty the queue with, and asks for it again.
+    fn second_thoughts() -> Scene {
+        let lack = prop_oneof![Just(vec![]), Just(vec![30, 28])];
+        let close = (16..24u8).prop_map(|at| vec![11, at * 8 + 7, 21]);
+        both(both(lack.boxed(), close.boxed()), service())
+    }
+
     /// One thing happens in the honest worker, to a client, or between the two and the master.
     fn event() -> Scene {
         prop_oneof![
@@ -1537,6 +1544,7 @@ mod tests {
             20 => lie(),
             20 => call(),
             20 => service(),
+            5 => second_thoughts(),
             20 => succession(),
             4 => junk(),
             1 => greed(),
@@ -1546,12 +1554,14 @@ mod tests {
     }
 
     /// How far so many scripts must get together: about a tenth of what is usual.
-    const ENOUGH: [(&str, usize); 6] = [
+    const ENOUGH: [(&str, usize); 8] = [
         (SERVED, 3000),
-        (GIVEN, 400),
-        (TAKEN, 150),
-        (CAME_BACK, 20),
-        (DENIED, 50),
+        (GIVEN, 150),
+        (TAKEN, 80),
+        (CAME_BACK, 70),
+        (GIVEN_ELSEWHERE, 8),
+        (LIES, 25),
+        (DENIED, 60),
         (CUT_OFF, 50),
     ];
     const SCRIPTS: u32 = 1024;
