@@ -486,6 +486,10 @@ impl World {
                 self.hostile.open = false;
                 self.count(CUT_OFF, 1);
             }
+            Action::Unblock { .. } => {} // Nobody blocks here.
+            Action::BindShard { .. } | Action::UnbindShard { .. } | Action::Steer { .. } => {
+                unreachable!("not with these policies")
+            }
             Action::Signal { worker, .. } => {
                 assert!(self.master.exit_status(worker).is_none(), "a reaped pid");
             }
@@ -993,7 +997,7 @@ impl World {
                 let port = self.ports.get_mut(handle).expect("known");
                 port.backlog.pop_front()
             }
-            Some(With::Nothing) | None => return false,
+            Some(With::Nothing | With::Shard(..)) | None => return false,
         };
         let honest = &mut self.honest;
         if let Some(client) = client {
