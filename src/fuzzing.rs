@@ -727,7 +727,7 @@ impl World {
             let message = Message::new(bytes, arrival.fds);
             self.tell(|core| core.frame(id, ToMaster::Message(Vec::new()), Some(message)));
         } else {
-            if let ToMaster::Ready { handle, taken } = arrival.frame {
+            if let ToMaster::Ready { handle, taken, .. } = arrival.frame {
                 if taken > self.has_taken(handle) {
                     self.lied = true;
                     self.count(LIES, 1);
@@ -779,11 +779,13 @@ impl World {
             3 => ToMaster::Ready {
                 handle,
                 taken: script.long(),
+                open: script.number(),
             },
             // A lie that may be believed.
             4 => ToMaster::Ready {
                 handle,
                 taken: self.has_taken(handle).saturating_add(script.long()),
+                open: script.number(),
             },
             5 => ToMaster::Close { handle },
             6 => ToMaster::Revoke { handle },
@@ -831,12 +833,22 @@ impl World {
             (2 | 3, Some(handle)) => {
                 self.rob(handle);
                 let taken = self.has_taken(handle);
-                ToMaster::Ready { handle, taken }
+                let open = 0;
+                ToMaster::Ready {
+                    handle,
+                    taken,
+                    open,
+                }
             }
             (_, Some(handle)) => {
                 while self.rob(handle) {}
                 let taken = self.has_taken(handle);
-                ToMaster::Ready { handle, taken }
+                let open = 0;
+                ToMaster::Ready {
+                    handle,
+                    taken,
+                    open,
+                }
             }
         };
         let mut bytes = Vec::new();

@@ -139,12 +139,6 @@ impl World {
         self.fates.len() as u64
     }
 
-    /// How many clients nobody has accepted.
-    pub(super) fn queued(&self) -> u64 {
-        let backlogs = self.ports.values().map(|port| port.backlog.len());
-        backlogs.sum::<usize>() as u64
-    }
-
     /// The n-th worker of those that are alive.
     pub(super) fn living(&self, n: u8) -> Option<WorkerId> {
         let alive = self.processes.iter().filter(|(_, p)| p.alive);
@@ -887,11 +881,9 @@ impl World {
         }
         let process = self.process(worker);
         process.unflushed = false;
-        if process.up.outbox.is_empty() {
-            if process.closing && process.worker_end {
-                process.shut = true;
-                process.up.broken = true;
-            }
+        if process.up.outbox.is_empty() && process.closing && process.worker_end {
+            process.shut = true;
+            process.up.broken = true;
         }
     }
 

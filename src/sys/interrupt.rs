@@ -233,7 +233,8 @@ impl Interrupt {
         // SAFETY: all zeroes is a valid itimerspec: never.
         let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
         if let Some(rest) = rest {
-            time.it_value.tv_sec = rest.as_secs().try_into().unwrap_or(libc::time_t::MAX);
+            // Seconds have 32 bits on some systems, which is 68 years.
+            time.it_value.tv_sec = rest.as_secs().try_into().unwrap_or(0x7fff_ffff);
             time.it_value.tv_nsec = rest.subsec_nanos() as _;
         }
         let timer = self.timer()?;

@@ -3,7 +3,8 @@
 //! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
 //! signal handlers (`signal`), making processes (`process`) and what they do before they execute
 //! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`,
-//! `queue`), changing the environment (`env`), a handler that changes what a call is about (`interrupt`). Functions return `io::Error`; the caller says what it tried.
+//! `queue`), changing the environment (`env`), a handler that changes what a call is about
+//! (`interrupt`). Functions return `io::Error`; the caller says what it tried.
 
 mod child;
 pub(crate) mod env;
