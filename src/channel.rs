@@ -31,10 +31,8 @@ const HARD_LIMIT: usize = 8 << 20;
 /// Above this many bytes waiting, a peer that reads nothing is cut off. Frames of the crate's own
 /// may use the room beyond the hard limit; there are few of them for each that the peer sends.
 const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
-/// The same for descriptors that wait: `send` refuses more.
-const FDS_LIMIT: usize = 256;
-/// And a peer that lets so many wait is cut off.
-const FDS_CUT_OFF: usize = 2 * FDS_LIMIT;
+/// The same for descriptors of the crate's own that wait: a few for each listener that a peer may have.
+const FDS_CUT_OFF: usize = 256;
 /// How much one call writes at most.
 const WRITE_SIZE: usize = 64 << 10;
 /// How much one call reads at most, and so how long one peer keeps the loop.
@@ -167,6 +165,8 @@ struct Outbox {
     written: u64,
     /// Each descriptor with the place of its frame's first byte, counted like `written`.
     fds: VecDeque<(u64, Rc<CommonFd>)>,
+    /// Where the last frames begin that are the crate's own and have descriptors.
+    own: VecDeque<u64>,
     /// Where the frames end whose descriptors have left with the last batch. The next one leaves
     /// when these have: so the reader never has more than two.
     batch_end: u64,
@@ -179,6 +179,11 @@ impl Outbox {
         let place = self.written + self.bytes.len() as u64;
         self.fds.extend(fds.into_iter().map(|fd| (place, fd)));
         self.bytes.extend(frame);
+    }
+
+    /// What is pushed next is a frame of the crate's own, with a descriptor.
+    fn note_own(&mut self) {
+        self.own.push_back(self.written + self.bytes.len() as u64);
     }
 
     /// What the next call should write: bytes up to a limit, and the descriptors of the frames
@@ -223,6 +228,8 @@ impl Outbox {
         }
         self.bytes.drain(..bytes);
         self.written += bytes as u64;
+        let left = self.own.partition_point(|place| *place < self.written);
+        self.own.drain(..left);
         if self.bytes.is_empty() {
             self.bytes.shrink_to(WRITE_SIZE);
             self.fds.shrink_to(MAX_BATCH);
@@ -252,6 +259,7 @@ impl Outbox {
     fn clear(&mut self) {
         self.bytes = VecDeque::new();
         self.fds.clear();
+        self.own.clear();
     }
 }
 
@@ -342,7 +350,14 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Queues a frame of the crate's own.
-    pub(crate) fn queue(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<CommonFd>>) {
+    pub(crate) fn queue(&mut self, frame: &Out, fd: Option<Rc<CommonFd>>) {
+        if fd.is_some() {
+            self.outbox.note_own();
+        }
+        self.queue_any(frame, fd);
+    }
+
+    fn queue_any(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<CommonFd>>) {
         self.lost |= self.broken || self.closing;
         if !self.broken && !self.closing {
             let fds: Vec<_> = fds.into_iter().collect();
@@ -369,11 +384,10 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if fds.len() > MAX_FDS {
             return Err(SendError::TooManyDescriptors);
         }
-        let full = !fds.is_empty() && self.outbox.fds.len() + fds.len() > FDS_LIMIT;
-        if full || self.outbox.bytes.len() + length > HARD_LIMIT {
+        if self.outbox.bytes.len() + length > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
-        self.queue(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
+        self.queue_any(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
         if let Some(receipt) = receipt {
             self.outbox.want_receipt(receipt);
         }
@@ -433,7 +447,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.bytes.len() > CUT_OFF || self.outbox.fds.len() > FDS_CUT_OFF {
+        if self.outbox.bytes.len() > CUT_OFF || self.outbox.own.len() > FDS_CUT_OFF {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())
@@ -604,9 +618,9 @@ mod tests {
         for number in 0..200 {
             let (reader, fd) = marked();
             readers.push(reader);
-            master.queue(&numbered(number), [Rc::new(fd.into())]);
+            master.queue(&numbered(number), Some(Rc::new(fd.into())));
             if number % 3 == 0 {
-                master.queue(&ToWorker::Message(vec![7; 3000]), []);
+                master.queue(&ToWorker::Message(vec![7; 3000]), None);
             }
         }
         let mut frames = Vec::new();
@@ -654,7 +668,7 @@ mod tests {
     fn received_descriptors_close_on_exec() {
         let (mut master, mut worker) = pair();
         let (_reader, fd) = marked();
-        master.queue(&numbered(1), [Rc::new(fd.into())]);
+        master.queue(&numbered(1), Some(Rc::new(fd.into())));
         master.flush().unwrap();
         let (_, fds) = drain(&mut worker).remove(0);
         let path = format!("/proc/self/fdinfo/{}", {
@@ -718,9 +732,9 @@ mod tests {
     #[test]
     fn what_was_written_before_the_end_is_read_before_the_end() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Message(b"last words".to_vec()), []);
+        worker.queue(&ToMaster::Message(b"last words".to_vec()), None);
         // Unread data turns the end into a reset.
-        master.queue(&ToWorker::Disconnect, []);
+        master.queue(&ToWorker::Disconnect, None);
         master.flush().unwrap();
         worker.flush().unwrap();
         drop(worker);
@@ -729,7 +743,7 @@ mod tests {
         let frame = master.next().unwrap().unwrap().frame;
         assert_eq!(frame, ToMaster::Message(b"last words".to_vec()));
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
-        master.queue(&ToWorker::Disconnect, []);
+        master.queue(&ToWorker::Disconnect, None);
         assert!(master.flush().is_ok(), "a dead peer is no error");
     }
 
@@ -750,11 +764,11 @@ mod tests {
     #[test]
     fn what_was_written_before_closing_has_been_said() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Leaving, []);
+        worker.queue(&ToMaster::Leaving, None);
         worker.close();
         worker.flush().unwrap();
         assert!(worker.is_flushed());
-        worker.queue(&ToMaster::Online, []);
+        worker.queue(&ToMaster::Online, None);
         assert!(!worker.is_flushed(), "but not what came later");
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
@@ -765,11 +779,11 @@ mod tests {
     #[test]
     fn after_shut_the_other_side_cannot_write() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Leaving, []);
+        worker.queue(&ToMaster::Leaving, None);
         worker.flush().unwrap();
         assert!(worker.is_flushed());
         master.shut();
-        worker.queue(&ToMaster::Online, []);
+        worker.queue(&ToMaster::Online, None);
         worker.flush().unwrap();
         assert!(!worker.is_flushed(), "so it knows that this was not heard");
         let mut scratch = [0; 64];
