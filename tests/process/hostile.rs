@@ -46,6 +46,7 @@ crate::scenarios! {
     a_connection_whose_close_waits_does_not_block_the_master
     a_worker_that_never_reads_is_bounded
     a_worker_that_asks_and_never_reads_is_cut_off
+    a_worker_that_binds_and_never_reads_is_cut_off
     absurd_counts_cut_the_worker_off
     a_worker_that_takes_nothing_holds_no_more_than_it_may
     a_worker_that_takes_nothing_holds_up_nobody
@@ -69,6 +70,8 @@ const BYTES_IN: usize = (1 << 20) + (64 << 10);
 const BYTES_OUT: usize = 9 << 20;
 /// Descriptors that arrived, with their frames or before.
 const FDS_IN: usize = 144;
+/// Descriptors that wait, with their frames, for a worker that does not read.
+const FDS_OUT: usize = 256;
 /// The most connections that a worker is given before it says that it is idle again.
 const WINDOW: usize = 16;
 /// How many lie in a queue at most, if its worker lies about having taken them.
@@ -858,7 +861,7 @@ fn a_flood_of_binds_holds_up_nobody() {
             [listen(OTHER_INDEX), about(CLOSE, first + 1 + n)].concat()
         });
     });
-    let fds = FDS_OF_ITS_OWN + 2 * FDS_OF_A_LISTENER;
+    let fds = FDS_OF_TWO + FDS_OUT;
     beside_an_honest_worker(Case { fds, ..case });
 }
 
@@ -1106,9 +1109,30 @@ fn a_worker_that_asks_and_never_reads_is_cut_off() {
     // A worker that does not read is not yet one that breaks the protocol. The program has said so
     // much already that not many answers find room.
     let case = Case::new(attack, End::CutOff("out of memory"));
-    // The worker's ends of the queues wait with the answers.
-    let fds = FDS_OF_ITS_OWN + LISTENERS * (FDS_OF_A_LISTENER + 1);
+    let fds = FDS_OF_ITS_OWN + LISTENERS * FDS_OF_A_LISTENER + FDS_OUT;
     let bytes = BYTES_IN + BYTES_OUT;
+    let reply = send_until_refused;
+    beside_an_honest_worker(Case {
+        bytes,
+        fds,
+        reply,
+        ..case
+    });
+}
+
+/// Each is closed again, and so it never has too many; but the answers wait, with what belongs to them.
+fn a_worker_that_binds_and_never_reads_is_cut_off() {
+    let attack = |enemy: &Enemy| {
+        let first = enemy.listen(OWN_INDEX).handle;
+        enemy.begin();
+        for n in 0.. {
+            let one = |n| [listen(OTHER_INDEX), about(CLOSE, first + 1 + n)].concat();
+            let many: Vec<_> = (n * 1000..(n + 1) * 1000).flat_map(one).collect();
+            enemy.say(&many);
+        }
+    };
+    let case = Case::new(attack, End::CutOff("out of memory"));
+    let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_OF_TWO + FDS_OUT);
     let reply = send_until_refused;
     beside_an_honest_worker(Case {
         bytes,
