@@ -338,19 +338,14 @@ fn with_a_busy_worker(
 ) {
     let before = master.ledger().taken;
     let first = TcpStream::connect(address).unwrap();
-    let mut then = Some((then, first));
-    when(
-        master,
-        move |master| master.ledger().taken == before + 1,
-        move |master| {
-            let (then, first) = then.take().unwrap();
-            let second = request(address);
-            when_accepted(master, before + 2, move |master| {
-                assert_eq!(master.ledger().in_hand(), 1, "with the stopped worker");
-                then(master, [first, second]);
-            });
-        },
-    );
+    let is_taken = move |master: &Master| master.ledger().taken == before + 1;
+    when(master, is_taken, move |master| {
+        let second = TcpStream::connect(address).unwrap();
+        when_accepted(master, before + 2, move |master| {
+            assert_eq!(master.ledger().in_hand(), 1, "with the stopped worker");
+            then(master, [first, second]);
+        });
+    });
 }
 
 fn a_connection_outlives_the_worker_it_was_given_to() {
@@ -359,15 +354,14 @@ fn a_connection_outlives_the_worker_it_was_given_to() {
     cluster(
         |master| {
             with_a_stopped_worker(master, move |master, address, stopped| {
-                with_a_busy_worker(master, address, move |_, [mut first, second]| {
+                with_a_busy_worker(master, address, move |_, clients| {
                     stopped.process().kill(Signal::KILL);
-                    let rest = RefCell::new(Some((second, log)));
+                    let rest = RefCell::new(Some((clients, log)));
                     stopped.on_exit(move |master, stopped, _| {
-                        first.write_all(b"x").unwrap();
-                        let first = first.try_clone().unwrap();
-                        let (second, log) = rest.take().unwrap();
+                        let (mut clients, log) = rest.take().unwrap();
+                        ask(&mut clients, b"x");
                         let dead = stopped.id().to_string();
-                        let read = move || read_all(vec![first, second]);
+                        let read = move || read_all(clients.into());
                         in_background(master, read, move |master, answers| {
                             assert_eq!(answers[0], answers[1], "the other worker served it");
                             assert_ne!(answers[0], dead);
@@ -588,7 +582,7 @@ fn callback_that_ends(how: &'static str) {
                     fork_second(master, move |master, second| {
                         first.process().kill(Signal::CONT);
                         let second = second.clone();
-                        let mut others = clients.split_off(1);
+                        let others = clients.split_off(1);
                         let read_first = move || read_all(clients);
                         in_background(master, read_first, move |master, mut answers| {
                             second.send(b"go").unwrap();
