@@ -31,6 +31,10 @@ const HARD_LIMIT: usize = 8 << 20;
 /// Above this many bytes waiting, a peer that reads nothing is cut off. Frames of the crate's own
 /// may use the room beyond the hard limit; there are few of them for each that the peer sends.
 const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
+/// The same for descriptors that wait: `send` refuses more.
+const FDS_LIMIT: usize = 256;
+/// And a peer that lets so many wait is cut off.
+const FDS_CUT_OFF: usize = 2 * FDS_LIMIT;
 /// How much one call writes at most.
 const WRITE_SIZE: usize = 64 << 10;
 /// How much one call reads at most, and so how long one peer keeps the loop.
@@ -365,7 +369,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if fds.len() > MAX_FDS {
             return Err(SendError::TooManyDescriptors);
         }
-        if self.outbox.bytes.len() + length > HARD_LIMIT {
+        let full = !fds.is_empty() && self.outbox.fds.len() + fds.len() > FDS_LIMIT;
+        if full || self.outbox.bytes.len() + length > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
         self.queue(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
@@ -428,7 +433,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.bytes.len() > CUT_OFF {
+        if self.outbox.bytes.len() > CUT_OFF || self.outbox.fds.len() > FDS_CUT_OFF {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())
@@ -544,7 +549,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{HandleId, ToMaster, ToWorker};
+    use crate::frame::{ToMaster, ToWorker};
     use proptest::prelude::*;
     use std::fs::File;
     use std::io::{Read as _, Write as _};
@@ -575,9 +580,9 @@ mod tests {
         frames
     }
 
-    fn connection(number: u64) -> ToWorker {
-        let handle = HandleId(1);
-        ToWorker::Connection { handle, number }
+    /// A frame that carries a descriptor.
+    fn numbered(number: u64) -> ToWorker {
+        ToWorker::Message(number.to_le_bytes().into())
     }
 
     /// A pipe's writing end, marked by what can be read from the other one.
@@ -599,7 +604,7 @@ mod tests {
         for number in 0..200 {
             let (reader, fd) = marked();
             readers.push(reader);
-            master.queue(&connection(number), [Rc::new(fd.into())]);
+            master.queue(&numbered(number), [Rc::new(fd.into())]);
             if number % 3 == 0 {
                 master.queue(&ToWorker::Message(vec![7; 3000]), []);
             }
@@ -612,13 +617,12 @@ mod tests {
         let mut readers = readers.into_iter();
         let mut numbers = 0..200;
         for (frame, fds) in frames {
-            if let ToWorker::Connection { number, .. } = frame {
-                assert_eq!(Some(number), numbers.next());
-                let [fd] = fds.try_into().unwrap();
-                assert!(is_same(readers.next().unwrap(), fd), "number {number}");
-            } else {
-                assert_eq!((frame, fds.len()), (ToWorker::Message(vec![7; 3000]), 0));
-            }
+            let Ok([fd]) = <[OwnedFd; 1]>::try_from(fds) else {
+                assert_eq!(frame, ToWorker::Message(vec![7; 3000]));
+                continue;
+            };
+            assert_eq!(Some(frame), numbers.next().map(numbered));
+            assert!(is_same(readers.next().unwrap(), fd));
         }
         assert_eq!(numbers.next(), None);
     }
@@ -650,7 +654,7 @@ mod tests {
     fn received_descriptors_close_on_exec() {
         let (mut master, mut worker) = pair();
         let (_reader, fd) = marked();
-        master.queue(&connection(1), [Rc::new(fd.into())]);
+        master.queue(&numbered(1), [Rc::new(fd.into())]);
         master.flush().unwrap();
         let (_, fds) = drain(&mut worker).remove(0);
         let path = format!("/proc/self/fdinfo/{}", {

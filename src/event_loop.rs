@@ -186,9 +186,14 @@ impl<R> EventLoop<R> {
 
     /// The time until the first timer, or `other` if that comes first.
     pub(crate) fn time_left(&self, other: Option<Time>) -> Option<Duration> {
-        let timer = self.timers.borrow().deadline();
-        let first = timer.into_iter().chain(other).min()?;
+        let first = self.deadline(other)?;
         Some(first.saturating_sub(self.now()))
+    }
+
+    /// When the first timer is due, or `other` if that comes first.
+    pub(crate) fn deadline(&self, other: Option<Time>) -> Option<Time> {
+        let timer = self.timers.borrow().deadline();
+        timer.into_iter().chain(other).min()
     }
 
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<Vec<(Token, bool)>> {
@@ -205,6 +210,11 @@ impl<R> EventLoop<R> {
     pub(crate) fn has_work(&self) -> bool {
         let watches = self.watches.borrow();
         self.timers.borrow().has_referenced() || watches.values().any(|place| place.referenced)
+    }
+
+    /// Whether the program watches a descriptor.
+    pub(crate) fn has_watches(&self) -> bool {
+        !self.watches.borrow().is_empty()
     }
 
     /// Whether this keeps the program running.
@@ -326,15 +336,15 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Makes the loop wake up for signals.
-    fn open_signal_pipe(&self) -> io::Result<()> {
+    /// Makes the loop wake up for signals. Returns what becomes readable then.
+    pub(crate) fn open_signal_pipe(&self) -> io::Result<SignalPipe> {
         let mut pipe = self.signal_pipe.borrow_mut();
         if pipe.is_none() {
             let key = Token::Signals.key();
             let new = SignalPipe::new()?;
             *pipe = Some(self.poller.add(new, key, Some(Interest::Readable))?);
         }
-        Ok(())
+        SignalPipe::new()
     }
 
     /// Wakes the loop when `signal` comes; `take_signals` tells that it came.

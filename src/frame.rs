@@ -484,6 +484,7 @@ fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
     out.push(match policy {
         SchedulingPolicy::RoundRobin => 0,
         SchedulingPolicy::Shared => 1,
+        SchedulingPolicy::Sharded => 2,
     });
 }
 
@@ -526,6 +527,7 @@ impl Frame for ToWorker {
                         let policy = match body.u8()? {
                             0 => SchedulingPolicy::RoundRobin,
                             1 => SchedulingPolicy::Shared,
+                            2 => SchedulingPolicy::Sharded,
                             _ => return None,
                         };
                         let address = body.address()?;

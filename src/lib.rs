@@ -10,7 +10,7 @@ mod event;
 mod event_loop;
 mod fault;
 mod frame;
-#[cfg(any(test, fuzzing))]
+#[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
 mod ledger;

@@ -58,6 +58,29 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         endpoint: Endpoint,
         flags: BindFlags,
+        policy: SchedulingPolicy,
+    },
+    /// Bind one more shard; the answer is `shard_bound`.
+    BindShard {
+        handle: HandleId,
+        flags: BindFlags,
+        worker: WorkerId,
+        request: u32,
+    },
+    /// Take a shard away; the last one gets its place.
+    UnbindShard {
+        handle: HandleId,
+        shard: usize,
+    },
+    /// From now on newcomers go to these shards.
+    Steer {
+        handle: HandleId,
+        shards: Vec<usize>,
+    },
+    /// Whoever accepts from the listener, or from this shard of it, must not wait any more.
+    Unblock {
+        handle: HandleId,
+        shard: Option<usize>,
     },
     /// Tell when the listener is readable.
     Watch {
@@ -108,6 +131,8 @@ pub(crate) enum With {
     Nothing,
     /// A copy of the listener.
     Listener(HandleId),
+    /// A copy of one of its shards.
+    Shard(HandleId, usize),
     /// The end of a new queue out of which connections are taken.
     Queue(HandleId),
 }
@@ -235,12 +260,19 @@ impl<C> MasterCore<C> {
             };
             let quiet = match (handle.stage, handle.door, handle.policy) {
                 (Stage::Draining(quiet), Door::Watched, _)
-                | (Stage::Draining(quiet), _, SchedulingPolicy::Shared) => quiet,
+                | (
+                    Stage::Draining(quiet),
+                    _,
+                    SchedulingPolicy::Shared | SchedulingPolicy::Sharded,
+                ) => quiet,
                 _ => None,
             };
+            let quiet = quiet
+                .into_iter()
+                .chain(handle.departing.first().map(|(time, _)| *time));
             let giving = handle.gives_from;
             let look = handle.connections.look_at();
-            let look = look.filter(|_| handle.stage != Stage::Unbound);
+            let look = look.filter(|_| handle.is_balanced());
             rest.into_iter().chain(quiet).chain(giving).chain(look)
         });
         let worker = self.deadlines.first().map(|(time, _)| *time);
@@ -533,6 +565,7 @@ impl<C> MasterCore<C> {
                 entry.stage = Stage::Draining(None);
                 self.finish_drain(handle);
             }
+            self.let_go_of_shards(handle);
             if let Some(entry) = self.handles.get_mut(&handle) {
                 if entry.gives_from.is_some_and(|time| time <= self.now) {
                     entry.gives_from = None;
@@ -656,7 +689,8 @@ impl<C> MasterCore<C> {
                 let Some(entry) = self.handles.get_mut(&handle) else {
                     return Err(FrameError::State("ready for a listener it has not"));
                 };
-                self.ledger.taken += entry.connections.idle(worker, taken, self.now)?;
+                let taken = entry.connections.idle(worker, taken, self.now)?;
+                self.taken(taken);
                 self.distribute(handle);
                 self.pull(handle);
                 self.balance(handle);

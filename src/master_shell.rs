@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use crate::bind::{BoundSocket, bind};
 use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
-use crate::endpoint::{BindFlags, Endpoint, Place};
+use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::{Error, SendError};
 use crate::event::Departure;
 use crate::event_loop::Token;
@@ -69,7 +69,15 @@ pub(crate) enum Fed {
 struct MasterSocket {
     is_path: bool,
     file: Option<SocketFile>,
-    socket: Registered<OwnedFd>,
+    /// More than one if it is sharded; in the order in which the system counts them.
+    sockets: Vec<Registered<OwnedFd>>,
+}
+
+impl MasterSocket {
+    fn get(&self, shard: usize) -> io::Result<&Registered<OwnedFd>> {
+        let socket = self.sockets.get(shard);
+        socket.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
 }
 
 #[derive(Debug)]
@@ -286,14 +294,15 @@ impl MasterShell {
             } => {
                 let shared = match with {
                     With::Nothing => Ok(None),
-                    With::Listener(handle) => self.share(handle).map(Some),
+                    With::Listener(handle) => self.share(handle, 0).map(Some),
+                    With::Shard(handle, shard) => self.share(handle, shard).map(Some),
                     With::Queue(handle) => self.open_queue(handle, worker).map(Some),
                 };
                 let fd = match (shared, with, &frame) {
                     (Ok(fd), _, _) => fd.map(|fd| Rc::new(fd.into())),
                     (
                         Err(error),
-                        With::Listener(handle) | With::Queue(handle),
+                        With::Listener(handle) | With::Shard(handle, _) | With::Queue(handle),
                         ToWorker::Reply { request, .. },
                     ) => {
                         let errno = error.raw_os_error().unwrap_or(0);
@@ -333,10 +342,48 @@ impl MasterShell {
                 handle,
                 endpoint,
                 flags,
+                policy,
             } => {
-                let result = self.bind(handle, &endpoint, &flags);
+                let result = self.bind(handle, &endpoint, &flags, policy);
                 let result = result.map_err(|error| error.raw_os_error().unwrap_or(errno::EINVAL));
                 self.core.borrow_mut().bound(handle, result);
+            }
+            Action::BindShard {
+                handle,
+                flags,
+                worker,
+                request,
+            } => {
+                let result = self.bind_shard(handle, &flags);
+                let result = result.map_err(|error| error.raw_os_error().unwrap_or(errno::EINVAL));
+                let mut core = self.decide();
+                core.shard_bound(handle, worker, request, result);
+            }
+            Action::UnbindShard { handle, shard } => {
+                let mut listeners = self.listeners.borrow_mut();
+                let sockets = listeners.get_mut(&handle).map(|own| &mut own.sockets);
+                if let Some(sockets) = sockets.filter(|sockets| shard < sockets.len()) {
+                    // Whoever else may have it: the system must count as we do.
+                    sys::listen::shut_for_good(&sockets.swap_remove(shard));
+                }
+            }
+            Action::Steer { handle, shards } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    if let Ok(first) = listener.get(0) {
+                        // Where it cannot be done, the system chooses by itself.
+                        let _ = sys::listen::steer(first, &shards);
+                    }
+                }
+            }
+            Action::Unblock { handle, shard } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    let all = listener.sockets.iter().enumerate();
+                    let chosen = all.filter(|(at, _)| shard.is_none_or(|shard| *at == shard));
+                    for (_, socket) in chosen {
+                        // It cannot fail: the descriptor is open.
+                        let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
+                    }
+                }
             }
             Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
             Action::Unwatch { handle } => self.set_interest(handle, None),
@@ -347,16 +394,22 @@ impl MasterShell {
                 }
             }
             // Where it cannot be done, the backlog is emptied with the door open.
-            Action::ShutDoor { handle } => match self.listeners.borrow().get(&handle) {
-                Some(listener) if listener.is_path => {
-                    sys::listen::shut_unix_door(&listener.socket);
+            Action::ShutDoor { handle } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    for socket in &listener.sockets {
+                        if listener.is_path {
+                            sys::listen::shut_for_good(socket);
+                        } else {
+                            let _ = sys::listen::shut_door(socket);
+                        }
+                    }
                 }
-                Some(listener) => drop(sys::listen::shut_door(&listener.socket)),
-                None => {}
-            },
+            }
             Action::OpenDoor { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
-                    let _ = sys::listen::open_door(&listener.socket);
+                    for socket in &listener.sockets {
+                        let _ = sys::listen::open_door(socket);
+                    }
                 }
             }
             Action::Unbind { handle } => {
@@ -399,10 +452,12 @@ impl MasterShell {
         handle: HandleId,
         endpoint: &Endpoint,
         flags: &BindFlags,
+        policy: SchedulingPolicy,
     ) -> io::Result<Option<SocketAddr>> {
         if let Place::Fd(number) = endpoint.place {
-            let is_ours = |own: &MasterSocket| own.socket.as_fd().as_raw_fd() == number;
-            if self.listeners.borrow().values().any(is_ours) {
+            let listeners = self.listeners.borrow();
+            let mut sockets = listeners.values().flat_map(|own| &own.sockets);
+            if sockets.any(|own| own.as_fd().as_raw_fd() == number) {
                 // It is not the program's to lend.
                 return Err(io::Error::from_raw_os_error(errno::EBADF));
             }
@@ -411,23 +466,42 @@ impl MasterShell {
             file,
             socket,
             address,
-        } = bind(endpoint, flags, false)?;
+        } = bind(endpoint, flags, policy == SchedulingPolicy::Sharded)?;
+        // Workers that wait in `accept` itself take strict turns. What is lent is others', too.
+        let waits = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
+        if waits && !endpoint.is_borrowed() {
+            sys::fd::set_nonblocking(socket.as_fd(), false)?;
+        }
         let key = Token::Listener(handle.0).key();
         let socket = self.poller.add(socket, key, None)?;
         let is_path = file.is_some();
         let bound = MasterSocket {
             is_path,
             file,
-            socket,
+            sockets: vec![socket],
         };
         self.listeners.borrow_mut().insert(handle, bound);
         Ok(address)
     }
 
+    /// One more listener with the address of the first.
+    fn bind_shard(&self, handle: HandleId, flags: &BindFlags) -> io::Result<()> {
+        let mut listeners = self.listeners.borrow_mut();
+        let listener = listeners.get_mut(&handle);
+        let listener = listener.ok_or(io::ErrorKind::NotFound)?;
+        let address = sys::listen::local_addr(listener.get(0)?);
+        let address = address.ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let socket = sys::listen::listen_tcp(&address, flags, true)?;
+        sys::fd::set_nonblocking(socket.as_fd(), false)?;
+        let key = Token::Listener(handle.0).key();
+        listener.sockets.push(self.poller.add(socket, key, None)?);
+        Ok(())
+    }
+
     /// A copy of the listener for a worker.
-    fn share(&self, handle: HandleId) -> io::Result<OwnedFd> {
+    fn share(&self, handle: HandleId, shard: usize) -> io::Result<OwnedFd> {
         match self.listeners.borrow().get(&handle) {
-            Some(listener) => listener.socket.try_clone(),
+            Some(listener) => listener.get(shard)?.try_clone(),
             None => Err(io::ErrorKind::NotFound.into()),
         }
     }
@@ -498,7 +572,10 @@ impl MasterShell {
 
     fn set_interest(&self, handle: HandleId, interest: Option<Interest>) {
         if let Some(listener) = self.listeners.borrow().get(&handle) {
-            if let Err(source) = listener.socket.set_interest(interest) {
+            let set = listener
+                .get(0)
+                .and_then(|socket| socket.set_interest(interest));
+            if let Err(source) = set {
                 let error = Error::Io {
                     attempt: "watch a listener",
                     source,
@@ -510,12 +587,13 @@ impl MasterShell {
 
     fn accept(&self, handle: HandleId, at_most: u64) {
         let listeners = self.listeners.borrow();
-        let Some(listener) = listeners.get(&handle) else {
+        let listener = listeners.get(&handle).map(|own| own.get(0));
+        let Some(Ok(socket)) = listener else {
             return;
         };
         let mut core = self.core.borrow_mut();
         for _ in 0..at_most {
-            match sys::listen::accept(&*listener.socket) {
+            match sys::listen::accept(&**socket) {
                 Ok(stream) => core.accepted(handle, stream.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);

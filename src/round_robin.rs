@@ -130,9 +130,13 @@ impl<C> RoundRobin<C> {
         }
     }
 
-    /// How many more connections may be accepted now: the room not spoken for.
+    /// How many more connections may be accepted now: the room not spoken for. None as long as
+    /// nobody is idle: whoever comes may as well wait in the kernel.
     pub(crate) fn room(&self) -> u64 {
-        self.room.saturating_sub(self.waiting.len() as u64)
+        match self.next.first() {
+            Some((_, 0, _, _)) => self.room.saturating_sub(self.waiting.len() as u64),
+            _ => 0,
+        }
     }
 
     /// Whether any connection waits for a worker.
@@ -157,19 +161,20 @@ impl<C> RoundRobin<C> {
     }
 
     /// Changes a member and keeps the orders and sums right. Returns what `change` does, and how
-    /// many connections are known now to have been taken.
+    /// many more connections are known now to have been taken.
     fn change<T>(
         &mut self,
         worker: WorkerId,
         change: impl FnOnce(&mut Member) -> T,
-    ) -> Option<(T, u64)> {
+    ) -> Option<(T, i64)> {
         let member = self.members.get_mut(&worker)?;
         let (ranks, room) = (member.ranks(worker), member.room());
         let (sent, taken) = (member.sent, member.taken);
         let result = change(member);
         let (new, new_room) = (member.ranks(worker), member.room());
         self.under_way = self.under_way + member.sent + taken - sent - member.taken;
-        let taken = member.taken.saturating_sub(taken);
+        let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        let taken = signed(member.taken) - signed(taken);
         exchange(&mut self.next, ranks.next, new.next);
         exchange(&mut self.behind, ranks.behind, new.behind);
         exchange(&mut self.unmoved, ranks.unmoved, new.unmoved);
@@ -184,7 +189,7 @@ impl<C> RoundRobin<C> {
         worker: WorkerId,
         taken: u64,
         now: Time,
-    ) -> Result<u64, FrameError> {
+    ) -> Result<i64, FrameError> {
         let outcome = self.change(worker, |member| {
             if taken > member.sent {
                 return Err(FrameError::State("took a connection it was never given"));
@@ -228,29 +233,33 @@ impl<C> RoundRobin<C> {
         self.change(worker, |member| member.ended = true);
     }
 
-    /// So many are left in the queue of `worker`. Returns how many are known now to be taken.
-    pub(crate) fn counted(&mut self, worker: WorkerId, queued: u64) -> u64 {
+    /// So many are left in the queue of `worker`, whatever it has said. Returns how many more are
+    /// known now to be taken.
+    pub(crate) fn counted(&mut self, worker: WorkerId, queued: u64) -> i64 {
         let counted = self.change(worker, |member| {
-            let taken = member.sent.saturating_sub(queued);
-            member.taken = member.taken.max(taken);
+            member.taken = member.sent.saturating_sub(queued);
+            member.done = member.done.min(member.taken);
         });
         counted.map_or(0, |((), taken)| taken)
     }
 
     /// These have been taken back out of the queue of `worker`, which is empty then or not. Returns
-    /// how many others are known now to be taken.
+    /// how many more are known now to be taken: less than none, if it has said that it took these.
     pub(crate) fn came_back(
         &mut self,
         worker: WorkerId,
         connections: Vec<Placed<C>>,
         is_empty: bool,
-    ) -> u64 {
+    ) -> i64 {
         let count = connections.len() as u64;
         let changed = self.change(worker, |member| {
-            member.sent -= count;
-            if is_empty {
-                member.taken = member.sent;
-            }
+            member.sent = member.sent.saturating_sub(count);
+            member.taken = if is_empty {
+                member.sent
+            } else {
+                member.taken.min(member.sent)
+            };
+            member.done = member.done.min(member.taken);
             // It was idle, and still is; but somebody else would have taken them.
             member.sleeps |= count > 0 && member.load() == 0;
         });
@@ -268,9 +277,9 @@ impl<C> RoundRobin<C> {
         self.waiting.extend([connection]);
     }
 
-    /// Forgets `worker`, out of whose queue these were taken back. Returns how many others are known
+    /// Forgets `worker`, out of whose queue these were taken back. Returns how many more are known
     /// now to be taken.
-    pub(crate) fn leave(&mut self, worker: WorkerId, connections: Vec<Placed<C>>) -> u64 {
+    pub(crate) fn leave(&mut self, worker: WorkerId, connections: Vec<Placed<C>>) -> i64 {
         self.end(worker);
         let taken = self.came_back(worker, connections, true);
         // It is in none of the orders: it has no room, and nothing in its queue.
@@ -312,17 +321,18 @@ impl<C> RoundRobin<C> {
         Some(Given { worker, placed })
     }
 
-    /// Out of whose queue a connection should be taken back, because another worker is idle.
-    pub(crate) fn to_take_back(&self, now: Time) -> Option<WorkerId> {
+    /// Out of whose queue connections should be taken back, because another worker is idle, and how
+    /// many: half of what lies behind others.
+    pub(crate) fn to_take_back(&self, now: Time) -> Option<(WorkerId, usize)> {
         if !self.anyone_is_idle() || self.anyone_waits() {
             return None;
         }
-        let stale = self
-            .unmoved
-            .first()
-            .filter(|(since, _)| *since + STALE <= now);
-        let behind = self.behind.last().map(|(_, worker)| *worker);
-        behind.or(stale.map(|(_, worker)| *worker))
+        if let Some((behind, worker)) = self.behind.last() {
+            return Some((*worker, behind.div_ceil(2) as usize));
+        }
+        let stale = self.unmoved.first();
+        let stale = stale.filter(|(since, _)| *since + STALE <= now);
+        stale.map(|(_, worker)| (*worker, 1))
     }
 
     /// When `to_take_back` may have somebody to name although nothing has happened.
@@ -356,5 +366,262 @@ fn exchange<T: Ord>(set: &mut BTreeSet<T>, old: Option<T>, new: Option<T>) {
             set.remove(&old);
         }
         set.extend(new);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    const NOW: Time = Time::ZERO;
+    const LATER: Time = Time::from_secs(1);
+
+    fn id(n: u32) -> WorkerId {
+        WorkerId::new(n)
+    }
+
+    /// Workers that are idle.
+    fn idle(count: u32) -> RoundRobin<u32> {
+        let mut rr = RoundRobin::new();
+        for n in 1..=count {
+            rr.join(id(n));
+            rr.idle(id(n), 0, NOW).unwrap();
+        }
+        rr
+    }
+
+    fn who(rr: &mut RoundRobin<u32>) -> Vec<(u32, u32)> {
+        let given = std::iter::from_fn(|| rr.distribute(NOW));
+        given.map(|g| (g.worker.get(), g.placed.1)).collect()
+    }
+
+    /// Makes a worker that is idle prove to be quick, until it is given as many ahead as possible.
+    fn hurry(rr: &mut RoundRobin<u32>, worker: u32) {
+        let mut taken = 0;
+        for window in [1, 2, 4, 8] {
+            (0..window).for_each(|c| rr.push(c));
+            assert_eq!(who(rr).len(), window as usize);
+            taken += u64::from(window);
+            rr.idle(id(worker), taken, NOW).unwrap();
+        }
+    }
+
+    #[test]
+    fn nothing_is_given_to_who_is_not_idle() {
+        let mut rr = RoundRobin::new();
+        rr.join(id(1));
+        rr.push(7);
+        assert!(rr.distribute(NOW).is_none());
+        rr.idle(id(1), 0, NOW).unwrap();
+        assert_eq!(rr.room(), 0, "what there is is spoken for");
+        assert_eq!(who(&mut rr), [(1, 7)]);
+    }
+
+    #[test]
+    fn idle_workers_take_strict_turns() {
+        let mut rr = idle(3);
+        let mut taken = [0; 3];
+        for n in 0..300 {
+            rr.push(n);
+            let worker = n % 3 + 1;
+            assert_eq!(who(&mut rr), [(worker, n)]);
+            let count = &mut taken[worker as usize - 1];
+            *count += 1;
+            rr.idle(id(worker), *count, NOW).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_late_worker_gets_its_turn_back() {
+        let mut rr = RoundRobin::new();
+        (1..=3).for_each(|n| rr.join(id(n)));
+        for n in [2, 3] {
+            rr.idle(id(n), 0, NOW).unwrap();
+        }
+        rr.push(0);
+        assert_eq!(who(&mut rr), [(2, 0)]);
+        rr.idle(id(1), 0, NOW).unwrap();
+        rr.push(1);
+        assert_eq!(who(&mut rr), [(1, 1)]);
+    }
+
+    #[test]
+    fn who_is_slow_is_given_nothing_ahead() {
+        let mut rr = idle(2);
+        for taken in 1..10 {
+            (0..5).for_each(|c| rr.push(c));
+            assert_eq!(who(&mut rr).len(), 2, "one each");
+            rr.drop_waiting();
+            for worker in [1, 2] {
+                rr.idle(id(worker), taken, LATER).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn who_is_quick_is_given_more_and_more_ahead_and_no_longer_if_it_was_slow_once() {
+        let mut rr = idle(1);
+        hurry(&mut rr, 1);
+        assert_eq!(rr.room(), u64::from(MAX_WINDOW));
+        rr.push(0);
+        assert_eq!(who(&mut rr).len(), 1);
+        rr.idle(id(1), 16, LATER).unwrap();
+        assert_eq!(rr.room(), 1);
+    }
+
+    #[test]
+    fn what_lies_behind_another_is_for_whoever_becomes_idle() {
+        let mut rr = idle(1);
+        hurry(&mut rr, 1);
+        (0..5).for_each(|c| rr.push(c));
+        assert_eq!(who(&mut rr).len(), 5);
+        assert_eq!(rr.to_take_back(NOW), None, "nobody is idle");
+        rr.join(id(2));
+        for (turn, takes) in [(1, 2), (2, 2), (3, 1), (4, 1)] {
+            rr.idle(id(2), turn - 1, NOW).unwrap();
+            assert_eq!(rr.to_take_back(NOW), Some((id(1), takes)));
+            rr.came_back(id(1), vec![(15 + turn, 0)], false);
+            assert_eq!(who(&mut rr), [(2, 0)]);
+        }
+        rr.idle(id(2), 4, NOW).unwrap();
+        assert_eq!(rr.to_take_back(NOW), None, "the first one is being served");
+    }
+
+    #[test]
+    fn what_a_sleeper_does_not_take_is_for_others() {
+        let mut rr = idle(2);
+        rr.push(5);
+        assert_eq!(who(&mut rr), [(1, 5)]);
+        assert_eq!(rr.to_take_back(NOW), None);
+        assert_eq!(rr.look_at(), Some(STALE));
+        assert_eq!(rr.to_take_back(STALE), Some((id(1), 1)));
+        rr.came_back(id(1), vec![(1, 5)], false);
+        assert_eq!(who(&mut rr), [(2, 5)]);
+        rr.idle(id(2), 1, NOW).unwrap();
+        for n in 6..9 {
+            rr.push(n);
+            assert_eq!(who(&mut rr), [(2, n)], "the sleeper comes last");
+            rr.idle(id(2), u64::from(n) - 4, NOW).unwrap();
+        }
+        (0..2).for_each(|n| rr.push(n));
+        let given = who(&mut rr);
+        assert_eq!(given, [(2, 0), (1, 1)], "its chance");
+        rr.idle(id(1), 1, NOW).unwrap();
+        rr.idle(id(2), 5, NOW).unwrap();
+        (9..11).for_each(|n| rr.push(n));
+        assert_eq!(who(&mut rr), [(2, 9), (1, 10)], "it has used it");
+    }
+
+    #[test]
+    fn who_was_looked_at_and_had_taken_all_is_left_alone() {
+        let mut rr = idle(2);
+        rr.push(5);
+        assert_eq!(who(&mut rr), [(1, 5)]);
+        assert_eq!(rr.came_back(id(1), Vec::new(), true), 1);
+        assert_eq!((rr.to_take_back(LATER), rr.look_at()), (None, None));
+        assert_eq!(rr.in_hand(), 0);
+        assert_eq!(rr.idle(id(1), 1, LATER), Ok(0), "no news");
+    }
+
+    #[test]
+    fn what_comes_back_keeps_its_place() {
+        let mut rr = idle(1);
+        hurry(&mut rr, 1);
+        (0..3).for_each(|c| rr.push(c));
+        assert_eq!(who(&mut rr).len(), 3);
+        rr.push(3);
+        rr.revoke(id(1)).unwrap();
+        let back = [(18, 2), (17, 1)];
+        assert_eq!(rr.leave(id(1), back.into()), 1, "one was taken");
+        rr.join(id(2));
+        for (taken, expected) in [1, 2, 3].into_iter().enumerate() {
+            rr.idle(id(2), taken as u64, LATER).unwrap();
+            assert_eq!(who(&mut rr), [(2, expected)]);
+        }
+        assert_eq!(rr.in_hand(), 1);
+    }
+
+    #[test]
+    fn a_queue_that_is_full_gets_no_more_before_it_is_empty() {
+        let mut rr = idle(2);
+        rr.push(5);
+        let Given { worker, placed } = rr.distribute(NOW).unwrap();
+        rr.not_given(worker, placed, false);
+        assert_eq!(who(&mut rr), [(2, 5)]);
+        assert_eq!(rr.room(), 0);
+        rr.idle(id(1), 0, NOW).unwrap();
+        assert_eq!(rr.room(), 1);
+    }
+
+    #[test]
+    fn lies_are_errors() {
+        let mut rr = idle(1);
+        assert!(rr.idle(id(1), 1, NOW).is_err());
+        assert!(rr.idle(id(2), 0, NOW).is_err());
+        assert!(rr.revoke(id(2)).is_err());
+    }
+
+    #[test]
+    fn an_ended_worker_gets_nothing_more() {
+        let mut rr = idle(1);
+        rr.end(id(1));
+        assert_eq!(rr.room(), 0);
+        rr.push(1);
+        assert!(rr.distribute(NOW).is_none());
+        assert_eq!(rr.idle(id(1), 0, NOW), Ok(0), "a late word is no crime");
+        assert!(rr.distribute(NOW).is_none());
+    }
+
+    proptest! {
+        /// Workers that take what they are given, whatever the order of things: the sums stay right,
+        /// and nothing waits in a queue behind another while somebody is idle.
+        #[test]
+        fn sums_are_right(steps in proptest::collection::vec((0..6u8, 1..4u32, 0..30u64), 0..200)) {
+            let mut rr = idle(3);
+            let mut queues = [const { VecDeque::new() }; 4];
+            let mut taken = [0; 4];
+            let (mut accepted, mut now) = (0, NOW);
+            for (what, worker, n) in steps {
+                let (own, at) = (id(worker), worker as usize);
+                match what {
+                    0 | 1 => {
+                        rr.push(0);
+                        accepted += 1;
+                    }
+                    2 | 3 if !queues[at].is_empty() => {
+                        queues[at].pop_front();
+                        taken[at] += 1;
+                    }
+                    2..=4 if queues[at].is_empty() => {
+                        rr.idle(own, taken[at], now).unwrap();
+                    }
+                    5 => now += Time::from_millis(n),
+                    _ => {
+                        rr.counted(own, queues[at].len() as u64);
+                    }
+                }
+                while let Some(given) = rr.distribute(now) {
+                    queues[given.worker.get() as usize].push_back(given.placed);
+                }
+                while let Some((victim, count)) = rr.to_take_back(now) {
+                    let queue = &mut queues[victim.get() as usize];
+                    let back: Vec<_> = queue.drain(..count.min(queue.len())).collect();
+                    let is_empty = back.len() < count;
+                    rr.came_back(victim, back, is_empty);
+                    while let Some(given) = rr.distribute(now) {
+                        queues[given.worker.get() as usize].push_back(given.placed);
+                    }
+                }
+                prop_assert!(queues.iter().all(|queue| queue.len() <= MAX_WINDOW as usize));
+                for n in 1..4 {
+                    rr.counted(id(n), queues[n as usize].len() as u64);
+                }
+                let queued: usize = queues.iter().map(VecDeque::len).sum();
+                prop_assert_eq!(rr.in_hand(), (rr.waiting.len() + queued) as u64);
+                prop_assert_eq!(accepted, rr.in_hand() + taken.iter().sum::<u64>());
+            }
+        }
     }
 }

@@ -24,8 +24,8 @@ pub(crate) const SCHED_POLICY: &str = "CLUSTER_SCHED_POLICY";
 ///
 /// Node: `cluster.SCHED_RR` and `cluster.SCHED_NONE`. The default is round robin. The program
 /// chooses with [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy), its user
-/// with the environment variable `CLUSTER_SCHED_POLICY`, whose values `rr` and `none` are what
-/// [`FromStr`] reads.
+/// with the environment variable `CLUSTER_SCHED_POLICY`, whose values `rr`, `none` and `sharded` are
+/// what [`FromStr`] reads.
 ///
 /// ```
 /// use cluster::SchedulingPolicy;
@@ -45,6 +45,12 @@ pub enum SchedulingPolicy {
     ///
     /// Node: `SCHED_NONE`.
     Shared,
+    /// Each worker has a listener of its own on the same port (`SO_REUSEPORT`), and the system
+    /// chooses. The master keeps a copy, so that a worker that takes the place of a dead one finds
+    /// the clients of that one waiting. What is no TCP port is shared.
+    ///
+    /// Node has no counterpart in a cluster; `reusePort` in a server is the same without a master.
+    Sharded,
 }
 
 impl std::fmt::Display for SchedulingPolicy {
@@ -52,11 +58,12 @@ impl std::fmt::Display for SchedulingPolicy {
         f.write_str(match self {
             Self::RoundRobin => "rr",
             Self::Shared => "none",
+            Self::Sharded => "sharded",
         })
     }
 }
 
-/// A name of a scheduling policy that is neither `rr` nor `none`.
+/// A name of a scheduling policy that is none of `rr`, `none` and `sharded`.
 ///
 /// It says what was read and what is valid; see [`SchedulingPolicy`] for an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +73,7 @@ impl std::fmt::Display for UnknownPolicy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "unknown scheduling policy {:?}: valid are \"rr\" and \"none\"",
+            "unknown scheduling policy {:?}: valid are \"rr\", \"none\" and \"sharded\"",
             self.0
         )
     }
@@ -81,6 +88,7 @@ impl FromStr for SchedulingPolicy {
         match name {
             "rr" => Ok(Self::RoundRobin),
             "none" => Ok(Self::Shared),
+            "sharded" => Ok(Self::Sharded),
             _ => Err(UnknownPolicy(name.to_owned())),
         }
     }

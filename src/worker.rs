@@ -81,6 +81,10 @@ pub(crate) struct Inner {
     of_listener: RefCell<BTreeMap<ListenerId, ListenerCallbacks>>,
     /// `accept` has found the poller ready and has not looked yet.
     poller_waits: Cell<bool>,
+    /// Before `accept` waits in the kernel, the channel has to be empty.
+    looks_around: Cell<bool>,
+    /// It has waited there, and been interrupted.
+    has_waited: Cell<bool>,
     /// When `accept` has waited last.
     waited: Cell<Instant>,
     on_message: Callbacks<OnMessage>,
@@ -112,7 +116,9 @@ impl Worker {
             shell: Rc::new(shell.map_err(Error::io("wait for the channel"))?),
             home,
             of_listener: RefCell::default(),
-            poller_waits: Cell::new(false),
+            poller_waits: Cell::new(true),
+            looks_around: Cell::new(true),
+            has_waited: Cell::new(false),
             waited: Cell::new(Instant::now()),
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),
@@ -317,7 +323,8 @@ impl Worker {
     /// # Errors
     ///
     /// [`Error::Send`] with [`ChannelClosed`](crate::SendError::ChannelClosed),
-    /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull) when 8 MiB wait already.
+    /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull)
+    /// when 8 MiB or 256 descriptors wait already.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

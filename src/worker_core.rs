@@ -242,6 +242,11 @@ impl WorkerCore {
         entry.is_some_and(|entry| entry.kind == Kind::Udp)
     }
 
+    /// Whether a callback waits for connections or datagrams.
+    pub(crate) fn serves_any(&self) -> bool {
+        self.listeners.values().any(|entry| entry.served)
+    }
+
     /// Whether its connections come by a queue.
     pub(crate) fn has_queue(&self, listener: ListenerId) -> bool {
         self.listeners.get(&listener).is_some_and(Entry::has_queue)
@@ -906,6 +911,7 @@ mod tests {
     fn who_leaves_serves_what_is_left_however_much_it_has() {
         let mut core = WorkerCore::new();
         let listener = listener(&mut core, HANDLE);
+        looks(&mut core, listener);
         core.set_most(listener, Some(0));
         assert!(!looks(&mut core, listener));
         core.frame(ToWorker::Disconnect, None).unwrap();

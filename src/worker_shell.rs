@@ -1,7 +1,7 @@
 //! The worker's hands: carries out what [`WorkerCore`] decides, on the channel and on shared
 //! listeners. Never calls the program.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -17,9 +17,13 @@ use crate::error::{Error, Result, SendError};
 use crate::event_loop::Token;
 use crate::frame::{FrameError, ToMaster, ToWorker};
 use crate::message::Message;
+use crate::settings::SchedulingPolicy;
 use crate::socket_file::SocketFile;
 use crate::sys::fd::CommonFd;
-use crate::sys::poll::{Interest, Poller, Registered, wait_readable, wait_readable_or_writable};
+use crate::sys::interrupt::Interrupt;
+use crate::sys::poll::{
+    Interest, Poller, Registered, is_writable, wait_readable, wait_readable_or_writable,
+};
 use crate::sys::process::Pid;
 use crate::sys::queue::{self, Taken};
 use crate::sys::{self, errno};
@@ -37,7 +41,7 @@ const CHANNEL: u32 = 0;
 /// A socket that this process has a copy of, or to itself.
 #[derive(Debug)]
 pub(crate) enum Socket {
-    Listener(OwnedFd),
+    Listener(SharedListener),
     /// Out of which the master's connections are taken.
     Queue(OwnedFd),
     Datagrams(UdpSocket),
@@ -46,10 +50,19 @@ pub(crate) enum Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Listener(fd) | Self::Queue(fd) => fd.as_fd(),
+            Self::Listener(listener) => listener.fd.as_fd(),
+            Self::Queue(fd) => fd.as_fd(),
             Self::Datagrams(socket) => socket.as_fd(),
         }
     }
+}
+
+/// A listener of which others have copies.
+#[derive(Debug)]
+pub(crate) struct SharedListener {
+    fd: OwnedFd,
+    /// Whether accepting from it waits, for all who have it.
+    blocks: Cell<bool>,
 }
 
 /// What came of accepting from a listener or taking out of a queue.
@@ -75,6 +88,8 @@ pub(crate) struct WorkerShell {
     /// There has been none for a connection since the last one was taken.
     lacks_descriptors: Cell<bool>,
     began: Instant,
+    /// Lets this process block in `accept`, once it has.
+    interrupt: OnceCell<Interrupt>,
     /// Something waits for the system to have room again.
     rest_until: Cell<Option<Time>>,
     /// What went wrong outside any call of the program's.
@@ -105,6 +120,7 @@ impl WorkerShell {
             fd_limit: Cell::new(u64::MAX),
             lacks_descriptors: Cell::new(false),
             began,
+            interrupt: OnceCell::new(),
             rest_until: Cell::new(None),
             errors: RefCell::default(),
             receipts: RefCell::default(),
@@ -355,12 +371,17 @@ impl WorkerShell {
                 let message = Message::new(bytes, fds);
                 core.frame(ToWorker::Message(Vec::new()), Some(message))?;
             }
-            ToWorker::Reply { .. } => {
+            ToWorker::Reply { ref result, .. } => {
+                // What the master binds for workers that accept for themselves waits, unless one of
+                // them has changed that.
+                let blocks = result
+                    .as_ref()
+                    .is_ok_and(|bound| bound.policy != SchedulingPolicy::RoundRobin);
                 let listener = core.frame(frame, None)?;
                 drop(core);
                 let fd = fds.into_iter().next().map(CommonFd::claim);
                 if let (Some(listener), Some(fd)) = (listener, fd) {
-                    self.adopt(listener, fd);
+                    self.adopt(listener, fd, blocks);
                 }
             }
             ToWorker::End { .. } | ToWorker::Disconnect => {
@@ -382,22 +403,23 @@ impl WorkerShell {
     }
 
     /// Keeps the copy of a shared listener or socket, or the end of a queue.
-    fn adopt(&self, listener: ListenerId, fd: OwnedFd) {
-        if let Err(source) = self.keep(listener, fd) {
+    fn adopt(&self, listener: ListenerId, fd: OwnedFd, blocks: bool) {
+        if let Err(source) = self.keep(listener, fd, blocks) {
             let attempt = "wait for a shared listener";
             self.report(Error::Io { attempt, source });
             self.core.borrow_mut().close(listener);
         }
     }
 
-    fn keep(&self, listener: ListenerId, fd: OwnedFd) -> io::Result<()> {
+    fn keep(&self, listener: ListenerId, fd: OwnedFd, blocks: bool) -> io::Result<()> {
         let core = self.core.borrow();
         let socket = if core.is_datagram(listener) {
             Socket::Datagrams(fd.into())
         } else if core.has_queue(listener) {
             Socket::Queue(fd)
         } else {
-            Socket::Listener(fd)
+            let blocks = Cell::new(blocks);
+            Socket::Listener(SharedListener { fd, blocks })
         };
         drop(core);
         let key = Token::Listener(listener.0).key();
@@ -417,7 +439,7 @@ impl WorkerShell {
     ) -> io::Result<ListenerId> {
         let listener = self.core.borrow_mut().listen_alone(kind);
         if !self.core.borrow().is_leaving() {
-            let kept = self.keep(listener, bound.socket);
+            let kept = self.keep(listener, bound.socket, false);
             kept.inspect_err(|_| self.close(listener))?;
             let mut files = self.files.borrow_mut();
             files.extend(bound.file.map(|file| (listener, file)));
@@ -429,7 +451,11 @@ impl WorkerShell {
     fn close_socket(&self, listener: ListenerId) {
         // The file first: as long as it is there, nobody else can have it.
         self.files.borrow_mut().remove(&listener);
-        self.sockets.borrow_mut().remove(&listener);
+        let socket = self.sockets.borrow_mut().remove(&listener);
+        if let (Some(interrupt), Some(socket)) = (self.interrupt.get(), &socket) {
+            // It cannot fail: both descriptors are open.
+            let _ = interrupt.release(socket.as_fd());
+        }
         self.lent.borrow_mut().remove(&listener);
     }
 
@@ -442,8 +468,8 @@ impl WorkerShell {
         let was_path = self.files.borrow_mut().remove(&listener).is_some();
         if let Some(socket) = self.socket(listener) {
             match &**socket {
-                Socket::Listener(socket) if was_path => sys::listen::shut_unix_door(socket),
-                Socket::Listener(socket) => drop(sys::listen::shut_door(socket)),
+                Socket::Listener(own) if was_path => sys::listen::shut_for_good(&own.fd),
+                Socket::Listener(own) => drop(sys::listen::shut_door(&own.fd)),
                 Socket::Queue(_) | Socket::Datagrams(_) => {}
             }
         }
@@ -499,20 +525,14 @@ impl WorkerShell {
             return Ok(None);
         };
         let taken = match &**socket {
-            Socket::Listener(shared) => self.try_shared(listener, shared)?,
+            Socket::Listener(shared) => self.try_shared(listener, &shared.fd)?,
             Socket::Queue(queue) => self.try_queue(queue)?,
             Socket::Datagrams(_) => None,
         };
-        let mut core = self.core.borrow_mut();
         if let Some(fd) = taken {
-            let is_over = core.connection_opened(listener);
-            if let Socket::Queue(_) = &**socket {
-                self.count_descriptors(&mut core, &fd);
-            }
-            drop(core);
-            self.act();
-            return Ok(Some(Accepted { fd, is_over }));
+            return Ok(Some(self.accepted(listener, fd)));
         }
+        let mut core = self.core.borrow_mut();
         if !core.is_ending(listener) {
             core.found_empty(listener);
         } else if !core.leaves_to_others(listener) {
@@ -521,6 +541,94 @@ impl WorkerShell {
         drop(core);
         self.act();
         Ok(None)
+    }
+
+    /// The program gets a connection.
+    fn accepted(&self, listener: ListenerId, fd: OwnedFd) -> Accepted {
+        let mut core = self.core.borrow_mut();
+        let is_over = core.connection_opened(listener);
+        if core.has_queue(listener) {
+            self.count_descriptors(&mut core, &fd);
+        }
+        drop(core);
+        self.act();
+        Accepted { fd, is_over }
+    }
+
+    /// Whether accepting from this listener waits.
+    pub(crate) fn blocks(&self, listener: ListenerId) -> bool {
+        let socket = self.socket(listener);
+        let socket = socket.as_deref().map(|registered| &**registered);
+        matches!(socket, Some(Socket::Listener(shared)) if shared.blocks.get())
+    }
+
+    /// From now on accepting from this listener waits no more, for nobody who has it.
+    pub(crate) fn unblock(&self, listener: ListenerId) -> Result<()> {
+        let socket = self.socket(listener);
+        if let Some(Socket::Listener(shared)) = socket.as_deref().map(|socket| &**socket) {
+            if shared.blocks.replace(false) {
+                sys::fd::set_nonblocking(shared.fd.as_fd(), true)
+                    .map_err(Error::io("change a shared listener"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes that the channel, and `signals`, interrupt who waits in `accept`.
+    pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<()> {
+        if self.interrupt.get().is_none() {
+            let interrupt = Interrupt::new()?;
+            interrupt.add(signals)?;
+            if let Some(channel) = self.channel.borrow().as_ref() {
+                interrupt.add(channel.as_fd())?;
+            }
+            let _ = self.interrupt.set(interrupt);
+        }
+        Ok(())
+    }
+
+    /// Whether there is something to read or to write on the channel; it is read or written then.
+    /// As long as there is, `accept_blocking` would not be interrupted by it.
+    pub(crate) fn hear(&self) -> Result<bool> {
+        if self.is_writing() {
+            let channel = self.channel.borrow();
+            let writable = channel.as_ref().map(|channel| is_writable(channel.as_fd()));
+            drop(channel);
+            let writable = writable.transpose();
+            if writable.map_err(Error::io("wait for the channel"))? == Some(true) {
+                self.flush_channel();
+                return Ok(true);
+            }
+        }
+        Ok(self.receive() != Received::Nothing)
+    }
+
+    /// Waits in `accept`. `None` if something else has happened, or the time has come, or if
+    /// the listener turns out not to block.
+    pub(crate) fn accept_blocking(
+        &self,
+        listener: ListenerId,
+        deadline: Option<Time>,
+    ) -> Result<Option<Accepted>> {
+        let socket = self.socket(listener);
+        let socket = socket.as_deref().map(|socket| &**socket);
+        let (Some(Socket::Listener(shared)), Some(interrupt)) = (socket, self.interrupt.get())
+        else {
+            return Ok(None);
+        };
+        let deadline = deadline.map(|deadline| self.began + deadline);
+        match interrupt.accept(shared.fd.as_fd(), deadline) {
+            Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, fd))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                shared.blocks.set(false);
+                Ok(None)
+            }
+            Err(error) if sys::listen::lost_before_accept(&error) => Ok(None),
+            Err(source) => {
+                let attempt = "accept a connection";
+                Err(Error::Io { attempt, source })
+            }
+        }
     }
 
     fn try_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
@@ -610,6 +718,9 @@ impl WorkerShell {
     /// Sends the connections of a listener to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId) {
         self.fd_limit.set(sys::fd::limit());
+        if let Err(error) = self.unblock(listener) {
+            self.report(error);
+        }
         self.core.borrow_mut().serve(listener);
         self.act();
         self.watch_if_wanted(listener);

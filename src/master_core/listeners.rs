@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use super::{Action, MasterCore, With};
 use crate::address::Address;
-use crate::endpoint::{BindFlags, Kind};
+use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::error::Error;
 use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
 use crate::round_robin::{Given, Placed, RoundRobin};
@@ -82,6 +82,8 @@ pub(super) struct Handle<C> {
     pub(super) watched: bool,
     /// Whoever may still take or refuse something.
     pub(super) members: BTreeSet<WorkerId>,
+    /// The members that want no more, and whose queues are not closed yet.
+    pub(super) leaving: BTreeSet<WorkerId>,
     /// The members whose programs have it.
     pub(super) listening: BTreeSet<WorkerId>,
     /// The members that have not been told that nothing more comes.
@@ -89,10 +91,22 @@ pub(super) struct Handle<C> {
     pub(super) connections: RoundRobin<C>,
     /// The system had no room for what was to be given; it is tried again then.
     pub(super) gives_from: Option<Time>,
+    /// Who has which shard, as the system counts them. What a worker has left behind by its death
+    /// waits for the next one.
+    pub(super) shards: Vec<Option<WorkerId>>,
+    /// Workers to whose shards nobody new is sent, and when they are to be told.
+    pub(super) departing: BTreeSet<(Time, WorkerId)>,
     pub(super) accepted: bool,
 }
 
 impl<C> Handle<C> {
+    /// Whether workers are given what others have in their queues. Until the backlog is known to be
+    /// empty, it is looked at first.
+    pub(super) fn is_balanced(&self) -> bool {
+        let looked = !matches!(self.door, Door::Ready | Door::Accepting);
+        looked && self.stage != Stage::Unbound && self.gives_from.is_none()
+    }
+
     fn is_unix(&self) -> bool {
         self.key.endpoint.kind == Kind::Unix
     }
@@ -110,10 +124,10 @@ impl<C> MasterCore<C> {
                 self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
             }
             Ok(address) => {
-                let policy = match key.endpoint.kind {
-                    Kind::Tcp | Kind::Unix => self.policy,
-                    // Whoever reads from the one socket gets the datagram.
-                    Kind::Udp => SchedulingPolicy::Shared,
+                let policy = self.policy_of(&key.endpoint);
+                let shards = match policy {
+                    SchedulingPolicy::Sharded => vec![Some(worker)],
+                    SchedulingPolicy::RoundRobin | SchedulingPolicy::Shared => Vec::new(),
                 };
                 let open = Handle {
                     key: key.clone(),
@@ -123,10 +137,13 @@ impl<C> MasterCore<C> {
                     door: Door::Watched,
                     watched: false,
                     members: BTreeSet::new(),
+                    leaving: BTreeSet::new(),
                     listening: BTreeSet::new(),
                     serving: BTreeSet::new(),
                     connections: RoundRobin::new(),
                     gives_from: None,
+                    shards,
+                    departing: BTreeSet::new(),
                     accepted: false,
                 };
                 self.keys.insert(key, handle);
@@ -199,10 +216,12 @@ impl<C> MasterCore<C> {
             return;
         };
         if entry.door == Door::Accepting {
-            entry.door = Door::Watched;
+            // While nobody is idle, nobody need know who comes.
+            let anyone = entry.connections.room() > 0;
+            entry.door = if anyone { Door::Watched } else { Door::Ready };
             // The poller would say again and again that a shut door is shut.
             let shut_for_good = entry.is_unix() && entry.stage != Stage::Open;
-            self.watch(handle, !shut_for_good);
+            self.watch(handle, anyone && !shut_for_good);
             self.balance(handle);
             self.unbind_if_drained(handle);
         }
@@ -217,6 +236,7 @@ impl<C> MasterCore<C> {
             let address = Address::new(&entry.key.endpoint, entry.address).to_string();
             self.watch(handle, false);
             self.error(None, Error::Accept { address, source });
+            self.balance(handle);
         }
     }
 }
@@ -261,7 +281,7 @@ impl<C> MasterCore<C> {
     ) {
         if let Some(entry) = self.handles.get_mut(&handle) {
             let came_back = entry.connections.came_back(worker, connections, is_empty);
-            self.ledger.taken += came_back;
+            self.taken(came_back);
             self.offer(handle);
         }
     }
@@ -270,11 +290,16 @@ impl<C> MasterCore<C> {
     pub(crate) fn counted(&mut self, handle: HandleId, worker: WorkerId, queued: u64) {
         if let Some(entry) = self.handles.get_mut(&handle) {
             let taken = entry.connections.counted(worker, queued);
-            self.ledger.taken += taken;
-            if taken > 0 {
+            self.taken(taken);
+            if taken != 0 {
                 self.look_again_if_draining(handle);
             }
         }
+    }
+
+    /// So many more connections are known to be taken.
+    pub(super) fn taken(&mut self, more: i64) {
+        self.ledger.taken = self.ledger.taken.saturating_add_signed(more);
     }
 
     /// A worker's queue is closed, and this was in it.
@@ -287,8 +312,10 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
+        entry.leaving.remove(&worker);
         if entry.members.remove(&worker) {
-            self.ledger.taken += entry.connections.leave(worker, connections);
+            let taken = entry.connections.leave(worker, connections);
+            self.taken(taken);
             self.offer(handle);
         }
         let abandoned = |entry: &Handle<C>| entry.members.is_empty();
@@ -315,23 +342,51 @@ impl<C> MasterCore<C> {
         match self.keys.get(&key) {
             Some(handle) => {
                 let handle = *handle;
+                if self.handles[&handle].leaving.contains(&worker) {
+                    // There has been no descriptor to empty its old queue with.
+                    let result = Err(errno::EMFILE);
+                    self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                    return Ok(());
+                }
                 if self.handles[&handle].members.contains(&worker) {
                     return Err(FrameError::State("listens twice with one index"));
                 }
-                self.join(worker, request, handle);
+                match self.shard_for(handle, worker) {
+                    true => self.join(worker, request, handle),
+                    false => self.actions.push_back(Action::BindShard {
+                        handle,
+                        flags,
+                        worker,
+                        request,
+                    }),
+                }
             }
             None => {
                 let handle = self.next_handle();
                 let endpoint = key.endpoint.clone();
+                let policy = self.policy_of(&endpoint);
                 self.binding.insert(handle, (key, worker, request));
                 self.actions.push_back(Action::Bind {
                     handle,
                     endpoint,
                     flags,
+                    policy,
                 });
             }
         }
         Ok(())
+    }
+
+    fn policy_of(&self, endpoint: &Endpoint) -> SchedulingPolicy {
+        match (endpoint.kind, self.policy) {
+            // Whoever reads from the one socket gets the datagram.
+            (Kind::Udp, _) => SchedulingPolicy::Shared,
+            (Kind::Unix, SchedulingPolicy::Sharded) => SchedulingPolicy::Shared,
+            (Kind::Tcp, SchedulingPolicy::Sharded) if endpoint.is_borrowed() => {
+                SchedulingPolicy::Shared
+            }
+            (Kind::Tcp | Kind::Unix, policy) => policy,
+        }
     }
 
     /// A number that no listener has: a worker may ask so often that they begin anew.
@@ -372,8 +427,10 @@ impl<C> MasterCore<C> {
         let with = match policy {
             SchedulingPolicy::RoundRobin => With::Queue(handle),
             SchedulingPolicy::Shared => With::Listener(handle),
+            SchedulingPolicy::Sharded => With::Shard(handle, self.shard_of(handle, worker)),
         };
         self.send(worker, ToWorker::Reply { request, result }, with);
+        self.steer(handle);
     }
 
     /// Gives what waits to whoever can take it.
@@ -393,21 +450,17 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Takes a connection back that lies in one worker's queue although another one is idle.
+    /// Takes connections back that lie in one worker's queue although another one is idle.
     pub(super) fn balance(&mut self, handle: HandleId) {
         let Some(entry) = self.handles.get(&handle) else {
             return;
         };
-        // Until the backlog is known to be empty, it is looked at first.
-        let unlooked = matches!(entry.door, Door::Ready | Door::Accepting);
-        if unlooked || entry.stage == Stage::Unbound || entry.gives_from.is_some() {
-            return;
-        }
-        if let Some(worker) = entry.connections.to_take_back(self.now) {
+        let from = entry.connections.to_take_back(self.now);
+        if let Some((worker, at_most)) = from.filter(|_| entry.is_balanced()) {
             self.actions.push_back(Action::TakeBack {
                 handle,
                 worker,
-                at_most: 1,
+                at_most,
             });
         }
     }
@@ -458,7 +511,7 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        let shared = entry.policy == SchedulingPolicy::Shared;
+        let shared = entry.policy != SchedulingPolicy::RoundRobin;
         match entry.key.endpoint.kind {
             // It stays until the last worker has let go of it, so that a new one can have it. Nobody
             // waits for an answer to what is in its queue.
@@ -507,7 +560,7 @@ impl<C> MasterCore<C> {
                 entry.door = Door::Closed;
                 self.unbind_if_drained(handle);
             }
-            SchedulingPolicy::Shared => {
+            SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
                 let serving: Vec<_> = entry.serving.iter().copied().collect();
                 for worker in serving {
                     self.end(handle, worker, false);
@@ -533,9 +586,11 @@ impl<C> MasterCore<C> {
         };
         match entry.policy {
             SchedulingPolicy::RoundRobin => self.look_again(handle),
-            SchedulingPolicy::Shared => {
+            SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
                 // Only the workers see what is left: they close when they find nothing.
                 entry.stage = Stage::Emptying;
+                let shard = None;
+                self.actions.push_back(Action::Unblock { handle, shard });
                 let serving: Vec<_> = entry.serving.iter().copied().collect();
                 for worker in serving {
                     let drain = true;
@@ -593,13 +648,23 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.serving.remove(&worker) {
-            entry.connections.end(worker);
-            if !drain {
+        if !entry.serving.remove(&worker) {
+            return;
+        }
+        match (entry.policy, drain) {
+            // What is in its shard's backlog is only for this worker. Whose handshake is under way
+            // is let in.
+            (SchedulingPolicy::Sharded, false) => {
+                entry.departing.insert((self.now + DRAIN_GRACE, worker));
+                return self.steer(handle);
+            }
+            (SchedulingPolicy::RoundRobin, false) => {
+                entry.connections.end(worker);
                 self.take_all_back(handle, worker);
             }
-            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+            _ => entry.connections.end(worker),
         }
+        self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
     }
 
     /// Closes the listener. Members stay until they say that they let go of what they hold.
@@ -637,11 +702,117 @@ impl<C> MasterCore<C> {
         }
         match policy {
             SchedulingPolicy::RoundRobin => {
+                if let Some(entry) = self.handles.get_mut(&handle) {
+                    entry.leaving.insert(worker);
+                }
                 self.actions
                     .push_back(Action::CloseQueue { handle, worker });
             }
             SchedulingPolicy::Shared => self.queue_closed(handle, worker, Vec::new()),
+            SchedulingPolicy::Sharded => {
+                self.leave_shard(handle, worker);
+                self.queue_closed(handle, worker, Vec::new());
+            }
         }
+    }
+
+    // Shards.
+
+    /// Whether there is a shard for this worker, one that somebody has left behind perhaps. Always,
+    /// where there are none.
+    fn shard_for(&mut self, handle: HandleId, worker: WorkerId) -> bool {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return false;
+        };
+        let free = entry.shards.iter_mut().find(|shard| shard.is_none());
+        match free {
+            Some(shard) => *shard = Some(worker),
+            None => return entry.policy != SchedulingPolicy::Sharded,
+        }
+        true
+    }
+
+    /// The number of this worker's shard.
+    fn shard_of(&self, handle: HandleId, worker: WorkerId) -> usize {
+        let entry = self.handles.get(&handle);
+        let shards = entry.map_or(&[][..], |entry| &entry.shards);
+        let own = shards.iter().position(|shard| *shard == Some(worker));
+        own.unwrap_or(usize::MAX)
+    }
+
+    /// One more shard has been bound.
+    pub(crate) fn shard_bound(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        request: u32,
+        result: Result<(), i32>,
+    ) {
+        match (result, self.handles.get_mut(&handle)) {
+            (Ok(()), Some(entry)) => {
+                entry.shards.push(Some(worker));
+                self.join(worker, request, handle);
+            }
+            (result, _) => {
+                let result = Err(result.err().unwrap_or(errno::EINVAL));
+                self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+            }
+        }
+    }
+
+    /// Sends newcomers to the shards of those who serve.
+    fn steer(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        let serves = |shard: &Option<WorkerId>| shard.is_some_and(|w| entry.serving.contains(&w));
+        let shards = entry.shards.iter().enumerate();
+        let shards = shards.filter(|(_, shard)| serves(shard));
+        let shards: Vec<_> = shards.map(|(number, _)| number).collect();
+        if !shards.is_empty() && entry.stage != Stage::Unbound {
+            self.actions.push_back(Action::Steer { handle, shards });
+        }
+    }
+
+    /// Tells those to whose shards nobody comes any more to empty them.
+    pub(super) fn let_go_of_shards(&mut self, handle: HandleId) {
+        loop {
+            let Some(entry) = self.handles.get_mut(&handle) else {
+                return;
+            };
+            let due = |(time, _): &&(Time, WorkerId)| *time <= self.now;
+            let Some(&(time, worker)) = entry.departing.first().filter(due) else {
+                return;
+            };
+            entry.departing.remove(&(time, worker));
+            let shard = Some(self.shard_of(handle, worker));
+            self.actions.push_back(Action::Unblock { handle, shard });
+            let drain = true;
+            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+        }
+    }
+
+    /// A worker has left its shard: for good, if it has emptied it; otherwise somebody else gets it.
+    fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
+        let shard = self.shard_of(handle, worker);
+        let leaves = self.workers.get(&worker).is_some_and(|w| w.connected);
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        entry
+            .departing
+            .retain(|(_, departing)| *departing != worker);
+        if shard >= entry.shards.len() || entry.stage == Stage::Unbound {
+            return;
+        }
+        if leaves {
+            entry.shards.swap_remove(shard);
+            self.actions
+                .push_back(Action::UnbindShard { handle, shard });
+        } else {
+            entry.shards[shard] = None;
+        }
+        self.steer(handle);
     }
 
     /// Offers what waits to others, or lets go of it if there will be none.
@@ -653,6 +824,7 @@ impl<C> MasterCore<C> {
             self.ledger.dropped += entry.connections.drop_waiting();
         } else {
             self.distribute(handle);
+            self.pull(handle);
             self.balance(handle);
             self.look_again_if_draining(handle);
         }

@@ -42,13 +42,13 @@ impl Drop for Connection {
 #[derive(Debug)]
 pub(super) struct Parcel<F> {
     pub(super) frame: Result<F, FrameError>,
-    pub(super) with: With<Client>,
+    pub(super) with: With,
     /// The descriptor found no room where it should have arrived.
     pub(super) is_robbed: bool,
 }
 
 impl<F> Parcel<F> {
-    pub(super) fn new(frame: Result<F, FrameError>, with: With<Client>) -> Self {
+    pub(super) fn new(frame: Result<F, FrameError>, with: With) -> Self {
         Self {
             frame,
             with,
@@ -87,7 +87,7 @@ impl<F> Way<F> {
         }
     }
 
-    pub(super) fn queue(&mut self, frame: F, with: With<Client>) {
+    pub(super) fn queue(&mut self, frame: F, with: With) {
         self.lost |= self.broken;
         if !self.broken {
             self.outbox.push_back(Parcel::new(Ok(frame), with));
@@ -141,18 +141,6 @@ impl Port {
     }
 }
 
-/// What one worker has been given of one listener.
-#[derive(Debug, Default)]
-pub(super) struct Given {
-    /// All the credits of which the master has heard.
-    pub(super) granted: u64,
-    pub(super) total: u64,
-    /// By number, those of which the master has not heard.
-    pub(super) untaken: VecDeque<u64>,
-    /// The clients of those of which the worker has said nothing.
-    pub(super) unanswered: VecDeque<(u64, u32)>,
-}
-
 /// How far a worker's events have come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Life {
@@ -164,7 +152,7 @@ pub(super) enum Life {
 
 #[derive(Debug)]
 pub(super) struct Process {
-    pub(super) core: WorkerCore<Client>,
+    pub(super) core: WorkerCore,
     pub(super) actions: VecDeque<worker_core::Action>,
     pub(super) alive: bool,
     pub(super) stopped: bool,
@@ -183,7 +171,7 @@ pub(super) struct Process {
     /// The program has said that it does not care for what it holds.
     pub(super) careless: bool,
     pub(super) listeners: Vec<ListenerId>,
-    /// The copies of the master's listeners.
+    /// The copies of the master's listeners, and the ends of queues.
     pub(super) shared: BTreeMap<ListenerId, HandleId>,
     /// Listeners of its own.
     pub(super) own: BTreeMap<ListenerId, Port>,
@@ -205,12 +193,11 @@ pub(super) struct Process {
     /// The descriptors of both ends.
     pub(super) master_end: bool,
     pub(super) worker_end: bool,
-    pub(super) given: BTreeMap<HandleId, Given>,
     /// It is to be gone then.
     pub(super) deadline: Option<Time>,
     /// The master writes nothing to it before this time.
     pub(super) rests_until: Time,
-    /// The worker asks for nothing before this time.
+    /// The worker leaves its queues alone before this time.
     pub(super) rested_at: Option<Time>,
     /// The numbers of the last messages sent and received, up and down.
     pub(super) sent: [u32; 2],
@@ -245,7 +232,6 @@ impl Process {
             shut: false,
             master_end: true,
             worker_end: true,
-            given: BTreeMap::new(),
             deadline: None,
             rests_until: Time::ZERO,
             rested_at: None,
@@ -272,12 +258,6 @@ impl Process {
         self.worker_end = false;
         self.up.break_off();
         self.down.wire.clear();
-    }
-
-    pub(super) fn untaken(&self, handle: HandleId) -> usize {
-        self.given
-            .get(&handle)
-            .map_or(0, |given| given.untaken.len())
     }
 
     pub(super) fn has_gone(&self) -> bool {

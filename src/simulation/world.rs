@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use super::kernel::{Client, Connection, Given, Life, Parcel, Port, Process, Written};
+use super::kernel::{Client, Connection, Life, Parcel, Port, Process, Written};
 use super::{Call, Deed, Failure, Lie, Step, What};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::Error;
@@ -16,7 +16,7 @@ use crate::event::{Emit, Event, Level, WorkerState};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
-use crate::round_robin::MAX_CREDITS;
+use crate::round_robin::Placed;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;
 use crate::sys::errno;
@@ -26,6 +26,8 @@ use crate::worker_id::WorkerId;
 
 const MOST_WORKERS: usize = 5;
 const MOST_LISTENERS: usize = 3;
+/// How many connections the kernel has room for in a queue.
+pub(super) const QUEUE: usize = 40;
 /// How long the shells wait when there was no room for a descriptor.
 const RETRY: Time = Time::from_millis(100);
 /// A worker is told of in the order in which it was forked.
@@ -36,8 +38,6 @@ const NOBODY: &str = "of a worker that was never forked";
 struct Fate {
     served: bool,
     left: bool,
-    /// The worker that said that its program has the connection.
-    taker: Option<WorkerId>,
 }
 
 /// What the master can find ready.
@@ -65,6 +65,11 @@ pub(super) struct World {
     second: Option<(Level, WorkerId, &'static str)>,
     pub(super) processes: BTreeMap<WorkerId, Process>,
     pub(super) ports: BTreeMap<HandleId, Port>,
+    /// By which workers get their connections. The master has both ends of each.
+    pub(super) queues: BTreeMap<(HandleId, WorkerId), VecDeque<Placed<Client>>>,
+    /// To be closed, for which there was no descriptor.
+    unclosed: Vec<(HandleId, WorkerId)>,
+    closes_at: Option<Time>,
     last_port: HandleId,
     taken: BTreeSet<Endpoint>,
     fates: Vec<Fate>,
@@ -73,8 +78,6 @@ pub(super) struct World {
     pub(super) served: u64,
     /// Closed although no program had them.
     lost: u64,
-    /// Closed because the worker died whose program was about to have them.
-    pub(super) taken_along: u64,
     failing: BTreeSet<Failure>,
     awaited: bool,
     pub(super) disconnected: u32,
@@ -111,13 +114,15 @@ impl World {
             second: None,
             processes: BTreeMap::new(),
             ports: BTreeMap::new(),
+            queues: BTreeMap::new(),
+            unclosed: Vec::new(),
+            closes_at: None,
             last_port: HandleId(0),
             taken: BTreeSet::new(),
             fates: Vec::new(),
             closed: Rc::default(),
             served: 0,
             lost: 0,
-            taken_along: 0,
             failing: BTreeSet::new(),
             awaited: false,
             disconnected: 0,
@@ -301,7 +306,8 @@ impl World {
         }
         let is_due = |deadline| deadline <= self.now;
         let waits = self.master.anyone_waits() && self.ticked < self.now;
-        if self.master.deadline().is_some_and(is_due) || waits {
+        let closes = self.closes_at.is_some_and(is_due);
+        if self.master.deadline().is_some_and(is_due) || waits || closes {
             facts.push(Fact::Time);
         }
         let fact = nth(facts.iter().copied(), n);
@@ -334,6 +340,12 @@ impl World {
                 process.deadline = process.deadline.into_iter().chain(by).min();
             }
         }
+        if self.closes_at.is_some_and(|time| time <= self.now) {
+            self.closes_at = None;
+            for (handle, worker) in std::mem::take(&mut self.unclosed) {
+                self.close_queue(handle, worker);
+            }
+        }
         self.master.tick(self.now);
         let fates = &self.fates;
         let left = |connection: &Client| fates[connection.client as usize].left;
@@ -363,19 +375,12 @@ impl World {
         match frame {
             Err(error) => self.master.violation(worker, error),
             Ok(frame) => {
-                if process.liar {
-                    // It may have spoken of what it had not been given yet.
-                    let given = &mut process.given;
-                    Self::note_written(worker, given, &mut self.fates, &frame);
-                }
-                Self::note_read(process, &frame);
                 let message = match &frame {
                     ToMaster::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
                     ToMaster::Online
                     | ToMaster::Listen { .. }
                     | ToMaster::Listening { .. }
                     | ToMaster::Ready { .. }
-                    | ToMaster::Refused { .. }
                     | ToMaster::Close { .. }
                     | ToMaster::Leaving
                     | ToMaster::Revoke { .. } => None,
@@ -384,36 +389,6 @@ impl World {
             }
         }
         true
-    }
-
-    /// What the master knows now of what a worker has and may have.
-    fn note_read(process: &mut Process, frame: &ToMaster) {
-        match frame {
-            ToMaster::Ready {
-                handle,
-                credits,
-                taken,
-            } => {
-                let given = process.given.entry(*handle).or_default();
-                given.granted += u64::from(*credits);
-                while given.untaken.front().is_some_and(|n| n <= taken) {
-                    given.untaken.pop_front();
-                }
-            }
-            // Should it join again, all begins anew.
-            ToMaster::Close { handle } => drop(process.given.remove(handle)),
-            ToMaster::Refused { handle, number } => {
-                if let Some(given) = process.given.get_mut(handle) {
-                    given.untaken.retain(|n| n != number);
-                }
-            }
-            ToMaster::Online
-            | ToMaster::Listen { .. }
-            | ToMaster::Listening { .. }
-            | ToMaster::Leaving
-            | ToMaster::Revoke { .. }
-            | ToMaster::Message(_) => {}
-        }
     }
 
     fn master_writes(&mut self, worker: WorkerId) {
@@ -455,6 +430,22 @@ impl World {
                 frame,
                 with,
             } => self.send(worker, frame, with),
+            Action::Give {
+                handle,
+                worker,
+                connection,
+            } => self.give(handle, worker, connection),
+            Action::TakeBack {
+                handle,
+                worker,
+                at_most,
+            } => self.take_back(handle, worker, at_most),
+            Action::Count { handle, worker } => {
+                if let Some(queue) = self.queues.get(&(handle, worker)) {
+                    self.master.counted(handle, worker, queue.len() as u64);
+                }
+            }
+            Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
             Action::Bind {
                 handle, endpoint, ..
             } => {
@@ -474,6 +465,11 @@ impl World {
                 port.shut = false;
             }
             Action::Unbind { handle } => self.unbind(handle),
+            // Nobody waits in the kernel here.
+            Action::Unblock { .. } => {}
+            Action::BindShard { .. } | Action::UnbindShard { .. } | Action::Steer { .. } => {
+                unreachable!("there are no shards here")
+            }
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
             Action::CloseChannel { worker } => {
                 let process = self.process(worker);
@@ -513,29 +509,69 @@ impl World {
         port
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With<Client>) {
-        if let (ToWorker::Reply { request, .. }, With::Listener(handle)) = (&frame, &with) {
-            assert!(!self.port(*handle).unbound);
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With) {
+        if let (ToWorker::Reply { request, .. }, With::Listener(handle) | With::Queue(handle)) =
+            (&frame, with)
+        {
+            assert!(!self.port(handle).unbound);
             if self.failing.remove(&Failure::Share) {
                 let error = errno::EMFILE;
-                return self.master.share_failed(*handle, worker, *request, error);
+                return self.master.share_failed(handle, worker, *request, error);
             }
+        }
+        if let With::Queue(handle) = with {
+            let other = self.queues.insert((handle, worker), VecDeque::new());
+            assert!(other.is_none(), "two queues for one worker");
         }
         let process = self.process(worker);
         assert!(process.master_end, "send on a closed channel");
-        if let (ToWorker::Connection { handle, number }, With::Connection(client)) = (&frame, &with)
-        {
-            let liar = process.liar;
-            let given = process.given.entry(*handle).or_default();
-            given.total += 1;
-            assert!(given.total <= given.granted, "more than there are credits");
-            given.untaken.push_back(*number);
-            given.unanswered.push_back((*number, client.client));
-            let bound = MAX_CREDITS as usize;
-            assert!(!liar || given.untaken.len() <= bound, "hoarded by a liar");
-        }
         process.down.queue(frame, with);
         self.unflushed.insert(worker);
+    }
+
+    fn give(&mut self, handle: HandleId, worker: WorkerId, connection: Placed<Client>) {
+        let is_exhausted = self.failing.remove(&Failure::Send);
+        let queue = self.queues.get_mut(&(handle, worker));
+        match queue.filter(|queue| queue.len() < QUEUE && !is_exhausted) {
+            Some(queue) => {
+                queue.push_back(connection);
+                let honest = !self.processes[&worker].liar;
+                let bound = crate::round_robin::MAX_WINDOW as usize;
+                assert!(!honest || queue.len() <= bound, "more than its share");
+            }
+            None => self
+                .master
+                .not_given(handle, worker, connection, is_exhausted),
+        }
+    }
+
+    fn take_back(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
+        if self.failing.remove(&Failure::TakeBack) {
+            self.master.cannot_take_back(handle);
+            return self.master.came_back(handle, worker, Vec::new(), false);
+        }
+        if let Some(queue) = self.queues.get_mut(&(handle, worker)) {
+            let count = queue.len().min(at_most);
+            let is_empty = count < at_most;
+            let back = queue.drain(..count).collect();
+            self.master.came_back(handle, worker, back, is_empty);
+        }
+    }
+
+    fn close_queue(&mut self, handle: HandleId, worker: WorkerId) {
+        let fails = self.failing.remove(&Failure::TakeBack);
+        let queue = self.queues.remove(&(handle, worker));
+        match queue {
+            Some(queue) if fails => {
+                self.queues.insert((handle, worker), queue);
+                self.unclosed.push((handle, worker));
+                self.closes_at.get_or_insert(self.now + RETRY);
+            }
+            queue => {
+                let back = queue.unwrap_or_default().into();
+                self.master.queue_closed(handle, worker, back);
+            }
+        }
     }
 
     fn bind(&mut self, handle: HandleId, endpoint: &Endpoint) -> Result<Option<SocketAddr>, i32> {
@@ -750,7 +786,7 @@ impl World {
         let shared = std::mem::take(&mut process.shared);
         let carries = |parcel: &Parcel<_>| match parcel.with {
             With::Listener(handle) => Some(handle),
-            With::Nothing | With::Connection(_) => None,
+            With::Nothing | With::Queue(_) | With::Shard(..) => None,
         };
         let mut handles: Vec<_> = shared.into_values().collect();
         handles.extend(process.down.wire.iter().filter_map(carries));
@@ -856,52 +892,11 @@ impl World {
                 process.shut = true;
                 process.up.broken = true;
             }
-            if !process.up.lost && process.worker_end {
-                process.core.confirmed();
-            }
         }
     }
 
     fn worker_writes(&mut self, worker: WorkerId) -> Written {
-        let Process { up, given, .. } = self.processes.get_mut(&worker).expect("known");
-        let fates = &mut self.fates;
-        up.write(|parcel| {
-            if let Ok(frame) = &parcel.frame {
-                Self::note_written(worker, given, fates, frame);
-            }
-        })
-    }
-
-    /// From here on the worker answers for what it has taken.
-    fn note_written(
-        worker: WorkerId,
-        given: &mut BTreeMap<HandleId, Given>,
-        fates: &mut [Fate],
-        frame: &ToMaster,
-    ) {
-        match frame {
-            ToMaster::Ready { handle, taken, .. } => {
-                let Some(Given { unanswered, .. }) = given.get_mut(handle) else {
-                    return;
-                };
-                let count = unanswered.partition_point(|(n, _)| n <= taken);
-                for (_, client) in unanswered.drain(..count) {
-                    fates[client as usize].taker = Some(worker);
-                }
-            }
-            ToMaster::Refused { handle, number } => {
-                if let Some(given) = given.get_mut(handle) {
-                    given.unanswered.retain(|(n, _)| n != number);
-                }
-            }
-            ToMaster::Online
-            | ToMaster::Listen { .. }
-            | ToMaster::Listening { .. }
-            | ToMaster::Close { .. }
-            | ToMaster::Leaving
-            | ToMaster::Revoke { .. }
-            | ToMaster::Message(_) => {}
-        }
+        self.process(worker).up.write(|_| {})
     }
 
     fn worker_reads(&mut self, worker: WorkerId) {
@@ -928,23 +923,13 @@ impl World {
         }
         let message = match &frame {
             ToWorker::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-            ToWorker::Reply { .. }
-            | ToWorker::Connection { .. }
-            | ToWorker::End { .. }
-            | ToWorker::Disconnect => None,
+            ToWorker::Reply { .. } | ToWorker::End { .. } | ToWorker::Disconnect => None,
         };
-        let (connection, handle) = match parcel.with {
-            With::Nothing => (None, None),
-            With::Connection(client) => (Some(client), None),
-            With::Listener(handle) => (None, Some(handle)),
+        let handle = match parcel.with {
+            With::Nothing => None,
+            With::Listener(handle) | With::Queue(handle) | With::Shard(handle, _) => Some(handle),
         };
-        // The number of a connection's descriptor tells how many there are.
-        match (&connection, process.scarce) {
-            (None, _) => {}
-            (Some(_), true) => process.core.descriptors_run_out(),
-            (Some(_), false) => process.core.descriptors_suffice(),
-        }
-        match process.core.frame(frame, connection, message) {
+        match process.core.frame(frame, message) {
             Ok(listener) => {
                 if let (Some(listener), Some(handle)) = (listener, handle) {
                     process.shared.insert(listener, handle);
@@ -969,24 +954,10 @@ impl World {
         }
     }
 
-    fn worker_delivers(&mut self, worker: WorkerId, event: worker_core::Event<Client>) {
+    fn worker_delivers(&mut self, worker: WorkerId, event: worker_core::Event) {
         let process = self.process(worker);
         match event {
-            worker_core::Event::Connection(listener, client) => {
-                self.receive(worker, &client, listener);
-                self.process(worker).core.delivered(listener);
-            }
-            worker_core::Event::Drop(listener, client) => {
-                let most = process.limits.get(&listener);
-                let held = process.held.iter().filter(|(_, from)| *from == listener);
-                assert!(most.is_none_or(|most| held.count() >= *most), "room enough");
-                self.receive(worker, &client, listener);
-                self.process(worker).core.delivered(listener);
-            }
-            worker_core::Event::AcceptRest(listener) => {
-                self.accept_itself(worker, listener);
-                self.process(worker).core.accept_rest(listener);
-            }
+            worker_core::Event::Look(listener) => self.accept_itself(worker, listener),
             worker_core::Event::Message(message) => {
                 let number = number(&message);
                 let last = std::mem::replace(&mut process.received[1], number);
@@ -997,46 +968,70 @@ impl World {
     }
 
     /// The program has a connection in its hands.
-    fn receive(&mut self, worker: WorkerId, client: &Client, listener: ListenerId) {
+    fn receive(&mut self, worker: WorkerId, client: Client, listener: ListenerId) {
         let process = self.processes.get_mut(&worker).expect("known");
-        process.held.push((Rc::clone(client), listener));
+        let number = client.client;
+        process.held.push((client, listener));
         if let Some(most) = process.limits.get(&listener) {
             let held = process.held.iter().filter(|(_, from)| *from == listener);
             let allowed = held.count() <= *most || process.core.is_leaving();
             assert!(allowed, "more than the program wants");
         }
-        let fate = &mut self.fates[client.client as usize];
-        if process.liar {
-            fate.taker = fate.taker.or(Some(worker));
-        } else {
-            assert!(!fate.served, "client {} served twice", client.client);
-            fate.served = true;
-            self.served += 1;
-        }
+        let fate = &mut self.fates[number as usize];
+        assert!(!fate.served, "client {number} served twice");
+        fate.served = true;
+        self.served += 1;
     }
 
-    /// Accepts from a listener that the worker has a copy of, or to itself.
+    /// Takes from a queue, or accepts from a listener that the worker has a copy of or to itself.
     fn accept_itself(&mut self, worker: WorkerId, listener: ListenerId) {
         let process = self.processes.get_mut(&worker).expect("known");
         let core = &mut process.core;
         if core.leaves_to_others(listener) || core.is_datagram(listener) {
             return;
         }
-        let port = match process.shared.get(&listener) {
-            Some(handle) => self.ports.get_mut(handle),
-            None => process.own.get_mut(&listener),
+        let has_queue = core.has_queue(listener);
+        let client = match process.shared.get(&listener) {
+            Some(_) if has_queue && self.failing.remove(&Failure::Receive) => {
+                core.descriptors_lack();
+                process.rested_at = process.rested_at.or(Some(self.now + RETRY));
+                return;
+            }
+            Some(handle) if has_queue => {
+                let queue = self.queues.get_mut(&(*handle, worker));
+                let first = queue.and_then(VecDeque::pop_front);
+                first.map(|(_, client)| client)
+            }
+            Some(handle) => {
+                let port = self.ports.get_mut(handle);
+                let client = port.and_then(|port| port.backlog.pop_front());
+                client.map(|client| Connection::new(client, &self.closed))
+            }
+            None => {
+                let Some(port) = process.own.get_mut(&listener) else {
+                    return;
+                };
+                let client = port.backlog.pop_front();
+                client.map(|client| Connection::new(client, &self.closed))
+            }
         };
-        let Some(port) = port else {
-            return;
-        };
-        match port.backlog.pop_front() {
+        match client {
             Some(client) => {
                 core.connection_opened(listener);
-                let client = Connection::new(client, &self.closed);
-                self.receive(worker, &client, listener);
+                // The number of a connection's descriptor tells how many there are.
+                match (has_queue, process.scarce) {
+                    (false, _) => {}
+                    (true, true) => core.descriptors_run_out(),
+                    (true, false) => core.descriptors_suffice(),
+                }
+                let is_ending = core.is_ending(listener);
+                self.receive(worker, client, listener);
+                if is_ending {
+                    self.process(worker).core.look(listener);
+                }
             }
             None if core.is_ending(listener) => core.close(listener),
-            None => {}
+            None => core.found_empty(listener),
         }
     }
 
@@ -1063,11 +1058,6 @@ impl World {
         let Some(listener) = process.accepting else {
             return;
         };
-        process.core.want(listener);
-        if let Some(client) = process.core.arrived(listener) {
-            process.accepting = None;
-            return self.receive(worker, &client, listener);
-        }
         let (ended, events) = (process.core.has_ended(listener), process.core.has_events());
         if ended && !events {
             process.accepting = None;
@@ -1195,10 +1185,9 @@ impl World {
             Lie::Listening => Ok(ToMaster::Listening { handle }),
             Lie::Ready => Ok(ToMaster::Ready {
                 handle,
-                credits: u32::from(n / 4),
                 taken: number % 4,
             }),
-            Lie::Refused => Ok(ToMaster::Refused { handle, number }),
+            Lie::Take => return self.take_in_vain(worker, handle),
             Lie::Close => Ok(ToMaster::Close { handle }),
             Lie::Revoke => Ok(ToMaster::Revoke { handle }),
             Lie::Leaving => Ok(ToMaster::Leaving),
@@ -1207,16 +1196,21 @@ impl World {
         self.say(worker, frame);
     }
 
+    /// The worker takes what it was given, and closes it.
+    fn take_in_vain(&mut self, worker: WorkerId, handle: HandleId) {
+        self.process(worker).liar = true;
+        let queue = self.queues.get_mut(&(handle, worker));
+        if let Some((_, client)) = queue.and_then(VecDeque::pop_front) {
+            self.fates[client.client as usize].served = true;
+        }
+    }
+
     pub(super) fn say(&mut self, worker: WorkerId, frame: Result<ToMaster, FrameError>) {
         let process = self.process(worker);
         if !process.worker_end || process.shut {
             return;
         }
         process.liar = true;
-        if let Ok(frame @ ToMaster::Ready { .. }) = &frame {
-            let given = &mut self.processes.get_mut(&worker).expect("known").given;
-            Self::note_written(worker, given, &mut self.fates, frame);
-        }
         let parcel = Parcel::new(frame, With::Nothing);
         self.process(worker).up.wire.push_back(parcel);
     }
@@ -1237,18 +1231,7 @@ impl World {
     /// Somebody answers for each connection that is closed.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
-            let fate = self.fates[client as usize];
-            match fate.taker {
-                _ if fate.served => {}
-                None => self.lost += 1,
-                Some(taker) => {
-                    let process = &self.processes[&taker];
-                    let excused = process.liar || process.hurt || process.careless;
-                    let lives = process.alive && !excused;
-                    assert!(!lives, "worker {taker} has lost client {client}");
-                    self.taken_along += 1;
-                }
-            }
+            self.lost += u64::from(!self.fates[client as usize].served);
         }
     }
 

@@ -240,9 +240,9 @@ pub(crate) fn lost_before_accept(error: &io::Error) -> bool {
     )
 }
 
-/// Lets no new connection into the backlog of a Unix socket, whose file is gone already: whoever has
-/// found it before is refused. It cannot be undone.
-pub(crate) fn shut_unix_door(listener: &OwnedFd) {
+/// Makes a listener listen no longer, whoever has it. Whoever is in the backlog of a Unix socket stays
+/// there; that of a TCP port is lost. It cannot be undone.
+pub(crate) fn shut_for_good(listener: &OwnedFd) {
     // SAFETY: shutdown takes two integers. Where it does nothing for listeners, that is fine.
     unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD) };
 }
@@ -257,12 +257,6 @@ pub(crate) fn shut_door(listener: &OwnedFd) -> io::Result<()> {
     const FLAGS: u32 = 13;
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
-    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
-        code: u16::try_from(code).unwrap_or(0),
-        jt,
-        jf,
-        k,
-    };
     let mut program = [
         statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, FLAGS, 0, 0),
         statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, SYN | ACK, 0, 0),
@@ -270,22 +264,7 @@ pub(crate) fn shut_door(listener: &OwnedFd) -> io::Result<()> {
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
         statement(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
     ];
-    let filter = libc::sock_fprog {
-        len: u16::try_from(program.len()).unwrap_or(0),
-        filter: program.as_mut_ptr(),
-    };
-    let size = libc::socklen_t::try_from(size_of_val(&filter)).unwrap_or(0);
-    // SAFETY: the option takes a sock_fprog, which points to a live program of the given length.
-    check(unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const filter).cast(),
-            size,
-        )
-    })?;
-    Ok(())
+    attach(listener, libc::SO_ATTACH_FILTER, &mut program)
 }
 
 /// Undoes `shut_door`.
@@ -301,6 +280,74 @@ pub(crate) fn open_door(listener: &OwnedFd) -> io::Result<()> {
             libc::SO_DETACH_FILTER,
             (&raw const unused).cast(),
             size,
+        )
+    })?;
+    Ok(())
+}
+
+/// Has newcomers distributed evenly among some of the listeners with one address: those with these
+/// numbers, as the kernel counts them, in the order in which they began to listen. A program, attached
+/// to all of them, draws lots.
+#[cfg(target_os = "linux")]
+pub(crate) fn steer(listener: &OwnedFd, chosen: &[usize]) -> io::Result<()> {
+    let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
+    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    let mut program = vec![
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, random, 0, 0),
+        statement(
+            libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K,
+            number(chosen.len())?,
+            0,
+            0,
+        ),
+    ];
+    let is_all = chosen.iter().enumerate().all(|(at, number)| at == *number);
+    if !is_all {
+        for (lot, chosen) in chosen.iter().enumerate() {
+            let is_lot = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+            program.push(statement(is_lot, number(lot)?, 0, 1));
+            program.push(statement(
+                libc::BPF_RET | libc::BPF_K,
+                number(*chosen)?,
+                0,
+                0,
+            ));
+        }
+    }
+    program.push(statement(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+    attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn steer(_listener: &OwnedFd, _chosen: &[usize]) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    let code = u16::try_from(code).unwrap_or(0);
+    libc::sock_filter { code, jt, jf, k }
+}
+
+/// Gives a socket a program for its packets.
+#[cfg(target_os = "linux")]
+fn attach(
+    listener: &OwnedFd,
+    option: libc::c_int,
+    program: &mut [libc::sock_filter],
+) -> io::Result<()> {
+    let filter = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the option takes a sock_fprog, which points to a live program of the given length.
+    check(unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const filter).cast(),
+            length(&filter),
         )
     })?;
     Ok(())

@@ -184,6 +184,12 @@ pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     wait_for([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
 
+/// Whether the descriptor is writable at this moment.
+pub(crate) fn is_writable(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let [writable] = wait_for([(fd, libc::POLLOUT)], Some(Duration::ZERO))?;
+    Ok(writable)
+}
+
 fn wait_for<const N: usize>(
     fds: [(BorrowedFd<'_>, libc::c_short); N],
     timeout: Option<Duration>,

@@ -38,6 +38,9 @@ impl Queue {
             super::fd::set_nonblocking(end.as_fd(), true)?;
         }
         super::listen::set_option(&writer, libc::SOL_SOCKET, libc::SO_SNDBUF, ROOM)?;
+        // The worker could have the kernel cut or drop messages, also those that are taken back.
+        #[cfg(target_os = "linux")]
+        super::listen::set_option(&reader, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1)?;
         // The worker is to take and not to give.
         // SAFETY: shutdown takes two integers.
         check(unsafe { libc::shutdown(reader.as_raw_fd(), libc::SHUT_WR) })?;
@@ -58,7 +61,7 @@ impl Queue {
     /// something.
     pub(crate) fn give(&self, place: u64, connection: &CommonFd) -> io::Result<()> {
         let message = place.to_le_bytes();
-        socket::send_fds(&self.writer, &message, &[connection.as_fd()]).map(drop)
+        socket::send_one(&self.writer, &message, connection.as_fd()).map(drop)
     }
 
     /// Takes out the first connection, as `take` does.

@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 
-use sendfd::SendWithFd;
+use sendfd::SendWithFd as _;
 
 use super::fd::CommonFd;
 use super::{empty_set, retry};
@@ -54,17 +54,63 @@ fn send_with_flags(
             retry(call)
         };
     }
-    send_fds(socket, bytes, fds)
-}
-
-/// Writes what fits of `bytes`, and `fds` with it, as patient as the socket is.
-pub(crate) fn send_fds(
-    socket: &impl SendWithFd,
-    bytes: &[u8],
-    fds: &[BorrowedFd<'_>],
-) -> io::Result<usize> {
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     without_sigpipe(|| retry(|| socket.send_with_fd(bytes, &fds)))
+}
+
+/// Sends a message with one descriptor, without waiting. `sendfd` has this, too, but raises SIGPIPE:
+/// to block that would take two calls more for each connection.
+#[cfg(not(target_vendor = "apple"))]
+pub(crate) fn send_one(
+    socket: &UnixDatagram,
+    bytes: &[u8],
+    fd: BorrowedFd<'_>,
+) -> io::Result<usize> {
+    let size = libc::c_uint::try_from(size_of::<RawFd>()).unwrap_or(0);
+    // Of numbers, because the header has to be aligned.
+    let mut control = [0u64; 4];
+    // SAFETY: computes a length.
+    let space = unsafe { libc::CMSG_SPACE(size) };
+    debug_assert!(space as usize <= size_of_val(&control));
+    let mut vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: all zeroes is a valid msghdr, of nothing.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut vector;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = space as _;
+    // SAFETY: the message has room for one header and one number.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: computes a length.
+    let length = unsafe { libc::CMSG_LEN(size) };
+    // SAFETY: all zeroes is a valid header.
+    let mut content: libc::cmsghdr = unsafe { std::mem::zeroed() };
+    content.cmsg_len = length as _;
+    content.cmsg_level = libc::SOL_SOCKET;
+    content.cmsg_type = libc::SCM_RIGHTS;
+    // SAFETY: the header is in the buffer, and aligned.
+    unsafe { header.write(content) };
+    // SAFETY: the number follows the header, in the buffer.
+    let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
+    // SAFETY: as above; nothing says that it is aligned.
+    unsafe { data.write_unaligned(fd.as_raw_fd()) };
+    retry(|| {
+        // SAFETY: the message points to live buffers of the given lengths.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, SEND_FLAGS) };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    })
+}
+
+#[cfg(target_vendor = "apple")]
+pub(crate) fn send_one(
+    socket: &UnixDatagram,
+    bytes: &[u8],
+    fd: BorrowedFd<'_>,
+) -> io::Result<usize> {
+    without_sigpipe(|| retry(|| socket.send_with_fd(bytes, &[fd.as_raw_fd()])))
 }
 
 /// Runs a call that may raise SIGPIPE in a program that did not ignore it: blocks the signal on
@@ -141,10 +187,11 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 /// `sendfd` has this, too, but tells neither of lost descriptors nor lets the kernel mark them: a
 /// thread that forks between the call and the mark would give them to its child.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
+    // Never waits, whatever somebody else who has the socket, too, has made of it.
     #[cfg(not(target_vendor = "apple"))]
-    const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
+    const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     #[cfg(target_vendor = "apple")]
-    const FLAGS: libc::c_int = 0;
+    const FLAGS: libc::c_int = libc::MSG_DONTWAIT;
     // For the descriptors and a header; of numbers, because the header has to be aligned.
     let mut control = [0u64; MOST_AT_ONCE * size_of::<RawFd>() / size_of::<u64>() + 4];
     let fds = MOST_AT_ONCE * size_of::<RawFd>();
@@ -179,6 +226,13 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<P
     })
 }
 
+/// `SCM_PIDFD`: the kernel adds a descriptor of the sender's process, if somebody who has the socket,
+/// too, has asked for it.
+#[cfg(target_os = "linux")]
+const PIDFD: libc::c_int = 4;
+#[cfg(not(target_os = "linux"))]
+const PIDFD: libc::c_int = libc::SCM_RIGHTS;
+
 /// Takes ownership of the descriptors that came with a message.
 fn adopt_all(message: &libc::msghdr) -> Vec<CommonFd> {
     let mut fds = Vec::new();
@@ -196,13 +250,16 @@ fn adopt_all(message: &libc::msghdr) -> Vec<CommonFd> {
         let empty = unsafe { libc::CMSG_LEN(0) } as usize;
         // SAFETY: the data follow the header.
         let mut data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
-        if cmsg_level == libc::SOL_SOCKET && cmsg_type == libc::SCM_RIGHTS {
+        let brings_fds = cmsg_type == libc::SCM_RIGHTS || cmsg_type == PIDFD;
+        if cmsg_level == libc::SOL_SOCKET && brings_fds {
             #[allow(clippy::unnecessary_cast, reason = "not the same type everywhere")]
             let length = cmsg_len as usize - empty;
             for _ in 0..length / size_of::<RawFd>() {
                 // SAFETY: so many numbers are there; nothing says that they are aligned.
                 let fd = super::fd::adopt(unsafe { data.read_unaligned() });
-                fds.push(fd.into());
+                if cmsg_type == libc::SCM_RIGHTS {
+                    fds.push(fd.into());
+                }
                 // SAFETY: the next number, or the end.
                 data = unsafe { data.add(1) };
             }

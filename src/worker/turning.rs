@@ -1,7 +1,7 @@
 //! How a worker's loop turns: for a program that lives in it, or one that waits for a connection.
 
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use crate::event_loop::Token;
 use crate::listener::Connection;
 use crate::worker::{Inner, Worker};
 use crate::worker_core::{Event, ListenerId};
+use crate::worker_shell::Accepted;
 
 /// How many connections one listener gets in a turn.
 const ACCEPT_BATCH: u32 = 16;
@@ -135,9 +136,10 @@ impl Worker {
                 Err(error) => return self.rest(listener, error),
             }
         }
-        // One that is ending may have nothing more that could make it readable.
-        if shell.core.borrow().is_ending(listener) {
-            shell.core.borrow_mut().look(listener);
+        // It may have nothing more that could make it readable: then it ends, or is idle.
+        let mut core = shell.core.borrow_mut();
+        if core.is_ending(listener) || core.has_queue(listener) {
+            core.look(listener);
         }
     }
 
@@ -188,7 +190,12 @@ impl Worker {
             if shell.core.borrow().leaves_to_others(listener) {
                 return Ok(None);
             }
-            Ok(match shell.try_accept(listener)? {
+            let accepted = if worker.may_block(listener)? {
+                worker.accept_blocking(listener)?
+            } else {
+                shell.try_accept(listener)?
+            };
+            Ok(match accepted {
                 Some(accepted) if accepted.is_over => {
                     let _running = inner.home.enter()?;
                     worker.deliver(listener, accepted.fd, true);
@@ -201,6 +208,44 @@ impl Worker {
                 None => None,
             })
         })
+    }
+
+    /// Whether the worker can wait in `accept` itself: then it has its place in the kernel's queue of
+    /// those who wait. If it has something else to wait for, or if the system cannot, the listener is
+    /// made not to block, for all who have it.
+    fn may_block(&self, listener: ListenerId) -> Result<bool> {
+        let (shell, home) = (&self.inner.shell, &self.inner.home);
+        let core = shell.core.borrow();
+        let (ending, serves) = (core.is_ending(listener), core.serves_any());
+        drop(core);
+        if ending || !shell.blocks(listener) {
+            return Ok(false);
+        }
+        let alone = !serves && !home.has_watches();
+        let prepare = || shell.prepare_to_block(home.open_signal_pipe()?.as_fd());
+        if alone && prepare().is_ok() {
+            return Ok(true);
+        }
+        shell.unblock(listener)?;
+        Ok(false)
+    }
+
+    /// Accepts a connection, and waits for it. Whatever else there is to do comes first.
+    fn accept_blocking(&self, listener: ListenerId) -> Result<Option<Accepted>> {
+        let (shell, home) = (&self.inner.shell, &self.inner.home);
+        if self.inner.looks_around.get() && shell.hear()? {
+            self.inner.has_waited.set(true);
+            return Ok(None);
+        }
+        self.inner.looks_around.set(false);
+        let deadline = home.deadline(shell.deadline());
+        let accepted = shell.accept_blocking(listener, deadline)?;
+        if accepted.is_none() {
+            self.inner.has_waited.set(true);
+            self.inner.looks_around.set(true);
+            self.inner.poller_waits.set(true);
+        }
+        Ok(accepted)
     }
 
     /// Waits for the next datagram of a socket without a callback.
@@ -228,7 +273,7 @@ impl Worker {
             is_owner: false,
         };
         // However fast connections come, the rest has its turn.
-        if inner.waited.get().elapsed() >= WAIT_EVERY {
+        if !shell.blocks(listener) && inner.waited.get().elapsed() >= WAIT_EVERY {
             worker.wait(listener, Some(Duration::ZERO))?;
         }
         loop {
@@ -246,7 +291,9 @@ impl Worker {
             if ended && !events {
                 return Ok(None);
             }
-            worker.wait(listener, worker.time_left())?;
+            if !inner.has_waited.take() {
+                worker.wait(listener, worker.time_left())?;
+            }
         }
     }
 
