@@ -57,6 +57,11 @@ impl ReceiptId {
     }
 }
 
+/// A message that is longer than this, and has not come yet, is read to where it stays.
+const LONG: usize = 8 << 10;
+/// How much is read beyond the end of such a message.
+const BEYOND: usize = 1 << 10;
+
 /// A frame with its descriptors.
 #[derive(Debug)]
 pub(crate) struct Arrival<F> {
@@ -72,6 +77,8 @@ pub(crate) struct Inbox {
     bytes: Vec<u8>,
     /// Where the first unread frame begins.
     start: usize,
+    /// The header of a long message, and what has come of its body. It comes before `bytes`.
+    long: Option<(Header, Vec<u8>)>,
     /// Descriptors whose first frame has not been read, and whether there were more of them.
     batches: VecDeque<(Vec<CommonFd>, bool)>,
     /// The rest of the batch whose frames are being read; `None` for one that is lost.
@@ -79,10 +86,23 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    pub(crate) fn push(&mut self, piece: &[u8]) {
+    pub(crate) fn push(&mut self, mut piece: &[u8]) {
+        if let Some((header, body)) = &mut self.long {
+            let missing = header.length - body.len();
+            let (first, rest) = piece.split_at(missing.min(piece.len()));
+            body.extend_from_slice(first);
+            piece = rest;
+        }
         self.bytes.drain(..self.start);
         self.start = 0;
         self.bytes.extend_from_slice(piece);
+    }
+
+    /// Where the rest of a long message belongs, and how much that is.
+    fn place(&mut self) -> Option<(&mut Vec<u8>, usize)> {
+        let (header, body) = self.long.as_mut()?;
+        let missing = header.length - body.len();
+        (missing > 0).then_some((body, missing))
     }
 
     pub(crate) fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
@@ -95,22 +115,9 @@ impl Inbox {
         if self.has_too_many_early() {
             return Err(FrameError::Descriptors);
         }
-        let unread = &self.bytes[self.start..];
-        let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
+        let Some((header, frame)) = self.next_frame()? else {
             return Ok(None);
         };
-        let header = Header::decode(*header)?;
-        let Some(body) = rest.get(..header.length) else {
-            return Ok(None);
-        };
-        let frame = F::decode(header.kind, header.fds, body)?;
-        self.start += HEADER + header.length;
-        if self.start == self.bytes.len() {
-            // What one long message needed is not kept for the short ones.
-            self.start = 0;
-            self.bytes.clear();
-            self.bytes.shrink_to(READ_SIZE);
-        }
         if header.batch > 0 {
             self.open_batch(header.batch)?;
         }
@@ -124,6 +131,44 @@ impl Inbox {
             fds,
             lost_fds,
         }))
+    }
+
+    fn next_frame<F: Frame>(&mut self) -> Result<Option<(Header, F)>, FrameError> {
+        if let Some((header, body)) = self.long.take() {
+            if body.len() < header.length {
+                self.long = Some((header, body));
+                return Ok(None);
+            }
+            return Ok(Some((header, F::message(body))));
+        }
+        let unread = &self.bytes[self.start..];
+        let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(*header)?;
+        let Some(body) = rest.get(..header.length) else {
+            if header.is_message() && header.length > LONG {
+                let mut body = Vec::with_capacity(header.length);
+                body.extend_from_slice(rest);
+                self.long = Some((header, body));
+                self.clear();
+            }
+            return Ok(None);
+        };
+        let frame = F::decode(header.kind, header.fds, body)?;
+        self.start += HEADER + header.length;
+        if self.start == self.bytes.len() {
+            self.clear();
+        }
+        Ok(Some((header, frame)))
+    }
+
+    /// All bytes have been read.
+    fn clear(&mut self) {
+        self.start = 0;
+        self.bytes.clear();
+        // What many at once have needed is not kept for ever.
+        self.bytes.shrink_to(READ_SIZE);
     }
 
     fn has_too_many_early(&self) -> bool {
@@ -153,7 +198,8 @@ impl Inbox {
     /// How many bytes and descriptors it holds.
     pub(crate) fn sizes(&self) -> (usize, usize) {
         let early: usize = self.batches.iter().map(|(fds, _)| fds.len()).sum();
-        (self.bytes.len(), self.fds.len() + early)
+        let long = self.long.as_ref().map_or(0, |(_, body)| body.len());
+        (self.bytes.len() + long, self.fds.len() + early)
     }
 }
 
@@ -179,6 +225,14 @@ impl Outbox {
         let place = self.written + self.bytes.len() as u64;
         self.fds.extend(fds.into_iter().map(|fd| (place, fd)));
         self.bytes.extend(frame);
+    }
+
+    /// Takes what is left of a frame of which so much has been written, when nothing was waiting.
+    fn push_rest(&mut self, pieces: [&[u8]; 2], written: usize) {
+        self.written += written as u64;
+        let skipped = written.min(pieces[0].len());
+        self.bytes.extend(&pieces[0][skipped..]);
+        self.bytes.extend(&pieces[1][written - skipped..]);
     }
 
     /// What is pushed next is a frame of the crate's own, with a descriptor.
@@ -351,43 +405,48 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Queues a frame of the crate's own.
     pub(crate) fn queue(&mut self, frame: &Out, fd: Option<Rc<CommonFd>>) {
-        if fd.is_some() {
-            self.outbox.note_own();
-        }
-        self.queue_any(frame, fd);
-    }
-
-    fn queue_any(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<CommonFd>>) {
         self.lost |= self.broken || self.closing;
         if !self.broken && !self.closing {
-            let fds: Vec<_> = fds.into_iter().collect();
+            if fd.is_some() {
+                self.outbox.note_own();
+            }
             let mut bytes = Vec::new();
-            frame.encode(fds.len(), &mut bytes);
-            self.outbox.push(&bytes, fds);
+            frame.encode(usize::from(fd.is_some()), &mut bytes);
+            self.outbox.push(&bytes, fd);
         }
     }
 
-    /// Queues a message of the program's; `has_room` tells whether the program should slow down.
+    /// Sends a message of the program's: at once, if nothing waits; what does not fit is queued.
+    /// `has_room` tells whether the program should slow down.
     pub(crate) fn send(
         &mut self,
-        message: &Out,
-        length: usize,
+        message: &[u8],
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> Result<(), SendError> {
         if self.broken || self.closing {
             return Err(SendError::ChannelClosed);
         }
-        if length > MAX_BODY {
+        if message.len() > MAX_BODY {
             return Err(SendError::TooLong);
         }
         if fds.len() > MAX_FDS {
             return Err(SendError::TooManyDescriptors);
         }
-        if self.outbox.bytes.len() + length > HARD_LIMIT {
+        if self.outbox.bytes.len() + message.len() > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
-        self.queue_any(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
+        let header = Header::of_message(message.len(), fds.len());
+        let pieces = [&header[..], message];
+        if self.outbox.bytes.is_empty() && fds.is_empty() {
+            // If that fails, so does `flush`, which deals with it.
+            let written = socket::send_two(&self.socket, pieces).unwrap_or(0);
+            self.outbox.push_rest(pieces, written);
+        } else {
+            let fds = fds.into_iter().map(CommonFd::from).map(Rc::new);
+            self.outbox.push(&header, fds);
+            self.outbox.bytes.extend(message);
+        }
         if let Some(receipt) = receipt {
             self.outbox.want_receipt(receipt);
         }
@@ -516,10 +575,20 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Reads once. The frames are then got with `next`.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
-        match socket::receive(self.socket.as_fd(), scratch) {
+        let socket = self.socket.as_fd();
+        let (received, placed) = match self.inbox.place() {
+            None => (socket::receive(socket, scratch), 0),
+            Some((body, missing)) => {
+                let before = body.len();
+                let beyond = &mut scratch[..BEYOND];
+                let received = socket::receive_into(socket, body, missing, beyond);
+                (received, body.len() - before)
+            }
+        };
+        match received {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
             Ok(piece) => {
-                self.inbox.push(&scratch[..piece.bytes]);
+                self.inbox.push(&scratch[..piece.bytes - placed]);
                 self.inbox.push_fds(piece.fds, piece.lost_fds);
                 Ok(Received::Something)
             }
@@ -646,9 +715,8 @@ mod tests {
         let (mut master, mut worker) = pair();
         let (reader, fd) = marked();
         let text = vec![9; 800_000];
-        let message = ToWorker::Message(text.clone());
         let receipt = ReceiptId::next();
-        let sent = master.send(&message, text.len(), vec![fd], Some(receipt));
+        let sent = master.send(&text, vec![fd], Some(receipt));
         sent.unwrap();
         master.flush().unwrap();
         assert_eq!(master.take_receipts(), [], "not all of it");
@@ -684,10 +752,10 @@ mod tests {
     #[test]
     fn a_reader_that_never_reads_costs_a_bounded_amount() {
         let (mut master, _worker) = pair();
-        let message = ToWorker::Message(vec![0; 64 << 10]);
+        let message = vec![0; 64 << 10];
         let (mut slow, mut sent) = (0, 0);
         let refused = loop {
-            match master.send(&message, 64 << 10, Vec::new(), None) {
+            match master.send(&message, Vec::new(), None) {
                 Ok(()) => sent += 1,
                 Err(error) => break error,
             }
@@ -700,12 +768,43 @@ mod tests {
     }
 
     #[test]
+    fn messages_of_all_lengths_arrive_whole_however_they_are_cut() {
+        let (mut master, mut worker) = pair();
+        let mut lengths: Vec<_> =
+            [0, 1, LONG - 1, LONG, LONG + 1, BEYOND, READ_SIZE, MAX_BODY].into();
+        let mut rng = fastrand::Rng::with_seed(7);
+        lengths.extend(
+            (0..300)
+                .map(|_| 1 << rng.usize(0..18))
+                .map(|most| rng.usize(0..most)),
+        );
+        let messages = lengths
+            .iter()
+            .enumerate()
+            .map(|(n, length)| vec![n.to_le_bytes()[0]; *length]);
+        let messages: Vec<_> = messages.collect();
+        let mut waiting = messages.iter();
+        let mut frames = Vec::new();
+        while frames.len() < messages.len() {
+            for message in waiting.by_ref().take(rng.usize(0..4)) {
+                master.send(message, Vec::new(), None).unwrap();
+            }
+            master.flush().unwrap();
+            frames.extend(drain(&mut worker));
+        }
+        for (frame, message) in frames.into_iter().zip(messages) {
+            assert!(frame.1.is_empty() && frame.0 == ToWorker::Message(message));
+        }
+        assert!(master.is_flushed());
+    }
+
+    #[test]
     fn the_limits_of_a_message() {
         let (mut master, _worker) = pair();
-        let long = master.send(&ToWorker::Message(vec![]), MAX_BODY + 1, Vec::new(), None);
+        let long = master.send(&vec![0; MAX_BODY + 1], Vec::new(), None);
         assert_eq!(long, Err(SendError::TooLong));
         let fds = (0..17).map(|_| marked().1).collect();
-        let many = master.send(&ToWorker::Message(vec![]), 0, fds, None);
+        let many = master.send(b"", fds, None);
         assert_eq!(many, Err(SendError::TooManyDescriptors));
     }
 
@@ -752,8 +851,7 @@ mod tests {
         let (mut master, worker) = pair();
         let receipts = [ReceiptId::next(), ReceiptId::next()];
         for receipt in receipts {
-            let message = ToWorker::Message(vec![0; 500_000]);
-            let sent = master.send(&message, 500_000, Vec::new(), Some(receipt));
+            let sent = master.send(&[0; 500_000], Vec::new(), Some(receipt));
             sent.unwrap();
         }
         drop(worker);

@@ -864,10 +864,7 @@ impl MasterShell {
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> std::result::Result<bool, SendError> {
-        let length = message.len();
-        let frame = ToWorker::Message(message.to_vec());
-        let queued =
-            self.with_channel(worker, |channel| channel.send(&frame, length, fds, receipt));
+        let queued = self.with_channel(worker, |channel| channel.send(message, fds, receipt));
         queued.unwrap_or(Err(SendError::ChannelClosed))?;
         self.unflushed.borrow_mut().insert(worker);
         self.act();

@@ -201,12 +201,11 @@ impl WorkerShell {
             worker: None,
             reason,
         };
-        let frame = ToMaster::Message(message.to_vec());
         let mut channel = self.channel.borrow_mut();
         let Some(channel) = channel.as_mut() else {
             return Err(failed(SendError::ChannelClosed));
         };
-        let sent = channel.send(&frame, message.len(), fds, receipt);
+        let sent = channel.send(message, fds, receipt);
         sent.map_err(failed)?;
         self.flush(channel);
         Ok(channel.has_room())
