@@ -726,7 +726,7 @@ mod tests {
             frames.extend(drain(&mut worker));
         }
         let (frame, mut fds) = frames.remove(0);
-        assert_eq!(frame, message);
+        assert_eq!(frame, ToWorker::Message(text));
         assert!(is_same(reader, fds.remove(0)));
         assert!(master.is_flushed());
         assert_eq!(master.take_receipts(), [(receipt, true)]);
@@ -773,11 +773,10 @@ mod tests {
         let mut lengths: Vec<_> =
             [0, 1, LONG - 1, LONG, LONG + 1, BEYOND, READ_SIZE, MAX_BODY].into();
         let mut rng = fastrand::Rng::with_seed(7);
-        lengths.extend(
-            (0..300)
-                .map(|_| 1 << rng.usize(0..18))
-                .map(|most| rng.usize(0..most)),
-        );
+        for _ in 0..300 {
+            let most = 1 << rng.u32(0..18);
+            lengths.push(rng.usize(0..most));
+        }
         let messages = lengths
             .iter()
             .enumerate()
