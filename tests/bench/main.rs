@@ -22,13 +22,16 @@
 )]
 
 mod connections;
+mod costs;
 #[allow(dead_code)]
 #[path = "../process/harness.rs"]
 mod harness;
 mod load;
+mod peers;
 mod server;
 mod table;
 mod usage;
+mod workers;
 
 use std::process::ExitCode;
 
@@ -39,7 +42,10 @@ use table::Table;
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
-const PARTS: [(&str, Part); 1] = [("connections", connections::measure)];
+const PARTS: [(&str, Part); 2] = [
+    ("connections", connections::measure),
+    ("workers", workers::measure),
+];
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {

@@ -35,17 +35,22 @@ pub struct Server {
 
 impl Server {
     /// `bare`, or the name of a policy of this crate.
-    pub fn start(name: &str, workers: usize) -> Result<Self, &'static str> {
+    pub fn start(name: &str, workers: usize) -> Result<Self, String> {
         if name != BARE && name.parse::<SchedulingPolicy>().is_err() {
-            return Err("no such policy");
+            return Err("no such policy".to_owned());
         }
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .env(SCENARIO, SERVER)
             .args([name, &workers.to_string()]);
-        let group = Group::start(&mut command).unwrap();
+        Ok(Self::run(&mut command))
+    }
+
+    /// A program that says where it listens, when it does.
+    pub fn run(command: &mut Command) -> Self {
+        let group = Group::start(command).unwrap();
         let address = group.line("listening on ").parse().unwrap();
-        Ok(Self { group, address })
+        Self { group, address }
     }
 }
 
@@ -89,7 +94,8 @@ fn bare(workers: usize) {
         let forked = unsafe { fork() };
         if let ForkResult::Child = forked.unwrap() {
             for connection in listener.incoming() {
-                let _ = answer(connection.unwrap(), number);
+                let connection = connection.unwrap();
+                let _ = answer(connection, number, now());
             }
         }
     }
@@ -116,13 +122,14 @@ fn clustered(policy: SchedulingPolicy, workers: usize) {
         Role::Worker(worker) => {
             let number = worker.id().to_string().parse().unwrap();
             for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-                let _ = answer(connection.unwrap(), number);
+                let connection = connection.unwrap();
+                let _ = answer(connection, number, now());
             }
         }
     }
 }
 
-fn answer(mut connection: impl Read + Write, worker: usize) -> io::Result<()> {
+fn answer(mut connection: impl Read + Write, worker: usize, begun: i64) -> io::Result<()> {
     let mut request = [0; 1024];
     let mut length = 0;
     while !request[..length].ends_with(b"\r\n\r\n") {
@@ -136,7 +143,6 @@ fn answer(mut connection: impl Read + Write, worker: usize) -> io::Result<()> {
             b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\nConnection: close\r\n\r\nhello world\n",
         );
     }
-    let begun = now();
     if request.starts_with(b"GET /slow ") {
         std::thread::sleep(SLOW);
     }

@@ -1,0 +1,101 @@
+//! Other servers that give the same answer.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::harness::{Group, wait_until};
+use crate::server::{GET, Server};
+use crate::usage::family;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/peers")
+}
+
+/// Whether there is such a program.
+pub fn has(program: &str, version: &str) -> Result<(), String> {
+    let asked = Command::new(program).arg(version).output();
+    asked.map(drop).map_err(|_| format!("no {program}"))
+}
+
+/// A program of ours for Node.
+pub fn node_program(name: &str, args: &[&str]) -> Result<Command, String> {
+    has("node", "--version")?;
+    let mut command = Command::new("node");
+    command.arg(folder().join(name)).args(args);
+    Ok(command)
+}
+
+pub fn node(policy: &str, workers: usize) -> Result<Server, String> {
+    let mut command = node_program("server.js", &[policy, &workers.to_string()])?;
+    Ok(Server::run(&mut command))
+}
+
+pub fn prefork(workers: usize) -> Result<Server, String> {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prefork");
+    let built = Command::new(env!("CARGO"))
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "--locked",
+            "--manifest-path",
+        ])
+        .arg(folder().join("prefork/Cargo.toml"))
+        .arg("--target-dir")
+        .arg(&target)
+        .output();
+    if !built.is_ok_and(|built| built.status.success()) {
+        return Err("the crate prefork cannot be built".to_owned());
+    }
+    let mut command = Command::new(target.join("release/prefork-server"));
+    Ok(Server::run(command.arg(workers.to_string())))
+}
+
+pub fn nginx(workers: usize) -> Result<Server, String> {
+    has("nginx", "-v")?;
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nginx");
+    std::fs::create_dir_all(&directory).unwrap();
+    let template = std::fs::read_to_string(folder().join("nginx.conf")).unwrap();
+    let port = free_port();
+    let text = template.replace("PORT", &port.to_string());
+    let text = text.replace("WORKERS", &workers.to_string());
+    std::fs::write(directory.join("nginx.conf"), text).unwrap();
+    let mut command = Command::new("nginx");
+    command.arg("-p").arg(&directory).args(["-c", "nginx.conf"]);
+    start(&mut command, port, workers)
+}
+
+pub fn gunicorn(workers: usize) -> Result<Server, String> {
+    has("gunicorn", "--version")?;
+    let port = free_port();
+    let mut command = Command::new("gunicorn");
+    command
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .current_dir(folder());
+    command.args(["--worker-class", "sync", "--workers", &workers.to_string()]);
+    command.args(["--bind", &format!("127.0.0.1:{port}"), "app:app"]);
+    start(&mut command, port, workers)
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Starts a server that does not say when it serves.
+fn start(command: &mut Command, port: u16, workers: usize) -> Result<Server, String> {
+    let address = ([127, 0, 0, 1], port).into();
+    let group = Group::start(command).map_err(|error| error.to_string())?;
+    let server = Server { group, address };
+    wait_until("a server", || {
+        let mut stream = TcpStream::connect(address).ok()?;
+        stream.write_all(GET).ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let ready = answer.ends_with("\r\n\r\nhello world\n");
+        (ready && family(server.group.pid()).len() > workers).then_some(())
+    });
+    Ok(server)
+}
