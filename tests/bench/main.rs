@@ -21,15 +21,22 @@
     unreachable_pub
 )]
 
+mod calls;
 mod connections;
 mod costs;
+mod fairness;
+mod fork;
 #[allow(dead_code)]
 #[path = "../process/harness.rs"]
 mod harness;
+mod idle;
 mod load;
+mod messages;
+mod mixed;
 mod peers;
 mod server;
 mod table;
+mod thousand;
 mod usage;
 mod workers;
 
@@ -42,15 +49,26 @@ use table::Table;
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
-const PARTS: [(&str, Part); 2] = [
+const PARTS: [(&str, Part); 10] = [
     ("connections", connections::measure),
     ("workers", workers::measure),
+    ("fairness", fairness::measure),
+    ("mixed", mixed::measure),
+    ("messages", messages::measure),
+    ("fork", fork::measure),
+    ("thousand", thousand::measure),
+    ("memory", idle::memory),
+    ("idle", idle::measure),
+    ("calls", calls::measure),
 ];
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {
         match role.as_str() {
             server::SERVER => server::serve(),
+            messages::MESSAGES => messages::count(),
+            fork::FORK => fork::fork(),
+            fork::BYTE => print!("!"),
             _ => panic!("{role}"),
         }
         return ExitCode::SUCCESS;

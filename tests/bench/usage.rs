@@ -1,9 +1,15 @@
 //! What processes have used, as the kernel accounts for it.
 
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
+
+use crate::peers::has;
 
 /// A process and all that descend from it.
 pub fn family(root: Pid) -> Vec<Pid> {
@@ -41,9 +47,54 @@ pub fn sleeps(processes: &[Pid]) -> u64 {
 }
 
 /// A number in a process's status.
-pub fn status(process: Pid, field: &str) -> u64 {
+fn status(process: Pid, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let mut values = status.lines().filter_map(|line| line.strip_prefix(field));
     let value = values.next().unwrap().trim();
     value.trim_end_matches(" kB").parse().unwrap()
+}
+
+/// How often these processes have been woken, or others had their turn.
+pub fn switches(processes: &[Pid]) -> u64 {
+    let others = |process: &Pid| status(*process, "nonvoluntary_ctxt_switches:");
+    sleeps(processes) + processes.iter().map(others).sum::<u64>()
+}
+
+/// A sum over all that a process has mapped, in KiB.
+pub fn mapped(process: Pid, field: &str) -> f64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap();
+    let mut values = rollup.lines().filter_map(|line| line.strip_prefix(field));
+    let value = values.next().unwrap().trim();
+    value.strip_suffix(" kB").unwrap().parse().unwrap()
+}
+
+/// The system calls of these processes meanwhile, by name.
+pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<String, f64>, String> {
+    has("strace", "-V")?;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new("strace");
+    command.args(["-c", "-f", "-o"]).arg(file.path());
+    command.args(processes.iter().map(|process| format!("-p{process}")));
+    let mut strace = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
+    for _ in processes {
+        let line = lines.next().unwrap().unwrap();
+        if !line.ends_with(" attached") {
+            let _ = strace.wait();
+            return Err(line);
+        }
+    }
+    meanwhile();
+    let pid = Pid::from_raw(i32::try_from(strace.id()).unwrap());
+    kill(pid, Signal::SIGINT).unwrap();
+    lines.for_each(drop);
+    strace.wait().unwrap();
+    // % time, seconds, microseconds for a call, calls, perhaps errors, and the name.
+    let table = std::fs::read_to_string(file.path()).unwrap();
+    let rows = table.lines().filter_map(|line| {
+        let cells: Vec<_> = line.split_whitespace().collect();
+        let name = cells.last().filter(|name| **name != "total")?;
+        Some((name.to_string(), cells.get(3)?.parse().ok()?))
+    });
+    Ok(rows.collect())
 }

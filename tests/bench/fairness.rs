@@ -1,0 +1,156 @@
+//! Who gets how many connections, of eight workers.
+
+use crate::ROUNDS;
+use crate::load::drive;
+use crate::server::{BARE, GET_WORKER, Server};
+use crate::table::{Goal, Table};
+
+const WORKERS: usize = 8;
+const IN_TURN: usize = 1_600;
+const AT_ONCE: usize = 16_000;
+/// A hash is even in the long run only.
+const HASHED: usize = 100_000;
+
+/// What the counts of the workers come to.
+type Measure = fn(&[f64]) -> f64;
+const SPREAD: (Measure, &str) = (
+    |counts| most(counts) - least(counts),
+    "between most and least",
+);
+const TO_LEAST: (Measure, &str) = (|counts| most(counts) / least(counts), "most/least");
+const TO_MEAN: (Measure, &str) = (
+    |counts| most(counts) * WORKERS as f64 / counts.iter().sum::<f64>(),
+    "most/mean",
+);
+
+struct Case {
+    title: &'static str,
+    server: &'static str,
+    clients: usize,
+    connections: usize,
+    rounds: usize,
+    measure: (Measure, &'static str),
+    goal: Option<f64>,
+}
+
+const fn case(
+    (title, server): (&'static str, &'static str),
+    (clients, connections, rounds): (usize, usize, usize),
+    measure: (Measure, &'static str),
+    goal: Option<f64>,
+) -> Case {
+    Case {
+        title,
+        server,
+        clients,
+        connections,
+        rounds,
+        measure,
+        goal,
+    }
+}
+
+const CASES: [Case; 8] = [
+    case(
+        ("bare loop, one after the other", BARE),
+        (1, IN_TURN, ROUNDS),
+        SPREAD,
+        None,
+    ),
+    case(
+        ("round robin, one after the other", "rr"),
+        (1, IN_TURN, ROUNDS),
+        SPREAD,
+        Some(0.0),
+    ),
+    case(
+        ("shared, one after the other", "none"),
+        (1, IN_TURN, ROUNDS),
+        SPREAD,
+        Some(0.0),
+    ),
+    case(
+        ("round robin, 64 clients", "rr"),
+        (64, AT_ONCE, ROUNDS),
+        TO_LEAST,
+        Some(1.02),
+    ),
+    case(
+        ("bare loop, 32 clients", BARE),
+        (32, AT_ONCE, ROUNDS),
+        TO_MEAN,
+        None,
+    ),
+    case(
+        ("shared, 32 clients", "none"),
+        (32, AT_ONCE, ROUNDS),
+        TO_MEAN,
+        Some(1.05),
+    ),
+    case(
+        ("bare loop, 32 clients, long", BARE),
+        (32, HASHED, 1),
+        TO_LEAST,
+        None,
+    ),
+    case(
+        ("sharded, 32 clients, long", "sharded"),
+        (32, HASHED, 1),
+        TO_LEAST,
+        Some(1.15),
+    ),
+];
+
+pub fn measure(table: &mut Table) {
+    let servers = [BARE, "rr", "none", "sharded"].map(|name| (name, Server::start(name, WORKERS)));
+    let server = |case: &Case| {
+        &servers
+            .iter()
+            .find(|server| server.0 == case.server)
+            .unwrap()
+            .1
+    };
+    let mut values = CASES.each_ref().map(|_| Vec::new());
+    for round in 0..ROUNDS {
+        for (case, values) in CASES.iter().zip(&mut values) {
+            if let (Ok(server), true) = (server(case), round < case.rounds) {
+                let counts = counts(server, case.clients, case.connections);
+                values.push(case.measure.0(&counts));
+            }
+        }
+    }
+    for (case, values) in CASES.iter().zip(values) {
+        if let Err(why) = server(case) {
+            table.skip(case.title, why);
+            continue;
+        }
+        let row = table.row(case.title, values, case.measure.1);
+        row.note(&format!("{} connections a round", case.connections));
+        if let Some(goal) = case.goal {
+            row.goal(Goal::AtMost(goal));
+        }
+    }
+}
+
+/// How many connections each worker got.
+fn counts(server: &Server, clients: usize, connections: usize) -> Vec<f64> {
+    let mut counts = vec![0.0; WORKERS];
+    let mut left = connections;
+    let next = || {
+        left = left.checked_sub(1)?;
+        Some(GET_WORKER)
+    };
+    drive(server.address, clients, next, |answered| {
+        let worker = usize::try_from(answered.numbers()[0]).unwrap();
+        counts[worker - 1] += 1.0;
+    });
+    counts
+}
+
+fn most(counts: &[f64]) -> f64 {
+    counts.iter().copied().fold(f64::MIN, f64::max)
+}
+
+fn least(counts: &[f64]) -> f64 {
+    counts.iter().copied().fold(f64::MAX, f64::min)
+}

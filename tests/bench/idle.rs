@@ -1,0 +1,72 @@
+//! What a master and its workers hold and do when there is nothing to do.
+
+use std::time::Duration;
+
+use crate::peers;
+use crate::server::Server;
+use crate::table::{Goal, Table};
+use crate::usage::{calls, cpu_time, family, mapped, switches};
+
+const WORKERS: usize = 8;
+const TIME: Duration = Duration::from_secs(2);
+
+pub fn memory(table: &mut Table) {
+    let own = memory_of(&Server::start("rr", WORKERS).unwrap());
+    let row = table.row("master of 8 idle workers, resident", own.0, "KiB");
+    row.goal(Goal::AtMost(2048.0));
+    let row = table.row("each worker, private", own.1, "KiB");
+    row.goal(Goal::AtMost(400.0));
+    match peers::node("rr", WORKERS) {
+        Ok(server) => {
+            let node = memory_of(&server);
+            table.row("Node's master, resident", node.0, "KiB");
+            table.row("each worker of Node's, private", node.1, "KiB");
+        }
+        Err(why) => table.skip("Node", &why),
+    }
+}
+
+/// Of the master, and of its workers.
+fn memory_of(server: &Server) -> (f64, Vec<f64>) {
+    let processes = family(server.group.pid());
+    let private =
+        |worker: &_| mapped(*worker, "Private_Clean:") + mapped(*worker, "Private_Dirty:");
+    (
+        mapped(processes[0], "Rss:"),
+        processes[1..].iter().map(private).collect(),
+    )
+}
+
+pub fn measure(table: &mut Table) {
+    for policy in ["rr", "none", "sharded"] {
+        let server = match Server::start(policy, WORKERS) {
+            Ok(server) => server,
+            Err(why) => {
+                table.skip(policy, &why);
+                continue;
+            }
+        };
+        let processes = family(server.group.pid());
+        let before = (switches(&processes), cpu_time(&processes));
+        std::thread::sleep(TIME);
+        let after = (switches(&processes), cpu_time(&processes));
+        let row = table.row(
+            &format!("{policy}: wake-ups"),
+            (after.0 - before.0) as f64,
+            "in 2 s",
+        );
+        row.goal(Goal::AtMost(0.0))
+            .note(&format!("{:?} of CPU", after.1 - before.1));
+        let name = format!("{policy}: system calls");
+        match calls(&processes, || std::thread::sleep(TIME)) {
+            Ok(calls) => {
+                let count: f64 = calls.values().sum();
+                let row = table.row(&name, count, "in 2 s").goal(Goal::AtMost(0.0));
+                if count > 0.0 {
+                    row.note(&format!("{calls:?}"));
+                }
+            }
+            Err(why) => table.skip(&name, &why),
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Messages: there and back, one way, and long ones.
+
+use std::cell::Cell;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use cluster::Role;
+
+use crate::ROUNDS;
+use crate::harness::{Group, SCENARIO};
+use crate::peers::node_program;
+use crate::table::{Figure, Goal, Table};
+
+/// The role of a process that counts messages, and says how many there were in a second.
+pub const MESSAGES: &str = "messages";
+
+const SHORT: usize = 32;
+const LONG: usize = 64 << 10;
+/// What goes before is not counted.
+const WARM_UP: Duration = Duration::from_millis(300);
+const TIME: Duration = Duration::from_millis(1000);
+
+pub fn measure(table: &mut Table) {
+    type Kind<'a> = (&'a str, &'a str);
+    let own = |kind: Kind<'_>| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.env(SCENARIO, MESSAGES).args([kind.0, kind.1]);
+        Ok(command)
+    };
+    let node = |kind: Kind<'_>| node_program("messages.js", &[kind.1]);
+    let kinds = [
+        own(("bare", "there-and-back")),
+        own(("cluster", "there-and-back")),
+        node(("node", "there-and-back")),
+        own(("cluster", "one-way")),
+        node(("node", "one-way")),
+        own(("bare", "long")),
+        own(("cluster", "long")),
+    ];
+    let mut rates = kinds.each_ref().map(|_| Vec::new());
+    let mut kinds = kinds;
+    for _ in 0..ROUNDS {
+        for (kind, rates) in kinds.iter_mut().zip(&mut rates) {
+            if let Ok(command) = kind {
+                let group = Group::start(command).unwrap();
+                rates.push(group.line("a second: ").parse::<f64>().unwrap());
+            }
+        }
+    }
+    let [
+        bare,
+        own,
+        node,
+        own_one_way,
+        node_one_way,
+        bare_long,
+        own_long,
+    ] = &rates;
+    let mut row = |name: &str, own: &[f64], other: &[f64], unit: &str, goal: Option<f64>| {
+        if other.is_empty() {
+            return table.skip(name, "no node");
+        }
+        let ratios: Vec<_> = own
+            .iter()
+            .zip(other)
+            .map(|(own, other)| own / other)
+            .collect();
+        let (own, other) = (Figure::from(own.to_vec()), Figure::from(other.to_vec()));
+        let row = table.row(name, ratios, unit);
+        row.note(&format!(
+            "{} beside {}",
+            own.in_unit("a second"),
+            other.in_unit("")
+        ));
+        if let Some(goal) = goal {
+            row.goal(Goal::AtLeast(goal));
+        }
+    };
+    row(
+        "there and back, 32 bytes",
+        own,
+        bare,
+        "× socketpair",
+        Some(0.8),
+    );
+    row("there and back, 32 bytes", own, node, "× Node's", None);
+    row(
+        "one way, 32 bytes",
+        own_one_way,
+        node_one_way,
+        "× Node's",
+        Some(10.0),
+    );
+    row(
+        "one way, 64 KiB",
+        own_long,
+        bare_long,
+        "× socketpair",
+        Some(0.8),
+    );
+}
+
+/// In the process that counts.
+pub fn count() {
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["bare", "there-and-back"] => bare_there_and_back(),
+        ["bare", "long"] => bare_long(),
+        ["bare", "echo"] => echo(),
+        ["bare", "write"] => while stdin().write_all(&[0; LONG]).is_ok() {},
+        ["cluster", "there-and-back"] => there_and_back(),
+        ["cluster", "one-way"] => one_way(SHORT),
+        ["cluster", "long"] => one_way(LONG),
+        _ => panic!("{args:?}"),
+    }
+}
+
+/// Counts for a time what it is told to count, and prints the rate.
+struct Counter {
+    count: u64,
+    begun: Instant,
+    warm: bool,
+}
+
+impl Counter {
+    fn new() -> Self {
+        Self {
+            count: 0,
+            begun: Instant::now(),
+            warm: false,
+        }
+    }
+
+    /// Counts one, and returns whether the time is over.
+    fn add(&mut self) -> bool {
+        self.count += 1;
+        // The clock is cheap, but not beside a short message.
+        if self.count % 64 != 0 {
+            return false;
+        }
+        let passed = self.begun.elapsed();
+        if !self.warm && passed > WARM_UP {
+            *self = Self {
+                count: 0,
+                begun: Instant::now(),
+                warm: true,
+            };
+        } else if self.warm && passed > TIME {
+            println!("a second: {}", self.count as f64 / passed.as_secs_f64());
+            return true;
+        }
+        false
+    }
+}
+
+fn other(kind: &str) -> UnixStream {
+    let (here, there) = UnixStream::pair().unwrap();
+    Command::new(std::env::current_exe().unwrap())
+        .args(["bare", kind])
+        .stdin(Stdio::from(OwnedFd::from(there)))
+        .spawn()
+        .unwrap();
+    here
+}
+
+fn stdin() -> UnixStream {
+    let stdin = std::io::stdin();
+    UnixStream::from(
+        std::os::fd::AsFd::as_fd(&stdin)
+            .try_clone_to_owned()
+            .unwrap(),
+    )
+}
+
+fn bare_there_and_back() {
+    let mut other = other("echo");
+    let mut counter = Counter::new();
+    let mut message = [0; SHORT];
+    while !counter.add() {
+        other.write_all(&message).unwrap();
+        other.read_exact(&mut message).unwrap();
+    }
+}
+
+fn echo() {
+    let mut other = stdin();
+    let mut message = [0; SHORT];
+    while other.read_exact(&mut message).is_ok() {
+        other.write_all(&message).unwrap();
+    }
+}
+
+fn bare_long() {
+    let mut other = other("write");
+    let mut counter = Counter::new();
+    let mut message = vec![0; LONG];
+    while !counter.add() {
+        other.read_exact(&mut message).unwrap();
+    }
+}
+
+/// The worker counts.
+fn there_and_back() {
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            master.on_message(|_, worker, message| drop(worker.send(message.bytes()).unwrap()));
+            master.fork().unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            let mut counter = Counter::new();
+            worker.on_message(move |worker, message| {
+                if counter.add() {
+                    worker.disconnect();
+                } else {
+                    worker.send(message.bytes()).unwrap();
+                }
+            });
+            worker.send(&[0; SHORT]).unwrap();
+            worker.run().unwrap();
+        }
+    }
+}
+
+/// The master counts.
+fn one_way(length: usize) {
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let mut counter = Counter::new();
+            let over = Rc::new(Cell::new(false));
+            let told = Rc::clone(&over);
+            master.on_message(move |_, _, _| told.set(told.get() || counter.add()));
+            master.fork().unwrap();
+            while !over.get() {
+                master.dispatch(None).unwrap();
+            }
+            // Its worker would go on until it has been told.
+            std::process::exit(0);
+        }
+        Role::Worker(worker) => {
+            let message = vec![0; length];
+            while worker.is_connected() {
+                while worker.send(&message).is_ok_and(|room| room) {}
+                let _ = worker.dispatch(None);
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! One request of a hundred sleeps for 50 ms: what the others, and all together, have to wait.
+
+use std::time::{Duration, Instant};
+
+use crate::ROUNDS;
+use crate::load::drive;
+use crate::server::{BARE, GET_SLOW, GET_TIMES, Server};
+use crate::table::{Figure, Goal, Table};
+
+const WORKERS: usize = 8;
+const CLIENTS: usize = 32;
+const TIME: Duration = Duration::from_millis(1500);
+/// One of so many requests is slow.
+const SLOW: usize = 100;
+/// Who waits longer than that although there is an idle worker does not wait for the scheduler, but
+/// behind a slow request.
+const HELD_UP: f64 = 25.0;
+
+/// What one round has shown; times are in milliseconds.
+struct Outcome {
+    connections: usize,
+    latencies: [f64; 3],
+    /// The longest time that a connection waited while a worker was idle.
+    waited: f64,
+    /// How many waited for longer than `HELD_UP`.
+    held_up: f64,
+}
+
+/// One connection, in nanoseconds of the clock that all share.
+struct Times {
+    begun: i64,
+    connected: i64,
+    /// When a worker's program had it, and when it had answered.
+    accepted: i64,
+    answered: i64,
+    ended: i64,
+}
+
+pub fn measure(table: &mut Table) {
+    let names = [
+        ("bare loop", BARE),
+        ("round robin", "rr"),
+        ("shared", "none"),
+        ("sharded", "sharded"),
+    ];
+    let servers = names.map(|(title, name)| (title, Server::start(name, WORKERS)));
+    let round = |_| {
+        servers
+            .each_ref()
+            .map(|(_, server)| server.as_ref().ok().map(play))
+    };
+    let rounds: Vec<_> = (0..=ROUNDS).map(round).skip(1).collect();
+    for (number, (title, server)) in servers.iter().enumerate() {
+        if let Err(why) = server {
+            table.skip(title, why);
+            continue;
+        }
+        let own = |value: &dyn Fn(&Outcome) -> f64| -> Vec<f64> {
+            rounds
+                .iter()
+                .map(|round| value(round[number].as_ref().unwrap()))
+                .collect()
+        };
+        let bare = |value: &dyn Fn(&Outcome) -> f64| -> Vec<f64> {
+            rounds
+                .iter()
+                .map(|round| value(round[0].as_ref().unwrap()))
+                .collect()
+        };
+        for (at, name) in ["p50", "p99", "p99.9"].iter().enumerate() {
+            let latency = |outcome: &Outcome| outcome.latencies[at];
+            let (own, bare) = (own(&latency), bare(&latency));
+            let ratios: Vec<_> = own.iter().zip(bare).map(|(own, bare)| own / bare).collect();
+            let row = table.row(&format!("{title}, {name}"), ratios, "× bare");
+            row.note(&Figure::from(own).in_unit("ms"));
+            if number > 0 && at > 0 {
+                row.goal(Goal::AtMost(1.0));
+            }
+        }
+        let count: usize = rounds
+            .iter()
+            .map(|round| round[number].as_ref().unwrap().connections)
+            .sum();
+        let held_up: f64 = own(&|outcome| outcome.held_up).iter().sum();
+        let longest = Figure::from(own(&|outcome| outcome.waited));
+        let row = table.row(
+            &format!("{title}, held up while a worker was idle"),
+            held_up,
+            "connections",
+        );
+        row.note(&format!("of {count}; longest {}", longest.in_unit("ms")));
+        if number > 0 {
+            row.goal(Goal::AtMost(0.0));
+        }
+    }
+}
+
+fn play(server: &Server) -> Outcome {
+    let end = Instant::now() + TIME;
+    let mut count = 0;
+    let next = || {
+        count += 1;
+        let request = if count % SLOW == 0 {
+            GET_SLOW
+        } else {
+            GET_TIMES
+        };
+        (Instant::now() < end).then_some(request)
+    };
+    let mut all = Vec::new();
+    drive(server.address, CLIENTS, next, |answered| {
+        let numbers = answered.numbers();
+        let (begun, connected, ended) = (answered.begun, answered.connected, answered.ended);
+        all.push(Times {
+            begun,
+            connected,
+            accepted: numbers[1],
+            answered: numbers[2],
+            ended,
+        });
+    });
+    let mut latencies: Vec<_> = all
+        .iter()
+        .map(|times| millis(times.ended - times.begun))
+        .collect();
+    latencies.sort_by(f64::total_cmp);
+    let at = |share: usize| latencies[(latencies.len() * share / 1000).min(latencies.len() - 1)];
+    let idle = Idle::new(&all);
+    let waits = all
+        .iter()
+        .map(|times| millis(idle.between(times.connected, times.accepted)));
+    Outcome {
+        connections: all.len(),
+        latencies: [at(500), at(990), at(999)],
+        waited: waits.clone().fold(0.0, f64::max),
+        held_up: waits.filter(|wait| *wait > HELD_UP).count() as f64,
+    }
+}
+
+fn millis(nanos: i64) -> f64 {
+    nanos as f64 / 1e6
+}
+
+/// When at least one worker was idle: how long that has been so, at the times when it changed.
+struct Idle(Vec<(i64, i64, bool)>);
+
+impl Idle {
+    fn new(all: &[Times]) -> Self {
+        let begins = all.iter().map(|times| (times.accepted, 1));
+        let ends = all.iter().map(|times| (times.answered, -1));
+        let mut changes: Vec<_> = begins.chain(ends).collect();
+        changes.sort_unstable();
+        let (mut busy, mut last, mut sum) = (0, i64::MIN, 0);
+        let mut steps = vec![(changes[0].0 - 1_000_000_000, 0, true)];
+        for (time, change) in changes {
+            if last == i64::MIN {
+                last = steps[0].0;
+            }
+            if busy < WORKERS as i64 {
+                sum += time - last;
+            }
+            (busy, last) = (busy + change, time);
+            steps.push((time, sum, busy < WORKERS as i64));
+        }
+        Self(steps)
+    }
+
+    fn between(&self, from: i64, to: i64) -> i64 {
+        self.until(to) - self.until(from)
+    }
+
+    fn until(&self, time: i64) -> i64 {
+        let next = self.0.partition_point(|step| step.0 <= time);
+        let (begun, sum, idle) = self.0[next - 1];
+        sum + if idle { time - begun } else { 0 }
+    }
+}
