@@ -44,7 +44,7 @@ fn count(server: &Server) -> Result<Vec<(String, f64)>, String> {
     })?;
     let each = calls
         .into_iter()
-        .map(|(name, count)| (name, count / CONNECTIONS as f64));
+        .map(|(name, count)| (name, count as f64 / CONNECTIONS as f64));
     // What was done once does not belong to the connections.
     let mut each: Vec<_> = each.filter(|call| call.1 > 0.001).collect();
     each.sort_by(|one, other| other.1.total_cmp(&one.1));

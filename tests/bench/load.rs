@@ -9,6 +9,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 
+use crate::peers::has;
 use crate::server::{GET, now};
 
 /// A connection that has been answered.
@@ -156,7 +157,7 @@ pub fn short_connections(address: SocketAddr, clients: usize) -> Load {
 }
 
 pub fn has_wrk() -> bool {
-    Command::new("wrk").arg("-v").output().is_ok()
+    has("wrk", "-v").is_ok()
 }
 
 fn own_clients(address: SocketAddr, clients: usize, threads: usize) -> u64 {

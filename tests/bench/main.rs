@@ -35,11 +35,13 @@ mod messages;
 mod mixed;
 mod peers;
 mod server;
+mod size;
 mod table;
 mod thousand;
 mod usage;
 mod workers;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use harness::SCENARIO;
@@ -49,7 +51,7 @@ use table::Table;
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
-const PARTS: [(&str, Part); 10] = [
+const PARTS: [(&str, Part); 11] = [
     ("connections", connections::measure),
     ("workers", workers::measure),
     ("fairness", fairness::measure),
@@ -60,6 +62,7 @@ const PARTS: [(&str, Part); 10] = [
     ("memory", idle::memory),
     ("idle", idle::measure),
     ("calls", calls::measure),
+    ("size", size::measure),
 ];
 
 fn main() -> ExitCode {
@@ -86,12 +89,41 @@ fn main() -> ExitCode {
     // What its processes leave behind comes to this one.
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let mut table = Table::default();
+    let mut code = ExitCode::SUCCESS;
     for (name, measure) in PARTS {
         if asked.is_empty() || asked.iter().any(|asked| asked == name) {
             table.begin(name);
-            measure(&mut table);
+            // The others are measured all the same.
+            if catch_unwind(AssertUnwindSafe(|| measure(&mut table))).is_err() {
+                table.skip("the rest", "it failed, as is said above");
+                code = ExitCode::FAILURE;
+            }
         }
     }
+    note_circumstances(&mut table);
     table.end();
-    ExitCode::SUCCESS
+    code
+}
+
+fn note_circumstances(table: &mut Table) {
+    let cores = cluster::available_parallelism();
+    let system = nix::sys::utsname::uname().unwrap();
+    let (name, release) = (
+        system.sysname().to_string_lossy(),
+        system.release().to_string_lossy(),
+    );
+    let load = if load::has_wrk() {
+        "wrk"
+    } else {
+        "clients of our own (no wrk)"
+    };
+    table.note(format!(
+        "{cores} cores, {name} {release}, {ROUNDS} rounds: median (least–most). Load on the same cores by {load},"
+    ));
+    table.note(
+        "with a thread for each core; times are user and system time of the server's processes alone, and the".to_owned());
+    table.note(
+        "clients' beside. A sleep is a voluntary context switch of one of these processes."
+            .to_owned(),
+    );
 }

@@ -9,6 +9,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::Role;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::ROUNDS;
 use crate::harness::{Group, SCENARIO};
@@ -46,6 +48,8 @@ pub fn measure(table: &mut Table) {
     for _ in 0..ROUNDS {
         for (kind, rates) in kinds.iter_mut().zip(&mut rates) {
             if let Ok(command) = kind {
+                let one_way = command.get_args().any(|arg| arg == "one-way");
+                let _pinned = (!one_way).then(OneCore::new);
                 let group = Group::start(command).unwrap();
                 rates.push(group.line("a second: ").parse::<f64>().unwrap());
             }
@@ -104,13 +108,43 @@ pub fn measure(table: &mut Table) {
     );
 }
 
+/// While it lives, this process and those that it starts have one core. Two that wait for each other
+/// are many times as fast on one as on two, and where the scheduler puts them is an accident.
+struct OneCore(CpuSet);
+
+impl OneCore {
+    fn new() -> Self {
+        let all = sched_getaffinity(Pid::this()).unwrap();
+        let mut one = CpuSet::new();
+        let last = (0..CpuSet::count())
+            .rev()
+            .find(|core| all.is_set(*core).unwrap());
+        one.set(last.unwrap()).unwrap();
+        sched_setaffinity(Pid::this(), &one).unwrap();
+        Self(all)
+    }
+}
+
+impl Drop for OneCore {
+    fn drop(&mut self) {
+        sched_setaffinity(Pid::this(), &self.0).unwrap();
+    }
+}
+
 /// In the process that counts.
 pub fn count() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
     match args[..] {
-        ["bare", "there-and-back"] => bare_there_and_back(),
-        ["bare", "long"] => bare_long(),
+        ["bare", "there-and-back"] => bare("echo", |other| {
+            let mut message = [0; SHORT];
+            other.write_all(&message).unwrap();
+            other.read_exact(&mut message).unwrap();
+        }),
+        ["bare", "long"] => {
+            let mut message = vec![0; LONG];
+            bare("write", |other| other.read_exact(&mut message).unwrap());
+        }
         ["bare", "echo"] => echo(),
         ["bare", "write"] => while stdin().write_all(&[0; LONG]).is_ok() {},
         ["cluster", "there-and-back"] => there_and_back(),
@@ -158,14 +192,20 @@ impl Counter {
     }
 }
 
-fn other(kind: &str) -> UnixStream {
-    let (here, there) = UnixStream::pair().unwrap();
-    Command::new(std::env::current_exe().unwrap())
-        .args(["bare", kind])
+/// Counts messages that come through a socket whose other end this program has, too.
+fn bare(other: &str, mut message: impl FnMut(&mut UnixStream)) {
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let mut other = Command::new(std::env::current_exe().unwrap())
+        .args(["bare", other])
         .stdin(Stdio::from(OwnedFd::from(there)))
         .spawn()
         .unwrap();
-    here
+    let mut counter = Counter::new();
+    while !counter.add() {
+        message(&mut here);
+    }
+    drop(here);
+    other.wait().unwrap();
 }
 
 fn stdin() -> UnixStream {
@@ -177,16 +217,6 @@ fn stdin() -> UnixStream {
     )
 }
 
-fn bare_there_and_back() {
-    let mut other = other("echo");
-    let mut counter = Counter::new();
-    let mut message = [0; SHORT];
-    while !counter.add() {
-        other.write_all(&message).unwrap();
-        other.read_exact(&mut message).unwrap();
-    }
-}
-
 fn echo() {
     let mut other = stdin();
     let mut message = [0; SHORT];
@@ -195,20 +225,13 @@ fn echo() {
     }
 }
 
-fn bare_long() {
-    let mut other = other("write");
-    let mut counter = Counter::new();
-    let mut message = vec![0; LONG];
-    while !counter.add() {
-        other.read_exact(&mut message).unwrap();
-    }
-}
-
 /// The worker counts.
 fn there_and_back() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
-            master.on_message(|_, worker, message| drop(worker.send(message.bytes()).unwrap()));
+            master.on_message(|_, worker, message| {
+                worker.send(message.bytes()).unwrap();
+            });
             master.fork().unwrap();
             master.run().unwrap();
         }

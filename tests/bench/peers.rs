@@ -34,23 +34,31 @@ pub fn node(policy: &str, workers: usize) -> Result<Server, String> {
 
 pub fn prefork(workers: usize) -> Result<Server, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prefork");
-    let built = Command::new(env!("CARGO"))
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "--locked",
-            "--manifest-path",
-        ])
-        .arg(folder().join("prefork/Cargo.toml"))
-        .arg("--target-dir")
-        .arg(&target)
-        .output();
-    if !built.is_ok_and(|built| built.status.success()) {
-        return Err("the crate prefork cannot be built".to_owned());
-    }
+    build(&folder().join("prefork/Cargo.toml"), &target, &[])?;
     let mut command = Command::new(target.join("release/prefork-server"));
     Ok(Server::run(command.arg(workers.to_string())))
+}
+
+/// Compiles what the benchmark itself is not made of.
+pub fn build(manifest: &Path, target: &Path, what: &[&str]) -> Result<(), String> {
+    let mut command = Command::new(env!("CARGO"));
+    command.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--locked",
+        "--manifest-path",
+    ]);
+    command
+        .arg(manifest)
+        .arg("--target-dir")
+        .arg(target)
+        .args(what);
+    let built = command.output().map_err(|error| error.to_string())?;
+    match built.status.success() {
+        true => Ok(()),
+        false => Err(format!("{} cannot be compiled", manifest.display())),
+    }
 }
 
 pub fn nginx(workers: usize) -> Result<Server, String> {

@@ -38,7 +38,8 @@ pub fn cpu_time(processes: &[Pid]) -> Duration {
     processes.iter().map(time).sum()
 }
 
-/// How often these processes have gone to sleep by themselves.
+/// How often these processes have gone to sleep by themselves: each one's first thread, and the
+/// processes of this crate have one.
 pub fn sleeps(processes: &[Pid]) -> u64 {
     processes
         .iter()
@@ -68,12 +69,15 @@ pub fn mapped(process: Pid, field: &str) -> f64 {
     value.strip_suffix(" kB").unwrap().parse().unwrap()
 }
 
-/// The system calls of these processes meanwhile, by name.
-pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<String, f64>, String> {
+/// How long it takes until a process that somebody traces has gone back to what it was waiting for.
+const SETTLING: Duration = Duration::from_millis(200);
+
+/// The system calls that these processes begin meanwhile, by name.
+pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<String, u64>, String> {
     has("strace", "-V")?;
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut command = Command::new("strace");
-    command.args(["-c", "-f", "-o"]).arg(file.path());
+    command.args(["-f", "-s0", "-o"]).arg(file.path());
     command.args(processes.iter().map(|process| format!("-p{process}")));
     let mut strace = command.stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
@@ -84,17 +88,25 @@ pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<Str
             return Err(line);
         }
     }
+    std::thread::sleep(SETTLING);
+    let before = std::fs::metadata(file.path()).unwrap().len();
     meanwhile();
     let pid = Pid::from_raw(i32::try_from(strace.id()).unwrap());
     kill(pid, Signal::SIGINT).unwrap();
     lines.for_each(drop);
     strace.wait().unwrap();
-    // % time, seconds, microseconds for a call, calls, perhaps errors, and the name.
-    let table = std::fs::read_to_string(file.path()).unwrap();
-    let rows = table.lines().filter_map(|line| {
-        let cells: Vec<_> = line.split_whitespace().collect();
-        let name = cells.last().filter(|name| **name != "total")?;
-        Some((name.to_string(), cells.get(3)?.parse().ok()?))
-    });
-    Ok(rows.collect())
+    let trace = std::fs::read(file.path()).unwrap();
+    let trace = String::from_utf8_lossy(&trace[usize::try_from(before).unwrap()..]);
+    let mut calls = BTreeMap::new();
+    for line in trace.lines() {
+        // "PID accept4(3, …"; what goes on has other signs in this place.
+        let name = line
+            .split_once(' ')
+            .and_then(|(_, call)| call.trim_start().split_once('('));
+        let name = name.filter(|(name, _)| !name.contains(' '));
+        if let Some((name, _)) = name {
+            *calls.entry(name.to_owned()).or_default() += 1;
+        }
+    }
+    Ok(calls)
 }
