@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::rc::Rc;
@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use crate::ROUNDS;
 use crate::harness::{Group, SCENARIO};
 use crate::peers::node_program;
-use crate::table::{Figure, Goal, Table};
+use crate::table::{Figure, Goal, Table, ratios};
 
 /// The role of a process that counts messages, and says how many there were in a second.
 pub const MESSAGES: &str = "messages";
@@ -27,54 +27,44 @@ const WARM_UP: Duration = Duration::from_millis(300);
 const TIME: Duration = Duration::from_millis(1000);
 
 pub fn measure(table: &mut Table) {
-    type Kind<'a> = (&'a str, &'a str);
-    let own = |kind: Kind<'_>| {
+    let own = |args: [&str; 2]| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.env(SCENARIO, MESSAGES).args([kind.0, kind.1]);
+        command.env(SCENARIO, MESSAGES).args(args);
         Ok(command)
     };
-    let node = |kind: Kind<'_>| node_program("messages.js", &[kind.1]);
-    let kinds = [
-        own(("bare", "there-and-back")),
-        own(("cluster", "there-and-back")),
-        node(("node", "there-and-back")),
-        own(("cluster", "one-way")),
-        node(("node", "one-way")),
-        own(("bare", "long")),
-        own(("cluster", "long")),
+    let mut kinds = [
+        own(["bare", "there-and-back"]),
+        own(["cluster", "there-and-back"]),
+        node_program("messages.js", &["there-and-back"]),
+        own(["cluster", "one-way"]),
+        node_program("messages.js", &["one-way"]),
+        own(["bare", "long"]),
+        own(["cluster", "long"]),
     ];
     let mut rates = kinds.each_ref().map(|_| Vec::new());
-    let mut kinds = kinds;
     for _ in 0..ROUNDS {
         for (kind, rates) in kinds.iter_mut().zip(&mut rates) {
             if let Ok(command) = kind {
                 let one_way = command.get_args().any(|arg| arg == "one-way");
-                let _pinned = (!one_way).then(OneCore::new);
+                let _one_core = (!one_way).then(OneCore::new);
                 let group = Group::start(command).unwrap();
-                rates.push(group.line("a second: ").parse::<f64>().unwrap());
+                rates.push(group.line("a second: ").parse().unwrap());
             }
         }
     }
-    let [
-        bare,
-        own,
-        node,
-        own_one_way,
-        node_one_way,
-        bare_long,
-        own_long,
-    ] = &rates;
-    let mut row = |name: &str, own: &[f64], other: &[f64], unit: &str, goal: Option<f64>| {
-        if other.is_empty() {
-            return table.skip(name, "no node");
+    let rows = [
+        ("there and back, 32 bytes", 1, 0, "× socketpair", Some(0.8)),
+        ("there and back, 32 bytes", 1, 2, "× Node's", None),
+        ("one way, 32 bytes", 3, 4, "× Node's", Some(10.0)),
+        ("one way, 64 KiB", 6, 5, "× socketpair", Some(0.8)),
+    ];
+    for (name, own, other, unit, goal) in rows {
+        if let Err(why) = &kinds[other] {
+            table.skip(name, why);
+            continue;
         }
-        let ratios: Vec<_> = own
-            .iter()
-            .zip(other)
-            .map(|(own, other)| own / other)
-            .collect();
-        let (own, other) = (Figure::from(own.to_vec()), Figure::from(other.to_vec()));
-        let row = table.row(name, ratios, unit);
+        let row = table.row(name, ratios(&rates[own], &rates[other]), unit);
+        let [own, other] = [own, other].map(|kind| Figure::from(rates[kind].clone()));
         row.note(&format!(
             "{} beside {}",
             own.in_unit("a second"),
@@ -83,29 +73,7 @@ pub fn measure(table: &mut Table) {
         if let Some(goal) = goal {
             row.goal(Goal::AtLeast(goal));
         }
-    };
-    row(
-        "there and back, 32 bytes",
-        own,
-        bare,
-        "× socketpair",
-        Some(0.8),
-    );
-    row("there and back, 32 bytes", own, node, "× Node's", None);
-    row(
-        "one way, 32 bytes",
-        own_one_way,
-        node_one_way,
-        "× Node's",
-        Some(10.0),
-    );
-    row(
-        "one way, 64 KiB",
-        own_long,
-        bare_long,
-        "× socketpair",
-        Some(0.8),
-    );
+    }
 }
 
 /// While it lives, this process and those that it starts have one core. Two that wait for each other
@@ -116,10 +84,9 @@ impl OneCore {
     fn new() -> Self {
         let all = sched_getaffinity(Pid::this()).unwrap();
         let mut one = CpuSet::new();
-        let last = (0..CpuSet::count())
-            .rev()
-            .find(|core| all.is_set(*core).unwrap());
-        one.set(last.unwrap()).unwrap();
+        let mut cores = 0..CpuSet::count();
+        one.set(cores.rfind(|core| all.is_set(*core).unwrap()).unwrap())
+            .unwrap();
         sched_setaffinity(Pid::this(), &one).unwrap();
         Self(all)
     }
@@ -145,8 +112,8 @@ pub fn count() {
             let mut message = vec![0; LONG];
             bare("write", |other| other.read_exact(&mut message).unwrap());
         }
-        ["bare", "echo"] => echo(),
-        ["bare", "write"] => while stdin().write_all(&[0; LONG]).is_ok() {},
+        ["bare", "echo"] => echo(stdin()),
+        ["bare", "write"] => write(stdin()),
         ["cluster", "there-and-back"] => there_and_back(),
         ["cluster", "one-way"] => one_way(SHORT),
         ["cluster", "long"] => one_way(LONG),
@@ -209,20 +176,19 @@ fn bare(other: &str, mut message: impl FnMut(&mut UnixStream)) {
 }
 
 fn stdin() -> UnixStream {
-    let stdin = std::io::stdin();
-    UnixStream::from(
-        std::os::fd::AsFd::as_fd(&stdin)
-            .try_clone_to_owned()
-            .unwrap(),
-    )
+    UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap())
 }
 
-fn echo() {
-    let mut other = stdin();
+fn echo(mut other: UnixStream) {
     let mut message = [0; SHORT];
     while other.read_exact(&mut message).is_ok() {
         other.write_all(&message).unwrap();
     }
+}
+
+fn write(mut other: UnixStream) {
+    let message = vec![0; LONG];
+    while other.write_all(&message).is_ok() {}
 }
 
 /// The worker counts.

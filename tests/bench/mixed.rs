@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::ROUNDS;
 use crate::load::drive;
 use crate::server::{BARE, GET_SLOW, GET_TIMES, Server};
-use crate::table::{Figure, Goal, Table};
+use crate::table::{Figure, Goal, Table, ratios};
 
 const WORKERS: usize = 8;
 const CLIENTS: usize = 32;
@@ -38,60 +38,38 @@ struct Times {
 }
 
 pub fn measure(table: &mut Table) {
-    let names = [
-        ("bare loop", BARE),
-        ("round robin", "rr"),
-        ("shared", "none"),
-        ("sharded", "sharded"),
-    ];
-    let servers = names.map(|(title, name)| (title, Server::start(name, WORKERS)));
-    let round = |_| {
-        servers
-            .each_ref()
-            .map(|(_, server)| server.as_ref().ok().map(play))
-    };
-    let rounds: Vec<_> = (0..=ROUNDS).map(round).skip(1).collect();
-    for (number, (title, server)) in servers.iter().enumerate() {
-        if let Err(why) = server {
+    let titles = ["bare loop", "round robin", "shared", "sharded"];
+    let servers = [BARE, "rr", "none", "sharded"].map(|name| Server::start(name, WORKERS));
+    let mut outcomes = servers.each_ref().map(|_| Vec::new());
+    for round in 0..=ROUNDS {
+        for (server, outcomes) in servers.iter().zip(&mut outcomes) {
+            let outcome = server.as_ref().map(play);
+            outcomes.extend(outcome.ok().filter(|_| round > 0));
+        }
+    }
+    for (number, title) in titles.iter().enumerate() {
+        if let Err(why) = &servers[number] {
             table.skip(title, why);
             continue;
         }
-        let own = |value: &dyn Fn(&Outcome) -> f64| -> Vec<f64> {
-            rounds
-                .iter()
-                .map(|round| value(round[number].as_ref().unwrap()))
-                .collect()
-        };
-        let bare = |value: &dyn Fn(&Outcome) -> f64| -> Vec<f64> {
-            rounds
-                .iter()
-                .map(|round| value(round[0].as_ref().unwrap()))
-                .collect()
-        };
         for (at, name) in ["p50", "p99", "p99.9"].iter().enumerate() {
-            let latency = |outcome: &Outcome| outcome.latencies[at];
-            let (own, bare) = (own(&latency), bare(&latency));
-            let ratios: Vec<_> = own.iter().zip(bare).map(|(own, bare)| own / bare).collect();
-            let row = table.row(&format!("{title}, {name}"), ratios, "× bare");
+            let latency = |outcomes: &Vec<Outcome>| each(outcomes, |outcome| outcome.latencies[at]);
+            let own = latency(&outcomes[number]);
+            let beside = ratios(&own, &latency(&outcomes[0]));
+            let row = table.row(&format!("{title}, {name}"), beside, "× bare");
             row.note(&Figure::from(own).in_unit("ms"));
             if number > 0 && at > 0 {
                 row.goal(Goal::AtMost(1.0));
             }
         }
-        let count: usize = rounds
-            .iter()
-            .map(|round| round[number].as_ref().unwrap().connections)
-            .sum();
-        let held_up: f64 = own(&|outcome| outcome.held_up).iter().sum();
-        let longest = Figure::from(own(&|outcome| outcome.longest));
-        let row = table.row(
-            &format!("{title}, behind a slow request, another worker idle"),
-            held_up,
-            "connections",
-        );
+        let own = &outcomes[number];
+        let count: usize = own.iter().map(|outcome| outcome.connections).sum();
+        let held_up: f64 = own.iter().map(|outcome| outcome.held_up).sum();
+        let longest = Figure::from(each(own, |outcome| outcome.longest)).in_unit("ms");
+        let name = format!("{title}, behind a slow request, another worker idle");
+        let row = table.row(&name, held_up, "connections");
         row.note(&format!(
-            "of {count}; longest wait while a worker was idle {}",
-            longest.in_unit("ms")
+            "of {count}; longest wait while a worker was idle {longest}"
         ));
         if number > 0 {
             row.goal(Goal::AtMost(0.0));
@@ -99,15 +77,18 @@ pub fn measure(table: &mut Table) {
     }
 }
 
+fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Vec<f64> {
+    outcomes.iter().map(value).collect()
+}
+
 fn play(server: &Server) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;
     let next = || {
         count += 1;
-        let request = if count % SLOW == 0 {
-            GET_SLOW
-        } else {
-            GET_TIMES
+        let request = match count % SLOW {
+            0 => GET_SLOW,
+            _ => GET_TIMES,
         };
         (Instant::now() < end).then_some(request)
     };
@@ -157,7 +138,8 @@ fn millis(nanos: i64) -> f64 {
     nanos as f64 / 1e6
 }
 
-/// When at least one worker was idle: how long that has been so, at the times when it changed.
+/// The times at which a worker began or ceased to be busy; for how long at least one had been idle
+/// then, and whether one was from then on.
 struct Idle(Vec<(i64, i64, bool)>);
 
 impl Idle {
@@ -166,19 +148,14 @@ impl Idle {
         let ends = all.iter().map(|times| (times.answered, -1));
         let mut changes: Vec<_> = begins.chain(ends).collect();
         changes.sort_unstable();
-        let (mut busy, mut last, mut sum) = (0, i64::MIN, 0);
-        let mut steps = vec![(changes[0].0 - 1_000_000_000, 0, true)];
+        // The clock began when the system did.
+        let mut idle = Self(vec![(0, 0, true)]);
+        let mut busy = 0;
         for (time, change) in changes {
-            if last == i64::MIN {
-                last = steps[0].0;
-            }
-            if busy < WORKERS as i64 {
-                sum += time - last;
-            }
-            (busy, last) = (busy + change, time);
-            steps.push((time, sum, busy < WORKERS as i64));
+            busy += change;
+            idle.0.push((time, idle.until(time), busy < WORKERS as i64));
         }
-        Self(steps)
+        idle
     }
 
     fn between(&self, from: i64, to: i64) -> i64 {

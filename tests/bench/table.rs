@@ -51,6 +51,14 @@ impl From<f64> for Figure {
     }
 }
 
+/// Each value beside the one of the same round.
+pub fn ratios(own: &[f64], other: &[f64]) -> Vec<f64> {
+    own.iter()
+        .zip(other)
+        .map(|(own, other)| own / other)
+        .collect()
+}
+
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Goal {
