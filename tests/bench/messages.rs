@@ -1,11 +1,9 @@
 //! Messages: there and back, one way, and long ones.
 
-use std::cell::Cell;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::Role;
@@ -16,8 +14,9 @@ use crate::ROUNDS;
 use crate::harness::{Group, SCENARIO};
 use crate::peers::node_program;
 use crate::table::{Figure, Goal, Table, ratios};
+use crate::usage::{cpu_time, family};
 
-/// The role of a process that counts messages, and says how many there were in a second.
+/// The role of a process that counts messages.
 pub const MESSAGES: &str = "messages";
 
 const SHORT: usize = 32;
@@ -25,6 +24,11 @@ const LONG: usize = 64 << 10;
 /// What goes before is not counted.
 const WARM_UP: Duration = Duration::from_millis(300);
 const TIME: Duration = Duration::from_millis(1000);
+/// Nobody goes on for so long.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// What is said when it begins, and when it is over.
+const BEGUN: &str = "counts";
+const COUNTED: &str = "counted ";
 
 pub fn measure(table: &mut Table) {
     let own = |args: [&str; 2]| {
@@ -41,14 +45,12 @@ pub fn measure(table: &mut Table) {
         own(["bare", "long"]),
         own(["cluster", "long"]),
     ];
+    let _one_core = OneCore::new();
     let mut rates = kinds.each_ref().map(|_| Vec::new());
     for _ in 0..ROUNDS {
         for (kind, rates) in kinds.iter_mut().zip(&mut rates) {
             if let Ok(command) = kind {
-                let one_way = command.get_args().any(|arg| arg == "one-way");
-                let _one_core = (!one_way).then(OneCore::new);
-                let group = Group::start(command).unwrap();
-                rates.push(group.line("a second: ").parse().unwrap());
+                rates.push(rate(command));
             }
         }
     }
@@ -67,7 +69,7 @@ pub fn measure(table: &mut Table) {
         let [own, other] = [own, other].map(|kind| Figure::from(rates[kind].clone()));
         row.note(&format!(
             "{} beside {}",
-            own.in_unit("a second"),
+            own.in_unit("a second of CPU"),
             other.in_unit("")
         ));
         if let Some(goal) = goal {
@@ -76,8 +78,18 @@ pub fn measure(table: &mut Table) {
     }
 }
 
+/// Messages for a second of CPU time, of both processes.
+fn rate(command: &mut Command) -> f64 {
+    let group = Group::start(command).unwrap();
+    group.line(BEGUN);
+    let processes = family(group.pid());
+    let before = cpu_time(&processes);
+    let count: f64 = group.line(COUNTED).parse().unwrap();
+    count / (cpu_time(&processes) - before).as_secs_f64()
+}
+
 /// While it lives, this process and those that it starts have one core. Two that wait for each other
-/// are many times as fast on one as on two, and where the scheduler puts them is an accident.
+/// cost a multiple on two, and where the scheduler puts them is an accident.
 struct OneCore(CpuSet);
 
 impl OneCore {
@@ -121,7 +133,8 @@ pub fn count() {
     }
 }
 
-/// Counts for a time what it is told to count, and prints the rate.
+/// Counts for a time, and says when that begins, and how many there were. Then it lets go on what
+/// goes on: whoever has started this ends it.
 struct Counter {
     count: u64,
     begun: Instant,
@@ -137,25 +150,22 @@ impl Counter {
         }
     }
 
-    /// Counts one, and returns whether the time is over.
-    fn add(&mut self) -> bool {
+    fn add(&mut self) {
         self.count += 1;
         // The clock is cheap, but not beside a short message.
         if self.count % 64 != 0 {
-            return false;
+            return;
         }
-        let passed = self.begun.elapsed();
-        if !self.warm && passed > WARM_UP {
+        if !self.warm && self.begun.elapsed() > WARM_UP {
+            println!("{BEGUN}");
             *self = Self {
-                count: 0,
-                begun: Instant::now(),
                 warm: true,
+                ..Self::new()
             };
-        } else if self.warm && passed > TIME {
-            println!("a second: {}", self.count as f64 / passed.as_secs_f64());
-            return true;
+        } else if self.warm && self.begun.elapsed() > TIME {
+            println!("{COUNTED}{}", self.count);
+            self.begun += PATIENCE;
         }
-        false
     }
 }
 
@@ -168,11 +178,10 @@ fn bare(other: &str, mut message: impl FnMut(&mut UnixStream)) {
         .spawn()
         .unwrap();
     let mut counter = Counter::new();
-    while !counter.add() {
+    while other.try_wait().unwrap().is_none() {
         message(&mut here);
+        counter.add();
     }
-    drop(here);
-    other.wait().unwrap();
 }
 
 fn stdin() -> UnixStream {
@@ -204,11 +213,8 @@ fn there_and_back() {
         Role::Worker(worker) => {
             let mut counter = Counter::new();
             worker.on_message(move |worker, message| {
-                if counter.add() {
-                    worker.disconnect();
-                } else {
-                    worker.send(message.bytes()).unwrap();
-                }
+                counter.add();
+                worker.send(message.bytes()).unwrap();
             });
             worker.send(&[0; SHORT]).unwrap();
             worker.run().unwrap();
@@ -221,15 +227,9 @@ fn one_way(length: usize) {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             let mut counter = Counter::new();
-            let over = Rc::new(Cell::new(false));
-            let told = Rc::clone(&over);
-            master.on_message(move |_, _, _| told.set(told.get() || counter.add()));
+            master.on_message(move |_, _, _| counter.add());
             master.fork().unwrap();
-            while !over.get() {
-                master.dispatch(None).unwrap();
-            }
-            // Its worker would go on until it has been told.
-            std::process::exit(0);
+            master.run().unwrap();
         }
         Role::Worker(worker) => {
             let message = vec![0; length];
