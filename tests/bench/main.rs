@@ -45,6 +45,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use harness::SCENARIO;
+use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
+use nix::sys::signal::Signal;
 use table::Table;
 
 /// How often everything is measured, after a first time that does not count.
@@ -67,7 +69,10 @@ const PARTS: [(&str, Part); 11] = [
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {
+        // Whoever is to be stopped stops all that has been started.
+        set_pdeathsig(Signal::SIGKILL).unwrap();
         match role.as_str() {
+            peers::PEER => peers::become_other(),
             server::SERVER => server::serve(),
             messages::MESSAGES => messages::count(),
             fork::FORK => fork::fork(),
@@ -87,7 +92,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     // What its processes leave behind comes to this one.
-    nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
+    set_child_subreaper(true).unwrap();
     let mut table = Table::default();
     let mut code = ExitCode::SUCCESS;
     for (name, measure) in PARTS {
@@ -117,13 +122,13 @@ fn note_circumstances(table: &mut Table) {
     } else {
         "clients of our own (no wrk)"
     };
-    table.note(format!(
-        "{cores} cores, {name} {release}, {ROUNDS} rounds: median (least–most). Load on the same cores by {load},"
+    table.note(&format!(
+        "{cores} cores, {name} {release}; {ROUNDS} rounds: median (least–most)."
     ));
-    table.note(
-        "with a thread for each core; times are user and system time of the server's processes alone, and the".to_owned());
-    table.note(
-        "clients' beside. A sleep is a voluntary context switch of one of these processes."
-            .to_owned(),
-    );
+    table.note(&format!(
+        "Load by {load}, with a thread for each of the same cores. Times are user and"
+    ));
+    table
+        .note("system time of the server's processes alone, and the clients' beside. A sleep is a");
+    table.note("voluntary context switch of one of the server's processes.");
 }

@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use crate::ROUNDS;
 use crate::harness::{Group, SCENARIO};
 use crate::peers::node_program;
+use crate::server::end;
 use crate::table::{Figure, Goal, Table, ratios};
 use crate::usage::{cpu_time, family};
 
@@ -85,7 +86,9 @@ fn rate(command: &mut Command) -> f64 {
     let processes = family(group.pid());
     let before = cpu_time(&processes);
     let count: f64 = group.line(COUNTED).parse().unwrap();
-    count / (cpu_time(&processes) - before).as_secs_f64()
+    let used = cpu_time(&processes) - before;
+    end(&group);
+    count / used.as_secs_f64()
 }
 
 /// While it lives, this process and those that it starts have one core. Two that wait for each other

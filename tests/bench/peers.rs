@@ -1,16 +1,39 @@
 //! Other servers that give the same answer.
 
+use std::ffi::OsStr;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::harness::{Group, wait_until};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+
+use crate::harness::{Group, SCENARIO, wait_until};
 use crate::server::{GET, Server};
 use crate::usage::family;
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/peers")
+}
+
+/// The role of a process that becomes another program.
+pub const PEER: &str = "peer";
+
+/// Another program, which ends when this one does.
+fn other(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.env(SCENARIO, PEER).arg(program);
+    command
+}
+
+/// In the process that is to become it. Its workers would not notice if it were killed.
+pub fn become_other() {
+    set_pdeathsig(Signal::SIGTERM).unwrap();
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let mut command = Command::new(&args[0]);
+    panic!("{}", command.args(&args[1..]).env_remove(SCENARIO).exec());
 }
 
 /// Whether there is such a program.
@@ -22,7 +45,7 @@ pub fn has(program: &str, version: &str) -> Result<(), String> {
 /// A program of ours for Node.
 pub fn node_program(name: &str, args: &[&str]) -> Result<Command, String> {
     has("node", "--version")?;
-    let mut command = Command::new("node");
+    let mut command = other("node");
     command.arg(folder().join(name)).args(args);
     Ok(command)
 }
@@ -35,7 +58,7 @@ pub fn node(policy: &str, workers: usize) -> Result<Server, String> {
 pub fn prefork(workers: usize) -> Result<Server, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prefork");
     build(&folder().join("prefork/Cargo.toml"), &target, &[])?;
-    let mut command = Command::new(target.join("release/prefork-server"));
+    let mut command = other(target.join("release/prefork-server"));
     Ok(Server::run(command.arg(workers.to_string())))
 }
 
@@ -70,7 +93,7 @@ pub fn nginx(workers: usize) -> Result<Server, String> {
     let text = template.replace("PORT", &port.to_string());
     let text = text.replace("WORKERS", &workers.to_string());
     std::fs::write(directory.join("nginx.conf"), text).unwrap();
-    let mut command = Command::new("nginx");
+    let mut command = other("nginx");
     command.arg("-p").arg(&directory).args(["-c", "nginx.conf"]);
     start(&mut command, port, workers)
 }
@@ -78,7 +101,7 @@ pub fn nginx(workers: usize) -> Result<Server, String> {
 pub fn gunicorn(workers: usize) -> Result<Server, String> {
     has("gunicorn", "--version")?;
     let port = free_port();
-    let mut command = Command::new("gunicorn");
+    let mut command = other("gunicorn");
     command
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .current_dir(folder());

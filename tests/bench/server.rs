@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use cluster::{Role, SchedulingPolicy};
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::waitpid;
 use nix::time::{ClockId, clock_gettime};
@@ -55,12 +56,15 @@ impl Server {
 }
 
 impl Drop for Server {
-    /// Whoever has lost its parent is this process's child, which is a subreaper.
     fn drop(&mut self) {
-        let pid = self.group.pid();
-        killpg(pid, Signal::SIGKILL).unwrap();
-        while waitpid(Pid::from_raw(-pid.as_raw()), None).is_ok() {}
+        end(&self.group);
     }
+}
+
+/// Whoever has lost its parent is this process's child, which is a subreaper.
+pub fn end(group: &Group) {
+    killpg(group.pid(), Signal::SIGKILL).unwrap();
+    while waitpid(Pid::from_raw(-group.pid().as_raw()), None).is_ok() {}
 }
 
 /// The name of the loop with nothing around it.
@@ -93,6 +97,7 @@ fn bare(workers: usize) {
         // SAFETY: this process has one thread.
         let forked = unsafe { fork() };
         if let ForkResult::Child = forked.unwrap() {
+            set_pdeathsig(Signal::SIGKILL).unwrap();
             for connection in listener.incoming() {
                 let connection = connection.unwrap();
                 let _ = answer(connection, number, now());

@@ -113,8 +113,8 @@ impl Table {
     }
 
     /// A line below the table.
-    pub fn note(&mut self, note: String) {
-        self.notes.push(note);
+    pub fn note(&mut self, note: &str) {
+        self.notes.push(note.to_owned());
     }
 
     fn add(&mut self, name: &str, figure: Option<Figure>) -> &mut Row {
