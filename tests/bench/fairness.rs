@@ -23,79 +23,68 @@ const TO_MEAN: (Measure, &str) = (
     "most/mean",
 );
 
-struct Case {
-    title: &'static str,
-    server: &'static str,
-    clients: usize,
-    connections: usize,
-    rounds: usize,
-    measure: (Measure, &'static str),
-    goal: Option<f64>,
-}
-
-const fn case(
-    (title, server): (&'static str, &'static str),
-    (clients, connections, rounds): (usize, usize, usize),
-    measure: (Measure, &'static str),
-    goal: Option<f64>,
-) -> Case {
-    Case {
-        title,
-        server,
-        clients,
-        connections,
-        rounds,
-        measure,
-        goal,
-    }
-}
-
+/// Whom it is about, how many clients and connections there are in how many rounds, and the goal.
+type Case = (
+    &'static str,
+    &'static str,
+    [usize; 3],
+    (Measure, &'static str),
+    Option<f64>,
+);
 const CASES: [Case; 8] = [
-    case(
-        ("bare loop, one after the other", BARE),
-        (1, IN_TURN, ROUNDS),
+    (
+        "bare loop, one after the other",
+        BARE,
+        [1, IN_TURN, ROUNDS],
         SPREAD,
         None,
     ),
-    case(
-        ("round robin, one after the other", "rr"),
-        (1, IN_TURN, ROUNDS),
+    (
+        "round robin, one after the other",
+        "rr",
+        [1, IN_TURN, ROUNDS],
         SPREAD,
         Some(0.0),
     ),
-    case(
-        ("shared, one after the other", "none"),
-        (1, IN_TURN, ROUNDS),
+    (
+        "shared, one after the other",
+        "none",
+        [1, IN_TURN, ROUNDS],
         SPREAD,
         Some(0.0),
     ),
-    case(
-        ("round robin, 64 clients", "rr"),
-        (64, AT_ONCE, ROUNDS),
+    (
+        "round robin, 64 clients",
+        "rr",
+        [64, AT_ONCE, ROUNDS],
         TO_LEAST,
         Some(1.02),
     ),
-    case(
-        ("bare loop, 32 clients", BARE),
-        (32, AT_ONCE, ROUNDS),
+    (
+        "bare loop, 32 clients",
+        BARE,
+        [32, AT_ONCE, ROUNDS],
         TO_MEAN,
         None,
     ),
-    case(
-        ("shared, 32 clients", "none"),
-        (32, AT_ONCE, ROUNDS),
+    (
+        "shared, 32 clients",
+        "none",
+        [32, AT_ONCE, ROUNDS],
         TO_MEAN,
         Some(1.05),
     ),
-    case(
-        ("bare loop, 32 clients, long", BARE),
-        (32, HASHED, 1),
+    (
+        "bare loop, 32 clients, long",
+        BARE,
+        [32, HASHED, 1],
         TO_LEAST,
         None,
     ),
-    case(
-        ("sharded, 32 clients, long", "sharded"),
-        (32, HASHED, 1),
+    (
+        "sharded, 32 clients, long",
+        "sharded",
+        [32, HASHED, 1],
         TO_LEAST,
         Some(1.15),
     ),
@@ -103,31 +92,26 @@ const CASES: [Case; 8] = [
 
 pub fn measure(table: &mut Table) {
     let servers = [BARE, "rr", "none", "sharded"].map(|name| (name, Server::start(name, WORKERS)));
-    let server = |case: &Case| {
-        &servers
-            .iter()
-            .find(|server| server.0 == case.server)
-            .unwrap()
-            .1
-    };
-    let mut values = CASES.each_ref().map(|_| Vec::new());
+    let server = |name: &str| &servers.iter().find(|server| server.0 == name).unwrap().1;
+    let mut values = CASES.map(|_| Vec::new());
     for round in 0..ROUNDS {
-        for (case, values) in CASES.iter().zip(&mut values) {
-            if let (Ok(server), true) = (server(case), round < case.rounds) {
-                let counts = counts(server, case.clients, case.connections);
-                values.push(case.measure.0(&counts));
+        for ((_, name, [clients, connections, rounds], measure, _), values) in
+            CASES.iter().zip(&mut values)
+        {
+            if let (Ok(server), true) = (server(name), round < *rounds) {
+                values.push(measure.0(&counts(server, *clients, *connections)));
             }
         }
     }
-    for (case, values) in CASES.iter().zip(values) {
-        if let Err(why) = server(case) {
-            table.skip(case.title, why);
+    for ((title, name, [_, connections, _], measure, goal), values) in CASES.iter().zip(values) {
+        if let Err(why) = server(name) {
+            table.skip(title, why);
             continue;
         }
-        let row = table.row(case.title, values, case.measure.1);
-        row.note(&format!("{} connections a round", case.connections));
-        if let Some(goal) = case.goal {
-            row.goal(Goal::AtMost(goal));
+        let row = table.row(title, values, measure.1);
+        row.note(&format!("{connections} connections a round"));
+        if let Some(goal) = goal {
+            row.goal(Goal::AtMost(*goal));
         }
     }
 }
