@@ -78,10 +78,14 @@ pub fn build(manifest: &Path, target: &Path, what: &[&str]) -> Result<(), String
         .arg(target)
         .args(what);
     let built = command.output().map_err(|error| error.to_string())?;
-    match built.status.success() {
-        true => Ok(()),
-        false => Err(format!("{} cannot be compiled", manifest.display())),
-    }
+    let errors = String::from_utf8_lossy(&built.stderr);
+    let last = || {
+        format!(
+            "cannot be compiled: {}",
+            errors.lines().last().unwrap_or_default()
+        )
+    };
+    built.status.success().then_some(()).ok_or_else(last)
 }
 
 pub fn nginx(workers: usize) -> Result<Server, String> {

@@ -26,6 +26,9 @@ pub fn measure(table: &mut Table) {
             let row = table.row(name, own, "KiB").goal(Goal::AtMost(400.0));
             row.note(&format!("a program that says hello: {} KiB", number(hello)));
         }
-        _ => table.skip(name, errors.lines().last().unwrap_or("it says no size")),
+        _ => {
+            let why = errors.lines().last().unwrap_or("it says no size");
+            table.skip(name, why.trim_start_matches("static: skipped: "));
+        }
     }
 }
