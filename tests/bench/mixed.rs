@@ -12,8 +12,9 @@ const CLIENTS: usize = 32;
 const TIME: Duration = Duration::from_secs(3);
 /// One of so many requests is slow.
 const SLOW: usize = 100;
-/// What a wait is that the scheduler may cause, in milliseconds.
-const SCHEDULING: f64 = 10.0;
+/// What a wait is that the scheduler may cause on a busy machine, in milliseconds: half of what a slow
+/// request takes.
+const SCHEDULING: f64 = 25.0;
 
 /// What one round has shown; times are in milliseconds.
 struct Outcome {
