@@ -17,8 +17,8 @@ use crate::worker_id::WorkerId;
 /// The most connections one worker is given before it says that it is idle again. Each time costs a
 /// frame and two changes of process; but what is given ahead may have to be taken back.
 pub(crate) const MAX_WINDOW: u32 = 16;
-/// A worker is quick if it needs no longer than this for a connection.
-const QUICK: Time = Duration::from_millis(1);
+/// A worker is quick if it needs no longer than this for a connection, with others on the same core.
+const QUICK: Time = Duration::from_millis(5);
 /// An idle worker that has not taken what it was given for so long has been stopped, most likely.
 pub(crate) const STALE: Time = Duration::from_millis(20);
 
@@ -263,7 +263,8 @@ impl<C> RoundRobin<C> {
                 Ok(served) if quick && served >= member.window => {
                     member.window.saturating_mul(2).min(MAX_WINDOW)
                 }
-                Ok(served) if quick => served.max(1),
+                // There was not as much to do.
+                Ok(served) if quick => served.max(member.window / 2).max(1),
                 _ => 1,
             };
             member.ready = true;
