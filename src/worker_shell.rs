@@ -582,6 +582,8 @@ impl WorkerShell {
                 interrupt.add(channel.as_fd())?;
             }
             let _ = self.interrupt.set(interrupt);
+            // The kernel tells of room only to whom it has refused some since.
+            self.flush_channel();
         }
         Ok(())
     }

@@ -318,6 +318,10 @@ impl<C> MasterCore<C> {
         entry.leaving.remove(&worker);
         if entry.members.remove(&worker) {
             let taken = entry.connections.leave(worker, connections);
+            let past = entry.connections.forget(worker);
+            if let (Some(worker), Some(past)) = (self.workers.get_mut(&worker), past) {
+                worker.past.add(&past);
+            }
             self.taken(taken);
             self.offer(handle);
         }
@@ -384,8 +388,9 @@ impl<C> MasterCore<C> {
         match (endpoint.kind, self.policy) {
             // Whoever reads from the one socket gets the datagram.
             (Kind::Udp, _) => SchedulingPolicy::Shared,
-            (Kind::Unix, SchedulingPolicy::Sharded) => SchedulingPolicy::Shared,
-            (Kind::Tcp, SchedulingPolicy::Sharded) if endpoint.is_borrowed() => {
+            (kind, SchedulingPolicy::Sharded)
+                if kind == Kind::Unix || endpoint.is_borrowed() || !cfg!(target_os = "linux") =>
+            {
                 SchedulingPolicy::Shared
             }
             (Kind::Tcp | Kind::Unix, policy) => policy,
@@ -795,25 +800,18 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// A worker has left its shard: for good, if it has emptied it; otherwise somebody else gets it.
+    /// A worker has left its shard. With what is in its backlog, if it has not emptied it, the next
+    /// worker gets it. It stays bound meanwhile: the others keep their numbers.
     fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_of(handle, worker);
-        let leaves = self.workers.get(&worker).is_some_and(|w| w.connected);
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
         entry
             .departing
             .retain(|(_, departing)| *departing != worker);
-        if shard >= entry.shards.len() || entry.stage == Stage::Unbound {
-            return;
-        }
-        if leaves {
-            entry.shards.swap_remove(shard);
-            self.actions
-                .push_back(Action::UnbindShard { handle, shard });
-        } else {
-            entry.shards[shard] = None;
+        if let Some(shard) = entry.shards.get_mut(shard) {
+            *shard = None;
         }
         self.steer(handle);
     }
