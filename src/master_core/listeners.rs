@@ -61,7 +61,7 @@ pub(super) enum Stage {
 pub(super) enum Door {
     /// Perhaps empty: the poller tells.
     Watched,
-    /// Not empty, or not known to be: accept when there is credit.
+    /// Not empty, or not known to be: accept when somebody is idle.
     Ready,
     /// The shell is accepting.
     Accepting,
@@ -199,7 +199,7 @@ impl<C> MasterCore<C> {
             return;
         };
         if entry.door == Door::Accepting {
-            // With credit left, this was a full batch: the poller brings the rest in its turn.
+            // With room left, this was a full batch: the poller brings the rest in its turn.
             let more = entry.connections.room() > 0;
             entry.door = if more { Door::Watched } else { Door::Ready };
             self.watch(handle, more);
@@ -495,7 +495,7 @@ impl<C> MasterCore<C> {
             let at_most = room.min(ACCEPT_BATCH);
             self.actions.push_back(Action::Accept { handle, at_most });
         } else {
-            // Level-triggered: left in the poller it would wake the loop until someone has credit.
+            // Level-triggered: left in the poller it would wake the loop until someone is idle.
             self.watch(handle, false);
         }
     }
