@@ -97,16 +97,19 @@ impl Member {
         let (load, behind) = (self.load(), self.behind());
         let unmoved = load > 0 && self.taken == self.done;
         Ranks {
-            next: (self.room() > 0).then_some((self.sleeps, load, self.turn, worker)),
+            next: (self.room() > 0).then_some((load > 0, self.sleeps, load, self.turn, worker)),
             behind: (behind > 0).then_some((behind, worker)),
             unmoved: unmoved.then_some((self.busy_since, worker)),
         }
     }
 }
 
+/// Whether it is busy, whether it sleeps, its load, and when it was its turn last.
+type Next = (bool, bool, u32, u64, WorkerId);
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Ranks {
-    next: Option<(bool, u32, u64, WorkerId)>,
+    next: Option<Next>,
     behind: Option<(u32, WorkerId)>,
     unmoved: Option<(Time, WorkerId)>,
 }
@@ -115,7 +118,7 @@ struct Ranks {
 pub(crate) struct RoundRobin<C> {
     members: BTreeMap<WorkerId, Member>,
     /// Who can be given something; the first is next.
-    next: BTreeSet<(bool, u32, u64, WorkerId)>,
+    next: BTreeSet<Next>,
     /// From whom something can be taken that lies behind another; the last has most.
     behind: BTreeSet<(u32, WorkerId)>,
     /// Who was idle and is not known to have taken anything since.
@@ -162,7 +165,7 @@ impl<C> RoundRobin<C> {
             return most.saturating_sub(self.in_hand());
         }
         match self.next.first() {
-            Some((_, 0, _, _)) => self.room.saturating_sub(self.count_waiting()),
+            Some((false, ..)) => self.room.saturating_sub(self.count_waiting()),
             _ => 0,
         }
     }
@@ -417,7 +420,7 @@ impl<C> RoundRobin<C> {
 
     /// The first waiting connection, and the worker whose turn it is.
     fn next_in_turn(&mut self) -> Option<(WorkerId, Placed<C>)> {
-        let &(_, _, _, worker) = self.next.first()?;
+        let &(.., worker) = self.next.first()?;
         Some((worker, self.waiting.pop_first()?))
     }
 
@@ -459,7 +462,7 @@ impl<C> RoundRobin<C> {
     }
 
     fn anyone_is_idle(&self) -> bool {
-        matches!(self.next.first(), Some((false, 0, _, _)))
+        matches!(self.next.first(), Some((false, false, ..)))
     }
 
     /// What each has had so far.
@@ -641,6 +644,22 @@ mod tests {
         rr.idle(id(2), (5, 0), NOW).unwrap();
         (9..11).for_each(|n| rr.push(n));
         assert_eq!(who(&mut rr), [(2, 9), (1, 10)], "it has used it");
+    }
+
+    #[test]
+    fn a_sleeper_that_is_idle_comes_before_who_is_busy() {
+        let mut rr = idle(2);
+        rr.push(0);
+        assert_eq!(who(&mut rr), [(1, 0)]);
+        rr.came_back(id(1), vec![(1, 0)], false);
+        assert_eq!(who(&mut rr), [(2, 0)]);
+        rr.idle(id(2), (1, 0), NOW).unwrap();
+        (1..4).for_each(|n| rr.push(n));
+        assert_eq!(who(&mut rr)[..2], [(2, 1), (1, 2)]);
+        rr.drop_waiting();
+        rr.came_back(id(1), vec![(3, 2)], false);
+        rr.drop_waiting();
+        assert!(rr.room() > 0, "it may be awake by now");
     }
 
     #[test]

@@ -324,7 +324,7 @@ impl Worker {
     ///
     /// [`Error::Send`] with [`ChannelClosed`](crate::SendError::ChannelClosed),
     /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull)
-    /// when 8 MiB or 256 descriptors wait already.
+    /// when 8 MiB wait already.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

@@ -329,7 +329,7 @@ impl WorkerProcess {
     /// # Errors
     ///
     /// [`Error::Send`] with [`SendError::ChannelClosed`], [`SendError::TooLong`], or
-    /// [`SendError::QueueFull`] when 8 MiB or 256 descriptors wait already. The same error then comes as an `error`
+    /// [`SendError::QueueFull`] when 8 MiB wait already. The same error then comes as an `error`
     /// event, until the worker's `exit` and at most 16 times once its channel is closed.
     ///
     /// ```no_run

@@ -591,15 +591,16 @@ impl WorkerShell {
     /// Whether there is something to read or to write on the channel; it is read or written then.
     /// As long as there is, `accept_blocking` would not be interrupted by it.
     pub(crate) fn hear(&self) -> Result<bool> {
-        if self.is_writing() {
-            let channel = self.channel.borrow();
-            let writable = channel.as_ref().map(|channel| is_writable(channel.as_fd()));
-            drop(channel);
-            let writable = writable.transpose();
-            if writable.map_err(Error::io("wait for the channel"))? == Some(true) {
-                self.flush_channel();
-                return Ok(true);
-            }
+        let channel = self.channel.borrow();
+        // What the system has no room for is tried again by `tick`.
+        let waits = channel.as_ref();
+        let waits = waits.filter(|channel| channel.is_writing() && !channel.is_exhausted());
+        let writable = waits.map(|channel| is_writable(channel.as_fd()));
+        drop(channel);
+        let writable = writable.transpose();
+        if writable.map_err(Error::io("wait for the channel"))? == Some(true) {
+            self.flush_channel();
+            return Ok(true);
         }
         Ok(self.receive() != Received::Nothing)
     }

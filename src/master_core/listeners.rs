@@ -689,6 +689,12 @@ impl<C> MasterCore<C> {
                 entry.stage = Stage::Unbound;
                 entry.door = Door::Ready;
                 self.ledger.dropped += entry.connections.drop_waiting();
+                if !entry.departing.is_empty() {
+                    // They look at their shards when these are out of our hands.
+                    let shard = None;
+                    self.actions.push_back(Action::Unblock { handle, shard });
+                    self.actions.push_back(Action::ShutDoor { handle });
+                }
                 self.forget_key(handle);
                 self.actions.push_back(Action::Unbind { handle });
             }

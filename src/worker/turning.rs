@@ -218,10 +218,10 @@ impl Worker {
         let core = shell.core.borrow();
         let (ending, serves) = (core.is_ending(listener), core.serves_any());
         drop(core);
-        if ending || !shell.blocks(listener) {
+        if !shell.blocks(listener) {
             return Ok(false);
         }
-        let alone = !serves && !home.has_watches();
+        let alone = !ending && !serves && !home.has_watches();
         let prepare = || shell.prepare_to_block(home.open_signal_pipe()?.as_fd());
         if alone && prepare().is_ok() {
             return Ok(true);
@@ -233,7 +233,8 @@ impl Worker {
     /// Accepts a connection, and waits for it. Whatever else there is to do comes first.
     fn accept_blocking(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let (shell, home) = (&self.inner.shell, &self.inner.home);
-        if self.inner.looks_around.get() && shell.hear()? {
+        let looks = self.inner.looks_around.get() || shell.is_writing();
+        if looks && shell.hear()? {
             self.inner.has_waited.set(true);
             return Ok(None);
         }

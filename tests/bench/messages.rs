@@ -120,12 +120,12 @@ pub fn count() {
     match args[..] {
         ["bare", "there-and-back"] => bare("echo", |other| {
             let mut message = [0; SHORT];
-            other.write_all(&message).unwrap();
-            other.read_exact(&mut message).unwrap();
+            other.write_all(&message)?;
+            other.read_exact(&mut message)
         }),
         ["bare", "long"] => {
             let mut message = vec![0; LONG];
-            bare("write", |other| other.read_exact(&mut message).unwrap());
+            bare("write", |other| other.read_exact(&mut message));
         }
         ["bare", "echo"] => echo(stdin()),
         ["bare", "write"] => write(stdin()),
@@ -173,7 +173,7 @@ impl Counter {
 }
 
 /// Counts messages that come through a socket whose other end this program has, too.
-fn bare(other: &str, mut message: impl FnMut(&mut UnixStream)) {
+fn bare(other: &str, mut message: impl FnMut(&mut UnixStream) -> std::io::Result<()>) {
     let (mut here, there) = UnixStream::pair().unwrap();
     let mut other = Command::new(std::env::current_exe().unwrap())
         .args(["bare", other])
@@ -181,10 +181,10 @@ fn bare(other: &str, mut message: impl FnMut(&mut UnixStream)) {
         .spawn()
         .unwrap();
     let mut counter = Counter::new();
-    while other.try_wait().unwrap().is_none() {
-        message(&mut here);
+    while message(&mut here).is_ok() {
         counter.add();
     }
+    other.wait().unwrap();
 }
 
 fn stdin() -> UnixStream {
