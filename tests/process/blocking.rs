@@ -31,7 +31,8 @@ crate::scenarios! {
     signals_are_told_in_accept
     a_request_to_leave_is_heard_in_accept
     the_end_of_the_master_is_noticed_in_accept
-    what_could_not_be_sent_is_sent_in_accept
+    what_could_not_be_sent_before_is_sent_in_accept
+    what_could_not_be_sent_in_accept_is_sent_there
     the_programs_own_reads_are_not_interrupted
     callbacks_and_accept_share_a_listener
     the_programs_own_handler_for_the_signal_runs
@@ -154,7 +155,7 @@ fn noticed(worker: &Worker) {
 
 fn messages_are_heard_in_accept() {
     again_and_again(
-        |worker| drop(worker.send(b"notice").unwrap()),
+        |worker| assert!(worker.send(b"notice").unwrap()),
         |worker| {
             worker.on_message(|worker, _| noticed(worker));
             serve_id(&worker, "127.0.0.1:0");
@@ -167,7 +168,7 @@ fn messages_are_heard_in_accept_under_load() {
     let over = Arc::<AtomicBool>::default();
     let clients = Arc::clone(&over);
     again_and_again(
-        |worker| drop(worker.send(b"notice").unwrap()),
+        |worker| assert!(worker.send(b"notice").unwrap()),
         move |worker| {
             // The clients are this worker's own, on a thread.
             let listener = worker.listen("127.0.0.1:0").unwrap();
@@ -200,7 +201,7 @@ fn messages_are_heard_in_accept_under_load() {
 
 fn timers_go_off_in_accept() {
     again_and_again(
-        |worker| drop(worker.send(b"in a moment").unwrap()),
+        |worker| assert!(worker.send(b"in a moment").unwrap()),
         |worker| {
             let mut micros = 0;
             worker.on_message(move |worker, _| {
@@ -292,11 +293,48 @@ fn the_end_of_the_master_is_noticed_in_accept() {
     }
 }
 
-/// More than the socket holds, sent while the master does not read, and before each message a
-/// little time in `accept`.
-fn what_could_not_be_sent_is_sent_in_accept() {
-    const MESSAGES: usize = 200;
-    const LENGTH: usize = 20_000;
+const MESSAGES: usize = 200;
+const LENGTH: usize = 20_000;
+
+/// Sends more than the socket holds, while the master does not read. It goes on while this worker
+/// is in `accept`, or about to be.
+fn send_much(worker: &Worker) {
+    let master = StoppedMaster::new();
+    let mut waits = false;
+    for number in 0..MESSAGES {
+        waits |= !worker.send(&numbered(number, LENGTH)).unwrap();
+    }
+    assert!(waits, "the socket holds it all");
+    let written = |worker: &Worker, outcome: cluster::Result<()>| {
+        outcome.unwrap();
+        worker.send(b"written").unwrap();
+    };
+    let last = SendOptions::default().on_written(written);
+    worker.send_with(&numbered(MESSAGES, LENGTH), last).unwrap();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(5));
+        drop(master);
+    });
+}
+
+fn what_could_not_be_sent_before_is_sent_in_accept() {
+    all_is_sent(false, |worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        send_much(&worker);
+        assert!(listener.accept().unwrap().is_none());
+    });
+}
+
+fn what_could_not_be_sent_in_accept_is_sent_there() {
+    all_is_sent(true, |worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        worker.on_message(|worker, _| send_much(worker));
+        assert!(listener.accept().unwrap().is_none());
+    });
+}
+
+/// The worker is asked for it when it waits, or not at all: a message would wake it.
+fn all_is_sent(asked: bool, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -304,6 +342,12 @@ fn what_could_not_be_sent_is_sent_in_accept() {
             share_listeners(master);
             let only = master.fork().unwrap();
             let mut number = 0;
+            only.on_listening(move |_, worker, _| {
+                if asked {
+                    rest(worker);
+                    worker.send(b"now").unwrap();
+                }
+            });
             only.on_message(move |_, worker, message| match message.bytes() {
                 b"written" => {
                     log.add(format!("{number} and all written"));
@@ -316,34 +360,9 @@ fn what_could_not_be_sent_is_sent_in_accept() {
             });
             only.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         },
-        |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            let mut waits = false;
-            let master = StoppedMaster::new();
-            for number in 0..MESSAGES {
-                if number + 1 < MESSAGES {
-                    waits |= !worker.send(&numbered(number, LENGTH)).unwrap();
-                } else {
-                    let written = |worker: &Worker, outcome: cluster::Result<()>| {
-                        outcome.unwrap();
-                        worker.send(b"written").unwrap();
-                    };
-                    let options = SendOptions::default().on_written(written);
-                    let last = numbered(number, LENGTH);
-                    worker.send_with(&last, options).unwrap();
-                }
-            }
-            assert!(waits, "the socket holds it all");
-            // It goes on while this worker is in `accept`, or about to be.
-            let on = std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(5));
-                drop(master);
-            });
-            assert!(listener.accept().unwrap().is_none());
-            on.join().unwrap();
-        },
+        worker,
     );
-    assert_eq!(entries.take(), [format!("{MESSAGES} and all written")]);
+    assert_eq!(entries.take(), ["201 and all written"]);
 }
 
 fn numbered(number: usize, length: usize) -> Vec<u8> {
@@ -430,11 +449,13 @@ fn callbacks_and_accept_share_a_listener() {
                     let (first, second) = (by("1"), by("2"));
                     assert!(first > 0 && second > 0, "{first} and {second}");
                     log.add((first + second).to_string());
-                    master.disconnect(|_| {});
+                    // Neither is caught in `accept` by what the other has got.
+                    when_all_wait(master, |master| master.disconnect(|_| {}));
                 });
             });
         },
         |worker| {
+            answer_pings(&worker);
             if std::env::var_os(CALLED_BACK).is_some() {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 answer(&listener, worker.id());

@@ -1,6 +1,6 @@
 //! The figures of `Master::loads`, each where it can be known exactly.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -148,13 +148,12 @@ fn next(master: &Master, address: SocketAddr, served: u64, log: Log) {
 fn hold(worker: &Worker) {
     let held = Rc::new(RefCell::new(Vec::<Connection>::new()));
     let own = Rc::clone(&held);
-    worker.on_message(move |worker, message| {
-        if message.bytes() != b"ping" {
-            let count = usize::from(message.bytes()[0]);
-            let gone: Vec<_> = own.borrow_mut().drain(..count).collect();
+    worker.on_message(move |worker, message| match message.bytes() {
+        b"ping" => drop(worker.send(b"pong")),
+        count => {
+            let gone: Vec<_> = own.borrow_mut().drain(..usize::from(count[0])).collect();
             drop(gone);
         }
-        worker.send(b"pong").unwrap();
     });
     let listener = worker.listen("127.0.0.1:0").unwrap();
     listener.on_connection(move |_, connection| held.borrow_mut().push(connection));
@@ -203,12 +202,9 @@ fn close(
     count: u8,
     then: impl FnOnce(&Master, WorkerProcess) + 'static,
 ) {
-    let then = Cell::new(Some(then));
-    let answer = worker.on_message(move |master, worker, _| {
-        then.take().unwrap()(master, worker.clone());
-    });
-    master.once(answer);
     worker.send(&[count]).unwrap();
+    let worker = worker.clone();
+    when_all_wait(master, move |master| then(master, worker));
 }
 
 /// Calls back when workers have taken so many.

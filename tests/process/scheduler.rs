@@ -367,7 +367,9 @@ fn a_chosen_worker_that_is_to_leave_is_chosen_no_more() {
             with_clients_of_a_stopped_worker(master, &log, move |master, first, clients| {
                 let stopped = first.clone();
                 let second = master.workers().remove(1);
-                let leave = second.on_message(move |_, _, _| drop(stopped.disconnect()));
+                let leave = second.on_message(move |_, _, _| {
+                    stopped.disconnect();
+                });
                 master.once(leave);
                 second.send(b"ping").unwrap();
                 in_background(
