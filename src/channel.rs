@@ -31,10 +31,8 @@ const HARD_LIMIT: usize = 8 << 20;
 /// Above this many bytes waiting, a peer that reads nothing is cut off. Frames of the crate's own
 /// may use the room beyond the hard limit; there are few of them for each that the peer sends.
 const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
-/// The same for descriptors that wait: `send` refuses more.
-const FDS_LIMIT: usize = 256;
-/// And a peer that lets so many wait is cut off.
-const FDS_CUT_OFF: usize = 2 * FDS_LIMIT;
+/// The same for descriptors of the crate's own that wait: a few for each listener that a peer may have.
+const FDS_CUT_OFF: usize = 256;
 /// How much one call writes at most.
 const WRITE_SIZE: usize = 64 << 10;
 /// How much one call reads at most, and so how long one peer keeps the loop.
@@ -59,6 +57,11 @@ impl ReceiptId {
     }
 }
 
+/// A message that is longer than this, and has not come yet, is read to where it stays.
+const LONG: usize = 8 << 10;
+/// How much is read beyond the end of such a message.
+const BEYOND: usize = 1 << 10;
+
 /// A frame with its descriptors.
 #[derive(Debug)]
 pub(crate) struct Arrival<F> {
@@ -74,6 +77,8 @@ pub(crate) struct Inbox {
     bytes: Vec<u8>,
     /// Where the first unread frame begins.
     start: usize,
+    /// The header of a long message, and what has come of its body. It comes before `bytes`.
+    long: Option<(Header, Vec<u8>)>,
     /// Descriptors whose first frame has not been read, and whether there were more of them.
     batches: VecDeque<(Vec<CommonFd>, bool)>,
     /// The rest of the batch whose frames are being read; `None` for one that is lost.
@@ -81,10 +86,23 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    pub(crate) fn push(&mut self, piece: &[u8]) {
+    pub(crate) fn push(&mut self, mut piece: &[u8]) {
+        if let Some((header, body)) = &mut self.long {
+            let missing = header.length - body.len();
+            let (first, rest) = piece.split_at(missing.min(piece.len()));
+            body.extend_from_slice(first);
+            piece = rest;
+        }
         self.bytes.drain(..self.start);
         self.start = 0;
         self.bytes.extend_from_slice(piece);
+    }
+
+    /// Where the rest of a long message belongs, and how much that is.
+    fn place(&mut self) -> Option<(&mut Vec<u8>, usize)> {
+        let (header, body) = self.long.as_mut()?;
+        let missing = header.length - body.len();
+        (missing > 0).then_some((body, missing))
     }
 
     pub(crate) fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
@@ -97,22 +115,9 @@ impl Inbox {
         if self.has_too_many_early() {
             return Err(FrameError::Descriptors);
         }
-        let unread = &self.bytes[self.start..];
-        let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
+        let Some((header, frame)) = self.next_frame()? else {
             return Ok(None);
         };
-        let header = Header::decode(*header)?;
-        let Some(body) = rest.get(..header.length) else {
-            return Ok(None);
-        };
-        let frame = F::decode(header.kind, header.fds, body)?;
-        self.start += HEADER + header.length;
-        if self.start == self.bytes.len() {
-            // What one long message needed is not kept for the short ones.
-            self.start = 0;
-            self.bytes.clear();
-            self.bytes.shrink_to(READ_SIZE);
-        }
         if header.batch > 0 {
             self.open_batch(header.batch)?;
         }
@@ -126,6 +131,44 @@ impl Inbox {
             fds,
             lost_fds,
         }))
+    }
+
+    fn next_frame<F: Frame>(&mut self) -> Result<Option<(Header, F)>, FrameError> {
+        if let Some((header, body)) = self.long.take() {
+            if body.len() < header.length {
+                self.long = Some((header, body));
+                return Ok(None);
+            }
+            return Ok(Some((header, F::message(body))));
+        }
+        let unread = &self.bytes[self.start..];
+        let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(*header)?;
+        let Some(body) = rest.get(..header.length) else {
+            if header.is_message() && header.length > LONG {
+                let mut body = Vec::with_capacity(header.length);
+                body.extend_from_slice(rest);
+                self.long = Some((header, body));
+                self.clear();
+            }
+            return Ok(None);
+        };
+        let frame = F::decode(header.kind, header.fds, body)?;
+        self.start += HEADER + header.length;
+        if self.start == self.bytes.len() {
+            self.clear();
+        }
+        Ok(Some((header, frame)))
+    }
+
+    /// All bytes have been read.
+    fn clear(&mut self) {
+        self.start = 0;
+        self.bytes.clear();
+        // What many at once have needed is not kept for ever.
+        self.bytes.shrink_to(READ_SIZE);
     }
 
     fn has_too_many_early(&self) -> bool {
@@ -155,7 +198,8 @@ impl Inbox {
     /// How many bytes and descriptors it holds.
     pub(crate) fn sizes(&self) -> (usize, usize) {
         let early: usize = self.batches.iter().map(|(fds, _)| fds.len()).sum();
-        (self.bytes.len(), self.fds.len() + early)
+        let long = self.long.as_ref().map_or(0, |(_, body)| body.len());
+        (self.bytes.len() + long, self.fds.len() + early)
     }
 }
 
@@ -167,6 +211,8 @@ struct Outbox {
     written: u64,
     /// Each descriptor with the place of its frame's first byte, counted like `written`.
     fds: VecDeque<(u64, Rc<CommonFd>)>,
+    /// Where the last frames begin that are the crate's own and have descriptors.
+    own: VecDeque<u64>,
     /// Where the frames end whose descriptors have left with the last batch. The next one leaves
     /// when these have: so the reader never has more than two.
     batch_end: u64,
@@ -179,6 +225,19 @@ impl Outbox {
         let place = self.written + self.bytes.len() as u64;
         self.fds.extend(fds.into_iter().map(|fd| (place, fd)));
         self.bytes.extend(frame);
+    }
+
+    /// Takes what is left of a frame of which so much has been written, when nothing was waiting.
+    fn push_rest(&mut self, pieces: [&[u8]; 2], written: usize) {
+        self.written += written as u64;
+        let skipped = written.min(pieces[0].len());
+        self.bytes.extend(&pieces[0][skipped..]);
+        self.bytes.extend(&pieces[1][written - skipped..]);
+    }
+
+    /// What is pushed next is a frame of the crate's own, with a descriptor.
+    fn note_own(&mut self) {
+        self.own.push_back(self.written + self.bytes.len() as u64);
     }
 
     /// What the next call should write: bytes up to a limit, and the descriptors of the frames
@@ -223,6 +282,8 @@ impl Outbox {
         }
         self.bytes.drain(..bytes);
         self.written += bytes as u64;
+        let left = self.own.partition_point(|place| *place < self.written);
+        self.own.drain(..left);
         if self.bytes.is_empty() {
             self.bytes.shrink_to(WRITE_SIZE);
             self.fds.shrink_to(MAX_BATCH);
@@ -252,6 +313,7 @@ impl Outbox {
     fn clear(&mut self) {
         self.bytes = VecDeque::new();
         self.fds.clear();
+        self.own.clear();
     }
 }
 
@@ -342,38 +404,49 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Queues a frame of the crate's own.
-    pub(crate) fn queue(&mut self, frame: &Out, fds: impl IntoIterator<Item = Rc<CommonFd>>) {
+    pub(crate) fn queue(&mut self, frame: &Out, fd: Option<Rc<CommonFd>>) {
         self.lost |= self.broken || self.closing;
         if !self.broken && !self.closing {
-            let fds: Vec<_> = fds.into_iter().collect();
+            if fd.is_some() {
+                self.outbox.note_own();
+            }
             let mut bytes = Vec::new();
-            frame.encode(fds.len(), &mut bytes);
-            self.outbox.push(&bytes, fds);
+            frame.encode(usize::from(fd.is_some()), &mut bytes);
+            self.outbox.push(&bytes, fd);
         }
     }
 
-    /// Queues a message of the program's; `has_room` tells whether the program should slow down.
+    /// Sends a message of the program's: at once, if nothing waits; what does not fit is queued.
+    /// `has_room` tells whether the program should slow down.
     pub(crate) fn send(
         &mut self,
-        message: &Out,
-        length: usize,
+        message: &[u8],
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> Result<(), SendError> {
         if self.broken || self.closing {
             return Err(SendError::ChannelClosed);
         }
-        if length > MAX_BODY {
+        if message.len() > MAX_BODY {
             return Err(SendError::TooLong);
         }
         if fds.len() > MAX_FDS {
             return Err(SendError::TooManyDescriptors);
         }
-        let full = !fds.is_empty() && self.outbox.fds.len() + fds.len() > FDS_LIMIT;
-        if full || self.outbox.bytes.len() + length > HARD_LIMIT {
+        if self.outbox.bytes.len() + message.len() > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
-        self.queue(message, fds.into_iter().map(CommonFd::from).map(Rc::new));
+        let header = Header::of_message(message.len(), fds.len());
+        let pieces = [&header[..], message];
+        if self.outbox.bytes.is_empty() && fds.is_empty() {
+            // If that fails, so does `flush`, which deals with it.
+            let written = socket::send_two(&self.socket, pieces).unwrap_or(0);
+            self.outbox.push_rest(pieces, written);
+        } else {
+            let fds = fds.into_iter().map(CommonFd::from).map(Rc::new);
+            self.outbox.push(&header, fds);
+            self.outbox.bytes.extend(message);
+        }
         if let Some(receipt) = receipt {
             self.outbox.want_receipt(receipt);
         }
@@ -433,7 +506,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.bytes.len() > CUT_OFF || self.outbox.fds.len() > FDS_CUT_OFF {
+        if self.outbox.bytes.len() > CUT_OFF || self.outbox.own.len() > FDS_CUT_OFF {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())
@@ -502,10 +575,20 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Reads once. The frames are then got with `next`.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
-        match socket::receive(self.socket.as_fd(), scratch) {
+        let socket = self.socket.as_fd();
+        let (received, placed) = match self.inbox.place() {
+            None => (socket::receive(socket, scratch), 0),
+            Some((body, missing)) => {
+                let before = body.len();
+                let beyond = &mut scratch[..BEYOND];
+                let received = socket::receive_into(socket, body, missing, beyond);
+                (received, body.len() - before)
+            }
+        };
+        match received {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
             Ok(piece) => {
-                self.inbox.push(&scratch[..piece.bytes]);
+                self.inbox.push(&scratch[..piece.bytes - placed]);
                 self.inbox.push_fds(piece.fds, piece.lost_fds);
                 Ok(Received::Something)
             }
@@ -604,9 +687,9 @@ mod tests {
         for number in 0..200 {
             let (reader, fd) = marked();
             readers.push(reader);
-            master.queue(&numbered(number), [Rc::new(fd.into())]);
+            master.queue(&numbered(number), Some(Rc::new(fd.into())));
             if number % 3 == 0 {
-                master.queue(&ToWorker::Message(vec![7; 3000]), []);
+                master.queue(&ToWorker::Message(vec![7; 3000]), None);
             }
         }
         let mut frames = Vec::new();
@@ -632,9 +715,8 @@ mod tests {
         let (mut master, mut worker) = pair();
         let (reader, fd) = marked();
         let text = vec![9; 800_000];
-        let message = ToWorker::Message(text.clone());
         let receipt = ReceiptId::next();
-        let sent = master.send(&message, text.len(), vec![fd], Some(receipt));
+        let sent = master.send(&text, vec![fd], Some(receipt));
         sent.unwrap();
         master.flush().unwrap();
         assert_eq!(master.take_receipts(), [], "not all of it");
@@ -644,7 +726,7 @@ mod tests {
             frames.extend(drain(&mut worker));
         }
         let (frame, mut fds) = frames.remove(0);
-        assert_eq!(frame, message);
+        assert_eq!(frame, ToWorker::Message(text));
         assert!(is_same(reader, fds.remove(0)));
         assert!(master.is_flushed());
         assert_eq!(master.take_receipts(), [(receipt, true)]);
@@ -654,7 +736,7 @@ mod tests {
     fn received_descriptors_close_on_exec() {
         let (mut master, mut worker) = pair();
         let (_reader, fd) = marked();
-        master.queue(&numbered(1), [Rc::new(fd.into())]);
+        master.queue(&numbered(1), Some(Rc::new(fd.into())));
         master.flush().unwrap();
         let (_, fds) = drain(&mut worker).remove(0);
         let path = format!("/proc/self/fdinfo/{}", {
@@ -670,10 +752,10 @@ mod tests {
     #[test]
     fn a_reader_that_never_reads_costs_a_bounded_amount() {
         let (mut master, _worker) = pair();
-        let message = ToWorker::Message(vec![0; 64 << 10]);
+        let message = vec![0; 64 << 10];
         let (mut slow, mut sent) = (0, 0);
         let refused = loop {
-            match master.send(&message, 64 << 10, Vec::new(), None) {
+            match master.send(&message, Vec::new(), None) {
                 Ok(()) => sent += 1,
                 Err(error) => break error,
             }
@@ -686,12 +768,42 @@ mod tests {
     }
 
     #[test]
+    fn messages_of_all_lengths_arrive_whole_however_they_are_cut() {
+        let (mut master, mut worker) = pair();
+        let mut lengths: Vec<_> =
+            [0, 1, LONG - 1, LONG, LONG + 1, BEYOND, READ_SIZE, MAX_BODY].into();
+        let mut rng = fastrand::Rng::with_seed(7);
+        for _ in 0..300 {
+            let most = 1 << rng.u32(0..18);
+            lengths.push(rng.usize(0..most));
+        }
+        let messages = lengths
+            .iter()
+            .enumerate()
+            .map(|(n, length)| vec![n.to_le_bytes()[0]; *length]);
+        let messages: Vec<_> = messages.collect();
+        let mut waiting = messages.iter();
+        let mut frames = Vec::new();
+        while frames.len() < messages.len() {
+            for message in waiting.by_ref().take(rng.usize(0..4)) {
+                master.send(message, Vec::new(), None).unwrap();
+            }
+            master.flush().unwrap();
+            frames.extend(drain(&mut worker));
+        }
+        for (frame, message) in frames.into_iter().zip(messages) {
+            assert!(frame.1.is_empty() && frame.0 == ToWorker::Message(message));
+        }
+        assert!(master.is_flushed());
+    }
+
+    #[test]
     fn the_limits_of_a_message() {
         let (mut master, _worker) = pair();
-        let long = master.send(&ToWorker::Message(vec![]), MAX_BODY + 1, Vec::new(), None);
+        let long = master.send(&vec![0; MAX_BODY + 1], Vec::new(), None);
         assert_eq!(long, Err(SendError::TooLong));
         let fds = (0..17).map(|_| marked().1).collect();
-        let many = master.send(&ToWorker::Message(vec![]), 0, fds, None);
+        let many = master.send(b"", fds, None);
         assert_eq!(many, Err(SendError::TooManyDescriptors));
     }
 
@@ -718,9 +830,9 @@ mod tests {
     #[test]
     fn what_was_written_before_the_end_is_read_before_the_end() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Message(b"last words".to_vec()), []);
+        worker.queue(&ToMaster::Message(b"last words".to_vec()), None);
         // Unread data turns the end into a reset.
-        master.queue(&ToWorker::Disconnect, []);
+        master.queue(&ToWorker::Disconnect, None);
         master.flush().unwrap();
         worker.flush().unwrap();
         drop(worker);
@@ -729,7 +841,7 @@ mod tests {
         let frame = master.next().unwrap().unwrap().frame;
         assert_eq!(frame, ToMaster::Message(b"last words".to_vec()));
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
-        master.queue(&ToWorker::Disconnect, []);
+        master.queue(&ToWorker::Disconnect, None);
         assert!(master.flush().is_ok(), "a dead peer is no error");
     }
 
@@ -738,8 +850,7 @@ mod tests {
         let (mut master, worker) = pair();
         let receipts = [ReceiptId::next(), ReceiptId::next()];
         for receipt in receipts {
-            let message = ToWorker::Message(vec![0; 500_000]);
-            let sent = master.send(&message, 500_000, Vec::new(), Some(receipt));
+            let sent = master.send(&[0; 500_000], Vec::new(), Some(receipt));
             sent.unwrap();
         }
         drop(worker);
@@ -750,11 +861,11 @@ mod tests {
     #[test]
     fn what_was_written_before_closing_has_been_said() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Leaving, []);
+        worker.queue(&ToMaster::Leaving, None);
         worker.close();
         worker.flush().unwrap();
         assert!(worker.is_flushed());
-        worker.queue(&ToMaster::Online, []);
+        worker.queue(&ToMaster::Online, None);
         assert!(!worker.is_flushed(), "but not what came later");
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
@@ -765,11 +876,11 @@ mod tests {
     #[test]
     fn after_shut_the_other_side_cannot_write() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Leaving, []);
+        worker.queue(&ToMaster::Leaving, None);
         worker.flush().unwrap();
         assert!(worker.is_flushed());
         master.shut();
-        worker.queue(&ToMaster::Online, []);
+        worker.queue(&ToMaster::Online, None);
         worker.flush().unwrap();
         assert!(!worker.is_flushed(), "so it knows that this was not heard");
         let mut scratch = [0; 64];

@@ -198,8 +198,10 @@ pub(crate) fn version_of_welcome(bytes: [u8; WELCOME_LENGTH]) -> Option<u8> {
 pub(crate) trait Frame: Sized {
     /// Appends the frame, header included.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
-    /// Reads the body of a frame whose header announced `kind`, and takes over its bytes.
+    /// Reads the body of a frame whose header announced `kind`.
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError>;
+    /// The frame of a message of the program's.
+    fn message(body: Vec<u8>) -> Self;
 }
 
 /// The first eight bytes, checked as far as they can be.
@@ -212,6 +214,17 @@ pub(crate) struct Header {
 }
 
 impl Header {
+    /// The bytes before a message of the program's, which is no longer than the limit.
+    pub(crate) fn of_message(length: usize, fds: usize) -> [u8; HEADER] {
+        let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
+        let fds = u8::try_from(fds).unwrap_or(u8::MAX);
+        [a, b, c, d, VERSION, MESSAGE, fds, 0]
+    }
+
+    pub(crate) fn is_message(self) -> bool {
+        self.kind == MESSAGE
+    }
+
     pub(crate) fn decode(bytes: [u8; HEADER]) -> Result<Self, FrameError> {
         let [a, b, c, d, version, kind, fds, batch] = bytes;
         if version != VERSION {
@@ -438,6 +451,10 @@ impl Frame for ToMaster {
         }
     }
 
+    fn message(body: Vec<u8>) -> Self {
+        Self::Message(body)
+    }
+
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError> {
         if kind == MESSAGE {
             return Ok(Self::Message(body.to_vec()));
@@ -517,6 +534,10 @@ impl Frame for ToWorker {
             Self::Disconnect => frame(out, 67, fds, |_| {}),
             Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
         }
+    }
+
+    fn message(body: Vec<u8>) -> Self {
+        Self::Message(body)
     }
 
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError> {

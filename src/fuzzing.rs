@@ -487,7 +487,7 @@ impl World {
                 self.count(CUT_OFF, 1);
             }
             Action::Unblock { .. } => {} // Nobody blocks here.
-            Action::BindShard { .. } | Action::UnbindShard { .. } | Action::Steer { .. } => {
+            Action::BindShard { .. } | Action::Steer { .. } => {
                 unreachable!("not with these policies")
             }
             Action::Signal { worker, .. } => {

@@ -4,12 +4,13 @@
 ///
 /// Every accepted connection is in exactly one place, so that
 /// `accepted == taken + closed_by_peer + dropped + in_hand()` holds whenever the program looks.
-/// Only round robin hands connections over; with [`SchedulingPolicy::Shared`] workers accept for
-/// themselves and these counters stay at 0.
+/// Only round robin hands connections over; with [`SchedulingPolicy::Shared`] and
+/// [`SchedulingPolicy::Sharded`] workers accept for themselves and these counters stay at 0.
 ///
 /// Node has no counterpart. See [`Master::ledger`] for an example.
 ///
 /// [`SchedulingPolicy::Shared`]: crate::SchedulingPolicy::Shared
+/// [`SchedulingPolicy::Sharded`]: crate::SchedulingPolicy::Sharded
 /// [`Master::ledger`]: crate::Master::ledger
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]

@@ -30,8 +30,8 @@ pub struct WorkerLoad {
     pub given: u64,
     /// Of these, the ones that its program has received.
     pub taken: u64,
-    /// Of these, the ones that its program still has. What it closes while it has nothing to take is
-    /// known when half of them are gone.
+    /// Of these, the ones that its program still has, of listeners that it has not left. What it
+    /// closes while it has nothing to take is known when half of them are gone.
     pub open: u64,
     /// Connections that it has been given and not taken, and that others got.
     pub refused: u64,
@@ -46,6 +46,13 @@ impl WorkerLoad {
             open: 0,
             refused: 0,
         }
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.given += other.given;
+        self.taken += other.taken;
+        self.open += other.open;
+        self.refused += other.refused;
     }
 
     /// Returns how many connections wait for the worker to take them.

@@ -788,7 +788,8 @@ impl Master {
 
     /// Whether there is something to tell the program.
     fn has_news(&self) -> bool {
-        self.shell.has_news() || !self.callbacks.over.borrow().is_empty()
+        let unchosen = self.shell.core.borrow().has_unchosen();
+        unchosen || self.shell.has_news() || !self.callbacks.over.borrow().is_empty()
     }
 
     /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
@@ -876,6 +877,14 @@ impl Master {
         self.child_signal.borrow().is_some() && self.shell.anyone_ends_unseen()
     }
 
+    /// Carries out what the core decided.
+    fn act(&self) {
+        self.shell.act();
+        if self.shell.core.borrow().has_unchosen() {
+            self.choose();
+        }
+    }
+
     /// Asks the program who gets the connections that have been accepted.
     fn choose(&self) {
         let Some(scheduler) = self.scheduler.borrow().as_ref().map(Rc::clone) else {
@@ -899,13 +908,12 @@ impl Master {
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
-        self.shell.act();
-        self.choose();
+        self.act();
         for _ in 0..EVENTS_PER_TURN {
             let over = self.callbacks.over.borrow_mut().pop_front();
             if let Some(callback) = over {
                 callback(self);
-                self.shell.act();
+                self.act();
                 continue;
             }
             self.tell_receipts();
@@ -914,7 +922,7 @@ impl Master {
                 break;
             };
             self.deliver(emit);
-            self.shell.act();
+            self.act();
         }
     }
 

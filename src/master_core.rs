@@ -68,11 +68,6 @@ pub(crate) enum Action<C> {
         worker: WorkerId,
         request: u32,
     },
-    /// Take a shard away; the last one gets its place.
-    UnbindShard {
-        handle: HandleId,
-        shard: usize,
-    },
     /// From now on newcomers go to these shards.
     Steer {
         handle: HandleId,
@@ -160,6 +155,8 @@ struct WorkerEntry {
     deadline: Option<Time>,
     /// The program does not wait for its end.
     unreferenced: bool,
+    /// What it has had of listeners that it has left.
+    past: WorkerLoad,
 }
 
 #[derive(Debug)]
@@ -328,18 +325,12 @@ impl<C> MasterCore<C> {
 
     /// What workers and listeners have had so far.
     pub(crate) fn loads(&self) -> (Vec<WorkerLoad>, Vec<(HandleId, ListenerLoad)>) {
-        let all = self.workers.keys().map(|id| (*id, WorkerLoad::new(*id)));
+        let all = self.workers.iter().map(|(id, entry)| (*id, entry.past));
         let mut workers: BTreeMap<_, _> = all.collect();
-        for load in self
-            .handles
-            .values()
-            .flat_map(|handle| handle.connections.loads())
-        {
+        let now = self.handles.values();
+        for load in now.flat_map(|handle| handle.connections.loads()) {
             if let Some(sum) = workers.get_mut(&load.worker) {
-                sum.given += load.given;
-                sum.taken += load.taken;
-                sum.open += load.open;
-                sum.refused += load.refused;
+                sum.add(&load);
             }
         }
         let open = self.handles.iter();
@@ -355,6 +346,11 @@ impl<C> MasterCore<C> {
         (workers.into_values().collect(), listeners.collect())
     }
 
+    /// Whether there is a connection of which the program is to say who gets it.
+    pub(crate) fn has_unchosen(&self) -> bool {
+        self.chooses && self.unchosen().is_some()
+    }
+
     /// A connection of which the program is to say who gets it.
     pub(crate) fn unchosen(&self) -> Option<(HandleId, u64, &C)> {
         let mut handles = self.handles.iter();
@@ -367,7 +363,7 @@ impl<C> MasterCore<C> {
     /// What those have had so far who may get a connection of this listener.
     pub(crate) fn candidates(&self, handle: HandleId) -> Vec<WorkerLoad> {
         let entry = self.handles.get(&handle);
-        entry.map_or_else(Vec::new, |entry| entry.connections.loads().collect())
+        entry.map_or_else(Vec::new, |entry| entry.connections.candidates().collect())
     }
 
     // What the program does.
@@ -421,6 +417,7 @@ impl<C> MasterCore<C> {
             status: None,
             deadline: None,
             unreferenced: false,
+            past: WorkerLoad::new(worker),
         };
         self.workers.insert(worker, entry);
         self.emit(Level::Cluster, Some(worker), Event::Fork);

@@ -296,7 +296,7 @@ impl MasterShell {
                 let shared = match with {
                     With::Nothing => Ok(None),
                     With::Listener(handle) => self.share(handle, 0).map(Some),
-                    With::Shard(handle, shard) => self.share(handle, shard).map(Some),
+                    With::Shard(handle, shard) => self.share_shard(handle, shard).map(Some),
                     With::Queue(handle) => self.open_queue(handle, worker).map(Some),
                 };
                 let fd = match (shared, with, &frame) {
@@ -360,19 +360,14 @@ impl MasterShell {
                 let mut core = self.decide();
                 core.shard_bound(handle, worker, request, result);
             }
-            Action::UnbindShard { handle, shard } => {
-                let mut listeners = self.listeners.borrow_mut();
-                let sockets = listeners.get_mut(&handle).map(|own| &mut own.sockets);
-                if let Some(sockets) = sockets.filter(|sockets| shard < sockets.len()) {
-                    // Whoever else may have it: the system must count as we do.
-                    sys::listen::shut_for_good(&sockets.swap_remove(shard));
-                }
-            }
             Action::Steer { handle, shards } => {
-                if let Some(listener) = self.listeners.borrow().get(&handle) {
-                    if let Ok(first) = listener.get(0) {
-                        // Where it cannot be done, the system chooses by itself.
-                        let _ = sys::listen::steer(first, &shards);
+                let listeners = self.listeners.borrow();
+                let first = listeners.get(&handle).map(|own| own.get(0));
+                if let Some(Ok(first)) = first {
+                    if let Err(source) = sys::listen::steer(first, &shards) {
+                        let attempt = "choose where newcomers go";
+                        let error = Error::Io { attempt, source };
+                        self.core.borrow_mut().error(None, error);
                     }
                 }
             }
@@ -505,6 +500,13 @@ impl MasterShell {
             Some(listener) => listener.get(shard)?.try_clone(),
             None => Err(io::ErrorKind::NotFound.into()),
         }
+    }
+
+    /// The same of a shard. Somebody who has left it may have been made not to wait for it.
+    fn share_shard(&self, handle: HandleId, shard: usize) -> io::Result<OwnedFd> {
+        let copy = self.share(handle, shard)?;
+        sys::fd::set_nonblocking(copy.as_fd(), false)?;
+        Ok(copy)
     }
 
     /// Makes a queue. Returns the worker's end.
@@ -864,10 +866,7 @@ impl MasterShell {
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> std::result::Result<bool, SendError> {
-        let length = message.len();
-        let frame = ToWorker::Message(message.to_vec());
-        let queued =
-            self.with_channel(worker, |channel| channel.send(&frame, length, fds, receipt));
+        let queued = self.with_channel(worker, |channel| channel.send(message, fds, receipt));
         queued.unwrap_or(Err(SendError::ChannelClosed))?;
         self.unflushed.borrow_mut().insert(worker);
         self.act();

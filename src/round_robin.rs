@@ -17,8 +17,8 @@ use crate::worker_id::WorkerId;
 /// The most connections one worker is given before it says that it is idle again. Each time costs a
 /// frame and two changes of process; but what is given ahead may have to be taken back.
 pub(crate) const MAX_WINDOW: u32 = 16;
-/// A worker is quick if it needs no longer than this for a connection.
-const QUICK: Time = Duration::from_millis(1);
+/// A worker is quick if it needs no longer than this for a connection, with others on the same core.
+const QUICK: Time = Duration::from_millis(5);
 /// An idle worker that has not taken what it was given for so long has been stopped, most likely.
 pub(crate) const STALE: Time = Duration::from_millis(20);
 
@@ -80,6 +80,16 @@ impl Member {
     /// What may lie behind another connection.
     fn behind(&self) -> u32 {
         self.queued().min(self.load().saturating_sub(1))
+    }
+
+    fn figures(&self, worker: WorkerId) -> WorkerLoad {
+        WorkerLoad {
+            given: self.sent + self.refused,
+            taken: self.taken,
+            open: self.open + self.taken - self.done,
+            refused: self.refused,
+            ..WorkerLoad::new(worker)
+        }
     }
 
     /// Its places in the orders below.
@@ -263,7 +273,8 @@ impl<C> RoundRobin<C> {
                 Ok(served) if quick && served >= member.window => {
                     member.window.saturating_mul(2).min(MAX_WINDOW)
                 }
-                Ok(served) if quick => served.max(1),
+                // There was not as much to do.
+                Ok(served) if quick => served.max(member.window / 2).max(1),
                 _ => 1,
             };
             member.ready = true;
@@ -342,14 +353,21 @@ impl<C> RoundRobin<C> {
         self.wait([connection]);
     }
 
-    /// Forgets `worker`, out of whose queue these were taken back. Returns how many more are known
-    /// now to be taken.
+    /// Gives `worker` nothing more, out of whose queue these were taken back, the last ones. Returns
+    /// how many more are known now to be taken.
     pub(crate) fn leave(&mut self, worker: WorkerId, connections: Vec<Placed<C>>) -> i64 {
         self.end(worker);
-        let taken = self.came_back(worker, connections, true);
+        self.came_back(worker, connections, true)
+    }
+
+    /// Forgets a worker that has left. Returns what it has had.
+    pub(crate) fn forget(&mut self, worker: WorkerId) -> Option<WorkerLoad> {
         // It is in none of the orders: it has no room, and nothing in its queue.
-        self.members.remove(&worker);
-        taken
+        let member = self.members.remove(&worker)?;
+        Some(WorkerLoad {
+            open: 0,
+            ..member.figures(worker)
+        })
     }
 
     pub(crate) fn push(&mut self, connection: C) {
@@ -444,16 +462,16 @@ impl<C> RoundRobin<C> {
         matches!(self.next.first(), Some((false, 0, _, _)))
     }
 
-    /// Whoever may be given something, and what each has had so far.
+    /// What each has had so far.
     pub(crate) fn loads(&self) -> impl Iterator<Item = WorkerLoad> + '_ {
+        let members = self.members.iter();
+        members.map(|(worker, member)| member.figures(*worker))
+    }
+
+    /// The same of those that may be given something.
+    pub(crate) fn candidates(&self) -> impl Iterator<Item = WorkerLoad> + '_ {
         let members = self.members.iter().filter(|(_, member)| !member.ended);
-        members.map(|(worker, member)| WorkerLoad {
-            given: member.sent + member.refused,
-            taken: member.taken,
-            open: member.open + member.taken - member.done,
-            refused: member.refused,
-            ..WorkerLoad::new(*worker)
-        })
+        members.map(|(worker, member)| member.figures(*worker))
     }
 
     /// Who may have something in its queue.
@@ -646,6 +664,8 @@ mod tests {
         rr.revoke(id(1)).unwrap();
         let back = [(18, 2), (17, 1)];
         assert_eq!(rr.leave(id(1), back.into()), 1, "one was taken");
+        let load = rr.forget(id(1)).unwrap();
+        assert_eq!((load.given, load.taken, load.refused), (18, 16, 2));
         rr.join(id(2));
         for (taken, expected) in [1, 2, 3].into_iter().enumerate() {
             rr.idle(id(2), (taken as u64, 0), LATER).unwrap();

@@ -46,8 +46,8 @@ pub enum SchedulingPolicy {
     /// Node: `SCHED_NONE`.
     Shared,
     /// Each worker has a listener of its own on the same port (`SO_REUSEPORT`), and the system
-    /// chooses. The master keeps a copy, so that a worker that takes the place of a dead one finds
-    /// the clients of that one waiting. What is no TCP port is shared.
+    /// chooses by lot. The master keeps a copy, so that a worker that takes the place of a dead one
+    /// finds the clients of that one waiting. What is no TCP port is shared, and outside Linux all is.
     ///
     /// Node has no counterpart in a cluster; `reusePort` in a server is the same without a master.
     Sharded,

@@ -201,12 +201,11 @@ impl WorkerShell {
             worker: None,
             reason,
         };
-        let frame = ToMaster::Message(message.to_vec());
         let mut channel = self.channel.borrow_mut();
         let Some(channel) = channel.as_mut() else {
             return Err(failed(SendError::ChannelClosed));
         };
-        let sent = channel.send(&frame, message.len(), fds, receipt);
+        let sent = channel.send(message, fds, receipt);
         sent.map_err(failed)?;
         self.flush(channel);
         Ok(channel.has_room())
@@ -583,6 +582,8 @@ impl WorkerShell {
                 interrupt.add(channel.as_fd())?;
             }
             let _ = self.interrupt.set(interrupt);
+            // The kernel tells of room only to whom it has refused some since.
+            self.flush_channel();
         }
         Ok(())
     }

@@ -61,7 +61,7 @@ pub(super) enum Stage {
 pub(super) enum Door {
     /// Perhaps empty: the poller tells.
     Watched,
-    /// Not empty, or not known to be: accept when there is credit.
+    /// Not empty, or not known to be: accept when somebody is idle.
     Ready,
     /// The shell is accepting.
     Accepting,
@@ -199,7 +199,7 @@ impl<C> MasterCore<C> {
             return;
         };
         if entry.door == Door::Accepting {
-            // With credit left, this was a full batch: the poller brings the rest in its turn.
+            // With room left, this was a full batch: the poller brings the rest in its turn.
             let more = entry.connections.room() > 0;
             entry.door = if more { Door::Watched } else { Door::Ready };
             self.watch(handle, more);
@@ -318,6 +318,10 @@ impl<C> MasterCore<C> {
         entry.leaving.remove(&worker);
         if entry.members.remove(&worker) {
             let taken = entry.connections.leave(worker, connections);
+            let past = entry.connections.forget(worker);
+            if let (Some(worker), Some(past)) = (self.workers.get_mut(&worker), past) {
+                worker.past.add(&past);
+            }
             self.taken(taken);
             self.offer(handle);
         }
@@ -384,8 +388,9 @@ impl<C> MasterCore<C> {
         match (endpoint.kind, self.policy) {
             // Whoever reads from the one socket gets the datagram.
             (Kind::Udp, _) => SchedulingPolicy::Shared,
-            (Kind::Unix, SchedulingPolicy::Sharded) => SchedulingPolicy::Shared,
-            (Kind::Tcp, SchedulingPolicy::Sharded) if endpoint.is_borrowed() => {
+            (kind, SchedulingPolicy::Sharded)
+                if kind == Kind::Unix || endpoint.is_borrowed() || !cfg!(target_os = "linux") =>
+            {
                 SchedulingPolicy::Shared
             }
             (Kind::Tcp | Kind::Unix, policy) => policy,
@@ -490,7 +495,7 @@ impl<C> MasterCore<C> {
             let at_most = room.min(ACCEPT_BATCH);
             self.actions.push_back(Action::Accept { handle, at_most });
         } else {
-            // Level-triggered: left in the poller it would wake the loop until someone has credit.
+            // Level-triggered: left in the poller it would wake the loop until someone is idle.
             self.watch(handle, false);
         }
     }
@@ -795,25 +800,18 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// A worker has left its shard: for good, if it has emptied it; otherwise somebody else gets it.
+    /// A worker has left its shard. With what is in its backlog, if it has not emptied it, the next
+    /// worker gets it. It stays bound meanwhile: the others keep their numbers.
     fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_of(handle, worker);
-        let leaves = self.workers.get(&worker).is_some_and(|w| w.connected);
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
         entry
             .departing
             .retain(|(_, departing)| *departing != worker);
-        if shard >= entry.shards.len() || entry.stage == Stage::Unbound {
-            return;
-        }
-        if leaves {
-            entry.shards.swap_remove(shard);
-            self.actions
-                .push_back(Action::UnbindShard { handle, shard });
-        } else {
-            entry.shards[shard] = None;
+        if let Some(shard) = entry.shards.get_mut(shard) {
+            *shard = None;
         }
         self.steer(handle);
     }

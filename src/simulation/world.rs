@@ -461,7 +461,7 @@ impl World {
             Action::Unbind { handle } => self.unbind(handle),
             // Nobody waits in the kernel here.
             Action::Unblock { .. } => {}
-            Action::BindShard { .. } | Action::UnbindShard { .. } | Action::Steer { .. } => {
+            Action::BindShard { .. } | Action::Steer { .. } => {
                 unreachable!("there are no shards here")
             }
             Action::Accept { handle, at_most } => self.accept(handle, at_most),

@@ -40,6 +40,8 @@ pub(crate) struct Poller(Rc<Owned>);
 struct Owned {
     poller: ManuallyDrop<polling::Poller>,
     owner: Pid,
+    /// The system can be asked for events without the poller.
+    is_direct: bool,
 }
 
 impl Drop for Owned {
@@ -87,8 +89,10 @@ fn mode(interest: Option<Interest>) -> PollMode {
 
 impl Poller {
     pub(crate) fn new() -> io::Result<Self> {
+        let poller = polling::Poller::new()?;
         Ok(Self(Rc::new(Owned {
-            poller: ManuallyDrop::new(polling::Poller::new()?),
+            is_direct: epoll::tells_keys(&poller)?,
+            poller: ManuallyDrop::new(poller),
             owner: Pid::own(),
         })))
     }
@@ -123,6 +127,9 @@ impl Poller {
 
     /// Waits until something is ready or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+        if self.0.is_direct {
+            return epoll::wait(&self.0.poller, timeout);
+        }
         let mut events = Events::with_capacity(EVENTS);
         self.0.poller.wait(&mut events, timeout)?;
         let ready = events.iter().map(|event| Ready {
@@ -170,6 +177,93 @@ impl<S: AsFd> Drop for Registered<S> {
     }
 }
 
+/// Waiting by one call to the system, where a wait of the poller takes five: it sets a timer of its own
+/// and clears a notification, of which there are none here. The poller registers; its events carry the
+/// key that it was given, which is tried out before anything relies on it.
+#[cfg(target_os = "linux")]
+mod epoll {
+    use std::io;
+    use std::os::fd::AsRawFd as _;
+    use std::time::{Duration, Instant};
+
+    use polling::{Event, PollMode, Poller};
+
+    use super::{EVENTS, Ready};
+    use crate::sys::{check, fd};
+
+    /// Whether the number that the system stores with a descriptor is the key.
+    pub(super) fn tells_keys(poller: &Poller) -> io::Result<bool> {
+        const KEY: usize = 0x1234_5678;
+        // SAFETY: eventfd takes two integers. This one is readable from the beginning.
+        let ready = fd::adopt(check(unsafe { libc::eventfd(1, libc::EFD_CLOEXEC) })?);
+        // SAFETY: it is taken out again below, before it is closed.
+        unsafe { poller.add_with_mode(ready.as_raw_fd(), Event::all(KEY), PollMode::Level)? };
+        let told = wait(poller, Some(Duration::ZERO));
+        poller.delete(&ready)?;
+        Ok(matches!(
+            told?[..],
+            [Ready {
+                key: KEY,
+                writable: true
+            }]
+        ))
+    }
+
+    pub(super) fn wait(poller: &Poller, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+        let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS.get()];
+        let most = libc::c_int::try_from(EVENTS.get()).unwrap_or(1);
+        let count = loop {
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            let millis = super::millis(left);
+            // SAFETY: so many events are writable.
+            let count = check(unsafe {
+                libc::epoll_wait(poller.as_raw_fd(), events.as_mut_ptr(), most, millis)
+            });
+            match count {
+                // Its handler has made the poller readable if it matters.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                count => break usize::try_from(count?).unwrap_or(0),
+            }
+        };
+        let writable = libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR;
+        let ready = events.iter().take(count).map(|event| {
+            let libc::epoll_event { events, u64: key } = *event;
+            Ready {
+                key: usize::try_from(key).unwrap_or(usize::MAX),
+                writable: events & writable.unsigned_abs() != 0,
+            }
+        });
+        Ok(ready.collect())
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod epoll {
+    use std::io;
+    use std::time::Duration;
+
+    use polling::Poller;
+
+    use super::Ready;
+
+    pub(super) fn tells_keys(_poller: &Poller) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    pub(super) fn wait(_poller: &Poller, _timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A time as the system takes it, rounded up: waking too early would mean waking twice.
+fn millis(timeout: Option<Duration>) -> libc::c_int {
+    timeout.map_or(-1, |timeout| {
+        let millis = timeout.as_nanos().div_ceil(1_000_000);
+        libc::c_int::try_from(millis).unwrap_or(libc::c_int::MAX)
+    })
+}
+
 /// Waits until one of the descriptors is readable, or the time is over, or a signal has come.
 /// Returns which are. One call to the system, where a wait of the poller takes five.
 pub(crate) fn wait_readable<const N: usize>(
@@ -199,14 +293,7 @@ fn wait_for<const N: usize>(
         events,
         revents: 0,
     });
-    let millis = match timeout {
-        None => -1,
-        // Rounded up: waking too early would mean waking twice.
-        Some(timeout) => {
-            let millis = timeout.as_nanos().div_ceil(1_000_000);
-            libc::c_int::try_from(millis).unwrap_or(libc::c_int::MAX)
-        }
-    };
+    let millis = millis(timeout);
     let count = libc::nfds_t::try_from(N).unwrap_or(0);
     // SAFETY: the array lives through the call, and its length is given.
     let result = unsafe { libc::poll(fds.as_mut_ptr(), count, millis) };

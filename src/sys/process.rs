@@ -139,17 +139,17 @@ impl Program {
 }
 
 /// Makes the child, which does not return from here. Returns also whether it has executed its
-/// program by now, or failed to.
+/// program already, or failed to.
 fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>, bool)> {
     #[cfg(target_os = "linux")]
     match clone_and_wait(child) {
-        // No such call, or a sandbox that does not know it, or not these flags.
+        // A sandbox that does not know it, or not these flags.
         Err(error)
             if matches!(
                 error.raw_os_error(),
                 Some(libc::ENOSYS | libc::EINVAL | libc::EPERM)
             ) => {}
-        cloned => return cloned.map(|(pid, process)| (pid, Some(process), true)),
+        cloned => return cloned.map(|(pid, process)| (pid, process, true)),
     }
     // SAFETY: the child makes only async-signal-safe calls until `execve`.
     match check(unsafe { libc::fork() })? {
@@ -161,43 +161,41 @@ fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>, bool)> {
     }
 }
 
+/// What the child needs of a stack, and as much again.
+#[cfg(target_os = "linux")]
+const STACK: usize = 64 << 10;
+
 /// Forks and waits until the child has executed its program, or failed to. What it has to report is
 /// there then: nobody waits for the end of the pipe, a copy of which another child of the host's may
 /// hold for ever. And the descriptor of the process is there from the beginning: if the host ignores
 /// SIGCHLD, the number of a child that ends at once may be somebody else's soon.
+///
+/// Meanwhile the child uses the memory of its parent, of which no copy is made then, however much
+/// there is. Not if it is to be another user: whoever may trace that one could reach its parent.
 #[cfg(target_os = "linux")]
-fn clone_and_wait(child: &Child<'_>) -> io::Result<(Pid, OwnedFd)> {
-    /// What the call takes, in its first version. `libc` has it for some architectures only.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Arguments {
-        flags: u64,
-        pidfd: u64,
-        child_tid: u64,
-        parent_tid: u64,
-        exit_signal: u64,
-        stack: u64,
-        stack_size: u64,
-        tls: u64,
+fn clone_and_wait(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
+    extern "C" fn exec(child: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: the parent's frame has it, and waits.
+        let child = unsafe { &*child.cast::<Child<'_>>() };
+        child.exec()
     }
+    let stays = child.uid.is_none() && child.gid.is_none();
+    let memory = if stays { libc::CLONE_VM } else { 0 };
+    let flags = libc::CLONE_PIDFD | libc::CLONE_VFORK | memory | libc::SIGCHLD;
+    // Of numbers, because its end has to be aligned.
+    let mut stack = Vec::<u128>::with_capacity(STACK / size_of::<u128>());
+    let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
+    let argument = std::ptr::from_ref(child).cast_mut().cast();
     let mut process: RawFd = -1;
-    let flags = libc::CLONE_PIDFD | libc::CLONE_VFORK;
-    let arguments = Arguments {
-        flags: u64::from(flags.unsigned_abs()),
-        pidfd: (&raw mut process).expose_provenance() as u64,
-        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
-        ..Arguments::default()
-    };
-    let size = size_of::<Arguments>();
-    // SAFETY: the arguments live through the call, which writes one descriptor to where they say.
-    // Like `fork`, it gives the child a copy of all memory; the child makes only async-signal-safe
-    // calls, and such that need nothing of what the C library does at a `fork`.
-    let number = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size) };
-    match libc::pid_t::try_from(number) {
-        Ok(0) => child.exec(),
-        Ok(number) if number > 0 => Ok((Pid(number), super::fd::adopt(process))),
-        _ => Err(io::Error::last_os_error()),
-    }
+    // SAFETY: stack and argument live until the child has executed its program or ended: this thread
+    // does not go on before. The child writes nowhere but to its stack, and has its own table of signal
+    // handlers. It makes only async-signal-safe calls, and such that need nothing of what the C
+    // library does at a `fork`. The kernel writes the descriptor to where it is told.
+    let number = unsafe { libc::clone(exec, top.cast(), flags, argument, &raw mut process) };
+    let pid = Pid(check(number)?);
+    // Before Linux 5.2 the flag is ignored.
+    let process = (process >= 0).then(|| super::fd::adopt(process));
+    Ok((pid, process.or_else(|| pid.open())))
 }
 
 fn block_signals() -> io::Result<libc::sigset_t> {

@@ -29,6 +29,28 @@ pub(crate) fn send_waiting(
     send_with_flags(socket, bytes, fds, SEND_FLAGS & !libc::MSG_DONTWAIT)
 }
 
+/// Writes what fits of two pieces, the first before the second.
+pub(crate) fn send_two(socket: &UnixStream, pieces: [&[u8]; 2]) -> io::Result<usize> {
+    let mut vectors = pieces.map(|piece| libc::iovec {
+        iov_base: piece.as_ptr().cast_mut().cast(),
+        iov_len: piece.len(),
+    });
+    // SAFETY: all zeroes is a valid msghdr, of nothing.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vectors.as_mut_ptr();
+    message.msg_iovlen = vectors.len() as _;
+    let call = || {
+        // SAFETY: the message points to live buffers of the given lengths, which are only read.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, SEND_FLAGS) };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    };
+    if cfg!(target_vendor = "apple") {
+        without_sigpipe(|| retry(call))
+    } else {
+        retry(call)
+    }
+}
+
 fn send_with_flags(
     socket: &UnixStream,
     bytes: &[u8],
@@ -187,6 +209,17 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 /// `sendfd` has this, too, but tells neither of lost descriptors nor lets the kernel mark them: a
 /// thread that forks between the call and the mark would give them to its child.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
+    receive_into(socket, &mut Vec::new(), 0, buffer)
+}
+
+/// The same; the first bytes go to the end of `long`, at most `missing`, and `buffer` gets the rest.
+/// `bytes` counts them all.
+pub(crate) fn receive_into(
+    socket: BorrowedFd<'_>,
+    long: &mut Vec<u8>,
+    missing: usize,
+    buffer: &mut [u8],
+) -> io::Result<Piece> {
     // Never waits, whatever somebody else who has the socket, too, has made of it.
     #[cfg(not(target_vendor = "apple"))]
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
@@ -198,14 +231,22 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<P
     // SAFETY: computes a length.
     let space = unsafe { libc::CMSG_SPACE(u32::try_from(fds).unwrap_or(0)) };
     debug_assert!(space as usize <= size_of_val(&control));
-    let mut vector = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
-    };
+    long.reserve_exact(missing);
+    let spare = &mut long.spare_capacity_mut()[..missing];
+    let mut vectors = [
+        libc::iovec {
+            iov_base: spare.as_mut_ptr().cast(),
+            iov_len: spare.len(),
+        },
+        libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        },
+    ];
     // SAFETY: all zeroes is a valid msghdr, of nothing.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut vector;
-    message.msg_iovlen = 1;
+    message.msg_iov = vectors.as_mut_ptr();
+    message.msg_iovlen = vectors.len() as _;
     message.msg_control = control.as_mut_ptr().cast();
     let bytes = retry(|| {
         message.msg_controllen = space as _;
@@ -213,6 +254,8 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<P
         let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, FLAGS) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     })?;
+    // SAFETY: so many bytes have been written there, in the room that there was.
+    unsafe { long.set_len(long.len() + bytes.min(missing)) };
     let fds = adopt_all(&message);
     if cfg!(target_vendor = "apple") {
         for fd in &fds {

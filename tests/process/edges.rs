@@ -22,7 +22,7 @@ use crate::harness::{
 
 crate::scenarios! {
     a_worker_at_its_limit_leaves
-    a_lowered_limit_takes_back_what_was_granted
+    a_limit_is_kept_while_clients_wait
     a_udp_socket_is_handed_on_while_the_old_worker_is_busy
     a_listener_that_somebody_shuts_is_looked_at_now_and_then
     a_fork_inside_a_fork
@@ -66,7 +66,11 @@ fn a_worker_at_its_limit_leaves() {
     });
 }
 
-fn a_lowered_limit_takes_back_what_was_granted() {
+/// What is accepted beyond the limit, because the worker may be quick, comes back and waits.
+fn a_limit_is_kept_while_clients_wait() {
+    const CLIENTS: u64 = 40;
+    /// The most that a worker is given before it says that it is idle again.
+    const WINDOW: u64 = 16;
     let served = Rc::new(Cell::new(0));
     let count = Rc::clone(&served);
     cluster(
@@ -75,19 +79,22 @@ fn a_lowered_limit_takes_back_what_was_granted() {
             master.on_message(move |master, worker, message| match message.bytes() {
                 b"served" => {
                     count.set(count.get() + 1);
-                    // Nobody else has been accepted: there is one place.
-                    assert_eq!(master.ledger().accepted, count.get());
+                    // Nobody else has been taken: there is one place.
+                    let ledger = master.ledger();
+                    assert_eq!(ledger.taken, count.get());
+                    assert!(ledger.in_hand() <= WINDOW, "{ledger:?}");
                     drop(clients.pop());
                     worker.send(b"next").unwrap();
                 }
                 b"free" => {
-                    if count.get() == 3 {
+                    if count.get() == CLIENTS {
                         worker.disconnect();
                     }
                 }
                 address => {
                     let address = String::from_utf8_lossy(address).into_owned();
-                    clients.extend([(); 3].map(|()| TcpStream::connect(&address).unwrap()));
+                    let connect = |_| TcpStream::connect(&address).unwrap();
+                    clients.extend((0..CLIENTS).map(connect));
                 }
             });
             master.fork().unwrap();
@@ -111,7 +118,7 @@ fn a_lowered_limit_takes_back_what_was_granted() {
             worker.run().unwrap();
         },
     );
-    assert_eq!(served.get(), 3);
+    assert_eq!(served.get(), CLIENTS);
 }
 
 fn a_udp_socket_is_handed_on_while_the_old_worker_is_busy() {

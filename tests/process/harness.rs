@@ -650,8 +650,24 @@ pub fn is_alive(pid: u32) -> bool {
 }
 
 /// From now on these calls fail, in this process and in those it starts.
+#[allow(clippy::useless_conversion, reason = "not one type everywhere")]
 pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
-    refuse_some(calls.iter().map(|call| (*call, Vec::new())), errno);
+    use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+
+    let mut rules: Vec<_> = calls
+        .iter()
+        .map(|call| ((*call).into(), Vec::new()))
+        .collect();
+    // What an old kernel or sandbox does not know as a call it does not know as a flag either.
+    let knows = |call: libc::c_long| !rules.iter().any(|(refused, _)| *refused == i64::from(call));
+    if !knows(libc::SYS_clone3) && knows(libc::SYS_clone) {
+        let pidfd = u64::from(libc::CLONE_PIDFD.unsigned_abs());
+        let (flags, length) = (0, SeccompCmpArgLen::Dword);
+        let has_flag = SeccompCondition::new(flags, length, SeccompCmpOp::MaskedEq(pidfd), pidfd);
+        let rule = SeccompRule::new(vec![has_flag.unwrap()]).unwrap();
+        rules.push((i64::from(libc::SYS_clone), vec![rule]));
+    }
+    refuse_some(rules, errno);
 }
 
 /// The same, where one of the rules about the arguments of a call is met.

@@ -2,17 +2,23 @@
 //! blocked, and spends no more on them than it promises.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{IoSlice, Read as _, Write as _};
+use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::{Error, Interest, Master, SendError, Settings, Signal, WorkerProcess};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, recvmsg, sendmsg, setsockopt,
+    shutdown, sockopt,
+};
 
 use crate::harness::{Log, cluster, in_background, serve_id, talk};
 
@@ -26,9 +32,9 @@ crate::scenarios! {
     a_flood_of_empty_frames_holds_up_nobody
     a_flood_of_listens_holds_up_nobody
     a_flood_of_binds_holds_up_nobody
-    a_flood_of_credits_holds_up_nobody
+    a_flood_of_ready_and_revoke_holds_up_nobody
     a_flood_of_listening_events_cuts_the_worker_off
-    a_worker_that_refuses_everything_holds_up_nobody
+    a_worker_that_gives_everything_back_holds_up_nobody
     a_frame_that_never_ends_holds_up_nobody
     a_header_that_never_ends_holds_up_nobody
     descriptors_with_frames_that_announce_none_cut_the_worker_off
@@ -40,9 +46,18 @@ crate::scenarios! {
     a_connection_whose_close_waits_does_not_block_the_master
     a_worker_that_never_reads_is_bounded
     a_worker_that_asks_and_never_reads_is_cut_off
-    absurd_credits_cut_the_worker_off
+    a_worker_that_binds_and_never_reads_is_cut_off
+    absurd_counts_cut_the_worker_off
     a_worker_that_takes_nothing_holds_no_more_than_it_may
+    a_worker_that_takes_nothing_holds_up_nobody
+    a_worker_that_lies_about_what_it_took_piles_up_a_few_dozen
+    a_worker_that_lies_and_gives_back_holds_up_nobody
     a_worker_that_takes_and_never_answers_holds_up_nobody
+    a_worker_that_shuts_its_queue_holds_up_nobody
+    a_worker_that_closes_its_queue_holds_up_nobody
+    a_queue_that_waits_does_not_block_the_master
+    a_queue_with_a_filter_does_not_confuse_the_master
+    a_queue_that_makes_descriptors_leaves_none_in_the_master
     a_worker_that_stops_itself_holds_up_nobody
     a_worker_that_closes_its_channel_and_lives_on_is_disconnected
 }
@@ -55,9 +70,15 @@ const BYTES_IN: usize = (1 << 20) + (64 << 10);
 const BYTES_OUT: usize = 9 << 20;
 /// Descriptors that arrived, with their frames or before.
 const FDS_IN: usize = 144;
-/// Connections of one listener that it was given and has not taken.
-const CONNECTIONS: usize = 16;
+/// Descriptors that wait, with their frames, for a worker that does not read.
+const FDS_OUT: usize = 256;
+/// The most connections that a worker is given before it says that it is idle again.
+const WINDOW: usize = 16;
+/// How many lie in a queue at most, if its worker lies about having taken them.
+const FEW_DOZEN: usize = 64;
 const LISTENERS: usize = 64;
+/// The socket, and both ends of the queue.
+const FDS_OF_A_LISTENER: usize = 3;
 /// Its channel and its process.
 const FDS_OF_ITS_OWN: usize = 2;
 
@@ -92,17 +113,19 @@ const ONLINE: u8 = 1;
 const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
 const READY: u8 = 4;
-const REFUSED: u8 = 5;
+const REVOKE: u8 = 5;
 const CLOSE: u8 = 6;
 const LEAVING: u8 = 7;
-const REVOKE: u8 = 8;
 const MESSAGE: u8 = 127;
 const WELCOME: u8 = 64;
 const REPLY: u8 = 65;
-const CONNECTION: u8 = 66;
+const END: u8 = 66;
 
 /// The port that the honest worker listens on, as it asks for it.
 const ITS_INDEX: u32 = 0;
+/// Those that nobody else asks for.
+const OWN_INDEX: u32 = 1;
+const OTHER_INDEX: u32 = 2;
 
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
@@ -133,12 +156,9 @@ fn listen(index: u32) -> Vec<u8> {
     frame(LISTEN, 0, &body)
 }
 
-fn ready(handle: u32, credits: u32, taken: u32) -> Vec<u8> {
-    frame(READY, 0, &numbers(&[handle, credits, taken, 0]))
-}
-
-fn refused(handle: u32, number: u32) -> Vec<u8> {
-    frame(REFUSED, 0, &numbers(&[handle, number, 0]))
+fn ready(handle: u32, taken: u64) -> Vec<u8> {
+    let body = [numbers(&[handle]), taken.to_le_bytes().to_vec()].concat();
+    frame(READY, 0, &body)
 }
 
 /// A frame that names a listener and says nothing else.
@@ -149,6 +169,8 @@ fn about(kind: u8, handle: u32) -> Vec<u8> {
 /// A worker that has never called `init`, and has its channel for itself.
 struct Enemy {
     channel: UnixStream,
+    /// What came with the frames that have been heard.
+    fds: RefCell<VecDeque<OwnedFd>>,
 }
 
 impl Enemy {
@@ -161,6 +183,7 @@ impl Enemy {
         let channel = unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) };
         let enemy = Self {
             channel: channel.into(),
+            fds: RefCell::default(),
         };
         let (kind, _) = enemy.hear();
         assert_eq!(kind, WELCOME);
@@ -189,38 +212,48 @@ impl Enemy {
         self.say(&message(b"begin"));
     }
 
-    /// The next frame: its kind and its body. Descriptors are lost.
-    fn hear(&self) -> (u8, Vec<u8>) {
-        let mut header = [0; 8];
-        let read = |buffer: &mut [u8]| {
-            if (&self.channel).read_exact(buffer).is_err() {
+    /// Fills the buffer, and keeps what comes with it.
+    fn read(&self, mut buffer: &mut [u8]) {
+        while !buffer.is_empty() {
+            let (bytes, fds) = receive(self.channel.as_raw_fd(), buffer).unwrap_or_default();
+            if bytes == 0 {
                 self.wait_for_the_end();
             }
-        };
-        read(&mut header);
-        let [a, b, c, d, _, kind, _, _] = header;
-        let mut body = vec![0; u32::from_le_bytes([a, b, c, d]) as usize];
-        read(&mut body);
-        (kind, body)
-    }
-
-    /// Waits for a frame of this kind; returns the number at `place` in its body.
-    fn hear_of(&self, wanted: u8, place: usize) -> u32 {
-        loop {
-            let (kind, body) = self.hear();
-            if kind == wanted {
-                let number = body[place..place + 4].try_into().unwrap();
-                return u32::from_le_bytes(number);
-            }
+            self.fds.borrow_mut().extend(fds);
+            buffer = &mut buffer[bytes..];
         }
     }
 
-    /// Comes to have a listener, by its number.
-    fn listen(&self, index: u32) -> u32 {
+    /// The next frame: its kind and its body.
+    fn hear(&self) -> (u8, Vec<u8>) {
+        let mut header = [0; 8];
+        self.read(&mut header);
+        let [a, b, c, d, _, kind, _, _] = header;
+        let mut body = vec![0; u32::from_le_bytes([a, b, c, d]) as usize];
+        self.read(&mut body);
+        (kind, body)
+    }
+
+    /// Comes to have a listener.
+    fn listen(&self, index: u32) -> Listener<'_> {
         self.say(&listen(index));
-        let handle = self.hear_of(REPLY, 8);
+        let body = loop {
+            let (kind, body) = self.hear();
+            if kind == REPLY {
+                break body;
+            }
+        };
+        let handle = u32::from_le_bytes(body[8..12].try_into().unwrap());
+        let port = u16::from_le_bytes(body[14..16].try_into().unwrap());
         self.say(&about(LISTENING, handle));
-        handle
+        let queue = self.fds.borrow_mut().pop_front().unwrap();
+        let enemy = self;
+        Listener {
+            enemy,
+            handle,
+            port,
+            queue,
+        }
     }
 
     fn wait_for_the_end(&self) -> ! {
@@ -234,6 +267,81 @@ impl Enemy {
         loop {
             self.say(&many);
         }
+    }
+}
+
+/// Reads once; returns how many bytes, and what came with them.
+fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = nix::cmsg_space!([RawFd; 64]);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::empty();
+    let received = recvmsg::<()>(socket, &mut slices, Some(&mut control), flags)?;
+    let mut fds = Vec::new();
+    for message in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = message {
+            #[allow(unsafe_code)]
+            // SAFETY: the kernel has made them for this call.
+            fds.extend(
+                numbers
+                    .into_iter()
+                    .map(|n| unsafe { OwnedFd::from_raw_fd(n) }),
+            );
+        }
+    }
+    Ok((received.bytes, fds))
+}
+
+/// A listener that an enemy has, with the queue by which its connections come.
+struct Listener<'a> {
+    enemy: &'a Enemy,
+    handle: u32,
+    port: u16,
+    queue: OwnedFd,
+}
+
+impl Listener<'_> {
+    /// Says that it has taken so many connections in all, and waits for the next.
+    fn ready(&self, taken: u64) {
+        self.enemy.say(&ready(self.handle, taken));
+    }
+
+    fn revoke(&self) {
+        self.enemy.say(&about(REVOKE, self.handle));
+    }
+
+    /// Clients that come by themselves, and stay.
+    fn clients(&self, count: usize) -> Vec<TcpStream> {
+        let connect = |_| TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        (0..count).map(connect).collect()
+    }
+
+    /// Waits until something is in the queue.
+    fn wait(&self) {
+        let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::NONE).unwrap();
+    }
+
+    /// Takes one connection out, if there is one.
+    fn take(&self) -> Option<OwnedFd> {
+        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 8]).ok()?;
+        fds.into_iter().next()
+    }
+
+    /// How many are in the queue.
+    fn count(&self) -> usize {
+        let mut bytes: nix::libc::c_int = 0;
+        let queue = self.queue.as_raw_fd();
+        #[allow(unsafe_code)]
+        // SAFETY: the call writes one integer.
+        let counted = unsafe { nix::libc::ioctl(queue, nix::libc::FIONREAD, &raw mut bytes) };
+        assert_eq!(counted, 0);
+        usize::try_from(bytes).unwrap() / size_of::<u64>()
+    }
+
+    /// Waits until the master has done all that it was asked before: it answers in turn.
+    fn wait_for_the_master(&self) {
+        let other = self.enemy.listen(OTHER_INDEX);
+        self.enemy.say(&about(CLOSE, other.handle));
     }
 }
 
@@ -739,7 +847,7 @@ fn a_flood_of_listens_holds_up_nobody() {
         enemy.begin();
         flood_and_read(enemy, listen);
     });
-    let fds = FDS_OF_ITS_OWN + LISTENERS;
+    let fds = FDS_OF_ITS_OWN + LISTENERS * FDS_OF_A_LISTENER;
     beside_an_honest_worker(Case { fds, ..case });
 }
 
@@ -747,42 +855,44 @@ fn a_flood_of_listens_holds_up_nobody() {
 fn a_flood_of_binds_holds_up_nobody() {
     let case = Case::flood(|enemy| {
         // Nobody else listens any more, so that it knows the numbers beforehand.
-        let first = enemy.listen(1);
+        let first = enemy.listen(OWN_INDEX).handle;
         enemy.begin();
-        flood_and_read(enemy, |n| [listen(2), about(CLOSE, first + 1 + n)].concat());
+        flood_and_read(enemy, |n| {
+            [listen(OTHER_INDEX), about(CLOSE, first + 1 + n)].concat()
+        });
     });
-    let fds = FDS_OF_ITS_OWN + 2;
+    let fds = FDS_OF_TWO + FDS_OUT;
     beside_an_honest_worker(Case { fds, ..case });
 }
 
-fn a_flood_of_credits_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        let handle = enemy.listen(1);
+/// A connection goes there and back all the time.
+fn a_flood_of_ready_and_revoke_holds_up_nobody() {
+    let case = Case::flood(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(1);
         enemy.begin();
-        enemy.flood(&[ready(handle, 1, 0), about(REVOKE, handle)].concat());
-    }));
+        enemy.flood(&[ready(own.handle, 0), about(REVOKE, own.handle)].concat());
+    });
+    let fds = FDS_OF_ITS_OWN + FDS_OF_A_LISTENER + 1;
+    beside_an_honest_worker(Case { fds, ..case });
 }
 
 fn a_flood_of_listening_events_cuts_the_worker_off() {
     let attack = |enemy: &Enemy| {
-        let handle = enemy.listen(1);
+        let own = enemy.listen(OWN_INDEX);
         enemy.begin();
-        enemy.flood(&about(LISTENING, handle));
+        enemy.flood(&about(LISTENING, own.handle));
     };
     let why = End::CutOff("was listening already");
     beside_an_honest_worker(Case::new(attack, why));
 }
 
 /// It has a part in the listener of the honest worker, where its turn comes again and again.
-fn a_worker_that_refuses_everything_holds_up_nobody() {
+fn a_worker_that_gives_everything_back_holds_up_nobody() {
     beside_an_honest_worker(Case::flood(|enemy| {
-        let handle = enemy.listen(ITS_INDEX);
-        enemy.say(&ready(handle, 1, 0));
+        let its = enemy.listen(ITS_INDEX);
         enemy.begin();
-        loop {
-            let number = enemy.hear_of(CONNECTION, 4);
-            enemy.say(&[refused(handle, number), ready(handle, 1, 0)].concat());
-        }
+        enemy.flood(&[ready(its.handle, 0), about(REVOKE, its.handle)].concat());
     }));
 }
 
@@ -883,7 +993,7 @@ fn more_descriptors_at_once_than_agreed_do_not_block_the_master() {
         let (client, _peer) = waiting();
         enemy.begin();
         // An answer says that this has been heard: nothing of a piece with too much is.
-        enemy.listen(1);
+        enemy.listen(OWN_INDEX);
         let null = File::open("/dev/null").unwrap();
         let mut fds = [null.as_raw_fd(); 250];
         fds[249] = client.as_raw_fd();
@@ -919,8 +1029,8 @@ fn descriptors_out_of_band_do_not_block_the_master() {
     beside_an_honest_worker(Case::new(attack, why));
 }
 
-/// The master has a copy of the connection until it hears that the worker has taken it, which may be
-/// when the worker has closed it.
+/// The master has a copy of the connection, which it closes when the worker has been given it; that may
+/// be when the worker has closed it.
 fn a_connection_whose_close_waits_does_not_block_the_master() {
     const LINGER: Duration = Duration::from_secs(10);
     let log = Log::default();
@@ -999,7 +1109,8 @@ fn a_worker_that_asks_and_never_reads_is_cut_off() {
     // A worker that does not read is not yet one that breaks the protocol. The program has said so
     // much already that not many answers find room.
     let case = Case::new(attack, End::CutOff("out of memory"));
-    let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_OF_ITS_OWN + LISTENERS);
+    let fds = FDS_OF_ITS_OWN + LISTENERS * FDS_OF_A_LISTENER + FDS_OUT;
+    let bytes = BYTES_IN + BYTES_OUT;
     let reply = send_until_refused;
     beside_an_honest_worker(Case {
         bytes,
@@ -1009,71 +1120,234 @@ fn a_worker_that_asks_and_never_reads_is_cut_off() {
     });
 }
 
-fn absurd_credits_cut_the_worker_off() {
+/// Each is closed again, and so it never has too many; but the answers wait, with what belongs to them.
+fn a_worker_that_binds_and_never_reads_is_cut_off() {
     let attack = |enemy: &Enemy| {
-        let handle = enemy.listen(1);
+        let first = enemy.listen(OWN_INDEX).handle;
         enemy.begin();
-        enemy.say(&ready(handle, 1 << 20, 0));
+        for n in 0.. {
+            let one = |n| [listen(OTHER_INDEX), about(CLOSE, first + 1 + n)].concat();
+            let many: Vec<_> = (n * 1000..(n + 1) * 1000).flat_map(one).collect();
+            enemy.say(&many);
+        }
     };
-    let why = End::CutOff("granted more credits than allowed");
+    let case = Case::new(attack, End::CutOff("out of memory"));
+    let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_OF_TWO + FDS_OUT);
+    let reply = send_until_refused;
+    beside_an_honest_worker(Case {
+        bytes,
+        fds,
+        reply,
+        ..case
+    });
+}
+
+fn absurd_counts_cut_the_worker_off() {
+    let attack = |enemy: &Enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        enemy.begin();
+        own.ready(1 << 40);
+    };
+    let why = End::CutOff("took a connection it was never given");
     beside_an_honest_worker(Case::new(attack, why));
 }
 
-/// Comes to have a listener, and clients that it has made itself.
-fn with_clients(enemy: &Enemy) -> (u32, Vec<TcpStream>) {
-    enemy.say(&listen(1));
-    let (_, body) = enemy.hear();
-    let handle = u32::from_le_bytes(body[8..12].try_into().unwrap());
-    let port = u16::from_le_bytes(body[14..16].try_into().unwrap());
-    let connect = |_| TcpStream::connect(("127.0.0.1", port)).unwrap();
-    (handle, (0..3 * CONNECTIONS).map(connect).collect())
-}
+/// With an own listener, and another one by which it waits for the master.
+const FDS_OF_TWO: usize = FDS_OF_ITS_OWN + 2 * FDS_OF_A_LISTENER;
 
 fn a_worker_that_takes_nothing_holds_no_more_than_it_may() {
-    let attack = |enemy: &Enemy| {
-        let (handle, _clients) = with_clients(enemy);
-        let most = u32::try_from(CONNECTIONS).unwrap();
+    let case = Case::tolerated(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(3 * WINDOW);
         enemy.begin();
-        enemy.say(&ready(handle, most, 0));
-        while enemy.hear_of(CONNECTION, 4) < most {}
-        // It is given none for these: the answer to what it asks afterwards is the next it hears.
-        enemy.say(&ready(handle, most, 0));
-        enemy.say(&listen(2));
-        let (kind, _) = enemy.hear();
-        assert_eq!(kind, REPLY, "was given more");
-        enemy.say(&ready(handle, 0, 1));
-        assert_eq!(enemy.hear_of(CONNECTION, 4), most + 1);
+        for _ in 0..10 {
+            own.ready(0);
+            own.wait_for_the_master();
+            assert_eq!(own.count(), 1);
+        }
+        assert!(own.take().is_some());
+        own.ready(1);
+        own.wait_for_the_master();
+        assert!((1..=2).contains(&own.count()), "{}", own.count());
         enemy.wait_for_the_end();
-    };
-    let fds = FDS_OF_ITS_OWN + 2 + CONNECTIONS;
-    let case = Case::tolerated(attack);
+    });
+    let fds = FDS_OF_TWO;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+fn a_worker_that_takes_nothing_holds_up_nobody() {
+    let case = Case::tolerated(|enemy| {
+        let its = enemy.listen(ITS_INDEX);
+        its.ready(0);
+        enemy.begin();
+        enemy.wait_for_the_end();
+    });
+    beside_an_honest_worker(case);
+}
+
+/// Says that it has taken what is in its queue, until nothing more comes.
+fn lie(own: &Listener<'_>) -> usize {
+    loop {
+        let queued = own.count();
+        own.ready(queued as u64);
+        own.wait_for_the_master();
+        if own.count() == queued {
+            return queued;
+        }
+    }
+}
+
+fn a_worker_that_lies_about_what_it_took_piles_up_a_few_dozen() {
+    let case = Case::tolerated(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(3 * FEW_DOZEN);
+        enemy.begin();
+        for _ in 0..10 {
+            let piled_up = lie(&own);
+            assert!((WINDOW + 1..=FEW_DOZEN).contains(&piled_up), "{piled_up}");
+        }
+        enemy.wait_for_the_end();
+    });
+    // What there is no room for in the queue is in the master.
+    let fds = FDS_OF_TWO + WINDOW;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+/// What it says that it took comes back.
+fn a_worker_that_lies_and_gives_back_holds_up_nobody() {
+    let case = Case::tolerated(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(3 * FEW_DOZEN);
+        enemy.begin();
+        for _ in 0..10 {
+            assert!(lie(&own) > 0);
+            own.revoke();
+            own.wait_for_the_master();
+            assert_eq!(own.count(), 0);
+            own.ready(0);
+            own.wait();
+        }
+        enemy.wait_for_the_end();
+    });
+    let fds = FDS_OF_TWO + FEW_DOZEN + WINDOW;
     beside_an_honest_worker(Case { fds, ..case });
 }
 
 fn a_worker_that_takes_and_never_answers_holds_up_nobody() {
     let case = Case::tolerated(|enemy| {
-        let (handle, _clients) = with_clients(enemy);
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(3 * WINDOW);
         enemy.begin();
-        enemy.say(&ready(handle, 1, 0));
+        own.ready(0);
+        let mut taken = Vec::new();
         loop {
-            let number = enemy.hear_of(CONNECTION, 4);
-            enemy.say(&ready(handle, 1, number));
+            own.wait();
+            taken.extend(std::iter::from_fn(|| own.take()));
+            own.ready(taken.len() as u64);
         }
     });
-    let fds = FDS_OF_ITS_OWN + 1 + CONNECTIONS;
+    let fds = FDS_OF_ITS_OWN + FDS_OF_A_LISTENER + WINDOW;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+/// Nothing can be given to it, and it asks for more and more.
+fn a_worker_that_shuts_its_queue_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        let its = enemy.listen(ITS_INDEX);
+        shutdown(its.queue.as_raw_fd(), Shutdown::Both).unwrap();
+        enemy.begin();
+        enemy.flood(&ready(its.handle, 0));
+    }));
+}
+
+fn a_worker_that_closes_its_queue_holds_up_nobody() {
+    beside_an_honest_worker(Case::tolerated(|enemy| {
+        let its = enemy.listen(ITS_INDEX);
+        its.ready(0);
+        drop(its.queue);
+        enemy.begin();
+        enemy.wait_for_the_end();
+    }));
+}
+
+/// Both sides read at one end: whether this waits is for all who have it.
+fn a_queue_that_waits_does_not_block_the_master() {
+    let case = Case::tolerated(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        fcntl(&own.queue, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        enemy.begin();
+        own.revoke();
+        enemy.wait_for_the_end();
+    });
+    beside_an_honest_worker(case);
+}
+
+/// Sets an option of a queue for all who read from it, if the system lets this worker.
+fn set_option<T>(own: &Listener<'_>, option: nix::libc::c_int, value: &T) {
+    let size = nix::libc::socklen_t::try_from(size_of::<T>()).unwrap();
+    let (queue, value) = (own.queue.as_raw_fd(), std::ptr::from_ref(value).cast());
+    #[allow(unsafe_code)]
+    // SAFETY: the value lives through the call, and has this size.
+    let set = unsafe { nix::libc::setsockopt(queue, nix::libc::SOL_SOCKET, option, value, size) };
+    println!("option {option}: {set}");
+}
+
+/// Connections go there and back.
+fn give_back_again_and_again(own: &Listener<'_>) -> ! {
+    for _ in 0..100 {
+        own.ready(0);
+        own.wait();
+        own.revoke();
+        own.wait_for_the_master();
+        assert_eq!(own.count(), 0);
+    }
+    own.enemy.wait_for_the_end();
+}
+
+/// It cuts each message down to its first byte.
+fn a_queue_with_a_filter_does_not_confuse_the_master() {
+    let case = Case::tolerated(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(WINDOW);
+        let mut filter = nix::libc::sock_filter {
+            code: 6, // Returns the length that is left.
+            jt: 0,
+            jf: 0,
+            k: 1,
+        };
+        let program = nix::libc::sock_fprog {
+            len: 1,
+            filter: &raw mut filter,
+        };
+        set_option(&own, nix::libc::SO_ATTACH_FILTER, &program);
+        enemy.begin();
+        give_back_again_and_again(&own);
+    });
+    let fds = FDS_OF_TWO + WINDOW;
+    beside_an_honest_worker(Case { fds, ..case });
+}
+
+/// The kernel adds one of the sender's process to each message.
+fn a_queue_that_makes_descriptors_leaves_none_in_the_master() {
+    const SO_PASSPIDFD: nix::libc::c_int = 76;
+    let case = Case::tolerated(|enemy| {
+        let own = enemy.listen(OWN_INDEX);
+        let _clients = own.clients(1);
+        set_option(&own, SO_PASSPIDFD, &1i32);
+        enemy.begin();
+        give_back_again_and_again(&own);
+    });
+    let fds = FDS_OF_TWO + 1;
     beside_an_honest_worker(Case { fds, ..case });
 }
 
 fn a_worker_that_stops_itself_holds_up_nobody() {
-    let case = Case::tolerated(|enemy| {
-        let (handle, _clients) = with_clients(enemy);
-        enemy.say(&ready(handle, u32::try_from(CONNECTIONS).unwrap(), 0));
-        enemy.hear_of(CONNECTION, 4);
+    beside_an_honest_worker(Case::tolerated(|enemy| {
+        let its = enemy.listen(ITS_INDEX);
+        its.ready(0);
         enemy.begin();
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).unwrap();
-    });
-    let fds = FDS_OF_ITS_OWN + 1 + CONNECTIONS;
-    beside_an_honest_worker(Case { fds, ..case });
+    }));
 }
 
 fn a_worker_that_closes_its_channel_and_lives_on_is_disconnected() {
@@ -1098,7 +1372,7 @@ const NO_HANDLE: u32 = 77;
 /// A part in the listener of the honest worker.
 fn joined(enemy: &Enemy, frames: Vec<u8>) -> Vec<u8> {
     enemy.say(&online());
-    assert_eq!(enemy.listen(ITS_INDEX), ITS_HANDLE);
+    assert_eq!(enemy.listen(ITS_INDEX).handle, ITS_HANDLE);
     frames
 }
 
@@ -1112,8 +1386,7 @@ fn wrongs() -> Vec<Wrong> {
     let mut all = vec![
         wrong(|_| listen(1), early),
         wrong(|_| about(LISTENING, ITS_HANDLE), early),
-        wrong(|_| ready(ITS_HANDLE, 1, 0), early),
-        wrong(|_| refused(ITS_HANDLE, 1), early),
+        wrong(|_| ready(ITS_HANDLE, 0), early),
         wrong(|_| about(CLOSE, ITS_HANDLE), early),
         wrong(|_| frame(LEAVING, 0, &[]), early),
         wrong(|_| about(REVOKE, ITS_HANDLE), early),
@@ -1140,16 +1413,8 @@ fn wrongs_without_a_listener() -> Vec<Wrong> {
             |_| after_online(about(LISTENING, ITS_HANDLE)),
             listening_why,
         ),
-        wrong(|_| after_online(ready(NO_HANDLE, 1, 0)), ready_why),
-        wrong(|_| after_online(ready(ITS_HANDLE, 1, 0)), ready_why),
-        wrong(
-            |_| after_online(refused(NO_HANDLE, 1)),
-            "refused from a listener it has not",
-        ),
-        wrong(
-            |_| after_online(refused(ITS_HANDLE, 1)),
-            "refused a connection it does not hold",
-        ),
+        wrong(|_| after_online(ready(NO_HANDLE, 0)), ready_why),
+        wrong(|_| after_online(ready(ITS_HANDLE, 0)), ready_why),
         wrong(|_| after_online(about(CLOSE, NO_HANDLE)), close_why),
         wrong(|_| after_online(about(CLOSE, ITS_HANDLE)), close_why),
         wrong(
@@ -1158,7 +1423,7 @@ fn wrongs_without_a_listener() -> Vec<Wrong> {
         ),
         wrong(
             |_| after_online(about(REVOKE, ITS_HANDLE)),
-            "revoked what it never granted",
+            "revoked what it never had",
         ),
     ]
 }
@@ -1171,20 +1436,32 @@ fn wrongs_with_a_listener() -> Vec<Wrong> {
             "listens twice with one index",
         ),
         wrong(
-            |enemy| joined(enemy, ready(ITS_HANDLE, 0, 1)),
+            |enemy| joined(enemy, ready(ITS_HANDLE, 1)),
             "took a connection it was never given",
         ),
         wrong(
-            |enemy| joined(enemy, ready(ITS_HANDLE, u32::MAX, 0)),
-            "granted more credits than allowed",
+            |enemy| joined(enemy, ready(ITS_HANDLE, u64::MAX)),
+            "took a connection it was never given",
         ),
         wrong(
-            |enemy| joined(enemy, refused(ITS_HANDLE, 1)),
-            "refused a connection it does not hold",
+            |enemy| {
+                joined(
+                    enemy,
+                    [about(CLOSE, ITS_HANDLE), ready(ITS_HANDLE, 0)].concat(),
+                )
+            },
+            "ready for a listener it has not",
         ),
         wrong(
             |enemy| joined(enemy, about(CLOSE, ITS_HANDLE).repeat(2)),
             "closed a listener it has not",
+        ),
+        wrong(
+            |enemy| {
+                let frames = [about(CLOSE, ITS_HANDLE), about(REVOKE, ITS_HANDLE)];
+                joined(enemy, frames.concat())
+            },
+            "revoked what it never had",
         ),
     ]
 }
@@ -1194,18 +1471,18 @@ fn wrong_forms() -> Vec<Wrong> {
     let wrong = |frames, why| Wrong { frames, why };
     vec![
         wrong(|_| frame(0, 0, &[]), "unknown kind of frame 0"),
-        wrong(|_| frame(9, 0, &[]), "unknown kind of frame 9"),
+        wrong(|_| frame(8, 0, &[0; 4]), "unknown kind of frame 8"),
         wrong(|_| frame(255, 0, &[]), "unknown kind of frame 255"),
         wrong(
             |_| frame(REPLY, 0, &numbers(&[1, 98])),
             "unknown kind of frame 65",
         ),
-        wrong(
-            |_| frame(CONNECTION, 0, &numbers(&[1, 1, 0])),
-            "unknown kind of frame 66",
-        ),
+        wrong(|_| frame(END, 0, &[0; 5]), "unknown kind of frame 66"),
         wrong(|_| frame(ONLINE, 0, b"x"), "malformed frame of kind 1"),
         wrong(|_| frame(CLOSE, 0, b"abc"), "malformed frame of kind 6"),
+        wrong(|_| frame(READY, 0, &[0; 16]), "malformed frame of kind 4"),
+        wrong(|_| frame(READY, 0, &[0; 8]), "malformed frame of kind 4"),
+        wrong(|_| frame(REVOKE, 0, &[0; 12]), "malformed frame of kind 5"),
         wrong(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
         wrong(
             |_| frame(MESSAGE, 17, &[]),
@@ -1320,13 +1597,12 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
         }
         3 => listen(small),
         4 => about(LISTENING, small),
-        5 => ready(small, random.u32(..20), random.u32(..2)),
-        6 => refused(small, random.u32(..2)),
+        5 | 6 => ready(small, random.u64(..3)),
         7 => about(CLOSE, small),
         8 => about(REVOKE, small),
         9 => frame(LEAVING, 0, &[]),
         10 => {
-            let mut changed = [listen(small), ready(small, 1, 0)].concat();
+            let mut changed = [listen(small), ready(small, 0)].concat();
             let at = random.usize(..changed.len());
             changed[at] = random.u8(..);
             changed

@@ -5,20 +5,25 @@ use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use cluster::{Interest, Signal};
+use cluster::{Connection, Interest, Listener, Master, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, rest, serve_id, stop, talk, when_all_wait,
-    when_listening,
+    Log, answer, answer_pings, cluster, in_background, serve_id, stop, talk, when_all_wait,
+    when_listening, with_env,
 };
 
 crate::scenarios! {
     sequential_connections_rotate_exactly
     a_slow_request_holds_up_nobody_else
+    what_lies_behind_a_slow_request_goes_to_others
     busy_workers_leave_connections_to_the_kernel
+    quick_workers_leave_most_connections_to_the_kernel
+    what_a_stopped_worker_was_given_goes_to_an_idle_one
     a_connection_outlives_the_worker_it_was_given_to
+    a_queue_outlives_its_worker
+    a_lowered_limit_leaves_the_rest_to_others
     a_client_that_leaves_while_it_waits_is_counted
     callback_workers_hold_many_connections
     clients_cannot_use_up_a_workers_descriptors
@@ -49,7 +54,7 @@ fn sequential_connections_rotate_exactly() {
 }
 
 /// One connection after the other, each when everybody waits for one.
-fn next(master: &cluster::Master, address: SocketAddr, log: Log) {
+fn next(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {
         let work = move || talk(address, b"").unwrap();
         in_background(master, work, move |master, id| {
@@ -65,7 +70,7 @@ fn next(master: &cluster::Master, address: SocketAddr, log: Log) {
 }
 
 /// Reads one byte, answers the id: a client that says nothing keeps the worker.
-fn serve_after_one_byte(worker: &cluster::Worker) {
+fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
         let mut connection = connection.unwrap();
@@ -142,17 +147,145 @@ fn busy_workers_leave_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["30"]);
 }
 
-/// Two idle workers wait in `accept`, and the one whose turn it is has been stopped.
+/// The most connections that a worker is given before it says that it is idle again.
+const WINDOW: u64 = 16;
+
+/// A client that has made its request.
+fn request(address: SocketAddr) -> TcpStream {
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"x").unwrap();
+    client
+}
+
+/// Clients of two workers that are busy with one slow request each, and had been quick before.
+struct Clients {
+    slow: [TcpStream; 2],
+    quick: Vec<TcpStream>,
+}
+
+/// Calls back when both workers have something behind their slow requests, as far as this can be seen:
+/// one of them alone has not so much. It takes some quickness, and is tried until it comes out.
+fn with_much_behind(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master, Clients) + 'static,
+) {
+    let before = master.ledger().accepted;
+    let connect = move || {
+        let mut quick: Vec<_> = (0..60).map(|_| request(address)).collect();
+        let slow = [(); 2].map(|()| TcpStream::connect(address).unwrap());
+        quick.extend((0..100).map(|_| request(address)));
+        Clients { slow, quick }
+    };
+    in_background(master, connect, move |master, clients| {
+        master.set_timeout(Duration::from_millis(50), move |master| {
+            let ledger = master.ledger();
+            let all = clients.quick.len() + clients.slow.len();
+            let wait_in_the_kernel = ledger.accepted < before + all as u64;
+            if wait_in_the_kernel && ledger.in_hand() >= WINDOW {
+                return then(master, clients);
+            }
+            let end = move || {
+                let [mut one, mut other] = clients.slow;
+                one.write_all(b"x").unwrap();
+                other.write_all(b"x").unwrap();
+                read_all(clients.quick);
+                read_all(vec![one, other]);
+            };
+            in_background(master, end, move |master, ()| {
+                with_much_behind(master, address, then);
+            });
+        });
+    });
+}
+
+fn what_lies_behind_a_slow_request_goes_to_others() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 2, move |master, address| {
+                with_much_behind(master, address, move |master, clients| {
+                    let Clients { slow, quick } = clients;
+                    let work = move || {
+                        let [mut first, mut second] = slow;
+                        second.write_all(b"x").unwrap();
+                        let second = read_all(vec![second]);
+                        let quick = read_all(quick).len();
+                        // The other one has been busy all the time.
+                        first.set_nonblocking(true).unwrap();
+                        let none = first.read(&mut [0]).unwrap_err();
+                        assert_eq!(none.kind(), std::io::ErrorKind::WouldBlock);
+                        first.set_nonblocking(false).unwrap();
+                        first.write_all(b"x").unwrap();
+                        assert_ne!(read_all(vec![first]), second);
+                        quick
+                    };
+                    in_background(master, work, move |master, quick| {
+                        let ledger = master.ledger();
+                        assert_eq!(ledger.accepted, ledger.taken);
+                        log.add(quick.to_string());
+                        master.disconnect(|_| {});
+                    });
+                });
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["160"]);
+}
+
+fn quick_workers_leave_most_connections_to_the_kernel() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 2, move |master, address| {
+                with_much_behind(master, address, move |master, clients| {
+                    let ledger = master.ledger();
+                    // What is being served counts, and has been taken.
+                    assert!(ledger.in_hand() <= 2 * (WINDOW - 1), "{ledger:?}");
+                    let work = move || {
+                        let mut slow = clients.slow;
+                        slow.iter_mut()
+                            .for_each(|slow| slow.write_all(b"x").unwrap());
+                        read_all(slow.into_iter().chain(clients.quick).collect())
+                    };
+                    in_background(master, work, move |master, answers| {
+                        assert!(answers.iter().all(|answer| answer.len() == 1));
+                        log.add(answers.len().to_string());
+                        master.disconnect(|_| {});
+                    });
+                });
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["162"]);
+}
+
+/// A worker that takes so long is given one connection at a time from then on.
+fn talk_slowly(address: SocketAddr) -> String {
+    let mut client = TcpStream::connect(address).unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    client.write_all(b"x").unwrap();
+    read_all(vec![client]).concat()
+}
+
+/// Two idle workers wait in `accept`, and the one whose turn it is has been stopped. Nobody is given
+/// anything ahead.
 fn with_a_stopped_worker(
-    master: &cluster::Master,
-    then: impl FnOnce(&cluster::Master, SocketAddr, cluster::WorkerProcess) + 'static,
+    master: &Master,
+    then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,
 ) {
     when_listening(master, 2, move |master, address| {
         // It is not the turn of whoever was the last.
-        let round = move || [(); 2].map(|()| talk(address, b"x").unwrap());
+        let round = move || [(); 2].map(|()| talk_slowly(address));
         in_background(master, round, move |master, [_, last]| {
             when_all_wait(master, move |master| {
-                let is_next = |worker: &cluster::WorkerProcess| worker.id().to_string() != last;
+                let is_next = |worker: &WorkerProcess| worker.id().to_string() != last;
                 let next = master.workers().into_iter().find(is_next).unwrap();
                 stop(&next);
                 then(master, address, next);
@@ -162,33 +295,81 @@ fn with_a_stopped_worker(
     (0..2).for_each(|_| drop(master.fork().unwrap()));
 }
 
+fn what_a_stopped_worker_was_given_goes_to_an_idle_one() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            with_a_stopped_worker(master, move |master, address, stopped| {
+                let talk = move || {
+                    let began = Instant::now();
+                    let mut client = request(address);
+                    let mut answer = [0];
+                    client.read_exact(&mut answer).unwrap();
+                    assert!(began.elapsed() < Duration::from_secs(1));
+                    (client, char::from(answer[0]).to_string())
+                };
+                in_background(master, talk, move |master, (client, answer)| {
+                    assert_ne!(answer, stopped.id().to_string());
+                    stopped.process().kill(Signal::CONT);
+                    when_all_wait(master, move |master| {
+                        let ledger = master.ledger();
+                        assert_eq!((ledger.accepted, ledger.taken), (3, 3));
+                        let rest = move || read_all(vec![client]).concat();
+                        in_background(master, rest, move |master, rest| {
+                            log.add(rest);
+                            master.disconnect(|_| {});
+                        });
+                    });
+                });
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), [""], "a second answer");
+}
+
+/// The one that has not been stopped is kept busy by the first client, and the second is given to the
+/// other one.
+fn with_a_busy_worker(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master, [TcpStream; 2]) + 'static,
+) {
+    let before = master.ledger().taken;
+    let first = TcpStream::connect(address).unwrap();
+    let is_taken = move |master: &Master| master.ledger().taken == before + 1;
+    when(master, is_taken, move |master| {
+        let second = TcpStream::connect(address).unwrap();
+        when_accepted(master, before + 2, move |master| {
+            assert_eq!(master.ledger().in_hand(), 1, "with the stopped worker");
+            then(master, [first, second]);
+        });
+    });
+}
+
 fn a_connection_outlives_the_worker_it_was_given_to() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             with_a_stopped_worker(master, move |master, address, stopped| {
-                // The first is given to the stopped worker, the second to the other one.
-                let second = move || {
-                    let mut first = TcpStream::connect(address).unwrap();
-                    first.write_all(b"x").unwrap();
-                    (first, talk(address, b"x").unwrap())
-                };
-                in_background(master, second, move |master, (mut first, second)| {
-                    assert_eq!(master.ledger().in_hand(), 1, "with the stopped worker");
-                    assert_ne!(second, stopped.id().to_string());
+                with_a_busy_worker(master, address, move |_, clients| {
                     stopped.process().kill(Signal::KILL);
-                    let read = move || {
-                        let mut answer = String::new();
-                        first.read_to_string(&mut answer).unwrap();
-                        answer
-                    };
-                    in_background(master, read, move |master, answer| {
-                        assert_eq!(answer, second, "the other worker served it");
-                        let ledger = master.ledger();
-                        assert_eq!((ledger.accepted, ledger.taken), (4, 4));
-                        log.add("served");
-                        master.disconnect(|_| {});
+                    let rest = RefCell::new(Some((clients, log)));
+                    stopped.on_exit(move |master, stopped, _| {
+                        let (mut clients, log) = rest.take().unwrap();
+                        ask(&mut clients, b"x");
+                        let dead = stopped.id().to_string();
+                        let read = move || read_all(clients.into());
+                        in_background(master, read, move |master, answers| {
+                            assert_eq!(answers[0], answers[1], "the other worker served it");
+                            assert_ne!(answers[0], dead);
+                            let ledger = master.ledger();
+                            assert_eq!((ledger.accepted, ledger.taken), (4, 4));
+                            log.add("served");
+                            master.disconnect(|_| {});
+                        });
                     });
                 });
             });
@@ -204,35 +385,22 @@ fn a_client_that_leaves_while_it_waits_is_counted() {
     cluster(
         |master| {
             with_a_stopped_worker(master, move |master, address, stopped| {
-                // The second keeps the other worker busy, so that the first has nobody to go to
-                // when the stopped worker dies.
-                let clients = move || [(); 2].map(|()| TcpStream::connect(address).unwrap());
-                in_background(master, clients, move |master, [first, mut second]| {
-                    let victim = stopped.clone();
-                    until(master, move |master| {
-                        let taken = master.ledger().taken == 3;
-                        if taken {
-                            victim.process().kill(Signal::KILL);
-                        }
-                        taken
-                    });
-                    let clients = RefCell::new(Some(first));
+                // It has nobody to go to when the stopped worker dies.
+                with_a_busy_worker(master, address, move |master, [mut first, second]| {
+                    stopped.process().kill(Signal::KILL);
+                    let client = RefCell::new(Some(second));
                     stopped.on_exit(move |master, _, _| {
                         assert_eq!(master.ledger().in_hand(), 1, "waits in the master");
-                        reset(clients.take().unwrap());
-                        second.write_all(b"x").unwrap();
+                        reset(client.take().unwrap());
+                    });
+                    let is_counted = |master: &Master| master.ledger().closed_by_peer == 1;
+                    when(master, is_counted, move |master| {
+                        let ledger = master.ledger();
+                        log.add(format!("{} of {}", ledger.taken, ledger.accepted));
+                        first.write_all(b"x").unwrap();
+                        master.disconnect(|_| {});
                     });
                 });
-                let log = log.clone();
-                let all_done = move |master: &cluster::Master| {
-                    let ledger = master.ledger();
-                    if ledger.closed_by_peer == 1 && log.len() == 0 {
-                        log.add(format!("{} of {}", ledger.taken, ledger.accepted));
-                        master.disconnect(|_| {});
-                    }
-                    ledger.closed_by_peer == 1
-                };
-                until(master, all_done);
             });
         },
         |worker| serve_after_one_byte(&worker),
@@ -240,8 +408,97 @@ fn a_client_that_leaves_while_it_waits_is_counted() {
     assert_eq!(entries.take(), ["3 of 4"]);
 }
 
+/// Calls back when this is so.
+fn when(
+    master: &Master,
+    done: impl Fn(&Master) -> bool + 'static,
+    then: impl FnOnce(&Master) + 'static,
+) {
+    let then = RefCell::new(Some(then));
+    until(master, move |master| {
+        let done = done(master);
+        if done {
+            then.take().unwrap()(master);
+        }
+        done
+    });
+}
+
+/// How many connections lie in the queue of the one worker.
+const QUEUED: usize = 5;
+
+/// Calls back when so many connections lie in the queue of the only worker, which has been stopped.
+/// The clients have not made their requests. A worker is given so many only if it has been quick: it is
+/// tried until it is.
+fn with_a_queue(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master, WorkerProcess, Vec<TcpStream>) + 'static,
+) {
+    let burst = move || read_all((0..60).map(|_| request(address)).collect());
+    in_background(master, burst, move |master, _| {
+        when_all_wait(master, move |master| {
+            let worker = master.workers().remove(0);
+            stop(&worker);
+            let before = master.ledger().accepted;
+            let connect = |_| TcpStream::connect(address).unwrap();
+            let mut clients: Vec<_> = (0..QUEUED).map(connect).collect();
+            master.set_timeout(Duration::from_millis(20), move |master| {
+                if master.ledger().accepted == before + QUEUED as u64 {
+                    return then(master, worker, clients);
+                }
+                worker.process().kill(Signal::CONT);
+                ask(&mut clients, b"x");
+                in_background(
+                    master,
+                    move || read_all(clients),
+                    move |master, _| with_a_queue(master, address, then),
+                );
+            });
+        });
+    });
+}
+
+/// The clients make their requests.
+fn ask(clients: &mut [TcpStream], request: &[u8]) {
+    for client in clients {
+        client.write_all(request).unwrap();
+    }
+}
+
+/// Another worker that has the same listener, and takes nothing before it is told to.
+fn fork_second(master: &Master, then: impl FnOnce(&Master, &WorkerProcess) + 'static) {
+    let second = master.fork_with([("SECOND", "1")]).unwrap();
+    let mut then = Some(then);
+    second.on_listening(move |master, worker, _| then.take().unwrap()(master, worker));
+}
+
+/// Answers by a callback, with what `first` does; or, as the second worker, with its id.
+fn serve_by_callback(
+    worker: &Worker,
+    first: impl FnMut(&Worker, &Listener, Connection, u8) + 'static,
+) {
+    answer_pings(worker);
+    let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
+    let own = Rc::downgrade(&listener);
+    if std::env::var_os("SECOND").is_some() {
+        worker.on_message(move |worker, _| answer(&own.upgrade().unwrap(), worker.id()));
+        return worker.run().unwrap();
+    }
+    let mut first = first;
+    listener.on_connection(move |worker, mut connection| {
+        let mut byte = [0];
+        connection.read_exact(&mut byte).unwrap();
+        if byte == *b"x" {
+            return connection.write_all(b"1").unwrap();
+        }
+        first(worker, &own.upgrade().unwrap(), connection, byte[0]);
+    });
+    worker.run().unwrap();
+}
+
 /// Asks every millisecond.
-fn until(master: &cluster::Master, done: impl Fn(&cluster::Master) -> bool + 'static) {
+fn until(master: &Master, done: impl Fn(&Master) -> bool + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         if !done(master) {
             until(master, done);
@@ -290,7 +547,7 @@ fn callback_workers_hold_many_connections() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|worker, connection| {
-                let echo = |_: &cluster::Worker, mut connection: &cluster::Connection| {
+                let echo = |_: &Worker, mut connection: &Connection| {
                     let mut byte = [0];
                     match connection.read(&mut byte) {
                         Ok(1) => connection.write_all(&byte).ok()?,
@@ -306,69 +563,143 @@ fn callback_workers_hold_many_connections() {
     assert_eq!(entries.take(), ["300"]);
 }
 
-/// Two callback workers; the first has several connections under way when its callback, at the
-/// first of them, closes the listener or breaks down.
+/// Two callback workers; several connections lie in the queue of the first one when its callback, at
+/// the first of them, closes the listener or breaks down.
 fn what_a_callback_has_not_got_goes_to_others() {
     for how in ["close", "abort"] {
-        if std::env::var_os("HOW").is_none_or(|own| own == how) {
-            callback_that_ends(how);
-        }
+        with_env("HOW", how, || callback_that_ends(how));
     }
 }
 
 fn callback_that_ends(how: &'static str) {
-    // A process has one cluster: the two ways are played by children of this one.
-    if std::env::var_os("HOW").is_none() {
-        let own = std::env::current_exe().unwrap();
-        let status = std::process::Command::new(own).env("HOW", how).status();
-        return assert!(status.unwrap().success(), "{how}");
-    }
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 1, move |master, address| {
-                when_all_wait(master, move |master| {
-                    let first = master.workers().remove(0);
-                    stop(&first);
-                    // All of these are given to the only worker there is.
-                    let connect = move |_| TcpStream::connect(address).unwrap();
-                    let clients: Vec<_> = (0..5).map(connect).collect();
-                    when_accepted(master, 5, move |master| {
-                        let second = master.fork_with([("SECOND", "1")]).unwrap();
-                        second.on_listening(move |_, _, _| first.process().kill(Signal::CONT));
-                        in_background(
-                            master,
-                            move || read_all(clients),
-                            move |master, answers| {
+                with_a_queue(master, address, move |master, first, mut clients| {
+                    ask(&mut clients, b"!");
+                    fork_second(master, move |master, second| {
+                        first.process().kill(Signal::CONT);
+                        let second = second.clone();
+                        let others = clients.split_off(1);
+                        let read_first = move || read_all(clients);
+                        in_background(master, read_first, move |master, mut answers| {
+                            second.send(b"go").unwrap();
+                            let read = move || read_all(others);
+                            in_background(master, read, move |master, more| {
+                                answers.extend(more);
+                                let ledger = master.ledger();
+                                assert_eq!(ledger.accepted, ledger.taken);
                                 log.add(answers.join(" "));
                                 master.disconnect(|_| {});
-                            },
-                        );
+                            });
+                        });
                     });
                 });
             });
             master.fork().unwrap();
         },
         |worker| {
-            answer_pings(&worker);
-            let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
-            let own = Rc::downgrade(&listener);
-            let is_second = std::env::var_os("SECOND").is_some();
-            listener.on_connection(move |_, mut connection| {
-                if is_second {
-                    return connection.write_all(b"second").unwrap();
-                }
-                connection.write_all(b"first").unwrap();
+            serve_by_callback(&worker, move |_, listener, mut connection, _| {
+                connection.write_all(b"1").unwrap();
                 match how {
-                    "close" => own.upgrade().unwrap().close(),
+                    "close" => listener.close(),
                     _ => std::process::abort(),
                 }
             });
-            worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), ["first second second second second"]);
+    assert_eq!(entries.take(), ["1 2 2 2 2"]);
+}
+
+fn a_queue_outlives_its_worker() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                with_a_queue(master, address, move |master, first, mut clients| {
+                    ask(&mut clients, b"x");
+                    fork_second(master, move |_, second| {
+                        first.process().kill(Signal::KILL);
+                        let rest = RefCell::new(Some((second.clone(), clients, log)));
+                        first.on_exit(move |master, _, _| {
+                            assert_eq!(master.ledger().in_hand(), QUEUED as u64);
+                            let (second, clients, log) = rest.take().unwrap();
+                            second.send(b"go").unwrap();
+                            let read = move || read_all(clients);
+                            in_background(master, read, move |master, answers| {
+                                let ledger = master.ledger();
+                                assert_eq!(ledger.accepted, ledger.taken);
+                                log.add(answers.join(" "));
+                                master.disconnect(|_| {});
+                            });
+                        });
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| serve_by_callback(&worker, |_, _, _, _| unreachable!()),
+    );
+    assert_eq!(entries.take(), ["2 2 2 2 2"]);
+}
+
+/// The program finds that it has enough when several connections lie in its queue.
+fn a_lowered_limit_leaves_the_rest_to_others() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, move |master, address| {
+                with_a_queue(master, address, move |master, first, mut clients| {
+                    ask(&mut clients, b"!");
+                    fork_second(master, move |master, second| {
+                        first.process().kill(Signal::CONT);
+                        let second = second.clone();
+                        let first_answer = move || (read_one(&clients[0]), clients);
+                        in_background(master, first_answer, move |master, (one, clients)| {
+                            second.send(b"go").unwrap();
+                            let read = move || {
+                                let others: String = clients[1..].iter().map(read_one).collect();
+                                (others, clients)
+                            };
+                            in_background(master, read, move |master, (others, clients)| {
+                                log.add(format!("{one}{others}"));
+                                drop(clients);
+                                master.disconnect(|_| {});
+                            });
+                        });
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            serve_by_callback(&worker, |worker, listener, mut connection, _| {
+                listener.set_max_connections(Some(1));
+                connection.write_all(b"1").unwrap();
+                hold(worker, connection);
+            });
+        },
+    );
+    assert_eq!(entries.take(), ["12222"]);
+}
+
+fn read_one(mut client: &TcpStream) -> char {
+    let mut byte = [0];
+    client.read_exact(&mut byte).unwrap();
+    char::from(byte[0])
+}
+
+/// Keeps a connection until its client leaves.
+fn hold(worker: &Worker, connection: Connection) {
+    let watch = |_: &Worker, mut connection: &Connection| {
+        let _ = connection.read(&mut [0]);
+        None
+    };
+    worker.watch(connection, Interest::Readable, watch).unwrap();
 }
 
 /// Reads each answer to its end; in alphabetical order.
@@ -384,54 +715,37 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
 }
 
 /// Calls back when the master has accepted, and given, so many.
-fn when_accepted(
-    master: &cluster::Master,
-    count: u64,
-    then: impl FnOnce(&cluster::Master) + 'static,
-) {
-    let then = RefCell::new(Some(then));
-    until(master, move |master| {
-        let accepted = master.ledger().accepted == count;
-        if accepted {
-            then.take().unwrap()(master);
-        }
-        accepted
-    });
+fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
+    when(
+        master,
+        move |master| master.ledger().accepted == count,
+        then,
+    );
 }
 
 /// The master cuts a worker off in a callback for its message; the word that the worker has taken
-/// another connection arrived together with the message, and has not been looked at.
+/// connections comes with the message or after it.
 fn a_connection_that_was_taken_is_not_given_again() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 1, move |master, address| {
-                when_all_wait(master, move |master| {
-                    let first = master.workers().remove(0);
-                    stop(&first);
-                    let connect = move |_| TcpStream::connect(address).unwrap();
-                    let clients: Vec<_> = (0..2).map(connect).collect();
-                    // Both are given to the first; only then there is another worker.
-                    when_accepted(master, 2, move |master| {
-                        first.on_message(|_, worker, _| worker.process().disconnect());
-                        let second = master.fork().unwrap();
-                        let waiting = RefCell::new(Some((first, clients, log)));
-                        second.on_listening(move |master, _, _| {
-                            let (first, mut clients, log) = waiting.take().unwrap();
-                            first.process().kill(Signal::CONT);
-                            for client in &mut clients {
-                                client.read_exact(&mut [0]).unwrap();
-                            }
-                            rest(&first);
-                            in_background(
-                                master,
-                                move || read_all(clients),
-                                move |master, more| {
-                                    log.add(more.concat());
-                                    master.disconnect(|_| {});
-                                },
-                            );
+                with_a_queue(master, address, move |master, first, mut clients| {
+                    ask(&mut clients, b"!");
+                    fork_second(master, move |master, second| {
+                        let second = second.clone();
+                        first.on_message(move |_, first, _| {
+                            first.process().disconnect();
+                            second.send(b"go").unwrap();
+                        });
+                        first.process().kill(Signal::CONT);
+                        let read = move || read_all(clients);
+                        in_background(master, read, move |master, answers| {
+                            let ledger = master.ledger();
+                            assert_eq!(ledger.accepted, ledger.taken);
+                            log.add(answers.join(" "));
+                            master.disconnect(|_| {});
                         });
                     });
                 });
@@ -439,19 +753,18 @@ fn a_connection_that_was_taken_is_not_given_again() {
             master.fork().unwrap();
         },
         |worker| {
-            answer_pings(&worker);
-            let listener = worker.listen("127.0.0.1:0").unwrap();
             let served = RefCell::new(Vec::new());
-            listener.on_connection(move |worker, mut connection| {
-                connection.write_all(b"x").unwrap();
-                worker.send(b"served one").unwrap();
-                // Open until the end, so that only the master's own copy could give an answer.
+            serve_by_callback(&worker, move |worker, _, mut connection, _| {
+                connection.write_all(b"1").unwrap();
+                // Open until the end, so that whoever else has it could give an answer, too.
                 served.borrow_mut().push(connection);
+                if served.borrow().len() == QUEUED {
+                    worker.send(b"served all").unwrap();
+                }
             });
-            worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), [""], "a second answer");
+    assert_eq!(entries.take(), ["1 1 1 1 1"]);
 }
 
 /// A connection and a signal come at once, and the signal's callback closes the listener.
@@ -481,7 +794,7 @@ fn a_callback_inside_accept_cannot_lose_the_connection() {
             answer_pings(&worker);
             let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
             let own = Rc::downgrade(&listener);
-            let close = move |_: &cluster::Worker, _| own.upgrade().unwrap().close();
+            let close = move |_: &Worker, _| own.upgrade().unwrap().close();
             worker.on_signal(Signal::USR1, close).unwrap();
             for connection in listener.incoming() {
                 connection.unwrap().write_all(b"served").unwrap();
@@ -526,12 +839,7 @@ fn clients_cannot_use_up_a_workers_descriptors() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|worker, mut connection| {
                 connection.write_all(b"x").unwrap();
-                // Held until its client leaves.
-                let watch = |_: &cluster::Worker, mut connection: &cluster::Connection| {
-                    let _ = connection.read(&mut [0]);
-                    None
-                };
-                worker.watch(connection, Interest::Readable, watch).unwrap();
+                hold(worker, connection);
             });
             worker.run().unwrap();
         },

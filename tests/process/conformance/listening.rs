@@ -235,18 +235,21 @@ fn worker_handle_close() {
             });
         },
         |worker| {
+            let before = open_fds();
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|_, _| panic!("it has closed"));
+            // The master learns that the callback waits.
+            worker.dispatch(Some(Duration::ZERO)).unwrap();
             let mut client = TcpStream::connect(listener.local_addr()).unwrap();
-            let before = open_fds();
-            // Nothing but the connection can come from the master now; it stays unread.
+            // Nothing but the connection can come from the master now; it stays where it is.
             let mut fds = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::NONE).unwrap();
             listener.close();
             worker.dispatch(Some(Duration::ZERO)).unwrap();
-            assert_eq!(open_fds(), before);
-            // Its copy and the master's are closed.
+            // The master has taken it back, and there is nobody else to give it to.
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
+            drop(client);
+            assert_eq!(open_fds(), before);
             worker.disconnect().run().unwrap();
         },
     );

@@ -1,0 +1,103 @@
+//! From `fork()` to `online`, beside what the system takes to run the same program.
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::process::Command;
+use std::rc::Rc;
+use std::time::Instant;
+
+use cluster::Role;
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, dup2_stdout, execve, pipe};
+
+use crate::ROUNDS;
+use crate::harness::{Group, SCENARIO};
+use crate::table::{Figure, Goal, Table};
+
+/// The role of a master that forks.
+pub const FORK: &str = "fork";
+/// The role of a program that says one byte.
+pub const BYTE: &str = "byte";
+
+/// How often a round does it, after a few times that do not count.
+const TIMES: usize = 30;
+const BEFORE: usize = 5;
+
+pub fn measure(table: &mut Table) {
+    let round = |_| [0, 1024].map(forks);
+    let rounds: Vec<_> = (0..ROUNDS).map(round).collect();
+    let figure = |value: &dyn Fn(&[[f64; 2]; 2]) -> f64| {
+        Figure::from(rounds.iter().map(value).collect::<Vec<_>>())
+    };
+    let bare = figure(&|[little, _]| little[0]).in_unit("µs");
+    let own = figure(&|[little, _]| little[1]).in_unit("µs");
+    let large = figure(&|[_, large]| large[1]).in_unit("µs");
+    let ratio = figure(&|[little, _]| little[1] / little[0]);
+    table
+        .row("fork to online", ratio, "× fork, exec and a byte")
+        .goal(Goal::AtMost(1.3))
+        .note(&format!("{own} beside {bare}"));
+    let ratio = figure(&|[little, large]| large[1] / little[1]);
+    table
+        .row("the same with 1 GiB resident", ratio, "× with little")
+        .goal(Goal::AtMost(2.0))
+        .note(&large);
+}
+
+/// What it takes in a master with so many MiB, in microseconds: without this crate, and with it.
+fn forks(mebibytes: usize) -> [f64; 2] {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());
+    let group = Group::start(command).unwrap();
+    ["bare: ", "own: "].map(|prefix| group.line(prefix).parse().unwrap())
+}
+
+/// In the process that forks.
+pub fn fork() {
+    let Role::Master(master) = cluster::init().unwrap() else {
+        return;
+    };
+    let mebibytes: usize = std::env::args().nth(1).unwrap().parse().unwrap();
+    let resident = vec![1u8; mebibytes << 20];
+    let online = Rc::new(Cell::new(None));
+    let seen = Rc::clone(&online);
+    master.on_online(move |_, _| seen.set(Some(Instant::now())));
+    let (mut bare, mut own) = (Vec::new(), Vec::new());
+    for time in 0..BEFORE + TIMES {
+        let one_byte = fork_exec_byte();
+        let begun = Instant::now();
+        master.fork().unwrap();
+        master.run().unwrap();
+        if time >= BEFORE {
+            bare.push(one_byte);
+            own.push((online.take().unwrap() - begun).as_secs_f64() * 1e6);
+        }
+    }
+    drop(resident);
+    println!("bare: {}", Figure::from(bare).median);
+    println!("own: {}", Figure::from(own).median);
+}
+
+fn fork_exec_byte() -> f64 {
+    let program = std::env::current_exe().unwrap();
+    let program = CString::new(program.as_os_str().as_bytes()).unwrap();
+    let env = CString::new(format!("{SCENARIO}={BYTE}")).unwrap();
+    let begun = Instant::now();
+    let (read, write) = pipe().unwrap();
+    #[allow(unsafe_code)]
+    // SAFETY: this process has one thread.
+    let forked = unsafe { nix::unistd::fork() };
+    let ForkResult::Parent { child } = forked.unwrap() else {
+        dup2_stdout(write).unwrap();
+        let _ = execve(&program, &[&program], &[&env as &CStr]);
+        std::process::abort();
+    };
+    drop(write);
+    File::from(read).read_exact(&mut [0]).unwrap();
+    let passed = begun.elapsed().as_secs_f64() * 1e6;
+    waitpid(child, None).unwrap();
+    passed
+}

@@ -1,0 +1,101 @@
+//! What a master and its workers hold and do when there is nothing to do.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::peers::{self, build};
+use crate::server::Server;
+use crate::table::{Goal, Table};
+use crate::usage::{calls, cpu_time, family, mapped, switches};
+
+const WORKERS: usize = 8;
+const TIME: Duration = Duration::from_secs(2);
+
+pub fn memory(table: &mut Table) {
+    match http_server() {
+        Ok(server) => {
+            let own = memory_of(&server);
+            let row = table.row(
+                "http_server's master, 8 idle workers, resident",
+                own.0,
+                "KiB",
+            );
+            row.goal(Goal::AtMost(2048.0));
+            row.note(&format!("{} KiB without what is of files", own.2));
+            let row = table.row("each worker of http_server, private", own.1, "KiB");
+            row.goal(Goal::AtMost(400.0));
+        }
+        Err(why) => table.skip("http_server", &why),
+    }
+    match peers::node("rr", WORKERS) {
+        Ok(server) => {
+            let node = memory_of(&server);
+            table.row("Node's master, resident", node.0, "KiB");
+            table.row("each worker of Node's, private", node.1, "KiB");
+        }
+        Err(why) => table.skip("Node", &why),
+    }
+}
+
+/// The example, because this program maps far more than a server would.
+fn http_server() -> Result<Server, String> {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    build(&manifest, target, &["--example", "http_server"])?;
+    let mut command = Command::new(target.join("release/examples/http_server"));
+    command.args(["--policy", "rr", "--addr", "127.0.0.1:0"]);
+    Ok(Server::run(
+        command.args(["--workers", &WORKERS.to_string()]),
+    ))
+}
+
+/// Of the master, of its workers, and of the master what is not of files.
+fn memory_of(server: &Server) -> (f64, Vec<f64>, f64) {
+    let processes = family(server.group.pid());
+    let private =
+        |worker: &_| mapped(*worker, "Private_Clean:") + mapped(*worker, "Private_Dirty:");
+    let (master, workers) = (processes[0], &processes[1..]);
+    let own = mapped(master, "Anonymous:");
+    (
+        mapped(master, "Rss:"),
+        workers.iter().map(private).collect(),
+        own,
+    )
+}
+
+pub fn measure(table: &mut Table) {
+    for policy in ["rr", "none", "sharded"] {
+        let server = match Server::start(policy, WORKERS) {
+            Ok(server) => server,
+            Err(why) => {
+                table.skip(policy, &why);
+                continue;
+            }
+        };
+        let processes = family(server.group.pid());
+        let before = (switches(&processes), cpu_time(&processes));
+        std::thread::sleep(TIME);
+        let after = (switches(&processes), cpu_time(&processes));
+        let row = table.row(
+            &format!("{policy}: wake-ups"),
+            (after.0 - before.0) as f64,
+            "in 2 s",
+        );
+        row.goal(Goal::AtMost(0.0))
+            .note(&format!("{:?} of CPU", after.1 - before.1));
+        let name = format!("{policy}: system calls");
+        match calls(&processes, || std::thread::sleep(TIME)) {
+            Ok(calls) => {
+                let count: u64 = calls.values().sum();
+                let row = table
+                    .row(&name, count as f64, "in 2 s")
+                    .goal(Goal::AtMost(0.0));
+                if count > 0 {
+                    row.note(&format!("{calls:?}"));
+                }
+            }
+            Err(why) => table.skip(&name, &why),
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! The clients: one thread that keeps many connections under way.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
+
+use crate::peers::has;
+use crate::server::{GET, now};
+
+/// A connection that has been answered.
+pub struct Answered<'a> {
+    pub request: &'static [u8],
+    /// What was read until the server closed.
+    pub answer: &'a [u8],
+    /// When the client called `connect`, and when that returned.
+    pub begun: i64,
+    pub connected: i64,
+    pub ended: i64,
+}
+
+impl Answered<'_> {
+    /// The numbers in the body of the answer.
+    pub fn numbers(&self) -> Vec<i64> {
+        let answer = std::str::from_utf8(self.answer).unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        body.split(' ')
+            .map(|number| number.parse().unwrap())
+            .collect()
+    }
+}
+
+struct Client {
+    stream: TcpStream,
+    request: &'static [u8],
+    answer: Vec<u8>,
+    begun: i64,
+    connected: i64,
+}
+
+impl Client {
+    fn connect(address: SocketAddr, request: &'static [u8]) -> Self {
+        let begun = now();
+        let mut stream = TcpStream::connect(address).unwrap();
+        let connected = now();
+        stream.write_all(request).unwrap();
+        let answer = Vec::new();
+        Self {
+            stream,
+            request,
+            answer,
+            begun,
+            connected,
+        }
+    }
+
+    fn answered(&self) -> Answered<'_> {
+        let Self {
+            request,
+            answer,
+            begun,
+            connected,
+            ..
+        } = self;
+        let (request, begun, connected) = (*request, *begun, *connected);
+        assert!(
+            answer.starts_with(b"HTTP/1."),
+            "{}",
+            String::from_utf8_lossy(answer)
+        );
+        Answered {
+            request,
+            answer,
+            begun,
+            connected,
+            ended: now(),
+        }
+    }
+}
+
+/// So many clients, each of which makes one connection after the other, until there is no next
+/// request.
+pub fn drive(
+    address: SocketAddr,
+    clients: usize,
+    mut next: impl FnMut() -> Option<&'static [u8]>,
+    mut answered: impl FnMut(Answered<'_>),
+) {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+    let wanted = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
+    let mut connect = |number: usize| {
+        let client = Client::connect(address, next()?);
+        let event = EpollEvent::new(wanted, number as u64);
+        epoll.add(&client.stream, event).unwrap();
+        Some(client)
+    };
+    let mut open: Vec<_> = (0..clients).map(&mut connect).collect();
+    let mut events = vec![EpollEvent::empty(); clients];
+    let mut buffer = [0; 4096];
+    while open.iter().any(Option::is_some) {
+        let ready = epoll
+            .wait(&mut events, EpollTimeout::from(10_000u16))
+            .unwrap();
+        assert!(ready > 0, "no answer for ten seconds");
+        for event in &events[..ready] {
+            let number = usize::try_from(event.data()).unwrap();
+            let client = open[number].as_mut().unwrap();
+            let length = client.stream.read(&mut buffer).unwrap();
+            client.answer.extend_from_slice(&buffer[..length]);
+            // What is there together with the end is there as a whole.
+            if length == 0 || event.events().contains(EpollFlags::EPOLLRDHUP) {
+                answered(client.answered());
+                open[number] = connect(number);
+            }
+        }
+    }
+}
+
+/// What a load has come to.
+pub struct Load {
+    pub connections: u64,
+    /// Of the clients.
+    pub cpu: Duration,
+}
+
+/// A second of short connections, of which `wrk` is the client, if it is there. It has a thread for
+/// each core, so that no core rests: to wake one up would be most of what is measured.
+pub fn short_connections(address: SocketAddr, clients: usize) -> Load {
+    let threads = cluster::available_parallelism();
+    if !has_wrk() {
+        let before = used_by(UsageWho::RUSAGE_SELF);
+        let connections = own_clients(address, clients, threads);
+        let cpu = used_by(UsageWho::RUSAGE_SELF) - before;
+        return Load { connections, cpu };
+    }
+    let before = used_by(UsageWho::RUSAGE_CHILDREN);
+    let output = Command::new("wrk")
+        .args(["-d1s", &format!("-t{threads}"), &format!("-c{clients}")])
+        .args(["-H", "Connection: close", &format!("http://{address}/")])
+        .output()
+        .unwrap();
+    let cpu = used_by(UsageWho::RUSAGE_CHILDREN) - before;
+    let output = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        !output.contains("Non-2xx") && !output.contains("Socket errors"),
+        "{output}"
+    );
+    let count = output
+        .lines()
+        .find_map(|line| line.trim().split_once(" requests in "));
+    let connections = count.unwrap().0.parse().unwrap();
+    Load { connections, cpu }
+}
+
+pub fn has_wrk() -> bool {
+    has("wrk", "-v").is_ok()
+}
+
+fn own_clients(address: SocketAddr, clients: usize, threads: usize) -> u64 {
+    let end = Instant::now() + Duration::from_secs(1);
+    let count = || {
+        let mut count = 0;
+        let next = || (Instant::now() < end).then_some(GET);
+        drive(address, clients / threads, next, |_| count += 1);
+        count
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(count)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .sum()
+    })
+}
+
+/// User and system time.
+fn used_by(who: UsageWho) -> Duration {
+    let usage = getrusage(who).unwrap();
+    let micros = |time: TimeVal| time.tv_sec() * 1_000_000 + time.tv_usec();
+    let micros = micros(usage.user_time()) + micros(usage.system_time());
+    Duration::from_micros(micros.unsigned_abs())
+}

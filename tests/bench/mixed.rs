@@ -1,0 +1,171 @@
+//! One request of a hundred sleeps for 50 ms: what the others, and all together, have to wait.
+
+use std::time::{Duration, Instant};
+
+use crate::ROUNDS;
+use crate::load::drive;
+use crate::server::{BARE, GET_SLOW, GET_TIMES, Server};
+use crate::table::{Figure, Goal, Table, ratios};
+
+const WORKERS: usize = 8;
+const CLIENTS: usize = 32;
+const TIME: Duration = Duration::from_secs(3);
+/// One of so many requests is slow.
+const SLOW: usize = 100;
+/// What a wait is that the scheduler may cause on a busy machine, in milliseconds: half of what a slow
+/// request takes.
+const SCHEDULING: f64 = 25.0;
+
+/// What one round has shown; times are in milliseconds.
+struct Outcome {
+    connections: usize,
+    latencies: [f64; 3],
+    /// The longest time that a connection waited while a worker was idle.
+    longest: f64,
+    /// How many waited behind a slow request, while a worker was idle.
+    held_up: f64,
+}
+
+/// One connection, in nanoseconds of the clock that all share.
+struct Times {
+    worker: i64,
+    slow: bool,
+    begun: i64,
+    connected: i64,
+    /// When a worker's program had it, and when it had answered.
+    accepted: i64,
+    answered: i64,
+    ended: i64,
+}
+
+pub fn measure(table: &mut Table) {
+    let titles = ["bare loop", "round robin", "shared", "sharded"];
+    let servers = [BARE, "rr", "none", "sharded"].map(|name| Server::start(name, WORKERS));
+    let mut outcomes = servers.each_ref().map(|_| Vec::new());
+    for round in 0..=ROUNDS {
+        for (server, outcomes) in servers.iter().zip(&mut outcomes) {
+            let outcome = server.as_ref().map(play);
+            outcomes.extend(outcome.ok().filter(|_| round > 0));
+        }
+    }
+    for (number, title) in titles.iter().enumerate() {
+        if let Err(why) = &servers[number] {
+            table.skip(title, why);
+            continue;
+        }
+        for (at, name) in ["p50", "p99", "p99.9"].iter().enumerate() {
+            let latency = |outcomes: &Vec<Outcome>| each(outcomes, |outcome| outcome.latencies[at]);
+            let own = latency(&outcomes[number]);
+            let beside = ratios(&own, &latency(&outcomes[0]));
+            let row = table.row(&format!("{title}, {name}"), beside, "× bare");
+            row.note(&Figure::from(own).in_unit("ms"));
+            if number > 0 && at > 0 {
+                row.goal(Goal::AtMost(1.0));
+            }
+        }
+        let own = &outcomes[number];
+        let count: usize = own.iter().map(|outcome| outcome.connections).sum();
+        let held_up: f64 = own.iter().map(|outcome| outcome.held_up).sum();
+        let longest = Figure::from(each(own, |outcome| outcome.longest)).in_unit("ms");
+        let name = format!("{title}, behind a slow request, another worker idle");
+        let row = table.row(&name, held_up, "connections");
+        row.note(&format!(
+            "of {count}; longest wait while a worker was idle {longest}"
+        ));
+        if number > 0 {
+            row.goal(Goal::AtMost(0.0));
+        }
+    }
+}
+
+fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Vec<f64> {
+    outcomes.iter().map(value).collect()
+}
+
+fn play(server: &Server) -> Outcome {
+    let end = Instant::now() + TIME;
+    let mut count = 0;
+    let next = || {
+        count += 1;
+        let request = match count % SLOW {
+            0 => GET_SLOW,
+            _ => GET_TIMES,
+        };
+        (Instant::now() < end).then_some(request)
+    };
+    let mut all = Vec::new();
+    drive(server.address, CLIENTS, next, |answered| {
+        let [worker, accepted, written] = answered.numbers()[..] else {
+            panic!("no times");
+        };
+        all.push(Times {
+            worker,
+            slow: answered.request == GET_SLOW,
+            begun: answered.begun,
+            connected: answered.connected,
+            accepted,
+            answered: written,
+            ended: answered.ended,
+        });
+    });
+    let mut latencies: Vec<_> = all
+        .iter()
+        .map(|times| millis(times.ended - times.begun))
+        .collect();
+    latencies.sort_by(f64::total_cmp);
+    let at = |share: usize| latencies[(latencies.len() * share / 1000).min(latencies.len() - 1)];
+    let idle = Idle::new(&all);
+    let waits = all
+        .iter()
+        .map(|times| millis(idle.between(times.connected, times.accepted)));
+    let slow: Vec<_> = all.iter().filter(|times| times.slow).collect();
+    let behind = |times: &&Times| {
+        let before = slow.iter().filter(|slow| slow.worker == times.worker);
+        let waits = before.map(|slow| {
+            let from = times.connected.max(slow.accepted);
+            idle.between(from, times.accepted.min(slow.answered).max(from))
+        });
+        millis(waits.sum()) > SCHEDULING
+    };
+    Outcome {
+        connections: all.len(),
+        latencies: [at(500), at(990), at(999)],
+        longest: waits.fold(0.0, f64::max),
+        held_up: all.iter().filter(behind).count() as f64,
+    }
+}
+
+fn millis(nanos: i64) -> f64 {
+    nanos as f64 / 1e6
+}
+
+/// The times at which a worker began or ceased to be busy; for how long at least one had been idle
+/// then, and whether one was from then on.
+struct Idle(Vec<(i64, i64, bool)>);
+
+impl Idle {
+    fn new(all: &[Times]) -> Self {
+        let begins = all.iter().map(|times| (times.accepted, 1));
+        let ends = all.iter().map(|times| (times.answered, -1));
+        let mut changes: Vec<_> = begins.chain(ends).collect();
+        changes.sort_unstable();
+        // The clock began when the system did.
+        let mut idle = Self(vec![(0, 0, true)]);
+        let mut busy = 0;
+        for (time, change) in changes {
+            busy += change;
+            idle.0.push((time, idle.until(time), busy < WORKERS as i64));
+        }
+        idle
+    }
+
+    fn between(&self, from: i64, to: i64) -> i64 {
+        self.until(to) - self.until(from)
+    }
+
+    fn until(&self, time: i64) -> i64 {
+        let next = self.0.partition_point(|step| step.0 <= time);
+        let (begun, sum, idle) = self.0[next - 1];
+        sum + if idle { time - begun } else { 0 }
+    }
+}

@@ -1,0 +1,6 @@
+"""The same answer for gunicorn."""
+
+
+def app(_environ, start_response):
+    start_response("200 OK", [("Content-Length", "12")])
+    return [b"hello world\n"]

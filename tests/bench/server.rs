@@ -1,0 +1,161 @@
+//! The servers: the bare loop, and the same with this crate.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::process::Command;
+use std::time::Duration;
+
+use cluster::{Role, SchedulingPolicy};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::waitpid;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{ForkResult, Pid, fork};
+
+use crate::harness::{Group, SCENARIO};
+
+/// The role of a process that serves.
+pub const SERVER: &str = "serve";
+/// What a request that is slow takes.
+const SLOW: Duration = Duration::from_millis(50);
+
+/// What every server here and every peer answers.
+pub const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+/// Answered with the worker's number.
+pub const GET_WORKER: &[u8] = b"GET /worker HTTP/1.1\r\nHost: localhost\r\n\r\n";
+/// Answered with the worker's number, and when it got the connection and when it answered.
+pub const GET_TIMES: &[u8] = b"GET /times HTTP/1.1\r\nHost: localhost\r\n\r\n";
+/// The same, slowly.
+pub const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+/// A group of processes that serve at an address.
+pub struct Server {
+    pub group: Group,
+    pub address: SocketAddr,
+}
+
+impl Server {
+    /// `bare`, or the name of a policy of this crate.
+    pub fn start(name: &str, workers: usize) -> Result<Self, String> {
+        if name != BARE && name.parse::<SchedulingPolicy>().is_err() {
+            return Err("no such policy".to_owned());
+        }
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .env(SCENARIO, SERVER)
+            .args([name, &workers.to_string()]);
+        Ok(Self::run(&mut command))
+    }
+
+    /// A program that says where it listens, when it does.
+    pub fn run(command: &mut Command) -> Self {
+        let group = Group::start(command).unwrap();
+        let address = group.line("listening on ").parse().unwrap();
+        Self { group, address }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        end(&self.group);
+    }
+}
+
+/// Whoever has lost its parent is this process's child, which is a subreaper.
+pub fn end(group: &Group) {
+    killpg(group.pid(), Signal::SIGKILL).unwrap();
+    while waitpid(Pid::from_raw(-group.pid().as_raw()), None).is_ok() {}
+}
+
+/// The name of the loop with nothing around it.
+pub const BARE: &str = "bare";
+
+/// Nanoseconds on the clock that all processes share.
+pub fn now() -> i64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
+    now.tv_sec() * 1_000_000_000 + now.tv_nsec()
+}
+
+/// In the process that serves.
+pub fn serve() {
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    let [policy, workers] = &args[..] else {
+        panic!("{args:?}");
+    };
+    let workers = workers.parse().unwrap();
+    match policy.as_str() {
+        BARE => bare(workers),
+        policy => clustered(policy.parse().unwrap(), workers),
+    }
+}
+
+/// The floor: processes that share a listener, and that the kernel chooses from.
+fn bare(workers: usize) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    for number in 1..=workers {
+        #[allow(unsafe_code)]
+        // SAFETY: this process has one thread.
+        let forked = unsafe { fork() };
+        if let ForkResult::Child = forked.unwrap() {
+            set_pdeathsig(Signal::SIGKILL).unwrap();
+            for connection in listener.incoming() {
+                let connection = connection.unwrap();
+                let _ = answer(connection, number, now());
+            }
+        }
+    }
+    println!("listening on {}", listener.local_addr().unwrap());
+    nix::unistd::pause();
+}
+
+fn clustered(policy: SchedulingPolicy, workers: usize) {
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            master.set_scheduling_policy(policy).unwrap();
+            let mut count = 0;
+            master.on_listening(move |_, _, address| {
+                count += 1;
+                if count == workers {
+                    println!("listening on {address}");
+                }
+            });
+            for _ in 0..workers {
+                master.fork().unwrap();
+            }
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            let number = worker.id().to_string().parse().unwrap();
+            for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                let connection = connection.unwrap();
+                let _ = answer(connection, number, now());
+            }
+        }
+    }
+}
+
+fn answer(mut connection: impl Read + Write, worker: usize, begun: i64) -> io::Result<()> {
+    let mut request = [0; 1024];
+    let mut length = 0;
+    while !request[..length].ends_with(b"\r\n\r\n") {
+        match connection.read(&mut request[length..])? {
+            0 => return Ok(()),
+            more => length += more,
+        }
+    }
+    if request.starts_with(b"GET / ") {
+        return connection.write_all(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\nConnection: close\r\n\r\nhello world\n",
+        );
+    }
+    if request.starts_with(b"GET /slow ") {
+        std::thread::sleep(SLOW);
+    }
+    let body = match request.starts_with(b"GET /worker ") {
+        true => format!("{worker}"),
+        false => format!("{worker} {begun} {}", now()),
+    };
+    let length = body.len();
+    let head = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length:";
+    connection.write_all(format!("{head} {length}\r\n\r\n{body}").as_bytes())
+}
