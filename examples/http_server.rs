@@ -4,7 +4,7 @@
 //! then:      curl -i http://127.0.0.1:8000/
 //! and stop:  Ctrl-C
 //!
-//! Options:   --addr 127.0.0.1:8000   --workers 4   --policy rr|none
+//! Options:   --addr 127.0.0.1:8000   --workers 4   --policy rr|none|sharded
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::cell::{Cell, RefCell};

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,17 +16,18 @@ use nix::unistd::Pid;
 use crate::harness::{Group, example, reserve_port, talk, wait_until};
 
 pub fn trials() -> Vec<Trial> {
-    let for_both = |name: &str, test: fn(&str) -> Result<(), Failed>| {
-        ["rr", "none"].map(|policy| Trial::test(format!("{name}_{policy}"), move || test(policy)))
+    let for_each = |name: &str, test: fn(&str) -> Result<(), Failed>| {
+        let trial = |policy| Trial::test(format!("{name}_{policy}"), move || test(policy));
+        ["rr", "none", "sharded"].map(trial)
     };
     let mut trials = Vec::new();
-    trials.extend(for_both("http_server_serves_and_stops", http_server));
-    trials.extend(for_both("http_server_replaces_a_dead_worker", replaces));
-    trials.extend(for_both(
+    trials.extend(for_each("http_server_serves_and_stops", http_server));
+    trials.extend(for_each("http_server_replaces_a_dead_worker", replaces));
+    trials.extend(for_each(
         "http_server_stops_under_load_without_a_failure",
         stops_under_load,
     ));
-    trials.extend(for_both("http_server_under_fire", under_fire));
+    trials.extend(for_each("http_server_under_fire", under_fire));
     trials.extend([
         Trial::test("http_server_gives_up_on_an_address_in_use", gives_up),
         Trial::test("http_server_survives_deaths_at_birth", deaths_at_birth),
@@ -35,6 +37,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("embedded_hosts_a_master", embedded),
         Trial::test("request_counter_counts", request_counter),
         Trial::test("is_dead_tells_who_is", is_dead),
+        Trial::test("sticky_clients_stay_with_their_worker", sticky),
         Trial::test("debug_lines_are_those_of_the_page", debug_lines),
     ]);
     trials.extend(PRINTS.iter().map(|prints| {
@@ -256,7 +259,7 @@ fn deaths_at_birth() -> Result<(), Failed> {
 
 fn explains() -> Result<(), Failed> {
     for (args, expected) in [
-        (["--policy", "random"], "\"rr\" and \"none\""),
+        (["--policy", "random"], "\"rr\", \"none\" and \"sharded\""),
         (["--nonsense", "x"], "--nonsense"),
     ] {
         let output = example("http_server").args(args).output()?;
@@ -360,6 +363,63 @@ fn is_dead() -> Result<(), Failed> {
         let lines = output.matches(&format!("worker is dead: {dead}\n")).count();
         assert_eq!(lines, pids.len(), "{output}");
     }
+    Ok(())
+}
+
+/// Who answers each of the clients 127.0.0.2, 127.0.0.3 and so on.
+fn sticky_owners(address: SocketAddr) -> Vec<String> {
+    let owner = |client| {
+        let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, client), address).unwrap();
+        stream.write_all(REQUEST).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (_, worker) = answer.rsplit_once("\r\n\r\nworker ").unwrap();
+        worker.trim_end().to_owned()
+    };
+    (2..=201).map(owner).collect()
+}
+
+fn connect_from(own: Ipv4Addr, address: SocketAddr) -> nix::Result<TcpStream> {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
+    };
+    let cloexec = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Inet, SockType::Stream, cloexec, None)?;
+    let own = SocketAddr::from((own, 0));
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(own))?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(socket.into())
+}
+
+fn sticky() -> Result<(), Failed> {
+    const WORKERS: usize = 5;
+    let mut command = example("sticky");
+    let server = Group::start(command.args(["127.0.0.1:0", &WORKERS.to_string()]))?;
+    let listening = (1..=WORKERS).map(|id| server.line(&format!("worker {id} ")));
+    let listening: Vec<_> = listening.collect();
+    let (victim, address) = listening[2].split_once(" listening on ").unwrap();
+    let address = address.parse()?;
+    let before = sticky_owners(address);
+    for _ in 0..3 {
+        assert_eq!(sticky_owners(address), before);
+    }
+    kill(Pid::from_raw(victim.parse()?), Signal::SIGKILL)?;
+    server.line("worker 3 died ");
+    let after = sticky_owners(address);
+    let both = before.iter().zip(&after);
+    let (theirs, rest): (Vec<_>, Vec<_>) = both.partition(|(before, _)| *before == "3");
+    assert!(rest.iter().all(|(before, after)| before == after));
+    let heirs: BTreeSet<_> = theirs.iter().map(|(_, after)| *after).collect();
+    assert_eq!(
+        heirs.len(),
+        WORKERS - 1,
+        "each gets some of them: {theirs:?}"
+    );
+    let part = before.len() / WORKERS;
+    let about = part / 2..part * 2;
+    assert!(about.contains(&theirs.len()), "{} moved", theirs.len());
+    kill(server.pid(), Signal::SIGTERM)?;
+    assert_eq!(server.end()?.signal(), Some(15), "it does not handle it");
     Ok(())
 }
 

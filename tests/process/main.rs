@@ -9,6 +9,7 @@
     unreachable_pub
 )]
 
+mod blocking;
 mod conformance;
 mod deadlines;
 mod edges;
@@ -21,12 +22,15 @@ mod hostile;
 mod leave;
 mod life;
 mod listen;
+mod loads;
 mod messages;
 mod old_kernels;
 mod orphans;
 mod privileges;
 mod round_robin;
 mod running;
+mod scheduler;
+mod sharded;
 
 use std::process::ExitCode;
 
@@ -49,6 +53,10 @@ fn main() -> ExitCode {
         orphans::SCENARIOS,
         host::SCENARIOS,
         privileges::SCENARIOS,
+        sharded::SCENARIOS,
+        blocking::SCENARIOS,
+        loads::SCENARIOS,
+        scheduler::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();

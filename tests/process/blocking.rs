@@ -1,0 +1,506 @@
+//! Workers that wait in `accept` itself, which only a signal interrupts: whatever else comes is
+//! noticed, each time.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::ExitStatusExt as _;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use cluster::{Master, SendOptions, Signal, Worker, WorkerProcess};
+use nix::libc;
+use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal as Number, kill, sigaction};
+use nix::unistd::Pid;
+
+use crate::harness::{
+    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, rest,
+    serve_id, share_listeners, talk, watched, when_all_wait, when_listening,
+};
+
+crate::scenarios! {
+    sequential_connections_rotate_among_workers_that_block
+    messages_are_heard_in_accept
+    messages_are_heard_in_accept_under_load
+    timers_go_off_in_accept
+    signals_are_told_in_accept
+    a_request_to_leave_is_heard_in_accept
+    the_end_of_the_master_is_noticed_in_accept
+    what_could_not_be_sent_before_is_sent_in_accept
+    what_could_not_be_sent_in_accept_is_sent_there
+    the_programs_own_reads_are_not_interrupted
+    callbacks_and_accept_share_a_listener
+    the_programs_own_handler_for_the_signal_runs
+}
+
+/// How often each is tried.
+const TIMES: u32 = 200;
+/// What takes longer has not been noticed by itself.
+const PROMPT: Duration = Duration::from_secs(5);
+
+/// Keeps the processors busy as long as it lives.
+struct Stress {
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Stress {
+    fn new() -> Self {
+        let over = Arc::<AtomicBool>::default();
+        let spin = |_| {
+            let over = Arc::clone(&over);
+            std::thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            })
+        };
+        let threads = (0..3).map(spin).collect();
+        Self { over, threads }
+    }
+}
+
+impl Drop for Stress {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn sequential_connections_rotate_among_workers_that_block() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            when_listening(master, 4, move |master, address| {
+                when_all_wait(master, move |master| next(master, address, log));
+            });
+            (0..4).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            answer_pings(&worker);
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+    let entries = entries.take();
+    for round in entries.chunks(4) {
+        assert_eq!(round, &entries[..4]);
+    }
+    let everybody: BTreeSet<_> = entries[..4].iter().collect();
+    assert_eq!((entries.len(), everybody.len()), (200, 4));
+}
+
+/// One connection after the other, each when everybody waits for one. Nobody is asked: who is, leaves
+/// the kernel's queue.
+fn next(master: &Master, address: SocketAddr, log: Log) {
+    master.workers().iter().for_each(rest);
+    in_background(
+        master,
+        move || talk(address, b"").unwrap(),
+        move |master, id| {
+            log.add(id);
+            if log.len() < 200 {
+                return next(master, address, log);
+            }
+            master.disconnect(|_| {});
+        },
+    );
+}
+
+/// One worker, which plays `worker`, and a busy machine. `next` is called when it listens, and again
+/// each time it says something, which must be soon; then it is told to leave.
+fn again_and_again(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worker)) {
+    let log = Log::default();
+    let entries = log.clone();
+    let stress = cluster::is_master().then(Stress::new);
+    cluster(
+        |master| {
+            share_listeners(master);
+            let only = master.fork().unwrap();
+            let next = Rc::new(next);
+            let first = Rc::clone(&next);
+            let began = Rc::new(Cell::new(Instant::now()));
+            only.on_listening(move |_, worker, _| first(worker));
+            let mut times = 0;
+            only.on_message(move |_, worker, message| {
+                assert_eq!(message.bytes(), b"noticed");
+                let took = began.replace(Instant::now()).elapsed();
+                assert!(took < PROMPT, "{took:?}");
+                times += 1;
+                if times < TIMES {
+                    return next(worker);
+                }
+                log.add("all");
+                worker.disconnect();
+            });
+            only.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        },
+        worker,
+    );
+    drop(stress);
+    assert_eq!(entries.take(), ["all"]);
+}
+
+fn noticed(worker: &Worker) {
+    worker.send(b"noticed").unwrap();
+}
+
+fn messages_are_heard_in_accept() {
+    again_and_again(
+        |worker| assert!(worker.send(b"notice").unwrap()),
+        |worker| {
+            worker.on_message(|worker, _| noticed(worker));
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+}
+
+/// Connections come at the same time as messages.
+fn messages_are_heard_in_accept_under_load() {
+    let over = Arc::<AtomicBool>::default();
+    let clients = Arc::clone(&over);
+    again_and_again(
+        |worker| assert!(worker.send(b"notice").unwrap()),
+        move |worker| {
+            // The clients are this worker's own, on a thread.
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let address = listener.local_addr();
+            let thread = std::thread::spawn(move || {
+                let mut answered = 0;
+                while !over.load(Ordering::SeqCst) {
+                    match talk(address, b"") {
+                        Ok(answer) => assert_eq!(answer, "served"),
+                        // The worker has left meanwhile.
+                        Err(error) => assert!(over.load(Ordering::SeqCst), "{error}"),
+                    }
+                    answered += 1;
+                }
+                answered
+            });
+            let mut times = 0;
+            worker.on_message(move |worker, _| {
+                times += 1;
+                clients.store(times == TIMES, Ordering::SeqCst);
+                noticed(worker);
+            });
+            for connection in listener.incoming() {
+                connection.unwrap().write_all(b"served").unwrap();
+            }
+            assert!(thread.join().unwrap() > 0);
+        },
+    );
+}
+
+fn timers_go_off_in_accept() {
+    again_and_again(
+        |worker| assert!(worker.send(b"in a moment").unwrap()),
+        |worker| {
+            let mut micros = 0;
+            worker.on_message(move |worker, _| {
+                micros = (micros + 37) % 2000;
+                worker.set_timeout(Duration::from_micros(micros), noticed);
+            });
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+}
+
+fn signals_are_told_in_accept() {
+    again_and_again(
+        |worker| worker.process().kill(Signal::USR1),
+        |worker| {
+            worker
+                .on_signal(Signal::USR1, |worker, _| noticed(worker))
+                .unwrap();
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+}
+
+fn a_request_to_leave_is_heard_in_accept() {
+    let log = Log::default();
+    let entries = log.clone();
+    let stress = cluster::is_master().then(Stress::new);
+    cluster(
+        |master| {
+            share_listeners(master);
+            // With the first one the listener stays.
+            master.fork().unwrap();
+            let asked = Rc::new(Cell::new(None));
+            let at = Rc::clone(&asked);
+            when_listening(master, 1, move |master, _| {
+                master.on_listening(move |_, worker, _| {
+                    at.set(Some(Instant::now()));
+                    worker.disconnect();
+                });
+                master.fork().unwrap();
+            });
+            master.on_exit(move |master, _, status| {
+                assert!(status.success(), "{status}");
+                if log.len() < TIMES as usize {
+                    let took = asked.take().unwrap().elapsed();
+                    assert!(took < PROMPT, "{took:?}");
+                    log.add("left");
+                    if log.len() < TIMES as usize {
+                        master.fork().unwrap();
+                    } else {
+                        master.disconnect(|_| {});
+                    }
+                }
+            });
+        },
+        |worker| serve_id(&worker, "127.0.0.1:0"),
+    );
+    drop(stress);
+    assert_eq!(entries.len(), TIMES as usize);
+}
+
+/// Workers notice it by themselves: not because the system kills them, since they forbid that.
+fn the_end_of_the_master_is_noticed_in_accept() {
+    if is_watched() {
+        return cluster(
+            |master| {
+                share_listeners(master);
+                when_listening(master, 1, |master, _| {
+                    rest(&master.workers()[0]);
+                    println!("listening");
+                });
+                master.fork().unwrap();
+            },
+            |worker| {
+                set_pdeathsig(None).unwrap();
+                serve_id(&worker, "127.0.0.1:0");
+            },
+        );
+    }
+    set_child_subreaper(true).unwrap();
+    let _stress = Stress::new();
+    for _ in 0..TIMES {
+        let group = Group::start(&mut watched()).unwrap();
+        group.line("listening");
+        kill(group.pid(), Number::SIGKILL).unwrap();
+        // The worker is inherited by this process then, and nobody may be left.
+        let status = group.end().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL));
+    }
+}
+
+const MESSAGES: usize = 200;
+const LENGTH: usize = 20_000;
+
+/// Sends more than the socket holds, while the master does not read. It goes on while this worker
+/// is in `accept`, or about to be.
+fn send_much(worker: &Worker) {
+    let master = StoppedMaster::new();
+    let mut waits = false;
+    for number in 0..MESSAGES {
+        waits |= !worker.send(&numbered(number, LENGTH)).unwrap();
+    }
+    assert!(waits, "the socket holds it all");
+    let written = |worker: &Worker, outcome: cluster::Result<()>| {
+        outcome.unwrap();
+        worker.send(b"written").unwrap();
+    };
+    let last = SendOptions::default().on_written(written);
+    worker.send_with(&numbered(MESSAGES, LENGTH), last).unwrap();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(5));
+        drop(master);
+    });
+}
+
+fn what_could_not_be_sent_before_is_sent_in_accept() {
+    all_is_sent(false, |worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        send_much(&worker);
+        assert!(listener.accept().unwrap().is_none());
+    });
+}
+
+fn what_could_not_be_sent_in_accept_is_sent_there() {
+    all_is_sent(true, |worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        worker.on_message(|worker, _| send_much(worker));
+        assert!(listener.accept().unwrap().is_none());
+    });
+}
+
+/// The worker is asked for it when it waits, or not at all: a message would wake it.
+fn all_is_sent(asked: bool, worker: impl FnOnce(Worker)) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            let only = master.fork().unwrap();
+            let mut number = 0;
+            only.on_listening(move |_, worker, _| {
+                if asked {
+                    rest(worker);
+                    worker.send(b"now").unwrap();
+                }
+            });
+            only.on_message(move |_, worker, message| match message.bytes() {
+                b"written" => {
+                    log.add(format!("{number} and all written"));
+                    worker.disconnect();
+                }
+                bytes => {
+                    assert_eq!(bytes, numbered(number, LENGTH));
+                    number += 1;
+                }
+            });
+            only.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        },
+        worker,
+    );
+    assert_eq!(entries.take(), ["201 and all written"]);
+}
+
+fn numbered(number: usize, length: usize) -> Vec<u8> {
+    let mut message = vec![b'x'; length];
+    message[..8].copy_from_slice(&(number as u64).to_le_bytes());
+    message
+}
+
+/// The worker waits for a client that says nothing, for a while, and messages come meanwhile.
+fn the_programs_own_reads_are_not_interrupted() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            let only = master.fork().unwrap();
+            when_listening(master, 1, move |master, address| {
+                let often = only.clone();
+                let messages = master.set_interval(Duration::from_millis(1), move |_| {
+                    often.send(b"message").unwrap();
+                });
+                let clients = move || {
+                    for _ in 0..TIMES / 4 {
+                        let mut silent = TcpStream::connect(address).unwrap();
+                        let mut answer = String::new();
+                        silent.read_to_string(&mut answer).unwrap();
+                        assert_eq!(answer, "WouldBlock");
+                    }
+                };
+                in_background(master, clients, move |master, ()| {
+                    master.clear_timer(messages);
+                    log.add("none");
+                    only.disconnect();
+                });
+            });
+        },
+        |worker| {
+            let heard = Rc::new(Cell::new(0));
+            let count = Rc::clone(&heard);
+            worker.on_message(move |_, _| count.set(count.get() + 1));
+            let mut expected = 0;
+            for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                let mut connection = connection.unwrap();
+                let patience = Duration::from_millis(10);
+                connection.set_read_timeout(Some(patience)).unwrap();
+                let error = connection.read(&mut [0]).unwrap_err();
+                assert_ne!(error.kind(), ErrorKind::Interrupted);
+                let _ = connection.write_all(format!("{:?}", error.kind()).as_bytes());
+                expected += 1;
+            }
+            assert!(heard.get() > expected, "not even a message for each client");
+        },
+    );
+    assert_eq!(entries.take(), ["none"]);
+}
+
+/// One worker is called back, and one waits in `accept`.
+fn callbacks_and_accept_share_a_listener() {
+    const CALLED_BACK: &str = "CALLED_BACK";
+    const CLIENTS: usize = 2000;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            // The listener is made not to block when somebody may be in `accept` already.
+            let blocking = master.fork().unwrap();
+            blocking.on_listening(|master, worker, _| {
+                rest(worker);
+                drop(master.fork_with([(CALLED_BACK, "1")]).unwrap());
+            });
+            when_listening(master, 2, move |master, address| {
+                let part = move || {
+                    let answers = (0..CLIENTS / 4).map(|_| talk(address, b"").unwrap());
+                    answers.collect::<Vec<_>>()
+                };
+                let work = move || {
+                    let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(part)).collect();
+                    let parts = threads.into_iter().map(|thread| thread.join().unwrap());
+                    parts.flatten().collect::<Vec<_>>()
+                };
+                in_background(master, work, move |master, answers| {
+                    let by = |id: &str| answers.iter().filter(|answer| *answer == id).count();
+                    let (first, second) = (by("1"), by("2"));
+                    assert!(first > 0 && second > 0, "{first} and {second}");
+                    log.add((first + second).to_string());
+                    // Neither is caught in `accept` by what the other has got.
+                    when_all_wait(master, |master| master.disconnect(|_| {}));
+                });
+            });
+        },
+        |worker| {
+            answer_pings(&worker);
+            if std::env::var_os(CALLED_BACK).is_some() {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                answer(&listener, worker.id());
+                return worker.run().unwrap();
+            }
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+    assert_eq!(entries.take(), [CLIENTS.to_string()]);
+}
+
+/// How often somebody has sent it. What the kernel sends is the library's.
+static SENT: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count_sent(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    #[allow(unsafe_code)]
+    // SAFETY: a handler with SA_SIGINFO gets a valid one.
+    let code = unsafe { (*info).si_code };
+    if code == libc::SI_USER {
+        SENT.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn the_programs_own_handler_for_the_signal_runs() {
+    again_and_again(
+        |worker| {
+            let pid = i32::try_from(worker.process().id()).unwrap();
+            kill(Pid::from_raw(pid), Number::SIGURG).unwrap();
+        },
+        |worker| {
+            let handler = SigHandler::SigAction(count_sent);
+            let action = SigAction::new(handler, SaFlags::SA_SIGINFO, SigSet::empty());
+            #[allow(unsafe_code)]
+            // SAFETY: the handler only counts.
+            unsafe { sigaction(Number::SIGURG, &action) }.unwrap();
+            let told = RefCell::new(0);
+            let tell = move |worker: &Worker| {
+                let sent = SENT.load(Ordering::SeqCst);
+                while *told.borrow() < sent {
+                    *told.borrow_mut() += 1;
+                    noticed(worker);
+                }
+            };
+            worker.set_interval(Duration::from_millis(1), tell);
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+}

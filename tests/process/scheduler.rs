@@ -1,0 +1,482 @@
+//! Programs that choose the worker for each connection.
+
+use std::cell::Cell;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::{Master, Signal, Worker, WorkerId, WorkerLoad, WorkerProcess};
+
+use crate::harness::{
+    Log, answer_pings, cluster, in_background, serve_id, stop, talk, when_all_wait, when_listening,
+};
+
+crate::scenarios! {
+    the_scheduler_sees_who_comes_and_picks
+    the_scheduler_sees_no_address_of_a_path
+    the_scheduler_sees_the_loads
+    without_a_choice_it_is_round_robin
+    whoever_is_no_candidate_is_no_choice
+    a_chosen_worker_that_is_busy_gets_it_later
+    the_client_of_a_chosen_worker_that_dies_is_served_once
+    a_chosen_worker_that_is_to_leave_is_chosen_no_more
+    no_more_than_sixteen_for_each_worker_are_accepted
+    the_latest_scheduler_is_asked
+    a_scheduler_may_send
+}
+
+fn answer_ids(worker: &Worker) {
+    answer_pings(worker);
+    serve_id(worker, "127.0.0.1:0");
+}
+
+/// Reads one byte before it answers, so that whoever says nothing is held.
+fn serve_after_one_byte(worker: &Worker) {
+    answer_pings(worker);
+    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+        let mut connection = connection.unwrap();
+        let _ = connection.read(&mut [0]);
+        let id = worker.id().to_string();
+        let _ = connection.write_all(id.as_bytes());
+    }
+}
+
+/// The candidate with this number.
+fn candidate(number: u32, workers: &[WorkerLoad]) -> Option<WorkerId> {
+    let mut ids = workers.iter().map(|load| load.worker);
+    ids.find(|id| id.get() == number)
+}
+
+/// Says a byte, and hears who answers.
+fn finish(mut client: TcpStream) -> String {
+    client.write_all(b"x").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn fork_two(master: &Master) {
+    (0..2).for_each(|_| drop(master.fork().unwrap()));
+}
+
+/// Calls back when it is so; asked every millisecond.
+fn when(
+    master: &Master,
+    is_so: impl Fn(&Master) -> bool + 'static,
+    then: impl FnOnce(&Master) + 'static,
+) {
+    master.set_timeout(Duration::from_millis(1), move |master| {
+        if is_so(master) {
+            then(master);
+        } else {
+            when(master, is_so, then);
+        }
+    });
+}
+
+/// By the last digit of the port.
+fn chosen_for(peer: SocketAddr) -> u32 {
+    1 + u32::from(peer.port()) % 10 % 3
+}
+
+fn the_scheduler_sees_who_comes_and_picks() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.set_scheduler(|peer, workers| {
+                let ids: Vec<_> = workers.iter().map(|load| load.worker.get()).collect();
+                assert_eq!(ids, [1, 2, 3]);
+                candidate(chosen_for(peer.unwrap()), workers)
+            });
+            when_listening(master, 3, move |master, address| {
+                let work = move || {
+                    for _ in 0..300 {
+                        let client = TcpStream::connect(address).unwrap();
+                        let own = client.local_addr().unwrap();
+                        assert_eq!(finish(client), chosen_for(own).to_string());
+                    }
+                };
+                in_background(master, work, move |master, ()| {
+                    assert_eq!(master.ledger().taken, 300);
+                    log.add("all as chosen");
+                    master.disconnect(|_| {});
+                });
+            });
+            (0..3).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["all as chosen"]);
+}
+
+fn the_scheduler_sees_no_address_of_a_path() {
+    const PATH: &str = "SCHEDULER_PATH";
+    let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let asked = log.clone();
+            master.set_scheduler(move |peer, workers| {
+                asked.add(format!("{peer:?}"));
+                candidate(1, workers)
+            });
+            let path = directory.as_ref().unwrap().path().join("socket");
+            let only = master.fork_with([(PATH, &path)]).unwrap();
+            only.on_listening(move |master, only, _| {
+                let path = path.clone();
+                let work = move || {
+                    let mut answer = String::new();
+                    let mut client = UnixStream::connect(path).unwrap();
+                    client.read_to_string(&mut answer).unwrap();
+                    answer
+                };
+                let (log, only) = (log.clone(), only.clone());
+                in_background(master, work, move |_, answer| {
+                    log.add(answer);
+                    only.disconnect();
+                });
+            });
+        },
+        |worker| {
+            let path = PathBuf::from(std::env::var_os(PATH).unwrap());
+            for connection in worker.listen(path.as_path()).unwrap().incoming() {
+                connection.unwrap().write_all(b"served").unwrap();
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["None", "served"]);
+}
+
+/// What it is shown of the workers is what each has had before.
+fn the_scheduler_sees_the_loads() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (seen, shown) = (log.clone(), log);
+            master.set_scheduler(move |_, workers| {
+                let figures = workers.iter().map(|load| (load.given, load.waiting()));
+                seen.add(format!("{:?}", figures.collect::<Vec<_>>()));
+                let least = workers.iter().min_by_key(|load| (load.given, load.worker));
+                least.map(|load| load.worker)
+            });
+            when_listening(master, 2, move |master, address| {
+                when_all_wait(master, move |master| {
+                    master.workers().iter().for_each(stop);
+                    let clients = move || [(); 4].map(|()| TcpStream::connect(address).unwrap());
+                    in_background(master, clients, move |master, clients| {
+                        when(
+                            master,
+                            move |_| shown.len() == 4,
+                            move |master| {
+                                for worker in master.workers() {
+                                    worker.process().kill(Signal::CONT);
+                                }
+                                in_background(
+                                    master,
+                                    || clients.map(finish),
+                                    |master, answers| {
+                                        assert_eq!(answers, ["1", "2", "1", "2"]);
+                                        master.disconnect(|_| {});
+                                    },
+                                );
+                            },
+                        );
+                    });
+                });
+            });
+            fork_two(master);
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    let expected = [
+        "[(0, 0), (0, 0)]",
+        "[(1, 1), (0, 0)]",
+        "[(1, 1), (1, 1)]",
+        "[(2, 2), (1, 1)]",
+    ];
+    assert_eq!(entries.take(), expected);
+}
+
+fn without_a_choice_it_is_round_robin() {
+    takes_turns(|_| None);
+}
+
+/// A worker that is forked and does not listen is none of them.
+fn whoever_is_no_candidate_is_no_choice() {
+    takes_turns(|stranger| Some(stranger));
+}
+
+fn takes_turns(choose: fn(WorkerId) -> Option<WorkerId>) {
+    const SILENT: &str = "SILENT";
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let stranger = master.fork_with([(SILENT, "1")]).unwrap().id();
+            master.set_scheduler(move |_, workers| {
+                assert_eq!(candidate(stranger.get(), workers), None);
+                choose(stranger)
+            });
+            when_listening(master, 2, move |master, address| next(master, address, log));
+            fork_two(master);
+        },
+        |worker| {
+            if std::env::var_os(SILENT).is_some() {
+                answer_pings(&worker);
+                return worker.run().unwrap();
+            }
+            answer_ids(&worker);
+        },
+    );
+    let entries = entries.take();
+    let (first, second) = (&entries[0], &entries[1]);
+    assert_ne!(first, second);
+    for turns in entries.chunks(2) {
+        assert_eq!(turns, [first.clone(), second.clone()]);
+    }
+    assert_eq!(entries.len(), 40);
+}
+
+/// One connection after the other, each when everybody waits for one.
+fn next(master: &Master, address: SocketAddr, log: Log) {
+    when_all_wait(master, move |master| {
+        in_background(
+            master,
+            move || talk(address, b"").unwrap(),
+            move |master, id| {
+                log.add(id);
+                if log.len() < 40 {
+                    return next(master, address, log);
+                }
+                master.disconnect(|_| {});
+            },
+        );
+    });
+}
+
+fn a_chosen_worker_that_is_busy_gets_it_later() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let asked = log.clone();
+            master.set_scheduler(move |_, workers| {
+                asked.add("asked");
+                candidate(1, workers)
+            });
+            when_listening(master, 2, move |master, address| {
+                let clients = move || [(); 3].map(|()| TcpStream::connect(address).unwrap());
+                in_background(master, clients, move |master, [first, second, third]| {
+                    // The other one is idle all the time, and longer than anything takes that is
+                    // given to the wrong one.
+                    let served = |master: &Master| master.ledger().accepted == 3;
+                    when(master, served, move |master| {
+                        master.set_timeout(Duration::from_millis(100), move |master| {
+                            assert_eq!(master.ledger().taken, 1);
+                            let work = move || [first, second, third].map(finish);
+                            in_background(master, work, move |master, answers| {
+                                log.add(answers.join(" "));
+                                master.disconnect(|_| {});
+                            });
+                        });
+                    });
+                });
+            });
+            fork_two(master);
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["asked", "asked", "asked", "1 1 1"]);
+}
+
+/// The first worker is stopped; three clients are for it as long as it is there.
+fn with_clients_of_a_stopped_worker(
+    master: &Master,
+    log: &Log,
+    then: impl FnOnce(&Master, WorkerProcess, [TcpStream; 3]) + 'static,
+) {
+    let asked = log.clone();
+    master.set_scheduler(move |_, workers| {
+        asked.add(format!("{} may be chosen", workers.len()));
+        candidate(1, workers).or(candidate(2, workers))
+    });
+    when_listening(master, 2, move |master, address| {
+        when_all_wait(master, move |master| {
+            let first = master.workers().remove(0);
+            stop(&first);
+            let clients = move || [(); 3].map(|()| TcpStream::connect(address).unwrap());
+            in_background(master, clients, move |master, clients| {
+                let accepted = |master: &Master| master.ledger().accepted == 3;
+                when(master, accepted, move |master| then(master, first, clients));
+            });
+        });
+    });
+    fork_two(master);
+}
+
+const ASKED_AGAIN: [&str; 6] = [
+    "2 may be chosen",
+    "2 may be chosen",
+    "2 may be chosen",
+    "1 may be chosen",
+    "1 may be chosen",
+    "1 may be chosen",
+];
+
+fn the_client_of_a_chosen_worker_that_dies_is_served_once() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let told = log.clone();
+            with_clients_of_a_stopped_worker(master, &log, move |master, first, clients| {
+                first.process().kill(Signal::KILL);
+                in_background(
+                    master,
+                    || clients.map(finish),
+                    move |master, answers| {
+                        assert_eq!(answers, ["2", "2", "2"]);
+                        let ledger = master.ledger();
+                        assert_eq!((ledger.accepted, ledger.taken), (3, 3));
+                        told.add("served");
+                        master.disconnect(|_| {});
+                    },
+                );
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    let entries = entries.take();
+    assert_eq!(entries[..6], ASKED_AGAIN);
+    assert_eq!(entries[6..], ["served"]);
+}
+
+/// It is told so in a callback, and nothing else happens that could have the scheduler asked again.
+fn a_chosen_worker_that_is_to_leave_is_chosen_no_more() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let told = log.clone();
+            with_clients_of_a_stopped_worker(master, &log, move |master, first, clients| {
+                let stopped = first.clone();
+                let second = master.workers().remove(1);
+                let leave = second.on_message(move |_, _, _| {
+                    stopped.disconnect();
+                });
+                master.once(leave);
+                second.send(b"ping").unwrap();
+                in_background(
+                    master,
+                    || clients.map(finish),
+                    move |master, answers| {
+                        assert_eq!(answers, ["2", "2", "2"]);
+                        told.add("served");
+                        first.process().kill(Signal::CONT);
+                        master.disconnect(|_| {});
+                    },
+                );
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    let entries = entries.take();
+    assert_eq!(entries[..6], ASKED_AGAIN);
+    assert_eq!(entries[6..], ["served"]);
+}
+
+fn no_more_than_sixteen_for_each_worker_are_accepted() {
+    const CLIENTS: usize = 100;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.set_scheduler(|_, workers| candidate(1, workers));
+            when_listening(master, 2, move |master, address| {
+                when_all_wait(master, move |master| {
+                    let chosen = master.workers().remove(0);
+                    stop(&chosen);
+                    let clients = move || {
+                        let connect = |_| TcpStream::connect(address).unwrap();
+                        (0..CLIENTS).map(connect).collect::<Vec<_>>()
+                    };
+                    in_background(master, clients, move |master, clients| {
+                        // All are connected, and the time in which more could be accepted is over.
+                        master.set_timeout(Duration::from_millis(100), move |master| {
+                            assert_eq!(master.ledger().accepted, 2 * 16);
+                            chosen.process().kill(Signal::CONT);
+                            let work = || clients.into_iter().map(finish).collect::<Vec<_>>();
+                            in_background(master, work, move |master, answers| {
+                                assert_eq!(answers, ["1"; CLIENTS]);
+                                log.add("all");
+                                master.disconnect(|_| {});
+                            });
+                        });
+                    });
+                });
+            });
+            fork_two(master);
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["all"]);
+}
+
+fn the_latest_scheduler_is_asked() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 2, move |master, address| {
+                let ask = move || [(); 8].map(|()| talk(address, b"").unwrap());
+                master.set_scheduler(|_, workers| candidate(1, workers));
+                in_background(master, ask, move |master, answers| {
+                    log.add(answers.concat());
+                    master.set_scheduler(|_, workers| candidate(2, workers));
+                    in_background(master, ask, move |master, answers| {
+                        log.add(answers.concat());
+                        master.disconnect(|_| {});
+                    });
+                });
+            });
+            fork_two(master);
+        },
+        |worker| answer_ids(&worker),
+    );
+    assert_eq!(entries.take(), ["11111111", "22222222"]);
+}
+
+fn a_scheduler_may_send() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 2, move |master, address| {
+                let workers = master.workers();
+                let asked = Rc::new(Cell::new(0));
+                let own = Rc::clone(&asked);
+                master.set_scheduler(move |_, candidates| {
+                    own.set(own.get() + 1);
+                    for worker in &workers {
+                        worker.send(b"ping").unwrap();
+                    }
+                    candidate(2, candidates)
+                });
+                let ask = move || [(); 8].map(|()| talk(address, b"").unwrap());
+                in_background(master, ask, move |master, answers| {
+                    log.add(format!("{} {}", asked.get(), answers.concat()));
+                    master.disconnect(|_| {});
+                });
+            });
+            fork_two(master);
+        },
+        |worker| answer_ids(&worker),
+    );
+    assert_eq!(entries.take(), ["8 22222222"]);
+}

@@ -1,0 +1,590 @@
+//! A listener for each worker, on one port: nobody is lost when workers die, leave and come.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use cluster::{Master, SchedulingPolicy, Signal, Worker, WorkerProcess};
+
+use crate::harness::{
+    Log, answer_pings, cluster, in_background, stop, talk, wait_for_state, wait_until,
+    when_all_wait, when_listening,
+};
+
+crate::scenarios! {
+    no_client_of_a_shard_is_lost_when_workers_are_killed
+    no_client_of_a_shard_is_lost_when_workers_leave_and_come
+    no_client_of_a_shard_is_lost_when_all_leave
+    no_client_of_a_shard_is_lost_at_a_stop_under_load
+    a_replacement_serves_who_waited_for_the_dead_one
+    a_stop_serves_who_waited_for_a_dead_one
+    shards_get_equal_parts
+    shards_have_one_port
+    shards_have_one_port_with_ipv6
+    a_path_is_shared_where_ports_are_sharded
+}
+
+/// Longer than any answer takes.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn shard(master: &Master) {
+    let policy = SchedulingPolicy::Sharded;
+    master.set_scheduling_policy(policy).unwrap();
+}
+
+/// What became of the clients of a load.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Count {
+    refused: u64,
+    reset: u64,
+    timed_out: u64,
+    /// Another answer, or none.
+    wrong: u64,
+}
+
+impl Count {
+    const NO_FAILURE: Self = Self {
+        refused: 0,
+        reset: 0,
+        timed_out: 0,
+        wrong: 0,
+    };
+
+    fn sum(all: impl IntoIterator<Item = Self>) -> Self {
+        all.into_iter().fold(Self::default(), |sum, more| Self {
+            refused: sum.refused + more.refused,
+            reset: sum.reset + more.reset,
+            timed_out: sum.timed_out + more.timed_out,
+            wrong: sum.wrong + more.wrong,
+        })
+    }
+
+    fn fail(&mut self, error: &std::io::Error) {
+        match error.kind() {
+            ErrorKind::ConnectionRefused => self.refused += 1,
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => self.reset += 1,
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => self.timed_out += 1,
+            _ => panic!("{error}"),
+        }
+    }
+}
+
+fn ask(address: SocketAddr) -> std::io::Result<String> {
+    let mut client = TcpStream::connect(address)?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = String::new();
+    client.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// Clients on threads, one after the other on each, until they are to stop or nobody listens.
+struct Load {
+    over: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<Count>>,
+}
+
+impl Load {
+    fn begin(address: SocketAddr) -> Self {
+        let (over, answered) = (Arc::default(), Arc::default());
+        let threads = (0..16).map(|_| {
+            let (over, answered) = (Arc::clone(&over), Arc::clone(&answered));
+            std::thread::spawn(move || Self::run(address, &over, &answered))
+        });
+        let threads = threads.collect();
+        Self {
+            over,
+            answered,
+            threads,
+        }
+    }
+
+    fn run(address: SocketAddr, over: &AtomicBool, answered: &AtomicU64) -> Count {
+        let mut count = Count::default();
+        while !over.load(Ordering::SeqCst) && count.refused == 0 {
+            match ask(address) {
+                Ok(answer) if answer.ends_with('.') && answer.matches('.').count() == 1 => {
+                    answered.fetch_add(1, Ordering::SeqCst);
+                }
+                Ok(_) => count.wrong += 1,
+                Err(error) => count.fail(&error),
+            }
+        }
+        count
+    }
+
+    /// Ends it, and returns how many were answered and what else became of them.
+    fn end(self) -> (u64, Count) {
+        self.over.store(true, Ordering::SeqCst);
+        self.last()
+    }
+
+    /// Waits until nobody listens.
+    fn last(self) -> (u64, Count) {
+        let counts = self.threads.into_iter().map(|own| own.join().unwrap());
+        let count = Count::sum(counts);
+        (self.answered.load(Ordering::SeqCst), count)
+    }
+}
+
+fn serve(worker: &Worker) {
+    answer_pings(worker);
+    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+        let id = format!("{}.", worker.id());
+        let _ = connection.unwrap().write_all(id.as_bytes());
+    }
+}
+
+/// The sockets that a process has, copies counted once.
+fn count_sockets(worker: &WorkerProcess) -> usize {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", worker.process().id())).unwrap();
+    let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    let sockets = links.filter(|link| link.to_string_lossy().starts_with("socket:"));
+    sockets.collect::<BTreeSet<PathBuf>>().len()
+}
+
+/// Kills a worker at a moment when its program has no connection: it has no socket beside those
+/// `at_rest`.
+fn kill_empty_handed(worker: &WorkerProcess, at_rest: usize) {
+    let pid = worker.process().id();
+    wait_until("a worker without a connection", || {
+        worker.process().kill(Signal::STOP);
+        wait_for_state(pid, ") T ");
+        let empty_handed = count_sockets(worker) == at_rest;
+        let signal = if empty_handed {
+            Signal::KILL
+        } else {
+            Signal::CONT
+        };
+        worker.process().kill(signal);
+        empty_handed.then_some(())
+    });
+}
+
+fn no_client_of_a_shard_is_lost_when_workers_are_killed() {
+    const DEATHS: u32 = 24;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            when_listening(master, 4, move |master, address| {
+                when_all_wait(master, move |master| {
+                    let at_rest = count_sockets(&master.workers()[0]);
+                    let load = RefCell::new(Some(Load::begin(address)));
+                    let replace = master.on_exit(|master, _, _| drop(master.fork().unwrap()));
+                    let deaths = Cell::new(0);
+                    let next = move |master: &Master| {
+                        if deaths.get() < DEATHS {
+                            deaths.set(deaths.get() + 1);
+                            return kill_empty_handed(&master.workers()[1], at_rest);
+                        }
+                        let log = log.clone();
+                        let load = load.take().unwrap();
+                        in_background(
+                            master,
+                            move || load.end(),
+                            move |master, (answered, rest)| {
+                                assert_eq!(rest, Count::NO_FAILURE);
+                                assert!(answered > 1000, "only {answered}: that is no load");
+                                log.add("all answered");
+                                master.off(replace);
+                                master.disconnect(|_| {});
+                            },
+                        );
+                    };
+                    next(master);
+                    master.on_listening(move |master, _, _| next(master));
+                });
+            });
+            (0..4).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve(&worker),
+    );
+    assert_eq!(entries.take(), ["all answered"]);
+}
+
+fn no_client_of_a_shard_is_lost_when_workers_leave_and_come() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            when_listening(master, 2, move |master, address| {
+                let load = Load::begin(address);
+                let at_exit = log.clone();
+                master.on_exit(move |_, worker, status| {
+                    assert_eq!(worker.exited_after_disconnect(), Some(true));
+                    assert!(status.success(), "{status}");
+                    at_exit.add("left");
+                });
+                grow_and_shrink(master, 5, move |master| {
+                    in_background(
+                        master,
+                        move || load.end(),
+                        move |master, (answered, rest)| {
+                            assert_eq!(rest, Count::NO_FAILURE);
+                            assert!(answered > 1000, "only {answered}: that is no load");
+                            log.add("all answered");
+                            master.disconnect(|_| {});
+                        },
+                    );
+                });
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve(&worker),
+    );
+    let entries = entries.take();
+    let answered = entries.iter().position(|entry| entry == "all answered");
+    assert_eq!((answered, entries.len()), (Some(5 * 4), 5 * 4 + 1 + 2));
+}
+
+/// From two workers to six, and back by those who have been there longest, so many times.
+fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'static) {
+    if times == 0 {
+        return then(master);
+    }
+    let mut missing = 4;
+    let then = Rc::new(Cell::new(Some(then)));
+    let grown = move |master: &Master, _: &WorkerProcess, _: &cluster::Address| {
+        missing -= 1;
+        if missing > 0 {
+            return;
+        }
+        let left = Rc::new(Cell::new(4));
+        for worker in &master.workers()[..4] {
+            worker.disconnect();
+            let (left, then) = (Rc::clone(&left), Rc::clone(&then));
+            worker.on_exit(move |master, _, _| {
+                left.set(left.get() - 1);
+                if left.get() == 0 {
+                    grow_and_shrink(master, times - 1, then.take().unwrap());
+                }
+            });
+        }
+    };
+    let grown = Rc::new(RefCell::new(grown));
+    for _ in 0..4 {
+        let grown = Rc::clone(&grown);
+        let new = master.fork().unwrap();
+        new.on_listening(move |master, worker, address| {
+            grown.borrow_mut()(master, worker, address);
+        });
+    }
+}
+
+/// Reads one byte before it answers, so that whoever says nothing is held.
+fn serve_after_one_byte(worker: &Worker) {
+    answer_pings(worker);
+    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+        let mut connection = connection.unwrap();
+        connection.read_exact(&mut [0]).unwrap();
+        let id = worker.id().to_string();
+        connection.write_all(id.as_bytes()).unwrap();
+    }
+}
+
+/// How many wait in the kernel.
+fn queued(master: &Master) -> u64 {
+    let listeners = master.loads().listeners;
+    listeners.iter().map(|load| load.queued.unwrap()).sum()
+}
+
+/// What each client hears that says a byte; a client that hears nothing fails.
+fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
+    for mut client in &clients {
+        client.write_all(b"x").unwrap();
+    }
+    let read = |mut client: TcpStream| {
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    clients.into_iter().map(read).collect()
+}
+
+fn no_client_of_a_shard_is_lost_when_all_leave() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            when_listening(master, 4, move |master, address| {
+                // Four may be in workers' hands, the others wait in the kernel.
+                let connect = |_| TcpStream::connect(address).unwrap();
+                let clients: Vec<_> = (0..60).map(connect).collect();
+                wait_until("the backlog", || (queued(master) >= 56).then_some(()));
+                master.disconnect(|_| {});
+                in_background(
+                    master,
+                    || read_all(clients),
+                    move |_, answers| {
+                        let answered = answers.iter().filter(|answer| !answer.is_empty());
+                        log.add(answered.count().to_string());
+                    },
+                );
+            });
+            (0..4).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["60"]);
+}
+
+fn no_client_of_a_shard_is_lost_at_a_stop_under_load() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            when_listening(master, 4, move |master, address| {
+                let load = Load::begin(address);
+                let threads = load.threads.len() as u64;
+                wait_until("a load", || {
+                    (load.answered.load(Ordering::SeqCst) > 500).then_some(())
+                });
+                master.disconnect(|_| {});
+                in_background(
+                    master,
+                    move || load.last(),
+                    move |_, (_, count)| {
+                        let refused = threads;
+                        let expected = Count {
+                            refused,
+                            ..Count::NO_FAILURE
+                        };
+                        assert_eq!(count, expected, "each thread's last client");
+                        log.add("refused at last");
+                    },
+                );
+            });
+            (0..4).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve(&worker),
+    );
+    assert_eq!(entries.take(), ["refused at last"]);
+}
+
+/// Two workers that have been stopped; clients wait for both, and then the first one is killed.
+fn with_a_dead_worker(
+    master: &Master,
+    then: impl FnOnce(&Master, WorkerProcess, Vec<TcpStream>) + 'static,
+) {
+    shard(master);
+    when_listening(master, 2, move |master, address| {
+        when_all_wait(master, move |master| {
+            let [first, second] = <[_; 2]>::try_from(master.workers()).unwrap();
+            stop(&first);
+            stop(&second);
+            // All for one of them: that is as likely as it sounds.
+            let connect = |_| TcpStream::connect(address).unwrap();
+            let clients: Vec<_> = (0..60).map(connect).collect();
+            wait_until("the backlog", || (queued(master) == 60).then_some(()));
+            first.process().kill(Signal::KILL);
+            let then = Cell::new(Some((then, second, clients)));
+            first.on_exit(move |master, _, _| {
+                let (then, second, clients) = then.take().unwrap();
+                then(master, second, clients);
+            });
+        });
+    });
+    (0..2).for_each(|_| drop(master.fork().unwrap()));
+}
+
+fn a_replacement_serves_who_waited_for_the_dead_one() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            with_a_dead_worker(master, move |master, second, clients| {
+                let replacement = master.fork().unwrap();
+                let waiting = Cell::new(Some((clients, log)));
+                replacement.on_listening(move |master, replacement, _| {
+                    let (clients, log) = waiting.take().unwrap();
+                    let replacement = replacement.id().to_string();
+                    let own = second.id().to_string();
+                    second.process().kill(Signal::CONT);
+                    in_background(
+                        master,
+                        || read_all(clients),
+                        move |master, answers| {
+                            let by =
+                                |id: &str| answers.iter().filter(|answer| *answer == id).count();
+                            let (of_dead, of_other) = (by(&replacement), by(&own));
+                            assert!(of_dead > 0 && of_other > 0, "{answers:?}");
+                            log.add((of_dead + of_other).to_string());
+                            master.disconnect(|_| {});
+                        },
+                    );
+                });
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["60"]);
+}
+
+/// Nobody takes the place of the dead worker before all are told to leave.
+fn a_stop_serves_who_waited_for_a_dead_one() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            with_a_dead_worker(master, move |master, second, clients| {
+                second.process().kill(Signal::CONT);
+                master.disconnect(|_| {});
+                in_background(
+                    master,
+                    || read_all(clients),
+                    move |_, answers| {
+                        let answered = answers.iter().filter(|answer| !answer.is_empty());
+                        log.add(answered.count().to_string());
+                    },
+                );
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["60"]);
+}
+
+fn shards_get_equal_parts() {
+    const CLIENTS: u32 = 20_000;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            when_listening(master, 8, move |master, address| {
+                let part = move || {
+                    let mut parts = BTreeMap::new();
+                    for _ in 0..CLIENTS / 4 {
+                        *parts.entry(ask(address).unwrap()).or_insert(0) += 1;
+                    }
+                    parts
+                };
+                let work = move || {
+                    let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(part)).collect();
+                    let mut sum = BTreeMap::new();
+                    for thread in threads {
+                        for (worker, count) in thread.join().unwrap() {
+                            *sum.entry(worker).or_insert(0) += count;
+                        }
+                    }
+                    sum
+                };
+                in_background(master, work, move |master, parts: BTreeMap<_, u32>| {
+                    assert_eq!(parts.len(), 8);
+                    assert_eq!(parts.values().sum::<u32>(), CLIENTS);
+                    let (least, most) = (parts.values().min(), parts.values().max());
+                    let ratio = f64::from(*most.unwrap()) / f64::from(*least.unwrap());
+                    println!("busiest/idlest {ratio:.3}");
+                    assert!(ratio <= 1.2, "{parts:?}");
+                    let ledger = master.ledger();
+                    assert_eq!(ledger.accepted, 0, "the master has no part in it");
+                    log.add("equal");
+                    master.disconnect(|_| {});
+                });
+            });
+            (0..8).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| serve(&worker),
+    );
+    assert_eq!(entries.take(), ["equal"]);
+}
+
+fn shards_have_one_port() {
+    one_port("127.0.0.1:0");
+}
+
+fn shards_have_one_port_with_ipv6() {
+    one_port("[::1]:0");
+}
+
+/// Whoever asks for any port gets the one that the first has got; and each serves there.
+fn one_port(anything: &'static str) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            let addresses = log.clone();
+            master.on_listening(move |_, _, address| addresses.add(address.to_string()));
+            when_listening(master, 4, move |master, address| {
+                let own: SocketAddr = anything.parse().unwrap();
+                assert_eq!(address.ip(), own.ip());
+                let work = move || {
+                    let mut answers = BTreeSet::new();
+                    wait_until("all", || {
+                        answers.insert(talk(address, b"").unwrap());
+                        (answers.len() == 4).then_some(())
+                    });
+                };
+                in_background(master, work, |master, ()| master.disconnect(|_| {}));
+            });
+            (0..4).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| crate::harness::serve_id(&worker, anything),
+    );
+    let addresses = entries.take();
+    assert_eq!(addresses, [&*addresses[0]; 4]);
+}
+
+fn a_path_is_shared_where_ports_are_sharded() {
+    const PATH: &str = "SHARDED_PATH";
+    let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            let path = directory.as_ref().unwrap().path().join("socket");
+            let mut missing = 2;
+            let own = path.clone();
+            master.on_listening(move |master, _, address| {
+                assert_eq!(address.to_string(), own.to_str().unwrap());
+                missing -= 1;
+                if missing > 0 {
+                    return;
+                }
+                let (own, log) = (own.clone(), log.clone());
+                let work = move || {
+                    let mut answers = BTreeSet::new();
+                    wait_until("both", || {
+                        let mut client = UnixStream::connect(&own).unwrap();
+                        let mut answer = String::new();
+                        client.read_to_string(&mut answer).unwrap();
+                        answers.insert(answer);
+                        (answers.len() == 2).then_some(())
+                    });
+                };
+                in_background(master, work, move |master, ()| {
+                    assert_eq!(master.ledger().accepted, 0);
+                    log.add("both");
+                    master.disconnect(|_| {});
+                });
+            });
+            for _ in 0..2 {
+                drop(master.fork_with([(PATH, &path)]).unwrap());
+            }
+        },
+        |worker| {
+            let path = PathBuf::from(std::env::var_os(PATH).unwrap());
+            for connection in worker.listen(path.as_path()).unwrap().incoming() {
+                let id = worker.id().to_string();
+                connection.unwrap().write_all(id.as_bytes()).unwrap();
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["both"]);
+}
