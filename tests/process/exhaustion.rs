@@ -533,14 +533,14 @@ fn descriptors_wait_for_a_worker_that_has_stopped() {
     cluster(
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
-            let reader = master.fork_with([(MESSAGES, "200")]).unwrap();
+            let reader = master.fork_with([(MESSAGES, "100")]).unwrap();
             note_text(&reader, &log);
             reader.on_message(|_, reader, _| {
                 reader.disconnect();
             });
             reader.on_online(move |master, reader| {
                 stop(reader);
-                send_many(reader, 200, 2, 4000);
+                send_many(reader, 100, 2, 8000);
                 let reader = reader.clone();
                 after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
             });

@@ -71,7 +71,7 @@ const BYTES_OUT: usize = 9 << 20;
 /// Descriptors that arrived, with their frames or before.
 const FDS_IN: usize = 144;
 /// Descriptors that wait, with their frames, for a worker that does not read.
-const FDS_OUT: usize = 256;
+const FDS_OUT: usize = 512;
 /// The most connections that a worker is given before it says that it is idle again.
 const WINDOW: usize = 16;
 /// How many lie in a queue at most, if its worker lies about having taken them.
@@ -350,6 +350,8 @@ impl Listener<'_> {
 enum End {
     /// The master ends it, and says why.
     CutOff(&'static str),
+    /// The same, and what it has said before and was not heard is an offence, too.
+    CutOffTwice(&'static str, &'static str),
     /// It has done nothing that is forbidden; the test ends it, after the clients.
     Tolerated,
 }
@@ -639,8 +641,9 @@ fn beside_an_honest_worker(case: Case) {
         },
     );
     let expected = match case.end {
-        End::CutOff(why) => vec![why.to_owned(), "disconnect".into(), "killed".into()],
-        End::Tolerated => vec!["disconnect".into(), "killed".into()],
+        End::CutOff(why) => vec![why, "disconnect", "killed"],
+        End::CutOffTwice(why, late) => vec![why, late, "disconnect", "killed"],
+        End::Tolerated => vec!["disconnect", "killed"],
     };
     assert_eq!(told.take(), expected);
 }
@@ -1131,7 +1134,9 @@ fn a_worker_that_binds_and_never_reads_is_cut_off() {
             enemy.say(&many);
         }
     };
-    let case = Case::new(attack, End::CutOff("out of memory"));
+    // Nothing is bound any more then, and so there is nothing to close.
+    let end = End::CutOffTwice("out of memory", "closed a listener it has not");
+    let case = Case::new(attack, end);
     let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_OF_TWO + FDS_OUT);
     let reply = send_until_refused;
     beside_an_honest_worker(Case {
