@@ -172,9 +172,9 @@ fn with_much_behind(
 ) {
     let before = master.ledger().accepted;
     let connect = move || {
-        let mut quick: Vec<_> = (0..60).map(|_| request(address)).collect();
+        let mut quick: Vec<_> = (0..150).map(|_| request(address)).collect();
         let slow = [(); 2].map(|()| TcpStream::connect(address).unwrap());
-        quick.extend((0..100).map(|_| request(address)));
+        quick.extend((0..250).map(|_| request(address)));
         Clients { slow, quick }
     };
     in_background(master, connect, move |master, clients| {
@@ -233,7 +233,7 @@ fn what_lies_behind_a_slow_request_goes_to_others() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["160"]);
+    assert_eq!(entries.take(), ["400"]);
 }
 
 fn quick_workers_leave_most_connections_to_the_kernel() {
@@ -263,7 +263,7 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["162"]);
+    assert_eq!(entries.take(), ["402"]);
 }
 
 /// A worker that takes so long is given one connection at a time from then on.
