@@ -887,10 +887,8 @@ impl Master {
 
     /// Asks the program who gets the connections that have been accepted.
     fn choose(&self) {
-        let Some(scheduler) = self.scheduler.borrow().as_ref().map(Rc::clone) else {
-            return;
-        };
-        loop {
+        // A closure may set another one.
+        while let Some(scheduler) = self.scheduler.borrow().as_ref().map(Rc::clone) {
             let core = self.shell.core.borrow();
             let Some((handle, place, connection)) = core.unchosen() else {
                 return;

@@ -762,7 +762,10 @@ impl<C> MasterCore<C> {
                 self.look_again_if_draining(handle);
             }
             ToMaster::Close { handle } => {
-                if !self.handles_of(worker).any(|mine| mine == handle) {
+                let has = |entry: &Handle<C>| {
+                    entry.members.contains(&worker) && !entry.leaving.contains(&worker)
+                };
+                if !self.handles.get(&handle).is_some_and(has) {
                     return Err(FrameError::State("closed a listener it has not"));
                 }
                 self.leave_handle(handle, worker);

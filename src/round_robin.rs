@@ -389,9 +389,10 @@ impl<C> RoundRobin<C> {
         let mut stays = |_: &u64, connection: &mut C| !gone(connection);
         self.waiting.retain(&mut stays);
         self.unchosen.retain(&mut stays);
-        for chosen in self.chosen.values_mut() {
+        self.chosen.retain(|_, chosen| {
             chosen.retain(&mut stays);
-        }
+            !chosen.is_empty()
+        });
         before - self.count_waiting()
     }
 

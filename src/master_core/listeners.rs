@@ -716,11 +716,12 @@ impl<C> MasterCore<C> {
         }
         match policy {
             SchedulingPolicy::RoundRobin => {
-                if let Some(entry) = self.handles.get_mut(&handle) {
-                    entry.leaving.insert(worker);
+                let entry = self.handles.get_mut(&handle);
+                // Not once more for who dies while his queue cannot be closed.
+                if entry.is_some_and(|entry| entry.leaving.insert(worker)) {
+                    let close = Action::CloseQueue { handle, worker };
+                    self.actions.push_back(close);
                 }
-                self.actions
-                    .push_back(Action::CloseQueue { handle, worker });
             }
             SchedulingPolicy::Shared => self.queue_closed(handle, worker, Vec::new()),
             SchedulingPolicy::Sharded => {

@@ -25,7 +25,6 @@ crate::scenarios! {
     no_client_of_a_shard_is_lost_when_all_leave
     no_client_of_a_shard_is_lost_at_a_stop_under_load
     a_replacement_serves_who_waited_for_the_dead_one
-    a_stop_serves_who_waited_for_a_dead_one
     shards_get_equal_parts
     shards_have_one_port
     shards_have_one_port_with_ipv6
@@ -427,30 +426,6 @@ fn a_replacement_serves_who_waited_for_the_dead_one() {
                         },
                     );
                 });
-            });
-        },
-        |worker| serve_after_one_byte(&worker),
-    );
-    assert_eq!(entries.take(), ["60"]);
-}
-
-/// Nobody takes the place of the dead worker before all are told to leave.
-fn a_stop_serves_who_waited_for_a_dead_one() {
-    let log = Log::default();
-    let entries = log.clone();
-    cluster(
-        |master| {
-            with_a_dead_worker(master, move |master, second, clients| {
-                second.process().kill(Signal::CONT);
-                master.disconnect(|_| {});
-                in_background(
-                    master,
-                    || read_all(clients),
-                    move |_, answers| {
-                        let answered = answers.iter().filter(|answer| !answer.is_empty());
-                        log.add(answered.count().to_string());
-                    },
-                );
             });
         },
         |worker| serve_after_one_byte(&worker),
