@@ -107,7 +107,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
     },
     /// Let the worker write nothing more, feed what it has written, then `channel_closed`. In this
-    /// order: what the worker has said it took must not be given to another.
+    /// order: its last words still count.
     CloseChannel {
         worker: WorkerId,
     },

@@ -792,7 +792,7 @@ impl MasterShell {
             core.signal(worker, Signal::KILL);
         }
         core.error(Some(worker), error);
-        // What it has said it took must not be given to another.
+        // What it has said before still counts.
         core.close_channel(worker);
     }
 
