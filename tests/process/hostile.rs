@@ -1487,7 +1487,7 @@ fn wrong_forms() -> Vec<Wrong> {
         wrong(|_| frame(END, 0, &[0; 5]), "unknown kind of frame 66"),
         wrong(|_| frame(ONLINE, 0, b"x"), "malformed frame of kind 1"),
         wrong(|_| frame(CLOSE, 0, b"abc"), "malformed frame of kind 6"),
-        wrong(|_| frame(READY, 0, &[0; 16]), "malformed frame of kind 4"),
+        wrong(|_| frame(READY, 0, &[0; 20]), "malformed frame of kind 4"),
         wrong(|_| frame(READY, 0, &[0; 8]), "malformed frame of kind 4"),
         wrong(|_| frame(REVOKE, 0, &[0; 12]), "malformed frame of kind 5"),
         wrong(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
