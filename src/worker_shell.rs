@@ -2,7 +2,7 @@
 //! listeners. Never calls the program.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -65,6 +65,17 @@ pub(crate) struct SharedListener {
     blocks: Cell<bool>,
 }
 
+/// What belongs to a listener.
+#[derive(Debug)]
+struct Kept {
+    /// Of a Unix path on which this worker listens alone. Dropped before the socket: as long as it is
+    /// there, nobody else can have it.
+    file: Option<SocketFile>,
+    socket: Rc<Registered<Socket>>,
+    /// It is not the master's, and others may have it, too.
+    is_lent: bool,
+}
+
 /// What came of accepting from a listener or taking out of a queue.
 pub(crate) struct Accepted {
     pub(crate) fd: OwnedFd,
@@ -77,12 +88,7 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     /// `None` when it is closed.
     channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
-    /// Of the Unix paths on which this worker listens alone. Dropped before the sockets: as long as
-    /// a file is there, nobody else can have it.
-    files: RefCell<BTreeMap<ListenerId, SocketFile>>,
-    sockets: RefCell<BTreeMap<ListenerId, Rc<Registered<Socket>>>>,
-    /// Which of these others may have, too.
-    lent: RefCell<BTreeSet<ListenerId>>,
+    sockets: RefCell<BTreeMap<ListenerId, Kept>>,
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
     /// There has been none for a connection since the last one was taken.
@@ -114,9 +120,7 @@ impl WorkerShell {
             core: RefCell::new(WorkerCore::new()),
             poller,
             channel: RefCell::new(Some(channel)),
-            files: RefCell::default(),
             sockets: RefCell::default(),
-            lent: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
             lacks_descriptors: Cell::new(false),
             began,
@@ -188,7 +192,8 @@ impl WorkerShell {
     }
 
     pub(crate) fn socket(&self, listener: ListenerId) -> Option<Rc<Registered<Socket>>> {
-        self.sockets.borrow().get(&listener).map(Rc::clone)
+        let sockets = self.sockets.borrow();
+        sockets.get(&listener).map(|kept| Rc::clone(&kept.socket))
     }
 
     pub(crate) fn send(
@@ -403,14 +408,20 @@ impl WorkerShell {
 
     /// Keeps the copy of a shared listener or socket, or the end of a queue.
     fn adopt(&self, listener: ListenerId, fd: OwnedFd, blocks: bool) {
-        if let Err(source) = self.keep(listener, fd, blocks) {
+        if let Err(source) = self.keep(listener, fd, blocks, (None, false)) {
             let attempt = "wait for a shared listener";
             self.report(Error::Io { attempt, source });
             self.core.borrow_mut().close(listener);
         }
     }
 
-    fn keep(&self, listener: ListenerId, fd: OwnedFd, blocks: bool) -> io::Result<()> {
+    fn keep(
+        &self,
+        listener: ListenerId,
+        fd: OwnedFd,
+        blocks: bool,
+        (file, is_lent): (Option<SocketFile>, bool),
+    ) -> io::Result<()> {
         let core = self.core.borrow();
         let socket = if core.is_datagram(listener) {
             Socket::Datagrams(fd.into())
@@ -422,9 +433,12 @@ impl WorkerShell {
         };
         drop(core);
         let key = Token::Listener(listener.0).key();
-        let registered = self.poller.add(socket, key, None)?;
-        let mut sockets = self.sockets.borrow_mut();
-        sockets.insert(listener, Rc::new(registered));
+        let kept = Kept {
+            file,
+            socket: Rc::new(self.poller.add(socket, key, None)?),
+            is_lent,
+        };
+        self.sockets.borrow_mut().insert(listener, kept);
         Ok(())
     }
 
@@ -438,39 +452,32 @@ impl WorkerShell {
     ) -> io::Result<ListenerId> {
         let listener = self.core.borrow_mut().listen_alone(kind);
         if !self.core.borrow().is_leaving() {
-            let kept = self.keep(listener, bound.socket, false);
+            let kept = self.keep(listener, bound.socket, false, (bound.file, is_lent));
             kept.inspect_err(|_| self.close(listener))?;
-            let mut files = self.files.borrow_mut();
-            files.extend(bound.file.map(|file| (listener, file)));
-            self.lent.borrow_mut().extend(is_lent.then_some(listener));
         }
         Ok(listener)
     }
 
     fn close_socket(&self, listener: ListenerId) {
-        // The file first: as long as it is there, nobody else can have it.
-        self.files.borrow_mut().remove(&listener);
-        let socket = self.sockets.borrow_mut().remove(&listener);
-        if let (Some(interrupt), Some(socket)) = (self.interrupt.get(), &socket) {
+        let kept = self.sockets.borrow_mut().remove(&listener);
+        if let (Some(interrupt), Some(kept)) = (self.interrupt.get(), &kept) {
             // It cannot fail: both descriptors are open.
-            let _ = interrupt.release(socket.as_fd());
+            let _ = interrupt.release(kept.socket.as_fd());
         }
-        self.lent.borrow_mut().remove(&listener);
     }
 
     /// Where it cannot be done, the backlog is emptied with the door open. So is one that others
     /// have, too: it would be shut for them as well.
     fn shut_door(&self, listener: ListenerId) {
-        if self.lent.borrow().contains(&listener) {
+        let mut sockets = self.sockets.borrow_mut();
+        let Some(kept) = sockets.get_mut(&listener).filter(|kept| !kept.is_lent) else {
             return;
-        }
-        let was_path = self.files.borrow_mut().remove(&listener).is_some();
-        if let Some(socket) = self.socket(listener) {
-            match &**socket {
-                Socket::Listener(own) if was_path => sys::listen::shut_for_good(&own.fd),
-                Socket::Listener(own) => drop(sys::listen::shut_door(&own.fd)),
-                Socket::Queue(_) | Socket::Datagrams(_) => {}
-            }
+        };
+        let was_path = kept.file.take().is_some();
+        match &**kept.socket {
+            Socket::Listener(own) if was_path => sys::listen::shut_for_good(&own.fd),
+            Socket::Listener(own) => drop(sys::listen::shut_door(&own.fd)),
+            Socket::Queue(_) | Socket::Datagrams(_) => {}
         }
     }
 
