@@ -209,7 +209,7 @@ fn without_a_choice_it_is_round_robin() {
 
 /// A worker that is forked and does not listen is none of them.
 fn whoever_is_no_candidate_is_no_choice() {
-    takes_turns(|stranger| Some(stranger));
+    takes_turns(Some);
 }
 
 fn takes_turns(choose: fn(WorkerId) -> Option<WorkerId>) {

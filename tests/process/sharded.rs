@@ -25,7 +25,7 @@ crate::scenarios! {
     no_client_of_a_shard_is_lost_when_all_leave
     no_client_of_a_shard_is_lost_at_a_stop_under_load
     a_replacement_serves_who_waited_for_the_dead_one
-    a_stop_serves_who_waited_for_a_dead_one
+    who_waited_for_a_dead_worker_is_reset_at_a_stop
     shards_get_equal_parts
     shards_have_one_port
     shards_have_one_port_with_ipv6
@@ -434,28 +434,48 @@ fn a_replacement_serves_who_waited_for_the_dead_one() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// Nobody takes the place of the dead worker before all are told to leave.
-fn a_stop_serves_who_waited_for_a_dead_one() {
+/// Nobody takes the place of the dead worker before all are told to leave: whoever waits for it is
+/// told that nobody comes, and the others are served.
+fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             with_a_dead_worker(master, move |master, second, clients| {
+                let own = second.id().to_string();
                 second.process().kill(Signal::CONT);
                 master.disconnect(|_| {});
-                in_background(
-                    master,
-                    || read_all(clients),
-                    move |_, answers| {
-                        let answered = answers.iter().filter(|answer| !answer.is_empty());
-                        log.add(answered.count().to_string());
-                    },
-                );
+                let read = || clients.into_iter().map(hear).collect::<Vec<_>>();
+                in_background(master, read, move |_, answers| {
+                    let served = answers.iter().flatten().filter(|answer| **answer == own);
+                    let served = served.count();
+                    let reset = answers.iter().filter(|answer| answer.is_none()).count();
+                    assert!(served > 0 && reset > 0, "{served} and {reset}");
+                    log.add((served + reset).to_string());
+                });
             });
         },
         |worker| serve_after_one_byte(&worker),
     );
     assert_eq!(entries.take(), ["60"]);
+}
+
+/// Says a byte, and hears the answer; `None` if the connection is reset.
+fn hear(mut client: TcpStream) -> Option<String> {
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = String::new();
+    let exchange = client
+        .write_all(b"x")
+        .and_then(|()| client.read_to_string(&mut answer));
+    match exchange {
+        Ok(_) => Some(answer),
+        Err(error) => {
+            let mut count = Count::default();
+            count.fail(&error);
+            assert_eq!(count.reset, 1, "{error}");
+            None
+        }
+    }
 }
 
 fn shards_get_equal_parts() {
