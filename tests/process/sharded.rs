@@ -25,6 +25,10 @@ crate::scenarios! {
     no_client_of_a_shard_is_lost_when_all_leave
     no_client_of_a_shard_is_lost_at_a_stop_under_load
     a_replacement_serves_who_waited_for_the_dead_one
+<<<<<<< HEAD
+=======
+    who_waited_for_a_dead_worker_is_reset_at_a_stop
+>>>>>>> h-shard
     shards_get_equal_parts
     shards_have_one_port
     shards_have_one_port_with_ipv6
@@ -433,6 +437,53 @@ fn a_replacement_serves_who_waited_for_the_dead_one() {
     assert_eq!(entries.take(), ["60"]);
 }
 
+<<<<<<< HEAD
+=======
+/// Nobody takes the place of the dead worker before all are told to leave: whoever waits for it is
+/// told that nobody comes, and the others are served.
+fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            with_a_dead_worker(master, move |master, second, clients| {
+                let own = second.id().to_string();
+                second.process().kill(Signal::CONT);
+                master.disconnect(|_| {});
+                let read = || clients.into_iter().map(hear).collect::<Vec<_>>();
+                in_background(master, read, move |_, answers| {
+                    let served = answers.iter().flatten().filter(|answer| **answer == own);
+                    let served = served.count();
+                    let reset = answers.iter().filter(|answer| answer.is_none()).count();
+                    assert!(served > 0 && reset > 0, "{served} and {reset}");
+                    log.add((served + reset).to_string());
+                });
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["60"]);
+}
+
+/// Says a byte, and hears the answer; `None` if the connection is reset.
+fn hear(mut client: TcpStream) -> Option<String> {
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = String::new();
+    let exchange = client
+        .write_all(b"x")
+        .and_then(|()| client.read_to_string(&mut answer));
+    match exchange {
+        Ok(_) => Some(answer),
+        Err(error) => {
+            let mut count = Count::default();
+            count.fail(&error);
+            assert_eq!(count.reset, 1, "{error}");
+            None
+        }
+    }
+}
+
+>>>>>>> h-shard
 fn shards_get_equal_parts() {
     const CLIENTS: u32 = 20_000;
     let log = Log::default();
