@@ -25,10 +25,7 @@ crate::scenarios! {
     no_client_of_a_shard_is_lost_when_all_leave
     no_client_of_a_shard_is_lost_at_a_stop_under_load
     a_replacement_serves_who_waited_for_the_dead_one
-<<<<<<< HEAD
-=======
     who_waited_for_a_dead_worker_is_reset_at_a_stop
->>>>>>> h-shard
     shards_get_equal_parts
     shards_have_one_port
     shards_have_one_port_with_ipv6
@@ -437,8 +434,6 @@ fn a_replacement_serves_who_waited_for_the_dead_one() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-<<<<<<< HEAD
-=======
 /// Nobody takes the place of the dead worker before all are told to leave: whoever waits for it is
 /// told that nobody comes, and the others are served.
 fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
@@ -483,7 +478,6 @@ fn hear(mut client: TcpStream) -> Option<String> {
     }
 }
 
->>>>>>> h-shard
 fn shards_get_equal_parts() {
     const CLIENTS: u32 = 20_000;
     let log = Log::default();
