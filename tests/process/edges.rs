@@ -69,8 +69,6 @@ fn a_worker_at_its_limit_leaves() {
 /// What is accepted beyond the limit, because the worker may be quick, comes back and waits.
 fn a_limit_is_kept_while_clients_wait() {
     const CLIENTS: u64 = 40;
-    /// The most that a worker is given before it says that it is idle again.
-    const WINDOW: u64 = 16;
     let served = Rc::new(Cell::new(0));
     let count = Rc::clone(&served);
     cluster(
@@ -82,7 +80,8 @@ fn a_limit_is_kept_while_clients_wait() {
                     // Nobody else has been taken: there is one place.
                     let ledger = master.ledger();
                     assert_eq!(ledger.taken, count.get());
-                    assert!(ledger.in_hand() <= WINDOW, "{ledger:?}");
+                    // It has been quick with one, and so it may have been given two.
+                    assert!(ledger.in_hand() <= 1, "{ledger:?}");
                     drop(clients.pop());
                     worker.send(b"next").unwrap();
                 }
