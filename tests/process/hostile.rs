@@ -1169,7 +1169,6 @@ fn a_worker_that_takes_nothing_holds_no_more_than_it_may() {
     let case = Case::tolerated(|enemy| {
         let own = enemy.listen(OWN_INDEX);
         let _clients = own.clients(3 * WINDOW);
-        enemy.begin();
         for _ in 0..10 {
             own.ready(0);
             own.wait_for_the_master();
@@ -1179,6 +1178,7 @@ fn a_worker_that_takes_nothing_holds_no_more_than_it_may() {
         own.ready(1);
         own.wait_for_the_master();
         assert!((1..=2).contains(&own.count()), "{}", own.count());
+        enemy.begin();
         enemy.wait_for_the_end();
     });
     let fds = FDS_OF_TWO;
@@ -1208,12 +1208,12 @@ fn a_worker_that_lies_about_what_it_took_piles_up_a_few_dozen() {
     let case = Case::tolerated(|enemy| {
         let own = enemy.listen(OWN_INDEX);
         let _clients = own.clients(3 * FEW_DOZEN);
+        let piled_up = lie(&own);
+        assert!((WINDOW + 1..=FEW_DOZEN).contains(&piled_up), "{piled_up}");
         enemy.begin();
-        for _ in 0..10 {
-            let piled_up = lie(&own);
-            assert!((WINDOW + 1..=FEW_DOZEN).contains(&piled_up), "{piled_up}");
+        loop {
+            lie(&own);
         }
-        enemy.wait_for_the_end();
     });
     // What there is no room for in the queue is in the master.
     let fds = FDS_OF_TWO + WINDOW;
@@ -1225,8 +1225,7 @@ fn a_worker_that_lies_and_gives_back_holds_up_nobody() {
     let case = Case::tolerated(|enemy| {
         let own = enemy.listen(OWN_INDEX);
         let _clients = own.clients(3 * FEW_DOZEN);
-        enemy.begin();
-        for _ in 0..10 {
+        for _ in 0..3 {
             assert!(lie(&own) > 0);
             own.revoke();
             own.wait_for_the_master();
@@ -1234,6 +1233,7 @@ fn a_worker_that_lies_and_gives_back_holds_up_nobody() {
             own.ready(0);
             own.wait();
         }
+        enemy.begin();
         enemy.wait_for_the_end();
     });
     let fds = FDS_OF_TWO + FEW_DOZEN + WINDOW;
@@ -1308,6 +1308,7 @@ fn give_back_again_and_again(own: &Listener<'_>) -> ! {
         own.wait_for_the_master();
         assert_eq!(own.count(), 0);
     }
+    own.enemy.begin();
     own.enemy.wait_for_the_end();
 }
 
@@ -1327,7 +1328,6 @@ fn a_queue_with_a_filter_does_not_confuse_the_master() {
             filter: &raw mut filter,
         };
         set_option(&own, nix::libc::SO_ATTACH_FILTER, &program);
-        enemy.begin();
         give_back_again_and_again(&own);
     });
     let fds = FDS_OF_TWO + WINDOW;
@@ -1341,7 +1341,6 @@ fn a_queue_that_makes_descriptors_leaves_none_in_the_master() {
         let own = enemy.listen(OWN_INDEX);
         let _clients = own.clients(1);
         set_option(&own, SO_PASSPIDFD, &1i32);
-        enemy.begin();
         give_back_again_and_again(&own);
     });
     let fds = FDS_OF_TWO + 1;

@@ -157,83 +157,37 @@ fn request(address: SocketAddr) -> TcpStream {
     client
 }
 
-/// Clients of two workers that are busy with one slow request each, and had been quick before.
-struct Clients {
-    slow: [TcpStream; 2],
-    quick: Vec<TcpStream>,
-}
-
-/// Calls back when both workers have something behind their slow requests, as far as this can be seen:
-/// one of them alone has not so much. It takes some quickness, and is tried until it comes out.
-fn with_much_behind(
-    master: &Master,
-    address: SocketAddr,
-    then: impl FnOnce(&Master, Clients) + 'static,
-) {
-    let before = master.ledger().accepted;
-    let connect = move || {
-        let mut quick: Vec<_> = (0..150).map(|_| request(address)).collect();
-        let slow = [(); 2].map(|()| TcpStream::connect(address).unwrap());
-        quick.extend((0..250).map(|_| request(address)));
-        Clients { slow, quick }
-    };
-    in_background(master, connect, move |master, clients| {
-        master.set_timeout(Duration::from_millis(50), move |master| {
-            let ledger = master.ledger();
-            let all = clients.quick.len() + clients.slow.len();
-            let wait_in_the_kernel = ledger.accepted < before + all as u64;
-            if wait_in_the_kernel && ledger.in_hand() >= WINDOW {
-                return then(master, clients);
-            }
-            let end = move || {
-                let [mut one, mut other] = clients.slow;
-                one.write_all(b"x").unwrap();
-                other.write_all(b"x").unwrap();
-                read_all(clients.quick);
-                read_all(vec![one, other]);
-            };
-            in_background(master, end, move |master, ()| {
-                with_much_behind(master, address, then);
-            });
-        });
-    });
-}
-
 fn what_lies_behind_a_slow_request_goes_to_others() {
+    const ROUNDS: usize = 5;
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                with_much_behind(master, address, move |master, clients| {
-                    let Clients { slow, quick } = clients;
-                    let work = move || {
-                        let [mut first, mut second] = slow;
-                        second.write_all(b"x").unwrap();
-                        let second = read_all(vec![second]);
-                        let quick = read_all(quick).len();
-                        // The other one has been busy all the time.
-                        first.set_nonblocking(true).unwrap();
-                        let none = first.read(&mut [0]).unwrap_err();
-                        assert_eq!(none.kind(), std::io::ErrorKind::WouldBlock);
-                        first.set_nonblocking(false).unwrap();
-                        first.write_all(b"x").unwrap();
-                        assert_ne!(read_all(vec![first]), second);
-                        quick
-                    };
-                    in_background(master, work, move |master, quick| {
-                        let ledger = master.ledger();
-                        assert_eq!(ledger.accepted, ledger.taken);
-                        log.add(quick.to_string());
-                        master.disconnect(|_| {});
-                    });
+                let round = move || {
+                    let requests = |count| (0..count).map(|_| request(address));
+                    let mut quick: Vec<_> = requests(150).collect();
+                    // When it comes, workers are known to be quick, and are given many at a time.
+                    let mut slow = TcpStream::connect(address).unwrap();
+                    quick.extend(requests(150));
+                    let quick = read_all(quick).len();
+                    slow.write_all(b"x").unwrap();
+                    assert_eq!(read_all(vec![slow]).concat().len(), 1);
+                    quick
+                };
+                let work = move || (0..ROUNDS).map(|_| round()).sum::<usize>();
+                in_background(master, work, move |master, quick| {
+                    let ledger = master.ledger();
+                    assert_eq!(ledger.accepted, ledger.taken);
+                    log.add(quick.to_string());
+                    master.disconnect(|_| {});
                 });
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["400"]);
+    assert_eq!(entries.take(), [(ROUNDS * 300).to_string()]);
 }
 
 fn quick_workers_leave_most_connections_to_the_kernel() {
@@ -242,28 +196,49 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                with_much_behind(master, address, move |master, clients| {
-                    let ledger = master.ledger();
-                    // What is being served counts, and has been taken.
-                    assert!(ledger.in_hand() <= 2 * (WINDOW - 1), "{ledger:?}");
-                    let work = move || {
-                        let mut slow = clients.slow;
-                        slow.iter_mut()
-                            .for_each(|slow| slow.write_all(b"x").unwrap());
-                        read_all(slow.into_iter().chain(clients.quick).collect())
-                    };
-                    in_background(master, work, move |master, answers| {
-                        assert!(answers.iter().all(|answer| answer.len() == 1));
-                        log.add(answers.len().to_string());
-                        master.disconnect(|_| {});
-                    });
-                });
+                two_slow_requests_among_many(master, address, 5, log);
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["402"]);
+    assert_eq!(entries.take(), ["402"; 5]);
+}
+
+/// Many quick requests, and two slow ones among them, which keep both workers; so many times with
+/// something behind them.
+fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
+    if times == 0 {
+        return master.disconnect(|_| {});
+    }
+    let before = master.ledger().accepted;
+    let connect = move || {
+        let mut clients: Vec<_> = (0..150).map(|_| request(address)).collect();
+        let slow = [(); 2].map(|()| TcpStream::connect(address).unwrap());
+        clients.extend((0..250).map(|_| request(address)));
+        (slow, clients)
+    };
+    in_background(master, connect, move |master, (mut slow, mut clients)| {
+        master.set_timeout(Duration::from_millis(50), move |master| {
+            let ledger = master.ledger();
+            // What is served itself has been taken.
+            assert!(ledger.in_hand() <= 2 * (WINDOW - 1), "{ledger:?}");
+            // Both may have come to one worker, and the other one has served the rest.
+            let counts = ledger.accepted < before + 402 && ledger.in_hand() > 0;
+            let end = move || {
+                ask(&mut slow, b"x");
+                clients.extend(slow);
+                read_all(clients)
+            };
+            in_background(master, end, move |master, answers| {
+                assert!(answers.iter().all(|answer| answer.len() == 1));
+                if counts {
+                    log.add(answers.len().to_string());
+                }
+                two_slow_requests_among_many(master, address, times - u32::from(counts), log);
+            });
+        });
+    });
 }
 
 /// A worker that takes so long is given one connection at a time from then on.
