@@ -174,16 +174,13 @@ fn messages_are_heard_in_accept_under_load() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr();
             let thread = std::thread::spawn(move || {
-                let mut answered = 0;
                 while !over.load(Ordering::SeqCst) {
                     match talk(address, b"") {
                         Ok(answer) => assert_eq!(answer, "served"),
                         // The worker has left meanwhile.
                         Err(error) => assert!(over.load(Ordering::SeqCst), "{error}"),
                     }
-                    answered += 1;
                 }
-                answered
             });
             let mut times = 0;
             worker.on_message(move |worker, _| {
@@ -194,7 +191,7 @@ fn messages_are_heard_in_accept_under_load() {
             for connection in listener.incoming() {
                 connection.unwrap().write_all(b"served").unwrap();
             }
-            assert!(thread.join().unwrap() > 0);
+            thread.join().unwrap();
         },
     );
 }

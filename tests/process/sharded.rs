@@ -445,6 +445,10 @@ fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
                 let own = second.id().to_string();
                 second.process().kill(Signal::CONT);
                 master.disconnect(|_| {});
+                // All say their byte before the first one is heard: whoever is served waits for it.
+                for mut client in &clients {
+                    client.write_all(b"x").unwrap();
+                }
                 let read = || clients.into_iter().map(hear).collect::<Vec<_>>();
                 in_background(master, read, move |_, answers| {
                     let served = answers.iter().flatten().filter(|answer| **answer == own);
@@ -460,14 +464,11 @@ fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// Says a byte, and hears the answer; `None` if the connection is reset.
+/// Hears the answer; `None` if the connection is reset.
 fn hear(mut client: TcpStream) -> Option<String> {
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
-    let exchange = client
-        .write_all(b"x")
-        .and_then(|()| client.read_to_string(&mut answer));
-    match exchange {
+    match client.read_to_string(&mut answer) {
         Ok(_) => Some(answer),
         Err(error) => {
             let mut count = Count::default();
