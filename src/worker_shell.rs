@@ -581,8 +581,10 @@ impl WorkerShell {
     }
 
     /// Makes that the channel, and `signals`, interrupt who waits in `accept`.
-    pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<()> {
-        if self.interrupt.get().is_none() {
+    /// Returns whether they have not done so before: what has come by them has to be looked for.
+    pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<bool> {
+        let is_new = self.interrupt.get().is_none();
+        if is_new {
             let interrupt = Interrupt::new()?;
             interrupt.add(signals)?;
             if let Some(channel) = self.channel.borrow().as_ref() {
@@ -592,7 +594,7 @@ impl WorkerShell {
             // The kernel tells of room only to whom it has refused some since.
             self.flush_channel();
         }
-        Ok(())
+        Ok(is_new)
     }
 
     /// Whether there is something to read or to write on the channel; it is read or written then.

@@ -265,7 +265,7 @@ fn millis(timeout: Option<Duration>) -> libc::c_int {
 }
 
 /// Waits until one of the descriptors is readable, or the time is over, or a signal has come.
-/// Returns which are. One call to the system, where a wait of the poller takes five.
+/// Returns which are.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [BorrowedFd<'_>; N],
     timeout: Option<Duration>,

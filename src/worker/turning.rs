@@ -185,6 +185,20 @@ impl Worker {
         inner: &Rc<Inner>,
         listener: ListenerId,
     ) -> Result<Option<Connection<OwnedFd>>> {
+        if inner.shell.blocks(listener) {
+            let prepare = || {
+                let signals = inner.home.open_signal_pipe()?;
+                inner.shell.prepare_to_block(signals.as_fd())
+            };
+            match prepare() {
+                Ok(false) => {}
+                Ok(true) => {
+                    inner.looks_around.set(true);
+                    inner.poller_waits.set(true);
+                }
+                Err(_) => inner.shell.unblock(listener)?,
+            }
+        }
         Self::wait_for(inner, listener, |worker| {
             let shell = &inner.shell;
             if shell.core.borrow().leaves_to_others(listener) {
@@ -211,23 +225,20 @@ impl Worker {
     }
 
     /// Whether the worker can wait in `accept` itself: then it has its place in the kernel's queue of
-    /// those who wait. If it has something else to wait for, or if the system cannot, the listener is
-    /// made not to block, for all who have it.
+    /// those who wait. If it has something else to wait for, the listener is made not to block, for all
+    /// who have it.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
         let (shell, home) = (&self.inner.shell, &self.inner.home);
-        let core = shell.core.borrow();
-        let (ending, serves) = (core.is_ending(listener), core.serves_any());
-        drop(core);
         if !shell.blocks(listener) {
             return Ok(false);
         }
-        let alone = !ending && !serves && !home.has_watches();
-        let prepare = || shell.prepare_to_block(home.open_signal_pipe()?.as_fd());
-        if alone && prepare().is_ok() {
-            return Ok(true);
+        let core = shell.core.borrow();
+        let alone = !core.is_ending(listener) && !core.serves_any() && !home.has_watches();
+        drop(core);
+        if !alone {
+            shell.unblock(listener)?;
         }
-        shell.unblock(listener)?;
-        Ok(false)
+        Ok(alone)
     }
 
     /// Accepts a connection, and waits for it. Whatever else there is to do comes first.
