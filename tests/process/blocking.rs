@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use cluster::{Master, SendOptions, Signal, Worker, WorkerProcess};
 use nix::libc;
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal as Number, kill, sigaction};
+use nix::sys::signal::{
+    SaFlags, SigAction, SigHandler, SigSet, Signal as Number, kill, raise, sigaction,
+};
 use nix::unistd::Pid;
 
 use crate::harness::{
@@ -29,6 +31,7 @@ crate::scenarios! {
     messages_are_heard_in_accept_under_load
     timers_go_off_in_accept
     signals_are_told_in_accept
+    a_signal_just_before_the_first_accept_is_told
     a_request_to_leave_is_heard_in_accept
     the_end_of_the_master_is_noticed_in_accept
     what_could_not_be_sent_before_is_sent_in_accept
@@ -220,6 +223,31 @@ fn signals_are_told_in_accept() {
             serve_id(&worker, "127.0.0.1:0");
         },
     );
+}
+
+/// A timer that is due goes off before the worker blocks for the first time, and behind it nothing
+/// looks at signals again.
+fn a_signal_just_before_the_first_accept_is_told() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            share_listeners(master);
+            let only = master.fork().unwrap();
+            only.on_message(move |_, worker, message| {
+                assert_eq!(message.bytes(), b"noticed");
+                log.add("told");
+                worker.disconnect();
+            });
+        },
+        |worker| {
+            let told = |worker: &Worker, _| noticed(worker);
+            worker.on_signal(Signal::USR1, told).unwrap();
+            worker.set_timeout(Duration::ZERO, |_| raise(Number::SIGUSR1).unwrap());
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+    assert_eq!(entries.take(), ["told"]);
 }
 
 fn a_request_to_leave_is_heard_in_accept() {

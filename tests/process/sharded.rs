@@ -445,11 +445,12 @@ fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
                 let own = second.id().to_string();
                 second.process().kill(Signal::CONT);
                 master.disconnect(|_| {});
-                // All say their byte before the first one is heard: whoever is served waits for it.
-                for mut client in &clients {
-                    client.write_all(b"x").unwrap();
-                }
-                let read = || clients.into_iter().map(hear).collect::<Vec<_>>();
+                let read = || {
+                    // All speak before one listens: the reset comes when the others are served.
+                    let speak = |mut client: &TcpStream| drop(client.write_all(b"x"));
+                    clients.iter().for_each(speak);
+                    clients.into_iter().map(hear).collect::<Vec<_>>()
+                };
                 in_background(master, read, move |_, answers| {
                     let served = answers.iter().flatten().filter(|answer| **answer == own);
                     let served = served.count();
@@ -464,7 +465,7 @@ fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// Hears the answer; `None` if the connection is reset.
+/// The answer; `None` if the connection is reset.
 fn hear(mut client: TcpStream) -> Option<String> {
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
