@@ -757,8 +757,10 @@ impl<C> MasterCore<C> {
                 let taken = entry.connections.idle(worker, (taken, open), self.now)?;
                 self.taken(taken);
                 self.distribute(handle);
-                self.pull(handle);
-                self.balance(handle);
+                // Who waits behind a slow request came before those in the backlog.
+                if !self.balance(handle) {
+                    self.pull(handle);
+                }
                 self.look_again_if_draining(handle);
             }
             ToMaster::Close { handle } => {
@@ -864,7 +866,7 @@ impl<C> MasterCore<C> {
             let waits = handle.connections.anyone_waits();
             let unlooked = handle.door == Door::Ready;
             let left = handle.connections.to_take_back(Time::ZERO).is_some();
-            let open = handle.stage != Stage::Unbound && handle.gives_from.is_none();
+            let open = handle.is_balanced();
             open && handle.connections.room() > 0 && (waits || unlooked || left)
         })
     }

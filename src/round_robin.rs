@@ -4,7 +4,7 @@
 //! it back. A worker that has found its queue empty says so: it is *idle* then. An idle worker comes
 //! before a busy one, and among idle ones the one served longest ago comes first. A busy worker is
 //! given something ahead of its turn only if it has been quick before; what lies behind a request
-//! that turns out slow is taken back as soon as another worker is idle.
+//! that turns out slow is taken back if another worker is idle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -98,7 +98,7 @@ impl Member {
         let unmoved = load > 0 && self.taken == self.done;
         Ranks {
             next: (self.room() > 0).then_some((load > 0, self.sleeps, load, self.turn, worker)),
-            behind: (behind > 0).then_some((behind, worker)),
+            behind: (behind > 0).then_some((self.busy_since, worker)),
             unmoved: unmoved.then_some((self.busy_since, worker)),
         }
     }
@@ -110,7 +110,7 @@ type Next = (bool, bool, u32, u64, WorkerId);
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Ranks {
     next: Option<Next>,
-    behind: Option<(u32, WorkerId)>,
+    behind: Option<(Time, WorkerId)>,
     unmoved: Option<(Time, WorkerId)>,
 }
 
@@ -119,8 +119,8 @@ pub(crate) struct RoundRobin<C> {
     members: BTreeMap<WorkerId, Member>,
     /// Who can be given something; the first is next.
     next: BTreeSet<Next>,
-    /// From whom something can be taken that lies behind another; the last has most.
-    behind: BTreeSet<(u32, WorkerId)>,
+    /// From whom something can be taken that lies behind another; the first has been busy longest.
+    behind: BTreeSet<(Time, WorkerId)>,
     /// Who was idle and is not known to have taken anything since.
     unmoved: BTreeSet<(Time, WorkerId)>,
     /// How many connections all of them can be given.
@@ -339,6 +339,10 @@ impl<C> RoundRobin<C> {
                 member.taken.min(member.sent)
             };
             member.done = member.done.min(member.taken);
+            if count > 0 {
+                // It is given nothing ahead until it has been quick again.
+                member.window = 1;
+            }
             // It was idle, and still is; but somebody else would have taken them.
             member.sleeps |= count > 0 && member.load() == 0;
         });
@@ -442,24 +446,29 @@ impl<C> RoundRobin<C> {
     }
 
     /// Out of whose queue connections should be taken back, because another worker is idle, and how
-    /// many: half of what lies behind others.
+    /// many. Not at once: who is only waiting for a core would lose what it has to whoever has one.
     pub(crate) fn to_take_back(&self, now: Time) -> Option<(WorkerId, usize)> {
-        if self.chooses || !self.anyone_is_idle() || self.anyone_waits() {
+        if self.chooses || !self.anyone_is_idle() {
             return None;
         }
-        if let Some((behind, worker)) = self.behind.last() {
-            return Some((*worker, behind.div_ceil(2) as usize));
-        }
-        let stale = self.unmoved.first();
-        let stale = stale.filter(|(since, _)| *since + STALE <= now);
-        stale.map(|(_, worker)| (*worker, 1))
+        let is_over = |since: Time, patience| since + patience <= now;
+        let behind = self.behind.first();
+        let behind = behind.filter(|(since, _)| is_over(*since, QUICK));
+        let unmoved = self.unmoved.first();
+        let unmoved = unmoved.filter(|(since, _)| is_over(*since, STALE));
+        let (_, worker) = behind.or(unmoved)?;
+        let member = self.members.get(worker)?;
+        Some((*worker, member.behind().max(1) as usize))
     }
 
     /// When `to_take_back` may have somebody to name although nothing has happened.
     pub(crate) fn look_at(&self) -> Option<Time> {
-        let looks = self.anyone_is_idle() && !self.chooses;
-        let (since, _) = self.unmoved.first().filter(|_| looks)?;
-        Some(*since + STALE)
+        if self.chooses || !self.anyone_is_idle() {
+            return None;
+        }
+        let behind = self.behind.first().map(|(since, _)| *since + QUICK);
+        let unmoved = self.unmoved.first().map(|(since, _)| *since + STALE);
+        behind.into_iter().chain(unmoved).min()
     }
 
     fn anyone_is_idle(&self) -> bool {
@@ -605,21 +614,29 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_behind_another_is_for_whoever_becomes_idle() {
+    fn what_lies_behind_a_slow_one_is_for_whoever_is_idle() {
         let mut rr = idle(1);
         hurry(&mut rr, 1);
         (0..5).for_each(|c| rr.push(c));
         assert_eq!(who(&mut rr).len(), 5);
-        assert_eq!(rr.to_take_back(NOW), None, "nobody is idle");
+        assert_eq!(rr.to_take_back(LATER), None, "nobody is idle");
         rr.join(id(2));
-        for (turn, takes) in [(1, 2), (2, 2), (3, 1), (4, 1)] {
-            rr.idle(id(2), (turn - 1, 0), NOW).unwrap();
-            assert_eq!(rr.to_take_back(NOW), Some((id(1), takes)));
-            rr.came_back(id(1), vec![(15 + turn, 0)], false);
-            assert_eq!(who(&mut rr), [(2, 0)]);
-        }
-        rr.idle(id(2), (4, 0), NOW).unwrap();
-        assert_eq!(rr.to_take_back(NOW), None, "the first one is being served");
+        rr.idle(id(2), (0, 0), NOW).unwrap();
+        assert_eq!(rr.to_take_back(NOW), None, "it may still be quick");
+        assert_eq!(rr.look_at(), Some(QUICK));
+        assert_eq!(rr.to_take_back(QUICK), Some((id(1), 4)));
+        rr.came_back(id(1), (17..21).map(|place| (place, 0)).collect(), false);
+        assert_eq!(who(&mut rr), [(2, 0)], "and nothing for the slow one");
+        rr.idle(id(2), (1, 0), LATER).unwrap();
+        assert_eq!(who(&mut rr), [(2, 0)]);
+        rr.drop_waiting();
+        rr.idle(id(2), (2, 0), LATER).unwrap();
+        rr.came_back(id(1), vec![], true);
+        assert_eq!(
+            rr.to_take_back(LATER),
+            None,
+            "the first one is being served"
+        );
     }
 
     #[test]

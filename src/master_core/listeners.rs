@@ -100,11 +100,9 @@ pub(super) struct Handle<C> {
 }
 
 impl<C> Handle<C> {
-    /// Whether workers are given what others have in their queues. Until the backlog is known to be
-    /// empty, it is looked at first.
+    /// Whether workers are given what others have in their queues.
     pub(super) fn is_balanced(&self) -> bool {
-        let looked = !matches!(self.door, Door::Ready | Door::Accepting);
-        looked && self.stage != Stage::Unbound && self.gives_from.is_none()
+        self.stage != Stage::Unbound && self.gives_from.is_none()
     }
 
     fn is_unix(&self) -> bool {
@@ -458,19 +456,22 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Takes connections back that lie in one worker's queue although another one is idle.
-    pub(super) fn balance(&mut self, handle: HandleId) {
+    /// Takes connections back that lie in one worker's queue although another one is idle. Returns
+    /// whether there are any.
+    pub(super) fn balance(&mut self, handle: HandleId) -> bool {
         let Some(entry) = self.handles.get(&handle) else {
-            return;
+            return false;
         };
         let from = entry.connections.to_take_back(self.now);
-        if let Some((worker, at_most)) = from.filter(|_| entry.is_balanced()) {
+        let from = from.filter(|_| entry.is_balanced());
+        if let Some((worker, at_most)) = from {
             self.actions.push_back(Action::TakeBack {
                 handle,
                 worker,
                 at_most,
             });
         }
+        from.is_some()
     }
 
     pub(super) fn take_all_back(&mut self, handle: HandleId, worker: WorkerId) {
