@@ -3,7 +3,7 @@
 //! What a worker is given lies in its *queue* until it takes it out; until then the master can take
 //! it back. A worker that has found its queue empty says so: it is *idle* then. An idle worker comes
 //! before a busy one, and among idle ones the one served longest ago comes first. A busy worker is
-//! given something ahead of its turn only if it has been quick before; what lies behind a request
+//! given something ahead only as far as workers have been quick before; what lies behind a request
 //! that turns out slow is taken back if another worker is idle.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,8 +48,8 @@ struct Member {
     open: u64,
     /// Taken back.
     refused: u64,
-    /// How many it may have been sent since then.
-    window: u32,
+    /// What lay behind another connection was taken back from it, and it has not been idle since.
+    slow: bool,
     /// When it was sent the first of them.
     busy_since: Time,
     /// It was idle, and did not take what it was sent.
@@ -69,12 +69,13 @@ impl Member {
         u32::try_from(self.sent - self.taken).unwrap_or(u32::MAX)
     }
 
-    fn room(&self) -> u32 {
-        if self.ready && !self.ended {
-            self.window.saturating_sub(self.load())
-        } else {
-            0
-        }
+    /// Whether it can be given something, if it is idle or has not too much already.
+    fn takes(&self) -> bool {
+        self.ready && !self.ended && !(self.slow && self.load() > 0)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.takes() && self.load() == 0
     }
 
     /// What may lie behind another connection.
@@ -97,7 +98,9 @@ impl Member {
         let (load, behind) = (self.load(), self.behind());
         let unmoved = load > 0 && self.taken == self.done;
         Ranks {
-            next: (self.room() > 0).then_some((load > 0, self.sleeps, load, self.turn, worker)),
+            next: self
+                .takes()
+                .then_some((load > 0, self.sleeps, load, self.turn, worker)),
             behind: (behind > 0).then_some((self.busy_since, worker)),
             unmoved: unmoved.then_some((self.busy_since, worker)),
         }
@@ -123,8 +126,10 @@ pub(crate) struct RoundRobin<C> {
     behind: BTreeSet<(Time, WorkerId)>,
     /// Who was idle and is not known to have taken anything since.
     unmoved: BTreeSet<(Time, WorkerId)>,
-    /// How many connections all of them can be given.
-    room: u64,
+    /// How many of them are idle.
+    idle: u64,
+    /// How many connections one worker is sent before it is idle again, as it has turned out.
+    window: u32,
     /// Accepted and given to nobody, by place.
     waiting: BTreeMap<u64, C>,
     /// The program says who gets what; here is what it has not been asked about, and what it has
@@ -145,7 +150,8 @@ impl<C> RoundRobin<C> {
             next: BTreeSet::new(),
             behind: BTreeSet::new(),
             unmoved: BTreeSet::new(),
-            room: 0,
+            idle: 0,
+            window: 1,
             waiting: BTreeMap::new(),
             chooses: false,
             unchosen: BTreeMap::new(),
@@ -165,7 +171,10 @@ impl<C> RoundRobin<C> {
             return most.saturating_sub(self.in_hand());
         }
         match self.next.first() {
-            Some((false, ..)) => self.room.saturating_sub(self.count_waiting()),
+            Some((false, ..)) => {
+                let room = self.idle * u64::from(self.window);
+                room.saturating_sub(self.count_waiting())
+            }
             _ => 0,
         }
     }
@@ -226,7 +235,7 @@ impl<C> RoundRobin<C> {
             done: 0,
             open: 0,
             refused: 0,
-            window: 1,
+            slow: false,
             busy_since: Time::ZERO,
             sleeps: false,
             turn: self.turns,
@@ -242,17 +251,17 @@ impl<C> RoundRobin<C> {
         change: impl FnOnce(&mut Member) -> T,
     ) -> Option<(T, i64)> {
         let member = self.members.get_mut(&worker)?;
-        let (ranks, room) = (member.ranks(worker), member.room());
+        let (ranks, was_idle) = (member.ranks(worker), member.is_idle());
         let (sent, taken) = (member.sent, member.taken);
         let result = change(member);
-        let (new, new_room) = (member.ranks(worker), member.room());
+        let (new, is_idle) = (member.ranks(worker), member.is_idle());
         self.under_way = self.under_way + member.sent + taken - sent - member.taken;
         let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
         let taken = signed(member.taken) - signed(taken);
         exchange(&mut self.next, ranks.next, new.next);
         exchange(&mut self.behind, ranks.behind, new.behind);
         exchange(&mut self.unmoved, ranks.unmoved, new.unmoved);
-        self.room = self.room - u64::from(room) + u64::from(new_room);
+        self.idle = self.idle + u64::from(is_idle) - u64::from(was_idle);
         Some((result, taken))
     }
 
@@ -264,22 +273,21 @@ impl<C> RoundRobin<C> {
         (taken, open): (u64, u32),
         now: Time,
     ) -> Result<i64, FrameError> {
+        let mut window = self.window;
         let outcome = self.change(worker, |member| {
             if taken > member.sent {
                 return Err(FrameError::State("took a connection it was never given"));
             }
-            let served = taken.saturating_sub(member.done);
-            let quick = u32::try_from(served).is_ok_and(|served| {
-                now.saturating_sub(member.busy_since) <= QUICK.saturating_mul(served)
-            });
-            member.window = match u32::try_from(served) {
-                Ok(served) if quick && served >= member.window => {
-                    member.window.saturating_mul(2).min(MAX_WINDOW)
-                }
-                // There was not as much to do.
-                Ok(served) if quick => served.max(member.window / 2).max(1),
-                _ => 1,
+            let served = u32::try_from(taken.saturating_sub(member.done)).unwrap_or(u32::MAX);
+            let quick = now.saturating_sub(member.busy_since) <= QUICK.saturating_mul(served);
+            window = match (served, quick) {
+                (0, _) => window,
+                (served, true) if served >= window => window.saturating_mul(2).min(MAX_WINDOW),
+                // There was not as much to do, or it took too long.
+                (served, true) => served.max(window / 2).max(1),
+                (_, false) => (window / 2).max(1),
             };
+            member.slow = false;
             member.ready = true;
             member.sleeps &= served == 0;
             // What it said may be older than what is known.
@@ -289,6 +297,7 @@ impl<C> RoundRobin<C> {
             member.busy_since = now;
             Ok(())
         });
+        self.window = window;
         match outcome {
             Some((Ok(()), taken)) => Ok(taken),
             Some((Err(error), _)) => Err(error),
@@ -339,10 +348,7 @@ impl<C> RoundRobin<C> {
                 member.taken.min(member.sent)
             };
             member.done = member.done.min(member.taken);
-            if count > 0 {
-                // It is given nothing ahead until it has been quick again.
-                member.window = 1;
-            }
+            member.slow |= count > 0 && member.load() > 0;
             // It was idle, and still is; but somebody else would have taken them.
             member.sleeps |= count > 0 && member.load() == 0;
         });
@@ -425,7 +431,10 @@ impl<C> RoundRobin<C> {
 
     /// The first waiting connection, and the worker whose turn it is.
     fn next_in_turn(&mut self) -> Option<(WorkerId, Placed<C>)> {
-        let &(.., worker) = self.next.first()?;
+        let &(_, _, load, _, worker) = self.next.first()?;
+        if load >= self.window {
+            return None;
+        }
         Some((worker, self.waiting.pop_first()?))
     }
 
@@ -603,14 +612,14 @@ mod tests {
     }
 
     #[test]
-    fn who_is_quick_is_given_more_and_more_ahead_and_no_longer_if_it_was_slow_once() {
+    fn quick_workers_are_given_more_and_more_ahead_and_less_if_one_was_slow() {
         let mut rr = idle(1);
         hurry(&mut rr, 1);
         assert_eq!(rr.room(), u64::from(MAX_WINDOW));
         rr.push(0);
         assert_eq!(who(&mut rr).len(), 1);
         rr.idle(id(1), (16, 0), LATER).unwrap();
-        assert_eq!(rr.room(), 1);
+        assert_eq!(rr.room(), u64::from(MAX_WINDOW) / 2);
     }
 
     #[test]
@@ -626,11 +635,8 @@ mod tests {
         assert_eq!(rr.look_at(), Some(QUICK));
         assert_eq!(rr.to_take_back(QUICK), Some((id(1), 4)));
         rr.came_back(id(1), (17..21).map(|place| (place, 0)).collect(), false);
-        assert_eq!(who(&mut rr), [(2, 0)], "and nothing for the slow one");
-        rr.idle(id(2), (1, 0), LATER).unwrap();
-        assert_eq!(who(&mut rr), [(2, 0)]);
-        rr.drop_waiting();
-        rr.idle(id(2), (2, 0), LATER).unwrap();
+        assert_eq!(who(&mut rr), [(2, 0); 4], "and nothing for the slow one");
+        rr.idle(id(2), (4, 0), LATER).unwrap();
         rr.came_back(id(1), vec![], true);
         assert_eq!(
             rr.to_take_back(LATER),
@@ -704,11 +710,9 @@ mod tests {
         let load = rr.forget(id(1)).unwrap();
         assert_eq!((load.given, load.taken, load.refused), (18, 16, 2));
         rr.join(id(2));
-        for (taken, expected) in [1, 2, 3].into_iter().enumerate() {
-            rr.idle(id(2), (taken as u64, 0), LATER).unwrap();
-            assert_eq!(who(&mut rr), [(2, expected)]);
-        }
-        assert_eq!(rr.in_hand(), 1);
+        rr.idle(id(2), (0, 0), LATER).unwrap();
+        assert_eq!(who(&mut rr), [(2, 1), (2, 2), (2, 3)]);
+        assert_eq!(rr.in_hand(), 3);
     }
 
     #[test]
