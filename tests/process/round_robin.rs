@@ -240,12 +240,18 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
     });
 }
 
-/// A worker that takes so long is given one connection at a time from then on.
-fn talk_slowly(address: SocketAddr) -> String {
+/// Keeps a worker so long that it is given one connection at a time from then on.
+fn talk_slowly(master: &Master, address: SocketAddr, then: impl FnOnce(&Master, String) + 'static) {
+    let taken = master.ledger().taken + 1;
     let mut client = TcpStream::connect(address).unwrap();
-    std::thread::sleep(Duration::from_millis(5));
-    client.write_all(b"x").unwrap();
-    read_all(vec![client]).concat()
+    let is_taken = move |master: &Master| master.ledger().taken == taken;
+    when(master, is_taken, move |master| {
+        master.set_timeout(Duration::from_millis(5), move |master| {
+            client.write_all(b"x").unwrap();
+            let read = move || read_all(vec![client]).concat();
+            in_background(master, read, then);
+        });
+    });
 }
 
 /// Two idle workers wait in `accept`, and the one whose turn it is has been stopped. Nobody is given
@@ -254,15 +260,19 @@ fn with_a_stopped_worker(
     master: &Master,
     then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,
 ) {
+    let stop_next = move |master: &Master, address, last: String| {
+        when_all_wait(master, move |master| {
+            let is_next = |worker: &WorkerProcess| worker.id().to_string() != last;
+            let next = master.workers().into_iter().find(is_next).unwrap();
+            stop(&next);
+            then(master, address, next);
+        });
+    };
     when_listening(master, 2, move |master, address| {
         // It is not the turn of whoever was the last.
-        let round = move || [(); 2].map(|()| talk_slowly(address));
-        in_background(master, round, move |master, [_, last]| {
-            when_all_wait(master, move |master| {
-                let is_next = |worker: &WorkerProcess| worker.id().to_string() != last;
-                let next = master.workers().into_iter().find(is_next).unwrap();
-                stop(&next);
-                then(master, address, next);
+        talk_slowly(master, address, move |master, _| {
+            talk_slowly(master, address, move |master, last| {
+                stop_next(master, address, last);
             });
         });
     });
