@@ -5,10 +5,11 @@
 //! the master, and forks this binary again for its workers, which find the same name.
 
 use std::cell::{Cell, RefCell};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
+use tempfile::TempDir;
 use wait_timeout::ChildExt as _;
 
 /// Names the scenario to a process that is to play it.
@@ -154,20 +156,29 @@ pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
 pub struct Group {
     child: RefCell<Child>,
     log: RefCell<File>,
+    /// Where it makes its temporary files, whatever users it has.
+    temporary: TempDir,
 }
 
 impl Group {
     /// Starts a program whose output is shown if the test fails.
     pub fn start(command: &mut Command) -> std::io::Result<Self> {
         let log = tempfile::tempfile()?;
+        let temporary = tempfile::tempdir()?;
+        std::fs::set_permissions(temporary.path(), Permissions::from_mode(0o1777))?;
         let child = command
+            .env("TMPDIR", temporary.path())
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log.try_clone()?)
             .spawn()?;
         let (child, log) = (RefCell::new(child), RefCell::new(log));
-        Ok(Self { child, log })
+        Ok(Self {
+            child,
+            log,
+            temporary,
+        })
     }
 
     pub fn pid(&self) -> Pid {
@@ -221,6 +232,7 @@ impl Group {
             return Err(format!("hangs:\n{}", self.output()).into());
         };
         self.assert_nobody_left()?;
+        self.assert_no_file_left()?;
         Ok(status)
     }
 
@@ -241,6 +253,14 @@ impl Group {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    fn assert_no_file_left(&self) -> Result<(), Failed> {
+        let left: Vec<_> = std::fs::read_dir(self.temporary.path())?.collect::<Result<_, _>>()?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(format!("left files behind: {left:?}\n{}", self.output()).into())
     }
 }
 
