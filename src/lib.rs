@@ -1,5 +1,8 @@
 #![doc = include_str!("../README.md")]
 
+// So that the pool names things as any other program does.
+extern crate self as cluster;
+
 mod address;
 mod bind;
 mod callbacks;
@@ -21,6 +24,7 @@ mod master_core;
 mod master_shell;
 mod message;
 mod options;
+pub mod pool;
 mod role;
 mod round_robin;
 mod send_options;
@@ -29,6 +33,7 @@ mod signal;
 #[cfg(test)]
 mod simulation;
 mod socket_file;
+mod stub;
 #[allow(unsafe_code)]
 mod sys;
 mod timers;
@@ -55,6 +60,7 @@ pub use role::{Role, available_parallelism, init, is_master, is_worker};
 pub use send_options::SendOptions;
 pub use settings::{InspectPort, SchedulingPolicy, Settings, Stdio, UnknownPolicy};
 pub use signal::Signal;
+pub use stub::{MasterListener, Usage};
 pub use sys::poll::Interest;
 pub use timers::TimerId;
 pub use udp_socket::UdpSocket;

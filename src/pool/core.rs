@@ -1,0 +1,1503 @@
+//! The decisions of a pool. Pure: the time is an argument, and a worker is a name.
+//!
+//! The life of a worker in its slot:
+//!
+//! ```text
+//!                fork          ready          trial is over          told            exit
+//!   (nothing) --------> booting -----> proving -------------> serving ------> leaving -----> (gone)
+//!                          |  only if it replaces another |       |               |
+//!                          +------ dies, or boot is over -+-------+ dies          | drain is over:
+//!                                        |                                        | killed
+//!                                        v
+//!                    replacement, at once or after the back-off; or given up
+//! ```
+//!
+//! One *rollout* at a time replaces workers: all of them for a reload, single ones for their limits. It
+//! takes them in batches: successors are forked beside those who serve, prove themselves, and only
+//! then are the others told to leave. It ends at the first successor that dies.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use cluster::Usage;
+
+use super::event::{Cause, Death, GiveUp, Limit, PoolEvent};
+use super::options::PoolOptions;
+
+/// The time since the pool began.
+pub(super) type Time = Duration;
+
+/// What the shell is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Command<W> {
+    /// Fork a worker for this slot, and say what came of it by `forked` or `not_forked`.
+    Fork {
+        slot: usize,
+        generation: u32,
+    },
+    Leave(W),
+    /// Everybody is told, at once.
+    LeaveAll,
+    Kill(W),
+    /// Say what everybody has, by `measured`.
+    Look,
+    /// Ask the program what becomes of this slot, and say it by `decide`.
+    Ask(Death<W>),
+    Tell(PoolEvent<W>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Booting,
+    Ready,
+    Leaving,
+}
+
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) slot: usize,
+    pub(super) pid: u32,
+    pub(super) generation: u32,
+    pub(super) forked: Time,
+    ready: Option<Time>,
+    /// When it is killed if it is not ready.
+    boot_by: Time,
+    /// When it was last known to be alive.
+    beat: Time,
+    expires: Option<Time>,
+    most_connections: Option<u64>,
+    /// When it is killed; it has been told to leave.
+    leaves_by: Option<Time>,
+    /// Why it has been killed.
+    killed: Option<Cause>,
+}
+
+impl Member {
+    pub(super) fn state(&self) -> State {
+        match (self.leaves_by, self.ready) {
+            (Some(_), _) => State::Leaving,
+            (None, Some(_)) => State::Ready,
+            (None, None) => State::Booting,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Slot<W> {
+    /// Serves, or boots to do so.
+    pub(super) current: Option<W>,
+    /// Boots or proves itself beside it.
+    pub(super) successor: Option<W>,
+    pub(super) generation: u32,
+    /// Deaths since a worker was stable.
+    failures: u32,
+    deaths: VecDeque<Time>,
+    pub(super) restart_at: Option<Time>,
+    pub(super) held: bool,
+    /// A replacement for a limit has failed: not again before this.
+    recycle_from: Time,
+    pub(super) restarts: u64,
+    pub(super) last_death: Option<Death<W>>,
+}
+
+impl<W> Slot<W> {
+    /// Whether it is to be filled by one of this generation, and not by one of a rollout that was
+    /// called off while it was forked.
+    fn lacks(&self, generation: u32) -> bool {
+        self.current.is_none() && self.generation == generation
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Until all successors are ready.
+    Booting,
+    /// Until this time all of them must live.
+    Trial(Time),
+    /// Until those who were replaced have gone.
+    Retiring,
+}
+
+#[derive(Debug)]
+struct Rollout<W> {
+    /// All slots are brought to this generation; `None`: those that have reached a limit.
+    reload: Option<u32>,
+    /// Successors by slot; `None` until they are forked.
+    batch: BTreeMap<usize, Option<W>>,
+    phase: Phase,
+    canary: bool,
+    replaced: usize,
+    retiring: BTreeSet<W>,
+}
+
+#[derive(Debug)]
+pub(super) struct Core<W> {
+    options: PoolOptions,
+    pub(super) slots: Vec<Slot<W>>,
+    pub(super) members: BTreeMap<W, Member>,
+    /// Of those who serve, if no reload is under way or was stopped half-way.
+    pub(super) generation: u32,
+    last_generation: u32,
+    reload_wanted: bool,
+    recycle: BTreeMap<usize, Limit>,
+    rollout: Option<Rollout<W>>,
+    pub(super) stopping: bool,
+    pub(super) quorum: bool,
+    pub(super) deaths: u64,
+    look_at: Option<Time>,
+    /// When the shell was to come next.
+    planned: Option<Time>,
+    random: u64,
+    commands: VecDeque<Command<W>>,
+}
+
+impl<W: Copy + Ord> Core<W> {
+    pub(super) fn new(mut options: PoolOptions, now: Time, seed: u64) -> Self {
+        options.jitter = options.jitter.min(100);
+        options.surge = options.surge.max(1);
+        let looks = options.max_connections.is_some() || options.max_memory.is_some();
+        let look_at = looks.then(|| now + options.look);
+        let workers = options.workers;
+        let mut core = Self {
+            options,
+            slots: Vec::new(),
+            members: BTreeMap::new(),
+            generation: 0,
+            last_generation: 0,
+            reload_wanted: false,
+            recycle: BTreeMap::new(),
+            rollout: None,
+            stopping: false,
+            quorum: false,
+            deaths: 0,
+            look_at,
+            planned: None,
+            // Never zero, which the generator would stay at.
+            random: seed | 1,
+            commands: VecDeque::new(),
+        };
+        core.scale(workers, now);
+        core
+    }
+
+    pub(super) fn next_command(&mut self) -> Option<Command<W>> {
+        self.commands.pop_front()
+    }
+
+    pub(super) fn options(&self) -> &PoolOptions {
+        &self.options
+    }
+
+    /// Whether something is still to come, from a worker or with time.
+    pub(super) fn is_over(&self) -> bool {
+        self.stopping && self.members.is_empty()
+    }
+
+    pub(super) fn is_reloading(&self) -> bool {
+        self.reload_wanted || self.rollout.as_ref().is_some_and(|r| r.reload.is_some())
+    }
+
+    pub(super) fn ready_workers(&self) -> usize {
+        let ready = |member: &&Member| member.state() == State::Ready;
+        self.members.values().filter(ready).count()
+    }
+
+    fn tell(&mut self, event: PoolEvent<W>) {
+        self.commands.push_back(Command::Tell(event));
+    }
+
+    fn jittered(&mut self, value: u64) -> u64 {
+        // Marsaglia's xorshift.
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        let parts = self.random % 1000 * u64::from(self.options.jitter);
+        let more = u128::from(value) * u128::from(parts) / 100_000;
+        value.saturating_add(u64::try_from(more).unwrap_or(u64::MAX))
+    }
+
+    fn jittered_time(&mut self, time: Duration) -> Duration {
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Duration::from_nanos(self.jittered(nanos))
+    }
+
+    fn fork(&mut self, slot: usize, generation: u32) {
+        self.commands.push_back(Command::Fork { slot, generation });
+    }
+
+    /// After every input: what follows from it.
+    fn settle(&mut self, now: Time) {
+        self.roll(now);
+        let quorum = self.options.quorum_of(self.slots.len());
+        let is_ready = !self.stopping && self.ready_workers() >= quorum;
+        if is_ready != self.quorum {
+            self.quorum = is_ready;
+            self.tell(PoolEvent::Quorum(is_ready));
+        }
+    }
+}
+
+// What the program wants.
+impl<W: Copy + Ord> Core<W> {
+    pub(super) fn scale(&mut self, workers: usize, now: Time) {
+        if self.stopping {
+            return;
+        }
+        while self.slots.len() < workers {
+            self.slots.push(Slot {
+                current: None,
+                successor: None,
+                generation: self.generation,
+                failures: 0,
+                deaths: VecDeque::new(),
+                restart_at: None,
+                held: false,
+                recycle_from: Time::ZERO,
+                restarts: 0,
+                last_death: None,
+            });
+            self.fork(self.slots.len() - 1, self.generation);
+        }
+        while self.slots.len() > workers {
+            let Some(slot) = self.slots.pop() else {
+                break;
+            };
+            let number = self.slots.len();
+            self.recycle.remove(&number);
+            if let Some(rollout) = &mut self.rollout {
+                rollout.batch.remove(&number);
+            }
+            for worker in slot.current.into_iter().chain(slot.successor) {
+                self.leave(worker, now);
+            }
+        }
+        self.settle(now);
+    }
+
+    /// One that is wanted while another is under way comes after it.
+    pub(super) fn reload(&mut self, now: Time) {
+        if !self.stopping {
+            self.reload_wanted = true;
+            self.settle(now);
+        }
+    }
+
+    /// Back to those who have not been told to leave yet.
+    pub(super) fn cancel_reload(&mut self, now: Time) {
+        self.reload_wanted = false;
+        if self.rollout.as_ref().is_some_and(|r| r.reload.is_some()) {
+            self.fail(None, now);
+        }
+        self.settle(now);
+    }
+
+    pub(super) fn retry(&mut self, now: Time) {
+        for slot in &mut self.slots {
+            if std::mem::take(&mut slot.held) {
+                slot.restart_at = Some(now);
+            }
+        }
+        self.tick(now);
+    }
+
+    pub(super) fn stop(&mut self, now: Time) {
+        if self.stopping {
+            return;
+        }
+        self.stopping = true;
+        self.reload_wanted = false;
+        self.rollout = None;
+        self.recycle.clear();
+        self.look_at = None;
+        for slot in &mut self.slots {
+            slot.restart_at = None;
+        }
+        let end = now.saturating_add(self.options.drain);
+        for member in self.members.values_mut() {
+            member.leaves_by.get_or_insert(end);
+        }
+        self.commands.push_back(Command::LeaveAll);
+        self.settle(now);
+    }
+
+    pub(super) fn stop_at_once(&mut self, now: Time) {
+        self.stop(now);
+        for (worker, member) in &mut self.members {
+            member.leaves_by = Some(now);
+            member.killed.get_or_insert(Cause::Died);
+            self.commands.push_back(Command::Kill(*worker));
+        }
+    }
+
+    pub(super) fn decide(&mut self, slot: usize, decision: GiveUp, now: Time) {
+        match decision {
+            GiveUp::Stop => self.stop(now),
+            GiveUp::Hold => {}
+            GiveUp::RetryAfter(pause) => {
+                if let Some(slot) = self.slots.get_mut(slot).filter(|slot| slot.held) {
+                    slot.held = false;
+                    slot.restart_at = Some(now + pause);
+                }
+            }
+        }
+    }
+}
+
+// What happens to workers.
+impl<W: Copy + Ord> Core<W> {
+    pub(super) fn forked(&mut self, slot: usize, generation: u32, worker: W, pid: u32, now: Time) {
+        let expires = self.options.max_age;
+        let expires = expires.map(|age| now.saturating_add(self.jittered_time(age)));
+        let most_connections = self.options.max_connections;
+        let most_connections = most_connections.map(|most| self.jittered(most));
+        let member = Member {
+            slot,
+            pid,
+            generation,
+            forked: now,
+            ready: None,
+            boot_by: now.saturating_add(self.options.boot),
+            beat: now,
+            expires,
+            most_connections,
+            leaves_by: None,
+            killed: None,
+        };
+        self.members.insert(worker, member);
+        let is_successor = self.is_awaited(slot, generation);
+        if let Some(rollout) = self.rollout.as_mut().filter(|_| is_successor) {
+            rollout.batch.insert(slot, Some(worker));
+        }
+        match self.slots.get_mut(slot) {
+            Some(slot) if is_successor => slot.successor = Some(worker),
+            Some(slot) if slot.lacks(generation) => slot.current = Some(worker),
+            // The program has changed its mind meanwhile.
+            _ => self.leave(worker, now),
+        }
+        if self.stopping {
+            self.leave(worker, now);
+        }
+    }
+
+    pub(super) fn not_forked(&mut self, slot: usize, generation: u32, error: String, now: Time) {
+        let death = Death {
+            slot,
+            worker: None,
+            generation,
+            cause: Cause::NotForked,
+            error: Some(error),
+            status: None,
+            age: Duration::ZERO,
+            usage: None,
+        };
+        if self.is_awaited(slot, generation) {
+            self.fail(Some(death), now);
+        } else if self.slots.get(slot).is_some_and(|s| s.lacks(generation)) {
+            self.died(death, None, now);
+        }
+        self.settle(now);
+    }
+
+    /// Whether a successor is being forked for this slot. At the same moment the slot may be filled.
+    fn is_awaited(&self, slot: usize, generation: u32) -> bool {
+        let rollout = self.rollout.as_ref();
+        rollout.is_some_and(|rollout| {
+            let of_it = rollout.reload.is_none_or(|reload| reload == generation);
+            of_it && rollout.batch.get(&slot) == Some(&None)
+        })
+    }
+
+    pub(super) fn is_ready(&mut self, worker: W, now: Time) {
+        let Some(member) = self.members.get_mut(&worker) else {
+            return;
+        };
+        if member.state() == State::Booting && member.killed.is_none() {
+            member.ready = Some(now);
+            member.beat = now;
+            let slot = member.slot;
+            self.tell(PoolEvent::Ready { slot, worker });
+            self.settle(now);
+        }
+    }
+
+    pub(super) fn beats(&mut self, worker: W, now: Time) {
+        if let Some(member) = self.members.get_mut(&worker) {
+            member.beat = now;
+        }
+    }
+
+    pub(super) fn measured(
+        &mut self,
+        worker: W,
+        connections: Option<u64>,
+        memory: Option<u64>,
+        now: Time,
+    ) {
+        let Some(member) = self.members.get(&worker) else {
+            return;
+        };
+        let exceeds = |most: Option<u64>, is: Option<u64>| match (most, is) {
+            (Some(most), Some(is)) => is >= most,
+            _ => false,
+        };
+        let limit = if exceeds(member.most_connections, connections) {
+            Limit::Connections
+        } else if exceeds(self.options.max_memory, memory) {
+            Limit::Memory
+        } else {
+            return;
+        };
+        self.recycle(worker, limit, now);
+        self.settle(now);
+    }
+
+    /// The process has ended.
+    pub(super) fn exited(
+        &mut self,
+        worker: W,
+        status: ExitStatus,
+        usage: Option<Usage>,
+        now: Time,
+    ) {
+        let Some(member) = self.members.remove(&worker) else {
+            return;
+        };
+        let number = member.slot;
+        if let Some(rollout) = &mut self.rollout {
+            rollout.retiring.remove(&worker);
+        }
+        if member.state() == State::Leaving {
+            let killed = member.killed.is_some();
+            let left = PoolEvent::Left {
+                slot: number,
+                worker,
+                killed,
+            };
+            self.tell(left);
+            return self.settle(now);
+        }
+        let unforced = match member.ready {
+            Some(_) => Cause::Died,
+            None => Cause::NeverReady,
+        };
+        let death = Death {
+            slot: number,
+            worker: Some((worker, member.pid)),
+            generation: member.generation,
+            cause: member.killed.unwrap_or(unforced),
+            error: None,
+            status: Some(status),
+            age: now.saturating_sub(member.forked),
+            usage,
+        };
+        let was_current = self.slots.get(number).map(|slot| slot.current) == Some(Some(worker));
+        let rollout = self.rollout.as_ref();
+        let in_batch = rollout.is_some_and(|r| r.batch.get(&number) == Some(&Some(worker)));
+        if in_batch {
+            self.fail(Some(death.clone()), now);
+        }
+        if was_current {
+            self.died(death, member.ready, now);
+        }
+        self.settle(now);
+    }
+
+    /// Nobody serves in this slot now, or the one who was to replace him does.
+    fn died(&mut self, death: Death<W>, ready: Option<Time>, now: Time) {
+        self.deaths += 1;
+        let number = death.slot;
+        let (most, within) = self.options.give_up;
+        let stable = self.options.stable;
+        self.tell(PoolEvent::Died(death.clone()));
+        let Some(slot) = self.slots.get_mut(number).filter(|_| !self.stopping) else {
+            return;
+        };
+        slot.last_death = Some(death.clone());
+        slot.current = slot.successor.take();
+        if ready.is_some_and(|ready| now.saturating_sub(ready) >= stable) {
+            slot.failures = 0;
+        }
+        slot.failures += 1;
+        slot.deaths.push_back(now);
+        while slot
+            .deaths
+            .front()
+            .is_some_and(|death| *death + within < now)
+        {
+            slot.deaths.pop_front();
+        }
+        if slot.deaths.len() > usize::try_from(most).unwrap_or(usize::MAX) {
+            slot.deaths.clear();
+            slot.failures = 0;
+            slot.held = slot.current.is_none();
+            if slot.held {
+                self.tell(PoolEvent::GivenUp { slot: number });
+                self.commands.push_back(Command::Ask(death));
+            }
+            return;
+        }
+        if slot.current.is_none() {
+            let doublings = slot.failures.saturating_sub(2).min(31);
+            let again = slot.failures > 1;
+            let pause = self.options.back_off.saturating_mul(1 << doublings);
+            let pause = pause.min(self.options.back_off_cap);
+            let pause = if again {
+                self.jittered_time(pause)
+            } else {
+                Duration::ZERO
+            };
+            self.slots[number].restart_at = Some(now.saturating_add(pause));
+            self.restart(now);
+        }
+    }
+
+    fn leave(&mut self, worker: W, now: Time) {
+        let end = now.saturating_add(self.options.drain);
+        if let Some(member) = self.members.get_mut(&worker) {
+            if member.leaves_by.is_none() {
+                member.leaves_by = Some(end);
+                self.commands.push_back(Command::Leave(worker));
+            }
+        }
+    }
+
+    /// Fills the slots whose time has come.
+    fn restart(&mut self, now: Time) {
+        let awaited = self.rollout.as_ref().map(|rollout| &rollout.batch);
+        for (number, slot) in self.slots.iter_mut().enumerate() {
+            let is_due = slot.restart_at.is_some_and(|at| at <= now);
+            // A successor that is on its way fills it, too.
+            if is_due && awaited.is_none_or(|batch| !batch.contains_key(&number)) {
+                slot.restart_at = None;
+                slot.restarts += 1;
+                let generation = slot.generation;
+                self.commands.push_back(Command::Fork {
+                    slot: number,
+                    generation,
+                });
+            }
+        }
+    }
+}
+
+// Replacing workers.
+impl<W: Copy + Ord> Core<W> {
+    fn recycle(&mut self, worker: W, limit: Limit, now: Time) {
+        let Some(slot) = self.members.get(&worker).map(|member| member.slot) else {
+            return;
+        };
+        let serves = self.slots.get(slot).filter(|s| s.current == Some(worker));
+        let is_due = serves.is_some_and(|slot| slot.recycle_from <= now);
+        if is_due && !self.stopping && !self.recycle.contains_key(&slot) {
+            self.recycle.insert(slot, limit);
+        }
+    }
+
+    /// Takes the rollout as far as it goes now, or begins one.
+    fn roll(&mut self, now: Time) {
+        while !self.stopping {
+            let Some(rollout) = &mut self.rollout else {
+                if !self.begin() {
+                    return;
+                }
+                continue;
+            };
+            match rollout.phase {
+                Phase::Booting => {
+                    let ready = |worker: &Option<W>| {
+                        let member = worker.and_then(|worker| self.members.get(&worker));
+                        member.is_some_and(|member| member.ready.is_some())
+                    };
+                    if !rollout.batch.values().all(ready) {
+                        return;
+                    }
+                    let trial = match self.options.canary {
+                        Some((_, time)) if rollout.canary => time,
+                        _ => self.options.trial,
+                    };
+                    rollout.phase = Phase::Trial(now.saturating_add(trial));
+                }
+                Phase::Trial(end) if end <= now => self.promote(now),
+                Phase::Retiring if rollout.retiring.is_empty() => self.next_batch(),
+                Phase::Trial(_) | Phase::Retiring => return,
+            }
+        }
+    }
+
+    /// Returns whether there was something to begin.
+    fn begin(&mut self) -> bool {
+        let reload = std::mem::take(&mut self.reload_wanted);
+        if reload {
+            self.last_generation += 1;
+        } else if self.recycle.is_empty() {
+            return false;
+        }
+        self.rollout = Some(Rollout {
+            reload: reload.then_some(self.last_generation),
+            batch: BTreeMap::new(),
+            phase: Phase::Retiring,
+            canary: reload && self.options.canary.is_some(),
+            replaced: 0,
+            retiring: BTreeSet::new(),
+        });
+        true
+    }
+
+    fn next_batch(&mut self) {
+        let Some(rollout) = &mut self.rollout else {
+            return;
+        };
+        let first = rollout.replaced == 0;
+        rollout.canary &= first;
+        let size = match self.options.canary {
+            Some((workers, _)) if rollout.canary => workers.max(1),
+            _ => self.options.surge,
+        };
+        let mut forks = Vec::new();
+        let mut told = Vec::new();
+        if let Some(generation) = rollout.reload {
+            let slots = self.slots.iter().enumerate();
+            let old = slots.filter(|(_, slot)| slot.generation != generation);
+            forks.extend(old.map(|(number, _)| (number, generation)).take(size));
+        } else {
+            while forks.len() < size {
+                let Some((number, limit)) = self.recycle.pop_first() else {
+                    break;
+                };
+                // It may have died meanwhile, and been replaced.
+                let slot = self.slots.get(number);
+                if let Some((slot, worker)) = slot.and_then(|slot| Some((slot, slot.current?))) {
+                    forks.push((number, slot.generation));
+                    told.push(PoolEvent::Recycling {
+                        slot: number,
+                        worker,
+                        limit,
+                    });
+                }
+            }
+        }
+        if forks.is_empty() {
+            let reload = rollout.reload;
+            self.rollout = None;
+            if let Some(generation) = reload {
+                self.generation = generation;
+                self.tell(PoolEvent::Reloaded { generation });
+            }
+            return;
+        }
+        rollout.batch = forks.iter().map(|(number, _)| (*number, None)).collect();
+        rollout.phase = Phase::Booting;
+        told.into_iter().for_each(|event| self.tell(event));
+        for (number, generation) in forks {
+            self.fork(number, generation);
+        }
+    }
+
+    /// All successors have proved themselves.
+    fn promote(&mut self, now: Time) {
+        let Some(rollout) = &mut self.rollout else {
+            return;
+        };
+        let batch = std::mem::take(&mut rollout.batch);
+        rollout.phase = Phase::Retiring;
+        rollout.replaced += batch.len();
+        let mut leaving = Vec::new();
+        for (number, worker) in batch {
+            let Some(slot) = self.slots.get_mut(number) else {
+                continue;
+            };
+            if let Some(generation) = rollout.reload {
+                slot.generation = generation;
+            }
+            if slot.current != worker {
+                leaving.extend(slot.current.take());
+                slot.current = worker;
+            }
+            slot.successor = None;
+            slot.restart_at = None;
+            slot.held = false;
+            slot.failures = 0;
+            self.recycle.remove(&number);
+        }
+        rollout.retiring = leaving.iter().copied().collect();
+        for worker in leaving {
+            self.leave(worker, now);
+        }
+    }
+
+    /// A successor has died, or the program wants to go back.
+    fn fail(&mut self, death: Option<Death<W>>, now: Time) {
+        let Some(rollout) = self.rollout.take() else {
+            return;
+        };
+        let again = now.saturating_add(self.options.back_off_cap);
+        for (number, worker) in rollout.batch {
+            let Some(slot) = self.slots.get_mut(number) else {
+                continue;
+            };
+            slot.recycle_from = again;
+            // One whose predecessor has died meanwhile is in its place, and stays.
+            if slot.successor.is_some() && slot.successor == worker {
+                slot.successor = None;
+                worker
+                    .into_iter()
+                    .for_each(|worker| self.leave(worker, now));
+            }
+        }
+        match (rollout.reload, death) {
+            (Some(generation), death) => self.tell(PoolEvent::ReloadFailed {
+                generation,
+                replaced: rollout.replaced,
+                death,
+            }),
+            (None, Some(death)) => self.tell(PoolEvent::RecyclingFailed(death)),
+            (None, None) => {}
+        }
+        self.restart(now);
+    }
+}
+
+// What happens with time.
+impl<W: Copy + Ord> Core<W> {
+    /// When `tick` is to be called, at the latest.
+    pub(super) fn next_deadline(&mut self) -> Option<Time> {
+        let options = &self.options;
+        let of_member = |member: &Member| {
+            if member.killed.is_some() {
+                return None;
+            }
+            match member.state() {
+                State::Leaving => member.leaves_by,
+                State::Booting => {
+                    let alive = options.readiness.alive_at(member.forked);
+                    alive.into_iter().chain([member.boot_by]).min()
+                }
+                State::Ready => {
+                    let beat = options.heartbeat;
+                    let beat = beat.map(|within| member.beat.saturating_add(within));
+                    let slot = self.slots.get(member.slot);
+                    let from = slot.map_or(Time::ZERO, |slot| slot.recycle_from);
+                    let waits = self.recycle.contains_key(&member.slot) || self.rollout.is_some();
+                    let age = member.expires.filter(|_| !waits);
+                    let age = age.map(|age| age.max(from));
+                    beat.into_iter().chain(age).min()
+                }
+            }
+        };
+        let trial = self.rollout.as_ref().and_then(|r| match r.phase {
+            Phase::Trial(end) => Some(end),
+            Phase::Booting | Phase::Retiring => None,
+        });
+        let awaited = self.rollout.as_ref().map(|rollout| &rollout.batch);
+        let slots = self.slots.iter().enumerate();
+        let restarts = slots
+            .filter(|(number, _)| awaited.is_none_or(|batch| !batch.contains_key(number)))
+            .filter_map(|(_, slot)| slot.restart_at);
+        let members = self.members.values().filter_map(of_member);
+        let next = members.chain(restarts).chain(trial).chain(self.look_at);
+        self.planned = next.min();
+        self.planned
+    }
+
+    pub(super) fn tick(&mut self, now: Time) {
+        self.forgive_absence(now);
+        let mut kills = Vec::new();
+        let mut expired = Vec::new();
+        let mut alive = Vec::new();
+        for (worker, member) in &mut self.members {
+            if member.killed.is_some() {
+                continue;
+            }
+            let heartbeat = self.options.heartbeat;
+            let is_silent = heartbeat.is_some_and(|h| member.beat.saturating_add(h) <= now);
+            let cause = match member.state() {
+                State::Leaving if member.leaves_by <= Some(now) => Some(Cause::Died),
+                State::Booting if member.boot_by <= now => Some(Cause::BootDeadline),
+                State::Ready if is_silent => Some(Cause::Hung),
+                State::Leaving | State::Booting | State::Ready => None,
+            };
+            if cause.is_some() {
+                member.killed = cause;
+                kills.push(*worker);
+            } else if member.state() == State::Booting {
+                let proof = self.options.readiness.alive_at(member.forked);
+                alive.extend(proof.filter(|at| *at <= now).map(|_| *worker));
+            } else if member.expires.is_some_and(|at| at <= now) {
+                expired.push(*worker);
+            }
+        }
+        self.commands.extend(kills.into_iter().map(Command::Kill));
+        for worker in alive {
+            self.is_ready(worker, now);
+        }
+        for worker in expired {
+            self.recycle(worker, Limit::Age, now);
+        }
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.look_at = Some(now + self.options.look);
+            self.commands.push_back(Command::Look);
+        }
+        if !self.stopping {
+            self.restart(now);
+        }
+        self.settle(now);
+    }
+
+    /// A master that did not run, because it was stopped or the machine slept, has not heard what its
+    /// workers said meanwhile.
+    fn forgive_absence(&mut self, now: Time) {
+        let late = self.planned.map_or(Time::ZERO, |at| now.saturating_sub(at));
+        let PoolOptions {
+            boot, heartbeat, ..
+        } = &self.options;
+        let is_long = |clock: Duration| late > clock / 4;
+        for member in self.members.values_mut() {
+            if is_long(*boot) {
+                member.boot_by = now.saturating_add(*boot);
+            }
+            if heartbeat.is_some_and(is_long) {
+                member.beat = now;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pool::options::Readiness;
+
+    const MS: Duration = Duration::from_millis(1);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn options(workers: usize) -> PoolOptions {
+        PoolOptions::default().workers(workers).jitter(0)
+    }
+
+    /// A world in which workers behave as they are told to, and time passes when nothing else happens.
+    struct World {
+        core: Core<u32>,
+        now: Time,
+        last: u32,
+        /// When workers were forked, for which slot and generation.
+        forks: Vec<(Time, usize, u32)>,
+        told: Vec<PoolEvent<u32>>,
+        left: Vec<u32>,
+        killed: Vec<u32>,
+        asked: Vec<usize>,
+        /// Forks fail.
+        is_poor: bool,
+        looks: u32,
+    }
+
+    impl World {
+        fn new(options: PoolOptions) -> Self {
+            let core = Core::new(options, Time::ZERO, 7);
+            let mut world = Self {
+                core,
+                now: Time::ZERO,
+                last: 0,
+                forks: Vec::new(),
+                told: Vec::new(),
+                left: Vec::new(),
+                killed: Vec::new(),
+                asked: Vec::new(),
+                is_poor: false,
+                looks: 0,
+            };
+            world.act();
+            world
+        }
+
+        /// One whose workers are all ready.
+        fn serving(options: PoolOptions) -> Self {
+            let mut world = Self::new(options);
+            world.all_ready();
+            world.told.clear();
+            world.forks.clear();
+            world
+        }
+
+        fn act(&mut self) {
+            while let Some(command) = self.core.next_command() {
+                match command {
+                    Command::Fork { slot, generation } => {
+                        self.forks.push((self.now, slot, generation));
+                        if self.is_poor {
+                            let error = "poor".to_owned();
+                            self.core.not_forked(slot, generation, error, self.now);
+                        } else {
+                            self.last += 1;
+                            let pid = 1000 + self.last;
+                            self.core.forked(slot, generation, self.last, pid, self.now);
+                        }
+                    }
+                    Command::Leave(worker) => self.left.push(worker),
+                    Command::LeaveAll => self.left.extend(self.core.members.keys()),
+                    Command::Kill(worker) => self.killed.push(worker),
+                    Command::Look => self.looks += 1,
+                    Command::Ask(death) => self.asked.push(death.slot),
+                    Command::Tell(event) => self.told.push(event),
+                }
+            }
+        }
+
+        fn input(&mut self, input: impl FnOnce(&mut Core<u32>, Time)) {
+            input(&mut self.core, self.now);
+            self.act();
+        }
+
+        fn ready(&mut self, worker: u32) {
+            self.input(|core, now| core.is_ready(worker, now));
+        }
+
+        fn all_ready(&mut self) {
+            let workers: Vec<_> = self.core.members.keys().copied().collect();
+            for worker in workers {
+                self.ready(worker);
+            }
+        }
+
+        fn dies(&mut self, worker: u32) {
+            let status = ExitStatus::from_raw(1 << 8);
+            self.input(|core, now| core.exited(worker, status, None, now));
+        }
+
+        /// Lets time pass, with all that is due in it.
+        fn pass(&mut self, time: Duration) {
+            let end = self.now + time;
+            while let Some(next) = self.core.next_deadline().filter(|next| *next <= end) {
+                self.now = self.now.max(next);
+                self.input(Core::tick);
+                let next = self.core.next_deadline();
+                assert!(next.is_none_or(|next| next > self.now), "it spins");
+            }
+            self.now = end;
+        }
+
+        fn current(&self) -> Vec<Option<u32>> {
+            self.core.slots.iter().map(|slot| slot.current).collect()
+        }
+    }
+
+    #[test]
+    fn slots_are_filled_and_nothing_more_is_planned() {
+        let mut world = World::new(options(3));
+        assert_eq!(
+            world.forks,
+            [(Time::ZERO, 0, 0), (Time::ZERO, 1, 0), (Time::ZERO, 2, 0)]
+        );
+        world.ready(1);
+        assert!(!world.core.quorum);
+        world.ready(2);
+        assert_eq!(world.told.last(), Some(&PoolEvent::Quorum(true)));
+        world.ready(3);
+        assert_eq!(world.core.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_crash_loop_backs_off_and_gives_up() {
+        let mut world = World::new(options(1).give_up(8, 60 * SECOND));
+        while world.asked.is_empty() {
+            if let [Some(worker)] = world.current()[..] {
+                world.dies(worker);
+            } else if let Some(next) = world.core.next_deadline() {
+                world.pass(next - world.now);
+            }
+        }
+        let times: Vec<_> = world
+            .forks
+            .iter()
+            .map(|(at, _, _)| at.as_millis())
+            .collect();
+        assert_eq!(times, [0, 0, 100, 300, 700, 1500, 3100, 6300, 12700]);
+        assert!(world.told.contains(&PoolEvent::GivenUp { slot: 0 }));
+        world.input(|core, now| core.decide(0, GiveUp::Hold, now));
+        world.pass(3600 * SECOND);
+        assert_eq!(world.forks.len(), 9, "nothing more afterwards");
+        world.input(Core::retry);
+        assert_eq!(world.forks.len(), 10);
+    }
+
+    #[test]
+    fn a_slot_is_tried_again_when_the_program_says_so() {
+        let mut world = World::new(options(1).give_up(0, SECOND));
+        world.dies(1);
+        assert_eq!(world.asked, [0]);
+        world.input(|core, now| core.decide(0, GiveUp::RetryAfter(5 * SECOND), now));
+        world.pass(4999 * MS);
+        assert_eq!(world.forks.len(), 1);
+        world.pass(MS);
+        assert_eq!(world.forks.len(), 2);
+        world.dies(2);
+        world.input(|core, now| core.decide(0, GiveUp::Stop, now));
+        assert!(world.core.is_over());
+    }
+
+    #[test]
+    fn the_pause_has_a_cap_and_a_stable_worker_ends_it() {
+        let mut world = World::new(options(1).give_up(100, SECOND));
+        for _ in 0..20 {
+            let [Some(worker)] = world.current()[..] else {
+                panic!("empty")
+            };
+            world.dies(worker);
+            world.pass(30 * SECOND);
+        }
+        let slot = &world.core.slots[0];
+        assert_eq!(slot.restart_at, None);
+        let worker = slot.current.unwrap();
+        world.ready(worker);
+        world.pass(9999 * MS);
+        world.dies(worker);
+        assert_eq!(
+            world.core.slots[0].restart_at,
+            Some(world.now + 30 * SECOND)
+        );
+        world.pass(30 * SECOND);
+        let worker = world.core.slots[0].current.unwrap();
+        world.ready(worker);
+        world.pass(10 * SECOND);
+        world.dies(worker);
+        assert_eq!(world.forks.last().unwrap().0, world.now, "at once");
+    }
+
+    #[test]
+    fn jitter_makes_pauses_longer_and_not_shorter() {
+        let mut core = Core::<u32>::new(options(0).jitter(50), Time::ZERO, 3);
+        let pauses: BTreeSet<_> = (0..1000).map(|_| core.jittered_time(SECOND)).collect();
+        assert!(pauses.len() > 300);
+        assert!(*pauses.first().unwrap() >= SECOND);
+        assert!(*pauses.last().unwrap() < 1500 * MS);
+        assert!(*pauses.last().unwrap() > 1450 * MS);
+    }
+
+    #[test]
+    fn a_fork_that_fails_is_a_death() {
+        let mut world = World::new(options(0));
+        world.is_poor = true;
+        world.input(|core, now| core.scale(1, now));
+        let PoolEvent::Died(death) = &world.told[0] else {
+            panic!("{:?}", world.told)
+        };
+        assert_eq!((death.cause, death.worker), (Cause::NotForked, None));
+        world.is_poor = false;
+        world.pass(100 * MS);
+        assert!(world.core.slots[0].current.is_some());
+    }
+
+    #[test]
+    fn who_is_not_ready_in_time_is_killed() {
+        let mut world = World::new(options(1));
+        world.pass(29_999 * MS);
+        assert!(world.killed.is_empty());
+        world.pass(MS);
+        assert_eq!(world.killed, [1]);
+        // Too late.
+        world.ready(1);
+        world.dies(1);
+        assert!(world.told.iter().any(
+            |event| matches!(event, PoolEvent::Died(death) if death.cause == Cause::BootDeadline)
+        ));
+        assert_eq!(world.current(), [Some(2)]);
+    }
+
+    #[test]
+    fn time_proves_a_stranger_ready() {
+        let readiness = Readiness::Alive(2 * SECOND);
+        let mut world = World::new(options(1).readiness(readiness));
+        world.pass(1999 * MS);
+        assert_eq!(world.core.ready_workers(), 0);
+        world.pass(MS);
+        assert_eq!(world.core.ready_workers(), 1);
+        assert_eq!(world.core.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_reload_goes_one_by_one() {
+        let mut world = World::serving(options(2));
+        world.input(Core::reload);
+        assert_eq!(world.forks, [(Time::ZERO, 0, 1)]);
+        world.ready(3);
+        assert!(world.left.is_empty(), "it has to prove itself");
+        world.pass(SECOND);
+        assert_eq!(world.left, [1]);
+        assert_eq!(world.forks.len(), 1, "the old one is still there");
+        world.dies(1);
+        assert_eq!(world.forks[1..], [(SECOND, 1, 1)]);
+        world.ready(4);
+        world.pass(SECOND);
+        world.dies(2);
+        assert_eq!(world.current(), [Some(3), Some(4)]);
+        assert_eq!(world.core.generation, 1);
+        assert_eq!(
+            world.told.last(),
+            Some(&PoolEvent::Reloaded { generation: 1 })
+        );
+        assert_eq!(world.core.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_reload_with_surge_replaces_all_together() {
+        let mut world = World::serving(options(3).surge(3));
+        world.input(Core::reload);
+        assert_eq!(world.forks.len(), 3);
+        world.ready(4);
+        world.ready(5);
+        world.pass(5 * SECOND);
+        assert!(world.left.is_empty());
+        world.ready(6);
+        world.pass(SECOND);
+        assert_eq!(world.left, [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_reload_that_fails_changes_nothing() {
+        for dies_when_ready in [false, true] {
+            let mut world = World::serving(options(2));
+            for round in 1..=20 {
+                world.input(Core::reload);
+                let successor = world.last;
+                if dies_when_ready {
+                    world.ready(successor);
+                    world.pass(999 * MS);
+                }
+                world.dies(successor);
+                let Some(PoolEvent::ReloadFailed {
+                    generation,
+                    replaced,
+                    death,
+                }) = world.told.last()
+                else {
+                    panic!("{:?}", world.told)
+                };
+                assert_eq!((*generation, *replaced), (round, 0));
+                assert_eq!(death.as_ref().unwrap().worker.unwrap().0, successor);
+            }
+            assert_eq!(world.current(), [Some(1), Some(2)]);
+            assert_eq!(world.forks.len(), 20);
+            assert!(world.left.is_empty());
+            assert_eq!(world.core.generation, 0);
+            assert_eq!(world.core.next_deadline(), None);
+            // Whoever dies now is replaced by one of the old generation.
+            world.dies(1);
+            assert_eq!(world.forks.last(), Some(&(world.now, 0, 0)));
+        }
+    }
+
+    #[test]
+    fn a_reload_that_is_never_ready_fails() {
+        let mut world = World::serving(options(1));
+        world.input(Core::reload);
+        world.pass(30 * SECOND);
+        assert_eq!(world.killed, [2]);
+        world.dies(2);
+        assert!(matches!(
+            world.told.last(),
+            Some(PoolEvent::ReloadFailed { .. })
+        ));
+        assert_eq!(world.current(), [Some(1)]);
+    }
+
+    #[test]
+    fn canaries_serve_beside_all_others() {
+        let canary = options(4).canary(2, 60 * SECOND);
+        let mut world = World::serving(canary.clone());
+        world.input(Core::reload);
+        assert_eq!(world.forks.len(), 2);
+        world.all_ready();
+        world.pass(59 * SECOND);
+        assert!(world.left.is_empty());
+        world.input(Core::cancel_reload);
+        assert_eq!(world.left, [5, 6]);
+        assert_eq!(world.current(), [Some(1), Some(2), Some(3), Some(4)]);
+        assert!(matches!(
+            world.told.last(),
+            Some(PoolEvent::ReloadFailed { death: None, .. })
+        ));
+
+        let mut world = World::serving(canary);
+        world.input(Core::reload);
+        world.all_ready();
+        world.pass(60 * SECOND);
+        assert_eq!(world.left, [1, 2]);
+        world.dies(1);
+        world.dies(2);
+        assert_eq!(world.forks.len(), 3, "then one by one");
+    }
+
+    #[test]
+    fn a_second_reload_comes_after_the_first() {
+        let mut world = World::serving(options(1));
+        world.input(Core::reload);
+        world.input(Core::reload);
+        world.input(Core::reload);
+        assert_eq!(world.forks.len(), 1);
+        world.all_ready();
+        world.pass(SECOND);
+        world.dies(1);
+        assert_eq!(world.forks.len(), 2);
+        world.all_ready();
+        world.pass(SECOND);
+        world.dies(2);
+        assert_eq!(world.forks.len(), 2);
+        assert_eq!(world.core.generation, 2);
+    }
+
+    #[test]
+    fn who_dies_during_a_reload_is_replaced_by_its_successor() {
+        let mut world = World::serving(options(1));
+        world.input(Core::reload);
+        world.dies(1);
+        assert_eq!(world.forks.len(), 1);
+        assert_eq!(world.current(), [Some(2)]);
+        world.ready(2);
+        world.pass(SECOND);
+        assert_eq!(world.core.generation, 1);
+
+        let mut world = World::serving(options(1));
+        world.input(Core::reload);
+        world.dies(1);
+        world.dies(2);
+        world.pass(SECOND);
+        assert_eq!(world.forks.last(), Some(&(100 * MS, 0, 0)));
+    }
+
+    #[test]
+    fn limits_replace_before_they_end() {
+        let mut world = World::serving(options(2).max_age(60 * SECOND));
+        world.pass(60 * SECOND);
+        assert_eq!(world.forks.len(), 1, "one at a time");
+        assert!(world.told.contains(&PoolEvent::Recycling {
+            slot: 0,
+            worker: 1,
+            limit: Limit::Age
+        }));
+        assert!(world.left.is_empty());
+        world.all_ready();
+        world.pass(SECOND);
+        assert_eq!(world.left, [1]);
+        world.dies(1);
+        assert_eq!(world.forks.len(), 2);
+        world.dies(4);
+        assert!(matches!(
+            world.told.last(),
+            Some(PoolEvent::RecyclingFailed(_))
+        ));
+        assert_eq!(world.current(), [Some(3), Some(2)]);
+        world.pass(29 * SECOND);
+        assert_eq!(world.forks.len(), 2, "not again and again");
+        world.pass(SECOND);
+        assert_eq!(world.forks.len(), 3);
+    }
+
+    #[test]
+    fn connections_and_memory_are_limits() {
+        let limits = options(2).max_connections(100).max_memory(1000);
+        let mut world = World::serving(limits);
+        world.pass(5 * SECOND);
+        assert_eq!(world.looks, 1);
+        world.input(|core, now| core.measured(1, Some(99), Some(999), now));
+        assert!(world.forks.is_empty());
+        world.input(|core, now| core.measured(1, Some(100), None, now));
+        assert_eq!(world.forks.len(), 1);
+        world.input(|core, now| core.measured(2, None, Some(1000), now));
+        world.all_ready();
+        world.pass(SECOND);
+        world.dies(1);
+        let limits: Vec<_> = world
+            .told
+            .iter()
+            .filter_map(|event| match event {
+                PoolEvent::Recycling { slot, limit, .. } => Some((*slot, *limit)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(limits, [(0, Limit::Connections), (1, Limit::Memory)]);
+    }
+
+    #[test]
+    fn who_does_not_beat_is_killed() {
+        let mut world = World::serving(options(2).heartbeat(10 * SECOND));
+        world.pass(9 * SECOND);
+        world.input(|core, now| core.beats(1, now));
+        world.pass(SECOND);
+        assert_eq!(world.killed, [2]);
+        world.dies(2);
+        assert!(
+            world
+                .told
+                .iter()
+                .any(|event| matches!(event, PoolEvent::Died(death) if death.cause == Cause::Hung))
+        );
+        // The master was stopped for an hour.
+        world.core.next_deadline();
+        world.now += 3600 * SECOND;
+        world.input(Core::tick);
+        assert_eq!(world.killed, [2]);
+        world.pass(10 * SECOND);
+        assert_eq!(world.killed.len(), 2);
+    }
+
+    #[test]
+    fn scaling_adds_and_removes_at_the_end() {
+        let mut world = World::serving(options(2));
+        world.input(|core, now| core.scale(4, now));
+        assert_eq!(world.forks.len(), 2);
+        world.all_ready();
+        world.input(|core, now| core.scale(1, now));
+        assert_eq!(world.left, [4, 3, 2]);
+        world.pass(30 * SECOND);
+        assert_eq!(world.killed, [2, 3, 4], "the drain is over");
+        for worker in [2, 3, 4] {
+            world.dies(worker);
+        }
+        assert!(world.told.contains(&PoolEvent::Left {
+            slot: 1,
+            worker: 2,
+            killed: true
+        }));
+        assert_eq!(world.current(), [Some(1)]);
+        assert_eq!(world.forks.len(), 2);
+    }
+
+    #[test]
+    fn a_stop_ends() {
+        let mut world = World::serving(options(2));
+        world.dies(1);
+        world.input(Core::reload);
+        world.input(Core::stop);
+        world.pass(29 * SECOND);
+        assert!(world.killed.is_empty());
+        world.dies(2);
+        world.input(Core::reload);
+        world.input(|core, now| core.scale(9, now));
+        world.pass(SECOND);
+        let left: Vec<_> = world.core.members.keys().copied().collect();
+        assert_eq!(world.killed, left);
+        let forks = world.forks.len();
+        left.into_iter().for_each(|worker| world.dies(worker));
+        assert!(world.core.is_over());
+        assert_eq!(world.core.next_deadline(), None);
+        assert_eq!(world.forks.len(), forks);
+    }
+
+    #[test]
+    fn a_second_stop_kills() {
+        let mut world = World::serving(options(2));
+        world.input(Core::stop);
+        world.input(Core::stop_at_once);
+        assert_eq!(world.killed, [1, 2]);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Ready(usize),
+        Dies(usize),
+        Pass(u16),
+        Scale(usize),
+        Reload,
+        Cancel,
+        Retry,
+        Poor(bool),
+        Measured(usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            8 => any::<usize>().prop_map(Step::Ready),
+            5 => any::<usize>().prop_map(Step::Dies),
+            6 => (0u16..40_000).prop_map(Step::Pass),
+            1 => (0usize..6).prop_map(Step::Scale),
+            2 => Just(Step::Reload),
+            1 => Just(Step::Cancel),
+            1 => Just(Step::Retry),
+            1 => any::<bool>().prop_map(Step::Poor),
+            2 => any::<usize>().prop_map(Step::Measured),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Whatever happens, nobody is forgotten, there are never more workers than allowed, and when
+        /// the world has come to rest all slots are full.
+        #[test]
+        fn any_schedule(
+            steps in prop::collection::vec(step(), 0..60),
+            surge in 1usize..4,
+            canary in prop::option::of(1usize..3),
+            age in prop::option::of(20u64..200),
+        ) {
+            let mut options = options(3).surge(surge).max_connections(5).give_up(5, 60 * SECOND);
+            options.canary = canary.map(|workers| (workers, 20 * SECOND));
+            options.max_age = age.map(Duration::from_secs);
+            let mut world = World::new(options);
+            for step in steps {
+                let pick = |world: &World, at: usize| {
+                    let count = world.core.members.len().max(1);
+                    world.core.members.keys().nth(at % count).copied()
+                };
+                match step {
+                    Step::Ready(at) => pick(&world, at).into_iter().for_each(|w| world.ready(w)),
+                    Step::Dies(at) => pick(&world, at).into_iter().for_each(|w| world.dies(w)),
+                    Step::Pass(time) => world.pass(u32::from(time) * MS),
+                    Step::Scale(workers) => world.input(|core, now| core.scale(workers, now)),
+                    Step::Reload => world.input(Core::reload),
+                    Step::Cancel => world.input(Core::cancel_reload),
+                    Step::Retry => world.input(Core::retry),
+                    Step::Poor(is_poor) => world.is_poor = is_poor,
+                    Step::Measured(at) => if let Some(worker) = pick(&world, at) {
+                        world.input(|core, now| core.measured(worker, Some(5), None, now));
+                    },
+                }
+                let core = &world.core;
+                let staying = core.members.values().filter(|m| m.state() != State::Leaving);
+                let most = core.slots.len() + surge.max(canary.unwrap_or(0));
+                prop_assert!(staying.count() <= most);
+                for (worker, member) in &core.members {
+                    let slot = core.slots.get(member.slot);
+                    let is_in_place = slot.is_some_and(|slot| {
+                        [slot.current, slot.successor].contains(&Some(*worker))
+                    });
+                    prop_assert_eq!(is_in_place, member.state() != State::Leaving);
+                }
+                for slot in &core.slots {
+                    prop_assert!(slot.current.is_none_or(|worker| core.members.contains_key(&worker)));
+                    let successor = slot.successor;
+                    prop_assert!(successor.is_none_or(|worker| core.members.contains_key(&worker)));
+                    let is_empty = slot.current.is_none() && slot.successor.is_none();
+                    prop_assert!(!is_empty || slot.held || slot.restart_at.is_some());
+                }
+            }
+            world.is_poor = false;
+            world.core.options.max_age = None;
+            for member in world.core.members.values_mut() {
+                member.expires = None;
+            }
+            for _ in 0..60 {
+                world.input(Core::retry);
+                world.all_ready();
+                world.pass(31 * SECOND);
+                for worker in std::mem::take(&mut world.killed) {
+                    world.dies(worker);
+                }
+            }
+            prop_assert!(world.current().iter().all(Option::is_some));
+            prop_assert_eq!(world.core.members.len(), world.core.slots.len());
+            prop_assert!(world.core.rollout.is_none());
+            world.input(Core::stop);
+            world.pass(30 * SECOND);
+            for worker in std::mem::take(&mut world.killed) {
+                world.dies(worker);
+            }
+            prop_assert!(world.core.is_over());
+            prop_assert_eq!(world.core.next_deadline(), None);
+        }
+    }
+}
