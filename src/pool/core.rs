@@ -598,7 +598,7 @@ impl<W: Copy + Ord> Core<W> {
     fn roll(&mut self, now: Time) {
         while !self.stopping {
             let Some(rollout) = &mut self.rollout else {
-                if !self.begin() {
+                if !self.begin(now) {
                     return;
                 }
                 continue;
@@ -626,7 +626,19 @@ impl<W: Copy + Ord> Core<W> {
     }
 
     /// Returns whether there was something to begin.
-    fn begin(&mut self) -> bool {
+    fn begin(&mut self, now: Time) -> bool {
+        let is_old = |member: &Member| {
+            let expired = member.expires.is_some_and(|at| at <= now);
+            expired && member.state() == State::Ready && member.killed.is_none()
+        };
+        let members = self.members.iter();
+        let old: Vec<_> = members
+            .filter(|(_, member)| is_old(member))
+            .map(|(w, _)| *w)
+            .collect();
+        for worker in old {
+            self.recycle(worker, Limit::Age, now);
+        }
         let reload = std::mem::take(&mut self.reload_wanted);
         if reload {
             self.last_generation += 1;
@@ -803,7 +815,6 @@ impl<W: Copy + Ord> Core<W> {
     pub(super) fn tick(&mut self, now: Time) {
         self.forgive_absence(now);
         let mut kills = Vec::new();
-        let mut expired = Vec::new();
         let mut alive = Vec::new();
         for (worker, member) in &mut self.members {
             if member.killed.is_some() {
@@ -823,16 +834,11 @@ impl<W: Copy + Ord> Core<W> {
             } else if member.state() == State::Booting {
                 let proof = self.options.readiness.alive_at(member.forked);
                 alive.extend(proof.filter(|at| *at <= now).map(|_| *worker));
-            } else if member.expires.is_some_and(|at| at <= now) {
-                expired.push(*worker);
             }
         }
         self.commands.extend(kills.into_iter().map(Command::Kill));
         for worker in alive {
             self.is_ready(worker, now);
-        }
-        for worker in expired {
-            self.recycle(worker, Limit::Age, now);
         }
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at = Some(now + self.options.look);
