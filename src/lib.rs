@@ -33,7 +33,6 @@ mod signal;
 #[cfg(test)]
 mod simulation;
 mod socket_file;
-mod stub;
 #[allow(unsafe_code)]
 mod sys;
 mod timers;
@@ -60,7 +59,6 @@ pub use role::{Role, available_parallelism, init, is_master, is_worker};
 pub use send_options::SendOptions;
 pub use settings::{InspectPort, SchedulingPolicy, Settings, Stdio, UnknownPolicy};
 pub use signal::Signal;
-pub use stub::{MasterListener, Usage};
 pub use sys::poll::Interest;
 pub use timers::TimerId;
 pub use udp_socket::UdpSocket;

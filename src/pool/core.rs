@@ -642,6 +642,8 @@ impl<W: Copy + Ord> Core<W> {
         let reload = std::mem::take(&mut self.reload_wanted);
         if reload {
             self.last_generation += 1;
+            let generation = self.last_generation;
+            self.tell(PoolEvent::Reloading { generation });
         } else if self.recycle.is_empty() {
             return false;
         }

@@ -46,9 +46,14 @@ pub enum PoolEvent<W = WorkerId> {
         /// Which slot.
         slot: usize,
     },
+    /// Workers of this generation are about to replace all others.
+    Reloading {
+        /// Which generation; the first one is 0.
+        generation: u32,
+    },
     /// All workers are of this generation now.
     Reloaded {
-        /// Which generation; it begins with 0.
+        /// Which generation.
         generation: u32,
     },
     /// A reload was stopped: whoever had not been replaced goes on.
@@ -204,6 +209,7 @@ impl<W: std::fmt::Display> std::fmt::Display for PoolEvent<W> {
             } => write!(f, "slot {slot}: worker {worker} is replaced ({limit})"),
             Self::RecyclingFailed(death) => write!(f, "no replacement: {death}"),
             Self::GivenUp { slot } => write!(f, "slot {slot}: too many deaths"),
+            Self::Reloading { generation } => write!(f, "generation {generation} comes"),
             Self::Reloaded { generation } => write!(f, "generation {generation} serves"),
             Self::ReloadFailed {
                 generation,

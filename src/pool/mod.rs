@@ -35,11 +35,14 @@ mod core;
 mod event;
 mod options;
 mod signals;
+mod service;
 mod status;
+mod upgrade;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -52,6 +55,7 @@ use self::core::{Command, Core, State, Time};
 pub use event::{Cause, Death, GiveUp, Limit, PoolEvent};
 pub use options::{PoolOptions, Readiness};
 pub use signals::{Action, leave_signals_to_master};
+use upgrade::OwnProgram;
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
 
 /// The variable in a worker's environment that has the number of its slot, from 0.
@@ -118,13 +122,16 @@ struct Inner {
     news: RefCell<VecDeque<News>>,
     on_event: RefCell<Vec<Rc<RefCell<OnEvent>>>>,
     on_give_up: RefCell<Option<Rc<RefCell<OnGiveUp>>>>,
-    /// What each generation is forked with, from the first reload on.
+    /// What the generations are forked with that have settings of their own.
     settings: RefCell<BTreeMap<u32, Settings>>,
-    /// The settings of the next generation, if the program has given them.
+    /// Those of the next generation.
     next_settings: RefCell<Option<Settings>>,
-    /// The generation whose settings the master has.
-    in_force: Cell<u32>,
     listeners: RefCell<Vec<MasterListener>>,
+    program: OwnProgram,
+    /// Who is to be told that this process serves.
+    predecessor: RefCell<Option<UnixStream>>,
+    upgrading: Cell<bool>,
+    has_successor: Cell<bool>,
 }
 
 enum News {
@@ -160,8 +167,11 @@ impl Pool {
             on_give_up: RefCell::default(),
             settings: RefCell::default(),
             next_settings: RefCell::default(),
-            in_force: Cell::new(0),
             listeners: RefCell::default(),
+            program: OwnProgram::new(),
+            predecessor: RefCell::new(upgrade::predecessor()),
+            upgrading: Cell::new(false),
+            has_successor: Cell::new(false),
         }));
         pool.attend(master);
         pool.wake(master, Duration::ZERO);
@@ -280,17 +290,15 @@ impl Pool {
         self.input(master, Core::reload);
     }
 
-    /// Replaces all workers by such with other settings, as [`reload`](Self::reload) does. If that
-    /// fails, those who are forked in place of old ones have the old settings.
+    /// Replaces all workers by such with other settings, as [`reload`](Self::reload) does. Those who are
+    /// forked in place of old ones meanwhile, or after it has failed, have the old settings.
     ///
-    /// Node has no counterpart. A field that is `None` keeps what was set before, as with
-    /// [`Master::setup_master`].
+    /// Node has no counterpart. A field that is `None` has its default, as with
+    /// [`Master::fork_as`]; [`Master::settings`] is what to begin with to change one of them.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
-    /// use cluster::Settings;
-    ///
-    /// pool.reload_with(master, Settings::default().exec("./server-2"));
+    /// pool.reload_with(master, master.settings().exec("./server-2"));
     /// # }
     /// ```
     pub fn reload_with(&self, master: &Master, settings: Settings) {
@@ -370,6 +378,21 @@ impl Pool {
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.0.core.borrow().stopping
+    }
+
+    /// Returns whether enough workers are ready: as many as [`PoolOptions::quorum`] says.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```no_run
+    /// # fn f(pool: &cluster::pool::Pool) {
+    /// let answer = if pool.has_quorum() { "up\n" } else { "down\n" };
+    /// # let _ = answer;
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn has_quorum(&self) -> bool {
+        self.0.core.borrow().quorum
     }
 
     /// Returns what the pool is doing at this moment.
@@ -473,6 +496,11 @@ impl Pool {
         }
     }
 
+    fn tell(&self, master: &Master, event: PoolEvent) {
+        self.0.news.borrow_mut().push_back(News::Event(event));
+        self.act(master);
+    }
+
     fn input(&self, master: &Master, input: impl FnOnce(&mut Core<WorkerId>, Time)) {
         let now = self.now();
         input(&mut self.0.core.borrow_mut(), now);
@@ -547,6 +575,9 @@ impl Pool {
         for news in news {
             match news {
                 News::Event(event) => {
+                    if event == PoolEvent::Quorum(true) {
+                        self.0.predecessor.take().into_iter().for_each(upgrade::relieve);
+                    }
                     let callbacks = self.0.on_event.borrow().clone();
                     for callback in callbacks {
                         // One that turns the loop may be led here again.
@@ -577,8 +608,11 @@ impl Pool {
     }
 
     fn fork(&self, master: &Master, slot: usize, generation: u32) {
-        self.set_up(master, generation);
-        let forked = master.fork_with([(SLOT, slot.to_string())]);
+        let env = [(SLOT, slot.to_string())];
+        let forked = match self.settings_of(generation) {
+            Some(settings) => master.fork_as(settings, env),
+            None => master.fork_with(env),
+        };
         let now = self.now();
         let mut core = self.0.core.borrow_mut();
         match forked {
@@ -587,28 +621,17 @@ impl Pool {
         }
     }
 
-    /// Gives the master the settings of this generation.
-    fn set_up(&self, master: &Master, generation: u32) {
-        if self.0.in_force.replace(generation) == generation {
-            return;
-        }
-        let known = self.0.settings.borrow().get(&generation).cloned();
-        let next = || self.0.next_settings.take();
-        if let Some(settings) = known.or_else(next) {
-            master.setup_master(settings);
-        }
+    /// A generation without settings of its own has those of the one before.
+    fn settings_of(&self, generation: u32) -> Option<Settings> {
         let mut settings = self.0.settings.borrow_mut();
-        settings.insert(generation, master.settings());
-        // Nobody else can be forked again.
-        let oldest = self
-            .0
-            .core
-            .borrow()
-            .slots
-            .iter()
-            .map(|slot| slot.generation)
-            .min();
-        settings.retain(|known, _| Some(*known) >= oldest);
+        let last = settings.last_key_value().map(|(last, _)| *last);
+        if last.is_none_or(|last| last < generation) {
+            if let Some(next) = self.0.next_settings.take() {
+                settings.insert(generation, next);
+            }
+        }
+        let found = settings.range(..=generation).next_back();
+        found.map(|(_, settings)| settings.clone())
     }
 
     fn tell_to_leave(&self, worker: &WorkerProcess) {
@@ -622,7 +645,10 @@ impl Pool {
     }
 
     fn tell_all_to_leave(&self, master: &Master) {
-        drop(self.0.listeners.take());
+        // Who waits is served before the listeners close; or by the successor, who has them, too.
+        if !self.0.has_successor.get() {
+            drop(self.0.listeners.take());
+        }
         if self.0.core.borrow().options().leave_signal.is_none() {
             return master.disconnect(|_| {});
         }

@@ -3,6 +3,7 @@
 use cluster::{CallbackId, Master, Result, Signal, Worker};
 
 use super::Pool;
+use super::event::PoolEvent;
 
 /// What a signal makes a pool do, for [`Pool::on_signal`], which has an example.
 ///
@@ -16,6 +17,8 @@ pub enum Action {
     StopAtOnce,
     /// [`Pool::reload`].
     Reload,
+    /// [`Pool::upgrade`]; if that cannot even begin, [`PoolEvent::UpgradeFailed`] says why.
+    Upgrade,
     /// One slot more.
     Grow,
     /// One slot fewer; the last one stays.
@@ -23,18 +26,19 @@ pub enum Action {
 }
 
 /// What each signal does by custom.
-const USUAL: [(Signal, Action); 6] = [
+const USUAL: [(Signal, Action); 7] = [
     (Signal::TERM, Action::Stop),
     (Signal::INT, Action::Stop),
     (Signal::QUIT, Action::StopAtOnce),
     (Signal::HUP, Action::Reload),
+    (Signal::USR2, Action::Upgrade),
     (Signal::TTIN, Action::Grow),
     (Signal::TTOU, Action::Shrink),
 ];
 
 impl Pool {
     /// Gives the signals the meaning that they have by custom: TERM and INT stop the pool, and at once
-    /// when one comes for the second time; QUIT stops it at once; HUP reloads; TTIN and TTOU make it one
+    /// when one comes for the second time; QUIT stops it at once; HUP reloads; USR2 upgrades; TTIN and TTOU make it one
     /// slot larger and smaller.
     ///
     /// Node has no counterpart. The callbacks run beside others for the same signal; whoever wants
@@ -79,6 +83,12 @@ impl Pool {
             Action::Stop => self.stop(master),
             Action::StopAtOnce => self.stop_at_once(master),
             Action::Reload => self.reload(master),
+            Action::Upgrade => {
+                if let Err(error) = self.upgrade(master) {
+                    let reason = error.to_string();
+                    self.tell(master, PoolEvent::UpgradeFailed { reason });
+                }
+            }
             Action::Grow => self.scale(master, self.workers() + 1),
             Action::Shrink => self.scale(master, self.workers().saturating_sub(1).max(1)),
         }

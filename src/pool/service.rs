@@ -1,0 +1,66 @@
+//! What a pool tells systemd.
+
+use cluster::{Master, Result, systemd};
+
+use super::event::PoolEvent;
+use super::Pool;
+
+impl Pool {
+    /// Tells systemd how the pool is: that it is ready when it has a
+    /// [quorum](super::PoolOptions::quorum()), that it reloads, that it stops; and feeds the watchdog, if
+    /// there is one, as long as there is a quorum, in half of its time.
+    ///
+    /// Node has no counterpart. After an [upgrade](Self::upgrade) the new master says that it is the main
+    /// process: `NotifyAccess=all` allows it to. Nothing happens if systemd has not started this process.
+    /// What cannot be sent later on is left out.
+    ///
+    /// # Errors
+    ///
+    /// As [`systemd::watchdog`] and [`systemd::notify`].
+    ///
+    /// ```no_run
+    /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
+    /// pool.tell_systemd(master)?;
+    /// # Ok(()) }
+    /// ```
+    pub fn tell_systemd(&self, master: &Master) -> Result<()> {
+        let watchdog = systemd::watchdog()?;
+        if !systemd::status("starting")? {
+            return Ok(());
+        }
+        if let Some(time) = watchdog {
+            let pool = self.clone();
+            let feed = master.set_interval(time / 2, move |_| {
+                if pool.has_quorum() {
+                    let _ = systemd::notify("WATCHDOG=1");
+                }
+            });
+            // The pool keeps the loop going.
+            master.unref(feed);
+        }
+        self.on_event(|pool, master, event| {
+            let sent = match event {
+                PoolEvent::Quorum(true) => ready(),
+                PoolEvent::Reloading { .. } => systemd::reloading(),
+                PoolEvent::Reloaded { .. } | PoolEvent::ReloadFailed { .. } if pool.has_quorum() => {
+                    ready()
+                }
+                // Or else systemd would take this for the end of the service.
+                PoolEvent::Quorum(false) if pool.is_stopping() && !pool.0.has_successor.get() => {
+                    systemd::notify("STOPPING=1")
+                }
+                _ => Ok(false),
+            };
+            // It may not listen at this moment, and there is nobody else to tell.
+            let _ = sent;
+            let status = pool.status(master);
+            let (ready, slots) = (status.ready(), status.slots.len());
+            let _ = systemd::status(&format!("{ready} of {slots} workers are ready; {event}"));
+        });
+        Ok(())
+    }
+}
+
+fn ready() -> Result<bool> {
+    systemd::notify(&format!("READY=1\nMAINPID={}", std::process::id()))
+}
