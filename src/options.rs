@@ -123,7 +123,9 @@ impl Wish {
     pub(crate) fn check_for_master(&self) -> io::Result<()> {
         let reason = match &self.target {
             _ if self.is_alone() => "exclusive and reuse_port are for workers",
-            Target::Fd(_) => "descriptors are lent by number to workers only: pass the listener itself",
+            Target::Fd(_) => {
+                "descriptors are lent by number to workers only: pass the listener itself"
+            }
             Target::Port(_)
             | Target::Name(_)
             | Target::Host(..)

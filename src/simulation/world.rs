@@ -769,9 +769,8 @@ impl World {
         assert!(self.awaited, "nobody asked");
         assert!(!self.master.has_workers(), "someone is left");
         assert!(!self.processes.values().any(|p| p.alive), "someone lives");
-        let is_left = |(handle, port): (&HandleId, &Port)| {
-            !port.unbound && !self.kept.contains(handle)
-        };
+        let is_left =
+            |(handle, port): (&HandleId, &Port)| !port.unbound && !self.kept.contains(handle);
         let bound = self.ports.iter().any(is_left);
         assert!(!bound, "listener left");
         self.disconnected += 1;
