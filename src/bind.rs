@@ -2,7 +2,8 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::socket_file::{self, SocketFile};
@@ -57,6 +58,14 @@ pub(crate) fn bind(
 
 /// A copy of a socket that this process has under this number.
 fn borrow(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
+    check_kind(kind, number)?;
+    let socket = sys::fd::duplicate(number, 0)?;
+    adopt(&socket, flags.backlog)?;
+    Ok(socket)
+}
+
+/// Whether this is a socket of that kind.
+fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     let found = sys::listen::kind_of(number)?;
     let fits = match kind {
         Kind::Tcp => found.is_stream && !found.is_unix,
@@ -66,15 +75,26 @@ fn borrow(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
     if !fits {
         return Err(io::Error::from_raw_os_error(errno::EINVAL));
     }
-    let socket = sys::fd::duplicate(number, 0)?;
-    adopt(&socket, flags.backlog)?;
-    Ok(socket)
+    Ok(())
+}
+
+/// What workers ask for to get this listener: its address, or its path.
+pub(crate) fn endpoint_of(kind: Kind, socket: &OwnedFd) -> io::Result<Endpoint> {
+    check_kind(kind, socket.as_raw_fd())?;
+    let place = match kind {
+        Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
+        Kind::Unix => {
+            let address = UnixListener::from(socket.try_clone()?).local_addr()?;
+            let path = address.as_pathname().map(std::path::absolute);
+            path.transpose()?.map(Place::Path)
+        }
+    };
+    let nameless = || io::Error::new(io::ErrorKind::InvalidInput, "it has no address or path");
+    Ok(Endpoint::new(kind, place.ok_or_else(nameless)?))
 }
 
 /// Makes a socket listen that is there already, if it is a stream and does not listen yet.
 pub(crate) fn adopt(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
-    use std::os::fd::AsRawFd as _;
-
     let found = sys::listen::kind_of(socket.as_raw_fd())?;
     if found.is_stream && !found.listens {
         sys::listen::listen(socket, backlog)?;

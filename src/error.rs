@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// `init` was called a second time in this process.
     AlreadyInitialized,
-    /// The scheduling policy cannot change after the first `fork`.
+    /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
     PolicyFrozen,
     /// `run`, `dispatch` or `accept` was called by a callback, which one of them had called.
     AlreadyRunning,
@@ -59,7 +59,7 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// A worker could not listen.
+    /// A worker, or the master, could not listen.
     Listen {
         /// The address as the program gave it.
         address: String,
@@ -227,7 +227,7 @@ impl std::fmt::Display for Error {
             Self::PolicyFrozen => {
                 write!(
                     f,
-                    "the scheduling policy cannot change after the first fork"
+                    "the scheduling policy cannot change after the first fork or listen"
                 )
             }
             Self::AlreadyRunning => write!(f, "run, dispatch or accept called inside a callback"),

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -19,8 +20,10 @@ use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::frame::HandleId;
 use crate::ledger::Ledger;
 use crate::loads::{Loads, WorkerLoad};
-use crate::master_shell::{Fed, MasterShell};
+use crate::master_listener::MasterListener;
+use crate::master_shell::{Fed, Kept, MasterShell};
 use crate::message::Message;
+use crate::options::{ListenOptions, Wish};
 use crate::settings::{DEBUG, SchedulingPolicy, Settings};
 use crate::signal::Signal;
 use crate::sys;
@@ -205,7 +208,7 @@ impl Master {
     }
 
     /// Makes the loop wake up when any child ends.
-    fn watch_children(&self) -> std::io::Result<()> {
+    fn watch_children(&self) -> io::Result<()> {
         let mut installed = self.child_signal.borrow_mut();
         if installed.is_none() {
             let signal = Signal::from_number(sys::signal::CHLD);
@@ -268,11 +271,12 @@ impl Master {
 
     /// Chooses who accepts connections, instead of `CLUSTER_SCHED_POLICY` or the default.
     ///
-    /// Node: `cluster.schedulingPolicy = …`. Call it before the first [`fork`](Self::fork).
+    /// Node: `cluster.schedulingPolicy = …`. Call it before the first [`fork`](Self::fork) and
+    /// [`listen`](Self::listen).
     ///
     /// # Errors
     ///
-    /// [`Error::PolicyFrozen`] after the first fork.
+    /// [`Error::PolicyFrozen`] after the first fork or [`listen`](Self::listen).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -333,7 +337,61 @@ impl Master {
         Some(WorkerProcess::new(&self.shell, record, callbacks))
     }
 
-    /// Disconnects every worker, and calls back when all have left and all listeners are closed.
+    /// Opens a listener ahead of the workers, and keeps it: it stays open when no worker has it,
+    /// until what this returns is dropped.
+    ///
+    /// Node has no counterpart: there, a listener closes with its last worker. Workers that ask for
+    /// the same get this one, as a second worker gets what a first has opened: `worker.listen(0)`
+    /// gets the free port of `master.listen(0)`. If workers have it already, it is kept from now on.
+    /// With a listener as the argument (from systemd, say, or from another process that serves until
+    /// now) it is the one for workers that ask for its address; a Unix socket's is its path, and one
+    /// on all addresses is also the one for its port alone. The descriptor is set not to block. The
+    /// scheduling policy cannot change any more. See [`MasterListener`] for what it does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Listen`] with the reason if the address is in use, not allowed or cannot be resolved;
+    /// if the options say [`exclusive`](ListenOptions::exclusive),
+    /// [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are for workers;
+    /// or if what is passed is no stream socket of this kind, or is a Unix socket without a path.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// let listener = master.listen("127.0.0.1:8000")?;
+    /// println!("clients can connect to {}, and wait", listener.address());
+    /// master.fork()?; // which asks for "127.0.0.1:8000" and serves them
+    /// master.run()
+    /// # }
+    /// ```
+    pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<MasterListener> {
+        let mut wish = options.into().wish;
+        match self.open(&mut wish) {
+            Ok(kept) => Ok(MasterListener::new(&self.shell, kept)),
+            Err(source) => Err(Error::Listen {
+                address: wish.to_string(),
+                source,
+            }),
+        }
+    }
+
+    /// Opens the first that can be had of what the program wants.
+    fn open(&self, wish: &mut Wish) -> io::Result<Kept> {
+        wish.check_for_master()?;
+        if let Some(socket) = wish.take_socket() {
+            return self.shell.adopt(wish.kind, socket, &wish.flags);
+        }
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for endpoint in wish.resolve()? {
+            match self.shell.listen(&endpoint, &wish.flags) {
+                Ok(kept) => return Ok(kept),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Disconnects every worker, and calls back when all have left and all listeners are closed, save
+    /// those that the program keeps.
     ///
     /// Node: `cluster.disconnect(callback)`. Connections that have been accepted, or wait in the
     /// kernel's queue, are still served. Workers may take all the time they want:
@@ -354,7 +412,8 @@ impl Master {
     }
 
     /// Disconnects every worker, and kills those that have not exited when `deadline`, counted from
-    /// now, is over. Calls back when all have left and all listeners are closed.
+    /// now, is over. Calls back when all have left and all listeners are closed, save those that the
+    /// program keeps.
     ///
     /// Node has no counterpart: there, programs set a timer. All is as with
     /// [`disconnect`](Self::disconnect) until then. At the deadline every worker that is still there
@@ -761,8 +820,8 @@ impl Master {
     }
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
-    /// descriptor, no event to deliver, no message to write. Callbacks for signals do not count, and neither does what
-    /// has been let go with `unref`.
+    /// descriptor, no event to deliver, no message to write. Callbacks for signals do not count,
+    /// listeners that are kept neither, nor what has been let go with `unref`.
     ///
     /// Node: the process goes on by itself after the main program, and ends when nothing is left.
     ///

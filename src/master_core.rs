@@ -162,6 +162,7 @@ struct WorkerEntry {
 #[derive(Debug)]
 pub(crate) struct MasterCore<C> {
     policy: SchedulingPolicy,
+    is_policy_frozen: bool,
     /// The program says which worker gets which connection.
     chooses: bool,
     now: Time,
@@ -187,6 +188,7 @@ impl<C> MasterCore<C> {
     pub(crate) fn new(policy: SchedulingPolicy) -> Self {
         Self {
             policy,
+            is_policy_frozen: false,
             chooses: false,
             now: Time::ZERO,
             last_worker: 0,
@@ -214,7 +216,7 @@ impl<C> MasterCore<C> {
     /// that both are what the event says however many events wait.
     pub(crate) fn next_event(&mut self) -> Option<Emit> {
         let Some(emit) = self.events.pop_front() else {
-            let finished = self.awaited && self.workers.is_empty() && self.handles.is_empty();
+            let finished = self.is_over();
             if finished {
                 (self.awaited, self.stop_by) = (false, None);
             }
@@ -248,8 +250,14 @@ impl<C> MasterCore<C> {
 
     /// Whether `next_event` would return one.
     pub(crate) fn has_events(&self) -> bool {
-        !self.events.is_empty()
-            || self.awaited && self.workers.is_empty() && self.handles.is_empty()
+        !self.events.is_empty() || self.is_over()
+    }
+
+    /// Whether the end of `disconnect_all` has come, and someone waits for it. What the program
+    /// keeps does not count.
+    fn is_over(&self) -> bool {
+        let is_left = |handle: &Handle<C>| handle.stays() && handle.members.is_empty();
+        self.awaited && self.workers.is_empty() && self.handles.values().all(is_left)
     }
 
     /// When `tick` is needed at the latest.
@@ -384,9 +392,9 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Fails once the policy is frozen by the first fork.
+    /// Fails once the policy is frozen by the first fork, or by the first listener that is kept.
     pub(crate) fn set_policy(&mut self, policy: SchedulingPolicy) -> Result<(), Error> {
-        if self.last_worker > 0 {
+        if self.is_policy_frozen {
             return Err(Error::PolicyFrozen);
         }
         self.policy = policy;
@@ -403,6 +411,7 @@ impl<C> MasterCore<C> {
     }
 
     pub(crate) fn forked(&mut self) -> WorkerId {
+        self.is_policy_frozen = true;
         self.last_worker += 1;
         let worker = WorkerId::new(self.last_worker);
         let entry = WorkerEntry {
@@ -864,7 +873,7 @@ impl<C> MasterCore<C> {
     pub(crate) fn someone_waits_in_vain(&self) -> bool {
         self.handles.values().any(|handle| {
             let waits = handle.connections.anyone_waits();
-            let unlooked = handle.door == Door::Ready;
+            let unlooked = handle.door == Door::Ready && handle.stage != Stage::Pausing;
             let left = handle.connections.to_take_back(Time::ZERO).is_some();
             let open = handle.is_balanced();
             open && handle.connections.room() > 0 && (waits || unlooked || left)

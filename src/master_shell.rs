@@ -11,7 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Instant;
 
-use crate::bind::{BoundSocket, bind};
+use crate::address::Address;
+use crate::bind::{self, BoundSocket, bind, endpoint_of};
 use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::{Error, SendError};
@@ -71,14 +72,23 @@ struct MasterSocket {
     is_path: bool,
     file: Option<SocketFile>,
     /// More than one if it is sharded; in the order in which the system counts them.
-    sockets: Vec<Registered<OwnedFd>>,
+    sockets: Vec<Rc<Registered<OwnedFd>>>,
 }
 
 impl MasterSocket {
-    fn get(&self, shard: usize) -> io::Result<&Registered<OwnedFd>> {
+    fn get(&self, shard: usize) -> io::Result<&Rc<Registered<OwnedFd>>> {
         let socket = self.sockets.get(shard);
         socket.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
+}
+
+/// A listener that the program keeps.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) handle: HandleId,
+    pub(crate) address: Address,
+    /// The first one, if it is sharded.
+    pub(crate) socket: Rc<Registered<OwnedFd>>,
 }
 
 #[derive(Debug)]
@@ -458,23 +468,28 @@ impl MasterShell {
                 return Err(io::Error::from_raw_os_error(errno::EBADF));
             }
         }
+        let bound = bind(endpoint, flags, policy == SchedulingPolicy::Sharded)?;
+        // Workers that wait in `accept` itself take strict turns. What is lent is others', too.
+        let waits = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
+        if waits && !endpoint.is_borrowed() {
+            sys::fd::set_nonblocking(bound.socket.as_fd(), false)?;
+        }
+        self.add(handle, bound)
+    }
+
+    fn add(&self, handle: HandleId, bound: BoundSocket) -> io::Result<Option<SocketAddr>> {
         let BoundSocket {
             file,
             socket,
             address,
-        } = bind(endpoint, flags, policy == SchedulingPolicy::Sharded)?;
-        // Workers that wait in `accept` itself take strict turns. What is lent is others', too.
-        let waits = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
-        if waits && !endpoint.is_borrowed() {
-            sys::fd::set_nonblocking(socket.as_fd(), false)?;
-        }
+        } = bound;
         let key = Token::Listener(handle.0).key();
         let socket = self.poller.add(socket, key, None)?;
         let is_path = file.is_some();
         let bound = MasterSocket {
             is_path,
             file,
-            sockets: vec![socket],
+            sockets: vec![Rc::new(socket)],
         };
         self.listeners.borrow_mut().insert(handle, bound);
         Ok(address)
@@ -490,8 +505,64 @@ impl MasterShell {
         let socket = sys::listen::listen_tcp(&address, flags, true)?;
         sys::fd::set_nonblocking(socket.as_fd(), false)?;
         let key = Token::Listener(handle.0).key();
-        listener.sockets.push(self.poller.add(socket, key, None)?);
+        let socket = self.poller.add(socket, key, None)?;
+        listener.sockets.push(Rc::new(socket));
         Ok(())
+    }
+
+    /// Opens a listener, or finds it open, and keeps it until it is released.
+    pub(crate) fn listen(&self, endpoint: &Endpoint, flags: &BindFlags) -> io::Result<Kept> {
+        // A worker may just have asked for the same.
+        self.act();
+        let mut core = self.decide();
+        if let Some(handle) = core.keep(endpoint) {
+            drop(core);
+            self.act();
+            return self.kept(handle);
+        }
+        let (handle, policy) = (core.next_handle(), core.policy_of(endpoint));
+        drop(core);
+        let address = self.bind(handle, endpoint, flags, policy)?;
+        let mut core = self.decide();
+        core.kept(handle, endpoint.clone(), address, policy);
+        drop(core);
+        self.kept(handle)
+    }
+
+    /// Keeps a listener that is open already.
+    pub(crate) fn adopt(&self, kind: Kind, socket: OwnedFd, flags: &BindFlags) -> io::Result<Kept> {
+        let endpoint = endpoint_of(kind, &socket)?;
+        bind::adopt(&socket, flags.backlog)?;
+        self.act();
+        let handle = self.decide().next_handle();
+        let bound = BoundSocket {
+            file: None,
+            address: endpoint.address(),
+            socket,
+        };
+        let address = self.add(handle, bound)?;
+        self.decide().adopted(handle, endpoint, address);
+        self.kept(handle)
+    }
+
+    fn kept(&self, handle: HandleId) -> io::Result<Kept> {
+        let listeners = self.listeners.borrow();
+        let listener = listeners.get(&handle).ok_or(io::ErrorKind::NotFound)?;
+        let address = self.core.borrow().address_of(handle);
+        Ok(Kept {
+            handle,
+            address: address.ok_or(io::ErrorKind::NotFound)?,
+            socket: Rc::clone(listener.get(0)?),
+        })
+    }
+
+    /// The program lets go of a listener that it has kept.
+    pub(crate) fn release(&self, handle: HandleId) {
+        // In a process that the host has forked since, it is all somebody else's.
+        if Pid::own() == self.poller.owner() {
+            self.decide().release(handle);
+            self.act();
+        }
     }
 
     /// A copy of the listener for a worker.
@@ -615,7 +686,7 @@ impl MasterShell {
         };
         let mut core = self.core.borrow_mut();
         for _ in 0..at_most {
-            match sys::listen::accept(&**socket) {
+            match sys::listen::accept(&***socket) {
                 Ok(stream) => core.accepted(handle, stream.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);

@@ -16,7 +16,8 @@ use crate::sys::errno;
 /// The system has no longer paths; with the directory before it, this one still fits a frame.
 const MAX_PATH: usize = 4096;
 
-/// What to listen on, and how: the argument of [`Worker::listen`](crate::Worker::listen).
+/// What to listen on, and how: the argument of [`Worker::listen`](crate::Worker::listen) and
+/// [`Master::listen`](crate::Master::listen).
 ///
 /// Node: the options of `server.listen()`. It is made from
 ///
@@ -24,7 +25,7 @@ const MAX_PATH: usize = 4096;
 /// - an address, `"127.0.0.1:8000"`, `("::1", 8000)` or a [`SocketAddr`]; a name is looked up;
 /// - a [`Path`] (a string would be an address): a Unix socket, whose connections are
 ///   [`UnixStream`]s;
-/// - a listener that the worker has already.
+/// - a listener that the program has already: a worker keeps it to itself, a master shares it.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -81,7 +82,7 @@ pub struct BindOptions {
 /// What both kinds of options come to.
 #[derive(Debug)]
 pub(crate) struct Wish {
-    kind: Kind,
+    pub(crate) kind: Kind,
     target: Target,
     pub(crate) flags: BindFlags,
     exclusive: bool,
@@ -115,6 +116,24 @@ impl Wish {
     /// Whether the worker binds by itself.
     pub(crate) fn is_alone(&self) -> bool {
         self.exclusive || self.reuse_port
+    }
+
+    /// What the master cannot have: it is for all workers, and what it is lent by number they are lent
+    /// without its help.
+    pub(crate) fn check_for_master(&self) -> io::Result<()> {
+        let reason = match &self.target {
+            _ if self.is_alone() => "exclusive and reuse_port are for workers",
+            Target::Fd(_) => {
+                "descriptors are lent by number to workers only: pass the listener itself"
+            }
+            Target::Port(_)
+            | Target::Name(_)
+            | Target::Host(..)
+            | Target::Ip(_)
+            | Target::Path(_)
+            | Target::Socket(_) => return Ok(()),
+        };
+        Err(io::Error::new(io::ErrorKind::InvalidInput, reason))
     }
 
     /// A port without a host. For datagrams there is no socket for both families.
@@ -174,7 +193,7 @@ impl std::fmt::Display for Wish {
             Target::Path(path) => path.display().fmt(f),
             Target::Name(name) => f.write_str(name),
             Target::Host(host, port) => write!(f, "{host}:{port}"),
-            Target::Socket(_) => f.write_str("a socket of the worker's own"),
+            Target::Socket(_) => f.write_str("a socket of the program's own"),
         }
     }
 }

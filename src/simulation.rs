@@ -48,6 +48,12 @@ enum Call {
     Send,
     DisconnectAll,
     DisconnectAllWithin,
+    /// It opens a listener and keeps it.
+    Keep,
+    /// It keeps one that was open already.
+    Adopt,
+    /// It lets go of one.
+    Release,
 }
 
 /// What a worker's program does.
@@ -215,7 +221,7 @@ fn step(rng: &mut Rng, trouble: Trouble) -> Step {
 }
 
 fn call(rng: &mut Rng) -> What {
-    let call = match rng.u8(0..32) {
+    let call = match rng.u8(0..40) {
         0..=11 => Call::Fork,
         12..=19 => Call::Send,
         20..=21 => Call::Disconnect,
@@ -225,6 +231,9 @@ fn call(rng: &mut Rng) -> What {
         27 => Call::CloseChannel,
         28 => Call::DisconnectAll,
         29 => Call::DisconnectAllWithin,
+        30..=32 => Call::Keep,
+        33..=34 => Call::Adopt,
+        35..=37 => Call::Release,
         _ => return What::InCallback(Call::Fork),
     };
     if rng.bool() {
@@ -412,6 +421,54 @@ fn stopping_loses_nobody() {
         let ledger = world.master.ledger();
         assert_eq!(ledger.dropped, 0, "seed {seed}: {ledger:?}");
         assert_eq!(world.served, world.clients(), "seed {seed}");
+    }
+}
+
+/// Workers die, leave and come, and now and then there is none of them: as long as the listener is
+/// kept, all clients are served.
+#[test]
+fn nobody_is_lost_while_a_listener_is_kept() {
+    for seed in 0..500 {
+        let mut rng = Rng::with_seed(seed);
+        let policy = if seed % 4 == 0 {
+            SchedulingPolicy::Shared
+        } else {
+            SchedulingPolicy::RoundRobin
+        };
+        let mut world = World::new(policy);
+        world.call(Call::Keep, None, 0);
+        let turn = |world: &mut World, rng: &mut Rng| match rng.u8(0..3) {
+            0 => world.step((What::Master, 0, rng.u8(..))),
+            1 => world.step((What::Worker, rng.u8(..), rng.u8(..))),
+            _ => {
+                world.step((What::Pass, 0, rng.u8(0..4)));
+                if let Some(worker) = world.living(rng.u8(..)) {
+                    serve(world, worker, 3);
+                    world.check();
+                }
+            }
+        };
+        for _ in 0..2000 {
+            match rng.u8(..) {
+                0..=15 => world.step((What::Connect, 0, 0)),
+                16..=17 => world.step((What::Call(Call::Fork), 0, 0)),
+                18 => world.step((What::Kill, rng.u8(..), 0)),
+                19 => world.step((What::Call(Call::Disconnect), rng.u8(..), 0)),
+                20 => world.step((What::Call(Call::DisconnectAll), 0, 0)),
+                _ => turn(&mut world, &mut rng),
+            }
+        }
+        let mut steps = 0;
+        while world.served < world.clients() {
+            if world.living(0).is_none() {
+                world.step((What::Call(Call::Fork), 0, 0));
+            }
+            turn(&mut world, &mut rng);
+            steps += 1;
+            assert!(steps < 100_000, "seed {seed}: somebody waits for ever");
+        }
+        assert_eq!(world.master.ledger().dropped, 0, "seed {seed}");
+        world.end(Ending::Stop);
     }
 }
 

@@ -15,6 +15,16 @@
 //! UDP sockets are Emptying, too, until the last worker has let go. There is no way back for Unix
 //! paths, which are gone, and for listeners that the master's program has lent, which go on without
 //! us: for these a new worker gets a new listener.
+//!
+//! A listener that the master's program keeps goes no further than this:
+//!
+//!              the last ones are to leave, round robin
+//!   Open ---------------------------------------------> Pausing
+//!     <--------------------------------------------------'
+//!       they have taken what was accepted, or died; or a new worker asks
+//!
+//! With nobody to serve it, it is Open, and newcomers wait in the kernel's queue. When the program
+//! lets go of it, all is as above again.
 //! ```
 
 use std::collections::BTreeSet;
@@ -24,7 +34,7 @@ use std::time::Duration;
 
 use super::{Action, MasterCore, With};
 use crate::address::Address;
-use crate::endpoint::{BindFlags, Endpoint, Kind};
+use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::Error;
 use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
 use crate::round_robin::{Given, Placed, RoundRobin};
@@ -53,6 +63,8 @@ pub(super) enum Stage {
     Draining(Option<Time>),
     /// A shared listener that the workers close when they find it empty.
     Emptying,
+    /// All who serve it leave. Nothing more is accepted; what has been accepted they still serve.
+    Pausing,
     Unbound,
 }
 
@@ -96,7 +108,13 @@ pub(super) struct Handle<C> {
     pub(super) shards: Vec<Option<WorkerId>>,
     /// Workers to whose shards nobody new is sent, and when they are to be told.
     pub(super) departing: BTreeSet<(Time, WorkerId)>,
+    /// The shard to which newcomers are sent while nobody serves; the next worker gets it.
+    pub(super) spare: Option<usize>,
     pub(super) accepted: bool,
+    /// The program has a `MasterListener` of it.
+    pub(super) is_kept: bool,
+    /// It was open before it came to us. Another process may have it, too: its door is not ours.
+    pub(super) is_adopted: bool,
 }
 
 impl<C> Handle<C> {
@@ -105,8 +123,25 @@ impl<C> Handle<C> {
         self.stage != Stage::Unbound && self.gives_from.is_none()
     }
 
-    fn is_unix(&self) -> bool {
-        self.key.endpoint.kind == Kind::Unix
+    /// How many more connections may be accepted now.
+    fn room(&self) -> u64 {
+        match self.stage {
+            Stage::Pausing => 0,
+            Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound => {
+                self.connections.room()
+            }
+        }
+    }
+
+    /// Whether its door has been shut in a way that cannot be undone.
+    fn is_shut_for_good(&self) -> bool {
+        let is_path = self.key.endpoint.kind == Kind::Unix && !self.is_adopted;
+        is_path && self.stage != Stage::Open
+    }
+
+    /// Whether it stays although no worker has it.
+    pub(super) fn stays(&self) -> bool {
+        self.is_kept && self.stage != Stage::Unbound
     }
 }
 
@@ -127,34 +162,50 @@ impl<C> MasterCore<C> {
                     SchedulingPolicy::Sharded => vec![Some(worker)],
                     SchedulingPolicy::RoundRobin | SchedulingPolicy::Shared => Vec::new(),
                 };
-                let open = Handle {
-                    key: key.clone(),
-                    address,
-                    policy,
-                    stage: Stage::Open,
-                    door: Door::Watched,
-                    watched: false,
-                    members: BTreeSet::new(),
-                    leaving: BTreeSet::new(),
-                    listening: BTreeSet::new(),
-                    serving: BTreeSet::new(),
-                    connections: RoundRobin::new(),
-                    gives_from: None,
-                    shards,
-                    departing: BTreeSet::new(),
-                    accepted: false,
-                };
-                self.keys.insert(key, handle);
-                let open = self.handles.entry(handle).or_insert(open);
-                if self.chooses {
-                    open.connections.let_choose();
-                }
+                let open = self.open(handle, key, address, policy);
+                open.shards = shards;
                 self.join(worker, request, handle);
                 if policy == SchedulingPolicy::RoundRobin {
                     self.watch(handle, true);
                 }
             }
         }
+    }
+
+    /// A listener is there.
+    fn open(
+        &mut self,
+        handle: HandleId,
+        key: HandleKey,
+        address: Option<SocketAddr>,
+        policy: SchedulingPolicy,
+    ) -> &mut Handle<C> {
+        let mut connections = RoundRobin::new();
+        if self.chooses {
+            connections.let_choose();
+        }
+        let open = Handle {
+            key: key.clone(),
+            address,
+            policy,
+            stage: Stage::Open,
+            door: Door::Watched,
+            watched: false,
+            members: BTreeSet::new(),
+            leaving: BTreeSet::new(),
+            listening: BTreeSet::new(),
+            serving: BTreeSet::new(),
+            connections,
+            gives_from: None,
+            shards: Vec::new(),
+            departing: BTreeSet::new(),
+            spare: None,
+            accepted: false,
+            is_kept: false,
+            is_adopted: false,
+        };
+        self.keys.insert(key, handle);
+        self.handles.entry(handle).or_insert(open)
     }
 
     /// No copy of the listener could be made for the worker that asked for it.
@@ -198,10 +249,11 @@ impl<C> MasterCore<C> {
         };
         if entry.door == Door::Accepting {
             // With room left, this was a full batch: the poller brings the rest in its turn.
-            let more = entry.connections.room() > 0;
+            let more = entry.room() > 0;
             entry.door = if more { Door::Watched } else { Door::Ready };
             self.watch(handle, more);
             self.balance(handle);
+            self.resume_if_served(handle);
         }
     }
 
@@ -218,13 +270,14 @@ impl<C> MasterCore<C> {
         };
         if entry.door == Door::Accepting {
             // While nobody is idle, nobody need know who comes.
-            let anyone = entry.connections.room() > 0;
+            let anyone = entry.room() > 0;
             entry.door = if anyone { Door::Watched } else { Door::Ready };
             // The poller would say again and again that a shut door is shut.
-            let shut_for_good = entry.is_unix() && entry.stage != Stage::Open;
+            let shut_for_good = entry.is_shut_for_good();
             self.watch(handle, anyone && !shut_for_good);
             self.balance(handle);
             self.unbind_if_drained(handle);
+            self.resume_if_served(handle);
         }
     }
 
@@ -238,6 +291,7 @@ impl<C> MasterCore<C> {
             self.watch(handle, false);
             self.error(None, Error::Accept { address, source });
             self.balance(handle);
+            self.resume_if_served(handle);
         }
     }
 }
@@ -323,9 +377,139 @@ impl<C> MasterCore<C> {
             self.taken(taken);
             self.offer(handle);
         }
-        let abandoned = |entry: &Handle<C>| entry.members.is_empty();
+        self.forget_if_abandoned(handle);
+    }
+
+    fn forget_if_abandoned(&mut self, handle: HandleId) {
+        let abandoned = |entry: &Handle<C>| entry.members.is_empty() && !entry.stays();
         if self.handles.get(&handle).is_some_and(abandoned) {
             self.handles.remove(&handle);
+        }
+    }
+}
+
+// What the program keeps.
+impl<C> MasterCore<C> {
+    /// Keeps the first listener that workers have opened there and that is not kept yet, if there is
+    /// one. Otherwise the shell opens one; then comes `kept`.
+    pub(crate) fn keep(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
+        let handle = self
+            .handles_at(endpoint)
+            .find(|handle| !self.handles[handle].is_kept)?;
+        let entry = self.handles.get_mut(&handle)?;
+        entry.is_kept = true;
+        if self.reopen(handle) {
+            self.pause(handle);
+        }
+        Some(handle)
+    }
+
+    /// The listeners of an endpoint, by index.
+    fn handles_at<'a>(&'a self, endpoint: &'a Endpoint) -> impl Iterator<Item = HandleId> + 'a {
+        let key = |index| HandleKey {
+            endpoint: endpoint.clone(),
+            index,
+        };
+        (0..).map_while(move |index| self.keys.get(&key(index)).copied())
+    }
+
+    /// The program keeps this listener, which is new.
+    pub(crate) fn kept(
+        &mut self,
+        handle: HandleId,
+        endpoint: Endpoint,
+        address: Option<SocketAddr>,
+        policy: SchedulingPolicy,
+    ) {
+        self.is_policy_frozen = true;
+        let count = self.handles_at(&endpoint).count();
+        let index = u32::try_from(count).unwrap_or(u32::MAX);
+        let open = self.open(handle, HandleKey { endpoint, index }, address, policy);
+        open.is_kept = true;
+        // Nobody watches it as long as there is nobody to take what comes.
+        open.door = Door::Ready;
+        if policy == SchedulingPolicy::Sharded {
+            (open.shards, open.spare) = (vec![None], Some(0));
+        }
+    }
+
+    /// The same of one that was open before it came to us.
+    pub(crate) fn adopted(
+        &mut self,
+        handle: HandleId,
+        endpoint: Endpoint,
+        address: Option<SocketAddr>,
+    ) {
+        let policy = match self.policy {
+            // Whoever opened it has not said that it is to have others beside it.
+            SchedulingPolicy::Sharded => SchedulingPolicy::Shared,
+            policy @ (SchedulingPolicy::RoundRobin | SchedulingPolicy::Shared) => policy,
+        };
+        self.kept(handle, endpoint, address, policy);
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            entry.is_adopted = true;
+        }
+        if let Some(address) = address.filter(|address| address.ip().is_unspecified()) {
+            let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
+            let key = HandleKey { endpoint, index: 0 };
+            self.keys.entry(key).or_insert(handle);
+        }
+    }
+
+    /// What a kept listener is called.
+    pub(crate) fn address_of(&self, handle: HandleId) -> Option<Address> {
+        let entry = self.handles.get(&handle)?;
+        Some(Address::new(&entry.key.endpoint, entry.address))
+    }
+
+    /// The program lets go of a listener: it is now as any other, and closes if nobody serves it.
+    pub(crate) fn release(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        entry.is_kept = false;
+        if entry.serving.is_empty() {
+            self.unbind(handle);
+            self.forget_if_abandoned(handle);
+        } else if entry.stage == Stage::Pausing {
+            entry.stage = Stage::Open;
+            self.begin_drain(handle);
+        }
+    }
+
+    /// All who serve a kept listener are to leave. Newcomers wait for the next worker.
+    fn pause(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        match entry.policy {
+            SchedulingPolicy::RoundRobin => {
+                entry.stage = Stage::Pausing;
+                if entry.door == Door::Watched {
+                    entry.door = Door::Ready;
+                }
+                self.watch(handle, false);
+                self.resume_if_served(handle);
+            }
+            SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
+                self.end_all(handle, false);
+            }
+        }
+    }
+
+    /// Lets those go who leave a kept listener, if they have taken all that was accepted.
+    fn resume_if_served(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.stage != Stage::Pausing || entry.door == Door::Accepting {
+            return;
+        }
+        if entry.connections.in_hand() == 0 {
+            entry.stage = Stage::Open;
+            self.end_all(handle, true);
+        } else {
+            self.count_if_none_waits(handle);
         }
     }
 }
@@ -382,7 +566,7 @@ impl<C> MasterCore<C> {
         Ok(())
     }
 
-    fn policy_of(&self, endpoint: &Endpoint) -> SchedulingPolicy {
+    pub(crate) fn policy_of(&self, endpoint: &Endpoint) -> SchedulingPolicy {
         match (endpoint.kind, self.policy) {
             // Whoever reads from the one socket gets the datagram.
             (Kind::Udp, _) => SchedulingPolicy::Shared,
@@ -396,7 +580,7 @@ impl<C> MasterCore<C> {
     }
 
     /// A number that no listener has: a worker may ask so often that they begin anew.
-    fn next_handle(&mut self) -> HandleId {
+    pub(crate) fn next_handle(&mut self) -> HandleId {
         loop {
             self.last_handle = self.last_handle % MAX_HANDLE + 1;
             let handle = HandleId(self.last_handle);
@@ -410,14 +594,15 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        let mut relieved = BTreeSet::new();
-        if let Stage::Draining(_) | Stage::Emptying = entry.stage {
-            entry.stage = Stage::Open;
-            relieved.clone_from(&entry.serving);
-            if entry.key.endpoint.kind == Kind::Tcp {
-                self.actions.push_back(Action::OpenDoor { handle });
-            }
-        }
+        let serving = entry.serving.clone();
+        let relieved = if self.reopen(handle) {
+            serving
+        } else {
+            BTreeSet::new()
+        };
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
         entry.members.insert(worker);
         entry.serving.insert(worker);
         entry.connections.join(worker);
@@ -437,6 +622,24 @@ impl<C> MasterCore<C> {
         };
         self.send(worker, ToWorker::Reply { request, result }, with);
         self.steer(handle);
+    }
+
+    /// Lets newcomers in again where all who serve leave. Returns whether that was so.
+    fn reopen(&mut self, handle: HandleId) -> bool {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return false;
+        };
+        match entry.stage {
+            Stage::Open | Stage::Unbound => return false,
+            Stage::Pausing => {}
+            Stage::Draining(_) | Stage::Emptying => {
+                if entry.key.endpoint.kind == Kind::Tcp && !entry.is_adopted {
+                    self.actions.push_back(Action::OpenDoor { handle });
+                }
+            }
+        }
+        entry.stage = Stage::Open;
+        true
     }
 
     /// Gives what waits to whoever can take it.
@@ -490,7 +693,7 @@ impl<C> MasterCore<C> {
         if entry.door != Door::Ready || entry.stage == Stage::Unbound {
             return;
         }
-        let room = entry.connections.room();
+        let room = entry.room();
         if room > 0 && entry.gives_from.is_none() {
             entry.door = Door::Accepting;
             let at_most = room.min(ACCEPT_BATCH);
@@ -515,11 +718,15 @@ impl<C> MasterCore<C> {
         }
     }
 
+    /// All who serve this listener are to leave.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
         let now = self.now;
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
+        if entry.is_kept {
+            return self.pause(handle);
+        }
         let shared = entry.policy != SchedulingPolicy::RoundRobin;
         match entry.key.endpoint.kind {
             // It stays until the last worker has let go of it, so that a new one can have it. Nobody
@@ -528,7 +735,7 @@ impl<C> MasterCore<C> {
             Kind::Tcp | Kind::Unix if entry.key.endpoint.is_borrowed() => {
                 self.give_back(handle);
             }
-            Kind::Unix => {
+            Kind::Unix if !entry.is_adopted => {
                 // From now on nobody finds the way, and so there is no handshake to wait for.
                 entry.stage = Stage::Draining(None);
                 self.forget_key(handle);
@@ -539,7 +746,7 @@ impl<C> MasterCore<C> {
                 }
                 self.finish_drain(handle);
             }
-            Kind::Tcp => {
+            Kind::Tcp | Kind::Unix => {
                 // What workers accept themselves is not known here.
                 let grace = if entry.accepted || shared {
                     DRAIN_GRACE
@@ -547,7 +754,9 @@ impl<C> MasterCore<C> {
                     Time::ZERO
                 };
                 entry.stage = Stage::Draining(Some(now + grace));
-                self.actions.push_back(Action::ShutDoor { handle });
+                if !entry.is_adopted {
+                    self.actions.push_back(Action::ShutDoor { handle });
+                }
                 if !shared {
                     self.look_again(handle);
                 } // Otherwise the workers go on accepting until the time has come.
@@ -570,10 +779,7 @@ impl<C> MasterCore<C> {
                 self.unbind_if_drained(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
-                let serving: Vec<_> = entry.serving.iter().copied().collect();
-                for worker in serving {
-                    self.end(handle, worker, false);
-                }
+                self.end_all(handle, false);
                 self.unbind(handle);
             }
         }
@@ -581,11 +787,7 @@ impl<C> MasterCore<C> {
 
     /// Whoever asks for the same from now on gets another listener.
     fn forget_key(&mut self, handle: HandleId) {
-        if let Some(entry) = self.handles.get(&handle) {
-            if self.keys.get(&entry.key) == Some(&handle) {
-                self.keys.remove(&entry.key);
-            }
-        }
+        self.keys.retain(|_, other| *other != handle);
     }
 
     /// The time that handshakes are given is over.
@@ -625,8 +827,11 @@ impl<C> MasterCore<C> {
     /// Something has changed on which the end of a drain may have waited.
     pub(super) fn look_again_if_draining(&mut self, handle: HandleId) {
         let stage = self.handles.get(&handle).map(|entry| entry.stage);
-        if stage == Some(Stage::Draining(None)) {
-            self.look_again(handle);
+        match stage {
+            Some(Stage::Draining(None)) => self.look_again(handle),
+            Some(Stage::Pausing) => self.resume_if_served(handle),
+            Some(Stage::Open | Stage::Draining(Some(_)) | Stage::Emptying | Stage::Unbound)
+            | None => {}
         }
     }
 
@@ -638,18 +843,33 @@ impl<C> MasterCore<C> {
         };
         let over = match entry.stage {
             Stage::Draining(quiet) => quiet.is_none_or(|quiet| quiet <= self.now),
-            Stage::Open | Stage::Emptying | Stage::Unbound => false,
+            Stage::Open | Stage::Emptying | Stage::Pausing | Stage::Unbound => false,
         };
         if !over {
             return;
         }
         if entry.connections.in_hand() == 0 {
             self.unbind(handle);
-        } else if !entry.connections.anyone_waits() {
-            // A busy worker may have taken all and not said so yet.
+        } else {
+            self.count_if_none_waits(handle);
+        }
+    }
+
+    /// A busy worker may have taken all and not said so yet.
+    fn count_if_none_waits(&mut self, handle: HandleId) {
+        let entry = self.handles.get(&handle);
+        if let Some(entry) = entry.filter(|entry| !entry.connections.anyone_waits()) {
             let counts = entry.connections.with_queues();
             let counts = counts.map(|worker| Action::Count { handle, worker });
             self.actions.extend(counts);
+        }
+    }
+
+    fn end_all(&mut self, handle: HandleId, drain: bool) {
+        let entry = self.handles.get(&handle);
+        let serving = entry.map_or_else(BTreeSet::new, |entry| entry.serving.clone());
+        for worker in serving {
+            self.end(handle, worker, drain);
         }
     }
 
@@ -678,13 +898,7 @@ impl<C> MasterCore<C> {
 
     /// Closes the listener. Members stay until they say that they let go of what they hold.
     pub(super) fn unbind(&mut self, handle: HandleId) {
-        let Some(entry) = self.handles.get_mut(&handle) else {
-            return;
-        };
-        let serving: Vec<_> = entry.serving.iter().copied().collect();
-        for worker in serving {
-            self.end(handle, worker, true);
-        }
+        self.end_all(handle, true);
         if let Some(entry) = self.handles.get_mut(&handle) {
             if entry.stage != Stage::Unbound {
                 entry.stage = Stage::Unbound;
@@ -712,8 +926,11 @@ impl<C> MasterCore<C> {
         entry.serving.remove(&worker);
         entry.connections.end(worker);
         let policy = entry.policy;
-        if entry.serving.is_empty() {
-            self.unbind(handle);
+        match (entry.serving.is_empty(), entry.is_kept, entry.stage) {
+            // What has been accepted waits for the next worker, too.
+            (true, true, Stage::Pausing) => entry.stage = Stage::Open,
+            (true, false, _) => self.unbind(handle),
+            _ => {}
         }
         match policy {
             SchedulingPolicy::RoundRobin => {
@@ -740,9 +957,10 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return false;
         };
-        let free = entry.shards.iter_mut().find(|shard| shard.is_none());
-        match free {
-            Some(shard) => *shard = Some(worker),
+        let free = entry.shards.iter().position(|shard| shard.is_none());
+        // Who has come while nobody served comes first.
+        match entry.spare.take().or(free) {
+            Some(shard) => entry.shards[shard] = Some(worker),
             None => return entry.policy != SchedulingPolicy::Sharded,
         }
         true
@@ -766,7 +984,9 @@ impl<C> MasterCore<C> {
     ) {
         match (result, self.handles.get_mut(&handle)) {
             (Ok(()), Some(entry)) => {
-                entry.shards.push(Some(worker));
+                entry.shards.push(None);
+                // Or another one, that has become free meanwhile.
+                self.shard_for(handle, worker);
                 self.join(worker, request, handle);
             }
             (result, _) => {
@@ -776,17 +996,39 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Sends newcomers to the shards of those who serve.
+    /// Sends newcomers to the shards of those who serve; if nobody does, to that of the next worker.
     fn steer(&mut self, handle: HandleId) {
+        self.choose_spare(handle);
         let Some(entry) = self.handles.get(&handle) else {
             return;
         };
         let serves = |shard: &Option<WorkerId>| shard.is_some_and(|w| entry.serving.contains(&w));
         let shards = entry.shards.iter().enumerate();
         let shards = shards.filter(|(_, shard)| serves(shard));
-        let shards: Vec<_> = shards.map(|(number, _)| number).collect();
+        let shards = shards.map(|(number, _)| number);
+        let shards: Vec<_> = shards.chain(entry.spare).collect();
         if !shards.is_empty() && entry.stage != Stage::Unbound {
             self.actions.push_back(Action::Steer { handle, shards });
+        }
+    }
+
+    /// Nobody serves a kept listener: one of its shards is to wait for the next worker. If none is
+    /// free, whoever leaves his lets go of it as it is.
+    fn choose_spare(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let is_wanted = entry.stays() && entry.serving.is_empty() && entry.spare.is_none();
+        if !is_wanted || entry.shards.is_empty() {
+            return;
+        }
+        let free = entry.shards.iter().position(Option::is_none);
+        let spare = free.unwrap_or_default();
+        entry.spare = Some(spare);
+        if let Some(worker) = entry.shards[spare].take() {
+            entry.departing.retain(|(_, other)| *other != worker);
+            let drain = false;
+            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
         }
     }
 
@@ -843,7 +1085,6 @@ impl<C> MasterCore<C> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::endpoint::{Endpoint, Place};
     use crate::frame::ToMaster;
 
     /// The number of the listener for a port.

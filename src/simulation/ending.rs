@@ -27,6 +27,7 @@ impl World {
         self.calm_down();
         self.rest();
         self.disconnected = 0;
+        self.call(Call::Release, None, 0);
         self.call(Call::DisconnectAll, None, 0);
         let living = self.processes.iter().filter(|(_, p)| p.alive);
         let living: Vec<_> = living.map(|(id, p)| (*id, p.liar)).collect();
@@ -40,6 +41,9 @@ impl World {
         self.run(TURNS, |world| world.disconnected > 0);
         assert!(!self.master.has_workers(), "someone never left");
         assert_eq!(self.disconnected, 1, "the callback of disconnect");
+        self.release_all();
+        self.rest();
+        assert!(self.master.sizes().handles == 0, "a listener is left");
         assert_eq!(self.master.ledger().in_hand(), 0);
         for process in self.processes.values() {
             assert!(process.has_gone(), "a worker's events are missing");

@@ -72,6 +72,9 @@ pub(super) struct World {
     closes_at: Option<Time>,
     last_port: HandleId,
     taken: BTreeSet<Endpoint>,
+    /// What the master's program keeps, and what it has not opened itself.
+    kept: Vec<HandleId>,
+    adopted: BTreeSet<HandleId>,
     fates: Vec<Fate>,
     /// Connections of which nobody has a descriptor any more.
     closed: Rc<RefCell<Vec<u32>>>,
@@ -119,6 +122,8 @@ impl World {
             closes_at: None,
             last_port: HandleId(0),
             taken: BTreeSet::new(),
+            kept: Vec::new(),
+            adopted: BTreeSet::new(),
             fates: Vec::new(),
             closed: Rc::default(),
             served: 0,
@@ -449,14 +454,15 @@ impl World {
             Action::Watch { handle } => self.port(handle).watched = true,
             Action::Unwatch { handle } => self.port(handle).watched = false,
             Action::RemoveFile { handle } => {
-                self.port(handle).shut = true;
+                self.shut(handle);
                 self.taken.clear();
             }
-            Action::ShutDoor { handle } => self.port(handle).shut = true,
+            Action::ShutDoor { handle } => self.shut(handle),
             Action::OpenDoor { handle } => {
                 let port = self.port(handle);
                 assert_eq!(port.kind, Some(Kind::Tcp), "its file is gone");
                 port.shut = false;
+                assert!(!self.adopted.contains(&handle), "not our door");
             }
             Action::Unbind { handle } => self.unbind(handle),
             // Nobody waits in the kernel here.
@@ -501,6 +507,12 @@ impl World {
         let port = self.ports.get_mut(&handle).expect("no such listener");
         assert!(!port.unbound, "the listener is gone");
         port
+    }
+
+    fn shut(&mut self, handle: HandleId) {
+        let is_ours = !self.kept.contains(&handle) && !self.adopted.contains(&handle);
+        assert!(is_ours, "not our door");
+        self.port(handle).shut = true;
     }
 
     fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With) {
@@ -588,6 +600,7 @@ impl World {
     }
 
     fn unbind(&mut self, handle: HandleId) {
+        assert!(!self.kept.contains(&handle), "it was to be kept");
         let port = self.port(handle);
         port.unbound = true;
         port.watched = false;
@@ -660,6 +673,14 @@ impl World {
                 self.stop_by = Some(self.stop_by.map_or(by, |other| other.min(by)));
                 self.master.disconnect_all_within(within);
             }
+            (Call::Keep, _) => self.keep(&endpoint(n % 3)),
+            (Call::Adopt, _) => self.adopt(endpoint(n % 2 + 1)),
+            (Call::Release, _) => {
+                if let Some(at) = usize::from(n).checked_rem(self.kept.len()) {
+                    let handle = self.kept.swap_remove(at);
+                    self.master.release(handle);
+                }
+            }
             (_, None) => {}
             (Call::Disconnect, Some(worker)) => self.master.disconnect(worker),
             (Call::DisconnectWithin, Some(worker)) => {
@@ -683,6 +704,33 @@ impl World {
             }
         }
         self.gather();
+    }
+
+    fn keep(&mut self, endpoint: &Endpoint) {
+        let handle = self.master.keep(endpoint).or_else(|| {
+            let handle = self.master.next_handle();
+            let address = self.bind(handle, endpoint).ok()?;
+            let policy = self.master.policy_of(endpoint);
+            self.master.kept(handle, endpoint.clone(), address, policy);
+            Some(handle)
+        });
+        self.kept.extend(handle);
+    }
+
+    fn adopt(&mut self, endpoint: Endpoint) {
+        let handle = self.master.next_handle();
+        if let Ok(address) = self.bind(handle, &endpoint) {
+            self.master.adopted(handle, endpoint, address);
+            self.kept.push(handle);
+            self.adopted.insert(handle);
+        }
+    }
+
+    /// The program lets go of all that it keeps.
+    pub(super) fn release_all(&mut self) {
+        while !self.kept.is_empty() {
+            self.call(Call::Release, None, 0);
+        }
     }
 
     fn deliver(&mut self, emit: &Emit) {
@@ -721,7 +769,9 @@ impl World {
         assert!(self.awaited, "nobody asked");
         assert!(!self.master.has_workers(), "someone is left");
         assert!(!self.processes.values().any(|p| p.alive), "someone lives");
-        let bound = self.ports.values().any(|port| !port.unbound);
+        let is_left =
+            |(handle, port): (&HandleId, &Port)| !port.unbound && !self.kept.contains(handle);
+        let bound = self.ports.iter().any(is_left);
         assert!(!bound, "listener left");
         self.disconnected += 1;
         self.awaited = false;

@@ -19,6 +19,7 @@ mod hand_over;
 mod harness;
 mod host;
 mod hostile;
+mod kept;
 mod leave;
 mod life;
 mod listen;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         host::SCENARIOS,
         privileges::SCENARIOS,
         sharded::SCENARIOS,
+        kept::SCENARIOS,
         blocking::SCENARIOS,
         loads::SCENARIOS,
         scheduler::SCENARIOS,

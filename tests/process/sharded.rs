@@ -42,16 +42,16 @@ fn shard(master: &Master) {
 
 /// What became of the clients of a load.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Count {
-    refused: u64,
-    reset: u64,
-    timed_out: u64,
+pub struct Count {
+    pub refused: u64,
+    pub reset: u64,
+    pub timed_out: u64,
     /// Another answer, or none.
-    wrong: u64,
+    pub wrong: u64,
 }
 
 impl Count {
-    const NO_FAILURE: Self = Self {
+    pub const NO_FAILURE: Self = Self {
         refused: 0,
         reset: 0,
         timed_out: 0,
@@ -86,14 +86,14 @@ fn ask(address: SocketAddr) -> std::io::Result<String> {
 }
 
 /// Clients on threads, one after the other on each, until they are to stop or nobody listens.
-struct Load {
+pub struct Load {
     over: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
     threads: Vec<JoinHandle<Count>>,
 }
 
 impl Load {
-    fn begin(address: SocketAddr) -> Self {
+    pub fn begin(address: SocketAddr) -> Self {
         let (over, answered) = (Arc::default(), Arc::default());
         let threads = (0..16).map(|_| {
             let (over, answered) = (Arc::clone(&over), Arc::clone(&answered));
@@ -122,7 +122,7 @@ impl Load {
     }
 
     /// Ends it, and returns how many were answered and what else became of them.
-    fn end(self) -> (u64, Count) {
+    pub fn end(self) -> (u64, Count) {
         self.over.store(true, Ordering::SeqCst);
         self.last()
     }

@@ -1,0 +1,87 @@
+//! A listener that belongs to the master.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::{Rc, Weak};
+
+use crate::address::Address;
+use crate::master_shell::{Kept, MasterShell};
+
+/// A listener that the master keeps open, whether workers have it or not.
+///
+/// Node has no counterpart. It comes from [`Master::listen`](crate::Master::listen). As long as it
+/// lives, who connects waits in the kernel's queue when there is no worker, and the next worker that
+/// listens serves him: nobody is refused or reset when all workers die or are replaced. A worker
+/// that leaves lets go of it; the last ones still serve what the master has accepted, and no more.
+/// [`Master::run`](crate::Master::run) and the callback of
+/// [`Master::disconnect`](crate::Master::disconnect) do not wait for it.
+///
+/// When it is dropped, it is a listener as any other: it closes with its last worker, which first
+/// serves what waits, or at once if no worker has it; then whoever waits is reset. A Unix socket's
+/// file goes with it, unless the socket was passed to `listen`. So a program that stops for good drops
+/// it before it calls `disconnect`; one that leaves the queue to another process, which has the
+/// same socket, lets it live until all workers have left.
+///
+/// Another process may have the same socket: nothing is done to it that this one would notice, save
+/// that it is set not to block. Only when it is dropped, newcomers to a TCP port are ignored while the
+/// last workers leave; not if the socket was passed to `listen`.
+///
+/// With the sharded policy workers have listeners of their own beside it, and who waits for a worker
+/// that has died waits for one to take its place: as many workers are needed as have been before.
+/// Newcomers do not go there, and who comes when no worker is left is served by the next one. A
+/// listener that was passed to `listen` is shared instead.
+///
+/// ```no_run
+/// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+/// use cluster::Signal;
+///
+/// let listener = master.listen("127.0.0.1:8000")?;
+/// let mut kept = Some(listener);
+/// master.on_signal(Signal::TERM, move |master, _| {
+///     drop(kept.take()); // who waits is served by those who leave
+///     master.disconnect(|_| {});
+/// })?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+#[must_use = "it is let go of when it is dropped"]
+pub struct MasterListener {
+    master: Weak<MasterShell>,
+    kept: Kept,
+}
+
+impl MasterListener {
+    pub(crate) fn new(master: &Rc<MasterShell>, kept: Kept) -> Self {
+        let master = Rc::downgrade(master);
+        Self { master, kept }
+    }
+
+    /// Returns where clients connect, with the real port.
+    ///
+    /// Node: `server.address()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// let listener = master.listen("127.0.0.1:0")?;
+    /// println!("port {:?}", listener.address().port);
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn address(&self) -> Address {
+        self.kept.address.clone()
+    }
+}
+
+/// The listening socket, which can be given to another process; the first one, if it is sharded.
+impl AsFd for MasterListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.kept.socket.as_fd()
+    }
+}
+
+impl Drop for MasterListener {
+    fn drop(&mut self) {
+        if let Some(master) = self.master.upgrade() {
+            master.release(self.kept.handle);
+        }
+    }
+}
