@@ -393,6 +393,15 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.socket.as_fd()
     }
 
+    /// All descriptors that it has, of its own and on their way.
+    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let batches = self.inbox.batches.iter().flat_map(|(fds, _)| fds);
+        let early = batches.chain(self.inbox.fds.iter().flatten());
+        let waiting = self.outbox.fds.iter().map(|(_, fd)| &**fd);
+        let on_their_way = early.chain(waiting).map(|fd| fd.as_fd());
+        std::iter::once(self.as_fd()).chain(on_their_way).collect()
+    }
+
     /// Whether everything queued has reached the other side's socket.
     pub(crate) fn is_flushed(&self) -> bool {
         self.outbox.bytes.is_empty() && !self.lost

@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -115,6 +115,7 @@ where
 /// A watched descriptor in the loop.
 struct Place<R> {
     watched: Shared<dyn Watched<R>>,
+    number: RawFd,
     /// It keeps the program running.
     referenced: bool,
 }
@@ -237,6 +238,16 @@ impl<R> EventLoop<R> {
         drop((timers, watches, signals));
     }
 
+    /// In a child that goes on with the memory of its parent: forgets what is watched, and returns the
+    /// descriptors. Standard input and so on are the child's, too.
+    pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
+        let watches = self.watches.take();
+        let numbers = watches.values().map(|place| place.number);
+        let numbers = numbers.filter(|number| *number > 2).collect();
+        std::mem::forget(watches);
+        numbers
+    }
+
     pub(crate) fn set_timeout(
         &self,
         after: Duration,
@@ -304,6 +315,7 @@ impl<R> EventLoop<R> {
             .poller
             .add(source, Token::Watch(id.0).key(), Some(interest))
             .map_err(Error::io("watch a descriptor"))?;
+        let number = source.as_fd().as_raw_fd();
         let watch = Watch {
             source,
             interest,
@@ -311,6 +323,7 @@ impl<R> EventLoop<R> {
         };
         let place = Place {
             watched: Rc::new(RefCell::new(watch)),
+            number,
             referenced: true,
         };
         self.watches.borrow_mut().insert(id, place);

@@ -151,16 +151,17 @@ impl Master {
         })
     }
 
-    /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment.
+    /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment; or
+    /// a copy of this process, if they say [`main`](Settings::main()).
     ///
     /// Node: `cluster.fork()`. The worker is in [`workers`](Self::workers) when this returns, and
     /// the events `setup` and `fork` come when the loop turns. The calling thread waits until the
-    /// program is executed.
+    /// program is executed, or `main` is about to be called.
     ///
     /// # Errors
     ///
     /// [`Error::Fork`] if the program cannot be executed, or the system has no process or
-    /// descriptor left.
+    /// descriptor left, or refuses the worker its directory, user or group.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -179,7 +180,8 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// As [`fork`](Self::fork), and [`Error::Fork`] if a name or value has a zero byte in it.
+    /// As [`fork`](Self::fork), and [`Error::Fork`] if a name or value has a zero byte in it, or, for
+    /// [`main`](Settings::main()), a name is empty or has an equals sign in it.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -194,7 +196,11 @@ impl Master {
         self.setup_master(Settings::default());
         let settings = self.settings();
         let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
-        let forked = self.shell.fork(&settings, env, || self.watch_children());
+        let watch_children = || self.watch_children();
+        let abandon_watches = || self.home.abandon_watches();
+        let forked = self
+            .shell
+            .fork(&settings, env, watch_children, abandon_watches);
         let record = forked.map_err(|(attempt, source)| Error::Fork {
             program: settings.exec.unwrap_or_default(),
             attempt,
@@ -1038,7 +1044,10 @@ impl Master {
             Event::Listening(address) => {
                 callbacks.listening.each(|f| f(self, worker, &address));
             }
-            Event::Message(message) => callbacks.message.each(|f| f(self, worker, &message)),
+            Event::Message(message) => {
+                *self.shell.told.borrow_mut() = Rc::downgrade(&message);
+                callbacks.message.each(|f| f(self, worker, &message));
+            }
             Event::Disconnect => callbacks.disconnect.each(|f| f(self, worker)),
             Event::Exit(departure) => {
                 worker.has_left(departure);

@@ -331,6 +331,23 @@ impl<C> MasterCore<C> {
             .any(|handle| handle.connections.anyone_waits())
     }
 
+    /// All connections that were accepted and given to nobody, when no action is left to carry out.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
+        let handles = self.handles.values();
+        handles.flat_map(|handle| handle.connections.waiting())
+    }
+
+    /// The messages that the program is to be told of.
+    pub(crate) fn messages(&self) -> impl Iterator<Item = &Rc<Message>> {
+        self.events.iter().filter_map(|emit| {
+            if let Event::Message(message) = &emit.event {
+                Some(message)
+            } else {
+                None
+            }
+        })
+    }
+
     /// What workers and listeners have had so far.
     pub(crate) fn loads(&self) -> (Vec<WorkerLoad>, Vec<(HandleId, ListenerLoad)>) {
         let all = self.workers.iter().map(|(id, entry)| (*id, entry.past));

@@ -4,11 +4,11 @@
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Instant;
 
 use crate::address::Address;
@@ -22,6 +22,7 @@ use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
 use crate::loads::Loads;
 use crate::master_core::{Action, MasterCore, With};
 use crate::message::Message;
+use crate::role::become_worker;
 use crate::round_robin::Placed;
 use crate::settings::{
     CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
@@ -30,7 +31,7 @@ use crate::signal::Signal;
 use crate::socket_file::SocketFile;
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
-use crate::sys::process::{Failure, Pid, Program};
+use crate::sys::process::{End, Failure, Pid, Program, Usage};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
 use crate::timers::Time;
@@ -49,6 +50,8 @@ pub(crate) struct Record {
     process: RefCell<Option<Registered<OwnedFd>>>,
     /// The master's ends of the worker's pipes, by the worker's number.
     pub(crate) stdio: RefCell<BTreeMap<usize, UnixStream>>,
+    /// Set when it has ended, if it is known.
+    pub(crate) usage: Cell<Option<Usage>>,
     /// Set when the worker has left the table.
     pub(crate) departure: Cell<Option<Departure>>,
 }
@@ -108,6 +111,8 @@ pub(crate) struct MasterShell {
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// Workers of whom more has arrived than they may be heard in one turn.
     unheard: RefCell<BTreeSet<WorkerId>>,
+    /// The message of which the program is being told.
+    pub(crate) told: RefCell<Weak<Message>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
 }
@@ -142,6 +147,7 @@ impl MasterShell {
             resting: RefCell::default(),
             receipts: RefCell::default(),
             unheard: RefCell::default(),
+            told: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         }
     }
@@ -154,12 +160,14 @@ impl MasterShell {
     }
 
     /// Starts a worker. Where the kernel has no descriptors for processes, `watch_children` makes
-    /// the loop wake up for SIGCHLD.
+    /// the loop wake up for SIGCHLD. In a worker that executes nothing, `abandon_watches` forgets what
+    /// else is in the loop, and returns the descriptors.
     pub(crate) fn fork(
         &self,
         settings: &Settings,
         extra: impl IntoIterator<Item = (OsString, OsString)>,
         watch_children: impl FnOnce() -> io::Result<()>,
+        abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<Record>, Failure> {
         let making = |error| ("make a channel", error);
         // The program's own code first: it may fork, too.
@@ -178,17 +186,48 @@ impl MasterShell {
         let theirs = sys::fd::duplicate(low.as_raw_fd(), stdio.beyond()).map_err(making)?;
         drop(low);
 
-        let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
-        env.extend(extra);
-        env.insert(UNIQUE_ID.into(), id.to_string().into());
-        env.insert(CHANNEL_FD.into(), theirs.as_raw_fd().to_string().into());
-        if let Some(port) = inspect_port {
-            env.insert(INSPECT_PORT.into(), port.to_string().into());
-        }
-        let mut program = program(settings, env).map_err(|error| ("prepare it", error))?;
-        program.stdio(stdio.theirs);
-        let (pid, process) = program.spawn(theirs.as_raw_fd())?;
-        drop((program, theirs));
+        let number = theirs.as_raw_fd();
+        let preparing = |error| ("prepare it", error);
+        let (pid, process) = if let Some(main) = &settings.main {
+            if !extra.iter().all(|(k, v)| sys::env::is_valid(k, v)) {
+                return Err(preparing(io::ErrorKind::InvalidInput.into()));
+            }
+            let mut child = Program::default();
+            surround(&mut child, settings).map_err(preparing)?;
+            child.stdio(stdio.theirs);
+            // The worker would print it once more.
+            let _ = std::io::stdout().flush();
+            let abandon = || {
+                let mut numbers = self.abandon()?;
+                numbers.extend(abandon_watches());
+                numbers.extend(channel.descriptors().iter().map(AsRawFd::as_raw_fd));
+                numbers.extend(stdio.ours.values().map(AsRawFd::as_raw_fd));
+                numbers.extend(settings.descriptors());
+                Ok(numbers)
+            };
+            let begin = || {
+                for (name, value) in &extra {
+                    sys::env::set(name, value);
+                }
+                let worker = become_worker(id, inspect_port, number).map_err(|error| {
+                    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
+                })?;
+                Ok(|| main.run(worker))
+            };
+            child.fork(number, abandon, begin)?
+        } else {
+            let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
+            env.extend(extra);
+            env.insert(UNIQUE_ID.into(), id.to_string().into());
+            env.insert(CHANNEL_FD.into(), number.to_string().into());
+            if let Some(port) = inspect_port {
+                env.insert(INSPECT_PORT.into(), port.to_string().into());
+            }
+            let mut program = program(settings, env).map_err(preparing)?;
+            program.stdio(stdio.theirs);
+            program.spawn(number)?
+        };
+        drop(theirs);
 
         let key = Token::Process(id.get()).key();
         let process = match process {
@@ -209,6 +248,7 @@ impl MasterShell {
             channel: RefCell::new(Some(channel)),
             process: RefCell::new(process),
             stdio: RefCell::new(stdio.ours),
+            usage: Cell::new(None),
             departure: Cell::new(None),
         });
         self.records.borrow_mut().insert(id, Rc::clone(&record));
@@ -227,6 +267,43 @@ impl MasterShell {
             record.process.take();
             record.stdio.take();
         }
+    }
+
+    /// In a worker that executes nothing: forgets all that is its master's, and returns the
+    /// descriptors. None of it is dropped, which the master would notice.
+    fn abandon(&self) -> io::Result<Vec<RawFd>> {
+        self.poller.abandon()?;
+        let (records, listeners) = (self.records.take(), self.listeners.take());
+        let queues = self.queues.take();
+        let mut numbers = Vec::new();
+        for record in records.values() {
+            if let Some(channel) = &*record.channel.borrow() {
+                numbers.extend(channel.descriptors().iter().map(AsRawFd::as_raw_fd));
+            }
+            let process = record.process.borrow();
+            numbers.extend(process.iter().map(|process| process.as_raw_fd()));
+            let stdio = record.stdio.take();
+            numbers.extend(stdio.values().map(AsRawFd::as_raw_fd));
+            std::mem::forget(stdio);
+        }
+        for listener in listeners.values() {
+            let file = listener.file.iter().map(SocketFile::directory);
+            numbers.extend(file.map(|directory| directory.as_raw_fd()));
+            numbers.extend(listener.sockets.iter().map(|socket| socket.as_raw_fd()));
+        }
+        let ends = queues.values().flat_map(Queue::descriptors);
+        numbers.extend(ends.map(|end| end.as_raw_fd()));
+        std::mem::forget((records, listeners, queues));
+        let core = self.core.borrow();
+        numbers.extend(core.waiting().map(|fd| fd.as_fd().as_raw_fd()));
+        let told = self.told.borrow().upgrade();
+        for message in core.messages().chain(&told) {
+            numbers.extend(message.untaken());
+        }
+        // A message may be told of twice.
+        numbers.sort_unstable();
+        numbers.dedup();
+        Ok(numbers)
     }
 
     /// The worker has left the table, and its last event has been delivered.
@@ -894,17 +971,18 @@ impl MasterShell {
         let process = record.process.borrow();
         let waited = record.pid.try_wait(process.as_deref());
         drop(process);
-        let status = match waited {
+        let end = match waited {
             Ok(None) => return,
-            Ok(Some(status)) => status,
+            Ok(Some(end)) => end,
             Err(source) => {
                 let error = Error::ExitStatus { worker, source };
                 self.core.borrow_mut().error(Some(worker), error);
-                sys::process::unknown_status()
+                End::unknown()
             }
         };
         drop(record.process.take());
-        self.decide().exited(worker, status);
+        record.usage.set(end.usage);
+        self.decide().exited(worker, end.status);
     }
 
     /// Whether a worker may end without anything to tell it: its channel is closed, only SIGCHLD is
@@ -981,11 +1059,17 @@ fn program(settings: &Settings, env: BTreeMap<OsString, OsString>) -> io::Result
     let args = settings.args.iter().flatten().cloned();
     let args = std::iter::once(name).chain(exec_args).chain(args);
     let mut program = Program::new(exec.into(), args, env)?;
+    surround(&mut program, settings)?;
+    Ok(program)
+}
+
+/// Says where the worker runs, and as whom.
+fn surround(program: &mut Program, settings: &Settings) -> io::Result<()> {
     if let Some(cwd) = &settings.cwd {
         program.cwd(cwd.clone().into())?;
     }
     program.identity(settings.uid, settings.gid);
-    Ok(program)
+    Ok(())
 }
 
 /// What a worker gets as descriptors 0, 1 and so on, and the master's ends of the pipes.

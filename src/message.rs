@@ -1,7 +1,7 @@
 //! What the program sends and receives.
 
 use std::cell::RefCell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use crate::sys::fd::CommonFd;
 
@@ -29,6 +29,12 @@ impl Message {
     pub(crate) fn new(bytes: Vec<u8>, fds: Vec<CommonFd>) -> Self {
         let fds = RefCell::new(fds);
         Self { bytes, fds }
+    }
+
+    /// The descriptors that nobody has taken.
+    pub(crate) fn untaken(&self) -> Vec<RawFd> {
+        let fds = self.fds.borrow();
+        fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect()
     }
 
     /// Returns the bytes as they were sent, at most 1 MiB.

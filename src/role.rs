@@ -78,6 +78,16 @@ pub fn init() -> Result<Role> {
     }
 }
 
+/// In a child that its master has forked and that executes nothing: makes it the worker that `init`
+/// would have found.
+pub(crate) fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
+    ROLE.store(WORKER, Ordering::SeqCst);
+    for variable in [UNIQUE_ID, CHANNEL_FD, INSPECT_PORT] {
+        sys::env::take(variable);
+    }
+    Worker::new(id, port, channel(id, number)?)
+}
+
 /// Takes over the channel, if it is one: what a master has written there says so.
 fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     let mut found = [0; WELCOME_LENGTH];

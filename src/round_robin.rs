@@ -185,6 +185,13 @@ impl<C> RoundRobin<C> {
         (self.waiting.len() + self.unchosen.len() + chosen) as u64
     }
 
+    /// All that were accepted and given to nobody.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
+        let chosen = self.chosen.values().flat_map(BTreeMap::values);
+        let waiting = self.waiting.values().chain(self.unchosen.values());
+        waiting.chain(chosen)
+    }
+
     /// Whether any connection waits for a worker.
     pub(crate) fn anyone_waits(&self) -> bool {
         self.count_waiting() > 0

@@ -2,10 +2,12 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
+
+use crate::worker::Worker;
 
 /// Carries the worker's id from master to worker; consumed by `init`.
 pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
@@ -154,15 +156,22 @@ pub struct Settings {
     ///
     /// Node: `settings.inspectPort`.
     pub inspect_port: Option<InspectPort>,
+    /// What workers run instead of executing a program; see [`main`](Self::main()). The default is
+    /// that they execute one.
+    ///
+    /// Node has no counterpart.
+    pub main: Option<WorkerMain>,
 }
 
 impl Settings {
-    /// Sets [`exec`](Self::exec), the program of the workers.
+    /// Sets [`exec`](Self::exec), the program of the workers. They execute it, also if
+    /// [`main`](Self::main) was set before.
     ///
     /// Node: `settings.exec`. See [`Settings`] for an example.
     #[must_use]
     pub fn exec(mut self, program: impl Into<PathBuf>) -> Self {
         self.exec = Some(program.into());
+        self.main = None;
         self
     }
 
@@ -258,12 +267,65 @@ impl Settings {
         self
     }
 
+    /// Sets [`main`](Self::main): workers execute nothing. They go on in a copy of the master's
+    /// memory, of which only what changes takes room of its own, and run `main`; what it returns is
+    /// their exit code, or 101 if it panics.
+    ///
+    /// Node has no counterpart. The closure gets the [`Worker`] as [`init`](crate::init) gives it to
+    /// a program, and `is_worker` is true; a call of `init` there is an error. All the other settings
+    /// apply but [`exec_args`](Self::exec_args) and [`args`](Self::args): the arguments are the
+    /// master's. It lasts until [`exec`](Self::exec()) is set once more; if both are set at once,
+    /// `main` counts.
+    ///
+    /// *Descriptors.* What the master has opened for itself is closed there, and so is what it
+    /// [`watch`](crate::Master::watch)es: a closure that needs such a descriptor has a copy of its own
+    /// (`try_clone`). What the program has open otherwise stays open, unless
+    /// [`stdio`](Self::stdio()) puts something else in its place.
+    ///
+    /// *Output.* What the master has written to [`std::io::stdout`], and what is still in its buffer, is
+    /// written out before each fork, and so it is printed once. Other buffers, such as a
+    /// [`BufWriter`](std::io::BufWriter) of the program's, are copied with what is in them.
+    ///
+    /// *Memory.* Whatever was drawn once is the same in all workers, for instance the seed of random
+    /// numbers. Nothing is dropped when the closure returns but what it owns: the worker exits then, by
+    /// [`std::process::exit`]. The master and its workers, should the closure have them, are useless
+    /// there; what they do fails or does nothing. To fork takes longer the more memory the master
+    /// has, and a worker of another [`uid`](Self::uid) still has a copy of all secrets in it.
+    ///
+    /// *Threads.* The master must have one thread. A worker has only a copy of the one that forked; a
+    /// lock that another thread held at this moment, in the allocator say, is held there for ever.
+    ///
+    /// *Signals* have their default effect, except that SIGPIPE stays ignored where the master ignores
+    /// it, as Rust programs do.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::{Settings, Worker};
+    ///
+    /// let dictionary = std::fs::read_to_string("/usr/share/dict/words").unwrap_or_default();
+    /// let serve = move |worker: Worker| {
+    ///     println!("worker {} knows {} words", worker.id(), dictionary.lines().count());
+    ///     0
+    /// };
+    /// master.setup_master(Settings::default().main(serve));
+    /// master.fork()?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn main(mut self, main: impl Fn(Worker) -> i32 + 'static) -> Self {
+        self.main = Some(WorkerMain::new(main));
+        self
+    }
+
     /// Takes over what `later` sets and keeps the rest.
     pub(crate) fn update(&mut self, later: Self) {
         fn set<T>(value: &mut Option<T>, later: Option<T>) {
             if later.is_some() {
                 *value = later;
             }
+        }
+        if later.exec.is_some() || later.main.is_some() {
+            self.main = later.main;
         }
         set(&mut self.exec, later.exec);
         set(&mut self.exec_args, later.exec_args);
@@ -274,6 +336,15 @@ impl Settings {
         set(&mut self.uid, later.uid);
         set(&mut self.gid, later.gid);
         set(&mut self.inspect_port, later.inspect_port);
+    }
+
+    /// The descriptors that [`stdio`](Self::stdio) has copies made of.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
+        let stdio = self.stdio.iter().flatten();
+        stdio.filter_map(|stdio| match &stdio.0 {
+            StdioKind::Fd(fd) => Some(fd.as_raw_fd()),
+            StdioKind::Inherit | StdioKind::Null | StdioKind::Pipe => None,
+        })
     }
 
     /// What `stdio` and `silent` come to.
@@ -414,9 +485,66 @@ impl PartialEq for InspectPort {
 
 impl Eq for InspectPort {}
 
+/// What a worker runs that executes no program, for [`Settings::main`].
+///
+/// Node has no counterpart.
+///
+/// ```
+/// use cluster::{Settings, WorkerMain};
+///
+/// let mut settings = Settings::default();
+/// settings.main = Some(WorkerMain::new(|worker| i32::from(worker.inspect_port().is_none())));
+/// ```
+#[derive(Clone)]
+pub struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
+
+impl WorkerMain {
+    /// Runs `main` in each worker; it returns the exit code. See [`Settings::main`](Settings::main())
+    /// for what it finds there.
+    ///
+    /// Node has no counterpart. See [`WorkerMain`] for an example.
+    pub fn new(main: impl Fn(Worker) -> i32 + 'static) -> Self {
+        Self(Rc::new(main))
+    }
+
+    pub(crate) fn run(&self, worker: Worker) -> i32 {
+        (self.0)(worker)
+    }
+}
+
+impl std::fmt::Debug for WorkerMain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerMain").finish_non_exhaustive()
+    }
+}
+
+/// Equal to its clones alone.
+impl PartialEq for WorkerMain {
+    fn eq(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for WorkerMain {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_set_last_is_started() {
+        let mut settings = Settings::default();
+        let starts_main = |settings: &Settings| settings.main.is_some();
+        settings.update(Settings::default().main(|_| 0));
+        settings.update(Settings::default().cwd("/"));
+        assert!(starts_main(&settings));
+        settings.update(Settings::default().exec("a"));
+        assert!(!starts_main(&settings));
+        settings.update(Settings::default().exec("b").main(|_| 0));
+        assert!(starts_main(&settings));
+        settings.update(Settings::default().main(|_| 0).exec("c"));
+        assert!(!starts_main(&settings));
+    }
 
     #[test]
     fn settings_accumulate() {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
@@ -64,6 +64,12 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
     let listener = OwnedFd::from(listener);
     sys::listen::listen(&listener, flags.backlog)?;
     Ok((listener, file))
+}
+
+impl SocketFile {
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
 }
 
 /// The shorter one of `path` and the way to it from `here`; both are absolute.

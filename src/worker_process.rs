@@ -18,6 +18,7 @@ use crate::master_shell::{Core, MasterShell, Record};
 use crate::message::Message;
 use crate::send_options::{SendOptions, Written};
 use crate::signal::Signal;
+use crate::sys::process::Usage;
 use crate::worker_id::WorkerId;
 
 /// A worker, in the master's hands.
@@ -595,5 +596,25 @@ impl Process<'_> {
     #[must_use]
     pub fn exit_status(&self) -> Option<ExitStatus> {
         self.0.exit_status()
+    }
+
+    /// Returns what the process has used in its life: `None` until it has ended, and if something else
+    /// in the master has waited for it.
+    ///
+    /// Node has no counterpart; a process can ask for its own by `process.resourceUsage()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_exit(|_, worker, _| {
+    ///     if let Some(usage) = worker.process().usage() {
+    ///         let time = usage.user_cpu_time + usage.system_cpu_time;
+    ///         println!("worker {}: {time:?}, {} KiB", worker.id(), usage.max_rss >> 10);
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn usage(&self) -> Option<Usage> {
+        self.0.record.usage.get()
     }
 }

@@ -1,20 +1,23 @@
 //! What the child does between `fork` and `execve`. Other threads' locks may be held for ever here:
-//! nothing allocates, locks or panics.
+//! nothing allocates, locks or panics, unless the child executes nothing and will do so anyway.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::{check, empty_set};
+use super::{check, empty_set, retry};
 use identity::{give_up_capabilities, give_up_groups, set_group, set_user};
 
-/// What the child does between `fork` and `execve`, by the number that it reports.
-pub(super) const STEPS: [&str; 6] = [
+/// What the child does between `fork` and `execve`, or what it does instead, by the number that it
+/// reports.
+pub(super) const STEPS: [&str; 7] = [
     "execute it",
     "prepare its signals",
     "prepare its descriptors",
     "enter its directory",
     "change its groups",
     "change its user",
+    "make it a worker",
 ];
 const EXECUTE: u8 = 0;
 const SIGNALS_STEP: u8 = 1;
@@ -22,6 +25,12 @@ const DESCRIPTORS: u8 = 2;
 const DIRECTORY: u8 = 3;
 const GROUPS: u8 = 4;
 const USER: u8 = 5;
+const BEGIN: u8 = 6;
+/// Reported by a child that executes nothing when nothing can fail any more.
+pub(super) const STARTED: u8 = u8::MAX;
+
+/// The exit code of a Rust program that has panicked.
+const PANICKED: i32 = 101;
 
 /// What the child needs to know, as plain values.
 pub(super) struct Child<'a> {
@@ -42,20 +51,99 @@ impl Child<'_> {
     /// Executes the program, or reports why not.
     pub(super) fn exec(&self) -> ! {
         let (step, error) = self.try_exec().unwrap_or_else(|failure| failure);
-        let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+        self.fail(step, &error)
+    }
+
+    /// Runs what `begin` returns, or reports why not. The frames of the caller are the master's, and
+    /// so is what they own: nobody comes back to them.
+    pub(super) fn run<M: FnOnce() -> i32>(
+        &self,
+        parents_end: RawFd,
+        abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
+        begin: impl FnOnce() -> io::Result<M>,
+    ) -> ! {
+        let run = || match self.try_begin(parents_end, abandon, begin) {
+            Ok(main) => {
+                self.report(STARTED, 0);
+                self.wait_for_parent();
+                main()
+            }
+            Err((step, error)) => self.fail(step, &error),
+        };
+        let code = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+            // To drop it might be to panic once more.
+            std::mem::forget(payload);
+            PANICKED
+        });
+        std::process::exit(code)
+    }
+
+    fn try_begin<M>(
+        &self,
+        parents_end: RawFd,
+        abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
+        begin: impl FnOnce() -> io::Result<M>,
+    ) -> Result<M, (u8, io::Error)> {
+        let descriptors = || {
+            // First: where they are, the worker's may have to go.
+            close_all(abandon()?);
+            close_all([parents_end]);
+            self.arrange_stdio()?;
+            close_all(self.stdio.iter().flatten().map(AsRawFd::as_raw_fd));
+            super::signal::renew()
+        };
+        // Every Rust program begins with this one ignored.
+        let ignores_pipe = is_ignored(libc::SIGPIPE);
+        self.prepare(default_signal_of_library, descriptors)?;
+        if ignores_pipe {
+            // SAFETY: SIG_IGN is always a valid disposition.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        }
+        begin().map_err(|error| (BEGIN, error))
+    }
+
+    /// Until the parent has a descriptor of this process.
+    fn wait_for_parent(&self) {
+        let mut byte = 0u8;
+        let _ = retry(|| {
+            // SAFETY: one byte is written, to where there is room for it.
+            let read = unsafe { libc::read(self.failure, (&raw mut byte).cast(), 1) };
+            check(libc::c_int::try_from(read).unwrap_or(0))
+        });
+        close_all([self.failure]);
+    }
+
+    fn report(&self, step: u8, errno: i32) {
         let [a, b, c, d] = errno.to_ne_bytes();
         let report = [step, a, b, c, d];
         // SAFETY: the buffer lives through the call.
         unsafe { libc::write(self.failure, report.as_ptr().cast(), report.len()) };
+    }
+
+    fn fail(&self, step: u8, error: &io::Error) -> ! {
+        self.report(step, error.raw_os_error().unwrap_or(libc::EINVAL));
         // SAFETY: `_exit` runs no destructors and no handlers of the parent.
         unsafe { libc::_exit(127) }
     }
 
     /// Returns the step that failed, and why: the last one if all others went well.
     fn try_exec(&self) -> Result<(u8, io::Error), (u8, io::Error)> {
+        self.prepare(default_signal, || self.arrange_descriptors())?;
+        // SAFETY: path, arguments and environment were built by the parent as zero-terminated
+        // strings in arrays that end with a null pointer, and this process has a copy of them.
+        unsafe { libc::execve(self.path, self.args, self.env) };
+        Ok((EXECUTE, io::Error::last_os_error()))
+    }
+
+    /// What every child does first. Returns the step that failed, and why.
+    fn prepare(
+        &self,
+        default_signal: fn(libc::c_int),
+        arrange_descriptors: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), (u8, io::Error)> {
         let at = |step| move |error| (step, error);
-        default_signals().map_err(at(SIGNALS_STEP))?;
-        self.arrange_descriptors().map_err(at(DESCRIPTORS))?;
+        default_signals(default_signal).map_err(at(SIGNALS_STEP))?;
+        arrange_descriptors().map_err(at(DESCRIPTORS))?;
         if !self.cwd.is_null() {
             // SAFETY: the path is zero-terminated.
             check(unsafe { libc::chdir(self.cwd) }).map_err(at(DIRECTORY))?;
@@ -72,14 +160,10 @@ impl Child<'_> {
             give_up_capabilities();
         }
         // Last: the kernel forgets this request when the user changes.
-        die_with_parent(self.parent).map_err(at(SIGNALS_STEP))?;
-        // SAFETY: path, arguments and environment were built by the parent as zero-terminated
-        // strings in arrays that end with a null pointer, and this process has a copy of them.
-        unsafe { libc::execve(self.path, self.args, self.env) };
-        Ok((EXECUTE, io::Error::last_os_error()))
+        die_with_parent(self.parent).map_err(at(SIGNALS_STEP))
     }
 
-    fn arrange_descriptors(&self) -> io::Result<()> {
+    fn arrange_stdio(&self) -> io::Result<()> {
         for (number, source) in self.stdio.iter().enumerate() {
             if let (Some(source), Ok(number)) = (source, RawFd::try_from(number)) {
                 // The copy stays open through `execve`.
@@ -87,6 +171,11 @@ impl Child<'_> {
                 check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
             }
         }
+        Ok(())
+    }
+
+    fn arrange_descriptors(&self) -> io::Result<()> {
+        self.arrange_stdio()?;
         // Cleared here and not in the parent, where another thread may fork at this moment.
         // SAFETY: F_SETFD changes no memory.
         check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
@@ -111,8 +200,24 @@ impl Child<'_> {
     }
 }
 
+/// Closes them by number: what would happen when their owners are dropped would happen to the parent.
+fn close_all(numbers: impl IntoIterator<Item = RawFd>) {
+    for number in numbers {
+        // SAFETY: nothing in this child uses it any more.
+        unsafe { libc::close(number) };
+    }
+}
+
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut current: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: without a new action the call only reads the old one.
+    let read = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) };
+    read == 0 && current.sa_sigaction == libc::SIG_IGN
+}
+
 /// Ignored signals would stay ignored through `execve`. Some numbers are refused.
-fn default_signals() -> io::Result<()> {
+fn default_signals(default_signal: fn(libc::c_int)) -> io::Result<()> {
     for signal in 1..=SIGNALS {
         default_signal(signal);
     }
@@ -143,7 +248,11 @@ const KERNEL_SET: usize = 16;
 const KERNEL_SET: usize = 8;
 
 #[cfg(not(target_os = "linux"))]
-fn default_signal(signal: libc::c_int) {
+use default_signal_of_library as default_signal;
+
+/// Leaves alone those signals that the C library uses itself: it does not know that it has lost a
+/// handler of its own.
+fn default_signal_of_library(signal: libc::c_int) {
     // SAFETY: SIG_DFL is always a valid disposition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }

@@ -64,6 +64,13 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
+/// Puts a copy of `new` where `old` is, which is closed in this process.
+pub(super) fn replace(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: dup2 changes no memory. Whoever has the old one has the new one now.
+    check(unsafe { libc::dup2(new.as_raw_fd(), old.as_raw_fd()) })?;
+    close_on_exec(old.as_raw_fd())
+}
+
 fn c_string(text: &OsStr) -> io::Result<CString> {
     Ok(CString::new(text.as_bytes())?)
 }

@@ -42,6 +42,8 @@ struct Owned {
     owner: Pid,
     /// The system can be asked for events without the poller.
     is_direct: bool,
+    /// This is a child that has closed it, and is not to use what may be there now.
+    is_closed: Cell<bool>,
 }
 
 impl Drop for Owned {
@@ -94,7 +96,28 @@ impl Poller {
             is_direct: epoll::tells_keys(&poller)?,
             poller: ManuallyDrop::new(poller),
             owner: Pid::own(),
+            is_closed: Cell::new(false),
         })))
+    }
+
+    /// In a child that goes on with the memory of its parent: closes what is the poller's, and leaves
+    /// what is in it to the parent. Neither adding nor waiting is possible any more.
+    pub(crate) fn abandon(&self) -> io::Result<()> {
+        if self.0.is_closed.replace(true) {
+            return Ok(());
+        }
+        // What the poller takes out when it is dropped it takes out of one that is empty.
+        epoll::empty(&self.0.poller)?;
+        // SAFETY: it lives, and nobody uses it again: `owner` is another process.
+        drop(unsafe { std::ptr::read(&raw const *self.0.poller) });
+        Ok(())
+    }
+
+    fn check_open(&self) -> io::Result<()> {
+        match self.0.is_closed.get() {
+            false => Ok(()),
+            true => Err(io::Error::from_raw_os_error(libc::EBADF)),
+        }
     }
 
     pub(crate) fn owner(&self) -> Pid {
@@ -108,6 +131,7 @@ impl Poller {
         key: usize,
         interest: Option<Interest>,
     ) -> io::Result<Registered<S>> {
+        self.check_open()?;
         // SAFETY: `Registered` owns the source, lends it out only as a shared reference, and
         // deletes it from this poller in its `Drop`, before the source itself is dropped.
         unsafe {
@@ -127,6 +151,7 @@ impl Poller {
 
     /// Waits until something is ready or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+        self.check_open()?;
         if self.0.is_direct {
             return epoll::wait(&self.0.poller, timeout);
         }
@@ -183,7 +208,7 @@ impl<S: AsFd> Drop for Registered<S> {
 #[cfg(target_os = "linux")]
 mod epoll {
     use std::io;
-    use std::os::fd::AsRawFd as _;
+    use std::os::fd::{AsFd as _, AsRawFd as _};
     use std::time::{Duration, Instant};
 
     use polling::{Event, PollMode, Poller};
@@ -207,6 +232,13 @@ mod epoll {
                 writable: true
             }]
         ))
+    }
+
+    /// Puts another one in its place, for this process, in which nothing is.
+    pub(super) fn empty(poller: &Poller) -> io::Result<()> {
+        // SAFETY: epoll_create1 takes an integer.
+        let new = fd::adopt(check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?);
+        fd::replace(poller.as_fd(), new.as_fd())
     }
 
     pub(super) fn wait(poller: &Poller, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
@@ -249,6 +281,11 @@ mod epoll {
 
     pub(super) fn tells_keys(_poller: &Poller) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// A child does not have its parent's queue of events.
+    pub(super) fn empty(_poller: &Poller) -> io::Result<()> {
+        Ok(())
     }
 
     pub(super) fn wait(_poller: &Poller, _timeout: Option<Duration>) -> io::Result<Vec<Ready>> {

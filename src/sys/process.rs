@@ -7,12 +7,15 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
+use std::time::Duration;
 
-use super::child::{Child, STEPS};
+use super::child::{Child, STARTED, STEPS};
+use super::poll::wait_readable;
 use super::{check, empty_set, retry};
 
-/// Everything `execve` needs, made before `fork`: between the two nothing may be allocated.
-#[derive(Debug)]
+/// Everything `execve` needs, made before `fork`: between the two nothing may be allocated. For a child
+/// that executes nothing, no path, arguments and environment.
+#[derive(Debug, Default)]
 pub(crate) struct Program {
     path: CString,
     args: Vec<CString>,
@@ -87,6 +90,46 @@ impl Program {
     ///
     /// The process cannot be made, or the program cannot be executed.
     pub(crate) fn spawn(&self, channel: RawFd) -> Result<(Pid, Option<OwnedFd>), Failure> {
+        self.start(channel, |child, _| fork(child))
+    }
+
+    /// Makes a child that executes nothing, and runs what `begin` returns there, with a copy of all
+    /// memory. It has its descriptors, signals, directory and user as after `spawn`; but of the rest of
+    /// what is open it loses only what `abandon` says. The child never comes back from here.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be made, or it has failed at a step, of which `begin` is the last.
+    pub(crate) fn fork<M: FnOnce() -> i32>(
+        &self,
+        channel: RawFd,
+        abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
+        begin: impl FnOnce() -> io::Result<M>,
+    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+        self.start(channel, |child, parents_end| {
+            // By the C library's way: it makes what it has locked itself usable for the child.
+            // SAFETY: the child goes on with a copy of this thread. What other threads may have
+            // locked meanwhile is the program's care, which is told so.
+            match check(unsafe { libc::fork() })? {
+                0 => child.run(parents_end.as_raw_fd(), abandon, begin),
+                number => {
+                    let pid = Pid(number);
+                    let process = pid.open();
+                    // It waits for this: if the host ignores SIGCHLD, the number of one that has ended
+                    // says nothing.
+                    let _ = super::socket::send(parents_end, &[0], &[]);
+                    Ok((pid, process, false))
+                }
+            }
+        })
+    }
+
+    /// Makes a child by `make`, and hears what it reports.
+    fn start(
+        &self,
+        channel: RawFd,
+        make: impl FnOnce(&Child<'_>, &UnixStream) -> io::Result<(Pid, Option<OwnedFd>, bool)>,
+    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
         let forking = |error| ("make a process", error);
         let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
             let pointers = strings.iter().map(|string| string.as_ptr());
@@ -115,18 +158,25 @@ impl Program {
         // A handler of ours or of the host that ran in the child would act on the master's
         // descriptors: no signal is delivered until the child has default dispositions.
         let mask = block_signals().map_err(forking)?;
-        let forked = fork(&child);
+        let forked = make(&child, &failure);
         restore_signals(&mask);
         let (pid, process, has_executed) = forked.map_err(forking)?;
 
         drop(child_failure);
-        if has_executed {
+        if let (false, Some(process)) = (has_executed, &process) {
+            // The report, or the end of the child. Not the end of the pipe alone, a copy of which
+            // another child of the host's may hold for ever.
+            let either = [failure.as_fd(), process.as_fd()];
+            while matches!(wait_readable(either, None), Ok([false, false])) {}
+        }
+        if has_executed || process.is_some() {
             // It cannot fail; if it did, the end of the pipe would be waited for.
             let _ = failure.set_nonblocking(true);
         }
         let mut report = [0; 5];
         match failure.read_exact(&mut report) {
             Err(_) => Ok((pid, process)),
+            Ok(()) if report[0] == STARTED => Ok((pid, process)),
             Ok(()) => {
                 let _ = pid.wait(process.as_ref());
                 let [step, errno @ ..] = report;
@@ -217,9 +267,56 @@ fn restore_signals(mask: &libc::sigset_t) {
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut()) };
 }
 
-/// Stands for an end that nobody can learn about: code 255.
-pub(crate) fn unknown_status() -> ExitStatus {
-    ExitStatus::from_raw(255 << 8)
+/// What a process has used in its life.
+///
+/// Node: what `process.resourceUsage()` calls the same, of a process that has ended. It counts what
+/// has been used in the process, with those of its own children that it has waited for. See
+/// [`Process::usage`](crate::Process::usage) for an example.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// The CPU time that its own code took. Microseconds are counted; how exactly depends on the
+    /// system.
+    pub user_cpu_time: Duration,
+    /// The CPU time that the system took on its behalf.
+    pub system_cpu_time: Duration,
+    /// The most memory that it had resident, in bytes. On Linux no less than its master had when it
+    /// forked it: a worker begins with all the memory of its master.
+    pub max_rss: u64,
+}
+
+/// How a process ended, and what it has used if this process was the one to wait for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    pub(crate) status: ExitStatus,
+    pub(crate) usage: Option<Usage>,
+}
+
+impl End {
+    /// Stands for an end that nobody can learn about: code 255.
+    pub(crate) fn unknown() -> Self {
+        Self {
+            status: ExitStatus::from_raw(255 << 8),
+            usage: None,
+        }
+    }
+}
+
+/// A time of so many seconds and microseconds, as the system counts them.
+fn duration(seconds: impl TryInto<u64>, micros: impl TryInto<u64>) -> Duration {
+    let seconds = Duration::from_secs(seconds.try_into().unwrap_or(0));
+    seconds + Duration::from_micros(micros.try_into().unwrap_or(0))
+}
+
+/// What the system counts memory in.
+const RSS_UNIT: u64 = if cfg!(target_vendor = "apple") {
+    1
+} else {
+    1024
+};
+
+fn max_rss(units: libc::c_long) -> u64 {
+    u64::try_from(units).unwrap_or(0).saturating_mul(RSS_UNIT)
 }
 
 impl Pid {
@@ -237,7 +334,7 @@ impl Pid {
     /// # Errors
     ///
     /// Somebody else has waited for it, and the kernel does not say what it heard.
-    pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<ExitStatus>> {
+    pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<End>> {
         self.wait_with(libc::WNOHANG, process)
     }
 
@@ -246,7 +343,7 @@ impl Pid {
     /// # Errors
     ///
     /// Somebody else has waited for it.
-    pub(crate) fn wait(self, process: Option<&impl AsFd>) -> io::Result<Option<ExitStatus>> {
+    pub(crate) fn wait(self, process: Option<&impl AsFd>) -> io::Result<Option<End>> {
         self.wait_with(0, process)
     }
 
@@ -254,23 +351,37 @@ impl Pid {
         self,
         options: libc::c_int,
         process: Option<&impl AsFd>,
-    ) -> io::Result<Option<ExitStatus>> {
+    ) -> io::Result<Option<End>> {
         let by_fd = process.and_then(|process| wait_by_fd(process.as_fd(), options));
         let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
         // If that fails, the host waits for whatever child ends, or lets the kernel do it.
         waited.or_else(|error| {
             let status = process.and_then(|process| status_by_fd(process.as_fd()));
-            status.map(Some).ok_or(error)
+            let end = status.map(|status| End {
+                status,
+                usage: None,
+            });
+            end.map(Some).ok_or(error)
         })
     }
 
-    fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+    fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<End>> {
         let mut status = 0;
+        // SAFETY: all zeroes is a valid rusage, of nothing.
+        let mut used: libc::rusage = unsafe { std::mem::zeroed() };
         let pid = retry(|| {
-            // SAFETY: the status is writable. Only this one child is waited for.
-            check(unsafe { libc::waitpid(self.0, &raw mut status, options) })
+            // SAFETY: status and usage are writable. Only this one child is waited for.
+            check(unsafe { libc::wait4(self.0, &raw mut status, options, &raw mut used) })
         })?;
-        Ok((pid != 0).then(|| ExitStatus::from_raw(status)))
+        let usage = Usage {
+            user_cpu_time: duration(used.ru_utime.tv_sec, used.ru_utime.tv_usec),
+            system_cpu_time: duration(used.ru_stime.tv_sec, used.ru_stime.tv_usec),
+            max_rss: max_rss(used.ru_maxrss),
+        };
+        Ok((pid != 0).then(|| End {
+            status: ExitStatus::from_raw(status),
+            usage: Some(usage),
+        }))
     }
 
     /// Sends a signal: by the descriptor of the process, if there is one. The caller has not reaped
@@ -303,19 +414,31 @@ impl Pid {
     }
 }
 
-/// Waits by the descriptor: the number may be that of another child by now, if the host has waited for
-/// ours. `None` where the kernel cannot.
+/// What the system itself fills in: on 32 bits the C library may have a longer one.
 #[cfg(target_os = "linux")]
-fn wait_by_fd(
-    process: BorrowedFd<'_>,
-    options: libc::c_int,
-) -> Option<io::Result<Option<ExitStatus>>> {
+#[repr(C)]
+#[derive(Default)]
+struct KernelUsage {
+    user: [libc::c_long; 2],
+    system: [libc::c_long; 2],
+    max_rss: libc::c_long,
+    others: [libc::c_long; 13],
+}
+
+/// Waits by the descriptor: the number may be that of another child by now, if the host has waited for
+/// ours. `None` where the kernel cannot. The C library's call has no room for what was used.
+#[cfg(target_os = "linux")]
+fn wait_by_fd(process: BorrowedFd<'_>, options: libc::c_int) -> Option<io::Result<Option<End>>> {
     // SAFETY: all zeroes is a valid siginfo, of nothing.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    let id = libc::id_t::try_from(process.as_raw_fd()).ok()?;
+    let mut used = KernelUsage::default();
+    let (kind, number) = (libc::P_PIDFD, process.as_raw_fd());
+    let options = libc::WEXITED | options;
     let waited = retry(|| {
-        // SAFETY: the structure is writable.
-        check(unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | options) })
+        let (info, used) = (&raw mut info, &raw mut used);
+        // SAFETY: both structures are writable.
+        let waited = unsafe { libc::syscall(libc::SYS_waitid, kind, number, info, options, used) };
+        check(libc::c_int::try_from(waited).unwrap_or(-1))
     });
     match waited {
         Ok(_) => {
@@ -328,7 +451,15 @@ fn wait_by_fd(
                 libc::CLD_DUMPED => status | 0x80,
                 _ => status,
             };
-            Some(Ok((pid != 0).then(|| ExitStatus::from_raw(status))))
+            let usage = Usage {
+                user_cpu_time: duration(used.user[0], used.user[1]),
+                system_cpu_time: duration(used.system[0], used.system[1]),
+                max_rss: max_rss(used.max_rss),
+            };
+            Some(Ok((pid != 0).then(|| End {
+                status: ExitStatus::from_raw(status),
+                usage: Some(usage),
+            })))
         }
         Err(error) => {
             let unknown = [libc::EINVAL, libc::ENOSYS].map(Some);
@@ -338,10 +469,7 @@ fn wait_by_fd(
 }
 
 #[cfg(not(target_os = "linux"))]
-fn wait_by_fd(
-    _process: BorrowedFd<'_>,
-    _options: libc::c_int,
-) -> Option<io::Result<Option<ExitStatus>>> {
+fn wait_by_fd(_process: BorrowedFd<'_>, _options: libc::c_int) -> Option<io::Result<Option<End>>> {
     None
 }
 

@@ -53,6 +53,10 @@ impl Queue {
         self.reader.try_clone()
     }
 
+    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.writer.as_fd(), self.reader.as_fd()]
+    }
+
     /// Puts in a connection.
     ///
     /// # Errors

@@ -114,6 +114,21 @@ impl AsFd for SignalPipe {
     }
 }
 
+/// In a child that goes on with the memory of its parent, where no handler is in place: gives it a pipe
+/// of its own. The one it was born with wakes its parent.
+pub(super) fn renew() -> io::Result<()> {
+    PENDING.store(0, Ordering::SeqCst);
+    let Some((reader, writer)) = PIPE.get() else {
+        return Ok(());
+    };
+    let (new_reader, new_writer) = UnixStream::pair()?;
+    for (new, old) in [(new_reader, reader), (new_writer, writer)] {
+        new.set_nonblocking(true)?;
+        super::fd::replace(old.as_fd(), new.as_fd())?;
+    }
+    Ok(())
+}
+
 /// Keeps our handler in place, and puts the previous one back.
 #[derive(Debug)]
 pub(crate) struct Installed {
