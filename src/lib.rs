@@ -31,6 +31,7 @@ mod simulation;
 mod socket_file;
 #[allow(unsafe_code)]
 mod sys;
+pub mod systemd;
 mod timers;
 mod udp_socket;
 mod worker;

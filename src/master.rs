@@ -148,7 +148,8 @@ impl Master {
         })
     }
 
-    /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment.
+    /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment
+    /// except for what [`systemd`](crate::systemd) says to the master alone.
     ///
     /// Node: `cluster.fork()`. The worker is in [`workers`](Self::workers) when this returns, and
     /// the events `setup` and `fork` come when the loop turns. The calling thread waits until the
@@ -156,8 +157,9 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// [`Error::Fork`] if the program cannot be executed, or the system has no process or
-    /// descriptor left.
+    /// [`Error::Fork`] if the program cannot be executed, the system has no process or descriptor
+    /// left, or the [`settings`](Self::settings) are not possible
+    /// ([`Settings::listen_fds`](crate::Settings::listen_fds())).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

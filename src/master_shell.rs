@@ -32,6 +32,7 @@ use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Failure, Pid, Program};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
+use crate::systemd;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
@@ -156,7 +157,8 @@ impl MasterShell {
         let extra: Vec<_> = extra.into_iter().collect();
         let inspect_port = settings.inspect_port.as_ref().map(InspectPort::next);
         let id = self.core.borrow().next_worker_id();
-        let stdio = Stdios::new(settings).map_err(|error| ("prepare its descriptors", error))?;
+        let preparing = |error| ("prepare its descriptors", error);
+        let stdio = Stdios::new(settings).map_err(preparing)?;
         let (ours, low) = UnixStream::pair().map_err(making)?;
         ours.set_nonblocking(true).map_err(making)?;
         // Where there is no such option, nothing is sent out of band.
@@ -168,8 +170,12 @@ impl MasterShell {
         let theirs = sys::fd::duplicate(low.as_raw_fd(), stdio.beyond()).map_err(making)?;
         drop(low);
 
-        let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
+        let mut env = systemd::inherited_environment();
         env.extend(extra);
+        let passed = settings.passed_fds();
+        if !passed.is_empty() {
+            systemd::announce(&mut env, passed).map_err(preparing)?;
+        }
         env.insert(UNIQUE_ID.into(), id.to_string().into());
         env.insert(CHANNEL_FD.into(), theirs.as_raw_fd().to_string().into());
         if let Some(port) = inspect_port {
@@ -177,6 +183,9 @@ impl MasterShell {
         }
         let mut program = program(settings, env).map_err(|error| ("prepare it", error))?;
         program.stdio(stdio.theirs);
+        if !passed.is_empty() {
+            program.tell_pid();
+        }
         let (pid, process) = program.spawn(theirs.as_raw_fd())?;
         drop((program, theirs));
 
@@ -926,7 +935,7 @@ struct Stdios {
 
 impl Stdios {
     fn new(settings: &Settings) -> io::Result<Self> {
-        let wanted = settings.effective_stdio();
+        let wanted = settings.effective_stdio()?;
         let mut stdios = Self::default();
         // Where they all go there must be none of them before.
         let beyond = RawFd::try_from(wanted.len()).unwrap_or(RawFd::MAX);

@@ -1,7 +1,8 @@
 //! What the child does between `fork` and `execve`. Other threads' locks may be held for ever here:
 //! nothing allocates, locks or panics.
 
-use std::io;
+use std::cell::Cell;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 
 use super::{check, empty_set};
@@ -23,11 +24,17 @@ const DIRECTORY: u8 = 3;
 const GROUPS: u8 = 4;
 const USER: u8 = 5;
 
+/// A variable of the environment with room for the highest number of a process, and a zero.
+pub(super) const LISTEN_PID: ListenPid = *b"LISTEN_PID=\0\0\0\0\0\0\0\0\0\0\0";
+pub(super) type ListenPid = [u8; 22];
+
 /// What the child needs to know, as plain values.
 pub(super) struct Child<'a> {
     pub(super) path: *const libc::c_char,
     pub(super) args: *const *const libc::c_char,
     pub(super) env: *const *const libc::c_char,
+    /// A string of `env` that ends with the child's number, which the child alone knows.
+    pub(super) listen_pid: Option<&'a Cell<ListenPid>>,
     /// Null if it stays where it is.
     pub(super) cwd: *const libc::c_char,
     pub(super) stdio: &'a [Option<OwnedFd>],
@@ -73,6 +80,9 @@ impl Child<'_> {
         }
         // Last: the kernel forgets this request when the user changes.
         die_with_parent(self.parent).map_err(at(SIGNALS_STEP))?;
+        if let Some(listen_pid) = self.listen_pid {
+            write_own_pid(listen_pid);
+        }
         // SAFETY: path, arguments and environment were built by the parent as zero-terminated
         // strings in arrays that end with a null pointer, and this process has a copy of them.
         unsafe { libc::execve(self.path, self.args, self.env) };
@@ -109,6 +119,19 @@ impl Child<'_> {
             }
         }
     }
+}
+
+/// The text is that of this child, be it in memory that the parent has, too: the parent has made it for
+/// this child, and does not look at it again.
+fn write_own_pid(text: &Cell<ListenPid>) {
+    let mut complete = LISTEN_PID;
+    if let Some(end) = complete.iter().position(|byte| *byte == 0) {
+        // SAFETY: always callable.
+        let own = unsafe { libc::getpid() };
+        // Into an array: this allocates nothing.
+        let _ = write!(&mut complete[end..], "{own}");
+    }
+    text.set(complete);
 }
 
 /// Ignored signals would stay ignored through `execve`. Some numbers are refused.

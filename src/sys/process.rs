@@ -1,5 +1,6 @@
 //! Making a child, signalling it, and waiting for it.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, OsString};
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -8,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
-use super::child::{Child, STEPS};
+use super::child::{Child, LISTEN_PID, STEPS};
 use super::{check, empty_set, retry};
 
 /// Everything `execve` needs, made before `fork`: between the two nothing may be allocated.
@@ -20,6 +21,7 @@ pub(crate) struct Program {
     cwd: Option<CString>,
     /// What becomes descriptor 0, 1 and so on; `None` for what stays as it is.
     stdio: Vec<Option<OwnedFd>>,
+    tell_pid: bool,
     uid: Option<libc::uid_t>,
     gid: Option<libc::gid_t>,
 }
@@ -57,6 +59,7 @@ impl Program {
             env: env.into_iter().map(pair).collect::<io::Result<_>>()?,
             cwd: None,
             stdio: Vec::new(),
+            tell_pid: false,
             uid: None,
             gid: None,
         })
@@ -70,6 +73,11 @@ impl Program {
     /// What becomes descriptor 0, 1 and so on; their present numbers are beyond these.
     pub(crate) fn stdio(&mut self, stdio: Vec<Option<OwnedFd>>) {
         self.stdio = stdio;
+    }
+
+    /// The child has its own number in its environment, as `LISTEN_PID`.
+    pub(crate) fn tell_pid(&mut self) {
+        self.tell_pid = true;
     }
 
     pub(crate) fn identity(&mut self, uid: Option<u32>, gid: Option<u32>) {
@@ -92,7 +100,11 @@ impl Program {
             let pointers = strings.iter().map(|string| string.as_ptr());
             pointers.chain([std::ptr::null()]).collect()
         };
-        let (args, env) = (pointers(&self.args), pointers(&self.env));
+        let (args, mut env) = (pointers(&self.args), pointers(&self.env));
+        let listen_pid = Cell::new(LISTEN_PID);
+        if self.tell_pid {
+            env.insert(0, listen_pid.as_ptr().cast_const().cast());
+        }
         // Closed by a successful `execve`; otherwise the child writes its errno. The child's end
         // must not be where its other descriptors go.
         let (mut failure, low) = UnixStream::pair().map_err(forking)?;
@@ -103,6 +115,7 @@ impl Program {
             path: self.path.as_ptr(),
             args: args.as_ptr(),
             env: env.as_ptr(),
+            listen_pid: self.tell_pid.then_some(&listen_pid),
             cwd: self.cwd.as_deref().map_or(std::ptr::null(), CStr::as_ptr),
             stdio: &self.stdio,
             uid: self.uid,
