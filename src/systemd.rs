@@ -118,7 +118,7 @@ impl ListenFd {
         Err(Error::Descriptor {
             number: self.fd.as_raw_fd(),
             name: self.name,
-            found: kind.map_or("no socket of such a kind", describe),
+            found: kind.map_or("neither a stream nor a datagram socket", describe),
             expected,
         })
     }
