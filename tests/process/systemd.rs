@@ -212,10 +212,10 @@ fn said(command: &mut Command) -> String {
 
 fn a_worker_is_passed_descriptors_by_name() {
     let passed = systemd::listen_fds().unwrap();
+    assert_eq!(passed.is_empty(), cluster::is_master());
     let directory = tempfile::tempdir().unwrap();
     cluster(
         |master| {
-            assert!(passed.is_empty());
             let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
             let unix = UnixListener::bind(directory.path().join("socket")).unwrap();
             let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
