@@ -4,13 +4,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram, UnixListener, UnixStream};
-use std::process::{Command, Output, Stdio as StandardStream};
+use std::process::{Child, Command, Output, Stdio as StandardStream};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -23,12 +24,13 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    NOBODY, OWN_PROGRAM, SCENARIO, SIGNALS, cluster, in_background, is_watched, reserve_port, talk,
-    wait_until, watched,
+    Log, NOBODY, OWN_PROGRAM, SCENARIO, SIGNALS, cluster, in_background, is_watched, note_messages,
+    reserve_port, talk, wait_until, watched,
 };
 
 crate::scenarios! {
     a_service_started_by_its_socket: SYSTEMD
+    a_service_leaves_its_socket_to_whoever_has_it
     descriptors_that_were_not_passed_are_not_taken
     a_worker_is_passed_descriptors_by_name
     what_is_passed_is_what_it_is_taken_for
@@ -43,15 +45,9 @@ crate::scenarios! {
     foreign_workers_in_python_share_a_port: PYTHON
 }
 
-/// The first client starts the master, whose workers serve until it is told to end.
-fn a_service_started_by_its_socket() {
+/// A service with two workers, until it is told to end.
+fn serve() {
     const NAME: &str = "LENT";
-    if !is_watched() {
-        for policy in ["rr", "none", "sharded"] {
-            start_by_socket(policy);
-        }
-        return;
-    }
     SIGNALS.store(true, Ordering::SeqCst);
     let passed = systemd::listen_fds().unwrap();
     cluster(
@@ -79,37 +75,93 @@ fn a_service_started_by_its_socket() {
     TcpListener::try_from(passed.into_iter().next().unwrap()).unwrap();
 }
 
-fn start_by_socket(policy: &str) {
-    let (_reserved, address) = reserve_port();
-    let service = watched();
-    let mut command = Command::new("systemd-socket-activate");
-    command.arg(format!("--listen={address}"));
-    command.arg("--fdname=web");
-    let own = |name| std::env::var(name).map(|value| format!("--setenv={name}={value}"));
-    command.args(
-        ["TMPDIR", SCENARIO]
-            .into_iter()
-            .filter_map(|name| own(name).ok()),
-    );
-    command.arg(format!("--setenv=CLUSTER_SCHED_POLICY={policy}"));
-    for (name, value) in service.get_envs() {
-        let (name, value) = (name.to_str().unwrap(), value.unwrap().to_str().unwrap());
-        command.arg(format!("--setenv={name}={value}"));
-    }
-    let mut service = command.arg(service.get_program()).spawn().unwrap();
+/// Asks until both workers have answered, and ends the service.
+fn ask_and_end(service: &mut Child, address: SocketAddr) {
     let mut served = BTreeSet::new();
     wait_until("both workers", || {
         served.extend(talk(address, b"").ok());
-        (served.len() == 2).then_some(())
+        (served.len() >= 2).then_some(())
     });
-    assert!(
-        served.iter().map(String::as_str).eq(["1", "2"]),
-        "{served:?}"
-    );
+    assert!(served.iter().eq(["1", "2"]), "{served:?}");
     let number = Pid::from_raw(i32::try_from(service.id()).unwrap());
     kill(number, nix::sys::signal::Signal::SIGTERM).unwrap();
     let status = service.wait().unwrap();
-    assert!(status.success(), "{policy}: {status}");
+    assert!(status.success(), "{status}");
+}
+
+const POLICIES: [&str; 3] = ["rr", "none", "sharded"];
+
+/// The first client starts the master.
+fn a_service_started_by_its_socket() {
+    if is_watched() {
+        return serve();
+    }
+    for policy in POLICIES {
+        let (_reserved, address) = reserve_port();
+        let service = watched();
+        let mut command = Command::new("systemd-socket-activate");
+        command
+            .arg(format!("--listen={address}"))
+            .arg("--fdname=web");
+        command.arg(format!("--setenv=CLUSTER_SCHED_POLICY={policy}"));
+        for name in [SCENARIO, "TMPDIR"] {
+            let value = std::env::var(name).unwrap();
+            command.arg(format!("--setenv={name}={value}"));
+        }
+        for (name, value) in variables(&service) {
+            let (name, value) = (name.to_str().unwrap(), value.to_str().unwrap());
+            command.arg(format!("--setenv={name}={value}"));
+        }
+        let mut service = command.arg(service.get_program()).spawn().unwrap();
+        ask_and_end(&mut service, address);
+    }
+}
+
+/// Who comes while it does not run waits for the next one.
+fn a_service_leaves_its_socket_to_whoever_has_it() {
+    if is_watched() {
+        return serve();
+    }
+    for policy in POLICIES {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let start = || {
+            let arrange = "LISTEN_FDS=1; LISTEN_FDNAMES=web; exec 3<&0 4<&- </dev/null";
+            let mut command = passing(arrange);
+            command.env("CLUSTER_SCHED_POLICY", policy);
+            command.stdin(OwnedFd::from(listener.try_clone().unwrap()));
+            command.spawn().unwrap()
+        };
+        ask_and_end(&mut start(), address);
+        let early = std::thread::spawn(move || talk(address, b"").unwrap());
+        // Not yet, if it was slow to come: then the next one is there before.
+        let mut next = start();
+        assert!(["1", "2"].contains(&early.join().unwrap().as_str()));
+        ask_and_end(&mut next, address);
+    }
+}
+
+/// What the command's process has in its environment beyond this one's.
+fn variables(command: &Command) -> impl Iterator<Item = (&OsStr, &OsStr)> {
+    let variables = command.get_envs();
+    variables.filter_map(|(name, value)| Some((name, value?)))
+}
+
+/// The watched one, for which a shell arranges descriptors and variables.
+fn passing(arrange: &str) -> Command {
+    let script = format!(
+        "unset LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
+         LISTEN_PID=$$
+         exec 3</dev/null 4</dev/null 5<&-
+         {arrange}
+         export LISTEN_PID LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
+         exec \"$0\""
+    );
+    let own = watched();
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).arg(own.get_program());
+    command.envs(variables(&own));
+    command
 }
 
 #[track_caller]
@@ -183,22 +235,7 @@ fn descriptors_that_were_not_passed_are_not_taken() {
         ("LISTEN_FDS=2; LISTEN_FDNAMES=", "LISTEN_FDNAMES"),
     ];
     for (arrange, expected) in cases {
-        let script = format!(
-            "export LISTEN_PID=$$ LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
-             unset LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
-             exec 3</dev/null 4</dev/null 5<&-
-             {arrange}
-             export LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
-             exec \"$0\""
-        );
-        let own = watched();
-        let mut command = Command::new("sh");
-        command.args(["-c", &script]).arg(own.get_program());
-        let envs = own
-            .get_envs()
-            .filter_map(|(name, value)| Some((name, value?)));
-        command.envs(envs);
-        assert_eq!(said(&mut command), expected, "{arrange}");
+        assert_eq!(said(&mut passing(arrange)), expected, "{arrange}");
     }
 }
 
@@ -213,30 +250,24 @@ fn said(command: &mut Command) -> String {
 fn a_worker_is_passed_descriptors_by_name() {
     let passed = systemd::listen_fds().unwrap();
     assert_eq!(passed.is_empty(), cluster::is_master());
-    let directory = tempfile::tempdir().unwrap();
+    let log = Log::default();
+    let entries = log.clone();
+    let expected = Rc::new(RefCell::new(String::new()));
+    let addresses = Rc::clone(&expected);
     cluster(
         |master| {
+            note_messages(master, &log);
             let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-            let unix = UnixListener::bind(directory.path().join("socket")).unwrap();
+            let unix = UnixListener::bind_addr(&abstract_address("unix")).unwrap();
             let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
             let (port, other) = (tcp.local_addr().unwrap(), udp.local_addr().unwrap());
+            addresses.replace(format!("{port} {other}"));
             let fds: [(&str, OwnedFd); 3] = [
                 ("tcp", tcp.into()),
                 ("unix", unix.into()),
                 ("the udp one", udp.into()),
             ];
-            let settings = Settings::default().listen_fds(fds);
-            master.setup_master(settings);
-            let expected = format!("{port} {other}");
-            let mut heard = Vec::new();
-            master.on_message(move |_, worker, message| {
-                assert_eq!(message.bytes(), expected.as_bytes());
-                heard.push(worker.id().get());
-                // Also when it is said that nothing is piped, and that all is.
-                if heard.len() == 2 {
-                    assert_eq!(heard, [1, 2]);
-                }
-            });
+            master.setup_master(Settings::default().listen_fds(fds));
             master.on_exit(|master, worker, status| {
                 assert!(status.success(), "{status}");
                 if worker.id().get() == 1 {
@@ -245,7 +276,7 @@ fn a_worker_is_passed_descriptors_by_name() {
                     assert!(silent.process().take_stdio(3).is_none());
                 }
             });
-            // What it says of its own is not of the worker's.
+            // What the program says is not so.
             master.fork_with([("LISTEN_PID", "1")]).unwrap();
         },
         |worker| {
@@ -256,11 +287,13 @@ fn a_worker_is_passed_descriptors_by_name() {
             let [tcp, unix, udp] = passed.try_into().unwrap();
             let tcp = TcpListener::try_from(tcp).unwrap().local_addr().unwrap();
             let udp = UdpSocket::try_from(udp).unwrap().local_addr().unwrap();
-            let unix = UnixListener::try_from(unix).unwrap().local_addr();
-            assert!(unix.unwrap().as_pathname().unwrap().ends_with("socket"));
+            UnixListener::try_from(unix).unwrap();
             worker.send(format!("{tcp} {udp}").as_bytes()).unwrap();
         },
     );
+    let expected = expected.take();
+    let expected = [1, 2].map(|worker| format!("{worker} {expected}"));
+    assert_eq!(entries.take(), expected);
 }
 
 fn what_is_passed_is_what_it_is_taken_for() {
@@ -359,6 +392,12 @@ fn received(socket: &UnixDatagram) -> Vec<String> {
         .collect()
 }
 
+/// A name in no directory, which is not another process's.
+fn abstract_address(name: &str) -> UnixAddr {
+    let name = format!("cluster-test-{}-{name}", std::process::id());
+    UnixAddr::from_abstract_name(name).unwrap()
+}
+
 fn monotonic_time() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap().into()
 }
@@ -376,8 +415,8 @@ fn systemd_hears_notifications() {
     assert!(!systemd::notify("READY=1").unwrap(), "nobody wants to know");
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notify");
-    let name = format!("cluster-test-{}", std::process::id());
-    let abstract_name = UnixAddr::from_abstract_name(&name).unwrap();
+    let abstract_name = abstract_address("notify");
+    let name = std::str::from_utf8(abstract_name.as_abstract_name().unwrap()).unwrap();
     for (socket, address) in [
         (
             UnixDatagram::bind(&path).unwrap(),
