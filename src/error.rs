@@ -1,6 +1,7 @@
 //! What can go wrong, and with what.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::frame::{FrameError, MAX_BODY, MAX_FDS};
@@ -35,13 +36,24 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// An environment variable of this crate has a value that means nothing.
+    /// An environment variable has a value that means nothing.
     Environment {
         /// The variable's name.
         variable: &'static str,
         /// Its value, made printable.
         value: String,
         /// What would be valid.
+        expected: &'static str,
+    },
+    /// A descriptor that was passed to this process is not what the program takes it for.
+    Descriptor {
+        /// Its number, as it was passed.
+        number: RawFd,
+        /// Its name, if it was passed with one.
+        name: Option<String>,
+        /// What it is.
+        found: &'static str,
+        /// What it was taken for.
         expected: &'static str,
     },
     /// `init` was called a second time in this process.
@@ -193,6 +205,7 @@ impl Error {
             | Self::ExitStatus { source, .. }
             | Self::Io { source, .. } => source.raw_os_error(),
             Self::Environment { .. }
+            | Self::Descriptor { .. }
             | Self::AlreadyInitialized
             | Self::PolicyFrozen
             | Self::AlreadyRunning
@@ -223,6 +236,19 @@ impl std::fmt::Display for Error {
                 f,
                 "environment variable {variable} is {value:?}, expected {expected}"
             ),
+            Self::Descriptor {
+                number,
+                name,
+                found,
+                expected,
+            } => {
+                let name = name.as_ref().map(|name| format!(" ({name:?})"));
+                let name = name.unwrap_or_default();
+                write!(
+                    f,
+                    "descriptor {number}{name} is {found}, expected {expected}"
+                )
+            }
             Self::AlreadyInitialized => write!(f, "init was called twice in this process"),
             Self::PolicyFrozen => {
                 write!(

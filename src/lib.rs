@@ -36,6 +36,7 @@ mod simulation;
 mod socket_file;
 #[allow(unsafe_code)]
 mod sys;
+pub mod systemd;
 mod timers;
 mod udp_socket;
 mod worker;

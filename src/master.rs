@@ -6,7 +6,6 @@ use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::rc::Rc;
 use std::time::Duration;
@@ -151,8 +150,9 @@ impl Master {
         })
     }
 
-    /// Starts a worker: the program of [`settings`](Self::settings), with the master's environment; or
-    /// a copy of this process, if they say [`main`](Settings::main()).
+    /// Starts a worker: the program of [`settings`](Self::settings), or a copy of this process if they say
+    /// [`main`](Settings::main()), with the master's environment except for what
+    /// [`systemd`](crate::systemd) says to the master alone.
     ///
     /// Node: `cluster.fork()`. The worker is in [`workers`](Self::workers) when this returns, and
     /// the events `setup` and `fork` come when the loop turns. The calling thread waits until the
@@ -160,8 +160,9 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// [`Error::Fork`] if the program cannot be executed, or the system has no process or
-    /// descriptor left, or refuses the worker its directory, user or group.
+    /// [`Error::Fork`] if the program cannot be executed, the system has no process or descriptor
+    /// left, or refuses the worker its directory, user or group, or the [`settings`](Self::settings)
+    /// are not possible ([`Settings::listen_fds`](crate::Settings::listen_fds())).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -194,7 +195,48 @@ impl Master {
         V: Into<OsString>,
     {
         self.setup_master(Settings::default());
-        let settings = self.settings();
+        self.start(self.settings(), env)
+    }
+
+    /// Starts a worker with settings of its own.
+    ///
+    /// Node has no counterpart: there, `setupMaster` is called before and afterwards. A field that is
+    /// `None` has its default, whatever [`setup_master`](Self::setup_master) has said; to change one
+    /// thing, begin with [`settings`](Self::settings). There is no event `setup`. See
+    /// [`fork_with`](Self::fork_with) for the rest.
+    ///
+    /// # Errors
+    ///
+    /// As [`fork_with`](Self::fork_with).
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Settings;
+    ///
+    /// master.fork_as(Settings::default().exec("./cache"), [("SIZE", "64M")])?;
+    /// # Ok(()) }
+    /// ```
+    pub fn fork_as<K, V>(
+        &self,
+        settings: Settings,
+        env: impl IntoIterator<Item = (K, V)>,
+    ) -> Result<WorkerProcess>
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        self.start(settings.complete(), env)
+    }
+
+    fn start<K, V>(
+        &self,
+        settings: Settings,
+        env: impl IntoIterator<Item = (K, V)>,
+    ) -> Result<WorkerProcess>
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
         let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
         let watch_children = || self.watch_children();
         let abandon_watches = || self.home.abandon_watches();
@@ -242,20 +284,8 @@ impl Master {
     pub fn setup_master(&self, settings: Settings) {
         let mut current = self.settings();
         current.update(settings);
-        current.exec.get_or_insert_with(|| {
-            // Without /proc the program's name has to do.
-            let name = || std::env::args_os().next().map(PathBuf::from);
-            std::env::current_exe()
-                .ok()
-                .or_else(name)
-                .unwrap_or_default()
-        });
-        let own_args = || std::env::args_os().skip(1).collect();
-        current.args.get_or_insert_with(own_args);
-        current.exec_args.get_or_insert_with(Vec::new);
-        current.silent.get_or_insert(false);
         // What closures own may come back here when it is dropped.
-        let previous = self.settings.replace(current);
+        let previous = self.settings.replace(current.complete());
         drop(previous);
         self.shell.core.borrow_mut().setup();
     }

@@ -34,6 +34,7 @@ use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{End, Failure, Pid, Program, Usage};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
+use crate::systemd;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
@@ -174,7 +175,8 @@ impl MasterShell {
         let extra: Vec<_> = extra.into_iter().collect();
         let inspect_port = settings.inspect_port.as_ref().map(InspectPort::next);
         let id = self.core.borrow().next_worker_id();
-        let stdio = Stdios::new(settings).map_err(|error| ("prepare its descriptors", error))?;
+        let preparing = |error| ("prepare its descriptors", error);
+        let stdio = Stdios::new(settings).map_err(preparing)?;
         let (ours, low) = UnixStream::pair().map_err(making)?;
         ours.set_nonblocking(true).map_err(making)?;
         // Where there is no such option, nothing is sent out of band.
@@ -188,7 +190,16 @@ impl MasterShell {
 
         let number = theirs.as_raw_fd();
         let preparing = |error| ("prepare it", error);
+        let passed = settings.passed_fds();
         let (pid, process) = if let Some(main) = &settings.main {
+            // A closure has what the master has.
+            if !passed.is_empty() || settings.detached == Some(true) {
+                let reason = "listen_fds and detached are for programs that are executed";
+                return Err(preparing(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    reason,
+                )));
+            }
             if !extra.iter().all(|(k, v)| sys::env::is_valid(k, v)) {
                 return Err(preparing(io::ErrorKind::InvalidInput.into()));
             }
@@ -206,6 +217,7 @@ impl MasterShell {
                 Ok(numbers)
             };
             let begin = || {
+                systemd::forget();
                 for (name, value) in &extra {
                     sys::env::set(name, value);
                 }
@@ -216,15 +228,27 @@ impl MasterShell {
             };
             child.fork(number, abandon, begin)?
         } else {
-            let mut env: BTreeMap<_, _> = std::env::vars_os().collect();
+            let mut env = systemd::inherited_environment();
             env.extend(extra);
-            env.insert(UNIQUE_ID.into(), id.to_string().into());
-            env.insert(CHANNEL_FD.into(), number.to_string().into());
+            if !passed.is_empty() {
+                systemd::announce(&mut env, passed).map_err(preparing)?;
+            }
+            let is_detached = settings.detached == Some(true);
+            if !is_detached {
+                env.insert(UNIQUE_ID.into(), id.to_string().into());
+                env.insert(CHANNEL_FD.into(), number.to_string().into());
+            }
             if let Some(port) = inspect_port {
                 env.insert(INSPECT_PORT.into(), port.to_string().into());
             }
             let mut program = program(settings, env).map_err(preparing)?;
             program.stdio(stdio.theirs);
+            if is_detached {
+                program.detach();
+            }
+            if !passed.is_empty() {
+                program.tell_pid();
+            }
             program.spawn(number)?
         };
         drop(theirs);
@@ -1081,7 +1105,7 @@ struct Stdios {
 
 impl Stdios {
     fn new(settings: &Settings) -> io::Result<Self> {
-        let wanted = settings.effective_stdio();
+        let wanted = settings.effective_stdio()?;
         let mut stdios = Self::default();
         // Where they all go there must be none of them before.
         let beyond = RawFd::try_from(wanted.len()).unwrap_or(RawFd::MAX);

@@ -2,11 +2,13 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
+use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 
+use crate::systemd::FIRST_FD;
 use crate::worker::Worker;
 
 /// Carries the worker's id from master to worker; consumed by `init`.
@@ -141,6 +143,18 @@ pub struct Settings {
     ///
     /// Node: `settings.stdio`.
     pub stdio: Option<Vec<Stdio>>,
+    /// What a worker's descriptors 3, 4 and so on are, each with a name, as systemd passes them to a
+    /// service. The worker finds `LISTEN_FDS`, `LISTEN_FDNAMES` and `LISTEN_PID` in its environment. The
+    /// default is none, and so is an empty list. See [`listen_fds`](Self::listen_fds()).
+    ///
+    /// Node has no counterpart.
+    pub listen_fds: Option<Vec<(String, Stdio)>>,
+    /// Whether it is no worker that is started, but a program that outlives the master: a successor of
+    /// it, say. It has no channel, does not find itself a worker, and does not die with the master. The
+    /// default is `false`. See [`detached`](Self::detached()).
+    ///
+    /// Node: `options.detached` of `child_process`.
+    pub detached: Option<bool>,
     /// The user that workers run as, and give up all other groups for. The master must be allowed
     /// to do this (be root, say), or `fork` fails.
     ///
@@ -234,6 +248,64 @@ impl Settings {
         self
     }
 
+    /// Sets [`listen_fds`](Self::listen_fds), the descriptors that workers are passed in systemd's way,
+    /// with their names.
+    ///
+    /// Node has no counterpart. Any program that systemd can start by its sockets can so be a worker: it
+    /// needs to know nothing of this crate. One that does not has the events `fork`, `disconnect` and
+    /// `exit` alone, and does not hear that it is to leave: it is told by a signal
+    /// ([`Process::kill`](crate::Process::kill)), or killed by the deadline of `disconnect_within`. A
+    /// worker that does know this crate takes them by
+    /// [`systemd::listen_fds`](crate::systemd::listen_fds), before it calls [`init`](crate::init).
+    ///
+    /// All workers share the descriptors, and accept from a listener by themselves. If one of them
+    /// sets it not to block, so it is for all, and for the master.
+    ///
+    /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because descriptor 3 cannot
+    /// be two things, or if a name is not 1 to 255 characters of printable ASCII without a colon.
+    ///
+    /// ```
+    /// use std::net::TcpListener;
+    /// use cluster::Settings;
+    ///
+    /// # fn f() -> std::io::Result<()> {
+    /// let listener = TcpListener::bind("127.0.0.1:8000")?;
+    /// let settings = Settings::default().exec("/usr/bin/gunicorn").args(["app"]);
+    /// let settings = settings.listen_fds([("web", listener)]);
+    /// # let _ = settings;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn listen_fds<N: Into<String>, D: Into<OwnedFd>>(
+        mut self,
+        descriptors: impl IntoIterator<Item = (N, D)>,
+    ) -> Self {
+        let descriptors = descriptors.into_iter();
+        let passed = descriptors.map(|(name, fd)| (name.into(), Stdio::fd(fd)));
+        self.listen_fds = Some(passed.collect());
+        self
+    }
+
+    /// Sets [`detached`](Self::detached), whether what is started outlives the master.
+    ///
+    /// Node: `options.detached` of `child_process`. The master has the events `fork`, `disconnect`, at
+    /// once, and `exit`. [`Process::unref`](crate::Process::unref) lets the master end before it.
+    /// `fork` fails together with [`main`](Self::main).
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Settings;
+    ///
+    /// let settings = Settings::default().exec("./server-2").detached(true);
+    /// master.fork_as(settings, [("BEFORE", std::process::id().to_string())])?.process().unref();
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn detached(mut self, detached: bool) -> Self {
+        self.detached = Some(detached);
+        self
+    }
+
     /// Sets [`uid`](Self::uid), the user that workers run as.
     ///
     /// Node: `settings.uid`.
@@ -317,6 +389,23 @@ impl Settings {
         self
     }
 
+    /// Gives what is not set its default.
+    pub(crate) fn complete(mut self) -> Self {
+        self.exec.get_or_insert_with(|| {
+            // Without /proc the program's name has to do.
+            let name = || std::env::args_os().next().map(PathBuf::from);
+            std::env::current_exe()
+                .ok()
+                .or_else(name)
+                .unwrap_or_default()
+        });
+        let own_args = || std::env::args_os().skip(1).collect();
+        self.args.get_or_insert_with(own_args);
+        self.exec_args.get_or_insert_with(Vec::new);
+        self.silent.get_or_insert(false);
+        self
+    }
+
     /// Takes over what `later` sets and keeps the rest.
     pub(crate) fn update(&mut self, later: Self) {
         fn set<T>(value: &mut Option<T>, later: Option<T>) {
@@ -333,6 +422,8 @@ impl Settings {
         set(&mut self.cwd, later.cwd);
         set(&mut self.silent, later.silent);
         set(&mut self.stdio, later.stdio);
+        set(&mut self.listen_fds, later.listen_fds);
+        set(&mut self.detached, later.detached);
         set(&mut self.uid, later.uid);
         set(&mut self.gid, later.gid);
         set(&mut self.inspect_port, later.inspect_port);
@@ -347,13 +438,31 @@ impl Settings {
         })
     }
 
-    /// What `stdio` and `silent` come to.
-    pub(crate) fn effective_stdio(&self) -> Vec<Stdio> {
-        match (&self.stdio, self.silent) {
+    /// What `stdio` and `silent` come to, and `listen_fds` behind it.
+    ///
+    /// # Errors
+    ///
+    /// Two of them want the same number.
+    pub(crate) fn effective_stdio(&self) -> io::Result<Vec<Stdio>> {
+        let mut stdio = match (&self.stdio, self.silent) {
             (Some(stdio), _) => stdio.clone(),
             (None, Some(true)) => vec![Stdio::pipe(); 3],
             (None, _) => Vec::new(),
+        };
+        let passed = self.passed_fds();
+        if !passed.is_empty() {
+            if stdio.len() > FIRST_FD {
+                let reason = "descriptor 3 is in stdio and in listen_fds";
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+            }
+            stdio.resize(FIRST_FD, Stdio::inherit());
+            stdio.extend(passed.iter().map(|(_, fd)| fd.clone()));
         }
+        Ok(stdio)
+    }
+
+    pub(crate) fn passed_fds(&self) -> &[(String, Stdio)] {
+        self.listen_fds.as_deref().unwrap_or_default()
     }
 }
 
@@ -560,10 +669,37 @@ mod tests {
     #[test]
     fn stdio_comes_before_silent() {
         let silent = Settings::default().silent(true);
-        assert_eq!(silent.effective_stdio(), vec![Stdio::pipe(); 3]);
+        assert_eq!(silent.effective_stdio().unwrap(), vec![Stdio::pipe(); 3]);
         let both = silent.stdio([Stdio::null()]);
-        assert_eq!(both.effective_stdio(), [Stdio::null()]);
-        assert_eq!(Settings::default().effective_stdio(), []);
+        assert_eq!(both.effective_stdio().unwrap(), [Stdio::null()]);
+        assert_eq!(Settings::default().effective_stdio().unwrap(), []);
+    }
+
+    #[test]
+    fn passed_descriptors_come_behind_the_first_three() {
+        let null = || std::fs::File::open("/dev/null").unwrap();
+        let passed = Settings::default().listen_fds([("a", null()), ("b", null())]);
+        let [(_, a), (_, b)] = passed.passed_fds() else {
+            panic!("{passed:?}");
+        };
+        let (a, b, inherit) = (a.clone(), b.clone(), Stdio::inherit());
+        let expected = [
+            Stdio::null(),
+            inherit.clone(),
+            inherit.clone(),
+            a.clone(),
+            b,
+        ];
+        let stdio = passed.clone().stdio([Stdio::null()]).effective_stdio();
+        assert_eq!(stdio.unwrap(), expected);
+        let three = vec![inherit; 3];
+        passed
+            .clone()
+            .stdio(three.clone())
+            .effective_stdio()
+            .unwrap();
+        let both = passed.stdio(three.into_iter().chain([a]));
+        both.effective_stdio().unwrap_err();
     }
 
     #[test]

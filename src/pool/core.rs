@@ -1321,9 +1321,11 @@ mod tests {
         let limits: Vec<_> = world
             .told
             .iter()
-            .filter_map(|event| match event {
-                PoolEvent::Recycling { slot, limit, .. } => Some((*slot, *limit)),
-                _ => None,
+            .filter_map(|event| {
+                let PoolEvent::Recycling { slot, limit, .. } = event else {
+                    return None;
+                };
+                Some((*slot, *limit))
             })
             .collect();
         assert_eq!(limits, [(0, Limit::Connections), (1, Limit::Memory)]);

@@ -34,8 +34,8 @@
 mod core;
 mod event;
 mod options;
-mod signals;
 mod service;
+mod signals;
 mod status;
 mod upgrade;
 
@@ -55,8 +55,8 @@ use self::core::{Command, Core, State, Time};
 pub use event::{Cause, Death, GiveUp, Limit, PoolEvent};
 pub use options::{PoolOptions, Readiness};
 pub use signals::{Action, leave_signals_to_master};
-use upgrade::OwnProgram;
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
+use upgrade::OwnProgram;
 
 /// The variable in a worker's environment that has the number of its slot, from 0.
 ///
@@ -576,7 +576,11 @@ impl Pool {
             match news {
                 News::Event(event) => {
                     if event == PoolEvent::Quorum(true) {
-                        self.0.predecessor.take().into_iter().for_each(upgrade::relieve);
+                        self.0
+                            .predecessor
+                            .take()
+                            .into_iter()
+                            .for_each(upgrade::relieve);
                     }
                     let callbacks = self.0.on_event.borrow().clone();
                     for callback in callbacks {

@@ -2,8 +2,8 @@
 
 use cluster::{Master, Result, systemd};
 
-use super::event::PoolEvent;
 use super::Pool;
+use super::event::PoolEvent;
 
 impl Pool {
     /// Tells systemd how the pool is: that it is ready when it has a
@@ -39,20 +39,25 @@ impl Pool {
             master.unref(feed);
         }
         self.on_event(|pool, master, event| {
-            let sent = match event {
-                PoolEvent::Quorum(true) => ready(),
-                PoolEvent::Reloading { .. } => systemd::reloading(),
-                PoolEvent::Reloaded { .. } | PoolEvent::ReloadFailed { .. } if pool.has_quorum() => {
-                    ready()
-                }
-                // Or else systemd would take this for the end of the service.
-                PoolEvent::Quorum(false) if pool.is_stopping() && !pool.0.has_successor.get() => {
-                    systemd::notify("STOPPING=1")
-                }
-                _ => Ok(false),
+            let reload_ends = matches!(
+                event,
+                PoolEvent::Reloaded { .. } | PoolEvent::ReloadFailed { .. }
+            );
+            let sent = if *event == PoolEvent::Quorum(true) || reload_ends && pool.has_quorum() {
+                ready()
+            } else if matches!(event, PoolEvent::Reloading { .. }) {
+                systemd::reloading()
+            // Of a service that has a new main process, this would be the end.
+            } else if *event == PoolEvent::Quorum(false)
+                && pool.is_stopping()
+                && !pool.0.has_successor.get()
+            {
+                systemd::notify("STOPPING=1")
+            } else {
+                Ok(false)
             };
             // It may not listen at this moment, and there is nobody else to tell.
-            let _ = sent;
+            drop(sent);
             let status = pool.status(master);
             let (ready, slots) = (status.ready(), status.slots.len());
             let _ = systemd::status(&format!("{ready} of {slots} workers are ready; {event}"));

@@ -294,10 +294,10 @@ fn death_to_json(death: &Death) -> String {
     let pid = death.worker.map_or_else(null, |(_, pid)| pid.to_string());
     let usage = death.usage.as_ref().map_or_else(null, |usage| {
         format!(
-            "{{\"user\":{},\"system\":{},\"max_resident\":{}}}",
-            seconds(usage.user),
-            seconds(usage.system),
-            usage.max_resident
+            "{{\"user\":{},\"system\":{},\"max_rss\":{}}}",
+            seconds(usage.user_cpu_time),
+            seconds(usage.system_cpu_time),
+            usage.max_rss
         )
     });
     let cause = match death.cause {

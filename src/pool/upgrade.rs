@@ -7,8 +7,8 @@
 
 use std::cell::Cell;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::net::TcpListener;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -16,8 +16,8 @@ use std::rc::Rc;
 use cluster::systemd::ListenFd;
 use cluster::{Error, Interest, Master, Result, Settings, Signal, Stdio, WorkerProcess};
 
-use super::event::PoolEvent;
 use super::Pool;
+use super::event::PoolEvent;
 
 /// Tells a successor who its predecessor is. Whoever finds it and has another parent is somebody else:
 /// a worker, or a program that one of them has started.
@@ -126,8 +126,10 @@ impl Pool {
     fn begin_upgrade(&self, master: &Master) -> Result<()> {
         let failed = |attempt| move |source| Error::Io { attempt, source };
         let program = self.0.program.path.as_ref();
-        let program = program.map_err(|error| failed("find the program of this process")(error.kind().into()))?;
-        let (ours, theirs) = UnixStream::pair().map_err(failed("make a channel to a new master"))?;
+        let program = program
+            .map_err(|error| failed("find the program of this process")(error.kind().into()))?;
+        let (ours, theirs) =
+            UnixStream::pair().map_err(failed("make a channel to a new master"))?;
         let mut passed = Vec::new();
         for listener in &*self.0.listeners.borrow() {
             let copy = listener.as_fd().try_clone_to_owned();
@@ -140,7 +142,11 @@ impl Pool {
             .stdio([Stdio::fd(OwnedFd::from(theirs))])
             .listen_fds(passed)
             .detached(true);
-        let env = [(PREDECESSOR, std::process::id().to_string())];
+        // What systemd tells the main process holds for the next one, too.
+        let service = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
+        let service = service.map(|name| Some((name, std::env::var_os(name)?)));
+        let own = (PREDECESSOR, std::process::id().to_string().into());
+        let env = service.into_iter().flatten().chain([own]);
         let successor = master.fork_as(settings, env)?;
         // It is to be there when this one has gone.
         successor.process().unref();
@@ -157,11 +163,13 @@ impl Pool {
         let over = Rc::new(Cell::new(false));
         let end = {
             let (pool, over, successor) = (self.clone(), Rc::clone(&over), successor.clone());
-            Rc::new(move |master: &Master, outcome: std::result::Result<(), String>| {
-                if !over.replace(true) {
-                    pool.upgrade_ends(master, &successor, outcome);
-                }
-            })
+            Rc::new(
+                move |master: &Master, outcome: std::result::Result<(), String>| {
+                    if !over.replace(true) {
+                        pool.upgrade_ends(master, &successor, outcome);
+                    }
+                },
+            )
         };
         let ended = Rc::clone(&end);
         successor.on_exit(move |master, _, status| ended(master, Err(status.to_string())));

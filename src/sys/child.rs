@@ -1,7 +1,8 @@
 //! What the child does between `fork` and `execve`. Other threads' locks may be held for ever here:
 //! nothing allocates, locks or panics, unless the child executes nothing and will do so anyway.
 
-use std::io;
+use std::cell::Cell;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -32,17 +33,25 @@ pub(super) const STARTED: u8 = u8::MAX;
 /// The exit code of a Rust program that has panicked.
 const PANICKED: i32 = 101;
 
+/// A variable of the environment with room for the highest number of a process, and a zero.
+pub(super) const LISTEN_PID: ListenPid = *b"LISTEN_PID=\0\0\0\0\0\0\0\0\0\0\0";
+pub(super) type ListenPid = [u8; 22];
+
 /// What the child needs to know, as plain values.
 pub(super) struct Child<'a> {
     pub(super) path: *const libc::c_char,
     pub(super) args: *const *const libc::c_char,
     pub(super) env: *const *const libc::c_char,
+    /// A string of `env` that ends with the child's number, which the child alone knows.
+    pub(super) listen_pid: Option<&'a Cell<ListenPid>>,
     /// Null if it stays where it is.
     pub(super) cwd: *const libc::c_char,
     pub(super) stdio: &'a [Option<OwnedFd>],
     pub(super) uid: Option<libc::uid_t>,
     pub(super) gid: Option<libc::gid_t>,
     pub(super) channel: RawFd,
+    /// It does not die with its parent, and the channel is closed when the program is executed.
+    pub(super) detached: bool,
     pub(super) failure: RawFd,
     pub(super) parent: u32,
 }
@@ -129,6 +138,9 @@ impl Child<'_> {
     /// Returns the step that failed, and why: the last one if all others went well.
     fn try_exec(&self) -> Result<(u8, io::Error), (u8, io::Error)> {
         self.prepare(default_signal, || self.arrange_descriptors())?;
+        if let Some(listen_pid) = self.listen_pid {
+            write_own_pid(listen_pid);
+        }
         // SAFETY: path, arguments and environment were built by the parent as zero-terminated
         // strings in arrays that end with a null pointer, and this process has a copy of them.
         unsafe { libc::execve(self.path, self.args, self.env) };
@@ -160,6 +172,9 @@ impl Child<'_> {
             give_up_capabilities();
         }
         // Last: the kernel forgets this request when the user changes.
+        if self.detached {
+            return Ok(());
+        }
         die_with_parent(self.parent).map_err(at(SIGNALS_STEP))
     }
 
@@ -176,9 +191,11 @@ impl Child<'_> {
 
     fn arrange_descriptors(&self) -> io::Result<()> {
         self.arrange_stdio()?;
-        // Cleared here and not in the parent, where another thread may fork at this moment.
-        // SAFETY: F_SETFD changes no memory.
-        check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
+        if !self.detached {
+            // Cleared here and not in the parent, where another thread may fork at this moment.
+            // SAFETY: F_SETFD changes no memory.
+            check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
+        }
         self.close_others();
         Ok(())
     }
@@ -214,6 +231,19 @@ fn is_ignored(signal: libc::c_int) -> bool {
     // SAFETY: without a new action the call only reads the old one.
     let read = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) };
     read == 0 && current.sa_sigaction == libc::SIG_IGN
+}
+
+/// The text is that of this child, be it in memory that the parent has, too: the parent has made it for
+/// this child, and does not look at it again.
+fn write_own_pid(text: &Cell<ListenPid>) {
+    let mut complete = LISTEN_PID;
+    if let Some(end) = complete.iter().position(|byte| *byte == 0) {
+        // SAFETY: always callable.
+        let own = unsafe { libc::getpid() };
+        // Into an array: this allocates nothing.
+        let _ = write!(&mut complete[end..], "{own}");
+    }
+    text.set(complete);
 }
 
 /// Ignored signals would stay ignored through `execve`. Some numbers are refused.

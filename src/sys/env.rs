@@ -6,8 +6,8 @@ use std::os::unix::ffi::OsStrExt as _;
 /// Removes a variable and returns its value.
 pub(crate) fn take(name: &str) -> Option<OsString> {
     let value = std::env::var_os(name)?;
-    // SAFETY: `init` demands to be called before the program starts threads, so nothing reads the
-    // environment meanwhile.
+    // SAFETY: `init` and `listen_fds` demand to be called before the program starts threads, so
+    // nothing reads the environment meanwhile.
     unsafe { std::env::remove_var(name) };
     Some(value)
 }

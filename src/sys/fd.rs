@@ -34,6 +34,30 @@ pub(crate) fn adopt_channel(number: RawFd, welcome: &mut [u8]) -> io::Result<Uni
     Ok(stream)
 }
 
+/// Takes ownership of as many descriptors as whoever executed this program has left open for it, from
+/// number `first` on.
+///
+/// # Errors
+///
+/// One of them is not open; or closed on exec, as what has been opened since is: nothing with this
+/// mark has come through an `execve`. Then none is taken.
+pub(crate) fn adopt_passed(first: usize, count: usize) -> io::Result<Vec<OwnedFd>> {
+    let numbers = first..first.saturating_add(count);
+    let numbers = numbers.map(|number| RawFd::try_from(number).unwrap_or(RawFd::MAX));
+    for number in numbers.clone() {
+        // SAFETY: F_GETFD changes no memory, whatever the number is.
+        let flags = check(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+        if flags & libc::FD_CLOEXEC != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
+    }
+    for number in numbers.clone() {
+        close_on_exec(number)?;
+    }
+    // They are open, and the caller's: nobody else in this process knows of them.
+    Ok(numbers.map(adopt).collect())
+}
+
 pub(crate) fn close_on_exec(number: RawFd) -> io::Result<()> {
     // SAFETY: F_SETFD changes no memory.
     check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
@@ -281,9 +305,10 @@ fn do_not_linger(fd: &OwnedFd) {
     }
 }
 
-/// Adopts descriptors that the kernel has just made for this process.
+/// Adopts descriptors that are this process's, and nobody else's in it.
 pub(super) fn adopt(number: RawFd) -> OwnedFd {
-    // SAFETY: the caller got the number from the kernel a moment ago and keeps no copy.
+    // SAFETY: the caller got the number from the kernel, or from whoever executed this program, and
+    // keeps no copy.
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 

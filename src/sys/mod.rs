@@ -19,6 +19,7 @@ pub(crate) mod signal;
 pub(crate) mod socket;
 
 use std::io;
+use std::time::Duration;
 
 /// The system's error numbers that the crate gives as reasons itself.
 pub(crate) mod errno {
@@ -42,6 +43,18 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
             result => return result,
         }
     }
+}
+
+/// The time since some moment in the past, as all processes of the system have it.
+pub(crate) fn monotonic_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the structure is writable. The clock is there on every system.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// No signals at all.

@@ -1,5 +1,6 @@
 //! Making a child, signalling it, and waiting for it.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, OsString};
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -9,7 +10,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use super::child::{Child, STARTED, STEPS};
+use super::child::{Child, LISTEN_PID, STARTED, STEPS};
 use super::poll::wait_readable;
 use super::{check, empty_set, retry};
 
@@ -23,6 +24,8 @@ pub(crate) struct Program {
     cwd: Option<CString>,
     /// What becomes descriptor 0, 1 and so on; `None` for what stays as it is.
     stdio: Vec<Option<OwnedFd>>,
+    tell_pid: bool,
+    detached: bool,
     uid: Option<libc::uid_t>,
     gid: Option<libc::gid_t>,
 }
@@ -60,6 +63,8 @@ impl Program {
             env: env.into_iter().map(pair).collect::<io::Result<_>>()?,
             cwd: None,
             stdio: Vec::new(),
+            tell_pid: false,
+            detached: false,
             uid: None,
             gid: None,
         })
@@ -73,6 +78,16 @@ impl Program {
     /// What becomes descriptor 0, 1 and so on; their present numbers are beyond these.
     pub(crate) fn stdio(&mut self, stdio: Vec<Option<OwnedFd>>) {
         self.stdio = stdio;
+    }
+
+    /// The child has its own number in its environment, as `LISTEN_PID`.
+    pub(crate) fn tell_pid(&mut self) {
+        self.tell_pid = true;
+    }
+
+    /// The child outlives this process, and has no channel.
+    pub(crate) fn detach(&mut self) {
+        self.detached = true;
     }
 
     pub(crate) fn identity(&mut self, uid: Option<u32>, gid: Option<u32>) {
@@ -135,7 +150,11 @@ impl Program {
             let pointers = strings.iter().map(|string| string.as_ptr());
             pointers.chain([std::ptr::null()]).collect()
         };
-        let (args, env) = (pointers(&self.args), pointers(&self.env));
+        let (args, mut env) = (pointers(&self.args), pointers(&self.env));
+        let listen_pid = Cell::new(LISTEN_PID);
+        if self.tell_pid {
+            env.insert(0, listen_pid.as_ptr().cast_const().cast());
+        }
         // Closed by a successful `execve`; otherwise the child writes its errno. The child's end
         // must not be where its other descriptors go.
         let (mut failure, low) = UnixStream::pair().map_err(forking)?;
@@ -146,11 +165,13 @@ impl Program {
             path: self.path.as_ptr(),
             args: args.as_ptr(),
             env: env.as_ptr(),
+            listen_pid: self.tell_pid.then_some(&listen_pid),
             cwd: self.cwd.as_deref().map_or(std::ptr::null(), CStr::as_ptr),
             stdio: &self.stdio,
             uid: self.uid,
             gid: self.gid,
             channel,
+            detached: self.detached,
             failure: child_failure.as_raw_fd(),
             parent: std::process::id(),
         };

@@ -1,8 +1,11 @@
 //! Bytes and descriptors over a channel.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::time::Duration;
 
 use sendfd::SendWithFd as _;
 
@@ -133,6 +136,29 @@ pub(crate) fn send_one(
     fd: BorrowedFd<'_>,
 ) -> io::Result<usize> {
     without_sigpipe(|| retry(|| socket.send_with_fd(bytes, &[fd.as_raw_fd()])))
+}
+
+/// Sends a datagram to a Unix socket: a path, or on Linux an abstract name after `@`. Waits for room in
+/// the receiver's queue, but not longer than `patience`.
+pub(crate) fn send_datagram(address: &OsStr, bytes: &[u8], patience: Duration) -> io::Result<()> {
+    let address = match address.as_bytes() {
+        [b'@', name @ ..] => abstract_address(name)?,
+        _ => SocketAddr::from_pathname(address)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_write_timeout(Some(patience))?;
+    retry(|| socket.send_to_addr(bytes, &address))?;
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn abstract_address(name: &[u8]) -> io::Result<SocketAddr> {
+    <SocketAddr as std::os::linux::net::SocketAddrExt>::from_abstract_name(name)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn abstract_address(_name: &[u8]) -> io::Result<SocketAddr> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// Runs a call that may raise SIGPIPE in a program that did not ignore it: blocks the signal on

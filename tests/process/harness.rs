@@ -69,6 +69,19 @@ pub const PID_NAMESPACE: Need = Need {
     is_met: has_pid_namespaces,
 };
 
+pub const SYSTEMD: Need = Need {
+    name: "systemd-socket-activate and systemd-notify",
+    is_met: || {
+        let tools = ["systemd-socket-activate", "systemd-notify"];
+        let runs = |tool| Command::new(tool).arg("--version").output().is_ok();
+        tools.into_iter().all(runs)
+    },
+};
+pub const PYTHON: Need = Need {
+    name: "python3",
+    is_met: || Command::new("python3").arg("--version").output().is_ok(),
+};
+
 /// The library fails where tests want it to.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",

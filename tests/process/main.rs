@@ -32,6 +32,7 @@ mod round_robin;
 mod running;
 mod scheduler;
 mod sharded;
+mod systemd;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         blocking::SCENARIOS,
         loads::SCENARIOS,
         scheduler::SCENARIOS,
+        systemd::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();

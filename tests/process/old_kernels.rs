@@ -116,6 +116,7 @@ const PLAYED: &[&str] = &[
     "disconnect_all_calls_back_once_when_nobody_is_left",
     "orphans_leave_within_a_second",
     "kill_infinite_loop",
+    "foreign_workers_share_a_port",
 ];
 
 pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {

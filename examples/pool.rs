@@ -1,0 +1,40 @@
+//! A production server: workers that are kept running, reloads, upgrades, signals, and systemd.
+//!
+//! Type:      cargo run --release --example pool
+//! then:      curl http://127.0.0.1:8000/
+//! reload:    kill -HUP, upgrade: kill -USR2, scale: kill -TTIN and -TTOU, stop: kill -TERM
+#![allow(clippy::print_stderr)]
+
+use std::io::{Read, Write};
+
+use cluster::pool::{Pool, PoolOptions, leave_signals_to_master};
+use cluster::{Connection, Role, systemd};
+
+const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 6\r\n\r\nhello\n";
+
+fn main() -> cluster::Result<()> {
+    let passed = systemd::listen_fds()?;
+    match cluster::init()? {
+        Role::Master(master) => {
+            let pool = Pool::new(&master, PoolOptions::default());
+            pool.adopt(&master, passed)?;
+            let address = pool.listen(&master, "127.0.0.1:8000")?;
+            eprintln!("listening on {address}");
+            pool.on_event(|_, _, event| eprintln!("{event}"));
+            pool.on_usual_signals(&master)?;
+            pool.tell_systemd(&master)?;
+            master.run()
+        }
+        Role::Worker(worker) => {
+            leave_signals_to_master(&worker)?;
+            let listener = worker.listen("127.0.0.1:8000")?;
+            listener.incoming().try_for_each(|client| client.map(serve))
+        }
+    }
+}
+
+fn serve(mut client: Connection) {
+    let _ = client
+        .read(&mut [0; 4096])
+        .and_then(|_| client.write_all(ANSWER));
+}
