@@ -71,7 +71,8 @@ impl MasterListener {
     }
 }
 
-/// The listening socket, which can be given to another process; the first one, if it is sharded.
+/// The listening socket, which can be given to another process. With the sharded policy there are
+/// others beside it, of which that process would know nothing.
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.kept.socket.as_fd()

@@ -1083,9 +1083,12 @@ impl<C> MasterCore<C> {
 }
 
 #[cfg(test)]
+#[allow(clippy::wildcard_enum_match_arm)]
 mod tests {
     use super::*;
+    use crate::event::Event;
     use crate::frame::ToMaster;
+    use std::os::unix::process::ExitStatusExt;
 
     /// The number of the listener for a port.
     fn listen(core: &mut MasterCore<u32>, worker: WorkerId, port: u16) -> HandleId {
@@ -1114,5 +1117,210 @@ mod tests {
         core.last_handle = MAX_HANDLE - 1;
         assert_eq!(listen(&mut core, worker, 2), HandleId(MAX_HANDLE));
         assert_eq!(listen(&mut core, worker, 3), HandleId(2));
+    }
+
+    fn online(core: &mut MasterCore<u32>) -> WorkerId {
+        let worker = core.forked();
+        core.frame(worker, ToMaster::Online, None);
+        worker
+    }
+
+    fn port(port: u16) -> Endpoint {
+        Endpoint::new(Kind::Tcp, Place::Port(port))
+    }
+
+    fn ip(text: &str) -> Endpoint {
+        Endpoint::new(Kind::Tcp, Place::Ip(text.parse().unwrap()))
+    }
+
+    fn keep(core: &mut MasterCore<u32>, endpoint: Endpoint) -> HandleId {
+        let (handle, policy) = (core.next_handle(), core.policy_of(&endpoint));
+        core.kept(handle, endpoint, None, policy);
+        handle
+    }
+
+    fn ask(core: &mut MasterCore<u32>, worker: WorkerId, endpoint: Endpoint) -> Vec<Action<u32>> {
+        let listen = ToMaster::Listen {
+            request: 1,
+            key: HandleKey { endpoint, index: 0 },
+            flags: BindFlags::default(),
+        };
+        core.frame(worker, listen, None);
+        actions(core)
+    }
+
+    fn actions(core: &mut MasterCore<u32>) -> Vec<Action<u32>> {
+        std::iter::from_fn(|| core.next_action()).collect()
+    }
+
+    /// The shard that a worker gets.
+    fn shard(actions: &[Action<u32>]) -> Option<usize> {
+        actions.iter().find_map(|action| match action {
+            Action::Send {
+                with: With::Shard(_, shard),
+                ..
+            } => Some(*shard),
+            _ => None,
+        })
+    }
+
+    /// Where newcomers go in the end.
+    fn steered(actions: &[Action<u32>]) -> Option<&[usize]> {
+        actions.iter().rev().find_map(|action| match action {
+            Action::Steer { shards, .. } => Some(&shards[..]),
+            _ => None,
+        })
+    }
+
+    fn is_closing(actions: &[Action<u32>]) -> bool {
+        actions.iter().any(|action| {
+            matches!(
+                action,
+                Action::ShutDoor { .. } | Action::Unbind { .. } | Action::RemoveFile { .. }
+            )
+        })
+    }
+
+    #[test]
+    fn a_kept_listener_has_no_end_before_it_is_let_go_of() {
+        for policy in [
+            SchedulingPolicy::RoundRobin,
+            SchedulingPolicy::Shared,
+            SchedulingPolicy::Sharded,
+        ] {
+            let mut core = MasterCore::new(policy);
+            let handle = keep(&mut core, port(1));
+            for dies in [true, false] {
+                let worker = online(&mut core);
+                assert!(!is_closing(&ask(&mut core, worker, port(1))));
+                if !dies {
+                    core.disconnect_all(true);
+                }
+                core.channel_closed(worker);
+                core.exited(worker, ExitStatusExt::from_raw(0));
+                assert!(!is_closing(&actions(&mut core)));
+                core.queue_closed(handle, worker, Vec::new());
+            }
+            let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
+            let last = events.last().map(|emit| emit.event.clone());
+            assert!(matches!(last, Some(Event::Disconnected)), "{policy:?}");
+            core.release(handle);
+            assert!(is_closing(&actions(&mut core)));
+            assert_eq!(core.sizes().handles, 0);
+        }
+    }
+
+    #[test]
+    fn the_last_to_leave_serves_what_has_been_accepted_and_no_more() {
+        let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
+        let handle = keep(&mut core, port(1));
+        let worker = online(&mut core);
+        ask(&mut core, worker, port(1));
+        let ready = |taken| ToMaster::Ready {
+            handle,
+            taken,
+            open: 0,
+        };
+        core.frame(worker, ready(0), None);
+        let accepts = |actions: &[Action<u32>]| {
+            let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { .. });
+            actions.iter().any(is_accept)
+        };
+        let ends = |actions: &[Action<u32>]| {
+            actions.iter().any(|action| {
+                matches!(
+                    action,
+                    Action::Send {
+                        frame: ToWorker::End { .. },
+                        ..
+                    }
+                )
+            })
+        };
+        assert!(accepts(&actions(&mut core)));
+        // It is accepted when the worker has been told to leave.
+        core.disconnect(worker);
+        assert!(!ends(&actions(&mut core)));
+        core.accepted(handle, 7);
+        core.accept_done(handle);
+        let given = actions(&mut core);
+        assert!(given.iter().any(|a| matches!(a, Action::Give { .. })));
+        assert!(!ends(&given) && !accepts(&given));
+        core.readable(handle);
+        assert!(!accepts(&actions(&mut core)));
+        core.frame(worker, ready(1), None);
+        let last = actions(&mut core);
+        assert!(ends(&last) && !accepts(&last) && !is_closing(&last));
+    }
+
+    #[test]
+    fn who_comes_while_nobody_serves_goes_to_the_shard_of_the_next_worker() {
+        let mut core = MasterCore::new(SchedulingPolicy::Sharded);
+        let handle = keep(&mut core, port(1));
+        let first = online(&mut core);
+        assert_eq!(shard(&ask(&mut core, first, port(1))), Some(0));
+        let second = online(&mut core);
+        ask(&mut core, second, port(1));
+        core.shard_bound(handle, second, 1, Ok(()));
+        let bound = actions(&mut core);
+        assert_eq!(
+            (shard(&bound), steered(&bound)),
+            (Some(1), Some(&[0, 1][..]))
+        );
+        // Both leave: the first lets go of its shard as it is.
+        core.disconnect_all(false);
+        assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
+        core.frame(second, ToMaster::Close { handle }, None);
+        assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
+        let third = online(&mut core);
+        let joined = ask(&mut core, third, port(1));
+        assert_eq!(
+            (shard(&joined), steered(&joined)),
+            (Some(0), Some(&[0][..]))
+        );
+        // While one more is being bound for the fifth, the others die.
+        let fourth = online(&mut core);
+        assert_eq!(shard(&ask(&mut core, fourth, port(1))), Some(1));
+        let fifth = online(&mut core);
+        assert_eq!(shard(&ask(&mut core, fifth, port(1))), None);
+        core.channel_closed(fourth);
+        core.channel_closed(third);
+        assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
+        core.shard_bound(handle, fifth, 1, Ok(()));
+        let bound = actions(&mut core);
+        assert_eq!((shard(&bound), steered(&bound)), (Some(0), Some(&[0][..])));
+    }
+
+    #[test]
+    fn an_adopted_listener_is_found_by_its_address_and_perhaps_its_port() {
+        let mut core = MasterCore::new(SchedulingPolicy::Sharded);
+        let mut adopt = |text: &str| {
+            let handle = core.next_handle();
+            core.adopted(handle, ip(text), text.parse().ok());
+            handle
+        };
+        let (all, both) = (adopt("0.0.0.0:80"), adopt("[::]:80"));
+        let again = adopt("[::]:80");
+        let one = adopt("127.0.0.1:81");
+        let mut given = |endpoint| {
+            let worker = online(&mut core);
+            let asked = ask(&mut core, worker, endpoint);
+            asked.into_iter().find_map(|action| match action {
+                Action::Send {
+                    with: With::Listener(handle),
+                    ..
+                } => Some(handle),
+                _ => None,
+            })
+        };
+        assert_eq!(given(port(80)), Some(all), "the first");
+        assert_eq!(given(ip("0.0.0.0:80")), Some(all));
+        assert_eq!(given(ip("[::]:80")), Some(both));
+        assert_eq!(given(ip("127.0.0.1:81")), Some(one));
+        assert_eq!(given(port(81)), None);
+        core.release(again);
+        core.release(all);
+        assert!(core.is_bound(all), "somebody has it");
+        assert!(!core.is_bound(again));
     }
 }
