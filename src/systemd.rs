@@ -10,25 +10,22 @@
 //! [`Settings::listen_fds`](crate::Settings::listen_fds()).
 //!
 //! ```no_run
-//! use std::os::fd::{AsFd, AsRawFd};
 //! use cluster::{ListenOptions, Role, systemd};
 //!
 //! fn main() -> cluster::Result<()> {
-//!     let passed = systemd::listen_fds()?;
+//!     // Lent to the workers by its number, it must stay open as long as they come.
+//!     let _passed = systemd::listen_fds()?;
 //!     match cluster::init()? {
 //!         Role::Master(master) => {
-//!             let web = passed.iter().find(|fd| fd.name() == Some("web"));
-//!             let web = web.expect("FileDescriptorName=web").as_fd().as_raw_fd();
+//!             master.fork()?;
 //!             master.on_listening(|_, _, _| drop(systemd::notify("READY=1")));
 //!             if let Some(longest) = systemd::watchdog()? {
 //!                 master.set_interval(longest / 2, |_| drop(systemd::notify("WATCHDOG=1")));
 //!             }
-//!             master.fork_with([("WEB", web.to_string())])?;
 //!             master.run()
 //!         }
 //!         Role::Worker(worker) => {
-//!             let web = std::env::var("WEB").ok().and_then(|web| web.parse().ok());
-//!             let listener = worker.listen(ListenOptions::fd(web.unwrap_or(3)))?;
+//!             let listener = worker.listen(ListenOptions::fd(3))?;
 //!             for connection in listener.incoming() {
 //!                 drop(connection?);
 //!             }
