@@ -70,6 +70,11 @@ impl Endpoint {
         }
     }
 
+    /// Whether the system chooses the port.
+    pub(crate) fn is_any_port(&self) -> bool {
+        self.address().is_some_and(|address| address.port() == 0)
+    }
+
     /// Whether the master's program had this socket before, and keeps it afterwards.
     pub(crate) fn is_borrowed(&self) -> bool {
         matches!(self.place, Place::Fd(_))

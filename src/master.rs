@@ -378,7 +378,8 @@ impl Master {
     ///
     /// Node has no counterpart: there, a listener closes with its last worker. Workers that ask for
     /// the same get this one, as a second worker gets what a first has opened: `worker.listen(0)`
-    /// gets the free port of `master.listen(0)`. If workers have it already, it is kept from now on.
+    /// gets the free port of `master.listen(0)`. If workers have it already, it is kept from now on; if it is
+    /// kept already, it is until both are dropped.
     /// With a listener as the argument (from systemd, say, or from another process that serves until
     /// now) it is the one for workers that ask for its address; a Unix socket's is its path, and one
     /// on all addresses is also the one for its port alone. The descriptor is set not to block. The

@@ -111,8 +111,8 @@ pub(super) struct Handle<C> {
     /// The shard to which newcomers are sent while nobody serves; the next worker gets it.
     pub(super) spare: Option<usize>,
     pub(super) accepted: bool,
-    /// The program has a `MasterListener` of it.
-    pub(super) is_kept: bool,
+    /// How many `MasterListener`s of it the program has.
+    pub(super) keepers: u32,
     /// It was open before it came to us. Another process may have it, too: its door is not ours.
     pub(super) is_adopted: bool,
 }
@@ -141,7 +141,11 @@ impl<C> Handle<C> {
 
     /// Whether it stays although no worker has it.
     pub(super) fn stays(&self) -> bool {
-        self.is_kept && self.stage != Stage::Unbound
+        self.is_kept() && self.stage != Stage::Unbound
+    }
+
+    fn is_kept(&self) -> bool {
+        self.keepers > 0
     }
 }
 
@@ -201,7 +205,7 @@ impl<C> MasterCore<C> {
             departing: BTreeSet::new(),
             spare: None,
             accepted: false,
-            is_kept: false,
+            keepers: 0,
             is_adopted: false,
         };
         self.keys.insert(key, handle);
@@ -390,14 +394,15 @@ impl<C> MasterCore<C> {
 
 // What the program keeps.
 impl<C> MasterCore<C> {
-    /// Keeps the first listener that workers have opened there and that is not kept yet, if there is
-    /// one. Otherwise the shell opens one; then comes `kept`.
+    /// Keeps the first listener that workers have opened there and that is not kept yet, or else one
+    /// that is; but for a free port not that. Otherwise the shell opens one; then comes `kept`.
     pub(crate) fn keep(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
-        let handle = self
-            .handles_at(endpoint)
-            .find(|handle| !self.handles[handle].is_kept)?;
+        let there = || self.handles_at(endpoint);
+        let free = there().find(|handle| !self.handles[handle].is_kept());
+        let kept = || there().next().filter(|_| !endpoint.is_any_port());
+        let handle = free.or_else(kept)?;
         let entry = self.handles.get_mut(&handle)?;
-        entry.is_kept = true;
+        entry.keepers += 1;
         if self.reopen(handle) {
             self.pause(handle);
         }
@@ -425,7 +430,7 @@ impl<C> MasterCore<C> {
         let count = self.handles_at(&endpoint).count();
         let index = u32::try_from(count).unwrap_or(u32::MAX);
         let open = self.open(handle, HandleKey { endpoint, index }, address, policy);
-        open.is_kept = true;
+        open.keepers = 1;
         // Nobody watches it as long as there is nobody to take what comes.
         open.door = Door::Ready;
         if policy == SchedulingPolicy::Sharded {
@@ -467,7 +472,10 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        entry.is_kept = false;
+        entry.keepers -= 1;
+        if entry.is_kept() {
+            return;
+        }
         if entry.serving.is_empty() {
             self.unbind(handle);
             self.forget_if_abandoned(handle);
@@ -724,7 +732,7 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.is_kept {
+        if entry.is_kept() {
             return self.pause(handle);
         }
         let shared = entry.policy != SchedulingPolicy::RoundRobin;
@@ -926,7 +934,7 @@ impl<C> MasterCore<C> {
         entry.serving.remove(&worker);
         entry.connections.end(worker);
         let policy = entry.policy;
-        match (entry.serving.is_empty(), entry.is_kept, entry.stage) {
+        match (entry.serving.is_empty(), entry.is_kept(), entry.stage) {
             // What has been accepted waits for the next worker, too.
             (true, true, Stage::Pausing) => entry.stage = Stage::Open,
             (true, false, _) => self.unbind(handle),

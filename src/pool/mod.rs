@@ -653,9 +653,6 @@ impl Pool {
         if !self.0.has_successor.get() {
             drop(self.0.listeners.take());
         }
-        if self.0.core.borrow().options().leave_signal.is_none() {
-            return master.disconnect(|_| {});
-        }
         let workers: Vec<_> = self.0.core.borrow().members.keys().copied().collect();
         for worker in workers
             .into_iter()
