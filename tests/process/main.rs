@@ -11,6 +11,7 @@
 
 mod blocking;
 mod conformance;
+mod counting;
 mod deadlines;
 mod edges;
 mod examples;
@@ -27,6 +28,7 @@ mod loads;
 mod messages;
 mod old_kernels;
 mod orphans;
+mod pool;
 mod privileges;
 mod round_robin;
 mod running;
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         loads::SCENARIOS,
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
+        pool::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();

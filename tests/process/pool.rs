@@ -1,0 +1,820 @@
+//! Pools: what they keep running, replace and hand over, and what their clients notice of it.
+
+use std::cell::{Cell, RefCell};
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use cluster::pool::{
+    BEAT, Cause, GiveUp, Limit, Pool, PoolEvent, PoolOptions, READY, Readiness, SLOT,
+    leave_signals_to_master,
+};
+use cluster::{Role, Settings, Worker};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::counting::{Counts, Load};
+use crate::harness::{
+    Group, Log, cluster, is_alive, is_watched, reserve_port, talk, wait_until, watched,
+};
+
+crate::scenarios! {
+    slots_are_filled_again
+    a_crash_loop_backs_off_gives_up_and_rests
+    who_cannot_be_forked_has_died
+    who_is_never_ready_is_killed
+    who_hangs_is_killed
+    a_worker_says_itself_when_it_is_ready
+    old_workers_are_replaced_without_a_gap
+    busy_workers_are_replaced_without_a_gap
+    large_workers_are_replaced_without_a_gap
+    new_settings_come_with_a_reload
+    a_pool_without_clocks_plans_nothing
+    the_status_is_what_it_says
+    the_program_decides_at_the_end_of_its_tries
+    reloads_scalings_and_upgrades_lose_nobody_rr
+    reloads_scalings_and_upgrades_lose_nobody_none
+    broken_reloads_change_nothing
+    broken_upgrades_change_nothing
+    under_fire_only_those_in_hand_are_lost
+    signals_stop_and_kill
+}
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Everything fast, and nothing at random.
+fn quick() -> PoolOptions {
+    PoolOptions::default()
+        .workers(2)
+        .jitter(0)
+        .back_off(20 * MS)
+        .trial(20 * MS)
+}
+
+/// Notes what the pool tells.
+fn note(pool: &Pool, log: &Log) {
+    let log = log.clone();
+    pool.on_event(move |_, _, event| log.add(event.to_string()));
+}
+
+fn serve_slot(worker: &Worker) {
+    let listener = worker.listen("127.0.0.1:0").unwrap();
+    let slot = std::env::var(SLOT).unwrap();
+    for connection in listener.incoming() {
+        let _ = connection.unwrap().write_all(slot.as_bytes());
+    }
+}
+
+fn slots_are_filled_again() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().workers(3));
+            note(&pool, &log);
+            let deaths = Cell::new(0);
+            pool.on_event(move |pool, master, event| {
+                if let PoolEvent::Ready { slot: 1, .. } = event {
+                    let status = pool.status(master);
+                    let worker = status.slots[1].worker.as_ref().unwrap();
+                    assert_eq!(status.slots[1].restarts, deaths.get());
+                    if deaths.get() == 2 {
+                        return pool.stop(master);
+                    }
+                    deaths.set(deaths.get() + 1);
+                    let worker = master.worker(worker.worker).unwrap();
+                    worker.process().kill(cluster::Signal::KILL);
+                }
+            });
+        },
+        |worker| serve_slot(&worker),
+    );
+    let entries = entries.take();
+    let of_slot = |entry: &&String| entry.starts_with("slot 1");
+    let mut of_slot = entries.iter().filter(of_slot);
+    let mut next = |part: &str| {
+        let entry = of_slot.next().unwrap();
+        assert!(entry.contains(part), "{entry:?} is not {part:?}");
+    };
+    for _ in 0..2 {
+        next("is ready");
+        next("(signal: 9 (SIGKILL))");
+    }
+    next("is ready");
+    next("has left");
+}
+
+fn a_crash_loop_backs_off_gives_up_and_rests() {
+    let forks = Rc::new(RefCell::new(Vec::new()));
+    let noted = Rc::clone(&forks);
+    cluster(
+        |master| {
+            let options = quick().workers(1).give_up(6, Duration::from_secs(60));
+            let pool = Pool::new(master, options);
+            master.on_fork(move |_, _| noted.borrow_mut().push(Instant::now()));
+            pool.on_give_up(|_, _, death| {
+                assert_eq!((death.slot, death.cause), (0, Cause::NeverReady));
+                assert_eq!(death.status.unwrap().code(), Some(3));
+                assert!(death.usage.is_some());
+                GiveUp::Hold
+            });
+            pool.on_event(|pool, master, event| {
+                if matches!(event, PoolEvent::GivenUp { .. }) {
+                    assert!(pool.status(master).slots[0].is_given_up);
+                    let pool = pool.clone();
+                    // Longer than the next pause would be.
+                    master.set_timeout(2000 * MS, move |master| {
+                        assert_eq!(pool.status(master).slots[0].restarts, 6);
+                        pool.stop(master);
+                    });
+                }
+            });
+        },
+        |_| std::process::exit(3),
+    );
+    let forks = forks.take();
+    let pauses: Vec<_> = forks.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    println!("{pauses:?}");
+    assert_eq!(forks.len(), 7);
+    for (pause, least) in pauses.iter().zip([0, 20, 40, 80, 160, 320]) {
+        assert!(*pause >= least * MS, "{pauses:?}");
+    }
+}
+
+fn who_cannot_be_forked_has_died() {
+    cluster(
+        |master| {
+            master.setup_master(Settings::default().exec("/nowhere/at/all"));
+            let pool = Pool::new(master, quick().give_up(2, Duration::from_secs(60)));
+            let deaths = Cell::new(0);
+            pool.on_event(move |pool, _, event| match event {
+                PoolEvent::Died(death) => {
+                    assert_eq!(death.cause, Cause::NotForked);
+                    let error = death.error.as_deref().unwrap();
+                    assert!(error.contains("/nowhere/at/all"), "{error}");
+                    deaths.set(deaths.get() + 1);
+                }
+                // Without another decision, a pool of which nobody is left stops.
+                PoolEvent::GivenUp { .. } => assert!(deaths.get() >= 3),
+                event => assert!(pool.is_stopping(), "{event}"),
+            });
+        },
+        |_| unreachable!(),
+    );
+}
+
+fn who_is_never_ready_is_killed() {
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().workers(1).boot(50 * MS));
+            pool.on_event(|pool, master, event| {
+                if let PoolEvent::Died(death) = event {
+                    assert_eq!(death.cause, Cause::BootDeadline);
+                    assert!(death.age >= 50 * MS);
+                    pool.stop_at_once(master);
+                }
+            });
+        },
+        // Online, but it never listens.
+        |worker| worker.run().unwrap(),
+    );
+}
+
+fn who_hangs_is_killed() {
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().heartbeat(400 * MS));
+            pool.on_event(|pool, master, event| {
+                if let PoolEvent::Died(death) = event {
+                    assert_eq!((death.slot, death.cause), (1, Cause::Hung));
+                    let status = pool.status(master);
+                    let other = status.slots[0].worker.as_ref().unwrap();
+                    assert!(other.age >= 400 * MS, "it beats");
+                    pool.stop_at_once(master);
+                }
+            });
+        },
+        |worker| {
+            worker.set_interval(20 * MS, |worker| drop(worker.send(BEAT)));
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            if std::env::var(SLOT).unwrap() == "1" {
+                loop {
+                    std::hint::spin_loop();
+                }
+            }
+            listener.incoming().for_each(drop);
+        },
+    );
+}
+
+fn a_worker_says_itself_when_it_is_ready() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().workers(1).readiness(Readiness::Told));
+            note(&pool, &log);
+            let at_listening = log.clone();
+            master.on_listening(move |_, _, _| at_listening.add("listens"));
+            pool.on_event(|pool, master, event| {
+                if matches!(event, PoolEvent::Ready { .. }) {
+                    pool.stop(master);
+                }
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            worker.send(READY).unwrap();
+            listener.incoming().for_each(drop);
+        },
+    );
+    assert_eq!(
+        entries.take(),
+        [
+            "listens",
+            "slot 0: worker 1 is ready",
+            "ready",
+            "not ready",
+            "slot 0: worker 1 has left"
+        ]
+    );
+}
+
+fn old_workers_are_replaced_without_a_gap() {
+    replaces(quick().max_age(30 * MS), Limit::Age, |_| {});
+}
+
+fn busy_workers_are_replaced_without_a_gap() {
+    replaces(quick().max_connections(5), Limit::Connections, |address| {
+        std::thread::spawn(move || while talk(address, b"").is_ok() {});
+    });
+}
+
+fn large_workers_are_replaced_without_a_gap() {
+    replaces(quick().max_memory(32 << 20), Limit::Memory, |_| {
+        // Each page of it is touched.
+        std::mem::forget(vec![1u8; 64 << 20]);
+    });
+}
+
+/// One worker: at any moment somebody is ready.
+fn replaces(options: PoolOptions, limit: Limit, reach_it: fn(SocketAddr)) {
+    let recycled = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&recycled);
+    cluster(
+        |master| {
+            let pool = Pool::new(master, options.workers(1).look(5 * MS));
+            pool.listen(master, "127.0.0.1:0").unwrap();
+            pool.on_event(move |pool, master, event| match event {
+                PoolEvent::Recycling { limit: found, .. } => {
+                    assert_eq!(*found, limit);
+                    seen.set(seen.get() + 1);
+                }
+                PoolEvent::Left { killed, .. } => {
+                    assert!(!killed);
+                    if seen.get() >= 3 {
+                        pool.stop(master);
+                    }
+                }
+                PoolEvent::Quorum(false) => assert!(pool.is_stopping(), "a gap"),
+                PoolEvent::Ready { .. } | PoolEvent::Quorum(true) => {}
+                other => panic!("{other}"),
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            reach_it(listener.local_addr());
+            for connection in listener.incoming() {
+                let _ = connection.unwrap().write_all(b"served");
+            }
+        },
+    );
+    assert!(recycled.get() >= 3);
+}
+
+fn new_settings_come_with_a_reload() {
+    let args = |release: &str| Settings::default().args([release.to_owned()]);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(args("one"));
+            let pool = Pool::new(master, quick());
+            let said = log.clone();
+            master.on_message(move |_, _, message| {
+                said.add(String::from_utf8_lossy(message.bytes()));
+            });
+            note(&pool, &log);
+            pool.on_event(move |pool, master, event| match event {
+                PoolEvent::Quorum(true) => pool.reload_with(master, args("broken")),
+                PoolEvent::ReloadFailed { generation: 1, .. } => {
+                    let status = pool.status(master);
+                    assert_eq!((status.ready(), status.generation), (2, 0));
+                    let worker = status.slots[0].worker.as_ref().unwrap().worker;
+                    let worker = master.worker(worker).unwrap();
+                    worker.process().kill(cluster::Signal::KILL);
+                }
+                PoolEvent::Died(_) => pool.reload_with(master, args("two")),
+                PoolEvent::Reloaded { generation: 2 } => pool.stop(master),
+                _ => {}
+            });
+        },
+        |worker| {
+            let release = std::env::args().nth(1).unwrap();
+            assert_ne!(release, "broken");
+            worker.send(release.as_bytes()).unwrap();
+            serve_slot(&worker);
+        },
+    );
+    let entries = entries.take();
+    let count = |what: &str| entries.iter().filter(|entry| *entry == what).count();
+    // The one who was killed was replaced by one of its own release, unless the reload was faster.
+    assert!((2..=3).contains(&count("one")), "{entries:?}");
+    assert_eq!(count("two"), 2, "{entries:?}");
+}
+
+fn a_pool_without_clocks_plans_nothing() {
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick());
+            while pool.status(master).ready() < 2 {
+                master.dispatch(None).unwrap();
+            }
+            while let Some(left) = master.time_left() {
+                assert_eq!(left, Duration::ZERO, "something is planned");
+                master.dispatch(Some(Duration::ZERO)).unwrap();
+            }
+            pool.stop(master);
+        },
+        |worker| serve_slot(&worker),
+    );
+}
+
+fn the_status_is_what_it_says() {
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().workers(2));
+            pool.on_event(|pool, master, event| match event {
+                PoolEvent::Quorum(true) => {
+                    let status = pool.status(master);
+                    let worker = status.slots[1].worker.as_ref().unwrap().worker;
+                    let worker = master.worker(worker).unwrap();
+                    worker.process().kill(cluster::Signal::KILL);
+                }
+                PoolEvent::Ready { slot: 1, .. } if pool.status(master).deaths == 1 => {
+                    check_status(&pool.status(master));
+                    pool.stop(master);
+                }
+                _ => {}
+            });
+        },
+        |worker| serve_slot(&worker),
+    );
+}
+
+fn check_status(status: &cluster::pool::Status) {
+    assert_eq!(
+        (status.ready(), status.deaths, status.generation),
+        (2, 1, 0)
+    );
+    let worker = status.slots[1].worker.as_ref().unwrap();
+    let json: serde_json::Value = serde_json::from_str(&status.to_json()).unwrap();
+    assert_eq!(json["ready"], true);
+    assert_eq!(json["slots"][0]["last_death"], serde_json::Value::Null);
+    assert_eq!(json["slots"][1]["worker"]["pid"], worker.pid);
+    assert_eq!(json["slots"][1]["worker"]["state"], "ready");
+    assert_eq!(json["slots"][1]["restarts"], 1);
+    let death = &json["slots"][1]["last_death"];
+    assert_eq!(
+        (&death["signal"], &death["cause"]),
+        (&9.into(), &"died".into())
+    );
+    assert!(death["code"].is_null());
+    assert!(death["usage"]["max_rss"].as_u64().unwrap() > 100_000);
+    let text = status.to_string();
+    assert!(
+        text.starts_with("ready: generation 0, 2 ready of 2, 1 deaths, up"),
+        "{text}"
+    );
+    assert!(
+        text.contains("1 restarts, last: died (signal: 9 (SIGKILL))"),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 4, "{text}");
+    let metrics = status.to_prometheus();
+    let mut names = Vec::new();
+    for line in metrics.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            names.push(rest.split(' ').next().unwrap());
+        } else if !line.starts_with('#') {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            value.parse::<f64>().unwrap();
+            assert!(name.starts_with(names.last().unwrap()), "{line}");
+        }
+    }
+    assert!(
+        metrics.contains("\ncluster_pool_workers{state=\"ready\"} 2\n"),
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("\ncluster_slot_restarts_total{slot=\"1\"} 1\n"),
+        "{metrics}"
+    );
+}
+
+fn the_program_decides_at_the_end_of_its_tries() {
+    let asked = Rc::new(Cell::new(0));
+    let count = Rc::clone(&asked);
+    cluster(
+        |master| {
+            let pool = Pool::new(
+                master,
+                quick().workers(1).give_up(0, Duration::from_secs(1)),
+            );
+            pool.on_give_up(move |_, _, _| {
+                count.set(count.get() + 1);
+                match count.get() {
+                    1 => GiveUp::RetryAfter(30 * MS),
+                    2 => GiveUp::Hold,
+                    _ => GiveUp::Stop,
+                }
+            });
+            let given_up = Cell::new(0);
+            pool.on_event(move |pool, master, event| {
+                if matches!(event, PoolEvent::GivenUp { .. }) {
+                    given_up.set(given_up.get() + 1);
+                    if given_up.get() == 2 {
+                        let pool = pool.clone();
+                        master.set_timeout(30 * MS, move |master| pool.retry(master));
+                    }
+                }
+            });
+        },
+        |_| std::process::exit(1),
+    );
+    assert_eq!(asked.get(), 3);
+}
+
+/// What workers of the server below do: it is in a file, whose path is in this variable.
+const RELEASE: &str = "RELEASE";
+/// A request that keeps a worker busy for as long as the client is there.
+const HOLD: &[u8] = b"hold";
+/// The address of the server below.
+const ADDRESS: &str = "ADDRESS";
+
+/// A server with a pool, which says what happens; or one of its workers.
+fn server(options: PoolOptions) {
+    let address = std::env::var(ADDRESS).unwrap();
+    let release = std::env::var(RELEASE).map(|path| std::fs::read_to_string(path).unwrap());
+    let release = release.unwrap_or_else(|_| "good".to_owned());
+    let passed = cluster::systemd::listen_fds().unwrap();
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            assert_ne!(release, "no master");
+            let pool = Pool::new(&master, options);
+            pool.adopt(&master, passed).unwrap();
+            pool.listen(&master, address.as_str()).unwrap();
+            let own = std::process::id();
+            println!("master {own}");
+            pool.on_event(move |_, _, event| println!("{own}: {event}"));
+            pool.on_usual_signals(&master).unwrap();
+            if release == "master without workers" {
+                pool.scale(&master, 0);
+            }
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            leave_signals_to_master(&worker).unwrap();
+            match release.as_str() {
+                "exits" => std::process::exit(1),
+                "never ready" => return worker.run().unwrap(),
+                "dies" => {
+                    worker.set_timeout(5 * MS, |_| std::process::abort());
+                }
+                _ => {}
+            }
+            let listener = worker.listen(address.as_str()).unwrap();
+            for connection in listener.incoming() {
+                let mut connection = connection.unwrap();
+                let mut request = [0; 512];
+                let length = connection.read(&mut request).unwrap_or(0);
+                // A client may be gone.
+                let _ = if request.starts_with(HOLD) {
+                    connection
+                        .write_all(HOLD)
+                        .and_then(|()| connection.read_exact(&mut request))
+                } else if length > 0 {
+                    connection.write_all(
+                        b"served
+",
+                    )
+                } else {
+                    Ok(())
+                };
+            }
+        }
+    }
+}
+
+fn is_served(answer: &str) -> bool {
+    answer == "served\n"
+}
+
+/// The server of this scenario, seen from outside.
+struct Server {
+    group: Group,
+    address: SocketAddr,
+    release: PathBuf,
+}
+
+impl Server {
+    fn start(policy: &str) -> Self {
+        // A successor whose predecessor has ended is this process's.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let (reserved, address) = reserve_port();
+        let release = std::env::temp_dir().join("release");
+        std::fs::write(&release, "good").unwrap();
+        let mut command: Command = watched();
+        command
+            .env(ADDRESS, address.to_string())
+            .env(RELEASE, &release)
+            .env("CLUSTER_SCHED_POLICY", policy);
+        let group = Group::start(&mut command).unwrap();
+        let server = Self {
+            group,
+            address,
+            release,
+        };
+        server.wait_for(": ready", 1);
+        drop(reserved);
+        server
+    }
+
+    /// How many lines end so.
+    fn count(&self, end: &str) -> usize {
+        let output = self.group.output();
+        output.lines().filter(|line| line.ends_with(end)).count()
+    }
+
+    fn wait_for(&self, end: &str, count: usize) {
+        wait_until(&format!("{count} x {end:?}"), || {
+            (self.count(end) >= count).then_some(())
+        });
+    }
+
+    /// The master that was started last.
+    fn master(&self) -> Pid {
+        let output = self.group.output();
+        let mut masters = output
+            .lines()
+            .filter_map(|line| line.strip_prefix("master "));
+        Pid::from_raw(masters.next_back().unwrap().parse().unwrap())
+    }
+
+    fn workers(&self) -> Vec<Pid> {
+        children(self.master())
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(self.master(), signal).unwrap();
+    }
+
+    fn release(&self, what: &str) {
+        std::fs::write(&self.release, what).unwrap();
+    }
+
+    fn stop(self) {
+        let master = self.master();
+        self.signal(Signal::SIGTERM);
+        wait_until("its end", || (!is_alive(pid(master))).then_some(()));
+        let status = self.group.end().unwrap();
+        println!("{}", self.group.output());
+        assert!(status.success());
+        std::fs::remove_file(&self.release).unwrap();
+    }
+}
+
+fn pid(pid: Pid) -> u32 {
+    pid.as_raw().unsigned_abs()
+}
+
+fn children(parent: Pid) -> Vec<Pid> {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    let children = std::fs::read_to_string(path).unwrap_or_default();
+    children
+        .split_whitespace()
+        .map(|pid| Pid::from_raw(pid.parse().unwrap()))
+        .collect()
+}
+
+#[track_caller]
+fn assert_nobody_lost(counts: Counts) {
+    println!("{counts:?}");
+    assert_eq!(counts.lost(), 0, "{counts:?}");
+    assert!(counts.answered > 100, "{counts:?}");
+}
+
+fn reloads_scalings_and_upgrades_lose_nobody_rr() {
+    reloads_scalings_and_upgrades_lose_nobody("rr");
+}
+
+fn reloads_scalings_and_upgrades_lose_nobody_none() {
+    reloads_scalings_and_upgrades_lose_nobody("none");
+}
+
+fn reloads_scalings_and_upgrades_lose_nobody(policy: &str) {
+    if is_watched() {
+        return server(quick().trial(5 * MS));
+    }
+    let server = Server::start(policy);
+    let load = Load::start(server.address, 4, is_served);
+    let mut ready = 2;
+    for round in 1..=50 {
+        server.signal(Signal::SIGHUP);
+        server.wait_for(" serves", round);
+        if round % 5 == 0 {
+            for signal in [
+                Signal::SIGTTIN,
+                Signal::SIGTTIN,
+                Signal::SIGTTOU,
+                Signal::SIGTTOU,
+            ] {
+                server.signal(signal);
+                load.go_on(20);
+            }
+            let old = server.master();
+            server.signal(Signal::SIGUSR2);
+            wait_until("a successor", || (server.master() != old).then_some(()));
+            wait_until("the predecessor's end", || {
+                (!is_alive(pid(old))).then_some(())
+            });
+            ready += 1;
+            server.wait_for(": ready", ready - 1);
+        }
+    }
+    assert_nobody_lost(load.end());
+    server.stop();
+}
+
+fn broken_reloads_change_nothing() {
+    if is_watched() {
+        return server(quick().boot(150 * MS).trial(50 * MS));
+    }
+    let server = Server::start("rr");
+    let load = Load::start(server.address, 4, is_served);
+    let workers = server.workers();
+    let broken = ["exits", "never ready", "dies"];
+    for round in 0..20 {
+        server.release(broken[round % 3]);
+        server.signal(Signal::SIGHUP);
+        wait_until("a failure", || {
+            let output = server.group.output();
+            let failures = output
+                .lines()
+                .filter(|line| line.contains(" failed after 0 replaced"));
+            (failures.count() > round).then_some(())
+        });
+        load.go_on(20);
+    }
+    wait_until("the last of them to be gone", || {
+        (server.workers().len() == 2).then_some(())
+    });
+    assert_eq!(server.workers(), workers);
+    assert_nobody_lost(load.end());
+    server.release("good");
+    server.stop();
+}
+
+fn broken_upgrades_change_nothing() {
+    if is_watched() {
+        return server(quick().boot(300 * MS));
+    }
+    let server = Server::start("rr");
+    let load = Load::start(server.address, 4, is_served);
+    let (master, workers) = (server.master(), server.workers());
+    let broken = ["no master", "master without workers", "exits"];
+    for round in 0..6 {
+        server.release(broken[round % 3]);
+        kill(master, Signal::SIGUSR2).unwrap();
+        wait_until("a failure", || {
+            let output = server.group.output();
+            let own = format!("{master}: the new master failed");
+            let failures = output.lines().filter(|line| line.starts_with(&own));
+            (failures.count() > round).then_some(())
+        });
+        load.go_on(20);
+    }
+    wait_until("the last of them to be gone", || {
+        (children(master).len() == 2).then_some(())
+    });
+    assert_eq!(children(master), workers);
+    assert_nobody_lost(load.end());
+    server.release("good");
+    kill(master, Signal::SIGTERM).unwrap();
+    wait_until("its end", || (!is_alive(pid(master))).then_some(()));
+    assert!(server.group.end().unwrap().success());
+    std::fs::remove_file(&server.release).unwrap();
+}
+
+/// For how long there is fire, in seconds: `CLUSTER_TEST_FIRE=60` is a long one.
+fn fire() -> Duration {
+    let wanted = std::env::var("CLUSTER_TEST_FIRE").ok();
+    Duration::from_secs(wanted.map_or(4, |wanted| wanted.parse().expect("a number")))
+}
+
+fn under_fire_only_those_in_hand_are_lost() {
+    if is_watched() {
+        let patient = quick().workers(4).give_up(u32::MAX, MS);
+        return server(patient.back_off_cap(100 * MS));
+    }
+    let server = Server::start("rr");
+    wait_until("all", || (server.workers().len() == 4).then_some(()));
+    let load = Load::start(server.address, 4, is_served);
+    load.go_on(500);
+    let before = measure(server.master());
+    let end = Instant::now() + fire();
+    let (mut kills, mut rounds) = (0, 0);
+    while Instant::now() < end {
+        let workers = server.workers();
+        if let Some(victim) = fastrand::choice(workers) {
+            // It may have ended by itself.
+            kills += u64::from(kill(victim, Signal::SIGKILL).is_ok());
+        }
+        rounds += 1;
+        if rounds % 50 == 0 || fire() < Duration::from_secs(10) && rounds % 10 == 0 {
+            server.signal(Signal::SIGHUP);
+        }
+        std::thread::sleep(100 * MS);
+    }
+    load.go_on(500);
+    let counts = load.end();
+    println!("{kills} kills, {counts:?}");
+    // A worker holds one connection at a time.
+    assert!(counts.lost() <= kills, "{counts:?} with {kills} kills");
+    assert_eq!(
+        (counts.refused, counts.timed_out, counts.failed),
+        (0, 0, 0),
+        "{counts:?}"
+    );
+    wait_until("full slots", || {
+        let workers = server.workers();
+        let is_whole = workers.len() == 4 && workers.iter().all(|worker| is_alive(pid(*worker)));
+        is_whole.then_some(())
+    });
+    wait_until("as many descriptors as before", || {
+        (measure(server.master()).0 == before.0).then_some(())
+    });
+    let after = measure(server.master());
+    println!("descriptors, resident KiB: {before:?} before, {after:?} after");
+    assert!(
+        after.1 <= before.1 + 1024,
+        "{before:?} before, {after:?} after"
+    );
+    server.stop();
+}
+
+/// How many descriptors a process has, and how many KiB it has resident.
+fn measure(process: Pid) -> (usize, u64) {
+    let fds = std::fs::read_dir(format!("/proc/{process}/fd"))
+        .unwrap()
+        .count();
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .unwrap();
+    let kib = line.trim().trim_end_matches(" kB").parse().unwrap();
+    (fds, kib)
+}
+
+/// A worker that is busy for ever is killed by the second signal, or by one that says so.
+fn signals_stop_and_kill() {
+    if is_watched() {
+        return server(quick());
+    }
+    for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
+        let server = Server::start("rr");
+        let mut held = std::net::TcpStream::connect(server.address).unwrap();
+        held.write_all(HOLD).unwrap();
+        held.read_exact(&mut [0; HOLD.len()]).unwrap();
+        for signal in signals {
+            assert!(is_alive(pid(server.master())));
+            server.signal(*signal);
+            if signals.len() == 2 {
+                server.wait_for(" has left", 1);
+            }
+        }
+        assert!(server.group.end().unwrap().success());
+        assert_eq!(
+            server.count(" was killed"),
+            3 - signals.len(),
+            "{}",
+            server.group.output()
+        );
+        std::fs::remove_file(&server.release).unwrap();
+        drop(held);
+    }
+}
