@@ -31,6 +31,7 @@ mod round_robin;
 mod running;
 mod scheduler;
 mod sharded;
+mod without_exec;
 
 use std::process::ExitCode;
 
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         blocking::SCENARIOS,
         loads::SCENARIOS,
         scheduler::SCENARIOS,
+        without_exec::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
