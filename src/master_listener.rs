@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::{Rc, Weak};
 
 use crate::address::Address;
+use crate::error::{Error, Result};
 use crate::master_shell::{Kept, MasterShell};
 
 /// A listener that the master keeps open, whether workers have it or not.
@@ -68,6 +69,45 @@ impl MasterListener {
     #[must_use]
     pub fn address(&self) -> Address {
         self.kept.address.clone()
+    }
+}
+
+impl MasterListener {
+    /// Returns whether this process removes the file of a Unix socket when the listener closes.
+    ///
+    /// Node has no counterpart. See [`set_removes_file`](Self::set_removes_file), which has an example.
+    #[must_use]
+    pub fn removes_file(&self) -> bool {
+        let master = self.master.upgrade();
+        master.is_some_and(|master| master.removes_file(self.kept.handle))
+    }
+
+    /// Says who removes the file of a Unix socket: this process, when the listener closes, or somebody
+    /// else. Without it the file goes, unless the socket was passed to
+    /// [`listen`](crate::Master::listen).
+    ///
+    /// Node has no counterpart. A program that leaves the listener to its successor leaves the file, too;
+    /// the successor takes it. Nothing happens for other listeners, or when the master is gone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if this process is to remove the file, and there is none.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::path::Path;
+    ///
+    /// let listener = master.listen(Path::new("app.sock"))?;
+    /// assert!(listener.removes_file());
+    /// listener.set_removes_file(false)?;
+    /// # Ok(()) }
+    /// ```
+    pub fn set_removes_file(&self, removes: bool) -> Result<()> {
+        let Some(master) = self.master.upgrade() else {
+            return Ok(());
+        };
+        let set = master.set_removes_file(self.kept.handle, removes);
+        set.map_err(Error::io("find the file of a Unix socket"))
     }
 }
 

@@ -646,6 +646,26 @@ impl MasterShell {
         self.kept(handle)
     }
 
+    pub(crate) fn removes_file(&self, handle: HandleId) -> bool {
+        let listeners = self.listeners.borrow();
+        let listener = listeners.get(&handle);
+        listener.is_some_and(|listener| listener.file.is_some())
+    }
+
+    pub(crate) fn set_removes_file(&self, handle: HandleId, removes: bool) -> io::Result<()> {
+        let path = self.core.borrow().path_of(handle);
+        let mut listeners = self.listeners.borrow_mut();
+        let (Some(listener), Some(path)) = (listeners.get_mut(&handle), path) else {
+            return Ok(());
+        };
+        if !removes {
+            listener.file.take().into_iter().for_each(SocketFile::leave);
+        } else if listener.file.is_none() {
+            listener.file = Some(SocketFile::inherit(&path)?);
+        }
+        Ok(())
+    }
+
     fn kept(&self, handle: HandleId) -> io::Result<Kept> {
         let listeners = self.listeners.borrow();
         let listener = listeners.get(&handle).ok_or(io::ErrorKind::NotFound)?;

@@ -22,6 +22,8 @@ pub(crate) struct SocketFile {
     status: FileStatus,
     /// In a child that the host has forked since, it is its parent's.
     owner: Pid,
+    /// Another process removes it.
+    is_left: bool,
 }
 
 /// Listens on `path`, which is absolute. A file that is there already is an error, and stays.
@@ -49,6 +51,7 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         name: name.into(),
         status,
         owner: Pid::own(),
+        is_left: false,
     };
     let mut mode = status.mode;
     if flags.readable_all {
@@ -67,6 +70,34 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
 }
 
 impl SocketFile {
+    /// The file of a socket that another process has bound there, and leaves to this one.
+    ///
+    /// # Errors
+    ///
+    /// There is no such file.
+    pub(crate) fn inherit(path: &Path) -> io::Result<Self> {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        let directory = fd::open_directory(parent)?;
+        let status = fd::status_at(&directory, name)?;
+        if !status.is_socket() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(Self {
+            directory,
+            name: name.into(),
+            status,
+            owner: Pid::own(),
+            is_left: false,
+        })
+    }
+
+    /// Leaves the file where it is.
+    pub(crate) fn leave(mut self) {
+        self.is_left = true;
+    }
+
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
@@ -97,7 +128,7 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let found = fd::status_at(&self.directory, &self.name);
         let is_same = found.is_ok_and(|found| found.is_same(self.status));
-        if is_same && self.owner == Pid::own() {
+        if is_same && self.owner == Pid::own() && !self.is_left {
             let _ = fd::remove_at(&self.directory, &self.name);
         }
     }

@@ -30,6 +30,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Action, MasterCore, With};
@@ -458,6 +459,14 @@ impl<C> MasterCore<C> {
             let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
             let key = HandleKey { endpoint, index: 0 };
             self.keys.entry(key).or_insert(handle);
+        }
+    }
+
+    /// Where the file of a Unix socket is.
+    pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
+        match &self.handles.get(&handle)?.key.endpoint.place {
+            Place::Path(path) => Some(path.clone()),
+            Place::Ip(_) | Place::Port(_) | Place::Fd(_) => None,
         }
     }
 

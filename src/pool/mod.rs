@@ -196,7 +196,11 @@ impl Pool {
     ) -> Result<cluster::Address> {
         let listener = master.listen(options)?;
         let address = listener.address();
-        self.0.listeners.borrow_mut().push(listener);
+        let mut listeners = self.0.listeners.borrow_mut();
+        // What was adopted is here already.
+        if listeners.iter().all(|known| known.address() != address) {
+            listeners.push(listener);
+        }
         Ok(address)
     }
 

@@ -23,6 +23,9 @@ use super::event::PoolEvent;
 /// a worker, or a program that one of them has started.
 const PREDECESSOR: &str = "CLUSTER_PREDECESSOR";
 
+/// What a predecessor calls the listeners that it leaves with their files.
+const LEFT: &str = "cluster-left";
+
 /// The byte by which a successor says that it serves.
 const SERVES: u8 = b'S';
 
@@ -51,13 +54,27 @@ pub(super) fn predecessor() -> Option<UnixStream> {
     is_ours.then(input).flatten().map(UnixStream::from)
 }
 
-/// Tells the predecessor to leave.
-pub(super) fn relieve(mut predecessor: UnixStream) {
-    // It may have died, and then this is nobody's successor.
-    let _ = predecessor.write_all(&[SERVES]);
-}
-
 impl Pool {
+    /// Tells the predecessor to leave, if there is one.
+    pub(super) fn relieve(&self) {
+        let Some(mut predecessor) = self.0.predecessor.take() else {
+            return;
+        };
+        // It may have died, and then this is nobody's successor.
+        let _ = predecessor.write_all(&[SERVES]);
+        let listeners = self.0.listeners.borrow();
+        for listener in self
+            .0
+            .left
+            .take()
+            .into_iter()
+            .filter_map(|at| listeners.get(at))
+        {
+            // It may be gone, and nobody finds the way then.
+            let _ = listener.set_removes_file(true);
+        }
+    }
+
     /// Adopts the listeners that this process was passed: by systemd, or by the master that it is to
     /// [take over](Self::upgrade) from. They outlive all workers, as those of [`listen`](Self::listen).
     ///
@@ -83,12 +100,17 @@ impl Pool {
     /// ```
     pub fn adopt(&self, master: &Master, passed: Vec<ListenFd>) -> Result<()> {
         for passed in passed {
+            let is_left = passed.name() == Some(LEFT) && self.0.predecessor.borrow().is_some();
             let listener = if passed.is_unix() {
                 master.listen(UnixListener::try_from(passed)?)
             } else {
                 master.listen(TcpListener::try_from(passed)?)
-            };
-            self.0.listeners.borrow_mut().push(listener?);
+            }?;
+            let mut listeners = self.0.listeners.borrow_mut();
+            if is_left {
+                self.0.left.borrow_mut().push(listeners.len());
+            }
+            listeners.push(listener);
         }
         Ok(())
     }
@@ -134,7 +156,12 @@ impl Pool {
         for listener in &*self.0.listeners.borrow() {
             let copy = listener.as_fd().try_clone_to_owned();
             let copy = copy.map_err(failed("copy a listener for a new master"))?;
-            passed.push(("listener", copy));
+            let name = if listener.removes_file() {
+                LEFT
+            } else {
+                "passed"
+            };
+            passed.push((name, copy));
         }
         let settings = Settings::default()
             .exec(program)
@@ -201,6 +228,10 @@ impl Pool {
         let event = match outcome {
             Ok(()) => {
                 self.0.has_successor.set(true);
+                for listener in &*self.0.listeners.borrow() {
+                    // Of what is left there is nothing that could fail.
+                    let _ = listener.set_removes_file(false);
+                }
                 self.stop(master);
                 PoolEvent::Upgraded
             }

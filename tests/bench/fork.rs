@@ -9,7 +9,7 @@ use std::process::Command;
 use std::rc::Rc;
 use std::time::Instant;
 
-use cluster::Role;
+use cluster::{Role, Settings};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, dup2_stdout, execve, pipe};
 
@@ -29,7 +29,7 @@ const BEFORE: usize = 5;
 pub fn measure(table: &mut Table) {
     let round = |_| [0, 1024].map(forks);
     let rounds: Vec<_> = (0..ROUNDS).map(round).collect();
-    let figure = |value: &dyn Fn(&[[f64; 2]; 2]) -> f64| {
+    let figure = |value: &dyn Fn(&[[f64; 3]; 2]) -> f64| {
         Figure::from(rounds.iter().map(value).collect::<Vec<_>>())
     };
     let bare = figure(&|[little, _]| little[0]).in_unit("µs");
@@ -45,14 +45,20 @@ pub fn measure(table: &mut Table) {
         .row("the same with 1 GiB resident", ratio, "× with little")
         .goal(Goal::AtMost(2.0))
         .note(&large);
+    let large = figure(&|[_, large]| large[2]).in_unit("µs with 1 GiB");
+    table
+        .row("without exec", figure(&|[little, _]| little[2]), "µs")
+        .goal(Goal::AtMost(500.0))
+        .note(&large);
 }
 
-/// What it takes in a master with so many MiB, in microseconds: without this crate, and with it.
-fn forks(mebibytes: usize) -> [f64; 2] {
+/// What it takes in a master with so many MiB, in microseconds: without this crate, with it, and with
+/// it for a worker that executes nothing.
+fn forks(mebibytes: usize) -> [f64; 3] {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());
     let group = Group::start(command).unwrap();
-    ["bare: ", "own: "].map(|prefix| group.line(prefix).parse().unwrap())
+    ["bare: ", "own: ", "copy: "].map(|prefix| group.line(prefix).parse().unwrap())
 }
 
 /// In the process that forks.
@@ -65,20 +71,29 @@ pub fn fork() {
     let online = Rc::new(Cell::new(None));
     let seen = Rc::clone(&online);
     master.on_online(move |_, _| seen.set(Some(Instant::now())));
-    let (mut bare, mut own) = (Vec::new(), Vec::new());
-    for time in 0..BEFORE + TIMES {
-        let one_byte = fork_exec_byte();
+    let fork = |settings: Settings| {
+        master.setup_master(settings);
         let begun = Instant::now();
         master.fork().unwrap();
         master.run().unwrap();
+        (online.take().unwrap() - begun).as_secs_f64() * 1e6
+    };
+    let (mut bare, mut own, mut copy) = (Vec::new(), Vec::new(), Vec::new());
+    let program = std::env::current_exe().unwrap();
+    for time in 0..BEFORE + TIMES {
+        let one_byte = fork_exec_byte();
+        let executed = fork(Settings::default().exec(&program));
+        let copied = fork(Settings::default().main(|_| 0));
         if time >= BEFORE {
             bare.push(one_byte);
-            own.push((online.take().unwrap() - begun).as_secs_f64() * 1e6);
+            own.push(executed);
+            copy.push(copied);
         }
     }
     drop(resident);
     println!("bare: {}", Figure::from(bare).median);
     println!("own: {}", Figure::from(own).median);
+    println!("copy: {}", Figure::from(copy).median);
 }
 
 fn fork_exec_byte() -> f64 {

@@ -526,6 +526,15 @@ const PRINTS: &[Prints] = &[
         ],
     },
     Prints {
+        command: "preload",
+        lines: &[
+            "78498 primes below 1000000",
+            "148933 primes below 2000000",
+            "216816 primes below 3000000",
+            "283146 primes below 4000000",
+        ],
+    },
+    Prints {
         command: "codecs",
         lines: &[
             "16 bytes: Report { requests: 300, busiest: Some(\"/index.html\") }",

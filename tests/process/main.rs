@@ -35,6 +35,7 @@ mod running;
 mod scheduler;
 mod sharded;
 mod systemd;
+mod without_exec;
 
 use std::process::ExitCode;
 
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
         pool::SCENARIOS,
+        without_exec::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();

@@ -15,6 +15,7 @@ use crate::harness::{NOBODY, OWN_PROGRAM, is_alive, wait_for_state, wait_until};
 crate::scenarios! {
     orphans_leave_within_a_second
     orphans_of_another_user_leave_within_a_second: ROOT
+    orphans_without_exec_leave_within_a_second
 }
 
 /// How long a worker may outlive its master.
@@ -271,4 +272,12 @@ fn orphans_leave_within_a_second() {
 fn orphans_of_another_user_leave_within_a_second() {
     let settings = Settings::default().exec(OWN_PROGRAM);
     orphans(settings.uid(NOBODY).gid(NOBODY));
+}
+
+fn orphans_without_exec_leave_within_a_second() {
+    orphans(Settings::default().main(|worker| {
+        start();
+        work(&worker);
+        0
+    }));
 }

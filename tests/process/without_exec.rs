@@ -1,0 +1,842 @@
+//! Workers that execute no program: they go on in a copy of their master.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio as ChildStdio;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cluster::{
+    Error, Interest, Master, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerProcess,
+};
+use nix::libc;
+use nix::sys::signal::{SigHandler, signal};
+use nix::unistd::{Gid, Uid};
+
+use crate::harness::{
+    Log, NOBODY, SIGNALS, cluster, in_background, is_watched, note_events, note_messages, of,
+    refuse_calls, serve_id, talk, watched, when_listening,
+};
+
+crate::scenarios! {
+    a_whole_life_in_a_copy_of_the_master
+    copies_serve_round_robin
+    copies_share_a_listener
+    copies_have_shards
+    a_copy_has_nothing_of_its_masters_but_what_the_program_has_open
+    a_copy_has_no_connection_that_waits_in_the_master
+    what_a_copy_does_to_other_workers_happens_to_nobody
+    a_copy_begins_with_no_signal_blocked_handled_or_pending
+    a_signal_in_a_copy_is_nothing_to_the_master
+    what_a_copy_returns_is_its_exit_code
+    a_copy_that_panics_ends_with_101
+    what_the_master_has_loaded_is_not_copied
+    what_was_printed_is_printed_once
+    a_copy_has_the_pipes_and_descriptors_that_stdio_says
+    settings_go_from_closure_to_program_and_back
+    a_copy_is_the_user_that_the_settings_say: ROOT
+    a_step_that_fails_in_a_copy_is_an_error_of_fork
+    a_copy_that_cannot_be_another_user_is_an_error_of_fork: ROOT
+    ends_of_copies_are_told_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
+    a_thousand_copies_leave_nothing_behind
+    what_a_worker_has_used_is_known_when_it_has_ended
+    nobody_knows_what_a_worker_has_used_for_whom_the_host_has_waited
+}
+
+/// Makes workers copies that do this.
+fn set_main(master: &Master, main: impl Fn(Worker) + 'static) {
+    let main = move |worker| {
+        main(worker);
+        0
+    };
+    master.setup_master(Settings::default().main(main));
+}
+
+/// Plays a master whose workers are never executed.
+fn masters(master: impl FnOnce(&Master)) {
+    cluster(master, |_| unreachable!("nothing is executed"));
+}
+
+fn a_whole_life_in_a_copy_of_the_master() {
+    let log = Log::default();
+    let entries = log.clone();
+    let master_pid = std::process::id();
+    masters(|master| {
+        note_events(master, &log);
+        note_messages(master, &log);
+        let settings = Settings::default().cwd("/").inspect_port(9000);
+        master.setup_master(settings.main(move |worker| {
+            assert!(cluster::is_worker() && !cluster::is_master());
+            assert_ne!(std::process::id(), master_pid);
+            let again = cluster::init().map(drop).unwrap_err();
+            assert!(matches!(again, Error::AlreadyInitialized), "{again}");
+            for (name, _) in std::env::vars_os() {
+                assert!(
+                    !name.to_string_lossy().starts_with("CLUSTER_CH"),
+                    "{name:?}"
+                );
+            }
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let news = format!(
+                "{} {} {} {}",
+                worker.id(),
+                worker.inspect_port().unwrap(),
+                std::env::current_dir().unwrap().display(),
+                std::env::var("NAME").unwrap(),
+            );
+            worker.send(news.as_bytes()).unwrap();
+            worker.on_message(|worker, message| {
+                let text = String::from_utf8_lossy(message.bytes()).to_uppercase();
+                worker.send(text.as_bytes()).unwrap();
+            });
+            assert!(listener.accept().unwrap().is_none());
+            3
+        }));
+        for name in ["a", "b"] {
+            let worker = master.fork_with([("NAME", name)]).unwrap();
+            worker.send(b"to you").unwrap();
+            worker.on_message(|_, worker, message| {
+                if message.bytes() == b"TO YOU" {
+                    worker.disconnect();
+                }
+            });
+        }
+        assert_eq!(std::env::var_os("NAME"), None);
+    });
+    let entries = entries.take();
+    for (worker, port, name) in [(1, 9000, "a"), (2, 9001, "b")] {
+        let news = format!("{worker} {port} / {name}");
+        let expected = [
+            "fork",
+            "online",
+            "listening",
+            &news,
+            "TO YOU",
+            "disconnect Some(true)",
+            "exit Some(true) exit status: 3",
+        ];
+        assert_eq!(of(worker, &entries), expected);
+    }
+    assert_eq!(entries.len(), 14, "{entries:?}");
+}
+
+/// Workers answer; one is killed, and another takes its place.
+fn serve(policy: SchedulingPolicy) {
+    masters(|master| {
+        master.set_scheduling_policy(policy).unwrap();
+        set_main(master, |worker| serve_id(&worker, "127.0.0.1:0"));
+        for _ in 0..2 {
+            master.fork().unwrap();
+        }
+        when_listening(master, 2, |master, address| {
+            let ask_all = move || {
+                let ids = (0..40).map(|_| talk(address, b"").unwrap());
+                ids.collect::<Vec<_>>()
+            };
+            in_background(master, ask_all, move |master, ids| {
+                for id in ["1", "2"] {
+                    assert!(ids.iter().any(|other| other == id), "{ids:?}");
+                }
+                master.workers()[0].process().kill(Signal::KILL);
+                master.once(master.on_exit(move |master, _, _| {
+                    let replacement = master.fork().unwrap();
+                    replacement.on_listening(move |master, _, _| {
+                        in_background(master, ask_all, |master, ids| {
+                            for id in ["2", "3"] {
+                                assert!(ids.iter().any(|other| other == id), "{ids:?}");
+                            }
+                            master.disconnect(|_| {});
+                        });
+                    });
+                }));
+            });
+        });
+    });
+}
+
+fn copies_serve_round_robin() {
+    serve(SchedulingPolicy::RoundRobin);
+}
+
+fn copies_share_a_listener() {
+    serve(SchedulingPolicy::Shared);
+}
+
+fn copies_have_shards() {
+    serve(SchedulingPolicy::Sharded);
+}
+
+/// What is open here, by number.
+fn open_descriptors() -> BTreeMap<RawFd, PathBuf> {
+    let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = numbers.map(|entry| entry.unwrap().file_name());
+    let numbers: Vec<_> = numbers.collect();
+    let open = numbers.into_iter().filter_map(|number| {
+        let link = std::fs::read_link(Path::new("/proc/self/fd").join(&number)).ok()?;
+        Some((number.to_str().unwrap().parse().unwrap(), link))
+    });
+    open.collect()
+}
+
+/// What is open here and was not at the beginning, as the kinds of it.
+fn kinds_beyond(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
+    let mut open = open_descriptors();
+    open.retain(|number, link| beginning.get(number) != Some(link));
+    let kind = |link: PathBuf| {
+        let link = link.display().to_string();
+        let kind = link.strip_prefix("socket:").map(|_| "socket".to_owned());
+        kind.unwrap_or(link)
+    };
+    let mut kinds: Vec<_> = open.into_values().map(kind).collect();
+    kinds.sort();
+    kinds
+}
+
+/// The channel and the poller.
+const OWN: [&str; 4] = [
+    "anon_inode:[eventfd]",
+    "anon_inode:[eventpoll]",
+    "anon_inode:[timerfd]",
+    "socket",
+];
+
+/// The master has one of everything: workers with pipes, queues and listeners, a path, a descriptor
+/// that is watched, one for its workers, signals, and a message with a descriptor that it is being told
+/// of while it forks.
+fn a_copy_has_nothing_of_its_masters_but_what_the_program_has_open() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("socket");
+    let file = home.path().join("file");
+    std::fs::write(&file, "of the program").unwrap();
+    let beginning = Rc::new(open_descriptors());
+    masters(|master| {
+        master.on_signal(Signal::USR1, |_, _| {}).unwrap();
+        let (watched, kept) = UnixStream::pair().unwrap();
+        let watched = Rc::new(watched);
+        let number = watched.as_raw_fd();
+        let watch = master.watch(watched, Interest::Readable, |_, _| None);
+        let watch = watch.unwrap();
+        let input = std::io::stdin();
+        // It may be what cannot be watched.
+        let input = master.watch(input, Interest::Readable, |_, _| None).ok();
+
+        let of_workers = std::fs::File::open("/dev/null").unwrap();
+        let inherited = [Stdio::inherit(), Stdio::inherit(), Stdio::inherit()];
+        let further = [Stdio::fd(of_workers), Stdio::pipe()];
+        let stdio = inherited.into_iter().chain(further);
+        master.setup_master(Settings::default().stdio(stdio));
+        set_main(master, move |worker| {
+            let _tcp = worker.listen("127.0.0.1:0").unwrap();
+            let _unix = worker.listen(path.as_path()).unwrap();
+            let (one, _) = UnixStream::pair().unwrap();
+            let fds = vec![OwnedFd::from(one)];
+            worker.send_with_fds(b"listening", fds).unwrap();
+            worker.run().unwrap();
+        });
+        let mut missing = 2;
+        for _ in 0..missing {
+            master.fork().unwrap();
+        }
+        let mut of_the_program = Some(std::fs::File::open(&file).unwrap());
+        let mut kept = Some(kept);
+        let expected = file.display().to_string();
+        master.on_message(move |master, _, message| {
+            if message.bytes() != b"listening" {
+                assert_eq!(String::from_utf8_lossy(message.bytes()), "of the program");
+                master.unwatch(watch);
+                if let Some(input) = input {
+                    master.unwatch(input);
+                }
+                drop(kept.take());
+                return master.disconnect(|_| {});
+            }
+            missing -= 1;
+            if missing > 0 {
+                return;
+            }
+            let before = open_descriptors();
+            let file = of_the_program.take().unwrap();
+            let expected = expected.clone();
+            let kept = kept.as_ref().unwrap().as_raw_fd();
+            let beginning = Rc::clone(&beginning);
+            set_main(master, move |worker| {
+                let found = kinds_beyond(&beginning);
+                let mut own: Vec<_> = OWN.map(str::to_owned).into();
+                // What `stdio` says, the end that the program has kept, and the pair for signals.
+                own.extend(["/dev/null", "socket"].map(str::to_owned));
+                own.extend(["socket", "socket", "socket"].map(str::to_owned));
+                own.push(expected.clone());
+                own.sort();
+                assert_eq!(found, own);
+                let now = open_descriptors();
+                assert_eq!(now.get(&kept), before.get(&kept));
+                assert_ne!(now.get(&number), before.get(&number));
+                assert_eq!(now[&0], before[&0]);
+                assert_eq!(now[&3], Path::new("/dev/null"));
+                let mut text = String::new();
+                (&file).read_to_string(&mut text).unwrap();
+                worker.send(text.as_bytes()).unwrap();
+                worker.run().unwrap();
+            });
+            master.fork().unwrap();
+        });
+        master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+    });
+}
+
+/// A scheduler that wants one worker, who is busy, to have all connections.
+fn a_copy_has_no_connection_that_waits_in_the_master() {
+    let beginning = Rc::new(open_descriptors());
+    masters(|master| {
+        master.set_scheduler(|_, workers| workers.first().map(|load| load.worker));
+        set_main(master, |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            let mut first = listener.accept().unwrap().unwrap();
+            first.read_exact(&mut [0]).unwrap();
+            drop(first);
+            for _ in 0..7 {
+                drop(listener.accept().unwrap().unwrap());
+            }
+        });
+        master.fork().unwrap();
+        when_listening(master, 1, |master, address| {
+            let clients: Vec<_> = (0..8)
+                .map(|_| TcpStream::connect(address).unwrap())
+                .collect();
+            let mut clients = Some(clients);
+            master.set_interval(Duration::from_millis(1), move |master| {
+                if clients.is_none() || master.ledger().in_hand() < 7 {
+                    return;
+                }
+                let mut clients = clients.take().unwrap();
+                let open = clients.len();
+                let beginning = Rc::clone(&beginning);
+                set_main(master, move |worker| {
+                    let found = kinds_beyond(&beginning);
+                    let sockets = found.iter().filter(|kind| *kind == "socket").count();
+                    assert_eq!(sockets, 1 + open, "its channel, and the program's clients");
+                    worker.disconnect();
+                });
+                master.fork().unwrap().on_exit(move |master, _, status| {
+                    assert!(status.success(), "{status}");
+                    clients[0].write_all(b"!").unwrap();
+                    for mut client in clients.drain(..) {
+                        in_background(
+                            master,
+                            move || client.read(&mut [0]).unwrap(),
+                            |_, read| assert_eq!(read, 0, "nobody else has it"),
+                        );
+                    }
+                });
+            });
+            for worker in master.workers() {
+                worker.on_exit(|master, _, _| master.disconnect(|_| std::process::exit(0)));
+            }
+        });
+    });
+}
+
+fn what_a_copy_does_to_other_workers_happens_to_nobody() {
+    masters(|master| {
+        set_main(master, |worker| worker.run().unwrap());
+        let others: Rc<RefCell<Vec<WorkerProcess>>> = Rc::default();
+        let victim = master.fork().unwrap();
+        others.borrow_mut().push(victim.clone());
+        victim.on_message(|_, _, _| panic!("it was told something"));
+        victim.on_online(move |master, victim| {
+            let others = Rc::clone(&others);
+            set_main(master, move |worker| {
+                let others = others.borrow();
+                let victim = &others[0];
+                assert!(victim.send(b"from a stranger").is_err());
+                victim.disconnect();
+                victim.kill(Signal::KILL);
+                victim.process().kill(Signal::KILL);
+                victim.process().disconnect();
+                assert!(victim.process().take_stdio(1).is_none());
+                worker.disconnect();
+            });
+            let stranger = master.fork().unwrap();
+            let victim = victim.clone();
+            stranger.on_exit(move |_, _, status| {
+                assert!(status.success(), "{status}");
+                assert!(!victim.is_dead());
+                victim.disconnect();
+            });
+        });
+        victim.on_exit(|_, victim, status| {
+            assert!(status.success(), "{status}");
+            assert_eq!(victim.exited_after_disconnect(), Some(true));
+        });
+    });
+}
+
+/// A field of `/proc/self/status` that is a set of signals.
+fn signals(field: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mut sets = status.lines().filter_map(|line| line.strip_prefix(field));
+    let set = u64::from_str_radix(sets.next().unwrap().trim(), 16).unwrap();
+    // Those beyond are the C library's own, and the real-time ones.
+    set & ((1 << 31) - 1)
+}
+
+fn bit(signal: nix::sys::signal::Signal) -> u64 {
+    1 << (signal as u32 - 1)
+}
+
+fn a_copy_begins_with_no_signal_blocked_handled_or_pending() {
+    use nix::sys::signal::{SigSet, SigmaskHow, Signal as Number, raise, sigprocmask};
+
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    masters(|master| {
+        note_messages(master, &log);
+        let mut blocked = SigSet::empty();
+        blocked.add(Number::SIGUSR2);
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked), None).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe { signal(Number::SIGHUP, SigHandler::SigIgn) }.unwrap();
+        master.on_signal(Signal::USR1, |_, _| {}).unwrap();
+        // It is marked, and the loop has not heard of it.
+        raise(Number::SIGUSR1).unwrap();
+        set_main(master, |worker| {
+            // As every Rust program begins: a client that leaves does not end its server.
+            assert_eq!(signals("SigIgn:"), bit(Number::SIGPIPE));
+            assert_eq!(signals("SigBlk:"), 0);
+            assert_eq!(signals("SigCgt:"), 0);
+            let (mut here, there) = UnixStream::pair().unwrap();
+            drop(there);
+            assert!(here.write_all(b"!").is_err());
+            for signal in [Signal::USR1, Signal::USR2] {
+                let told = move |worker: &Worker, number: Signal| {
+                    worker.send(format!("{number}").as_bytes()).unwrap();
+                };
+                worker.on_signal(signal, told).unwrap();
+            }
+            raise(Number::SIGUSR2).unwrap();
+            worker.dispatch(Some(Duration::ZERO)).unwrap();
+            worker.disconnect().run().unwrap();
+        });
+        master.fork().unwrap();
+        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&blocked), None).unwrap();
+    });
+    let told = entries.take();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].contains("USR2") || told[0].contains("12"),
+        "{told:?}"
+    );
+}
+
+fn a_signal_in_a_copy_is_nothing_to_the_master() {
+    use nix::sys::signal::{Signal as Number, raise};
+
+    SIGNALS.store(true, Ordering::SeqCst);
+    let heard = Rc::new(Cell::new(0));
+    let of_master = Rc::clone(&heard);
+    masters(|master| {
+        let count = move |_: &Master, _| of_master.set(of_master.get() + 1);
+        master.on_signal(Signal::USR1, count).unwrap();
+        set_main(master, |worker| {
+            let heard = Rc::new(Cell::new(0));
+            let of_worker = Rc::clone(&heard);
+            let count = move |_: &Worker, _| of_worker.set(of_worker.get() + 1);
+            worker.on_signal(Signal::USR1, count).unwrap();
+            for times in 1..=10 {
+                raise(Number::SIGUSR1).unwrap();
+                worker.dispatch(None).unwrap();
+                assert_eq!(heard.get(), times);
+            }
+            worker.disconnect();
+        });
+        let worker = master.fork().unwrap();
+        worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        // Nothing happens but what the worker tells.
+        let mut turns = 0;
+        while !worker.is_dead() {
+            master.dispatch(None).unwrap();
+            turns += 1;
+        }
+        assert!(turns < 10, "{turns}");
+    });
+    assert_eq!(heard.get(), 0);
+}
+
+fn what_a_copy_returns_is_its_exit_code() {
+    let log = Log::default();
+    let entries = log.clone();
+    masters(|master| {
+        note_events(master, &log);
+        master.setup_master(Settings::default().main(|_| 7));
+        master.fork().unwrap();
+        set_main(master, |_| std::process::exit(8));
+        master.fork().unwrap();
+        set_main(master, |_| {
+            nix::sys::signal::raise(nix::sys::signal::SIGKILL).unwrap()
+        });
+        master.fork().unwrap();
+    });
+    let entries = entries.take();
+    let codes = ["exit status: 7", "exit status: 8", "signal: 9 (SIGKILL)"];
+    for (worker, code) in (1..).zip(codes) {
+        let last = format!("exit Some(false) {code}");
+        assert_eq!(of(worker, &entries).last(), Some(&last.as_str()));
+    }
+}
+
+/// Its frames are its master's, whose guards do nothing there.
+fn a_copy_that_panics_ends_with_101() {
+    struct Guard(u32);
+
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            assert_eq!(std::process::id(), self.0, "the worker came back");
+        }
+    }
+
+    /// What panics once more when it is dropped.
+    struct Payload;
+
+    impl Drop for Payload {
+        fn drop(&mut self) {
+            panic!("never dropped");
+        }
+    }
+
+    let ended = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&ended);
+    masters(|master| {
+        master.on_exit(move |_, _, status| {
+            assert_eq!(status.code(), Some(101));
+            counted.set(counted.get() + 1);
+        });
+        set_main(master, |_| panic!("as it should"));
+        let fork = |master: &Master| {
+            let _guard = Guard(std::process::id());
+            master.fork().unwrap();
+        };
+        fork(master);
+        set_main(master, |_| std::panic::panic_any(Payload));
+        master.set_timeout(Duration::ZERO, fork);
+    });
+    assert_eq!(ended.get(), 2);
+}
+
+/// What a process has to itself, in KiB.
+fn own_memory(pid: u32) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let mut values = rollup
+        .lines()
+        .filter_map(|line| line.strip_prefix("Private_Dirty:"));
+    let value = values.next().unwrap().trim_end_matches("kB");
+    value.trim().parse().unwrap()
+}
+
+fn what_the_master_has_loaded_is_not_copied() {
+    const LOADED: usize = 64 << 20;
+    let log = Log::default();
+    let entries = log.clone();
+    masters(|master| {
+        note_messages(master, &log);
+        let loaded = vec![1u8; LOADED];
+        set_main(master, move |worker| {
+            let sum: usize = loaded.iter().map(|byte| usize::from(*byte)).sum();
+            let own = own_memory(std::process::id()) < 8 << 10;
+            worker.send(format!("{sum} {own}").as_bytes()).unwrap();
+        });
+        for _ in 0..3 {
+            master.fork().unwrap();
+        }
+    });
+    let expected = (1..=3).map(|worker| format!("{worker} {LOADED} true"));
+    let mut told = entries.take();
+    told.sort();
+    assert_eq!(told, expected.collect::<Vec<_>>());
+}
+
+fn what_was_printed_is_printed_once() {
+    if !is_watched() {
+        let output = watched().stdout(ChildStdio::piped()).output().unwrap();
+        assert!(output.status.success(), "{}", output.status);
+        let printed = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(printed, "master worker 1 1 worker 2 2 worker 3 3 ");
+        return;
+    }
+    masters(|master| {
+        print!("master ");
+        set_main(master, |worker| print!("worker {} ", worker.id()));
+        master.fork().unwrap();
+        // In turn: all write to one pipe.
+        master.on_exit(|master, worker, _| {
+            print!("{} ", worker.id());
+            if worker.id().get() < 3 {
+                master.fork().unwrap();
+            }
+        });
+    });
+}
+
+fn a_copy_has_the_pipes_and_descriptors_that_stdio_says() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("log");
+    let log = std::fs::File::create(&path).unwrap();
+    masters(|master| {
+        let stdio = [
+            Stdio::null(),
+            Stdio::pipe(),
+            Stdio::inherit(),
+            Stdio::fd(log),
+            Stdio::pipe(),
+        ];
+        master.setup_master(Settings::default().stdio(stdio));
+        let expected = path.clone();
+        set_main(master, move |worker| {
+            let open = open_descriptors();
+            assert_eq!(open[&0], Path::new("/dev/null"));
+            assert_eq!(open[&3], expected);
+            let logs = open.values().filter(|link| **link == expected);
+            assert_eq!(logs.count(), 1, "and not where the master has it");
+            println!("worker {}", worker.id());
+            for number in [3, 4] {
+                let mut file = std::fs::File::create(format!("/proc/self/fd/{number}"));
+                if let Ok(file) = &mut file {
+                    file.write_all(b"by number").unwrap();
+                }
+            }
+        });
+        let worker = master.fork().unwrap();
+        let mut output = worker.process().take_stdio(1).unwrap();
+        assert!(worker.process().take_stdio(4).is_some());
+        assert!(worker.process().take_stdio(3).is_none());
+        let mut text = String::new();
+        output.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "worker 1\n");
+        worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        master.setup_master(Settings::default().stdio([]));
+    });
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "by number");
+}
+
+fn settings_go_from_closure_to_program_and_back() {
+    let codes = Rc::new(RefCell::new(BTreeMap::new()));
+    let found = Rc::clone(&codes);
+    let own = std::env::current_exe().unwrap();
+    cluster(
+        |master| {
+            master.on_exit(move |_, worker, status| {
+                let id = worker.id().get();
+                codes.borrow_mut().insert(id, status.code());
+            });
+            master.setup_master(Settings::default().main(|_| 1));
+            master.fork().unwrap();
+            master.setup_master(Settings::default().cwd("/"));
+            assert!(master.settings().main.is_some());
+            master.fork().unwrap();
+            master.setup_master(Settings::default().exec(own));
+            assert!(master.settings().main.is_none());
+            master.fork().unwrap();
+            master.setup_master(Settings::default().main(|_| 2));
+            master.fork().unwrap();
+        },
+        |_| std::process::exit(5),
+    );
+    let expected = [(1, Some(1)), (2, Some(1)), (3, Some(5)), (4, Some(2))];
+    assert_eq!(found.take(), BTreeMap::from(expected));
+}
+
+fn a_copy_is_the_user_that_the_settings_say() {
+    masters(|master| {
+        master.setup_master(Settings::default().uid(NOBODY).gid(NOBODY));
+        set_main(master, |worker| {
+            assert_eq!(
+                (Uid::current(), Uid::effective()),
+                (NOBODY.into(), NOBODY.into())
+            );
+            assert_eq!(
+                (Gid::current(), Gid::effective()),
+                (NOBODY.into(), NOBODY.into())
+            );
+            assert_eq!(nix::unistd::getgroups().unwrap(), []);
+            assert!(nix::unistd::setuid(Uid::from_raw(0)).is_err());
+            worker.listen("127.0.0.1:0").unwrap();
+        });
+        let worker = master.fork().unwrap();
+        worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+    });
+}
+
+#[track_caller]
+fn assert_fails(master: &Master, step: &str, errno: Option<i32>) {
+    match master.fork().unwrap_err() {
+        Error::Fork {
+            attempt, source, ..
+        } => {
+            assert_eq!((attempt, source.raw_os_error()), (step, errno));
+        }
+        error => panic!("{error}"),
+    }
+    assert!(master.workers().is_empty());
+    let nobody = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
+    assert_eq!(nobody, Err(nix::Error::ECHILD), "and not even a zombie");
+}
+
+fn a_step_that_fails_in_a_copy_is_an_error_of_fork() {
+    masters(|master| {
+        master.on_fork(|_, _| panic!("nothing was forked"));
+        set_main(master, |_| unreachable!("a step has failed"));
+        for (name, value) in [("", "empty"), ("A=B", "C"), ("A", "B\0C"), ("A\0B", "C")] {
+            let error = master.fork_with([(name, value)]).unwrap_err();
+            assert!(matches!(error, Error::Fork { .. }), "{error}");
+        }
+        master.setup_master(Settings::default().cwd("/nowhere/at/all"));
+        assert_fails(master, "enter its directory", Some(libc::ENOENT));
+        master.setup_master(Settings::default().cwd("/"));
+        // A filter stays: the earlier step comes later.
+        refuse_calls(
+            &[libc::SYS_timerfd_create, libc::SYS_eventfd2],
+            libc::EMFILE,
+        );
+        assert_fails(master, "make it a worker", Some(libc::EMFILE));
+        refuse_calls(&[libc::SYS_epoll_create1], libc::ENFILE);
+        assert_fails(master, "prepare its descriptors", Some(libc::ENFILE));
+    });
+}
+
+fn a_copy_that_cannot_be_another_user_is_an_error_of_fork() {
+    masters(|master| {
+        master.on_fork(|_, _| panic!("nothing was forked"));
+        set_main(master, |_| unreachable!("a step has failed"));
+        master.setup_master(Settings::default().uid(NOBODY).gid(NOBODY));
+        refuse_calls(&[libc::SYS_setresuid], libc::EACCES);
+        assert_fails(master, "change its user", Some(libc::EACCES));
+        refuse_calls(&[libc::SYS_setgroups], libc::EDOM);
+        assert_fails(master, "change its groups", Some(libc::EDOM));
+    });
+}
+
+fn ends_of_copies_are_told_though_the_host_ignores_its_children() {
+    #[allow(unsafe_code)]
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { signal(nix::sys::signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
+    let ended = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&ended);
+    masters(|master| {
+        master.on_error(|_, _, error| panic!("{error}"));
+        master.on_exit(move |_, _, status| {
+            assert_eq!(status.code(), Some(9));
+            counted.set(counted.get() + 1);
+        });
+        master.setup_master(Settings::default().main(|_| 9));
+        for _ in 0..20 {
+            master.fork().unwrap();
+        }
+    });
+    assert_eq!(ended.get(), 20);
+}
+
+/// What a process has resident of its own, in KiB.
+fn anonymous() -> u64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let mut values = rollup
+        .lines()
+        .filter_map(|line| line.strip_prefix("Anonymous:"));
+    let value = values.next().unwrap().trim_end_matches("kB");
+    value.trim().parse().unwrap()
+}
+
+fn a_thousand_copies_leave_nothing_behind() {
+    const ALL: u32 = 1000;
+    const BEFORE: u32 = 100;
+    let most = Instant::now() + Duration::from_secs(3);
+    let ended = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&ended);
+    masters(|master| {
+        set_main(master, |worker| worker.run().unwrap());
+        master.on_online(|_, worker| worker.process().kill(Signal::KILL));
+        let mut before = None;
+        master.on_exit(move |master, _, _| {
+            counted.set(counted.get() + 1);
+            if counted.get() < BEFORE || Instant::now() < most && counted.get() < ALL {
+                // What was there once may be there later.
+                if counted.get() == BEFORE {
+                    before = Some((open_descriptors().len(), anonymous()));
+                }
+                master.fork().unwrap();
+                return;
+            }
+            let (descriptors, memory) = before.unwrap();
+            // That of the one that has ended is still there, and of no other.
+            assert_eq!(open_descriptors().len(), descriptors);
+            let now = anonymous();
+            assert!(now <= memory + 128, "{memory} KiB, now {now}");
+        });
+        master.fork().unwrap();
+    });
+    println!("{} workers", ended.get());
+    assert!(ended.get() > BEFORE);
+}
+
+/// Works for so long, of its own time.
+fn burn(time: Duration) {
+    let clock = nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID;
+    let own = || Duration::from(nix::time::clock_gettime(clock).unwrap());
+    let begun = own();
+    while own() < begun + time {
+        std::hint::spin_loop();
+    }
+}
+
+/// One that executes its program, and one that does not.
+fn what_a_worker_has_used_is_known_when_it_has_ended() {
+    const TIME: Duration = Duration::from_millis(50);
+    const MEMORY: usize = 64 << 20;
+    fn work() {
+        burn(TIME);
+        let memory = vec![1u8; MEMORY];
+        assert_eq!(memory.iter().filter(|byte| **byte == 1).count(), MEMORY);
+    }
+    let ended = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&ended);
+    cluster(
+        |master| {
+            master.on_online(|_, worker| assert_eq!(worker.process().usage(), None));
+            master.on_exit(move |_, worker, status| {
+                assert!(status.success(), "{status}");
+                let usage = worker.process().usage().unwrap();
+                let time = usage.user_cpu_time + usage.system_cpu_time;
+                assert!((TIME..TIME * 40).contains(&time), "{usage:?}");
+                assert!(usage.user_cpu_time > Duration::ZERO, "{usage:?}");
+                let memory = MEMORY as u64;
+                assert!((memory..memory * 4).contains(&usage.max_rss), "{usage:?}");
+                counted.set(counted.get() + 1);
+            });
+            master.fork().unwrap();
+            set_main(master, |_| work());
+            master.fork().unwrap();
+        },
+        |_| work(),
+    );
+    assert_eq!(ended.get(), 2);
+}
+
+fn nobody_knows_what_a_worker_has_used_for_whom_the_host_has_waited() {
+    masters(|master| {
+        set_main(master, |worker| worker.run().unwrap());
+        let worker = master.fork().unwrap();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
+        worker.on_online(move |_, worker| {
+            worker.process().kill(Signal::KILL);
+            nix::sys::wait::waitpid(pid, None).unwrap();
+        });
+        worker.on_exit(|_, worker, _| assert_eq!(worker.process().usage(), None));
+    });
+}
