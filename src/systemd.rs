@@ -75,8 +75,8 @@ const LONGEST_NAME: usize = 255;
 
 /// A descriptor that was passed to this process: a listener, a UDP socket, or something else.
 ///
-/// Node has no counterpart. `TcpListener`, `UnixListener` and [`UdpSocket`](std::net::UdpSocket) are
-/// made of it by `try_from`, which is an [`Error::Descriptor`] if it is not of that kind; `OwnedFd`
+/// Node has no counterpart. [`TcpListener`], [`UnixListener`] and [`UdpSocket`] of the standard library
+/// are made of it by `try_from`, which is an [`Error::Descriptor`] if it is not of that kind; `OwnedFd`
 /// is by `from`, whatever it is. It is as it came: whether it blocks is up to whoever opened it, and
 /// may change while others have it, too. `shutdown` would end it for them as well.
 ///

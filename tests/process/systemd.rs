@@ -80,6 +80,7 @@ fn ask_and_end(service: &mut Child, address: SocketAddr) {
     let mut served = BTreeSet::new();
     wait_until("both workers", || {
         served.extend(talk(address, b"").ok());
+        assert!(matches!(service.try_wait(), Ok(None)), "it has ended");
         (served.len() >= 2).then_some(())
     });
     assert!(served.iter().eq(["1", "2"]), "{served:?}");
