@@ -1,7 +1,6 @@
 //! A production server: workers that are kept running, reloads, upgrades, signals, and systemd.
 //!
 //! Type:      cargo run --release --example pool
-//! then:      curl http://127.0.0.1:8000/
 //! reload:    kill -HUP, upgrade: kill -USR2, scale: kill -TTIN and -TTOU, stop: kill -TERM
 #![allow(clippy::print_stderr)]
 

@@ -877,8 +877,8 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::options::Readiness;
     use super::*;
-    use crate::pool::options::Readiness;
 
     const MS: Duration = Duration::from_millis(1);
     const SECOND: Duration = Duration::from_secs(1);

@@ -130,6 +130,8 @@ struct Inner {
     program: OwnProgram,
     /// Who is to be told that this process serves.
     predecessor: RefCell<Option<UnixStream>>,
+    /// Which of the listeners it leaves to this process with their files.
+    left: RefCell<Vec<usize>>,
     upgrading: Cell<bool>,
     has_successor: Cell<bool>,
 }
@@ -170,6 +172,7 @@ impl Pool {
             listeners: RefCell::default(),
             program: OwnProgram::new(),
             predecessor: RefCell::new(upgrade::predecessor()),
+            left: RefCell::default(),
             upgrading: Cell::new(false),
             has_successor: Cell::new(false),
         }));
@@ -580,11 +583,7 @@ impl Pool {
             match news {
                 News::Event(event) => {
                     if event == PoolEvent::Quorum(true) {
-                        self.0
-                            .predecessor
-                            .take()
-                            .into_iter()
-                            .for_each(upgrade::relieve);
+                        self.relieve();
                     }
                     let callbacks = self.0.on_event.borrow().clone();
                     for callback in callbacks {

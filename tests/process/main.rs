@@ -29,6 +29,10 @@ mod messages;
 mod old_kernels;
 mod orphans;
 mod pool;
+/// The pool needs nothing of the crate that is not public: so it can be compiled elsewhere.
+#[allow(dead_code, unused_imports)]
+#[path = "../../src/pool/mod.rs"]
+mod pool_elsewhere;
 mod privileges;
 mod round_robin;
 mod running;

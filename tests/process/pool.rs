@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::rc::Rc;
@@ -37,6 +38,8 @@ crate::scenarios! {
     the_program_decides_at_the_end_of_its_tries
     reloads_scalings_and_upgrades_lose_nobody_rr
     reloads_scalings_and_upgrades_lose_nobody_none
+    a_unix_socket_goes_from_master_to_master
+    systemd_is_told
     broken_reloads_change_nothing
     broken_upgrades_change_nothing
     under_fire_only_those_in_hand_are_lost
@@ -481,6 +484,7 @@ fn server(options: PoolOptions) {
             println!("master {own}");
             pool.on_event(move |_, _, event| println!("{own}: {event}"));
             pool.on_usual_signals(&master).unwrap();
+            pool.tell_systemd(&master).unwrap();
             if release == "master without workers" {
                 pool.scale(&master, 0);
             }
@@ -532,6 +536,10 @@ struct Server {
 
 impl Server {
     fn start(policy: &str) -> Self {
+        Self::start_with(policy, &[])
+    }
+
+    fn start_with(policy: &str, env: &[(&str, &str)]) -> Self {
         // A successor whose predecessor has ended is this process's.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let (reserved, address) = reserve_port();
@@ -541,7 +549,8 @@ impl Server {
         command
             .env(ADDRESS, address.to_string())
             .env(RELEASE, &release)
-            .env("CLUSTER_SCHED_POLICY", policy);
+            .env("CLUSTER_SCHED_POLICY", policy)
+            .envs(env.iter().copied());
         let group = Group::start(&mut command).unwrap();
         let server = Self {
             group,
@@ -588,7 +597,8 @@ impl Server {
 
     fn stop(self) {
         let master = self.master();
-        self.signal(Signal::SIGTERM);
+        // It may have been told already, and have ended.
+        let _ = kill(master, Signal::SIGTERM);
         wait_until("its end", || (!is_alive(pid(master))).then_some(()));
         let status = self.group.end().unwrap();
         println!("{}", self.group.output());
@@ -657,6 +667,139 @@ fn reloads_scalings_and_upgrades_lose_nobody(policy: &str) {
     }
     assert_nobody_lost(load.end());
     server.stop();
+}
+
+/// The file is there all the time, whoever fails, and gone at the end.
+fn a_unix_socket_goes_from_master_to_master() {
+    const PATH: &str = "server.sock";
+    if is_watched() {
+        let passed = cluster::systemd::listen_fds().unwrap();
+        let directory = PathBuf::from(std::env::var(RELEASE).unwrap());
+        let directory = directory.parent().unwrap();
+        let path = directory.join(PATH);
+        match cluster::init().unwrap() {
+            Role::Master(master) => {
+                let is_broken = directory.join("broken").exists();
+                let options = quick().workers(if is_broken { 0 } else { 1 });
+                let pool = Pool::new(&master, options.boot(100 * MS));
+                pool.adopt(&master, passed).unwrap();
+                pool.listen(&master, path.as_path()).unwrap();
+                let own = std::process::id();
+                println!("master {own}");
+                pool.on_event(move |_, _, event| println!("{own}: {event}"));
+                pool.on_usual_signals(&master).unwrap();
+                if is_broken {
+                    // In good order.
+                    pool.stop(&master);
+                }
+                master.run().unwrap();
+            }
+            Role::Worker(worker) => {
+                let listener = worker.listen(path).unwrap();
+                for connection in listener.incoming() {
+                    let _ = connection.unwrap().write_all(b"served");
+                }
+            }
+        }
+        return;
+    }
+    let server = Server::start("rr");
+    let path = std::env::temp_dir().join(PATH);
+    let ask = || {
+        let mut answer = String::new();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "served");
+    };
+    ask();
+    for round in 1..=3 {
+        let broken = std::env::temp_dir().join("broken");
+        std::fs::write(&broken, "").unwrap();
+        let old = server.master();
+        kill(old, Signal::SIGUSR2).unwrap();
+        server.wait_for(&format!("{old}: the new master failed: exit status: 0"), 1);
+        ask();
+        std::fs::remove_file(broken).unwrap();
+        kill(old, Signal::SIGUSR2).unwrap();
+        wait_until("the predecessor's end", || {
+            (!is_alive(pid(old))).then_some(())
+        });
+        server.wait_for(": ready", 1 + round);
+        ask();
+    }
+    server.stop();
+    assert!(!path.exists());
+}
+
+/// A service manager that listens to what the pool tells it.
+fn systemd_is_told() {
+    const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+    if is_watched() {
+        return server(quick());
+    }
+    let path = std::env::temp_dir().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let hear = || {
+        let mut buffer = [0; 1024];
+        let length = manager.recv(&mut buffer).unwrap();
+        String::from_utf8(buffer[..length].to_vec()).unwrap()
+    };
+    // Not what is only for people.
+    let next = || loop {
+        let heard = hear();
+        if !heard.starts_with("STATUS=") && heard != "WATCHDOG=1" {
+            return heard;
+        }
+    };
+    let server = Server::start_with(
+        "rr",
+        &[
+            (NOTIFY_SOCKET, path.to_str().unwrap()),
+            ("WATCHDOG_USEC", "20000"),
+        ],
+    );
+    assert_eq!(next(), format!("READY=1\nMAINPID={}", server.master()));
+    while hear() != "WATCHDOG=1" {}
+    server.signal(Signal::SIGHUP);
+    let reloading = next();
+    let time = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=");
+    assert!(time.unwrap().parse::<u64>().unwrap() > 0, "{reloading}");
+    assert_eq!(next(), format!("READY=1\nMAINPID={}", server.master()));
+
+    let old = server.master();
+    server.signal(Signal::SIGUSR2);
+    wait_until("a successor", || (server.master() != old).then_some(()));
+    assert_eq!(next(), format!("READY=1\nMAINPID={}", server.master()));
+    wait_until("the predecessor's end", || {
+        (!is_alive(pid(old))).then_some(())
+    });
+    while hear() != "WATCHDOG=1" {}
+
+    // Without a quorum nobody feeds the watchdog.
+    server.release("exits");
+    for worker in server.workers() {
+        kill(worker, Signal::SIGKILL).unwrap();
+    }
+    server.wait_for(": not ready", 2);
+    manager.set_nonblocking(true).unwrap();
+    let silence = std::iter::from_fn(|| manager.recv(&mut [0; 1024]).ok());
+    silence.for_each(drop);
+    manager.set_nonblocking(false).unwrap();
+    server.release("good");
+    loop {
+        let heard = hear();
+        assert_ne!(heard, "WATCHDOG=1", "before it was ready");
+        if heard.starts_with("READY=1") {
+            break;
+        }
+    }
+    server.signal(Signal::SIGTERM);
+    assert_eq!(next(), "STOPPING=1");
+    server.stop();
+    std::fs::remove_file(path).unwrap();
 }
 
 fn broken_reloads_change_nothing() {
