@@ -78,9 +78,12 @@ fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// What workers ask for to get this listener: its address, or its path.
-pub(crate) fn endpoint_of(kind: Kind, socket: &OwnedFd) -> io::Result<Endpoint> {
+/// Adopts a listener of this kind for workers. Returns what they ask for to get it: its address, or its
+/// path.
+pub(crate) fn adopt_as(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
     check_kind(kind, socket.as_raw_fd())?;
+    // It may get its port here.
+    adopt(socket, backlog)?;
     let place = match kind {
         Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
         Kind::Unix => {

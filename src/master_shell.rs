@@ -12,7 +12,7 @@ use std::rc::{Rc, Weak};
 use std::time::Instant;
 
 use crate::address::Address;
-use crate::bind::{self, BoundSocket, bind, endpoint_of};
+use crate::bind::{BoundSocket, adopt_as, bind};
 use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::{Error, SendError};
@@ -632,8 +632,7 @@ impl MasterShell {
 
     /// Keeps a listener that is open already.
     pub(crate) fn adopt(&self, kind: Kind, socket: OwnedFd, flags: &BindFlags) -> io::Result<Kept> {
-        let endpoint = endpoint_of(kind, &socket)?;
-        bind::adopt(&socket, flags.backlog)?;
+        let endpoint = adopt_as(kind, &socket, flags.backlog)?;
         self.act();
         let handle = self.decide().next_handle();
         let bound = BoundSocket {

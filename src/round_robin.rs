@@ -202,9 +202,11 @@ impl<C> RoundRobin<C> {
         self.chooses = true;
     }
 
-    /// A connection of which the program is to say who gets it.
+    /// A connection of which the program is to say who gets it. It is not asked as long as there is
+    /// nobody to choose.
     pub(crate) fn unchosen(&self) -> Option<(u64, &C)> {
         let (place, connection) = self.unchosen.first_key_value()?;
+        self.candidates().next()?;
         Some((*place, connection))
     }
 

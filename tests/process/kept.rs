@@ -4,6 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::SocketAddr as UnixAddress;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,6 +38,7 @@ crate::scenarios! {
     who_waits_when_it_is_let_go_of_is_served_by_those_who_leave
     what_workers_have_opened_can_be_kept
     a_kept_listener_holds_up_neither_disconnect_nor_run
+    the_scheduler_is_asked_when_there_is_somebody_to_choose
 }
 
 const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
@@ -294,7 +297,11 @@ fn what_cannot_be_kept_is_an_error_at_once() {
                 Some(EINVAL)
             );
             let (pair, _other) = UnixStream::pair().unwrap();
-            let nameless = UnixListener::from(OwnedFd::from(pair));
+            let connected = UnixListener::from(OwnedFd::from(pair));
+            assert_eq!(refused(master, connected).0, Some(EINVAL));
+            let name = format!("kept-{}", std::process::id());
+            let nameless = UnixAddress::from_abstract_name(name).unwrap();
+            let nameless = UnixListener::bind_addr(&nameless).unwrap();
             assert_eq!(refused(master, nameless).0, None);
             let listener = UnixListener::bind(directory.path().join("unix")).unwrap();
             let listener = TcpListener::from(OwnedFd::from(listener));
@@ -608,4 +615,59 @@ fn a_kept_listener_holds_up_neither_disconnect_nor_run() {
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
     assert_eq!(entries.take(), ["over"]);
+}
+
+/// The only worker dies, and what was in its queue waits in the master for the next one.
+fn the_scheduler_is_asked_when_there_is_somebody_to_choose() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (kept, address) = listen(master, RR);
+            master.set_scheduler(|_, workers| Some(workers[0].worker));
+            fork(master, 1, move |master| {
+                let clients: Vec<_> = (0..5)
+                    .map(|_| TcpStream::connect(address).unwrap())
+                    .collect();
+                when_taken(master, 1, 5, move |master| {
+                    end_all(master, kill, move |master| {
+                        assert_eq!(master.ledger().in_hand(), 4);
+                        drop(master.fork().unwrap());
+                        let ask = |mut client: TcpStream| {
+                            let mut answer = String::new();
+                            let said = client.write_all(b"x");
+                            said.and_then(|()| client.read_to_string(&mut answer)).ok();
+                            answer
+                        };
+                        let work = move || clients.into_iter().map(ask).collect::<String>();
+                        in_background(master, work, move |master, answers| {
+                            log.add(answers);
+                            master.disconnect(move |_| drop(kept));
+                        });
+                    });
+                });
+            });
+        },
+        |worker| {
+            for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                let mut connection = connection.unwrap();
+                connection.read_exact(&mut [0]).unwrap();
+                let id = worker.id().to_string();
+                connection.write_all(id.as_bytes()).unwrap();
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["2222"]);
+}
+
+/// Calls back when so many have been taken, of so many that have been accepted.
+fn when_taken(master: &Master, taken: u64, accepted: u64, then: impl FnOnce(&Master) + 'static) {
+    master.set_timeout(Duration::from_millis(1), move |master| {
+        let ledger = master.ledger();
+        if (ledger.taken, ledger.accepted) == (taken, accepted) {
+            then(master);
+        } else {
+            when_taken(master, taken, accepted, then);
+        }
+    });
 }
