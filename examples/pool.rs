@@ -13,12 +13,13 @@ const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 
 
 fn main() -> cluster::Result<()> {
     let passed = systemd::listen_fds()?;
+    let address = std::env::args().nth(1);
+    let address = address.as_deref().unwrap_or("127.0.0.1:8000");
     match cluster::init()? {
         Role::Master(master) => {
             let pool = Pool::new(&master, PoolOptions::default());
             pool.adopt(&master, passed)?;
-            let address = pool.listen(&master, "127.0.0.1:8000")?;
-            eprintln!("listening on {address}");
+            eprintln!("listening on {}", pool.listen(&master, address)?);
             pool.on_event(|_, _, event| eprintln!("{event}"));
             pool.on_usual_signals(&master)?;
             pool.tell_systemd(&master)?;
@@ -26,14 +27,13 @@ fn main() -> cluster::Result<()> {
         }
         Role::Worker(worker) => {
             leave_signals_to_master(&worker)?;
-            let listener = worker.listen("127.0.0.1:8000")?;
+            let listener = worker.listen(address)?;
             listener.incoming().try_for_each(|client| client.map(serve))
         }
     }
 }
 
 fn serve(mut client: Connection) {
-    let _ = client
-        .read(&mut [0; 4096])
-        .and_then(|_| client.write_all(ANSWER));
+    let read = client.read(&mut [0; 4096]);
+    let _ = read.and_then(|_| client.write_all(ANSWER));
 }

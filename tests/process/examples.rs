@@ -38,6 +38,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("request_counter_counts", request_counter),
         Trial::test("is_dead_tells_who_is", is_dead),
         Trial::test("sticky_clients_stay_with_their_worker", sticky),
+        Trial::test("pool_is_a_production_server", pool),
         Trial::test("debug_lines_are_those_of_the_page", debug_lines),
     ]);
     trials.extend(PRINTS.iter().map(|prints| {
@@ -389,6 +390,19 @@ fn connect_from(own: Ipv4Addr, address: SocketAddr) -> nix::Result<TcpStream> {
     bind(socket.as_raw_fd(), &SockaddrStorage::from(own))?;
     connect(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     Ok(socket.into())
+}
+
+fn pool() -> Result<(), Failed> {
+    let server = Group::start(example("pool").arg("127.0.0.1:0"))?;
+    let address = server.line("listening on ").parse()?;
+    server.line("ready");
+    assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello\n"));
+    kill(server.pid(), Signal::SIGHUP)?;
+    server.line("generation 1 serves");
+    assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello\n"));
+    stop(&server, Signal::SIGTERM)?;
+    TcpStream::connect(address).unwrap_err();
+    Ok(())
 }
 
 fn sticky() -> Result<(), Failed> {

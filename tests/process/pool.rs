@@ -25,6 +25,7 @@ use crate::harness::{
 crate::scenarios! {
     slots_are_filled_again
     a_crash_loop_backs_off_gives_up_and_rests
+    a_crash_loop_takes_the_time_that_the_options_say
     who_cannot_be_forked_has_died
     who_is_never_ready_is_killed
     who_hangs_is_killed
@@ -145,6 +146,38 @@ fn a_crash_loop_backs_off_gives_up_and_rests() {
     for (pause, least) in pauses.iter().zip([0, 20, 40, 80, 160, 320]) {
         assert!(*pause >= least * MS, "{pauses:?}");
     }
+}
+
+/// With the options as they are, except that nobody gives up: for as long as there is [`fire`].
+fn a_crash_loop_takes_the_time_that_the_options_say() {
+    let forks = Rc::new(RefCell::new(Vec::new()));
+    let noted = Rc::clone(&forks);
+    cluster(
+        |master| {
+            let options = PoolOptions::default().workers(1).jitter(0);
+            let pool = Pool::new(master, options.give_up(u32::MAX, MS));
+            let begin = Instant::now();
+            master.on_fork(move |_, _| noted.borrow_mut().push(begin.elapsed()));
+            master.set_timeout(fire(), move |master| pool.stop(master));
+        },
+        |_| std::process::exit(1),
+    );
+    let forks = forks.take();
+    println!("{forks:?}");
+    let pauses = std::iter::successors(Some(100 * MS), |pause| Some(*pause * 2));
+    let mut least = vec![Duration::ZERO, Duration::ZERO];
+    for pause in pauses.map(|pause| pause.min(Duration::from_secs(30))) {
+        let next = least[least.len() - 1] + pause;
+        if next > fire() {
+            break;
+        }
+        least.push(next);
+    }
+    assert_eq!(forks.len(), least.len(), "{forks:?}");
+    assert!(
+        forks.iter().zip(&least).all(|(fork, least)| fork >= least),
+        "{forks:?}"
+    );
 }
 
 fn who_cannot_be_forked_has_died() {
