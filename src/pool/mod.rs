@@ -56,7 +56,7 @@ pub use event::{Cause, Death, GiveUp, Limit, PoolEvent};
 pub use options::{PoolOptions, Readiness};
 pub use signals::{Action, leave_signals_to_master};
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
-use upgrade::OwnProgram;
+use upgrade::{OwnProgram, Upgrade};
 
 /// The variable in a worker's environment that has the number of its slot, from 0.
 ///
@@ -122,8 +122,8 @@ struct Inner {
     news: RefCell<VecDeque<News>>,
     on_event: RefCell<Vec<Rc<RefCell<OnEvent>>>>,
     on_give_up: RefCell<Option<Rc<RefCell<OnGiveUp>>>>,
-    /// What the generations are forked with that have settings of their own.
-    settings: RefCell<BTreeMap<u32, Settings>>,
+    /// What the generations are forked with, if it is not what the master says.
+    settings: RefCell<BTreeMap<u32, Option<Settings>>>,
     /// Those of the next generation.
     next_settings: RefCell<Option<Settings>>,
     listeners: RefCell<Vec<MasterListener>>,
@@ -132,7 +132,7 @@ struct Inner {
     predecessor: RefCell<Option<UnixStream>>,
     /// Which of the listeners it leaves to this process with their files.
     left: RefCell<Vec<usize>>,
-    upgrading: Cell<bool>,
+    upgrade: RefCell<Option<Upgrade>>,
     has_successor: Cell<bool>,
 }
 
@@ -173,7 +173,7 @@ impl Pool {
             program: OwnProgram::new(),
             predecessor: RefCell::new(upgrade::predecessor()),
             left: RefCell::default(),
-            upgrading: Cell::new(false),
+            upgrade: RefCell::default(),
             has_successor: Cell::new(false),
         }));
         pool.attend(master);
@@ -328,6 +328,8 @@ impl Pool {
     /// # }
     /// ```
     pub fn cancel_reload(&self, master: &Master) {
+        let unused = self.0.next_settings.take();
+        drop(unused);
         self.input(master, Core::cancel_reload);
     }
 
@@ -356,6 +358,8 @@ impl Pool {
     /// ```
     pub fn stop(&self, master: &Master) {
         self.input(master, Core::stop);
+        // One that has taken over already is none any more.
+        self.end_upgrade(master, Err("the pool stops".to_owned()));
     }
 
     /// Kills all workers, and lets [`Master::run`] come to its end.
@@ -369,6 +373,7 @@ impl Pool {
     /// ```
     pub fn stop_at_once(&self, master: &Master) {
         self.input(master, Core::stop_at_once);
+        self.end_upgrade(master, Err("the pool stops".to_owned()));
     }
 
     /// Returns whether the pool has been told to stop.
@@ -568,8 +573,9 @@ impl Pool {
         let pool = self.clone();
         let timer = master.set_timeout(wait, move |master| {
             pool.0.timer.set(None);
-            pool.deliver(master);
             pool.input(master, Core::tick);
+            pool.deliver(master);
+            pool.act(master);
         });
         let previous = self.0.timer.replace(Some(timer));
         previous
@@ -577,11 +583,13 @@ impl Pool {
             .for_each(|timer| master.clear_timer(timer));
     }
 
+    /// Tells what there is to tell now. If a callback panics and the program goes on, the rest is told
+    /// later.
     fn deliver(&self, master: &Master) {
-        let news = self.0.news.take();
-        for news in news {
+        for _ in 0..self.0.news.borrow().len() {
+            let news = self.0.news.borrow_mut().pop_front();
             match news {
-                News::Event(event) => {
+                Some(News::Event(event)) => {
                     if event == PoolEvent::Quorum(true) {
                         self.relieve();
                     }
@@ -593,11 +601,12 @@ impl Pool {
                         }
                     }
                 }
-                News::GiveUp(death) => {
+                Some(News::GiveUp(death)) => {
                     let decision = self.ask(master, &death);
                     let slot = death.slot;
                     self.input(master, |core, now| core.decide(slot, decision, now));
                 }
+                None => return,
             }
         }
     }
@@ -628,17 +637,17 @@ impl Pool {
         }
     }
 
-    /// A generation without settings of its own has those of the one before.
+    /// A generation without settings of its own has those of the one that serves when it comes.
     fn settings_of(&self, generation: u32) -> Option<Settings> {
         let mut settings = self.0.settings.borrow_mut();
-        let last = settings.last_key_value().map(|(last, _)| *last);
-        if last.is_none_or(|last| last < generation) {
-            if let Some(next) = self.0.next_settings.take() {
-                settings.insert(generation, next);
-            }
+        if !settings.contains_key(&generation) {
+            let core = self.0.core.borrow();
+            let serving = settings.get(&core.generation).cloned().flatten();
+            settings.insert(generation, self.0.next_settings.take().or(serving));
+            let in_use = |known: &u32| core.slots.iter().any(|slot| slot.generation == *known);
+            settings.retain(|known, _| *known == generation || in_use(known));
         }
-        let found = settings.range(..=generation).next_back();
-        found.map(|(_, settings)| settings.clone())
+        settings.get(&generation).cloned().flatten()
     }
 
     fn tell_to_leave(&self, worker: &WorkerProcess) {

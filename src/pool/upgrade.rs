@@ -5,16 +5,16 @@
 //! When enough workers of the successor are ready, that one writes a byte, and the predecessor leaves.
 //! If it ends before, or does not write in time, it is killed, and nothing has changed.
 
-use std::cell::Cell;
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::rc::Rc;
 
 use cluster::systemd::ListenFd;
-use cluster::{Error, Interest, Master, Result, Settings, Signal, Stdio, WorkerProcess};
+use cluster::{
+    Error, Interest, Master, Result, Settings, Signal, Stdio, TimerId, WatchId, WorkerProcess,
+};
 
 use super::Pool;
 use super::event::PoolEvent;
@@ -44,6 +44,14 @@ impl OwnProgram {
             args: std::env::args_os().skip(1).collect(),
         }
     }
+}
+
+/// A successor that has not said yet that it serves.
+#[derive(Debug)]
+pub(super) struct Upgrade {
+    successor: WorkerProcess,
+    watch: WatchId,
+    timer: TimerId,
 }
 
 /// The standard input of a process that a predecessor has started.
@@ -137,31 +145,24 @@ impl Pool {
     /// # Ok(()) }
     /// ```
     pub fn upgrade(&self, master: &Master) -> Result<()> {
-        if self.is_stopping() || self.0.upgrading.replace(true) {
+        if self.is_stopping() || self.0.upgrade.borrow().is_some() {
             return Ok(());
         }
-        let begun = self.begin_upgrade(master);
-        self.0.upgrading.set(begun.is_ok());
-        begun
-    }
-
-    fn begin_upgrade(&self, master: &Master) -> Result<()> {
         let failed = |attempt| move |source| Error::Io { attempt, source };
         let program = self.0.program.path.as_ref();
-        let program = program
-            .map_err(|error| failed("find the program of this process")(error.kind().into()))?;
+        let unknown = |error: &io::Error| Error::Io {
+            attempt: "find the program of this process",
+            source: error.kind().into(),
+        };
+        let program = program.map_err(unknown)?;
         let (ours, theirs) =
             UnixStream::pair().map_err(failed("make a channel to a new master"))?;
         let mut passed = Vec::new();
         for listener in &*self.0.listeners.borrow() {
             let copy = listener.as_fd().try_clone_to_owned();
             let copy = copy.map_err(failed("copy a listener for a new master"))?;
-            let name = if listener.removes_file() {
-                LEFT
-            } else {
-                "passed"
-            };
-            passed.push((name, copy));
+            let is_ours = listener.removes_file();
+            passed.push((if is_ours { LEFT } else { "passed" }, copy));
         }
         let settings = Settings::default()
             .exec(program)
@@ -177,67 +178,67 @@ impl Pool {
         let successor = master.fork_as(settings, env)?;
         // It is to be there when this one has gone.
         successor.process().unref();
-        self.await_successor(master, &successor, ours)
+        self.await_successor(master, successor, ours)
     }
 
-    /// Waits for a byte, for the end of the process, or for the end of its time, whatever is first.
+    /// Waits for its byte, its end, or the end of its time, whatever is first.
     fn await_successor(
         &self,
         master: &Master,
-        successor: &WorkerProcess,
+        successor: WorkerProcess,
         channel: UnixStream,
     ) -> Result<()> {
-        let over = Rc::new(Cell::new(false));
-        let end = {
-            let (pool, over, successor) = (self.clone(), Rc::clone(&over), successor.clone());
-            Rc::new(
-                move |master: &Master, outcome: std::result::Result<(), String>| {
-                    if !over.replace(true) {
-                        pool.upgrade_ends(master, &successor, outcome);
-                    }
-                },
-            )
-        };
-        let ended = Rc::clone(&end);
-        successor.on_exit(move |master, _, status| ended(master, Err(status.to_string())));
-        let options = self.0.core.borrow().options().clone();
-        let late = Rc::clone(&end);
-        let timer = master.set_timeout(options.boot + options.trial, move |master| {
-            late(master, Err("not ready in time".to_owned()));
-        });
+        let pool = self.clone();
         let hear = move |master: &Master, mut channel: &UnixStream| {
-            let mut byte = [0];
-            match channel.read(&mut byte) {
-                Ok(1) if byte == [SERVES] => end(master, Ok(())),
-                // Its end is told by the process.
-                _ => {}
+            // Its end is told by the process.
+            if matches!(channel.read(&mut [0]), Ok(1)) {
+                pool.end_upgrade(master, Ok(()));
             }
-            master.clear_timer(timer);
             None
         };
-        master.watch(channel, Interest::Readable, hear)?;
+        let watch = master.watch(channel, Interest::Readable, hear)?;
+        let pool = self.clone();
+        let options = self.0.core.borrow().options().clone();
+        let timer = master.set_timeout(options.boot + options.trial, move |master| {
+            pool.end_upgrade(master, Err("not ready in time".to_owned()));
+        });
+        let pool = self.clone();
+        successor.on_exit(move |master, worker, status| {
+            let awaited = pool.0.upgrade.borrow();
+            let is_awaited = awaited.as_ref().is_some_and(|u| u.successor == *worker);
+            drop(awaited);
+            if is_awaited {
+                pool.end_upgrade(master, Err(status.to_string()));
+            }
+        });
+        let upgrade = Upgrade {
+            successor,
+            watch,
+            timer,
+        };
+        self.0.upgrade.replace(Some(upgrade));
         Ok(())
     }
 
-    fn upgrade_ends(
-        &self,
-        master: &Master,
-        successor: &WorkerProcess,
-        outcome: std::result::Result<(), String>,
-    ) {
+    /// Nothing happens if no upgrade is under way.
+    pub(super) fn end_upgrade(&self, master: &Master, outcome: std::result::Result<(), String>) {
+        let Some(upgrade) = self.0.upgrade.take() else {
+            return;
+        };
+        master.unwatch(upgrade.watch);
+        master.clear_timer(upgrade.timer);
         let event = match outcome {
             Ok(()) => {
                 self.0.has_successor.set(true);
                 for listener in &*self.0.listeners.borrow() {
-                    // Of what is left there is nothing that could fail.
+                    // To leave a file cannot fail.
                     let _ = listener.set_removes_file(false);
                 }
                 self.stop(master);
                 PoolEvent::Upgraded
             }
             Err(reason) => {
-                self.0.upgrading.set(false);
-                successor.process().kill(Signal::KILL);
+                upgrade.successor.process().kill(Signal::KILL);
                 PoolEvent::UpgradeFailed { reason }
             }
         };
