@@ -10,13 +10,17 @@
 //! [`Settings::listen_fds`](crate::Settings::listen_fds()).
 //!
 //! ```no_run
-//! use cluster::{ListenOptions, Role, systemd};
+//! use std::net::TcpListener;
+//! use cluster::{Role, systemd};
 //!
 //! fn main() -> cluster::Result<()> {
-//!     // Lent to the workers by its number, it must stay open as long as they come.
-//!     let _passed = systemd::listen_fds()?;
+//!     let passed = systemd::listen_fds()?;
 //!     match cluster::init()? {
 //!         Role::Master(master) => {
+//!             let mut listeners = Vec::new();
+//!             for passed in passed {
+//!                 listeners.push(master.listen(TcpListener::try_from(passed)?)?);
+//!             }
 //!             master.fork()?;
 //!             master.on_listening(|_, _, _| drop(systemd::notify("READY=1")));
 //!             if let Some(longest) = systemd::watchdog()? {
@@ -25,7 +29,7 @@
 //!             master.run()
 //!         }
 //!         Role::Worker(worker) => {
-//!             let listener = worker.listen(ListenOptions::fd(3))?;
+//!             let listener = worker.listen("127.0.0.1:8000")?; // as in the socket unit
 //!             for connection in listener.incoming() {
 //!                 drop(connection?);
 //!             }

@@ -293,7 +293,7 @@ fn restore_signals(mask: &libc::sigset_t) {
 /// Node: what `process.resourceUsage()` calls the same, of a process that has ended. It counts what
 /// has been used in the process, with those of its own children that it has waited for. See
 /// [`Process::usage`](crate::Process::usage) for an example.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Usage {
     /// The CPU time that its own code took. Microseconds are counted; how exactly depends on the

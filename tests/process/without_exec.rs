@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cluster::{
-    Error, Interest, Master, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerProcess,
+    Error, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerProcess,
 };
 use nix::libc;
 use nix::sys::signal::{SigHandler, signal};
@@ -32,6 +32,7 @@ crate::scenarios! {
     a_copy_has_nothing_of_its_masters_but_what_the_program_has_open
     a_copy_has_no_connection_that_waits_in_the_master
     what_a_copy_does_to_other_workers_happens_to_nobody
+    the_master_is_useless_in_a_copy
     a_copy_begins_with_no_signal_blocked_handled_or_pending
     a_signal_in_a_copy_is_nothing_to_the_master
     what_a_copy_returns_is_its_exit_code
@@ -378,6 +379,37 @@ fn what_a_copy_does_to_other_workers_happens_to_nobody() {
     });
 }
 
+fn the_master_is_useless_in_a_copy() {
+    let Role::Master(master) = cluster::init().unwrap() else {
+        unreachable!("nothing is executed");
+    };
+    let master = Rc::new(master);
+    let copied = Rc::clone(&master);
+    set_main(&master, move |worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        assert!(copied.workers().is_empty());
+        assert!(copied.fork().is_err());
+        assert!(copied.dispatch(Some(Duration::ZERO)).is_err());
+        let input = UnixStream::pair().unwrap().0;
+        assert!(
+            copied
+                .watch(input, Interest::Readable, |_, _| None)
+                .is_err()
+        );
+        copied.disconnect(|_| {});
+        drop(listener);
+        worker.disconnect().run().unwrap();
+    });
+    let statuses = Rc::new(RefCell::new(Vec::new()));
+    let seen = Rc::clone(&statuses);
+    master.on_exit(move |_, _, status| seen.borrow_mut().push(status.code()));
+    for _ in 0..2 {
+        master.fork().unwrap();
+    }
+    master.run().unwrap();
+    assert_eq!(statuses.take(), [Some(0), Some(0)]);
+}
+
 /// A field of `/proc/self/status` that is a set of signals.
 fn signals(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -437,6 +469,7 @@ fn a_copy_begins_with_no_signal_blocked_handled_or_pending() {
     );
 }
 
+/// The worker waits until the master would have heard what is for the worker alone.
 fn a_signal_in_a_copy_is_nothing_to_the_master() {
     use nix::sys::signal::{Signal as Number, raise};
 
@@ -446,27 +479,30 @@ fn a_signal_in_a_copy_is_nothing_to_the_master() {
     masters(|master| {
         let count = move |_: &Master, _| of_master.set(of_master.get() + 1);
         master.on_signal(Signal::USR1, count).unwrap();
-        set_main(master, |worker| {
+        let (here, there) = UnixStream::pair().unwrap();
+        set_main(master, move |worker| {
             let heard = Rc::new(Cell::new(0));
             let of_worker = Rc::clone(&heard);
             let count = move |_: &Worker, _| of_worker.set(of_worker.get() + 1);
             worker.on_signal(Signal::USR1, count).unwrap();
             for times in 1..=10 {
                 raise(Number::SIGUSR1).unwrap();
-                worker.dispatch(None).unwrap();
+                worker.send(b"raised").unwrap();
+                (&there).read_exact(&mut [0]).unwrap();
+                worker.dispatch(Some(Duration::ZERO)).unwrap();
                 assert_eq!(heard.get(), times);
             }
             worker.disconnect();
         });
+        // At the end of the turn: all that was ready with the message has been heard.
+        let here = Rc::new(RefCell::new(here));
+        master.on_message(move |master, _, _| {
+            let here = Rc::clone(&here);
+            let go_on = move |_: &Master| here.borrow_mut().write_all(b"!").unwrap();
+            master.set_timeout(Duration::ZERO, go_on);
+        });
         let worker = master.fork().unwrap();
         worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
-        // Nothing happens but what the worker tells.
-        let mut turns = 0;
-        while !worker.is_dead() {
-            master.dispatch(None).unwrap();
-            turns += 1;
-        }
-        assert!(turns < 10, "{turns}");
     });
     assert_eq!(heard.get(), 0);
 }
