@@ -586,7 +586,8 @@ impl Pool {
     /// Tells what there is to tell now. If a callback panics and the program goes on, the rest is told
     /// later.
     fn deliver(&self, master: &Master) {
-        for _ in 0..self.0.news.borrow().len() {
+        let count = self.0.news.borrow().len();
+        for _ in 0..count {
             let news = self.0.news.borrow_mut().pop_front();
             match news {
                 Some(News::Event(event)) => {

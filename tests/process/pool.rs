@@ -603,17 +603,33 @@ impl Server {
 
     fn wait_for(&self, end: &str, count: usize) {
         wait_until(&format!("{count} x {end:?}"), || {
-            (self.count(end) >= count).then_some(())
+            let is_there = self.count(end) >= count;
+            let anybody = self
+                .masters()
+                .into_iter()
+                .any(|master| is_alive(pid(master)));
+            assert!(
+                is_there || anybody || self.masters().is_empty(),
+                "{}",
+                self.group.output()
+            );
+            is_there.then_some(())
         });
+    }
+
+    fn masters(&self) -> Vec<Pid> {
+        let output = self.group.output();
+        let masters = output
+            .lines()
+            .filter_map(|line| line.strip_prefix("master "));
+        masters
+            .map(|pid| Pid::from_raw(pid.parse().unwrap()))
+            .collect()
     }
 
     /// The master that was started last.
     fn master(&self) -> Pid {
-        let output = self.group.output();
-        let mut masters = output
-            .lines()
-            .filter_map(|line| line.strip_prefix("master "));
-        Pid::from_raw(masters.next_back().unwrap().parse().unwrap())
+        *self.masters().last().unwrap()
     }
 
     fn workers(&self) -> Vec<Pid> {
