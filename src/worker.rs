@@ -184,7 +184,7 @@ impl Worker {
     ///
     /// Node: `server.listen()`. See [`ListenOptions`] for what can be listened on, and how. The
     /// master binds the address when the first worker asks and closes it when the last one has left
-    /// it. Port 0 is any free port, and the same one for the first `listen` of every worker, another
+    /// it, unless it keeps it ([`Master::listen`](crate::Master::listen)). Port 0 is any free port, and the same one for the first `listen` of every worker, another
     /// one for the second. If a name stands for several addresses, the first that can be had is
     /// taken. A path is relative to the worker's directory; the master removes the file at the end.
     /// This waits for the master's answer.

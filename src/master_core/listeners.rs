@@ -554,7 +554,14 @@ impl<C> MasterCore<C> {
                     self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
                     return Ok(());
                 }
-                if self.handles[&handle].members.contains(&worker) {
+                let has_it = self.handles[&handle].members.contains(&worker);
+                if has_it && self.handles[&handle].is_adopted {
+                    // By its port, and once more by its address.
+                    let result = Err(errno::EADDRINUSE);
+                    self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                    return Ok(());
+                }
+                if has_it {
                     return Err(FrameError::State("listens twice with one index"));
                 }
                 match self.shard_for(handle, worker) {
@@ -1335,6 +1342,16 @@ mod tests {
         assert_eq!(given(ip("[::]:80")), Some(both));
         assert_eq!(given(ip("127.0.0.1:81")), Some(one));
         assert_eq!(given(port(81)), None);
+        let worker = online(&mut core);
+        ask(&mut core, worker, port(80));
+        let twice = ask(&mut core, worker, ip("0.0.0.0:80"));
+        let is_error = |action: &Action<u32>| {
+            let Action::Send { frame, .. } = action else {
+                return false;
+            };
+            matches!(frame, ToWorker::Reply { result, .. } if *result == Err(errno::EADDRINUSE))
+        };
+        assert!(twice.iter().any(is_error) && core.is_connected(worker));
         core.release(again);
         core.release(all);
         assert!(core.is_bound(all), "somebody has it");

@@ -39,6 +39,7 @@ crate::scenarios! {
     what_workers_have_opened_can_be_kept
     a_kept_listener_holds_up_neither_disconnect_nor_run
     the_scheduler_is_asked_when_there_is_somebody_to_choose
+    the_last_to_leave_serve_what_has_been_accepted
 }
 
 const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
@@ -617,47 +618,94 @@ fn a_kept_listener_holds_up_neither_disconnect_nor_run() {
     assert_eq!(entries.take(), ["over"]);
 }
 
+/// Five clients, of whom the only worker has taken one; the others are in its queue.
+fn with_five_accepted(
+    master: &Master,
+    then: impl FnOnce(&Master, MasterListener, SocketAddr, Vec<TcpStream>) + 'static,
+) {
+    let (kept, address) = listen(master, RR);
+    master.set_scheduler(|_, workers| Some(workers[0].worker));
+    fork(master, 1, move |master| {
+        let connect = |_| TcpStream::connect(address).unwrap();
+        let clients: Vec<_> = (0..5).map(connect).collect();
+        when_taken(master, 1, 5, move |master| {
+            then(master, kept, address, clients);
+        });
+    });
+}
+
+fn serve_after_one_byte(worker: &cluster::Worker) {
+    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+        let mut connection = connection.unwrap();
+        connection.read_exact(&mut [0]).unwrap();
+        let id = worker.id().to_string();
+        connection.write_all(id.as_bytes()).unwrap();
+    }
+}
+
+/// All that is heard by clients that say a byte; some may be cut off.
+fn ask_all(clients: Vec<TcpStream>) -> String {
+    let ask = |mut client: TcpStream| {
+        let mut answer = String::new();
+        let said = client.write_all(b"x");
+        let _ = said.and_then(|()| client.read_to_string(&mut answer));
+        answer
+    };
+    clients.into_iter().map(ask).collect()
+}
+
 /// The only worker dies, and what was in its queue waits in the master for the next one.
 fn the_scheduler_is_asked_when_there_is_somebody_to_choose() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let (kept, address) = listen(master, RR);
-            master.set_scheduler(|_, workers| Some(workers[0].worker));
-            fork(master, 1, move |master| {
-                let clients: Vec<_> = (0..5)
-                    .map(|_| TcpStream::connect(address).unwrap())
-                    .collect();
-                when_taken(master, 1, 5, move |master| {
-                    end_all(master, kill, move |master| {
-                        assert_eq!(master.ledger().in_hand(), 4);
-                        drop(master.fork().unwrap());
-                        let ask = |mut client: TcpStream| {
-                            let mut answer = String::new();
-                            let said = client.write_all(b"x");
-                            said.and_then(|()| client.read_to_string(&mut answer)).ok();
-                            answer
-                        };
-                        let work = move || clients.into_iter().map(ask).collect::<String>();
-                        in_background(master, work, move |master, answers| {
-                            log.add(answers);
-                            master.disconnect(move |_| drop(kept));
-                        });
+            with_five_accepted(master, move |master, kept, _, clients| {
+                end_all(master, kill, move |master| {
+                    assert_eq!(master.ledger().in_hand(), 4);
+                    drop(master.fork().unwrap());
+                    let work = move || ask_all(clients);
+                    in_background(master, work, move |master, answers| {
+                        log.add(answers);
+                        master.disconnect(move |_| drop(kept));
                     });
                 });
             });
         },
-        |worker| {
-            for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-                let mut connection = connection.unwrap();
-                connection.read_exact(&mut [0]).unwrap();
-                let id = worker.id().to_string();
-                connection.write_all(id.as_bytes()).unwrap();
-            }
-        },
+        |worker| serve_after_one_byte(&worker),
     );
     assert_eq!(entries.take(), ["2222"]);
+}
+
+/// And whoever comes afterwards is left to the next worker.
+fn the_last_to_leave_serve_what_has_been_accepted() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            with_five_accepted(master, move |master, kept, address, clients| {
+                let client = TcpStream::connect(address).unwrap();
+                let later = log.clone();
+                master.disconnect(move |master| {
+                    let ledger = master.ledger();
+                    assert_eq!((ledger.accepted, ledger.taken), (5, 5));
+                    drop(master.fork().unwrap());
+                    let work = move || ask_all(vec![client]);
+                    in_background(master, work, move |master, answer| {
+                        later.add(answer);
+                        drop(kept);
+                        master.disconnect(|_| {});
+                    });
+                });
+                let work = move || ask_all(clients);
+                in_background(master, work, move |_, answers| log.add(answers));
+            });
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["11111", "2"]);
 }
 
 /// Calls back when so many have been taken, of so many that have been accepted.
