@@ -801,7 +801,8 @@ fn a_thousand_copies_leave_nothing_behind() {
         let mut before = None;
         master.on_exit(move |master, _, _| {
             counted.set(counted.get() + 1);
-            if counted.get() < BEFORE || Instant::now() < most && counted.get() < ALL {
+            let has_time = Instant::now() < most && counted.get() < ALL;
+            if counted.get() < 2 * BEFORE || has_time {
                 // What was there once may be there later.
                 if counted.get() == BEFORE {
                     before = Some((open_descriptors().len(), anonymous()));
@@ -818,7 +819,6 @@ fn a_thousand_copies_leave_nothing_behind() {
         master.fork().unwrap();
     });
     println!("{} workers", ended.get());
-    assert!(ended.get() > BEFORE);
 }
 
 /// Works for so long, of its own time.
