@@ -117,7 +117,6 @@ const PLAYED: &[&str] = &[
     "orphans_leave_within_a_second",
     "kill_infinite_loop",
     "a_whole_life_in_a_copy_of_the_master",
-    "a_copy_has_no_connection_that_waits_in_the_master",
     "what_a_worker_has_used_is_known_when_it_has_ended",
 ];
 
