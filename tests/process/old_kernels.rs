@@ -118,7 +118,6 @@ const PLAYED: &[&str] = &[
     "kill_infinite_loop",
     "foreign_workers_share_a_port",
     "a_whole_life_in_a_copy_of_the_master",
-    "a_copy_has_no_connection_that_waits_in_the_master",
     "what_a_worker_has_used_is_known_when_it_has_ended",
 ];
 

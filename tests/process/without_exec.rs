@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -127,6 +127,16 @@ fn a_whole_life_in_a_copy_of_the_master() {
     assert_eq!(entries.len(), 14, "{entries:?}");
 }
 
+/// Asks until each of these workers has answered, and nobody else.
+fn ask_until_all_answer(address: SocketAddr, workers: [&str; 2]) {
+    let mut missing = workers.to_vec();
+    while !missing.is_empty() {
+        let answer = talk(address, b"").unwrap();
+        assert!(workers.contains(&answer.as_str()), "{answer}");
+        missing.retain(|worker| *worker != answer);
+    }
+}
+
 /// Workers answer; one is killed, and another takes its place.
 fn serve(policy: SchedulingPolicy) {
     masters(|master| {
@@ -136,24 +146,14 @@ fn serve(policy: SchedulingPolicy) {
             master.fork().unwrap();
         }
         when_listening(master, 2, |master, address| {
-            let ask_all = move || {
-                let ids = (0..40).map(|_| talk(address, b"").unwrap());
-                ids.collect::<Vec<_>>()
-            };
-            in_background(master, ask_all, move |master, ids| {
-                for id in ["1", "2"] {
-                    assert!(ids.iter().any(|other| other == id), "{ids:?}");
-                }
+            let ask = move || ask_until_all_answer(address, ["1", "2"]);
+            in_background(master, ask, move |master, ()| {
                 master.workers()[0].process().kill(Signal::KILL);
                 master.once(master.on_exit(move |master, _, _| {
                     let replacement = master.fork().unwrap();
                     replacement.on_listening(move |master, _, _| {
-                        in_background(master, ask_all, |master, ids| {
-                            for id in ["2", "3"] {
-                                assert!(ids.iter().any(|other| other == id), "{ids:?}");
-                            }
-                            master.disconnect(|_| {});
-                        });
+                        let ask = move || ask_until_all_answer(address, ["2", "3"]);
+                        in_background(master, ask, |master, ()| master.disconnect(|_| {}));
                     });
                 }));
             });
@@ -801,7 +801,8 @@ fn a_thousand_copies_leave_nothing_behind() {
         let mut before = None;
         master.on_exit(move |master, _, _| {
             counted.set(counted.get() + 1);
-            if counted.get() < BEFORE || Instant::now() < most && counted.get() < ALL {
+            let has_time = Instant::now() < most && counted.get() < ALL;
+            if counted.get() < 2 * BEFORE || has_time {
                 // What was there once may be there later.
                 if counted.get() == BEFORE {
                     before = Some((open_descriptors().len(), anonymous()));
@@ -818,7 +819,6 @@ fn a_thousand_copies_leave_nothing_behind() {
         master.fork().unwrap();
     });
     println!("{} workers", ended.get());
-    assert!(ended.get() > BEFORE);
 }
 
 /// Works for so long, of its own time.
