@@ -175,7 +175,7 @@ impl Pool {
         successor.on_exit(move |master, _, status| ended(master, Err(status.to_string())));
         let options = self.0.core.borrow().options().clone();
         let late = Rc::clone(&end);
-        let timer = master.set_timeout(options.boot + options.trial, move |master| {
+        let timer = master.set_timeout(options.boot.saturating_add(options.trial), move |master| {
             late(master, Err("not ready in time".to_owned()));
         });
         let hear = move |master: &Master, mut channel: &UnixStream| {
