@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::pool::{Action, GiveUp, Pool, PoolOptions, Readiness, Status, WorkerPhase};
+use cluster::pool::{Action, GiveUp, Pool, PoolOptions, Readiness, Status};
 use cluster::{Master, Role, SchedulingPolicy, Settings, Signal, systemd};
 use lexopt::prelude::*;
 
@@ -99,11 +99,7 @@ fn amount(args: &mut lexopt::Parser, units: &[(&str, u64)]) -> Result<u64, lexop
 /// Where the program is: a shell searches, `execve` does not.
 fn find(program: &Path) -> Option<PathBuf> {
     let has_slash = program.as_os_str().as_encoded_bytes().contains(&b'/');
-    let path = if has_slash {
-        None
-    } else {
-        std::env::var_os("PATH")
-    };
+    let path = std::env::var_os("PATH").filter(|_| !has_slash);
     let is_program = |path: &PathBuf| {
         let data = path.metadata();
         data.is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
@@ -122,10 +118,8 @@ struct Screen {
 
 impl Screen {
     fn log(&self, text: impl Display) {
-        self.print(&format!(
-            "{:9.3} {text}\n",
-            self.began.elapsed().as_secs_f64()
-        ));
+        let seconds = self.began.elapsed().as_secs_f64();
+        self.print(&format!("{seconds:9.3} {text}\n"));
     }
 
     fn show(&self, status: String) {
@@ -147,10 +141,6 @@ impl Screen {
 }
 
 fn describe(status: &Status) -> String {
-    let workers = status.slots.iter().filter_map(|slot| slot.worker.as_ref());
-    let ready = workers
-        .filter(|worker| worker.state == WorkerPhase::Ready)
-        .count();
     let restarts: u64 = status.slots.iter().map(|slot| slot.restarts).sum();
     let seconds = status.age.as_secs();
     let up = match (seconds / 3600, seconds / 60 % 60) {
@@ -158,7 +148,7 @@ fn describe(status: &Status) -> String {
         (0, minutes) => format!("{minutes}m"),
         (hours, minutes) => format!("{hours}h{minutes:02}m"),
     };
-    let (slots, generation) = (status.slots.len(), status.generation);
+    let (ready, slots, generation) = (status.ready(), status.slots.len(), status.generation);
     format!("{ready} of {slots} ready  gen {generation}  restarts {restarts}  up {up}")
 }
 
@@ -185,7 +175,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     for fd in passed {
         fds.push((fd.name().unwrap_or("passed").to_owned(), fd.into()));
     }
-    let mut kept = Vec::new();
+    let mut kept = Vec::new(); // who comes while all are dead waits for the next one
     for address in &options.listen {
         let listener = match address.contains('/') {
             true => master.listen(Path::new(address))?,
@@ -195,12 +185,8 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         fds.push(("listen".to_owned(), listener.as_fd().try_clone_to_owned()?));
         kept.push(listener);
     }
-    master.setup_master(
-        Settings::default()
-            .exec(found)
-            .args(options.args)
-            .listen_fds(fds),
-    );
+    let settings = Settings::default().exec(found).args(options.args);
+    master.setup_master(settings.listen_fds(fds));
 
     let pool = Pool::new(&master, options.pool);
     let shown = Rc::clone(&screen);
