@@ -156,6 +156,10 @@ impl<W: Copy + Ord> Core<W> {
     pub(super) fn new(mut options: PoolOptions, now: Time, seed: u64) -> Self {
         options.jitter = options.jitter.min(100);
         options.surge = options.surge.max(1);
+        // Whom time alone proves ready is not late before that time.
+        if let Some(time) = options.readiness.alive_at(Time::ZERO) {
+            options.boot = options.boot.saturating_add(time);
+        }
         let looks = options.max_connections.is_some() || options.max_memory.is_some();
         let look_at = looks.then(|| now + options.look);
         let workers = options.workers;
@@ -1006,6 +1010,15 @@ mod tests {
         assert_eq!(world.told.last(), Some(&PoolEvent::Quorum(true)));
         world.ready(3);
         assert_eq!(world.core.next_deadline(), None);
+    }
+
+    #[test]
+    fn nobody_is_late_whom_time_proves_ready() {
+        let readiness = Readiness::Alive(60 * SECOND);
+        let mut world = World::new(options(1).readiness(readiness).boot(30 * SECOND));
+        world.pass(60 * SECOND);
+        assert_eq!(world.killed, []);
+        assert!(world.core.quorum);
     }
 
     #[test]

@@ -26,7 +26,8 @@ pub struct PoolOptions {
     pub workers: usize,
     /// What proves that a worker is ready. The default is that it listens.
     pub readiness: Readiness,
-    /// How long a worker may take from its fork until it is ready; it is killed then. 30 s.
+    /// How long a worker may take from its fork until it is ready; it is killed then. With
+    /// [`Readiness::Alive`] nobody is late. 30 s.
     pub boot: Duration,
     /// A worker that dies is replaced at once. If its replacement dies, too, this time passes before
     /// the next one, and twice as long each time after that. 100 ms.

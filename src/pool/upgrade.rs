@@ -199,7 +199,8 @@ impl Pool {
         let watch = master.watch(channel, Interest::Readable, hear)?;
         let pool = self.clone();
         let options = self.0.core.borrow().options().clone();
-        let timer = master.set_timeout(options.boot + options.trial, move |master| {
+        let time = options.boot.saturating_add(options.trial);
+        let timer = master.set_timeout(time, move |master| {
             pool.end_upgrade(master, Err("not ready in time".to_owned()));
         });
         let pool = self.clone();

@@ -113,10 +113,15 @@ macro_rules! scenarios {
 pub fn trial(scenario: &'static Scenario) -> Trial {
     let test = Trial::test(scenario.name, || run(scenario.name));
     match scenario.need {
-        Some(need) => test
-            .with_kind(format!("needs {}", need.name))
-            .with_ignored_flag(!(need.is_met)()),
+        Some(need) => need.of(test),
         None => test,
+    }
+}
+
+impl Need {
+    pub fn of(&self, test: Trial) -> Trial {
+        test.with_kind(format!("needs {}", self.name))
+            .with_ignored_flag(!(self.is_met)())
     }
 }
 

@@ -37,6 +37,7 @@ mod privileges;
 mod round_robin;
 mod running;
 mod scheduler;
+mod serve;
 mod sharded;
 mod systemd;
 mod without_exec;
@@ -75,7 +76,8 @@ fn main() -> ExitCode {
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
         old_kernels::become_old();
-        let scenario = scenarios.iter().find(|scenario| scenario.name == name);
+        let mut known = scenarios.iter().copied().chain(serve::PROGRAMS);
+        let scenario = known.find(|scenario| scenario.name == name);
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();
     trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
+    trials.extend(serve::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,

@@ -1,0 +1,237 @@
+//! Runs any program that takes its listeners from `LISTEN_FDS` in several processes, and keeps them
+//! running: those that die are replaced, and a new version takes over without losing a client.
+//!
+//! Type:      cargo run --release --example serve -- --listen 127.0.0.1:8000 -- gunicorn app
+//! reload:    kill -HUP, scale: kill -TTIN and -TTOU, stop: Ctrl-C
+//! and read:  cargo run --release --example serve -- --help
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::cell::{Cell, RefCell};
+use std::error::Error;
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use cluster::pool::{Action, GiveUp, Pool, PoolOptions, Readiness, Status};
+use cluster::{Master, Role, SchedulingPolicy, Settings, Signal, systemd};
+use lexopt::prelude::*;
+
+const USAGE: &str = "\
+Usage: serve [OPTIONS] [--] PROGRAM [ARGS...]
+
+Keeps several processes of a program running that takes its listeners from LISTEN_FDS.
+
+  --listen ADDRESS    HOST:PORT, or a path with a slash for a Unix socket; may be repeated, and
+                      may be missing if serve itself was passed listeners: those come first
+  --workers NUMBER    how many processes; as many as cores
+  --readiness TIME    how long a process must live to count as ready; 1s
+  --drain TIME        after this time a process that was told to end is killed; 30s
+  --max-age TIME      after this time a process is replaced; never
+  --max-memory SIZE   a process that has more memory resident is replaced; none
+
+A TIME is 500ms, 10s, 5m or 2h, a SIZE 4096, 512K, 100M or 2G. A process is told to end by SIGTERM.
+
+HUP replaces all processes, one after the other, each when the next one is ready. TTIN and TTOU make
+it one more and one fewer. TERM and INT stop, and at once the second time; QUIT stops at once.
+The exit code is 0 after a stop, 1 after failures and 2 if the options make no sense.
+";
+
+const MILLISECONDS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
+const BYTES: &[(&str, u64)] = &[("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30)];
+
+#[derive(Default)]
+struct Options {
+    listen: Vec<String>,
+    pool: PoolOptions,
+    program: OsString,
+    args: Vec<OsString>,
+}
+
+fn options() -> Result<Options, lexopt::Error> {
+    let mut options = Options::default();
+    let pool = &mut options.pool;
+    pool.leave_signal = Some(Signal::TERM);
+    pool.readiness = Readiness::Alive(Duration::from_secs(1));
+    // To have lived so long is all that can be asked of a program.
+    pool.trial = Duration::ZERO;
+    let mut args = lexopt::Parser::from_env();
+    let time = |args: &mut lexopt::Parser| amount(args, MILLISECONDS).map(Duration::from_millis);
+    while let Some(arg) = args.next()? {
+        match arg {
+            Long("listen") => options.listen.push(args.value()?.string()?),
+            Long("workers") => pool.workers = args.value()?.parse::<NonZeroUsize>()?.get(),
+            Long("readiness") => pool.readiness = Readiness::Alive(time(&mut args)?),
+            Long("drain") => pool.drain = time(&mut args)?,
+            Long("max-age") => pool.max_age = Some(time(&mut args)?),
+            Long("max-memory") => pool.max_memory = Some(amount(&mut args, BYTES)?),
+            Long("help") => {
+                print!("{USAGE}");
+                std::process::exit(0);
+            }
+            Value(program) => {
+                options.program = program;
+                options.args = args.raw_args()?.collect();
+                return Ok(options);
+            }
+            Short(_) | Long(_) => return Err(arg.unexpected()),
+        }
+    }
+    Err("no program".into())
+}
+
+fn amount(args: &mut lexopt::Parser, units: &[(&str, u64)]) -> Result<u64, lexopt::Error> {
+    args.value()?.parse_with(|text| {
+        let mut amounts = units.iter().filter_map(|(unit, factor)| {
+            let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+            number.checked_mul(*factor)
+        });
+        amounts.next().ok_or("expected a number with its unit")
+    })
+}
+
+/// Where the program is: a shell searches, `execve` does not.
+fn find(program: &Path) -> Option<PathBuf> {
+    let has_slash = program.as_os_str().as_encoded_bytes().contains(&b'/');
+    let path = std::env::var_os("PATH").filter(|_| !has_slash);
+    let is_program = |path: &PathBuf| {
+        let data = path.metadata();
+        data.is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+    };
+    let path = path.unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|place| place.join(program));
+    places.find(is_program)
+}
+
+/// What people see: a line for each event, and on a terminal one below that tells how it is.
+struct Screen {
+    began: Instant,
+    is_terminal: bool,
+    status: RefCell<String>,
+}
+
+impl Screen {
+    fn log(&self, text: impl Display) {
+        let seconds = self.began.elapsed().as_secs_f64();
+        self.print(&format!("{seconds:9.3} {text}\n"));
+    }
+
+    fn show(&self, status: String) {
+        if self.is_terminal && *self.status.borrow() != status {
+            self.status.replace(status);
+            self.print("");
+        }
+    }
+
+    /// The cursor is left where what the programs print covers the status, and does not follow it.
+    fn print(&self, line: &str) {
+        let text = match self.is_terminal {
+            true => format!("\r\x1b[K{line}{}\r", self.status.borrow()),
+            false => line.to_owned(),
+        };
+        // A terminal that has gone is no reason to end.
+        let _ = io::stderr().write_all(text.as_bytes());
+    }
+}
+
+fn describe(status: &Status) -> String {
+    let restarts: u64 = status.slots.iter().map(|slot| slot.restarts).sum();
+    let seconds = status.age.as_secs();
+    let up = match (seconds / 3600, seconds / 60 % 60) {
+        (0, 0) => format!("{seconds}s"),
+        (0, minutes) => format!("{minutes}m"),
+        (hours, minutes) => format!("{hours}h{minutes:02}m"),
+    };
+    let (ready, slots, generation) = (status.ready(), status.slots.len(), status.generation);
+    format!("{ready} of {slots} ready  gen {generation}  restarts {restarts}  up {up}")
+}
+
+fn serve() -> Result<ExitCode, Box<dyn Error>> {
+    let passed = systemd::listen_fds()?;
+    let options = options()?;
+    if passed.is_empty() && options.listen.is_empty() {
+        return Err(lexopt::Error::from("nothing to listen on").into());
+    }
+    let program = Path::new(&options.program);
+    let found = find(program).ok_or_else(|| format!("cannot execute {}", program.display()))?;
+    let Role::Master(master) = cluster::init()? else {
+        return Err("this process is a worker of another one".into());
+    };
+    let screen = Rc::new(Screen {
+        began: Instant::now(),
+        is_terminal: io::stderr().is_terminal(),
+        status: RefCell::default(),
+    });
+
+    // So the listeners block, as programs expect it, and the master does not accept.
+    master.set_scheduling_policy(SchedulingPolicy::Shared)?;
+    let mut fds: Vec<(String, OwnedFd)> = Vec::new();
+    for fd in passed {
+        fds.push((fd.name().unwrap_or("passed").to_owned(), fd.into()));
+    }
+    let mut kept = Vec::new(); // who comes while all are dead waits for the next one
+    for address in &options.listen {
+        let listener = match address.contains('/') {
+            true => master.listen(Path::new(address))?,
+            false => master.listen(address.as_str())?,
+        };
+        screen.log(format_args!("listening on {}", listener.address()));
+        fds.push(("listen".to_owned(), listener.as_fd().try_clone_to_owned()?));
+        kept.push(listener);
+    }
+    let settings = Settings::default().exec(found).args(options.args);
+    master.setup_master(settings.listen_fds(fds));
+
+    let pool = Pool::new(&master, options.pool);
+    let shown = Rc::clone(&screen);
+    pool.on_event(move |pool, master, event| {
+        shown.log(event);
+        shown.show(describe(&pool.status(master)));
+    });
+    let gave_up = Rc::new(Cell::new(false));
+    let (shown, failed) = (Rc::clone(&screen), Rc::clone(&gave_up));
+    pool.on_give_up(move |pool, master, death| {
+        if pool.status(master).ready() > 0 {
+            return GiveUp::Hold;
+        }
+        shown.log(format_args!("gives up: {death}"));
+        failed.set(true);
+        GiveUp::Stop
+    });
+    // All but USR2: the next master would not find these listeners.
+    for (signal, action) in [
+        (Signal::HUP, Action::Reload),
+        (Signal::TTIN, Action::Grow),
+        (Signal::TTOU, Action::Shrink),
+        (Signal::TERM, Action::Stop),
+        (Signal::INT, Action::Stop),
+        (Signal::QUIT, Action::StopAtOnce),
+    ] {
+        pool.on_signal(&master, signal, action)?;
+    }
+    pool.tell_systemd(&master)?;
+    if screen.is_terminal {
+        let shown = Rc::clone(&screen);
+        let show = move |master: &Master| shown.show(describe(&pool.status(master)));
+        master.unref(master.set_interval(Duration::from_secs(1), show));
+    }
+    let outcome = master.run();
+    screen.show(String::new());
+    outcome?;
+    Ok(ExitCode::from(u8::from(gave_up.get())))
+}
+
+fn main() -> ExitCode {
+    serve().unwrap_or_else(|error| {
+        let is_usage = error.is::<lexopt::Error>();
+        let hint = if is_usage { "; see --help" } else { "" };
+        eprintln!("serve: {error}{hint}");
+        ExitCode::from(if is_usage { 2 } else { 1 })
+    })
+}

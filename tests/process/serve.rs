@@ -1,0 +1,453 @@
+//! The example `serve`, with programs that know nothing of this crate.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, FromRawFd as _};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use libtest_mimic::{Failed, Trial};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::Pid;
+
+use crate::harness::{
+    Group, PYTHON, SCENARIO, SYSTEMD, example, is_alive, reserve_port, talk, wait_until,
+};
+
+/// What `serve` runs here: this binary, as a program that it does not know.
+pub const PROGRAMS: &[crate::harness::Scenario] = &[crate::harness::Scenario {
+    name: PROGRAM,
+    play: program,
+    need: None,
+}];
+const PROGRAM: &str = "program_of_serve";
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        PYTHON.of(Trial::test("serve_shares_a_port", shares_a_port)),
+        SYSTEMD.of(Trial::test("serve_is_started_by_its_socket", by_its_socket)),
+        PYTHON.of(Trial::test("serve_listens_on_unix_sockets", unix_socket)),
+        Trial::test("serve_replaces_a_dead_process", replaces),
+        Trial::test("serve_reloads_under_load_without_a_failure", reloads),
+        Trial::test("serve_explains_its_options", explains),
+        Trial::test("serve_says_what_it_cannot_execute", missing),
+        Trial::test("serve_gives_up_on_a_program_that_fails", gives_up),
+        Trial::test("serve_shows_how_it_is_on_a_terminal", terminal),
+        Trial::test("serve_writes_plain_lines_elsewhere", plain),
+    ]
+}
+
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+/// Answers with its process id. It ends when it is told to, but not within a request.
+fn program() {
+    #[allow(unsafe_code)]
+    // SAFETY: it was passed, and nobody else has it.
+    let listener = unsafe {
+        let mut passed = sd_notify::listen_fds().unwrap();
+        TcpListener::from_raw_fd(passed.next().unwrap())
+    };
+    listener.set_nonblocking(true).unwrap();
+    let mut end = SigSet::empty();
+    end.add(Signal::SIGTERM);
+    end.thread_block().unwrap();
+    let end = SignalFd::new(&end).unwrap();
+    loop {
+        let fds = [listener.as_fd(), end.as_fd()];
+        let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        poll(&mut fds, PollTimeout::NONE).unwrap();
+        if fds[1].any().unwrap() {
+            return;
+        }
+        match listener.accept() {
+            Ok((connection, _)) => drop(answer(connection)),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+        }
+    }
+}
+
+fn answer(mut connection: TcpStream) -> std::io::Result<()> {
+    connection.set_nonblocking(false)?;
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        let mut buffer = [0; 1024];
+        match connection.read(&mut buffer)? {
+            0 => return Ok(()),
+            length => request.extend(&buffer[..length]),
+        }
+    }
+    let body = format!("{}\n", std::process::id());
+    let length = body.len();
+    write!(
+        connection,
+        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+}
+
+/// A program of somebody else, which blocks.
+const PYTHON_PROGRAM: &str = "
+import http.server, os, socket
+assert os.environ['LISTEN_PID'] == str(os.getpid())
+assert os.environ['LISTEN_FDS'] == '1'
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b'%d\\n' % os.getpid()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+listener = socket.socket(fileno=3)
+server = http.server.HTTPServer(listener.getsockname(), Handler, bind_and_activate=False)
+server.socket.close()
+server.socket = listener
+while True:
+    # It does not look before whether somebody comes.
+    server._handle_request_noblock()
+";
+
+/// The same for any kind of socket; Python's server does not know how to print all addresses.
+const PYTHON_PROGRAM_OF_ANY_FAMILY: &str = "
+import os, socket
+listener = socket.socket(fileno=3)
+while True:
+    connection, _ = listener.accept()
+    connection.recv(4096)
+    connection.sendall(b'HTTP/1.1 200 OK\\r\\n\\r\\n%d' % os.getpid())
+    connection.close()
+";
+
+/// `serve` with so many of these processes, which prove themselves quickly.
+fn command(workers: usize, address: &str) -> Command {
+    let mut command = example("serve");
+    command.args(["--listen", address, "--readiness", "50ms"]);
+    command.args(["--workers", &workers.to_string()]);
+    command
+}
+
+/// The same with the program above.
+fn start(workers: usize) -> (Group, SocketAddr) {
+    let mut command = command(workers, "127.0.0.1:0");
+    command.arg("--").arg(std::env::current_exe().unwrap());
+    let serve = Group::start(command.env(SCENARIO, PROGRAM)).unwrap();
+    let address = said(&serve, " listening on ").parse().unwrap();
+    (serve, address)
+}
+
+/// Waits until a line has this, and returns what follows it there.
+fn said(serve: &Group, text: &str) -> String {
+    wait_until(text, || {
+        let output = serve.output();
+        let (lines, _) = output.rsplit_once('\n')?;
+        let rest = lines.lines().find_map(|line| line.split_once(text));
+        rest.map(|(_, rest)| rest.to_owned())
+    })
+}
+
+fn stop(serve: &Group) -> Result<(), Failed> {
+    kill(serve.pid(), Signal::SIGTERM)?;
+    let status = serve.finish()?;
+    (status.code() == Some(0))
+        .then_some(())
+        .ok_or_else(|| status.to_string().into())
+}
+
+/// The process that answers.
+fn ask(address: SocketAddr) -> Option<u32> {
+    pid_in(&talk(address, REQUEST).ok()?)
+}
+
+fn pid_in(answer: &str) -> Option<u32> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    head.contains(" 200 OK")
+        .then(|| body.trim_end().parse().ok())?
+}
+
+/// Asks until so many processes have answered.
+fn ask_all(address: SocketAddr, count: usize) -> BTreeSet<u32> {
+    let mut pids = BTreeSet::new();
+    wait_until("all of them", || {
+        pids.extend(ask(address));
+        (pids.len() >= count).then_some(())
+    });
+    assert_eq!(pids.len(), count, "{pids:?}");
+    pids
+}
+
+fn shares_a_port() -> Result<(), Failed> {
+    let mut command = command(3, "127.0.0.1:0");
+    let serve = Group::start(command.args(["python3", "-c", PYTHON_PROGRAM]))?;
+    let address = said(&serve, " listening on ").parse()?;
+    let pids = ask_all(address, 3);
+    assert!(!pids.contains(&serve.pid().as_raw().unsigned_abs()));
+    stop(&serve)?;
+    // It writes a line for each request, which goes through.
+    let output = serve.output();
+    assert!(output.contains("\"GET / HTTP/1.1\" 200 -\n"), "{output}");
+    TcpStream::connect(address).unwrap_err();
+    Ok(())
+}
+
+/// It passes on what it was passed itself.
+fn by_its_socket() -> Result<(), Failed> {
+    let (_reserved, address) = reserve_port();
+    let serve = example("serve");
+    let mut command = Command::new("systemd-socket-activate");
+    command.arg(format!("--listen={address}"));
+    command.arg(format!("--setenv={SCENARIO}={PROGRAM}"));
+    command.arg(serve.get_program()).args(serve.get_args());
+    command.args(["--workers", "2"]);
+    let serve = Group::start(command.arg(std::env::current_exe()?))?;
+    said(&serve, &format!("Listening on {address} "));
+    ask_all(address, 2);
+    stop(&serve)
+}
+
+fn unix_socket() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("serve.sock");
+    let mut command = command(2, path.to_str().unwrap());
+    command.args(["python3", "-c", PYTHON_PROGRAM_OF_ANY_FAMILY]);
+    let serve = Group::start(&mut command)?;
+    said(&serve, " listening on ");
+    let mut client = UnixStream::connect(&path)?;
+    client.write_all(REQUEST)?;
+    let mut answer = String::new();
+    client.read_to_string(&mut answer)?;
+    assert!(pid_in(&answer).is_some(), "{answer}");
+    stop(&serve)?;
+    assert!(!path.exists());
+    Ok(())
+}
+
+/// There is one process only: who comes when it is dead waits for the next one.
+fn replaces() -> Result<(), Failed> {
+    let (serve, address) = start(1);
+    let mut pid = ask(address).unwrap();
+    for _ in 0..3 {
+        kill(Pid::from_raw(pid.try_into()?), Signal::SIGKILL)?;
+        wait_until("its end", || (!is_alive(pid)).then_some(()));
+        let next = ask(address).expect("nobody is refused");
+        assert_ne!(next, pid);
+        pid = next;
+    }
+    stop(&serve)?;
+    let deaths = serve.output().matches("(signal: 9 (SIGKILL))\n").count();
+    assert_eq!(deaths, 3, "{}", serve.output());
+    Ok(())
+}
+
+/// What became of requests.
+#[derive(Debug, Default)]
+struct Outcomes {
+    answered: AtomicUsize,
+    refused: AtomicUsize,
+    reset: AtomicUsize,
+    timeout: AtomicUsize,
+    wrong: AtomicUsize,
+}
+
+impl Outcomes {
+    fn request(&self, address: SocketAddr) {
+        let outcome = match talk(address, REQUEST) {
+            Ok(answer) if pid_in(&answer).is_some() => &self.answered,
+            Ok(_) => &self.wrong,
+            Err(error) => match error.kind() {
+                ErrorKind::ConnectionRefused => &self.refused,
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => &self.timeout,
+                _ => &self.reset,
+            },
+        };
+        outcome.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn reloads() -> Result<(), Failed> {
+    const WORKERS: usize = 3;
+    let (serve, address) = start(WORKERS);
+    let mut seen = ask_all(address, WORKERS);
+    let (outcomes, over) = (Arc::<Outcomes>::default(), Arc::<AtomicBool>::default());
+    let client = || {
+        let (outcomes, over) = (Arc::clone(&outcomes), Arc::clone(&over));
+        std::thread::spawn(move || {
+            while !over.load(Ordering::SeqCst) {
+                outcomes.request(address);
+            }
+        })
+    };
+    let clients: Vec<_> = std::iter::repeat_with(client).take(8).collect();
+    for generation in 1..=3 {
+        kill(serve.pid(), Signal::SIGHUP)?;
+        said(&serve, &format!(" generation {generation} serves"));
+        let answering = ask_all(address, WORKERS);
+        assert!(answering.is_disjoint(&seen), "{answering:?} of {seen:?}");
+        seen.extend(answering);
+    }
+    over.store(true, Ordering::SeqCst);
+    clients
+        .into_iter()
+        .for_each(|client| client.join().unwrap());
+    stop(&serve)?;
+    let Outcomes {
+        answered,
+        refused,
+        reset,
+        timeout,
+        wrong,
+    } = &*outcomes;
+    let failed = [refused, reset, timeout, wrong].map(|count| count.load(Ordering::SeqCst));
+    assert_eq!(failed, [0; 4], "{outcomes:?}");
+    assert!(answered.load(Ordering::SeqCst) > 100, "{outcomes:?}");
+    assert!(!serve.output().contains("killed"), "{}", serve.output());
+    Ok(())
+}
+
+fn explains() -> Result<(), Failed> {
+    let help = example("serve").arg("--help").output()?;
+    assert!(help.status.success() && help.stdout.starts_with(b"Usage: serve "));
+    let cases: &[(&[&str], &str)] = &[
+        (&[], "no program"),
+        (&["true"], "nothing to listen on"),
+        (&["--nonsense", "true"], "--nonsense"),
+        (&["--workers", "0", "true"], "\"0\""),
+        (&["--drain", "10", "true"], "\"10\""),
+        (
+            &["--max-memory", "99999999999999G", "true"],
+            "99999999999999G",
+        ),
+    ];
+    for (args, expected) in cases {
+        let output = example("serve").args(*args).output()?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+        assert!(text.contains(expected), "{args:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+    Ok(())
+}
+
+fn missing() -> Result<(), Failed> {
+    for program in ["no-such-program", "./no-such-program", "/dev/null", "/"] {
+        let output = command(1, "127.0.0.1:0").arg(program).output()?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert_eq!(text, format!("serve: cannot execute {program}\n"));
+    }
+    Ok(())
+}
+
+fn gives_up() -> Result<(), Failed> {
+    let serve = Group::start(command(2, "127.0.0.1:0").args(["sh", "-c", "exit 7"]))?;
+    assert_eq!(serve.end()?.code(), Some(1));
+    let why = said(&serve, " gives up: ");
+    assert!(why.ends_with("(exit status: 7)"), "{why}");
+    Ok(())
+}
+
+/// What a terminal shows of this: it knows the beginning of a line, the next one, and how to erase.
+fn render(output: &str) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    let (mut column, mut rest) = (0, output);
+    while let Some(next) = rest.chars().next() {
+        let line = lines.last_mut().unwrap();
+        if let Some(after) = rest.strip_prefix("\x1b[K") {
+            line.truncate(column);
+            rest = after;
+            continue;
+        }
+        assert!(next != '\x1b', "{rest:?}");
+        match next {
+            '\r' => column = 0,
+            '\n' => {
+                lines.push(String::new());
+                column = 0;
+            }
+            _ => {
+                let end = (column + 1).min(line.len());
+                line.replace_range(column..end, &next.to_string());
+                column += 1;
+            }
+        }
+        rest = &rest[next.len_utf8()..];
+    }
+    lines
+}
+
+fn terminal() -> Result<(), Failed> {
+    let pty = nix::pty::openpty(None, None)?;
+    let name = nix::unistd::ttyname(&pty.slave)?;
+    let serve = command(2, "127.0.0.1:0");
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" 2> \"$0\""]).arg(name);
+    command.arg(serve.get_program()).args(serve.get_args());
+    command.arg(std::env::current_exe()?).env(SCENARIO, PROGRAM);
+    let serve = Group::start(&mut command)?;
+    let (mut shown, mut terminal) = (Vec::new(), File::from(pty.master));
+    let mut read_until = |text: &str| loop {
+        let so_far = String::from_utf8_lossy(&shown).into_owned();
+        let lines = render(&so_far);
+        if lines.last().unwrap().contains(text) {
+            return so_far;
+        }
+        let mut fds = [PollFd::new(terminal.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(Duration::from_secs(60)).unwrap();
+        assert_eq!(poll(&mut fds, timeout), Ok(1), "{text:?} of {lines:?}");
+        let mut buffer = [0; 4096];
+        let length = terminal.read(&mut buffer).unwrap();
+        shown.extend(&buffer[..length]);
+    };
+    read_until("2 of 2 ready  gen 0  restarts 0  up ");
+    kill(serve.pid(), Signal::SIGTTIN)?;
+    read_until("3 of 3 ready  gen 0  restarts 0  up ");
+    kill(serve.pid(), Signal::SIGTTOU)?;
+    read_until("2 of 2 ready  gen 0  restarts 0  up ");
+    kill(serve.pid(), Signal::SIGHUP)?;
+    read_until("2 of 2 ready  gen 1  restarts 0  up ");
+    // Time alone is told, too.
+    read_until("  up 2s");
+    let before = read_until("  up 3s");
+    assert!(before.ends_with('\r'), "{before:?}");
+    stop(&serve)?;
+    assert_eq!(serve.output(), "", "all of it went to the terminal");
+    // Nobody has the other side any more but this process.
+    drop(pty.slave);
+    let mut rest = Vec::new();
+    let end = terminal.read_to_end(&mut rest).unwrap_err();
+    assert_eq!(end.raw_os_error(), Some(libc::EIO));
+    shown.extend(rest);
+    let shown = String::from_utf8(shown)?;
+    let lines = render(&shown);
+    let (last, events) = lines.split_last().unwrap();
+    assert_eq!(last, "", "the status is erased: {lines:#?}");
+    assert!(
+        events
+            .iter()
+            .any(|line| line.ends_with(" slot 2: worker 3 is ready"))
+    );
+    events.iter().for_each(|line| assert_is_event(line));
+    Ok(())
+}
+
+/// A line that begins with the time.
+#[track_caller]
+fn assert_is_event(line: &str) {
+    let (time, _) = line.trim_start().split_once(' ').unwrap();
+    assert!(time.parse::<f64>().is_ok(), "{line:?}");
+}
+
+fn plain() -> Result<(), Failed> {
+    let (serve, address) = start(2);
+    said(&serve, " ready");
+    ask_all(address, 2);
+    stop(&serve)?;
+    let output = serve.output();
+    assert!(!output.contains(['\x1b', '\r']), "{output:?}");
+    output.lines().for_each(assert_is_event);
+    Ok(())
+}
