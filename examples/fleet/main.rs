@@ -130,7 +130,9 @@ fn answer_proxy(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<
             (false, false) => b"down\n",
         };
         // A few bytes always find room.
-        let _ = agent.accept().and_then(|(mut proxy, _)| proxy.write_all(answer));
+        let _ = agent
+            .accept()
+            .and_then(|(mut proxy, _)| proxy.write_all(answer));
         Some(Interest::Readable)
     });
     match watch {

@@ -82,6 +82,11 @@ pub const PYTHON: Need = Need {
     is_met: || Command::new("python3").arg("--version").output().is_ok(),
 };
 
+pub const NETWORKS: Need = Need {
+    name: "root, ip and haproxy",
+    is_met: || is_root() && has_networks() && Command::new("haproxy").arg("-v").output().is_ok(),
+};
+
 /// The library fails where tests want it to.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",
@@ -113,11 +118,14 @@ macro_rules! scenarios {
 pub fn trial(scenario: &'static Scenario) -> Trial {
     let test = Trial::test(scenario.name, || run(scenario.name));
     match scenario.need {
-        Some(need) => test
-            .with_kind(format!("needs {}", need.name))
-            .with_ignored_flag(!(need.is_met)()),
+        Some(need) => needs(test, need),
         None => test,
     }
+}
+
+pub fn needs(test: Trial, need: &Need) -> Trial {
+    test.with_kind(format!("needs {}", need.name))
+        .with_ignored_flag(!(need.is_met)())
 }
 
 pub fn is_root() -> bool {
@@ -133,6 +141,19 @@ fn has_pid_namespaces() -> bool {
         command.pre_exec(enter)
     };
     command.status().is_ok_and(|status| status.success())
+}
+
+/// Whether this process may have network namespaces with cables between them.
+fn has_networks() -> bool {
+    let probe = || {
+        let ip = || {
+            Command::new("ip")
+                .args(["link", "add", "type", "veth"])
+                .output()
+        };
+        unshare(CloneFlags::CLONE_NEWNET).is_ok() && ip().is_ok_and(|made| made.status.success())
+    };
+    std::thread::spawn(probe).join().is_ok_and(|may| may)
 }
 
 fn tells_exits_of_the_reaped() -> bool {

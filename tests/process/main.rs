@@ -15,6 +15,7 @@ mod deadlines;
 mod edges;
 mod examples;
 mod exhaustion;
+mod fleet;
 mod hand_over;
 mod harness;
 mod host;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();
     trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
+    trials.extend(fleet::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,
