@@ -12,7 +12,7 @@
 
 use std::cell::Cell;
 use std::error::Error;
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -24,22 +24,19 @@ use cluster::{Connection, Interest, Master, Role, Signal, Worker, systemd};
 use lexopt::prelude::*;
 use proxy_header::{ParseConfig, ProxyHeader};
 
-/// For clients that come by way of HAProxy. Nobody else must reach it: whoever does can say that he is
-/// anybody.
+/// For HAProxy with its clients. Whoever else reaches it can say that he is anybody.
 const PORT: u16 = 8000;
-/// For the agent-check of HAProxy.
+/// For HAProxy's agent-check.
 const AGENT_PORT: u16 = 8001;
-/// A client that says nothing holds its worker no longer than this.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 struct Options {
     name: String,
     host: IpAddr,
     workers: usize,
-    /// Each worker reads it when it comes: what it says is the release that a reload brings.
+    /// Each worker reads it when it comes: a reload brings what it says then.
     release: Option<PathBuf>,
-    /// From HAProxy's being told to send nobody until the pool stops.
-    drain_notice: Duration,
+    /// The time from telling HAProxy to send nobody until the pool stops.
+    drain_notice: u64,
 }
 
 fn options() -> Result<Options, lexopt::Error> {
@@ -48,7 +45,7 @@ fn options() -> Result<Options, lexopt::Error> {
         host: Ipv4Addr::LOCALHOST.into(),
         workers: cluster::available_parallelism(),
         release: None,
-        drain_notice: Duration::from_secs(2),
+        drain_notice: 2,
     };
     let mut args = lexopt::Parser::from_env();
     while let Some(arg) = args.next()? {
@@ -57,9 +54,7 @@ fn options() -> Result<Options, lexopt::Error> {
             Long("host") => options.host = args.value()?.parse()?,
             Long("workers") => options.workers = args.value()?.parse()?,
             Long("release") => options.release = Some(args.value()?.into()),
-            Long("drain-notice") => {
-                options.drain_notice = Duration::from_secs(args.value()?.parse()?);
-            }
+            Long("drain-notice") => options.drain_notice = args.value()?.parse()?,
             Short(_) | Long(_) | Value(_) => return Err(arg.unexpected()),
         }
     }
@@ -68,9 +63,10 @@ fn options() -> Result<Options, lexopt::Error> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let passed = systemd::listen_fds()?;
-    match cluster::init()? {
+    let role = cluster::init()?;
+    let options = options()?;
+    match role {
         Role::Master(master) => {
-            let options = options()?;
             let pool = Pool::new(&master, PoolOptions::default().workers(options.workers));
             pool.adopt(&master, passed)?;
             pool.listen(&master, SocketAddr::new(options.host, PORT))?;
@@ -78,34 +74,33 @@ fn main() -> Result<(), Box<dyn Error>> {
             lead(&master, &pool, &options)?;
             Ok(master.run()?)
         }
-        Role::Worker(worker) => serve(&worker, &options()?),
+        Role::Worker(worker) => serve(&worker, &options),
     }
 }
 
 fn lead(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn Error>> {
     let draining = Rc::new(Cell::new(false));
-    // No worker asks for it. It is the pool's, so that a new master has the same one after an upgrade.
+    // No worker asks for it; but it is the pool's, and so a new master gets it in an upgrade.
     let address = SocketAddr::new(options.host, AGENT_PORT);
     pool.listen(master, address)?;
     let agent = master.listen(address)?.as_fd().try_clone_to_owned()?;
-    let mut agent = Some(TcpListener::from(agent));
-    let is_draining = Rc::clone(&draining);
+    let (mut agent, is_draining) = (Some(TcpListener::from(agent)), Rc::clone(&draining));
     pool.on_event(move |pool, master, event| {
         eprintln!("{event}");
-        // Not before: until then, whoever is to be relieved by this master speaks for the host.
+        // Until then, in an upgrade, the old master speaks for this host.
         if *event == PoolEvent::Quorum(true) {
             let agent = agent.take().into_iter();
             agent.for_each(|agent| answer_proxy(master, pool, agent, &is_draining));
         }
     });
+    let notice = Duration::from_secs(options.drain_notice);
     for signal in [Signal::TERM, Signal::INT] {
         let (pool, draining) = (pool.clone(), Rc::clone(&draining));
-        let notice = options.drain_notice;
         master.on_signal(signal, move |master, _| {
             if draining.replace(true) {
                 return pool.stop_at_once(master);
             }
-            // Nobody is to come any more when the port closes.
+            // HAProxy asks meanwhile, and nobody comes any more when the port closes.
             let pool = pool.clone();
             let stop = master.set_timeout(notice, move |master| pool.stop(master));
             master.unref(stop);
@@ -116,11 +111,10 @@ fn lead(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn E
     Ok(())
 }
 
-/// Tells HAProxy whether to send clients, whenever it asks.
 fn answer_proxy(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<Cell<bool>>) {
     let (pool, draining) = (pool.clone(), Rc::clone(draining));
     let watch = master.watch(agent, Interest::Readable, move |_, agent| {
-        // A new master speaks for the host now, or nobody does: then the last answer holds.
+        // A new master speaks for this host, or nobody does: then the last answer holds.
         if pool.is_stopping() {
             return None;
         }
@@ -129,10 +123,9 @@ fn answer_proxy(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<
             (false, true) => b"ready up\n",
             (false, false) => b"down\n",
         };
-        // A few bytes always find room.
-        let _ = agent
-            .accept()
-            .and_then(|(mut proxy, _)| proxy.write_all(answer));
+        let asked = agent.accept();
+        // There is always room for a few bytes.
+        let _ = asked.and_then(|(mut proxy, _)| proxy.write_all(answer));
         Some(Interest::Readable)
     });
     match watch {
@@ -146,8 +139,8 @@ fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
     leave_signals_to_master(worker)?;
     let release = options.release.as_ref().map(std::fs::read_to_string);
     let release = release.transpose()?.unwrap_or_else(|| "none".to_owned());
-    let (name, id) = (&options.name, worker.id());
-    let about = format!("host {name}, worker {id}, release {}", release.trim());
+    let (name, id, release) = (&options.name, worker.id(), release.trim());
+    let about = format!("host {name}, worker {id}, release {release}");
     let listener = worker.listen(SocketAddr::new(options.host, PORT))?;
     for connection in listener.incoming() {
         // A client that leaves or sends nonsense is its own affair.
@@ -156,10 +149,10 @@ fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn answer(mut connection: Connection, about: &str) -> io::Result<()> {
-    connection.set_read_timeout(Some(PATIENCE))?;
-    let mut buffer = [0; 8192];
-    let mut length = 0;
+fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
+    // A client that says nothing does not hold the worker for ever.
+    connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let (mut buffer, mut length) = ([0; 8192], 0);
     let (status, body) = loop {
         let read = connection.read(&mut buffer[length..])?;
         length += read;
@@ -174,7 +167,7 @@ fn answer(mut connection: Connection, about: &str) -> io::Result<()> {
     connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())
 }
 
-/// Who the client is, if all that it asks has come.
+/// Who the client is, if all that he asks has come.
 fn client(said: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
     let (header, length) = match ProxyHeader::parse(said, ParseConfig::default()) {
         Err(proxy_header::Error::BufferTooShort) => return Ok(None),
@@ -182,8 +175,8 @@ fn client(said: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
     };
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let request = httparse::Request::new(&mut headers).parse(&said[length..])?;
-    // When HAProxy asks for itself, there is none.
     let client = header.proxied_address();
+    // It is HAProxy itself if there is none.
     let client = client.map_or("none".to_owned(), |client| client.source.ip().to_string());
     Ok(request.is_complete().then_some(client))
 }

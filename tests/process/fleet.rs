@@ -80,8 +80,13 @@ fn hosts() -> Result<(), Failed> {
     load.facts.is_reloaded.store(true, Ordering::SeqCst);
     (0..2).for_each(|host| load.wait_for(host));
 
-    for host in 0..2 {
-        end(&hosts[host], Signal::SIGTERM)?;
+    for (host, (name, _)) in HOSTS.iter().enumerate() {
+        kill(hosts[host].pid(), Signal::SIGTERM)?;
+        succeeds(&hosts[host])?;
+        // HAProxy has found out by itself that nobody is there, too.
+        let gone = format!("Server fleet/{name} is DOWN");
+        let is_gone = || haproxy.output().contains(&gone).then_some(());
+        wait_until(&gone, is_gone);
         load.wait_for(1 - host);
         hosts[host] = start(host)?;
         load.wait_for(host);
@@ -93,12 +98,12 @@ fn hosts() -> Result<(), Failed> {
     let expected = CLIENTS.map(|address| address.to_string());
     assert!(clients.iter().eq(&expected), "{heard:?}");
 
-    end(&haproxy, Signal::SIGTERM)?;
+    kill(haproxy.pid(), Signal::SIGUSR1)?;
     for host in &hosts {
         kill(host.pid(), Signal::SIGTERM)?;
     }
-    for host in &hosts {
-        end(host, Signal::SIGTERM)?;
+    for group in hosts.iter().chain([&haproxy]) {
+        succeeds(group)?;
     }
     drop((proxy, client, networks));
     assert_nobody_in(&namespaces);
@@ -132,8 +137,7 @@ fn start_haproxy(files: &Path) -> std::io::Result<Group> {
     Group::start(command.arg("-db").arg("-f").arg(path))
 }
 
-fn end(group: &Group, signal: Signal) -> Result<(), Failed> {
-    kill(group.pid(), signal)?;
+fn succeeds(group: &Group) -> Result<(), Failed> {
     let status = group.finish()?;
     let success = status.success().then_some(());
     success.ok_or_else(|| status.to_string().into())
