@@ -66,7 +66,7 @@ fn hosts() -> Result<(), Failed> {
     let mut hosts = [start(0)?, start(1)?];
     let haproxy = proxy.inside(|| start_haproxy(files.path()))?;
     wait_until("HAProxy", || {
-        client.inside(|| ask(CLIENTS[0]).ok().map(drop))
+        client.inside(|| ask(CLIENTS[0]).ok().flatten().map(drop))
     });
 
     let load = Load::begin(&client);
