@@ -82,6 +82,11 @@ pub const PYTHON: Need = Need {
     is_met: || Command::new("python3").arg("--version").output().is_ok(),
 };
 
+pub const NETWORKS: Need = Need {
+    name: "root, ip and haproxy",
+    is_met: || is_root() && has_networks() && Command::new("haproxy").arg("-v").output().is_ok(),
+};
+
 /// The library fails where tests want it to.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",
@@ -138,6 +143,19 @@ fn has_pid_namespaces() -> bool {
         command.pre_exec(enter)
     };
     command.status().is_ok_and(|status| status.success())
+}
+
+/// Whether this process may have network namespaces with cables between them.
+fn has_networks() -> bool {
+    let probe = || {
+        let ip = || {
+            Command::new("ip")
+                .args(["link", "add", "type", "veth"])
+                .output()
+        };
+        unshare(CloneFlags::CLONE_NEWNET).is_ok() && ip().is_ok_and(|made| made.status.success())
+    };
+    std::thread::spawn(probe).join().is_ok_and(|may| may)
 }
 
 fn tells_exits_of_the_reaped() -> bool {

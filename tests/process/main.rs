@@ -16,6 +16,7 @@ mod deadlines;
 mod edges;
 mod examples;
 mod exhaustion;
+mod fleet;
 mod hand_over;
 mod harness;
 mod host;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
     trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
     trials.extend(serve::trials());
+    trials.extend(fleet::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,

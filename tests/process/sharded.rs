@@ -58,7 +58,7 @@ impl Count {
         wrong: 0,
     };
 
-    fn sum(all: impl IntoIterator<Item = Self>) -> Self {
+    pub fn sum(all: impl IntoIterator<Item = Self>) -> Self {
         all.into_iter().fold(Self::default(), |sum, more| Self {
             refused: sum.refused + more.refused,
             reset: sum.reset + more.reset,
@@ -67,7 +67,7 @@ impl Count {
         })
     }
 
-    fn fail(&mut self, error: &std::io::Error) {
+    pub fn fail(&mut self, error: &std::io::Error) {
         match error.kind() {
             ErrorKind::ConnectionRefused => self.refused += 1,
             ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => self.reset += 1,

@@ -1,0 +1,182 @@
+//! The server of one host among several, behind HAProxy: who the client is comes with the PROXY protocol,
+//! and the master tells HAProxy whether its host wants clients.
+//!
+//! One host:  cargo run --release --example fleet -- --name east --host 127.0.0.1
+//! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
+//! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
+//! then:      curl http://127.0.0.1:8080/
+//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM, at once: once more
+//!
+//! Options:   --workers 4   --release FILE   --drain-notice SECONDS
+#![allow(clippy::print_stderr)]
+
+use std::cell::Cell;
+use std::error::Error;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::pool::{Action, Pool, PoolEvent, PoolOptions, leave_signals_to_master};
+use cluster::{Connection, Interest, Master, Role, Signal, Worker, systemd};
+use lexopt::prelude::*;
+use proxy_header::{ParseConfig, ProxyHeader};
+
+/// For HAProxy with its clients. Whoever else reaches it can say that he is anybody.
+const PORT: u16 = 8000;
+/// For HAProxy's agent-check.
+const AGENT_PORT: u16 = 8001;
+
+struct Options {
+    name: String,
+    host: IpAddr,
+    workers: usize,
+    /// Each worker reads it when it comes: a reload brings what it says then.
+    release: Option<PathBuf>,
+    /// The time from telling HAProxy to send nobody until the pool stops.
+    drain_notice: u64,
+}
+
+fn options() -> Result<Options, lexopt::Error> {
+    let mut options = Options {
+        name: "host".to_owned(),
+        host: Ipv4Addr::LOCALHOST.into(),
+        workers: cluster::available_parallelism(),
+        release: None,
+        drain_notice: 2,
+    };
+    let mut args = lexopt::Parser::from_env();
+    while let Some(arg) = args.next()? {
+        match arg {
+            Long("name") => options.name = args.value()?.string()?,
+            Long("host") => options.host = args.value()?.parse()?,
+            Long("workers") => options.workers = args.value()?.parse()?,
+            Long("release") => options.release = Some(args.value()?.into()),
+            Long("drain-notice") => options.drain_notice = args.value()?.parse()?,
+            Short(_) | Long(_) | Value(_) => return Err(arg.unexpected()),
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let passed = systemd::listen_fds()?;
+    let role = cluster::init()?;
+    let options = options()?;
+    match role {
+        Role::Master(master) => {
+            let pool = Pool::new(&master, PoolOptions::default().workers(options.workers));
+            pool.adopt(&master, passed)?;
+            pool.listen(&master, SocketAddr::new(options.host, PORT))?;
+            pool.tell_systemd(&master)?;
+            lead(&master, &pool, &options)?;
+            Ok(master.run()?)
+        }
+        Role::Worker(worker) => serve(&worker, &options),
+    }
+}
+
+fn lead(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn Error>> {
+    let draining = Rc::new(Cell::new(false));
+    // No worker asks for it; but it is the pool's, and so a new master gets it in an upgrade.
+    let address = SocketAddr::new(options.host, AGENT_PORT);
+    pool.listen(master, address)?;
+    let agent = master.listen(address)?.as_fd().try_clone_to_owned()?;
+    let (mut agent, is_draining) = (Some(TcpListener::from(agent)), Rc::clone(&draining));
+    pool.on_event(move |pool, master, event| {
+        eprintln!("{event}");
+        // Until then, in an upgrade, the old master speaks for this host.
+        if *event == PoolEvent::Quorum(true) {
+            let agent = agent.take().into_iter();
+            agent.for_each(|agent| answer_proxy(master, pool, agent, &is_draining));
+        }
+    });
+    let notice = Duration::from_secs(options.drain_notice);
+    for signal in [Signal::TERM, Signal::INT] {
+        let (pool, draining) = (pool.clone(), Rc::clone(&draining));
+        master.on_signal(signal, move |master, _| {
+            if draining.replace(true) {
+                return pool.stop_at_once(master);
+            }
+            // HAProxy asks meanwhile, and nobody comes any more when the port closes.
+            let pool = pool.clone();
+            let stop = master.set_timeout(notice, move |master| pool.stop(master));
+            master.unref(stop);
+        })?;
+    }
+    pool.on_signal(master, Signal::HUP, Action::Reload)?;
+    pool.on_signal(master, Signal::USR2, Action::Upgrade)?;
+    Ok(())
+}
+
+fn answer_proxy(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<Cell<bool>>) {
+    let (pool, draining) = (pool.clone(), Rc::clone(draining));
+    let watch = master.watch(agent, Interest::Readable, move |_, agent| {
+        // A new master speaks for this host, or nobody does: then the last answer holds.
+        if pool.is_stopping() {
+            return None;
+        }
+        let answer: &[u8] = match (draining.get(), pool.has_quorum()) {
+            (true, _) => b"drain\n",
+            (false, true) => b"ready up\n",
+            (false, false) => b"down\n",
+        };
+        let asked = agent.accept();
+        // There is always room for a few bytes.
+        let _ = asked.and_then(|(mut proxy, _)| proxy.write_all(answer));
+        Some(Interest::Readable)
+    });
+    match watch {
+        // It is the pool that keeps the master running.
+        Ok(watch) => master.unref(watch),
+        Err(error) => eprintln!("HAProxy is told nothing: {error}"),
+    }
+}
+
+fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
+    leave_signals_to_master(worker)?;
+    let release = options.release.as_ref().map(std::fs::read_to_string);
+    let release = release.transpose()?.unwrap_or_else(|| "none".to_owned());
+    let (name, id, release) = (&options.name, worker.id(), release.trim());
+    let about = format!("host {name}, worker {id}, release {release}");
+    let listener = worker.listen(SocketAddr::new(options.host, PORT))?;
+    for connection in listener.incoming() {
+        // A client that leaves or sends nonsense is its own affair.
+        let _ = answer(connection?, &about);
+    }
+    Ok(())
+}
+
+fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
+    // A client that says nothing does not hold the worker for ever.
+    connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let (mut buffer, mut length) = ([0; 8192], 0);
+    let (status, body) = loop {
+        let read = connection.read(&mut buffer[length..])?;
+        length += read;
+        match client(&buffer[..length]) {
+            Ok(Some(client)) => break ("200 OK", format!("client {client}, {about}\n")),
+            Ok(None) if read > 0 => {}
+            Ok(None) | Err(_) => break ("400 Bad Request", String::new()),
+        }
+    };
+    let length = body.len();
+    let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}");
+    connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())
+}
+
+/// Who the client is, if all that he asks has come.
+fn client(said: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
+    let (header, length) = match ProxyHeader::parse(said, ParseConfig::default()) {
+        Err(proxy_header::Error::BufferTooShort) => return Ok(None),
+        parsed => parsed?,
+    };
+    let mut headers = [httparse::EMPTY_HEADER; 64];
+    let request = httparse::Request::new(&mut headers).parse(&said[length..])?;
+    let client = header.proxied_address();
+    // It is HAProxy itself if there is none.
+    let client = client.map_or("none".to_owned(), |client| client.source.ip().to_string());
+    Ok(request.is_complete().then_some(client))
+}
