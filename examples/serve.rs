@@ -148,7 +148,11 @@ fn describe(status: &Status) -> String {
         (0, minutes) => format!("{minutes}m"),
         (hours, minutes) => format!("{hours}h{minutes:02}m"),
     };
-    let (ready, slots, generation) = (status.ready(), status.slots.len(), status.generation);
+    let (ready, slots, generation) = (
+        status.ready_workers(),
+        status.slots.len(),
+        status.generation,
+    );
     format!("{ready} of {slots} ready  gen {generation}  restarts {restarts}  up {up}")
 }
 
@@ -197,7 +201,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     let gave_up = Rc::new(Cell::new(false));
     let (shown, failed) = (Rc::clone(&screen), Rc::clone(&gave_up));
     pool.on_give_up(move |pool, master, death| {
-        if pool.status(master).ready() > 0 {
+        if pool.status(master).ready_workers() > 0 {
             return GiveUp::Hold;
         }
         shown.log(format_args!("gives up: {death}"));

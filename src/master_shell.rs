@@ -231,7 +231,8 @@ impl MasterShell {
             let mut env = systemd::inherited_environment();
             env.extend(extra);
             if !passed.is_empty() {
-                systemd::announce(&mut env, passed).map_err(preparing)?;
+                let announced = systemd::announce(&mut env, passed);
+                announced.map_err(|error| ("prepare its descriptors", error))?;
             }
             let is_detached = settings.detached == Some(true);
             if !is_detached {

@@ -28,6 +28,9 @@ use super::options::PoolOptions;
 /// The time since the pool began.
 pub(super) type Time = Duration;
 
+/// The shortest time after which something is tried again that may fail at once.
+const SHORTEST: Duration = Duration::from_millis(1);
+
 /// What the shell is to do.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Command<W> {
@@ -140,7 +143,7 @@ pub(super) struct Core<W> {
     pub(super) generation: u32,
     last_generation: u32,
     reload_wanted: bool,
-    recycle: BTreeMap<usize, Limit>,
+    recycle: BTreeMap<usize, (W, Limit)>,
     rollout: Option<Rollout<W>>,
     pub(super) stopping: bool,
     pub(super) quorum: bool,
@@ -156,12 +159,13 @@ impl<W: Copy + Ord> Core<W> {
     pub(super) fn new(mut options: PoolOptions, now: Time, seed: u64) -> Self {
         options.jitter = options.jitter.min(100);
         options.surge = options.surge.max(1);
+        options.look = options.look.max(SHORTEST);
         // Whom time alone proves ready is not late before that time.
         if let Some(time) = options.readiness.alive_at(Time::ZERO) {
             options.boot = options.boot.saturating_add(time);
         }
         let looks = options.max_connections.is_some() || options.max_memory.is_some();
-        let look_at = looks.then(|| now + options.look);
+        let look_at = looks.then(|| now.saturating_add(options.look));
         let workers = options.workers;
         let mut core = Self {
             options,
@@ -315,7 +319,7 @@ impl<W: Copy + Ord> Core<W> {
         self.recycle.clear();
         self.look_at = None;
         for slot in &mut self.slots {
-            slot.restart_at = None;
+            (slot.current, slot.successor, slot.restart_at) = (None, None, None);
         }
         let end = now.saturating_add(self.options.drain);
         for member in self.members.values_mut() {
@@ -341,7 +345,7 @@ impl<W: Copy + Ord> Core<W> {
             GiveUp::RetryAfter(pause) => {
                 if let Some(slot) = self.slots.get_mut(slot).filter(|slot| slot.held) {
                     slot.held = false;
-                    slot.restart_at = Some(now + pause);
+                    slot.restart_at = Some(now.saturating_add(pause));
                 }
             }
         }
@@ -374,13 +378,11 @@ impl<W: Copy + Ord> Core<W> {
             rollout.batch.insert(slot, Some(worker));
         }
         match self.slots.get_mut(slot) {
+            _ if self.stopping => self.leave(worker, now),
             Some(slot) if is_successor => slot.successor = Some(worker),
             Some(slot) if slot.lacks(generation) => slot.current = Some(worker),
             // The program has changed its mind meanwhile.
             _ => self.leave(worker, now),
-        }
-        if self.stopping {
-            self.leave(worker, now);
         }
     }
 
@@ -524,11 +526,8 @@ impl<W: Copy + Ord> Core<W> {
         }
         slot.failures += 1;
         slot.deaths.push_back(now);
-        while slot
-            .deaths
-            .front()
-            .is_some_and(|death| *death + within < now)
-        {
+        let is_past = |death: &Time| now.saturating_sub(*death) > within;
+        while slot.deaths.front().is_some_and(is_past) {
             slot.deaths.pop_front();
         }
         if slot.deaths.len() > usize::try_from(most).unwrap_or(usize::MAX) {
@@ -545,7 +544,7 @@ impl<W: Copy + Ord> Core<W> {
             let doublings = slot.failures.saturating_sub(2).min(31);
             let again = slot.failures > 1;
             let pause = self.options.back_off.saturating_mul(1 << doublings);
-            let pause = pause.min(self.options.back_off_cap);
+            let pause = pause.min(self.options.back_off_cap).max(SHORTEST);
             let pause = if again {
                 self.jittered_time(pause)
             } else {
@@ -594,7 +593,7 @@ impl<W: Copy + Ord> Core<W> {
         let serves = self.slots.get(slot).filter(|s| s.current == Some(worker));
         let is_due = serves.is_some_and(|slot| slot.recycle_from <= now);
         if is_due && !self.stopping && !self.recycle.contains_key(&slot) {
-            self.recycle.insert(slot, limit);
+            self.recycle.insert(slot, (worker, limit));
         }
     }
 
@@ -680,12 +679,12 @@ impl<W: Copy + Ord> Core<W> {
             forks.extend(old.map(|(number, _)| (number, generation)).take(size));
         } else {
             while forks.len() < size {
-                let Some((number, limit)) = self.recycle.pop_first() else {
+                let Some((number, (worker, limit))) = self.recycle.pop_first() else {
                     break;
                 };
                 // It may have died meanwhile, and been replaced.
                 let slot = self.slots.get(number);
-                if let Some((slot, worker)) = slot.and_then(|slot| Some((slot, slot.current?))) {
+                if let Some(slot) = slot.filter(|slot| slot.current == Some(worker)) {
                     forks.push((number, slot.generation));
                     told.push(PoolEvent::Recycling {
                         slot: number,
@@ -749,7 +748,7 @@ impl<W: Copy + Ord> Core<W> {
         let Some(rollout) = self.rollout.take() else {
             return;
         };
-        let again = now.saturating_add(self.options.back_off_cap);
+        let again = now.saturating_add(self.options.back_off_cap.max(SHORTEST));
         for (number, worker) in rollout.batch {
             let Some(slot) = self.slots.get_mut(number) else {
                 continue;
@@ -847,7 +846,7 @@ impl<W: Copy + Ord> Core<W> {
             self.is_ready(worker, now);
         }
         if self.look_at.is_some_and(|at| at <= now) {
-            self.look_at = Some(now + self.options.look);
+            self.look_at = Some(now.saturating_add(self.options.look));
             self.commands.push_back(Command::Look);
         }
         if !self.stopping {
@@ -1429,6 +1428,7 @@ mod tests {
         Retry,
         Poor(bool),
         Measured(usize),
+        Stop,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -1442,6 +1442,7 @@ mod tests {
             1 => Just(Step::Retry),
             1 => any::<bool>().prop_map(Step::Poor),
             2 => any::<usize>().prop_map(Step::Measured),
+            1 => Just(Step::Stop),
         ]
     }
 
@@ -1474,6 +1475,7 @@ mod tests {
                     Step::Reload => world.input(Core::reload),
                     Step::Cancel => world.input(Core::cancel_reload),
                     Step::Retry => world.input(Core::retry),
+                    Step::Stop => world.input(Core::stop),
                     Step::Poor(is_poor) => world.is_poor = is_poor,
                     Step::Measured(at) => if let Some(worker) = pick(&world, at) {
                         world.input(|core, now| core.measured(worker, Some(5), None, now));
@@ -1495,10 +1497,12 @@ mod tests {
                     let successor = slot.successor;
                     prop_assert!(successor.is_none_or(|worker| core.members.contains_key(&worker)));
                     let is_empty = slot.current.is_none() && slot.successor.is_none();
-                    prop_assert!(!is_empty || slot.held || slot.restart_at.is_some());
+                    let is_due = slot.restart_at.is_some();
+                    prop_assert!(!is_empty || slot.held || is_due || core.stopping);
                 }
             }
             world.is_poor = false;
+            let is_stopped = world.core.stopping;
             world.core.options.max_age = None;
             for member in world.core.members.values_mut() {
                 member.expires = None;
@@ -1511,8 +1515,10 @@ mod tests {
                     world.dies(worker);
                 }
             }
-            prop_assert!(world.current().iter().all(Option::is_some));
-            prop_assert_eq!(world.core.members.len(), world.core.slots.len());
+            if !is_stopped {
+                prop_assert!(world.current().iter().all(Option::is_some));
+                prop_assert_eq!(world.core.members.len(), world.core.slots.len());
+            }
             prop_assert!(world.core.rollout.is_none());
             world.input(Core::stop);
             world.pass(30 * SECOND);

@@ -12,6 +12,7 @@ use cluster::WorkerId;
 #[non_exhaustive]
 pub enum PoolEvent<W = WorkerId> {
     /// A worker is ready.
+    #[non_exhaustive]
     Ready {
         /// Its slot.
         slot: usize,
@@ -21,6 +22,7 @@ pub enum PoolEvent<W = WorkerId> {
     /// A worker has ended that was not told to leave, or could not be forked.
     Died(Death<W>),
     /// A worker has ended that was told to leave.
+    #[non_exhaustive]
     Left {
         /// Its slot.
         slot: usize,
@@ -30,6 +32,7 @@ pub enum PoolEvent<W = WorkerId> {
         killed: bool,
     },
     /// A worker has reached a limit; another one is on its way to replace it.
+    #[non_exhaustive]
     Recycling {
         /// Its slot.
         slot: usize,
@@ -42,21 +45,25 @@ pub enum PoolEvent<W = WorkerId> {
     RecyclingFailed(Death<W>),
     /// A slot has lost more workers than [`PoolOptions::give_up`](super::PoolOptions::give_up())
     /// allows.
+    #[non_exhaustive]
     GivenUp {
         /// Which slot.
         slot: usize,
     },
     /// Workers of this generation are about to replace all others.
+    #[non_exhaustive]
     Reloading {
         /// Which generation; the first one is 0.
         generation: u32,
     },
     /// All workers are of this generation now.
+    #[non_exhaustive]
     Reloaded {
         /// Which generation.
         generation: u32,
     },
     /// A reload was stopped: whoever had not been replaced goes on.
+    #[non_exhaustive]
     ReloadFailed {
         /// The generation that did not come.
         generation: u32,
@@ -70,6 +77,7 @@ pub enum PoolEvent<W = WorkerId> {
     /// A new master has taken over; this one leaves.
     Upgraded,
     /// The new master did not prove itself; this one goes on.
+    #[non_exhaustive]
     UpgradeFailed {
         /// Why.
         reason: String,

@@ -11,9 +11,11 @@
 //! use cluster::pool::{Pool, PoolOptions};
 //!
 //! fn main() -> cluster::Result<()> {
+//!     let passed = cluster::systemd::listen_fds()?;
 //!     match cluster::init()? {
 //!         Role::Master(master) => {
 //!             let pool = Pool::new(&master, PoolOptions::default().drain(Duration::from_secs(10)));
+//!             pool.adopt(&master, passed)?;
 //!             pool.listen(&master, "127.0.0.1:8000")?;
 //!             pool.on_event(|_, _, event| eprintln!("{event}"));
 //!             pool.on_usual_signals(&master)?;
@@ -42,7 +44,6 @@ mod upgrade;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
-use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -56,7 +57,7 @@ pub use event::{Cause, Death, GiveUp, Limit, PoolEvent};
 pub use options::{PoolOptions, Readiness};
 pub use signals::{Action, leave_signals_to_master};
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
-use upgrade::{OwnProgram, Upgrade};
+use upgrade::{OwnProgram, Predecessor, Upgrade};
 
 /// The variable in a worker's environment that has the number of its slot, from 0.
 ///
@@ -126,14 +127,18 @@ struct Inner {
     settings: RefCell<BTreeMap<u32, Option<Settings>>>,
     /// Those of the next generation.
     next_settings: RefCell<Option<Settings>>,
-    listeners: RefCell<Vec<MasterListener>>,
+    listeners: RefCell<Vec<Kept>>,
     program: OwnProgram,
-    /// Who is to be told that this process serves.
-    predecessor: RefCell<Option<UnixStream>>,
-    /// Which of the listeners it leaves to this process with their files.
-    left: RefCell<Vec<usize>>,
+    predecessor: RefCell<Option<Predecessor>>,
     upgrade: RefCell<Option<Upgrade>>,
     has_successor: Cell<bool>,
+}
+
+/// A listener that outlives the workers.
+struct Kept {
+    listener: MasterListener,
+    /// What it was called when it was passed.
+    name: Option<String>,
 }
 
 enum News {
@@ -171,8 +176,7 @@ impl Pool {
             next_settings: RefCell::default(),
             listeners: RefCell::default(),
             program: OwnProgram::new(),
-            predecessor: RefCell::new(upgrade::predecessor()),
-            left: RefCell::default(),
+            predecessor: RefCell::default(),
             upgrade: RefCell::default(),
             has_successor: Cell::new(false),
         }));
@@ -201,8 +205,12 @@ impl Pool {
         let address = listener.address();
         let mut listeners = self.0.listeners.borrow_mut();
         // What was adopted is here already.
-        if listeners.iter().all(|known| known.address() != address) {
-            listeners.push(listener);
+        if listeners
+            .iter()
+            .all(|kept| kept.listener.address() != address)
+        {
+            let name = None;
+            listeners.push(Kept { listener, name });
         }
         Ok(address)
     }
@@ -272,11 +280,11 @@ impl Pool {
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
-    /// pool.scale(master, pool.workers() + 1);
+    /// pool.scale(master, pool.slots() + 1);
     /// # }
     /// ```
     #[must_use]
-    pub fn workers(&self) -> usize {
+    pub fn slots(&self) -> usize {
         self.0.core.borrow().slots.len()
     }
 
@@ -358,8 +366,6 @@ impl Pool {
     /// ```
     pub fn stop(&self, master: &Master) {
         self.input(master, Core::stop);
-        // One that has taken over already is none any more.
-        self.end_upgrade(master, Err("the pool stops".to_owned()));
     }
 
     /// Kills all workers, and lets [`Master::run`] come to its end.
@@ -373,7 +379,6 @@ impl Pool {
     /// ```
     pub fn stop_at_once(&self, master: &Master) {
         self.input(master, Core::stop_at_once);
-        self.end_upgrade(master, Err("the pool stops".to_owned()));
     }
 
     /// Returns whether the pool has been told to stop.
@@ -417,7 +422,7 @@ impl Pool {
     /// println!("{status}");
     /// println!("{}", status.to_json());
     /// println!("{}", status.to_prometheus());
-    /// assert!(status.ready() <= status.slots.len() + 1);
+    /// assert!(status.ready_workers() <= status.slots.len() + 1);
     /// # }
     /// ```
     #[must_use]
@@ -432,7 +437,7 @@ impl Pool {
                 worker: id,
                 pid: member.pid,
                 generation: member.generation,
-                state: match member.state() {
+                phase: match member.state() {
                     State::Booting => WorkerPhase::Booting,
                     State::Ready => WorkerPhase::Ready,
                     State::Leaving => WorkerPhase::Leaving,
@@ -591,8 +596,8 @@ impl Pool {
             let news = self.0.news.borrow_mut().pop_front();
             match news {
                 Some(News::Event(event)) => {
-                    if event == PoolEvent::Quorum(true) {
-                        self.relieve();
+                    if let PoolEvent::Quorum(is_ready) = event {
+                        self.prove(master, is_ready);
                     }
                     let callbacks = self.0.on_event.borrow().clone();
                     for callback in callbacks {
@@ -664,6 +669,8 @@ impl Pool {
     fn tell_all_to_leave(&self, master: &Master) {
         // Who waits is served before the listeners close; or by the successor, who has them, too.
         if !self.0.has_successor.get() {
+            // It has them, too, and would not notice that they are shut.
+            self.end_upgrade(master, Err("the pool stops".to_owned()));
             drop(self.0.listeners.take());
         }
         let workers: Vec<_> = self.0.core.borrow().members.keys().copied().collect();

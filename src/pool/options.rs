@@ -63,13 +63,13 @@ pub struct PoolOptions {
     /// When it has more bytes of memory resident a worker is replaced; Linux only. Looked at every
     /// [`look`](Self::look). `None`.
     pub max_memory: Option<u64>,
-    /// How often workers are looked at for the two limits above, if there are such. 5 s.
+    /// How often workers are looked at for the two limits above, if there are such; at least 1 ms. 5 s.
     pub look: Duration,
     /// A worker that is ready and does not send [`BEAT`](super::BEAT) within this time is killed. Time
     /// in which the master did not run does not count. `None`.
     pub heartbeat: Option<Duration>,
-    /// With how many workers that are ready the pool is ready. `None`, which is more than half of
-    /// [`workers`](Self::workers).
+    /// With how many workers that are ready the pool is ready: at least 1, and all of them if there are
+    /// fewer slots. `None`, which is more than half of the slots.
     pub quorum: Option<usize>,
     /// The signal that tells a worker to leave, for programs that are not written with this crate.
     /// `None`: it is told over the channel.
@@ -226,7 +226,8 @@ impl PoolOptions {
 
     /// With so many slots, how many ready workers make the pool ready.
     pub(super) fn quorum_of(&self, slots: usize) -> usize {
-        self.quorum.unwrap_or(slots / 2 + 1)
+        let wanted = self.quorum.unwrap_or(slots / 2 + 1);
+        wanted.clamp(1, slots.max(1))
     }
 }
 

@@ -8,7 +8,7 @@ use super::event::PoolEvent;
 impl Pool {
     /// Tells systemd how the pool is: that it is ready when it has a
     /// [quorum](super::PoolOptions::quorum()), that it reloads, that it stops; and feeds the watchdog, if
-    /// there is one, as long as there is a quorum, in half of its time.
+    /// there is one, as long as there is a quorum, four times in its time.
     ///
     /// Node has no counterpart. After an [upgrade](Self::upgrade) the new master says that it is the main
     /// process: `NotifyAccess=all` allows it to. Nothing happens if systemd has not started this process.
@@ -30,7 +30,7 @@ impl Pool {
         }
         if let Some(time) = watchdog {
             let pool = self.clone();
-            let feed = master.set_interval(time / 2, move |_| {
+            let feed = master.set_interval(time / 4, move |_| {
                 if pool.has_quorum() {
                     let _ = systemd::notify("WATCHDOG=1");
                 }
@@ -59,7 +59,7 @@ impl Pool {
             // It may not listen at this moment, and there is nobody else to tell.
             drop(sent);
             let status = pool.status(master);
-            let (ready, slots) = (status.ready(), status.slots.len());
+            let (ready, slots) = (status.ready_workers(), status.slots.len());
             let _ = systemd::status(&format!("{ready} of {slots} workers are ready; {event}"));
         });
         Ok(())
@@ -67,5 +67,7 @@ impl Pool {
 }
 
 fn ready() -> Result<bool> {
-    systemd::notify(&format!("READY=1\nMAINPID={}", std::process::id()))
+    // Fed, too: until the next time there may be none to feed it.
+    let own = std::process::id();
+    systemd::notify(&format!("READY=1\nMAINPID={own}\nWATCHDOG=1"))
 }

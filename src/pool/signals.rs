@@ -89,8 +89,9 @@ impl Pool {
                     self.tell(master, PoolEvent::UpgradeFailed { reason });
                 }
             }
-            Action::Grow => self.scale(master, self.workers() + 1),
-            Action::Shrink => self.scale(master, self.workers().saturating_sub(1).max(1)),
+            Action::Grow => self.scale(master, self.slots() + 1),
+            Action::Shrink if self.slots() > 1 => self.scale(master, self.slots() - 1),
+            Action::Shrink => {}
         }
     }
 }

@@ -67,7 +67,7 @@ pub struct WorkerStatus {
     /// Its generation.
     pub generation: u32,
     /// What it is doing.
-    pub state: WorkerPhase,
+    pub phase: WorkerPhase,
     /// How long ago it was forked.
     pub age: Duration,
     /// Connections that its program has received from the master; 0 where workers accept for
@@ -79,7 +79,7 @@ pub struct WorkerStatus {
 
 /// What a worker of a pool is doing.
 ///
-/// Node has no counterpart. See [`WorkerStatus::state`].
+/// Node has no counterpart. See [`WorkerStatus::phase`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WorkerPhase {
@@ -106,8 +106,8 @@ impl Status {
     ///
     /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
     #[must_use]
-    pub fn ready(&self) -> usize {
-        let is_ready = |worker: &&WorkerStatus| worker.state == WorkerPhase::Ready;
+    pub fn ready_workers(&self) -> usize {
+        let is_ready = |worker: &&WorkerStatus| worker.phase == WorkerPhase::Ready;
         self.workers().filter(is_ready).count()
     }
 
@@ -170,7 +170,7 @@ impl Status {
             self.workers().map(|w| (labels(w), value(w))).collect()
         };
         let states = |state: WorkerPhase| {
-            let workers = self.workers().filter(|worker| worker.state == state);
+            let workers = self.workers().filter(|worker| worker.phase == state);
             let labels = format!("{{state=\"{}\"}}", state.name());
             (labels, workers.count().to_string())
         };
@@ -277,7 +277,7 @@ impl WorkerStatus {
             self.worker,
             self.pid,
             self.generation,
-            self.state.name(),
+            self.phase.name(),
             seconds(self.age),
             self.taken,
             self.open,
@@ -300,6 +300,7 @@ fn death_to_json(death: &Death) -> String {
             usage.max_rss
         )
     });
+    let error = death.error.as_deref().map_or_else(null, quoted);
     let cause = match death.cause {
         Cause::NotForked => "not_forked",
         Cause::NeverReady => "never_ready",
@@ -308,11 +309,20 @@ fn death_to_json(death: &Death) -> String {
         Cause::Hung => "hung",
     };
     format!(
-        "{{\"pid\":{pid},\"generation\":{},\"cause\":\"{cause}\",\"code\":{code},\
+        "{{\"pid\":{pid},\"generation\":{},\"cause\":\"{cause}\",\"error\":{error},\"code\":{code},\
          \"signal\":{signal},\"age\":{},\"usage\":{usage}}}",
         death.generation,
         seconds(death.age),
     )
+}
+
+fn quoted(text: &str) -> String {
+    let escaped = text.chars().map(|char| match char {
+        '"' | '\\' => format!("\\{char}"),
+        control if control.is_control() => format!("\\u{:04x}", u32::from(control)),
+        char => char.to_string(),
+    });
+    format!("\"{}\"", escaped.collect::<String>())
 }
 
 fn null() -> String {
@@ -336,7 +346,7 @@ impl std::fmt::Display for Status {
             (_, _, true) => "ready",
             (_, _, false) => "not ready",
         };
-        let (ready, slots) = (self.ready(), self.slots.len());
+        let (ready, slots) = (self.ready_workers(), self.slots.len());
         writeln!(
             f,
             "{state}: generation {}, {ready} ready of {slots}, {} deaths, up {:.0} s",
@@ -371,7 +381,7 @@ impl std::fmt::Display for Status {
                     worker,
                     pid,
                     generation,
-                    w.state.name(),
+                    w.phase.name(),
                     &age,
                     &taken,
                     &open,

@@ -1,30 +1,27 @@
 //! How one master takes over from another.
 //!
-//! The predecessor starts its successor with copies of its listeners, the way systemd passes them, and
-//! with one end of a socketpair as standard input. Both may accept then, as they have the same sockets.
-//! When enough workers of the successor are ready, that one writes a byte, and the predecessor leaves.
-//! If it ends before, or does not write in time, it is killed, and nothing has changed.
+//! The predecessor starts its successor with copies of its listeners and one end of a channel, the way
+//! systemd passes them. Both may accept then, as they have the same sockets. When enough workers of the
+//! successor have been ready for a while, it writes a byte, and the predecessor leaves. If it ends before,
+//! or does not write in time, it is told to leave, and nothing has changed.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cluster::systemd::ListenFd;
-use cluster::{
-    Error, Interest, Master, Result, Settings, Signal, Stdio, TimerId, WatchId, WorkerProcess,
-};
+use cluster::{Error, Interest, Master, Result, Settings, Signal, TimerId, WatchId, WorkerProcess};
 
-use super::Pool;
 use super::event::PoolEvent;
+use super::{Kept, Pool};
 
-/// Tells a successor who its predecessor is. Whoever finds it and has another parent is somebody else:
-/// a worker, or a program that one of them has started.
-const PREDECESSOR: &str = "CLUSTER_PREDECESSOR";
-
-/// What a predecessor calls the listeners that it leaves with their files.
-const LEFT: &str = "cluster-left";
+/// The name of the descriptor by which a successor talks to its predecessor. What can be read there is a
+/// byte for each of the other descriptors: whether a file is left with it.
+const CHANNEL: &str = "cluster-predecessor";
+/// The name of those that nobody else has named.
+const LISTENER: &str = "listener";
 
 /// The byte by which a successor says that it serves.
 const SERVES: u8 = b'S';
@@ -39,11 +36,25 @@ pub(super) struct OwnProgram {
 
 impl OwnProgram {
     pub(super) fn new() -> Self {
+        let mut args = std::env::args_os();
+        let name = args.next().map(PathBuf::from);
+        // As it was called: a link on the way may lead to another release next time.
+        let called = name.filter(|name| name.parent() != Some(Path::new("")));
         Self {
-            path: std::env::current_exe(),
-            args: std::env::args_os().skip(1).collect(),
+            path: called.map_or_else(std::env::current_exe, std::path::absolute),
+            args: args.collect(),
         }
     }
+}
+
+/// Who is to be told that this process serves.
+#[derive(Debug)]
+pub(super) struct Predecessor {
+    channel: UnixStream,
+    /// Which of the listeners it leaves to this process with their files.
+    left: Vec<usize>,
+    /// Until then this process must have been ready all the time.
+    trial: Option<TimerId>,
 }
 
 /// A successor that has not said yet that it serves.
@@ -54,32 +65,39 @@ pub(super) struct Upgrade {
     timer: TimerId,
 }
 
-/// The standard input of a process that a predecessor has started.
-pub(super) fn predecessor() -> Option<UnixStream> {
-    let parent = std::env::var(PREDECESSOR).ok()?;
-    let is_ours = parent == std::os::unix::process::parent_id().to_string();
-    let input = || io::stdin().as_fd().try_clone_to_owned().ok();
-    is_ours.then(input).flatten().map(UnixStream::from)
-}
-
 impl Pool {
-    /// Tells the predecessor to leave, if there is one.
-    pub(super) fn relieve(&self) {
+    /// A successor takes over when it has been ready for a while.
+    pub(super) fn prove(&self, master: &Master, is_ready: bool) {
+        let mut predecessor = self.0.predecessor.borrow_mut();
+        let Some(predecessor) = predecessor.as_mut() else {
+            return;
+        };
+        let unproved = predecessor.trial.take();
+        unproved
+            .into_iter()
+            .for_each(|timer| master.clear_timer(timer));
+        if is_ready {
+            let pool = self.clone();
+            let trial = self.0.core.borrow().options().trial;
+            let relieve = move |_: &Master| pool.relieve();
+            predecessor.trial = Some(master.set_timeout(trial, relieve));
+        }
+    }
+
+    fn relieve(&self) {
         let Some(mut predecessor) = self.0.predecessor.take() else {
             return;
         };
         // It may have died, and then this is nobody's successor.
-        let _ = predecessor.write_all(&[SERVES]);
+        let _ = predecessor.channel.write_all(&[SERVES]);
         let listeners = self.0.listeners.borrow();
-        for listener in self
-            .0
+        for kept in predecessor
             .left
-            .take()
             .into_iter()
             .filter_map(|at| listeners.get(at))
         {
             // It may be gone, and nobody finds the way then.
-            let _ = listener.set_removes_file(true);
+            let _ = kept.listener.set_removes_file(true);
         }
     }
 
@@ -91,7 +109,8 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Error::Descriptor`] if one of them is no listener; and as [`Master::listen`].
+    /// [`Error::Descriptor`] if one of them is no listener; [`Error::Io`] if the channel to the master
+    /// before is broken; and as [`Master::listen`].
     ///
     /// ```no_run
     /// # use cluster::pool::{Pool, PoolOptions};
@@ -106,33 +125,55 @@ impl Pool {
     /// }
     /// # Ok(()) }
     /// ```
-    pub fn adopt(&self, master: &Master, passed: Vec<ListenFd>) -> Result<()> {
-        for passed in passed {
-            let is_left = passed.name() == Some(LEFT) && self.0.predecessor.borrow().is_some();
+    pub fn adopt(&self, master: &Master, mut passed: Vec<ListenFd>) -> Result<()> {
+        let mut flags = Vec::new();
+        let channel = passed
+            .iter()
+            .position(|passed| passed.name() == Some(CHANNEL));
+        if let Some(channel) = channel.map(|at| passed.remove(at)) {
+            let mut channel = UnixStream::from(OwnedFd::from(channel));
+            flags.resize(passed.len(), 0);
+            // They were written before this process began.
+            let read = channel.set_nonblocking(true);
+            let read = read.and_then(|()| channel.read_exact(&mut flags));
+            read.map_err(failed("hear from the master before"))?;
+            self.0.predecessor.replace(Some(Predecessor {
+                channel,
+                left: Vec::new(),
+                trial: None,
+            }));
+        }
+        for (number, passed) in passed.into_iter().enumerate() {
+            let name = passed.name().map(str::to_owned);
             let listener = if passed.is_unix() {
                 master.listen(UnixListener::try_from(passed)?)
             } else {
                 master.listen(TcpListener::try_from(passed)?)
             }?;
             let mut listeners = self.0.listeners.borrow_mut();
-            if is_left {
-                self.0.left.borrow_mut().push(listeners.len());
+            if let Some(predecessor) = self.0.predecessor.borrow_mut().as_mut() {
+                let is_left = flags.get(number) == Some(&1);
+                predecessor.left.extend(is_left.then_some(listeners.len()));
             }
-            listeners.push(listener);
+            listeners.push(Kept { listener, name });
         }
         Ok(())
     }
 
     /// Starts this program again, from the file that may be a new one now, and leaves when it serves:
-    /// no client is refused meanwhile. The new master gets the listeners of [`listen`](Self::listen) and
-    /// [`adopt`](Self::adopt) from [`systemd::listen_fds`](cluster::systemd::listen_fds), and forks workers of its own.
+    /// no client is refused meanwhile. The new master calls [`adopt`](Self::adopt), which it must, gets
+    /// the listeners of this one, and forks workers of its own.
     ///
-    /// Node has no counterpart. Ends in [`PoolEvent::Upgraded`], and then the pool stops; or in
-    /// [`PoolEvent::UpgradeFailed`], if the new master ends, or has no [quorum](super::PoolOptions::quorum())
-    /// of ready workers within [`boot`](super::PoolOptions::boot()) and
-    /// [`trial`](super::PoolOptions::trial()) together. It is killed then, with its workers, and nothing
-    /// has changed. The process id of the master is another one afterwards. One upgrade at a time:
-    /// nothing happens if one is under way, or the pool stops.
+    /// Node has no counterpart. The program is the one of this process, as it was called if that was by a
+    /// path, with the same arguments. Ends in [`PoolEvent::Upgraded`], and then the pool stops; or in
+    /// [`PoolEvent::UpgradeFailed`], if the new master ends, or has not had a
+    /// [quorum](super::PoolOptions::quorum()) of ready workers for the time of
+    /// [`trial`](super::PoolOptions::trial()) when [`boot`](super::PoolOptions::boot()) and twice `trial`
+    /// are over, or if this pool stops. It gets SIGTERM then, and SIGKILL if it takes longer to leave
+    /// than [`drain`](super::PoolOptions::drain()); nothing has changed. The
+    /// process id of the master is another one afterwards, so process 1 cannot upgrade; and a program
+    /// has one pool. Meanwhile the new master is one of [`Master::workers`], with its events. One upgrade
+    /// at a time: nothing happens if one is under way, or the pool stops.
     ///
     /// # Errors
     ///
@@ -148,49 +189,50 @@ impl Pool {
         if self.is_stopping() || self.0.upgrade.borrow().is_some() {
             return Ok(());
         }
-        let failed = |attempt| move |source| Error::Io { attempt, source };
         let program = self.0.program.path.as_ref();
-        let unknown = |error: &io::Error| Error::Io {
-            attempt: "find the program of this process",
-            source: error.kind().into(),
-        };
-        let program = program.map_err(unknown)?;
-        let (ours, theirs) =
-            UnixStream::pair().map_err(failed("make a channel to a new master"))?;
-        let mut passed = Vec::new();
-        for listener in &*self.0.listeners.borrow() {
-            let copy = listener.as_fd().try_clone_to_owned();
+        let unknown = |error: &io::Error| error.kind().into();
+        let program =
+            program.map_err(|error| failed("find the program of this process")(unknown(error)))?;
+        let channel = UnixStream::pair().map_err(failed("make a channel to a new master"))?;
+        let (mut ours, theirs) = channel;
+        let mut passed = vec![(CHANNEL.to_owned(), OwnedFd::from(theirs))];
+        let mut flags = Vec::new();
+        for kept in &*self.0.listeners.borrow() {
+            let copy = kept.listener.as_fd().try_clone_to_owned();
             let copy = copy.map_err(failed("copy a listener for a new master"))?;
-            let is_ours = listener.removes_file();
-            passed.push((if is_ours { LEFT } else { "passed" }, copy));
+            let name = kept.name.clone().unwrap_or_else(|| LISTENER.to_owned());
+            passed.push((name, copy));
+            flags.push(u8::from(kept.listener.removes_file()));
         }
+        ours.write_all(&flags)
+            .map_err(failed("speak to a new master"))?;
         let settings = Settings::default()
             .exec(program)
             .args(self.0.program.args.clone())
-            .stdio([Stdio::fd(OwnedFd::from(theirs))])
             .listen_fds(passed)
             .detached(true);
         // What systemd tells the main process holds for the next one, too.
         let service = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
         let service = service.map(|name| Some((name, std::env::var_os(name)?)));
-        let own = (PREDECESSOR, std::process::id().to_string().into());
-        let env = service.into_iter().flatten().chain([own]);
-        let successor = master.fork_as(settings, env)?;
+        let successor = master.fork_as(settings, service.into_iter().flatten())?;
         // It is to be there when this one has gone.
         successor.process().unref();
-        self.await_successor(master, successor, ours)
+        self.await_successor(master, &successor, ours)
+            .inspect_err(|_| {
+                successor.process().kill(Signal::KILL);
+            })
     }
 
     /// Waits for its byte, its end, or the end of its time, whatever is first.
     fn await_successor(
         &self,
         master: &Master,
-        successor: WorkerProcess,
+        successor: &WorkerProcess,
         channel: UnixStream,
     ) -> Result<()> {
         let pool = self.clone();
         let hear = move |master: &Master, mut channel: &UnixStream| {
-            // Its end is told by the process.
+            // Without a word, its time goes on: its end is told by the process.
             if matches!(channel.read(&mut [0]), Ok(1)) {
                 pool.end_upgrade(master, Ok(()));
             }
@@ -199,7 +241,8 @@ impl Pool {
         let watch = master.watch(channel, Interest::Readable, hear)?;
         let pool = self.clone();
         let options = self.0.core.borrow().options().clone();
-        let time = options.boot.saturating_add(options.trial);
+        // Its own trial begins when it is ready, and that may be at the last moment.
+        let time = options.boot.saturating_add(options.trial.saturating_mul(2));
         let timer = master.set_timeout(time, move |master| {
             pool.end_upgrade(master, Err("not ready in time".to_owned()));
         });
@@ -212,6 +255,7 @@ impl Pool {
                 pool.end_upgrade(master, Err(status.to_string()));
             }
         });
+        let successor = successor.clone();
         let upgrade = Upgrade {
             successor,
             watch,
@@ -231,18 +275,37 @@ impl Pool {
         let event = match outcome {
             Ok(()) => {
                 self.0.has_successor.set(true);
-                for listener in &*self.0.listeners.borrow() {
+                for kept in &*self.0.listeners.borrow() {
                     // To leave a file cannot fail.
-                    let _ = listener.set_removes_file(false);
+                    let _ = kept.listener.set_removes_file(false);
                 }
                 self.stop(master);
                 PoolEvent::Upgraded
             }
             Err(reason) => {
-                upgrade.successor.process().kill(Signal::KILL);
+                self.dismiss(master, &upgrade.successor);
                 PoolEvent::UpgradeFailed { reason }
             }
         };
         self.tell(master, event);
     }
+}
+
+impl Pool {
+    /// It may have clients already: like a pool's workers, it is asked first.
+    fn dismiss(&self, master: &Master, successor: &WorkerProcess) {
+        if successor.is_dead() {
+            return;
+        }
+        successor.process().ref_();
+        successor.process().kill(Signal::TERM);
+        let late = successor.clone();
+        let drain = self.0.core.borrow().options().drain;
+        let timer = master.set_timeout(drain, move |_| late.process().kill(Signal::KILL));
+        successor.on_exit(move |master, _, _| master.clear_timer(timer));
+    }
+}
+
+fn failed(attempt: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { attempt, source }
 }
