@@ -301,6 +301,9 @@ impl<W: Copy + Ord> Core<W> {
     }
 
     pub(super) fn retry(&mut self, now: Time) {
+        if self.stopping {
+            return;
+        }
         for slot in &mut self.slots {
             if std::mem::take(&mut slot.held) {
                 slot.restart_at = Some(now);
@@ -340,6 +343,7 @@ impl<W: Copy + Ord> Core<W> {
 
     pub(super) fn decide(&mut self, slot: usize, decision: GiveUp, now: Time) {
         match decision {
+            _ if self.stopping => {}
             GiveUp::Stop => self.stop(now),
             GiveUp::Hold => {}
             GiveUp::RetryAfter(pause) => {
