@@ -94,9 +94,10 @@ impl Child<'_> {
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<M, (u8, io::Error)> {
         let descriptors = || {
-            // First: where they are, the worker's may have to go.
-            close_all(abandon()?);
+            // First, because `abandon` may need room for one more.
             close_all([parents_end]);
+            close_all(abandon()?);
+            // Now there is nobody where these go.
             self.arrange_stdio()?;
             close_all(self.stdio.iter().flatten().map(AsRawFd::as_raw_fd));
             super::signal::renew()
