@@ -26,6 +26,13 @@ impl WorkerId {
     }
 }
 
+/// For an id that has travelled as a number, in a message say.
+impl From<u32> for WorkerId {
+    fn from(number: u32) -> Self {
+        Self(number)
+    }
+}
+
 impl std::fmt::Display for WorkerId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.fmt(f)

@@ -1,4 +1,4 @@
-//! The decisions of a pool. Pure: the time is an argument, and a worker is a name.
+//! The decisions of a pool. Pure: the time is an argument.
 //!
 //! The life of a worker in its slot:
 //!
@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use cluster::Usage;
+use cluster::{Usage, WorkerId};
 
 use super::event::{Cause, Death, GiveUp, Limit, PoolEvent};
 use super::options::PoolOptions;
@@ -33,21 +33,21 @@ const SHORTEST: Duration = Duration::from_millis(1);
 
 /// What the shell is to do.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Command<W> {
+pub(super) enum Command {
     /// Fork a worker for this slot, and say what came of it by `forked` or `not_forked`.
     Fork {
         slot: usize,
         generation: u32,
     },
-    Leave(W),
+    Leave(WorkerId),
     /// Everybody is told, at once.
     LeaveAll,
-    Kill(W),
+    Kill(WorkerId),
     /// Say what everybody has, by `measured`.
     Look,
     /// Ask the program what becomes of this slot, and say it by `decide`.
-    Ask(Death<W>),
-    Tell(PoolEvent<W>),
+    Ask(Death),
+    Tell(PoolEvent),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,11 +87,11 @@ impl Member {
 }
 
 #[derive(Debug)]
-pub(super) struct Slot<W> {
+pub(super) struct Slot {
     /// Serves, or boots to do so.
-    pub(super) current: Option<W>,
+    pub(super) current: Option<WorkerId>,
     /// Boots or proves itself beside it.
-    pub(super) successor: Option<W>,
+    pub(super) successor: Option<WorkerId>,
     pub(super) generation: u32,
     /// Deaths since a worker was stable.
     failures: u32,
@@ -101,10 +101,10 @@ pub(super) struct Slot<W> {
     /// A replacement for a limit has failed: not again before this.
     recycle_from: Time,
     pub(super) restarts: u64,
-    pub(super) last_death: Option<Death<W>>,
+    pub(super) last_death: Option<Death>,
 }
 
-impl<W> Slot<W> {
+impl Slot {
     /// Whether it is to be filled by one of this generation, and not by one of a rollout that was
     /// called off while it was forked.
     fn lacks(&self, generation: u32) -> bool {
@@ -123,28 +123,28 @@ enum Phase {
 }
 
 #[derive(Debug)]
-struct Rollout<W> {
+struct Rollout {
     /// All slots are brought to this generation; `None`: those that have reached a limit.
     reload: Option<u32>,
     /// Successors by slot; `None` until they are forked.
-    batch: BTreeMap<usize, Option<W>>,
+    batch: BTreeMap<usize, Option<WorkerId>>,
     phase: Phase,
     canary: bool,
     replaced: usize,
-    retiring: BTreeSet<W>,
+    retiring: BTreeSet<WorkerId>,
 }
 
 #[derive(Debug)]
-pub(super) struct Core<W> {
+pub(super) struct Core {
     options: PoolOptions,
-    pub(super) slots: Vec<Slot<W>>,
-    pub(super) members: BTreeMap<W, Member>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) members: BTreeMap<WorkerId, Member>,
     /// Of those who serve, if no reload is under way or was stopped half-way.
     pub(super) generation: u32,
     last_generation: u32,
     reload_wanted: bool,
-    recycle: BTreeMap<usize, (W, Limit)>,
-    rollout: Option<Rollout<W>>,
+    recycle: BTreeMap<usize, (WorkerId, Limit)>,
+    rollout: Option<Rollout>,
     pub(super) stopping: bool,
     pub(super) quorum: bool,
     pub(super) deaths: u64,
@@ -152,10 +152,10 @@ pub(super) struct Core<W> {
     /// When the shell was to come next.
     planned: Option<Time>,
     random: u64,
-    commands: VecDeque<Command<W>>,
+    commands: VecDeque<Command>,
 }
 
-impl<W: Copy + Ord> Core<W> {
+impl Core {
     pub(super) fn new(mut options: PoolOptions, now: Time, seed: u64) -> Self {
         options.jitter = options.jitter.min(100);
         options.surge = options.surge.max(1);
@@ -189,7 +189,7 @@ impl<W: Copy + Ord> Core<W> {
         core
     }
 
-    pub(super) fn next_command(&mut self) -> Option<Command<W>> {
+    pub(super) fn next_command(&mut self) -> Option<Command> {
         self.commands.pop_front()
     }
 
@@ -211,7 +211,7 @@ impl<W: Copy + Ord> Core<W> {
         self.members.values().filter(ready).count()
     }
 
-    fn tell(&mut self, event: PoolEvent<W>) {
+    fn tell(&mut self, event: PoolEvent) {
         self.commands.push_back(Command::Tell(event));
     }
 
@@ -247,7 +247,7 @@ impl<W: Copy + Ord> Core<W> {
 }
 
 // What the program wants.
-impl<W: Copy + Ord> Core<W> {
+impl Core {
     pub(super) fn scale(&mut self, workers: usize, now: Time) {
         if self.stopping {
             return;
@@ -357,8 +357,15 @@ impl<W: Copy + Ord> Core<W> {
 }
 
 // What happens to workers.
-impl<W: Copy + Ord> Core<W> {
-    pub(super) fn forked(&mut self, slot: usize, generation: u32, worker: W, pid: u32, now: Time) {
+impl Core {
+    pub(super) fn forked(
+        &mut self,
+        slot: usize,
+        generation: u32,
+        worker: WorkerId,
+        pid: u32,
+        now: Time,
+    ) {
         let expires = self.options.max_age;
         let expires = expires.map(|age| now.saturating_add(self.jittered_time(age)));
         let most_connections = self.options.max_connections;
@@ -418,7 +425,7 @@ impl<W: Copy + Ord> Core<W> {
         })
     }
 
-    pub(super) fn is_ready(&mut self, worker: W, now: Time) {
+    pub(super) fn is_ready(&mut self, worker: WorkerId, now: Time) {
         let Some(member) = self.members.get_mut(&worker) else {
             return;
         };
@@ -431,7 +438,7 @@ impl<W: Copy + Ord> Core<W> {
         }
     }
 
-    pub(super) fn beats(&mut self, worker: W, now: Time) {
+    pub(super) fn beats(&mut self, worker: WorkerId, now: Time) {
         if let Some(member) = self.members.get_mut(&worker) {
             member.beat = now;
         }
@@ -439,7 +446,7 @@ impl<W: Copy + Ord> Core<W> {
 
     pub(super) fn measured(
         &mut self,
-        worker: W,
+        worker: WorkerId,
         connections: Option<u64>,
         memory: Option<u64>,
         now: Time,
@@ -465,7 +472,7 @@ impl<W: Copy + Ord> Core<W> {
     /// The process has ended.
     pub(super) fn exited(
         &mut self,
-        worker: W,
+        worker: WorkerId,
         status: ExitStatus,
         usage: Option<Usage>,
         now: Time,
@@ -514,7 +521,7 @@ impl<W: Copy + Ord> Core<W> {
     }
 
     /// Nobody serves in this slot now, or the one who was to replace him does.
-    fn died(&mut self, death: Death<W>, ready: Option<Time>, now: Time) {
+    fn died(&mut self, death: Death, ready: Option<Time>, now: Time) {
         self.deaths += 1;
         let number = death.slot;
         let (most, within) = self.options.give_up;
@@ -559,7 +566,7 @@ impl<W: Copy + Ord> Core<W> {
         }
     }
 
-    fn leave(&mut self, worker: W, now: Time) {
+    fn leave(&mut self, worker: WorkerId, now: Time) {
         let end = now.saturating_add(self.options.drain);
         if let Some(member) = self.members.get_mut(&worker) {
             if member.leaves_by.is_none() {
@@ -589,8 +596,8 @@ impl<W: Copy + Ord> Core<W> {
 }
 
 // Replacing workers.
-impl<W: Copy + Ord> Core<W> {
-    fn recycle(&mut self, worker: W, limit: Limit, now: Time) {
+impl Core {
+    fn recycle(&mut self, worker: WorkerId, limit: Limit, now: Time) {
         let Some(slot) = self.members.get(&worker).map(|member| member.slot) else {
             return;
         };
@@ -612,7 +619,7 @@ impl<W: Copy + Ord> Core<W> {
             };
             match rollout.phase {
                 Phase::Booting => {
-                    let ready = |worker: &Option<W>| {
+                    let ready = |worker: &Option<WorkerId>| {
                         let member = worker.and_then(|worker| self.members.get(&worker));
                         member.is_some_and(|member| member.ready.is_some())
                     };
@@ -748,7 +755,7 @@ impl<W: Copy + Ord> Core<W> {
     }
 
     /// A successor has died, or the program wants to go back.
-    fn fail(&mut self, death: Option<Death<W>>, now: Time) {
+    fn fail(&mut self, death: Option<Death>, now: Time) {
         let Some(rollout) = self.rollout.take() else {
             return;
         };
@@ -780,7 +787,7 @@ impl<W: Copy + Ord> Core<W> {
 }
 
 // What happens with time.
-impl<W: Copy + Ord> Core<W> {
+impl Core {
     /// When `tick` is to be called, at the latest.
     pub(super) fn next_deadline(&mut self) -> Option<Time> {
         let options = &self.options;
@@ -896,12 +903,12 @@ mod tests {
 
     /// A world in which workers behave as they are told to, and time passes when nothing else happens.
     struct World {
-        core: Core<u32>,
+        core: Core,
         now: Time,
         last: u32,
         /// When workers were forked, for which slot and generation.
         forks: Vec<(Time, usize, u32)>,
-        told: Vec<PoolEvent<u32>>,
+        told: Vec<PoolEvent>,
         left: Vec<u32>,
         killed: Vec<u32>,
         asked: Vec<usize>,
@@ -949,12 +956,13 @@ mod tests {
                         } else {
                             self.last += 1;
                             let pid = 1000 + self.last;
-                            self.core.forked(slot, generation, self.last, pid, self.now);
+                            let worker = WorkerId::from(self.last);
+                            self.core.forked(slot, generation, worker, pid, self.now);
                         }
                     }
-                    Command::Leave(worker) => self.left.push(worker),
-                    Command::LeaveAll => self.left.extend(self.core.members.keys()),
-                    Command::Kill(worker) => self.killed.push(worker),
+                    Command::Leave(worker) => self.left.push(worker.get()),
+                    Command::LeaveAll => self.left.extend(self.members()),
+                    Command::Kill(worker) => self.killed.push(worker.get()),
                     Command::Look => self.looks += 1,
                     Command::Ask(death) => self.asked.push(death.slot),
                     Command::Tell(event) => self.told.push(event),
@@ -962,17 +970,17 @@ mod tests {
             }
         }
 
-        fn input(&mut self, input: impl FnOnce(&mut Core<u32>, Time)) {
+        fn input(&mut self, input: impl FnOnce(&mut Core, Time)) {
             input(&mut self.core, self.now);
             self.act();
         }
 
         fn ready(&mut self, worker: u32) {
-            self.input(|core, now| core.is_ready(worker, now));
+            self.input(|core, now| core.is_ready(worker.into(), now));
         }
 
         fn all_ready(&mut self) {
-            let workers: Vec<_> = self.core.members.keys().copied().collect();
+            let workers = self.members();
             for worker in workers {
                 self.ready(worker);
             }
@@ -980,7 +988,7 @@ mod tests {
 
         fn dies(&mut self, worker: u32) {
             let status = ExitStatus::from_raw(1 << 8);
-            self.input(|core, now| core.exited(worker, status, None, now));
+            self.input(|core, now| core.exited(worker.into(), status, None, now));
         }
 
         /// Lets time pass, with all that is due in it.
@@ -996,7 +1004,16 @@ mod tests {
         }
 
         fn current(&self) -> Vec<Option<u32>> {
-            self.core.slots.iter().map(|slot| slot.current).collect()
+            let number = |slot: &Slot| slot.current.map(WorkerId::get);
+            self.core.slots.iter().map(number).collect()
+        }
+
+        fn members(&self) -> Vec<u32> {
+            self.core
+                .members
+                .keys()
+                .map(|worker| worker.get())
+                .collect()
         }
     }
 
@@ -1075,7 +1092,7 @@ mod tests {
         }
         let slot = &world.core.slots[0];
         assert_eq!(slot.restart_at, None);
-        let worker = slot.current.unwrap();
+        let worker = slot.current.unwrap().get();
         world.ready(worker);
         world.pass(9999 * MS);
         world.dies(worker);
@@ -1084,7 +1101,7 @@ mod tests {
             Some(world.now + 30 * SECOND)
         );
         world.pass(30 * SECOND);
-        let worker = world.core.slots[0].current.unwrap();
+        let worker = world.core.slots[0].current.unwrap().get();
         world.ready(worker);
         world.pass(10 * SECOND);
         world.dies(worker);
@@ -1093,7 +1110,7 @@ mod tests {
 
     #[test]
     fn jitter_makes_pauses_longer_and_not_shorter() {
-        let mut core = Core::<u32>::new(options(0).jitter(50), Time::ZERO, 3);
+        let mut core = Core::new(options(0).jitter(50), Time::ZERO, 3);
         let pauses: BTreeSet<_> = (0..1000).map(|_| core.jittered_time(SECOND)).collect();
         assert!(pauses.len() > 300);
         assert!(*pauses.first().unwrap() >= SECOND);
@@ -1201,7 +1218,7 @@ mod tests {
                     panic!("{:?}", world.told)
                 };
                 assert_eq!((*generation, *replaced), (round, 0));
-                assert_eq!(death.as_ref().unwrap().worker.unwrap().0, successor);
+                assert_eq!(death.as_ref().unwrap().worker.unwrap().0.get(), successor);
             }
             assert_eq!(world.current(), [Some(1), Some(2)]);
             assert_eq!(world.forks.len(), 20);
@@ -1299,7 +1316,7 @@ mod tests {
         assert_eq!(world.forks.len(), 1, "one at a time");
         assert!(world.told.contains(&PoolEvent::Recycling {
             slot: 0,
-            worker: 1,
+            worker: 1.into(),
             limit: Limit::Age
         }));
         assert!(world.left.is_empty());
@@ -1326,11 +1343,11 @@ mod tests {
         let mut world = World::serving(limits);
         world.pass(5 * SECOND);
         assert_eq!(world.looks, 1);
-        world.input(|core, now| core.measured(1, Some(99), Some(999), now));
+        world.input(|core, now| core.measured(1.into(), Some(99), Some(999), now));
         assert!(world.forks.is_empty());
-        world.input(|core, now| core.measured(1, Some(100), None, now));
+        world.input(|core, now| core.measured(1.into(), Some(100), None, now));
         assert_eq!(world.forks.len(), 1);
-        world.input(|core, now| core.measured(2, None, Some(1000), now));
+        world.input(|core, now| core.measured(2.into(), None, Some(1000), now));
         world.all_ready();
         world.pass(SECOND);
         world.dies(1);
@@ -1351,7 +1368,7 @@ mod tests {
     fn who_does_not_beat_is_killed() {
         let mut world = World::serving(options(2).heartbeat(10 * SECOND));
         world.pass(9 * SECOND);
-        world.input(|core, now| core.beats(1, now));
+        world.input(|core, now| core.beats(1.into(), now));
         world.pass(SECOND);
         assert_eq!(world.killed, [2]);
         world.dies(2);
@@ -1385,7 +1402,7 @@ mod tests {
         }
         assert!(world.told.contains(&PoolEvent::Left {
             slot: 1,
-            worker: 2,
+            worker: 2.into(),
             killed: true
         }));
         assert_eq!(world.current(), [Some(1)]);
@@ -1404,7 +1421,7 @@ mod tests {
         world.input(Core::reload);
         world.input(|core, now| core.scale(9, now));
         world.pass(SECOND);
-        let left: Vec<_> = world.core.members.keys().copied().collect();
+        let left = world.members();
         assert_eq!(world.killed, left);
         let forks = world.forks.len();
         left.into_iter().for_each(|worker| world.dies(worker));
@@ -1469,7 +1486,7 @@ mod tests {
             for step in steps {
                 let pick = |world: &World, at: usize| {
                     let count = world.core.members.len().max(1);
-                    world.core.members.keys().nth(at % count).copied()
+                    world.members().get(at % count).copied()
                 };
                 match step {
                     Step::Ready(at) => pick(&world, at).into_iter().for_each(|w| world.ready(w)),
@@ -1482,7 +1499,7 @@ mod tests {
                     Step::Stop => world.input(Core::stop),
                     Step::Poor(is_poor) => world.is_poor = is_poor,
                     Step::Measured(at) => if let Some(worker) = pick(&world, at) {
-                        world.input(|core, now| core.measured(worker, Some(5), None, now));
+                        world.input(|core, now| core.measured(worker.into(), Some(5), None, now));
                     },
                 }
                 let core = &world.core;

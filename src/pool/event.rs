@@ -10,24 +10,24 @@ use cluster::WorkerId;
 /// Node has no counterpart. Printed, it is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum PoolEvent<W = WorkerId> {
+pub enum PoolEvent {
     /// A worker is ready.
     #[non_exhaustive]
     Ready {
         /// Its slot.
         slot: usize,
         /// Which worker.
-        worker: W,
+        worker: WorkerId,
     },
     /// A worker has ended that was not told to leave, or could not be forked.
-    Died(Death<W>),
+    Died(Death),
     /// A worker has ended that was told to leave.
     #[non_exhaustive]
     Left {
         /// Its slot.
         slot: usize,
         /// Which worker.
-        worker: W,
+        worker: WorkerId,
         /// It took longer than [`PoolOptions::drain`](super::PoolOptions::drain()).
         killed: bool,
     },
@@ -37,12 +37,12 @@ pub enum PoolEvent<W = WorkerId> {
         /// Its slot.
         slot: usize,
         /// Which worker.
-        worker: W,
+        worker: WorkerId,
         /// Which limit.
         limit: Limit,
     },
     /// A worker that was to replace one which has reached a limit has died. That one goes on.
-    RecyclingFailed(Death<W>),
+    RecyclingFailed(Death),
     /// A slot has lost more workers than [`PoolOptions::give_up`](super::PoolOptions::give_up())
     /// allows.
     #[non_exhaustive]
@@ -70,7 +70,7 @@ pub enum PoolEvent<W = WorkerId> {
         /// How many workers had been replaced, and stay.
         replaced: usize,
         /// The worker that did not prove itself; `None` if the program has gone back.
-        death: Option<Death<W>>,
+        death: Option<Death>,
     },
     /// As many workers are ready as make the pool ready, or are not any more.
     Quorum(bool),
@@ -104,11 +104,11 @@ pub enum Limit {
 /// [status](super::SlotStatus::last_death).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Death<W = WorkerId> {
+pub struct Death {
     /// The slot that it had.
     pub slot: usize,
     /// Which worker, and its process id; `None` if it could not be forked.
-    pub worker: Option<(W, u32)>,
+    pub worker: Option<(WorkerId, u32)>,
     /// Its generation.
     pub generation: u32,
     /// What it comes from.
@@ -178,7 +178,7 @@ impl std::fmt::Display for Limit {
     }
 }
 
-impl<W: std::fmt::Display> std::fmt::Display for Death<W> {
+impl std::fmt::Display for Death {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let slot = self.slot;
         match &self.worker {
@@ -197,7 +197,7 @@ impl<W: std::fmt::Display> std::fmt::Display for Death<W> {
     }
 }
 
-impl<W: std::fmt::Display> std::fmt::Display for PoolEvent<W> {
+impl std::fmt::Display for PoolEvent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Ready { slot, worker } => write!(f, "slot {slot}: worker {worker} is ready"),

@@ -116,7 +116,7 @@ type OnEvent = dyn FnMut(&Pool, &Master, &PoolEvent);
 type OnGiveUp = dyn FnMut(&Pool, &Master, &Death) -> GiveUp;
 
 struct Inner {
-    core: RefCell<Core<WorkerId>>,
+    core: RefCell<Core>,
     began: Instant,
     timer: Cell<Option<TimerId>>,
     /// What is to be told when the loop turns.
@@ -518,7 +518,7 @@ impl Pool {
         self.act(master);
     }
 
-    fn input(&self, master: &Master, input: impl FnOnce(&mut Core<WorkerId>, Time)) {
+    fn input(&self, master: &Master, input: impl FnOnce(&mut Core, Time)) {
         let now = self.now();
         input(&mut self.0.core.borrow_mut(), now);
         self.act(master);
