@@ -88,7 +88,7 @@ pub(crate) fn adopt_as(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result
         Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
         Kind::Unix => {
             let address = UnixListener::from(socket.try_clone()?).local_addr()?;
-            let path = address.as_pathname().map(std::path::absolute);
+            let path = address.as_pathname().map(socket_file::absolute);
             path.transpose()?.map(Place::Path)
         }
     };

@@ -103,6 +103,27 @@ impl SocketFile {
     }
 }
 
+/// Undoes what `listen` does to the paths of sockets, if that was done in this directory.
+///
+/// # Errors
+///
+/// The system does not say which directory this is.
+pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
+    if path.is_absolute() {
+        return Ok(path.into());
+    }
+    let mut absolute = std::env::current_dir()?;
+    for component in path.components() {
+        if component == Component::ParentDir {
+            // There is no link on the way up.
+            absolute.pop();
+        } else {
+            absolute.push(component);
+        }
+    }
+    Ok(absolute)
+}
+
 /// The shorter one of `path` and the way to it from `here`; both are absolute.
 fn shortest(path: &Path, here: &Path) -> PathBuf {
     let (mut to, mut from) = (path.components(), here.components());
@@ -138,6 +159,18 @@ impl Drop for SocketFile {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn the_shorter_way_and_back() {
+        let here = std::env::current_dir().unwrap();
+        for path in [
+            here.join("a"),
+            here.parent().unwrap().join("a/b"),
+            "/a".into(),
+        ] {
+            assert_eq!(absolute(&shortest(&path, &here)).unwrap(), path);
+        }
+    }
 
     #[test]
     fn the_shorter_way() {
