@@ -14,7 +14,7 @@ use cluster::{ListenOptions, Master, MasterListener, SchedulingPolicy, Signal, W
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{EADDRINUSE, EINVAL};
 
-use crate::harness::{Log, cluster, in_background, serve_id, talk, wait_until};
+use crate::harness::{Log, cluster, in_background, serve_id, wait_until};
 use crate::sharded::{Count, Load};
 
 crate::scenarios! {
@@ -36,6 +36,7 @@ crate::scenarios! {
     what_is_let_go_of_closes_with_the_last_worker
     what_is_let_go_of_without_workers_closes_at_once
     who_waits_when_it_is_let_go_of_is_served_by_those_who_leave
+    who_waits_for_what_was_open_is_served_by_those_who_leave
     what_workers_have_opened_can_be_kept
     a_kept_listener_holds_up_neither_disconnect_nor_run
     the_scheduler_is_asked_when_there_is_somebody_to_choose
@@ -379,7 +380,9 @@ fn a_listener_that_was_open_is_shared(policy: SchedulingPolicy) {
                     assert!(["1", "2"].contains(&&*first), "{first:?}");
                     let mut seen = std::collections::BTreeSet::new();
                     wait_until("both", || {
-                        seen.insert(talk(address, b"").unwrap());
+                        // Two at a time: one who has been slow comes after whoever is idle.
+                        let clients = [(); 2].map(|()| TcpStream::connect(address).unwrap());
+                        seen.extend(clients.map(read));
                         (seen.len() == 2).then_some(())
                     });
                 };
@@ -536,18 +539,37 @@ fn what_is_let_go_of_without_workers_closes_at_once() {
     );
 }
 
-/// Let go of, and then all are told to leave: that is a stop as any other.
 fn who_waits_when_it_is_let_go_of_is_served_by_those_who_leave() {
+    who_waits_is_served_at_a_stop(|master| {
+        let any = "127.0.0.1:0";
+        (master.listen(any).unwrap(), any.to_owned())
+    });
+}
+
+fn who_waits_for_what_was_open_is_served_by_those_who_leave() {
+    who_waits_is_served_at_a_stop(|master| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let name = listener.local_addr().unwrap().to_string();
+        (master.listen(listener).unwrap(), name)
+    });
+}
+
+/// Let go of, and then all are told to leave: that is a stop as any other. `listen` returns what
+/// workers ask for, too.
+fn who_waits_is_served_at_a_stop(listen: fn(&Master) -> (MasterListener, String)) {
     crate::harness::for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
         cluster(
             |master| {
-                let kept = master.listen("127.0.0.1:0").unwrap();
+                let (kept, name) = listen(master);
                 let address: SocketAddr = kept.address().to_string().parse().unwrap();
-                fork(master, 2, move |master| {
+                let worker = master.fork_with([(ADDRESS, name)]).unwrap();
+                let rest = Cell::new(Some((kept, log)));
+                worker.on_listening(move |master, _, _| {
+                    let (kept, log) = rest.take().unwrap();
                     let clients = connect(address);
-                    // Everybody has one that says nothing yet.
+                    // It may have one, that says nothing yet; the others wait.
                     drop(kept);
                     master.disconnect(move |_| {
                         let error = TcpStream::connect(address).unwrap_err();
@@ -565,7 +587,8 @@ fn who_waits_when_it_is_let_go_of_is_served_by_those_who_leave() {
                 });
             },
             |worker| {
-                for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                let name = std::env::var(ADDRESS).unwrap();
+                for connection in worker.listen(name).unwrap().incoming() {
                     let mut connection = connection.unwrap();
                     connection.read_exact(&mut [0]).unwrap();
                     connection.write_all(b"x").unwrap();
@@ -623,14 +646,15 @@ fn a_kept_listener_holds_up_neither_disconnect_nor_run() {
     assert_eq!(entries.take(), ["over"]);
 }
 
-/// Five clients, of whom the only worker has taken one; the others are in its queue.
+/// Five clients, of whom the first worker has taken one; the others are in its queue.
 fn with_five_accepted(
     master: &Master,
+    workers: usize,
     then: impl FnOnce(&Master, MasterListener, SocketAddr, Vec<TcpStream>) + 'static,
 ) {
     let (kept, address) = listen(master, RR);
     master.set_scheduler(|_, workers| Some(workers[0].worker));
-    fork(master, 1, move |master| {
+    fork(master, workers, move |master| {
         let connect = |_| TcpStream::connect(address).unwrap();
         let clients: Vec<_> = (0..5).map(connect).collect();
         when_taken(master, 1, 5, move |master| {
@@ -665,7 +689,7 @@ fn the_scheduler_is_asked_when_there_is_somebody_to_choose() {
     let entries = log.clone();
     cluster(
         |master| {
-            with_five_accepted(master, move |master, kept, _, clients| {
+            with_five_accepted(master, 1, move |master, kept, _, clients| {
                 end_all(master, kill, move |master| {
                     assert_eq!(master.ledger().in_hand(), 4);
                     drop(master.fork().unwrap());
@@ -682,13 +706,13 @@ fn the_scheduler_is_asked_when_there_is_somebody_to_choose() {
     assert_eq!(entries.take(), ["2222"]);
 }
 
-/// And whoever comes afterwards is left to the next worker.
+/// Also what was in the queue of one that dies; and whoever comes afterwards is left to the next worker.
 fn the_last_to_leave_serve_what_has_been_accepted() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            with_five_accepted(master, move |master, kept, address, clients| {
+            with_five_accepted(master, 2, move |master, kept, address, clients| {
                 let client = TcpStream::connect(address).unwrap();
                 let later = log.clone();
                 master.disconnect(move |master| {
@@ -702,6 +726,7 @@ fn the_last_to_leave_serve_what_has_been_accepted() {
                         master.disconnect(|_| {});
                     });
                 });
+                kill(&master.workers()[0]);
                 let work = move || ask_all(clients);
                 in_background(master, work, move |_, answers| log.add(answers));
             });
@@ -710,7 +735,7 @@ fn the_last_to_leave_serve_what_has_been_accepted() {
     );
     let mut entries = entries.take();
     entries.sort();
-    assert_eq!(entries, ["11111", "2"]);
+    assert_eq!(entries, ["2222", "3"]);
 }
 
 /// Calls back when so many have been taken, of so many that have been accepted.
