@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::ExitStatusExt as _;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Group, example, reserve_port, talk, wait_until};
+use crate::harness::{Group, SYSTEMD, example, reserve_port, talk, wait_until};
 
 pub fn trials() -> Vec<Trial> {
     let for_each = |name: &str, test: fn(&str) -> Result<(), Failed>| {
@@ -39,6 +40,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("is_dead_tells_who_is", is_dead),
         Trial::test("sticky_clients_stay_with_their_worker", sticky),
         Trial::test("pool_is_a_production_server", pool),
+        SYSTEMD.of(Trial::test("pool_is_started_by_its_socket", pool_by_socket)),
         Trial::test("debug_lines_are_those_of_the_page", debug_lines),
     ]);
     trials.extend(PRINTS.iter().map(|prints| {
@@ -403,6 +405,25 @@ fn pool() -> Result<(), Failed> {
     stop(&server, Signal::SIGTERM)?;
     TcpStream::connect(address).unwrap_err();
     Ok(())
+}
+
+fn pool_by_socket() -> Result<(), Failed> {
+    let (_reserved, address) = reserve_port();
+    let mut command = Command::new("systemd-socket-activate");
+    command.arg(format!("--listen={address}"));
+    let temporary = std::env::temp_dir();
+    command.arg(format!("--setenv=TMPDIR={}", temporary.display()));
+    let program = example("pool");
+    command.arg(program.get_program()).args(program.get_args());
+    let server = Group::start(command.arg(address.to_string()))?;
+    // It is there when somebody comes.
+    server.line("Listening on ");
+    assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello\n"));
+    server.line("ready");
+    kill(server.pid(), Signal::SIGHUP)?;
+    server.line("generation 1 serves");
+    assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello\n"));
+    stop(&server, Signal::SIGTERM)
 }
 
 fn sticky() -> Result<(), Failed> {
