@@ -74,6 +74,8 @@ pub enum PoolEvent {
     },
     /// As many workers are ready as make the pool ready, or are not any more.
     Quorum(bool),
+    /// This master has taken over from the one before, which leaves.
+    TookOver,
     /// A new master has taken over; this one leaves.
     Upgraded,
     /// The new master did not prove itself; this one goes on.
@@ -235,6 +237,7 @@ impl std::fmt::Display for PoolEvent {
             }
             Self::Quorum(true) => f.write_str("ready"),
             Self::Quorum(false) => f.write_str("not ready"),
+            Self::TookOver => f.write_str("this master has taken over"),
             Self::Upgraded => f.write_str("a new master has taken over"),
             Self::UpgradeFailed { reason } => write!(f, "the new master failed: {reason}"),
         }

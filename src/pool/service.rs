@@ -1,5 +1,8 @@
 //! What a pool tells systemd.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use cluster::{Master, Result, systemd};
 
 use super::Pool;
@@ -10,9 +13,10 @@ impl Pool {
     /// [quorum](super::PoolOptions::quorum()), that it reloads, that it stops; and feeds the watchdog, if
     /// there is one, as long as there is a quorum, four times in its time.
     ///
-    /// Node has no counterpart. After an [upgrade](Self::upgrade) the new master says that it is the main
+    /// Node has no counterpart. When it has [taken over](Self::upgrade), a new master says that it is the main
     /// process: `NotifyAccess=all` allows it to. Nothing happens if systemd has not started this process.
     /// What cannot be sent later on is left out.
+    /// Call it before the loop turns.
     ///
     /// # Errors
     ///
@@ -28,22 +32,27 @@ impl Pool {
         if !systemd::status("starting")? {
             return Ok(());
         }
+        let is_fed = Rc::new(Cell::new(false));
+        let feeds = Rc::clone(&is_fed);
         if let Some(time) = watchdog {
-            let pool = self.clone();
             let feed = master.set_interval(time / 4, move |_| {
-                if pool.has_quorum() {
+                if feeds.get() {
                     let _ = systemd::notify("WATCHDOG=1");
                 }
             });
             // The pool keeps the loop going.
             master.unref(feed);
         }
-        self.on_event(|pool, master, event| {
+        self.on_event(move |pool, master, event| {
             let reload_ends = matches!(
                 event,
                 PoolEvent::Reloaded { .. } | PoolEvent::ReloadFailed { .. }
             );
-            let sent = if *event == PoolEvent::Quorum(true) || reload_ends && pool.has_quorum() {
+            let begins = matches!(event, PoolEvent::Quorum(true) | PoolEvent::TookOver);
+            // As long as there is a predecessor, that one is the service. It is again if this one fails.
+            let is_ready = pool.has_quorum() && pool.0.predecessor.borrow().is_none();
+            is_fed.set(is_ready);
+            let sent = if is_ready && (begins || reload_ends) {
                 ready()
             } else if matches!(event, PoolEvent::Reloading { .. }) {
                 systemd::reloading()

@@ -79,12 +79,12 @@ impl Pool {
         if is_ready {
             let pool = self.clone();
             let trial = self.0.core.borrow().options().trial;
-            let relieve = move |_: &Master| pool.relieve();
+            let relieve = move |master: &Master| pool.relieve(master);
             predecessor.trial = Some(master.set_timeout(trial, relieve));
         }
     }
 
-    fn relieve(&self) {
+    fn relieve(&self, master: &Master) {
         let Some(mut predecessor) = self.0.predecessor.take() else {
             return;
         };
@@ -99,6 +99,8 @@ impl Pool {
             // It may be gone, and nobody finds the way then.
             let _ = kept.listener.set_removes_file(true);
         }
+        drop(listeners);
+        self.tell(master, PoolEvent::TookOver);
     }
 
     /// Adopts the listeners that this process was passed: by systemd, or by the master that it is to
