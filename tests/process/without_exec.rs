@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio as ChildStdio;
@@ -13,7 +14,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cluster::{
-    Error, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerProcess,
+    Error, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerMain,
+    WorkerProcess,
 };
 use nix::libc;
 use nix::sys::signal::{SigHandler, signal};
@@ -241,107 +243,109 @@ fn a_copy_has_nothing_of_its_masters_but_what_the_program_has_open() {
             worker.send_with_fds(b"listening", fds).unwrap();
             worker.run().unwrap();
         });
-        let mut missing = 2;
-        for _ in 0..missing {
-            master.fork().unwrap();
-        }
-        let mut of_the_program = Some(std::fs::File::open(&file).unwrap());
-        let mut kept = Some(kept);
+        let workers = [(); 2].map(|()| master.fork().unwrap());
+        let of_the_program = std::fs::File::open(&file).unwrap();
+        let before = open_descriptors();
+        let kept_number = kept.as_raw_fd();
         let expected = file.display().to_string();
+        let beginning = Rc::clone(&beginning);
+        let look_around = WorkerMain::new(move |worker| {
+            let mut own: Vec<_> = OWN.map(str::to_owned).into();
+            // What `stdio` says, the end that the program has kept, and the pair for signals.
+            own.extend(["/dev/null", "socket"].map(str::to_owned));
+            own.extend(["socket", "socket", "socket"].map(str::to_owned));
+            own.push(expected.clone());
+            own.sort();
+            assert_eq!(kinds_beyond(&beginning), own);
+            let now = open_descriptors();
+            assert_eq!(now.get(&kept_number), before.get(&kept_number));
+            assert_ne!(now.get(&number), before.get(&number));
+            assert_eq!(now[&0], before[&0]);
+            assert_eq!(now[&3], Path::new("/dev/null"));
+            let mut text = *b"what it says..";
+            // Where the next one would read is the same for all.
+            of_the_program.read_exact_at(&mut text, 0).unwrap();
+            worker.send(&text).unwrap();
+            0
+        });
+        let (mut listening, mut looked) = (0, 0);
         master.on_message(move |master, _, message| {
-            if message.bytes() != b"listening" {
-                assert_eq!(String::from_utf8_lossy(message.bytes()), "of the program");
+            if message.bytes() == b"listening" {
+                listening += 1;
+                if listening == 2 {
+                    let mut settings = Settings::default();
+                    settings.main = Some(look_around.clone());
+                    master.setup_master(settings);
+                    // The worker's callbacks are still to be told of the message.
+                    master.fork().unwrap();
+                }
+                return;
+            }
+            assert_eq!(message.bytes(), b"of the program");
+            looked += 1;
+            if looked == 2 {
                 master.unwatch(watch);
                 if let Some(input) = input {
                     master.unwatch(input);
                 }
-                drop(kept.take());
-                return master.disconnect(|_| {});
+                master.disconnect(|_| {});
             }
-            missing -= 1;
-            if missing > 0 {
-                return;
-            }
-            let before = open_descriptors();
-            let file = of_the_program.take().unwrap();
-            let expected = expected.clone();
-            let kept = kept.as_ref().unwrap().as_raw_fd();
-            let beginning = Rc::clone(&beginning);
-            set_main(master, move |worker| {
-                let found = kinds_beyond(&beginning);
-                let mut own: Vec<_> = OWN.map(str::to_owned).into();
-                // What `stdio` says, the end that the program has kept, and the pair for signals.
-                own.extend(["/dev/null", "socket"].map(str::to_owned));
-                own.extend(["socket", "socket", "socket"].map(str::to_owned));
-                own.push(expected.clone());
-                own.sort();
-                assert_eq!(found, own);
-                let now = open_descriptors();
-                assert_eq!(now.get(&kept), before.get(&kept));
-                assert_ne!(now.get(&number), before.get(&number));
-                assert_eq!(now[&0], before[&0]);
-                assert_eq!(now[&3], Path::new("/dev/null"));
-                let mut text = String::new();
-                (&file).read_to_string(&mut text).unwrap();
-                worker.send(text.as_bytes()).unwrap();
-                worker.run().unwrap();
-            });
-            master.fork().unwrap();
         });
+        let listening = Rc::new(Cell::new(0));
+        for worker in workers {
+            let listening = Rc::clone(&listening);
+            worker.on_message(move |master, _, _| {
+                listening.set(listening.get() + 1);
+                if listening.get() == 2 {
+                    // Nobody else is to be told of it.
+                    master.fork().unwrap();
+                }
+            });
+        }
+        // It lives as long as this callback.
+        master.on_setup(move |_, _| assert!(kept.as_raw_fd() == kept_number));
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     });
 }
 
-/// A scheduler that wants one worker, who is busy, to have all connections.
+/// The master forks while the program is asked who is to have a connection.
 fn a_copy_has_no_connection_that_waits_in_the_master() {
     let beginning = Rc::new(open_descriptors());
-    masters(|master| {
-        master.set_scheduler(|_, workers| workers.first().map(|load| load.worker));
-        set_main(master, |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            let mut first = listener.accept().unwrap().unwrap();
-            first.read_exact(&mut [0]).unwrap();
-            drop(first);
-            for _ in 0..7 {
-                drop(listener.accept().unwrap().unwrap());
-            }
+    let Role::Master(master) = cluster::init().unwrap() else {
+        unreachable!("nothing is executed");
+    };
+    let master = Rc::new(master);
+    let asked = Rc::clone(&master);
+    master.set_scheduler(move |_, workers| {
+        let beginning = Rc::clone(&beginning);
+        set_main(&asked, move |_| {
+            let found = kinds_beyond(&beginning);
+            let sockets = found.iter().filter(|kind| *kind == "socket").count();
+            assert_eq!(sockets, 2, "its channel, and the program's client");
         });
-        master.fork().unwrap();
-        when_listening(master, 1, |master, address| {
-            let clients: Vec<_> = (0..8)
-                .map(|_| TcpStream::connect(address).unwrap())
-                .collect();
-            let mut clients = Some(clients);
-            master.set_interval(Duration::from_millis(1), move |master| {
-                if clients.is_none() || master.ledger().in_hand() < 7 {
-                    return;
-                }
-                let mut clients = clients.take().unwrap();
-                let open = clients.len();
-                let beginning = Rc::clone(&beginning);
-                set_main(master, move |worker| {
-                    let found = kinds_beyond(&beginning);
-                    let sockets = found.iter().filter(|kind| *kind == "socket").count();
-                    assert_eq!(sockets, 1 + open, "its channel, and the program's clients");
-                    worker.disconnect();
-                });
-                master.fork().unwrap().on_exit(move |master, _, status| {
-                    assert!(status.success(), "{status}");
-                    clients[0].write_all(b"!").unwrap();
-                    for mut client in clients.drain(..) {
-                        in_background(
-                            master,
-                            move || client.read(&mut [0]).unwrap(),
-                            |_, read| assert_eq!(read, 0, "nobody else has it"),
-                        );
-                    }
-                });
-            });
-            for worker in master.workers() {
-                worker.on_exit(|master, _, _| master.disconnect(|_| std::process::exit(0)));
-            }
-        });
+        asked.fork().unwrap();
+        workers.first().map(|load| load.worker)
     });
+    set_main(&master, |worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        drop(listener.accept().unwrap().unwrap());
+    });
+    master.fork().unwrap();
+    let client = Rc::new(Cell::new(None));
+    let connected = Rc::clone(&client);
+    when_listening(&master, 1, move |_, address| {
+        connected.set(Some(TcpStream::connect(address).unwrap()));
+    });
+    let ended = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&ended);
+    master.on_exit(move |_, _, status| {
+        assert!(status.success(), "{status}");
+        counted.set(counted.get() + 1);
+    });
+    master.run().unwrap();
+    assert_eq!(ended.get(), 2);
+    let read = client.take().unwrap().read(&mut [0]).unwrap();
+    assert_eq!(read, 0, "nobody has it any more");
 }
 
 fn what_a_copy_does_to_other_workers_happens_to_nobody() {
