@@ -6,7 +6,7 @@
 //! given something ahead only as far as workers have been quick before; what lies behind a request
 //! that turns out slow is taken back if another worker is idle.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::frame::FrameError;
@@ -21,6 +21,9 @@ pub(crate) const MAX_WINDOW: u32 = 16;
 const QUICK: Time = Duration::from_millis(5);
 /// An idle worker that has not taken what it was given for so long has been stopped, most likely.
 pub(crate) const STALE: Time = Duration::from_millis(20);
+/// When a worker that did not take what it was given has its turn again: it may have been waiting for a
+/// core.
+const NAP: Time = Duration::from_secs(1);
 
 /// A connection on its way to a worker.
 #[derive(Debug)]
@@ -126,6 +129,8 @@ pub(crate) struct RoundRobin<C> {
     behind: BTreeSet<(Time, WorkerId)>,
     /// Who was idle and is not known to have taken anything since.
     unmoved: BTreeSet<(Time, WorkerId)>,
+    /// Who sleeps, and since when; some may not sleep any more.
+    sleepers: VecDeque<(Time, WorkerId)>,
     /// How many of them are idle.
     idle: u64,
     /// How many connections one worker is sent before it is idle again, as it has turned out.
@@ -150,6 +155,7 @@ impl<C> RoundRobin<C> {
             next: BTreeSet::new(),
             behind: BTreeSet::new(),
             unmoved: BTreeSet::new(),
+            sleepers: VecDeque::new(),
             idle: 0,
             window: 1,
             waiting: BTreeMap::new(),
@@ -359,10 +365,15 @@ impl<C> RoundRobin<C> {
             member.done = member.done.min(member.taken);
             member.slow |= count > 0 && member.load() > 0;
             // It was idle, and still is; but somebody else would have taken them.
-            member.sleeps |= count > 0 && member.load() == 0;
+            let falls_asleep = count > 0 && member.load() == 0 && !member.sleeps;
+            member.sleeps |= falls_asleep;
+            falls_asleep.then_some((member.busy_since, worker))
         });
         self.wait(connections);
-        changed.map_or(0, |((), taken)| taken)
+        changed.map_or(0, |(sleeper, taken)| {
+            self.sleepers.extend(sleeper);
+            taken
+        })
     }
 
     /// This could not be put into the queue of `worker`. If it `takes_more` all the same, it is
@@ -449,6 +460,13 @@ impl<C> RoundRobin<C> {
 
     /// Gives a waiting connection to a worker.
     pub(crate) fn distribute(&mut self, now: Time) -> Option<Given<C>> {
+        while let Some(&(since, worker)) = self.sleepers.front() {
+            if since + NAP > now {
+                break;
+            }
+            self.sleepers.pop_front();
+            self.change(worker, |member| member.sleeps = false);
+        }
         let chosen = self.next_chosen();
         let (worker, placed) = chosen.or_else(|| self.next_in_turn())?;
         self.turns += 1;
@@ -533,7 +551,6 @@ fn exchange<T: Ord>(set: &mut BTreeSet<T>, old: Option<T>, new: Option<T>) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::VecDeque;
 
     const NOW: Time = Time::ZERO;
     const LATER: Time = Time::from_secs(1);
@@ -677,6 +694,22 @@ mod tests {
         rr.idle(id(2), (5, 0), NOW).unwrap();
         (9..11).for_each(|n| rr.push(n));
         assert_eq!(who(&mut rr), [(2, 9), (1, 10)], "it has used it");
+    }
+
+    #[test]
+    fn a_sleeper_has_its_turn_again_after_a_nap() {
+        let mut rr = idle(2);
+        rr.push(0);
+        assert_eq!(who(&mut rr), [(1, 0)]);
+        rr.came_back(id(1), vec![(1, 0)], false);
+        assert_eq!(who(&mut rr), [(2, 0)]);
+        rr.idle(id(2), (1, 0), NOW).unwrap();
+        rr.push(1);
+        assert_eq!(who(&mut rr), [(2, 1)]);
+        rr.idle(id(2), (2, 0), NOW).unwrap();
+        rr.push(2);
+        let given = rr.distribute(NOW + NAP).unwrap();
+        assert_eq!((given.worker, given.placed.1), (id(1), 2));
     }
 
     #[test]
