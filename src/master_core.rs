@@ -626,8 +626,15 @@ impl<C> MasterCore<C> {
 
     /// Removes those waiting connections of which `gone` says that the client has left.
     pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) {
-        for handle in self.handles.values_mut() {
-            self.ledger.closed_by_peer += handle.connections.sweep(&mut gone);
+        let mut swept = Vec::new();
+        for (handle, entry) in &mut self.handles {
+            let count = entry.connections.sweep(&mut gone);
+            self.ledger.closed_by_peer += count;
+            swept.extend((count > 0).then_some(*handle));
+        }
+        for handle in swept {
+            // It may have been the last that a listener waited for.
+            self.look_again_if_draining(handle);
         }
     }
 
