@@ -1206,6 +1206,26 @@ mod tests {
     }
 
     #[test]
+    fn who_hangs_up_may_be_the_last_that_a_listener_waits_for() {
+        let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
+        let worker = online(&mut core);
+        // Lent by the program: it is given back when what was accepted has been served.
+        let lent = Endpoint::new(Kind::Tcp, Place::Fd(3));
+        let asked = ask(&mut core, worker, lent);
+        assert!(matches!(asked[..], [Action::Bind { .. }]), "{asked:?}");
+        let handle = HandleId(1);
+        core.bound(handle, Ok(None));
+        core.accepted(handle, 7);
+        core.disconnect_all(true);
+        assert!(!is_closing(&actions(&mut core)), "somebody waits");
+        core.sweep(|_| false);
+        assert!(!is_closing(&actions(&mut core)));
+        core.sweep(|_| true);
+        assert!(is_closing(&actions(&mut core)));
+        assert_eq!(core.ledger().closed_by_peer, 1);
+    }
+
+    #[test]
     fn a_kept_listener_has_no_end_before_it_is_let_go_of() {
         for policy in [
             SchedulingPolicy::RoundRobin,
