@@ -13,10 +13,9 @@ impl Pool {
     /// [quorum](super::PoolOptions::quorum()), that it reloads, that it stops; and feeds the watchdog, if
     /// there is one, as long as there is a quorum, four times in its time.
     ///
-    /// Node has no counterpart. When it has [taken over](Self::upgrade), a new master says that it is the main
-    /// process: `NotifyAccess=all` allows it to. Nothing happens if systemd has not started this process.
-    /// What cannot be sent later on is left out.
-    /// Call it before the loop turns.
+    /// Node has no counterpart. Call it before the loop turns. When it has [taken over](Self::upgrade), a new
+    /// master says that it is the main process: `NotifyAccess=all` allows it to. Nothing happens if systemd
+    /// has not started this process. What cannot be sent later on is left out.
     ///
     /// # Errors
     ///
