@@ -33,6 +33,9 @@ const HARD_LIMIT: usize = 8 << 20;
 const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
 /// The same for descriptors of the crate's own that wait: a few for each listener that a peer may have.
 const FDS_CUT_OFF: usize = 256;
+/// How many more bytes wait before it is tried again to write to a socket that had no room. The poller
+/// tells of room, but a program that only sends does not ask it.
+const RETRY: usize = 4 << 10;
 /// How much one call writes at most.
 const WRITE_SIZE: usize = 64 << 10;
 /// How much one call reads at most, and so how long one peer keeps the loop.
@@ -285,7 +288,9 @@ impl Outbox {
         let left = self.own.partition_point(|place| *place < self.written);
         self.own.drain(..left);
         if self.bytes.is_empty() {
-            self.bytes.shrink_to(WRITE_SIZE);
+            if self.bytes.capacity() > WRITE_SIZE {
+                self.bytes = VecDeque::new();
+            }
             self.fds.shrink_to(MAX_BATCH);
         }
     }
@@ -351,6 +356,8 @@ pub(crate) struct Channel<In, Out> {
     lost: bool,
     /// The system has no room for what is to be written; it is tried again later.
     exhausted: bool,
+    /// The socket has had no room; it is tried again when so many bytes wait, or there is room.
+    full_until: usize,
     /// To be closed when everything is written.
     closing: bool,
     /// Whether the poller tells when something can be read.
@@ -382,6 +389,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             broken: false,
             lost: false,
             exhausted: false,
+            full_until: 0,
             closing: false,
             waits_to_read: true,
             waits_to_write: false,
@@ -478,7 +486,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.bytes.len() <= HIGH_WATER
     }
 
-    /// Writes what can be written now.
+    /// Writes what can be written now; if the socket had no room lately, not before `retry` or when much
+    /// more waits.
     ///
     /// # Errors
     ///
@@ -522,15 +531,26 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn write(&mut self) -> io::Result<()> {
-        while !self.outbox.bytes.is_empty() {
+        while self.outbox.bytes.len() > self.full_until {
             let (bytes, fds) = self.outbox.next();
             match socket::send(&self.socket, bytes, &fds) {
-                Ok(written) => self.outbox.written(written),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Ok(written) => {
+                    self.outbox.written(written);
+                    self.full_until = 0;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.full_until = self.outbox.bytes.len() + RETRY;
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// There may be room in the socket again.
+    pub(crate) fn retry(&mut self) {
+        self.full_until = 0;
     }
 
     /// Whether writing has to wait for something that no poller tells.
@@ -703,6 +723,7 @@ mod tests {
         }
         let mut frames = Vec::new();
         while frames.len() < 267 {
+            master.retry();
             master.flush().unwrap();
             frames.extend(drain(&mut worker));
         }
@@ -731,6 +752,7 @@ mod tests {
         assert_eq!(master.take_receipts(), [], "not all of it");
         let mut frames = Vec::new();
         while frames.is_empty() {
+            master.retry();
             master.flush().unwrap();
             frames.extend(drain(&mut worker));
         }
@@ -797,6 +819,7 @@ mod tests {
             for message in waiting.by_ref().take(rng.usize(0..4)) {
                 master.send(message, Vec::new(), None).unwrap();
             }
+            master.retry();
             master.flush().unwrap();
             frames.extend(drain(&mut worker));
         }
@@ -804,6 +827,33 @@ mod tests {
             assert!(frame.1.is_empty() && frame.0 == ToWorker::Message(message));
         }
         assert!(master.is_flushed());
+    }
+
+    #[test]
+    fn a_full_socket_is_not_tried_for_each_message() {
+        let (mut master, mut worker) = pair();
+        let send = |master: &mut MasterEnd| {
+            master.send(&[0; 100], Vec::new(), None).unwrap();
+            master.flush().unwrap();
+        };
+        let fill = |master: &mut MasterEnd| {
+            while master.is_flushed() {
+                send(master);
+            }
+        };
+        fill(&mut master);
+        drain(&mut worker);
+        send(&mut master);
+        assert!(!master.is_flushed(), "nobody has told of room");
+        master.retry();
+        master.flush().unwrap();
+        assert!(master.is_flushed());
+        fill(&mut master);
+        drain(&mut worker);
+        for _ in 0..RETRY / 100 {
+            send(&mut master);
+        }
+        assert!(master.is_flushed(), "it was tried all the same");
     }
 
     #[test]

@@ -883,6 +883,7 @@ impl MasterShell {
 
     /// A channel can be written to again.
     pub(crate) fn writable(&self, worker: WorkerId) {
+        self.with_channel(worker, Channel::retry);
         self.unflushed.borrow_mut().insert(worker);
     }
 

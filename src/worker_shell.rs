@@ -276,6 +276,7 @@ impl WorkerShell {
 
     pub(crate) fn flush_channel(&self) {
         if let Some(channel) = self.channel.borrow_mut().as_mut() {
+            channel.retry();
             self.flush(channel);
         }
     }
