@@ -65,26 +65,25 @@ impl<F: ?Sized> Callbacks<F> {
     /// Calls each closure that was there at the beginning and is still there at its turn. One that
     /// is being called already is left out: it has called what led here.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
-        let entries = self.0.borrow();
-        let snapshot = entries
-            .iter()
-            .map(|entry| (entry.id, Rc::clone(&entry.callback)));
-        let snapshot: Vec<_> = snapshot.collect();
-        drop(entries);
-        for (id, callback) in snapshot {
+        let Some(last) = self.0.borrow().last().map(|entry| entry.id) else {
+            return;
+        };
+        let mut next = 0;
+        loop {
             let entries = self.0.borrow();
-            let once = entries
-                .iter()
-                .find(|entry| entry.id == id)
-                .map(|entry| entry.once);
+            // Their ids ascend.
+            let at = entries.partition_point(|entry| entry.id.0 < next);
+            let Some(entry) = entries.get(at).filter(|entry| entry.id.0 <= last.0) else {
+                return;
+            };
+            let (id, once, callback) = (entry.id, entry.once, Rc::clone(&entry.callback));
             drop(entries);
-            if once == Some(true) {
+            next = id.0 + 1;
+            if once {
                 self.remove(id);
             }
-            if once.is_some() {
-                if let Ok(mut callback) = callback.try_borrow_mut() {
-                    call(&mut callback);
-                }
+            if let Ok(mut callback) = callback.try_borrow_mut() {
+                call(&mut callback);
             }
         }
     }

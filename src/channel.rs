@@ -127,7 +127,10 @@ impl Inbox {
         if header.fds > self.fds.len() {
             return Err(FrameError::Descriptors);
         }
-        let fds: Vec<_> = self.fds.drain(..header.fds).flatten().collect();
+        let fds: Vec<_> = match header.fds {
+            0 => Vec::new(),
+            count => self.fds.drain(..count).flatten().collect(),
+        };
         let lost_fds = fds.len() < header.fds;
         Ok(Some(Arrival {
             frame,
@@ -226,7 +229,9 @@ struct Outbox {
 impl Outbox {
     fn push(&mut self, frame: &[u8], fds: impl IntoIterator<Item = Rc<CommonFd>>) {
         let place = self.written + self.bytes.len() as u64;
-        self.fds.extend(fds.into_iter().map(|fd| (place, fd)));
+        for fd in fds {
+            self.fds.push_back((place, fd));
+        }
         self.bytes.extend(frame);
     }
 
@@ -472,6 +477,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// The messages of which it is known now whether they have been written, and whether they have.
     pub(crate) fn take_receipts(&mut self) -> Vec<(ReceiptId, bool)> {
+        if self.outbox.receipts.is_empty() {
+            return Vec::new();
+        }
         let written = self.outbox.take_receipts();
         let mut receipts: Vec<_> = written.into_iter().map(|id| (id, true)).collect();
         if self.broken {

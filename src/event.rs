@@ -21,6 +21,7 @@ pub(crate) enum Event {
     Fork,
     Online,
     Listening(Rc<Address>),
+    /// For the callbacks of both levels; Node has the cluster's come first here.
     Message(Rc<Message>),
     Disconnect,
     Exit(Departure),

@@ -1078,6 +1078,8 @@ impl Master {
             Event::Message(message) => {
                 *self.shell.told.borrow_mut() = Rc::downgrade(&message);
                 callbacks.message.each(|f| f(self, worker, &message));
+                let own = &worker.callbacks().message;
+                own.each(|f| f(self, worker, &message));
             }
             Event::Disconnect => callbacks.disconnect.each(|f| f(self, worker)),
             Event::Exit(departure) => {

@@ -707,14 +707,8 @@ impl<C> MasterCore<C> {
         });
     }
 
-    /// The worker's callbacks first; for messages Node has it the other way round.
     fn emit_both(&mut self, worker: WorkerId, event: &Event) {
-        let order = if matches!(event, Event::Message(_)) {
-            [Level::Cluster, Level::Worker]
-        } else {
-            [Level::Worker, Level::Cluster]
-        };
-        for level in order {
+        for level in [Level::Worker, Level::Cluster] {
             self.emit(level, Some(worker), event.clone());
         }
     }
@@ -815,7 +809,8 @@ impl<C> MasterCore<C> {
             }
             ToMaster::Message(_) => {
                 if let Some(message) = message {
-                    self.emit_both(worker, &Event::Message(Rc::new(message)));
+                    let event = Event::Message(Rc::new(message));
+                    self.emit(Level::Cluster, Some(worker), event);
                 }
             }
         }

@@ -325,9 +325,6 @@ impl MasterShell {
         for message in core.messages().chain(&told) {
             numbers.extend(message.untaken());
         }
-        // A message may be told of twice.
-        numbers.sort_unstable();
-        numbers.dedup();
         Ok(numbers)
     }
 
@@ -915,7 +912,11 @@ impl MasterShell {
                 fds,
                 lost_fds,
             }))) => {
-                let mut core = self.decide();
+                // Nothing about a message depends on the time.
+                let mut core = match frame {
+                    ToMaster::Message(_) => self.core.borrow_mut(),
+                    _ => self.decide(),
+                };
                 let fed = if matches!(frame, ToMaster::Listen { .. }) {
                     Fed::Labour
                 } else {

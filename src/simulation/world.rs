@@ -62,7 +62,7 @@ pub(super) struct World {
     /// What the program does in its next callback.
     callback: Option<(Call, u8)>,
     /// Of a pair of events the second, which must come next.
-    second: Option<(Level, WorkerId, &'static str)>,
+    second: Option<(WorkerId, &'static str)>,
     pub(super) processes: BTreeMap<WorkerId, Process>,
     pub(super) ports: BTreeMap<HandleId, Port>,
     /// By which workers get their connections. The master has both ends of each.
@@ -741,17 +741,12 @@ impl World {
         }
         let expected = self.second.take();
         if let Some(worker) = emit.worker {
-            let (first, second) = if matches!(event, Event::Message(_)) {
-                (Level::Cluster, Level::Worker)
-            } else {
-                (Level::Worker, Level::Cluster)
-            };
-            let is_second = expected == Some((level, worker, name));
+            let is_second = expected == Some((worker, name));
             assert!(expected.is_none() || is_second, "{expected:?} should come");
-            if level == first && !matches!(event, Event::Fork) {
-                self.second = Some((second, worker, name));
+            if level == Level::Worker {
+                self.second = Some((worker, name));
             } else {
-                let alone = matches!(event, Event::Fork);
+                let alone = matches!(event, Event::Fork | Event::Message(_));
                 assert!(is_second || alone, "{name} at {level:?} without the other");
             }
             self.check_event(level, worker, event);
@@ -801,11 +796,9 @@ impl World {
             }
             Event::Message(message) => {
                 assert_eq!(*life, Life::Online);
-                if level == Level::Worker {
-                    let number = number(message);
-                    let last = std::mem::replace(&mut process.received[0], number);
-                    assert!(process.liar || number == last + 1, "message {number}");
-                }
+                let number = number(message);
+                let last = std::mem::replace(&mut process.received[0], number);
+                assert!(process.liar || number == last + 1, "message {number}");
             }
             Event::Disconnect => {
                 assert!(*life < Life::Disconnected, "disconnects once");
