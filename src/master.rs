@@ -41,7 +41,7 @@ const LAST_WORDS: u32 = 8;
 /// How often to look whether a worker has ended, where nothing tells.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How many frames of one worker are heard before the others have their turn.
-const FRAMES_PER_TURN: u32 = 32;
+const FRAMES_PER_TURN: u32 = 64;
 
 /// The process that forks workers, supervises them and shares its ports with them.
 ///

@@ -301,7 +301,9 @@ impl WorkerShell {
                 channel.shut();
             }
         }
-        self.receipts.borrow_mut().extend(channel.take_receipts());
+        for receipt in channel.take_receipts() {
+            self.receipts.borrow_mut().push_back(receipt);
+        }
     }
 
     /// Reads once from the channel and feeds the frames.
@@ -485,7 +487,9 @@ impl WorkerShell {
     fn cut_off(&self) {
         if let Some(mut channel) = self.channel.take() {
             channel.shut();
-            self.receipts.borrow_mut().extend(channel.take_receipts());
+            for receipt in channel.take_receipts() {
+            self.receipts.borrow_mut().push_back(receipt);
+        }
         }
         self.core.borrow_mut().channel_closed();
         self.act();

@@ -95,7 +95,7 @@ const LEAST_WORK: Duration = Duration::from_micros(20);
 const TURNS: u32 = 3;
 /// How many messages of one worker the program hears at most between two looks at the others: twice
 /// what the master hears in a turn, which may have begun between the two.
-const MESSAGES: u32 = 2 * 32;
+const MESSAGES: u32 = 2 * 64;
 /// No turn of the master's takes as long as this; what blocks it does so for longer.
 const LONGEST: Duration = Duration::from_secs(5);
 /// After this an enemy that should have been cut off has not been.
