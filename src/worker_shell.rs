@@ -488,8 +488,8 @@ impl WorkerShell {
         if let Some(mut channel) = self.channel.take() {
             channel.shut();
             for receipt in channel.take_receipts() {
-            self.receipts.borrow_mut().push_back(receipt);
-        }
+                self.receipts.borrow_mut().push_back(receipt);
+            }
         }
         self.core.borrow_mut().channel_closed();
         self.act();

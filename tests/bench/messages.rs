@@ -1,6 +1,6 @@
 //! Messages: there and back, one way, and long ones.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use cluster::Role;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::unistd::Pid;
 
 use crate::ROUNDS;
@@ -45,6 +46,8 @@ pub fn measure(table: &mut Table) {
         node_program("messages.js", &["one-way"]),
         own(["bare", "long"]),
         own(["cluster", "long"]),
+        own(["polled", "there-and-back"]),
+        own(["polled", "long"]),
     ];
     let _one_core = OneCore::new();
     let mut rates = kinds.each_ref().map(|_| Vec::new());
@@ -57,9 +60,23 @@ pub fn measure(table: &mut Table) {
     }
     let rows = [
         ("there and back, 32 bytes", 1, 0, "× socketpair", Some(0.8)),
+        (
+            "the same, beside a bare loop that polls",
+            1,
+            7,
+            "× polled",
+            None,
+        ),
         ("there and back, 32 bytes", 1, 2, "× Node's", None),
         ("one way, 32 bytes", 3, 4, "× Node's", Some(10.0)),
         ("one way, 64 KiB", 6, 5, "× socketpair", Some(0.8)),
+        (
+            "the same, beside a bare loop that polls",
+            6,
+            8,
+            "× polled",
+            None,
+        ),
     ];
     for (name, own, other, unit, goal) in rows {
         if let Err(why) = &kinds[other] {
@@ -118,17 +135,19 @@ pub fn count() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
     match args[..] {
-        ["bare", "there-and-back"] => bare("echo", |other| {
+        [way @ ("bare" | "polled"), "there-and-back"] => {
             let mut message = [0; SHORT];
-            other.write_all(&message)?;
-            other.read_exact(&mut message)
-        }),
-        ["bare", "long"] => {
-            let mut message = vec![0; LONG];
-            bare("write", |other| other.read_exact(&mut message));
+            count_from(way, "echo", |other| {
+                other.write_all(&message)?;
+                other.read_exact(&mut message)
+            });
         }
-        ["bare", "echo"] => echo(stdin()),
-        ["bare", "write"] => write(stdin()),
+        [way @ ("bare" | "polled"), "long"] => {
+            let mut message = vec![0; LONG];
+            count_from(way, "write", |other| other.read_exact(&mut message));
+        }
+        [way @ ("bare" | "polled"), "echo"] => echo(Bare::new(stdin(), way)),
+        [way @ ("bare" | "polled"), "write"] => write(Bare::new(stdin(), way)),
         ["cluster", "there-and-back"] => there_and_back(),
         ["cluster", "one-way"] => one_way(SHORT),
         ["cluster", "long"] => one_way(LONG),
@@ -172,14 +191,72 @@ impl Counter {
     }
 }
 
+/// A socket that waits by itself, or one that does not and is waited for, as in every program that waits
+/// for more than one thing.
+struct Bare {
+    socket: UnixStream,
+    poller: Option<Epoll>,
+}
+
+impl Bare {
+    fn new(socket: UnixStream, way: &str) -> Self {
+        let poller = (way == "polled").then(|| {
+            socket.set_nonblocking(true).unwrap();
+            let poller = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+            poller.add(&socket, event).unwrap();
+            poller
+        });
+        Self { socket, poller }
+    }
+
+    fn wait_for(&self, flags: EpollFlags) {
+        let poller = self.poller.as_ref().unwrap();
+        let mut event = EpollEvent::new(flags, 0);
+        if flags != EpollFlags::EPOLLIN {
+            poller.modify(&self.socket, &mut event).unwrap();
+        }
+        poller
+            .wait(std::slice::from_mut(&mut event), EpollTimeout::NONE)
+            .unwrap();
+    }
+}
+
+impl Read for Bare {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.poller.is_some() {
+            self.wait_for(EpollFlags::EPOLLIN);
+        }
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for Bare {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        loop {
+            match self.socket.write(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.wait_for(EpollFlags::EPOLLOUT);
+                }
+                written => return written,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Counts messages that come through a socket whose other end this program has, too.
-fn bare(other: &str, mut message: impl FnMut(&mut UnixStream) -> std::io::Result<()>) {
-    let (mut here, there) = UnixStream::pair().unwrap();
+fn count_from(way: &str, other: &str, mut message: impl FnMut(&mut Bare) -> std::io::Result<()>) {
+    let (here, there) = UnixStream::pair().unwrap();
     let mut other = Command::new(std::env::current_exe().unwrap())
-        .args(["bare", other])
+        .args([way, other])
         .stdin(Stdio::from(OwnedFd::from(there)))
         .spawn()
         .unwrap();
+    let mut here = Bare::new(here, way);
     let mut counter = Counter::new();
     while message(&mut here).is_ok() {
         counter.add();
@@ -191,14 +268,14 @@ fn stdin() -> UnixStream {
     UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap())
 }
 
-fn echo(mut other: UnixStream) {
+fn echo(mut other: Bare) {
     let mut message = [0; SHORT];
     while other.read_exact(&mut message).is_ok() {
         other.write_all(&message).unwrap();
     }
 }
 
-fn write(mut other: UnixStream) {
+fn write(mut other: Bare) {
     let message = vec![0; LONG];
     while other.write_all(&message).is_ok() {}
 }
