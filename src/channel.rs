@@ -238,6 +238,9 @@ impl Outbox {
     /// Takes what is left of a frame of which so much has been written, when nothing was waiting.
     fn push_rest(&mut self, pieces: [&[u8]; 2], written: usize) {
         self.written += written as u64;
+        if written == pieces[0].len() + pieces[1].len() {
+            return;
+        }
         let skipped = written.min(pieces[0].len());
         self.bytes.extend(&pieces[0][skipped..]);
         self.bytes.extend(&pieces[1][written - skipped..]);

@@ -288,6 +288,9 @@ impl<R> EventLoop<R> {
 
     /// Calls what is due now, and not what falls due meanwhile.
     pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
+        if self.deadline(None).is_none() {
+            return;
+        }
         let now = self.now();
         loop {
             let due = self.timers.borrow_mut().next_due(now);

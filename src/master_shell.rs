@@ -913,9 +913,10 @@ impl MasterShell {
                 lost_fds,
             }))) => {
                 // Nothing about a message depends on the time.
-                let mut core = match frame {
-                    ToMaster::Message(_) => self.core.borrow_mut(),
-                    _ => self.decide(),
+                let mut core = if matches!(frame, ToMaster::Message(_)) {
+                    self.core.borrow_mut()
+                } else {
+                    self.decide()
                 };
                 let fed = if matches!(frame, ToMaster::Listen { .. }) {
                     Fed::Labour

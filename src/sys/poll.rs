@@ -208,6 +208,7 @@ impl<S: AsFd> Drop for Registered<S> {
 #[cfg(target_os = "linux")]
 mod epoll {
     use std::io;
+    use std::mem::MaybeUninit;
     use std::os::fd::{AsFd as _, AsRawFd as _};
     use std::time::{Duration, Instant};
 
@@ -243,14 +244,14 @@ mod epoll {
 
     pub(super) fn wait(poller: &Poller, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS.get()];
+        let mut events = [const { MaybeUninit::<libc::epoll_event>::uninit() }; EVENTS.get()];
         let most = libc::c_int::try_from(EVENTS.get()).unwrap_or(1);
         let count = loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let millis = super::millis(left);
             // SAFETY: so many events are writable.
             let count = check(unsafe {
-                libc::epoll_wait(poller.as_raw_fd(), events.as_mut_ptr(), most, millis)
+                libc::epoll_wait(poller.as_raw_fd(), events.as_mut_ptr().cast(), most, millis)
             });
             match count {
                 // Its handler has made the poller readable if it matters.
@@ -260,7 +261,8 @@ mod epoll {
         };
         let writable = libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR;
         let ready = events.iter().take(count).map(|event| {
-            let libc::epoll_event { events, u64: key } = *event;
+            // SAFETY: so many have been written.
+            let libc::epoll_event { events, u64: key } = unsafe { event.assume_init() };
             Ready {
                 key: usize::try_from(key).unwrap_or(usize::MAX),
                 writable: events & writable.unsigned_abs() != 0,

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
@@ -32,8 +33,18 @@ pub(crate) fn send_waiting(
     send_with_flags(socket, bytes, fds, SEND_FLAGS & !libc::MSG_DONTWAIT)
 }
 
+/// What is no longer than this is sent in one piece: to copy it costs less than to say where it is.
+const SHORT: usize = 256;
+
 /// Writes what fits of two pieces, the first before the second.
 pub(crate) fn send_two(socket: &UnixStream, pieces: [&[u8]; 2]) -> io::Result<usize> {
+    let (first, length) = (pieces[0].len(), pieces[0].len() + pieces[1].len());
+    if length <= SHORT {
+        let mut whole = [0; SHORT];
+        whole[..first].copy_from_slice(pieces[0]);
+        whole[first..length].copy_from_slice(pieces[1]);
+        return send(socket, &whole[..length], &[]);
+    }
     let mut vectors = pieces.map(|piece| libc::iovec {
         iov_base: piece.as_ptr().cast_mut().cast(),
         iov_len: piece.len(),
@@ -252,7 +263,8 @@ pub(crate) fn receive_into(
     #[cfg(target_vendor = "apple")]
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT;
     // For the descriptors and a header; of numbers, because the header has to be aligned.
-    let mut control = [0u64; MOST_AT_ONCE * size_of::<RawFd>() / size_of::<u64>() + 4];
+    const CONTROL: usize = MOST_AT_ONCE * size_of::<RawFd>() / size_of::<u64>() + 4;
+    let mut control = [const { MaybeUninit::<u64>::uninit() }; CONTROL];
     let fds = MOST_AT_ONCE * size_of::<RawFd>();
     // SAFETY: computes a length.
     let space = unsafe { libc::CMSG_SPACE(u32::try_from(fds).unwrap_or(0)) };
@@ -271,6 +283,12 @@ pub(crate) fn receive_into(
     ];
     // SAFETY: all zeroes is a valid msghdr, of nothing.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    // Of one buffer the kernel makes less.
+    let vectors = if missing > 0 {
+        &mut vectors[..]
+    } else {
+        &mut vectors[1..]
+    };
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len() as _;
     message.msg_control = control.as_mut_ptr().cast();
