@@ -31,7 +31,7 @@ type Case = (
     (Measure, &'static str),
     Option<f64>,
 );
-const CASES: [Case; 8] = [
+const CASES: [Case; 10] = [
     (
         "bare loop, one after the other",
         BARE,
@@ -54,9 +54,23 @@ const CASES: [Case; 8] = [
         Some(0.0),
     ),
     (
+        "bare loop, 64 clients",
+        BARE,
+        [64, AT_ONCE, ROUNDS],
+        TO_LEAST,
+        None,
+    ),
+    (
         "round robin, 64 clients",
         "rr",
         [64, AT_ONCE, ROUNDS],
+        TO_LEAST,
+        Some(1.02),
+    ),
+    (
+        "round robin, 64 clients, long",
+        "rr",
+        [64, HASHED, 1],
         TO_LEAST,
         Some(1.02),
     ),

@@ -2,15 +2,19 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 
 use crate::peers::has;
 use crate::server::{GET, now};
+
+const PATIENCE: u16 = 10_000;
 
 /// A connection that has been answered.
 pub struct Answered<'a> {
@@ -82,6 +86,60 @@ impl Client {
     }
 }
 
+/// Connections that are under way.
+struct Open {
+    epoll: Epoll,
+    clients: Vec<Option<Client>>,
+    free: Vec<usize>,
+    events: Vec<EpollEvent>,
+}
+
+impl Open {
+    fn new() -> Self {
+        Self {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap(),
+            clients: Vec::new(),
+            free: Vec::new(),
+            events: vec![EpollEvent::empty(); 64],
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.free.len() == self.clients.len()
+    }
+
+    fn add(&mut self, client: Client) {
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.clients.push(None);
+            self.clients.len() - 1
+        });
+        let wanted = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
+        let event = EpollEvent::new(wanted, number as u64);
+        self.epoll.add(&client.stream, event).unwrap();
+        self.clients[number] = Some(client);
+    }
+
+    /// Those that have been answered, as soon as there is anything to read.
+    fn answered(&mut self) -> Vec<Client> {
+        let mut buffer = [0; 4096];
+        let ready = self.epoll.wait(&mut self.events, PATIENCE).unwrap();
+        assert!(ready > 0, "no answer for ten seconds");
+        let mut answered = Vec::new();
+        for event in &self.events[..ready] {
+            let number = usize::try_from(event.data()).unwrap();
+            let client = self.clients[number].as_mut().unwrap();
+            let length = client.stream.read(&mut buffer).unwrap();
+            client.answer.extend_from_slice(&buffer[..length]);
+            // What is there together with the end is there as a whole.
+            if length == 0 || event.events().contains(EpollFlags::EPOLLRDHUP) {
+                answered.extend(self.clients[number].take());
+                self.free.push(number);
+            }
+        }
+        answered
+    }
+}
+
 /// So many clients, each of which makes one connection after the other, until there is no next
 /// request.
 pub fn drive(
@@ -90,32 +148,46 @@ pub fn drive(
     mut next: impl FnMut() -> Option<&'static [u8]>,
     mut answered: impl FnMut(Answered<'_>),
 ) {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
-    let wanted = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
-    let mut connect = |number: usize| {
-        let client = Client::connect(address, next()?);
-        let event = EpollEvent::new(wanted, number as u64);
-        epoll.add(&client.stream, event).unwrap();
-        Some(client)
-    };
-    let mut open: Vec<_> = (0..clients).map(&mut connect).collect();
-    let mut events = vec![EpollEvent::empty(); clients];
-    let mut buffer = [0; 4096];
-    while open.iter().any(Option::is_some) {
-        let ready = epoll
-            .wait(&mut events, EpollTimeout::from(10_000u16))
-            .unwrap();
-        assert!(ready > 0, "no answer for ten seconds");
-        for event in &events[..ready] {
-            let number = usize::try_from(event.data()).unwrap();
-            let client = open[number].as_mut().unwrap();
-            let length = client.stream.read(&mut buffer).unwrap();
-            client.answer.extend_from_slice(&buffer[..length]);
-            // What is there together with the end is there as a whole.
-            if length == 0 || event.events().contains(EpollFlags::EPOLLRDHUP) {
-                answered(client.answered());
-                open[number] = connect(number);
+    let mut open = Open::new();
+    for request in std::iter::from_fn(&mut next).take(clients) {
+        open.add(Client::connect(address, request));
+    }
+    while !open.is_empty() {
+        for client in open.answered() {
+            answered(client.answered());
+            // Closes when the next one is connected.
+            if let Some(request) = next() {
+                open.add(Client::connect(address, request));
             }
+        }
+    }
+}
+
+/// Clients that come at their times, on the clock that all share, however long the others take. Each
+/// has waited since then.
+pub fn drive_on_time(
+    address: SocketAddr,
+    requests: impl IntoIterator<Item = (i64, &'static [u8])>,
+    mut answered: impl FnMut(Answered<'_>),
+) {
+    let mut open = Open::new();
+    let mut requests = requests.into_iter().peekable();
+    while requests.peek().is_some() || !open.is_empty() {
+        while let Some((begun, request)) = requests.next_if(|(time, _)| *time <= now()) {
+            let mut client = Client::connect(address, request);
+            client.begun = begun;
+            open.add(client);
+        }
+        if let Some((next, _)) = requests.peek() {
+            let left = Duration::from_nanos((next - now()).max(0).unsigned_abs());
+            // The poller's own waiting knows milliseconds.
+            let mut ready = [PollFd::new(open.epoll.0.as_fd(), PollFlags::POLLIN)];
+            if ppoll(&mut ready, Some(left.into()), None).unwrap() == 0 {
+                continue;
+            }
+        }
+        for client in open.answered() {
+            answered(client.answered());
         }
     }
 }

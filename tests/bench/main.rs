@@ -13,6 +13,7 @@
 //! and its workers, the bare loop, and whatever else is to be compared with. They live through all
 //! rounds, in which they take turns (A B C A B C …), and those whose turn it is not are blocked.
 #![allow(
+    clippy::cast_possible_truncation,
     clippy::print_stdout,
     clippy::print_stderr,
     clippy::unwrap_used,

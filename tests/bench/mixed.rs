@@ -3,18 +3,23 @@
 use std::time::{Duration, Instant};
 
 use crate::ROUNDS;
-use crate::load::drive;
-use crate::server::{BARE, GET_SLOW, GET_TIMES, Server};
+use crate::load::{Answered, drive, drive_on_time};
+use crate::server::{BARE, GET_SLOW, GET_TIMES, Server, now};
 use crate::table::{Figure, Goal, Table, ratios};
+use crate::usage::allow_many_descriptors;
 
 const WORKERS: usize = 8;
 const CLIENTS: usize = 32;
 const TIME: Duration = Duration::from_secs(3);
+/// Clients in a second that come by chance.
+const RATE: f64 = 8_000.0;
 /// One of so many requests is slow.
 const SLOW: usize = 100;
 /// What a wait is that the scheduler may cause on a busy machine, in milliseconds: half of what a slow
 /// request takes.
 const SCHEDULING: f64 = 25.0;
+
+type Play = fn(&Server, usize) -> Outcome;
 
 /// What one round has shown; times are in milliseconds.
 struct Outcome {
@@ -39,18 +44,35 @@ struct Times {
 }
 
 pub fn measure(table: &mut Table) {
-    let titles = ["bare loop", "round robin", "shared", "sharded"];
     let servers = [BARE, "rr", "none", "sharded"].map(|name| Server::start(name, WORKERS));
-    let mut outcomes = servers.each_ref().map(|_| Vec::new());
-    for round in 0..=ROUNDS {
-        for (server, outcomes) in servers.iter().zip(&mut outcomes) {
-            let outcome = server.as_ref().map(play);
-            outcomes.extend(outcome.ok().filter(|_| round > 0));
+    allow_many_descriptors();
+    let loads = [
+        ("at a rate of 8,000", at_a_rate as Play),
+        ("32 clients", one_after_the_other),
+    ];
+    for (load, play) in loads {
+        let mut outcomes = servers.each_ref().map(|_| Vec::new());
+        for round in 0..=ROUNDS {
+            for (server, outcomes) in servers.iter().zip(&mut outcomes) {
+                let outcome = server.as_ref().map(|server| play(server, round));
+                outcomes.extend(outcome.ok().filter(|_| round > 0));
+            }
         }
+        show(table, load, &servers, &outcomes);
     }
+}
+
+fn show(
+    table: &mut Table,
+    load: &str,
+    servers: &[Result<Server, String>],
+    outcomes: &[Vec<Outcome>],
+) {
+    let titles = ["bare loop", "round robin", "shared", "sharded"];
     for (number, title) in titles.iter().enumerate() {
+        let title = format!("{load}: {title}");
         if let Err(why) = &servers[number] {
-            table.skip(title, why);
+            table.skip(&title, why);
             continue;
         }
         for (at, name) in ["p50", "p99", "p99.9"].iter().enumerate() {
@@ -82,7 +104,28 @@ fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Vec<f64> {
     outcomes.iter().map(value).collect()
 }
 
-fn play(server: &Server) -> Outcome {
+/// Half of what the workers can do at most. Clients come by chance, the same for all servers.
+fn at_a_rate(server: &Server, round: usize) -> Outcome {
+    let mut chance = fastrand::Rng::with_seed(round as u64);
+    let mut time = now() as f64;
+    let end = time + TIME.as_nanos() as f64;
+    let requests = std::iter::from_fn(|| {
+        time -= (1.0 - chance.f64()).ln() * 1e9 / RATE;
+        let request = match chance.usize(0..SLOW) {
+            0 => GET_SLOW,
+            _ => GET_TIMES,
+        };
+        (time < end).then_some((time as i64, request))
+    });
+    let mut all = Vec::new();
+    drive_on_time(server.address, requests, |answered| {
+        all.push(Times::of(&answered))
+    });
+    Outcome::of(&all)
+}
+
+/// As many as there can be: almost all workers sleep almost always.
+fn one_after_the_other(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;
     let next = || {
@@ -95,10 +138,17 @@ fn play(server: &Server) -> Outcome {
     };
     let mut all = Vec::new();
     drive(server.address, CLIENTS, next, |answered| {
+        all.push(Times::of(&answered))
+    });
+    Outcome::of(&all)
+}
+
+impl Times {
+    fn of(answered: &Answered<'_>) -> Self {
         let [worker, accepted, written] = answered.numbers()[..] else {
             panic!("no times");
         };
-        all.push(Times {
+        Self {
             worker,
             slow: answered.request == GET_SLOW,
             begun: answered.begun,
@@ -106,32 +156,38 @@ fn play(server: &Server) -> Outcome {
             accepted,
             answered: written,
             ended: answered.ended,
-        });
-    });
-    let mut latencies: Vec<_> = all
-        .iter()
-        .map(|times| millis(times.ended - times.begun))
-        .collect();
-    latencies.sort_by(f64::total_cmp);
-    let at = |share: usize| latencies[(latencies.len() * share / 1000).min(latencies.len() - 1)];
-    let idle = Idle::new(&all);
-    let waits = all
-        .iter()
-        .map(|times| millis(idle.between(times.connected, times.accepted)));
-    let slow: Vec<_> = all.iter().filter(|times| times.slow).collect();
-    let behind = |times: &&Times| {
-        let before = slow.iter().filter(|slow| slow.worker == times.worker);
-        let waits = before.map(|slow| {
-            let from = times.connected.max(slow.accepted);
-            idle.between(from, times.accepted.min(slow.answered).max(from))
-        });
-        millis(waits.sum()) > SCHEDULING
-    };
-    Outcome {
-        connections: all.len(),
-        latencies: [at(500), at(990), at(999)],
-        longest: waits.fold(0.0, f64::max),
-        held_up: all.iter().filter(behind).count() as f64,
+        }
+    }
+}
+
+impl Outcome {
+    fn of(all: &[Times]) -> Self {
+        let mut latencies: Vec<_> = all
+            .iter()
+            .map(|times| millis(times.ended - times.begun))
+            .collect();
+        latencies.sort_by(f64::total_cmp);
+        let at =
+            |share: usize| latencies[(latencies.len() * share / 1000).min(latencies.len() - 1)];
+        let idle = Idle::new(all);
+        let waits = all
+            .iter()
+            .map(|times| millis(idle.between(times.connected, times.accepted)));
+        let slow: Vec<_> = all.iter().filter(|times| times.slow).collect();
+        let behind = |times: &&Times| {
+            let before = slow.iter().filter(|slow| slow.worker == times.worker);
+            let waits = before.map(|slow| {
+                let from = times.connected.max(slow.accepted);
+                idle.between(from, times.accepted.min(slow.answered).max(from))
+            });
+            millis(waits.sum()) > SCHEDULING
+        };
+        Outcome {
+            connections: all.len(),
+            latencies: [at(500), at(990), at(999)],
+            longest: waits.fold(0.0, f64::max),
+            held_up: all.iter().filter(behind).count() as f64,
+        }
     }
 }
 

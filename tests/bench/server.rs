@@ -8,6 +8,7 @@ use std::time::Duration;
 use cluster::{Role, SchedulingPolicy};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::socket::{Backlog, listen};
 use nix::sys::wait::waitpid;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{ForkResult, Pid, fork};
@@ -92,6 +93,8 @@ pub fn serve() {
 /// The floor: processes that share a listener, and that the kernel chooses from.
 fn bare(workers: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // As many may wait as with this crate.
+    listen(&listener, Backlog::new(511).unwrap()).unwrap();
     for number in 1..=workers {
         #[allow(unsafe_code)]
         // SAFETY: this process has one thread.

@@ -2,20 +2,17 @@
 
 use std::time::Duration;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-
 use crate::ROUNDS;
 use crate::costs::measure as cost;
 use crate::server::Server;
 use crate::table::{Figure, Goal, Table};
-use crate::usage::{cpu_time, family};
+use crate::usage::{allow_many_descriptors, cpu_time, family};
 
 const MANY: usize = 1_000;
 const FEW: usize = 8;
 
 pub fn measure(table: &mut Table) {
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    allow_many_descriptors();
     let servers = [FEW, 100, MANY].map(|workers| Server::start("rr", workers).unwrap());
     let [few, hundred, many] = &servers;
 
