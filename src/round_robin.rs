@@ -6,7 +6,7 @@
 //! given something ahead only as far as workers have been quick before; what lies behind a request
 //! that turns out slow is taken back if another worker is idle.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::frame::FrameError;
@@ -21,9 +21,10 @@ pub(crate) const MAX_WINDOW: u32 = 16;
 const QUICK: Time = Duration::from_millis(5);
 /// An idle worker that has not taken what it was given for so long has been stopped, most likely.
 pub(crate) const STALE: Time = Duration::from_millis(20);
-/// When a worker that did not take what it was given has its turn again: it may have been waiting for a
-/// core.
-const NAP: Time = Duration::from_secs(1);
+/// After that time a worker that did not take what it was given has its turn again: it may have been
+/// waiting for a core. If it does not take that either, the next time is twice as long.
+const SHORTEST_NAP: Time = Duration::from_millis(40);
+const LONGEST_NAP: Time = Duration::from_secs(1);
 
 /// A connection on its way to a worker.
 #[derive(Debug)]
@@ -57,6 +58,8 @@ struct Member {
     busy_since: Time,
     /// It was idle, and did not take what it was sent.
     sleeps: bool,
+    /// For how long it was taken to sleep the last time; zero if it has taken something since.
+    nap: Time,
     /// When it was last sent something; the smallest is next.
     turn: u64,
 }
@@ -129,8 +132,8 @@ pub(crate) struct RoundRobin<C> {
     behind: BTreeSet<(Time, WorkerId)>,
     /// Who was idle and is not known to have taken anything since.
     unmoved: BTreeSet<(Time, WorkerId)>,
-    /// Who sleeps, and since when; some may not sleep any more.
-    sleepers: VecDeque<(Time, WorkerId)>,
+    /// Who sleeps, and until when; some may not sleep any more.
+    sleepers: BTreeSet<(Time, WorkerId)>,
     /// How many of them are idle.
     idle: u64,
     /// How many connections one worker is sent before it is idle again, as it has turned out.
@@ -155,7 +158,7 @@ impl<C> RoundRobin<C> {
             next: BTreeSet::new(),
             behind: BTreeSet::new(),
             unmoved: BTreeSet::new(),
-            sleepers: VecDeque::new(),
+            sleepers: BTreeSet::new(),
             idle: 0,
             window: 1,
             waiting: BTreeMap::new(),
@@ -253,6 +256,7 @@ impl<C> RoundRobin<C> {
             slow: false,
             busy_since: Time::ZERO,
             sleeps: false,
+            nap: Time::ZERO,
             turn: self.turns,
         };
         self.members.insert(worker, member);
@@ -304,7 +308,9 @@ impl<C> RoundRobin<C> {
             };
             member.slow = false;
             member.ready = true;
-            member.sleeps &= served == 0;
+            if served > 0 {
+                (member.sleeps, member.nap) = (false, Time::ZERO);
+            }
             // What it said may be older than what is known.
             member.taken = member.taken.max(taken);
             member.done = member.done.max(taken);
@@ -366,8 +372,11 @@ impl<C> RoundRobin<C> {
             member.slow |= count > 0 && member.load() > 0;
             // It was idle, and still is; but somebody else would have taken them.
             let falls_asleep = count > 0 && member.load() == 0 && !member.sleeps;
-            member.sleeps |= falls_asleep;
-            falls_asleep.then_some((member.busy_since, worker))
+            if falls_asleep {
+                member.sleeps = true;
+                member.nap = (member.nap * 2).clamp(SHORTEST_NAP, LONGEST_NAP);
+            }
+            falls_asleep.then_some((member.busy_since + member.nap, worker))
         });
         self.wait(connections);
         changed.map_or(0, |(sleeper, taken)| {
@@ -460,11 +469,11 @@ impl<C> RoundRobin<C> {
 
     /// Gives a waiting connection to a worker.
     pub(crate) fn distribute(&mut self, now: Time) -> Option<Given<C>> {
-        while let Some(&(since, worker)) = self.sleepers.front() {
-            if since + NAP > now {
+        while let Some(&(until, worker)) = self.sleepers.first() {
+            if until > now {
                 break;
             }
-            self.sleepers.pop_front();
+            self.sleepers.pop_first();
             self.change(worker, |member| member.sleeps = false);
         }
         let chosen = self.next_chosen();
@@ -551,6 +560,7 @@ fn exchange<T: Ord>(set: &mut BTreeSet<T>, old: Option<T>, new: Option<T>) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::VecDeque;
 
     const NOW: Time = Time::ZERO;
     const LATER: Time = Time::from_secs(1);
@@ -697,19 +707,23 @@ mod tests {
     }
 
     #[test]
-    fn a_sleeper_has_its_turn_again_after_a_nap() {
+    fn a_sleeper_has_its_turn_again_after_a_nap_and_a_longer_one_next_time() {
         let mut rr = idle(2);
-        rr.push(0);
-        assert_eq!(who(&mut rr), [(1, 0)]);
-        rr.came_back(id(1), vec![(1, 0)], false);
-        assert_eq!(who(&mut rr), [(2, 0)]);
-        rr.idle(id(2), (1, 0), NOW).unwrap();
-        rr.push(1);
-        assert_eq!(who(&mut rr), [(2, 1)]);
-        rr.idle(id(2), (2, 0), NOW).unwrap();
-        rr.push(2);
-        let given = rr.distribute(NOW + NAP).unwrap();
-        assert_eq!((given.worker, given.placed.1), (id(1), 2));
+        let (mut taken, mut times) = (0, Vec::new());
+        for ms in 0..4000u32 {
+            let now = Duration::from_millis(u64::from(ms));
+            rr.push(ms);
+            while let Some(given) = rr.distribute(now) {
+                if given.worker == id(1) {
+                    times.push(ms);
+                    rr.came_back(id(1), vec![given.placed], false);
+                } else {
+                    taken += 1;
+                    rr.idle(id(2), (taken, 0), now).unwrap();
+                }
+            }
+        }
+        assert_eq!(times, [0, 40, 120, 280, 600, 1240, 2240, 3240]);
     }
 
     #[test]
