@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::error::{Error, Result};
 use crate::signal::Signal;
+use crate::sorted_map::SortedMap;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
 use crate::timers::{Time, TimerId, Timers};
@@ -136,7 +137,7 @@ pub(crate) struct EventLoop<R> {
     watches: RefCell<BTreeMap<WatchId, Place<R>>>,
     last_watch: Cell<u32>,
     signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
-    signals: RefCell<BTreeMap<Signal, Rc<SignalInterest<R>>>>,
+    signals: RefCell<SortedMap<Signal, Rc<SignalInterest<R>>>>,
     /// Whether the loop is turning, so that a callback that turns it gets an error.
     running: Cell<bool>,
 }

@@ -34,6 +34,7 @@ mod signal;
 #[cfg(test)]
 mod simulation;
 mod socket_file;
+mod sorted_map;
 #[allow(unsafe_code)]
 mod sys;
 pub mod systemd;

@@ -19,6 +19,7 @@ use crate::message::Message;
 use crate::round_robin::Placed;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;
+use crate::sorted_map::SortedMap;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 use listeners::{Door, Handle, Stage};
@@ -169,10 +170,10 @@ pub(crate) struct MasterCore<C> {
     last_worker: u32,
     last_handle: u32,
     workers: BTreeMap<WorkerId, WorkerEntry>,
-    handles: BTreeMap<HandleId, Handle<C>>,
-    keys: BTreeMap<HandleKey, HandleId>,
+    handles: SortedMap<HandleId, Handle<C>>,
+    keys: SortedMap<HandleKey, HandleId>,
     /// The one listen whose `Bind` is being carried out.
-    binding: BTreeMap<HandleId, (HandleKey, WorkerId, u32)>,
+    binding: SortedMap<HandleId, (HandleKey, WorkerId, u32)>,
     ledger: Ledger,
     /// Whether someone waits for the end of `disconnect_all`.
     awaited: bool,
@@ -194,9 +195,9 @@ impl<C> MasterCore<C> {
             last_worker: 0,
             last_handle: 0,
             workers: BTreeMap::new(),
-            handles: BTreeMap::new(),
-            keys: BTreeMap::new(),
-            binding: BTreeMap::new(),
+            handles: SortedMap::new(),
+            keys: SortedMap::new(),
+            binding: SortedMap::new(),
             ledger: Ledger::default(),
             awaited: false,
             stop_by: None,
@@ -627,7 +628,7 @@ impl<C> MasterCore<C> {
     /// Removes those waiting connections of which `gone` says that the client has left.
     pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) {
         let mut swept = Vec::new();
-        for (handle, entry) in &mut self.handles {
+        for (handle, entry) in self.handles.iter_mut() {
             let count = entry.connections.sweep(&mut gone);
             self.ledger.closed_by_peer += count;
             swept.extend((count > 0).then_some(*handle));

@@ -29,6 +29,7 @@ use crate::settings::{
 };
 use crate::signal::Signal;
 use crate::socket_file::SocketFile;
+use crate::sorted_map::SortedMap;
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{End, Failure, Pid, Program, Usage};
@@ -50,7 +51,7 @@ pub(crate) struct Record {
     /// Readable when the process ends, where the kernel has such descriptors.
     process: RefCell<Option<Registered<OwnedFd>>>,
     /// The master's ends of the worker's pipes, by the worker's number.
-    pub(crate) stdio: RefCell<BTreeMap<usize, UnixStream>>,
+    pub(crate) stdio: RefCell<SortedMap<usize, UnixStream>>,
     /// Set when it has ended, if it is known.
     pub(crate) usage: Cell<Option<Usage>>,
     /// Set when the worker has left the table.
@@ -101,7 +102,7 @@ pub(crate) struct MasterShell {
     poller: Poller,
     began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
-    listeners: RefCell<BTreeMap<HandleId, MasterSocket>>,
+    listeners: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// By which workers get their connections.
     queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
     /// Channels that have something to write.
@@ -1093,7 +1094,7 @@ fn take_back(queue: &Queue, at_most: usize) -> (Vec<Placed<CommonFd>>, QueueStat
 }
 
 /// The program of a worker, without its descriptors.
-fn program(settings: &Settings, env: BTreeMap<OsString, OsString>) -> io::Result<Program> {
+fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Result<Program> {
     let mut exec = settings.exec.clone().unwrap_or_default();
     let is_own = std::env::current_exe().is_ok_and(|own| own == exec);
     let own_name = std::env::args_os().next().filter(|_| is_own);
@@ -1123,7 +1124,7 @@ fn surround(program: &mut Program, settings: &Settings) -> io::Result<()> {
 #[derive(Default)]
 struct Stdios {
     theirs: Vec<Option<OwnedFd>>,
-    ours: BTreeMap<usize, UnixStream>,
+    ours: SortedMap<usize, UnixStream>,
 }
 
 impl Stdios {

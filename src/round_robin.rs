@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::frame::FrameError;
 use crate::loads::WorkerLoad;
+use crate::sorted_map::SortedMap;
 use crate::timers::Time;
 use crate::worker_id::WorkerId;
 
@@ -139,12 +140,12 @@ pub(crate) struct RoundRobin<C> {
     /// How many connections one worker is sent before it is idle again, as it has turned out.
     window: u32,
     /// Accepted and given to nobody, by place.
-    waiting: BTreeMap<u64, C>,
+    waiting: SortedMap<u64, C>,
     /// The program says who gets what; here is what it has not been asked about, and what it has
     /// chosen somebody for who has no room.
     chooses: bool,
-    unchosen: BTreeMap<u64, C>,
-    chosen: BTreeMap<WorkerId, BTreeMap<u64, C>>,
+    unchosen: SortedMap<u64, C>,
+    chosen: SortedMap<WorkerId, SortedMap<u64, C>>,
     /// Sent and not known to be taken.
     under_way: u64,
     accepted: u64,
@@ -161,10 +162,10 @@ impl<C> RoundRobin<C> {
             sleepers: BTreeSet::new(),
             idle: 0,
             window: 1,
-            waiting: BTreeMap::new(),
+            waiting: SortedMap::new(),
             chooses: false,
-            unchosen: BTreeMap::new(),
-            chosen: BTreeMap::new(),
+            unchosen: SortedMap::new(),
+            chosen: SortedMap::new(),
             under_way: 0,
             accepted: 0,
             turns: 0,
@@ -190,13 +191,13 @@ impl<C> RoundRobin<C> {
 
     /// Accepted and given to nobody.
     fn count_waiting(&self) -> u64 {
-        let chosen: usize = self.chosen.values().map(BTreeMap::len).sum();
+        let chosen: usize = self.chosen.values().map(SortedMap::len).sum();
         (self.waiting.len() + self.unchosen.len() + chosen) as u64
     }
 
     /// All that were accepted and given to nobody.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
-        let chosen = self.chosen.values().flat_map(BTreeMap::values);
+        let chosen = self.chosen.values().flat_map(SortedMap::values);
         let waiting = self.waiting.values().chain(self.unchosen.values());
         waiting.chain(chosen)
     }
@@ -227,7 +228,7 @@ impl<C> RoundRobin<C> {
         let member = worker.and_then(|id| Some((id, self.members.get(&id)?)));
         match member.filter(|(_, member)| !member.ended) {
             Some((worker, _)) => {
-                let chosen = self.chosen.entry(worker).or_default();
+                let chosen = self.chosen.get_or_insert_with(worker, SortedMap::new);
                 chosen.insert(place, connection);
             }
             None => drop(self.waiting.insert(place, connection)),

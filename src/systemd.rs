@@ -39,7 +39,6 @@
 //! }
 //! ```
 
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::net::{TcpListener, UdpSocket};
@@ -49,6 +48,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::settings::Stdio;
+use crate::sorted_map::SortedMap;
 use crate::sys;
 use crate::sys::listen::SocketKind;
 
@@ -439,7 +439,7 @@ pub(crate) fn forget() {
 }
 
 /// What workers inherit of the environment.
-pub(crate) fn inherited_environment() -> BTreeMap<OsString, OsString> {
+pub(crate) fn inherited_environment() -> SortedMap<OsString, OsString> {
     let is_inherited = |name: &OsStr| TO_THIS_PROCESS.iter().all(|own| name != *own);
     std::env::vars_os()
         .filter(|(name, _)| is_inherited(name))
@@ -452,7 +452,7 @@ pub(crate) fn inherited_environment() -> BTreeMap<OsString, OsString> {
 ///
 /// One of the names is not one that systemd would take.
 pub(crate) fn announce(
-    env: &mut BTreeMap<OsString, OsString>,
+    env: &mut SortedMap<OsString, OsString>,
     passed: &[(String, Stdio)],
 ) -> io::Result<()> {
     let names: Vec<_> = passed.iter().map(|(name, _)| name.as_str()).collect();
@@ -461,7 +461,7 @@ pub(crate) fn announce(
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     for name in [LISTEN_PID, LISTEN_PIDFDID] {
-        env.remove(OsStr::new(name));
+        env.remove(&OsString::from(name));
     }
     env.insert(LISTEN_FDS.into(), names.len().to_string().into());
     env.insert(LISTEN_FDNAMES.into(), names.join(":").into());
@@ -565,10 +565,10 @@ mod tests {
     fn what_is_announced_is_understood() {
         let fds = ["web", "the other one"].map(|name| (name.to_owned(), Stdio::null()));
         let stale = [LISTEN_PID, LISTEN_PIDFDID].map(|name| (name.into(), "1".into()));
-        let mut env = BTreeMap::from(stale);
+        let mut env = SortedMap::from_iter(stale);
         announce(&mut env, &fds).unwrap();
         assert_eq!(env.len(), 2);
-        let value = |name: &str| env[OsStr::new(name)].to_str().unwrap();
+        let value = |name: &str| env[&OsString::from(name)].to_str().unwrap();
         let understood = passed("7", value(LISTEN_FDS), Some(value(LISTEN_FDNAMES)));
         let understood = understood.unwrap().unwrap();
         assert_eq!(understood.names.unwrap(), ["web", "the other one"]);

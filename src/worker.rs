@@ -4,7 +4,6 @@ mod opening;
 mod turning;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -20,6 +19,7 @@ use crate::message::Message;
 use crate::options::{BindOptions, ListenOptions};
 use crate::send_options::{SendOptions, Written};
 use crate::signal::Signal;
+use crate::sorted_map::SortedMap;
 use crate::sys::poll::Interest;
 use crate::timers::TimerId;
 use crate::udp_socket::UdpSocket;
@@ -78,7 +78,7 @@ pub(crate) struct Inner {
     inspect_port: Option<u16>,
     pub(crate) shell: Rc<WorkerShell>,
     home: EventLoop<Worker>,
-    of_listener: RefCell<BTreeMap<ListenerId, ListenerCallbacks>>,
+    of_listener: RefCell<SortedMap<ListenerId, ListenerCallbacks>>,
     /// `accept` has found the poller ready and has not looked yet.
     poller_waits: Cell<bool>,
     /// Before `accept` waits in the kernel, the channel has to be empty.
@@ -91,7 +91,7 @@ pub(crate) struct Inner {
     on_disconnect: Callbacks<OnDisconnect>,
     on_error: Callbacks<OnError>,
     /// To be called when their messages have been written.
-    receipts: RefCell<BTreeMap<ReceiptId, Written<Worker>>>,
+    receipts: RefCell<SortedMap<ReceiptId, Written<Worker>>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -801,7 +801,7 @@ impl Inner {
         set: impl FnOnce(&mut ListenerCallbacks) -> Option<T>,
     ) {
         let mut all = self.of_listener.borrow_mut();
-        let replaced = set(all.entry(listener).or_default());
+        let replaced = set(all.get_or_insert_with(listener, ListenerCallbacks::default));
         // What a closure owns may come back here when it is dropped.
         drop(all);
         drop(replaced);

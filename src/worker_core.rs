@@ -1,13 +1,14 @@
 //! Every decision of the worker. Pure, like [`master_core`](crate::master_core): facts come in as
 //! method calls, and [`Action`]s and [`Event`]s go out.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::message::Message;
 use crate::settings::SchedulingPolicy;
+use crate::sorted_map::SortedMap;
 use crate::sys::errno;
 
 /// What the program calls a listener; never used twice.
@@ -127,9 +128,9 @@ pub(crate) struct WorkerCore {
     /// There was no descriptor for a connection: queues are left alone for a while.
     resting: bool,
     last_listener: u32,
-    listeners: BTreeMap<ListenerId, Entry>,
+    listeners: SortedMap<ListenerId, Entry>,
     /// The indices in use, by the endpoint as it was asked for.
-    indices: BTreeMap<Endpoint, BTreeSet<u32>>,
+    indices: SortedMap<Endpoint, BTreeSet<u32>>,
     /// Connections in the program's hands.
     open: u64,
     actions: VecDeque<Action>,
@@ -149,8 +150,8 @@ impl WorkerCore {
             most: None,
             resting: false,
             last_listener: 0,
-            listeners: BTreeMap::new(),
-            indices: BTreeMap::new(),
+            listeners: SortedMap::new(),
+            indices: SortedMap::new(),
             open: 0,
             actions: VecDeque::from([Action::Send(ToMaster::Online)]),
             events: VecDeque::new(),
@@ -262,7 +263,9 @@ impl WorkerCore {
 
     /// Asks the master to listen, or to bind a socket for datagrams.
     pub(crate) fn listen(&mut self, endpoint: Endpoint, flags: BindFlags) -> ListenerId {
-        let used = self.indices.entry(endpoint.clone()).or_default();
+        let used = self
+            .indices
+            .get_or_insert_with(endpoint.clone(), BTreeSet::new);
         let free = |index: &u32| !used.contains(index);
         let index = (0..).find(free).unwrap_or(u32::MAX);
         used.insert(index);
@@ -687,7 +690,7 @@ impl WorkerCore {
                 self.told = true;
                 let full: Vec<_> = self.left_to_others().collect();
                 let mut alone = Vec::new();
-                for (listener, entry) in &mut self.listeners {
+                for (listener, entry) in self.listeners.iter_mut() {
                     if !entry.drops {
                         // Whatever is left comes to the last worker, however many it has.
                         entry.most = None;

@@ -1,7 +1,6 @@
 //! A worker as the master sees it.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitStatus;
@@ -18,6 +17,7 @@ use crate::master_shell::{Core, MasterShell, Record};
 use crate::message::Message;
 use crate::send_options::{SendOptions, Written};
 use crate::signal::Signal;
+use crate::sorted_map::SortedMap;
 use crate::sys::process::Usage;
 use crate::worker_id::WorkerId;
 
@@ -64,7 +64,7 @@ pub(crate) struct WorkerCallbacks {
 }
 
 #[derive(Default)]
-struct Receipts(RefCell<BTreeMap<ReceiptId, Written<Master>>>);
+struct Receipts(RefCell<SortedMap<ReceiptId, Written<Master>>>);
 
 impl std::fmt::Debug for Receipts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

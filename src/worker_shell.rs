@@ -2,7 +2,7 @@
 //! listeners. Never calls the program.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -19,6 +19,7 @@ use crate::frame::{FrameError, ToMaster, ToWorker};
 use crate::message::Message;
 use crate::settings::SchedulingPolicy;
 use crate::socket_file::SocketFile;
+use crate::sorted_map::SortedMap;
 use crate::sys::fd::CommonFd;
 use crate::sys::interrupt::Interrupt;
 use crate::sys::poll::{
@@ -88,7 +89,7 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     /// `None` when it is closed.
     channel: RefCell<Option<Channel<ToWorker, ToMaster>>>,
-    sockets: RefCell<BTreeMap<ListenerId, Kept>>,
+    sockets: RefCell<SortedMap<ListenerId, Kept>>,
     /// How many descriptors the program had room for when it last set a callback.
     fd_limit: Cell<u64>,
     /// There has been none for a connection since the last one was taken.

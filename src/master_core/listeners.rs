@@ -210,7 +210,7 @@ impl<C> MasterCore<C> {
             is_adopted: false,
         };
         self.keys.insert(key, handle);
-        self.handles.entry(handle).or_insert(open)
+        self.handles.get_or_insert_with(handle, || open)
     }
 
     /// No copy of the listener could be made for the worker that asked for it.
@@ -458,7 +458,7 @@ impl<C> MasterCore<C> {
         if let Some(address) = address.filter(|address| address.ip().is_unspecified()) {
             let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
             let key = HandleKey { endpoint, index: 0 };
-            self.keys.entry(key).or_insert(handle);
+            self.keys.get_or_insert_with(key, || handle);
         }
     }
 

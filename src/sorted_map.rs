@@ -1,0 +1,183 @@
+//! A map for few entries, or for many that come and go in order. Of each kind of `BTreeMap` that a
+//! program has, a compiler makes five kilobytes; of these, less than one.
+
+use std::collections::{VecDeque, vec_deque};
+
+/// Entries in the order of their keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SortedMap<K, V>(VecDeque<(K, V)>);
+
+impl<K: Ord, V> SortedMap<K, V> {
+    pub(crate) const fn new() -> Self {
+        Self(VecDeque::new())
+    }
+
+    /// Where the entry is, or where it would be.
+    fn place(&self, key: &K) -> Result<usize, usize> {
+        // Most often it is the last one, or comes after it.
+        match self.0.back() {
+            Some((last, _)) if last < key => Err(self.0.len()),
+            _ => self.0.binary_search_by(|(other, _)| other.cmp(key)),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn contains_key(&self, key: &K) -> bool {
+        self.place(key).is_ok()
+    }
+
+    pub(crate) fn get(&self, key: &K) -> Option<&V> {
+        let place = self.place(key).ok()?;
+        self.0.get(place).map(|(_, value)| value)
+    }
+
+    pub(crate) fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+        let place = self.place(key).ok()?;
+        self.0.get_mut(place).map(|(_, value)| value)
+    }
+
+    /// The value of the key, which is made if there is none.
+    pub(crate) fn get_or_insert_with(&mut self, key: K, value: impl FnOnce() -> V) -> &mut V {
+        let place = self.place(&key).unwrap_or_else(|place| {
+            self.0.insert(place, (key, value()));
+            place
+        });
+        &mut self.0[place].1
+    }
+
+    /// Returns what the key had before.
+    pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
+        match self.place(&key) {
+            Ok(place) => Some(std::mem::replace(&mut self.0[place].1, value)),
+            Err(place) => {
+                self.0.insert(place, (key, value));
+                None
+            }
+        }
+    }
+
+    pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
+        let place = self.place(key).ok()?;
+        self.0.remove(place).map(|(_, value)| value)
+    }
+
+    pub(crate) fn first_key_value(&self) -> Option<(&K, &V)> {
+        self.0.front().map(|(key, value)| (key, value))
+    }
+
+    pub(crate) fn pop_first(&mut self) -> Option<(K, V)> {
+        self.0.pop_front()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    pub(crate) fn retain(&mut self, mut stays: impl FnMut(&K, &mut V) -> bool) {
+        self.0.retain_mut(|(key, value)| stays(key, value));
+    }
+
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = (&K, &V)> + Clone {
+        self.0.iter().map(|(key, value)| (key, value))
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (&K, &mut V)> {
+        self.0.iter_mut().map(|(key, value)| (&*key, value))
+    }
+
+    pub(crate) fn keys(&self) -> impl DoubleEndedIterator<Item = &K> {
+        self.0.iter().map(|(key, _)| key)
+    }
+
+    pub(crate) fn values(&self) -> impl Iterator<Item = &V> {
+        self.0.iter().map(|(_, value)| value)
+    }
+
+    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
+        self.0.iter_mut().map(|(_, value)| value)
+    }
+}
+
+impl<K: Ord, V> Default for SortedMap<K, V> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<K: Ord, V> std::ops::Index<&K> for SortedMap<K, V> {
+    type Output = V;
+
+    fn index(&self, key: &K) -> &V {
+        self.get(key).expect("an entry for the key")
+    }
+}
+
+impl<K: Ord, V> Extend<(K, V)> for SortedMap<K, V> {
+    fn extend<I: IntoIterator<Item = (K, V)>>(&mut self, entries: I) {
+        for (key, value) in entries {
+            self.insert(key, value);
+        }
+    }
+}
+
+impl<K: Ord, V> FromIterator<(K, V)> for SortedMap<K, V> {
+    fn from_iter<I: IntoIterator<Item = (K, V)>>(entries: I) -> Self {
+        let mut map = Self::new();
+        map.extend(entries);
+        map
+    }
+}
+
+impl<K, V> IntoIterator for SortedMap<K, V> {
+    type Item = (K, V);
+    type IntoIter = vec_deque::IntoIter<(K, V)>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    proptest! {
+        #[test]
+        fn it_is_a_map(calls in prop::collection::vec((0..6, 0u8..20, any::<u8>()), 0..200)) {
+            let (mut map, mut model) = (SortedMap::new(), BTreeMap::new());
+            for (call, key, value) in calls {
+                match call {
+                    0 | 1 => prop_assert_eq!(map.insert(key, value), model.insert(key, value)),
+                    2 => prop_assert_eq!(map.remove(&key), model.remove(&key)),
+                    3 => prop_assert_eq!(map.pop_first(), model.pop_first()),
+                    4 => {
+                        *map.get_or_insert_with(key, || value) ^= 1;
+                        *model.entry(key).or_insert(value) ^= 1;
+                    }
+                    _ => {
+                        map.retain(|key, _| *key != value);
+                        model.retain(|key, _| *key != value);
+                    }
+                }
+                prop_assert_eq!(map.get(&key), model.get(&key));
+                prop_assert_eq!(map.get_mut(&value), model.get_mut(&value));
+                prop_assert_eq!(map.contains_key(&key), model.contains_key(&key));
+                prop_assert_eq!((map.len(), map.is_empty()), (model.len(), model.is_empty()));
+                prop_assert_eq!(map.first_key_value(), model.first_key_value());
+                prop_assert!(map.keys().eq(model.keys()));
+                prop_assert!(map.values().eq(model.values()));
+            }
+            let model: Vec<_> = model.into_iter().collect();
+            prop_assert_eq!(map.into_iter().collect::<Vec<_>>(), model);
+        }
+    }
+}
