@@ -1,11 +1,12 @@
 //! What a master and its workers hold and do when there is nothing to do.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use crate::peers::{self, build};
 use crate::server::Server;
+use crate::size::Small;
 use crate::table::{Goal, Table};
 use crate::usage::{calls, cpu_time, family, mapped, switches};
 
@@ -13,20 +14,28 @@ const WORKERS: usize = 8;
 const TIME: Duration = Duration::from_secs(2);
 
 pub fn memory(table: &mut Table) {
-    match http_server() {
-        Ok(server) => {
-            let own = memory_of(&server);
-            let row = table.row(
-                "http_server's master, 8 idle workers, resident",
-                own.0,
-                "KiB",
-            );
-            row.goal(Goal::AtMost(2048.0));
-            row.note(&format!("{} KiB without what is of files", own.2));
-            let row = table.row("each worker of http_server, private", own.1, "KiB");
-            row.goal(Goal::AtMost(400.0));
-        }
-        Err(why) => table.skip("http_server", &why),
+    let builds = [
+        ("http_server", http_server()),
+        (
+            "the same, static",
+            Small::build().map(|small| small.http_server),
+        ),
+    ];
+    for (name, built) in builds {
+        let program = match built {
+            Ok(program) => program,
+            Err(why) => {
+                table.skip(name, &why);
+                continue;
+            }
+        };
+        let own = memory_of(&serve(&program));
+        let title = format!("{name}: master, {WORKERS} idle workers, resident");
+        let row = table.row(&title, own.0, "KiB");
+        row.goal(Goal::AtMost(2048.0));
+        row.note(&format!("{} KiB without what is of files", own.2));
+        let title = format!("{name}: each worker, private");
+        table.row(&title, own.1, "KiB").goal(Goal::AtMost(400.0));
     }
     match peers::node("rr", WORKERS) {
         Ok(server) => {
@@ -39,15 +48,17 @@ pub fn memory(table: &mut Table) {
 }
 
 /// The example, because this program maps far more than a server would.
-fn http_server() -> Result<Server, String> {
+fn http_server() -> Result<PathBuf, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
     build(&manifest, target, &["--example", "http_server"])?;
-    let mut command = Command::new(target.join("release/examples/http_server"));
+    Ok(target.join("release/examples/http_server"))
+}
+
+fn serve(program: &Path) -> Server {
+    let mut command = Command::new(program);
     command.args(["--policy", "rr", "--addr", "127.0.0.1:0"]);
-    Ok(Server::run(
-        command.args(["--workers", &WORKERS.to_string()]),
-    ))
+    Server::run(command.args(["--workers", &WORKERS.to_string()]))
 }
 
 /// Of the master, of its workers, and of the master what is not of files.

@@ -1,34 +1,56 @@
 //! How large a program is that is to be small.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::table::{Goal, Table, number};
 
+/// What has been built to be small: `http_server` as a static program, and one that says hello.
+pub struct Small {
+    pub http_server: PathBuf,
+    /// In bytes.
+    size: f64,
+    hello: f64,
+}
+
+impl Small {
+    pub fn build() -> Result<Self, String> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let output = Command::new(root.join("tests/checks/static"))
+            .args(["x86_64", "size"])
+            .output()
+            .map_err(|_| "no tests/checks/static".to_owned())?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let size = |program: &str| -> Option<f64> {
+            let prefix = format!("static: {program} for x86_64: ");
+            let line = text.lines().find_map(|line| line.strip_prefix(&prefix))?;
+            line.split_once(" bytes")?.0.parse().ok()
+        };
+        let (Some(size), Some(hello)) = (size("http_server"), size("hello")) else {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            let why = errors.lines().last().unwrap_or("it says no size");
+            return Err(why.trim_start_matches("static: skipped: ").to_owned());
+        };
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+        let built = "x86_64-unknown-linux-musl/small/examples/http_server";
+        Ok(Self {
+            http_server: target.join(built),
+            size,
+            hello,
+        })
+    }
+}
+
 pub fn measure(table: &mut Table) {
     let name = "http_server, static musl, x86-64";
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/checks/static");
-    let Ok(output) = Command::new(script).args(["x86_64", "size"]).output() else {
-        return table.skip(name, "no tests/checks/static");
-    };
-    let (text, errors) = (output.stdout, output.stderr);
-    let (text, errors) = (
-        String::from_utf8_lossy(&text),
-        String::from_utf8_lossy(&errors),
-    );
-    let size = |program: &str| -> Option<f64> {
-        let prefix = format!("static: {program} for x86_64: ");
-        let line = text.lines().find_map(|line| line.strip_prefix(&prefix))?;
-        Some(line.split_once(" bytes")?.0.parse::<f64>().ok()? / 1024.0)
-    };
-    match (size("http_server"), size("hello")) {
-        (Some(own), Some(hello)) => {
-            let row = table.row(name, own, "KiB").goal(Goal::AtMost(400.0));
-            row.note(&format!("a program that says hello: {} KiB", number(hello)));
+    match Small::build() {
+        Ok(Small { size, hello, .. }) => {
+            let row = table.row(name, size / 1024.0, "KiB");
+            row.goal(Goal::AtMost(400.0)).note(&format!(
+                "a program that says hello: {} KiB",
+                number(hello / 1024.0)
+            ));
         }
-        _ => {
-            let why = errors.lines().last().unwrap_or("it says no size");
-            table.skip(name, why.trim_start_matches("static: skipped: "));
-        }
+        Err(why) => table.skip(name, &why),
     }
 }
