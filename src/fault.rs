@@ -19,7 +19,7 @@ mod unarmed {
     #[inline(always)]
     pub(crate) fn point<I, O>(
         _name: &str,
-        _worker: impl FnOnce() -> Pid,
+        _worker: impl FnOnce() -> Option<Pid>,
         _own: Option<&Channel<I, O>>,
     ) {
     }
@@ -59,20 +59,23 @@ mod armed {
     }
 
     /// Makes `worker` fail if this is the point. It is this process if it has its `own` end of the
-    /// channel at hand.
+    /// channel at hand. One that there is not, or that is to be spared, does not pass it.
     pub(crate) fn point<I, O>(
         name: &str,
-        worker: impl FnOnce() -> Pid,
+        worker: impl FnOnce() -> Option<Pid>,
         own: Option<&Channel<I, O>>,
     ) {
         PLAN.with(|plan| {
             let Some(plan) = plan.as_ref().filter(|plan| plan.point == name) else {
                 return;
             };
+            let Some(worker) = worker() else {
+                return;
+            };
             plan.passed.set(plan.passed.get() + 1);
             let is_time = plan.passed.get() % plan.every == 0;
             if is_time && (plan.again || plan.passed.get() == plan.every) {
-                fail(&plan.fault, worker(), own);
+                fail(&plan.fault, worker, own);
             }
         });
     }

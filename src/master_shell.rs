@@ -378,10 +378,9 @@ impl MasterShell {
 
     /// A point at which tests make this worker fail. The first one is spared.
     fn fault(&self, name: &str, worker: WorkerId) {
-        if let Some(record) = self.record(worker).filter(|record| record.id.get() > 1) {
-            let elsewhere: Option<&Channel<ToMaster, ToWorker>> = None;
-            crate::fault::point(name, || record.pid, elsewhere);
-        }
+        let elsewhere: Option<&Channel<ToMaster, ToWorker>> = None;
+        let record = || self.record(worker).filter(|record| record.id.get() > 1);
+        crate::fault::point(name, || Some(record()?.pid), elsewhere);
     }
 
     /// Carries out everything that needs no callback.

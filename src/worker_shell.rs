@@ -772,7 +772,7 @@ impl WorkerShell {
 }
 
 fn fault(name: &str, channel: &Channel<ToWorker, ToMaster>) {
-    crate::fault::point(name, Pid::own, Some(channel));
+    crate::fault::point(name, || Some(Pid::own()), Some(channel));
 }
 
 impl Drop for WorkerShell {

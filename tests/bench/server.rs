@@ -1,7 +1,9 @@
 //! The servers: the bare loop, and the same with this crate.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{FromRawFd as _, IntoRawFd as _};
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use nix::sys::socket::{Backlog, listen};
 use nix::sys::wait::waitpid;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{ForkResult, Pid, fork};
+use sendfd::{RecvWithFd as _, SendWithFd as _};
 
 use crate::harness::{Group, SCENARIO};
 
@@ -38,7 +41,8 @@ pub struct Server {
 impl Server {
     /// `bare`, or the name of a policy of this crate.
     pub fn start(name: &str, workers: usize) -> Result<Self, String> {
-        if name != BARE && name.parse::<SchedulingPolicy>().is_err() {
+        let known = [BARE, HAND_OVER].contains(&name);
+        if !known && name.parse::<SchedulingPolicy>().is_err() {
             return Err("no such policy".to_owned());
         }
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -70,6 +74,8 @@ pub fn end(group: &Group) {
 
 /// The name of the loop with nothing around it.
 pub const BARE: &str = "bare";
+/// The name of the smallest program in which one process accepts for the others.
+pub const HAND_OVER: &str = "hand-over";
 
 /// Nanoseconds on the clock that all processes share.
 pub fn now() -> i64 {
@@ -86,6 +92,7 @@ pub fn serve() {
     let workers = workers.parse().unwrap();
     match policy.as_str() {
         BARE => bare(workers),
+        HAND_OVER => hand_over(workers),
         policy => clustered(policy.parse().unwrap(), workers),
     }
 }
@@ -109,6 +116,36 @@ fn bare(workers: usize) {
     }
     println!("listening on {}", listener.local_addr().unwrap());
     nix::unistd::pause();
+}
+
+/// Each process in its turn, whatever it does.
+fn hand_over(workers: usize) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listen(&listener, Backlog::new(511).unwrap()).unwrap();
+    let mut queues = Vec::new();
+    for number in 1..=workers {
+        let (master, worker) = UnixDatagram::pair().unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: this process has one thread.
+        let forked = unsafe { fork() };
+        if let ForkResult::Child = forked.unwrap() {
+            set_pdeathsig(Signal::SIGKILL).unwrap();
+            let mut fds = [0];
+            while worker.recv_with_fd(&mut [0], &mut fds).is_ok() {
+                #[allow(unsafe_code)]
+                // SAFETY: it has just come, for nobody else.
+                let connection = unsafe { TcpStream::from_raw_fd(fds[0]) };
+                let _ = answer(connection, number, now());
+            }
+        }
+        queues.push(master);
+    }
+    println!("listening on {}", listener.local_addr().unwrap());
+    for (connection, queue) in listener.incoming().zip(queues.iter().cycle()) {
+        let fds = [connection.unwrap().into_raw_fd()];
+        queue.send_with_fd(&[0], &fds).unwrap();
+        nix::unistd::close(fds[0]).unwrap();
+    }
 }
 
 fn clustered(policy: SchedulingPolicy, workers: usize) {

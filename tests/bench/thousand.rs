@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use crate::ROUNDS;
 use crate::costs::measure as cost;
-use crate::server::Server;
-use crate::table::{Figure, Goal, Table};
+use crate::server::{HAND_OVER, Server};
+use crate::table::{Figure, Goal, Table, ratios};
 use crate::usage::{allow_many_descriptors, cpu_time, family};
 
 const MANY: usize = 1_000;
@@ -32,18 +32,27 @@ pub fn measure(table: &mut Table) {
         )
         .note(&format!("{thousand:.0} µs for each worker"));
 
+    let bare = [FEW, MANY].map(|workers| Server::start(HAND_OVER, workers).unwrap());
     let master = |server: &Server| cost(server.address, &[server.group.pid()]).cpu;
-    let rounds = (0..=ROUNDS).map(|_| [master(few), master(many)]).skip(1);
-    let rounds: Vec<_> = rounds.collect();
-    let ratios = rounds
-        .iter()
-        .map(|[few, many]| many / few)
-        .collect::<Vec<_>>();
-    let of = |number: usize| {
-        Figure::from(rounds.iter().map(|round| round[number]).collect::<Vec<_>>()).in_unit("µs")
-    };
-    table
-        .row("master's CPU for a connection", ratios, "× with 8")
-        .goal(Goal::AtMost(1.3))
-        .note(&format!("{} beside {}", of(1), of(0)));
+    let mut costs = [few, many, &bare[0], &bare[1]].map(|server| (server, Vec::new()));
+    for round in 0..=ROUNDS {
+        for (server, costs) in &mut costs {
+            let cost = master(server);
+            costs.extend((round > 0).then_some(cost));
+        }
+    }
+    let rows = [
+        ("master's CPU for a connection", 1, 0, "× with 8"),
+        ("the same, bare hand-over", 3, 2, "× with 8"),
+        ("master's CPU with 1,000", 1, 3, "× bare hand-over"),
+    ];
+    for (name, own, other, unit) in rows {
+        let row = table.row(name, ratios(&costs[own].1, &costs[other].1), unit);
+        let [own_cost, other] =
+            [own, other].map(|number| Figure::from(costs[number].1.clone()).in_unit("µs"));
+        row.note(&format!("{own_cost} beside {other}"));
+        if (own, unit) == (1, "× with 8") {
+            row.goal(Goal::AtMost(1.3));
+        }
+    }
 }
