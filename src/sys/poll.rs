@@ -55,7 +55,9 @@ impl Drop for Owned {
     }
 }
 
-/// A descriptor in the poller. It is taken out before it can be closed.
+/// A descriptor that is in the poller as long as it is waited for. Whatever is in there, be it for
+/// nothing, costs those who make it ready: of a listener that a thousand workers have, each connection
+/// would look at a thousand pollers. It is taken out before it can be closed.
 #[derive(Debug)]
 pub(crate) struct Registered<S: AsFd> {
     poller: Poller,
@@ -71,21 +73,11 @@ pub(crate) struct Ready {
     pub(crate) writable: bool,
 }
 
-fn event(key: usize, interest: Option<Interest>) -> Event {
+fn event(key: usize, interest: Interest) -> Event {
     match interest {
-        None => Event::none(key),
-        Some(Interest::Readable) => Event::readable(key),
-        Some(Interest::Writable) => Event::writable(key),
-        Some(Interest::Both) => Event::all(key),
-    }
-}
-
-/// What nobody waits for is reported once at most. The kernel reports errors and hang-ups whatever
-/// the interest, and level-triggered it would do so again and again.
-fn mode(interest: Option<Interest>) -> PollMode {
-    match interest {
-        Some(_) => PollMode::Level,
-        None => PollMode::Oneshot,
+        Interest::Readable => Event::readable(key),
+        Interest::Writable => Event::writable(key),
+        Interest::Both => Event::all(key),
     }
 }
 
@@ -132,21 +124,14 @@ impl Poller {
         interest: Option<Interest>,
     ) -> io::Result<Registered<S>> {
         self.check_open()?;
-        // SAFETY: `Registered` owns the source, lends it out only as a shared reference, and
-        // deletes it from this poller in its `Drop`, before the source itself is dropped.
-        unsafe {
-            self.0.poller.add_with_mode(
-                source.as_fd().as_raw_fd(),
-                event(key, interest),
-                mode(interest),
-            )?;
-        }
-        Ok(Registered {
+        let registered = Registered {
             poller: self.clone(),
             key,
-            interest: Cell::new(interest),
+            interest: Cell::new(None),
             source,
-        })
+        };
+        registered.set_interest(interest)?;
+        Ok(registered)
     }
 
     /// Waits until something is ready or the time is over.
@@ -173,10 +158,23 @@ impl AsFd for Poller {
 
 impl<S: AsFd> Registered<S> {
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
-        self.interest.set(interest);
-        let event = event(self.key, interest);
         let poller = &self.poller.0.poller;
-        poller.modify_with_mode(self.source.as_fd(), event, mode(interest))
+        match (self.interest.get(), interest) {
+            (None, None) => {}
+            (None, Some(new)) => {
+                let number = self.source.as_fd().as_raw_fd();
+                // SAFETY: this owns the source, lends it out only as a shared reference, and
+                // deletes it from this poller in its `Drop`, before the source itself is dropped.
+                unsafe { poller.add_with_mode(number, event(self.key, new), PollMode::Level)? };
+            }
+            (Some(_), Some(new)) => {
+                let event = event(self.key, new);
+                poller.modify_with_mode(&self.source, event, PollMode::Level)?;
+            }
+            (Some(_), None) => poller.delete(&self.source)?,
+        }
+        self.interest.set(interest);
+        Ok(())
     }
 
     /// Whether it is waited for.
@@ -195,7 +193,7 @@ impl<S: AsFd> Deref for Registered<S> {
 
 impl<S: AsFd> Drop for Registered<S> {
     fn drop(&mut self) {
-        if self.poller.owner() == Pid::own() {
+        if self.is_watched() && self.poller.owner() == Pid::own() {
             // It can fail only if it is out already.
             let _ = self.poller.0.poller.delete(self.source.as_fd());
         }
