@@ -39,6 +39,7 @@ crate::scenarios! {
     the_programs_own_reads_are_not_interrupted
     callbacks_and_accept_share_a_listener
     the_programs_own_handler_for_the_signal_runs
+    a_connection_looks_at_no_poller
 }
 
 /// How often each is tried.
@@ -99,6 +100,56 @@ fn sequential_connections_rotate_among_workers_that_block() {
     }
     let everybody: BTreeSet<_> = entries[..4].iter().collect();
     assert_eq!((entries.len(), everybody.len()), (200, 4));
+}
+
+/// The kernel asks every poller that has a listener when somebody connects, of a thousand workers a
+/// thousand, also if they do not wait for it.
+fn a_connection_looks_at_no_poller() {
+    cluster(
+        |master| {
+            share_listeners(master);
+            when_listening(master, 2, |master, address| {
+                when_all_wait(master, move |master| {
+                    let listener = inode(address);
+                    let own = std::process::id();
+                    let mut pids = vec![own];
+                    pids.extend(master.workers().iter().map(|worker| worker.process().id()));
+                    let mut seen = 0;
+                    for pid in pids {
+                        for line in polled(pid) {
+                            seen += 1;
+                            assert!(!line.contains(&listener), "{pid}: {line}");
+                        }
+                    }
+                    assert!(seen > 0, "the master waits for its workers");
+                    master.disconnect(|_| {});
+                });
+            });
+            (0..2).for_each(|_| drop(master.fork().unwrap()));
+        },
+        |worker| {
+            answer_pings(&worker);
+            serve_id(&worker, "127.0.0.1:0");
+        },
+    );
+}
+
+/// Of the socket that listens there, as it stands where pollers are described.
+fn inode(address: SocketAddr) -> String {
+    let port = format!(":{:04X} 00000000:0000 0A ", address.port());
+    let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let line = sockets.lines().find(|line| line.contains(&port)).unwrap();
+    let inode: u64 = line.split_whitespace().nth(9).unwrap().parse().unwrap();
+    format!(" ino:{inode:x} ")
+}
+
+/// What the pollers of a process have, a line each.
+fn polled(pid: u32) -> Vec<String> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let infos = entries.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
+    let infos: String = infos.collect();
+    let lines = infos.lines().filter(|line| line.starts_with("tfd:"));
+    lines.map(str::to_owned).collect()
 }
 
 /// One connection after the other, each when everybody waits for one. Nobody is asked: who is, leaves
