@@ -24,7 +24,8 @@ use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::socket::{self, Piece};
 
-/// Above this many bytes waiting, `send` tells the program to slow down.
+/// When one more message such as the last would make more bytes wait than this, `send` tells the program
+/// to slow down: a long one that does not wait need not be copied.
 const HIGH_WATER: usize = 64 << 10;
 /// Above this many bytes waiting, `send` refuses.
 const HARD_LIMIT: usize = 8 << 20;
@@ -358,6 +359,8 @@ pub(crate) struct Channel<In, Out> {
     socket: Registered<UnixStream>,
     inbox: Inbox,
     outbox: Outbox,
+    /// How long the last message was.
+    last: usize,
     /// Nothing can be written any more.
     broken: bool,
     /// Something was to be written and has not been.
@@ -394,6 +397,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             socket: poller.add(socket, key, Some(Interest::Readable))?,
             inbox: Inbox::default(),
             outbox: Outbox::default(),
+            last: 0,
             broken: false,
             lost: false,
             exhausted: false,
@@ -461,6 +465,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if self.outbox.bytes.len() + message.len() > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
+        self.last = message.len();
         let header = Header::of_message(message.len(), fds.len());
         let pieces = [&header[..], message];
         if self.outbox.bytes.is_empty() && fds.is_empty() {
@@ -494,7 +499,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Whether the program may go on sending without a pause.
     pub(crate) fn has_room(&self) -> bool {
-        self.outbox.bytes.len() <= HIGH_WATER
+        let waiting = self.outbox.bytes.len();
+        waiting == 0 || waiting + self.last <= HIGH_WATER
     }
 
     /// Writes what can be written now; if the socket had no room lately, not before `retry` or when much
@@ -838,6 +844,29 @@ mod tests {
             assert!(frame.1.is_empty() && frame.0 == ToWorker::Message(message));
         }
         assert!(master.is_flushed());
+    }
+
+    #[test]
+    fn a_long_message_is_to_wait_only_once() {
+        let (mut master, mut worker) = pair();
+        let send = |master: &mut MasterEnd, length| {
+            master.send(&vec![0; length], Vec::new(), None).unwrap();
+            master.flush().unwrap();
+            (master.has_room(), master.is_flushed())
+        };
+        loop {
+            match send(&mut master, HIGH_WATER) {
+                (has_room, true) => assert!(has_room, "nothing waits"),
+                (has_room, false) => break assert!(!has_room, "the next one would wait, too"),
+            }
+        }
+        while !master.is_flushed() {
+            drain(&mut worker);
+            master.retry();
+            master.flush().unwrap();
+        }
+        while send(&mut master, 100).1 {}
+        assert!(master.has_room(), "for many that are short");
     }
 
     #[test]

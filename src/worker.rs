@@ -316,7 +316,7 @@ impl Worker {
     /// Sends a message of at most 1 MiB to the master. It arrives after everything sent before.
     ///
     /// Node: `worker.send(message)` or `process.send(message)`. Returns `true`, or `false` as
-    /// advice to pause when more than 64 KiB wait to be written, until
+    /// advice to pause when with one more such message over 64 KiB would wait to be written, until
     /// [`on_written`](SendOptions::on_written) of the last message; the message is on its way in
     /// both cases. What waits is written while the worker waits for something.
     ///

@@ -322,8 +322,8 @@ impl WorkerProcess {
 
     /// Sends a message of at most 1 MiB. It arrives after everything sent before.
     ///
-    /// Node: `worker.send(message)`. Returns `true`, or `false` as advice to pause when more than
-    /// 64 KiB wait to be written, until [`on_written`](SendOptions::on_written) of the last message;
+    /// Node: `worker.send(message)`. Returns `true`, or `false` as advice to pause when with one more
+    /// such message over 64 KiB would wait to be written, until [`on_written`](SendOptions::on_written) of the last message;
     /// the message is on its way in both cases. It may be sent as soon
     /// as the worker is forked, and waits for it to come online.
     ///
