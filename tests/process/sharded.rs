@@ -121,6 +121,11 @@ impl Load {
         count
     }
 
+    /// How many have been answered so far.
+    pub fn answered(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.answered)
+    }
+
     /// Ends it, and returns how many were answered and what else became of them.
     pub fn end(self) -> (u64, Count) {
         self.over.store(true, Ordering::SeqCst);
