@@ -1,5 +1,5 @@
-//! A map for few entries, or for many that come and go in order. Of each kind of `BTreeMap` that a
-//! program has, a compiler makes five kilobytes; of these, less than one.
+//! A map for few entries, or for many that come and go in order: each kind of `BTreeMap` is several
+//! kilobytes of a program that should be small.
 
 use std::collections::{VecDeque, vec_deque};
 

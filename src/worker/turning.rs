@@ -111,7 +111,7 @@ impl Worker {
     }
 
     fn listener_ready(&self, listener: ListenerId) {
-        // One that rests may still report that it is shut down.
+        // It may have been put to rest since the poller was asked.
         let socket = self.inner.shell.socket(listener);
         if socket.is_some_and(|socket| !socket.is_watched()) {
             return;
