@@ -5,6 +5,10 @@
 //! before a busy one, and among idle ones the one served longest ago comes first. A busy worker is
 //! given something ahead only as far as workers have been quick before; what lies behind a request
 //! that turns out slow is taken back if another worker is idle.
+//!
+//! Who is often the only idle one would have more than its share: it runs on the core that has less
+//! to do. So it leaves what it would be given to a busy worker that *had* less and has been quick so
+//! far, if there is one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -20,6 +24,12 @@ use crate::worker_id::WorkerId;
 pub(crate) const MAX_WINDOW: u32 = 16;
 /// A worker is quick if it needs no longer than this for a connection, with others on the same core.
 const QUICK: Time = Duration::from_millis(5);
+/// So many fewer a busy worker must have had than an idle one that lets it go first.
+const LEAD: u64 = 4;
+/// Nobody is taken to have had so many fewer than another: what is longer ago does not count.
+const MEMORY: u64 = 1000;
+/// So many of those who had least are looked at to find one that has room.
+const LOOK: usize = 16;
 /// An idle worker that has not taken what it was given for so long has been stopped, most likely.
 pub(crate) const STALE: Time = Duration::from_millis(20);
 /// After that time a worker that did not take what it was given has its turn again: it may have been
@@ -61,8 +71,11 @@ struct Member {
     sleeps: bool,
     /// For how long it was taken to sleep the last time; zero if it has taken something since.
     nap: Time,
-    /// When it was last sent something; the smallest is next.
+    /// When it was last sent something; of those who are idle the smallest is next.
     turn: u64,
+    /// How many connections it has had, as far as that counts; of those who are busy the smallest is
+    /// next.
+    had: u64,
 }
 
 impl Member {
@@ -105,21 +118,18 @@ impl Member {
         let (load, behind) = (self.load(), self.behind());
         let unmoved = load > 0 && self.taken == self.done;
         Ranks {
-            next: self
-                .takes()
-                .then_some((load > 0, self.sleeps, load, self.turn, worker)),
+            idle: self.is_idle().then_some((self.sleeps, self.turn, worker)),
+            busy: (self.takes() && load > 0 && !self.sleeps).then_some((self.had, worker)),
             behind: (behind > 0).then_some((self.busy_since, worker)),
             unmoved: unmoved.then_some((self.busy_since, worker)),
         }
     }
 }
 
-/// Whether it is busy, whether it sleeps, its load, and when it was its turn last.
-type Next = (bool, bool, u32, u64, WorkerId);
-
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Ranks {
-    next: Option<Next>,
+    idle: Option<(bool, u64, WorkerId)>,
+    busy: Option<(u64, WorkerId)>,
     behind: Option<(Time, WorkerId)>,
     unmoved: Option<(Time, WorkerId)>,
 }
@@ -127,16 +137,16 @@ struct Ranks {
 #[derive(Debug)]
 pub(crate) struct RoundRobin<C> {
     members: BTreeMap<WorkerId, Member>,
-    /// Who can be given something; the first is next.
-    next: BTreeSet<Next>,
+    /// Who is idle: whether it sleeps, and when it was its turn last; the first is next.
+    idle: BTreeSet<(bool, u64, WorkerId)>,
+    /// Who is busy and can be given something ahead, by what it had.
+    busy: BTreeSet<(u64, WorkerId)>,
     /// From whom something can be taken that lies behind another; the first has been busy longest.
     behind: BTreeSet<(Time, WorkerId)>,
     /// Who was idle and is not known to have taken anything since.
     unmoved: BTreeSet<(Time, WorkerId)>,
     /// Who sleeps, and until when; some may not sleep any more.
     sleepers: BTreeSet<(Time, WorkerId)>,
-    /// How many of them are idle.
-    idle: u64,
     /// How many connections one worker is sent before it is idle again, as it has turned out.
     window: u32,
     /// Accepted and given to nobody, by place.
@@ -150,17 +160,19 @@ pub(crate) struct RoundRobin<C> {
     under_way: u64,
     accepted: u64,
     turns: u64,
+    /// What the one had who had most.
+    most: u64,
 }
 
 impl<C> RoundRobin<C> {
     pub(crate) fn new() -> Self {
         Self {
             members: BTreeMap::new(),
-            next: BTreeSet::new(),
+            idle: BTreeSet::new(),
+            busy: BTreeSet::new(),
             behind: BTreeSet::new(),
             unmoved: BTreeSet::new(),
             sleepers: BTreeSet::new(),
-            idle: 0,
             window: 1,
             waiting: SortedMap::new(),
             chooses: false,
@@ -169,6 +181,7 @@ impl<C> RoundRobin<C> {
             under_way: 0,
             accepted: 0,
             turns: 0,
+            most: 0,
         }
     }
 
@@ -180,13 +193,8 @@ impl<C> RoundRobin<C> {
             let most = ready.count() as u64 * u64::from(MAX_WINDOW);
             return most.saturating_sub(self.in_hand());
         }
-        match self.next.first() {
-            Some((false, ..)) => {
-                let room = self.idle * u64::from(self.window);
-                room.saturating_sub(self.count_waiting())
-            }
-            _ => 0,
-        }
+        let room = self.idle.len() as u64 * u64::from(self.window);
+        room.saturating_sub(self.count_waiting())
     }
 
     /// Accepted and given to nobody.
@@ -259,6 +267,7 @@ impl<C> RoundRobin<C> {
             sleeps: false,
             nap: Time::ZERO,
             turn: self.turns,
+            had: self.most,
         };
         self.members.insert(worker, member);
     }
@@ -271,17 +280,17 @@ impl<C> RoundRobin<C> {
         change: impl FnOnce(&mut Member) -> T,
     ) -> Option<(T, i64)> {
         let member = self.members.get_mut(&worker)?;
-        let (ranks, was_idle) = (member.ranks(worker), member.is_idle());
+        let ranks = member.ranks(worker);
         let (sent, taken) = (member.sent, member.taken);
         let result = change(member);
-        let (new, is_idle) = (member.ranks(worker), member.is_idle());
+        let new = member.ranks(worker);
         self.under_way = self.under_way + member.sent + taken - sent - member.taken;
         let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
         let taken = signed(member.taken) - signed(taken);
-        exchange(&mut self.next, ranks.next, new.next);
+        exchange(&mut self.idle, ranks.idle, new.idle);
+        exchange(&mut self.busy, ranks.busy, new.busy);
         exchange(&mut self.behind, ranks.behind, new.behind);
         exchange(&mut self.unmoved, ranks.unmoved, new.unmoved);
-        self.idle = self.idle + u64::from(is_idle) - u64::from(was_idle);
         Some((result, taken))
     }
 
@@ -364,6 +373,7 @@ impl<C> RoundRobin<C> {
         let changed = self.change(worker, |member| {
             member.sent = member.sent.saturating_sub(count);
             member.refused += count;
+            member.had = member.had.saturating_sub(count);
             member.taken = if is_empty {
                 member.sent
             } else {
@@ -391,6 +401,7 @@ impl<C> RoundRobin<C> {
     pub(crate) fn not_given(&mut self, worker: WorkerId, connection: Placed<C>, takes_more: bool) {
         self.change(worker, |member| {
             member.sent -= 1;
+            member.had = member.had.saturating_sub(1);
             member.ready &= takes_more;
         });
         self.wait([connection]);
@@ -460,12 +471,28 @@ impl<C> RoundRobin<C> {
     }
 
     /// The first waiting connection, and the worker whose turn it is.
-    fn next_in_turn(&mut self) -> Option<(WorkerId, Placed<C>)> {
-        let &(_, _, load, _, worker) = self.next.first()?;
-        if load >= self.window {
-            return None;
-        }
+    fn next_in_turn(&mut self, now: Time) -> Option<(WorkerId, Placed<C>)> {
+        let worker = match self.idle.first() {
+            None => self.first_with_room(u64::MAX, |_| true)?,
+            Some(&(_, _, idle)) => {
+                let quick = |busy: &Member| now.saturating_sub(busy.busy_since) < QUICK;
+                let most = self.members.get(&idle)?.had.checked_sub(LEAD);
+                let other = most.and_then(|most| self.first_with_room(most, quick));
+                other.unwrap_or(idle)
+            }
+        };
         Some((worker, self.waiting.pop_first()?))
+    }
+
+    /// Of the busy workers that had no more than `most` and are `fit`, the one that had least and can
+    /// be given something ahead.
+    fn first_with_room(&self, most: u64, fit: impl Fn(&Member) -> bool) -> Option<WorkerId> {
+        let behind = self.busy.iter().take_while(|(had, _)| *had <= most);
+        let has_room = |worker: &WorkerId| {
+            let member = self.members.get(worker);
+            member.is_some_and(|member| member.load() < self.window && fit(member))
+        };
+        behind.map(|(_, worker)| *worker).take(LOOK).find(has_room)
     }
 
     /// Gives a waiting connection to a worker.
@@ -478,16 +505,19 @@ impl<C> RoundRobin<C> {
             self.change(worker, |member| member.sleeps = false);
         }
         let chosen = self.next_chosen();
-        let (worker, placed) = chosen.or_else(|| self.next_in_turn())?;
+        let (worker, placed) = chosen.or_else(|| self.next_in_turn(now))?;
         self.turns += 1;
-        let turn = self.turns;
-        self.change(worker, |member| {
+        let (turn, forgotten) = (self.turns, self.most.saturating_sub(MEMORY));
+        let (had, _) = self.change(worker, |member| {
             if member.load() == 0 {
                 member.busy_since = now;
             }
             member.sent += 1;
             member.turn = turn;
+            member.had = member.had.max(forgotten) + 1;
+            member.had
         })?;
+        self.most = self.most.max(had);
         Some(Given { worker, placed })
     }
 
@@ -518,7 +548,7 @@ impl<C> RoundRobin<C> {
     }
 
     fn anyone_is_idle(&self) -> bool {
-        matches!(self.next.first(), Some((false, false, ..)))
+        matches!(self.idle.first(), Some((false, ..)))
     }
 
     /// What each has had so far.
@@ -633,6 +663,54 @@ mod tests {
         rr.idle(id(1), (0, 0), NOW).unwrap();
         rr.push(1);
         assert_eq!(who(&mut rr), [(1, 1)]);
+    }
+
+    /// The first worker is idle after each connection, the second is busy all the time with what it
+    /// was given first. Returns who got which.
+    fn uneven(took: Time) -> Vec<u32> {
+        let mut rr = idle(2);
+        rr.push(0);
+        assert_eq!(who(&mut rr), [(1, 0)]);
+        rr.idle(id(1), (1, 0), NOW).unwrap();
+        let mut now = NOW;
+        let mut next = |n| {
+            rr.push(n);
+            let given = rr.distribute(now).unwrap();
+            now += took;
+            let (taken, load) = (rr.members[&id(1)].sent, rr.members[&id(1)].load());
+            if load > 0 {
+                rr.idle(id(1), (taken, 0), now).unwrap();
+            }
+            // As if others were as quick as the first.
+            rr.window = MAX_WINDOW;
+            given.worker.get()
+        };
+        (0..12).map(&mut next).collect()
+    }
+
+    #[test]
+    fn an_idle_worker_lets_those_go_first_who_had_less_and_are_quick() {
+        let even = [2, 1, 1, 1, 1, 2, 1, 2, 1, 2, 1, 2];
+        assert_eq!(uneven(Time::ZERO), even);
+        assert_eq!(uneven(QUICK), [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn what_is_long_ago_does_not_count() {
+        let mut rr = idle(2);
+        let mut sent = 0;
+        let mut serve = |rr: &mut RoundRobin<u32>| {
+            rr.push(0);
+            sent += 1;
+            assert_eq!(who(rr), [(2, 0)]);
+            rr.idle(id(2), (sent, 0), NOW).unwrap();
+        };
+        rr.revoke(id(1)).unwrap();
+        (0..3 * MEMORY).for_each(|_| serve(&mut rr));
+        rr.idle(id(1), (0, 0), NOW).unwrap();
+        rr.push(0);
+        assert_eq!(who(&mut rr), [(1, 0)]);
+        assert_eq!(rr.members[&id(1)].had, 2 * MEMORY + 1);
     }
 
     #[test]
