@@ -12,7 +12,7 @@ use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::error::{Error, Result};
 use crate::signal::Signal;
 use crate::sorted_map::SortedMap;
-use crate::sys::poll::{Interest, Poller, Registered};
+use crate::sys::poll::{Interest, Poller, ReadyList, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
 use crate::timers::{Time, TimerId, Timers};
 
@@ -198,14 +198,19 @@ impl<R> EventLoop<R> {
         timer.into_iter().chain(other).min()
     }
 
-    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<Vec<(Token, bool)>> {
-        let ready = self.poller.wait(timeout);
-        let ready = ready.map_err(Error::io("wait for events"))?;
-        let tokens = ready.into_iter().filter_map(|ready| {
+    /// Waits until something is ready or the time is over. Returns what is ready, and whether it can
+    /// be written to.
+    pub(crate) fn wait<'a>(
+        &self,
+        timeout: Option<Duration>,
+        ready: &'a mut ReadyList,
+    ) -> Result<impl Iterator<Item = (Token, bool)> + use<'a, R>> {
+        let waited = self.poller.wait(timeout, ready);
+        waited.map_err(Error::io("wait for events"))?;
+        Ok(ready.iter().filter_map(|ready| {
             let token = Token::from_key(ready.key)?;
             Some((token, ready.writable))
-        });
-        Ok(tokens.collect())
+        }))
     }
 
     /// Whether the program has something here that is still to happen. Signals do not count.
@@ -469,8 +474,9 @@ mod tests {
             assert!(!home.has_work());
             home.reference(id.into(), true);
             here.write_all(&[byte]).unwrap();
-            let ready = home.wait(None).unwrap();
-            assert_eq!(ready[0].0, Token::Watch(id.0));
+            let mut ready = ReadyList::new();
+            let (token, _) = home.wait(None, &mut ready).unwrap().next().unwrap();
+            assert_eq!(token, Token::Watch(id.0));
             home.watch_ready(&seen, id.0);
         }
         assert_eq!(seen.take(), [1, 2]);
@@ -497,8 +503,9 @@ mod tests {
         })
         .unwrap();
         crate::sys::signal::raise(Signal::USR1.number());
-        let ready = home.wait(None).unwrap();
-        assert_eq!(ready[0].0, Token::Signals);
+        let mut ready = ReadyList::new();
+        let (token, _) = home.wait(None, &mut ready).unwrap().next().unwrap();
+        assert_eq!(token, Token::Signals);
         for signal in home.take_signals() {
             home.call_signal(&count, signal);
         }

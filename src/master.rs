@@ -26,7 +26,7 @@ use crate::options::{ListenOptions, Wish};
 use crate::settings::{DEBUG, SchedulingPolicy, Settings};
 use crate::signal::Signal;
 use crate::sys;
-use crate::sys::poll::Interest;
+use crate::sys::poll::{Interest, ReadyList};
 use crate::sys::signal::Installed;
 use crate::timers::TimerId;
 use crate::worker_id::WorkerId;
@@ -910,7 +910,8 @@ impl Master {
         let home = &self.home;
         let _running = home.enter()?;
         let limits = self.time_left().into_iter().chain(timeout);
-        let ready = home.wait(limits.min())?;
+        let mut ready = ReadyList::new();
+        let ready = home.wait(limits.min(), &mut ready)?;
         let unheard = self.shell.unheard();
         self.shell.tick();
         self.settle();

@@ -209,6 +209,11 @@ impl<C> MasterCore<C> {
 
     // What the shell asks.
 
+    /// Whether `next_action` would return one.
+    pub(crate) fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     pub(crate) fn next_action(&mut self) -> Option<Action<C>> {
         self.actions.pop_front()
     }

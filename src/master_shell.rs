@@ -105,8 +105,8 @@ pub(crate) struct MasterShell {
     listeners: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// By which workers get their connections.
     queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
-    /// Channels that have something to write.
-    unflushed: RefCell<BTreeSet<WorkerId>>,
+    /// Channels that have something to write; some more than once.
+    unflushed: RefCell<VecDeque<WorkerId>>,
     /// What is tried again after a while.
     resting: RefCell<Resting>,
     /// Messages that have been written or lost.
@@ -385,6 +385,14 @@ impl MasterShell {
 
     /// Carries out everything that needs no callback.
     pub(crate) fn act(&self) {
+        if self.core.borrow().has_actions() || !self.unflushed.borrow().is_empty() {
+            self.carry_all_out();
+        }
+    }
+
+    /// Not a part of `act`, which most often finds nothing, several times for each message.
+    #[inline(never)]
+    fn carry_all_out(&self) {
         loop {
             let action = self.core.borrow_mut().next_action();
             match action {
@@ -422,7 +430,7 @@ impl MasterShell {
                     (Err(_), _, _) => None,
                 };
                 self.with_channel(worker, |channel| channel.queue(&frame, fd));
-                self.unflushed.borrow_mut().insert(worker);
+                self.unflushed.borrow_mut().push_back(worker);
             }
             Action::Give {
                 handle,
@@ -820,8 +828,8 @@ impl MasterShell {
     }
 
     fn flush(&self) {
-        let unflushed = std::mem::take(&mut *self.unflushed.borrow_mut());
-        for worker in unflushed {
+        let next = || self.unflushed.borrow_mut().pop_front();
+        while let Some(worker) = next() {
             let flushed = self.with_channel(worker, |channel| {
                 let outcome = channel.flush();
                 self.collect_receipts(worker, channel);
@@ -881,7 +889,7 @@ impl MasterShell {
     /// A channel can be written to again.
     pub(crate) fn writable(&self, worker: WorkerId) {
         self.with_channel(worker, Channel::retry);
-        self.unflushed.borrow_mut().insert(worker);
+        self.unflushed.borrow_mut().push_back(worker);
     }
 
     /// Reads once from a worker's channel.
@@ -968,7 +976,12 @@ impl MasterShell {
 
     /// Who is to be heard now, and not whoever becomes so meanwhile.
     pub(crate) fn unheard(&self) -> Vec<WorkerId> {
-        self.unheard.borrow().iter().copied().collect()
+        let unheard = self.unheard.borrow();
+        // Most often nobody, and this is asked in each turn.
+        if unheard.is_empty() {
+            return Vec::new();
+        }
+        unheard.iter().copied().collect()
     }
 
     pub(crate) fn is_to_be_heard(&self, worker: WorkerId) -> bool {
@@ -1064,7 +1077,7 @@ impl MasterShell {
     ) -> std::result::Result<bool, SendError> {
         let queued = self.with_channel(worker, |channel| channel.send(message, fds, receipt));
         queued.unwrap_or(Err(SendError::ChannelClosed))?;
-        self.unflushed.borrow_mut().insert(worker);
+        self.unflushed.borrow_mut().push_back(worker);
         self.act();
         Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))
     }

@@ -160,6 +160,11 @@ impl WorkerCore {
 
     // What the shell asks.
 
+    /// Whether `next_action` would return one.
+    pub(crate) fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     pub(crate) fn next_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }

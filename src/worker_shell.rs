@@ -249,6 +249,14 @@ impl WorkerShell {
 
     /// Carries out everything that needs no callback.
     pub(crate) fn act(&self) {
+        if self.core.borrow().has_actions() {
+            self.carry_all_out();
+        }
+    }
+
+    /// Not a part of `act`, which most often finds nothing, several times for each message.
+    #[inline(never)]
+    fn carry_all_out(&self) {
         let mut sent = false;
         loop {
             let action = self.core.borrow_mut().next_action();

@@ -14,7 +14,7 @@ use polling::{Event, Events, PollMode};
 use super::process::Pid;
 
 /// How many events one wait returns at most; the rest come with the next one.
-const EVENTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+const EVENTS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
 
 /// What a watched descriptor is waited for.
 ///
@@ -71,6 +71,36 @@ pub(crate) struct Registered<S: AsFd> {
 pub(crate) struct Ready {
     pub(crate) key: usize,
     pub(crate) writable: bool,
+}
+
+/// All that one wait found. Whoever waits has it on the stack: it is needed for each message.
+#[derive(Debug)]
+pub(crate) struct ReadyList {
+    list: [Ready; EVENTS.get()],
+    count: usize,
+}
+
+impl ReadyList {
+    pub(crate) fn new() -> Self {
+        Self {
+            list: [Ready {
+                key: 0,
+                writable: false,
+            }; EVENTS.get()],
+            count: 0,
+        }
+    }
+
+    fn push(&mut self, key: usize, writable: bool) {
+        if let Some(ready) = self.list.get_mut(self.count) {
+            *ready = Ready { key, writable };
+            self.count += 1;
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Ready> {
+        self.list.iter().take(self.count)
+    }
 }
 
 fn event(key: usize, interest: Interest) -> Event {
@@ -135,18 +165,18 @@ impl Poller {
     }
 
     /// Waits until something is ready or the time is over.
-    pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+    pub(crate) fn wait(&self, timeout: Option<Duration>, ready: &mut ReadyList) -> io::Result<()> {
+        ready.count = 0;
         self.check_open()?;
         if self.0.is_direct {
-            return epoll::wait(&self.0.poller, timeout);
+            return epoll::wait(&self.0.poller, timeout, ready);
         }
         let mut events = Events::with_capacity(EVENTS);
         self.0.poller.wait(&mut events, timeout)?;
-        let ready = events.iter().map(|event| Ready {
-            key: event.key,
-            writable: event.writable,
-        });
-        Ok(ready.collect())
+        events
+            .iter()
+            .for_each(|event| ready.push(event.key, event.writable));
+        Ok(())
     }
 }
 
@@ -212,7 +242,7 @@ mod epoll {
 
     use polling::{Event, PollMode, Poller};
 
-    use super::{EVENTS, Ready};
+    use super::{EVENTS, ReadyList};
     use crate::sys::{check, fd};
 
     /// Whether the number that the system stores with a descriptor is the key.
@@ -222,15 +252,11 @@ mod epoll {
         let ready = fd::adopt(check(unsafe { libc::eventfd(1, libc::EFD_CLOEXEC) })?);
         // SAFETY: it is taken out again below, before it is closed.
         unsafe { poller.add_with_mode(ready.as_raw_fd(), Event::all(KEY), PollMode::Level)? };
-        let told = wait(poller, Some(Duration::ZERO));
+        let mut told = ReadyList::new();
+        let waited = wait(poller, Some(Duration::ZERO), &mut told);
         poller.delete(&ready)?;
-        Ok(matches!(
-            told?[..],
-            [Ready {
-                key: KEY,
-                writable: true
-            }]
-        ))
+        waited?;
+        Ok(told.count == 1 && told.iter().all(|told| told.key == KEY && told.writable))
     }
 
     /// Puts another one in its place, for this process, in which nothing is.
@@ -240,7 +266,11 @@ mod epoll {
         fd::replace(poller.as_fd(), new.as_fd())
     }
 
-    pub(super) fn wait(poller: &Poller, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+    pub(super) fn wait(
+        poller: &Poller,
+        timeout: Option<Duration>,
+        ready: &mut ReadyList,
+    ) -> io::Result<()> {
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut events = [const { MaybeUninit::<libc::epoll_event>::uninit() }; EVENTS.get()];
         let most = libc::c_int::try_from(EVENTS.get()).unwrap_or(1);
@@ -258,15 +288,13 @@ mod epoll {
             }
         };
         let writable = libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR;
-        let ready = events.iter().take(count).map(|event| {
+        for event in &events[..count] {
             // SAFETY: so many have been written.
             let libc::epoll_event { events, u64: key } = unsafe { event.assume_init() };
-            Ready {
-                key: usize::try_from(key).unwrap_or(usize::MAX),
-                writable: events & writable.unsigned_abs() != 0,
-            }
-        });
-        Ok(ready.collect())
+            let key = usize::try_from(key).unwrap_or(usize::MAX);
+            ready.push(key, events & writable.unsigned_abs() != 0);
+        }
+        Ok(())
     }
 }
 
@@ -277,7 +305,7 @@ mod epoll {
 
     use polling::Poller;
 
-    use super::Ready;
+    use super::ReadyList;
 
     pub(super) fn tells_keys(_poller: &Poller) -> io::Result<bool> {
         Ok(false)
@@ -288,7 +316,11 @@ mod epoll {
         Ok(())
     }
 
-    pub(super) fn wait(_poller: &Poller, _timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+    pub(super) fn wait(
+        _poller: &Poller,
+        _timeout: Option<Duration>,
+        _ready: &mut ReadyList,
+    ) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::event_loop::Token;
 use crate::listener::Connection;
+use crate::sys::poll::ReadyList;
 use crate::worker::{Inner, Worker};
 use crate::worker_core::{Event, ListenerId};
 use crate::worker_shell::Accepted;
@@ -28,7 +29,8 @@ impl Worker {
         // Before anything is delivered: after the last event nothing wakes the poller any more.
         let limit = self.time_left().into_iter().chain(timeout).min();
         self.settle();
-        let ready = home.wait(limit)?;
+        let mut ready = ReadyList::new();
+        let ready = home.wait(limit, &mut ready)?;
         self.inner.shell.tick();
         for (token, writable) in ready {
             match token {
