@@ -427,6 +427,12 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.bytes.is_empty() && !self.lost
     }
 
+    /// Whether everything has been written, and nothing is to be done or told about it.
+    pub(crate) fn is_settled(&self) -> bool {
+        let (bytes, receipts) = (&self.outbox.bytes, &self.outbox.receipts);
+        bytes.is_empty() && receipts.is_empty() && !self.waits_to_write && !self.exhausted
+    }
+
     /// Whether something waits to be written, and can be.
     pub(crate) fn is_writing(&self) -> bool {
         !self.outbox.bytes.is_empty() && !self.broken
@@ -643,6 +649,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Received::End),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether nothing is left of what has been read.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.inbox.bytes.is_empty() && self.inbox.long.is_none()
     }
 
     /// Returns the next complete frame with its descriptors.

@@ -919,6 +919,7 @@ impl Master {
             // One by one: whoever panics here and goes on hears the rest later.
             if self.shell.is_to_be_heard(worker) {
                 self.hear(worker);
+                self.settle();
             }
         }
         for (token, writable) in ready {
@@ -1131,16 +1132,14 @@ impl Master {
         self.shell.try_reap(worker);
     }
 
-    /// Feeds frames that have arrived: so many that the others are not kept waiting.
+    /// Feeds frames that have arrived: so many that the others are not kept waiting. What comes of the
+    /// last one is still to be settled.
     fn hear(&self, worker: WorkerId) {
         for _ in 0..FRAMES_PER_TURN {
-            let fed = self.shell.feed(worker);
-            if fed == Fed::Nothing {
-                return;
-            }
-            self.settle();
-            if fed == Fed::Labour {
-                break;
+            match self.shell.feed(worker) {
+                Fed::Nothing | Fed::LastWord => return,
+                Fed::Word => self.settle(),
+                Fed::Labour => break,
             }
         }
         self.shell.hear_later(worker);

@@ -66,6 +66,8 @@ const LAST_FRAMES: u32 = 65_536;
 pub(crate) enum Fed {
     Nothing,
     Word,
+    /// The same, and nothing is left.
+    LastWord,
     /// A frame that takes the master some time: others should have their turn after it.
     Labour,
 }
@@ -913,23 +915,27 @@ impl MasterShell {
 
     /// Feeds one frame that has arrived.
     pub(crate) fn feed(&self, worker: WorkerId) -> Fed {
-        match self.with_channel(worker, Channel::next) {
-            None | Some(Ok(None)) => Fed::Nothing,
-            Some(Ok(Some(Arrival {
-                frame,
-                fds,
-                lost_fds,
-            }))) => {
+        let next = |channel: &mut Channel<_, _>| (channel.next(), channel.is_drained());
+        match self.with_channel(worker, next) {
+            None | Some((Ok(None), _)) => Fed::Nothing,
+            Some((
+                Ok(Some(Arrival {
+                    frame,
+                    fds,
+                    lost_fds,
+                })),
+                is_last,
+            )) => {
                 // Nothing about a message depends on the time.
                 let mut core = if matches!(frame, ToMaster::Message(_)) {
                     self.core.borrow_mut()
                 } else {
                     self.decide()
                 };
-                let fed = if matches!(frame, ToMaster::Listen { .. }) {
-                    Fed::Labour
-                } else {
-                    Fed::Word
+                let fed = match (&frame, is_last) {
+                    (ToMaster::Listen { .. }, _) => Fed::Labour,
+                    (_, true) => Fed::LastWord,
+                    (_, false) => Fed::Word,
                 };
                 if lost_fds {
                     core.error(Some(worker), Error::no_descriptors(Some(worker)));
@@ -953,7 +959,7 @@ impl MasterShell {
                 }
                 fed
             }
-            Some(Err(error)) => {
+            Some((Err(error), _)) => {
                 self.decide().violation(worker, error);
                 Fed::Nothing
             }
@@ -1075,8 +1081,14 @@ impl MasterShell {
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> std::result::Result<bool, SendError> {
-        let queued = self.with_channel(worker, |channel| channel.send(message, fds, receipt));
-        queued.unwrap_or(Err(SendError::ChannelClosed))?;
+        let sent = self.with_channel(worker, |channel| {
+            channel.send(message, fds, receipt)?;
+            Ok(channel.is_settled())
+        });
+        let is_settled = sent.unwrap_or(Err(SendError::ChannelClosed))?;
+        if is_settled {
+            return Ok(true);
+        }
         self.unflushed.borrow_mut().push_back(worker);
         self.act();
         Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))

@@ -342,18 +342,19 @@ impl WorkerShell {
         received
     }
 
-    /// Feeds one frame that has arrived. Returns whether there was one.
+    /// Feeds one frame that has arrived. Returns whether there may be more.
     fn feed(&self) -> bool {
-        let next = self.channel.borrow_mut().as_mut().map(Channel::next);
-        let outcome = match next {
-            None | Some(Ok(None)) => return false,
-            Some(Ok(Some(arrival))) => self.understand(arrival),
-            Some(Err(error)) => Err(error),
+        let next = |channel: &mut Channel<_, _>| (channel.next(), channel.is_drained());
+        let next = self.channel.borrow_mut().as_mut().map(next);
+        let (outcome, is_last) = match next {
+            None | Some((Ok(None), _)) => return false,
+            Some((Ok(Some(arrival)), is_last)) => (self.understand(arrival), is_last),
+            Some((Err(error), _)) => (Err(error), true),
         };
         match outcome {
             Ok(()) => {
                 self.act();
-                true
+                !is_last
             }
             Err(source) => {
                 let worker = None;
