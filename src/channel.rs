@@ -475,9 +475,13 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         let header = Header::of_message(message.len(), fds.len());
         let pieces = [&header[..], message];
         if self.outbox.bytes.is_empty() && fds.is_empty() {
-            // If that fails, so does `flush`, which deals with it.
-            let written = socket::send_two(&self.socket, pieces).unwrap_or(0);
+            let (written, full) = match socket::send_two(&self.socket, pieces) {
+                Ok(written) => (written, written < header.len() + message.len()),
+                // If it fails for another reason, so does `flush`, which deals with it.
+                Err(error) => (0, error.kind() == io::ErrorKind::WouldBlock),
+            };
             self.outbox.push_rest(pieces, written);
+            self.was_full(full);
         } else {
             let fds = fds.into_iter().map(CommonFd::from).map(Rc::new);
             self.outbox.push(&header, fds);
@@ -558,17 +562,24 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             let (bytes, fds) = self.outbox.next();
             match socket::send(&self.socket, bytes, &fds) {
                 Ok(written) => {
+                    let was_all = written == bytes.len();
                     self.outbox.written(written);
-                    self.full_until = 0;
+                    self.was_full(!was_all);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.full_until = self.outbox.bytes.len() + RETRY;
-                    return Ok(());
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.was_full(true),
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// The socket has had no room for all that was to be written, or it has.
+    fn was_full(&mut self, full: bool) {
+        self.full_until = if full {
+            self.outbox.bytes.len() + RETRY
+        } else {
+            0
+        };
     }
 
     /// There may be room in the socket again.
@@ -735,6 +746,22 @@ mod tests {
         File::from(fd).write_all(b"x").unwrap();
         let mut byte = [0];
         reader.read_exact(&mut byte).is_ok()
+    }
+
+    #[test]
+    fn who_has_no_room_is_left_alone_until_it_may_have_some() {
+        let (mut master, mut worker) = pair();
+        let waiting = |master: &MasterEnd| master.outbox.bytes.len();
+        while waiting(&master) == 0 {
+            master.send(&[7; 3000], Vec::new(), None).unwrap();
+        }
+        let before = waiting(&master);
+        drain(&mut worker);
+        master.flush().unwrap();
+        assert_eq!(waiting(&master), before, "the poller has not told of room");
+        master.retry();
+        master.flush().unwrap();
+        assert_eq!(waiting(&master), 0);
     }
 
     #[test]

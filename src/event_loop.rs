@@ -12,7 +12,7 @@ use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::error::{Error, Result};
 use crate::signal::Signal;
 use crate::sorted_map::SortedMap;
-use crate::sys::poll::{Interest, Poller, ReadyList, Registered};
+use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
 use crate::timers::{Time, TimerId, Timers};
 
@@ -198,18 +198,17 @@ impl<R> EventLoop<R> {
         timer.into_iter().chain(other).min()
     }
 
-    /// Waits until something is ready or the time is over. Returns what is ready, and whether it can
-    /// be written to.
+    /// Waits until something is ready or the time is over. Returns what is ready, and for what.
     pub(crate) fn wait<'a>(
         &self,
         timeout: Option<Duration>,
         ready: &'a mut ReadyList,
-    ) -> Result<impl Iterator<Item = (Token, bool)> + use<'a, R>> {
+    ) -> Result<impl Iterator<Item = (Token, &'a Ready)> + use<'a, R>> {
         let waited = self.poller.wait(timeout, ready);
         waited.map_err(Error::io("wait for events"))?;
         Ok(ready.iter().filter_map(|ready| {
             let token = Token::from_key(ready.key)?;
-            Some((token, ready.writable))
+            Some((token, ready))
         }))
     }
 

@@ -26,7 +26,7 @@ use crate::options::{ListenOptions, Wish};
 use crate::settings::{DEBUG, SchedulingPolicy, Settings};
 use crate::signal::Signal;
 use crate::sys;
-use crate::sys::poll::{Interest, ReadyList};
+use crate::sys::poll::{Interest, Ready, ReadyList};
 use crate::sys::signal::Installed;
 use crate::timers::TimerId;
 use crate::worker_id::WorkerId;
@@ -922,9 +922,9 @@ impl Master {
                 self.settle();
             }
         }
-        for (token, writable) in ready {
+        for (token, ready) in ready {
             match token {
-                Token::Channel(number) => self.channel_ready(WorkerId::new(number), writable),
+                Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
                 Token::Listener(number) => {
                     self.shell.core.borrow_mut().readable(HandleId(number));
@@ -1109,12 +1109,12 @@ impl Master {
         }
     }
 
-    fn channel_ready(&self, worker: WorkerId, writable: bool) {
-        if writable {
+    fn channel_ready(&self, worker: WorkerId, ready: &Ready) {
+        if ready.writable {
             self.shell.writable(worker);
         }
         // What has arrived is heard before more is read: else it would pile up here.
-        if !self.shell.is_unheard(worker) && self.shell.read(worker) {
+        if ready.readable && !self.shell.is_unheard(worker) && self.shell.read(worker) {
             self.hear(worker);
         }
     }

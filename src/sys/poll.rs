@@ -70,6 +70,9 @@ pub(crate) struct Registered<S: AsFd> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ready {
     pub(crate) key: usize,
+    /// Or the other side is gone.
+    pub(crate) readable: bool,
+    /// Likewise.
     pub(crate) writable: bool,
 }
 
@@ -85,15 +88,16 @@ impl ReadyList {
         Self {
             list: [Ready {
                 key: 0,
+                readable: false,
                 writable: false,
             }; EVENTS.get()],
             count: 0,
         }
     }
 
-    fn push(&mut self, key: usize, writable: bool) {
-        if let Some(ready) = self.list.get_mut(self.count) {
-            *ready = Ready { key, writable };
+    fn push(&mut self, ready: Ready) {
+        if let Some(next) = self.list.get_mut(self.count) {
+            *next = ready;
             self.count += 1;
         }
     }
@@ -173,9 +177,13 @@ impl Poller {
         }
         let mut events = Events::with_capacity(EVENTS);
         self.0.poller.wait(&mut events, timeout)?;
-        events
-            .iter()
-            .for_each(|event| ready.push(event.key, event.writable));
+        for event in events.iter() {
+            ready.push(Ready {
+                key: event.key,
+                readable: event.readable,
+                writable: event.writable,
+            });
+        }
         Ok(())
     }
 }
@@ -242,7 +250,7 @@ mod epoll {
 
     use polling::{Event, PollMode, Poller};
 
-    use super::{EVENTS, ReadyList};
+    use super::{EVENTS, Ready, ReadyList};
     use crate::sys::{check, fd};
 
     /// Whether the number that the system stores with a descriptor is the key.
@@ -287,12 +295,19 @@ mod epoll {
                 count => break usize::try_from(count?).unwrap_or(0),
             }
         };
-        let writable = libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR;
+        let gone = libc::EPOLLHUP | libc::EPOLLERR;
+        let (readable, writable) = (
+            libc::EPOLLIN | libc::EPOLLRDHUP | gone,
+            libc::EPOLLOUT | gone,
+        );
         for event in &events[..count] {
             // SAFETY: so many have been written.
             let libc::epoll_event { events, u64: key } = unsafe { event.assume_init() };
-            let key = usize::try_from(key).unwrap_or(usize::MAX);
-            ready.push(key, events & writable.unsigned_abs() != 0);
+            ready.push(Ready {
+                key: usize::try_from(key).unwrap_or(usize::MAX),
+                readable: events & readable.unsigned_abs() != 0,
+                writable: events & writable.unsigned_abs() != 0,
+            });
         }
         Ok(())
     }

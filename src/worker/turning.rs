@@ -32,13 +32,15 @@ impl Worker {
         let mut ready = ReadyList::new();
         let ready = home.wait(limit, &mut ready)?;
         self.inner.shell.tick();
-        for (token, writable) in ready {
+        for (token, ready) in ready {
             match token {
                 Token::Channel(_) => {
-                    if writable {
+                    if ready.writable {
                         self.inner.shell.flush_channel();
                     }
-                    self.inner.shell.receive();
+                    if ready.readable {
+                        self.inner.shell.receive();
+                    }
                 }
                 Token::Listener(number) => self.listener_ready(ListenerId(number)),
                 Token::Watch(number) => home.watch_ready(self, number),
