@@ -7,8 +7,8 @@
 //! that turns out slow is taken back if another worker is idle.
 //!
 //! Who is often the only idle one would have more than its share: it runs on the core that has less
-//! to do. So it leaves what it would be given to a busy worker that *had* less and has been quick so
-//! far, if there is one.
+//! to do. So it leaves what it would be given to a busy worker that *had* less and has not been busy for
+//! long, if there is one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -26,6 +26,8 @@ pub(crate) const MAX_WINDOW: u32 = 16;
 const QUICK: Time = Duration::from_millis(5);
 /// So many fewer a busy worker must have had than an idle one that lets it go first.
 const LEAD: u64 = 4;
+/// And it must not have been busy for longer than this, with whatever it is.
+const FRESH: Time = Duration::from_millis(1);
 /// Nobody is taken to have had so many fewer than another: what is longer ago does not count.
 const MEMORY: u64 = 1000;
 /// So many of those who had least are looked at to find one that has room.
@@ -475,9 +477,9 @@ impl<C> RoundRobin<C> {
         let worker = match self.idle.first() {
             None => self.first_with_room(u64::MAX, |_| true)?,
             Some(&(_, _, idle)) => {
-                let quick = |busy: &Member| now.saturating_sub(busy.busy_since) < QUICK;
+                let fresh = |busy: &Member| now.saturating_sub(busy.busy_since) < FRESH;
                 let most = self.members.get(&idle)?.had.checked_sub(LEAD);
-                let other = most.and_then(|most| self.first_with_room(most, quick));
+                let other = most.and_then(|most| self.first_with_room(most, fresh));
                 other.unwrap_or(idle)
             }
         };
@@ -689,10 +691,10 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_worker_lets_those_go_first_who_had_less_and_are_quick() {
+    fn an_idle_worker_lets_those_go_first_who_had_less_and_are_not_busy_for_long() {
         let even = [2, 1, 1, 1, 1, 2, 1, 2, 1, 2, 1, 2];
         assert_eq!(uneven(Time::ZERO), even);
-        assert_eq!(uneven(QUICK), [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(uneven(FRESH), [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
     }
 
     #[test]
