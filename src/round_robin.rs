@@ -475,6 +475,9 @@ impl<C> RoundRobin<C> {
     /// The first waiting connection, and the worker whose turn it is.
     fn next_in_turn(&mut self, now: Time) -> Option<(WorkerId, Placed<C>)> {
         let worker = match self.idle.first() {
+            // Nothing would be taken back that turns out to lie behind a slow one.
+            None if self.chooses => return None,
+            Some(&(_, _, idle)) if self.chooses => idle,
             None => self.first_with_room(u64::MAX, |_| true)?,
             Some(&(_, _, idle)) => {
                 let fresh = |busy: &Member| now.saturating_sub(busy.busy_since) < FRESH;
@@ -695,6 +698,35 @@ mod tests {
         let even = [2, 1, 1, 1, 1, 2, 1, 2, 1, 2, 1, 2];
         assert_eq!(uneven(Time::ZERO), even);
         assert_eq!(uneven(FRESH), [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn whom_the_program_leaves_to_whoever_is_next_waits_for_one_who_is_idle() {
+        let mut rr = idle(2);
+        rr.let_choose();
+        let give = |rr: &mut RoundRobin<u32>, worker| {
+            rr.window = MAX_WINDOW;
+            rr.push(0);
+            let (place, _) = rr.unchosen().unwrap();
+            rr.choose(place, worker);
+            who(rr)
+                .iter()
+                .map(|(worker, _)| *worker)
+                .collect::<Vec<_>>()
+        };
+        for taken in 1..=2 * LEAD {
+            assert_eq!(give(&mut rr, Some(id(2))), [2]);
+            rr.idle(id(2), (taken, 0), NOW).unwrap();
+        }
+        assert_eq!(
+            give(&mut rr, Some(id(1))),
+            [1],
+            "which had less, and is busy"
+        );
+        assert_eq!(give(&mut rr, None), [2]);
+        assert_eq!(give(&mut rr, None), [0; 0], "nobody is idle");
+        rr.idle(id(1), (1, 0), NOW).unwrap();
+        assert_eq!(who(&mut rr).len(), 1);
     }
 
     #[test]
