@@ -38,9 +38,8 @@ impl Queue {
             super::fd::set_nonblocking(end.as_fd(), true)?;
         }
         super::listen::set_option(&writer, libc::SOL_SOCKET, libc::SO_SNDBUF, ROOM)?;
-        // The worker could have the kernel cut or drop messages, also those that are taken back.
         #[cfg(target_os = "linux")]
-        super::listen::set_option(&reader, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1)?;
+        lock_filter(&reader)?;
         // The worker is to take and not to give.
         // SAFETY: shutdown takes two integers.
         check(unsafe { libc::shutdown(reader.as_raw_fd(), libc::SHUT_WR) })?;
@@ -87,6 +86,16 @@ impl Queue {
     #[cfg(not(target_os = "linux"))]
     pub(crate) fn count(&self) -> Option<u64> {
         None
+    }
+}
+
+/// Keeps the worker from having the kernel cut or drop messages, also those that are taken back. Linux
+/// has been able to for long; what only emulates it may not be.
+#[cfg(target_os = "linux")]
+fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
+    match super::listen::set_option(reader, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
+        outcome => outcome,
     }
 }
 
