@@ -296,7 +296,7 @@ impl Drop for Load {
 fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let seconds = i64::try_from(PATIENCE.as_secs()).unwrap();
+    let seconds = PATIENCE.as_secs().try_into().unwrap();
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))?;
     bind(
         socket.as_raw_fd(),
