@@ -85,6 +85,9 @@ impl<F: ?Sized> Callbacks<F> {
             if let Ok(mut callback) = callback.try_borrow_mut() {
                 call(&mut callback);
             }
+            if id == last {
+                return;
+            }
         }
     }
 }

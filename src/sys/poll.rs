@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::mem::ManuallyDrop;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
@@ -79,31 +79,30 @@ pub(crate) struct Ready {
 /// All that one wait found. Whoever waits has it on the stack: it is needed for each message.
 #[derive(Debug)]
 pub(crate) struct ReadyList {
-    list: [Ready; EVENTS.get()],
+    /// The first `count` have been written.
+    list: [MaybeUninit<Ready>; EVENTS.get()],
     count: usize,
 }
 
 impl ReadyList {
     pub(crate) fn new() -> Self {
         Self {
-            list: [Ready {
-                key: 0,
-                readable: false,
-                writable: false,
-            }; EVENTS.get()],
+            list: [const { MaybeUninit::uninit() }; EVENTS.get()],
             count: 0,
         }
     }
 
     fn push(&mut self, ready: Ready) {
         if let Some(next) = self.list.get_mut(self.count) {
-            *next = ready;
+            next.write(ready);
             self.count += 1;
         }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Ready> {
-        self.list.iter().take(self.count)
+        let written = self.list.iter().take(self.count);
+        // SAFETY: these have been written.
+        written.map(|ready| unsafe { ready.assume_init_ref() })
     }
 }
 
