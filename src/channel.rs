@@ -97,8 +97,10 @@ impl Inbox {
             body.extend_from_slice(first);
             piece = rest;
         }
-        self.bytes.drain(..self.start);
-        self.start = 0;
+        if self.start > 0 {
+            self.bytes.drain(..self.start);
+            self.start = 0;
+        }
         self.bytes.extend_from_slice(piece);
     }
 
@@ -116,7 +118,7 @@ impl Inbox {
     }
 
     pub(crate) fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
-        if self.has_too_many_early() {
+        if !self.batches.is_empty() && self.has_too_many_early() {
             return Err(FrameError::Descriptors);
         }
         let Some((header, frame)) = self.next_frame()? else {
