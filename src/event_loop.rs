@@ -14,7 +14,7 @@ use crate::signal::Signal;
 use crate::sorted_map::SortedMap;
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
-use crate::timers::{Time, TimerId, Timers};
+use crate::timers::{Time, TimerId, Timers, earlier};
 
 /// Names a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
 ///
@@ -194,8 +194,7 @@ impl<R> EventLoop<R> {
 
     /// When the first timer is due, or `other` if that comes first.
     pub(crate) fn deadline(&self, other: Option<Time>) -> Option<Time> {
-        let timer = self.timers.borrow().deadline();
-        timer.into_iter().chain(other).min()
+        earlier(self.timers.borrow().deadline(), other)
     }
 
     /// Waits until something is ready or the time is over. Returns what is ready, and for what.

@@ -725,7 +725,7 @@ impl World {
         }
         if let ToMaster::Message(bytes) = arrival.frame {
             let message = Message::new(bytes, arrival.fds);
-            self.tell(|core| core.frame(id, ToMaster::Message(Vec::new()), Some(message)));
+            self.tell(|core| core.message(id, message));
         } else {
             if let ToMaster::Ready { handle, taken, .. } = arrival.frame {
                 if taken > self.has_taken(handle) {
@@ -733,7 +733,7 @@ impl World {
                     self.count(LIES, 1);
                 }
             }
-            self.tell(|core| core.frame(id, arrival.frame, None));
+            self.tell(|core| core.frame(id, arrival.frame));
         }
         self.hostile.frames += 1;
         true
@@ -883,10 +883,8 @@ impl World {
 
     /// The master reads what the honest worker said.
     fn hear(&mut self, frame: ToMaster) {
-        let message = matches!(frame, ToMaster::Message(_));
-        let message = message.then(|| Message::new(Vec::new(), Vec::new()));
         let id = self.honest.id;
-        self.tell(|core| core.frame(id, frame, message));
+        self.tell(|core| core.frame(id, frame));
     }
 
     fn master_reads(&mut self) -> bool {
@@ -918,9 +916,7 @@ impl World {
             }
             return false;
         };
-        let message = matches!(frame, ToWorker::Message(_));
-        let message = message.then(|| Message::new(Vec::new(), Vec::new()));
-        let outcome = honest.core.frame(frame, message);
+        let outcome = honest.core.frame(frame);
         if let Some(listener) = outcome.expect("the master speaks well") {
             honest.sockets.insert(listener, with);
         }

@@ -20,7 +20,7 @@ use crate::frame::HandleId;
 use crate::ledger::Ledger;
 use crate::loads::{Loads, WorkerLoad};
 use crate::master_listener::MasterListener;
-use crate::master_shell::{Fed, Kept, MasterShell};
+use crate::master_shell::{Fed, Kept, MasterShell, Record};
 use crate::message::Message;
 use crate::options::{ListenOptions, Wish};
 use crate::settings::{DEBUG, SchedulingPolicy, Settings};
@@ -28,7 +28,7 @@ use crate::signal::Signal;
 use crate::sys;
 use crate::sys::poll::{Interest, Ready, ReadyList};
 use crate::sys::signal::Installed;
-use crate::timers::TimerId;
+use crate::timers::{Time, TimerId, earlier};
 use crate::worker_id::WorkerId;
 use crate::worker_process::{WorkerCallbacks, WorkerProcess};
 
@@ -909,16 +909,21 @@ impl Master {
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
         let home = &self.home;
         let _running = home.enter()?;
-        let limits = self.time_left().into_iter().chain(timeout);
+        let due = self.shell.deadline();
+        let limit = self.time_until(due);
         let mut ready = ReadyList::new();
-        let ready = home.wait(limits.min(), &mut ready)?;
+        let ready = home.wait(earlier(limit, timeout), &mut ready)?;
         let unheard = self.shell.unheard();
-        self.shell.tick();
-        self.settle();
+        // Without a limit nothing was left to tell.
+        if self.shell.tick(due) || limit.is_some() {
+            self.settle();
+        }
         for worker in unheard {
             // One by one: whoever panics here and goes on hears the rest later.
             if self.shell.is_to_be_heard(worker) {
-                self.hear(worker);
+                if let Some(record) = self.shell.record(worker) {
+                    self.hear(&record);
+                }
                 self.settle();
             }
         }
@@ -926,9 +931,7 @@ impl Master {
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
-                Token::Listener(number) => {
-                    self.shell.core.borrow_mut().readable(HandleId(number));
-                }
+                Token::Listener(number) => self.shell.readable(HandleId(number)),
                 Token::Watch(number) => home.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }
@@ -962,12 +965,16 @@ impl Master {
     /// ```
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
+        self.time_until(self.shell.deadline())
+    }
+
+    /// The same, if the shell has something to do at `due`.
+    fn time_until(&self, due: Option<Time>) -> Option<Duration> {
         if self.has_news() || self.reap.get() || self.shell.anyone_is_unheard() {
             return Some(Duration::ZERO);
         }
         let looks = self.anyone_ends_unseen().then_some(LOOK_EVERY);
-        let due = self.home.time_left(self.shell.deadline());
-        looks.into_iter().chain(due).min()
+        earlier(looks, self.home.time_left(due))
     }
 
     /// Whether a worker may end without anything to tell it. Not where processes have descriptors.
@@ -1078,7 +1085,9 @@ impl Master {
                 callbacks.listening.each(|f| f(self, worker, &address));
             }
             Event::Message(message) => {
-                *self.shell.told.borrow_mut() = Rc::downgrade(&message);
+                if message.has_fds() {
+                    *self.shell.told.borrow_mut() = Rc::downgrade(&message);
+                }
                 callbacks.message.each(|f| f(self, worker, &message));
                 let own = &worker.callbacks().message;
                 own.each(|f| f(self, worker, &message));
@@ -1114,18 +1123,24 @@ impl Master {
             self.shell.writable(worker);
         }
         // What has arrived is heard before more is read: else it would pile up here.
-        if ready.readable && !self.shell.is_unheard(worker) && self.shell.read(worker) {
-            self.hear(worker);
+        if ready.readable && !self.shell.is_unheard(worker) {
+            let record = self.shell.record(worker);
+            if let Some(record) = record.filter(|record| self.shell.read(record)) {
+                self.hear(&record);
+            }
         }
     }
 
     /// A worker has ended: what it wrote before comes first.
     fn process_ready(&self, worker: WorkerId) {
+        let Some(record) = self.shell.record(worker) else {
+            return;
+        };
         for _ in 0..LAST_WORDS {
-            while self.shell.feed(worker) != Fed::Nothing {
+            while self.shell.feed(&record) != Fed::Nothing {
                 self.settle();
             }
-            if !self.shell.read(worker) {
+            if !self.shell.read(&record) {
                 break;
             }
         }
@@ -1134,7 +1149,7 @@ impl Master {
 
     /// Feeds frames that have arrived: so many that the others are not kept waiting. What comes of the
     /// last one is still to be settled.
-    fn hear(&self, worker: WorkerId) {
+    fn hear(&self, worker: &Record) {
         for _ in 0..FRAMES_PER_TURN {
             match self.shell.feed(worker) {
                 Fed::Nothing | Fed::LastWord => return,
@@ -1142,7 +1157,7 @@ impl Master {
                 Fed::Labour => break,
             }
         }
-        self.shell.hear_later(worker);
+        self.shell.hear_later(worker.id);
     }
 
     fn signals_ready(&self) {

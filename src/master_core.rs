@@ -20,7 +20,7 @@ use crate::round_robin::Placed;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;
 use crate::sorted_map::SortedMap;
-use crate::timers::Time;
+use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
 use listeners::{Door, Handle, Stage};
 
@@ -133,6 +133,8 @@ pub(crate) enum With {
     /// The end of a new queue out of which connections are taken.
     Queue(HandleId),
 }
+
+const EARLY: FrameError = FrameError::State("spoke before it was online");
 
 /// How many errors are told of a worker whose channel is closed.
 const LATE_ERRORS: u32 = 16;
@@ -268,30 +270,9 @@ impl<C> MasterCore<C> {
 
     /// When `tick` is needed at the latest.
     pub(crate) fn deadline(&self) -> Option<Time> {
-        let times = self.handles.values().flat_map(|handle| {
-            let rest = match handle.door {
-                Door::Resting(until) => Some(until),
-                Door::Watched | Door::Ready | Door::Accepting | Door::Closed => None,
-            };
-            let quiet = match (handle.stage, handle.door, handle.policy) {
-                (Stage::Draining(quiet), Door::Watched, _)
-                | (
-                    Stage::Draining(quiet),
-                    _,
-                    SchedulingPolicy::Shared | SchedulingPolicy::Sharded,
-                ) => quiet,
-                _ => None,
-            };
-            let quiet = quiet
-                .into_iter()
-                .chain(handle.departing.first().map(|(time, _)| *time));
-            let giving = handle.gives_from;
-            let look = handle.connections.look_at();
-            let look = look.filter(|_| handle.is_balanced());
-            rest.into_iter().chain(quiet).chain(giving).chain(look)
-        });
         let worker = self.deadlines.first().map(|(time, _)| *time);
-        times.chain(worker).chain(self.stop_by).min()
+        let handles = self.handles.values().map(Handle::deadline);
+        handles.fold(earlier(worker, self.stop_by), earlier)
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
@@ -566,11 +547,23 @@ impl<C> MasterCore<C> {
 
     // What happens.
 
-    pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster, message: Option<Message>) {
+    /// A frame. A message that may have descriptors comes by `message`.
+    pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster) {
         if self.is_connected(worker) {
-            if let Err(error) = self.understand(worker, frame, message) {
+            if let Err(error) = self.understand(worker, frame) {
                 self.violation(worker, error);
             }
+        }
+    }
+
+    pub(crate) fn message(&mut self, worker: WorkerId, message: Message) {
+        match self.workers.get(&worker) {
+            Some(entry) if entry.connected && entry.online => {
+                let event = Event::Message(Rc::new(message));
+                self.emit(Level::Cluster, Some(worker), event);
+            }
+            Some(_) => self.violation(worker, EARLY),
+            None => {}
         }
     }
 
@@ -739,17 +732,12 @@ impl<C> MasterCore<C> {
         self.handles.iter().filter(mine).map(|(id, _)| *id)
     }
 
-    fn understand(
-        &mut self,
-        worker: WorkerId,
-        frame: ToMaster,
-        message: Option<Message>,
-    ) -> Result<(), FrameError> {
+    fn understand(&mut self, worker: WorkerId, frame: ToMaster) -> Result<(), FrameError> {
         let Some(entry) = self.workers.get_mut(&worker) else {
             return Ok(());
         };
         if !entry.online && frame != ToMaster::Online {
-            return Err(FrameError::State("spoke before it was online"));
+            return Err(EARLY);
         }
         match frame {
             ToMaster::Online => {
@@ -813,12 +801,7 @@ impl<C> MasterCore<C> {
                 entry.connections.revoke(worker)?;
                 self.take_all_back(handle, worker);
             }
-            ToMaster::Message(_) => {
-                if let Some(message) = message {
-                    let event = Event::Message(Rc::new(message));
-                    self.emit(Level::Cluster, Some(worker), event);
-                }
-            }
+            ToMaster::Message(bytes) => self.message(worker, Message::new(bytes, Vec::new())),
         }
         Ok(())
     }

@@ -36,7 +36,7 @@ use crate::sys::process::{End, Failure, Pid, Program, Usage};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
 use crate::systemd;
-use crate::timers::Time;
+use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
 
 pub(crate) type Core = MasterCore<CommonFd>;
@@ -56,6 +56,16 @@ pub(crate) struct Record {
     pub(crate) usage: Cell<Option<Usage>>,
     /// Set when the worker has left the table.
     pub(crate) departure: Cell<Option<Departure>>,
+}
+
+impl Record {
+    /// Runs `call` on the channel, if it is open.
+    fn with_channel<T>(
+        &self,
+        call: impl FnOnce(&mut Channel<ToMaster, ToWorker>) -> T,
+    ) -> Option<T> {
+        self.channel.borrow_mut().as_mut().map(call)
+    }
 }
 
 /// How many frames are heard when a channel closes: more than a socket holds that nobody has enlarged.
@@ -115,7 +125,7 @@ pub(crate) struct MasterShell {
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// Workers of whom more has arrived than they may be heard in one turn.
     unheard: RefCell<BTreeSet<WorkerId>>,
-    /// The message of which the program is being told.
+    /// The message of which the program is being told, if descriptors have come with it.
     pub(crate) told: RefCell<Weak<Message>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
@@ -305,9 +315,11 @@ impl MasterShell {
         let queues = self.queues.take();
         let mut numbers = Vec::new();
         for record in records.values() {
-            if let Some(channel) = &*record.channel.borrow() {
-                numbers.extend(channel.descriptors().iter().map(AsRawFd::as_raw_fd));
-            }
+            // The program may have the worker in its hands.
+            let channel = record.channel.take();
+            let descriptors = channel.iter().flat_map(Channel::descriptors);
+            numbers.extend(descriptors.map(|fd| fd.as_raw_fd()));
+            std::mem::forget(channel);
             let process = record.process.borrow();
             numbers.extend(process.iter().map(|process| process.as_raw_fd()));
             let stdio = record.stdio.take();
@@ -348,19 +360,22 @@ impl MasterShell {
         worker: WorkerId,
         call: impl FnOnce(&mut Channel<ToMaster, ToWorker>) -> T,
     ) -> Option<T> {
-        let record = self.record(worker)?;
-        let mut channel = record.channel.borrow_mut();
-        channel.as_mut().map(call)
+        self.record(worker)?.with_channel(call)
     }
 
     /// When `tick` is needed at the latest.
     pub(crate) fn deadline(&self) -> Option<Time> {
-        let rest = self.resting.borrow().until;
-        self.core.borrow().deadline().into_iter().chain(rest).min()
+        earlier(self.core.borrow().deadline(), self.resting.borrow().until)
     }
 
-    /// Tells the core the time, and which of the waiting clients have left meanwhile.
-    pub(crate) fn tick(&self) {
+    /// Tells the core the time, if something is `due` sooner or later: that is what `deadline` has said,
+    /// and nothing has happened since. Tells it which of the waiting clients have left, too. Returns
+    /// whether anything may have come of it.
+    pub(crate) fn tick(&self, due: Option<Time>) -> bool {
+        // Most often nothing is.
+        if due.is_none() && !self.core.borrow().anyone_waits() {
+            return false;
+        }
         let now = self.began.elapsed();
         let mut resting = self.resting.borrow_mut();
         if resting.until.is_some_and(|until| until <= now) {
@@ -372,10 +387,19 @@ impl MasterShell {
             }
         }
         let mut core = self.core.borrow_mut();
-        core.tick(now);
+        core.set_time(now);
+        if due.is_some_and(|due| due <= now) {
+            core.tick(now);
+        }
         if core.anyone_waits() {
             core.sweep(|connection| sys::fd::is_hung_up(connection.as_fd()));
         }
+        true
+    }
+
+    /// A listener has something to accept.
+    pub(crate) fn readable(&self, handle: HandleId) {
+        self.decide().readable(handle);
     }
 
     /// A point at which tests make this worker fail. The first one is spared.
@@ -531,22 +555,8 @@ impl MasterShell {
                 self.listeners.borrow_mut().remove(&handle);
             }
             Action::CloseChannel { worker } => {
-                self.with_channel(worker, Channel::shut);
-                // What was read before may be half of it. The events wait: this may be inside a
-                // call of the program's.
-                let mut left = LAST_FRAMES;
-                loop {
-                    while left > 0 && self.feed(worker) != Fed::Nothing {
-                        left -= 1;
-                    }
-                    if left == 0 {
-                        let source = FrameError::State("left more unsaid than is listened to");
-                        self.decide().violation(worker, source);
-                    }
-                    let believed = self.core.borrow().is_connected(worker);
-                    if !believed || !matches!(self.receive(worker), Ok(Received::Something)) {
-                        break;
-                    }
+                if let Some(record) = self.record(worker) {
+                    self.hear_to_the_end(&record);
                 }
                 self.channel_closed(worker);
             }
@@ -895,28 +905,29 @@ impl MasterShell {
     }
 
     /// Reads once from a worker's channel.
-    fn receive(&self, worker: WorkerId) -> io::Result<Received> {
+    fn receive(&self, worker: &Record) -> io::Result<Received> {
         let mut scratch = self.scratch.borrow_mut();
-        let received = self.with_channel(worker, |channel| channel.receive(&mut scratch));
+        let received = worker.with_channel(|channel| channel.receive(&mut scratch));
         received.unwrap_or(Ok(Received::Nothing))
     }
 
     /// Reads once from a worker's channel, and closes it at its end. Returns whether there is
     /// something to feed.
-    pub(crate) fn read(&self, worker: WorkerId) -> bool {
+    pub(crate) fn read(&self, worker: &Record) -> bool {
         match self.receive(worker) {
             Ok(Received::Something) => return true,
             Ok(Received::Nothing) => {}
-            Ok(Received::End) => self.channel_closed(worker),
-            Err(source) => self.channel_failed(worker, source),
+            Ok(Received::End) => self.channel_closed(worker.id),
+            Err(source) => self.channel_failed(worker.id, source),
         }
         false
     }
 
     /// Feeds one frame that has arrived.
-    pub(crate) fn feed(&self, worker: WorkerId) -> Fed {
+    pub(crate) fn feed(&self, record: &Record) -> Fed {
         let next = |channel: &mut Channel<_, _>| (channel.next(), channel.is_drained());
-        match self.with_channel(worker, next) {
+        let worker = record.id;
+        match record.with_channel(next) {
             None | Some((Ok(None), _)) => Fed::Nothing,
             Some((
                 Ok(Some(Arrival {
@@ -926,25 +937,18 @@ impl MasterShell {
                 })),
                 is_last,
             )) => {
-                // Nothing about a message depends on the time.
-                let mut core = if matches!(frame, ToMaster::Message(_)) {
-                    self.core.borrow_mut()
-                } else {
-                    self.decide()
-                };
                 let fed = match (&frame, is_last) {
                     (ToMaster::Listen { .. }, _) => Fed::Labour,
                     (_, true) => Fed::LastWord,
                     (_, false) => Fed::Word,
                 };
+                // Nothing about a message depends on the time.
+                let mut core = self.core.borrow_mut();
                 if lost_fds {
                     core.error(Some(worker), Error::no_descriptors(Some(worker)));
                 }
                 match frame {
-                    ToMaster::Message(bytes) => {
-                        let message = Message::new(bytes, fds);
-                        core.frame(worker, ToMaster::Message(Vec::new()), Some(message));
-                    }
+                    ToMaster::Message(bytes) => core.message(worker, Message::new(bytes, fds)),
                     frame @ (ToMaster::Online
                     | ToMaster::Listen { .. }
                     | ToMaster::Listening { .. }
@@ -953,7 +957,8 @@ impl MasterShell {
                     | ToMaster::Leaving
                     | ToMaster::Revoke { .. }) => {
                         self.fault("master.has_decoded", worker);
-                        core.frame(worker, frame, None);
+                        core.set_time(self.began.elapsed());
+                        core.frame(worker, frame);
                         self.fault("master.has_heard", worker);
                     }
                 }
@@ -992,6 +997,27 @@ impl MasterShell {
 
     pub(crate) fn is_to_be_heard(&self, worker: WorkerId) -> bool {
         self.unheard.borrow_mut().remove(&worker)
+    }
+
+    /// Lets the worker write nothing more, and feeds what it has written. The events wait: this may be
+    /// inside a call of the program's.
+    fn hear_to_the_end(&self, worker: &Record) {
+        worker.with_channel(Channel::shut);
+        // What was read before may be half of it.
+        let mut left = LAST_FRAMES;
+        loop {
+            while left > 0 && self.feed(worker) != Fed::Nothing {
+                left -= 1;
+            }
+            if left == 0 {
+                let source = FrameError::State("left more unsaid than is listened to");
+                self.decide().violation(worker.id, source);
+            }
+            let believed = self.core.borrow().is_connected(worker.id);
+            if !believed || !matches!(self.receive(worker), Ok(Received::Something)) {
+                break;
+            }
+        }
     }
 
     fn channel_failed(&self, worker: WorkerId, source: io::Error) {
@@ -1076,12 +1102,12 @@ impl MasterShell {
     /// without a pause.
     pub(crate) fn send(
         &self,
-        worker: WorkerId,
+        worker: &Record,
         message: &[u8],
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> std::result::Result<bool, SendError> {
-        let sent = self.with_channel(worker, |channel| {
+        let sent = worker.with_channel(|channel| {
             channel.send(message, fds, receipt)?;
             Ok(channel.is_settled())
         });
@@ -1089,9 +1115,9 @@ impl MasterShell {
         if is_settled {
             return Ok(true);
         }
-        self.unflushed.borrow_mut().push_back(worker);
+        self.unflushed.borrow_mut().push_back(worker.id);
         self.act();
-        Ok(self.with_channel(worker, |channel| channel.has_room()) == Some(true))
+        Ok(worker.with_channel(|channel| channel.has_room()) == Some(true))
     }
 }
 

@@ -31,6 +31,10 @@ impl Message {
         Self { bytes, fds }
     }
 
+    pub(crate) fn has_fds(&self) -> bool {
+        !self.fds.borrow().is_empty()
+    }
+
     /// The descriptors that nobody has taken.
     pub(crate) fn untaken(&self) -> Vec<RawFd> {
         let fds = self.fds.borrow();

@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::frame::FrameError;
 use crate::loads::WorkerLoad;
 use crate::sorted_map::SortedMap;
-use crate::timers::Time;
+use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
 
 /// The most connections one worker is given before it says that it is idle again. Each time costs a
@@ -549,7 +549,7 @@ impl<C> RoundRobin<C> {
         }
         let behind = self.behind.first().map(|(since, _)| *since + QUICK);
         let unmoved = self.unmoved.first().map(|(since, _)| *since + STALE);
-        behind.into_iter().chain(unmoved).min()
+        earlier(behind, unmoved)
     }
 
     fn anyone_is_idle(&self) -> bool {

@@ -6,6 +6,14 @@ use std::time::Duration;
 /// The time since the loop began.
 pub(crate) type Time = Duration;
 
+/// The first of two times, or of two spans, of which neither may come.
+pub(crate) fn earlier(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
 /// The shortest interval: with none at all a loop would do nothing else.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 

@@ -703,7 +703,6 @@ impl Worker {
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
         self.inner.shell.read_by_poller(true)?;
         self.inner.shell.core.borrow_mut().wait_for_events();
-        self.inner.shell.act();
         self.turn(timeout)?;
         // The request to leave may have come just now, and nothing else may come any more.
         self.inner.shell.core.borrow_mut().close_unserved();

@@ -536,7 +536,7 @@ impl WorkerCore {
         handle: HandleId,
     ) -> Result<(), FrameError> {
         let result = Err(errno::EMFILE);
-        self.frame(ToWorker::Reply { request, result }, None)?;
+        self.frame(ToWorker::Reply { request, result })?;
         self.send(ToMaster::Close { handle });
         Ok(())
     }
@@ -646,12 +646,13 @@ impl WorkerCore {
         self.events.push_back(Event::Disconnect);
     }
 
-    /// A frame of the master. Returns the listener that its descriptor, if it is one, belongs to.
-    pub(crate) fn frame(
-        &mut self,
-        frame: ToWorker,
-        message: Option<Message>,
-    ) -> Result<Option<ListenerId>, FrameError> {
+    pub(crate) fn message(&mut self, message: Message) {
+        self.events.push_back(Event::Message(message));
+    }
+
+    /// A frame of the master; a message that may have descriptors comes by `message`. Returns the listener
+    /// that its descriptor, if it is one, belongs to.
+    pub(crate) fn frame(&mut self, frame: ToWorker) -> Result<Option<ListenerId>, FrameError> {
         match frame {
             ToWorker::Reply { request, result } => {
                 let listener = ListenerId(request);
@@ -720,7 +721,7 @@ impl WorkerCore {
                     self.close_channel();
                 }
             }
-            ToWorker::Message(_) => self.events.extend(message.map(Event::Message)),
+            ToWorker::Message(bytes) => self.message(Message::new(bytes, Vec::new())),
         }
         Ok(None)
     }
@@ -787,7 +788,7 @@ mod tests {
             request: listener.0,
             result,
         };
-        core.frame(reply, None).unwrap();
+        core.frame(reply).unwrap();
         core.serve(listener);
         listener
     }
@@ -943,10 +944,10 @@ mod tests {
         looks(&mut core, listener);
         core.set_most(listener, Some(0));
         assert!(!looks(&mut core, listener));
-        core.frame(ToWorker::Disconnect, None).unwrap();
+        core.frame(ToWorker::Disconnect).unwrap();
         assert!(looks(&mut core, listener));
         let (handle, drain) = (HANDLE, true);
-        core.frame(ToWorker::End { handle, drain }, None).unwrap();
+        core.frame(ToWorker::End { handle, drain }).unwrap();
         assert!(looks(&mut core, listener), "once more, for the last");
         assert!(!core.has_ended(listener));
         core.close(listener);

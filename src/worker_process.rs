@@ -392,7 +392,7 @@ impl WorkerProcess {
         receipt: Option<ReceiptId>,
     ) -> Result<bool> {
         let outcome = match self.master.upgrade() {
-            Some(master) => master.send(self.id(), message, fds, receipt),
+            Some(master) => master.send(&self.record, message, fds, receipt),
             None => Err(SendError::ChannelClosed),
         };
         outcome.map_err(|reason| {

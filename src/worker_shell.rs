@@ -213,7 +213,9 @@ impl WorkerShell {
         };
         let sent = channel.send(message, fds, receipt);
         sent.map_err(failed)?;
-        self.flush(channel);
+        if !channel.is_settled() {
+            self.flush(channel);
+        }
         Ok(channel.has_room())
     }
 
@@ -384,17 +386,14 @@ impl WorkerShell {
             }
         }
         match frame {
-            ToWorker::Message(bytes) => {
-                let message = Message::new(bytes, fds);
-                core.frame(ToWorker::Message(Vec::new()), Some(message))?;
-            }
+            ToWorker::Message(bytes) => core.message(Message::new(bytes, fds)),
             ToWorker::Reply { ref result, .. } => {
                 // What the master binds for workers that accept for themselves waits, unless one of
                 // them has changed that.
                 let blocks = result
                     .as_ref()
                     .is_ok_and(|bound| bound.policy != SchedulingPolicy::RoundRobin);
-                let listener = core.frame(frame, None)?;
+                let listener = core.frame(frame)?;
                 drop(core);
                 let fd = fds.into_iter().next().map(CommonFd::claim);
                 if let (Some(listener), Some(fd)) = (listener, fd) {
@@ -402,7 +401,7 @@ impl WorkerShell {
                 }
             }
             ToWorker::End { .. } | ToWorker::Disconnect => {
-                core.frame(frame, None)?;
+                core.frame(frame)?;
             }
         }
         Ok(())

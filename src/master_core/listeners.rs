@@ -41,7 +41,7 @@ use crate::frame::{Bound, FrameError, HandleId, HandleKey, ToWorker};
 use crate::round_robin::{Given, Placed, RoundRobin};
 use crate::settings::SchedulingPolicy;
 use crate::sys::errno;
-use crate::timers::Time;
+use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
 
 /// How many connections are accepted from one listener before the others get their turn.
@@ -119,6 +119,26 @@ pub(super) struct Handle<C> {
 }
 
 impl<C> Handle<C> {
+    /// When `tick` is needed at the latest.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        let rest = match self.door {
+            Door::Resting(until) => Some(until),
+            Door::Watched | Door::Ready | Door::Accepting | Door::Closed => None,
+        };
+        let quiet = match (self.stage, self.door, self.policy) {
+            (Stage::Draining(quiet), Door::Watched, _)
+            | (Stage::Draining(quiet), _, SchedulingPolicy::Shared | SchedulingPolicy::Sharded) => {
+                quiet
+            }
+            _ => None,
+        };
+        let departing = self.departing.first().map(|(time, _)| *time);
+        let look = self.connections.look_at();
+        let look = look.filter(|_| self.is_balanced());
+        let all = [rest, quiet, departing, self.gives_from, look];
+        all.into_iter().fold(None, earlier)
+    }
+
     /// Whether workers are given what others have in their queues.
     pub(super) fn is_balanced(&self) -> bool {
         self.stage != Stage::Unbound && self.gives_from.is_none()
@@ -1122,7 +1142,7 @@ mod tests {
             key: HandleKey { endpoint, index: 0 },
             flags: BindFlags::default(),
         };
-        core.frame(worker, listen, None);
+        core.frame(worker, listen);
         let is_bind = |action: &Action<u32>| matches!(action, Action::Bind { .. });
         let bind = std::iter::from_fn(|| core.next_action()).find(is_bind);
         let Some(Action::Bind { handle, .. }) = bind else {
@@ -1136,7 +1156,7 @@ mod tests {
     fn numbers_of_listeners_begin_anew_and_leave_out_those_in_use() {
         let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
         let worker = core.forked();
-        core.frame(worker, ToMaster::Online, None);
+        core.frame(worker, ToMaster::Online);
         assert_eq!(listen(&mut core, worker, 1), HandleId(1));
         core.last_handle = MAX_HANDLE - 1;
         assert_eq!(listen(&mut core, worker, 2), HandleId(MAX_HANDLE));
@@ -1145,7 +1165,7 @@ mod tests {
 
     fn online(core: &mut MasterCore<u32>) -> WorkerId {
         let worker = core.forked();
-        core.frame(worker, ToMaster::Online, None);
+        core.frame(worker, ToMaster::Online);
         worker
     }
 
@@ -1169,7 +1189,7 @@ mod tests {
             key: HandleKey { endpoint, index: 0 },
             flags: BindFlags::default(),
         };
-        core.frame(worker, listen, None);
+        core.frame(worker, listen);
         actions(core)
     }
 
@@ -1265,7 +1285,7 @@ mod tests {
             taken,
             open: 0,
         };
-        core.frame(worker, ready(0), None);
+        core.frame(worker, ready(0));
         let accepts = |actions: &[Action<u32>]| {
             let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { .. });
             actions.iter().any(is_accept)
@@ -1292,7 +1312,7 @@ mod tests {
         assert!(!ends(&given) && !accepts(&given));
         core.readable(handle);
         assert!(!accepts(&actions(&mut core)));
-        core.frame(worker, ready(1), None);
+        core.frame(worker, ready(1));
         let last = actions(&mut core);
         assert!(ends(&last) && !accepts(&last) && !is_closing(&last));
     }
@@ -1314,7 +1334,7 @@ mod tests {
         // Both leave: the first lets go of its shard as it is.
         core.disconnect_all(false);
         assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
-        core.frame(second, ToMaster::Close { handle }, None);
+        core.frame(second, ToMaster::Close { handle });
         assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
         let third = online(&mut core);
         let joined = ask(&mut core, third, port(1));

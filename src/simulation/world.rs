@@ -20,7 +20,7 @@ use crate::round_robin::Placed;
 use crate::settings::SchedulingPolicy;
 use crate::signal::Signal;
 use crate::sys::errno;
-use crate::timers::Time;
+use crate::timers::{Time, earlier};
 use crate::worker_core::{self, Listen, ListenerId};
 use crate::worker_id::WorkerId;
 
@@ -336,7 +336,7 @@ impl World {
             // Whoever is forked from now on has not been told to leave.
             let by = self.stop_by.take();
             for process in self.processes.values_mut() {
-                process.deadline = process.deadline.into_iter().chain(by).min();
+                process.deadline = earlier(process.deadline, by);
             }
         }
         if self.closes_at.is_some_and(|time| time <= self.now) {
@@ -373,19 +373,7 @@ impl World {
         };
         match frame {
             Err(error) => self.master.violation(worker, error),
-            Ok(frame) => {
-                let message = match &frame {
-                    ToMaster::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-                    ToMaster::Online
-                    | ToMaster::Listen { .. }
-                    | ToMaster::Listening { .. }
-                    | ToMaster::Ready { .. }
-                    | ToMaster::Close { .. }
-                    | ToMaster::Leaving
-                    | ToMaster::Revoke { .. } => None,
-                };
-                self.master.frame(worker, frame, message);
-            }
+            Ok(frame) => self.master.frame(worker, frame),
         }
         true
     }
@@ -956,15 +944,11 @@ impl World {
                 return self.forget_port(handle);
             }
         }
-        let message = match &frame {
-            ToWorker::Message(bytes) => Some(Message::new(bytes.clone(), Vec::new())),
-            ToWorker::Reply { .. } | ToWorker::End { .. } | ToWorker::Disconnect => None,
-        };
         let handle = match parcel.with {
             With::Nothing => None,
             With::Listener(handle) | With::Queue(handle) | With::Shard(handle, _) => Some(handle),
         };
-        match process.core.frame(frame, message) {
+        match process.core.frame(frame) {
             Ok(listener) => {
                 if let (Some(listener), Some(handle)) = (listener, handle) {
                     process.shared.insert(listener, handle);
@@ -1281,7 +1265,7 @@ impl World {
             if !process.alive {
                 continue;
             }
-            let by = process.deadline.into_iter().chain(self.stop_by).min();
+            let by = earlier(process.deadline, self.stop_by);
             if let Some(by) = by {
                 assert!(by >= self.ticked, "worker {worker} outlives its deadline");
                 let wakes = self.master.deadline().is_some_and(|time| time <= by);

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::Token;
 use crate::listener::Connection;
 use crate::sys::poll::ReadyList;
+use crate::timers::earlier;
 use crate::worker::{Inner, Worker};
 use crate::worker_core::{Event, ListenerId};
 use crate::worker_shell::Accepted;
@@ -26,11 +27,15 @@ impl Worker {
     pub(super) fn turn(&self, timeout: Option<Duration>) -> Result<()> {
         let home = &self.inner.home;
         let _running = home.enter()?;
+        self.inner.shell.act();
         // Before anything is delivered: after the last event nothing wakes the poller any more.
-        let limit = self.time_left().into_iter().chain(timeout).min();
-        self.settle();
+        let limit = self.time_left();
+        // Without a limit nothing was left to tell.
+        if limit.is_some() {
+            self.settle();
+        }
         let mut ready = ReadyList::new();
-        let ready = home.wait(limit, &mut ready)?;
+        let ready = home.wait(earlier(limit, timeout), &mut ready)?;
         self.inner.shell.tick();
         for (token, ready) in ready {
             match token {
