@@ -83,6 +83,8 @@ pub(crate) struct Inbox {
     start: usize,
     /// The header of a long message, and what has come of its body. It comes before `bytes`.
     long: Option<(Header, Vec<u8>)>,
+    /// The last frame was one.
+    was_long: bool,
     /// Descriptors whose first frame has not been read, and whether there were more of them.
     batches: VecDeque<(Vec<CommonFd>, bool)>,
     /// The rest of the batch whose frames are being read; `None` for one that is lost.
@@ -148,6 +150,7 @@ impl Inbox {
                 self.long = Some((header, body));
                 return Ok(None);
             }
+            self.was_long = true;
             return Ok(Some((header, F::message(body))));
         }
         let unread = &self.bytes[self.start..];
@@ -165,6 +168,7 @@ impl Inbox {
             return Ok(None);
         };
         let frame = F::decode(header.kind, header.fds, body)?;
+        self.was_long = false;
         self.start += HEADER + header.length;
         if self.start == self.bytes.len() {
             self.clear();
@@ -361,6 +365,8 @@ pub(crate) struct Channel<In, Out> {
     socket: Registered<UnixStream>,
     inbox: Inbox,
     outbox: Outbox,
+    /// The last read has found all that it had room for.
+    has_more: bool,
     /// How long the last message was.
     last: usize,
     /// Nothing can be written any more.
@@ -399,6 +405,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             socket: poller.add(socket, key, Some(Interest::Readable))?,
             inbox: Inbox::default(),
             outbox: Outbox::default(),
+            has_more: false,
             last: 0,
             broken: false,
             lost: false,
@@ -641,18 +648,27 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// Reads once. The frames are then got with `next`.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
         let socket = self.socket.as_fd();
-        let (received, placed) = match self.inbox.place() {
-            None => (socket::receive(socket, scratch), 0),
+        let (received, placed, most) = match self.inbox.place() {
+            None => {
+                // Another one is likely, and is read to where it stays once its header is known.
+                let most = if self.inbox.was_long {
+                    BEYOND
+                } else {
+                    scratch.len()
+                };
+                (socket::receive(socket, &mut scratch[..most]), 0, most)
+            }
             Some((body, missing)) => {
                 let before = body.len();
                 let beyond = &mut scratch[..BEYOND];
                 let received = socket::receive_into(socket, body, missing, beyond);
-                (received, body.len() - before)
+                (received, body.len() - before, missing + BEYOND)
             }
         };
         match received {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::End),
             Ok(piece) => {
+                self.has_more = piece.bytes == most;
                 self.inbox.push(&scratch[..piece.bytes - placed]);
                 self.inbox.push_fds(piece.fds, piece.lost_fds);
                 Ok(Received::Something)
@@ -662,6 +678,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Received::End),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether the last read found all that it had room for.
+    pub(crate) fn has_more(&self) -> bool {
+        self.has_more
     }
 
     /// Whether nothing is left of what has been read.

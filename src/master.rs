@@ -40,6 +40,8 @@ const EVENTS_PER_TURN: u32 = 1024;
 const LAST_WORDS: u32 = 8;
 /// How often to look whether a worker has ended, where nothing tells.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often one worker's channel is read before the others have their turn, while long messages come.
+const READS_PER_TURN: u32 = 4;
 /// How many frames of one worker are heard before the others have their turn.
 const FRAMES_PER_TURN: u32 = 64;
 
@@ -1124,10 +1126,23 @@ impl Master {
         }
         // What has arrived is heard before more is read: else it would pile up here.
         if ready.readable && !self.shell.is_unheard(worker) {
-            let record = self.shell.record(worker);
-            if let Some(record) = record.filter(|record| self.shell.read(record)) {
-                self.hear(&record);
+            if let Some(record) = self.shell.record(worker) {
+                self.read(&record);
             }
+        }
+    }
+
+    /// Reads and hears what has come; what comes of the last frame is still to be settled.
+    fn read(&self, worker: &Record) {
+        for _ in 0..READS_PER_TURN {
+            if !self.shell.read(worker) {
+                return;
+            }
+            self.hear(worker);
+            if !worker.has_more() || self.shell.is_unheard(worker.id) {
+                return;
+            }
+            self.settle();
         }
     }
 

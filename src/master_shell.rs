@@ -59,6 +59,11 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    /// Whether more has come by the channel than the last read had room for.
+    pub(crate) fn has_more(&self) -> bool {
+        self.with_channel(|channel| channel.has_more()) == Some(true)
+    }
+
     /// Runs `call` on the channel, if it is open.
     fn with_channel<T>(
         &self,
