@@ -15,14 +15,14 @@ pub(crate) enum Level {
     Cluster,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) enum Event {
     Setup,
     Fork,
     Online,
     Listening(Rc<Address>),
     /// For the callbacks of both levels; Node has the cluster's come first here.
-    Message(Rc<Message>),
+    Message(Message),
     Disconnect,
     Exit(Departure),
     Error(Rc<Error>),
@@ -37,7 +37,7 @@ pub(crate) struct Departure {
     pub(crate) exited_after_disconnect: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Emit {
     pub(crate) level: Level,
     pub(crate) worker: Option<WorkerId>,

@@ -1087,8 +1087,8 @@ impl Master {
                 callbacks.listening.each(|f| f(self, worker, &address));
             }
             Event::Message(message) => {
-                if message.has_fds() {
-                    *self.shell.told.borrow_mut() = Rc::downgrade(&message);
+                if let Some(untaken) = message.untaken() {
+                    *self.shell.told.borrow_mut() = Rc::downgrade(untaken);
                 }
                 callbacks.message.each(|f| f(self, worker, &message));
                 let own = &worker.callbacks().message;

@@ -325,7 +325,7 @@ impl<C> MasterCore<C> {
     }
 
     /// The messages that the program is to be told of.
-    pub(crate) fn messages(&self) -> impl Iterator<Item = &Rc<Message>> {
+    pub(crate) fn messages(&self) -> impl Iterator<Item = &Message> {
         self.events.iter().filter_map(|emit| {
             if let Event::Message(message) = &emit.event {
                 Some(message)
@@ -515,7 +515,7 @@ impl<C> MasterCore<C> {
 
     /// Reports an error to the worker's and the cluster's callbacks.
     pub(crate) fn error(&mut self, worker: Option<WorkerId>, error: Error) {
-        let event = Event::Error(Rc::new(error));
+        let error = Rc::new(error);
         // The last event of a worker is its exit, which may be waiting to be delivered. It does not
         // wait for ever: whoever causes an error in his callback for errors has the result anyway.
         if let Some(worker) = worker {
@@ -535,7 +535,7 @@ impl<C> MasterCore<C> {
         let levels = [Level::Cluster, Level::Worker];
         let concerned = if worker.is_some() { 2 } else { 1 };
         for level in levels.into_iter().take(concerned) {
-            let event = event.clone();
+            let event = Event::Error(Rc::clone(&error));
             let emit = Emit {
                 level,
                 worker,
@@ -559,8 +559,7 @@ impl<C> MasterCore<C> {
     pub(crate) fn message(&mut self, worker: WorkerId, message: Message) {
         match self.workers.get(&worker) {
             Some(entry) if entry.connected && entry.online => {
-                let event = Event::Message(Rc::new(message));
-                self.emit(Level::Cluster, Some(worker), event);
+                self.emit(Level::Cluster, Some(worker), Event::Message(message));
             }
             Some(_) => self.violation(worker, EARLY),
             None => {}
@@ -596,7 +595,7 @@ impl<C> MasterCore<C> {
         for handle in handles {
             self.leave_handle(handle, worker);
         }
-        self.emit_both(worker, &Event::Disconnect);
+        self.emit_both(worker, || Event::Disconnect);
         match (status, kill_signal) {
             (Some(_), _) => self.depart(worker),
             (None, Some(signal)) => self.signal(worker, signal),
@@ -706,9 +705,9 @@ impl<C> MasterCore<C> {
         });
     }
 
-    fn emit_both(&mut self, worker: WorkerId, event: &Event) {
+    fn emit_both(&mut self, worker: WorkerId, event: impl Fn() -> Event) {
         for level in [Level::Worker, Level::Cluster] {
-            self.emit(level, Some(worker), event.clone());
+            self.emit(level, Some(worker), event());
         }
     }
 
@@ -744,7 +743,7 @@ impl<C> MasterCore<C> {
                 if std::mem::replace(&mut entry.online, true) {
                     return Err(FrameError::State("was online already"));
                 }
-                self.emit_both(worker, &Event::Online);
+                self.emit_both(worker, || Event::Online);
             }
             ToMaster::Listen {
                 request,
@@ -764,8 +763,8 @@ impl<C> MasterCore<C> {
                 if !listened.listening.insert(worker) {
                     return Err(FrameError::State("was listening already"));
                 }
-                let address = Address::new(&listened.key.endpoint, listened.address);
-                self.emit_both(worker, &Event::Listening(Rc::new(address)));
+                let address = Rc::new(Address::new(&listened.key.endpoint, listened.address));
+                self.emit_both(worker, || Event::Listening(Rc::clone(&address)));
             }
             ToMaster::Ready {
                 handle,
@@ -849,7 +848,7 @@ impl<C> MasterCore<C> {
                 status,
                 exited_after_disconnect,
             };
-            self.emit_both(worker, &Event::Exit(departure));
+            self.emit_both(worker, || Event::Exit(departure));
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::event_loop::Token;
 use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
 use crate::loads::Loads;
 use crate::master_core::{Action, MasterCore, With};
-use crate::message::Message;
+use crate::message::{Message, Untaken};
 use crate::role::become_worker;
 use crate::round_robin::Placed;
 use crate::settings::{
@@ -130,8 +130,8 @@ pub(crate) struct MasterShell {
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// Workers of whom more has arrived than they may be heard in one turn.
     unheard: RefCell<BTreeSet<WorkerId>>,
-    /// The message of which the program is being told, if descriptors have come with it.
-    pub(crate) told: RefCell<Weak<Message>>,
+    /// What came with the message of which the program is being told.
+    pub(crate) told: RefCell<Weak<Untaken>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
 }
@@ -342,8 +342,8 @@ impl MasterShell {
         let core = self.core.borrow();
         numbers.extend(core.waiting().map(|fd| fd.as_fd().as_raw_fd()));
         let told = self.told.borrow().upgrade();
-        for message in core.messages().chain(&told) {
-            numbers.extend(message.untaken());
+        for untaken in core.messages().filter_map(Message::untaken).chain(&told) {
+            numbers.extend(untaken.borrow().iter().map(|fd| fd.as_fd().as_raw_fd()));
         }
         Ok(numbers)
     }

@@ -1,7 +1,8 @@
 //! What the program sends and receives.
 
 use std::cell::RefCell;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use crate::sys::fd::CommonFd;
 
@@ -22,23 +23,21 @@ use crate::sys::fd::CommonFd;
 #[derive(Debug)]
 pub struct Message {
     bytes: Vec<u8>,
-    fds: RefCell<Vec<CommonFd>>,
+    /// `None` if none has come with it.
+    fds: Option<Rc<Untaken>>,
 }
+
+/// The descriptors that nobody has taken: also for whoever forks while the program is being told.
+pub(crate) type Untaken = RefCell<Vec<CommonFd>>;
 
 impl Message {
     pub(crate) fn new(bytes: Vec<u8>, fds: Vec<CommonFd>) -> Self {
-        let fds = RefCell::new(fds);
+        let fds = (!fds.is_empty()).then(|| Rc::new(RefCell::new(fds)));
         Self { bytes, fds }
     }
 
-    pub(crate) fn has_fds(&self) -> bool {
-        !self.fds.borrow().is_empty()
-    }
-
-    /// The descriptors that nobody has taken.
-    pub(crate) fn untaken(&self) -> Vec<RawFd> {
-        let fds = self.fds.borrow();
-        fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect()
+    pub(crate) fn untaken(&self) -> Option<&Rc<Untaken>> {
+        self.fds.as_ref()
     }
 
     /// Returns the bytes as they were sent, at most 1 MiB.
@@ -55,6 +54,7 @@ impl Message {
     /// Node: `handle`. See [`Message`] for an example.
     #[must_use]
     pub fn take_fds(&self) -> Vec<OwnedFd> {
-        self.fds.take().into_iter().map(CommonFd::claim).collect()
+        let fds = self.fds.iter().flat_map(|fds| fds.take());
+        fds.map(CommonFd::claim).collect()
     }
 }

@@ -1266,7 +1266,7 @@ mod tests {
                 core.queue_closed(handle, worker, Vec::new());
             }
             let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
-            let last = events.last().map(|emit| emit.event.clone());
+            let last = events.last().map(|emit| &emit.event);
             assert!(matches!(last, Some(Event::Disconnected)), "{policy:?}");
             core.release(handle);
             assert!(is_closing(&actions(&mut core)));
