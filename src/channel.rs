@@ -908,6 +908,34 @@ mod tests {
     }
 
     #[test]
+    fn one_long_message_after_the_other_is_read_to_where_it_stays() {
+        let (mut master, mut worker) = pair();
+        let mut scratch = vec![0; READ_SIZE];
+        // How much each read brings, and whether it found more than it had room for.
+        let mut read = |length: usize| {
+            master.send(&vec![7; length], Vec::new(), None).unwrap();
+            let mut reads = Vec::new();
+            loop {
+                let before = worker.inbox.sizes().0;
+                assert_eq!(worker.receive(&mut scratch).unwrap(), Received::Something);
+                reads.push((worker.inbox.sizes().0 - before, worker.has_more()));
+                if let Some(arrival) = worker.next().unwrap() {
+                    assert_eq!(arrival.frame, ToWorker::Message(vec![7; length]));
+                    assert!(worker.is_drained());
+                    return reads;
+                }
+            }
+        };
+        // The header of a long message is not kept with it.
+        let (long, short) = (READ_SIZE, 100);
+        assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
+        let (first, rest) = (BEYOND, long + HEADER - BEYOND);
+        assert_eq!(read(long), [(first, true), (rest, false)]);
+        assert_eq!(read(short), [(HEADER + short, false)]);
+        assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
+    }
+
+    #[test]
     fn a_long_message_is_to_wait_only_once() {
         let (mut master, mut worker) = pair();
         let send = |master: &mut MasterEnd, length| {

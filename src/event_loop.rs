@@ -214,7 +214,8 @@ impl<R> EventLoop<R> {
     /// Whether the program has something here that is still to happen. Signals do not count.
     pub(crate) fn has_work(&self) -> bool {
         let watches = self.watches.borrow();
-        self.timers.borrow().has_referenced() || watches.values().any(|place| place.referenced)
+        let has_watches = !watches.is_empty() && watches.values().any(|place| place.referenced);
+        has_watches || self.timers.borrow().has_referenced()
     }
 
     /// Whether the program watches a descriptor.

@@ -172,6 +172,8 @@ pub(crate) struct MasterCore<C> {
     last_worker: u32,
     last_handle: u32,
     workers: BTreeMap<WorkerId, WorkerEntry>,
+    /// How many of them the program does not wait for.
+    unreferenced: usize,
     handles: SortedMap<HandleId, Handle<C>>,
     keys: SortedMap<HandleKey, HandleId>,
     /// The one listen whose `Bind` is being carried out.
@@ -197,6 +199,7 @@ impl<C> MasterCore<C> {
             last_worker: 0,
             last_handle: 0,
             workers: BTreeMap::new(),
+            unreferenced: 0,
             handles: SortedMap::new(),
             keys: SortedMap::new(),
             binding: SortedMap::new(),
@@ -240,7 +243,9 @@ impl<C> MasterCore<C> {
                 Event::Listening(_) => Some(WorkerState::Listening),
                 Event::Disconnect => Some(WorkerState::Disconnected),
                 Event::Exit(_) => {
-                    self.workers.remove(&worker);
+                    let left = self.workers.remove(&worker);
+                    let was_unreferenced = left.is_some_and(|left| left.unreferenced);
+                    self.unreferenced -= usize::from(was_unreferenced);
                     None
                 }
                 Event::Setup
@@ -289,7 +294,7 @@ impl<C> MasterCore<C> {
 
     /// Whether there are workers whose end the program waits for.
     pub(crate) fn has_workers(&self) -> bool {
-        self.awaited || self.workers.values().any(|entry| !entry.unreferenced)
+        self.awaited || self.workers.len() > self.unreferenced
     }
 
     /// `None` for a worker that has left the table.
@@ -495,7 +500,9 @@ impl<C> MasterCore<C> {
     /// Whether the program waits for the end of this worker.
     pub(crate) fn reference(&mut self, worker: WorkerId, referenced: bool) {
         if let Some(entry) = self.workers.get_mut(&worker) {
+            self.unreferenced -= usize::from(entry.unreferenced);
             entry.unreferenced = !referenced;
+            self.unreferenced += usize::from(entry.unreferenced);
         }
     }
 
