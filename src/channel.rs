@@ -9,8 +9,9 @@
 //! each batch says how many the batch had, so that if the kernel had to drop some, the reader knows
 //! whose they were.
 
-use std::cell::Cell;
-use std::collections::VecDeque;
+pub(crate) mod inbox;
+pub(crate) mod outbox;
+
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -19,10 +20,12 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::error::SendError;
-use crate::frame::{BATCH, Frame, FrameError, HEADER, Header, MAX_BATCH, MAX_BODY, MAX_FDS};
+use crate::frame::{Frame, FrameError, Header, MAX_BODY, MAX_FDS};
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::socket::{self, Piece};
+use inbox::{Arrival, BEYOND, Inbox};
+use outbox::{Outbox, ReceiptId};
 
 /// When one more message such as the last would make more bytes wait than this, `send` tells the program
 /// to slow down: a long one that does not wait need not be copied.
@@ -37,308 +40,8 @@ const FDS_CUT_OFF: usize = 256;
 /// How many more bytes wait before it is tried again to write to a socket that had no room. The poller
 /// tells of room, but a program that only sends does not ask it.
 const RETRY: usize = 4 << 10;
-/// How much one call writes at most.
-const WRITE_SIZE: usize = 64 << 10;
-/// How much one call reads at most, and so how long one peer keeps the loop.
-pub(crate) const READ_SIZE: usize = 64 << 10;
 /// How long to wait before writing again when the system has no room.
 pub(crate) const REST: Duration = Duration::from_millis(100);
-/// Descriptors that arrived ahead of their frames. Two batches of an honest peer can be under way.
-pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
-
-/// Names a message of the program's until it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ReceiptId(u64);
-
-impl ReceiptId {
-    /// Returns one that this process has not used before.
-    pub(crate) fn next() -> Self {
-        thread_local! {
-            static LAST: Cell<u64> = const { Cell::new(0) };
-        }
-        LAST.set(LAST.get() + 1);
-        Self(LAST.get())
-    }
-}
-
-/// A message that is longer than this, and has not come yet, is read to where it stays.
-const LONG: usize = 8 << 10;
-/// How much is read beyond the end of such a message.
-const BEYOND: usize = 1 << 10;
-
-/// A frame with its descriptors.
-#[derive(Debug)]
-pub(crate) struct Arrival<F> {
-    pub(crate) frame: F,
-    pub(crate) fds: Vec<CommonFd>,
-    /// Some of its descriptors did not get through.
-    pub(crate) lost_fds: bool,
-}
-
-/// Turns pieces into frames.
-#[derive(Debug, Default)]
-pub(crate) struct Inbox {
-    bytes: Vec<u8>,
-    /// Where the first unread frame begins.
-    start: usize,
-    /// The header of a long message, and what has come of its body. It comes before `bytes`.
-    long: Option<(Header, Vec<u8>)>,
-    /// The last frame was one.
-    was_long: bool,
-    /// Descriptors whose first frame has not been read, and whether there were more of them.
-    batches: VecDeque<(Vec<CommonFd>, bool)>,
-    /// The rest of the batch whose frames are being read; `None` for one that is lost.
-    fds: VecDeque<Option<CommonFd>>,
-}
-
-impl Inbox {
-    pub(crate) fn push(&mut self, mut piece: &[u8]) {
-        if let Some((header, body)) = &mut self.long {
-            let missing = header.length - body.len();
-            let (first, rest) = piece.split_at(missing.min(piece.len()));
-            body.extend_from_slice(first);
-            piece = rest;
-        }
-        if self.start > 0 {
-            self.bytes.drain(..self.start);
-            self.start = 0;
-        }
-        self.bytes.extend_from_slice(piece);
-    }
-
-    /// Where the rest of a long message belongs, and how much that is.
-    fn place(&mut self) -> Option<(&mut Vec<u8>, usize)> {
-        let (header, body) = self.long.as_mut()?;
-        let missing = header.length - body.len();
-        (missing > 0).then_some((body, missing))
-    }
-
-    pub(crate) fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
-        if lost || !fds.is_empty() {
-            self.batches.push_back((fds, lost));
-        }
-    }
-
-    pub(crate) fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
-        if !self.batches.is_empty() && self.has_too_many_early() {
-            return Err(FrameError::Descriptors);
-        }
-        let Some((header, frame)) = self.next_frame()? else {
-            return Ok(None);
-        };
-        if header.batch > 0 {
-            self.open_batch(header.batch)?;
-        }
-        if header.fds > self.fds.len() {
-            return Err(FrameError::Descriptors);
-        }
-        let fds: Vec<_> = match header.fds {
-            0 => Vec::new(),
-            count => self.fds.drain(..count).flatten().collect(),
-        };
-        let lost_fds = fds.len() < header.fds;
-        Ok(Some(Arrival {
-            frame,
-            fds,
-            lost_fds,
-        }))
-    }
-
-    fn next_frame<F: Frame>(&mut self) -> Result<Option<(Header, F)>, FrameError> {
-        if let Some((header, body)) = self.long.take() {
-            if body.len() < header.length {
-                self.long = Some((header, body));
-                return Ok(None);
-            }
-            self.was_long = true;
-            return Ok(Some((header, F::message(body))));
-        }
-        let unread = &self.bytes[self.start..];
-        let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
-            return Ok(None);
-        };
-        let header = Header::decode(*header)?;
-        let Some(body) = rest.get(..header.length) else {
-            if header.is_message() && header.length > LONG {
-                let mut body = Vec::with_capacity(header.length);
-                body.extend_from_slice(rest);
-                self.long = Some((header, body));
-                self.clear();
-            }
-            return Ok(None);
-        };
-        let frame = F::decode(header.kind, header.fds, body)?;
-        self.was_long = false;
-        self.start += HEADER + header.length;
-        if self.start == self.bytes.len() {
-            self.clear();
-        }
-        Ok(Some((header, frame)))
-    }
-
-    /// All bytes have been read.
-    fn clear(&mut self) {
-        self.start = 0;
-        self.bytes.clear();
-        // What many at once have needed is not kept for ever.
-        self.bytes.shrink_to(READ_SIZE);
-    }
-
-    fn has_too_many_early(&self) -> bool {
-        let early: usize = self.batches.iter().map(|(fds, _)| fds.len().max(1)).sum();
-        early > MAX_EARLY_FDS
-    }
-
-    /// A batch of so many descriptors belongs to the frames that follow.
-    fn open_batch(&mut self, count: usize) -> Result<(), FrameError> {
-        let Some((fds, lost)) = self.batches.pop_front() else {
-            return Err(FrameError::Descriptors);
-        };
-        let fits = fds.len() == count || lost && fds.len() < count;
-        if !fits || !self.fds.is_empty() {
-            return Err(FrameError::Descriptors);
-        }
-        let missing = count - fds.len();
-        self.fds.extend(fds.into_iter().map(Some));
-        // The kernel makes room for the first ones first.
-        self.fds.extend((0..missing).map(|_| None));
-        Ok(())
-    }
-}
-
-#[cfg(any(test, fuzzing))]
-impl Inbox {
-    /// How many bytes and descriptors it holds.
-    pub(crate) fn sizes(&self) -> (usize, usize) {
-        let early: usize = self.batches.iter().map(|(fds, _)| fds.len()).sum();
-        let long = self.long.as_ref().map_or(0, |(_, body)| body.len());
-        (self.bytes.len() + long, self.fds.len() + early)
-    }
-}
-
-/// Frames that wait to be written.
-#[derive(Debug, Default)]
-struct Outbox {
-    bytes: VecDeque<u8>,
-    /// How many bytes have been written since the beginning.
-    written: u64,
-    /// Each descriptor with the place of its frame's first byte, counted like `written`.
-    fds: VecDeque<(u64, Rc<CommonFd>)>,
-    /// Where the last frames begin that are the crate's own and have descriptors.
-    own: VecDeque<u64>,
-    /// Where the frames end whose descriptors have left with the last batch. The next one leaves
-    /// when these have: so the reader never has more than two.
-    batch_end: u64,
-    /// Each message of which the program wants to hear, with the place of its last byte.
-    receipts: VecDeque<(u64, ReceiptId)>,
-}
-
-impl Outbox {
-    fn push(&mut self, frame: &[u8], fds: impl IntoIterator<Item = Rc<CommonFd>>) {
-        let place = self.written + self.bytes.len() as u64;
-        for fd in fds {
-            self.fds.push_back((place, fd));
-        }
-        self.bytes.extend(frame);
-    }
-
-    /// Takes what is left of a frame of which so much has been written, when nothing was waiting.
-    fn push_rest(&mut self, pieces: [&[u8]; 2], written: usize) {
-        self.written += written as u64;
-        if written == pieces[0].len() + pieces[1].len() {
-            return;
-        }
-        let skipped = written.min(pieces[0].len());
-        self.bytes.extend(&pieces[0][skipped..]);
-        self.bytes.extend(&pieces[1][written - skipped..]);
-    }
-
-    /// What is pushed next is a frame of the crate's own, with a descriptor.
-    fn note_own(&mut self) {
-        self.own.push_back(self.written + self.bytes.len() as u64);
-    }
-
-    /// What the next call should write: bytes up to a limit, and the descriptors of the frames
-    /// that begin in them.
-    fn next(&mut self) -> (&[u8], Vec<BorrowedFd<'_>>) {
-        let (length, count) = self.next_batch();
-        if let (Some((place, _)), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(count)) {
-            let header = usize::try_from(place - self.written).ok();
-            if let Some(batch) = header.and_then(|at| self.bytes.get_mut(at + BATCH)) {
-                *batch = count;
-            }
-        }
-        let fds = self.fds.iter().take(count);
-        let fds = fds.map(|(_, fd)| fd.as_fd()).collect();
-        (&self.bytes.as_slices().0[..length], fds)
-    }
-
-    /// How many bytes, and how many descriptors.
-    fn next_batch(&self) -> (usize, usize) {
-        let (bytes, _) = self.bytes.as_slices();
-        let mut length = bytes.len().min(WRITE_SIZE);
-        if let Some(rest @ 1..) = self.batch_end.checked_sub(self.written) {
-            return (length.min(usize::try_from(rest).unwrap_or(length)), 0);
-        }
-        if let Some((place, _)) = self.fds.get(MAX_BATCH) {
-            // A frame does not begin before its descriptors can be sent. The limit of descriptors
-            // in one frame keeps this from being zero.
-            let before = usize::try_from(place - self.written).unwrap_or(length);
-            length = length.min(before);
-        }
-        let end = self.written + length as u64;
-        let fds = self.fds.iter().take_while(|(place, _)| *place < end);
-        (length, fds.count())
-    }
-
-    /// So many bytes have been written, and if any, all of the descriptors that `next` gave.
-    fn written(&mut self, bytes: usize) {
-        let (length, fds) = self.next_batch();
-        if bytes > 0 && fds > 0 {
-            self.batch_end = self.written + length as u64;
-            self.fds.drain(..fds);
-        }
-        self.bytes.drain(..bytes);
-        self.written += bytes as u64;
-        let left = self.own.partition_point(|place| *place < self.written);
-        self.own.drain(..left);
-        if self.bytes.is_empty() {
-            if self.bytes.capacity() > WRITE_SIZE {
-                self.bytes = VecDeque::new();
-            }
-            self.fds.shrink_to(MAX_BATCH);
-        }
-    }
-
-    /// What has been pushed last is the message of this receipt.
-    fn want_receipt(&mut self, receipt: ReceiptId) {
-        let end = self.written + self.bytes.len() as u64;
-        self.receipts.push_back((end, receipt));
-    }
-
-    /// The messages that have been written since the last call.
-    fn take_receipts(&mut self) -> Vec<ReceiptId> {
-        let done = self
-            .receipts
-            .partition_point(|(end, _)| *end <= self.written);
-        let receipts = self.receipts.drain(..done).map(|(_, receipt)| receipt);
-        let receipts = receipts.collect();
-        if self.receipts.is_empty() {
-            self.receipts.shrink_to(MAX_BATCH);
-        }
-        receipts
-    }
-
-    /// Forgets what waits, but for the receipts, which the program still wants.
-    fn clear(&mut self) {
-        self.bytes = VecDeque::new();
-        self.fds.clear();
-        self.own.clear();
-    }
-}
-
-// A frame has at most 16 descriptors, and a call takes 64.
-const _: () = assert!(MAX_FDS < MAX_BATCH);
 
 /// What one attempt to write achieved.
 #[derive(Debug)]
@@ -424,27 +127,25 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// All descriptors that it has, of its own and on their way.
     pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        let batches = self.inbox.batches.iter().flat_map(|(fds, _)| fds);
-        let early = batches.chain(self.inbox.fds.iter().flatten());
-        let waiting = self.outbox.fds.iter().map(|(_, fd)| &**fd);
-        let on_their_way = early.chain(waiting).map(|fd| fd.as_fd());
+        let on_their_way = self.inbox.fds().chain(self.outbox.fds());
+        let on_their_way = on_their_way.map(|fd| fd.as_fd());
         std::iter::once(self.as_fd()).chain(on_their_way).collect()
     }
 
     /// Whether everything queued has reached the other side's socket.
     pub(crate) fn is_flushed(&self) -> bool {
-        self.outbox.bytes.is_empty() && !self.lost
+        self.outbox.is_empty() && !self.lost
     }
 
     /// Whether everything has been written, and nothing is to be done or told about it.
     pub(crate) fn is_settled(&self) -> bool {
-        let (bytes, receipts) = (&self.outbox.bytes, &self.outbox.receipts);
-        bytes.is_empty() && receipts.is_empty() && !self.waits_to_write && !self.exhausted
+        let is_told = self.outbox.is_empty() && !self.outbox.has_receipts();
+        is_told && !self.waits_to_write && !self.exhausted
     }
 
     /// Whether something waits to be written, and can be.
     pub(crate) fn is_writing(&self) -> bool {
-        !self.outbox.bytes.is_empty() && !self.broken
+        !self.outbox.is_empty() && !self.broken
     }
 
     /// Queues a frame of the crate's own.
@@ -456,7 +157,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             }
             let mut bytes = Vec::new();
             frame.encode(usize::from(fd.is_some()), &mut bytes);
-            self.outbox.push(&bytes, fd);
+            self.outbox.push([&bytes], fd);
         }
     }
 
@@ -477,13 +178,13 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if fds.len() > MAX_FDS {
             return Err(SendError::TooManyDescriptors);
         }
-        if self.outbox.bytes.len() + message.len() > HARD_LIMIT {
+        if self.outbox.len() + message.len() > HARD_LIMIT {
             return Err(SendError::QueueFull);
         }
         self.last = message.len();
         let header = Header::of_message(message.len(), fds.len());
         let pieces = [&header[..], message];
-        if self.outbox.bytes.is_empty() && fds.is_empty() {
+        if self.outbox.is_empty() && fds.is_empty() {
             let (written, full) = match socket::send_two(&self.socket, pieces) {
                 Ok(written) => (written, written < header.len() + message.len()),
                 // If it fails for another reason, so does `flush`, which deals with it.
@@ -493,8 +194,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.was_full(full);
         } else {
             let fds = fds.into_iter().map(CommonFd::from).map(Rc::new);
-            self.outbox.push(&header, fds);
-            self.outbox.bytes.extend(message);
+            self.outbox.push(pieces, fds);
         }
         if let Some(receipt) = receipt {
             self.outbox.want_receipt(receipt);
@@ -504,21 +204,21 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// The messages of which it is known now whether they have been written, and whether they have.
     pub(crate) fn take_receipts(&mut self) -> Vec<(ReceiptId, bool)> {
-        if self.outbox.receipts.is_empty() {
+        if !self.outbox.has_receipts() {
             return Vec::new();
         }
         let written = self.outbox.take_receipts();
         let mut receipts: Vec<_> = written.into_iter().map(|id| (id, true)).collect();
         if self.broken {
-            let lost = self.outbox.receipts.drain(..);
-            receipts.extend(lost.map(|(_, id)| (id, false)));
+            let lost = self.outbox.lose_receipts();
+            receipts.extend(lost.map(|id| (id, false)));
         }
         receipts
     }
 
     /// Whether the program may go on sending without a pause.
     pub(crate) fn has_room(&self) -> bool {
-        let waiting = self.outbox.bytes.len();
+        let waiting = self.outbox.len();
         waiting == 0 || waiting + self.last <= HIGH_WATER
     }
 
@@ -552,22 +252,22 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             Ok(()) => self.exhausted = false,
         }
         self.check_length()?;
-        if self.outbox.bytes.is_empty() && self.closing {
+        if self.outbox.is_empty() && self.closing {
             self.shut();
         }
-        self.wait_to_write(!self.outbox.bytes.is_empty())?;
+        self.wait_to_write(!self.outbox.is_empty())?;
         Ok(Flushed::Done)
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.bytes.len() > CUT_OFF || self.outbox.own.len() > FDS_CUT_OFF {
+        if self.outbox.len() > CUT_OFF || self.outbox.count_own() > FDS_CUT_OFF {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())
     }
 
     fn write(&mut self) -> io::Result<()> {
-        while self.outbox.bytes.len() > self.full_until {
+        while self.outbox.len() > self.full_until {
             let (bytes, fds) = self.outbox.next();
             match socket::send(&self.socket, bytes, &fds) {
                 Ok(written) => {
@@ -584,11 +284,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// The socket has had no room for all that was to be written, or it has.
     fn was_full(&mut self, full: bool) {
-        self.full_until = if full {
-            self.outbox.bytes.len() + RETRY
-        } else {
-            0
-        };
+        self.full_until = if full { self.outbox.len() + RETRY } else { 0 };
     }
 
     /// There may be room in the socket again.
@@ -632,7 +328,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     pub(crate) fn flush_blocking(&mut self, patience: Duration) {
         let end = Instant::now() + patience;
         let _ = self.socket.set_nonblocking(false);
-        while !self.outbox.bytes.is_empty() {
+        while !self.outbox.is_empty() {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || self.socket.set_write_timeout(Some(left)).is_err() {
                 break;
@@ -651,7 +347,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         let (received, placed, most) = match self.inbox.place() {
             None => {
                 // Another one is likely, and is read to where it stays once its header is known.
-                let most = if self.inbox.was_long {
+                let most = if self.inbox.was_long() {
                     BEYOND
                 } else {
                     scratch.len()
@@ -687,7 +383,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Whether nothing is left of what has been read.
     pub(crate) fn is_drained(&self) -> bool {
-        self.inbox.bytes.is_empty() && self.inbox.long.is_none()
+        self.inbox.is_empty()
     }
 
     /// Returns the next complete frame with its descriptors.
@@ -703,7 +399,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// From now on neither side can write; what was written can still be read.
     pub(crate) fn shut(&mut self) {
         self.broken = true;
-        self.lost |= !self.outbox.bytes.is_empty();
+        self.lost |= !self.outbox.is_empty();
         self.outbox.clear();
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
@@ -722,8 +418,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
 #[cfg(test)]
 mod tests {
+    use super::inbox::{LONG, READ_SIZE};
     use super::*;
-    use crate::frame::{ToMaster, ToWorker};
+    use crate::frame::{HEADER, MAX_BATCH, ToMaster, ToWorker};
     use proptest::prelude::*;
     use std::fs::File;
     use std::io::{Read as _, Write as _};
@@ -774,7 +471,7 @@ mod tests {
     #[test]
     fn who_has_no_room_is_left_alone_until_it_may_have_some() {
         let (mut master, mut worker) = pair();
-        let waiting = |master: &MasterEnd| master.outbox.bytes.len();
+        let waiting = |master: &MasterEnd| master.outbox.len();
         while waiting(&master) == 0 {
             master.send(&[7; 3000], Vec::new(), None).unwrap();
         }
@@ -872,7 +569,7 @@ mod tests {
             slow += usize::from(!master.has_room());
         };
         assert_eq!(refused, SendError::QueueFull);
-        assert!(master.outbox.bytes.len() <= HARD_LIMIT);
+        assert!(master.outbox.len() <= HARD_LIMIT);
         assert!(slow > 100 && slow < sent, "first true, then false");
     }
 
@@ -1076,54 +773,7 @@ mod tests {
         assert_eq!(master.next().unwrap().unwrap().frame, ToMaster::Leaving);
     }
 
-    #[test]
-    fn descriptors_do_not_run_ahead_of_their_frames() {
-        let null = Rc::new(CommonFd::from(OwnedFd::from(
-            File::open("/dev/null").unwrap(),
-        )));
-        let mut outbox = Outbox::default();
-        for _ in 0..30 {
-            let mut bytes = Vec::new();
-            ToMaster::Message(vec![0; 30]).encode(MAX_FDS, &mut bytes);
-            outbox.push(&bytes, std::iter::repeat_n(Rc::clone(&null), MAX_FDS));
-        }
-        // However little of a call is written, its descriptors have left, and no others leave before
-        // its frames have.
-        for expected in [MAX_BATCH, 0, 0] {
-            assert_eq!(outbox.next().1.len(), expected);
-            outbox.written(1);
-        }
-    }
-
     proptest! {
-        #[test]
-        fn frames_come_out_however_they_are_cut(
-            sizes in proptest::collection::vec(0..3000usize, 1..20),
-            cuts in proptest::collection::vec(1..500usize, 1..50),
-        ) {
-            let mut bytes = Vec::new();
-            for (n, size) in sizes.iter().enumerate() {
-                let fill = u8::try_from(n).unwrap();
-                ToMaster::Message(vec![fill; *size]).encode(0, &mut bytes);
-            }
-            let mut inbox = Inbox::default();
-            let mut rest = &bytes[..];
-            let mut seen = Vec::new();
-            for cut in cuts.iter().cycle() {
-                let (piece, later) = rest.split_at(rest.len().min(*cut));
-                inbox.push(piece);
-                rest = later;
-                while let Some(arrival) = inbox.next::<ToMaster>().unwrap() {
-                    let ToMaster::Message(body) = arrival.frame else { unreachable!() };
-                    seen.push(body.len());
-                }
-                if rest.is_empty() {
-                    break;
-                }
-            }
-            prop_assert_eq!(seen, sizes);
-        }
-
         /// The system writes as much as it likes of what it is given, reads it in other pieces, and
         /// drops the last descriptors of some batches.
         #[test]
@@ -1137,7 +787,7 @@ mod tests {
                 let mut bytes = Vec::new();
                 let body = vec![u8::try_from(n).unwrap(); 30];
                 ToMaster::Message(body).encode(*count, &mut bytes);
-                outbox.push(&bytes, std::iter::repeat_n(Rc::clone(&null), *count));
+                outbox.push([&bytes[..]], std::iter::repeat_n(Rc::clone(&null), *count));
             }
             let mut inbox = Inbox::default();
             let (mut lost, mut got, mut seen) = (0, 0, 0);
@@ -1156,22 +806,14 @@ mod tests {
                     got += arrival.fds.len();
                     seen += 1;
                 }
-                if outbox.bytes.is_empty() {
+                if outbox.is_empty() {
                     break;
                 }
             }
             prop_assert_eq!(seen, counts.len());
             prop_assert_eq!(got + lost, counts.iter().sum::<usize>());
-            prop_assert!(inbox.fds.is_empty() && inbox.batches.is_empty());
+            prop_assert!(inbox.fds().next().is_none());
         }
 
-        #[test]
-        fn any_bytes_are_frames_or_an_error(pieces: Vec<Vec<u8>>) {
-            let mut inbox = Inbox::default();
-            for piece in pieces {
-                inbox.push(&piece);
-                while let Ok(Some(_)) = inbox.next::<ToMaster>() {}
-            }
-        }
     }
 }

@@ -14,7 +14,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use crate::channel::{Arrival, Inbox, MAX_EARLY_FDS, READ_SIZE};
+use crate::channel::inbox::{Arrival, Inbox, MAX_EARLY_FDS, READ_SIZE};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::Error;
 use crate::event::{Emit, Event};

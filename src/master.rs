@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks, Shared};
-use crate::channel::ReceiptId;
+use crate::channel::outbox::ReceiptId;
 use crate::error::{Error, Result, SendError};
 use crate::event::{Emit, Event, Level};
 use crate::event_loop::{EventLoop, LoopId, Token, WatchId};

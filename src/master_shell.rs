@@ -13,7 +13,9 @@ use std::time::Instant;
 
 use crate::address::Address;
 use crate::bind::{BoundSocket, adopt_as, bind};
-use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
+use crate::channel::inbox::{Arrival, READ_SIZE};
+use crate::channel::outbox::ReceiptId;
+use crate::channel::{Channel, Flushed, REST, Received};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::error::{Error, SendError};
 use crate::event::Departure;

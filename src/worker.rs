@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::callbacks::{CallbackId, Callbacks, Shared};
-use crate::channel::ReceiptId;
+use crate::channel::outbox::ReceiptId;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, LoopId, WatchId};
 use crate::listener::{Connection, Listener};

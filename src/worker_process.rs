@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks};
-use crate::channel::ReceiptId;
+use crate::channel::outbox::ReceiptId;
 use crate::error::{Error, Result, SendError};
 use crate::event::{Departure, WorkerState};
 use crate::master::Master;

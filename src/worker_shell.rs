@@ -11,7 +11,9 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::bind::BoundSocket;
-use crate::channel::{Arrival, Channel, Flushed, READ_SIZE, REST, ReceiptId, Received};
+use crate::channel::inbox::{Arrival, READ_SIZE};
+use crate::channel::outbox::ReceiptId;
+use crate::channel::{Channel, Flushed, REST, Received};
 use crate::endpoint::Kind;
 use crate::error::{Error, Result, SendError};
 use crate::event_loop::Token;
