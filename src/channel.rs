@@ -140,7 +140,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// Whether everything has been written, and nothing is to be done or told about it.
     pub(crate) fn is_settled(&self) -> bool {
         let is_told = self.outbox.is_empty() && !self.outbox.has_receipts();
-        is_told && !self.waits_to_write && !self.exhausted
+        is_told && !self.exhausted
     }
 
     /// Whether something waits to be written, and can be.
@@ -230,6 +230,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// The channel is of no more use for writing; what was queued is gone. That the other side has
     /// closed is no error: reading will tell, after what it wrote before.
     pub(crate) fn flush(&mut self) -> io::Result<Flushed> {
+        let had_nothing = self.outbox.is_empty();
         match self.write() {
             Err(error) if socket::is_exhaustion(&error) => {
                 self.check_length()?;
@@ -255,7 +256,12 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if self.outbox.is_empty() && self.closing {
             self.shut();
         }
-        self.wait_to_write(!self.outbox.is_empty())?;
+        let has_left = !self.outbox.is_empty();
+        // Where something has waited, more is likely to wait soon: the poller goes on to tell of room,
+        // until it has done so for nothing.
+        if has_left || had_nothing {
+            self.wait_to_write(has_left)?;
+        }
         Ok(Flushed::Done)
     }
 
@@ -421,6 +427,7 @@ mod tests {
     use super::inbox::{LONG, READ_SIZE};
     use super::*;
     use crate::frame::{HEADER, MAX_BATCH, ToMaster, ToWorker};
+    use crate::sys::poll::ReadyList;
     use proptest::prelude::*;
     use std::fs::File;
     use std::io::{Read as _, Write as _};
@@ -429,12 +436,15 @@ mod tests {
     type WorkerEnd = Channel<ToWorker, ToMaster>;
 
     fn pair() -> (MasterEnd, WorkerEnd) {
+        pair_in(&Poller::new().unwrap())
+    }
+
+    fn pair_in(poller: &Poller) -> (MasterEnd, WorkerEnd) {
         let (a, b) = UnixStream::pair().unwrap();
         a.set_nonblocking(true).unwrap();
         b.set_nonblocking(true).unwrap();
-        let poller = Poller::new().unwrap();
-        let master = Channel::new(a, &poller, 1).unwrap();
-        (master, Channel::new(b, &poller, 2).unwrap())
+        let master = Channel::new(a, poller, 1).unwrap();
+        (master, Channel::new(b, poller, 2).unwrap())
     }
 
     /// Reads all that is there.
@@ -653,6 +663,32 @@ mod tests {
         }
         while send(&mut master, 100).1 {}
         assert!(master.has_room(), "for many that are short");
+    }
+
+    #[test]
+    fn room_is_told_of_until_there_is_nothing_to_write() {
+        let poller = Poller::new().unwrap();
+        let (mut master, mut worker) = pair_in(&poller);
+        let is_told = || {
+            let mut ready = ReadyList::new();
+            poller.wait(Some(Duration::ZERO), &mut ready).unwrap();
+            ready.iter().any(|ready| ready.key == 1 && ready.writable)
+        };
+        assert!(!is_told(), "nothing has waited");
+        for _ in 0..2 {
+            while master.is_flushed() {
+                master.send(&[0; 3000], Vec::new(), None).unwrap();
+                master.flush().unwrap();
+            }
+            assert!(!is_told(), "there is none");
+            drain(&mut worker);
+            assert!(is_told());
+            master.retry();
+            master.flush().unwrap();
+            assert!(master.is_flushed() && is_told(), "for what may come next");
+        }
+        master.flush().unwrap();
+        assert!(!is_told(), "nothing has come");
     }
 
     #[test]
