@@ -353,7 +353,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         let (received, placed, most) = match self.inbox.place() {
             None => {
                 // Another one is likely, and is read to where it stays once its header is known.
-                let most = if self.inbox.was_long() {
+                let most = if self.inbox.awaits_long() {
                     BEYOND
                 } else {
                     scratch.len()
@@ -636,9 +636,12 @@ mod tests {
         // The header of a long message is not kept with it.
         let (long, short) = (READ_SIZE, 100);
         assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
-        let (first, rest) = (BEYOND, long + HEADER - BEYOND);
+        let (first, rest) = (BEYOND, HEADER + long - BEYOND);
         assert_eq!(read(long), [(first, true), (rest, false)]);
         assert_eq!(read(short), [(HEADER + short, false)]);
+        assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
+        let (middle, rest) = (6000, HEADER + 6000 - BEYOND);
+        assert_eq!(read(middle), [(first, true), (rest, false)], "in two");
         assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
     }
 

@@ -35,12 +35,13 @@ use crate::worker_process::{WorkerCallbacks, WorkerProcess};
 /// How many events are delivered before the loop looks around again: a callback for errors that
 /// causes one each time must not keep it for ever.
 const EVENTS_PER_TURN: u32 = 1024;
-/// How often a dead worker's channel is read before its end is told; more than a socket holds,
-/// unless the worker's own children go on writing.
-const LAST_WORDS: u32 = 8;
+/// How often a dead worker's channel is read before its end is told; more often than it takes to
+/// empty a socket, unless the worker's own children go on writing.
+const LAST_WORDS: u32 = 64;
 /// How often to look whether a worker has ended, where nothing tells.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How often one worker's channel is read before the others have their turn, while long messages come.
+/// How often one worker's channel is read before the others have their turn, while more comes than one
+/// read has room for.
 const READS_PER_TURN: u32 = 4;
 /// How many frames of one worker are heard before the others have their turn.
 const FRAMES_PER_TURN: u32 = 64;
@@ -924,7 +925,8 @@ impl Master {
             // One by one: whoever panics here and goes on hears the rest later.
             if self.shell.is_to_be_heard(worker) {
                 if let Some(record) = self.shell.record(worker) {
-                    self.hear(&record);
+                    let mut left = FRAMES_PER_TURN;
+                    self.hear(&record, &mut left);
                 }
                 self.settle();
             }
@@ -1134,12 +1136,9 @@ impl Master {
 
     /// Reads and hears what has come; what comes of the last frame is still to be settled.
     fn read(&self, worker: &Record) {
+        let mut left = FRAMES_PER_TURN;
         for _ in 0..READS_PER_TURN {
-            if !self.shell.read(worker) {
-                return;
-            }
-            self.hear(worker);
-            if !worker.has_more() || self.shell.is_unheard(worker.id) {
+            if !self.shell.read(worker) || !self.hear(worker, &mut left) || !worker.has_more() {
                 return;
             }
             self.settle();
@@ -1163,16 +1162,31 @@ impl Master {
     }
 
     /// Feeds frames that have arrived: so many that the others are not kept waiting. What comes of the
-    /// last one is still to be settled.
-    fn hear(&self, worker: &Record) {
-        for _ in 0..FRAMES_PER_TURN {
+    /// last one is still to be settled. Returns whether these were all.
+    fn hear(&self, worker: &Record, left: &mut u32) -> bool {
+        let mut is_noted = false;
+        while *left > 0 {
+            *left -= 1;
             match self.shell.feed(worker) {
-                Fed::Nothing | Fed::LastWord => return,
-                Fed::Word => self.settle(),
+                Fed::Nothing | Fed::LastWord => {
+                    if is_noted {
+                        self.shell.is_to_be_heard(worker.id);
+                    }
+                    return true;
+                }
+                Fed::Word => {
+                    // Whoever panics here and goes on hears the rest later.
+                    if !is_noted {
+                        self.shell.hear_later(worker.id);
+                        is_noted = true;
+                    }
+                    self.settle();
+                }
                 Fed::Labour => break,
             }
         }
         self.shell.hear_later(worker.id);
+        false
     }
 
     fn signals_ready(&self) {

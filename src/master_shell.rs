@@ -375,9 +375,9 @@ impl MasterShell {
         earlier(self.core.borrow().deadline(), self.resting.borrow().until)
     }
 
-    /// Tells the core the time, if something is `due` sooner or later: that is what `deadline` has said,
-    /// and nothing has happened since. Tells it which of the waiting clients have left, too. Returns
-    /// whether anything may have come of it.
+    /// Tells the core the time, if it has to wait for anything, and which of the waiting clients have
+    /// left. Something is `due` when `deadline` has said, and nothing has happened since. Returns whether
+    /// anything may have come of it.
     pub(crate) fn tick(&self, due: Option<Time>) -> bool {
         // Most often nothing is.
         if due.is_none() && !self.core.borrow().anyone_waits() {
@@ -777,7 +777,7 @@ impl MasterShell {
         let queues = self.queues.borrow();
         let queued = queues.get(&(handle, worker)).and_then(Queue::count);
         if let Some(queued) = queued {
-            self.core.borrow_mut().counted(handle, worker, queued);
+            self.decide().counted(handle, worker, queued);
         }
     }
 

@@ -701,6 +701,7 @@ impl Worker {
     ///
     /// As [`run`](Self::run).
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
+        drop(self.inner.home.enter()?);
         self.inner.shell.read_by_poller(true)?;
         self.inner.shell.core.borrow_mut().wait_for_events();
         self.turn(timeout)?;

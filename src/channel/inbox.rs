@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use crate::frame::{Frame, FrameError, HEADER, Header, MAX_BATCH};
 use crate::sys::fd::CommonFd;
 
-/// How much one call reads at most, and so how long one peer keeps the loop.
+/// How much one call reads at most, beside the rest of a long message.
 pub(crate) const READ_SIZE: usize = 64 << 10;
 /// Descriptors that arrived ahead of their frames. Two batches of an honest peer can be under way.
 pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
@@ -32,7 +32,7 @@ pub(crate) struct Inbox {
     start: usize,
     /// The header of a long message, and what has come of its body. It comes before `bytes`.
     long: Option<(Header, Vec<u8>)>,
-    /// The last frame was one.
+    /// The last frame has come in this way.
     was_long: bool,
     /// Descriptors whose first frame has not been read, and whether there were more of them.
     batches: VecDeque<(Vec<CommonFd>, bool)>,
@@ -62,9 +62,9 @@ impl Inbox {
         (missing > 0).then_some((body, missing))
     }
 
-    /// Whether the last frame was a long message.
-    pub(super) fn was_long(&self) -> bool {
-        self.was_long
+    /// Whether the next frame has not begun, and is likely to be a long message, as the last one was.
+    pub(super) fn awaits_long(&self) -> bool {
+        self.was_long && self.is_empty()
     }
 
     /// Whether nothing is left of what has been read.

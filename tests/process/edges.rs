@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -33,6 +34,7 @@ crate::scenarios! {
     a_callback_for_drops_cannot_turn_the_loop
     an_exclusive_listen_in_a_worker_that_has_left_has_ended
     a_panic_in_one_receipt_leaves_the_others
+    a_panic_over_one_message_leaves_the_others
     a_panic_in_one_callback_of_disconnect_leaves_the_others
     the_callback_of_disconnect_is_waited_for
     a_message_to_a_worker_that_is_let_go_is_written
@@ -438,6 +440,42 @@ fn a_panic_in_one_receipt_leaves_the_others() {
             assert!(catch_unwind(AssertUnwindSafe(|| worker.run())).is_err());
             worker.run().unwrap();
             assert_eq!(told.get(), 3);
+        },
+    );
+}
+
+fn a_panic_over_one_message_leaves_the_others() {
+    cluster(
+        |master| {
+            let heard = Rc::new(Cell::new(0));
+            let count = Rc::clone(&heard);
+            master.on_message(move |_, worker, message| match message.bytes() {
+                // By then all others are there, and are read at once.
+                b"wait" => {
+                    let mut said = UnixStream::from(message.take_fds().remove(0));
+                    said.read_exact(&mut [0]).unwrap();
+                }
+                b"panic" => resume_unwind(Box::new(())),
+                _ => {
+                    count.set(count.get() + 1);
+                    if count.get() == 2 {
+                        worker.disconnect();
+                    }
+                }
+            });
+            master.fork().unwrap();
+            assert!(catch_unwind(AssertUnwindSafe(|| master.run())).is_err());
+            master.run().unwrap();
+            assert_eq!(heard.get(), 2);
+        },
+        |worker| {
+            let (mut here, there) = UnixStream::pair().unwrap();
+            worker.send_with_fds(b"wait", vec![there.into()]).unwrap();
+            for message in [&b"panic"[..], b"one", b"two"] {
+                worker.send(message).unwrap();
+            }
+            here.write_all(b"!").unwrap();
+            worker.run().unwrap();
         },
     );
 }

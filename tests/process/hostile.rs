@@ -29,6 +29,7 @@ crate::scenarios! {
     frames_in_a_wrong_state_cut_the_worker_off
     noise_is_an_error_or_nothing
     a_flood_of_messages_holds_up_nobody
+    a_flood_of_longer_messages_holds_up_nobody
     a_flood_of_empty_frames_holds_up_nobody
     a_flood_of_listens_holds_up_nobody
     a_flood_of_binds_holds_up_nobody
@@ -839,6 +840,14 @@ fn a_flood_of_messages_holds_up_nobody() {
     beside_an_honest_worker(Case::flood(|enemy| {
         enemy.begin();
         enemy.flood(&message(&[b'x'; 100]));
+    }));
+}
+
+/// Each read is full, of fewer messages than are heard in a turn.
+fn a_flood_of_longer_messages_holds_up_nobody() {
+    beside_an_honest_worker(Case::flood(|enemy| {
+        enemy.begin();
+        enemy.flood(&message(&[b'x'; 1032]));
     }));
 }
 
