@@ -139,8 +139,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Whether everything has been written, and nothing is to be done or told about it.
     pub(crate) fn is_settled(&self) -> bool {
-        let is_told = self.outbox.is_empty() && !self.outbox.has_receipts();
-        is_told && !self.exhausted
+        self.outbox.is_empty() && !self.outbox.has_receipts() && !self.exhausted
     }
 
     /// Whether something waits to be written, and can be.

@@ -214,8 +214,7 @@ impl<R> EventLoop<R> {
     /// Whether the program has something here that is still to happen. Signals do not count.
     pub(crate) fn has_work(&self) -> bool {
         let watches = self.watches.borrow();
-        let has_watches = !watches.is_empty() && watches.values().any(|place| place.referenced);
-        has_watches || self.timers.borrow().has_referenced()
+        self.timers.borrow().has_referenced() || watches.values().any(|place| place.referenced)
     }
 
     /// Whether the program watches a descriptor.

@@ -601,8 +601,8 @@ impl WorkerCore {
 
     /// Whether a worker that leaves has nothing left to wait for.
     pub(crate) fn is_done(&self) -> bool {
-        let idle = || self.open == 0 && !self.listeners.values().any(Entry::is_open);
-        self.told && self.connected && !self.closing && idle()
+        let may_leave = self.told && self.connected && !self.closing;
+        may_leave && self.open == 0 && !self.listeners.values().any(Entry::is_open)
     }
 
     pub(crate) fn disconnect(&mut self) {

@@ -85,7 +85,7 @@ impl Inbox {
     }
 
     pub(crate) fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
-        if !self.batches.is_empty() && self.has_too_many_early() {
+        if self.has_too_many_early() {
             return Err(FrameError::Descriptors);
         }
         let Some((header, frame)) = self.next_frame()? else {
