@@ -180,6 +180,11 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<Installed> {
     let mut action = empty_action();
     action.sa_sigaction = ours();
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // What the host has said about its children goes on to hold.
+    action.sa_flags |= previous.sa_flags & (libc::SA_NOCLDWAIT | libc::SA_NOCLDSTOP);
+    if signal == libc::SIGCHLD && previous.sa_sigaction == libc::SIG_IGN {
+        action.sa_flags |= libc::SA_NOCLDWAIT;
+    }
     if is_function {
         // It runs inside ours, and as it is used to.
         action.sa_mask = previous.sa_mask;

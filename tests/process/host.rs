@@ -25,7 +25,7 @@ use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
     Log, SIGNALS, cluster, for_both_policies, in_background, note_events, note_messages, of,
-    refuse_calls, run_until_killed, wait_for_state, wait_until, with_env,
+    refuse_calls, run_until_killed, stop, wait_for_state, wait_until, with_env,
 };
 
 crate::scenarios! {
@@ -39,6 +39,8 @@ crate::scenarios! {
     ends_are_told_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
     a_number_that_somebody_else_has_got_is_not_signalled: PID_NAMESPACE
     nothing_passes_between_workers_and_children_of_busy_threads
+    children_are_reaped_though_a_host_ignores_them_on_old_kernels
+    a_handler_that_wants_no_stops_hears_of_none_on_old_kernels
     a_child_that_the_host_keeps_holds_up_no_fork
     a_child_that_the_host_keeps_holds_no_worker
     a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master
@@ -467,6 +469,68 @@ fn ends_are_told_though_the_host_ignores_its_children() {
         let last = format!("exit Some(false) {expected}");
         assert_eq!(of(worker, &entries).last(), Some(&last.as_str()), "{how}");
     }
+}
+
+/// The worker of an old kernel is reaped as well, and how it ended is not known.
+fn children_are_reaped_though_a_host_ignores_them_on_old_kernels() {
+    const HOW: &str = "HOW";
+    let Ok(how) = std::env::var(HOW) else {
+        for how in ["ignored", "default", "handled"] {
+            with_env(HOW, how, || unreachable!());
+        }
+        return;
+    };
+    if cluster::is_master() {
+        without_process_descriptors();
+        ignore_children(&how);
+    }
+    let before = disposition(Number::SIGCHLD);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_events(master, &log);
+            master.fork().unwrap().on_online(|_, worker| {
+                let child = child(0).id();
+                let child = Pid::from_raw(i32::try_from(child).unwrap());
+                wait_until("the end of a child", || has_ended(child).then_some(()));
+                worker.disconnect();
+            });
+        },
+        |worker| run_until_left(&worker),
+    );
+    let expected = [
+        "1 fork",
+        "1 online",
+        "1 disconnect Some(true)",
+        "cannot learn how worker 1 ended: No child processes (os error 10)",
+        "1 exit Some(true) exit status: 255",
+    ];
+    assert_eq!(entries.take(), expected, "{how}");
+    assert_eq!(disposition(Number::SIGCHLD), before, "{how}");
+    let is_called = how == "handled";
+    assert_eq!(runs(Number::SIGCHLD) > 0, is_called, "{how}");
+}
+
+fn a_handler_that_wants_no_stops_hears_of_none_on_old_kernels() {
+    if cluster::is_master() {
+        without_process_descriptors();
+        let counting = SigHandler::Handler(count);
+        let none = SigSet::empty();
+        handle(Number::SIGCHLD, counting, SaFlags::SA_NOCLDSTOP, none);
+    }
+    cluster(
+        |master| {
+            panic_on_errors(master);
+            master.fork().unwrap().on_online(|_, worker| {
+                stop(worker);
+                worker.process().kill(Signal::CONT);
+                worker.disconnect();
+            });
+        },
+        |worker| run_until_left(&worker),
+    );
+    assert_eq!(runs(Number::SIGCHLD), 1, "of its end");
 }
 
 /// Set for the process that is the first one of a new PID namespace.
