@@ -308,7 +308,10 @@ impl Settings {
 
     /// Sets [`uid`](Self::uid), the user that workers run as.
     ///
-    /// Node: `settings.uid`.
+    /// Node: `settings.uid`. A worker has no supplementary groups then, and unless the user is root (0) no
+    /// capabilities, whatever the master has: the permitted, effective, inheritable and ambient sets are
+    /// empty before the program or [`main`](Self::main()) begins. The bounding set, the securebits and
+    /// `no_new_privs` stay as they are (capabilities(7)).
     ///
     /// ```
     /// // The group first: `nobody` could not change it any more.
@@ -323,7 +326,8 @@ impl Settings {
 
     /// Sets [`gid`](Self::gid), the group that workers run as.
     ///
-    /// Node: `settings.gid`. See [`uid`](Self::uid()) for an example.
+    /// Node: `settings.gid`. See [`uid`](Self::uid()) for an example. A worker has no supplementary groups
+    /// then; without `uid` it keeps the master's user, and its capabilities.
     #[must_use]
     pub fn gid(mut self, gid: u32) -> Self {
         self.gid = Some(gid);

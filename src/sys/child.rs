@@ -11,13 +11,14 @@ use identity::{give_up_capabilities, give_up_groups, set_group, set_user};
 
 /// What the child does between `fork` and `execve`, or what it does instead, by the number that it
 /// reports.
-pub(super) const STEPS: [&str; 7] = [
+pub(super) const STEPS: [&str; 8] = [
     "execute it",
     "prepare its signals",
     "prepare its descriptors",
     "enter its directory",
     "change its groups",
     "change its user",
+    "give up its capabilities",
     "make it a worker",
 ];
 const EXECUTE: u8 = 0;
@@ -26,7 +27,8 @@ const DESCRIPTORS: u8 = 2;
 const DIRECTORY: u8 = 3;
 const GROUPS: u8 = 4;
 const USER: u8 = 5;
-const BEGIN: u8 = 6;
+const CAPABILITIES: u8 = 6;
+const BEGIN: u8 = 7;
 /// Reported by a child that executes nothing when nothing can fail any more.
 pub(super) const STARTED: u8 = u8::MAX;
 
@@ -170,7 +172,9 @@ impl Child<'_> {
         }
         if let Some(uid) = self.uid {
             set_user(uid).map_err(at(USER))?;
-            give_up_capabilities();
+            if uid != ROOT {
+                give_up_capabilities().map_err(at(CAPABILITIES))?;
+            }
         }
         // Last: the kernel forgets this request when the user changes.
         if self.detached {
@@ -217,6 +221,9 @@ impl Child<'_> {
         }
     }
 }
+
+/// The user whose processes have all capabilities when they execute a program.
+const ROOT: libc::uid_t = 0;
 
 /// Closes them by number: what would happen when their owners are dropped would happen to the parent.
 fn close_all(numbers: impl IntoIterator<Item = RawFd>) {
@@ -350,12 +357,27 @@ mod identity {
         checked(unsafe { libc::syscall(SETRESUID, uid, uid, uid) })
     }
 
-    /// A master that is not root may have capabilities that outlive the user and `execve`. Kernels
-    /// that do not know them have none.
-    pub(super) fn give_up_capabilities() {
-        let (all, unused) = (libc::PR_CAP_AMBIENT_CLEAR_ALL, 0 as libc::c_ulong);
-        // SAFETY: PR_CAP_AMBIENT takes integers.
-        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, all, unused, unused, unused) };
+    /// Empties the permitted, effective and inheritable sets, and the ambient set with them. The change
+    /// of user does not always: not with SECBIT_NO_SETUID_FIXUP or SECBIT_KEEP_CAPS, not if the
+    /// parent was not root, and never the inheritable set (capabilities(7)).
+    ///
+    /// A kernel without capabilities has one user alone, and gets no further than `set_user`.
+    pub(super) fn give_up_capabilities() -> io::Result<()> {
+        #[repr(C)]
+        struct Header {
+            version: u32,
+            pid: libc::c_int,
+        }
+        /// `_LINUX_CAPABILITY_VERSION_3`: 64 bits in a set, since Linux 2.6.26.
+        const VERSION: u32 = 0x2008_0522;
+        /// Effective, permitted and inheritable: the low halves, and then the high ones.
+        const NONE: [u32; 6] = [0; 6];
+        let mut header = Header {
+            version: VERSION,
+            pid: 0,
+        };
+        // SAFETY: the header is writable, and the sets are as long as this version has them.
+        checked(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, NONE.as_ptr()) })
     }
 }
 
@@ -378,7 +400,9 @@ mod identity {
         check(unsafe { libc::setuid(uid) }).map(drop)
     }
 
-    pub(super) fn give_up_capabilities() {}
+    pub(super) fn give_up_capabilities() -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Closes all descriptors from `first` to `last`. Returns whether the system can.

@@ -18,12 +18,14 @@ use nix::unistd::{Gid, Pid, Uid, getppid};
 
 use crate::harness::{
     Log, NOBODY, OWN_PROGRAM, cluster, for_both_policies, note_messages, open_fds, refuse_calls,
+    with_env,
 };
 
 crate::scenarios! {
     nothing_of_root_is_left_and_nothing_comes_back: ROOT
     a_step_that_fails_is_named_and_nobody_is_forked: ROOT
     capabilities_that_outlive_the_user_are_given_up: SETPRIV
+    a_worker_that_stays_root_keeps_its_capabilities: ROOT
     a_worker_of_another_user_cannot_reach_into_the_master: ROOT
     a_worker_cannot_reach_into_one_of_another_user: ROOT
     by_number_a_worker_gets_what_the_host_has_opened_and_nothing_else: ROOT
@@ -43,14 +45,23 @@ fn nobodys() -> Settings {
 /// The fields of `/proc/self/status` that say what the process may do.
 fn powers() -> Vec<String> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let fields = ["Uid:", "Gid:", "Groups:", "CapPrm:", "CapEff:", "CapAmb:"];
+    let fields = [
+        "Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapAmb:",
+    ];
     let told = |line: &&str| fields.iter().any(|field| line.starts_with(field));
     let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
     status.lines().filter(told).map(words).collect()
 }
 
+type Attempts = fn(&Worker) -> Vec<String>;
+
+fn report(worker: &Worker, attempts: Attempts) {
+    let done = attempts(worker);
+    worker.send(format!("{done:?}").as_bytes()).unwrap();
+}
+
 /// Plays a worker that reports what it should not have been able to do.
-fn cluster_of_the_powerless(settings: Settings, attempts: impl FnOnce(&Worker) -> Vec<String>) {
+fn cluster_of_the_powerless(settings: Settings, attempts: Attempts) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -60,10 +71,7 @@ fn cluster_of_the_powerless(settings: Settings, attempts: impl FnOnce(&Worker) -
             master.setup_master(settings);
             master.fork().unwrap();
         },
-        |worker| {
-            let done = attempts(&worker);
-            worker.send(format!("{done:?}").as_bytes()).unwrap();
-        },
+        |worker| report(&worker, attempts),
     );
     assert_eq!(entries.take(), ["1 []"]);
 }
@@ -87,9 +95,10 @@ fn nothing_of_root_is_left_and_nothing_comes_back() {
         let user = "Uid: 65534 65534 65534 65534";
         let group = "Gid: 65534 65534 65534 65534";
         let none = "0000000000000000";
-        let [permitted, effective, ambient] =
-            ["Prm", "Eff", "Amb"].map(|set| format!("Cap{set}: {none}"));
-        let expected = [user, group, "Groups:", &permitted, &effective, &ambient];
+        let sets = ["Inh", "Prm", "Eff", "Amb"].map(|set| format!("Cap{set}: {none}"));
+        let [inheritable, permitted, effective, ambient] = sets.each_ref();
+        let sets = [inheritable, permitted, effective, ambient].map(String::as_str);
+        let expected = [&[user, group, "Groups:"], &sets[..]].concat();
         assert_eq!(powers(), expected);
 
         let (user, group) = (Uid::from_raw(0), Gid::from_raw(0));
@@ -110,26 +119,79 @@ fn nothing_of_root_is_left_and_nothing_comes_back() {
     });
 }
 
-/// A master that has capabilities which outlive a change of user.
+/// A master that has capabilities which outlive a change of user, by either way of having them.
 fn capabilities_that_outlive_the_user_are_given_up() {
     const RAISED: &str = "RAISED";
-    if std::env::var_os(RAISED).is_none() {
-        let status = Command::new("setpriv")
-            .args(["--inh-caps=+setuid", "--ambient-caps=+setuid"])
-            .args(["--securebits=+no_setuid_fixup"])
-            .arg(std::env::current_exe().unwrap())
-            .env(RAISED, "1")
-            .status();
-        return assert!(status.unwrap().success());
-    }
-    let held = |powers: &[String]| powers.contains(&"CapAmb: 0000000000000080".to_owned());
+    let Ok(how) = std::env::var(RAISED) else {
+        for how in ["exec", "main", "main that keeps"] {
+            let status = Command::new("setpriv")
+                .args([
+                    "--inh-caps=+setuid,+setgid",
+                    "--ambient-caps=+setuid,+setgid",
+                ])
+                .args(["--securebits=+no_setuid_fixup"])
+                .arg(std::env::current_exe().unwrap())
+                .env(RAISED, how)
+                .status()
+                .unwrap();
+            assert!(status.success(), "{how}: {status}");
+        }
+        return;
+    };
     if cluster::is_master() {
-        assert!(held(&powers()));
+        assert!(powers().contains(&"CapAmb: 00000000000000c0".to_owned()));
+        nix::sys::prctl::set_keepcaps(how == "main that keeps").unwrap();
     }
-    cluster_of_the_powerless(nobodys(), |_| {
+    let attempts: Attempts = |_| {
         let is_empty = |set: &String| !set.starts_with("Cap") || set.ends_with(" 0000000000000000");
-        powers().into_iter().filter(|set| !is_empty(set)).collect()
-    });
+        let mut left: Vec<_> = powers().into_iter().filter(|set| !is_empty(set)).collect();
+        let (user, group) = (Uid::from_raw(0), Gid::from_raw(0));
+        left.extend(unless_refused([
+            ("setuid", nix::unistd::setuid(user), Errno::EPERM),
+            ("setgid", nix::unistd::setgid(group), Errno::EPERM),
+        ]));
+        left
+    };
+    let main = move |worker: Worker| {
+        report(&worker, attempts);
+        0
+    };
+    let settings = match how.as_str() {
+        "exec" => nobodys(),
+        _ => nobodys().main(main),
+    };
+    cluster_of_the_powerless(settings, attempts);
+}
+
+/// User 0 is root, and another group alone gives up no user.
+fn a_worker_that_stays_root_keeps_its_capabilities() {
+    const SETTINGS: &str = "SETTINGS";
+    let Ok(how) = std::env::var(SETTINGS) else {
+        for how in ["user 0", "another group"] {
+            with_env(SETTINGS, how, || unreachable!());
+        }
+        return;
+    };
+    let settings = match how.as_str() {
+        "user 0" => Settings::default().uid(0).gid(NOBODY),
+        _ => Settings::default().gid(NOBODY),
+    };
+    let log = Log::default();
+    let entries = log.clone();
+    let effective = || {
+        let powers = powers();
+        let mut sets = powers.into_iter().filter(|set| set.starts_with("CapEff"));
+        sets.next().unwrap()
+    };
+    cluster(
+        |master| {
+            note_messages(master, &log);
+            master.setup_master(settings);
+            master.fork().unwrap();
+        },
+        |worker| worker.send(effective().as_bytes()).map(drop).unwrap(),
+    );
+    assert_eq!(entries.take(), [format!("1 {}", effective())]);
 }
 
 fn a_step_that_fails_is_named_and_nobody_is_forked() {
@@ -140,6 +202,7 @@ fn a_step_that_fails_is_named_and_nobody_is_forked() {
             master.setup_master(nobodys());
             // A filter stays: the earlier step comes later.
             let steps = [
+                (libc::SYS_capset, libc::EPERM, "give up its capabilities"),
                 (libc::SYS_setresuid, libc::EACCES, "change its user"),
                 (libc::SYS_setresgid, libc::EDOM, "change its groups"),
                 (libc::SYS_setgroups, libc::ENOTSUP, "change its groups"),
