@@ -77,6 +77,7 @@ impl Child<'_> {
             Ok(main) => {
                 self.report(STARTED, 0);
                 self.wait_for_parent();
+                handle_stops(libc::SIG_DFL);
                 main()
             }
             Err((step, error)) => self.fail(step, &error),
@@ -259,10 +260,26 @@ fn default_signals(default_signal: fn(libc::c_int)) -> io::Result<()> {
     for signal in 1..=SIGNALS {
         default_signal(signal);
     }
+    extern "C" fn do_nothing(_: libc::c_int) {}
+    handle_stops(do_nothing as extern "C" fn(_) as libc::sighandler_t);
     let mask = empty_set();
     // SAFETY: the set is initialised.
     check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) })?;
     Ok(())
+}
+
+/// Sets what the signals do that stop a process from its terminal.
+///
+/// Ctrl-Z reaches the child with its parent. If the child stopped before `execve`, a parent that the
+/// kernel has suspended until then could neither stop nor go on, and the shell would wait for it. A
+/// handler that does nothing prevents that without a gap: `execve` replaces handlers by the default, and
+/// resumes the parent before it does so. Handlers are a child's own, also where the memory is not.
+fn handle_stops(handler: libc::sighandler_t) {
+    for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
+        // No C library takes a lock for these, as some do for SIGABRT.
+        // SAFETY: the handler does nothing, or it is the default.
+        unsafe { libc::signal(signal, handler) };
+    }
 }
 
 /// The system's own call: the C library's may take a lock that another thread held when this child

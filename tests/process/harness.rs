@@ -23,7 +23,7 @@ use cluster::{
 };
 use libtest_mimic::{Failed, Trial};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{SigSet, Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 use tempfile::TempDir;
@@ -696,6 +696,14 @@ pub fn for_both_policies(play: impl Fn()) {
     with_env(POLICY, "none", play);
 }
 
+/// The children of this process's main thread, zombies included.
+pub fn children() -> Vec<u32> {
+    let own = std::process::id();
+    let numbers = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap();
+    let numbers = numbers.split_whitespace();
+    numbers.map(|number| number.parse().unwrap()).collect()
+}
+
 /// Whether the process exists and is not a zombie.
 pub fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -703,6 +711,53 @@ pub fn is_alive(pid: u32) -> bool {
         .rsplit_once(") ")
         .and_then(|(_, rest)| rest.chars().next());
     !matches!(state, None | Some('Z' | 'X'))
+}
+
+/// A program that cannot be opened until this process gives back its lease of the file: a child that
+/// executes the program waits in `execve` (`F_SETLEASE`, fcntl(2)).
+pub struct LeasedProgram {
+    directory: TempDir,
+    lease: File,
+}
+
+impl LeasedProgram {
+    /// To be called before there are other threads: one of them waits for the kernel's signal.
+    pub fn new() -> Self {
+        SigSet::from(Signal::SIGIO).thread_block().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let everybody = || Permissions::from_mode(0o755);
+        std::fs::set_permissions(directory.path(), everybody()).unwrap();
+        let path = directory.path().join("program");
+        std::fs::write(&path, "#!/bin/sh\nexit 0\n").unwrap();
+        std::fs::set_permissions(&path, everybody()).unwrap();
+        let lease = File::open(path).unwrap();
+        set_lease(&lease, nix::libc::F_WRLCK).unwrap();
+        Self { directory, lease }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.directory.path().join("program")
+    }
+
+    /// Waits until a child executes the program, and returns the child as soon as it sleeps.
+    pub fn wait_for_child(&self) -> Pid {
+        SigSet::from(Signal::SIGIO).wait().unwrap();
+        let [child] = children()[..] else {
+            panic!("one child");
+        };
+        wait_for_state(child, ") S ");
+        Pid::from_raw(i32::try_from(child).unwrap())
+    }
+
+    pub fn give_back(&self) {
+        set_lease(&self.lease, nix::libc::F_UNLCK).unwrap();
+    }
+}
+
+fn set_lease(file: &File, kind: i32) -> nix::Result<i32> {
+    #[allow(unsafe_code)]
+    // SAFETY: the call takes integers.
+    nix::Error::result(unsafe { nix::libc::fcntl(file.as_raw_fd(), nix::libc::F_SETLEASE, kind) })
 }
 
 /// From now on these calls fail, in this process and in those it starts.

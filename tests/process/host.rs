@@ -24,8 +24,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
-    Log, SIGNALS, cluster, for_both_policies, in_background, note_events, note_messages, of,
-    refuse_calls, run_until_killed, stop, wait_for_state, wait_until, with_env,
+    LeasedProgram, Log, SIGNALS, cluster, for_both_policies, in_background, note_events,
+    note_messages, of, refuse_calls, run_until_killed, stop, wait_for_state, wait_until, with_env,
 };
 
 crate::scenarios! {
@@ -39,6 +39,7 @@ crate::scenarios! {
     ends_are_told_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
     a_number_that_somebody_else_has_got_is_not_signalled: PID_NAMESPACE
     nothing_passes_between_workers_and_children_of_busy_threads
+    a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program
     children_are_reaped_though_a_host_ignores_them_on_old_kernels
     a_handler_that_wants_no_stops_hears_of_none_on_old_kernels
     a_child_that_the_host_keeps_holds_up_no_fork
@@ -510,6 +511,46 @@ fn children_are_reaped_though_a_host_ignores_them_on_old_kernels() {
     assert_eq!(disposition(Number::SIGCHLD), before, "{how}");
     let is_called = how == "handled";
     assert_eq!(runs(Number::SIGCHLD) > 0, is_called, "{how}");
+}
+
+/// Ctrl-Z at a terminal reaches the child, too. If that stopped before `execve`, the master could
+/// neither stop nor go on.
+fn a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program() {
+    let program = Arc::new(LeasedProgram::new());
+    let log = Log::default();
+    let entries = log.clone();
+    let mut state = None;
+    cluster(
+        |master| {
+            note_events(master, &log);
+            let leased = Arc::clone(&program);
+            let terminal = std::thread::spawn(move || {
+                let child = leased.wait_for_child();
+                nix::sys::signal::kill(child, Number::SIGTSTP).unwrap();
+                let stat = format!("/proc/{child}/stat");
+                // The signal has woken it: it has been dealt with when it sleeps once more.
+                let state = wait_until("a state", || {
+                    let stat = std::fs::read_to_string(&stat).unwrap();
+                    [") S ", ") T "]
+                        .into_iter()
+                        .find(|state| stat.contains(state))
+                });
+                leased.give_back();
+                nix::sys::signal::kill(child, Number::SIGCONT).unwrap();
+                state
+            });
+            master.setup_master(Settings::default().exec(program.path()));
+            master.fork().unwrap();
+            state = Some(terminal.join().unwrap());
+        },
+        |_| unreachable!("it executes another program"),
+    );
+    assert_eq!(state, Some(") S "));
+    let entries = entries.take();
+    assert_eq!(
+        of(1, &entries).last(),
+        Some(&"exit Some(false) exit status: 0")
+    );
 }
 
 fn a_handler_that_wants_no_stops_hears_of_none_on_old_kernels() {
