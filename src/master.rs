@@ -165,7 +165,10 @@ impl Master {
     ///
     /// [`Error::Fork`] if the program cannot be executed, the system has no process or descriptor
     /// left, or refuses the worker its directory, user or group, or the [`settings`](Self::settings)
-    /// are not possible ([`Settings::listen_fds`](crate::Settings::listen_fds())).
+    /// are not possible ([`Settings::listen_fds`](crate::Settings::listen_fds())). With
+    /// [`uid`](Settings::uid()) or [`gid`](Settings::gid()) also if the worker has not executed its program
+    /// within one second, for instance because another process of its user has stopped it: then it is
+    /// killed, and the kind of the source is [`TimedOut`](std::io::ErrorKind::TimedOut).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -34,7 +34,7 @@ use crate::socket_file::SocketFile;
 use crate::sorted_map::SortedMap;
 use crate::sys::fd::CommonFd;
 use crate::sys::poll::{Interest, Poller, Registered};
-use crate::sys::process::{End, Failure, Pid, Program, Usage};
+use crate::sys::process::{End, Failure, Pid, Program, Unreaped, Usage};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
 use crate::systemd;
@@ -121,6 +121,7 @@ pub(crate) struct MasterShell {
     poller: Poller,
     began: Instant,
     records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
+    unreaped: Unreaped,
     listeners: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// By which workers get their connections.
     queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
@@ -162,6 +163,7 @@ impl MasterShell {
             poller,
             began,
             records: RefCell::default(),
+            unreaped: Unreaped::default(),
             listeners: RefCell::default(),
             queues: RefCell::default(),
             unflushed: RefCell::default(),
@@ -191,6 +193,7 @@ impl MasterShell {
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<Record>, Failure> {
         let making = |error| ("make a channel", error);
+        self.unreaped.reap();
         // The program's own code first: it may fork, too.
         let extra: Vec<_> = extra.into_iter().collect();
         let inspect_port = settings.inspect_port.as_ref().map(InspectPort::next);
@@ -238,6 +241,7 @@ impl MasterShell {
             };
             let begin = || {
                 systemd::forget();
+                crate::fault::point("begin", || Some(Pid::own()), Some(&channel));
                 for (name, value) in &extra {
                     sys::env::set(name, value);
                 }
@@ -246,7 +250,7 @@ impl MasterShell {
                 })?;
                 Ok(|| main.run(worker))
             };
-            child.fork(number, abandon, begin)?
+            child.fork(number, &self.unreaped, abandon, begin)?
         } else {
             let mut env = systemd::inherited_environment();
             env.extend(extra);
@@ -270,7 +274,7 @@ impl MasterShell {
             if !passed.is_empty() {
                 program.tell_pid();
             }
-            program.spawn(number)?
+            program.spawn(number, &self.unreaped)?
         };
         drop(theirs);
 
@@ -281,9 +285,7 @@ impl MasterShell {
         };
         let process = process.map_err(|error| {
             // Nobody would notice its end.
-            let _ = pid.signal(None, Signal::KILL.number());
-            let nothing: Option<&OwnedFd> = None;
-            let _ = pid.wait(nothing);
+            pid.discard(None, &self.unreaped);
             ("watch it", error)
         })?;
         self.core.borrow_mut().forked();
@@ -320,7 +322,7 @@ impl MasterShell {
         self.poller.abandon()?;
         let (records, listeners) = (self.records.take(), self.listeners.take());
         let queues = self.queues.take();
-        let mut numbers = Vec::new();
+        let mut numbers = self.unreaped.abandon();
         for record in records.values() {
             // The program may have the worker in its hands.
             let channel = record.channel.take();

@@ -311,7 +311,8 @@ impl Settings {
     /// Node: `settings.uid`. A worker has no supplementary groups then, and unless the user is root (0) no
     /// capabilities, whatever the master has: the permitted, effective, inheritable and ambient sets are
     /// empty before the program or [`main`](Self::main()) begins. The bounding set, the securebits and
-    /// `no_new_privs` stay as they are (capabilities(7)).
+    /// `no_new_privs` stay as they are (capabilities(7)). `fork` waits for such a worker for one second
+    /// at most.
     ///
     /// ```
     /// // The group first: `nobody` could not change it any more.

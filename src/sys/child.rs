@@ -3,7 +3,8 @@
 
 use std::cell::Cell;
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, IntoRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{check, empty_set, retry};
@@ -31,6 +32,20 @@ const CAPABILITIES: u8 = 6;
 const BEGIN: u8 = 7;
 /// Reported by a child that executes nothing when nothing can fail any more.
 pub(super) const STARTED: u8 = u8::MAX;
+/// Reported with a descriptor: the stream from which all further reports are to be read.
+pub(super) const MOVED: u8 = u8::MAX - 1;
+
+/// A step or one of the two above, and an error number.
+pub(super) type Report = [u8; 5];
+
+/// What the parent does until the child has executed its program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Parent {
+    /// The kernel suspends it (`CLONE_VFORK`), and it reads the report afterwards.
+    Suspended,
+    /// It polls for the report. The end of the stream means that the program has been executed.
+    Polling,
+}
 
 /// The exit code of a Rust program that has panicked.
 const PANICKED: i32 = 101;
@@ -54,14 +69,19 @@ pub(super) struct Child<'a> {
     pub(super) channel: RawFd,
     /// It does not die with its parent, and the channel is closed when the program is executed.
     pub(super) detached: bool,
-    pub(super) failure: RawFd,
+    pub(super) failure: Cell<RawFd>,
     pub(super) parent: u32,
 }
 
 impl Child<'_> {
+    /// Whether the processes of another user may signal this child before it has executed its program.
+    pub(super) fn changes_identity(&self) -> bool {
+        self.uid.is_some() || self.gid.is_some()
+    }
+
     /// Executes the program, or reports why not.
-    pub(super) fn exec(&self) -> ! {
-        let (step, error) = self.try_exec().unwrap_or_else(|failure| failure);
+    pub(super) fn exec(&self, parent: Parent) -> ! {
+        let (step, error) = self.try_exec(parent).unwrap_or_else(|failure| failure);
         self.fail(step, &error)
     }
 
@@ -120,17 +140,34 @@ impl Child<'_> {
         let mut byte = 0u8;
         let _ = retry(|| {
             // SAFETY: one byte is written, to where there is room for it.
-            let read = unsafe { libc::read(self.failure, (&raw mut byte).cast(), 1) };
+            let read = unsafe { libc::read(self.failure.get(), (&raw mut byte).cast(), 1) };
             check(libc::c_int::try_from(read).unwrap_or(0))
         });
-        close_all([self.failure]);
+        close_all([self.failure.get()]);
+    }
+
+    /// Replaces the stream of the reports: of the new one no other process has this end, and so it ends
+    /// when the program is executed. The first one may not: a child that another thread of the host
+    /// forked while the parent had this end, too, has a copy for as long as it likes. Where the system has
+    /// no room for another stream, the first one has to do.
+    ///
+    /// Not for a child that shares its parent's memory.
+    fn move_reports(&self) {
+        let Ok((own, parents)) = UnixStream::pair() else {
+            return;
+        };
+        let first = UnixStream::from(super::fd::adopt(self.failure.get()));
+        match super::socket::send_one(&first, &report(MOVED, 0), parents.as_fd()) {
+            Ok(_) => self.failure.set(own.into_raw_fd()),
+            // It stays open.
+            Err(_) => drop(first.into_raw_fd()),
+        }
     }
 
     fn report(&self, step: u8, errno: i32) {
-        let [a, b, c, d] = errno.to_ne_bytes();
-        let report = [step, a, b, c, d];
+        let report = report(step, errno);
         // SAFETY: the buffer lives through the call.
-        unsafe { libc::write(self.failure, report.as_ptr().cast(), report.len()) };
+        unsafe { libc::write(self.failure.get(), report.as_ptr().cast(), report.len()) };
     }
 
     fn fail(&self, step: u8, error: &io::Error) -> ! {
@@ -140,8 +177,15 @@ impl Child<'_> {
     }
 
     /// Returns the step that failed, and why: the last one if all others went well.
-    fn try_exec(&self) -> Result<(u8, io::Error), (u8, io::Error)> {
-        self.prepare(default_signal, || self.arrange_descriptors())?;
+    fn try_exec(&self, parent: Parent) -> Result<(u8, io::Error), (u8, io::Error)> {
+        let descriptors = || {
+            self.arrange_descriptors()?;
+            if parent == Parent::Polling {
+                self.move_reports();
+            }
+            Ok(())
+        };
+        self.prepare(default_signal, descriptors)?;
         if let Some(listen_pid) = self.listen_pid {
             write_own_pid(listen_pid);
         }
@@ -165,7 +209,7 @@ impl Child<'_> {
             check(unsafe { libc::chdir(self.cwd) }).map_err(at(DIRECTORY))?;
         }
         // The groups first: who has given up being root cannot change them any more.
-        if self.uid.is_some() || self.gid.is_some() {
+        if self.changes_identity() {
             give_up_groups().map_err(at(GROUPS))?;
         }
         if let Some(gid) = self.gid {
@@ -209,8 +253,8 @@ impl Child<'_> {
     /// What the host has left open for programs that it executes is not for workers.
     fn close_others(&self) {
         let standard = RawFd::try_from(self.stdio.len()).unwrap_or(RawFd::MAX);
-        let low = self.channel.min(self.failure);
-        let high = self.channel.max(self.failure);
+        let low = self.channel.min(self.failure.get());
+        let high = self.channel.max(self.failure.get());
         for (first, last) in [
             (standard.max(3), low - 1),
             (low + 1, high - 1),
@@ -225,6 +269,11 @@ impl Child<'_> {
 
 /// The user whose processes have all capabilities when they execute a program.
 const ROOT: libc::uid_t = 0;
+
+pub(super) fn report(step: u8, errno: i32) -> Report {
+    let [a, b, c, d] = errno.to_ne_bytes();
+    [step, a, b, c, d]
+}
 
 /// Closes them by number: what would happen when their owners are dropped would happen to the parent.
 fn close_all(numbers: impl IntoIterator<Item = RawFd>) {

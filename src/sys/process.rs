@@ -1,18 +1,31 @@
 //! Making a child, signalling it, and waiting for it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, OsString};
-use std::io::{self, Read as _};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::child::{Child, LISTEN_PID, STARTED, STEPS};
+use super::child::{Child, LISTEN_PID, MOVED, Parent, Report, STARTED, STEPS};
 use super::poll::wait_readable;
 use super::{check, empty_set, retry};
+
+/// How long a child of another user may take to execute its program, or to become a worker without one,
+/// before it is killed.
+///
+/// The processes of its user may stop it meanwhile, and the master does nothing else. Less time might not
+/// do on a busy machine that reads the program from a disk; more would hold up the master for longer.
+const START_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often a child that has been killed is waited for, and how long between the attempts: 100 ms in
+/// all. A process ends within a millisecond or so, unless it waits in the kernel for a device, or there is
+/// no processor for it.
+const REAP_ATTEMPTS: u32 = 100;
+const REAP_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Everything `execve` needs, made before `fork`: between the two nothing may be allocated. For a child
 /// that executes nothing, no path, arguments and environment.
@@ -32,6 +45,46 @@ pub(crate) struct Program {
 
 /// What was attempted in vain, and the system's reason.
 pub(crate) type Failure = (&'static str, io::Error);
+
+/// A child that has been made, and the parent's part until it has started.
+struct Made {
+    pid: Pid,
+    process: Option<OwnedFd>,
+    parent: Parent,
+}
+
+/// What can be read of a child's reports.
+enum Reported {
+    Nothing,
+    /// The child has executed its program, or has ended.
+    End,
+    Started,
+    /// What follows comes from here.
+    Moved(UnixStream),
+    Failed(Failure),
+}
+
+/// Children that have been killed and had not ended after 100 ms. They are reaped before another one is
+/// made.
+#[derive(Debug, Default)]
+pub(crate) struct Unreaped(RefCell<Vec<(Pid, Option<OwnedFd>)>>);
+
+impl Unreaped {
+    pub(crate) fn reap(&self) {
+        let is_left = |(pid, process): &(Pid, Option<OwnedFd>)| {
+            matches!(pid.try_wait(process.as_ref()), Ok(None))
+        };
+        self.0.borrow_mut().retain(is_left);
+    }
+
+    /// In a child that goes on with the memory of its parent: returns the descriptors, which are the
+    /// parent's, and forgets the rest.
+    pub(crate) fn abandon(&self) -> Vec<RawFd> {
+        let children = self.0.take().into_iter();
+        let processes = children.filter_map(|(_, process)| process);
+        processes.map(IntoRawFd::into_raw_fd).collect()
+    }
+}
 
 /// The identity of a child until it has been waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,9 +156,15 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// The process cannot be made, or the program cannot be executed.
-    pub(crate) fn spawn(&self, channel: RawFd) -> Result<(Pid, Option<OwnedFd>), Failure> {
-        self.start(channel, |child, _| fork(child))
+    /// The process cannot be made, or the program cannot be executed; or the child is of another user and
+    /// has not executed it within [`START_TIMEOUT`]. A child that cannot be reaped at once goes to
+    /// `unreaped`.
+    pub(crate) fn spawn(
+        &self,
+        channel: RawFd,
+        unreaped: &Unreaped,
+    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+        self.start(channel, unreaped, |child, _| fork(child))
     }
 
     /// Makes a child that executes nothing, and runs what `begin` returns there, with a copy of all
@@ -114,14 +173,17 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// The process cannot be made, or it has failed at a step, of which `begin` is the last.
+    /// The process cannot be made, or it has failed at a step, of which `begin` is the last; or it is of
+    /// another user and has not come so far within [`START_TIMEOUT`]. A child that cannot be reaped at
+    /// once goes to `unreaped`.
     pub(crate) fn fork<M: FnOnce() -> i32>(
         &self,
         channel: RawFd,
+        unreaped: &Unreaped,
         abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<(Pid, Option<OwnedFd>), Failure> {
-        self.start(channel, |child, parents_end| {
+        self.start(channel, unreaped, |child, parents_end| {
             // By the C library's way: it makes what it has locked itself usable for the child.
             // SAFETY: the child goes on with a copy of this thread. What other threads may have
             // locked meanwhile is the program's care, which is told so.
@@ -133,17 +195,22 @@ impl Program {
                     // It waits for this: if the host ignores SIGCHLD, the number of one that has ended
                     // says nothing.
                     let _ = super::socket::send(parents_end, &[0], &[]);
-                    Ok((pid, process, false))
+                    Ok(Made {
+                        pid,
+                        process,
+                        parent: Parent::Polling,
+                    })
                 }
             }
         })
     }
 
-    /// Makes a child by `make`, and hears what it reports.
+    /// Makes a child by `make`, and waits until it has started or failed to.
     fn start(
         &self,
         channel: RawFd,
-        make: impl FnOnce(&Child<'_>, &UnixStream) -> io::Result<(Pid, Option<OwnedFd>, bool)>,
+        unreaped: &Unreaped,
+        make: impl FnOnce(&Child<'_>, &UnixStream) -> io::Result<Made>,
     ) -> Result<(Pid, Option<OwnedFd>), Failure> {
         let forking = |error| ("make a process", error);
         let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
@@ -157,7 +224,7 @@ impl Program {
         }
         // Closed by a successful `execve`; otherwise the child writes its errno. The child's end
         // must not be where its other descriptors go.
-        let (mut failure, low) = UnixStream::pair().map_err(forking)?;
+        let (failure, low) = UnixStream::pair().map_err(forking)?;
         let beyond = RawFd::try_from(self.stdio.len()).unwrap_or(RawFd::MAX);
         let child_failure = super::fd::duplicate(low.as_raw_fd(), beyond).map_err(forking)?;
         drop(low);
@@ -172,62 +239,121 @@ impl Program {
             gid: self.gid,
             channel,
             detached: self.detached,
-            failure: child_failure.as_raw_fd(),
+            failure: Cell::new(child_failure.as_raw_fd()),
             parent: std::process::id(),
         };
 
         // A handler of ours or of the host that ran in the child would act on the master's
         // descriptors: no signal is delivered until the child has default dispositions.
         let mask = block_signals().map_err(forking)?;
-        let forked = make(&child, &failure);
+        let made = make(&child, &failure);
         restore_signals(&mask);
-        let (pid, process, has_executed) = forked.map_err(forking)?;
-
+        // Else the stream would not end.
         drop(child_failure);
-        if let (false, Some(process)) = (has_executed, &process) {
-            // The report, or the end of the child. Not the end of the pipe alone, a copy of which
-            // another child of the host's may hold for ever.
-            let either = [failure.as_fd(), process.as_fd()];
-            while matches!(wait_readable(either, None), Ok([false, false])) {}
-        }
-        if has_executed || process.is_some() {
-            // It cannot fail; if it did, the end of the pipe would be waited for.
-            let _ = failure.set_nonblocking(true);
-        }
-        let mut report = [0; 5];
-        match failure.read_exact(&mut report) {
-            Err(_) => Ok((pid, process)),
-            Ok(()) if report[0] == STARTED => Ok((pid, process)),
-            Ok(()) => {
-                let _ = pid.wait(process.as_ref());
-                let [step, errno @ ..] = report;
-                let step = STEPS.get(usize::from(step)).unwrap_or(&STEPS[0]);
-                let errno = i32::from_ne_bytes(errno);
-                Err((step, io::Error::from_raw_os_error(errno)))
+        let Made {
+            pid,
+            process,
+            parent,
+        } = made.map_err(forking)?;
+
+        let started = match parent {
+            Parent::Suspended => match read_report(&failure) {
+                Ok(Reported::Failed(failure)) => Err(failure),
+                Ok(_) | Err(_) => Ok(()),
+            },
+            Parent::Polling => {
+                let limit = child.changes_identity().then_some(START_TIMEOUT);
+                wait_for_start(failure, process.as_ref(), limit)
             }
+        };
+        if let Err(failure) = started {
+            pid.discard(process, unreaped);
+            return Err(failure);
+        }
+        Ok((pid, process))
+    }
+}
+
+/// Waits until a child has started, has failed to, or has ended, but no longer than `limit`.
+fn wait_for_start(
+    mut reports: UnixStream,
+    process: Option<&OwnedFd>,
+    limit: Option<Duration>,
+) -> Result<(), Failure> {
+    let waiting = |error| ("wait until it starts", error);
+    let begun = Instant::now();
+    loop {
+        let left = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
+        let has_ended = match process {
+            // The stream of one that ends may not end: a child that another thread of the host forked
+            // may have a copy.
+            Some(process) => wait_readable([reports.as_fd(), process.as_fd()], left)
+                .map(|[_, has_ended]| has_ended),
+            None => wait_readable([reports.as_fd()], left).map(|_| false),
+        };
+        let has_ended = has_ended.map_err(waiting)?;
+        match read_report(&reports).map_err(waiting)? {
+            Reported::End | Reported::Started => return Ok(()),
+            Reported::Failed(failure) => return Err(failure),
+            Reported::Moved(stream) => reports = stream,
+            // How it ended is told by its exit.
+            Reported::Nothing if has_ended => return Ok(()),
+            Reported::Nothing if left == Some(Duration::ZERO) => {
+                let reason = format!("it had not started after {START_TIMEOUT:?}, and was killed");
+                return Err(waiting(io::Error::new(io::ErrorKind::TimedOut, reason)));
+            }
+            Reported::Nothing => {}
         }
     }
 }
 
-/// Makes the child, which does not return from here. Returns also whether it has executed its
-/// program already, or failed to.
-fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>, bool)> {
+/// Reads one report if there is one. Each arrives in one piece, because one call has written it.
+fn read_report(reports: &UnixStream) -> io::Result<Reported> {
+    let mut report = Report::default();
+    let mut piece = match super::socket::receive(reports.as_fd(), &mut report) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Reported::Nothing),
+        received => received?,
+    };
+    if piece.bytes < report.len() {
+        return Ok(Reported::End);
+    }
+    let [step, errno @ ..] = report;
+    match step {
+        STARTED => Ok(Reported::Started),
+        MOVED => match piece.fds.pop() {
+            Some(stream) => Ok(Reported::Moved(stream.claim().into())),
+            None => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+        },
+        step => {
+            let step = STEPS.get(usize::from(step)).unwrap_or(&STEPS[0]);
+            let error = io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
+            Ok(Reported::Failed((step, error)))
+        }
+    }
+}
+
+/// Makes the child, which does not return from here.
+fn fork(child: &Child<'_>) -> io::Result<Made> {
     #[cfg(target_os = "linux")]
-    match clone_and_wait(child) {
+    match clone(child) {
         // A sandbox that does not know it, or not these flags.
         Err(error)
             if matches!(
                 error.raw_os_error(),
                 Some(libc::ENOSYS | libc::EINVAL | libc::EPERM)
             ) => {}
-        cloned => return cloned.map(|(pid, process)| (pid, process, true)),
+        cloned => return cloned,
     }
     // SAFETY: the child makes only async-signal-safe calls until `execve`.
     match check(unsafe { libc::fork() })? {
-        0 => child.exec(),
+        0 => child.exec(Parent::Polling),
         number => {
             let pid = Pid(number);
-            Ok((pid, pid.open(), false))
+            Ok(Made {
+                pid,
+                process: pid.open(),
+                parent: Parent::Polling,
+            })
         }
     }
 }
@@ -236,37 +362,55 @@ fn fork(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>, bool)> {
 #[cfg(target_os = "linux")]
 const STACK: usize = 64 << 10;
 
-/// Forks and waits until the child has executed its program, or failed to. What it has to report is
-/// there then: nobody waits for the end of the pipe, a copy of which another child of the host's may
-/// hold for ever. And the descriptor of the process is there from the beginning: if the host ignores
-/// SIGCHLD, the number of a child that ends at once may be somebody else's soon.
+/// Makes the child together with the descriptor of its process, which is there from the beginning: if the
+/// host ignores SIGCHLD, the number of a child that ends at once may be another process's soon.
 ///
-/// Meanwhile the child uses the memory of its parent, of which no copy is made then, however much
-/// there is. Not if it is to be another user: whoever may trace that one could reach its parent.
+/// A child that stays the same user is waited for within the call until it has executed its program, or
+/// failed to: then its report is there. Meanwhile it uses the memory of its parent, of which no copy is
+/// made then, however much there is. The kernel ends this wait for nothing but the child and a signal that
+/// kills the parent.
+///
+/// A child that is to be another user is not waited for here, as the processes of that user may stop it;
+/// and its memory is its own, as whoever may trace it could reach its parent.
 #[cfg(target_os = "linux")]
-fn clone_and_wait(child: &Child<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
+fn clone(child: &Child<'_>) -> io::Result<Made> {
     extern "C" fn exec(child: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: the parent's frame has it, and waits.
+        // SAFETY: the parent's frame has it, and waits, or this is a copy of that.
         let child = unsafe { &*child.cast::<Child<'_>>() };
-        child.exec()
+        child.exec(parent_of(child))
     }
-    let stays = child.uid.is_none() && child.gid.is_none();
-    let memory = if stays { libc::CLONE_VM } else { 0 };
-    let flags = libc::CLONE_PIDFD | libc::CLONE_VFORK | memory | libc::SIGCHLD;
+    fn parent_of(child: &Child<'_>) -> Parent {
+        if child.changes_identity() {
+            Parent::Polling
+        } else {
+            Parent::Suspended
+        }
+    }
+    let parent = parent_of(child);
+    let flags = match parent {
+        Parent::Suspended => libc::CLONE_VFORK | libc::CLONE_VM,
+        Parent::Polling => 0,
+    };
+    let flags = flags | libc::CLONE_PIDFD | libc::SIGCHLD;
     // Of numbers, because its end has to be aligned.
     let mut stack = Vec::<u128>::with_capacity(STACK / size_of::<u128>());
     let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
     let argument = std::ptr::from_ref(child).cast_mut().cast();
     let mut process: RawFd = -1;
-    // SAFETY: stack and argument live until the child has executed its program or ended: this thread
-    // does not go on before. The child writes nowhere but to its stack, and has its own table of signal
-    // handlers. It makes only async-signal-safe calls, and such that need nothing of what the C
-    // library does at a `fork`. The kernel writes the descriptor to where it is told.
+    // SAFETY: a child that shares this memory finds stack and argument there until it has executed its
+    // program or ended: this thread does not go on before. It writes to its stack, and has its own table
+    // of signal handlers; the C library may note that some signals are handled. It makes only
+    // async-signal-safe calls, and such that need nothing of what the C library does at a `fork`. Any
+    // other child has a copy of all this. The kernel writes the descriptor to where it is told.
     let number = unsafe { libc::clone(exec, top.cast(), flags, argument, &raw mut process) };
     let pid = Pid(check(number)?);
     // Before Linux 5.2 the flag is ignored.
     let process = (process >= 0).then(|| super::fd::adopt(process));
-    Ok((pid, process.or_else(|| pid.open())))
+    Ok(Made {
+        pid,
+        process: process.or_else(|| pid.open()),
+        parent,
+    })
 }
 
 fn block_signals() -> io::Result<libc::sigset_t> {
@@ -356,23 +500,7 @@ impl Pid {
     ///
     /// Somebody else has waited for it, and the kernel does not say what it heard.
     pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<End>> {
-        self.wait_with(libc::WNOHANG, process)
-    }
-
-    /// Waits for the child to end.
-    ///
-    /// # Errors
-    ///
-    /// Somebody else has waited for it.
-    pub(crate) fn wait(self, process: Option<&impl AsFd>) -> io::Result<Option<End>> {
-        self.wait_with(0, process)
-    }
-
-    fn wait_with(
-        self,
-        options: libc::c_int,
-        process: Option<&impl AsFd>,
-    ) -> io::Result<Option<End>> {
+        let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| wait_by_fd(process.as_fd(), options));
         let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
         // If that fails, the host waits for whatever child ends, or lets the kernel do it.
@@ -384,6 +512,23 @@ impl Pid {
             });
             end.map(Some).ok_or(error)
         })
+    }
+
+    /// Kills and reaps a child that is not to be a worker, unless it has ended. One that is not gone
+    /// after 100 ms goes to `unreaped`.
+    pub(crate) fn discard(self, process: Option<OwnedFd>, unreaped: &Unreaped) {
+        // The number of one that has ended may be another process's, if the host ignores SIGCHLD.
+        if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
+            return;
+        }
+        let _ = self.signal(process.as_ref().map(AsFd::as_fd), libc::SIGKILL);
+        for _ in 0..REAP_ATTEMPTS {
+            if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(REAP_INTERVAL);
+        }
+        unreaped.0.borrow_mut().push((self, process));
     }
 
     fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<End>> {
@@ -550,4 +695,43 @@ fn signal_by_fd(process: BorrowedFd<'_>, signal: libc::c_int) -> Option<io::Resu
 #[cfg(not(target_os = "linux"))]
 fn signal_by_fd(_process: BorrowedFd<'_>, _signal: libc::c_int) -> Option<io::Result<()>> {
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::child;
+
+    const NO_PROCESS: Option<&OwnedFd> = None;
+
+    #[test]
+    fn start_is_reported_by_the_end_of_the_stream() {
+        let (reports, child) = UnixStream::pair().unwrap();
+        drop(child);
+        wait_for_start(reports, NO_PROCESS, None).unwrap();
+    }
+
+    #[test]
+    fn start_is_given_up_at_the_limit() {
+        let (reports, _child) = UnixStream::pair().unwrap();
+        let limit = Some(Duration::from_millis(2));
+        let (attempt, error) = wait_for_start(reports, NO_PROCESS, limit).unwrap_err();
+        assert_eq!(attempt, "wait until it starts");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn reports_are_followed_to_the_stream_that_the_child_sends() {
+        let (reports, first) = UnixStream::pair().unwrap();
+        let (parents, own) = UnixStream::pair().unwrap();
+        let moved = child::report(MOVED, 0);
+        super::super::socket::send_one(&first, &moved, parents.as_fd()).unwrap();
+        drop(parents);
+        super::super::socket::send(&own, &child::report(3, libc::ENOENT), &[]).unwrap();
+        let (attempt, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
+        assert_eq!(attempt, "enter its directory");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+        // The first one is still open, as it is if another process has a copy.
+        drop(first);
+    }
 }

@@ -3,12 +3,12 @@
 use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::time::Duration;
 
-use sendfd::SendWithFd as _;
+use sendfd::SendWithFd;
 
 use super::fd::CommonFd;
 use super::{empty_set, retry};
@@ -98,7 +98,7 @@ fn send_with_flags(
 /// to block that would take two calls more for each connection.
 #[cfg(not(target_vendor = "apple"))]
 pub(crate) fn send_one(
-    socket: &UnixDatagram,
+    socket: &impl AsRawFd,
     bytes: &[u8],
     fd: BorrowedFd<'_>,
 ) -> io::Result<usize> {
@@ -142,7 +142,7 @@ pub(crate) fn send_one(
 
 #[cfg(target_vendor = "apple")]
 pub(crate) fn send_one(
-    socket: &UnixDatagram,
+    socket: &impl SendWithFd,
     bytes: &[u8],
     fd: BorrowedFd<'_>,
 ) -> io::Result<usize> {

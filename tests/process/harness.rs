@@ -87,6 +87,10 @@ pub const NETWORKS: Need = Need {
     is_met: || is_root() && has_networks() && Command::new("haproxy").arg("-v").output().is_ok(),
 };
 
+pub const ROOT_AND_FAULT_POINTS: Need = Need {
+    name: "root and debug assertions",
+    is_met: || is_root() && cfg!(debug_assertions),
+};
 /// The library fails where tests want it to.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",

@@ -24,8 +24,9 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
-    LeasedProgram, Log, SIGNALS, cluster, for_both_policies, in_background, note_events,
-    note_messages, of, refuse_calls, run_until_killed, stop, wait_for_state, wait_until, with_env,
+    LeasedProgram, Log, NOBODY, OWN_PROGRAM, SIGNALS, cluster, for_both_policies, in_background,
+    note_events, note_messages, of, refuse_calls, run_until_killed, stop, wait_for_state,
+    wait_until, with_env,
 };
 
 crate::scenarios! {
@@ -43,6 +44,8 @@ crate::scenarios! {
     children_are_reaped_though_a_host_ignores_them_on_old_kernels
     a_handler_that_wants_no_stops_hears_of_none_on_old_kernels
     a_child_that_the_host_keeps_holds_up_no_fork
+    a_child_that_the_host_keeps_holds_up_no_fork_of_another_user: ROOT
+    a_child_that_the_host_keeps_holds_up_no_fork_on_old_kernels
     a_child_that_the_host_keeps_holds_no_worker
     a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master
     a_child_that_drops_its_copy_of_the_master_takes_nothing_from_it
@@ -53,7 +56,7 @@ crate::scenarios! {
 }
 
 /// As on a kernel that knows processes by their numbers alone.
-fn without_process_descriptors() {
+pub fn without_process_descriptors() {
     let calls = [libc::SYS_clone3, libc::SYS_pidfd_open];
     refuse_calls(&calls, libc::ENOSYS);
     SIGNALS.store(true, Ordering::SeqCst);
@@ -765,13 +768,29 @@ fn keeping_child() -> Pid {
     }
 }
 
-fn end_child(pid: Pid) {
+pub fn end_child(pid: Pid) {
     nix::sys::signal::kill(pid, Number::SIGKILL).unwrap();
     waitpid(pid, None).unwrap();
 }
 
-/// One of them may be made at any time, also while the master forks.
 fn a_child_that_the_host_keeps_holds_up_no_fork() {
+    keep_children_while_forking(Settings::default());
+}
+
+fn a_child_that_the_host_keeps_holds_up_no_fork_of_another_user() {
+    let nobody = Settings::default().uid(NOBODY).gid(NOBODY);
+    keep_children_while_forking(nobody.exec(OWN_PROGRAM));
+}
+
+fn a_child_that_the_host_keeps_holds_up_no_fork_on_old_kernels() {
+    if cluster::is_master() {
+        without_process_descriptors();
+    }
+    keep_children_while_forking(Settings::default());
+}
+
+/// One of them may be made at any time, also while the master forks.
+fn keep_children_while_forking(settings: Settings) {
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
     // They begin together with the forks, and these go on as long as children are made.
@@ -805,6 +824,7 @@ fn a_child_that_the_host_keeps_holds_up_no_fork() {
         |master| {
             panic_on_errors(master);
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+            master.setup_master(settings);
             begin.store(true, Ordering::SeqCst);
             while making.load(Ordering::SeqCst) > 0 {
                 fork_to_end_with(master, 0);
@@ -1115,7 +1135,7 @@ fn a_child_that_drops_its_copy_of_the_master_takes_nothing_from_it() {
     }
 }
 
-fn fork_of_the_host() -> ForkResult {
+pub fn fork_of_the_host() -> ForkResult {
     #[allow(unsafe_code)]
     // SAFETY: the child makes only async-signal-safe calls, or its parent has one thread.
     unsafe { nix::unistd::fork() }.unwrap()

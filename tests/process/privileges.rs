@@ -8,24 +8,32 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cluster::{BindOptions, Error, ListenOptions, Master, Settings, Worker};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Gid, Pid, Uid, getppid};
+use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid};
 
 use crate::harness::{
-    Log, NOBODY, OWN_PROGRAM, cluster, for_both_policies, note_messages, open_fds, refuse_calls,
-    with_env,
+    LeasedProgram, Log, NOBODY, OWN_PROGRAM, children, cluster, for_both_policies, is_alive,
+    note_messages, open_fds, refuse_calls, wait_for_state, wait_until, with_env,
 };
+use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
 
 crate::scenarios! {
     nothing_of_root_is_left_and_nothing_comes_back: ROOT
     a_step_that_fails_is_named_and_nobody_is_forked: ROOT
     capabilities_that_outlive_the_user_are_given_up: SETPRIV
     a_worker_that_stays_root_keeps_its_capabilities: ROOT
+    fork_returns_when_a_child_of_another_user_is_stopped: ROOT
+    fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels: ROOT
+    a_child_that_takes_long_to_end_is_reaped_before_the_next_fork: ROOT
+    fork_returns_when_a_copy_of_another_user_is_stopped: ROOT_AND_FAULT_POINTS
+    fork_returns_when_a_copy_of_another_user_is_stopped_on_old_kernels: ROOT_AND_FAULT_POINTS
     a_worker_of_another_user_cannot_reach_into_the_master: ROOT
     a_worker_cannot_reach_into_one_of_another_user: ROOT
     by_number_a_worker_gets_what_the_host_has_opened_and_nothing_else: ROOT
@@ -192,6 +200,111 @@ fn a_worker_that_stays_root_keeps_its_capabilities() {
         |worker| worker.send(effective().as_bytes()).map(drop).unwrap(),
     );
     assert_eq!(entries.take(), [format!("1 {}", effective())]);
+}
+
+/// The child is another user's, and held up; then the same master forks one that is not.
+fn assert_fork_gives_up(master: &Master) {
+    let begun = Instant::now();
+    let error = master.fork().unwrap_err();
+    let waited = begun.elapsed();
+    println!("{error} after {waited:?}");
+    // It ends at a second, but this process may have to wait for a processor.
+    assert!(waited < Duration::from_secs(10), "{waited:?}");
+    match error {
+        Error::Fork {
+            attempt, source, ..
+        } => {
+            assert_eq!(attempt, "wait until it starts");
+            assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
+        }
+        error => panic!("{error}"),
+    }
+    assert!(master.workers().is_empty());
+    assert_next_fork_leaves_no_zombie(master);
+}
+
+/// A child that was killed may need some time to end, be it for lack of a processor.
+fn assert_next_fork_leaves_no_zombie(master: &Master) {
+    wait_until("the end of the child", || {
+        (!children().into_iter().any(is_alive)).then_some(())
+    });
+    master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
+    master.setup_master(Settings::default().exec("/bin/true"));
+    let next = master.fork().unwrap();
+    assert_eq!(children(), [next.process().id()]);
+}
+
+/// The other user has nothing but the permission to signal it.
+fn fork_returns_when_a_child_of_another_user_is_stopped() {
+    let program = Arc::new(LeasedProgram::new());
+    cluster(
+        |master| {
+            let leased = Arc::clone(&program);
+            let stopping = std::thread::spawn(move || {
+                let child = leased.wait_for_child();
+                nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).unwrap();
+                child
+            });
+            master.setup_master(nobodys().exec(program.path()));
+            assert_fork_gives_up(master);
+            stopping.join().unwrap();
+        },
+        |_| unreachable!("it executes another program"),
+    );
+}
+
+fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
+    without_process_descriptors();
+    fork_returns_when_a_child_of_another_user_is_stopped();
+}
+
+/// Another process traces the child, which keeps it from being reaped, as waiting for a device would.
+fn a_child_that_takes_long_to_end_is_reaped_before_the_next_fork() {
+    let program = Arc::new(LeasedProgram::new());
+    cluster(
+        |master| {
+            let leased = Arc::clone(&program);
+            let tracing = std::thread::spawn(move || {
+                let child = leased.wait_for_child();
+                let (begun, tracer_begins) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+                let ForkResult::Parent { child: tracer } = fork_of_the_host() else {
+                    nix::sys::ptrace::seize(child, nix::sys::ptrace::Options::empty()).unwrap();
+                    nix::unistd::write(&tracer_begins, b"!").unwrap();
+                    loop {
+                        nix::unistd::pause();
+                    }
+                };
+                File::from(begun).read_exact(&mut [0]).unwrap();
+                (child.as_raw().unsigned_abs(), tracer)
+            });
+            master.setup_master(nobodys().exec(program.path()));
+            let error = master.fork().unwrap_err();
+            println!("{error}");
+            let (child, tracer) = tracing.join().unwrap();
+            wait_for_state(child, ") Z ");
+            end_child(tracer);
+            assert_eq!(children(), [child]);
+            assert_next_fork_leaves_no_zombie(master);
+        },
+        |_| unreachable!("it executes another program"),
+    );
+}
+
+fn fork_returns_when_a_copy_of_another_user_is_stopped() {
+    with_env("CLUSTER_FAULT", "begin:stop:1", || {
+        cluster(
+            |master| {
+                master.setup_master(nobodys().main(|_| panic!("it is stopped")));
+                assert_fork_gives_up(master);
+            },
+            |_| unreachable!("nothing is executed"),
+        );
+    });
+}
+
+fn fork_returns_when_a_copy_of_another_user_is_stopped_on_old_kernels() {
+    without_process_descriptors();
+    fork_returns_when_a_copy_of_another_user_is_stopped();
 }
 
 fn a_step_that_fails_is_named_and_nobody_is_forked() {
