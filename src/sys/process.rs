@@ -388,7 +388,8 @@ fn clone(child: &Child<'_>) -> io::Result<Made> {
     }
     let parent = parent_of(child);
     let flags = match parent {
-        Parent::Suspended => libc::CLONE_VFORK | libc::CLONE_VM,
+        Parent::Suspended if clone_can_share_memory() => libc::CLONE_VFORK | libc::CLONE_VM,
+        Parent::Suspended => libc::CLONE_VFORK,
         Parent::Polling => 0,
     };
     let flags = flags | libc::CLONE_PIDFD | libc::SIGCHLD;
@@ -411,6 +412,31 @@ fn clone(child: &Child<'_>) -> io::Result<Made> {
         process: process.or_else(|| pid.open()),
         parent,
     })
+}
+
+/// Whether the C library's `clone` leaves the memory alone that a child shares with its parent.
+///
+/// Before version 2.25 glibc kept the numbers of process and thread in the thread's memory, and `clone`
+/// put -1 there in a child with CLONE_VM (bug 19957; some architectures until 2.24): `raise`, `abort` and
+/// `pthread_kill` fail in the parent from then on.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn clone_can_share_memory() -> bool {
+    // SAFETY: always callable.
+    let version = unsafe { libc::gnu_get_libc_version() };
+    // SAFETY: it is a zero-terminated string that nothing changes.
+    let version = unsafe { CStr::from_ptr(version) };
+    keeps_no_thread_numbers(version.to_str().unwrap_or_default())
+}
+
+#[cfg(all(target_os = "linux", not(target_env = "gnu")))]
+fn clone_can_share_memory() -> bool {
+    true
+}
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keeps_no_thread_numbers(glibc: &str) -> bool {
+    let mut numbers = glibc.split('.').map_while(|number| number.parse().ok());
+    (numbers.next(), numbers.next()) >= (Some(2u32), Some(25u32))
 }
 
 fn block_signals() -> io::Result<libc::sigset_t> {
@@ -733,5 +759,16 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
         // The first one is still open, as it is if another process has a copy.
         drop(first);
+    }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[test]
+    fn memory_is_not_shared_where_glibc_keeps_thread_numbers() {
+        for old in ["2.17", "2.19", "2.23", "2.24", "2", "", "unknown"] {
+            assert!(!keeps_no_thread_numbers(old), "{old:?}");
+        }
+        for new in ["2.25", "2.36", "2.40.9000", "3.0"] {
+            assert!(keeps_no_thread_numbers(new), "{new:?}");
+        }
     }
 }
