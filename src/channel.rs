@@ -8,6 +8,9 @@
 //! reader keeps a queue of them and each frame takes as many as its header says. The first frame of
 //! each batch says how many the batch had, so that if the kernel had to drop some, the reader knows
 //! whose they were.
+//!
+//! In a process that did not create it, a channel neither reads nor writes: both would be its creator's
+//! loss.
 
 pub(crate) mod inbox;
 pub(crate) mod outbox;
@@ -168,7 +171,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> Result<(), SendError> {
-        if self.broken || self.closing {
+        if self.broken || self.closing || !self.socket.is_own() {
             return Err(SendError::ChannelClosed);
         }
         if message.len() > MAX_BODY {
@@ -229,6 +232,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// The channel is of no more use for writing; what was queued is gone. That the other side has
     /// closed is no error: reading will tell, after what it wrote before.
     pub(crate) fn flush(&mut self) -> io::Result<Flushed> {
+        if !self.socket.is_own() {
+            return Ok(Flushed::Done);
+        }
         let had_nothing = self.outbox.is_empty();
         match self.write() {
             Err(error) if socket::is_exhaustion(&error) => {
@@ -331,6 +337,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Waits for the other side to make room, and writes, until all is written or the time over.
     pub(crate) fn flush_blocking(&mut self, patience: Duration) {
+        if !self.socket.is_own() {
+            return;
+        }
         let end = Instant::now() + patience;
         let _ = self.socket.set_nonblocking(false);
         while !self.outbox.is_empty() {
@@ -348,6 +357,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
     /// Reads once. The frames are then got with `next`.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
+        if !self.socket.is_own() {
+            return Ok(Received::Nothing);
+        }
         let socket = self.socket.as_fd();
         let (received, placed, most) = match self.inbox.place() {
             None => {
@@ -406,13 +418,19 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.broken = true;
         self.lost |= !self.outbox.is_empty();
         self.outbox.clear();
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        // It would end the channel for all processes that have a copy.
+        if self.socket.is_own() {
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// Closes without regard to what the other side has written. Descriptors among it are let go of
     /// one by one: left to the kernel, their end might be waited for.
     pub(crate) fn discard(mut self) {
         self.shut();
+        if !self.socket.is_own() {
+            return;
+        }
         let mut scratch = [0; 4096];
         let is_something = |piece: &Piece| piece.bytes > 0;
         while socket::receive(self.socket.as_fd(), &mut scratch)

@@ -62,6 +62,10 @@ pub enum Error {
     PolicyFrozen,
     /// `run`, `dispatch` or `accept` was called by a callback, which one of them had called.
     AlreadyRunning,
+    /// A handle was used by a process that did not create it: a child that the application has
+    /// forked, or a worker that executes nothing ([`Settings::main`](crate::Settings::main())). Nothing
+    /// has happened.
+    ForeignProcess,
     /// A worker could not be started.
     Fork {
         /// The program that was to run.
@@ -209,6 +213,7 @@ impl Error {
             | Self::AlreadyInitialized
             | Self::PolicyFrozen
             | Self::AlreadyRunning
+            | Self::ForeignProcess
             | Self::Send { .. }
             | Self::Frame { .. } => None,
         }
@@ -257,6 +262,7 @@ impl std::fmt::Display for Error {
                 )
             }
             Self::AlreadyRunning => write!(f, "run, dispatch or accept called inside a callback"),
+            Self::ForeignProcess => write!(f, "this handle belongs to the process that created it"),
             Self::Fork {
                 program,
                 attempt,

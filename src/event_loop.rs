@@ -178,8 +178,20 @@ impl<R> EventLoop<R> {
         self.began.elapsed()
     }
 
+    /// # Errors
+    ///
+    /// This process has not created the loop.
+    pub(crate) fn check_own(&self) -> Result<()> {
+        if self.poller.is_own() {
+            Ok(())
+        } else {
+            Err(Error::ForeignProcess)
+        }
+    }
+
     /// Marks the loop as turning while the guard lives.
     pub(crate) fn enter(&self) -> Result<Running<'_>> {
+        self.check_own()?;
         if self.running.replace(true) {
             return Err(Error::AlreadyRunning);
         }
@@ -298,7 +310,8 @@ impl<R> EventLoop<R> {
         let now = self.now();
         loop {
             let due = self.timers.borrow_mut().next_due(now);
-            let Some(callback) = due else {
+            // A callback may return in a child that it has forked.
+            let Some(callback) = due.filter(|_| self.poller.is_own()) else {
                 break;
             };
             (callback.borrow_mut())(role);
@@ -316,6 +329,7 @@ impl<R> EventLoop<R> {
     where
         R: 'static,
     {
+        self.check_own()?;
         let id = WatchId(self.last_watch.get().wrapping_add(1));
         self.last_watch.set(id.0);
         let source = self
@@ -378,6 +392,7 @@ impl<R> EventLoop<R> {
         signal: Signal,
         callback: impl FnMut(&R, Signal) + 'static,
     ) -> Result<CallbackId> {
+        self.check_own()?;
         let known = self.signals.borrow().get(&signal).map(Rc::clone);
         let interest = match known {
             Some(interest) => interest,

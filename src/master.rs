@@ -243,6 +243,7 @@ impl Master {
         K: Into<OsString>,
         V: Into<OsString>,
     {
+        self.home.check_own()?;
         let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
         let watch_children = || self.watch_children();
         let abandon_watches = || self.home.abandon_watches();
@@ -407,6 +408,7 @@ impl Master {
     /// # }
     /// ```
     pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<MasterListener> {
+        self.home.check_own()?;
         let mut wish = options.into().wish;
         match self.open(&mut wish) {
             Ok(kept) => Ok(MasterListener::new(&self.shell, kept)),
@@ -935,6 +937,8 @@ impl Master {
             }
         }
         for (token, ready) in ready {
+            // A callback may return in a child that it has forked.
+            home.check_own()?;
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
@@ -1020,6 +1024,9 @@ impl Master {
     fn settle(&self) {
         self.act();
         for _ in 0..EVENTS_PER_TURN {
+            if self.home.check_own().is_err() {
+                break;
+            }
             let over = self.callbacks.over.borrow_mut().pop_front();
             if let Some(callback) = over {
                 callback(self);

@@ -106,6 +106,7 @@ impl MasterListener {
         let Some(master) = self.master.upgrade() else {
             return Ok(());
         };
+        master.check_own()?;
         let set = master.set_removes_file(self.kept.handle, removes);
         set.map_err(Error::io("find the file of a Unix socket"))
     }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
@@ -182,6 +182,17 @@ impl MasterShell {
         core
     }
 
+    /// # Errors
+    ///
+    /// This process has not created the master.
+    pub(crate) fn check_own(&self) -> crate::error::Result<()> {
+        if self.poller.is_own() {
+            Ok(())
+        } else {
+            Err(Error::ForeignProcess)
+        }
+    }
+
     /// Starts a worker. Where the kernel has no descriptors for processes, `watch_children` makes
     /// the loop wake up for SIGCHLD. In a worker that executes nothing, `abandon_watches` forgets what
     /// else is in the loop, and returns the descriptors.
@@ -232,8 +243,13 @@ impl MasterShell {
             // The worker would print it once more.
             let _ = std::io::stdout().flush();
             let abandon = || {
-                let mut numbers = self.abandon()?;
-                numbers.extend(abandon_watches());
+                let inert = sys::fd::inert()?;
+                let mut numbers = self.abandon(inert.as_fd())?;
+                // The application may have other handles of these.
+                for number in abandon_watches() {
+                    sys::fd::replace(number, inert.as_fd())?;
+                }
+                // The rest is in frames to which the child does not return.
                 numbers.extend(channel.descriptors().iter().map(AsRawFd::as_raw_fd));
                 numbers.extend(stdio.ours.values().map(AsRawFd::as_raw_fd));
                 numbers.extend(settings.descriptors());
@@ -304,11 +320,9 @@ impl MasterShell {
 
     /// Lets go of everything: the workers leave when their channels close.
     pub(crate) fn close(&self) {
-        // In a process that the host has forked since, it is all somebody else's.
-        let is_own = Pid::own() == self.poller.owner();
         for record in self.records.take().into_values() {
-            if let Some(channel) = record.channel.take().filter(|_| is_own) {
-                // Shut, too: a child of the host's may have copies.
+            if let Some(channel) = record.channel.take() {
+                // Shut, too: a child that the application has forked may have copies.
                 channel.discard();
             }
             record.process.take();
@@ -316,39 +330,47 @@ impl MasterShell {
         }
     }
 
-    /// In a worker that executes nothing: forgets all that is its master's, and returns the
-    /// descriptors. None of it is dropped, which the master would notice.
-    fn abandon(&self) -> io::Result<Vec<RawFd>> {
-        self.poller.abandon()?;
+    /// In a worker that executes nothing: takes out what is the master's, and returns the descriptors of
+    /// what no value owns any more. Where the application may have another handle, `inert` takes the
+    /// number: closed, it would soon be that of something else, which this handle would use or close.
+    fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
+        self.poller.abandon(inert)?;
         let (records, listeners) = (self.records.take(), self.listeners.take());
         let queues = self.queues.take();
+        let policy = self.core.borrow().policy();
+        let core = self.core.replace(MasterCore::new(policy));
         let mut numbers = self.unreaped.abandon();
         for record in records.values() {
-            // The program may have the worker in its hands.
-            let channel = record.channel.take();
+            let (channel, process) = (record.channel.take(), record.process.take());
+            let stdio = record.stdio.take();
             let descriptors = channel.iter().flat_map(Channel::descriptors);
             numbers.extend(descriptors.map(|fd| fd.as_raw_fd()));
-            std::mem::forget(channel);
-            let process = record.process.borrow();
             numbers.extend(process.iter().map(|process| process.as_raw_fd()));
-            let stdio = record.stdio.take();
             numbers.extend(stdio.values().map(AsRawFd::as_raw_fd));
-            std::mem::forget(stdio);
+            std::mem::forget((channel, process, stdio));
         }
         for listener in listeners.values() {
             let file = listener.file.iter().map(SocketFile::directory);
             numbers.extend(file.map(|directory| directory.as_raw_fd()));
-            numbers.extend(listener.sockets.iter().map(|socket| socket.as_raw_fd()));
+            for socket in &listener.sockets {
+                // Of the application's `MasterListener`.
+                if Rc::strong_count(socket) > 1 {
+                    sys::fd::replace(socket.as_raw_fd(), inert)?;
+                } else {
+                    numbers.push(socket.as_raw_fd());
+                }
+            }
         }
         let ends = queues.values().flat_map(Queue::descriptors);
         numbers.extend(ends.map(|end| end.as_raw_fd()));
-        std::mem::forget((records, listeners, queues));
-        let core = self.core.borrow();
         numbers.extend(core.waiting().map(|fd| fd.as_fd().as_raw_fd()));
-        let told = self.told.borrow().upgrade();
-        for untaken in core.messages().filter_map(Message::untaken).chain(&told) {
+        for untaken in core.messages().filter_map(Message::untaken) {
             numbers.extend(untaken.borrow().iter().map(|fd| fd.as_fd().as_raw_fd()));
         }
+        // The message that is being delivered.
+        let told = self.told.borrow().upgrade().map(|untaken| untaken.take());
+        numbers.extend(told.iter().flatten().map(|fd| fd.as_fd().as_raw_fd()));
+        std::mem::forget((records, listeners, queues, core, told));
         Ok(numbers)
     }
 
@@ -428,7 +450,8 @@ impl MasterShell {
     /// Not a part of `act`, which most often finds nothing, several times for each message.
     #[inline(never)]
     fn carry_all_out(&self) {
-        loop {
+        // All of it concerns the process that has created it.
+        while self.poller.is_own() {
             let action = self.core.borrow_mut().next_action();
             match action {
                 Some(action) => self.carry_out(action),
@@ -705,10 +728,12 @@ impl MasterShell {
 
     /// The program lets go of a listener that it has kept.
     pub(crate) fn release(&self, handle: HandleId) {
-        // In a process that the host has forked since, it is all somebody else's.
-        if Pid::own() == self.poller.owner() {
+        if self.poller.is_own() {
             self.decide().release(handle);
             self.act();
+        } else {
+            // The copies of this process.
+            drop(self.listeners.borrow_mut().remove(&handle));
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::endpoint::BindFlags;
 use crate::sys::fd::{self, FileStatus};
-use crate::sys::process::Pid;
+use crate::sys::owner::Owner;
 use crate::sys::{self, errno};
 
 /// The file of a listening socket, which is removed when this is dropped: unless the file has been
@@ -20,8 +20,8 @@ pub(crate) struct SocketFile {
     directory: OwnedFd,
     name: OsString,
     status: FileStatus,
-    /// In a child that the host has forked since, it is its parent's.
-    owner: Pid,
+    /// No other process removes it.
+    owner: Owner,
     /// Another process removes it.
     is_left: bool,
 }
@@ -50,7 +50,7 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         directory,
         name: name.into(),
         status,
-        owner: Pid::own(),
+        owner: Owner::current(),
         is_left: false,
     };
     let mut mode = status.mode;
@@ -88,7 +88,7 @@ impl SocketFile {
             directory,
             name: name.into(),
             status,
-            owner: Pid::own(),
+            owner: Owner::current(),
             is_left: false,
         })
     }
@@ -149,7 +149,7 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let found = fd::status_at(&self.directory, &self.name);
         let is_same = found.is_ok_and(|found| found.is_same(self.status));
-        if is_same && self.owner == Pid::own() && !self.is_left {
+        if is_same && self.owner.is_current() && !self.is_left {
             let _ = fd::remove_at(&self.directory, &self.name);
         }
     }

@@ -391,7 +391,11 @@ impl WorkerProcess {
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> Result<bool> {
-        let outcome = match self.master.upgrade() {
+        let master = self.master.upgrade();
+        master
+            .as_ref()
+            .map_or(Ok(()), |master| master.check_own())?;
+        let outcome = match master {
             Some(master) => master.send(&self.record, message, fds, receipt),
             None => Err(SendError::ChannelClosed),
         };

@@ -205,6 +205,9 @@ impl WorkerShell {
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
     ) -> Result<bool> {
+        if !self.poller.is_own() {
+            return Err(Error::ForeignProcess);
+        }
         let failed = |reason| Error::Send {
             worker: None,
             reason,
@@ -262,9 +265,12 @@ impl WorkerShell {
     #[inline(never)]
     fn carry_all_out(&self) {
         let mut sent = false;
+        let is_own = self.poller.is_own();
         loop {
             let action = self.core.borrow_mut().next_action();
             match action {
+                // These concern the process that has created it. This one closes its copies.
+                Some(Action::Send(_) | Action::ShutDoor(_) | Action::CloseChannel) if !is_own => {}
                 Some(Action::Send(frame)) => {
                     sent = true;
                     if let Some(channel) = self.channel.borrow_mut().as_mut() {
@@ -543,7 +549,7 @@ impl WorkerShell {
     /// Takes the next connection out of the queue or accepts it from the listener, if there is one.
     /// A listener that is ending closes when there is none.
     pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
-        let Some(socket) = self.socket(listener) else {
+        let Some(socket) = self.socket(listener).filter(|socket| socket.is_own()) else {
             return Ok(None);
         };
         let taken = match &**socket {
@@ -586,7 +592,7 @@ impl WorkerShell {
 
     /// From now on accepting from this listener waits no more, for nobody who has it.
     pub(crate) fn unblock(&self, listener: ListenerId) -> Result<()> {
-        let socket = self.socket(listener);
+        let socket = self.socket(listener).filter(|socket| socket.is_own());
         if let Some(Socket::Listener(shared)) = socket.as_deref().map(|socket| &**socket) {
             if shared.blocks.replace(false) {
                 sys::fd::set_nonblocking(shared.fd.as_fd(), true)
@@ -718,7 +724,7 @@ impl WorkerShell {
         listener: ListenerId,
         buffer: &mut [u8],
     ) -> Result<Option<(usize, SocketAddr)>> {
-        let socket = self.socket(listener);
+        let socket = self.socket(listener).filter(|socket| socket.is_own());
         let Some(Socket::Datagrams(socket)) = socket.as_deref().map(|socket| &**socket) else {
             return Ok(None);
         };

@@ -3,12 +3,14 @@
 use std::ffi::{CString, OsStr};
 use std::io::{self, Read as _};
 use std::mem::ManuallyDrop;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 
 use super::check;
+use super::owner::Owner;
 
 /// Looks at what can be read from a socket that is known by its number alone, and leaves it there.
 ///
@@ -88,11 +90,22 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
-/// Puts a copy of `new` where `old` is, which is closed in this process.
-pub(super) fn replace(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: dup2 changes no memory. Whoever has the old one has the new one now.
-    check(unsafe { libc::dup2(new.as_raw_fd(), old.as_raw_fd()) })?;
-    close_on_exec(old.as_raw_fd())
+/// Puts a copy of `new` in the place of a descriptor that is known by its number, which is closed in
+/// this process. Owners of the number have the copy from now on.
+pub(crate) fn replace(number: RawFd, new: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: dup2 changes no memory.
+    check(unsafe { libc::dup2(new.as_raw_fd(), number) })?;
+    close_on_exec(number)
+}
+
+/// Makes a descriptor that nothing can be done with. A copy of it keeps a number from being used again
+/// as long as a value that does not know of its end may use or close it.
+pub(crate) fn inert() -> io::Result<OwnedFd> {
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    // Where only connected sockets can be shut down, reading fails instead of ending.
+    let _ = socket.shutdown(Shutdown::Both);
+    Ok(socket.into())
 }
 
 fn c_string(text: &OsStr) -> io::Result<CString> {
@@ -241,34 +254,42 @@ pub(crate) fn limit() -> u64 {
 /// of it, and the end of a socket with SO_LINGER waits for the peer, though the socket be set not to
 /// block. Who has it as his own may want that; in passing it would be a way to hold up this process.
 #[derive(Debug)]
-pub(crate) struct CommonFd(ManuallyDrop<OwnedFd>);
+pub(crate) struct CommonFd {
+    fd: ManuallyDrop<OwnedFd>,
+    owner: Owner,
+}
 
 impl CommonFd {
     /// Makes it this process's own.
     pub(crate) fn claim(self) -> OwnedFd {
         let mut this = ManuallyDrop::new(self);
         // SAFETY: neither it nor what it was in is used again.
-        unsafe { ManuallyDrop::take(&mut this.0) }
+        unsafe { ManuallyDrop::take(&mut this.fd) }
     }
 }
 
 impl From<OwnedFd> for CommonFd {
     fn from(fd: OwnedFd) -> Self {
-        Self(ManuallyDrop::new(fd))
+        let fd = ManuallyDrop::new(fd);
+        let owner = Owner::current();
+        Self { fd, owner }
     }
 }
 
 impl AsFd for CommonFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl Drop for CommonFd {
     fn drop(&mut self) {
-        do_not_linger(&self.0);
+        // The option is the socket's, and so the owner's, too.
+        if self.owner.is_current() {
+            do_not_linger(&self.fd);
+        }
         // SAFETY: it is not used again.
-        unsafe { ManuallyDrop::drop(&mut self.0) };
+        unsafe { ManuallyDrop::drop(&mut self.fd) };
     }
 }
 

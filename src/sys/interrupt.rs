@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use crate::sys::owner::Owner;
 use crate::sys::{check, empty_set, fd};
 
 const SIGNAL: libc::c_int = libc::SIGURG;
@@ -86,6 +87,7 @@ pub(crate) struct Interrupt {
     timer: Cell<Option<libc::timer_t>>,
     /// What the timer is set to.
     deadline: Cell<Option<Instant>>,
+    owner: Owner,
 }
 
 impl Interrupt {
@@ -122,6 +124,7 @@ impl Interrupt {
             armed: Cell::default(),
             timer: Cell::default(),
             deadline: Cell::default(),
+            owner: Owner::current(),
         })
     }
 
@@ -273,9 +276,9 @@ impl std::fmt::Debug for Interrupt {
 
 impl Drop for Interrupt {
     fn drop(&mut self) {
-        // In a child that the host has forked since, sources are the parent's, and timers are not
+        // In a child that the application has forked, sources are the parent's, and timers are not
         // inherited.
-        if OWNER.load(Ordering::SeqCst) == own_thread() {
+        if self.owner.is_current() && OWNER.load(Ordering::SeqCst) == own_thread() {
             for &source in self.sources.borrow().iter() {
                 // It may be closed, and its number somebody else's.
                 if owner_of(source).is_ok_and(|owner| owner == own_thread()) {

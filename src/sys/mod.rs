@@ -2,7 +2,7 @@
 //!
 //! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
 //! signal handlers (`signal`), making processes (`process`) and what they do before they execute
-//! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`,
+//! their program (`child`), calls with raw buffers (`socket`), a page that a fork wipes (`owner`), making and naming sockets (`listen`,
 //! `queue`), changing the environment (`env`), a handler that changes what a call is about
 //! (`interrupt`). Functions return `io::Error`; the caller says what it tried.
 
@@ -12,6 +12,7 @@ pub(crate) mod fd;
 #[cfg_attr(not(target_os = "linux"), path = "no_interrupt.rs")]
 pub(crate) mod interrupt;
 pub(crate) mod listen;
+pub(crate) mod owner;
 pub(crate) mod poll;
 pub(crate) mod process;
 pub(crate) mod queue;

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use polling::{Event, Events, PollMode};
 
-use super::process::Pid;
+use super::fd;
+use super::owner::Owner;
 
 /// How many events one wait returns at most; the rest come with the next one.
 const EVENTS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
@@ -34,21 +35,19 @@ pub enum Interest {
 #[derive(Clone, Debug)]
 pub(crate) struct Poller(Rc<Owned>);
 
-/// In a child that the host has forked since, it is still its parent's: what the child takes out is
-/// gone for both.
+/// In another process than its owner, it is still the owner's: a descriptor that is removed there is
+/// removed for both.
 #[derive(Debug)]
 struct Owned {
     poller: ManuallyDrop<polling::Poller>,
-    owner: Pid,
+    owner: Owner,
     /// The system can be asked for events without the poller.
     is_direct: bool,
-    /// This is a child that has closed it, and is not to use what may be there now.
-    is_closed: Cell<bool>,
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        if self.owner == Pid::own() {
+        if self.owner.is_current() {
             // SAFETY: it is not used again.
             unsafe { ManuallyDrop::drop(&mut self.poller) };
         }
@@ -120,33 +119,32 @@ impl Poller {
         Ok(Self(Rc::new(Owned {
             is_direct: epoll::tells_keys(&poller)?,
             poller: ManuallyDrop::new(poller),
-            owner: Pid::own(),
-            is_closed: Cell::new(false),
+            owner: Owner::current(),
         })))
     }
 
-    /// In a child that goes on with the memory of its parent: closes what is the poller's, and leaves
-    /// what is in it to the parent. Neither adding nor waiting is possible any more.
-    pub(crate) fn abandon(&self) -> io::Result<()> {
-        if self.0.is_closed.replace(true) {
-            return Ok(());
-        }
-        // What the poller takes out when it is dropped it takes out of one that is empty.
-        epoll::empty(&self.0.poller)?;
-        // SAFETY: it lives, and nobody uses it again: `owner` is another process.
+    /// In a child that goes on with the memory of its parent: closes the poller's descriptors, and puts
+    /// `inert` in the place of the one that the application may know.
+    pub(crate) fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<()> {
+        let number = self.0.poller.as_raw_fd();
+        // Before it is dropped: it removes its own descriptors then, which would be the parent's loss.
+        fd::replace(number, inert)?;
+        // SAFETY: it lives, and is not used again: `owner` is another process.
         drop(unsafe { std::ptr::read(&raw const *self.0.poller) });
-        Ok(())
+        fd::replace(number, inert)
     }
 
-    fn check_open(&self) -> io::Result<()> {
-        match self.0.is_closed.get() {
-            false => Ok(()),
-            true => Err(io::Error::from_raw_os_error(libc::EBADF)),
+    /// Whether this process has created it.
+    pub(crate) fn is_own(&self) -> bool {
+        self.0.owner.is_current()
+    }
+
+    fn check_own(&self) -> io::Result<()> {
+        if self.is_own() {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(libc::EBADF))
         }
-    }
-
-    pub(crate) fn owner(&self) -> Pid {
-        self.0.owner
     }
 
     /// Adds a descriptor, level-triggered; events carry `key`.
@@ -156,7 +154,6 @@ impl Poller {
         key: usize,
         interest: Option<Interest>,
     ) -> io::Result<Registered<S>> {
-        self.check_open()?;
         let registered = Registered {
             poller: self.clone(),
             key,
@@ -170,7 +167,7 @@ impl Poller {
     /// Waits until something is ready or the time is over.
     pub(crate) fn wait(&self, timeout: Option<Duration>, ready: &mut ReadyList) -> io::Result<()> {
         ready.count = 0;
-        self.check_open()?;
+        self.check_own()?;
         if self.0.is_direct {
             return epoll::wait(&self.0.poller, timeout, ready);
         }
@@ -194,7 +191,11 @@ impl AsFd for Poller {
 }
 
 impl<S: AsFd> Registered<S> {
+    /// # Errors
+    ///
+    /// The system refuses it, or the poller is another process's.
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
+        self.poller.check_own()?;
         let poller = &self.poller.0.poller;
         match (self.interest.get(), interest) {
             (None, None) => {}
@@ -214,6 +215,11 @@ impl<S: AsFd> Registered<S> {
         Ok(())
     }
 
+    /// Whether this process has put it there.
+    pub(crate) fn is_own(&self) -> bool {
+        self.poller.is_own()
+    }
+
     /// Whether it is waited for.
     pub(crate) fn is_watched(&self) -> bool {
         self.interest.get().is_some()
@@ -230,7 +236,7 @@ impl<S: AsFd> Deref for Registered<S> {
 
 impl<S: AsFd> Drop for Registered<S> {
     fn drop(&mut self) {
-        if self.is_watched() && self.poller.owner() == Pid::own() {
+        if self.is_watched() && self.is_own() {
             // It can fail only if it is out already.
             let _ = self.poller.0.poller.delete(self.source.as_fd());
         }
@@ -244,7 +250,7 @@ impl<S: AsFd> Drop for Registered<S> {
 mod epoll {
     use std::io;
     use std::mem::MaybeUninit;
-    use std::os::fd::{AsFd as _, AsRawFd as _};
+    use std::os::fd::AsRawFd as _;
     use std::time::{Duration, Instant};
 
     use polling::{Event, PollMode, Poller};
@@ -264,13 +270,6 @@ mod epoll {
         poller.delete(&ready)?;
         waited?;
         Ok(told.count == 1 && told.iter().all(|told| told.key == KEY && told.writable))
-    }
-
-    /// Puts another one in its place, for this process, in which nothing is.
-    pub(super) fn empty(poller: &Poller) -> io::Result<()> {
-        // SAFETY: epoll_create1 takes an integer.
-        let new = fd::adopt(check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?);
-        fd::replace(poller.as_fd(), new.as_fd())
     }
 
     pub(super) fn wait(
@@ -323,11 +322,6 @@ mod epoll {
 
     pub(super) fn tells_keys(_poller: &Poller) -> io::Result<bool> {
         Ok(false)
-    }
-
-    /// A child does not have its parent's queue of events.
-    pub(super) fn empty(_poller: &Poller) -> io::Result<()> {
-        Ok(())
     }
 
     pub(super) fn wait(

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::check;
+use super::owner::AtomicOwner;
 
 pub(crate) use libc::{
     SIGALRM as ALRM, SIGCHLD as CHLD, SIGCONT as CONT, SIGHUP as HUP, SIGINT as INT,
@@ -22,10 +23,18 @@ pub(crate) use libc::{
 const SIGNALS: usize = 65;
 
 /// The pipe is never closed: a handler may be using it on another thread at any time.
-static PIPE: OnceLock<(UnixStream, UnixStream)> = OnceLock::new();
+static PIPE: OnceLock<Pipe> = OnceLock::new();
 static PENDING: AtomicU64 = AtomicU64::new(0);
 /// The handlers that ours replaced, as `sa_sigaction`, for those that are functions.
 static PREVIOUS: [AtomicUsize; SIGNALS] = [const { AtomicUsize::new(0) }; SIGNALS];
+
+#[derive(Debug)]
+struct Pipe {
+    reader: UnixStream,
+    writer: UnixStream,
+    /// A child that the application has forked inherits the handlers, and must not wake its parent.
+    owner: AtomicOwner,
+}
 
 fn bit(signal: libc::c_int) -> u64 {
     u32::try_from(signal - 1).map_or(0, |shift| 1u64.checked_shl(shift).unwrap_or(0))
@@ -36,7 +45,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     // SAFETY: the location of errno is valid for the thread that runs this.
     let errno = unsafe { *errno_location() };
     PENDING.fetch_or(bit(signal), Ordering::SeqCst);
-    if let Some((_, writer)) = PIPE.get() {
+    if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
         let byte = [0u8];
         // SAFETY: one byte is read from a live buffer. A full pipe is fine: it wakes the reader.
         unsafe {
@@ -79,7 +88,7 @@ fn errno_location() -> *mut libc::c_int {
 
 /// The readable end, for the poller.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct SignalPipe(&'static UnixStream);
+pub(crate) struct SignalPipe(&'static Pipe);
 
 impl SignalPipe {
     pub(crate) fn new() -> io::Result<Self> {
@@ -87,19 +96,27 @@ impl SignalPipe {
             let (reader, writer) = UnixStream::pair()?;
             reader.set_nonblocking(true)?;
             writer.set_nonblocking(true)?;
+            let owner = AtomicOwner::current();
             // Another thread may have been faster, which is as good.
-            let _ = PIPE.set((reader, writer));
+            let _ = PIPE.set(Pipe {
+                reader,
+                writer,
+                owner,
+            });
         }
         match PIPE.get() {
-            Some((reader, _)) => Ok(Self(reader)),
+            Some(pipe) => Ok(Self(pipe)),
             None => Err(io::ErrorKind::Other.into()),
         }
     }
 
     /// Returns the numbers of the signals that came since the last call.
     pub(crate) fn take(self) -> Vec<libc::c_int> {
+        if !self.0.owner.is_current() {
+            return Vec::new();
+        }
         let mut sink = [0; 64];
-        let mut reader = self.0;
+        let mut reader = &self.0.reader;
         while matches!(reader.read(&mut sink), Ok(n) if n == sink.len()) {}
         let pending = PENDING.swap(0, Ordering::SeqCst);
         (1..=64)
@@ -110,7 +127,7 @@ impl SignalPipe {
 
 impl AsFd for SignalPipe {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.0.reader.as_fd()
     }
 }
 
@@ -118,14 +135,15 @@ impl AsFd for SignalPipe {
 /// of its own. The one it was born with wakes its parent.
 pub(super) fn renew() -> io::Result<()> {
     PENDING.store(0, Ordering::SeqCst);
-    let Some((reader, writer)) = PIPE.get() else {
+    let Some(pipe) = PIPE.get() else {
         return Ok(());
     };
     let (new_reader, new_writer) = UnixStream::pair()?;
-    for (new, old) in [(new_reader, reader), (new_writer, writer)] {
+    for (new, old) in [(new_reader, &pipe.reader), (new_writer, &pipe.writer)] {
         new.set_nonblocking(true)?;
-        super::fd::replace(old.as_fd(), new.as_fd())?;
+        super::fd::replace(old.as_raw_fd(), new.as_fd())?;
     }
+    pipe.owner.claim();
     Ok(())
 }
 

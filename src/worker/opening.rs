@@ -19,6 +19,7 @@ impl Worker {
     /// Opens the first that can be had of what the program wants. The outer error is that of the
     /// wait for the master, the inner one that of the system.
     pub(super) fn open(&self, wish: &mut Wish) -> Result<io::Result<Opened>> {
+        self.inner.home.check_own()?;
         if let Some(socket) = wish.take_socket() {
             return Ok(self.open_socket(socket, wish));
         }

@@ -38,6 +38,8 @@ impl Worker {
         let ready = home.wait(earlier(limit, timeout), &mut ready)?;
         self.inner.shell.tick();
         for (token, ready) in ready {
+            // A callback may return in a child that it has forked.
+            home.check_own()?;
             match token {
                 Token::Channel(_) => {
                     if ready.writable {
@@ -64,7 +66,7 @@ impl Worker {
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
-        loop {
+        while self.inner.home.check_own().is_ok() {
             self.inner.shell.act();
             self.tell_news();
             let event = self.inner.shell.core.borrow_mut().next_event();
@@ -194,6 +196,7 @@ impl Worker {
         inner: &Rc<Inner>,
         listener: ListenerId,
     ) -> Result<Option<Connection<OwnedFd>>> {
+        inner.home.check_own()?;
         if inner.shell.blocks(listener) {
             let prepare = || {
                 let signals = inner.home.open_signal_pipe()?;

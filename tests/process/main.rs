@@ -17,6 +17,7 @@ mod edges;
 mod examples;
 mod exhaustion;
 mod fleet;
+mod forked;
 mod hand_over;
 mod harness;
 mod host;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         deadlines::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
+        forked::SCENARIOS,
         privileges::SCENARIOS,
         sharded::SCENARIOS,
         kept::SCENARIOS,

@@ -33,6 +33,7 @@ crate::scenarios! {
     copies_have_shards
     a_copy_has_nothing_of_its_masters_but_what_the_program_has_open
     a_copy_has_no_connection_that_waits_in_the_master
+    handles_of_what_was_closed_in_a_copy_reach_nothing_else
     what_a_copy_does_to_other_workers_happens_to_nobody
     the_master_is_useless_in_a_copy
     a_copy_begins_with_no_signal_blocked_handled_or_pending
@@ -254,6 +255,8 @@ fn a_copy_has_nothing_of_its_masters_but_what_the_program_has_open() {
             // What `stdio` says, the end that the program has kept, and the pair for signals.
             own.extend(["/dev/null", "socket"].map(str::to_owned));
             own.extend(["socket", "socket", "socket"].map(str::to_owned));
+            // What keeps the number of what is watched.
+            own.push("socket".to_owned());
             own.push(expected.clone());
             own.sort();
             assert_eq!(kinds_beyond(&beginning), own);
@@ -321,7 +324,8 @@ fn a_copy_has_no_connection_that_waits_in_the_master() {
         set_main(&asked, move |_| {
             let found = kinds_beyond(&beginning);
             let sockets = found.iter().filter(|kind| *kind == "socket").count();
-            assert_eq!(sockets, 2, "its channel, and the program's client");
+            let expected = "its channel, the client, and what keeps the number of the poller";
+            assert_eq!(sockets, 3, "{expected}");
         });
         asked.fork().unwrap();
         workers.first().map(|load| load.worker)
@@ -346,6 +350,66 @@ fn a_copy_has_no_connection_that_waits_in_the_master() {
     assert_eq!(ended.get(), 2);
     let read = client.take().unwrap().read(&mut [0]).unwrap();
     assert_eq!(read, 0, "nobody has it any more");
+}
+
+/// The numbers of what is closed in a copy are not used again: the application may have other handles of
+/// them, which it uses or drops.
+fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
+    use std::os::fd::{AsFd as _, BorrowedFd};
+
+    /// By its number, as from a library of another language.
+    struct Foreign(RawFd);
+
+    impl std::os::fd::AsFd for Foreign {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            #[allow(unsafe_code)]
+            // SAFETY: the closure of the workers owns the descriptor, and outlives the watch.
+            unsafe {
+                BorrowedFd::borrow_raw(self.0)
+            }
+        }
+    }
+
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("of a worker");
+    masters(|master| {
+        let (used, one) = UnixStream::pair().unwrap();
+        let (dropped, another) = UnixStream::pair().unwrap();
+        let used = Rc::new(used);
+        let never = |_: &Master, _: &_| panic!("nothing was written");
+        let first = master.watch(Rc::clone(&used), Interest::Readable, never);
+        let number = Foreign(dropped.as_raw_fd());
+        let never = |_: &Master, _: &_| panic!("nothing was written");
+        let second = master.watch(number, Interest::Readable, never);
+        let listener = Rc::new(master.listen("127.0.0.1:0").unwrap());
+        let shared = Rc::clone(&listener);
+        let dropped = RefCell::new(Some(dropped));
+        set_main(master, move |worker| {
+            // As many as have been closed, and more.
+            let mut files: Vec<_> = (0..32)
+                .map(|number| std::fs::File::create(path.with_extension(number.to_string())))
+                .map(Result::unwrap)
+                .collect();
+            let numbers: Vec<_> = files.iter().map(|file| file.as_raw_fd()).collect();
+            assert!(!numbers.contains(&used.as_raw_fd()));
+            assert!(!numbers.contains(&shared.as_fd().as_raw_fd()));
+            assert!((&*used).write_all(b"to a client").is_err());
+            drop(dropped.take());
+            for file in &mut files {
+                file.write_all(b"of a worker").unwrap();
+                assert_eq!(file.metadata().unwrap().len(), 11);
+            }
+            worker.disconnect();
+        });
+        let worker = master.fork().unwrap();
+        worker.on_exit(move |master, _, status| {
+            assert!(status.success(), "{status}");
+            master.unwatch(first.as_ref().copied().unwrap());
+            master.unwatch(second.as_ref().copied().unwrap());
+            // Until now nothing was to be read there.
+            let _ = (&listener, &one, &another);
+        });
+    });
 }
 
 fn what_a_copy_does_to_other_workers_happens_to_nobody() {
@@ -746,7 +810,7 @@ fn a_step_that_fails_in_a_copy_is_an_error_of_fork() {
             libc::EMFILE,
         );
         assert_fails(master, "make it a worker", Some(libc::EMFILE));
-        refuse_calls(&[libc::SYS_epoll_create1], libc::ENFILE);
+        refuse_calls(&[libc::SYS_socket], libc::ENFILE);
         assert_fails(master, "prepare its descriptors", Some(libc::ENFILE));
     });
 }

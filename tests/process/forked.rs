@@ -1,0 +1,703 @@
+//! Children that the application forks, as servers do that have a child for each connection: they have
+//! copies of all handles of the crate, and must take nothing from the process that created them.
+
+use std::cell::{Cell, RefCell};
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use cluster::pool::{Action, Pool, PoolOptions};
+use cluster::{
+    Connection, Error, Interest, ListenOptions, Listener, Master, MasterListener, Result, Role,
+    SchedulingPolicy, Settings, Signal, UdpSocket, Worker, WorkerProcess,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal as Number, raise};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid};
+
+use crate::harness::{
+    SIGNALS, answer_pings, cluster, in_background, talk, wait_until, when_listening,
+};
+
+crate::scenarios! {
+    child_per_connection_leaves_its_worker_alone_rr
+    child_per_connection_leaves_its_worker_alone_none
+    child_per_connection_leaves_its_worker_alone_sharded
+    handles_of_a_worker_are_inert_in_a_forked_child_rr
+    handles_of_a_worker_are_inert_in_a_forked_child_none
+    handles_of_a_master_are_inert_in_a_forked_child
+    pool_is_inert_in_a_forked_child
+    loop_ends_in_a_child_that_a_callback_has_forked
+}
+
+fn fork() -> ForkResult {
+    #[allow(unsafe_code)]
+    // SAFETY: the parent has one thread.
+    unsafe { nix::unistd::fork() }.unwrap()
+}
+
+/// Plays in a child, which ends as programs do: handlers and destructors run.
+fn in_child(play: impl FnOnce()) {
+    match fork() {
+        ForkResult::Child => {
+            play();
+            std::process::exit(0);
+        }
+        ForkResult::Parent { child } => expect_success(child),
+    }
+}
+
+#[track_caller]
+fn expect_success(child: Pid) {
+    assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
+}
+
+/// Whether nothing wakes the loop that has this poller.
+fn is_idle(poller: &impl AsFd) -> bool {
+    let mut fds = [PollFd::new(poller.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).unwrap() == 0
+}
+
+#[track_caller]
+fn expect_foreign<T>(result: Result<T>) {
+    match result {
+        Err(Error::ForeignProcess) => {}
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("it did something"),
+    }
+}
+
+/// Clients one after the other; each has a child of the worker to itself, which returns from `main`.
+fn child_per_connection(policy: SchedulingPolicy) {
+    const CLIENTS: usize = 5;
+    let served = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&served);
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            master.set_scheduling_policy(policy).unwrap();
+            master.on_error(|_, _, error| panic!("{error}"));
+            master.on_exit(|_, worker, status| {
+                assert!(status.success(), "{status}");
+                assert_eq!(worker.exited_after_disconnect(), Some(true));
+            });
+            when_listening(&master, 1, move |master, address| {
+                let ask = move || [(); CLIENTS].map(|()| talk(address, b"").unwrap());
+                in_background(master, ask, move |master, answers| {
+                    assert_eq!(answers, ["served"; CLIENTS]);
+                    counted.set(answers.len());
+                    master.disconnect(|_| {});
+                });
+            });
+            master.fork().unwrap();
+            master.run().unwrap();
+            assert_eq!(served.get(), CLIENTS);
+        }
+        Role::Worker(worker) => {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            for connection in listener.incoming() {
+                let mut connection = connection.unwrap();
+                match fork() {
+                    ForkResult::Child => return connection.write_all(b"served").unwrap(),
+                    ForkResult::Parent { child } => expect_success(child),
+                }
+            }
+        }
+    }
+}
+
+fn child_per_connection_leaves_its_worker_alone_rr() {
+    child_per_connection(SchedulingPolicy::RoundRobin);
+}
+
+fn child_per_connection_leaves_its_worker_alone_none() {
+    child_per_connection(SchedulingPolicy::Shared);
+}
+
+fn child_per_connection_leaves_its_worker_alone_sharded() {
+    child_per_connection(SchedulingPolicy::Sharded);
+}
+
+/// One of everything that a worker can have.
+struct WorkersHandles {
+    connection: Connection,
+    listener: Listener,
+    blocking: Listener,
+    exclusive: Listener<UnixStream>,
+    udp: UdpSocket,
+    watch: cluster::WatchId,
+    timer: cluster::TimerId,
+    worker: Worker,
+}
+
+/// What a child does with handles, by the name of that.
+type Uses<H> = [(&'static str, fn(&H))];
+
+/// What a child does before it drops them all.
+const WORKERS_USES: &Uses<WorkersHandles> = &[
+    ("nothing", |_| {}),
+    ("Worker::send", |handles| {
+        expect_foreign(handles.worker.send(b"from a child"))
+    }),
+    ("Worker::disconnect", |handles| {
+        handles.worker.disconnect();
+    }),
+    ("Worker::kill", |handles| handles.worker.kill()),
+    ("OwnProcess::disconnect", |handles| {
+        handles.worker.process().disconnect()
+    }),
+    ("Worker::run", |handles| {
+        expect_foreign(handles.worker.run())
+    }),
+    ("Worker::dispatch", |handles| {
+        expect_foreign(handles.worker.dispatch(Some(Duration::ZERO)));
+    }),
+    ("Worker::listen", |handles| {
+        expect_foreign(handles.worker.listen("127.0.0.1:0"));
+        expect_foreign(
+            handles
+                .worker
+                .listen(ListenOptions::from("127.0.0.1:0").exclusive(true)),
+        );
+    }),
+    ("Worker::bind", |handles| {
+        expect_foreign(handles.worker.bind("127.0.0.1:0"))
+    }),
+    ("Worker::watch", |handles| {
+        let (one, _) = UnixStream::pair().unwrap();
+        expect_foreign(handles.worker.watch(one, Interest::Readable, |_, _| None));
+    }),
+    ("Worker::unwatch", |handles| {
+        handles.worker.unwatch(handles.watch)
+    }),
+    ("Worker::as_fd", |handles| {
+        drop(handles.worker.as_fd().try_clone_to_owned())
+    }),
+    ("Worker::on_signal", |handles| {
+        expect_foreign(handles.worker.on_signal(Signal::USR1, |_, _| {}));
+        expect_foreign(handles.worker.on_signal(Signal::USR2, |_, _| {}));
+    }),
+    ("a signal", |_| raise(Number::SIGUSR1).unwrap()),
+    ("Worker::set_timeout", |handles| {
+        handles
+            .worker
+            .set_timeout(Duration::ZERO, |_| panic!("it ran"));
+        handles.worker.clear_timer(handles.timer);
+    }),
+    ("Listener::accept", |handles| {
+        expect_foreign(handles.listener.accept());
+        expect_foreign(handles.blocking.accept());
+        expect_foreign(handles.exclusive.accept());
+    }),
+    ("Listener::incoming", |handles| {
+        expect_foreign(handles.blocking.incoming().next().unwrap());
+    }),
+    ("Listener::on_connection", |handles| {
+        handles
+            .blocking
+            .on_connection(|_, _| panic!("it was called"));
+    }),
+    ("Listener::on_drop", |handles| {
+        handles.blocking.set_max_connections(Some(0));
+        handles.blocking.on_drop(|_, _| panic!("it was called"));
+    }),
+    ("Listener::close", |handles| {
+        handles.listener.close();
+        handles.blocking.close();
+        handles.exclusive.close();
+    }),
+    ("UdpSocket::recv_from", |handles| {
+        expect_foreign(handles.udp.recv_from(&mut [0; 8]));
+    }),
+    ("UdpSocket::on_message", |handles| {
+        handles.udp.on_message(|_, _, _, _| panic!("it was called"));
+    }),
+    ("UdpSocket::close", |handles| handles.udp.close()),
+    ("Connection::write", |handles| {
+        (&handles.connection).write_all(b"c").unwrap();
+    }),
+];
+
+/// What has come to a worker, by its callbacks.
+#[derive(Default)]
+struct Seen {
+    pongs: Cell<u32>,
+    connections: Cell<u32>,
+    datagrams: Cell<u32>,
+    signals: Cell<u32>,
+    watched: Cell<u32>,
+    timeouts: Cell<u32>,
+}
+
+fn count(counter: &Cell<u32>) {
+    counter.set(counter.get() + 1);
+}
+
+/// Turns the loop until the counter has gone up by one.
+#[track_caller]
+fn until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, cause: impl FnOnce()) {
+    let before = counter.get();
+    cause();
+    wait_until(what, || {
+        worker.dispatch(Some(Duration::from_millis(1))).unwrap();
+        (counter.get() == before + 1).then_some(())
+    });
+}
+
+impl WorkersHandles {
+    /// All of it works as if nothing had happened.
+    fn check(&self, seen: &Rc<Seen>, path: &Path, mut watched: &UnixStream) {
+        let worker = &self.worker;
+        assert!(is_idle(worker), "the child has woken its parent");
+        assert!(worker.is_connected());
+        until_counted("an answer", worker, &seen.pongs, || {
+            worker.send(b"ping").unwrap();
+        });
+        for listener in [&self.listener, &self.blocking] {
+            let connect = || TcpStream::connect(listener.local_addr()).unwrap();
+            if std::ptr::eq(listener, &self.listener) {
+                let client = RefCell::new(None);
+                until_counted("a connection", worker, &seen.connections, || {
+                    client.replace(Some(connect()));
+                });
+            } else {
+                let _client = connect();
+                assert!(listener.accept().unwrap().is_some());
+            }
+        }
+        let _client = UnixStream::connect(path).unwrap();
+        assert!(self.exclusive.accept().unwrap().is_some());
+        until_counted("a datagram", worker, &seen.datagrams, || {
+            let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            client.send_to(b"?", self.udp.local_addr()).unwrap();
+        });
+        until_counted("a signal", worker, &seen.signals, || {
+            raise(Number::SIGUSR1).unwrap()
+        });
+        until_counted("what is watched", worker, &seen.watched, || {
+            watched.write_all(b"!").unwrap();
+        });
+        let timed = Rc::clone(seen);
+        until_counted("a timer", worker, &seen.timeouts, || {
+            worker.set_timeout(Duration::ZERO, move |_| count(&timed.timeouts));
+        });
+        // What was left of all this.
+        while !is_idle(worker) {
+            worker.dispatch(Some(Duration::ZERO)).unwrap();
+        }
+    }
+}
+
+fn have_one_of_everything(worker: Worker) {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("socket");
+    let seen = Rc::<Seen>::default();
+    let (watched, other) = UnixStream::pair().unwrap();
+    let counted = Rc::clone(&seen);
+    worker.on_message(move |_, _| count(&counted.pongs));
+    let listener = worker.listen("127.0.0.1:0").unwrap();
+    let counted = Rc::clone(&seen);
+    listener.on_connection(move |_, _| count(&counted.connections));
+    let blocking = worker.listen("127.0.0.2:0").unwrap();
+    let exclusive = ListenOptions::from(path.as_path()).exclusive(true);
+    let exclusive = worker.listen(exclusive).unwrap();
+    let udp = worker.bind("127.0.0.1:0").unwrap();
+    let counted = Rc::clone(&seen);
+    udp.on_message(move |_, _, _, _| count(&counted.datagrams));
+    let counted = Rc::clone(&seen);
+    let on_signal = move |_: &Worker, _| count(&counted.signals);
+    worker.on_signal(Signal::USR1, on_signal).unwrap();
+    let counted = Rc::clone(&seen);
+    let on_watched = move |_: &Worker, mut watched: &UnixStream| {
+        watched.read_exact(&mut [0]).unwrap();
+        count(&counted.watched);
+        Some(Interest::Readable)
+    };
+    let watch = worker
+        .watch(watched, Interest::Readable, on_watched)
+        .unwrap();
+    let timer = worker.set_timeout(Duration::from_secs(600), |_| panic!("so soon"));
+    let mut client = TcpStream::connect(blocking.local_addr()).unwrap();
+    let connection = blocking.accept().unwrap().unwrap();
+    let handles = WorkersHandles {
+        connection,
+        listener,
+        blocking,
+        exclusive,
+        udp,
+        watch,
+        timer,
+        worker,
+    };
+    handles.check(&seen, &path, &other);
+    for (name, use_it) in WORKERS_USES {
+        println!("{name}");
+        match fork() {
+            ForkResult::Child => {
+                use_it(&handles);
+                drop(handles);
+                std::process::exit(0);
+            }
+            ForkResult::Parent { child } => expect_success(child),
+        }
+        handles.check(&seen, &path, &other);
+    }
+    // What the child has written, and no end.
+    client.read_exact(&mut [0]).unwrap();
+    client.set_nonblocking(true).unwrap();
+    assert!(client.read(&mut [0]).is_err());
+    assert!(path.exists());
+}
+
+fn handles_of_a_worker_are_inert(policy: SchedulingPolicy) {
+    cluster(
+        |master| {
+            master.set_scheduling_policy(policy).unwrap();
+            master.on_error(|_, _, error| panic!("{error}"));
+            master.on_message(|_, worker, message| {
+                assert_eq!(message.bytes(), b"ping");
+                worker.send(b"pong").unwrap();
+            });
+            master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+            master.fork().unwrap();
+        },
+        have_one_of_everything,
+    );
+}
+
+fn handles_of_a_worker_are_inert_in_a_forked_child_rr() {
+    handles_of_a_worker_are_inert(SchedulingPolicy::RoundRobin);
+}
+
+fn handles_of_a_worker_are_inert_in_a_forked_child_none() {
+    handles_of_a_worker_are_inert(SchedulingPolicy::Shared);
+}
+
+/// One of everything that a master can have.
+struct MastersHandles {
+    worker: WorkerProcess,
+    tcp: MasterListener,
+    unix: MasterListener,
+    watch: cluster::WatchId,
+    master: Master,
+}
+
+const MASTERS_USES: &Uses<MastersHandles> = &[
+    ("nothing", |_| {}),
+    ("Master::fork", |handles| {
+        expect_foreign(handles.master.fork());
+        let copy = Settings::default().main(|_| 0);
+        expect_foreign(handles.master.fork_as(copy, [("NAME", "value")]));
+    }),
+    ("Master::listen", |handles| {
+        expect_foreign(handles.master.listen("127.0.0.1:0"))
+    }),
+    ("Master::run", |handles| {
+        expect_foreign(handles.master.run())
+    }),
+    ("Master::dispatch", |handles| {
+        expect_foreign(handles.master.dispatch(Some(Duration::ZERO)));
+    }),
+    ("Master::disconnect", |handles| {
+        handles.master.disconnect(|_| panic!("it was called"))
+    }),
+    ("Master::disconnect_within", |handles| {
+        handles
+            .master
+            .disconnect_within(Duration::ZERO, |_| panic!("it was called"));
+    }),
+    ("Master::watch", |handles| {
+        let (one, _) = UnixStream::pair().unwrap();
+        expect_foreign(handles.master.watch(one, Interest::Readable, |_, _| None));
+    }),
+    ("Master::unwatch", |handles| {
+        handles.master.unwatch(handles.watch)
+    }),
+    ("Master::on_signal", |handles| {
+        expect_foreign(handles.master.on_signal(Signal::USR1, |_, _| {}));
+        expect_foreign(handles.master.on_signal(Signal::USR2, |_, _| {}));
+    }),
+    ("a signal", |_| raise(Number::SIGUSR1).unwrap()),
+    ("Master::set_timeout", |handles| {
+        handles
+            .master
+            .set_timeout(Duration::ZERO, |_| panic!("it ran"));
+    }),
+    ("Master::loads", |handles| {
+        let _ = (handles.master.loads(), handles.master.ledger());
+    }),
+    ("WorkerProcess::send", |handles| {
+        expect_foreign(handles.worker.send(b"from a child"))
+    }),
+    ("WorkerProcess::disconnect", |handles| {
+        handles.worker.disconnect();
+        handles.worker.disconnect_within(Duration::ZERO);
+    }),
+    ("WorkerProcess::kill", |handles| {
+        handles.worker.kill(Signal::KILL)
+    }),
+    ("Process::kill", |handles| {
+        handles.worker.process().kill(Signal::KILL)
+    }),
+    ("Process::disconnect", |handles| {
+        handles.worker.process().disconnect()
+    }),
+    ("MasterListener::set_removes_file", |handles| {
+        expect_foreign(handles.unix.set_removes_file(false));
+        expect_foreign(handles.unix.set_removes_file(true));
+    }),
+];
+
+/// Turns the loop until there is an answer.
+#[track_caller]
+fn dispatch_until<T>(what: &str, master: &Master, mut ask: impl FnMut() -> Option<T>) -> T {
+    wait_until(what, || {
+        master.dispatch(Some(Duration::from_millis(1))).unwrap();
+        ask()
+    })
+}
+
+/// What a server answers, while the master turns its loop.
+fn answer_of(mut client: impl std::io::Read, master: &Master) -> String {
+    let mut answer = String::new();
+    dispatch_until("an answer", master, || {
+        let mut bytes = [0; 16];
+        match client.read(&mut bytes) {
+            Ok(0) => Some(()),
+            Ok(read) => {
+                answer.push_str(std::str::from_utf8(&bytes[..read]).unwrap());
+                None
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+                None
+            }
+        }
+    });
+    answer
+}
+
+fn answer_at(address: SocketAddr, master: &Master) -> String {
+    let client = TcpStream::connect(address).unwrap();
+    client.set_nonblocking(true).unwrap();
+    answer_of(client, master)
+}
+
+/// Set for a worker: where it listens.
+const UNIX: &str = "UNIX_PATH";
+
+fn serve_both(worker: &Worker) {
+    answer_pings(worker);
+    let tcp = worker.listen("127.0.0.1:0").unwrap();
+    tcp.on_connection(|_, mut connection| connection.write_all(b"tcp").unwrap());
+    let path = PathBuf::from(std::env::var_os(UNIX).unwrap());
+    let unix = worker.listen(path.as_path()).unwrap();
+    unix.on_connection(|_, mut connection| connection.write_all(b"unix").unwrap());
+    worker.run().unwrap();
+}
+
+fn handles_of_a_master_are_inert_in_a_forked_child() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let master = match cluster::init().unwrap() {
+        Role::Master(master) => master,
+        Role::Worker(worker) => return serve_both(&worker),
+    };
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("socket");
+    master.on_error(|_, _, error| panic!("{error}"));
+    master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+    let pongs = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&pongs);
+    master.on_message(move |_, _, _| count(&counted));
+    let signals = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&signals);
+    master
+        .on_signal(Signal::USR1, move |_, _| count(&counted))
+        .unwrap();
+    let (watched, _other) = UnixStream::pair().unwrap();
+    let never = |_: &Master, _: &UnixStream| panic!("nothing was written");
+    let watch = master.watch(watched, Interest::Readable, never).unwrap();
+    let tcp = master.listen("127.0.0.1:0").unwrap();
+    let unix = master.listen(path.as_path()).unwrap();
+    let address: SocketAddr = tcp.address().to_string().parse().unwrap();
+    let worker = master.fork_with([(UNIX, &path)]).unwrap();
+    let handles = MastersHandles {
+        worker,
+        tcp,
+        unix,
+        watch,
+        master,
+    };
+    let check = |handles: &MastersHandles| {
+        let MastersHandles { worker, master, .. } = handles;
+        assert!(is_idle(master), "the child has woken its parent");
+        let before = pongs.get();
+        worker.send(b"ping").unwrap();
+        dispatch_until("an answer", master, || (pongs.get() > before).then_some(()));
+        assert_eq!(answer_at(address, master), "tcp");
+        let client = UnixStream::connect(&path).unwrap();
+        client.set_nonblocking(true).unwrap();
+        assert_eq!(answer_of(client, master), "unix");
+        let before = signals.get();
+        raise(Number::SIGUSR1).unwrap();
+        dispatch_until("a signal", master, || {
+            (signals.get() > before).then_some(())
+        });
+        // Until the worker has said that it is idle again.
+        wait_until("rest", || {
+            master.dispatch(Some(Duration::from_millis(10))).unwrap();
+            is_idle(master).then_some(())
+        });
+    };
+    // The first one waits for the worker to begin.
+    assert_eq!(answer_at(address, &handles.master), "tcp");
+    let client = UnixStream::connect(&path).unwrap();
+    client.set_nonblocking(true).unwrap();
+    assert_eq!(answer_of(client, &handles.master), "unix");
+    let master = &handles.master;
+    wait_until("rest", || {
+        master.dispatch(Some(Duration::from_millis(10))).unwrap();
+        is_idle(master).then_some(())
+    });
+    check(&handles);
+    for (name, use_it) in MASTERS_USES {
+        println!("{name}");
+        match fork() {
+            ForkResult::Child => {
+                use_it(&handles);
+                let MastersHandles {
+                    worker,
+                    tcp,
+                    unix,
+                    master,
+                    ..
+                } = handles;
+                // Not one after the other: the listeners before and after the master.
+                drop(tcp);
+                drop(master);
+                drop((unix, worker));
+                std::process::exit(0);
+            }
+            ForkResult::Parent { child } => expect_success(child),
+        }
+        check(&handles);
+    }
+    assert!(handles.worker.is_connected() && !handles.worker.is_dead());
+    handles.master.unwatch(handles.watch);
+    handles.master.disconnect(|_| {});
+    handles.master.run().unwrap();
+    drop(handles);
+    assert!(!path.exists(), "it is the parent that removes it");
+}
+
+type UseOfPool = fn(&Pool, &Master);
+
+const POOLS_USES: &[(&str, UseOfPool)] = &[
+    ("nothing", |_, _| {}),
+    ("Pool::listen", |pool, master| {
+        expect_foreign(pool.listen(master, "127.0.0.1:0"))
+    }),
+    ("Pool::upgrade", |pool, master| {
+        expect_foreign(pool.upgrade(master))
+    }),
+    ("Pool::on_signal", |pool, master| {
+        expect_foreign(pool.on_signal(master, Signal::USR1, Action::Stop));
+    }),
+    ("Pool::stop", |pool, master| pool.stop(master)),
+    ("Pool::stop_at_once", |pool, master| {
+        pool.stop_at_once(master)
+    }),
+    ("Pool::reload", |pool, master| pool.reload(master)),
+    ("Pool::scale", |pool, master| {
+        pool.scale(master, 3);
+        pool.scale(master, 1);
+    }),
+    ("a signal", |_, _| raise(Number::SIGTERM).unwrap()),
+];
+
+fn pool_is_inert_in_a_forked_child() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            let pool = Pool::new(master, PoolOptions::default().workers(1));
+            pool.on_usual_signals(master).unwrap();
+            let address = pool.listen(master, "127.0.0.1:0").unwrap();
+            let address: SocketAddr = address.to_string().parse().unwrap();
+            assert_eq!(answer_at(address, master), "pool");
+            let first = master.workers()[0].process().id();
+            for (name, use_it) in POOLS_USES {
+                println!("{name}");
+                in_child(|| {
+                    use_it(&pool, master);
+                    drop(pool.clone());
+                });
+                assert_eq!(answer_at(address, master), "pool");
+                let workers = master.workers();
+                let pids: Vec<_> = workers.iter().map(|w| w.process().id()).collect();
+                assert_eq!(pids, [first]);
+                assert!(!pool.is_stopping());
+            }
+            pool.stop(master);
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            for connection in listener.incoming() {
+                connection.unwrap().write_all(b"pool").unwrap();
+            }
+        },
+    );
+}
+
+/// The child returns from the callback, and so from the loop, with an error; nothing more is delivered
+/// there.
+fn loop_ends_in_a_child_that_a_callback_has_forked() {
+    cluster(
+        |master| {
+            master.on_error(|_, _, error| panic!("{error}"));
+            master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+            let mut heard = 0;
+            master.on_message(move |_, worker, message| {
+                assert_eq!(message.bytes(), b"in the parent");
+                heard += 1;
+                if heard == 2 {
+                    worker.disconnect();
+                }
+            });
+            let worker = master.fork().unwrap();
+            worker.on_online(|_, worker| {
+                worker.send(b"first").unwrap();
+                worker.send(b"second").unwrap();
+            });
+        },
+        |worker| {
+            let own = std::process::id();
+            worker.on_message(move |worker, message| {
+                assert_eq!(std::process::id(), own, "{message:?}");
+                if message.bytes() == b"first" {
+                    // More that is due in the same turn.
+                    worker.set_timeout(Duration::ZERO, move |_| {
+                        assert_eq!(std::process::id(), own);
+                    });
+                    if let ForkResult::Parent { child } = fork() {
+                        expect_success(child);
+                    }
+                }
+                if std::process::id() == own {
+                    worker.send(b"in the parent").unwrap();
+                }
+            });
+            let ended = worker.run();
+            if std::process::id() == own {
+                ended.unwrap();
+            } else {
+                expect_foreign(ended);
+            }
+        },
+    );
+}
