@@ -28,6 +28,7 @@ use crate::role::become_worker;
 use crate::round_robin::Placed;
 use crate::settings::{
     CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
+    WORKER_PID,
 };
 use crate::signal::Signal;
 use crate::socket_file::SocketFile;
@@ -37,7 +38,7 @@ use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{End, Failure, Pid, Program, Unreaped, Usage};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::{self, errno};
-use crate::systemd;
+use crate::systemd::{self, LISTEN_PID};
 use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
 
@@ -278,6 +279,7 @@ impl MasterShell {
             if !is_detached {
                 env.insert(UNIQUE_ID.into(), id.to_string().into());
                 env.insert(CHANNEL_FD.into(), number.to_string().into());
+                env.remove(&OsString::from(WORKER_PID));
             }
             if let Some(port) = inspect_port {
                 env.insert(INSPECT_PORT.into(), port.to_string().into());
@@ -286,9 +288,11 @@ impl MasterShell {
             program.stdio(stdio.theirs);
             if is_detached {
                 program.detach();
+            } else {
+                program.tell_pid(WORKER_PID);
             }
             if !passed.is_empty() {
-                program.tell_pid();
+                program.tell_pid(LISTEN_PID);
             }
             program.spawn(number, &self.unreaped)?
         };

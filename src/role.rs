@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::error::{Error, Result};
 use crate::frame::{FrameError, VERSION, WELCOME_LENGTH, version_of_welcome, welcome};
 use crate::master::Master;
-use crate::settings::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID};
+use crate::settings::{
+    CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID, WORKER_PID,
+};
 use crate::sys;
 use crate::worker::Worker;
 use crate::worker_id::WorkerId;
@@ -32,17 +34,27 @@ pub enum Role {
 
 /// Finds out what this process is, and gives it the means.
 ///
-/// Node: loading the module, with `cluster.isMaster`. Call it once, first thing in `main`: before
-/// the program starts threads, because it removes from the environment the variables by which a
-/// worker knows itself (so that a worker's own children are not workers), and before anything
+/// Node: loading the module, with `cluster.isMaster`. Call it once, early in `main`: before anything
 /// that a worker must not do. In a worker, the master has its `online` event after this.
+///
+/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. The variables stay in the
+/// environment. Programs that a worker starts inherit them, but have another process id, and are masters.
+/// So is the program of a worker behind a wrapper that forks, such as `sh -c 'program; true'`; a wrapper
+/// that executes the program in its own place, such as `env`, `nice` or `sh -c 'exec program'`, changes
+/// nothing. A worker that executes its own program once more is an error: it has lost its channel.
+///
+/// A child that the application forks, and that executes nothing, has copies of all handles. It may drop
+/// them, which closes its copies of their descriptors and nothing else. Methods that would reach the
+/// master, a worker, a client that waits, or the loop are [`Error::ForeignProcess`] there, or do nothing
+/// if they return no [`Result`]. A [`Connection`](crate::Connection) is the child's to read and write,
+/// and [`UdpSocket::send_to`](crate::UdpSocket::send_to) sends.
 ///
 /// # Errors
 ///
 /// - [`Error::AlreadyInitialized`] at the second call;
 /// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is neither `rr` nor `none`, or if
-///   `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT` are not what a master
-///   sets: a descriptor that is no channel to one stays as it is;
+///   `CLUSTER_WORKER_PID`, and for the process that it names `CLUSTER_UNIQUE_ID`,
+///   `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT`, are not what a master sets: a descriptor that is no channel to one stays as it is;
 /// - [`Error::Frame`] if the master was built with another version of this crate;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
@@ -82,9 +94,6 @@ pub fn init() -> Result<Role> {
 /// would have found.
 pub(crate) fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
     ROLE.store(WORKER, Ordering::SeqCst);
-    for variable in [UNIQUE_ID, CHANNEL_FD, INSPECT_PORT] {
-        sys::env::take(variable);
-    }
     Worker::new(id, port, channel(id, number)?)
 }
 
@@ -110,14 +119,12 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     }
 }
 
-/// Reads and removes the variables that a master sets.
+/// Reads the variables that a master sets. They are for the process that `CLUSTER_WORKER_PID` names, and
+/// not for programs that it starts, which inherit them.
 fn identity() -> Result<Option<(WorkerId, RawFd)>> {
-    let (id, channel) = (sys::env::take(UNIQUE_ID), sys::env::take(CHANNEL_FD));
-    if id.is_none() && channel.is_none() {
-        return Ok(None);
-    }
-    let number = |variable, value: Option<std::ffi::OsString>| {
-        let value = value.unwrap_or_default().to_string_lossy().into_owned();
+    let number = |variable| {
+        let value = std::env::var_os(variable).unwrap_or_default();
+        let value = value.to_string_lossy().into_owned();
         match value.parse::<u32>() {
             Ok(number) => Ok(number),
             Err(_) => Err(Error::Environment {
@@ -127,15 +134,19 @@ fn identity() -> Result<Option<(WorkerId, RawFd)>> {
             }),
         }
     };
-    let id = WorkerId::new(number(UNIQUE_ID, id)?);
-    let channel = number(CHANNEL_FD, channel)?;
+    let is_set = std::env::var_os(WORKER_PID).is_some();
+    if !is_set || number(WORKER_PID)? != std::process::id() {
+        return Ok(None);
+    }
+    let id = WorkerId::new(number(UNIQUE_ID)?);
+    let channel = number(CHANNEL_FD)?;
     // Beyond what a descriptor can be, it is one that is not open.
     Ok(Some((id, RawFd::try_from(channel).unwrap_or(RawFd::MAX))))
 }
 
-/// Reads and removes the variable by which a worker knows its inspect port.
+/// Reads the variable by which a worker knows its inspect port.
 fn inspect_port() -> Result<Option<u16>> {
-    let Some(value) = sys::env::take(INSPECT_PORT) else {
+    let Some(value) = std::env::var_os(INSPECT_PORT) else {
         return Ok(None);
     };
     let value = value.to_string_lossy().into_owned();
@@ -163,7 +174,8 @@ fn policy() -> Result<SchedulingPolicy> {
 
 /// Returns whether this process is a master, that is, whether it was not forked by one.
 ///
-/// Node: `cluster.isMaster`. Anyone may ask at any time, also before [`init`].
+/// Node: `cluster.isMaster`. Can be called at any time, also before [`init`]. A child that the
+/// application forks inherits the answer.
 ///
 /// ```
 /// assert!(cluster::is_master());
@@ -175,7 +187,8 @@ pub fn is_master() -> bool {
 
 /// Returns whether this process was forked by a master.
 ///
-/// Node: `cluster.isWorker`. Anyone may ask at any time, also before [`init`].
+/// Node: `cluster.isWorker`. Can be called at any time, also before [`init`]. A child that the
+/// application forks inherits the answer.
 ///
 /// ```
 /// assert!(!cluster::is_worker());
@@ -183,7 +196,7 @@ pub fn is_master() -> bool {
 #[must_use]
 pub fn is_worker() -> bool {
     match ROLE.load(Ordering::SeqCst) {
-        UNKNOWN => std::env::var_os(UNIQUE_ID).is_some(),
+        UNKNOWN => std::env::var(WORKER_PID).is_ok_and(|pid| pid.parse() == Ok(std::process::id())),
         role => role == WORKER,
     }
 }
@@ -191,7 +204,7 @@ pub fn is_worker() -> bool {
 /// Returns how many workers this machine can run at once: the number of cores that this process
 /// may use, at least 1.
 ///
-/// Node: `os.cpus().length`. Anyone may ask at any time.
+/// Node: `os.cpus().length`. Can be called at any time.
 ///
 /// ```
 /// assert!(cluster::available_parallelism() >= 1);

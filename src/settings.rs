@@ -11,12 +11,17 @@ use std::str::FromStr;
 use crate::systemd::FIRST_FD;
 use crate::worker::Worker;
 
-/// Carries the worker's id from master to worker; consumed by `init`.
+/// Carries the worker's process id from master to worker: the variables are for this process alone, and
+/// not for programs that it starts.
+pub(crate) const WORKER_PID: &str = "CLUSTER_WORKER_PID";
+/// Carries the worker's id from master to worker.
 pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
-/// Carries the number of the channel's descriptor from master to worker; consumed by `init`.
+/// Carries the number of the channel's descriptor from master to worker.
 pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
-/// Carries the inspect port, if there is one, from master to worker; consumed by `init`.
+/// Carries the inspect port, if there is one, from master to worker.
 pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
+/// What a master says to one worker.
+pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
 /// Makes the master write down on standard error what happens, if it is `1`.
 pub(crate) const DEBUG: &str = "CLUSTER_DEBUG";
 /// The first port that everybody may have.
@@ -356,7 +361,8 @@ impl Settings {
     ///
     /// *Descriptors.* What the master has opened for itself is closed there, and so is what it
     /// [`watch`](crate::Master::watch)es: a closure that needs such a descriptor has a copy of its own
-    /// (`try_clone`). What the program has open otherwise stays open, unless
+    /// (`try_clone`). If the application may have another handle of it, the number stays taken by a socket
+    /// that is not connected: the handle can be dropped, and reaches nothing else. What the program has open otherwise stays open, unless
     /// [`stdio`](Self::stdio()) puts something else in its place.
     ///
     /// *Output.* What the master has written to [`std::io::stdout`], and what is still in its buffer, is
@@ -366,7 +372,7 @@ impl Settings {
     /// *Memory.* Whatever was drawn once is the same in all workers, for instance the seed of random
     /// numbers. Nothing is dropped when the closure returns but what it owns: the worker exits then, by
     /// [`std::process::exit`]. The master and its workers, should the closure have them, are useless
-    /// there; what they do fails or does nothing. To fork takes longer the more memory the master
+    /// there: what they do is [`Error::ForeignProcess`](crate::Error::ForeignProcess) or nothing. To fork takes longer the more memory the master
     /// has, and a worker of another [`uid`](Self::uid) still has a copy of all secrets in it.
     ///
     /// *Threads.* The master must have one thread. A worker has only a copy of the one that forked; a

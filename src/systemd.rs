@@ -44,16 +44,17 @@ use std::io;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::settings::Stdio;
+use crate::settings::{Stdio, TO_WORKER};
 use crate::sorted_map::SortedMap;
 use crate::sys;
 use crate::sys::listen::SocketKind;
 
 const LISTEN_FDS: &str = "LISTEN_FDS";
-const LISTEN_PID: &str = "LISTEN_PID";
+pub(crate) const LISTEN_PID: &str = "LISTEN_PID";
 /// Which process is meant, where numbers are used again. The number has to do.
 const LISTEN_PIDFDID: &str = "LISTEN_PIDFDID";
 const LISTEN_FDNAMES: &str = "LISTEN_FDNAMES";
@@ -211,12 +212,11 @@ impl TryFrom<ListenFd> for UdpSocket {
 
 /// Takes the descriptors that systemd has passed to this process, in its order; none if it has not.
 ///
-/// Node has no counterpart. Reads `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`, and removes them, so
-/// that a second call returns nothing. They count only if `LISTEN_PID` is this process: else they
-/// were meant for another one. The descriptors are closed on exec from now on, and are the
-/// caller's. Call it first thing in `main`, before [`init`](crate::init), before the program starts
-/// threads, because it changes the environment, and before it opens descriptors, because they are
-/// known by their numbers alone. See [`ListenFd`] for an example.
+/// Node has no counterpart. Reads `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`, and leaves them in the
+/// environment. They count only if `LISTEN_PID` is this process: else they were meant for another one.
+/// The descriptors are closed on exec from now on, and are the caller's; a second call in the same
+/// process returns none. Call it early in `main`, before the program opens descriptors, because those
+/// that were passed are known by their numbers alone. See [`ListenFd`] for an example.
 ///
 /// # Errors
 ///
@@ -224,10 +224,14 @@ impl TryFrom<ListenFd> for UdpSocket {
 /// name for each descriptor, or if one of the descriptors from 3 on is not open, or is closed on
 /// exec, as what this program opens itself is. Nothing is taken then.
 pub fn listen_fds() -> Result<Vec<ListenFd>> {
+    /// The descriptors have one owner: the caller of the first call.
+    static CALLED: AtomicBool = AtomicBool::new(false);
+    if CALLED.swap(true, Ordering::SeqCst) {
+        return Ok(Vec::new());
+    }
     let [pid, count, names] =
-        [LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES].map(|name| (name, sys::env::take(name)));
-    sys::env::take(LISTEN_PIDFDID);
-    let [pid, count, names] = [text(pid)?, text(count)?, text(names)?];
+        [LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES].map(|name| text((name, std::env::var_os(name))));
+    let [pid, count, names] = [pid?, count?, names?];
     let Some(passed) = parse_passed(std::process::id(), pid, count, names)? else {
         return Ok(Vec::new());
     };
@@ -431,16 +435,18 @@ fn parse_watchdog(own: u32, pid: Option<String>, time: Option<String>) -> Result
     Ok(Some(Duration::from_micros(time.get())))
 }
 
-/// In a worker that executes nothing: forgets what was said to the master alone.
+/// In a worker that executes nothing: removes what concerns the master alone.
 pub(crate) fn forget() {
-    for name in TO_THIS_PROCESS {
-        sys::env::take(name);
+    for name in TO_THIS_PROCESS.into_iter().chain(TO_WORKER) {
+        sys::env::remove(name);
     }
 }
 
-/// What workers inherit of the environment.
+/// What workers inherit of the environment. Not what is addressed to another worker, by which this
+/// master was started.
 pub(crate) fn inherited_environment() -> SortedMap<OsString, OsString> {
-    let is_inherited = |name: &OsStr| TO_THIS_PROCESS.iter().all(|own| name != *own);
+    let own = TO_THIS_PROCESS.iter().chain(&TO_WORKER);
+    let is_inherited = |name: &OsStr| own.clone().all(|own| name != *own);
     std::env::vars_os()
         .filter(|(name, _)| is_inherited(name))
         .collect()

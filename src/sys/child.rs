@@ -50,17 +50,24 @@ pub(super) enum Parent {
 /// The exit code of a Rust program that has panicked.
 const PANICKED: i32 = 101;
 
-/// A variable of the environment with room for the highest number of a process, and a zero.
-pub(super) const LISTEN_PID: ListenPid = *b"LISTEN_PID=\0\0\0\0\0\0\0\0\0\0\0";
-pub(super) type ListenPid = [u8; 22];
+/// A variable of the environment with room for a name of 18 bytes, the highest number of a process, and a
+/// zero.
+pub(super) type PidVariable = [u8; 30];
+
+/// A variable whose value is to be written by the child.
+pub(super) fn pid_variable(name: &str) -> PidVariable {
+    let mut text = PidVariable::default();
+    let _ = write!(&mut text[..], "{name}=");
+    text
+}
 
 /// What the child needs to know, as plain values.
 pub(super) struct Child<'a> {
     pub(super) path: *const libc::c_char,
     pub(super) args: *const *const libc::c_char,
     pub(super) env: *const *const libc::c_char,
-    /// A string of `env` that ends with the child's number, which the child alone knows.
-    pub(super) listen_pid: Option<&'a Cell<ListenPid>>,
+    /// Strings of `env` that end with the child's number, which the child alone knows.
+    pub(super) own_pid: &'a [Cell<PidVariable>],
     /// Null if it stays where it is.
     pub(super) cwd: *const libc::c_char,
     pub(super) stdio: &'a [Option<OwnedFd>],
@@ -186,9 +193,7 @@ impl Child<'_> {
             Ok(())
         };
         self.prepare(default_signal, descriptors)?;
-        if let Some(listen_pid) = self.listen_pid {
-            write_own_pid(listen_pid);
-        }
+        self.own_pid.iter().for_each(write_own_pid);
         // SAFETY: path, arguments and environment were built by the parent as zero-terminated
         // strings in arrays that end with a null pointer, and this process has a copy of them.
         unsafe { libc::execve(self.path, self.args, self.env) };
@@ -293,8 +298,8 @@ fn is_ignored(signal: libc::c_int) -> bool {
 
 /// The text is that of this child, be it in memory that the parent has, too: the parent has made it for
 /// this child, and does not look at it again.
-fn write_own_pid(text: &Cell<ListenPid>) {
-    let mut complete = LISTEN_PID;
+fn write_own_pid(text: &Cell<PidVariable>) {
+    let mut complete = text.get();
     if let Some(end) = complete.iter().position(|byte| *byte == 0) {
         // SAFETY: always callable.
         let own = unsafe { libc::getpid() };

@@ -1,21 +1,19 @@
-//! Environment variables that are read once, and those that a worker is born with.
+//! Environment variables of a child that executes nothing. Nothing else changes the environment: other
+//! threads may read it at any time.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 
-/// Removes a variable and returns its value.
-pub(crate) fn take(name: &str) -> Option<OsString> {
-    let value = std::env::var_os(name)?;
-    // SAFETY: `init` and `listen_fds` demand to be called before the program starts threads, so
-    // nothing reads the environment meanwhile.
-    unsafe { std::env::remove_var(name) };
-    Some(value)
-}
-
-/// In a child that has just been forked: sets a variable that `is_valid`.
+/// Sets a variable that `is_valid`, in a child that has just been forked.
 pub(crate) fn set(name: &OsStr, value: &OsStr) {
     // SAFETY: this process has one thread.
     unsafe { std::env::set_var(name, value) };
+}
+
+/// Removes a variable, in a child that has just been forked.
+pub(crate) fn remove(name: &str) {
+    // SAFETY: as for `set`.
+    unsafe { std::env::remove_var(name) };
 }
 
 /// Whether there can be such a variable.

@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use super::child::{Child, LISTEN_PID, MOVED, Parent, Report, STARTED, STEPS};
+use super::child::{Child, MOVED, Parent, Report, STARTED, STEPS, pid_variable};
 use super::poll::wait_readable;
 use super::{check, empty_set, retry};
 
@@ -37,7 +37,8 @@ pub(crate) struct Program {
     cwd: Option<CString>,
     /// What becomes descriptor 0, 1 and so on; `None` for what stays as it is.
     stdio: Vec<Option<OwnedFd>>,
-    tell_pid: bool,
+    /// Variables whose value is the child's number.
+    tell_pid: Vec<&'static str>,
     detached: bool,
     uid: Option<libc::uid_t>,
     gid: Option<libc::gid_t>,
@@ -116,7 +117,7 @@ impl Program {
             env: env.into_iter().map(pair).collect::<io::Result<_>>()?,
             cwd: None,
             stdio: Vec::new(),
-            tell_pid: false,
+            tell_pid: Vec::new(),
             detached: false,
             uid: None,
             gid: None,
@@ -133,9 +134,9 @@ impl Program {
         self.stdio = stdio;
     }
 
-    /// The child has its own number in its environment, as `LISTEN_PID`.
-    pub(crate) fn tell_pid(&mut self) {
-        self.tell_pid = true;
+    /// The child finds its own number in this variable of its environment.
+    pub(crate) fn tell_pid(&mut self, variable: &'static str) {
+        self.tell_pid.push(variable);
     }
 
     /// The child outlives this process, and has no channel.
@@ -218,10 +219,12 @@ impl Program {
             pointers.chain([std::ptr::null()]).collect()
         };
         let (args, mut env) = (pointers(&self.args), pointers(&self.env));
-        let listen_pid = Cell::new(LISTEN_PID);
-        if self.tell_pid {
-            env.insert(0, listen_pid.as_ptr().cast_const().cast());
-        }
+        let own_pid: Vec<_> = self.tell_pid.iter().copied().map(pid_variable).collect();
+        let own_pid: Vec<_> = own_pid.into_iter().map(Cell::new).collect();
+        env.splice(
+            0..0,
+            own_pid.iter().map(|text| text.as_ptr().cast_const().cast()),
+        );
         // Closed by a successful `execve`; otherwise the child writes its errno. The child's end
         // must not be where its other descriptors go.
         let (failure, low) = UnixStream::pair().map_err(forking)?;
@@ -232,7 +235,7 @@ impl Program {
             path: self.path.as_ptr(),
             args: args.as_ptr(),
             env: env.as_ptr(),
-            listen_pid: self.tell_pid.then_some(&listen_pid),
+            own_pid: &own_pid,
             cwd: self.cwd.as_deref().map_or(std::ptr::null(), CStr::as_ptr),
             stdio: &self.stdio,
             uid: self.uid,

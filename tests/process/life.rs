@@ -1,15 +1,16 @@
 //! From fork to exit: events, arguments, environment, identity.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use cluster::{AddressType, Error, Master, Settings, Signal, WorkerState};
+use cluster::{AddressType, Error, Master, Role, Settings, Signal, WorkerState};
 
-use crate::harness::{Log, SIGNALS, cluster, is_alive, refuse_calls};
+use crate::harness::{Log, SIGNALS, cluster, is_alive, note_messages, refuse_calls};
 
 crate::scenarios! {
     events_come_once_and_in_order
@@ -18,7 +19,8 @@ crate::scenarios! {
     settings_reach_the_worker
     setup_comes_with_each_fork
     missing_program_is_an_error_of_fork
-    identity_is_consumed
+    worker_child_is_no_worker
+    worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same
     unknown_policy_is_an_error
     policy_is_frozen_by_the_first_fork
     children_start_with_default_signals
@@ -233,9 +235,42 @@ fn missing_program_is_an_error_of_fork() {
     );
 }
 
-fn identity_is_consumed() {
+/// Set for a program that a worker starts.
+const CHILD: &str = "WORKERS_CHILD";
+
+/// What a program finds that is no worker.
+fn be_a_master() {
+    assert!(cluster::is_master() && !cluster::is_worker());
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            assert!(master.workers().is_empty());
+            // What its own master has said to a worker is for none of its programs.
+            let settings = Settings::default().exec("/usr/bin/env").args::<&str>([]);
+            let settings = settings.detached(true).silent(true);
+            let program = master.fork_as::<&str, &str>(settings, []).unwrap();
+            let mut output = String::new();
+            let mut stream = program.process().take_stdio(1).unwrap();
+            stream.read_to_string(&mut output).unwrap();
+            assert!(output.contains("PATH="), "{output}");
+            for name in ["WORKER_PID", "UNIQUE_ID", "CHANNEL_FD", "INSPECT_PORT"] {
+                assert!(!output.contains(&format!("CLUSTER_{name}")), "{output}");
+            }
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => panic!("worker {}", worker.id()),
+    }
+    assert!(cluster::is_master());
+    println!("master");
+}
+
+fn worker_child_is_no_worker() {
+    if std::env::var_os(CHILD).is_some() {
+        return be_a_master();
+    }
     let log = Log::default();
     let entries = log.clone();
+    // Other threads may read it at any time: nothing changes it.
+    let environment: Vec<_> = std::env::vars_os().collect();
     assert_eq!(
         cluster::is_worker(),
         std::env::var_os("CLUSTER_UNIQUE_ID").is_some()
@@ -248,22 +283,58 @@ fn identity_is_consumed() {
                 log.add(String::from_utf8_lossy(message.bytes()));
                 worker.disconnect();
             });
+            master.setup_master(Settings::default().inspect_port(9229));
             master.fork().unwrap();
         },
         |worker| {
             assert!(cluster::is_worker() && !cluster::is_master());
             assert!(matches!(cluster::init(), Err(Error::AlreadyInitialized)));
-            let env = Command::new("env").output().unwrap().stdout;
-            let env = String::from_utf8(env).unwrap();
-            let ours: Vec<_> = env
-                .lines()
-                .filter(|line| line.starts_with("CLUSTER_"))
-                .collect();
-            worker.send(format!("{ours:?}").as_bytes()).unwrap();
+            assert_eq!(std::env::vars_os().collect::<Vec<_>>(), environment);
+            let own = std::env::current_exe().unwrap();
+            let child = Command::new(own).env(CHILD, "1").output().unwrap();
+            worker.send(&child.stdout).unwrap();
             worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), ["[]"], "a worker's child is no worker");
+    assert_eq!(entries.take(), ["master\n"]);
+}
+
+/// The master's program by way of a shell, which executes it, or forks.
+fn worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same() {
+    let kind = std::env::var(CHILD);
+    if kind.as_deref() == Ok("forked") {
+        return be_a_master();
+    }
+    let (log, ended) = (Log::default(), Rc::new(Cell::new(0)));
+    let (entries, counted) = (log.clone(), Rc::clone(&ended));
+    cluster(
+        |master| {
+            note_messages(master, &log);
+            master.on_exit(move |_, _, status| {
+                assert!(status.success(), "{status}");
+                counted.set(counted.get() + 1);
+            });
+            let own = std::env::current_exe().unwrap();
+            let wrappers = [
+                ("/bin/sh", "executed", "exec \"$0\""),
+                ("/usr/bin/env", "executed", "nice"),
+                ("/bin/sh", "forked", "\"$0\"; exit $?"),
+            ];
+            for (exec, kind, script) in wrappers {
+                let args = match script {
+                    "nice" => vec!["nice".into(), own.clone().into_os_string()],
+                    script => vec!["-c".into(), script.into(), own.clone().into_os_string()],
+                };
+                let settings = Settings::default().exec(exec).args(args);
+                master.fork_as(settings, [(CHILD, kind)]).unwrap();
+            }
+        },
+        |worker| assert!(worker.send(b"here").unwrap()),
+    );
+    let mut entries = entries.take();
+    entries.sort();
+    assert_eq!(entries, ["1 here", "2 here"]);
+    assert_eq!(ended.get(), 3);
 }
 
 fn unknown_policy_is_an_error() {

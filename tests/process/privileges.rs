@@ -546,7 +546,12 @@ fn be_a_stranger() {
 
 /// What a stranger hears whose standard input is `input`.
 fn stranger(id: Option<&str>, channel: Option<&str>, input: std::process::Stdio) -> String {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    // The variables are for the process that has this number.
+    let script = "CLUSTER_WORKER_PID=$$ exec \"$0\"";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script])
+        .arg(std::env::current_exe().unwrap());
     command.env(STRANGER, "1").stdin(input);
     command.envs(id.map(|id| ("CLUSTER_UNIQUE_ID", id)));
     command.envs(channel.map(|channel| ("CLUSTER_CHANNEL_FD", channel)));

@@ -184,9 +184,10 @@ fn print_passed() {
         "LISTEN_PIDFDID",
     ]
     .into();
+    let values = || names.iter().map(std::env::var_os).collect::<Vec<_>>();
+    let before = values();
     let passed = systemd::listen_fds();
-    let left = names.iter().filter(|name| std::env::var_os(name).is_some());
-    assert_eq!(left.count(), 0);
+    assert_eq!(values(), before);
     assert!(systemd::listen_fds().unwrap().is_empty(), "the second time");
     match passed {
         Ok(passed) => {

@@ -263,7 +263,8 @@ fn basic() {
         },
         |worker| {
             assert!(has_id && cluster::is_worker());
-            assert_eq!(std::env::var_os("CLUSTER_UNIQUE_ID"), None, "consumed");
+            let named = std::env::var("CLUSTER_WORKER_PID").unwrap();
+            assert_eq!(named, std::process::id().to_string());
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|_, _| panic!("nobody connects"));
             run_until_killed(&worker);
