@@ -204,6 +204,11 @@ impl MasterShell {
         watch_children: impl FnOnce() -> io::Result<()>,
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<Record>, Failure> {
+        if settings.main.is_some() && sys::threads::has_other_threads() == Some(true) {
+            let reason = "the master has other threads, whose locks the copy would hold for ever";
+            let error = io::Error::new(io::ErrorKind::Deadlock, reason);
+            return Err(("copy the master", error));
+        }
         let making = |error| ("make a channel", error);
         self.unreaped.reap();
         // The program's own code first: it may fork, too.

@@ -375,8 +375,12 @@ impl Settings {
     /// there: what they do is [`Error::ForeignProcess`](crate::Error::ForeignProcess) or nothing. To fork takes longer the more memory the master
     /// has, and a worker of another [`uid`](Self::uid) still has a copy of all secrets in it.
     ///
-    /// *Threads.* The master must have one thread. A worker has only a copy of the one that forked; a
-    /// lock that another thread held at this moment, in the allocator say, is held there for ever.
+    /// *Threads.* The master must have one thread: a worker has only a copy of the one that forked, and a
+    /// lock that another thread held at this moment, in the allocator say, is held there for ever. With
+    /// more threads, `fork` is an [`Error::Fork`](crate::Error::Fork) whose source is of the kind
+    /// [`Deadlock`](std::io::ErrorKind::Deadlock), and nothing has happened. Threads that have been joined
+    /// do not count. Outside Linux, and in a sandbox that refuses unshare(2) and has no `/proc`, the
+    /// number of threads is not known, and `fork` goes on.
     ///
     /// *Signals* have their default effect, except that SIGPIPE stays ignored where the master ignores
     /// it, as Rust programs do.

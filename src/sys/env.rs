@@ -6,7 +6,8 @@ use std::os::unix::ffi::OsStrExt as _;
 
 /// Sets a variable that `is_valid`, in a child that has just been forked.
 pub(crate) fn set(name: &OsStr, value: &OsStr) {
-    // SAFETY: this process has one thread.
+    // SAFETY: this process has one thread; and its parent had one when it forked, where the system says
+    // how many there are (`has_other_threads`), so that no other thread was changing the environment.
     unsafe { std::env::set_var(name, value) };
 }
 

@@ -2,9 +2,10 @@
 //!
 //! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
 //! signal handlers (`signal`), making processes (`process`) and what they do before they execute
-//! their program (`child`), calls with raw buffers (`socket`), a page that a fork wipes (`owner`), making and naming sockets (`listen`,
-//! `queue`), changing the environment (`env`), a handler that changes what a call is about
-//! (`interrupt`). Functions return `io::Error`; the caller says what it tried.
+//! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`,
+//! `queue`), the environment of a child (`env`), a page that a fork wipes (`owner`), calls without a
+//! wrapper (`threads`), a handler that changes what a call is about (`interrupt`). Functions
+//! return `io::Error`; the caller says what it tried.
 
 mod child;
 pub(crate) mod env;
@@ -18,6 +19,7 @@ pub(crate) mod process;
 pub(crate) mod queue;
 pub(crate) mod signal;
 pub(crate) mod socket;
+pub(crate) mod threads;
 
 use std::io;
 use std::time::Duration;

@@ -34,6 +34,8 @@ crate::scenarios! {
     a_copy_has_nothing_of_its_masters_but_what_the_program_has_open
     a_copy_has_no_connection_that_waits_in_the_master
     handles_of_what_was_closed_in_a_copy_reach_nothing_else
+    master_with_threads_cannot_be_copied
+    master_with_threads_cannot_be_copied_in_a_sandbox
     what_a_copy_does_to_other_workers_happens_to_nobody
     the_master_is_useless_in_a_copy
     a_copy_begins_with_no_signal_blocked_handled_or_pending
@@ -409,6 +411,49 @@ fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
             // Until now nothing was to be read there.
             let _ = (&listener, &one, &another);
         });
+    });
+}
+
+/// A copy would have one thread, and the locks of the others.
+fn expect_one_thread(master: &Master) {
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || stopped.recv());
+    match master.fork().unwrap_err() {
+        Error::Fork {
+            attempt, source, ..
+        } => {
+            assert_eq!(attempt, "copy the master");
+            assert_eq!(source.kind(), std::io::ErrorKind::Deadlock);
+        }
+        error => panic!("{error}"),
+    }
+    assert!(master.workers().is_empty());
+    let nobody = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
+    assert_eq!(nobody, Err(nix::Error::ECHILD), "and not even a zombie");
+    drop(stop);
+    thread.join().unwrap().unwrap_err();
+    // Whatever the kernel still has of the thread.
+    for _ in 0..20 {
+        std::thread::spawn(|| {}).join().unwrap();
+        master.fork().unwrap();
+    }
+}
+
+fn master_with_threads_cannot_be_copied() {
+    masters(|master| {
+        master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        set_main(master, |_| {});
+        expect_one_thread(master);
+    });
+}
+
+/// Where the call that says so is refused.
+fn master_with_threads_cannot_be_copied_in_a_sandbox() {
+    masters(|master| {
+        master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        set_main(master, |_| {});
+        refuse_calls(&[libc::SYS_unshare], libc::EPERM);
+        expect_one_thread(master);
     });
 }
 
