@@ -1,6 +1,6 @@
 //! Master or worker: which of them this process is.
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd as _, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -42,6 +42,11 @@ pub enum Role {
 /// So is the program of a worker behind a wrapper that forks, such as `sh -c 'program; true'`; a wrapper
 /// that executes the program in its own place, such as `env`, `nice` or `sh -c 'exec program'`, changes
 /// nothing. A worker that executes its own program once more is an error: it has lost its channel.
+///
+/// On Linux, a worker is killed when its master ends. For a program with file capabilities or a
+/// set-user-ID bit, `execve` clears what the master has arranged, and `init` arranges it again
+/// (prctl(2), `PR_SET_PDEATHSIG`). If the master has ended before, `accept` and
+/// [`run`](Worker::run) return at once.
 ///
 /// A child that the application forks, and that executes nothing, has copies of all handles. It may drop
 /// them, which closes its copies of their descriptors and nothing else. Methods that would reach the
@@ -85,7 +90,9 @@ pub fn init() -> Result<Role> {
         None => Ok(Role::Master(Master::new(policy()?)?)),
         Some((id, number)) => {
             let port = inspect_port()?;
-            Ok(Role::Worker(Worker::new(id, port, channel(id, number)?)?))
+            let channel = channel(id, number)?;
+            sys::parent::die_with_master(channel.as_fd());
+            Ok(Role::Worker(Worker::new(id, port, channel)?))
         }
     }
 }

@@ -4,7 +4,7 @@
 //! signal handlers (`signal`), making processes (`process`) and what they do before they execute
 //! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`,
 //! `queue`), the environment of a child (`env`), a page that a fork wipes (`owner`), calls without a
-//! wrapper (`threads`), a handler that changes what a call is about (`interrupt`). Functions
+//! wrapper (`parent`, `threads`), a handler that changes what a call is about (`interrupt`). Functions
 //! return `io::Error`; the caller says what it tried.
 
 mod child;
@@ -14,6 +14,7 @@ pub(crate) mod fd;
 pub(crate) mod interrupt;
 pub(crate) mod listen;
 pub(crate) mod owner;
+pub(crate) mod parent;
 pub(crate) mod poll;
 pub(crate) mod process;
 pub(crate) mod queue;

@@ -64,6 +64,19 @@ pub const SETPRIV: Need = Need {
     name: "root and setpriv",
     is_met: || is_root() && Command::new("setpriv").arg("--version").output().is_ok(),
 };
+pub const FILE_CAPABILITIES: Need = Need {
+    name: "root, setcap, and files with capabilities",
+    is_met: || {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut setcap = Command::new("setcap");
+        setcap.arg("cap_net_bind_service=+ep").arg(file.path());
+        is_root() && setcap.output().is_ok_and(|set| set.status.success()) && has_rights_by_file()
+    },
+};
+pub const SET_USER_ID: Need = Need {
+    name: "root, and set-user-ID bits that count",
+    is_met: || is_root() && has_rights_by_file(),
+};
 pub const PID_NAMESPACE: Need = Need {
     name: "PID namespace",
     is_met: has_pid_namespaces,
@@ -136,6 +149,16 @@ impl Need {
 
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
+}
+
+/// Whether programs in the directory of temporary files may have more rights than their users.
+fn has_rights_by_file() -> bool {
+    use nix::sys::statvfs::{FsFlags, statvfs};
+
+    let temporary = statvfs(&std::env::temp_dir());
+    let no_new_privileges = nix::sys::prctl::get_no_new_privs();
+    temporary.is_ok_and(|fs| !fs.flags().contains(FsFlags::ST_NOSUID))
+        && no_new_privileges == Ok(false)
 }
 
 fn has_pid_namespaces() -> bool {

@@ -1,14 +1,18 @@
 //! Workers whose master is gone, in whatever way it went.
 
+use std::fs::Permissions;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use cluster::{Master, Role, Settings, Signal, Worker};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, pause};
+use tempfile::TempDir;
 
 use crate::harness::{NOBODY, OWN_PROGRAM, is_alive, wait_for_state, wait_until};
 
@@ -16,6 +20,9 @@ crate::scenarios! {
     orphans_leave_within_a_second
     orphans_of_another_user_leave_within_a_second: ROOT
     orphans_without_exec_leave_within_a_second
+    orphans_with_file_capabilities_leave_within_a_second: FILE_CAPABILITIES
+    orphans_with_a_set_user_id_bit_leave_within_a_second: SET_USER_ID
+    worker_with_file_capabilities_whose_master_has_ended_finds_its_end: FILE_CAPABILITIES
 }
 
 /// How long a worker may outlive its master.
@@ -38,6 +45,9 @@ const KINDS: &[(&str, &str)] = &[
     ("starting slowly", ") S "),
     ("starting busily", ") R "),
 ];
+
+/// How many kinds at the end of the list do not come to `init`.
+const BEFORE_INIT: usize = 2;
 
 fn say_ready() {
     let mut output = std::io::stdout().lock();
@@ -166,22 +176,28 @@ fn play_master(master: Master, settings: Settings) {
     let told = |_: &Master, _| TOLD.store(true, std::sync::atomic::Ordering::SeqCst);
     master.on_signal(Signal::TERM, told).unwrap();
     master.setup_master(settings);
-    for (kind, _) in KINDS {
+    let has_rights = std::env::var_os(RIGHTS).is_some();
+    let kinds = KINDS
+        .iter()
+        .take(KINDS.len() - usize::from(has_rights) * BEFORE_INIT);
+    for (kind, _) in kinds {
         master.fork_with([("KIND", *kind)]).unwrap();
     }
     end(master, &std::env::var(END).unwrap());
 }
 
 /// A master with one worker of each kind, all of which are where they should be.
-fn start_master(how: &str) -> (Child, Vec<Pid>) {
-    let mut master = Command::new(std::env::current_exe().unwrap())
+fn start_master(command: &mut Command, how: &str) -> (Child, Vec<Pid>) {
+    let mut master = command
         .env(END, how)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let lines = BufReader::new(master.stdout.take().unwrap()).lines();
     let mut pids = Vec::new();
-    for line in lines.take(KINDS.len()) {
+    let kinds = usize::from(command.get_envs().any(|(name, _)| name == RIGHTS));
+    let kinds = KINDS.len() - kinds * BEFORE_INIT;
+    for line in lines.take(kinds) {
         let line = line.unwrap();
         let (pid, kind) = line.split_once(' ').unwrap();
         let pid = Pid::from_raw(pid.parse().unwrap());
@@ -192,7 +208,7 @@ fn start_master(how: &str) -> (Child, Vec<Pid>) {
         wait_for_state(pid.as_raw().unsigned_abs(), state);
         pids.push(pid);
     }
-    assert_eq!(pids.len(), KINDS.len(), "the master ended too early");
+    assert_eq!(pids.len(), kinds, "the master ended too early");
     (master, pids)
 }
 
@@ -207,8 +223,8 @@ fn end_from_outside(master: &mut Child, how: &str) -> ExitStatus {
 }
 
 /// Ends a master in this way; how long its last worker outlived it.
-fn outlived(how: &str) -> Duration {
-    let (mut master, pids) = start_master(how);
+fn outlived(command: &mut Command, how: &str) -> Duration {
+    let (mut master, pids) = start_master(command, how);
     let status = end_from_outside(&mut master, how);
     let gone = Instant::now();
     let expected = match how {
@@ -258,9 +274,16 @@ fn orphans(settings: Settings) {
             Role::Worker(worker) => return work(&worker),
         }
     }
+    end_in_all_ways(&mut Command::new(std::env::current_exe().unwrap()));
+}
+
+fn end_in_all_ways(command: &mut Command) {
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     let ways = ["kill", "panic", "exit", "abort", "drop", "forget"];
-    let longest = ways.map(|how| (outlived(how), how)).into_iter().max();
+    let longest = ways
+        .map(|how| (outlived(command, how), how))
+        .into_iter()
+        .max();
     println!("the longest: {longest:?}");
     assert!(longest.unwrap().0 < GRACE, "{longest:?}");
 }
@@ -280,4 +303,104 @@ fn orphans_without_exec_leave_within_a_second() {
         work(&worker);
         0
     }));
+}
+
+/// Set for workers whose program has more rights than their master: what it has, as in its
+/// `/proc/self/status`.
+const RIGHTS: &str = "WORKERS_RIGHTS";
+
+/// A copy of this program that another user may execute, as a process of user `NOBODY` that plays this
+/// scenario.
+fn program_with_rights(rights: &str, give: impl FnOnce(&Path)) -> (TempDir, Command) {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(home.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = home.path().join("program");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    give(&program);
+    let mut command = Command::new(program);
+    command.uid(NOBODY).gid(NOBODY).env(RIGHTS, rights);
+    (home, command)
+}
+
+fn give_capability(program: &Path) {
+    let mut setcap = Command::new("setcap");
+    let status = setcap.arg("cap_net_bind_service=+ep").arg(program).status();
+    assert!(status.unwrap().success());
+}
+
+fn set_user_id(program: &Path) {
+    std::fs::set_permissions(program, Permissions::from_mode(0o4755)).unwrap();
+}
+
+/// `CAP_NET_BIND_SERVICE` in effect, and nothing else.
+const CAPABILITY: &str = "CapEff:\t0000000000000400";
+/// The effective user and the saved one are root.
+const ROOT_BY_BIT: &str = "Uid:\t65534\t0\t0\t0";
+
+/// The kernel has cleared the request that this process be killed with its parent, and `init` has not
+/// been called.
+fn check_rights() {
+    let rights = std::env::var(RIGHTS).unwrap();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    assert!(status.lines().any(|line| line == rights), "{status}");
+    assert_eq!(nix::sys::prctl::get_pdeathsig(), Ok(None));
+}
+
+fn orphans_with_rights(rights: &str, give: fn(&Path)) {
+    if std::env::var_os(END).is_some() {
+        check_rights();
+        return orphans(Settings::default());
+    }
+    let (_home, mut command) = program_with_rights(rights, give);
+    end_in_all_ways(&mut command);
+}
+
+fn orphans_with_file_capabilities_leave_within_a_second() {
+    orphans_with_rights(CAPABILITY, give_capability);
+}
+
+fn orphans_with_a_set_user_id_bit_leave_within_a_second() {
+    orphans_with_rights(ROOT_BY_BIT, set_user_id);
+}
+
+/// The master is killed before its worker calls `init`, which the kernel does not tell the worker.
+fn worker_with_file_capabilities_whose_master_has_ended_finds_its_end() {
+    if std::env::var_os(RIGHTS).is_none() {
+        let (_home, mut command) = program_with_rights(CAPABILITY, give_capability);
+        let mut master = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut output = String::new();
+        // Until the worker has ended, too.
+        master
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut output)
+            .unwrap();
+        assert_eq!(master.wait().unwrap().signal(), Some(9));
+        assert_eq!(output, "no connection\nno event\n");
+        return;
+    }
+    if cluster::is_worker() {
+        check_rights();
+        let master = nix::unistd::getppid();
+        nix::sys::signal::kill(master, nix::sys::signal::SIGKILL).unwrap();
+        wait_until("another parent", || {
+            (nix::unistd::getppid() != master).then_some(())
+        });
+    }
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            master.fork().unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            // The master is gone: its answer will not come.
+            let listener = worker.listen("127.0.0.1:0");
+            assert!(listener.is_err() || listener.unwrap().accept().unwrap().is_none());
+            println!("no connection");
+            worker.run().unwrap();
+            println!("no event");
+        }
+    }
 }
