@@ -25,6 +25,8 @@ pub(crate) enum Event {
     Message(Message),
     Disconnect,
     Exit(Departure),
+    /// A process that is no worker has ended: for its own callbacks alone.
+    DetachedExit(ExitStatus),
     Error(Rc<Error>),
     /// `disconnect_all` is finished.
     Disconnected,

@@ -14,7 +14,7 @@ use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks, Shared};
 use crate::channel::outbox::ReceiptId;
 use crate::error::{Error, Result, SendError};
-use crate::event::{Emit, Event, Level};
+use crate::event::{Departure, Emit, Event, Level};
 use crate::event_loop::{EventLoop, LoopId, Token, WatchId};
 use crate::frame::HandleId;
 use crate::ledger::Ledger;
@@ -101,7 +101,7 @@ pub struct Master {
     home: EventLoop<Self>,
     callbacks: ClusterCallbacks,
     scheduler: RefCell<Option<Shared<Scheduler>>>,
-    /// Those of the workers that have not left.
+    /// Those of the workers and detached processes that have not left.
     of_worker: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     /// Where the kernel has no descriptors for processes.
@@ -208,8 +208,9 @@ impl Master {
     ///
     /// Node has no counterpart: there, `setupMaster` is called before and afterwards. A field that is
     /// `None` has its default, whatever [`setup_master`](Self::setup_master) has said; to change one
-    /// thing, begin with [`settings`](Self::settings). There is no event `setup`. See
-    /// [`fork_with`](Self::fork_with) for the rest.
+    /// thing, begin with [`settings`](Self::settings). There is no event `setup`. If the settings say
+    /// [`detached`](Settings::detached()), the process is not a worker, and there is no event `fork`
+    /// either. See [`fork_with`](Self::fork_with) for the rest.
     ///
     /// # Errors
     ///
@@ -370,8 +371,8 @@ impl Master {
     /// ```
     #[must_use]
     pub fn worker(&self, id: WorkerId) -> Option<WorkerProcess> {
-        self.shell.core.borrow().state(id)?;
-        self.find(id)
+        let is_worker = self.shell.core.borrow().is_worker(id);
+        self.find(id).filter(|_| is_worker)
     }
 
     fn find(&self, id: WorkerId) -> Option<WorkerProcess> {
@@ -1111,14 +1112,28 @@ impl Master {
                 worker.has_left(departure);
                 callbacks.exit.each(|f| f(self, worker, departure.status));
                 if emit.level == Level::Cluster {
-                    self.shell.forget(worker.id());
-                    self.of_worker.borrow_mut().remove(&worker.id());
-                    // They may own the very worker that has them.
-                    worker.callbacks().clear();
+                    self.forget(worker);
                 }
+            }
+            Event::DetachedExit(status) => {
+                let exited_after_disconnect = false;
+                worker.has_left(Departure {
+                    status,
+                    exited_after_disconnect,
+                });
+                callbacks.exit.each(|f| f(self, worker, status));
+                self.forget(worker);
             }
             Event::Error(_) | Event::Setup | Event::Disconnected => {}
         }
+    }
+
+    /// The last event of the process has been delivered.
+    fn forget(&self, process: &WorkerProcess) {
+        self.shell.forget(process.id());
+        self.of_worker.borrow_mut().remove(&process.id());
+        // They may own the very handle that has them.
+        process.callbacks().clear();
     }
 
     /// What `CLUSTER_DEBUG=1` asks for, on standard error.

@@ -156,10 +156,37 @@ struct WorkerEntry {
     status: Option<ExitStatus>,
     /// It is killed then, if it has not exited before.
     deadline: Option<Time>,
-    /// The program does not wait for its end.
-    unreferenced: bool,
+    /// [`run`](crate::Master::run) waits for its end.
+    referenced: bool,
     /// What it has had of listeners that it has left.
     past: WorkerLoad,
+}
+
+/// A process that is no worker: it has no channel, it is not in the table of workers, and no
+/// decision about workers concerns it.
+#[derive(Debug)]
+struct DetachedEntry {
+    state: Detached,
+    /// Errors so far.
+    late_errors: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Detached {
+    /// [`run`](crate::Master::run) may return before it ends.
+    Released,
+    /// [`run`](crate::Master::run) waits for its end.
+    Referenced,
+    Exited(ExitStatus),
+}
+
+impl Detached {
+    fn status(self) -> Option<ExitStatus> {
+        match self {
+            Self::Released | Self::Referenced => None,
+            Self::Exited(status) => Some(status),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -172,8 +199,9 @@ pub(crate) struct MasterCore<C> {
     last_worker: u32,
     last_handle: u32,
     workers: BTreeMap<WorkerId, WorkerEntry>,
-    /// How many of them the program does not wait for.
-    unreferenced: usize,
+    detached: BTreeMap<WorkerId, DetachedEntry>,
+    /// How many workers and detached processes [`run`](crate::Master::run) waits for.
+    referenced: usize,
     handles: SortedMap<HandleId, Handle<C>>,
     keys: SortedMap<HandleKey, HandleId>,
     /// The one listen whose `Bind` is being carried out.
@@ -199,7 +227,8 @@ impl<C> MasterCore<C> {
             last_worker: 0,
             last_handle: 0,
             workers: BTreeMap::new(),
-            unreferenced: 0,
+            detached: BTreeMap::new(),
+            referenced: 0,
             handles: SortedMap::new(),
             keys: SortedMap::new(),
             binding: SortedMap::new(),
@@ -244,8 +273,12 @@ impl<C> MasterCore<C> {
                 Event::Disconnect => Some(WorkerState::Disconnected),
                 Event::Exit(_) => {
                     let left = self.workers.remove(&worker);
-                    let was_unreferenced = left.is_some_and(|left| left.unreferenced);
-                    self.unreferenced -= usize::from(was_unreferenced);
+                    let was_referenced = left.is_some_and(|left| left.referenced);
+                    self.referenced -= usize::from(was_referenced);
+                    None
+                }
+                Event::DetachedExit(_) => {
+                    self.detached.remove(&worker);
                     None
                 }
                 Event::Setup
@@ -292,14 +325,21 @@ impl<C> MasterCore<C> {
         self.workers.keys().copied()
     }
 
-    /// Whether there are workers whose end the program waits for.
+    /// Whether there are processes whose end [`run`](crate::Master::run) waits for.
     pub(crate) fn has_workers(&self) -> bool {
-        self.awaited || self.workers.len() > self.unreferenced
+        self.awaited || self.referenced > 0
     }
 
-    /// `None` for a worker that has left the table.
-    pub(crate) fn state(&self, worker: WorkerId) -> Option<WorkerState> {
-        self.workers.get(&worker).map(|entry| entry.state)
+    /// Whether the table of workers has it.
+    pub(crate) fn is_worker(&self, process: WorkerId) -> bool {
+        self.workers.contains_key(&process)
+    }
+
+    /// `None` for a worker that has left the table, and for a detached process that has ended.
+    pub(crate) fn state(&self, process: WorkerId) -> Option<WorkerState> {
+        let worker = self.workers.get(&process).map(|entry| entry.state);
+        let detached = || self.detached.get(&process);
+        worker.or_else(|| detached().map(|_| WorkerState::Disconnected))
     }
 
     pub(crate) fn is_connected(&self, worker: WorkerId) -> bool {
@@ -308,8 +348,17 @@ impl<C> MasterCore<C> {
             .is_some_and(|entry| entry.connected)
     }
 
-    pub(crate) fn exit_status(&self, worker: WorkerId) -> Option<ExitStatus> {
-        self.workers.get(&worker)?.status
+    pub(crate) fn exit_status(&self, process: WorkerId) -> Option<ExitStatus> {
+        match (self.workers.get(&process), self.detached.get(&process)) {
+            (Some(worker), _) => worker.status,
+            (None, Some(detached)) => detached.state.status(),
+            (None, None) => None,
+        }
+    }
+
+    fn is_running(&self, process: WorkerId) -> bool {
+        let is_known = self.is_worker(process) || self.detached.contains_key(&process);
+        is_known && self.exit_status(process).is_none()
     }
 
     pub(crate) fn exited_after_disconnect(&self, worker: WorkerId) -> Option<bool> {
@@ -434,12 +483,25 @@ impl<C> MasterCore<C> {
             kill_signal: None,
             status: None,
             deadline: None,
-            unreferenced: false,
+            referenced: true,
             past: WorkerLoad::new(worker),
         };
         self.workers.insert(worker, entry);
+        self.referenced += 1;
         self.emit(Level::Cluster, Some(worker), Event::Fork);
         worker
+    }
+
+    /// A process has been started that is no worker. Its number is none of a worker's.
+    pub(crate) fn detached(&mut self) -> WorkerId {
+        self.last_worker += 1;
+        let process = WorkerId::new(self.last_worker);
+        let entry = DetachedEntry {
+            state: Detached::Released,
+            late_errors: 0,
+        };
+        self.detached.insert(process, entry);
+        process
     }
 
     pub(crate) fn disconnect(&mut self, worker: WorkerId) {
@@ -479,31 +541,39 @@ impl<C> MasterCore<C> {
 
     /// Disconnects the worker, then sends the signal.
     pub(crate) fn kill(&mut self, worker: WorkerId, signal: Signal) {
-        let Some(entry) = self.workers.get_mut(&worker) else {
-            return;
-        };
-        if entry.connected {
-            entry.kill_signal = Some(signal);
-            self.begin_leave(&[worker]);
-        } else {
-            self.signal(worker, signal);
+        match self.workers.get_mut(&worker) {
+            Some(entry) if entry.connected => {
+                entry.kill_signal = Some(signal);
+                self.begin_leave(&[worker]);
+            }
+            Some(_) | None => self.signal(worker, signal),
         }
     }
 
-    /// Signals the worker at once.
+    /// Signals the process at once.
     pub(crate) fn signal(&mut self, worker: WorkerId, signal: Signal) {
-        if let Some(WorkerEntry { status: None, .. }) = self.workers.get(&worker) {
+        if self.is_running(worker) {
             self.actions.push_back(Action::Signal { worker, signal });
         }
     }
 
-    /// Whether the program waits for the end of this worker.
-    pub(crate) fn reference(&mut self, worker: WorkerId, referenced: bool) {
-        if let Some(entry) = self.workers.get_mut(&worker) {
-            self.unreferenced -= usize::from(entry.unreferenced);
-            entry.unreferenced = !referenced;
-            self.unreferenced += usize::from(entry.unreferenced);
-        }
+    /// Whether [`run`](crate::Master::run) waits for the end of this process.
+    pub(crate) fn reference(&mut self, process: WorkerId, referenced: bool) {
+        let was_referenced = if let Some(entry) = self.workers.get_mut(&process) {
+            std::mem::replace(&mut entry.referenced, referenced)
+        } else if let Some(entry) = self.detached.get_mut(&process) {
+            let state = match (entry.state, referenced) {
+                (Detached::Exited(_), _) => return,
+                (_, true) => Detached::Referenced,
+                (_, false) => Detached::Released,
+            };
+            let previous = std::mem::replace(&mut entry.state, state);
+            matches!(previous, Detached::Referenced)
+        } else {
+            return;
+        };
+        self.referenced -= usize::from(was_referenced);
+        self.referenced += usize::from(referenced);
     }
 
     /// Closes the channel without a word, which makes the worker leave at once.
@@ -526,15 +596,20 @@ impl<C> MasterCore<C> {
         // The last event of a worker is its exit, which may be waiting to be delivered. It does not
         // wait for ever: whoever causes an error in his callback for errors has the result anyway.
         if let Some(worker) = worker {
-            match self.workers.get_mut(&worker) {
-                Some(entry) if entry.late_errors < LATE_ERRORS => {
-                    entry.late_errors += u32::from(!entry.connected);
-                }
-                _ => return,
+            let known = (self.workers.get_mut(&worker), self.detached.get_mut(&worker));
+            let (late_errors, is_connected) = match known {
+                (Some(entry), _) => (&mut entry.late_errors, entry.connected),
+                (None, Some(entry)) => (&mut entry.late_errors, false),
+                (None, None) => return,
+            };
+            if *late_errors >= LATE_ERRORS {
+                return;
             }
+            *late_errors += u32::from(!is_connected);
         }
         let is_exit = |emit: &Emit| {
-            worker.is_some() && emit.worker == worker && matches!(emit.event, Event::Exit(_))
+            let is_last = matches!(emit.event, Event::Exit(_) | Event::DetachedExit(_));
+            worker.is_some() && emit.worker == worker && is_last
         };
         let exit = self.events.iter().position(is_exit);
         let at = exit.unwrap_or(self.events.len());
@@ -612,7 +687,7 @@ impl<C> MasterCore<C> {
 
     pub(crate) fn exited(&mut self, worker: WorkerId, status: ExitStatus) {
         let Some(entry) = self.workers.get_mut(&worker) else {
-            return;
+            return self.detached_exited(worker, status);
         };
         if entry.status.is_some() {
             return;
@@ -626,6 +701,16 @@ impl<C> MasterCore<C> {
             self.close_channel(worker);
         } else {
             self.depart(worker);
+        }
+    }
+
+    fn detached_exited(&mut self, process: WorkerId, status: ExitStatus) {
+        if self.is_running(process) {
+            self.reference(process, false);
+            if let Some(entry) = self.detached.get_mut(&process) {
+                entry.state = Detached::Exited(status);
+            }
+            self.emit(Level::Worker, Some(process), Event::DetachedExit(status));
         }
     }
 
@@ -864,6 +949,7 @@ impl<C> MasterCore<C> {
 #[cfg(any(test, fuzzing))]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
+    pub(crate) processes: usize,
     pub(crate) handles: usize,
     pub(crate) actions: usize,
     pub(crate) events: usize,
@@ -873,6 +959,7 @@ pub(crate) struct Sizes {
 impl<C> MasterCore<C> {
     pub(crate) fn sizes(&self) -> Sizes {
         Sizes {
+            processes: self.workers.len() + self.detached.len(),
             handles: self.handles.len(),
             actions: self.actions.len(),
             events: self.events.len(),

@@ -44,12 +44,12 @@ use crate::worker_id::WorkerId;
 
 pub(crate) type Core = MasterCore<CommonFd>;
 
-/// What is kept of a worker beside the core's knowledge.
+/// What is kept of a worker or detached process beside the core's knowledge.
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) id: WorkerId,
     pub(crate) pid: Pid,
-    /// `None` when it is closed.
+    /// `None` when it is closed, and for a detached process.
     channel: RefCell<Option<Channel<ToMaster, ToWorker>>>,
     /// Readable when the process ends, where the kernel has such descriptors.
     process: RefCell<Option<Registered<OwnedFd>>>,
@@ -194,7 +194,8 @@ impl MasterShell {
         }
     }
 
-    /// Starts a worker. Where the kernel has no descriptors for processes, `watch_children` makes
+    /// Starts a worker, or a detached process. Where the kernel has no descriptors for processes,
+    /// `watch_children` makes
     /// the loop wake up for SIGCHLD. In a worker that executes nothing, `abandon_watches` forgets what
     /// else is in the loop, and returns the descriptors.
     pub(crate) fn fork(
@@ -233,7 +234,7 @@ impl MasterShell {
         let passed = settings.passed_fds();
         let (pid, process) = if let Some(main) = &settings.main {
             // A closure has what the master has.
-            if !passed.is_empty() || settings.detached == Some(true) {
+            if !passed.is_empty() || settings.is_detached() {
                 let reason = "listen_fds and detached are for programs that are executed";
                 return Err(preparing(io::Error::new(
                     io::ErrorKind::InvalidInput,
@@ -280,8 +281,7 @@ impl MasterShell {
                 let announced = systemd::announce(&mut env, passed);
                 announced.map_err(|error| ("prepare its descriptors", error))?;
             }
-            let is_detached = settings.detached == Some(true);
-            if !is_detached {
+            if !settings.is_detached() {
                 env.insert(UNIQUE_ID.into(), id.to_string().into());
                 env.insert(CHANNEL_FD.into(), number.to_string().into());
                 env.remove(&OsString::from(WORKER_PID));
@@ -291,7 +291,7 @@ impl MasterShell {
             }
             let mut program = program(settings, env).map_err(preparing)?;
             program.stdio(stdio.theirs);
-            if is_detached {
+            if settings.is_detached() {
                 program.detach();
             } else {
                 program.tell_pid(WORKER_PID);
@@ -313,11 +313,20 @@ impl MasterShell {
             pid.discard(None, &self.unreaped);
             ("watch it", error)
         })?;
-        self.core.borrow_mut().forked();
+        let mut core = self.core.borrow_mut();
+        let channel = if settings.is_detached() {
+            core.detached();
+            // The other end has been closed when the program was executed.
+            None
+        } else {
+            core.forked();
+            Some(channel)
+        };
+        drop(core);
         let record = Rc::new(Record {
             id,
             pid,
-            channel: RefCell::new(Some(channel)),
+            channel: RefCell::new(channel),
             process: RefCell::new(process),
             stdio: RefCell::new(stdio.ours),
             usage: Cell::new(None),
@@ -383,7 +392,7 @@ impl MasterShell {
         Ok(numbers)
     }
 
-    /// The worker has left the table, and its last event has been delivered.
+    /// The last event of the process has been delivered.
     pub(crate) fn forget(&self, worker: WorkerId) {
         if let Some(record) = self.records.borrow_mut().remove(&worker) {
             record.stdio.take();
@@ -1210,6 +1219,9 @@ fn surround(program: &mut Program, settings: &Settings) -> io::Result<()> {
         program.cwd(cwd.clone().into())?;
     }
     program.identity(settings.uid, settings.gid);
+    if settings.leads_session() {
+        program.setsid();
+    }
     Ok(())
 }
 

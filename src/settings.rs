@@ -154,12 +154,17 @@ pub struct Settings {
     ///
     /// Node has no counterpart.
     pub listen_fds: Option<Vec<(String, Stdio)>>,
-    /// Whether it is no worker that is started, but a program that outlives the master: a successor of
-    /// it, say. It has no channel, does not find itself a worker, and does not die with the master. The
-    /// default is `false`. See [`detached`](Self::detached()).
+    /// Whether the process is no worker, but a program that outlives the master: its successor, say.
+    /// The default is `false`. See [`detached`](Self::detached()).
     ///
     /// Node: `options.detached` of `child_process`.
     pub detached: Option<bool>,
+    /// Whether the process leads a session and a process group of its own, by `setsid(2)`, without a
+    /// controlling terminal. The default is `true` for a [`detached`](Self::detached) process and
+    /// `false` for a worker. See [`setsid`](Self::setsid()).
+    ///
+    /// Node: a part of `options.detached` of `child_process`.
+    pub setsid: Option<bool>,
     /// The user that workers run as, and give up all other groups for. The master must be allowed
     /// to do this (be root, say), or `fork` fails.
     ///
@@ -291,23 +296,62 @@ impl Settings {
         self
     }
 
-    /// Sets [`detached`](Self::detached), whether what is started outlives the master.
+    /// Sets [`detached`](Self::detached), whether the process outlives the master.
     ///
-    /// Node: `options.detached` of `child_process`. The master has the events `fork`, `disconnect`, at
-    /// once, and `exit`. [`Process::unref`](crate::Process::unref) lets the master end before it.
-    /// `fork` fails together with [`main`](Self::main).
+    /// Node: `options.detached` of `child_process`. A detached process is not a worker:
+    ///
+    /// - It has no channel, and `init` does not find a worker in it. It is not in
+    ///   [`Master::workers`](crate::Master::workers), and the cluster's callbacks are not called for
+    ///   it, save for `error`.
+    /// - Nothing waits for it: [`Master::run`](crate::Master::run) returns, and
+    ///   [`Master::disconnect`](crate::Master::disconnect) calls back, while it runs. Node's parent
+    ///   waits for it until `unref`; here [`Process::ref_`](crate::Process::ref_) makes `run` wait.
+    /// - Nothing ends it but [`Process::kill`](crate::Process::kill) and
+    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill), which signal it at once. A deadline of
+    ///   `disconnect_within`, a pool that stops, and the end of the master do not.
+    ///   [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does nothing.
+    /// - It leads a session of its own, unless [`setsid`](Self::setsid()) says otherwise: a signal to
+    ///   the master's process group, and the end of its terminal, do not reach it.
+    ///
+    /// What `fork` returns is its handle, with a number that no worker has and the state
+    /// [`Disconnected`](crate::WorkerState::Disconnected). While the loop runs, the exit of the process
+    /// is noticed: its own callbacks of [`on_exit`](crate::WorkerProcess::on_exit) are called, and it
+    /// leaves no zombie. `fork` fails together with [`main`](Self::main).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
     /// use cluster::Settings;
     ///
     /// let settings = Settings::default().exec("./server-2").detached(true);
-    /// master.fork_as(settings, [("BEFORE", std::process::id().to_string())])?.process().unref();
+    /// let successor = master.fork_as(settings, [("BEFORE", std::process::id().to_string())])?;
+    /// successor.on_exit(|_, _, status| eprintln!("the new server has ended: {status}"));
+    /// master.disconnect(|_| println!("the new server is alone now"));
     /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn detached(mut self, detached: bool) -> Self {
         self.detached = Some(detached);
+        self
+    }
+
+    /// Sets [`setsid`](Self::setsid), whether the process leads a session of its own.
+    ///
+    /// Node: a part of `options.detached` of `child_process`. A [`detached`](Self::detached())
+    /// process that stays in the master's session and process group still gets the signals that a
+    /// terminal (Ctrl-C) or a supervisor sends to the whole group, as a master does that a
+    /// [pool](crate::pool::Pool::upgrade) starts for an upgrade.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Settings;
+    ///
+    /// let settings = Settings::default().exec("./server-2").detached(true).setsid(false);
+    /// master.fork_as(settings, [("BEFORE", std::process::id().to_string())])?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn setsid(mut self, setsid: bool) -> Self {
+        self.setsid = Some(setsid);
         self
     }
 
@@ -439,6 +483,7 @@ impl Settings {
         set(&mut self.stdio, later.stdio);
         set(&mut self.listen_fds, later.listen_fds);
         set(&mut self.detached, later.detached);
+        set(&mut self.setsid, later.setsid);
         set(&mut self.uid, later.uid);
         set(&mut self.gid, later.gid);
         set(&mut self.inspect_port, later.inspect_port);
@@ -474,6 +519,14 @@ impl Settings {
             stdio.extend(passed.iter().map(|(_, fd)| fd.clone()));
         }
         Ok(stdio)
+    }
+
+    pub(crate) fn is_detached(&self) -> bool {
+        self.detached == Some(true)
+    }
+
+    pub(crate) fn leads_session(&self) -> bool {
+        self.setsid.unwrap_or(self.is_detached())
     }
 
     pub(crate) fn passed_fds(&self) -> &[(String, Stdio)] {

@@ -40,6 +40,12 @@ const STEPS_OF_ONE: u64 = 2000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
     Fork,
+    /// It starts a process that is no worker.
+    Detach,
+    /// From now on it waits for the end of a process.
+    Ref,
+    /// It does no longer.
+    Unref,
     Disconnect,
     DisconnectWithin,
     Kill,
@@ -131,6 +137,8 @@ enum What {
     /// Its program does.
     Program(Deed),
     Kill,
+    /// A process that is no worker ends.
+    End,
     Stop,
     Continue,
     /// A worker's channel is closed behind its back.
@@ -221,7 +229,7 @@ fn step(rng: &mut Rng, trouble: Trouble) -> Step {
 }
 
 fn call(rng: &mut Rng) -> What {
-    let call = match rng.u8(0..40) {
+    let call = match rng.u8(0..44) {
         0..=11 => Call::Fork,
         12..=19 => Call::Send,
         20..=21 => Call::Disconnect,
@@ -234,6 +242,9 @@ fn call(rng: &mut Rng) -> What {
         30..=32 => Call::Keep,
         33..=34 => Call::Adopt,
         35..=37 => Call::Release,
+        40 => Call::Detach,
+        41 => Call::Ref,
+        42 => Call::Unref,
         _ => return What::InCallback(Call::Fork),
     };
     if rng.bool() {
@@ -255,6 +266,7 @@ fn fault(rng: &mut Rng) -> What {
         38..=41 => What::Fail(Failure::Send),
         42..=43 => What::Fail(Failure::Receive),
         44..=45 => What::Fail(Failure::TakeBack),
+        46..=47 => What::End,
         _ => What::HangUp,
     }
 }
@@ -421,6 +433,30 @@ fn stopping_loses_nobody() {
         let ledger = world.master.ledger();
         assert_eq!(ledger.dropped, 0, "seed {seed}: {ledger:?}");
         assert_eq!(world.served, world.clients(), "seed {seed}");
+    }
+}
+
+/// Workers leave or are killed at a deadline, and a process that is no worker runs on meanwhile.
+#[test]
+fn nothing_waits_for_a_detached_process_nor_ends_it() {
+    for call in [Call::DisconnectAll, Call::DisconnectAllWithin] {
+        let mut world = World::new(SchedulingPolicy::RoundRobin);
+        let process = world.detach();
+        assert!(!world.master.has_workers());
+        let worker = world.fork();
+        world.settle();
+        world.call(call, None, 0);
+        world.run(3, |world| world.disconnected > 0);
+        assert!(world.processes[&worker].has_gone());
+        assert!(world.detached[&process].runs());
+        assert!(!world.master.has_workers());
+        world.call(Call::Ref, Some(process), 0);
+        assert!(world.master.has_workers());
+        world.call(Call::DisconnectAll, None, 0);
+        world.run(3, |world| world.disconnected > 1);
+        world.step((What::End, 0, 0));
+        world.settle();
+        assert!(!world.master.has_workers());
     }
 }
 

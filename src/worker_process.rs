@@ -24,7 +24,8 @@ use crate::worker_id::WorkerId;
 /// A worker, in the master's hands.
 ///
 /// Node: the class `Worker`, as `cluster.fork()` returns it. It can be cloned; all clones are the
-/// same worker. Every method can be called at any time, on a worker that has left too.
+/// same worker. Every method can be called at any time, on a worker that has left too. It is also the
+/// handle of a process that is no worker ([`Settings::detached`](crate::Settings::detached())).
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -566,7 +567,8 @@ impl Process<'_> {
     }
 
     /// Lets the master end although this worker is still there: [`Master::run`] does not wait for
-    /// it. The worker goes on as long as the master's process does.
+    /// it. The worker goes on as long as the master's process does. A
+    /// [detached](crate::Settings::detached()) process is not waited for from the beginning.
     ///
     /// Node: `worker.process.unref()`, with that of its channel.
     ///
@@ -579,7 +581,8 @@ impl Process<'_> {
         self.0.tell(|core| core.reference(self.0.id(), false));
     }
 
-    /// Undoes [`unref`](Self::unref), which has an example.
+    /// Makes [`Master::run`] wait for the process: undoes [`unref`](Self::unref), which has an
+    /// example.
     ///
     /// Node: `worker.process.ref()`.
     pub fn ref_(&self) {

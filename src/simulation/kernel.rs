@@ -150,6 +150,23 @@ pub(super) enum Life {
     Gone,
 }
 
+/// A process that is no worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Detached {
+    Running,
+    /// It has ended, and the master has not learnt of it.
+    Zombie(ExitStatus),
+    Reaped(ExitStatus),
+    /// Its last event has been delivered.
+    Gone,
+}
+
+impl Detached {
+    pub(super) fn runs(self) -> bool {
+        self == Self::Running
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) core: WorkerCore,

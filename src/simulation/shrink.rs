@@ -161,6 +161,7 @@ fn source((what, who, n): &Step) -> String {
         | What::Kill
         | What::Stop
         | What::Continue
+        | What::End
         | What::Cut => format!("{what:?}"),
     };
     format!("        (What::{what}, {who}, {n}),\n")

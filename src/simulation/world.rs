@@ -8,10 +8,10 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use super::kernel::{Client, Connection, Life, Parcel, Port, Process, Written};
+use super::kernel::{Client, Connection, Detached, Life, Parcel, Port, Process, Written};
 use super::{Call, Deed, Failure, Lie, Step, What};
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
-use crate::error::Error;
+use crate::error::{Error, SendError};
 use crate::event::{Emit, Event, Level, WorkerState};
 use crate::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use crate::master_core::{Action, MasterCore, With};
@@ -25,6 +25,7 @@ use crate::worker_core::{self, Listen, ListenerId};
 use crate::worker_id::WorkerId;
 
 const MOST_WORKERS: usize = 5;
+const MOST_DETACHED: usize = 2;
 const MOST_LISTENERS: usize = 3;
 /// How many connections the kernel has room for in a queue.
 pub(super) const QUEUE: usize = 40;
@@ -64,6 +65,11 @@ pub(super) struct World {
     /// Of a pair of events the second, which must come next.
     second: Option<(WorkerId, &'static str)>,
     pub(super) processes: BTreeMap<WorkerId, Process>,
+    pub(super) detached: BTreeMap<WorkerId, Detached>,
+    /// Those of them that the program has signalled.
+    signalled: BTreeSet<WorkerId>,
+    /// Processes whose end the program waits for.
+    referenced: BTreeSet<WorkerId>,
     pub(super) ports: BTreeMap<HandleId, Port>,
     /// By which workers get their connections. The master has both ends of each.
     pub(super) queues: BTreeMap<(HandleId, WorkerId), VecDeque<Placed<Client>>>,
@@ -116,6 +122,9 @@ impl World {
             callback: None,
             second: None,
             processes: BTreeMap::new(),
+            detached: BTreeMap::new(),
+            signalled: BTreeSet::new(),
+            referenced: BTreeSet::new(),
             ports: BTreeMap::new(),
             queues: BTreeMap::new(),
             unclosed: Vec::new(),
@@ -161,8 +170,11 @@ impl World {
             What::Master => self.master_step(n),
             What::Call(call) => {
                 if self.actions.is_empty() && self.unflushed.is_empty() {
-                    let workers: Vec<_> = self.master.worker_ids().collect();
-                    self.call(call, nth(workers.into_iter(), who), n);
+                    let detached = self.detached.iter();
+                    let detached = detached.filter(|(_, process)| **process != Detached::Gone);
+                    let detached = detached.map(|(id, _)| *id);
+                    let handles: Vec<_> = self.master.worker_ids().chain(detached).collect();
+                    self.call(call, nth(handles.into_iter(), who), n);
                 } else {
                     self.master_step(n);
                 }
@@ -173,6 +185,13 @@ impl World {
                 let busy = self.processes.iter().filter(|(_, p)| p.is_busy(self.now));
                 if let Some(worker) = nth(busy.map(|(id, _)| *id), who) {
                     self.worker_step(worker, n);
+                }
+            }
+            What::End => {
+                let running = self.detached.iter().filter(|(_, process)| process.runs());
+                if let Some(process) = nth(running.map(|(id, _)| *id), who) {
+                    let status = ExitStatus::from_raw(i32::from(n) << 8);
+                    self.detached.insert(process, Detached::Zombie(status));
                 }
             }
             What::Program(_)
@@ -206,6 +225,7 @@ impl World {
             | What::Pass
             | What::Master
             | What::Worker
+            | What::End
             | What::Call(_)
             | What::InCallback(_)
             | What::Fail(_) => {}
@@ -303,6 +323,11 @@ impl World {
                 facts.push(Fact::Exit(*worker));
             }
         }
+        for (process, state) in &self.detached {
+            if let Detached::Zombie(_) = state {
+                facts.push(Fact::Exit(*process));
+            }
+        }
         let is_due = |deadline| deadline <= self.now;
         let waits = self.master.anyone_waits() && self.ticked < self.now;
         let closes = self.closes_at.is_some_and(is_due);
@@ -319,6 +344,14 @@ impl World {
             Fact::Readable(handle) => self.master.readable(handle),
             Fact::Frame(worker) => drop(self.master_reads(worker)),
             Fact::End(worker) => self.master_hears_the_end(worker),
+            Fact::Exit(worker) if self.detached.contains_key(&worker) => {
+                let Detached::Zombie(status) = self.detached[&worker] else {
+                    unreachable!("it is reaped once")
+                };
+                self.detached.insert(worker, Detached::Reaped(status));
+                self.referenced.remove(&worker);
+                self.master.exited(worker, status);
+            }
             Fact::Exit(worker) => {
                 let process = self.process(worker);
                 process.reaped = true;
@@ -479,6 +512,17 @@ impl World {
                 process.shut = true;
                 process.master_end = false;
             }
+            Action::Signal { worker, signal } if self.detached.contains_key(&worker) => {
+                assert!(self.signalled.contains(&worker), "the program has not");
+                match self.detached[&worker] {
+                    Detached::Running => {
+                        let status = ExitStatus::from_raw(signal.number());
+                        self.detached.insert(worker, Detached::Zombie(status));
+                    }
+                    Detached::Zombie(_) => {}
+                    Detached::Reaped(_) | Detached::Gone => panic!("signal to a reaped pid"),
+                }
+            }
             Action::Signal { worker, signal } => {
                 let process = self.process(worker);
                 assert!(!process.reaped, "signal to a reaped pid");
@@ -636,12 +680,21 @@ impl World {
         let id = self.master.forked();
         assert_eq!(announced, id);
         self.processes.insert(id, Process::new());
+        self.referenced.insert(id);
         // The first thing it does is to say that it is online.
         self.worker_gathers(id);
         id
     }
 
-    /// The program calls something, of a worker if there is one.
+    pub(super) fn detach(&mut self) -> WorkerId {
+        let announced = self.master.next_worker_id();
+        let id = self.master.detached();
+        assert_eq!(announced, id);
+        self.detached.insert(id, Detached::Running);
+        id
+    }
+
+    /// The program calls something, of a worker or detached process if there is one.
     pub(super) fn call(&mut self, call: Call, worker: Option<WorkerId>, n: u8) {
         self.master.set_time(self.now);
         let within = Time::from_millis(u64::from(n) * 4);
@@ -649,6 +702,11 @@ impl World {
             (Call::Fork, _) => {
                 if self.processes.values().filter(|p| p.alive).count() < MOST_WORKERS {
                     self.fork();
+                }
+            }
+            (Call::Detach, _) => {
+                if self.detached.values().filter(|d| d.runs()).count() < MOST_DETACHED {
+                    self.detach();
                 }
             }
             (Call::DisconnectAll, _) => {
@@ -670,16 +728,39 @@ impl World {
                 }
             }
             (_, None) => {}
+            (Call::Ref, Some(process)) => {
+                let is_detached = self.detached.get(&process);
+                if is_detached.is_none_or(|d| matches!(d, Detached::Running | Detached::Zombie(_))) {
+                    self.referenced.insert(process);
+                }
+                self.master.reference(process, true);
+            }
+            (Call::Unref, Some(process)) => {
+                self.referenced.remove(&process);
+                self.master.reference(process, false);
+            }
             (Call::Disconnect, Some(worker)) => self.master.disconnect(worker),
             (Call::DisconnectWithin, Some(worker)) => {
                 let by = self.now + within;
-                let process = self.process(worker);
-                process.deadline = Some(process.deadline.map_or(by, |other| other.min(by)));
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.deadline = Some(process.deadline.map_or(by, |other| other.min(by)));
+                }
                 self.master.disconnect_within(worker, within);
             }
-            (Call::Kill, Some(worker)) => self.master.kill(worker, Signal::TERM),
-            (Call::Signal, Some(worker)) => self.master.signal(worker, Signal::KILL),
+            (Call::Kill, Some(worker)) => {
+                self.signalled.insert(worker);
+                self.master.kill(worker, Signal::TERM);
+            }
+            (Call::Signal, Some(worker)) => {
+                self.signalled.insert(worker);
+                self.master.signal(worker, Signal::KILL);
+            }
             (Call::CloseChannel, Some(worker)) => self.master.close_channel(worker),
+            (Call::Send, Some(worker)) if self.detached.contains_key(&worker) => {
+                let worker = Some(worker);
+                let reason = SendError::ChannelClosed;
+                self.master.error(worker, Error::Send { worker, reason });
+            }
             (Call::Send, Some(worker)) => {
                 let process = self.process(worker);
                 if process.master_end && !process.down.broken {
@@ -731,13 +812,17 @@ impl World {
         if let Some(worker) = emit.worker {
             let is_second = expected == Some((worker, name));
             assert!(expected.is_none() || is_second, "{expected:?} should come");
-            if level == Level::Worker {
+            if level == Level::Worker && !matches!(event, Event::DetachedExit(_)) {
                 self.second = Some((worker, name));
             } else {
-                let alone = matches!(event, Event::Fork | Event::Message(_));
+                let alone = matches!(event, Event::Fork | Event::Message(_) | Event::DetachedExit(_));
                 assert!(is_second || alone, "{name} at {level:?} without the other");
             }
-            self.check_event(level, worker, event);
+            if self.detached.contains_key(&worker) {
+                self.check_event_of_detached(level, worker, event);
+            } else {
+                self.check_event(level, worker, event);
+            }
         } else {
             assert_eq!(expected, None, "should come first");
         }
@@ -750,7 +835,7 @@ impl World {
 
     fn all_have_left(&mut self) {
         assert!(self.awaited, "nobody asked");
-        assert!(!self.master.has_workers(), "someone is left");
+        assert!(self.master.worker_ids().next().is_none(), "someone is left");
         assert!(!self.processes.values().any(|p| p.alive), "someone lives");
         let is_left =
             |(handle, port): (&HandleId, &Port)| !port.unbound && !self.kept.contains(handle);
@@ -771,7 +856,9 @@ impl World {
             Level::Cluster => &mut process.life[1],
         };
         match event {
-            Event::Setup | Event::Disconnected => unreachable!("of no worker"),
+            Event::Setup | Event::Disconnected | Event::DetachedExit(_) => {
+                unreachable!("of no worker")
+            }
             Event::Fork => assert_eq!(*life, Life::Forked),
             Event::Online => {
                 assert_eq!(*life, Life::Forked, "is online once");
@@ -799,8 +886,29 @@ impl World {
                 assert_eq!(state, None, "no longer in the table");
                 assert_eq!(Some(departure.status), process.status);
                 *life = Life::Gone;
+                self.referenced.remove(&worker);
             }
             Event::Error(_) => assert_ne!(*life, Life::Gone, "exit is the last"),
+        }
+    }
+
+    fn check_event_of_detached(&mut self, level: Level, process: WorkerId, event: &Event) {
+        let state = self.detached[&process];
+        assert_ne!(state, Detached::Gone, "exit is the last");
+        let is_error = matches!(event, Event::Error(_));
+        if let Event::DetachedExit(status) = event {
+            assert_eq!((level, state), (Level::Worker, Detached::Reaped(*status)));
+            self.detached.insert(process, Detached::Gone);
+            assert_eq!(self.master.state(process), None);
+        } else {
+            assert!(is_error, "{event:?} of a process that is no worker");
+        }
+    }
+
+    /// The processes that are no workers end, whichever the program has not ended.
+    pub(super) fn end_detached(&mut self) {
+        for process in self.detached.values_mut().filter(|process| process.runs()) {
+            *process = Detached::Zombie(ExitStatus::from_raw(0));
         }
     }
 
@@ -1243,6 +1351,12 @@ impl World {
         assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
         let gone = ledger.dropped + ledger.closed_by_peer;
         assert!(self.lost <= gone, "a client is lost: {ledger:?}");
+        let waits = self.awaited || !self.referenced.is_empty();
+        assert_eq!(self.master.has_workers(), waits, "{:?}", self.referenced);
+        let detached = self.detached.keys();
+        for process in detached {
+            assert!(!self.master.is_worker(*process), "in the table of workers");
+        }
         if self.actions.is_empty() {
             self.check_at_rest();
         }
@@ -1284,6 +1398,7 @@ fn name(event: &Event) -> &'static str {
         Event::Message(_) => "message",
         Event::Disconnect => "disconnect",
         Event::Exit(_) => "exit",
+        Event::DetachedExit(_) => "exit of a detached process",
         Event::Error(_) => "error",
         Event::Disconnected => "disconnected",
     }

@@ -12,7 +12,7 @@ use identity::{give_up_capabilities, give_up_groups, set_group, set_user};
 
 /// What the child does between `fork` and `execve`, or what it does instead, by the number that it
 /// reports.
-pub(super) const STEPS: [&str; 8] = [
+pub(super) const STEPS: [&str; 9] = [
     "execute it",
     "prepare its signals",
     "prepare its descriptors",
@@ -21,6 +21,7 @@ pub(super) const STEPS: [&str; 8] = [
     "change its user",
     "give up its capabilities",
     "make it a worker",
+    "begin its session",
 ];
 const EXECUTE: u8 = 0;
 const SIGNALS_STEP: u8 = 1;
@@ -30,6 +31,7 @@ const GROUPS: u8 = 4;
 const USER: u8 = 5;
 const CAPABILITIES: u8 = 6;
 const BEGIN: u8 = 7;
+const SESSION: u8 = 8;
 /// Reported by a child that executes nothing when nothing can fail any more.
 pub(super) const STARTED: u8 = u8::MAX;
 /// Reported with a descriptor: the stream from which all further reports are to be read.
@@ -76,6 +78,8 @@ pub(super) struct Child<'a> {
     pub(super) channel: RawFd,
     /// It does not die with its parent, and the channel is closed when the program is executed.
     pub(super) detached: bool,
+    /// It leads a session and a process group of its own, without a terminal.
+    pub(super) setsid: bool,
     pub(super) failure: Cell<RawFd>,
     pub(super) parent: u32,
 }
@@ -208,6 +212,10 @@ impl Child<'_> {
     ) -> Result<(), (u8, io::Error)> {
         let at = |step| move |error| (step, error);
         default_signals(default_signal).map_err(at(SIGNALS_STEP))?;
+        if self.setsid {
+            // SAFETY: setsid changes no memory.
+            check(unsafe { libc::setsid() }).map_err(at(SESSION))?;
+        }
         arrange_descriptors().map_err(at(DESCRIPTORS))?;
         if !self.cwd.is_null() {
             // SAFETY: the path is zero-terminated.

@@ -40,6 +40,7 @@ pub(crate) struct Program {
     /// Variables whose value is the child's number.
     tell_pid: Vec<&'static str>,
     detached: bool,
+    setsid: bool,
     uid: Option<libc::uid_t>,
     gid: Option<libc::gid_t>,
 }
@@ -119,6 +120,7 @@ impl Program {
             stdio: Vec::new(),
             tell_pid: Vec::new(),
             detached: false,
+            setsid: false,
             uid: None,
             gid: None,
         })
@@ -142,6 +144,11 @@ impl Program {
     /// The child outlives this process, and has no channel.
     pub(crate) fn detach(&mut self) {
         self.detached = true;
+    }
+
+    /// The child leads a session and a process group of its own, without a terminal.
+    pub(crate) fn setsid(&mut self) {
+        self.setsid = true;
     }
 
     pub(crate) fn identity(&mut self, uid: Option<u32>, gid: Option<u32>) {
@@ -242,6 +249,7 @@ impl Program {
             gid: self.gid,
             channel,
             detached: self.detached,
+            setsid: self.setsid,
             failure: Cell::new(child_failure.as_raw_fd()),
             parent: std::process::id(),
         };

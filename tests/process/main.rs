@@ -13,6 +13,7 @@ mod blocking;
 mod conformance;
 mod counting;
 mod deadlines;
+mod detached;
 mod edges;
 mod examples;
 mod exhaustion;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         edges::SCENARIOS,
         hand_over::SCENARIOS,
         deadlines::SCENARIOS,
+        detached::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
         forked::SCENARIOS,

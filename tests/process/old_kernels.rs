@@ -119,6 +119,7 @@ const PLAYED: &[&str] = &[
     "foreign_workers_share_a_port",
     "a_whole_life_in_a_copy_of_the_master",
     "what_a_worker_has_used_is_known_when_it_has_ended",
+    "exit_of_a_detached_process_is_delivered_and_leaves_no_zombie",
 ];
 
 pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
