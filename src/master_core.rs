@@ -596,7 +596,10 @@ impl<C> MasterCore<C> {
         // The last event of a worker is its exit, which may be waiting to be delivered. It does not
         // wait for ever: whoever causes an error in his callback for errors has the result anyway.
         if let Some(worker) = worker {
-            let known = (self.workers.get_mut(&worker), self.detached.get_mut(&worker));
+            let known = (
+                self.workers.get_mut(&worker),
+                self.detached.get_mut(&worker),
+            );
             let (late_errors, is_connected) = match known {
                 (Some(entry), _) => (&mut entry.late_errors, entry.connected),
                 (None, Some(entry)) => (&mut entry.late_errors, false),

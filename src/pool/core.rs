@@ -39,10 +39,22 @@ pub(super) enum Command {
         slot: usize,
         generation: u32,
     },
+    /// A generation begins. If it has no settings of its own, it has those of `base`.
+    Begin {
+        generation: u32,
+        base: u32,
+    },
     Leave(WorkerId),
     /// Everybody is told, at once.
     LeaveAll,
+    /// Kill a worker or a new master.
     Kill(WorkerId),
+    /// The new master serves: leave the files of the listeners to it.
+    HandOver,
+    /// Listen no more to the new master.
+    CloseUpgrade,
+    /// Ask a new master to leave, and wait for its end.
+    Dismiss(WorkerId),
     /// Say what everybody has, by `measured`.
     Look,
     /// Ask the program what becomes of this slot, and say it by `decide`.
@@ -134,6 +146,39 @@ struct Rollout {
     retiring: BTreeSet<WorkerId>,
 }
 
+/// Whether the pool stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    No,
+    /// Workers that have not left by then are killed.
+    Draining {
+        by: Time,
+    },
+    AtOnce,
+}
+
+/// How far an upgrade has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Upgrade {
+    None,
+    /// The new master has until then to say that it serves.
+    Pending {
+        successor: WorkerId,
+        by: Time,
+    },
+    Succeeded,
+}
+
+/// A new master that has failed and has not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dismissed {
+    /// It has been asked to leave, and is killed then.
+    Leaving {
+        by: Time,
+    },
+    Killed,
+}
+
 #[derive(Debug)]
 pub(super) struct Core {
     options: PoolOptions,
@@ -145,7 +190,9 @@ pub(super) struct Core {
     reload_wanted: bool,
     recycle: BTreeMap<usize, (WorkerId, Limit)>,
     rollout: Option<Rollout>,
-    pub(super) stopping: bool,
+    stop: Stop,
+    upgrade: Upgrade,
+    dismissed: BTreeMap<WorkerId, Dismissed>,
     pub(super) quorum: bool,
     pub(super) deaths: u64,
     look_at: Option<Time>,
@@ -176,7 +223,9 @@ impl Core {
             reload_wanted: false,
             recycle: BTreeMap::new(),
             rollout: None,
-            stopping: false,
+            stop: Stop::No,
+            upgrade: Upgrade::None,
+            dismissed: BTreeMap::new(),
             quorum: false,
             deaths: 0,
             look_at,
@@ -197,9 +246,20 @@ impl Core {
         &self.options
     }
 
-    /// Whether something is still to come, from a worker or with time.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop != Stop::No
+    }
+
+    /// Whether the pool has stopped, and all that it has started has ended: save for a new master
+    /// that serves.
     pub(super) fn is_over(&self) -> bool {
-        self.stopping && self.members.is_empty()
+        self.is_stopping() && self.members.is_empty() && self.dismissed.is_empty()
+    }
+
+    /// Whether workers may be forked with the settings of this generation, when another one begins.
+    pub(super) fn uses(&self, generation: u32) -> bool {
+        let serves = |slot: &Slot| slot.generation == generation;
+        self.generation == generation || self.slots.iter().any(serves)
     }
 
     pub(super) fn is_reloading(&self) -> bool {
@@ -238,7 +298,7 @@ impl Core {
     fn settle(&mut self, now: Time) {
         self.roll(now);
         let quorum = self.options.quorum_of(self.slots.len());
-        let is_ready = !self.stopping && self.ready_workers() >= quorum;
+        let is_ready = !self.is_stopping() && self.ready_workers() >= quorum;
         if is_ready != self.quorum {
             self.quorum = is_ready;
             self.tell(PoolEvent::Quorum(is_ready));
@@ -249,7 +309,7 @@ impl Core {
 // What the program wants.
 impl Core {
     pub(super) fn scale(&mut self, workers: usize, now: Time) {
-        if self.stopping {
+        if self.is_stopping() {
             return;
         }
         while self.slots.len() < workers {
@@ -285,7 +345,7 @@ impl Core {
 
     /// One that is wanted while another is under way comes after it.
     pub(super) fn reload(&mut self, now: Time) {
-        if !self.stopping {
+        if !self.is_stopping() {
             self.reload_wanted = true;
             self.settle(now);
         }
@@ -301,7 +361,7 @@ impl Core {
     }
 
     pub(super) fn retry(&mut self, now: Time) {
-        if self.stopping {
+        if self.is_stopping() {
             return;
         }
         for slot in &mut self.slots {
@@ -313,10 +373,11 @@ impl Core {
     }
 
     pub(super) fn stop(&mut self, now: Time) {
-        if self.stopping {
+        if self.is_stopping() {
             return;
         }
-        self.stopping = true;
+        let by = now.saturating_add(self.options.drain);
+        self.stop = Stop::Draining { by };
         self.reload_wanted = false;
         self.rollout = None;
         self.recycle.clear();
@@ -324,26 +385,34 @@ impl Core {
         for slot in &mut self.slots {
             (slot.current, slot.successor, slot.restart_at) = (None, None, None);
         }
-        let end = now.saturating_add(self.options.drain);
         for member in self.members.values_mut() {
-            member.leaves_by.get_or_insert(end);
+            member.leaves_by.get_or_insert(by);
         }
+        // A worker that has not been forked is not needed.
+        self.commands
+            .retain(|command| !matches!(command, Command::Fork { .. }));
+        self.fail_upgrade("the pool stops".to_owned(), now);
         self.commands.push_back(Command::LeaveAll);
         self.settle(now);
     }
 
     pub(super) fn stop_at_once(&mut self, now: Time) {
         self.stop(now);
+        self.stop = Stop::AtOnce;
         for (worker, member) in &mut self.members {
             member.leaves_by = Some(now);
             member.killed.get_or_insert(Cause::Died);
             self.commands.push_back(Command::Kill(*worker));
         }
+        for (successor, state) in &mut self.dismissed {
+            *state = Dismissed::Killed;
+            self.commands.push_back(Command::Kill(*successor));
+        }
     }
 
     pub(super) fn decide(&mut self, slot: usize, decision: GiveUp, now: Time) {
         match decision {
-            _ if self.stopping => {}
+            _ if self.is_stopping() => {}
             GiveUp::Stop => self.stop(now),
             GiveUp::Hold => {}
             GiveUp::RetryAfter(pause) => {
@@ -384,16 +453,32 @@ impl Core {
             killed: None,
         };
         self.members.insert(worker, member);
+        if self.is_stopping() {
+            return self.forked_in_vain(worker, now);
+        }
         let is_successor = self.is_awaited(slot, generation);
         if let Some(rollout) = self.rollout.as_mut().filter(|_| is_successor) {
             rollout.batch.insert(slot, Some(worker));
         }
         match self.slots.get_mut(slot) {
-            _ if self.stopping => self.leave(worker, now),
             Some(slot) if is_successor => slot.successor = Some(worker),
             Some(slot) if slot.lacks(generation) => slot.current = Some(worker),
             // The program has changed its mind meanwhile.
             _ => self.leave(worker, now),
+        }
+    }
+
+    /// The pool stops since this worker was to be forked: it has no more time than the others.
+    fn forked_in_vain(&mut self, worker: WorkerId, now: Time) {
+        let (leaves_by, killed, command) = match self.stop {
+            Stop::AtOnce => (now, Some(Cause::Died), Command::Kill(worker)),
+            Stop::Draining { by } => (by, None, Command::Leave(worker)),
+            Stop::No => return,
+        };
+        if let Some(member) = self.members.get_mut(&worker) {
+            member.leaves_by = Some(leaves_by);
+            member.killed = killed;
+            self.commands.push_back(command);
         }
     }
 
@@ -527,7 +612,8 @@ impl Core {
         let (most, within) = self.options.give_up;
         let stable = self.options.stable;
         self.tell(PoolEvent::Died(death.clone()));
-        let Some(slot) = self.slots.get_mut(number).filter(|_| !self.stopping) else {
+        let is_stopping = self.is_stopping();
+        let Some(slot) = self.slots.get_mut(number).filter(|_| !is_stopping) else {
             return;
         };
         slot.last_death = Some(death.clone());
@@ -603,29 +689,33 @@ impl Core {
         };
         let serves = self.slots.get(slot).filter(|s| s.current == Some(worker));
         let is_due = serves.is_some_and(|slot| slot.recycle_from <= now);
-        if is_due && !self.stopping && !self.recycle.contains_key(&slot) {
+        if is_due && !self.is_stopping() && !self.recycle.contains_key(&slot) {
             self.recycle.insert(slot, (worker, limit));
         }
     }
 
     /// Takes the rollout as far as it goes now, or begins one.
     fn roll(&mut self, now: Time) {
-        while !self.stopping {
+        while !self.is_stopping() {
             let Some(rollout) = &mut self.rollout else {
                 if !self.begin(now) {
                     return;
                 }
                 continue;
             };
+            let is_ready = |worker: &Option<WorkerId>| {
+                let member = worker.and_then(|worker| self.members.get(&worker));
+                // One that has been killed has failed, which its exit will say.
+                member.is_some_and(|member| member.ready.is_some() && member.killed.is_none())
+            };
+            let are_ready = rollout.batch.values().all(is_ready);
             match rollout.phase {
+                // Their slots are gone: nothing is left to wait for.
+                Phase::Booting | Phase::Trial(_) if rollout.batch.is_empty() => {
+                    rollout.phase = Phase::Retiring;
+                }
+                Phase::Booting | Phase::Trial(_) if !are_ready => return,
                 Phase::Booting => {
-                    let ready = |worker: &Option<WorkerId>| {
-                        let member = worker.and_then(|worker| self.members.get(&worker));
-                        member.is_some_and(|member| member.ready.is_some())
-                    };
-                    if !rollout.batch.values().all(ready) {
-                        return;
-                    }
                     let trial = match self.options.canary {
                         Some((_, time)) if rollout.canary => time,
                         _ => self.options.trial,
@@ -657,6 +747,8 @@ impl Core {
         if reload {
             self.last_generation += 1;
             let generation = self.last_generation;
+            let base = self.generation;
+            self.commands.push_back(Command::Begin { generation, base });
             self.tell(PoolEvent::Reloading { generation });
         } else if self.recycle.is_empty() {
             return false;
@@ -786,6 +878,83 @@ impl Core {
     }
 }
 
+// Upgrades.
+impl Core {
+    /// Whether an upgrade can begin.
+    pub(super) fn can_upgrade(&self) -> bool {
+        !self.is_stopping() && self.upgrade == Upgrade::None
+    }
+
+    /// Whether a new master serves instead of this pool.
+    pub(super) fn has_successor(&self) -> bool {
+        self.upgrade == Upgrade::Succeeded
+    }
+
+    /// A new master has been started.
+    pub(super) fn upgrading(&mut self, successor: WorkerId, now: Time) {
+        // Its own trial begins when it is ready, and that may be at the last moment.
+        let PoolOptions { boot, trial, .. } = &self.options;
+        let time = boot.saturating_add(trial.saturating_mul(2));
+        let by = now.saturating_add(time);
+        self.upgrade = Upgrade::Pending { successor, by };
+    }
+
+    /// The new master has said that it serves.
+    pub(super) fn upgraded(&mut self, now: Time) {
+        if let Upgrade::Pending { .. } = self.upgrade {
+            self.upgrade = Upgrade::Succeeded;
+            self.commands.push_back(Command::CloseUpgrade);
+            self.commands.push_back(Command::HandOver);
+            self.stop(now);
+            self.tell(PoolEvent::Upgraded);
+        }
+    }
+
+    /// A new master has ended.
+    pub(super) fn successor_exited(&mut self, successor: WorkerId, status: ExitStatus) {
+        self.dismissed.remove(&successor);
+        if self.pending_successor() == Some(successor) {
+            self.end_upgrade(status.to_string());
+        }
+    }
+
+    fn pending_successor(&self) -> Option<WorkerId> {
+        match self.upgrade {
+            Upgrade::Pending { successor, .. } => Some(successor),
+            Upgrade::None | Upgrade::Succeeded => None,
+        }
+    }
+
+    fn end_upgrade(&mut self, reason: String) {
+        self.upgrade = Upgrade::None;
+        self.commands.push_back(Command::CloseUpgrade);
+        self.tell(PoolEvent::UpgradeFailed { reason });
+    }
+
+    /// Nothing happens if no upgrade is under way. The new master may have clients already: like a
+    /// worker, it is asked to leave, and has the time of one.
+    fn fail_upgrade(&mut self, reason: String, now: Time) {
+        if let Some(successor) = self.pending_successor() {
+            self.end_upgrade(reason);
+            let by = now.saturating_add(self.options.drain);
+            self.dismissed.insert(successor, Dismissed::Leaving { by });
+            self.commands.push_back(Command::Dismiss(successor));
+        }
+    }
+
+    fn tick_upgrade(&mut self, now: Time) {
+        if matches!(self.upgrade, Upgrade::Pending { by, .. } if by <= now) {
+            self.fail_upgrade("not ready in time".to_owned(), now);
+        }
+        for (successor, state) in &mut self.dismissed {
+            if matches!(state, Dismissed::Leaving { by } if *by <= now) {
+                *state = Dismissed::Killed;
+                self.commands.push_back(Command::Kill(*successor));
+            }
+        }
+    }
+}
+
 // What happens with time.
 impl Core {
     /// When `tick` is to be called, at the latest.
@@ -813,9 +982,23 @@ impl Core {
                 }
             }
         };
+        let is_killed = |worker: &WorkerId| {
+            let member = self.members.get(worker);
+            member.is_some_and(|member| member.killed.is_some())
+        };
         let trial = self.rollout.as_ref().and_then(|r| match r.phase {
+            // The exit of one that has been killed ends it.
+            Phase::Trial(_) if r.batch.values().flatten().any(is_killed) => None,
             Phase::Trial(end) => Some(end),
             Phase::Booting | Phase::Retiring => None,
+        });
+        let upgrade = match self.upgrade {
+            Upgrade::Pending { by, .. } => Some(by),
+            Upgrade::None | Upgrade::Succeeded => None,
+        };
+        let dismissed = self.dismissed.values().filter_map(|state| match state {
+            Dismissed::Leaving { by } => Some(*by),
+            Dismissed::Killed => None,
         });
         let awaited = self.rollout.as_ref().map(|rollout| &rollout.batch);
         let slots = self.slots.iter().enumerate();
@@ -824,6 +1007,7 @@ impl Core {
             .filter_map(|(_, slot)| slot.restart_at);
         let members = self.members.values().filter_map(of_member);
         let next = members.chain(restarts).chain(trial).chain(self.look_at);
+        let next = next.chain(upgrade).chain(dismissed);
         self.planned = next.min();
         self.planned
     }
@@ -860,7 +1044,8 @@ impl Core {
             self.look_at = Some(now.saturating_add(self.options.look));
             self.commands.push_back(Command::Look);
         }
-        if !self.stopping {
+        self.tick_upgrade(now);
+        if !self.is_stopping() {
             self.restart(now);
         }
         self.settle(now);
@@ -891,6 +1076,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::generations::Generations;
     use super::super::options::Readiness;
     use super::*;
 
@@ -915,6 +1101,15 @@ mod tests {
         /// Forks fail.
         is_poor: bool,
         looks: u32,
+        /// As the shell has them; the settings are a number.
+        generations: Generations<u32>,
+        /// The settings of every generation that there ever was.
+        settings: BTreeMap<u32, Option<u32>>,
+        /// What is called while the next worker is being forked: closures in settings may do that.
+        in_fork: Option<fn(&mut Core, Time)>,
+        /// New masters that have not ended.
+        successors: BTreeSet<u32>,
+        dismissed: Vec<u32>,
     }
 
     impl World {
@@ -931,6 +1126,11 @@ mod tests {
                 asked: Vec::new(),
                 is_poor: false,
                 looks: 0,
+                generations: Generations::new(),
+                settings: BTreeMap::from([(0, None)]),
+                in_fork: None,
+                successors: BTreeSet::new(),
+                dismissed: Vec::new(),
             };
             world.act();
             world
@@ -949,7 +1149,12 @@ mod tests {
             while let Some(command) = self.core.next_command() {
                 match command {
                     Command::Fork { slot, generation } => {
+                        let of_generation = self.generations.of(generation);
+                        assert_eq!(Some(&of_generation), self.settings.get(&generation));
                         self.forks.push((self.now, slot, generation));
+                        if let Some(call) = self.in_fork.take() {
+                            self.input(call);
+                        }
                         if self.is_poor {
                             let error = "poor".to_owned();
                             self.core.not_forked(slot, generation, error, self.now);
@@ -960,6 +1165,16 @@ mod tests {
                             self.core.forked(slot, generation, worker, pid, self.now);
                         }
                     }
+                    Command::Begin { generation, base } => {
+                        let core = &self.core;
+                        let unused = self.generations.begin(generation, base, |g| core.uses(g));
+                        drop(unused);
+                        let settings = self.generations.of(generation);
+                        let other = self.settings.insert(generation, settings);
+                        assert_eq!(other, None, "a generation begins once");
+                    }
+                    Command::HandOver | Command::CloseUpgrade => {}
+                    Command::Dismiss(successor) => self.dismissed.push(successor.get()),
                     Command::Leave(worker) => self.left.push(worker.get()),
                     Command::LeaveAll => self.left.extend(self.members()),
                     Command::Kill(worker) => self.killed.push(worker.get()),
@@ -1001,6 +1216,51 @@ mod tests {
                 assert!(next.is_none_or(|next| next > self.now), "it spins");
             }
             self.now = end;
+        }
+
+        fn reload_with(&mut self, settings: u32) {
+            drop(self.generations.replace_next(Some(settings)));
+            self.input(Core::reload);
+        }
+
+        fn cancel_reload(&mut self) {
+            drop(self.generations.replace_next(None));
+            self.input(Core::cancel_reload);
+        }
+
+        /// Returns the new master.
+        fn upgrade(&mut self) -> u32 {
+            assert!(self.core.can_upgrade());
+            self.last += 1;
+            let successor = self.last;
+            self.successors.insert(successor);
+            self.input(|core, now| core.upgrading(successor.into(), now));
+            successor
+        }
+
+        fn successor_exits(&mut self, successor: u32) {
+            assert!(self.successors.remove(&successor));
+            let status = ExitStatus::from_raw(0);
+            self.input(|core, _| core.successor_exited(successor.into(), status));
+        }
+
+        /// What has been killed ends.
+        fn bury(&mut self) {
+            for process in std::mem::take(&mut self.killed) {
+                if self.successors.contains(&process) {
+                    self.successor_exits(process);
+                } else {
+                    self.dies(process);
+                }
+            }
+        }
+
+        fn upgrade_failures(&self) -> Vec<&str> {
+            let failures = self.told.iter().filter_map(|event| match event {
+                PoolEvent::UpgradeFailed { reason } => Some(reason.as_str()),
+                _ => None,
+            });
+            failures.collect()
         }
 
         fn current(&self) -> Vec<Option<u32>> {
@@ -1438,33 +1698,292 @@ mod tests {
         assert_eq!(world.killed, [1, 2]);
     }
 
+    #[test]
+    fn stop_at_once_kills_every_new_master() {
+        for is_second in [false, true] {
+            let mut world = World::serving(options(1));
+            let failed = world.upgrade();
+            world.pass(32 * SECOND);
+            assert_eq!(world.upgrade_failures(), ["not ready in time"]);
+            let pending = world.upgrade();
+            if is_second {
+                world.input(Core::stop);
+                assert_eq!(world.killed, []);
+            }
+            world.input(Core::stop_at_once);
+            assert_eq!(world.dismissed, [failed, pending]);
+            assert_eq!(world.killed, [1, failed, pending]);
+            assert_eq!(world.core.next_deadline(), None);
+            world.bury();
+            assert!(world.core.is_over());
+        }
+    }
+
+    #[test]
+    fn new_master_that_serves_outlives_the_stop() {
+        let mut world = World::serving(options(1));
+        world.upgrade();
+        world.input(Core::upgraded);
+        assert_eq!(world.told.last(), Some(&PoolEvent::Upgraded));
+        assert!(world.core.has_successor());
+        world.input(Core::stop_at_once);
+        assert_eq!(
+            (&world.killed[..], &world.dismissed[..]),
+            (&[1][..], &[][..])
+        );
+        world.bury();
+        assert!(world.core.is_over());
+    }
+
+    #[test]
+    fn failed_upgrade_changes_nothing_and_the_next_one_can_begin() {
+        let mut world = World::serving(options(1).drain(5 * SECOND));
+        let first = world.upgrade();
+        world.successor_exits(first);
+        assert_eq!(world.upgrade_failures(), ["exit status: 0"]);
+        assert_eq!(world.dismissed, []);
+        assert_eq!(world.core.next_deadline(), None);
+        let second = world.upgrade();
+        world.pass(32 * SECOND);
+        assert_eq!(world.dismissed, [second]);
+        let third = world.upgrade();
+        world.pass(5 * SECOND);
+        assert_eq!(world.killed, [second], "its time to leave is over");
+        world.bury();
+        world.successor_exits(third);
+        assert_eq!(world.current(), [Some(1)]);
+        assert_eq!(world.core.next_deadline(), None);
+    }
+
+    #[test]
+    fn worker_that_is_being_forked_at_a_stop_ends_with_the_others() {
+        for (stop, killed) in [
+            (Core::stop as fn(&mut Core, Time), false),
+            (Core::stop_at_once, true),
+        ] {
+            let mut world = World::serving(options(1));
+            world.in_fork = Some(stop);
+            world.input(|core, now| core.scale(3, now));
+            assert_eq!(world.members(), [1, 2], "the third one is not forked");
+            assert_eq!(world.left.contains(&2), !killed);
+            assert_eq!(world.killed, if killed { &[1, 2][..] } else { &[] });
+            world.pass(30 * SECOND);
+            assert_eq!(world.killed, [1, 2]);
+        }
+    }
+
+    #[test]
+    fn reload_goes_on_at_once_when_its_batch_is_scaled_away() {
+        let mut world = World::serving(options(3).surge(2).canary(3, 60 * SECOND));
+        world.input(Core::reload);
+        world.all_ready();
+        world.input(|core, now| core.scale(1, now));
+        world.ready(4);
+        world.pass(59 * SECOND);
+        assert_eq!(world.core.generation, 0, "one of them is left");
+        world.input(|core, now| core.scale(0, now));
+        assert_eq!(world.core.generation, 1);
+        assert!(world.told.contains(&PoolEvent::Reloaded { generation: 1 }));
+    }
+
+    #[test]
+    fn successor_that_has_been_killed_replaces_nobody() {
+        let mut world = World::serving(options(1).heartbeat(SECOND).trial(SECOND));
+        world.input(|core, now| core.beats(1.into(), now));
+        world.input(Core::reload);
+        world.ready(2);
+        world.pass(500 * MS);
+        world.input(|core, now| core.beats(1.into(), now));
+        // Its trial ends at the moment at which it is known to hang.
+        world.pass(500 * MS);
+        assert_eq!(world.killed, [2]);
+        assert_eq!(world.left, []);
+        world.bury();
+        assert_eq!(world.current(), [Some(1)]);
+        assert!(matches!(
+            world.told.last(),
+            Some(PoolEvent::ReloadFailed { replaced: 0, .. })
+        ));
+    }
+
+    #[test]
+    fn settings_of_the_generation_that_serves_outlive_failed_reloads() {
+        let mut world = World::serving(options(2));
+        world.reload_with(7);
+        for _ in 0..2 {
+            world.all_ready();
+            world.pass(SECOND);
+            let old = *world.left.last().unwrap();
+            world.dies(old);
+        }
+        assert_eq!(world.core.generation, 1);
+        world.reload_with(8);
+        world.all_ready();
+        world.pass(SECOND);
+        let old = *world.left.last().unwrap();
+        world.dies(old);
+        let successor = world.last;
+        world.dies(successor);
+        assert_eq!(world.core.generation, 1, "the second slot has failed");
+        world.input(|core, now| core.scale(1, now));
+        world.reload_with(9);
+        let successor = world.last;
+        world.dies(successor);
+        world.input(|core, now| core.scale(2, now));
+        let (_, slot, generation) = *world.forks.last().unwrap();
+        assert_eq!((slot, world.generations.of(generation)), (1, Some(7)));
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
+        AllReady,
+        /// Those that have been asked to leave do so.
+        AllLeave,
         Ready(usize),
         Dies(usize),
         Pass(u16),
         Scale(usize),
         Reload,
+        ReloadWith(u32),
         Cancel,
         Retry,
         Poor(bool),
         Measured(usize),
+        Upgrade,
+        /// The new master says that it serves.
+        Upgraded,
+        SuccessorExits(usize),
         Stop,
+        StopAtOnce,
+        /// While the next worker is being forked.
+        InFork(usize),
     }
 
-    fn step() -> impl Strategy<Value = Step> {
+    const IN_FORK: [fn(&mut Core, Time); 5] = [
+        |core, now| core.scale(1, now),
+        |core, now| core.scale(4, now),
+        Core::reload,
+        Core::stop,
+        Core::stop_at_once,
+    ];
+
+    /// What makes generations come and go.
+    fn step_of_generations() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => any::<u32>().prop_map(Step::ReloadWith),
+            1 => Just(Step::Reload),
+            1 => Just(Step::Cancel),
+            4 => Just(Step::AllReady),
+            4 => Just(Step::AllLeave),
+            3 => any::<usize>().prop_map(Step::Dies),
+            4 => (0u16..2_000).prop_map(Step::Pass),
+            2 => (0usize..4).prop_map(Step::Scale),
+            1 => (0..IN_FORK.len() - 2).prop_map(Step::InFork),
+        ]
+    }
+
+    /// What a program may call, and what may happen, until the pool stops.
+    fn step_before_a_stop() -> impl Strategy<Value = Step> {
         prop_oneof![
             8 => any::<usize>().prop_map(Step::Ready),
             5 => any::<usize>().prop_map(Step::Dies),
             6 => (0u16..40_000).prop_map(Step::Pass),
             1 => (0usize..6).prop_map(Step::Scale),
             2 => Just(Step::Reload),
+            2 => any::<u32>().prop_map(Step::ReloadWith),
             1 => Just(Step::Cancel),
             1 => Just(Step::Retry),
             1 => any::<bool>().prop_map(Step::Poor),
             2 => any::<usize>().prop_map(Step::Measured),
-            1 => Just(Step::Stop),
+            2 => Just(Step::Upgrade),
+            1 => any::<usize>().prop_map(Step::SuccessorExits),
+            1 => (0..IN_FORK.len() - 2).prop_map(Step::InFork),
         ]
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            40 => step_before_a_stop(),
+            1 => (0..IN_FORK.len()).prop_map(Step::InFork),
+            1 => Just(Step::Upgraded),
+            1 => Just(Step::Stop),
+            1 => Just(Step::StopAtOnce),
+        ]
+    }
+
+    impl World {
+        fn step(&mut self, step: &Step) {
+            let pick = |world: &Self, at: usize| {
+                let count = world.core.members.len().max(1);
+                world.members().get(at % count).copied()
+            };
+            match *step {
+                Step::AllReady => self.all_ready(),
+                Step::AllLeave => {
+                    let members = self.core.members.iter();
+                    let leaving = members.filter(|(_, m)| m.state() == State::Leaving);
+                    let leaving: Vec<_> = leaving.map(|(worker, _)| worker.get()).collect();
+                    leaving.into_iter().for_each(|worker| self.dies(worker));
+                }
+                Step::Ready(at) => pick(self, at).into_iter().for_each(|w| self.ready(w)),
+                Step::Dies(at) => pick(self, at).into_iter().for_each(|w| self.dies(w)),
+                Step::Pass(time) => self.pass(u32::from(time) * MS),
+                Step::Scale(workers) => self.input(|core, now| core.scale(workers, now)),
+                Step::Reload => self.input(Core::reload),
+                Step::ReloadWith(settings) => self.reload_with(settings),
+                Step::Cancel => self.cancel_reload(),
+                Step::Retry => self.input(Core::retry),
+                Step::Poor(is_poor) => self.is_poor = is_poor,
+                Step::Measured(at) => {
+                    if let Some(worker) = pick(self, at) {
+                        self.input(|core, now| core.measured(worker.into(), Some(5), None, now));
+                    }
+                }
+                Step::Upgrade if self.core.can_upgrade() => drop(self.upgrade()),
+                Step::Upgrade => {}
+                Step::Upgraded => self.input(Core::upgraded),
+                Step::SuccessorExits(at) => {
+                    let count = self.successors.len().max(1);
+                    if let Some(&successor) = self.successors.iter().nth(at % count) {
+                        self.successor_exits(successor);
+                    }
+                }
+                Step::Stop => self.input(Core::stop),
+                Step::StopAtOnce => self.input(Core::stop_at_once),
+                Step::InFork(which) => self.in_fork = Some(IN_FORK[which]),
+            }
+        }
+
+        /// What holds after each step.
+        fn check(&self, most: usize) {
+            let core = &self.core;
+            let staying = core
+                .members
+                .values()
+                .filter(|m| m.state() != State::Leaving);
+            assert!(staying.count() <= most);
+            for (worker, member) in &core.members {
+                let slot = core.slots.get(member.slot);
+                let is_in_place = slot
+                    .is_some_and(|slot| [slot.current, slot.successor].contains(&Some(*worker)));
+                assert_eq!(is_in_place, member.state() != State::Leaving);
+            }
+            for slot in &core.slots {
+                assert!(
+                    slot.current
+                        .is_none_or(|worker| core.members.contains_key(&worker))
+                );
+                let successor = slot.successor;
+                assert!(successor.is_none_or(|worker| core.members.contains_key(&worker)));
+                let is_empty = slot.current.is_none() && slot.successor.is_none();
+                let is_due = slot.restart_at.is_some();
+                assert!(!is_empty || slot.held || is_due || core.is_stopping());
+                assert!(self.generations.of(slot.generation) == self.settings[&slot.generation]);
+            }
+            // Whoever comes next has the settings that its generation began with.
+            let next = core.generation;
+            assert_eq!(self.generations.of(next), self.settings[&next]);
+        }
     }
 
     proptest! {
@@ -1483,47 +2002,13 @@ mod tests {
             options.canary = canary.map(|workers| (workers, 20 * SECOND));
             options.max_age = age.map(Duration::from_secs);
             let mut world = World::new(options);
-            for step in steps {
-                let pick = |world: &World, at: usize| {
-                    let count = world.core.members.len().max(1);
-                    world.members().get(at % count).copied()
-                };
-                match step {
-                    Step::Ready(at) => pick(&world, at).into_iter().for_each(|w| world.ready(w)),
-                    Step::Dies(at) => pick(&world, at).into_iter().for_each(|w| world.dies(w)),
-                    Step::Pass(time) => world.pass(u32::from(time) * MS),
-                    Step::Scale(workers) => world.input(|core, now| core.scale(workers, now)),
-                    Step::Reload => world.input(Core::reload),
-                    Step::Cancel => world.input(Core::cancel_reload),
-                    Step::Retry => world.input(Core::retry),
-                    Step::Stop => world.input(Core::stop),
-                    Step::Poor(is_poor) => world.is_poor = is_poor,
-                    Step::Measured(at) => if let Some(worker) = pick(&world, at) {
-                        world.input(|core, now| core.measured(worker.into(), Some(5), None, now));
-                    },
-                }
-                let core = &world.core;
-                let staying = core.members.values().filter(|m| m.state() != State::Leaving);
-                let most = core.slots.len() + surge.max(canary.unwrap_or(0));
-                prop_assert!(staying.count() <= most);
-                for (worker, member) in &core.members {
-                    let slot = core.slots.get(member.slot);
-                    let is_in_place = slot.is_some_and(|slot| {
-                        [slot.current, slot.successor].contains(&Some(*worker))
-                    });
-                    prop_assert_eq!(is_in_place, member.state() != State::Leaving);
-                }
-                for slot in &core.slots {
-                    prop_assert!(slot.current.is_none_or(|worker| core.members.contains_key(&worker)));
-                    let successor = slot.successor;
-                    prop_assert!(successor.is_none_or(|worker| core.members.contains_key(&worker)));
-                    let is_empty = slot.current.is_none() && slot.successor.is_none();
-                    let is_due = slot.restart_at.is_some();
-                    prop_assert!(!is_empty || slot.held || is_due || core.stopping);
-                }
+            for step in &steps {
+                world.step(step);
+                world.check(world.core.slots.len() + surge.max(canary.unwrap_or(0)));
             }
+            world.in_fork = None;
             world.is_poor = false;
-            let is_stopped = world.core.stopping;
+            let is_stopped = world.core.is_stopping();
             world.core.options.max_age = None;
             for member in world.core.members.values_mut() {
                 member.expires = None;
@@ -1532,9 +2017,7 @@ mod tests {
                 world.input(Core::retry);
                 world.all_ready();
                 world.pass(31 * SECOND);
-                for worker in std::mem::take(&mut world.killed) {
-                    world.dies(worker);
-                }
+                world.bury();
             }
             if !is_stopped {
                 prop_assert!(world.current().iter().all(Option::is_some));
@@ -1543,9 +2026,89 @@ mod tests {
             prop_assert!(world.core.rollout.is_none());
             world.input(Core::stop);
             world.pass(30 * SECOND);
-            for worker in std::mem::take(&mut world.killed) {
-                world.dies(worker);
+            world.bury();
+            prop_assert!(world.core.is_over());
+            prop_assert_eq!(world.core.next_deadline(), None);
+        }
+
+        /// A worker has the settings with which its generation began, however many generations have
+        /// failed since.
+        #[test]
+        fn every_generation_keeps_its_settings(
+            steps in prop::collection::vec(step_of_generations(), 0..80),
+            surge in 1usize..3,
+        ) {
+            let mut world = World::serving(options(2).surge(surge).give_up(u32::MAX, SECOND));
+            for step in &steps {
+                // What is forked is compared there.
+                world.step(step);
+                world.check(world.core.slots.len() + surge);
+                let known = world.generations.count();
+                prop_assert!(known <= world.core.slots.len().max(4) + 2, "{known} are kept");
             }
+        }
+
+        /// Whatever the pool does when it is to stop, all that it has started is killed at the
+        /// deadline at the latest, or at once; and what ends before is not waited for.
+        #[test]
+        fn a_stop_ends_by_its_deadline(
+            before in prop::collection::vec(step_before_a_stop(), 0..40),
+            stop in prop_oneof![
+                2 => Just(Step::Stop),
+                2 => Just(Step::StopAtOnce),
+                1 => (3..IN_FORK.len()).prop_map(Step::InFork),
+            ],
+            after in prop::collection::vec(step(), 0..10),
+            surge in 1usize..4,
+            canary in prop::option::of(1usize..3),
+            drain in 1u64..60,
+        ) {
+            let drain = Duration::from_secs(drain);
+            let mut options = options(3).surge(surge).max_connections(5).drain(drain);
+            options.canary = canary.map(|workers| (workers, 20 * SECOND));
+            options.heartbeat = canary.map(|_| 30 * SECOND);
+            let mut world = World::new(options);
+            for step in &before {
+                world.step(step);
+            }
+            world.is_poor = false;
+            world.step(&stop);
+            if let Step::InFork(_) = stop {
+                // A worker more, in case none is to be forked.
+                let slots = world.core.slots.len();
+                world.input(|core, now| core.scale(slots + 1, now));
+            }
+            prop_assert!(world.core.is_stopping());
+            let begin = world.now;
+            let mut at_once = world.core.stop == Stop::AtOnce;
+            for step in &after {
+                let rest = (begin + drain).saturating_sub(world.now);
+                match step {
+                    Step::Pass(time) => world.pass(rest.min(u32::from(*time) * MS)),
+                    step => world.step(step),
+                }
+                at_once |= matches!(step, Step::StopAtOnce);
+            }
+            let alive = |world: &World| {
+                let killed: BTreeSet<_> = world.killed.iter().copied().collect();
+                let successors = world.successors.iter().copied();
+                let successors = successors.filter(|_| !world.core.has_successor());
+                let alive = world.members().into_iter().chain(successors);
+                alive.filter(|process| !killed.contains(process)).count()
+            };
+            prop_assert!(!at_once || alive(&world) == 0, "alive: {:?}", world.core);
+            // What ends by itself is not waited for.
+            let mut early = world.core.members.keys().map(|worker| worker.get());
+            let early: Vec<_> = early.by_ref().step_by(2).collect();
+            early.into_iter().for_each(|worker| world.dies(worker));
+            world.killed.retain(|process| {
+                world.core.members.contains_key(&WorkerId::from(*process))
+                    || world.successors.contains(process)
+            });
+            let end = (begin + drain).saturating_sub(world.now);
+            world.pass(end);
+            prop_assert_eq!(alive(&world), 0, "alive: {:?}", world.core);
+            world.bury();
             prop_assert!(world.core.is_over());
             prop_assert_eq!(world.core.next_deadline(), None);
         }

@@ -35,6 +35,7 @@
 
 mod core;
 mod event;
+mod generations;
 mod options;
 mod service;
 mod shell;
@@ -48,14 +49,18 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::{ListenOptions, Master, MasterListener, Result, Settings, TimerId, WorkerId};
+use cluster::{
+    ListenOptions, Master, MasterListener, Result, Settings, TimerId, WatchId, WorkerId,
+    WorkerProcess,
+};
 
 use self::core::{Core, State, Time};
 pub use event::{Cause, Death, GiveUp, Limit, PoolEvent};
+use generations::Generations;
 pub use options::{PoolOptions, Readiness};
 pub use signals::{Action, leave_signals_to_master};
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
-use upgrade::{OwnProgram, Predecessor, Upgrade};
+use upgrade::{OwnProgram, Predecessor};
 
 /// The variable in a worker's environment that has the number of its slot, from 0.
 ///
@@ -121,15 +126,14 @@ struct Inner {
     news: RefCell<VecDeque<News>>,
     on_event: RefCell<Vec<Rc<RefCell<OnEvent>>>>,
     on_give_up: RefCell<Option<Rc<RefCell<OnGiveUp>>>>,
-    /// What the generations are forked with, if it is not what the master says.
-    settings: RefCell<BTreeMap<u32, Option<Settings>>>,
-    /// Those of the next generation.
-    next_settings: RefCell<Option<Settings>>,
+    generations: RefCell<Generations<Settings>>,
     listeners: RefCell<Vec<Kept>>,
     program: OwnProgram,
     predecessor: RefCell<Option<Predecessor>>,
-    upgrade: RefCell<Option<Upgrade>>,
-    has_successor: Cell<bool>,
+    /// New masters that have been started and have not ended.
+    successors: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
+    /// Where the one that is awaited says that it serves.
+    upgrade: Cell<Option<WatchId>>,
 }
 
 /// A listener that outlives the workers.
@@ -170,13 +174,12 @@ impl Pool {
             news: RefCell::default(),
             on_event: RefCell::default(),
             on_give_up: RefCell::default(),
-            settings: RefCell::default(),
-            next_settings: RefCell::default(),
+            generations: RefCell::new(Generations::new()),
             listeners: RefCell::default(),
             program: OwnProgram::new(),
             predecessor: RefCell::default(),
-            upgrade: RefCell::default(),
-            has_successor: Cell::new(false),
+            successors: RefCell::default(),
+            upgrade: Cell::new(None),
         }));
         pool.attend(master);
         pool.wake(master, Duration::ZERO);
@@ -315,8 +318,7 @@ impl Pool {
     /// # }
     /// ```
     pub fn reload_with(&self, master: &Master, settings: Settings) {
-        let previous = self.0.next_settings.replace(Some(settings));
-        drop(previous);
+        self.replace_next_settings(Some(settings));
         self.reload(master);
     }
 
@@ -334,8 +336,7 @@ impl Pool {
     /// # }
     /// ```
     pub fn cancel_reload(&self, master: &Master) {
-        let unused = self.0.next_settings.take();
-        drop(unused);
+        self.replace_next_settings(None);
         self.input(master, Core::cancel_reload);
     }
 
@@ -366,7 +367,8 @@ impl Pool {
         self.input(master, Core::stop);
     }
 
-    /// Kills all workers, and lets [`Master::run`] come to its end.
+    /// Kills all workers, and lets [`Master::run`] come to its end. A new master that does not serve
+    /// yet ([`upgrade`](Self::upgrade)), or has failed to, is killed, too.
     ///
     /// Node has no counterpart.
     ///
@@ -392,7 +394,7 @@ impl Pool {
     /// ```
     #[must_use]
     pub fn is_stopping(&self) -> bool {
-        self.0.core.borrow().stopping
+        self.0.core.borrow().is_stopping()
     }
 
     /// Returns whether enough workers are ready: as many as [`PoolOptions::quorum`] says.
@@ -464,7 +466,7 @@ impl Pool {
             generation: core.generation,
             is_ready: core.quorum,
             is_reloading: core.is_reloading(),
-            is_stopping: core.stopping,
+            is_stopping: core.is_stopping(),
             age: now,
             deaths: core.deaths,
             slots: slots.collect(),

@@ -58,7 +58,7 @@ impl Pool {
             // Of a service that has a new main process, this would be the end.
             } else if *event == PoolEvent::Quorum(false)
                 && pool.is_stopping()
-                && !pool.0.has_successor.get()
+                && !pool.0.core.borrow().has_successor()
             {
                 systemd::notify("STOPPING=1")
             } else {

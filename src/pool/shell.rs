@@ -66,6 +66,7 @@ impl Pool {
             };
             match command {
                 Command::Fork { slot, generation } => self.fork(master, slot, generation),
+                Command::Begin { generation, base } => self.begin(generation, base),
                 Command::Leave(worker) => {
                     let worker = master.worker(worker);
                     worker
@@ -73,12 +74,19 @@ impl Pool {
                         .for_each(|worker| self.tell_to_leave(&worker));
                 }
                 Command::LeaveAll => self.tell_all_to_leave(master),
-                Command::Kill(worker) => {
-                    let worker = master.worker(worker);
-                    worker
+                Command::Kill(process) => {
+                    let successor = self.0.successors.borrow().get(&process).cloned();
+                    let process = successor.or_else(|| master.worker(process));
+                    process
                         .into_iter()
-                        .for_each(|worker| worker.process().kill(Signal::KILL));
+                        .for_each(|process| process.process().kill(Signal::KILL));
                 }
+                Command::HandOver => self.hand_over(),
+                Command::CloseUpgrade => {
+                    let watch = self.0.upgrade.take();
+                    watch.into_iter().for_each(|watch| master.unwatch(watch));
+                }
+                Command::Dismiss(successor) => self.dismiss(successor),
                 Command::Look => self.look(master),
                 Command::Tell(event) => self.0.news.borrow_mut().push_back(News::Event(event)),
                 Command::Ask(death) => self.0.news.borrow_mut().push_back(News::GiveUp(death)),
@@ -164,29 +172,36 @@ impl Pool {
 
     fn fork(&self, master: &Master, slot: usize, generation: u32) {
         let env = [(SLOT, slot.to_string())];
-        let forked = match self.settings_of(generation) {
-            Some(settings) => master.fork_as(settings, env),
-            None => master.fork_with(env),
+        let settings = self.0.generations.borrow().of(generation);
+        let is_detached = match &settings {
+            Some(settings) => settings.detached,
+            None => master.settings().detached,
+        };
+        let forked = match settings {
+            // The pool would not learn of its exit.
+            _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
+            Some(settings) => master.fork_as(settings, env).map_err(|e| e.to_string()),
+            None => master.fork_with(env).map_err(|e| e.to_string()),
         };
         let now = self.now();
         let mut core = self.0.core.borrow_mut();
         match forked {
             Ok(worker) => core.forked(slot, generation, worker.id(), worker.process().id(), now),
-            Err(error) => core.not_forked(slot, generation, error.to_string(), now),
+            Err(error) => core.not_forked(slot, generation, error, now),
         }
     }
 
-    /// A generation without settings of its own has those of the one that serves when it comes.
-    fn settings_of(&self, generation: u32) -> Option<Settings> {
-        let mut settings = self.0.settings.borrow_mut();
-        if !settings.contains_key(&generation) {
-            let core = self.0.core.borrow();
-            let serving = settings.get(&core.generation).cloned().flatten();
-            settings.insert(generation, self.0.next_settings.take().or(serving));
-            let in_use = |known: &u32| core.slots.iter().any(|slot| slot.generation == *known);
-            settings.retain(|known, _| *known == generation || in_use(known));
-        }
-        settings.get(&generation).cloned().flatten()
+    fn begin(&self, generation: u32, base: u32) {
+        let core = self.0.core.borrow();
+        let mut generations = self.0.generations.borrow_mut();
+        let unused = generations.begin(generation, base, |known| core.uses(known));
+        drop((core, generations));
+        drop(unused);
+    }
+
+    pub(super) fn replace_next_settings(&self, next: Option<Settings>) {
+        let unused = self.0.generations.borrow_mut().replace_next(next);
+        drop(unused);
     }
 
     fn tell_to_leave(&self, worker: &WorkerProcess) {
@@ -201,9 +216,7 @@ impl Pool {
 
     fn tell_all_to_leave(&self, master: &Master) {
         // Who waits is served before the listeners close; or by the successor, who has them, too.
-        if !self.0.has_successor.get() {
-            // It has them, too, and would not notice that they are shut.
-            self.end_upgrade(master, Err("the pool stops".to_owned()));
+        if !self.0.core.borrow().has_successor() {
             drop(self.0.listeners.take());
         }
         let workers: Vec<_> = self.0.core.borrow().members.keys().copied().collect();

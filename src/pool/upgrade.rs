@@ -12,8 +12,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use cluster::systemd::ListenFd;
-use cluster::{Error, Interest, Master, Result, Settings, Signal, TimerId, WatchId, WorkerProcess};
+use cluster::{
+    Error, Interest, Master, Result, Settings, Signal, TimerId, WorkerId, WorkerProcess,
+};
 
+use super::core::Core;
 use super::event::PoolEvent;
 use super::{Kept, Pool};
 
@@ -57,14 +60,6 @@ pub(super) struct Predecessor {
     trial: Option<TimerId>,
 }
 
-/// A successor that has not said yet that it serves.
-#[derive(Debug)]
-pub(super) struct Upgrade {
-    successor: WorkerProcess,
-    watch: WatchId,
-    timer: TimerId,
-}
-
 impl Pool {
     /// A successor takes over when it has been ready for a while.
     pub(super) fn prove(&self, master: &Master, is_ready: bool) {
@@ -85,6 +80,10 @@ impl Pool {
     }
 
     fn relieve(&self, master: &Master) {
+        // It may have lost its quorum, or stop, since its trial began.
+        if !self.has_quorum() {
+            return;
+        }
         let Some(mut predecessor) = self.0.predecessor.take() else {
             return;
         };
@@ -172,10 +171,14 @@ impl Pool {
     /// [quorum](super::PoolOptions::quorum()) of ready workers for the time of
     /// [`trial`](super::PoolOptions::trial()) when [`boot`](super::PoolOptions::boot()) and twice `trial`
     /// are over, or if this pool stops. It gets SIGTERM then, and SIGKILL if it takes longer to leave
-    /// than [`drain`](super::PoolOptions::drain()); nothing has changed. The
+    /// than [`drain`](super::PoolOptions::drain()), or at once if the pool
+    /// [stops at once](Self::stop_at_once); nothing has changed. The
     /// process id of the master is another one afterwards, so process 1 cannot upgrade; and a program
-    /// has one pool. Meanwhile the new master is one of [`Master::workers`], with its events. One upgrade
-    /// at a time: nothing happens if one is under way, or the pool stops.
+    /// has one pool. The new master is a [detached](Settings::detached()) process, and so it is not one of
+    /// [`Master::workers`]. It stays in the session and the process group of this one, as with other
+    /// servers that start themselves again: a signal to the process group, such as a terminal's at
+    /// Ctrl-C, reaches both. One upgrade at a time: nothing happens if one is under way, or the pool
+    /// stops.
     ///
     /// # Errors
     ///
@@ -188,7 +191,7 @@ impl Pool {
     /// # Ok(()) }
     /// ```
     pub fn upgrade(&self, master: &Master) -> Result<()> {
-        if self.is_stopping() || self.0.upgrade.borrow().is_some() {
+        if !self.0.core.borrow().can_upgrade() {
             return Ok(());
         }
         let program = self.0.program.path.as_ref();
@@ -212,13 +215,13 @@ impl Pool {
             .exec(program)
             .args(self.0.program.args.clone())
             .listen_fds(passed)
-            .detached(true);
+            .detached(true)
+            // What stops this one by its process group stops the new one, too: Ctrl-C, or a supervisor.
+            .setsid(false);
         // What systemd tells the main process holds for the next one, too.
         let service = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
         let service = service.map(|name| Some((name, std::env::var_os(name)?)));
         let successor = master.fork_as(settings, service.into_iter().flatten())?;
-        // It is to be there when this one has gone.
-        successor.process().unref();
         self.await_successor(master, &successor, ours)
             .inspect_err(|_| {
                 successor.process().kill(Signal::KILL);
@@ -236,75 +239,40 @@ impl Pool {
         let hear = move |master: &Master, mut channel: &UnixStream| {
             // Without a word, its time goes on: its end is told by the process.
             if matches!(channel.read(&mut [0]), Ok(1)) {
-                pool.end_upgrade(master, Ok(()));
+                pool.input(master, Core::upgraded);
             }
             None
         };
         let watch = master.watch(channel, Interest::Readable, hear)?;
+        self.0.upgrade.set(Some(watch));
         let pool = self.clone();
-        let options = self.0.core.borrow().options().clone();
-        // Its own trial begins when it is ready, and that may be at the last moment.
-        let time = options.boot.saturating_add(options.trial.saturating_mul(2));
-        let timer = master.set_timeout(time, move |master| {
-            pool.end_upgrade(master, Err("not ready in time".to_owned()));
+        successor.on_exit(move |master, successor, status| {
+            let id = successor.id();
+            pool.0.successors.borrow_mut().remove(&id);
+            pool.input(master, |core, _| core.successor_exited(id, status));
         });
-        let pool = self.clone();
-        successor.on_exit(move |master, worker, status| {
-            let awaited = pool.0.upgrade.borrow();
-            let is_awaited = awaited.as_ref().is_some_and(|u| u.successor == *worker);
-            drop(awaited);
-            if is_awaited {
-                pool.end_upgrade(master, Err(status.to_string()));
-            }
-        });
-        let successor = successor.clone();
-        let upgrade = Upgrade {
-            successor,
-            watch,
-            timer,
-        };
-        self.0.upgrade.replace(Some(upgrade));
+        let id = successor.id();
+        let mut successors = self.0.successors.borrow_mut();
+        successors.insert(id, successor.clone());
+        drop(successors);
+        self.input(master, |core, now| core.upgrading(id, now));
         Ok(())
     }
 
-    /// Nothing happens if no upgrade is under way.
-    pub(super) fn end_upgrade(&self, master: &Master, outcome: std::result::Result<(), String>) {
-        let Some(upgrade) = self.0.upgrade.take() else {
-            return;
-        };
-        master.unwatch(upgrade.watch);
-        master.clear_timer(upgrade.timer);
-        let event = match outcome {
-            Ok(()) => {
-                self.0.has_successor.set(true);
-                for kept in &*self.0.listeners.borrow() {
-                    // To leave a file cannot fail.
-                    let _ = kept.listener.set_removes_file(false);
-                }
-                self.stop(master);
-                PoolEvent::Upgraded
-            }
-            Err(reason) => {
-                self.dismiss(master, &upgrade.successor);
-                PoolEvent::UpgradeFailed { reason }
-            }
-        };
-        self.tell(master, event);
-    }
-}
-
-impl Pool {
-    /// It may have clients already: like a pool's workers, it is asked first.
-    fn dismiss(&self, master: &Master, successor: &WorkerProcess) {
-        if successor.is_dead() {
-            return;
+    /// The new master has the files of the listeners from now on.
+    pub(super) fn hand_over(&self) {
+        for kept in &*self.0.listeners.borrow() {
+            // To leave a file cannot fail.
+            let _ = kept.listener.set_removes_file(false);
         }
-        successor.process().ref_();
-        successor.process().kill(Signal::TERM);
-        let late = successor.clone();
-        let drain = self.0.core.borrow().options().drain;
-        let timer = master.set_timeout(drain, move |_| late.process().kill(Signal::KILL));
-        successor.on_exit(move |master, _, _| master.clear_timer(timer));
+    }
+
+    /// Asks a new master to leave. Until it has ended, this one is there.
+    pub(super) fn dismiss(&self, successor: WorkerId) {
+        if let Some(successor) = self.0.successors.borrow().get(&successor) {
+            successor.process().ref_();
+            successor.process().kill(Signal::TERM);
+        }
     }
 }
 

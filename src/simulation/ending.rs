@@ -40,14 +40,24 @@ impl World {
             }
         }
         self.run(TURNS, |world| world.disconnected > 0);
-        assert!(self.master.worker_ids().next().is_none(), "someone never left");
+        assert!(
+            self.master.worker_ids().next().is_none(),
+            "someone never left"
+        );
         assert_eq!(self.disconnected, 1, "the callback of disconnect");
         self.release_all();
         self.end_detached();
         self.rest();
-        assert!(!self.master.has_workers(), "a process is waited for in vain");
+        assert!(
+            !self.master.has_workers(),
+            "a process is waited for in vain"
+        );
         assert_eq!(self.master.sizes().processes, 0, "a process is left");
-        assert!(self.detached.values().all(|process| *process == Detached::Gone));
+        assert!(
+            self.detached
+                .values()
+                .all(|process| *process == Detached::Gone)
+        );
         assert!(self.master.sizes().handles == 0, "a listener is left");
         assert_eq!(self.master.ledger().in_hand(), 0);
         for process in self.processes.values() {

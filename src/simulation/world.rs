@@ -730,7 +730,8 @@ impl World {
             (_, None) => {}
             (Call::Ref, Some(process)) => {
                 let is_detached = self.detached.get(&process);
-                if is_detached.is_none_or(|d| matches!(d, Detached::Running | Detached::Zombie(_))) {
+                if is_detached.is_none_or(|d| matches!(d, Detached::Running | Detached::Zombie(_)))
+                {
                     self.referenced.insert(process);
                 }
                 self.master.reference(process, true);
@@ -815,7 +816,10 @@ impl World {
             if level == Level::Worker && !matches!(event, Event::DetachedExit(_)) {
                 self.second = Some((worker, name));
             } else {
-                let alone = matches!(event, Event::Fork | Event::Message(_) | Event::DetachedExit(_));
+                let alone = matches!(
+                    event,
+                    Event::Fork | Event::Message(_) | Event::DetachedExit(_)
+                );
                 assert!(is_second || alone, "{name} at {level:?} without the other");
             }
             if self.detached.contains_key(&worker) {

@@ -240,7 +240,10 @@ fn messages_to_a_detached_process_fail_and_the_errors_end() {
 
 fn group_and_session(process: &WorkerProcess) -> (Pid, Pid) {
     let process = Pid::from_raw(process.process().id().try_into().unwrap());
-    (getpgid(Some(process)).unwrap(), getsid(Some(process)).unwrap())
+    (
+        getpgid(Some(process)).unwrap(),
+        getsid(Some(process)).unwrap(),
+    )
 }
 
 fn detached_process_leads_a_session_unless_it_is_told_not_to() {

@@ -505,18 +505,18 @@ pub fn run_until_killed(worker: &Worker) -> ! {
 }
 
 /// Set for a process that plays a scenario under the eyes of another one that plays it.
-const WATCHED: &str = "WATCHED";
+pub const WATCHED: (&str, &str) = ("WATCHED", "1");
 
 /// The scenario of this process, for another one that this one watches from outside.
 pub fn watched() -> Command {
     let mut command = Command::new(std::env::current_exe().expect("own path"));
-    command.env(WATCHED, "1");
+    command.env(WATCHED.0, WATCHED.1);
     command
 }
 
 /// Whether this process, or the master that forked it, was started by way of [`watched`].
 pub fn is_watched() -> bool {
-    std::env::var_os(WATCHED).is_some()
+    std::env::var_os(WATCHED.0).is_some()
 }
 
 /// The master of this worker, which answers nothing as long as this lives: what a worker can do

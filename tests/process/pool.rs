@@ -14,12 +14,13 @@ use cluster::pool::{
     leave_signals_to_master,
 };
 use cluster::{Role, Settings, Worker};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::unistd::{Pid, getpgid, getsid};
 
 use crate::counting::{Counts, Load};
 use crate::harness::{
-    Group, Log, cluster, is_alive, is_watched, reserve_port, talk, wait_until, watched,
+    Group, Log, WATCHED, cluster, is_alive, is_watched, note_messages, of, reserve_port, talk,
+    wait_until, watched,
 };
 
 crate::scenarios! {
@@ -34,6 +35,9 @@ crate::scenarios! {
     busy_workers_are_replaced_without_a_gap
     large_workers_are_replaced_without_a_gap
     new_settings_come_with_a_reload
+    settings_of_the_generation_that_serves_outlive_failed_reloads
+    reload_before_the_first_fork_has_settings_of_its_own
+    detached_workers_are_not_forked
     a_pool_without_clocks_plans_nothing
     the_status_is_what_it_says
     the_program_decides_at_the_end_of_its_tries
@@ -43,6 +47,9 @@ crate::scenarios! {
     systemd_is_told
     broken_reloads_change_nothing
     broken_upgrades_change_nothing
+    stop_at_once_kills_a_new_master_that_does_not_serve
+    new_master_that_stops_does_not_take_over
+    new_master_stays_in_the_session_and_process_group
     under_fire_only_those_in_hand_are_lost
     signals_stop_and_kill
 }
@@ -372,6 +379,117 @@ fn new_settings_come_with_a_reload() {
     assert_eq!(count("two"), 2, "{entries:?}");
 }
 
+fn with_args(release: &str) -> Settings {
+    Settings::default().args([release])
+}
+
+/// Says the first argument, and serves, unless it is asked to leave before.
+fn say_and_serve(worker: &Worker) {
+    let release = std::env::args().nth(1).unwrap();
+    worker.send(release.as_bytes()).unwrap();
+    if let Ok(listener) = worker.listen("127.0.0.1:0") {
+        listener.incoming().for_each(drop);
+    }
+}
+
+/// One reload succeeds, the next one in the first slot alone, and one fails when only that slot is left.
+fn settings_of_the_generation_that_serves_outlive_failed_reloads() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(with_args("initial"));
+            let pool = Pool::new(master, quick());
+            note_messages(master, &log);
+            let is_first = Cell::new(true);
+            let is_last = Cell::new(false);
+            pool.on_event(move |pool, master, event| match event {
+                PoolEvent::Quorum(true) if is_first.replace(false) => {
+                    pool.reload_with(master, with_args("serves"));
+                }
+                PoolEvent::Reloaded { generation: 1, .. } => {
+                    pool.reload_with(master, with_args("not in slot 1"));
+                }
+                PoolEvent::ReloadFailed {
+                    generation: 2,
+                    replaced,
+                    ..
+                } => {
+                    assert_eq!(*replaced, 1);
+                    pool.scale(master, 1);
+                    pool.reload_with(master, with_args("broken"));
+                }
+                PoolEvent::ReloadFailed { .. } => {
+                    pool.scale(master, 2);
+                    is_last.set(true);
+                }
+                PoolEvent::Ready { .. } if is_last.get() => pool.stop(master),
+                _ => {}
+            });
+        },
+        |worker| {
+            let release = std::env::args().nth(1).unwrap();
+            let slot = std::env::var(SLOT).unwrap();
+            if release == "broken" || release == "not in slot 1" && slot == "1" {
+                std::process::exit(1);
+            }
+            say_and_serve(&worker);
+        },
+    );
+    let entries = entries.take();
+    assert!(entries.last().unwrap().ends_with(" serves"), "{entries:?}");
+}
+
+fn reload_before_the_first_fork_has_settings_of_its_own() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(with_args("one"));
+            let pool = Pool::new(master, quick());
+            pool.reload_with(master, with_args("two"));
+            note_messages(master, &log);
+            pool.on_event(|pool, master, event| {
+                if let PoolEvent::Reloaded { .. } = event {
+                    pool.stop(master);
+                }
+            });
+        },
+        |worker| say_and_serve(&worker),
+    );
+    let entries = entries.take();
+    for (worker, release) in [(1, "one"), (2, "one"), (3, "two"), (4, "two")] {
+        let said = of(worker, &entries);
+        // The first ones may be asked to leave before they can say anything.
+        let is_silent = said.is_empty() && release == "one";
+        assert!(is_silent || said == [release], "{entries:?}");
+    }
+}
+
+/// The pool would not learn of their exit, and a stop would not end.
+fn detached_workers_are_not_forked() {
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick());
+            pool.on_event(|pool, master, event| match event {
+                PoolEvent::Quorum(true) => {
+                    let settings = Settings::default().exec("/bin/true").detached(true);
+                    pool.reload_with(master, settings);
+                }
+                PoolEvent::ReloadFailed { death, .. } => {
+                    let death = death.as_ref().unwrap();
+                    assert_eq!(death.cause, Cause::NotForked);
+                    let error = death.error.as_deref();
+                    assert_eq!(error, Some("a detached process is not a worker"));
+                    pool.stop(master);
+                }
+                _ => {}
+            });
+        },
+        |worker| serve_slot(&worker),
+    );
+}
+
 fn a_pool_without_clocks_plans_nothing() {
     cluster(
         |master| {
@@ -510,6 +628,13 @@ fn server(options: PoolOptions) {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             assert_ne!(release, "no master");
+            if release == "deaf master" {
+                SigSet::all().thread_block().unwrap();
+                println!("master {}", std::process::id());
+                loop {
+                    std::thread::park();
+                }
+            }
             let pool = Pool::new(&master, options);
             pool.adopt(&master, passed).unwrap();
             pool.listen(&master, address.as_str()).unwrap();
@@ -928,6 +1053,102 @@ fn broken_upgrades_change_nothing() {
     wait_until("its end", || (!is_alive(pid(master))).then_some(()));
     assert!(server.group.end().unwrap().success());
     std::fs::remove_file(&server.release).unwrap();
+}
+
+/// It ignores the signal that asks it to leave, and would have a long time for that.
+fn stop_at_once_kills_a_new_master_that_does_not_serve() {
+    if is_watched() {
+        let long = Duration::from_secs(1000);
+        return server(quick().boot(long).drain(long));
+    }
+    for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
+        let server = Server::start("rr");
+        let old = server.master();
+        server.release("deaf master");
+        server.signal(Signal::SIGUSR2);
+        wait_until("a new master", || (server.master() != old).then_some(()));
+        for (round, signal) in signals.iter().enumerate() {
+            kill(old, *signal).unwrap();
+            if round == 0 {
+                server.wait_for(": the new master failed: the pool stops", 1);
+            }
+        }
+        assert!(server.group.end().unwrap().success());
+        std::fs::remove_file(&server.release).unwrap();
+    }
+}
+
+/// Its trial is over at the moment at which it is to stop.
+fn new_master_that_stops_does_not_take_over() {
+    const PREDECESSOR: &str = "cluster-predecessor";
+    if !is_watched() {
+        return cluster(
+            |master| {
+                let (mut ours, theirs) = UnixStream::pair().unwrap();
+                let own = std::env::current_exe().unwrap();
+                let settings = Settings::default().exec(own).detached(true).setsid(false);
+                let settings = settings.listen_fds([(PREDECESSOR, theirs)]);
+                let successor = master.fork_as(settings, [WATCHED]).unwrap();
+                successor.process().ref_();
+                successor.on_exit(move |_, _, status| {
+                    assert!(status.success());
+                    let length = ours.read(&mut [0]).unwrap();
+                    assert_eq!(length, 0, "it has said that it serves");
+                });
+            },
+            |_| unreachable!(),
+        );
+    }
+    let passed = cluster::systemd::listen_fds().unwrap();
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let pool = Pool::new(&master, quick().workers(1).trial(MS));
+            pool.adopt(&master, passed).unwrap();
+            pool.on_event(|pool, master, event| {
+                if let PoolEvent::Quorum(true) = event {
+                    std::thread::sleep(5 * MS);
+                    pool.stop(master);
+                }
+            });
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => serve_slot(&worker),
+    }
+}
+
+/// One signal stops both masters while there are two, and the new one when it is alone.
+fn new_master_stays_in_the_session_and_process_group() {
+    if is_watched() {
+        return server(quick());
+    }
+    for release in ["never ready", "good"] {
+        let server = Server::start("rr");
+        let old = server.master();
+        let place = |master| {
+            (
+                getpgid(Some(master)).unwrap(),
+                getsid(Some(master)).unwrap(),
+            )
+        };
+        let expected = place(old);
+        server.release(release);
+        server.signal(Signal::SIGUSR2);
+        wait_until("a new master", || (server.master() != old).then_some(()));
+        let new = server.master();
+        if release == "good" {
+            server.wait_for(": ready", 2);
+            wait_until("the end of the old one", || {
+                (!is_alive(pid(old))).then_some(())
+            });
+        }
+        assert_eq!(place(new), expected);
+        killpg(server.group.pid(), Signal::SIGINT).unwrap();
+        for master in [old, new] {
+            wait_until("its end", || (!is_alive(pid(master))).then_some(()));
+        }
+        assert!(server.group.end().unwrap().success());
+        std::fs::remove_file(&server.release).unwrap();
+    }
 }
 
 /// For how long there is fire, in seconds: `CLUSTER_TEST_FIRE=60` is a long one.
