@@ -867,7 +867,8 @@ impl Master {
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
     /// descriptor, no event to deliver, no message to write. Callbacks for signals do not count,
-    /// listeners that are kept neither, nor what has been let go with `unref`.
+    /// listeners that are kept neither, nor what has been let go with `unref`, nor
+    /// [detached](Settings::detached()) processes.
     ///
     /// Node: the process goes on by itself after the main program, and ends when nothing is left.
     ///

@@ -856,7 +856,9 @@ impl Core {
             let Some(slot) = self.slots.get_mut(number) else {
                 continue;
             };
-            slot.recycle_from = again;
+            if rollout.reload.is_none() {
+                slot.recycle_from = again;
+            }
             // One whose predecessor has died meanwhile is in its place, and stays.
             if slot.successor.is_some() && slot.successor == worker {
                 slot.successor = None;
@@ -1219,12 +1221,12 @@ mod tests {
         }
 
         fn reload_with(&mut self, settings: u32) {
-            drop(self.generations.replace_next(Some(settings)));
+            let _ = self.generations.replace_next(Some(settings));
             self.input(Core::reload);
         }
 
         fn cancel_reload(&mut self) {
-            drop(self.generations.replace_next(None));
+            let _ = self.generations.replace_next(None);
             self.input(Core::cancel_reload);
         }
 
@@ -1256,9 +1258,11 @@ mod tests {
         }
 
         fn upgrade_failures(&self) -> Vec<&str> {
-            let failures = self.told.iter().filter_map(|event| match event {
-                PoolEvent::UpgradeFailed { reason } => Some(reason.as_str()),
-                _ => None,
+            let failures = self.told.iter().filter_map(|event| {
+                let PoolEvent::UpgradeFailed { reason } = event else {
+                    return None;
+                };
+                Some(reason.as_str())
             });
             failures.collect()
         }
@@ -1807,6 +1811,21 @@ mod tests {
     }
 
     #[test]
+    fn failed_reload_does_not_postpone_the_replacement_for_a_limit() {
+        let mut world = World::serving(options(1).max_age(60 * SECOND));
+        world.pass(50 * SECOND);
+        world.input(Core::reload);
+        let successor = world.last;
+        world.dies(successor);
+        world.pass(10 * SECOND);
+        assert!(world.told.contains(&PoolEvent::Recycling {
+            slot: 0,
+            worker: 1.into(),
+            limit: Limit::Age
+        }));
+    }
+
+    #[test]
     fn settings_of_the_generation_that_serves_outlive_failed_reloads() {
         let mut world = World::serving(options(2));
         world.reload_with(7);
@@ -2083,9 +2102,10 @@ mod tests {
             let mut at_once = world.core.stop == Stop::AtOnce;
             for step in &after {
                 let rest = (begin + drain).saturating_sub(world.now);
-                match step {
-                    Step::Pass(time) => world.pass(rest.min(u32::from(*time) * MS)),
-                    step => world.step(step),
+                if let Step::Pass(time) = step {
+                    world.pass(rest.min(u32::from(*time) * MS));
+                } else {
+                    world.step(step);
                 }
                 at_once |= matches!(step, Step::StopAtOnce);
             }
