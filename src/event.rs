@@ -25,7 +25,7 @@ pub(crate) enum Event {
     Message(Message),
     Disconnect,
     Exit(Departure),
-    /// A process that is no worker has ended: for its own callbacks alone.
+    /// A detached process has exited: for its own callbacks alone.
     DetachedExit(ExitStatus),
     Error(Rc<Error>),
     /// `disconnect_all` is finished.

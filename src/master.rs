@@ -867,8 +867,9 @@ impl Master {
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
     /// descriptor, no event to deliver, no message to write. Callbacks for signals do not count,
-    /// listeners that are kept neither, nor what has been let go with `unref`, nor
-    /// [detached](Settings::detached()) processes.
+    /// listeners that are kept neither, nor what has been released with `unref`. A
+    /// [detached](Settings::detached()) process counts only after
+    /// [`ref_`](crate::Process::ref_).
     ///
     /// Node: the process goes on by itself after the main program, and ends when nothing is left.
     ///

@@ -162,20 +162,20 @@ struct WorkerEntry {
     past: WorkerLoad,
 }
 
-/// A process that is no worker: it has no channel, it is not in the table of workers, and no
-/// decision about workers concerns it.
+/// A detached process is not a worker: it has no channel, and it is not in the table of workers.
+/// Decisions about all workers do not concern it.
 #[derive(Debug)]
 struct DetachedEntry {
     state: Detached,
-    /// Errors so far.
+    /// Errors so far, of which at most `LATE_ERRORS` are delivered.
     late_errors: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Detached {
-    /// [`run`](crate::Master::run) may return before it ends.
+    /// [`run`](crate::Master::run) may return before it exits.
     Released,
-    /// [`run`](crate::Master::run) waits for its end.
+    /// [`run`](crate::Master::run) waits for its exit.
     Referenced,
     Exited(ExitStatus),
 }
@@ -330,7 +330,7 @@ impl<C> MasterCore<C> {
         self.awaited || self.referenced > 0
     }
 
-    /// Whether the table of workers has it.
+    /// Whether the process is in the table of workers.
     pub(crate) fn is_worker(&self, process: WorkerId) -> bool {
         self.workers.contains_key(&process)
     }
@@ -492,7 +492,7 @@ impl<C> MasterCore<C> {
         worker
     }
 
-    /// A process has been started that is no worker. Its number is none of a worker's.
+    /// A detached process has been started. Returns its id, which no worker has.
     pub(crate) fn detached(&mut self) -> WorkerId {
         self.last_worker += 1;
         let process = WorkerId::new(self.last_worker);

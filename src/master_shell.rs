@@ -316,7 +316,7 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         let channel = if settings.is_detached() {
             core.detached();
-            // The other end has been closed when the program was executed.
+            // The kernel closed the other end when the program was executed.
             None
         } else {
             core.forked();

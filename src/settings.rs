@@ -154,7 +154,7 @@ pub struct Settings {
     ///
     /// Node has no counterpart.
     pub listen_fds: Option<Vec<(String, Stdio)>>,
-    /// Whether the process is no worker, but a program that outlives the master: its successor, say.
+    /// Whether the process is not a worker but a program that outlives the master, such as its successor.
     /// The default is `false`. See [`detached`](Self::detached()).
     ///
     /// Node: `options.detached` of `child_process`.
@@ -310,12 +310,12 @@ impl Settings {
     ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill), which signal it at once. A deadline of
     ///   `disconnect_within`, a pool that stops, and the end of the master do not.
     ///   [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does nothing.
-    /// - It leads a session of its own, unless [`setsid`](Self::setsid()) says otherwise: a signal to
-    ///   the master's process group, and the end of its terminal, do not reach it.
+    /// - It leads a session of its own, unless [`setsid`](Self::setsid()) says otherwise. A signal to
+    ///   the master's process group, and the SIGHUP of its terminal, do not reach it.
     ///
     /// What `fork` returns is its handle, with a number that no worker has and the state
     /// [`Disconnected`](crate::WorkerState::Disconnected). While the loop runs, the exit of the process
-    /// is noticed: its own callbacks of [`on_exit`](crate::WorkerProcess::on_exit) are called, and it
+    /// is processed: its own callbacks of [`on_exit`](crate::WorkerProcess::on_exit) are called, and it
     /// leaves no zombie. `fork` fails together with [`main`](Self::main).
     ///
     /// ```no_run
@@ -338,8 +338,8 @@ impl Settings {
     ///
     /// Node: a part of `options.detached` of `child_process`. A [`detached`](Self::detached())
     /// process that stays in the master's session and process group still gets the signals that a
-    /// terminal (Ctrl-C) or a supervisor sends to the whole group, as a master does that a
-    /// [pool](crate::pool::Pool::upgrade) starts for an upgrade.
+    /// terminal (Ctrl-C) or a supervisor sends to the whole group.
+    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new master so.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -40,11 +40,11 @@ const STEPS_OF_ONE: u64 = 2000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
     Fork,
-    /// It starts a process that is no worker.
+    /// It starts a detached process.
     Detach,
-    /// From now on it waits for the end of a process.
+    /// From now on `run` waits for the exit of a process.
     Ref,
-    /// It does no longer.
+    /// From now on `run` does not.
     Unref,
     Disconnect,
     DisconnectWithin,
@@ -137,7 +137,7 @@ enum What {
     /// Its program does.
     Program(Deed),
     Kill,
-    /// A process that is no worker ends.
+    /// A detached process exits.
     End,
     Stop,
     Continue,
@@ -436,7 +436,7 @@ fn stopping_loses_nobody() {
     }
 }
 
-/// Workers leave or are killed at a deadline, and a process that is no worker runs on meanwhile.
+/// All workers are disconnected, without and with a deadline, and a detached process goes on.
 #[test]
 fn nothing_waits_for_a_detached_process_nor_ends_it() {
     for call in [Call::DisconnectAll, Call::DisconnectAllWithin] {

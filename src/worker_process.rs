@@ -25,7 +25,7 @@ use crate::worker_id::WorkerId;
 ///
 /// Node: the class `Worker`, as `cluster.fork()` returns it. It can be cloned; all clones are the
 /// same worker. Every method can be called at any time, on a worker that has left too. It is also the
-/// handle of a process that is no worker ([`Settings::detached`](crate::Settings::detached())).
+/// handle of a process that is not a worker ([`Settings::detached`](crate::Settings::detached())).
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -567,8 +567,8 @@ impl Process<'_> {
     }
 
     /// Lets the master end although this worker is still there: [`Master::run`] does not wait for
-    /// it. The worker goes on as long as the master's process does. A
-    /// [detached](crate::Settings::detached()) process is not waited for from the beginning.
+    /// it. The worker goes on as long as the master's process does. `run`
+    /// never waits for a [detached](crate::Settings::detached()) process before [`ref_`](Self::ref_).
     ///
     /// Node: `worker.process.unref()`, with that of its channel.
     ///

@@ -51,9 +51,9 @@ pub(super) enum Command {
     Kill(WorkerId),
     /// The new master serves: leave the files of the listeners to it.
     HandOver,
-    /// Listen no more to the new master.
+    /// Close the channel from the new master.
     CloseUpgrade,
-    /// Ask a new master to leave, and wait for its end.
+    /// Ask a new master to leave, and wait for its exit.
     Dismiss(WorkerId),
     /// Say what everybody has, by `measured`.
     Look,
@@ -250,13 +250,14 @@ impl Core {
         self.stop != Stop::No
     }
 
-    /// Whether the pool has stopped, and all that it has started has ended: save for a new master
-    /// that serves.
+    /// Whether the pool has stopped, and every process that it has started has exited, except for a
+    /// new master that serves.
     pub(super) fn is_over(&self) -> bool {
         self.is_stopping() && self.members.is_empty() && self.dismissed.is_empty()
     }
 
-    /// Whether workers may be forked with the settings of this generation, when another one begins.
+    /// Whether workers may still be forked with the settings of this generation when another one
+    /// begins.
     pub(super) fn uses(&self, generation: u32) -> bool {
         let serves = |slot: &Slot| slot.generation == generation;
         self.generation == generation || self.slots.iter().any(serves)
@@ -388,7 +389,7 @@ impl Core {
         for member in self.members.values_mut() {
             member.leaves_by.get_or_insert(by);
         }
-        // A worker that has not been forked is not needed.
+        // Workers that have not been forked yet are not needed.
         self.commands
             .retain(|command| !matches!(command, Command::Fork { .. }));
         self.fail_upgrade("the pool stops".to_owned(), now);
@@ -468,7 +469,7 @@ impl Core {
         }
     }
 
-    /// The pool stops since this worker was to be forked: it has no more time than the others.
+    /// The pool was stopped while this worker was being forked: the deadline of the stop holds for it.
     fn forked_in_vain(&mut self, worker: WorkerId, now: Time) {
         let (leaves_by, killed, command) = match self.stop {
             Stop::AtOnce => (now, Some(Cause::Died), Command::Kill(worker)),
@@ -705,12 +706,12 @@ impl Core {
             };
             let is_ready = |worker: &Option<WorkerId>| {
                 let member = worker.and_then(|worker| self.members.get(&worker));
-                // One that has been killed has failed, which its exit will say.
+                // A worker that has been killed has failed: its exit will end the rollout.
                 member.is_some_and(|member| member.ready.is_some() && member.killed.is_none())
             };
             let are_ready = rollout.batch.values().all(is_ready);
             match rollout.phase {
-                // Their slots are gone: nothing is left to wait for.
+                // The slots of the batch have been removed: no successor is left to wait for.
                 Phase::Booting | Phase::Trial(_) if rollout.batch.is_empty() => {
                     rollout.phase = Phase::Retiring;
                 }
@@ -894,7 +895,7 @@ impl Core {
 
     /// A new master has been started.
     pub(super) fn upgrading(&mut self, successor: WorkerId, now: Time) {
-        // Its own trial begins when it is ready, and that may be at the last moment.
+        // The new master's own trial may begin as late as its workers may become ready.
         let PoolOptions { boot, trial, .. } = &self.options;
         let time = boot.saturating_add(trial.saturating_mul(2));
         let by = now.saturating_add(time);
@@ -933,8 +934,8 @@ impl Core {
         self.tell(PoolEvent::UpgradeFailed { reason });
     }
 
-    /// Nothing happens if no upgrade is under way. The new master may have clients already: like a
-    /// worker, it is asked to leave, and has the time of one.
+    /// Fails the pending upgrade, if there is one. The new master may have clients already: like a
+    /// worker, it is asked to leave, and is killed after the drain time.
     fn fail_upgrade(&mut self, reason: String, now: Time) {
         if let Some(successor) = self.pending_successor() {
             self.end_upgrade(reason);
@@ -989,7 +990,7 @@ impl Core {
             member.is_some_and(|member| member.killed.is_some())
         };
         let trial = self.rollout.as_ref().and_then(|r| match r.phase {
-            // The exit of one that has been killed ends it.
+            // The exit of a killed successor ends the trial.
             Phase::Trial(_) if r.batch.values().flatten().any(is_killed) => None,
             Phase::Trial(end) => Some(end),
             Phase::Booting | Phase::Retiring => None,
@@ -1103,11 +1104,11 @@ mod tests {
         /// Forks fail.
         is_poor: bool,
         looks: u32,
-        /// As the shell has them; the settings are a number.
+        /// The shell's; settings are a number here.
         generations: Generations<u32>,
         /// The settings of every generation that there ever was.
         settings: BTreeMap<u32, Option<u32>>,
-        /// What is called while the next worker is being forked: closures in settings may do that.
+        /// Called while the next worker is being forked, as closures in settings may do.
         in_fork: Option<fn(&mut Core, Time)>,
         /// New masters that have not ended.
         successors: BTreeSet<u32>,
@@ -1246,7 +1247,7 @@ mod tests {
             self.input(|core, _| core.successor_exited(successor.into(), status));
         }
 
-        /// What has been killed ends.
+        /// The processes that have been killed exit.
         fn bury(&mut self) {
             for process in std::mem::take(&mut self.killed) {
                 if self.successors.contains(&process) {
@@ -1856,7 +1857,7 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         AllReady,
-        /// Those that have been asked to leave do so.
+        /// All workers that have been asked to leave exit.
         AllLeave,
         Ready(usize),
         Dies(usize),
@@ -1886,7 +1887,7 @@ mod tests {
         Core::stop_at_once,
     ];
 
-    /// What makes generations come and go.
+    /// Steps that begin and end generations.
     fn step_of_generations() -> impl Strategy<Value = Step> {
         prop_oneof![
             3 => any::<u32>().prop_map(Step::ReloadWith),
@@ -1901,7 +1902,7 @@ mod tests {
         ]
     }
 
-    /// What a program may call, and what may happen, until the pool stops.
+    /// Calls of the application, and events, that do not stop the pool.
     fn step_before_a_stop() -> impl Strategy<Value = Step> {
         prop_oneof![
             8 => any::<usize>().prop_map(Step::Ready),
@@ -1973,7 +1974,7 @@ mod tests {
             }
         }
 
-        /// What holds after each step.
+        /// Checks the invariants.
         fn check(&self, most: usize) {
             let core = &self.core;
             let staying = core
@@ -1999,7 +2000,7 @@ mod tests {
                 assert!(!is_empty || slot.held || is_due || core.is_stopping());
                 assert!(self.generations.of(slot.generation) == self.settings[&slot.generation]);
             }
-            // Whoever comes next has the settings that its generation began with.
+            // New slots get the settings that the serving generation began with.
             let next = core.generation;
             assert_eq!(self.generations.of(next), self.settings[&next]);
         }
@@ -2059,7 +2060,7 @@ mod tests {
         ) {
             let mut world = World::serving(options(2).surge(surge).give_up(u32::MAX, SECOND));
             for step in &steps {
-                // What is forked is compared there.
+                // `World::act` compares the settings of every fork.
                 world.step(step);
                 world.check(world.core.slots.len() + surge);
                 let known = world.generations.count();
@@ -2067,8 +2068,9 @@ mod tests {
             }
         }
 
-        /// Whatever the pool does when it is to stop, all that it has started is killed at the
-        /// deadline at the latest, or at once; and what ends before is not waited for.
+        /// In whatever state a stop finds the pool, every process that the pool has started is
+        /// killed by the deadline, or at once, and the pool does not wait for those that exit
+        /// before.
         #[test]
         fn a_stop_ends_by_its_deadline(
             before in prop::collection::vec(step_before_a_stop(), 0..40),
@@ -2093,7 +2095,7 @@ mod tests {
             world.is_poor = false;
             world.step(&stop);
             if let Step::InFork(_) = stop {
-                // A worker more, in case none is to be forked.
+                // One more worker, in case no fork is pending.
                 let slots = world.core.slots.len();
                 world.input(|core, now| core.scale(slots + 1, now));
             }
@@ -2117,7 +2119,7 @@ mod tests {
                 alive.filter(|process| !killed.contains(process)).count()
             };
             prop_assert!(!at_once || alive(&world) == 0, "alive: {:?}", world.core);
-            // What ends by itself is not waited for.
+            // Half of the workers exit before the deadline.
             let mut early = world.core.members.keys().map(|worker| worker.get());
             let early: Vec<_> = early.by_ref().step_by(2).collect();
             early.into_iter().for_each(|worker| world.dies(worker));

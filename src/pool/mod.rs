@@ -132,7 +132,7 @@ struct Inner {
     predecessor: RefCell<Option<Predecessor>>,
     /// New masters that have been started and have not ended.
     successors: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
-    /// Where the one that is awaited says that it serves.
+    /// Watches for the byte by which the pending one says that it serves.
     upgrade: Cell<Option<WatchId>>,
 }
 

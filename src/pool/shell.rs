@@ -178,7 +178,7 @@ impl Pool {
             None => master.settings().detached,
         };
         let forked = match settings {
-            // The pool would not learn of its exit.
+            // The cluster's callbacks are not called for its exit, so a stop would wait for ever.
             _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
             Some(settings) => master.fork_as(settings, env).map_err(|e| e.to_string()),
             None => master.fork_with(env).map_err(|e| e.to_string()),

@@ -80,7 +80,8 @@ impl Pool {
     }
 
     fn relieve(&self, master: &Master) {
-        // It may have lost its quorum, or stop, since its trial began.
+        // The pool may have lost its quorum, or have been stopped, in this iteration of the loop:
+        // `prove` is called when the event is delivered.
         if !self.has_quorum() {
             return;
         }
@@ -175,9 +176,8 @@ impl Pool {
     /// [stops at once](Self::stop_at_once); nothing has changed. The
     /// process id of the master is another one afterwards, so process 1 cannot upgrade; and a program
     /// has one pool. The new master is a [detached](Settings::detached()) process, and so it is not one of
-    /// [`Master::workers`]. It stays in the session and the process group of this one, as with other
-    /// servers that start themselves again: a signal to the process group, such as a terminal's at
-    /// Ctrl-C, reaches both. One upgrade at a time: nothing happens if one is under way, or the pool
+    /// [`Master::workers`]. As with nginx and gunicorn, it stays in the session and the process group of
+    /// this one: a signal to the process group, such as Ctrl-C in a terminal, reaches both masters. One upgrade at a time: nothing happens if one is under way, or the pool
     /// stops.
     ///
     /// # Errors
@@ -216,7 +216,8 @@ impl Pool {
             .args(self.0.program.args.clone())
             .listen_fds(passed)
             .detached(true)
-            // What stops this one by its process group stops the new one, too: Ctrl-C, or a supervisor.
+            // A signal to the process group (Ctrl-C, a supervisor) stops both masters, as with nginx
+            // and gunicorn.
             .setsid(false);
         // What systemd tells the main process holds for the next one, too.
         let service = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
@@ -267,7 +268,7 @@ impl Pool {
         }
     }
 
-    /// Asks a new master to leave. Until it has ended, this one is there.
+    /// Asks a new master to leave. `run` waits for its exit.
     pub(super) fn dismiss(&self, successor: WorkerId) {
         if let Some(successor) = self.0.successors.borrow().get(&successor) {
             successor.process().ref_();

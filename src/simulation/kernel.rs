@@ -150,11 +150,11 @@ pub(super) enum Life {
     Gone,
 }
 
-/// A process that is no worker.
+/// A detached process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Detached {
     Running,
-    /// It has ended, and the master has not learnt of it.
+    /// It has exited, and the master has not reaped it.
     Zombie(ExitStatus),
     Reaped(ExitStatus),
     /// Its last event has been delivered.

@@ -66,7 +66,7 @@ pub(super) struct World {
     second: Option<(WorkerId, &'static str)>,
     pub(super) processes: BTreeMap<WorkerId, Process>,
     pub(super) detached: BTreeMap<WorkerId, Detached>,
-    /// Those of them that the program has signalled.
+    /// Processes that the program has signalled.
     signalled: BTreeSet<WorkerId>,
     /// Processes whose end the program waits for.
     referenced: BTreeSet<WorkerId>,
@@ -909,7 +909,7 @@ impl World {
         }
     }
 
-    /// The processes that are no workers end, whichever the program has not ended.
+    /// All detached processes exit.
     pub(super) fn end_detached(&mut self) {
         for process in self.detached.values_mut().filter(|process| process.runs()) {
             *process = Detached::Zombie(ExitStatus::from_raw(0));

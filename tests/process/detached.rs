@@ -1,5 +1,5 @@
-//! Processes that are no workers (`Settings::detached`): nothing waits for them, and nothing ends
-//! them but the application.
+//! Processes that are not workers (`Settings::detached`): nothing waits for them, and only the
+//! application ends them.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
@@ -108,7 +108,7 @@ fn disconnect_calls_back_while_a_detached_process_runs() {
     disconnects(|master, then| master.disconnect(then));
 }
 
-/// With no time at all everything that it concerns is killed.
+/// With a deadline of zero every worker is killed.
 fn disconnect_within_spares_a_detached_process() {
     disconnects(|master, then| master.disconnect_within(Duration::ZERO, then));
 }
@@ -122,7 +122,7 @@ fn disconnect_within_of_its_handle_spares_a_detached_process() {
             process.process().disconnect();
             let life = RefCell::new(Some(life));
             let handle = process.clone();
-            // By then the deadline is over, and its signal would have been sent.
+            // The deadline has passed by then.
             master.set_timeout(Duration::from_millis(1), move |_| end(&handle, &life));
             master.run().unwrap();
             assert_eq!(process.process().exit_status().unwrap().code(), Some(0));
@@ -205,7 +205,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
                 count.set(count.get() + 1);
             });
             drop(life);
-            // Nothing waits for it, and it is noticed all the same while the loop runs.
+            // `run` would return: only the loop is needed.
             while !process.is_dead() {
                 master.dispatch(None).unwrap();
             }
@@ -215,7 +215,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
     assert_eq!(exits.get(), 1);
 }
 
-/// Each error is told, and the callback causes the next one.
+/// The callback for errors causes the next error.
 fn messages_to_a_detached_process_fail_and_the_errors_end() {
     let errors = Rc::new(Cell::new(0));
     let count = Rc::clone(&errors);

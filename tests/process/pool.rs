@@ -466,7 +466,7 @@ fn reload_before_the_first_fork_has_settings_of_its_own() {
     }
 }
 
-/// The pool would not learn of their exit, and a stop would not end.
+/// A pool does not learn of the exit of a detached process, so a stop would not end.
 fn detached_workers_are_not_forked() {
     cluster(
         |master| {
@@ -1055,7 +1055,7 @@ fn broken_upgrades_change_nothing() {
     std::fs::remove_file(&server.release).unwrap();
 }
 
-/// It ignores the signal that asks it to leave, and would have a long time for that.
+/// The new master blocks SIGTERM, and the drain time is longer than the test.
 fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     if is_watched() {
         let long = Duration::from_secs(1000);
@@ -1078,7 +1078,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     }
 }
 
-/// Its trial is over at the moment at which it is to stop.
+/// Its trial ends in the iteration of the loop in which it stops.
 fn new_master_that_stops_does_not_take_over() {
     const PREDECESSOR: &str = "cluster-predecessor";
     if !is_watched() {
