@@ -769,9 +769,8 @@ impl LeasedProgram {
     /// Waits until a child executes the program, and returns the child as soon as it sleeps.
     pub fn wait_for_child(&self) -> Pid {
         SigSet::from(Signal::SIGIO).wait().unwrap();
-        let [child] = children()[..] else {
-            panic!("one child");
-        };
+        let child = children().into_iter().rfind(|child| is_alive(*child));
+        let child = child.expect("a child");
         wait_for_state(child, ") S ");
         Pid::from_raw(i32::try_from(child).unwrap())
     }

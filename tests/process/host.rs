@@ -24,9 +24,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
-    LeasedProgram, Log, NOBODY, OWN_PROGRAM, SIGNALS, cluster, for_both_policies, in_background,
-    note_events, note_messages, of, refuse_calls, run_until_killed, stop, wait_for_state,
-    wait_until, with_env,
+    LeasedProgram, Log, SIGNALS, cluster, for_both_policies, in_background, note_events,
+    note_messages, of, refuse_calls, run_until_killed, stop, wait_for_state, wait_until, with_env,
 };
 
 crate::scenarios! {
@@ -44,7 +43,6 @@ crate::scenarios! {
     children_are_reaped_though_a_host_ignores_them_on_old_kernels
     a_handler_that_wants_no_stops_hears_of_none_on_old_kernels
     a_child_that_the_host_keeps_holds_up_no_fork
-    a_child_that_the_host_keeps_holds_up_no_fork_of_another_user: ROOT
     a_child_that_the_host_keeps_holds_up_no_fork_on_old_kernels
     a_child_that_the_host_keeps_holds_no_worker
     a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master
@@ -773,24 +771,16 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-fn a_child_that_the_host_keeps_holds_up_no_fork() {
-    keep_children_while_forking(Settings::default());
-}
-
-fn a_child_that_the_host_keeps_holds_up_no_fork_of_another_user() {
-    let nobody = Settings::default().uid(NOBODY).gid(NOBODY);
-    keep_children_while_forking(nobody.exec(OWN_PROGRAM));
-}
-
+/// The child reports as one that is to be another user does, but may take its time.
 fn a_child_that_the_host_keeps_holds_up_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
     }
-    keep_children_while_forking(Settings::default());
+    a_child_that_the_host_keeps_holds_up_no_fork();
 }
 
 /// One of them may be made at any time, also while the master forks.
-fn keep_children_while_forking(settings: Settings) {
+fn a_child_that_the_host_keeps_holds_up_no_fork() {
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
     // They begin together with the forks, and these go on as long as children are made.
@@ -824,7 +814,6 @@ fn keep_children_while_forking(settings: Settings) {
         |master| {
             panic_on_errors(master);
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
-            master.setup_master(settings);
             begin.store(true, Ordering::SeqCst);
             while making.load(Ordering::SeqCst) > 0 {
                 fork_to_end_with(master, 0);

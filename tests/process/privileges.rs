@@ -202,7 +202,7 @@ fn a_worker_that_stays_root_keeps_its_capabilities() {
     assert_eq!(entries.take(), [format!("1 {}", effective())]);
 }
 
-/// The child is another user's, and held up; then the same master forks one that is not.
+/// Forks a child of another user that is held up.
 fn assert_fork_gives_up(master: &Master) {
     let begun = Instant::now();
     let error = master.fork().unwrap_err();
@@ -220,7 +220,6 @@ fn assert_fork_gives_up(master: &Master) {
         error => panic!("{error}"),
     }
     assert!(master.workers().is_empty());
-    assert_next_fork_leaves_no_zombie(master);
 }
 
 /// A child that was killed may need some time to end, be it for lack of a processor.
@@ -243,11 +242,14 @@ fn fork_returns_when_a_child_of_another_user_is_stopped() {
             let stopping = std::thread::spawn(move || {
                 let child = leased.wait_for_child();
                 nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).unwrap();
-                child
             });
             master.setup_master(nobodys().exec(program.path()));
-            assert_fork_gives_up(master);
+            // On a busy machine a child may need too much time to be held up at all.
+            while !stopping.is_finished() {
+                assert_fork_gives_up(master);
+            }
             stopping.join().unwrap();
+            assert_next_fork_leaves_no_zombie(master);
         },
         |_| unreachable!("it executes another program"),
     );
@@ -278,12 +280,13 @@ fn a_child_that_takes_long_to_end_is_reaped_before_the_next_fork() {
                 (child.as_raw().unsigned_abs(), tracer)
             });
             master.setup_master(nobodys().exec(program.path()));
-            let error = master.fork().unwrap_err();
-            println!("{error}");
+            while !tracing.is_finished() {
+                assert_fork_gives_up(master);
+            }
             let (child, tracer) = tracing.join().unwrap();
             wait_for_state(child, ") Z ");
             end_child(tracer);
-            assert_eq!(children(), [child]);
+            assert!(children().contains(&child));
             assert_next_fork_leaves_no_zombie(master);
         },
         |_| unreachable!("it executes another program"),
@@ -296,6 +299,7 @@ fn fork_returns_when_a_copy_of_another_user_is_stopped() {
             |master| {
                 master.setup_master(nobodys().main(|_| panic!("it is stopped")));
                 assert_fork_gives_up(master);
+                assert_next_fork_leaves_no_zombie(master);
             },
             |_| unreachable!("nothing is executed"),
         );
