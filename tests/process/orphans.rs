@@ -367,6 +367,8 @@ fn orphans_with_a_set_user_id_bit_leave_within_a_second() {
 /// The master is killed before its worker calls `init`, which the kernel does not tell the worker.
 fn worker_with_file_capabilities_whose_master_has_ended_finds_its_end() {
     if std::env::var_os(RIGHTS).is_none() {
+        // So the worker becomes a child of this process, which waits for its end.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
         let (_home, mut command) = program_with_rights(CAPABILITY, give_capability);
         let mut master = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut output = String::new();
@@ -379,6 +381,8 @@ fn worker_with_file_capabilities_whose_master_has_ended_finds_its_end() {
             .unwrap();
         assert_eq!(master.wait().unwrap().signal(), Some(9));
         assert_eq!(output, "no connection\nno event\n");
+        let worker = waitpid(None, None).unwrap();
+        assert!(matches!(worker, WaitStatus::Exited(_, 0)), "{worker:?}");
         return;
     }
     if cluster::is_worker() {
