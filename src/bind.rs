@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 
 use crate::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::socket_file::{self, SocketFile};
+use crate::sys::listen::PortSharing;
 use crate::sys::{self, errno};
 
 /// A socket that listens, or is bound if it is for datagrams; it does not block.
@@ -22,19 +23,20 @@ pub(crate) struct BoundSocket {
 pub(crate) fn bind(
     endpoint: &Endpoint,
     flags: &BindFlags,
-    reuse_port: bool,
+    sharing: PortSharing,
 ) -> io::Result<BoundSocket> {
     let mut file = None;
+    let reuse_port = sharing != PortSharing::Exclusive;
     let socket = match (endpoint.kind, &endpoint.place) {
         (kind, Place::Fd(number)) => borrow(kind, *number, flags)?,
         (Kind::Udp, Place::Ip(address)) => sys::listen::bind_udp(address, flags, reuse_port)?,
-        (Kind::Tcp, Place::Ip(address)) => sys::listen::listen_tcp(address, flags, reuse_port)?,
+        (Kind::Tcp, Place::Ip(address)) => sys::listen::listen_tcp(address, flags, sharing)?,
         (Kind::Tcp, Place::Port(port)) => {
             let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port));
             let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port));
-            match sys::listen::listen_tcp(&both, flags, reuse_port) {
+            match sys::listen::listen_tcp(&both, flags, sharing) {
                 Err(error) if sys::listen::lacks_family(&error) => {
-                    sys::listen::listen_tcp(&v4, flags, reuse_port)?
+                    sys::listen::listen_tcp(&v4, flags, sharing)?
                 }
                 outcome => outcome?,
             }
@@ -96,11 +98,15 @@ pub(crate) fn adopt_as(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result
     Ok(Endpoint::new(kind, place.ok_or_else(nameless)?))
 }
 
-/// Makes a socket listen that is there already, if it is a stream and does not listen yet.
+/// Makes a socket listen that is there already, if it is a stream and does not listen yet. Removes the SYN
+/// filter that a master may have left on it which ended while it drained the listener.
 pub(crate) fn adopt(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     let found = sys::listen::kind_of(socket.as_raw_fd())?;
     if found.is_stream && !found.listens {
         sys::listen::listen(socket, backlog)?;
+    }
+    if found.is_stream && !found.is_unix {
+        sys::listen::detach_foreign_syn_filter(socket)?;
     }
     sys::fd::set_nonblocking(socket.as_fd(), true)
 }

@@ -96,6 +96,26 @@ pub enum Error {
         /// The system's reason, for instance too many open files.
         source: io::Error,
     },
+    /// Another process shut a listener down: a worker with the shared or sharded policy, or an owner
+    /// outside the cluster. Which one is not known.
+    ///
+    /// Connections that waited to be accepted are lost. The master makes a TCP listener listen again at
+    /// once, and tries again after 100 ms if that fails. A Unix listener never listens again.
+    /// A listener that the application named by its descriptor stays shut: the application may have done it.
+    ShutDown {
+        /// The address of the listener.
+        address: String,
+        /// Whether it listens again; otherwise the system's reason.
+        outcome: std::result::Result<(), io::Error>,
+    },
+    /// Connections to a sharded listener reached no worker, and were reset: a worker has changed the
+    /// selection among the shards. Which one is not known. The selection is as before again.
+    Misdirected {
+        /// The address of the listener.
+        address: String,
+        /// How many connections were reset.
+        count: u64,
+    },
     /// A message could not be sent.
     Send {
         /// The worker it was for; `None` in a worker, where it was for the master.
@@ -208,12 +228,14 @@ impl Error {
             | Self::Exhausted { source, .. }
             | Self::ExitStatus { source, .. }
             | Self::Io { source, .. } => source.raw_os_error(),
+            Self::ShutDown { outcome, .. } => outcome.as_ref().err()?.raw_os_error(),
             Self::Environment { .. }
             | Self::Descriptor { .. }
             | Self::AlreadyInitialized
             | Self::PolicyFrozen
             | Self::AlreadyRunning
             | Self::ForeignProcess
+            | Self::Misdirected { .. }
             | Self::Send { .. }
             | Self::Frame { .. } => None,
         }
@@ -279,6 +301,17 @@ impl std::fmt::Display for Error {
             Self::Accept { address, source } => {
                 write!(f, "cannot accept a connection on {address}: {source}")
             }
+            Self::ShutDown { address, outcome } => {
+                write!(f, "another process shut down the listener on {address}")?;
+                match outcome {
+                    Ok(()) => write!(f, "; it listens again"),
+                    Err(source) => write!(f, "; it cannot listen again: {source}"),
+                }
+            }
+            Self::Misdirected { address, count } => write!(
+                f,
+                "a worker changed the selection among the shards of {address}: {count} connections were reset"
+            ),
             Self::Send { worker, reason } => {
                 write!(f, "cannot send to {}: {reason}", peer(*worker))
             }

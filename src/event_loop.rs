@@ -54,6 +54,8 @@ pub(crate) enum Token {
     Channel(u32),
     Process(u32),
     Listener(u32),
+    /// The socket that selects among the shards of a listener.
+    Selector(u32),
     Watch(u32),
     Signals,
 }
@@ -66,6 +68,7 @@ impl Token {
             Self::Listener(number) => (2, number),
             Self::Watch(number) => (3, number),
             Self::Signals => (4, 0),
+            Self::Selector(number) => (5, number),
         };
         // The numbers count up from 1; on 32 bits they stay unique for half a billion.
         (number as usize) << 3 | tag
@@ -79,6 +82,7 @@ impl Token {
             2 => Some(Self::Listener(number)),
             3 => Some(Self::Watch(number)),
             4 => Some(Self::Signals),
+            5 => Some(Self::Selector(number)),
             _ => None,
         }
     }
@@ -459,6 +463,7 @@ mod tests {
             Token::Listener(3),
             Token::Watch(0x1fff_ffff),
             Token::Signals,
+            Token::Selector(0x1fff_ffff),
         ];
         for token in all {
             assert_eq!(Token::from_key(token.key()), Some(token));

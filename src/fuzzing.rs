@@ -486,6 +486,7 @@ impl World {
                 self.hostile.open = false;
                 self.count(CUT_OFF, 1);
             }
+            Action::StopListening { .. } | Action::WatchHangUp { .. } => {}
             Action::Unblock { .. } => {} // Nobody blocks here.
             Action::BindShard { .. } | Action::Steer { .. } => {
                 unreachable!("not with these policies")

@@ -30,6 +30,7 @@ mod role;
 mod round_robin;
 mod send_options;
 mod settings;
+mod shard_group;
 mod signal;
 #[cfg(test)]
 mod simulation;

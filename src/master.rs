@@ -946,6 +946,7 @@ impl Master {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
                 Token::Listener(number) => self.shell.readable(HandleId(number)),
+                Token::Selector(number) => self.shell.selector_readable(HandleId(number)),
                 Token::Watch(number) => home.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }

@@ -22,6 +22,7 @@ use crate::signal::Signal;
 use crate::sorted_map::SortedMap;
 use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
+pub(crate) use listeners::ACCEPT_BATCH;
 use listeners::{Door, Handle, Stage};
 
 /// What the shell does at once.
@@ -102,6 +103,14 @@ pub(crate) enum Action<C> {
     },
     /// Undo `ShutDoor`.
     OpenDoor {
+        handle: HandleId,
+    },
+    /// Report, by `was_shut_down`, that a process has shut the listener down, or a shard.
+    WatchHangUp {
+        handle: HandleId,
+    },
+    /// End the listener in all processes that have a copy, known or not.
+    StopListening {
         handle: HandleId,
     },
     Unbind {
@@ -753,6 +762,7 @@ impl<C> MasterCore<C> {
                 self.finish_drain(handle);
             }
             self.let_go_of_shards(handle);
+            self.watch_hang_up_if_due(handle);
             if let Some(entry) = self.handles.get_mut(&handle) {
                 if entry.gives_from.is_some_and(|time| time <= self.now) {
                     entry.gives_from = None;
@@ -986,6 +996,7 @@ impl<C> MasterCore<C> {
 
     pub(crate) fn is_bound(&self, handle: HandleId) -> bool {
         let entry = self.handles.get(&handle);
-        entry.is_some_and(|entry| entry.stage != Stage::Unbound)
+        // Of one that workers have copies of, the master's is closed with the last of these.
+        entry.is_some_and(|entry| entry.stage != Stage::Unbound || !entry.accepts_itself())
     }
 }

@@ -22,9 +22,10 @@ use crate::master_shell::{Kept, MasterShell};
 /// it before it calls `disconnect`; one that leaves the queue to another process, which has the
 /// same socket, lets it live until all workers have left.
 ///
-/// Another process may have the same socket: nothing is done to it that this one would notice, save
-/// that it is set not to block. Only when it is dropped, newcomers to a TCP port are ignored while the
-/// last workers leave; not if the socket was passed to `listen`.
+/// Another process may have the same socket, if it was passed to `listen`, or from the first call of
+/// [`as_fd`](AsFd::as_fd) on. The master changes nothing then that the other process would notice, save
+/// that the socket is set not to block. Otherwise new clients of a TCP port are ignored while the last
+/// workers leave, and then the socket stops listening in all processes that have a copy.
 ///
 /// With the sharded policy workers have listeners of their own beside it, and who waits for a worker
 /// that has died waits for one to take its place: as many workers are needed as have been before.
@@ -112,10 +113,14 @@ impl MasterListener {
     }
 }
 
-/// The listening socket, which can be given to another process. With the sharded policy there are
-/// others beside it, of which that process would know nothing.
+/// The listening socket, which can be given to another process. From now on the master takes it that one
+/// has a copy. With the sharded policy this is one of several sockets, to which all new connections go when
+/// the listener is dropped and the last workers leave; no filter can be attached to it.
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
+        if let Some(master) = self.master.upgrade() {
+            master.lend(self.kept.handle);
+        }
         self.kept.socket.as_fd()
     }
 }

@@ -22,7 +22,7 @@ use crate::event::Departure;
 use crate::event_loop::Token;
 use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
 use crate::loads::Loads;
-use crate::master_core::{Action, MasterCore, With};
+use crate::master_core::{ACCEPT_BATCH, Action, MasterCore, With};
 use crate::message::{Message, Untaken};
 use crate::role::become_worker;
 use crate::round_robin::Placed;
@@ -30,10 +30,12 @@ use crate::settings::{
     CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
     WORKER_PID,
 };
+use crate::shard_group::ShardGroup;
 use crate::signal::Signal;
 use crate::socket_file::SocketFile;
 use crate::sorted_map::SortedMap;
 use crate::sys::fd::CommonFd;
+use crate::sys::listen::PortSharing;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{End, Failure, Pid, Program, Unreaped, Usage};
 use crate::sys::queue::{Queue, Taken};
@@ -96,8 +98,13 @@ pub(crate) enum Fed {
 struct MasterSocket {
     is_path: bool,
     file: Option<SocketFile>,
-    /// More than one if it is sharded; in the order in which the system counts them.
+    /// More than one if it is sharded.
     sockets: Vec<Rc<Registered<OwnedFd>>>,
+    /// If it is sharded, and the kernel lets a program select.
+    group: Option<ShardGroup>,
+    /// With the real port; none for a Unix path.
+    address: Option<SocketAddr>,
+    backlog: u32,
 }
 
 impl MasterSocket {
@@ -378,6 +385,7 @@ impl MasterShell {
                     numbers.push(socket.as_raw_fd());
                 }
             }
+            numbers.extend(listener.group.iter().map(ShardGroup::number));
         }
         let ends = queues.values().flat_map(Queue::descriptors);
         numbers.extend(ends.map(|end| end.as_raw_fd()));
@@ -444,11 +452,6 @@ impl MasterShell {
             core.sweep(|connection| sys::fd::is_hung_up(connection.as_fd()));
         }
         true
-    }
-
-    /// A listener has something to accept.
-    pub(crate) fn readable(&self, handle: HandleId) {
-        self.decide().readable(handle);
     }
 
     /// A point at which tests make this worker fail. The first one is spared.
@@ -555,13 +558,19 @@ impl MasterShell {
             }
             Action::Steer { handle, shards } => {
                 let listeners = self.listeners.borrow();
-                let first = listeners.get(&handle).map(|own| own.get(0));
-                if let Some(Ok(first)) = first {
-                    if let Err(source) = sys::listen::steer(first, &shards) {
-                        let attempt = "choose where newcomers go";
-                        let error = Error::Io { attempt, source };
-                        self.core.borrow_mut().error(None, error);
-                    }
+                let Some(listener) = listeners.get(&handle) else {
+                    return;
+                };
+                let selected = match &listener.group {
+                    Some(group) => group.select(&shards),
+                    None => listener
+                        .get(0)
+                        .and_then(|own| sys::listen::steer(own, &shards)),
+                };
+                if let Err(source) = selected {
+                    let attempt = "choose where newcomers go";
+                    let error = Error::Io { attempt, source };
+                    self.core.borrow_mut().error(None, error);
                 }
             }
             Action::Unblock { handle, shard } => {
@@ -585,6 +594,10 @@ impl MasterShell {
             // Where it cannot be done, the backlog is emptied with the door open.
             Action::ShutDoor { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    if let Some(group) = &listener.group {
+                        let _ = group.ignore();
+                        return;
+                    }
                     for socket in &listener.sockets {
                         if listener.is_path {
                             sys::listen::shut_for_good(socket);
@@ -596,8 +609,20 @@ impl MasterShell {
             }
             Action::OpenDoor { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    if let Some(group) = &listener.group {
+                        let _ = group.admit();
+                        return;
+                    }
                     for socket in &listener.sockets {
                         let _ = sys::listen::open_door(socket);
+                    }
+                }
+            }
+            Action::WatchHangUp { handle } => self.watch_hang_up(handle),
+            Action::StopListening { handle } => {
+                if let Some(listener) = self.listeners.borrow().get(&handle) {
+                    for socket in &listener.sockets {
+                        sys::listen::shut_for_good(socket);
                     }
                 }
             }
@@ -637,16 +662,29 @@ impl MasterShell {
                 return Err(io::Error::from_raw_os_error(errno::EBADF));
             }
         }
-        let bound = bind(endpoint, flags, policy == SchedulingPolicy::Sharded)?;
+        let is_sharded = policy == SchedulingPolicy::Sharded;
+        let sharing = match is_sharded {
+            true => PortSharing::Found,
+            false => PortSharing::Exclusive,
+        };
+        let bound = bind(endpoint, flags, sharing)?;
         // Workers that wait in `accept` itself take strict turns. What is lent is others', too.
         let waits = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
         if waits && !endpoint.is_borrowed() {
             sys::fd::set_nonblocking(bound.socket.as_fd(), false)?;
         }
-        self.add(handle, bound)
+        // Without a selector the kernel chooses a shard by a hash, and selecting is an error.
+        let group = is_sharded.then(|| ShardGroup::new(&bound.socket, flags, &self.poller, handle));
+        self.add(handle, bound, flags, group.and_then(Result::ok))
     }
 
-    fn add(&self, handle: HandleId, bound: BoundSocket) -> io::Result<Option<SocketAddr>> {
+    fn add(
+        &self,
+        handle: HandleId,
+        bound: BoundSocket,
+        flags: &BindFlags,
+        group: Option<ShardGroup>,
+    ) -> io::Result<Option<SocketAddr>> {
         let BoundSocket {
             file,
             socket,
@@ -659,6 +697,9 @@ impl MasterShell {
             is_path,
             file,
             sockets: vec![Rc::new(socket)],
+            group,
+            address,
+            backlog: flags.backlog,
         };
         self.listeners.borrow_mut().insert(handle, bound);
         Ok(address)
@@ -671,8 +712,12 @@ impl MasterShell {
         let listener = listener.ok_or(io::ErrorKind::NotFound)?;
         let address = sys::listen::local_addr(listener.get(0)?);
         let address = address.ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let socket = sys::listen::listen_tcp(&address, flags, true)?;
+        let socket = sys::listen::listen_tcp(&address, flags, PortSharing::Join)?;
         sys::fd::set_nonblocking(socket.as_fd(), false)?;
+        if let Some(group) = &mut listener.group {
+            sys::listen::lock_filter(&socket)?;
+            group.add(listener.sockets.len());
+        }
         let key = Token::Listener(handle.0).key();
         let socket = self.poller.add(socket, key, None)?;
         listener.sockets.push(Rc::new(socket));
@@ -695,6 +740,7 @@ impl MasterShell {
         let mut core = self.decide();
         core.kept(handle, endpoint.clone(), address, policy);
         drop(core);
+        self.act();
         self.kept(handle)
     }
 
@@ -708,8 +754,9 @@ impl MasterShell {
             address: endpoint.address(),
             socket,
         };
-        let address = self.add(handle, bound)?;
+        let address = self.add(handle, bound, flags, None)?;
         self.decide().adopted(handle, endpoint, address);
+        self.act();
         self.kept(handle)
     }
 
@@ -742,6 +789,72 @@ impl MasterShell {
             address: address.ok_or(io::ErrorKind::NotFound)?,
             socket: Rc::clone(listener.get(0)?),
         })
+    }
+
+    /// The application may give a descriptor of the listener to any process.
+    pub(crate) fn lend(&self, handle: HandleId) {
+        self.core.borrow_mut().lend(handle);
+    }
+
+    /// The poller reports a listener, or that it has hung up.
+    pub(crate) fn readable(&self, handle: HandleId) {
+        if self.core.borrow().accepts_itself(handle) {
+            return self.decide().readable(handle);
+        }
+        let stopped: Vec<_> = match self.listeners.borrow().get(&handle) {
+            Some(listener) => {
+                let sockets = listener.sockets.iter().enumerate();
+                let has_hung_up = |fd| sys::poll::has_hung_up(fd).unwrap_or(true);
+                let stopped = sockets.filter(|(_, socket)| has_hung_up(socket.as_fd()));
+                stopped.map(|(shard, _)| shard).collect()
+            }
+            None => return,
+        };
+        for shard in stopped {
+            let outcome = self.listen_again(handle, shard);
+            self.decide().was_shut_down(handle, outcome);
+        }
+        self.act();
+    }
+
+    /// Makes a listener, or one of its shards, listen again that another process shut down. The poller
+    /// does not report it until `watch_hang_up`: a process that shuts it down again and again costs
+    /// the master no more than that.
+    fn listen_again(&self, handle: HandleId, shard: usize) -> io::Result<()> {
+        let mut listeners = self.listeners.borrow_mut();
+        let listener = listeners.get_mut(&handle);
+        let listener = listener.ok_or(io::ErrorKind::NotFound)?;
+        let socket = Rc::clone(listener.get(shard)?);
+        socket.set_interest(None)?;
+        // The kernel lets no Unix socket listen again.
+        let address = listener.address.ok_or(io::ErrorKind::Unsupported)?;
+        sys::listen::listen_again(&socket, &address, listener.backlog)?;
+        if let Some(group) = &mut listener.group {
+            group.readd(shard);
+        }
+        Ok(())
+    }
+
+    fn watch_hang_up(&self, handle: HandleId) {
+        let listeners = self.listeners.borrow();
+        let sockets = listeners.get(&handle).into_iter();
+        for socket in sockets.flat_map(|listener| &listener.sockets) {
+            if let Err(source) = socket.watch_hang_up() {
+                let attempt = "watch a listener";
+                let error = Error::Io { attempt, source };
+                self.core.borrow_mut().error(None, error);
+            }
+        }
+    }
+
+    /// Connections have reached the selector of a sharded listener: its selection does not hold.
+    pub(crate) fn selector_readable(&self, handle: HandleId) {
+        let listeners = self.listeners.borrow();
+        let group = listeners.get(&handle).and_then(|own| own.group.as_ref());
+        let count = group.map_or(0, |group| group.reset(ACCEPT_BATCH));
+        drop(listeners);
+        self.decide().selected_wrongly(handle, count);
+        self.act();
     }
 
     /// The program lets go of a listener that it has kept.
@@ -875,14 +988,29 @@ impl MasterShell {
             return;
         };
         let mut core = self.core.borrow_mut();
+        let is_sole = core.is_sole(handle);
+        if !is_sole {
+            // Another owner may have cleared the flag, and accepting would wait. It cannot fail: the
+            // descriptor is open.
+            let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
+        }
         for _ in 0..at_most {
-            match sys::listen::accept(&***socket) {
+            let accepted = match is_sole {
+                true => sys::listen::accept(&***socket),
+                false => sys::listen::accept_if_ready(&***socket),
+            };
+            match accepted {
                 Ok(stream) => core.accepted(handle, stream.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);
                 }
                 Err(error) if sys::listen::is_shut(&error) && core.is_ending(handle) => {
                     return core.drained(handle);
+                }
+                Err(error) if sys::listen::is_shut(&error) && !core.is_borrowed(handle) => {
+                    drop((core, listeners));
+                    let outcome = self.listen_again(handle, 0);
+                    return self.decide().was_shut_down(handle, outcome);
                 }
                 Err(error) if sys::listen::lost_before_accept(&error) => {}
                 Err(error) => return core.accept_failed(handle, error),

@@ -75,8 +75,18 @@ struct Kept {
     /// there, nobody else can have it.
     file: Option<SocketFile>,
     socket: Rc<Registered<Socket>>,
-    /// It is not the master's, and others may have it, too.
-    is_lent: bool,
+    owner: Owner,
+}
+
+/// Whose a listener is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The master opened it, and other workers may have copies.
+    Master,
+    /// This worker opened it. Copies that processes have which it forked end with it.
+    ThisWorker,
+    /// The application had it before, and any process may have a copy.
+    Application,
 }
 
 /// What came of accepting from a listener or taking out of a queue.
@@ -428,7 +438,7 @@ impl WorkerShell {
 
     /// Keeps the copy of a shared listener or socket, or the end of a queue.
     fn adopt(&self, listener: ListenerId, fd: OwnedFd, blocks: bool) {
-        if let Err(source) = self.keep(listener, fd, blocks, (None, false)) {
+        if let Err(source) = self.keep(listener, fd, blocks, (None, Owner::Master)) {
             let attempt = "wait for a shared listener";
             self.report(Error::Io { attempt, source });
             self.core.borrow_mut().close(listener);
@@ -440,7 +450,7 @@ impl WorkerShell {
         listener: ListenerId,
         fd: OwnedFd,
         blocks: bool,
-        (file, is_lent): (Option<SocketFile>, bool),
+        (file, owner): (Option<SocketFile>, Owner),
     ) -> io::Result<()> {
         let core = self.core.borrow();
         let socket = if core.is_datagram(listener) {
@@ -456,23 +466,23 @@ impl WorkerShell {
         let kept = Kept {
             file,
             socket: Rc::new(self.poller.add(socket, key, None)?),
-            is_lent,
+            owner,
         };
         self.sockets.borrow_mut().insert(listener, kept);
         Ok(())
     }
 
-    /// Keeps a socket of which the master knows nothing; `is_lent` if others may have it, too. A
-    /// worker that leaves gets a listener that has ended.
+    /// Keeps a socket of which the master knows nothing. A worker that leaves gets a listener that has
+    /// ended.
     pub(crate) fn keep_alone(
         &self,
         kind: Kind,
         bound: BoundSocket,
-        is_lent: bool,
+        owner: Owner,
     ) -> io::Result<ListenerId> {
         let listener = self.core.borrow_mut().listen_alone(kind);
         if !self.core.borrow().is_leaving() {
-            let kept = self.keep(listener, bound.socket, false, (bound.file, is_lent));
+            let kept = self.keep(listener, bound.socket, false, (bound.file, owner));
             kept.inspect_err(|_| self.close(listener))?;
         }
         Ok(listener)
@@ -484,13 +494,21 @@ impl WorkerShell {
             // It cannot fail: both descriptors are open.
             let _ = interrupt.release(kept.socket.as_fd());
         }
+        let own = kept.filter(|kept| kept.owner == Owner::ThisWorker);
+        if let Some(kept) = own.filter(|_| self.poller.is_own()) {
+            if let Socket::Listener(own) = &**kept.socket {
+                // A process that this one has forked may have a copy: clients would wait there for ever.
+                sys::listen::shut_for_good(&own.fd);
+            }
+        }
     }
 
     /// Where it cannot be done, the backlog is emptied with the door open. So is one that others
     /// have, too: it would be shut for them as well.
     fn shut_door(&self, listener: ListenerId) {
         let mut sockets = self.sockets.borrow_mut();
-        let Some(kept) = sockets.get_mut(&listener).filter(|kept| !kept.is_lent) else {
+        let kept = sockets.get_mut(&listener);
+        let Some(kept) = kept.filter(|kept| kept.owner == Owner::ThisWorker) else {
             return;
         };
         let was_path = kept.file.take().is_some();
@@ -664,8 +682,28 @@ impl WorkerShell {
         }
     }
 
+    /// Whether accepting failed because another process has shut down a TCP listener of the master's,
+    /// which makes it listen again.
+    pub(crate) fn listens_again(&self, listener: ListenerId, error: &Error) -> bool {
+        let Error::Io { source, .. } = error else {
+            return false;
+        };
+        let sockets = self.sockets.borrow();
+        let kept = sockets.get(&listener);
+        let Some(kept) = kept.filter(|kept| kept.owner == Owner::Master) else {
+            return false;
+        };
+        let Socket::Listener(shared) = &**kept.socket else {
+            return false;
+        };
+        sys::listen::is_shut(source) && sys::listen::local_addr(&shared.fd).is_some()
+    }
+
     fn try_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
+            // Any process that has a copy may have cleared the flag, and accepting would wait. It cannot
+            // fail: the descriptor is open.
+            let _ = sys::fd::set_nonblocking(shared.as_fd(), true);
             match sys::listen::accept(shared) {
                 Ok(fd) => return Ok(Some(fd)),
                 Err(error) if sys::listen::lost_before_accept(&error) => {}

@@ -11,7 +11,8 @@
 //!                                  +------------------------------> Unbound --> (nothing)
 //!                                                                      when all have let go
 //!
-//! A shared listener is Emptying between Draining and Unbound: only its workers see its backlog.
+//! A shared listener is Emptying between Draining and Unbound: only its workers see its backlog. So
+//! is a sharded one of which the last worker that serves has died while others are disconnecting.
 //! UDP sockets are Emptying, too, until the last worker has let go. There is no way back for Unix
 //! paths, which are gone, and for listeners that the master's program has lent, which go on without
 //! us: for these a new worker gets a new listener.
@@ -45,7 +46,7 @@ use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
 
 /// How many connections are accepted from one listener before the others get their turn.
-const ACCEPT_BATCH: u64 = 64;
+pub(crate) const ACCEPT_BATCH: u64 = 64;
 /// How long a listener rests when accepting failed: without a pause a full table of descriptors
 /// would make the loop spin, since the listener stays readable.
 const ACCEPT_RETRY: Time = Duration::from_millis(100);
@@ -84,6 +85,27 @@ pub(super) enum Door {
     Closed,
 }
 
+/// Which processes may have the listening socket.
+///
+/// ```text
+///   the master opens it ----> Sole --- MasterListener::as_fd ---> Lent
+///   a descriptor that the application names (ListenOptions::fd) --> Lent
+///   Master::listen with a socket ---------------------------------> Adopted
+/// ```
+///
+/// There is no way back: the master cannot learn that no other process has a copy. A listener that is
+/// not `Sole` never gets a SYN filter, and is never shut down, because both concern all copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ownership {
+    /// The master, and workers that give it up when they end. Other copies are not intended: they end
+    /// with the listener.
+    Sole,
+    /// The application may have given a copy to any process.
+    Lent,
+    /// It was open before the master got it, and may have other names.
+    Adopted,
+}
+
 #[derive(Debug)]
 pub(super) struct Handle<C> {
     pub(super) key: HandleKey,
@@ -104,8 +126,8 @@ pub(super) struct Handle<C> {
     pub(super) connections: RoundRobin<C>,
     /// The system had no room for what was to be given; it is tried again then.
     pub(super) gives_from: Option<Time>,
-    /// Who has which shard, as the system counts them. What a worker has left behind by its death
-    /// waits for the next one.
+    /// Which worker has which shard. What is left in the shard of a worker that died waits for the
+    /// next one.
     pub(super) shards: Vec<Option<WorkerId>>,
     /// Workers to whose shards nobody new is sent, and when they are to be told.
     pub(super) departing: BTreeSet<(Time, WorkerId)>,
@@ -114,8 +136,9 @@ pub(super) struct Handle<C> {
     pub(super) accepted: bool,
     /// How many `MasterListener`s of it the program has.
     pub(super) keepers: u32,
-    /// It was open before it came to us. Another process may have it, too: its door is not ours.
-    pub(super) is_adopted: bool,
+    pub(super) ownership: Ownership,
+    /// A process has shut it down; not reported again before this time.
+    pub(super) hang_up_from: Option<Time>,
 }
 
 impl<C> Handle<C> {
@@ -135,7 +158,14 @@ impl<C> Handle<C> {
         let departing = self.departing.first().map(|(time, _)| *time);
         let look = self.connections.look_at();
         let look = look.filter(|_| self.is_balanced());
-        let all = [rest, quiet, departing, self.gives_from, look];
+        let all = [
+            rest,
+            quiet,
+            departing,
+            self.gives_from,
+            self.hang_up_from,
+            look,
+        ];
         all.into_iter().fold(None, earlier)
     }
 
@@ -156,8 +186,17 @@ impl<C> Handle<C> {
 
     /// Whether its door has been shut in a way that cannot be undone.
     fn is_shut_for_good(&self) -> bool {
-        let is_path = self.key.endpoint.kind == Kind::Unix && !self.is_adopted;
+        let is_path = self.key.endpoint.kind == Kind::Unix && self.is_sole();
         is_path && self.stage != Stage::Open
+    }
+
+    fn is_sole(&self) -> bool {
+        self.ownership == Ownership::Sole
+    }
+
+    /// Whether the master accepts, and workers have no copies.
+    pub(super) fn accepts_itself(&self) -> bool {
+        self.policy == SchedulingPolicy::RoundRobin
     }
 
     /// Whether it stays although no worker has it.
@@ -227,10 +266,90 @@ impl<C> MasterCore<C> {
             spare: None,
             accepted: false,
             keepers: 0,
-            is_adopted: false,
+            ownership: match key.endpoint.is_borrowed() {
+                true => Ownership::Lent,
+                false => Ownership::Sole,
+            },
+            hang_up_from: None,
         };
+        let can_listen_again = key.endpoint.kind != Kind::Udp && !key.endpoint.is_borrowed();
+        if !open.accepts_itself() && can_listen_again {
+            self.actions.push_back(Action::WatchHangUp { handle });
+        }
         self.keys.insert(key, handle);
         self.handles.get_or_insert_with(handle, || open)
+    }
+
+    /// The application has had a descriptor of this listener, and may have given it away.
+    pub(crate) fn lend(&mut self, handle: HandleId) {
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            if entry.ownership == Ownership::Sole {
+                entry.ownership = Ownership::Lent;
+            }
+        }
+    }
+
+    /// Whether only this master, and its workers, have the listener as far as is known.
+    pub(crate) fn is_sole(&self, handle: HandleId) -> bool {
+        self.handles.get(&handle).is_some_and(Handle::is_sole)
+    }
+
+    /// Whether the application named the descriptor, which it may shut down itself.
+    pub(crate) fn is_borrowed(&self, handle: HandleId) -> bool {
+        let entry = self.handles.get(&handle);
+        entry.is_some_and(|entry| entry.key.endpoint.is_borrowed())
+    }
+
+    pub(crate) fn accepts_itself(&self, handle: HandleId) -> bool {
+        self.handles
+            .get(&handle)
+            .is_some_and(Handle::accepts_itself)
+    }
+
+    /// Another process has shut the listener down, or a shard of it. The shell has tried to make it
+    /// listen again.
+    pub(crate) fn was_shut_down(&mut self, handle: HandleId, outcome: io::Result<()>) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        let address = Address::new(&entry.key.endpoint, entry.address).to_string();
+        let again = self.now + ACCEPT_RETRY;
+        if entry.accepts_itself() {
+            entry.door = Door::Resting(again);
+            self.watch(handle, false);
+        } else if entry.key.endpoint.kind == Kind::Tcp {
+            entry.hang_up_from = Some(again);
+        }
+        self.error(None, Error::ShutDown { address, outcome });
+        self.steer(handle);
+        self.balance(handle);
+        self.resume_if_served(handle);
+    }
+
+    pub(super) fn watch_hang_up_if_due(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        if entry.hang_up_from.is_some_and(|time| time <= self.now) {
+            entry.hang_up_from = None;
+            self.actions.push_back(Action::WatchHangUp { handle });
+        }
+    }
+
+    /// `count` connections did not reach a shard, and were reset.
+    pub(crate) fn selected_wrongly(&mut self, handle: HandleId, count: u64) {
+        self.ledger.accepted += count;
+        self.ledger.dropped += count;
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        // While it drains, the selector is selected: what comes there completes a handshake by SYN
+        // cookie.
+        if count > 0 && entry.stage == Stage::Open {
+            let address = Address::new(&entry.key.endpoint, entry.address).to_string();
+            self.error(None, Error::Misdirected { address, count });
+            self.steer(handle);
+        }
     }
 
     /// No copy of the listener could be made for the worker that asked for it.
@@ -406,8 +525,11 @@ impl<C> MasterCore<C> {
     }
 
     fn forget_if_abandoned(&mut self, handle: HandleId) {
-        let abandoned = |entry: &Handle<C>| entry.members.is_empty() && !entry.stays();
-        if self.handles.get(&handle).is_some_and(abandoned) {
+        let abandoned = |entry: &&Handle<C>| entry.members.is_empty() && !entry.stays();
+        if let Some(entry) = self.handles.get(&handle).filter(abandoned) {
+            if !entry.accepts_itself() {
+                self.close_socket(handle);
+            }
             self.handles.remove(&handle);
         }
     }
@@ -473,7 +595,7 @@ impl<C> MasterCore<C> {
         };
         self.kept(handle, endpoint, address, policy);
         if let Some(entry) = self.handles.get_mut(&handle) {
-            entry.is_adopted = true;
+            entry.ownership = Ownership::Adopted;
         }
         if let Some(address) = address.filter(|address| address.ip().is_unspecified()) {
             let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
@@ -506,7 +628,8 @@ impl<C> MasterCore<C> {
             return;
         }
         if entry.serving.is_empty() {
-            self.unbind(handle);
+            let leaving = None;
+            self.close_unserved(handle, leaving);
             self.forget_if_abandoned(handle);
         } else if entry.stage == Stage::Pausing {
             entry.stage = Stage::Open;
@@ -575,7 +698,7 @@ impl<C> MasterCore<C> {
                     return Ok(());
                 }
                 let has_it = self.handles[&handle].members.contains(&worker);
-                if has_it && self.handles[&handle].is_adopted {
+                if has_it && self.handles[&handle].ownership == Ownership::Adopted {
                     // By its port, and once more by its address.
                     let result = Err(errno::EADDRINUSE);
                     self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
@@ -677,12 +800,13 @@ impl<C> MasterCore<C> {
             Stage::Open | Stage::Unbound => return false,
             Stage::Pausing => {}
             Stage::Draining(_) | Stage::Emptying => {
-                if entry.key.endpoint.kind == Kind::Tcp && !entry.is_adopted {
+                if entry.key.endpoint.kind == Kind::Tcp && entry.is_sole() {
                     self.actions.push_back(Action::OpenDoor { handle });
                 }
             }
         }
         entry.stage = Stage::Open;
+        self.steer(handle);
         true
     }
 
@@ -779,7 +903,7 @@ impl<C> MasterCore<C> {
             Kind::Tcp | Kind::Unix if entry.key.endpoint.is_borrowed() => {
                 self.give_back(handle);
             }
-            Kind::Unix if !entry.is_adopted => {
+            Kind::Unix if entry.is_sole() => {
                 // From now on nobody finds the way, and so there is no handshake to wait for.
                 entry.stage = Stage::Draining(None);
                 self.forget_key(handle);
@@ -798,13 +922,25 @@ impl<C> MasterCore<C> {
                     Time::ZERO
                 };
                 entry.stage = Stage::Draining(Some(now + grace));
-                if !entry.is_adopted {
-                    self.actions.push_back(Action::ShutDoor { handle });
-                }
+                self.keep_newcomers_out(handle);
                 if !shared {
                     self.look_again(handle);
                 } // Otherwise the workers go on accepting until the time has come.
             }
+        }
+    }
+
+    /// Lets no new connections in, or sends them where another owner may accept them.
+    fn keep_newcomers_out(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        if entry.is_sole() {
+            self.actions.push_back(Action::ShutDoor { handle });
+        } else if entry.policy == SchedulingPolicy::Sharded {
+            // `MasterListener::as_fd` is the first shard.
+            let shards = vec![0];
+            self.actions.push_back(Action::Steer { handle, shards });
         }
     }
 
@@ -948,15 +1084,55 @@ impl<C> MasterCore<C> {
                 entry.stage = Stage::Unbound;
                 entry.door = Door::Ready;
                 self.ledger.dropped += entry.connections.drop_waiting();
-                if !entry.departing.is_empty() {
-                    // They look at their shards when these are out of our hands.
-                    let shard = None;
-                    self.actions.push_back(Action::Unblock { handle, shard });
-                    self.actions.push_back(Action::ShutDoor { handle });
-                }
+                let accepts_itself = entry.accepts_itself();
                 self.forget_key(handle);
-                self.actions.push_back(Action::Unbind { handle });
+                if accepts_itself {
+                    self.close_socket(handle);
+                } // Otherwise when the last worker has closed its copy.
             }
+        }
+    }
+
+    fn close_socket(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        if entry.is_sole() && entry.key.endpoint.kind != Kind::Udp {
+            // A process that a worker has forked may have a copy. Clients would wait there for ever.
+            self.actions.push_back(Action::StopListening { handle });
+        }
+        self.actions.push_back(Action::Unbind { handle });
+    }
+
+    /// No worker serves the listener any more, and the application does not retain it. `leaving` is
+    /// about to close its copy.
+    fn close_unserved(&mut self, handle: HandleId, leaving: Option<WorkerId>) {
+        let Some(entry) = self.handles.get(&handle) else {
+            return;
+        };
+        let mut others = entry.members.iter().filter(|own| Some(**own) != leaving);
+        let are_leaving = others.next().is_some();
+        match (entry.policy, entry.stage) {
+            (SchedulingPolicy::Sharded, Stage::Unbound) => {}
+            (SchedulingPolicy::Sharded, _) if are_leaving => self.empty_shards(handle),
+            _ => self.unbind(handle),
+        }
+    }
+
+    /// Workers that are disconnecting still serve their shards. The listener ends with the last of them,
+    /// unless another worker asks for it before.
+    fn empty_shards(&mut self, handle: HandleId) {
+        let Some(entry) = self.handles.get_mut(&handle) else {
+            return;
+        };
+        entry.stage = Stage::Emptying;
+        let departing = std::mem::take(&mut entry.departing);
+        self.keep_newcomers_out(handle);
+        let shard = None;
+        self.actions.push_back(Action::Unblock { handle, shard });
+        for (_, worker) in departing {
+            let drain = true;
+            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
         }
     }
 
@@ -973,7 +1149,7 @@ impl<C> MasterCore<C> {
         match (entry.serving.is_empty(), entry.is_kept(), entry.stage) {
             // What has been accepted waits for the next worker, too.
             (true, true, Stage::Pausing) => entry.stage = Stage::Open,
-            (true, false, _) => self.unbind(handle),
+            (true, false, _) => self.close_unserved(handle, Some(worker)),
             _ => {}
         }
         match policy {
@@ -1029,6 +1205,8 @@ impl<C> MasterCore<C> {
         match (result, self.handles.get_mut(&handle)) {
             (Ok(()), Some(entry)) => {
                 entry.shards.push(None);
+                // The new shard, too.
+                self.actions.push_back(Action::WatchHangUp { handle });
                 // Or another one, that has become free meanwhile.
                 self.shard_for(handle, worker);
                 self.join(worker, request, handle);
@@ -1046,12 +1224,16 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get(&handle) else {
             return;
         };
+        match entry.stage {
+            Stage::Open | Stage::Pausing => {}
+            Stage::Draining(_) | Stage::Emptying | Stage::Unbound => return,
+        }
         let serves = |shard: &Option<WorkerId>| shard.is_some_and(|w| entry.serving.contains(&w));
         let shards = entry.shards.iter().enumerate();
         let shards = shards.filter(|(_, shard)| serves(shard));
         let shards = shards.map(|(number, _)| number);
         let shards: Vec<_> = shards.chain(entry.spare).collect();
-        if !shards.is_empty() && entry.stage != Stage::Unbound {
+        if !shards.is_empty() {
             self.actions.push_back(Action::Steer { handle, shards });
         }
     }
@@ -1315,6 +1497,75 @@ mod tests {
         core.frame(worker, ready(1));
         let last = actions(&mut core);
         assert!(ends(&last) && !accepts(&last) && !is_closing(&last));
+    }
+
+    #[test]
+    fn listener_that_was_lent_is_neither_filtered_nor_shut_down() {
+        for policy in [
+            SchedulingPolicy::RoundRobin,
+            SchedulingPolicy::Shared,
+            SchedulingPolicy::Sharded,
+        ] {
+            for is_lent in [false, true] {
+                let mut core = MasterCore::new(policy);
+                let handle = keep(&mut core, port(1));
+                let worker = online(&mut core);
+                ask(&mut core, worker, port(1));
+                if is_lent {
+                    core.lend(handle);
+                }
+                core.release(handle);
+                core.disconnect_all(true);
+                let mut all = actions(&mut core);
+                core.drained(handle);
+                core.channel_closed(worker);
+                core.exited(worker, ExitStatusExt::from_raw(0));
+                all.extend(actions(&mut core));
+                core.queue_closed(handle, worker, Vec::new());
+                all.extend(actions(&mut core));
+                let has = |is: fn(&Action<u32>) -> bool| all.iter().any(is);
+                let filtered = has(|action| matches!(action, Action::ShutDoor { .. }));
+                let stopped = has(|action| matches!(action, Action::StopListening { .. }));
+                assert_eq!((filtered, stopped), (!is_lent, !is_lent), "{policy:?}");
+                assert!(has(|action| matches!(action, Action::Unbind { .. })));
+                assert_eq!(core.sizes().handles, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn sharded_listener_opens_again_while_a_worker_empties_its_shard() {
+        let mut core = MasterCore::new(SchedulingPolicy::Sharded);
+        let first = online(&mut core);
+        ask(&mut core, first, port(1));
+        let handle = HandleId(1);
+        core.bound(handle, Ok(None));
+        let second = online(&mut core);
+        ask(&mut core, second, port(1));
+        core.shard_bound(handle, second, 1, Ok(()));
+        core.disconnect(first);
+        actions(&mut core);
+        // The only one that serves dies.
+        core.channel_closed(second);
+        let emptying = actions(&mut core);
+        let shuts = |action: &Action<u32>| matches!(action, Action::ShutDoor { .. });
+        assert!(emptying.iter().any(shuts), "{emptying:?}");
+        assert!(core.is_bound(handle));
+        // Whoever asks now gets the same listener.
+        let third = online(&mut core);
+        let joined = ask(&mut core, third, port(1));
+        assert_eq!(
+            (shard(&joined), steered(&joined)),
+            (Some(1), Some(&[1][..]))
+        );
+        let opens = |action: &Action<u32>| matches!(action, Action::OpenDoor { .. });
+        assert!(joined.iter().any(opens), "{joined:?}");
+        // It ends with the last of its workers.
+        core.channel_closed(first);
+        assert!(!is_closing(&actions(&mut core)));
+        core.channel_closed(third);
+        assert!(is_closing(&actions(&mut core)));
+        assert_eq!(core.sizes().handles, 0);
     }
 
     #[test]

@@ -486,6 +486,9 @@ impl World {
                 assert!(!self.adopted.contains(&handle), "not our door");
             }
             Action::Unbind { handle } => self.unbind(handle),
+            Action::StopListening { handle } => self.shut(handle),
+            // No process shuts a listener down here.
+            Action::WatchHangUp { .. } => {}
             // Nobody waits in the kernel here.
             Action::Unblock { .. } => {}
             Action::BindShard { .. } | Action::Steer { .. } => {

@@ -74,6 +74,9 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> io::Resu
     } else {
         flags & !libc::O_NONBLOCK
     };
+    if wanted == flags {
+        return Ok(());
+    }
     // SAFETY: F_SETFL changes no memory.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted) })?;
     Ok(())

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use super::{check, retry};
 use crate::endpoint::BindFlags;
@@ -70,6 +71,10 @@ fn bind(socket: &OwnedFd, address: &SocketAddr, flags: &BindFlags) -> io::Result
         let only = libc::c_int::from(flags.ipv6_only);
         set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, only)?;
     }
+    bind_address(socket, address)
+}
+
+fn bind_address(socket: &OwnedFd, address: &SocketAddr) -> io::Result<()> {
     match address {
         SocketAddr::V4(v4) => {
             // SAFETY: all zeroes is a valid sockaddr_in.
@@ -109,21 +114,82 @@ fn bind_raw<T>(socket: &OwnedFd, address: &T) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether a TCP listener shares its port with other sockets of the same user (`SO_REUSEPORT`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PortSharing {
+    /// No other socket may listen on the port.
+    Exclusive,
+    /// The listener joins the group of sockets on the port, or is its first member.
+    Join,
+    /// The listener is the first member of a new group. If another socket listens on the port,
+    /// listening fails, even if that one would share it.
+    Found,
+}
+
 /// A TCP listener.
 pub(crate) fn listen_tcp(
     address: &SocketAddr,
     flags: &BindFlags,
-    reuse_port: bool,
+    sharing: PortSharing,
 ) -> io::Result<OwnedFd> {
+    let socket = bind_tcp(address, flags, sharing)?;
+    listen(&socket, flags.backlog)?;
+    if sharing == PortSharing::Found {
+        // Listening without the option is what excludes other groups. The kernel reads the option
+        // of each listener when another one joins.
+        share_port(&socket)?;
+    }
+    Ok(socket)
+}
+
+fn bind_tcp(address: &SocketAddr, flags: &BindFlags, sharing: PortSharing) -> io::Result<OwnedFd> {
     let socket = open(address, libc::SOCK_STREAM)?;
     // A port whose last connections are still dying down can be had again.
     set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-    if reuse_port {
-        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    if sharing == PortSharing::Join {
+        share_port(&socket)?;
     }
     bind(&socket, address, flags)?;
-    listen(&socket, flags.backlog)?;
     Ok(socket)
+}
+
+fn share_port(socket: &OwnedFd) -> io::Result<()> {
+    set_option(socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)
+}
+
+/// A TCP listener that joins the group of sockets on its port, and selects the first of them for
+/// all connections.
+pub(crate) fn listen_to_select(address: &SocketAddr, flags: &BindFlags) -> io::Result<OwnedFd> {
+    let socket = bind_tcp(address, flags, PortSharing::Join)?;
+    // The kernel attaches a program to a group only through a socket that listens. Until then it may
+    // choose this one: the client sends its SYN again after a second, and is served.
+    shut_door(&socket)?;
+    listen(&socket, flags.backlog)?;
+    steer(&socket, &[0])?;
+    open_door(&socket)?;
+    Ok(socket)
+}
+
+/// Makes a TCP listener that was shut down listen again.
+pub(crate) fn listen_again(socket: &OwnedFd, address: &SocketAddr, backlog: u32) -> io::Result<()> {
+    disconnect(socket)?;
+    match bind_address(socket, address) {
+        // A port that the kernel had chosen was lost; any other one is still bound, which is EINVAL.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+        bound => bound?,
+    }
+    listen(socket, backlog)
+}
+
+/// Forgets that a socket was shut down. Shutting down a socket that is closed already marks it, and
+/// connections that it accepts later would inherit the mark.
+fn disconnect(socket: &OwnedFd) -> io::Result<()> {
+    // SAFETY: all zeroes is a valid sockaddr.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = family(libc::AF_UNSPEC);
+    // SAFETY: the address lives through the call, and its length is given.
+    check(unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length(&nowhere)) })?;
+    Ok(())
 }
 
 /// A UDP socket.
@@ -242,6 +308,16 @@ pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Accepts from a listener whose other owners may clear `O_NONBLOCK`, which belongs to all copies of
+/// a descriptor. Waits only if the flag is cleared, and the connection taken, after the check.
+pub(crate) fn accept_if_ready(listener: &impl AsFd) -> io::Result<OwnedFd> {
+    let [ready] = super::poll::wait_readable([listener.as_fd()], Some(Duration::ZERO))?;
+    match ready {
+        true => accept(listener),
+        false => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
 /// Whether this machine has no addresses of the family that was asked for.
 pub(crate) fn lacks_family(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
@@ -285,18 +361,59 @@ pub(crate) fn shut_for_good(listener: &OwnedFd) {
 /// the last `accept` and `close` would be connected and then reset.
 #[cfg(target_os = "linux")]
 pub(crate) fn shut_door(listener: &OwnedFd) -> io::Result<()> {
+    attach(listener, libc::SO_ATTACH_FILTER, &mut syn_filter())
+}
+
+#[cfg(target_os = "linux")]
+fn syn_filter() -> [libc::sock_filter; 5] {
     /// Offset of the flags in the TCP header, where the filter's view of a packet begins.
     const FLAGS: u32 = 13;
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
-    let mut program = [
+    [
         statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, FLAGS, 0, 0),
         statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, SYN | ACK, 0, 0),
         statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SYN, 0, 1),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
         statement(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
-    ];
-    attach(listener, libc::SO_ATTACH_FILTER, &mut program)
+    ]
+}
+
+/// Detaches the SYN filter that another master left on a listener. Any other filter is the
+/// application's, and stays.
+#[cfg(target_os = "linux")]
+pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
+    // The option of socket(7) that reads a filter has the number of the one that attaches it, and
+    // counts statements.
+    const SO_GET_FILTER: libc::c_int = libc::SO_ATTACH_FILTER;
+    let own = syn_filter();
+    let mut found = [statement(0, 0, 0, 0); 5];
+    let mut count = libc::socklen_t::try_from(found.len()).unwrap_or(0);
+    // SAFETY: as many statements are writable as `count` says. The kernel writes all of a filter, or
+    // fails if there is not enough space.
+    let read = check(unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_GET_FILTER,
+            found.as_mut_ptr().cast(),
+            &raw mut count,
+        )
+    });
+    let parts = |s: &libc::sock_filter| (s.code, s.jt, s.jf, s.k);
+    let is_own = own.iter().map(parts).eq(found.iter().map(parts));
+    match read {
+        Ok(_) if is_own => open_door(listener),
+        // Another filter, or none, or the kernel does not read filters.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Makes the kernel refuse, for ever, to attach or to detach a filter or a selection program through
+/// this socket.
+#[cfg(target_os = "linux")]
+pub(crate) fn lock_filter(socket: &OwnedFd) -> io::Result<()> {
+    set_option(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1)
 }
 
 /// Undoes `shut_door`.
@@ -322,32 +439,44 @@ pub(crate) fn open_door(listener: &OwnedFd) -> io::Result<()> {
 /// to all of them, draws lots.
 #[cfg(target_os = "linux")]
 pub(crate) fn steer(listener: &OwnedFd, chosen: &[usize]) -> io::Result<()> {
+    let mut program = selection(chosen)?;
+    attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
+}
+
+/// The program that draws one of these numbers, which ascend.
+///
+/// Its length depends on the number of gaps between them, not on how many they are. Before Linux 6.8,
+/// the kernel refuses one of more than 20,480 bytes (`net.core.optmem_max`) after its translation, which
+/// makes at most 5 instructions of 8 bytes for a run of consecutive numbers.
+#[cfg(target_os = "linux")]
+fn selection(chosen: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
     let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    let count = number(chosen.len())?;
     let mut program = vec![
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, random, 0, 0),
-        statement(
-            libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K,
-            number(chosen.len())?,
-            0,
-            0,
-        ),
+        statement(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, count, 0, 0),
     ];
-    let is_all = chosen.iter().enumerate().all(|(at, number)| at == *number);
-    if !is_all {
-        for (lot, chosen) in chosen.iter().enumerate() {
-            let is_lot = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-            program.push(statement(is_lot, number(lot)?, 0, 1));
-            program.push(statement(
-                libc::BPF_RET | libc::BPF_K,
-                number(*chosen)?,
-                0,
-                0,
-            ));
-        }
+    let mut drawn = 0;
+    for run in chosen.chunk_by(|one, next| one + 1 == *next) {
+        let next = drawn + run.len();
+        // What was drawn is below `next` from here on, or belongs to a later run.
+        let is_later = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+        program.push(statement(is_later, number(next)?, 2, 0));
+        // `drawn` never exceeds the first number of the run: the numbers ascend.
+        let shift = number(run[0].saturating_sub(drawn))?;
+        program.push(statement(
+            libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K,
+            shift,
+            0,
+            0,
+        ));
+        program.push(statement(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+        drawn = next;
     }
-    program.push(statement(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
-    attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
+    // Not reached: what is drawn is below `count`.
+    program.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0));
+    Ok(program)
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -397,16 +526,29 @@ pub(crate) fn open_door(_listener: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-#[cfg(all(test, target_os = "linux"))]
+/// There is no such filter elsewhere.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn detach_foreign_syn_filter(_listener: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+/// Nothing can be attached elsewhere.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn lock_filter(_socket: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn a_shut_door_keeps_newcomers_out_and_whoever_is_in() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let address = address.parse().unwrap();
-            let listener = listen_tcp(&address, &BindFlags::default(), false).unwrap();
+            let listener =
+                listen_tcp(&address, &BindFlags::default(), PortSharing::Exclusive).unwrap();
             let address = local_addr(&listener).unwrap();
             let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
             let _early = connect().unwrap();
@@ -421,5 +563,83 @@ mod tests {
             open_door(&listener).unwrap();
             connect().unwrap();
         }
+    }
+
+    /// Runs a selection program for one random number, as the kernel does.
+    fn run(program: &[libc::sock_filter], random: u32) -> usize {
+        let (mut at, mut value) = (0, 0);
+        loop {
+            let one = &program[at];
+            at += 1;
+            let code = u32::from(one.code);
+            if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS {
+                value = random;
+            } else if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K {
+                value %= one.k;
+            } else if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K {
+                value += one.k;
+            } else if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K {
+                at += usize::from(if value >= one.k { one.jt } else { one.jf });
+            } else if code == libc::BPF_RET | libc::BPF_A {
+                return value as usize;
+            } else {
+                panic!("not reached, or not known: {code:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn selection_draws_each_number_equally_often() {
+        for chosen in [&[0][..], &[1], &[0, 2, 3, 4], &[1, 2, 5, 7, 8, 9, 1000]] {
+            let program = selection(chosen).unwrap();
+            let mut drawn: Vec<_> = (0..u32::try_from(chosen.len() * 3).unwrap())
+                .map(|random| run(&program, random))
+                .collect();
+            drawn.sort_unstable();
+            let expected: Vec<_> = chosen.iter().flat_map(|one| [*one; 3]).collect();
+            assert_eq!(drawn, expected);
+        }
+    }
+
+    /// The kernel before 6.8 counts the translated program, with this many bytes.
+    fn translated_size(program: &[libc::sock_filter]) -> usize {
+        // struct bpf_prog, and what begins each program.
+        const FIXED: usize = 256;
+        // A jump or a sum is one instruction, a return of what was computed one or two.
+        FIXED + program.len() * 5 / 3 * 8
+    }
+
+    #[test]
+    fn selection_of_a_thousand_shards_fits_into_the_optmem_max_of_old_kernels() {
+        const OPTMEM_MAX: usize = 20_480;
+        let all: Vec<_> = [0].into_iter().chain(2..10_000).collect();
+        assert!(translated_size(&selection(&all).unwrap()) < 512);
+        // Each second one has left.
+        let gaps: Vec<_> = (0..1000).step_by(2).collect();
+        assert!(translated_size(&selection(&gaps).unwrap()) <= OPTMEM_MAX);
+    }
+
+    /// In a network of this thread's own, with the limit of old kernels.
+    #[test]
+    #[ignore = "needs root, and Linux 6.8 for a limit of each network's own"]
+    fn kernel_takes_the_selection_of_a_thousand_shards_with_the_optmem_max_of_old_kernels() {
+        let play = || {
+            // SAFETY: it takes an integer, and concerns this thread alone.
+            check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).unwrap();
+            std::fs::write("/proc/sys/net/core/optmem_max", "20480").unwrap();
+            let address = "0.0.0.0:0".parse().unwrap();
+            let flags = BindFlags::default();
+            let listener = listen_tcp(&address, &flags, PortSharing::Join).unwrap();
+            let gaps: Vec<_> = (0..1000).step_by(2).collect();
+            steer(&listener, &gaps).unwrap();
+            // The limit is there: two statements for each shard are too many.
+            let ret = libc::BPF_RET | libc::BPF_K;
+            let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+            let each = (0..1000).flat_map(|n| [statement(is, n, 0, 1), statement(ret, n, 0, 0)]);
+            let mut long: Vec<_> = each.chain([statement(ret, 0, 0, 0)]).collect();
+            let error = attach(&listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut long).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+        };
+        std::thread::spawn(play).join().unwrap();
     }
 }

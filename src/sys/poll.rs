@@ -61,8 +61,17 @@ impl Drop for Owned {
 pub(crate) struct Registered<S: AsFd> {
     poller: Poller,
     key: usize,
-    interest: Cell<Option<Interest>>,
+    awaited: Cell<Option<Awaited>>,
     source: S,
+}
+
+/// What a registered descriptor is in the poller for.
+#[derive(Clone, Copy, Debug)]
+enum Awaited {
+    Interest(Interest),
+    /// That a connection is gone, or a listener shut down. The system reports it in any case, and
+    /// whatever else happens to the descriptor wakes nothing.
+    HangUp,
 }
 
 /// One descriptor that is ready.
@@ -105,11 +114,12 @@ impl ReadyList {
     }
 }
 
-fn event(key: usize, interest: Interest) -> Event {
-    match interest {
-        Interest::Readable => Event::readable(key),
-        Interest::Writable => Event::writable(key),
-        Interest::Both => Event::all(key),
+fn event(key: usize, awaited: Awaited) -> Event {
+    match awaited {
+        Awaited::Interest(Interest::Readable) => Event::readable(key),
+        Awaited::Interest(Interest::Writable) => Event::writable(key),
+        Awaited::Interest(Interest::Both) => Event::all(key),
+        Awaited::HangUp => Event::none(key),
     }
 }
 
@@ -157,7 +167,7 @@ impl Poller {
         let registered = Registered {
             poller: self.clone(),
             key,
-            interest: Cell::new(None),
+            awaited: Cell::new(None),
             source,
         };
         registered.set_interest(interest)?;
@@ -195,9 +205,18 @@ impl<S: AsFd> Registered<S> {
     ///
     /// The system refuses it, or the poller is another process's.
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
+        self.wait_for(interest.map(Awaited::Interest))
+    }
+
+    /// Reports nothing but that the descriptor has hung up.
+    pub(crate) fn watch_hang_up(&self) -> io::Result<()> {
+        self.wait_for(Some(Awaited::HangUp))
+    }
+
+    fn wait_for(&self, awaited: Option<Awaited>) -> io::Result<()> {
         self.poller.check_own()?;
         let poller = &self.poller.0.poller;
-        match (self.interest.get(), interest) {
+        match (self.awaited.get(), awaited) {
             (None, None) => {}
             (None, Some(new)) => {
                 let number = self.source.as_fd().as_raw_fd();
@@ -211,7 +230,7 @@ impl<S: AsFd> Registered<S> {
             }
             (Some(_), None) => poller.delete(&self.source)?,
         }
-        self.interest.set(interest);
+        self.awaited.set(awaited);
         Ok(())
     }
 
@@ -222,7 +241,7 @@ impl<S: AsFd> Registered<S> {
 
     /// Whether it is waited for.
     pub(crate) fn is_watched(&self) -> bool {
-        self.interest.get().is_some()
+        self.awaited.get().is_some()
     }
 }
 
@@ -353,6 +372,12 @@ pub(crate) fn wait_readable<const N: usize>(
 /// Waits until the descriptor is readable or writable.
 pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     wait_for([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
+}
+
+/// Whether a listener has been shut down: of TCP in any direction, of a Unix socket in both.
+pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let [hung_up] = wait_for([(fd, 0)], Some(Duration::ZERO))?;
+    Ok(hung_up)
 }
 
 /// Whether the descriptor is writable at this moment.

@@ -9,8 +9,10 @@ use crate::endpoint::{BindFlags, Endpoint, Kind};
 use crate::error::Result;
 use crate::options::Wish;
 use crate::sys;
+use crate::sys::listen::PortSharing;
 use crate::worker::Worker;
 use crate::worker_core::ListenerId;
+use crate::worker_shell::Owner;
 
 /// A listener or socket, with its address if it has one.
 type Opened = (ListenerId, Option<SocketAddr>);
@@ -68,9 +70,17 @@ impl Worker {
             let id = shell.core.borrow_mut().listen_alone(endpoint.kind);
             return Ok((id, endpoint.address()));
         }
-        let bound = bind(endpoint, &wish.flags, wish.reuse_port)?;
-        let (address, is_lent) = (bound.address, endpoint.is_borrowed());
-        let id = shell.keep_alone(endpoint.kind, bound, is_lent)?;
+        let sharing = match wish.reuse_port {
+            true => PortSharing::Join,
+            false => PortSharing::Exclusive,
+        };
+        let bound = bind(endpoint, &wish.flags, sharing)?;
+        let address = bound.address;
+        let owner = match endpoint.is_borrowed() {
+            true => Owner::Application,
+            false => Owner::ThisWorker,
+        };
+        let id = shell.keep_alone(endpoint.kind, bound, owner)?;
         Ok((id, address))
     }
 
@@ -84,7 +94,10 @@ impl Worker {
             address,
         };
         // Of TCP or Unix, which makes no difference from here on.
-        let id = self.inner.shell.keep_alone(Kind::Tcp, bound, true)?;
+        let id = self
+            .inner
+            .shell
+            .keep_alone(Kind::Tcp, bound, Owner::Application)?;
         Ok((id, address))
     }
 }

@@ -19,6 +19,12 @@ const ACCEPT_BATCH: u32 = 16;
 /// How long a program that waits in `accept` may have one connection after the other before the
 /// rest is looked at: messages, timers, signals.
 const WAIT_EVERY: Duration = Duration::from_millis(1);
+/// How long a worker waits at first for the master to make a listener listen again that another process
+/// has shut down: the master needs microseconds. The time doubles with each attempt.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// Instead of a pause that is as long as this, accepting fails: the master cannot do it. The pauses before
+/// add up to a second.
+const LAST_PAUSE: Duration = Duration::from_millis(1024);
 /// How long a shared listener rests when accepting failed, for instance without descriptors left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -56,7 +62,7 @@ impl Worker {
                         home.call_signal(self, signal);
                     }
                 }
-                Token::Process(_) => {}
+                Token::Process(_) | Token::Selector(_) => {}
             }
             self.settle();
         }
@@ -211,16 +217,26 @@ impl Worker {
                 Err(_) => inner.shell.unblock(listener)?,
             }
         }
+        let mut pause = FIRST_PAUSE;
         Self::wait_for(inner, listener, |worker| {
             let shell = &inner.shell;
             if shell.core.borrow().leaves_to_others(listener) {
                 return Ok(None);
             }
             let accepted = if worker.may_block(listener)? {
-                worker.accept_blocking(listener)?
+                worker.accept_blocking(listener)
             } else {
-                shell.try_accept(listener)?
+                shell.try_accept(listener)
             };
+            let accepted = match accepted {
+                Err(error) if pause < LAST_PAUSE && shell.listens_again(listener, &error) => {
+                    worker.wait_without(pause)?;
+                    pause *= 2;
+                    return Ok(None);
+                }
+                accepted => accepted?,
+            };
+            pause = FIRST_PAUSE;
             Ok(match accepted {
                 Some(accepted) if accepted.is_over => {
                     let _running = inner.home.enter()?;
@@ -319,6 +335,18 @@ impl Worker {
                 worker.wait(listener, worker.time_left())?;
             }
         }
+    }
+
+    /// Waits for anything but a listener, at most for `limit`.
+    fn wait_without(&self, limit: Duration) -> Result<()> {
+        let limit = earlier(self.time_left(), Some(limit));
+        let poller = self
+            .inner
+            .shell
+            .wait(self.inner.home.as_fd(), None, limit)?;
+        self.inner.poller_waits.set(poller);
+        self.inner.has_waited.set(true);
+        Ok(())
     }
 
     /// Waits for anything at all; what has come by the channel is read.

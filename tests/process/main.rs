@@ -27,6 +27,7 @@ mod kept;
 mod leave;
 mod life;
 mod listen;
+mod listener_owners;
 mod loads;
 mod messages;
 mod old_kernels;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         privileges::SCENARIOS,
         sharded::SCENARIOS,
         kept::SCENARIOS,
+        listener_owners::SCENARIOS,
         blocking::SCENARIOS,
         loads::SCENARIOS,
         scheduler::SCENARIOS,

@@ -30,6 +30,8 @@ crate::scenarios! {
     shards_have_one_port
     shards_have_one_port_with_ipv6
     a_path_is_shared_where_ports_are_sharded
+    sharded_port_of_another_cluster_is_an_error
+    sharded_port_serves_again_while_an_old_worker_leaves
 }
 
 /// Longer than any answer takes.
@@ -614,4 +616,94 @@ fn a_path_is_shared_where_ports_are_sharded() {
         },
     );
     assert_eq!(entries.take(), ["both"]);
+}
+
+/// Its selection program and its shards would be mixed with ours.
+fn sharded_port_of_another_cluster_is_an_error() {
+    use nix::sys::socket::{setsockopt, sockopt::ReusePort};
+    use std::os::fd::AsFd as _;
+    cluster(
+        |master| {
+            shard(master);
+            // What another master of the same user has.
+            let (socket, address) = crate::harness::reserve_port();
+            setsockopt(&socket, ReusePort, &true).unwrap();
+            nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(16).unwrap()).unwrap();
+            let error = master.listen(address.to_string()).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE), "{error}");
+            assert!(matches!(error, cluster::Error::Listen { .. }));
+            drop(socket);
+            // A closed port can be bound again.
+            let listener = master.listen(address.to_string()).unwrap();
+            let _ = listener.as_fd();
+            drop(listener);
+        },
+        |_| {},
+    );
+}
+
+/// One worker has died; the other one is leaving, and still serves what is in its shard. The next
+/// worker has the same port.
+fn sharded_port_serves_again_while_an_old_worker_leaves() {
+    const PORT: &str = "SHARDED_PORT";
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            shard(master);
+            let (reserved, address) = crate::harness::reserve_port();
+            let fork = move |master: &Master| master.fork_with([(PORT, address.to_string())]);
+            let fork = move |master: &Master| fork(master).unwrap();
+            let listening = Cell::new(0);
+            let rest = Cell::new(None);
+            master.on_listening(move |master, worker, _| {
+                let _ = &reserved;
+                listening.set(listening.get() + 1);
+                match listening.get() {
+                    1 => {}
+                    2 => {
+                        // Some for each: the one that leaves serves them until they have said
+                        // something.
+                        let clients = [(); 30].map(|()| TcpStream::connect(address).unwrap());
+                        rest.set(Some(clients));
+                        let [leaves, dies] = &master.workers()[..] else {
+                            unreachable!("two workers")
+                        };
+                        leaves.disconnect();
+                        dies.process().kill(Signal::KILL);
+                        dies.on_exit(move |master, _, _| drop(fork(master)));
+                    }
+                    _ => {
+                        let (id, log, clients) = (worker.id(), log.clone(), rest.take());
+                        let work = move || talk(address, b"").unwrap();
+                        in_background(master, work, move |master, answer| {
+                            assert_eq!(answer, format!("{id}."));
+                            // The old one was there all the time.
+                            assert!(master.workers().len() == 2);
+                            log.add("served");
+                            drop(clients);
+                            master.disconnect(|_| {});
+                        });
+                    }
+                }
+            });
+            (0..2).for_each(|_| drop(fork(master)));
+        },
+        |worker| {
+            for connection in worker
+                .listen(std::env::var(PORT).unwrap())
+                .unwrap()
+                .incoming()
+            {
+                let mut connection = connection.unwrap();
+                let id = worker.id().to_string();
+                // The third one finds silent clients in the shard of the dead one.
+                if id != "3" {
+                    let _ = connection.read(&mut [0]);
+                }
+                let _ = connection.write_all(format!("{id}.").as_bytes());
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["served"]);
 }

@@ -1,0 +1,597 @@
+//! Listening sockets that several processes have: what an owner cannot do to the others.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use cluster::{Master, MasterListener, SchedulingPolicy, Worker};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
+use nix::unistd::Pid;
+
+use crate::harness::{Log, cluster, for_both_policies, in_background, talk, wait_until};
+
+crate::scenarios! {
+    released_listener_has_no_filter_if_another_process_may_have_it_rr
+    released_listener_has_no_filter_if_another_process_may_have_it_none
+    released_listener_has_no_filter_if_another_process_may_have_it_sharded
+    released_unix_listener_still_listens_if_another_process_may_have_it
+    adopting_detaches_the_syn_filter_of_a_predecessor
+    adopting_keeps_a_filter_of_the_application
+    stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_none
+    stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_sharded
+    worker_cannot_select_shards_for_others
+    selection_returns_when_a_worker_detaches_it
+    listener_listens_again_when_a_worker_shuts_it_down_none
+    listener_listens_again_when_a_worker_shuts_it_down_sharded
+    listener_listens_again_when_another_owner_shuts_it_down_rr
+    unix_listener_that_a_worker_shuts_down_is_an_error
+    master_accepts_on_when_another_owner_makes_the_listener_block
+    worker_answers_although_another_one_makes_the_listener_block
+}
+
+const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
+const NONE: SchedulingPolicy = SchedulingPolicy::Shared;
+const SHARDED: SchedulingPolicy = SchedulingPolicy::Sharded;
+
+/// A client that is not answered by then waits for ever. Below the second after which the kernel
+/// sends a SYN again.
+const PATIENCE: Duration = Duration::from_millis(800);
+
+const ANY_PORT: &str = "127.0.0.1:0";
+/// The path at which workers listen.
+const ADDRESS: &str = "OWNERS_ADDRESS";
+
+fn listen(master: &Master, policy: SchedulingPolicy) -> (MasterListener, SocketAddr) {
+    master.set_scheduling_policy(policy).unwrap();
+    let listener = master.listen(ANY_PORT).unwrap();
+    let address = listener.address().to_string().parse().unwrap();
+    (listener, address)
+}
+
+fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+    TcpStream::connect_timeout(&address, PATIENCE)
+}
+
+/// Calls back when `count` workers listen.
+fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
+    crate::harness::when_listening(master, count, move |master, _| then(master));
+    (0..count).for_each(|_| drop(master.fork().unwrap()));
+}
+
+/// Serves `address`, and answers messages with what `act` returns for them.
+fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
+    worker.on_message(move |worker, message| {
+        worker.send(act(message.bytes()).as_bytes()).unwrap();
+    });
+    crate::harness::serve_id(worker, address);
+}
+
+/// Sends a message to a worker, and calls back with its answer.
+fn ask(master: &Master, worker: usize, message: &str, then: impl FnOnce(&Master, &str) + 'static) {
+    let (then, own) = (Cell::new(Some(then)), std::rc::Rc::new(Cell::new(None)));
+    let id = own.clone();
+    own.set(Some(master.on_message(move |master, _, message| {
+        master.off(id.get().unwrap());
+        let text = String::from_utf8(message.bytes().to_vec()).unwrap();
+        then.take().unwrap()(master, &text);
+    })));
+    master.workers()[worker].send(message.as_bytes()).unwrap();
+}
+
+fn nothing(_: &[u8]) -> String {
+    String::new()
+}
+
+/// Copies of the listening sockets of this process.
+fn listening_sockets() -> Vec<OwnedFd> {
+    let entries = std::fs::read_dir("/proc/self/fd").unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name());
+    let numbers: Vec<RawFd> = names.filter_map(|n| n.to_str()?.parse().ok()).collect();
+    let listening = numbers.into_iter().filter_map(|number| {
+        #[allow(unsafe_code)]
+        // SAFETY: the process has one thread, which closes none of them meanwhile; the directory's
+        // own descriptor is closed, and getsockopt fails for it.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        let listens = getsockopt(&fd, sockopt::AcceptConn) == Ok(true);
+        listens.then(|| fd.try_clone_to_owned().unwrap())
+    });
+    listening.collect()
+}
+
+const RETURN: u16 = 0x06;
+
+fn statement(code: u16, jf: u8, k: u32) -> libc::sock_filter {
+    libc::sock_filter { code, jt: 0, jf, k }
+}
+
+/// Attaches a program by an option of the socket.
+fn attach(
+    socket: &impl AsFd,
+    option: libc::c_int,
+    program: &mut [libc::sock_filter],
+) -> nix::Result<()> {
+    let program = libc::sock_fprog {
+        len: program.len().try_into().unwrap(),
+        filter: program.as_mut_ptr(),
+    };
+    let size = libc::socklen_t::try_from(size_of_val(&program)).unwrap();
+    let fd = socket.as_fd().as_raw_fd();
+    let value = (&raw const program).cast();
+    #[allow(unsafe_code)]
+    // SAFETY: the option takes a sock_fprog, which points to a live program of the given length.
+    Errno::result(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, value, size) }).map(drop)
+}
+
+/// The filter that a master attaches while it drains a listener: it drops SYN without ACK.
+fn syn_filter() -> [libc::sock_filter; 5] {
+    [
+        statement(0x30, 0, 13),
+        statement(0x54, 0, 0x12),
+        statement(0x15, 1, 0x02),
+        statement(RETURN, 0, 0),
+        statement(RETURN, 0, u32::MAX),
+    ]
+}
+
+/// While the listener drains, and afterwards, a client that connects reaches the other owner.
+fn released_listener_has_no_filter(policy: SchedulingPolicy) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, policy);
+            let other = TcpListener::from(listener.as_fd().try_clone_to_owned().unwrap());
+            fork(master, 2, move |master| {
+                drop(listener);
+                master.disconnect(move |_| {
+                    let client = connect(address).map(drop);
+                    log.add(format!("afterwards {client:?}"));
+                    other.set_nonblocking(true).unwrap();
+                    // Clients of the time before that no worker has accepted come first.
+                    log.add(format!("accepted {}", other.accept().is_ok()));
+                });
+                let client = connect(address).map(drop);
+                assert!(client.is_ok(), "while the listener drains: {client:?}");
+            });
+        },
+        |worker| serve(&worker, ANY_PORT, nothing),
+    );
+    assert_eq!(entries.take(), ["afterwards Ok(())", "accepted true"]);
+}
+
+fn released_listener_has_no_filter_if_another_process_may_have_it_rr() {
+    released_listener_has_no_filter(RR);
+}
+
+fn released_listener_has_no_filter_if_another_process_may_have_it_none() {
+    released_listener_has_no_filter(NONE);
+}
+
+fn released_listener_has_no_filter_if_another_process_may_have_it_sharded() {
+    released_listener_has_no_filter(SHARDED);
+}
+
+fn serve_path(worker: &Worker, act: fn(&[u8]) -> String) {
+    let path = PathBuf::from(std::env::var_os(ADDRESS).unwrap());
+    worker.on_message(move |worker, message| {
+        worker.send(act(message.bytes()).as_bytes()).unwrap();
+    });
+    worker.on_disconnect(|_| std::process::exit(0));
+    for connection in worker.listen(path.as_path()).unwrap().incoming() {
+        let Ok(mut connection) = connection else {
+            // It does not listen any more; messages still come.
+            return worker.run().unwrap();
+        };
+        let id = worker.id().to_string();
+        let _ = connection.write_all(id.as_bytes());
+    }
+}
+
+fn released_unix_listener_still_listens_if_another_process_may_have_it() {
+    for_both_policies(|| {
+        let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
+        let log = Log::default();
+        let entries = log.clone();
+        cluster(
+            |master| {
+                let path = directory.as_ref().unwrap().path().join("socket");
+                let listener = master.listen(path.as_path()).unwrap();
+                listener.set_removes_file(false).unwrap();
+                let other = UnixListener::from(listener.as_fd().try_clone_to_owned().unwrap());
+                let rest = Cell::new(Some((listener, other, path.clone(), log)));
+                master.on_listening(move |master, _, _| {
+                    let (listener, other, path, log) = rest.take().unwrap();
+                    drop(listener);
+                    master.disconnect(move |_| {
+                        let client = UnixStream::connect(path).map(drop);
+                        other.set_nonblocking(true).unwrap();
+                        log.add(format!("{client:?} {}", other.accept().is_ok()));
+                    });
+                });
+                master.fork_with([(ADDRESS, path)]).unwrap();
+            },
+            |worker| serve_path(&worker, nothing),
+        );
+        assert_eq!(entries.take(), ["Ok(()) true"]);
+    });
+}
+
+fn adopting_detaches_the_syn_filter_of_a_predecessor() {
+    cluster(
+        |master| {
+            let listener = TcpListener::bind(ANY_PORT).unwrap();
+            let address = listener.local_addr().unwrap();
+            attach(&listener, libc::SO_ATTACH_FILTER, &mut syn_filter()).unwrap();
+            let error = connect(address).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::TimedOut);
+            let listener = master.listen(listener).unwrap();
+            connect(address).unwrap();
+            drop(listener);
+        },
+        |_| {},
+    );
+}
+
+fn adopting_keeps_a_filter_of_the_application() {
+    cluster(
+        |master| {
+            let listener = TcpListener::bind(ANY_PORT).unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut drop_all = [statement(RETURN, 0, 0)];
+            attach(&listener, libc::SO_ATTACH_FILTER, &mut drop_all).unwrap();
+            let listener = master.listen(listener).unwrap();
+            let error = connect(address).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::TimedOut);
+            drop(listener);
+        },
+        |_| {},
+    );
+}
+
+/// A worker hands its copy to a process that the master knows nothing of.
+fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, policy);
+            fork(master, 2, move |master| {
+                ask(master, 1, "", move |master, child| {
+                    let child = Pid::from_raw(child.parse().unwrap());
+                    drop(listener);
+                    master.disconnect(move |_| {
+                        let client = connect(address);
+                        kill(child, Signal::SIGKILL).unwrap();
+                        log.add(format!("{:?}", client.map_err(|error| error.kind())));
+                    });
+                });
+            });
+        },
+        |worker| {
+            serve(&worker, ANY_PORT, |_| {
+                let copies = listening_sockets();
+                // Without close-on-exec.
+                let inherited = |copy: &OwnedFd| nix::unistd::dup(copy).unwrap();
+                let inherited: Vec<_> = copies.iter().map(inherited).collect();
+                let mut child = Command::new("sleep");
+                child.arg("1000").stdin(Stdio::null());
+                let child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+                drop(inherited);
+                child.unwrap().id().to_string()
+            });
+        },
+    );
+    assert_eq!(entries.take(), ["Err(ConnectionRefused)"]);
+}
+
+fn stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_none() {
+    stopped_port_refuses_clients(NONE);
+}
+
+fn stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_sharded() {
+    stopped_port_refuses_clients(SHARDED);
+}
+
+/// How many of 200 clients each worker answers.
+fn parts(address: SocketAddr) -> BTreeMap<String, u32> {
+    let mut parts = BTreeMap::new();
+    for _ in 0..200 {
+        *parts.entry(talk(address, b"").unwrap()).or_default() += 1;
+    }
+    parts
+}
+
+/// Three workers have one third each: 67, and hardly ever less than 30.
+fn assert_even(parts: &BTreeMap<String, u32>) {
+    let is_even = parts.len() == 3 && parts.values().all(|part| *part >= 30);
+    assert!(is_even, "{parts:?}");
+}
+
+/// Not every C library's list has it.
+const SO_DETACH_REUSEPORT_BPF: libc::c_int = 68;
+
+/// Tries to change where the connections of all shards go.
+fn interfere(how: &[u8]) -> String {
+    let [shard] = &listening_sockets()[..1] else {
+        unreachable!("one socket")
+    };
+    let to_third = &mut [statement(RETURN, 0, 2)];
+    let result = match how {
+        b"select" => attach(shard, libc::SO_ATTACH_REUSEPORT_CBPF, to_third),
+        b"filter" => attach(shard, libc::SO_ATTACH_FILTER, to_third),
+        _ => attach(shard, SO_DETACH_REUSEPORT_BPF, to_third),
+    };
+    format!("{result:?}")
+}
+
+fn worker_cannot_select_shards_for_others() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, SHARDED);
+            fork(master, 3, move |master| {
+                let own = log.clone();
+                ask(master, 2, "select", move |master, answer| {
+                    log.add(format!("select {answer}"));
+                    in_background(
+                        master,
+                        move || parts(address),
+                        |master, parts| {
+                            assert_even(&parts);
+                            ask(master, 2, "filter", move |master, answer| {
+                                own.add(format!("filter {answer}"));
+                                drop(listener);
+                                master.disconnect(|_| {});
+                            });
+                        },
+                    );
+                });
+            });
+        },
+        |worker| serve(&worker, ANY_PORT, interfere),
+    );
+    assert_eq!(entries.take(), ["select Err(EPERM)", "filter Err(EPERM)"]);
+}
+
+/// Connects until an event has set `seen`.
+fn until_seen(address: SocketAddr, seen: &AtomicBool) {
+    wait_until("the event", || {
+        // Without the selection, a client may be reset.
+        let _ = talk(address, b"");
+        seen.load(Ordering::SeqCst).then_some(())
+    });
+}
+
+fn selection_returns_when_a_worker_detaches_it() {
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, SHARDED);
+            let seen = Arc::new(AtomicBool::new(false));
+            let own = Arc::clone(&seen);
+            master.on_error(move |_, worker, _| {
+                assert!(worker.is_none());
+                own.store(true, Ordering::SeqCst);
+            });
+            fork(master, 3, move |master| {
+                ask(master, 2, "detach", move |master, answer| {
+                    assert_eq!(answer, "Ok(())");
+                    let work = move || {
+                        until_seen(address, &seen);
+                        parts(address)
+                    };
+                    in_background(master, work, |master, parts| {
+                        assert_even(&parts);
+                        drop(listener);
+                        master.disconnect(|_| {});
+                    });
+                });
+            });
+        },
+        |worker| serve(&worker, ANY_PORT, interfere),
+    );
+}
+
+fn shut_down(_: &[u8]) -> String {
+    // A worker that waits in `accept` has two descriptors of it.
+    shutdown(listening_sockets()[0].as_raw_fd(), Shutdown::Both).unwrap();
+    "done".to_owned()
+}
+
+/// The port goes on, with its number, and each worker goes on to serve.
+fn listener_listens_again(policy: SchedulingPolicy) {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, policy);
+            let errors = Cell::new(0);
+            let rest = Cell::new(Some((listener, log)));
+            master.on_error(move |master, worker, error| {
+                assert!(worker.is_none(), "{error}");
+                errors.set(errors.get() + 1);
+                // It happens again.
+                if errors.get() < 3 {
+                    return ask(master, 1, "", |_, _| {});
+                }
+                let (listener, log) = rest.take().unwrap();
+                let work = move || {
+                    let mut seen = std::collections::BTreeSet::new();
+                    wait_until("all workers", || {
+                        // Two at a time: both workers serve a shared listener.
+                        let clients = [(); 2].map(|()| connect(address).unwrap());
+                        seen.extend(clients.map(|mut client| {
+                            let mut answer = String::new();
+                            client
+                                .set_read_timeout(Some(Duration::from_secs(20)))
+                                .unwrap();
+                            client.read_to_string(&mut answer).unwrap();
+                            answer
+                        }));
+                        (seen.len() == 2).then_some(())
+                    });
+                };
+                in_background(master, work, move |master, ()| {
+                    log.add("all");
+                    drop(listener);
+                    master.disconnect(move |_| {
+                        let error = connect(address).unwrap_err();
+                        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+                    });
+                });
+            });
+            fork(master, 2, |master| ask(master, 1, "", |_, _| {}));
+        },
+        |worker| serve(&worker, ANY_PORT, shut_down),
+    );
+    assert_eq!(entries.take(), ["all"]);
+}
+
+fn listener_listens_again_when_a_worker_shuts_it_down_none() {
+    listener_listens_again(NONE);
+}
+
+fn listener_listens_again_when_a_worker_shuts_it_down_sharded() {
+    listener_listens_again(SHARDED);
+}
+
+fn listener_listens_again_when_another_owner_shuts_it_down_rr() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, RR);
+            let other = listener.as_fd().try_clone_to_owned().unwrap();
+            let rest = Cell::new(Some((listener, log)));
+            master.on_error(move |master, worker, error| {
+                assert!(worker.is_none(), "{error}");
+                let (listener, log) = rest.take().unwrap();
+                let work = move || talk(address, b"").unwrap();
+                in_background(master, work, move |master, answer| {
+                    log.add(answer);
+                    drop(listener);
+                    master.disconnect(|_| {});
+                });
+            });
+            fork(master, 1, move |_| {
+                shutdown(other.as_raw_fd(), Shutdown::Both).unwrap();
+            });
+        },
+        |worker| serve(&worker, ANY_PORT, nothing),
+    );
+    assert_eq!(entries.take(), ["1"]);
+}
+
+/// The kernel lets no Unix socket listen again: the application is told, once.
+fn unix_listener_that_a_worker_shuts_down_is_an_error() {
+    let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.set_scheduling_policy(NONE).unwrap();
+            let path = directory.as_ref().unwrap().path().join("socket");
+            let listener = Cell::new(Some(master.listen(path.as_path()).unwrap()));
+            master.on_error(move |master, worker, error| {
+                assert!(worker.is_none(), "{error}");
+                let path = listener.take().unwrap().address().to_string();
+                assert!(error.to_string().contains(&path), "{error}");
+                log.add("error");
+                // Time for more events, of which there are none.
+                master.set_timeout(Duration::from_millis(300), |master| {
+                    master.disconnect(|_| {})
+                });
+            });
+            master.on_listening(|master, _, _| ask(master, 0, "", |_, _| {}));
+            master.fork_with([(ADDRESS, path)]).unwrap();
+        },
+        |worker| serve_path(&worker, shut_down),
+    );
+    assert_eq!(entries.take(), ["error"]);
+}
+
+fn master_accepts_on_when_another_owner_makes_the_listener_block() {
+    const ROUNDS: u32 = 20;
+    fn play(master: &Master, other: TcpListener, left: u32, listener: MasterListener) {
+        if left == 0 {
+            drop(listener);
+            return master.disconnect(|_| {});
+        }
+        other.set_nonblocking(false).unwrap();
+        let address = other.local_addr().unwrap();
+        let work = move || talk(address, b"").unwrap();
+        in_background(master, work, move |master, answer| {
+            assert_eq!(answer, "1");
+            play(master, other, left - 1, listener);
+        });
+    }
+    cluster(
+        |master| {
+            master.set_scheduling_policy(RR).unwrap();
+            let other = TcpListener::bind(ANY_PORT).unwrap();
+            let address = other.local_addr().unwrap().to_string();
+            let listener = master.listen(other.try_clone().unwrap()).unwrap();
+            let rest = Cell::new(Some((other, listener)));
+            master.on_listening(move |master, _, _| {
+                let (other, listener) = rest.take().unwrap();
+                play(master, other, ROUNDS, listener);
+            });
+            master.fork_with([(ADDRESS, address)]).unwrap();
+        },
+        |worker| serve(&worker, &std::env::var(ADDRESS).unwrap(), nothing),
+    );
+}
+
+/// The second worker clears `O_NONBLOCK`, which belongs to all copies of a shared listener, and leaves.
+fn worker_answers_although_another_one_makes_the_listener_block() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, NONE);
+            fork(master, 2, move |master| {
+                ask(master, 1, "block", move |master, _| {
+                    master.workers()[1].disconnect();
+                });
+                let rest = Cell::new(Some((listener, log)));
+                master.workers()[1].on_exit(move |master, _, _| {
+                    let (listener, log) = rest.take().unwrap();
+                    let work = move || talk(address, b"").unwrap();
+                    in_background(master, work, move |master, answer| {
+                        assert_eq!(answer, "1");
+                        ask(master, 0, "", move |master, answer| {
+                            log.add(answer);
+                            drop(listener);
+                            master.disconnect(|_| {});
+                        });
+                    });
+                });
+            });
+        },
+        |worker| {
+            worker.on_message(|worker, message| {
+                if message.bytes() == b"block" {
+                    for socket in listening_sockets() {
+                        TcpListener::from(socket).set_nonblocking(false).unwrap();
+                    }
+                }
+                worker.send(b"heard").unwrap();
+            });
+            let listener = worker.listen(ANY_PORT).unwrap();
+            crate::harness::answer(&listener, worker.id());
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["heard"]);
+}
