@@ -75,12 +75,12 @@ struct Kept {
     /// there, nobody else can have it.
     file: Option<SocketFile>,
     socket: Rc<Registered<Socket>>,
-    owner: Owner,
+    owner: SocketOwner,
 }
 
 /// Whose a listener is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
+pub(crate) enum SocketOwner {
     /// The master opened it, and other workers may have copies.
     Master,
     /// This worker opened it. Copies that processes have which it forked end with it.
@@ -438,7 +438,7 @@ impl WorkerShell {
 
     /// Keeps the copy of a shared listener or socket, or the end of a queue.
     fn adopt(&self, listener: ListenerId, fd: OwnedFd, blocks: bool) {
-        if let Err(source) = self.keep(listener, fd, blocks, (None, Owner::Master)) {
+        if let Err(source) = self.keep(listener, fd, blocks, (None, SocketOwner::Master)) {
             let attempt = "wait for a shared listener";
             self.report(Error::Io { attempt, source });
             self.core.borrow_mut().close(listener);
@@ -450,7 +450,7 @@ impl WorkerShell {
         listener: ListenerId,
         fd: OwnedFd,
         blocks: bool,
-        (file, owner): (Option<SocketFile>, Owner),
+        (file, owner): (Option<SocketFile>, SocketOwner),
     ) -> io::Result<()> {
         let core = self.core.borrow();
         let socket = if core.is_datagram(listener) {
@@ -478,7 +478,7 @@ impl WorkerShell {
         &self,
         kind: Kind,
         bound: BoundSocket,
-        owner: Owner,
+        owner: SocketOwner,
     ) -> io::Result<ListenerId> {
         let listener = self.core.borrow_mut().listen_alone(kind);
         if !self.core.borrow().is_leaving() {
@@ -494,7 +494,7 @@ impl WorkerShell {
             // It cannot fail: both descriptors are open.
             let _ = interrupt.release(kept.socket.as_fd());
         }
-        let own = kept.filter(|kept| kept.owner == Owner::ThisWorker);
+        let own = kept.filter(|kept| kept.owner == SocketOwner::ThisWorker);
         if let Some(kept) = own.filter(|_| self.poller.is_own()) {
             if let Socket::Listener(own) = &**kept.socket {
                 // A process that this one has forked may have a copy: clients would wait there for ever.
@@ -508,7 +508,7 @@ impl WorkerShell {
     fn shut_door(&self, listener: ListenerId) {
         let mut sockets = self.sockets.borrow_mut();
         let kept = sockets.get_mut(&listener);
-        let Some(kept) = kept.filter(|kept| kept.owner == Owner::ThisWorker) else {
+        let Some(kept) = kept.filter(|kept| kept.owner == SocketOwner::ThisWorker) else {
             return;
         };
         let was_path = kept.file.take().is_some();
@@ -690,7 +690,7 @@ impl WorkerShell {
         };
         let sockets = self.sockets.borrow();
         let kept = sockets.get(&listener);
-        let Some(kept) = kept.filter(|kept| kept.owner == Owner::Master) else {
+        let Some(kept) = kept.filter(|kept| kept.owner == SocketOwner::Master) else {
             return false;
         };
         let Socket::Listener(shared) = &**kept.socket else {

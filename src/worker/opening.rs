@@ -12,7 +12,7 @@ use crate::sys;
 use crate::sys::listen::PortSharing;
 use crate::worker::Worker;
 use crate::worker_core::ListenerId;
-use crate::worker_shell::Owner;
+use crate::worker_shell::SocketOwner;
 
 /// A listener or socket, with its address if it has one.
 type Opened = (ListenerId, Option<SocketAddr>);
@@ -77,8 +77,8 @@ impl Worker {
         let bound = bind(endpoint, &wish.flags, sharing)?;
         let address = bound.address;
         let owner = match endpoint.is_borrowed() {
-            true => Owner::Application,
-            false => Owner::ThisWorker,
+            true => SocketOwner::Application,
+            false => SocketOwner::ThisWorker,
         };
         let id = shell.keep_alone(endpoint.kind, bound, owner)?;
         Ok((id, address))
@@ -97,7 +97,7 @@ impl Worker {
         let id = self
             .inner
             .shell
-            .keep_alone(Kind::Tcp, bound, Owner::Application)?;
+            .keep_alone(Kind::Tcp, bound, SocketOwner::Application)?;
         Ok((id, address))
     }
 }
