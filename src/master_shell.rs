@@ -24,11 +24,11 @@ use crate::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
 use crate::loads::Loads;
 use crate::master_core::{ACCEPT_BATCH, Action, MasterCore, With};
 use crate::message::{Message, Untaken};
-use crate::role::become_worker;
+use crate::role::{become_worker, is_wrapped_master};
 use crate::round_robin::Placed;
 use crate::settings::{
     CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
-    WORKER_PID,
+    WORKER_PID, WRAPPED,
 };
 use crate::shard_group::ShardGroup;
 use crate::signal::Signal;
@@ -284,6 +284,9 @@ impl MasterShell {
         } else {
             let mut env = systemd::inherited_environment();
             env.extend(extra);
+            if is_wrapped_master() {
+                env.insert(WRAPPED.into(), "1".into());
+            }
             if !passed.is_empty() {
                 let announced = systemd::announce(&mut env, passed);
                 announced.map_err(|error| ("prepare its descriptors", error))?;

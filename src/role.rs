@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::frame::{FrameError, VERSION, WELCOME_LENGTH, version_of_welcome, welcome};
 use crate::master::Master;
 use crate::settings::{
-    CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID, WORKER_PID,
+    CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID, WORKER_PID, WRAPPED,
 };
 use crate::sys;
 use crate::worker::Worker;
@@ -17,6 +17,8 @@ use crate::worker_id::WorkerId;
 const UNKNOWN: u8 = 0;
 const MASTER: u8 = 1;
 const WORKER: u8 = 2;
+/// A master whose program was to be a worker, but a wrapper has forked it.
+const WRAPPED_MASTER: u8 = 3;
 
 static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
 
@@ -39,9 +41,10 @@ pub enum Role {
 ///
 /// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. The variables stay in the
 /// environment. Programs that a worker starts inherit them, but have another process id, and are masters.
-/// So is the program of a worker behind a wrapper that forks, such as `sh -c 'program; true'`; a wrapper
-/// that executes the program in its own place, such as `env`, `nice` or `sh -c 'exec program'`, changes
-/// nothing. A worker that executes its own program once more is an error: it has lost its channel.
+/// So is the program of a worker behind a wrapper that forks, such as `sh -c 'program; true'`. If this master
+/// starts such a wrapper in its turn, `init` is an error there, because otherwise masters would start
+/// masters without end. A wrapper that executes the program in its own place, such as `env`, `nice` or
+/// `sh -c 'exec program'`, changes nothing. A worker that executes its own program once more is an error: it has lost its channel.
 ///
 /// On Linux, a worker is killed when its master ends. For a program with file capabilities or a
 /// set-user-ID bit, `execve` clears what the master has arranged, and `init` arranges it again
@@ -57,9 +60,10 @@ pub enum Role {
 /// # Errors
 ///
 /// - [`Error::AlreadyInitialized`] at the second call;
-/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is neither `rr` nor `none`, or if
+/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is neither `rr` nor `none`; if
 ///   `CLUSTER_WORKER_PID`, and for the process that it names `CLUSTER_UNIQUE_ID`,
-///   `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT`, are not what a master sets: a descriptor that is no channel to one stays as it is;
+///   `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT`, are not what a master sets: a descriptor that is no
+///   channel to one stays as it is; or if wrappers have forked both this program and its master's;
 /// - [`Error::Frame`] if the master was built with another version of this crate;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
@@ -80,15 +84,19 @@ pub enum Role {
 /// }
 /// ```
 pub fn init() -> Result<Role> {
-    let worker = identity()?;
-    let role = if worker.is_some() { WORKER } else { MASTER };
+    let identity = identity()?;
+    let role = match identity {
+        Identity::Master => MASTER,
+        Identity::WrappedMaster => WRAPPED_MASTER,
+        Identity::Worker { .. } => WORKER,
+    };
     let first = ROLE.compare_exchange(UNKNOWN, role, Ordering::SeqCst, Ordering::SeqCst);
     if first.is_err() {
         return Err(Error::AlreadyInitialized);
     }
-    match worker {
-        None => Ok(Role::Master(Master::new(policy()?)?)),
-        Some((id, number)) => {
+    match identity {
+        Identity::Master | Identity::WrappedMaster => Ok(Role::Master(Master::new(policy()?)?)),
+        Identity::Worker { id, number } => {
             let port = inspect_port()?;
             let channel = channel(id, number)?;
             sys::parent::die_with_master(channel.as_fd());
@@ -104,16 +112,27 @@ pub(crate) fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> R
     Worker::new(id, port, channel(id, number)?)
 }
 
-/// Takes over the channel, if it is one: what a master has written there says so.
-fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
+/// Whether the programs that this master starts are marked with `CLUSTER_WRAPPED`.
+pub(crate) fn is_wrapped_master() -> bool {
+    ROLE.load(Ordering::SeqCst) == WRAPPED_MASTER
+}
+
+/// The first bytes in a socket, if there are as many as a master writes into a channel.
+fn preamble(number: RawFd) -> Option<[u8; WELCOME_LENGTH]> {
     let mut found = [0; WELCOME_LENGTH];
     let read = sys::fd::peek(number, &mut found);
-    let found_all = matches!(read, Ok(WELCOME_LENGTH));
-    if found_all && found == welcome(id) {
+    matches!(read, Ok(WELCOME_LENGTH)).then_some(found)
+}
+
+/// Takes over the channel, if it is one: what a master has written there says so.
+fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
+    let found = preamble(number);
+    if let Some(mut found) = found.filter(|found| *found == welcome(id)) {
         let attempt = "take over the channel to the master";
         return sys::fd::adopt_channel(number, &mut found).map_err(Error::io(attempt));
     }
-    match version_of_welcome(found).filter(|version| found_all && *version != VERSION) {
+    let version = found.and_then(version_of_welcome);
+    match version.filter(|version| *version != VERSION) {
         Some(version) => Err(Error::Frame {
             worker: None,
             source: FrameError::Version(version),
@@ -126,9 +145,21 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     }
 }
 
+/// What the environment says about this process.
+enum Identity {
+    Master,
+    /// It has inherited the channel of a worker, which is its wrapper.
+    WrappedMaster,
+    /// `number` is that of the channel's descriptor.
+    Worker {
+        id: WorkerId,
+        number: RawFd,
+    },
+}
+
 /// Reads the variables that a master sets. They are for the process that `CLUSTER_WORKER_PID` names, and
 /// not for programs that it starts, which inherit them.
-fn identity() -> Result<Option<(WorkerId, RawFd)>> {
+fn identity() -> Result<Identity> {
     let number = |variable| {
         let value = std::env::var_os(variable).unwrap_or_default();
         let value = value.to_string_lossy().into_owned();
@@ -141,14 +172,32 @@ fn identity() -> Result<Option<(WorkerId, RawFd)>> {
             }),
         }
     };
-    let is_set = std::env::var_os(WORKER_PID).is_some();
-    if !is_set || number(WORKER_PID)? != std::process::id() {
-        return Ok(None);
+    if std::env::var_os(WORKER_PID).is_none() {
+        return Ok(Identity::Master);
     }
-    let id = WorkerId::new(number(UNIQUE_ID)?);
-    let channel = number(CHANNEL_FD)?;
+    let pid = number(WORKER_PID)?;
     // Beyond what a descriptor can be, it is one that is not open.
-    Ok(Some((id, RawFd::try_from(channel).unwrap_or(RawFd::MAX))))
+    let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
+    if pid == std::process::id() {
+        let id = WorkerId::new(number(UNIQUE_ID)?);
+        let number = descriptor(number(CHANNEL_FD)?);
+        return Ok(Identity::Worker { id, number });
+    }
+    // A worker reads the preamble in `init`, and no program that it starts then inherits the channel.
+    let (Ok(id), Ok(channel)) = (number(UNIQUE_ID), number(CHANNEL_FD)) else {
+        return Ok(Identity::Master);
+    };
+    if preamble(descriptor(channel)) != Some(welcome(WorkerId::new(id))) {
+        return Ok(Identity::Master);
+    }
+    if std::env::var_os(WRAPPED).is_some() {
+        return Err(Error::Environment {
+            variable: WORKER_PID,
+            value: pid.to_string(),
+            expected: "the process id of this program, whose wrapper must execute it, and not fork",
+        });
+    }
+    Ok(Identity::WrappedMaster)
 }
 
 /// Reads the variable by which a worker knows its inspect port.

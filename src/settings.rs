@@ -22,6 +22,8 @@ pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
 pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
 /// What a master says to one worker.
 pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
+/// Set by a master whose program a wrapper has forked, for the programs that it starts in turn.
+pub(crate) const WRAPPED: &str = "CLUSTER_WRAPPED";
 /// Makes the master write down on standard error what happens, if it is `1`.
 pub(crate) const DEBUG: &str = "CLUSTER_DEBUG";
 /// The first port that everybody may have.

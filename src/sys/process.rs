@@ -15,11 +15,11 @@ use super::poll::wait_readable;
 use super::{check, empty_set, retry};
 
 /// How long a child of another user may take to execute its program, or to become a worker without one,
-/// before it is killed.
+/// before it is killed. With the time for reaping it, `fork` takes at most a second.
 ///
 /// The processes of its user may stop it meanwhile, and the master does nothing else. Less time might not
 /// do on a busy machine that reads the program from a disk; more would hold up the master for longer.
-const START_TIMEOUT: Duration = Duration::from_secs(1);
+const START_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// How often a child that has been killed is waited for, and how long between the attempts: 100 ms in
 /// all. A process ends within a millisecond or so, unless it waits in the kernel for a device, or there is

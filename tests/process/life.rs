@@ -21,6 +21,7 @@ crate::scenarios! {
     missing_program_is_an_error_of_fork
     worker_child_is_no_worker
     worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same
+    programs_that_wrappers_fork_do_not_start_each_other_without_end
     unknown_policy_is_an_error
     policy_is_frozen_by_the_first_fork
     children_start_with_default_signals
@@ -297,6 +298,34 @@ fn worker_child_is_no_worker() {
         },
     );
     assert_eq!(entries.take(), ["master\n"]);
+}
+
+/// The program behind the first wrapper is a master, and starts the same wrapper again.
+fn programs_that_wrappers_fork_do_not_start_each_other_without_end() {
+    const REFUSED: i32 = 42;
+    let depth = std::env::var(CHILD).map_or(0, |depth| depth.parse().unwrap());
+    let master = match cluster::init() {
+        Ok(Role::Master(master)) => master,
+        Ok(Role::Worker(worker)) => panic!("worker {}", worker.id()),
+        Err(Error::Environment { variable, .. }) => {
+            assert_eq!((depth, variable), (2, "CLUSTER_WORKER_PID"));
+            std::process::exit(REFUSED);
+        }
+        Err(error) => panic!("{error}"),
+    };
+    assert!(depth < 2, "the program has started itself again");
+    let own = std::env::current_exe().unwrap();
+    let settings = Settings::default().exec("/bin/sh");
+    let settings = settings.args(["-c".into(), "\"$0\"; exit $?".into(), own.into_os_string()]);
+    let statuses = Log::default();
+    let log = statuses.clone();
+    master.on_exit(move |_, _, status| log.add(format!("{:?}", status.code())));
+    master
+        .fork_as(settings, [(CHILD, (depth + 1).to_string())])
+        .unwrap();
+    master.run().unwrap();
+    let expected = if depth == 1 { REFUSED } else { 0 };
+    assert_eq!(statuses.take(), [format!("{:?}", Some(expected))]);
 }
 
 /// The master's program by way of a shell, which executes it, or forks.
