@@ -340,10 +340,10 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if !self.socket.is_own() {
             return;
         }
-        let end = Instant::now() + patience;
+        let began = Instant::now();
         let _ = self.socket.set_nonblocking(false);
         while !self.outbox.is_empty() {
-            let left = end.saturating_duration_since(Instant::now());
+            let left = patience.saturating_sub(began.elapsed());
             if left.is_zero() || self.socket.set_write_timeout(Some(left)).is_err() {
                 break;
             }

@@ -37,6 +37,8 @@ pub(crate) struct Timers<T> {
     last: u64,
     timers: BTreeMap<TimerId, Timer<T>>,
     order: BTreeSet<(Time, TimerId)>,
+    /// How many keep the program running.
+    referenced: usize,
 }
 
 impl<T: Clone> Timers<T> {
@@ -45,6 +47,7 @@ impl<T: Clone> Timers<T> {
             last: 0,
             timers: BTreeMap::new(),
             order: BTreeSet::new(),
+            referenced: 0,
         }
     }
 
@@ -66,26 +69,34 @@ impl<T: Clone> Timers<T> {
         };
         self.timers.insert(id, timer);
         self.order.insert((due, id));
+        self.referenced += 1;
         id
+    }
+
+    fn remove(&mut self, id: TimerId) -> Option<Timer<T>> {
+        let timer = self.timers.remove(&id)?;
+        self.order.remove(&(timer.due, id));
+        self.referenced -= usize::from(timer.referenced);
+        Some(timer)
     }
 
     /// Returns what the timer had, which is better dropped when nothing is borrowed.
     pub(crate) fn clear(&mut self, id: TimerId) -> Option<T> {
-        let timer = self.timers.remove(&id)?;
-        self.order.remove(&(timer.due, id));
-        Some(timer.payload)
+        self.remove(id).map(|timer| timer.payload)
     }
 
     /// Whether the timer keeps the program running.
     pub(crate) fn reference(&mut self, id: TimerId, referenced: bool) {
         if let Some(timer) = self.timers.get_mut(&id) {
+            self.referenced -= usize::from(timer.referenced);
             timer.referenced = referenced;
+            self.referenced += usize::from(referenced);
         }
     }
 
     /// Whether any timer keeps the program running.
     pub(crate) fn has_referenced(&self) -> bool {
-        self.timers.values().any(|timer| timer.referenced)
+        self.referenced > 0
     }
 
     pub(crate) fn deadline(&self) -> Option<Time> {
@@ -96,13 +107,17 @@ impl<T: Clone> Timers<T> {
     /// fallen behind; anything else is over.
     pub(crate) fn next_due(&mut self, now: Time) -> Option<T> {
         let &(due, id) = self.order.first().filter(|(due, _)| *due <= now)?;
-        self.order.remove(&(due, id));
         let timer = self.timers.get_mut(&id)?;
         let Some(interval) = timer.interval else {
-            return self.timers.remove(&id).map(|timer| timer.payload);
+            return self.clear(id);
         };
+        self.order.remove(&(due, id));
         let next = due.saturating_add(interval);
-        timer.due = if next > now { next } else { now + interval };
+        timer.due = if next > now {
+            next
+        } else {
+            now.saturating_add(interval)
+        };
         self.order.insert((timer.due, id));
         Some(timer.payload.clone())
     }
@@ -160,6 +175,36 @@ mod tests {
         timers.reference(id, false);
         assert!(!timers.has_referenced());
         assert_eq!(fire(&mut timers, ms(1)), ["once"]);
+    }
+
+    #[test]
+    fn referenced_timers_are_counted() {
+        let mut timers = Timers::new();
+        let once = timers.set(ms(0), ms(1), None, "once");
+        let tick = timers.set(ms(0), ms(1), Some(ms(1)), "tick");
+        for referenced in [false, false, true, true, false] {
+            timers.reference(tick, referenced);
+        }
+        assert_eq!(fire(&mut timers, ms(1)), ["once", "tick"]);
+        assert!(!timers.has_referenced(), "the interval does not count");
+        timers.reference(once, true);
+        assert!(!timers.has_referenced(), "it is over");
+        timers.reference(tick, true);
+        assert!(timers.has_referenced());
+        timers.clear(tick);
+        assert!(!timers.has_referenced());
+    }
+
+    #[test]
+    fn no_time_overflows() {
+        let long = Duration::MAX;
+        let mut timers = Timers::new();
+        timers.set(ms(5), long, None, "never");
+        timers.set(ms(5), long, Some(long), "never again");
+        timers.set(ms(5), ms(0), Some(long), "once in an age");
+        assert_eq!(fire(&mut timers, ms(5)), ["once in an age"]);
+        assert_eq!(timers.deadline(), Some(long));
+        assert_eq!(timers.next_due(long), Some("never"));
     }
 
     #[test]

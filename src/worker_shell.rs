@@ -184,7 +184,7 @@ impl WorkerShell {
     /// Tries again after a while what the system has no room for.
     fn rest(&self) {
         let until = self.rest_until.get();
-        let until = until.unwrap_or_else(|| self.began.elapsed() + REST);
+        let until = until.unwrap_or_else(|| self.began.elapsed().saturating_add(REST));
         self.rest_until.set(Some(until));
     }
 
@@ -667,7 +667,8 @@ impl WorkerShell {
         else {
             return Ok(None);
         };
-        let deadline = deadline.map(|deadline| self.began + deadline);
+        // A deadline that the clock never reaches is none.
+        let deadline = deadline.and_then(|deadline| self.began.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
             Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, fd))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
