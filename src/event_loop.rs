@@ -15,6 +15,7 @@ use crate::sorted_map::SortedMap;
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
 use crate::timers::{Time, TimerId, Timers, earlier};
+use crate::worker_id::WorkerId;
 
 /// Names a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
 ///
@@ -60,6 +61,9 @@ pub(crate) enum Token {
     Signals,
 }
 
+/// The highest number that a token can have, which is that of a worker.
+const MAX_NUMBER: u32 = WorkerId::MAX;
+
 impl Token {
     pub(crate) fn key(self) -> usize {
         let (tag, number) = match self {
@@ -70,7 +74,7 @@ impl Token {
             Self::Signals => (4, 0),
             Self::Selector(number) => (5, number),
         };
-        // The numbers count up from 1; on 32 bits they stay unique for half a billion.
+        // Every number is at most `MAX_NUMBER`, so that none of its bits is lost.
         (number as usize) << 3 | tag
     }
 
@@ -140,6 +144,8 @@ pub(crate) struct EventLoop<R> {
     timers: RefCell<Timers<OnTimer<R>>>,
     watches: RefCell<BTreeMap<WatchId, Place<R>>>,
     last_watch: Cell<u32>,
+    /// How many of them keep the program running.
+    referenced_watches: Cell<usize>,
     signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
     signals: RefCell<SortedMap<Signal, Rc<SignalInterest<R>>>>,
     /// Whether the loop is turning, so that a callback that turns it gets an error.
@@ -160,6 +166,7 @@ impl<R> EventLoop<R> {
             timers: RefCell::new(Timers::new()),
             watches: RefCell::default(),
             last_watch: Cell::new(0),
+            referenced_watches: Cell::new(0),
             signal_pipe: RefCell::default(),
             signals: RefCell::default(),
             running: Cell::new(false),
@@ -229,8 +236,7 @@ impl<R> EventLoop<R> {
 
     /// Whether the program has something here that is still to happen. Signals do not count.
     pub(crate) fn has_work(&self) -> bool {
-        let watches = self.watches.borrow();
-        self.timers.borrow().has_referenced() || watches.values().any(|place| place.referenced)
+        self.timers.borrow().has_referenced() || self.referenced_watches.get() > 0
     }
 
     /// Whether the program watches a descriptor.
@@ -244,16 +250,24 @@ impl<R> EventLoop<R> {
             LoopId::Timer(id) => self.timers.borrow_mut().reference(id, referenced),
             LoopId::Watch(id) => {
                 if let Some(place) = self.watches.borrow_mut().get_mut(&id) {
-                    place.referenced = referenced;
+                    let was_referenced = std::mem::replace(&mut place.referenced, referenced);
+                    self.count_referenced(was_referenced, referenced);
                 }
             }
         }
+    }
+
+    /// A watched descriptor that kept the program running, or not, does or does not from now on.
+    fn count_referenced(&self, before: bool, now: bool) {
+        let count = self.referenced_watches.get() + usize::from(now) - usize::from(before);
+        self.referenced_watches.set(count);
     }
 
     /// Drops every closure: they may own what owns this loop.
     pub(crate) fn clear(&self) {
         let timers = self.timers.replace(Timers::new());
         let watches = self.watches.take();
+        self.referenced_watches.set(0);
         let signals = self.signals.take();
         drop((timers, watches, signals));
     }
@@ -262,6 +276,7 @@ impl<R> EventLoop<R> {
     /// descriptors. Standard input and so on are the child's, too.
     pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
         let watches = self.watches.take();
+        self.referenced_watches.set(0);
         let numbers = watches.values().map(|place| place.number);
         let numbers = numbers.filter(|number| *number > 2).collect();
         std::mem::forget(watches);
@@ -334,8 +349,7 @@ impl<R> EventLoop<R> {
         R: 'static,
     {
         self.check_own()?;
-        let id = WatchId(self.last_watch.get().wrapping_add(1));
-        self.last_watch.set(id.0);
+        let id = self.next_watch();
         let source = self
             .poller
             .add(source, Token::Watch(id.0).key(), Some(interest))
@@ -352,11 +366,28 @@ impl<R> EventLoop<R> {
             referenced: true,
         };
         self.watches.borrow_mut().insert(id, place);
+        self.count_referenced(false, true);
         Ok(id)
+    }
+
+    /// A number that no watched descriptor has. Numbers begin anew when all have been used.
+    fn next_watch(&self) -> WatchId {
+        let watches = self.watches.borrow();
+        loop {
+            let id = WatchId(self.last_watch.get() % MAX_NUMBER + 1);
+            self.last_watch.set(id.0);
+            if !watches.contains_key(&id) {
+                return id;
+            }
+        }
     }
 
     pub(crate) fn unwatch(&self, id: WatchId) {
         let removed = self.watches.borrow_mut().remove(&id);
+        if let Some(place) = &removed {
+            self.count_referenced(place.referenced, false);
+        }
+        // Dropped when nothing is borrowed: its source may come back here.
         drop(removed);
     }
 
@@ -461,7 +492,7 @@ mod tests {
             Token::Channel(1),
             Token::Process(2),
             Token::Listener(3),
-            Token::Watch(0x1fff_ffff),
+            Token::Watch(MAX_NUMBER),
             Token::Signals,
             Token::Selector(0x1fff_ffff),
         ];
@@ -500,6 +531,53 @@ mod tests {
         assert_eq!(seen.take(), [1, 2]);
         assert!(!home.has_work(), "let go");
         assert_eq!(here.read(&mut [0]).unwrap(), 0, "and closed");
+    }
+
+    #[test]
+    fn watch_numbers_begin_anew_and_skip_those_in_use() {
+        use std::os::unix::net::UnixStream;
+
+        let home = EventLoop::<()>::new().unwrap();
+        let mut others = Vec::new();
+        let mut watch = || {
+            let (here, there) = UnixStream::pair().unwrap();
+            others.push(there);
+            home.watch(here, Interest::Readable, |(), _| Some(Interest::Readable))
+                .unwrap()
+        };
+        let first = watch();
+        home.last_watch.set(MAX_NUMBER - 1);
+        let rest = [watch(), watch()];
+        assert_eq!(first, WatchId(1));
+        assert_eq!(rest, [WatchId(MAX_NUMBER), WatchId(2)]);
+        for WatchId(number) in [first].into_iter().chain(rest) {
+            let token = Token::Watch(number);
+            assert_eq!(Token::from_key(token.key()), Some(token));
+        }
+        assert_eq!(home.watches.borrow().len(), 3);
+    }
+
+    #[test]
+    fn referenced_watches_are_counted() {
+        use std::os::unix::net::UnixStream;
+
+        let home = EventLoop::<()>::new().unwrap();
+        let (one, other) = UnixStream::pair().unwrap();
+        let watch = |source: UnixStream| {
+            home.watch(source, Interest::Readable, |(), _| None)
+                .unwrap()
+        };
+        let (one, other) = (watch(one), watch(other));
+        for referenced in [false, false, true, true, false] {
+            home.reference(one.into(), referenced);
+        }
+        assert!(home.has_work(), "the other one");
+        home.unwatch(other);
+        assert!(!home.has_work());
+        home.reference(one.into(), true);
+        assert!(home.has_work());
+        home.clear();
+        assert!(!home.has_work());
     }
 
     #[test]

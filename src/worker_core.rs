@@ -15,6 +15,9 @@ use crate::sys::errno;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
 
+/// The highest number of a listener, with which it can still travel through the poller.
+const MAX_LISTENER: u32 = (1 << 29) - 1;
+
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Send(ToMaster),
@@ -299,6 +302,17 @@ impl WorkerCore {
         self.told || self.closing || !self.connected
     }
 
+    /// A number that no listener has. Numbers begin anew when all have been used.
+    fn next_listener(&mut self) -> ListenerId {
+        loop {
+            self.last_listener = self.last_listener % MAX_LISTENER + 1;
+            let listener = ListenerId(self.last_listener);
+            if !self.listeners.contains_key(&listener) {
+                return listener;
+            }
+        }
+    }
+
     /// A worker that leaves gets listeners that are closed already.
     fn add(
         &mut self,
@@ -307,8 +321,7 @@ impl WorkerCore {
         stage: Stage,
         policy: SchedulingPolicy,
     ) -> ListenerId {
-        self.last_listener += 1;
-        let listener = ListenerId(self.last_listener);
+        let listener = self.next_listener();
         let gone = self.is_leaving();
         let entry = Entry {
             kind,
@@ -791,6 +804,17 @@ mod tests {
         core.frame(reply).unwrap();
         core.serve(listener);
         listener
+    }
+
+    #[test]
+    fn listener_numbers_begin_anew_and_skip_those_in_use() {
+        let mut core = WorkerCore::new();
+        let first = core.listen_alone(Kind::Tcp);
+        core.last_listener = MAX_LISTENER - 1;
+        let rest = [Kind::Tcp, Kind::Udp].map(|kind| core.listen_alone(kind));
+        assert_eq!(first, ListenerId(1));
+        assert_eq!(rest, [ListenerId(MAX_LISTENER), ListenerId(2)]);
+        assert!(core.is_datagram(rest[1]) && !core.is_datagram(first));
     }
 
     fn sent(core: &mut WorkerCore) -> Vec<ToMaster> {

@@ -8,6 +8,14 @@
 pub struct WorkerId(u32);
 
 impl WorkerId {
+    /// The last number. It still fits the poller on systems of 32 bits, where three bits of each key
+    /// say what kind of descriptor it is.
+    pub(crate) const MAX: u32 = if usize::BITS > u32::BITS {
+        u32::MAX
+    } else {
+        u32::MAX >> 3
+    };
+
     pub(crate) const fn new(number: u32) -> Self {
         Self(number)
     }
