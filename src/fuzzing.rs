@@ -346,6 +346,13 @@ fn endpoint(number: u32) -> Endpoint {
     }
 }
 
+/// Forks a worker.
+fn forked(master: &mut MasterCore<Client>) -> WorkerId {
+    let worker = master.next_worker_id().expect("a number");
+    master.forked(worker);
+    worker
+}
+
 impl World {
     fn new(choice: u8) -> Self {
         let policy = if choice % 4 == 3 {
@@ -354,8 +361,8 @@ impl World {
             SchedulingPolicy::RoundRobin
         };
         let mut master = MasterCore::new(policy);
-        let hostile = Hostile::new(master.forked());
-        let honest = Honest::new(master.forked());
+        let hostile = Hostile::new(forked(&mut master));
+        let honest = Honest::new(forked(&mut master));
         let mut world = Self {
             policy,
             master,
@@ -454,6 +461,7 @@ impl World {
                 handle,
                 worker,
                 connection,
+                has_waited: _,
             } => self.give(handle, worker, connection),
             Action::TakeBack {
                 handle,
@@ -876,7 +884,7 @@ impl World {
     /// A new one, if the old one is gone.
     fn replace(&mut self) {
         if !self.hostile.open && self.hostile.exited {
-            self.hostile = Hostile::new(self.master.forked());
+            self.hostile = Hostile::new(forked(&mut self.master));
         }
     }
 
@@ -1112,7 +1120,7 @@ impl World {
                 let mut swept = BTreeSet::new();
                 let gone =
                     |client: &Client| client % 4 == u32::from(choice / 64) && swept.insert(*client);
-                self.tell(|core| core.sweep(gone));
+                self.tell(|core| core.sweep(usize::MAX, gone));
                 self.swept.extend(swept);
             }
             22 => {
@@ -1231,6 +1239,7 @@ impl World {
     fn check(&self) {
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
+        assert!(self.master.is_index_right(), "the index is wrong");
         let waits = self.master.someone_waits_in_vain();
         assert!(!waits, "someone waits in vain: {:?}", self.master);
         for (handle, port) in &self.ports {

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitStatus;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::callbacks::{CallbackId, Callbacks, Shared};
@@ -108,6 +108,8 @@ pub struct Master {
     child_signal: RefCell<Option<Installed>>,
     /// A worker may have ended before the signal for it was asked for.
     reap: Cell<bool>,
+    /// When the workers were last checked of whose end nothing tells.
+    checked_unseen: Cell<Instant>,
     /// Whether the user wants to see what happens.
     debug: bool,
 }
@@ -149,6 +151,7 @@ impl Master {
             settings: RefCell::default(),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
+            checked_unseen: Cell::new(Instant::now()),
             debug: std::env::var_os(DEBUG).is_some_and(|value| value == "1"),
         })
     }
@@ -952,11 +955,9 @@ impl Master {
             }
             self.settle();
         }
-        if self.reap.take() || self.anyone_ends_unseen() {
-            for worker in self.shell.unwatched() {
-                self.process_ready(worker);
-                self.settle();
-            }
+        for worker in self.perhaps_ended() {
+            self.process_ready(worker);
+            self.settle();
         }
         home.fire_timers(self, || self.settle());
         Ok(())
@@ -997,6 +998,19 @@ impl Master {
         self.child_signal.borrow().is_some() && self.shell.anyone_ends_unseen()
     }
 
+    /// The workers that are to be checked for their end, where processes have no descriptors: all, if
+    /// SIGCHLD has come; from time to time those of whose end nothing tells.
+    fn perhaps_ended(&self) -> Vec<WorkerId> {
+        if self.reap.take() {
+            return self.shell.unwatched();
+        }
+        if !self.anyone_ends_unseen() || self.checked_unseen.get().elapsed() < LOOK_EVERY {
+            return Vec::new();
+        }
+        self.checked_unseen.set(Instant::now());
+        self.shell.unseen()
+    }
+
     /// Carries out what the core decided.
     fn act(&self) {
         self.shell.act();
@@ -1007,8 +1021,12 @@ impl Master {
 
     /// Asks the program who gets the connections that have been accepted.
     fn choose(&self) {
-        // A closure may set another one.
-        while let Some(scheduler) = self.scheduler.borrow().as_ref().map(Rc::clone) {
+        loop {
+            // Not borrowed while the closure runs, which may set another one.
+            let scheduler = self.scheduler.borrow().clone();
+            let Some(scheduler) = scheduler else {
+                return;
+            };
             let core = self.shell.core.borrow();
             let Some((handle, place, connection)) = core.unchosen() else {
                 return;

@@ -2,6 +2,7 @@
 //! out as [`Action`]s (at once, without the program) and [`Emit`]s (when the loop turns, by the
 //! program's callbacks). No descriptor, no clock, no system call.
 
+mod handles;
 mod listeners;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -22,6 +23,7 @@ use crate::signal::Signal;
 use crate::sorted_map::SortedMap;
 use crate::timers::{Time, earlier};
 use crate::worker_id::WorkerId;
+use handles::Handles;
 pub(crate) use listeners::ACCEPT_BATCH;
 use listeners::{Door, Handle, Stage};
 
@@ -38,6 +40,8 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         worker: WorkerId,
         connection: Placed<C>,
+        /// It has waited in the master: if its client has hung up, the answer is `hung_up`.
+        has_waited: bool,
     },
     /// Take so many connections out of a worker's queue; the answer is `came_back`.
     TakeBack {
@@ -211,7 +215,9 @@ pub(crate) struct MasterCore<C> {
     detached: BTreeMap<WorkerId, DetachedEntry>,
     /// How many workers and detached processes [`run`](crate::Master::run) waits for.
     referenced: usize,
-    handles: SortedMap<HandleId, Handle<C>>,
+    handles: Handles<C>,
+    /// The listener whose waiting connections were checked last.
+    last_swept: HandleId,
     keys: SortedMap<HandleKey, HandleId>,
     /// The one listen whose `Bind` is being carried out.
     binding: SortedMap<HandleId, (HandleKey, WorkerId, u32)>,
@@ -238,7 +244,8 @@ impl<C> MasterCore<C> {
             workers: BTreeMap::new(),
             detached: BTreeMap::new(),
             referenced: 0,
-            handles: SortedMap::new(),
+            handles: Handles::new(),
+            last_swept: HandleId(0),
             keys: SortedMap::new(),
             binding: SortedMap::new(),
             ledger: Ledger::default(),
@@ -264,6 +271,7 @@ impl<C> MasterCore<C> {
     /// The next callbacks to call. A worker's state changes here, and here it leaves the table, so
     /// that both are what the event says however many events wait.
     pub(crate) fn next_event(&mut self) -> Option<Emit> {
+        self.handles.index_changed();
         let Some(emit) = self.events.pop_front() else {
             let finished = self.is_over();
             if finished {
@@ -311,15 +319,14 @@ impl<C> MasterCore<C> {
     /// Whether the end of `disconnect_all` has come, and someone waits for it. What the program
     /// keeps does not count.
     fn is_over(&self) -> bool {
-        let is_left = |handle: &Handle<C>| handle.stays() && handle.members.is_empty();
-        self.awaited && self.workers.is_empty() && self.handles.values().all(is_left)
+        self.awaited && self.workers.is_empty() && !self.handles.any_is_busy()
     }
 
     /// When `tick` is needed at the latest.
     pub(crate) fn deadline(&self) -> Option<Time> {
         let worker = self.deadlines.first().map(|(time, _)| *time);
-        let handles = self.handles.values().map(Handle::deadline);
-        handles.fold(earlier(worker, self.stop_by), earlier)
+        let due = earlier(worker, self.stop_by);
+        earlier(due, self.handles.deadline())
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
@@ -376,9 +383,7 @@ impl<C> MasterCore<C> {
 
     /// Whether any accepted connection waits in the master.
     pub(crate) fn anyone_waits(&self) -> bool {
-        self.handles
-            .values()
-            .any(|handle| handle.connections.anyone_waits())
+        self.handles.anyone_waits()
     }
 
     /// All connections that were accepted and given to nobody, when no action is left to carry out.
@@ -428,11 +433,9 @@ impl<C> MasterCore<C> {
 
     /// A connection of which the program is to say who gets it.
     pub(crate) fn unchosen(&self) -> Option<(HandleId, u64, &C)> {
-        let mut handles = self.handles.iter();
-        handles.find_map(|(handle, entry)| {
-            let (place, connection) = entry.connections.unchosen()?;
-            Some((*handle, place, connection))
-        })
+        let handle = self.handles.first_unscheduled()?;
+        let (place, connection) = self.handles.get(&handle)?.connections.unchosen()?;
+        Some((handle, place, connection))
     }
 
     /// What those have had so far who may get a connection of this listener.
@@ -446,8 +449,10 @@ impl<C> MasterCore<C> {
     /// From now on it says itself which worker gets which connection.
     pub(crate) fn let_choose(&mut self) {
         self.chooses = true;
-        for handle in self.handles.values_mut() {
-            handle.connections.let_choose();
+        for handle in self.handles.ids() {
+            if let Some(entry) = self.handles.get_mut(&handle) {
+                entry.connections.let_choose();
+            }
         }
     }
 
@@ -472,15 +477,17 @@ impl<C> MasterCore<C> {
         self.emit(Level::Cluster, None, Event::Setup);
     }
 
-    /// The id that the next worker gets, if its fork succeeds.
-    pub(crate) fn next_worker_id(&self) -> WorkerId {
-        WorkerId::new(self.last_worker + 1)
+    /// The id that the next worker gets, if its fork succeeds. `None` when all have been used: an id
+    /// never names a second worker.
+    pub(crate) fn next_worker_id(&self) -> Option<WorkerId> {
+        let is_left = self.last_worker < WorkerId::MAX;
+        is_left.then(|| WorkerId::new(self.last_worker + 1))
     }
 
-    pub(crate) fn forked(&mut self) -> WorkerId {
+    /// A worker with the id of `next_worker_id` has been forked.
+    pub(crate) fn forked(&mut self, worker: WorkerId) {
         self.is_policy_frozen = true;
-        self.last_worker += 1;
-        let worker = WorkerId::new(self.last_worker);
+        self.last_worker = worker.get();
         let entry = WorkerEntry {
             state: WorkerState::None,
             online: false,
@@ -498,19 +505,16 @@ impl<C> MasterCore<C> {
         self.workers.insert(worker, entry);
         self.referenced += 1;
         self.emit(Level::Cluster, Some(worker), Event::Fork);
-        worker
     }
 
-    /// A detached process has been started. Returns its id, which no worker has.
-    pub(crate) fn detached(&mut self) -> WorkerId {
-        self.last_worker += 1;
-        let process = WorkerId::new(self.last_worker);
+    /// A detached process has been started, with the id of `next_worker_id`, which no worker gets.
+    pub(crate) fn detached(&mut self, process: WorkerId) {
+        self.last_worker = process.get();
         let entry = DetachedEntry {
             state: Detached::Released,
             late_errors: 0,
         };
         self.detached.insert(process, entry);
-        process
     }
 
     pub(crate) fn disconnect(&mut self, worker: WorkerId) {
@@ -592,8 +596,11 @@ impl<C> MasterCore<C> {
         };
         if entry.connected && !entry.deaf {
             entry.deaf = true;
-            for handle in self.handles.values_mut() {
-                handle.connections.end(worker);
+            let handles: Vec<_> = self.handles_of(worker).collect();
+            for handle in handles {
+                if let Some(entry) = self.handles.get_mut(&handle) {
+                    entry.connections.end(worker);
+                }
             }
             self.actions.push_back(Action::CloseChannel { worker });
         }
@@ -726,17 +733,26 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Removes those waiting connections of which `gone` says that the client has left.
-    pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) {
-        let mut swept = Vec::new();
-        for (handle, entry) in self.handles.iter_mut() {
-            let count = entry.connections.sweep(&mut gone);
-            self.ledger.closed_by_peer += count;
-            swept.extend((count > 0).then_some(*handle));
-        }
-        for handle in swept {
-            // It may have been the last that a listener waited for.
-            self.look_again_if_draining(handle);
+    /// Checks waiting connections, `at_most` so many, and removes those of which `gone` says that the
+    /// client has hung up. All have their turn, call by call.
+    pub(crate) fn sweep(&mut self, at_most: usize, mut gone: impl FnMut(&C) -> bool) {
+        let mut left = at_most;
+        for handle in self.handles.waiting_after(self.last_swept, at_most) {
+            if left == 0 {
+                break;
+            }
+            let Some(entry) = self.handles.get_mut(&handle) else {
+                continue;
+            };
+            let swept = entry.connections.sweep(left, &mut gone);
+            left -= swept.checked;
+            self.last_swept = handle;
+            self.ledger.closed_by_peer += swept.gone;
+            if swept.gone > 0 {
+                // It may have been the last that a listener waited for, and there is room for others.
+                self.pull(handle);
+                self.look_again_if_draining(handle);
+            }
         }
     }
 
@@ -752,8 +768,7 @@ impl<C> MasterCore<C> {
             return;
         }
         self.end_stragglers();
-        let handles: Vec<_> = self.handles.keys().copied().collect();
-        for handle in handles {
+        for handle in self.handles.due(self.now) {
             let Some(entry) = self.handles.get_mut(&handle) else {
                 continue;
             };
@@ -992,6 +1007,19 @@ impl<C> MasterCore<C> {
             let open = handle.is_balanced();
             open && handle.connections.room() > 0 && (waits || unlooked || left)
         })
+    }
+
+    /// Whether the index of listeners says what they say themselves.
+    pub(crate) fn is_index_right(&self) -> bool {
+        let all = || self.handles.values();
+        let deadlines = all().map(Handle::deadline);
+        let is_left = |handle: &Handle<C>| handle.stays() && handle.members.is_empty();
+        let is_unscheduled = |handle: &Handle<C>| handle.connections.unchosen().is_some();
+        let mut unscheduled = self.handles.iter().filter(|(_, h)| is_unscheduled(h));
+        self.handles.deadline() == deadlines.fold(None, earlier)
+            && self.handles.anyone_waits() == all().any(|h| h.connections.anyone_waits())
+            && self.handles.any_is_busy() != all().all(is_left)
+            && self.handles.first_unscheduled() == unscheduled.next().map(|(id, _)| *id)
     }
 
     pub(crate) fn is_bound(&self, handle: HandleId) -> bool {

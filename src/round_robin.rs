@@ -11,6 +11,7 @@
 //! long, if there is one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::time::Duration;
 
 use crate::frame::FrameError;
@@ -44,10 +45,39 @@ const LONGEST_NAP: Time = Duration::from_secs(1);
 pub(crate) struct Given<C> {
     pub(crate) worker: WorkerId,
     pub(crate) placed: Placed<C>,
+    /// No worker could take it at once. The client may have hung up meanwhile.
+    pub(crate) has_waited: bool,
 }
 
 /// A connection with its place among all that were accepted.
 pub(crate) type Placed<C> = (u64, C);
+
+/// A connection that has been accepted and not been dispatched.
+#[derive(Debug)]
+struct Held<C> {
+    connection: C,
+    wanted: Wanted,
+}
+
+/// Which worker is to get a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// The next one in turn.
+    Next,
+    /// The scheduler has not been asked yet.
+    Unscheduled,
+    /// The one that the scheduler has chosen.
+    Chosen(WorkerId),
+}
+
+/// What one sweep found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Swept {
+    /// How many connections were checked.
+    pub(crate) checked: usize,
+    /// How many of them were closed.
+    pub(crate) gone: u64,
+}
 
 #[derive(Debug)]
 struct Member {
@@ -78,6 +108,8 @@ struct Member {
     /// How many connections it has had, as far as that counts; of those who are busy the smallest is
     /// next.
     had: u64,
+    /// The connections that the scheduler has chosen it for, by place.
+    chosen: SortedMap<u64, ()>,
 }
 
 impl Member {
@@ -100,6 +132,16 @@ impl Member {
         self.takes() && self.load() == 0
     }
 
+    /// Whether the scheduler may choose it.
+    fn is_candidate(&self) -> bool {
+        !self.ended
+    }
+
+    /// Whether it has said that it takes connections.
+    fn is_ready(&self) -> bool {
+        self.ready && !self.ended
+    }
+
     /// What may lie behind another connection.
     fn behind(&self) -> u32 {
         self.queued().min(self.load().saturating_sub(1))
@@ -119,11 +161,13 @@ impl Member {
     fn ranks(&self, worker: WorkerId) -> Ranks {
         let (load, behind) = (self.load(), self.behind());
         let unmoved = load > 0 && self.taken == self.done;
+        let has_room = self.is_ready() && self.queued() < MAX_WINDOW;
         Ranks {
             idle: self.is_idle().then_some((self.sleeps, self.turn, worker)),
             busy: (self.takes() && load > 0 && !self.sleeps).then_some((self.had, worker)),
             behind: (behind > 0).then_some((self.busy_since, worker)),
             unmoved: unmoved.then_some((self.busy_since, worker)),
+            chosen: (has_room && !self.chosen.is_empty()).then_some(worker),
         }
     }
 }
@@ -134,6 +178,7 @@ struct Ranks {
     busy: Option<(u64, WorkerId)>,
     behind: Option<(Time, WorkerId)>,
     unmoved: Option<(Time, WorkerId)>,
+    chosen: Option<WorkerId>,
 }
 
 #[derive(Debug)]
@@ -151,13 +196,22 @@ pub(crate) struct RoundRobin<C> {
     sleepers: BTreeSet<(Time, WorkerId)>,
     /// How many connections one worker is sent before it is idle again, as it has turned out.
     window: u32,
-    /// Accepted and given to nobody, by place.
-    waiting: SortedMap<u64, C>,
-    /// The program says who gets what; here is what it has not been asked about, and what it has
-    /// chosen somebody for who has no room.
+    /// The connections that have been accepted and not been dispatched, by place.
+    held: BTreeMap<u64, Held<C>>,
+    /// Those of them that the next worker in turn gets.
+    waiting: SortedMap<u64, ()>,
+    /// The program says who gets what; here is what it has not been asked about.
     chooses: bool,
-    unchosen: SortedMap<u64, C>,
-    chosen: SortedMap<WorkerId, SortedMap<u64, C>>,
+    unchosen: SortedMap<u64, ()>,
+    /// The workers that have room for a connection that they have been chosen for.
+    chosen: BTreeSet<WorkerId>,
+    /// How many members are ready, and how many are candidates.
+    ready: usize,
+    candidates: usize,
+    /// The last connection that a sweep has checked, by place.
+    swept: u64,
+    /// No worker could take the connections up to this place when they came.
+    waited: u64,
     /// Sent and not known to be taken.
     under_way: u64,
     accepted: u64,
@@ -176,10 +230,15 @@ impl<C> RoundRobin<C> {
             unmoved: BTreeSet::new(),
             sleepers: BTreeSet::new(),
             window: 1,
+            held: BTreeMap::new(),
             waiting: SortedMap::new(),
             chooses: false,
             unchosen: SortedMap::new(),
-            chosen: SortedMap::new(),
+            chosen: BTreeSet::new(),
+            ready: 0,
+            candidates: 0,
+            swept: 0,
+            waited: 0,
             under_way: 0,
             accepted: 0,
             turns: 0,
@@ -191,8 +250,7 @@ impl<C> RoundRobin<C> {
     /// nobody is idle: whoever comes may as well wait in the kernel.
     pub(crate) fn room(&self) -> u64 {
         if self.chooses {
-            let ready = self.members.values().filter(|m| m.ready && !m.ended);
-            let most = ready.count() as u64 * u64::from(MAX_WINDOW);
+            let most = self.ready as u64 * u64::from(MAX_WINDOW);
             return most.saturating_sub(self.in_hand());
         }
         let room = self.idle.len() as u64 * u64::from(self.window);
@@ -201,20 +259,17 @@ impl<C> RoundRobin<C> {
 
     /// Accepted and given to nobody.
     fn count_waiting(&self) -> u64 {
-        let chosen: usize = self.chosen.values().map(SortedMap::len).sum();
-        (self.waiting.len() + self.unchosen.len() + chosen) as u64
+        self.held.len() as u64
     }
 
     /// All that were accepted and given to nobody.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
-        let chosen = self.chosen.values().flat_map(SortedMap::values);
-        let waiting = self.waiting.values().chain(self.unchosen.values());
-        waiting.chain(chosen)
+        self.held.values().map(|held| &held.connection)
     }
 
     /// Whether any connection waits for a worker.
     pub(crate) fn anyone_waits(&self) -> bool {
-        self.count_waiting() > 0
+        !self.held.is_empty()
     }
 
     /// From now on the program says who gets what.
@@ -225,33 +280,78 @@ impl<C> RoundRobin<C> {
     /// A connection of which the program is to say who gets it. It is not asked as long as there is
     /// nobody to choose.
     pub(crate) fn unchosen(&self) -> Option<(u64, &C)> {
-        let (place, connection) = self.unchosen.first_key_value()?;
-        self.candidates().next()?;
-        Some((*place, connection))
+        let (place, ()) = self.unchosen.first_key_value()?;
+        if self.candidates == 0 {
+            return None;
+        }
+        Some((*place, &self.held.get(place)?.connection))
     }
 
     /// The program has chosen this worker; or none, and leaves it to whoever is next.
     pub(crate) fn choose(&mut self, place: u64, worker: Option<WorkerId>) {
-        let Some(connection) = self.unchosen.remove(&place) else {
+        if !self.unchosen.contains_key(&place) {
             return;
-        };
-        let member = worker.and_then(|id| Some((id, self.members.get(&id)?)));
-        match member.filter(|(_, member)| !member.ended) {
-            Some((worker, _)) => {
-                let chosen = self.chosen.get_or_insert_with(worker, SortedMap::new);
-                chosen.insert(place, connection);
-            }
-            None => drop(self.waiting.insert(place, connection)),
+        }
+        let candidate = worker.filter(|worker| {
+            let member = self.members.get(worker);
+            member.is_some_and(Member::is_candidate)
+        });
+        if let Some(connection) = self.release(place) {
+            let wanted = candidate.map_or(Wanted::Next, Wanted::Chosen);
+            self.hold((place, connection), wanted);
         }
     }
 
-    /// What waits, or comes back, is to be given to somebody.
-    fn wait(&mut self, connections: impl IntoIterator<Item = Placed<C>>) {
-        if self.chooses {
-            self.unchosen.extend(connections);
-        } else {
-            self.waiting.extend(connections);
+    /// Keeps a connection until it is dispatched.
+    fn hold(&mut self, (place, connection): Placed<C>, wanted: Wanted) {
+        match wanted {
+            Wanted::Next => {
+                self.waiting.insert(place, ());
+            }
+            Wanted::Unscheduled => {
+                self.unchosen.insert(place, ());
+            }
+            Wanted::Chosen(worker) => {
+                self.change(worker, |member| member.chosen.insert(place, ()));
+            }
         }
+        self.held.insert(place, Held { connection, wanted });
+    }
+
+    /// Undoes `hold`.
+    fn release(&mut self, place: u64) -> Option<C> {
+        let Held { connection, wanted } = self.held.remove(&place)?;
+        match wanted {
+            Wanted::Next => {
+                self.waiting.remove(&place);
+            }
+            Wanted::Unscheduled => {
+                self.unchosen.remove(&place);
+            }
+            Wanted::Chosen(worker) => {
+                self.change(worker, |member| member.chosen.remove(&place));
+            }
+        }
+        Some(connection)
+    }
+
+    /// Connections that are to be dispatched.
+    fn wait(&mut self, connections: impl IntoIterator<Item = Placed<C>>) {
+        let wanted = if self.chooses {
+            Wanted::Unscheduled
+        } else {
+            Wanted::Next
+        };
+        for placed in connections {
+            self.hold(placed, wanted);
+        }
+    }
+
+    /// The same of connections that have been dispatched once. Their clients may have hung up since.
+    fn wait_again(&mut self, connections: Vec<Placed<C>>) {
+        let last = connections.iter().map(|(place, _)| *place).max();
+        self.waited = self.waited.max(last.unwrap_or(0));
+        self.wait(connections);
     }
 
     pub(crate) fn join(&mut self, worker: WorkerId) {
@@ -270,7 +370,9 @@ impl<C> RoundRobin<C> {
             nap: Time::ZERO,
             turn: self.turns,
             had: self.most,
+            chosen: SortedMap::new(),
         };
+        self.candidates += 1;
         self.members.insert(worker, member);
     }
 
@@ -283,16 +385,21 @@ impl<C> RoundRobin<C> {
     ) -> Option<(T, i64)> {
         let member = self.members.get_mut(&worker)?;
         let ranks = member.ranks(worker);
+        let (was_ready, was_candidate) = (member.is_ready(), member.is_candidate());
         let (sent, taken) = (member.sent, member.taken);
         let result = change(member);
         let new = member.ranks(worker);
         self.under_way = self.under_way + member.sent + taken - sent - member.taken;
+        self.ready = self.ready + usize::from(member.is_ready()) - usize::from(was_ready);
+        self.candidates =
+            self.candidates + usize::from(member.is_candidate()) - usize::from(was_candidate);
         let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
         let taken = signed(member.taken) - signed(taken);
         exchange(&mut self.idle, ranks.idle, new.idle);
         exchange(&mut self.busy, ranks.busy, new.busy);
         exchange(&mut self.behind, ranks.behind, new.behind);
         exchange(&mut self.unmoved, ranks.unmoved, new.unmoved);
+        exchange(&mut self.chosen, ranks.chosen, new.chosen);
         Some((result, taken))
     }
 
@@ -348,9 +455,16 @@ impl<C> RoundRobin<C> {
 
     /// Gives `worker` nothing more; what is in its queue it may still take.
     pub(crate) fn end(&mut self, worker: WorkerId) {
-        self.change(worker, |member| member.ended = true);
-        let chosen = self.chosen.remove(&worker);
-        self.unchosen.extend(chosen.into_iter().flatten());
+        let ended = self.change(worker, |member| {
+            member.ended = true;
+            std::mem::take(&mut member.chosen)
+        });
+        for (place, ()) in ended.into_iter().flat_map(|(chosen, _)| chosen) {
+            if let Some(held) = self.held.get_mut(&place) {
+                held.wanted = Wanted::Unscheduled;
+                self.unchosen.insert(place, ());
+            }
+        }
     }
 
     /// So many are left in the queue of `worker`, whatever it has said. Returns how many more are
@@ -389,9 +503,9 @@ impl<C> RoundRobin<C> {
                 member.sleeps = true;
                 member.nap = (member.nap * 2).clamp(SHORTEST_NAP, LONGEST_NAP);
             }
-            falls_asleep.then_some((member.busy_since + member.nap, worker))
+            falls_asleep.then_some((member.busy_since.saturating_add(member.nap), worker))
         });
-        self.wait(connections);
+        self.wait_again(connections);
         changed.map_or(0, |(sleeper, taken)| {
             self.sleepers.extend(sleeper);
             taken
@@ -406,7 +520,15 @@ impl<C> RoundRobin<C> {
             member.had = member.had.saturating_sub(1);
             member.ready &= takes_more;
         });
-        self.wait([connection]);
+        self.wait_again(vec![connection]);
+    }
+
+    /// The client of this connection, which was to be put into the queue of `worker`, has hung up.
+    pub(crate) fn hung_up(&mut self, worker: WorkerId) {
+        self.change(worker, |member| {
+            member.sent -= 1;
+            member.had = member.had.saturating_sub(1);
+        });
     }
 
     /// Gives `worker` nothing more, out of whose queue these were taken back, the last ones. Returns
@@ -436,40 +558,39 @@ impl<C> RoundRobin<C> {
         self.accepted
     }
 
-    /// Removes those waiting connections that `gone` says are gone.
-    pub(crate) fn sweep(&mut self, mut gone: impl FnMut(&C) -> bool) -> u64 {
-        let before = self.count_waiting();
-        let mut stays = |_: &u64, connection: &mut C| !gone(connection);
-        self.waiting.retain(&mut stays);
-        self.unchosen.retain(&mut stays);
-        self.chosen.retain(|_, chosen| {
-            chosen.retain(&mut stays);
-            !chosen.is_empty()
-        });
-        before - self.count_waiting()
+    /// Checks waiting connections, `at_most` so many, and removes those that `gone` says are gone.
+    /// Each call goes on where the last one ended.
+    pub(crate) fn sweep(&mut self, at_most: usize, mut gone: impl FnMut(&C) -> bool) -> Swept {
+        let after = (Bound::Excluded(self.swept), Bound::Unbounded);
+        if self.held.range(after).next().is_none() {
+            self.swept = 0;
+        }
+        let after = (Bound::Excluded(self.swept), Bound::Unbounded);
+        let mut swept = Swept::default();
+        let mut closed = Vec::new();
+        for (place, held) in self.held.range(after).take(at_most) {
+            swept.checked += 1;
+            self.swept = *place;
+            closed.extend(gone(&held.connection).then_some(*place));
+        }
+        for place in closed {
+            swept.gone += u64::from(self.release(place).is_some());
+        }
+        swept
     }
 
     pub(crate) fn drop_waiting(&mut self) -> u64 {
-        let dropped = self.count_waiting();
-        self.waiting.clear();
-        self.unchosen.clear();
-        self.chosen.clear();
-        dropped
+        let places: Vec<_> = self.held.keys().copied().collect();
+        let dropped = places.into_iter().filter_map(|place| self.release(place));
+        dropped.count() as u64
     }
 
     /// The first connection for which a worker was chosen that has room.
     fn next_chosen(&mut self) -> Option<(WorkerId, Placed<C>)> {
-        let has_room = |worker: &WorkerId| {
-            let member = self.members.get(worker);
-            member.is_some_and(|m| m.ready && !m.ended && m.queued() < MAX_WINDOW)
-        };
-        let worker = *self.chosen.keys().find(|worker| has_room(worker))?;
-        let chosen = self.chosen.get_mut(&worker)?;
-        let placed = chosen.pop_first();
-        if chosen.is_empty() {
-            self.chosen.remove(&worker);
-        }
-        Some((worker, placed?))
+        let worker = *self.chosen.first()?;
+        let (place, ()) = self.members.get(&worker)?.chosen.first_key_value()?;
+        let place = *place;
+        Some((worker, (place, self.release(place)?)))
     }
 
     /// The first waiting connection, and the worker whose turn it is.
@@ -486,7 +607,9 @@ impl<C> RoundRobin<C> {
                 other.unwrap_or(idle)
             }
         };
-        Some((worker, self.waiting.pop_first()?))
+        let (place, ()) = self.waiting.first_key_value()?;
+        let place = *place;
+        Some((worker, (place, self.release(place)?)))
     }
 
     /// Of the busy workers that had no more than `most` and are `fit`, the one that had least and can
@@ -510,7 +633,14 @@ impl<C> RoundRobin<C> {
             self.change(worker, |member| member.sleeps = false);
         }
         let chosen = self.next_chosen();
-        let (worker, placed) = chosen.or_else(|| self.next_in_turn(now))?;
+        let Some((worker, placed)) = chosen.or_else(|| self.next_in_turn(now)) else {
+            // The scheduler is asked at once: what it has not been asked about does not wait yet.
+            if self.unchosen.is_empty() {
+                self.waited = self.accepted;
+            }
+            return None;
+        };
+        let has_waited = placed.0 <= self.waited;
         self.turns += 1;
         let (turn, forgotten) = (self.turns, self.most.saturating_sub(MEMORY));
         let (had, _) = self.change(worker, |member| {
@@ -523,7 +653,11 @@ impl<C> RoundRobin<C> {
             member.had
         })?;
         self.most = self.most.max(had);
-        Some(Given { worker, placed })
+        Some(Given {
+            worker,
+            placed,
+            has_waited,
+        })
     }
 
     /// Out of whose queue connections should be taken back, because another worker is idle, and how
@@ -532,7 +666,7 @@ impl<C> RoundRobin<C> {
         if self.chooses || !self.anyone_is_idle() {
             return None;
         }
-        let is_over = |since: Time, patience| since + patience <= now;
+        let is_over = |since: Time, patience| since.saturating_add(patience) <= now;
         let behind = self.behind.first();
         let behind = behind.filter(|(since, _)| is_over(*since, QUICK));
         let unmoved = self.unmoved.first();
@@ -547,8 +681,14 @@ impl<C> RoundRobin<C> {
         if self.chooses || !self.anyone_is_idle() {
             return None;
         }
-        let behind = self.behind.first().map(|(since, _)| *since + QUICK);
-        let unmoved = self.unmoved.first().map(|(since, _)| *since + STALE);
+        let behind = self
+            .behind
+            .first()
+            .map(|(since, _)| since.saturating_add(QUICK));
+        let unmoved = self
+            .unmoved
+            .first()
+            .map(|(since, _)| since.saturating_add(STALE));
         earlier(behind, unmoved)
     }
 
@@ -888,7 +1028,7 @@ mod tests {
     fn a_queue_that_is_full_gets_no_more_before_it_is_empty() {
         let mut rr = idle(2);
         rr.push(5);
-        let Given { worker, placed } = rr.distribute(NOW).unwrap();
+        let Given { worker, placed, .. } = rr.distribute(NOW).unwrap();
         rr.not_given(worker, placed, false);
         assert_eq!(who(&mut rr), [(2, 5)]);
         assert_eq!(rr.room(), 0);
@@ -964,7 +1104,7 @@ mod tests {
                     rr.counted(id(n), queues[n as usize].len() as u64);
                 }
                 let queued: usize = queues.iter().map(VecDeque::len).sum();
-                prop_assert_eq!(rr.in_hand(), (rr.waiting.len() + queued) as u64);
+                prop_assert_eq!(rr.in_hand(), (rr.held.len() + queued) as u64);
                 prop_assert_eq!(accepted, rr.in_hand() + taken.iter().sum::<u64>());
             }
         }

@@ -277,7 +277,7 @@ impl<C> MasterCore<C> {
             self.actions.push_back(Action::WatchHangUp { handle });
         }
         self.keys.insert(key, handle);
-        self.handles.get_or_insert_with(handle, || open)
+        self.handles.insert(handle, open)
     }
 
     /// The application has had a descriptor of this listener, and may have given it away.
@@ -313,7 +313,7 @@ impl<C> MasterCore<C> {
             return;
         };
         let address = Address::new(&entry.key.endpoint, entry.address).to_string();
-        let again = self.now + ACCEPT_RETRY;
+        let again = self.now.saturating_add(ACCEPT_RETRY);
         if entry.accepts_itself() {
             entry.door = Door::Resting(again);
             self.watch(handle, false);
@@ -430,7 +430,7 @@ impl<C> MasterCore<C> {
             return;
         };
         if entry.door == Door::Accepting {
-            entry.door = Door::Resting(self.now + ACCEPT_RETRY);
+            entry.door = Door::Resting(self.now.saturating_add(ACCEPT_RETRY));
             let address = Address::new(&entry.key.endpoint, entry.address).to_string();
             self.watch(handle, false);
             self.error(None, Error::Accept { address, source });
@@ -456,17 +456,30 @@ impl<C> MasterCore<C> {
             return;
         };
         if is_exhausted {
-            entry.gives_from.get_or_insert(self.now + ACCEPT_RETRY);
+            entry
+                .gives_from
+                .get_or_insert(self.now.saturating_add(ACCEPT_RETRY));
         }
         let takes_more = is_exhausted;
         entry.connections.not_given(worker, connection, takes_more);
         self.offer(handle);
     }
 
+    /// The client of a connection that was to be put into a worker's queue has hung up.
+    pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId) {
+        self.ledger.closed_by_peer += 1;
+        if let Some(entry) = self.handles.get_mut(&handle) {
+            entry.connections.hung_up(worker);
+            self.offer(handle);
+        }
+    }
+
     /// There is no descriptor to take anything back with.
     pub(crate) fn cannot_take_back(&mut self, handle: HandleId) {
         if let Some(entry) = self.handles.get_mut(&handle) {
-            entry.gives_from.get_or_insert(self.now + ACCEPT_RETRY);
+            entry
+                .gives_from
+                .get_or_insert(self.now.saturating_add(ACCEPT_RETRY));
         }
     }
 
@@ -816,13 +829,19 @@ impl<C> MasterCore<C> {
             return;
         };
         while entry.gives_from.is_none() {
-            let Some(Given { worker, placed }) = entry.connections.distribute(self.now) else {
+            let Some(given) = entry.connections.distribute(self.now) else {
                 break;
             };
+            let Given {
+                worker,
+                placed,
+                has_waited,
+            } = given;
             self.actions.push_back(Action::Give {
                 handle,
                 worker,
                 connection: placed,
+                has_waited,
             });
         }
     }
@@ -921,7 +940,7 @@ impl<C> MasterCore<C> {
                 } else {
                     Time::ZERO
                 };
-                entry.stage = Stage::Draining(Some(now + grace));
+                entry.stage = Stage::Draining(Some(now.saturating_add(grace)));
                 self.keep_newcomers_out(handle);
                 if !shared {
                     self.look_again(handle);
@@ -1064,7 +1083,9 @@ impl<C> MasterCore<C> {
             // What is in its shard's backlog is only for this worker. Whose handshake is under way
             // is let in.
             (SchedulingPolicy::Sharded, false) => {
-                entry.departing.insert((self.now + DRAIN_GRACE, worker));
+                entry
+                    .departing
+                    .insert((self.now.saturating_add(DRAIN_GRACE), worker));
                 return self.steer(handle);
             }
             (SchedulingPolicy::RoundRobin, false) => {
@@ -1337,16 +1358,105 @@ mod tests {
     #[test]
     fn numbers_of_listeners_begin_anew_and_leave_out_those_in_use() {
         let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
-        let worker = core.forked();
-        core.frame(worker, ToMaster::Online);
+        let worker = online(&mut core);
         assert_eq!(listen(&mut core, worker, 1), HandleId(1));
         core.last_handle = MAX_HANDLE - 1;
         assert_eq!(listen(&mut core, worker, 2), HandleId(MAX_HANDLE));
         assert_eq!(listen(&mut core, worker, 3), HandleId(2));
     }
 
+    #[test]
+    fn worker_ids_end_and_are_never_used_again() {
+        let mut core = MasterCore::<u32>::new(SchedulingPolicy::RoundRobin);
+        core.last_worker = WorkerId::MAX - 1;
+        let last = core.next_worker_id();
+        assert_eq!(last, Some(WorkerId::new(WorkerId::MAX)));
+        core.forked(last.unwrap());
+        assert_eq!(core.next_worker_id(), None);
+    }
+
+    /// A listener with a scheduler, and a worker that takes connections.
+    fn scheduled(core: &mut MasterCore<u32>) -> (HandleId, WorkerId) {
+        core.let_choose();
+        let worker = online(core);
+        let handle = listen(core, worker, 1);
+        let (taken, open) = (0, 0);
+        core.frame(
+            worker,
+            ToMaster::Ready {
+                handle,
+                taken,
+                open,
+            },
+        );
+        while core.next_action().is_some() {}
+        (handle, worker)
+    }
+
+    fn given(core: &mut MasterCore<u32>) -> Vec<(u32, bool)> {
+        let actions = std::iter::from_fn(|| core.next_action());
+        let given = actions.filter_map(|action| match action {
+            Action::Give {
+                connection,
+                has_waited,
+                ..
+            } => Some((connection.1, has_waited)),
+            _ => None,
+        });
+        given.collect()
+    }
+
+    #[test]
+    fn clients_of_connections_that_have_waited_are_checked_before_the_dispatch() {
+        let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
+        let (handle, worker) = scheduled(&mut core);
+        for client in 1..=17 {
+            core.accepted(handle, client);
+            let (handle, place, _) = core.unchosen().unwrap();
+            core.choose(handle, place, Some(worker));
+        }
+        let at_once: Vec<_> = (1..=16).map(|client| (client, false)).collect();
+        assert_eq!(given(&mut core), at_once);
+        let ready = ToMaster::Ready {
+            handle,
+            taken: 1,
+            open: 0,
+        };
+        core.frame(worker, ready);
+        assert_eq!(given(&mut core), [(17, true)]);
+        assert_eq!(core.ledger().in_hand(), 16);
+        core.hung_up(handle, worker);
+        assert_eq!(core.ledger().in_hand(), 15);
+        assert_eq!(core.ledger().closed_by_peer, 1);
+    }
+
+    #[test]
+    fn sweeps_check_a_few_connections_and_all_in_turn() {
+        let mut core = MasterCore::new(SchedulingPolicy::RoundRobin);
+        let (first, worker) = scheduled(&mut core);
+        let second = listen(&mut core, worker, 2);
+        (0..3).for_each(|client| core.accepted(first, client));
+        (3..5).for_each(|client| core.accepted(second, client));
+        let mut checked = Vec::new();
+        for _ in 0..4 {
+            core.sweep(2, |client| {
+                checked.push(*client);
+                false
+            });
+        }
+        // A listener has its turn in each call, and goes on where it was.
+        assert_eq!(checked, [0, 1, 3, 4, 2, 3, 0, 1]);
+        // Each begins where it was, and the next one at the beginning.
+        for _ in 0..2 {
+            core.sweep(usize::MAX, |client| client % 2 == 0);
+        }
+        assert_eq!(core.ledger().closed_by_peer, 3);
+        assert_eq!(core.in_hand(), 2);
+    }
+
     fn online(core: &mut MasterCore<u32>) -> WorkerId {
-        let worker = core.forked();
+        let worker = core.next_worker_id().unwrap();
+        core.forked(worker);
         core.frame(worker, ToMaster::Online);
         worker
     }
@@ -1420,9 +1530,9 @@ mod tests {
         core.accepted(handle, 7);
         core.disconnect_all(true);
         assert!(!is_closing(&actions(&mut core)), "somebody waits");
-        core.sweep(|_| false);
+        core.sweep(8, |_| false);
         assert!(!is_closing(&actions(&mut core)));
-        core.sweep(|_| true);
+        core.sweep(8, |_| true);
         assert!(is_closing(&actions(&mut core)));
         assert_eq!(core.ledger().closed_by_peer, 1);
     }

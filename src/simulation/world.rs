@@ -31,6 +31,8 @@ const MOST_LISTENERS: usize = 3;
 pub(super) const QUEUE: usize = 40;
 /// How long the shells wait when there was no room for a descriptor.
 const RETRY: Time = Time::from_millis(100);
+/// How many waiting connections the shell checks in each iteration; few, so that they take turns.
+const SWEEP: usize = 2;
 /// A worker is told of in the order in which it was forked.
 const NOBODY: &str = "of a worker that was never forked";
 
@@ -382,7 +384,7 @@ impl World {
         let fates = &self.fates;
         let left = |connection: &Client| fates[connection.client as usize].left;
         if self.master.anyone_waits() {
-            self.master.sweep(left);
+            self.master.sweep(SWEEP, left);
         }
     }
 
@@ -454,7 +456,15 @@ impl World {
                 handle,
                 worker,
                 connection,
-            } => self.give(handle, worker, connection),
+                has_waited,
+            } => {
+                let client = connection.1.client as usize;
+                if has_waited && self.fates[client].left {
+                    self.master.hung_up(handle, worker);
+                } else {
+                    self.give(handle, worker, connection);
+                }
+            }
             Action::TakeBack {
                 handle,
                 worker,
@@ -679,9 +689,8 @@ impl World {
     // What the master's program does.
 
     pub(super) fn fork(&mut self) -> WorkerId {
-        let announced = self.master.next_worker_id();
-        let id = self.master.forked();
-        assert_eq!(announced, id);
+        let id = self.master.next_worker_id().expect("a number");
+        self.master.forked(id);
         self.processes.insert(id, Process::new());
         self.referenced.insert(id);
         // The first thing it does is to say that it is online.
@@ -690,9 +699,8 @@ impl World {
     }
 
     pub(super) fn detach(&mut self) -> WorkerId {
-        let announced = self.master.next_worker_id();
-        let id = self.master.detached();
-        assert_eq!(announced, id);
+        let id = self.master.next_worker_id().expect("a number");
+        self.master.detached(id);
         self.detached.insert(id, Detached::Running);
         id
     }
@@ -1354,6 +1362,7 @@ impl World {
 
     pub(super) fn check(&mut self) {
         self.check_closed();
+        assert!(self.master.is_index_right(), "the index is wrong");
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
         let gone = ledger.dropped + ledger.closed_by_peer;
