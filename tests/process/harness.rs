@@ -104,6 +104,17 @@ pub const ROOT_AND_FAULT_POINTS: Need = Need {
     name: "root and debug assertions",
     is_met: || is_root() && cfg!(debug_assertions),
 };
+
+/// A process of the same user may trace another one that allows it.
+pub const TRACING: Need = Need {
+    name: "ptrace",
+    is_met: || {
+        let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope");
+        let scope = scope.map_or(0, |scope| scope.trim().parse::<u32>().unwrap());
+        scope < 2 || (is_root() && scope < 3)
+    },
+};
+
 /// The library fails where tests want it to.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",

@@ -10,6 +10,7 @@
 )]
 
 mod blocking;
+mod callbacks;
 mod conformance;
 mod counting;
 mod deadlines;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
+        callbacks::SCENARIOS,
         hand_over::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,

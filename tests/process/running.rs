@@ -8,16 +8,21 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use cluster::{Interest, Signal};
+use cluster::{BindOptions, Interest, Signal, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::{ptrace, wait::waitpid};
+use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, SIGNALS, cluster, in_background, serve_id, talk, wait_until, when_listening,
+    Log, SIGNALS, cluster, in_background, serve_id, talk, wait_for_state, wait_until,
+    when_listening, with_env,
 };
 
 crate::scenarios! {
     timers_fire_in_order_and_can_be_cleared
     a_timer_that_never_comes_is_no_error
+    durations_of_any_length_are_accepted
+    loop_backs_off_from_a_killed_worker_that_is_traced: TRACING
     signals_reach_callbacks_in_both_roles
     watched_descriptors_keep_the_loop_alive
     a_host_with_its_own_loop
@@ -68,6 +73,161 @@ fn a_timer_that_never_comes_is_no_error() {
         },
         |_| {},
     );
+}
+
+/// None, one whose end the clock can tell and will not see, and one whose end it cannot.
+const DURATIONS: [Duration; 3] = [
+    Duration::ZERO,
+    Duration::from_secs(u64::MAX / 4),
+    Duration::MAX,
+];
+
+/// Each is passed to every method that takes one, in the master and in a worker, with each policy.
+fn durations_of_any_length_are_accepted() {
+    for policy in ["rr", "none", "sharded"] {
+        with_env_of(policy, || {
+            let log = Log::default();
+            let entries = log.clone();
+            cluster(
+                |master| {
+                    for duration in DURATIONS {
+                        let timeout = master.set_timeout(duration, |_| {});
+                        let interval = master.set_interval(duration, |_| {});
+                        master.unref(timeout);
+                        master.unref(interval);
+                    }
+                    master.on_message(move |master, _, message| {
+                        log.add(String::from_utf8_lossy(message.bytes()));
+                        if log.len() == DURATIONS.len() {
+                            let workers = master.workers();
+                            for (worker, duration) in workers.iter().zip(DURATIONS) {
+                                worker.disconnect_within(duration);
+                            }
+                            for duration in DURATIONS.into_iter().rev() {
+                                master.disconnect_within(duration, |_| {});
+                            }
+                        }
+                    });
+                    master.on_listening(|master, _, address| {
+                        let address = address.to_string().parse().unwrap();
+                        in_background(
+                            master,
+                            move || talk(address, b"").unwrap(),
+                            |_, answer| assert_eq!(answer, ""),
+                        );
+                    });
+                    for _ in DURATIONS {
+                        master.fork().unwrap();
+                    }
+                    for duration in DURATIONS {
+                        // Events wait, and so it does not.
+                        master.setup_master(cluster::Settings::default());
+                        master.dispatch(Some(duration)).unwrap();
+                    }
+                },
+                |worker| wait_for(&worker, DURATIONS[worker.id().get() as usize - 1]),
+            );
+            assert_eq!(entries.take(), ["served"; DURATIONS.len()]);
+        });
+    }
+}
+
+/// Plays with this policy, and ends the process if it was started for that.
+fn with_env_of(policy: &str, play: impl FnOnce()) {
+    const POLICY: &str = "CLUSTER_SCHED_POLICY";
+    match std::env::var(POLICY) {
+        Ok(own) if own != policy => {}
+        _ => with_env(POLICY, policy, play),
+    }
+}
+
+/// Waits in every way that a worker has.
+fn wait_for(worker: &Worker, duration: Duration) {
+    let timeout = worker.set_timeout(duration, |_| {});
+    let interval = worker.set_interval(duration, |_| {});
+    worker.unref(timeout);
+    worker.unref(interval);
+    let soon = worker.set_timeout(Duration::from_millis(1), |_| {});
+    worker.dispatch(Some(duration)).unwrap();
+    worker.clear_timer(soon);
+    let options = BindOptions::from("127.0.0.1:0").exclusive(true);
+    let socket = worker.bind(options).unwrap();
+    socket.send_to(b"x", socket.local_addr()).unwrap();
+    assert!(socket.recv_from(&mut [0]).unwrap().is_some());
+    // An address for each worker: its client is not another one's.
+    let address = format!("127.0.0.{}:0", worker.id());
+    let listener = worker.listen(address.as_str()).unwrap();
+    drop(socket);
+    drop(listener.accept().unwrap().unwrap());
+    worker.send(b"served").unwrap();
+    drop(listener);
+    worker.run().unwrap();
+}
+
+/// A debugger, say: the worker is dead, and cannot be reaped before the debugger lets it go.
+fn loop_backs_off_from_a_killed_worker_that_is_traced() {
+    const TRACEE: &str = "TRACEE";
+    if let Ok(tracee) = std::env::var(TRACEE) {
+        let tracee = Pid::from_raw(tracee.parse().unwrap());
+        ptrace::attach(tracee).unwrap();
+        waitpid(tracee, None).unwrap();
+        println!("traced");
+        // Until the other end is closed.
+        std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+        return;
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let exits = log.clone();
+            let worker = master.fork().unwrap();
+            worker.on_exit(move |_, _, status| exits.add(status.to_string()));
+            let is_ready = Rc::new(Cell::new(false));
+            let ready = Rc::clone(&is_ready);
+            worker.on_message(move |_, _, _| ready.set(true));
+            while !is_ready.get() {
+                master.dispatch(None).unwrap();
+            }
+            let pid = worker.process().id();
+            let mut tracer = std::process::Command::new(std::env::current_exe().unwrap());
+            tracer.env(TRACEE, pid.to_string());
+            tracer.stdin(std::process::Stdio::piped());
+            let mut tracer = tracer.stdout(std::process::Stdio::piped()).spawn().unwrap();
+            let stdout = tracer.stdout.as_mut().unwrap();
+            stdout.read_exact(&mut [0; "traced".len()]).unwrap();
+            worker.process().kill(Signal::KILL);
+            wait_for_state(pid, ") Z ");
+            // Time itself is what is tested.
+            let (time, began) = (Duration::from_secs(1), Instant::now());
+            let mut iterations = 0;
+            while began.elapsed() < time {
+                master.dispatch(Some(time)).unwrap();
+                iterations += 1;
+            }
+            // Two every 100 ms, and a few in which it hears that the channel is closed.
+            let most = 10 + began.elapsed().as_millis() / 50;
+            assert!(iterations <= most, "{iterations} iterations in {time:?}");
+            assert_eq!(log.len(), 0, "nobody has reaped it");
+            drop(tracer.stdin.take());
+            assert!(tracer.wait().unwrap().success());
+        },
+        |worker| {
+            allow_tracing();
+            worker.send(b"ready").unwrap();
+            worker.run().unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["signal: 9 (SIGKILL)"]);
+}
+
+/// Lets every process of the same user trace this one, where only its ancestors may.
+fn allow_tracing() {
+    #[allow(unsafe_code)]
+    // SAFETY: the call takes integers. Where nothing forbids it anyway, it fails.
+    unsafe {
+        libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0)
+    };
 }
 
 fn signals_reach_callbacks_in_both_roles() {

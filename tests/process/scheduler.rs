@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Master, Signal, Worker, WorkerId, WorkerLoad, WorkerProcess};
+use cluster::{Master, Role, Signal, Worker, WorkerId, WorkerLoad, WorkerProcess};
 
 use crate::harness::{
     Log, answer_pings, cluster, in_background, serve_id, stop, talk, when_all_wait, when_listening,
@@ -25,6 +25,8 @@ crate::scenarios! {
     a_chosen_worker_that_is_to_leave_is_chosen_no_more
     no_more_than_sixteen_for_each_worker_are_accepted
     the_latest_scheduler_is_asked
+    scheduler_may_replace_itself
+    clients_that_hang_up_while_they_wait_cost_no_worker
     a_scheduler_may_send
 }
 
@@ -450,6 +452,93 @@ fn the_latest_scheduler_is_asked() {
         |worker| answer_ids(&worker),
     );
     assert_eq!(entries.take(), ["11111111", "22222222"]);
+}
+
+/// By the calls of one scheduler in another one, which is running.
+fn scheduler_may_replace_itself() {
+    let log = Log::default();
+    let entries = log.clone();
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let master = Rc::new(master);
+            let weak = Rc::downgrade(&master);
+            let first = log.clone();
+            master.set_scheduler(move |_, workers| {
+                first.add("first");
+                let second = first.clone();
+                let master = weak.upgrade().unwrap();
+                master.set_scheduler(move |_, workers| {
+                    second.add("second");
+                    candidate(2, workers)
+                });
+                candidate(1, workers)
+            });
+            when_listening(&master, 2, move |master, address| {
+                let ask = move || [(); 3].map(|()| talk(address, b"").unwrap());
+                in_background(master, ask, move |master, answers| {
+                    log.add(answers.concat());
+                    master.disconnect(|_| {});
+                });
+            });
+            fork_two(&master);
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => return answer_ids(&worker),
+    }
+    assert_eq!(entries.take(), ["first", "second", "second", "122"]);
+}
+
+/// More than one iteration checks; all are for a worker that is busy with the first one.
+fn clients_that_hang_up_while_they_wait_cost_no_worker() {
+    const WAITING: usize = 12;
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.set_scheduler(|_, workers| candidate(1, workers));
+            when_listening(master, 2, move |master, address| {
+                when_all_wait(master, move |master| {
+                    let stopped = master.workers().remove(0);
+                    stop(&stopped);
+                    let connect = move || {
+                        let connect = |_| TcpStream::connect(address).unwrap();
+                        (0..16 + WAITING).map(connect).collect::<Vec<_>>()
+                    };
+                    in_background(master, connect, move |master, mut clients| {
+                        let accepted = |m: &Master| m.ledger().accepted == 16 + WAITING as u64;
+                        when(master, accepted, move |master| {
+                            // The first sixteen are in the worker's queue.
+                            let waiting = clients.split_off(16);
+                            waiting.into_iter().for_each(reset);
+                            stopped.process().kill(Signal::CONT);
+                            let work = || clients.into_iter().map(finish).collect::<Vec<_>>();
+                            in_background(master, work, move |master, answers| {
+                                assert_eq!(answers, ["1"; 16]);
+                                let is_empty = |master: &Master| master.ledger().in_hand() == 0;
+                                when(master, is_empty, move |master| {
+                                    let ledger = master.ledger();
+                                    let gone = ledger.closed_by_peer;
+                                    log.add(format!("{} served, {gone} gone", ledger.taken));
+                                    master.disconnect(|_| {});
+                                });
+                            });
+                        });
+                    });
+                });
+            });
+            fork_two(master);
+        },
+        |worker| serve_after_one_byte(&worker),
+    );
+    assert_eq!(entries.take(), ["16 served, 12 gone"]);
+}
+
+/// Closes it so that the other side has an error.
+fn reset(client: TcpStream) {
+    use nix::sys::socket::{setsockopt, sockopt::Linger};
+
+    let (l_onoff, l_linger) = (1, 0);
+    setsockopt(&client, Linger, &nix::libc::linger { l_onoff, l_linger }).unwrap();
 }
 
 fn a_scheduler_may_send() {
