@@ -35,6 +35,7 @@ mod load;
 mod messages;
 mod mixed;
 mod peers;
+mod scaling;
 mod server;
 mod size;
 mod table;
@@ -54,7 +55,7 @@ use table::Table;
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
-const PARTS: [(&str, Part); 11] = [
+const PARTS: [(&str, Part); 12] = [
     ("connections", connections::measure),
     ("workers", workers::measure),
     ("fairness", fairness::measure),
@@ -62,6 +63,7 @@ const PARTS: [(&str, Part); 11] = [
     ("messages", messages::measure),
     ("fork", fork::measure),
     ("thousand", thousand::measure),
+    ("scaling", scaling::measure),
     ("memory", idle::memory),
     ("idle", idle::measure),
     ("calls", calls::measure),
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
             server::SERVER => server::serve(),
             messages::MESSAGES => messages::count(),
             fork::FORK => fork::fork(),
+            scaling::SCALING => scaling::turn(),
             fork::BYTE => print!("!"),
             _ => panic!("{role}"),
         }

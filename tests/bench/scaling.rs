@@ -1,0 +1,278 @@
+//! What one iteration of the loop costs when there are many of something for which nothing is to be done:
+//! as much as with few.
+
+use std::cell::Cell;
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cluster::{Interest, Master, Role, Settings, Signal, Worker, WorkerMain};
+use nix::sys::signal::kill;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+
+use crate::ROUNDS;
+use crate::harness::{Group, SCENARIO};
+use crate::server::end;
+use crate::table::{Figure, Goal, Table, number, ratios};
+use crate::usage::{allow_many_descriptors, calls};
+
+/// The role of a process whose loop is measured.
+pub const SCALING: &str = "scaling";
+
+const KINDS: [&str; 7] = [
+    "waiting connections",
+    "workers",
+    "timers",
+    "watches",
+    "listeners",
+    "timers of a worker",
+    "watches of a worker",
+];
+const COUNTS: [usize; 3] = [10, 100, 1_000];
+/// In one round.
+const ITERATIONS: u32 = 5_000;
+/// Far beyond all rounds.
+const HOUR: Duration = Duration::from_secs(3600);
+/// How many connections a worker is given at most; those beyond wait in the master.
+const QUEUE: usize = 16;
+
+pub fn measure(table: &mut Table) {
+    allow_many_descriptors();
+    for kind in KINDS {
+        let mut loops = COUNTS.map(|count| Loop::start(kind, count));
+        let mut costs = [const { Vec::new() }; COUNTS.len()];
+        for round in 0..=ROUNDS {
+            for (measured, costs) in loops.iter_mut().zip(&mut costs) {
+                let cost = measured.turn();
+                costs.extend((round > 0).then_some(cost));
+            }
+        }
+        let [few, hundred, many] = &costs;
+        let name = format!("{kind}: CPU of an iteration with 1,000");
+        let note = [few, hundred, many].map(|costs| Figure::from(costs.clone()).in_unit("µs"));
+        table
+            .row(&name, ratios(many, few), "× with 10")
+            .goal(Goal::AtMost(1.5))
+            .note(&format!("10, 100, 1,000: {}", note.join("; ")));
+        let name = format!("{kind}: system calls of an iteration");
+        match loops
+            .iter_mut()
+            .map(Loop::count)
+            .collect::<Result<Vec<_>, _>>()
+        {
+            Ok(counts) => {
+                let last = counts[COUNTS.len() - 1];
+                let all = counts.iter().map(|count| number(*count));
+                let all = all.collect::<Vec<_>>().join("; ");
+                table
+                    .row(&name, last / counts[0], "× with 10")
+                    .goal(Goal::AtMost(1.1))
+                    .note(&format!("10, 100, 1,000: {all}"));
+            }
+            Err(why) => table.skip(&name, &why),
+        }
+        loops.iter().for_each(|measured| end(&measured.group));
+    }
+}
+
+/// A process that turns its loop when it is told to.
+struct Loop {
+    group: Group,
+    process: Pid,
+    turns: u32,
+}
+
+impl Loop {
+    fn start(kind: &str, count: usize) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let command = command.env(SCENARIO, SCALING);
+        let group = Group::start(command.args([kind, &count.to_string()])).unwrap();
+        let process = Pid::from_raw(group.line("process ").parse().unwrap());
+        let turns = 0;
+        Self {
+            group,
+            process,
+            turns,
+        }
+    }
+
+    /// Returns the microseconds of CPU that one iteration took.
+    fn turn(&mut self) -> f64 {
+        self.turns += 1;
+        kill(self.process, nix::sys::signal::Signal::SIGUSR1).unwrap();
+        let line = self.group.line(&format!("turn {}: ", self.turns));
+        line.parse::<f64>().unwrap()
+    }
+
+    /// Returns how many system calls one iteration makes.
+    fn count(&mut self) -> Result<f64, String> {
+        let process = self.process;
+        let calls = calls(&[process], || {
+            self.turn();
+        })?;
+        let sum: u64 = calls.values().sum();
+        Ok(sum as f64 / f64::from(ITERATIONS))
+    }
+}
+
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+        .unwrap()
+        .into()
+}
+
+/// Counts iterations, and says at the end what they took.
+struct Turns {
+    count: Rc<Cell<u32>>,
+    began: Duration,
+    left: u32,
+}
+
+impl Turns {
+    /// One more iteration. `None` after the last one.
+    fn next(&mut self) -> Option<Interest> {
+        self.left -= 1;
+        if self.left > 0 {
+            return Some(Interest::Readable);
+        }
+        let time = (cpu_time() - self.began).as_secs_f64() * 1e6 / f64::from(ITERATIONS);
+        self.count.set(self.count.get() + 1);
+        println!("turn {}: {time}", self.count.get());
+        None
+    }
+}
+
+/// Something that is always readable, and the other end of it.
+fn readable() -> (UnixStream, UnixStream) {
+    let (here, mut there) = UnixStream::pair().unwrap();
+    there.write_all(b"x").unwrap();
+    (here, there)
+}
+
+/// What master and worker have in common.
+macro_rules! measured {
+    ($role:expr, $what:ty, $kind:expr, $count:expr) => {{
+        let role: &$what = $role;
+        let mut others = Vec::new();
+        for _ in 0..$count {
+            match $kind {
+                "timers" => role.unref(role.set_timeout(HOUR, |_| {})),
+                "watches" => {
+                    let (here, there) = UnixStream::pair().unwrap();
+                    let stay = |_: &$what, _: &UnixStream| Some(Interest::Readable);
+                    role.unref(role.watch(here, Interest::Readable, stay).unwrap());
+                    others.push(there);
+                }
+                _ => {}
+            }
+        }
+        let count = Rc::new(Cell::new(0));
+        let on_signal = move |role: &$what, _| {
+            let (here, there) = readable();
+            let mut turns = Turns {
+                count: Rc::clone(&count),
+                began: cpu_time(),
+                left: ITERATIONS,
+            };
+            let next = move |_: &$what, _: &UnixStream| {
+                let _ = &there;
+                turns.next()
+            };
+            role.watch(here, Interest::Readable, next).unwrap();
+        };
+        role.on_signal(Signal::USR1, on_signal).unwrap();
+        // After the others: whoever looks for what keeps the loop going finds it last.
+        role.set_timeout(HOUR, |_| {});
+        println!("process {}", std::process::id());
+        role.run().unwrap();
+        drop(others);
+    }};
+}
+
+/// In the process whose loop is measured, and in its workers.
+pub fn turn() {
+    let Role::Master(master) = cluster::init().unwrap() else {
+        return;
+    };
+    let mut args = std::env::args().skip(1);
+    let kind = args.next().unwrap();
+    let count: usize = args.next().unwrap().parse().unwrap();
+    if let Some(kind) = kind.strip_suffix(" of a worker") {
+        let kind = kind.to_owned();
+        run_in_worker(&master, move |worker| {
+            measured!(&worker, Worker, kind.as_str(), count);
+        });
+        return master.run().unwrap();
+    }
+    let mut listeners = Vec::new();
+    match kind.as_str() {
+        "waiting connections" => let_connections_wait(&master, count),
+        "workers" => {
+            (0..count).for_each(|_| run_in_worker(&master, |worker| worker.run().unwrap()));
+            let online = Rc::new(Cell::new(0));
+            let seen = Rc::clone(&online);
+            master.on_online(move |_, _| seen.set(seen.get() + 1));
+            while online.get() < count {
+                master.dispatch(None).unwrap();
+            }
+        }
+        "listeners" => {
+            listeners.extend((0..count).map(|_| master.listen("127.0.0.1:0").unwrap()));
+        }
+        _ => {}
+    }
+    measured!(&master, Master, kind.as_str(), count);
+    drop(listeners);
+}
+
+fn run_in_worker(master: &Master, main: impl Fn(Worker) + 'static) {
+    let mut settings = Settings::default();
+    settings.main = Some(WorkerMain::new(move |worker| {
+        main(worker);
+        0
+    }));
+    master
+        .fork_as(settings, std::iter::empty::<(&str, &str)>())
+        .unwrap();
+}
+
+/// All are for one worker, which takes none.
+fn let_connections_wait(master: &Master, count: usize) {
+    let workers = count.div_ceil(QUEUE) + 2;
+    master.set_scheduler(|_, workers| workers.iter().map(|load| load.worker).min());
+    let listener = master.listen("127.0.0.1:0").unwrap();
+    let address = listener.address().to_string();
+    let all = count + QUEUE;
+    for number in 0..workers {
+        run_in_worker(master, move |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            if number == 0 {
+                listener.on_connection(|_, _| std::thread::sleep(HOUR));
+                return worker.run().unwrap();
+            }
+            let _ = listener.accept();
+        });
+    }
+    let listening = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&listening);
+    master.on_listening(move |_, _, _| seen.set(seen.get() + 1));
+    while listening.get() < workers {
+        master.dispatch(None).unwrap();
+    }
+    // Not a thread, whose system calls would be counted, too.
+    run_in_worker(master, move |_worker| {
+        let connect = |_| TcpStream::connect(&address).unwrap();
+        let clients: Vec<_> = (0..all).map(connect).collect();
+        std::thread::sleep(HOUR);
+        drop(clients);
+    });
+    while master.ledger().accepted < all as u64 {
+        master.dispatch(Some(Duration::from_millis(10))).unwrap();
+    }
+    // It lives as long as this process.
+    std::mem::forget(listener);
+}
