@@ -37,12 +37,12 @@ pub(super) enum Command {
     /// Fork a worker for this slot, and say what came of it by `forked` or `not_forked`.
     Fork {
         slot: usize,
-        generation: u32,
+        generation: u64,
     },
     /// A generation begins. If it has no settings of its own, it has those of `base`.
     Begin {
-        generation: u32,
-        base: u32,
+        generation: u64,
+        base: u64,
     },
     Leave(WorkerId),
     /// Everybody is told, at once.
@@ -73,7 +73,7 @@ pub(super) enum State {
 pub(super) struct Member {
     pub(super) slot: usize,
     pub(super) pid: u32,
-    pub(super) generation: u32,
+    pub(super) generation: u64,
     pub(super) forked: Time,
     ready: Option<Time>,
     /// When it is killed if it is not ready.
@@ -104,7 +104,7 @@ pub(super) struct Slot {
     pub(super) current: Option<WorkerId>,
     /// Boots or proves itself beside it.
     pub(super) successor: Option<WorkerId>,
-    pub(super) generation: u32,
+    pub(super) generation: u64,
     /// Deaths since a worker was stable.
     failures: u32,
     deaths: VecDeque<Time>,
@@ -119,7 +119,7 @@ pub(super) struct Slot {
 impl Slot {
     /// Whether it is to be filled by one of this generation, and not by one of a rollout that was
     /// called off while it was forked.
-    fn lacks(&self, generation: u32) -> bool {
+    fn lacks(&self, generation: u64) -> bool {
         self.current.is_none() && self.generation == generation
     }
 }
@@ -137,7 +137,7 @@ enum Phase {
 #[derive(Debug)]
 struct Rollout {
     /// All slots are brought to this generation; `None`: those that have reached a limit.
-    reload: Option<u32>,
+    reload: Option<u64>,
     /// Successors by slot; `None` until they are forked.
     batch: BTreeMap<usize, Option<WorkerId>>,
     phase: Phase,
@@ -185,8 +185,8 @@ pub(super) struct Core {
     pub(super) slots: Vec<Slot>,
     pub(super) members: BTreeMap<WorkerId, Member>,
     /// Of those who serve, if no reload is under way or was stopped half-way.
-    pub(super) generation: u32,
-    last_generation: u32,
+    pub(super) generation: u64,
+    last_generation: u64,
     reload_wanted: bool,
     recycle: BTreeMap<usize, (WorkerId, Limit)>,
     rollout: Option<Rollout>,
@@ -258,7 +258,7 @@ impl Core {
 
     /// Whether workers may still be forked with the settings of this generation when another one
     /// begins.
-    pub(super) fn uses(&self, generation: u32) -> bool {
+    pub(super) fn uses(&self, generation: u64) -> bool {
         let serves = |slot: &Slot| slot.generation == generation;
         self.generation == generation || self.slots.iter().any(serves)
     }
@@ -291,7 +291,7 @@ impl Core {
         Duration::from_nanos(self.jittered(nanos))
     }
 
-    fn fork(&mut self, slot: usize, generation: u32) {
+    fn fork(&mut self, slot: usize, generation: u64) {
         self.commands.push_back(Command::Fork { slot, generation });
     }
 
@@ -431,7 +431,7 @@ impl Core {
     pub(super) fn forked(
         &mut self,
         slot: usize,
-        generation: u32,
+        generation: u64,
         worker: WorkerId,
         pid: u32,
         now: Time,
@@ -483,7 +483,7 @@ impl Core {
         }
     }
 
-    pub(super) fn not_forked(&mut self, slot: usize, generation: u32, error: String, now: Time) {
+    pub(super) fn not_forked(&mut self, slot: usize, generation: u64, error: String, now: Time) {
         let death = Death {
             slot,
             worker: None,
@@ -503,7 +503,7 @@ impl Core {
     }
 
     /// Whether a successor is being forked for this slot. At the same moment the slot may be filled.
-    fn is_awaited(&self, slot: usize, generation: u32) -> bool {
+    fn is_awaited(&self, slot: usize, generation: u64) -> bool {
         let rollout = self.rollout.as_ref();
         rollout.is_some_and(|rollout| {
             let of_it = rollout.reload.is_none_or(|reload| reload == generation);
@@ -1096,7 +1096,7 @@ mod tests {
         now: Time,
         last: u32,
         /// When workers were forked, for which slot and generation.
-        forks: Vec<(Time, usize, u32)>,
+        forks: Vec<(Time, usize, u64)>,
         told: Vec<PoolEvent>,
         left: Vec<u32>,
         killed: Vec<u32>,
@@ -1107,7 +1107,7 @@ mod tests {
         /// The shell's; settings are a number here.
         generations: Generations<u32>,
         /// The settings of every generation that there ever was.
-        settings: BTreeMap<u32, Option<u32>>,
+        settings: BTreeMap<u64, Option<u32>>,
         /// Called while the next worker is being forked, as closures in settings may do.
         in_fork: Option<fn(&mut Core, Time)>,
         /// New masters that have not ended.

@@ -54,19 +54,19 @@ pub enum PoolEvent {
     #[non_exhaustive]
     Reloading {
         /// Which generation; the first one is 0.
-        generation: u32,
+        generation: u64,
     },
     /// All workers are of this generation now.
     #[non_exhaustive]
     Reloaded {
         /// Which generation.
-        generation: u32,
+        generation: u64,
     },
     /// A reload was stopped: whoever had not been replaced goes on.
     #[non_exhaustive]
     ReloadFailed {
         /// The generation that did not come.
-        generation: u32,
+        generation: u64,
         /// How many workers had been replaced, and stay.
         replaced: usize,
         /// The worker that did not prove itself; `None` if the program has gone back.
@@ -112,7 +112,7 @@ pub struct Death {
     /// Which worker, and its process id; `None` if it could not be forked.
     pub worker: Option<(WorkerId, u32)>,
     /// Its generation.
-    pub generation: u32,
+    pub generation: u64,
     /// What it comes from.
     pub cause: Cause,
     /// Why there was no process, if there was none.

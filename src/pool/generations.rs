@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 /// `None` stands for the settings that the master has when it forks.
 #[derive(Debug)]
 pub(super) struct Generations<S> {
-    known: BTreeMap<u32, Option<S>>,
+    known: BTreeMap<u64, Option<S>>,
     next: Option<S>,
 }
 
@@ -33,19 +33,19 @@ impl<S: Clone> Generations<S> {
     #[must_use]
     pub(super) fn begin(
         &mut self,
-        generation: u32,
-        base: u32,
-        is_in_use: impl Fn(u32) -> bool,
+        generation: u64,
+        base: u64,
+        is_in_use: impl Fn(u64) -> bool,
     ) -> Vec<Option<S>> {
         let settings = self.next.take().or_else(|| self.of(base));
         self.known.insert(generation, settings);
-        let is_unused = |known: &u32| *known != generation && !is_in_use(*known);
+        let is_unused = |known: &u64| *known != generation && !is_in_use(*known);
         let unused: Vec<_> = self.known.keys().copied().filter(is_unused).collect();
         let settings = unused.iter().filter_map(|unused| self.known.remove(unused));
         settings.collect()
     }
 
-    pub(super) fn of(&self, generation: u32) -> Option<S> {
+    pub(super) fn of(&self, generation: u64) -> Option<S> {
         self.known.get(&generation).cloned().flatten()
     }
 }

@@ -170,7 +170,7 @@ impl Pool {
         }
     }
 
-    fn fork(&self, master: &Master, slot: usize, generation: u32) {
+    fn fork(&self, master: &Master, slot: usize, generation: u64) {
         let env = [(SLOT, slot.to_string())];
         let settings = self.0.generations.borrow().of(generation);
         let is_detached = match &settings {
@@ -191,7 +191,7 @@ impl Pool {
         }
     }
 
-    fn begin(&self, generation: u32, base: u32) {
+    fn begin(&self, generation: u64, base: u64) {
         let core = self.0.core.borrow();
         let mut generations = self.0.generations.borrow_mut();
         let unused = generations.begin(generation, base, |known| core.uses(known));

@@ -15,7 +15,7 @@ use super::event::{Cause, Death};
 #[non_exhaustive]
 pub struct Status {
     /// The generation that serves; half-way through a reload, the one before.
-    pub generation: u32,
+    pub generation: u64,
     /// As many workers are ready as make the pool ready.
     pub is_ready: bool,
     /// A reload is under way.
@@ -65,7 +65,7 @@ pub struct WorkerStatus {
     /// Its process.
     pub pid: u32,
     /// Its generation.
-    pub generation: u32,
+    pub generation: u64,
     /// What it is doing.
     pub phase: WorkerPhase,
     /// How long ago it was forked.
