@@ -14,9 +14,10 @@ impl<K: Ord, V> SortedMap<K, V> {
 
     /// Where the entry is, or where it would be.
     fn place(&self, key: &K) -> Result<usize, usize> {
-        // Most often it is the last one, or comes after it.
-        match self.0.back() {
-            Some((last, _)) if last < key => Err(self.0.len()),
+        // Most often it comes after the last one, or is the first.
+        match (self.0.front(), self.0.back()) {
+            (_, Some((last, _))) if last < key => Err(self.0.len()),
+            (Some((first, _)), _) if first == key => Ok(0),
             _ => self.0.binary_search_by(|(other, _)| other.cmp(key)),
         }
     }

@@ -1,8 +1,9 @@
 //! All listeners, with an index of what the loop asks about them in each iteration: the next deadline,
 //! and whether a connection waits. The answers do not depend on how many listeners there are.
 //!
-//! A listener that has been changed leaves the index until `index_changed`. Until then it is asked
-//! itself, so that the answers are right at any time.
+//! What the index says about a listener that has been changed is stale until `index_changed`. Until then
+//! that listener is asked itself, so that the answers are right at any time. Most changes, several for each
+//! connection, change nothing that the index says, and cost no search in it.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
@@ -22,19 +23,27 @@ pub(super) struct Handles<C> {
     unscheduled: BTreeSet<HandleId>,
     /// How many have members, or close when they have none.
     busy: usize,
-    /// The listeners that are not in the index, and perhaps some that are gone.
+    /// The listeners whose index is stale, and perhaps some that are gone.
     changed: Vec<HandleId>,
 }
 
 #[derive(Debug)]
 struct Entry<C> {
     handle: Handle<C>,
-    /// What the index says about it; `None` while it has been changed.
-    indexed: Option<Outlook>,
+    /// What the index says about it.
+    indexed: Outlook,
+    index: Index,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Index {
+    Current,
+    /// The listener has been changed since.
+    Stale,
 }
 
 /// What the loop asks about a listener.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Outlook {
     deadline: Option<Time>,
     waits: bool,
@@ -76,23 +85,8 @@ impl<C> Handles<C> {
     /// The listener, to be changed.
     pub(super) fn get_mut(&mut self, id: &HandleId) -> Option<&mut Handle<C>> {
         let entry = self.entries.get_mut(id)?;
-        if let Some(Outlook {
-            deadline,
-            waits,
-            is_unscheduled,
-            is_busy,
-        }) = entry.indexed.take()
-        {
-            if let Some(deadline) = deadline {
-                self.deadlines.remove(&(deadline, *id));
-            }
-            if waits {
-                self.waiting.remove(id);
-            }
-            if is_unscheduled {
-                self.unscheduled.remove(id);
-            }
-            self.busy -= usize::from(is_busy);
+        if entry.index == Index::Current {
+            entry.index = Index::Stale;
             self.changed.push(*id);
         }
         Some(&mut entry.handle)
@@ -101,14 +95,18 @@ impl<C> Handles<C> {
     pub(super) fn insert(&mut self, id: HandleId, handle: Handle<C>) -> &mut Handle<C> {
         self.remove(&id);
         self.changed.push(id);
-        let indexed = None;
-        let entry = || Entry { handle, indexed };
+        let entry = || Entry {
+            handle,
+            indexed: Outlook::default(),
+            index: Index::Stale,
+        };
         &mut self.entries.get_or_insert_with(id, entry).handle
     }
 
     pub(super) fn remove(&mut self, id: &HandleId) {
-        self.get_mut(id);
-        self.entries.remove(id);
+        if let Some(entry) = self.entries.remove(id) {
+            self.reindex(*id, entry.indexed, Outlook::default());
+        }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&HandleId, &Handle<C>)> {
@@ -128,37 +126,58 @@ impl<C> Handles<C> {
         self.entries.len()
     }
 
-    /// Takes all listeners into the index.
+    /// Makes the index current.
     pub(super) fn index_changed(&mut self) {
         while let Some(id) = self.changed.pop() {
             let entry = self.entries.get_mut(&id);
-            let Some(entry) = entry.filter(|entry| entry.indexed.is_none()) else {
+            let Some(entry) = entry.filter(|entry| entry.index == Index::Stale) else {
                 continue;
             };
-            let outlook = Outlook::of(&entry.handle);
-            entry.indexed = Some(outlook);
-            self.deadlines
-                .extend(outlook.deadline.map(|time| (time, id)));
-            self.waiting.extend(outlook.waits.then_some(id));
-            self.unscheduled
-                .extend(outlook.is_unscheduled.then_some(id));
-            self.busy += usize::from(outlook.is_busy);
+            entry.index = Index::Current;
+            let new = Outlook::of(&entry.handle);
+            let old = std::mem::replace(&mut entry.indexed, new);
+            if old != new {
+                self.reindex(id, old, new);
+            }
         }
     }
 
-    /// The listeners that are not in the index.
+    fn reindex(&mut self, id: HandleId, old: Outlook, new: Outlook) {
+        if let Some(time) = old.deadline {
+            self.deadlines.remove(&(time, id));
+        }
+        self.deadlines.extend(new.deadline.map(|time| (time, id)));
+        if old.waits {
+            self.waiting.remove(&id);
+        }
+        self.waiting.extend(new.waits.then_some(id));
+        if old.is_unscheduled {
+            self.unscheduled.remove(&id);
+        }
+        self.unscheduled.extend(new.is_unscheduled.then_some(id));
+        self.busy = self.busy + usize::from(new.is_busy) - usize::from(old.is_busy);
+    }
+
+    fn is_current(&self, id: HandleId) -> bool {
+        let entry = self.entries.get(&id);
+        entry.is_some_and(|entry| entry.index == Index::Current)
+    }
+
+    /// The listeners whose index is stale.
     fn changed(&self) -> impl Iterator<Item = (HandleId, Outlook)> + '_ {
         self.changed.iter().filter_map(|id| {
             let entry = self.entries.get(id)?;
-            Some((*id, Outlook::of(&entry.handle)))
+            let is_stale = entry.index == Index::Stale;
+            is_stale.then(|| (*id, Outlook::of(&entry.handle)))
         })
     }
 
     /// The first time at which one of them has something to do.
     pub(super) fn deadline(&self) -> Option<Time> {
-        let first = self.deadlines.first().map(|(time, _)| *time);
+        let mut indexed = self.deadlines.iter();
+        let first = indexed.find(|(_, id)| self.is_current(*id));
         let changed = self.changed().map(|(_, outlook)| outlook.deadline);
-        changed.fold(first, earlier)
+        changed.fold(first.map(|(time, _)| *time), earlier)
     }
 
     /// Those that have something to do now.
@@ -169,7 +188,8 @@ impl<C> Handles<C> {
     }
 
     pub(super) fn anyone_waits(&self) -> bool {
-        !self.waiting.is_empty() || self.changed().any(|(_, outlook)| outlook.waits)
+        self.waiting.iter().any(|id| self.is_current(*id))
+            || self.changed().any(|(_, outlook)| outlook.waits)
     }
 
     /// Listeners for which connections wait, in rotation: those after `last` first.
@@ -186,13 +206,16 @@ impl<C> Handles<C> {
     pub(super) fn first_unscheduled(&self) -> Option<HandleId> {
         let changed = self.changed().filter(|(_, outlook)| outlook.is_unscheduled);
         let changed = changed.map(|(id, _)| id).min();
-        let first = self.unscheduled.first().copied();
+        let mut indexed = self.unscheduled.iter().copied();
+        let first = indexed.find(|id| self.is_current(*id));
         first.into_iter().chain(changed).min()
     }
 
     /// Whether any has members, or closes when it has none.
     pub(super) fn any_is_busy(&self) -> bool {
-        self.busy > 0 || self.changed().any(|(_, outlook)| outlook.is_busy)
+        let stale = self.changed.iter().filter_map(|id| self.entries.get(id));
+        let stale = stale.filter(|entry| entry.index == Index::Stale && entry.indexed.is_busy);
+        self.busy > stale.count() || self.changed().any(|(_, outlook)| outlook.is_busy)
     }
 }
 
