@@ -733,7 +733,7 @@ impl<C> MasterCore<C> {
         }
     }
 
-    /// Checks waiting connections, `at_most` so many, and removes those of which `gone` says that the
+    /// Checks at most `at_most` waiting connections, and removes those of which `gone` says that the
     /// client has hung up. All have their turn, call by call.
     pub(crate) fn sweep(&mut self, at_most: usize, mut gone: impl FnMut(&C) -> bool) {
         let mut left = at_most;

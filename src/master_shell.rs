@@ -46,7 +46,7 @@ use crate::worker_id::WorkerId;
 
 pub(crate) type Core = MasterCore<CommonFd>;
 
-/// What is kept of a worker or detached process beside the core's knowledge.
+/// The descriptors and process of a worker or a detached process.
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) id: WorkerId,
@@ -158,7 +158,7 @@ pub(crate) struct MasterShell {
     scratch: RefCell<Vec<u8>>,
 }
 
-/// What could not be done, and is tried again after a while.
+/// Steps that failed for lack of resources, and are retried later.
 #[derive(Debug, Default)]
 struct Resting {
     /// Channels that have something to write.

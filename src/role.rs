@@ -17,7 +17,7 @@ use crate::worker_id::WorkerId;
 const UNKNOWN: u8 = 0;
 const MASTER: u8 = 1;
 const WORKER: u8 = 2;
-/// A master whose program was to be a worker, but a wrapper has forked it.
+/// A master that a forking wrapper separates from its own master.
 const WRAPPED_MASTER: u8 = 3;
 
 static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
@@ -145,7 +145,7 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     }
 }
 
-/// What the environment says about this process.
+/// The role that the environment gives to this process.
 enum Identity {
     Master,
     /// It has inherited the channel of a worker, which is its wrapper.

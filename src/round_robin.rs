@@ -59,7 +59,7 @@ struct Held<C> {
     wanted: Wanted,
 }
 
-/// Which worker is to get a connection.
+/// The worker that a waiting connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wanted {
     /// The next one in turn.
@@ -70,7 +70,7 @@ enum Wanted {
     Chosen(WorkerId),
 }
 
-/// What one sweep found.
+/// The result of one sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Swept {
     /// How many connections were checked.
@@ -203,7 +203,7 @@ pub(crate) struct RoundRobin<C> {
     /// The program says who gets what; here is what it has not been asked about.
     chooses: bool,
     unchosen: SortedMap<u64, ()>,
-    /// The workers that have room for a connection that they have been chosen for.
+    /// The workers with queue capacity for a connection that the scheduler has chosen for them.
     chosen: BTreeSet<WorkerId>,
     /// How many members are ready, and how many are candidates.
     ready: usize,
@@ -335,7 +335,7 @@ impl<C> RoundRobin<C> {
         Some(connection)
     }
 
-    /// Connections that are to be dispatched.
+    /// Adds connections that wait to be dispatched.
     fn wait(&mut self, connections: impl IntoIterator<Item = Placed<C>>) {
         let wanted = if self.chooses {
             Wanted::Unscheduled
@@ -558,7 +558,7 @@ impl<C> RoundRobin<C> {
         self.accepted
     }
 
-    /// Checks waiting connections, `at_most` so many, and removes those that `gone` says are gone.
+    /// Checks at most `at_most` waiting connections, and removes those that `gone` says are gone.
     /// Each call goes on where the last one ended.
     pub(crate) fn sweep(&mut self, at_most: usize, mut gone: impl FnMut(&C) -> bool) -> Swept {
         let after = (Bound::Excluded(self.swept), Bound::Unbounded);

@@ -20,7 +20,7 @@ pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
 pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
 /// Carries the inspect port, if there is one, from master to worker.
 pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
-/// What a master says to one worker.
+/// The variables that a master sets for one worker.
 pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
 /// Set by a master whose program a wrapper has forked, for the programs that it starts in turn.
 pub(crate) const WRAPPED: &str = "CLUSTER_WRAPPED";

@@ -1,8 +1,8 @@
 //! All listeners, with an index of what the loop asks about them in each iteration: the next deadline,
 //! and whether a connection waits. The answers do not depend on how many listeners there are.
 //!
-//! What the index says about a listener that has been changed is stale until `index_changed`. Until then
-//! that listener is asked itself, so that the answers are right at any time. Most changes, several for each
+//! After a listener has been changed, its index entry is stale until `index_changed`. Until then the
+//! listener is asked itself, so that the answers are right at any time. Most changes, several for each
 //! connection, change nothing that the index says, and cost no search in it.
 
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ pub(super) struct Handles<C> {
     deadlines: BTreeSet<(Time, HandleId)>,
     /// The listeners for which a connection waits in the master.
     waiting: BTreeSet<HandleId>,
-    /// Those with a connection for which the scheduler is to choose a worker.
+    /// The listeners with a connection for which the scheduler has not chosen a worker.
     unscheduled: BTreeSet<HandleId>,
     /// How many have members, or close when they have none.
     busy: usize,
@@ -30,7 +30,7 @@ pub(super) struct Handles<C> {
 #[derive(Debug)]
 struct Entry<C> {
     handle: Handle<C>,
-    /// What the index says about it.
+    /// The answers in the index.
     indexed: Outlook,
     index: Index,
 }
@@ -42,7 +42,7 @@ enum Index {
     Stale,
 }
 
-/// What the loop asks about a listener.
+/// The answers about one listener.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Outlook {
     deadline: Option<Time>,
@@ -202,7 +202,7 @@ impl<C> Handles<C> {
         all.take(at_most).copied().collect()
     }
 
-    /// The first one with a connection for which the scheduler is to choose a worker.
+    /// The first listener with a connection for which the scheduler has not chosen a worker.
     pub(super) fn first_unscheduled(&self) -> Option<HandleId> {
         let changed = self.changed().filter(|(_, outlook)| outlook.is_unscheduled);
         let changed = changed.map(|(id, _)| id).min();

@@ -1661,7 +1661,7 @@ mod tests {
         let shuts = |action: &Action<u32>| matches!(action, Action::ShutDoor { .. });
         assert!(emptying.iter().any(shuts), "{emptying:?}");
         assert!(core.is_bound(handle));
-        // Whoever asks now gets the same listener.
+        // A worker that asks now gets the same listener.
         let third = online(&mut core);
         let joined = ask(&mut core, third, port(1));
         assert_eq!(

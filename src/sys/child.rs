@@ -34,13 +34,13 @@ const BEGIN: u8 = 7;
 const SESSION: u8 = 8;
 /// Reported by a child that executes nothing when nothing can fail any more.
 pub(super) const STARTED: u8 = u8::MAX;
-/// Reported with a descriptor: the stream from which all further reports are to be read.
+/// Reported with a descriptor: the stream that carries all further reports.
 pub(super) const MOVED: u8 = u8::MAX - 1;
 
 /// A step or one of the two above, and an error number.
 pub(super) type Report = [u8; 5];
 
-/// What the parent does until the child has executed its program.
+/// How the parent waits until the child has executed its program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Parent {
     /// The kernel suspends it (`CLONE_VFORK`), and it reads the report afterwards.
@@ -56,7 +56,7 @@ const PANICKED: i32 = 101;
 /// zero.
 pub(super) type PidVariable = [u8; 30];
 
-/// A variable whose value is to be written by the child.
+/// A variable whose value the child writes.
 pub(super) fn pid_variable(name: &str) -> PidVariable {
     let mut text = PidVariable::default();
     let _ = write!(&mut text[..], "{name}=");

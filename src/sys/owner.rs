@@ -108,7 +108,7 @@ mod tests {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, fork};
 
-    /// What a forked child returns.
+    /// Returns the exit code of a forked child.
     fn in_child(child: impl FnOnce() -> i32) -> i32 {
         // SAFETY: the child allocates nothing and ends at once.
         match unsafe { fork() }.unwrap() {

@@ -65,7 +65,7 @@ pub(crate) struct Registered<S: AsFd> {
     source: S,
 }
 
-/// What a registered descriptor is in the poller for.
+/// The events that the poller reports of a registered descriptor.
 #[derive(Clone, Copy, Debug)]
 enum Awaited {
     Interest(Interest),

@@ -55,7 +55,7 @@ struct Made {
     parent: Parent,
 }
 
-/// What can be read of a child's reports.
+/// The state of a child's reports.
 enum Reported {
     Nothing,
     /// The child has executed its program, or has ended.

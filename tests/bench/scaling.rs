@@ -79,7 +79,7 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// A process that turns its loop when it is told to.
+/// A process that runs an iteration of its loop on request.
 struct Loop {
     group: Group,
     process: Pid,
@@ -153,7 +153,7 @@ fn readable() -> (UnixStream, UnixStream) {
     (here, there)
 }
 
-/// What master and worker have in common.
+/// The methods that master and worker share.
 macro_rules! measured {
     ($role:expr, $what:ty, $kind:expr, $count:expr) => {{
         let role: &$what = $role;

@@ -33,7 +33,7 @@ const MS: Duration = Duration::from_millis(1);
 /// Which callback this process tests.
 const CALLBACK: &str = "CALLBACK";
 
-/// What the callback calls. It runs once.
+/// The method that the callback calls. It runs once.
 type Calls = Rc<dyn Fn()>;
 
 /// Runs when it is dropped.
@@ -82,7 +82,7 @@ fn readable() -> (UnixStream, UnixStream) {
     (here, there)
 }
 
-/// What a callback of the master can reach.
+/// The handles that a callback of the master can use.
 struct Cluster {
     master: Master,
     listener: RefCell<Option<MasterListener>>,
@@ -608,7 +608,7 @@ fn every_callback_of_the_master_may_call_every_method() {
     });
 }
 
-/// What a callback of a pool can reach.
+/// The handles that a callback of a pool can use.
 struct Pooled {
     cluster: Rc<Cluster>,
     pool: Pool,
@@ -724,7 +724,7 @@ fn every_callback_of_a_pool_may_call_every_method() {
     });
 }
 
-/// What a callback of a worker can reach.
+/// The handles that a callback of a worker can use.
 struct Own {
     worker: Worker,
     listener: Listener,

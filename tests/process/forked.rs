@@ -138,7 +138,7 @@ struct WorkersHandles {
 /// What a child does with handles, by the name of that.
 type Uses<H> = [(&'static str, fn(&H))];
 
-/// What a child does before it drops them all.
+/// The step that a child takes before it drops all handles.
 const WORKERS_USES: &Uses<WorkersHandles> = &[
     ("nothing", |_| {}),
     ("Worker::send", |handles| {

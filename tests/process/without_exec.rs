@@ -408,7 +408,7 @@ fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
             assert!(status.success(), "{status}");
             master.unwatch(first.as_ref().copied().unwrap());
             master.unwatch(second.as_ref().copied().unwrap());
-            // Until now nothing was to be read there.
+            // Until now there was nothing to read.
             let _ = (&listener, &one, &another);
         });
     });
