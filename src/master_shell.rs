@@ -85,6 +85,9 @@ impl Record {
 const SWEEP: usize = 2;
 /// How many frames are heard when a channel closes: more than a socket holds that nobody has enlarged.
 const LAST_FRAMES: u32 = 65_536;
+/// How many descriptors stay open of the messages among these frames, whose events wait. With those that
+/// arrived ahead of their frames (`MAX_EARLY_FDS`), one worker has at most 256 open in the master.
+const LAST_FDS: usize = 128;
 
 /// What one call of `feed` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -1171,6 +1174,13 @@ impl MasterShell {
 
     /// Feeds one frame that has arrived.
     pub(crate) fn feed(&self, record: &Record) -> Fed {
+        let mut unlimited = usize::MAX;
+        self.feed_with_fds(record, &mut unlimited)
+    }
+
+    /// Feeds one frame that has arrived, with at most `fds_left` descriptors, which it counts down. The
+    /// others are closed, and an error says so.
+    fn feed_with_fds(&self, record: &Record, fds_left: &mut usize) -> Fed {
         let next = |channel: &mut Channel<_, _>| (channel.next(), channel.is_drained());
         let worker = record.id;
         match record.with_channel(next) {
@@ -1178,11 +1188,14 @@ impl MasterShell {
             Some((
                 Ok(Some(Arrival {
                     frame,
-                    fds,
+                    mut fds,
                     lost_fds,
                 })),
                 is_last,
             )) => {
+                let lost_fds = lost_fds || fds.len() > *fds_left;
+                fds.truncate(*fds_left);
+                *fds_left -= fds.len();
                 let fed = match (&frame, is_last) {
                     (ToMaster::Listen { .. }, _) => Fed::Labour,
                     (_, true) => Fed::LastWord,
@@ -1250,9 +1263,9 @@ impl MasterShell {
     fn hear_to_the_end(&self, worker: &Record) {
         worker.with_channel(Channel::shut);
         // What was read before may be half of it.
-        let mut left = LAST_FRAMES;
+        let (mut left, mut fds_left) = (LAST_FRAMES, LAST_FDS);
         loop {
-            while left > 0 && self.feed(worker) != Fed::Nothing {
+            while left > 0 && self.feed_with_fds(worker, &mut fds_left) != Fed::Nothing {
                 left -= 1;
             }
             if left == 0 {

@@ -7,8 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
 use cluster::{Error, SendError, Signal};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 
-use crate::harness::{Log, cluster};
+use crate::harness::{Log, cluster, open_fds};
 
 crate::scenarios! {
     messages_arrive_once_and_in_order
@@ -16,6 +18,7 @@ crate::scenarios! {
     cluster_callbacks_come_before_the_workers
     descriptors_stay_with_their_messages
     descriptors_nobody_takes_are_closed
+    final_messages_keep_a_bounded_number_of_descriptors_open
     a_worker_that_does_not_read_is_felt_by_the_sender
     sending_to_a_dead_worker_is_an_error_and_an_event
     an_error_in_the_callback_for_errors_does_not_keep_the_loop
@@ -173,6 +176,49 @@ fn descriptors_nobody_takes_are_closed() {
         },
     );
     assert_eq!(entries.take(), ["closed"]);
+}
+
+/// The worker fills its socket with messages that have descriptors, and is killed. The master finds all of
+/// them together with the exit.
+fn final_messages_keep_a_bounded_number_of_descriptors_open() {
+    const MOST: usize = 256;
+    let errors = Rc::new(Cell::new(0));
+    let (counted, before) = (Rc::clone(&errors), Cell::new(0));
+    let peak = Rc::new(Cell::new(0));
+    let highest = Rc::clone(&peak);
+    let received = Rc::new(Cell::new(0));
+    let count = Rc::clone(&received);
+    cluster(
+        |master| {
+            master.on_error(move |_, _, error| {
+                assert!(matches!(error, Error::Exhausted { .. }), "{error}");
+                counted.set(counted.get() + 1);
+            });
+            before.set(open_fds().len());
+            master.on_message(move |_, _, _| {
+                count.set(count.get() + 1);
+                highest.set(highest.get().max(open_fds().len() - before.get()));
+            });
+            let worker = master.fork().unwrap();
+            let pid = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
+            waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        },
+        |worker| {
+            let null = File::open("/dev/null").unwrap();
+            let fds = || (0..16).map(|_| null.try_clone().unwrap().into()).collect();
+            while worker.send_with_fds(&[0; 64], fds()).unwrap() {}
+            nix::sys::signal::raise(nix::sys::signal::SIGKILL).unwrap();
+        },
+    );
+    println!(
+        "{} messages, {} descriptors, {} errors",
+        received.get(),
+        peak.get(),
+        errors.get()
+    );
+    assert!(received.get() > 100, "the socket has held few messages");
+    assert!(peak.get() <= MOST, "{} descriptors", peak.get());
+    assert!(errors.get() > 0);
 }
 
 fn a_worker_that_does_not_read_is_felt_by_the_sender() {
