@@ -621,7 +621,7 @@ mod tests {
 
     /// In a network of this thread's own, with the limit of old kernels.
     #[test]
-    #[ignore = "needs root, and Linux 6.8 for a limit of each network's own"]
+    #[ignore = "needs Linux 6.8, for a limit of each network's own, and root"]
     fn kernel_takes_the_selection_of_a_thousand_shards_with_the_optmem_max_of_old_kernels() {
         let play = || {
             // SAFETY: it takes an integer, and concerns this thread alone.
