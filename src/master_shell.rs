@@ -89,6 +89,46 @@ const LAST_FRAMES: u32 = 65_536;
 /// arrived ahead of their frames (`MAX_EARLY_FDS`), one worker has at most 256 open in the master.
 const LAST_FDS: usize = 128;
 
+/// How many more descriptors may arrive with messages.
+#[derive(Clone, Copy, Debug)]
+enum FdsLeft {
+    Unlimited,
+    AtMost(usize),
+    /// Some were too many.
+    Spent,
+}
+
+/// Whether descriptors are reported as too many. The first ones are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Report {
+    Nothing,
+    Loss,
+}
+
+impl FdsLeft {
+    /// Closes the descriptors that are too many.
+    fn take(&mut self, fds: &mut Vec<CommonFd>) -> Report {
+        match *self {
+            Self::Unlimited => Report::Nothing,
+            Self::AtMost(left) => match left.checked_sub(fds.len()) {
+                Some(rest) => {
+                    *self = Self::AtMost(rest);
+                    Report::Nothing
+                }
+                None => {
+                    fds.truncate(left);
+                    *self = Self::Spent;
+                    Report::Loss
+                }
+            },
+            Self::Spent => {
+                fds.clear();
+                Report::Nothing
+            }
+        }
+    }
+}
+
 /// What one call of `feed` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fed {
@@ -1174,13 +1214,11 @@ impl MasterShell {
 
     /// Feeds one frame that has arrived.
     pub(crate) fn feed(&self, record: &Record) -> Fed {
-        let mut unlimited = usize::MAX;
-        self.feed_with_fds(record, &mut unlimited)
+        self.feed_with_fds(record, &mut FdsLeft::Unlimited)
     }
 
-    /// Feeds one frame that has arrived, with at most `fds_left` descriptors, which it counts down. The
-    /// others are closed, and an error says so.
-    fn feed_with_fds(&self, record: &Record, fds_left: &mut usize) -> Fed {
+    /// Feeds one frame that has arrived, without the descriptors that are too many.
+    fn feed_with_fds(&self, record: &Record, fds_left: &mut FdsLeft) -> Fed {
         let next = |channel: &mut Channel<_, _>| (channel.next(), channel.is_drained());
         let worker = record.id;
         match record.with_channel(next) {
@@ -1193,9 +1231,7 @@ impl MasterShell {
                 })),
                 is_last,
             )) => {
-                let lost_fds = lost_fds || fds.len() > *fds_left;
-                fds.truncate(*fds_left);
-                *fds_left -= fds.len();
+                let lost_fds = fds_left.take(&mut fds) == Report::Loss || lost_fds;
                 let fed = match (&frame, is_last) {
                     (ToMaster::Listen { .. }, _) => Fed::Labour,
                     (_, true) => Fed::LastWord,
@@ -1263,7 +1299,7 @@ impl MasterShell {
     fn hear_to_the_end(&self, worker: &Record) {
         worker.with_channel(Channel::shut);
         // What was read before may be half of it.
-        let (mut left, mut fds_left) = (LAST_FRAMES, LAST_FDS);
+        let (mut left, mut fds_left) = (LAST_FRAMES, FdsLeft::AtMost(LAST_FDS));
         loop {
             while left > 0 && self.feed_with_fds(worker, &mut fds_left) != Fed::Nothing {
                 left -= 1;

@@ -360,6 +360,8 @@ enum End {
     CutOffTwice(&'static str, &'static str),
     /// It has done nothing that is forbidden; the test ends it, after the clients.
     Tolerated,
+    /// The same, but its final messages may be more than the master keeps: then that is reported once.
+    ToleratedInPart(&'static str),
 }
 
 #[derive(Clone, Copy)]
@@ -649,9 +651,15 @@ fn beside_an_honest_worker(case: Case) {
     let expected = match case.end {
         End::CutOff(why) => vec![why, "disconnect", "killed"],
         End::CutOffTwice(why, late) => vec![why, late, "disconnect", "killed"],
-        End::Tolerated => vec!["disconnect", "killed"],
+        End::Tolerated | End::ToleratedInPart(_) => vec!["disconnect", "killed"],
     };
-    assert_eq!(told.take(), expected);
+    let mut events = told.take();
+    if let End::ToleratedInPart(why) = case.end {
+        if events.first().is_some_and(|event| event == why) {
+            events.remove(0);
+        }
+    }
+    assert_eq!(events, expected);
 }
 
 /// How the honest worker serves beside one that is as honest, and as busy with the master as one can
@@ -719,7 +727,7 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Visits, case: Case, l
         assert!(busy.most_messages <= MESSAGES, "speaks all the time");
         let most = BUSIER * median(&quiet.work).max(LEAST_WORK);
         assert!(median(&busy.work) < most || is_instrumented(), "held up");
-        if let End::Tolerated = case.end {
+        if matches!(case.end, End::Tolerated | End::ToleratedInPart(_)) {
             assert!(!enemy.is_dead());
             let went_on = processor_time(enemy.process().id()) > worked;
             assert!(went_on || !case.goes_on, "the flood has ended");
@@ -970,7 +978,10 @@ fn descriptors_that_the_program_does_not_take_are_closed() {
         }
     });
     let fds = FDS_OF_ITS_OWN + FDS_IN;
-    beside_an_honest_worker(Case { fds, ..case });
+    let end = End::ToleratedInPart(
+        "no room for the channel to worker 3: Too many open files (os error 24)",
+    );
+    beside_an_honest_worker(Case { fds, end, ..case });
 }
 
 /// Makes the last close of this socket, whoever it is that closes it, wait for a client that does
