@@ -655,7 +655,7 @@ fn beside_an_honest_worker(case: Case) {
     };
     let mut events = told.take();
     if let End::ToleratedInPart(why) = case.end {
-        if events.first().is_some_and(|event| event == why) {
+        if events.first().is_some_and(|event| event.starts_with(why)) {
             events.remove(0);
         }
     }
@@ -978,9 +978,7 @@ fn descriptors_that_the_program_does_not_take_are_closed() {
         }
     });
     let fds = FDS_OF_ITS_OWN + FDS_IN;
-    let end = End::ToleratedInPart(
-        "no room for the channel to worker 3: Too many open files (os error 24)",
-    );
+    let end = End::ToleratedInPart("no room for the channel to worker 3: ");
     beside_an_honest_worker(Case { fds, end, ..case });
 }
 
