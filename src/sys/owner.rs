@@ -66,8 +66,9 @@ fn own_pid() -> usize {
     usize::try_from(number).unwrap_or(0)
 }
 
-/// A number in a page of its own, which is zero in a child: madvise(2), Linux 4.14.
-#[cfg(target_os = "linux")]
+/// A number in a page of its own, which is zero in a child: madvise(2), Linux 4.14. Miri does not
+/// implement it.
+#[cfg(all(target_os = "linux", not(miri)))]
 fn wiped_on_fork() -> Option<&'static AtomicUsize> {
     const NO_ADVICE: libc::c_int = -1;
     // SAFETY: sysconf takes an integer.
@@ -96,7 +97,7 @@ fn wiped_on_fork() -> Option<&'static AtomicUsize> {
     Some(unsafe { &*page.cast::<AtomicUsize>() })
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(any(not(target_os = "linux"), miri))]
 fn wiped_on_fork() -> Option<&'static AtomicUsize> {
     None
 }
