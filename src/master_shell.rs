@@ -1,10 +1,12 @@
 //! The master's hands: carries out what [`MasterCore`] decides, on real processes, channels and
 //! listeners. Never calls the program.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write as _};
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -193,6 +195,9 @@ pub(crate) struct MasterShell {
     writing: RefCell<BTreeSet<WorkerId>>,
     /// Workers without a channel whose end only SIGCHLD tells.
     unseen: RefCell<BTreeSet<WorkerId>>,
+    /// In a worker that executes nothing: what its master owns. The master would notice if it were
+    /// dropped. It stays reachable, so that a leak checker finds real leaks.
+    abandoned: RefCell<Vec<ManuallyDrop<Box<dyn Any>>>>,
     /// The closure that chooses the inspect port is running.
     is_choosing_port: Cell<bool>,
     /// What came with the message of which the program is being told.
@@ -246,6 +251,7 @@ impl MasterShell {
             unheard: RefCell::default(),
             writing: RefCell::default(),
             unseen: RefCell::default(),
+            abandoned: RefCell::default(),
             is_choosing_port: Cell::new(false),
             told: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
@@ -462,7 +468,7 @@ impl MasterShell {
             numbers.extend(descriptors.map(|fd| fd.as_raw_fd()));
             numbers.extend(process.iter().map(|process| process.as_raw_fd()));
             numbers.extend(stdio.values().map(AsRawFd::as_raw_fd));
-            std::mem::forget((channel, process, stdio));
+            self.keep((channel, process, stdio));
         }
         for listener in listeners.values() {
             let file = listener.file.iter().map(SocketFile::directory);
@@ -486,8 +492,14 @@ impl MasterShell {
         // The message that is being delivered.
         let told = self.told.borrow().upgrade().map(|untaken| untaken.take());
         numbers.extend(told.iter().flatten().map(|fd| fd.as_fd().as_raw_fd()));
-        std::mem::forget((records, listeners, queues, core, told));
+        self.keep((records, listeners, queues, core, told));
         Ok(numbers)
+    }
+
+    /// In a worker that executes nothing: keeps what its master owns, without ever dropping it.
+    fn keep(&self, value: impl Any) {
+        let value: Box<dyn Any> = Box::new(value);
+        self.abandoned.borrow_mut().push(ManuallyDrop::new(value));
     }
 
     /// The last event of the process has been delivered.
