@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -143,6 +144,10 @@ pub(crate) struct EventLoop<R> {
     began: Instant,
     timers: RefCell<Timers<OnTimer<R>>>,
     watches: RefCell<BTreeMap<WatchId, Place<R>>>,
+    /// The watches that a forked child has from its parent. They are never dropped, because a drop
+    /// would close descriptors or run code of the application. They stay reachable, because
+    /// LeakSanitizer would report them otherwise.
+    abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, Place<R>>>>,
     last_watch: Cell<u32>,
     /// How many of them keep the program running.
     referenced_watches: Cell<usize>,
@@ -165,6 +170,7 @@ impl<R> EventLoop<R> {
             began: Instant::now(),
             timers: RefCell::new(Timers::new()),
             watches: RefCell::default(),
+            abandoned: RefCell::default(),
             last_watch: Cell::new(0),
             referenced_watches: Cell::new(0),
             signal_pipe: RefCell::default(),
@@ -279,7 +285,7 @@ impl<R> EventLoop<R> {
         self.referenced_watches.set(0);
         let numbers = watches.values().map(|place| place.number);
         let numbers = numbers.filter(|number| *number > 2).collect();
-        std::mem::forget(watches);
+        self.abandoned.borrow_mut().extend(watches);
         numbers
     }
 
