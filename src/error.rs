@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use crate::frame::{FrameError, MAX_BODY, MAX_FDS};
 use crate::sys::errno;
-use crate::worker_id::WorkerId;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{FrameError, MAX_BODY, MAX_FDS};
 
 /// The result of everything in this crate that can fail.
 ///

@@ -3,71 +3,46 @@
 // So that the pool names things as any other program does.
 extern crate self as cluster;
 
-mod address;
-mod bind;
-mod callbacks;
-mod channel;
-mod endpoint;
+mod config;
+mod core;
 mod error;
-mod event;
-mod event_loop;
-mod fault;
-mod frame;
+mod init;
+mod master;
+pub mod pool;
+mod runtime;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
-pub mod fuzzing;
-mod ledger;
-mod listener;
-mod loads;
-mod master;
-mod master_core;
-mod master_listener;
-mod master_shell;
-mod message;
-mod options;
-pub mod pool;
-mod role;
-mod round_robin;
-mod send_options;
-mod settings;
-mod shard_group;
-mod signal;
-#[cfg(test)]
-mod simulation;
-mod socket_file;
-mod sorted_map;
+pub mod sim;
 #[allow(unsafe_code)]
 mod sys;
 pub mod systemd;
-mod timers;
-mod udp_socket;
+mod types;
+mod wire;
 mod worker;
-mod worker_core;
-mod worker_id;
-mod worker_process;
-mod worker_shell;
 
-pub use address::{Address, AddressType};
-pub use callbacks::CallbackId;
+pub use config::listen::{BindOptions, ListenOptions};
+pub use config::send::SendOptions;
+pub use config::settings::{
+    InspectPort, SchedulingPolicy, Settings, Stdio, UnknownPolicy, WorkerMain,
+};
+pub use core::event::WorkerState;
 pub use error::{Error, Result, SendError};
-pub use event::WorkerState;
-pub use event_loop::{LoopId, WatchId};
-pub use frame::FrameError;
-pub use ledger::Ledger;
-pub use listener::{Connection, Incoming, Listener};
-pub use loads::{ListenerLoad, Loads, WorkerLoad};
+pub use init::{Role, available_parallelism, init, is_master, is_worker};
 pub use master::Master;
-pub use master_listener::MasterListener;
-pub use message::Message;
-pub use options::{BindOptions, ListenOptions};
-pub use role::{Role, available_parallelism, init, is_master, is_worker};
-pub use send_options::SendOptions;
-pub use settings::{InspectPort, SchedulingPolicy, Settings, Stdio, UnknownPolicy, WorkerMain};
-pub use signal::Signal;
+pub use master::listener::MasterListener;
+pub use master::worker_process::{Process, WorkerProcess};
+pub use runtime::callbacks::CallbackId;
+pub use runtime::event_loop::{LoopId, WatchId};
+pub use runtime::timers::TimerId;
 pub use sys::poll::Interest;
 pub use sys::process::Usage;
-pub use timers::TimerId;
-pub use udp_socket::UdpSocket;
+pub use types::address::{Address, AddressType};
+pub use types::ledger::Ledger;
+pub use types::loads::{ListenerLoad, Loads, WorkerLoad};
+pub use types::message::Message;
+pub use types::signal::Signal;
+pub use types::worker_id::WorkerId;
+pub use wire::frame::FrameError;
+pub use worker::listener::{Connection, Incoming, Listener};
+pub use worker::udp_socket::UdpSocket;
 pub use worker::{OwnProcess, Worker};
-pub use worker_id::WorkerId;
-pub use worker_process::{Process, WorkerProcess};

@@ -47,11 +47,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::config::settings::{Stdio, TO_WORKER};
 use crate::error::{Error, Result};
-use crate::settings::{Stdio, TO_WORKER};
-use crate::sorted_map::SortedMap;
 use crate::sys;
 use crate::sys::listen::SocketKind;
+use crate::types::sorted_map::SortedMap;
 
 const LISTEN_FDS: &str = "LISTEN_FDS";
 pub(crate) const LISTEN_PID: &str = "LISTEN_PID";

@@ -7,6 +7,7 @@
 //! wrapper (`parent`, `threads`), a handler that changes what a call is about (`interrupt`). Functions
 //! return `io::Error`; the caller says what it tried.
 
+pub(crate) mod bind;
 mod child;
 pub(crate) mod env;
 pub(crate) mod fd;
@@ -20,6 +21,7 @@ pub(crate) mod process;
 pub(crate) mod queue;
 pub(crate) mod signal;
 pub(crate) mod socket;
+pub(crate) mod socket_file;
 pub(crate) mod threads;
 
 use std::io;

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cluster::fuzzing::master_input(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cluster::sim::fuzz::master_input(data));
