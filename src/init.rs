@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::master::Master;
 use crate::sys;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, VERSION, WELCOME_LENGTH, version_of_welcome, welcome};
+use crate::wire::frame::{FrameError, PREAMBLE_LENGTH, VERSION, preamble, version_of_preamble};
 use crate::worker::Worker;
 
 const UNKNOWN: u8 = 0;
@@ -118,20 +118,20 @@ pub(crate) fn is_wrapped_master() -> bool {
 }
 
 /// The first bytes in a socket, if there are as many as a master writes into a channel.
-fn preamble(number: RawFd) -> Option<[u8; WELCOME_LENGTH]> {
-    let mut found = [0; WELCOME_LENGTH];
+fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
+    let mut found = [0; PREAMBLE_LENGTH];
     let read = sys::fd::peek(number, &mut found);
-    matches!(read, Ok(WELCOME_LENGTH)).then_some(found)
+    matches!(read, Ok(PREAMBLE_LENGTH)).then_some(found)
 }
 
 /// Takes over the channel, if it is one: what a master has written there says so.
 fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
-    let found = preamble(number);
-    if let Some(mut found) = found.filter(|found| *found == welcome(id)) {
+    let found = peek_preamble(number);
+    if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
         let attempt = "take over the channel to the master";
         return sys::fd::adopt_channel(number, &mut found).map_err(Error::io(attempt));
     }
-    let version = found.and_then(version_of_welcome);
+    let version = found.and_then(version_of_preamble);
     match version.filter(|version| *version != VERSION) {
         Some(version) => Err(Error::Frame {
             worker: None,
@@ -187,7 +187,7 @@ fn identity() -> Result<Identity> {
     let (Ok(id), Ok(channel)) = (number(UNIQUE_ID), number(CHANNEL_FD)) else {
         return Ok(Identity::Master);
     };
-    if preamble(descriptor(channel)) != Some(welcome(WorkerId::new(id))) {
+    if peek_preamble(descriptor(channel)) != Some(preamble(WorkerId::new(id))) {
         return Ok(Identity::Master);
     }
     if std::env::var_os(WRAPPED).is_some() {

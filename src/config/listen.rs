@@ -54,7 +54,7 @@ const MAX_PATH: usize = 4096;
 #[derive(Debug)]
 #[must_use]
 pub struct ListenOptions<S = TcpStream> {
-    pub(crate) wish: Wish,
+    pub(crate) bind_request: BindRequest,
     streams: PhantomData<fn() -> S>,
 }
 
@@ -76,12 +76,12 @@ pub struct ListenOptions<S = TcpStream> {
 #[derive(Debug)]
 #[must_use]
 pub struct BindOptions {
-    pub(crate) wish: Wish,
+    pub(crate) bind_request: BindRequest,
 }
 
 /// What both kinds of options come to.
 #[derive(Debug)]
-pub(crate) struct Wish {
+pub(crate) struct BindRequest {
     pub(crate) kind: Kind,
     target: Target,
     pub(crate) flags: BindFlags,
@@ -102,7 +102,7 @@ enum Target {
     Socket(Option<OwnedFd>),
 }
 
-impl Wish {
+impl BindRequest {
     fn new(kind: Kind, target: Target) -> Self {
         Self {
             kind,
@@ -182,7 +182,7 @@ impl Wish {
 }
 
 /// What the program wrote, for an error's text.
-impl std::fmt::Display for Wish {
+impl std::fmt::Display for BindRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let endpoint = |place| Endpoint::new(self.kind, place);
         match &self.target {
@@ -201,7 +201,7 @@ impl std::fmt::Display for Wish {
 impl<S> ListenOptions<S> {
     fn of_kind(kind: Kind, target: Target) -> Self {
         Self {
-            wish: Wish::new(kind, target),
+            bind_request: BindRequest::new(kind, target),
             streams: PhantomData,
         }
     }
@@ -212,7 +212,7 @@ impl<S> ListenOptions<S> {
     ///
     /// Node: `backlog`. See [`ListenOptions`] for an example.
     pub fn backlog(mut self, connections: u32) -> Self {
-        self.wish.flags.backlog = connections;
+        self.bind_request.flags.backlog = connections;
         self
     }
 
@@ -228,7 +228,7 @@ impl<S> ListenOptions<S> {
     /// # Ok(()) }
     /// ```
     pub fn exclusive(mut self, exclusive: bool) -> Self {
-        self.wish.exclusive = exclusive;
+        self.bind_request.exclusive = exclusive;
         self
     }
 }
@@ -242,7 +242,7 @@ impl ListenOptions<TcpStream> {
     ///
     /// Node: `ipv6Only`. The default is `false`. See [`ListenOptions`] for an example.
     pub fn ipv6_only(mut self, only: bool) -> Self {
-        self.wish.flags.ipv6_only = only;
+        self.bind_request.flags.ipv6_only = only;
         self
     }
 
@@ -258,7 +258,7 @@ impl ListenOptions<TcpStream> {
     /// # Ok(()) }
     /// ```
     pub fn reuse_port(mut self, reuse: bool) -> Self {
-        self.wish.reuse_port = reuse;
+        self.bind_request.reuse_port = reuse;
         self
     }
 
@@ -299,7 +299,7 @@ impl ListenOptions<UnixStream> {
     /// # Ok(()) }
     /// ```
     pub fn readable_all(mut self, readable: bool) -> Self {
-        self.wish.flags.readable_all = readable;
+        self.bind_request.flags.readable_all = readable;
         self
     }
 
@@ -308,7 +308,7 @@ impl ListenOptions<UnixStream> {
     /// Node: `writableAll`. The default is `false`. See [`readable_all`](Self::readable_all) for an
     /// example.
     pub fn writable_all(mut self, writable: bool) -> Self {
-        self.wish.flags.writable_all = writable;
+        self.bind_request.flags.writable_all = writable;
         self
     }
 
@@ -360,15 +360,15 @@ impl From<UnixListener> for ListenOptions<UnixStream> {
 
 impl BindOptions {
     fn new(target: Target) -> Self {
-        let wish = Wish::new(Kind::Udp, target);
-        Self { wish }
+        let bind_request = BindRequest::new(Kind::Udp, target);
+        Self { bind_request }
     }
 
     /// Leaves IPv4 out where the address is `[::]`, which stands for both otherwise.
     ///
     /// Node: `ipv6Only`. The default is `false`. See [`BindOptions`] for an example.
     pub fn ipv6_only(mut self, only: bool) -> Self {
-        self.wish.flags.ipv6_only = only;
+        self.bind_request.flags.ipv6_only = only;
         self
     }
 
@@ -385,7 +385,7 @@ impl BindOptions {
     /// # Ok(()) }
     /// ```
     pub fn reuse_addr(mut self, reuse: bool) -> Self {
-        self.wish.flags.reuse_addr = reuse;
+        self.bind_request.flags.reuse_addr = reuse;
         self
     }
 
@@ -396,7 +396,7 @@ impl BindOptions {
     /// Node: `reusePort`. The default is `false`. See
     /// [`ListenOptions::reuse_port`], which is the same for TCP, for an example.
     pub fn reuse_port(mut self, reuse: bool) -> Self {
-        self.wish.reuse_port = reuse;
+        self.bind_request.reuse_port = reuse;
         self
     }
 
@@ -406,7 +406,7 @@ impl BindOptions {
     /// Node: `exclusive`. The default is `false`. See [`ListenOptions::exclusive`], which is the
     /// same for TCP, for an example.
     pub fn exclusive(mut self, exclusive: bool) -> Self {
-        self.wish.exclusive = exclusive;
+        self.bind_request.exclusive = exclusive;
         self
     }
 

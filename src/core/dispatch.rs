@@ -42,15 +42,15 @@ const LONGEST_NAP: Time = Duration::from_secs(1);
 
 /// A connection on its way to a worker.
 #[derive(Debug)]
-pub(crate) struct Given<C> {
+pub(crate) struct Dispatched<C> {
     pub(crate) worker: WorkerId,
-    pub(crate) placed: Placed<C>,
+    pub(crate) placed: Sequenced<C>,
     /// No worker could take it at once. The client may have hung up meanwhile.
     pub(crate) has_waited: bool,
 }
 
 /// A connection with its place among all that were accepted.
-pub(crate) type Placed<C> = (u64, C);
+pub(crate) type Sequenced<C> = (u64, C);
 
 /// A connection that has been accepted and not been dispatched.
 #[derive(Debug)]
@@ -202,7 +202,7 @@ pub(crate) struct RoundRobin<C> {
     waiting: SortedMap<u64, ()>,
     /// The program says who gets what; here is what it has not been asked about.
     chooses: bool,
-    unchosen: SortedMap<u64, ()>,
+    unscheduled: SortedMap<u64, ()>,
     /// The workers with queue capacity for a connection that the scheduler has chosen for them.
     chosen: BTreeSet<WorkerId>,
     /// How many members are ready, and how many are candidates.
@@ -233,7 +233,7 @@ impl<C> RoundRobin<C> {
             held: BTreeMap::new(),
             waiting: SortedMap::new(),
             chooses: false,
-            unchosen: SortedMap::new(),
+            unscheduled: SortedMap::new(),
             chosen: BTreeSet::new(),
             ready: 0,
             candidates: 0,
@@ -268,19 +268,19 @@ impl<C> RoundRobin<C> {
     }
 
     /// Whether any connection waits for a worker.
-    pub(crate) fn anyone_waits(&self) -> bool {
+    pub(crate) fn has_waiting(&self) -> bool {
         !self.held.is_empty()
     }
 
     /// From now on the program says who gets what.
-    pub(crate) fn let_choose(&mut self) {
+    pub(crate) fn use_scheduler(&mut self) {
         self.chooses = true;
     }
 
     /// A connection of which the program is to say who gets it. It is not asked as long as there is
     /// nobody to choose.
-    pub(crate) fn unchosen(&self) -> Option<(u64, &C)> {
-        let (place, ()) = self.unchosen.first_key_value()?;
+    pub(crate) fn unscheduled(&self) -> Option<(u64, &C)> {
+        let (place, ()) = self.unscheduled.first_key_value()?;
         if self.candidates == 0 {
             return None;
         }
@@ -289,7 +289,7 @@ impl<C> RoundRobin<C> {
 
     /// The program has chosen this worker; or none, and leaves it to whoever is next.
     pub(crate) fn choose(&mut self, place: u64, worker: Option<WorkerId>) {
-        if !self.unchosen.contains_key(&place) {
+        if !self.unscheduled.contains_key(&place) {
             return;
         }
         let candidate = worker.filter(|worker| {
@@ -303,13 +303,13 @@ impl<C> RoundRobin<C> {
     }
 
     /// Keeps a connection until it is dispatched.
-    fn hold(&mut self, (place, connection): Placed<C>, wanted: Wanted) {
+    fn hold(&mut self, (place, connection): Sequenced<C>, wanted: Wanted) {
         match wanted {
             Wanted::Next => {
                 self.waiting.insert(place, ());
             }
             Wanted::Unscheduled => {
-                self.unchosen.insert(place, ());
+                self.unscheduled.insert(place, ());
             }
             Wanted::Chosen(worker) => {
                 self.change(worker, |member| member.chosen.insert(place, ()));
@@ -326,7 +326,7 @@ impl<C> RoundRobin<C> {
                 self.waiting.remove(&place);
             }
             Wanted::Unscheduled => {
-                self.unchosen.remove(&place);
+                self.unscheduled.remove(&place);
             }
             Wanted::Chosen(worker) => {
                 self.change(worker, |member| member.chosen.remove(&place));
@@ -336,7 +336,7 @@ impl<C> RoundRobin<C> {
     }
 
     /// Adds connections that wait to be dispatched.
-    fn wait(&mut self, connections: impl IntoIterator<Item = Placed<C>>) {
+    fn wait(&mut self, connections: impl IntoIterator<Item = Sequenced<C>>) {
         let wanted = if self.chooses {
             Wanted::Unscheduled
         } else {
@@ -348,7 +348,7 @@ impl<C> RoundRobin<C> {
     }
 
     /// The same of connections that have been dispatched once. Their clients may have hung up since.
-    fn wait_again(&mut self, connections: Vec<Placed<C>>) {
+    fn wait_again(&mut self, connections: Vec<Sequenced<C>>) {
         let last = connections.iter().map(|(place, _)| *place).max();
         self.waited = self.waited.max(last.unwrap_or(0));
         self.wait(connections);
@@ -462,7 +462,7 @@ impl<C> RoundRobin<C> {
         for (place, ()) in ended.into_iter().flat_map(|(chosen, _)| chosen) {
             if let Some(held) = self.held.get_mut(&place) {
                 held.wanted = Wanted::Unscheduled;
-                self.unchosen.insert(place, ());
+                self.unscheduled.insert(place, ());
             }
         }
     }
@@ -479,10 +479,10 @@ impl<C> RoundRobin<C> {
 
     /// These have been taken back out of the queue of `worker`, which is empty then or not. Returns
     /// how many more are known now to be taken: less than none, if it has said that it took these.
-    pub(crate) fn came_back(
+    pub(crate) fn reclaimed(
         &mut self,
         worker: WorkerId,
-        connections: Vec<Placed<C>>,
+        connections: Vec<Sequenced<C>>,
         is_empty: bool,
     ) -> i64 {
         let count = connections.len() as u64;
@@ -514,7 +514,12 @@ impl<C> RoundRobin<C> {
 
     /// This could not be put into the queue of `worker`. If it `takes_more` all the same, it is
     /// offered more later, and otherwise when it is idle again.
-    pub(crate) fn not_given(&mut self, worker: WorkerId, connection: Placed<C>, takes_more: bool) {
+    pub(crate) fn not_dispatched(
+        &mut self,
+        worker: WorkerId,
+        connection: Sequenced<C>,
+        takes_more: bool,
+    ) {
         self.change(worker, |member| {
             member.sent -= 1;
             member.had = member.had.saturating_sub(1);
@@ -533,9 +538,9 @@ impl<C> RoundRobin<C> {
 
     /// Gives `worker` nothing more, out of whose queue these were taken back, the last ones. Returns
     /// how many more are known now to be taken.
-    pub(crate) fn leave(&mut self, worker: WorkerId, connections: Vec<Placed<C>>) -> i64 {
+    pub(crate) fn leave(&mut self, worker: WorkerId, connections: Vec<Sequenced<C>>) -> i64 {
         self.end(worker);
-        self.came_back(worker, connections, true)
+        self.reclaimed(worker, connections, true)
     }
 
     /// Forgets a worker that has left. Returns what it has had.
@@ -586,7 +591,7 @@ impl<C> RoundRobin<C> {
     }
 
     /// The first connection for which a worker was chosen that has room.
-    fn next_chosen(&mut self) -> Option<(WorkerId, Placed<C>)> {
+    fn next_chosen(&mut self) -> Option<(WorkerId, Sequenced<C>)> {
         let worker = *self.chosen.first()?;
         let (place, ()) = self.members.get(&worker)?.chosen.first_key_value()?;
         let place = *place;
@@ -594,7 +599,7 @@ impl<C> RoundRobin<C> {
     }
 
     /// The first waiting connection, and the worker whose turn it is.
-    fn next_in_turn(&mut self, now: Time) -> Option<(WorkerId, Placed<C>)> {
+    fn next_in_turn(&mut self, now: Time) -> Option<(WorkerId, Sequenced<C>)> {
         let worker = match self.idle.first() {
             // Nothing would be taken back that turns out to lie behind a slow one.
             None if self.chooses => return None,
@@ -624,7 +629,7 @@ impl<C> RoundRobin<C> {
     }
 
     /// Gives a waiting connection to a worker.
-    pub(crate) fn distribute(&mut self, now: Time) -> Option<Given<C>> {
+    pub(crate) fn distribute(&mut self, now: Time) -> Option<Dispatched<C>> {
         while let Some(&(until, worker)) = self.sleepers.first() {
             if until > now {
                 break;
@@ -635,7 +640,7 @@ impl<C> RoundRobin<C> {
         let chosen = self.next_chosen();
         let Some((worker, placed)) = chosen.or_else(|| self.next_in_turn(now)) else {
             // The scheduler is asked at once: what it has not been asked about does not wait yet.
-            if self.unchosen.is_empty() {
+            if self.unscheduled.is_empty() {
                 self.waited = self.accepted;
             }
             return None;
@@ -653,7 +658,7 @@ impl<C> RoundRobin<C> {
             member.had
         })?;
         self.most = self.most.max(had);
-        Some(Given {
+        Some(Dispatched {
             worker,
             placed,
             has_waited,
@@ -662,7 +667,7 @@ impl<C> RoundRobin<C> {
 
     /// Out of whose queue connections should be taken back, because another worker is idle, and how
     /// many. Not at once: who is only waiting for a core would lose what it has to whoever has one.
-    pub(crate) fn to_take_back(&self, now: Time) -> Option<(WorkerId, usize)> {
+    pub(crate) fn to_reclaim(&self, now: Time) -> Option<(WorkerId, usize)> {
         if self.chooses || !self.anyone_is_idle() {
             return None;
         }
@@ -676,8 +681,8 @@ impl<C> RoundRobin<C> {
         Some((*worker, member.behind().max(1) as usize))
     }
 
-    /// When `to_take_back` may have somebody to name although nothing has happened.
-    pub(crate) fn look_at(&self) -> Option<Time> {
+    /// When `to_reclaim` may have somebody to name although nothing has happened.
+    pub(crate) fn rebalance_deadline(&self) -> Option<Time> {
         if self.chooses || !self.anyone_is_idle() {
             return None;
         }
@@ -843,11 +848,11 @@ mod tests {
     #[test]
     fn whom_the_program_leaves_to_whoever_is_next_waits_for_one_who_is_idle() {
         let mut rr = idle(2);
-        rr.let_choose();
+        rr.use_scheduler();
         let give = |rr: &mut RoundRobin<u32>, worker| {
             rr.window = MAX_WINDOW;
             rr.push(0);
-            let (place, _) = rr.unchosen().unwrap();
+            let (place, _) = rr.unscheduled().unwrap();
             rr.choose(place, worker);
             who(rr)
                 .iter()
@@ -917,21 +922,17 @@ mod tests {
         hurry(&mut rr, 1);
         (0..5).for_each(|c| rr.push(c));
         assert_eq!(who(&mut rr).len(), 5);
-        assert_eq!(rr.to_take_back(LATER), None, "nobody is idle");
+        assert_eq!(rr.to_reclaim(LATER), None, "nobody is idle");
         rr.join(id(2));
         rr.idle(id(2), (0, 0), NOW).unwrap();
-        assert_eq!(rr.to_take_back(NOW), None, "it may still be quick");
-        assert_eq!(rr.look_at(), Some(QUICK));
-        assert_eq!(rr.to_take_back(QUICK), Some((id(1), 4)));
-        rr.came_back(id(1), (17..21).map(|place| (place, 0)).collect(), false);
+        assert_eq!(rr.to_reclaim(NOW), None, "it may still be quick");
+        assert_eq!(rr.rebalance_deadline(), Some(QUICK));
+        assert_eq!(rr.to_reclaim(QUICK), Some((id(1), 4)));
+        rr.reclaimed(id(1), (17..21).map(|place| (place, 0)).collect(), false);
         assert_eq!(who(&mut rr), [(2, 0); 4], "and nothing for the slow one");
         rr.idle(id(2), (4, 0), LATER).unwrap();
-        rr.came_back(id(1), vec![], true);
-        assert_eq!(
-            rr.to_take_back(LATER),
-            None,
-            "the first one is being served"
-        );
+        rr.reclaimed(id(1), vec![], true);
+        assert_eq!(rr.to_reclaim(LATER), None, "the first one is being served");
     }
 
     #[test]
@@ -939,10 +940,10 @@ mod tests {
         let mut rr = idle(2);
         rr.push(5);
         assert_eq!(who(&mut rr), [(1, 5)]);
-        assert_eq!(rr.to_take_back(NOW), None);
-        assert_eq!(rr.look_at(), Some(STALE));
-        assert_eq!(rr.to_take_back(STALE), Some((id(1), 1)));
-        rr.came_back(id(1), vec![(1, 5)], false);
+        assert_eq!(rr.to_reclaim(NOW), None);
+        assert_eq!(rr.rebalance_deadline(), Some(STALE));
+        assert_eq!(rr.to_reclaim(STALE), Some((id(1), 1)));
+        rr.reclaimed(id(1), vec![(1, 5)], false);
         assert_eq!(who(&mut rr), [(2, 5)]);
         rr.idle(id(2), (1, 0), NOW).unwrap();
         for n in 6..9 {
@@ -969,7 +970,7 @@ mod tests {
             while let Some(given) = rr.distribute(now) {
                 if given.worker == id(1) {
                     times.push(ms);
-                    rr.came_back(id(1), vec![given.placed], false);
+                    rr.reclaimed(id(1), vec![given.placed], false);
                 } else {
                     taken += 1;
                     rr.idle(id(2), (taken, 0), now).unwrap();
@@ -984,13 +985,13 @@ mod tests {
         let mut rr = idle(2);
         rr.push(0);
         assert_eq!(who(&mut rr), [(1, 0)]);
-        rr.came_back(id(1), vec![(1, 0)], false);
+        rr.reclaimed(id(1), vec![(1, 0)], false);
         assert_eq!(who(&mut rr), [(2, 0)]);
         rr.idle(id(2), (1, 0), NOW).unwrap();
         (1..4).for_each(|n| rr.push(n));
         assert_eq!(who(&mut rr)[..2], [(2, 1), (1, 2)]);
         rr.drop_waiting();
-        rr.came_back(id(1), vec![(3, 2)], false);
+        rr.reclaimed(id(1), vec![(3, 2)], false);
         rr.drop_waiting();
         assert!(rr.room() > 0, "it may be awake by now");
     }
@@ -1000,8 +1001,11 @@ mod tests {
         let mut rr = idle(2);
         rr.push(5);
         assert_eq!(who(&mut rr), [(1, 5)]);
-        assert_eq!(rr.came_back(id(1), Vec::new(), true), 1);
-        assert_eq!((rr.to_take_back(LATER), rr.look_at()), (None, None));
+        assert_eq!(rr.reclaimed(id(1), Vec::new(), true), 1);
+        assert_eq!(
+            (rr.to_reclaim(LATER), rr.rebalance_deadline()),
+            (None, None)
+        );
         assert_eq!(rr.in_hand(), 0);
         assert_eq!(rr.idle(id(1), (1, 0), LATER), Ok(0), "no news");
     }
@@ -1028,8 +1032,8 @@ mod tests {
     fn a_queue_that_is_full_gets_no_more_before_it_is_empty() {
         let mut rr = idle(2);
         rr.push(5);
-        let Given { worker, placed, .. } = rr.distribute(NOW).unwrap();
-        rr.not_given(worker, placed, false);
+        let Dispatched { worker, placed, .. } = rr.distribute(NOW).unwrap();
+        rr.not_dispatched(worker, placed, false);
         assert_eq!(who(&mut rr), [(2, 5)]);
         assert_eq!(rr.room(), 0);
         rr.idle(id(1), (0, 0), NOW).unwrap();
@@ -1090,11 +1094,11 @@ mod tests {
                 while let Some(given) = rr.distribute(now) {
                     queues[given.worker.get() as usize].push_back(given.placed);
                 }
-                while let Some((victim, count)) = rr.to_take_back(now) {
+                while let Some((victim, count)) = rr.to_reclaim(now) {
                     let queue = &mut queues[victim.get() as usize];
                     let back: Vec<_> = queue.drain(..count.min(queue.len())).collect();
                     let is_empty = back.len() < count;
-                    rr.came_back(victim, back, is_empty);
+                    rr.reclaimed(victim, back, is_empty);
                     while let Some(given) = rr.distribute(now) {
                         queues[given.worker.get() as usize].push_back(given.placed);
                     }

@@ -24,7 +24,7 @@ pub(crate) enum Event {
     /// For the callbacks of both levels; Node has the cluster's come first here.
     Message(Message),
     Disconnect,
-    Exit(Departure),
+    Exit(ExitReport),
     /// A detached process has exited: for its own callbacks alone.
     DetachedExit(ExitStatus),
     Error(Rc<Error>),
@@ -34,7 +34,7 @@ pub(crate) enum Event {
 
 /// What is known of a worker that has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Departure {
+pub(crate) struct ExitReport {
     pub(crate) status: ExitStatus,
     pub(crate) exited_after_disconnect: bool,
 }

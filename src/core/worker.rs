@@ -24,7 +24,7 @@ pub(crate) enum Action {
     /// Close this worker's copy of a shared listener or socket, or its queue.
     CloseListener(ListenerId),
     /// Let nobody new into the backlog of a listener of which the master knows nothing.
-    ShutDoor(ListenerId),
+    AttachSynFilter(ListenerId),
     /// Close the channel once everything queued is written.
     CloseChannel,
 }
@@ -373,7 +373,7 @@ impl WorkerCore {
         if let (Stage::Open(Some(handle)), true) = (entry.stage, entry.has_queue()) {
             let (taken, open) = (entry.taken, u32::try_from(entry.open).unwrap_or(u32::MAX));
             entry.said = Said::Empty(taken, open);
-            self.send(ToMaster::Ready {
+            self.send(ToMaster::Idle {
                 handle,
                 taken,
                 open,
@@ -387,7 +387,7 @@ impl WorkerCore {
         if let Some(entry) = self.listeners.get_mut(&listener).filter(|_| leaves) {
             let said = std::mem::replace(&mut entry.said, Said::Enough);
             if let (Some(handle), true) = (entry.handle(), said != Said::Enough) {
-                self.send(ToMaster::Revoke { handle });
+                self.send(ToMaster::Pause { handle });
             }
         }
     }
@@ -446,7 +446,7 @@ impl WorkerCore {
                 listener.into_iter().for_each(|id| self.say_empty(id));
             }
         }
-        self.look_at(full);
+        self.rebalance_deadline(full);
     }
 
     /// The listeners that are better left to others now.
@@ -459,7 +459,7 @@ impl WorkerCore {
     }
 
     /// Some that were left to others may need it no longer.
-    fn look_at(&mut self, listeners: Vec<ListenerId>) {
+    fn rebalance_deadline(&mut self, listeners: Vec<ListenerId>) {
         for listener in listeners {
             self.look(listener);
         }
@@ -518,7 +518,7 @@ impl WorkerCore {
         if self.most.is_some() {
             let full: Vec<_> = self.left_to_others().collect();
             self.most = None;
-            self.look_at(full);
+            self.rebalance_deadline(full);
         }
     }
 
@@ -539,7 +539,7 @@ impl WorkerCore {
     pub(crate) fn rested(&mut self) {
         let left: Vec<_> = self.left_to_others().collect();
         self.resting = false;
-        self.look_at(left);
+        self.rebalance_deadline(left);
     }
 
     /// The answer to a `Listen` came without the descriptor, for which there was no room.
@@ -550,7 +550,7 @@ impl WorkerCore {
     ) -> Result<(), FrameError> {
         let result = Err(errno::EMFILE);
         self.frame(ToWorker::Reply { request, result })?;
-        self.send(ToMaster::Close { handle });
+        self.send(ToMaster::Release { handle });
         Ok(())
     }
 
@@ -565,7 +565,7 @@ impl WorkerCore {
             (_, Some(handle)) => {
                 entry.stage = Stage::Closed;
                 let key = entry.key.clone();
-                self.send(ToMaster::Close { handle });
+                self.send(ToMaster::Release { handle });
                 self.actions.push_back(Action::CloseListener(listener));
                 self.release(key.as_ref());
             }
@@ -621,7 +621,7 @@ impl WorkerCore {
     pub(crate) fn disconnect(&mut self) {
         if self.connected && !self.asked && !self.told {
             self.asked = true;
-            self.send(ToMaster::Leaving);
+            self.send(ToMaster::DisconnectRequest);
         }
     }
 
@@ -696,7 +696,7 @@ impl WorkerCore {
                     }
                 }
             }
-            ToWorker::End { handle, drain } => {
+            ToWorker::ListenerClosed { handle, drain } => {
                 if let Some(listener) = self.by_handle(handle) {
                     if drain {
                         self.end(listener);
@@ -726,10 +726,10 @@ impl WorkerCore {
                     }
                 }
                 for listener in alone {
-                    self.actions.push_back(Action::ShutDoor(listener));
+                    self.actions.push_back(Action::AttachSynFilter(listener));
                     self.end(listener);
                 }
-                self.look_at(full);
+                self.rebalance_deadline(full);
                 if self.killed {
                     self.close_channel();
                 }
@@ -821,7 +821,7 @@ mod tests {
         let actions = std::iter::from_fn(|| core.next_action());
         let frames = actions.filter_map(|action| match action {
             Action::Send(frame) => Some(frame),
-            Action::CloseListener(_) | Action::ShutDoor(_) | Action::CloseChannel => None,
+            Action::CloseListener(_) | Action::AttachSynFilter(_) | Action::CloseChannel => None,
         });
         frames.collect()
     }
@@ -836,14 +836,14 @@ mod tests {
 
     fn ready(taken: u64, open: u32) -> ToMaster {
         let handle = HANDLE;
-        ToMaster::Ready {
+        ToMaster::Idle {
             handle,
             taken,
             open,
         }
     }
 
-    const REVOKE: ToMaster = ToMaster::Revoke { handle: HANDLE };
+    const REVOKE: ToMaster = ToMaster::Pause { handle: HANDLE };
 
     #[test]
     fn the_master_is_told_once_that_the_queue_is_empty() {
@@ -914,7 +914,7 @@ mod tests {
             sent(&mut core),
             [
                 REVOKE,
-                ToMaster::Revoke {
+                ToMaster::Pause {
                     handle: HandleId(2)
                 }
             ]
@@ -956,7 +956,7 @@ mod tests {
         let listener = core.listen(Endpoint::new(Kind::Unix, place), BindFlags::default());
         sent(&mut core);
         core.listener_lost(listener.0, HANDLE).unwrap();
-        assert_eq!(sent(&mut core), [ToMaster::Close { handle: HANDLE }]);
+        assert_eq!(sent(&mut core), [ToMaster::Release { handle: HANDLE }]);
         let failed = Listen::Failed(errno::EMFILE);
         assert_eq!(core.listen_result(listener), failed);
     }
@@ -971,7 +971,8 @@ mod tests {
         core.frame(ToWorker::Disconnect).unwrap();
         assert!(looks(&mut core, listener));
         let (handle, drain) = (HANDLE, true);
-        core.frame(ToWorker::End { handle, drain }).unwrap();
+        core.frame(ToWorker::ListenerClosed { handle, drain })
+            .unwrap();
         assert!(looks(&mut core, listener), "once more, for the last");
         assert!(!core.has_ended(listener));
         core.close(listener);

@@ -119,7 +119,7 @@ impl MasterListener {
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         if let Some(master) = self.master.upgrade() {
-            master.lend(self.kept.handle);
+            master.mark_borrowed(self.kept.handle);
         }
         self.kept.socket.as_fd()
     }

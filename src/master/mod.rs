@@ -15,12 +15,12 @@ use std::process::ExitStatus;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::config::listen::{ListenOptions, Wish};
+use crate::config::listen::{BindRequest, ListenOptions};
 use crate::config::settings::{DEBUG, SchedulingPolicy, Settings};
-use crate::core::event::{Departure, Emit, Event, Level};
+use crate::core::event::{Emit, Event, ExitReport, Level};
 use crate::error::{Error, Result, SendError};
 use crate::master::listener::MasterListener;
-use crate::master::shell::{Fed, Kept, MasterShell, Record};
+use crate::master::shell::{Kept, MasterShell, Processed, WorkerIo};
 use crate::master::worker_process::{WorkerCallbacks, WorkerProcess};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
 use crate::runtime::event_loop::{EventLoop, LoopId, Token, WatchId};
@@ -103,7 +103,7 @@ const FRAMES_PER_TURN: u32 = 64;
 /// ```
 pub struct Master {
     shell: Rc<MasterShell>,
-    home: EventLoop<Self>,
+    event_loop: EventLoop<Self>,
     callbacks: ClusterCallbacks,
     scheduler: RefCell<Option<Shared<Scheduler>>>,
     /// Those of the workers and detached processes that have not left.
@@ -145,11 +145,11 @@ struct ClusterCallbacks {
 
 impl Master {
     pub(crate) fn new(policy: SchedulingPolicy) -> Result<Self> {
-        let home = EventLoop::new()?;
-        let shell = MasterShell::new(policy, home.poller().clone(), home.began());
+        let event_loop = EventLoop::new()?;
+        let shell = MasterShell::new(policy, event_loop.poller().clone(), event_loop.began());
         Ok(Self {
             shell: Rc::new(shell),
-            home,
+            event_loop,
             callbacks: ClusterCallbacks::default(),
             scheduler: RefCell::default(),
             of_worker: RefCell::default(),
@@ -252,14 +252,14 @@ impl Master {
         K: Into<OsString>,
         V: Into<OsString>,
     {
-        self.home.check_own()?;
+        self.event_loop.check_own()?;
         let env = env.into_iter().map(|(k, v)| (k.into(), v.into()));
         let watch_children = || self.watch_children();
-        let abandon_watches = || self.home.abandon_watches();
+        let abandon_watches = || self.event_loop.abandon_watches();
         let forked = self
             .shell
             .fork(&settings, env, watch_children, abandon_watches);
-        let record = forked.map_err(|(attempt, source)| Error::Fork {
+        let worker_io = forked.map_err(|(attempt, source)| Error::Fork {
             program: settings.exec.unwrap_or_default(),
             attempt,
             source,
@@ -267,8 +267,8 @@ impl Master {
         let callbacks = Rc::new(WorkerCallbacks::default());
         self.of_worker
             .borrow_mut()
-            .insert(record.id, Rc::clone(&callbacks));
-        Ok(WorkerProcess::new(&self.shell, record, callbacks))
+            .insert(worker_io.id, Rc::clone(&callbacks));
+        Ok(WorkerProcess::new(&self.shell, worker_io, callbacks))
     }
 
     /// Makes the loop wake up when any child ends.
@@ -276,7 +276,7 @@ impl Master {
         let mut installed = self.child_signal.borrow_mut();
         if installed.is_none() {
             let signal = Signal::from_number(sys::signal::CHLD);
-            *installed = Some(self.home.install(signal)?);
+            *installed = Some(self.event_loop.install(signal)?);
         }
         self.reap.set(true);
         Ok(())
@@ -384,9 +384,9 @@ impl Master {
     }
 
     fn find(&self, id: WorkerId) -> Option<WorkerProcess> {
-        let record = self.shell.record(id)?;
+        let worker_io = self.shell.worker_io(id)?;
         let callbacks = Rc::clone(self.of_worker.borrow().get(&id)?);
-        Some(WorkerProcess::new(&self.shell, record, callbacks))
+        Some(WorkerProcess::new(&self.shell, worker_io, callbacks))
     }
 
     /// Opens a listener ahead of the workers, and keeps it: it stays open when no worker has it,
@@ -417,26 +417,28 @@ impl Master {
     /// # }
     /// ```
     pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<MasterListener> {
-        self.home.check_own()?;
-        let mut wish = options.into().wish;
-        match self.open(&mut wish) {
+        self.event_loop.check_own()?;
+        let mut bind_request = options.into().bind_request;
+        match self.open(&mut bind_request) {
             Ok(kept) => Ok(MasterListener::new(&self.shell, kept)),
             Err(source) => Err(Error::Listen {
-                address: wish.to_string(),
+                address: bind_request.to_string(),
                 source,
             }),
         }
     }
 
     /// Opens the first that can be had of what the program wants.
-    fn open(&self, wish: &mut Wish) -> io::Result<Kept> {
-        wish.check_for_master()?;
-        if let Some(socket) = wish.take_socket() {
-            return self.shell.adopt(wish.kind, socket, &wish.flags);
+    fn open(&self, bind_request: &mut BindRequest) -> io::Result<Kept> {
+        bind_request.check_for_master()?;
+        if let Some(socket) = bind_request.take_socket() {
+            return self
+                .shell
+                .adopt(bind_request.kind, socket, &bind_request.flags);
         }
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        for endpoint in wish.resolve()? {
-            match self.shell.listen(&endpoint, &wish.flags) {
+        for endpoint in bind_request.resolve()? {
+            match self.shell.listen(&endpoint, &bind_request.flags) {
                 Ok(kept) => return Ok(kept),
                 Err(error) => last = error,
             }
@@ -558,7 +560,7 @@ impl Master {
         &self,
         choose: impl FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId> + 'static,
     ) {
-        self.shell.core.borrow_mut().let_choose();
+        self.shell.core.borrow_mut().use_scheduler();
         let replaced = self.scheduler.replace(Some(Rc::new(RefCell::new(choose))));
         drop(replaced);
     }
@@ -727,7 +729,7 @@ impl Master {
         signal: Signal,
         callback: impl FnMut(&Self, Signal) + 'static,
     ) -> Result<CallbackId> {
-        self.home.on_signal(signal, callback)
+        self.event_loop.on_signal(signal, callback)
     }
 
     /// Makes a callback, of the cluster, of a worker or of a signal, one that is called once: it is
@@ -747,7 +749,7 @@ impl Master {
         for callbacks in self.of_worker.borrow().values() {
             callbacks.once(id);
         }
-        self.home.signal_callback_once(id);
+        self.event_loop.signal_callback_once(id);
     }
 
     /// Removes a callback of the cluster, of a worker or of a signal. One that is gone already is
@@ -770,7 +772,7 @@ impl Master {
         for callbacks in workers {
             callbacks.remove(id);
         }
-        self.home.remove_signal_callback(id);
+        self.event_loop.remove_signal_callback(id);
     }
 }
 
@@ -788,7 +790,7 @@ impl Master {
     /// # }
     /// ```
     pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
-        self.home.set_timeout(after, callback)
+        self.event_loop.set_timeout(after, callback)
     }
 
     /// Calls back again and again, `every` time this has passed; 1 ms at least. If the program is
@@ -804,7 +806,7 @@ impl Master {
     /// # }
     /// ```
     pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
-        self.home.set_interval(every, callback)
+        self.event_loop.set_interval(every, callback)
     }
 
     /// Cancels a timer. One that is over already is no error.
@@ -820,7 +822,7 @@ impl Master {
     /// # }
     /// ```
     pub fn clear_timer(&self, timer: TimerId) {
-        self.home.clear_timer(timer);
+        self.event_loop.clear_timer(timer);
     }
 
     /// Waits for a descriptor of the program's own in the master's loop. See
@@ -837,14 +839,14 @@ impl Master {
         interest: Interest,
         callback: impl FnMut(&Self, &S) -> Option<Interest> + 'static,
     ) -> Result<WatchId> {
-        self.home.watch(source, interest, callback)
+        self.event_loop.watch(source, interest, callback)
     }
 
     /// Lets go of a watched descriptor, and drops it. One that is gone already is no error.
     ///
     /// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
     pub fn unwatch(&self, watch: WatchId) {
-        self.home.unwatch(watch);
+        self.event_loop.unwatch(watch);
     }
 
     /// Lets the master end although a timer or watched descriptor is still there:
@@ -863,14 +865,14 @@ impl Master {
     /// # }
     /// ```
     pub fn unref(&self, id: impl Into<LoopId>) {
-        self.home.reference(id.into(), false);
+        self.event_loop.reference(id.into(), false);
     }
 
     /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
     pub fn ref_(&self, id: impl Into<LoopId>) {
-        self.home.reference(id.into(), true);
+        self.event_loop.reference(id.into(), true);
     }
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
@@ -888,7 +890,7 @@ impl Master {
     ///
     /// See [`Master`] for an example.
     pub fn run(&self) -> Result<()> {
-        drop(self.home.enter()?);
+        drop(self.event_loop.enter()?);
         while self.has_work() {
             self.dispatch(None)?;
         }
@@ -897,14 +899,14 @@ impl Master {
 
     fn has_work(&self) -> bool {
         let workers = self.shell.core.borrow().has_workers();
-        let busy = workers || self.has_news() || self.home.has_work();
+        let busy = workers || self.has_notifications() || self.event_loop.has_work();
         busy || self.shell.is_writing()
     }
 
     /// Whether there is something to tell the program.
-    fn has_news(&self) -> bool {
-        let unchosen = self.shell.core.borrow().has_unchosen();
-        unchosen || self.shell.has_news() || !self.callbacks.over.borrow().is_empty()
+    fn has_notifications(&self) -> bool {
+        let unscheduled = self.shell.core.borrow().has_unscheduled();
+        unscheduled || self.shell.has_notifications() || !self.callbacks.over.borrow().is_empty()
     }
 
     /// Turns the loop once: waits until something happens or `timeout` is over (`None`: without
@@ -926,36 +928,36 @@ impl Master {
     /// # Ok(()) }
     /// ```
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
-        let home = &self.home;
-        let _running = home.enter()?;
+        let event_loop = &self.event_loop;
+        let _running = event_loop.enter()?;
         let due = self.shell.deadline();
         let limit = self.time_until(due);
         let mut ready = ReadyList::new();
-        let ready = home.wait(earlier(limit, timeout), &mut ready)?;
-        let unheard = self.shell.unheard();
+        let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
+        let pending = self.shell.pending();
         // Without a limit nothing was left to tell.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }
-        for worker in unheard {
+        for worker in pending {
             // One by one: whoever panics here and goes on hears the rest later.
-            if self.shell.is_to_be_heard(worker) {
-                if let Some(record) = self.shell.record(worker) {
+            if self.shell.may_process(worker) {
+                if let Some(worker_io) = self.shell.worker_io(worker) {
                     let mut left = FRAMES_PER_TURN;
-                    self.hear(&record, &mut left);
+                    self.process_frames(&worker_io, &mut left);
                 }
                 self.settle();
             }
         }
         for (token, ready) in ready {
             // A callback may return in a child that it has forked.
-            home.check_own()?;
+            event_loop.check_own()?;
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
                 Token::Listener(number) => self.shell.readable(HandleId(number)),
                 Token::Selector(number) => self.shell.selector_readable(HandleId(number)),
-                Token::Watch(number) => home.watch_ready(self, number),
+                Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }
             self.settle();
@@ -964,7 +966,7 @@ impl Master {
             self.process_ready(worker);
             self.settle();
         }
-        home.fire_timers(self, || self.settle());
+        event_loop.fire_timers(self, || self.settle());
         Ok(())
     }
 
@@ -991,16 +993,16 @@ impl Master {
 
     /// The same, if the shell has something to do at `due`.
     fn time_until(&self, due: Option<Time>) -> Option<Duration> {
-        if self.has_news() || self.reap.get() || self.shell.anyone_is_unheard() {
+        if self.has_notifications() || self.reap.get() || self.shell.has_pending() {
             return Some(Duration::ZERO);
         }
-        let looks = self.anyone_ends_unseen().then_some(LOOK_EVERY);
-        earlier(looks, self.home.time_left(due))
+        let looks = self.has_unwatched_exits().then_some(LOOK_EVERY);
+        earlier(looks, self.event_loop.time_left(due))
     }
 
     /// Whether a worker may end without anything to tell it. Not where processes have descriptors.
-    fn anyone_ends_unseen(&self) -> bool {
-        self.child_signal.borrow().is_some() && self.shell.anyone_ends_unseen()
+    fn has_unwatched_exits(&self) -> bool {
+        self.child_signal.borrow().is_some() && self.shell.has_unwatched_exits()
     }
 
     /// The workers that are to be checked for their end, where processes have no descriptors: all, if
@@ -1009,17 +1011,17 @@ impl Master {
         if self.reap.take() {
             return self.shell.unwatched();
         }
-        if !self.anyone_ends_unseen() || self.checked_unseen.get().elapsed() < LOOK_EVERY {
+        if !self.has_unwatched_exits() || self.checked_unseen.get().elapsed() < LOOK_EVERY {
             return Vec::new();
         }
         self.checked_unseen.set(Instant::now());
-        self.shell.unseen()
+        self.shell.unwatched_exits()
     }
 
     /// Carries out what the core decided.
     fn act(&self) {
         self.shell.act();
-        if self.shell.core.borrow().has_unchosen() {
+        if self.shell.core.borrow().has_unscheduled() {
             self.choose();
         }
     }
@@ -1033,7 +1035,7 @@ impl Master {
                 return;
             };
             let core = self.shell.core.borrow();
-            let Some((handle, place, connection)) = core.unchosen() else {
+            let Some((handle, place, connection)) = core.unscheduled() else {
                 return;
             };
             let peer = sys::listen::peer_addr(connection.as_fd());
@@ -1051,7 +1053,7 @@ impl Master {
     fn settle(&self) {
         self.act();
         for _ in 0..EVENTS_PER_TURN {
-            if self.home.check_own().is_err() {
+            if self.event_loop.check_own().is_err() {
                 break;
             }
             let over = self.callbacks.over.borrow_mut().pop_front();
@@ -1127,23 +1129,23 @@ impl Master {
             }
             Event::Message(message) => {
                 if let Some(untaken) = message.untaken() {
-                    *self.shell.told.borrow_mut() = Rc::downgrade(untaken);
+                    *self.shell.delivering_fds.borrow_mut() = Rc::downgrade(untaken);
                 }
                 callbacks.message.each(|f| f(self, worker, &message));
                 let own = &worker.callbacks().message;
                 own.each(|f| f(self, worker, &message));
             }
             Event::Disconnect => callbacks.disconnect.each(|f| f(self, worker)),
-            Event::Exit(departure) => {
-                worker.has_left(departure);
-                callbacks.exit.each(|f| f(self, worker, departure.status));
+            Event::Exit(exit_report) => {
+                worker.has_left(exit_report);
+                callbacks.exit.each(|f| f(self, worker, exit_report.status));
                 if emit.level == Level::Cluster {
                     self.forget(worker);
                 }
             }
             Event::DetachedExit(status) => {
                 let exited_after_disconnect = false;
-                worker.has_left(Departure {
+                worker.has_left(ExitReport {
                     status,
                     exited_after_disconnect,
                 });
@@ -1178,18 +1180,21 @@ impl Master {
             self.shell.writable(worker);
         }
         // What has arrived is heard before more is read: else it would pile up here.
-        if ready.readable && !self.shell.is_unheard(worker) {
-            if let Some(record) = self.shell.record(worker) {
-                self.read(&record);
+        if ready.readable && !self.shell.is_pending(worker) {
+            if let Some(worker_io) = self.shell.worker_io(worker) {
+                self.read(&worker_io);
             }
         }
     }
 
     /// Reads and hears what has come; what comes of the last frame is still to be settled.
-    fn read(&self, worker: &Record) {
+    fn read(&self, worker: &WorkerIo) {
         let mut left = FRAMES_PER_TURN;
         for _ in 0..READS_PER_TURN {
-            if !self.shell.read(worker) || !self.hear(worker, &mut left) || !worker.has_more() {
+            if !self.shell.read(worker)
+                || !self.process_frames(worker, &mut left)
+                || !worker.has_more()
+            {
                 return;
             }
             self.settle();
@@ -1198,14 +1203,14 @@ impl Master {
 
     /// A worker has ended: what it wrote before comes first.
     fn process_ready(&self, worker: WorkerId) {
-        let Some(record) = self.shell.record(worker) else {
+        let Some(worker_io) = self.shell.worker_io(worker) else {
             return;
         };
         for _ in 0..LAST_WORDS {
-            while self.shell.feed(&record) != Fed::Nothing {
+            while self.shell.feed(&worker_io) != Processed::Nothing {
                 self.settle();
             }
-            if !self.shell.read(&record) {
+            if !self.shell.read(&worker_io) {
                 break;
             }
         }
@@ -1214,38 +1219,38 @@ impl Master {
 
     /// Feeds frames that have arrived: so many that the others are not kept waiting. What comes of the
     /// last one is still to be settled. Returns whether these were all.
-    fn hear(&self, worker: &Record, left: &mut u32) -> bool {
+    fn process_frames(&self, worker: &WorkerIo, left: &mut u32) -> bool {
         let mut is_noted = false;
         while *left > 0 {
             *left -= 1;
             match self.shell.feed(worker) {
-                Fed::Nothing | Fed::LastWord => {
+                Processed::Nothing | Processed::Drained => {
                     if is_noted {
-                        self.shell.is_to_be_heard(worker.id);
+                        self.shell.may_process(worker.id);
                     }
                     return true;
                 }
-                Fed::Word => {
+                Processed::More => {
                     // Whoever panics here and goes on hears the rest later.
                     if !is_noted {
-                        self.shell.hear_later(worker.id);
+                        self.shell.process_later(worker.id);
                         is_noted = true;
                     }
                     self.settle();
                 }
-                Fed::Labour => break,
+                Processed::Yield => break,
             }
         }
-        self.shell.hear_later(worker.id);
+        self.shell.process_later(worker.id);
         false
     }
 
     fn signals_ready(&self) {
-        for signal in self.home.take_signals() {
+        for signal in self.event_loop.take_signals() {
             if signal.number() == sys::signal::CHLD {
                 self.reap.set(true);
             }
-            self.home.call_signal(self, signal);
+            self.event_loop.call_signal(self, signal);
             self.settle();
         }
     }
@@ -1254,14 +1259,14 @@ impl Master {
 /// The descriptor that is readable when [`dispatch`](Master::dispatch) has something to do.
 impl AsFd for Master {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.home.as_fd()
+        self.event_loop.as_fd()
     }
 }
 
 impl Drop for Master {
     fn drop(&mut self) {
         // What closures own may own what owns them.
-        self.home.clear();
+        self.event_loop.clear();
         drop(self.scheduler.take());
         for callbacks in self.of_worker.take().into_values() {
             callbacks.clear();

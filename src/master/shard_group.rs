@@ -88,7 +88,7 @@ impl ShardGroup {
 
     /// Ignores new connections until `admit`: the selector, which drops them, is selected.
     pub(crate) fn ignore(&self) -> io::Result<()> {
-        sys::listen::shut_door(&self.selector)?;
+        sys::listen::attach_syn_filter(&self.selector)?;
         let own = |member: &Member| *member == Member::Selector;
         let index = self.order.iter().position(own);
         sys::listen::steer(&self.selector, index.as_slice())
@@ -96,7 +96,7 @@ impl ShardGroup {
 
     /// Ends `ignore`, before `select`.
     pub(crate) fn admit(&self) -> io::Result<()> {
-        sys::listen::open_door(&self.selector)
+        sys::listen::detach_syn_filter(&self.selector)
     }
 
     /// Resets the connections that reached the selector, at most `at_most` of them. Returns how many.

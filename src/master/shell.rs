@@ -17,16 +17,16 @@ use crate::config::settings::{
     CHANNEL_FD, INSPECT_PORT, InspectPort, SchedulingPolicy, Settings, StdioKind, UNIQUE_ID,
     WORKER_PID, WRAPPED,
 };
-use crate::core::dispatch::Placed;
-use crate::core::event::Departure;
-use crate::core::master::{ACCEPT_BATCH, Action, MasterCore, With};
+use crate::core::dispatch::Sequenced;
+use crate::core::event::ExitReport;
+use crate::core::master::{ACCEPT_BATCH, Action, Attachment, MasterCore};
 use crate::error::{Error, SendError};
 use crate::init::{become_worker, is_wrapped_master};
 use crate::master::shard_group::ShardGroup;
 use crate::runtime::event_loop::Token;
 use crate::runtime::timers::{Time, earlier};
 use crate::sys::bind::{BoundSocket, adopt_as, bind};
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::listen::PortSharing;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{End, Failure, Pid, Program, Unreaped, Usage};
@@ -37,20 +37,20 @@ use crate::systemd::{self, LISTEN_PID};
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::loads::Loads;
-use crate::types::message::{Message, Untaken};
+use crate::types::message::{Message, UntakenFds};
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::{Arrival, READ_SIZE};
 use crate::wire::channel::outbox::ReceiptId;
-use crate::wire::channel::{Channel, Flushed, REST, Received};
-use crate::wire::frame::{FrameError, HandleId, ToMaster, ToWorker, welcome};
+use crate::wire::channel::{BACKOFF, Channel, Flushed, Received};
+use crate::wire::frame::{FrameError, HandleId, ToMaster, ToWorker, preamble};
 
-pub(crate) type Core = MasterCore<CommonFd>;
+pub(crate) type Core = MasterCore<NoLingerFd>;
 
 /// The descriptors and process of a worker or a detached process.
 #[derive(Debug)]
-pub(crate) struct Record {
+pub(crate) struct WorkerIo {
     pub(crate) id: WorkerId,
     pub(crate) pid: Pid,
     /// `None` when it is closed, and for a detached process.
@@ -63,10 +63,10 @@ pub(crate) struct Record {
     /// Set when it has ended, if it is known.
     pub(crate) usage: Cell<Option<Usage>>,
     /// Set when the worker has left the table.
-    pub(crate) departure: Cell<Option<Departure>>,
+    pub(crate) exit_report: Cell<Option<ExitReport>>,
 }
 
-impl Record {
+impl WorkerIo {
     /// Whether more has come by the channel than the last read had room for.
     pub(crate) fn has_more(&self) -> bool {
         self.with_channel(|channel| channel.has_more()) == Some(true)
@@ -109,7 +109,7 @@ enum Report {
 
 impl FdsLeft {
     /// Closes the descriptors that are too many.
-    fn take(&mut self, fds: &mut Vec<CommonFd>) -> Report {
+    fn take(&mut self, fds: &mut Vec<NoLingerFd>) -> Report {
         match *self {
             Self::Unlimited => Report::Nothing,
             Self::AtMost(left) => match left.checked_sub(fds.len()) {
@@ -133,13 +133,13 @@ impl FdsLeft {
 
 /// What one call of `feed` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fed {
+pub(crate) enum Processed {
     Nothing,
-    Word,
+    More,
     /// The same, and nothing is left.
-    LastWord,
+    Drained,
     /// A frame that takes the master some time: others should have their turn after it.
-    Labour,
+    Yield,
 }
 
 /// A socket that is bound for the workers. The file goes first: as long as it is there, nobody else
@@ -178,7 +178,7 @@ pub(crate) struct MasterShell {
     pub(crate) core: RefCell<Core>,
     poller: Poller,
     began: Instant,
-    records: RefCell<BTreeMap<WorkerId, Rc<Record>>>,
+    workers: RefCell<BTreeMap<WorkerId, Rc<WorkerIo>>>,
     unreaped: Unreaped,
     listeners: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// By which workers get their connections.
@@ -186,29 +186,29 @@ pub(crate) struct MasterShell {
     /// Channels that have something to write; some more than once.
     unflushed: RefCell<VecDeque<WorkerId>>,
     /// What is tried again after a while.
-    resting: RefCell<Resting>,
+    resting: RefCell<Retries>,
     /// Messages that have been written or lost.
     receipts: RefCell<VecDeque<(WorkerId, ReceiptId, bool)>>,
     /// Workers of whom more has arrived than they may be heard in one turn.
-    unheard: RefCell<BTreeSet<WorkerId>>,
+    pending: RefCell<BTreeSet<WorkerId>>,
     /// Workers whose channels have something that could not be written yet.
     writing: RefCell<BTreeSet<WorkerId>>,
     /// Workers without a channel whose end only SIGCHLD tells.
-    unseen: RefCell<BTreeSet<WorkerId>>,
+    unwatched_exits: RefCell<BTreeSet<WorkerId>>,
     /// In a worker that executes nothing: what its master owns. The master would notice if it were
     /// dropped. It stays reachable, so that a leak checker finds real leaks.
     abandoned: RefCell<Vec<ManuallyDrop<Box<dyn Any>>>>,
     /// The closure that chooses the inspect port is running.
     is_choosing_port: Cell<bool>,
     /// What came with the message of which the program is being told.
-    pub(crate) told: RefCell<Weak<Untaken>>,
+    pub(crate) delivering_fds: RefCell<Weak<UntakenFds>>,
     /// What channels read into.
     scratch: RefCell<Vec<u8>>,
 }
 
 /// Steps that failed for lack of resources, and are retried later.
 #[derive(Debug, Default)]
-struct Resting {
+struct Retries {
     /// Channels that have something to write.
     channels: BTreeSet<WorkerId>,
     /// Queues that are to be closed, and may have something in them.
@@ -219,9 +219,9 @@ struct Resting {
     until: Option<Time>,
 }
 
-impl Resting {
+impl Retries {
     fn rest_from(&mut self, now: Time) {
-        self.until.get_or_insert(now.saturating_add(REST));
+        self.until.get_or_insert(now.saturating_add(BACKOFF));
     }
 }
 
@@ -241,19 +241,19 @@ impl MasterShell {
             core: RefCell::new(MasterCore::new(policy)),
             poller,
             began,
-            records: RefCell::default(),
+            workers: RefCell::default(),
             unreaped: Unreaped::default(),
             listeners: RefCell::default(),
             queues: RefCell::default(),
             unflushed: RefCell::default(),
             resting: RefCell::default(),
             receipts: RefCell::default(),
-            unheard: RefCell::default(),
+            pending: RefCell::default(),
             writing: RefCell::default(),
-            unseen: RefCell::default(),
+            unwatched_exits: RefCell::default(),
             abandoned: RefCell::default(),
             is_choosing_port: Cell::new(false),
-            told: RefCell::default(),
+            delivering_fds: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         }
     }
@@ -286,7 +286,7 @@ impl MasterShell {
         extra: impl IntoIterator<Item = (OsString, OsString)>,
         watch_children: impl FnOnce() -> io::Result<()>,
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
-    ) -> Result<Rc<Record>, Failure> {
+    ) -> Result<Rc<WorkerIo>, Failure> {
         if settings.main.is_some() && sys::threads::has_other_threads() == Some(true) {
             let reason = "the master has other threads, whose locks the copy would hold for ever";
             let error = io::Error::new(io::ErrorKind::Deadlock, reason);
@@ -309,7 +309,7 @@ impl MasterShell {
         // Where there is no such option, nothing is sent out of band.
         let _ = sys::socket::read_all_in_line(&ours);
         // It fits into an empty socket.
-        sys::socket::send(&ours, &welcome(id), &[]).map_err(making)?;
+        sys::socket::send(&ours, &preamble(id), &[]).map_err(making)?;
         let key = Token::Channel(id.get()).key();
         let channel = Channel::new(ours, &self.poller, key).map_err(making)?;
         let theirs = sys::fd::duplicate(low.as_raw_fd(), stdio.beyond()).map_err(making)?;
@@ -406,7 +406,7 @@ impl MasterShell {
         let channel = if settings.is_detached() {
             core.detached(id);
             if process.is_none() {
-                self.unseen.borrow_mut().insert(id);
+                self.unwatched_exits.borrow_mut().insert(id);
             }
             // The kernel closed the other end when the program was executed.
             None
@@ -415,17 +415,17 @@ impl MasterShell {
             Some(channel)
         };
         drop(core);
-        let record = Rc::new(Record {
+        let worker_io = Rc::new(WorkerIo {
             id,
             pid,
             channel: RefCell::new(channel),
             process: RefCell::new(process),
             stdio: RefCell::new(stdio.ours),
             usage: Cell::new(None),
-            departure: Cell::new(None),
+            exit_report: Cell::new(None),
         });
-        self.records.borrow_mut().insert(id, Rc::clone(&record));
-        Ok(record)
+        self.workers.borrow_mut().insert(id, Rc::clone(&worker_io));
+        Ok(worker_io)
     }
 
     /// Asks for the next inspect port.
@@ -441,13 +441,13 @@ impl MasterShell {
 
     /// Lets go of everything: the workers leave when their channels close.
     pub(crate) fn close(&self) {
-        for record in self.records.take().into_values() {
-            if let Some(channel) = record.channel.take() {
+        for worker_io in self.workers.take().into_values() {
+            if let Some(channel) = worker_io.channel.take() {
                 // Shut, too: a child that the application has forked may have copies.
                 channel.discard();
             }
-            record.process.take();
-            record.stdio.take();
+            worker_io.process.take();
+            worker_io.stdio.take();
         }
     }
 
@@ -456,14 +456,14 @@ impl MasterShell {
     /// number: closed, it would soon be that of something else, which this handle would use or close.
     fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
         self.poller.abandon(inert)?;
-        let (records, listeners) = (self.records.take(), self.listeners.take());
+        let (workers, listeners) = (self.workers.take(), self.listeners.take());
         let queues = self.queues.take();
         let policy = self.core.borrow().policy();
         let core = self.core.replace(MasterCore::new(policy));
         let mut numbers = self.unreaped.abandon();
-        for record in records.values() {
-            let (channel, process) = (record.channel.take(), record.process.take());
-            let stdio = record.stdio.take();
+        for worker_io in workers.values() {
+            let (channel, process) = (worker_io.channel.take(), worker_io.process.take());
+            let stdio = worker_io.stdio.take();
             let descriptors = channel.iter().flat_map(Channel::descriptors);
             numbers.extend(descriptors.map(|fd| fd.as_raw_fd()));
             numbers.extend(process.iter().map(|process| process.as_raw_fd()));
@@ -490,9 +490,18 @@ impl MasterShell {
             numbers.extend(untaken.borrow().iter().map(|fd| fd.as_fd().as_raw_fd()));
         }
         // The message that is being delivered.
-        let told = self.told.borrow().upgrade().map(|untaken| untaken.take());
-        numbers.extend(told.iter().flatten().map(|fd| fd.as_fd().as_raw_fd()));
-        self.keep((records, listeners, queues, core, told));
+        let delivering_fds = self
+            .delivering_fds
+            .borrow()
+            .upgrade()
+            .map(|untaken| untaken.take());
+        numbers.extend(
+            delivering_fds
+                .iter()
+                .flatten()
+                .map(|fd| fd.as_fd().as_raw_fd()),
+        );
+        self.keep((workers, listeners, queues, core, delivering_fds));
         Ok(numbers)
     }
 
@@ -504,14 +513,14 @@ impl MasterShell {
 
     /// The last event of the process has been delivered.
     pub(crate) fn forget(&self, worker: WorkerId) {
-        self.unseen.borrow_mut().remove(&worker);
-        if let Some(record) = self.records.borrow_mut().remove(&worker) {
-            record.stdio.take();
+        self.unwatched_exits.borrow_mut().remove(&worker);
+        if let Some(worker_io) = self.workers.borrow_mut().remove(&worker) {
+            worker_io.stdio.take();
         }
     }
 
-    pub(crate) fn record(&self, worker: WorkerId) -> Option<Rc<Record>> {
-        self.records.borrow().get(&worker).map(Rc::clone)
+    pub(crate) fn worker_io(&self, worker: WorkerId) -> Option<Rc<WorkerIo>> {
+        self.workers.borrow().get(&worker).map(Rc::clone)
     }
 
     /// Runs `call` on the worker's channel, if it is open.
@@ -520,7 +529,7 @@ impl MasterShell {
         worker: WorkerId,
         call: impl FnOnce(&mut Channel<ToMaster, ToWorker>) -> T,
     ) -> Option<T> {
-        self.record(worker)?.with_channel(call)
+        self.worker_io(worker)?.with_channel(call)
     }
 
     /// When `tick` is needed at the latest.
@@ -533,7 +542,7 @@ impl MasterShell {
     /// anything may have come of it.
     pub(crate) fn tick(&self, due: Option<Time>) -> bool {
         // Most often nothing is.
-        if due.is_none() && !self.core.borrow().anyone_waits() {
+        if due.is_none() && !self.core.borrow().has_waiting() {
             return false;
         }
         let now = self.began.elapsed();
@@ -556,7 +565,7 @@ impl MasterShell {
         if due.is_some_and(|due| due <= now) {
             core.tick(now);
         }
-        if core.anyone_waits() {
+        if core.has_waiting() {
             core.sweep(SWEEP, |connection| sys::fd::is_hung_up(connection.as_fd()));
         }
         true
@@ -565,8 +574,11 @@ impl MasterShell {
     /// A point at which tests make this worker fail. The first one is spared.
     fn fault(&self, name: &str, worker: WorkerId) {
         let elsewhere: Option<&Channel<ToMaster, ToWorker>> = None;
-        let record = || self.record(worker).filter(|record| record.id.get() > 1);
-        crate::runtime::fault::point(name, || Some(record()?.pid), elsewhere);
+        let worker_io = || {
+            self.worker_io(worker)
+                .filter(|worker_io| worker_io.id.get() > 1)
+        };
+        crate::runtime::fault::point(name, || Some(worker_io()?.pid), elsewhere);
     }
 
     /// Carries out everything that needs no callback.
@@ -590,7 +602,7 @@ impl MasterShell {
         }
     }
 
-    fn carry_out(&self, action: Action<CommonFd>) {
+    fn carry_out(&self, action: Action<NoLingerFd>) {
         match action {
             Action::Send {
                 worker,
@@ -598,16 +610,18 @@ impl MasterShell {
                 with,
             } => {
                 let shared = match with {
-                    With::Nothing => Ok(None),
-                    With::Listener(handle) => self.share(handle, 0).map(Some),
-                    With::Shard(handle, shard) => self.share_shard(handle, shard).map(Some),
-                    With::Queue(handle) => self.open_queue(handle, worker).map(Some),
+                    Attachment::None => Ok(None),
+                    Attachment::Listener(handle) => self.share(handle, 0).map(Some),
+                    Attachment::Shard(handle, shard) => self.share_shard(handle, shard).map(Some),
+                    Attachment::Queue(handle) => self.open_queue(handle, worker).map(Some),
                 };
                 let fd = match (shared, with, &frame) {
                     (Ok(fd), _, _) => fd.map(|fd| Rc::new(fd.into())),
                     (
                         Err(error),
-                        With::Listener(handle) | With::Shard(handle, _) | With::Queue(handle),
+                        Attachment::Listener(handle)
+                        | Attachment::Shard(handle, _)
+                        | Attachment::Queue(handle),
                         ToWorker::Reply { request, .. },
                     ) => {
                         let errno = error.raw_os_error().unwrap_or(0);
@@ -619,7 +633,7 @@ impl MasterShell {
                 self.with_channel(worker, |channel| channel.queue(&frame, fd));
                 self.unflushed.borrow_mut().push_back(worker);
             }
-            Action::Give {
+            Action::Dispatch {
                 handle,
                 worker,
                 connection,
@@ -631,7 +645,7 @@ impl MasterShell {
                     self.give(handle, worker, connection);
                 }
             }
-            Action::TakeBack {
+            Action::Reclaim {
                 handle,
                 worker,
                 at_most,
@@ -640,15 +654,15 @@ impl MasterShell {
                 let Some(queue) = queues.get(&(handle, worker)) else {
                     return;
                 };
-                let (back, state) = take_back(queue, at_most);
+                let (back, state) = reclaim(queue, at_most);
                 let mut core = self.decide();
                 if state == QueueState::Unknown {
-                    core.cannot_take_back(handle);
+                    core.cannot_reclaim(handle);
                 }
                 let is_empty = state == QueueState::Empty;
-                core.came_back(handle, worker, back, is_empty);
+                core.reclaimed(handle, worker, back, is_empty);
             }
-            Action::Count { handle, worker } => self.count(handle, worker),
+            Action::CountQueued { handle, worker } => self.count(handle, worker),
             Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
             Action::Bind {
                 handle,
@@ -671,7 +685,7 @@ impl MasterShell {
                 let mut core = self.decide();
                 core.shard_bound(handle, worker, request, result);
             }
-            Action::Steer { handle, shards } => {
+            Action::SelectShards { handle, shards } => {
                 let listeners = self.listeners.borrow();
                 let Some(listener) = listeners.get(&handle) else {
                     return;
@@ -707,7 +721,7 @@ impl MasterShell {
                 }
             }
             // Where it cannot be done, the backlog is emptied with the door open.
-            Action::ShutDoor { handle } => {
+            Action::AttachSynFilter { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
                     if let Some(group) = &listener.group {
                         let _ = group.ignore();
@@ -717,19 +731,19 @@ impl MasterShell {
                         if listener.is_path {
                             sys::listen::shut_for_good(socket);
                         } else {
-                            let _ = sys::listen::shut_door(socket);
+                            let _ = sys::listen::attach_syn_filter(socket);
                         }
                     }
                 }
             }
-            Action::OpenDoor { handle } => {
+            Action::DetachSynFilter { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
                     if let Some(group) = &listener.group {
                         let _ = group.admit();
                         return;
                     }
                     for socket in &listener.sockets {
-                        let _ = sys::listen::open_door(socket);
+                        let _ = sys::listen::detach_syn_filter(socket);
                     }
                 }
             }
@@ -745,18 +759,18 @@ impl MasterShell {
                 self.listeners.borrow_mut().remove(&handle);
             }
             Action::CloseChannel { worker } => {
-                if let Some(record) = self.record(worker) {
-                    self.hear_to_the_end(&record);
+                if let Some(worker_io) = self.worker_io(worker) {
+                    self.hear_to_the_end(&worker_io);
                 }
                 self.channel_closed(worker);
             }
             Action::DiscardChannel { worker } => self.drop_channel(worker),
             Action::Signal { worker, signal } => {
-                if let Some(record) = self.record(worker) {
-                    let process = record.process.borrow();
+                if let Some(worker_io) = self.worker_io(worker) {
+                    let process = worker_io.process.borrow();
                     let process = process.as_ref().map(|process| process.as_fd());
                     // It fails only for a process that has ended, which is noticed by itself.
-                    let _ = record.pid.signal(process, signal.number());
+                    let _ = worker_io.pid.signal(process, signal.number());
                 }
             }
         }
@@ -907,13 +921,13 @@ impl MasterShell {
     }
 
     /// The application may give a descriptor of the listener to any process.
-    pub(crate) fn lend(&self, handle: HandleId) {
-        self.core.borrow_mut().lend(handle);
+    pub(crate) fn mark_borrowed(&self, handle: HandleId) {
+        self.core.borrow_mut().mark_borrowed(handle);
     }
 
     /// The poller reports a listener, or that it has hung up.
     pub(crate) fn readable(&self, handle: HandleId) {
-        if self.core.borrow().accepts_itself(handle) {
+        if self.core.borrow().master_accepts(handle) {
             return self.decide().readable(handle);
         }
         let stopped: Vec<_> = match self.listeners.borrow().get(&handle) {
@@ -968,7 +982,7 @@ impl MasterShell {
         let group = listeners.get(&handle).and_then(|own| own.group.as_ref());
         let count = group.map_or(0, |group| group.reset(ACCEPT_BATCH));
         drop(listeners);
-        self.decide().selected_wrongly(handle, count);
+        self.decide().misdirected(handle, count);
         self.act();
     }
 
@@ -1006,7 +1020,7 @@ impl MasterShell {
         Ok(theirs)
     }
 
-    fn give(&self, handle: HandleId, worker: WorkerId, (place, connection): Placed<CommonFd>) {
+    fn give(&self, handle: HandleId, worker: WorkerId, (place, connection): Sequenced<NoLingerFd>) {
         self.fault("master.gives", worker);
         let given = match self.queues.borrow().get(&(handle, worker)) {
             Some(queue) => queue.give(place, &connection),
@@ -1018,7 +1032,7 @@ impl MasterShell {
             Err(source) => {
                 let is_exhausted = sys::socket::is_exhaustion(&source);
                 let mut core = self.decide();
-                core.not_given(handle, worker, (place, connection), is_exhausted);
+                core.not_dispatched(handle, worker, (place, connection), is_exhausted);
                 if is_exhausted {
                     let worker = Some(worker);
                     core.error(worker, Error::Exhausted { worker, source });
@@ -1034,12 +1048,12 @@ impl MasterShell {
         let Some(queue) = queues.get(&(handle, worker)) else {
             return core.queue_closed(handle, worker, Vec::new());
         };
-        let (back, state) = take_back(queue, usize::MAX);
+        let (back, state) = reclaim(queue, usize::MAX);
         if state == QueueState::Empty {
             queues.remove(&(handle, worker));
             core.queue_closed(handle, worker, back);
         } else {
-            core.came_back(handle, worker, back, false);
+            core.reclaimed(handle, worker, back, false);
             let mut resting = self.resting.borrow_mut();
             resting.queues.push((handle, worker));
             resting.rest_from(self.began.elapsed());
@@ -1195,7 +1209,7 @@ impl MasterShell {
     }
 
     /// Whether there is something to tell the program.
-    pub(crate) fn has_news(&self) -> bool {
+    pub(crate) fn has_notifications(&self) -> bool {
         self.core.borrow().has_events() || !self.receipts.borrow().is_empty()
     }
 
@@ -1206,7 +1220,7 @@ impl MasterShell {
     }
 
     /// Reads once from a worker's channel.
-    fn receive(&self, worker: &Record) -> io::Result<Received> {
+    fn receive(&self, worker: &WorkerIo) -> io::Result<Received> {
         let mut scratch = self.scratch.borrow_mut();
         let received = worker.with_channel(|channel| channel.receive(&mut scratch));
         received.unwrap_or(Ok(Received::Nothing))
@@ -1214,7 +1228,7 @@ impl MasterShell {
 
     /// Reads once from a worker's channel, and closes it at its end. Returns whether there is
     /// something to feed.
-    pub(crate) fn read(&self, worker: &Record) -> bool {
+    pub(crate) fn read(&self, worker: &WorkerIo) -> bool {
         match self.receive(worker) {
             Ok(Received::Something) => return true,
             Ok(Received::Nothing) => {}
@@ -1225,16 +1239,16 @@ impl MasterShell {
     }
 
     /// Feeds one frame that has arrived.
-    pub(crate) fn feed(&self, record: &Record) -> Fed {
-        self.feed_with_fds(record, &mut FdsLeft::Unlimited)
+    pub(crate) fn feed(&self, worker_io: &WorkerIo) -> Processed {
+        self.feed_with_fds(worker_io, &mut FdsLeft::Unlimited)
     }
 
     /// Feeds one frame that has arrived, without the descriptors that are too many.
-    fn feed_with_fds(&self, record: &Record, fds_left: &mut FdsLeft) -> Fed {
+    fn feed_with_fds(&self, worker_io: &WorkerIo, fds_left: &mut FdsLeft) -> Processed {
         let next = |channel: &mut Channel<_, _>| (channel.next(), channel.is_drained());
-        let worker = record.id;
-        match record.with_channel(next) {
-            None | Some((Ok(None), _)) => Fed::Nothing,
+        let worker = worker_io.id;
+        match worker_io.with_channel(next) {
+            None | Some((Ok(None), _)) => Processed::Nothing,
             Some((
                 Ok(Some(Arrival {
                     frame,
@@ -1245,9 +1259,9 @@ impl MasterShell {
             )) => {
                 let lost_fds = fds_left.take(&mut fds) == Report::Loss || lost_fds;
                 let fed = match (&frame, is_last) {
-                    (ToMaster::Listen { .. }, _) => Fed::Labour,
-                    (_, true) => Fed::LastWord,
-                    (_, false) => Fed::Word,
+                    (ToMaster::Listen { .. }, _) => Processed::Yield,
+                    (_, true) => Processed::Drained,
+                    (_, false) => Processed::More,
                 };
                 // Nothing about a message depends on the time.
                 let mut core = self.core.borrow_mut();
@@ -1259,10 +1273,10 @@ impl MasterShell {
                     frame @ (ToMaster::Online
                     | ToMaster::Listen { .. }
                     | ToMaster::Listening { .. }
-                    | ToMaster::Ready { .. }
-                    | ToMaster::Close { .. }
-                    | ToMaster::Leaving
-                    | ToMaster::Revoke { .. }) => {
+                    | ToMaster::Idle { .. }
+                    | ToMaster::Release { .. }
+                    | ToMaster::DisconnectRequest
+                    | ToMaster::Pause { .. }) => {
                         self.fault("master.has_decoded", worker);
                         core.set_time(self.began.elapsed());
                         core.frame(worker, frame);
@@ -1273,47 +1287,47 @@ impl MasterShell {
             }
             Some((Err(error), _)) => {
                 self.decide().violation(worker, error);
-                Fed::Nothing
+                Processed::Nothing
             }
         }
     }
 
     /// More of this worker's frames have arrived than it may be heard in one turn.
-    pub(crate) fn hear_later(&self, worker: WorkerId) {
-        self.unheard.borrow_mut().insert(worker);
+    pub(crate) fn process_later(&self, worker: WorkerId) {
+        self.pending.borrow_mut().insert(worker);
     }
 
     /// Whether there are frames of this worker's that have arrived and not been heard.
-    pub(crate) fn is_unheard(&self, worker: WorkerId) -> bool {
-        self.unheard.borrow().contains(&worker)
+    pub(crate) fn is_pending(&self, worker: WorkerId) -> bool {
+        self.pending.borrow().contains(&worker)
     }
 
-    pub(crate) fn anyone_is_unheard(&self) -> bool {
-        !self.unheard.borrow().is_empty()
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.pending.borrow().is_empty()
     }
 
     /// Who is to be heard now, and not whoever becomes so meanwhile.
-    pub(crate) fn unheard(&self) -> Vec<WorkerId> {
-        let unheard = self.unheard.borrow();
+    pub(crate) fn pending(&self) -> Vec<WorkerId> {
+        let pending = self.pending.borrow();
         // Most often nobody, and this is asked in each turn.
-        if unheard.is_empty() {
+        if pending.is_empty() {
             return Vec::new();
         }
-        unheard.iter().copied().collect()
+        pending.iter().copied().collect()
     }
 
-    pub(crate) fn is_to_be_heard(&self, worker: WorkerId) -> bool {
-        self.unheard.borrow_mut().remove(&worker)
+    pub(crate) fn may_process(&self, worker: WorkerId) -> bool {
+        self.pending.borrow_mut().remove(&worker)
     }
 
     /// Lets the worker write nothing more, and feeds what it has written. The events wait: this may be
     /// inside a call of the program's.
-    fn hear_to_the_end(&self, worker: &Record) {
+    fn hear_to_the_end(&self, worker: &WorkerIo) {
         worker.with_channel(Channel::shut);
         // What was read before may be half of it.
         let (mut left, mut fds_left) = (LAST_FRAMES, FdsLeft::AtMost(LAST_FDS));
         loop {
-            while left > 0 && self.feed_with_fds(worker, &mut fds_left) != Fed::Nothing {
+            while left > 0 && self.feed_with_fds(worker, &mut fds_left) != Processed::Nothing {
                 left -= 1;
             }
             if left == 0 {
@@ -1349,36 +1363,36 @@ impl MasterShell {
     }
 
     fn drop_channel(&self, worker: WorkerId) {
-        let Some(record) = self.record(worker) else {
+        let Some(worker_io) = self.worker_io(worker) else {
             return;
         };
-        if let Some(mut channel) = record.channel.take() {
+        if let Some(mut channel) = worker_io.channel.take() {
             channel.shut();
             self.collect_receipts(worker, &mut channel);
             self.note_writing(worker, false);
             channel.discard();
         }
         let is_reaped = self.core.borrow().exit_status(worker).is_some();
-        if record.process.borrow().is_none() && !is_reaped {
-            self.unseen.borrow_mut().insert(worker);
+        if worker_io.process.borrow().is_none() && !is_reaped {
+            self.unwatched_exits.borrow_mut().insert(worker);
         }
     }
 
     pub(crate) fn try_reap(&self, worker: WorkerId) {
         // A signal that waits is for the process, and not for whoever gets its number next.
         self.act();
-        let Some(record) = self.record(worker) else {
+        let Some(worker_io) = self.worker_io(worker) else {
             return;
         };
         let reaped = self.core.borrow().exit_status(worker).is_some();
-        if reaped || record.departure.get().is_some() {
+        if reaped || worker_io.exit_report.get().is_some() {
             return;
         }
-        let process = record.process.borrow();
-        let waited = record.pid.try_wait(process.as_deref());
+        let process = worker_io.process.borrow();
+        let waited = worker_io.pid.try_wait(process.as_deref());
         drop(process);
         let end = match waited {
-            Ok(None) => return self.reap_later(&record),
+            Ok(None) => return self.reap_later(&worker_io),
             Ok(Some(end)) => end,
             Err(source) => {
                 let error = Error::ExitStatus { worker, source };
@@ -1386,32 +1400,32 @@ impl MasterShell {
                 End::unknown()
             }
         };
-        drop(record.process.take());
-        self.unseen.borrow_mut().remove(&worker);
-        record.usage.set(end.usage);
+        drop(worker_io.process.take());
+        self.unwatched_exits.borrow_mut().remove(&worker);
+        worker_io.usage.set(end.usage);
         self.decide().exited(worker, end.status);
     }
 
     /// The process has no status for its parent. If its descriptor says that it has ended, it says so
     /// until the process is reaped: it is left alone for a while.
-    fn reap_later(&self, record: &Record) {
-        let process = record.process.borrow();
+    fn reap_later(&self, worker_io: &WorkerIo) {
+        let process = worker_io.process.borrow();
         let Some(process) = process.as_ref().filter(|process| process.is_watched()) else {
             return;
         };
         // It cannot fail: the descriptor is in the poller.
         let _ = process.set_interest(None);
         let mut resting = self.resting.borrow_mut();
-        resting.processes.push(record.id);
+        resting.processes.push(worker_io.id);
         resting.rest_from(self.began.elapsed());
     }
 
     /// Undoes `reap_later`.
     fn wait_for_end(&self, worker: WorkerId) {
-        let Some(record) = self.record(worker) else {
+        let Some(worker_io) = self.worker_io(worker) else {
             return;
         };
-        let process = record.process.borrow();
+        let process = worker_io.process.borrow();
         let watched = process
             .as_ref()
             .map(|process| process.set_interest(Some(Interest::Readable)));
@@ -1427,29 +1441,29 @@ impl MasterShell {
 
     /// Whether a worker may end without anything to tell it: its channel is closed, only SIGCHLD is
     /// left, and somebody else has that.
-    pub(crate) fn anyone_ends_unseen(&self) -> bool {
-        !self.unseen.borrow().is_empty() && !sys::signal::is_handled(sys::signal::CHLD)
+    pub(crate) fn has_unwatched_exits(&self) -> bool {
+        !self.unwatched_exits.borrow().is_empty() && !sys::signal::is_handled(sys::signal::CHLD)
     }
 
     /// The workers that may end like this.
-    pub(crate) fn unseen(&self) -> Vec<WorkerId> {
-        self.unseen.borrow().iter().copied().collect()
+    pub(crate) fn unwatched_exits(&self) -> Vec<WorkerId> {
+        self.unwatched_exits.borrow().iter().copied().collect()
     }
 
     /// The workers whose end only SIGCHLD tells.
     pub(crate) fn unwatched(&self) -> Vec<WorkerId> {
-        let records = self.records.borrow();
-        let unwatched = records
+        let workers = self.workers.borrow();
+        let unwatched = workers
             .values()
-            .filter(|record| record.process.borrow().is_none());
-        unwatched.map(|record| record.id).collect()
+            .filter(|worker_io| worker_io.process.borrow().is_none());
+        unwatched.map(|worker_io| worker_io.id).collect()
     }
 
     /// Queues a message and writes what can be written. Returns whether the program may go on
     /// without a pause.
     pub(crate) fn send(
         &self,
-        worker: &Record,
+        worker: &WorkerIo,
         message: &[u8],
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
@@ -1478,10 +1492,10 @@ enum QueueState {
 }
 
 /// Takes out so many connections.
-fn take_back(queue: &Queue, at_most: usize) -> (Vec<Placed<CommonFd>>, QueueState) {
+fn reclaim(queue: &Queue, at_most: usize) -> (Vec<Sequenced<NoLingerFd>>, QueueState) {
     let mut back = Vec::new();
     while back.len() < at_most {
-        match queue.take_back() {
+        match queue.reclaim() {
             Ok(Taken::Connection(place, connection)) => back.push((place, connection)),
             Ok(Taken::Nothing | Taken::End) => return (back, QueueState::Empty),
             Err(_) => return (back, QueueState::Unknown),

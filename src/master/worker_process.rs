@@ -8,10 +8,10 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use crate::config::send::{SendOptions, Written};
-use crate::core::event::{Departure, WorkerState};
+use crate::core::event::{ExitReport, WorkerState};
 use crate::error::{Error, Result, SendError};
 use crate::master::Master;
-use crate::master::shell::{Core, MasterShell, Record};
+use crate::master::shell::{Core, MasterShell, WorkerIo};
 use crate::runtime::callbacks::{CallbackId, Callbacks};
 use crate::sys::process::Usage;
 use crate::types::address::Address;
@@ -41,7 +41,7 @@ use crate::wire::channel::outbox::ReceiptId;
 #[derive(Clone, Debug)]
 pub struct WorkerProcess {
     master: Weak<MasterShell>,
-    record: Rc<Record>,
+    worker_io: Rc<WorkerIo>,
     callbacks: Rc<WorkerCallbacks>,
 }
 
@@ -109,7 +109,7 @@ impl WorkerCallbacks {
 
 impl PartialEq for WorkerProcess {
     fn eq(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.record, &other.record)
+        Rc::ptr_eq(&self.worker_io, &other.worker_io)
     }
 }
 
@@ -118,12 +118,12 @@ impl Eq for WorkerProcess {}
 impl WorkerProcess {
     pub(crate) fn new(
         master: &Rc<MasterShell>,
-        record: Rc<Record>,
+        worker_io: Rc<WorkerIo>,
         callbacks: Rc<WorkerCallbacks>,
     ) -> Self {
         Self {
             master: Rc::downgrade(master),
-            record,
+            worker_io,
             callbacks,
         }
     }
@@ -132,13 +132,13 @@ impl WorkerProcess {
         &self.callbacks
     }
 
-    pub(crate) fn has_left(&self, departure: Departure) {
-        self.record.departure.set(Some(departure));
+    pub(crate) fn has_left(&self, exit_report: ExitReport) {
+        self.worker_io.exit_report.set(Some(exit_report));
     }
 
     /// Asks the core, unless the worker has left or the master is gone.
     fn ask<T>(&self, ask: impl FnOnce(&Core) -> T) -> Option<T> {
-        if self.record.departure.get().is_some() {
+        if self.worker_io.exit_report.get().is_some() {
             return None;
         }
         let master = self.master.upgrade()?;
@@ -159,7 +159,7 @@ impl WorkerProcess {
     /// Node: `worker.id`. See [`Master::on_online`] for an example.
     #[must_use]
     pub fn id(&self) -> WorkerId {
-        self.record.id
+        self.worker_io.id
     }
 
     /// Returns the worker's process, for what is done to it without the cluster's courtesy.
@@ -193,7 +193,7 @@ impl WorkerProcess {
         let is_gone = || match self.master.upgrade() {
             Some(_) => WorkerState::Dead,
             // Its channel has closed with the master, and nobody knows more.
-            None if self.record.departure.get().is_none() => WorkerState::Disconnected,
+            None if self.worker_io.exit_report.get().is_none() => WorkerState::Disconnected,
             None => WorkerState::Dead,
         };
         state.unwrap_or_else(is_gone)
@@ -232,7 +232,7 @@ impl WorkerProcess {
     }
 
     fn exit_status(&self) -> Option<ExitStatus> {
-        let departed = self.record.departure.get().map(|left| left.status);
+        let departed = self.worker_io.exit_report.get().map(|left| left.status);
         departed.or_else(|| self.ask(|core| core.exit_status(self.id())).flatten())
     }
 
@@ -254,8 +254,8 @@ impl WorkerProcess {
     /// ```
     #[must_use]
     pub fn exited_after_disconnect(&self) -> Option<bool> {
-        match self.record.departure.get() {
-            Some(departure) => Some(departure.exited_after_disconnect),
+        match self.worker_io.exit_report.get() {
+            Some(exit_report) => Some(exit_report.exited_after_disconnect),
             None => self
                 .ask(|core| core.exited_after_disconnect(self.id()))
                 .flatten(),
@@ -397,7 +397,7 @@ impl WorkerProcess {
             .as_ref()
             .map_or(Ok(()), |master| master.check_own())?;
         let outcome = match master {
-            Some(master) => master.send(&self.record, message, fds, receipt),
+            Some(master) => master.send(&self.worker_io, message, fds, receipt),
             None => Err(SendError::ChannelClosed),
         };
         outcome.map_err(|reason| {
@@ -504,7 +504,7 @@ impl Process<'_> {
     /// Node: `worker.process.pid`. See [`WorkerProcess::process`] for an example.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.0.record.pid.number()
+        self.0.worker_io.pid.number()
     }
 
     /// Sends `signal` at once, without disconnecting first.
@@ -563,7 +563,7 @@ impl Process<'_> {
     /// ```
     #[must_use]
     pub fn take_stdio(&self, number: usize) -> Option<UnixStream> {
-        self.0.record.stdio.borrow_mut().remove(&number)
+        self.0.worker_io.stdio.borrow_mut().remove(&number)
     }
 
     /// Lets the master end although this worker is still there: [`Master::run`] does not wait for
@@ -622,6 +622,6 @@ impl Process<'_> {
     /// ```
     #[must_use]
     pub fn usage(&self) -> Option<Usage> {
-        self.0.record.usage.get()
+        self.0.worker_io.usage.get()
     }
 }

@@ -15,14 +15,14 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use crate::config::settings::SchedulingPolicy;
-use crate::core::dispatch::{MAX_WINDOW, Placed};
+use crate::core::dispatch::{MAX_WINDOW, Sequenced};
 use crate::core::event::{Emit, Event};
-use crate::core::master::{Action, MasterCore, With};
+use crate::core::master::{Action, Attachment, MasterCore};
 use crate::core::worker::{self as worker_core, Listen, ListenerId, WorkerCore};
 use crate::error::Error;
 use crate::runtime::timers::Time;
 use crate::sys::errno;
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::message::Message;
 use crate::types::signal::Signal;
@@ -73,7 +73,7 @@ impl<'a> Script<'a> {
 }
 
 /// Descriptors that the kernel might bring.
-fn descriptors(count: usize) -> Vec<CommonFd> {
+fn descriptors(count: usize) -> Vec<NoLingerFd> {
     thread_local! {
         static NULL: File = File::open("/dev/null").expect("/dev/null");
     }
@@ -191,7 +191,7 @@ const CAME_BACK: &str = "connections taken back from it";
 const GIVEN_ELSEWHERE: &str = "connections taken back from the honest one";
 const LIES: &str = "times it said it took what it did not";
 const DENIED: &str = "listeners it was denied";
-const CUT_OFF: &str = "times it was cut off";
+const UNREAD_MAX: &str = "times it was cut off";
 
 /// A connection, by number.
 type Client = u32;
@@ -219,7 +219,7 @@ struct Port {
 /// The connections on their way to one worker. The worker and the master take from it.
 #[derive(Default)]
 struct Queue {
-    connections: VecDeque<Placed<Client>>,
+    connections: VecDeque<Sequenced<Client>>,
     /// The worker has made its end useless.
     shut: bool,
 }
@@ -262,10 +262,10 @@ struct Honest {
     id: WorkerId,
     core: WorkerCore,
     to_master: VecDeque<ToMaster>,
-    to_worker: VecDeque<(ToWorker, With)>,
+    to_worker: VecDeque<(ToWorker, Attachment)>,
     listeners: Vec<ListenerId>,
     /// Its copies of listeners and its ends of queues.
-    sockets: BTreeMap<ListenerId, With>,
+    sockets: BTreeMap<ListenerId, Attachment>,
     /// Those of which the poller tells.
     watched: BTreeSet<ListenerId>,
     held: Vec<(Client, ListenerId)>,
@@ -457,18 +457,18 @@ impl World {
                 frame,
                 with,
             } => self.send(worker, frame, with),
-            Action::Give {
+            Action::Dispatch {
                 handle,
                 worker,
                 connection,
                 has_waited: _,
             } => self.give(handle, worker, connection),
-            Action::TakeBack {
+            Action::Reclaim {
                 handle,
                 worker,
                 at_most,
-            } => self.take_back(handle, worker, at_most),
-            Action::Count { handle, worker } => self.count_queue(handle, worker),
+            } => self.reclaim(handle, worker, at_most),
+            Action::CountQueued { handle, worker } => self.count_queue(handle, worker),
             Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
             Action::Bind {
                 handle, endpoint, ..
@@ -479,10 +479,10 @@ impl World {
             Action::Watch { handle } => self.port(handle).watched = true,
             Action::Unwatch { handle } => self.port(handle).watched = false,
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
-            Action::RemoveFile { handle } | Action::ShutDoor { handle } => {
+            Action::RemoveFile { handle } | Action::AttachSynFilter { handle } => {
                 self.port(handle).shut = true;
             }
-            Action::OpenDoor { handle } => self.port(handle).shut = false,
+            Action::DetachSynFilter { handle } => self.port(handle).shut = false,
             Action::Unbind { handle } => {
                 let port = self.port(handle);
                 port.unbound = true;
@@ -492,11 +492,11 @@ impl World {
             Action::DiscardChannel { worker } => {
                 assert_eq!(worker, self.hostile.id, "only liars are cut off");
                 self.hostile.open = false;
-                self.count(CUT_OFF, 1);
+                self.count(UNREAD_MAX, 1);
             }
             Action::StopListening { .. } | Action::WatchHangUp { .. } => {}
             Action::Unblock { .. } => {} // Nobody blocks here.
-            Action::BindShard { .. } | Action::Steer { .. } => {
+            Action::BindShard { .. } | Action::SelectShards { .. } => {
                 unreachable!("not with these policies")
             }
             Action::Signal { worker, .. } => {
@@ -505,9 +505,11 @@ impl World {
         }
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With) {
-        if let (With::Listener(handle) | With::Queue(handle), ToWorker::Reply { request, .. }) =
-            (with, &frame)
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: Attachment) {
+        if let (
+            Attachment::Listener(handle) | Attachment::Queue(handle),
+            ToWorker::Reply { request, .. },
+        ) = (with, &frame)
         {
             if std::mem::take(&mut self.sharing_fails) {
                 let request = *request;
@@ -515,7 +517,7 @@ impl World {
                 return self.tell(|core| core.share_failed(handle, worker, request, failed));
             }
         }
-        if let With::Queue(handle) = with {
+        if let Attachment::Queue(handle) = with {
             let previous = self.queues.insert((handle, worker), Queue::default());
             assert!(previous.is_none(), "a second queue");
         }
@@ -533,11 +535,11 @@ impl World {
         queues.map(|queue| queue.connections.len()).sum()
     }
 
-    fn give(&mut self, handle: HandleId, worker: WorkerId, connection: Placed<Client>) {
+    fn give(&mut self, handle: HandleId, worker: WorkerId, connection: Sequenced<Client>) {
         let queue = self.queues.get_mut(&(handle, worker)).expect("a queue");
         let is_exhausted = std::mem::take(&mut self.giving_fails);
         if is_exhausted || queue.shut || queue.connections.len() >= ROOM {
-            return self.tell(|core| core.not_given(handle, worker, connection, is_exhausted));
+            return self.tell(|core| core.not_dispatched(handle, worker, connection, is_exhausted));
         }
         queue.connections.push_back(connection);
         let trusted = worker == self.honest.id || !self.lied;
@@ -554,7 +556,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
-    ) -> Option<(Vec<Placed<Client>>, Option<bool>)> {
+    ) -> Option<(Vec<Sequenced<Client>>, Option<bool>)> {
         let queue = self.queues.get_mut(&(handle, worker))?;
         let there = queue.connections.len();
         let (count, is_empty) = if std::mem::take(&mut self.taking_back_fails) {
@@ -572,15 +574,15 @@ impl World {
         Some((back, is_empty))
     }
 
-    fn take_back(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
+    fn reclaim(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
         let Some((back, is_empty)) = self.take_out(handle, worker, at_most) else {
             return;
         };
         if is_empty.is_none() {
-            self.tell(|core| core.cannot_take_back(handle));
+            self.tell(|core| core.cannot_reclaim(handle));
         }
         let is_empty = is_empty == Some(true);
-        self.tell(|core| core.came_back(handle, worker, back, is_empty));
+        self.tell(|core| core.reclaimed(handle, worker, back, is_empty));
     }
 
     fn count_queue(&mut self, handle: HandleId, worker: WorkerId) {
@@ -595,7 +597,7 @@ impl World {
         match self.take_out(handle, worker, usize::MAX) {
             Some((back, None)) => {
                 self.resting.push((handle, worker));
-                self.tell(|core| core.came_back(handle, worker, back, false));
+                self.tell(|core| core.reclaimed(handle, worker, back, false));
             }
             outcome => {
                 self.queues.remove(&(handle, worker));
@@ -673,7 +675,7 @@ impl World {
                 ..
             } => self.count(DENIED, 1),
             ToWorker::Reply { .. }
-            | ToWorker::End { .. }
+            | ToWorker::ListenerClosed { .. }
             | ToWorker::Disconnect
             | ToWorker::Message(_) => {}
         }
@@ -736,7 +738,7 @@ impl World {
             let message = Message::new(bytes, arrival.fds);
             self.tell(|core| core.message(id, message));
         } else {
-            if let ToMaster::Ready { handle, taken, .. } = arrival.frame {
+            if let ToMaster::Idle { handle, taken, .. } = arrival.frame {
                 if taken > self.has_taken(handle) {
                     self.lied = true;
                     self.count(LIES, 1);
@@ -785,20 +787,20 @@ impl World {
                 flags: BindFlags::default(),
             },
             2 => ToMaster::Listening { handle },
-            3 => ToMaster::Ready {
+            3 => ToMaster::Idle {
                 handle,
                 taken: script.long(),
                 open: script.number(),
             },
             // A lie that may be believed.
-            4 => ToMaster::Ready {
+            4 => ToMaster::Idle {
                 handle,
                 taken: self.has_taken(handle).saturating_add(script.long()),
                 open: script.number(),
             },
-            5 => ToMaster::Close { handle },
-            6 => ToMaster::Revoke { handle },
-            _ if choice == 255 => ToMaster::Leaving,
+            5 => ToMaster::Release { handle },
+            6 => ToMaster::Pause { handle },
+            _ if choice == 255 => ToMaster::DisconnectRequest,
             _ => ToMaster::Message(vec![0; choice.into()]),
         }
     }
@@ -827,10 +829,10 @@ impl World {
                 self.rob(handle);
                 return;
             }
-            (4, Some(handle)) => ToMaster::Revoke { handle },
+            (4, Some(handle)) => ToMaster::Pause { handle },
             (5, Some(handle)) if more % 4 == 3 => {
                 hostile.taken.remove(&handle);
-                ToMaster::Close { handle }
+                ToMaster::Release { handle }
             }
             (5, Some(handle)) if more % 4 == 2 => {
                 let queue = self.queues.get_mut(&(handle, hostile.id));
@@ -843,7 +845,7 @@ impl World {
                 self.rob(handle);
                 let taken = self.has_taken(handle);
                 let open = 0;
-                ToMaster::Ready {
+                ToMaster::Idle {
                     handle,
                     taken,
                     open,
@@ -853,7 +855,7 @@ impl World {
                 while self.rob(handle) {}
                 let taken = self.has_taken(handle);
                 let open = 0;
-                ToMaster::Ready {
+                ToMaster::Idle {
                     handle,
                     taken,
                     open,
@@ -951,7 +953,9 @@ impl World {
                         honest.sockets.remove(&listener);
                         honest.watched.remove(&listener);
                     }
-                    worker_core::Action::ShutDoor(_) => unreachable!("nobody listens alone here"),
+                    worker_core::Action::AttachSynFilter(_) => {
+                        unreachable!("nobody listens alone here")
+                    }
                 }
                 continue;
             }
@@ -1005,16 +1009,16 @@ impl World {
     /// whether there was something.
     fn try_accept(&mut self, listener: ListenerId) -> bool {
         let client = match self.honest.sockets.get(&listener) {
-            Some(With::Queue(_)) if std::mem::take(&mut self.taking_fails) => {
+            Some(Attachment::Queue(_)) if std::mem::take(&mut self.taking_fails) => {
                 self.honest.core.descriptors_lack();
                 None
             }
-            Some(With::Queue(handle)) => self.take(*handle, self.honest.id),
-            Some(With::Listener(handle)) => {
+            Some(Attachment::Queue(handle)) => self.take(*handle, self.honest.id),
+            Some(Attachment::Listener(handle)) => {
                 let port = self.ports.get_mut(handle).expect("known");
                 port.backlog.pop_front()
             }
-            Some(With::Nothing | With::Shard(..)) | None => return false,
+            Some(Attachment::None | Attachment::Shard(..)) | None => return false,
         };
         let honest = &mut self.honest;
         if let Some(client) = client {
@@ -1584,7 +1588,7 @@ mod tests {
         (GIVEN_ELSEWHERE, 8),
         (LIES, 25),
         (DENIED, 60),
-        (CUT_OFF, 50),
+        (UNREAD_MAX, 50),
     ];
     const SCRIPTS: u32 = 1024;
 

@@ -26,12 +26,12 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// Takes ownership of the descriptor that the master left for this process, and reads the welcome
 /// that `peek` has found there.
-pub(crate) fn adopt_channel(number: RawFd, welcome: &mut [u8]) -> io::Result<UnixStream> {
+pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<UnixStream> {
     // SAFETY: the descriptor is open, and nobody else in this process knows of it: `init` runs
     // once, and has consumed the variable that named it.
     let mut stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
-    stream.read_exact(welcome)?;
+    stream.read_exact(preamble)?;
     stream.set_nonblocking(true)?;
     Ok(stream)
 }
@@ -257,12 +257,12 @@ pub(crate) fn limit() -> u64 {
 /// of it, and the end of a socket with SO_LINGER waits for the peer, though the socket be set not to
 /// block. Who has it as his own may want that; in passing it would be a way to hold up this process.
 #[derive(Debug)]
-pub(crate) struct CommonFd {
+pub(crate) struct NoLingerFd {
     fd: ManuallyDrop<OwnedFd>,
     owner: Owner,
 }
 
-impl CommonFd {
+impl NoLingerFd {
     /// Makes it this process's own.
     pub(crate) fn claim(self) -> OwnedFd {
         let mut this = ManuallyDrop::new(self);
@@ -271,7 +271,7 @@ impl CommonFd {
     }
 }
 
-impl From<OwnedFd> for CommonFd {
+impl From<OwnedFd> for NoLingerFd {
     fn from(fd: OwnedFd) -> Self {
         let fd = ManuallyDrop::new(fd);
         let owner = Owner::current();
@@ -279,13 +279,13 @@ impl From<OwnedFd> for CommonFd {
     }
 }
 
-impl AsFd for CommonFd {
+impl AsFd for NoLingerFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-impl Drop for CommonFd {
+impl Drop for NoLingerFd {
     fn drop(&mut self) {
         // The option is the socket's, and so the owner's, too.
         if self.owner.is_current() {

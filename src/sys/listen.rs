@@ -163,10 +163,10 @@ pub(crate) fn listen_to_select(address: &SocketAddr, flags: &BindFlags) -> io::R
     let socket = bind_tcp(address, flags, PortSharing::Join)?;
     // The kernel attaches a program to a group only through a socket that listens. Until then it may
     // choose this one: the client sends its SYN again after a second, and is served.
-    shut_door(&socket)?;
+    attach_syn_filter(&socket)?;
     listen(&socket, flags.backlog)?;
     steer(&socket, &[0])?;
-    open_door(&socket)?;
+    detach_syn_filter(&socket)?;
     Ok(socket)
 }
 
@@ -360,7 +360,7 @@ pub(crate) fn shut_for_good(listener: &OwnedFd) {
 /// a second and then find the port closed, or somebody else's. Without it, whoever comes between
 /// the last `accept` and `close` would be connected and then reset.
 #[cfg(target_os = "linux")]
-pub(crate) fn shut_door(listener: &OwnedFd) -> io::Result<()> {
+pub(crate) fn attach_syn_filter(listener: &OwnedFd) -> io::Result<()> {
     attach(listener, libc::SO_ATTACH_FILTER, &mut syn_filter())
 }
 
@@ -403,7 +403,7 @@ pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
     let parts = |s: &libc::sock_filter| (s.code, s.jt, s.jf, s.k);
     let is_own = own.iter().map(parts).eq(found.iter().map(parts));
     match read {
-        Ok(_) if is_own => open_door(listener),
+        Ok(_) if is_own => detach_syn_filter(listener),
         // Another filter, or none, or the kernel does not read filters.
         Ok(_) | Err(_) => Ok(()),
     }
@@ -416,9 +416,9 @@ pub(crate) fn lock_filter(socket: &OwnedFd) -> io::Result<()> {
     set_option(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1)
 }
 
-/// Undoes `shut_door`.
+/// Undoes `attach_syn_filter`.
 #[cfg(target_os = "linux")]
-pub(crate) fn open_door(listener: &OwnedFd) -> io::Result<()> {
+pub(crate) fn detach_syn_filter(listener: &OwnedFd) -> io::Result<()> {
     let unused: libc::c_int = 0;
     let size = libc::socklen_t::try_from(size_of_val(&unused)).unwrap_or(0);
     // SAFETY: the option ignores its value.
@@ -516,13 +516,13 @@ fn attach(
 
 /// Elsewhere the backlog is emptied with the door open.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn shut_door(_listener: &OwnedFd) -> io::Result<()> {
+pub(crate) fn attach_syn_filter(_listener: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Undoes `shut_door`.
+/// Undoes `attach_syn_filter`.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn open_door(_listener: &OwnedFd) -> io::Result<()> {
+pub(crate) fn detach_syn_filter(_listener: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
@@ -552,7 +552,7 @@ mod tests {
             let address = local_addr(&listener).unwrap();
             let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
             let _early = connect().unwrap();
-            shut_door(&listener).unwrap();
+            attach_syn_filter(&listener).unwrap();
             let error = connect().unwrap_err();
             assert_eq!(
                 error.kind(),
@@ -560,7 +560,7 @@ mod tests {
                 "not refused: ignored"
             );
             accept(&listener).unwrap();
-            open_door(&listener).unwrap();
+            detach_syn_filter(&listener).unwrap();
             connect().unwrap();
         }
     }

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
-use super::fd::CommonFd;
+use super::fd::NoLingerFd;
 use super::{check, socket};
 
 /// What the kernel uses for connections that are in the queue; more than are given to a worker that
@@ -62,13 +62,13 @@ impl Queue {
     ///
     /// There is no room, or the worker has made its end useless, or the system has run out of
     /// something.
-    pub(crate) fn give(&self, place: u64, connection: &CommonFd) -> io::Result<()> {
+    pub(crate) fn give(&self, place: u64, connection: &NoLingerFd) -> io::Result<()> {
         let message = place.to_le_bytes();
         socket::send_one(&self.writer, &message, connection.as_fd()).map(drop)
     }
 
     /// Takes out the first connection, as `take` does.
-    pub(crate) fn take_back(&self) -> io::Result<Taken> {
+    pub(crate) fn reclaim(&self) -> io::Result<Taken> {
         take(self.reader.as_fd())
     }
 
@@ -102,7 +102,7 @@ fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
 /// What came of taking out of a queue.
 #[derive(Debug)]
 pub(crate) enum Taken {
-    Connection(u64, CommonFd),
+    Connection(u64, NoLingerFd),
     Nothing,
     /// The master has closed it.
     End,
@@ -152,13 +152,13 @@ mod tests {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
 
-    fn connection(name: u8) -> (UnixStream, CommonFd) {
+    fn connection(name: u8) -> (UnixStream, NoLingerFd) {
         let (mut here, there) = UnixStream::pair().unwrap();
         here.write_all(&[name]).unwrap();
         (here, OwnedFd::from(there).into())
     }
 
-    fn name(connection: CommonFd) -> u8 {
+    fn name(connection: NoLingerFd) -> u8 {
         let mut byte = [0];
         UnixStream::from(connection.claim())
             .read_exact(&mut byte)
@@ -168,7 +168,7 @@ mod tests {
 
     /// The place and the name of what is taken back.
     fn back(queue: &Queue) -> Option<(u64, u8)> {
-        match queue.take_back().unwrap() {
+        match queue.reclaim().unwrap() {
             Taken::Connection(place, connection) => Some((place, name(connection))),
             Taken::Nothing | Taken::End => None,
         }

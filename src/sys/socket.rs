@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use sendfd::SendWithFd;
 
-use super::fd::CommonFd;
+use super::fd::NoLingerFd;
 use super::{empty_set, retry};
 
 /// Never waits; and never raises SIGPIPE, where the system has a flag for that.
@@ -226,7 +226,7 @@ pub(crate) fn read_all_in_line(socket: &UnixStream) -> io::Result<()> {
 #[derive(Debug, Default)]
 pub(crate) struct Piece {
     pub(crate) bytes: usize,
-    pub(crate) fds: Vec<CommonFd>,
+    pub(crate) fds: Vec<NoLingerFd>,
     /// There were more descriptors, and the kernel has closed them: for lack of room in this
     /// process, most likely.
     pub(crate) lost_fds: bool,
@@ -321,7 +321,7 @@ const PIDFD: libc::c_int = 4;
 const PIDFD: libc::c_int = libc::SCM_RIGHTS;
 
 /// Takes ownership of the descriptors that came with a message.
-fn adopt_all(message: &libc::msghdr) -> Vec<CommonFd> {
+fn adopt_all(message: &libc::msghdr) -> Vec<NoLingerFd> {
     let mut fds = Vec::new();
     // SAFETY: the kernel has filled in the message.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 
 /// A message as it arrived: bytes, and the descriptors that came with it.
 ///
@@ -24,19 +24,19 @@ use crate::sys::fd::CommonFd;
 pub struct Message {
     bytes: Vec<u8>,
     /// `None` if none has come with it.
-    fds: Option<Rc<Untaken>>,
+    fds: Option<Rc<UntakenFds>>,
 }
 
 /// The descriptors that nobody has taken: also for whoever forks while the program is being told.
-pub(crate) type Untaken = RefCell<Vec<CommonFd>>;
+pub(crate) type UntakenFds = RefCell<Vec<NoLingerFd>>;
 
 impl Message {
-    pub(crate) fn new(bytes: Vec<u8>, fds: Vec<CommonFd>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>, fds: Vec<NoLingerFd>) -> Self {
         let fds = (!fds.is_empty()).then(|| Rc::new(RefCell::new(fds)));
         Self { bytes, fds }
     }
 
-    pub(crate) fn untaken(&self) -> Option<&Rc<Untaken>> {
+    pub(crate) fn untaken(&self) -> Option<&Rc<UntakenFds>> {
         self.fds.as_ref()
     }
 
@@ -55,6 +55,6 @@ impl Message {
     #[must_use]
     pub fn take_fds(&self) -> Vec<OwnedFd> {
         let fds = self.fds.iter().flat_map(|fds| fds.take());
-        fds.map(CommonFd::claim).collect()
+        fds.map(NoLingerFd::claim).collect()
     }
 }

@@ -52,7 +52,7 @@ pub(crate) const VERSION: u8 = 1;
 /// Bytes before the body.
 pub(crate) const HEADER: usize = 8;
 /// Bytes of the welcome.
-pub(crate) const WELCOME_LENGTH: usize = HEADER + 4;
+pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
 /// The longest body in bytes, and so the longest message. A longer one is refused by its header,
 /// before a byte of it is stored.
 pub(crate) const MAX_BODY: usize = 1 << 20;
@@ -63,7 +63,7 @@ pub(crate) const MAX_BATCH: usize = 64;
 /// Where a frame says how many its batch has; known when it leaves.
 pub(crate) const BATCH: usize = 7;
 
-const WELCOME: u8 = 64;
+const PREAMBLE: u8 = 64;
 const MESSAGE: u8 = 127;
 
 /// Names a bound listener of the master to the workers that use it.
@@ -103,19 +103,19 @@ pub(crate) enum ToMaster {
     },
     /// The worker's queue was empty when its program had taken `taken` connections out of it in all,
     /// and had `open` of them: it is idle.
-    Ready {
+    Idle {
         handle: HandleId,
         taken: u64,
         open: u32,
     },
     /// The worker will take nothing more from this listener; the last frame that names it.
-    Close {
+    Release {
         handle: HandleId,
     },
     /// The worker wants to leave; the answer is `Disconnect`.
-    Leaving,
+    DisconnectRequest,
     /// What is in the queue is for others: the program wants no more for now. Undone by `Ready`.
-    Revoke {
+    Pause {
         handle: HandleId,
     },
     Message(Vec<u8>),
@@ -130,7 +130,7 @@ pub(crate) enum ToWorker {
     },
     /// Nothing more comes from this listener. With `drain` nobody else is there to serve what the
     /// worker still has of it.
-    End {
+    ListenerClosed {
         handle: HandleId,
         drain: bool,
     },
@@ -179,16 +179,16 @@ impl std::fmt::Display for FrameError {
 }
 
 /// What a master writes before all else.
-pub(crate) fn welcome(worker: WorkerId) -> [u8; WELCOME_LENGTH] {
-    let mut bytes = [0; WELCOME_LENGTH];
-    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, WELCOME, 0, 0]);
+pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
+    let mut bytes = [0; PREAMBLE_LENGTH];
+    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, PREAMBLE, 0, 0]);
     bytes[HEADER..].copy_from_slice(&worker.get().to_le_bytes());
     bytes
 }
 
 /// The version that a welcome is of, if these bytes are one.
-pub(crate) fn version_of_welcome(bytes: [u8; WELCOME_LENGTH]) -> Option<u8> {
-    let [4, 0, 0, 0, version, WELCOME, 0, 0, ..] = bytes else {
+pub(crate) fn version_of_preamble(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
+    let [4, 0, 0, 0, version, PREAMBLE, 0, 0, ..] = bytes else {
         return None;
     };
     Some(version)
@@ -431,7 +431,7 @@ impl Frame for ToMaster {
             Self::Listening { handle } => frame(out, 3, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
-            Self::Ready {
+            Self::Idle {
                 handle,
                 taken,
                 open,
@@ -440,11 +440,11 @@ impl Frame for ToMaster {
                 out.extend_from_slice(&taken.to_le_bytes());
                 out.extend_from_slice(&open.to_le_bytes());
             }),
-            Self::Close { handle } => frame(out, 6, fds, |out| {
+            Self::Release { handle } => frame(out, 6, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
-            Self::Leaving => frame(out, 7, fds, |_| {}),
-            Self::Revoke { handle } => frame(out, 5, fds, |out| {
+            Self::DisconnectRequest => frame(out, 7, fds, |_| {}),
+            Self::Pause { handle } => frame(out, 5, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
             }),
             Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
@@ -478,18 +478,18 @@ impl Frame for ToMaster {
                 3 => Self::Listening {
                     handle: body.handle()?,
                 },
-                4 => Self::Ready {
+                4 => Self::Idle {
                     handle: body.handle()?,
                     taken: body.u64()?,
                     open: body.u32()?,
                 },
-                5 => Self::Revoke {
+                5 => Self::Pause {
                     handle: body.handle()?,
                 },
-                6 => Self::Close {
+                6 => Self::Release {
                     handle: body.handle()?,
                 },
-                7 => Self::Leaving,
+                7 => Self::DisconnectRequest,
                 _ => return None,
             };
             body.end()?;
@@ -527,7 +527,7 @@ impl Frame for ToWorker {
                     Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
                 }
             }),
-            Self::End { handle, drain } => frame(out, 66, fds, |out| {
+            Self::ListenerClosed { handle, drain } => frame(out, 66, fds, |out| {
                 out.extend_from_slice(&handle.0.to_le_bytes());
                 out.push(u8::from(*drain));
             }),
@@ -573,7 +573,7 @@ impl Frame for ToWorker {
                 66 => {
                     let handle = body.handle()?;
                     let drain = body.bool()?;
-                    (Self::End { handle, drain }, 0)
+                    (Self::ListenerClosed { handle, drain }, 0)
                 }
                 67 => (Self::Disconnect, 0),
                 _ => return None,
@@ -669,7 +669,7 @@ mod tests {
                 vec![4, 0, 0, 0, 1, 3, 0, 0, 4, 3, 2, 1],
             ),
             (
-                ToMaster::Ready {
+                ToMaster::Idle {
                     handle: H,
                     taken: 3,
                     open: 2,
@@ -679,12 +679,12 @@ mod tests {
                 ],
             ),
             (
-                ToMaster::Close { handle: H },
+                ToMaster::Release { handle: H },
                 vec![4, 0, 0, 0, 1, 6, 0, 0, 4, 3, 2, 1],
             ),
-            (ToMaster::Leaving, vec![0, 0, 0, 0, 1, 7, 0, 0]),
+            (ToMaster::DisconnectRequest, vec![0, 0, 0, 0, 1, 7, 0, 0]),
             (
-                ToMaster::Revoke { handle: H },
+                ToMaster::Pause { handle: H },
                 vec![4, 0, 0, 0, 1, 5, 0, 0, 4, 3, 2, 1],
             ),
             (
@@ -720,7 +720,7 @@ mod tests {
                 vec![8, 0, 0, 0, 1, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
             ),
             (
-                ToWorker::End {
+                ToWorker::ListenerClosed {
                     handle: H,
                     drain: true,
                 },
@@ -750,11 +750,11 @@ mod tests {
 
     #[test]
     fn a_welcome_tells_its_version_and_is_no_other_frame() {
-        let bytes = welcome(WorkerId::new(7));
+        let bytes = preamble(WorkerId::new(7));
         assert_eq!(bytes, [4, 0, 0, 0, 1, 64, 0, 0, 7, 0, 0, 0]);
-        assert_eq!(version_of_welcome(bytes), Some(VERSION));
-        assert_eq!(version_of_welcome([1; WELCOME_LENGTH]), None);
-        assert_eq!(read::<ToWorker>(&bytes), Err(FrameError::Kind(WELCOME)));
+        assert_eq!(version_of_preamble(bytes), Some(VERSION));
+        assert_eq!(version_of_preamble([1; PREAMBLE_LENGTH]), None);
+        assert_eq!(read::<ToWorker>(&bytes), Err(FrameError::Kind(PREAMBLE)));
     }
 
     #[test]

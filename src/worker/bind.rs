@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use crate::config::listen::Wish;
+use crate::config::listen::BindRequest;
 use crate::core::worker::ListenerId;
 use crate::error::Result;
 use crate::sys;
@@ -20,21 +20,21 @@ type Opened = (ListenerId, Option<SocketAddr>);
 impl Worker {
     /// Opens the first that can be had of what the program wants. The outer error is that of the
     /// wait for the master, the inner one that of the system.
-    pub(super) fn open(&self, wish: &mut Wish) -> Result<io::Result<Opened>> {
-        self.inner.home.check_own()?;
-        if let Some(socket) = wish.take_socket() {
-            return Ok(self.open_socket(socket, wish));
+    pub(super) fn open(&self, bind_request: &mut BindRequest) -> Result<io::Result<Opened>> {
+        self.inner.event_loop.check_own()?;
+        if let Some(socket) = bind_request.take_socket() {
+            return Ok(self.open_socket(socket, bind_request));
         }
-        let endpoints = match wish.resolve() {
+        let endpoints = match bind_request.resolve() {
             Ok(endpoints) => endpoints,
             Err(error) => return Ok(Err(error)),
         };
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for endpoint in endpoints {
-            let opened = if wish.is_alone() {
-                self.open_alone(&endpoint, wish)
+            let opened = if bind_request.is_alone() {
+                self.open_alone(&endpoint, bind_request)
             } else {
-                self.open_shared(endpoint, wish.flags)?
+                self.open_shared(endpoint, bind_request.flags)?
             };
             match opened {
                 Ok(opened) => return Ok(Ok(opened)),
@@ -64,17 +64,17 @@ impl Worker {
     }
 
     /// Binds in this process; the master is not asked.
-    fn open_alone(&self, endpoint: &Endpoint, wish: &Wish) -> io::Result<Opened> {
+    fn open_alone(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
         let shell = &self.inner.shell;
         if shell.core.borrow().is_leaving() {
             let id = shell.core.borrow_mut().listen_alone(endpoint.kind);
             return Ok((id, endpoint.address()));
         }
-        let sharing = match wish.reuse_port {
+        let sharing = match bind_request.reuse_port {
             true => PortSharing::Join,
             false => PortSharing::Exclusive,
         };
-        let bound = bind(endpoint, &wish.flags, sharing)?;
+        let bound = bind(endpoint, &bind_request.flags, sharing)?;
         let address = bound.address;
         let owner = match endpoint.is_borrowed() {
             true => SocketOwner::Application,
@@ -85,8 +85,8 @@ impl Worker {
     }
 
     /// Uses a socket that the worker has already.
-    fn open_socket(&self, socket: OwnedFd, wish: &Wish) -> io::Result<Opened> {
-        bind::adopt(&socket, wish.flags.backlog)?;
+    fn open_socket(&self, socket: OwnedFd, bind_request: &BindRequest) -> io::Result<Opened> {
+        bind::adopt(&socket, bind_request.flags.backlog)?;
         let address = sys::listen::local_addr(&socket);
         let bound = BoundSocket {
             file: None,

@@ -80,7 +80,7 @@ pub(crate) struct Inner {
     id: WorkerId,
     inspect_port: Option<u16>,
     pub(crate) shell: Rc<WorkerShell>,
-    home: EventLoop<Worker>,
+    event_loop: EventLoop<Worker>,
     of_listener: RefCell<SortedMap<ListenerId, ListenerCallbacks>>,
     /// `accept` has found the poller ready and has not looked yet.
     poller_waits: Cell<bool>,
@@ -111,13 +111,13 @@ impl Worker {
         inspect_port: Option<u16>,
         channel: UnixStream,
     ) -> Result<Self> {
-        let home = EventLoop::new()?;
-        let shell = WorkerShell::new(channel, home.poller().clone(), home.began());
+        let event_loop = EventLoop::new()?;
+        let shell = WorkerShell::new(channel, event_loop.poller().clone(), event_loop.began());
         let inner = Inner {
             id,
             inspect_port,
             shell: Rc::new(shell.map_err(Error::io("wait for the channel"))?),
-            home,
+            event_loop,
             of_listener: RefCell::default(),
             poller_waits: Cell::new(true),
             looks_around: Cell::new(true),
@@ -208,11 +208,11 @@ impl Worker {
     /// # Ok(()) }
     /// ```
     pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<Listener<S>> {
-        let mut wish = options.into().wish;
-        match self.open(&mut wish)? {
+        let mut bind_request = options.into().bind_request;
+        match self.open(&mut bind_request)? {
             Ok((id, address)) => Ok(Listener::new(Rc::clone(&self.inner), id, address)),
             Err(source) => Err(Error::Listen {
-                address: wish.to_string(),
+                address: bind_request.to_string(),
                 source,
             }),
         }
@@ -239,11 +239,11 @@ impl Worker {
     /// # }
     /// ```
     pub fn bind(&self, options: impl Into<BindOptions>) -> Result<UdpSocket> {
-        let mut wish = options.into().wish;
-        match self.open(&mut wish)? {
+        let mut bind_request = options.into().bind_request;
+        match self.open(&mut bind_request)? {
             Ok((id, address)) => Ok(UdpSocket::new(Rc::clone(&self.inner), id, address)),
             Err(source) => Err(Error::Bind {
-                address: wish.to_string(),
+                address: bind_request.to_string(),
                 source,
             }),
         }
@@ -543,7 +543,7 @@ impl Worker {
         signal: Signal,
         callback: impl FnMut(&Self, Signal) + 'static,
     ) -> Result<CallbackId> {
-        self.inner.home.on_signal(signal, callback)
+        self.inner.event_loop.on_signal(signal, callback)
     }
 
     /// Makes a callback one that is called once: it is removed before its next call. One that is
@@ -560,7 +560,7 @@ impl Worker {
         self.inner.on_message.once(id);
         self.inner.on_disconnect.once(id);
         self.inner.on_error.once(id);
-        self.inner.home.signal_callback_once(id);
+        self.inner.event_loop.signal_callback_once(id);
     }
 
     /// Removes a callback. One that is gone already is no error.
@@ -577,7 +577,7 @@ impl Worker {
         self.inner.on_message.remove(id);
         self.inner.on_disconnect.remove(id);
         self.inner.on_error.remove(id);
-        self.inner.home.remove_signal_callback(id);
+        self.inner.event_loop.remove_signal_callback(id);
     }
 }
 
@@ -588,7 +588,7 @@ impl Worker {
     ///
     /// Node: `setTimeout`.
     pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
-        self.inner.home.set_timeout(after, callback)
+        self.inner.event_loop.set_timeout(after, callback)
     }
 
     /// Calls back again and again, `every` time this has passed; 1 ms at least. See
@@ -596,14 +596,14 @@ impl Worker {
     ///
     /// Node: `setInterval`.
     pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
-        self.inner.home.set_interval(every, callback)
+        self.inner.event_loop.set_interval(every, callback)
     }
 
     /// Cancels a timer. See [`Master::clear_timer`](crate::Master::clear_timer) for an example.
     ///
     /// Node: `clearTimeout` and `clearInterval`.
     pub fn clear_timer(&self, timer: TimerId) {
-        self.inner.home.clear_timer(timer);
+        self.inner.event_loop.clear_timer(timer);
     }
 
     /// Waits for a descriptor: calls back whenever `source` is ready for `interest`.
@@ -635,7 +635,7 @@ impl Worker {
         interest: Interest,
         callback: impl FnMut(&Self, &S) -> Option<Interest> + 'static,
     ) -> Result<WatchId> {
-        self.inner.home.watch(source, interest, callback)
+        self.inner.event_loop.watch(source, interest, callback)
     }
 
     /// Lets go of a watched descriptor, and drops it. One that is gone already is no error. See
@@ -643,7 +643,7 @@ impl Worker {
     ///
     /// Node has no counterpart.
     pub fn unwatch(&self, watch: WatchId) {
-        self.inner.home.unwatch(watch);
+        self.inner.event_loop.unwatch(watch);
     }
 
     /// Lets the worker end although a timer or watched descriptor is still there:
@@ -652,14 +652,14 @@ impl Worker {
     ///
     /// Node: `timer.unref()` and `socket.unref()`.
     pub fn unref(&self, id: impl Into<LoopId>) {
-        self.inner.home.reference(id.into(), false);
+        self.inner.event_loop.reference(id.into(), false);
     }
 
     /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
     pub fn ref_(&self, id: impl Into<LoopId>) {
-        self.inner.home.reference(id.into(), true);
+        self.inner.event_loop.reference(id.into(), true);
     }
 
     /// Turns the loop until the worker has left and nothing else is left to wait for: connection,
@@ -678,11 +678,11 @@ impl Worker {
     ///
     /// See [`send`](Self::send) for an example.
     pub fn run(&self) -> Result<()> {
-        drop(self.inner.home.enter()?);
+        drop(self.inner.event_loop.enter()?);
         loop {
             let core = self.inner.shell.core.borrow();
-            let events = core.has_events() || self.inner.shell.has_news();
-            let busy = self.inner.home.has_work() || self.inner.shell.is_writing();
+            let events = core.has_events() || self.inner.shell.has_notifications();
+            let busy = self.inner.event_loop.has_work() || self.inner.shell.is_writing();
             let idle = core.is_finished() && !busy && !events;
             let must_exit = core.must_exit() && !events;
             drop(core);
@@ -704,7 +704,7 @@ impl Worker {
     ///
     /// As [`run`](Self::run).
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
-        drop(self.inner.home.enter()?);
+        drop(self.inner.event_loop.enter()?);
         self.inner.shell.read_by_poller(true)?;
         self.inner.shell.core.borrow_mut().wait_for_events();
         self.turn(timeout)?;
@@ -722,10 +722,10 @@ impl Worker {
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
         let core = shell.core.borrow();
-        if core.has_events() || core.is_done() || shell.has_news() {
+        if core.has_events() || core.is_done() || shell.has_notifications() {
             return Some(Duration::ZERO);
         }
-        self.inner.home.time_left(shell.deadline())
+        self.inner.event_loop.time_left(shell.deadline())
     }
 }
 
@@ -734,7 +734,7 @@ impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // It fails only if the poller is beyond use, which the next call of `dispatch` reports.
         let _ = self.inner.shell.read_by_poller(true);
-        self.inner.home.as_fd()
+        self.inner.event_loop.as_fd()
     }
 }
 
@@ -750,7 +750,7 @@ impl Drop for Worker {
 
 impl Inner {
     fn clear(&self) {
-        self.home.clear();
+        self.event_loop.clear();
         self.on_message.clear();
         self.on_disconnect.clear();
         self.on_error.clear();

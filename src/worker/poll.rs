@@ -31,8 +31,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 impl Worker {
     /// Turns the loop once.
     pub(super) fn turn(&self, timeout: Option<Duration>) -> Result<()> {
-        let home = &self.inner.home;
-        let _running = home.enter()?;
+        let event_loop = &self.inner.event_loop;
+        let _running = event_loop.enter()?;
         self.inner.shell.act();
         // Before anything is delivered: after the last event nothing wakes the poller any more.
         let limit = self.time_left();
@@ -41,11 +41,11 @@ impl Worker {
             self.settle();
         }
         let mut ready = ReadyList::new();
-        let ready = home.wait(earlier(limit, timeout), &mut ready)?;
+        let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         self.inner.shell.tick();
         for (token, ready) in ready {
             // A callback may return in a child that it has forked.
-            home.check_own()?;
+            event_loop.check_own()?;
             match token {
                 Token::Channel(_) => {
                     if ready.writable {
@@ -56,23 +56,23 @@ impl Worker {
                     }
                 }
                 Token::Listener(number) => self.listener_ready(ListenerId(number)),
-                Token::Watch(number) => home.watch_ready(self, number),
+                Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => {
-                    for signal in home.take_signals() {
-                        home.call_signal(self, signal);
+                    for signal in event_loop.take_signals() {
+                        event_loop.call_signal(self, signal);
                     }
                 }
                 Token::Process(_) | Token::Selector(_) => {}
             }
             self.settle();
         }
-        home.fire_timers(self, || self.settle());
+        event_loop.fire_timers(self, || self.settle());
         Ok(())
     }
 
     /// Carries out what the core decided and calls the program, until nothing is left to do.
     fn settle(&self) {
-        while self.inner.home.check_own().is_ok() {
+        while self.inner.event_loop.check_own().is_ok() {
             self.inner.shell.act();
             self.tell_news();
             let event = self.inner.shell.core.borrow_mut().next_event();
@@ -193,8 +193,8 @@ impl Worker {
             // One that is ending may have nothing more that could make it readable.
             worker.listener_ready(listener);
         };
-        let timer = self.inner.home.set_timeout(ACCEPT_RETRY, again);
-        self.inner.home.reference(timer.into(), false);
+        let timer = self.inner.event_loop.set_timeout(ACCEPT_RETRY, again);
+        self.inner.event_loop.reference(timer.into(), false);
     }
 
     /// Waits for the next connection of a listener without a callback.
@@ -202,10 +202,10 @@ impl Worker {
         inner: &Rc<Inner>,
         listener: ListenerId,
     ) -> Result<Option<Connection<OwnedFd>>> {
-        inner.home.check_own()?;
+        inner.event_loop.check_own()?;
         if inner.shell.blocks(listener) {
             let prepare = || {
-                let signals = inner.home.open_signal_pipe()?;
+                let signals = inner.event_loop.open_signal_pipe()?;
                 inner.shell.prepare_to_block(signals.as_fd())
             };
             match prepare() {
@@ -239,7 +239,7 @@ impl Worker {
             pause = FIRST_PAUSE;
             Ok(match accepted {
                 Some(accepted) if accepted.is_over => {
-                    let _running = inner.home.enter()?;
+                    let _running = inner.event_loop.enter()?;
                     worker.deliver(listener, accepted.fd, true);
                     None
                 }
@@ -256,12 +256,12 @@ impl Worker {
     /// those who wait. If it has something else to wait for, the listener is made not to block, for all
     /// who have it.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
-        let (shell, home) = (&self.inner.shell, &self.inner.home);
+        let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         if !shell.blocks(listener) {
             return Ok(false);
         }
         let core = shell.core.borrow();
-        let alone = !core.is_ending(listener) && !core.serves_any() && !home.has_watches();
+        let alone = !core.is_ending(listener) && !core.serves_any() && !event_loop.has_watches();
         drop(core);
         if !alone {
             shell.unblock(listener)?;
@@ -271,14 +271,14 @@ impl Worker {
 
     /// Accepts a connection, and waits for it. Whatever else there is to do comes first.
     fn accept_blocking(&self, listener: ListenerId) -> Result<Option<Accepted>> {
-        let (shell, home) = (&self.inner.shell, &self.inner.home);
+        let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let looks = self.inner.looks_around.get() || shell.is_writing();
-        if looks && shell.hear()? {
+        if looks && shell.process_frames()? {
             self.inner.has_waited.set(true);
             return Ok(None);
         }
         self.inner.looks_around.set(false);
-        let deadline = home.deadline(shell.deadline());
+        let deadline = event_loop.deadline(shell.deadline());
         let accepted = shell.accept_blocking(listener, deadline)?;
         if accepted.is_none() {
             self.inner.has_waited.set(true);
@@ -305,7 +305,7 @@ impl Worker {
         listener: ListenerId,
         mut look: impl FnMut(&Self) -> Result<Option<T>>,
     ) -> Result<Option<T>> {
-        drop(inner.home.enter()?);
+        drop(inner.event_loop.enter()?);
         let shell = &inner.shell;
         shell.read_by_poller(false)?;
         let worker = Self {
@@ -343,7 +343,7 @@ impl Worker {
         let poller = self
             .inner
             .shell
-            .wait(self.inner.home.as_fd(), None, limit)?;
+            .wait(self.inner.event_loop.as_fd(), None, limit)?;
         self.inner.poller_waits.set(poller);
         self.inner.has_waited.set(true);
         Ok(())
@@ -355,7 +355,7 @@ impl Worker {
         let left = shell.core.borrow().leaves_to_others(listener);
         let socket = shell.socket(listener).filter(|_| !left);
         let socket = socket.as_deref().map(|registered| &**registered);
-        let poller = shell.wait(self.inner.home.as_fd(), socket, limit)?;
+        let poller = shell.wait(self.inner.event_loop.as_fd(), socket, limit)?;
         self.inner.poller_waits.set(poller);
         self.inner.waited.set(Instant::now());
         Ok(())

@@ -16,7 +16,7 @@ use crate::error::{Error, Result, SendError};
 use crate::runtime::event_loop::Token;
 use crate::runtime::timers::Time;
 use crate::sys::bind::BoundSocket;
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::interrupt::Interrupt;
 use crate::sys::poll::{
     Interest, Poller, Registered, is_writable, wait_readable, wait_readable_or_writable,
@@ -30,7 +30,7 @@ use crate::types::message::Message;
 use crate::types::sorted_map::SortedMap;
 use crate::wire::channel::inbox::{Arrival, READ_SIZE};
 use crate::wire::channel::outbox::ReceiptId;
-use crate::wire::channel::{Channel, Flushed, REST, Received};
+use crate::wire::channel::{BACKOFF, Channel, Flushed, Received};
 use crate::wire::frame::{FrameError, ToMaster, ToWorker};
 
 /// How long a worker that ends waits for the master to read its last words.
@@ -148,7 +148,7 @@ impl WorkerShell {
     }
 
     /// Whether there is something to tell that is not an event of the core's.
-    pub(crate) fn has_news(&self) -> bool {
+    pub(crate) fn has_notifications(&self) -> bool {
         self.count_news() != (0, 0)
     }
 
@@ -184,7 +184,7 @@ impl WorkerShell {
     /// Tries again after a while what the system has no room for.
     fn rest(&self) {
         let until = self.rest_until.get();
-        let until = until.unwrap_or_else(|| self.began.elapsed().saturating_add(REST));
+        let until = until.unwrap_or_else(|| self.began.elapsed().saturating_add(BACKOFF));
         self.rest_until.set(Some(until));
     }
 
@@ -280,7 +280,8 @@ impl WorkerShell {
             let action = self.core.borrow_mut().next_action();
             match action {
                 // These concern the process that has created it. This one closes its copies.
-                Some(Action::Send(_) | Action::ShutDoor(_) | Action::CloseChannel) if !is_own => {}
+                Some(Action::Send(_) | Action::AttachSynFilter(_) | Action::CloseChannel)
+                    if !is_own => {}
                 Some(Action::Send(frame)) => {
                     sent = true;
                     if let Some(channel) = self.channel.borrow_mut().as_mut() {
@@ -288,7 +289,7 @@ impl WorkerShell {
                     }
                 }
                 Some(Action::CloseListener(listener)) => self.close_socket(listener),
-                Some(Action::ShutDoor(listener)) => self.shut_door(listener),
+                Some(Action::AttachSynFilter(listener)) => self.attach_syn_filter(listener),
                 Some(Action::CloseChannel) => {
                     sent = true;
                     if let Some(channel) = self.channel.borrow_mut().as_mut() {
@@ -413,12 +414,12 @@ impl WorkerShell {
                     .is_ok_and(|bound| bound.policy != SchedulingPolicy::RoundRobin);
                 let listener = core.frame(frame)?;
                 drop(core);
-                let fd = fds.into_iter().next().map(CommonFd::claim);
+                let fd = fds.into_iter().next().map(NoLingerFd::claim);
                 if let (Some(listener), Some(fd)) = (listener, fd) {
                     self.adopt(listener, fd, blocks);
                 }
             }
-            ToWorker::End { .. } | ToWorker::Disconnect => {
+            ToWorker::ListenerClosed { .. } | ToWorker::Disconnect => {
                 core.frame(frame)?;
             }
         }
@@ -505,7 +506,7 @@ impl WorkerShell {
 
     /// Where it cannot be done, the backlog is emptied with the door open. So is one that others
     /// have, too: it would be shut for them as well.
-    fn shut_door(&self, listener: ListenerId) {
+    fn attach_syn_filter(&self, listener: ListenerId) {
         let mut sockets = self.sockets.borrow_mut();
         let kept = sockets.get_mut(&listener);
         let Some(kept) = kept.filter(|kept| kept.owner == SocketOwner::ThisWorker) else {
@@ -514,7 +515,7 @@ impl WorkerShell {
         let was_path = kept.file.take().is_some();
         match &**kept.socket {
             Socket::Listener(own) if was_path => sys::listen::shut_for_good(&own.fd),
-            Socket::Listener(own) => drop(sys::listen::shut_door(&own.fd)),
+            Socket::Listener(own) => drop(sys::listen::attach_syn_filter(&own.fd)),
             Socket::Queue(_) | Socket::Datagrams(_) => {}
         }
     }
@@ -553,7 +554,7 @@ impl WorkerShell {
                 wait_readable([channel.as_fd()], None).map(drop)
             }
             Some(channel) if channel.is_exhausted() => {
-                wait_readable([channel.as_fd()], Some(REST)).map(drop)
+                wait_readable([channel.as_fd()], Some(BACKOFF)).map(drop)
             }
             Some(channel) => wait_readable_or_writable(channel.as_fd()),
             None => Ok(()),
@@ -639,7 +640,7 @@ impl WorkerShell {
 
     /// Whether there is something to read or to write on the channel; it is read or written then.
     /// As long as there is, `accept_blocking` would not be interrupted by it.
-    pub(crate) fn hear(&self) -> Result<bool> {
+    pub(crate) fn process_frames(&self) -> Result<bool> {
         let channel = self.channel.borrow();
         // What the system has no room for is tried again by `tick`.
         let waits = channel.as_ref();

@@ -55,8 +55,8 @@ impl Outlook {
     fn of<C>(handle: &Handle<C>) -> Self {
         Self {
             deadline: handle.deadline(),
-            waits: handle.connections.anyone_waits(),
-            is_unscheduled: handle.connections.unchosen().is_some(),
+            waits: handle.connections.has_waiting(),
+            is_unscheduled: handle.connections.unscheduled().is_some(),
             is_busy: !(handle.stays() && handle.members.is_empty()),
         }
     }
@@ -187,7 +187,7 @@ impl<C> Handles<C> {
         due.map(|(_, id)| *id).collect()
     }
 
-    pub(super) fn anyone_waits(&self) -> bool {
+    pub(super) fn has_waiting(&self) -> bool {
         self.waiting.iter().any(|id| self.is_current(*id))
             || self.changed().any(|(_, outlook)| outlook.waits)
     }

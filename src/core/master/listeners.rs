@@ -34,9 +34,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Action, MasterCore, With};
+use super::{Action, Attachment, MasterCore};
 use crate::config::settings::SchedulingPolicy;
-use crate::core::dispatch::{Given, Placed, RoundRobin};
+use crate::core::dispatch::{Dispatched, RoundRobin, Sequenced};
 use crate::error::Error;
 use crate::runtime::timers::{Time, earlier};
 use crate::sys::errno;
@@ -72,7 +72,7 @@ pub(super) enum Stage {
 
 /// What is known of the backlog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Door {
+pub(super) enum AcceptState {
     /// Perhaps empty: the poller tells.
     Watched,
     /// Not empty, or not known to be: accept when somebody is idle.
@@ -80,7 +80,7 @@ pub(super) enum Door {
     /// The shell is accepting.
     Accepting,
     /// Accepting failed; not before this time again.
-    Resting(Time),
+    BackingOff(Time),
     /// Nothing is accepted any more: what comes is for others.
     Closed,
 }
@@ -101,7 +101,7 @@ pub(super) enum Ownership {
     /// with the listener.
     Sole,
     /// The application may have given a copy to any process.
-    Lent,
+    Borrowed,
     /// It was open before the master got it, and may have other names.
     Adopted,
 }
@@ -113,7 +113,7 @@ pub(super) struct Handle<C> {
     pub(super) address: Option<SocketAddr>,
     pub(super) policy: SchedulingPolicy,
     pub(super) stage: Stage,
-    pub(super) door: Door,
+    pub(super) accept_state: AcceptState,
     pub(super) watched: bool,
     /// Whoever may still take or refuse something.
     pub(super) members: BTreeSet<WorkerId>,
@@ -144,19 +144,22 @@ pub(super) struct Handle<C> {
 impl<C> Handle<C> {
     /// When `tick` is needed at the latest.
     pub(super) fn deadline(&self) -> Option<Time> {
-        let rest = match self.door {
-            Door::Resting(until) => Some(until),
-            Door::Watched | Door::Ready | Door::Accepting | Door::Closed => None,
+        let rest = match self.accept_state {
+            AcceptState::BackingOff(until) => Some(until),
+            AcceptState::Watched
+            | AcceptState::Ready
+            | AcceptState::Accepting
+            | AcceptState::Closed => None,
         };
-        let quiet = match (self.stage, self.door, self.policy) {
-            (Stage::Draining(quiet), Door::Watched, _)
+        let quiet = match (self.stage, self.accept_state, self.policy) {
+            (Stage::Draining(quiet), AcceptState::Watched, _)
             | (Stage::Draining(quiet), _, SchedulingPolicy::Shared | SchedulingPolicy::Sharded) => {
                 quiet
             }
             _ => None,
         };
         let departing = self.departing.first().map(|(time, _)| *time);
-        let look = self.connections.look_at();
+        let look = self.connections.rebalance_deadline();
         let look = look.filter(|_| self.is_balanced());
         let all = [
             rest,
@@ -195,7 +198,7 @@ impl<C> Handle<C> {
     }
 
     /// Whether the master accepts, and workers have no copies.
-    pub(super) fn accepts_itself(&self) -> bool {
+    pub(super) fn master_accepts(&self) -> bool {
         self.policy == SchedulingPolicy::RoundRobin
     }
 
@@ -218,7 +221,11 @@ impl<C> MasterCore<C> {
         match result {
             Err(errno) => {
                 let result = Err(errno);
-                self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                self.send(
+                    worker,
+                    ToWorker::Reply { request, result },
+                    Attachment::None,
+                );
             }
             Ok(address) => {
                 let policy = self.policy_of(&key.endpoint);
@@ -246,14 +253,14 @@ impl<C> MasterCore<C> {
     ) -> &mut Handle<C> {
         let mut connections = RoundRobin::new();
         if self.chooses {
-            connections.let_choose();
+            connections.use_scheduler();
         }
         let open = Handle {
             key: key.clone(),
             address,
             policy,
             stage: Stage::Open,
-            door: Door::Watched,
+            accept_state: AcceptState::Watched,
             watched: false,
             members: BTreeSet::new(),
             leaving: BTreeSet::new(),
@@ -267,13 +274,13 @@ impl<C> MasterCore<C> {
             accepted: false,
             keepers: 0,
             ownership: match key.endpoint.is_borrowed() {
-                true => Ownership::Lent,
+                true => Ownership::Borrowed,
                 false => Ownership::Sole,
             },
             hang_up_from: None,
         };
         let can_listen_again = key.endpoint.kind != Kind::Udp && !key.endpoint.is_borrowed();
-        if !open.accepts_itself() && can_listen_again {
+        if !open.master_accepts() && can_listen_again {
             self.actions.push_back(Action::WatchHangUp { handle });
         }
         self.keys.insert(key, handle);
@@ -281,10 +288,10 @@ impl<C> MasterCore<C> {
     }
 
     /// The application has had a descriptor of this listener, and may have given it away.
-    pub(crate) fn lend(&mut self, handle: HandleId) {
+    pub(crate) fn mark_borrowed(&mut self, handle: HandleId) {
         if let Some(entry) = self.handles.get_mut(&handle) {
             if entry.ownership == Ownership::Sole {
-                entry.ownership = Ownership::Lent;
+                entry.ownership = Ownership::Borrowed;
             }
         }
     }
@@ -300,10 +307,10 @@ impl<C> MasterCore<C> {
         entry.is_some_and(|entry| entry.key.endpoint.is_borrowed())
     }
 
-    pub(crate) fn accepts_itself(&self, handle: HandleId) -> bool {
+    pub(crate) fn master_accepts(&self, handle: HandleId) -> bool {
         self.handles
             .get(&handle)
-            .is_some_and(Handle::accepts_itself)
+            .is_some_and(Handle::master_accepts)
     }
 
     /// Another process has shut the listener down, or a shard of it. The shell has tried to make it
@@ -314,8 +321,8 @@ impl<C> MasterCore<C> {
         };
         let address = Address::new(&entry.key.endpoint, entry.address).to_string();
         let again = self.now.saturating_add(ACCEPT_RETRY);
-        if entry.accepts_itself() {
-            entry.door = Door::Resting(again);
+        if entry.master_accepts() {
+            entry.accept_state = AcceptState::BackingOff(again);
             self.watch(handle, false);
         } else if entry.key.endpoint.kind == Kind::Tcp {
             entry.hang_up_from = Some(again);
@@ -337,7 +344,7 @@ impl<C> MasterCore<C> {
     }
 
     /// `count` connections did not reach a shard, and were reset.
-    pub(crate) fn selected_wrongly(&mut self, handle: HandleId, count: u64) {
+    pub(crate) fn misdirected(&mut self, handle: HandleId, count: u64) {
         self.ledger.accepted += count;
         self.ledger.dropped += count;
         let Some(entry) = self.handles.get(&handle) else {
@@ -362,13 +369,17 @@ impl<C> MasterCore<C> {
     ) {
         self.leave_handle(handle, worker);
         let result = Err(errno);
-        self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+        self.send(
+            worker,
+            ToWorker::Reply { request, result },
+            Attachment::None,
+        );
     }
 
     pub(crate) fn readable(&mut self, handle: HandleId) {
         if let Some(entry) = self.handles.get_mut(&handle) {
-            if entry.door == Door::Watched && entry.stage != Stage::Unbound {
-                entry.door = Door::Ready;
+            if entry.accept_state == AcceptState::Watched && entry.stage != Stage::Unbound {
+                entry.accept_state = AcceptState::Ready;
                 self.pull(handle);
             }
         }
@@ -391,10 +402,14 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.door == Door::Accepting {
+        if entry.accept_state == AcceptState::Accepting {
             // With room left, this was a full batch: the poller brings the rest in its turn.
             let more = entry.room() > 0;
-            entry.door = if more { Door::Watched } else { Door::Ready };
+            entry.accept_state = if more {
+                AcceptState::Watched
+            } else {
+                AcceptState::Ready
+            };
             self.watch(handle, more);
             self.balance(handle);
             self.resume_if_served(handle);
@@ -412,10 +427,14 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.door == Door::Accepting {
+        if entry.accept_state == AcceptState::Accepting {
             // While nobody is idle, nobody need know who comes.
             let anyone = entry.room() > 0;
-            entry.door = if anyone { Door::Watched } else { Door::Ready };
+            entry.accept_state = if anyone {
+                AcceptState::Watched
+            } else {
+                AcceptState::Ready
+            };
             // The poller would say again and again that a shut door is shut.
             let shut_for_good = entry.is_shut_for_good();
             self.watch(handle, anyone && !shut_for_good);
@@ -429,8 +448,8 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.door == Door::Accepting {
-            entry.door = Door::Resting(self.now.saturating_add(ACCEPT_RETRY));
+        if entry.accept_state == AcceptState::Accepting {
+            entry.accept_state = AcceptState::BackingOff(self.now.saturating_add(ACCEPT_RETRY));
             let address = Address::new(&entry.key.endpoint, entry.address).to_string();
             self.watch(handle, false);
             self.error(None, Error::Accept { address, source });
@@ -444,11 +463,11 @@ impl<C> MasterCore<C> {
 impl<C> MasterCore<C> {
     /// This could not be put into a worker's queue: for lack of something in the system, or else
     /// because of this worker.
-    pub(crate) fn not_given(
+    pub(crate) fn not_dispatched(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Placed<C>,
+        connection: Sequenced<C>,
         is_exhausted: bool,
     ) {
         let Some(entry) = self.handles.get_mut(&handle) else {
@@ -461,7 +480,9 @@ impl<C> MasterCore<C> {
                 .get_or_insert(self.now.saturating_add(ACCEPT_RETRY));
         }
         let takes_more = is_exhausted;
-        entry.connections.not_given(worker, connection, takes_more);
+        entry
+            .connections
+            .not_dispatched(worker, connection, takes_more);
         self.offer(handle);
     }
 
@@ -475,7 +496,7 @@ impl<C> MasterCore<C> {
     }
 
     /// There is no descriptor to take anything back with.
-    pub(crate) fn cannot_take_back(&mut self, handle: HandleId) {
+    pub(crate) fn cannot_reclaim(&mut self, handle: HandleId) {
         if let Some(entry) = self.handles.get_mut(&handle) {
             entry
                 .gives_from
@@ -484,16 +505,16 @@ impl<C> MasterCore<C> {
     }
 
     /// These have been taken out of a worker's queue, which is empty then or not.
-    pub(crate) fn came_back(
+    pub(crate) fn reclaimed(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Placed<C>>,
+        connections: Vec<Sequenced<C>>,
         is_empty: bool,
     ) {
         if let Some(entry) = self.handles.get_mut(&handle) {
-            let came_back = entry.connections.came_back(worker, connections, is_empty);
-            self.taken(came_back);
+            let reclaimed = entry.connections.reclaimed(worker, connections, is_empty);
+            self.taken(reclaimed);
             self.offer(handle);
         }
     }
@@ -504,7 +525,7 @@ impl<C> MasterCore<C> {
             let taken = entry.connections.counted(worker, queued);
             self.taken(taken);
             if taken != 0 {
-                self.look_again_if_draining(handle);
+                self.recheck_if_draining(handle);
             }
         }
     }
@@ -519,7 +540,7 @@ impl<C> MasterCore<C> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Placed<C>>,
+        connections: Vec<Sequenced<C>>,
     ) {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
@@ -540,7 +561,7 @@ impl<C> MasterCore<C> {
     fn forget_if_abandoned(&mut self, handle: HandleId) {
         let abandoned = |entry: &&Handle<C>| entry.members.is_empty() && !entry.stays();
         if let Some(entry) = self.handles.get(&handle).filter(abandoned) {
-            if !entry.accepts_itself() {
+            if !entry.master_accepts() {
                 self.close_socket(handle);
             }
             self.handles.remove(&handle);
@@ -588,7 +609,7 @@ impl<C> MasterCore<C> {
         let open = self.open(handle, HandleKey { endpoint, index }, address, policy);
         open.keepers = 1;
         // Nobody watches it as long as there is nobody to take what comes.
-        open.door = Door::Ready;
+        open.accept_state = AcceptState::Ready;
         if policy == SchedulingPolicy::Sharded {
             (open.shards, open.spare) = (vec![None], Some(0));
         }
@@ -658,8 +679,8 @@ impl<C> MasterCore<C> {
         match entry.policy {
             SchedulingPolicy::RoundRobin => {
                 entry.stage = Stage::Pausing;
-                if entry.door == Door::Watched {
-                    entry.door = Door::Ready;
+                if entry.accept_state == AcceptState::Watched {
+                    entry.accept_state = AcceptState::Ready;
                 }
                 self.watch(handle, false);
                 self.resume_if_served(handle);
@@ -675,7 +696,7 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.stage != Stage::Pausing || entry.door == Door::Accepting {
+        if entry.stage != Stage::Pausing || entry.accept_state == AcceptState::Accepting {
             return;
         }
         if entry.connections.in_hand() == 0 {
@@ -698,7 +719,11 @@ impl<C> MasterCore<C> {
     ) -> Result<(), FrameError> {
         if self.handles_of(worker).count() >= MAX_LISTENERS {
             let result = Err(errno::EMFILE);
-            self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+            self.send(
+                worker,
+                ToWorker::Reply { request, result },
+                Attachment::None,
+            );
             return Ok(());
         }
         match self.keys.get(&key) {
@@ -707,14 +732,22 @@ impl<C> MasterCore<C> {
                 if self.handles[&handle].leaving.contains(&worker) {
                     // There has been no descriptor to empty its old queue with.
                     let result = Err(errno::EMFILE);
-                    self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                    self.send(
+                        worker,
+                        ToWorker::Reply { request, result },
+                        Attachment::None,
+                    );
                     return Ok(());
                 }
                 let has_it = self.handles[&handle].members.contains(&worker);
                 if has_it && self.handles[&handle].ownership == Ownership::Adopted {
                     // By its port, and once more by its address.
                     let result = Err(errno::EADDRINUSE);
-                    self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                    self.send(
+                        worker,
+                        ToWorker::Reply { request, result },
+                        Attachment::None,
+                    );
                     return Ok(());
                 }
                 if has_it {
@@ -796,9 +829,9 @@ impl<C> MasterCore<C> {
             address,
         });
         let with = match policy {
-            SchedulingPolicy::RoundRobin => With::Queue(handle),
-            SchedulingPolicy::Shared => With::Listener(handle),
-            SchedulingPolicy::Sharded => With::Shard(handle, self.shard_of(handle, worker)),
+            SchedulingPolicy::RoundRobin => Attachment::Queue(handle),
+            SchedulingPolicy::Shared => Attachment::Listener(handle),
+            SchedulingPolicy::Sharded => Attachment::Shard(handle, self.shard_of(handle, worker)),
         };
         self.send(worker, ToWorker::Reply { request, result }, with);
         self.steer(handle);
@@ -814,7 +847,7 @@ impl<C> MasterCore<C> {
             Stage::Pausing => {}
             Stage::Draining(_) | Stage::Emptying => {
                 if entry.key.endpoint.kind == Kind::Tcp && entry.is_sole() {
-                    self.actions.push_back(Action::OpenDoor { handle });
+                    self.actions.push_back(Action::DetachSynFilter { handle });
                 }
             }
         }
@@ -832,12 +865,12 @@ impl<C> MasterCore<C> {
             let Some(given) = entry.connections.distribute(self.now) else {
                 break;
             };
-            let Given {
+            let Dispatched {
                 worker,
                 placed,
                 has_waited,
             } = given;
-            self.actions.push_back(Action::Give {
+            self.actions.push_back(Action::Dispatch {
                 handle,
                 worker,
                 connection: placed,
@@ -852,10 +885,10 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get(&handle) else {
             return false;
         };
-        let from = entry.connections.to_take_back(self.now);
+        let from = entry.connections.to_reclaim(self.now);
         let from = from.filter(|_| entry.is_balanced());
         if let Some((worker, at_most)) = from {
-            self.actions.push_back(Action::TakeBack {
+            self.actions.push_back(Action::Reclaim {
                 handle,
                 worker,
                 at_most,
@@ -864,8 +897,8 @@ impl<C> MasterCore<C> {
         from.is_some()
     }
 
-    pub(super) fn take_all_back(&mut self, handle: HandleId, worker: WorkerId) {
-        self.actions.push_back(Action::TakeBack {
+    pub(super) fn reclaim_all(&mut self, handle: HandleId, worker: WorkerId) {
+        self.actions.push_back(Action::Reclaim {
             handle,
             worker,
             at_most: usize::MAX,
@@ -877,12 +910,12 @@ impl<C> MasterCore<C> {
         let Some(entry) = self.handles.get_mut(&handle) else {
             return;
         };
-        if entry.door != Door::Ready || entry.stage == Stage::Unbound {
+        if entry.accept_state != AcceptState::Ready || entry.stage == Stage::Unbound {
             return;
         }
         let room = entry.room();
         if room > 0 && entry.gives_from.is_none() {
-            entry.door = Door::Accepting;
+            entry.accept_state = AcceptState::Accepting;
             let at_most = room.min(ACCEPT_BATCH);
             self.actions.push_back(Action::Accept { handle, at_most });
         } else {
@@ -929,7 +962,7 @@ impl<C> MasterCore<C> {
                 self.actions.push_back(Action::RemoveFile { handle });
                 if !shared {
                     // Workers that accept for themselves would take it for a failure.
-                    self.actions.push_back(Action::ShutDoor { handle });
+                    self.actions.push_back(Action::AttachSynFilter { handle });
                 }
                 self.finish_drain(handle);
             }
@@ -943,7 +976,7 @@ impl<C> MasterCore<C> {
                 entry.stage = Stage::Draining(Some(now.saturating_add(grace)));
                 self.keep_newcomers_out(handle);
                 if !shared {
-                    self.look_again(handle);
+                    self.recheck(handle);
                 } // Otherwise the workers go on accepting until the time has come.
             }
         }
@@ -955,11 +988,12 @@ impl<C> MasterCore<C> {
             return;
         };
         if entry.is_sole() {
-            self.actions.push_back(Action::ShutDoor { handle });
+            self.actions.push_back(Action::AttachSynFilter { handle });
         } else if entry.policy == SchedulingPolicy::Sharded {
             // `MasterListener::as_fd` is the first shard.
             let shards = vec![0];
-            self.actions.push_back(Action::Steer { handle, shards });
+            self.actions
+                .push_back(Action::SelectShards { handle, shards });
         }
     }
 
@@ -974,7 +1008,7 @@ impl<C> MasterCore<C> {
         match entry.policy {
             SchedulingPolicy::RoundRobin => {
                 entry.stage = Stage::Draining(None);
-                entry.door = Door::Closed;
+                entry.accept_state = AcceptState::Closed;
                 self.unbind_if_drained(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
@@ -995,7 +1029,7 @@ impl<C> MasterCore<C> {
             return;
         };
         match entry.policy {
-            SchedulingPolicy::RoundRobin => self.look_again(handle),
+            SchedulingPolicy::RoundRobin => self.recheck(handle),
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
                 // Only the workers see what is left: they close when they find nothing.
                 entry.stage = Stage::Emptying;
@@ -1004,7 +1038,11 @@ impl<C> MasterCore<C> {
                 let serving: Vec<_> = entry.serving.iter().copied().collect();
                 for worker in serving {
                     let drain = true;
-                    self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+                    self.send(
+                        worker,
+                        ToWorker::ListenerClosed { handle, drain },
+                        Attachment::None,
+                    );
                 }
             }
         }
@@ -1012,22 +1050,22 @@ impl<C> MasterCore<C> {
 
     /// Accepts although the poller has not said that there is something: only `accept` itself
     /// tells for sure that the backlog is empty.
-    pub(super) fn look_again(&mut self, handle: HandleId) {
+    pub(super) fn recheck(&mut self, handle: HandleId) {
         if let Some(entry) = self.handles.get_mut(&handle) {
-            match entry.door {
-                Door::Watched => entry.door = Door::Ready,
-                Door::Closed => return self.unbind_if_drained(handle),
-                Door::Ready | Door::Accepting | Door::Resting(_) => {}
+            match entry.accept_state {
+                AcceptState::Watched => entry.accept_state = AcceptState::Ready,
+                AcceptState::Closed => return self.unbind_if_drained(handle),
+                AcceptState::Ready | AcceptState::Accepting | AcceptState::BackingOff(_) => {}
             }
             self.pull(handle);
         }
     }
 
     /// Something has changed on which the end of a drain may have waited.
-    pub(super) fn look_again_if_draining(&mut self, handle: HandleId) {
+    pub(super) fn recheck_if_draining(&mut self, handle: HandleId) {
         let stage = self.handles.get(&handle).map(|entry| entry.stage);
         match stage {
-            Some(Stage::Draining(None)) => self.look_again(handle),
+            Some(Stage::Draining(None)) => self.recheck(handle),
             Some(Stage::Pausing) => self.resume_if_served(handle),
             Some(Stage::Open | Stage::Draining(Some(_)) | Stage::Emptying | Stage::Unbound)
             | None => {}
@@ -1057,9 +1095,9 @@ impl<C> MasterCore<C> {
     /// A busy worker may have taken all and not said so yet.
     fn count_if_none_waits(&mut self, handle: HandleId) {
         let entry = self.handles.get(&handle);
-        if let Some(entry) = entry.filter(|entry| !entry.connections.anyone_waits()) {
+        if let Some(entry) = entry.filter(|entry| !entry.connections.has_waiting()) {
             let counts = entry.connections.with_queues();
-            let counts = counts.map(|worker| Action::Count { handle, worker });
+            let counts = counts.map(|worker| Action::CountQueued { handle, worker });
             self.actions.extend(counts);
         }
     }
@@ -1090,11 +1128,15 @@ impl<C> MasterCore<C> {
             }
             (SchedulingPolicy::RoundRobin, false) => {
                 entry.connections.end(worker);
-                self.take_all_back(handle, worker);
+                self.reclaim_all(handle, worker);
             }
             _ => entry.connections.end(worker),
         }
-        self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+        self.send(
+            worker,
+            ToWorker::ListenerClosed { handle, drain },
+            Attachment::None,
+        );
     }
 
     /// Closes the listener. Members stay until they say that they let go of what they hold.
@@ -1103,11 +1145,11 @@ impl<C> MasterCore<C> {
         if let Some(entry) = self.handles.get_mut(&handle) {
             if entry.stage != Stage::Unbound {
                 entry.stage = Stage::Unbound;
-                entry.door = Door::Ready;
+                entry.accept_state = AcceptState::Ready;
                 self.ledger.dropped += entry.connections.drop_waiting();
-                let accepts_itself = entry.accepts_itself();
+                let master_accepts = entry.master_accepts();
                 self.forget_key(handle);
-                if accepts_itself {
+                if master_accepts {
                     self.close_socket(handle);
                 } // Otherwise when the last worker has closed its copy.
             }
@@ -1153,7 +1195,11 @@ impl<C> MasterCore<C> {
         self.actions.push_back(Action::Unblock { handle, shard });
         for (_, worker) in departing {
             let drain = true;
-            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+            self.send(
+                worker,
+                ToWorker::ListenerClosed { handle, drain },
+                Attachment::None,
+            );
         }
     }
 
@@ -1234,7 +1280,11 @@ impl<C> MasterCore<C> {
             }
             (result, _) => {
                 let result = Err(result.err().unwrap_or(errno::EINVAL));
-                self.send(worker, ToWorker::Reply { request, result }, With::Nothing);
+                self.send(
+                    worker,
+                    ToWorker::Reply { request, result },
+                    Attachment::None,
+                );
             }
         }
     }
@@ -1255,7 +1305,8 @@ impl<C> MasterCore<C> {
         let shards = shards.map(|(number, _)| number);
         let shards: Vec<_> = shards.chain(entry.spare).collect();
         if !shards.is_empty() {
-            self.actions.push_back(Action::Steer { handle, shards });
+            self.actions
+                .push_back(Action::SelectShards { handle, shards });
         }
     }
 
@@ -1275,7 +1326,11 @@ impl<C> MasterCore<C> {
         if let Some(worker) = entry.shards[spare].take() {
             entry.departing.retain(|(_, other)| *other != worker);
             let drain = false;
-            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+            self.send(
+                worker,
+                ToWorker::ListenerClosed { handle, drain },
+                Attachment::None,
+            );
         }
     }
 
@@ -1293,7 +1348,11 @@ impl<C> MasterCore<C> {
             let shard = Some(self.shard_of(handle, worker));
             self.actions.push_back(Action::Unblock { handle, shard });
             let drain = true;
-            self.send(worker, ToWorker::End { handle, drain }, With::Nothing);
+            self.send(
+                worker,
+                ToWorker::ListenerClosed { handle, drain },
+                Attachment::None,
+            );
         }
     }
 
@@ -1324,7 +1383,7 @@ impl<C> MasterCore<C> {
             self.distribute(handle);
             self.pull(handle);
             self.balance(handle);
-            self.look_again_if_draining(handle);
+            self.recheck_if_draining(handle);
         }
     }
 }
@@ -1377,13 +1436,13 @@ mod tests {
 
     /// A listener with a scheduler, and a worker that takes connections.
     fn scheduled(core: &mut MasterCore<u32>) -> (HandleId, WorkerId) {
-        core.let_choose();
+        core.use_scheduler();
         let worker = online(core);
         let handle = listen(core, worker, 1);
         let (taken, open) = (0, 0);
         core.frame(
             worker,
-            ToMaster::Ready {
+            ToMaster::Idle {
                 handle,
                 taken,
                 open,
@@ -1396,7 +1455,7 @@ mod tests {
     fn given(core: &mut MasterCore<u32>) -> Vec<(u32, bool)> {
         let actions = std::iter::from_fn(|| core.next_action());
         let given = actions.filter_map(|action| match action {
-            Action::Give {
+            Action::Dispatch {
                 connection,
                 has_waited,
                 ..
@@ -1412,12 +1471,12 @@ mod tests {
         let (handle, worker) = scheduled(&mut core);
         for client in 1..=17 {
             core.accepted(handle, client);
-            let (handle, place, _) = core.unchosen().unwrap();
+            let (handle, place, _) = core.unscheduled().unwrap();
             core.choose(handle, place, Some(worker));
         }
         let at_once: Vec<_> = (1..=16).map(|client| (client, false)).collect();
         assert_eq!(given(&mut core), at_once);
-        let ready = ToMaster::Ready {
+        let ready = ToMaster::Idle {
             handle,
             taken: 1,
             open: 0,
@@ -1493,7 +1552,7 @@ mod tests {
     fn shard(actions: &[Action<u32>]) -> Option<usize> {
         actions.iter().find_map(|action| match action {
             Action::Send {
-                with: With::Shard(_, shard),
+                with: Attachment::Shard(_, shard),
                 ..
             } => Some(*shard),
             _ => None,
@@ -1503,7 +1562,7 @@ mod tests {
     /// Where newcomers go in the end.
     fn steered(actions: &[Action<u32>]) -> Option<&[usize]> {
         actions.iter().rev().find_map(|action| match action {
-            Action::Steer { shards, .. } => Some(&shards[..]),
+            Action::SelectShards { shards, .. } => Some(&shards[..]),
             _ => None,
         })
     }
@@ -1512,7 +1571,7 @@ mod tests {
         actions.iter().any(|action| {
             matches!(
                 action,
-                Action::ShutDoor { .. } | Action::Unbind { .. } | Action::RemoveFile { .. }
+                Action::AttachSynFilter { .. } | Action::Unbind { .. } | Action::RemoveFile { .. }
             )
         })
     }
@@ -1572,7 +1631,7 @@ mod tests {
         let handle = keep(&mut core, port(1));
         let worker = online(&mut core);
         ask(&mut core, worker, port(1));
-        let ready = |taken| ToMaster::Ready {
+        let ready = |taken| ToMaster::Idle {
             handle,
             taken,
             open: 0,
@@ -1587,7 +1646,7 @@ mod tests {
                 matches!(
                     action,
                     Action::Send {
-                        frame: ToWorker::End { .. },
+                        frame: ToWorker::ListenerClosed { .. },
                         ..
                     }
                 )
@@ -1600,7 +1659,7 @@ mod tests {
         core.accepted(handle, 7);
         core.accept_done(handle);
         let given = actions(&mut core);
-        assert!(given.iter().any(|a| matches!(a, Action::Give { .. })));
+        assert!(given.iter().any(|a| matches!(a, Action::Dispatch { .. })));
         assert!(!ends(&given) && !accepts(&given));
         core.readable(handle);
         assert!(!accepts(&actions(&mut core)));
@@ -1622,7 +1681,7 @@ mod tests {
                 let worker = online(&mut core);
                 ask(&mut core, worker, port(1));
                 if is_lent {
-                    core.lend(handle);
+                    core.mark_borrowed(handle);
                 }
                 core.release(handle);
                 core.disconnect_all(true);
@@ -1634,7 +1693,7 @@ mod tests {
                 core.queue_closed(handle, worker, Vec::new());
                 all.extend(actions(&mut core));
                 let has = |is: fn(&Action<u32>) -> bool| all.iter().any(is);
-                let filtered = has(|action| matches!(action, Action::ShutDoor { .. }));
+                let filtered = has(|action| matches!(action, Action::AttachSynFilter { .. }));
                 let stopped = has(|action| matches!(action, Action::StopListening { .. }));
                 assert_eq!((filtered, stopped), (!is_lent, !is_lent), "{policy:?}");
                 assert!(has(|action| matches!(action, Action::Unbind { .. })));
@@ -1658,7 +1717,7 @@ mod tests {
         // The only one that serves dies.
         core.channel_closed(second);
         let emptying = actions(&mut core);
-        let shuts = |action: &Action<u32>| matches!(action, Action::ShutDoor { .. });
+        let shuts = |action: &Action<u32>| matches!(action, Action::AttachSynFilter { .. });
         assert!(emptying.iter().any(shuts), "{emptying:?}");
         assert!(core.is_bound(handle));
         // A worker that asks now gets the same listener.
@@ -1668,7 +1727,7 @@ mod tests {
             (shard(&joined), steered(&joined)),
             (Some(1), Some(&[1][..]))
         );
-        let opens = |action: &Action<u32>| matches!(action, Action::OpenDoor { .. });
+        let opens = |action: &Action<u32>| matches!(action, Action::DetachSynFilter { .. });
         assert!(joined.iter().any(opens), "{joined:?}");
         // It ends with the last of its workers.
         core.channel_closed(first);
@@ -1695,7 +1754,7 @@ mod tests {
         // Both leave: the first lets go of its shard as it is.
         core.disconnect_all(false);
         assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
-        core.frame(second, ToMaster::Close { handle });
+        core.frame(second, ToMaster::Release { handle });
         assert_eq!(steered(&actions(&mut core)), Some(&[0][..]));
         let third = online(&mut core);
         let joined = ask(&mut core, third, port(1));
@@ -1732,7 +1791,7 @@ mod tests {
             let asked = ask(&mut core, worker, endpoint);
             asked.into_iter().find_map(|action| match action {
                 Action::Send {
-                    with: With::Listener(handle),
+                    with: Attachment::Listener(handle),
                     ..
                 } => Some(handle),
                 _ => None,

@@ -10,8 +10,8 @@ use std::process::ExitStatus;
 use std::rc::Rc;
 
 use crate::config::settings::SchedulingPolicy;
-use crate::core::dispatch::Placed;
-use crate::core::event::{Departure, Emit, Event, Level, WorkerState};
+use crate::core::dispatch::Sequenced;
+use crate::core::event::{Emit, Event, ExitReport, Level, WorkerState};
 use crate::error::Error;
 use crate::runtime::timers::{Time, earlier};
 use crate::types::address::Address;
@@ -25,7 +25,7 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 use handles::Handles;
 pub(crate) use listeners::ACCEPT_BATCH;
-use listeners::{Door, Handle, Stage};
+use listeners::{AcceptState, Handle, Stage};
 
 /// What the shell does at once.
 #[derive(Debug)]
@@ -33,25 +33,25 @@ pub(crate) enum Action<C> {
     Send {
         worker: WorkerId,
         frame: ToWorker,
-        with: With,
+        with: Attachment,
     },
-    /// Put a connection into a worker's queue; if that fails, the answer is `not_given`.
-    Give {
+    /// Put a connection into a worker's queue; if that fails, the answer is `not_dispatched`.
+    Dispatch {
         handle: HandleId,
         worker: WorkerId,
-        connection: Placed<C>,
+        connection: Sequenced<C>,
         /// It has waited in the master: if its client has hung up, the answer is `hung_up`.
         has_waited: bool,
     },
-    /// Take so many connections out of a worker's queue; the answer is `came_back`.
-    TakeBack {
+    /// Take so many connections out of a worker's queue; the answer is `reclaimed`.
+    Reclaim {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
     },
     /// Find out how many connections are in a worker's queue; the answer is `counted`, where the
     /// system has one.
-    Count {
+    CountQueued {
         handle: HandleId,
         worker: WorkerId,
     },
@@ -75,7 +75,7 @@ pub(crate) enum Action<C> {
         request: u32,
     },
     /// From now on newcomers go to these shards.
-    Steer {
+    SelectShards {
         handle: HandleId,
         shards: Vec<usize>,
     },
@@ -102,11 +102,11 @@ pub(crate) enum Action<C> {
         handle: HandleId,
     },
     /// Let nobody new into the backlog, as far as the system can; for good, if it is a Unix path.
-    ShutDoor {
+    AttachSynFilter {
         handle: HandleId,
     },
     /// Undo `ShutDoor`.
-    OpenDoor {
+    DetachSynFilter {
         handle: HandleId,
     },
     /// Report, by `was_shut_down`, that a process has shut the listener down, or a shard.
@@ -137,8 +137,8 @@ pub(crate) enum Action<C> {
 
 /// The descriptor that goes with a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum With {
-    Nothing,
+pub(crate) enum Attachment {
+    None,
     /// A copy of the listener.
     Listener(HandleId),
     /// A copy of one of its shards.
@@ -382,8 +382,8 @@ impl<C> MasterCore<C> {
     }
 
     /// Whether any accepted connection waits in the master.
-    pub(crate) fn anyone_waits(&self) -> bool {
-        self.handles.anyone_waits()
+    pub(crate) fn has_waiting(&self) -> bool {
+        self.handles.has_waiting()
     }
 
     /// All connections that were accepted and given to nobody, when no action is left to carry out.
@@ -427,14 +427,14 @@ impl<C> MasterCore<C> {
     }
 
     /// Whether there is a connection of which the program is to say who gets it.
-    pub(crate) fn has_unchosen(&self) -> bool {
-        self.chooses && self.unchosen().is_some()
+    pub(crate) fn has_unscheduled(&self) -> bool {
+        self.chooses && self.unscheduled().is_some()
     }
 
     /// A connection of which the program is to say who gets it.
-    pub(crate) fn unchosen(&self) -> Option<(HandleId, u64, &C)> {
+    pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &C)> {
         let handle = self.handles.first_unscheduled()?;
-        let (place, connection) = self.handles.get(&handle)?.connections.unchosen()?;
+        let (place, connection) = self.handles.get(&handle)?.connections.unscheduled()?;
         Some((handle, place, connection))
     }
 
@@ -447,11 +447,11 @@ impl<C> MasterCore<C> {
     // What the program does.
 
     /// From now on it says itself which worker gets which connection.
-    pub(crate) fn let_choose(&mut self) {
+    pub(crate) fn use_scheduler(&mut self) {
         self.chooses = true;
         for handle in self.handles.ids() {
             if let Some(entry) = self.handles.get_mut(&handle) {
-                entry.connections.let_choose();
+                entry.connections.use_scheduler();
             }
         }
     }
@@ -751,7 +751,7 @@ impl<C> MasterCore<C> {
             if swept.gone > 0 {
                 // It may have been the last that a listener waited for, and there is room for others.
                 self.pull(handle);
-                self.look_again_if_draining(handle);
+                self.recheck_if_draining(handle);
             }
         }
     }
@@ -786,8 +786,9 @@ impl<C> MasterCore<C> {
                 }
             }
             if let Some(entry) = self.handles.get_mut(&handle) {
-                if matches!(entry.door, Door::Resting(until) if until <= self.now) {
-                    entry.door = Door::Ready;
+                if matches!(entry.accept_state, AcceptState::BackingOff(until) if until <= self.now)
+                {
+                    entry.accept_state = AcceptState::Ready;
                     self.pull(handle);
                 }
             }
@@ -836,7 +837,7 @@ impl<C> MasterCore<C> {
         entry.is_some_and(|entry| entry.connected && !entry.deaf)
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With) {
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: Attachment) {
         if self.hears(worker) {
             self.actions.push_back(Action::Send {
                 worker,
@@ -886,7 +887,7 @@ impl<C> MasterCore<C> {
                 let address = Rc::new(Address::new(&listened.key.endpoint, listened.address));
                 self.emit_both(worker, || Event::Listening(Rc::clone(&address)));
             }
-            ToMaster::Ready {
+            ToMaster::Idle {
                 handle,
                 taken,
                 open,
@@ -901,9 +902,9 @@ impl<C> MasterCore<C> {
                 if !self.balance(handle) {
                     self.pull(handle);
                 }
-                self.look_again_if_draining(handle);
+                self.recheck_if_draining(handle);
             }
-            ToMaster::Close { handle } => {
+            ToMaster::Release { handle } => {
                 let has = |entry: &Handle<C>| {
                     entry.members.contains(&worker) && !entry.leaving.contains(&worker)
                 };
@@ -912,13 +913,13 @@ impl<C> MasterCore<C> {
                 }
                 self.leave_handle(handle, worker);
             }
-            ToMaster::Leaving => self.begin_leave(&[worker]),
-            ToMaster::Revoke { handle } => {
+            ToMaster::DisconnectRequest => self.begin_leave(&[worker]),
+            ToMaster::Pause { handle } => {
                 let Some(entry) = self.handles.get_mut(&handle) else {
                     return Err(FrameError::State("revoked from a listener it has not"));
                 };
                 entry.connections.revoke(worker)?;
-                self.take_all_back(handle, worker);
+                self.reclaim_all(handle, worker);
             }
             ToMaster::Message(bytes) => self.message(worker, Message::new(bytes, Vec::new())),
         }
@@ -934,7 +935,7 @@ impl<C> MasterCore<C> {
                 if entry.connected && !entry.leaving {
                     entry.leaving = true;
                     leaving.insert(worker);
-                    self.send(worker, ToWorker::Disconnect, With::Nothing);
+                    self.send(worker, ToWorker::Disconnect, Attachment::None);
                 }
             }
         }
@@ -964,11 +965,11 @@ impl<C> MasterCore<C> {
         };
         if let Some(status) = entry.status {
             let exited_after_disconnect = entry.leaving;
-            let departure = Departure {
+            let exit_report = ExitReport {
                 status,
                 exited_after_disconnect,
             };
-            self.emit_both(worker, || Event::Exit(departure));
+            self.emit_both(worker, || Event::Exit(exit_report));
         }
     }
 }
@@ -1001,9 +1002,10 @@ impl<C> MasterCore<C> {
     /// Whether a connection waits although someone could take it.
     pub(crate) fn someone_waits_in_vain(&self) -> bool {
         self.handles.values().any(|handle| {
-            let waits = handle.connections.anyone_waits();
-            let unlooked = handle.door == Door::Ready && handle.stage != Stage::Pausing;
-            let left = handle.connections.to_take_back(Time::ZERO).is_some();
+            let waits = handle.connections.has_waiting();
+            let unlooked =
+                handle.accept_state == AcceptState::Ready && handle.stage != Stage::Pausing;
+            let left = handle.connections.to_reclaim(Time::ZERO).is_some();
             let open = handle.is_balanced();
             open && handle.connections.room() > 0 && (waits || unlooked || left)
         })
@@ -1014,10 +1016,10 @@ impl<C> MasterCore<C> {
         let all = || self.handles.values();
         let deadlines = all().map(Handle::deadline);
         let is_left = |handle: &Handle<C>| handle.stays() && handle.members.is_empty();
-        let is_unscheduled = |handle: &Handle<C>| handle.connections.unchosen().is_some();
+        let is_unscheduled = |handle: &Handle<C>| handle.connections.unscheduled().is_some();
         let mut unscheduled = self.handles.iter().filter(|(_, h)| is_unscheduled(h));
         self.handles.deadline() == deadlines.fold(None, earlier)
-            && self.handles.anyone_waits() == all().any(|h| h.connections.anyone_waits())
+            && self.handles.has_waiting() == all().any(|h| h.connections.has_waiting())
             && self.handles.any_is_busy() != all().all(is_left)
             && self.handles.first_unscheduled() == unscheduled.next().map(|(id, _)| *id)
     }
@@ -1025,6 +1027,6 @@ impl<C> MasterCore<C> {
     pub(crate) fn is_bound(&self, handle: HandleId) -> bool {
         let entry = self.handles.get(&handle);
         // Of one that workers have copies of, the master's is closed with the last of these.
-        entry.is_some_and(|entry| entry.stage != Stage::Unbound || !entry.accepts_itself())
+        entry.is_some_and(|entry| entry.stage != Stage::Unbound || !entry.master_accepts())
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use crate::core::master::With;
+use crate::core::master::Attachment;
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
 use crate::runtime::timers::Time;
 use crate::types::endpoint::Kind;
@@ -42,13 +42,13 @@ impl Drop for Connection {
 #[derive(Debug)]
 pub(super) struct Parcel<F> {
     pub(super) frame: Result<F, FrameError>,
-    pub(super) with: With,
+    pub(super) with: Attachment,
     /// The descriptor found no room where it should have arrived.
     pub(super) is_robbed: bool,
 }
 
 impl<F> Parcel<F> {
-    pub(super) fn new(frame: Result<F, FrameError>, with: With) -> Self {
+    pub(super) fn new(frame: Result<F, FrameError>, with: Attachment) -> Self {
         Self {
             frame,
             with,
@@ -87,7 +87,7 @@ impl<F> Way<F> {
         }
     }
 
-    pub(super) fn queue(&mut self, frame: F, with: With) {
+    pub(super) fn queue(&mut self, frame: F, with: Attachment) {
         self.lost |= self.broken;
         if !self.broken {
             self.outbox.push_back(Parcel::new(Ok(frame), with));

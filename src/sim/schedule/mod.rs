@@ -551,7 +551,7 @@ fn a_hoarder_holds_up_nobody() {
     world.step((What::Stop, 1, 0));
     let says = |taken| {
         let handle = HandleId(1);
-        Ok(ToMaster::Ready {
+        Ok(ToMaster::Idle {
             handle,
             taken,
             open: 0,
@@ -630,8 +630,8 @@ fn a_talker_bloats_nothing() {
         let flags = BindFlags::default();
         let frame = match round % 4 {
             0 => ToMaster::Message(vec![0; 4]),
-            1 => ToMaster::Revoke { handle },
-            2 => ToMaster::Ready {
+            1 => ToMaster::Pause { handle },
+            2 => ToMaster::Idle {
                 handle,
                 taken: 0,
                 open: 0,

@@ -11,9 +11,9 @@ use std::rc::Rc;
 use super::kernel::{Client, Connection, Detached, Life, Parcel, Port, Process, Written};
 use super::{Call, Deed, Failure, Lie, Step, What};
 use crate::config::settings::SchedulingPolicy;
-use crate::core::dispatch::Placed;
+use crate::core::dispatch::Sequenced;
 use crate::core::event::{Emit, Event, Level, WorkerState};
-use crate::core::master::{Action, MasterCore, With};
+use crate::core::master::{Action, Attachment, MasterCore};
 use crate::core::worker::{self as worker_core, Listen, ListenerId};
 use crate::error::{Error, SendError};
 use crate::runtime::timers::{Time, earlier};
@@ -74,7 +74,7 @@ pub(super) struct World {
     referenced: BTreeSet<WorkerId>,
     pub(super) ports: BTreeMap<HandleId, Port>,
     /// By which workers get their connections. The master has both ends of each.
-    pub(super) queues: BTreeMap<(HandleId, WorkerId), VecDeque<Placed<Client>>>,
+    pub(super) queues: BTreeMap<(HandleId, WorkerId), VecDeque<Sequenced<Client>>>,
     /// To be closed, for which there was no descriptor.
     unclosed: Vec<(HandleId, WorkerId)>,
     closes_at: Option<Time>,
@@ -331,7 +331,7 @@ impl World {
             }
         }
         let is_due = |deadline| deadline <= self.now;
-        let waits = self.master.anyone_waits() && self.ticked < self.now;
+        let waits = self.master.has_waiting() && self.ticked < self.now;
         let closes = self.closes_at.is_some_and(is_due);
         if self.master.deadline().is_some_and(is_due) || waits || closes {
             facts.push(Fact::Time);
@@ -383,7 +383,7 @@ impl World {
         self.master.tick(self.now);
         let fates = &self.fates;
         let left = |connection: &Client| fates[connection.client as usize].left;
-        if self.master.anyone_waits() {
+        if self.master.has_waiting() {
             self.master.sweep(SWEEP, left);
         }
     }
@@ -422,7 +422,7 @@ impl World {
         if !process.worker_end || process.shut {
             return process.down.break_off();
         }
-        let carries = |parcel: &Parcel<_>| !matches!(parcel.with, With::Nothing);
+        let carries = |parcel: &Parcel<_>| !matches!(parcel.with, Attachment::None);
         let first = process.down.outbox.front();
         if first.is_some_and(carries) && self.failing.remove(&Failure::Send) {
             // What the shell does when the kernel has no room for a descriptor on its way.
@@ -436,7 +436,7 @@ impl World {
         let failing = &mut self.failing;
         let written = process.down.write(|parcel| {
             if carries(parcel) && failing.remove(&Failure::Receive) {
-                parcel.with = With::Nothing;
+                parcel.with = Attachment::None;
                 parcel.is_robbed = true;
             }
         });
@@ -452,7 +452,7 @@ impl World {
                 frame,
                 with,
             } => self.send(worker, frame, with),
-            Action::Give {
+            Action::Dispatch {
                 handle,
                 worker,
                 connection,
@@ -465,12 +465,12 @@ impl World {
                     self.give(handle, worker, connection);
                 }
             }
-            Action::TakeBack {
+            Action::Reclaim {
                 handle,
                 worker,
                 at_most,
-            } => self.take_back(handle, worker, at_most),
-            Action::Count { handle, worker } => {
+            } => self.reclaim(handle, worker, at_most),
+            Action::CountQueued { handle, worker } => {
                 if let Some(queue) = self.queues.get(&(handle, worker)) {
                     self.master.counted(handle, worker, queue.len() as u64);
                 }
@@ -488,8 +488,8 @@ impl World {
                 self.shut(handle);
                 self.taken.clear();
             }
-            Action::ShutDoor { handle } => self.shut(handle),
-            Action::OpenDoor { handle } => {
+            Action::AttachSynFilter { handle } => self.shut(handle),
+            Action::DetachSynFilter { handle } => {
                 let port = self.port(handle);
                 assert_eq!(port.kind, Some(Kind::Tcp), "its file is gone");
                 port.shut = false;
@@ -501,7 +501,7 @@ impl World {
             Action::WatchHangUp { .. } => {}
             // Nobody waits in the kernel here.
             Action::Unblock { .. } => {}
-            Action::BindShard { .. } | Action::Steer { .. } => {
+            Action::BindShard { .. } | Action::SelectShards { .. } => {
                 unreachable!("there are no shards here")
             }
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
@@ -560,9 +560,11 @@ impl World {
         self.port(handle).shut = true;
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: With) {
-        if let (ToWorker::Reply { request, .. }, With::Listener(handle) | With::Queue(handle)) =
-            (&frame, with)
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: Attachment) {
+        if let (
+            ToWorker::Reply { request, .. },
+            Attachment::Listener(handle) | Attachment::Queue(handle),
+        ) = (&frame, with)
         {
             assert!(!self.port(handle).unbound);
             if self.failing.remove(&Failure::Share) {
@@ -570,7 +572,7 @@ impl World {
                 return self.master.share_failed(handle, worker, *request, error);
             }
         }
-        if let With::Queue(handle) = with {
+        if let Attachment::Queue(handle) = with {
             let other = self.queues.insert((handle, worker), VecDeque::new());
             assert!(other.is_none(), "two queues for one worker");
         }
@@ -580,7 +582,7 @@ impl World {
         self.unflushed.insert(worker);
     }
 
-    fn give(&mut self, handle: HandleId, worker: WorkerId, connection: Placed<Client>) {
+    fn give(&mut self, handle: HandleId, worker: WorkerId, connection: Sequenced<Client>) {
         let is_exhausted = self.failing.remove(&Failure::Send);
         let queue = self.queues.get_mut(&(handle, worker));
         match queue.filter(|queue| queue.len() < QUEUE && !is_exhausted) {
@@ -592,20 +594,20 @@ impl World {
             }
             None => self
                 .master
-                .not_given(handle, worker, connection, is_exhausted),
+                .not_dispatched(handle, worker, connection, is_exhausted),
         }
     }
 
-    fn take_back(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
+    fn reclaim(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
         if self.failing.remove(&Failure::TakeBack) {
-            self.master.cannot_take_back(handle);
-            return self.master.came_back(handle, worker, Vec::new(), false);
+            self.master.cannot_reclaim(handle);
+            return self.master.reclaimed(handle, worker, Vec::new(), false);
         }
         if let Some(queue) = self.queues.get_mut(&(handle, worker)) {
             let count = queue.len().min(at_most);
             let is_empty = count < at_most;
             let back = queue.drain(..count).collect();
-            self.master.came_back(handle, worker, back, is_empty);
+            self.master.reclaimed(handle, worker, back, is_empty);
         }
     }
 
@@ -659,7 +661,8 @@ impl World {
         let Some(port) = self.ports.get(&handle) else {
             return;
         };
-        let carries = |parcel: &Parcel<_>| matches!(parcel.with, With::Listener(h) if h == handle);
+        let carries =
+            |parcel: &Parcel<_>| matches!(parcel.with, Attachment::Listener(h) if h == handle);
         let has = |process: &Process| {
             let copies = process.shared.values().any(|shared| *shared == handle);
             copies
@@ -779,7 +782,7 @@ impl World {
                     process.sent[1] += 1;
                     let message = process.sent[1].to_le_bytes().to_vec();
                     let message = ToWorker::Message(message);
-                    process.down.queue(message, With::Nothing);
+                    process.down.queue(message, Attachment::None);
                     self.unflushed.insert(worker);
                 }
             }
@@ -896,10 +899,10 @@ impl World {
                 assert!(flag.is_some() && !connected);
                 *life = Life::Disconnected;
             }
-            Event::Exit(departure) => {
+            Event::Exit(exit_report) => {
                 assert_eq!(*life, Life::Disconnected, "disconnect comes before exit");
                 assert_eq!(state, None, "no longer in the table");
-                assert_eq!(Some(departure.status), process.status);
+                assert_eq!(Some(exit_report.status), process.status);
                 *life = Life::Gone;
                 self.referenced.remove(&worker);
             }
@@ -933,8 +936,8 @@ impl World {
         let process = self.process(worker);
         let shared = std::mem::take(&mut process.shared);
         let carries = |parcel: &Parcel<_>| match parcel.with {
-            With::Listener(handle) => Some(handle),
-            With::Nothing | With::Queue(_) | With::Shard(..) => None,
+            Attachment::Listener(handle) => Some(handle),
+            Attachment::None | Attachment::Queue(_) | Attachment::Shard(..) => None,
         };
         let mut handles: Vec<_> = shared.into_values().collect();
         handles.extend(process.down.wire.iter().filter_map(carries));
@@ -999,7 +1002,7 @@ impl World {
                 if process.closing {
                     process.up.lost = true;
                 } else if process.worker_end {
-                    process.up.queue(frame, With::Nothing);
+                    process.up.queue(frame, Attachment::None);
                 }
                 process.unflushed = true;
             }
@@ -1012,7 +1015,7 @@ impl World {
                     assert!(emptied || !served, "closed with clients in the backlog");
                 }
             }
-            worker_core::Action::ShutDoor(listener) => {
+            worker_core::Action::AttachSynFilter(listener) => {
                 if let Some(port) = process.own.get_mut(&listener) {
                     port.shut = true;
                 }
@@ -1068,8 +1071,10 @@ impl World {
             }
         }
         let handle = match parcel.with {
-            With::Nothing => None,
-            With::Listener(handle) | With::Queue(handle) | With::Shard(handle, _) => Some(handle),
+            Attachment::None => None,
+            Attachment::Listener(handle)
+            | Attachment::Queue(handle)
+            | Attachment::Shard(handle, _) => Some(handle),
         };
         match process.core.frame(frame) {
             Ok(listener) => {
@@ -1280,7 +1285,9 @@ impl World {
             (Deed::Send, _) if process.worker_end && !process.closing && !process.up.broken => {
                 process.sent[0] += 1;
                 let message = process.sent[0].to_le_bytes().to_vec();
-                process.up.queue(ToMaster::Message(message), With::Nothing);
+                process
+                    .up
+                    .queue(ToMaster::Message(message), Attachment::None);
                 process.unflushed = true;
             }
             (Deed::Leave, _) => process.core.disconnect(),
@@ -1325,15 +1332,15 @@ impl World {
                 })
             }
             Lie::Listening => Ok(ToMaster::Listening { handle }),
-            Lie::Ready => Ok(ToMaster::Ready {
+            Lie::Ready => Ok(ToMaster::Idle {
                 handle,
                 taken: number % 4,
                 open: u32::from(n),
             }),
             Lie::Take => return self.take_in_vain(worker, handle),
-            Lie::Close => Ok(ToMaster::Close { handle }),
-            Lie::Revoke => Ok(ToMaster::Revoke { handle }),
-            Lie::Leaving => Ok(ToMaster::Leaving),
+            Lie::Close => Ok(ToMaster::Release { handle }),
+            Lie::Revoke => Ok(ToMaster::Pause { handle }),
+            Lie::Leaving => Ok(ToMaster::DisconnectRequest),
             Lie::Message => Ok(ToMaster::Message(vec![n; 4])),
         };
         self.say(worker, frame);
@@ -1354,7 +1361,7 @@ impl World {
             return;
         }
         process.liar = true;
-        let parcel = Parcel::new(frame, With::Nothing);
+        let parcel = Parcel::new(frame, Attachment::None);
         self.process(worker).up.wire.push_back(parcel);
     }
 

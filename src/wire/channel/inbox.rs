@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{Frame, FrameError, HEADER, Header, MAX_BATCH};
 
 /// How much one call reads at most, beside the rest of a long message.
@@ -11,15 +11,15 @@ pub(crate) const READ_SIZE: usize = 64 << 10;
 pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
 
 /// A message that is longer than this, and has not come yet, is read to where it stays.
-pub(super) const LONG: usize = 8 << 10;
+pub(super) const LARGE_BODY: usize = 8 << 10;
 /// How much is read beyond the end of such a message.
-pub(super) const BEYOND: usize = 1 << 10;
+pub(super) const EXTRA_READ: usize = 1 << 10;
 
 /// A frame with its descriptors.
 #[derive(Debug)]
 pub(crate) struct Arrival<F> {
     pub(crate) frame: F,
-    pub(crate) fds: Vec<CommonFd>,
+    pub(crate) fds: Vec<NoLingerFd>,
     /// Some of its descriptors did not get through.
     pub(crate) lost_fds: bool,
 }
@@ -35,9 +35,9 @@ pub(crate) struct Inbox {
     /// The last frame has come in this way.
     was_long: bool,
     /// Descriptors whose first frame has not been read, and whether there were more of them.
-    batches: VecDeque<(Vec<CommonFd>, bool)>,
+    batches: VecDeque<(Vec<NoLingerFd>, bool)>,
     /// The rest of the batch whose frames are being read; `None` for one that is lost.
-    fds: VecDeque<Option<CommonFd>>,
+    fds: VecDeque<Option<NoLingerFd>>,
 }
 
 impl Inbox {
@@ -73,12 +73,12 @@ impl Inbox {
     }
 
     /// The descriptors whose frames have not been read to their end.
-    pub(super) fn fds(&self) -> impl Iterator<Item = &CommonFd> {
+    pub(super) fn fds(&self) -> impl Iterator<Item = &NoLingerFd> {
         let batches = self.batches.iter().flat_map(|(fds, _)| fds);
         batches.chain(self.fds.iter().flatten())
     }
 
-    pub(crate) fn push_fds(&mut self, fds: Vec<CommonFd>, lost: bool) {
+    pub(crate) fn push_fds(&mut self, fds: Vec<NoLingerFd>, lost: bool) {
         if lost || !fds.is_empty() {
             self.batches.push_back((fds, lost));
         }
@@ -124,7 +124,7 @@ impl Inbox {
         };
         let header = Header::decode(*header)?;
         let Some(body) = rest.get(..header.length) else {
-            if header.is_message() && header.length > LONG {
+            if header.is_message() && header.length > LARGE_BODY {
                 let mut body = Vec::with_capacity(header.length);
                 body.extend_from_slice(rest);
                 self.long = Some((header, body));

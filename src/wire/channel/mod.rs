@@ -23,11 +23,11 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::error::SendError;
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::socket::{self, Piece};
 use crate::wire::frame::{Frame, FrameError, Header, MAX_BODY, MAX_FDS};
-use inbox::{Arrival, BEYOND, Inbox};
+use inbox::{Arrival, EXTRA_READ, Inbox};
 use outbox::{Outbox, ReceiptId};
 
 /// When one more message such as the last would make more bytes wait than this, `send` tells the program
@@ -37,14 +37,14 @@ const HIGH_WATER: usize = 64 << 10;
 const HARD_LIMIT: usize = 8 << 20;
 /// Above this many bytes waiting, a peer that reads nothing is cut off. Frames of the crate's own
 /// may use the room beyond the hard limit; there are few of them for each that the peer sends.
-const CUT_OFF: usize = HARD_LIMIT + (1 << 20);
+const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
 /// The same for descriptors of the crate's own that wait: a few for each listener that a peer may have.
-const FDS_CUT_OFF: usize = 256;
+const UNREAD_FDS_MAX: usize = 256;
 /// How many more bytes wait before it is tried again to write to a socket that had no room. The poller
 /// tells of room, but a program that only sends does not ask it.
 const RETRY: usize = 4 << 10;
 /// How long to wait before writing again when the system has no room.
-pub(crate) const REST: Duration = Duration::from_millis(100);
+pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
 /// What one attempt to write achieved.
 #[derive(Debug)]
@@ -151,7 +151,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Queues a frame of the crate's own.
-    pub(crate) fn queue(&mut self, frame: &Out, fd: Option<Rc<CommonFd>>) {
+    pub(crate) fn queue(&mut self, frame: &Out, fd: Option<Rc<NoLingerFd>>) {
         self.lost |= self.broken || self.closing;
         if !self.broken && !self.closing {
             if fd.is_some() {
@@ -195,7 +195,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.outbox.push_rest(pieces, written);
             self.was_full(full);
         } else {
-            let fds = fds.into_iter().map(CommonFd::from).map(Rc::new);
+            let fds = fds.into_iter().map(NoLingerFd::from).map(Rc::new);
             self.outbox.push(pieces, fds);
         }
         if let Some(receipt) = receipt {
@@ -271,7 +271,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.len() > CUT_OFF || self.outbox.count_own() > FDS_CUT_OFF {
+        if self.outbox.len() > UNREAD_MAX || self.outbox.count_own() > UNREAD_FDS_MAX {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())
@@ -365,7 +365,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             None => {
                 // Another one is likely, and is read to where it stays once its header is known.
                 let most = if self.inbox.awaits_long() {
-                    BEYOND
+                    EXTRA_READ
                 } else {
                     scratch.len()
                 };
@@ -373,9 +373,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             }
             Some((body, missing)) => {
                 let before = body.len();
-                let beyond = &mut scratch[..BEYOND];
+                let beyond = &mut scratch[..EXTRA_READ];
                 let received = socket::receive_into(socket, body, missing, beyond);
-                (received, body.len() - before, missing + BEYOND)
+                (received, body.len() - before, missing + EXTRA_READ)
             }
         };
         match received {
@@ -441,7 +441,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
 
 #[cfg(test)]
 mod tests {
-    use super::inbox::{LONG, READ_SIZE};
+    use super::inbox::{LARGE_BODY, READ_SIZE};
     use super::*;
     use crate::sys::poll::ReadyList;
     use crate::wire::frame::{HEADER, MAX_BATCH, ToMaster, ToWorker};
@@ -471,7 +471,7 @@ mod tests {
         while end.receive(&mut scratch).unwrap() == Received::Something {
             while let Some(arrival) = end.next().unwrap() {
                 assert!(!arrival.lost_fds);
-                let fds = arrival.fds.into_iter().map(CommonFd::claim);
+                let fds = arrival.fds.into_iter().map(NoLingerFd::claim);
                 frames.push((arrival.frame, fds.collect()));
             }
         }
@@ -603,8 +603,17 @@ mod tests {
     #[test]
     fn messages_of_all_lengths_arrive_whole_however_they_are_cut() {
         let (mut master, mut worker) = pair();
-        let mut lengths: Vec<_> =
-            [0, 1, LONG - 1, LONG, LONG + 1, BEYOND, READ_SIZE, MAX_BODY].into();
+        let mut lengths: Vec<_> = [
+            0,
+            1,
+            LARGE_BODY - 1,
+            LARGE_BODY,
+            LARGE_BODY + 1,
+            EXTRA_READ,
+            READ_SIZE,
+            MAX_BODY,
+        ]
+        .into();
         let mut rng = fastrand::Rng::with_seed(7);
         for _ in 0..300 {
             let most = 1 << rng.u32(0..18);
@@ -653,11 +662,11 @@ mod tests {
         // The header of a long message is not kept with it.
         let (long, short) = (READ_SIZE, 100);
         assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
-        let (first, rest) = (BEYOND, HEADER + long - BEYOND);
+        let (first, rest) = (EXTRA_READ, HEADER + long - EXTRA_READ);
         assert_eq!(read(long), [(first, true), (rest, false)]);
         assert_eq!(read(short), [(HEADER + short, false)]);
         assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
-        let (middle, rest) = (6000, HEADER + 6000 - BEYOND);
+        let (middle, rest) = (6000, HEADER + 6000 - EXTRA_READ);
         assert_eq!(read(middle), [(first, true), (rest, false)], "in two");
         assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
     }
@@ -802,7 +811,7 @@ mod tests {
     #[test]
     fn what_was_written_before_closing_has_been_said() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Leaving, None);
+        worker.queue(&ToMaster::DisconnectRequest, None);
         worker.close();
         worker.flush().unwrap();
         assert!(worker.is_flushed());
@@ -810,14 +819,17 @@ mod tests {
         assert!(!worker.is_flushed(), "but not what came later");
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
-        assert_eq!(master.next().unwrap().unwrap().frame, ToMaster::Leaving);
+        assert_eq!(
+            master.next().unwrap().unwrap().frame,
+            ToMaster::DisconnectRequest
+        );
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::End);
     }
 
     #[test]
     fn after_shut_the_other_side_cannot_write() {
         let (mut master, mut worker) = pair();
-        worker.queue(&ToMaster::Leaving, None);
+        worker.queue(&ToMaster::DisconnectRequest, None);
         worker.flush().unwrap();
         assert!(worker.is_flushed());
         master.shut();
@@ -826,7 +838,10 @@ mod tests {
         assert!(!worker.is_flushed(), "so it knows that this was not heard");
         let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Something);
-        assert_eq!(master.next().unwrap().unwrap().frame, ToMaster::Leaving);
+        assert_eq!(
+            master.next().unwrap().unwrap().frame,
+            ToMaster::DisconnectRequest
+        );
     }
 
     proptest! {
@@ -837,7 +852,7 @@ mod tests {
             counts in proptest::collection::vec(0..=MAX_FDS, 1..40),
             writes in proptest::collection::vec((1..400usize, 0..4usize), 1..40),
         ) {
-            let null = Rc::new(CommonFd::from(OwnedFd::from(File::open("/dev/null").unwrap())));
+            let null = Rc::new(NoLingerFd::from(OwnedFd::from(File::open("/dev/null").unwrap())));
             let mut outbox = Outbox::default();
             for (n, count) in counts.iter().enumerate() {
                 let mut bytes = Vec::new();
@@ -851,7 +866,7 @@ mod tests {
                 let (bytes, fds) = outbox.next();
                 let kept = fds.len().saturating_sub(*drops);
                 let copies = fds[..kept].iter().map(|fd| fd.try_clone_to_owned().unwrap());
-                inbox.push_fds(copies.map(CommonFd::from).collect(), kept < fds.len());
+                inbox.push_fds(copies.map(NoLingerFd::from).collect(), kept < fds.len());
                 lost += fds.len() - kept;
                 let written = bytes.len().min(*most);
                 inbox.push(&bytes[..written]);

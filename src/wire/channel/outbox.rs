@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::rc::Rc;
 
-use crate::sys::fd::CommonFd;
+use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{BATCH, MAX_BATCH, MAX_FDS};
 
 /// How much one call writes at most.
@@ -35,7 +35,7 @@ pub(super) struct Outbox {
     /// How many bytes have been written since the beginning.
     written: u64,
     /// Each descriptor with the place of its frame's first byte, counted like `written`.
-    fds: VecDeque<(u64, Rc<CommonFd>)>,
+    fds: VecDeque<(u64, Rc<NoLingerFd>)>,
     /// Where the last frames begin that are the crate's own and have descriptors.
     own: VecDeque<u64>,
     /// Where the frames end whose descriptors have left with the last batch. The next one leaves
@@ -55,7 +55,7 @@ impl Outbox {
         self.bytes.is_empty()
     }
 
-    pub(super) fn fds(&self) -> impl Iterator<Item = &CommonFd> {
+    pub(super) fn fds(&self) -> impl Iterator<Item = &NoLingerFd> {
         self.fds.iter().map(|(_, fd)| &**fd)
     }
 
@@ -68,7 +68,7 @@ impl Outbox {
     pub(super) fn push<const N: usize>(
         &mut self,
         frame: [&[u8]; N],
-        fds: impl IntoIterator<Item = Rc<CommonFd>>,
+        fds: impl IntoIterator<Item = Rc<NoLingerFd>>,
     ) {
         let place = self.written + self.bytes.len() as u64;
         for fd in fds {
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn descriptors_do_not_run_ahead_of_their_frames() {
-        let null = Rc::new(CommonFd::from(OwnedFd::from(
+        let null = Rc::new(NoLingerFd::from(OwnedFd::from(
             File::open("/dev/null").unwrap(),
         )));
         let mut outbox = Outbox::default();
