@@ -1,4 +1,4 @@
-//! One announcement to all workers, and one to the worker with a certain id.
+//! Sends one message to all workers, and one to the worker with a given id.
 //!
 //! Type:      cargo run --example broadcast
 #![allow(clippy::print_stdout)]

@@ -1,5 +1,5 @@
-//! A message is bytes, and what they mean is the program's choice: here JSON, for what people are
-//! to read, and a compact form, for what comes often, over the same channel.
+//! Sends messages in two formats over one channel: JSON, which people can read, and a compact format
+//! for frequent messages. A message is bytes; the application chooses their format.
 //!
 //! Type:      cargo run --example codecs
 #![allow(clippy::print_stdout)]
@@ -15,7 +15,7 @@ struct Report {
     busiest: Option<String>,
 }
 
-/// The first byte says which it is.
+/// The first byte of a message identifies its format.
 const JSON: u8 = b'j';
 const COMPACT: u8 = b'c';
 
@@ -40,7 +40,7 @@ fn decode(message: &[u8]) -> Result<Report, Box<dyn Error>> {
 fn master(master: &Master) -> cluster::Result<()> {
     master.on_message(|_, worker, message| match decode(message.bytes()) {
         Ok(report) => println!("{} bytes: {report:?}", message.bytes().len()),
-        // Workers parse what strangers send: what they say need not be well-formed.
+        // Workers parse untrusted input, so their messages need not be well-formed.
         Err(error) => println!("worker {} sent nonsense: {error}", worker.id()),
     });
     master.fork()?;

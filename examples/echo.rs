@@ -1,4 +1,4 @@
-//! A worker that sends back what it gets.
+//! A worker that sends each message back.
 //!
 //! Type:      cargo run --example echo
 #![allow(clippy::print_stdout)]

@@ -1,5 +1,5 @@
-//! An echo server whose workers hold many connections at once, with callbacks, and a master that
-//! counts what they did.
+//! An echo server whose workers hold many connections at once, with callbacks. The master counts
+//! the requests.
 //!
 //! Type:      cargo run --release --example echo_events
 //! then:      nc 127.0.0.1 8007       and type something
@@ -16,8 +16,9 @@ use std::time::Duration;
 use cluster::{Connection, Interest, Master, Role, Signal, Worker};
 use lexopt::prelude::*;
 
-/// While this much waits for a client that does not read, nothing more is read from it.
-const MOST_WAITING: usize = 64 << 10;
+/// Bytes that may wait for a client that does not read. Until it reads, the worker reads nothing more
+/// from it.
+const MAX_PENDING: usize = 64 << 10;
 
 fn options() -> Result<(String, usize), lexopt::Error> {
     let mut addr = "127.0.0.1:8007".to_owned();
@@ -40,7 +41,7 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     let report = master.set_interval(Duration::from_secs(1), move |_| {
         println!("requests = {}", total.get());
     });
-    // Start workers and listen for messages that say `notifyRequest`.
+    // Start workers and count their messages `notifyRequest`.
     for _ in 0..workers {
         let requests = Rc::clone(&requests);
         master.fork()?.on_message(move |_, _, message| {
@@ -58,11 +59,11 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     });
     for signal in [Signal::INT, Signal::TERM] {
         master.on_signal(signal, move |master, _| {
-            // Connections that never end would keep a worker from leaving.
+            // A connection that never ends would keep its worker running.
             for worker in master.workers() {
                 let _ = worker.send(b"shutdown");
             }
-            // And the interval would keep the master running.
+            // The interval would keep the master running.
             master.disconnect(move |master| master.clear_timer(report));
         })?;
     }
@@ -75,52 +76,54 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
             worker.kill();
         }
     });
-    // A terminal sends this to everybody: the master tells its workers when to leave.
+    // A terminal sends SIGINT to all processes. The master disconnects its workers itself.
     worker.on_signal(Signal::INT, |_, _| {})?;
     worker.listen(addr)?.on_connection(|worker, connection| {
         let watched = connection.set_nonblocking(true).is_ok();
-        let mut waiting = Vec::new();
+        let mut pending = Vec::new();
         let echo =
-            move |worker: &Worker, connection: &Connection| echo(worker, connection, &mut waiting);
+            move |worker: &Worker, connection: &Connection| echo(worker, connection, &mut pending);
         if watched {
-            // Without descriptors left the connection is dropped, which closes it.
+            // If no descriptor is left, the connection is dropped, which closes it.
             let _ = worker.watch(connection, Interest::Readable, echo);
         }
     });
     worker.run()
 }
 
-/// Reads what is there, writes what can be written, and says what to wait for.
-fn echo(worker: &Worker, mut connection: &Connection, waiting: &mut Vec<u8>) -> Option<Interest> {
+/// Reads and writes as much as possible without blocking. Returns the event to wait for, or `None`
+/// when the connection is finished.
+fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> Option<Interest> {
     let mut buffer = [0; 4096];
     let mut ended = false;
-    while waiting.len() < MOST_WAITING {
+    while pending.len() < MAX_PENDING {
         match connection.read(&mut buffer) {
             Ok(0) => {
                 ended = true;
                 break;
             }
             Ok(length) => {
-                waiting.extend_from_slice(&buffer[..length]);
-                // A master that does not keep up misses one: it is only a count.
+                pending.extend_from_slice(&buffer[..length]);
+                // If the master does not keep up, one message is lost: it is only a count.
                 let _ = worker.send(b"notifyRequest");
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
             Err(_) => return None,
         }
     }
-    while !waiting.is_empty() {
-        match connection.write(waiting) {
-            Ok(length) => drop(waiting.drain(..length)),
+    while !pending.is_empty() {
+        match connection.write(pending) {
+            Ok(length) => drop(pending.drain(..length)),
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
             Err(_) => return None,
         }
     }
-    match waiting.len() {
+    match pending.len() {
         0 if ended => None,
         0 => Some(Interest::Readable),
-        // It stays readable after its end, or is not to be read for the moment.
-        MOST_WAITING.. => Some(Interest::Writable),
+        // Too much is pending to read more. After end-of-file the socket stays readable, so do not wait
+        // for that either.
+        MAX_PENDING.. => Some(Interest::Writable),
         _ if ended => Some(Interest::Writable),
         _ => Some(Interest::Both),
     }

@@ -1,5 +1,5 @@
-//! A program with a `poll` loop of its own that hosts a master inside it: the loop also answers
-//! on a status port, where it tells how the workers are.
+//! An application with its own `poll` loop that hosts a master. The loop also serves a status port,
+//! which reports the number of workers and the ledger.
 //!
 //! Type:      cargo run --release --example embedded
 //! then:      nc 127.0.0.1 8008       (a worker answers)
@@ -54,7 +54,7 @@ fn host(master: &Master, status: &str) -> Outcome {
             PollFd::new(status.as_fd(), PollFlags::POLLIN),
             PollFd::new(master.as_fd(), PollFlags::POLLIN),
         ];
-        // Rounded up to the next millisecond, so as not to wake before the time.
+        // Rounded up to the next millisecond, so that `poll` does not return before a timer is due.
         let wait = master
             .time_left()
             .map(|time| time + Duration::from_micros(999));
@@ -63,19 +63,19 @@ fn host(master: &Master, status: &str) -> Outcome {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        tell_status(&status, master)?;
+        serve_status(&status, master)?;
         master.dispatch(Some(Duration::ZERO))?;
     }
     Ok(())
 }
 
-fn tell_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
+fn serve_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
     loop {
         match status.accept() {
             Ok((mut client, _)) => {
                 let workers = master.workers();
                 let text = format!("{} workers, {:?}\n", workers.len(), master.ledger());
-                // A client that is gone already does not care.
+                // The write fails if the client has disconnected.
                 let _ = client.write_all(text.as_bytes());
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),

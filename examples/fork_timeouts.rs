@@ -1,5 +1,5 @@
-//! A time-out for each worker, from its fork until it listens: worker 1 listens, worker 2 never
-//! does, and worker 3 exits instead.
+//! Sets a timeout for each worker, from its fork until it listens. Worker 1 listens, worker 2 never
+//! listens, and worker 3 exits.
 //!
 //! Type:      cargo run --example fork_timeouts
 #![allow(clippy::print_stdout)]
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use cluster::{Master, Role, Worker, WorkerId};
 
-const PATIENCE: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_millis(500);
 
 fn error_message(id: WorkerId) {
     println!("worker {id}: something must be wrong with the connection ...");
@@ -22,7 +22,7 @@ fn master(master: &Master) -> cluster::Result<()> {
     let (set, listening, exited) = (Rc::clone(&timeouts), Rc::clone(&timeouts), timeouts);
     master.on_fork(move |master, worker| {
         let late = worker.clone();
-        let timeout = master.set_timeout(PATIENCE, move |_| {
+        let timeout = master.set_timeout(TIMEOUT, move |_| {
             error_message(late.id());
             late.disconnect();
         });
@@ -36,7 +36,8 @@ fn master(master: &Master) -> cluster::Result<()> {
         worker.disconnect();
     });
     master.on_exit(move |master, worker, _| {
-        // Nobody who has listened is left here, and nobody who was too late.
+        // A worker that has listened has no entry any more. A worker whose timeout has fired was
+        // disconnected, so `exited_after_disconnect` is `Some(true)`.
         if let Some(timeout) = exited.borrow_mut().remove(&worker.id()) {
             master.clear_timer(timeout);
             if worker.exited_after_disconnect() != Some(true) {

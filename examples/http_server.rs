@@ -17,9 +17,9 @@ use std::time::Duration;
 use cluster::{Connection, Master, Role, SchedulingPolicy, Signal, Worker};
 use lexopt::prelude::*;
 
-/// A client that says nothing holds its worker no longer than this.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// A worker that does not end by itself when it is told to is killed after this time.
+/// A silent client blocks its worker for at most this time.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// A worker that has not exited this long after it was disconnected is killed.
 const GRACE: Duration = Duration::from_secs(10);
 
 struct Options {
@@ -68,7 +68,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
             return;
         }
         eprintln!("worker {} died ({status})", worker.id());
-        // One that gave up before it listened would not do better the next time.
+        // A worker that exited before it listened is not replaced: its replacement would fail, too.
         let gave_up = status.code().is_some() && !listening.borrow().contains(&worker.id());
         if gave_up || master.fork().is_err() {
             failure.set(true);
@@ -77,7 +77,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
     });
     for signal in [Signal::INT, Signal::TERM] {
         master.on_signal(signal, move |master, _| {
-            // Whoever has died at this very moment is not replaced: nobody would stop that one.
+            // A worker that fails now is not replaced: its replacement would not be disconnected.
             master.off(replace);
             master.disconnect_within(GRACE, |_| {});
         })?;
@@ -94,20 +94,20 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
 }
 
 fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
-    // A terminal sends these to everybody: the master tells its workers when to leave.
+    // A terminal sends SIGINT to all processes. The master disconnects its workers itself.
     for signal in [Signal::INT, Signal::TERM] {
         worker.on_signal(signal, |_, _| {})?;
     }
     let listener = worker.listen(options.addr.as_str())?;
     for connection in listener.incoming() {
-        // A client that leaves or sends nonsense is its own affair.
+        // A client that disconnects or sends an invalid request does not stop the worker.
         let _ = answer(connection?, worker);
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn answer(mut connection: Connection, worker: &Worker) -> io::Result<()> {
-    connection.set_read_timeout(Some(PATIENCE))?;
+    connection.set_read_timeout(Some(READ_TIMEOUT))?;
     let mut buffer = [0; 8192];
     let mut length = 0;
     let status = loop {
@@ -145,7 +145,7 @@ fn main() -> ExitCode {
         Err(error) => Err(error),
     };
     outcome.unwrap_or_else(|error| {
-        // In one piece: other workers may have the same to say at this moment.
+        // Written in one piece, because other workers may print the same error at this moment.
         let line = format!("{error}\n");
         eprint!("{line}");
         ExitCode::FAILURE

@@ -1,9 +1,9 @@
-//! Workers that kill themselves after one request, and a master that asks whether they are dead.
+//! Workers that kill themselves after one request, and a master that checks whether they are dead.
 //!
 //! Type:      cargo run --example is_dead
-//! then:      curl http://127.0.0.1:8000/     as often as there are workers
+//! then:      curl http://127.0.0.1:8000/     once for each worker
 //!
-//! Another address may follow: `-- 127.0.0.1:8001`
+//! Optional argument: another address, as in `-- 127.0.0.1:8001`
 #![allow(clippy::print_stdout)]
 
 mod hello;

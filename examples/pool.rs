@@ -1,4 +1,4 @@
-//! A production server: workers that are kept running, reloads, upgrades, signals, and systemd.
+//! A production server: a pool that keeps workers running, with reloads, upgrades, signals, and systemd.
 //!
 //! Type:      cargo run --release --example pool
 //! reload:    kill -HUP, upgrade: kill -USR2, scale: kill -TTIN and -TTOU, stop: kill -TERM

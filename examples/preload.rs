@@ -1,15 +1,15 @@
-//! The master loads something large once, and all workers have it: they are copies of the master, and
-//! nothing is executed.
+//! The master loads a large table once, and all workers share it: they are copies of the master that
+//! execute no program.
 //!
 //! Type:      cargo run --example preload
 #![allow(clippy::print_stdout)]
 
 use cluster::{Role, Settings, Worker};
 
-/// How many primes are looked for.
+/// The numbers below this limit are tested.
 const LIMIT: usize = 10_000_000;
 
-/// What takes a moment, and ten megabytes: for each number, whether it is a prime.
+/// Returns for each number whether it is a prime. This takes a moment, and 10 MB.
 fn load() -> Vec<bool> {
     let mut primes = vec![true; LIMIT];
     primes[..2].fill(false);
@@ -27,7 +27,7 @@ fn load() -> Vec<bool> {
 }
 
 fn main() -> cluster::Result<()> {
-    // A worker begins with the closure, and does not come here.
+    // Workers start in the closure below, and never call `main`.
     let Role::Master(master) = cluster::init()? else {
         return Ok(());
     };

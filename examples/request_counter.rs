@@ -4,7 +4,7 @@
 //! then:      curl http://127.0.0.1:8000/
 //! and stop:  Ctrl-C
 //!
-//! Another address may follow: `-- 127.0.0.1:8001`
+//! Optional argument: another address, as in `-- 127.0.0.1:8001`
 #![allow(clippy::print_stdout)]
 
 mod hello;
@@ -23,7 +23,7 @@ fn master(master: &Master) -> cluster::Result<()> {
         println!("requests = {}", total.get());
     });
     master.once(master.on_listening(|_, _, address| println!("listening on {address}")));
-    // Start workers and listen for messages that say `notifyRequest`.
+    // Start workers and count their messages `notifyRequest`.
     for _ in 0..cluster::available_parallelism() {
         let requests = Rc::clone(&requests);
         master.fork()?.on_message(move |_, _, message| {

@@ -1,4 +1,4 @@
-//! Whoever dies is replaced: each worker dies once, until there were five.
+//! Replaces workers that exit. Each worker exits at once; the fifth is not replaced.
 //!
 //! Type:      cargo run --example restart
 #![allow(clippy::print_stdout)]

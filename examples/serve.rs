@@ -1,5 +1,5 @@
-//! Runs any program that takes its listeners from `LISTEN_FDS` in several processes, and keeps them
-//! running: those that die are replaced, and a new version takes over without losing a client.
+//! Runs any program that takes its listeners from `LISTEN_FDS` in several processes. It replaces
+//! processes that exit, and a new version of the program takes over without losing a client.
 //!
 //! Type:      cargo run --release --example serve -- --listen 127.0.0.1:8000 -- gunicorn app
 //! reload:    kill -HUP, scale: kill -TTIN and -TTOU, stop: Ctrl-C
@@ -26,21 +26,21 @@ use lexopt::prelude::*;
 const USAGE: &str = "\
 Usage: serve [OPTIONS] [--] PROGRAM [ARGS...]
 
-Keeps several processes of a program running that takes its listeners from LISTEN_FDS.
+Runs several processes of a program that takes its listeners from LISTEN_FDS.
 
-  --listen ADDRESS    HOST:PORT, or a path with a slash for a Unix socket; may be repeated, and
-                      may be missing if serve itself was passed listeners: those come first
-  --workers NUMBER    how many processes; as many as cores
-  --readiness TIME    how long a process must live to count as ready; 1s
-  --drain TIME        after this time a process that was told to end is killed; 30s
-  --max-age TIME      after this time a process is replaced; never
-  --max-memory SIZE   a process that has more memory resident is replaced; none
+  --listen ADDRESS    HOST:PORT, or a path with a slash for a Unix socket; may be repeated;
+                      not needed if serve itself was passed listeners, which come first
+  --workers NUMBER    number of processes [default: the number of cores]
+  --readiness TIME    a process is ready when it has run for this time [default: 1s]
+  --drain TIME        a process that has not exited this long after SIGTERM is killed [default: 30s]
+  --max-age TIME      a process that has run for this time is replaced [default: never]
+  --max-memory SIZE   a process with more resident memory is replaced [default: no limit]
 
-A TIME is 500ms, 10s, 5m or 2h, a SIZE 4096, 512K, 100M or 2G. A process is told to end by SIGTERM.
+A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. SIGTERM ends a process.
 
-HUP replaces all processes, one after the other, each when the next one is ready. TTIN and TTOU make
-it one more and one fewer. TERM and INT stop, and at once the second time; QUIT stops at once.
-The exit code is 0 after a stop, 1 after failures and 2 if the options make no sense.
+HUP replaces all processes, one after the other; each one ends when its replacement is ready. TTIN and
+TTOU add and remove a process. TERM and INT stop, and a second one stops at once; QUIT stops at once.
+The exit code is 0 after a stop, 1 after failures and 2 if the options are invalid.
 ";
 
 const MILLISECONDS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
@@ -59,7 +59,7 @@ fn options() -> Result<Options, lexopt::Error> {
     let pool = &mut options.pool;
     pool.leave_signal = Some(Signal::TERM);
     pool.readiness = Readiness::Alive(Duration::from_secs(1));
-    // To have lived so long is all that can be asked of a program.
+    // Running for this time is the only proof of readiness that any program can give.
     pool.trial = Duration::ZERO;
     let mut args = lexopt::Parser::from_env();
     let time = |args: &mut lexopt::Parser| amount(args, MILLISECONDS).map(Duration::from_millis);
@@ -96,7 +96,7 @@ fn amount(args: &mut lexopt::Parser, units: &[(&str, u64)]) -> Result<u64, lexop
     })
 }
 
-/// Where the program is: a shell searches, `execve` does not.
+/// Finds the program in `PATH`, which `execve` does not search.
 fn find(program: &Path) -> Option<PathBuf> {
     let has_slash = program.as_os_str().as_encoded_bytes().contains(&b'/');
     let path = std::env::var_os("PATH").filter(|_| !has_slash);
@@ -105,11 +105,11 @@ fn find(program: &Path) -> Option<PathBuf> {
         data.is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
     };
     let path = path.unwrap_or_default();
-    let mut places = std::env::split_paths(&path).map(|place| place.join(program));
-    places.find(is_program)
+    let mut candidates = std::env::split_paths(&path).map(|directory| directory.join(program));
+    candidates.find(is_program)
 }
 
-/// What people see: a line for each event, and on a terminal one below that tells how it is.
+/// Prints a line for each event, and on a terminal a status line below them.
 struct Screen {
     began: Instant,
     is_terminal: bool,
@@ -129,13 +129,13 @@ impl Screen {
         }
     }
 
-    /// The cursor is left where what the programs print covers the status, and does not follow it.
+    /// Leaves the cursor at the start of the status, so that output of the programs overwrites it.
     fn print(&self, line: &str) {
         let text = match self.is_terminal {
             true => format!("\r\x1b[K{line}{}\r", self.status.borrow()),
             false => line.to_owned(),
         };
-        // A terminal that has gone is no reason to end.
+        // A terminal that has been closed does not stop the master.
         let _ = io::stderr().write_all(text.as_bytes());
     }
 }
@@ -165,7 +165,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     let program = Path::new(&options.program);
     let found = find(program).ok_or_else(|| format!("cannot execute {}", program.display()))?;
     let Role::Master(master) = cluster::init()? else {
-        return Err("this process is a worker of another one".into());
+        return Err("this process is a worker of another master".into());
     };
     let screen = Rc::new(Screen {
         began: Instant::now(),
@@ -173,13 +173,14 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         status: RefCell::default(),
     });
 
-    // So the listeners block, as programs expect it, and the master does not accept.
+    // With this policy the listeners block, as programs expect, and the master does not accept.
     master.set_scheduling_policy(SchedulingPolicy::Shared)?;
     let mut fds: Vec<(String, OwnedFd)> = Vec::new();
     for fd in passed {
         fds.push((fd.name().unwrap_or("passed").to_owned(), fd.into()));
     }
-    let mut kept = Vec::new(); // who comes while all are dead waits for the next one
+    // While no process runs, clients wait in these listeners for the next one.
+    let mut retained = Vec::new();
     for address in &options.listen {
         let listener = match address.contains('/') {
             true => master.listen(Path::new(address))?,
@@ -187,7 +188,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         };
         screen.log(format_args!("listening on {}", listener.address()));
         fds.push(("listen".to_owned(), listener.as_fd().try_clone_to_owned()?));
-        kept.push(listener);
+        retained.push(listener);
     }
     let settings = Settings::default().exec(found).args(options.args);
     master.setup_master(settings.listen_fds(fds));
@@ -208,7 +209,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         failed.set(true);
         GiveUp::Stop
     });
-    // All but USR2: the next master would not find these listeners.
+    // There is no USR2: a new master would not get these listeners.
     for (signal, action) in [
         (Signal::HUP, Action::Reload),
         (Signal::TTIN, Action::Grow),

@@ -1,5 +1,5 @@
-//! One program, two kinds of workers: the first speaks https, the second http, and the output of
-//! both comes to the master.
+//! Two kinds of workers of one program: the first uses https, the second http. The master prints the
+//! output of both.
 //!
 //! Type:      cargo run --example setup_master
 #![allow(clippy::print_stdout)]
@@ -8,7 +8,7 @@ use std::io::Read;
 
 use cluster::{Interest, Master, Role, Settings};
 
-/// Shows what a worker prints.
+/// Forks a worker and prints its output.
 fn show(master: &Master) -> cluster::Result<()> {
     let worker = master.fork()?;
     if let Some(output) = worker.process().take_stdio(1) {

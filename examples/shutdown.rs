@@ -1,5 +1,5 @@
-//! A worker with a connection that never ends is asked to shut down, and killed when its time is
-//! over. With the argument `polite` it closes its connections when it is asked.
+//! Disconnects a worker with a connection that never ends, and kills the worker after a timeout. With
+//! the argument `polite` the worker closes its connections when the master sends `shutdown`.
 //!
 //! Type:      cargo run --example shutdown
 //!            cargo run --example shutdown -- polite
@@ -12,23 +12,23 @@ use std::time::Duration;
 
 use cluster::{Interest, Master, Role, Signal, Worker};
 
-const PATIENCE: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_millis(500);
 
 fn master(master: &Master) -> cluster::Result<()> {
     let worker = master.fork()?;
     worker.on_message(|master, worker, _| {
-        // It has a client now.
+        // The worker has a client now.
         let _ = worker.send(b"shutdown");
         let straggler = worker.disconnect().clone();
-        let timeout = master.set_timeout(PATIENCE, move |_| {
+        let timeout = master.set_timeout(TIMEOUT, move |_| {
             println!("its time is over");
-            // Not `straggler.kill`, which would go on waiting for it to disconnect.
+            // `straggler.kill` would wait until the worker has disconnected.
             straggler.process().kill(Signal::KILL);
         });
         worker.on_disconnect(move |master, _| master.clear_timer(timeout));
     });
     worker.on_exit(|_, _, status| println!("the worker has ended: {status}"));
-    // A client who stays as long as the worker lets him.
+    // A client that stays connected until the worker closes the connection.
     worker.on_listening(|master, _, address| {
         if let Ok(client) = TcpStream::connect(address.to_string()) {
             let _ = master.watch(client, Interest::Readable, |_, _| None);
@@ -43,13 +43,13 @@ fn worker(worker: &Worker, polite: bool) -> cluster::Result<()> {
     worker
         .listen("127.0.0.1:0")?
         .on_connection(move |worker, connection| {
-            // Connections never end.
+            // This worker never closes its connections itself.
             open.borrow_mut().push(connection);
             let _ = worker.send(b"connected");
         });
     worker.on_message(move |_, message| {
         if message.bytes() == b"shutdown" && polite {
-            // Initiate graceful close of any connections to the server.
+            // Close all connections.
             connections.borrow_mut().clear();
         }
     });

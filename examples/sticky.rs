@@ -1,11 +1,11 @@
-//! Sticky sessions: as long as its worker lives, a client always comes to the same one, which may
-//! keep what it knows of that client in memory. When a worker goes, only its own clients move.
+//! Sticky sessions: a client always gets the same worker while that worker runs, so the worker can
+//! keep the client's session in memory. When a worker exits, only its own clients move.
 //!
 //! Type:      cargo run --release --example sticky
 //! then:      curl http://127.0.0.1:8000/ (again and again, and from elsewhere)
 //! and stop:  Ctrl-C
 //!
-//! Another address may follow, and how many workers: `-- 127.0.0.1:8001 4`
+//! Optional arguments: another address and the number of workers, as in `-- 127.0.0.1:8001 4`
 #![allow(clippy::print_stdout)]
 
 mod hello;
@@ -15,9 +15,10 @@ use std::net::IpAddr;
 
 use cluster::{Role, WorkerId};
 
-/// How well the worker suits the client: by chance, but always the same. Each client gets the one
-/// that suits it best (rendezvous hashing), so whoever comes or goes changes nothing between others.
-fn suits(worker: WorkerId, client: IpAddr) -> u64 {
+/// Returns a pseudo-random score that is always the same for one worker and client. Each client gets
+/// the worker with the highest score (rendezvous hashing), so a worker that starts or exits moves no
+/// client between other workers.
+fn score(worker: WorkerId, client: IpAddr) -> u64 {
     let mut hasher = DefaultHasher::new();
     (worker, client).hash(&mut hasher);
     hasher.finish()
@@ -32,7 +33,7 @@ fn main() -> cluster::Result<()> {
             master.set_scheduler(|peer, workers| {
                 let client = peer?.ip();
                 let ids = workers.iter().map(|load| load.worker);
-                ids.max_by_key(|id| suits(*id, client))
+                ids.max_by_key(|id| score(*id, client))
             });
             master.on_listening(|_, worker, address| {
                 let (id, pid) = (worker.id(), worker.process().id());

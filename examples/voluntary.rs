@@ -1,5 +1,5 @@
-//! Who left on purpose, and who did not: three workers that leave in three ways, and one that is
-//! killed by its master.
+//! Shows which workers exited voluntarily: three workers end in three ways, and the master kills a
+//! fourth.
 //!
 //! Type:      cargo run --example voluntary
 #![allow(clippy::print_stdout)]

@@ -1,5 +1,5 @@
-//! What a master is told of its workers: one ends well, one with an error code, one by a signal,
-//! and one listens and is told to leave.
+//! Prints the events of four workers: one succeeds, one exits with an error code, one is killed by a
+//! signal, and one listens and is disconnected.
 //!
 //! Type:      cargo run --example worker_events
 #![allow(clippy::print_stdout)]

@@ -1,4 +1,4 @@
-//! Two workers that say who they are.
+//! A master and two workers that print their ids.
 //!
 //! Type:      cargo run --example worker_id
 #![allow(clippy::print_stdout)]

@@ -1,5 +1,5 @@
-//! The server of one host among several, behind HAProxy: who the client is comes with the PROXY protocol,
-//! and the master tells HAProxy whether its host wants clients.
+//! The server of one host of several behind HAProxy. Workers learn the client's address by the PROXY
+//! protocol, and the master tells HAProxy whether its host takes requests.
 //!
 //! One host:  cargo run --release --example fleet -- --name east --host 127.0.0.1
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
@@ -24,7 +24,7 @@ use cluster::{Connection, Interest, Master, Role, Signal, Worker, systemd};
 use lexopt::prelude::*;
 use proxy_header::{ParseConfig, ProxyHeader};
 
-/// For HAProxy with its clients. Whoever else reaches it can say that he is anybody.
+/// For the requests that HAProxy forwards. Any other client that reaches this port can claim any address.
 const PORT: u16 = 8000;
 /// For HAProxy's agent-check.
 const AGENT_PORT: u16 = 8001;
@@ -33,9 +33,9 @@ struct Options {
     name: String,
     host: IpAddr,
     workers: usize,
-    /// Each worker reads it when it comes: a reload brings what it says then.
+    /// Each worker reads this file when it starts, so a reload brings its current contents.
     release: Option<PathBuf>,
-    /// The time from telling HAProxy to send nobody until the pool stops.
+    /// Seconds from the answer `drain` to HAProxy until the pool stops.
     drain_notice: u64,
 }
 
@@ -71,26 +71,26 @@ fn main() -> Result<(), Box<dyn Error>> {
             pool.adopt(&master, passed)?;
             pool.listen(&master, SocketAddr::new(options.host, PORT))?;
             pool.tell_systemd(&master)?;
-            lead(&master, &pool, &options)?;
+            supervise(&master, &pool, &options)?;
             Ok(master.run()?)
         }
         Role::Worker(worker) => serve(&worker, &options),
     }
 }
 
-fn lead(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn Error>> {
+fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn Error>> {
     let draining = Rc::new(Cell::new(false));
-    // No worker asks for it; but it is the pool's, and so a new master gets it in an upgrade.
+    // No worker uses this listener. It belongs to the pool so that an upgrade passes it to the new master.
     let address = SocketAddr::new(options.host, AGENT_PORT);
     pool.listen(master, address)?;
     let agent = master.listen(address)?.as_fd().try_clone_to_owned()?;
     let (mut agent, is_draining) = (Some(TcpListener::from(agent)), Rc::clone(&draining));
     pool.on_event(move |pool, master, event| {
         eprintln!("{event}");
-        // Until then, in an upgrade, the old master speaks for this host.
+        // Until this event, in an upgrade, the old master answers for this host.
         if *event == PoolEvent::Quorum(true) {
             let agent = agent.take().into_iter();
-            agent.for_each(|agent| answer_proxy(master, pool, agent, &is_draining));
+            agent.for_each(|agent| answer_agent_check(master, pool, agent, &is_draining));
         }
     });
     let notice = Duration::from_secs(options.drain_notice);
@@ -100,7 +100,7 @@ fn lead(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn E
             if draining.replace(true) {
                 return pool.stop_at_once(master);
             }
-            // HAProxy asks meanwhile, and nobody comes any more when the port closes.
+            // HAProxy asks in this time, so it sends no more requests when the port closes.
             let pool = pool.clone();
             let stop = master.set_timeout(notice, move |master| pool.stop(master));
             master.unref(stop);
@@ -111,10 +111,10 @@ fn lead(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn E
     Ok(())
 }
 
-fn answer_proxy(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<Cell<bool>>) {
+fn answer_agent_check(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<Cell<bool>>) {
     let (pool, draining) = (pool.clone(), Rc::clone(draining));
     let watch = master.watch(agent, Interest::Readable, move |_, agent| {
-        // A new master speaks for this host, or nobody does: then the last answer holds.
+        // A new master answers for this host, or none does and HAProxy keeps the last answer.
         if pool.is_stopping() {
             return None;
         }
@@ -123,15 +123,15 @@ fn answer_proxy(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<
             (false, true) => b"ready up\n",
             (false, false) => b"down\n",
         };
-        let asked = agent.accept();
-        // There is always room for a few bytes.
-        let _ = asked.and_then(|(mut proxy, _)| proxy.write_all(answer));
+        let accepted = agent.accept();
+        // A few bytes always fit into the socket's buffer.
+        let _ = accepted.and_then(|(mut proxy, _)| proxy.write_all(answer));
         Some(Interest::Readable)
     });
     match watch {
-        // It is the pool that keeps the master running.
+        // The pool, not this watch, keeps the master running.
         Ok(watch) => master.unref(watch),
-        Err(error) => eprintln!("HAProxy is told nothing: {error}"),
+        Err(error) => eprintln!("cannot answer the agent-check: {error}"),
     }
 }
 
@@ -143,20 +143,20 @@ fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
     let about = format!("host {name}, worker {id}, release {release}");
     let listener = worker.listen(SocketAddr::new(options.host, PORT))?;
     for connection in listener.incoming() {
-        // A client that leaves or sends nonsense is its own affair.
+        // A client that disconnects or sends an invalid request does not stop the worker.
         let _ = answer(connection?, &about);
     }
     Ok(())
 }
 
 fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
-    // A client that says nothing does not hold the worker for ever.
+    // A silent client does not block the worker for ever.
     connection.set_read_timeout(Some(Duration::from_secs(5)))?;
     let (mut buffer, mut length) = ([0; 8192], 0);
     let (status, body) = loop {
         let read = connection.read(&mut buffer[length..])?;
         length += read;
-        match client(&buffer[..length]) {
+        match parse_client(&buffer[..length]) {
             Ok(Some(client)) => break ("200 OK", format!("client {client}, {about}\n")),
             Ok(None) if read > 0 => {}
             Ok(None) | Err(_) => break ("400 Bad Request", String::new()),
@@ -167,16 +167,16 @@ fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
     connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())
 }
 
-/// Who the client is, if all that he asks has come.
-fn client(said: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
-    let (header, length) = match ProxyHeader::parse(said, ParseConfig::default()) {
+/// Returns the client's address if the request is complete.
+fn parse_client(input: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
+    let (header, length) = match ProxyHeader::parse(input, ParseConfig::default()) {
         Err(proxy_header::Error::BufferTooShort) => return Ok(None),
         parsed => parsed?,
     };
     let mut headers = [httparse::EMPTY_HEADER; 64];
-    let request = httparse::Request::new(&mut headers).parse(&said[length..])?;
+    let request = httparse::Request::new(&mut headers).parse(&input[length..])?;
     let client = header.proxied_address();
-    // It is HAProxy itself if there is none.
+    // There is no address if HAProxy itself is the client.
     let client = client.map_or("none".to_owned(), |client| client.source.ip().to_string());
     Ok(request.is_complete().then_some(client))
 }

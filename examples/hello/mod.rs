@@ -1,16 +1,16 @@
-//! The HTTP of the small examples: reads a request and says hello.
+//! The HTTP server of the small examples: reads a request and sends an answer.
 
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use cluster::Connection;
 
-/// A client that says nothing holds its worker no longer than this.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// A silent client blocks its worker for at most this time.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Answers one request with `body`, and closes the connection.
 pub(crate) fn answer(mut connection: Connection, body: &str) -> io::Result<()> {
-    connection.set_read_timeout(Some(PATIENCE))?;
+    connection.set_read_timeout(Some(READ_TIMEOUT))?;
     let mut request = [0; 4096];
     let mut length = 0;
     loop {
