@@ -21,8 +21,8 @@ use nix::sys::signal::{
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, rest,
-    serve_id, share_listeners, talk, watched, when_all_wait, when_listening,
+    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, serve_id,
+    share_listeners, talk, wait_until_asleep, watched, when_all_wait, when_listening,
 };
 
 crate::scenarios! {
@@ -154,7 +154,7 @@ fn polled(pid: u32) -> Vec<String> {
 /// One connection after the other, each when everybody waits for one. Nobody is asked: who is, leaves
 /// the kernel's queue.
 fn next(master: &Master, address: SocketAddr, log: Log) {
-    master.workers().iter().for_each(rest);
+    master.workers().iter().for_each(wait_until_asleep);
     in_background(
         master,
         move || talk(address, b"").unwrap(),
@@ -345,7 +345,7 @@ fn the_end_of_the_master_is_noticed_in_accept() {
             |master| {
                 share_listeners(master);
                 when_listening(master, 1, |master, _| {
-                    rest(&master.workers()[0]);
+                    wait_until_asleep(&master.workers()[0]);
                     println!("listening");
                 });
                 master.fork().unwrap();
@@ -419,7 +419,7 @@ fn all_is_sent(asked: bool, worker: impl FnOnce(Worker)) {
             let mut number = 0;
             only.on_listening(move |_, worker, _| {
                 if asked {
-                    rest(worker);
+                    wait_until_asleep(worker);
                     worker.send(b"now").unwrap();
                 }
             });
@@ -506,7 +506,7 @@ fn callbacks_and_accept_share_a_listener() {
             // The listener is made not to block when somebody may be in `accept` already.
             let blocking = master.fork().unwrap();
             blocking.on_listening(|master, worker, _| {
-                rest(worker);
+                wait_until_asleep(worker);
                 drop(master.fork_with([(CALLED_BACK, "1")]).unwrap());
             });
             when_listening(master, 2, move |master, address| {

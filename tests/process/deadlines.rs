@@ -1,4 +1,4 @@
-//! Stops that end by a deadline, whatever the workers do.
+//! Stops that end by their deadline, whatever the workers do.
 
 use std::cell::{Cell, RefCell};
 use std::io::Read as _;
@@ -9,46 +9,47 @@ use std::time::{Duration, Instant};
 use cluster::{Master, Settings, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, cluster, for_both_policies, is_alive, note_events, of, rest, stop, wait_for_state,
+    Log, cluster, for_both_policies, is_alive, note_events, of, stop, wait_for_state,
+    wait_until_asleep,
 };
 
 crate::scenarios! {
-    stragglers_are_killed_at_the_deadline_of_all
-    stragglers_are_killed_at_deadlines_of_their_own
-    whoever_leaves_in_time_is_not_killed
-    of_several_deadlines_the_first_counts
-    a_worker_is_ended_by_the_first_of_its_own_deadline_and_that_of_all
-    a_deadline_of_nothing_kills_at_once
-    a_worker_without_channel_that_does_not_exit_is_killed
-    a_deadline_after_a_disconnect_is_kept
-    a_deadline_counts_from_the_call
-    a_deadline_for_the_dead_is_harmless
-    a_deadline_ends_a_worker_whose_signal_is_pending
-    a_deadline_ends_a_worker_that_has_not_begun
-    a_deadline_is_for_those_forked_meanwhile_too
-    a_deadline_keeps_the_callback_of_an_earlier_stop
-    a_new_round_has_a_deadline_of_its_own
+    workers_are_killed_at_the_deadline_of_the_master
+    workers_are_killed_at_their_own_deadlines
+    workers_that_exit_in_time_are_not_killed
+    earliest_of_several_deadlines_applies
+    earlier_of_the_workers_and_the_masters_deadline_applies
+    zero_deadline_kills_at_once
+    worker_without_channel_is_killed_at_the_deadline
+    deadline_after_a_disconnect_applies
+    deadline_starts_at_the_call
+    deadline_for_exited_workers_does_nothing
+    deadline_kills_a_worker_with_a_pending_signal
+    deadline_kills_a_worker_that_never_called_init
+    deadline_applies_to_workers_forked_meanwhile
+    deadline_keeps_the_callback_of_an_earlier_stop
+    next_stop_has_its_own_deadline
 }
 
-/// What those get that are to be killed: long enough to see that they are not killed before.
+/// The deadline of stops that end in kills; long enough to notice a kill before it.
 const SOON: Duration = Duration::from_millis(400);
-/// How much later than its deadline a stop may be seen to end, on a machine that does much else.
-const NOISE: Duration = Duration::from_secs(5);
-/// No test waits for it.
+/// How long after its deadline a stop may end on a machine with other load.
+const TOLERANCE: Duration = Duration::from_secs(5);
+/// A deadline that no test reaches.
 const LATE: Duration = Duration::from_secs(600);
 
-const LEFT: &str = "exit Some(true) exit status: 0";
+const EXITED: &str = "exit Some(true) exit status: 0";
 const KILLED: &str = "exit Some(true) signal: 9 (SIGKILL)";
 
-/// What a worker does when it is to leave, and how it then ends.
+/// What a worker does when it is disconnected, and how it then exits.
 const KINDS: &[(&str, &str)] = &[
-    ("accepting", LEFT),
-    ("running", LEFT),
+    ("accepting", EXITED),
+    ("running", EXITED),
     ("serving", KILLED),
     ("holding", KILLED),
     ("looping", KILLED),
     ("stopped", KILLED),
-    ("deaf", KILLED),
+    ("unresponsive", KILLED),
     ("lingering", KILLED),
 ];
 
@@ -60,18 +61,18 @@ fn fork(master: &Master, part: &str) -> WorkerProcess {
     master.fork_with([("PART", part)]).unwrap()
 }
 
-fn loop_for_ever() -> ! {
+fn spin_forever() -> ! {
     loop {
         std::hint::spin_loop();
     }
 }
 
-/// Says so when it is where the deadline is to find it.
+/// Plays the worker's part, and reports ready in the state in which the deadline should find it.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
         worker.send(b"ready").unwrap();
     };
-    // Each to one of its own, where nobody else takes its connection.
+    // Each worker listens on its own address, where no other worker receives its connection.
     let listen = || {
         worker
             .listen(format!("127.0.0.{}:0", worker.id()).as_str())
@@ -102,10 +103,10 @@ fn work(worker: Worker) {
         }
         "looping" => {
             ready(&worker);
-            loop_for_ever();
+            spin_forever();
         }
-        "deaf" => {
-            // It gets the signal and the request to leave, and does neither.
+        "unresponsive" => {
+            // It receives the signal and the disconnect, and reacts to neither.
             worker.on_signal(Signal::TERM, |_, _| {}).unwrap();
             worker.set_timeout(LATE, |_| {});
             ready(&worker);
@@ -115,13 +116,13 @@ fn work(worker: Worker) {
             ready(&worker);
             worker.run().unwrap();
             assert!(!worker.is_connected());
-            loop_for_ever();
+            spin_forever();
         }
-        "mute" => {
+        "disconnected" => {
             ready(&worker);
             worker.process().disconnect();
             worker.run().unwrap();
-            loop_for_ever();
+            spin_forever();
         }
         _ => {
             ready(&worker);
@@ -130,17 +131,17 @@ fn work(worker: Worker) {
     }
 }
 
-/// Brings a worker that is ready to where its kind is when it is to leave.
+/// Waits until a worker that has reported ready is in the state that belongs to its part.
 fn settle(worker: &WorkerProcess, part: &str) {
     match part {
         "stopped" => stop(worker),
         "looping" => wait_for_state(worker.process().id(), ") R "),
-        _ => rest(worker),
+        _ => wait_until_asleep(worker),
     }
 }
 
-/// Calls back when a worker of each of these kinds is where it should be.
-fn when_all_are_busy(
+/// Forks a worker for each part, and calls `then` once each is in its state.
+fn when_all_are_settled(
     master: &Master,
     parts: &'static [&'static str],
     then: impl FnOnce(&Master, &[WorkerProcess]) + 'static,
@@ -160,7 +161,7 @@ fn when_all_are_busy(
     });
 }
 
-/// When a worker's exit, or the callback for all, came.
+/// The time of each worker's exit.
 #[derive(Clone, Default)]
 struct Times(Rc<RefCell<Vec<(u32, Instant)>>>);
 
@@ -182,12 +183,12 @@ impl Times {
     }
 }
 
-/// The end of something that was to end at a deadline.
+/// Asserts that `end` is at the deadline, or shortly after.
 #[track_caller]
 fn assert_at(deadline: Instant, end: Instant) {
     assert!(end >= deadline, "{:?} too early", deadline - end);
     println!("{:?} after the deadline", end - deadline);
-    assert!(end < deadline + NOISE, "{:?} too late", end - deadline);
+    assert!(end < deadline + TOLERANCE, "{:?} too late", end - deadline);
 }
 
 const ALL: &[&str] = &[
@@ -197,11 +198,11 @@ const ALL: &[&str] = &[
     "holding",
     "looping",
     "stopped",
-    "deaf",
+    "unresponsive",
     "lingering",
 ];
 
-/// Stops one of each kind by `begin`, and looks at their ends.
+/// Starts a stop of one worker of each kind with `begin`, and checks how they exit.
 fn stop_all_kinds(
     begin: impl FnOnce(&Master, &[WorkerProcess], Rc<Cell<bool>>) + 'static,
     expect_call: bool,
@@ -216,10 +217,14 @@ fn stop_all_kinds(
         |master| {
             note_events(master, &log);
             times.note_exits(master);
-            when_all_are_busy(master, ALL, move |master, workers| {
+            when_all_are_settled(master, ALL, move |master, workers| {
                 at.set(Some(Instant::now()));
                 begin(master, workers, call);
-                assert_eq!(workers.len(), master.workers().len(), "nobody has left yet");
+                assert_eq!(
+                    workers.len(),
+                    master.workers().len(),
+                    "a worker exited inside the call"
+                );
             });
         },
         work,
@@ -248,7 +253,7 @@ fn stop_all_kinds(
     );
 }
 
-fn stragglers_are_killed_at_the_deadline_of_all() {
+fn workers_are_killed_at_the_deadline_of_the_master() {
     for_both_policies(|| {
         stop_all_kinds(
             |master, _, called| {
@@ -264,7 +269,7 @@ fn stragglers_are_killed_at_the_deadline_of_all() {
     });
 }
 
-fn stragglers_are_killed_at_deadlines_of_their_own() {
+fn workers_are_killed_at_their_own_deadlines() {
     for_both_policies(|| {
         stop_all_kinds(
             |_, workers, _| {
@@ -277,7 +282,8 @@ fn stragglers_are_killed_at_deadlines_of_their_own() {
     });
 }
 
-/// A stop of workers of these kinds; the events of each, and when they ended.
+/// Starts a stop of workers with these parts; returns the events, the exit times, and the time of
+/// the start.
 fn stopped_by(
     parts: &'static [&'static str],
     begin: impl FnOnce(&Master, &[WorkerProcess]) + 'static,
@@ -290,7 +296,7 @@ fn stopped_by(
         |master| {
             note_events(master, &log);
             times.note_exits(master);
-            when_all_are_busy(master, parts, move |master, workers| {
+            when_all_are_settled(master, parts, move |master, workers| {
                 at.set(Some(Instant::now()));
                 begin(master, workers);
             });
@@ -300,12 +306,12 @@ fn stopped_by(
     (entries.take(), exits, began.get().unwrap())
 }
 
-/// A time that is known when the workers are at work.
+/// A time that is set while the workers run.
 type Began = Rc<Cell<Option<Instant>>>;
 
-/// Gives a deadline to the workers that are there when so many have exited: those had to end by
-/// themselves.
-fn stop_the_rest_after(master: &Master, exits: usize, deadline: Duration, began: &Began) {
+/// Sets a deadline for all workers once `exits` workers have exited; the remaining workers must be
+/// alive then.
+fn stop_after_exits(master: &Master, exits: usize, deadline: Duration, began: &Began) {
     let mut count = 0;
     let began = Rc::clone(began);
     master.on_exit(move |master, _, _| {
@@ -326,22 +332,22 @@ fn assert_ends(entries: &[String], ends: &[&str]) {
     }
 }
 
-/// With so long a deadline nothing but leaving ends the test in time.
-fn whoever_leaves_in_time_is_not_killed() {
+/// The deadline is so late that the test passes only if the workers exit without it.
+fn workers_that_exit_in_time_are_not_killed() {
     for_both_policies(|| {
         let parts = &["accepting", "running", "running"];
         let (entries, exits, began) = stopped_by(parts, |master, workers| {
             workers[2].disconnect_within(LATE);
             master.disconnect_within(LATE, |_| {});
         });
-        assert_ends(&entries, &[LEFT; 3]);
-        // No deadline stays behind that `run` would wait for.
-        assert!((1..=3).all(|worker| exits.of(worker) < began + NOISE));
-        assert!(began.elapsed() < NOISE);
+        assert_ends(&entries, &[EXITED; 3]);
+        // No deadline remains that `run` would wait for.
+        assert!((1..=3).all(|worker| exits.of(worker) < began + TOLERANCE));
+        assert!(began.elapsed() < TOLERANCE);
     });
 }
 
-fn of_several_deadlines_the_first_counts() {
+fn earliest_of_several_deadlines_applies() {
     let parts = &["looping", "looping", "stopped", "stopped"];
     let (entries, exits, began) = stopped_by(parts, |_, workers| {
         let orders = [
@@ -360,25 +366,25 @@ fn of_several_deadlines_the_first_counts() {
     (1..=4).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
 }
 
-fn a_worker_is_ended_by_the_first_of_its_own_deadline_and_that_of_all() {
-    let rest = Began::default();
-    let at = Rc::clone(&rest);
+fn earlier_of_the_workers_and_the_masters_deadline_applies() {
+    let later = Began::default();
+    let at = Rc::clone(&later);
     let parts = &["looping", "looping", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         master.disconnect_within(LATE, |_| {});
         workers[0].disconnect_within(SOON);
         workers[1].disconnect_within(LATE);
-        stop_the_rest_after(master, 1, SOON, &at);
+        stop_after_exits(master, 1, SOON, &at);
     });
     assert_ends(&entries, &[KILLED; 3]);
     assert_at(began + SOON, exits.of(1));
-    let deadline = rest.get().unwrap() + SOON;
+    let deadline = later.get().unwrap() + SOON;
     (2..=3).for_each(|worker| assert_at(deadline, exits.of(worker)));
 }
 
-fn a_deadline_of_nothing_kills_at_once() {
-    let rest = Began::default();
-    let at = Rc::clone(&rest);
+fn zero_deadline_kills_at_once() {
+    let later = Began::default();
+    let at = Rc::clone(&later);
     let parts = &["looping", "stopped", "holding", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         for worker in &workers[..2] {
@@ -387,21 +393,21 @@ fn a_deadline_of_nothing_kills_at_once() {
                 .disconnect_within(Duration::ZERO);
             assert!(!worker.is_dead(), "never inside the call");
         }
-        stop_the_rest_after(master, 2, Duration::ZERO, &at);
+        stop_after_exits(master, 2, Duration::ZERO, &at);
     });
     assert_ends(&entries, &[KILLED; 4]);
     (1..=2).for_each(|worker| assert_at(began, exits.of(worker)));
-    (3..=4).for_each(|worker| assert_at(rest.get().unwrap(), exits.of(worker)));
+    (3..=4).for_each(|worker| assert_at(later.get().unwrap(), exits.of(worker)));
 }
 
-/// It has left as far as the cluster is concerned, and its process has not.
-fn a_worker_without_channel_that_does_not_exit_is_killed() {
+/// The worker's channel has closed, and its process does not exit.
+fn worker_without_channel_is_killed_at_the_deadline() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             note_events(master, &log);
-            let mute = fork(master, "mute");
+            let disconnected = fork(master, "disconnected");
             let lingering = fork(master, "lingering");
             lingering.on_message(|_, worker, _| {
                 worker.disconnect();
@@ -411,43 +417,43 @@ fn a_worker_without_channel_that_does_not_exit_is_killed() {
                 assert!(!worker.is_connected() && !worker.is_dead());
                 gone += 1;
                 if gone == 2 {
-                    mute.disconnect_within(Duration::from_millis(10));
-                    stop_the_rest_after(master, 1, Duration::from_millis(10), &Began::default());
+                    disconnected.disconnect_within(Duration::from_millis(10));
+                    stop_after_exits(master, 1, Duration::from_millis(10), &Began::default());
                 }
             });
         },
         work,
     );
     let entries = entries.take();
-    // It closed its channel without a word before it was asked.
+    // The worker closed its channel itself, before the master requested a disconnect.
     let by_itself = "exit Some(false) signal: 9 (SIGKILL)";
     assert_ends(&entries, &[by_itself, KILLED]);
 }
 
-fn a_deadline_after_a_disconnect_is_kept() {
-    let rest = Began::default();
-    let at = Rc::clone(&rest);
+fn deadline_after_a_disconnect_applies() {
+    let later = Began::default();
+    let at = Rc::clone(&later);
     let parts = &["holding", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         master.disconnect(|_| {});
         workers[0].disconnect().disconnect_within(SOON);
-        stop_the_rest_after(master, 1, SOON, &at);
+        stop_after_exits(master, 1, SOON, &at);
     });
     assert_ends(&entries, &[KILLED; 2]);
     assert_at(began + SOON, exits.of(1));
-    assert_at(rest.get().unwrap() + SOON, exits.of(2));
+    assert_at(later.get().unwrap() + SOON, exits.of(2));
 }
 
-/// The callback that calls it has taken longer than the deadline.
-fn a_deadline_counts_from_the_call() {
+/// The callback that sets the deadline runs for longer than the deadline.
+fn deadline_starts_at_the_call() {
     let (own, all) = (Began::default(), Began::default());
-    let (at, at_rest) = (Rc::clone(&own), Rc::clone(&all));
+    let (at, at_later) = (Rc::clone(&own), Rc::clone(&all));
     let parts = &["looping", "looping"];
     let (entries, exits, _) = stopped_by(parts, move |master, workers| {
-        // The callback that gives the other one its deadline, too.
-        master.on_exit(|_, _, _| be_busy());
-        stop_the_rest_after(master, 1, SOON, &at_rest);
-        be_busy();
+        // The second deadline is set inside this kind of callback, too.
+        master.on_exit(|_, _, _| spin_past_the_deadline());
+        stop_after_exits(master, 1, SOON, &at_later);
+        spin_past_the_deadline();
         at.set(Some(Instant::now()));
         workers[0].disconnect_within(SOON);
     });
@@ -456,15 +462,15 @@ fn a_deadline_counts_from_the_call() {
     assert_at(all.get().unwrap() + SOON, exits.of(2));
 }
 
-/// For longer than the deadlines here are.
-fn be_busy() {
+/// Spins for longer than the deadlines in this file.
+fn spin_past_the_deadline() {
     let began = Instant::now();
     while began.elapsed() < SOON * 2 {
         std::hint::spin_loop();
     }
 }
 
-fn a_deadline_for_the_dead_is_harmless() {
+fn deadline_for_exited_workers_does_nothing() {
     let log = Log::default();
     let entries = log.clone();
     let over = Rc::new(Cell::new(0));
@@ -499,31 +505,30 @@ fn a_deadline_for_the_dead_is_harmless() {
     assert_eq!(of(1, &entries.take()), ends);
 }
 
-/// `kill` disconnects first, and its signal waits for that; one worker takes no notice of the signal
-/// either.
-fn a_deadline_ends_a_worker_whose_signal_is_pending() {
-    let rest = Began::default();
-    let at = Rc::clone(&rest);
-    let parts = &["looping", "holding", "deaf", "deaf"];
+/// `kill` disconnects first and sends its signal afterwards. One worker ignores that signal, too.
+fn deadline_kills_a_worker_with_a_pending_signal() {
+    let later = Began::default();
+    let at = Rc::clone(&later);
+    let parts = &["looping", "holding", "unresponsive", "unresponsive"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         for worker in &workers[..3] {
             worker.kill(Signal::TERM);
             worker.disconnect_within(SOON);
         }
         workers[3].process().kill(Signal::TERM);
-        stop_the_rest_after(master, 3, SOON, &at);
+        stop_after_exits(master, 3, SOON, &at);
     });
     assert_ends(&entries, &[KILLED; 4]);
     (1..=3).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
-    assert_at(rest.get().unwrap() + SOON, exits.of(4));
+    assert_at(later.get().unwrap() + SOON, exits.of(4));
 }
 
-/// A program that never calls `init`.
-fn a_deadline_ends_a_worker_that_has_not_begun() {
+/// The workers run a program that never calls `init`.
+fn deadline_kills_a_worker_that_never_called_init() {
     let (log, times) = (Log::default(), Times::default());
     let (entries, exits) = (log.clone(), times.clone());
-    let (began, rest) = (Began::default(), Began::default());
-    let (at, began_later) = (Rc::clone(&began), Rc::clone(&rest));
+    let (began, later) = (Began::default(), Began::default());
+    let (at, began_later) = (Rc::clone(&began), Rc::clone(&later));
     cluster(
         |master| {
             note_events(master, &log);
@@ -532,17 +537,17 @@ fn a_deadline_ends_a_worker_that_has_not_begun() {
             let workers = [(); 2].map(|()| master.fork().unwrap());
             at.set(Some(Instant::now()));
             workers[0].disconnect_within(SOON);
-            stop_the_rest_after(master, 1, SOON, &began_later);
+            stop_after_exits(master, 1, SOON, &began_later);
         },
-        |_| unreachable!("it sleeps"),
+        |_| unreachable!("the workers run /bin/sleep"),
     );
     let entries = entries.take();
     assert_ends(&entries, &[KILLED; 2]);
     assert_at(began.get().unwrap() + SOON, exits.of(1));
-    assert_at(rest.get().unwrap() + SOON, exits.of(2));
+    assert_at(later.get().unwrap() + SOON, exits.of(2));
 }
 
-fn a_deadline_is_for_those_forked_meanwhile_too() {
+fn deadline_applies_to_workers_forked_meanwhile() {
     let over = Rc::new(Cell::new(false));
     let set = Rc::clone(&over);
     let (_, exits, began) = stopped_by(&["looping"], move |master, _| {
@@ -553,7 +558,7 @@ fn a_deadline_is_for_those_forked_meanwhile_too() {
     (1..=2).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
 }
 
-fn a_deadline_keeps_the_callback_of_an_earlier_stop() {
+fn deadline_keeps_the_callback_of_an_earlier_stop() {
     let calls = Log::default();
     let seen = calls.clone();
     let (entries, ..) = stopped_by(&["stopped"], move |master, _| {
@@ -566,8 +571,8 @@ fn a_deadline_keeps_the_callback_of_an_earlier_stop() {
     assert_eq!(seen.take(), ["first", "second", "third"]);
 }
 
-/// What is forked after a stop is not killed by its deadline.
-fn a_new_round_has_a_deadline_of_its_own() {
+/// Workers that are forked after a stop are not killed at the deadline of that stop.
+fn next_stop_has_its_own_deadline() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -577,7 +582,7 @@ fn a_new_round_has_a_deadline_of_its_own() {
             first.on_message(|master, _, _| {
                 master.disconnect_within(SOON, |master| {
                     let second = fork(master, "running");
-                    // It sees the time of the first deadline go by.
+                    // The second worker is still alive after the first deadline.
                     second.on_message(|master, worker, _| {
                         let worker = worker.clone();
                         master.set_timeout(SOON * 2, move |_| {
@@ -589,5 +594,5 @@ fn a_new_round_has_a_deadline_of_its_own() {
         },
         work,
     );
-    assert_ends(&entries.take(), &[LEFT; 2]);
+    assert_ends(&entries.take(), &[EXITED; 2]);
 }

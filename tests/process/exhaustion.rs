@@ -18,8 +18,8 @@ use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
 use crate::harness::{
-    Log, answer, cluster, in_background, open_fds, refuse_calls, refuse_some, serve_id, stop, talk,
-    wait_until, when_listening,
+    Log, answer, cluster, in_background, open_fds, refuse_calls, refuse_calls_if, serve_id, stop,
+    talk, wait_until, when_listening,
 };
 
 crate::scenarios! {
@@ -190,7 +190,7 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
                 let expected = expected.iter().map(|(a, e)| (a.to_string(), *e)).collect();
                 for (address, errno) in poor.iter().zip(ACCEPT_ERRORS) {
                     let rule = for_descriptor(listener_on(address.port()));
-                    refuse_some([(libc::SYS_accept4, vec![rule])], errno);
+                    refuse_calls_if([(libc::SYS_accept4, vec![rule])], errno);
                 }
                 let waiting: Vec<_> = poor
                     .iter()
@@ -320,7 +320,7 @@ fn a_fork_that_the_system_refuses_says_what_was_attempted() {
                 refuse_calls(&[libc::SYS_fork], libc::ENOMEM);
                 assert_eq!(refused_fork(master, libc::ENOMEM), "make a process");
                 let rule = vec![adding_to_a_poller()];
-                refuse_some([(libc::SYS_epoll_ctl, rule)], libc::ENOSPC);
+                refuse_calls_if([(libc::SYS_epoll_ctl, rule)], libc::ENOSPC);
                 assert_eq!(refused_fork(master, libc::ENOSPC), "make a channel");
                 refuse_calls(&[libc::SYS_socketpair], libc::ENFILE);
                 assert_eq!(refused_fork(master, libc::ENFILE), "make a channel");

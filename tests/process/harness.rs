@@ -1,8 +1,8 @@
-//! Runs each test in processes of its own, and looks that nothing is left of them.
+//! Runs each test in processes of its own, and checks that no process, file or descriptor is left.
 //!
-//! A *scenario* is a function that calls `cluster::init` and plays whichever role it gets. The
-//! driver starts this very binary with the scenario's name in its environment; that process becomes
-//! the master, and forks this binary again for its workers, which find the same name.
+//! A *scenario* is a function that calls `cluster::init` and runs as the master or as a worker. The
+//! driver starts this test binary with the scenario's name in its environment. That process becomes
+//! the master. The master executes the same binary for its workers, which read the same name.
 
 use std::cell::{Cell, RefCell};
 use std::fs::{File, Permissions};
@@ -29,12 +29,12 @@ use nix::unistd::{Pid, getppid};
 use tempfile::TempDir;
 use wait_timeout::ChildExt as _;
 
-/// Names the scenario to a process that is to play it.
+/// Environment variable with the name of the scenario that the process runs.
 pub const SCENARIO: &str = "SCENARIO";
 
-/// Far beyond what any test needs; it is there to end one that hangs.
+/// Ends a test that hangs; far longer than any test takes.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// How often the tests repeat what they can play again and again: `CLUSTER_TEST_ROUNDS`, or once.
+/// How often repeatable tests run: `CLUSTER_TEST_ROUNDS` times, or once.
 pub fn rounds() -> u32 {
     let wanted = std::env::var("CLUSTER_TEST_ROUNDS").ok();
     wanted.map_or(1, |wanted| wanted.parse().expect("a number"))
@@ -46,11 +46,11 @@ const GRACE: Duration = Duration::from_secs(1);
 pub struct Scenario {
     pub name: &'static str,
     pub play: fn(),
-    /// What not every machine has.
+    /// What the scenario needs and not every machine has.
     pub need: Option<&'static Need>,
 }
 
-/// What a scenario needs: where it is missing, the scenario counts as ignored.
+/// A requirement of a scenario. Where it is not met, the scenario is ignored.
 pub struct Need {
     name: &'static str,
     is_met: fn() -> bool,
@@ -70,12 +70,14 @@ pub const FILE_CAPABILITIES: Need = Need {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut setcap = Command::new("setcap");
         setcap.arg("cap_net_bind_service=+ep").arg(file.path());
-        is_root() && setcap.output().is_ok_and(|set| set.status.success()) && has_rights_by_file()
+        is_root()
+            && setcap.output().is_ok_and(|set| set.status.success())
+            && files_can_grant_privileges()
     },
 };
 pub const SET_USER_ID: Need = Need {
-    name: "root, and set-user-ID bits that count",
-    is_met: || is_root() && has_rights_by_file(),
+    name: "root, and set-user-ID bits that take effect",
+    is_met: || is_root() && files_can_grant_privileges(),
 };
 pub const PID_NAMESPACE: Need = Need {
     name: "PID namespace",
@@ -105,7 +107,7 @@ pub const ROOT_AND_FAULT_POINTS: Need = Need {
     is_met: || is_root() && cfg!(debug_assertions),
 };
 
-/// A process of the same user may trace another one that allows it.
+/// The kernel lets a process trace another process of the same user.
 pub const TRACING: Need = Need {
     name: "ptrace",
     is_met: || {
@@ -115,18 +117,18 @@ pub const TRACING: Need = Need {
     },
 };
 
-/// The library fails where tests want it to.
+/// The build has fault points, which make the library fail on request.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",
     is_met: || cfg!(debug_assertions),
 };
-/// The kernel tells how a process ended whom somebody else has waited for.
-pub const EXITS_OF_THE_REAPED: Need = Need {
+/// The kernel reports how a child exited that another thread or handler has already waited for.
+pub const EXIT_OF_REAPED_CHILDREN: Need = Need {
     name: "Linux 6.15",
-    is_met: tells_exits_of_the_reaped,
+    is_met: reports_exit_of_reaped_children,
 };
 
-/// A table of scenarios from the functions of that name, with what they need.
+/// Builds the table of scenarios from the functions with these names, each with what it needs.
 #[macro_export]
 macro_rules! scenarios {
     ($($name:ident $(: $need:ident)?)*) => {
@@ -142,7 +144,7 @@ macro_rules! scenarios {
     (@need $need:ident) => { Some(&$crate::harness::$need) };
 }
 
-/// A test that plays a scenario.
+/// Returns the test that runs a scenario.
 pub fn trial(scenario: &'static Scenario) -> Trial {
     let test = Trial::test(scenario.name, || run(scenario.name));
     match scenario.need {
@@ -162,8 +164,8 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Whether programs in the directory of temporary files may have more rights than their users.
-fn has_rights_by_file() -> bool {
+/// Whether executing a file in the temporary directory can grant privileges to its user.
+fn files_can_grant_privileges() -> bool {
     use nix::sys::statvfs::{FsFlags, statvfs};
 
     let temporary = statvfs(&std::env::temp_dir());
@@ -183,7 +185,7 @@ fn has_pid_namespaces() -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
-/// Whether this process may have network namespaces with cables between them.
+/// Whether this process may create network namespaces and veth pairs between them.
 fn has_networks() -> bool {
     let probe = || {
         let ip = || {
@@ -196,7 +198,7 @@ fn has_networks() -> bool {
     std::thread::spawn(probe).join().is_ok_and(|may| may)
 }
 
-fn tells_exits_of_the_reaped() -> bool {
+fn reports_exit_of_reaped_children() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release
         .split('.')
@@ -204,17 +206,17 @@ fn tells_exits_of_the_reaped() -> bool {
     (numbers.next(), numbers.next()) >= (Some(6), Some(15))
 }
 
-/// A user and group that own nothing.
+/// The user and group `nobody`, which own no files.
 pub const NOBODY: u32 = 65534;
 
-/// This program by a way that every user may go, wherever it is.
+/// A path of this test binary that every user can execute.
 pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
 fn run(name: &str) -> Result<(), Failed> {
     run_with(name, &[])
 }
 
-/// Plays a scenario in an environment of its own.
+/// Runs a scenario with additional environment variables.
 pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
     command.env(SCENARIO, name).envs(env.iter().copied());
@@ -226,16 +228,16 @@ pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
         .ok_or_else(|| status.to_string().into())
 }
 
-/// A process, and all that it leads to, in a process group of its own.
+/// A process and its descendants, in a process group of their own.
 pub struct Group {
     child: RefCell<Child>,
     log: RefCell<File>,
-    /// Where it makes its temporary files, whatever users it has.
+    /// The directory for temporary files of the group; every user may write to it.
     temporary: TempDir,
 }
 
 impl Group {
-    /// Starts a program whose output is shown if the test fails.
+    /// Starts a program. Its output is printed if the test fails.
     pub fn start(command: &mut Command) -> std::io::Result<Self> {
         let log = tempfile::tempfile()?;
         let temporary = tempfile::tempdir()?;
@@ -259,7 +261,7 @@ impl Group {
         Pid::from_raw(i32::try_from(self.child.borrow().id()).unwrap())
     }
 
-    /// What the program has printed so far.
+    /// Returns the output of the program so far.
     pub fn output(&self) -> String {
         let path = format!("/proc/self/fd/{}", self.log.borrow().as_raw_fd());
         let mut text = String::new();
@@ -278,18 +280,17 @@ impl Group {
             let found = complete.lines().find_map(|line| line.strip_prefix(prefix));
             found.map(str::to_owned)
         };
-        wait_until(&format!("a line {prefix:?}"), || {
+        wait_until(&format!("a line that starts with {prefix:?}"), || {
             assert!(
                 find().is_some() || matches!(self.child.borrow_mut().try_wait(), Ok(None)),
-                "ended without a line {prefix:?}:\n{}",
+                "exited without a line that starts with {prefix:?}:\n{}",
                 self.output()
             );
             find()
         })
     }
 
-    /// Waits for the program, then for everything that it started, and shows what it printed if
-    /// it failed.
+    /// Waits for the program and for all its descendants, and prints its output if it failed.
     pub fn finish(&self) -> Result<ExitStatus, Failed> {
         let status = self.end()?;
         if !status.success() {
@@ -299,19 +300,20 @@ impl Group {
         Ok(status)
     }
 
-    /// Waits for the program, then for everything that it started.
+    /// Waits for the program and for all its descendants.
     pub fn end(&self) -> Result<ExitStatus, Failed> {
         let ended = self.child.borrow_mut().wait_timeout(DEADLINE * rounds())?;
         let Some(status) = ended else {
             return Err(format!("hangs:\n{}", self.output()).into());
         };
-        self.assert_nobody_left()?;
+        self.assert_no_process_left()?;
         self.assert_no_file_left()?;
         Ok(status)
     }
 
-    /// Whoever is left was inherited by this process, which is a subreaper.
-    fn assert_nobody_left(&self) -> Result<(), Failed> {
+    /// Processes of the group that outlive their parents become children of this process, a
+    /// subreaper.
+    fn assert_no_process_left(&self) -> Result<(), Failed> {
         let group = Pid::from_raw(-self.pid().as_raw());
         let end = Instant::now() + GRACE;
         loop {
@@ -345,7 +347,7 @@ impl Drop for Group {
     }
 }
 
-/// Asks again and again, where the system has no event for it.
+/// Polls until `ask` returns a value, for conditions that the system has no event for.
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + DEADLINE / 2;
@@ -358,8 +360,9 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Plays both roles of a scenario; returns in the master only. The master runs until nothing is left to wait for, and must
-/// have given back all descriptors and accounted for all connections then.
+/// Runs a scenario as the master or as a worker; returns in the master only. The master runs until
+/// it has nothing left to wait for. By then it must have closed all its descriptors and accounted
+/// for all connections.
 pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
     let before = open_fds();
     match cluster::init().expect("init") {
@@ -371,23 +374,23 @@ pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
             drop(role);
             let after = open_fds();
             let left: Vec<_> = after.iter().filter(|fd| !before.contains(fd)).collect();
-            // The pair by which signals arrive stays for the life of the process, because a
+            // The signal socketpair stays open for the life of the process, because a signal
             // handler may be using it at any time.
             let pair = if SIGNALS.load(Ordering::SeqCst) { 2 } else { 0 };
             assert_eq!(left.len(), pair, "descriptors left open: {left:?}");
         }
         Role::Worker(role) => {
             worker(role);
-            // What follows in the scenario is about the master.
+            // The rest of the scenario checks what the master has seen.
             std::process::exit(0);
         }
     }
 }
 
-/// Set by scenarios that handle signals.
+/// Set to true by scenarios that handle signals.
 pub static SIGNALS: AtomicBool = AtomicBool::new(false);
 
-/// The open descriptors, as what they are.
+/// Returns the link target of each open descriptor, sorted.
 pub fn open_fds() -> Vec<PathBuf> {
     let fds = std::fs::read_dir("/proc/self/fd").expect("/proc");
     let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
@@ -396,7 +399,7 @@ pub fn open_fds() -> Vec<PathBuf> {
     links
 }
 
-/// Does work that blocks on a thread, so that the master can go on, and then calls back.
+/// Runs blocking work on a thread while the master's loop goes on, and then calls `then`.
 pub fn in_background<T: Send + 'static>(
     master: &Master,
     work: impl FnOnce() -> T + Send + 'static,
@@ -417,7 +420,7 @@ pub fn in_background<T: Send + 'static>(
     master.watch(done, Interest::Readable, finish).unwrap();
 }
 
-/// Calls back with the address when as many workers listen.
+/// Calls `then` with the address once `workers` workers listen.
 pub fn when_listening(
     master: &Master,
     workers: usize,
@@ -434,8 +437,8 @@ pub fn when_listening(
     });
 }
 
-/// Calls back when every worker waits in `accept`: they answer messages there, and have told the
-/// master before that they can take a connection. Workers must call `answer_pings`.
+/// Calls `then` once every worker waits in `accept`. A worker that answers a message there has
+/// already reported to the master that it is idle. Workers must call `answer_pings`.
 pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
     let mut missing = master.workers().len();
     let mut then = Some(then);
@@ -459,7 +462,7 @@ pub fn answer_pings(worker: &Worker) {
     });
 }
 
-/// Answers each connection with the worker's id.
+/// Answers each connection with the worker's id, until the listener is closed.
 pub fn serve_id(worker: &Worker, address: &str) {
     for connection in worker.listen(address).unwrap().incoming() {
         let id = worker.id().to_string();
@@ -475,8 +478,8 @@ pub fn answer(listener: &Listener, text: impl ToString) {
     });
 }
 
-/// What this worker, whose loop it turns, answers to a client.
-pub fn hear(worker: &Worker, address: SocketAddr) -> String {
+/// Runs the worker's loop until a client at `address` has an answer, and returns the answer.
+pub fn read_answer(worker: &Worker, address: SocketAddr) -> String {
     let client = std::thread::spawn(move || talk(address, b"").unwrap());
     wait_until("an answer", || {
         worker.dispatch(Some(Duration::from_millis(1))).unwrap();
@@ -485,7 +488,7 @@ pub fn hear(worker: &Worker, address: SocketAddr) -> String {
     client.join().unwrap()
 }
 
-/// Waits until the process is in a state, as `") T "` for one that has stopped.
+/// Waits until the process is in the given state, for example `") T "` for a stopped process.
 pub fn wait_for_state(pid: u32, state: &str) {
     let stat = format!("/proc/{pid}/stat");
     wait_until(state, || {
@@ -495,19 +498,19 @@ pub fn wait_for_state(pid: u32, state: &str) {
 }
 
 /// Waits until a worker sleeps.
-pub fn rest(worker: &WorkerProcess) {
+pub fn wait_until_asleep(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") S ");
 }
 
-/// Stops a worker that has come to rest, and waits until it has stopped.
+/// Stops a worker once it sleeps, and waits until it has stopped.
 pub fn stop(worker: &WorkerProcess) {
-    rest(worker);
+    wait_until_asleep(worker);
     worker.process().kill(cluster::Signal::STOP);
     wait_for_state(worker.process().id(), ") T ");
 }
 
-/// Serves events until a signal ends the process. After `worker.kill` in the master it is so
-/// certain to be the signal that ends the worker, and not its own way out of `main`.
+/// Serves events, and then waits for a signal that kills the process. After `worker.kill` in the
+/// master, it is certain that the signal ends the worker and not a return from `main`.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
     loop {
@@ -515,23 +518,23 @@ pub fn run_until_killed(worker: &Worker) -> ! {
     }
 }
 
-/// Set for a process that plays a scenario under the eyes of another one that plays it.
+/// Environment variable for a process that another process of the same scenario observes.
 pub const WATCHED: (&str, &str) = ("WATCHED", "1");
 
-/// The scenario of this process, for another one that this one watches from outside.
+/// Returns the command that runs this scenario in another process, which this process observes.
 pub fn watched() -> Command {
     let mut command = Command::new(std::env::current_exe().expect("own path"));
     command.env(WATCHED.0, WATCHED.1);
     command
 }
 
-/// Whether this process, or the master that forked it, was started by way of [`watched`].
+/// Whether this process, or the master that forked it, was started with [`watched`].
 pub fn is_watched() -> bool {
     std::env::var_os(WATCHED.0).is_some()
 }
 
-/// The master of this worker, which answers nothing as long as this lives: what a worker can do
-/// meanwhile, it does alone.
+/// Keeps this worker's master stopped for as long as the value lives. The master answers nothing
+/// meanwhile, so what the worker does, it does alone.
 pub struct StoppedMaster(Pid);
 
 impl StoppedMaster {
@@ -549,7 +552,7 @@ impl Drop for StoppedMaster {
     }
 }
 
-/// What happened, in order.
+/// The events of a scenario, in order.
 #[derive(Clone, Default)]
 pub struct Log(Rc<RefCell<Vec<String>>>);
 
@@ -567,8 +570,8 @@ impl Log {
     }
 }
 
-/// Notes every event of every worker at cluster level, except messages: "1 online", "2 disconnect
-/// Some(true)", "2 exit Some(true) exit status: 0".
+/// Logs every event of every worker at cluster level, except messages, for example "1 online" or
+/// "2 exit Some(true) exit status: 0".
 pub fn note_events(master: &Master, log: &Log) {
     let note = |event: &'static str| {
         let log = log.clone();
@@ -592,7 +595,7 @@ pub fn note_events(master: &Master, log: &Log) {
     master.on_error(move |_, _, error| at_error.add(error.to_string()));
 }
 
-/// Notes every message of every worker, as "1 ready".
+/// Logs every message of every worker, for example "1 ready".
 pub fn note_messages(master: &Master, log: &Log) {
     let log = log.clone();
     master.on_message(move |_, worker, message| {
@@ -601,7 +604,7 @@ pub fn note_messages(master: &Master, log: &Log) {
     });
 }
 
-/// The entries of one worker, as they follow its id.
+/// Returns the entries of one worker in order, without the worker's id.
 pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
     let prefix = format!("{worker} ");
     let own = entries
@@ -610,7 +613,7 @@ pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
     own.collect()
 }
 
-/// The entries are those of so many workers, each of which has these.
+/// Asserts that the entries are those of `workers` workers, each with the expected ones.
 #[track_caller]
 pub fn assert_each(workers: u32, entries: &[String], expected: &[&str]) {
     for worker in 1..=workers {
@@ -625,7 +628,7 @@ pub fn share_listeners(master: &Master) {
     master.set_scheduling_policy(policy).unwrap();
 }
 
-/// A server of the master's own program, which keeps its port from the workers.
+/// Returns a listener of the application in the master, which occupies its port for the workers.
 pub fn idle_server() -> (TcpListener, SocketAddr) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     server.set_nonblocking(true).unwrap();
@@ -633,17 +636,17 @@ pub fn idle_server() -> (TcpListener, SocketAddr) {
     (server, address)
 }
 
-/// Closes the server, to which nobody may have come, when the worker exits.
+/// Closes the listener when the worker exits, and asserts that no client has connected.
 pub fn close_at_exit(worker: &WorkerProcess, server: TcpListener) {
     let server = RefCell::new(Some(server));
     worker.on_exit(move |_, _, _| {
-        let nobody = server.take().unwrap().accept().unwrap_err();
-        assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
+        let error = server.take().unwrap().accept().unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
     });
 }
 
-/// Listens where the system refuses it.
-pub fn listen_in_vain<S: std::fmt::Debug>(
+/// Listens where the system returns an error, and returns the error.
+pub fn expect_listen_error<S: std::fmt::Debug>(
     worker: &Worker,
     options: impl Into<ListenOptions<S>>,
     errno: i32,
@@ -654,8 +657,8 @@ pub fn listen_in_vain<S: std::fmt::Debug>(
     error
 }
 
-/// Plays in a child of this process, which has one more environment variable: for what is decided
-/// before a program begins. Workers have the variable, too.
+/// Runs `play` in a child process with one additional environment variable, for behaviour that is
+/// decided before `main` begins. The workers inherit the variable.
 pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     if std::env::var_os(name).is_some_and(|own| own == value) {
         return play();
@@ -665,11 +668,11 @@ pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     assert!(status.success(), "with {name}={value}: {status}");
 }
 
-/// A command in words, under which the examples run: for programs that look at others from
-/// outside, as in `tests/checks/valgrind`.
+/// Environment variable with a command that the examples run under, such as a tool that observes
+/// processes from outside (`tests/checks/valgrind`).
 const WRAPPER: &str = "CLUSTER_TEST_WRAPPER";
 
-/// An example, which `cargo test` builds.
+/// Returns the command of an example that `cargo test` has built.
 pub fn example(name: &str) -> Command {
     let own = std::env::current_exe().expect("own path");
     let built = own.parent().and_then(|deps| deps.parent()).expect("target");
@@ -687,7 +690,7 @@ pub fn example(name: &str) -> Command {
     command
 }
 
-/// Connects, says `request`, and reads until the end.
+/// Connects, sends `request`, and reads until the end of the stream.
 pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(DEADLINE / 2))?;
@@ -697,13 +700,13 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// A port that somebody may listen on and that nobody gets by chance, for as long as the socket
-/// lives: it is bound to the port, and does not listen.
+/// Reserves a free port for as long as the socket lives. The socket is bound and does not listen,
+/// so that others can listen on the port, and the kernel does not choose it for anyone else.
 pub fn reserve_port() -> (OwnedFd, SocketAddr) {
     reserve("127.0.0.1:0".parse().unwrap()).unwrap()
 }
 
-/// Reserves an address; of IPv6 it takes nothing but IPv6.
+/// Reserves an address. An IPv6 address does not reserve the IPv4 port.
 pub fn reserve(address: SocketAddr) -> nix::Result<(OwnedFd, SocketAddr)> {
     use nix::sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, setsockopt, socket,
@@ -725,7 +728,7 @@ pub fn reserve(address: SocketAddr) -> nix::Result<(OwnedFd, SocketAddr)> {
     Ok((socket, SocketAddr::new(address.ip(), port.unwrap())))
 }
 
-/// Plays twice, with each policy: a process has one cluster, and the second one is a child's.
+/// Runs `play` once for each policy, the second time in a child, because a process has one cluster.
 pub fn for_both_policies(play: impl Fn()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     if std::env::var_os(POLICY).is_none() {
@@ -734,7 +737,7 @@ pub fn for_both_policies(play: impl Fn()) {
     with_env(POLICY, "none", play);
 }
 
-/// The children of this process's main thread, zombies included.
+/// Returns the children of this process's main thread, including zombies.
 pub fn children() -> Vec<u32> {
     let own = std::process::id();
     let numbers = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap();
@@ -751,23 +754,24 @@ pub fn is_alive(pid: u32) -> bool {
     !matches!(state, None | Some('Z' | 'X'))
 }
 
-/// A program that cannot be opened until this process gives back its lease of the file: a child that
-/// executes the program waits in `execve` (`F_SETLEASE`, fcntl(2)).
+/// A program that cannot be opened until this process releases its lease of the file. A child that
+/// executes the program blocks in `execve` until then (`F_SETLEASE` in fcntl(2)).
 pub struct LeasedProgram {
     directory: TempDir,
     lease: File,
 }
 
 impl LeasedProgram {
-    /// To be called before there are other threads: one of them waits for the kernel's signal.
+    /// Creates the program. Call it before other threads start: they inherit the blocked SIGIO, and
+    /// one of them waits for it.
     pub fn new() -> Self {
         SigSet::from(Signal::SIGIO).thread_block().unwrap();
         let directory = tempfile::tempdir().unwrap();
-        let everybody = || Permissions::from_mode(0o755);
-        std::fs::set_permissions(directory.path(), everybody()).unwrap();
+        let executable = || Permissions::from_mode(0o755);
+        std::fs::set_permissions(directory.path(), executable()).unwrap();
         let path = directory.path().join("program");
         std::fs::write(&path, "#!/bin/sh\nexit 0\n").unwrap();
-        std::fs::set_permissions(&path, everybody()).unwrap();
+        std::fs::set_permissions(&path, executable()).unwrap();
         let lease = File::open(path).unwrap();
         set_lease(&lease, nix::libc::F_WRLCK).unwrap();
         Self { directory, lease }
@@ -777,7 +781,7 @@ impl LeasedProgram {
         self.directory.path().join("program")
     }
 
-    /// Waits until a child executes the program, and returns the child as soon as it sleeps.
+    /// Waits until a child executes the program, and returns the child once it sleeps in `execve`.
     pub fn wait_for_child(&self) -> Pid {
         SigSet::from(Signal::SIGIO).wait().unwrap();
         let child = children().into_iter().rfind(|child| is_alive(*child));
@@ -786,18 +790,18 @@ impl LeasedProgram {
         Pid::from_raw(i32::try_from(child).unwrap())
     }
 
-    pub fn give_back(&self) {
+    pub fn release_lease(&self) {
         set_lease(&self.lease, nix::libc::F_UNLCK).unwrap();
     }
 }
 
 fn set_lease(file: &File, kind: i32) -> nix::Result<i32> {
     #[allow(unsafe_code)]
-    // SAFETY: the call takes integers.
+    // SAFETY: the call takes integers and no pointers.
     nix::Error::result(unsafe { nix::libc::fcntl(file.as_raw_fd(), nix::libc::F_SETLEASE, kind) })
 }
 
-/// From now on these calls fail, in this process and in those it starts.
+/// Makes these calls fail from now on, in this process and its descendants.
 #[allow(clippy::useless_conversion, reason = "not one type everywhere")]
 pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
     use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
@@ -806,7 +810,7 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
         .iter()
         .map(|call| ((*call).into(), Vec::new()))
         .collect();
-    // What an old kernel or sandbox does not know as a call it does not know as a flag either.
+    // A kernel or sandbox without `clone3` supports no `CLONE_PIDFD` for `clone` either.
     let knows = |call: libc::c_long| !rules.iter().any(|(refused, _)| *refused == i64::from(call));
     if !knows(libc::SYS_clone3) && knows(libc::SYS_clone) {
         let pidfd = u64::from(libc::CLONE_PIDFD.unsigned_abs());
@@ -815,11 +819,11 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
         let rule = SeccompRule::new(vec![has_flag.unwrap()]).unwrap();
         rules.push((i64::from(libc::SYS_clone), vec![rule]));
     }
-    refuse_some(rules, errno);
+    refuse_calls_if(rules, errno);
 }
 
-/// The same, where one of the rules about the arguments of a call is met.
-pub fn refuse_some(
+/// Makes each call fail from now on if one of its rules about the arguments matches.
+pub fn refuse_calls_if(
     calls: impl IntoIterator<Item = (impl Into<i64>, Vec<seccompiler::SeccompRule>)>,
     errno: i32,
 ) {

@@ -30,13 +30,13 @@ use crate::harness::{
 
 crate::scenarios! {
     children_of_the_host_are_the_hosts
-    a_host_that_waits_for_everybody_gets_its_own: EXITS_OF_THE_REAPED
+    a_host_that_waits_for_everybody_gets_its_own: EXIT_OF_REAPED_CHILDREN
     handlers_of_the_host_run_and_come_back
     handlers_of_the_host_come_back_on_old_kernels
     handlers_of_the_host_run_with_their_masks
     a_handler_installed_later_stays
     a_handler_installed_later_hides_no_end_on_old_kernels
-    ends_are_told_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
+    ends_are_told_though_the_host_ignores_its_children: EXIT_OF_REAPED_CHILDREN
     a_number_that_somebody_else_has_got_is_not_signalled: PID_NAMESPACE
     nothing_passes_between_workers_and_children_of_busy_threads
     a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program
@@ -538,7 +538,7 @@ fn a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program() {
                         .into_iter()
                         .find(|state| stat.contains(state))
                 });
-                leased.give_back();
+                leased.release_lease();
                 nix::sys::signal::kill(child, Number::SIGCONT).unwrap();
                 state
             });

@@ -1,5 +1,5 @@
-//! Workers that mean harm: they write to their channel by themselves. The master lives, is not
-//! blocked, and spends no more on them than it promises.
+//! Hostile workers, which write arbitrary bytes to their channel. The master survives, is not
+//! blocked, and spends no more memory, descriptors and time on them than it promises.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -23,121 +23,121 @@ use nix::sys::socket::{
 use crate::harness::{Log, cluster, in_background, serve_id, talk};
 
 crate::scenarios! {
-    a_garbled_frame_cuts_the_worker_off
-    an_oversized_frame_cuts_the_worker_off
-    a_program_that_is_no_worker_of_ours_comes_and_goes
-    frames_in_a_wrong_state_cut_the_worker_off
-    noise_is_an_error_or_nothing
-    a_flood_of_messages_holds_up_nobody
-    a_flood_of_longer_messages_holds_up_nobody
-    a_flood_of_empty_frames_holds_up_nobody
-    a_flood_of_listens_holds_up_nobody
-    a_flood_of_binds_holds_up_nobody
-    a_flood_of_ready_and_revoke_holds_up_nobody
-    a_flood_of_listening_events_cuts_the_worker_off
-    a_worker_that_gives_everything_back_holds_up_nobody
-    a_frame_that_never_ends_holds_up_nobody
-    a_header_that_never_ends_holds_up_nobody
-    descriptors_with_frames_that_announce_none_cut_the_worker_off
-    descriptors_before_any_frame_cut_the_worker_off
-    descriptors_that_the_program_does_not_take_are_closed
-    descriptors_whose_close_waits_do_not_block_the_master
-    more_descriptors_at_once_than_agreed_do_not_block_the_master
-    descriptors_out_of_band_do_not_block_the_master
-    a_connection_whose_close_waits_does_not_block_the_master
-    a_worker_that_never_reads_is_bounded
-    a_worker_that_asks_and_never_reads_is_cut_off
-    a_worker_that_binds_and_never_reads_is_cut_off
-    absurd_counts_cut_the_worker_off
-    a_worker_that_takes_nothing_holds_no_more_than_it_may
-    a_worker_that_takes_nothing_holds_up_nobody
-    a_worker_that_lies_about_what_it_took_piles_up_a_few_dozen
-    a_worker_that_lies_and_gives_back_holds_up_nobody
-    a_worker_that_takes_and_never_answers_holds_up_nobody
-    a_worker_that_shuts_its_queue_holds_up_nobody
-    a_worker_that_closes_its_queue_holds_up_nobody
-    a_queue_that_waits_does_not_block_the_master
-    a_queue_with_a_filter_does_not_confuse_the_master
-    a_queue_that_makes_descriptors_leaves_none_in_the_master
-    a_worker_that_stops_itself_holds_up_nobody
-    a_worker_that_closes_its_channel_and_lives_on_is_disconnected
+    garbled_frame_disconnects_the_worker
+    oversized_frame_disconnects_the_worker
+    program_that_ignores_its_channel_exits_without_an_error
+    frames_in_the_wrong_state_disconnect_the_worker
+    random_frames_are_tolerated_or_disconnect_the_worker
+    flood_of_messages_does_not_delay_other_workers
+    flood_of_longer_messages_does_not_delay_other_workers
+    flood_of_empty_frames_does_not_delay_other_workers
+    flood_of_listen_frames_does_not_delay_other_workers
+    flood_of_binds_does_not_delay_other_workers
+    flood_of_idle_and_pause_frames_does_not_delay_other_workers
+    flood_of_listening_frames_disconnects_the_worker
+    worker_that_returns_every_connection_does_not_delay_other_workers
+    unfinished_frame_does_not_delay_other_workers
+    unfinished_header_does_not_delay_other_workers
+    unannounced_descriptors_disconnect_the_worker
+    descriptors_before_any_frame_disconnect_the_worker
+    descriptors_that_the_application_ignores_are_closed
+    descriptors_that_block_in_close_do_not_block_the_master
+    excess_descriptors_that_block_in_close_do_not_block_the_master
+    out_of_band_descriptors_do_not_block_the_master
+    connection_that_blocks_in_close_does_not_block_the_master
+    worker_that_never_reads_uses_bounded_memory
+    worker_that_requests_and_never_reads_is_disconnected
+    worker_that_binds_and_never_reads_is_disconnected
+    absurd_receive_count_disconnects_the_worker
+    worker_that_receives_nothing_gets_at_most_its_window
+    worker_that_receives_nothing_does_not_delay_other_workers
+    worker_that_overstates_its_count_queues_at_most_64_connections
+    worker_that_overstates_its_count_and_pauses_does_not_delay_other_workers
+    worker_that_never_answers_clients_does_not_delay_other_workers
+    worker_that_shuts_down_its_queue_does_not_delay_other_workers
+    worker_that_closes_its_queue_does_not_delay_other_workers
+    blocking_queue_does_not_block_the_master
+    queue_with_a_socket_filter_does_not_confuse_the_master
+    queue_that_adds_pidfds_leaks_none_in_the_master
+    worker_that_stops_itself_does_not_delay_other_workers
+    worker_that_closes_its_channel_is_disconnected
 }
 
-// What one worker may cost the master.
+// Limits on what one worker may cost the master.
 
-/// Bytes of a frame that is not complete, and what was read behind it.
+/// Bytes of an incomplete frame, and bytes that were read after it.
 const BYTES_IN: usize = (1 << 20) + (64 << 10);
 /// Bytes that wait for a worker that does not read.
 const BYTES_OUT: usize = 9 << 20;
-/// Descriptors that arrived, with their frames or before.
+/// Descriptors that have arrived, with their frames or before.
 const FDS_IN: usize = 144;
 /// Descriptors that wait, with their frames, for a worker that does not read.
 const FDS_OUT: usize = 512;
-/// The most connections that a worker is given before it says that it is idle again.
+/// Maximum number of connections dispatched to a worker before it reports idle again.
 const WINDOW: usize = 16;
-/// How many lie in a queue at most, if its worker lies about having taken them.
-const FEW_DOZEN: usize = 64;
+/// Maximum number of connections in a queue whose worker reports more than it has received.
+const QUEUED_MAX: usize = 64;
 const LISTENERS: usize = 64;
-/// The socket, and both ends of the queue.
-const FDS_OF_A_LISTENER: usize = 3;
-/// Its channel and its process.
-const FDS_OF_ITS_OWN: usize = 2;
+/// The listening socket, and both ends of the queue.
+const FDS_PER_LISTENER: usize = 3;
+/// The channel and the process descriptor.
+const FDS_PER_WORKER: usize = 2;
 
-/// What the measuring costs, and what an allocator keeps.
+/// The cost of measuring, and memory that the allocator retains.
 const SLACK_BYTES: usize = 4 << 20;
 const SLACK_FDS: usize = 8;
-/// How much more the master may do, in the median, between the arrival of a sibling's client and its
-/// acceptance. Frames of which as many are heard at a time as have arrived make it a hundred times.
-const BUSIER: u32 = 20;
-/// At least so much as if it were the quiet work: caches make more of a difference to less.
-const LEAST_WORK: Duration = Duration::from_micros(20);
-/// In how many turns of its loop the master has accepted a client: it may have learnt of it only in
-/// the second one.
-const TURNS: u32 = 3;
-/// How many messages of one worker the program hears at most between two looks at the others: twice
-/// what the master hears in a turn, which may have begun between the two.
-const MESSAGES: u32 = 2 * 64;
-/// No turn of the master's takes as long as this; what blocks it does so for longer.
-const LONGEST: Duration = Duration::from_secs(5);
-/// After this an enemy that should have been cut off has not been.
+/// Maximum growth of the master's median CPU time between a client's arrival and its acceptance.
+/// Without the limit on frames per iteration, it grows by a factor of 100.
+const WORK_FACTOR_MAX: u32 = 20;
+/// Lower bound for the quiet median, because caches have more effect on less work.
+const WORK_MIN: Duration = Duration::from_micros(20);
+/// Maximum number of loop iterations until the master has accepted a client. The master may notice
+/// the client only in the second one.
+const ITERATIONS_MAX: u32 = 3;
+/// Maximum number of messages from one worker between two calls of the measuring watch. It is twice
+/// the master's limit per iteration, because an iteration may begin between the two calls.
+const MESSAGES_MAX: u32 = 2 * 64;
+/// Longer than any iteration of the master's loop, and shorter than any call here that blocks it.
+const ITERATION_MAX: Duration = Duration::from_secs(5);
+/// How long to wait for the exit of an attacker that the master should have killed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How many clients the sibling serves, one after the other.
+/// Number of clients that the honest worker serves, one after the other.
 const CLIENTS: usize = 100;
 
-/// Marks the process that is to play the enemy, and says how.
-const ENEMY: &str = "ENEMY";
-/// Marks the well-behaved worker with which the enemy is compared.
+/// Environment variable of the process that plays the attacker; selects the attack.
+const ATTACKER: &str = "ATTACKER";
+/// Environment variable of the well-behaved worker that the attacker is compared with.
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
 const ONLINE: u8 = 1;
 const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
-const READY: u8 = 4;
-const REVOKE: u8 = 5;
+const IDLE: u8 = 4;
+const PAUSE: u8 = 5;
 const CLOSE: u8 = 6;
-const LEAVING: u8 = 7;
+const DISCONNECT_REQUEST: u8 = 7;
 const MESSAGE: u8 = 127;
-const WELCOME: u8 = 64;
+const PREAMBLE: u8 = 64;
 const REPLY: u8 = 65;
-const END: u8 = 66;
+const LISTENER_CLOSED: u8 = 66;
 
-/// The port that the honest worker listens on, as it asks for it.
-const ITS_INDEX: u32 = 0;
-/// Those that nobody else asks for.
+/// Index of the listener that the honest worker requests too.
+const SHARED_INDEX: u32 = 0;
+/// Indices that only the attacker requests.
 const OWN_INDEX: u32 = 1;
 const OTHER_INDEX: u32 = 2;
 
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
-    // All of its descriptors leave with it, and no others.
+    // All of its descriptors leave in one batch, which has no others.
     frame.extend([1, kind, fds, fds]);
     frame.extend(body);
     frame
 }
 
-/// A body of numbers.
+/// Encodes a body of 32-bit numbers.
 fn numbers(parts: &[u32]) -> Vec<u8> {
     parts.iter().flat_map(|part| part.to_le_bytes()).collect()
 }
@@ -150,88 +150,89 @@ fn message(text: &[u8]) -> Vec<u8> {
     frame(MESSAGE, 0, text)
 }
 
-/// Asks for a free port of 127.0.0.1.
+/// Encodes a request to listen on a free port of 127.0.0.1.
 fn listen(index: u32) -> Vec<u8> {
     let mut body = numbers(&[index, index, 511]);
     body.extend([0, 0, 4, 0, 0, 127, 0, 0, 1]);
     frame(LISTEN, 0, &body)
 }
 
-fn ready(handle: u32, taken: u64) -> Vec<u8> {
+fn idle(handle: u32, taken: u64) -> Vec<u8> {
     let body = [
         numbers(&[handle]),
         taken.to_le_bytes().to_vec(),
         numbers(&[0]),
     ]
     .concat();
-    frame(READY, 0, &body)
+    frame(IDLE, 0, &body)
 }
 
-/// A frame that names a listener and says nothing else.
-fn about(kind: u8, handle: u32) -> Vec<u8> {
+/// Encodes a frame whose body is a listener's handle.
+fn handle_frame(kind: u8, handle: u32) -> Vec<u8> {
     frame(kind, 0, &numbers(&[handle]))
 }
 
-/// A worker that has never called `init`, and has its channel for itself.
-struct Enemy {
+/// A worker that has not called `init` and reads and writes its channel directly.
+struct Attacker {
     channel: UnixStream,
-    /// What came with the frames that have been heard.
+    /// The descriptors that came with the frames read so far.
     fds: RefCell<VecDeque<OwnedFd>>,
 }
 
-impl Enemy {
-    /// `None` in all other processes.
+impl Attacker {
+    /// Returns `None` in processes that do not play the attacker.
     fn of_this_process() -> Option<Self> {
-        std::env::var_os(ENEMY)?;
+        std::env::var_os(ATTACKER)?;
         let number = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: the master left it for this process, in which nobody else knows of it.
+        // SAFETY: the master has passed it to this process, and nothing else here uses it.
         let channel = unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) };
-        let enemy = Self {
+        let attacker = Self {
             channel: channel.into(),
             fds: RefCell::default(),
         };
-        let (kind, _) = enemy.hear();
-        assert_eq!(kind, WELCOME);
-        Some(enemy)
+        let (kind, _) = attacker.receive_frame();
+        assert_eq!(kind, PREAMBLE);
+        Some(attacker)
     }
 
-    /// The channel breaks when the master has had enough, and then the master kills.
-    fn say(&self, bytes: &[u8]) {
+    /// Writes to the channel. The master closes the channel of a worker that it disconnects, and
+    /// then kills the worker.
+    fn send(&self, bytes: &[u8]) {
         if (&self.channel).write_all(bytes).is_err() {
-            self.wait_for_the_end();
+            self.wait_to_be_killed();
         }
     }
 
-    fn say_with(&self, bytes: &[u8], fds: &[RawFd]) {
+    fn send_with_fds(&self, bytes: &[u8], fds: &[RawFd]) {
         let rights = [ControlMessage::ScmRights(fds)];
         let slices = [IoSlice::new(bytes)];
         let channel = self.channel.as_raw_fd();
         let sent = sendmsg::<()>(channel, &slices, &rights, MsgFlags::MSG_NOSIGNAL, None);
         if sent.is_err() {
-            self.wait_for_the_end();
+            self.wait_to_be_killed();
         }
     }
 
-    /// From here on the clients of the honest worker come.
-    fn begin(&self) {
-        self.say(&message(b"begin"));
+    /// Makes the test start the clients of the honest worker.
+    fn start_clients(&self) {
+        self.send(&message(b"begin"));
     }
 
-    /// Fills the buffer, and keeps what comes with it.
+    /// Fills the buffer, and stores the descriptors that come with it.
     fn read(&self, mut buffer: &mut [u8]) {
         while !buffer.is_empty() {
             let (bytes, fds) = receive(self.channel.as_raw_fd(), buffer).unwrap_or_default();
             if bytes == 0 {
-                self.wait_for_the_end();
+                self.wait_to_be_killed();
             }
             self.fds.borrow_mut().extend(fds);
             buffer = &mut buffer[bytes..];
         }
     }
 
-    /// The next frame: its kind and its body.
-    fn hear(&self) -> (u8, Vec<u8>) {
+    /// Reads the next frame, and returns its kind and its body.
+    fn receive_frame(&self) -> (u8, Vec<u8>) {
         let mut header = [0; 8];
         self.read(&mut header);
         let [a, b, c, d, _, kind, _, _] = header;
@@ -240,29 +241,29 @@ impl Enemy {
         (kind, body)
     }
 
-    /// Comes to have a listener.
+    /// Requests a listener, and reports that it listens.
     fn listen(&self, index: u32) -> Listener<'_> {
-        self.say(&listen(index));
+        self.send(&listen(index));
         let body = loop {
-            let (kind, body) = self.hear();
+            let (kind, body) = self.receive_frame();
             if kind == REPLY {
                 break body;
             }
         };
         let handle = u32::from_le_bytes(body[8..12].try_into().unwrap());
         let port = u16::from_le_bytes(body[14..16].try_into().unwrap());
-        self.say(&about(LISTENING, handle));
+        self.send(&handle_frame(LISTENING, handle));
         let queue = self.fds.borrow_mut().pop_front().unwrap();
-        let enemy = self;
+        let attacker = self;
         Listener {
-            enemy,
+            attacker,
             handle,
             port,
             queue,
         }
     }
 
-    fn wait_for_the_end(&self) -> ! {
+    fn wait_to_be_killed(&self) -> ! {
         loop {
             nix::unistd::pause();
         }
@@ -271,12 +272,12 @@ impl Enemy {
     fn flood(&self, one: &[u8]) -> ! {
         let many = one.repeat((64 << 10) / one.len() + 1);
         loop {
-            self.say(&many);
+            self.send(&many);
         }
     }
 }
 
-/// Reads once; returns how many bytes, and what came with them.
+/// Reads once; returns the number of bytes, and the descriptors that came with them.
 fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; 64]);
     let mut slices = [IoSliceMut::new(buffer)];
@@ -286,7 +287,7 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
             #[allow(unsafe_code)]
-            // SAFETY: the kernel has made them for this call.
+            // SAFETY: the kernel has created them for this call.
             fds.extend(
                 numbers
                     .into_iter()
@@ -297,44 +298,44 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>
     Ok((received.bytes, fds))
 }
 
-/// A listener that an enemy has, with the queue by which its connections come.
+/// A listener of an attacker, with the queue that receives its connections.
 struct Listener<'a> {
-    enemy: &'a Enemy,
+    attacker: &'a Attacker,
     handle: u32,
     port: u16,
     queue: OwnedFd,
 }
 
 impl Listener<'_> {
-    /// Says that it has taken so many connections in all, and waits for the next.
-    fn ready(&self, taken: u64) {
-        self.enemy.say(&ready(self.handle, taken));
+    /// Reports idle, with the total number of connections received, and so asks for the next one.
+    fn idle(&self, taken: u64) {
+        self.attacker.send(&idle(self.handle, taken));
     }
 
-    fn revoke(&self) {
-        self.enemy.say(&about(REVOKE, self.handle));
+    fn pause(&self) {
+        self.attacker.send(&handle_frame(PAUSE, self.handle));
     }
 
-    /// Clients that come by themselves, and stay.
+    /// Connects `count` clients that send nothing and stay.
     fn clients(&self, count: usize) -> Vec<TcpStream> {
         let connect = |_| TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         (0..count).map(connect).collect()
     }
 
-    /// Waits until something is in the queue.
+    /// Waits until the queue is not empty.
     fn wait(&self) {
         let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::NONE).unwrap();
     }
 
-    /// Takes one connection out, if there is one.
-    fn take(&self) -> Option<OwnedFd> {
+    /// Receives one connection from the queue, if there is one.
+    fn receive(&self) -> Option<OwnedFd> {
         let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 8]).ok()?;
         fds.into_iter().next()
     }
 
-    /// How many are in the queue.
-    fn count(&self) -> usize {
+    /// Returns the number of connections in the queue.
+    fn queued(&self) -> usize {
         let mut bytes: nix::libc::c_int = 0;
         let queue = self.queue.as_raw_fd();
         #[allow(unsafe_code)]
@@ -344,220 +345,231 @@ impl Listener<'_> {
         usize::try_from(bytes).unwrap() / size_of::<u64>()
     }
 
-    /// Waits until the master has done all that it was asked before: it answers in turn.
+    /// Waits until the master has processed everything sent before; it replies in order.
     fn wait_for_the_master(&self) {
-        let other = self.enemy.listen(OTHER_INDEX);
-        self.enemy.say(&about(CLOSE, other.handle));
+        let other = self.attacker.listen(OTHER_INDEX);
+        self.attacker.send(&handle_frame(CLOSE, other.handle));
     }
 }
 
-/// What happens to an enemy in the end.
+/// The expected outcome for an attacker.
 #[derive(Clone, Copy)]
-enum End {
-    /// The master ends it, and says why.
-    CutOff(&'static str),
-    /// The same, and what it has said before and was not heard is an offence, too.
-    CutOffTwice(&'static str, &'static str),
-    /// It has done nothing that is forbidden; the test ends it, after the clients.
+enum Outcome {
+    /// The master disconnects and kills it, and reports why.
+    Disconnected(&'static str),
+    /// Like `Disconnected`, and what it sent before that and the master had not processed is
+    /// reported too.
+    DisconnectedTwice(&'static str, &'static str),
+    /// It breaks no rule; the test kills it after the clients.
     Tolerated,
-    /// The same, but its final messages may be more than the master keeps: then that is reported once.
-    ToleratedInPart(&'static str),
+    /// Like `Tolerated`, but its final messages may exceed the master's limit, which is then
+    /// reported once.
+    ToleratedWithLoss(&'static str),
 }
 
 #[derive(Clone, Copy)]
 struct Case {
-    attack: fn(&Enemy),
-    end: End,
+    attack: fn(&Attacker),
+    outcome: Outcome,
     bytes: usize,
     fds: usize,
-    /// The attack goes on as long as the clients come, and not only for a moment.
-    goes_on: bool,
-    /// What the master's program does when the attack begins.
+    /// The attack lasts as long as the clients do.
+    is_continuous: bool,
+    /// What the application in the master does when the attack begins.
     reply: fn(&Master, &WorkerProcess),
 }
 
 impl Case {
-    fn new(attack: fn(&Enemy), end: End) -> Self {
+    fn new(attack: fn(&Attacker), outcome: Outcome) -> Self {
         Self {
             attack,
-            end,
+            outcome,
             bytes: BYTES_IN,
-            fds: FDS_OF_ITS_OWN,
-            goes_on: false,
+            fds: FDS_PER_WORKER,
+            is_continuous: false,
             reply: |_, _| {},
         }
     }
 
-    fn tolerated(attack: fn(&Enemy)) -> Self {
-        Self::new(attack, End::Tolerated)
+    fn tolerated(attack: fn(&Attacker)) -> Self {
+        Self::new(attack, Outcome::Tolerated)
     }
 
-    fn flood(attack: fn(&Enemy)) -> Self {
-        let goes_on = true;
+    fn flood(attack: fn(&Attacker)) -> Self {
+        let is_continuous = true;
         Self {
-            goes_on,
+            is_continuous,
             ..Self::tolerated(attack)
         }
     }
 }
 
-/// What the master had to do for the clients of the honest worker, whose id is 1.
+/// What the master did for the clients of the honest worker, whose id is 1.
 ///
-/// How long they wait would say more about what else the machine does. What the master does for others
-/// before it has accepted them does not depend on that.
+/// The clients' waiting times depend on the load of the machine. The master's work before it
+/// accepts a client does not.
 #[derive(Default)]
-struct Visits {
-    /// The processor time from the arrival of each client until it was accepted.
+struct Measurements {
+    /// The master's CPU time from the arrival of each client until it was accepted.
     work: Vec<Duration>,
-    /// And the turns of the loop.
-    turns: Vec<u32>,
-    /// How long it waited for its answer.
+    /// The loop iterations in that time.
+    iterations: Vec<u32>,
+    /// How long each client waited for its answer.
     waits: Vec<Duration>,
-    longest_turn: Duration,
-    /// The messages that came in one turn.
-    most_messages: u32,
+    longest_iteration: Duration,
+    /// The maximum number of messages in one iteration.
+    max_messages: u32,
 }
 
-impl Visits {
+impl Measurements {
     fn show(&mut self, when: &str) {
         let middle = |times: &mut Vec<Duration>| {
             times.sort();
             (times[times.len() / 2], times[times.len() * 99 / 100])
         };
         let (work, waits) = (middle(&mut self.work), middle(&mut self.waits));
-        let turns = self.turns.iter().max();
-        println!("{when}: work {work:?}, waits {waits:?} (median and 99%)");
+        let iterations = self.iterations.iter().max();
+        println!("{when}: work {work:?}, waits {waits:?} (median and p99)");
         println!(
-            "{when}: turns {turns:?}, longest {:?}, messages {}",
-            self.longest_turn, self.most_messages
+            "{when}: iterations {iterations:?}, longest {:?}, messages {}",
+            self.longest_iteration, self.max_messages
         );
     }
 }
 
-/// A client that is not yet answered.
-struct Visitor {
+/// A client without an answer yet.
+struct PendingClient {
     stream: TcpStream,
-    came: Instant,
-    turn: u32,
+    connected_at: Instant,
+    iteration: u32,
     work: Duration,
-    /// How many connections had been accepted before.
+    /// The number of connections accepted before this client connected.
     accepted: u64,
     is_accepted: bool,
 }
 
-/// Sends clients to the honest worker from inside the loop.
-struct Visiting {
+/// Connects clients to the honest worker from inside the loop.
+struct ClientDriver {
     address: SocketAddr,
     honest: u32,
-    turn: u32,
-    last_turn: Instant,
-    /// When the worker was seen to wait for its next client.
-    rested: Option<u32>,
-    visitor: Option<Visitor>,
-    /// Messages since the last turn.
+    iteration: u32,
+    last_iteration: Instant,
+    /// The iteration in which the worker was first seen waiting for its next client.
+    idle_since: Option<u32>,
+    client: Option<PendingClient>,
+    /// Messages since the last iteration.
     messages: Rc<Cell<u32>>,
-    visits: Visits,
+    measurements: Measurements,
 }
 
-/// Sends clients, one after the other, and calls back when the last one has been answered.
-fn visit(master: &Master, address: SocketAddr, then: impl FnOnce(&Master, Visits) + 'static) {
+/// Connects clients, one after the other, and calls `then` when the last one has its answer.
+fn measure_clients(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master, Measurements) + 'static,
+) {
     let honest = master.workers()[0].process().id();
-    let mut visiting = Visiting {
+    let mut driver = ClientDriver {
         address,
         honest,
-        turn: 0,
-        last_turn: Instant::now(),
-        rested: None,
-        visitor: None,
+        iteration: 0,
+        last_iteration: Instant::now(),
+        idle_since: None,
+        client: None,
         messages: Rc::default(),
-        visits: Visits::default(),
+        measurements: Measurements::default(),
     };
-    let messages = Rc::clone(&visiting.messages);
+    let messages = Rc::clone(&driver.messages);
     let counting = master.on_message(move |_, _, _| messages.set(messages.get() + 1));
     let mut then = Some(then);
-    // It can always be read, and so there is a call in each turn.
+    // A descriptor that is always readable, so that the watch is called in each iteration.
     let (ready, mut other) = UnixStream::pair().unwrap();
     other.write_all(b"x").unwrap();
-    let turn = move |master: &Master, _: &UnixStream| {
+    let on_iteration = move |master: &Master, _: &UnixStream| {
         let _open = &other;
-        visiting.turn(master);
-        if visiting.visits.waits.len() < CLIENTS {
+        driver.on_iteration(master);
+        if driver.measurements.waits.len() < CLIENTS {
             return Some(Interest::Readable);
         }
         master.off(counting);
-        then.take().unwrap()(master, std::mem::take(&mut visiting.visits));
+        then.take().unwrap()(master, std::mem::take(&mut driver.measurements));
         None
     };
-    master.watch(ready, Interest::Readable, turn).unwrap();
+    master
+        .watch(ready, Interest::Readable, on_iteration)
+        .unwrap();
 }
 
-impl Visiting {
-    fn turn(&mut self, master: &Master) {
-        self.turn += 1;
-        let took = self.last_turn.elapsed();
-        self.last_turn = Instant::now();
-        self.visits.longest_turn = self.visits.longest_turn.max(took);
+impl ClientDriver {
+    fn on_iteration(&mut self, master: &Master) {
+        self.iteration += 1;
+        let took = self.last_iteration.elapsed();
+        self.last_iteration = Instant::now();
+        self.measurements.longest_iteration = self.measurements.longest_iteration.max(took);
         let messages = self.messages.take();
-        self.visits.most_messages = self.visits.most_messages.max(messages);
-        let Some(visitor) = &mut self.visitor else {
+        self.measurements.max_messages = self.measurements.max_messages.max(messages);
+        let Some(client) = &mut self.client else {
             return self.begin(master);
         };
-        if !visitor.is_accepted && master.ledger().accepted > visitor.accepted {
-            visitor.is_accepted = true;
-            self.visits.work.push(own_work() - visitor.work);
-            self.visits.turns.push(self.turn - visitor.turn);
+        if !client.is_accepted && master.ledger().accepted > client.accepted {
+            client.is_accepted = true;
+            self.measurements.work.push(thread_cpu_time() - client.work);
+            self.measurements
+                .iterations
+                .push(self.iteration - client.iteration);
         }
         let mut answer = [0; 8];
-        match visitor.stream.read(&mut answer) {
+        match client.stream.read(&mut answer) {
             Ok(0) => {
-                self.visits.waits.push(visitor.came.elapsed());
-                self.visitor = None;
-                self.rested = None;
+                self.measurements.waits.push(client.connected_at.elapsed());
+                self.client = None;
+                self.idle_since = None;
             }
             Ok(length) => assert_eq!(&answer[..length], b"1"),
             Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
         }
     }
 
-    /// Begins when the worker waits for its next client, and the master has had time to hear so.
+    /// Connects the next client once the worker waits for it and the master has had time to process
+    /// the worker's idle frame.
     fn begin(&mut self, master: &Master) {
-        let Some(rested) = self.rested else {
-            self.rested = is_at_rest(self.honest).then_some(self.turn);
+        let Some(idle_since) = self.idle_since else {
+            self.idle_since = is_asleep(self.honest).then_some(self.iteration);
             return;
         };
-        if self.turn < rested + 3 {
+        if self.iteration < idle_since + 3 {
             return;
         }
-        let (turn, accepted) = (self.turn, master.ledger().accepted);
+        let (iteration, accepted) = (self.iteration, master.ledger().accepted);
         let stream = TcpStream::connect(self.address).unwrap();
         stream.set_nonblocking(true).unwrap();
-        self.visitor = Some(Visitor {
+        self.client = Some(PendingClient {
             stream,
-            came: Instant::now(),
-            turn,
-            work: own_work(),
+            connected_at: Instant::now(),
+            iteration,
+            work: thread_cpu_time(),
             accepted,
             is_accepted: false,
         });
     }
 }
 
-fn is_at_rest(pid: u32) -> bool {
+fn is_asleep(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     stat.contains(") S ")
 }
 
-/// How long this thread has had a processor.
-fn own_work() -> Duration {
+/// Returns the CPU time of this thread.
+fn thread_cpu_time() -> Duration {
     let mut time = nix::libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     #[allow(unsafe_code)]
-    // SAFETY: the call writes a time where it is told to.
-    let told =
+    // SAFETY: the call writes a time into the variable.
+    let result =
         unsafe { nix::libc::clock_gettime(nix::libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    assert_eq!(told, 0);
+    assert_eq!(result, 0);
     Duration::new(
         u64::try_from(time.tv_sec).unwrap(),
         u32::try_from(time.tv_nsec).unwrap(),
@@ -568,7 +580,7 @@ fn median(times: &[Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// A line of /proc/self/status that is a size, in bytes.
+/// Returns a size from `/proc/self/status`, in bytes.
 fn size(name: &str) -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -577,33 +589,33 @@ fn size(name: &str) -> usize {
     kib << 10
 }
 
-/// How many descriptors are open, with the one by which they are counted.
+/// Returns the number of open descriptors, including the one that reads the directory.
 fn count_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// The most that the master has had of everything since it was made.
+/// The highest memory and descriptor use of the master since the value was created.
 struct Peak {
     bytes: usize,
     fds: usize,
-    most_fds: Rc<Cell<usize>>,
+    max_fds: Rc<Cell<usize>>,
 }
 
 impl Peak {
-    /// Descriptors are counted once in a millisecond as long as the master runs.
+    /// Counts descriptors every millisecond while the master's loop runs.
     fn from_now(master: &Master) -> Self {
-        // The kernel begins anew with the highest size it has seen.
+        // Resets the peak resident set size (proc_pid_clear_refs(5)).
         std::fs::write("/proc/self/clear_refs", "5").unwrap();
         let fds = count_fds();
-        let most_fds = Rc::new(Cell::new(fds));
-        let most = Rc::clone(&most_fds);
+        let max_fds = Rc::new(Cell::new(fds));
+        let most = Rc::clone(&max_fds);
         let count = move |_: &Master| most.set(most.get().max(count_fds()));
         master.unref(master.set_interval(Duration::from_millis(1), count));
         let bytes = size("VmRSS");
         Self {
             bytes,
             fds,
-            most_fds,
+            max_fds,
         }
     }
 
@@ -612,34 +624,34 @@ impl Peak {
     }
 
     fn more_fds(&self) -> usize {
-        self.most_fds.get() - self.fds
+        self.max_fds.get() - self.fds
     }
 }
 
-/// Plays the attack beside an honest worker, which serves a client after the other before and
-/// meanwhile.
-fn beside_an_honest_worker(case: Case) {
-    if let Some(enemy) = Enemy::of_this_process() {
-        enemy.say(&online());
-        (case.attack)(&enemy);
-        enemy.wait_for_the_end();
+/// Runs the attack beside an honest worker, which serves clients one after the other before and
+/// during the attack.
+fn attack_beside_honest_worker(case: Case) {
+    if let Some(attacker) = Attacker::of_this_process() {
+        attacker.send(&online());
+        (case.attack)(&attacker);
+        attacker.wait_to_be_killed();
     }
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let honest = master.fork().unwrap();
             honest.on_listening(move |master, _, address| {
                 let address = address.to_string().parse().unwrap();
                 let log = log.clone();
-                after_a_quiet_time(master, address, move |master, quiet| {
+                measure_baseline(master, address, move |master, quiet| {
                     attack(master, address, quiet, case, &log);
                 });
             });
         },
         |worker| {
             if std::env::var_os(NEIGHBOUR).is_some() {
-                // The last one comes too late.
+                // The last reply may fail, because the worker is disconnecting by then.
                 worker.on_message(|worker, _| drop(worker.send(b"pong")));
                 worker.send(b"ready").unwrap();
                 worker.run().unwrap();
@@ -648,13 +660,13 @@ fn beside_an_honest_worker(case: Case) {
             }
         },
     );
-    let expected = match case.end {
-        End::CutOff(why) => vec![why, "disconnect", "killed"],
-        End::CutOffTwice(why, late) => vec![why, late, "disconnect", "killed"],
-        End::Tolerated | End::ToleratedInPart(_) => vec!["disconnect", "killed"],
+    let expected = match case.outcome {
+        Outcome::Disconnected(why) => vec![why, "disconnect", "killed"],
+        Outcome::DisconnectedTwice(why, late) => vec![why, late, "disconnect", "killed"],
+        Outcome::Tolerated | Outcome::ToleratedWithLoss(_) => vec!["disconnect", "killed"],
     };
-    let mut events = told.take();
-    if let End::ToleratedInPart(why) = case.end {
+    let mut events = entries.take();
+    if let Outcome::ToleratedWithLoss(why) = case.outcome {
         if events.first().is_some_and(|event| event.starts_with(why)) {
             events.remove(0);
         }
@@ -662,12 +674,12 @@ fn beside_an_honest_worker(case: Case) {
     assert_eq!(events, expected);
 }
 
-/// How the honest worker serves beside one that is as honest, and as busy with the master as one can
-/// be that waits for answers.
-fn after_a_quiet_time(
+/// Measures the honest worker beside another worker that breaks no rule. That worker exchanges
+/// messages with the master as fast as a worker can that waits for each answer.
+fn measure_baseline(
     master: &Master,
     address: SocketAddr,
-    then: impl FnOnce(&Master, Visits) + 'static,
+    then: impl FnOnce(&Master, Measurements) + 'static,
 ) {
     let neighbour = master.fork_with([(NEIGHBOUR, "1")]).unwrap();
     neighbour.on_message(|_, neighbour, _| {
@@ -684,30 +696,30 @@ fn after_a_quiet_time(
             });
             neighbour.disconnect();
         };
-        visit(master, address, finish);
+        measure_clients(master, address, finish);
     });
 }
 
-/// Whether this program is built with a sanitizer, of which the variable has the options. Memory
-/// and speed are then those of the sanitizer.
+/// Whether this test binary is built with a sanitizer, which changes memory use and speed. The
+/// variable holds the sanitizer's options.
 fn is_instrumented() -> bool {
     std::env::var_os("ASAN_OPTIONS").is_some()
 }
 
-/// How long a process has had a processor.
-fn processor_time(pid: u32) -> Duration {
+/// Returns the CPU time of a process.
+fn cpu_time(pid: u32) -> Duration {
     let path = format!("/proc/{pid}/schedstat");
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let nanos = text.split(' ').next().and_then(|nanos| nanos.parse().ok());
     Duration::from_nanos(nanos.unwrap_or(0))
 }
 
-fn attack(master: &Master, address: SocketAddr, mut quiet: Visits, case: Case, log: &Log) {
+fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: Case, log: &Log) {
     let peak = Peak::from_now(master);
-    let enemy = master.fork_with([(ENEMY, "1")]).unwrap();
-    note_enemy(&enemy, log);
+    let attacker = master.fork_with([(ATTACKER, "1")]).unwrap();
+    note_attacker_events(&attacker, log);
     let missing = Rc::new(Cell::new(2));
-    let over = Rc::new(move |master: &Master| {
+    let finish = Rc::new(move |master: &Master| {
         missing.set(missing.get() - 1);
         if missing.get() == 0 {
             println!("bytes {} fds {}", peak.more_bytes(), peak.more_fds());
@@ -717,62 +729,75 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Visits, case: Case, l
             master.disconnect(|_| {});
         }
     });
-    let exited = Rc::clone(&over);
-    enemy.on_exit(move |master, _, _| exited(master));
-    let served = move |master: &Master, enemy: &WorkerProcess, mut busy: Visits, worked| {
-        quiet.show("quiet");
-        busy.show("busy");
-        assert!(busy.longest_turn < LONGEST, "blocked");
-        assert!(busy.turns.iter().all(|turns| *turns <= TURNS), "left out");
-        assert!(busy.most_messages <= MESSAGES, "speaks all the time");
-        let most = BUSIER * median(&quiet.work).max(LEAST_WORK);
-        assert!(median(&busy.work) < most || is_instrumented(), "held up");
-        if matches!(case.end, End::Tolerated | End::ToleratedInPart(_)) {
-            assert!(!enemy.is_dead());
-            let went_on = processor_time(enemy.process().id()) > worked;
-            assert!(went_on || !case.goes_on, "the flood has ended");
-            enemy.process().kill(Signal::KILL);
-        }
-        master.unref(master.set_timeout(PATIENCE, |_| panic!("the enemy lives on")));
-        over(master);
-    };
+    let exited = Rc::clone(&finish);
+    attacker.on_exit(move |master, _, _| exited(master));
+    let served =
+        move |master: &Master, attacker: &WorkerProcess, mut busy: Measurements, cpu_before| {
+            quiet.show("quiet");
+            busy.show("busy");
+            assert!(busy.longest_iteration < ITERATION_MAX, "blocked");
+            assert!(
+                busy.iterations
+                    .iter()
+                    .all(|iterations| *iterations <= ITERATIONS_MAX),
+                "accepted too late"
+            );
+            assert!(
+                busy.max_messages <= MESSAGES_MAX,
+                "too many messages in one iteration"
+            );
+            let most = WORK_FACTOR_MAX * median(&quiet.work).max(WORK_MIN);
+            assert!(median(&busy.work) < most || is_instrumented(), "delayed");
+            if matches!(
+                case.outcome,
+                Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
+            ) {
+                assert!(!attacker.is_dead());
+                let is_flooding = cpu_time(attacker.process().id()) > cpu_before;
+                assert!(is_flooding || !case.is_continuous, "the flood has stopped");
+                attacker.process().kill(Signal::KILL);
+            }
+            master.unref(master.set_timeout(PATIENCE, |_| panic!("the attacker was not killed")));
+            finish(master);
+        };
     let mut served = Some(served);
-    enemy.on_message(move |master, enemy, _| {
+    attacker.on_message(move |master, attacker, _| {
         let Some(mut served) = served.take() else {
             return;
         };
-        (case.reply)(master, enemy);
-        let worked = processor_time(enemy.process().id());
-        let enemy = enemy.clone();
-        visit(master, address, move |master, busy| {
-            served(master, &enemy, busy, worked);
+        (case.reply)(master, attacker);
+        let cpu_before = cpu_time(attacker.process().id());
+        let attacker = attacker.clone();
+        measure_clients(master, address, move |master, busy| {
+            served(master, &attacker, busy, cpu_before);
         });
     });
 }
 
-/// What the program is told about the enemy, except messages.
-fn note_enemy(enemy: &WorkerProcess, log: &Log) {
+/// Logs the attacker's events, except messages.
+fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     let (at_error, at_end, at_exit) = (log.clone(), log.clone(), log.clone());
     let prefix = [
-        format!("cut off from worker {}: ", enemy.id()),
-        format!("lost the channel to worker {}: ", enemy.id()),
+        format!("cut off from worker {}: ", attacker.id()),
+        format!("lost the channel to worker {}: ", attacker.id()),
     ];
-    enemy.on_error(move |_, _, error| {
+    attacker.on_error(move |_, _, error| {
         if let Error::Send { .. } = error {
-            return; // It is what `send` has returned.
+            return; // The same error that `send` returned.
         }
         let text = error.to_string();
         let found = prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
         at_error.add(found.unwrap_or(&text));
     });
-    enemy.on_disconnect(move |_, _| at_end.add("disconnect"));
-    enemy.on_exit(move |_, _, status| match status.signal() {
+    attacker.on_disconnect(move |_, _| at_end.add("disconnect"));
+    attacker.on_exit(move |_, _, status| match status.signal() {
         Some(9) => at_exit.add("killed"),
         _ => at_exit.add(status.to_string()),
     });
 }
 
-/// A shell writes `bytes` (in printf's notation) into its channel and then waits to be ended.
+/// A shell writes `bytes` (in printf's notation) to its channel and then waits to be killed.
+/// Returns the events.
 fn worker_that_writes(bytes: &str) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -798,31 +823,31 @@ fn worker_that_writes(bytes: &str) -> Vec<String> {
     entries.take()
 }
 
-fn expect_cut_off(bytes: &str, why: &str) {
+fn expect_disconnected(bytes: &str, why: &str) {
     let seen = worker_that_writes(bytes);
     let error = format!("cut off from worker 1: {why}");
     assert_eq!(seen, [error.as_str(), "disconnect", "Some(9) Some(false)"]);
 }
 
-fn a_garbled_frame_cuts_the_worker_off() {
-    expect_cut_off(
+fn garbled_frame_disconnects_the_worker() {
+    expect_disconnected(
         "GET / HTTP/1.1",
         "frame of version 47, this program speaks 1",
     );
 }
 
-fn an_oversized_frame_cuts_the_worker_off() {
+fn oversized_frame_disconnects_the_worker() {
     let why = "frame of 2147483647 bytes, the limit is 1048576";
-    expect_cut_off(r"\377\377\377\177\001\177\000\000", why);
+    expect_disconnected(r"\377\377\377\177\001\177\000\000", why);
 }
 
-fn a_program_that_is_no_worker_of_ours_comes_and_goes() {
+fn program_that_ignores_its_channel_exits_without_an_error() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             master.setup_master(Settings::default().exec("/bin/true").args(["x"]));
-            master.on_online(|_, _| panic!("it never says so"));
+            master.on_online(|_, _| panic!("the program never calls `init`"));
             master.on_error(|_, _, error| panic!("{error}"));
             master.on_exit(move |_, _, status| log.add(status.to_string()));
             master.fork().unwrap();
@@ -832,159 +857,162 @@ fn a_program_that_is_no_worker_of_ours_comes_and_goes() {
     assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Floods, while somebody reads the answers.
-fn flood_and_read(enemy: &Enemy, next: impl Fn(u32) -> Vec<u8>) -> ! {
-    let channel = enemy.channel.try_clone().unwrap();
+/// Floods the master, while a thread reads the replies.
+fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
+    let channel = attacker.channel.try_clone().unwrap();
     std::thread::spawn(move || std::io::copy(&mut &channel, &mut std::io::sink()));
     let mut n = 0;
     loop {
         let many: Vec<_> = (n..n + 1000).flat_map(&next).collect();
-        enemy.say(&many);
+        attacker.send(&many);
         n += 1000;
     }
 }
 
-fn a_flood_of_messages_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        enemy.begin();
-        enemy.flood(&message(&[b'x'; 100]));
+fn flood_of_messages_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        attacker.flood(&message(&[b'x'; 100]));
     }));
 }
 
-/// Each read is full, of fewer messages than are heard in a turn.
-fn a_flood_of_longer_messages_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        enemy.begin();
-        enemy.flood(&message(&[b'x'; 1032]));
+/// Each message fills the read, with fewer messages than the limit per iteration.
+fn flood_of_longer_messages_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        attacker.flood(&message(&[b'x'; 1032]));
     }));
 }
 
-/// None is shorter.
-fn a_flood_of_empty_frames_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        enemy.begin();
-        enemy.flood(&frame(LEAVING, 0, &[]));
+/// The shortest possible frames.
+fn flood_of_empty_frames_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        attacker.flood(&frame(DISCONNECT_REQUEST, 0, &[]));
     }));
 }
 
-fn a_flood_of_listens_holds_up_nobody() {
-    let case = Case::flood(|enemy| {
-        enemy.begin();
-        flood_and_read(enemy, listen);
+fn flood_of_listen_frames_does_not_delay_other_workers() {
+    let case = Case::flood(|attacker| {
+        attacker.start_clients();
+        flood_and_read(attacker, listen);
     });
-    let fds = FDS_OF_ITS_OWN + LISTENERS * FDS_OF_A_LISTENER;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_PER_WORKER + LISTENERS * FDS_PER_LISTENER;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// Each is closed again, and so it never has too many.
-fn a_flood_of_binds_holds_up_nobody() {
-    let case = Case::flood(|enemy| {
-        // Nobody else listens any more, so that it knows the numbers beforehand.
-        let first = enemy.listen(OWN_INDEX).handle;
-        enemy.begin();
-        flood_and_read(enemy, |n| {
-            [listen(OTHER_INDEX), about(CLOSE, first + 1 + n)].concat()
+/// Closes each listener again, and so never exceeds the limit on listeners.
+fn flood_of_binds_does_not_delay_other_workers() {
+    let case = Case::flood(|attacker| {
+        // No other worker opens listeners any more, so the next handles are known in advance.
+        let first = attacker.listen(OWN_INDEX).handle;
+        attacker.start_clients();
+        flood_and_read(attacker, |n| {
+            [listen(OTHER_INDEX), handle_frame(CLOSE, first + 1 + n)].concat()
         });
     });
-    let fds = FDS_OF_TWO + FDS_OUT;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_WITH_TWO_LISTENERS + FDS_OUT;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// A connection goes there and back all the time.
-fn a_flood_of_ready_and_revoke_holds_up_nobody() {
-    let case = Case::flood(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
+/// One connection is dispatched and returned all the time.
+fn flood_of_idle_and_pause_frames_does_not_delay_other_workers() {
+    let case = Case::flood(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
         let _clients = own.clients(1);
-        enemy.begin();
-        enemy.flood(&[ready(own.handle, 0), about(REVOKE, own.handle)].concat());
+        attacker.start_clients();
+        attacker.flood(&[idle(own.handle, 0), handle_frame(PAUSE, own.handle)].concat());
     });
-    let fds = FDS_OF_ITS_OWN + FDS_OF_A_LISTENER + 1;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_PER_WORKER + FDS_PER_LISTENER + 1;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-fn a_flood_of_listening_events_cuts_the_worker_off() {
-    let attack = |enemy: &Enemy| {
-        let own = enemy.listen(OWN_INDEX);
-        enemy.begin();
-        enemy.flood(&about(LISTENING, own.handle));
+fn flood_of_listening_frames_disconnects_the_worker() {
+    let attack = |attacker: &Attacker| {
+        let own = attacker.listen(OWN_INDEX);
+        attacker.start_clients();
+        attacker.flood(&handle_frame(LISTENING, own.handle));
     };
-    let why = End::CutOff("was listening already");
-    beside_an_honest_worker(Case::new(attack, why));
+    let why = Outcome::Disconnected("was listening already");
+    attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// It has a part in the listener of the honest worker, where its turn comes again and again.
-fn a_worker_that_gives_everything_back_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        let its = enemy.listen(ITS_INDEX);
-        enemy.begin();
-        enemy.flood(&[ready(its.handle, 0), about(REVOKE, its.handle)].concat());
+/// It shares the listener of the honest worker, and its turn comes again and again.
+fn worker_that_returns_every_connection_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        let shared = attacker.listen(SHARED_INDEX);
+        attacker.start_clients();
+        attacker.flood(&[idle(shared.handle, 0), handle_frame(PAUSE, shared.handle)].concat());
     }));
 }
 
-/// It comes a byte at a time, and the last one never.
-fn a_frame_that_never_ends_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        enemy.begin();
+/// The frame arrives one byte at a time, and its last byte never.
+fn unfinished_frame_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
         let long = message(&[0; 1 << 20]);
         let (most, rest) = long.split_at(long.len() - (64 << 10));
-        enemy.say(most);
+        attacker.send(most);
         for byte in &rest[1..] {
-            enemy.say(&[*byte]);
+            attacker.send(&[*byte]);
         }
     }));
 }
 
-fn a_header_that_never_ends_holds_up_nobody() {
-    beside_an_honest_worker(Case::tolerated(|enemy| {
-        enemy.begin();
-        enemy.say(&online()[..4]);
+fn unfinished_header_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::tolerated(|attacker| {
+        attacker.start_clients();
+        attacker.send(&online()[..4]);
     }));
 }
 
-/// As many as one call of the master's takes.
+/// The maximum number of descriptors that the master receives with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
-const UNANNOUNCED: End = End::CutOff("descriptors that no frame announced");
+const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
 
-fn descriptors_with_frames_that_announce_none_cut_the_worker_off() {
-    let attack = |enemy: &Enemy| {
-        enemy.begin();
+fn unannounced_descriptors_disconnect_the_worker() {
+    let attack = |attacker: &Attacker| {
+        attacker.start_clients();
         loop {
-            enemy.say_with(&message(b"x"), &ONE_CALL);
+            attacker.send_with_fds(&message(b"x"), &ONE_CALL);
         }
     };
-    let fds = FDS_OF_ITS_OWN + FDS_IN + ONE_CALL.len();
+    let fds = FDS_PER_WORKER + FDS_IN + ONE_CALL.len();
     let case = Case::new(attack, UNANNOUNCED);
-    beside_an_honest_worker(Case { fds, ..case });
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-fn descriptors_before_any_frame_cut_the_worker_off() {
-    let attack = |enemy: &Enemy| {
-        enemy.begin();
+fn descriptors_before_any_frame_disconnect_the_worker() {
+    let attack = |attacker: &Attacker| {
+        attacker.start_clients();
         for byte in &message(b"")[..7] {
-            enemy.say_with(&[*byte], &ONE_CALL);
+            attacker.send_with_fds(&[*byte], &ONE_CALL);
         }
     };
-    let fds = FDS_OF_ITS_OWN + FDS_IN + ONE_CALL.len();
+    let fds = FDS_PER_WORKER + FDS_IN + ONE_CALL.len();
     let case = Case::new(attack, UNANNOUNCED);
-    beside_an_honest_worker(Case { fds, ..case });
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-fn descriptors_that_the_program_does_not_take_are_closed() {
-    let case = Case::flood(|enemy| {
-        enemy.begin();
+fn descriptors_that_the_application_ignores_are_closed() {
+    let case = Case::flood(|attacker| {
+        attacker.start_clients();
         loop {
-            enemy.say_with(&frame(MESSAGE, 16, b"x"), &ONE_CALL[..16]);
+            attacker.send_with_fds(&frame(MESSAGE, 16, b"x"), &ONE_CALL[..16]);
         }
     });
-    let fds = FDS_OF_ITS_OWN + FDS_IN;
-    let end = End::ToleratedInPart("no room for the channel to worker 3: ");
-    beside_an_honest_worker(Case { fds, end, ..case });
+    let fds = FDS_PER_WORKER + FDS_IN;
+    let outcome = Outcome::ToleratedWithLoss("no room for the channel to worker 3: ");
+    attack_beside_honest_worker(Case {
+        fds,
+        outcome,
+        ..case
+    });
 }
 
-/// Makes the last close of this socket, whoever it is that closes it, wait for a client that does
-/// not read.
-fn make_close_wait(mut socket: &TcpStream, time: Duration) {
+/// Makes the last `close` of this socket block, in any process, because its peer does not read.
+fn make_close_block(mut socket: &TcpStream, time: Duration) {
     let linger = nix::libc::linger {
         l_onoff: 1,
         l_linger: i32::try_from(time.as_secs()).unwrap(),
@@ -994,83 +1022,84 @@ fn make_close_wait(mut socket: &TcpStream, time: Duration) {
     while socket.write(&[0; 4096]).is_ok() {}
 }
 
-fn descriptors_whose_close_waits_do_not_block_the_master() {
-    beside_an_honest_worker(Case::tolerated(|enemy| {
-        let (client, _peer) = waiting();
-        enemy.begin();
+fn descriptors_that_block_in_close_do_not_block_the_master() {
+    attack_beside_honest_worker(Case::tolerated(|attacker| {
+        let (client, _peer) = connection_that_blocks_in_close();
+        attacker.start_clients();
         let fds = [client.as_raw_fd()];
-        enemy.say_with(&frame(MESSAGE, 1, b"x"), &fds);
+        attacker.send_with_fds(&frame(MESSAGE, 1, b"x"), &fds);
         drop(client);
-        enemy.wait_for_the_end();
+        attacker.wait_to_be_killed();
     }));
 }
 
-/// A connection whose end waits, and its peer, which reads nothing.
-fn waiting() -> (TcpStream, TcpStream) {
+/// Returns a connection that blocks in `close`, and its peer, which does not read.
+fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
-    make_close_wait(&client, 4 * LONGEST);
+    make_close_block(&client, 4 * ITERATION_MAX);
     (client, server.accept().unwrap().0)
 }
 
-/// The kernel closes what there is no room for while the master reads.
-fn more_descriptors_at_once_than_agreed_do_not_block_the_master() {
-    let attack = |enemy: &Enemy| {
-        let (client, _peer) = waiting();
-        enemy.begin();
-        // An answer says that this has been heard: nothing of a piece with too much is.
-        enemy.listen(OWN_INDEX);
+/// The kernel closes the descriptors that exceed the master's buffer while the master reads.
+fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
+    let attack = |attacker: &Attacker| {
+        let (client, _peer) = connection_that_blocks_in_close();
+        attacker.start_clients();
+        // The reply shows that the master has processed the start: it processes nothing of a read
+        // that has too many descriptors.
+        attacker.listen(OWN_INDEX);
         let null = File::open("/dev/null").unwrap();
         let mut fds = [null.as_raw_fd(); 250];
         fds[249] = client.as_raw_fd();
-        enemy.say_with(&frame(MESSAGE, 1, b"x"), &fds);
+        attacker.send_with_fds(&frame(MESSAGE, 1, b"x"), &fds);
         drop(client);
-        enemy.wait_for_the_end();
+        attacker.wait_to_be_killed();
     };
-    let why = End::CutOff("descriptors that no frame announced");
+    let why = Outcome::Disconnected("descriptors that no frame announced");
     let case = Case::new(attack, why);
-    beside_an_honest_worker(Case { fds: 256, ..case });
+    attack_beside_honest_worker(Case { fds: 256, ..case });
 }
 
-/// The kernel leaves out what was sent out of band, and closes what came with it, while the master
-/// reads.
-fn descriptors_out_of_band_do_not_block_the_master() {
-    let attack = |enemy: &Enemy| {
-        let (client, _peer) = waiting();
-        enemy.begin();
+/// While the master reads, the kernel skips out-of-band data and closes the descriptors that came
+/// with it.
+fn out_of_band_descriptors_do_not_block_the_master() {
+    let attack = |attacker: &Attacker| {
+        let (client, _peer) = connection_that_blocks_in_close();
+        attacker.start_clients();
         let fds = [client.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_OOB;
         let byte = [IoSlice::new(b"o")];
-        let sent = sendmsg::<()>(enemy.channel.as_raw_fd(), &byte, &rights, flags, None);
+        let sent = sendmsg::<()>(attacker.channel.as_raw_fd(), &byte, &rights, flags, None);
         if sent.is_err() {
-            // There is no such thing on this system.
-            enemy.say(b"o");
+            // This system has no out-of-band data on Unix sockets.
+            attacker.send(b"o");
         }
         drop(client);
-        enemy.say(&message(b"x"));
-        enemy.wait_for_the_end();
+        attacker.send(&message(b"x"));
+        attacker.wait_to_be_killed();
     };
-    let why = End::CutOff("frame of version 0, this program speaks 1");
-    beside_an_honest_worker(Case::new(attack, why));
+    let why = Outcome::Disconnected("frame of version 0, this program speaks 1");
+    attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// The master has a copy of the connection, which it closes when the worker has been given it; that may
-/// be when the worker has closed it.
-fn a_connection_whose_close_waits_does_not_block_the_master() {
+/// The master has a copy of the connection, and closes it once the worker has received the
+/// connection. By then, the worker may have closed its own copy.
+fn connection_that_blocks_in_close_does_not_block_the_master() {
     const LINGER: Duration = Duration::from_secs(10);
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let last = Cell::new(Instant::now());
             let longest = Rc::new(Cell::new(Duration::ZERO));
             let most = Rc::clone(&longest);
-            let beat = move |_: &Master| {
+            let heartbeat = move |_: &Master| {
                 let since = last.replace(Instant::now()).elapsed();
                 most.set(most.get().max(since));
             };
-            master.unref(master.set_interval(Duration::from_millis(10), beat));
+            master.unref(master.set_interval(Duration::from_millis(10), heartbeat));
             let worker = master.fork().unwrap();
             worker.on_listening(|_, worker, address| {
                 let address: SocketAddr = address.to_string().parse().unwrap();
@@ -1089,7 +1118,7 @@ fn a_connection_whose_close_waits_does_not_block_the_master() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let connection = listener.accept().unwrap().unwrap();
-            make_close_wait(&connection, LINGER);
+            make_close_block(&connection, LINGER);
             drop(connection);
             worker.set_timeout(Duration::ZERO, |worker| {
                 assert!(worker.send(b"waiting").unwrap())
@@ -1097,48 +1126,51 @@ fn a_connection_whose_close_waits_does_not_block_the_master() {
             assert!(listener.accept().unwrap().is_none());
         },
     );
-    assert_eq!(told.take(), ["exit status: 0"]);
+    assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Until the program is told that there is no more room.
-fn send_until_refused(_: &Master, enemy: &WorkerProcess) {
+/// Sends until `send` reports that the queue is full.
+fn send_until_refused(_: &Master, attacker: &WorkerProcess) {
     let refused = loop {
-        if let Err(error) = enemy.send(&[0; 64 << 10]) {
+        if let Err(error) = attacker.send(&[0; 64 << 10]) {
             break error;
         }
     };
     let Error::Send { worker, reason } = refused else {
         panic!("{refused}");
     };
-    assert_eq!((worker, reason), (Some(enemy.id()), SendError::QueueFull));
+    assert_eq!(
+        (worker, reason),
+        (Some(attacker.id()), SendError::QueueFull)
+    );
 }
 
-fn a_worker_that_never_reads_is_bounded() {
-    let case = Case::tolerated(Enemy::begin);
+fn worker_that_never_reads_uses_bounded_memory() {
+    let case = Case::tolerated(Attacker::start_clients);
     let bytes = BYTES_IN + BYTES_OUT;
     let reply = send_until_refused;
-    beside_an_honest_worker(Case {
+    attack_beside_honest_worker(Case {
         bytes,
         reply,
         ..case
     });
 }
 
-fn a_worker_that_asks_and_never_reads_is_cut_off() {
-    let attack = |enemy: &Enemy| {
-        enemy.begin();
+fn worker_that_requests_and_never_reads_is_disconnected() {
+    let attack = |attacker: &Attacker| {
+        attacker.start_clients();
         for n in 0.. {
             let many: Vec<_> = (n * 1000..(n + 1) * 1000).flat_map(listen).collect();
-            enemy.say(&many);
+            attacker.send(&many);
         }
     };
-    // A worker that does not read is not yet one that breaks the protocol. The program has said so
-    // much already that not many answers find room.
-    let case = Case::new(attack, End::CutOff("out of memory"));
-    let fds = FDS_OF_ITS_OWN + LISTENERS * FDS_OF_A_LISTENER + FDS_OUT;
+    // A worker that does not read breaks no rule of the protocol yet. The application has already
+    // filled most of the queue, so few replies fit.
+    let case = Case::new(attack, Outcome::Disconnected("out of memory"));
+    let fds = FDS_PER_WORKER + LISTENERS * FDS_PER_LISTENER + FDS_OUT;
     let bytes = BYTES_IN + BYTES_OUT;
     let reply = send_until_refused;
-    beside_an_honest_worker(Case {
+    attack_beside_honest_worker(Case {
         bytes,
         fds,
         reply,
@@ -1146,23 +1178,25 @@ fn a_worker_that_asks_and_never_reads_is_cut_off() {
     });
 }
 
-/// Each is closed again, and so it never has too many; but the answers wait, with what belongs to them.
-fn a_worker_that_binds_and_never_reads_is_cut_off() {
-    let attack = |enemy: &Enemy| {
-        let first = enemy.listen(OWN_INDEX).handle;
-        enemy.begin();
+/// Closes each listener again, and so never exceeds the limit; but the replies wait, with their
+/// descriptors.
+fn worker_that_binds_and_never_reads_is_disconnected() {
+    let attack = |attacker: &Attacker| {
+        let first = attacker.listen(OWN_INDEX).handle;
+        attacker.start_clients();
         for n in 0.. {
-            let one = |n| [listen(OTHER_INDEX), about(CLOSE, first + 1 + n)].concat();
+            let one = |n| [listen(OTHER_INDEX), handle_frame(CLOSE, first + 1 + n)].concat();
             let many: Vec<_> = (n * 1000..(n + 1) * 1000).flat_map(one).collect();
-            enemy.say(&many);
+            attacker.send(&many);
         }
     };
-    // Nothing is bound any more then, and so there is nothing to close.
-    let end = End::CutOffTwice("out of memory", "closed a listener it has not");
-    let case = Case::new(attack, end);
-    let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_OF_TWO + FDS_OUT);
+    // When memory runs out, later requests bind nothing, and the next frame closes a listener that
+    // does not exist.
+    let outcome = Outcome::DisconnectedTwice("out of memory", "closed a listener it has not");
+    let case = Case::new(attack, outcome);
+    let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_WITH_TWO_LISTENERS + FDS_OUT);
     let reply = send_until_refused;
-    beside_an_honest_worker(Case {
+    attack_beside_honest_worker(Case {
         bytes,
         fds,
         reply,
@@ -1170,173 +1204,174 @@ fn a_worker_that_binds_and_never_reads_is_cut_off() {
     });
 }
 
-fn absurd_counts_cut_the_worker_off() {
-    let attack = |enemy: &Enemy| {
-        let own = enemy.listen(OWN_INDEX);
-        enemy.begin();
-        own.ready(1 << 40);
+fn absurd_receive_count_disconnects_the_worker() {
+    let attack = |attacker: &Attacker| {
+        let own = attacker.listen(OWN_INDEX);
+        attacker.start_clients();
+        own.idle(1 << 40);
     };
-    let why = End::CutOff("took a connection it was never given");
-    beside_an_honest_worker(Case::new(attack, why));
+    let why = Outcome::Disconnected("took a connection it was never given");
+    attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// With an own listener, and another one by which it waits for the master.
-const FDS_OF_TWO: usize = FDS_OF_ITS_OWN + 2 * FDS_OF_A_LISTENER;
+/// A worker with its own listener, and a second one for `wait_for_the_master`.
+const FDS_WITH_TWO_LISTENERS: usize = FDS_PER_WORKER + 2 * FDS_PER_LISTENER;
 
-fn a_worker_that_takes_nothing_holds_no_more_than_it_may() {
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
+fn worker_that_receives_nothing_gets_at_most_its_window() {
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
         let _clients = own.clients(3 * WINDOW);
         for _ in 0..10 {
-            own.ready(0);
+            own.idle(0);
             own.wait_for_the_master();
-            assert_eq!(own.count(), 1);
+            assert_eq!(own.queued(), 1);
         }
-        assert!(own.take().is_some());
-        own.ready(1);
+        assert!(own.receive().is_some());
+        own.idle(1);
         own.wait_for_the_master();
-        assert!((1..=2).contains(&own.count()), "{}", own.count());
-        enemy.begin();
-        enemy.wait_for_the_end();
+        assert!((1..=2).contains(&own.queued()), "{}", own.queued());
+        attacker.start_clients();
+        attacker.wait_to_be_killed();
     });
-    let fds = FDS_OF_TWO;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_WITH_TWO_LISTENERS;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-fn a_worker_that_takes_nothing_holds_up_nobody() {
-    let case = Case::tolerated(|enemy| {
-        let its = enemy.listen(ITS_INDEX);
-        its.ready(0);
-        enemy.begin();
-        enemy.wait_for_the_end();
+fn worker_that_receives_nothing_does_not_delay_other_workers() {
+    let case = Case::tolerated(|attacker| {
+        let shared = attacker.listen(SHARED_INDEX);
+        shared.idle(0);
+        attacker.start_clients();
+        attacker.wait_to_be_killed();
     });
-    beside_an_honest_worker(case);
+    attack_beside_honest_worker(case);
 }
 
-/// Says again and again that it has taken what is in its queue. Returns how many are in it then.
-fn lie(own: &Listener<'_>) -> usize {
+/// Repeatedly reports as received what is still in the queue. Returns the number of connections in
+/// the queue afterwards.
+fn overstate(own: &Listener<'_>) -> usize {
     for _ in 0..50 {
-        own.ready(own.count() as u64);
+        own.idle(own.queued() as u64);
         own.wait_for_the_master();
     }
-    own.count()
+    own.queued()
 }
 
-fn a_worker_that_lies_about_what_it_took_piles_up_a_few_dozen() {
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
-        let _clients = own.clients(3 * FEW_DOZEN);
-        let piled_up = lie(&own);
-        assert!((WINDOW + 1..=FEW_DOZEN).contains(&piled_up), "{piled_up}");
-        enemy.begin();
+fn worker_that_overstates_its_count_queues_at_most_64_connections() {
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
+        let _clients = own.clients(3 * QUEUED_MAX);
+        let queued = overstate(&own);
+        assert!((WINDOW + 1..=QUEUED_MAX).contains(&queued), "{queued}");
+        attacker.start_clients();
         loop {
-            lie(&own);
+            overstate(&own);
         }
     });
-    // What there is no room for in the queue is in the master.
-    let fds = FDS_OF_TWO + WINDOW;
-    beside_an_honest_worker(Case { fds, ..case });
+    // Connections that do not fit in the queue are in the master.
+    let fds = FDS_WITH_TWO_LISTENERS + WINDOW;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// What it says that it took comes back.
-fn a_worker_that_lies_and_gives_back_holds_up_nobody() {
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
-        let _clients = own.clients(3 * FEW_DOZEN);
+/// Connections that it reported as received are returned to the master.
+fn worker_that_overstates_its_count_and_pauses_does_not_delay_other_workers() {
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
+        let _clients = own.clients(3 * QUEUED_MAX);
         for _ in 0..3 {
-            assert!(lie(&own) > 0);
-            own.revoke();
+            assert!(overstate(&own) > 0);
+            own.pause();
             own.wait_for_the_master();
-            assert_eq!(own.count(), 0);
-            own.ready(0);
+            assert_eq!(own.queued(), 0);
+            own.idle(0);
             own.wait();
         }
-        enemy.begin();
-        enemy.wait_for_the_end();
+        attacker.start_clients();
+        attacker.wait_to_be_killed();
     });
-    let fds = FDS_OF_TWO + FEW_DOZEN + WINDOW;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_WITH_TWO_LISTENERS + QUEUED_MAX + WINDOW;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-fn a_worker_that_takes_and_never_answers_holds_up_nobody() {
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
+fn worker_that_never_answers_clients_does_not_delay_other_workers() {
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
         let _clients = own.clients(3 * WINDOW);
-        enemy.begin();
-        own.ready(0);
+        attacker.start_clients();
+        own.idle(0);
         let mut taken = Vec::new();
         loop {
             own.wait();
-            taken.extend(std::iter::from_fn(|| own.take()));
-            own.ready(taken.len() as u64);
+            taken.extend(std::iter::from_fn(|| own.receive()));
+            own.idle(taken.len() as u64);
         }
     });
-    let fds = FDS_OF_ITS_OWN + FDS_OF_A_LISTENER + WINDOW;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_PER_WORKER + FDS_PER_LISTENER + WINDOW;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// Nothing can be given to it, and it asks for more and more.
-fn a_worker_that_shuts_its_queue_holds_up_nobody() {
-    beside_an_honest_worker(Case::flood(|enemy| {
-        let its = enemy.listen(ITS_INDEX);
-        shutdown(its.queue.as_raw_fd(), Shutdown::Both).unwrap();
-        enemy.begin();
-        enemy.flood(&ready(its.handle, 0));
+/// The master cannot dispatch to it, and it asks for connections again and again.
+fn worker_that_shuts_down_its_queue_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        let shared = attacker.listen(SHARED_INDEX);
+        shutdown(shared.queue.as_raw_fd(), Shutdown::Both).unwrap();
+        attacker.start_clients();
+        attacker.flood(&idle(shared.handle, 0));
     }));
 }
 
-fn a_worker_that_closes_its_queue_holds_up_nobody() {
-    beside_an_honest_worker(Case::tolerated(|enemy| {
-        let its = enemy.listen(ITS_INDEX);
-        its.ready(0);
-        drop(its.queue);
-        enemy.begin();
-        enemy.wait_for_the_end();
+fn worker_that_closes_its_queue_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::tolerated(|attacker| {
+        let shared = attacker.listen(SHARED_INDEX);
+        shared.idle(0);
+        drop(shared.queue);
+        attacker.start_clients();
+        attacker.wait_to_be_killed();
     }));
 }
 
-/// Both sides read at one end: whether this waits is for all who have it.
-fn a_queue_that_waits_does_not_block_the_master() {
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
+/// The master and the worker read from the same end, so they share the file status flags.
+fn blocking_queue_does_not_block_the_master() {
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
         fcntl(&own.queue, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
-        enemy.begin();
-        own.revoke();
-        enemy.wait_for_the_end();
+        attacker.start_clients();
+        own.pause();
+        attacker.wait_to_be_killed();
     });
-    beside_an_honest_worker(case);
+    attack_beside_honest_worker(case);
 }
 
-/// Sets an option of a queue for all who read from it, if the system lets this worker.
+/// Sets a socket option of a queue for all its readers, if the system permits it.
 fn set_option<T>(own: &Listener<'_>, option: nix::libc::c_int, value: &T) {
     let size = nix::libc::socklen_t::try_from(size_of::<T>()).unwrap();
     let (queue, value) = (own.queue.as_raw_fd(), std::ptr::from_ref(value).cast());
     #[allow(unsafe_code)]
-    // SAFETY: the value lives through the call, and has this size.
+    // SAFETY: the value outlives the call, and has this size.
     let set = unsafe { nix::libc::setsockopt(queue, nix::libc::SOL_SOCKET, option, value, size) };
     println!("option {option}: {set}");
 }
 
-/// Connections go there and back.
-fn give_back_again_and_again(own: &Listener<'_>) -> ! {
+/// Receives connections and returns them, repeatedly.
+fn pause_repeatedly(own: &Listener<'_>) -> ! {
     for _ in 0..100 {
-        own.ready(0);
+        own.idle(0);
         own.wait();
-        own.revoke();
+        own.pause();
         own.wait_for_the_master();
-        assert_eq!(own.count(), 0);
+        assert_eq!(own.queued(), 0);
     }
-    own.enemy.begin();
-    own.enemy.wait_for_the_end();
+    own.attacker.start_clients();
+    own.attacker.wait_to_be_killed();
 }
 
-/// It cuts each message down to its first byte.
-fn a_queue_with_a_filter_does_not_confuse_the_master() {
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
+/// A socket filter truncates each message to one byte.
+fn queue_with_a_socket_filter_does_not_confuse_the_master() {
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
         let _clients = own.clients(WINDOW);
         let mut filter = nix::libc::sock_filter {
-            code: 6, // Returns the length that is left.
+            code: 6, // BPF_RET: returns the length to keep.
             jt: 0,
             jf: 0,
             k: 1,
@@ -1346,57 +1381,57 @@ fn a_queue_with_a_filter_does_not_confuse_the_master() {
             filter: &raw mut filter,
         };
         set_option(&own, nix::libc::SO_ATTACH_FILTER, &program);
-        give_back_again_and_again(&own);
+        pause_repeatedly(&own);
     });
-    let fds = FDS_OF_TWO + WINDOW;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_WITH_TWO_LISTENERS + WINDOW;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// The kernel adds one of the sender's process to each message.
-fn a_queue_that_makes_descriptors_leaves_none_in_the_master() {
+/// The kernel adds a pidfd of the sender to each message (`SO_PASSPIDFD`).
+fn queue_that_adds_pidfds_leaks_none_in_the_master() {
     const SO_PASSPIDFD: nix::libc::c_int = 76;
-    let case = Case::tolerated(|enemy| {
-        let own = enemy.listen(OWN_INDEX);
+    let case = Case::tolerated(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
         let _clients = own.clients(1);
         set_option(&own, SO_PASSPIDFD, &1i32);
-        give_back_again_and_again(&own);
+        pause_repeatedly(&own);
     });
-    let fds = FDS_OF_TWO + 1;
-    beside_an_honest_worker(Case { fds, ..case });
+    let fds = FDS_WITH_TWO_LISTENERS + 1;
+    attack_beside_honest_worker(Case { fds, ..case });
 }
 
-fn a_worker_that_stops_itself_holds_up_nobody() {
-    beside_an_honest_worker(Case::tolerated(|enemy| {
-        let its = enemy.listen(ITS_INDEX);
-        its.ready(0);
-        enemy.begin();
+fn worker_that_stops_itself_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::tolerated(|attacker| {
+        let shared = attacker.listen(SHARED_INDEX);
+        shared.idle(0);
+        attacker.start_clients();
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).unwrap();
     }));
 }
 
-fn a_worker_that_closes_its_channel_and_lives_on_is_disconnected() {
-    beside_an_honest_worker(Case::tolerated(|enemy| {
-        enemy.begin();
-        nix::unistd::close(enemy.channel.as_raw_fd()).unwrap();
-        enemy.wait_for_the_end();
+fn worker_that_closes_its_channel_is_disconnected() {
+    attack_beside_honest_worker(Case::tolerated(|attacker| {
+        attacker.start_clients();
+        nix::unistd::close(attacker.channel.as_raw_fd()).unwrap();
+        attacker.wait_to_be_killed();
     }));
 }
 
-/// Sends what is in the case, and is cut off for that.
-struct Wrong {
-    frames: fn(&Enemy) -> Vec<u8>,
+/// Frames that make the master disconnect the worker, and the reason.
+struct Violation {
+    frames: fn(&Attacker) -> Vec<u8>,
     why: &'static str,
 }
 
-/// The listener of the honest worker, which is the first one.
-const ITS_HANDLE: u32 = 1;
-/// One that nobody has.
+/// The first handle, of the honest worker's listener.
+const SHARED_HANDLE: u32 = 1;
+/// A handle that does not exist.
 const NO_HANDLE: u32 = 77;
 
-/// A part in the listener of the honest worker.
-fn joined(enemy: &Enemy, frames: Vec<u8>) -> Vec<u8> {
-    enemy.say(&online());
-    assert_eq!(enemy.listen(ITS_INDEX).handle, ITS_HANDLE);
+/// Shares the listener of the honest worker before it sends the frames.
+fn after_joining(attacker: &Attacker, frames: Vec<u8>) -> Vec<u8> {
+    attacker.send(&online());
+    assert_eq!(attacker.listen(SHARED_INDEX).handle, SHARED_HANDLE);
     frames
 }
 
@@ -1404,140 +1439,152 @@ fn after_online(frames: Vec<u8>) -> Vec<u8> {
     [online(), frames].concat()
 }
 
-fn wrongs() -> Vec<Wrong> {
-    let wrong = |frames, why| Wrong { frames, why };
+fn violations() -> Vec<Violation> {
+    let violation = |frames, why| Violation { frames, why };
     let early = "spoke before it was online";
     let mut all = vec![
-        wrong(|_| listen(1), early),
-        wrong(|_| about(LISTENING, ITS_HANDLE), early),
-        wrong(|_| ready(ITS_HANDLE, 0), early),
-        wrong(|_| about(CLOSE, ITS_HANDLE), early),
-        wrong(|_| frame(LEAVING, 0, &[]), early),
-        wrong(|_| about(REVOKE, ITS_HANDLE), early),
-        wrong(|_| message(b"x"), early),
-        wrong(|_| after_online(online()), "was online already"),
+        violation(|_| listen(1), early),
+        violation(|_| handle_frame(LISTENING, SHARED_HANDLE), early),
+        violation(|_| idle(SHARED_HANDLE, 0), early),
+        violation(|_| handle_frame(CLOSE, SHARED_HANDLE), early),
+        violation(|_| frame(DISCONNECT_REQUEST, 0, &[]), early),
+        violation(|_| handle_frame(PAUSE, SHARED_HANDLE), early),
+        violation(|_| message(b"x"), early),
+        violation(|_| after_online(online()), "was online already"),
     ];
-    all.extend(wrongs_without_a_listener());
-    all.extend(wrongs_with_a_listener());
-    all.extend(wrong_forms());
+    all.extend(violations_without_a_listener());
+    all.extend(violations_with_a_listener());
+    all.extend(malformed_frames());
     all
 }
 
-/// For one that nobody has, and for one that somebody else has.
-fn wrongs_without_a_listener() -> Vec<Wrong> {
-    let wrong = |frames, why| Wrong { frames, why };
+/// Frames about a listener that does not exist, and about one that only another worker has.
+fn violations_without_a_listener() -> Vec<Violation> {
+    let violation = |frames, why| Violation { frames, why };
     let (ready_why, listening_why) = (
         "ready for a listener it has not",
         "listening on what it has not",
     );
     let close_why = "closed a listener it has not";
     vec![
-        wrong(|_| after_online(about(LISTENING, NO_HANDLE)), listening_why),
-        wrong(
-            |_| after_online(about(LISTENING, ITS_HANDLE)),
+        violation(
+            |_| after_online(handle_frame(LISTENING, NO_HANDLE)),
             listening_why,
         ),
-        wrong(|_| after_online(ready(NO_HANDLE, 0)), ready_why),
-        wrong(|_| after_online(ready(ITS_HANDLE, 0)), ready_why),
-        wrong(|_| after_online(about(CLOSE, NO_HANDLE)), close_why),
-        wrong(|_| after_online(about(CLOSE, ITS_HANDLE)), close_why),
-        wrong(
-            |_| after_online(about(REVOKE, NO_HANDLE)),
+        violation(
+            |_| after_online(handle_frame(LISTENING, SHARED_HANDLE)),
+            listening_why,
+        ),
+        violation(|_| after_online(idle(NO_HANDLE, 0)), ready_why),
+        violation(|_| after_online(idle(SHARED_HANDLE, 0)), ready_why),
+        violation(|_| after_online(handle_frame(CLOSE, NO_HANDLE)), close_why),
+        violation(
+            |_| after_online(handle_frame(CLOSE, SHARED_HANDLE)),
+            close_why,
+        ),
+        violation(
+            |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
             "revoked from a listener it has not",
         ),
-        wrong(
-            |_| after_online(about(REVOKE, ITS_HANDLE)),
+        violation(
+            |_| after_online(handle_frame(PAUSE, SHARED_HANDLE)),
             "revoked what it never had",
         ),
     ]
 }
 
-fn wrongs_with_a_listener() -> Vec<Wrong> {
-    let wrong = |frames, why| Wrong { frames, why };
+fn violations_with_a_listener() -> Vec<Violation> {
+    let violation = |frames, why| Violation { frames, why };
     vec![
-        wrong(
-            |enemy| joined(enemy, listen(ITS_INDEX)),
+        violation(
+            |attacker| after_joining(attacker, listen(SHARED_INDEX)),
             "listens twice with one index",
         ),
-        wrong(
-            |enemy| joined(enemy, ready(ITS_HANDLE, 1)),
+        violation(
+            |attacker| after_joining(attacker, idle(SHARED_HANDLE, 1)),
             "took a connection it was never given",
         ),
-        wrong(
-            |enemy| joined(enemy, ready(ITS_HANDLE, u64::MAX)),
+        violation(
+            |attacker| after_joining(attacker, idle(SHARED_HANDLE, u64::MAX)),
             "took a connection it was never given",
         ),
-        wrong(
-            |enemy| {
-                joined(
-                    enemy,
-                    [about(CLOSE, ITS_HANDLE), ready(ITS_HANDLE, 0)].concat(),
+        violation(
+            |attacker| {
+                after_joining(
+                    attacker,
+                    [handle_frame(CLOSE, SHARED_HANDLE), idle(SHARED_HANDLE, 0)].concat(),
                 )
             },
             "ready for a listener it has not",
         ),
-        wrong(
-            |enemy| joined(enemy, about(CLOSE, ITS_HANDLE).repeat(2)),
+        violation(
+            |attacker| after_joining(attacker, handle_frame(CLOSE, SHARED_HANDLE).repeat(2)),
             "closed a listener it has not",
         ),
-        wrong(
-            |enemy| {
-                let frames = [about(CLOSE, ITS_HANDLE), about(REVOKE, ITS_HANDLE)];
-                joined(enemy, frames.concat())
+        violation(
+            |attacker| {
+                let frames = [
+                    handle_frame(CLOSE, SHARED_HANDLE),
+                    handle_frame(PAUSE, SHARED_HANDLE),
+                ];
+                after_joining(attacker, frames.concat())
             },
             "revoked what it never had",
         ),
     ]
 }
 
-/// Not frames at all.
-fn wrong_forms() -> Vec<Wrong> {
-    let wrong = |frames, why| Wrong { frames, why };
+/// Malformed frames.
+fn malformed_frames() -> Vec<Violation> {
+    let violation = |frames, why| Violation { frames, why };
     vec![
-        wrong(|_| frame(0, 0, &[]), "unknown kind of frame 0"),
-        wrong(|_| frame(8, 0, &[0; 4]), "unknown kind of frame 8"),
-        wrong(|_| frame(255, 0, &[]), "unknown kind of frame 255"),
-        wrong(
+        violation(|_| frame(0, 0, &[]), "unknown kind of frame 0"),
+        violation(|_| frame(8, 0, &[0; 4]), "unknown kind of frame 8"),
+        violation(|_| frame(255, 0, &[]), "unknown kind of frame 255"),
+        violation(
             |_| frame(REPLY, 0, &numbers(&[1, 98])),
             "unknown kind of frame 65",
         ),
-        wrong(|_| frame(END, 0, &[0; 5]), "unknown kind of frame 66"),
-        wrong(|_| frame(ONLINE, 0, b"x"), "malformed frame of kind 1"),
-        wrong(|_| frame(CLOSE, 0, b"abc"), "malformed frame of kind 6"),
-        wrong(|_| frame(READY, 0, &[0; 20]), "malformed frame of kind 4"),
-        wrong(|_| frame(READY, 0, &[0; 8]), "malformed frame of kind 4"),
-        wrong(|_| frame(REVOKE, 0, &[0; 12]), "malformed frame of kind 5"),
-        wrong(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
-        wrong(
+        violation(
+            |_| frame(LISTENER_CLOSED, 0, &[0; 5]),
+            "unknown kind of frame 66",
+        ),
+        violation(|_| frame(ONLINE, 0, b"x"), "malformed frame of kind 1"),
+        violation(|_| frame(CLOSE, 0, b"abc"), "malformed frame of kind 6"),
+        violation(|_| frame(IDLE, 0, &[0; 20]), "malformed frame of kind 4"),
+        violation(|_| frame(IDLE, 0, &[0; 8]), "malformed frame of kind 4"),
+        violation(|_| frame(PAUSE, 0, &[0; 12]), "malformed frame of kind 5"),
+        violation(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
+        violation(
             |_| frame(MESSAGE, 17, &[]),
             "descriptors that no frame announced",
         ),
-        wrong(
+        violation(
             |_| after_online(frame(MESSAGE, 1, &[])),
             "descriptors that no frame announced",
         ),
-        wrong(
+        violation(
             |_| vec![0, 0, 0, 0, 1, MESSAGE, 0, 1],
             "descriptors that no frame announced",
         ),
-        wrong(
+        violation(
             |_| vec![0, 0, 0, 0, 1, MESSAGE, 2, 1],
             "descriptors that no frame announced",
         ),
-        wrong(
+        violation(
             |_| vec![0, 0, 0, 0, 1, MESSAGE, 1, 65],
             "descriptors that no frame announced",
         ),
-        wrong(
-            |enemy| {
-                enemy.say_with(&after_online(frame(MESSAGE, 2, &[])), &[0]);
+        violation(
+            |attacker| {
+                attacker.send_with_fds(&after_online(frame(MESSAGE, 2, &[])), &[0]);
                 Vec::new()
             },
             "descriptors that no frame announced",
         ),
-        wrong(
-            |enemy| {
-                enemy.say_with(&frame(ONLINE, 1, &[]), &[0]);
+        violation(
+            |attacker| {
+                attacker.send_with_fds(&frame(ONLINE, 1, &[]), &[0]);
                 Vec::new()
             },
             "descriptors that no frame announced",
@@ -1545,11 +1592,11 @@ fn wrong_forms() -> Vec<Wrong> {
     ]
 }
 
-/// One enemy after the other; the honest worker answers after each.
-fn one_after_the_other(count: usize, play: fn(&Enemy, usize), log: &Log) {
-    if let Some(enemy) = Enemy::of_this_process() {
-        let which = std::env::var(ENEMY).unwrap();
-        play(&enemy, which.parse().unwrap());
+/// Runs one attacker after the other; the honest worker must answer after each.
+fn run_attackers(count: usize, play: fn(&Attacker, usize), log: &Log) {
+    if let Some(attacker) = Attacker::of_this_process() {
+        let which = std::env::var(ATTACKER).unwrap();
+        play(&attacker, which.parse().unwrap());
         std::process::exit(0);
     }
     cluster(
@@ -1558,7 +1605,7 @@ fn one_after_the_other(count: usize, play: fn(&Enemy, usize), log: &Log) {
             let honest = master.fork().unwrap();
             honest.on_listening(move |master, _, address| {
                 let address = address.to_string().parse().unwrap();
-                next_enemy(master, address, 0, count, &log);
+                next_attacker(master, address, 0, count, &log);
             });
             honest.on_error(|_, _, error| panic!("{error}"));
             honest.on_exit(|_, _, status| assert!(status.success()));
@@ -1567,47 +1614,47 @@ fn one_after_the_other(count: usize, play: fn(&Enemy, usize), log: &Log) {
     );
 }
 
-fn next_enemy(master: &Master, address: SocketAddr, which: usize, count: usize, log: &Log) {
+fn next_attacker(master: &Master, address: SocketAddr, which: usize, count: usize, log: &Log) {
     if which == count {
         return master.disconnect(|_| {});
     }
-    let enemy = master.fork_with([(ENEMY, which.to_string())]).unwrap();
-    note_enemy(&enemy, log);
+    let attacker = master.fork_with([(ATTACKER, which.to_string())]).unwrap();
+    note_attacker_events(&attacker, log);
     let log = log.clone();
-    let late = master.set_timeout(PATIENCE, move |_| panic!("enemy {which} lives on"));
-    enemy.on_exit(move |master, _, _| {
+    let late = master.set_timeout(PATIENCE, move |_| panic!("attacker {which} was not killed"));
+    attacker.on_exit(move |master, _, _| {
         master.clear_timer(late);
         let log = log.clone();
         let work = move || assert_eq!(talk(address, b"").unwrap(), "1");
         in_background(master, work, move |master, ()| {
-            next_enemy(master, address, which + 1, count, &log);
+            next_attacker(master, address, which + 1, count, &log);
         });
     });
 }
 
-fn frames_in_a_wrong_state_cut_the_worker_off() {
+fn frames_in_the_wrong_state_disconnect_the_worker() {
     let log = Log::default();
-    let play = |enemy: &Enemy, which: usize| {
-        enemy.say(&(wrongs()[which].frames)(enemy));
-        enemy.wait_for_the_end();
+    let play = |attacker: &Attacker, which: usize| {
+        attacker.send(&(violations()[which].frames)(attacker));
+        attacker.wait_to_be_killed();
     };
-    one_after_the_other(wrongs().len(), play, &log);
+    run_attackers(violations().len(), play, &log);
     let seen = log.take();
-    let expected: Vec<_> = wrongs()
+    let expected: Vec<_> = violations()
         .iter()
-        .flat_map(|wrong| [wrong.why, "disconnect", "killed"])
+        .flat_map(|violation| [violation.why, "disconnect", "killed"])
         .collect();
     assert_eq!(seen, expected);
 }
 
-/// How many seeds are tried; each is a worker of its own.
+/// Environment variable with the number of seeds; each seed is a worker.
 const SEEDS: &str = "CLUSTER_TEST_SEEDS";
 
 fn seeds() -> usize {
     std::env::var(SEEDS).map_or(20, |seeds| seeds.parse().unwrap())
 }
 
-/// What begins as frames of the protocol, and does not go on so.
+/// Returns random bytes, which mostly start as frames of the protocol.
 fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     let bytes = |random: &mut fastrand::Rng, most: usize| -> Vec<u8> {
         (0..random.usize(..most)).map(|_| random.u8(..)).collect()
@@ -1620,13 +1667,13 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
             frame(kind, 0, &body)
         }
         3 => listen(small),
-        4 => about(LISTENING, small),
-        5 | 6 => ready(small, random.u64(..3)),
-        7 => about(CLOSE, small),
-        8 => about(REVOKE, small),
-        9 => frame(LEAVING, 0, &[]),
+        4 => handle_frame(LISTENING, small),
+        5 | 6 => idle(small, random.u64(..3)),
+        7 => handle_frame(CLOSE, small),
+        8 => handle_frame(PAUSE, small),
+        9 => frame(DISCONNECT_REQUEST, 0, &[]),
         10 => {
-            let mut changed = [listen(small), ready(small, 0)].concat();
+            let mut changed = [listen(small), idle(small, 0)].concat();
             let at = random.usize(..changed.len());
             changed[at] = random.u8(..);
             changed
@@ -1635,30 +1682,30 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     }
 }
 
-/// A worker that makes noise ends as its program wants, or is cut off for what is no frame. In
-/// `CLUSTER_TEST_SEEDS` is how many are tried, and the first seed may be given as SEED.
-fn noise_is_an_error_or_nothing() {
+/// A worker that sends noise exits as it would otherwise, or is disconnected for a frame that is
+/// malformed. `CLUSTER_TEST_SEEDS` is the number of seeds, and `SEED` the first one.
+fn random_frames_are_tolerated_or_disconnect_the_worker() {
     let log = Log::default();
-    let play = |enemy: &Enemy, which: usize| {
+    let play = |attacker: &Attacker, which: usize| {
         let first: u64 = std::env::var("SEED").map_or_else(|_| 0, |seed| seed.parse().unwrap());
         let mut random = fastrand::Rng::with_seed(first + which as u64);
-        enemy.say(&online());
+        attacker.send(&online());
         for _ in 0..200 {
-            enemy.say(&noise(&mut random));
+            attacker.send(&noise(&mut random));
         }
     };
-    one_after_the_other(seeds(), play, &log);
+    run_attackers(seeds(), play, &log);
     let mut seen = log.take().into_iter();
     for which in 0..seeds() {
         let mut next = || seen.next().unwrap();
         let mut event = next();
-        let cut_off = event != "disconnect";
-        if cut_off {
+        let has_error = event != "disconnect";
+        if has_error {
             event = next();
         }
         assert_eq!(event, "disconnect", "{which}");
         let status = next();
-        let possible = status == "exit status: 0" || cut_off && status == "killed";
+        let possible = status == "exit status: 0" || has_error && status == "killed";
         assert!(possible, "{which}: {status}");
     }
     assert_eq!(seen.next(), None);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, reserve_port, rest, serve_id, stop, talk, wait_until,
+    Log, cluster, in_background, reserve_port, serve_id, stop, talk, wait_until, wait_until_asleep,
     when_listening,
 };
 
@@ -529,7 +529,7 @@ fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
                 .unwrap();
             worker.on_online(|_, worker| {
                 // Its request waits to be read when it waits for the answer.
-                rest(worker);
+                wait_until_asleep(worker);
                 worker.process().disconnect();
             });
             let at_exit = log.clone();

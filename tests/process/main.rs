@@ -1,5 +1,5 @@
-//! Tests with real processes. `harness = false`, because libtest runs tests on threads and a
-//! worker must be `main` itself: it is this binary, executed again.
+//! Tests with real processes. `harness = false`, because libtest runs tests on threads. A worker is
+//! this binary, executed again, and must run its scenario in `main` itself.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -24,7 +24,6 @@ mod hand_over;
 mod harness;
 mod host;
 mod hostile;
-mod kept;
 mod leave;
 mod life;
 mod listen;
@@ -34,11 +33,12 @@ mod messages;
 mod old_kernels;
 mod orphans;
 mod pool;
-/// The pool needs nothing of the crate that is not public: so it can be compiled elsewhere.
+/// The pool compiles here too, because it uses only the public API of the crate.
 #[allow(dead_code, unused_imports)]
 #[path = "../../src/pool/mod.rs"]
 mod pool_elsewhere;
 mod privileges;
+mod retained;
 mod round_robin;
 mod running;
 mod scheduler;
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         forked::SCENARIOS,
         privileges::SCENARIOS,
         sharded::SCENARIOS,
-        kept::SCENARIOS,
+        retained::SCENARIOS,
         listener_owners::SCENARIOS,
         blocking::SCENARIOS,
         loads::SCENARIOS,
@@ -90,8 +90,8 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
-    // Orphans of the tests come to this process, which sees whether there are any.
-    // An emulator may not know the request: then orphans go to somebody else, and are not seen.
+    // Orphans of the tests become children of this process, which reports them. Some emulators do
+    // not support the request; orphans are then not noticed.
     let subreaper = nix::sys::prctl::set_child_subreaper(true);
     assert!(matches!(subreaper, Ok(()) | Err(nix::Error::EINVAL)));
     let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();

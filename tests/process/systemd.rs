@@ -1,6 +1,7 @@
-//! What systemd passes to a master and hears from it, and what a master passes to programs that know
-//! systemd's way and nothing of this crate. `systemd-socket-activate` and `systemd-notify` are the real
-//! ones; the workers are Python's and those of another crate.
+//! What the master receives from systemd and sends to it, and what it passes to workers that
+//! support systemd's protocol and do not use this crate. `systemd-socket-activate` and
+//! `systemd-notify` are the real tools. The foreign workers are written in Python or use the
+//! `sd_notify` crate.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -29,25 +30,25 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    a_service_started_by_its_socket: SYSTEMD
-    a_service_leaves_its_socket_to_whoever_has_it
-    descriptors_that_were_not_passed_are_not_taken
-    a_worker_is_passed_descriptors_by_name
-    what_is_passed_is_what_it_is_taken_for
-    two_things_in_one_place_are_an_error_of_fork
-    systemd_hears_notifications
-    a_socket_that_is_none_is_an_error
-    nobody_who_does_not_read_holds_up_a_notification
-    what_systemd_says_to_the_master_is_not_for_workers
-    a_worker_is_ready_by_itself: SYSTEMD
+    socket_activated_service_serves: SYSTEMD
+    clients_wait_for_the_next_start_of_a_service
+    listen_fds_rejects_descriptors_that_were_not_passed
+    worker_receives_named_descriptors
+    conversion_checks_the_kind_of_a_descriptor
+    conflicting_descriptors_are_an_error_of_fork
+    systemd_receives_notifications
+    invalid_notify_socket_is_an_error
+    notification_does_not_block_on_a_full_socket
+    workers_do_not_inherit_systemd_variables
+    worker_notifies_readiness_itself: SYSTEMD
     foreign_workers_share_a_port
     foreign_workers_of_another_user_share_a_port: ROOT
     foreign_workers_in_python_share_a_port: PYTHON
 }
 
-/// A service with two workers, until it is told to end.
+/// Runs a service with two workers until SIGTERM.
 fn serve() {
-    const NAME: &str = "LENT";
+    const NAME: &str = "LISTENER_FD";
     SIGNALS.store(true, Ordering::SeqCst);
     let passed = systemd::listen_fds().unwrap();
     cluster(
@@ -75,12 +76,15 @@ fn serve() {
     TcpListener::try_from(passed.into_iter().next().unwrap()).unwrap();
 }
 
-/// Asks until both workers have answered, and ends the service.
+/// Sends requests until both workers have answered, and then stops the service.
 fn ask_and_end(service: &mut Child, address: SocketAddr) {
     let mut served = BTreeSet::new();
     wait_until("both workers", || {
         served.extend(talk(address, b"").ok());
-        assert!(matches!(service.try_wait(), Ok(None)), "it has ended");
+        assert!(
+            matches!(service.try_wait(), Ok(None)),
+            "the service has exited"
+        );
         (served.len() >= 2).then_some(())
     });
     assert!(served.iter().eq(["1", "2"]), "{served:?}");
@@ -92,8 +96,8 @@ fn ask_and_end(service: &mut Child, address: SocketAddr) {
 
 const POLICIES: [&str; 3] = ["rr", "none", "sharded"];
 
-/// The first client starts the master.
-fn a_service_started_by_its_socket() {
+/// The first client makes systemd-socket-activate start the master.
+fn socket_activated_service_serves() {
     if is_watched() {
         return serve();
     }
@@ -118,8 +122,8 @@ fn a_service_started_by_its_socket() {
     }
 }
 
-/// Who comes while it does not run waits for the next one.
-fn a_service_leaves_its_socket_to_whoever_has_it() {
+/// Clients that connect while the service does not run wait for its next start.
+fn clients_wait_for_the_next_start_of_a_service() {
     if is_watched() {
         return serve();
     }
@@ -135,20 +139,20 @@ fn a_service_leaves_its_socket_to_whoever_has_it() {
         };
         ask_and_end(&mut start(), address);
         let early = std::thread::spawn(move || talk(address, b"").unwrap());
-        // Not yet, if it was slow to come: then the next one is there before.
+        // The client is served by the next start at the latest, even if it connects only then.
         let mut next = start();
         assert!(["1", "2"].contains(&early.join().unwrap().as_str()));
         ask_and_end(&mut next, address);
     }
 }
 
-/// What the command's process has in its environment beyond this one's.
+/// Returns the environment variables that are set for the command.
 fn variables(command: &Command) -> impl Iterator<Item = (&OsStr, &OsStr)> {
     let variables = command.get_envs();
     variables.filter_map(|(name, value)| Some((name, value?)))
 }
 
-/// The watched one, for which a shell arranges descriptors and variables.
+/// Returns the observed command, run by a shell that sets up descriptors and variables first.
 fn passing(arrange: &str) -> Command {
     let script = format!(
         "unset LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
@@ -171,10 +175,10 @@ fn assert_close_on_exec(fd: &impl std::os::fd::AsFd) {
     assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
 }
 
-/// Set for a process that is to open a file before it asks for what was passed.
+/// Environment variable with a file that the process opens before it calls `listen_fds`.
 const FILE: &str = "OWN_FILE";
 
-/// What this process has found, for whoever started it.
+/// Prints what `listen_fds` has returned, for the process that started this one.
 fn print_passed() {
     let own = std::env::var_os(FILE).map(|file| File::open(file).unwrap());
     let names: Vec<_> = [
@@ -188,7 +192,10 @@ fn print_passed() {
     let before = values();
     let passed = systemd::listen_fds();
     assert_eq!(values(), before);
-    assert!(systemd::listen_fds().unwrap().is_empty(), "the second time");
+    assert!(
+        systemd::listen_fds().unwrap().is_empty(),
+        "the second call returned descriptors"
+    );
     match passed {
         Ok(passed) => {
             passed.iter().for_each(assert_close_on_exec);
@@ -200,11 +207,11 @@ fn print_passed() {
         Err(other) => println!("{other}"),
     }
     if let Some(own) = own {
-        assert!(own.metadata().is_ok(), "still open");
+        assert!(own.metadata().is_ok(), "the process's own file was closed");
     }
 }
 
-fn descriptors_that_were_not_passed_are_not_taken() {
+fn listen_fds_rejects_descriptors_that_were_not_passed() {
     if is_watched() {
         return print_passed();
     }
@@ -222,12 +229,12 @@ fn descriptors_that_were_not_passed_are_not_taken() {
         ("LISTEN_FDS=two", "LISTEN_FDS"),
         ("LISTEN_FDS=-1", "LISTEN_FDS"),
         ("LISTEN_FDS=$(printf '\\377')", "LISTEN_FDS"),
-        // Far more than are open.
+        // Far more descriptors than are open.
         ("LISTEN_FDS=1000000", "LISTEN_FDS"),
         ("LISTEN_FDS=65535", "LISTEN_FDS"),
         ("LISTEN_FDS=3", "LISTEN_FDS"),
         ("LISTEN_FDS=2; exec 3<&-", "LISTEN_FDS"),
-        // The process opens it itself.
+        // The process has opened descriptor 4 itself.
         (
             "LISTEN_FDS=2; exec 4<&-; export OWN_FILE=/dev/null",
             "LISTEN_FDS",
@@ -237,19 +244,19 @@ fn descriptors_that_were_not_passed_are_not_taken() {
         ("LISTEN_FDS=2; LISTEN_FDNAMES=", "LISTEN_FDNAMES"),
     ];
     for (arrange, expected) in cases {
-        assert_eq!(said(&mut passing(arrange)), expected, "{arrange}");
+        assert_eq!(output_of(&mut passing(arrange)), expected, "{arrange}");
     }
 }
 
-/// What a process prints that ends well.
+/// Returns the output of a command, which must succeed.
 #[track_caller]
-fn said(command: &mut Command) -> String {
+fn output_of(command: &mut Command) -> String {
     let Output { status, stdout, .. } = command.stderr(StandardStream::inherit()).output().unwrap();
     assert!(status.success(), "{status}");
     String::from_utf8(stdout).unwrap().trim_end().to_owned()
 }
 
-fn a_worker_is_passed_descriptors_by_name() {
+fn worker_receives_named_descriptors() {
     let passed = systemd::listen_fds().unwrap();
     assert_eq!(passed.is_empty(), cluster::is_master());
     let log = Log::default();
@@ -278,7 +285,7 @@ fn a_worker_is_passed_descriptors_by_name() {
                     assert!(silent.process().take_stdio(3).is_none());
                 }
             });
-            // What the program says is not so.
+            // The crate overrides this variable.
             master.fork_with([("LISTEN_PID", "1")]).unwrap();
         },
         |worker| {
@@ -298,7 +305,7 @@ fn a_worker_is_passed_descriptors_by_name() {
     assert_eq!(entries.take(), expected);
 }
 
-fn what_is_passed_is_what_it_is_taken_for() {
+fn conversion_checks_the_kind_of_a_descriptor() {
     let passed = systemd::listen_fds().unwrap();
     cluster(
         |master| {
@@ -352,17 +359,17 @@ fn what_is_passed_is_what_it_is_taken_for() {
     );
 }
 
-fn two_things_in_one_place_are_an_error_of_fork() {
+fn conflicting_descriptors_are_an_error_of_fork() {
     cluster(
         |master| {
             let null = || File::open("/dev/null").unwrap();
             let four = || std::iter::repeat_n(Stdio::inherit(), 4);
-            let nameless = Settings::default().listen_fds([("a:b", null())]);
+            let invalid_name = Settings::default().listen_fds([("a:b", null())]);
             let both = Settings::default()
                 .listen_fds([("a", null())])
                 .stdio(four());
             for (settings, reason) in [
-                (nameless, "\"a:b\" is no name for a descriptor"),
+                (invalid_name, "\"a:b\" is no name for a descriptor"),
                 (both, "descriptor 3 is in stdio and in listen_fds"),
             ] {
                 master.setup_master(settings);
@@ -379,7 +386,7 @@ fn two_things_in_one_place_are_an_error_of_fork() {
     );
 }
 
-/// What has come to a socket so far, a text each.
+/// Returns the datagrams that the socket has received so far.
 fn received(socket: &UnixDatagram) -> Vec<String> {
     socket.set_nonblocking(true).unwrap();
     let mut buffer = [0; 4096];
@@ -394,7 +401,7 @@ fn received(socket: &UnixDatagram) -> Vec<String> {
         .collect()
 }
 
-/// A name in no directory, which is not another process's.
+/// Returns an abstract socket address that no other test uses.
 fn abstract_address(name: &str) -> UnixAddr {
     let name = format!("cluster-test-{}-{name}", std::process::id());
     UnixAddr::from_abstract_name(name).unwrap()
@@ -404,7 +411,7 @@ fn monotonic_time() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap().into()
 }
 
-fn systemd_hears_notifications() {
+fn systemd_receives_notifications() {
     if is_watched() {
         let sent = [
             systemd::notify("READY=1\nMAINPID=7"),
@@ -414,7 +421,10 @@ fn systemd_hears_notifications() {
         assert!(sent.into_iter().all(Result::unwrap));
         return;
     }
-    assert!(!systemd::notify("READY=1").unwrap(), "nobody wants to know");
+    assert!(
+        !systemd::notify("READY=1").unwrap(),
+        "sent without NOTIFY_SOCKET"
+    );
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notify");
     let abstract_name = abstract_address("notify");
@@ -430,7 +440,7 @@ fn systemd_hears_notifications() {
         ),
     ] {
         let before = monotonic_time();
-        said(watched().env("NOTIFY_SOCKET", &address));
+        output_of(watched().env("NOTIFY_SOCKET", &address));
         let after = monotonic_time();
         let [ready, status, reloading] = received(&socket).try_into().unwrap();
         assert_eq!(ready, "READY=1\nMAINPID=7");
@@ -444,7 +454,7 @@ fn systemd_hears_notifications() {
     }
 }
 
-fn a_socket_that_is_none_is_an_error() {
+fn invalid_notify_socket_is_an_error() {
     if is_watched() {
         return println!("{}", systemd::notify("READY=1").unwrap_err());
     }
@@ -455,16 +465,16 @@ fn a_socket_that_is_none_is_an_error() {
     for address in [
         stale.to_str().unwrap(),
         missing.to_str().unwrap(),
-        "@nobody has this",
+        "@unbound",
         &format!("/{}", "x".repeat(200)),
         &format!("@{}", "x".repeat(200)),
     ] {
-        let error = said(watched().env("NOTIFY_SOCKET", address));
+        let error = output_of(watched().env("NOTIFY_SOCKET", address));
         let expected = "cannot send to NOTIFY_SOCKET: ";
         assert!(error.starts_with(expected), "{address}: {error}");
     }
     for address in ["", "@", "notify", "vsock:2:1234"] {
-        let error = said(watched().env("NOTIFY_SOCKET", address));
+        let error = output_of(watched().env("NOTIFY_SOCKET", address));
         let expected = format!(
             "environment variable NOTIFY_SOCKET is {address:?}, \
              expected an absolute path, or a name after @; others, as vsock, are not supported"
@@ -473,7 +483,7 @@ fn a_socket_that_is_none_is_an_error() {
     }
 }
 
-fn nobody_who_does_not_read_holds_up_a_notification() {
+fn notification_does_not_block_on_a_full_socket() {
     if is_watched() {
         let sent = std::iter::repeat_with(|| systemd::notify("WATCHDOG=1"));
         let failed = sent.take(100_000).find_map(Result::err);
@@ -486,15 +496,15 @@ fn nobody_who_does_not_read_holds_up_a_notification() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
-    said(watched().env("NOTIFY_SOCKET", &path));
+    output_of(watched().env("NOTIFY_SOCKET", &path));
     assert!(!received(&socket).is_empty());
 }
 
-/// The variables of a shell's process, and its number.
+/// A shell command that prints its process ID and its environment.
 const SHELL: &str = "echo own=$$ && env";
 
-fn what_systemd_says_to_the_master_is_not_for_workers() {
-    const SAID: [&str; 7] = [
+fn workers_do_not_inherit_systemd_variables() {
+    const SYSTEMD_VARIABLES: [&str; 7] = [
         "LISTEN_FDS",
         "LISTEN_PID",
         "LISTEN_PIDFDID",
@@ -505,8 +515,10 @@ fn what_systemd_says_to_the_master_is_not_for_workers() {
     ];
     if !is_watched() {
         let mut command = watched();
-        command.envs(SAID.map(|name| (name, "1"))).env("KEPT", "1");
-        said(&mut command);
+        command
+            .envs(SYSTEMD_VARIABLES.map(|name| (name, "1")))
+            .env("INHERITED", "1");
+        output_of(&mut command);
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -518,11 +530,11 @@ fn what_systemd_says_to_the_master_is_not_for_workers() {
             let shell = Settings::default().exec("/bin/sh").args(["-c", &script]);
             master.setup_master(shell);
             master.fork_with([("OUTPUT", file(1))]).unwrap();
-            let given = [("OUTPUT", file(2)), ("NOTIFY_SOCKET", "/given".into())];
-            master.fork_with(given).unwrap();
+            let expected = [("OUTPUT", file(2)), ("NOTIFY_SOCKET", "/expected".into())];
+            master.fork_with(expected).unwrap();
             master.setup_master(Settings::default().listen_fds([("null", null)]));
-            let given = [("OUTPUT", file(3)), ("LISTEN_PID", "1".into())];
-            master.fork_with(given).unwrap();
+            let expected = [("OUTPUT", file(3)), ("LISTEN_PID", "1".into())];
+            master.fork_with(expected).unwrap();
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         },
         |_| unreachable!("the workers are shells"),
@@ -534,13 +546,13 @@ fn what_systemd_says_to_the_master_is_not_for_workers() {
         found.map(|(_, value)| value.to_owned())
     };
     for id in 1..=3 {
-        assert_eq!(own(id, "KEPT").unwrap(), "1");
+        assert_eq!(own(id, "INHERITED").unwrap(), "1");
         assert_eq!(own(id, "CLUSTER_UNIQUE_ID").unwrap(), id.to_string());
     }
-    for name in SAID {
+    for name in SYSTEMD_VARIABLES {
         assert_eq!(own(1, name), None, "{name}");
-        let given = (name == "NOTIFY_SOCKET").then_some("/given");
-        assert_eq!(own(2, name).as_deref(), given, "{name}");
+        let expected = (name == "NOTIFY_SOCKET").then_some("/expected");
+        assert_eq!(own(2, name).as_deref(), expected, "{name}");
     }
     assert_eq!(own(3, "LISTEN_PID"), own(3, "own"));
     assert_eq!(own(3, "LISTEN_FDS").unwrap(), "1");
@@ -548,21 +560,22 @@ fn what_systemd_says_to_the_master_is_not_for_workers() {
     assert_eq!(own(3, "NOTIFY_SOCKET"), None);
 }
 
-/// The master is to its worker what systemd is to the master.
-fn a_worker_is_ready_by_itself() {
+/// The master receives the worker's notification, as systemd would.
+fn worker_notifies_readiness_itself() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notify");
-    let heard = Rc::new(RefCell::new(Vec::new()));
+    let notifications = Rc::new(RefCell::new(Vec::new()));
     cluster(
         |master| {
             let socket = UnixDatagram::bind(&path).unwrap();
-            let hearing = Rc::clone(&heard);
-            let hear = move |_: &Master, socket: &UnixDatagram| {
-                // It waits until what it has sent along is closed, as it is here.
-                hearing.borrow_mut().extend(received(socket));
+            let received_so_far = Rc::clone(&notifications);
+            let receive = move |_: &Master, socket: &UnixDatagram| {
+                // `systemd-notify` waits until the descriptor that it sends is closed; `received`
+                // drops it.
+                received_so_far.borrow_mut().extend(received(socket));
                 Some(Interest::Readable)
             };
-            let watch = master.watch(socket, Interest::Readable, hear).unwrap();
+            let watch = master.watch(socket, Interest::Readable, receive).unwrap();
             master.on_exit(move |master, _, status| {
                 assert!(status.success(), "{status}");
                 master.unwatch(watch);
@@ -571,27 +584,27 @@ fn a_worker_is_ready_by_itself() {
             master.setup_master(settings.args(["systemd-notify", "--ready"]));
             master.fork_with([("NOTIFY_SOCKET", &path)]).unwrap();
         },
-        |_| unreachable!("the worker is systemd's"),
+        |_| unreachable!("the worker is systemd-notify"),
     );
-    let heard = heard.take();
+    let notifications = notifications.take();
     assert!(
-        heard
+        notifications
             .iter()
             .any(|text| text.lines().any(|line| line == "READY=1")),
-        "{heard:?}"
+        "{notifications:?}"
     );
 }
 
-/// Set for workers that do not know this crate.
+/// Environment variable of workers that do not use this crate.
 const FOREIGN: &str = "FOREIGN";
 
-/// A worker made with another crate, which looks whether it is meant.
-fn be_foreign() -> ! {
+/// A worker that finds its listener with another crate, which checks `LISTEN_PID`.
+fn run_foreign_worker() -> ! {
     let fds = sd_notify::listen_fds_with_names().unwrap();
     let [(number, name)] = <[_; 1]>::try_from(fds.collect::<Vec<_>>()).unwrap();
     assert_eq!((number, name.as_str()), (3, "web"));
     #[allow(unsafe_code)]
-    // SAFETY: it was passed, and nobody else has it.
+    // SAFETY: the descriptor was passed to this process, and nothing else uses it.
     let listener = unsafe { <TcpListener as std::os::fd::FromRawFd>::from_raw_fd(number) };
     loop {
         let (mut connection, _) = listener.accept().unwrap();
@@ -599,7 +612,7 @@ fn be_foreign() -> ! {
     }
 }
 
-/// The same in Python.
+/// The same worker in Python.
 const PYTHON: &str = "
 import os, socket
 assert os.environ['LISTEN_PID'] == str(os.getpid())
@@ -614,15 +627,15 @@ while True:
 
 fn foreign_workers_share_a_port() {
     if std::env::var_os(FOREIGN).is_some() {
-        be_foreign();
+        run_foreign_worker();
     }
     share_a_port(Settings::default());
 }
 
-/// They do not share their memory with the master before they execute.
+/// Workers of another user do not share memory with the master before `execve`.
 fn foreign_workers_of_another_user_share_a_port() {
     if std::env::var_os(FOREIGN).is_some() {
-        be_foreign();
+        run_foreign_worker();
     }
     let settings = Settings::default().exec(OWN_PROGRAM);
     share_a_port(settings.uid(NOBODY).gid(NOBODY));
@@ -633,7 +646,7 @@ fn foreign_workers_in_python_share_a_port() {
     share_a_port(settings.args(["python3", "-c", PYTHON]));
 }
 
-/// Two workers answer; one is killed, and another one answers in its place.
+/// Two workers answer; one is killed, and a replacement answers.
 fn share_a_port(settings: Settings) {
     cluster(
         |master| {
@@ -655,7 +668,7 @@ fn share_a_port(settings: Settings) {
                 let (end, expected) = (Rc::clone(&end), [pids[1], new]);
                 in_background(
                     master,
-                    move || hear_all(address, expected),
+                    move || wait_for_all(address, expected),
                     move |master, ()| {
                         end.set(true);
                         for worker in master.workers() {
@@ -666,13 +679,13 @@ fn share_a_port(settings: Settings) {
             });
             in_background(
                 master,
-                move || hear_all(address, pids),
+                move || wait_for_all(address, pids),
                 |master, ()| {
                     master.workers()[0].process().kill(Signal::KILL);
                 },
             );
         },
-        |_| unreachable!("the workers are strangers"),
+        |_| unreachable!("the workers do not use this crate"),
     );
 }
 
@@ -680,11 +693,11 @@ fn signal(status: std::process::ExitStatus) -> Option<i32> {
     std::os::unix::process::ExitStatusExt::signal(&status)
 }
 
-/// Asks until each of these processes has answered.
-fn hear_all(address: SocketAddr, pids: [u32; 2]) {
+/// Sends requests until each of these processes has answered.
+fn wait_for_all(address: SocketAddr, pids: [u32; 2]) {
     let mut missing = BTreeSet::from(pids);
     wait_until("both", || {
-        // Whoever came to one that was killed has no answer.
+        // A client of the killed worker has no answer.
         let answer = talk(address, b"").unwrap_or_default();
         missing.remove(&answer.parse().unwrap_or_default());
         missing.is_empty().then_some(())

@@ -1,4 +1,4 @@
-//! Workers that execute no program: they go on in a copy of their master.
+//! Workers that run `Settings::main` in a copy of the master instead of executing a program.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -27,35 +27,35 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    a_whole_life_in_a_copy_of_the_master
+    copy_runs_from_fork_to_exit
     copies_serve_round_robin
-    copies_share_a_listener
-    copies_have_shards
-    a_copy_has_nothing_of_its_masters_but_what_the_program_has_open
-    a_copy_has_no_connection_that_waits_in_the_master
-    handles_of_what_was_closed_in_a_copy_reach_nothing_else
+    copies_serve_from_a_shared_listener
+    copies_serve_from_shards
+    copy_has_only_descriptors_that_the_application_opened
+    copy_has_no_connection_that_waits_in_the_master
+    stale_handles_in_a_copy_refer_to_no_new_descriptor
     master_with_threads_cannot_be_copied
     master_with_threads_cannot_be_copied_in_a_sandbox
-    what_a_copy_does_to_other_workers_happens_to_nobody
-    the_master_is_useless_in_a_copy
-    a_copy_begins_with_no_signal_blocked_handled_or_pending
-    a_signal_in_a_copy_is_nothing_to_the_master
-    what_a_copy_returns_is_its_exit_code
-    a_copy_that_panics_ends_with_101
-    what_the_master_has_loaded_is_not_copied
-    what_was_printed_is_printed_once
-    a_copy_has_the_pipes_and_descriptors_that_stdio_says
-    settings_go_from_closure_to_program_and_back
-    a_copy_is_the_user_that_the_settings_say: ROOT
-    a_step_that_fails_in_a_copy_is_an_error_of_fork
-    a_copy_that_cannot_be_another_user_is_an_error_of_fork: ROOT
-    ends_of_copies_are_told_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
+    copy_cannot_affect_other_workers
+    master_handle_is_inert_in_a_copy
+    copy_starts_with_no_signal_blocked_handled_or_pending
+    signal_to_a_copy_does_not_reach_the_master
+    return_value_of_a_copy_is_its_exit_code
+    copy_that_panics_exits_with_101
+    copy_shares_memory_with_the_master
+    buffered_output_is_printed_once
+    copy_has_the_pipes_and_descriptors_of_stdio
+    settings_change_from_closure_to_program_and_back
+    copy_runs_as_the_user_of_the_settings: ROOT
+    failed_step_in_a_copy_is_an_error_of_fork
+    failed_user_change_in_a_copy_is_an_error_of_fork: ROOT
+    exits_of_copies_are_reported_though_the_host_ignores_sigchld: EXIT_OF_REAPED_CHILDREN
     a_thousand_copies_leave_nothing_behind
-    what_a_worker_has_used_is_known_when_it_has_ended
-    nobody_knows_what_a_worker_has_used_for_whom_the_host_has_waited
+    resource_usage_is_known_after_exit
+    resource_usage_is_unknown_if_the_host_reaped_the_worker
 }
 
-/// Makes workers copies that do this.
+/// Makes workers run `main` in a copy of the master.
 fn set_main(master: &Master, main: impl Fn(Worker) + 'static) {
     let main = move |worker| {
         main(worker);
@@ -64,16 +64,16 @@ fn set_main(master: &Master, main: impl Fn(Worker) + 'static) {
     master.setup_master(Settings::default().main(main));
 }
 
-/// Plays a master whose workers are never executed.
-fn masters(master: impl FnOnce(&Master)) {
+/// Runs a scenario whose workers execute no program.
+fn cluster_without_exec(master: impl FnOnce(&Master)) {
     cluster(master, |_| unreachable!("nothing is executed"));
 }
 
-fn a_whole_life_in_a_copy_of_the_master() {
+fn copy_runs_from_fork_to_exit() {
     let log = Log::default();
     let entries = log.clone();
     let master_pid = std::process::id();
-    masters(|master| {
+    cluster_without_exec(|master| {
         note_events(master, &log);
         note_messages(master, &log);
         let settings = Settings::default().cwd("/").inspect_port(9000);
@@ -89,14 +89,14 @@ fn a_whole_life_in_a_copy_of_the_master() {
                 );
             }
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            let news = format!(
+            let greeting = format!(
                 "{} {} {} {}",
                 worker.id(),
                 worker.inspect_port().unwrap(),
                 std::env::current_dir().unwrap().display(),
                 std::env::var("NAME").unwrap(),
             );
-            worker.send(news.as_bytes()).unwrap();
+            worker.send(greeting.as_bytes()).unwrap();
             worker.on_message(|worker, message| {
                 let text = String::from_utf8_lossy(message.bytes()).to_uppercase();
                 worker.send(text.as_bytes()).unwrap();
@@ -117,12 +117,12 @@ fn a_whole_life_in_a_copy_of_the_master() {
     });
     let entries = entries.take();
     for (worker, port, name) in [(1, 9000, "a"), (2, 9001, "b")] {
-        let news = format!("{worker} {port} / {name}");
+        let greeting = format!("{worker} {port} / {name}");
         let expected = [
             "fork",
             "online",
             "listening",
-            &news,
+            &greeting,
             "TO YOU",
             "disconnect Some(true)",
             "exit Some(true) exit status: 3",
@@ -132,7 +132,7 @@ fn a_whole_life_in_a_copy_of_the_master() {
     assert_eq!(entries.len(), 14, "{entries:?}");
 }
 
-/// Asks until each of these workers has answered, and nobody else.
+/// Sends requests until each of these workers has answered; no other worker may answer.
 fn ask_until_all_answer(address: SocketAddr, workers: [&str; 2]) {
     let mut missing = workers.to_vec();
     while !missing.is_empty() {
@@ -142,9 +142,9 @@ fn ask_until_all_answer(address: SocketAddr, workers: [&str; 2]) {
     }
 }
 
-/// Workers answer; one is killed, and another takes its place.
+/// Two workers answer; one is killed, and a replacement answers.
 fn serve(policy: SchedulingPolicy) {
-    masters(|master| {
+    cluster_without_exec(|master| {
         master.set_scheduling_policy(policy).unwrap();
         set_main(master, |worker| serve_id(&worker, "127.0.0.1:0"));
         for _ in 0..2 {
@@ -170,15 +170,15 @@ fn copies_serve_round_robin() {
     serve(SchedulingPolicy::RoundRobin);
 }
 
-fn copies_share_a_listener() {
+fn copies_serve_from_a_shared_listener() {
     serve(SchedulingPolicy::Shared);
 }
 
-fn copies_have_shards() {
+fn copies_serve_from_shards() {
     serve(SchedulingPolicy::Sharded);
 }
 
-/// What is open here, by number.
+/// Returns the open descriptors of this process with their link targets.
 fn open_descriptors() -> BTreeMap<RawFd, PathBuf> {
     let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
     let numbers = numbers.map(|entry| entry.unwrap().file_name());
@@ -190,8 +190,8 @@ fn open_descriptors() -> BTreeMap<RawFd, PathBuf> {
     open.collect()
 }
 
-/// What is open here and was not at the beginning, as the kinds of it.
-fn kinds_beyond(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
+/// Returns the kinds of the descriptors that were not open at the beginning, sorted.
+fn kinds_since(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
     let mut open = open_descriptors();
     open.retain(|number, link| beginning.get(number) != Some(link));
     let kind = |link: PathBuf| {
@@ -204,33 +204,33 @@ fn kinds_beyond(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
     kinds
 }
 
-/// The channel and the poller.
-const OWN: [&str; 4] = [
+/// The channel and the poller of a worker.
+const CHANNEL_AND_POLLER: [&str; 4] = [
     "anon_inode:[eventfd]",
     "anon_inode:[eventpoll]",
     "anon_inode:[timerfd]",
     "socket",
 ];
 
-/// The master has one of everything: workers with pipes, queues and listeners, a path, a descriptor
-/// that is watched, one for its workers, signals, and a message with a descriptor that it is being told
-/// of while it forks.
-fn a_copy_has_nothing_of_its_masters_but_what_the_program_has_open() {
+/// The master has one of everything: workers with pipes, queues and listeners, a path, a watched
+/// descriptor, a descriptor for its workers, and signals. It forks while it delivers a message that
+/// has a descriptor.
+fn copy_has_only_descriptors_that_the_application_opened() {
     SIGNALS.store(true, Ordering::SeqCst);
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("socket");
     let file = home.path().join("file");
     std::fs::write(&file, "of the program").unwrap();
     let beginning = Rc::new(open_descriptors());
-    masters(|master| {
+    cluster_without_exec(|master| {
         master.on_signal(Signal::USR1, |_, _| {}).unwrap();
-        let (watched, kept) = UnixStream::pair().unwrap();
+        let (watched, retained) = UnixStream::pair().unwrap();
         let watched = Rc::new(watched);
         let number = watched.as_raw_fd();
         let watch = master.watch(watched, Interest::Readable, |_, _| None);
         let watch = watch.unwrap();
         let input = std::io::stdin();
-        // It may be what cannot be watched.
+        // Whether stdin can be watched depends on its kind.
         let input = master.watch(input, Interest::Readable, |_, _| None).ok();
 
         let of_workers = std::fs::File::open("/dev/null").unwrap();
@@ -249,46 +249,47 @@ fn a_copy_has_nothing_of_its_masters_but_what_the_program_has_open() {
         let workers = [(); 2].map(|()| master.fork().unwrap());
         let of_the_program = std::fs::File::open(&file).unwrap();
         let before = open_descriptors();
-        let kept_number = kept.as_raw_fd();
+        let retained_number = retained.as_raw_fd();
         let expected = file.display().to_string();
         let beginning = Rc::clone(&beginning);
-        let look_around = WorkerMain::new(move |worker| {
-            let mut own: Vec<_> = OWN.map(str::to_owned).into();
-            // What `stdio` says, the end that the program has kept, and the pair for signals.
+        let check_descriptors = WorkerMain::new(move |worker| {
+            let mut own: Vec<_> = CHANNEL_AND_POLLER.map(str::to_owned).into();
+            // The descriptors of `stdio`, the end that the application retains, and the signal
+            // socketpair.
             own.extend(["/dev/null", "socket"].map(str::to_owned));
             own.extend(["socket", "socket", "socket"].map(str::to_owned));
-            // What keeps the number of what is watched.
+            // The placeholder that occupies the number of the watched descriptor.
             own.push("socket".to_owned());
             own.push(expected.clone());
             own.sort();
-            assert_eq!(kinds_beyond(&beginning), own);
+            assert_eq!(kinds_since(&beginning), own);
             let now = open_descriptors();
-            assert_eq!(now.get(&kept_number), before.get(&kept_number));
+            assert_eq!(now.get(&retained_number), before.get(&retained_number));
             assert_ne!(now.get(&number), before.get(&number));
             assert_eq!(now[&0], before[&0]);
             assert_eq!(now[&3], Path::new("/dev/null"));
             let mut text = *b"what it says..";
-            // Where the next one would read is the same for all.
+            // Reads at an offset, because all copies share the file position.
             of_the_program.read_exact_at(&mut text, 0).unwrap();
             worker.send(&text).unwrap();
             0
         });
-        let (mut listening, mut looked) = (0, 0);
+        let (mut listening, mut checked) = (0, 0);
         master.on_message(move |master, _, message| {
             if message.bytes() == b"listening" {
                 listening += 1;
                 if listening == 2 {
                     let mut settings = Settings::default();
-                    settings.main = Some(look_around.clone());
+                    settings.main = Some(check_descriptors.clone());
                     master.setup_master(settings);
-                    // The worker's callbacks are still to be told of the message.
+                    // The worker's own callbacks have not received the message yet.
                     master.fork().unwrap();
                 }
                 return;
             }
             assert_eq!(message.bytes(), b"of the program");
-            looked += 1;
-            if looked == 2 {
+            checked += 1;
+            if checked == 2 {
                 master.unwatch(watch);
                 if let Some(input) = input {
                     master.unwatch(input);
@@ -302,19 +303,19 @@ fn a_copy_has_nothing_of_its_masters_but_what_the_program_has_open() {
             worker.on_message(move |master, _, _| {
                 listening.set(listening.get() + 1);
                 if listening.get() == 2 {
-                    // Nobody else is to be told of it.
+                    // No callback after this one receives the message.
                     master.fork().unwrap();
                 }
             });
         }
-        // It lives as long as this callback.
-        master.on_setup(move |_, _| assert!(kept.as_raw_fd() == kept_number));
+        // The callback keeps the descriptor open as long as the master exists.
+        master.on_setup(move |_, _| assert!(retained.as_raw_fd() == retained_number));
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     });
 }
 
-/// The master forks while the program is asked who is to have a connection.
-fn a_copy_has_no_connection_that_waits_in_the_master() {
+/// The master forks inside the scheduler, while a connection waits for its choice.
+fn copy_has_no_connection_that_waits_in_the_master() {
     let beginning = Rc::new(open_descriptors());
     let Role::Master(master) = cluster::init().unwrap() else {
         unreachable!("nothing is executed");
@@ -324,7 +325,7 @@ fn a_copy_has_no_connection_that_waits_in_the_master() {
     master.set_scheduler(move |_, workers| {
         let beginning = Rc::clone(&beginning);
         set_main(&asked, move |_| {
-            let found = kinds_beyond(&beginning);
+            let found = kinds_since(&beginning);
             let sockets = found.iter().filter(|kind| *kind == "socket").count();
             let expected = "its channel, the client, and what keeps the number of the poller";
             assert_eq!(sockets, 3, "{expected}");
@@ -351,15 +352,15 @@ fn a_copy_has_no_connection_that_waits_in_the_master() {
     master.run().unwrap();
     assert_eq!(ended.get(), 2);
     let read = client.take().unwrap().read(&mut [0]).unwrap();
-    assert_eq!(read, 0, "nobody has it any more");
+    assert_eq!(read, 0, "no process holds the connection");
 }
 
-/// The numbers of what is closed in a copy are not used again: the application may have other handles of
-/// them, which it uses or drops.
-fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
+/// A copy does not reuse the numbers of descriptors that the crate has closed in it. The
+/// application may have other handles of these numbers, which it uses or drops.
+fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
     use std::os::fd::{AsFd as _, BorrowedFd};
 
-    /// By its number, as from a library of another language.
+    /// A descriptor by its number, as a library in another language would hold it.
     struct Foreign(RawFd);
 
     impl std::os::fd::AsFd for Foreign {
@@ -374,7 +375,7 @@ fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
 
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("of a worker");
-    masters(|master| {
+    cluster_without_exec(|master| {
         let (used, one) = UnixStream::pair().unwrap();
         let (dropped, another) = UnixStream::pair().unwrap();
         let used = Rc::new(used);
@@ -387,7 +388,7 @@ fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
         let shared = Rc::clone(&listener);
         let dropped = RefCell::new(Some(dropped));
         set_main(master, move |worker| {
-            // As many as have been closed, and more.
+            // As many files as descriptors were closed, and more.
             let mut files: Vec<_> = (0..32)
                 .map(|number| std::fs::File::create(path.with_extension(number.to_string())))
                 .map(Result::unwrap)
@@ -408,13 +409,14 @@ fn handles_of_what_was_closed_in_a_copy_reach_nothing_else() {
             assert!(status.success(), "{status}");
             master.unwatch(first.as_ref().copied().unwrap());
             master.unwatch(second.as_ref().copied().unwrap());
-            // Until now there was nothing to read.
+            // Keeps the peers open until now, so that nothing was readable before.
             let _ = (&listener, &one, &another);
         });
     });
 }
 
-/// A copy would have one thread, and the locks of the others.
+/// Asserts that `fork` fails while the master has a second thread: a copy would have one thread,
+/// and locks that the missing threads hold.
 fn expect_one_thread(master: &Master) {
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::spawn(move || stopped.recv());
@@ -428,11 +430,11 @@ fn expect_one_thread(master: &Master) {
         error => panic!("{error}"),
     }
     assert!(master.workers().is_empty());
-    let nobody = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
-    assert_eq!(nobody, Err(nix::Error::ECHILD), "and not even a zombie");
+    let result = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
+    assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
     drop(stop);
     thread.join().unwrap().unwrap_err();
-    // Whatever the kernel still has of the thread.
+    // The kernel may still hold resources of the exited thread.
     for _ in 0..20 {
         std::thread::spawn(|| {}).join().unwrap();
         master.fork().unwrap();
@@ -440,16 +442,16 @@ fn expect_one_thread(master: &Master) {
 }
 
 fn master_with_threads_cannot_be_copied() {
-    masters(|master| {
+    cluster_without_exec(|master| {
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         set_main(master, |_| {});
         expect_one_thread(master);
     });
 }
 
-/// Where the call that says so is refused.
+/// The same in a sandbox that refuses `unshare`, the call that detects threads.
 fn master_with_threads_cannot_be_copied_in_a_sandbox() {
-    masters(|master| {
+    cluster_without_exec(|master| {
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         set_main(master, |_| {});
         refuse_calls(&[libc::SYS_unshare], libc::EPERM);
@@ -457,19 +459,19 @@ fn master_with_threads_cannot_be_copied_in_a_sandbox() {
     });
 }
 
-fn what_a_copy_does_to_other_workers_happens_to_nobody() {
-    masters(|master| {
+fn copy_cannot_affect_other_workers() {
+    cluster_without_exec(|master| {
         set_main(master, |worker| worker.run().unwrap());
         let others: Rc<RefCell<Vec<WorkerProcess>>> = Rc::default();
         let victim = master.fork().unwrap();
         others.borrow_mut().push(victim.clone());
-        victim.on_message(|_, _, _| panic!("it was told something"));
+        victim.on_message(|_, _, _| panic!("the victim received a message"));
         victim.on_online(move |master, victim| {
             let others = Rc::clone(&others);
             set_main(master, move |worker| {
                 let others = others.borrow();
                 let victim = &others[0];
-                assert!(victim.send(b"from a stranger").is_err());
+                assert!(victim.send(b"from a copy").is_err());
                 victim.disconnect();
                 victim.kill(Signal::KILL);
                 victim.process().kill(Signal::KILL);
@@ -477,9 +479,9 @@ fn what_a_copy_does_to_other_workers_happens_to_nobody() {
                 assert!(victim.process().take_stdio(1).is_none());
                 worker.disconnect();
             });
-            let stranger = master.fork().unwrap();
+            let copy = master.fork().unwrap();
             let victim = victim.clone();
-            stranger.on_exit(move |_, _, status| {
+            copy.on_exit(move |_, _, status| {
                 assert!(status.success(), "{status}");
                 assert!(!victim.is_dead());
                 victim.disconnect();
@@ -492,7 +494,7 @@ fn what_a_copy_does_to_other_workers_happens_to_nobody() {
     });
 }
 
-fn the_master_is_useless_in_a_copy() {
+fn master_handle_is_inert_in_a_copy() {
     let Role::Master(master) = cluster::init().unwrap() else {
         unreachable!("nothing is executed");
     };
@@ -523,12 +525,12 @@ fn the_master_is_useless_in_a_copy() {
     assert_eq!(statuses.take(), [Some(0), Some(0)]);
 }
 
-/// A field of `/proc/self/status` that is a set of signals.
+/// Returns a set of signals from `/proc/self/status`.
 fn signals(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let mut sets = status.lines().filter_map(|line| line.strip_prefix(field));
     let set = u64::from_str_radix(sets.next().unwrap().trim(), 16).unwrap();
-    // Those beyond are the C library's own, and the real-time ones.
+    // Higher numbers are real-time signals, some of which the C library uses.
     set & ((1 << 31) - 1)
 }
 
@@ -536,13 +538,13 @@ fn bit(signal: nix::sys::signal::Signal) -> u64 {
     1 << (signal as u32 - 1)
 }
 
-fn a_copy_begins_with_no_signal_blocked_handled_or_pending() {
+fn copy_starts_with_no_signal_blocked_handled_or_pending() {
     use nix::sys::signal::{SigSet, SigmaskHow, Signal as Number, raise, sigprocmask};
 
     SIGNALS.store(true, Ordering::SeqCst);
     let log = Log::default();
     let entries = log.clone();
-    masters(|master| {
+    cluster_without_exec(|master| {
         note_messages(master, &log);
         let mut blocked = SigSet::empty();
         blocked.add(Number::SIGUSR2);
@@ -551,10 +553,11 @@ fn a_copy_begins_with_no_signal_blocked_handled_or_pending() {
         // SAFETY: ignoring a signal installs no handler.
         unsafe { signal(Number::SIGHUP, SigHandler::SigIgn) }.unwrap();
         master.on_signal(Signal::USR1, |_, _| {}).unwrap();
-        // It is marked, and the loop has not heard of it.
+        // The signal is recorded, and the loop has not processed it.
         raise(Number::SIGUSR1).unwrap();
         set_main(master, |worker| {
-            // As every Rust program begins: a client that leaves does not end its server.
+            // Rust programs start with SIGPIPE ignored, so a client that disconnects does not kill
+            // its server.
             assert_eq!(signals("SigIgn:"), bit(Number::SIGPIPE));
             assert_eq!(signals("SigBlk:"), 0);
             assert_eq!(signals("SigCgt:"), 0);
@@ -562,10 +565,10 @@ fn a_copy_begins_with_no_signal_blocked_handled_or_pending() {
             drop(there);
             assert!(here.write_all(b"!").is_err());
             for signal in [Signal::USR1, Signal::USR2] {
-                let told = move |worker: &Worker, number: Signal| {
+                let report = move |worker: &Worker, number: Signal| {
                     worker.send(format!("{number}").as_bytes()).unwrap();
                 };
-                worker.on_signal(signal, told).unwrap();
+                worker.on_signal(signal, report).unwrap();
             }
             raise(Number::SIGUSR2).unwrap();
             worker.dispatch(Some(Duration::ZERO)).unwrap();
@@ -574,28 +577,29 @@ fn a_copy_begins_with_no_signal_blocked_handled_or_pending() {
         master.fork().unwrap();
         sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&blocked), None).unwrap();
     });
-    let told = entries.take();
-    assert_eq!(told.len(), 1, "{told:?}");
+    let report = entries.take();
+    assert_eq!(report.len(), 1, "{report:?}");
     assert!(
-        told[0].contains("USR2") || told[0].contains("12"),
-        "{told:?}"
+        report[0].contains("USR2") || report[0].contains("12"),
+        "{report:?}"
     );
 }
 
-/// The worker waits until the master would have heard what is for the worker alone.
-fn a_signal_in_a_copy_is_nothing_to_the_master() {
+/// The worker waits until the master would have processed a signal that was sent to the worker
+/// alone.
+fn signal_to_a_copy_does_not_reach_the_master() {
     use nix::sys::signal::{Signal as Number, raise};
 
     SIGNALS.store(true, Ordering::SeqCst);
-    let heard = Rc::new(Cell::new(0));
-    let of_master = Rc::clone(&heard);
-    masters(|master| {
+    let received = Rc::new(Cell::new(0));
+    let of_master = Rc::clone(&received);
+    cluster_without_exec(|master| {
         let count = move |_: &Master, _| of_master.set(of_master.get() + 1);
         master.on_signal(Signal::USR1, count).unwrap();
         let (here, there) = UnixStream::pair().unwrap();
         set_main(master, move |worker| {
-            let heard = Rc::new(Cell::new(0));
-            let of_worker = Rc::clone(&heard);
+            let received = Rc::new(Cell::new(0));
+            let of_worker = Rc::clone(&received);
             let count = move |_: &Worker, _| of_worker.set(of_worker.get() + 1);
             worker.on_signal(Signal::USR1, count).unwrap();
             for times in 1..=10 {
@@ -603,11 +607,12 @@ fn a_signal_in_a_copy_is_nothing_to_the_master() {
                 worker.send(b"raised").unwrap();
                 (&there).read_exact(&mut [0]).unwrap();
                 worker.dispatch(Some(Duration::ZERO)).unwrap();
-                assert_eq!(heard.get(), times);
+                assert_eq!(received.get(), times);
             }
             worker.disconnect();
         });
-        // At the end of the turn: all that was ready with the message has been heard.
+        // Replies at the end of the iteration, when everything that was ready with the message is
+        // processed.
         let here = Rc::new(RefCell::new(here));
         master.on_message(move |master, _, _| {
             let here = Rc::clone(&here);
@@ -617,13 +622,13 @@ fn a_signal_in_a_copy_is_nothing_to_the_master() {
         let worker = master.fork().unwrap();
         worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     });
-    assert_eq!(heard.get(), 0);
+    assert_eq!(received.get(), 0);
 }
 
-fn what_a_copy_returns_is_its_exit_code() {
+fn return_value_of_a_copy_is_its_exit_code() {
     let log = Log::default();
     let entries = log.clone();
-    masters(|master| {
+    cluster_without_exec(|master| {
         note_events(master, &log);
         master.setup_master(Settings::default().main(|_| 7));
         master.fork().unwrap();
@@ -642,33 +647,37 @@ fn what_a_copy_returns_is_its_exit_code() {
     }
 }
 
-/// Its frames are its master's, whose guards do nothing there.
-fn a_copy_that_panics_ends_with_101() {
+/// The stack frames below the worker's are the master's, whose guards must not run in the worker.
+fn copy_that_panics_exits_with_101() {
     struct Guard(u32);
 
     impl Drop for Guard {
         fn drop(&mut self) {
-            assert_eq!(std::process::id(), self.0, "the worker came back");
+            assert_eq!(
+                std::process::id(),
+                self.0,
+                "the worker ran a guard of the master"
+            );
         }
     }
 
-    /// What panics once more when it is dropped.
+    /// A panic payload that panics again when it is dropped.
     struct Payload;
 
     impl Drop for Payload {
         fn drop(&mut self) {
-            panic!("never dropped");
+            panic!("the payload is dropped");
         }
     }
 
     let ended = Rc::new(Cell::new(0));
     let counted = Rc::clone(&ended);
-    masters(|master| {
+    cluster_without_exec(|master| {
         master.on_exit(move |_, _, status| {
             assert_eq!(status.code(), Some(101));
             counted.set(counted.get() + 1);
         });
-        set_main(master, |_| panic!("as it should"));
+        set_main(master, |_| panic!("expected"));
         let fork = |master: &Master| {
             let _guard = Guard(std::process::id());
             master.fork().unwrap();
@@ -680,8 +689,8 @@ fn a_copy_that_panics_ends_with_101() {
     assert_eq!(ended.get(), 2);
 }
 
-/// What a process has to itself, in KiB.
-fn own_memory(pid: u32) -> u64 {
+/// Returns the private dirty memory of a process, in KiB.
+fn private_memory(pid: u32) -> u64 {
     let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let mut values = rollup
         .lines()
@@ -690,16 +699,16 @@ fn own_memory(pid: u32) -> u64 {
     value.trim().parse().unwrap()
 }
 
-fn what_the_master_has_loaded_is_not_copied() {
+fn copy_shares_memory_with_the_master() {
     const LOADED: usize = 64 << 20;
     let log = Log::default();
     let entries = log.clone();
-    masters(|master| {
+    cluster_without_exec(|master| {
         note_messages(master, &log);
         let loaded = vec![1u8; LOADED];
         set_main(master, move |worker| {
             let sum: usize = loaded.iter().map(|byte| usize::from(*byte)).sum();
-            let own = own_memory(std::process::id()) < 8 << 10;
+            let own = private_memory(std::process::id()) < 8 << 10;
             worker.send(format!("{sum} {own}").as_bytes()).unwrap();
         });
         for _ in 0..3 {
@@ -707,12 +716,12 @@ fn what_the_master_has_loaded_is_not_copied() {
         }
     });
     let expected = (1..=3).map(|worker| format!("{worker} {LOADED} true"));
-    let mut told = entries.take();
-    told.sort();
-    assert_eq!(told, expected.collect::<Vec<_>>());
+    let mut report = entries.take();
+    report.sort();
+    assert_eq!(report, expected.collect::<Vec<_>>());
 }
 
-fn what_was_printed_is_printed_once() {
+fn buffered_output_is_printed_once() {
     if !is_watched() {
         let output = watched().stdout(ChildStdio::piped()).output().unwrap();
         assert!(output.status.success(), "{}", output.status);
@@ -720,11 +729,11 @@ fn what_was_printed_is_printed_once() {
         assert_eq!(printed, "master worker 1 1 worker 2 2 worker 3 3 ");
         return;
     }
-    masters(|master| {
+    cluster_without_exec(|master| {
         print!("master ");
         set_main(master, |worker| print!("worker {} ", worker.id()));
         master.fork().unwrap();
-        // In turn: all write to one pipe.
+        // One after the other, because all write to one pipe.
         master.on_exit(|master, worker, _| {
             print!("{} ", worker.id());
             if worker.id().get() < 3 {
@@ -734,11 +743,11 @@ fn what_was_printed_is_printed_once() {
     });
 }
 
-fn a_copy_has_the_pipes_and_descriptors_that_stdio_says() {
+fn copy_has_the_pipes_and_descriptors_of_stdio() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("log");
     let log = std::fs::File::create(&path).unwrap();
-    masters(|master| {
+    cluster_without_exec(|master| {
         let stdio = [
             Stdio::null(),
             Stdio::pipe(),
@@ -753,7 +762,7 @@ fn a_copy_has_the_pipes_and_descriptors_that_stdio_says() {
             assert_eq!(open[&0], Path::new("/dev/null"));
             assert_eq!(open[&3], expected);
             let logs = open.values().filter(|link| **link == expected);
-            assert_eq!(logs.count(), 1, "and not where the master has it");
+            assert_eq!(logs.count(), 1, "the master's own descriptor is closed");
             println!("worker {}", worker.id());
             for number in [3, 4] {
                 let mut file = std::fs::File::create(format!("/proc/self/fd/{number}"));
@@ -775,7 +784,7 @@ fn a_copy_has_the_pipes_and_descriptors_that_stdio_says() {
     assert_eq!(std::fs::read_to_string(path).unwrap(), "by number");
 }
 
-fn settings_go_from_closure_to_program_and_back() {
+fn settings_change_from_closure_to_program_and_back() {
     let codes = Rc::new(RefCell::new(BTreeMap::new()));
     let found = Rc::clone(&codes);
     let own = std::env::current_exe().unwrap();
@@ -802,8 +811,8 @@ fn settings_go_from_closure_to_program_and_back() {
     assert_eq!(found.take(), BTreeMap::from(expected));
 }
 
-fn a_copy_is_the_user_that_the_settings_say() {
-    masters(|master| {
+fn copy_runs_as_the_user_of_the_settings() {
+    cluster_without_exec(|master| {
         master.setup_master(Settings::default().uid(NOBODY).gid(NOBODY));
         set_main(master, |worker| {
             assert_eq!(
@@ -834,12 +843,12 @@ fn assert_fails(master: &Master, step: &str, errno: Option<i32>) {
         error => panic!("{error}"),
     }
     assert!(master.workers().is_empty());
-    let nobody = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
-    assert_eq!(nobody, Err(nix::Error::ECHILD), "and not even a zombie");
+    let result = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
+    assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
 }
 
-fn a_step_that_fails_in_a_copy_is_an_error_of_fork() {
-    masters(|master| {
+fn failed_step_in_a_copy_is_an_error_of_fork() {
+    cluster_without_exec(|master| {
         master.on_fork(|_, _| panic!("nothing was forked"));
         set_main(master, |_| unreachable!("a step has failed"));
         for (name, value) in [("", "empty"), ("A=B", "C"), ("A", "B\0C"), ("A\0B", "C")] {
@@ -849,7 +858,7 @@ fn a_step_that_fails_in_a_copy_is_an_error_of_fork() {
         master.setup_master(Settings::default().cwd("/nowhere/at/all"));
         assert_fails(master, "enter its directory", Some(libc::ENOENT));
         master.setup_master(Settings::default().cwd("/"));
-        // A filter stays: the earlier step comes later.
+        // A system call filter cannot be removed, so the later step is tested first.
         refuse_calls(
             &[libc::SYS_timerfd_create, libc::SYS_eventfd2],
             libc::EMFILE,
@@ -860,8 +869,8 @@ fn a_step_that_fails_in_a_copy_is_an_error_of_fork() {
     });
 }
 
-fn a_copy_that_cannot_be_another_user_is_an_error_of_fork() {
-    masters(|master| {
+fn failed_user_change_in_a_copy_is_an_error_of_fork() {
+    cluster_without_exec(|master| {
         master.on_fork(|_, _| panic!("nothing was forked"));
         set_main(master, |_| unreachable!("a step has failed"));
         master.setup_master(Settings::default().uid(NOBODY).gid(NOBODY));
@@ -872,13 +881,13 @@ fn a_copy_that_cannot_be_another_user_is_an_error_of_fork() {
     });
 }
 
-fn ends_of_copies_are_told_though_the_host_ignores_its_children() {
+fn exits_of_copies_are_reported_though_the_host_ignores_sigchld() {
     #[allow(unsafe_code)]
     // SAFETY: ignoring a signal installs no handler.
     unsafe { signal(nix::sys::signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
     let ended = Rc::new(Cell::new(0));
     let counted = Rc::clone(&ended);
-    masters(|master| {
+    cluster_without_exec(|master| {
         master.on_error(|_, _, error| panic!("{error}"));
         master.on_exit(move |_, _, status| {
             assert_eq!(status.code(), Some(9));
@@ -892,8 +901,8 @@ fn ends_of_copies_are_told_though_the_host_ignores_its_children() {
     assert_eq!(ended.get(), 20);
 }
 
-/// What a process has resident of its own, in KiB.
-fn anonymous() -> u64 {
+/// Returns the anonymous memory of this process, in KiB.
+fn anonymous_memory() -> u64 {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let mut values = rollup
         .lines()
@@ -908,7 +917,7 @@ fn a_thousand_copies_leave_nothing_behind() {
     let most = Instant::now() + Duration::from_secs(3);
     let ended = Rc::new(Cell::new(0));
     let counted = Rc::clone(&ended);
-    masters(|master| {
+    cluster_without_exec(|master| {
         set_main(master, |worker| worker.run().unwrap());
         master.on_online(|_, worker| worker.process().kill(Signal::KILL));
         let mut before = None;
@@ -916,17 +925,18 @@ fn a_thousand_copies_leave_nothing_behind() {
             counted.set(counted.get() + 1);
             let has_time = Instant::now() < most && counted.get() < ALL;
             if counted.get() < 2 * BEFORE || has_time {
-                // What was there once may be there later.
+                // Later counts may include whatever is allocated once.
                 if counted.get() == BEFORE {
-                    before = Some((open_descriptors().len(), anonymous()));
+                    before = Some((open_descriptors().len(), anonymous_memory()));
                 }
                 master.fork().unwrap();
                 return;
             }
             let (descriptors, memory) = before.unwrap();
-            // That of the one that has ended is still there, and of no other.
+            // As at the first count, only the descriptors of the worker that has just exited are
+            // still open.
             assert_eq!(open_descriptors().len(), descriptors);
-            let now = anonymous();
+            let now = anonymous_memory();
             assert!(now <= memory + 128, "{memory} KiB, now {now}");
         });
         master.fork().unwrap();
@@ -934,8 +944,8 @@ fn a_thousand_copies_leave_nothing_behind() {
     println!("{} workers", ended.get());
 }
 
-/// Works for so long, of its own time.
-fn burn(time: Duration) {
+/// Uses the given amount of CPU time.
+fn use_cpu_time(time: Duration) {
     let clock = nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID;
     let own = || Duration::from(nix::time::clock_gettime(clock).unwrap());
     let begun = own();
@@ -944,12 +954,12 @@ fn burn(time: Duration) {
     }
 }
 
-/// One that executes its program, and one that does not.
-fn what_a_worker_has_used_is_known_when_it_has_ended() {
+/// One worker executes its program, and the other does not.
+fn resource_usage_is_known_after_exit() {
     const TIME: Duration = Duration::from_millis(50);
     const MEMORY: usize = 64 << 20;
     fn work() {
-        burn(TIME);
+        use_cpu_time(TIME);
         let memory = vec![1u8; MEMORY];
         assert_eq!(memory.iter().filter(|byte| **byte == 1).count(), MEMORY);
     }
@@ -977,8 +987,8 @@ fn what_a_worker_has_used_is_known_when_it_has_ended() {
     assert_eq!(ended.get(), 2);
 }
 
-fn nobody_knows_what_a_worker_has_used_for_whom_the_host_has_waited() {
-    masters(|master| {
+fn resource_usage_is_unknown_if_the_host_reaped_the_worker() {
+    cluster_without_exec(|master| {
         set_main(master, |worker| worker.run().unwrap());
         let worker = master.fork().unwrap();
         let pid = nix::unistd::Pid::from_raw(i32::try_from(worker.process().id()).unwrap());

@@ -13,8 +13,8 @@ use cluster::{AddressType, SendOptions, Settings};
 
 use crate::harness::for_both_policies;
 use crate::harness::{
-    Log, cluster, in_background, listen_in_vain, note_events, note_messages, open_fds, serve_id,
-    talk, when_listening,
+    Log, cluster, expect_listen_error, in_background, note_events, note_messages, open_fds,
+    serve_id, talk, when_listening,
 };
 
 crate::scenarios! {
@@ -80,7 +80,7 @@ fn second_cluster(address: &str) {
         },
         |worker| {
             let address = std::env::var(address).unwrap();
-            listen_in_vain(&worker, &address, nix::libc::EADDRINUSE);
+            expect_listen_error(&worker, &address, nix::libc::EADDRINUSE);
             worker.send(b"refused").unwrap();
             worker.disconnect().run().unwrap();
         },

@@ -14,8 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, StoppedMaster, answer, cluster, hear, in_background, is_alive, note_events, note_messages,
-    reserve_port, talk, wait_until,
+    Log, StoppedMaster, answer, cluster, in_background, is_alive, note_events, note_messages,
+    read_answer, reserve_port, talk, wait_until,
 };
 
 crate::scenarios! {
@@ -57,9 +57,9 @@ fn net_reuseport() {
             // The kernel chooses which of them it is.
             answer(&first, worker.id());
             answer(&second, worker.id());
-            assert_eq!(hear(&worker, address), "1");
+            assert_eq!(read_answer(&worker, address), "1");
             first.close();
-            assert_eq!(hear(&worker, address), "1");
+            assert_eq!(read_answer(&worker, address), "1");
             second.close();
             drop(alone);
             // Both are closed: nothing has the port.
@@ -85,7 +85,7 @@ fn an_exclusive_listener_is_the_workers_own() {
             let other = worker.listen(any()).unwrap();
             assert_ne!(listener.local_addr(), other.local_addr());
             answer(&listener, worker.id());
-            assert_eq!(hear(&worker, listener.local_addr()), "1");
+            assert_eq!(read_answer(&worker, listener.local_addr()), "1");
             drop(alone);
             worker.disconnect().run().unwrap();
         },
@@ -157,7 +157,7 @@ fn net_listen_handle_in_cluster_2() {
             let listener = worker.listen(TcpListener::from(socket)).unwrap();
             assert_eq!(listener.local_addr(), address);
             answer(&listener, worker.id());
-            assert_eq!(hear(&worker, address), "1");
+            assert_eq!(read_answer(&worker, address), "1");
             drop(alone);
             std::process::exit(0);
         },

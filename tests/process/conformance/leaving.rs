@@ -13,8 +13,8 @@ use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, StoppedMaster, answer_pings, close_at_exit, cluster, idle_server, in_background,
-    listen_in_vain, note_events, note_messages, of, serve_id, share_listeners, talk, with_env,
+    Log, StoppedMaster, answer_pings, close_at_exit, cluster, expect_listen_error, idle_server,
+    in_background, note_events, note_messages, of, serve_id, share_listeners, talk, with_env,
 };
 
 crate::scenarios! {
@@ -338,7 +338,7 @@ fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
 /// Listens in vain on the address in a message.
 fn port_in_use(worker: &Worker, message: &Message) -> Error {
     let address = std::str::from_utf8(message.bytes()).unwrap();
-    listen_in_vain(worker, address, nix::libc::EADDRINUSE)
+    expect_listen_error(worker, address, nix::libc::EADDRINUSE)
 }
 
 /// What Node throws is a panic here. It comes out of `run`, and the program goes on.

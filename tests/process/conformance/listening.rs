@@ -11,9 +11,9 @@ use cluster::{AddressType, ListenOptions, Master, SchedulingPolicy, Signal, Work
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
-    Log, answer, close_at_exit, cluster, for_both_policies, hear, idle_server, listen_in_vain,
-    note_events, note_messages, open_fds, refuse_calls, reserve, reserve_port, serve_id,
-    share_listeners, wait_until, when_listening, with_env,
+    Log, answer, close_at_exit, cluster, expect_listen_error, for_both_policies, idle_server,
+    note_events, note_messages, open_fds, read_answer, refuse_calls, reserve, reserve_port,
+    serve_id, share_listeners, wait_until, when_listening, with_env,
 };
 
 crate::scenarios! {
@@ -37,7 +37,7 @@ crate::scenarios! {
 
 /// Listens in vain, and tells the master.
 fn refused(worker: &Worker, address: &str, errno: i32) {
-    listen_in_vain(worker, address, errno);
+    expect_listen_error(worker, address, errno);
     worker.send(b"refused").unwrap();
 }
 
@@ -536,8 +536,8 @@ fn a_closed_port_zero_leaves_the_other() {
                 let third = worker.listen("127.0.0.1:0").unwrap();
                 answer(&third, "third");
                 assert_ne!(second.local_addr(), third.local_addr());
-                assert_eq!(hear(&worker, second.local_addr()), "second");
-                assert_eq!(hear(&worker, third.local_addr()), "third");
+                assert_eq!(read_answer(&worker, second.local_addr()), "second");
+                assert_eq!(read_answer(&worker, third.local_addr()), "third");
                 worker.disconnect().run().unwrap();
             },
         );
@@ -580,8 +580,8 @@ fn a_port_is_listened_on_once_per_worker() {
                 let listener = worker.listen(&address).unwrap();
                 if worker.id().get() == 1 {
                     answer(&listener, "first");
-                    listen_in_vain(&worker, &address, nix::libc::EADDRINUSE);
-                    assert_eq!(hear(&worker, listener.local_addr()), "first");
+                    expect_listen_error(&worker, &address, nix::libc::EADDRINUSE);
+                    assert_eq!(read_answer(&worker, listener.local_addr()), "first");
                     worker.on_message(move |worker, _| {
                         // By now the other one listens, too, and keeps the port.
                         listener.close();

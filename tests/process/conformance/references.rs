@@ -10,8 +10,8 @@ use std::rc::Rc;
 use cluster::{Interest, SchedulingPolicy, Signal, Worker};
 
 use crate::harness::{
-    Log, answer_pings, assert_each, cluster, in_background, note_events, note_messages, rest,
-    when_listening,
+    Log, answer_pings, assert_each, cluster, in_background, note_events, note_messages,
+    wait_until_asleep, when_listening,
 };
 
 crate::scenarios! {
@@ -80,7 +80,7 @@ fn rr_handle_keep_loop_alive() {
             let worker = master.fork().unwrap();
             let mut answers = 0;
             worker.on_message(move |_, worker, _| {
-                rest(worker);
+                wait_until_asleep(worker);
                 answers += 1;
                 if answers < 3 {
                     worker.send(b"ping").unwrap();

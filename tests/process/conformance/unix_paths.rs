@@ -11,8 +11,8 @@ use cluster::{AddressType, ListenOptions, Listener, Master, Role, Signal, Worker
 use nix::sys::stat::{Mode, umask};
 
 use crate::harness::{
-    Log, cluster, for_both_policies, in_background, listen_in_vain, note_events, note_messages,
-    with_env,
+    Log, cluster, expect_listen_error, for_both_policies, in_background, note_events,
+    note_messages, with_env,
 };
 
 crate::scenarios! {
@@ -96,7 +96,7 @@ fn eaccess() {
             let mut output = BufReader::new(other.stdout.take().unwrap());
             output.read_line(&mut line).unwrap();
             assert_eq!(line, "listening\n");
-            let error = listen_in_vain(&worker, socket(), nix::libc::EADDRINUSE);
+            let error = expect_listen_error(&worker, socket(), nix::libc::EADDRINUSE);
             let text = error.to_string();
             assert!(text.contains(socket().to_str().unwrap()), "{text}");
             // The file is still there, and the way to whoever has it.

@@ -1,4 +1,5 @@
-//! Listeners that the master keeps: nobody is lost when all workers die, leave and come.
+//! Retained listeners, which the master keeps open: no connection is lost while workers are killed,
+//! disconnected and replaced.
 
 use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -20,29 +21,29 @@ use crate::harness::{Log, cluster, in_background, serve_id, wait_until};
 use crate::sharded::{Count, Load};
 
 crate::scenarios! {
-    who_comes_while_no_worker_lives_waits_for_the_next_rr
-    who_comes_while_no_worker_lives_waits_for_the_next_none
-    who_comes_while_no_worker_lives_waits_for_the_next_sharded
-    killing_all_workers_refuses_nobody_rr
-    killing_all_workers_refuses_nobody_none
-    killing_all_workers_refuses_nobody_sharded
-    replacing_all_workers_loses_nobody_rr
-    replacing_all_workers_loses_nobody_none
-    replacing_all_workers_loses_nobody_sharded
-    what_cannot_be_kept_is_an_error_at_once
+    clients_wait_for_the_next_worker_rr
+    clients_wait_for_the_next_worker_none
+    clients_wait_for_the_next_worker_sharded
+    killing_all_workers_refuses_no_client_rr
+    killing_all_workers_refuses_no_client_none
+    killing_all_workers_refuses_no_client_sharded
+    replacing_all_workers_loses_no_client_rr
+    replacing_all_workers_loses_no_client_none
+    replacing_all_workers_loses_no_client_sharded
+    listen_rejects_listeners_that_cannot_be_retained
     port_zero_is_the_same_port_in_master_and_worker
-    a_listener_that_was_open_is_shared_rr
-    a_listener_that_was_open_is_shared_none
-    a_listener_that_was_open_is_shared_sharded
-    a_unix_socket_that_was_open_is_shared
-    what_is_let_go_of_closes_with_the_last_worker
-    what_is_let_go_of_without_workers_closes_at_once
-    who_waits_when_it_is_let_go_of_is_served_by_those_who_leave
-    who_waits_for_what_was_open_is_served_by_those_who_leave
-    what_workers_have_opened_can_be_kept
-    a_kept_listener_holds_up_neither_disconnect_nor_run
-    the_scheduler_is_asked_when_there_is_somebody_to_choose
-    the_last_to_leave_serve_what_has_been_accepted
+    existing_listener_is_shared_rr
+    existing_listener_is_shared_none
+    existing_listener_is_shared_sharded
+    existing_unix_socket_is_shared
+    released_listener_closes_with_the_last_worker
+    released_listener_without_workers_closes_at_once
+    waiting_clients_of_a_released_listener_are_served_at_a_stop
+    waiting_clients_of_a_released_existing_listener_are_served_at_a_stop
+    listener_opened_by_a_worker_can_be_retained
+    retained_listener_delays_neither_disconnect_nor_run
+    scheduler_runs_only_when_there_is_a_worker_to_choose
+    disconnecting_workers_serve_accepted_connections
 }
 
 const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
@@ -52,17 +53,17 @@ const SHARDED: SchedulingPolicy = SchedulingPolicy::Sharded;
 /// Longer than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Names a worker's address where it is known before.
-const ADDRESS: &str = "KEPT_ADDRESS";
+/// Environment variable of workers with the address to listen on.
+const ADDRESS: &str = "RETAINED_ADDRESS";
 
 fn listen(master: &Master, policy: SchedulingPolicy) -> (MasterListener, SocketAddr) {
     master.set_scheduling_policy(policy).unwrap();
-    let kept = master.listen("127.0.0.1:0").unwrap();
-    let address = kept.address().to_string().parse().unwrap();
-    (kept, address)
+    let retained = master.listen("127.0.0.1:0").unwrap();
+    let address = retained.address().to_string().parse().unwrap();
+    (retained, address)
 }
 
-/// Forks as many, and calls back when all of them listen.
+/// Forks `count` workers, and calls `then` once all of them listen.
 fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     let (missing, then) = (Cell::new(count), Cell::new(Some(then)));
     let id = std::rc::Rc::new(Cell::new(None));
@@ -77,7 +78,7 @@ fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     (0..count).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Ends all workers, and calls back when they are gone.
+/// Ends all workers, and calls `then` once they have exited.
 fn end_all(master: &Master, end: impl Fn(&WorkerProcess), then: impl FnOnce(&Master) + 'static) {
     let missing = std::rc::Rc::new(Cell::new(master.workers().len()));
     let then = std::rc::Rc::new(Cell::new(Some(then)));
@@ -97,7 +98,7 @@ fn kill(worker: &WorkerProcess) {
     worker.process().kill(Signal::KILL);
 }
 
-fn leave(worker: &WorkerProcess) {
+fn disconnect(worker: &WorkerProcess) {
     worker.disconnect();
 }
 
@@ -113,13 +114,21 @@ fn read(mut client: impl std::io::Read) -> String {
     answer
 }
 
-/// Clients connect when nobody lives; one worker comes, and serves them all.
-fn all_are_served(master: &Master, address: SocketAddr, then: impl FnOnce(&Master) + 'static) {
+/// Clients connect while no worker is alive; then one worker starts and serves them all.
+fn next_worker_serves_all(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master) + 'static,
+) {
     assert!(master.workers().is_empty());
     let clients = connect(address);
     let before = master.ledger().accepted;
     let worker = master.fork().unwrap();
-    assert_eq!(master.ledger().accepted, before, "nobody to take them");
+    assert_eq!(
+        master.ledger().accepted,
+        before,
+        "accepted without a worker"
+    );
     let read_all = || {
         let patient = |client: &TcpStream| client.set_read_timeout(Some(PATIENCE)).unwrap();
         clients.iter().for_each(patient);
@@ -131,21 +140,21 @@ fn all_are_served(master: &Master, address: SocketAddr, then: impl FnOnce(&Maste
     });
 }
 
-fn who_comes_while_no_worker_lives_waits_for_the_next(policy: SchedulingPolicy) {
+fn clients_wait_for_the_next_worker(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let (kept, address) = listen(master, policy);
-            all_are_served(master, address, move |master| {
+            let (retained, address) = listen(master, policy);
+            next_worker_serves_all(master, address, move |master| {
                 fork(master, 3, move |master| {
                     end_all(master, kill, move |master| {
-                        all_are_served(master, address, move |master| {
+                        next_worker_serves_all(master, address, move |master| {
                             fork(master, 3, move |master| {
-                                end_all(master, leave, move |master| {
-                                    all_are_served(master, address, move |master| {
+                                end_all(master, disconnect, move |master| {
+                                    next_worker_serves_all(master, address, move |master| {
                                         log.add("all");
-                                        master.disconnect(move |_| drop(kept));
+                                        master.disconnect(move |_| drop(retained));
                                     });
                                 });
                             });
@@ -159,16 +168,16 @@ fn who_comes_while_no_worker_lives_waits_for_the_next(policy: SchedulingPolicy) 
     assert_eq!(entries.take(), ["all"]);
 }
 
-fn who_comes_while_no_worker_lives_waits_for_the_next_rr() {
-    who_comes_while_no_worker_lives_waits_for_the_next(RR);
+fn clients_wait_for_the_next_worker_rr() {
+    clients_wait_for_the_next_worker(RR);
 }
 
-fn who_comes_while_no_worker_lives_waits_for_the_next_none() {
-    who_comes_while_no_worker_lives_waits_for_the_next(NONE);
+fn clients_wait_for_the_next_worker_none() {
+    clients_wait_for_the_next_worker(NONE);
 }
 
-fn who_comes_while_no_worker_lives_waits_for_the_next_sharded() {
-    who_comes_while_no_worker_lives_waits_for_the_next(SHARDED);
+fn clients_wait_for_the_next_worker_sharded() {
+    clients_wait_for_the_next_worker(SHARDED);
 }
 
 const WORKERS: u32 = 4;
@@ -177,9 +186,10 @@ const ROUNDS: u32 = 6;
 /// How many clients each generation of workers serves at least.
 const SERVED: u64 = 20;
 
-/// All workers end, and others come when the last one is gone; so many times, under a load of which so
-/// many have been answered.
-fn renew(
+/// Replaces all workers `rounds` times under load. In each round all workers end, and new ones
+/// start once the last has exited. A round begins after at least `SERVED` more clients have an
+/// answer.
+fn replace_workers(
     master: &Master,
     rounds: u32,
     answered: Arc<AtomicU64>,
@@ -200,7 +210,7 @@ fn renew(
             || wait_until("clients that have been served", enough),
             move |master, answered| {
                 end_all(master, end, move |master| {
-                    renew(master, rounds - 1, answered, end, then);
+                    replace_workers(master, rounds - 1, answered, end, then);
                 });
             },
         );
@@ -212,7 +222,7 @@ fn under_load(policy: SchedulingPolicy, end: fn(&WorkerProcess), check: impl Fn(
     let entries = log.clone();
     cluster(
         |master| {
-            let (kept, address) = listen(master, policy);
+            let (retained, address) = listen(master, policy);
             let load = Load::begin(address);
             let answered = load.answered();
             let finish = move |master: &Master| {
@@ -224,12 +234,12 @@ fn under_load(policy: SchedulingPolicy, end: fn(&WorkerProcess), check: impl Fn(
                         let ledger = master.ledger();
                         assert_eq!((ledger.dropped, ledger.in_hand()), (0, 0), "{ledger:?}");
                         log.add("all");
-                        drop(kept);
+                        drop(retained);
                         master.disconnect(|_| {});
                     },
                 );
             };
-            renew(master, ROUNDS, answered, end, Box::new(finish));
+            replace_workers(master, ROUNDS, answered, end, Box::new(finish));
         },
         |worker| {
             for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -241,46 +251,46 @@ fn under_load(policy: SchedulingPolicy, end: fn(&WorkerProcess), check: impl Fn(
     assert_eq!(entries.take(), ["all"]);
 }
 
-fn killing_all_workers_refuses_nobody(policy: SchedulingPolicy) {
+fn killing_all_workers_refuses_no_client(policy: SchedulingPolicy) {
     under_load(policy, kill, |count| {
-        // Whom a worker had in hand when it was killed.
+        // Connections that a worker had received when it was killed.
         let cut_off = count.reset + count.wrong;
         assert!(cut_off <= u64::from(WORKERS * ROUNDS), "{count:?}");
         assert_eq!((count.refused, count.timed_out), (0, 0));
     });
 }
 
-fn killing_all_workers_refuses_nobody_rr() {
-    killing_all_workers_refuses_nobody(RR);
+fn killing_all_workers_refuses_no_client_rr() {
+    killing_all_workers_refuses_no_client(RR);
 }
 
-fn killing_all_workers_refuses_nobody_none() {
-    killing_all_workers_refuses_nobody(NONE);
+fn killing_all_workers_refuses_no_client_none() {
+    killing_all_workers_refuses_no_client(NONE);
 }
 
-fn killing_all_workers_refuses_nobody_sharded() {
-    killing_all_workers_refuses_nobody(SHARDED);
+fn killing_all_workers_refuses_no_client_sharded() {
+    killing_all_workers_refuses_no_client(SHARDED);
 }
 
-fn replacing_all_workers_loses_nobody(policy: SchedulingPolicy) {
-    under_load(policy, leave, |count| {
+fn replacing_all_workers_loses_no_client(policy: SchedulingPolicy) {
+    under_load(policy, disconnect, |count| {
         assert_eq!(count, Count::NO_FAILURE);
     });
 }
 
-fn replacing_all_workers_loses_nobody_rr() {
-    replacing_all_workers_loses_nobody(RR);
+fn replacing_all_workers_loses_no_client_rr() {
+    replacing_all_workers_loses_no_client(RR);
 }
 
-fn replacing_all_workers_loses_nobody_none() {
-    replacing_all_workers_loses_nobody(NONE);
+fn replacing_all_workers_loses_no_client_none() {
+    replacing_all_workers_loses_no_client(NONE);
 }
 
-fn replacing_all_workers_loses_nobody_sharded() {
-    replacing_all_workers_loses_nobody(SHARDED);
+fn replacing_all_workers_loses_no_client_sharded() {
+    replacing_all_workers_loses_no_client(SHARDED);
 }
 
-/// The errno; none if it was not the system's.
+/// Returns the errno, if the error came from the system, and the text.
 #[track_caller]
 fn refused<S>(master: &Master, options: impl Into<ListenOptions<S>>) -> (Option<i32>, String) {
     let error = master.listen(options).unwrap_err();
@@ -288,7 +298,7 @@ fn refused<S>(master: &Master, options: impl Into<ListenOptions<S>>) -> (Option<
     (error.raw_os_error(), error.to_string())
 }
 
-fn what_cannot_be_kept_is_an_error_at_once() {
+fn listen_rejects_listeners_that_cannot_be_retained() {
     cluster(
         |master| {
             let own = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -297,17 +307,17 @@ fn what_cannot_be_kept_is_an_error_at_once() {
             assert_eq!(errno, Some(EADDRINUSE));
             assert!(text.contains(&address.to_string()), "{text}");
             drop(own);
-            // It is there until both are dropped.
-            let kept = master.listen(address).unwrap();
+            // The listener stays open until both handles are dropped.
+            let retained = master.listen(address).unwrap();
             let again = master.listen(address).unwrap();
-            drop(kept);
+            drop(retained);
             drop(TcpStream::connect(address).unwrap());
             drop(again);
             TcpStream::connect(address).unwrap_err();
 
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("socket");
-            std::fs::write(&path, "somebody else's").unwrap();
+            std::fs::write(&path, "not a socket").unwrap();
             assert_eq!(refused(master, &path).0, Some(EADDRINUSE));
             assert!(path.exists());
 
@@ -329,17 +339,17 @@ fn what_cannot_be_kept_is_an_error_at_once() {
             let (pair, _other) = UnixStream::pair().unwrap();
             let connected = UnixListener::from(OwnedFd::from(pair));
             assert_eq!(refused(master, connected).0, Some(EINVAL));
-            let name = format!("kept-{}", std::process::id());
-            let nameless = UnixAddress::from_abstract_name(name).unwrap();
-            let nameless = UnixListener::bind_addr(&nameless).unwrap();
-            assert_eq!(refused(master, nameless).0, None);
+            let name = format!("retained-{}", std::process::id());
+            let abstract_socket = UnixAddress::from_abstract_name(name).unwrap();
+            let abstract_socket = UnixListener::bind_addr(&abstract_socket).unwrap();
+            assert_eq!(refused(master, abstract_socket).0, None);
             let listener = UnixListener::bind(directory.path().join("unix")).unwrap();
             let listener = TcpListener::from(OwnedFd::from(listener));
             assert_eq!(refused(master, listener).0, Some(EINVAL));
 
             master.set_scheduling_policy(NONE).unwrap_err();
         },
-        |_| unreachable!("nobody is forked"),
+        |_| unreachable!("no worker is forked"),
     );
 }
 
@@ -348,17 +358,19 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
     let entries = log.clone();
     cluster(
         |master| {
-            let kept = [0, 0].map(|port| master.listen(port).unwrap());
-            let ports = kept.each_ref().map(|kept| kept.address().port.unwrap());
+            let retained = [0, 0].map(|port| master.listen(port).unwrap());
+            let ports = retained
+                .each_ref()
+                .map(|retained| retained.address().port.unwrap());
             assert_ne!(ports[0], ports[1]);
             let mut seen = Vec::new();
-            let mut kept = Some(kept);
+            let mut retained = Some(retained);
             master.on_listening(move |master, _, address| {
                 seen.push(address.port.unwrap());
                 if seen.len() == 2 {
                     assert_eq!(seen, ports);
                     log.add("the same");
-                    kept.take();
+                    retained.take();
                     master.disconnect(|_| {});
                 }
             });
@@ -372,50 +384,52 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
     assert_eq!(entries.take(), ["the same"]);
 }
 
-/// A listener that another process has, too; by its address and by its port alone.
-fn a_listener_that_was_open_is_shared(policy: SchedulingPolicy) {
+/// Retains a listener that is already open and that another process has too. One worker requests
+/// its address, the other one only its port.
+fn existing_listener_is_shared(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             master.set_scheduling_policy(policy).unwrap();
             let listener = TcpListener::bind("0.0.0.0:0").unwrap();
-            let others = listener.try_clone().unwrap();
+            let shared = listener.try_clone().unwrap();
             let port = listener.local_addr().unwrap().port();
             let address = SocketAddr::from(([127, 0, 0, 1], port));
-            // Somebody has waited since before we came.
+            // This client has connected before the listener is retained.
             let early = TcpStream::connect(address).unwrap();
-            let kept = master.listen(listener).unwrap();
-            assert_eq!(kept.address().to_string(), format!("0.0.0.0:{port}"));
-            let flags = fcntl(kept.as_fd(), FcntlArg::F_GETFL).unwrap();
+            let retained = master.listen(listener).unwrap();
+            assert_eq!(retained.address().to_string(), format!("0.0.0.0:{port}"));
+            let flags = fcntl(retained.as_fd(), FcntlArg::F_GETFL).unwrap();
             assert!(OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
 
-            let mut rest = Some((kept, others, early, log));
+            let mut rest = Some((retained, shared, early, log));
             let listening = Cell::new(0);
             master.on_listening(move |master, _, _| {
                 listening.set(listening.get() + 1);
                 if listening.get() < 2 {
                     return;
                 }
-                let (kept, others, early, log) = rest.take().unwrap();
+                let (retained, shared, early, log) = rest.take().unwrap();
                 let work = move || {
                     let first = read(early);
                     assert!(["1", "2"].contains(&&*first), "{first:?}");
                     let mut seen = std::collections::BTreeSet::new();
                     wait_until("both", || {
-                        // Two at a time: one who has been slow comes after whoever is idle.
+                        // Two clients at a time, because one at a time might always reach the same
+                        // idle worker.
                         let clients = [(); 2].map(|()| TcpStream::connect(address).unwrap());
                         seen.extend(clients.map(read));
                         (seen.len() == 2).then_some(())
                     });
                 };
                 in_background(master, work, move |master, ()| {
-                    drop(kept);
+                    drop(retained);
                     master.disconnect(move |_| {
-                        // The door is open, and the other one has it.
+                        // The other process has the listener, which still accepts connections.
                         let patience = Duration::from_millis(500);
                         let _client = TcpStream::connect_timeout(&address, patience).unwrap();
-                        others.accept().unwrap();
+                        shared.accept().unwrap();
                         log.add("both");
                     });
                 });
@@ -429,16 +443,16 @@ fn a_listener_that_was_open_is_shared(policy: SchedulingPolicy) {
     assert_eq!(entries.take(), ["both"]);
 }
 
-fn a_listener_that_was_open_is_shared_rr() {
-    a_listener_that_was_open_is_shared(RR);
+fn existing_listener_is_shared_rr() {
+    existing_listener_is_shared(RR);
 }
 
-fn a_listener_that_was_open_is_shared_none() {
-    a_listener_that_was_open_is_shared(NONE);
+fn existing_listener_is_shared_none() {
+    existing_listener_is_shared(NONE);
 }
 
-fn a_listener_that_was_open_is_shared_sharded() {
-    a_listener_that_was_open_is_shared(SHARDED);
+fn existing_listener_is_shared_sharded() {
+    existing_listener_is_shared(SHARDED);
 }
 
 fn serve_path(worker: &cluster::Worker) {
@@ -453,7 +467,7 @@ fn ask_path(path: &Path) -> String {
     read(UnixStream::connect(path).unwrap())
 }
 
-fn a_unix_socket_that_was_open_is_shared() {
+fn existing_unix_socket_is_shared() {
     crate::harness::for_both_policies(|| {
         let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
         let log = Log::default();
@@ -461,8 +475,8 @@ fn a_unix_socket_that_was_open_is_shared() {
         cluster(
             |master| {
                 let path = directory.as_ref().unwrap().path().join("socket");
-                let kept = master.listen(UnixListener::bind(&path).unwrap()).unwrap();
-                assert_eq!(kept.address().to_string(), path.to_str().unwrap());
+                let retained = master.listen(UnixListener::bind(&path).unwrap()).unwrap();
+                assert_eq!(retained.address().to_string(), path.to_str().unwrap());
                 let early = UnixStream::connect(&path).unwrap();
                 let own = path.clone();
                 fork_at(master, &path, move |master| {
@@ -472,9 +486,9 @@ fn a_unix_socket_that_was_open_is_shared() {
                     };
                     in_background(master, work, move |master, (answer, own)| {
                         assert_eq!(answer, "1");
-                        drop(kept);
+                        drop(retained);
                         master.disconnect(move |_| {
-                            assert!(own.exists(), "it is not ours");
+                            assert!(own.exists(), "the application owns the file");
                             let error = UnixStream::connect(&own).unwrap_err();
                             assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
                             log.add("left");
@@ -488,14 +502,14 @@ fn a_unix_socket_that_was_open_is_shared() {
     });
 }
 
-/// Forks a worker that listens on a path.
+/// Forks a worker that listens on the path.
 fn fork_at(master: &Master, path: &Path, then: impl FnOnce(&Master) + 'static) {
     let worker = master.fork_with([(ADDRESS, path)]).unwrap();
     let then = Cell::new(Some(then));
     worker.on_listening(move |master, _, _| then.take().unwrap()(master));
 }
 
-fn what_is_let_go_of_closes_with_the_last_worker() {
+fn released_listener_closes_with_the_last_worker() {
     crate::harness::for_both_policies(|| {
         let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
         let log = Log::default();
@@ -503,10 +517,10 @@ fn what_is_let_go_of_closes_with_the_last_worker() {
         cluster(
             |master| {
                 let path = directory.as_ref().unwrap().path().join("socket");
-                let kept = master.listen(&path).unwrap();
+                let retained = master.listen(&path).unwrap();
                 let own = path.clone();
                 fork_at(master, &path, move |master| {
-                    drop(kept);
+                    drop(retained);
                     let work = move || (ask_path(&own), own);
                     in_background(master, work, move |master, (answer, own)| {
                         assert_eq!(answer, "1");
@@ -524,35 +538,35 @@ fn what_is_let_go_of_closes_with_the_last_worker() {
     });
 }
 
-fn what_is_let_go_of_without_workers_closes_at_once() {
+fn released_listener_without_workers_closes_at_once() {
     cluster(
         |master| {
-            let (kept, address) = listen(master, RR);
+            let (retained, address) = listen(master, RR);
             drop(TcpStream::connect(address).unwrap());
-            drop(kept);
+            drop(retained);
             let error = TcpStream::connect(address).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
 
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("socket");
-            let kept = master.listen(&path).unwrap();
+            let retained = master.listen(&path).unwrap();
             let own_fds = crate::harness::open_fds().len();
             drop(UnixStream::connect(&path).unwrap());
-            drop(kept);
+            drop(retained);
             assert!(!path.exists());
             assert_eq!(crate::harness::open_fds().len(), own_fds - 2);
 
-            // After the workers.
-            let kept = RefCell::new(Some(master.listen("127.0.0.1:0").unwrap()));
+            // The same after workers have exited.
+            let retained = RefCell::new(Some(master.listen("127.0.0.1:0").unwrap()));
             let address: SocketAddr = {
-                let kept = kept.borrow();
-                let kept = kept.as_ref().unwrap();
-                kept.address().to_string().parse().unwrap()
+                let retained = retained.borrow();
+                let retained = retained.as_ref().unwrap();
+                retained.address().to_string().parse().unwrap()
             };
             fork(master, 2, move |master| {
                 end_all(master, kill, move |_| {
                     let _client = TcpStream::connect(address).unwrap();
-                    drop(kept.take());
+                    drop(retained.take());
                     let error = TcpStream::connect(address).unwrap_err();
                     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
                 });
@@ -562,38 +576,39 @@ fn what_is_let_go_of_without_workers_closes_at_once() {
     );
 }
 
-fn who_waits_when_it_is_let_go_of_is_served_by_those_who_leave() {
-    who_waits_is_served_at_a_stop(|master| {
+fn waiting_clients_of_a_released_listener_are_served_at_a_stop() {
+    waiting_clients_are_served_at_a_stop(|master| {
         let any = "127.0.0.1:0";
         (master.listen(any).unwrap(), any.to_owned())
     });
 }
 
-fn who_waits_for_what_was_open_is_served_by_those_who_leave() {
-    who_waits_is_served_at_a_stop(|master| {
+fn waiting_clients_of_a_released_existing_listener_are_served_at_a_stop() {
+    waiting_clients_are_served_at_a_stop(|master| {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let name = listener.local_addr().unwrap().to_string();
         (master.listen(listener).unwrap(), name)
     });
 }
 
-/// Let go of, and then all are told to leave: that is a stop as any other. `listen` returns what
-/// workers ask for, too.
-fn who_waits_is_served_at_a_stop(listen: fn(&Master) -> (MasterListener, String)) {
+/// Closes the retained listener and then disconnects all workers: clients that wait are served as
+/// in any other stop. `listen` returns what the workers request, too.
+fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, String)) {
     crate::harness::for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
         cluster(
             |master| {
-                let (kept, name) = listen(master);
-                let address: SocketAddr = kept.address().to_string().parse().unwrap();
+                let (retained, name) = listen(master);
+                let address: SocketAddr = retained.address().to_string().parse().unwrap();
                 let worker = master.fork_with([(ADDRESS, name)]).unwrap();
-                let rest = Cell::new(Some((kept, log)));
+                let rest = Cell::new(Some((retained, log)));
                 worker.on_listening(move |master, _, _| {
-                    let (kept, log) = rest.take().unwrap();
+                    let (retained, log) = rest.take().unwrap();
                     let clients = connect(address);
-                    // It may have one, that says nothing yet; the others wait.
-                    drop(kept);
+                    // The worker may have received one of the clients, which has sent nothing yet;
+                    // the others wait.
+                    drop(retained);
                     master.disconnect(move |_| {
                         let error = TcpStream::connect(address).unwrap_err();
                         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
@@ -622,8 +637,8 @@ fn who_waits_is_served_at_a_stop(listen: fn(&Master) -> (MasterListener, String)
     });
 }
 
-/// Workers were first; and they are on the way out, and nobody new comes in.
-fn what_workers_have_opened_can_be_kept() {
+/// The master retains a listener that a worker has opened, while that worker is disconnecting.
+fn listener_opened_by_a_worker_can_be_retained() {
     crate::harness::for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -631,12 +646,12 @@ fn what_workers_have_opened_can_be_kept() {
             |master| {
                 crate::harness::when_listening(master, 1, move |master, address| {
                     master.workers()[0].disconnect();
-                    let kept = master.listen("127.0.0.1:0").unwrap();
-                    assert_eq!(kept.address().to_string(), address.to_string());
-                    end_all(master, leave, move |master| {
-                        all_are_served(master, address, move |master| {
+                    let retained = master.listen("127.0.0.1:0").unwrap();
+                    assert_eq!(retained.address().to_string(), address.to_string());
+                    end_all(master, disconnect, move |master| {
+                        next_worker_serves_all(master, address, move |master| {
                             log.add("served");
-                            master.disconnect(move |_| drop(kept));
+                            master.disconnect(move |_| drop(retained));
                         });
                     });
                 });
@@ -648,13 +663,14 @@ fn what_workers_have_opened_can_be_kept() {
     });
 }
 
-/// It lives until after the master.
-fn a_kept_listener_holds_up_neither_disconnect_nor_run() {
+/// The callback of `on_setup` owns the listener, so the listener stays open as long as the master
+/// exists.
+fn retained_listener_delays_neither_disconnect_nor_run() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let (kept, address) = listen(master, RR);
+            let (retained, address) = listen(master, RR);
             fork(master, 2, move |master| {
                 master.disconnect(move |master| {
                     assert!(master.workers().is_empty());
@@ -662,26 +678,26 @@ fn a_kept_listener_holds_up_neither_disconnect_nor_run() {
                     log.add("over");
                 });
             });
-            master.on_setup(move |_, _| drop(kept.address()));
+            master.on_setup(move |_, _| drop(retained.address()));
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
     assert_eq!(entries.take(), ["over"]);
 }
 
-/// Five clients, of whom the first worker has taken one; the others are in its queue.
+/// Connects five clients. The first worker has received one of them; the others wait in its queue.
 fn with_five_accepted(
     master: &Master,
     workers: usize,
     then: impl FnOnce(&Master, MasterListener, SocketAddr, Vec<TcpStream>) + 'static,
 ) {
-    let (kept, address) = listen(master, RR);
+    let (retained, address) = listen(master, RR);
     master.set_scheduler(|_, workers| Some(workers[0].worker));
     fork(master, workers, move |master| {
         let connect = |_| TcpStream::connect(address).unwrap();
         let clients: Vec<_> = (0..5).map(connect).collect();
-        when_taken(master, 1, 5, move |master| {
-            then(master, kept, address, clients);
+        when_received(master, 1, 5, move |master| {
+            then(master, retained, address, clients);
         });
     });
 }
@@ -695,7 +711,7 @@ fn serve_after_one_byte(worker: &cluster::Worker) {
     }
 }
 
-/// All that is heard by clients that say a byte; some may be cut off.
+/// Sends one byte for each client and returns all answers; connections may be closed or reset.
 fn ask_all(clients: Vec<TcpStream>) -> String {
     let ask = |mut client: TcpStream| {
         let mut answer = String::new();
@@ -706,20 +722,20 @@ fn ask_all(clients: Vec<TcpStream>) -> String {
     clients.into_iter().map(ask).collect()
 }
 
-/// The only worker dies, and what was in its queue waits in the master for the next one.
-fn the_scheduler_is_asked_when_there_is_somebody_to_choose() {
+/// The only worker is killed, and the connections of its queue wait in the master for the next one.
+fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            with_five_accepted(master, 1, move |master, kept, _, clients| {
+            with_five_accepted(master, 1, move |master, retained, _, clients| {
                 end_all(master, kill, move |master| {
                     assert_eq!(master.ledger().in_hand(), 4);
                     drop(master.fork().unwrap());
                     let work = move || ask_all(clients);
                     in_background(master, work, move |master, answers| {
                         log.add(answers);
-                        master.disconnect(move |_| drop(kept));
+                        master.disconnect(move |_| drop(retained));
                     });
                 });
             });
@@ -729,13 +745,14 @@ fn the_scheduler_is_asked_when_there_is_somebody_to_choose() {
     assert_eq!(entries.take(), ["2222"]);
 }
 
-/// Also what was in the queue of one that dies; and whoever comes afterwards is left to the next worker.
-fn the_last_to_leave_serve_what_has_been_accepted() {
+/// A worker that is disconnecting also serves connections from the queue of a worker that was
+/// killed. Connections that arrive later wait for the next worker.
+fn disconnecting_workers_serve_accepted_connections() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            with_five_accepted(master, 2, move |master, kept, address, clients| {
+            with_five_accepted(master, 2, move |master, retained, address, clients| {
                 let client = TcpStream::connect(address).unwrap();
                 let later = log.clone();
                 master.disconnect(move |master| {
@@ -745,7 +762,7 @@ fn the_last_to_leave_serve_what_has_been_accepted() {
                     let work = move || ask_all(vec![client]);
                     in_background(master, work, move |master, answer| {
                         later.add(answer);
-                        drop(kept);
+                        drop(retained);
                         master.disconnect(|_| {});
                     });
                 });
@@ -761,14 +778,14 @@ fn the_last_to_leave_serve_what_has_been_accepted() {
     assert_eq!(entries, ["2222", "3"]);
 }
 
-/// Calls back when so many have been taken, of so many that have been accepted.
-fn when_taken(master: &Master, taken: u64, accepted: u64, then: impl FnOnce(&Master) + 'static) {
+/// Calls `then` once `taken` of `accepted` connections have been received by workers.
+fn when_received(master: &Master, taken: u64, accepted: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         let ledger = master.ledger();
         if (ledger.taken, ledger.accepted) == (taken, accepted) {
             then(master);
         } else {
-            when_taken(master, taken, accepted, then);
+            when_received(master, taken, accepted, then);
         }
     });
 }
