@@ -41,7 +41,7 @@ const LATE: Duration = Duration::from_secs(600);
 const EXITED: &str = "exit Some(true) exit status: 0";
 const KILLED: &str = "exit Some(true) signal: 9 (SIGKILL)";
 
-/// What a worker does when it is disconnected, and how it then exits.
+/// The part of each worker at the time of the stop, and how the worker then exits.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", EXITED),
     ("running", EXITED),
@@ -106,7 +106,7 @@ fn work(worker: Worker) {
             spin_forever();
         }
         "unresponsive" => {
-            // It receives the signal and the disconnect, and reacts to neither.
+            // The worker receives the signal and the disconnect, and exits for neither.
             worker.on_signal(Signal::TERM, |_, _| {}).unwrap();
             worker.set_timeout(LATE, |_| {});
             ready(&worker);
@@ -391,7 +391,7 @@ fn zero_deadline_kills_at_once() {
             worker
                 .disconnect_within(LATE)
                 .disconnect_within(Duration::ZERO);
-            assert!(!worker.is_dead(), "never inside the call");
+            assert!(!worker.is_dead(), "the worker exited inside the call");
         }
         stop_after_exits(master, 2, Duration::ZERO, &at);
     });
@@ -473,8 +473,8 @@ fn spin_past_the_deadline() {
 fn deadline_for_exited_workers_does_nothing() {
     let log = Log::default();
     let entries = log.clone();
-    let over = Rc::new(Cell::new(0));
-    let count = Rc::clone(&over);
+    let called = Rc::new(Cell::new(0));
+    let count = Rc::clone(&called);
     cluster(
         |master| {
             note_events(master, &log);
@@ -495,7 +495,7 @@ fn deadline_for_exited_workers_does_nothing() {
         },
         work,
     );
-    assert_eq!(over.get(), 1);
+    assert_eq!(called.get(), 1);
     let ends = [
         "fork",
         "online",
@@ -548,13 +548,13 @@ fn deadline_kills_a_worker_that_never_called_init() {
 }
 
 fn deadline_applies_to_workers_forked_meanwhile() {
-    let over = Rc::new(Cell::new(false));
-    let set = Rc::clone(&over);
+    let called = Rc::new(Cell::new(false));
+    let set = Rc::clone(&called);
     let (_, exits, began) = stopped_by(&["looping"], move |master, _| {
         master.disconnect_within(SOON, move |_| set.set(true));
         fork(master, "running");
     });
-    assert!(over.get());
+    assert!(called.get());
     (1..=2).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
 }
 

@@ -1,5 +1,5 @@
-//! What happens when the system has no more to give, and afterwards. The master says what it could
-//! not do, does not spin, and goes on when there is something again.
+//! Exhausted system resources. The master reports what failed, does not spin, and goes on once
+//! resources are available again.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -25,47 +25,47 @@ use crate::harness::{
 crate::scenarios! {
     accepting_without_descriptors_waits_and_goes_on
     accepting_fails_for_one_listener_and_goes_on_for_others
-    a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked
-    a_fork_that_the_system_refuses_says_what_was_attempted
-    a_fork_beyond_the_users_processes_is_an_error_until_there_is_room: ROOT
-    descriptors_lost_on_the_way_to_the_master_are_told
+    fork_without_descriptors_leaks_nothing_and_names_the_failed_step
+    refused_fork_names_the_failed_step
+    fork_beyond_the_process_limit_is_an_error_until_there_is_capacity: ROOT
+    descriptors_lost_on_the_way_to_the_master_are_reported
     connections_lost_on_the_way_to_a_worker_go_to_another
-    descriptors_wait_for_a_worker_that_has_stopped
+    descriptors_wait_for_a_stopped_worker
     descriptors_beyond_the_users_limit_wait: ROOT
 }
 
-/// How long there is nothing.
-const LEAN: Duration = Duration::from_secs(1);
-/// How much of that time the master may work: a tenth.
-const WORK: Duration = Duration::from_millis(100);
-/// A user whom nobody else is, so that what counts for a user counts for one test.
-fn nobody_else() -> u32 {
+/// How long resources are missing.
+const SHORTAGE: Duration = Duration::from_secs(1);
+/// Maximum CPU time of the master during `SHORTAGE`: a tenth of it.
+const CPU_TIME_MAX: Duration = Duration::from_millis(100);
+/// Returns a user that no other test uses, so that limits per user apply to one test.
+fn unique_user() -> u32 {
     100_000 + std::process::id()
 }
 
-/// The time that this process has worked.
-fn worked() -> Duration {
+/// Returns the CPU time of this process.
+fn cpu_time() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
     let both = [usage.user_time(), usage.system_time()];
     let micros = both.map(|time| time.num_microseconds());
     Duration::from_micros(micros.iter().sum::<i64>().unsigned_abs())
 }
 
-/// Lets the lean time pass, in which this process must not work, and calls back.
-fn after_lean_time(master: &Master, then: impl FnOnce(&Master) + 'static) {
-    let before = worked();
-    master.set_timeout(LEAN, move |master| {
-        let work = worked() - before;
-        println!("worked {work:?}");
-        assert!(work < WORK, "spins: {work:?}");
+/// Waits for `SHORTAGE`, asserts that this process has used little CPU time, and calls `then`.
+fn after_shortage(master: &Master, then: impl FnOnce(&Master) + 'static) {
+    let before = cpu_time();
+    master.set_timeout(SHORTAGE, move |master| {
+        let work = cpu_time() - before;
+        println!("CPU time {work:?}");
+        assert!(work < CPU_TIME_MAX, "spins: {work:?}");
         then(master);
     });
 }
 
-/// Lets this process have so many descriptors more than it has. Returns what undoes it.
+/// Limits this process to `more` additional descriptors. Returns a closure that restores the limit.
 fn leave_free(more: usize) -> impl Fn() + Copy {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    // The system takes the lowest number that is free, of which there are as many below.
+    // The kernel assigns the lowest free number, so fill the gaps below the limit first.
     let mut free = Vec::new();
     while free.len() < more {
         free.push(std::fs::File::open("/dev/null").unwrap());
@@ -76,7 +76,7 @@ fn leave_free(more: usize) -> impl Fn() + Copy {
     move || setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap()
 }
 
-/// Reads what each of the clients is answered, and calls back with the answers.
+/// Reads the answer of each client, and calls `then` with the answers.
 fn read_all(
     master: &Master,
     clients: Vec<TcpStream>,
@@ -103,7 +103,7 @@ fn serve_with_callbacks(worker: &Worker) {
 
 fn accepting_without_descriptors_waits_and_goes_on() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let failures = Rc::new(Cell::new(0));
@@ -122,11 +122,11 @@ fn accepting_without_descriptors_waits_and_goes_on() {
                     log.add(format!("{answers:?}"));
                     master.disconnect(|_| {});
                 });
-                let give_back = leave_free(0);
-                after_lean_time(master, move |_| {
-                    // Once in 100 ms.
+                let restore = leave_free(0);
+                after_shortage(master, move |_| {
+                    // The master tries again every 100 ms.
                     assert!((2..=11).contains(&failures.get()), "{}", failures.get());
-                    give_back();
+                    restore();
                 });
             });
             let worker = master.fork().unwrap();
@@ -134,24 +134,24 @@ fn accepting_without_descriptors_waits_and_goes_on() {
         },
         |worker| serve_with_callbacks(&worker),
     );
-    assert_eq!(told.take(), [format!("{:?}", ["served"; 10])]);
+    assert_eq!(entries.take(), [format!("{:?}", ["served"; 10])]);
 }
 
-/// The listening socket of this process on that port.
+/// Returns the number of this process's listening socket with the given port.
 fn listener_on(port: u16) -> u64 {
     use nix::sys::socket::{SockaddrIn, getsockname, getsockopt, sockopt};
-    let is_it = |number: &i32| {
+    let is_listener = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: it is only asked what it is.
+        // SAFETY: the descriptor is only queried.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
         let listens = getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false);
         listens && getsockname::<SockaddrIn>(*number).is_ok_and(|own| own.port() == port)
     };
-    let found = (0..256).find(is_it).unwrap();
+    let found = (0..256).find(is_listener).unwrap();
     u64::try_from(found).unwrap()
 }
 
-/// The first argument of the call is this one.
+/// Matches calls whose first argument is this descriptor.
 fn for_descriptor(fd: u64) -> SeccompRule {
     let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
     let condition = SeccompCondition::new(0, length, operator, fd).unwrap();
@@ -160,10 +160,10 @@ fn for_descriptor(fd: u64) -> SeccompRule {
 
 const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
 
-/// Three listeners have a client each that cannot be accepted, the last one has ten that can.
+/// Three listeners have one client each that cannot be accepted. The last one has ten that can.
 fn accepting_fails_for_one_listener_and_goes_on_for_others() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let seen = Rc::new(RefCell::new(BTreeSet::new()));
@@ -180,29 +180,29 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
             master.on_listening(move |master, _, address| {
                 let mut addresses = addresses.borrow_mut();
                 addresses.push(address.to_string().parse().unwrap());
-                let [poor @ .., rich] = &addresses[..] else {
+                let [failing @ .., working] = &addresses[..] else {
                     return;
                 };
-                if poor.len() < ACCEPT_ERRORS.len() {
+                if failing.len() < ACCEPT_ERRORS.len() {
                     return;
                 }
-                let expected: BTreeSet<_> = poor.iter().zip(ACCEPT_ERRORS).collect();
+                let expected: BTreeSet<_> = failing.iter().zip(ACCEPT_ERRORS).collect();
                 let expected = expected.iter().map(|(a, e)| (a.to_string(), *e)).collect();
-                for (address, errno) in poor.iter().zip(ACCEPT_ERRORS) {
+                for (address, errno) in failing.iter().zip(ACCEPT_ERRORS) {
                     let rule = for_descriptor(listener_on(address.port()));
                     refuse_calls_if([(libc::SYS_accept4, vec![rule])], errno);
                 }
-                let waiting: Vec<_> = poor
+                let waiting: Vec<_> = failing
                     .iter()
                     .map(|a| TcpStream::connect(a).unwrap())
                     .collect();
-                let (seen, log, rich) = (Rc::clone(&seen), log.clone(), *rich);
-                after_lean_time(master, move |master| {
+                let (seen, log, working) = (Rc::clone(&seen), log.clone(), *working);
+                after_shortage(master, move |master| {
                     assert_eq!(*seen.borrow(), expected);
-                    read_all(master, connect_some(rich), move |master, answers| {
+                    read_all(master, connect_some(working), move |master, answers| {
                         log.add(format!("{answers:?}"));
                         drop(waiting);
-                        // A listener that cannot be emptied cannot be closed in peace.
+                        // A disconnect would first have to accept the waiting clients, which fails.
                         master.workers()[0].process().kill(Signal::KILL);
                     });
                 });
@@ -216,10 +216,10 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
             worker.run().unwrap();
         },
     );
-    assert_eq!(told.take(), [format!("{:?}", ["served"; 10])]);
+    assert_eq!(entries.take(), [format!("{:?}", ["served"; 10])]);
 }
 
-/// What a fork attempted in vain.
+/// Forks, which must fail without an effect, and returns what was attempted.
 fn refused_fork(master: &Master, errno: i32) -> &'static str {
     let before = (open_fds(), master.workers().len());
     let error = master.fork().unwrap_err();
@@ -231,10 +231,10 @@ fn refused_fork(master: &Master, errno: i32) -> &'static str {
     }
 }
 
-/// With one descriptor more each time, until there are enough.
-fn a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked() {
+/// Repeats the fork with one more descriptor each time, until there are enough.
+fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
@@ -247,7 +247,7 @@ fn a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked() {
                 setrlimit(Resource::RLIMIT_NOFILE, next + more, hard).unwrap();
                 let fds = count_below(next + more);
                 let outcome = master.fork();
-                assert!(more < 16, "it never has enough");
+                assert!(more < 16, "fork fails with any number of descriptors");
                 if outcome.is_ok() {
                     break;
                 }
@@ -265,7 +265,7 @@ fn a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked() {
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             let expected = ["make a channel", "make a process"];
             assert_eq!(attempts, BTreeSet::from(expected));
-            // What came to be with so few has its parent's limit. The next one has not.
+            // The first worker has inherited the low limit. The second has not.
             let first = master.workers().remove(0);
             first.process().kill(Signal::KILL);
             first.on_exit(move |master, _, _| {
@@ -276,21 +276,21 @@ fn a_fork_without_descriptors_leaves_nothing_and_says_what_it_lacked() {
         },
         |_| {},
     );
-    assert_eq!(told.take(), ["exit status: 0"]);
+    assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Without opening any.
+/// Returns the number of open descriptors below `limit`, without opening one.
 fn count_below(limit: u64) -> usize {
     let is_open = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: it is only asked whether there is such a descriptor.
+        // SAFETY: the call only checks whether the descriptor is open.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
         nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFD).is_ok()
     };
     (0..i32::try_from(limit).unwrap()).filter(is_open).count()
 }
 
-/// The call to `epoll_ctl` that adds a descriptor.
+/// Matches calls of `epoll_ctl` that add a descriptor.
 fn adding_to_a_poller() -> SeccompRule {
     let add = u64::try_from(libc::EPOLL_CTL_ADD).unwrap();
     let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
@@ -298,11 +298,11 @@ fn adding_to_a_poller() -> SeccompRule {
     SeccompRule::new(vec![condition]).unwrap()
 }
 
-/// Nothing that the system refuses can be asked for again, and so each of them comes before what
-/// was refused already.
-fn a_fork_that_the_system_refuses_says_what_was_attempted() {
+/// A system call filter cannot be removed, so each step here precedes the step that was refused
+/// before.
+fn refused_fork_names_the_failed_step() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 1, move |master, address| {
@@ -329,10 +329,10 @@ fn a_fork_that_the_system_refuses_says_what_was_attempted() {
         },
         |worker| serve_with_callbacks(&worker),
     );
-    assert_eq!(told.take(), ["served"]);
+    assert_eq!(entries.take(), ["served"]);
 }
 
-/// From now on this process is somebody else, who may look at himself.
+/// Makes this process run as another user that may read its own `/proc` entries.
 fn become_user(user: u32) {
     setgroups(&[]).unwrap();
     setgid(Gid::from_raw(user)).unwrap();
@@ -340,12 +340,12 @@ fn become_user(user: u32) {
     nix::sys::prctl::set_dumpable(true).unwrap();
 }
 
-fn a_fork_beyond_the_users_processes_is_an_error_until_there_is_room() {
+fn fork_beyond_the_process_limit_is_an_error_until_there_is_capacity() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
-            become_user(nobody_else());
+            become_user(unique_user());
             master.setup_master(Settings::default().exec("/bin/true").args(["x"]));
             let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
             setrlimit(Resource::RLIMIT_NPROC, 1, hard).unwrap();
@@ -355,15 +355,15 @@ fn a_fork_beyond_the_users_processes_is_an_error_until_there_is_room() {
             let worker = master.fork().unwrap();
             worker.on_exit(move |_, _, status| log.add(status.to_string()));
         },
-        |_| unreachable!("/bin/true does not come here"),
+        |_| unreachable!("the workers run /bin/true"),
     );
-    assert_eq!(told.take(), ["exit status: 0"]);
+    assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// The message comes with what could be had, and the worker stays.
-fn descriptors_lost_on_the_way_to_the_master_are_told() {
+/// The message arrives with the descriptors that could be received, and the worker goes on.
+fn descriptors_lost_on_the_way_to_the_master_are_reported() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
@@ -375,17 +375,17 @@ fn descriptors_lost_on_the_way_to_the_master_are_told() {
                 errors.add("lost some");
             });
             let messages = log.clone();
-            let give_back: RefCell<Option<Box<dyn Fn()>>> = RefCell::default();
+            let restore: RefCell<Option<Box<dyn Fn()>>> = RefCell::default();
             worker.on_message(move |_, worker, message| {
                 let text = String::from_utf8(message.bytes().to_vec()).unwrap();
                 messages.add(format!("{text} {}", message.take_fds().len()));
                 match text.as_str() {
                     "all" => {
-                        *give_back.borrow_mut() = Some(Box::new(leave_free(2)));
+                        *restore.borrow_mut() = Some(Box::new(leave_free(2)));
                         worker.send(b"some").unwrap();
                     }
                     "some" => {
-                        give_back.take().unwrap()();
+                        restore.take().unwrap()();
                         worker.send(b"again").unwrap();
                     }
                     _ => {
@@ -403,17 +403,17 @@ fn descriptors_lost_on_the_way_to_the_master_are_told() {
             worker.run().unwrap();
         },
     );
-    let mut seen = told.take();
-    // Whether the error or the message comes first is not promised.
+    let mut seen = entries.take();
+    // The order of the error and the message is not specified.
     seen[1..3].sort();
     let expected = ["all 4", "lost some", "some 2", "again 4", "exit status: 0"];
     assert_eq!(seen, expected);
 }
 
-/// The first worker has no descriptors for a while; the second one serves meanwhile.
+/// The first worker has no free descriptors for a while; the second serves meanwhile.
 fn connections_lost_on_the_way_to_a_worker_go_to_another() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
@@ -422,25 +422,25 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
             let own = Rc::clone(&address);
             when_listening(master, 2, move |master, at| {
                 own.set(Some(at));
-                master.workers()[0].send(b"be poor").unwrap();
+                master.workers()[0].send(b"use up descriptors").unwrap();
             });
-            master.on_message(move |master, poor, message| {
+            master.on_message(move |master, first, message| {
                 let address = address.get().unwrap();
                 match message.bytes() {
-                    b"poor" => {
-                        let (log, poor) = (log.clone(), poor.clone());
-                        let work = move || answers(address);
+                    b"used up" => {
+                        let (log, first) = (log.clone(), first.clone());
+                        let work = move || answering_ids(address);
                         in_background(master, work, move |_, answers| {
                             log.add(format!("{answers:?}"));
-                            poor.send(b"be rich").unwrap();
+                            first.send(b"free descriptors").unwrap();
                         });
                     }
                     _ => {
                         let log = log.clone();
-                        // The first one may have its turn only after a while.
-                        let work = move || wait_until("both", || both(address));
+                        // The first worker may receive a connection only after a while.
+                        let work = move || wait_until("both workers", || both(address));
                         in_background(master, work, move |master, ()| {
-                            log.add("both");
+                            log.add("both workers");
                             master.disconnect(|_| {});
                         });
                     }
@@ -449,32 +449,32 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
         |worker| {
-            let give_back: RefCell<Option<Box<dyn Fn()>>> = RefCell::default();
+            let restore: RefCell<Option<Box<dyn Fn()>>> = RefCell::default();
             worker.on_message(move |worker, message| {
-                if message.bytes() == b"be poor" {
-                    *give_back.borrow_mut() = Some(Box::new(leave_free(0)));
-                    worker.send(b"poor").unwrap();
+                if message.bytes() == b"use up descriptors" {
+                    *restore.borrow_mut() = Some(Box::new(leave_free(0)));
+                    worker.send(b"used up").unwrap();
                 } else {
-                    give_back.take().unwrap()();
-                    worker.send(b"rich").unwrap();
+                    restore.take().unwrap()();
+                    worker.send(b"freed").unwrap();
                 }
             });
             serve_id(&worker, "127.0.0.1:0");
         },
     );
-    assert_eq!(told.take(), [r#"{"2"}"#, "both"]);
+    assert_eq!(entries.take(), [r#"{"2"}"#, "both workers"]);
 }
 
-/// Who answers some clients that come one after the other.
-fn answers(address: SocketAddr) -> BTreeSet<String> {
+/// Returns the ids of the workers that answer 20 clients, one after the other.
+fn answering_ids(address: SocketAddr) -> BTreeSet<String> {
     (0..20).map(|_| talk(address, b"").unwrap()).collect()
 }
 
 fn both(address: SocketAddr) -> Option<()> {
-    (answers(address).len() == 2).then_some(())
+    (answering_ids(address).len() == 2).then_some(())
 }
 
-/// A copy of this program that everybody may execute and this user can remove.
+/// Copies this test binary to a place where every user can execute it and `user` can remove it.
 fn program_for(user: u32) -> (tempfile::TempDir, PathBuf) {
     use std::os::unix::fs::PermissionsExt as _;
     let directory = tempfile::tempdir().unwrap();
@@ -487,10 +487,10 @@ fn program_for(user: u32) -> (tempfile::TempDir, PathBuf) {
     (directory, path)
 }
 
-/// How many messages the worker waits for.
+/// Environment variable with the number of messages that the worker waits for.
 const MESSAGES: &str = "MESSAGES";
 
-/// Each message says its number, has so many descriptors and is so long.
+/// Sends messages that consist of `length` bytes, each the message's number, and `fds` descriptors.
 fn send_many(reader: &WorkerProcess, messages: u8, fds: usize, length: usize) {
     for number in 0..messages {
         let text = vec![number; length];
@@ -503,7 +503,7 @@ fn copies(count: usize) -> Vec<OwnedFd> {
     (0..count).map(copy).collect()
 }
 
-/// Says so when every message has come, each with as many descriptors as the first.
+/// Reports once every message has arrived, each with as many descriptors as the first.
 fn read_in_order(worker: &Worker) {
     let messages: u8 = std::env::var(MESSAGES).unwrap().parse().unwrap();
     let (mut next, mut all) = (0, None);
@@ -526,10 +526,10 @@ fn note_text(worker: &WorkerProcess, log: &Log) {
     });
 }
 
-/// The system says EAGAIN, and the poller says when to go on.
-fn descriptors_wait_for_a_worker_that_has_stopped() {
+/// The system reports EAGAIN, and the poller reports when the channel is writable.
+fn descriptors_wait_for_a_stopped_worker() {
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
@@ -542,40 +542,41 @@ fn descriptors_wait_for_a_worker_that_has_stopped() {
                 stop(reader);
                 send_many(reader, 100, 2, 8000);
                 let reader = reader.clone();
-                after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
+                after_shortage(master, move |_| reader.process().kill(Signal::CONT));
             });
             reader.on_exit(|_, _, status| assert!(status.success()));
         },
         |worker| read_in_order(&worker),
     );
-    assert_eq!(told.take(), ["all 2"]);
+    assert_eq!(entries.take(), ["all 2"]);
 }
 
-/// How many descriptors the user may have under way, and the master open.
-const USERS_LIMIT: u64 = 64;
+/// Limit of descriptors in flight for the user, and of open descriptors for the master.
+const USER_FDS_MAX: u64 = 64;
 
-/// What a worker does not read counts for the user. The channel rests, and goes on when the worker
-/// reads; another worker has to wait, too, and is not hurt.
+/// Descriptors that a worker has not received count for the user (`RLIMIT_NOFILE` in unix(7)). The
+/// channel backs off, and goes on once the worker reads. Another worker's channel waits too, and
+/// loses nothing.
 fn descriptors_beyond_the_users_limit_wait() {
-    let program = cluster::is_master().then(|| program_for(nobody_else()));
+    let program = cluster::is_master().then(|| program_for(unique_user()));
     let log = Log::default();
-    let told = log.clone();
+    let entries = log.clone();
     cluster(
         |master| {
             let (_, path) = program.as_ref().unwrap();
             master.setup_master(Settings::default().exec(path));
-            become_user(nobody_else());
+            become_user(unique_user());
             let reader = master.fork_with([(MESSAGES, "12")]).unwrap();
             let other = master.fork_with([(MESSAGES, "1")]).unwrap();
             let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-            setrlimit(Resource::RLIMIT_NOFILE, USERS_LIMIT, hard).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, USER_FDS_MAX, hard).unwrap();
             for worker in [&reader, &other] {
                 note_text(worker, &log);
                 let errors = log.clone();
                 worker.on_error(move |_, worker, error| {
                     assert!(matches!(error, Error::Exhausted { .. }), "{error}");
                     assert_eq!(error.raw_os_error(), Some(libc::ETOOMANYREFS), "{error}");
-                    errors.add(format!("{} rests", worker.id()));
+                    errors.add(format!("{} backs off", worker.id()));
                 });
             }
             reader.on_online(move |master, reader| {
@@ -583,7 +584,7 @@ fn descriptors_beyond_the_users_limit_wait() {
                 send_many(reader, 12, 8, 1);
                 send_many(&other, 1, 8, 1);
                 let reader = reader.clone();
-                after_lean_time(master, move |_| reader.process().kill(Signal::CONT));
+                after_shortage(master, move |_| reader.process().kill(Signal::CONT));
             });
             let mut missing = 2;
             master.on_message(move |master, _, _| {
@@ -596,7 +597,7 @@ fn descriptors_beyond_the_users_limit_wait() {
         },
         |worker| read_in_order(&worker),
     );
-    let mut seen = told.take();
+    let mut seen = entries.take();
     seen.sort();
-    assert_eq!(seen, ["1 rests", "2 rests", "all 8", "all 8"]);
+    assert_eq!(seen, ["1 backs off", "2 backs off", "all 8", "all 8"]);
 }

@@ -46,7 +46,7 @@ const GRACE: Duration = Duration::from_secs(1);
 pub struct Scenario {
     pub name: &'static str,
     pub play: fn(),
-    /// What the scenario needs and not every machine has.
+    /// A requirement that not every machine meets.
     pub need: Option<&'static Need>,
 }
 
@@ -261,7 +261,7 @@ impl Group {
         Pid::from_raw(i32::try_from(self.child.borrow().id()).unwrap())
     }
 
-    /// Returns the output of the program so far.
+    /// Returns what the program has printed.
     pub fn output(&self) -> String {
         let path = format!("/proc/self/fd/{}", self.log.borrow().as_raw_fd());
         let mut text = String::new();

@@ -86,8 +86,8 @@ const FDS_PER_WORKER: usize = 2;
 /// The cost of measuring, and memory that the allocator retains.
 const SLACK_BYTES: usize = 4 << 20;
 const SLACK_FDS: usize = 8;
-/// Maximum growth of the master's median CPU time between a client's arrival and its acceptance.
-/// Without the limit on frames per iteration, it grows by a factor of 100.
+/// Maximum factor by which an attack may increase the master's median CPU time between a client's
+/// arrival and its acceptance. Without the limit on frames per iteration, the factor is 100.
 const WORK_FACTOR_MAX: u32 = 20;
 /// Lower bound for the quiet median, because caches have more effect on less work.
 const WORK_MIN: Duration = Duration::from_micros(20);
@@ -157,10 +157,10 @@ fn listen(index: u32) -> Vec<u8> {
     frame(LISTEN, 0, &body)
 }
 
-fn idle(handle: u32, taken: u64) -> Vec<u8> {
+fn idle(handle: u32, received: u64) -> Vec<u8> {
     let body = [
         numbers(&[handle]),
-        taken.to_le_bytes().to_vec(),
+        received.to_le_bytes().to_vec(),
         numbers(&[0]),
     ]
     .concat();
@@ -175,7 +175,7 @@ fn handle_frame(kind: u8, handle: u32) -> Vec<u8> {
 /// A worker that has not called `init` and reads and writes its channel directly.
 struct Attacker {
     channel: UnixStream,
-    /// The descriptors that came with the frames read so far.
+    /// Descriptors that have arrived with frames.
     fds: RefCell<VecDeque<OwnedFd>>,
 }
 
@@ -185,7 +185,7 @@ impl Attacker {
         std::env::var_os(ATTACKER)?;
         let number = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: the master has passed it to this process, and nothing else here uses it.
+        // SAFETY: the master has passed the descriptor to this process, and nothing else uses it.
         let channel = unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) };
         let attacker = Self {
             channel: channel.into(),
@@ -287,7 +287,7 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
             #[allow(unsafe_code)]
-            // SAFETY: the kernel has created them for this call.
+            // SAFETY: the kernel has created these descriptors for this call.
             fds.extend(
                 numbers
                     .into_iter()
@@ -308,8 +308,8 @@ struct Listener<'a> {
 
 impl Listener<'_> {
     /// Reports idle, with the total number of connections received, and so asks for the next one.
-    fn idle(&self, taken: u64) {
-        self.attacker.send(&idle(self.handle, taken));
+    fn idle(&self, received: u64) {
+        self.attacker.send(&idle(self.handle, received));
     }
 
     fn pause(&self) {
@@ -355,15 +355,15 @@ impl Listener<'_> {
 /// The expected outcome for an attacker.
 #[derive(Clone, Copy)]
 enum Outcome {
-    /// The master disconnects and kills it, and reports why.
+    /// The master disconnects and kills the attacker, and reports why.
     Disconnected(&'static str),
-    /// Like `Disconnected`, and what it sent before that and the master had not processed is
+    /// Like `Disconnected`. A frame that was pending when the master disconnected the attacker is
     /// reported too.
     DisconnectedTwice(&'static str, &'static str),
-    /// It breaks no rule; the test kills it after the clients.
+    /// The attacker breaks no rule; the test kills it after the clients.
     Tolerated,
-    /// Like `Tolerated`, but its final messages may exceed the master's limit, which is then
-    /// reported once.
+    /// Like `Tolerated`, but the attacker's final messages may exceed the master's limit, which is
+    /// then reported once.
     ToleratedWithLoss(&'static str),
 }
 
@@ -375,7 +375,7 @@ struct Case {
     fds: usize,
     /// The attack lasts as long as the clients do.
     is_continuous: bool,
-    /// What the application in the master does when the attack begins.
+    /// The application in the master calls it when the attack begins.
     reply: fn(&Master, &WorkerProcess),
 }
 
@@ -404,7 +404,7 @@ impl Case {
     }
 }
 
-/// What the master did for the clients of the honest worker, whose id is 1.
+/// Measures the master's work for the clients of the honest worker, whose id is 1.
 ///
 /// The clients' waiting times depend on the load of the machine. The master's work before it
 /// accepts a client does not.
@@ -589,7 +589,7 @@ fn size(name: &str) -> usize {
     kib << 10
 }
 
-/// Returns the number of open descriptors, including the one that reads the directory.
+/// Returns the number of open descriptors, including the descriptor of the directory itself.
 fn count_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
@@ -901,7 +901,7 @@ fn flood_of_listen_frames_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// Closes each listener again, and so never exceeds the limit on listeners.
+/// The attacker closes each listener again, and so never exceeds the limit on listeners.
 fn flood_of_binds_does_not_delay_other_workers() {
     let case = Case::flood(|attacker| {
         // No other worker opens listeners any more, so the next handles are known in advance.
@@ -915,7 +915,7 @@ fn flood_of_binds_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// One connection is dispatched and returned all the time.
+/// One connection is dispatched and returned repeatedly.
 fn flood_of_idle_and_pause_frames_does_not_delay_other_workers() {
     let case = Case::flood(|attacker| {
         let own = attacker.listen(OWN_INDEX);
@@ -937,7 +937,7 @@ fn flood_of_listening_frames_disconnects_the_worker() {
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// It shares the listener of the honest worker, and its turn comes again and again.
+/// The attacker shares the listener of the honest worker, and its turn comes again and again.
 fn worker_that_returns_every_connection_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         let shared = attacker.listen(SHARED_INDEX);
@@ -946,7 +946,7 @@ fn worker_that_returns_every_connection_does_not_delay_other_workers() {
     }));
 }
 
-/// The frame arrives one byte at a time, and its last byte never.
+/// The frame arrives one byte at a time, and its last byte never arrives.
 fn unfinished_frame_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -1178,8 +1178,8 @@ fn worker_that_requests_and_never_reads_is_disconnected() {
     });
 }
 
-/// Closes each listener again, and so never exceeds the limit; but the replies wait, with their
-/// descriptors.
+/// The attacker closes each listener again, and so never exceeds the limit on listeners. But the
+/// replies wait, with their descriptors.
 fn worker_that_binds_and_never_reads_is_disconnected() {
     let attack = |attacker: &Attacker| {
         let first = attacker.listen(OWN_INDEX).handle;
@@ -1273,7 +1273,7 @@ fn worker_that_overstates_its_count_queues_at_most_64_connections() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// Connections that it reported as received are returned to the master.
+/// Connections that the attacker reported as received are returned to the master.
 fn worker_that_overstates_its_count_and_pauses_does_not_delay_other_workers() {
     let case = Case::tolerated(|attacker| {
         let own = attacker.listen(OWN_INDEX);
@@ -1299,18 +1299,18 @@ fn worker_that_never_answers_clients_does_not_delay_other_workers() {
         let _clients = own.clients(3 * WINDOW);
         attacker.start_clients();
         own.idle(0);
-        let mut taken = Vec::new();
+        let mut received = Vec::new();
         loop {
             own.wait();
-            taken.extend(std::iter::from_fn(|| own.receive()));
-            own.idle(taken.len() as u64);
+            received.extend(std::iter::from_fn(|| own.receive()));
+            own.idle(received.len() as u64);
         }
     });
     let fds = FDS_PER_WORKER + FDS_PER_LISTENER + WINDOW;
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// The master cannot dispatch to it, and it asks for connections again and again.
+/// The master cannot dispatch to the attacker, which asks for connections again and again.
 fn worker_that_shuts_down_its_queue_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         let shared = attacker.listen(SHARED_INDEX);

@@ -183,7 +183,7 @@ fn clients_wait_for_the_next_worker_sharded() {
 const WORKERS: u32 = 4;
 const ROUNDS: u32 = 6;
 
-/// How many clients each generation of workers serves at least.
+/// Minimum number of clients that each generation of workers serves.
 const SERVED: u64 = 20;
 
 /// Replaces all workers `rounds` times under load. In each round all workers end, and new ones
@@ -491,14 +491,14 @@ fn existing_unix_socket_is_shared() {
                             assert!(own.exists(), "the application owns the file");
                             let error = UnixStream::connect(&own).unwrap_err();
                             assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-                            log.add("left");
+                            log.add("closed");
                         });
                     });
                 });
             },
             |worker| serve_path(&worker),
         );
-        assert_eq!(entries.take(), ["left"]);
+        assert_eq!(entries.take(), ["closed"]);
     });
 }
 
@@ -527,14 +527,14 @@ fn released_listener_closes_with_the_last_worker() {
                         kill(&master.workers()[0]);
                         master.on_exit(move |_, _, _| {
                             assert!(!own.exists());
-                            log.add("gone");
+                            log.add("removed");
                         });
                     });
                 });
             },
             |worker| serve_path(&worker),
         );
-        assert_eq!(entries.take(), ["gone"]);
+        assert_eq!(entries.take(), ["removed"]);
     });
 }
 
@@ -675,14 +675,14 @@ fn retained_listener_delays_neither_disconnect_nor_run() {
                 master.disconnect(move |master| {
                     assert!(master.workers().is_empty());
                     drop(TcpStream::connect(address).unwrap());
-                    log.add("over");
+                    log.add("disconnected");
                 });
             });
             master.on_setup(move |_, _| drop(retained.address()));
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
-    assert_eq!(entries.take(), ["over"]);
+    assert_eq!(entries.take(), ["disconnected"]);
 }
 
 /// Connects five clients. The first worker has received one of them; the others wait in its queue.

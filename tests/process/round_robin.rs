@@ -1,4 +1,4 @@
-//! Who gets the connections, and that none is lost.
+//! Round robin: which worker receives a connection, and that no connection is lost.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -16,20 +16,20 @@ use crate::harness::{
 
 crate::scenarios! {
     sequential_connections_rotate_exactly
-    a_slow_request_holds_up_nobody_else
-    what_lies_behind_a_slow_request_goes_to_others
+    slow_request_does_not_delay_other_clients
+    connections_behind_a_slow_request_are_reclaimed
     busy_workers_leave_connections_to_the_kernel
     quick_workers_leave_most_connections_to_the_kernel
-    what_a_stopped_worker_was_given_goes_to_an_idle_one
-    a_connection_outlives_the_worker_it_was_given_to
-    a_queue_outlives_its_worker
-    a_lowered_limit_leaves_the_rest_to_others
-    a_client_that_leaves_while_it_waits_is_counted
+    connection_of_a_stopped_worker_goes_to_an_idle_one
+    connection_in_a_queue_survives_a_killed_worker
+    queue_survives_a_killed_worker
+    lowered_limit_returns_the_rest_to_others
+    client_that_disconnects_while_it_waits_is_counted
     callback_workers_hold_many_connections
-    clients_cannot_use_up_a_workers_descriptors
-    what_a_callback_has_not_got_goes_to_others
-    a_connection_that_was_taken_is_not_given_again
-    a_callback_inside_accept_cannot_lose_the_connection
+    clients_cannot_exhaust_a_workers_descriptors
+    connections_that_a_callback_has_not_received_go_to_others
+    received_connection_is_not_dispatched_again
+    callback_inside_accept_cannot_lose_the_connection
 }
 
 fn sequential_connections_rotate_exactly() {
@@ -49,11 +49,11 @@ fn sequential_connections_rotate_exactly() {
     for round in entries.chunks(4) {
         assert_eq!(round, &entries[..4]);
     }
-    let everybody: BTreeSet<_> = entries[..4].iter().collect();
-    assert_eq!((entries.len(), everybody.len()), (100, 4));
+    let distinct: BTreeSet<_> = entries[..4].iter().collect();
+    assert_eq!((entries.len(), distinct.len()), (100, 4));
 }
 
-/// One connection after the other, each when everybody waits for one.
+/// Connects one client after the other, each when all workers wait in `accept`.
 fn next(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {
         let work = move || talk(address, b"").unwrap();
@@ -69,7 +69,7 @@ fn next(master: &Master, address: SocketAddr, log: Log) {
     });
 }
 
-/// Reads one byte, answers the id: a client that says nothing keeps the worker.
+/// Reads one byte and answers with the id, so that a silent client keeps the worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -81,7 +81,7 @@ fn serve_after_one_byte(worker: &Worker) {
     }
 }
 
-fn a_slow_request_holds_up_nobody_else() {
+fn slow_request_does_not_delay_other_clients() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -119,7 +119,8 @@ fn busy_workers_leave_connections_to_the_kernel() {
                     (0..30).map(connect).collect::<Vec<_>>()
                 };
                 in_background(master, clients, move |master, mut clients| {
-                    // All thirty are connected, and two workers hold one each.
+                    // All 30 clients are connected. The two workers hold one each; the others wait
+                    // in the kernel.
                     let ledger = master.ledger();
                     assert!(ledger.accepted <= 2, "{ledger:?}");
                     let talk = move || {
@@ -147,17 +148,17 @@ fn busy_workers_leave_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["30"]);
 }
 
-/// The most connections that a worker is given before it says that it is idle again.
+/// Maximum number of connections dispatched to a worker before it reports idle again.
 const WINDOW: u64 = 16;
 
-/// A client that has made its request.
+/// Connects a client that sends its request at once.
 fn request(address: SocketAddr) -> TcpStream {
     let mut client = TcpStream::connect(address).unwrap();
     client.write_all(b"x").unwrap();
     client
 }
 
-fn what_lies_behind_a_slow_request_goes_to_others() {
+fn connections_behind_a_slow_request_are_reclaimed() {
     const ROUNDS: usize = 5;
     let log = Log::default();
     let entries = log.clone();
@@ -167,7 +168,8 @@ fn what_lies_behind_a_slow_request_goes_to_others() {
                 let round = move || {
                     let requests = |count| (0..count).map(|_| request(address));
                     let mut quick: Vec<_> = requests(150).collect();
-                    // When it comes, workers are known to be quick, and are given many at a time.
+                    // By now the workers are known to answer quickly, so connections are dispatched
+                    // ahead of time.
                     let mut slow = TcpStream::connect(address).unwrap();
                     quick.extend(requests(150));
                     let quick = read_all(quick).len();
@@ -205,8 +207,8 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["402"; 5]);
 }
 
-/// Many quick requests, and two slow ones among them, which keep both workers; so many times with
-/// something behind them.
+/// Sends many quick requests with two slow ones among them, which keep both workers busy. Repeats
+/// until `times` rounds had connections queued behind a slow one.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect(|_| {});
@@ -222,8 +224,9 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
         master.set_timeout(Duration::from_millis(50), move |master| {
             let ledger = master.ledger();
             assert!(ledger.in_hand() <= 2 * WINDOW, "{ledger:?}");
-            // Both may have come to one worker, and the other one has served the rest.
-            let counts = ledger.accepted < before + 402 && ledger.in_hand() > 0;
+            // Both slow requests may have reached one worker, and the other worker has served the
+            // rest.
+            let has_queued = ledger.accepted < before + 402 && ledger.in_hand() > 0;
             let end = move || {
                 ask(&mut slow, b"x");
                 clients.extend(slow);
@@ -231,21 +234,25 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
             };
             in_background(master, end, move |master, answers| {
                 assert!(answers.iter().all(|answer| answer.len() == 1));
-                if counts {
+                if has_queued {
                     log.add(answers.len().to_string());
                 }
-                two_slow_requests_among_many(master, address, times - u32::from(counts), log);
+                two_slow_requests_among_many(master, address, times - u32::from(has_queued), log);
             });
         });
     });
 }
 
-/// Keeps a worker so long that it is given one connection at a time from then on.
-fn talk_slowly(master: &Master, address: SocketAddr, then: impl FnOnce(&Master, String) + 'static) {
+/// Keeps a worker busy long enough that it receives only one connection at a time from then on.
+fn make_worker_slow(
+    master: &Master,
+    address: SocketAddr,
+    then: impl FnOnce(&Master, String) + 'static,
+) {
     let taken = master.ledger().taken + 1;
     let mut client = TcpStream::connect(address).unwrap();
-    let is_taken = move |master: &Master| master.ledger().taken == taken;
-    when(master, is_taken, move |master| {
+    let is_received = move |master: &Master| master.ledger().taken == taken;
+    when(master, is_received, move |master| {
         master.set_timeout(Duration::from_millis(5), move |master| {
             client.write_all(b"x").unwrap();
             let read = move || read_all(vec![client]).concat();
@@ -254,8 +261,8 @@ fn talk_slowly(master: &Master, address: SocketAddr, then: impl FnOnce(&Master, 
     });
 }
 
-/// Two idle workers wait in `accept`, and the one whose turn it is has been stopped. Nobody is given
-/// anything ahead.
+/// Two idle workers wait in `accept`, and the worker whose turn is next is stopped. No connection
+/// is dispatched ahead of time.
 fn with_a_stopped_worker(
     master: &Master,
     then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,
@@ -269,9 +276,9 @@ fn with_a_stopped_worker(
         });
     };
     when_listening(master, 2, move |master, address| {
-        // It is not the turn of whoever was the last.
-        talk_slowly(master, address, move |master, _| {
-            talk_slowly(master, address, move |master, last| {
+        // The worker that served the last connection is not next.
+        make_worker_slow(master, address, move |master, _| {
+            make_worker_slow(master, address, move |master, last| {
                 stop_next(master, address, last);
             });
         });
@@ -279,7 +286,7 @@ fn with_a_stopped_worker(
     (0..2).for_each(|_| drop(master.fork().unwrap()));
 }
 
-fn what_a_stopped_worker_was_given_goes_to_an_idle_one() {
+fn connection_of_a_stopped_worker_goes_to_an_idle_one() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -310,11 +317,11 @@ fn what_a_stopped_worker_was_given_goes_to_an_idle_one() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), [""], "a second answer");
+    assert_eq!(entries.take(), [""], "the client has a second answer");
 }
 
-/// The one that has not been stopped is kept busy by the first client, and the second is given to the
-/// other one.
+/// The first client keeps the running worker busy, and the second is dispatched to the stopped
+/// worker.
 fn with_a_busy_worker(
     master: &Master,
     address: SocketAddr,
@@ -322,17 +329,21 @@ fn with_a_busy_worker(
 ) {
     let before = master.ledger().taken;
     let first = TcpStream::connect(address).unwrap();
-    let is_taken = move |master: &Master| master.ledger().taken == before + 1;
-    when(master, is_taken, move |master| {
+    let is_received = move |master: &Master| master.ledger().taken == before + 1;
+    when(master, is_received, move |master| {
         let second = TcpStream::connect(address).unwrap();
         when_accepted(master, before + 2, move |master| {
-            assert_eq!(master.ledger().in_hand(), 1, "with the stopped worker");
+            assert_eq!(
+                master.ledger().in_hand(),
+                1,
+                "the second client is with the stopped worker"
+            );
             then(master, [first, second]);
         });
     });
 }
 
-fn a_connection_outlives_the_worker_it_was_given_to() {
+fn connection_in_a_queue_survives_a_killed_worker() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -344,11 +355,11 @@ fn a_connection_outlives_the_worker_it_was_given_to() {
                     stopped.on_exit(move |master, stopped, _| {
                         let (mut clients, log) = rest.take().unwrap();
                         ask(&mut clients, b"x");
-                        let dead = stopped.id().to_string();
+                        let killed = stopped.id().to_string();
                         let read = move || read_all(clients.into());
                         in_background(master, read, move |master, answers| {
-                            assert_eq!(answers[0], answers[1], "the other worker served it");
-                            assert_ne!(answers[0], dead);
+                            assert_eq!(answers[0], answers[1], "one worker served both clients");
+                            assert_ne!(answers[0], killed);
                             let ledger = master.ledger();
                             assert_eq!((ledger.accepted, ledger.taken), (4, 4));
                             log.add("served");
@@ -363,18 +374,22 @@ fn a_connection_outlives_the_worker_it_was_given_to() {
     assert_eq!(entries.take(), ["served"]);
 }
 
-fn a_client_that_leaves_while_it_waits_is_counted() {
+fn client_that_disconnects_while_it_waits_is_counted() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             with_a_stopped_worker(master, move |master, address, stopped| {
-                // It has nobody to go to when the stopped worker dies.
+                // When the stopped worker is killed, no idle worker can receive the second client.
                 with_a_busy_worker(master, address, move |master, [mut first, second]| {
                     stopped.process().kill(Signal::KILL);
                     let client = RefCell::new(Some(second));
                     stopped.on_exit(move |master, _, _| {
-                        assert_eq!(master.ledger().in_hand(), 1, "waits in the master");
+                        assert_eq!(
+                            master.ledger().in_hand(),
+                            1,
+                            "the second client waits in the master"
+                        );
                         reset(client.take().unwrap());
                     });
                     let is_counted = |master: &Master| master.ledger().closed_by_peer == 1;
@@ -392,7 +407,7 @@ fn a_client_that_leaves_while_it_waits_is_counted() {
     assert_eq!(entries.take(), ["3 of 4"]);
 }
 
-/// Calls back when this is so.
+/// Calls `then` once `done` returns true.
 fn when(
     master: &Master,
     done: impl Fn(&Master) -> bool + 'static,
@@ -408,12 +423,12 @@ fn when(
     });
 }
 
-/// How many connections lie in the queue of the one worker.
+/// Number of connections in the queue of the only worker.
 const QUEUED: usize = 5;
 
-/// Calls back when so many connections lie in the queue of the only worker, which has been stopped.
-/// The clients have not made their requests. A worker is given so many only if it has been quick: it is
-/// tried until it is.
+/// Stops the only worker, and calls `then` once `QUEUED` connections are in its queue. The clients
+/// have sent no request yet. The master dispatches that many connections ahead of time only if the
+/// worker answers quickly, so the setup is repeated until it does.
 fn with_a_queue(
     master: &Master,
     address: SocketAddr,
@@ -443,22 +458,22 @@ fn with_a_queue(
     });
 }
 
-/// The clients make their requests.
+/// Sends a request for each client.
 fn ask(clients: &mut [TcpStream], request: &[u8]) {
     for client in clients {
         client.write_all(request).unwrap();
     }
 }
 
-/// Another worker that has the same listener, and takes nothing before it is told to.
+/// Forks a second worker with the same listener, which accepts nothing until it receives a message.
 fn fork_second(master: &Master, then: impl FnOnce(&Master, &WorkerProcess) + 'static) {
     let second = master.fork_with([("SECOND", "1")]).unwrap();
     let mut then = Some(then);
     second.on_listening(move |master, worker, _| then.take().unwrap()(master, worker));
 }
 
-/// Answers requests by a callback, and does `first` for those of the special kind; or, as the second
-/// worker, answers all of them as soon as it is told to.
+/// Answers requests from a callback, and calls `first` for requests of the special kind. The second
+/// worker answers all requests once it has received a message.
 fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Connection) + 'static) {
     answer_pings(worker);
     let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
@@ -484,7 +499,7 @@ fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Conn
     worker.run().unwrap();
 }
 
-/// Asks every millisecond.
+/// Calls `done` every millisecond until it returns true.
 fn until(master: &Master, done: impl Fn(&Master) -> bool + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         if !done(master) {
@@ -493,7 +508,7 @@ fn until(master: &Master, done: impl Fn(&Master) -> bool + 'static) {
     });
 }
 
-/// Closes so that the other side gets a reset.
+/// Closes the connection with a reset.
 fn reset(client: TcpStream) {
     let linger = nix::libc::linger {
         l_onoff: 1,
@@ -550,18 +565,18 @@ fn callback_workers_hold_many_connections() {
     assert_eq!(entries.take(), ["300"]);
 }
 
-/// Two callback workers; several connections lie in the queue of the first one when its callback, at
-/// the first of them, closes the listener or breaks down.
-fn what_a_callback_has_not_got_goes_to_others() {
+/// The first worker has several connections in its queue when its callback for the first of them
+/// closes the listener or aborts.
+fn connections_that_a_callback_has_not_received_go_to_others() {
     if let Ok(how) = std::env::var("HOW") {
-        return callback_that_ends(how);
+        return run_callback_that_ends(how);
     }
     for how in ["close", "abort"] {
         with_env("HOW", how, || {});
     }
 }
 
-fn callback_that_ends(how: String) {
+fn run_callback_that_ends(how: String) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -603,7 +618,7 @@ fn callback_that_ends(how: String) {
     assert_eq!(entries.take(), ["1 2 2 2 2"]);
 }
 
-fn a_queue_outlives_its_worker() {
+fn queue_survives_a_killed_worker() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -636,8 +651,8 @@ fn a_queue_outlives_its_worker() {
     assert_eq!(entries.take(), ["2 2 2 2 2"]);
 }
 
-/// The program finds that it has enough when several connections lie in its queue.
-fn a_lowered_limit_leaves_the_rest_to_others() {
+/// The application lowers the limit while several connections are in the worker's queue.
+fn lowered_limit_returns_the_rest_to_others() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -683,7 +698,7 @@ fn read_one(mut client: &TcpStream) -> char {
     char::from(byte[0])
 }
 
-/// Keeps a connection until its client leaves.
+/// Keeps a connection until its client disconnects.
 fn hold(worker: &Worker, connection: Connection) {
     let watch = |_: &Worker, mut connection: &Connection| {
         let _ = connection.read(&mut [0]);
@@ -692,7 +707,7 @@ fn hold(worker: &Worker, connection: Connection) {
     worker.watch(connection, Interest::Readable, watch).unwrap();
 }
 
-/// Reads each answer to its end; in alphabetical order.
+/// Reads each answer to its end, and returns the answers sorted.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     let read = |mut client: TcpStream| {
         let mut answer = String::new();
@@ -704,7 +719,7 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     answers
 }
 
-/// Calls back when the master has accepted, and given, so many.
+/// Calls `then` once the master has accepted, and dispatched, `count` connections.
 fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     when(
         master,
@@ -713,9 +728,9 @@ fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     );
 }
 
-/// The master cuts a worker off in a callback for its message; the word that the worker has taken
-/// connections comes with the message or after it.
-fn a_connection_that_was_taken_is_not_given_again() {
+/// A callback for the worker's message disconnects the worker. The worker's report that it has
+/// received connections arrives with the message or later.
+fn received_connection_is_not_dispatched_again() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -746,7 +761,8 @@ fn a_connection_that_was_taken_is_not_given_again() {
             let served = RefCell::new(Vec::new());
             serve_by_callback(&worker, move |worker, _, mut connection| {
                 connection.write_all(b"1").unwrap();
-                // Open until the end, so that whoever else has it could give an answer, too.
+                // Stays open until the end, so that another process with the connection could
+                // answer, too.
                 served.borrow_mut().push(connection);
                 if served.borrow().len() == QUEUED {
                     worker.send(b"served all").unwrap();
@@ -757,8 +773,8 @@ fn a_connection_that_was_taken_is_not_given_again() {
     assert_eq!(entries.take(), ["1 1 1 1 1"]);
 }
 
-/// A connection and a signal come at once, and the signal's callback closes the listener.
-fn a_callback_inside_accept_cannot_lose_the_connection() {
+/// A connection and a signal arrive at once, and the signal's callback closes the listener.
+fn callback_inside_accept_cannot_lose_the_connection() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -795,7 +811,7 @@ fn a_callback_inside_accept_cannot_lose_the_connection() {
     assert_eq!(entries.take(), ["served"]);
 }
 
-fn clients_cannot_use_up_a_workers_descriptors() {
+fn clients_cannot_exhaust_a_workers_descriptors() {
     const CLIENTS: usize = 120;
     let log = Log::default();
     let entries = log.clone();
@@ -807,7 +823,7 @@ fn clients_cannot_use_up_a_workers_descriptors() {
                     let connect = |_| TcpStream::connect(address).unwrap();
                     let clients: Vec<_> = (0..CLIENTS).map(connect).collect();
                     let mut answered = 0;
-                    // Each that leaves makes room for another.
+                    // Each client that disconnects makes capacity for another.
                     for mut client in clients {
                         client.read_exact(&mut [0]).unwrap();
                         answered += 1;

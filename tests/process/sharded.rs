@@ -1,4 +1,5 @@
-//! A listener for each worker, on one port: nobody is lost when workers die, leave and come.
+//! Sharded listeners (one per worker, all on one port): no client is lost while workers are killed,
+//! disconnected and replaced.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,18 +21,18 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    no_client_of_a_shard_is_lost_when_workers_are_killed
-    no_client_of_a_shard_is_lost_when_workers_leave_and_come
-    no_client_of_a_shard_is_lost_when_all_leave
-    no_client_of_a_shard_is_lost_at_a_stop_under_load
-    a_replacement_serves_who_waited_for_the_dead_one
-    who_waited_for_a_dead_worker_is_reset_at_a_stop
-    shards_get_equal_parts
+    killing_idle_workers_of_shards_loses_no_client
+    replacing_workers_of_shards_loses_no_client
+    disconnecting_all_workers_of_shards_loses_no_client
+    stop_of_shards_under_load_loses_no_client
+    replacement_serves_the_clients_of_the_killed_worker
+    clients_of_a_killed_worker_are_reset_at_a_stop
+    shards_receive_equal_shares
     shards_have_one_port
     shards_have_one_port_with_ipv6
-    a_path_is_shared_where_ports_are_sharded
+    unix_socket_is_shared_under_the_sharded_policy
     sharded_port_of_another_cluster_is_an_error
-    sharded_port_serves_again_while_an_old_worker_leaves
+    sharded_port_serves_again_while_an_old_worker_disconnects
 }
 
 /// Longer than any answer takes.
@@ -42,13 +43,13 @@ fn shard(master: &Master) {
     master.set_scheduling_policy(policy).unwrap();
 }
 
-/// What became of the clients of a load.
+/// Failed clients of a load, by the kind of failure.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Count {
     pub refused: u64,
     pub reset: u64,
     pub timed_out: u64,
-    /// Another answer, or none.
+    /// The answer was incomplete or not as expected.
     pub wrong: u64,
 }
 
@@ -87,31 +88,32 @@ fn ask(address: SocketAddr) -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// Clients on threads, one after the other on each, until they are to stop or nobody listens.
+/// A load of several threads. Each connects one client after the other, until the load ends or a
+/// connection is refused.
 pub struct Load {
-    over: Arc<AtomicBool>,
+    ended: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
     threads: Vec<JoinHandle<Count>>,
 }
 
 impl Load {
     pub fn begin(address: SocketAddr) -> Self {
-        let (over, answered) = (Arc::default(), Arc::default());
+        let (ended, answered) = (Arc::default(), Arc::default());
         let threads = (0..16).map(|_| {
-            let (over, answered) = (Arc::clone(&over), Arc::clone(&answered));
-            std::thread::spawn(move || Self::run(address, &over, &answered))
+            let (ended, answered) = (Arc::clone(&ended), Arc::clone(&answered));
+            std::thread::spawn(move || Self::run(address, &ended, &answered))
         });
         let threads = threads.collect();
         Self {
-            over,
+            ended,
             answered,
             threads,
         }
     }
 
-    fn run(address: SocketAddr, over: &AtomicBool, answered: &AtomicU64) -> Count {
+    fn run(address: SocketAddr, ended: &AtomicBool, answered: &AtomicU64) -> Count {
         let mut count = Count::default();
-        while !over.load(Ordering::SeqCst) && count.refused == 0 {
+        while !ended.load(Ordering::SeqCst) && count.refused == 0 {
             match ask(address) {
                 Ok(answer) if answer.ends_with('.') && answer.matches('.').count() == 1 => {
                     answered.fetch_add(1, Ordering::SeqCst);
@@ -123,19 +125,19 @@ impl Load {
         count
     }
 
-    /// How many have been answered so far.
+    /// Returns the counter of answered clients.
     pub fn answered(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.answered)
     }
 
-    /// Ends it, and returns how many were answered and what else became of them.
+    /// Ends the load, and returns the number of answered clients and the failures.
     pub fn end(self) -> (u64, Count) {
-        self.over.store(true, Ordering::SeqCst);
-        self.last()
+        self.ended.store(true, Ordering::SeqCst);
+        self.join()
     }
 
-    /// Waits until nobody listens.
-    fn last(self) -> (u64, Count) {
+    /// Waits until every thread has ended. A refused connection ends a thread, too.
+    fn join(self) -> (u64, Count) {
         let counts = self.threads.into_iter().map(|own| own.join().unwrap());
         let count = Count::sum(counts);
         (self.answered.load(Ordering::SeqCst), count)
@@ -150,7 +152,7 @@ fn serve(worker: &Worker) {
     }
 }
 
-/// The sockets that a process has, copies counted once.
+/// Returns the number of sockets that a process has open; duplicates count once.
 fn count_sockets(worker: &WorkerProcess) -> usize {
     let fds = std::fs::read_dir(format!("/proc/{}/fd", worker.process().id())).unwrap();
     let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
@@ -158,26 +160,26 @@ fn count_sockets(worker: &WorkerProcess) -> usize {
     sockets.collect::<BTreeSet<PathBuf>>().len()
 }
 
-/// Kills a worker at a moment when its program has no connection: it has no socket beside those
-/// `at_rest`.
-fn kill_empty_handed(worker: &WorkerProcess, at_rest: usize) {
+/// Kills a worker while the application in it has no connection: it has as many sockets as an idle
+/// worker.
+fn kill_between_connections(worker: &WorkerProcess, idle_sockets: usize) {
     let pid = worker.process().id();
     wait_until("a worker without a connection", || {
         worker.process().kill(Signal::STOP);
         wait_for_state(pid, ") T ");
-        let empty_handed = count_sockets(worker) == at_rest;
-        let signal = if empty_handed {
+        let has_no_connection = count_sockets(worker) == idle_sockets;
+        let signal = if has_no_connection {
             Signal::KILL
         } else {
             Signal::CONT
         };
         worker.process().kill(signal);
-        empty_handed.then_some(())
+        has_no_connection.then_some(())
     });
 }
 
-fn no_client_of_a_shard_is_lost_when_workers_are_killed() {
-    const DEATHS: u32 = 24;
+fn killing_idle_workers_of_shards_loses_no_client() {
+    const KILLS: u32 = 24;
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -185,14 +187,14 @@ fn no_client_of_a_shard_is_lost_when_workers_are_killed() {
             shard(master);
             when_listening(master, 4, move |master, address| {
                 when_all_wait(master, move |master| {
-                    let at_rest = count_sockets(&master.workers()[0]);
+                    let idle_sockets = count_sockets(&master.workers()[0]);
                     let load = RefCell::new(Some(Load::begin(address)));
                     let replace = master.on_exit(|master, _, _| drop(master.fork().unwrap()));
-                    let deaths = Cell::new(0);
+                    let kills = Cell::new(0);
                     let next = move |master: &Master| {
-                        if deaths.get() < DEATHS {
-                            deaths.set(deaths.get() + 1);
-                            return kill_empty_handed(&master.workers()[1], at_rest);
+                        if kills.get() < KILLS {
+                            kills.set(kills.get() + 1);
+                            return kill_between_connections(&master.workers()[1], idle_sockets);
                         }
                         let log = log.clone();
                         let load = load.take().unwrap();
@@ -201,7 +203,7 @@ fn no_client_of_a_shard_is_lost_when_workers_are_killed() {
                             move || load.end(),
                             move |master, (answered, rest)| {
                                 assert_eq!(rest, Count::NO_FAILURE);
-                                assert!(answered > 1000, "only {answered}: that is no load");
+                                assert!(answered > 1000, "only {answered}: too few to be a load");
                                 log.add("all answered");
                                 master.off(replace);
                                 master.disconnect(|_| {});
@@ -219,7 +221,7 @@ fn no_client_of_a_shard_is_lost_when_workers_are_killed() {
     assert_eq!(entries.take(), ["all answered"]);
 }
 
-fn no_client_of_a_shard_is_lost_when_workers_leave_and_come() {
+fn replacing_workers_of_shards_loses_no_client() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -231,7 +233,7 @@ fn no_client_of_a_shard_is_lost_when_workers_leave_and_come() {
                 master.on_exit(move |_, worker, status| {
                     assert_eq!(worker.exited_after_disconnect(), Some(true));
                     assert!(status.success(), "{status}");
-                    at_exit.add("left");
+                    at_exit.add("exited");
                 });
                 grow_and_shrink(master, 5, move |master| {
                     in_background(
@@ -239,7 +241,7 @@ fn no_client_of_a_shard_is_lost_when_workers_leave_and_come() {
                         move || load.end(),
                         move |master, (answered, rest)| {
                             assert_eq!(rest, Count::NO_FAILURE);
-                            assert!(answered > 1000, "only {answered}: that is no load");
+                            assert!(answered > 1000, "only {answered}: too few to be a load");
                             log.add("all answered");
                             master.disconnect(|_| {});
                         },
@@ -255,7 +257,7 @@ fn no_client_of_a_shard_is_lost_when_workers_leave_and_come() {
     assert_eq!((answered, entries.len()), (Some(5 * 4), 5 * 4 + 1 + 2));
 }
 
-/// From two workers to six, and back by those who have been there longest, so many times.
+/// Grows from two workers to six, and disconnects the four oldest; does so `times` times.
 fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'static) {
     if times == 0 {
         return then(master);
@@ -267,13 +269,13 @@ fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'st
         if missing > 0 {
             return;
         }
-        let left = Rc::new(Cell::new(4));
+        let running = Rc::new(Cell::new(4));
         for worker in &master.workers()[..4] {
             worker.disconnect();
-            let (left, then) = (Rc::clone(&left), Rc::clone(&then));
+            let (running, then) = (Rc::clone(&running), Rc::clone(&then));
             worker.on_exit(move |master, _, _| {
-                left.set(left.get() - 1);
-                if left.get() == 0 {
+                running.set(running.get() - 1);
+                if running.get() == 0 {
                     grow_and_shrink(master, times - 1, then.take().unwrap());
                 }
             });
@@ -289,7 +291,7 @@ fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'st
     }
 }
 
-/// Reads one byte before it answers, so that whoever says nothing is held.
+/// Reads one byte before it answers, so that a silent client keeps the worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -300,13 +302,13 @@ fn serve_after_one_byte(worker: &Worker) {
     }
 }
 
-/// How many wait in the kernel.
+/// Returns the number of connections that wait in the kernel.
 fn queued(master: &Master) -> u64 {
     let listeners = master.loads().listeners;
     listeners.iter().map(|load| load.queued.unwrap()).sum()
 }
 
-/// What each client hears that says a byte; a client that hears nothing fails.
+/// Sends one byte for each client and returns the answers; fails if one is missing.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     for mut client in &clients {
         client.write_all(b"x").unwrap();
@@ -320,14 +322,14 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     clients.into_iter().map(read).collect()
 }
 
-fn no_client_of_a_shard_is_lost_when_all_leave() {
+fn disconnecting_all_workers_of_shards_loses_no_client() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             shard(master);
             when_listening(master, 4, move |master, address| {
-                // Four may be in workers' hands, the others wait in the kernel.
+                // Workers may have received four of them; the others wait in the kernel.
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..60).map(connect).collect();
                 wait_until("the backlog", || (queued(master) >= 56).then_some(()));
@@ -348,7 +350,7 @@ fn no_client_of_a_shard_is_lost_when_all_leave() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-fn no_client_of_a_shard_is_lost_at_a_stop_under_load() {
+fn stop_of_shards_under_load_loses_no_client() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -363,14 +365,17 @@ fn no_client_of_a_shard_is_lost_at_a_stop_under_load() {
                 master.disconnect(|_| {});
                 in_background(
                     master,
-                    move || load.last(),
+                    move || load.join(),
                     move |_, (_, count)| {
                         let refused = threads;
                         let expected = Count {
                             refused,
                             ..Count::NO_FAILURE
                         };
-                        assert_eq!(count, expected, "each thread's last client");
+                        assert_eq!(
+                            count, expected,
+                            "only the last client of each thread is refused"
+                        );
                         log.add("refused at last");
                     },
                 );
@@ -382,8 +387,8 @@ fn no_client_of_a_shard_is_lost_at_a_stop_under_load() {
     assert_eq!(entries.take(), ["refused at last"]);
 }
 
-/// Two workers that have been stopped; clients wait for both, and then the first one is killed.
-fn with_a_dead_worker(
+/// Stops two workers, queues clients for both, and kills the first worker.
+fn with_a_killed_worker(
     master: &Master,
     then: impl FnOnce(&Master, WorkerProcess, Vec<TcpStream>) + 'static,
 ) {
@@ -393,7 +398,7 @@ fn with_a_dead_worker(
             let [first, second] = <[_; 2]>::try_from(master.workers()).unwrap();
             stop(&first);
             stop(&second);
-            // All for one of them: that is as likely as it sounds.
+            // All clients for one worker would have a probability of 1 in 2^59.
             let connect = |_| TcpStream::connect(address).unwrap();
             let clients: Vec<_> = (0..60).map(connect).collect();
             wait_until("the backlog", || (queued(master) == 60).then_some(()));
@@ -408,12 +413,12 @@ fn with_a_dead_worker(
     (0..2).for_each(|_| drop(master.fork().unwrap()));
 }
 
-fn a_replacement_serves_who_waited_for_the_dead_one() {
+fn replacement_serves_the_clients_of_the_killed_worker() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            with_a_dead_worker(master, move |master, second, clients| {
+            with_a_killed_worker(master, move |master, second, clients| {
                 let replacement = master.fork().unwrap();
                 let waiting = Cell::new(Some((clients, log)));
                 replacement.on_listening(move |master, replacement, _| {
@@ -427,9 +432,9 @@ fn a_replacement_serves_who_waited_for_the_dead_one() {
                         move |master, answers| {
                             let by =
                                 |id: &str| answers.iter().filter(|answer| *answer == id).count();
-                            let (of_dead, of_other) = (by(&replacement), by(&own));
-                            assert!(of_dead > 0 && of_other > 0, "{answers:?}");
-                            log.add((of_dead + of_other).to_string());
+                            let (by_replacement, by_other) = (by(&replacement), by(&own));
+                            assert!(by_replacement > 0 && by_other > 0, "{answers:?}");
+                            log.add((by_replacement + by_other).to_string());
                             master.disconnect(|_| {});
                         },
                     );
@@ -441,22 +446,23 @@ fn a_replacement_serves_who_waited_for_the_dead_one() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// Nobody takes the place of the dead worker before all are told to leave: whoever waits for it is
-/// told that nobody comes, and the others are served.
-fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
+/// No replacement starts before all workers are disconnected. Clients of the killed worker are
+/// reset, and the others are served.
+fn clients_of_a_killed_worker_are_reset_at_a_stop() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            with_a_dead_worker(master, move |master, second, clients| {
+            with_a_killed_worker(master, move |master, second, clients| {
                 let own = second.id().to_string();
                 second.process().kill(Signal::CONT);
                 master.disconnect(|_| {});
                 let read = || {
-                    // All speak before one listens: the reset comes when the others are served.
-                    let speak = |mut client: &TcpStream| drop(client.write_all(b"x"));
-                    clients.iter().for_each(speak);
-                    clients.into_iter().map(hear).collect::<Vec<_>>()
+                    // Each client sends before one reads, because the reset comes only after the
+                    // others are served.
+                    let send = |mut client: &TcpStream| drop(client.write_all(b"x"));
+                    clients.iter().for_each(send);
+                    clients.into_iter().map(read_answer).collect::<Vec<_>>()
                 };
                 in_background(master, read, move |_, answers| {
                     let served = answers.iter().flatten().filter(|answer| **answer == own);
@@ -472,8 +478,8 @@ fn who_waited_for_a_dead_worker_is_reset_at_a_stop() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// The answer; `None` if the connection is reset.
-fn hear(mut client: TcpStream) -> Option<String> {
+/// Returns the answer, or `None` if the connection is reset.
+fn read_answer(mut client: TcpStream) -> Option<String> {
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
     match client.read_to_string(&mut answer) {
@@ -487,7 +493,7 @@ fn hear(mut client: TcpStream) -> Option<String> {
     }
 }
 
-fn shards_get_equal_parts() {
+fn shards_receive_equal_shares() {
     const CLIENTS: u32 = 20_000;
     let log = Log::default();
     let entries = log.clone();
@@ -517,10 +523,10 @@ fn shards_get_equal_parts() {
                     assert_eq!(parts.values().sum::<u32>(), CLIENTS);
                     let (least, most) = (parts.values().min(), parts.values().max());
                     let ratio = f64::from(*most.unwrap()) / f64::from(*least.unwrap());
-                    println!("busiest/idlest {ratio:.3}");
+                    println!("maximum/minimum {ratio:.3}");
                     assert!(ratio <= 1.2, "{parts:?}");
                     let ledger = master.ledger();
-                    assert_eq!(ledger.accepted, 0, "the master has no part in it");
+                    assert_eq!(ledger.accepted, 0, "the master accepts nothing");
                     log.add("equal");
                     master.disconnect(|_| {});
                 });
@@ -540,8 +546,8 @@ fn shards_have_one_port_with_ipv6() {
     one_port("[::1]:0");
 }
 
-/// Whoever asks for any port gets the one that the first has got; and each serves there.
-fn one_port(anything: &'static str) {
+/// All workers that request any free port get the port of the first one, and all of them serve it.
+fn one_port(any_port: &'static str) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -550,7 +556,7 @@ fn one_port(anything: &'static str) {
             let addresses = log.clone();
             master.on_listening(move |_, _, address| addresses.add(address.to_string()));
             when_listening(master, 4, move |master, address| {
-                let own: SocketAddr = anything.parse().unwrap();
+                let own: SocketAddr = any_port.parse().unwrap();
                 assert_eq!(address.ip(), own.ip());
                 let work = move || {
                     let mut answers = BTreeSet::new();
@@ -563,13 +569,13 @@ fn one_port(anything: &'static str) {
             });
             (0..4).for_each(|_| drop(master.fork().unwrap()));
         },
-        |worker| crate::harness::serve_id(&worker, anything),
+        |worker| crate::harness::serve_id(&worker, any_port),
     );
     let addresses = entries.take();
     assert_eq!(addresses, [&*addresses[0]; 4]);
 }
 
-fn a_path_is_shared_where_ports_are_sharded() {
+fn unix_socket_is_shared_under_the_sharded_policy() {
     const PATH: &str = "SHARDED_PATH";
     let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
     let log = Log::default();
@@ -618,14 +624,14 @@ fn a_path_is_shared_where_ports_are_sharded() {
     assert_eq!(entries.take(), ["both"]);
 }
 
-/// Its selection program and its shards would be mixed with ours.
+/// Clients would otherwise be distributed among the shards of both clusters.
 fn sharded_port_of_another_cluster_is_an_error() {
     use nix::sys::socket::{setsockopt, sockopt::ReusePort};
     use std::os::fd::AsFd as _;
     cluster(
         |master| {
             shard(master);
-            // What another master of the same user has.
+            // The same as a listener of another master of the same user.
             let (socket, address) = crate::harness::reserve_port();
             setsockopt(&socket, ReusePort, &true).unwrap();
             nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(16).unwrap()).unwrap();
@@ -642,9 +648,9 @@ fn sharded_port_of_another_cluster_is_an_error() {
     );
 }
 
-/// One worker has died; the other one is leaving, and still serves what is in its shard. The next
-/// worker has the same port.
-fn sharded_port_serves_again_while_an_old_worker_leaves() {
+/// One worker is killed. Another one is disconnecting and still serves its shard. The next worker
+/// listens on the same port.
+fn sharded_port_serves_again_while_an_old_worker_disconnects() {
     const PORT: &str = "SHARDED_PORT";
     let log = Log::default();
     let entries = log.clone();
@@ -662,23 +668,23 @@ fn sharded_port_serves_again_while_an_old_worker_leaves() {
                 match listening.get() {
                     1 => {}
                     2 => {
-                        // Some for each: the one that leaves serves them until they have said
-                        // something.
+                        // Some clients for each shard. They stay silent, so the disconnecting
+                        // worker is still serving them later.
                         let clients = [(); 30].map(|()| TcpStream::connect(address).unwrap());
                         rest.set(Some(clients));
-                        let [leaves, dies] = &master.workers()[..] else {
-                            unreachable!("two workers")
+                        let [disconnecting, killed] = &master.workers()[..] else {
+                            unreachable!("there are two workers")
                         };
-                        leaves.disconnect();
-                        dies.process().kill(Signal::KILL);
-                        dies.on_exit(move |master, _, _| drop(fork(master)));
+                        disconnecting.disconnect();
+                        killed.process().kill(Signal::KILL);
+                        killed.on_exit(move |master, _, _| drop(fork(master)));
                     }
                     _ => {
                         let (id, log, clients) = (worker.id(), log.clone(), rest.take());
                         let work = move || talk(address, b"").unwrap();
                         in_background(master, work, move |master, answer| {
                             assert_eq!(answer, format!("{id}."));
-                            // The old one was there all the time.
+                            // The disconnecting worker has not exited meanwhile.
                             assert!(master.workers().len() == 2);
                             log.add("served");
                             drop(clients);
@@ -697,7 +703,7 @@ fn sharded_port_serves_again_while_an_old_worker_leaves() {
             {
                 let mut connection = connection.unwrap();
                 let id = worker.id().to_string();
-                // The third one finds silent clients in the shard of the dead one.
+                // The third worker inherits silent clients from the shard of the killed one.
                 if id != "3" {
                     let _ = connection.read(&mut [0]);
                 }

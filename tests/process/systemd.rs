@@ -1,7 +1,6 @@
-//! What the master receives from systemd and sends to it, and what it passes to workers that
-//! support systemd's protocol and do not use this crate. `systemd-socket-activate` and
-//! `systemd-notify` are the real tools. The foreign workers are written in Python or use the
-//! `sd_notify` crate.
+//! Socket activation and notifications, between systemd and the master, and between the master and
+//! workers that do not use this crate. `systemd-socket-activate` and `systemd-notify` are the real
+//! tools. The foreign workers are written in Python or use the `sd_notify` crate.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -386,7 +385,7 @@ fn conflicting_descriptors_are_an_error_of_fork() {
     );
 }
 
-/// Returns the datagrams that the socket has received so far.
+/// Returns the datagrams that wait at the socket.
 fn received(socket: &UnixDatagram) -> Vec<String> {
     socket.set_nonblocking(true).unwrap();
     let mut buffer = [0; 4096];
@@ -530,11 +529,11 @@ fn workers_do_not_inherit_systemd_variables() {
             let shell = Settings::default().exec("/bin/sh").args(["-c", &script]);
             master.setup_master(shell);
             master.fork_with([("OUTPUT", file(1))]).unwrap();
-            let expected = [("OUTPUT", file(2)), ("NOTIFY_SOCKET", "/expected".into())];
-            master.fork_with(expected).unwrap();
+            let env = [("OUTPUT", file(2)), ("NOTIFY_SOCKET", "/overridden".into())];
+            master.fork_with(env).unwrap();
             master.setup_master(Settings::default().listen_fds([("null", null)]));
-            let expected = [("OUTPUT", file(3)), ("LISTEN_PID", "1".into())];
-            master.fork_with(expected).unwrap();
+            let env = [("OUTPUT", file(3)), ("LISTEN_PID", "1".into())];
+            master.fork_with(env).unwrap();
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         },
         |_| unreachable!("the workers are shells"),
@@ -551,7 +550,7 @@ fn workers_do_not_inherit_systemd_variables() {
     }
     for name in SYSTEMD_VARIABLES {
         assert_eq!(own(1, name), None, "{name}");
-        let expected = (name == "NOTIFY_SOCKET").then_some("/expected");
+        let expected = (name == "NOTIFY_SOCKET").then_some("/overridden");
         assert_eq!(own(2, name).as_deref(), expected, "{name}");
     }
     assert_eq!(own(3, "LISTEN_PID"), own(3, "own"));

@@ -66,7 +66,7 @@ fn set_main(master: &Master, main: impl Fn(Worker) + 'static) {
 
 /// Runs a scenario whose workers execute no program.
 fn cluster_without_exec(master: impl FnOnce(&Master)) {
-    cluster(master, |_| unreachable!("nothing is executed"));
+    cluster(master, |_| unreachable!("the workers execute no program"));
 }
 
 fn copy_runs_from_fork_to_exit() {
@@ -318,7 +318,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
 fn copy_has_no_connection_that_waits_in_the_master() {
     let beginning = Rc::new(open_descriptors());
     let Role::Master(master) = cluster::init().unwrap() else {
-        unreachable!("nothing is executed");
+        unreachable!("the workers execute no program");
     };
     let master = Rc::new(master);
     let asked = Rc::clone(&master);
@@ -379,10 +379,10 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
         let (used, one) = UnixStream::pair().unwrap();
         let (dropped, another) = UnixStream::pair().unwrap();
         let used = Rc::new(used);
-        let never = |_: &Master, _: &_| panic!("nothing was written");
+        let never = |_: &Master, _: &_| panic!("the descriptor became readable");
         let first = master.watch(Rc::clone(&used), Interest::Readable, never);
         let number = Foreign(dropped.as_raw_fd());
-        let never = |_: &Master, _: &_| panic!("nothing was written");
+        let never = |_: &Master, _: &_| panic!("the descriptor became readable");
         let second = master.watch(number, Interest::Readable, never);
         let listener = Rc::new(master.listen("127.0.0.1:0").unwrap());
         let shared = Rc::clone(&listener);
@@ -496,7 +496,7 @@ fn copy_cannot_affect_other_workers() {
 
 fn master_handle_is_inert_in_a_copy() {
     let Role::Master(master) = cluster::init().unwrap() else {
-        unreachable!("nothing is executed");
+        unreachable!("the workers execute no program");
     };
     let master = Rc::new(master);
     let copied = Rc::clone(&master);
@@ -849,8 +849,8 @@ fn assert_fails(master: &Master, step: &str, errno: Option<i32>) {
 
 fn failed_step_in_a_copy_is_an_error_of_fork() {
     cluster_without_exec(|master| {
-        master.on_fork(|_, _| panic!("nothing was forked"));
-        set_main(master, |_| unreachable!("a step has failed"));
+        master.on_fork(|_, _| panic!("a worker was forked"));
+        set_main(master, |_| unreachable!("fork has failed"));
         for (name, value) in [("", "empty"), ("A=B", "C"), ("A", "B\0C"), ("A\0B", "C")] {
             let error = master.fork_with([(name, value)]).unwrap_err();
             assert!(matches!(error, Error::Fork { .. }), "{error}");
@@ -871,8 +871,8 @@ fn failed_step_in_a_copy_is_an_error_of_fork() {
 
 fn failed_user_change_in_a_copy_is_an_error_of_fork() {
     cluster_without_exec(|master| {
-        master.on_fork(|_, _| panic!("nothing was forked"));
-        set_main(master, |_| unreachable!("a step has failed"));
+        master.on_fork(|_, _| panic!("a worker was forked"));
+        set_main(master, |_| unreachable!("fork has failed"));
         master.setup_master(Settings::default().uid(NOBODY).gid(NOBODY));
         refuse_calls(&[libc::SYS_setresuid], libc::EACCES);
         assert_fails(master, "change its user", Some(libc::EACCES));
