@@ -404,7 +404,7 @@ impl Case {
     }
 }
 
-/// Measures the master's work for the clients of the honest worker, whose id is 1.
+/// Measurements of the master's work for the clients of the honest worker, whose id is 1.
 ///
 /// The clients' waiting times depend on the load of the machine. The master's work before it
 /// accepts a client does not.
