@@ -306,7 +306,7 @@ fn detached_process_survives_what_ends_its_master() {
         let detached = Pid::from_raw(detached);
         if is_killed {
             let worker = group.line("worker ").parse().unwrap();
-            killpg(group.pid(), RawSignal::SIGINT).unwrap();
+            killpg(group.pid(), RawSignal::SIGTERM).unwrap();
             wait_until("the worker's end", || (!is_alive(worker)).then_some(()));
         }
         let status = group.end().unwrap();

@@ -321,8 +321,9 @@ fn copy_has_no_connection_that_waits_in_the_master() {
         unreachable!("the workers execute no program");
     };
     let master = Rc::new(master);
-    let asked = Rc::clone(&master);
+    let asked = Rc::downgrade(&master);
     master.set_scheduler(move |_, workers| {
+        let asked = asked.upgrade().unwrap();
         let beginning = Rc::clone(&beginning);
         set_main(&asked, move |_| {
             let found = kinds_since(&beginning);
@@ -499,8 +500,9 @@ fn master_handle_is_inert_in_a_copy() {
         unreachable!("the workers execute no program");
     };
     let master = Rc::new(master);
-    let copied = Rc::clone(&master);
+    let copied = Rc::downgrade(&master);
     set_main(&master, move |worker| {
+        let copied = copied.upgrade().unwrap();
         let listener = worker.listen("127.0.0.1:0").unwrap();
         assert!(copied.workers().is_empty());
         assert!(copied.fork().is_err());
