@@ -1,5 +1,5 @@
-//! Workers that wait in `accept` itself, which only a signal interrupts: whatever else comes is
-//! noticed, each time.
+//! Workers that block in `accept`, which only a signal interrupts. Messages, timers, signals and
+//! end-of-file must be handled meanwhile, every time.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -21,33 +21,33 @@ use nix::sys::signal::{
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, serve_id,
-    share_listeners, talk, wait_until_asleep, watched, when_all_wait, when_listening,
+    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, rest,
+    serve_id, share_listeners, talk, watched, when_all_wait, when_listening,
 };
 
 crate::scenarios! {
     sequential_connections_rotate_among_workers_that_block
-    messages_are_heard_in_accept
-    messages_are_heard_in_accept_under_load
-    timers_go_off_in_accept
-    signals_are_told_in_accept
-    a_signal_just_before_the_first_accept_is_told
-    a_request_to_leave_is_heard_in_accept
-    the_end_of_the_master_is_noticed_in_accept
-    what_could_not_be_sent_before_is_sent_in_accept
-    what_could_not_be_sent_in_accept_is_sent_there
-    the_programs_own_reads_are_not_interrupted
+    messages_are_delivered_in_accept
+    messages_are_delivered_in_accept_under_load
+    timers_fire_in_accept
+    signals_are_delivered_in_accept
+    signal_just_before_the_first_accept_is_delivered
+    disconnect_request_is_handled_in_accept
+    exit_of_the_master_is_noticed_in_accept
+    messages_queued_before_accept_are_sent_in_accept
+    messages_queued_in_accept_are_sent_in_accept
+    reads_of_the_application_are_not_interrupted
     callbacks_and_accept_share_a_listener
-    the_programs_own_handler_for_the_signal_runs
-    a_connection_looks_at_no_poller_of_a_worker
+    signal_handler_of_the_application_runs
+    connection_wakes_no_poller_of_a_worker
 }
 
-/// How often each is tried.
-const TIMES: u32 = 200;
-/// What takes longer has not been noticed by itself.
+/// Number of repetitions in each test.
+const ROUNDS: u32 = 200;
+/// A longer delay means that some later, unrelated event woke the worker.
 const PROMPT: Duration = Duration::from_secs(5);
 
-/// Keeps the processors busy as long as it lives.
+/// Keeps the processors busy until it is dropped.
 struct Stress {
     over: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -85,7 +85,7 @@ fn sequential_connections_rotate_among_workers_that_block() {
         |master| {
             share_listeners(master);
             when_listening(master, 4, move |master, address| {
-                when_all_wait(master, move |master| next(master, address, log));
+                when_all_wait(master, move |master| connect_next(master, address, log));
             });
             (0..4).for_each(|_| drop(master.fork().unwrap()));
         },
@@ -98,13 +98,14 @@ fn sequential_connections_rotate_among_workers_that_block() {
     for round in entries.chunks(4) {
         assert_eq!(round, &entries[..4]);
     }
-    let everybody: BTreeSet<_> = entries[..4].iter().collect();
-    assert_eq!((entries.len(), everybody.len()), (200, 4));
+    let distinct: BTreeSet<_> = entries[..4].iter().collect();
+    assert_eq!((entries.len(), distinct.len()), (200, 4));
 }
 
-/// The kernel asks every poller that has a listener when a client connects, also if it waits for nothing:
-/// with a thousand workers a thousand. The one of the master waits for the end of the listener only.
-fn a_connection_looks_at_no_poller_of_a_worker() {
+/// The kernel runs the wait callback of every poller that has the listener registered when a client
+/// connects, even if the interest is empty: with 1,000 workers, 1,000 callbacks. Only the master's
+/// poller has the listener, and it waits for errors and hang-ups only.
+fn connection_wakes_no_poller_of_a_worker() {
     cluster(
         |master| {
             share_listeners(master);
@@ -118,7 +119,7 @@ fn a_connection_looks_at_no_poller_of_a_worker() {
                     }
                     let own = polled(std::process::id());
                     let own: Vec<_> = own.iter().filter(|l| l.contains(&listener)).collect();
-                    // EPOLLERR and EPOLLHUP, which the kernel adds to nothing.
+                    // EPOLLERR and EPOLLHUP, which the kernel adds to an empty interest.
                     let events = own[0].split_whitespace().nth(3);
                     assert_eq!((own.len(), events), (1, Some("18")), "{own:?}");
                     master.disconnect(|_| {});
@@ -133,7 +134,8 @@ fn a_connection_looks_at_no_poller_of_a_worker() {
     );
 }
 
-/// Of the socket that listens there, as it stands where pollers are described.
+/// Returns the inode of the socket that listens on the address, as formatted in `fdinfo` of an
+/// epoll descriptor.
 fn inode(address: SocketAddr) -> String {
     let port = format!(":{:04X} 00000000:0000 0A ", address.port());
     let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -142,7 +144,7 @@ fn inode(address: SocketAddr) -> String {
     format!(" ino:{inode:x} ")
 }
 
-/// What the pollers of a process have, a line each.
+/// Returns the registered descriptors of all pollers of a process, one line each.
 fn polled(pid: u32) -> Vec<String> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
     let infos = entries.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
@@ -151,26 +153,28 @@ fn polled(pid: u32) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
-/// One connection after the other, each when everybody waits for one. Nobody is asked: who is, leaves
-/// the kernel's queue.
-fn next(master: &Master, address: SocketAddr, log: Log) {
-    master.workers().iter().for_each(wait_until_asleep);
+/// Connects one client after the other, each when all workers wait in `accept`. No message checks
+/// this, because a message would interrupt `accept`, and the worker would lose its position in the
+/// kernel's queue.
+fn connect_next(master: &Master, address: SocketAddr, log: Log) {
+    master.workers().iter().for_each(rest);
     in_background(
         master,
         move || talk(address, b"").unwrap(),
         move |master, id| {
             log.add(id);
             if log.len() < 200 {
-                return next(master, address, log);
+                return connect_next(master, address, log);
             }
             master.disconnect(|_| {});
         },
     );
 }
 
-/// One worker, which plays `worker`, and a busy machine. `next` is called when it listens, and again
-/// each time it says something, which must be soon; then it is told to leave.
-fn again_and_again(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worker)) {
+/// Runs `worker` in one worker on a busy machine. `next` is called when the worker listens, and
+/// again after each message from it, which must arrive promptly. At the end, the worker is
+/// disconnected.
+fn repeatedly(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
     let stress = cluster::is_master().then(Stress::new);
@@ -188,7 +192,7 @@ fn again_and_again(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(
                 let took = began.replace(Instant::now()).elapsed();
                 assert!(took < PROMPT, "{took:?}");
                 times += 1;
-                if times < TIMES {
+                if times < ROUNDS {
                     return next(worker);
                 }
                 log.add("all");
@@ -206,8 +210,8 @@ fn noticed(worker: &Worker) {
     worker.send(b"noticed").unwrap();
 }
 
-fn messages_are_heard_in_accept() {
-    again_and_again(
+fn messages_are_delivered_in_accept() {
+    repeatedly(
         |worker| assert!(worker.send(b"notice").unwrap()),
         |worker| {
             worker.on_message(|worker, _| noticed(worker));
@@ -216,21 +220,21 @@ fn messages_are_heard_in_accept() {
     );
 }
 
-/// Connections come at the same time as messages.
-fn messages_are_heard_in_accept_under_load() {
+/// Connections arrive at the same time as messages.
+fn messages_are_delivered_in_accept_under_load() {
     let over = Arc::<AtomicBool>::default();
     let clients = Arc::clone(&over);
-    again_and_again(
+    repeatedly(
         |worker| assert!(worker.send(b"notice").unwrap()),
         move |worker| {
-            // The clients are this worker's own, on a thread.
+            // The clients run on a thread of this worker.
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr();
             let thread = std::thread::spawn(move || {
                 while !over.load(Ordering::SeqCst) {
                     match talk(address, b"") {
                         Ok(answer) => assert_eq!(answer, "served"),
-                        // The worker has left meanwhile.
+                        // The worker has disconnected meanwhile.
                         Err(error) => assert!(over.load(Ordering::SeqCst), "{error}"),
                     }
                 }
@@ -238,7 +242,7 @@ fn messages_are_heard_in_accept_under_load() {
             let mut times = 0;
             worker.on_message(move |worker, _| {
                 times += 1;
-                clients.store(times == TIMES, Ordering::SeqCst);
+                clients.store(times == ROUNDS, Ordering::SeqCst);
                 noticed(worker);
             });
             for connection in listener.incoming() {
@@ -249,9 +253,9 @@ fn messages_are_heard_in_accept_under_load() {
     );
 }
 
-fn timers_go_off_in_accept() {
-    again_and_again(
-        |worker| assert!(worker.send(b"in a moment").unwrap()),
+fn timers_fire_in_accept() {
+    repeatedly(
+        |worker| assert!(worker.send(b"start a timer").unwrap()),
         |worker| {
             let mut micros = 0;
             worker.on_message(move |worker, _| {
@@ -263,8 +267,8 @@ fn timers_go_off_in_accept() {
     );
 }
 
-fn signals_are_told_in_accept() {
-    again_and_again(
+fn signals_are_delivered_in_accept() {
+    repeatedly(
         |worker| worker.process().kill(Signal::USR1),
         |worker| {
             worker
@@ -275,9 +279,9 @@ fn signals_are_told_in_accept() {
     );
 }
 
-/// A timer that is due goes off before the worker blocks for the first time, and behind it nothing
-/// looks at signals again.
-fn a_signal_just_before_the_first_accept_is_told() {
+/// A timer that is due runs before the worker blocks for the first time. After it, no further step
+/// before `accept` checks for signals.
+fn signal_just_before_the_first_accept_is_delivered() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -286,31 +290,31 @@ fn a_signal_just_before_the_first_accept_is_told() {
             let only = master.fork().unwrap();
             only.on_message(move |_, worker, message| {
                 assert_eq!(message.bytes(), b"noticed");
-                log.add("told");
+                log.add("delivered");
                 worker.disconnect();
             });
         },
         |worker| {
-            let told = |worker: &Worker, _| noticed(worker);
-            worker.on_signal(Signal::USR1, told).unwrap();
+            let delivered = |worker: &Worker, _| noticed(worker);
+            worker.on_signal(Signal::USR1, delivered).unwrap();
             worker.set_timeout(Duration::ZERO, |_| raise(Number::SIGUSR1).unwrap());
             serve_id(&worker, "127.0.0.1:0");
         },
     );
-    assert_eq!(entries.take(), ["told"]);
+    assert_eq!(entries.take(), ["delivered"]);
 }
 
-fn a_request_to_leave_is_heard_in_accept() {
+fn disconnect_request_is_handled_in_accept() {
     let log = Log::default();
     let entries = log.clone();
     let stress = cluster::is_master().then(Stress::new);
     cluster(
         |master| {
             share_listeners(master);
-            // With the first one the listener stays.
+            // The first worker keeps the listener open.
             master.fork().unwrap();
-            let asked = Rc::new(Cell::new(None));
-            let at = Rc::clone(&asked);
+            let requested = Rc::new(Cell::new(None));
+            let at = Rc::clone(&requested);
             when_listening(master, 1, move |master, _| {
                 master.on_listening(move |_, worker, _| {
                     at.set(Some(Instant::now()));
@@ -320,11 +324,11 @@ fn a_request_to_leave_is_heard_in_accept() {
             });
             master.on_exit(move |master, _, status| {
                 assert!(status.success(), "{status}");
-                if log.len() < TIMES as usize {
-                    let took = asked.take().unwrap().elapsed();
+                if log.len() < ROUNDS as usize {
+                    let took = requested.take().unwrap().elapsed();
                     assert!(took < PROMPT, "{took:?}");
-                    log.add("left");
-                    if log.len() < TIMES as usize {
+                    log.add("exited");
+                    if log.len() < ROUNDS as usize {
                         master.fork().unwrap();
                     } else {
                         master.disconnect(|_| {});
@@ -335,17 +339,18 @@ fn a_request_to_leave_is_heard_in_accept() {
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
     drop(stress);
-    assert_eq!(entries.len(), TIMES as usize);
+    assert_eq!(entries.len(), ROUNDS as usize);
 }
 
-/// Workers notice it by themselves: not because the system kills them, since they forbid that.
-fn the_end_of_the_master_is_noticed_in_accept() {
+/// The workers notice end-of-file themselves: they clear the parent-death signal, so the kernel
+/// does not kill them.
+fn exit_of_the_master_is_noticed_in_accept() {
     if is_watched() {
         return cluster(
             |master| {
                 share_listeners(master);
                 when_listening(master, 1, |master, _| {
-                    wait_until_asleep(&master.workers()[0]);
+                    rest(&master.workers()[0]);
                     println!("listening");
                 });
                 master.fork().unwrap();
@@ -358,11 +363,11 @@ fn the_end_of_the_master_is_noticed_in_accept() {
     }
     set_child_subreaper(true).unwrap();
     let _stress = Stress::new();
-    for _ in 0..TIMES {
+    for _ in 0..ROUNDS {
         let group = Group::start(&mut watched()).unwrap();
         group.line("listening");
         kill(group.pid(), Number::SIGKILL).unwrap();
-        // The worker is inherited by this process then, and nobody may be left.
+        // The worker is reparented to this process, so `end` fails if one is left.
         let status = group.end().unwrap();
         assert_eq!(status.signal(), Some(libc::SIGKILL));
     }
@@ -371,15 +376,15 @@ fn the_end_of_the_master_is_noticed_in_accept() {
 const MESSAGES: usize = 200;
 const LENGTH: usize = 20_000;
 
-/// Sends more than the socket holds, while the master does not read. It goes on while this worker
-/// is in `accept`, or about to be.
-fn send_much(worker: &Worker) {
+/// Sends more than the socket buffer holds while the master is stopped. The master continues while
+/// this worker is in `accept` or about to call it.
+fn send_beyond_the_buffer(worker: &Worker) {
     let master = StoppedMaster::new();
-    let mut waits = false;
+    let mut is_queued = false;
     for number in 0..MESSAGES {
-        waits |= !worker.send(&numbered(number, LENGTH)).unwrap();
+        is_queued |= !worker.send(&numbered(number, LENGTH)).unwrap();
     }
-    assert!(waits, "the socket holds it all");
+    assert!(is_queued, "the socket buffer holds all messages");
     let written = |worker: &Worker, outcome: cluster::Result<()>| {
         outcome.unwrap();
         worker.send(b"written").unwrap();
@@ -392,24 +397,25 @@ fn send_much(worker: &Worker) {
     });
 }
 
-fn what_could_not_be_sent_before_is_sent_in_accept() {
-    all_is_sent(false, |worker| {
+fn messages_queued_before_accept_are_sent_in_accept() {
+    assert_all_is_sent(false, |worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        send_much(&worker);
+        send_beyond_the_buffer(&worker);
         assert!(listener.accept().unwrap().is_none());
     });
 }
 
-fn what_could_not_be_sent_in_accept_is_sent_there() {
-    all_is_sent(true, |worker| {
+fn messages_queued_in_accept_are_sent_in_accept() {
+    assert_all_is_sent(true, |worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        worker.on_message(|worker, _| send_much(worker));
+        worker.on_message(|worker, _| send_beyond_the_buffer(worker));
         assert!(listener.accept().unwrap().is_none());
     });
 }
 
-/// The worker is asked for it when it waits, or not at all: a message would wake it.
-fn all_is_sent(asked: bool, worker: impl FnOnce(Worker)) {
+/// If `requested`, the worker sends when a message arrives in `accept`. Otherwise the master sends
+/// no message, because it would wake the worker.
+fn assert_all_is_sent(requested: bool, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -418,8 +424,8 @@ fn all_is_sent(asked: bool, worker: impl FnOnce(Worker)) {
             let only = master.fork().unwrap();
             let mut number = 0;
             only.on_listening(move |_, worker, _| {
-                if asked {
-                    wait_until_asleep(worker);
+                if requested {
+                    rest(worker);
                     worker.send(b"now").unwrap();
                 }
             });
@@ -446,8 +452,8 @@ fn numbered(number: usize, length: usize) -> Vec<u8> {
     message
 }
 
-/// The worker waits for a client that says nothing, for a while, and messages come meanwhile.
-fn the_programs_own_reads_are_not_interrupted() {
+/// The worker reads with a timeout from a client that sends nothing, while messages arrive.
+fn reads_of_the_application_are_not_interrupted() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -460,7 +466,7 @@ fn the_programs_own_reads_are_not_interrupted() {
                     often.send(b"message").unwrap();
                 });
                 let clients = move || {
-                    for _ in 0..TIMES / 4 {
+                    for _ in 0..ROUNDS / 4 {
                         let mut silent = TcpStream::connect(address).unwrap();
                         let mut answer = String::new();
                         silent.read_to_string(&mut answer).unwrap();
@@ -469,14 +475,14 @@ fn the_programs_own_reads_are_not_interrupted() {
                 };
                 in_background(master, clients, move |master, ()| {
                     master.clear_timer(messages);
-                    log.add("none");
+                    log.add("no read was interrupted");
                     only.disconnect();
                 });
             });
         },
         |worker| {
-            let heard = Rc::new(Cell::new(0));
-            let count = Rc::clone(&heard);
+            let received = Rc::new(Cell::new(0));
+            let count = Rc::clone(&received);
             worker.on_message(move |_, _| count.set(count.get() + 1));
             let mut expected = 0;
             for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -488,13 +494,13 @@ fn the_programs_own_reads_are_not_interrupted() {
                 let _ = connection.write_all(format!("{:?}", error.kind()).as_bytes());
                 expected += 1;
             }
-            assert!(heard.get() > expected, "not even a message for each client");
+            assert!(received.get() > expected, "fewer messages than clients");
         },
     );
-    assert_eq!(entries.take(), ["none"]);
+    assert_eq!(entries.take(), ["no read was interrupted"]);
 }
 
-/// One worker is called back, and one waits in `accept`.
+/// One worker uses callbacks, and one waits in `accept`.
 fn callbacks_and_accept_share_a_listener() {
     const CALLED_BACK: &str = "CALLED_BACK";
     const CLIENTS: usize = 2000;
@@ -503,10 +509,10 @@ fn callbacks_and_accept_share_a_listener() {
     cluster(
         |master| {
             share_listeners(master);
-            // The listener is made not to block when somebody may be in `accept` already.
+            // The listener becomes non-blocking while the other worker may already be in `accept`.
             let blocking = master.fork().unwrap();
             blocking.on_listening(|master, worker, _| {
-                wait_until_asleep(worker);
+                rest(worker);
                 drop(master.fork_with([(CALLED_BACK, "1")]).unwrap());
             });
             when_listening(master, 2, move |master, address| {
@@ -524,7 +530,8 @@ fn callbacks_and_accept_share_a_listener() {
                     let (first, second) = (by("1"), by("2"));
                     assert!(first > 0 && second > 0, "{first} and {second}");
                     log.add((first + second).to_string());
-                    // Neither is caught in `accept` by what the other has got.
+                    // Neither worker is left in `accept` for a connection that the other one
+                    // received.
                     when_all_wait(master, |master| master.disconnect(|_| {}));
                 });
             });
@@ -542,20 +549,20 @@ fn callbacks_and_accept_share_a_listener() {
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
 
-/// How often somebody has sent it. What the kernel sends is the library's.
+/// Number of SIGURG signals sent with kill(2). The library's own are sent by the kernel.
 static SENT: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count_sent(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     #[allow(unsafe_code)]
-    // SAFETY: a handler with SA_SIGINFO gets a valid one.
+    // SAFETY: a handler with SA_SIGINFO receives a valid pointer.
     let code = unsafe { (*info).si_code };
     if code == libc::SI_USER {
         SENT.fetch_add(1, Ordering::SeqCst);
     }
 }
 
-fn the_programs_own_handler_for_the_signal_runs() {
-    again_and_again(
+fn signal_handler_of_the_application_runs() {
+    repeatedly(
         |worker| {
             let pid = i32::try_from(worker.process().id()).unwrap();
             kill(Pid::from_raw(pid), Number::SIGURG).unwrap();
@@ -566,15 +573,15 @@ fn the_programs_own_handler_for_the_signal_runs() {
             #[allow(unsafe_code)]
             // SAFETY: the handler only counts.
             unsafe { sigaction(Number::SIGURG, &action) }.unwrap();
-            let told = RefCell::new(0);
-            let tell = move |worker: &Worker| {
+            let reported = RefCell::new(0);
+            let report = move |worker: &Worker| {
                 let sent = SENT.load(Ordering::SeqCst);
-                while *told.borrow() < sent {
-                    *told.borrow_mut() += 1;
+                while *reported.borrow() < sent {
+                    *reported.borrow_mut() += 1;
                     noticed(worker);
                 }
             };
-            worker.set_interval(Duration::from_millis(1), tell);
+            worker.set_interval(Duration::from_millis(1), report);
             serve_id(&worker, "127.0.0.1:0");
         },
     );

@@ -1,7 +1,7 @@
-//! Any callback may call any method: each kind of callback calls all of them, one after the other.
+//! Any callback may call any method: each kind of callback calls all methods, one after the other.
 //!
-//! A callback is whatever code of the application the crate runs: closures, iterators and descriptors
-//! that are passed to it, and what runs when it drops them.
+//! A callback is any code of the application that the crate runs: closures, iterators and
+//! descriptors that are passed to it, and their destructors.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -30,10 +30,10 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Which callback this process tests.
+/// Names the callback that this process tests.
 const CALLBACK: &str = "CALLBACK";
 
-/// The method that the callback calls. It runs once.
+/// Calls all methods, the first time that it is called.
 type Calls = Rc<dyn Fn()>;
 
 /// Runs when it is dropped.
@@ -45,7 +45,7 @@ impl Drop for OnDrop {
     }
 }
 
-/// A descriptor with code of its own.
+/// A descriptor whose `as_fd` runs code of the application.
 struct Source {
     stream: UnixStream,
     calls: Calls,
@@ -58,7 +58,7 @@ impl AsFd for Source {
     }
 }
 
-/// A name or value of a variable that is made late.
+/// A name or value of an environment variable whose conversion runs code of the application.
 struct Late(Calls);
 
 impl From<Late> for OsString {
@@ -68,14 +68,15 @@ impl From<Late> for OsString {
     }
 }
 
-/// Makes a closure own this.
+/// Borrows the value, so that the closure owns it.
 fn keep(_: &OnDrop) {}
 
 fn end(worker: &WorkerProcess) {
     let _ = worker.disconnect();
 }
 
-/// Lets a descriptor be readable for as long as the other end lives.
+/// Returns a readable stream and its peer. The stream stays readable at least until the peer is
+/// dropped.
 fn readable() -> (UnixStream, UnixStream) {
     let (here, mut there) = UnixStream::pair().unwrap();
     there.write_all(b"x").unwrap();
@@ -88,10 +89,10 @@ struct Cluster {
     listener: RefCell<Option<MasterListener>>,
 }
 
-/// A method, or several, and how it is called.
+/// The name of a method or of a group of methods, and a function that calls them.
 type Call<C> = (&'static str, fn(&C));
 
-/// All methods of the master's side; those that end something come last.
+/// All methods of the master's side; those that end workers come last.
 const MASTER_CALLS: &[Call<Cluster>] = &[
     ("fork", |c| drop(c.master.fork())),
     ("fork_with", |c| {
@@ -185,8 +186,8 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
         assert!(matches!(c.master.run(), Err(Error::AlreadyRunning)));
     }),
     ("dispatch", |c| {
-        let turned = c.master.dispatch(Some(Duration::ZERO));
-        assert!(matches!(turned, Err(Error::AlreadyRunning)));
+        let outcome = c.master.dispatch(Some(Duration::ZERO));
+        assert!(matches!(outcome, Err(Error::AlreadyRunning)));
     }),
     ("time_left", |c| {
         let _ = c.master.time_left();
@@ -206,7 +207,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
             assert!(worker.send(&too_long).is_err());
         }
     }),
-    ("questions about workers", |c| {
+    ("queries about workers", |c| {
         for worker in c.master.workers() {
             let _ = (worker.id(), worker.state(), worker.is_connected());
             let _ = (worker.is_dead(), worker.exited_after_disconnect());
@@ -240,7 +241,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
     }),
 ];
 
-/// A kind of callback, and how it is registered.
+/// The name of a kind of callback, and a function that registers one.
 type Register<C> = (&'static str, fn(&C, Calls));
 
 const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
@@ -433,7 +434,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
             drop(c.master.fork_with(env));
         });
     }),
-    ("variable that is made late", |c, calls| {
+    ("variable that is converted late", |c, calls| {
         in_the_loop(c, move |c| {
             drop(c.master.fork_with([(Late(calls), "1")]));
         });
@@ -491,7 +492,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
 
 const NO_ENV: [(&str, &str); 0] = [];
 
-/// Dropped one after the other.
+/// The fields are dropped in order.
 struct Holder(Source, #[allow(dead_code)] OnDrop);
 
 impl AsFd for Holder {
@@ -500,7 +501,7 @@ impl AsFd for Holder {
     }
 }
 
-/// Runs this when the loop turns.
+/// Runs the closure in the event loop.
 fn in_the_loop(cluster: &Rc<Cluster>, call: impl FnOnce(&Cluster) + 'static) {
     let weak = Rc::downgrade(cluster);
     let timer = cluster.master.set_timeout(MS, move |_| {
@@ -511,7 +512,7 @@ fn in_the_loop(cluster: &Rc<Cluster>, call: impl FnOnce(&Cluster) + 'static) {
     cluster.master.ref_(timer);
 }
 
-/// Makes what a callback calls: all of these, the first time.
+/// Returns the closure that a callback calls: it calls all methods, the first time.
 fn all_of<C: 'static>(
     target: &Rc<C>,
     calls: &'static [Call<C>],
@@ -519,7 +520,7 @@ fn all_of<C: 'static>(
 ) -> Calls {
     let (weak, has_run) = (Rc::downgrade(target), Rc::clone(has_run));
     Rc::new(move || {
-        // Also when it is called inside one of its own calls.
+        // Also set when one of the methods calls this closure again.
         if has_run.replace(true) {
             return;
         }
@@ -533,7 +534,7 @@ fn all_of<C: 'static>(
     })
 }
 
-/// Plays once for each callback, each time in a process of its own.
+/// Plays once for each callback, in a separate process.
 fn for_each<C>(callbacks: &[Register<C>], play: impl Fn(&Register<C>)) {
     for callback in callbacks {
         if std::env::var_os(CALLBACK).is_none() {
@@ -543,7 +544,7 @@ fn for_each<C>(callbacks: &[Register<C>], play: impl Fn(&Register<C>)) {
     }
 }
 
-/// As `with_env`, where processes that play for one callback play for no other.
+/// As `with_env`, but a process that plays for one callback does not play for the others.
 fn with_env_once(name: &str, play: impl FnOnce()) {
     match std::env::var_os(CALLBACK) {
         Some(own) if own == name => play(),
@@ -565,7 +566,8 @@ fn play_the_worker(worker: Worker) -> i32 {
     0
 }
 
-/// Lets everything happen that callbacks are for, until the callback has run, and then ends.
+/// Causes every event that has a callback until the callback has run, and then disconnects the
+/// workers.
 fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     let master = &cluster.master;
     master.on_listening(|_, worker, address| {
@@ -579,7 +581,7 @@ fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     let id = Rc::clone(&own);
     own.set(Some(master.set_interval(MS, move |master| {
         if has_run.get() {
-            // What is forked later is not told to leave by an earlier call.
+            // An earlier call does not disconnect workers that are forked after it.
             master.disconnect_within(Duration::from_secs(1), |_| {});
             if master.workers().is_empty() {
                 master.clear_timer(id.get().unwrap());
@@ -616,7 +618,7 @@ struct Pooled {
 
 const POOL_CALLS: &[Call<Pooled>] = &[
     ("the master's", |p| {
-        // All that does not end the workers of the pool.
+        // All methods that do not end the workers of the pool.
         let calls = MASTER_CALLS.iter();
         let ending = ["end the workers", "disconnect", "disconnect_within"];
         for (name, call) in calls.filter(|(name, _)| !ending.contains(name)) {
@@ -631,7 +633,7 @@ const POOL_CALLS: &[Call<Pooled>] = &[
     ("listen", |p| {
         p.pool.listen(&p.cluster.master, "127.0.0.1:0").unwrap();
     }),
-    ("questions", |p| {
+    ("queries", |p| {
         let _ = (p.pool.slots(), p.pool.is_stopping(), p.pool.has_quorum());
         let status = p.pool.status(&p.cluster.master);
         let _ = (
@@ -733,7 +735,7 @@ struct Own {
 }
 
 const WORKER_CALLS: &[Call<Own>] = &[
-    ("questions", |o| {
+    ("queries", |o| {
         let w = &o.worker;
         let _ = (w.id(), w.inspect_port(), w.is_connected(), w.is_dead());
         let _ = (w.exited_after_disconnect(), w.process().id(), w.time_left());
@@ -963,13 +965,13 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
     }),
 ];
 
-/// Lets a client connect.
+/// Connects a client on another thread.
 fn connect(own: &Own) {
     let address = own.listener.local_addr();
     std::thread::spawn(move || drop(TcpStream::connect(address)));
 }
 
-/// A worker for each callback.
+/// Each callback is tested in a worker of its own.
 fn every_callback_of_a_worker_may_call_every_method() {
     cluster(
         |master| {
@@ -988,7 +990,7 @@ fn every_callback_of_a_worker_may_call_every_method() {
             let known = WORKER_CALLBACKS.iter().find(|(known, _)| *known == name);
             let (_, register) = known.unwrap();
             println!("{name}");
-            // An address for each worker: its client is not another one's.
+            // Each worker has its own address, so its client does not reach another worker.
             let address = format!("127.0.0.{}:0", worker.id());
             let listener = worker.listen(address.as_str()).unwrap();
             let udp = worker.bind(BindOptions::from("127.0.0.1:0").exclusive(true));
@@ -1006,7 +1008,7 @@ fn every_callback_of_a_worker_may_call_every_method() {
     );
 }
 
-/// It would be asked for the port of the worker that it forks, without end.
+/// Otherwise `fork` would call the closure again for the new worker, without end.
 fn inspect_port_closure_cannot_fork() {
     match cluster::init().unwrap() {
         Role::Master(master) => {

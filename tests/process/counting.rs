@@ -1,4 +1,4 @@
-//! Clients at full load, which count each way of failing apart.
+//! Clients at full load that count each kind of failure separately.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -11,24 +11,24 @@ use nix::sys::socket::{setsockopt, sockopt::Linger};
 
 use crate::harness::wait_until;
 
-/// Far longer than any answer takes.
+/// Timeout of a client, far longer than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What became of requests.
+/// The number of requests with each outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub answered: u64,
     pub refused: u64,
     pub reset: u64,
     pub timed_out: u64,
-    /// An answer that is not the one expected; an empty one, too.
+    /// Answers that differ from the expected one, including empty ones.
     pub wrong: u64,
-    /// Whatever else can go wrong.
+    /// Requests that failed for any other reason.
     pub failed: u64,
 }
 
 impl Counts {
-    /// How many clients did not get what they came for.
+    /// Returns the number of requests without a correct answer.
     pub fn lost(&self) -> u64 {
         self.refused + self.reset + self.timed_out + self.wrong + self.failed
     }
@@ -46,45 +46,45 @@ impl Counts {
     }
 }
 
-/// Clients that come again and again.
+/// Clients that send one request after the other.
 pub struct Load {
-    over: Arc<AtomicBool>,
-    answered: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    ended: Arc<AtomicU64>,
     threads: Vec<JoinHandle<Counts>>,
 }
 
 impl Load {
     pub fn start(address: SocketAddr, clients: usize, is_right: fn(&str) -> bool) -> Self {
-        let over = Arc::new(AtomicBool::new(false));
-        let answered = Arc::new(AtomicU64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let ended = Arc::new(AtomicU64::new(0));
         let client = |_| {
-            let (over, answered) = (Arc::clone(&over), Arc::clone(&answered));
+            let (stop, ended) = (Arc::clone(&stop), Arc::clone(&ended));
             std::thread::spawn(move || {
                 let mut counts = Counts::default();
-                while !over.load(Ordering::SeqCst) {
+                while !stop.load(Ordering::SeqCst) {
                     counts.add(ask(address), is_right);
-                    answered.fetch_add(1, Ordering::SeqCst);
+                    ended.fetch_add(1, Ordering::SeqCst);
                 }
                 counts
             })
         };
         let threads = (0..clients).map(client).collect();
         Self {
-            over,
-            answered,
+            stop,
+            ended,
             threads,
         }
     }
 
-    /// Waits until so many more requests have come to an end.
-    pub fn go_on(&self, requests: u64) {
-        let end = self.answered.load(Ordering::SeqCst) + requests;
-        let is_over = || (self.answered.load(Ordering::SeqCst) >= end).then_some(());
-        wait_until("requests", is_over);
+    /// Waits until `requests` more requests have ended.
+    pub fn wait_for_requests(&self, requests: u64) {
+        let end = self.ended.load(Ordering::SeqCst) + requests;
+        let have_ended = || (self.ended.load(Ordering::SeqCst) >= end).then_some(());
+        wait_until("ended requests", have_ended);
     }
 
     pub fn end(self) -> Counts {
-        self.over.store(true, Ordering::SeqCst);
+        self.stop.store(true, Ordering::SeqCst);
         let mut sum = Counts::default();
         for thread in self.threads {
             let counts = thread.join().unwrap();
@@ -99,8 +99,8 @@ impl Load {
     }
 }
 
-/// Ends with a reset, as soon as the answer is there: else the client's port would stay for a minute,
-/// and there are not as many ports as requests in a minute.
+/// Resets the connection as soon as the answer has arrived. Otherwise the client's port would stay
+/// in TIME_WAIT for a minute, and there are fewer ports than requests in a minute.
 fn ask(address: SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;

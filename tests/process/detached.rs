@@ -1,5 +1,5 @@
-//! Processes that are not workers (`Settings::detached`): nothing waits for them, and only the
-//! application ends them.
+//! Processes that are not workers (`Settings::detached`): the master does not wait for them, and
+//! only the application ends them.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
@@ -18,20 +18,20 @@ use crate::harness::{
 
 crate::scenarios! {
     run_returns_while_a_detached_process_runs
-    run_waits_for_a_detached_process_that_is_referenced
+    run_waits_for_a_referenced_detached_process
     disconnect_calls_back_while_a_detached_process_runs
     disconnect_within_spares_a_detached_process
-    disconnect_within_of_its_handle_spares_a_detached_process
-    kill_of_its_handle_signals_a_detached_process_at_once
-    detached_process_is_in_no_table_and_gives_no_event_of_the_cluster
+    worker_disconnect_within_spares_a_detached_process
+    worker_kill_signals_a_detached_process_at_once
+    detached_process_is_in_no_table_and_emits_no_cluster_event
     exit_of_a_detached_process_is_delivered_and_leaves_no_zombie
-    messages_to_a_detached_process_fail_and_the_errors_end
-    detached_process_leads_a_session_unless_it_is_told_not_to
-    worker_leads_a_session_if_it_is_told_to
-    detached_process_survives_what_ends_its_master
+    messages_to_a_detached_process_fail_without_endless_errors
+    detached_process_leads_a_session_unless_setsid_is_false
+    worker_leads_a_session_if_setsid_is_true
+    detached_process_survives_the_end_of_its_master
 }
 
-/// Starts a program that ends when the other end of the stream is closed.
+/// Starts a program that ends when the returned stream is closed.
 fn start(master: &Master, settings: Settings) -> (WorkerProcess, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let settings = settings
@@ -47,7 +47,7 @@ fn is_running(process: &WorkerProcess) -> bool {
     !process.is_dead() && is_alive(process.process().id())
 }
 
-/// Lets `run` wait for the process, and lets the process end.
+/// Makes `run` wait for the process, and ends the process.
 fn end(process: &WorkerProcess, life: &RefCell<Option<UnixStream>>) {
     process.process().ref_();
     life.take();
@@ -67,7 +67,7 @@ fn run_returns_while_a_detached_process_runs() {
     );
 }
 
-fn run_waits_for_a_detached_process_that_is_referenced() {
+fn run_waits_for_a_referenced_detached_process() {
     cluster(
         |master| {
             let (process, life) = start(master, Settings::default());
@@ -82,8 +82,8 @@ fn run_waits_for_a_detached_process_that_is_referenced() {
     );
 }
 
-/// Forks a worker, too, and disconnects by `disconnect`.
-fn disconnects(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Master)>)) {
+/// Starts a detached process and a worker, and calls `disconnect` with a callback that checks both.
+fn assert_disconnect_spares(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Master)>)) {
     let called = Rc::new(Cell::new(false));
     let set = Rc::clone(&called);
     cluster(
@@ -105,15 +105,15 @@ fn disconnects(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Master)>)) {
 }
 
 fn disconnect_calls_back_while_a_detached_process_runs() {
-    disconnects(|master, then| master.disconnect(then));
+    assert_disconnect_spares(|master, then| master.disconnect(then));
 }
 
-/// With a deadline of zero every worker is killed.
+/// With a deadline of zero, every worker is killed.
 fn disconnect_within_spares_a_detached_process() {
-    disconnects(|master, then| master.disconnect_within(Duration::ZERO, then));
+    assert_disconnect_spares(|master, then| master.disconnect_within(Duration::ZERO, then));
 }
 
-fn disconnect_within_of_its_handle_spares_a_detached_process() {
+fn worker_disconnect_within_spares_a_detached_process() {
     cluster(
         |master| {
             let (process, life) = start(master, Settings::default());
@@ -122,7 +122,7 @@ fn disconnect_within_of_its_handle_spares_a_detached_process() {
             process.process().disconnect();
             let life = RefCell::new(Some(life));
             let handle = process.clone();
-            // The deadline has passed by then.
+            // The deadline of zero passes before this timer fires.
             master.set_timeout(Duration::from_millis(1), move |_| end(&handle, &life));
             master.run().unwrap();
             assert_eq!(process.process().exit_status().unwrap().code(), Some(0));
@@ -131,7 +131,7 @@ fn disconnect_within_of_its_handle_spares_a_detached_process() {
     );
 }
 
-fn kill_of_its_handle_signals_a_detached_process_at_once() {
+fn worker_kill_signals_a_detached_process_at_once() {
     cluster(
         |master| {
             for by_process in [false, true] {
@@ -152,7 +152,7 @@ fn kill_of_its_handle_signals_a_detached_process_at_once() {
     );
 }
 
-fn detached_process_is_in_no_table_and_gives_no_event_of_the_cluster() {
+fn detached_process_is_in_no_table_and_emits_no_cluster_event() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -205,7 +205,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
                 count.set(count.get() + 1);
             });
             drop(life);
-            // `run` would return: only the loop is needed.
+            // `run` would return at once, so the test drives the loop itself.
             while !process.is_dead() {
                 master.dispatch(None).unwrap();
             }
@@ -215,8 +215,8 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
     assert_eq!(exits.get(), 1);
 }
 
-/// The callback for errors causes the next error.
-fn messages_to_a_detached_process_fail_and_the_errors_end() {
+/// Each call of the error callback causes the next error.
+fn messages_to_a_detached_process_fail_without_endless_errors() {
     let errors = Rc::new(Cell::new(0));
     let count = Rc::clone(&errors);
     cluster(
@@ -246,7 +246,7 @@ fn group_and_session(process: &WorkerProcess) -> (Pid, Pid) {
     )
 }
 
-fn detached_process_leads_a_session_unless_it_is_told_not_to() {
+fn detached_process_leads_a_session_unless_setsid_is_false() {
     cluster(
         |master| {
             let (leader, life) = start(master, Settings::default());
@@ -262,7 +262,7 @@ fn detached_process_leads_a_session_unless_it_is_told_not_to() {
     );
 }
 
-fn worker_leads_a_session_if_it_is_told_to() {
+fn worker_leads_a_session_if_setsid_is_true() {
     cluster(
         |master| {
             let ours = (getpgrp(), getsid(None).unwrap());
@@ -277,8 +277,8 @@ fn worker_leads_a_session_if_it_is_told_to() {
     );
 }
 
-/// Seen from outside: its master returns, or is killed with all of its process group.
-fn detached_process_survives_what_ends_its_master() {
+/// Another process watches the master return, or kills the master's process group.
+fn detached_process_survives_the_end_of_its_master() {
     const KILLED: &str = "KILLED";
     if is_watched() {
         return cluster(

@@ -1,4 +1,4 @@
-//! Programs that do unusual things at unusual times.
+//! Applications that do unusual things at unusual times.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -22,29 +22,29 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    a_worker_at_its_limit_leaves
-    a_limit_is_kept_while_clients_wait
-    a_udp_socket_is_handed_on_while_the_old_worker_is_busy
-    a_listener_that_somebody_shuts_is_looked_at_now_and_then
-    a_fork_inside_a_fork
-    a_dropped_master_lets_its_workers_go
-    too_many_listeners_are_an_error
-    a_listener_of_the_workers_own_is_emptied
-    a_worker_that_leaves_shuts_no_door_for_others
-    a_callback_for_drops_cannot_turn_the_loop
-    an_exclusive_listen_in_a_worker_that_has_left_has_ended
-    a_panic_in_one_receipt_leaves_the_others
-    a_panic_over_one_message_leaves_the_others
-    a_panic_in_one_callback_of_disconnect_leaves_the_others
-    the_callback_of_disconnect_is_waited_for
-    a_message_to_a_worker_that_is_let_go_is_written
+    worker_at_its_connection_limit_disconnects
+    connection_limit_is_kept_while_clients_wait
+    udp_socket_passes_to_a_new_worker_while_the_old_one_is_busy
+    loop_backs_off_from_a_listener_that_was_shut_down
+    fork_inside_fork_succeeds
+    dropping_the_master_disconnects_its_workers
+    listen_beyond_the_limit_is_an_error
+    backlog_of_a_workers_own_listener_is_served_at_disconnect
+    disconnecting_worker_leaves_a_shared_listener_open
+    on_drop_callback_cannot_run_the_loop
+    exclusive_listener_of_a_disconnected_worker_accepts_nothing
+    panic_in_on_written_keeps_other_callbacks
+    panic_in_on_message_keeps_other_messages
+    panic_in_a_disconnect_callback_keeps_other_callbacks
+    run_waits_for_the_disconnect_callback
+    message_to_an_unreferenced_worker_is_written
 }
 
 fn part() -> String {
     std::env::var("PART").unwrap_or_default()
 }
 
-fn a_worker_at_its_limit_leaves() {
+fn worker_at_its_connection_limit_disconnects() {
     for_both_policies(|| {
         cluster(
             |master| {
@@ -60,7 +60,7 @@ fn a_worker_at_its_limit_leaves() {
                 if part() == "accept" {
                     assert!(listener.accept().unwrap().is_none());
                 } else {
-                    listener.on_connection(|_, _| panic!("nobody comes"));
+                    listener.on_connection(|_, _| panic!("unexpected connection"));
                     worker.run().unwrap();
                 }
             },
@@ -68,8 +68,9 @@ fn a_worker_at_its_limit_leaves() {
     });
 }
 
-/// What is accepted beyond the limit, because the worker may be quick, comes back and waits.
-fn a_limit_is_kept_while_clients_wait() {
+/// The master may accept more connections than the limit for a quick worker. It reclaims the excess
+/// ones, and they wait.
+fn connection_limit_is_kept_while_clients_wait() {
     const CLIENTS: u64 = 40;
     let served = Rc::new(Cell::new(0));
     let count = Rc::clone(&served);
@@ -79,10 +80,10 @@ fn a_limit_is_kept_while_clients_wait() {
             master.on_message(move |master, worker, message| match message.bytes() {
                 b"served" => {
                     count.set(count.get() + 1);
-                    // Nobody else has been taken: there is one place.
+                    // No other connection has been received, because the limit is 1.
                     let ledger = master.ledger();
                     assert_eq!(ledger.taken, count.get());
-                    // It has been quick with one, and so it may have been given two.
+                    // After one quick answer, the worker may have been dispatched two connections.
                     assert!(ledger.in_hand() <= 1, "{ledger:?}");
                     drop(clients.pop());
                     worker.send(b"next").unwrap();
@@ -103,13 +104,13 @@ fn a_limit_is_kept_while_clients_wait() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let held = Rc::new(RefCell::new(None));
-            let place = Rc::clone(&held);
+            let slot = Rc::clone(&held);
             listener.on_connection(move |worker, connection| {
-                assert!(place.replace(Some(connection)).is_none());
+                assert!(slot.replace(Some(connection)).is_none());
                 worker.send(b"served").unwrap();
             });
             listener.set_max_connections(Some(1));
-            // The master knows of all this when it reads what comes next.
+            // The master has processed all frames sent before this message when it reads it.
             let address = listener.local_addr().to_string();
             worker.send(address.as_bytes()).unwrap();
             worker.on_message(move |worker, _| {
@@ -122,7 +123,7 @@ fn a_limit_is_kept_while_clients_wait() {
     assert_eq!(served.get(), CLIENTS);
 }
 
-fn a_udp_socket_is_handed_on_while_the_old_worker_is_busy() {
+fn udp_socket_passes_to_a_new_worker_while_the_old_one_is_busy() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -154,18 +155,18 @@ fn a_udp_socket_is_handed_on_while_the_old_worker_is_busy() {
     assert_eq!(addresses[0], addresses[1], "the same socket");
 }
 
-/// It stays readable for ever: looking at it again at once would be all that the loop does.
-fn a_listener_that_somebody_shuts_is_looked_at_now_and_then() {
+/// The listener stays readable for ever. Without a back-off, the loop would spin.
+fn loop_backs_off_from_a_listener_that_was_shut_down() {
     for_both_policies(|| {
         let times = Rc::new(RefCell::new(Vec::new()));
         let seen = Rc::clone(&times);
-        let lent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener_of_master = TcpListener::bind("127.0.0.1:0").unwrap();
         cluster(
             |master| {
-                let fd = lent.as_raw_fd().to_string();
+                let fd = listener_of_master.as_raw_fd().to_string();
                 let worker = master.fork_with([("FD", fd)]).unwrap();
                 master.on_listening(move |_, _, _| {
-                    shutdown(lent.as_raw_fd(), Shutdown::Both).unwrap();
+                    shutdown(listener_of_master.as_raw_fd(), Shutdown::Both).unwrap();
                 });
                 let note = move || {
                     times.borrow_mut().push(Instant::now());
@@ -192,12 +193,12 @@ fn a_listener_that_somebody_shuts_is_looked_at_now_and_then() {
         );
         let times = seen.take();
         assert!(times.len() >= 3);
-        // The pause is 100 ms; word of it may be late once.
+        // The back-off is 100 ms. One notification may arrive late.
         assert!(times[2] - times[0] >= Duration::from_millis(150));
     });
 }
 
-fn a_fork_inside_a_fork() {
+fn fork_inside_fork_succeeds() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -222,7 +223,7 @@ fn a_fork_inside_a_fork() {
     assert_eq!(entries, ["1 inner", "2 outer"]);
 }
 
-fn a_dropped_master_lets_its_workers_go() {
+fn dropping_the_master_disconnects_its_workers() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             let worker = master.fork().unwrap();
@@ -233,7 +234,7 @@ fn a_dropped_master_lets_its_workers_go() {
                 master.dispatch(None).unwrap();
             }
             drop(master);
-            // The program still has it, and that is all that is left.
+            // The application still owns the worker's handle, but the channel is closed.
             assert!(!worker.is_connected());
             let pid = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
             assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 0));
@@ -246,7 +247,7 @@ fn a_dropped_master_lets_its_workers_go() {
     }
 }
 
-fn too_many_listeners_are_an_error() {
+fn listen_beyond_the_limit_is_an_error() {
     cluster(
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
@@ -266,9 +267,9 @@ fn too_many_listeners_are_an_error() {
     );
 }
 
-fn a_listener_of_the_workers_own_is_emptied() {
+fn backlog_of_a_workers_own_listener_is_served_at_disconnect() {
     let answers = Rc::new(RefCell::new(Vec::new()));
-    let heard = Rc::clone(&answers);
+    let received = Rc::clone(&answers);
     cluster(
         |master| {
             master.on_message(move |master, worker, message| {
@@ -277,7 +278,7 @@ fn a_listener_of_the_workers_own_is_emptied() {
                 let clients = [(); 5].map(|()| TcpStream::connect(&address).unwrap());
                 worker.disconnect();
                 worker.process().kill(Signal::CONT);
-                let heard = Rc::clone(&heard);
+                let received = Rc::clone(&received);
                 let read = move || {
                     clients.map(|mut client| {
                         let mut text = String::new();
@@ -286,7 +287,7 @@ fn a_listener_of_the_workers_own_is_emptied() {
                     })
                 };
                 in_background(master, read, move |_, texts| {
-                    heard.borrow_mut().extend(texts)
+                    received.borrow_mut().extend(texts)
                 });
             });
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
@@ -305,30 +306,31 @@ fn a_listener_of_the_workers_own_is_emptied() {
     assert_eq!(answers.take(), ["hello"; 5]);
 }
 
-/// Two workers have the same listener, by message; one is told to leave, and dies over it.
-fn a_worker_that_leaves_shuts_no_door_for_others() {
-    let lent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = lent.local_addr().unwrap();
+/// Two workers receive the same listener by message. One of them is disconnected, and aborts while
+/// it shuts down.
+fn disconnecting_worker_leaves_a_shared_listener_open() {
+    let listener_of_master = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener_of_master.local_addr().unwrap();
     let answered = Rc::new(Cell::new(false));
     let set = Rc::clone(&answered);
     cluster(
         |master| {
-            let workers = ["dies", "serves"].map(|part| master.fork_with([("PART", part)]));
-            let [dies, serves] = workers.map(Result::unwrap);
-            for worker in [&dies, &serves] {
-                let copy = lent.try_clone().unwrap();
+            let workers = ["aborting", "serves"].map(|part| master.fork_with([("PART", part)]));
+            let [aborting, serves] = workers.map(Result::unwrap);
+            for worker in [&aborting, &serves] {
+                let copy = listener_of_master.try_clone().unwrap();
                 worker.send_with_fds(b"here", vec![copy.into()]).unwrap();
             }
-            drop(lent);
+            drop(listener_of_master);
             let mut ready = 0;
-            let leaves = dies.clone();
+            let disconnecting = aborting.clone();
             master.on_message(move |_, _, _| {
                 ready += 1;
                 if ready == 2 {
-                    leaves.disconnect();
+                    disconnecting.disconnect();
                 }
             });
-            dies.on_exit(move |master, _, status| {
+            aborting.on_exit(move |master, _, status| {
                 assert_eq!(status.code(), None);
                 let (set, serves) = (Rc::clone(&set), serves.clone());
                 let talk = move || crate::harness::talk(address, b"");
@@ -348,7 +350,7 @@ fn a_worker_that_leaves_shuts_no_door_for_others() {
                         connection.write_all(b"hello").unwrap();
                     });
                 } else {
-                    // Open, and served by nobody.
+                    // The listener stays open, and the worker does not accept from it.
                     std::mem::forget(listener);
                 }
                 worker.send(b"ready").unwrap();
@@ -364,7 +366,7 @@ fn a_worker_that_leaves_shuts_no_door_for_others() {
     assert!(answered.get());
 }
 
-fn a_callback_for_drops_cannot_turn_the_loop() {
+fn on_drop_callback_cannot_run_the_loop() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -399,7 +401,7 @@ fn a_callback_for_drops_cannot_turn_the_loop() {
     assert_eq!(entries.take(), ["1 pong", "1 dropped"]);
 }
 
-fn an_exclusive_listen_in_a_worker_that_has_left_has_ended() {
+fn exclusive_listener_of_a_disconnected_worker_accepts_nothing() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
     cluster(
@@ -418,18 +420,18 @@ fn an_exclusive_listen_in_a_worker_that_has_left_has_ended() {
     );
 }
 
-fn a_panic_in_one_receipt_leaves_the_others() {
+fn panic_in_on_written_keeps_other_callbacks() {
     cluster(
         |master| {
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
             master.fork().unwrap();
         },
         |worker| {
-            let told = Rc::new(Cell::new(0));
+            let called = Rc::new(Cell::new(0));
             for number in 0..3 {
-                let told = Rc::clone(&told);
+                let called = Rc::clone(&called);
                 let options = SendOptions::new().on_written(move |_, _| {
-                    told.set(told.get() + 1);
+                    called.set(called.get() + 1);
                     if number == 0 {
                         resume_unwind(Box::new(()));
                     }
@@ -439,21 +441,22 @@ fn a_panic_in_one_receipt_leaves_the_others() {
             worker.disconnect();
             assert!(catch_unwind(AssertUnwindSafe(|| worker.run())).is_err());
             worker.run().unwrap();
-            assert_eq!(told.get(), 3);
+            assert_eq!(called.get(), 3);
         },
     );
 }
 
-fn a_panic_over_one_message_leaves_the_others() {
+fn panic_in_on_message_keeps_other_messages() {
     cluster(
         |master| {
-            let heard = Rc::new(Cell::new(0));
-            let count = Rc::clone(&heard);
+            let received = Rc::new(Cell::new(0));
+            let count = Rc::clone(&received);
             master.on_message(move |_, worker, message| match message.bytes() {
-                // By then all others are there, and are read at once.
+                // By the end of this read, all other messages are in the socket, and the next read
+                // receives them together.
                 b"wait" => {
-                    let mut said = UnixStream::from(message.take_fds().remove(0));
-                    said.read_exact(&mut [0]).unwrap();
+                    let mut sent = UnixStream::from(message.take_fds().remove(0));
+                    sent.read_exact(&mut [0]).unwrap();
                 }
                 b"panic" => resume_unwind(Box::new(())),
                 _ => {
@@ -466,7 +469,7 @@ fn a_panic_over_one_message_leaves_the_others() {
             master.fork().unwrap();
             assert!(catch_unwind(AssertUnwindSafe(|| master.run())).is_err());
             master.run().unwrap();
-            assert_eq!(heard.get(), 2);
+            assert_eq!(received.get(), 2);
         },
         |worker| {
             let (mut here, there) = UnixStream::pair().unwrap();
@@ -480,14 +483,14 @@ fn a_panic_over_one_message_leaves_the_others() {
     );
 }
 
-fn a_panic_in_one_callback_of_disconnect_leaves_the_others() {
-    let told = Rc::new(Cell::new(0));
+fn panic_in_a_disconnect_callback_keeps_other_callbacks() {
+    let called = Rc::new(Cell::new(0));
     cluster(
         |master| {
             for number in 0..3 {
-                let told = Rc::clone(&told);
+                let called = Rc::clone(&called);
                 master.disconnect(move |_| {
-                    told.set(told.get() + 1);
+                    called.set(called.get() + 1);
                     if number == 0 {
                         resume_unwind(Box::new(()));
                     }
@@ -497,12 +500,12 @@ fn a_panic_in_one_callback_of_disconnect_leaves_the_others() {
         },
         |_| unreachable!(),
     );
-    assert_eq!(told.get(), 3);
+    assert_eq!(called.get(), 3);
 }
 
-fn the_callback_of_disconnect_is_waited_for() {
-    let over = Rc::new(Cell::new(false));
-    let set = Rc::clone(&over);
+fn run_waits_for_the_disconnect_callback() {
+    let called = Rc::new(Cell::new(false));
+    let set = Rc::clone(&called);
     cluster(
         |master| {
             master.fork().unwrap().process().unref();
@@ -510,10 +513,10 @@ fn the_callback_of_disconnect_is_waited_for() {
         },
         |worker| worker.run().unwrap(),
     );
-    assert!(over.get());
+    assert!(called.get());
 }
 
-fn a_message_to_a_worker_that_is_let_go_is_written() {
+fn message_to_an_unreferenced_worker_is_written() {
     cluster(
         |master| {
             let worker = master.fork().unwrap();
@@ -522,7 +525,8 @@ fn a_message_to_a_worker_that_is_let_go_is_written() {
             let options = SendOptions::new().on_written(move |_, _| set.set(true));
             worker.send_with(&[0; 1 << 20], options).unwrap();
             worker.process().unref();
-            // It reads when the loop has come to rest; the timer alone would not keep it.
+            // The worker continues only after the loop has become idle. The timer is unreferenced,
+            // so it alone does not keep `run` from returning.
             stop(&worker);
             let stopped = worker.clone();
             let timer = master.set_timeout(Duration::from_millis(20), move |_| {
@@ -531,7 +535,8 @@ fn a_message_to_a_worker_that_is_let_go_is_written() {
             master.unref(timer);
             master.run().unwrap();
             assert!(written.get());
-            // For the harness it is waited for after all.
+            // The harness expects that no process is left, so the master waits for the worker after
+            // all.
             worker.process().ref_();
             worker.disconnect();
         },

@@ -23,25 +23,43 @@ pub fn trials() -> Vec<Trial> {
     };
     let mut trials = Vec::new();
     trials.extend(for_each("http_server_serves_and_stops", http_server));
-    trials.extend(for_each("http_server_replaces_a_dead_worker", replaces));
+    trials.extend(for_each(
+        "http_server_replaces_a_dead_worker",
+        replaces_dead_worker,
+    ));
     trials.extend(for_each(
         "http_server_stops_under_load_without_a_failure",
         stops_under_load,
     ));
-    trials.extend(for_each("http_server_under_fire", under_fire));
+    trials.extend(for_each(
+        "http_server_survives_killed_workers",
+        killed_workers,
+    ));
     trials.extend([
-        Trial::test("http_server_gives_up_on_an_address_in_use", gives_up),
-        Trial::test("http_server_survives_deaths_at_birth", deaths_at_birth),
-        Trial::test("http_server_explains_its_options", explains),
-        Trial::test("http_server_is_not_held_by_a_silent_client", silent_client),
+        Trial::test(
+            "http_server_exits_if_its_address_is_in_use",
+            exits_if_address_is_in_use,
+        ),
+        Trial::test(
+            "http_server_replaces_workers_killed_during_start_up",
+            kills_during_start_up,
+        ),
+        Trial::test("http_server_explains_its_options", explains_options),
+        Trial::test(
+            "http_server_is_not_blocked_by_a_silent_client",
+            silent_client,
+        ),
         Trial::test("echo_events_echoes_and_counts", echo_events),
         Trial::test("embedded_hosts_a_master", embedded),
         Trial::test("request_counter_counts", request_counter),
-        Trial::test("is_dead_tells_who_is", is_dead),
+        Trial::test("is_dead_reports_exited_workers", is_dead),
         Trial::test("sticky_clients_stay_with_their_worker", sticky),
-        Trial::test("pool_is_a_production_server", pool),
-        SYSTEMD.of(Trial::test("pool_is_started_by_its_socket", pool_by_socket)),
-        Trial::test("debug_lines_are_those_of_the_page", debug_lines),
+        Trial::test("pool_serves_reloads_and_stops", pool),
+        SYSTEMD.of(Trial::test(
+            "pool_is_started_by_socket_activation",
+            pool_by_socket,
+        )),
+        Trial::test("debug_lines_match_node", debug_lines),
     ]);
     trials.extend(PRINTS.iter().map(|prints| {
         let name = prints.command.replace(' ', "_");
@@ -83,8 +101,11 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     let pids: Vec<_> = pids.collect();
     let mut count = [0; 5];
     for _ in 0..200 {
-        // A worker that was put aside after its last answer is not ready for its next turn.
-        wait_until("rest", || pids.iter().all(|pid| sleeps(pid)).then_some(()));
+        // A worker that is still handling its last connection when the next client connects would
+        // lose its turn.
+        wait_until("idle workers", || {
+            pids.iter().all(|pid| sleeps(pid)).then_some(())
+        });
         let answer = talk(address, REQUEST)?;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         assert!(answer.contains("\r\nConnection: close\r\n"), "{answer}");
@@ -107,36 +128,39 @@ fn sleeps(pid: &str) -> bool {
     stat.contains(") S ")
 }
 
-fn replaces(policy: &str) -> Result<(), Failed> {
+fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
     let (server, address) = start_server(policy, "2");
     for new in 3..=6 {
-        let victim = server.line(&format!("worker {} ", new - 2));
-        let victim = victim.split(' ').next_back().unwrap().parse()?;
-        kill(Pid::from_raw(victim), Signal::SIGKILL)?;
+        let worker = server.line(&format!("worker {} ", new - 2));
+        let worker = worker.split(' ').next_back().unwrap().parse()?;
+        kill(Pid::from_raw(worker), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        // Somebody answers at any time, and after a while the new one does.
+        // Some worker answers at any time, and after a while the new one does.
         assert!(await_answer(address, new) <= 1);
     }
     stop(&server, Signal::SIGTERM)
 }
 
-/// Asks until a certain worker answers. Until then others do, except for one connection at most
-/// that a dying worker may have taken at the last moment. Returns how many were lost so.
+/// Sends requests until a certain worker answers. Until then, the other workers answer, except that
+/// a killed worker may have received a connection just before. Returns the number of requests
+/// without an answer.
 fn await_answer(address: SocketAddr, worker: usize) -> usize {
-    let mut lost = 0;
-    wait_until("its answer", || match talk(address, REQUEST) {
-        Ok(answer) if answer.ends_with("hello world\n") => answer
-            .contains(&format!("X-Worker: {worker}\r"))
-            .then_some(()),
-        _ => {
-            lost += 1;
-            None
+    let mut failed = 0;
+    wait_until("an answer from the new worker", || {
+        match talk(address, REQUEST) {
+            Ok(answer) if answer.ends_with("hello world\n") => answer
+                .contains(&format!("X-Worker: {worker}\r"))
+                .then_some(()),
+            _ => {
+                failed += 1;
+                None
+            }
         }
     });
-    lost
+    failed
 }
 
-/// What became of one request. A connection that the server refused was never made.
+/// The outcome of one request. A refused connection was never established.
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
     Answered,
@@ -170,7 +194,7 @@ fn stops_under_load(policy: &str) -> Result<(), Failed> {
                     match request(address) {
                         Outcome::Answered => answered.fetch_add(1, Ordering::SeqCst),
                         Outcome::Refused => return Ok(()),
-                        Outcome::Failed(why) => return Err(why),
+                        Outcome::Failed(reason) => return Err(reason),
                     };
                 }
             })
@@ -185,18 +209,18 @@ fn stops_under_load(policy: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Workers die under load, one after the other. A blocking worker holds one connection: no death
-/// costs more than one answer.
-fn under_fire(policy: &str) -> Result<(), Failed> {
-    const DEATHS: usize = 20;
+/// Workers are killed under load, one after the other. A blocking worker holds one connection, so
+/// each kill costs at most one answer.
+fn killed_workers(policy: &str) -> Result<(), Failed> {
+    const KILLS: usize = 20;
     let (server, address) = start_server(policy, "4");
-    let over = Arc::new(AtomicBool::new(false));
+    let is_over = Arc::new(AtomicBool::new(false));
     let clients: Vec<_> = (0..8)
         .map(|_| {
-            let over = Arc::clone(&over);
+            let is_over = Arc::clone(&is_over);
             std::thread::spawn(move || {
                 let mut outcomes = Vec::new();
-                while !over.load(Ordering::SeqCst) {
+                while !is_over.load(Ordering::SeqCst) {
                     outcomes.push(request(address));
                 }
                 outcomes
@@ -204,13 +228,14 @@ fn under_fire(policy: &str) -> Result<(), Failed> {
         })
         .collect();
     let mut failed = 0;
-    for id in 1..=DEATHS {
-        let victim = server.line(&format!("worker {id} ")).parse()?;
-        kill(Pid::from_raw(victim), Signal::SIGKILL)?;
-        // The next one dies when this one's place is taken: somebody always listens.
+    for id in 1..=KILLS {
+        let worker = server.line(&format!("worker {id} ")).parse()?;
+        kill(Pid::from_raw(worker), Signal::SIGKILL)?;
+        // The next worker is killed after this one has been replaced, so some worker always
+        // listens.
         failed += await_answer(address, id + 4);
     }
-    over.store(true, Ordering::SeqCst);
+    is_over.store(true, Ordering::SeqCst);
     let mut answered = 0;
     for outcome in clients
         .into_iter()
@@ -222,12 +247,18 @@ fn under_fire(policy: &str) -> Result<(), Failed> {
             Outcome::Refused => return Err("refused".into()),
         }
     }
-    assert!(failed <= DEATHS, "{failed} failures by {DEATHS} deaths");
-    assert!(answered > 100, "only {answered} requests: that is no load");
+    assert!(
+        failed <= KILLS,
+        "{failed} requests failed, but only {KILLS} workers were killed"
+    );
+    assert!(
+        answered > 100,
+        "only {answered} requests are too little load"
+    );
     stop(&server, Signal::SIGTERM)
 }
 
-fn gives_up() -> Result<(), Failed> {
+fn exits_if_address_is_in_use() -> Result<(), Failed> {
     let other = TcpListener::bind("127.0.0.1:0")?;
     let address = other.local_addr()?.to_string();
     let mut command = example("http_server");
@@ -235,22 +266,19 @@ fn gives_up() -> Result<(), Failed> {
     server.line(&format!("cannot listen on {address}: "));
     assert_eq!(server.end()?.code(), Some(1));
     let output = server.output();
-    assert!(
-        output.lines().count() <= 6,
-        "no endless attempts:\n{output}"
-    );
+    assert!(output.lines().count() <= 6, "too many attempts:\n{output}");
     Ok(())
 }
 
 /// Workers that are killed before they listen are replaced, too.
-fn deaths_at_birth() -> Result<(), Failed> {
+fn kills_during_start_up() -> Result<(), Failed> {
     let (_reserved, address) = reserve_port();
     let mut command = example("http_server");
     let addr = address.to_string();
     let server = Group::start(command.args(["--addr", &addr, "--workers", "2"]))?;
     for id in 1..=10 {
-        let victim = server.line(&format!("worker {id} ")).parse()?;
-        kill(Pid::from_raw(victim), Signal::SIGKILL)?;
+        let worker = server.line(&format!("worker {id} ")).parse()?;
+        kill(Pid::from_raw(worker), Signal::SIGKILL)?;
     }
     wait_until("an answer", || {
         talk(address, REQUEST)
@@ -260,7 +288,7 @@ fn deaths_at_birth() -> Result<(), Failed> {
     stop(&server, Signal::SIGTERM)
 }
 
-fn explains() -> Result<(), Failed> {
+fn explains_options() -> Result<(), Failed> {
     for (args, expected) in [
         (["--policy", "random"], "\"rr\", \"none\" and \"sharded\""),
         (["--nonsense", "x"], "--nonsense"),
@@ -277,7 +305,7 @@ fn silent_client() -> Result<(), Failed> {
     let (server, address) = start_server("rr", "1");
     let silent = TcpStream::connect(address)?;
     silent.set_read_timeout(Some(Duration::from_secs(30)))?;
-    // The only worker is held for as long as the example is patient.
+    // The silent client occupies the only worker until the example's read timeout.
     assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
     drop(silent);
     stop(&server, Signal::SIGTERM)
@@ -299,7 +327,7 @@ fn echo_events() -> Result<(), Failed> {
         assert_eq!(&text, b"hello");
     }
     server.line("requests = 50");
-    // More than the sockets hold, by a client that reads only afterwards.
+    // More than the socket buffers hold, sent by a client that reads only afterwards.
     let client = &mut clients[0];
     let mut writer = client.try_clone()?;
     let sender = std::thread::spawn(move || {
@@ -310,7 +338,7 @@ fn echo_events() -> Result<(), Failed> {
     client.read_to_end(&mut echoed)?;
     sender.join().unwrap()?;
     assert!(echoed.len() == 5_000_000 && echoed.iter().all(|byte| *byte == b'x'));
-    // Connections that stay open do not keep it.
+    // Open connections do not delay the exit.
     stop(&server, Signal::SIGTERM)
 }
 
@@ -321,9 +349,9 @@ fn embedded() -> Result<(), Failed> {
     let status: SocketAddr = host.line("status on ").parse()?;
     let first = host.line("worker 1 listening on ");
     assert_eq!(first, host.line("worker 2 listening on "));
-    // Each has its turn, as soon as it waits for one.
+    // Each worker gets a turn as soon as it waits for a connection.
     let mut answers = BTreeSet::new();
-    wait_until("both", || {
+    wait_until("answers from both workers", || {
         answers.insert(talk(first.parse().unwrap(), b"").unwrap());
         (answers.len() == 2).then_some(())
     });
@@ -342,17 +370,17 @@ fn request_counter() -> Result<(), Failed> {
     }
     server.line("requests = 3");
     kill(server.pid(), Signal::SIGTERM)?;
-    assert_eq!(server.end()?.signal(), Some(15), "it does not handle it");
+    assert_eq!(server.end()?.signal(), Some(15), "SIGTERM is not handled");
     Ok(())
 }
 
 fn is_dead() -> Result<(), Failed> {
-    // A port that is the same when the last worker has died before the next one listens.
+    // The reserved port stays the same even if the last worker exits before the next one listens.
     let (_reserved, address) = reserve_port();
     let server = Group::start(example("is_dead").arg(address.to_string()))?;
     let mut pids = BTreeSet::new();
     for _ in 0..cluster::available_parallelism() {
-        // Each worker answers once. The next one may not listen yet.
+        // Each worker answers once. The next worker may not listen yet.
         let answer = wait_until("an answer", || {
             let answer = talk(address, REQUEST).ok();
             answer.filter(|answer| !answer.is_empty())
@@ -369,7 +397,7 @@ fn is_dead() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Who answers each of the clients 127.0.0.2, 127.0.0.3 and so on.
+/// Returns the worker that answers each of the clients 127.0.0.2, 127.0.0.3 and so on.
 fn sticky_owners(address: SocketAddr) -> Vec<String> {
     let owner = |client| {
         let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, client), address).unwrap();
@@ -416,7 +444,7 @@ fn pool_by_socket() -> Result<(), Failed> {
     let program = example("pool");
     command.arg(program.get_program()).args(program.get_args());
     let server = Group::start(command.arg(address.to_string()))?;
-    // It is there when somebody comes.
+    // The first connection starts the example.
     server.line("Listening on ");
     assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello\n"));
     server.line("ready");
@@ -432,29 +460,33 @@ fn sticky() -> Result<(), Failed> {
     let server = Group::start(command.args(["127.0.0.1:0", &WORKERS.to_string()]))?;
     let listening = (1..=WORKERS).map(|id| server.line(&format!("worker {id} ")));
     let listening: Vec<_> = listening.collect();
-    let (victim, address) = listening[2].split_once(" listening on ").unwrap();
+    let (worker, address) = listening[2].split_once(" listening on ").unwrap();
     let address = address.parse()?;
     let before = sticky_owners(address);
     for _ in 0..3 {
         assert_eq!(sticky_owners(address), before);
     }
-    kill(Pid::from_raw(victim.parse()?), Signal::SIGKILL)?;
+    kill(Pid::from_raw(worker.parse()?), Signal::SIGKILL)?;
     server.line("worker 3 died ");
     let after = sticky_owners(address);
     let both = before.iter().zip(&after);
-    let (theirs, rest): (Vec<_>, Vec<_>) = both.partition(|(before, _)| *before == "3");
+    let (orphaned, rest): (Vec<_>, Vec<_>) = both.partition(|(before, _)| *before == "3");
     assert!(rest.iter().all(|(before, after)| before == after));
-    let heirs: BTreeSet<_> = theirs.iter().map(|(_, after)| *after).collect();
+    let heirs: BTreeSet<_> = orphaned.iter().map(|(_, after)| *after).collect();
     assert_eq!(
         heirs.len(),
         WORKERS - 1,
-        "each gets some of them: {theirs:?}"
+        "each worker takes over some clients: {orphaned:?}"
     );
-    let part = before.len() / WORKERS;
-    let about = part / 2..part * 2;
-    assert!(about.contains(&theirs.len()), "{} moved", theirs.len());
+    let share = before.len() / WORKERS;
+    let plausible = share / 2..share * 2;
+    assert!(
+        plausible.contains(&orphaned.len()),
+        "{} moved",
+        orphaned.len()
+    );
     kill(server.pid(), Signal::SIGTERM)?;
-    assert_eq!(server.end()?.signal(), Some(15), "it does not handle it");
+    assert_eq!(server.end()?.signal(), Some(15), "SIGTERM is not handled");
     Ok(())
 }
 
@@ -471,7 +503,8 @@ fn debug_lines() -> Result<(), Failed> {
     Ok(())
 }
 
-/// What a program prints that ends by itself, in whatever order; `N` stands for any number.
+/// The lines that an example prints before it exits by itself, in any order. `N` stands for any
+/// number.
 struct Prints {
     command: &'static str,
     lines: &'static [&'static str],
@@ -592,7 +625,7 @@ impl Prints {
             let found = found.ok_or_else(|| format!("no line {expected:?}:\n{output}"))?;
             lines.remove(found);
         }
-        assert!(lines.is_empty(), "and {lines:?}");
+        assert!(lines.is_empty(), "unexpected lines {lines:?}");
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
-//! Two hosts behind HAProxy, as a user runs them: the example `fleet`, with the configuration beside it.
-//! Each host is a network namespace, and so are the proxy and the clients; a bridge joins them. HAProxy
-//! hides nothing: it does not try again, and not elsewhere.
+//! Two hosts behind HAProxy: the example `fleet` with its own HAProxy configuration. Each host is a
+//! network namespace, and so are the proxy and the clients; a bridge connects them. HAProxy does
+//! not retry and does not redispatch, so it hides no failure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -44,9 +44,9 @@ const HOSTS: [(&str, Ipv4Addr); 2] = [
     ("west", Ipv4Addr::new(10, 0, 0, 12)),
 ];
 
-/// Longer than any answer takes.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// So many answers prove that a host has its share again.
+/// Timeout of a client, longer than any answer takes.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Number of answers after which a host is known to receive its share again.
 const SHARE: u64 = 200;
 
 fn hosts() -> Result<(), Failed> {
@@ -60,7 +60,7 @@ fn hosts() -> Result<(), Failed> {
     proxy.ip("link set bridge up");
     let client = Arc::new(proxy.join("client", &CLIENTS));
     let networks = HOSTS.map(|(name, address)| proxy.join(name, &[address]));
-    let namespaces = [&proxy, &client, &networks[0], &networks[1]].map(Network::number);
+    let namespaces = [&proxy, &client, &networks[0], &networks[1]].map(Network::inode);
 
     let start = |host: usize| networks[host].inside(|| start_host(HOSTS[host], &release));
     let mut hosts = [start(0)?, start(1)?];
@@ -69,7 +69,7 @@ fn hosts() -> Result<(), Failed> {
         client.inside(|| ask(CLIENTS[0]).ok().flatten().map(drop))
     });
 
-    let load = Load::begin(&client);
+    let load = Load::start(&client);
     (0..2).for_each(|host| load.wait_for(host));
 
     std::fs::write(&release, "two")?;
@@ -77,36 +77,39 @@ fn hosts() -> Result<(), Failed> {
         kill(host.pid(), Signal::SIGHUP)?;
         host.line("generation 1 serves");
     }
-    load.facts.is_reloaded.store(true, Ordering::SeqCst);
+    load.shared.is_reloaded.store(true, Ordering::SeqCst);
     (0..2).for_each(|host| load.wait_for(host));
 
     for (host, (name, _)) in HOSTS.iter().enumerate() {
         kill(hosts[host].pid(), Signal::SIGTERM)?;
-        succeeds(&hosts[host])?;
-        // HAProxy has found out by itself that nobody is there, too.
-        let gone = format!("Server fleet/{name} is DOWN");
-        let is_gone = || haproxy.output().contains(&gone).then_some(());
-        wait_until(&gone, is_gone);
+        expect_success(&hosts[host])?;
+        // HAProxy's own check has also found that the host is down.
+        let is_down = format!("Server fleet/{name} is DOWN");
+        let has_noticed = || haproxy.output().contains(&is_down).then_some(());
+        wait_until(&is_down, has_noticed);
         load.wait_for(1 - host);
         hosts[host] = start(host)?;
         load.wait_for(host);
     }
 
-    let (count, heard) = load.end();
-    assert_eq!(count, Count::NO_FAILURE, "{heard:?}");
-    let clients: BTreeSet<_> = heard.keys().map(|answer| answer.client.as_str()).collect();
+    let (count, answers) = load.end();
+    assert_eq!(count, Count::NO_FAILURE, "{answers:?}");
+    let clients: BTreeSet<_> = answers
+        .keys()
+        .map(|answer| answer.client.as_str())
+        .collect();
     let expected = CLIENTS.map(|address| address.to_string());
-    assert!(clients.iter().eq(&expected), "{heard:?}");
+    assert!(clients.iter().eq(&expected), "{answers:?}");
 
     kill(haproxy.pid(), Signal::SIGUSR1)?;
     for host in &hosts {
         kill(host.pid(), Signal::SIGTERM)?;
     }
     for group in hosts.iter().chain([&haproxy]) {
-        succeeds(group)?;
+        expect_success(group)?;
     }
     drop((proxy, client, networks));
-    assert_nobody_in(&namespaces);
+    assert_no_process_in(&namespaces);
     Ok(())
 }
 
@@ -121,12 +124,12 @@ fn start_host((name, address): (&str, Ipv4Addr), release: &Path) -> std::io::Res
 
 fn start_haproxy(files: &Path) -> std::io::Result<Group> {
     let mut text = CONFIGURATION.to_owned();
-    for (hides, shows) in [
+    for (default, strict) in [
         ("retries 3", "retries 0"),
         ("option redispatch", "no option redispatch"),
     ] {
-        assert_eq!(text.matches(hides).count(), 1, "{hides}");
-        text = text.replace(hides, shows);
+        assert_eq!(text.matches(default).count(), 1, "{default}");
+        text = text.replace(default, strict);
     }
     let path = files.join("haproxy.cfg");
     std::fs::write(&path, text)?;
@@ -137,14 +140,14 @@ fn start_haproxy(files: &Path) -> std::io::Result<Group> {
     Group::start(command.arg("-db").arg("-f").arg(path))
 }
 
-fn succeeds(group: &Group) -> Result<(), Failed> {
+fn expect_success(group: &Group) -> Result<(), Failed> {
     let status = group.finish()?;
     let success = status.success().then_some(());
     success.ok_or_else(|| status.to_string().into())
 }
 
-/// A network namespace. Nothing but this and who lives in it keeps it: it has no name, and is gone
-/// however the test ends.
+/// A network namespace. It has no name, so only this descriptor and the processes inside keep it
+/// alive. The kernel removes it however the test ends.
 struct Network(File);
 
 impl Network {
@@ -158,7 +161,7 @@ impl Network {
         new
     }
 
-    /// Makes another one that has a cable to the bridge of this one, and these addresses.
+    /// Creates another namespace with these addresses, connected to this one's bridge.
     fn join(&self, name: &str, addresses: &[Ipv4Addr]) -> Self {
         let other = Self::new();
         let (pid, fd) = (std::process::id(), other.0.as_raw_fd());
@@ -172,12 +175,12 @@ impl Network {
         other
     }
 
-    fn ip(&self, words: &str) {
-        let status = self.inside(|| Command::new("ip").args(words.split(' ')).status());
-        assert!(status.unwrap().success(), "ip {words}");
+    fn ip(&self, arguments: &str) {
+        let status = self.inside(|| Command::new("ip").args(arguments.split(' ')).status());
+        assert!(status.unwrap().success(), "ip {arguments}");
     }
 
-    /// Works on a thread that is there, and so is who is started by it.
+    /// Runs `work` on a thread inside the namespace; processes that it starts are inside, too.
     fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let enter_and_work = || {
             self.enter();
@@ -190,16 +193,16 @@ impl Network {
         setns(&self.0, CloneFlags::CLONE_NEWNET).unwrap();
     }
 
-    fn number(&self) -> u64 {
+    fn inode(&self) -> u64 {
         self.0.metadata().unwrap().ino()
     }
 }
 
-/// No process is in one of these namespaces.
-fn assert_nobody_in(namespaces: &[u64]) {
+/// Panics if a process is in one of these namespaces.
+fn assert_no_process_in(namespaces: &[u64]) {
     let processes = std::fs::read_dir("/proc").unwrap();
     for process in processes.map(|process| process.unwrap().path()) {
-        // It may be no process, or none any more.
+        // The entry may not be a process, or the process may have exited.
         if let Ok(namespace) = std::fs::metadata(process.join("ns/net")) {
             let process = process.display();
             assert!(!namespaces.contains(&namespace.ino()), "{process} is left");
@@ -207,7 +210,7 @@ fn assert_nobody_in(namespaces: &[u64]) {
     }
 }
 
-/// What an answer says, save for the worker.
+/// The content of an answer, except the worker.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Answer {
     client: String,
@@ -216,44 +219,45 @@ struct Answer {
 }
 
 #[derive(Default)]
-struct Facts {
-    is_over: AtomicBool,
+struct Shared {
+    has_ended: AtomicBool,
     is_reloaded: AtomicBool,
-    /// How often each answer has come.
-    heard: Mutex<BTreeMap<Answer, u64>>,
+    /// The number of times that each answer was received.
+    answers: Mutex<BTreeMap<Answer, u64>>,
 }
 
-/// Clients of all addresses, on threads, one after the other on each, until they are to stop.
+/// Clients on all addresses, four threads for each address. Each thread sends one request after the
+/// other until the end.
 struct Load {
-    facts: Arc<Facts>,
+    shared: Arc<Shared>,
     threads: Vec<JoinHandle<Count>>,
 }
 
 impl Load {
-    fn begin(client: &Arc<Network>) -> Self {
-        let facts = Arc::<Facts>::default();
+    fn start(client: &Arc<Network>) -> Self {
+        let shared = Arc::<Shared>::default();
         let sources = CLIENTS.into_iter().cycle().take(4 * CLIENTS.len());
         let threads = sources.map(|source| {
-            let (client, facts) = (Arc::clone(client), Arc::clone(&facts));
+            let (client, shared) = (Arc::clone(client), Arc::clone(&shared));
             std::thread::spawn(move || {
                 client.enter();
-                Self::run(source, &facts)
+                Self::run(source, &shared)
             })
         });
         let threads = threads.collect();
-        Self { facts, threads }
+        Self { shared, threads }
     }
 
-    fn run(source: Ipv4Addr, facts: &Facts) -> Count {
+    fn run(source: Ipv4Addr, shared: &Shared) -> Count {
         let mut count = Count::default();
-        while !facts.is_over.load(Ordering::SeqCst) {
-            let is_reloaded = facts.is_reloaded.load(Ordering::SeqCst);
+        while !shared.has_ended.load(Ordering::SeqCst) {
+            let is_reloaded = shared.is_reloaded.load(Ordering::SeqCst);
             match ask(source) {
                 Ok(Some(answer))
                     if answer.client == source.to_string()
                         && (answer.release == "two" || !is_reloaded) =>
                 {
-                    *facts.heard.lock().unwrap().entry(answer).or_default() += 1;
+                    *shared.answers.lock().unwrap().entry(answer).or_default() += 1;
                 }
                 Ok(_) => count.wrong += 1,
                 Err(error) => count.fail(&error),
@@ -263,14 +267,14 @@ impl Load {
     }
 
     fn answers_of(&self, host: usize) -> u64 {
-        let heard = self.facts.heard.lock().unwrap();
-        let of_host = heard
+        let answers = self.shared.answers.lock().unwrap();
+        let of_host = answers
             .iter()
             .filter(|(answer, _)| answer.host == HOSTS[host].0);
         of_host.map(|(_, count)| count).sum()
     }
 
-    /// Waits until a host has answered its share from now on.
+    /// Waits until a host has answered `SHARE` further requests.
     fn wait_for(&self, host: usize) {
         let before = self.answers_of(host);
         wait_until("answers of a host", || {
@@ -279,24 +283,25 @@ impl Load {
     }
 
     fn end(mut self) -> (Count, BTreeMap<Answer, u64>) {
-        self.facts.is_over.store(true, Ordering::SeqCst);
+        self.shared.has_ended.store(true, Ordering::SeqCst);
         let threads = std::mem::take(&mut self.threads).into_iter();
         let count = Count::sum(threads.map(|thread| thread.join().unwrap()));
-        (count, self.facts.heard.lock().unwrap().clone())
+        (count, self.shared.answers.lock().unwrap().clone())
     }
 }
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.facts.is_over.store(true, Ordering::SeqCst);
+        self.shared.has_ended.store(true, Ordering::SeqCst);
     }
 }
 
-/// Asks HAProxy, from one of the client's addresses. `None` is another answer than that of a host.
+/// Sends a request to HAProxy from one of the client's addresses. `None` is an answer that no host
+/// sent.
 fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let seconds = PATIENCE.as_secs().try_into().unwrap();
+    let seconds = CLIENT_TIMEOUT.as_secs().try_into().unwrap();
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))?;
     bind(
         socket.as_raw_fd(),
@@ -316,11 +321,11 @@ fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
 fn parse(text: &str) -> Option<Answer> {
     let (head, body) = text.split_once("\r\n\r\n")?;
     let body = head.starts_with("HTTP/1.1 200 ").then_some(body)?;
-    let mut facts = body.strip_suffix('\n')?.split(", ");
-    let mut fact = |name: &str| Some(facts.next()?.strip_prefix(name)?.trim().to_owned());
-    let (client, host) = (fact("client ")?, fact("host ")?);
-    fact("worker ")?;
-    let release = fact("release ")?;
+    let mut fields = body.strip_suffix('\n')?.split(", ");
+    let mut field = |name: &str| Some(fields.next()?.strip_prefix(name)?.trim().to_owned());
+    let (client, host) = (field("client ")?, field("host ")?);
+    field("worker ")?;
+    let release = field("release ")?;
     Some(Answer {
         client,
         host,

@@ -1,5 +1,5 @@
-//! Children that the application forks, as servers do that have a child for each connection: they have
-//! copies of all handles of the crate, and must take nothing from the process that created them.
+//! Children that the application forks, as servers do that fork for each connection. They have
+//! copies of all handles of the crate, and must not affect the process that created the handles.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -33,7 +33,7 @@ crate::scenarios! {
     handles_of_a_worker_are_inert_in_a_forked_child_none
     handles_of_a_master_are_inert_in_a_forked_child
     pool_is_inert_in_a_forked_child
-    loop_ends_in_a_child_that_a_callback_has_forked
+    loop_ends_in_a_child_forked_by_a_callback
 }
 
 fn fork() -> ForkResult {
@@ -42,7 +42,7 @@ fn fork() -> ForkResult {
     unsafe { nix::unistd::fork() }.unwrap()
 }
 
-/// Plays in a child, which ends as programs do: handlers and destructors run.
+/// Plays in a child, which exits with `exit`, so exit handlers run.
 fn in_child(play: impl FnOnce()) {
     match fork() {
         ForkResult::Child => {
@@ -58,7 +58,7 @@ fn expect_success(child: Pid) {
     assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
 }
 
-/// Whether nothing wakes the loop that has this poller.
+/// Returns whether nothing would wake the loop that has this poller.
 fn is_idle(poller: &impl AsFd) -> bool {
     let mut fds = [PollFd::new(poller.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap() == 0
@@ -69,11 +69,12 @@ fn expect_foreign<T>(result: Result<T>) {
     match result {
         Err(Error::ForeignProcess) => {}
         Err(error) => panic!("{error}"),
-        Ok(_) => panic!("it did something"),
+        Ok(_) => panic!("the call succeeded"),
     }
 }
 
-/// Clients one after the other; each has a child of the worker to itself, which returns from `main`.
+/// Connects clients one after the other. The worker forks a child for each, which returns from
+/// `main`.
 fn child_per_connection(policy: SchedulingPolicy) {
     const CLIENTS: usize = 5;
     let served = Rc::new(Cell::new(0));
@@ -123,8 +124,8 @@ fn child_per_connection_leaves_its_worker_alone_sharded() {
     child_per_connection(SchedulingPolicy::Sharded);
 }
 
-/// One of everything that a worker can have.
-struct WorkersHandles {
+/// One handle of each kind that a worker can have.
+struct WorkerHandles {
     connection: Connection,
     listener: Listener,
     blocking: Listener,
@@ -135,11 +136,11 @@ struct WorkersHandles {
     worker: Worker,
 }
 
-/// What a child does with handles, by the name of that.
+/// What a child does with its handles, and a name for it.
 type Uses<H> = [(&'static str, fn(&H))];
 
-/// The step that a child takes before it drops all handles.
-const WORKERS_USES: &Uses<WorkersHandles> = &[
+/// Each child takes one of these steps and then drops all handles.
+const WORKER_USES: &Uses<WorkerHandles> = &[
     ("nothing", |_| {}),
     ("Worker::send", |handles| {
         expect_foreign(handles.worker.send(b"from a child"))
@@ -223,7 +224,7 @@ const WORKERS_USES: &Uses<WorkersHandles> = &[
     }),
 ];
 
-/// What has come to a worker, by its callbacks.
+/// Counts the calls of each callback of a worker.
 #[derive(Default)]
 struct Seen {
     pongs: Cell<u32>,
@@ -238,9 +239,9 @@ fn count(counter: &Cell<u32>) {
     counter.set(counter.get() + 1);
 }
 
-/// Turns the loop until the counter has gone up by one.
+/// Runs the loop until the counter has been incremented.
 #[track_caller]
-fn until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, cause: impl FnOnce()) {
+fn dispatch_until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, cause: impl FnOnce()) {
     let before = counter.get();
     cause();
     wait_until(what, || {
@@ -249,20 +250,20 @@ fn until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, cause: impl F
     });
 }
 
-impl WorkersHandles {
-    /// All of it works as if nothing had happened.
+impl WorkerHandles {
+    /// Checks that every handle works as before.
     fn check(&self, seen: &Rc<Seen>, path: &Path, mut watched: &UnixStream) {
         let worker = &self.worker;
         assert!(is_idle(worker), "the child has woken its parent");
         assert!(worker.is_connected());
-        until_counted("an answer", worker, &seen.pongs, || {
+        dispatch_until_counted("an answer", worker, &seen.pongs, || {
             worker.send(b"ping").unwrap();
         });
         for listener in [&self.listener, &self.blocking] {
             let connect = || TcpStream::connect(listener.local_addr()).unwrap();
             if std::ptr::eq(listener, &self.listener) {
                 let client = RefCell::new(None);
-                until_counted("a connection", worker, &seen.connections, || {
+                dispatch_until_counted("a connection", worker, &seen.connections, || {
                     client.replace(Some(connect()));
                 });
             } else {
@@ -272,30 +273,30 @@ impl WorkersHandles {
         }
         let _client = UnixStream::connect(path).unwrap();
         assert!(self.exclusive.accept().unwrap().is_some());
-        until_counted("a datagram", worker, &seen.datagrams, || {
+        dispatch_until_counted("a datagram", worker, &seen.datagrams, || {
             let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
             client.send_to(b"?", self.udp.local_addr()).unwrap();
         });
-        until_counted("a signal", worker, &seen.signals, || {
+        dispatch_until_counted("a signal", worker, &seen.signals, || {
             raise(Number::SIGUSR1).unwrap()
         });
-        until_counted("what is watched", worker, &seen.watched, || {
+        dispatch_until_counted("a watched descriptor", worker, &seen.watched, || {
             watched.write_all(b"!").unwrap();
         });
         let timed = Rc::clone(seen);
-        until_counted("a timer", worker, &seen.timeouts, || {
+        dispatch_until_counted("a timer", worker, &seen.timeouts, || {
             worker.set_timeout(Duration::ZERO, move |_| count(&timed.timeouts));
         });
-        // What was left of all this.
+        // Handle remaining events.
         while !is_idle(worker) {
             worker.dispatch(Some(Duration::ZERO)).unwrap();
         }
     }
 }
 
-fn have_one_of_everything(worker: Worker) {
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("socket");
+fn use_all_handles(worker: Worker) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let seen = Rc::<Seen>::default();
     let (watched, other) = UnixStream::pair().unwrap();
     let counted = Rc::clone(&seen);
@@ -321,10 +322,12 @@ fn have_one_of_everything(worker: Worker) {
     let watch = worker
         .watch(watched, Interest::Readable, on_watched)
         .unwrap();
-    let timer = worker.set_timeout(Duration::from_secs(600), |_| panic!("so soon"));
+    let timer = worker.set_timeout(Duration::from_secs(600), |_| {
+        panic!("the timer fired early")
+    });
     let mut client = TcpStream::connect(blocking.local_addr()).unwrap();
     let connection = blocking.accept().unwrap().unwrap();
-    let handles = WorkersHandles {
+    let handles = WorkerHandles {
         connection,
         listener,
         blocking,
@@ -335,11 +338,11 @@ fn have_one_of_everything(worker: Worker) {
         worker,
     };
     handles.check(&seen, &path, &other);
-    for (name, use_it) in WORKERS_USES {
+    for (name, use_handle) in WORKER_USES {
         println!("{name}");
         match fork() {
             ForkResult::Child => {
-                use_it(&handles);
+                use_handle(&handles);
                 drop(handles);
                 std::process::exit(0);
             }
@@ -347,7 +350,7 @@ fn have_one_of_everything(worker: Worker) {
         }
         handles.check(&seen, &path, &other);
     }
-    // What the child has written, and no end.
+    // The client receives the byte that the child wrote, and no end-of-file.
     client.read_exact(&mut [0]).unwrap();
     client.set_nonblocking(true).unwrap();
     assert!(client.read(&mut [0]).is_err());
@@ -366,7 +369,7 @@ fn handles_of_a_worker_are_inert(policy: SchedulingPolicy) {
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
             master.fork().unwrap();
         },
-        have_one_of_everything,
+        use_all_handles,
     );
 }
 
@@ -378,8 +381,8 @@ fn handles_of_a_worker_are_inert_in_a_forked_child_none() {
     handles_of_a_worker_are_inert(SchedulingPolicy::Shared);
 }
 
-/// One of everything that a master can have.
-struct MastersHandles {
+/// One handle of each kind that a master can have.
+struct MasterHandles {
     worker: WorkerProcess,
     tcp: MasterListener,
     unix: MasterListener,
@@ -387,7 +390,7 @@ struct MastersHandles {
     master: Master,
 }
 
-const MASTERS_USES: &Uses<MastersHandles> = &[
+const MASTER_USES: &Uses<MasterHandles> = &[
     ("nothing", |_| {}),
     ("Master::fork", |handles| {
         expect_foreign(handles.master.fork());
@@ -453,7 +456,7 @@ const MASTERS_USES: &Uses<MastersHandles> = &[
     }),
 ];
 
-/// Turns the loop until there is an answer.
+/// Runs the loop until `ask` returns a value.
 #[track_caller]
 fn dispatch_until<T>(what: &str, master: &Master, mut ask: impl FnMut() -> Option<T>) -> T {
     wait_until(what, || {
@@ -462,7 +465,7 @@ fn dispatch_until<T>(what: &str, master: &Master, mut ask: impl FnMut() -> Optio
     })
 }
 
-/// What a server answers, while the master turns its loop.
+/// Returns a server's answer, and runs the master's loop meanwhile.
 fn answer_of(mut client: impl std::io::Read, master: &Master) -> String {
     let mut answer = String::new();
     dispatch_until("an answer", master, || {
@@ -488,7 +491,7 @@ fn answer_at(address: SocketAddr, master: &Master) -> String {
     answer_of(client, master)
 }
 
-/// Set for a worker: where it listens.
+/// Tells a worker the path to listen on.
 const UNIX: &str = "UNIX_PATH";
 
 fn serve_both(worker: &Worker) {
@@ -507,8 +510,8 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
         Role::Master(master) => master,
         Role::Worker(worker) => return serve_both(&worker),
     };
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     master.on_error(|_, _, error| panic!("{error}"));
     master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     let pongs = Rc::new(Cell::new(0));
@@ -526,15 +529,15 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
     let unix = master.listen(path.as_path()).unwrap();
     let address: SocketAddr = tcp.address().to_string().parse().unwrap();
     let worker = master.fork_with([(UNIX, &path)]).unwrap();
-    let handles = MastersHandles {
+    let handles = MasterHandles {
         worker,
         tcp,
         unix,
         watch,
         master,
     };
-    let check = |handles: &MastersHandles| {
-        let MastersHandles { worker, master, .. } = handles;
+    let check = |handles: &MasterHandles| {
+        let MasterHandles { worker, master, .. } = handles;
         assert!(is_idle(master), "the child has woken its parent");
         let before = pongs.get();
         worker.send(b"ping").unwrap();
@@ -548,36 +551,36 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
         dispatch_until("a signal", master, || {
             (signals.get() > before).then_some(())
         });
-        // Until the worker has said that it is idle again.
-        wait_until("rest", || {
+        // Until the worker has reported that it is idle again.
+        wait_until("an idle loop", || {
             master.dispatch(Some(Duration::from_millis(10))).unwrap();
             is_idle(master).then_some(())
         });
     };
-    // The first one waits for the worker to begin.
+    // The first connection waits for the worker's start-up.
     assert_eq!(answer_at(address, &handles.master), "tcp");
     let client = UnixStream::connect(&path).unwrap();
     client.set_nonblocking(true).unwrap();
     assert_eq!(answer_of(client, &handles.master), "unix");
     let master = &handles.master;
-    wait_until("rest", || {
+    wait_until("an idle loop", || {
         master.dispatch(Some(Duration::from_millis(10))).unwrap();
         is_idle(master).then_some(())
     });
     check(&handles);
-    for (name, use_it) in MASTERS_USES {
+    for (name, use_handle) in MASTER_USES {
         println!("{name}");
         match fork() {
             ForkResult::Child => {
-                use_it(&handles);
-                let MastersHandles {
+                use_handle(&handles);
+                let MasterHandles {
                     worker,
                     tcp,
                     unix,
                     master,
                     ..
                 } = handles;
-                // Not one after the other: the listeners before and after the master.
+                // Drops one listener before the master and one after it.
                 drop(tcp);
                 drop(master);
                 drop((unix, worker));
@@ -592,12 +595,12 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
     handles.master.disconnect(|_| {});
     handles.master.run().unwrap();
     drop(handles);
-    assert!(!path.exists(), "it is the parent that removes it");
+    assert!(!path.exists(), "the parent removes the socket file");
 }
 
-type UseOfPool = fn(&Pool, &Master);
+type PoolUse = fn(&Pool, &Master);
 
-const POOLS_USES: &[(&str, UseOfPool)] = &[
+const POOL_USES: &[(&str, PoolUse)] = &[
     ("nothing", |_, _| {}),
     ("Pool::listen", |pool, master| {
         expect_foreign(pool.listen(master, "127.0.0.1:0"))
@@ -631,10 +634,10 @@ fn pool_is_inert_in_a_forked_child() {
             let address: SocketAddr = address.to_string().parse().unwrap();
             assert_eq!(answer_at(address, master), "pool");
             let first = master.workers()[0].process().id();
-            for (name, use_it) in POOLS_USES {
+            for (name, use_handle) in POOL_USES {
                 println!("{name}");
                 in_child(|| {
-                    use_it(&pool, master);
+                    use_handle(&pool, master);
                     drop(pool.clone());
                 });
                 assert_eq!(answer_at(address, master), "pool");
@@ -654,18 +657,18 @@ fn pool_is_inert_in_a_forked_child() {
     );
 }
 
-/// The child returns from the callback, and so from the loop, with an error; nothing more is delivered
-/// there.
-fn loop_ends_in_a_child_that_a_callback_has_forked() {
+/// The child returns from the callback, and then from the loop, with an error. Nothing more is
+/// delivered in the child.
+fn loop_ends_in_a_child_forked_by_a_callback() {
     cluster(
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
-            let mut heard = 0;
+            let mut received = 0;
             master.on_message(move |_, worker, message| {
                 assert_eq!(message.bytes(), b"in the parent");
-                heard += 1;
-                if heard == 2 {
+                received += 1;
+                if received == 2 {
                     worker.disconnect();
                 }
             });
@@ -680,7 +683,7 @@ fn loop_ends_in_a_child_that_a_callback_has_forked() {
             worker.on_message(move |worker, message| {
                 assert_eq!(std::process::id(), own, "{message:?}");
                 if message.bytes() == b"first" {
-                    // More that is due in the same turn.
+                    // Another event that is due in the same iteration.
                     worker.set_timeout(Duration::ZERO, move |_| {
                         assert_eq!(std::process::id(), own);
                     });

@@ -1,8 +1,8 @@
-//! Workers that fail at each step of the hand-over, in each way. Every client is served, once, unless
-//! its connection was in the hands of the worker's program already; and the ledger agrees.
+//! Workers that fail at each step of the hand-off, in each way. Every client is served exactly
+//! once, except a client whose connection a failing worker had already received. The ledger agrees.
 //!
-//! `CLUSTER_TEST_ROUNDS=N cargo test --test process hand_over` plays every combination N times. The
-//! faults are built in only with debug assertions; without these the tests are counted as ignored.
+//! `CLUSTER_TEST_ROUNDS=N cargo test --test process hand_off` plays every combination N times. The
+//! faults are compiled in only with debug assertions; without these, the tests are ignored.
 
 use std::cell::{Cell, RefCell};
 use std::io::Write as _;
@@ -18,90 +18,106 @@ use nix::unistd::Pid;
 
 use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
 
-/// The faults of `src/fault.rs`.
+/// Set to one of the faults of `src/fault.rs`.
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
-/// How often a worker writes until it has served a connection, and how often it does the rest: at
-/// which passes of its point it fails.
-const WRITES: u32 = 8;
-const OTHERS: u32 = 3;
-/// Makes a worker serve by a callback.
+/// Number of passes of a point at which a worker fails: the number of writes of a worker until it
+/// has served a connection, and the number of passes of the other points.
+const WRITE_PASSES: u32 = 8;
+const OTHER_PASSES: u32 = 3;
+/// Makes a worker serve with a callback.
 const BY_CALLBACK: &str = "BY_CALLBACK";
-/// How long clients come until the fault must have happened: far longer than it takes.
-const LONGEST: Duration = Duration::from_secs(30);
+/// Time limit for a fault: clients connect until it has happened. Far longer than it takes.
+const FAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 crate::scenarios! {
-    hand_over_survives_a_fault_before_writing: FAULT_POINTS
-    hand_over_survives_a_fault_after_writing: FAULT_POINTS
-    hand_over_survives_a_fault_after_receiving: FAULT_POINTS
-    hand_over_survives_a_fault_after_taking: FAULT_POINTS
-    hand_over_survives_a_death_before_giving: FAULT_POINTS
-    hand_over_survives_a_death_after_giving: FAULT_POINTS
-    hand_over_survives_a_death_after_writing: FAULT_POINTS
-    hand_over_survives_a_death_before_hearing: FAULT_POINTS
-    hand_over_survives_a_death_after_hearing: FAULT_POINTS
+    hand_off_survives_a_fault_before_writing: FAULT_POINTS
+    hand_off_survives_a_fault_after_writing: FAULT_POINTS
+    hand_off_survives_a_fault_after_receiving_frames: FAULT_POINTS
+    hand_off_survives_a_fault_after_receiving_a_connection: FAULT_POINTS
+    hand_off_survives_a_kill_before_dispatch: FAULT_POINTS
+    hand_off_survives_a_kill_after_dispatch: FAULT_POINTS
+    hand_off_survives_a_kill_after_writing: FAULT_POINTS
+    hand_off_survives_a_kill_before_processing_a_frame: FAULT_POINTS
+    hand_off_survives_a_kill_after_processing_a_frame: FAULT_POINTS
 }
 
-fn hand_over_survives_a_fault_before_writing() {
-    worker_fails("worker.writes", WRITES, Lost::Nobody);
+fn hand_off_survives_a_fault_before_writing() {
+    play_worker_faults("worker.writes", WRITE_PASSES, MayLose::Nothing);
 }
 
-fn hand_over_survives_a_fault_after_writing() {
-    worker_fails("worker.has_written", WRITES, Lost::Nobody);
+fn hand_off_survives_a_fault_after_writing() {
+    play_worker_faults("worker.has_written", WRITE_PASSES, MayLose::Nothing);
 }
 
-fn hand_over_survives_a_fault_after_receiving() {
-    worker_fails("worker.has_received", OTHERS, Lost::Nobody);
+fn hand_off_survives_a_fault_after_receiving_frames() {
+    play_worker_faults("worker.has_received", OTHER_PASSES, MayLose::Nothing);
 }
 
-fn hand_over_survives_a_fault_after_taking() {
-    worker_fails("worker.has_taken", OTHERS, Lost::WhoWasTaken);
+fn hand_off_survives_a_fault_after_receiving_a_connection() {
+    play_worker_faults(
+        "worker.has_taken",
+        OTHER_PASSES,
+        MayLose::ReceivedConnection,
+    );
 }
 
-fn hand_over_survives_a_death_before_giving() {
-    master_sees_deaths("master.gives", &[2, 3, 7, 10], Lost::Nobody);
+fn hand_off_survives_a_kill_before_dispatch() {
+    play_kills("master.gives", &[2, 3, 7, 10], MayLose::Nothing);
 }
 
-fn hand_over_survives_a_death_after_giving() {
-    master_sees_deaths("master.has_given", &[2, 3, 7, 10], Lost::WhoWasTaken);
+fn hand_off_survives_a_kill_after_dispatch() {
+    play_kills(
+        "master.has_given",
+        &[2, 3, 7, 10],
+        MayLose::ReceivedConnection,
+    );
 }
 
-/// The answer to a worker's question is all that it is written: whoever dies of it, dies before it is
-/// given anything.
-fn hand_over_survives_a_death_after_writing() {
-    master_sees_deaths("master.has_written", &[1], Lost::Nobody);
+/// The reply to its bind request is the only frame that the master writes to a worker. A worker that
+/// is killed after this reply has not been dispatched any connection.
+fn hand_off_survives_a_kill_after_writing() {
+    play_kills("master.has_written", &[1], MayLose::Nothing);
 }
 
-fn hand_over_survives_a_death_before_hearing() {
-    master_sees_deaths("master.has_decoded", &[2, 3, 7, 10], Lost::WhoWasTaken);
+fn hand_off_survives_a_kill_before_processing_a_frame() {
+    play_kills(
+        "master.has_decoded",
+        &[2, 3, 7, 10],
+        MayLose::ReceivedConnection,
+    );
 }
 
-fn hand_over_survives_a_death_after_hearing() {
-    master_sees_deaths("master.has_heard", &[2, 3, 7, 10], Lost::WhoWasTaken);
+fn hand_off_survives_a_kill_after_processing_a_frame() {
+    play_kills(
+        "master.has_heard",
+        &[2, 3, 7, 10],
+        MayLose::ReceivedConnection,
+    );
 }
 
-/// Who may get no answer.
+/// The clients that may get no answer.
 #[derive(Clone, Copy)]
-enum Lost {
-    Nobody,
-    /// The one client whose connection a failing worker had taken.
-    WhoWasTaken,
+enum MayLose {
+    Nothing,
+    /// One client for each failed worker: the client whose connection it had received.
+    ReceivedConnection,
 }
 
-/// What became of the clients of one round.
+/// The outcomes of the clients of one round.
 struct Outcome {
-    came: u64,
+    connected: u64,
     unanswered: u64,
-    /// The worker was seen to have stopped.
+    /// The worker was observed in the stopped state.
     stopped: bool,
 }
 
 impl Outcome {
     fn add(&mut self, answer: std::io::Result<String>) {
-        self.came += 1;
+        self.connected += 1;
         match answer {
             Ok(id) if id.ends_with('.') && id.matches('.').count() == 1 => {}
-            Ok(nothing) if nothing.is_empty() => self.unanswered += 1,
+            Ok(answer) if answer.is_empty() => self.unanswered += 1,
             Ok(answer) => panic!("served twice: {answer:?}"),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
                 self.unanswered += 1;
@@ -136,16 +152,16 @@ fn plan(passes: u32) -> Vec<Round> {
     plan
 }
 
-/// One worker serves all the time; others come one after the other, and fail.
-fn worker_fails(point: &'static str, passes: u32, lost: Lost) {
+/// One worker serves during the whole test; the others are forked one after the other, and fail.
+fn play_worker_faults(point: &'static str, passes: u32, may_lose: MayLose) {
     cluster(
         |master| {
             let healthy = master.fork().unwrap();
             let play = Rc::new(Play {
                 point,
-                lost,
+                may_lose,
                 left: RefCell::new(plan(passes)),
-                came: Cell::new(0),
+                connected: Cell::new(0),
                 unanswered: Cell::new(0),
                 rounds: Cell::new(0),
                 faults: Cell::new(0),
@@ -174,12 +190,12 @@ fn serve(worker: Worker) {
 
 struct Play {
     point: &'static str,
-    lost: Lost,
+    may_lose: MayLose,
     left: RefCell<Vec<Round>>,
-    came: Cell<u64>,
+    connected: Cell<u64>,
     unanswered: Cell<u64>,
     rounds: Cell<u64>,
-    /// Rounds in which the worker has failed.
+    /// Number of rounds in which the worker failed.
     faults: Cell<u64>,
     healthy: WorkerProcess,
 }
@@ -193,30 +209,31 @@ impl Play {
         let by_callback = round.by_callback.then_some((BY_CALLBACK, "1"));
         let env = [(FAULT, plan.as_str())].into_iter().chain(by_callback);
         let failing = master.fork_with(env).unwrap();
-        // The round is over when the clients are and the worker is.
+        // The round ends when the clients have finished and the worker has exited.
         let parts = Rc::new(Cell::new(2));
-        let part_is_over = move |play: &Rc<Self>, master: &Master| {
+        let end_part = move |play: &Rc<Self>, master: &Master| {
             parts.set(parts.get() - 1);
             if parts.get() == 0 {
                 Rc::clone(play).next(master, address);
             }
         };
-        let (play, over) = (Rc::clone(&self), part_is_over.clone());
+        let (play, over) = (Rc::clone(&self), end_part.clone());
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // It has left before it was asked to, or has stopped and went on.
+            // The worker exited by itself, or was stopped and continued.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);
             play.faults.set(play.faults.get() + u64::from(failed.get()));
             over(&play, master);
         });
-        // Connections come by another way than words: there is something to receive, too.
+        // Connections arrive in the queue, not as frames. The messages give the worker frames to
+        // receive, too.
         failing.on_listening(|master, worker, _| {
             let listener = worker.clone();
-            let speak = move |_: &Master| drop(listener.send(b"a word"));
-            let timer = master.set_interval(Duration::from_millis(1), speak);
+            let send = move |_: &Master| drop(listener.send(b"a message"));
+            let timer = master.set_interval(Duration::from_millis(1), send);
             master.unref(timer);
             worker.on_exit(move |master, _, _| master.clear_timer(timer));
         });
@@ -229,47 +246,47 @@ impl Play {
             move |master, outcome| {
                 play.count(round, &outcome);
                 has_failed.set(outcome.stopped);
-                // Whoever has only been stopped, or failed later than the last client came.
+                // Ends a worker that was only stopped, or that fails after the last client.
                 failing.disconnect_within(Duration::from_millis(500));
-                part_is_over(&play, master);
+                end_part(&play, master);
             },
         );
     }
 
     fn count(&self, round: Round, outcome: &Outcome) {
-        let allowed = match self.lost {
-            Lost::Nobody => 0,
-            Lost::WhoWasTaken => 1,
+        let allowed = match self.may_lose {
+            MayLose::Nothing => 0,
+            MayLose::ReceivedConnection => 1,
         };
         let Round { fault, pass, .. } = round;
-        let at = format!("{}:{fault}:{pass}", self.point);
-        assert!(outcome.unanswered <= allowed, "{at}: nobody answered");
-        self.came.set(self.came.get() + outcome.came);
+        let step = format!("{}:{fault}:{pass}", self.point);
+        assert!(outcome.unanswered <= allowed, "{step}: unanswered clients");
+        self.connected.set(self.connected.get() + outcome.connected);
         self.unanswered
             .set(self.unanswered.get() + outcome.unanswered);
     }
 
     fn end(&self) {
-        let (came, unanswered) = (self.came.get(), self.unanswered.get());
+        let (connected, unanswered) = (self.connected.get(), self.unanswered.get());
         let (rounds, faults) = (self.rounds.get(), self.faults.get());
         println!(
-            "{}: {rounds} rounds, {faults} faults, {came} clients, {unanswered} unanswered",
+            "{}: {rounds} rounds, {faults} faults, {connected} clients, {unanswered} unanswered",
             self.point
         );
-        assert_eq!(faults, rounds, "the faults are not where workers pass");
+        assert_eq!(faults, rounds, "some workers never passed the point");
         self.healthy.disconnect();
         self.healthy.on_exit(move |master, _, _| {
             let ledger = master.ledger();
-            assert_eq!(ledger.accepted, came);
-            // Whoever got no answer was in some program's hands.
-            assert_eq!(ledger.taken, came, "{ledger:?}");
+            assert_eq!(ledger.accepted, connected);
+            // A client without an answer belongs to a connection that a worker had received.
+            assert_eq!(ledger.taken, connected, "{ledger:?}");
             assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
         });
     }
 }
 
-/// Clients come until the worker has failed and one more has been served. A worker that has stopped
-/// is killed or goes on.
+/// Clients connect until the worker has failed and one more client has been served. A stopped
+/// worker is killed or continued.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
     let over = AtomicBool::new(false);
     let stopped = AtomicBool::new(false);
@@ -283,23 +300,23 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
                     } else {
                         Signal::SIGCONT
                     };
-                    // It may be gone by now, and nobody else gets its number so soon.
+                    // The worker may have exited. Its process ID is not reused so soon.
                     let _ = kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal);
                 }
                 std::thread::sleep(Duration::from_micros(300));
             }
         });
         let mut outcome = Outcome {
-            came: 0,
+            connected: 0,
             unanswered: 0,
             stopped: false,
         };
-        let end = Instant::now() + LONGEST;
+        let end = Instant::now() + FAULT_TIMEOUT;
         loop {
             let has_failed = !is_alive(pid) || stopped.load(Ordering::SeqCst);
             assert!(
                 has_failed || Instant::now() < end,
-                "workers do not pass here"
+                "no worker passes this point"
             );
             outcome.add(talk(address, b""));
             if has_failed {
@@ -317,23 +334,23 @@ fn has_stopped(pid: u32) -> bool {
     stat.contains(") T ")
 }
 
-/// The master kills workers at this point, each time it has been passed so often, while clients come;
-/// the first one is spared, so that there is always one.
-fn master_sees_deaths(point: &'static str, passes: &[u32], lost: Lost) {
+/// For each N in `passes`, the master kills the worker at every N-th pass of the point while
+/// clients connect. The first worker is spared, so that one worker always serves.
+fn play_kills(point: &'static str, passes: &[u32], may_lose: MayLose) {
     if let Ok(plan) = std::env::var(FAULT) {
-        return storm(&plan, lost);
+        return play_kills_under_load(&plan, may_lose);
     }
     for every in passes {
         with_env(FAULT, &format!("{point}:kill:{every}:again"), || {});
     }
 }
 
-fn storm(plan: &str, lost: Lost) {
+fn play_kills_under_load(plan: &str, may_lose: MayLose) {
     let plan = plan.to_owned();
     cluster(
         |master| {
-            let deaths = Arc::new(AtomicU64::new(0));
-            let (count, all) = (Arc::clone(&deaths), deaths);
+            let kills = Arc::new(AtomicU64::new(0));
+            let (count, all) = (Arc::clone(&kills), kills);
             let replace = master.on_exit(move |master, _, _| {
                 count.fetch_add(1, Ordering::SeqCst);
                 master.fork().unwrap();
@@ -343,27 +360,29 @@ fn storm(plan: &str, lost: Lost) {
                 (0..2).for_each(|_| drop(master.fork().unwrap()));
                 let address = address.to_string().parse().unwrap();
                 let (all, plan) = (Arc::clone(&all), plan.clone());
-                let deaths = Arc::clone(&all);
+                let kills = Arc::clone(&all);
                 in_background(
                     master,
-                    move || many_clients(address, &deaths),
+                    move || connect_until_killed(address, &kills),
                     move |master, outcome| {
                         master.off(replace);
-                        let deaths = all.load(Ordering::SeqCst);
+                        let kills = all.load(Ordering::SeqCst);
                         let Outcome {
-                            came, unanswered, ..
+                            connected,
+                            unanswered,
+                            ..
                         } = outcome;
                         println!(
-                            "{plan}: {came} clients, {deaths} deaths, {unanswered} unanswered"
+                            "{plan}: {connected} clients, {kills} kills, {unanswered} unanswered"
                         );
-                        let allowed = match lost {
-                            Lost::Nobody => 0,
-                            Lost::WhoWasTaken => deaths,
+                        let allowed = match may_lose {
+                            MayLose::Nothing => 0,
+                            MayLose::ReceivedConnection => kills,
                         };
                         assert!(unanswered <= allowed);
                         master.disconnect_within(Duration::from_secs(20), move |master| {
                             let ledger = master.ledger();
-                            assert_eq!((ledger.accepted, ledger.taken), (came, came));
+                            assert_eq!((ledger.accepted, ledger.taken), (connected, connected));
                         });
                     },
                 );
@@ -373,15 +392,15 @@ fn storm(plan: &str, lost: Lost) {
     );
 }
 
-/// Clients come, and go on coming until some workers have died.
-fn many_clients(address: SocketAddr, deaths: &AtomicU64) -> Outcome {
+/// Connects clients until there are enough of them and enough workers were killed.
+fn connect_until_killed(address: SocketAddr, kills: &AtomicU64) -> Outcome {
     let mut outcome = Outcome {
-        came: 0,
+        connected: 0,
         unanswered: 0,
         stopped: false,
     };
     let least = u64::from(rounds());
-    while outcome.came < 40 * least || deaths.load(Ordering::SeqCst) < 5 * least {
+    while outcome.connected < 40 * least || kills.load(Ordering::SeqCst) < 5 * least {
         outcome.add(talk(address, b""));
     }
     outcome

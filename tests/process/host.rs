@@ -1,4 +1,4 @@
-//! The program that the master lives in: its children, signal handlers and descriptors are its own.
+//! The application that hosts the master keeps its own children, signal handlers and descriptors.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,45 +29,45 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    children_of_the_host_are_the_hosts
-    a_host_that_waits_for_everybody_gets_its_own: EXIT_OF_REAPED_CHILDREN
-    handlers_of_the_host_run_and_come_back
-    handlers_of_the_host_come_back_on_old_kernels
-    handlers_of_the_host_run_with_their_masks
-    a_handler_installed_later_stays
-    a_handler_installed_later_hides_no_end_on_old_kernels
-    ends_are_told_though_the_host_ignores_its_children: EXIT_OF_REAPED_CHILDREN
-    a_number_that_somebody_else_has_got_is_not_signalled: PID_NAMESPACE
-    nothing_passes_between_workers_and_children_of_busy_threads
-    a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program
-    children_are_reaped_though_a_host_ignores_them_on_old_kernels
-    a_handler_that_wants_no_stops_hears_of_none_on_old_kernels
-    a_child_that_the_host_keeps_holds_up_no_fork
-    a_child_that_the_host_keeps_holds_up_no_fork_on_old_kernels
-    a_child_that_the_host_keeps_holds_no_worker
-    a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master
-    a_child_that_drops_its_copy_of_the_master_takes_nothing_from_it
-    a_worker_has_what_it_was_given_and_nothing_else
-    a_worker_has_nothing_else_on_old_kernels
-    the_first_process_of_a_namespace_is_a_master: PID_NAMESPACE
-    the_first_process_of_a_namespace_takes_its_workers_with_it: PID_NAMESPACE
+    master_reaps_no_child_of_the_host
+    host_that_waits_for_any_child_gets_its_own_children: EXITS_OF_THE_REAPED
+    signal_handlers_of_the_host_run_and_are_restored
+    signal_handlers_of_the_host_run_and_are_restored_on_old_kernels
+    signal_handlers_of_the_host_run_with_their_masks
+    signal_handler_installed_later_is_kept
+    signal_handler_installed_later_hides_no_exit_on_old_kernels
+    exits_are_reported_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
+    reused_process_id_is_not_signalled: PID_NAMESPACE
+    workers_and_concurrent_children_share_no_descriptors
+    terminal_stop_does_not_stop_a_child_before_execve
+    children_are_reaped_though_the_host_ignores_them_on_old_kernels
+    handler_with_nocldstop_is_not_called_for_stops_on_old_kernels
+    forked_child_of_the_host_delays_no_fork
+    forked_child_of_the_host_delays_no_fork_on_old_kernels
+    forked_child_of_the_host_keeps_no_worker_alive
+    forked_child_of_the_host_keeps_no_worker_of_a_dropped_master_alive
+    dropping_the_master_in_a_child_does_not_affect_the_parent
+    worker_inherits_only_its_own_descriptors
+    worker_inherits_only_its_own_descriptors_on_old_kernels
+    process_1_can_be_a_master: PID_NAMESPACE
+    workers_exit_with_a_master_that_is_process_1: PID_NAMESPACE
 }
 
-/// As on a kernel that knows processes by their numbers alone.
+/// Refuses the calls that return process descriptors, as on an old kernel.
 pub fn without_process_descriptors() {
     let calls = [libc::SYS_clone3, libc::SYS_pidfd_open];
     refuse_calls(&calls, libc::ENOSYS);
     SIGNALS.store(true, Ordering::SeqCst);
 }
 
-/// A child of the host's that ends with this code.
+/// Starts a child of the host that exits with `code`.
 fn child(code: i32) -> Child {
     let exit = format!("exit {code}");
     Command::new("sh").args(["-c", &exit]).spawn().unwrap()
 }
 
-/// A worker ends with the code that its environment says.
-fn end_as_told() -> ! {
+/// Exits with the code in the worker's environment.
+fn exit_with_requested_code() -> ! {
     std::process::exit(std::env::var("CODE").unwrap().parse().unwrap())
 }
 
@@ -79,11 +79,11 @@ fn panic_on_errors(master: &Master) {
     master.on_error(|_, _, error| panic!("{error}"));
 }
 
-fn children_of_the_host_are_the_hosts() {
+fn master_reaps_no_child_of_the_host() {
     let log = Log::default();
     let entries = log.clone();
     let children = Rc::new(RefCell::new(Vec::new()));
-    let of_the_host = Rc::clone(&children);
+    let started_by_host = Rc::clone(&children);
     let early = child(11);
     wait_for_state(early.id(), ") Z ");
     children.borrow_mut().push(early);
@@ -105,35 +105,35 @@ fn children_of_the_host_are_the_hosts() {
             });
             fork_to_end_with(master, 1);
         },
-        |_| end_as_told(),
+        |_| exit_with_requested_code(),
     );
     let codes = [(1, 1), (2, 2), (3, 2), (4, 2), (5, 2)];
     let expected = codes.map(|(worker, code)| format!("{worker} Some({code})"));
     assert_eq!(entries.take(), expected);
     let wait = |mut child: Child| child.wait().unwrap().code().unwrap();
-    let mut codes: Vec<_> = of_the_host.take().into_iter().map(wait).collect();
+    let mut codes: Vec<_> = started_by_host.take().into_iter().map(wait).collect();
     codes.sort_unstable();
     assert_eq!(codes, [11, 12, 12, 12, 12, 12, 13, 13, 13, 13, 13]);
 }
 
-type Ends = Arc<Mutex<BTreeMap<i32, i32>>>;
+type ExitCodes = Arc<Mutex<BTreeMap<i32, i32>>>;
 
-fn note_end(ends: &Ends, status: nix::Result<WaitStatus>) -> bool {
+fn note_exit(exit_codes: &ExitCodes, status: nix::Result<WaitStatus>) -> bool {
     let Ok(WaitStatus::Exited(pid, code)) = status else {
         return false;
     };
-    let twice = ends.lock().unwrap().insert(pid.as_raw(), code);
-    assert_eq!(twice, None);
+    let previous = exit_codes.lock().unwrap().insert(pid.as_raw(), code);
+    assert_eq!(previous, None);
     true
 }
 
-/// Waits for all children that there are, again and again, until there are none and `stop` is set.
-fn wait_for_everybody(ends: &Ends, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
-    let (ends, stop) = (Arc::clone(ends), Arc::clone(stop));
+/// Waits for any child, repeatedly, until there is none and `stop` is set.
+fn wait_for_any_child(exit_codes: &ExitCodes, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
+    let (exit_codes, stop) = (Arc::clone(exit_codes), Arc::clone(stop));
     std::thread::spawn(move || {
         loop {
             let stopping = stop.load(Ordering::SeqCst);
-            if !note_end(&ends, waitpid(None, None)) && stopping {
+            if !note_exit(&exit_codes, waitpid(None, None)) && stopping {
                 return;
             }
             std::thread::yield_now();
@@ -142,15 +142,15 @@ fn wait_for_everybody(ends: &Ends, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
 }
 
 #[expect(clippy::zombie_processes, reason = "all are waited for at once")]
-fn a_host_that_waits_for_everybody_gets_its_own() {
+fn host_that_waits_for_any_child_gets_its_own_children() {
     const ROUNDS: i32 = 30;
-    let (ends, stop) = (Ends::default(), Arc::new(AtomicBool::new(false)));
+    let (exit_codes, stop) = (ExitCodes::default(), Arc::new(AtomicBool::new(false)));
     let started = Rc::new(RefCell::new(BTreeMap::new()));
-    let of_the_host = Rc::clone(&started);
+    let started_by_host = Rc::clone(&started);
     let exits = Rc::new(Cell::new(0));
     let seen = Rc::clone(&exits);
-    let waiting = cluster::is_master().then(|| wait_for_everybody(&ends, &stop));
-    let by_callbacks = Arc::clone(&ends);
+    let waiting = cluster::is_master().then(|| wait_for_any_child(&exit_codes, &stop));
+    let by_callbacks = Arc::clone(&exit_codes);
     cluster(
         |master| {
             panic_on_errors(master);
@@ -158,31 +158,32 @@ fn a_host_that_waits_for_everybody_gets_its_own() {
                 let round = i32::try_from(worker.id().get()).unwrap();
                 assert_eq!(status.code(), Some(round));
                 exits.set(round);
-                let own = child(100 + round);
-                let pid = i32::try_from(own.id()).unwrap();
+                let host_child = child(100 + round);
+                let pid = i32::try_from(host_child.id()).unwrap();
                 started.borrow_mut().insert(pid, 100 + round);
                 if round < ROUNDS {
                     fork_to_end_with(master, round + 1);
                 }
-                note_end(&by_callbacks, waitpid(None, Some(WaitPidFlag::WNOHANG)));
+                note_exit(&by_callbacks, waitpid(None, Some(WaitPidFlag::WNOHANG)));
             });
             fork_to_end_with(master, 1);
         },
-        |_| end_as_told(),
+        |_| exit_with_requested_code(),
     );
     stop.store(true, Ordering::SeqCst);
     waiting.unwrap().join().unwrap();
     assert_eq!(seen.get(), ROUNDS);
-    // It may have heard of workers, too, before we did: that takes nothing from us.
-    let mut heard = ends.lock().unwrap();
-    let own = of_the_host.take();
-    heard.retain(|pid, _| own.contains_key(pid));
-    assert_eq!(*heard, own);
+    // The host's wait may also have reaped workers before the master did. The exit events are
+    // complete nevertheless.
+    let mut waited_for = exit_codes.lock().unwrap();
+    let expected = started_by_host.take();
+    waited_for.retain(|pid, _| expected.contains_key(pid));
+    assert_eq!(*waited_for, expected);
 }
 
-/// How often each signal's handler has run.
+/// Counts the calls of each signal's handler.
 static RUNS: [AtomicU32; 32] = [const { AtomicU32::new(0) }; 32];
-/// Set by the handler of USR1 if USR2 could interrupt it.
+/// Whether SIGUSR2 could have interrupted the last call of SIGUSR1's handler.
 static INTERRUPTIBLE: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn count(number: libc::c_int) {
@@ -201,9 +202,9 @@ extern "C" fn count_with_reason(
     _: *mut libc::c_void,
 ) {
     #[allow(unsafe_code)]
-    // SAFETY: the system passes what SA_SIGINFO promises.
-    let told = unsafe { (*info).si_signo };
-    if told == number {
+    // SAFETY: with SA_SIGINFO, the kernel passes a valid pointer.
+    let signal = unsafe { (*info).si_signo };
+    if signal == number {
         count(number);
     }
 }
@@ -219,11 +220,11 @@ fn mask(numbers: &[Number]) -> SigSet {
 fn handle(number: Number, handler: SigHandler, flags: SaFlags, mask: SigSet) {
     let action = SigAction::new(handler, flags, mask);
     #[allow(unsafe_code)]
-    // SAFETY: the handlers here only store to atomics, or are the system's own.
+    // SAFETY: the handlers here only store to atomics, or are SIG_IGN and SIG_DFL.
     unsafe { sigaction(number, &action) }.unwrap();
 }
 
-/// One of each kind.
+/// Installs one handler of each kind.
 fn install_handlers_of_the_host() {
     let (simple, full) = (
         SigHandler::Handler(count),
@@ -256,7 +257,7 @@ fn dispositions() -> Vec<(usize, i32, Vec<i32>)> {
     handled.chain([Number::SIGCHLD]).map(disposition).collect()
 }
 
-/// How the system handles a signal: address, flags, and the signals of the mask.
+/// Returns how the kernel handles a signal: address, flags, and the signals of the mask.
 fn disposition(number: Number) -> (usize, i32, Vec<i32>) {
     #[allow(unsafe_code)]
     // SAFETY: all zeroes is a valid sigaction.
@@ -266,15 +267,15 @@ fn disposition(number: Number) -> (usize, i32, Vec<i32>) {
     let read = unsafe { libc::sigaction(number as i32, std::ptr::null(), &raw mut action) };
     assert_eq!(read, 0);
     #[allow(unsafe_code)]
-    // SAFETY: the set has been written by the system.
+    // SAFETY: the kernel has initialised the set.
     let is_in =
         |number: &i32| unsafe { libc::sigismember(&raw const action.sa_mask, *number) } == 1;
     let mask = (1..=64).filter(is_in).collect();
     (action.sa_sigaction, action.sa_flags, mask)
 }
 
-/// Some of the signals come while the master handles them, and the host does, too.
-fn handlers_run_and_come_back() {
+/// Signals arrive while the master has handlers for them, and the host's handlers run, too.
+fn assert_handlers_run_and_are_restored() {
     SIGNALS.store(true, Ordering::SeqCst);
     install_handlers_of_the_host();
     let before = dispositions();
@@ -294,11 +295,11 @@ fn handlers_run_and_come_back() {
                 master.on_signal(signal, note).unwrap();
             }
             let during = dispositions();
-            let taken = before
+            let replaced = before
                 .iter()
                 .zip(&during)
                 .filter(|(host, ours)| host.0 != ours.0);
-            assert_eq!(taken.count(), HANDLED.len());
+            assert_eq!(replaced.count(), HANDLED.len());
             master.on_online(|_, _| {
                 let numbers = HANDLED.map(|(number, _)| number);
                 let all = numbers.into_iter().chain([Number::SIGCHLD]);
@@ -306,7 +307,7 @@ fn handlers_run_and_come_back() {
             });
             fork_to_end_with(master, 0);
         },
-        |worker| run_until_left(&worker),
+        |worker| run_to_completion(&worker),
     );
     assert_eq!(dispositions(), before);
     let mut entries = entries.take();
@@ -318,33 +319,36 @@ fn handlers_run_and_come_back() {
     assert_eq!((runs(Number::SIGINT), runs(Number::SIGHUP)), (0, 0));
     raise(Number::SIGTERM).unwrap();
     raise(Number::SIGINT).unwrap();
-    assert_eq!(runs(Number::SIGTERM), 2, "alone");
+    assert_eq!(runs(Number::SIGTERM), 2, "the host's handler is restored");
 }
 
-fn run_until_left(worker: &cluster::Worker) {
+fn run_to_completion(worker: &cluster::Worker) {
     worker.run().unwrap();
 }
 
-fn handlers_of_the_host_run_and_come_back() {
-    handlers_run_and_come_back();
+fn signal_handlers_of_the_host_run_and_are_restored() {
+    assert_handlers_run_and_are_restored();
 }
 
-/// There the end of a worker is a signal, too.
-fn handlers_of_the_host_come_back_on_old_kernels() {
+/// On old kernels, the exit of a worker is a signal, too.
+fn signal_handlers_of_the_host_run_and_are_restored_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
     }
-    handlers_run_and_come_back();
+    assert_handlers_run_and_are_restored();
     assert!(runs(Number::SIGCHLD) >= 2);
 }
 
-/// The handler relies on what it was installed with: that it is not interrupted by USR2.
-fn handlers_of_the_host_run_with_their_masks() {
+/// The handler relies on its mask: SIGUSR2 does not interrupt it.
+fn signal_handlers_of_the_host_run_with_their_masks() {
     SIGNALS.store(true, Ordering::SeqCst);
     INTERRUPTIBLE.store(true, Ordering::SeqCst);
     install_handlers_of_the_host();
     raise(Number::SIGUSR1).unwrap();
-    assert!(!INTERRUPTIBLE.load(Ordering::SeqCst), "by itself");
+    assert!(
+        !INTERRUPTIBLE.load(Ordering::SeqCst),
+        "before the master handles the signal"
+    );
     cluster(
         |master| {
             master.on_signal(Signal::USR1, |_, _| {}).unwrap();
@@ -356,11 +360,11 @@ fn handlers_of_the_host_run_with_their_masks() {
     assert_eq!(runs(Number::SIGUSR1), 2);
     assert!(
         !INTERRUPTIBLE.load(Ordering::SeqCst),
-        "and with the master's"
+        "while the master handles the signal"
     );
 }
 
-fn a_handler_installed_later_stays() {
+fn signal_handler_installed_later_is_kept() {
     SIGNALS.store(true, Ordering::SeqCst);
     let log = Log::default();
     let entries = log.clone();
@@ -368,7 +372,7 @@ fn a_handler_installed_later_stays() {
         |master| {
             panic_on_errors(master);
             note_events(master, &log);
-            let never = |_: &Master, _| panic!("the host has taken it over");
+            let never = |_: &Master, _| panic!("the host has replaced the handler");
             master.on_signal(Signal::TERM, never).unwrap();
             install_handlers_of_the_host();
             master.on_online(|_, worker| {
@@ -377,7 +381,7 @@ fn a_handler_installed_later_stays() {
             });
             master.fork().unwrap();
         },
-        |worker| run_until_left(&worker),
+        |worker| run_to_completion(&worker),
     );
     assert_eq!(runs(Number::SIGTERM), 1);
     assert_eq!(
@@ -385,11 +389,11 @@ fn a_handler_installed_later_stays() {
         Some(&"exit Some(true) exit status: 0")
     );
     raise(Number::SIGTERM).unwrap();
-    assert_eq!(runs(Number::SIGTERM), 2, "it is still the host's");
+    assert_eq!(runs(Number::SIGTERM), 2, "the host's handler is kept");
 }
 
-/// The host's handler does not call the one that it replaces.
-fn a_handler_installed_later_hides_no_end_on_old_kernels() {
+/// The host's handler does not call the handler that it replaces.
+fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
     }
@@ -410,7 +414,7 @@ fn a_handler_installed_later_hides_no_end_on_old_kernels() {
                 }
             });
         },
-        |worker| run_until_left(&worker),
+        |worker| run_to_completion(&worker),
     );
     let entries = entries.take();
     assert_eq!(
@@ -421,10 +425,10 @@ fn a_handler_installed_later_hides_no_end_on_old_kernels() {
         of(2, &entries).last(),
         Some(&"exit Some(false) signal: 9 (SIGKILL)")
     );
-    assert!(runs(Number::SIGCHLD) >= 1, "the host hears of it");
+    assert!(runs(Number::SIGCHLD) >= 1, "the host's handler runs");
 }
 
-/// The kernel reaps children whom nobody wants to hear of, and their numbers are free at once.
+/// Makes the kernel reap children itself. Their process IDs can be reused at once.
 fn ignore_children(how: &str) {
     let none = SigSet::empty();
     let reap = SaFlags::SA_NOCLDWAIT;
@@ -435,7 +439,7 @@ fn ignore_children(how: &str) {
     }
 }
 
-fn ends_are_told_though_the_host_ignores_its_children() {
+fn exits_are_reported_though_the_host_ignores_its_children() {
     const HOW: &str = "HOW";
     let Ok(how) = std::env::var(HOW) else {
         for how in ["ignored", "default", "handled"] {
@@ -458,7 +462,7 @@ fn ends_are_told_though_the_host_ignores_its_children() {
         },
         |worker| match std::env::var("CODE").unwrap().as_str() {
             "none" => run_until_killed(&worker),
-            _ => end_as_told(),
+            _ => exit_with_requested_code(),
         },
     );
     let entries = entries.take();
@@ -473,8 +477,8 @@ fn ends_are_told_though_the_host_ignores_its_children() {
     }
 }
 
-/// The worker of an old kernel is reaped as well, and how it ended is not known.
-fn children_are_reaped_though_a_host_ignores_them_on_old_kernels() {
+/// On old kernels, the kernel reaps the workers as well, and their exit status is not known.
+fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
     const HOW: &str = "HOW";
     let Ok(how) = std::env::var(HOW) else {
         for how in ["ignored", "default", "handled"] {
@@ -495,13 +499,13 @@ fn children_are_reaped_though_a_host_ignores_them_on_old_kernels() {
             master.fork().unwrap().on_online(|_, worker| {
                 let child = child(0).id();
                 let child = Pid::from_raw(i32::try_from(child).unwrap());
-                wait_until("the end of a child", || has_ended(child).then_some(()));
+                wait_until("the exit of a child", || has_ended(child).then_some(()));
                 worker.disconnect();
             });
         },
-        |worker| run_until_left(&worker),
+        |worker| run_to_completion(&worker),
     );
-    // Each C library has a text of its own.
+    // The text depends on the C library.
     let no_child = std::io::Error::from(nix::errno::Errno::ECHILD);
     let expected = [
         "1 fork".to_owned(),
@@ -516,9 +520,9 @@ fn children_are_reaped_though_a_host_ignores_them_on_old_kernels() {
     assert_eq!(runs(Number::SIGCHLD) > 0, is_called, "{how}");
 }
 
-/// Ctrl-Z at a terminal reaches the child, too. If that stopped before `execve`, the master could
-/// neither stop nor go on.
-fn a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program() {
+/// Ctrl-Z at a terminal reaches the child, too. If the child stopped before `execve`, the master
+/// would wait in `fork`, neither stopped nor running.
+fn terminal_stop_does_not_stop_a_child_before_execve() {
     let program = Arc::new(LeasedProgram::new());
     let log = Log::default();
     let entries = log.clone();
@@ -531,14 +535,14 @@ fn a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program() {
                 let child = leased.wait_for_child();
                 nix::sys::signal::kill(child, Number::SIGTSTP).unwrap();
                 let stat = format!("/proc/{child}/stat");
-                // The signal has woken it: it has been dealt with when it sleeps once more.
+                // The signal wakes the child. It has been handled when the child sleeps again.
                 let state = wait_until("a state", || {
                     let stat = std::fs::read_to_string(&stat).unwrap();
                     [") S ", ") T "]
                         .into_iter()
                         .find(|state| stat.contains(state))
                 });
-                leased.release_lease();
+                leased.give_back();
                 nix::sys::signal::kill(child, Number::SIGCONT).unwrap();
                 state
             });
@@ -546,7 +550,7 @@ fn a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program() {
             master.fork().unwrap();
             state = Some(terminal.join().unwrap());
         },
-        |_| unreachable!("it executes another program"),
+        |_| unreachable!("the worker executes another program"),
     );
     assert_eq!(state, Some(") S "));
     let entries = entries.take();
@@ -556,7 +560,7 @@ fn a_stop_from_the_terminal_stops_no_child_that_has_not_executed_its_program() {
     );
 }
 
-fn a_handler_that_wants_no_stops_hears_of_none_on_old_kernels() {
+fn handler_with_nocldstop_is_not_called_for_stops_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
         let counting = SigHandler::Handler(count);
@@ -572,53 +576,53 @@ fn a_handler_that_wants_no_stops_hears_of_none_on_old_kernels() {
                 worker.disconnect();
             });
         },
-        |worker| run_until_left(&worker),
+        |worker| run_to_completion(&worker),
     );
-    assert_eq!(runs(Number::SIGCHLD), 1, "of its end");
+    assert_eq!(runs(Number::SIGCHLD), 1, "only for the exit");
 }
 
-/// Set for the process that is the first one of a new PID namespace.
-const FIRST: &str = "FIRST";
+/// Set for the process that is process 1 of a new PID namespace.
+const PROCESS_1: &str = "FIRST";
 
-/// Starts this scenario in a new PID namespace, whose first process it is.
-fn first_process(how: &str) -> Child {
+/// Starts this scenario as process 1 of a new PID namespace.
+fn start_as_process_1(how: &str) -> Child {
     use nix::sched::{CloneFlags, setns, unshare};
 
-    let own = File::open("/proc/self/ns/pid").unwrap();
+    let namespace = File::open("/proc/self/ns/pid").unwrap();
     unshare(CloneFlags::CLONE_NEWPID).unwrap();
     let first = Command::new(std::env::current_exe().unwrap())
-        .env(FIRST, how)
+        .env(PROCESS_1, how)
         .stdout(std::process::Stdio::piped())
         .spawn();
-    setns(own, CloneFlags::CLONE_NEWPID).unwrap();
+    setns(namespace, CloneFlags::CLONE_NEWPID).unwrap();
     first.unwrap()
 }
 
-fn is_first() -> bool {
-    std::env::var_os(FIRST).is_some()
+fn is_process_1() -> bool {
+    std::env::var_os(PROCESS_1).is_some()
 }
 
-/// The worker has ended, and the host has got a child with its number before the master has heard
-/// of it; then the program signals the worker.
-fn a_number_that_somebody_else_has_got_is_not_signalled() {
-    if !is_first() {
-        // With either way of making a process.
+/// The worker has exited, and its process ID is reused by a child of the host before the master has
+/// processed the exit. Then the application signals the worker.
+fn reused_process_id_is_not_signalled() {
+    if !is_process_1() {
+        // With `clone3`, and with the fallback to `fork`.
         for how in ["cloned", "forked"] {
-            let status = first_process(how).wait().unwrap();
+            let status = start_as_process_1(how).wait().unwrap();
             assert!(status.success(), "{how}: {status}");
         }
         return;
     }
     if cluster::is_master() {
         ignore_children("ignored");
-        if std::env::var(FIRST).unwrap() == "forked" {
+        if std::env::var(PROCESS_1).unwrap() == "forked" {
             refuse_calls(&[libc::SYS_clone3], libc::ENOSYS);
         }
     }
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            worker.on_online(|_, worker| signal_somebody_else(worker));
+            worker.on_online(|_, worker| signal_reused_process_id(worker));
         },
         |worker| {
             worker.on_message(|_, _| std::process::exit(0));
@@ -627,26 +631,28 @@ fn a_number_that_somebody_else_has_got_is_not_signalled() {
     );
 }
 
-fn signal_somebody_else(worker: &WorkerProcess) {
+fn signal_reused_process_id(worker: &WorkerProcess) {
     worker.send(b"end").unwrap();
     let number = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
-    wait_until("its end", || has_ended(number).then_some(()));
+    wait_until("the exit of the worker", || has_ended(number).then_some(()));
     handle(
         Number::SIGCHLD,
         SigHandler::SigDfl,
         SaFlags::empty(),
         SigSet::empty(),
     );
-    let mut stranger = wait_until("its number", || child_numbered(number));
+    let mut foreign = wait_until("a child with the worker's process ID", || {
+        child_with_pid(number)
+    });
     worker.process().kill(Signal::KILL);
-    let number = Pid::from_raw(i32::try_from(stranger.id()).unwrap());
+    let number = Pid::from_raw(i32::try_from(foreign.id()).unwrap());
     nix::sys::signal::kill(number, Number::SIGTERM).unwrap();
-    let status = stranger.wait().unwrap();
+    let status = foreign.wait().unwrap();
     assert_eq!(status.signal(), Some(libc::SIGTERM), "{status}");
 }
 
-/// A child of the host's that has got this number, which may not be free at once.
-fn child_numbered(number: Pid) -> Option<Child> {
+/// Starts a child of the host that has this process ID, if it is free.
+fn child_with_pid(number: Pid) -> Option<Child> {
     let last = (number.as_raw() - 1).to_string();
     std::fs::write("/proc/sys/kernel/ns_last_pid", last).unwrap();
     let mut child = Command::new("sleep").arg("600").spawn().unwrap();
@@ -662,20 +668,21 @@ fn has_ended(pid: Pid) -> bool {
     nix::sys::signal::kill(pid, None) == Err(nix::Error::ESRCH)
 }
 
-/// The numbers of the open descriptors.
+/// Returns the numbers of the open descriptors.
 fn fd_numbers() -> BTreeSet<RawFd> {
     let entries = std::fs::read_dir("/proc/self/fd")
         .unwrap()
         .map(Result::unwrap);
-    // Not the one by which they are read.
+    // Without the descriptor that reads this directory.
     let others = entries
         .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|to| !to.starts_with("/proc")));
     let numbers = others.map(|entry| entry.file_name().to_string_lossy().parse().unwrap());
     numbers.collect()
 }
 
-/// What a worker has before `init`, other than 0 to `standard` and its channel.
-fn unasked(standard: RawFd) -> Vec<RawFd> {
+/// Returns the descriptors of a worker before `init`, except the channel and the descriptors from 0
+/// up to `standard`.
+fn unexpected_fds(standard: RawFd) -> Vec<RawFd> {
     let channel = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
     let mut expected: BTreeSet<_> = (0..standard).collect();
     assert!(expected.insert(channel.parse().unwrap()));
@@ -685,13 +692,13 @@ fn unasked(standard: RawFd) -> Vec<RawFd> {
         .collect()
 }
 
-/// The descriptors of a program that the host executes.
+/// Returns the descriptors of a program that the host executes.
 fn list_in_a_child() -> String {
     let output = Command::new("ls").arg("/proc/self/fd").output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Executes programs all the time, which all get the same. Returns how often it did.
+/// Executes programs repeatedly, and checks that all have the same descriptors. Returns how many.
 fn execute_until(stop: &Arc<AtomicBool>) -> JoinHandle<u32> {
     let stop = Arc::clone(stop);
     let before = list_in_a_child();
@@ -705,9 +712,9 @@ fn execute_until(stop: &Arc<AtomicBool>) -> JoinHandle<u32> {
     })
 }
 
-fn nothing_passes_between_workers_and_children_of_busy_threads() {
+fn workers_and_concurrent_children_share_no_descriptors() {
     const WORKERS: u32 = 30;
-    let unasked = cluster::is_worker().then(|| unasked(3));
+    let unexpected_fds = cluster::is_worker().then(|| unexpected_fds(3));
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = cluster::is_master().then(|| [(); 4].map(|()| execute_until(&stop)));
     let times = Rc::new(Cell::new([0; 4]));
@@ -730,7 +737,8 @@ fn nothing_passes_between_workers_and_children_of_busy_threads() {
                     }
                 }
             });
-            // With one of each that the master may have while it forks another one.
+            // The first worker makes the master have a channel, a listener and a queue while it
+            // forks the others.
             let first = master.fork_with([("FIRST_OF_ALL", "1")]).unwrap();
             first.on_listening(|master, _, _| drop(master.fork().unwrap()));
             master.on_message(move |_, worker, _| {
@@ -740,7 +748,9 @@ fn nothing_passes_between_workers_and_children_of_busy_threads() {
             });
         },
         |worker| {
-            worker.send(format!("{unasked:?}").as_bytes()).unwrap();
+            worker
+                .send(format!("{unexpected_fds:?}").as_bytes())
+                .unwrap();
             if std::env::var_os("FIRST_OF_ALL").is_some() {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 assert!(listener.accept().unwrap().is_none());
@@ -758,8 +768,8 @@ fn nothing_passes_between_workers_and_children_of_busy_threads() {
     );
 }
 
-/// A child of the host's that executes nothing: it keeps whatever was open when it was made.
-fn keeping_child() -> Pid {
+/// Forks a child of the host without `execve`. It has all descriptors that were open at the fork.
+fn forked_child() -> Pid {
     match fork_of_the_host() {
         ForkResult::Parent { child } => child,
         ForkResult::Child => loop {
@@ -773,35 +783,38 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-/// The child reports as one that is to be another user does, but may take its time.
-fn a_child_that_the_host_keeps_holds_up_no_fork_on_old_kernels() {
+/// On old kernels, a child also reports the step that failed, as it does for another user, but may
+/// take its time.
+fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
     }
-    a_child_that_the_host_keeps_holds_up_no_fork();
+    forked_child_of_the_host_delays_no_fork();
 }
 
-/// One of them may be made at any time, also while the master forks.
-fn a_child_that_the_host_keeps_holds_up_no_fork() {
+/// The host may fork such a child at any time, also while the master forks.
+fn forked_child_of_the_host_delays_no_fork() {
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
-    // They begin together with the forks, and these go on as long as children are made.
-    let (begin, making) = (
+    // The threads begin together with the master's forks. The master forks as long as children are
+    // forked.
+    let (begin, forking_threads) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicU32::new(2)),
     );
     let make_children = |stop: Arc<AtomicBool>| {
-        let (begin, making) = (Arc::clone(&begin), Arc::clone(&making));
+        let (begin, forking_threads) = (Arc::clone(&begin), Arc::clone(&forking_threads));
         std::thread::spawn(move || {
             let mut children = Vec::new();
             while !begin.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
             while children.len() < CHILDREN && !stop.load(Ordering::SeqCst) {
-                children.push(keeping_child());
+                children.push(forked_child());
             }
-            making.fetch_sub(1, Ordering::SeqCst);
-            // Long after the last fork, if that does not wait for these.
+            forking_threads.fetch_sub(1, Ordering::SeqCst);
+            // If `fork` does not wait for these children, the last fork returns long before this
+            // time.
             let end = Instant::now() + Duration::from_secs(20);
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
                 std::thread::park_timeout(Duration::from_millis(100));
@@ -817,12 +830,12 @@ fn a_child_that_the_host_keeps_holds_up_no_fork() {
             panic_on_errors(master);
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
             begin.store(true, Ordering::SeqCst);
-            while making.load(Ordering::SeqCst) > 0 {
+            while forking_threads.load(Ordering::SeqCst) > 0 {
                 fork_to_end_with(master, 0);
             }
             stop.store(true, Ordering::SeqCst);
         },
-        |_| end_as_told(),
+        |_| exit_with_requested_code(),
     );
     let in_time = threads.unwrap().map(|thread| {
         thread.thread().unpark();
@@ -831,8 +844,8 @@ fn a_child_that_the_host_keeps_holds_up_no_fork() {
     assert_eq!(in_time, [true, true]);
 }
 
-/// It has copies of the master's ends of all channels.
-fn a_child_that_the_host_keeps_holds_no_worker() {
+/// The child has copies of the master's ends of all channels.
+fn forked_child_of_the_host_keeps_no_worker_alive() {
     let log = Log::default();
     let entries = log.clone();
     let child = Rc::new(Cell::new(None));
@@ -846,14 +859,14 @@ fn a_child_that_the_host_keeps_holds_no_worker() {
             master.on_online(move |_, _| {
                 online += 1;
                 if online == 3 {
-                    made.set(Some(keeping_child()));
+                    made.set(Some(forked_child()));
                     workers[0].disconnect();
                     workers[1].process().disconnect();
                     workers[2].process().kill(Signal::KILL);
                 }
             });
         },
-        |worker| run_until_left(&worker),
+        |worker| run_to_completion(&worker),
     );
     end_child(child.get().unwrap());
     let entries = entries.take();
@@ -863,7 +876,7 @@ fn a_child_that_the_host_keeps_holds_no_worker() {
     assert_eq!(last(3), Some("exit Some(false) signal: 9 (SIGKILL)"));
 }
 
-fn a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master() {
+fn forked_child_of_the_host_keeps_no_worker_of_a_dropped_master_alive() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             let worker = master.fork().unwrap();
@@ -873,22 +886,22 @@ fn a_child_that_the_host_keeps_does_not_keep_the_workers_of_a_dropped_master() {
             while !online.get() {
                 master.dispatch(None).unwrap();
             }
-            let child = keeping_child();
+            let child = forked_child();
             drop(master);
             let pid = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
             let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
-            let end = wait_until("its end", || {
+            let end = wait_until("the exit of the worker", || {
                 let end = waitpid(pid, Some(flags)).unwrap();
                 (end != WaitStatus::StillAlive).then_some(end)
             });
             assert_eq!(end, WaitStatus::Exited(pid, 0));
             end_child(child);
         }
-        Role::Worker(worker) => run_until_left(&worker),
+        Role::Worker(worker) => run_to_completion(&worker),
     }
 }
 
-/// Descriptors of the host's that programs which it executes inherit, at all kinds of numbers.
+/// Opens descriptors without close-on-exec, with low and high numbers.
 fn inheritable_descriptors() -> Vec<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     use nix::sys::resource::{Resource, getrlimit};
@@ -902,7 +915,7 @@ fn inheritable_descriptors() -> Vec<OwnedFd> {
     let copy = |number| {
         let copy = fcntl(&null, FcntlArg::F_DUPFD(number)).unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: the system has just made it.
+        // SAFETY: `fcntl` has just created it.
         unsafe {
             OwnedFd::from_raw_fd(copy)
         }
@@ -910,10 +923,10 @@ fn inheritable_descriptors() -> Vec<OwnedFd> {
     numbers.map(copy).collect()
 }
 
-fn nothing_unasked_for() {
+fn assert_no_unexpected_descriptors() {
     const STANDARD: &str = "STANDARD";
     let standard = std::env::var(STANDARD).map(|standard| standard.parse().unwrap());
-    let unasked = standard.ok().map(unasked);
+    let unexpected_fds = standard.ok().map(unexpected_fds);
     let open = cluster::is_master().then(inheritable_descriptors);
     let log = Log::default();
     let entries = log.clone();
@@ -942,7 +955,9 @@ fn nothing_unasked_for() {
             }
         },
         |worker| {
-            worker.send(format!("{unasked:?}").as_bytes()).unwrap();
+            worker
+                .send(format!("{unexpected_fds:?}").as_bytes())
+                .unwrap();
         },
     );
     let mut entries = entries.take();
@@ -953,33 +968,33 @@ fn nothing_unasked_for() {
     let numbers = fd_numbers();
     assert!(
         open.iter().all(|fd| numbers.contains(&fd.as_raw_fd())),
-        "the host keeps them"
+        "the host's descriptors stay open"
     );
 }
 
-fn a_worker_has_what_it_was_given_and_nothing_else() {
-    for_both_policies(nothing_unasked_for);
+fn worker_inherits_only_its_own_descriptors() {
+    for_both_policies(assert_no_unexpected_descriptors);
 }
 
-fn a_worker_has_nothing_else_on_old_kernels() {
+fn worker_inherits_only_its_own_descriptors_on_old_kernels() {
     if cluster::is_master() {
         refuse_calls(&[libc::SYS_close_range, libc::SYS_clone3], libc::ENOSYS);
     }
-    nothing_unasked_for();
+    assert_no_unexpected_descriptors();
 }
 
-/// Reads the lines that the process and its workers print.
-fn lines_of(process: &mut Child) -> BufReader<ChildStdout> {
+/// Returns the output of the process and its workers.
+fn output_of(process: &mut Child) -> BufReader<ChildStdout> {
     BufReader::new(process.stdout.take().unwrap())
 }
 
-/// A worker ends and leaves a child behind, which is the host's then. The other one leaves when the
-/// host is told to end, in the way that init systems do it.
+/// A worker is killed and leaves a child behind, which becomes a child of the host. The other
+/// worker disconnects when the host receives SIGTERM, as an init system sends it.
 #[expect(clippy::zombie_processes, reason = "it is left behind")]
-fn the_first_process_of_a_namespace_is_a_master() {
-    if !is_first() {
-        let mut first = first_process("1");
-        let mut lines = lines_of(&mut first).lines();
+fn process_1_can_be_a_master() {
+    if !is_process_1() {
+        let mut first = start_as_process_1("1");
+        let mut lines = output_of(&mut first).lines();
         let line = lines.next().unwrap().unwrap();
         assert_eq!(line, "ready");
         let number = Pid::from_raw(i32::try_from(first.id()).unwrap());
@@ -998,7 +1013,7 @@ fn the_first_process_of_a_namespace_is_a_master() {
             note_events(master, &log);
             let end = |master: &Master, _| master.disconnect(|_| {});
             master.on_signal(Signal::TERM, end).unwrap();
-            master.on_message(|_, worker, message| leave_an_orphan(worker, message.bytes()));
+            master.on_message(|_, worker, message| kill_parent_of_orphan(worker, message.bytes()));
             master.fork_with([("PART", "parent")]).unwrap();
         },
         |worker| match std::env::var("PART").unwrap().as_str() {
@@ -1009,7 +1024,7 @@ fn the_first_process_of_a_namespace_is_a_master() {
                 worker.send(&child.id().to_ne_bytes()).unwrap();
                 run_until_killed(&worker);
             }
-            _ => run_until_left(&worker),
+            _ => run_to_completion(&worker),
         },
     );
     let entries = entries.take();
@@ -1023,14 +1038,14 @@ fn the_first_process_of_a_namespace_is_a_master() {
     );
 }
 
-/// The orphan ends when its parent, who has the other end of its input, is gone.
-fn leave_an_orphan(parent: &WorkerProcess, orphan: &[u8]) {
+/// The orphan exits at end-of-file on its input, when its parent has been killed.
+fn kill_parent_of_orphan(parent: &WorkerProcess, orphan: &[u8]) {
     let orphan = u32::from_ne_bytes(orphan.try_into().unwrap());
     let orphan = Pid::from_raw(i32::try_from(orphan).unwrap());
     parent.process().kill(Signal::KILL);
     let end = Ok(WaitStatus::Exited(orphan, 7));
     parent.on_exit(move |master, _, _| {
-        // It stays there, so that the master could mistake it for the other worker.
+        // The orphan stays a zombie, so the master could mistake it for the other worker.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         assert_eq!(waitid(Id::Pid(orphan), flags), end);
         let other = master.fork_with([("PART", "other")]).unwrap();
@@ -1039,10 +1054,10 @@ fn leave_an_orphan(parent: &WorkerProcess, orphan: &[u8]) {
     });
 }
 
-fn the_first_process_of_a_namespace_takes_its_workers_with_it() {
-    if !is_first() {
-        let mut first = first_process("1");
-        let mut output = lines_of(&mut first);
+fn workers_exit_with_a_master_that_is_process_1() {
+    if !is_process_1() {
+        let mut first = start_as_process_1("1");
+        let mut output = output_of(&mut first);
         for _ in 0..3 {
             let mut line = String::new();
             output.read_line(&mut line).unwrap();
@@ -1050,11 +1065,12 @@ fn the_first_process_of_a_namespace_takes_its_workers_with_it() {
         }
         first.kill().unwrap();
         assert_eq!(first.wait().unwrap().signal(), Some(libc::SIGKILL));
-        let gone = Instant::now();
+        let killed_at = Instant::now();
         let mut rest = String::new();
-        // All have it as their output: it ends with the last of them.
+        // All processes have the pipe as standard output. End-of-file arrives when the last one has
+        // exited.
         output.read_to_string(&mut rest).unwrap();
-        assert!(gone.elapsed() < Duration::from_secs(1));
+        assert!(killed_at.elapsed() < Duration::from_secs(1));
         assert_eq!(rest, "");
         return;
     }
@@ -1079,9 +1095,8 @@ fn the_first_process_of_a_namespace_takes_its_workers_with_it() {
     }
 }
 
-/// It returns from what the host does, instead of ending at once, and so it drops what it has of the
-/// master.
-fn a_child_that_drops_its_copy_of_the_master_takes_nothing_from_it() {
+/// The child returns from `main` as the host does, so it drops its copy of the master.
+fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
     let path = std::env::temp_dir().join(format!("cluster-test-{}", std::process::id()));
     match cluster::init().unwrap() {
         Role::Master(master) => {

@@ -1,4 +1,5 @@
-//! How workers leave: asked, by themselves, killed, cut off, or orphaned.
+//! How workers disconnect and exit: requested by the master, by themselves, killed, or with a
+//! closed channel.
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
@@ -10,35 +11,36 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, reserve_port, serve_id, stop, talk, wait_until, wait_until_asleep,
+    Log, cluster, in_background, reserve_port, rest, serve_id, stop, talk, wait_until,
     when_listening,
 };
 
 crate::scenarios! {
-    asked_by_the_master
-    by_itself
-    by_itself_at_once
-    killed_with_a_signal_after_disconnecting
-    cut_off_without_a_word
+    worker_exits_after_disconnect_by_the_master
+    worker_exits_after_its_own_disconnect
+    worker_exits_after_its_own_kill
+    kill_disconnects_before_the_signal
+    worker_exits_when_the_master_closes_its_channel
     disconnect_waits_for_connections
-    disconnect_all_calls_back_once_when_nobody_is_left
-    disconnect_all_without_workers
-    disconnect_before_the_worker_has_started
-    a_new_round_from_inside_the_callback
-    repeated_and_mixed_requests_to_leave
-    no_client_in_the_backlog_is_lost
-    no_client_of_the_second_listener_is_lost
-    a_backlog_of_several_batches_is_not_lost
-    a_shared_backlog_of_full_batches_ends
-    a_slow_callback_does_not_shorten_the_time_for_handshakes
-    a_listener_that_was_asked_for_too_late_is_not_left_behind
-    last_words_after_the_last_connection
-    last_words_of_a_worker_whose_callbacks_own_its_listener
+    disconnect_all_calls_back_once_after_the_last_exit
+    disconnect_all_without_workers_calls_back_after_the_call
+    disconnect_during_start_up_lets_workers_exit
+    disconnect_callback_can_fork_workers_on_the_same_port
+    repeated_and_mixed_disconnect_requests_count_once
+    disconnect_loses_no_client_in_the_backlog
+    disconnect_loses_no_client_of_the_second_listener
+    disconnect_loses_no_client_of_a_backlog_of_several_batches
+    shared_backlog_of_full_batches_is_served_to_its_end
+    slow_callback_does_not_shorten_the_time_for_handshakes
+    listener_requested_before_the_channel_closed_is_not_leaked
+    messages_after_the_last_connection_are_delivered
+    final_message_is_delivered_though_a_callback_owns_the_listener
 }
 
-/// Forks one worker that leaves in some way, and notes the flag at both events and the status.
-fn leaving(
-    what: impl FnOnce(&cluster::WorkerProcess) + 'static,
+/// Forks one worker, which sends a message and then disconnects or exits in some way. Returns
+/// `exited_after_disconnect` at both events, and the exit status.
+fn flags_and_status(
+    end_worker: impl FnOnce(&cluster::WorkerProcess) + 'static,
     worker: impl FnOnce(Worker),
 ) -> Vec<String> {
     let log = Log::default();
@@ -55,11 +57,11 @@ fn leaving(
             });
             let forked = master.fork().unwrap();
             assert_eq!(forked.exited_after_disconnect(), None);
-            let mut what = Some(what);
+            let mut end_worker = Some(end_worker);
             forked.on_message(move |_, worker, _| {
                 assert_eq!(worker.exited_after_disconnect(), None);
-                if let Some(what) = what.take() {
-                    what(worker);
+                if let Some(end_worker) = end_worker.take() {
+                    end_worker(worker);
                 }
             });
         },
@@ -75,11 +77,11 @@ fn ready_then_run(worker: &Worker) {
     worker.run().unwrap();
 }
 
-fn asked_by_the_master() {
-    let seen = leaving(
+fn worker_exits_after_disconnect_by_the_master() {
+    let seen = flags_and_status(
         |worker| assert_eq!(worker.disconnect(), worker),
         |worker| {
-            // An idle listener and no callback: nothing it has to wait for.
+            // An idle listener without a callback does not delay the exit.
             let _listener = worker.listen("127.0.0.1:0").unwrap();
             ready_then_run(&worker);
             assert_eq!(worker.exited_after_disconnect(), Some(true));
@@ -89,17 +91,17 @@ fn asked_by_the_master() {
     assert_eq!(seen, ["Some(true)", "Some(true) (Some(5), None)"]);
 }
 
-fn by_itself() {
-    let seen = leaving(
+fn worker_exits_after_its_own_disconnect() {
+    let seen = flags_and_status(
         |_| {},
         |worker| {
             let _listener = worker.listen("127.0.0.1:0").unwrap();
-            let inside = Rc::new(Cell::new(true));
-            let still_inside = Rc::clone(&inside);
-            worker.on_disconnect(move |_| assert!(!still_inside.get(), "not inside the call"));
+            let is_inside = Rc::new(Cell::new(true));
+            let callback_is_inside = Rc::clone(&is_inside);
+            worker.on_disconnect(move |_| assert!(!callback_is_inside.get(), "inside the call"));
             worker.disconnect().disconnect();
-            assert!(worker.is_connected(), "the master has not agreed yet");
-            inside.set(false);
+            assert!(worker.is_connected(), "the master has not replied yet");
+            is_inside.set(false);
             worker.run().unwrap();
             assert_eq!(worker.exited_after_disconnect(), Some(true));
         },
@@ -107,14 +109,14 @@ fn by_itself() {
     assert_eq!(seen, ["Some(true)", "Some(true) (Some(0), None)"]);
 }
 
-fn by_itself_at_once() {
-    let seen = leaving(
+fn worker_exits_after_its_own_kill() {
+    let seen = flags_and_status(
         |_| {},
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr();
             let client = std::thread::spawn(move || TcpStream::connect(address).unwrap());
-            // A connection that is never closed does not keep it.
+            // An open connection does not delay the exit after `kill`.
             let connection = listener.accept().unwrap().unwrap();
             worker.kill();
             worker.run().unwrap();
@@ -124,12 +126,12 @@ fn by_itself_at_once() {
     assert_eq!(seen, ["Some(true)", "Some(true) (Some(0), None)"]);
 }
 
-fn killed_with_a_signal_after_disconnecting() {
-    let seen = leaving(
+fn kill_disconnects_before_the_signal() {
+    let seen = flags_and_status(
         |worker| worker.kill(Signal::USR1),
         |worker| {
             ready_then_run(&worker);
-            // The signal comes when the channel is closed.
+            // The signal arrives after the channel is closed.
             loop {
                 nix::unistd::pause();
             }
@@ -138,15 +140,15 @@ fn killed_with_a_signal_after_disconnecting() {
     assert_eq!(seen, ["Some(true)", "Some(true) (None, Some(10))"]);
 }
 
-fn cut_off_without_a_word() {
-    let seen = leaving(
+fn worker_exits_when_the_master_closes_its_channel() {
+    let seen = flags_and_status(
         |worker| {
             worker.process().disconnect();
             assert!(!worker.is_connected());
         },
         |worker| {
             let _listener = worker.listen("127.0.0.1:0").unwrap();
-            // It would go on for long if it were not cut off.
+            // The timer would keep the worker running if the closed channel did not end `run`.
             worker.set_timeout(Duration::from_secs(600), |_| panic!("too long"));
             ready_then_run(&worker);
             assert_eq!(worker.exited_after_disconnect(), Some(false));
@@ -172,7 +174,7 @@ fn disconnect_waits_for_connections() {
                     let worker = master.workers().remove(0);
                     worker.disconnect();
                     worker.on_message(move |_, worker, message| {
-                        assert_eq!(message.bytes(), b"told");
+                        assert_eq!(message.bytes(), b"disconnecting");
                         assert!(worker.is_connected());
                         log.add("closing");
                         client.write_all(b"x").unwrap();
@@ -185,8 +187,8 @@ fn disconnect_waits_for_connections() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let mut connection = listener.accept().unwrap().unwrap();
             connection.write_all(b"x").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "told to leave");
-            worker.send(b"told").unwrap();
+            assert!(listener.accept().unwrap().is_none(), "disconnect received");
+            worker.send(b"disconnecting").unwrap();
             worker
                 .watch(
                     connection,
@@ -203,7 +205,7 @@ fn disconnect_waits_for_connections() {
     assert_eq!(entries.take(), ["closing", "disconnect"]);
 }
 
-fn disconnect_all_calls_back_once_when_nobody_is_left() {
+fn disconnect_all_calls_back_once_after_the_last_exit() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -217,19 +219,19 @@ fn disconnect_all_calls_back_once_when_nobody_is_left() {
                     first.add("first callback");
                 });
                 master.disconnect(move |_| second.add("second callback"));
-                log.add("not inside the call");
+                log.add("after the call");
             });
             (0..3).for_each(|_| drop(master.fork().unwrap()));
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
     let end = ["first callback", "second callback"];
-    let mut expected = vec!["not inside the call", "exit", "exit", "exit"];
+    let mut expected = vec!["after the call", "exit", "exit", "exit"];
     expected.extend(end);
     assert_eq!(entries.take(), expected);
 }
 
-fn disconnect_all_without_workers() {
+fn disconnect_all_without_workers_calls_back_after_the_call() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -243,7 +245,7 @@ fn disconnect_all_without_workers() {
     assert_eq!(entries.take(), ["after the call", "callback"]);
 }
 
-fn disconnect_before_the_worker_has_started() {
+fn disconnect_during_start_up_lets_workers_exit() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -252,7 +254,7 @@ fn disconnect_before_the_worker_has_started() {
             master.on_exit(move |_, worker, status| {
                 at_exit.add(format!("{status} {:?}", worker.exited_after_disconnect()));
             });
-            master.on_listening(|_, _, _| panic!("it was leaving before it asked"));
+            master.on_listening(|_, _, _| panic!("listening after disconnect"));
             master.fork().unwrap();
             master.fork().unwrap();
             master.disconnect(move |_| log.add("callback"));
@@ -263,15 +265,15 @@ fn disconnect_before_the_worker_has_started() {
     assert_eq!(entries.take(), [exit, exit, "callback"]);
 }
 
-fn a_new_round_from_inside_the_callback() {
+fn disconnect_callback_can_fork_workers_on_the_same_port() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let rounds = Cell::new(0);
+            let round = Cell::new(0);
             master.on_listening(move |master, _, address| {
-                log.add(format!("round {}", rounds.get()));
-                if rounds.replace(rounds.get() + 1) == 0 {
+                log.add(format!("round {}", round.get()));
+                if round.replace(round.get() + 1) == 0 {
                     let env = [("ADDRESS", address.to_string())];
                     master.disconnect(move |master| drop(master.fork_with(env).unwrap()));
                 } else {
@@ -281,7 +283,7 @@ fn a_new_round_from_inside_the_callback() {
             master.fork().unwrap();
         },
         |worker| {
-            // The same port again: the first round has left nothing behind.
+            // The first listener is closed completely, so the same port can be bound again.
             let address = std::env::var("ADDRESS");
             serve_id(&worker, address.as_deref().unwrap_or("127.0.0.1:0"));
         },
@@ -289,8 +291,8 @@ fn a_new_round_from_inside_the_callback() {
     assert_eq!(entries.take(), ["round 0", "round 1"]);
 }
 
-fn repeated_and_mixed_requests_to_leave() {
-    let seen = leaving(
+fn repeated_and_mixed_disconnect_requests_count_once() {
+    let seen = flags_and_status(
         |worker| {
             worker.disconnect().disconnect();
             worker.kill(Signal::TERM);
@@ -311,19 +313,20 @@ fn repeated_and_mixed_requests_to_leave() {
     assert_eq!(seen[1], "Some(true) (Some(0), None)");
 }
 
-fn no_client_in_the_backlog_is_lost() {
+fn disconnect_loses_no_client_in_the_backlog() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                // Two are served, the others wait in the kernel when everybody is told to leave.
+                // Two clients are served, and the others wait in the backlog when the workers are
+                // disconnected.
                 let work = move || {
                     let connect = |_| TcpStream::connect(address).unwrap();
                     (0..40).map(connect).collect::<Vec<_>>()
                 };
                 in_background(master, work, move |master, mut clients| {
-                    // A client may think it is connected before the kernel here does.
+                    // `connect` may return before the connection is in the backlog.
                     let waiting = 40 - master.ledger().accepted;
                     wait_until("the backlog", || {
                         (backlog(address) == waiting).then_some(())
@@ -359,7 +362,7 @@ fn no_client_in_the_backlog_is_lost() {
     assert_eq!(entries.take(), ["40"]);
 }
 
-fn no_client_of_the_second_listener_is_lost() {
+fn disconnect_loses_no_client_of_the_second_listener() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -370,19 +373,20 @@ fn no_client_of_the_second_listener_is_lost() {
                 let Some(first) = first.replace(address) else {
                     return;
                 };
-                // The worker waits for the first; meanwhile somebody comes to the second.
+                // The worker waits for a connection of the first listener while a client connects
+                // to the second.
                 let work = move || {
-                    let waits = TcpStream::connect(address).unwrap();
-                    (talk(first, b"").unwrap(), waits)
+                    let waiting = TcpStream::connect(address).unwrap();
+                    (talk(first, b"").unwrap(), waiting)
                 };
                 let log = log.clone();
-                in_background(master, work, move |master, (answer, mut waits)| {
+                in_background(master, work, move |master, (answer, mut waiting)| {
                     log.add(answer);
                     wait_until("the backlog", || (backlog(address) == 1).then_some(()));
                     master.disconnect(|_| {});
                     let work = move || {
                         let mut answer = String::new();
-                        waits.read_to_string(&mut answer).unwrap();
+                        waiting.read_to_string(&mut answer).unwrap();
                         answer
                     };
                     in_background(master, work, move |_, answer| log.add(answer));
@@ -405,9 +409,9 @@ fn no_client_of_the_second_listener_is_lost() {
     assert_eq!(entries.take(), ["first", "second"]);
 }
 
-/// More clients than are accepted in one go come while a callback keeps the master, which then
-/// tells everybody to leave.
-fn a_backlog_of_several_batches_is_not_lost() {
+/// While a callback of the master runs, more clients connect than the master accepts in one batch.
+/// Then the master disconnects all workers.
+fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
     const CLIENTS: u64 = 200;
     let log = Log::default();
     let entries = log.clone();
@@ -422,7 +426,7 @@ fn a_backlog_of_several_batches_is_not_lost() {
                 wait_until("the backlog", || {
                     (backlog(address) == CLIENTS).then_some(())
                 });
-                // Longer ago than handshakes are given.
+                // Longer than the time allowed for handshakes.
                 std::thread::sleep(Duration::from_millis(200));
                 master.disconnect(|_| {});
                 let work = move || {
@@ -451,8 +455,9 @@ fn a_backlog_of_several_batches_is_not_lost() {
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
 
-/// The last connections fill a batch exactly: nothing tells the worker that there are no more.
-fn a_shared_backlog_of_full_batches_ends() {
+/// The last connections fill a batch exactly, so no short batch tells the worker that the backlog
+/// is empty.
+fn shared_backlog_of_full_batches_is_served_to_its_end() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -465,7 +470,8 @@ fn a_shared_backlog_of_full_batches_ends() {
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..32).map(connect).collect();
                 master.disconnect(|_| {});
-                // When it wakes it finds the request to leave, the end and all of them.
+                // When the worker continues, it receives the disconnect request, end-of-file and
+                // all connections.
                 master.set_timeout(Duration::from_millis(150), move |_| {
                     worker.process().kill(Signal::CONT);
                 });
@@ -494,7 +500,7 @@ fn a_shared_backlog_of_full_batches_ends() {
     assert_eq!(entries.take(), ["32"]);
 }
 
-fn a_slow_callback_does_not_shorten_the_time_for_handshakes() {
+fn slow_callback_does_not_shorten_the_time_for_handshakes() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -505,8 +511,8 @@ fn a_slow_callback_does_not_shorten_the_time_for_handshakes() {
                     std::thread::sleep(Duration::from_millis(200));
                     let began = Instant::now();
                     master.disconnect(move |_| {
-                        let open = began.elapsed() >= Duration::from_millis(100);
-                        log.add(open.to_string());
+                        let is_long_enough = began.elapsed() >= Duration::from_millis(100);
+                        log.add(is_long_enough.to_string());
                     });
                 });
             });
@@ -517,8 +523,8 @@ fn a_slow_callback_does_not_shorten_the_time_for_handshakes() {
     assert_eq!(entries.take(), ["true"]);
 }
 
-/// The worker is cut off while its request to listen waits to be read.
-fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
+/// The master closes the channel while the worker's bind request is pending.
+fn listener_requested_before_the_channel_closed_is_not_leaked() {
     let log = Log::default();
     let entries = log.clone();
     let (_reserved, address) = reserve_port();
@@ -528,8 +534,8 @@ fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
                 .fork_with([("ADDRESS", address.to_string())])
                 .unwrap();
             worker.on_online(|_, worker| {
-                // Its request waits to be read when it waits for the answer.
-                wait_until_asleep(worker);
+                // The worker has sent the request when it sleeps.
+                rest(worker);
                 worker.process().disconnect();
             });
             let at_exit = log.clone();
@@ -537,21 +543,21 @@ fn a_listener_that_was_asked_for_too_late_is_not_left_behind() {
                 at_exit.add(status.to_string());
                 TcpStream::connect(address).unwrap_err();
                 let log = at_exit.clone();
-                master.disconnect(move |_| log.add("all gone"));
+                master.disconnect(move |_| log.add("all exited"));
             });
         },
         |worker| {
             let address = std::env::var("ADDRESS").unwrap();
             let listener = worker.listen(address.as_str()).unwrap();
-            listener.on_connection(|_, _| panic!("nobody can come"));
-            // The end has been read already: nothing wakes the loop for it.
+            listener.on_connection(|_, _| panic!("unexpected connection"));
+            // End-of-file has already been read, so nothing else wakes the loop.
             worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), ["exit status: 0", "all gone"]);
+    assert_eq!(entries.take(), ["exit status: 0", "all exited"]);
 }
 
-fn last_words_after_the_last_connection() {
+fn messages_after_the_last_connection_are_delivered() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -566,7 +572,7 @@ fn last_words_after_the_last_connection() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             assert!(listener.accept().unwrap().is_none());
             assert!(worker.is_connected());
-            worker.send(b"served nobody").unwrap();
+            worker.send(b"final message").unwrap();
             let seen = Rc::new(Cell::new(false));
             let at_disconnect = Rc::clone(&seen);
             worker.on_disconnect(move |_| at_disconnect.set(true));
@@ -574,10 +580,10 @@ fn last_words_after_the_last_connection() {
             assert!(seen.get() && !worker.is_connected());
         },
     );
-    assert_eq!(entries.take(), ["served nobody"]);
+    assert_eq!(entries.take(), ["final message"]);
 }
 
-fn last_words_of_a_worker_whose_callbacks_own_its_listener() {
+fn final_message_is_delivered_though_a_callback_owns_the_listener() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -589,21 +595,21 @@ fn last_words_of_a_worker_whose_callbacks_own_its_listener() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             worker.on_message(move |_, _| listener.close());
-            // More than the socket holds.
+            // More than the socket buffer holds.
             worker.send(&vec![0; 800_000]).unwrap();
         },
     );
     assert_eq!(entries.take(), ["800000"]);
 }
 
-/// How many connections the kernel holds for a listener.
+/// Returns the number of connections in the backlog of a listener.
 fn backlog(address: SocketAddr) -> u64 {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let port = format!(":{:04X}", address.port());
     let queues = table.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
-        let listens = fields[1].ends_with(&port) && fields[3] == "0A";
-        listens.then(|| fields[4].to_owned())
+        let is_listening = fields[1].ends_with(&port) && fields[3] == "0A";
+        is_listening.then(|| fields[4].to_owned())
     });
     let queues = queues.unwrap();
     let (_, received) = queues.split_once(':').unwrap();

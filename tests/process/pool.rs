@@ -827,7 +827,7 @@ fn reloads_scalings_and_upgrades_lose_nobody(policy: &str) {
                 let before = of_slot_2(outcome);
                 server.signal(signal);
                 wait_until("slot 2", || (of_slot_2(outcome) > before).then_some(()));
-                load.go_on(20);
+                load.wait_for_requests(20);
             }
             let old = server.master();
             server.signal(Signal::SIGUSR2);
@@ -997,7 +997,7 @@ fn broken_reloads_change_nothing() {
                 .filter(|line| line.contains(" failed after 0 replaced"));
             (failures.count() > round).then_some(())
         });
-        load.go_on(20);
+        load.wait_for_requests(20);
     }
     wait_until("the last of them to be gone", || {
         (server.workers().len() == 2).then_some(())
@@ -1036,7 +1036,7 @@ fn broken_upgrades_change_nothing() {
     .repeat(2)
     {
         fail(broken);
-        load.go_on(20);
+        load.wait_for_requests(20);
     }
     assert_nobody_lost(load.end());
     // One that serves first, and then dies, has clients of its own to lose.
@@ -1046,7 +1046,7 @@ fn broken_upgrades_change_nothing() {
     });
     assert_eq!(children(master), workers);
     let load = Load::start(server.address, 4, is_served);
-    load.go_on(200);
+    load.wait_for_requests(200);
     assert_nobody_lost(load.end());
     server.release("good");
     kill(master, Signal::SIGTERM).unwrap();
@@ -1165,7 +1165,7 @@ fn under_fire_only_those_in_hand_are_lost() {
     let server = Server::start("rr");
     wait_until("all", || (server.workers().len() == 4).then_some(()));
     let load = Load::start(server.address, 4, is_served);
-    load.go_on(500);
+    load.wait_for_requests(500);
     let before = measure(server.master());
     let end = Instant::now() + fire();
     let (mut kills, mut rounds) = (0, 0);
@@ -1182,7 +1182,7 @@ fn under_fire_only_those_in_hand_are_lost() {
         }
         std::thread::sleep(100 * MS);
     }
-    load.go_on(500);
+    load.wait_for_requests(500);
     let counts = load.end();
     println!("{kills} kills, {counts:?}");
     // A worker holds one connection at a time.
