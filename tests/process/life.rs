@@ -13,24 +13,24 @@ use cluster::{AddressType, Error, Master, Role, Settings, Signal, WorkerState};
 use crate::harness::{Log, SIGNALS, cluster, is_alive, note_messages, refuse_calls};
 
 crate::scenarios! {
-    events_come_once_and_in_order
-    last_words_arrive_before_the_end
-    exit_code_and_signal
+    events_are_emitted_once_and_in_order
+    final_messages_arrive_before_disconnect
+    exit_reports_code_or_signal
     settings_reach_the_worker
-    setup_comes_with_each_fork
+    setup_is_emitted_by_setup_master_and_by_fork
     missing_program_is_an_error_of_fork
     worker_child_is_no_worker
     worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same
-    programs_that_wrappers_fork_do_not_start_each_other_without_end
+    wrappers_cannot_start_the_program_recursively
     unknown_policy_is_an_error
     policy_is_frozen_by_the_first_fork
     children_start_with_default_signals
     children_inherit_only_their_channel
-    callbacks_may_change_anything
-    without_process_descriptors_ends_are_noticed_too
+    callbacks_may_change_callbacks_and_fork
+    exits_are_noticed_without_process_descriptors
 }
 
-fn events_come_once_and_in_order() {
+fn events_are_emitted_once_and_in_order() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -89,7 +89,7 @@ fn events_come_once_and_in_order() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+            assert!(listener.accept().unwrap().is_none(), "no client connects");
         },
     );
     assert_eq!(
@@ -108,7 +108,7 @@ fn events_come_once_and_in_order() {
     );
 }
 
-fn last_words_arrive_before_the_end() {
+fn final_messages_arrive_before_disconnect() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -123,24 +123,24 @@ fn last_words_arrive_before_the_end() {
             master.fork().unwrap();
         },
         |worker| {
-            worker.send(b"last").unwrap();
-            worker.send(b"words").unwrap();
+            worker.send(b"first").unwrap();
+            worker.send(b"second").unwrap();
             std::process::exit(42);
         },
     );
-    let expected = ["online Online", "last", "words", "disconnect", "Some(42)"];
+    let expected = ["online Online", "first", "second", "disconnect", "Some(42)"];
     assert_eq!(entries.take(), expected);
 }
 
-fn exit_code_and_signal() {
+fn exit_reports_code_or_signal() {
     let seen = Rc::new(RefCell::new(BTreeMap::new()));
-    let ends = Rc::clone(&seen);
+    let exits = Rc::clone(&seen);
     cluster(
         |master| {
             master.on_exit(move |_, worker, status| {
                 let end = (status.code(), status.signal());
-                ends.borrow_mut().insert(worker.id().get(), end);
-                // A worker that has left answers everything and fails nothing.
+                exits.borrow_mut().insert(worker.id().get(), end);
+                // Methods of an exited worker still return, and have no effect.
                 assert_eq!(worker.disconnect(), worker);
                 worker.kill(Signal::KILL);
                 worker.process().kill(Signal::KILL);
@@ -181,9 +181,13 @@ fn settings_reach_the_worker() {
             let own = std::env::current_exe().unwrap();
             let settings = master.settings();
             assert_eq!(settings.exec, Some(own.clone()));
-            assert_eq!(settings.args, Some(Vec::new()), "those of this process");
+            assert_eq!(
+                settings.args,
+                Some(Vec::new()),
+                "the arguments of this process"
+            );
             master.setup_master(Settings::default().args(["custom argument"]));
-            assert_eq!(master.settings().exec, Some(own), "kept");
+            assert_eq!(master.settings().exec, Some(own), "unchanged");
             master.fork().unwrap();
         },
         |worker| {
@@ -198,7 +202,7 @@ fn settings_reach_the_worker() {
     assert_eq!(entries, ["1 []", "2 [\"custom argument\"]"]);
 }
 
-fn setup_comes_with_each_fork() {
+fn setup_is_emitted_by_setup_master_and_by_fork() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -208,7 +212,7 @@ fn setup_comes_with_each_fork() {
             master.on_fork(move |_, _| forks.add("fork"));
             master.setup_master(Settings::default().args(["a"]));
             master.fork().unwrap();
-            assert_eq!(log.len(), 0, "never inside the call");
+            assert_eq!(log.len(), 0, "nothing is emitted inside the call");
         },
         |_| {},
     );
@@ -219,8 +223,8 @@ fn setup_comes_with_each_fork() {
 fn missing_program_is_an_error_of_fork() {
     cluster(
         |master| {
-            master.on_fork(|_, _| panic!("nothing was forked"));
-            master.on_exit(|_, _, _| panic!("nothing was forked"));
+            master.on_fork(|_, _| panic!("no worker was forked"));
+            master.on_exit(|_, _, _| panic!("no worker was forked"));
             master.setup_master(Settings::default().exec("/no/such/program"));
             let error = master.fork().unwrap_err();
             assert_eq!(error.raw_os_error(), Some(nix::libc::ENOENT), "{error}");
@@ -236,16 +240,16 @@ fn missing_program_is_an_error_of_fork() {
     );
 }
 
-/// Set for a program that a worker starts.
+/// Set for a program that a worker starts, or that a wrapper executes.
 const CHILD: &str = "WORKERS_CHILD";
 
-/// What a program finds that is no worker.
-fn be_a_master() {
+/// Checks that this process is a master, although a worker or a wrapper started it.
+fn assert_is_master() {
     assert!(cluster::is_master() && !cluster::is_worker());
     match cluster::init().unwrap() {
         Role::Master(master) => {
             assert!(master.workers().is_empty());
-            // What its own master has said to a worker is for none of its programs.
+            // The variables that the master sets for a worker are not inherited by other programs.
             let settings = Settings::default().exec("/usr/bin/env").args::<&str>([]);
             let settings = settings.detached(true).silent(true);
             let program = master.fork_as::<&str, &str>(settings, []).unwrap();
@@ -266,11 +270,11 @@ fn be_a_master() {
 
 fn worker_child_is_no_worker() {
     if std::env::var_os(CHILD).is_some() {
-        return be_a_master();
+        return assert_is_master();
     }
     let log = Log::default();
     let entries = log.clone();
-    // Other threads may read it at any time: nothing changes it.
+    // Other threads may read the environment at any time, so nothing changes it.
     let environment: Vec<_> = std::env::vars_os().collect();
     assert_eq!(
         cluster::is_worker(),
@@ -300,8 +304,8 @@ fn worker_child_is_no_worker() {
     assert_eq!(entries.take(), ["master\n"]);
 }
 
-/// The program behind the first wrapper is a master, and starts the same wrapper again.
-fn programs_that_wrappers_fork_do_not_start_each_other_without_end() {
+/// The program that the first wrapper forks is a master, and starts the same wrapper again.
+fn wrappers_cannot_start_the_program_recursively() {
     const REFUSED: i32 = 42;
     let depth = std::env::var(CHILD).map_or(0, |depth| depth.parse().unwrap());
     let master = match cluster::init() {
@@ -328,11 +332,11 @@ fn programs_that_wrappers_fork_do_not_start_each_other_without_end() {
     assert_eq!(statuses.take(), [format!("{:?}", Some(expected))]);
 }
 
-/// The master's program by way of a shell, which executes it, or forks.
+/// Starts the master's program with a shell that executes it or forks it, or with another wrapper.
 fn worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same() {
     let kind = std::env::var(CHILD);
     if kind.as_deref() == Ok("forked") {
-        return be_a_master();
+        return assert_is_master();
     }
     let (log, ended) = (Log::default(), Rc::new(Cell::new(0)));
     let (entries, counted) = (log.clone(), Rc::clone(&ended));
@@ -367,8 +371,8 @@ fn worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same() {
 }
 
 fn unknown_policy_is_an_error() {
-    const PLAY: &str = "POLICY_TEST";
-    if std::env::var_os(PLAY).is_some() {
+    const IS_CHILD: &str = "POLICY_TEST";
+    if std::env::var_os(IS_CHILD).is_some() {
         match cluster::init() {
             Err(error) => println!("{error}"),
             Ok(cluster::Role::Master(master)) => println!("{}", master.scheduling_policy()),
@@ -382,7 +386,7 @@ fn unknown_policy_is_an_error() {
     for (value, expected) in cases {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let output = command
-            .env(PLAY, "1")
+            .env(IS_CHILD, "1")
             .env("CLUSTER_SCHED_POLICY", value)
             .output()
             .unwrap();
@@ -405,8 +409,8 @@ fn policy_is_frozen_by_the_first_fork() {
     );
 }
 
-/// A shell that writes what `command` prints into a file, which the master reads at its exit.
-fn in_a_shell(command: &str, before: impl FnOnce(&Master)) -> String {
+/// Runs a shell worker that writes the output of `command` to a file, and returns the content.
+fn output_of_shell(command: &str, before: impl FnOnce(&Master)) -> String {
     let file = tempfile::NamedTempFile::new().unwrap();
     let script = format!("{{ {command}; }} > {}", file.path().display());
     cluster(
@@ -424,7 +428,7 @@ fn in_a_shell(command: &str, before: impl FnOnce(&Master)) -> String {
 fn children_start_with_default_signals() {
     use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
 
-    let text = in_a_shell("cat /proc/self/status", |_| {
+    let text = output_of_shell("cat /proc/self/status", |_| {
         let mut set = SigSet::empty();
         set.add(Signal::SIGUSR1);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None).unwrap();
@@ -435,30 +439,30 @@ fn children_start_with_default_signals() {
     for field in ["SigBlk:", "SigIgn:"] {
         let value = text.lines().find_map(|line| line.strip_prefix(field));
         let bits = u64::from_str_radix(value.unwrap().trim(), 16).unwrap();
-        // The C library keeps 32 and 33 for itself.
+        // The C library uses the signals 32 and 33 itself.
         assert_eq!(bits & !(0b11 << 31), 0, "{field} in {text}");
     }
 }
 
 fn children_inherit_only_their_channel() {
-    let text = in_a_shell("echo $CLUSTER_CHANNEL_FD; ls -l /proc/$$/fd", |_| {});
+    let text = output_of_shell("echo $CLUSTER_CHANNEL_FD; ls -l /proc/$$/fd", |_| {});
     let mut lines = text.lines();
     let channel = lines.next().unwrap();
     let fds: Vec<_> = lines.filter_map(|line| line.split_once(" -> ")).collect();
-    let beyond: Vec<_> = fds
+    let extra: Vec<_> = fds
         .iter()
         .filter_map(|(left, _)| left.rsplit(' ').next())
         .filter(|fd| !["0", "1", "2"].contains(fd))
-        // The shell's own way to get its standard output back.
+        // The shell's copy of its standard output.
         .filter(|fd| {
             fds.iter()
                 .all(|(l, to)| !l.ends_with(fd) || to.starts_with("socket:"))
         })
         .collect();
-    assert_eq!(beyond, [channel], "{text}");
+    assert_eq!(extra, [channel], "{text}");
 }
 
-fn callbacks_may_change_anything() {
+fn callbacks_may_change_callbacks_and_fork() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -468,7 +472,7 @@ fn callbacks_may_change_anything() {
             master.on_fork(move |master, worker| {
                 master.off(never);
                 let log = inner.clone();
-                worker.on_online(move |_, _| log.add("added inside"));
+                worker.on_online(move |_, _| log.add("added in a callback"));
                 if worker.id().get() == 1 {
                     master.fork().unwrap();
                 }
@@ -483,11 +487,14 @@ fn callbacks_may_change_anything() {
     );
     let mut entries = entries.take();
     entries.sort();
-    assert_eq!(entries, ["added inside", "added inside", "exit", "exit"]);
+    assert_eq!(
+        entries,
+        ["added in a callback", "added in a callback", "exit", "exit"]
+    );
 }
 
-/// As on a kernel that has no `pidfd_open`.
-fn without_process_descriptors_ends_are_noticed_too() {
+/// Refuses `pidfd_open`, as a kernel before Linux 5.3 does.
+fn exits_are_noticed_without_process_descriptors() {
     let calls = [nix::libc::SYS_clone3, nix::libc::SYS_pidfd_open];
     refuse_calls(&calls, nix::libc::ENOSYS);
     SIGNALS.store(true, Ordering::SeqCst);
@@ -495,13 +502,13 @@ fn without_process_descriptors_ends_are_noticed_too() {
     let entries = log.clone();
     cluster(
         |master| {
-            // A child of the program's own is not ours to wait for.
-            let stranger = RefCell::new(Command::new("true").spawn().unwrap());
+            // The master does not wait for a child of the application.
+            let host_child = RefCell::new(Command::new("true").spawn().unwrap());
             master.on_exit(move |master, worker, status| {
                 log.add(format!("{} {:?}", worker.id(), status.code()));
                 match log.len() {
                     2 => drop(master.fork().unwrap()),
-                    3 => assert!(stranger.borrow_mut().wait().unwrap().success()),
+                    3 => assert!(host_child.borrow_mut().wait().unwrap().success()),
                     _ => {}
                 }
             });

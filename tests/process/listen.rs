@@ -1,4 +1,4 @@
-//! Listening: ports, families, errors, and who shares what.
+//! Listening: ports, address families, errors, and which workers share a listener.
 
 use std::net::{TcpListener, TcpStream};
 
@@ -10,14 +10,14 @@ use crate::harness::{
 
 crate::scenarios! {
     port_zero_is_the_same_port_in_every_worker
-    the_second_listen_on_port_zero_is_another_port
-    ipv6
-    address_in_use_is_an_error_and_nothing_remains
-    an_unresolvable_address_is_an_error
-    a_closed_listener_goes_on_for_others
-    the_port_is_free_when_the_last_worker_has_left
+    second_listen_on_port_zero_gets_another_port
+    ipv6_listener_serves
+    failed_listen_leaves_the_address_free
+    unresolvable_address_is_an_error
+    closing_a_listener_does_not_affect_other_workers
+    port_is_free_after_the_last_worker_exits
     shared_listener_serves
-    shared_listener_with_callbacks
+    shared_listener_serves_with_callbacks
 }
 
 fn port_zero_is_the_same_port_in_every_worker() {
@@ -45,7 +45,7 @@ fn port_zero_is_the_same_port_in_every_worker() {
     );
 }
 
-fn the_second_listen_on_port_zero_is_another_port() {
+fn second_listen_on_port_zero_gets_another_port() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -72,7 +72,7 @@ fn the_second_listen_on_port_zero_is_another_port() {
     assert_eq!(entries.len(), 2);
 }
 
-fn ipv6() {
+fn ipv6_listener_serves() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -98,21 +98,21 @@ fn ipv6() {
     assert_eq!(entries.take(), ["1"]);
 }
 
-fn address_in_use_is_an_error_and_nothing_remains() {
+fn failed_listen_leaves_the_address_free() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
-        let held = std::cell::RefCell::new(None);
+        let holder = std::cell::RefCell::new(None);
         cluster(
             |master| {
-                // Somebody else has the port: the master's own program.
+                // The application in the master process holds the port.
                 let other = TcpListener::bind("127.0.0.1:0").unwrap();
                 let address = other.local_addr().unwrap();
-                held.replace(Some(other));
+                holder.replace(Some(other));
                 master.on_error(|_, _, error| panic!("{error}"));
                 master.on_message(move |_, worker, message| {
                     log.add(String::from_utf8_lossy(message.bytes()));
-                    drop(held.take());
+                    drop(holder.take());
                     worker.send(b"free").unwrap();
                 });
                 master.fork_with([("PORT", address.to_string())]).unwrap();
@@ -140,7 +140,7 @@ fn address_in_use_is_an_error_and_nothing_remains() {
     });
 }
 
-fn an_unresolvable_address_is_an_error() {
+fn unresolvable_address_is_an_error() {
     cluster(
         |master| drop(master.fork().unwrap()),
         |worker| {
@@ -151,7 +151,7 @@ fn an_unresolvable_address_is_an_error() {
     );
 }
 
-fn a_closed_listener_goes_on_for_others() {
+fn closing_a_listener_does_not_affect_other_workers() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -187,11 +187,11 @@ fn a_closed_listener_goes_on_for_others() {
     let [answers] = &entries[..] else {
         panic!("{entries:?}")
     };
-    // Ids are given in the order of the forks, but either may be the first to listen.
+    // IDs follow the order of the forks, but either worker may be the first to listen.
     assert!(answers == "2222", "worker 1 has closed: {answers}");
 }
 
-fn the_port_is_free_when_the_last_worker_has_left() {
+fn port_is_free_after_the_last_worker_exits() {
     cluster(
         |master| {
             when_listening(master, 2, |master, address| {
@@ -217,9 +217,9 @@ fn shared_listener_serves() {
                 .unwrap();
             when_listening(master, 3, move |master, address| {
                 let work = move || {
-                    // Until everybody has had one: who is woken is the kernel's choice.
+                    // Until each worker has answered: the kernel chooses which worker to wake.
                     let mut seen = std::collections::BTreeSet::new();
-                    wait_until("all three", || {
+                    wait_until("answers from all three workers", || {
                         seen.insert(talk(address, b"").unwrap());
                         (seen.len() == 3).then_some(())
                     });
@@ -238,7 +238,7 @@ fn shared_listener_serves() {
     assert_eq!(entries.take(), ["123"]);
 }
 
-fn shared_listener_with_callbacks() {
+fn shared_listener_serves_with_callbacks() {
     let log = Log::default();
     let entries = log.clone();
     cluster(

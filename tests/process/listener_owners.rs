@@ -1,4 +1,4 @@
-//! Listening sockets that several processes have: what an owner cannot do to the others.
+//! Listening sockets with several owners: what an owner cannot do to the others.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -28,28 +28,27 @@ crate::scenarios! {
     released_unix_listener_still_listens_if_another_process_may_have_it
     adopting_detaches_the_syn_filter_of_a_predecessor
     adopting_keeps_a_filter_of_the_application
-    stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_none
-    stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_sharded
-    worker_cannot_select_shards_for_others
-    selection_returns_when_a_worker_detaches_it
+    stopped_port_refuses_clients_despite_a_copy_in_a_child_of_a_worker_none
+    stopped_port_refuses_clients_despite_a_copy_in_a_child_of_a_worker_sharded
+    worker_cannot_change_shard_selection
+    shard_selection_is_restored_when_a_worker_detaches_it
     listener_listens_again_when_a_worker_shuts_it_down_none
     listener_listens_again_when_a_worker_shuts_it_down_sharded
     listener_listens_again_when_another_owner_shuts_it_down_rr
-    unix_listener_that_a_worker_shuts_down_is_an_error
-    master_accepts_on_when_another_owner_makes_the_listener_block
-    worker_answers_although_another_one_makes_the_listener_block
+    shutdown_of_a_unix_listener_by_a_worker_is_an_error
+    master_keeps_accepting_when_another_owner_clears_o_nonblock
+    worker_keeps_answering_when_another_worker_clears_o_nonblock
 }
 
 const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
 const NONE: SchedulingPolicy = SchedulingPolicy::Shared;
 const SHARDED: SchedulingPolicy = SchedulingPolicy::Sharded;
 
-/// A client that is not answered by then waits for ever. Below the second after which the kernel
-/// sends a SYN again.
-const PATIENCE: Duration = Duration::from_millis(800);
+/// Timeout of `connect`. It is shorter than a second, after which the kernel retransmits a SYN.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
 
 const ANY_PORT: &str = "127.0.0.1:0";
-/// The path at which workers listen.
+/// Environment variable with the path or address on which workers listen.
 const ADDRESS: &str = "OWNERS_ADDRESS";
 
 fn listen(master: &Master, policy: SchedulingPolicy) -> (MasterListener, SocketAddr) {
@@ -60,7 +59,7 @@ fn listen(master: &Master, policy: SchedulingPolicy) -> (MasterListener, SocketA
 }
 
 fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
-    TcpStream::connect_timeout(&address, PATIENCE)
+    TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
 }
 
 /// Calls back when `count` workers listen.
@@ -69,7 +68,7 @@ fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     (0..count).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Serves `address`, and answers messages with what `act` returns for them.
+/// Serves `address`, and replies to each message with the result of `act`.
 fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
     worker.on_message(move |worker, message| {
         worker.send(act(message.bytes()).as_bytes()).unwrap();
@@ -77,7 +76,7 @@ fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
     crate::harness::serve_id(worker, address);
 }
 
-/// Sends a message to a worker, and calls back with its answer.
+/// Sends a message to a worker, and calls back with its reply.
 fn ask(master: &Master, worker: usize, message: &str, then: impl FnOnce(&Master, &str) + 'static) {
     let (then, own) = (Cell::new(Some(then)), std::rc::Rc::new(Cell::new(None)));
     let id = own.clone();
@@ -89,22 +88,22 @@ fn ask(master: &Master, worker: usize, message: &str, then: impl FnOnce(&Master,
     master.workers()[worker].send(message.as_bytes()).unwrap();
 }
 
-fn nothing(_: &[u8]) -> String {
+fn empty_reply(_: &[u8]) -> String {
     String::new()
 }
 
-/// Copies of the listening sockets of this process.
+/// Returns copies of the listening sockets of this process.
 fn listening_sockets() -> Vec<OwnedFd> {
     let entries = std::fs::read_dir("/proc/self/fd").unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name());
     let numbers: Vec<RawFd> = names.filter_map(|n| n.to_str()?.parse().ok()).collect();
     let listening = numbers.into_iter().filter_map(|number| {
         #[allow(unsafe_code)]
-        // SAFETY: the process has one thread, which closes none of them meanwhile; the directory's
-        // own descriptor is closed, and getsockopt fails for it.
+        // SAFETY: the process has one thread, which closes no descriptor meanwhile, except that of
+        // the directory, which is closed already: `getsockopt` fails for it.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
-        let listens = getsockopt(&fd, sockopt::AcceptConn) == Ok(true);
-        listens.then(|| fd.try_clone_to_owned().unwrap())
+        let is_listening = getsockopt(&fd, sockopt::AcceptConn) == Ok(true);
+        is_listening.then(|| fd.try_clone_to_owned().unwrap())
     });
     listening.collect()
 }
@@ -115,7 +114,7 @@ fn statement(code: u16, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code, jt: 0, jf, k }
 }
 
-/// Attaches a program by an option of the socket.
+/// Attaches a BPF program with a socket option.
 fn attach(
     socket: &impl AsFd,
     option: libc::c_int,
@@ -133,7 +132,8 @@ fn attach(
     Errno::result(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, value, size) }).map(drop)
 }
 
-/// The filter that a master attaches while it drains a listener: it drops SYN without ACK.
+/// Returns the filter that a master attaches while a listener drains. It drops segments with SYN
+/// and without ACK.
 fn syn_filter() -> [libc::sock_filter; 5] {
     [
         statement(0x30, 0, 13),
@@ -144,7 +144,7 @@ fn syn_filter() -> [libc::sock_filter; 5] {
     ]
 }
 
-/// While the listener drains, and afterwards, a client that connects reaches the other owner.
+/// Checks that clients reach the other owner while the listener drains, and afterwards.
 fn released_listener_has_no_filter(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -158,14 +158,14 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
                     other.set_nonblocking(true).unwrap();
-                    // Clients of the time before that no worker has accepted come first.
+                    // An earlier client that no worker has accepted may come first.
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
                 let client = connect(address).map(drop);
                 assert!(client.is_ok(), "while the listener drains: {client:?}");
             });
         },
-        |worker| serve(&worker, ANY_PORT, nothing),
+        |worker| serve(&worker, ANY_PORT, empty_reply),
     );
     assert_eq!(entries.take(), ["afterwards Ok(())", "accepted true"]);
 }
@@ -190,7 +190,7 @@ fn serve_path(worker: &Worker, act: fn(&[u8]) -> String) {
     worker.on_disconnect(|_| std::process::exit(0));
     for connection in worker.listen(path.as_path()).unwrap().incoming() {
         let Ok(mut connection) = connection else {
-            // It does not listen any more; messages still come.
+            // The socket does not listen any more, but messages still arrive.
             return worker.run().unwrap();
         };
         let id = worker.id().to_string();
@@ -221,7 +221,7 @@ fn released_unix_listener_still_listens_if_another_process_may_have_it() {
                 });
                 master.fork_with([(ADDRESS, path)]).unwrap();
             },
-            |worker| serve_path(&worker, nothing),
+            |worker| serve_path(&worker, empty_reply),
         );
         assert_eq!(entries.take(), ["Ok(()) true"]);
     });
@@ -259,7 +259,7 @@ fn adopting_keeps_a_filter_of_the_application() {
     );
 }
 
-/// A worker hands its copy to a process that the master knows nothing of.
+/// A worker passes its copy to a child process that the master does not know.
 fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -281,7 +281,7 @@ fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
         |worker| {
             serve(&worker, ANY_PORT, |_| {
                 let copies = listening_sockets();
-                // Without close-on-exec.
+                // `dup` returns descriptors without close-on-exec.
                 let inherited = |copy: &OwnedFd| nix::unistd::dup(copy).unwrap();
                 let inherited: Vec<_> = copies.iter().map(inherited).collect();
                 let mut child = Command::new("sleep");
@@ -295,33 +295,33 @@ fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
     assert_eq!(entries.take(), ["Err(ConnectionRefused)"]);
 }
 
-fn stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_none() {
+fn stopped_port_refuses_clients_despite_a_copy_in_a_child_of_a_worker_none() {
     stopped_port_refuses_clients(NONE);
 }
 
-fn stopped_port_refuses_clients_although_a_child_of_a_worker_has_a_copy_sharded() {
+fn stopped_port_refuses_clients_despite_a_copy_in_a_child_of_a_worker_sharded() {
     stopped_port_refuses_clients(SHARDED);
 }
 
-/// How many of 200 clients each worker answers.
-fn parts(address: SocketAddr) -> BTreeMap<String, u32> {
-    let mut parts = BTreeMap::new();
+/// Returns how many of 200 clients each worker answers.
+fn shares(address: SocketAddr) -> BTreeMap<String, u32> {
+    let mut shares = BTreeMap::new();
     for _ in 0..200 {
-        *parts.entry(talk(address, b"").unwrap()).or_default() += 1;
+        *shares.entry(talk(address, b"").unwrap()).or_default() += 1;
     }
-    parts
+    shares
 }
 
-/// Three workers have one third each: 67, and hardly ever less than 30.
-fn assert_even(parts: &BTreeMap<String, u32>) {
-    let is_even = parts.len() == 3 && parts.values().all(|part| *part >= 30);
-    assert!(is_even, "{parts:?}");
+/// Each of three workers expects 67 connections, and hardly ever receives fewer than 30.
+fn assert_even(shares: &BTreeMap<String, u32>) {
+    let is_even = shares.len() == 3 && shares.values().all(|part| *part >= 30);
+    assert!(is_even, "{shares:?}");
 }
 
-/// Not every C library's list has it.
+/// Not every version of the C library declares this option.
 const SO_DETACH_REUSEPORT_BPF: libc::c_int = 68;
 
-/// Tries to change where the connections of all shards go.
+/// Tries to change the distribution of connections among all shards.
 fn interfere(how: &[u8]) -> String {
     let [shard] = &listening_sockets()[..1] else {
         unreachable!("one socket")
@@ -335,7 +335,7 @@ fn interfere(how: &[u8]) -> String {
     format!("{result:?}")
 }
 
-fn worker_cannot_select_shards_for_others() {
+fn worker_cannot_change_shard_selection() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -347,9 +347,9 @@ fn worker_cannot_select_shards_for_others() {
                     log.add(format!("select {answer}"));
                     in_background(
                         master,
-                        move || parts(address),
-                        |master, parts| {
-                            assert_even(&parts);
+                        move || shares(address),
+                        |master, shares| {
+                            assert_even(&shares);
                             ask(master, 2, "filter", move |master, answer| {
                                 own.add(format!("filter {answer}"));
                                 drop(listener);
@@ -365,16 +365,16 @@ fn worker_cannot_select_shards_for_others() {
     assert_eq!(entries.take(), ["select Err(EPERM)", "filter Err(EPERM)"]);
 }
 
-/// Connects until an event has set `seen`.
-fn until_seen(address: SocketAddr, seen: &AtomicBool) {
+/// Connects clients until an event has set `seen`.
+fn connect_until_seen(address: SocketAddr, seen: &AtomicBool) {
     wait_until("the event", || {
-        // Without the selection, a client may be reset.
+        // Without the selection program, a client may be reset.
         let _ = talk(address, b"");
         seen.load(Ordering::SeqCst).then_some(())
     });
 }
 
-fn selection_returns_when_a_worker_detaches_it() {
+fn shard_selection_is_restored_when_a_worker_detaches_it() {
     cluster(
         |master| {
             let (listener, address) = listen(master, SHARDED);
@@ -388,11 +388,11 @@ fn selection_returns_when_a_worker_detaches_it() {
                 ask(master, 2, "detach", move |master, answer| {
                     assert_eq!(answer, "Ok(())");
                     let work = move || {
-                        until_seen(address, &seen);
-                        parts(address)
+                        connect_until_seen(address, &seen);
+                        shares(address)
                     };
-                    in_background(master, work, |master, parts| {
-                        assert_even(&parts);
+                    in_background(master, work, |master, shares| {
+                        assert_even(&shares);
                         drop(listener);
                         master.disconnect(|_| {});
                     });
@@ -404,12 +404,12 @@ fn selection_returns_when_a_worker_detaches_it() {
 }
 
 fn shut_down(_: &[u8]) -> String {
-    // A worker that waits in `accept` has two descriptors of it.
+    // A worker that waits in `accept` has two descriptors of the listener.
     shutdown(listening_sockets()[0].as_raw_fd(), Shutdown::Both).unwrap();
     "done".to_owned()
 }
 
-/// The port goes on, with its number, and each worker goes on to serve.
+/// Checks that the port stays open with the same number, and that each worker serves again.
 fn listener_listens_again(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -421,7 +421,7 @@ fn listener_listens_again(policy: SchedulingPolicy) {
             master.on_error(move |master, worker, error| {
                 assert!(worker.is_none(), "{error}");
                 errors.set(errors.get() + 1);
-                // It happens again.
+                // Shut the listener down again.
                 if errors.get() < 3 {
                     return ask(master, 1, "", |_, _| {});
                 }
@@ -429,7 +429,7 @@ fn listener_listens_again(policy: SchedulingPolicy) {
                 let work = move || {
                     let mut seen = std::collections::BTreeSet::new();
                     wait_until("all workers", || {
-                        // Two at a time: both workers serve a shared listener.
+                        // Two clients at a time, so that both workers serve a shared listener.
                         let clients = [(); 2].map(|()| connect(address).unwrap());
                         seen.extend(clients.map(|mut client| {
                             let mut answer = String::new();
@@ -488,13 +488,13 @@ fn listener_listens_again_when_another_owner_shuts_it_down_rr() {
                 shutdown(other.as_raw_fd(), Shutdown::Both).unwrap();
             });
         },
-        |worker| serve(&worker, ANY_PORT, nothing),
+        |worker| serve(&worker, ANY_PORT, empty_reply),
     );
     assert_eq!(entries.take(), ["1"]);
 }
 
-/// The kernel lets no Unix socket listen again: the application is told, once.
-fn unix_listener_that_a_worker_shuts_down_is_an_error() {
+/// A Unix socket that was shut down cannot listen again, so one error is reported.
+fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
     let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
     let log = Log::default();
     let entries = log.clone();
@@ -508,7 +508,7 @@ fn unix_listener_that_a_worker_shuts_down_is_an_error() {
                 let path = listener.take().unwrap().address().to_string();
                 assert!(error.to_string().contains(&path), "{error}");
                 log.add("error");
-                // Time for more events, of which there are none.
+                // Time for further errors, of which there must be none.
                 master.set_timeout(Duration::from_millis(300), |master| {
                     master.disconnect(|_| {})
                 });
@@ -521,10 +521,10 @@ fn unix_listener_that_a_worker_shuts_down_is_an_error() {
     assert_eq!(entries.take(), ["error"]);
 }
 
-fn master_accepts_on_when_another_owner_makes_the_listener_block() {
+fn master_keeps_accepting_when_another_owner_clears_o_nonblock() {
     const ROUNDS: u32 = 20;
-    fn play(master: &Master, other: TcpListener, left: u32, listener: MasterListener) {
-        if left == 0 {
+    fn play(master: &Master, other: TcpListener, rounds_left: u32, listener: MasterListener) {
+        if rounds_left == 0 {
             drop(listener);
             return master.disconnect(|_| {});
         }
@@ -533,7 +533,7 @@ fn master_accepts_on_when_another_owner_makes_the_listener_block() {
         let work = move || talk(address, b"").unwrap();
         in_background(master, work, move |master, answer| {
             assert_eq!(answer, "1");
-            play(master, other, left - 1, listener);
+            play(master, other, rounds_left - 1, listener);
         });
     }
     cluster(
@@ -549,12 +549,13 @@ fn master_accepts_on_when_another_owner_makes_the_listener_block() {
             });
             master.fork_with([(ADDRESS, address)]).unwrap();
         },
-        |worker| serve(&worker, &std::env::var(ADDRESS).unwrap(), nothing),
+        |worker| serve(&worker, &std::env::var(ADDRESS).unwrap(), empty_reply),
     );
 }
 
-/// The second worker clears `O_NONBLOCK`, which belongs to all copies of a shared listener, and leaves.
-fn worker_answers_although_another_one_makes_the_listener_block() {
+/// The second worker clears `O_NONBLOCK`, which applies to all copies of a shared listener, and
+/// exits.
+fn worker_keeps_answering_when_another_worker_clears_o_nonblock() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -586,12 +587,12 @@ fn worker_answers_although_another_one_makes_the_listener_block() {
                         TcpListener::from(socket).set_nonblocking(false).unwrap();
                     }
                 }
-                worker.send(b"heard").unwrap();
+                worker.send(b"received").unwrap();
             });
             let listener = worker.listen(ANY_PORT).unwrap();
             crate::harness::answer(&listener, worker.id());
             worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), ["heard"]);
+    assert_eq!(entries.take(), ["received"]);
 }

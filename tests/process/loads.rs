@@ -1,4 +1,4 @@
-//! The figures of `Master::loads`, each where it can be known exactly.
+//! The numbers of `Master::loads`, at moments when they are known exactly.
 
 use std::cell::RefCell;
 use std::io::{Read as _, Write as _};
@@ -18,17 +18,17 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    loads_of_workers_that_have_had_nothing
-    loads_tell_what_was_given_and_taken
-    loads_tell_what_is_open
-    loads_tell_what_others_got
-    loads_tell_what_waits_for_a_worker
-    loads_outlive_a_listener
-    loads_are_of_those_who_live
-    loads_tell_who_waits_in_the_kernel
-    loads_of_a_shared_listener_tell_who_waits
-    loads_of_shards_tell_who_waits
-    loads_of_listeners_come_in_order
+    loads_of_new_workers_are_zero
+    loads_count_dispatched_and_received_connections
+    loads_count_open_connections
+    loads_count_returned_connections
+    loads_count_connections_waiting_for_a_worker
+    loads_count_connections_of_closed_listeners
+    loads_contain_no_exited_workers
+    loads_report_the_backlog_of_a_listener
+    loads_report_the_backlog_of_a_shared_listener
+    loads_report_the_backlog_of_shards
+    loads_list_listeners_in_order
 }
 
 fn load_of(master: &Master, worker: &WorkerProcess) -> WorkerLoad {
@@ -37,12 +37,12 @@ fn load_of(master: &Master, worker: &WorkerProcess) -> WorkerLoad {
     *own.next().unwrap()
 }
 
-/// Given, taken, open, refused.
+/// Dispatched, received, open, returned.
 fn figures(load: &WorkerLoad) -> [u64; 4] {
     [load.given, load.taken, load.open, load.refused]
 }
 
-fn of_listener(master: &Master) -> ListenerLoad {
+fn listener_load(master: &Master) -> ListenerLoad {
     let mut listeners = master.loads().listeners;
     assert_eq!(listeners.len(), 1, "{listeners:?}");
     listeners.remove(0)
@@ -53,7 +53,7 @@ fn connect(address: SocketAddr, clients: usize) -> Vec<TcpStream> {
     (0..clients).map(connect).collect()
 }
 
-/// What each client hears.
+/// Returns what each client receives.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     let read = |mut client: TcpStream| {
         let _ = client.write_all(b"x");
@@ -64,7 +64,7 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     clients.into_iter().map(read).collect()
 }
 
-/// Reads one byte before it answers, so that whoever says nothing is held.
+/// Reads one byte before it answers, so a client that sends nothing is held.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -75,7 +75,7 @@ fn serve_after_one_byte(worker: &Worker) {
     }
 }
 
-fn loads_of_workers_that_have_had_nothing() {
+fn loads_of_new_workers_are_zero() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -89,10 +89,10 @@ fn loads_of_workers_that_have_had_nothing() {
                 let loads = master.loads();
                 let figures: Vec<_> = loads.workers.iter().map(figures).collect();
                 assert_eq!(figures, [[0; 4]; 2]);
-                let own = of_listener(master);
+                let own = listener_load(master);
                 assert_eq!(own.address.to_string(), address.to_string());
                 assert_eq!((own.accepted, own.queued), (0, Some(0)));
-                log.add("nothing");
+                log.add("zero");
                 master.disconnect(|master| {
                     assert_eq!(master.loads(), cluster::Loads::default());
                 });
@@ -100,16 +100,16 @@ fn loads_of_workers_that_have_had_nothing() {
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
-    assert_eq!(entries.take(), ["nothing"]);
+    assert_eq!(entries.take(), ["zero"]);
 }
 
-fn loads_tell_what_was_given_and_taken() {
+fn loads_count_dispatched_and_received_connections() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                next(master, address, 0, log)
+                connect_next(master, address, 0, log)
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
@@ -121,14 +121,14 @@ fn loads_tell_what_was_given_and_taken() {
     assert_eq!(entries.take(), ["20"]);
 }
 
-/// So many have been served, one after the other, and everybody waits for one.
-fn next(master: &Master, address: SocketAddr, served: u64, log: Log) {
+/// `served` connections have been served, one after the other, and each worker waits for one.
+fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     when_all_wait(master, move |master| {
         let mut figures: Vec<_> = master.loads().workers.iter().map(figures).collect();
         figures.sort();
-        let (less, more) = (served / 2, served.div_ceil(2));
-        assert_eq!(figures, [[less, less, 0, 0], [more, more, 0, 0]]);
-        let own = of_listener(master);
+        let (fewer, more) = (served / 2, served.div_ceil(2));
+        assert_eq!(figures, [[fewer, fewer, 0, 0], [more, more, 0, 0]]);
+        let own = listener_load(master);
         assert_eq!((own.accepted, own.queued), (served, Some(0)));
         if served == 20 {
             log.add(served.to_string());
@@ -138,21 +138,22 @@ fn next(master: &Master, address: SocketAddr, served: u64, log: Log) {
             master,
             move || talk(address, b"").unwrap(),
             move |master, _| {
-                next(master, address, served + 1, log);
+                connect_next(master, address, served + 1, log);
             },
         );
     });
 }
 
-/// Holds what it is given, and closes those that come first when it is told how many.
+/// Holds the connections that it receives. A message with a count closes that many of the oldest
+/// ones.
 fn hold(worker: &Worker) {
     let held = Rc::new(RefCell::new(Vec::<Connection>::new()));
     let own = Rc::clone(&held);
     worker.on_message(move |worker, message| match message.bytes() {
         b"ping" => drop(worker.send(b"pong")),
         count => {
-            let gone: Vec<_> = own.borrow_mut().drain(..usize::from(count[0])).collect();
-            drop(gone);
+            let closed: Vec<_> = own.borrow_mut().drain(..usize::from(count[0])).collect();
+            drop(closed);
         }
     });
     let listener = worker.listen("127.0.0.1:0").unwrap();
@@ -160,8 +161,9 @@ fn hold(worker: &Worker) {
     worker.run().unwrap();
 }
 
-/// "What it closes while it has nothing to take is known when half of them are gone."
-fn loads_tell_what_is_open() {
+/// Connections that a worker closes while it has nothing to receive are reported when half of them
+/// have been closed.
+fn loads_count_open_connections() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -170,7 +172,7 @@ fn loads_tell_what_is_open() {
             when_listening(master, 1, move |master, address| {
                 let clients = connect(address, 8);
                 let seen = log.clone();
-                until_taken(master, 8, move |master| {
+                when_received(master, 8, move |master| {
                     when_all_wait(master, move |master| {
                         assert_eq!(figures(&load_of(master, &only)), [8, 8, 8, 0]);
                         close(master, &only, 3, move |master, only| {
@@ -181,7 +183,7 @@ fn loads_tell_what_is_open() {
                                 close(master, &only, 4, move |master, only| {
                                     assert_eq!(figures(&load_of(master, &only)), [8, 8, 0, 0]);
                                     drop(clients);
-                                    seen.add("none");
+                                    seen.add("all closed");
                                     only.disconnect();
                                 });
                             });
@@ -192,10 +194,10 @@ fn loads_tell_what_is_open() {
         },
         |worker| hold(&worker),
     );
-    assert_eq!(entries.take(), ["none"]);
+    assert_eq!(entries.take(), ["all closed"]);
 }
 
-/// Calls back when the worker has closed so many.
+/// Calls back when the worker has closed `count` connections.
 fn close(
     master: &Master,
     worker: &WorkerProcess,
@@ -207,19 +209,19 @@ fn close(
     when_all_wait(master, move |master| then(master, worker));
 }
 
-/// Calls back when workers have taken so many.
-fn until_taken(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
+/// Calls back when workers have received `count` connections.
+fn when_received(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         if master.ledger().taken == count {
             then(master);
         } else {
-            until_taken(master, count, then);
+            when_received(master, count, then);
         }
     });
 }
 
-/// What an idle worker that has been stopped does not take goes to another.
-fn loads_tell_what_others_got() {
+/// A connection that a stopped idle worker does not receive goes to another worker.
+fn loads_count_returned_connections() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -232,14 +234,14 @@ fn loads_tell_what_others_got() {
                     in_background(master, answers, move |master, answers| {
                         assert_eq!(answers, ["2"; 4]);
                         let [given, taken, open, refused] = figures(&load_of(master, &first));
-                        assert_eq!((taken, open), (0, 0), "it has been stopped");
-                        assert_eq!(given, refused, "all that it was given");
+                        assert_eq!((taken, open), (0, 0), "the worker is stopped");
+                        assert_eq!(given, refused, "every dispatched connection was returned");
                         assert!(refused >= 1);
                         let [given, taken, _, refused] = figures(&load_of(master, &second));
                         assert_eq!((given, taken, refused), (4, 4, 0));
-                        assert_eq!(of_listener(master).accepted, 4);
+                        assert_eq!(listener_load(master).accepted, 4);
                         first.process().kill(Signal::CONT);
-                        log.add("told");
+                        log.add("done");
                         master.disconnect(|_| {});
                     });
                 });
@@ -248,10 +250,10 @@ fn loads_tell_what_others_got() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["told"]);
+    assert_eq!(entries.take(), ["done"]);
 }
 
-fn loads_tell_what_waits_for_a_worker() {
+fn loads_count_connections_waiting_for_a_worker() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -260,25 +262,26 @@ fn loads_tell_what_waits_for_a_worker() {
             when_listening(master, 1, move |master, address| {
                 when_all_wait(master, move |master| {
                     stop(&only);
-                    // An idle worker is given one, and the rest stay in the kernel.
+                    // An idle worker is dispatched one connection, and the others stay in the
+                    // backlog.
                     let clients = connect(address, 3);
-                    let asked = only.clone();
-                    until_accepted(master, 1, move |master| {
-                        let load = load_of(master, &asked);
+                    let stopped = only.clone();
+                    when_accepted(master, 1, move |master| {
+                        let load = load_of(master, &stopped);
                         assert_eq!((figures(&load), load.waiting()), ([1, 0, 0, 0], 1));
-                        wait_until("the rest", || {
-                            (of_listener(master).queued == Some(2)).then_some(())
+                        wait_until("the backlog", || {
+                            (listener_load(master).queued == Some(2)).then_some(())
                         });
-                        asked.process().kill(Signal::CONT);
+                        stopped.process().kill(Signal::CONT);
                         in_background(
                             master,
                             || read_all(clients),
                             move |master, answers| {
                                 assert_eq!(answers, ["1"; 3]);
                                 when_all_wait(master, move |master| {
-                                    let load = load_of(master, &asked);
+                                    let load = load_of(master, &stopped);
                                     assert_eq!((figures(&load), load.waiting()), ([3, 3, 0, 0], 0));
-                                    log.add("told");
+                                    log.add("done");
                                     master.disconnect(|_| {});
                                 });
                             },
@@ -289,22 +292,22 @@ fn loads_tell_what_waits_for_a_worker() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["told"]);
+    assert_eq!(entries.take(), ["done"]);
 }
 
-/// Calls back when the master has accepted so many.
-fn until_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
+/// Calls back when the master has accepted `count` connections.
+fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         if master.ledger().accepted == count {
             then(master);
         } else {
-            until_accepted(master, count, then);
+            when_accepted(master, count, then);
         }
     });
 }
 
-/// They are "since it was forked", also when the worker has closed a listener.
-fn loads_outlive_a_listener() {
+/// The numbers count from the fork of a worker, also after it has closed a listener.
+fn loads_count_connections_of_closed_listeners() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -317,7 +320,7 @@ fn loads_outlive_a_listener() {
                 assert_eq!(message.bytes(), b"closed");
                 assert_eq!(figures(&load_of(master, only)), [1, 1, 0, 0]);
                 assert_eq!(master.loads().listeners, []);
-                log.add("told");
+                log.add("done");
                 only.disconnect();
             });
         },
@@ -329,10 +332,10 @@ fn loads_outlive_a_listener() {
             worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), ["told"]);
+    assert_eq!(entries.take(), ["done"]);
 }
 
-fn loads_are_of_those_who_live() {
+fn loads_contain_no_exited_workers() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -355,7 +358,7 @@ fn loads_are_of_those_who_live() {
     assert_eq!(entries.take(), ["[2]", "[]"]);
 }
 
-fn loads_tell_who_waits_in_the_kernel() {
+fn loads_report_the_backlog_of_a_listener() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -364,10 +367,10 @@ fn loads_tell_who_waits_in_the_kernel() {
                 when_all_wait(master, move |master| {
                     let clients = move || connect(address, 30);
                     in_background(master, clients, move |master, clients| {
-                        until_taken(master, 2, move |master| {
-                            wait_until("all of them", || {
-                                let own = of_listener(master);
-                                assert_eq!(own.accepted, 2, "one for each");
+                        when_received(master, 2, move |master| {
+                            wait_until("the backlog", || {
+                                let own = listener_load(master);
+                                assert_eq!(own.accepted, 2, "one connection for each worker");
                                 (own.queued == Some(28)).then_some(())
                             });
                             let loads = master.loads().workers;
@@ -378,9 +381,9 @@ fn loads_tell_who_waits_in_the_kernel() {
                                 || read_all(clients),
                                 move |master, answers| {
                                     assert_eq!(answers.len(), 30);
-                                    let own = of_listener(master);
+                                    let own = listener_load(master);
                                     assert_eq!((own.accepted, own.queued), (30, Some(0)));
-                                    log.add("told");
+                                    log.add("done");
                                     master.disconnect(|_| {});
                                 },
                             );
@@ -392,19 +395,19 @@ fn loads_tell_who_waits_in_the_kernel() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["told"]);
+    assert_eq!(entries.take(), ["done"]);
 }
 
-fn loads_of_a_shared_listener_tell_who_waits() {
-    waiting_for_stopped_workers(SchedulingPolicy::Shared);
+fn loads_report_the_backlog_of_a_shared_listener() {
+    assert_backlog_of_stopped_workers(SchedulingPolicy::Shared);
 }
 
-fn loads_of_shards_tell_who_waits() {
-    waiting_for_stopped_workers(SchedulingPolicy::Sharded);
+fn loads_report_the_backlog_of_shards() {
+    assert_backlog_of_stopped_workers(SchedulingPolicy::Sharded);
 }
 
-/// Where workers accept for themselves.
-fn waiting_for_stopped_workers(policy: SchedulingPolicy) {
+/// With policies in which workers accept.
+fn assert_backlog_of_stopped_workers(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -414,8 +417,8 @@ fn waiting_for_stopped_workers(policy: SchedulingPolicy) {
                 when_all_wait(master, move |master| {
                     master.workers().iter().for_each(stop);
                     let clients = connect(address, 30);
-                    wait_until("all of them", || {
-                        (of_listener(master).queued == Some(30)).then_some(())
+                    wait_until("the backlog", || {
+                        (listener_load(master).queued == Some(30)).then_some(())
                     });
                     for worker in master.workers() {
                         worker.process().kill(Signal::CONT);
@@ -427,10 +430,10 @@ fn waiting_for_stopped_workers(policy: SchedulingPolicy) {
                             assert_eq!(answers.len(), 30);
                             let loads = master.loads().workers;
                             let figures: Vec<_> = loads.iter().map(figures).collect();
-                            assert_eq!(figures, [[0; 4]; 2], "the master knows nothing of them");
-                            let own = of_listener(master);
+                            assert_eq!(figures, [[0; 4]; 2], "the master does not count them");
+                            let own = listener_load(master);
                             assert_eq!((own.accepted, own.queued), (0, Some(0)));
-                            log.add("told");
+                            log.add("done");
                             master.disconnect(|_| {});
                         },
                     );
@@ -440,10 +443,10 @@ fn waiting_for_stopped_workers(policy: SchedulingPolicy) {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["told"]);
+    assert_eq!(entries.take(), ["done"]);
 }
 
-fn loads_of_listeners_come_in_order() {
+fn loads_list_listeners_in_order() {
     const PATH: &str = "LOADS_PATH";
     let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
     let log = Log::default();
@@ -462,7 +465,11 @@ fn loads_of_listeners_come_in_order() {
                 let own: Vec<_> = listeners.iter().map(|l| l.address.to_string()).collect();
                 assert_eq!(own, addresses);
                 let queued: Vec<_> = listeners.iter().map(|load| load.queued).collect();
-                assert_eq!(queued, [Some(0), None, Some(0)], "of paths nobody knows");
+                assert_eq!(
+                    queued,
+                    [Some(0), None, Some(0)],
+                    "the backlog of a path is unknown"
+                );
                 log.add("in order");
                 only.disconnect();
             });

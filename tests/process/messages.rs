@@ -1,4 +1,4 @@
-//! Messages both ways: order, size, descriptors, back-pressure, and ends that are not there.
+//! Messages in both directions: order, size, descriptors, backpressure, and closed channels.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -14,16 +14,16 @@ use crate::harness::{Log, cluster, open_fds};
 
 crate::scenarios! {
     messages_arrive_once_and_in_order
-    a_message_sent_before_the_worker_is_online_arrives
-    cluster_callbacks_come_before_the_workers
+    message_sent_before_the_worker_is_online_arrives
+    cluster_on_message_is_called_before_worker_on_message
     descriptors_stay_with_their_messages
-    descriptors_nobody_takes_are_closed
+    descriptors_that_are_not_taken_are_closed
     final_messages_keep_a_bounded_number_of_descriptors_open
-    a_worker_that_does_not_read_is_felt_by_the_sender
-    sending_to_a_dead_worker_is_an_error_and_an_event
-    an_error_in_the_callback_for_errors_does_not_keep_the_loop
-    an_error_in_the_callback_for_errors_does_not_keep_the_exit
-    both_sides_may_send_a_lot_at_once
+    send_reports_backpressure_of_a_worker_that_does_not_read
+    send_after_disconnect_is_an_error_and_an_event
+    error_in_on_error_does_not_block_the_loop
+    error_in_on_error_does_not_delay_the_exit
+    both_sides_can_send_large_messages_at_once
 }
 
 fn messages_arrive_once_and_in_order() {
@@ -55,7 +55,7 @@ fn messages_arrive_once_and_in_order() {
     assert_eq!(entries.take(), ["all"]);
 }
 
-fn a_message_sent_before_the_worker_is_online_arrives() {
+fn message_sent_before_the_worker_is_online_arrives() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -82,7 +82,7 @@ fn a_message_sent_before_the_worker_is_online_arrives() {
     assert_eq!(entries.take(), ["early", ""]);
 }
 
-fn cluster_callbacks_come_before_the_workers() {
+fn cluster_on_message_is_called_before_worker_on_message() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -149,7 +149,7 @@ fn descriptors_stay_with_their_messages() {
     assert_eq!(entries.take(), expected);
 }
 
-fn descriptors_nobody_takes_are_closed() {
+fn descriptors_that_are_not_taken_are_closed() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -157,7 +157,7 @@ fn descriptors_nobody_takes_are_closed() {
             let worker = master.fork().unwrap();
             let (mut kept, sent) = UnixStream::pair().unwrap();
             worker
-                .send_with_fds(b"not wanted", vec![sent.into()])
+                .send_with_fds(b"not taken", vec![sent.into()])
                 .unwrap();
             worker.on_message(move |_, worker, _| {
                 let mut rest = Vec::new();
@@ -178,10 +178,10 @@ fn descriptors_nobody_takes_are_closed() {
     assert_eq!(entries.take(), ["closed"]);
 }
 
-/// The worker fills its socket with messages that have descriptors, and is killed. The master finds all of
-/// them together with the exit.
+/// The worker fills its socket with messages that carry descriptors, and is killed. The master
+/// reads all of them together with the exit.
 fn final_messages_keep_a_bounded_number_of_descriptors_open() {
-    const MOST: usize = 256;
+    const FDS_MAX: usize = 256;
     let errors = Rc::new(Cell::new(0));
     let (counted, before) = (Rc::clone(&errors), Cell::new(0));
     let peak = Rc::new(Cell::new(0));
@@ -216,12 +216,15 @@ fn final_messages_keep_a_bounded_number_of_descriptors_open() {
         peak.get(),
         errors.get()
     );
-    assert!(received.get() > 100, "the socket has held few messages");
-    assert!(peak.get() <= MOST, "{} descriptors", peak.get());
+    assert!(
+        received.get() > 100,
+        "the socket buffer holds too few messages"
+    );
+    assert!(peak.get() <= FDS_MAX, "{} descriptors", peak.get());
     assert!(errors.get() > 0);
 }
 
-fn a_worker_that_does_not_read_is_felt_by_the_sender() {
+fn send_reports_backpressure_of_a_worker_that_does_not_read() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -234,18 +237,18 @@ fn a_worker_that_does_not_read_is_felt_by_the_sender() {
             worker.on_online(|_, worker| {
                 worker.process().kill(Signal::STOP);
                 let message = vec![0; 64 << 10];
-                let mut told_to_pause = 0;
+                let mut paused = 0;
                 let error = loop {
                     match worker.send(&message) {
-                        Ok(true) => assert_eq!(told_to_pause, 0),
-                        Ok(false) => told_to_pause += 1,
+                        Ok(true) => assert_eq!(paused, 0),
+                        Ok(false) => paused += 1,
                         Err(error) => break error,
                     }
                 };
                 let full = SendError::QueueFull;
                 assert!(matches!(error, Error::Send { reason, .. } if reason == full));
-                assert!(told_to_pause > 100, "8 MiB in pieces of 64 KiB");
-                assert!(worker.is_connected(), "and nothing else happened");
+                assert!(paused > 100, "8 MiB in pieces of 64 KiB");
+                assert!(worker.is_connected(), "the channel stays open");
                 worker.process().kill(Signal::KILL);
             });
         },
@@ -257,7 +260,7 @@ fn a_worker_that_does_not_read_is_felt_by_the_sender() {
     );
 }
 
-fn sending_to_a_dead_worker_is_an_error_and_an_event() {
+fn send_after_disconnect_is_an_error_and_an_event() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -286,7 +289,7 @@ fn sending_to_a_dead_worker_is_an_error_and_an_event() {
     );
 }
 
-fn an_error_in_the_callback_for_errors_does_not_keep_the_loop() {
+fn error_in_on_error_does_not_block_the_loop() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -301,17 +304,17 @@ fn an_error_in_the_callback_for_errors_does_not_keep_the_loop() {
                 while worker.send(&[0; 64 << 10]).is_ok() {}
                 let (worker, log) = (worker.clone(), log.clone());
                 master.set_timeout(std::time::Duration::from_millis(1), move |_| {
-                    log.add("the timer came");
+                    log.add("the timer fired");
                     worker.process().kill(Signal::KILL);
                 });
             });
         },
         |worker| worker.run().unwrap(),
     );
-    assert_eq!(entries.take(), ["the timer came"]);
+    assert_eq!(entries.take(), ["the timer fired"]);
 }
 
-fn an_error_in_the_callback_for_errors_does_not_keep_the_exit() {
+fn error_in_on_error_does_not_delay_the_exit() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -326,7 +329,7 @@ fn an_error_in_the_callback_for_errors_does_not_keep_the_exit() {
     assert_eq!(entries.take(), ["exit"]);
 }
 
-fn both_sides_may_send_a_lot_at_once() {
+fn both_sides_can_send_large_messages_at_once() {
     let log = Log::default();
     let entries = log.clone();
     const COUNT: usize = 50;

@@ -1,5 +1,5 @@
-//! What is newer than the oldest kernels has a fall-back: the same scenarios are played where the
-//! system refuses it.
+//! Every kernel feature that is newer than the oldest supported kernels has a fallback. The same
+//! scenarios are played while a seccomp filter refuses these features.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -19,27 +19,27 @@ use nix::sched::{CloneFlags, unshare};
 use crate::harness::{Log, SIGNALS, Scenario, is_root, refuse_calls, run_with};
 
 crate::scenarios! {
-    a_whole_life
+    workers_serve_and_exit
 }
 
-/// Names the system that a process and all that it starts are to find.
+/// Names the system that this process and its descendants simulate.
 const SYSTEM: &str = "SYSTEM";
 
 struct System {
     name: &'static str,
-    lacks: &'static [libc::c_long],
-    /// What it answers with EPERM, as old sandboxes do.
-    forbids: &'static [libc::c_long],
-    /// The ends of children are told by SIGCHLD alone.
+    missing: &'static [libc::c_long],
+    /// System calls that fail with EPERM, as old sandboxes make them.
+    forbidden: &'static [libc::c_long],
+    /// Exits of children are reported by SIGCHLD alone.
     signals: bool,
     has_proc: bool,
 }
 
-/// The same number everywhere; not every C library's list has it.
+/// The same number on all architectures; not every C library declares it.
 const FCHMODAT2: libc::c_long = 452;
 
-/// Newer than 2016 and used by this crate, by the standard library or by the poller.
-const NEW: &[libc::c_long] = &[
+/// System calls that are newer than 2016 and used by this crate, the standard library or `polling`.
+const NEW_CALLS: &[libc::c_long] = &[
     libc::SYS_clone3,
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
@@ -61,26 +61,26 @@ const SYSTEMS: &[System] = &[
     without("close_range", &[libc::SYS_close_range]),
     System {
         signals: true,
-        ..without("what_came_after_2016", NEW)
+        ..without("calls_newer_than_2016", NEW_CALLS)
     },
-    // The C library makes threads without clone3 only where it is not known at all.
+    // The C library creates threads without `clone3` only if that fails with ENOSYS.
     System {
         signals: true,
-        forbids: &[
+        forbidden: &[
             libc::SYS_pidfd_open,
             libc::SYS_pidfd_send_signal,
             libc::SYS_close_range,
         ],
-        ..without("what_a_sandbox_does_not_know", &[libc::SYS_clone3])
+        ..without("calls_refused_by_a_sandbox", &[libc::SYS_clone3])
     },
-    // As where a filter was made for the pidfds of 5.3, and not for what is done with them.
+    // As with a filter that allows the pidfds of Linux 5.3, but not `pidfd_send_signal`.
     System {
-        forbids: &[libc::SYS_pidfd_send_signal],
-        ..without("leave_to_signal_by_pidfd", &[])
+        forbidden: &[libc::SYS_pidfd_send_signal],
+        ..without("permission_for_pidfd_send_signal", &[])
     },
 ];
 
-/// These hide /proc, for which one must be root.
+/// Systems without /proc. Only root can hide it.
 const WITHOUT_PROC: &[System] = &[
     System {
         has_proc: false,
@@ -89,23 +89,24 @@ const WITHOUT_PROC: &[System] = &[
     System {
         has_proc: false,
         signals: true,
-        ..without("proc_and_what_came_after_2016", NEW)
+        ..without("proc_and_calls_newer_than_2016", NEW_CALLS)
     },
 ];
 
-const fn without(name: &'static str, lacks: &'static [libc::c_long]) -> System {
+const fn without(name: &'static str, missing: &'static [libc::c_long]) -> System {
     System {
         name,
-        lacks,
-        forbids: &[],
+        missing,
+        forbidden: &[],
         signals: false,
         has_proc: true,
     }
 }
 
-/// What is played on every system; each says how a worker begins, serves, is signalled or ends.
-const PLAYED: &[&str] = &[
-    "a_whole_life",
+/// The scenarios played on every system. Each covers how a worker starts, serves, is signalled or
+/// exits.
+const SCENARIO_NAMES: &[&str] = &[
+    "workers_serve_and_exit",
     "events_come_once_and_in_order",
     "exit_code_and_signal",
     "children_inherit_only_their_channel",
@@ -130,16 +131,22 @@ pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
         let env = [(SYSTEM, system.name)];
         Trial::test(name, move || run_with(scenario, &env))
     };
-    let each = |system| PLAYED.iter().map(move |scenario| play(system, scenario));
+    let each = |system| {
+        SCENARIO_NAMES
+            .iter()
+            .map(move |scenario| play(system, scenario))
+    };
     let mut trials: Vec<_> = SYSTEMS.iter().flat_map(each).collect();
-    // What the child reports has to be waited for there.
+    // Without `clone3`, `fork` waits for the child's report of a failed step.
     trials.push(play(&SYSTEMS[0], "missing_program_is_an_error_of_fork"));
-    let hidden = |system| play(system, "a_whole_life").with_ignored_flag(!is_root());
-    trials.extend(WITHOUT_PROC.iter().map(hidden));
+    let without_proc =
+        |system| play(system, "workers_serve_and_exit").with_ignored_flag(!is_root());
+    trials.extend(WITHOUT_PROC.iter().map(without_proc));
     trials
 }
 
-/// Makes the system what the environment says. Workers have it from their master.
+/// Makes this process simulate the system that the environment names. Workers inherit it from their
+/// master.
 pub fn become_old() {
     let Ok(name) = std::env::var(SYSTEM) else {
         return;
@@ -153,14 +160,17 @@ pub fn become_old() {
     if !system.has_proc {
         hide_proc();
     }
-    for (calls, errno) in [(system.lacks, libc::ENOSYS), (system.forbids, libc::EPERM)] {
+    for (calls, errno) in [
+        (system.missing, libc::ENOSYS),
+        (system.forbidden, libc::EPERM),
+    ] {
         if !calls.is_empty() {
             refuse_calls(calls, errno);
         }
     }
 }
 
-/// For this process and those that it starts.
+/// Hides /proc from this process and its descendants.
 fn hide_proc() {
     const NOTHING: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
@@ -171,11 +181,11 @@ fn hide_proc() {
     assert!(!Path::new("/proc/self").exists());
 }
 
-/// How many descriptors are open, also where /proc does not tell.
+/// Returns the number of open descriptors. Works without /proc.
 fn count_fds() -> usize {
     let is_open = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: it is only asked whether there is such a descriptor.
+        // SAFETY: `F_GETFD` only checks whether the descriptor is open.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
         fcntl(fd, FcntlArg::F_GETFD).is_ok()
     };
@@ -184,12 +194,12 @@ fn count_fds() -> usize {
 
 const SOCKET: &str = "SOCKET";
 
-/// One worker serves on a port and on a path until it is killed, another one exits with a code.
-fn a_whole_life() {
+/// One worker serves on a port and on a path until it is killed; another one exits with a code.
+fn workers_serve_and_exit() {
     let before = count_fds();
     match cluster::init().unwrap() {
         Role::Master(master) => {
-            lead_a_whole_life(&master);
+            assert_workers_serve_and_exit(&master);
             drop(master);
             let signals = if SIGNALS.load(Ordering::SeqCst) { 2 } else { 0 };
             assert_eq!(count_fds(), before + signals);
@@ -209,10 +219,10 @@ fn serve(worker: &Worker) {
     let tcp = worker.listen("127.0.0.1:0").unwrap();
     tcp.on_connection(|_, mut connection| connection.write_all(b"port").unwrap());
     worker.run().unwrap();
-    panic!("nobody has told it to leave");
+    panic!("`run` returned without a disconnect request");
 }
 
-fn lead_a_whole_life(master: &Master) {
+fn assert_workers_serve_and_exit(master: &Master) {
     let log = Log::default();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
@@ -227,9 +237,9 @@ fn lead_a_whole_life(master: &Master) {
         };
         let (unix, log) = (UnixStream::connect(&file).unwrap(), answers.clone());
         let tcp = TcpStream::connect(("127.0.0.1", port)).unwrap();
-        hear(master, unix, move |master, answer| {
+        read_to_end(master, unix, move |master, answer| {
             log.add(answer);
-            hear(master, tcp, move |master, answer| {
+            read_to_end(master, tcp, move |master, answer| {
                 log.add(answer);
                 master.workers()[0].process().kill(Signal::KILL);
             });
@@ -243,11 +253,18 @@ fn lead_a_whole_life(master: &Master) {
     seen.sort();
     let statuses = ["1 signal: 9 (SIGKILL)", "2 exit status: 7"];
     assert_eq!(seen, [&statuses[..], &["path", "port"]].concat());
-    assert!(!path.exists(), "it has gone with the last worker");
+    assert!(
+        !path.exists(),
+        "the last worker's exit removes the socket file"
+    );
 }
 
-/// Calls back with what comes before the end.
-fn hear(master: &Master, stream: impl Into<OwnedFd>, then: impl FnOnce(&Master, String) + 'static) {
+/// Calls back with everything that the stream contains before end-of-file.
+fn read_to_end(
+    master: &Master,
+    stream: impl Into<OwnedFd>,
+    then: impl FnOnce(&Master, String) + 'static,
+) {
     let mut then = Some(then);
     let mut answer = Vec::new();
     let more = move |master: &Master, stream: &OwnedFd| {

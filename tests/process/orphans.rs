@@ -1,4 +1,4 @@
-//! Workers whose master is gone, in whatever way it went.
+//! Workers whose master has exited, in every way.
 
 use std::fs::Permissions;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -17,21 +17,21 @@ use tempfile::TempDir;
 use crate::harness::{NOBODY, OWN_PROGRAM, is_alive, wait_for_state, wait_until};
 
 crate::scenarios! {
-    orphans_leave_within_a_second
-    orphans_of_another_user_leave_within_a_second: ROOT
-    orphans_without_exec_leave_within_a_second
-    orphans_with_file_capabilities_leave_within_a_second: FILE_CAPABILITIES
-    orphans_with_a_set_user_id_bit_leave_within_a_second: SET_USER_ID
-    worker_with_file_capabilities_whose_master_has_ended_finds_its_end: FILE_CAPABILITIES
+    orphans_exit_within_a_second
+    orphans_of_another_user_exit_within_a_second: ROOT
+    orphans_without_exec_exit_within_a_second
+    orphans_with_file_capabilities_exit_within_a_second: FILE_CAPABILITIES
+    orphans_with_a_set_user_id_bit_exit_within_a_second: SET_USER_ID
+    worker_with_file_capabilities_exits_if_its_master_exited_before_init: FILE_CAPABILITIES
 }
 
 /// How long a worker may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Set for the master that is to end, to the way in which it does.
+/// Set for a master, to the way in which it ends.
 const END: &str = "MASTERS_END";
 
-/// What a worker is doing when its master ends, and the state in which the system has it then.
+/// What a worker does when its master ends, and its process state at that time.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", ") S "),
     ("running", ") S "),
@@ -41,23 +41,23 @@ const KINDS: &[(&str, &str)] = &[
     ("looping in a callback", ") R "),
     ("stopped", ") T "),
     ("disconnected", ") R "),
-    ("deaf", ") S "),
+    ("ignoring signals", ") S "),
     ("starting slowly", ") S "),
     ("starting busily", ") R "),
 ];
 
-/// How many kinds at the end of the list do not come to `init`.
+/// Number of kinds at the end of the list that do not reach `init`.
 const BEFORE_INIT: usize = 2;
 
-fn say_ready() {
+fn print_ready() {
     let mut output = std::io::stdout().lock();
-    let line = format!("{} {}\n", std::process::id(), part());
-    // In one piece: all workers write here.
+    let line = format!("{} {}\n", std::process::id(), kind());
+    // A single write, because all workers share this output.
     output.write_all(line.as_bytes()).unwrap();
     output.flush().unwrap();
 }
 
-fn part() -> String {
+fn kind() -> String {
     std::env::var("KIND").unwrap()
 }
 
@@ -67,23 +67,23 @@ fn loop_for_ever() -> ! {
     }
 }
 
-/// Waits for what nobody ever says.
+/// Reads from a client that sends nothing.
 fn read_for_ever(mut stream: &TcpStream) {
-    say_ready();
+    print_ready();
     let _ = stream.read(&mut [0]);
 }
 
-/// Played before `init`, as by a program that has much to do first.
-fn start() {
-    match part().as_str() {
+/// Runs before `init`, like a long start-up of an application.
+fn start_up() {
+    match kind().as_str() {
         "starting slowly" => {
-            say_ready();
+            print_ready();
             loop {
                 pause();
             }
         }
         "starting busily" => {
-            say_ready();
+            print_ready();
             loop_for_ever();
         }
         _ => {}
@@ -91,13 +91,13 @@ fn start() {
 }
 
 fn work(worker: &Worker) {
-    // Each to one of its own, where nobody else takes its connection.
+    // Each worker has its own address, so no other worker receives its connection.
     let address = format!("127.0.0.{}:0", worker.id());
     let listen = || worker.listen(&address).unwrap();
-    match part().as_str() {
+    match kind().as_str() {
         "accepting" => {
             let listener = listen();
-            say_ready();
+            print_ready();
             let _ = listener.accept();
         }
         "serving" => {
@@ -113,36 +113,36 @@ fn work(worker: &Worker) {
             worker.run().unwrap();
         }
         "looping" => {
-            say_ready();
+            print_ready();
             loop_for_ever();
         }
         "looping in a callback" => {
             worker.set_timeout(Duration::ZERO, |_| {
-                say_ready();
+                print_ready();
                 loop_for_ever();
             });
             worker.run().unwrap();
         }
         "disconnected" => {
             worker.disconnect().run().unwrap();
-            say_ready();
+            print_ready();
             loop_for_ever();
         }
-        "deaf" => {
-            ignore_what_can_be_ignored();
-            say_ready();
+        "ignoring signals" => {
+            ignore_signals();
+            print_ready();
             loop {
                 pause();
             }
         }
         _ => {
-            say_ready();
+            print_ready();
             worker.run().unwrap();
         }
     }
 }
 
-fn ignore_what_can_be_ignored() {
+fn ignore_signals() {
     use nix::sys::signal::{SigHandler, signal};
 
     for number in [Signal::TERM, Signal::HUP, Signal::INT, Signal::QUIT] {
@@ -154,14 +154,14 @@ fn ignore_what_can_be_ignored() {
 }
 
 fn end(master: Master, how: &str) {
-    // The workers go on living, and so does this process, until it is told to end.
-    let mut told = false;
-    while !told {
+    // This process and the workers run until SIGTERM arrives.
+    let mut is_requested = false;
+    while !is_requested {
         master.dispatch(None).unwrap();
-        told = TOLD.load(std::sync::atomic::Ordering::SeqCst);
+        is_requested = END_REQUESTED.load(std::sync::atomic::Ordering::SeqCst);
     }
     match how {
-        "panic" => panic!("as told"),
+        "panic" => panic!("requested by the test"),
         "exit" => std::process::exit(3),
         "abort" => std::process::abort(),
         "forget" => std::mem::forget(master),
@@ -169,24 +169,25 @@ fn end(master: Master, how: &str) {
     }
 }
 
-static TOLD: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+static END_REQUESTED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 fn play_master(master: Master, settings: Settings) {
-    // Those that lose their master are no longer anybody's business.
-    let told = |_: &Master, _| TOLD.store(true, std::sync::atomic::Ordering::SeqCst);
-    master.on_signal(Signal::TERM, told).unwrap();
+    // Workers that lose their master are not disconnected by it.
+    let request_end =
+        |_: &Master, _| END_REQUESTED.store(true, std::sync::atomic::Ordering::SeqCst);
+    master.on_signal(Signal::TERM, request_end).unwrap();
     master.setup_master(settings);
-    let has_rights = std::env::var_os(RIGHTS).is_some();
+    let has_privileges = std::env::var_os(PRIVILEGES).is_some();
     let kinds = KINDS
         .iter()
-        .take(KINDS.len() - usize::from(has_rights) * BEFORE_INIT);
+        .take(KINDS.len() - usize::from(has_privileges) * BEFORE_INIT);
     for (kind, _) in kinds {
         master.fork_with([("KIND", *kind)]).unwrap();
     }
     end(master, &std::env::var(END).unwrap());
 }
 
-/// A master with one worker of each kind, all of which are where they should be.
+/// Starts a master with one worker of each kind, and waits until all have reached their state.
 fn start_master(command: &mut Command, how: &str) -> (Child, Vec<Pid>) {
     let mut master = command
         .env(END, how)
@@ -195,7 +196,7 @@ fn start_master(command: &mut Command, how: &str) -> (Child, Vec<Pid>) {
         .unwrap();
     let lines = BufReader::new(master.stdout.take().unwrap()).lines();
     let mut pids = Vec::new();
-    let kinds = usize::from(command.get_envs().any(|(name, _)| name == RIGHTS));
+    let kinds = usize::from(command.get_envs().any(|(name, _)| name == PRIVILEGES));
     let kinds = KINDS.len() - kinds * BEFORE_INIT;
     for line in lines.take(kinds) {
         let line = line.unwrap();
@@ -222,11 +223,11 @@ fn end_from_outside(master: &mut Child, how: &str) -> ExitStatus {
     master.wait().unwrap()
 }
 
-/// Ends a master in this way; how long its last worker outlived it.
-fn outlived(command: &mut Command, how: &str) -> Duration {
+/// Ends a master in this way, and returns how long its last worker outlived it.
+fn end_and_measure(command: &mut Command, how: &str) -> Duration {
     let (mut master, pids) = start_master(command, how);
     let status = end_from_outside(&mut master, how);
-    let gone = Instant::now();
+    let ended_at = Instant::now();
     let expected = match how {
         "kill" => (None, Some(9)),
         "abort" => (None, Some(6)),
@@ -235,12 +236,14 @@ fn outlived(command: &mut Command, how: &str) -> Duration {
         _ => (Some(0), None),
     };
     assert_eq!((status.code(), status.signal()), expected, "{how}");
-    wait_until("the end of all", || {
-        pids.iter().all(|pid| is_doomed(*pid)).then_some(())
+    wait_until("the exit of all workers", || {
+        pids.iter()
+            .all(|pid| has_exited_or_is_killed(*pid))
+            .then_some(())
     });
-    let longest = gone.elapsed();
+    let longest = ended_at.elapsed();
     for pid in pids {
-        // They are this process's children now.
+        // The workers have been reparented to this process.
         let end = waitpid(pid, None).unwrap();
         assert!(
             matches!(end, WaitStatus::Exited(..) | WaitStatus::Signaled(..)),
@@ -250,9 +253,9 @@ fn outlived(command: &mut Command, how: &str) -> Duration {
     longest
 }
 
-/// Whether it has ended, or will as soon as it gets a processor, for which it may have to wait on a
-/// busy machine.
-fn is_doomed(pid: Pid) -> bool {
+/// Returns whether the process has exited, or has a pending SIGKILL. On a busy machine, a killed
+/// process may wait for a processor.
+fn has_exited_or_is_killed(pid: Pid) -> bool {
     const KILL: u64 = 1 << 8;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let pending = status.lines().filter_map(|line| {
@@ -263,10 +266,10 @@ fn is_doomed(pid: Pid) -> bool {
     sets.any(|set| set & KILL != 0) || !is_alive(pid.as_raw().unsigned_abs())
 }
 
-/// Plays the master, a worker, or the one that looks at them from outside.
-fn orphans(settings: Settings) {
+/// Plays the master, a worker, or the process that observes them.
+fn play_orphans(settings: Settings) {
     if std::env::var_os("KIND").is_some() {
-        start();
+        start_up();
     }
     if std::env::var_os(END).is_some() {
         match cluster::init().unwrap() {
@@ -281,49 +284,49 @@ fn end_in_all_ways(command: &mut Command) {
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     let ways = ["kill", "panic", "exit", "abort", "drop", "forget"];
     let longest = ways
-        .map(|how| (outlived(command, how), how))
+        .map(|how| (end_and_measure(command, how), how))
         .into_iter()
         .max();
-    println!("the longest: {longest:?}");
+    println!("longest: {longest:?}");
     assert!(longest.unwrap().0 < GRACE, "{longest:?}");
 }
 
-fn orphans_leave_within_a_second() {
-    orphans(Settings::default());
+fn orphans_exit_within_a_second() {
+    play_orphans(Settings::default());
 }
 
-fn orphans_of_another_user_leave_within_a_second() {
+fn orphans_of_another_user_exit_within_a_second() {
     let settings = Settings::default().exec(OWN_PROGRAM);
-    orphans(settings.uid(NOBODY).gid(NOBODY));
+    play_orphans(settings.uid(NOBODY).gid(NOBODY));
 }
 
-fn orphans_without_exec_leave_within_a_second() {
-    orphans(Settings::default().main(|worker| {
-        start();
+fn orphans_without_exec_exit_within_a_second() {
+    play_orphans(Settings::default().main(|worker| {
+        start_up();
         work(&worker);
         0
     }));
 }
 
-/// Set for workers whose program has more rights than their master: what it has, as in its
-/// `/proc/self/status`.
-const RIGHTS: &str = "WORKERS_RIGHTS";
+/// Set for workers whose program has more privileges than their master, to the line in
+/// `/proc/self/status` that shows them.
+const PRIVILEGES: &str = "WORKERS_RIGHTS";
 
-/// A copy of this program that another user may execute, as a process of user `NOBODY` that plays this
+/// Returns a command that runs a copy of this program as the user `NOBODY`. The copy plays this
 /// scenario.
-fn program_with_rights(rights: &str, give: impl FnOnce(&Path)) -> (TempDir, Command) {
-    let home = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(home.path(), Permissions::from_mode(0o755)).unwrap();
-    let program = home.path().join("program");
+fn program_with_privileges(privileges: &str, grant: impl FnOnce(&Path)) -> (TempDir, Command) {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("program");
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
-    give(&program);
+    grant(&program);
     let mut command = Command::new(program);
-    command.uid(NOBODY).gid(NOBODY).env(RIGHTS, rights);
-    (home, command)
+    command.uid(NOBODY).gid(NOBODY).env(PRIVILEGES, privileges);
+    (directory, command)
 }
 
-fn give_capability(program: &Path) {
+fn grant_capability(program: &Path) {
     let mut setcap = Command::new("setcap");
     let status = setcap.arg("cap_net_bind_service=+ep").arg(program).status();
     assert!(status.unwrap().success());
@@ -333,46 +336,46 @@ fn set_user_id(program: &Path) {
     std::fs::set_permissions(program, Permissions::from_mode(0o4755)).unwrap();
 }
 
-/// `CAP_NET_BIND_SERVICE` in effect, and nothing else.
+/// `CAP_NET_BIND_SERVICE` is the only effective capability.
 const CAPABILITY: &str = "CapEff:\t0000000000000400";
-/// The effective user and the saved one are root.
+/// The effective and the saved user are root.
 const ROOT_BY_BIT: &str = "Uid:\t65534\t0\t0\t0";
 
-/// The kernel has cleared the request that this process be killed with its parent, and `init` has not
+/// Checks the privileges, and that `execve` has cleared the parent-death signal. `init` has not
 /// been called.
-fn check_rights() {
-    let rights = std::env::var(RIGHTS).unwrap();
+fn check_privileges() {
+    let privileges = std::env::var(PRIVILEGES).unwrap();
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    assert!(status.lines().any(|line| line == rights), "{status}");
+    assert!(status.lines().any(|line| line == privileges), "{status}");
     assert_eq!(nix::sys::prctl::get_pdeathsig(), Ok(None));
 }
 
-fn orphans_with_rights(rights: &str, give: fn(&Path)) {
+fn play_orphans_with_privileges(privileges: &str, grant: fn(&Path)) {
     if std::env::var_os(END).is_some() {
-        check_rights();
-        return orphans(Settings::default());
+        check_privileges();
+        return play_orphans(Settings::default());
     }
-    let (_home, mut command) = program_with_rights(rights, give);
+    let (_directory, mut command) = program_with_privileges(privileges, grant);
     end_in_all_ways(&mut command);
 }
 
-fn orphans_with_file_capabilities_leave_within_a_second() {
-    orphans_with_rights(CAPABILITY, give_capability);
+fn orphans_with_file_capabilities_exit_within_a_second() {
+    play_orphans_with_privileges(CAPABILITY, grant_capability);
 }
 
-fn orphans_with_a_set_user_id_bit_leave_within_a_second() {
-    orphans_with_rights(ROOT_BY_BIT, set_user_id);
+fn orphans_with_a_set_user_id_bit_exit_within_a_second() {
+    play_orphans_with_privileges(ROOT_BY_BIT, set_user_id);
 }
 
-/// The master is killed before its worker calls `init`, which the kernel does not tell the worker.
-fn worker_with_file_capabilities_whose_master_has_ended_finds_its_end() {
-    if std::env::var_os(RIGHTS).is_none() {
-        // So the worker becomes a child of this process, which waits for its end.
+/// The worker kills its master before it calls `init`, so no parent-death signal reports it.
+fn worker_with_file_capabilities_exits_if_its_master_exited_before_init() {
+    if std::env::var_os(PRIVILEGES).is_none() {
+        // The worker is reparented to this process, which waits for it.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
-        let (_home, mut command) = program_with_rights(CAPABILITY, give_capability);
+        let (_directory, mut command) = program_with_privileges(CAPABILITY, grant_capability);
         let mut master = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut output = String::new();
-        // Until the worker has ended, too.
+        // Until the worker has exited, too.
         master
             .stdout
             .take()
@@ -386,7 +389,7 @@ fn worker_with_file_capabilities_whose_master_has_ended_finds_its_end() {
         return;
     }
     if cluster::is_worker() {
-        check_rights();
+        check_privileges();
         let master = nix::unistd::getppid();
         nix::sys::signal::kill(master, nix::sys::signal::SIGKILL).unwrap();
         wait_until("another parent", || {
@@ -399,7 +402,7 @@ fn worker_with_file_capabilities_whose_master_has_ended_finds_its_end() {
             master.run().unwrap();
         }
         Role::Worker(worker) => {
-            // The master is gone: its answer will not come.
+            // The master has been killed, so it sends no reply.
             let listener = worker.listen("127.0.0.1:0");
             assert!(listener.is_err() || listener.unwrap().accept().unwrap().is_none());
             println!("no connection");
