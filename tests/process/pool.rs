@@ -1,4 +1,4 @@
-//! Pools: what they keep running, replace and hand over, and what their clients notice of it.
+//! Pools: which workers they keep running, replace and upgrade, and what clients notice.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -24,39 +24,39 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    slots_are_filled_again
-    a_crash_loop_backs_off_gives_up_and_rests
-    a_crash_loop_takes_the_time_that_the_options_say
-    who_cannot_be_forked_has_died
-    who_is_never_ready_is_killed
-    who_hangs_is_killed
-    a_worker_says_itself_when_it_is_ready
+    dead_worker_is_replaced_in_its_slot
+    crash_loop_ends_when_the_pool_gives_up
+    crash_loop_forks_at_the_configured_times
+    failed_fork_is_treated_as_a_death
+    worker_that_is_never_ready_is_killed
+    worker_without_heartbeat_is_killed
+    worker_reports_its_own_readiness
     old_workers_are_replaced_without_a_gap
     busy_workers_are_replaced_without_a_gap
     large_workers_are_replaced_without_a_gap
-    new_settings_come_with_a_reload
-    settings_of_the_generation_that_serves_outlive_failed_reloads
-    reload_before_the_first_fork_has_settings_of_its_own
+    reload_applies_new_settings
+    failed_reloads_keep_the_settings_of_the_serving_generation
+    reload_before_the_first_fork_uses_its_own_settings
     detached_workers_are_not_forked
-    a_pool_without_clocks_plans_nothing
-    the_status_is_what_it_says
-    the_program_decides_at_the_end_of_its_tries
-    reloads_scalings_and_upgrades_lose_nobody_rr
-    reloads_scalings_and_upgrades_lose_nobody_none
-    a_unix_socket_goes_from_master_to_master
-    systemd_is_told
+    pool_without_limits_sets_no_timers
+    status_reports_workers_and_deaths
+    on_give_up_chooses_retry_hold_or_stop
+    reloads_scalings_and_upgrades_lose_no_client_rr
+    reloads_scalings_and_upgrades_lose_no_client_none
+    unix_socket_passes_from_master_to_master
+    pool_notifies_systemd
     broken_reloads_change_nothing
     broken_upgrades_change_nothing
     stop_at_once_kills_a_new_master_that_does_not_serve
     new_master_that_stops_does_not_take_over
     new_master_stays_in_the_session_and_process_group
-    under_fire_only_those_in_hand_are_lost
-    signals_stop_and_kill
+    killed_workers_lose_only_received_connections
+    second_signal_or_sigquit_kills_busy_workers
 }
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Everything fast, and nothing at random.
+/// Returns options with short times and without jitter.
 fn quick() -> PoolOptions {
     PoolOptions::default()
         .workers(2)
@@ -65,7 +65,7 @@ fn quick() -> PoolOptions {
         .trial(20 * MS)
 }
 
-/// Notes what the pool tells.
+/// Logs the events of the pool.
 fn note(pool: &Pool, log: &Log) {
     let log = log.clone();
     pool.on_event(move |_, _, event| log.add(event.to_string()));
@@ -79,7 +79,7 @@ fn serve_slot(worker: &Worker) {
     }
 }
 
-fn slots_are_filled_again() {
+fn dead_worker_is_replaced_in_its_slot() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -106,26 +106,26 @@ fn slots_are_filled_again() {
     let entries = entries.take();
     let of_slot = |entry: &&String| entry.starts_with("slot 1");
     let mut of_slot = entries.iter().filter(of_slot);
-    let mut next = |part: &str| {
+    let mut assert_next = |part: &str| {
         let entry = of_slot.next().unwrap();
         assert!(entry.contains(part), "{entry:?} is not {part:?}");
     };
     for _ in 0..2 {
-        next("is ready");
-        next("(signal: 9 (SIGKILL))");
+        assert_next("is ready");
+        assert_next("(signal: 9 (SIGKILL))");
     }
-    next("is ready");
-    next("has left");
+    assert_next("is ready");
+    assert_next("has left");
 }
 
-fn a_crash_loop_backs_off_gives_up_and_rests() {
+fn crash_loop_ends_when_the_pool_gives_up() {
     let forks = Rc::new(RefCell::new(Vec::new()));
-    let noted = Rc::clone(&forks);
+    let noted_forks = Rc::clone(&forks);
     cluster(
         |master| {
             let options = quick().workers(1).give_up(6, Duration::from_secs(60));
             let pool = Pool::new(master, options);
-            master.on_fork(move |_, _| noted.borrow_mut().push(Instant::now()));
+            master.on_fork(move |_, _| noted_forks.borrow_mut().push(Instant::now()));
             pool.on_give_up(|_, _, death| {
                 assert_eq!((death.slot, death.cause), (0, Cause::NeverReady));
                 assert_eq!(death.status.unwrap().code(), Some(3));
@@ -155,17 +155,17 @@ fn a_crash_loop_backs_off_gives_up_and_rests() {
     }
 }
 
-/// With the options as they are, except that nobody gives up: for as long as there is [`fire`].
-fn a_crash_loop_takes_the_time_that_the_options_say() {
+/// Uses the default options, except that the pool never gives up, for as long as [`test_duration`].
+fn crash_loop_forks_at_the_configured_times() {
     let forks = Rc::new(RefCell::new(Vec::new()));
-    let noted = Rc::clone(&forks);
+    let noted_forks = Rc::clone(&forks);
     cluster(
         |master| {
             let options = PoolOptions::default().workers(1).jitter(0);
             let pool = Pool::new(master, options.give_up(u32::MAX, MS));
             let begin = Instant::now();
-            master.on_fork(move |_, _| noted.borrow_mut().push(begin.elapsed()));
-            master.set_timeout(fire(), move |master| pool.stop(master));
+            master.on_fork(move |_, _| noted_forks.borrow_mut().push(begin.elapsed()));
+            master.set_timeout(test_duration(), move |master| pool.stop(master));
         },
         |_| std::process::exit(1),
     );
@@ -175,7 +175,7 @@ fn a_crash_loop_takes_the_time_that_the_options_say() {
     let mut least = vec![Duration::ZERO, Duration::ZERO];
     for pause in pauses.map(|pause| pause.min(Duration::from_secs(30))) {
         let next = least[least.len() - 1] + pause;
-        if next > fire() {
+        if next > test_duration() {
             break;
         }
         least.push(next);
@@ -187,7 +187,7 @@ fn a_crash_loop_takes_the_time_that_the_options_say() {
     );
 }
 
-fn who_cannot_be_forked_has_died() {
+fn failed_fork_is_treated_as_a_death() {
     cluster(
         |master| {
             master.setup_master(Settings::default().exec("/nowhere/at/all"));
@@ -200,7 +200,7 @@ fn who_cannot_be_forked_has_died() {
                     assert!(error.contains("/nowhere/at/all"), "{error}");
                     deaths.set(deaths.get() + 1);
                 }
-                // Without another decision, a pool of which nobody is left stops.
+                // By default, a pool without workers stops when it gives up.
                 PoolEvent::GivenUp { .. } => assert!(deaths.get() >= 3),
                 event => assert!(pool.is_stopping(), "{event}"),
             });
@@ -209,7 +209,7 @@ fn who_cannot_be_forked_has_died() {
     );
 }
 
-fn who_is_never_ready_is_killed() {
+fn worker_that_is_never_ready_is_killed() {
     cluster(
         |master| {
             let pool = Pool::new(master, quick().workers(1).boot(50 * MS));
@@ -221,12 +221,12 @@ fn who_is_never_ready_is_killed() {
                 }
             });
         },
-        // Online, but it never listens.
+        // Online, but the worker never listens.
         |worker| worker.run().unwrap(),
     );
 }
 
-fn who_hangs_is_killed() {
+fn worker_without_heartbeat_is_killed() {
     cluster(
         |master| {
             let pool = Pool::new(master, quick().heartbeat(400 * MS));
@@ -235,7 +235,7 @@ fn who_hangs_is_killed() {
                     assert_eq!((death.slot, death.cause), (1, Cause::Hung));
                     let status = pool.status(master);
                     let other = status.slots[0].worker.as_ref().unwrap();
-                    assert!(other.age >= 400 * MS, "it beats");
+                    assert!(other.age >= 400 * MS, "the other worker sends heartbeats");
                     pool.stop_at_once(master);
                 }
             });
@@ -253,7 +253,7 @@ fn who_hangs_is_killed() {
     );
 }
 
-fn a_worker_says_itself_when_it_is_ready() {
+fn worker_reports_its_own_readiness() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -261,7 +261,7 @@ fn a_worker_says_itself_when_it_is_ready() {
             let pool = Pool::new(master, quick().workers(1).readiness(Readiness::Told));
             note(&pool, &log);
             let at_listening = log.clone();
-            master.on_listening(move |_, _, _| at_listening.add("listens"));
+            master.on_listening(move |_, _, _| at_listening.add("listening"));
             pool.on_event(|pool, master, event| {
                 if matches!(event, PoolEvent::Ready { .. }) {
                     pool.stop(master);
@@ -277,7 +277,7 @@ fn a_worker_says_itself_when_it_is_ready() {
     assert_eq!(
         entries.take(),
         [
-            "listens",
+            "listening",
             "slot 0: worker 1 is ready",
             "ready",
             "not ready",
@@ -287,24 +287,24 @@ fn a_worker_says_itself_when_it_is_ready() {
 }
 
 fn old_workers_are_replaced_without_a_gap() {
-    replaces(quick().max_age(30 * MS), Limit::Age, |_| {});
+    assert_replaced_without_a_gap(quick().max_age(30 * MS), Limit::Age, |_| {});
 }
 
 fn busy_workers_are_replaced_without_a_gap() {
-    replaces(quick().max_connections(5), Limit::Connections, |address| {
+    assert_replaced_without_a_gap(quick().max_connections(5), Limit::Connections, |address| {
         std::thread::spawn(move || while talk(address, b"").is_ok() {});
     });
 }
 
 fn large_workers_are_replaced_without_a_gap() {
-    replaces(quick().max_memory(32 << 20), Limit::Memory, |_| {
-        // Each page of it is touched.
+    assert_replaced_without_a_gap(quick().max_memory(32 << 20), Limit::Memory, |_| {
+        // Every page is touched, so it is resident.
         std::mem::forget(vec![1u8; 64 << 20]);
     });
 }
 
-/// One worker: at any moment somebody is ready.
-fn replaces(options: PoolOptions, limit: Limit, reach_it: fn(SocketAddr)) {
+/// A pool of one worker. Some worker is ready at any moment.
+fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit: fn(SocketAddr)) {
     let recycled = Rc::new(Cell::new(0));
     let seen = Rc::clone(&recycled);
     cluster(
@@ -329,7 +329,7 @@ fn replaces(options: PoolOptions, limit: Limit, reach_it: fn(SocketAddr)) {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            reach_it(listener.local_addr());
+            reach_limit(listener.local_addr());
             for connection in listener.incoming() {
                 let _ = connection.unwrap().write_all(b"served");
             }
@@ -338,7 +338,7 @@ fn replaces(options: PoolOptions, limit: Limit, reach_it: fn(SocketAddr)) {
     assert!(recycled.get() >= 3);
 }
 
-fn new_settings_come_with_a_reload() {
+fn reload_applies_new_settings() {
     let args = |release: &str| Settings::default().args([release.to_owned()]);
     let log = Log::default();
     let entries = log.clone();
@@ -346,9 +346,9 @@ fn new_settings_come_with_a_reload() {
         |master| {
             master.setup_master(args("one"));
             let pool = Pool::new(master, quick());
-            let said = log.clone();
+            let messages = log.clone();
             master.on_message(move |_, _, message| {
-                said.add(String::from_utf8_lossy(message.bytes()));
+                messages.add(String::from_utf8_lossy(message.bytes()));
             });
             note(&pool, &log);
             pool.on_event(move |pool, master, event| match event {
@@ -374,7 +374,8 @@ fn new_settings_come_with_a_reload() {
     );
     let entries = entries.take();
     let count = |what: &str| entries.iter().filter(|entry| *entry == what).count();
-    // The one who was killed was replaced by one of its own release, unless the reload was faster.
+    // The killed worker was replaced by a worker with its own release, unless the reload was
+    // faster.
     assert!((2..=3).contains(&count("one")), "{entries:?}");
     assert_eq!(count("two"), 2, "{entries:?}");
 }
@@ -383,8 +384,8 @@ fn with_args(release: &str) -> Settings {
     Settings::default().args([release])
 }
 
-/// Says the first argument, and serves, unless it is asked to leave before.
-fn say_and_serve(worker: &Worker) {
+/// Sends the first argument, and serves, unless a disconnect request arrives first.
+fn send_release_and_serve(worker: &Worker) {
     let release = std::env::args().nth(1).unwrap();
     worker.send(release.as_bytes()).unwrap();
     if let Ok(listener) = worker.listen("127.0.0.1:0") {
@@ -392,8 +393,9 @@ fn say_and_serve(worker: &Worker) {
     }
 }
 
-/// One reload succeeds, the next one in the first slot alone, and one fails when only that slot is left.
-fn settings_of_the_generation_that_serves_outlive_failed_reloads() {
+/// The first reload succeeds. The second one replaces only the worker in slot 0, and fails in slot
+/// 1. The third one fails when slot 0 is the only slot.
+fn failed_reloads_keep_the_settings_of_the_serving_generation() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -433,14 +435,14 @@ fn settings_of_the_generation_that_serves_outlive_failed_reloads() {
             if release == "broken" || release == "not in slot 1" && slot == "1" {
                 std::process::exit(1);
             }
-            say_and_serve(&worker);
+            send_release_and_serve(&worker);
         },
     );
     let entries = entries.take();
     assert!(entries.last().unwrap().ends_with(" serves"), "{entries:?}");
 }
 
-fn reload_before_the_first_fork_has_settings_of_its_own() {
+fn reload_before_the_first_fork_uses_its_own_settings() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -455,18 +457,18 @@ fn reload_before_the_first_fork_has_settings_of_its_own() {
                 }
             });
         },
-        |worker| say_and_serve(&worker),
+        |worker| send_release_and_serve(&worker),
     );
     let entries = entries.take();
     for (worker, release) in [(1, "one"), (2, "one"), (3, "two"), (4, "two")] {
-        let said = of(worker, &entries);
-        // The first ones may be asked to leave before they can say anything.
-        let is_silent = said.is_empty() && release == "one";
-        assert!(is_silent || said == [release], "{entries:?}");
+        let messages = of(worker, &entries);
+        // The first workers may be disconnected before they send a message.
+        let is_silent = messages.is_empty() && release == "one";
+        assert!(is_silent || messages == [release], "{entries:?}");
     }
 }
 
-/// A pool does not learn of the exit of a detached process, so a stop would not end.
+/// A pool does not learn of the exit of a detached process, so a stop would never finish.
 fn detached_workers_are_not_forked() {
     cluster(
         |master| {
@@ -490,7 +492,7 @@ fn detached_workers_are_not_forked() {
     );
 }
 
-fn a_pool_without_clocks_plans_nothing() {
+fn pool_without_limits_sets_no_timers() {
     cluster(
         |master| {
             let pool = Pool::new(master, quick());
@@ -498,7 +500,7 @@ fn a_pool_without_clocks_plans_nothing() {
                 master.dispatch(None).unwrap();
             }
             while let Some(left) = master.time_left() {
-                assert_eq!(left, Duration::ZERO, "something is planned");
+                assert_eq!(left, Duration::ZERO, "a timer is set");
                 master.dispatch(Some(Duration::ZERO)).unwrap();
             }
             pool.stop(master);
@@ -507,7 +509,7 @@ fn a_pool_without_clocks_plans_nothing() {
     );
 }
 
-fn the_status_is_what_it_says() {
+fn status_reports_workers_and_deaths() {
     cluster(
         |master| {
             let pool = Pool::new(master, quick().workers(2));
@@ -579,9 +581,9 @@ fn check_status(status: &cluster::pool::Status) {
     );
 }
 
-fn the_program_decides_at_the_end_of_its_tries() {
-    let asked = Rc::new(Cell::new(0));
-    let count = Rc::clone(&asked);
+fn on_give_up_chooses_retry_hold_or_stop() {
+    let calls = Rc::new(Cell::new(0));
+    let count = Rc::clone(&calls);
     cluster(
         |master| {
             let pool = Pool::new(
@@ -609,17 +611,17 @@ fn the_program_decides_at_the_end_of_its_tries() {
         },
         |_| std::process::exit(1),
     );
-    assert_eq!(asked.get(), 3);
+    assert_eq!(calls.get(), 3);
 }
 
-/// What workers of the server below do: it is in a file, whose path is in this variable.
+/// Environment variable with the path of the file that selects the behaviour of the server below.
 const RELEASE: &str = "RELEASE";
-/// A request that keeps a worker busy for as long as the client is there.
+/// A request that keeps a worker busy until the client closes the connection.
 const HOLD: &[u8] = b"hold";
-/// The address of the server below.
+/// Environment variable with the address of the server below.
 const ADDRESS: &str = "ADDRESS";
 
-/// A server with a pool, which says what happens; or one of its workers.
+/// Runs a server with a pool, which prints its events, or one of its workers.
 fn server(options: PoolOptions) {
     let address = std::env::var(ADDRESS).unwrap();
     let release = std::env::var(RELEASE).map(|path| std::fs::read_to_string(path).unwrap());
@@ -628,7 +630,7 @@ fn server(options: PoolOptions) {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             assert_ne!(release, "no master");
-            if release == "deaf master" {
+            if release == "blocked master" {
                 SigSet::all().thread_block().unwrap();
                 println!("master {}", std::process::id());
                 loop {
@@ -663,7 +665,7 @@ fn server(options: PoolOptions) {
                 let mut connection = connection.unwrap();
                 let mut request = [0; 512];
                 let length = connection.read(&mut request).unwrap_or(0);
-                // A client may be gone.
+                // The client may have closed the connection.
                 let _ = if request.starts_with(HOLD) {
                     connection
                         .write_all(HOLD)
@@ -685,7 +687,7 @@ fn is_served(answer: &str) -> bool {
     answer == "served\n"
 }
 
-/// The server of this scenario, seen from outside.
+/// The server of a scenario, in another process group.
 struct Server {
     group: Group,
     address: SocketAddr,
@@ -698,7 +700,7 @@ impl Server {
     }
 
     fn start_with(policy: &str, env: &[(&str, &str)]) -> Self {
-        // A successor whose predecessor has ended is this process's.
+        // A new master is reparented to this process when the old one exits.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let (reserved, address) = reserve_port();
         let release = std::env::temp_dir().join("release");
@@ -720,7 +722,7 @@ impl Server {
         server
     }
 
-    /// How many lines end so.
+    /// Returns the number of lines that end with `end`.
     fn count(&self, end: &str) -> usize {
         let output = self.group.output();
         output.lines().filter(|line| line.ends_with(end)).count()
@@ -730,11 +732,15 @@ impl Server {
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.count(end) < count {
             let masters = self.masters();
-            let is_over = !masters.is_empty() && !masters.into_iter().any(|m| is_alive(pid(m)));
-            let is_late = Instant::now() > deadline;
-            let is_there = self.count(end) >= count;
+            let all_exited = !masters.is_empty() && !masters.into_iter().any(|m| is_alive(pid(m)));
+            let is_past_deadline = Instant::now() > deadline;
+            let has_lines = self.count(end) >= count;
             let output = || format!("{count} x {end:?}\n{}", self.group.output());
-            assert!(is_there || !is_over && !is_late, "{}", output());
+            assert!(
+                has_lines || !all_exited && !is_past_deadline,
+                "{}",
+                output()
+            );
             std::thread::sleep(MS);
         }
     }
@@ -749,7 +755,7 @@ impl Server {
             .collect()
     }
 
-    /// The master that was started last.
+    /// Returns the newest master.
     fn master(&self) -> Pid {
         *self.masters().last().unwrap()
     }
@@ -768,9 +774,11 @@ impl Server {
 
     fn stop(self) {
         let master = self.master();
-        // It may have been told already, and have ended.
+        // It may have stopped already, for an earlier signal.
         let _ = kill(master, Signal::SIGTERM);
-        wait_until("its end", || (!is_alive(pid(master))).then_some(()));
+        wait_until("the exit of the master", || {
+            (!is_alive(pid(master))).then_some(())
+        });
         let status = self.group.end().unwrap();
         println!("{}", self.group.output());
         assert!(status.success());
@@ -792,21 +800,21 @@ fn children(parent: Pid) -> Vec<Pid> {
 }
 
 #[track_caller]
-fn assert_nobody_lost(counts: Counts) {
+fn assert_no_client_lost(counts: Counts) {
     println!("{counts:?}");
     assert_eq!(counts.lost(), 0, "{counts:?}");
     assert!(counts.answered > 100, "{counts:?}");
 }
 
-fn reloads_scalings_and_upgrades_lose_nobody_rr() {
-    reloads_scalings_and_upgrades_lose_nobody("rr");
+fn reloads_scalings_and_upgrades_lose_no_client_rr() {
+    reloads_scalings_and_upgrades_lose_no_client("rr");
 }
 
-fn reloads_scalings_and_upgrades_lose_nobody_none() {
-    reloads_scalings_and_upgrades_lose_nobody("none");
+fn reloads_scalings_and_upgrades_lose_no_client_none() {
+    reloads_scalings_and_upgrades_lose_no_client("none");
 }
 
-fn reloads_scalings_and_upgrades_lose_nobody(policy: &str) {
+fn reloads_scalings_and_upgrades_lose_no_client(policy: &str) {
     if is_watched() {
         return server(quick().trial(5 * MS));
     }
@@ -831,20 +839,20 @@ fn reloads_scalings_and_upgrades_lose_nobody(policy: &str) {
             }
             let old = server.master();
             server.signal(Signal::SIGUSR2);
-            wait_until("a successor", || (server.master() != old).then_some(()));
-            wait_until("the predecessor's end", || {
+            wait_until("a new master", || (server.master() != old).then_some(()));
+            wait_until("the exit of the old master", || {
                 (!is_alive(pid(old))).then_some(())
             });
             ready += 1;
             server.wait_for(": ready", ready - 1);
         }
     }
-    assert_nobody_lost(load.end());
+    assert_no_client_lost(load.end());
     server.stop();
 }
 
-/// The file is there all the time, whoever fails, and gone at the end.
-fn a_unix_socket_goes_from_master_to_master() {
+/// The socket file exists all the time, even if a new master fails, and is removed at the end.
+fn unix_socket_passes_from_master_to_master() {
     const PATH: &str = "server.sock";
     if is_watched() {
         let passed = cluster::systemd::listen_fds().unwrap();
@@ -863,7 +871,7 @@ fn a_unix_socket_goes_from_master_to_master() {
                 pool.on_event(move |_, _, event| println!("{own}: {event}"));
                 pool.on_usual_signals(&master).unwrap();
                 if is_broken {
-                    // In good order.
+                    // The new master stops regularly, but before it serves.
                     pool.stop(&master);
                 }
                 master.run().unwrap();
@@ -877,7 +885,7 @@ fn a_unix_socket_goes_from_master_to_master() {
         }
         return;
     }
-    // From here the way to it is shorter, and the system knows the socket by that.
+    // Makes the path shorter. The kernel records the shorter one as the address of the socket.
     std::env::set_current_dir(std::env::temp_dir()).unwrap();
     let server = Server::start("rr");
     let path = std::env::temp_dir().join(PATH);
@@ -897,7 +905,7 @@ fn a_unix_socket_goes_from_master_to_master() {
         ask();
         std::fs::remove_file(broken).unwrap();
         kill(old, Signal::SIGUSR2).unwrap();
-        wait_until("the predecessor's end", || {
+        wait_until("the exit of the old master", || {
             (!is_alive(pid(old))).then_some(())
         });
         server.wait_for(": ready", 1 + round);
@@ -907,8 +915,8 @@ fn a_unix_socket_goes_from_master_to_master() {
     assert!(!path.exists());
 }
 
-/// A service manager that listens to what the pool tells it.
-fn systemd_is_told() {
+/// A service manager that receives the notifications of the pool.
+fn pool_notifies_systemd() {
     const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
     if is_watched() {
         return server(quick());
@@ -918,17 +926,17 @@ fn systemd_is_told() {
     manager
         .set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();
-    let hear = || {
+    let receive = || {
         let mut buffer = [0; 1024];
         let length = manager.recv(&mut buffer).unwrap();
         String::from_utf8(buffer[..length].to_vec()).unwrap()
     };
     let ready_of = |master: Pid| format!("READY=1\nMAINPID={master}\nWATCHDOG=1");
-    // Not what is only for people.
-    let next = || loop {
-        let heard = hear();
-        if !heard.starts_with("STATUS=") && heard != "WATCHDOG=1" {
-            return heard;
+    // Without the texts for people and the watchdog's heartbeats.
+    let next_notification = || loop {
+        let notification = receive();
+        if !notification.starts_with("STATUS=") && notification != "WATCHDOG=1" {
+            return notification;
         }
     };
     let server = Server::start_with(
@@ -938,24 +946,24 @@ fn systemd_is_told() {
             ("WATCHDOG_USEC", "20000"),
         ],
     );
-    assert_eq!(next(), ready_of(server.master()));
-    while hear() != "WATCHDOG=1" {}
+    assert_eq!(next_notification(), ready_of(server.master()));
+    while receive() != "WATCHDOG=1" {}
     server.signal(Signal::SIGHUP);
-    let reloading = next();
+    let reloading = next_notification();
     let time = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=");
     assert!(time.unwrap().parse::<u64>().unwrap() > 0, "{reloading}");
-    assert_eq!(next(), ready_of(server.master()));
+    assert_eq!(next_notification(), ready_of(server.master()));
 
     let old = server.master();
     server.signal(Signal::SIGUSR2);
-    wait_until("a successor", || (server.master() != old).then_some(()));
-    assert_eq!(next(), ready_of(server.master()));
-    wait_until("the predecessor's end", || {
+    wait_until("a new master", || (server.master() != old).then_some(()));
+    assert_eq!(next_notification(), ready_of(server.master()));
+    wait_until("the exit of the old master", || {
         (!is_alive(pid(old))).then_some(())
     });
-    while hear() != "WATCHDOG=1" {}
+    while receive() != "WATCHDOG=1" {}
 
-    // Without a quorum nobody feeds the watchdog.
+    // Without a quorum, the pool sends no watchdog notification.
     server.release("exits");
     for worker in server.workers() {
         kill(worker, Signal::SIGKILL).unwrap();
@@ -967,14 +975,17 @@ fn systemd_is_told() {
     manager.set_nonblocking(false).unwrap();
     server.release("good");
     loop {
-        let heard = hear();
-        assert_ne!(heard, "WATCHDOG=1", "before it was ready");
-        if heard.starts_with("READY=1") {
+        let notification = receive();
+        assert_ne!(
+            notification, "WATCHDOG=1",
+            "a watchdog notification before the pool was ready"
+        );
+        if notification.starts_with("READY=1") {
             break;
         }
     }
     server.signal(Signal::SIGTERM);
-    assert_eq!(next(), "STOPPING=1");
+    assert_eq!(next_notification(), "STOPPING=1");
     server.stop();
     std::fs::remove_file(path).unwrap();
 }
@@ -999,11 +1010,11 @@ fn broken_reloads_change_nothing() {
         });
         load.wait_for_requests(20);
     }
-    wait_until("the last of them to be gone", || {
+    wait_until("the exit of the failed workers", || {
         (server.workers().len() == 2).then_some(())
     });
     assert_eq!(server.workers(), workers);
-    assert_nobody_lost(load.end());
+    assert_no_client_lost(load.end());
     server.release("good");
     server.stop();
 }
@@ -1038,19 +1049,21 @@ fn broken_upgrades_change_nothing() {
         fail(broken);
         load.wait_for_requests(20);
     }
-    assert_nobody_lost(load.end());
-    // One that serves first, and then dies, has clients of its own to lose.
+    assert_no_client_lost(load.end());
+    // A new master that serves before its workers are killed loses its own clients.
     fail("dies");
-    wait_until("the last of them to be gone", || {
+    wait_until("the exit of the failed workers", || {
         (children(master).len() == 2).then_some(())
     });
     assert_eq!(children(master), workers);
     let load = Load::start(server.address, 4, is_served);
     load.wait_for_requests(200);
-    assert_nobody_lost(load.end());
+    assert_no_client_lost(load.end());
     server.release("good");
     kill(master, Signal::SIGTERM).unwrap();
-    wait_until("its end", || (!is_alive(pid(master))).then_some(()));
+    wait_until("the exit of the master", || {
+        (!is_alive(pid(master))).then_some(())
+    });
     assert!(server.group.end().unwrap().success());
     std::fs::remove_file(&server.release).unwrap();
 }
@@ -1064,7 +1077,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
         let server = Server::start("rr");
         let old = server.master();
-        server.release("deaf master");
+        server.release("blocked master");
         server.signal(Signal::SIGUSR2);
         wait_until("a new master", || (server.master() != old).then_some(()));
         for (round, signal) in signals.iter().enumerate() {
@@ -1078,7 +1091,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     }
 }
 
-/// Its trial ends in the iteration of the loop in which it stops.
+/// The new master's minimum ready time ends in the iteration of the loop in which it stops.
 fn new_master_that_stops_does_not_take_over() {
     const PREDECESSOR: &str = "cluster-predecessor";
     if !is_watched() {
@@ -1093,7 +1106,7 @@ fn new_master_that_stops_does_not_take_over() {
                 successor.on_exit(move |_, _, status| {
                     assert!(status.success());
                     let length = ours.read(&mut [0]).unwrap();
-                    assert_eq!(length, 0, "it has said that it serves");
+                    assert_eq!(length, 0, "the new master reported that it serves");
                 });
             },
             |_| unreachable!(),
@@ -1116,7 +1129,8 @@ fn new_master_that_stops_does_not_take_over() {
     }
 }
 
-/// One signal stops both masters while there are two, and the new one when it is alone.
+/// One signal to the process group stops both masters during an upgrade, and the new master
+/// afterwards.
 fn new_master_stays_in_the_session_and_process_group() {
     if is_watched() {
         return server(quick());
@@ -1124,60 +1138,64 @@ fn new_master_stays_in_the_session_and_process_group() {
     for release in ["never ready", "good"] {
         let server = Server::start("rr");
         let old = server.master();
-        let place = |master| {
+        let session_and_group = |master| {
             (
                 getpgid(Some(master)).unwrap(),
                 getsid(Some(master)).unwrap(),
             )
         };
-        let expected = place(old);
+        let expected = session_and_group(old);
         server.release(release);
         server.signal(Signal::SIGUSR2);
         wait_until("a new master", || (server.master() != old).then_some(()));
         let new = server.master();
         if release == "good" {
             server.wait_for(": ready", 2);
-            wait_until("the end of the old one", || {
+            wait_until("the exit of the old master", || {
                 (!is_alive(pid(old))).then_some(())
             });
         }
-        assert_eq!(place(new), expected);
+        assert_eq!(session_and_group(new), expected);
         killpg(server.group.pid(), Signal::SIGINT).unwrap();
         for master in [old, new] {
-            wait_until("its end", || (!is_alive(pid(master))).then_some(()));
+            wait_until("the exit of the master", || {
+                (!is_alive(pid(master))).then_some(())
+            });
         }
         assert!(server.group.end().unwrap().success());
         std::fs::remove_file(&server.release).unwrap();
     }
 }
 
-/// For how long there is fire, in seconds: `CLUSTER_TEST_FIRE=60` is a long one.
-fn fire() -> Duration {
+/// Returns how long workers are killed: `CLUSTER_TEST_FIRE` in seconds, or 4 seconds.
+fn test_duration() -> Duration {
     let wanted = std::env::var("CLUSTER_TEST_FIRE").ok();
     Duration::from_secs(wanted.map_or(4, |wanted| wanted.parse().expect("a number")))
 }
 
-fn under_fire_only_those_in_hand_are_lost() {
+fn killed_workers_lose_only_received_connections() {
     if is_watched() {
-        let patient = quick().workers(4).give_up(u32::MAX, MS);
-        return server(patient.back_off_cap(100 * MS));
+        let options = quick().workers(4).give_up(u32::MAX, MS);
+        return server(options.back_off_cap(100 * MS));
     }
     let server = Server::start("rr");
-    wait_until("all", || (server.workers().len() == 4).then_some(()));
+    wait_until("all workers", || {
+        (server.workers().len() == 4).then_some(())
+    });
     let load = Load::start(server.address, 4, is_served);
     load.wait_for_requests(500);
     let before = measure(server.master());
-    let end = Instant::now() + fire();
+    let end = Instant::now() + test_duration();
     let (mut kills, mut rounds) = (0, 0);
     while Instant::now() < end {
         let workers = server.workers();
-        if let Some(victim) = fastrand::choice(workers) {
-            // One that has been told to leave may end by itself.
-            let was_alive = is_alive(pid(victim));
-            kills += u64::from(was_alive && kill(victim, Signal::SIGKILL).is_ok());
+        if let Some(worker) = fastrand::choice(workers) {
+            // A worker that is disconnecting may exit by itself.
+            let was_alive = is_alive(pid(worker));
+            kills += u64::from(was_alive && kill(worker, Signal::SIGKILL).is_ok());
         }
         rounds += 1;
-        if rounds % 50 == 0 || fire() < Duration::from_secs(10) && rounds % 10 == 0 {
+        if rounds % 50 == 0 || test_duration() < Duration::from_secs(10) && rounds % 10 == 0 {
             server.signal(Signal::SIGHUP);
         }
         std::thread::sleep(100 * MS);
@@ -1193,24 +1211,29 @@ fn under_fire_only_those_in_hand_are_lost() {
         "{counts:?}"
     );
     let deadline = Instant::now() + Duration::from_secs(20);
-    let (full, (fds, kib)) = loop {
+    let (all_alive, (fds, kib)) = loop {
         let workers = server.workers();
-        let full = workers.len() == 4 && workers.iter().all(|worker| is_alive(pid(*worker)));
+        let all_alive = workers.len() == 4 && workers.iter().all(|worker| is_alive(pid(*worker)));
         let after = measure(server.master());
-        if full && after.0 <= before.0 || Instant::now() > deadline {
-            break (full, after);
+        if all_alive && after.0 <= before.0 || Instant::now() > deadline {
+            break (all_alive, after);
         }
         std::thread::sleep(MS);
     };
     println!("before {before:?}, after {:?}", (fds, kib));
-    assert!(full, "{:?}\n{}", server.workers(), server.group.output());
-    // Before, something may have been on its way still.
+    assert!(
+        all_alive,
+        "{:?}\n{}",
+        server.workers(),
+        server.group.output()
+    );
+    // At the first measurement, connections may have been in flight.
     assert!(fds <= before.0, "{}", server.group.output());
-    assert!(kib <= before.1 + 1024, "it has grown");
+    assert!(kib <= before.1 + 1024, "the master's memory has grown");
     server.stop();
 }
 
-/// How many descriptors a process has, and how many KiB it has resident.
+/// Returns the number of descriptors of a process, and its resident memory in KiB.
 fn measure(process: Pid) -> (usize, u64) {
     let fds = std::fs::read_dir(format!("/proc/{process}/fd"))
         .unwrap()
@@ -1224,16 +1247,16 @@ fn measure(process: Pid) -> (usize, u64) {
     (fds, kib)
 }
 
-/// A worker that is busy for ever is killed by the second signal, or by one that says so.
-fn signals_stop_and_kill() {
+/// A worker that stays busy is killed by the second signal, or by SIGQUIT.
+fn second_signal_or_sigquit_kills_busy_workers() {
     if is_watched() {
         return server(quick());
     }
     for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
         let server = Server::start("rr");
-        let mut held = std::net::TcpStream::connect(server.address).unwrap();
-        held.write_all(HOLD).unwrap();
-        held.read_exact(&mut [0; HOLD.len()]).unwrap();
+        let mut client = std::net::TcpStream::connect(server.address).unwrap();
+        client.write_all(HOLD).unwrap();
+        client.read_exact(&mut [0; HOLD.len()]).unwrap();
         for signal in signals {
             assert!(is_alive(pid(server.master())));
             server.signal(*signal);
@@ -1249,6 +1272,6 @@ fn signals_stop_and_kill() {
             server.group.output()
         );
         std::fs::remove_file(&server.release).unwrap();
-        drop(held);
+        drop(client);
     }
 }

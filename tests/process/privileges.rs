@@ -1,5 +1,5 @@
-//! What a worker that has given up its user and group cannot do any more, and what becomes of
-//! programs that call themselves workers.
+//! What a worker that runs as another user cannot do any more, and how `init` refuses processes
+//! that are not workers although they have a worker's environment.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -25,51 +25,51 @@ use crate::harness::{
 use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
 
 crate::scenarios! {
-    nothing_of_root_is_left_and_nothing_comes_back: ROOT
-    a_step_that_fails_is_named_and_nobody_is_forked: ROOT
-    capabilities_that_outlive_the_user_are_given_up: SETPRIV
-    a_worker_that_stays_root_keeps_its_capabilities: ROOT
+    worker_of_another_user_keeps_no_privileges_of_root: ROOT
+    failed_step_of_fork_is_named_and_leaves_no_process: ROOT
+    capabilities_that_survive_setuid_are_dropped: SETPRIV
+    root_worker_keeps_its_capabilities: ROOT
     fork_returns_when_a_child_of_another_user_is_stopped: ROOT
     fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels: ROOT
-    a_child_that_takes_long_to_end_is_reaped_before_the_next_fork: ROOT
-    fork_returns_when_a_copy_of_another_user_is_stopped: ROOT_AND_FAULT_POINTS
-    fork_returns_when_a_copy_of_another_user_is_stopped_on_old_kernels: ROOT_AND_FAULT_POINTS
-    a_worker_of_another_user_cannot_reach_into_the_master: ROOT
-    a_worker_cannot_reach_into_one_of_another_user: ROOT
-    by_number_a_worker_gets_what_the_host_has_opened_and_nothing_else: ROOT
-    strangers_with_our_variables_get_an_error
-    a_strangers_descriptor_is_no_channel
-    a_unix_socket_that_is_no_stream_is_no_channel
-    a_strangers_stream_is_no_channel
+    child_that_exits_slowly_is_reaped_before_the_next_fork: ROOT
+    fork_returns_when_a_child_without_exec_of_another_user_is_stopped: ROOT_AND_FAULT_POINTS
+    fork_returns_when_a_child_without_exec_of_another_user_is_stopped_on_old_kernels: ROOT_AND_FAULT_POINTS
+    worker_of_another_user_cannot_access_the_master: ROOT
+    worker_cannot_access_a_worker_of_another_user: ROOT
+    worker_gets_only_sockets_of_the_host_by_number: ROOT
+    init_with_invalid_worker_variables_is_an_error
+    foreign_descriptor_is_refused_as_a_channel
+    unix_socket_that_is_no_stream_is_refused_as_a_channel
+    foreign_stream_is_refused_as_a_channel
 }
 
-fn nobodys() -> Settings {
+fn settings_of_nobody() -> Settings {
     Settings::default()
         .exec(OWN_PROGRAM)
         .uid(NOBODY)
         .gid(NOBODY)
 }
 
-/// The fields of `/proc/self/status` that say what the process may do.
-fn powers() -> Vec<String> {
+/// Returns the lines of `/proc/self/status` about users, groups and capabilities.
+fn credentials() -> Vec<String> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let fields = [
         "Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapAmb:",
     ];
-    let told = |line: &&str| fields.iter().any(|field| line.starts_with(field));
-    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
-    status.lines().filter(told).map(words).collect()
+    let is_listed = |line: &&str| fields.iter().any(|field| line.starts_with(field));
+    let joined = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    status.lines().filter(is_listed).map(joined).collect()
 }
 
 type Attempts = fn(&Worker) -> Vec<String>;
 
 fn report(worker: &Worker, attempts: Attempts) {
-    let done = attempts(worker);
-    worker.send(format!("{done:?}").as_bytes()).unwrap();
+    let not_refused = attempts(worker);
+    worker.send(format!("{not_refused:?}").as_bytes()).unwrap();
 }
 
-/// Plays a worker that reports what it should not have been able to do.
-fn cluster_of_the_powerless(settings: Settings, attempts: Attempts) {
+/// Plays a worker that reports the attempts which were not refused.
+fn assert_all_refused(settings: Settings, attempts: Attempts) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -84,8 +84,8 @@ fn cluster_of_the_powerless(settings: Settings, attempts: Attempts) {
     assert_eq!(entries.take(), ["1 []"]);
 }
 
-/// Those that did not fail with the errno that goes with them.
-fn unless_refused<T: std::fmt::Debug>(
+/// Returns the attempts that did not fail with the expected errno.
+fn not_refused_of<T: std::fmt::Debug>(
     attempts: impl IntoIterator<Item = (&'static str, nix::Result<T>, Errno)>,
 ) -> Vec<String> {
     let attempts = attempts.into_iter();
@@ -95,11 +95,11 @@ fn unless_refused<T: std::fmt::Debug>(
         .collect()
 }
 
-fn nothing_of_root_is_left_and_nothing_comes_back() {
+fn worker_of_another_user_keeps_no_privileges_of_root() {
     if cluster::is_master() {
         nix::unistd::setgroups(&[Gid::from_raw(0), Gid::from_raw(1), Gid::from_raw(4)]).unwrap();
     }
-    cluster_of_the_powerless(nobodys(), |_| {
+    assert_all_refused(settings_of_nobody(), |_| {
         let user = "Uid: 65534 65534 65534 65534";
         let group = "Gid: 65534 65534 65534 65534";
         let none = "0000000000000000";
@@ -107,12 +107,12 @@ fn nothing_of_root_is_left_and_nothing_comes_back() {
         let [inheritable, permitted, effective, ambient] = sets.each_ref();
         let sets = [inheritable, permitted, effective, ambient].map(String::as_str);
         let expected = [&[user, group, "Groups:"], &sets[..]].concat();
-        assert_eq!(powers(), expected);
+        assert_eq!(credentials(), expected);
 
         let (user, group) = (Uid::from_raw(0), Gid::from_raw(0));
         let nobody = Uid::from_raw(NOBODY);
         let perm = Errno::EPERM;
-        unless_refused([
+        not_refused_of([
             ("setuid", nix::unistd::setuid(user), perm),
             ("seteuid", nix::unistd::seteuid(user), perm),
             (
@@ -127,8 +127,9 @@ fn nothing_of_root_is_left_and_nothing_comes_back() {
     });
 }
 
-/// A master that has capabilities which outlive a change of user, by either way of having them.
-fn capabilities_that_outlive_the_user_are_given_up() {
+/// The master has capabilities that survive a change of user: ambient ones, kept by
+/// `SECBIT_NO_SETUID_FIXUP`, or by `PR_SET_KEEPCAPS`.
+fn capabilities_that_survive_setuid_are_dropped() {
     const RAISED: &str = "RAISED";
     let Ok(how) = std::env::var(RAISED) else {
         for how in ["exec", "main", "main that keeps"] {
@@ -147,14 +148,17 @@ fn capabilities_that_outlive_the_user_are_given_up() {
         return;
     };
     if cluster::is_master() {
-        assert!(powers().contains(&"CapAmb: 00000000000000c0".to_owned()));
+        assert!(credentials().contains(&"CapAmb: 00000000000000c0".to_owned()));
         nix::sys::prctl::set_keepcaps(how == "main that keeps").unwrap();
     }
     let attempts: Attempts = |_| {
         let is_empty = |set: &String| !set.starts_with("Cap") || set.ends_with(" 0000000000000000");
-        let mut left: Vec<_> = powers().into_iter().filter(|set| !is_empty(set)).collect();
+        let mut left: Vec<_> = credentials()
+            .into_iter()
+            .filter(|set| !is_empty(set))
+            .collect();
         let (user, group) = (Uid::from_raw(0), Gid::from_raw(0));
-        left.extend(unless_refused([
+        left.extend(not_refused_of([
             ("setuid", nix::unistd::setuid(user), Errno::EPERM),
             ("setgid", nix::unistd::setgid(group), Errno::EPERM),
         ]));
@@ -165,14 +169,14 @@ fn capabilities_that_outlive_the_user_are_given_up() {
         0
     };
     let settings = match how.as_str() {
-        "exec" => nobodys(),
-        _ => nobodys().main(main),
+        "exec" => settings_of_nobody(),
+        _ => settings_of_nobody().main(main),
     };
-    cluster_of_the_powerless(settings, attempts);
+    assert_all_refused(settings, attempts);
 }
 
-/// User 0 is root, and another group alone gives up no user.
-fn a_worker_that_stays_root_keeps_its_capabilities() {
+/// User 0 is root, and a change of the group alone does not drop privileges.
+fn root_worker_keeps_its_capabilities() {
     const SETTINGS: &str = "SETTINGS";
     let Ok(how) = std::env::var(SETTINGS) else {
         for how in ["user 0", "another group"] {
@@ -187,8 +191,10 @@ fn a_worker_that_stays_root_keeps_its_capabilities() {
     let log = Log::default();
     let entries = log.clone();
     let effective = || {
-        let powers = powers();
-        let mut sets = powers.into_iter().filter(|set| set.starts_with("CapEff"));
+        let credentials = credentials();
+        let mut sets = credentials
+            .into_iter()
+            .filter(|set| set.starts_with("CapEff"));
         sets.next().unwrap()
     };
     cluster(
@@ -202,13 +208,13 @@ fn a_worker_that_stays_root_keeps_its_capabilities() {
     assert_eq!(entries.take(), [format!("1 {}", effective())]);
 }
 
-/// Forks a child of another user that is held up.
+/// Forks a child of another user that does not start in time.
 fn assert_fork_gives_up(master: &Master) {
     let begun = Instant::now();
     let error = master.fork().unwrap_err();
     let waited = begun.elapsed();
     println!("{error} after {waited:?}");
-    // It ends at a second, but this process may have to wait for a processor.
+    // The limit is one second, but this process may have to wait for a processor.
     assert!(waited < Duration::from_secs(10), "{waited:?}");
     match error {
         Error::Fork {
@@ -222,9 +228,9 @@ fn assert_fork_gives_up(master: &Master) {
     assert!(master.workers().is_empty());
 }
 
-/// A child that was killed may need some time to end, be it for lack of a processor.
+/// A killed child may exit late on a busy machine.
 fn assert_next_fork_leaves_no_zombie(master: &Master) {
-    wait_until("the end of the child", || {
+    wait_until("the exit of the child", || {
         (!children().into_iter().any(is_alive)).then_some(())
     });
     master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
@@ -233,25 +239,25 @@ fn assert_next_fork_leaves_no_zombie(master: &Master) {
     assert_eq!(children(), [next.process().id()]);
 }
 
-/// The other user has nothing but the permission to signal it.
+/// The other user only has the permission to signal the child.
 fn fork_returns_when_a_child_of_another_user_is_stopped() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
         |master| {
             let leased = Arc::clone(&program);
-            let stopping = std::thread::spawn(move || {
+            let stopper = std::thread::spawn(move || {
                 let child = leased.wait_for_child();
                 nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).unwrap();
             });
-            master.setup_master(nobodys().exec(program.path()));
-            // On a busy machine a child may need too much time to be held up at all.
-            while !stopping.is_finished() {
+            master.setup_master(settings_of_nobody().exec(program.path()));
+            // On a busy machine, `fork` may time out before the child has been stopped.
+            while !stopper.is_finished() {
                 assert_fork_gives_up(master);
             }
-            stopping.join().unwrap();
+            stopper.join().unwrap();
             assert_next_fork_leaves_no_zombie(master);
         },
-        |_| unreachable!("it executes another program"),
+        |_| unreachable!("the worker executes another program"),
     );
 }
 
@@ -260,13 +266,14 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
-/// Another process traces the child, which keeps it from being reaped, as waiting for a device would.
-fn a_child_that_takes_long_to_end_is_reaped_before_the_next_fork() {
+/// Another process traces the child, which delays its reaping, like a child that waits for a
+/// device.
+fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
         |master| {
             let leased = Arc::clone(&program);
-            let tracing = std::thread::spawn(move || {
+            let tracer_thread = std::thread::spawn(move || {
                 let child = leased.wait_for_child();
                 let (begun, tracer_begins) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
                 let ForkResult::Parent { child: tracer } = fork_of_the_host() else {
@@ -279,45 +286,45 @@ fn a_child_that_takes_long_to_end_is_reaped_before_the_next_fork() {
                 File::from(begun).read_exact(&mut [0]).unwrap();
                 (child.as_raw().unsigned_abs(), tracer)
             });
-            master.setup_master(nobodys().exec(program.path()));
-            while !tracing.is_finished() {
+            master.setup_master(settings_of_nobody().exec(program.path()));
+            while !tracer_thread.is_finished() {
                 assert_fork_gives_up(master);
             }
-            let (child, tracer) = tracing.join().unwrap();
+            let (child, tracer) = tracer_thread.join().unwrap();
             wait_for_state(child, ") Z ");
             end_child(tracer);
             assert!(children().contains(&child));
             assert_next_fork_leaves_no_zombie(master);
         },
-        |_| unreachable!("it executes another program"),
+        |_| unreachable!("the worker executes another program"),
     );
 }
 
-fn fork_returns_when_a_copy_of_another_user_is_stopped() {
+fn fork_returns_when_a_child_without_exec_of_another_user_is_stopped() {
     with_env("CLUSTER_FAULT", "begin:stop:1", || {
         cluster(
             |master| {
-                master.setup_master(nobodys().main(|_| panic!("it is stopped")));
+                master.setup_master(settings_of_nobody().main(|_| panic!("the child is stopped")));
                 assert_fork_gives_up(master);
                 assert_next_fork_leaves_no_zombie(master);
             },
-            |_| unreachable!("nothing is executed"),
+            |_| unreachable!("no program is executed"),
         );
     });
 }
 
-fn fork_returns_when_a_copy_of_another_user_is_stopped_on_old_kernels() {
+fn fork_returns_when_a_child_without_exec_of_another_user_is_stopped_on_old_kernels() {
     without_process_descriptors();
-    fork_returns_when_a_copy_of_another_user_is_stopped();
+    fork_returns_when_a_child_without_exec_of_another_user_is_stopped();
 }
 
-fn a_step_that_fails_is_named_and_nobody_is_forked() {
+fn failed_step_of_fork_is_named_and_leaves_no_process() {
     cluster(
         |master| {
-            master.on_fork(|_, _| panic!("nothing was forked"));
-            master.on_exit(|_, _, _| panic!("nothing was forked"));
-            master.setup_master(nobodys());
-            // A filter stays: the earlier step comes later.
+            master.on_fork(|_, _| panic!("no worker was forked"));
+            master.on_exit(|_, _, _| panic!("no worker was forked"));
+            master.setup_master(settings_of_nobody());
+            // A filter cannot be removed, so the steps are refused from the last to the first.
             let steps = [
                 (libc::SYS_capset, libc::EPERM, "give up its capabilities"),
                 (libc::SYS_setresuid, libc::EACCES, "change its user"),
@@ -336,11 +343,11 @@ fn a_step_that_fails_is_named_and_nobody_is_forked() {
                     error => panic!("{error}"),
                 }
                 assert!(master.workers().is_empty());
-                let nobody = waitpid(None, Some(WaitPidFlag::__WALL));
-                assert_eq!(nobody, Err(Errno::ECHILD), "and not even a zombie");
+                let remaining = waitpid(None, Some(WaitPidFlag::__WALL));
+                assert_eq!(remaining, Err(Errno::ECHILD), "no zombie is left");
             }
         },
-        |_| unreachable!("nothing was forked"),
+        |_| unreachable!("no worker was forked"),
     );
 }
 
@@ -353,7 +360,7 @@ fn file_names(path: String) -> nix::Result<usize> {
     names.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap()))
 }
 
-/// A descriptor by which the kernel knows another process.
+/// Opens a pidfd of another process.
 fn process_descriptor(pid: Pid) -> libc::c_long {
     #[allow(unsafe_code)]
     // SAFETY: the call takes two integers.
@@ -361,7 +368,7 @@ fn process_descriptor(pid: Pid) -> libc::c_long {
     Errno::result(fd).unwrap()
 }
 
-/// Copies of another process's descriptors.
+/// Tries to copy another process's descriptors.
 fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_long>, Errno)> {
     let process = process_descriptor(pid);
     let copy = |number: libc::c_long| {
@@ -373,15 +380,15 @@ fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_lon
     (0..64).map(copy).collect()
 }
 
-/// All the ways into another process, each of which must be closed.
-fn ways_into(pid: Pid) -> Vec<String> {
+/// Tries every way to access another process, and returns those that were not refused.
+fn successful_accesses(pid: Pid) -> Vec<String> {
     let (denied, perm) = (Errno::EACCES, Errno::EPERM);
     let of = |name: &str| format!("/proc/{pid}/{name}");
     let files = ["fd/0", "fd/3", "mem", "environ", "maps"].map(|name| (of(name), name));
     let files = files.map(|(path, _)| ("a file of /proc", open(path).map(|_| ()), denied));
-    let mut found = unless_refused(files);
-    found.extend(unless_refused([("fd", file_names(of("fd")), denied)]));
-    found.extend(unless_refused([
+    let mut found = not_refused_of(files);
+    found.extend(not_refused_of([("fd", file_names(of("fd")), denied)]));
+    found.extend(not_refused_of([
         ("attach", nix::sys::ptrace::attach(pid), perm),
         (
             "seize",
@@ -390,39 +397,38 @@ fn ways_into(pid: Pid) -> Vec<String> {
         ),
         ("kill", nix::sys::signal::kill(pid, None), perm),
     ]));
-    found.extend(unless_refused(copies_of_descriptors(pid)));
+    found.extend(not_refused_of(copies_of_descriptors(pid)));
     found
 }
 
-fn a_worker_of_another_user_cannot_reach_into_the_master() {
-    cluster_of_the_powerless(nobodys(), |_| ways_into(getppid()));
+fn worker_of_another_user_cannot_access_the_master() {
+    assert_all_refused(settings_of_nobody(), |_| successful_accesses(getppid()));
 }
 
-/// One user for each of them: what the kernel allows among processes of the same user, nobody can
-/// forbid.
-fn a_worker_cannot_reach_into_one_of_another_user() {
+/// Each worker has its own user. The kernel allows more among processes of the same user.
+fn worker_cannot_access_a_worker_of_another_user() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             note_messages(master, &log);
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
-            master.setup_master(nobodys());
-            let victim = master.fork().unwrap();
-            victim.on_online(|master, victim| {
+            master.setup_master(settings_of_nobody());
+            let target = master.fork().unwrap();
+            target.on_online(|master, target| {
                 master.setup_master(Settings::default().uid(1).gid(1));
-                let pid = victim.process().id().to_string();
-                master.fork_with([("VICTIM", pid)]).unwrap();
+                let pid = target.process().id().to_string();
+                master.fork_with([("TARGET", pid)]).unwrap();
             });
             master.on_message(move |_, worker, _| {
-                victim.disconnect();
+                target.disconnect();
                 worker.disconnect();
             });
         },
         |worker| {
-            if let Ok(victim) = std::env::var("VICTIM") {
-                let victim = Pid::from_raw(victim.parse().unwrap());
-                let found = format!("{:?}", ways_into(victim));
+            if let Ok(target) = std::env::var("TARGET") {
+                let target = Pid::from_raw(target.parse().unwrap());
+                let found = format!("{:?}", successful_accesses(target));
                 worker.send(found.as_bytes()).unwrap();
             }
             worker.run().unwrap();
@@ -431,26 +437,26 @@ fn a_worker_cannot_reach_into_one_of_another_user() {
     assert_eq!(entries.take(), ["2 []"]);
 }
 
-/// What the host's program has opened, and may be asked for.
-struct Lent {
+/// Sockets that the host has opened, and that workers may request.
+struct HostSockets {
     tcp: TcpListener,
     unix: UnixListener,
     udp: UdpSocket,
-    _home: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
-impl Lent {
+impl HostSockets {
     fn new() -> Self {
-        let home = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         Self {
             tcp: TcpListener::bind("127.0.0.1:0").unwrap(),
-            unix: UnixListener::bind(home.path().join("lent")).unwrap(),
+            unix: UnixListener::bind(directory.path().join("socket")).unwrap(),
             udp: UdpSocket::bind("127.0.0.1:0").unwrap(),
-            _home: home,
+            _directory: directory,
         }
     }
 
-    fn by_number(&self) -> BTreeSet<String> {
+    fn descriptions(&self) -> BTreeSet<String> {
         let (tcp, unix, udp) = (&self.tcp, &self.unix, &self.udp);
         let numbers = [
             ("tcp", tcp.as_raw_fd()),
@@ -463,25 +469,27 @@ impl Lent {
     }
 }
 
-/// Whatever a worker gets when it asks for all numbers that the master may have.
-fn had_by_number(worker: &Worker) -> String {
-    let mut had = BTreeSet::new();
+/// Returns every socket that a worker gets when it requests all numbers that the master may have.
+fn request_all_numbers(worker: &Worker) -> String {
+    let mut opened = BTreeSet::new();
     for number in 0..64 {
         let tcp = worker.listen(ListenOptions::fd(number)).map(drop);
         let unix = worker.listen(ListenOptions::unix_fd(number)).map(drop);
         let udp = worker.bind(BindOptions::fd(number)).map(drop);
         let kinds = [("tcp", tcp), ("unix", unix), ("udp", udp)];
         let open = kinds.into_iter().filter(|(_, result)| result.is_ok());
-        had.extend(open.map(|(kind, _)| format!("{kind} {number}")));
+        opened.extend(open.map(|(kind, _)| format!("{kind} {number}")));
     }
-    format!("{had:?}")
+    format!("{opened:?}")
 }
 
-/// Opens one of each kind with the master's help, and keeps it.
+/// Opens one socket of each kind through the master, and keeps them open.
 fn open_all_kinds(worker: &Worker) {
-    let home = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let tcp = worker.listen("127.0.0.1:0").unwrap();
-    let unix = worker.listen(home.path().join("own").as_path()).unwrap();
+    let unix = worker
+        .listen(directory.path().join("own").as_path())
+        .unwrap();
     let udp = worker.bind("127.0.0.1:0").unwrap();
     tcp.on_connection(|_, _| {});
     unix.on_connection(|_, _| {});
@@ -490,13 +498,13 @@ fn open_all_kinds(worker: &Worker) {
     worker.run().unwrap();
 }
 
-fn ask_when_the_first_is_ready(master: &Master, log: &Log) {
+fn request_after_the_first_opened(master: &Master, log: &Log) {
     note_messages(master, log);
     master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     let first = master.fork().unwrap();
     master.on_message(move |master, worker, _| {
         if *worker == first {
-            master.setup_master(nobodys());
+            master.setup_master(settings_of_nobody());
             master.fork_with([("ASKS", "1")]).unwrap();
         } else {
             first.disconnect();
@@ -504,19 +512,21 @@ fn ask_when_the_first_is_ready(master: &Master, log: &Log) {
     });
 }
 
-fn by_number_a_worker_gets_what_the_host_has_opened_and_nothing_else() {
+fn worker_gets_only_sockets_of_the_host_by_number() {
     for_both_policies(|| {
-        let lent = cluster::is_master().then(Lent::new);
-        let expected = lent.as_ref().map(Lent::by_number);
+        let host_sockets = cluster::is_master().then(HostSockets::new);
+        let expected = host_sockets.as_ref().map(HostSockets::descriptions);
         let log = Log::default();
         let entries = log.clone();
         cluster(
-            |master| ask_when_the_first_is_ready(master, &log),
+            |master| request_after_the_first_opened(master, &log),
             |worker| {
                 if std::env::var_os("ASKS").is_none() {
                     return open_all_kinds(&worker);
                 }
-                worker.send(had_by_number(&worker).as_bytes()).unwrap();
+                worker
+                    .send(request_all_numbers(&worker).as_bytes())
+                    .unwrap();
             },
         );
         let expected = format!("2 {:?}", expected.unwrap());
@@ -524,10 +534,10 @@ fn by_number_a_worker_gets_what_the_host_has_opened_and_nothing_else() {
     });
 }
 
-/// Set for a process that has our variables and no master.
-const STRANGER: &str = "STRANGER";
+/// Set for a process that has the variables of a worker and no master.
+const NO_MASTER: &str = "STRANGER";
 
-/// A descriptor as its owner left it: its flags, and what belongs to all copies.
+/// Returns the flags of the descriptor and of its open file description.
 fn flags(number: RawFd) -> Option<(i32, i32)> {
     let get = |arg| {
         #[allow(unsafe_code)]
@@ -538,8 +548,8 @@ fn flags(number: RawFd) -> Option<(i32, i32)> {
     Some((get(libc::F_GETFD)?, get(libc::F_GETFL)?))
 }
 
-/// Prints the error of `init`, which must have left everything as it was.
-fn be_a_stranger() {
+/// Prints the error of `init`, and checks that `init` changed no descriptor.
+fn print_error_of_init() {
     let state = || (0..8).map(flags).collect::<Vec<_>>();
     let before = (state(), open_fds());
     let error = cluster::init().unwrap_err();
@@ -548,15 +558,19 @@ fn be_a_stranger() {
     println!("{error}");
 }
 
-/// What a stranger hears whose standard input is `input`.
-fn stranger(id: Option<&str>, channel: Option<&str>, input: std::process::Stdio) -> String {
-    // The variables are for the process that has this number.
+/// Returns the output of such a process, with `input` as its standard input.
+fn run_without_master(
+    id: Option<&str>,
+    channel: Option<&str>,
+    input: std::process::Stdio,
+) -> String {
+    // The variables apply to the process with this ID.
     let script = "CLUSTER_WORKER_PID=$$ exec \"$0\"";
     let mut command = Command::new("sh");
     command
         .args(["-c", script])
         .arg(std::env::current_exe().unwrap());
-    command.env(STRANGER, "1").stdin(input);
+    command.env(NO_MASTER, "1").stdin(input);
     command.envs(id.map(|id| ("CLUSTER_UNIQUE_ID", id)));
     command.envs(channel.map(|channel| ("CLUSTER_CHANNEL_FD", channel)));
     let output = command.output().unwrap();
@@ -564,9 +578,9 @@ fn stranger(id: Option<&str>, channel: Option<&str>, input: std::process::Stdio)
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn strangers_with_our_variables_get_an_error() {
-    if std::env::var_os(STRANGER).is_some() {
-        return be_a_stranger();
+fn init_with_invalid_worker_variables_is_an_error() {
+    if std::env::var_os(NO_MASTER).is_some() {
+        return print_error_of_init();
     }
     let number = "a number set by a master";
     let channel = "the descriptor of a channel to a master";
@@ -589,38 +603,38 @@ fn strangers_with_our_variables_get_an_error() {
         (Some("1"), Some("2"), fd, "2", channel),
     ];
     for (id, fd, variable, value, expected) in cases {
-        let text = stranger(id, fd, std::process::Stdio::null());
+        let text = run_without_master(id, fd, std::process::Stdio::null());
         let expected =
             format!("environment variable {variable} is {value:?}, expected {expected}\n");
         assert_eq!(text, expected);
     }
 }
 
-/// The number is that of a descriptor of `kind`, whose other side looks at it afterwards.
-fn refused_as_a_channel(kind: &str, descriptor: impl Into<OwnedFd>) {
+/// Passes a descriptor of `kind` as the channel. It must be refused and unchanged.
+fn assert_refused_as_a_channel(kind: &str, descriptor: impl Into<OwnedFd>) {
     let descriptor = descriptor.into();
     let before = fcntl(&descriptor, FcntlArg::F_GETFL).unwrap();
-    let text = stranger(Some("1"), Some("0"), descriptor.try_clone().unwrap().into());
+    let text = run_without_master(Some("1"), Some("0"), descriptor.try_clone().unwrap().into());
     let expected = "environment variable CLUSTER_CHANNEL_FD is \"0\", \
                     expected the descriptor of a channel to a master\n";
     assert_eq!(text, expected, "{kind}");
     let after = fcntl(&descriptor, FcntlArg::F_GETFL).unwrap();
-    assert_eq!(before, after, "{kind}: it blocks as before");
+    assert_eq!(before, after, "{kind}: the flags are unchanged");
 }
 
-/// Nothing has been written, and the other side is still there.
+/// Checks that nothing was written and the peer is still open.
 fn assert_silence(error: std::io::Error) {
     assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
 }
 
-fn a_strangers_descriptor_is_no_channel() {
-    if std::env::var_os(STRANGER).is_some() {
-        return be_a_stranger();
+fn foreign_descriptor_is_refused_as_a_channel() {
+    if std::env::var_os(NO_MASTER).is_some() {
+        return print_error_of_init();
     }
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(b"as it was").unwrap();
     file.rewind().unwrap();
-    refused_as_a_channel("file", file.try_clone().unwrap());
+    assert_refused_as_a_channel("file", file.try_clone().unwrap());
     assert_eq!(file.stream_position().unwrap(), 0);
     let mut text = String::new();
     file.read_to_string(&mut text).unwrap();
@@ -629,57 +643,57 @@ fn a_strangers_descriptor_is_no_channel() {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
     let (mut other, _) = server.accept().unwrap();
-    refused_as_a_channel("TCP connection", client.try_clone().unwrap());
-    refused_as_a_channel("TCP listener", server);
+    assert_refused_as_a_channel("TCP connection", client.try_clone().unwrap());
+    assert_refused_as_a_channel("TCP listener", server);
     other.set_nonblocking(true).unwrap();
     assert_silence(other.read(&mut [0]).unwrap_err());
     drop(client);
 
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
-    refused_as_a_channel("pipe", writer.try_clone().unwrap());
+    assert_refused_as_a_channel("pipe", writer.try_clone().unwrap());
     assert_silence(File::from(reader).read(&mut [0]).unwrap_err());
     drop(writer);
 }
 
-fn a_unix_socket_that_is_no_stream_is_no_channel() {
-    if std::env::var_os(STRANGER).is_some() {
-        return be_a_stranger();
+fn unix_socket_that_is_no_stream_is_refused_as_a_channel() {
+    if std::env::var_os(NO_MASTER).is_some() {
+        return print_error_of_init();
     }
     let (ours, theirs) = UnixDatagram::pair().unwrap();
-    refused_as_a_channel("datagram socket", theirs.try_clone().unwrap());
+    assert_refused_as_a_channel("datagram socket", theirs.try_clone().unwrap());
     ours.set_nonblocking(true).unwrap();
     assert_silence(ours.recv(&mut [0]).unwrap_err());
     drop(theirs);
 
-    let home = tempfile::tempdir().unwrap();
-    let server = UnixListener::bind(home.path().join("server")).unwrap();
-    refused_as_a_channel("Unix listener", server);
+    let directory = tempfile::tempdir().unwrap();
+    let server = UnixListener::bind(directory.path().join("server")).unwrap();
+    assert_refused_as_a_channel("Unix listener", server);
 }
 
-/// It is all that a channel is, but for what is at its other end.
-fn a_strangers_stream_is_no_channel() {
-    if std::env::var_os(STRANGER).is_some() {
-        return be_a_stranger();
+/// A Unix stream socket, like a channel. Only its peer is not a master.
+fn foreign_stream_is_refused_as_a_channel() {
+    if std::env::var_os(NO_MASTER).is_some() {
+        return print_error_of_init();
     }
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    refused_as_a_channel("Unix pair", theirs.try_clone().unwrap());
+    assert_refused_as_a_channel("Unix pair", theirs.try_clone().unwrap());
     ours.set_nonblocking(true).unwrap();
     assert_silence(ours.read(&mut [0]).unwrap_err());
 
-    // What is said there is not for us, and stays.
-    let words = b"what a stranger says to a stranger";
-    ours.write_all(words).unwrap();
-    refused_as_a_channel("Unix pair with words", theirs.try_clone().unwrap());
-    let mut heard = [0; 34];
+    // Data in the socket is not for `init`, and stays there.
+    let data = b"data that is no frame of the crate";
+    ours.write_all(data).unwrap();
+    assert_refused_as_a_channel("Unix pair with data", theirs.try_clone().unwrap());
+    let mut received = [0; 34];
     let mut theirs = theirs;
-    theirs.read_exact(&mut heard).unwrap();
-    assert_eq!(&heard, words);
+    theirs.read_exact(&mut received).unwrap();
+    assert_eq!(&received, data);
 
-    let home = tempfile::tempdir().unwrap();
-    let server = UnixListener::bind(home.path().join("server")).unwrap();
-    let client = UnixStream::connect(home.path().join("server")).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let server = UnixListener::bind(directory.path().join("server")).unwrap();
+    let client = UnixStream::connect(directory.path().join("server")).unwrap();
     let (mut other, _) = server.accept().unwrap();
-    refused_as_a_channel("Unix connection", client.try_clone().unwrap());
+    assert_refused_as_a_channel("Unix connection", client.try_clone().unwrap());
     other.set_nonblocking(true).unwrap();
     assert_silence(other.read(&mut [0]).unwrap_err());
 }

@@ -1,4 +1,4 @@
-//! The loop: timers, signals, watched descriptors, embedding, and rest.
+//! The loop: timers, signals, watched descriptors, embedding, back-off and idleness.
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
@@ -20,14 +20,14 @@ use crate::harness::{
 
 crate::scenarios! {
     timers_fire_in_order_and_can_be_cleared
-    a_timer_that_never_comes_is_no_error
+    timer_with_the_longest_duration_is_accepted
     durations_of_any_length_are_accepted
     loop_backs_off_from_a_killed_worker_that_is_traced: TRACING
     signals_reach_callbacks_in_both_roles
     watched_descriptors_keep_the_loop_alive
-    a_host_with_its_own_loop
-    a_worker_with_its_own_loop
-    a_blocking_worker_serves_timers_and_messages
+    master_runs_in_the_loop_of_the_host
+    worker_runs_in_the_loop_of_the_host
+    blocking_worker_handles_timers_and_messages
     idle_processes_sleep
 }
 
@@ -43,7 +43,7 @@ fn timers_fire_in_order_and_can_be_cleared() {
                 assert!(began.elapsed() >= at(30));
                 late.add("late");
             });
-            let never = master.set_timeout(at(20), |_| panic!("cleared"));
+            let never = master.set_timeout(at(20), |_| panic!("the cleared timer fired"));
             master.set_timeout(at(10), move |master| {
                 soon.add("soon");
                 master.clear_timer(never);
@@ -64,10 +64,10 @@ fn timers_fire_in_order_and_can_be_cleared() {
     assert_eq!(entries.take(), ["soon", "late", "tick", "tick", "tick"]);
 }
 
-fn a_timer_that_never_comes_is_no_error() {
+fn timer_with_the_longest_duration_is_accepted() {
     cluster(
         |master| {
-            let never = master.set_timeout(Duration::MAX, |_| panic!("already?"));
+            let never = master.set_timeout(Duration::MAX, |_| panic!("the timer fired"));
             master.on_exit(move |master, _, _| master.clear_timer(never));
             master.fork().unwrap();
         },
@@ -75,17 +75,19 @@ fn a_timer_that_never_comes_is_no_error() {
     );
 }
 
-/// None, one whose end the clock can tell and will not see, and one whose end it cannot.
+/// Zero, one whose end the clock can represent but never reaches, and one whose end it cannot
+/// represent.
 const DURATIONS: [Duration; 3] = [
     Duration::ZERO,
     Duration::from_secs(u64::MAX / 4),
     Duration::MAX,
 ];
 
-/// Each is passed to every method that takes one, in the master and in a worker, with each policy.
+/// Each duration is passed to every method that takes one, in the master and in a worker, with each
+/// policy.
 fn durations_of_any_length_are_accepted() {
     for policy in ["rr", "none", "sharded"] {
-        with_env_of(policy, || {
+        with_policy(policy, || {
             let log = Log::default();
             let entries = log.clone();
             cluster(
@@ -120,20 +122,20 @@ fn durations_of_any_length_are_accepted() {
                         master.fork().unwrap();
                     }
                     for duration in DURATIONS {
-                        // Events wait, and so it does not.
+                        // An event is pending, so `dispatch` does not wait.
                         master.setup_master(cluster::Settings::default());
                         master.dispatch(Some(duration)).unwrap();
                     }
                 },
-                |worker| wait_for(&worker, DURATIONS[worker.id().get() as usize - 1]),
+                |worker| wait_in_every_way(&worker, DURATIONS[worker.id().get() as usize - 1]),
             );
             assert_eq!(entries.take(), ["served"; DURATIONS.len()]);
         });
     }
 }
 
-/// Plays with this policy, and ends the process if it was started for that.
-fn with_env_of(policy: &str, play: impl FnOnce()) {
+/// Plays with this policy, unless the process was started for another one.
+fn with_policy(policy: &str, play: impl FnOnce()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     match std::env::var(POLICY) {
         Ok(own) if own != policy => {}
@@ -141,8 +143,8 @@ fn with_env_of(policy: &str, play: impl FnOnce()) {
     }
 }
 
-/// Waits in every way that a worker has.
-fn wait_for(worker: &Worker, duration: Duration) {
+/// Waits in every way that a worker offers.
+fn wait_in_every_way(worker: &Worker, duration: Duration) {
     let timeout = worker.set_timeout(duration, |_| {});
     let interval = worker.set_interval(duration, |_| {});
     worker.unref(timeout);
@@ -154,7 +156,7 @@ fn wait_for(worker: &Worker, duration: Duration) {
     let socket = worker.bind(options).unwrap();
     socket.send_to(b"x", socket.local_addr()).unwrap();
     assert!(socket.recv_from(&mut [0]).unwrap().is_some());
-    // An address for each worker: its client is not another one's.
+    // Each worker has its own address, so its client does not reach another worker.
     let address = format!("127.0.0.{}:0", worker.id());
     let listener = worker.listen(address.as_str()).unwrap();
     drop(socket);
@@ -164,7 +166,8 @@ fn wait_for(worker: &Worker, duration: Duration) {
     worker.run().unwrap();
 }
 
-/// A debugger, say: the worker is dead, and cannot be reaped before the debugger lets it go.
+/// A tracer such as a debugger delays the reaping: the killed worker stays a zombie until the
+/// tracer has detached or exited.
 fn loop_backs_off_from_a_killed_worker_that_is_traced() {
     const TRACEE: &str = "TRACEE";
     if let Ok(tracee) = std::env::var(TRACEE) {
@@ -172,7 +175,7 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
         ptrace::attach(tracee).unwrap();
         waitpid(tracee, None).unwrap();
         println!("traced");
-        // Until the other end is closed.
+        // Until the master closes this end of the pipe.
         std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
         return;
     }
@@ -198,17 +201,20 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
             stdout.read_exact(&mut [0; "traced".len()]).unwrap();
             worker.process().kill(Signal::KILL);
             wait_for_state(pid, ") Z ");
-            // Time itself is what is tested.
+            // The test measures the iterations in a fixed time.
             let (time, began) = (Duration::from_secs(1), Instant::now());
             let mut iterations = 0;
             while began.elapsed() < time {
                 master.dispatch(Some(time)).unwrap();
                 iterations += 1;
             }
-            // Two every 100 ms, and a few in which it hears that the channel is closed.
-            let most = 10 + began.elapsed().as_millis() / 50;
-            assert!(iterations <= most, "{iterations} iterations in {time:?}");
-            assert_eq!(log.len(), 0, "nobody has reaped it");
+            // Two iterations every 100 ms, and a few for the closed channel.
+            let iterations_max = 10 + began.elapsed().as_millis() / 50;
+            assert!(
+                iterations <= iterations_max,
+                "{iterations} iterations in {time:?}"
+            );
+            assert_eq!(log.len(), 0, "the worker has not been reaped");
             drop(tracer.stdin.take());
             assert!(tracer.wait().unwrap().success());
         },
@@ -221,10 +227,10 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
     assert_eq!(entries.take(), ["signal: 9 (SIGKILL)"]);
 }
 
-/// Lets every process of the same user trace this one, where only its ancestors may.
+/// Allows every process of the same user to trace this one, where Yama allows only ancestors.
 fn allow_tracing() {
     #[allow(unsafe_code)]
-    // SAFETY: the call takes integers. Where nothing forbids it anyway, it fails.
+    // SAFETY: the call takes integers. Without Yama, it fails, and nothing restricts tracing.
     unsafe {
         libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0)
     };
@@ -262,7 +268,7 @@ fn signals_reach_callbacks_in_both_roles() {
             });
         },
         |worker| {
-            // While it blocks.
+            // The signals arrive while the worker blocks.
             let listener = worker.listen("127.0.0.1:0").unwrap();
             for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
                 let on_signal = |worker: &cluster::Worker, signal: Signal| {
@@ -289,7 +295,7 @@ fn watched_descriptors_keep_the_loop_alive() {
             let watch = |master: &cluster::Master, here: UnixStream, log: Log| {
                 master
                     .watch(here, Interest::Both, move |_, mut here| {
-                        // Writable at once; then readable; then let go.
+                        // Writable at once, then readable, then removed.
                         log.add("ready");
                         if log.len() == 1 {
                             here.write_all(b"x").unwrap();
@@ -315,16 +321,16 @@ fn watched_descriptors_keep_the_loop_alive() {
     assert_eq!(entries.take(), ["ready", "ready"]);
 }
 
-/// Waits as a program with its own loop does.
+/// Waits as the application's own loop does.
 fn wait(fd: std::os::fd::BorrowedFd<'_>, time: Option<Duration>) {
-    // Rounded up, so as not to wake before the time.
+    // Rounded up, so that `poll` does not return before the timer is due.
     let time = time.map(|time| time + Duration::from_micros(999));
     let time = time.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     poll(&mut fds, time.unwrap_or(PollTimeout::MAX)).unwrap();
 }
 
-fn a_host_with_its_own_loop() {
+fn master_runs_in_the_loop_of_the_host() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -344,21 +350,28 @@ fn a_host_with_its_own_loop() {
                 );
             });
             master.fork().unwrap();
-            assert_eq!(master.time_left(), Some(Duration::ZERO), "events wait");
-            let mut turns = 0;
+            assert_eq!(
+                master.time_left(),
+                Some(Duration::ZERO),
+                "an event is pending"
+            );
+            let mut iterations = 0;
             while !master.workers().is_empty() {
                 wait(master.as_fd(), master.time_left());
                 master.dispatch(Some(Duration::ZERO)).unwrap();
-                turns += 1;
+                iterations += 1;
             }
-            assert!(turns < 100, "{turns} turns: it does not sleep");
+            assert!(
+                iterations < 100,
+                "{iterations} iterations: the loop does not sleep"
+            );
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
     assert_eq!(entries.take(), ["1", "exit"]);
 }
 
-fn a_worker_with_its_own_loop() {
+fn worker_runs_in_the_loop_of_the_host() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -389,7 +402,7 @@ fn a_worker_with_its_own_loop() {
     assert_eq!(entries.take(), ["embedded"]);
 }
 
-fn a_blocking_worker_serves_timers_and_messages() {
+fn blocking_worker_handles_timers_and_messages() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -422,8 +435,8 @@ fn a_blocking_worker_serves_timers_and_messages() {
     assert_eq!(entries.take(), ["one", "two", "pong"]);
 }
 
-/// How often a process was put to sleep of its own will: a wake-up adds one.
-fn switches(pid: u32) -> u64 {
+/// Returns the number of context switches of a process. Each wake-up adds at least one.
+fn context_switches(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &str| {
         let value = status.lines().find_map(|line| line.strip_prefix(name));
@@ -433,13 +446,15 @@ fn switches(pid: u32) -> u64 {
     field("voluntary_ctxt_switches:") + field("nonvoluntary_ctxt_switches:")
 }
 
-/// The cluster that is watched is a child of this process.
+/// The observed cluster is a child of this process.
 fn idle_processes_sleep() {
-    const PLAY: &str = "IDLE";
-    if std::env::var_os(PLAY).is_none() {
+    const IS_OBSERVED: &str = "IDLE";
+    if std::env::var_os(IS_OBSERVED).is_none() {
         for policy in ["rr", "none"] {
             let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-            command.env(PLAY, "1").env("CLUSTER_SCHED_POLICY", policy);
+            command
+                .env(IS_OBSERVED, "1")
+                .env("CLUSTER_SCHED_POLICY", policy);
             let mut master = command
                 .stdout(std::process::Stdio::piped())
                 .spawn()
@@ -453,17 +468,19 @@ fn idle_processes_sleep() {
                 .map(|pid| pid.parse::<u32>().unwrap());
             let pids: Vec<_> = pids.chain([master.id()]).collect();
             assert_eq!(pids.len(), 4, "{line}");
-            // Until they have come to rest; then time itself is what is tested.
+            // Waits until all processes are idle, and then checks them for two seconds.
             let mut before = Vec::new();
-            wait_until("rest", || {
-                let last =
-                    std::mem::replace(&mut before, pids.iter().map(|p| switches(*p)).collect());
+            wait_until("idle processes", || {
+                let last = std::mem::replace(
+                    &mut before,
+                    pids.iter().map(|p| context_switches(*p)).collect(),
+                );
                 std::thread::sleep(Duration::from_millis(100));
                 (last == before).then_some(())
             });
             std::thread::sleep(Duration::from_secs(2));
-            let after: Vec<_> = pids.iter().map(|pid| switches(*pid)).collect();
-            assert_eq!(after, before, "woken up while idle");
+            let after: Vec<_> = pids.iter().map(|pid| context_switches(*pid)).collect();
+            assert_eq!(after, before, "a process woke up while idle");
             master.kill().unwrap();
             master.wait().unwrap();
         }

@@ -1,4 +1,4 @@
-//! Programs that choose the worker for each connection.
+//! Applications that choose the worker for each connection.
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
@@ -15,19 +15,19 @@ use crate::harness::{
 };
 
 crate::scenarios! {
-    the_scheduler_sees_who_comes_and_picks
-    the_scheduler_sees_no_address_of_a_path
-    the_scheduler_sees_the_loads
-    without_a_choice_it_is_round_robin
-    whoever_is_no_candidate_is_no_choice
-    a_chosen_worker_that_is_busy_gets_it_later
-    the_client_of_a_chosen_worker_that_dies_is_served_once
-    a_chosen_worker_that_is_to_leave_is_chosen_no_more
-    no_more_than_sixteen_for_each_worker_are_accepted
-    the_latest_scheduler_is_asked
+    scheduler_chooses_by_the_peer_address
+    scheduler_sees_no_peer_address_of_a_unix_socket
+    scheduler_sees_the_loads
+    no_choice_means_round_robin
+    choice_of_a_worker_that_is_no_candidate_means_round_robin
+    busy_worker_receives_chosen_connections_later
+    client_of_a_killed_chosen_worker_is_served_once
+    disconnecting_worker_is_not_chosen_again
+    master_accepts_at_most_sixteen_connections_per_worker
+    latest_scheduler_is_called
     scheduler_may_replace_itself
-    clients_that_hang_up_while_they_wait_cost_no_worker
-    a_scheduler_may_send
+    waiting_clients_that_disconnect_reach_no_worker
+    scheduler_may_send_messages
 }
 
 fn answer_ids(worker: &Worker) {
@@ -35,7 +35,7 @@ fn answer_ids(worker: &Worker) {
     serve_id(worker, "127.0.0.1:0");
 }
 
-/// Reads one byte before it answers, so that whoever says nothing is held.
+/// Reads one byte before it answers, so a client that sends nothing is held.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -46,13 +46,13 @@ fn serve_after_one_byte(worker: &Worker) {
     }
 }
 
-/// The candidate with this number.
+/// Returns the candidate with this ID.
 fn candidate(number: u32, workers: &[WorkerLoad]) -> Option<WorkerId> {
     let mut ids = workers.iter().map(|load| load.worker);
     ids.find(|id| id.get() == number)
 }
 
-/// Says a byte, and hears who answers.
+/// Sends a byte, and returns the answer.
 fn finish(mut client: TcpStream) -> String {
     client.write_all(b"x").unwrap();
     let mut answer = String::new();
@@ -64,27 +64,27 @@ fn fork_two(master: &Master) {
     (0..2).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Calls back when it is so; asked every millisecond.
+/// Calls back when the condition is true. Checks it every millisecond.
 fn when(
     master: &Master,
-    is_so: impl Fn(&Master) -> bool + 'static,
+    condition: impl Fn(&Master) -> bool + 'static,
     then: impl FnOnce(&Master) + 'static,
 ) {
     master.set_timeout(Duration::from_millis(1), move |master| {
-        if is_so(master) {
+        if condition(master) {
             then(master);
         } else {
-            when(master, is_so, then);
+            when(master, condition, then);
         }
     });
 }
 
-/// By the last digit of the port.
+/// Chooses a worker by the last digit of the port.
 fn chosen_for(peer: SocketAddr) -> u32 {
     1 + u32::from(peer.port()) % 10 % 3
 }
 
-fn the_scheduler_sees_who_comes_and_picks() {
+fn scheduler_chooses_by_the_peer_address() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -104,7 +104,7 @@ fn the_scheduler_sees_who_comes_and_picks() {
                 };
                 in_background(master, work, move |master, ()| {
                     assert_eq!(master.ledger().taken, 300);
-                    log.add("all as chosen");
+                    log.add("all served as chosen");
                     master.disconnect(|_| {});
                 });
             });
@@ -112,19 +112,19 @@ fn the_scheduler_sees_who_comes_and_picks() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["all as chosen"]);
+    assert_eq!(entries.take(), ["all served as chosen"]);
 }
 
-fn the_scheduler_sees_no_address_of_a_path() {
+fn scheduler_sees_no_peer_address_of_a_unix_socket() {
     const PATH: &str = "SCHEDULER_PATH";
     let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let asked = log.clone();
+            let calls = log.clone();
             master.set_scheduler(move |peer, workers| {
-                asked.add(format!("{peer:?}"));
+                calls.add(format!("{peer:?}"));
                 candidate(1, workers)
             });
             let path = directory.as_ref().unwrap().path().join("socket");
@@ -154,18 +154,18 @@ fn the_scheduler_sees_no_address_of_a_path() {
     assert_eq!(entries.take(), ["None", "served"]);
 }
 
-/// What it is shown of the workers is what each has had before.
-fn the_scheduler_sees_the_loads() {
+/// The scheduler sees the loads before the connection that it chooses for.
+fn scheduler_sees_the_loads() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             let (seen, shown) = (log.clone(), log);
             master.set_scheduler(move |_, workers| {
-                let figures = workers.iter().map(|load| (load.given, load.waiting()));
-                seen.add(format!("{:?}", figures.collect::<Vec<_>>()));
-                let least = workers.iter().min_by_key(|load| (load.given, load.worker));
-                least.map(|load| load.worker)
+                let loads = workers.iter().map(|load| (load.given, load.waiting()));
+                seen.add(format!("{:?}", loads.collect::<Vec<_>>()));
+                let least_loaded = workers.iter().min_by_key(|load| (load.given, load.worker));
+                least_loaded.map(|load| load.worker)
             });
             when_listening(master, 2, move |master, address| {
                 when_all_wait(master, move |master| {
@@ -205,27 +205,29 @@ fn the_scheduler_sees_the_loads() {
     assert_eq!(entries.take(), expected);
 }
 
-fn without_a_choice_it_is_round_robin() {
-    takes_turns(|_| None);
+fn no_choice_means_round_robin() {
+    assert_round_robin(|_| None);
 }
 
-/// A worker that is forked and does not listen is none of them.
-fn whoever_is_no_candidate_is_no_choice() {
-    takes_turns(Some);
+/// A worker that has been forked and does not listen is not a candidate.
+fn choice_of_a_worker_that_is_no_candidate_means_round_robin() {
+    assert_round_robin(Some);
 }
 
-fn takes_turns(choose: fn(WorkerId) -> Option<WorkerId>) {
+fn assert_round_robin(choose: fn(WorkerId) -> Option<WorkerId>) {
     const SILENT: &str = "SILENT";
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let stranger = master.fork_with([(SILENT, "1")]).unwrap().id();
+            let no_candidate = master.fork_with([(SILENT, "1")]).unwrap().id();
             master.set_scheduler(move |_, workers| {
-                assert_eq!(candidate(stranger.get(), workers), None);
-                choose(stranger)
+                assert_eq!(candidate(no_candidate.get(), workers), None);
+                choose(no_candidate)
             });
-            when_listening(master, 2, move |master, address| next(master, address, log));
+            when_listening(master, 2, move |master, address| {
+                connect_next(master, address, log)
+            });
             fork_two(master);
         },
         |worker| {
@@ -245,8 +247,8 @@ fn takes_turns(choose: fn(WorkerId) -> Option<WorkerId>) {
     assert_eq!(entries.len(), 40);
 }
 
-/// One connection after the other, each when everybody waits for one.
-fn next(master: &Master, address: SocketAddr, log: Log) {
+/// Connects one client after the other, each when every worker waits for a connection.
+fn connect_next(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {
         in_background(
             master,
@@ -254,7 +256,7 @@ fn next(master: &Master, address: SocketAddr, log: Log) {
             move |master, id| {
                 log.add(id);
                 if log.len() < 40 {
-                    return next(master, address, log);
+                    return connect_next(master, address, log);
                 }
                 master.disconnect(|_| {});
             },
@@ -262,21 +264,21 @@ fn next(master: &Master, address: SocketAddr, log: Log) {
     });
 }
 
-fn a_chosen_worker_that_is_busy_gets_it_later() {
+fn busy_worker_receives_chosen_connections_later() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let asked = log.clone();
+            let calls = log.clone();
             master.set_scheduler(move |_, workers| {
-                asked.add("asked");
+                calls.add("called");
                 candidate(1, workers)
             });
             when_listening(master, 2, move |master, address| {
                 let clients = move || [(); 3].map(|()| TcpStream::connect(address).unwrap());
                 in_background(master, clients, move |master, [first, second, third]| {
-                    // The other one is idle all the time, and longer than anything takes that is
-                    // given to the wrong one.
+                    // The other worker is idle all the time. 100 ms are longer than any wrong
+                    // dispatch would take.
                     let served = |master: &Master| master.ledger().accepted == 3;
                     when(master, served, move |master| {
                         master.set_timeout(Duration::from_millis(100), move |master| {
@@ -294,18 +296,18 @@ fn a_chosen_worker_that_is_busy_gets_it_later() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["asked", "asked", "asked", "1 1 1"]);
+    assert_eq!(entries.take(), ["called", "called", "called", "1 1 1"]);
 }
 
-/// The first worker is stopped; three clients are for it as long as it is there.
+/// Stops the first worker. Three clients are dispatched to it as long as it is a candidate.
 fn with_clients_of_a_stopped_worker(
     master: &Master,
     log: &Log,
     then: impl FnOnce(&Master, WorkerProcess, [TcpStream; 3]) + 'static,
 ) {
-    let asked = log.clone();
+    let calls = log.clone();
     master.set_scheduler(move |_, workers| {
-        asked.add(format!("{} may be chosen", workers.len()));
+        calls.add(format!("{} may be chosen", workers.len()));
         candidate(1, workers).or(candidate(2, workers))
     });
     when_listening(master, 2, move |master, address| {
@@ -322,7 +324,7 @@ fn with_clients_of_a_stopped_worker(
     fork_two(master);
 }
 
-const ASKED_AGAIN: [&str; 6] = [
+const CALLED_AGAIN: [&str; 6] = [
     "2 may be chosen",
     "2 may be chosen",
     "2 may be chosen",
@@ -331,12 +333,12 @@ const ASKED_AGAIN: [&str; 6] = [
     "1 may be chosen",
 ];
 
-fn the_client_of_a_chosen_worker_that_dies_is_served_once() {
+fn client_of_a_killed_chosen_worker_is_served_once() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let told = log.clone();
+            let outcome = log.clone();
             with_clients_of_a_stopped_worker(master, &log, move |master, first, clients| {
                 first.process().kill(Signal::KILL);
                 in_background(
@@ -346,7 +348,7 @@ fn the_client_of_a_chosen_worker_that_dies_is_served_once() {
                         assert_eq!(answers, ["2", "2", "2"]);
                         let ledger = master.ledger();
                         assert_eq!((ledger.accepted, ledger.taken), (3, 3));
-                        told.add("served");
+                        outcome.add("served");
                         master.disconnect(|_| {});
                     },
                 );
@@ -355,31 +357,32 @@ fn the_client_of_a_chosen_worker_that_dies_is_served_once() {
         |worker| serve_after_one_byte(&worker),
     );
     let entries = entries.take();
-    assert_eq!(entries[..6], ASKED_AGAIN);
+    assert_eq!(entries[..6], CALLED_AGAIN);
     assert_eq!(entries[6..], ["served"]);
 }
 
-/// It is told so in a callback, and nothing else happens that could have the scheduler asked again.
-fn a_chosen_worker_that_is_to_leave_is_chosen_no_more() {
+/// The worker is disconnected in a callback. No other event makes the master call the scheduler
+/// again.
+fn disconnecting_worker_is_not_chosen_again() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            let told = log.clone();
+            let outcome = log.clone();
             with_clients_of_a_stopped_worker(master, &log, move |master, first, clients| {
                 let stopped = first.clone();
                 let second = master.workers().remove(1);
-                let leave = second.on_message(move |_, _, _| {
+                let callback = second.on_message(move |_, _, _| {
                     stopped.disconnect();
                 });
-                master.once(leave);
+                master.once(callback);
                 second.send(b"ping").unwrap();
                 in_background(
                     master,
                     || clients.map(finish),
                     move |master, answers| {
                         assert_eq!(answers, ["2", "2", "2"]);
-                        told.add("served");
+                        outcome.add("served");
                         first.process().kill(Signal::CONT);
                         master.disconnect(|_| {});
                     },
@@ -389,11 +392,11 @@ fn a_chosen_worker_that_is_to_leave_is_chosen_no_more() {
         |worker| serve_after_one_byte(&worker),
     );
     let entries = entries.take();
-    assert_eq!(entries[..6], ASKED_AGAIN);
+    assert_eq!(entries[..6], CALLED_AGAIN);
     assert_eq!(entries[6..], ["served"]);
 }
 
-fn no_more_than_sixteen_for_each_worker_are_accepted() {
+fn master_accepts_at_most_sixteen_connections_per_worker() {
     const CLIENTS: usize = 100;
     let log = Log::default();
     let entries = log.clone();
@@ -409,7 +412,7 @@ fn no_more_than_sixteen_for_each_worker_are_accepted() {
                         (0..CLIENTS).map(connect).collect::<Vec<_>>()
                     };
                     in_background(master, clients, move |master, clients| {
-                        // All are connected, and the time in which more could be accepted is over.
+                        // All clients are connected, and 100 ms are long enough to accept more.
                         master.set_timeout(Duration::from_millis(100), move |master| {
                             assert_eq!(master.ledger().accepted, 2 * 16);
                             chosen.process().kill(Signal::CONT);
@@ -430,7 +433,7 @@ fn no_more_than_sixteen_for_each_worker_are_accepted() {
     assert_eq!(entries.take(), ["all"]);
 }
 
-fn the_latest_scheduler_is_asked() {
+fn latest_scheduler_is_called() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -454,7 +457,7 @@ fn the_latest_scheduler_is_asked() {
     assert_eq!(entries.take(), ["11111111", "22222222"]);
 }
 
-/// By the calls of one scheduler in another one, which is running.
+/// While a scheduler runs, it installs another scheduler.
 fn scheduler_may_replace_itself() {
     let log = Log::default();
     let entries = log.clone();
@@ -488,8 +491,9 @@ fn scheduler_may_replace_itself() {
     assert_eq!(entries.take(), ["first", "second", "second", "122"]);
 }
 
-/// More than one iteration checks; all are for a worker that is busy with the first one.
-fn clients_that_hang_up_while_they_wait_cost_no_worker() {
+/// More waiting clients than one iteration checks. All are for a worker that is busy with the first
+/// one.
+fn waiting_clients_that_disconnect_reach_no_worker() {
     const WAITING: usize = 12;
     let log = Log::default();
     let entries = log.clone();
@@ -517,8 +521,8 @@ fn clients_that_hang_up_while_they_wait_cost_no_worker() {
                                 let is_empty = |master: &Master| master.ledger().in_hand() == 0;
                                 when(master, is_empty, move |master| {
                                     let ledger = master.ledger();
-                                    let gone = ledger.closed_by_peer;
-                                    log.add(format!("{} served, {gone} gone", ledger.taken));
+                                    let closed = ledger.closed_by_peer;
+                                    log.add(format!("{} served, {closed} closed", ledger.taken));
                                     master.disconnect(|_| {});
                                 });
                             });
@@ -530,10 +534,10 @@ fn clients_that_hang_up_while_they_wait_cost_no_worker() {
         },
         |worker| serve_after_one_byte(&worker),
     );
-    assert_eq!(entries.take(), ["16 served, 12 gone"]);
+    assert_eq!(entries.take(), ["16 served, 12 closed"]);
 }
 
-/// Closes it so that the other side has an error.
+/// Closes the connection with a reset.
 fn reset(client: TcpStream) {
     use nix::sys::socket::{setsockopt, sockopt::Linger};
 
@@ -541,15 +545,15 @@ fn reset(client: TcpStream) {
     setsockopt(&client, Linger, &nix::libc::linger { l_onoff, l_linger }).unwrap();
 }
 
-fn a_scheduler_may_send() {
+fn scheduler_may_send_messages() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
                 let workers = master.workers();
-                let asked = Rc::new(Cell::new(0));
-                let own = Rc::clone(&asked);
+                let calls = Rc::new(Cell::new(0));
+                let own = Rc::clone(&calls);
                 master.set_scheduler(move |_, candidates| {
                     own.set(own.get() + 1);
                     for worker in &workers {
@@ -559,7 +563,7 @@ fn a_scheduler_may_send() {
                 });
                 let ask = move || [(); 8].map(|()| talk(address, b"").unwrap());
                 in_background(master, ask, move |master, answers| {
-                    log.add(format!("{} {}", asked.get(), answers.concat()));
+                    log.add(format!("{} {}", calls.get(), answers.concat()));
                     master.disconnect(|_| {});
                 });
             });

@@ -1,4 +1,4 @@
-//! The example `serve`, with programs that know nothing of this crate.
+//! The example `serve`, with programs that do not use this crate.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -21,7 +21,7 @@ use crate::harness::{
     Group, PYTHON, SCENARIO, SYSTEMD, example, is_alive, reserve_port, talk, wait_until,
 };
 
-/// What `serve` runs here: this binary, as a program that it does not know.
+/// The program that `serve` runs: this binary, which does not use this crate then.
 pub const PROGRAMS: &[crate::harness::Scenario] = &[crate::harness::Scenario {
     name: PROGRAM,
     play: program,
@@ -32,24 +32,30 @@ const PROGRAM: &str = "program_of_serve";
 pub fn trials() -> Vec<Trial> {
     vec![
         PYTHON.of(Trial::test("serve_shares_a_port", shares_a_port)),
-        SYSTEMD.of(Trial::test("serve_is_started_by_its_socket", by_its_socket)),
+        SYSTEMD.of(Trial::test(
+            "serve_is_started_by_socket_activation",
+            socket_activation,
+        )),
         PYTHON.of(Trial::test("serve_listens_on_unix_sockets", unix_socket)),
-        Trial::test("serve_replaces_a_dead_process", replaces),
+        Trial::test("serve_replaces_a_dead_process", replaces_dead_process),
         Trial::test("serve_reloads_under_load_without_a_failure", reloads),
-        Trial::test("serve_explains_its_options", explains),
-        Trial::test("serve_says_what_it_cannot_execute", missing),
-        Trial::test("serve_gives_up_on_a_program_that_fails", gives_up),
-        Trial::test("serve_shows_how_it_is_on_a_terminal", terminal),
-        Trial::test("serve_writes_plain_lines_elsewhere", plain),
+        Trial::test("serve_explains_its_options", explains_options),
+        Trial::test(
+            "serve_names_a_program_that_it_cannot_execute",
+            missing_program,
+        ),
+        Trial::test("serve_gives_up_on_a_failing_program", gives_up),
+        Trial::test("serve_shows_its_status_on_a_terminal", terminal),
+        Trial::test("serve_writes_plain_lines_without_a_terminal", plain),
     ]
 }
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Answers with its process id. It ends when it is told to, but not within a request.
+/// Answers with its process ID. Exits at SIGTERM, but not during a request.
 fn program() {
     #[allow(unsafe_code)]
-    // SAFETY: it was passed, and nobody else has it.
+    // SAFETY: the descriptor was passed to this process, and has no other owner.
     let listener = unsafe {
         let mut passed = sd_notify::listen_fds().unwrap();
         TcpListener::from_raw_fd(passed.next().unwrap())
@@ -91,7 +97,7 @@ fn answer(mut connection: TcpStream) -> std::io::Result<()> {
     )
 }
 
-/// A program of somebody else, which blocks.
+/// A program that does not use this crate and blocks.
 const PYTHON_PROGRAM: &str = "
 import http.server, os, socket
 assert os.environ['LISTEN_PID'] == str(os.getpid())
@@ -108,12 +114,12 @@ server = http.server.HTTPServer(listener.getsockname(), Handler, bind_and_activa
 server.socket.close()
 server.socket = listener
 while True:
-    # It does not look before whether somebody comes.
+    # Blocks in accept.
     server.process_request(*server.get_request())
 ";
 
-/// The same for any kind of socket; Python's server does not know how to print all addresses.
-const PYTHON_PROGRAM_OF_ANY_FAMILY: &str = "
+/// The same for any address family. Python's HTTP server cannot print all addresses.
+const PYTHON_PROGRAM_FOR_ANY_FAMILY: &str = "
 import os, socket
 listener = socket.socket(fileno=3)
 while True:
@@ -123,7 +129,7 @@ while True:
     connection.close()
 ";
 
-/// `serve` with so many of these processes, which prove themselves quickly.
+/// Returns `serve` with this number of workers, which are treated as ready after 50 ms.
 fn command(workers: usize, address: &str) -> Command {
     let mut command = example("serve");
     command.args(["--listen", address, "--readiness", "50ms"]);
@@ -131,17 +137,17 @@ fn command(workers: usize, address: &str) -> Command {
     command
 }
 
-/// The same with the program above.
+/// Starts it with this binary as the program.
 fn start(workers: usize) -> (Group, SocketAddr) {
     let mut command = command(workers, "127.0.0.1:0");
     command.arg("--").arg(std::env::current_exe().unwrap());
     let serve = Group::start(command.env(SCENARIO, PROGRAM)).unwrap();
-    let address = said(&serve, " listening on ").parse().unwrap();
+    let address = line_after(&serve, " listening on ").parse().unwrap();
     (serve, address)
 }
 
-/// Waits until a line has this, and returns what follows it there.
-fn said(serve: &Group, text: &str) -> String {
+/// Waits until a line contains `text`, and returns the rest of the line.
+fn line_after(serve: &Group, text: &str) -> String {
     wait_until(text, || {
         let output = serve.output();
         let (lines, _) = output.rsplit_once('\n')?;
@@ -158,7 +164,7 @@ fn stop(serve: &Group) -> Result<(), Failed> {
         .ok_or_else(|| status.to_string().into())
 }
 
-/// The process that answers.
+/// Returns the ID of the process that answers.
 fn ask(address: SocketAddr) -> Option<u32> {
     pid_in(&talk(address, REQUEST).ok()?)
 }
@@ -169,10 +175,10 @@ fn pid_in(answer: &str) -> Option<u32> {
         .then(|| body.trim_end().parse().ok())?
 }
 
-/// Asks until so many processes have answered.
+/// Sends requests until `count` processes have answered.
 fn ask_all(address: SocketAddr, count: usize) -> BTreeSet<u32> {
     let mut pids = BTreeSet::new();
-    wait_until("all of them", || {
+    wait_until("answers of all processes", || {
         pids.extend(ask(address));
         (pids.len() >= count).then_some(())
     });
@@ -183,20 +189,23 @@ fn ask_all(address: SocketAddr, count: usize) -> BTreeSet<u32> {
 fn shares_a_port() -> Result<(), Failed> {
     let mut command = command(3, "127.0.0.1:0");
     let serve = Group::start(command.args(["python3", "-c", PYTHON_PROGRAM]))?;
-    let address = said(&serve, " listening on ").parse()?;
+    let address = line_after(&serve, " listening on ").parse()?;
     let pids = ask_all(address, 3);
     assert!(!pids.contains(&serve.pid().as_raw().unsigned_abs()));
     stop(&serve)?;
     let output = serve.output();
-    assert!(!output.contains("exit status"), "nobody died:\n{output}");
-    // It writes a line for each request, which goes through.
+    assert!(
+        !output.contains("exit status"),
+        "a process has exited:\n{output}"
+    );
+    // The program logs each request to stderr, which `serve` passes through.
     assert!(output.contains("\"GET / HTTP/1.1\" 200 -\n"), "{output}");
     TcpStream::connect(address).unwrap_err();
     Ok(())
 }
 
-/// It passes on what it was passed itself.
-fn by_its_socket() -> Result<(), Failed> {
+/// `serve` passes on the listener that was passed to it.
+fn socket_activation() -> Result<(), Failed> {
     let (_reserved, address) = reserve_port();
     let serve = example("serve");
     let mut command = Command::new("systemd-socket-activate");
@@ -205,7 +214,7 @@ fn by_its_socket() -> Result<(), Failed> {
     command.arg(serve.get_program()).args(serve.get_args());
     command.args(["--workers", "2"]);
     let serve = Group::start(command.arg(std::env::current_exe()?))?;
-    said(&serve, &format!("Listening on {address} "));
+    line_after(&serve, &format!("Listening on {address} "));
     ask_all(address, 2);
     stop(&serve)
 }
@@ -214,9 +223,9 @@ fn unix_socket() -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("serve.sock");
     let mut command = command(2, path.to_str().unwrap());
-    command.args(["python3", "-c", PYTHON_PROGRAM_OF_ANY_FAMILY]);
+    command.args(["python3", "-c", PYTHON_PROGRAM_FOR_ANY_FAMILY]);
     let serve = Group::start(&mut command)?;
-    said(&serve, " listening on ");
+    line_after(&serve, " listening on ");
     let mut client = UnixStream::connect(&path)?;
     client.write_all(REQUEST)?;
     let mut answer = String::new();
@@ -227,14 +236,14 @@ fn unix_socket() -> Result<(), Failed> {
     Ok(())
 }
 
-/// There is one process only: who comes when it is dead waits for the next one.
-fn replaces() -> Result<(), Failed> {
+/// With one process, a client that connects after its exit waits for the next process.
+fn replaces_dead_process() -> Result<(), Failed> {
     let (serve, address) = start(1);
     let mut pid = ask(address).unwrap();
     for _ in 0..3 {
         kill(Pid::from_raw(pid.try_into()?), Signal::SIGKILL)?;
-        wait_until("its end", || (!is_alive(pid)).then_some(()));
-        let next = ask(address).expect("nobody is refused");
+        wait_until("the exit of the process", || (!is_alive(pid)).then_some(()));
+        let next = ask(address).expect("an answer");
         assert_ne!(next, pid);
         pid = next;
     }
@@ -244,7 +253,7 @@ fn replaces() -> Result<(), Failed> {
     Ok(())
 }
 
-/// What became of requests.
+/// The number of requests with each outcome.
 #[derive(Debug, Default)]
 struct Outcomes {
     answered: AtomicUsize,
@@ -273,11 +282,11 @@ fn reloads() -> Result<(), Failed> {
     const WORKERS: usize = 3;
     let (serve, address) = start(WORKERS);
     let mut seen = ask_all(address, WORKERS);
-    let (outcomes, over) = (Arc::<Outcomes>::default(), Arc::<AtomicBool>::default());
+    let (outcomes, is_over) = (Arc::<Outcomes>::default(), Arc::<AtomicBool>::default());
     let client = || {
-        let (outcomes, over) = (Arc::clone(&outcomes), Arc::clone(&over));
+        let (outcomes, is_over) = (Arc::clone(&outcomes), Arc::clone(&is_over));
         std::thread::spawn(move || {
-            while !over.load(Ordering::SeqCst) {
+            while !is_over.load(Ordering::SeqCst) {
                 outcomes.request(address);
             }
         })
@@ -285,12 +294,12 @@ fn reloads() -> Result<(), Failed> {
     let clients: Vec<_> = std::iter::repeat_with(client).take(8).collect();
     for generation in 1..=3 {
         kill(serve.pid(), Signal::SIGHUP)?;
-        said(&serve, &format!(" generation {generation} serves"));
+        line_after(&serve, &format!(" generation {generation} serves"));
         let answering = ask_all(address, WORKERS);
         assert!(answering.is_disjoint(&seen), "{answering:?} of {seen:?}");
         seen.extend(answering);
     }
-    over.store(true, Ordering::SeqCst);
+    is_over.store(true, Ordering::SeqCst);
     clients
         .into_iter()
         .for_each(|client| client.join().unwrap());
@@ -309,7 +318,7 @@ fn reloads() -> Result<(), Failed> {
     Ok(())
 }
 
-fn explains() -> Result<(), Failed> {
+fn explains_options() -> Result<(), Failed> {
     let help = example("serve").arg("--help").output()?;
     assert!(help.status.success() && help.stdout.starts_with(b"Usage: serve "));
     let cases: &[(&[&str], &str)] = &[
@@ -333,7 +342,7 @@ fn explains() -> Result<(), Failed> {
     Ok(())
 }
 
-fn missing() -> Result<(), Failed> {
+fn missing_program() -> Result<(), Failed> {
     for program in ["no-such-program", "./no-such-program", "/dev/null", "/"] {
         let output = command(1, "127.0.0.1:0").arg(program).output()?;
         let text = String::from_utf8_lossy(&output.stderr);
@@ -346,12 +355,13 @@ fn missing() -> Result<(), Failed> {
 fn gives_up() -> Result<(), Failed> {
     let serve = Group::start(command(2, "127.0.0.1:0").args(["sh", "-c", "exit 7"]))?;
     assert_eq!(serve.end()?.code(), Some(1));
-    let why = said(&serve, " gives up: ");
-    assert!(why.ends_with("(exit status: 7)"), "{why}");
+    let reason = line_after(&serve, " gives up: ");
+    assert!(reason.ends_with("(exit status: 7)"), "{reason}");
     Ok(())
 }
 
-/// What a terminal shows of this: it knows the beginning of a line, the next one, and how to erase.
+/// Returns the lines that a terminal would show. It interprets carriage return, newline and the
+/// sequence that erases the rest of a line.
 fn render(output: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     let (mut column, mut rest) = (0, output);
@@ -410,13 +420,13 @@ fn terminal() -> Result<(), Failed> {
     read_until("2 of 2 ready  gen 0  restarts 0  up ");
     kill(serve.pid(), Signal::SIGHUP)?;
     read_until("2 of 2 ready  gen 1  restarts 0  up ");
-    // Time alone is told, too.
+    // The uptime is updated when nothing else changes.
     read_until("  up 2s");
     let before = read_until("  up 3s");
     assert!(before.ends_with('\r'), "{before:?}");
     stop(&serve)?;
-    assert_eq!(serve.output(), "", "all of it went to the terminal");
-    // Nobody has the other side any more but this process.
+    assert_eq!(serve.output(), "", "output outside the terminal");
+    // Only this process has the terminal side open, so reading ends when it is closed.
     drop(pty.slave);
     let mut rest = Vec::new();
     let end = terminal.read_to_end(&mut rest).unwrap_err();
@@ -435,7 +445,7 @@ fn terminal() -> Result<(), Failed> {
     Ok(())
 }
 
-/// A line that begins with the time.
+/// Checks that the line begins with a time.
 #[track_caller]
 fn assert_is_event(line: &str) {
     let (time, _) = line.trim_start().split_once(' ').unwrap();
@@ -444,7 +454,7 @@ fn assert_is_event(line: &str) {
 
 fn plain() -> Result<(), Failed> {
     let (serve, address) = start(2);
-    said(&serve, " ready");
+    line_after(&serve, " ready");
     ask_all(address, 2);
     stop(&serve)?;
     let output = serve.output();
