@@ -49,29 +49,29 @@ const PROMPT: Duration = Duration::from_secs(5);
 
 /// Keeps the processors busy until it is dropped.
 struct Stress {
-    over: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Stress {
     fn new() -> Self {
-        let over = Arc::<AtomicBool>::default();
+        let stop = Arc::<AtomicBool>::default();
         let spin = |_| {
-            let over = Arc::clone(&over);
+            let stop = Arc::clone(&stop);
             std::thread::spawn(move || {
-                while !over.load(Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     std::hint::spin_loop();
                 }
             })
         };
         let threads = (0..3).map(spin).collect();
-        Self { over, threads }
+        Self { stop, threads }
     }
 }
 
 impl Drop for Stress {
     fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             thread.join().unwrap();
         }
@@ -222,8 +222,8 @@ fn messages_are_delivered_in_accept() {
 
 /// Connections arrive at the same time as messages.
 fn messages_are_delivered_in_accept_under_load() {
-    let over = Arc::<AtomicBool>::default();
-    let clients = Arc::clone(&over);
+    let stop = Arc::<AtomicBool>::default();
+    let clients = Arc::clone(&stop);
     repeatedly(
         |worker| assert!(worker.send(b"notice").unwrap()),
         move |worker| {
@@ -231,11 +231,11 @@ fn messages_are_delivered_in_accept_under_load() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr();
             let thread = std::thread::spawn(move || {
-                while !over.load(Ordering::SeqCst) {
+                while !stop.load(Ordering::SeqCst) {
                     match talk(address, b"") {
                         Ok(answer) => assert_eq!(answer, "served"),
                         // The worker has disconnected meanwhile.
-                        Err(error) => assert!(over.load(Ordering::SeqCst), "{error}"),
+                        Err(error) => assert!(stop.load(Ordering::SeqCst), "{error}"),
                     }
                 }
             });

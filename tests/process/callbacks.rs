@@ -30,7 +30,7 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Names the callback that this process tests.
+/// Environment variable with the callback that this process tests.
 const CALLBACK: &str = "CALLBACK";
 
 /// Calls all methods, the first time that it is called.

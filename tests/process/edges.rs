@@ -68,8 +68,8 @@ fn worker_at_its_connection_limit_disconnects() {
     });
 }
 
-/// The master may accept more connections than the limit for a quick worker. It reclaims the excess
-/// ones, and they wait.
+/// The master may accept more connections than the limit for a quick worker. The
+/// excess connections are returned, and wait.
 fn connection_limit_is_kept_while_clients_wait() {
     const CLIENTS: u64 = 40;
     let served = Rc::new(Cell::new(0));
@@ -402,8 +402,8 @@ fn on_drop_callback_cannot_run_the_loop() {
 }
 
 fn exclusive_listener_of_a_disconnected_worker_accepts_nothing() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap();
+    let occupied = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = occupied.local_addr().unwrap();
     cluster(
         |master| {
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));

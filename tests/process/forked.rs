@@ -136,7 +136,7 @@ struct WorkerHandles {
     worker: Worker,
 }
 
-/// What a child does with its handles, and a name for it.
+/// A list of names and functions. Each function uses the handles in a child.
 type Uses<H> = [(&'static str, fn(&H))];
 
 /// Each child takes one of these steps and then drops all handles.
@@ -491,7 +491,7 @@ fn answer_at(address: SocketAddr, master: &Master) -> String {
     answer_of(client, master)
 }
 
-/// Tells a worker the path to listen on.
+/// Environment variable with the path on which a worker listens.
 const UNIX: &str = "UNIX_PATH";
 
 fn serve_both(worker: &Worker) {

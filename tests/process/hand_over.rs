@@ -18,12 +18,12 @@ use nix::unistd::Pid;
 
 use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
 
-/// Set to one of the faults of `src/fault.rs`.
+/// Environment variable that selects one of the faults of `src/fault.rs`.
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
-/// Number of passes of a point at which a worker fails: the number of writes of a worker until it
-/// has served a connection, and the number of passes of the other points.
+/// Number of writes of a worker until it has served a connection. A worker fails at each of them.
 const WRITE_PASSES: u32 = 8;
+/// Number of passes of the other points, each of which a worker fails at.
 const OTHER_PASSES: u32 = 3;
 /// Makes a worker serve with a callback.
 const BY_CALLBACK: &str = "BY_CALLBACK";
@@ -217,7 +217,7 @@ impl Play {
                 Rc::clone(play).next(master, address);
             }
         };
-        let (play, over) = (Rc::clone(&self), end_part.clone());
+        let (play, end_worker) = (Rc::clone(&self), end_part.clone());
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
@@ -226,7 +226,7 @@ impl Play {
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);
             play.faults.set(play.faults.get() + u64::from(failed.get()));
-            over(&play, master);
+            end_worker(&play, master);
         });
         // Connections arrive in the queue, not as frames. The messages give the worker frames to
         // receive, too.
@@ -288,11 +288,11 @@ impl Play {
 /// Clients connect until the worker has failed and one more client has been served. A stopped
 /// worker is killed or continued.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
-    let over = AtomicBool::new(false);
+    let is_over = AtomicBool::new(false);
     let stopped = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !over.load(Ordering::SeqCst) {
+            while !is_over.load(Ordering::SeqCst) {
                 if has_stopped(pid) {
                     stopped.store(true, Ordering::SeqCst);
                     let signal = if kills {
@@ -323,7 +323,7 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
                 break;
             }
         }
-        over.store(true, Ordering::SeqCst);
+        is_over.store(true, Ordering::SeqCst);
         outcome.stopped = stopped.load(Ordering::SeqCst);
         outcome
     })
@@ -335,7 +335,7 @@ fn has_stopped(pid: u32) -> bool {
 }
 
 /// For each N in `passes`, the master kills the worker at every N-th pass of the point while
-/// clients connect. The first worker is spared, so that one worker always serves.
+/// clients connect. The first worker is spared, so there is always a worker that serves.
 fn play_kills(point: &'static str, passes: &[u32], may_lose: MayLose) {
     if let Ok(plan) = std::env::var(FAULT) {
         return play_kills_under_load(&plan, may_lose);

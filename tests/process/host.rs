@@ -330,7 +330,7 @@ fn signal_handlers_of_the_host_run_and_are_restored() {
     assert_handlers_run_and_are_restored();
 }
 
-/// On old kernels, the exit of a worker is a signal, too.
+/// On old kernels, SIGCHLD also reports the exit of a worker.
 fn signal_handlers_of_the_host_run_and_are_restored_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -783,8 +783,8 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-/// On old kernels, a child also reports the step that failed, as it does for another user, but may
-/// take its time.
+/// On old kernels, the master polls for the report of any child, as it does for a child of another
+/// user, but without a time limit.
 fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();

@@ -99,8 +99,8 @@ fn listening_sockets() -> Vec<OwnedFd> {
     let numbers: Vec<RawFd> = names.filter_map(|n| n.to_str()?.parse().ok()).collect();
     let listening = numbers.into_iter().filter_map(|number| {
         #[allow(unsafe_code)]
-        // SAFETY: the process has one thread, which closes no descriptor meanwhile, except that of
-        // the directory, which is closed already: `getsockopt` fails for it.
+        // SAFETY: the process has one thread, which closes no descriptor meanwhile. The directory's
+        // descriptor is closed already, and `getsockopt` fails for it.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         let is_listening = getsockopt(&fd, sockopt::AcceptConn) == Ok(true);
         is_listening.then(|| fd.try_clone_to_owned().unwrap())

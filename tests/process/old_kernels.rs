@@ -22,7 +22,7 @@ crate::scenarios! {
     workers_serve_and_exit
 }
 
-/// Names the system that this process and its descendants simulate.
+/// Environment variable with the system that this process and its descendants simulate.
 const SYSTEM: &str = "SYSTEM";
 
 struct System {

@@ -1,4 +1,4 @@
-//! Workers whose master has exited, in every way.
+//! Workers whose master has ended, for each way in which a master can end.
 
 use std::fs::Permissions;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -25,13 +25,13 @@ crate::scenarios! {
     worker_with_file_capabilities_exits_if_its_master_exited_before_init: FILE_CAPABILITIES
 }
 
-/// How long a worker may outlive its master.
+/// Maximum time for which a worker may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Set for a master, to the way in which it ends.
 const END: &str = "MASTERS_END";
 
-/// What a worker does when its master ends, and its process state at that time.
+/// The activities of workers at the end of their master, and the process state of each.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", ") S "),
     ("running", ") S "),
@@ -172,7 +172,7 @@ fn end(master: Master, how: &str) {
 static END_REQUESTED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 fn play_master(master: Master, settings: Settings) {
-    // Workers that lose their master are not disconnected by it.
+    // The handler ends the master without disconnecting its workers.
     let request_end =
         |_: &Master, _| END_REQUESTED.store(true, std::sync::atomic::Ordering::SeqCst);
     master.on_signal(Signal::TERM, request_end).unwrap();

@@ -655,7 +655,7 @@ fn server(options: PoolOptions) {
             match release.as_str() {
                 "exits" => std::process::exit(1),
                 "never ready" => return worker.run().unwrap(),
-                "dies" => {
+                "aborts" => {
                     worker.set_timeout(5 * MS, |_| std::process::abort());
                 }
                 _ => {}
@@ -997,7 +997,7 @@ fn broken_reloads_change_nothing() {
     let server = Server::start("rr");
     let load = Load::start(server.address, 4, is_served);
     let workers = server.workers();
-    let broken = ["exits", "never ready", "dies"];
+    let broken = ["exits", "never ready", "aborts"];
     for round in 0..20 {
         server.release(broken[round % 3]);
         server.signal(Signal::SIGHUP);
@@ -1050,8 +1050,8 @@ fn broken_upgrades_change_nothing() {
         load.wait_for_requests(20);
     }
     assert_no_client_lost(load.end());
-    // A new master that serves before its workers are killed loses its own clients.
-    fail("dies");
+    // Workers that abort after they have become ready lose their own clients.
+    fail("aborts");
     wait_until("the exit of the failed workers", || {
         (children(master).len() == 2).then_some(())
     });
@@ -1167,7 +1167,7 @@ fn new_master_stays_in_the_session_and_process_group() {
     }
 }
 
-/// Returns how long workers are killed: `CLUSTER_TEST_FIRE` in seconds, or 4 seconds.
+/// Returns the duration of long tests: `CLUSTER_TEST_FIRE` seconds, or 4 seconds.
 fn test_duration() -> Duration {
     let wanted = std::env::var("CLUSTER_TEST_FIRE").ok();
     Duration::from_secs(wanted.map_or(4, |wanted| wanted.parse().expect("a number")))

@@ -1,5 +1,5 @@
-//! What a worker that runs as another user cannot do any more, and how `init` refuses processes
-//! that are not workers although they have a worker's environment.
+//! Privileges that a worker of another user loses. `init` fails in a process that has a worker's
+//! environment and is not a worker.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -127,8 +127,8 @@ fn worker_of_another_user_keeps_no_privileges_of_root() {
     });
 }
 
-/// The master has capabilities that survive a change of user: ambient ones, kept by
-/// `SECBIT_NO_SETUID_FIXUP`, or by `PR_SET_KEEPCAPS`.
+/// The master has capabilities that survive a change of user: ambient ones with
+/// `SECBIT_NO_SETUID_FIXUP`, and in one case `PR_SET_KEEPCAPS`, too.
 fn capabilities_that_survive_setuid_are_dropped() {
     const RAISED: &str = "RAISED";
     let Ok(how) = std::env::var(RAISED) else {
@@ -266,8 +266,7 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
-/// Another process traces the child, which delays its reaping, like a child that waits for a
-/// device.
+/// Another process traces the child, which delays its reaping as a wait for a device would.
 fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(

@@ -21,7 +21,7 @@ use crate::harness::{
     Group, PYTHON, SCENARIO, SYSTEMD, example, is_alive, reserve_port, talk, wait_until,
 };
 
-/// The program that `serve` runs: this binary, which does not use this crate then.
+/// The program that `serve` runs: this binary, which plays a program without this crate.
 pub const PROGRAMS: &[crate::harness::Scenario] = &[crate::harness::Scenario {
     name: PROGRAM,
     play: program,
@@ -137,7 +137,7 @@ fn command(workers: usize, address: &str) -> Command {
     command
 }
 
-/// Starts it with this binary as the program.
+/// Starts `serve` with this binary as the program.
 fn start(workers: usize) -> (Group, SocketAddr) {
     let mut command = command(workers, "127.0.0.1:0");
     command.arg("--").arg(std::env::current_exe().unwrap());
