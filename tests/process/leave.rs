@@ -187,7 +187,10 @@ fn disconnect_waits_for_connections() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let mut connection = listener.accept().unwrap().unwrap();
             connection.write_all(b"x").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "disconnect received");
+            assert!(
+                listener.accept().unwrap().is_none(),
+                "a connection after disconnect"
+            );
             worker.send(b"disconnecting").unwrap();
             worker
                 .watch(
