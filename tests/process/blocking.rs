@@ -21,7 +21,7 @@ use nix::sys::signal::{
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, rest,
+    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, wait_until_asleep,
     serve_id, share_listeners, talk, watched, when_all_wait, when_listening,
 };
 
@@ -157,7 +157,7 @@ fn polled(pid: u32) -> Vec<String> {
 /// this, because a message would interrupt `accept`, and the worker would lose its position in the
 /// kernel's queue.
 fn connect_next(master: &Master, address: SocketAddr, log: Log) {
-    master.workers().iter().for_each(rest);
+    master.workers().iter().for_each(wait_until_asleep);
     in_background(
         master,
         move || talk(address, b"").unwrap(),
@@ -350,7 +350,7 @@ fn exit_of_the_master_is_noticed_in_accept() {
             |master| {
                 share_listeners(master);
                 when_listening(master, 1, |master, _| {
-                    rest(&master.workers()[0]);
+                    wait_until_asleep(&master.workers()[0]);
                     println!("listening");
                 });
                 master.fork().unwrap();
@@ -425,7 +425,7 @@ fn assert_all_is_sent(requested: bool, worker: impl FnOnce(Worker)) {
             let mut number = 0;
             only.on_listening(move |_, worker, _| {
                 if requested {
-                    rest(worker);
+                    wait_until_asleep(worker);
                     worker.send(b"now").unwrap();
                 }
             });
@@ -512,7 +512,7 @@ fn callbacks_and_accept_share_a_listener() {
             // The listener becomes non-blocking while the other worker may already be in `accept`.
             let blocking = master.fork().unwrap();
             blocking.on_listening(|master, worker, _| {
-                rest(worker);
+                wait_until_asleep(worker);
                 drop(master.fork_with([(CALLED_BACK, "1")]).unwrap());
             });
             when_listening(master, 2, move |master, address| {

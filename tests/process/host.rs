@@ -30,13 +30,13 @@ use crate::harness::{
 
 crate::scenarios! {
     master_reaps_no_child_of_the_host
-    host_that_waits_for_any_child_gets_its_own_children: EXITS_OF_THE_REAPED
+    host_that_waits_for_any_child_gets_its_own_children: EXIT_OF_REAPED_CHILDREN
     signal_handlers_of_the_host_run_and_are_restored
     signal_handlers_of_the_host_run_and_are_restored_on_old_kernels
     signal_handlers_of_the_host_run_with_their_masks
     signal_handler_installed_later_is_kept
     signal_handler_installed_later_hides_no_exit_on_old_kernels
-    exits_are_reported_though_the_host_ignores_its_children: EXITS_OF_THE_REAPED
+    exits_are_reported_though_the_host_ignores_its_children: EXIT_OF_REAPED_CHILDREN
     reused_process_id_is_not_signalled: PID_NAMESPACE
     workers_and_concurrent_children_share_no_descriptors
     terminal_stop_does_not_stop_a_child_before_execve
@@ -542,7 +542,7 @@ fn terminal_stop_does_not_stop_a_child_before_execve() {
                         .into_iter()
                         .find(|state| stat.contains(state))
                 });
-                leased.give_back();
+                leased.release_lease();
                 nix::sys::signal::kill(child, Number::SIGCONT).unwrap();
                 state
             });

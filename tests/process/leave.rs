@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, reserve_port, rest, serve_id, stop, talk, wait_until,
+    Log, cluster, in_background, reserve_port, wait_until_asleep, serve_id, stop, talk, wait_until,
     when_listening,
 };
 
@@ -538,7 +538,7 @@ fn listener_requested_before_the_channel_closed_is_not_leaked() {
                 .unwrap();
             worker.on_online(|_, worker| {
                 // The worker has sent the request when it sleeps.
-                rest(worker);
+                wait_until_asleep(worker);
                 worker.process().disconnect();
             });
             let at_exit = log.clone();

@@ -20,7 +20,7 @@ mod examples;
 mod exhaustion;
 mod fleet;
 mod forked;
-mod hand_over;
+mod hand_off;
 mod harness;
 mod host;
 mod hostile;
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         running::SCENARIOS,
         edges::SCENARIOS,
         callbacks::SCENARIOS,
-        hand_over::SCENARIOS,
+        hand_off::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,
         orphans::SCENARIOS,

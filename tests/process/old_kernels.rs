@@ -111,15 +111,15 @@ const SCENARIO_NAMES: &[&str] = &[
     "exit_reports_code_or_signal",
     "children_inherit_only_their_channel",
     "sequential_connections_rotate_exactly",
-    "a_connection_outlives_the_worker_it_was_given_to",
+    "connection_in_a_queue_survives_a_killed_worker",
     "shared_listener_serves",
     "kill_disconnects_before_the_signal",
     "disconnect_all_calls_back_once_after_the_last_exit",
     "orphans_exit_within_a_second",
     "kill_infinite_loop",
     "foreign_workers_share_a_port",
-    "a_whole_life_in_a_copy_of_the_master",
-    "what_a_worker_has_used_is_known_when_it_has_ended",
+    "copy_runs_from_fork_to_exit",
+    "resource_usage_is_known_after_exit",
     "exit_of_a_detached_process_is_delivered_and_leaves_no_zombie",
 ];
 
