@@ -1,5 +1,4 @@
-//! Callbacks that are called once, that change while they are called, and what is let go with
-//! `unref`.
+//! `once`, callbacks that add and remove callbacks while they run, and `unref`.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
@@ -12,23 +11,23 @@ use cluster::{CallbackId, Error, Interest, Master, Signal, Worker, WorkerProcess
 use crate::harness::{Log, SIGNALS, cluster, note_events};
 
 crate::scenarios! {
-    once_is_once_for_the_cluster
-    once_is_once_for_a_worker
-    once_is_once_in_the_worker
-    once_is_once_for_signals
-    callbacks_come_and_go_inside_callbacks
-    callbacks_come_and_go_inside_callbacks_of_the_worker
-    a_callback_cannot_turn_the_loop
-    unref_lets_the_master_end
-    unref_and_ref_as_often_as_one_likes
-    unref_lets_the_worker_end
-    a_worker_that_is_let_go_is_not_waited_for
+    once_callbacks_of_the_cluster_run_once
+    once_callbacks_of_a_worker_run_once
+    once_callbacks_in_the_worker_run_once
+    once_callbacks_for_signals_run_once
+    callbacks_can_add_and_remove_callbacks
+    callbacks_in_the_worker_can_add_and_remove_callbacks
+    callback_cannot_reenter_the_loop
+    unref_lets_run_return_in_the_master
+    unref_and_ref_can_be_repeated
+    unref_lets_run_return_in_the_worker
+    unreferenced_worker_does_not_keep_the_loop_running
 }
 
-/// The identity of a callback, for itself.
-type Own = Rc<Cell<Option<CallbackId>>>;
+/// Lets a callback know its own id.
+type OwnId = Rc<Cell<Option<CallbackId>>>;
 
-fn once_is_once_for_the_cluster() {
+fn once_callbacks_of_the_cluster_run_once() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -54,12 +53,12 @@ fn once_is_once_for_the_cluster() {
                 assert_eq!(status.code(), Some(0));
                 noted(master, worker);
             });
-            // Twice is once, too.
+            // Calling `once` twice changes nothing.
             master.once(exit);
             master.once(exit);
             let at_setup = log.clone();
             master.once(master.on_setup(move |_, _| at_setup.add("setup")));
-            let never = master.on_fork(|_, _| panic!("it is off"));
+            let never = master.on_fork(|_, _| panic!("the callback was removed"));
             master.once(never);
             master.off(never);
             master.once(never);
@@ -92,7 +91,7 @@ fn once_is_once_for_the_cluster() {
     assert_eq!(entries.take(), [&setup[..], &events].concat());
 }
 
-fn once_is_once_for_a_worker() {
+fn once_callbacks_of_a_worker_run_once() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -108,9 +107,9 @@ fn once_is_once_for_a_worker() {
             master.once(worker.on_listening(move |master, worker, _| noted(master, worker)));
             let noted = note("error");
             master.once(worker.on_error(move |master, worker, _| noted(master, worker)));
-            let own = Own::default();
+            let own = OwnId::default();
             let (itself, noted) = (Rc::clone(&own), note("message"));
-            // It decides by itself that this is the last time.
+            // The callback turns itself into a `once` callback while it runs.
             own.set(Some(worker.on_message(move |master, worker, _| {
                 master.once(itself.get().unwrap());
                 noted(master, worker);
@@ -129,19 +128,19 @@ fn once_is_once_for_a_worker() {
             worker.disconnect().run().unwrap();
         },
     );
-    // What is made once inside its own call is called once more.
+    // After `once` inside its own call, the callback runs one more time.
     let events = ["listening", "message", "message", "error"];
     assert_eq!(entries.take(), events.map(|event| format!("1 {event}")));
 }
 
-fn once_is_once_in_the_worker() {
+fn once_callbacks_in_the_worker_run_once() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             note_events(master, &log);
             let worker = master.fork().unwrap();
-            for message in ["one", "two", "three", "leave"] {
+            for message in ["one", "two", "three", "disconnect"] {
                 worker.send(message.as_bytes()).unwrap();
             }
         },
@@ -153,7 +152,7 @@ fn once_is_once_in_the_worker() {
                     "first {}",
                     String::from_utf8_lossy(message.bytes())
                 ));
-                // It is the next message that this one gets, and no other.
+                // This callback receives only the next message.
                 let second = second.clone();
                 worker.once(worker.on_message(move |_, message| {
                     second.add(format!(
@@ -164,12 +163,12 @@ fn once_is_once_in_the_worker() {
             }));
             worker.on_message(move |worker, message| {
                 always.add(String::from_utf8_lossy(message.bytes()));
-                if message.bytes() == b"leave" {
+                if message.bytes() == b"disconnect" {
                     worker.disconnect();
                 }
             });
             let at_disconnect = log.clone();
-            worker.once(worker.on_disconnect(move |_| at_disconnect.add("disconnect")));
+            worker.once(worker.on_disconnect(move |_| at_disconnect.add("on_disconnect")));
             worker.once(worker.on_error(|_, error| panic!("{error}")));
             worker.run().unwrap();
             let expected = [
@@ -178,8 +177,8 @@ fn once_is_once_in_the_worker() {
                 "two",
                 "second two",
                 "three",
-                "leave",
                 "disconnect",
+                "on_disconnect",
             ];
             assert_eq!(log.take(), expected);
         },
@@ -197,7 +196,7 @@ fn raise_usr1() {
     nix::sys::signal::raise(nix::sys::signal::SIGUSR1).unwrap();
 }
 
-fn once_is_once_for_signals() {
+fn once_callbacks_for_signals_run_once() {
     SIGNALS.store(true, Ordering::SeqCst);
     let log = Log::default();
     let entries = log.clone();
@@ -215,7 +214,7 @@ fn once_is_once_for_signals() {
                 }
             };
             master.on_signal(Signal::USR1, on_always).unwrap();
-            // Signals alone keep nobody waiting.
+            // A signal callback alone does not keep the loop running.
             master.set_timeout(Duration::ZERO, |_| {});
             raise_usr1();
             master.dispatch(Some(Duration::ZERO)).unwrap();
@@ -251,18 +250,18 @@ fn once_is_once_for_signals() {
     assert_eq!(entries.take(), expected);
 }
 
-fn callbacks_come_and_go_inside_callbacks() {
+fn callbacks_can_add_and_remove_callbacks() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            let later = Own::default();
-            let (victim, itself) = (Rc::clone(&later), Own::default());
+            let later = OwnId::default();
+            let (victim, itself) = (Rc::clone(&later), OwnId::default());
             let (own, first) = (Rc::clone(&itself), log.clone());
             itself.set(Some(master.on_message(move |master, worker, _| {
                 first.add("first");
-                // One that would have its turn, one that has not been there, and itself.
+                // Remove a callback that would run next, add two, and remove this one.
                 master.off(victim.get().unwrap());
                 let (all, one) = (first.clone(), first.clone());
                 master.on_message(move |_, _, _| all.add("added to all"));
@@ -270,7 +269,9 @@ fn callbacks_come_and_go_inside_callbacks() {
                 master.off(own.get().unwrap());
                 master.off(own.get().unwrap());
             })));
-            later.set(Some(master.on_message(|_, _, _| panic!("it is off"))));
+            later.set(Some(
+                master.on_message(|_, _, _| panic!("the callback was removed")),
+            ));
             let second = log.clone();
             worker.on_message(move |_, worker, message| {
                 second.add("second");
@@ -278,9 +279,9 @@ fn callbacks_come_and_go_inside_callbacks() {
                     worker.disconnect();
                 }
             });
-            // What a callback owns may be the last of its kind, and be dropped while it is called.
+            // A callback that removes itself keeps its captured values until it returns.
             let dropped = OnDrop(log.clone());
-            let own = Own::default();
+            let own = OwnId::default();
             let itself = Rc::clone(&own);
             own.set(Some(worker.on_online(move |master, _| {
                 master.off(itself.get().unwrap());
@@ -297,7 +298,8 @@ fn callbacks_come_and_go_inside_callbacks() {
         "called",
         "dropped",
         "first",
-        // Added at cluster level while the worker's own were still to come: these are another list.
+        // The worker's callbacks are a separate list and run after those of the cluster, so the
+        // one that "first" added to the worker already receives this message.
         "second",
         "added to one",
         "added to all",
@@ -315,7 +317,7 @@ impl Drop for OnDrop {
     }
 }
 
-fn callbacks_come_and_go_inside_callbacks_of_the_worker() {
+fn callbacks_in_the_worker_can_add_and_remove_callbacks() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -327,7 +329,7 @@ fn callbacks_come_and_go_inside_callbacks_of_the_worker() {
         },
         |worker| {
             let log = Log::default();
-            let (later, itself) = (Own::default(), Own::default());
+            let (later, itself) = (OwnId::default(), OwnId::default());
             let (victim, own) = (Rc::clone(&later), Rc::clone(&itself));
             let (first, last) = (log.clone(), log.clone());
             let dropped = OnDrop(log.clone());
@@ -343,7 +345,9 @@ fn callbacks_come_and_go_inside_callbacks_of_the_worker() {
                     worker.disconnect();
                 });
             })));
-            later.set(Some(worker.on_message(|_, _| panic!("it is off"))));
+            later.set(Some(
+                worker.on_message(|_, _| panic!("the callback was removed")),
+            ));
             worker.on_message(move |_, _| last.add("last"));
             worker.run().unwrap();
             let expected = ["first", "dropped", "last", "last", "added"];
@@ -359,7 +363,7 @@ fn callbacks_come_and_go_inside_callbacks_of_the_worker() {
     assert_eq!(entries.take(), expected);
 }
 
-fn a_callback_cannot_turn_the_loop() {
+fn callback_cannot_reenter_the_loop() {
     fn refused<T: std::fmt::Debug>(outcome: cluster::Result<T>) {
         assert!(matches!(outcome, Err(Error::AlreadyRunning)), "{outcome:?}");
     }
@@ -368,13 +372,13 @@ fn a_callback_cannot_turn_the_loop() {
     cluster(
         |master| {
             note_events(master, &log);
-            let turn = |master: &Master| {
+            let reenter = |master: &Master| {
                 refused(master.run());
                 refused(master.dispatch(None));
             };
-            master.set_timeout(Duration::ZERO, turn);
-            master.on_online(move |master, _| turn(master));
-            master.on_exit(move |master, _, _| turn(master));
+            master.set_timeout(Duration::ZERO, reenter);
+            master.on_online(move |master, _| reenter(master));
+            master.on_exit(move |master, _, _| reenter(master));
             master.fork().unwrap();
         },
         |worker| {
@@ -402,15 +406,15 @@ fn a_callback_cannot_turn_the_loop() {
     assert_eq!(entries.take(), expected);
 }
 
-fn unref_lets_the_master_end() {
+fn unref_lets_run_return_in_the_master() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
-            // Nothing but these: it ends at once, and none of them is called.
+            // With only these, `run` returns at once and calls none of them.
             let interval = master.set_interval(Duration::from_millis(1), |_| panic!("an interval"));
             let timeout = master.set_timeout(Duration::from_secs(3600), |_| panic!("a timer"));
-            let (watched, _kept) = UnixStream::pair().unwrap();
+            let (watched, _peer) = UnixStream::pair().unwrap();
             let readable = Interest::Readable;
             let watch = master.watch(watched, readable, |_, _| panic!("a watch"));
             let watch = watch.unwrap();
@@ -420,7 +424,7 @@ fn unref_lets_the_master_end() {
             master.run().unwrap();
             master.clear_timer(interval);
 
-            // As long as something else is there they are served.
+            // While something else keeps the loop running, they are served.
             let (ticks, ready) = (log.clone(), log.clone());
             let count = Cell::new(0);
             let other = Rc::new(RefCell::new(None));
@@ -433,8 +437,8 @@ fn unref_lets_the_master_end() {
                 }
             });
             master.unref(interval);
-            let (kept, ours) = UnixStream::pair().unwrap();
-            other.replace(Some(kept));
+            let (peer, ours) = UnixStream::pair().unwrap();
+            other.replace(Some(peer));
             let closed = move |_: &Master, _: &UnixStream| {
                 ready.add("closed");
                 None
@@ -445,19 +449,19 @@ fn unref_lets_the_master_end() {
             master.clear_timer(timeout);
             master.unwatch(watch);
         },
-        |_| unreachable!("nobody is forked"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(entries.take(), ["three ticks", "closed"]);
 }
 
-fn unref_and_ref_as_often_as_one_likes() {
+fn unref_and_ref_can_be_repeated() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             let fired = log.clone();
             let timer = master.set_timeout(Duration::from_millis(2), move |_| fired.add("timer"));
-            let (watched, kept) = UnixStream::pair().unwrap();
+            let (watched, peer) = UnixStream::pair().unwrap();
             let closed = move |_: &Master, _: &UnixStream| {
                 log.add("closed");
                 None
@@ -475,9 +479,9 @@ fn unref_and_ref_as_often_as_one_likes() {
             master.unref(watch);
             master.run().unwrap();
             master.ref_(watch);
-            drop(kept);
+            drop(peer);
             master.run().unwrap();
-            // They are gone.
+            // The timer and the watch no longer exist; these calls do nothing.
             for _ in 0..2 {
                 master.unref(timer);
                 master.ref_(timer);
@@ -486,12 +490,12 @@ fn unref_and_ref_as_often_as_one_likes() {
             }
             master.run().unwrap();
         },
-        |_| unreachable!("nobody is forked"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(entries.take(), ["timer", "closed"]);
 }
 
-fn unref_lets_the_worker_end() {
+fn unref_lets_run_return_in_the_worker() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -502,24 +506,24 @@ fn unref_lets_the_worker_end() {
             master.fork().unwrap();
         },
         |worker| {
-            let interval = worker.set_interval(Duration::from_secs(3600), |_| panic!("already?"));
-            let (watched, _kept) = UnixStream::pair().unwrap();
+            let interval = worker.set_interval(Duration::from_secs(3600), |_| panic!("too early"));
+            let (watched, _peer) = UnixStream::pair().unwrap();
             let watch = worker.watch(watched, Interest::Readable, |_, _| panic!("a watch"));
             worker.unref(interval);
             worker.unref(watch.unwrap());
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|_, _| {});
             if worker.id().get() == 1 {
-                // It leaves, and these do not keep it.
+                // The worker disconnects; the timer and the watch do not keep it running.
                 worker.run().unwrap();
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
             } else {
-                // Nothing keeps it, although it is connected.
+                // Nothing keeps the loop running, although the worker is connected.
                 worker.process().unref();
                 listener.unref();
                 worker.run().unwrap();
                 assert!(worker.is_connected());
-                // A last thing to do does.
+                // A timer keeps it running.
                 worker.set_timeout(Duration::from_millis(1), |worker| {
                     worker.process().ref_();
                     worker.disconnect();
@@ -544,7 +548,7 @@ fn unref_lets_the_worker_end() {
     assert_eq!(entries, expected.concat());
 }
 
-fn a_worker_that_is_let_go_is_not_waited_for() {
+fn unreferenced_worker_does_not_keep_the_loop_running() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -553,20 +557,20 @@ fn a_worker_that_is_let_go_is_not_waited_for() {
             let worker = master.fork().unwrap();
             worker.process().unref();
             worker.process().unref();
-            // What has happened is told, and then nothing is left to wait for.
+            // `run` emits the pending events and returns: nothing else keeps it running.
             master.run().unwrap();
             assert_eq!(master.workers(), std::slice::from_ref(&worker));
             assert!(!worker.is_dead());
-            log.add("ended");
-            // With something else to wait for it lives on like any other.
+            log.add("run returned");
+            // While something else keeps the loop running, the worker is served like any other.
             let other = master.fork().unwrap();
             let asked = worker.clone();
             other.on_message(move |_, other, _| {
-                asked.send(b"are you there?").unwrap();
+                asked.send(b"ping").unwrap();
                 let other = other.clone();
                 let log = log.clone();
                 asked.on_message(move |_, _, _| {
-                    log.add("it is");
+                    log.add("answered");
                     other.disconnect();
                 });
             });
@@ -579,24 +583,24 @@ fn a_worker_that_is_let_go_is_not_waited_for() {
         |worker| {
             match worker.id().get() {
                 1 => drop(worker.on_message(|worker, _| {
-                    worker.send(b"yes").unwrap();
+                    worker.send(b"pong").unwrap();
                 })),
-                _ => drop(worker.send(b"ask the other").unwrap()),
+                _ => drop(worker.send(b"ping the other worker").unwrap()),
             }
             worker.run().unwrap();
         },
     );
     let mut entries = entries.take();
-    // When the first one comes online nobody waits for.
+    // No `run` waits for the first worker's `online` event, so its position varies.
     let before = entries.len();
     entries.retain(|entry| entry != "1 online");
     assert_eq!(before - entries.len(), 1);
     let expected = [
         "1 fork",
-        "ended",
+        "run returned",
         "2 fork",
         "2 online",
-        "it is",
+        "answered",
         "2 disconnect Some(true)",
         "2 exit Some(true) exit status: 0",
         "1 disconnect Some(true)",

@@ -1,5 +1,5 @@
-//! Every method of a worker, twice, in each of its states: nothing fails but what is sent in vain,
-//! nothing comes twice, and there is no error to report.
+//! Calls every method of a worker twice in each state. Only `send` to a closed channel fails, no
+//! event is emitted twice, and no `error` event is emitted.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -12,20 +12,20 @@ use cluster::{
 use crate::harness::{Log, answer_pings, cluster, in_background, stop};
 
 crate::scenarios! {
-    calls_before_it_is_online
-    calls_when_it_is_online
-    calls_when_it_listens
-    calls_when_it_is_leaving
-    calls_when_it_has_disconnected
-    calls_when_it_is_dead
-    calls_when_it_has_ended_unnoticed
-    calls_after_the_master
-    calls_after_a_master_that_did_not_wait
-    calls_in_the_worker
-    calls_in_the_worker_without_a_master
+    calls_are_idempotent_before_online
+    calls_are_idempotent_when_online
+    calls_are_idempotent_when_listening
+    calls_are_idempotent_while_disconnecting
+    calls_are_idempotent_when_disconnected
+    calls_are_idempotent_after_the_exit
+    calls_are_idempotent_before_the_exit_is_noticed
+    calls_are_idempotent_after_the_master_has_finished
+    calls_are_idempotent_after_the_master_is_dropped_with_workers
+    calls_in_the_worker_are_idempotent
+    calls_in_the_worker_are_idempotent_after_the_channel_closes
 }
 
-/// All that makes a worker leave.
+/// Every way to stop a worker.
 const WAYS: [&str; 6] = [
     "disconnect",
     "kill",
@@ -35,7 +35,7 @@ const WAYS: [&str; 6] = [
     "everything",
 ];
 
-fn leave(worker: &WorkerProcess, way: &str) {
+fn stop_by(worker: &WorkerProcess, way: &str) {
     match way {
         "disconnect" => assert_eq!(worker.disconnect(), worker),
         "kill" => worker.kill(Signal::TERM),
@@ -44,14 +44,14 @@ fn leave(worker: &WorkerProcess, way: &str) {
         "process().disconnect" => worker.process().disconnect(),
         _ => {
             for way in &WAYS[..5] {
-                leave(worker, way);
+                stop_by(worker, way);
             }
         }
     }
 }
 
-/// What changes nothing.
-fn ask(worker: &WorkerProcess, state: WorkerState, connected: bool, dead: bool) {
+/// Checks the state, and calls every method that must not change it.
+fn check_state(worker: &WorkerProcess, state: WorkerState, connected: bool, dead: bool) {
     for _ in 0..2 {
         assert_eq!(worker.state(), state);
         assert_eq!(worker.is_connected(), connected);
@@ -75,8 +75,8 @@ fn ask(worker: &WorkerProcess, state: WorkerState, connected: bool, dead: bool) 
     }
 }
 
-/// Sends in vain: twice an error, never an event for those that have ended.
-fn send_in_vain(worker: &WorkerProcess) {
+/// Asserts that each `send` fails, with an error and without an event.
+fn assert_sends_fail(worker: &WorkerProcess) {
     for _ in 0..2 {
         let outcomes = [
             worker.send(b"too late"),
@@ -96,7 +96,7 @@ fn send_in_vain(worker: &WorkerProcess) {
     }
 }
 
-/// Forks a worker for each way to leave, brings it to a state, and makes it leave twice.
+/// Forks a worker for each way, and lets `reach` stop it twice when it has reached a state.
 fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -115,8 +115,8 @@ fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)
                     at_exit.add(format!("{way}: {flag}, {status}"));
                 });
                 let twice = move |worker: &WorkerProcess| {
-                    leave(worker, way);
-                    leave(worker, way);
+                    stop_by(worker, way);
+                    stop_by(worker, way);
                 };
                 reach(master, &worker, Box::new(twice));
             }
@@ -131,7 +131,8 @@ fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)
     entries.take()
 }
 
-/// Each worker has disconnected once and exited once, with its flag and one of these ends.
+/// Each worker has disconnected once and exited once, with the expected flag and one of the
+/// expected statuses.
 fn check(entries: &[String], expected: impl Fn(&str) -> (bool, &'static [&'static str])) {
     const ZERO: &str = "exit status: 0";
     assert_eq!(entries.len(), 2 * WAYS.len(), "{entries:?}");
@@ -141,36 +142,36 @@ fn check(entries: &[String], expected: impl Fn(&str) -> (bool, &'static [&'stati
             .iter()
             .filter_map(|entry| entry.strip_prefix(&prefix));
         let own: Vec<_> = own.collect();
-        let (flag, ends) = expected(way);
+        let (flag, statuses) = expected(way);
         assert_eq!(own[0], flag.to_string(), "{way}");
-        let ends = ends.iter().map(|end| match *end {
+        let statuses = statuses.iter().map(|end| match *end {
             "0" => ZERO,
             _ => "signal: 15 (SIGTERM)",
         });
-        let ends: Vec<_> = ends.map(|end| format!("{flag}, {end}")).collect();
-        assert!(ends.contains(&own[1].to_owned()), "{way}: {}", own[1]);
+        let statuses: Vec<_> = statuses.map(|end| format!("{flag}, {end}")).collect();
+        assert!(statuses.contains(&own[1].to_owned()), "{way}: {}", own[1]);
     }
 }
 
-/// What the first way decides, as long as the worker is not leaving.
-fn as_told(way: &str) -> (bool, &'static [&'static str]) {
+/// The flag and the statuses that each way causes in a worker that is not yet disconnecting.
+fn expected_outcome(way: &str) -> (bool, &'static [&'static str]) {
     match way {
         "disconnect" => (true, &["0"]),
         "process().kill" => (false, &["15"]),
         "process().disconnect" => (false, &["0"]),
-        // The signal may find it ending by itself.
+        // The worker may exit by itself before the signal arrives.
         "kill" | "destroy" => (true, &["0", "15"]),
-        // Signalled at once.
+        // "everything": the signal is sent at once, but the worker may exit first.
         _ => (true, &["0", "15"]),
     }
 }
 
-fn calls_before_it_is_online() {
-    let entries = ways(|_, worker, leave_twice| {
-        ask(worker, WorkerState::None, true, false);
-        leave_twice(worker);
+fn calls_are_idempotent_before_online() {
+    let entries = ways(|_, worker, stop_twice| {
+        check_state(worker, WorkerState::None, true, false);
+        stop_twice(worker);
     });
-    check(&entries, as_told);
+    check(&entries, expected_outcome);
 }
 
 /// Calls `then` once.
@@ -183,36 +184,36 @@ fn once(then: Box<dyn FnOnce(&WorkerProcess)>) -> impl FnMut(&WorkerProcess) {
     }
 }
 
-fn calls_when_it_is_online() {
-    let entries = ways(|_, worker, leave_twice| {
-        let mut then = once(leave_twice);
+fn calls_are_idempotent_when_online() {
+    let entries = ways(|_, worker, stop_twice| {
+        let mut then = once(stop_twice);
         worker.on_online(move |_, worker| {
-            ask(worker, WorkerState::Online, true, false);
+            check_state(worker, WorkerState::Online, true, false);
             then(worker);
         });
     });
-    check(&entries, as_told);
+    check(&entries, expected_outcome);
 }
 
-fn calls_when_it_listens() {
-    let entries = ways(|_, worker, leave_twice| {
-        let mut then = once(leave_twice);
+fn calls_are_idempotent_when_listening() {
+    let entries = ways(|_, worker, stop_twice| {
+        let mut then = once(stop_twice);
         worker.on_listening(move |_, worker, _| {
-            ask(worker, WorkerState::Listening, true, false);
+            check_state(worker, WorkerState::Listening, true, false);
             then(worker);
         });
     });
-    check(&entries, as_told);
+    check(&entries, expected_outcome);
 }
 
-/// It cannot have heard of it: it is stopped meanwhile.
-fn calls_when_it_is_leaving() {
-    let entries = ways(|_, worker, leave_twice| {
-        let mut then = once(leave_twice);
+/// The worker is stopped meanwhile, so that it cannot process the request to disconnect.
+fn calls_are_idempotent_while_disconnecting() {
+    let entries = ways(|_, worker, stop_twice| {
+        let mut then = once(stop_twice);
         worker.on_listening(move |_, worker, _| {
             stop(worker);
             worker.disconnect();
-            ask(worker, WorkerState::Listening, true, false);
+            check_state(worker, WorkerState::Listening, true, false);
             then(worker);
             worker.process().kill(Signal::CONT);
         });
@@ -224,14 +225,14 @@ fn calls_when_it_is_leaving() {
     });
 }
 
-fn calls_when_it_has_disconnected() {
-    let entries = ways(|_, worker, leave_twice| {
+fn calls_are_idempotent_when_disconnected() {
+    let entries = ways(|_, worker, stop_twice| {
         worker.on_listening(|_, worker, _| {
             worker.disconnect();
         });
-        let mut then = once(leave_twice);
+        let mut then = once(stop_twice);
         worker.on_disconnect(move |_, worker| {
-            ask(worker, WorkerState::Disconnected, false, worker.is_dead());
+            check_state(worker, WorkerState::Disconnected, false, worker.is_dead());
             then(worker);
         });
     });
@@ -241,78 +242,79 @@ fn calls_when_it_has_disconnected() {
     });
 }
 
-/// In the callbacks for its end, and after them.
-fn calls_when_it_is_dead() {
-    let entries = ways(|_, worker, leave_twice| {
+/// In the `exit` callbacks, and after them.
+fn calls_are_idempotent_after_the_exit() {
+    let entries = ways(|_, worker, stop_twice| {
         worker.on_listening(|_, worker, _| {
             worker.disconnect();
         });
-        let mut then = once(leave_twice);
+        let mut then = once(stop_twice);
         worker.on_exit(move |master, worker, _| {
             assert!(master.worker(worker.id()).is_none());
-            ask(worker, WorkerState::Dead, false, true);
+            check_state(worker, WorkerState::Dead, false, true);
             then(worker);
-            send_in_vain(worker);
+            assert_sends_fail(worker);
             let worker = worker.clone();
             master.set_timeout(Duration::ZERO, move |_| {
-                ask(&worker, WorkerState::Dead, false, true);
-                leave(&worker, "everything");
-                send_in_vain(&worker);
+                check_state(&worker, WorkerState::Dead, false, true);
+                stop_by(&worker, "everything");
+                assert_sends_fail(&worker);
             });
         });
     });
     check(&entries, |_| (true, &["0"]));
 }
 
-/// It has ended, and the master has not looked yet: the program did not come back to its loop.
-fn calls_when_it_has_ended_unnoticed() {
-    let entries = ways(|_, worker, leave_twice| {
-        let mut then = once(leave_twice);
+/// The worker has exited, and the master has not noticed: the callback has not returned to the
+/// loop.
+fn calls_are_idempotent_before_the_exit_is_noticed() {
+    let entries = ways(|_, worker, stop_twice| {
+        let mut then = once(stop_twice);
         worker.on_listening(move |_, worker, _| {
             worker.process().kill(Signal::KILL);
             crate::harness::wait_for_state(worker.process().id(), ") Z ");
-            ask(worker, WorkerState::Listening, true, false);
+            check_state(worker, WorkerState::Listening, true, false);
             then(worker);
         });
     });
-    let asked = |way: &str| way != "process().kill" && way != "process().disconnect";
+    let disconnects = |way: &str| way != "process().kill" && way != "process().disconnect";
     assert_eq!(entries.len(), 2 * WAYS.len());
     for way in WAYS {
-        let flag = asked(way);
+        let flag = disconnects(way);
         assert!(entries.contains(&format!("{way}: {flag}")), "{entries:?}");
         let end = format!("{way}: {flag}, signal: 9 (SIGKILL)");
         assert!(entries.contains(&end), "{entries:?}");
     }
 }
 
-fn calls_after_the_master() {
-    let kept = Rc::new(RefCell::new(Vec::new()));
-    let workers = Rc::clone(&kept);
+fn calls_are_idempotent_after_the_master_has_finished() {
+    let forked = Rc::new(RefCell::new(Vec::new()));
+    let workers = Rc::clone(&forked);
     cluster(
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
             for _ in 0..2 {
                 let worker = master.fork().unwrap();
                 worker.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
-                kept.borrow_mut().push(worker);
+                forked.borrow_mut().push(worker);
             }
         },
         |_| {},
     );
-    // The harness has dropped it.
+    // The harness has dropped the master.
     let workers = workers.take();
     assert_ne!(workers[0], workers[1]);
     for worker in &workers {
-        ask(worker, WorkerState::Dead, false, true);
-        leave(worker, "everything");
-        send_in_vain(worker);
-        ask(worker, WorkerState::Dead, false, true);
+        check_state(worker, WorkerState::Dead, false, true);
+        stop_by(worker, "everything");
+        assert_sends_fail(worker);
+        check_state(worker, WorkerState::Dead, false, true);
         assert_eq!(worker.exited_after_disconnect(), Some(false));
     }
 }
 
-/// One that drops the master although it has workers loses all hold of them. They end.
-fn calls_after_a_master_that_did_not_wait() {
+/// A dropped `Master` no longer controls its workers, which exit.
+fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             let worker = master.fork().unwrap();
@@ -323,14 +325,14 @@ fn calls_after_a_master_that_did_not_wait() {
             worker.on_exit(|_, _, _| panic!("there is no master"));
             drop(master);
             for _ in 0..2 {
-                leave(&worker, "everything");
-                send_in_vain(&worker);
+                stop_by(&worker, "everything");
+                assert_sends_fail(&worker);
                 assert!(!worker.is_connected());
-                assert!(!worker.is_dead(), "nobody has seen it end");
+                assert!(!worker.is_dead(), "the master did not see the exit");
                 worker.process().unref();
                 worker.process().ref_();
             }
-            // Nobody else waits for it.
+            // The dropped master did not reap the worker.
             let pid = i32::try_from(worker.process().id()).unwrap();
             let pid = nix::unistd::Pid::from_raw(pid);
             let status = nix::sys::wait::waitpid(pid, None).unwrap();
@@ -340,10 +342,10 @@ fn calls_after_a_master_that_did_not_wait() {
     }
 }
 
-/// What a worker can do to leave.
+/// Every way for a worker to stop itself.
 const OWN_WAYS: [&str; 4] = ["disconnect", "kill", "destroy", "process().disconnect"];
 
-fn leave_by_itself(worker: &Worker, way: &str) {
+fn stop_itself_by(worker: &Worker, way: &str) {
     match way {
         "disconnect" => assert!(std::ptr::eq(worker.disconnect(), worker)),
         "kill" => worker.kill(),
@@ -352,13 +354,13 @@ fn leave_by_itself(worker: &Worker, way: &str) {
     }
 }
 
-fn leave_in_every_way(worker: &Worker) {
+fn stop_itself_in_every_way(worker: &Worker) {
     for way in OWN_WAYS {
-        leave_by_itself(worker, way);
+        stop_itself_by(worker, way);
     }
 }
 
-fn ask_itself(worker: &Worker) {
+fn check_own_state(worker: &Worker) {
     for _ in 0..2 {
         assert!(!worker.is_dead());
         assert_eq!(
@@ -369,16 +371,17 @@ fn ask_itself(worker: &Worker) {
         assert_eq!(worker.inspect_port(), None);
         worker.process().unref();
         worker.process().ref_();
-        let sent = worker.send(b"word");
+        let sent = worker.send(b"text");
         let reason = SendError::ChannelClosed;
-        let in_vain = matches!(sent, Err(Error::Send { reason: r, .. }) if r == reason);
-        assert!(sent.is_ok() || in_vain, "{sent:?}");
+        let is_closed = matches!(sent, Err(Error::Send { reason: r, .. }) if r == reason);
+        assert!(sent.is_ok() || is_closed, "{sent:?}");
         assert!(sent.is_err() || worker.is_connected());
     }
 }
 
-/// Each way twice: at first, when the worker is leaving, in the callback for the end, and after it.
-fn calls_in_the_worker() {
+/// Calls each way twice: first, while the worker disconnects, in the `disconnect` callback, and
+/// after it.
+fn calls_in_the_worker_are_idempotent() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -400,34 +403,34 @@ fn calls_in_the_worker() {
             worker.on_error(|_, error| panic!("{error}"));
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.on_connection(|_, _| {});
-            ask_itself(&worker);
-            leave_by_itself(&worker, &way);
-            leave_by_itself(&worker, &way);
+            check_own_state(&worker);
+            stop_itself_by(&worker, &way);
+            stop_itself_by(&worker, &way);
             let own = way.clone();
             let count = Rc::new(std::cell::Cell::new(0));
             let disconnects = Rc::clone(&count);
             worker.on_disconnect(move |worker| {
-                ask_itself(worker);
+                check_own_state(worker);
                 assert!(!worker.is_connected());
-                leave_by_itself(worker, &own);
-                leave_in_every_way(worker);
+                stop_itself_by(worker, &own);
+                stop_itself_in_every_way(worker);
                 count.set(count.get() + 1);
             });
             while worker.is_connected() {
                 worker.dispatch(None).unwrap();
-                leave_by_itself(&worker, &way);
+                stop_itself_by(&worker, &way);
             }
             worker.run().unwrap();
             assert_eq!(disconnects.get(), 1);
-            leave_in_every_way(&worker);
-            ask_itself(&worker);
+            stop_itself_in_every_way(&worker);
+            check_own_state(&worker);
             assert!(listener.accept().unwrap().is_none());
             listener.close();
             listener.close();
             listener.unref();
             listener.ref_();
             listener.set_max_connections(Some(0));
-            // A new one has ended before it began.
+            // New listeners and sockets are closed from the start.
             let late = worker.listen("127.0.0.1:0").unwrap();
             assert!(late.accept().unwrap().is_none());
             let socket = worker.bind("127.0.0.1:0").unwrap();
@@ -449,8 +452,8 @@ fn calls_in_the_worker() {
     }
 }
 
-/// The master has closed the channel, and the worker has not looked yet.
-fn calls_in_the_worker_without_a_master() {
+/// The master has closed the channel, and the worker has not noticed yet.
+fn calls_in_the_worker_are_idempotent_after_the_channel_closes() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -476,15 +479,15 @@ fn calls_in_the_worker_without_a_master() {
             worker.on_error(|_, error| panic!("{error}"));
             let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
             worker
-                .send_with_fds(b"cut me off", vec![theirs.into()])
+                .send_with_fds(b"close the channel", vec![theirs.into()])
                 .unwrap();
-            // Closed after the channel.
+            // The master closes this descriptor after the channel.
             assert_eq!(ours.read(&mut [0]).unwrap(), 0);
-            leave_by_itself(&worker, &way);
-            leave_by_itself(&worker, &way);
-            // What is sent now is an error at last.
-            let told = Rc::new(std::cell::Cell::new(0));
-            let count = Rc::clone(&told);
+            stop_itself_by(&worker, &way);
+            stop_itself_by(&worker, &way);
+            // Sending fails, either at once or later through `on_written`.
+            let reported = Rc::new(std::cell::Cell::new(0));
+            let count = Rc::clone(&reported);
             let options = SendOptions::new().on_written(move |_, outcome| {
                 outcome.unwrap_err();
                 count.set(count.get() + 1);
@@ -493,7 +496,7 @@ fn calls_in_the_worker_without_a_master() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             assert!(listener.accept().unwrap().is_none());
             worker.run().unwrap();
-            assert_eq!(told.get(), u32::from(!refused));
+            assert_eq!(reported.get(), u32::from(!refused));
             assert_eq!(worker.exited_after_disconnect(), Some(false));
         },
     );

@@ -31,12 +31,12 @@ crate::scenarios! {
     dgram_cluster_bind_error
     dgram_cluster_close_in_listening
     dgram_unref_in_cluster
-    datagrams_to_a_socket_of_the_masters_own_are_dealt_out
-    a_socket_that_comes_just_before_the_request_to_leave_is_closed
+    datagrams_to_a_borrowed_socket_are_distributed
+    socket_that_arrives_just_before_a_disconnect_is_closed
 }
 
-/// What the master is told of a worker that binds so many sockets and leaves by itself.
-fn bound_and_left(sockets: usize) -> Vec<&'static str> {
+/// The events of a worker that binds `sockets` sockets and then disconnects by itself.
+fn bind_and_disconnect_events(sockets: usize) -> Vec<&'static str> {
     let mut events = vec!["1 fork", "1 online"];
     events.extend(std::iter::repeat_n("1 listening", sockets));
     events.extend([
@@ -46,8 +46,8 @@ fn bound_and_left(sockets: usize) -> Vec<&'static str> {
     events
 }
 
-/// Forks one worker that does this, and returns all events.
-fn one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
+/// Runs `worker` in one worker, and returns all events.
+fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -63,7 +63,7 @@ fn one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     entries.take()
 }
 
-/// Closes a socket, and sees that it is.
+/// Closes a socket, and asserts that it is closed.
 fn close(socket: &UdpSocket) {
     socket.close();
     assert_closed(socket);
@@ -74,7 +74,7 @@ fn assert_closed(socket: &UdpSocket) {
     assert_unbound(socket);
 }
 
-/// The same, for callbacks, which cannot wait for datagrams.
+/// Asserts that a socket is closed, without `recv_from`, which callbacks may not call.
 fn assert_unbound(socket: &UdpSocket) {
     let error = socket.send_to(b"x", socket.local_addr()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotConnected);
@@ -82,15 +82,15 @@ fn assert_unbound(socket: &UdpSocket) {
 }
 
 fn child_index_dgram() {
-    let events = one_worker(|worker| {
+    let events = events_of_one_worker(|worker| {
         let first = [(); 2].map(|()| worker.bind(0).unwrap());
         let ports = [0, 1].map(|n: usize| first[n].local_addr().port());
         assert_ne!(ports[0], ports[1], "two sockets");
         let closed = Rc::new(Cell::new(0));
         for socket in first {
             let closed = Rc::clone(&closed);
-            // The first one's index is free again while the second socket is open, and while the
-            // second socket closes its successor is open.
+            // Closing the first socket frees its index while the second is open. When the second
+            // closes, the first one's successor is open.
             worker.set_timeout(Duration::ZERO, move |worker| {
                 socket.close();
                 assert_unbound(&socket);
@@ -108,15 +108,20 @@ fn child_index_dgram() {
         worker.run().unwrap();
         assert_eq!(closed.get(), 2);
     });
-    assert_eq!(events, bound_and_left(4));
+    assert_eq!(events, bind_and_disconnect_events(4));
 }
 
 const WORKERS: u32 = 4;
 const EACH: usize = 10;
 
-/// Forks four workers, and sends 40 datagrams when all have bound their socket. Whoever says that
-/// he has got his share is to leave.
-fn deal_out(master: &Master, log: &Log, addresses: Rc<RefCell<Vec<Address>>>, env: &str) {
+/// Forks four workers, and sends 40 datagrams when all have bound their socket. A worker that
+/// reports its share as received is disconnected.
+fn distribute_datagrams(
+    master: &Master,
+    log: &Log,
+    addresses: Rc<RefCell<Vec<Address>>>,
+    env: &str,
+) {
     note_events(master, log);
     note_messages(master, log);
     master.on_listening(move |_, _, address| {
@@ -135,7 +140,7 @@ fn deal_out(master: &Master, log: &Log, addresses: Rc<RefCell<Vec<Address>>>, en
     (0..WORKERS).for_each(|_| drop(master.fork_with([("SOCKET", env)]).unwrap()));
 }
 
-fn assert_dealt_out(entries: &[String], addresses: &[Address]) {
+fn assert_distributed(entries: &[String], addresses: &[Address]) {
     let expected = [
         "fork",
         "online",
@@ -156,7 +161,7 @@ fn dgram_1() {
     let addresses = Rc::default();
     let seen = Rc::clone(&addresses);
     cluster(
-        |master| deal_out(master, &log, addresses, ""),
+        |master| distribute_datagrams(master, &log, addresses, ""),
         |worker| {
             let socket = Rc::new(worker.bind(0).unwrap());
             let own = Rc::clone(&socket);
@@ -175,12 +180,12 @@ fn dgram_1() {
         },
     );
     let addresses = seen.take();
-    assert_dealt_out(&entries.take(), &addresses);
+    assert_distributed(&entries.take(), &addresses);
     assert_eq!(addresses[0].address.as_deref(), Some("0.0.0.0"));
     assert_eq!(addresses[0].fd, None);
 }
 
-fn datagrams_to_a_socket_of_the_masters_own_are_dealt_out() {
+fn datagrams_to_a_borrowed_socket_are_distributed() {
     let log = Log::default();
     let entries = log.clone();
     let addresses = Rc::default();
@@ -192,10 +197,10 @@ fn datagrams_to_a_socket_of_the_masters_own_are_dealt_out() {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
             fd.set(Some(socket.as_raw_fd()));
             let env = format!("{} {}", socket.as_raw_fd(), socket.local_addr().unwrap());
-            deal_out(master, &log, addresses, &env);
+            distribute_datagrams(master, &log, addresses, &env);
             master.on_exit(move |master, _, _| {
                 if master.workers().is_empty() {
-                    // It is still open, and nothing was left over.
+                    // The master's socket is still open, and no datagram is left in it.
                     let address = socket.local_addr().unwrap();
                     assert_eq!(socket.send_to(b"own", address).unwrap(), 3);
                     let mut buffer = [0; 16];
@@ -221,7 +226,7 @@ fn datagrams_to_a_socket_of_the_masters_own_are_dealt_out() {
         },
     );
     let addresses = seen.take();
-    assert_dealt_out(&entries.take(), &addresses);
+    assert_distributed(&entries.take(), &addresses);
     assert_eq!(addresses[0].address, None);
     assert_eq!(addresses[0].fd, number.get());
 }
@@ -249,14 +254,14 @@ fn dgram_2() {
                     return Some(Interest::Readable);
                 }
                 let log = log.clone();
-                master.disconnect(move |_| log.add("all gone"));
+                master.disconnect(move |_| log.add("all exited"));
                 None
             };
             master.watch(socket, Interest::Readable, receive).unwrap();
         },
         |worker| {
             let socket = Rc::new(worker.bind(0).unwrap());
-            socket.on_message(|_, _, _, _| panic!("nobody answers"));
+            socket.on_message(|_, _, _, _| panic!("no process answers"));
             let messages = Rc::new(Cell::new(0));
             let count = Rc::clone(&messages);
             worker.on_message(move |worker, message| {
@@ -270,8 +275,8 @@ fn dgram_2() {
     );
     assert_eq!(received.get(), 40);
     let mut entries = entries.take();
-    assert_eq!(entries.pop().unwrap(), "all gone");
-    // The others may be so fast that a worker is to leave before it has bound.
+    assert_eq!(entries.pop().unwrap(), "all exited");
+    // The other workers may send all 40 datagrams before this one has bound its socket.
     entries.retain(|entry| !entry.ends_with(" listening"));
     let expected = [
         "fork",
@@ -286,7 +291,7 @@ fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
     let sender = Rc::clone(socket);
     let send = move |_: &Worker| match sender.send_to(b"hello", ("127.0.0.1", port)) {
         Ok(length) => assert_eq!(length, 5),
-        // The request to leave has closed it.
+        // The disconnect has closed the socket.
         Err(error) => assert_eq!(error.kind(), ErrorKind::NotConnected),
     };
     let timer = worker.set_interval(Duration::from_millis(1), send);
@@ -298,13 +303,13 @@ fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
 }
 
 fn dgram_ipv6only() {
-    let events = one_worker(|worker| {
-        // IPv4 before IPv6: somebody else's IPv4 socket might have the port that an IPv6 socket
-        // gets by chance, but not the other way round.
+    let events = events_of_one_worker(|worker| {
+        // Bind IPv4 first: another process's IPv4 socket may have the port that an IPv6
+        // socket gets by chance. The reverse cannot happen.
         let v4 = worker.bind(("0.0.0.0", 0)).unwrap();
         let port = v4.local_addr().port();
         let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        // For both families the port is taken.
+        // A dual-stack socket needs the port in both families, and IPv4 has taken it.
         let error = worker.bind(address).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::EADDRINUSE as i32));
         let v6 = worker.bind(BindOptions::from(address).ipv6_only(true));
@@ -314,16 +319,16 @@ fn dgram_ipv6only() {
         close(&v4);
         worker.disconnect().run().unwrap();
     });
-    assert_eq!(events, bound_and_left(2));
+    assert_eq!(events, bind_and_disconnect_events(2));
 }
 
-/// Which socket this is, among all of the system's.
+/// Identifies the socket among all sockets of the system, by its inode.
 fn identity(socket: &UdpSocket) -> std::path::PathBuf {
     let copy = socket.try_clone().unwrap();
     std::fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).unwrap()
 }
 
-/// Two sockets have one port, with this option on both.
+/// Binds two sockets to one port, with `option` on both.
 fn two_on_one_port(worker: &Worker, option: fn(BindOptions) -> BindOptions) {
     let first = worker.bind(option(BindOptions::from(0))).unwrap();
     let port = first.local_addr().port();
@@ -337,16 +342,16 @@ fn two_on_one_port(worker: &Worker, option: fn(BindOptions) -> BindOptions) {
 }
 
 fn dgram_reuse() {
-    let events = one_worker(|worker| {
+    let events = events_of_one_worker(|worker| {
         two_on_one_port(worker, |options| options.reuse_addr(true));
         worker.disconnect().run().unwrap();
     });
-    assert_eq!(events, bound_and_left(2));
+    assert_eq!(events, bind_and_disconnect_events(2));
 }
 
 fn dgram_reuseport() {
-    let events = one_worker(|worker| {
-        // It is not asked, and could not answer.
+    let events = events_of_one_worker(|worker| {
+        // The worker does not need the master, which is stopped and cannot answer.
         let master = StoppedMaster::new();
         let bind = |port| worker.bind(BindOptions::from(port).reuse_port(true));
         let first = bind(0).unwrap();
@@ -358,13 +363,13 @@ fn dgram_reuseport() {
         drop(master);
         worker.disconnect().run().unwrap();
     });
-    assert_eq!(events, bound_and_left(0));
+    assert_eq!(events, bind_and_disconnect_events(0));
 }
 
 /// Sends a datagram, and returns the answer.
-fn ask(address: SocketAddr) -> String {
+fn request(address: SocketAddr) -> String {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.send_to(b"who?", address).unwrap();
+    socket.send_to(b"ping", address).unwrap();
     let mut answer = [0; 16];
     let (length, _) = socket.recv_from(&mut answer).unwrap();
     String::from_utf8(answer[..length].to_vec()).unwrap()
@@ -397,7 +402,8 @@ fn disconnect_unshared_udp() {
                     without.on_disconnect(move |_, _| {
                         asked.send(b"ping").unwrap();
                     });
-                    // Between the answers it acts on whatever the other's leave has led to.
+                    // Between its two answers, the worker processes whatever the other worker's
+                    // disconnect has caused.
                     let (log, answers) = (log.clone(), Cell::new(0));
                     with.on_message(move |master, with, _| {
                         answers.set(answers.get() + 1);
@@ -405,7 +411,7 @@ fn disconnect_unshared_udp() {
                             with.send(b"ping").unwrap();
                             return;
                         }
-                        log.add(format!("served by {}", ask(address)));
+                        log.add(format!("served by {}", request(address)));
                         master.disconnect(|_| {});
                     });
                 });
@@ -420,7 +426,7 @@ fn disconnect_unshared_udp() {
         },
     );
     let mut entries = entries.take();
-    // When the first ends, after it has disconnected, is its own affair.
+    // The exit of the first worker may come at any time after its disconnect.
     let end = "1 exit Some(true) exit status: 0";
     let before = entries.len();
     entries.retain(|entry| entry != end);
@@ -439,7 +445,7 @@ fn disconnect_unshared_udp() {
     assert_eq!(entries, expected);
 }
 
-/// Forks one worker, and has a socket itself, whose port it tells the worker, until the worker
+/// Runs `worker` in one worker, with a port that a socket of the master holds until the worker
 /// exits. Returns all events.
 fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     let log = Log::default();
@@ -460,18 +466,18 @@ fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     entries.take()
 }
 
-/// `bind` waits for the answer, so that the program itself cannot close the socket before. The
-/// request to leave can: the master, which knows of it first, answers nothing any more.
+/// `bind` waits for the answer, so the application cannot close the socket before it. A disconnect
+/// can: the master processes it first, and does not answer the bind request.
 fn dgram_bind_socket_close_before_cluster_reply() {
     let events = with_port_in_use(|worker, port| {
         worker.disconnect();
         let socket = worker.bind(port).unwrap();
         assert_closed(&socket);
-        socket.on_message(|_, _, _, _| panic!("it has closed"));
+        socket.on_message(|_, _, _, _| panic!("the socket is closed"));
         worker.run().unwrap();
         close(&socket);
     });
-    assert_eq!(events, bound_and_left(0));
+    assert_eq!(events, bind_and_disconnect_events(0));
 }
 
 fn dgram_cluster_bind_error() {
@@ -483,10 +489,10 @@ fn dgram_cluster_bind_error() {
         let reason = std::io::Error::from(Errno::EADDRINUSE);
         let expected = format!("cannot bind 0.0.0.0:{port}: {reason}");
         assert_eq!(error.to_string(), expected);
-        assert_eq!(open_fds(), before, "nothing remains");
+        assert_eq!(open_fds(), before, "no descriptor remains");
         worker.disconnect().run().unwrap();
     });
-    assert_eq!(events, bound_and_left(0));
+    assert_eq!(events, bind_and_disconnect_events(0));
 }
 
 fn dgram_cluster_close_in_listening() {
@@ -514,9 +520,10 @@ fn dgram_cluster_close_in_listening() {
     assert_each(3, &entries.take(), &expected);
 }
 
-/// There is no socket before `bind` has returned; it is let go of right after that.
+/// Node's test calls `unref` while the bind request is pending. Here `bind` returns when it is
+/// complete, so `unref` follows.
 fn dgram_unref_in_cluster() {
-    let events = one_worker(|worker| {
+    let events = events_of_one_worker(|worker| {
         let socket = Rc::new(worker.bind("127.0.0.1:0").unwrap());
         let received = Rc::new(Cell::new(0));
         let (own, count) = (Rc::clone(&socket), Rc::clone(&received));
@@ -529,20 +536,20 @@ fn dgram_unref_in_cluster() {
         worker.process().unref();
         worker.run().unwrap();
         assert!(worker.is_connected());
-        // It is open still, and can keep the program again.
+        // The socket is still open, and `ref_` lets it keep the loop running again.
         socket.ref_();
         socket.send_to(b"x", socket.local_addr()).unwrap();
         worker.run().unwrap();
         assert_eq!(received.get(), 1);
         assert!(worker.is_connected());
-        let told = Rc::new(Cell::new(false));
-        let tell = Rc::clone(&told);
-        worker.on_disconnect(move |_| tell.set(true));
+        let reported = Rc::new(Cell::new(false));
+        let at_disconnect = Rc::clone(&reported);
+        worker.on_disconnect(move |_| at_disconnect.set(true));
         worker.process().disconnect();
         worker.run().unwrap();
         assert!(
-            told.get(),
-            "it waits for the end, though not for the channel"
+            reported.get(),
+            "run waits for the disconnect although the channel is unreferenced"
         );
         assert!(!worker.is_connected());
     });
@@ -556,9 +563,9 @@ fn dgram_unref_in_cluster() {
     assert_eq!(events, expected);
 }
 
-/// While the worker waits for the answer, the master binds the socket and sends it, and then its
-/// program tells the worker to leave.
-fn a_socket_that_comes_just_before_the_request_to_leave_is_closed() {
+/// While the worker waits for the answer, the master binds the socket and sends it. Then the
+/// master's application disconnects the worker.
+fn socket_that_arrives_just_before_a_disconnect_is_closed() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -566,14 +573,15 @@ fn a_socket_that_comes_just_before_the_request_to_leave_is_closed() {
             note_events(master, &log);
             let worker = master.fork().unwrap();
             worker.on_message(|master, worker, message| {
-                // The worker asks now; the master does not read that before this callback returns.
-                let [line]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
-                UnixStream::from(line).write_all(b"x").unwrap();
+                // This makes the worker send its bind request. The master does not read the
+                // request before this callback returns.
+                let [go]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
+                UnixStream::from(go).write_all(b"x").unwrap();
                 stop(worker);
                 let (before, worker) = (open_fds().len(), worker.clone());
                 let own = Rc::new(Cell::new(None));
                 let timer = Rc::clone(&own);
-                let leave_when_bound = move |master: &Master| {
+                let disconnect_when_bound = move |master: &Master| {
                     if open_fds().len() > before {
                         worker.disconnect();
                         worker.process().kill(Signal::CONT);
@@ -581,25 +589,25 @@ fn a_socket_that_comes_just_before_the_request_to_leave_is_closed() {
                     }
                 };
                 let every = Duration::from_millis(1);
-                timer.set(Some(master.set_interval(every, leave_when_bound)));
+                timer.set(Some(master.set_interval(every, disconnect_when_bound)));
             });
         },
         |worker| {
             worker.on_error(|_, error| panic!("{error}"));
             let (mut here, there) = UnixStream::pair().unwrap();
             worker.send_with_fds(b"ready", vec![there.into()]).unwrap();
-            // It does not sleep here: when it does, it waits for the answer.
+            // Do not sleep here: `stop` takes the first sleep as the wait for the answer.
             here.set_nonblocking(true).unwrap();
             while here.read(&mut [0]).is_err() {
                 std::thread::yield_now();
             }
             let before = open_fds();
             let socket = worker.bind(0).unwrap();
-            assert_ne!(open_fds(), before, "it has come");
+            assert_ne!(open_fds(), before, "the socket has arrived");
             assert_closed(&socket);
-            assert_eq!(open_fds(), before, "and is given back");
+            assert_eq!(open_fds(), before, "the socket is released");
             worker.run().unwrap();
         },
     );
-    assert_eq!(entries.take(), bound_and_left(1));
+    assert_eq!(entries.take(), bind_and_disconnect_events(1));
 }

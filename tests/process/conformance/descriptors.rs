@@ -1,4 +1,4 @@
-//! Descriptors that go with a message: of every kind, kept open here or given away.
+//! Descriptors sent with a message: of every kind, kept open by the sender or moved.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
@@ -14,59 +14,62 @@ use super::receipts::is_refused;
 use crate::harness::{Log, cluster, note_events, note_messages, open_fds};
 
 crate::scenarios! {
-    what_is_kept_open_stays_open_and_what_is_given_away_is_closed
-    descriptors_of_every_kind_in_one_message
-    more_descriptors_than_allowed_are_an_error
+    kept_descriptors_stay_open_and_moved_ones_are_closed
+    one_message_carries_descriptors_of_every_kind
+    too_many_descriptors_are_an_error
 }
 
-/// What the descriptor is, as it appears in `open_fds`.
-fn what_is(fd: &impl AsFd) -> PathBuf {
+/// The link of the descriptor, as it appears in `open_fds`.
+fn link_of(fd: &impl AsFd) -> PathBuf {
     let number = fd.as_fd().as_raw_fd();
     std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap()
 }
 
-/// Whoever sends two ends, and the other ends of them.
+/// Two socket pairs. One end of each is sent: `kept` stays open in the sender, `moved` does not.
 struct Ends {
     kept: UnixStream,
     kept_peer: UnixStream,
-    given: Option<UnixStream>,
-    given_name: PathBuf,
-    given_peer: UnixStream,
+    moved: Option<UnixStream>,
+    moved_link: PathBuf,
+    moved_peer: UnixStream,
 }
 
 impl Ends {
     fn new() -> Self {
         let (kept, kept_peer) = UnixStream::pair().unwrap();
-        let (given, given_peer) = UnixStream::pair().unwrap();
+        let (moved, moved_peer) = UnixStream::pair().unwrap();
         Self {
             kept,
             kept_peer,
-            given_name: what_is(&given),
-            given: Some(given),
-            given_peer,
+            moved_link: link_of(&moved),
+            moved: Some(moved),
+            moved_peer,
         }
     }
 
     fn options<R>(&mut self) -> SendOptions<R> {
         let options = SendOptions::new().keep_open(&self.kept);
-        options.fd(self.given.take().unwrap())
+        options.fd(self.moved.take().unwrap())
     }
 
-    /// When it is sent, and nobody has taken anything.
+    /// Call when the message was processed and its receiver did not take the descriptors.
     fn check(mut self) {
-        assert!(open_fds().contains(&what_is(&self.kept)));
-        assert!(!open_fds().contains(&self.given_name), "not closed here");
-        // The other side has closed both: this one's end is the only one left, or none is.
-        assert_eq!(self.given_peer.read(&mut [0]).unwrap(), 0);
-        self.kept.write_all(b"still").unwrap();
+        assert!(open_fds().contains(&link_of(&self.kept)));
+        assert!(
+            !open_fds().contains(&self.moved_link),
+            "still open in the sender"
+        );
+        // The receiver has closed its copies: `kept` is open in the sender only, `moved` nowhere.
+        assert_eq!(self.moved_peer.read(&mut [0]).unwrap(), 0);
+        self.kept.write_all(b"open").unwrap();
         drop(self.kept);
-        let mut heard = String::new();
-        self.kept_peer.read_to_string(&mut heard).unwrap();
-        assert_eq!(heard, "still");
+        let mut received = String::new();
+        self.kept_peer.read_to_string(&mut received).unwrap();
+        assert_eq!(received, "open");
     }
 }
 
-fn what_is_kept_open_stays_open_and_what_is_given_away_is_closed() {
+fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -76,19 +79,19 @@ fn what_is_kept_open_stays_open_and_what_is_given_away_is_closed() {
             let worker = master.fork().unwrap();
             let mut ends = Ends::new();
             let options = ends.options();
-            worker.send_with(b"nobody takes these", options).unwrap();
+            worker.send_with(b"not taken", options).unwrap();
             let ends = Cell::new(Some(ends));
             worker.on_message(move |_, worker, _| {
                 if let Some(ends) = ends.take() {
                     ends.check();
-                    worker.send(b"now you").unwrap();
+                    worker.send(b"your turn").unwrap();
                 }
             });
         },
         |worker| {
             let ends = RefCell::new(Ends::new());
             worker.on_message(move |worker, message| {
-                if message.bytes() != b"now you" {
+                if message.bytes() != b"your turn" {
                     worker.send(b"seen").unwrap();
                     return;
                 }
@@ -98,7 +101,7 @@ fn what_is_kept_open_stays_open_and_what_is_given_away_is_closed() {
                     own.check();
                     worker.disconnect();
                 });
-                worker.send_with(b"nobody takes these", options).unwrap();
+                worker.send_with(b"not taken", options).unwrap();
             });
             worker.run().unwrap();
         },
@@ -107,14 +110,14 @@ fn what_is_kept_open_stays_open_and_what_is_given_away_is_closed() {
         "1 fork",
         "1 online",
         "1 seen",
-        "1 nobody takes these",
+        "1 not taken",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
     ];
     assert_eq!(entries.take(), expected);
 }
 
-/// One descriptor of each kind, and what is needed to see that each works where it arrives.
+/// One descriptor of each kind, and the peers that show that each works in the receiver.
 struct Kinds {
     stream: TcpStream,
     client: TcpStream,
@@ -140,7 +143,7 @@ impl Kinds {
             .keep_open(&receiver)
             .keep_open(&file)
             .fd(pipe);
-        // What arrives works also when this one is gone.
+        // The receiver's copy works although the sender has closed its own.
         drop(receiver);
         let client = TcpStream::connect(address).unwrap();
         let kinds = Self {
@@ -152,10 +155,10 @@ impl Kinds {
         (kinds, options)
     }
 
-    /// In the same order.
+    /// Takes the descriptors in the order of `send`, and uses each.
     fn receive(message: &Message) {
         let fds: [OwnedFd; 5] = message.take_fds().try_into().unwrap();
-        assert!(message.take_fds().is_empty(), "the first to ask gets them");
+        assert!(message.take_fds().is_empty(), "taken by the first call");
         let [stream, listener, datagrams, file, pipe] = fds;
         TcpStream::from(stream).write_all(b"stream").unwrap();
         let (mut client, _) = TcpListener::from(listener).accept().unwrap();
@@ -164,22 +167,22 @@ impl Kinds {
         UdpSocket::from(datagrams).recv(&mut datagram).unwrap();
         assert_eq!(&datagram, b"datagrams");
         File::from(file).write_all(b"file").unwrap();
-        let mut heard = String::new();
-        File::from(pipe).read_to_string(&mut heard).unwrap();
-        assert_eq!(heard, "pipe");
+        let mut received = String::new();
+        File::from(pipe).read_to_string(&mut received).unwrap();
+        assert_eq!(received, "pipe");
     }
 
     fn check(mut self) {
-        let mut heard = String::new();
-        self.stream.read_to_string(&mut heard).unwrap();
-        self.client.read_to_string(&mut heard).unwrap();
+        let mut received = String::new();
+        self.stream.read_to_string(&mut received).unwrap();
+        self.client.read_to_string(&mut received).unwrap();
         self.file.rewind().unwrap();
-        self.file.read_to_string(&mut heard).unwrap();
-        assert_eq!(heard, "streamlistenerfile");
+        self.file.read_to_string(&mut received).unwrap();
+        assert_eq!(received, "streamlistenerfile");
     }
 }
 
-fn descriptors_of_every_kind_in_one_message() {
+fn one_message_carries_descriptors_of_every_kind() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -189,7 +192,7 @@ fn descriptors_of_every_kind_in_one_message() {
             let worker = master.fork().unwrap();
             let (kinds, options) = Kinds::send();
             kinds.datagrams.send(b"datagrams").unwrap();
-            worker.send_with(b"for you", options).unwrap();
+            worker.send_with(b"from the master", options).unwrap();
             let kinds = Cell::new(Some(kinds));
             worker.on_message(move |_, worker, message| match kinds.take() {
                 Some(kinds) => kinds.check(),
@@ -202,12 +205,12 @@ fn descriptors_of_every_kind_in_one_message() {
         |worker| {
             let own = Cell::new(None);
             worker.on_message(move |worker, message| {
-                if message.bytes() == b"for you" {
+                if message.bytes() == b"from the master" {
                     Kinds::receive(message);
                     worker.send(b"received").unwrap();
                     let (kinds, options) = Kinds::send();
                     kinds.datagrams.send(b"datagrams").unwrap();
-                    worker.send_with(b"and for you", options).unwrap();
+                    worker.send_with(b"from the worker", options).unwrap();
                     own.set(Some(kinds));
                 } else {
                     own.take().unwrap().check();
@@ -221,14 +224,14 @@ fn descriptors_of_every_kind_in_one_message() {
         "1 fork",
         "1 online",
         "1 received",
-        "1 and for you",
+        "1 from the worker",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
     ];
     assert_eq!(entries.take(), expected);
 }
 
-fn more_descriptors_than_allowed_are_an_error() {
+fn too_many_descriptors_are_an_error() {
     let log = Log::default();
     let entries = log.clone();
     fn copies<R>(count: usize, file: &File) -> SendOptions<R> {
@@ -241,7 +244,7 @@ fn more_descriptors_than_allowed_are_an_error() {
             let worker = master.fork().unwrap();
             let file = tempfile::tempfile().unwrap();
             let before = open_fds();
-            let never = |_: &_, _| panic!("send_with has failed");
+            let never = |_: &_, _| panic!("called although send_with failed");
             let options = copies(17, &file).on_written(never);
             is_refused(
                 worker.send_with(b"", options),
@@ -260,7 +263,7 @@ fn more_descriptors_than_allowed_are_an_error() {
                 assert_eq!(fds.len(), 16);
                 let before = open_fds();
                 let file = fds.pop().unwrap().into();
-                let never = |_: &_, _| panic!("send_with has failed");
+                let never = |_: &_, _| panic!("called although send_with failed");
                 let options = copies(17, &file).on_written(never);
                 is_refused(
                     worker.send_with(b"", options),

@@ -1,4 +1,4 @@
-//! What is told, when, how often and in which order.
+//! Which events are emitted, when, how often and in which order.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -41,20 +41,20 @@ scenarios! {
     worker_isconnected
     uncaught_exception
     accept_fail
-    accept_fail_without_descriptors
+    accept_recovers_after_running_out_of_descriptors
     kill_infinite_loop
     primary_kill
 }
 
-/// All that is told about the only worker, at both levels.
+/// All events of the only worker, at both levels.
 #[derive(Default)]
-struct Told {
+struct Events {
     by_cluster: Log,
     by_worker: Log,
 }
 
-/// Writes down the events that come at both levels, and looks that what is known about the worker
-/// agrees with them.
+/// Logs the events that are emitted at both levels, and asserts that the worker's state agrees with
+/// them.
 macro_rules! listen_to {
     ($source:expr, $log:expr, $worker:expr) => {{
         let (log, own) = ($log.clone(), $worker.clone());
@@ -88,9 +88,9 @@ macro_rules! listen_to {
     }};
 }
 
-impl Told {
-    /// To be called before the loop turns.
-    fn about(&self, master: &Master, worker: &WorkerProcess) {
+impl Events {
+    /// Call before the loop runs, so that no event is missed.
+    fn log(&self, master: &Master, worker: &WorkerProcess) {
         let (log, own) = (self.by_cluster.clone(), worker.clone());
         master.on_fork(move |_, worker| {
             assert_eq!(*worker, own);
@@ -101,7 +101,7 @@ impl Told {
         master.on_error(|_, _, error| panic!("{error}"));
     }
 
-    /// Everything, after `fork`, which comes at the cluster's level only, and `online`.
+    /// Returns all events after `fork`, which is emitted at cluster level only, and `online`.
     #[track_caller]
     fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
@@ -111,7 +111,7 @@ impl Told {
     }
 }
 
-/// What a worker does that ends before its main part, by what it knows at once.
+/// Exits with a code from the worker's id, which is known as soon as `init` returns.
 fn exit_with_own_id(worker: Worker) {
     assert!(cluster::is_worker());
     std::process::exit(42 + i32::try_from(worker.id().get()).unwrap());
@@ -127,7 +127,7 @@ fn cluster_preload_test() {
             master.env("PROGRAM", program).stderr(Stdio::inherit());
             let output = master.output().unwrap();
             assert!(output.status.success());
-            assert_eq!(output.stdout, b"a worker ended with 43\n", "{program:?}");
+            assert_eq!(output.stdout, b"a worker exited with 43\n", "{program:?}");
         }
         return;
     }
@@ -136,7 +136,7 @@ fn cluster_preload_test() {
             let program = std::env::var_os("PROGRAM").unwrap();
             master.setup_master(Settings::default().exec(program));
             master.on_exit(|_, _, status| {
-                println!("a worker ended with {}", status.code().unwrap());
+                println!("a worker exited with {}", status.code().unwrap());
             });
             master.fork().unwrap();
         },
@@ -145,15 +145,15 @@ fn cluster_preload_test() {
 }
 
 fn cluster_preload() {
-    let told = Told::default();
-    // Before anything else a process knows what it is.
+    let events = Events::default();
+    // The role is known before `init`.
     let is_worker = cluster::is_worker();
     cluster(
         |master| {
             assert!(!is_worker && cluster::is_master());
             let worker = master.fork().unwrap();
             assert_eq!(worker.id().get(), 1);
-            told.about(master, &worker);
+            events.log(master, &worker);
         },
         |worker| {
             assert!(is_worker);
@@ -164,10 +164,10 @@ fn cluster_preload() {
         "disconnect Some(false) Disconnected",
         "exit exit status: 43 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
-/// The channel by which somebody asks the master is its standard input here.
+/// Requests to the master come through its standard input here.
 fn app() {
     if !is_watched() {
         let mut master = watched()
@@ -233,7 +233,7 @@ fn app() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+            assert!(listener.accept().unwrap().is_none(), "no client connects");
         },
     );
     assert_eq!(log.take(), ["online"; 2]);
@@ -246,7 +246,7 @@ fn basic() {
         assert!(address.port.is_some_and(|port| port > 0));
         assert_eq!(address.fd, None);
     }
-    let told = Told::default();
+    let events = Events::default();
     let has_id = std::env::var_os("CLUSTER_UNIQUE_ID").is_some();
     assert_eq!(cluster::is_worker(), has_id);
     cluster(
@@ -254,7 +254,7 @@ fn basic() {
             assert!(!has_id && cluster::is_master());
             let worker = master.fork().unwrap();
             assert_eq!(worker.id().get(), 1);
-            told.about(master, &worker);
+            events.log(master, &worker);
             worker.on_listening(|_, _, address| expect_ours(address));
             master.on_listening(|_, worker, address| {
                 expect_ours(address);
@@ -266,7 +266,7 @@ fn basic() {
             let named = std::env::var("CLUSTER_WORKER_PID").unwrap();
             assert_eq!(named, std::process::id().to_string());
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| panic!("nobody connects"));
+            listener.on_connection(|_, _| panic!("no client connects"));
             run_until_killed(&worker);
         },
     );
@@ -275,18 +275,18 @@ fn basic() {
         "disconnect Some(true) Disconnected",
         "exit signal: 15 (SIGTERM) Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
 fn message() {
     const TO_WORKER: &str = "message from primary";
     const TO_MASTER: &str = "message from worker";
-    let told = Told::default();
+    let events = Events::default();
     let receipts = Log::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             let receipts = receipts.clone();
             worker.on_listening(move |master, worker, address| {
                 let address: SocketAddr = address.to_string().parse().unwrap();
@@ -336,7 +336,7 @@ fn message() {
             run_until_killed(&worker);
         },
     );
-    // The echo travels by another way and may come first.
+    // The echo travels over the client's connection and may arrive first.
     let mut receipts = receipts.take();
     receipts.sort();
     assert_eq!(receipts, ["cluster", TO_WORKER, "worker"]);
@@ -346,10 +346,10 @@ fn message() {
         "disconnect Some(true) Disconnected",
         "exit signal: 15 (SIGTERM) Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
-/// A program cannot make workers by other means than `fork` here.
+/// Here only `fork` creates workers.
 fn worker_constructor() {
     let log = Log::default();
     cluster(
@@ -397,35 +397,35 @@ fn worker_constructor() {
         assert_eq!(
             known[..2],
             known[2..],
-            "as the master and as the worker knows it"
+            "the same id and process id in master and worker"
         );
         assert_eq!(entries[1], format!("{id} exit status: 0"));
     }
 }
 
 fn worker_death() {
-    let told = Told::default();
+    let events = Events::default();
     cluster(
-        |master| told.about(master, &master.fork().unwrap()),
+        |master| events.log(master, &master.fork().unwrap()),
         |_| std::process::exit(42),
     );
     let expected = [
         "disconnect Some(false) Disconnected",
         "exit exit status: 42 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
-/// What Node tells the process and the worker object is told to all callbacks here.
+/// Node emits the event on the process and on the worker object. Here all callbacks run.
 fn worker_events() {
-    let told = Told::default();
+    let events = Events::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             assert_eq!(worker.state(), WorkerState::None);
             assert!(worker.send(b"a text").unwrap());
-            // Whatever came twice would have come before this.
+            // A message that was delivered twice would arrive before this one.
             assert!(worker.send(b"end").unwrap());
         },
         |worker| {
@@ -458,13 +458,13 @@ fn worker_events() {
         "disconnect Some(false) Disconnected",
         "exit exit status: 2 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
 fn worker_exit() {
-    let told = Told::default();
+    let events = Events::default();
     cluster(
-        |master| told.about(master, &master.fork().unwrap()),
+        |master| events.log(master, &master.fork().unwrap()),
         |worker| {
             let _listener = worker.listen("127.0.0.1:0").unwrap();
             std::process::exit(42);
@@ -475,15 +475,15 @@ fn worker_exit() {
         "disconnect Some(false) Disconnected",
         "exit exit status: 42 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
 fn worker_init() {
-    let told = Told::default();
+    let events = Events::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             worker.on_online(|_, worker| assert!(worker.send(b"foo").unwrap()));
             worker.on_message(|_, worker, _| assert_eq!(worker.disconnect(), worker));
         },
@@ -500,25 +500,25 @@ fn worker_init() {
         "disconnect Some(true) Disconnected",
         "exit exit status: 0 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
-/// What is told when `kill` is called as soon as the worker listens.
-fn killed_when_listening(kill: fn(&WorkerProcess)) -> Vec<String> {
-    let told = Told::default();
+/// The events when `kill` is called as soon as the worker listens.
+fn events_of_kill_when_listening(kill: fn(&WorkerProcess)) -> Vec<String> {
+    let events = Events::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             worker.on_listening(move |_, worker, _| kill(worker));
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+            assert!(listener.accept().unwrap().is_none(), "no client connects");
             run_until_killed(&worker);
         },
     );
-    told.take()
+    events.take()
 }
 
 fn worker_kill() {
@@ -527,29 +527,29 @@ fn worker_kill() {
         "disconnect Some(false) Disconnected",
         "exit signal: 9 (SIGKILL) Dead",
     ];
-    let told = killed_when_listening(|worker| worker.process().kill(Signal::KILL));
-    assert_eq!(told, expected);
+    let events = events_of_kill_when_listening(|worker| worker.process().kill(Signal::KILL));
+    assert_eq!(events, expected);
 }
 
-/// As Node's page says, and not as its newer versions do: the worker leaves first, and so it
-/// counts as leaving on purpose.
+/// As Node's documentation says, and unlike its newer versions: the worker disconnects first, so
+/// the exit is treated as intended.
 fn worker_kill_signal() {
     let expected = [
         "listening Listening",
         "disconnect Some(true) Disconnected",
         "exit signal: 9 (SIGKILL) Dead",
     ];
-    let told = killed_when_listening(|worker| worker.kill(Signal::KILL));
-    assert_eq!(told, expected);
+    let events = events_of_kill_when_listening(|worker| worker.kill(Signal::KILL));
+    assert_eq!(events, expected);
 }
 
 fn worker_isdead() {
-    let told = Told::default();
+    let events = Events::default();
     let log = Log::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             log.add(worker.is_dead().to_string());
             worker.on_message(|_, worker, _| {
                 assert!(!worker.is_dead());
@@ -570,16 +570,16 @@ fn worker_isdead() {
         "disconnect Some(true) Disconnected",
         "exit signal: 15 (SIGTERM) Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
 fn worker_isconnected() {
-    let told = Told::default();
+    let events = Events::default();
     let log = Log::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             log.add(worker.is_connected().to_string());
             worker.on_message(|_, worker, _| {
                 assert!(worker.is_connected());
@@ -591,7 +591,7 @@ fn worker_isconnected() {
         |worker| {
             let log = Log::default();
             log.add(worker.is_connected().to_string());
-            // Node tells the process and the worker object.
+            // Node emits the event on the process and on the worker object.
             for _ in 0..2 {
                 let log = log.clone();
                 worker.on_disconnect(move |worker| log.add(worker.is_connected().to_string()));
@@ -607,16 +607,16 @@ fn worker_isconnected() {
         "disconnect Some(true) Disconnected",
         "exit exit status: 0 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
-/// A panic is what comes closest to what Node calls an uncaught exception.
+/// A panic is the closest counterpart of Node's uncaught exception.
 fn uncaught_exception() {
     struct Thrown;
     if !is_watched() {
-        for place in ["main", "callback"] {
-            let status = watched().env("PLACE", place).status().unwrap();
-            assert_eq!(status.code(), Some(42), "thrown in {place}");
+        for location in ["main", "callback"] {
+            let status = watched().env("LOCATION", location).status().unwrap();
+            assert_eq!(status.code(), Some(42), "thrown in {location}");
         }
         return;
     }
@@ -627,7 +627,7 @@ fn uncaught_exception() {
         cluster(
             |master| {
                 master.fork().unwrap();
-                if std::env::var("PLACE").unwrap() == "main" {
+                if std::env::var("LOCATION").unwrap() == "main" {
                     panic_any(Thrown);
                 }
                 master.on_fork(|_, _| panic_any(Thrown));
@@ -640,11 +640,11 @@ fn uncaught_exception() {
     std::process::exit(42);
 }
 
-/// Whether whoever is accepted is lost at that moment.
+/// Whether `accept4` fails with `ECONNABORTED` and closes the connection.
 static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
 
-/// What the standard library accepts with: the linker takes this one instead of the C library's.
-/// No other means makes the kernel say that a connection was aborted.
+/// Replaces the C library's function, which the standard library calls: the linker prefers this one.
+/// A test has no means to make the kernel return `ECONNABORTED`.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 unsafe extern "C" fn accept4(
@@ -653,11 +653,11 @@ unsafe extern "C" fn accept4(
     length: *mut libc::socklen_t,
     flags: c_int,
 ) -> c_int {
-    // SAFETY: the caller's arguments, for the system call of that name.
+    // SAFETY: passes the caller's arguments to the system call of the same name.
     let accepted = unsafe { libc::syscall(libc::SYS_accept4, listener, address, length, flags) };
     let accepted = c_int::try_from(accepted).unwrap_or(-1);
     if accepted >= 0 && LOSE_CONNECTIONS.load(Ordering::SeqCst) {
-        // SAFETY: the descriptor is new, and nobody else knows it.
+        // SAFETY: the descriptor is new, and only this function knows it.
         unsafe { libc::close(accepted) };
         Errno::ECONNABORTED.set();
         return -1;
@@ -667,20 +667,20 @@ unsafe extern "C" fn accept4(
 
 fn accept_fail() {
     const CLIENTS: usize = 3;
-    let told = Told::default();
+    let events = Events::default();
     cluster(
         |master| {
             LOSE_CONNECTIONS.store(true, Ordering::SeqCst);
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             worker.on_exit(|master, _, _| assert_eq!(master.ledger().accepted, 0));
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| panic!("nobody is accepted"));
+            listener.on_connection(|_, _| panic!("no connection is accepted"));
             let log = Log::default();
             let all = log.clone();
-            // One after the other: the master goes on after the first.
+            // One client after another: the master goes on accepting after a failure.
             for _ in 0..CLIENTS {
                 let client = TcpStream::connect(listener.local_addr()).unwrap();
                 let log = log.clone();
@@ -694,7 +694,7 @@ fn accept_fail() {
                     worker.dispatch(None).unwrap();
                 }
             }
-            assert_eq!(all.take(), ["0"; CLIENTS], "the ends of the clients");
+            assert_eq!(all.take(), ["0"; CLIENTS], "each client reads end-of-file");
             listener.close();
             assert!(listener.accept().unwrap().is_none(), "closed");
             worker.disconnect().run().unwrap();
@@ -705,12 +705,12 @@ fn accept_fail() {
         "disconnect Some(true) Disconnected",
         "exit exit status: 0 Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
-/// The other way in which accepting fails: then the connection stays with the kernel, and is
-/// served when there is room again.
-fn accept_fail_without_descriptors() {
+/// Without free descriptors `accept` fails, and the connection stays in the kernel's backlog. It is
+/// served when a descriptor is free again.
+fn accept_recovers_after_running_out_of_descriptors() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
     let log = Log::default();
@@ -725,7 +725,7 @@ fn accept_fail_without_descriptors() {
                     panic!("{error}");
                 };
                 assert_eq!(source.raw_os_error(), Some(libc::EMFILE));
-                errors.add("no room");
+                errors.add("no descriptors");
                 limit(limits.0);
             });
             let answers = log.clone();
@@ -753,15 +753,15 @@ fn accept_fail_without_descriptors() {
             worker.run().unwrap();
         },
     );
-    assert_eq!(log.take(), ["no room", "served", "exit status: 0"]);
+    assert_eq!(log.take(), ["no descriptors", "served", "exit status: 0"]);
 }
 
 fn kill_infinite_loop() {
-    let told = Told::default();
+    let events = Events::default();
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            told.about(master, &worker);
+            events.log(master, &worker);
             worker.on_online(|_, worker| worker.process().kill(Signal::TERM));
         },
         |_| {
@@ -774,7 +774,7 @@ fn kill_infinite_loop() {
         "disconnect Some(false) Disconnected",
         "exit signal: 15 (SIGTERM) Dead",
     ];
-    assert_eq!(told.take(), expected);
+    assert_eq!(events.take(), expected);
 }
 
 fn primary_kill() {
@@ -785,7 +785,7 @@ fn primary_kill() {
         stdout.read_line(&mut line).unwrap();
         let pid: u32 = line.trim_end().parse().unwrap();
         assert_eq!(master.wait().unwrap().code(), Some(0));
-        wait_until("the worker's end", || (!is_alive(pid)).then_some(()));
+        wait_until("the worker's exit", || (!is_alive(pid)).then_some(()));
         return;
     }
     cluster(
@@ -802,8 +802,8 @@ fn primary_kill() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "nobody connects");
+            assert!(listener.accept().unwrap().is_none(), "no client connects");
         },
     );
-    unreachable!("the master leaves before");
+    unreachable!("the master exits in the timer");
 }

@@ -1,5 +1,5 @@
-//! What else is known of Node: behaviours that its documentation and its users rely on, each named
-//! like its test there.
+//! Further behaviour of Node that its documentation and its users rely on. Each test is named after
+//! Node's test of the same behaviour.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -27,7 +27,8 @@ crate::scenarios! {
     setup_primary_cumulative
 }
 
-/// The second cluster is that of a child, which finds the address of the first one.
+/// The second cluster is in a child process, which gets the address of the first in its
+/// environment.
 fn bind_twice() {
     const ADDRESS: &str = "ADDRESS";
     if std::env::var_os(ADDRESS).is_some() {
@@ -95,8 +96,8 @@ fn second_cluster(address: &str) {
     assert_eq!(entries.take(), expected);
 }
 
-/// Here `bind` waits for the answer, and no callback can close a socket that is not there yet. What
-/// can come in between is that the worker is to leave.
+/// Here `bind` waits for the answer, and no callback can close a socket that does not exist yet. A
+/// disconnect can come in between.
 fn dgram_cluster_close_during_bind() {
     let log = Log::default();
     let entries = log.clone();
@@ -107,10 +108,10 @@ fn dgram_cluster_close_during_bind() {
         },
         |worker| {
             let before = open_fds();
-            // Closed at once: the descriptor is given back, and so is the place.
+            // A socket that is closed at once releases its descriptor and its index.
             for _ in 0..2 {
                 let socket = worker.bind("127.0.0.1:0").unwrap();
-                socket.on_message(|_, _, _, _| panic!("it is closed"));
+                socket.on_message(|_, _, _, _| panic!("the socket is closed"));
                 let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
                 client.send_to(b"hello", socket.local_addr()).unwrap();
                 socket.close();
@@ -120,7 +121,7 @@ fn dgram_cluster_close_during_bind() {
             }
             worker.disconnect();
             let socket = worker.bind("127.0.0.1:0").unwrap();
-            socket.on_message(|_, _, _, _| panic!("it has never been open"));
+            socket.on_message(|_, _, _, _| panic!("the socket was never open"));
             assert!(socket.recv_from(&mut [0]).unwrap().is_none());
             assert_eq!(open_fds(), before);
             worker.run().unwrap();
@@ -186,9 +187,9 @@ fn http_pipe() {
     });
 }
 
-/// A message is bytes here, and the crate's own frames have a kind of their own: none of the
-/// program's can be taken for one. What is no frame at all cuts the worker off, which other tests
-/// show.
+/// A message is bytes here, and internal frames have their own kinds, so no message of the
+/// application can be mistaken for one. Other tests show that the master disconnects a worker that
+/// sends malformed frames.
 fn invalid_message() {
     let log = Log::default();
     let entries = log.clone();
@@ -239,8 +240,8 @@ fn invalid_message() {
     assert_eq!(entries.take(), expected.concat());
 }
 
-/// Nobody takes what is sent: then the client must see that its connection is closed. In Rust what
-/// is given away cannot be given a second time, but a copy can be sent before.
+/// The receiver takes neither descriptor, so the client must see that its connection is closed. In
+/// Rust a moved descriptor cannot be sent twice, but a copy can be sent first.
 fn send_handle_twice() {
     let log = Log::default();
     let entries = log.clone();
@@ -257,8 +258,8 @@ fn send_handle_twice() {
             let socket = listener.accept().unwrap().unwrap().into_stream();
             let copy = SendOptions::new().keep_open(&socket);
             worker.send_with(b"send-handle-1", copy).unwrap();
-            let given = SendOptions::new().fd(socket);
-            worker.send_with(b"send-handle-2", given).unwrap();
+            let moved = SendOptions::new().fd(socket);
+            worker.send_with(b"send-handle-2", moved).unwrap();
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
             worker.disconnect().run().unwrap();
         },
@@ -298,7 +299,7 @@ fn server_restart_rr() {
             for _ in 0..2 {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 listener.close();
-                // It is the other one that still has it.
+                // The first worker still listens on the address.
                 assert_eq!(talk(listener.local_addr(), b"").unwrap(), "1");
             }
             worker.process().disconnect();
@@ -350,7 +351,7 @@ fn setup_primary_cumulative() {
             check(Settings::default().exec_args(["baz", "bang"]), &expected);
             check(Settings::default(), &expected);
         },
-        |_| unreachable!("nobody is forked"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(setups.get(), 5);
 }

@@ -1,4 +1,4 @@
-//! Sockets that the master does not bind: the worker's own, and those that somebody lends.
+//! Sockets that the master does not bind: the worker's own, and borrowed descriptors.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -20,15 +20,15 @@ use crate::harness::{
 
 crate::scenarios! {
     net_reuseport
-    an_exclusive_listener_is_the_workers_own
+    exclusive_listener_belongs_to_the_worker
     net_listen_handle_in_cluster_1
     net_listen_handle_in_cluster_2
     listen_fd_cluster
-    a_lent_listener_stays_with_the_master
+    borrowed_listener_stays_with_the_master
 }
 
-/// The events of a worker that the master did not see listening.
-fn unheard_of(exited_after_disconnect: bool) -> [String; 4] {
+/// The events of a worker whose listeners the master does not know.
+fn events_without_listening(exited_after_disconnect: bool) -> [String; 4] {
     let flag = Some(exited_after_disconnect);
     [
         "1 fork".to_owned(),
@@ -54,7 +54,7 @@ fn net_reuseport() {
             let same = ListenOptions::from(address).reuse_port(true);
             let second = worker.listen(same).unwrap();
             assert_eq!(second.local_addr(), address);
-            // The kernel chooses which of them it is.
+            // The kernel selects the socket.
             answer(&first, worker.id());
             answer(&second, worker.id());
             assert_eq!(read_answer(&worker, address), "1");
@@ -62,15 +62,15 @@ fn net_reuseport() {
             assert_eq!(read_answer(&worker, address), "1");
             second.close();
             drop(alone);
-            // Both are closed: nothing has the port.
+            // Both are closed, so the port is free.
             drop(TcpListener::bind(address).unwrap());
             worker.disconnect().run().unwrap();
         },
     );
-    assert_eq!(entries.take(), unheard_of(true));
+    assert_eq!(entries.take(), events_without_listening(true));
 }
 
-fn an_exclusive_listener_is_the_workers_own() {
+fn exclusive_listener_belongs_to_the_worker() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -90,7 +90,7 @@ fn an_exclusive_listener_is_the_workers_own() {
             worker.disconnect().run().unwrap();
         },
     );
-    assert_eq!(entries.take(), unheard_of(true));
+    assert_eq!(entries.take(), events_without_listening(true));
 }
 
 fn net_listen_handle_in_cluster_1() {
@@ -113,7 +113,7 @@ fn net_listen_handle_in_cluster_1() {
                     master,
                     move || talk(address, b"").unwrap(),
                     move |_, text| {
-                        log.add(format!("heard {text}"));
+                        log.add(format!("answered by {text}"));
                         worker.disconnect();
                     },
                 );
@@ -135,7 +135,7 @@ fn net_listen_handle_in_cluster_1() {
         "1 fork",
         "1 online",
         "1 listens",
-        "heard 1",
+        "answered by 1",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
     ];
@@ -152,7 +152,7 @@ fn net_listen_handle_in_cluster_2() {
         },
         |worker| {
             let alone = StoppedMaster::new();
-            // Bound, and not listening yet.
+            // The socket is bound, and does not listen yet.
             let (socket, address) = reserve_port();
             let listener = worker.listen(TcpListener::from(socket)).unwrap();
             assert_eq!(listener.local_addr(), address);
@@ -162,15 +162,15 @@ fn net_listen_handle_in_cluster_2() {
             std::process::exit(0);
         },
     );
-    assert_eq!(entries.take(), unheard_of(false));
+    assert_eq!(entries.take(), events_without_listening(false));
 }
 
-/// The listener is this master's standard input, and its standard output the channel to whoever
-/// started it: it goes when that one does.
+/// The listener is this master's standard input. Its standard output is a socket to the driver, and
+/// the master disconnects when the driver closes its end.
 fn master_with_a_listener() {
     cluster(
         |master| {
-            // In the worker the number is something else.
+            // In the worker, descriptor 0 is `/dev/null`.
             master.setup_master(Settings::default().stdio([Stdio::null()]));
             master.on_listening(|_, worker, address| {
                 assert_eq!((&address.address, address.fd), (&None, Some(0)));
@@ -178,13 +178,13 @@ fn master_with_a_listener() {
             });
             master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));
             let driver = std::io::stdout().as_fd().try_clone_to_owned().unwrap();
-            let gone = move |master: &Master, driver: &UnixStream| {
+            let closed = move |master: &Master, driver: &UnixStream| {
                 assert_eq!((&*driver).read(&mut [0]).unwrap(), 0);
                 master.disconnect(|_| {});
                 None
             };
             let driver = UnixStream::from(driver);
-            master.watch(driver, Interest::Readable, gone).unwrap();
+            master.watch(driver, Interest::Readable, closed).unwrap();
             master.fork().unwrap();
         },
         |worker| {
@@ -228,17 +228,17 @@ fn listen_fd_cluster() {
         } else {
             ours.shutdown(Shutdown::Write).unwrap();
         }
-        // The end is that of master and worker.
+        // End-of-file means that both master and worker have closed the output.
         assert_eq!(output.read_line(&mut line).unwrap(), 0, "{line}");
         let status = master.wait().unwrap();
         let killed = is_killed.then_some(nix::libc::SIGTERM);
         assert_eq!(status.signal(), killed, "{status}");
         assert!(is_killed || status.success(), "{status}");
-        wait_until("the worker's end", || (!is_alive(worker)).then_some(()));
+        wait_until("the worker's exit", || (!is_alive(worker)).then_some(()));
     }
 }
 
-fn a_lent_listener_stays_with_the_master() {
+fn borrowed_listener_stays_with_the_master() {
     const ROUNDS: u32 = 2;
     let log = Log::default();
     let entries = log.clone();
@@ -251,14 +251,14 @@ fn a_lent_listener_stays_with_the_master() {
             let env = [("NUMBER", number)];
             let server = Cell::new(Some(server));
             let rounds = Rc::new(Cell::new(0));
-            let asked = log.clone();
+            let answers = log.clone();
             master.on_listening(move |master, _, _| {
-                let asked = asked.clone();
+                let answers = answers.clone();
                 in_background(
                     master,
                     move || talk(address, b"").unwrap(),
                     move |master, text| {
-                        asked.add(format!("heard {text}"));
+                        answers.add(format!("answered by {text}"));
                         master.disconnect(|_| {});
                     },
                 );
@@ -270,7 +270,7 @@ fn a_lent_listener_stays_with_the_master() {
                 if rounds.get() < ROUNDS {
                     drop(master.fork_with(env.clone()).unwrap());
                 } else {
-                    // It listens, and is the master's to serve again.
+                    // The listener still listens, and the master can accept from it.
                     let server = server.take().unwrap();
                     let _client = std::net::TcpStream::connect(address).unwrap();
                     server.accept().unwrap();
@@ -284,6 +284,11 @@ fn a_lent_listener_stays_with_the_master() {
             worker.run().unwrap();
         },
     );
-    let expected = ["heard 1", "exit status: 0", "heard 2", "exit status: 0"];
+    let expected = [
+        "answered by 1",
+        "exit status: 0",
+        "answered by 2",
+        "exit status: 0",
+    ];
     assert_eq!(entries.take(), expected);
 }

@@ -1,4 +1,4 @@
-//! What workers listen on.
+//! Listeners: addresses, errors, backlogs and shared ports.
 
 use std::cell::RefCell;
 use std::io::{ErrorKind, Read as _};
@@ -11,9 +11,9 @@ use cluster::{AddressType, ListenOptions, Master, SchedulingPolicy, Signal, Work
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
-    Log, answer, close_at_exit, cluster, expect_listen_error, for_both_policies, idle_server,
-    note_events, note_messages, open_fds, read_answer, refuse_calls, reserve, reserve_port,
-    serve_id, share_listeners, wait_until, when_listening, with_env,
+    Log, answer, close_at_exit, cluster, for_both_policies, hear, idle_server, listen_in_vain,
+    note_events, note_messages, open_fds, refuse_calls, reserve, reserve_port, serve_id,
+    share_listeners, wait_until, when_listening, with_env,
 };
 
 crate::scenarios! {
@@ -25,30 +25,30 @@ crate::scenarios! {
     worker_handle_close
     listening_port
     net_listen_backlog
-    backlog_of_a_shared_listener
-    the_first_backlog_counts
+    shared_listener_has_the_requested_backlog
+    first_listen_call_sets_the_backlog
     net_listen_ipv6only_false
     net_listen_ipv6only_rr
     net_listen_ipv6only_none
     net_listen
-    a_closed_port_zero_leaves_the_other
-    a_port_is_listened_on_once_per_worker
+    closing_a_port_zero_listener_leaves_the_other_open
+    worker_cannot_listen_on_a_port_twice
 }
 
-/// Listens in vain, and tells the master.
-fn refused(worker: &Worker, address: &str, errno: i32) {
-    expect_listen_error(worker, address, errno);
+/// Asserts that listening fails, and sends a message to the master.
+fn report_refusal(worker: &Worker, address: &str, errno: i32) {
+    listen_in_vain(worker, address, errno);
     worker.send(b"refused").unwrap();
 }
 
-/// Closes the channel without a word, which ends the worker.
-fn cut_the_channel(worker: &Worker) {
+/// Closes the channel without a request to disconnect, which ends `run`.
+fn close_channel(worker: &Worker) {
     worker.process().disconnect();
     worker.run().unwrap();
     assert!(!worker.is_connected());
 }
 
-/// What the master is told of a worker that closes the channel without a word.
+/// The events of a worker that reports a refusal and closes its channel.
 const REFUSED: [&str; 5] = [
     "1 fork",
     "1 online",
@@ -76,7 +76,7 @@ fn eaddrinuse() {
         },
         |worker| {
             let address = std::env::var("ADDRESS").unwrap();
-            refused(&worker, &address, nix::libc::EADDRINUSE);
+            report_refusal(&worker, &address, nix::libc::EADDRINUSE);
             worker.on_message(move |worker, message| {
                 assert_eq!(message.bytes(), b"free");
                 let listener = worker.listen(address.as_str()).unwrap();
@@ -114,20 +114,20 @@ fn shared_handle_bind_error() {
         },
         |worker| {
             let address = std::env::var("ADDRESS").unwrap();
-            refused(&worker, &address, nix::libc::EADDRINUSE);
-            cut_the_channel(&worker);
+            report_refusal(&worker, &address, nix::libc::EADDRINUSE);
+            close_channel(&worker);
         },
     );
     assert_eq!(entries.take(), REFUSED);
 }
 
-/// Plays where nobody may listen on port 42, whoever runs the tests.
+/// Plays in a process that may not listen on port 42, even if root runs the tests.
 fn unprivileged(play: impl FnOnce()) {
     const CAP_NET_BIND_SERVICE: nix::libc::c_ulong = 10;
-    // What root's programs are allowed, from the next one on. Others may not change that, and need
-    // not.
+    // Removes the capability from the programs that root executes from now on. Other users may not
+    // change the bounding set, and do not have the capability.
     #[allow(unsafe_code)]
-    // SAFETY: this call takes numbers only.
+    // SAFETY: the call takes integers only.
     unsafe {
         nix::libc::prctl(nix::libc::PR_CAPBSET_DROP, CAP_NET_BIND_SERVICE, 0, 0, 0)
     };
@@ -137,7 +137,7 @@ fn unprivileged(play: impl FnOnce()) {
             Ok(_) => true,
         };
         if may_bind() {
-            // Everybody may on this system: then the refusal has to be played.
+            // On this system every user may bind the port, so simulate the refusal.
             refuse_calls(&[nix::libc::SYS_bind], nix::libc::EACCES);
             assert!(!may_bind());
         }
@@ -156,8 +156,8 @@ fn privileged_port(before: impl FnOnce(&Master)) {
             master.fork().unwrap();
         },
         |worker| {
-            refused(&worker, "127.0.0.1:42", nix::libc::EACCES);
-            cut_the_channel(&worker);
+            report_refusal(&worker, "127.0.0.1:42", nix::libc::EACCES);
+            close_channel(&worker);
         },
     );
     assert_eq!(entries.take(), REFUSED);
@@ -199,7 +199,7 @@ fn server_restart_none() {
             for _ in 0..2 {
                 worker.listen("127.0.0.1:0").unwrap().close();
             }
-            cut_the_channel(&worker);
+            close_channel(&worker);
         },
     );
     let expected = [
@@ -237,16 +237,17 @@ fn worker_handle_close() {
         |worker| {
             let before = open_fds();
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| panic!("it has closed"));
-            // The master learns that the callback waits.
+            listener.on_connection(|_, _| panic!("the listener is closed"));
+            // Reports to the master that the worker is idle.
             worker.dispatch(Some(Duration::ZERO)).unwrap();
             let mut client = TcpStream::connect(listener.local_addr()).unwrap();
-            // Nothing but the connection can come from the master now; it stays where it is.
+            // Only the connection can arrive from the master now. Leave it in the queue.
             let mut fds = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::NONE).unwrap();
             listener.close();
             worker.dispatch(Some(Duration::ZERO)).unwrap();
-            // The master has taken it back, and there is nobody else to give it to.
+            // The master has reclaimed the connection, and drops it because no other worker
+            // listens.
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
             drop(client);
             assert_eq!(open_fds(), before);
@@ -280,9 +281,9 @@ fn listening_port() {
         },
         |worker| {
             let listener = worker.listen(0).unwrap();
-            listener.on_connection(|_, _| panic!("nobody connects"));
+            listener.on_connection(|_, _| panic!("no client connects"));
             assert_ne!(listener.local_addr().port(), 0);
-            // The signal comes then.
+            // Wait for the signal.
             worker.on_disconnect(|_| std::thread::park());
             worker.run().unwrap();
         },
@@ -306,21 +307,22 @@ fn backlogs() -> Vec<u32> {
     let numbers: Vec<i32> = numbers.map(|number| number.parse().unwrap()).collect();
     let listens = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: nothing is closed meanwhile but the directory, which is only asked what it is.
+        // SAFETY: of the listed descriptors, only that of the directory is closed by now, and
+        // `getsockopt` does nothing but fail for it.
         let fd = unsafe { BorrowedFd::borrow_raw(*number) };
         getsockopt(&fd, AcceptConn) == Ok(true)
     };
     numbers.into_iter().filter(listens).map(backlog).collect()
 }
 
-/// What the program told `listen`, or the system's limit.
+/// The argument of `listen`, or the system's limit if that is lower.
 fn backlog(listener: RawFd) -> u32 {
     #[allow(unsafe_code)]
     // SAFETY: all zeroes is a valid tcp_info.
     let mut info: nix::libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = u32::try_from(size_of_val(&info)).unwrap();
     #[allow(unsafe_code)]
-    // SAFETY: info and size are writable, and the size is that of the info.
+    // SAFETY: `info` and `size` are writable, and `size` is the size of `info`.
     let result = unsafe {
         nix::libc::getsockopt(
             listener,
@@ -331,21 +333,20 @@ fn backlog(listener: RawFd) -> u32 {
         )
     };
     assert_eq!(result, 0);
-    // Of a listener, the field tells this.
+    // For a listener, this field holds the backlog (`tcp_get_info` in the kernel).
     info.tcpi_sacked
 }
 
-/// One worker after the other listens with the backlog that it is given; 0 is for none given.
-/// Returns the backlogs of the listeners that the master had at each `listening`, and those that
-/// the workers had.
-fn listen_with_backlogs(wanted: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
+/// Workers listen one after another with these backlogs; 0 stands for the default. Returns the
+/// backlogs of the master's listeners at each `listening` event, and those of the workers'.
+fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             before(master);
             note_messages(master, &log);
-            let mut rest = wanted.iter();
+            let mut rest = requested.iter();
             let mut next = move |master: &Master| match rest.next() {
                 Some(backlog) => {
                     let env = [("BACKLOG", backlog.to_string())];
@@ -367,7 +368,7 @@ fn listen_with_backlogs(wanted: &'static [u32], before: impl FnOnce(&Master)) ->
                 backlog => options.backlog(backlog),
             };
             let listener = worker.listen(options).unwrap();
-            listener.on_connection(|_, _| panic!("nobody connects"));
+            listener.on_connection(|_, _| panic!("no client connects"));
             worker.send(format!("{:?}", backlogs()).as_bytes()).unwrap();
             worker.run().unwrap();
         },
@@ -380,13 +381,13 @@ fn net_listen_backlog() {
     assert_eq!(seen, ["master [127]", "1 []", "exit status: 0"]);
 }
 
-fn backlog_of_a_shared_listener() {
+fn shared_listener_has_the_requested_backlog() {
     let seen = listen_with_backlogs(&[127], share_listeners);
     assert_eq!(seen, ["master [127]", "1 [127]", "exit status: 0"]);
 }
 
-fn the_first_backlog_counts() {
-    // Unless set, it is 511.
+fn first_listen_call_sets_the_backlog() {
+    // The default is 511.
     let mut seen = listen_with_backlogs(&[0, 127], |_| {});
     let exits = seen.split_off(4);
     let expected = ["master [511]", "1 []", "master [511]", "2 []"];
@@ -394,8 +395,8 @@ fn the_first_backlog_counts() {
     assert_eq!(exits, ["exit status: 0"; 2]);
 }
 
-/// Three workers listen on IPv6 and the same port. All of them do when `then` is called, and leave
-/// afterwards.
+/// Three workers listen on the same IPv6 port. `then` runs when all of them listen, and then all
+/// disconnect.
 fn listen_on_ipv6(
     options: impl Fn(&str) -> ListenOptions,
     before: impl FnOnce(&Master),
@@ -403,14 +404,14 @@ fn listen_on_ipv6(
 ) {
     let log = Log::default();
     let entries = log.clone();
-    let heard = Rc::new(RefCell::new(Vec::new()));
-    let addresses = Rc::clone(&heard);
+    let listening = Rc::new(RefCell::new(Vec::new()));
+    let addresses = Rc::clone(&listening);
     cluster(
         |master| {
             before(master);
             note_events(master, &log);
             let (reserved, port) = reserve_both_families();
-            master.on_listening(move |_, _, address| heard.borrow_mut().push(address.clone()));
+            master.on_listening(move |_, _, address| listening.borrow_mut().push(address.clone()));
             when_listening(master, 3, move |master, address| {
                 assert_eq!(address.port(), port);
                 then(master, port);
@@ -446,7 +447,7 @@ fn listen_on_ipv6(
     assert_eq!(entries, [1, 2, 3].map(of_each).concat());
 }
 
-/// A port that both families have free.
+/// Reserves a port that is free in both families.
 fn reserve_both_families() -> ([OwnedFd; 2], u16) {
     wait_until("a port", || {
         let (v6, address) = reserve("[::]:0".parse().unwrap()).unwrap();
@@ -461,7 +462,7 @@ fn net_listen_ipv6only_false() {
         |address| ListenOptions::from(address),
         |_| {},
         |_, port| {
-            // Both families are taken.
+            // The port is taken in both families.
             let error = TcpListener::bind(("0.0.0.0", port)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::AddrInUse);
             drop(TcpStream::connect(("0.0.0.0", port)).unwrap());
@@ -505,7 +506,7 @@ fn net_listen() {
         |worker| {
             let listener = worker.listen(ListenOptions::default()).unwrap();
             assert!(listener.local_addr().ip().is_unspecified());
-            // Leaves with the listener open.
+            // Exits with the listener open.
             std::process::exit(0);
         },
     );
@@ -519,8 +520,8 @@ fn net_listen() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Node: `child-index-net`.
-fn a_closed_port_zero_leaves_the_other() {
+/// Node's test: `child-index-net`.
+fn closing_a_port_zero_listener_leaves_the_other_open() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -536,8 +537,8 @@ fn a_closed_port_zero_leaves_the_other() {
                 let third = worker.listen("127.0.0.1:0").unwrap();
                 answer(&third, "third");
                 assert_ne!(second.local_addr(), third.local_addr());
-                assert_eq!(read_answer(&worker, second.local_addr()), "second");
-                assert_eq!(read_answer(&worker, third.local_addr()), "third");
+                assert_eq!(hear(&worker, second.local_addr()), "second");
+                assert_eq!(hear(&worker, third.local_addr()), "third");
                 worker.disconnect().run().unwrap();
             },
         );
@@ -554,8 +555,8 @@ fn a_closed_port_zero_leaves_the_other() {
     });
 }
 
-/// Node: `port-reuse-between-workers`.
-fn a_port_is_listened_on_once_per_worker() {
+/// Node's test: `port-reuse-between-workers`.
+fn worker_cannot_listen_on_a_port_twice() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -580,10 +581,10 @@ fn a_port_is_listened_on_once_per_worker() {
                 let listener = worker.listen(&address).unwrap();
                 if worker.id().get() == 1 {
                     answer(&listener, "first");
-                    expect_listen_error(&worker, &address, nix::libc::EADDRINUSE);
-                    assert_eq!(read_answer(&worker, listener.local_addr()), "first");
+                    listen_in_vain(&worker, &address, nix::libc::EADDRINUSE);
+                    assert_eq!(hear(&worker, listener.local_addr()), "first");
                     worker.on_message(move |worker, _| {
-                        // By now the other one listens, too, and keeps the port.
+                        // By now the other worker listens, too, and keeps the port in use.
                         listener.close();
                         let again = worker.listen(&address).unwrap();
                         assert_eq!(again.local_addr().to_string(), address);
@@ -596,7 +597,7 @@ fn a_port_is_listened_on_once_per_worker() {
             },
         );
         let mut entries = entries.take();
-        // Who leaves first is a matter of chance.
+        // The order in which the workers disconnect varies.
         entries[10..].sort();
         let expected = [
             "1 fork",

@@ -98,7 +98,8 @@ fn send_deadlock() {
                 (accepted < 2).then_some(Interest::Readable)
             };
             master.watch(server, Interest::Readable, pass_on).unwrap();
-            // The sockets that come back are nobody's; the first shows that they do come back.
+            // No callback takes the second socket that comes back. Taking the first one shows that
+            // they do come back.
             let mut first = true;
             worker.on_message(move |_, _, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));
@@ -135,7 +136,8 @@ fn send_deadlock() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Two clients say that they are done; when both have been closed, too, the worker leaves.
+/// Connects two clients and shuts down their writing side. The worker disconnects when the server
+/// has closed both.
 fn connect_and_end_both(worker: &Worker, port: u16) {
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let clients = [(); 2].map(|()| TcpStream::connect(address).unwrap());
@@ -157,7 +159,7 @@ fn connect_and_end_both(worker: &Worker, port: u16) {
 
 fn send_handle_large_payload() {
     const LENGTH: u32 = 800_004;
-    // No two pieces of it are alike where buffers begin and end.
+    // The period is 251 bytes, which divides no buffer size: a lost or repeated buffer is noticed.
     let text = || (0..LENGTH).flat_map(|n| (n % 251).to_le_bytes().into_iter().take(1));
     let log = Log::default();
     let entries = log.clone();
@@ -172,13 +174,13 @@ fn send_handle_large_payload() {
             worker.send_with_fds(&text, vec![client.into()]).unwrap();
             worker.on_message(move |_, _, message| {
                 assert!(message.bytes() == text, "the same text");
-                // It is the same connection still.
+                // The descriptor is still the same connection.
                 let mut client = socket(message);
                 client.write_all(b"x").unwrap();
                 drop(client);
-                let mut heard = String::new();
-                accepted.read_to_string(&mut heard).unwrap();
-                log.add(format!("{} {heard}", message.bytes().len()));
+                let mut text = String::new();
+                accepted.read_to_string(&mut text).unwrap();
+                log.add(format!("{} {text}", message.bytes().len()));
             });
         },
         |worker| {
@@ -189,7 +191,7 @@ fn send_handle_large_payload() {
                 assert!(message.bytes().iter().copied().eq(text()), "the text");
                 let socket = socket(message).into();
                 worker.send_with_fds(message.bytes(), vec![socket]).unwrap();
-                // From now on only what is still to be written keeps the worker.
+                // From now on only unwritten messages keep the worker's loop running.
                 worker.process().unref();
             });
             worker.run().unwrap();

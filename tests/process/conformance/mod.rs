@@ -1,15 +1,15 @@
-//! The scenarios of Node's own test suite, retold with real processes. Each is named after its
-//! file there, and `tests/CONFORMANCE.md` says what became of every one.
+//! The scenarios of Node's own test suite, with real processes. Each test is named after Node's
+//! file, and `tests/CONFORMANCE.md` lists the result of each.
 
 mod callbacks;
 mod calls;
 mod datagrams;
 mod descriptors;
+mod disconnecting;
 mod events;
 mod further;
-mod further_leaving;
+mod further_disconnecting;
 mod handles;
-mod leaving;
 mod listening;
 mod messages;
 mod receipts;
@@ -22,18 +22,18 @@ use std::collections::BTreeSet;
 
 use crate::harness::Scenario;
 
-/// All of them.
+/// The scenarios of all modules.
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
         callbacks::SCENARIOS,
         calls::SCENARIOS,
         datagrams::SCENARIOS,
         descriptors::SCENARIOS,
+        disconnecting::SCENARIOS,
         events::SCENARIOS,
         further::SCENARIOS,
-        further_leaving::SCENARIOS,
+        further_disconnecting::SCENARIOS,
         handles::SCENARIOS,
-        leaving::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
         receipts::SCENARIOS,
@@ -55,22 +55,22 @@ pub fn list_and_tests_agree() -> Result<(), libtest_mimic::Failed> {
     let mut listed = BTreeSet::new();
     for row in &rows {
         let [file, test, result, reason] = row[..] else {
-            return Err(format!("a row of another form: {row:?}").into());
+            return Err(format!("malformed row: {row:?}").into());
         };
         let test = test.trim_matches('`');
-        assert_eq!(test, test_name(file), "the name for {file}");
+        assert_eq!(test, test_name(file), "test name for {file}");
         let has_reason = reason.trim_matches([' ', '|']).len() > 10;
         let expected = match result {
             "all" => false,
             "part" | "ours" => true,
             _ => return Err(format!("{file}: unknown result {result:?}").into()),
         };
-        assert_eq!(has_reason, expected, "a reason for {file}");
+        assert_eq!(has_reason, expected, "whether {file} has a reason");
         assert!(listed.insert(test), "{test} is listed twice");
     }
     let tests: BTreeSet<_> = scenarios().map(|scenario| scenario.name).collect();
     let untested: Vec<_> = listed.difference(&tests).collect();
-    assert!(untested.is_empty(), "without a test: {untested:?}");
+    assert!(untested.is_empty(), "listed without a test: {untested:?}");
     assert_eq!(rows.len(), 75);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Word of when a message is written, the order of messages, and those that have to wait.
+//! `on_written`, the order of messages, and messages that wait in the queue.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -12,14 +12,14 @@ use crate::harness::StoppedMaster;
 use crate::harness::{Log, cluster, note_events, note_messages, stop};
 
 crate::scenarios! {
-    written_is_told_once_and_never_inside_the_call
-    written_is_told_while_a_worker_waits_in_accept
-    written_is_an_error_when_the_worker_is_gone
-    written_is_an_error_when_the_master_has_gone
-    a_send_that_fails_calls_nothing_back
+    on_written_runs_once_and_never_inside_send
+    on_written_runs_while_the_worker_waits_in_accept
+    on_written_reports_an_error_when_the_worker_is_killed
+    on_written_reports_an_error_when_the_master_closes_the_channel
+    failed_send_never_calls_on_written
     messages_keep_their_order_with_and_without_descriptors
-    nothing_is_lost_above_the_high_water_mark
-    a_chain_of_messages_keeps_nothing_else_from_happening
+    messages_above_the_high_water_mark_are_not_lost
+    chain_of_messages_does_not_starve_other_events
 }
 
 pub(super) fn is_refused(outcome: cluster::Result<bool>, expected: SendError) {
@@ -29,30 +29,33 @@ pub(super) fn is_refused(outcome: cluster::Result<bool>, expected: SendError) {
     }
 }
 
-/// Notes how often each message was told to be written, or lost; panics inside the call.
+/// Records the outcome of each message. Panics if `on_written` runs inside `send_with`.
 #[derive(Clone, Default)]
-struct Told {
+struct Receipts {
     inside: Rc<Cell<bool>>,
     outcomes: Rc<RefCell<Vec<(usize, bool)>>>,
     sent: Rc<Cell<usize>>,
 }
 
-impl Told {
-    /// Sends one more, with the length given. Returns what `send_with` does.
+impl Receipts {
+    /// Sends a message of `length` bytes. Returns the result of `send_with`.
     fn send<R: 'static>(
         &self,
         length: usize,
         send: impl FnOnce(&[u8], SendOptions<R>) -> cluster::Result<bool>,
     ) -> bool {
         let number = self.sent.replace(self.sent.get() + 1);
-        let told = self.clone();
+        let receipts = self.clone();
         let options = SendOptions::new().on_written(move |_, outcome| {
-            assert!(!told.inside.get(), "inside the call");
+            assert!(!receipts.inside.get(), "called inside send_with");
             if let Err(error) = &outcome {
                 let reason = SendError::ChannelClosed;
                 assert!(matches!(error, Error::Send { reason: r, .. } if *r == reason));
             }
-            told.outcomes.borrow_mut().push((number, outcome.is_ok()));
+            receipts
+                .outcomes
+                .borrow_mut()
+                .push((number, outcome.is_ok()));
         });
         self.inside.set(true);
         let sent = send(&vec![0; length], options).unwrap();
@@ -60,7 +63,7 @@ impl Told {
         sent
     }
 
-    /// Sends to whoever does not read, until it is told to pause this many times.
+    /// Sends to a peer that does not read, until `send_with` has returned `false` ten times.
     fn fill<R: 'static>(
         &self,
         mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::Result<bool>,
@@ -69,10 +72,11 @@ impl Told {
         while pauses < 10 {
             pauses += u32::from(!self.send(30_000, &mut send));
         }
-        assert!(self.outcomes.borrow().is_empty(), "inside a call");
+        assert!(self.outcomes.borrow().is_empty(), "called inside send_with");
     }
 
-    /// Each once and in the order of sending; those that are lost are the last.
+    /// Asserts one outcome for each message, in the order of sending, with the lost messages last.
+    /// Returns the numbers of written and lost messages.
     fn check(&self) -> (usize, usize) {
         let outcomes = self.outcomes.take();
         let numbers: Vec<_> = outcomes.iter().map(|(number, _)| *number).collect();
@@ -83,35 +87,35 @@ impl Told {
     }
 }
 
-fn written_is_told_once_and_never_inside_the_call() {
+fn on_written_runs_once_and_never_inside_send() {
     let log = Log::default();
     let entries = log.clone();
-    let told = Told::default();
-    let in_master = told.clone();
+    let receipts = Receipts::default();
+    let master_receipts = receipts.clone();
     cluster(
         |master| {
             note_events(master, &log);
             note_messages(master, &log);
             let worker = master.fork().unwrap();
             for length in [0, 1, 100_000, 1 << 20, 3] {
-                told.send(length, |bytes, options| worker.send_with(bytes, options));
+                receipts.send(length, |bytes, options| worker.send_with(bytes, options));
             }
         },
         |worker| {
             let count = Cell::new(0);
-            let told = Told::default();
+            let receipts = Receipts::default();
             worker.on_message(move |worker, message| {
-                told.send(message.bytes().len(), |bytes, options| {
+                receipts.send(message.bytes().len(), |bytes, options| {
                     worker.send_with(bytes, options)
                 });
                 count.set(count.get() + 1);
                 if count.get() < 5 {
                     return;
                 }
-                let told = told.clone();
+                let receipts = receipts.clone();
                 let last = SendOptions::new().on_written(move |worker: &Worker, outcome| {
                     outcome.unwrap();
-                    assert_eq!(told.check(), (5, 0));
+                    assert_eq!(receipts.check(), (5, 0));
                     worker.disconnect();
                 });
                 worker.send_with(b"last", last).unwrap();
@@ -119,7 +123,7 @@ fn written_is_told_once_and_never_inside_the_call() {
             worker.run().unwrap();
         },
     );
-    assert_eq!(in_master.check(), (5, 0));
+    assert_eq!(master_receipts.check(), (5, 0));
     let mut entries = entries.take();
     let end = entries.split_off(entries.len() - 3);
     let expected = [
@@ -131,7 +135,7 @@ fn written_is_told_once_and_never_inside_the_call() {
     assert_eq!(entries.len(), 2 + 5);
 }
 
-fn written_is_told_while_a_worker_waits_in_accept() {
+fn on_written_runs_while_the_worker_waits_in_accept() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -167,29 +171,29 @@ fn written_is_told_while_a_worker_waits_in_accept() {
     assert_eq!(entries.take(), expected);
 }
 
-fn written_is_an_error_when_the_worker_is_gone() {
+fn on_written_reports_an_error_when_the_worker_is_killed() {
     let log = Log::default();
     let entries = log.clone();
-    let told = Told::default();
-    let in_master = told.clone();
+    let receipts = Receipts::default();
+    let master_receipts = receipts.clone();
     cluster(
         |master| {
             note_events(master, &log);
             let worker = master.fork().unwrap();
             worker.on_online(move |_, worker| {
                 stop(worker);
-                told.fill(|bytes, options| worker.send_with(bytes, options));
+                receipts.fill(|bytes, options| worker.send_with(bytes, options));
                 worker.process().kill(Signal::KILL);
-                let told = told.clone();
-                // The last event comes after all of them.
+                let receipts = receipts.clone();
+                // The `exit` event comes after all outcomes.
                 worker.on_exit(move |_, _, _| {
-                    assert_eq!(told.outcomes.borrow().len(), told.sent.get());
+                    assert_eq!(receipts.outcomes.borrow().len(), receipts.sent.get());
                 });
             });
         },
         |worker| worker.run().unwrap(),
     );
-    let (written, lost) = in_master.check();
+    let (written, lost) = master_receipts.check();
     assert!(written > 0 && lost > 0, "{written} written, {lost} lost");
     let expected = [
         "1 fork",
@@ -200,14 +204,15 @@ fn written_is_an_error_when_the_worker_is_gone() {
     assert_eq!(entries.take(), expected);
 }
 
-fn written_is_an_error_when_the_master_has_gone() {
+fn on_written_reports_an_error_when_the_master_closes_the_channel() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             note_events(master, &log);
             let worker = master.fork().unwrap();
-            // It reads nothing until the worker has written what it could, and then never.
+            // The callback blocks until the worker has filled the channel. Then the master closes
+            // the channel without reading.
             worker.on_message(|_, worker, message| {
                 let Some(fd) = message.take_fds().pop() else {
                     return;
@@ -220,13 +225,13 @@ fn written_is_an_error_when_the_master_has_gone() {
         |worker| {
             let (mut filled, theirs) = UnixStream::pair().unwrap();
             worker.send_with_fds(b"wait", vec![theirs.into()]).unwrap();
-            let told = Told::default();
-            told.fill(|bytes, options| worker.send_with(bytes, options));
+            let receipts = Receipts::default();
+            receipts.fill(|bytes, options| worker.send_with(bytes, options));
             filled.write_all(b"x").unwrap();
             worker.on_error(|_, error| panic!("{error}"));
             worker.run().unwrap();
             assert_eq!(worker.exited_after_disconnect(), Some(false));
-            let (written, lost) = told.check();
+            let (written, lost) = receipts.check();
             assert!(written > 0 && lost > 0, "{written} written, {lost} lost");
             is_refused(worker.send(b"x"), SendError::ChannelClosed);
         },
@@ -240,11 +245,11 @@ fn written_is_an_error_when_the_master_has_gone() {
     assert_eq!(entries.take(), expected);
 }
 
-fn a_send_that_fails_calls_nothing_back() {
+fn failed_send_never_calls_on_written() {
     let log = Log::default();
     let entries = log.clone();
     fn never<R>() -> SendOptions<R> {
-        SendOptions::new().on_written(|_, _| panic!("send_with has failed"))
+        SendOptions::new().on_written(|_, _| panic!("called although send_with failed"))
     }
     let too_long = vec![0; (1 << 20) + 1];
     cluster(
@@ -285,7 +290,7 @@ fn a_send_that_fails_calls_nothing_back() {
     assert_eq!(entries.take(), expected);
 }
 
-/// The number, then bytes that are up to that many: short and long ones in turn.
+/// The content of a message: its number and a filler, short and long in turn.
 fn numbered(number: u32) -> Vec<u8> {
     let length = [0, 3, 70_000, 10, 200_000][number as usize % 5];
     let mut bytes = number.to_le_bytes().to_vec();
@@ -311,8 +316,8 @@ fn send_all<R: 'static>(mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::
     }
 }
 
-/// Takes the next one. Returns whether it was the last.
-fn take_one(next: &Cell<u32>, message: &Message) -> bool {
+/// Checks the next message. Returns whether it was the last.
+fn check_next(next: &Cell<u32>, message: &Message) -> bool {
     let number = next.replace(next.get() + 1);
     assert!(message.bytes() == numbered(number), "message {number}");
     let fds = message.take_fds();
@@ -335,7 +340,7 @@ fn messages_keep_their_order_with_and_without_descriptors() {
             send_all(|bytes, options| worker.send_with(bytes, options));
             let next = Cell::new(0);
             worker.on_message(move |_, worker, message| {
-                if take_one(&next, message) {
+                if check_next(&next, message) {
                     worker.disconnect();
                 }
             });
@@ -344,7 +349,7 @@ fn messages_keep_their_order_with_and_without_descriptors() {
             let next = Rc::new(Cell::new(0));
             let received = Rc::clone(&next);
             worker.on_message(move |_, message| {
-                take_one(&next, message);
+                check_next(&next, message);
             });
             send_all(|bytes, options| worker.send_with(bytes, options));
             worker.run().unwrap();
@@ -362,23 +367,26 @@ fn messages_keep_their_order_with_and_without_descriptors() {
 
 const PIECE: usize = 10_000;
 
-/// Sends numbered pieces until told to pause a few times, and returns how many.
+/// Sends numbered pieces until `send` has returned `false` 20 times. Returns the number of pieces.
 fn send_beyond(mut send: impl FnMut(&[u8]) -> cluster::Result<bool>) -> u32 {
     let mut pauses = 0;
     let mut sent = 0u32;
     while pauses < 20 {
         let mut piece = sent.to_le_bytes().to_vec();
         piece.resize(PIECE, 0);
-        let may_go_on = send(&piece).unwrap();
-        assert!(!may_go_on || pauses == 0, "there is less room than before");
-        pauses += u32::from(!may_go_on);
+        let below_mark = send(&piece).unwrap();
+        assert!(
+            !below_mark || pauses == 0,
+            "the queue only grows, so send must stay false"
+        );
+        pauses += u32::from(!below_mark);
         sent += 1;
     }
     sent
 }
 
-/// The other side is stopped meanwhile.
-fn nothing_is_lost_above_the_high_water_mark() {
+/// The receiver is stopped while the sender fills the queue.
+fn messages_above_the_high_water_mark_are_not_lost() {
     let log = Log::default();
     let entries = log.clone();
     let in_order = |next: &Cell<u32>, bytes: &[u8]| {
@@ -402,12 +410,12 @@ fn nothing_is_lost_above_the_high_water_mark() {
             worker.on_message(move |_, worker, message| match message.bytes() {
                 [b'g', b'o', b't', number @ ..] => {
                     assert_eq!(number, count.get().to_le_bytes());
-                    assert!(worker.send(b"").unwrap(), "there is room again");
-                    at_end.add("all there");
+                    assert!(worker.send(b"").unwrap(), "below the high-water mark again");
+                    at_end.add("worker received all");
                 }
                 [b's', b'e', b'n', b't', number @ ..] => {
                     assert_eq!(number, next.get().to_le_bytes());
-                    at_end.add("all here");
+                    at_end.add("master received all");
                     worker.disconnect();
                 }
                 bytes => in_order(&next, bytes),
@@ -435,16 +443,16 @@ fn nothing_is_lost_above_the_high_water_mark() {
     let expected = [
         "1 fork",
         "1 online",
-        "all there",
-        "all here",
+        "worker received all",
+        "master received all",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
     ];
     assert_eq!(entries.take(), expected);
 }
 
-/// Whoever sends the next one as soon as one is written never comes to an end.
-fn a_chain_of_messages_keeps_nothing_else_from_happening() {
+/// Each `on_written` sends the next message, so there is always one to write.
+fn chain_of_messages_does_not_starve_other_events() {
     fn next(worker: &WorkerProcess) {
         let own = worker.clone();
         let options = SendOptions::new().on_written(move |_, outcome| {
@@ -472,14 +480,14 @@ fn a_chain_of_messages_keeps_nothing_else_from_happening() {
                 let (log, worker) = (log.clone(), worker.clone());
                 master.set_timeout(Duration::from_millis(1), move |_| {
                     log.add("the timer");
-                    worker.send(b"leave").unwrap();
+                    worker.send(b"disconnect").unwrap();
                 });
             });
         },
         |worker| {
             next_in_worker(&worker);
             worker.on_message(|worker, message| {
-                if message.bytes() == b"leave" {
+                if message.bytes() == b"disconnect" {
                     worker.set_timeout(Duration::from_millis(1), |worker| {
                         worker.disconnect();
                     });

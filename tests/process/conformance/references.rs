@@ -1,4 +1,4 @@
-//! What keeps a worker running, how many connections it takes, and connections from elsewhere.
+//! `ref_` and `unref` in workers, `set_max_connections`, and adopted connections.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -22,17 +22,17 @@ crate::scenarios! {
     process_disconnect
     http_server_drop_connections_in_cluster
     send_socket_to_worker_http_server
-    what_is_beyond_the_limit_is_dropped_none
-    limits_share_out_connections_rr
-    limits_share_out_connections_none
-    late_limits_share_out_connections_rr
-    late_limits_share_out_connections_none
-    a_limit_of_one_serves_one_after_the_other_rr
-    a_limit_of_one_serves_one_after_the_other_none
+    connection_beyond_the_limit_is_dropped_none
+    workers_receive_connections_up_to_their_limit_rr
+    workers_receive_connections_up_to_their_limit_none
+    workers_receive_connections_up_to_a_late_limit_rr
+    workers_receive_connections_up_to_a_late_limit_none
+    limit_of_one_serves_connections_one_by_one_rr
+    limit_of_one_serves_connections_one_by_one_none
 }
 
-/// What the master is told of a worker that listens and then ends by itself.
-const ENDED: [&str; 5] = [
+/// The events of a worker that listens and then exits by itself.
+const LISTENED_AND_EXITED: [&str; 5] = [
     "1 fork",
     "1 online",
     "1 listening",
@@ -40,8 +40,8 @@ const ENDED: [&str; 5] = [
     "1 exit Some(false) exit status: 0",
 ];
 
-/// Forks one worker, to which nobody says a word, and returns all events.
-fn left_alone(worker: impl FnOnce(&Worker)) -> Vec<String> {
+/// Runs `worker` in one worker, to which the master sends nothing, and returns all events.
+fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -56,19 +56,22 @@ fn left_alone(worker: impl FnOnce(&Worker)) -> Vec<String> {
 }
 
 fn rr_handle_close() {
-    let events = left_alone(|worker| {
+    let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        listener.on_connection(|_, _| panic!("nobody connects"));
+        listener.on_connection(|_, _| panic!("no client connects"));
         worker.process().unref();
         listener.close();
         worker.run().unwrap();
-        assert!(worker.is_connected(), "it ends for want of work");
+        assert!(
+            worker.is_connected(),
+            "run returned because nothing keeps it running"
+        );
     });
-    assert_eq!(events, ENDED);
+    assert_eq!(events, LISTENED_AND_EXITED);
 }
 
-/// Without Node's three seconds: whoever answers one message after the other and sleeps in between
-/// has found again and again that there is something to wait for.
+/// Without Node's three seconds: a worker that answers several messages and sleeps in between has
+/// found each time that the listener keeps its loop running.
 fn rr_handle_keep_loop_alive() {
     let log = Log::default();
     let entries = log.clone();
@@ -111,19 +114,23 @@ fn rr_handle_keep_loop_alive() {
     assert_eq!(entries.take(), expected);
 }
 
-/// There is no listener before `listen` has returned; it is let go of right after that.
+/// Node's test calls `unref` before the listener is open. Here `listen` returns when it is open, so
+/// `unref` follows.
 fn rr_handle_ref_unref() {
-    let events = left_alone(|worker| {
+    let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        listener.on_connection(|_, _| panic!("nobody connects"));
+        listener.on_connection(|_, _| panic!("no client connects"));
         listener.unref();
         listener.ref_();
         listener.unref();
         worker.process().unref();
         worker.run().unwrap();
-        assert!(worker.is_connected(), "it ends for want of work");
+        assert!(
+            worker.is_connected(),
+            "run returned because nothing keeps it running"
+        );
     });
-    assert_eq!(events, ENDED);
+    assert_eq!(events, LISTENED_AND_EXITED);
 }
 
 fn rr_ref() {
@@ -145,16 +152,19 @@ fn rr_ref() {
                 count.set(count.get() + 1);
                 own.close();
             });
-            // It alone keeps the worker, until its connection closes it.
+            // Only the listener keeps the loop running, until the connection's callback closes it.
             worker.process().unref();
             listener.unref();
             listener.ref_();
             let client = TcpStream::connect(listener.local_addr()).unwrap();
             worker.run().unwrap();
             assert_eq!(served.get(), 1);
-            assert!(matches!(listener.accept(), Ok(None)), "it is closed");
+            assert!(
+                matches!(listener.accept(), Ok(None)),
+                "the listener is closed"
+            );
             drop(client);
-            // And now the channel keeps it.
+            // From here on, the channel keeps the loop running.
             worker.process().ref_();
             worker.send(b"done").unwrap();
             worker.run().unwrap();
@@ -173,28 +183,28 @@ fn rr_ref() {
 }
 
 fn process_disconnect() {
-    let events = left_alone(|worker| {
+    let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        listener.on_connection(|_, _| panic!("nobody connects"));
+        listener.on_connection(|_, _| panic!("no client connects"));
         worker.process().disconnect();
         worker.run().unwrap();
         assert!(!worker.is_connected());
         assert_eq!(worker.exited_after_disconnect(), Some(false));
     });
-    assert_eq!(events, ENDED);
+    assert_eq!(events, LISTENED_AND_EXITED);
 }
 
 fn http_server_drop_connections_in_cluster() {
-    // It was not refused: the master counts it as taken.
-    what_is_beyond_the_limit_is_dropped(SchedulingPolicy::RoundRobin, "(1, 1, 0)");
+    // The worker received the connection before it dropped it, so the master counts it as taken.
+    connection_beyond_the_limit_is_dropped(SchedulingPolicy::RoundRobin, "(1, 1, 0)");
 }
 
-fn what_is_beyond_the_limit_is_dropped_none() {
-    // The master knows nothing of it.
-    what_is_beyond_the_limit_is_dropped(SchedulingPolicy::Shared, "(0, 0, 0)");
+fn connection_beyond_the_limit_is_dropped_none() {
+    // The master does not see connections to a shared listener.
+    connection_beyond_the_limit_is_dropped(SchedulingPolicy::Shared, "(0, 0, 0)");
 }
 
-fn what_is_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) {
+fn connection_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -212,7 +222,7 @@ fn what_is_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.set_max_connections(Some(0));
-            listener.on_connection(|_, _| panic!("one too many"));
+            listener.on_connection(|_, _| panic!("the limit is zero"));
             let client = TcpStream::connect(listener.local_addr()).unwrap();
             let own = client.local_addr().unwrap();
             let dropped = Rc::new(Cell::new(0));
@@ -241,8 +251,8 @@ fn what_is_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) {
     assert_eq!(entries.take(), expected);
 }
 
-/// A server here is the worker itself: it counts the connection, and does not leave before it has
-/// ended.
+/// Here the worker itself is the server: it counts the adopted connection, and its disconnect
+/// waits for the connection to close.
 fn send_socket_to_worker_http_server() {
     let log = Log::default();
     let entries = log.clone();
@@ -259,8 +269,8 @@ fn send_socket_to_worker_http_server() {
                 .unwrap();
             let mut answers = 0;
             worker.on_message(move |_, worker, _| {
-                // It has been told to leave when it gets the first of these; between the answers it
-                // would.
+                // The worker is disconnecting when it processes the first ping. If it did not wait
+                // for the connection, it would exit between its answers.
                 answers += 1;
                 if answers < 3 {
                     worker.send(b"ping").unwrap();
@@ -285,9 +295,9 @@ fn send_socket_to_worker_http_server() {
                 worker.disconnect();
                 worker.send(b"handled").unwrap();
                 let until_bye = |_: &Worker, mut connection: &cluster::Connection| {
-                    let mut word = [0; 3];
-                    connection.read_exact(&mut word).unwrap();
-                    assert_eq!(&word, b"bye");
+                    let mut text = [0; 3];
+                    connection.read_exact(&mut text).unwrap();
+                    assert_eq!(&text, b"bye");
                     None
                 };
                 worker
@@ -311,25 +321,25 @@ fn send_socket_to_worker_http_server() {
     assert_eq!(entries.take(), expected);
 }
 
-fn limits_share_out_connections_rr() {
-    limits_share_out_connections(SchedulingPolicy::RoundRobin, false);
+fn workers_receive_connections_up_to_their_limit_rr() {
+    workers_receive_connections_up_to_their_limit(SchedulingPolicy::RoundRobin, false);
 }
 
-fn limits_share_out_connections_none() {
-    limits_share_out_connections(SchedulingPolicy::Shared, false);
+fn workers_receive_connections_up_to_their_limit_none() {
+    workers_receive_connections_up_to_their_limit(SchedulingPolicy::Shared, false);
 }
 
-fn late_limits_share_out_connections_rr() {
-    limits_share_out_connections(SchedulingPolicy::RoundRobin, true);
+fn workers_receive_connections_up_to_a_late_limit_rr() {
+    workers_receive_connections_up_to_their_limit(SchedulingPolicy::RoundRobin, true);
 }
 
-fn late_limits_share_out_connections_none() {
-    limits_share_out_connections(SchedulingPolicy::Shared, true);
+fn workers_receive_connections_up_to_a_late_limit_none() {
+    workers_receive_connections_up_to_their_limit(SchedulingPolicy::Shared, true);
 }
 
-/// Three workers with the limits 0, 1 and 9 serve ten clients, all of which stay. They set the limit
-/// when they are ready for connections already, or before.
-fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
+/// Three workers with the limits 0, 1 and 9 serve ten clients that stay connected. If `late`, they
+/// set the limit after the callback for connections, otherwise before it.
+fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();
     let served: Rc<RefCell<BTreeMap<String, usize>>> = Rc::default();
@@ -357,9 +367,9 @@ fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
         |worker| {
             let limit = std::env::var("LIMIT").unwrap();
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            let most = Some(limit.parse().unwrap());
+            let max_connections = Some(limit.parse().unwrap());
             if !late {
-                listener.set_max_connections(most);
+                listener.set_max_connections(max_connections);
             }
             listener.on_connection(move |worker, mut connection| {
                 connection.write_all(limit.as_bytes()).unwrap();
@@ -371,7 +381,7 @@ fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
                     .watch(connection, Interest::Readable, until_end)
                     .unwrap();
             });
-            listener.set_max_connections(most);
+            listener.set_max_connections(max_connections);
             worker.run().unwrap();
         },
     );
@@ -387,7 +397,7 @@ fn limits_share_out_connections(policy: SchedulingPolicy, late: bool) {
     assert_each(3, &entries.take(), &expected);
 }
 
-/// Returns who answered, when all ten clients have an answer; they are open until then.
+/// Connects ten clients, and returns their answers. All stay open until the last answer.
 fn talk_to_ten(address: SocketAddr) -> Vec<String> {
     let clients = [(); 10].map(|()| TcpStream::connect(address).unwrap());
     let answer = |mut client: &TcpStream| {
@@ -398,15 +408,15 @@ fn talk_to_ten(address: SocketAddr) -> Vec<String> {
     clients.iter().map(answer).collect()
 }
 
-fn a_limit_of_one_serves_one_after_the_other_rr() {
-    a_limit_of_one_serves_one_after_the_other(SchedulingPolicy::RoundRobin);
+fn limit_of_one_serves_connections_one_by_one_rr() {
+    limit_of_one_serves_connections_one_by_one(SchedulingPolicy::RoundRobin);
 }
 
-fn a_limit_of_one_serves_one_after_the_other_none() {
-    a_limit_of_one_serves_one_after_the_other(SchedulingPolicy::Shared);
+fn limit_of_one_serves_connections_one_by_one_none() {
+    limit_of_one_serves_connections_one_by_one(SchedulingPolicy::Shared);
 }
 
-fn a_limit_of_one_serves_one_after_the_other(policy: SchedulingPolicy) {
+fn limit_of_one_serves_connections_one_by_one(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -415,13 +425,13 @@ fn a_limit_of_one_serves_one_after_the_other(policy: SchedulingPolicy) {
             note_events(master, &log);
             master.fork().unwrap();
             when_listening(master, 1, move |master, address| {
-                let one_after_the_other = move || {
+                let one_by_one = move || {
                     let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
                     for mut client in clients {
                         assert_eq!(client.read(&mut [0]).unwrap(), 1);
                     }
                 };
-                in_background(master, one_after_the_other, |master, ()| {
+                in_background(master, one_by_one, |master, ()| {
                     master.disconnect(|_| {});
                 });
             });

@@ -1,4 +1,4 @@
-//! What workers are made of.
+//! Settings and environment of workers.
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -46,9 +46,9 @@ fn fork_env() {
     assert_eq!(log.take(), ["custom new", "exit status: 0"]);
 }
 
-/// Here the arguments of a process cannot change, so it is given some.
+/// A process cannot change its own arguments here, so the driver passes some.
 fn setup_primary_argv() {
-    const ARGS: [&str; 2] = ["one more", "word"];
+    const ARGS: [&str; 2] = ["one more", "argument"];
     if !is_watched() {
         assert!(watched().args(ARGS).status().unwrap().success());
         return;
@@ -63,7 +63,7 @@ fn setup_primary_argv() {
             assert_eq!(args, std::env::args_os().skip(1).collect::<Vec<_>>());
             assert_eq!(args, ARGS);
         },
-        |_| unreachable!("nobody forks"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(log.take(), [format!("{:?}", Some(ARGS))]);
 }
@@ -78,13 +78,13 @@ fn setup_primary_emit() {
                 setups.add(format!("{:?}", settings.exec));
                 if setups.len() == 1 {
                     master.setup_master(Settings::default());
-                    assert_eq!(setups.len(), 1, "never inside the call");
+                    assert_eq!(setups.len(), 1, "called inside setup_master");
                 }
             });
             master.setup_master(Settings::default().exec("new-exec"));
-            assert_eq!(log.len(), 0, "never inside the call");
+            assert_eq!(log.len(), 0, "called inside setup_master");
         },
-        |_| unreachable!("nobody forks"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(log.take(), ["Some(\"new-exec\")"; 2]);
 }
@@ -103,19 +103,19 @@ fn setup_primary_multiple() {
                 );
                 setups.add(set.get());
             });
-            // Apart by turns of the loop.
-            for (turn, exec) in (0..).zip(["exec-a", "exec-b", "exec-c"]) {
+            // Each in its own iteration of the loop.
+            for (delay, exec) in (0..).zip(["exec-a", "exec-b", "exec-c"]) {
                 let (setups, expected) = (log.clone(), Rc::clone(&expected));
-                master.set_timeout(Duration::from_millis(turn), move |master| {
+                master.set_timeout(Duration::from_millis(delay), move |master| {
                     expected.set(exec);
                     let before = setups.len();
                     master.setup_master(Settings::default().exec(exec));
-                    assert_eq!(setups.len(), before, "never inside the call");
+                    assert_eq!(setups.len(), before, "called inside setup_master");
                     assert_eq!(master.settings().exec.as_deref(), Some(Path::new(exec)));
                 });
             }
         },
-        |_| unreachable!("nobody forks"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(log.take(), ["exec-a", "exec-b", "exec-c"]);
 }

@@ -1,4 +1,4 @@
-//! What workers start with: directory, arguments, descriptors, user and inspect port.
+//! What a worker starts with: directory, arguments, descriptors, user and inspect port.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -16,28 +16,28 @@ use crate::harness::{
 
 crate::scenarios! {
     cwd
-    the_program_is_where_the_master_is
+    relative_program_path_is_resolved_in_the_masters_directory
     fork_windows_hide
     setup_primary
-    exec_args_come_first
+    exec_args_precede_args
     fork_stdio
-    stdio_of_other_kinds
-    silent_workers_speak_to_the_master
-    user_and_group_are_given_up
-    user_and_group_are_for_root_alone
-    a_worker_of_another_user_dies_with_the_master
-    inspect_port_counts
-    inspect_port_is_asked_for
+    stdio_can_be_null_a_file_or_inherited
+    silent_workers_write_to_the_masters_pipes
+    workers_run_with_the_configured_user_and_group
+    changing_user_or_group_requires_root
+    worker_of_another_user_exits_with_the_master
+    inspect_port_increments_for_each_worker
+    inspect_port_closure_runs_for_each_worker
 }
 
 /// Sends one message, and closes the channel when it is written.
-fn say_and_leave(worker: &Worker, text: &str) {
+fn send_and_close(worker: &Worker, text: &str) {
     worker.send(text.as_bytes()).unwrap();
     worker.process().disconnect();
     worker.run().unwrap();
 }
 
-/// Asserts at each exit that it was one without fault.
+/// Asserts at each `exit` event that the status is zero.
 fn expect_success(master: &Master) {
     master.on_exit(|_, worker, status| assert!(status.success(), "{worker:?}: {status}"));
 }
@@ -62,7 +62,7 @@ fn cwd() {
         },
         |worker| {
             let directory = std::env::current_dir().unwrap();
-            say_and_leave(&worker, directory.to_str().unwrap());
+            send_and_close(&worker, directory.to_str().unwrap());
         },
     );
     let own = std::env::current_dir().unwrap();
@@ -82,7 +82,7 @@ fn cwd() {
     );
 }
 
-fn the_program_is_where_the_master_is() {
+fn relative_program_path_is_resolved_in_the_masters_directory() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -97,14 +97,14 @@ fn the_program_is_where_the_master_is() {
         },
         |worker| {
             let directory = std::env::current_dir().unwrap();
-            say_and_leave(&worker, directory.to_str().unwrap());
+            send_and_close(&worker, directory.to_str().unwrap());
         },
     );
     assert_eq!(entries.take(), ["1 /"]);
 }
 
-/// The driver is that of all scenarios: the master has a process group of its own, and must end
-/// with status 0. There are no windows to hide.
+/// Unix has no windows to hide. As in Node's test, the master has its own process group and must
+/// exit with status 0, which the driver of all scenarios ensures.
 fn fork_windows_hide() {
     let log = Log::default();
     let entries = log.clone();
@@ -169,7 +169,7 @@ fn setup_primary() {
         |worker| {
             let argument = std::env::args().nth(1).unwrap();
             worker.send(argument.as_bytes()).unwrap();
-            // The signal comes then.
+            // Wait for the signal.
             worker.on_disconnect(|_| std::thread::park());
             worker.run().unwrap();
         },
@@ -184,7 +184,7 @@ fn setup_primary() {
     );
 }
 
-fn exec_args_come_first() {
+fn exec_args_precede_args() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -197,7 +197,7 @@ fn exec_args_come_first() {
         },
         |worker| {
             let args: Vec<_> = std::env::args().skip(1).collect();
-            say_and_leave(&worker, &args.join(" "));
+            send_and_close(&worker, &args.join(" "));
         },
     );
     assert_eq!(entries.take(), ["1 a b c d"]);
@@ -206,12 +206,12 @@ fn exec_args_come_first() {
 /// The worker's end of a pipe.
 fn pipe(number: RawFd) -> UnixStream {
     #[allow(unsafe_code)]
-    // SAFETY: the descriptor was opened for this process and belongs to nobody else in it.
+    // SAFETY: the descriptor was opened for this process, and nothing else in it owns it.
     let end = unsafe { OwnedFd::from_raw_fd(number) };
     end.into()
 }
 
-/// Notes all that comes over the worker's pipe of this number as one entry.
+/// Logs everything that arrives through the worker's pipe as one entry with its number.
 fn note_output(master: &Master, stream: UnixStream, number: usize, log: &Log) {
     let log = log.clone();
     let mut all = Vec::new();
@@ -251,7 +251,7 @@ fn fork_stdio() {
                 let mut stream = process.take_stdio(index).unwrap();
                 write!(stream, "to {number}").unwrap();
                 note_output(master, stream, index, &log);
-                assert!(process.take_stdio(index).is_none(), "it is taken");
+                assert!(process.take_stdio(index).is_none(), "taken before");
             }
             assert!(
                 [0, 1, 2, 4, 6]
@@ -281,7 +281,7 @@ fn link(number: u32) -> String {
     link.into_os_string().into_string().unwrap()
 }
 
-fn stdio_of_other_kinds() {
+fn stdio_can_be_null_a_file_or_inherited() {
     let log = Log::default();
     let entries = log.clone();
     let expected = Rc::new(RefCell::new(Vec::new()));
@@ -291,8 +291,8 @@ fn stdio_of_other_kinds() {
     cluster(
         |master| {
             let mut file = tempfile::tempfile().unwrap();
-            // It is what it was when the settings were made, and not what has its number later.
-            let given = file.try_clone().unwrap();
+            // The settings keep the file itself, not whatever has its number later.
+            let copy = file.try_clone().unwrap();
             writeln!(file, "master").unwrap();
             let number = std::os::fd::AsRawFd::as_raw_fd(&file);
             let path = link(number.unsigned_abs());
@@ -300,7 +300,7 @@ fn stdio_of_other_kinds() {
             links.replace(vec![format!("1 {of_each}"), format!("2 {of_each}")]);
             let stdio = [
                 Stdio::null(),
-                Stdio::fd(given),
+                Stdio::fd(copy),
                 Stdio::inherit(),
                 Stdio::null(),
             ];
@@ -311,7 +311,7 @@ fn stdio_of_other_kinds() {
             let first = master.fork().unwrap();
             first.on_exit(|master, _, _| {
                 master.fork().unwrap();
-                // They keep the file as long as there are such workers.
+                // New settings close the old settings' copy of the file.
                 master.setup_master(Settings::default().stdio([]));
             });
             master.on_exit(move |_, worker, _| {
@@ -327,14 +327,14 @@ fn stdio_of_other_kinds() {
         |worker| {
             assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 0);
             println!("worker {}", worker.id());
-            say_and_leave(&worker, &[0, 1, 2, 3].map(link).join(" "));
+            send_and_close(&worker, &[0, 1, 2, 3].map(link).join(" "));
         },
     );
-    assert!(file.take().is_none(), "it was looked into");
+    assert!(file.take().is_none(), "the file was checked");
     assert_eq!(entries.take(), expected.take());
 }
 
-fn silent_workers_speak_to_the_master() {
+fn silent_workers_write_to_the_masters_pipes() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -365,40 +365,40 @@ fn silent_workers_speak_to_the_master() {
     assert_eq!(entries, expected);
 }
 
-/// Whose settings the system does not allow gets no worker.
-fn refused(settings: Settings) {
+/// Asserts that `fork` fails with `EPERM` for these settings.
+fn assert_fork_is_not_permitted(settings: Settings) {
     cluster(
         |master| {
-            master.on_fork(|_, _| panic!("nothing was forked"));
-            master.on_exit(|_, _, _| panic!("nothing was forked"));
+            master.on_fork(|_, _| panic!("no worker was forked"));
+            master.on_exit(|_, _, _| panic!("no worker was forked"));
             master.setup_master(settings);
             let error = master.fork().unwrap_err();
             assert_eq!(error.raw_os_error(), Some(nix::libc::EPERM), "{error}");
             assert!(master.workers().is_empty());
         },
-        |_| unreachable!("nothing was forked"),
+        |_| unreachable!("no worker was forked"),
     );
 }
 
-/// The lines of `/proc/self/status` that tell user, group, and other groups.
+/// The user ids, group ids and supplementary groups, from `/proc/self/status`.
 fn identity() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let told = |line: &&str| {
+    let is_identity = |line: &&str| {
         ["Uid:", "Gid:", "Groups:"]
             .iter()
             .any(|name| line.starts_with(name))
     };
-    let lines = status.lines().filter(told).map(|line| {
+    let lines = status.lines().filter(is_identity).map(|line| {
         let words: Vec<_> = line.split_whitespace().collect();
         words.join(" ")
     });
     lines.collect::<Vec<_>>().join(", ")
 }
 
-fn user_and_group_are_given_up() {
+fn workers_run_with_the_configured_user_and_group() {
     let settings = || Settings::default().exec(OWN_PROGRAM);
     if !is_root() && !cluster::is_worker() {
-        return refused(settings().uid(NOBODY).gid(NOBODY));
+        return assert_fork_is_not_permitted(settings().uid(NOBODY).gid(NOBODY));
     }
     let log = Log::default();
     let entries = log.clone();
@@ -406,7 +406,7 @@ fn user_and_group_are_given_up() {
         |master| {
             let group = 1;
             #[allow(unsafe_code)]
-            // SAFETY: there is one group to read.
+            // SAFETY: the pointer is to one group.
             let result = unsafe { nix::libc::setgroups(1, &raw const group) };
             assert_eq!(result, 0);
             assert!(identity().ends_with("Groups: 1"), "{}", identity());
@@ -422,13 +422,13 @@ fn user_and_group_are_given_up() {
                 master.fork().unwrap();
             }
         },
-        |worker| say_and_leave(&worker, &identity()),
+        |worker| send_and_close(&worker, &identity()),
     );
     let mut entries = entries.take();
     entries.sort();
     let ids = |id: u32| [id; 4].map(|id| id.to_string()).join(" ");
     let identity = |id, uid, gid| format!("{id} Uid: {}, Gid: {}, Groups:", ids(uid), ids(gid));
-    // What one setup has set stays for the next.
+    // Each `setup_master` keeps the settings that it does not replace.
     let expected = [
         identity(1, 0, NOBODY),
         identity(2, NOBODY, NOBODY),
@@ -437,14 +437,14 @@ fn user_and_group_are_given_up() {
     assert_eq!(entries, expected);
 }
 
-fn user_and_group_are_for_root_alone() {
+fn changing_user_or_group_requires_root() {
     let own = |settings: &str| match settings {
         "uid" => Settings::default().uid(NOBODY),
         _ => Settings::default().gid(NOBODY),
     };
     const PLAY: &str = "WITHOUT_ROOT";
     if let Ok(which) = std::env::var(PLAY) {
-        return refused(own(&which));
+        return assert_fork_is_not_permitted(own(&which));
     }
     for which in ["uid", "gid"] {
         let mut command = Command::new(OWN_PROGRAM);
@@ -456,13 +456,13 @@ fn user_and_group_are_for_root_alone() {
     }
 }
 
-/// The master of the looping worker is a child of this one, and is killed.
-fn a_worker_of_another_user_dies_with_the_master() {
+/// The master is a child of this process and is killed. Its worker loops.
+fn worker_of_another_user_exits_with_the_master() {
     const PLAY: &str = "IS_KILLED";
     let settings = Settings::default().exec(OWN_PROGRAM);
     let settings = settings.uid(NOBODY).gid(NOBODY);
     if !is_root() && !cluster::is_worker() {
-        return refused(settings);
+        return assert_fork_is_not_permitted(settings);
     }
     if std::env::var_os(PLAY).is_none() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
@@ -477,7 +477,7 @@ fn a_worker_of_another_user_dies_with_the_master() {
         assert!(is_alive(pid));
         master.kill().unwrap();
         assert_eq!(master.wait().unwrap().signal(), Some(nix::libc::SIGKILL));
-        wait_until("its end", || (!is_alive(pid)).then_some(()));
+        wait_until("the worker's exit", || (!is_alive(pid)).then_some(()));
         return;
     }
     match cluster::init().unwrap() {
@@ -500,12 +500,13 @@ fn a_worker_of_another_user_dies_with_the_master() {
     }
 }
 
-/// Tells the worker's inspect port.
-fn tell_inspect_port(worker: &Worker) {
-    say_and_leave(worker, &format!("{:?}", worker.inspect_port()));
+/// Sends the worker's inspect port to the master.
+fn send_inspect_port(worker: &Worker) {
+    send_and_close(worker, &format!("{:?}", worker.inspect_port()));
 }
 
-/// Forks four workers, the last one with other settings; what they tell.
+/// Forks one worker without settings, three with `settings`, and one with `last`. Returns their
+/// inspect ports.
 fn inspect_ports(
     settings: impl FnOnce() -> Settings,
     last: impl FnOnce() -> Settings,
@@ -522,15 +523,15 @@ fn inspect_ports(
             master.setup_master(last());
             master.fork().unwrap();
         },
-        |worker| tell_inspect_port(&worker),
+        |worker| send_inspect_port(&worker),
     );
     let mut entries = entries.take();
     entries.sort();
     entries
 }
 
-fn inspect_port_counts() {
-    let told = inspect_ports(
+fn inspect_port_increments_for_each_worker() {
+    let ports = inspect_ports(
         || Settings::default().inspect_port(65534),
         || Settings::default().inspect_port(9229),
     );
@@ -541,19 +542,19 @@ fn inspect_port_counts() {
         "4 Some(1024)",
         "5 Some(9229)",
     ];
-    assert_eq!(told, expected);
+    assert_eq!(ports, expected);
 }
 
-fn inspect_port_is_asked_for() {
-    let asked = Rc::new(Cell::new(0));
-    let count = Rc::clone(&asked);
-    let ask = move || {
+fn inspect_port_closure_runs_for_each_worker() {
+    let calls = Rc::new(Cell::new(0));
+    let count = Rc::clone(&calls);
+    let next_port = move || {
         count.set(count.get() + 1);
         9000 + 10 * count.get()
     };
-    let told = inspect_ports(
-        || Settings::default().inspect_port(InspectPort::new(ask)),
-        // It stays.
+    let ports = inspect_ports(
+        || Settings::default().inspect_port(InspectPort::new(next_port)),
+        // The closure stays in the settings.
         Settings::default,
     );
     let expected = [
@@ -563,6 +564,6 @@ fn inspect_port_is_asked_for() {
         "4 Some(9030)",
         "5 Some(9040)",
     ];
-    assert_eq!(told, expected);
-    assert_eq!(asked.get(), 4, "once for each");
+    assert_eq!(ports, expected);
+    assert_eq!(calls.get(), 4, "once for each worker");
 }

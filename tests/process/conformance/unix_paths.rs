@@ -18,35 +18,35 @@ use crate::harness::{
 crate::scenarios! {
     eaccess
     listen_pipe_readable_writable
-    each_permission_is_given_by_itself
+    each_permission_is_set_independently
     net_listen_relative_path
-    connections_over_a_path
-    the_file_is_gone_after_the_last_close
-    the_file_is_gone_after_the_disconnect_of_all
-    the_file_is_gone_after_the_death_of_the_only_worker
-    somebody_elses_file_stays
+    connections_arrive_over_a_unix_path
+    socket_file_is_removed_after_the_last_close
+    socket_file_is_removed_after_master_disconnect
+    socket_file_is_removed_when_the_only_worker_is_killed
+    foreign_socket_file_is_not_removed
 }
 
-/// A directory that is there as long as the master.
+/// A directory that exists as long as the master.
 fn directory(master: &Master) -> PathBuf {
     let directory = tempfile::tempdir().unwrap();
-    // Without links and the like, so that it is what the system says.
+    // Canonical, so that it equals the current directory that the kernel reports.
     let path = directory.path().canonicalize().unwrap();
     master.on_exit(move |_, _, _| assert!(directory.path().exists()));
     path
 }
 
-/// Forks a worker that is to listen on this path.
+/// Forks a worker that listens on this path.
 fn fork_for(master: &Master, path: &Path) -> WorkerProcess {
     master.fork_with([("SOCKET", path)]).unwrap()
 }
 
-/// The path that `fork_for` has told this worker.
+/// The path that `fork_for` has given to this worker.
 fn socket() -> PathBuf {
     std::env::var_os("SOCKET").unwrap().into()
 }
 
-/// Notes at each exit whether the file is there.
+/// Logs at each `exit` event whether the file exists.
 fn note_file(master: &Master, path: &Path, log: &Log) {
     let (path, log) = (path.to_owned(), log.clone());
     master.on_exit(move |_, worker, _| {
@@ -58,21 +58,21 @@ fn listen(worker: &Worker) -> Listener<UnixStream> {
     worker.listen(socket()).unwrap()
 }
 
-/// Somebody who listens on the path and is no worker, although a worker has started him.
-fn stranger(path: &Path) {
+/// A process that listens on the path and is not a worker, although a worker has started it.
+fn foreign_process(path: &Path) {
     assert!(!cluster::is_worker());
     assert!(matches!(cluster::init(), Ok(Role::Master(_))));
     let listener = UnixListener::bind(path).unwrap();
     println!("listening");
     drop(listener.accept().unwrap());
-    // Until the standard input ends.
+    // Runs until end-of-file on standard input.
     assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 0);
 }
 
 fn eaccess() {
-    const STRANGER: &str = "STRANGER";
-    if std::env::var_os(STRANGER).is_some() {
-        return stranger(&socket());
+    const FOREIGN: &str = "FOREIGN";
+    if std::env::var_os(FOREIGN).is_some() {
+        return foreign_process(&socket());
     }
     let log = Log::default();
     let entries = log.clone();
@@ -87,7 +87,7 @@ fn eaccess() {
         },
         |worker| {
             let mut other = Command::new(std::env::current_exe().unwrap())
-                .env(STRANGER, "1")
+                .env(FOREIGN, "1")
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
@@ -99,7 +99,7 @@ fn eaccess() {
             let error = expect_listen_error(&worker, socket(), nix::libc::EADDRINUSE);
             let text = error.to_string();
             assert!(text.contains(socket().to_str().unwrap()), "{text}");
-            // The file is still there, and the way to whoever has it.
+            // The file still exists and still leads to the other process.
             drop(UnixStream::connect(socket()).unwrap());
             drop(other.stdin.take());
             assert!(other.wait().unwrap().success());
@@ -114,13 +114,13 @@ fn eaccess() {
         format!("1 error {}", nix::libc::EADDRINUSE),
         "1 disconnect Some(true)".to_owned(),
         "1 exit Some(true) exit status: 0".to_owned(),
-        // Nobody removes what is not his.
+        // The master does not remove a foreign file.
         "1 file true".to_owned(),
     ];
     assert_eq!(entries.take(), expected);
 }
 
-/// Listens with these options, and tells the file's permissions.
+/// Listens with these options, and returns the file's permissions.
 fn permissions(readable: bool, writable: bool, mask: u32) -> u32 {
     let log = Log::default();
     let entries = log.clone();
@@ -166,7 +166,7 @@ fn listen_pipe_readable_writable() {
     assert_eq!(permissions(true, true, 0o022), 0o777);
 }
 
-fn each_permission_is_given_by_itself() {
+fn each_permission_is_set_independently() {
     const CASE: &str = "PERMISSIONS";
     let cases = [
         ("none", (false, false), 0o700),
@@ -175,7 +175,7 @@ fn each_permission_is_given_by_itself() {
     ];
     let own = std::env::var(CASE).ok();
     for (name, (readable, writable), mode) in cases {
-        // A child has one case, and this process has all children.
+        // Each child plays one case; this process starts all of them.
         if own.as_ref().is_none_or(|own| own == name) {
             with_env(CASE, name, || {
                 assert_eq!(permissions(readable, writable, 0o077), mode);
@@ -185,7 +185,7 @@ fn each_permission_is_given_by_itself() {
 }
 
 fn net_listen_relative_path() {
-    /// What a path may have, with the zero at its end.
+    /// The maximum length of a socket path, in bytes, with its final NUL (unix(7)).
     const LIMIT: usize = 108;
     const BELOW: &str = "below";
     let log = Log::default();
@@ -227,7 +227,7 @@ fn net_listen_relative_path() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Says something and returns what comes back.
+/// Sends `text` and returns the answer.
 fn echo(path: &Path, text: &str) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.write_all(text.as_bytes()).unwrap();
@@ -237,7 +237,7 @@ fn echo(path: &Path, text: &str) -> String {
     answer
 }
 
-fn connections_over_a_path() {
+fn connections_arrive_over_a_unix_path() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -247,18 +247,18 @@ fn connections_over_a_path() {
                 let mut listening = 0;
                 let client = path.clone();
                 note_messages(master, &log);
-                let heard = log.clone();
+                let answers = log.clone();
                 master.on_listening(move |master, _, _| {
                     listening += 1;
                     if listening < 2 {
                         return;
                     }
-                    let (path, heard) = (client.clone(), heard.clone());
+                    let (path, answers) = (client.clone(), answers.clone());
                     in_background(
                         master,
                         move || ["a", "b", "c", "d"].map(|text| echo(&path, text)),
                         move |master, texts| {
-                            heard.add(texts.concat());
+                            answers.add(texts.concat());
                             master.disconnect(|_| {});
                         },
                     );
@@ -272,7 +272,7 @@ fn connections_over_a_path() {
                     let mut text = String::new();
                     connection.read_to_string(&mut text).unwrap();
                     connection.write_all(text.as_bytes()).unwrap();
-                    // Nobody has an address on this way.
+                    // The clients have not bound their sockets, so they have no address.
                     assert!(connection.peer_addr().unwrap().is_unnamed());
                 }
             },
@@ -281,8 +281,8 @@ fn connections_over_a_path() {
     });
 }
 
-/// Two workers listen, and one after the other closes what it has when it is told to.
-fn the_file_is_gone_after_the_last_close() {
+/// Two workers listen, and close their listeners one after the other.
+fn socket_file_is_removed_after_the_last_close() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -301,7 +301,7 @@ fn the_file_is_gone_after_the_last_close() {
                 note_messages(master, &log);
                 let present = path.clone();
                 first.on_message(move |_, _, _| {
-                    assert!(present.exists(), "the other one listens");
+                    assert!(present.exists(), "the second worker still listens");
                     drop(UnixStream::connect(&present).unwrap());
                     second.send(b"close").unwrap();
                 });
@@ -335,7 +335,7 @@ fn the_file_is_gone_after_the_last_close() {
     });
 }
 
-fn the_file_is_gone_after_the_disconnect_of_all() {
+fn socket_file_is_removed_after_master_disconnect() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -362,7 +362,7 @@ fn the_file_is_gone_after_the_disconnect_of_all() {
     });
 }
 
-fn the_file_is_gone_after_the_death_of_the_only_worker() {
+fn socket_file_is_removed_when_the_only_worker_is_killed() {
     for_both_policies(|| {
         let log = Log::default();
         let entries = log.clone();
@@ -393,7 +393,7 @@ fn the_file_is_gone_after_the_death_of_the_only_worker() {
     });
 }
 
-fn somebody_elses_file_stays() {
+fn foreign_socket_file_is_not_removed() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -404,7 +404,8 @@ fn somebody_elses_file_stays() {
             fork_for(master, &path);
             note_file(master, &path, &log);
             master.on_listening(move |_, worker, _| {
-                // The workers' own one is still there, so that the new one is another for sure.
+                // Keep the workers' file under another name, so that the new file cannot have the
+                // same inode.
                 std::fs::rename(&path, directory.join("away")).unwrap();
                 drop(UnixListener::bind(&path).unwrap());
                 worker.disconnect();

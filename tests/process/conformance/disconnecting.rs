@@ -1,4 +1,4 @@
-//! How workers leave, and what is known of it.
+//! How workers disconnect and exit, and the events that follow.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,7 +51,7 @@ fn call_and_destroy() {
         },
     );
     let mut entries = entries.take();
-    // The signal finds it about to end by itself: which is first is a matter of chance.
+    // The signal races with the worker's own exit.
     let end = entries.pop().unwrap();
     let ends = ["exit status: 0", "signal: 15 (SIGTERM)"];
     let ends = ends.map(|end| format!("1 exit Some(true) {end}"));
@@ -70,10 +70,10 @@ fn disconnect_before_exit() {
             worker.on_online(|_, worker| drop(worker.disconnect().clone()));
             worker.on_disconnect(move |master, worker| {
                 log.add("worker disconnect");
-                // It is disconnected, and still in the table until its exit.
+                // The worker stays in the table until its exit.
                 assert_eq!(master.workers(), std::slice::from_ref(worker));
                 let log = log.clone();
-                master.disconnect(move |_| log.add("all gone"));
+                master.disconnect(move |_| log.add("all exited"));
             });
         },
         |worker| worker.run().unwrap(),
@@ -84,7 +84,7 @@ fn disconnect_before_exit() {
         "worker disconnect",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",
-        "all gone",
+        "all exited",
     ];
     assert_eq!(entries.take(), expected);
 }
@@ -106,10 +106,10 @@ fn disconnect_exited_after_disconnect_race() {
                 assert!(!worker.is_connected());
                 at_disconnect.set(at_disconnect.get() + 1);
             });
-            assert_eq!(count.get(), 0, "inside the call");
+            assert_eq!(count.get(), 0, "called inside disconnect");
             for _ in 0..3 {
                 worker.dispatch(Some(Duration::ZERO)).unwrap();
-                assert_eq!(count.get(), 0, "the master has not agreed");
+                assert_eq!(count.get(), 0, "before the master has answered");
                 assert!(worker.is_connected());
             }
             drop(master);
@@ -138,7 +138,7 @@ fn disconnect_idle_worker() {
                 log.add("callback");
             });
         },
-        // The counterpart of Node's empty program, which waits.
+        // The counterpart of Node's empty worker, which keeps running.
         |worker| worker.run().unwrap(),
     );
     let entries = entries.take();
@@ -164,11 +164,11 @@ fn disconnect_leak() {
             let (at_disconnect, at_exit) = (log.clone(), log.clone());
             worker.on_disconnect(move |_, _| at_disconnect.add("worker disconnect"));
             worker.on_exit(move |_, _, _| at_exit.add("worker exit"));
-            // It comes back when no listener is left either.
-            master.disconnect(move |_| log.add("all gone"));
+            // The callback runs when all listeners are closed, too.
+            master.disconnect(move |_| log.add("all exited"));
         },
         |worker| {
-            // It asks before it hears that it is to leave.
+            // The worker requests the listener before it processes the disconnect.
             let listener = worker.listen("127.0.0.1:0").unwrap();
             assert!(listener.accept().unwrap().is_none());
         },
@@ -180,7 +180,7 @@ fn disconnect_leak() {
         "1 disconnect Some(true)",
         "worker exit",
         "1 exit Some(true) exit status: 0",
-        "all gone",
+        "all exited",
     ];
     assert_eq!(entries.take(), expected);
 }
@@ -206,7 +206,8 @@ fn disconnect_unshared_tcp() {
                         without.on_disconnect(move |_, _| {
                             asked.send(b"ping").unwrap();
                         });
-                        // Between the answers it acts on whatever the other's leave has led to.
+                        // Between its two answers, the worker processes whatever the other worker's
+                        // disconnect has caused.
                         let (log, answers) = (log.clone(), Cell::new(0));
                         with.on_message(move |master, with, _| {
                             answers.set(answers.get() + 1);
@@ -229,7 +230,7 @@ fn disconnect_unshared_tcp() {
             },
         );
         let mut entries = entries.take();
-        // When the first ends, after it has disconnected, is its own affair.
+        // The exit of the first worker may come at any time after its disconnect.
         let end = "1 exit Some(true) exit status: 0";
         let before = entries.len();
         entries.retain(|entry| entry != end);
@@ -256,9 +257,9 @@ fn disconnect_with_no_workers() {
         |master| {
             let count = Rc::clone(&called);
             master.disconnect(move |_| count.set(count.get() + 1));
-            assert_eq!(called.get(), 0, "inside the call");
+            assert_eq!(called.get(), 0, "called inside disconnect");
         },
-        |_| unreachable!("nobody is forked"),
+        |_| unreachable!("no worker is forked"),
     );
     assert_eq!(seen.get(), 1);
 }
@@ -298,26 +299,29 @@ fn disconnect() {
     assert_eq!(exited.get(), 16);
 }
 
-/// Eight workers come, are talked to on each port, and go.
+/// Forks eight workers, connects to each port, and disconnects all.
 fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
-    let heard: Rc<RefCell<BTreeMap<_, Vec<u16>>>> = Rc::default();
+    let listening: Rc<RefCell<BTreeMap<_, Vec<u16>>>> = Rc::default();
     let then = Rc::new(RefCell::new(Some(then)));
     for _ in 0..8 {
-        let (heard, log, then) = (Rc::clone(&heard), log.clone(), Rc::clone(&then));
+        let (listening, log, then) = (Rc::clone(&listening), log.clone(), Rc::clone(&then));
         let worker = master.fork().unwrap();
         worker.on_listening(move |master, worker, address| {
-            let mut heard = heard.borrow_mut();
-            heard
+            let mut listening = listening.borrow_mut();
+            listening
                 .entry(worker.id())
                 .or_default()
                 .push(address.port.unwrap());
-            let count = heard.values().map(Vec::len).sum::<usize>();
+            let count = listening.values().map(Vec::len).sum::<usize>();
             if count < 16 {
                 return;
             }
-            assert_eq!(heard.len(), 8);
-            assert!(heard.values().all(|ports| ports.len() == 2), "{heard:?}");
-            let ports: BTreeSet<_> = heard.values().flatten().copied().collect();
+            assert_eq!(listening.len(), 8);
+            assert!(
+                listening.values().all(|ports| ports.len() == 2),
+                "{listening:?}"
+            );
+            let ports: BTreeSet<_> = listening.values().flatten().copied().collect();
             log.add(format!("{count} on {} ports", ports.len()));
             let work = move || {
                 let talk = |port| talk(SocketAddr::from(([127, 0, 0, 1], port)), b"").unwrap();
@@ -335,13 +339,13 @@ fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
     }
 }
 
-/// Listens in vain on the address in a message.
-fn port_in_use(worker: &Worker, message: &Message) -> Error {
+/// Asserts that the address in `message` is in use, and returns the error.
+fn listen_on_used_port(worker: &Worker, message: &Message) -> Error {
     let address = std::str::from_utf8(message.bytes()).unwrap();
     expect_listen_error(worker, address, nix::libc::EADDRINUSE)
 }
 
-/// What Node throws is a panic here. It comes out of `run`, and the program goes on.
+/// A panic stands for Node's exception. It unwinds through `run`, and the application continues.
 fn ipc_throw() {
     let log = Log::default();
     let entries = log.clone();
@@ -356,7 +360,7 @@ fn ipc_throw() {
         },
         |worker| {
             worker.on_message(|worker, message| {
-                let error = port_in_use(worker, message);
+                let error = listen_on_used_port(worker, message);
                 worker.send(b"error").unwrap();
                 worker.disconnect();
                 resume_unwind(Box::new(error));
@@ -365,7 +369,7 @@ fn ipc_throw() {
             let thrown = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
             let error = thrown.downcast::<Error>().unwrap();
             assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
-            // The channel can be used, and the leave that was asked for comes to its end.
+            // The channel still works, and the requested disconnect completes.
             worker.send(b"uncaught").unwrap();
             let count = Rc::new(Cell::new(0));
             let at_disconnect = Rc::clone(&count);
@@ -429,7 +433,7 @@ fn worker_disconnect_on_error() {
         },
         |worker| {
             worker.on_message(|worker, message| {
-                port_in_use(worker, message);
+                listen_on_used_port(worker, message);
                 worker.send(b"error").unwrap();
                 worker.disconnect();
             });

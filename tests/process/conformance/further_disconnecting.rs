@@ -1,4 +1,4 @@
-//! What else is known of Node, about how workers leave.
+//! Further behaviour of Node: how workers disconnect and exit.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -27,15 +27,15 @@ crate::scenarios! {
     worker_wait_server_close
 }
 
-/// What the master is told of a worker that has nothing to do and leaves because it is to.
-const LEFT: [&str; 4] = [
+/// The events of an idle worker that is disconnected.
+const DISCONNECTED: [&str; 4] = [
     "fork",
     "online",
     "disconnect Some(true)",
     "exit Some(true) exit status: 0",
 ];
 
-/// Whoever disconnects makes the master write to all, some of which are gone by then.
+/// At each `disconnect` event the master sends to all workers, some of which have exited by then.
 fn concurrent_disconnect() {
     const WORKERS: u32 = 6;
     let log = Log::default();
@@ -48,12 +48,12 @@ fn concurrent_disconnect() {
         |master| {
             let workers: Vec<_> = (0..WORKERS).map(|_| master.fork().unwrap()).collect();
             let missing = Cell::new(WORKERS);
-            let everybody = workers.clone();
+            let all_workers = workers.clone();
             master.on_online(move |_, _| {
                 missing.set(missing.get() - 1);
                 if missing.get() == 0 {
-                    for worker in &everybody {
-                        worker.send(b"leave").unwrap();
+                    for worker in &all_workers {
+                        worker.send(b"disconnect").unwrap();
                     }
                 }
             });
@@ -62,7 +62,7 @@ fn concurrent_disconnect() {
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
                 at_disconnect.add(format!("{} disconnect", worker.id()));
                 for other in &workers {
-                    match other.send(b"leave") {
+                    match other.send(b"disconnect") {
                         Ok(_) => {}
                         Err(Error::Send { reason, .. }) => {
                             assert_eq!(reason, SendError::ChannelClosed);
@@ -95,7 +95,8 @@ fn concurrent_disconnect() {
     for worker in 1..=WORKERS {
         assert_eq!(of(worker, &entries), ["disconnect", "exit exit status: 0"]);
     }
-    // Each worker's own disconnect is one. What fails after a worker's exit is no event any more.
+    // Sending to a worker in its own `disconnect` event fails. Failures after its `exit` event emit
+    // no `error` event.
     assert!(failed.get() >= WORKERS, "{failed:?}");
     assert!(
         (WORKERS..=failed.get()).contains(&reported.get()),
@@ -103,19 +104,19 @@ fn concurrent_disconnect() {
     );
 }
 
-/// Notes when there is neither a worker nor a listener left.
-fn note_the_end(master: &Master, log: &Log) {
+/// Logs when all workers have exited and all listeners are closed.
+fn note_completion(master: &Master, log: &Log) {
     let log = log.clone();
     master.on_exit(move |master, _, _| {
         if master.workers().is_empty() {
             let log = log.clone();
-            master.disconnect(move |_| log.add("nothing left"));
+            master.disconnect(move |_| log.add("completed"));
         }
     });
 }
 
-/// The second worker is told to leave when it may just have asked for the listener that the first
-/// one is leaving.
+/// The second worker may have requested the listener just before it is disconnected, while the
+/// first worker, which has the listener, is disconnecting.
 fn disconnect_race() {
     for_both_policies(|| {
         let log = Log::default();
@@ -123,7 +124,7 @@ fn disconnect_race() {
         cluster(
             |master| {
                 note_events(master, &log);
-                note_the_end(master, &log);
+                note_completion(master, &log);
                 let first = master.fork().unwrap();
                 first.on_message(|master, first, _| {
                     let second = master.fork().unwrap();
@@ -140,27 +141,27 @@ fn disconnect_race() {
             },
         );
         let mut entries = entries.take();
-        // Whether the second one asked before it heard is a matter of chance.
+        // The second worker may process the disconnect before or after its request.
         entries.retain(|entry| entry != "2 listening");
-        let mut listened = LEFT.to_vec();
+        let mut listened = DISCONNECTED.to_vec();
         listened.insert(2, "listening");
         assert_eq!(of(1, &entries), listened);
-        assert_eq!(of(2, &entries), LEFT);
-        assert_eq!(entries[9..], ["nothing left"]);
+        assert_eq!(of(2, &entries), DISCONNECTED);
+        assert_eq!(entries[9..], ["completed"]);
     });
 }
 
-/// Whoever is cut off without a word ends at once, whatever it still waits for.
+/// A worker whose channel the master closes exits at once, even if it still waits for a timer.
 fn forced_exit() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             note_events(master, &log);
-            let asked = master.fork().unwrap();
-            asked.on_online(|_, worker| drop(worker.disconnect().clone()));
-            let cut_off = master.fork().unwrap();
-            cut_off.on_online(|_, worker| worker.process().disconnect());
+            let requested = master.fork().unwrap();
+            requested.on_online(|_, worker| drop(worker.disconnect().clone()));
+            let closed = master.fork().unwrap();
+            closed.on_online(|_, worker| worker.process().disconnect());
         },
         |worker| {
             worker.on_disconnect(|worker| {
@@ -178,9 +179,9 @@ fn forced_exit() {
     assert_eq!(entries.len(), 8);
 }
 
-/// The master is a child of this process, and breaks down.
+/// The master is a child of this process, and panics.
 fn primary_error() {
-    const PLAY: &str = "BREAKS_DOWN";
+    const PLAY: &str = "PANICS";
     if std::env::var_os(PLAY).is_none() {
         let own = std::env::current_exe().unwrap();
         let mut child = Command::new(own)
@@ -190,13 +191,13 @@ fn primary_error() {
             .unwrap();
         let mut pids = String::new();
         let mut stdout = child.stdout.take().unwrap();
-        // Its workers have the same output: it ends with the last of them.
+        // The workers inherit the output, so end-of-file means that all of them have exited.
         stdout.read_to_string(&mut pids).unwrap();
-        // What Node calls 1 is 101 in Rust.
+        // Node exits with 1, and a Rust program that panics exits with 101.
         assert_eq!(child.wait().unwrap().code(), Some(101));
         let pids: Vec<u32> = pids.lines().map(|pid| pid.parse().unwrap()).collect();
         assert_eq!(pids.len(), 2);
-        wait_until("their end", || {
+        wait_until("the workers' exit", || {
             pids.iter().all(|pid| !is_alive(*pid)).then_some(())
         });
         return;
@@ -217,8 +218,8 @@ fn primary_error() {
     }
 }
 
-/// A client is there when both workers are told to leave, one of which has just come online and is
-/// asking for the listener.
+/// A client is connected when both workers are disconnected. The second has just come online and is
+/// requesting the listener.
 fn shared_leak() {
     for_both_policies(|| {
         let log = Log::default();
@@ -227,10 +228,10 @@ fn shared_leak() {
             |master| {
                 note_events(master, &log);
                 let first = master.fork().unwrap();
-                let heard = log.clone();
+                let at_listening = log.clone();
                 first.on_listening(move |master, first, address| {
                     let address: SocketAddr = address.to_string().parse().unwrap();
-                    let (first, log) = (first.clone(), heard.clone());
+                    let (first, log) = (first.clone(), at_listening.clone());
                     master.fork().unwrap().on_online(move |master, second| {
                         let (first, second) = (first.clone(), second.clone());
                         let client = TcpStream::connect(address).unwrap();
@@ -245,7 +246,7 @@ fn shared_leak() {
                         master.watch(client, Interest::Readable, read).unwrap();
                     });
                 });
-                note_the_end(master, &log);
+                note_completion(master, &log);
             },
             |worker| {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
@@ -255,17 +256,18 @@ fn shared_leak() {
             },
         );
         let mut entries = entries.take();
-        // Stopping loses nobody, as it may in Node: the client has its answer, when it comes.
+        // Unlike in Node, disconnecting loses no connection: the client gets its answer. Its position
+        // varies.
         for (entry, count) in [("bye", 1..2), ("2 listening", 0..2)] {
             let before = entries.len();
             entries.retain(|other| other != entry);
             assert!(count.contains(&(before - entries.len())), "{entry}");
         }
-        let mut listened = LEFT.to_vec();
+        let mut listened = DISCONNECTED.to_vec();
         listened.insert(2, "listening");
         assert_eq!(of(1, &entries), listened);
-        assert_eq!(of(2, &entries), LEFT);
-        assert_eq!(entries[9..], ["nothing left"]);
+        assert_eq!(of(2, &entries), DISCONNECTED);
+        assert_eq!(entries[9..], ["completed"]);
     });
 }
 
@@ -281,7 +283,7 @@ fn worker_destroy() {
             if worker.id().get() == 1 {
                 let count = Rc::new(Cell::new(0));
                 let destroyed = Rc::clone(&count);
-                // When it is disconnected already.
+                // `destroy` after the disconnect does nothing.
                 worker.on_disconnect(move |worker| {
                     worker.destroy();
                     count.set(count.get() + 1);
@@ -297,12 +299,12 @@ fn worker_destroy() {
         },
     );
     let entries = entries.take();
-    assert_eq!(of(1, &entries), LEFT);
-    assert_eq!(of(2, &entries), LEFT);
+    assert_eq!(of(1, &entries), DISCONNECTED);
+    assert_eq!(of(2, &entries), DISCONNECTED);
     assert_eq!(entries.len(), 8);
 }
 
-/// A worker that has disconnected goes on as long as it has something of its own to wait for.
+/// A disconnected worker runs until it has nothing of its own to wait for.
 fn worker_no_exit() {
     let log = Log::default();
     let entries = log.clone();
@@ -334,7 +336,8 @@ fn worker_no_exit() {
         },
         |worker| {
             let connection = TcpStream::connect(std::env::var("ADDRESS").unwrap()).unwrap();
-            // It is only now that the disconnect may be seen.
+            // The master writes only after its `disconnect` event, so the worker must have
+            // disconnected by now.
             let answer = |worker: &Worker, mut connection: &TcpStream| {
                 if connection.read(&mut [0]).unwrap() == 0 {
                     return None;
@@ -365,7 +368,7 @@ fn worker_no_exit() {
     assert_eq!(entries.take(), expected);
 }
 
-/// The channel stays open as long as a client's connection does.
+/// The channel stays open while a client's connection is open.
 fn worker_wait_server_close() {
     for_both_policies(|| {
         let log = Log::default();
@@ -383,9 +386,9 @@ fn worker_wait_server_close() {
                     in_background(master, connect, move |master, client| {
                         let worker = master.workers().remove(0);
                         worker.disconnect();
-                        // When others can have the port, the connection is all that is left.
+                        // When the port is free, only the connection keeps the worker running.
                         let unbound = move || {
-                            wait_until("the end of the listener", || {
+                            wait_until("the listener to close", || {
                                 TcpListener::bind(address).map(drop).ok()
                             });
                         };
