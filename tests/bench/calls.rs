@@ -24,7 +24,7 @@ pub fn measure(table: &mut Table) {
                 let text = calls
                     .iter()
                     .map(|(name, count)| format!("{name} {}", number(*count)));
-                let row = table.row(title, sum, "for a connection");
+                let row = table.row(title, sum, "per connection");
                 row.note(&text.collect::<Vec<_>>().join(", "));
             }
             Err(why) => table.skip(title, &why),
@@ -32,7 +32,7 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// The calls for each connection, the most frequent first.
+/// The system calls per connection, the most frequent first.
 fn count(server: &Server) -> Result<Vec<(String, f64)>, String> {
     let calls = calls(&family(server.group.pid()), || {
         let mut left = CONNECTIONS;
@@ -45,7 +45,7 @@ fn count(server: &Server) -> Result<Vec<(String, f64)>, String> {
     let each = calls
         .into_iter()
         .map(|(name, count)| (name, count as f64 / CONNECTIONS as f64));
-    // What was done once does not belong to the connections.
+    // Calls that were made only a few times do not belong to connections.
     let mut each: Vec<_> = each.filter(|call| call.1 > 0.001).collect();
     each.sort_by(|one, other| other.1.total_cmp(&one.1));
     Ok(each)

@@ -1,4 +1,4 @@
-//! CPU time of all processes of a server for one short connection, with two workers.
+//! CPU time of all processes of a server per short connection, with two workers.
 
 use crate::costs::{Variant, compare, figure, ratio};
 use crate::peers;
@@ -13,24 +13,24 @@ pub fn measure(table: &mut Table) {
         server,
         goal,
     };
-    let most = |most| Some(Goal::AtMost(most));
+    let at_most = |limit| Some(Goal::AtMost(limit));
     let variants = [
         variant("bare loop", Server::start(BARE, WORKERS), None),
-        variant("round robin", Server::start("rr", WORKERS), most(1.75)),
-        variant("shared", Server::start("none", WORKERS), most(1.1)),
-        variant("sharded", Server::start("sharded", WORKERS), most(1.1)),
+        variant("round robin", Server::start("rr", WORKERS), at_most(1.75)),
+        variant("shared", Server::start("none", WORKERS), at_most(1.1)),
+        variant("sharded", Server::start("sharded", WORKERS), at_most(1.1)),
         variant("Node, round robin", peers::node("rr", WORKERS), None),
         variant("Node, none", peers::node("none", WORKERS), None),
         variant("nginx", peers::nginx(WORKERS), None),
         variant("gunicorn, sync", peers::gunicorn(WORKERS), None),
-        variant("the crate prefork", peers::prefork(WORKERS), None),
+        variant("prefork (crate)", peers::prefork(WORKERS), None),
     ];
     let rounds = compare(table, &variants);
     let (own, node) = (1, 4);
-    let name = "round robin beside Node's";
+    let name = "round robin vs. Node";
     if let Err(why) = &variants[node].server {
         return table.skip(name, why);
     }
-    let beside = figure(&rounds, |round| ratio(round, own, node));
-    table.row(name, beside, "× Node's").goal(Goal::AtMost(0.25));
+    let ratios = figure(&rounds, |round| ratio(round, own, node));
+    table.row(name, ratios, "× Node's").goal(Goal::AtMost(0.25));
 }

@@ -1,4 +1,4 @@
-//! What a short connection costs several servers that take turns.
+//! Costs of a short connection, for several servers that are measured in turn.
 
 use std::net::SocketAddr;
 
@@ -12,12 +12,12 @@ use crate::usage::{cpu_time, family, sleeps};
 
 const CLIENTS: usize = 32;
 
-/// What one round has shown, for each connection; times are in microseconds.
+/// The costs per connection in one round; times are in microseconds.
 #[derive(Clone, Copy)]
 pub struct Costs {
     /// User and system time of the server's processes.
     pub cpu: f64,
-    /// How often one of them went to sleep.
+    /// Voluntary context switches of the server's processes.
     pub sleeps: f64,
     /// User and system time of the clients.
     pub client: f64,
@@ -29,11 +29,11 @@ pub struct Variant {
     pub goal: Option<Goal>,
 }
 
-/// In the order of the variants; `None` is one that is not there.
+/// One round, in the order of the variants; `None` for a variant that is missing.
 pub type Round = Vec<Option<Costs>>;
 
-/// Lets all have their turns, and writes what each costs as a multiple of what the first costs in
-/// the same round.
+/// Measures the variants in turn. Adds a row for each: its cost as a multiple of the first variant's
+/// cost in the same round.
 pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     let turn = |variant: &Variant| {
         let server = variant.server.as_ref().ok()?;
@@ -67,7 +67,7 @@ pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     rounds
 }
 
-/// What one costs as a multiple of what the other costs.
+/// The cost of `one` as a multiple of the cost of `other`.
 pub fn ratio(round: &Round, one: usize, other: usize) -> f64 {
     round[one].unwrap().cpu / round[other].unwrap().cpu
 }
@@ -76,7 +76,7 @@ pub fn figure(rounds: &[Round], value: impl Fn(&Round) -> f64) -> Figure {
     rounds.iter().map(value).collect::<Vec<_>>().into()
 }
 
-/// What one turn costs these processes.
+/// Measures the costs of these processes for a second of short connections.
 pub fn measure(address: SocketAddr, processes: &[Pid]) -> Costs {
     let before = (cpu_time(processes), sleeps(processes));
     let load = short_connections(address, CLIENTS);

@@ -1,4 +1,4 @@
-//! Who gets how many connections, of eight workers.
+//! Distribution of connections among eight workers.
 
 use crate::ROUNDS;
 use crate::load::drive;
@@ -6,24 +6,21 @@ use crate::server::{BARE, GET_WORKER, Server};
 use crate::table::{Goal, Table};
 
 const WORKERS: usize = 8;
-const IN_TURN: usize = 1_600;
-const AT_ONCE: usize = 16_000;
-/// A hash is even in the long run only.
-const HASHED: usize = 100_000;
+const SEQUENTIAL: usize = 1_600;
+const CONCURRENT: usize = 16_000;
+/// The kernel's hash distributes connections evenly only in the long run.
+const LONG_RUN: usize = 100_000;
 
-/// What the counts of the workers come to.
+/// Reduces the workers' counts to one figure.
 type Measure = fn(&[f64]) -> f64;
-const SPREAD: (Measure, &str) = (
-    |counts| most(counts) - least(counts),
-    "between most and least",
-);
-const TO_LEAST: (Measure, &str) = (|counts| most(counts) / least(counts), "most/least");
+const SPREAD: (Measure, &str) = (|counts| max(counts) - min(counts), "max − min");
+const TO_LEAST: (Measure, &str) = (|counts| max(counts) / min(counts), "max/min");
 const TO_MEAN: (Measure, &str) = (
-    |counts| most(counts) * WORKERS as f64 / counts.iter().sum::<f64>(),
-    "most/mean",
+    |counts| max(counts) * WORKERS as f64 / counts.iter().sum::<f64>(),
+    "max/mean",
 );
 
-/// Whom it is about, how many clients and connections there are in how many rounds, and the goal.
+/// Title, server, number of clients, connections and rounds, measure, and goal.
 type Case = (
     &'static str,
     &'static str,
@@ -33,72 +30,72 @@ type Case = (
 );
 const CASES: [Case; 10] = [
     (
-        "bare loop, one after the other",
+        "bare loop, 1 client",
         BARE,
-        [1, IN_TURN, ROUNDS],
+        [1, SEQUENTIAL, ROUNDS],
         SPREAD,
         None,
     ),
     (
-        "round robin, one after the other",
+        "round robin, 1 client",
         "rr",
-        [1, IN_TURN, ROUNDS],
+        [1, SEQUENTIAL, ROUNDS],
         SPREAD,
         Some(0.0),
     ),
     (
-        "shared, one after the other",
+        "shared, 1 client",
         "none",
-        [1, IN_TURN, ROUNDS],
+        [1, SEQUENTIAL, ROUNDS],
         SPREAD,
         Some(0.0),
     ),
     (
         "bare loop, 64 clients",
         BARE,
-        [64, AT_ONCE, ROUNDS],
+        [64, CONCURRENT, ROUNDS],
         TO_LEAST,
         None,
     ),
     (
         "round robin, 64 clients",
         "rr",
-        [64, AT_ONCE, ROUNDS],
+        [64, CONCURRENT, ROUNDS],
         TO_LEAST,
         Some(1.02),
     ),
     (
         "round robin, 64 clients, long",
         "rr",
-        [64, HASHED, 1],
+        [64, LONG_RUN, 1],
         TO_LEAST,
         Some(1.02),
     ),
     (
         "bare loop, 32 clients",
         BARE,
-        [32, AT_ONCE, ROUNDS],
+        [32, CONCURRENT, ROUNDS],
         TO_MEAN,
         None,
     ),
     (
         "shared, 32 clients",
         "none",
-        [32, AT_ONCE, ROUNDS],
+        [32, CONCURRENT, ROUNDS],
         TO_MEAN,
         Some(1.05),
     ),
     (
         "bare loop, 32 clients, long",
         BARE,
-        [32, HASHED, 1],
+        [32, LONG_RUN, 1],
         TO_LEAST,
         None,
     ),
     (
         "sharded, 32 clients, long",
         "sharded",
-        [32, HASHED, 1],
+        [32, LONG_RUN, 1],
         TO_LEAST,
         Some(1.15),
     ),
@@ -123,14 +120,14 @@ pub fn measure(table: &mut Table) {
             continue;
         }
         let row = table.row(title, values, measure.1);
-        row.note(&format!("{connections} connections a round"));
+        row.note(&format!("{connections} connections per round"));
         if let Some(goal) = goal {
             row.goal(Goal::AtMost(*goal));
         }
     }
 }
 
-/// How many connections each worker got.
+/// Number of connections that each worker received.
 fn counts(server: &Server, clients: usize, connections: usize) -> Vec<f64> {
     let mut counts = vec![0.0; WORKERS];
     let mut left = connections;
@@ -145,10 +142,10 @@ fn counts(server: &Server, clients: usize, connections: usize) -> Vec<f64> {
     counts
 }
 
-fn most(counts: &[f64]) -> f64 {
+fn max(counts: &[f64]) -> f64 {
     counts.iter().copied().fold(f64::MIN, f64::max)
 }
 
-fn least(counts: &[f64]) -> f64 {
+fn min(counts: &[f64]) -> f64 {
     counts.iter().copied().fold(f64::MAX, f64::min)
 }

@@ -1,4 +1,4 @@
-//! From `fork()` to `online`, beside what the system takes to run the same program.
+//! Time from `fork()` to `online`, compared with a plain fork and exec of the same program.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
@@ -19,12 +19,14 @@ use crate::table::{Figure, Goal, Table};
 
 /// The role of a master that forks.
 pub const FORK: &str = "fork";
-/// The role of a program that says one byte.
+/// The role of a process that prints one byte.
 pub const BYTE: &str = "byte";
 
-/// How often a round does it, after a few times that do not count.
+/// Measured forks per round.
 const TIMES: usize = 30;
-const BEFORE: usize = 5;
+/// Forks before them that are not measured.
+const WARM_UP: usize = 5;
+/// A fork without exec follows every third fork only: copying the page tables of 1 GiB takes long.
 const COPY_EVERY: usize = 3;
 
 pub fn measure(table: &mut Table) {
@@ -38,25 +40,25 @@ pub fn measure(table: &mut Table) {
     let large = figure(&|[_, large]| large[1]).in_unit("µs");
     let ratio = figure(&|[little, _]| little[1] / little[0]);
     table
-        .row("fork to online", ratio, "× fork, exec and a byte")
+        .row("fork to online", ratio, "× fork, exec, one byte")
         .goal(Goal::AtMost(1.3))
-        .note(&format!("{own} beside {bare}"));
+        .note(&format!("{own} vs. {bare}"));
     let ratio = figure(&|[little, large]| large[1] / little[1]);
     table
-        .row("the same with 1 GiB resident", ratio, "× with little")
+        .row("the same with 1 GiB resident", ratio, "× without")
         .goal(Goal::AtMost(2.0))
         .note(&large);
     let copy = figure(&|[little, _]| little[2]).in_unit("µs");
     let large = figure(&|[_, large]| large[2]).in_unit("µs");
     let ratio = figure(&|[little, _]| little[2] / little[0]);
     table
-        .row("without exec", ratio, "× fork, exec and a byte")
+        .row("without exec", ratio, "× fork, exec, one byte")
         .goal(Goal::AtMost(0.5))
         .note(&format!("{copy}; with 1 GiB {large}"));
 }
 
-/// What it takes in a master with so many MiB, in microseconds: without this crate, with it, and with
-/// it for a worker that executes nothing.
+/// Times in microseconds in a master with `mebibytes` MiB resident: fork and exec without this
+/// crate, with it, and with it for a worker without exec.
 fn forks(mebibytes: usize) -> [f64; 3] {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());
@@ -64,7 +66,7 @@ fn forks(mebibytes: usize) -> [f64; 3] {
     ["bare: ", "own: ", "copy: "].map(|prefix| group.line(prefix).parse().unwrap())
 }
 
-/// In the process that forks.
+/// Runs in the process that forks.
 pub fn fork() {
     let Role::Master(master) = cluster::init().unwrap() else {
         return;
@@ -76,21 +78,20 @@ pub fn fork() {
     master.on_online(move |_, _| seen.set(Some(Instant::now())));
     let fork = |settings: Settings| {
         master.setup_master(settings);
-        let begun = Instant::now();
+        let start = Instant::now();
         master.fork().unwrap();
         master.run().unwrap();
-        (online.take().unwrap() - begun).as_secs_f64() * 1e6
+        (online.take().unwrap() - start).as_secs_f64() * 1e6
     };
     let (mut bare, mut own, mut copy) = (Vec::new(), Vec::new(), Vec::new());
     let program = std::env::current_exe().unwrap();
-    for time in 0..BEFORE + TIMES {
+    for time in 0..WARM_UP + TIMES {
         let one_byte = fork_exec_byte();
         let executed = fork(Settings::default().exec(&program));
-        if time >= BEFORE {
+        if time >= WARM_UP {
             bare.push(one_byte);
             own.push(executed);
         }
-        // Not always: a gigabyte takes its time to copy.
         if time % COPY_EVERY == 0 {
             copy.push(fork(Settings::default().main(|_| 0)));
         }
@@ -105,7 +106,7 @@ fn fork_exec_byte() -> f64 {
     let program = std::env::current_exe().unwrap();
     let program = CString::new(program.as_os_str().as_bytes()).unwrap();
     let env = CString::new(format!("{SCENARIO}={BYTE}")).unwrap();
-    let begun = Instant::now();
+    let start = Instant::now();
     let (read, write) = pipe().unwrap();
     #[allow(unsafe_code)]
     // SAFETY: this process has one thread.
@@ -117,7 +118,7 @@ fn fork_exec_byte() -> f64 {
     };
     drop(write);
     File::from(read).read_exact(&mut [0]).unwrap();
-    let passed = begun.elapsed().as_secs_f64() * 1e6;
+    let passed = start.elapsed().as_secs_f64() * 1e6;
     waitpid(child, None).unwrap();
     passed
 }

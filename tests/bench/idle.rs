@@ -1,4 +1,4 @@
-//! What a master and its workers hold and do when there is nothing to do.
+//! Memory, wake-ups and system calls of an idle master and its workers.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -33,7 +33,7 @@ pub fn memory(table: &mut Table) {
         let title = format!("{name}: master, {WORKERS} idle workers, resident");
         let row = table.row(&title, own.0, "KiB");
         row.goal(Goal::AtMost(2048.0));
-        row.note(&format!("{} KiB without what is of files", own.2));
+        row.note(&format!("{} KiB anonymous", own.2));
         let title = format!("{name}: each worker, private");
         table.row(&title, own.1, "KiB").goal(Goal::AtMost(400.0));
     }
@@ -41,13 +41,13 @@ pub fn memory(table: &mut Table) {
         Ok(server) => {
             let node = memory_of(&server);
             table.row("Node's master, resident", node.0, "KiB");
-            table.row("each worker of Node's, private", node.1, "KiB");
+            table.row("Node's workers, private, each", node.1, "KiB");
         }
         Err(why) => table.skip("Node", &why),
     }
 }
 
-/// The example, because this program maps far more than a server would.
+/// Builds the example server: this benchmark maps far more memory than a server.
 fn http_server() -> Result<PathBuf, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
@@ -61,7 +61,8 @@ fn serve(program: &Path) -> Server {
     Server::run(command.args(["--workers", &WORKERS.to_string()]))
 }
 
-/// Of the master, of its workers, and of the master what is not of files.
+/// The master's resident memory, each worker's private memory, and the master's anonymous memory,
+/// in KiB.
 fn memory_of(server: &Server) -> (f64, Vec<f64>, f64) {
     let processes = family(server.group.pid());
     let private =

@@ -1,4 +1,4 @@
-//! The clients: one thread that keeps many connections under way.
+//! The clients: one thread keeps many connections in flight.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -14,15 +14,16 @@ use nix::sys::time::TimeVal;
 use crate::peers::has;
 use crate::server::{GET, now};
 
-const PATIENCE: u16 = 10_000;
+/// Milliseconds without any answer after which the benchmark panics.
+const ANSWER_TIMEOUT: u16 = 10_000;
 
 /// A connection that has been answered.
 pub struct Answered<'a> {
     pub request: &'static [u8],
-    /// What was read until the server closed.
+    /// The bytes that were read until the server closed.
     pub answer: &'a [u8],
-    /// When the client called `connect`, and when that returned.
-    pub begun: i64,
+    /// The times when the client called `connect`, and when `connect` returned.
+    pub started: i64,
     pub connected: i64,
     pub ended: i64,
 }
@@ -42,13 +43,13 @@ struct Client {
     stream: TcpStream,
     request: &'static [u8],
     answer: Vec<u8>,
-    begun: i64,
+    started: i64,
     connected: i64,
 }
 
 impl Client {
     fn connect(address: SocketAddr, request: &'static [u8]) -> Self {
-        let begun = now();
+        let started = now();
         let mut stream = TcpStream::connect(address).unwrap();
         let connected = now();
         stream.write_all(request).unwrap();
@@ -57,7 +58,7 @@ impl Client {
             stream,
             request,
             answer,
-            begun,
+            started,
             connected,
         }
     }
@@ -66,11 +67,11 @@ impl Client {
         let Self {
             request,
             answer,
-            begun,
+            started,
             connected,
             ..
         } = self;
-        let (request, begun, connected) = (*request, *begun, *connected);
+        let (request, started, connected) = (*request, *started, *connected);
         assert!(
             answer.starts_with(b"HTTP/1."),
             "{}",
@@ -79,14 +80,14 @@ impl Client {
         Answered {
             request,
             answer,
-            begun,
+            started,
             connected,
             ended: now(),
         }
     }
 }
 
-/// Connections that are under way.
+/// Connections in flight.
 struct Open {
     epoll: Epoll,
     clients: Vec<Option<Client>>,
@@ -119,18 +120,18 @@ impl Open {
         self.clients[number] = Some(client);
     }
 
-    /// Those that have been answered, as soon as there is anything to read.
+    /// Waits until a connection is readable. Returns the connections that are answered by then.
     fn answered(&mut self) -> Vec<Client> {
         let mut buffer = [0; 4096];
-        let ready = self.epoll.wait(&mut self.events, PATIENCE).unwrap();
-        assert!(ready > 0, "no answer for ten seconds");
+        let ready = self.epoll.wait(&mut self.events, ANSWER_TIMEOUT).unwrap();
+        assert!(ready > 0, "no answer within ten seconds");
         let mut answered = Vec::new();
         for event in &self.events[..ready] {
             let number = usize::try_from(event.data()).unwrap();
             let client = self.clients[number].as_mut().unwrap();
             let length = client.stream.read(&mut buffer).unwrap();
             client.answer.extend_from_slice(&buffer[..length]);
-            // What is there together with the end is there as a whole.
+            // If the server has closed already, this read has returned the whole answer.
             if length == 0 || event.events().contains(EpollFlags::EPOLLRDHUP) {
                 answered.extend(self.clients[number].take());
                 self.free.push(number);
@@ -140,8 +141,7 @@ impl Open {
     }
 }
 
-/// So many clients, each of which makes one connection after the other, until there is no next
-/// request.
+/// Runs `clients` clients. Each makes one connection after another, until `next` returns `None`.
 pub fn drive(
     address: SocketAddr,
     clients: usize,
@@ -155,7 +155,7 @@ pub fn drive(
     while !open.is_empty() {
         for client in open.answered() {
             answered(client.answered());
-            // Closes when the next one is connected.
+            // The answered connection closes after the next one has connected.
             if let Some(request) = next() {
                 open.add(Client::connect(address, request));
             }
@@ -163,8 +163,8 @@ pub fn drive(
     }
 }
 
-/// Clients that come at their times, on the clock that all share, however long the others take. Each
-/// has waited since then.
+/// Starts a client at each given time of the monotonic clock, even if earlier clients still wait. A
+/// client's wait counts from that time, not from the actual `connect`.
 pub fn drive_on_time(
     address: SocketAddr,
     requests: impl IntoIterator<Item = (i64, &'static [u8])>,
@@ -173,14 +173,14 @@ pub fn drive_on_time(
     let mut open = Open::new();
     let mut requests = requests.into_iter().peekable();
     while requests.peek().is_some() || !open.is_empty() {
-        while let Some((begun, request)) = requests.next_if(|(time, _)| *time <= now()) {
+        while let Some((started, request)) = requests.next_if(|(time, _)| *time <= now()) {
             let mut client = Client::connect(address, request);
-            client.begun = begun;
+            client.started = started;
             open.add(client);
         }
         if let Some((next, _)) = requests.peek() {
             let left = Duration::from_nanos((next - now()).max(0).unsigned_abs());
-            // The poller's own waiting knows milliseconds.
+            // `epoll_wait` has a resolution of milliseconds only.
             let mut ready = [PollFd::new(open.epoll.0.as_fd(), PollFlags::POLLIN)];
             if ppoll(&mut ready, Some(left.into()), None).unwrap() == 0 {
                 continue;
@@ -192,15 +192,15 @@ pub fn drive_on_time(
     }
 }
 
-/// What a load has come to.
+/// The result of a load.
 pub struct Load {
     pub connections: u64,
-    /// Of the clients.
+    /// User and system time of the clients.
     pub cpu: Duration,
 }
 
-/// A second of short connections, of which `wrk` is the client, if it is there. It has a thread for
-/// each core, so that no core rests: to wake one up would be most of what is measured.
+/// Makes short connections for one second, with `wrk` as the client if it is installed. It has one
+/// thread per core, so that no core goes idle: waking an idle core would dominate the measurement.
 pub fn short_connections(address: SocketAddr, clients: usize) -> Load {
     let threads = cluster::available_parallelism();
     if !has_wrk() {
@@ -249,7 +249,7 @@ fn own_clients(address: SocketAddr, clients: usize, threads: usize) -> u64 {
     })
 }
 
-/// User and system time.
+/// User and system time of `who`.
 fn used_by(who: UsageWho) -> Duration {
     let usage = getrusage(who).unwrap();
     let micros = |time: TimeVal| time.tv_sec() * 1_000_000 + time.tv_usec();

@@ -1,17 +1,17 @@
-//! What everything costs, beside what else there is. All figures of a line come from one run on one
-//! machine.
+//! Measures the crate's costs and compares them with other servers. All figures of a row come from
+//! one run on one machine.
 //!
 //! ```sh
-//! cargo bench                 # all parts, within 15 minutes
-//! cargo bench -- NAME…        # only these
+//! cargo bench                 # all parts, at most 15 minutes
+//! cargo bench -- NAME…        # only the named parts
 //! ```
 //!
-//! It prints one table, and writes the same to `bench.json` in cargo's target directory. A peer or a
-//! tool that is not there is a line that says so.
+//! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If a
+//! peer or a tool is missing, its row says so.
 //!
-//! Every variant is a group of processes of its own: this binary, executed again, plays the master
-//! and its workers, the bare loop, and whatever else is to be compared with. They live through all
-//! rounds, in which they take turns (A B C A B C …), and those whose turn it is not are blocked.
+//! Every variant runs in its own group of processes: this binary, executed again, plays the master
+//! and its workers, the bare loop, and the other programs. The groups run through all rounds and are
+//! measured in turn (A B C A B C …). Groups that are not being measured are blocked.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::print_stdout,
@@ -51,7 +51,7 @@ use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::Signal;
 use table::Table;
 
-/// How often everything is measured, after a first time that does not count.
+/// Number of measured rounds, after one round of warm-up.
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
@@ -72,49 +72,49 @@ const PARTS: [(&str, Part); 12] = [
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {
-        // Whoever is to be stopped stops all that has been started.
+        // When the benchmark is killed, the processes that it has started are killed, too.
         set_pdeathsig(Signal::SIGKILL).unwrap();
         match role.as_str() {
-            peers::PEER => peers::become_other(),
+            peers::PEER => peers::exec_peer(),
             server::SERVER => server::serve(),
             messages::MESSAGES => messages::count(),
             fork::FORK => fork::fork(),
-            scaling::SCALING => scaling::turn(),
+            scaling::SCALING => scaling::run_loop(),
             fork::BYTE => print!("!"),
             _ => panic!("{role}"),
         }
         return ExitCode::SUCCESS;
     }
-    let asked: Vec<_> = std::env::args()
+    let selected: Vec<_> = std::env::args()
         .skip(1)
         .filter(|arg| arg != "--bench")
         .collect();
     let unknown = |name: &&String| !PARTS.iter().any(|part| part.0 == *name);
-    if let Some(name) = asked.iter().find(unknown) {
+    if let Some(name) = selected.iter().find(unknown) {
         let names = PARTS.map(|part| part.0).join(" ");
-        eprintln!("there is no part {name}; there are: {names}");
+        eprintln!("unknown part {name}; known parts: {names}");
         return ExitCode::from(2);
     }
-    // What its processes leave behind comes to this one.
+    // Orphans of the measured processes become children of this process.
     set_child_subreaper(true).unwrap();
     let mut table = Table::default();
     let mut code = ExitCode::SUCCESS;
     for (name, measure) in PARTS {
-        if asked.is_empty() || asked.iter().any(|asked| asked == name) {
+        if selected.is_empty() || selected.iter().any(|selected| selected == name) {
             table.begin(name);
-            // The others are measured all the same.
+            // If one part fails, the others still run.
             if catch_unwind(AssertUnwindSafe(|| measure(&mut table))).is_err() {
-                table.skip("the rest", "it failed, as is said above");
+                table.skip("the rest", "this part failed, see the message above");
                 code = ExitCode::FAILURE;
             }
         }
     }
-    note_circumstances(&mut table);
+    note_environment(&mut table);
     table.end();
     code
 }
 
-fn note_circumstances(table: &mut Table) {
+fn note_environment(table: &mut Table) {
     let cores = cluster::available_parallelism();
     let system = nix::sys::utsname::uname().unwrap();
     let (name, release) = (
@@ -124,15 +124,15 @@ fn note_circumstances(table: &mut Table) {
     let load = if load::has_wrk() {
         "wrk"
     } else {
-        "clients of our own (no wrk)"
+        "built-in clients (no wrk)"
     };
     table.note(&format!(
-        "{cores} cores, {name} {release}; {ROUNDS} rounds: median (least–most)."
+        "{cores} cores, {name} {release}; {ROUNDS} rounds: median (min–max)."
     ));
     table.note(&format!(
-        "Load by {load}, with a thread for each of the same cores. Times are user and"
+        "Load by {load}, with one thread per core. Times are the user and system time of the"
     ));
     table
-        .note("system time of the server's processes alone, and the clients' beside. A sleep is a");
-    table.note("voluntary context switch of one of the server's processes.");
+        .note("server's processes; the clients' time is listed separately. A sleep is a voluntary");
+    table.note("context switch of a server process.");
 }

@@ -1,4 +1,4 @@
-//! Messages: there and back, one way, and long ones.
+//! Messages: round trips, one mode, and long messages.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -23,13 +23,13 @@ pub const MESSAGES: &str = "messages";
 
 const SHORT: usize = 32;
 const LONG: usize = 64 << 10;
-/// What goes before is not counted.
+/// Messages in this time are not counted.
 const WARM_UP: Duration = Duration::from_millis(300);
 const TIME: Duration = Duration::from_millis(1000);
-/// Nobody goes on for so long.
-const PATIENCE: Duration = Duration::from_secs(600);
-/// What is said when it begins, and when it is over.
-const BEGUN: &str = "counts";
+/// Longer than any run. Added to the start time, so that the result is printed once.
+const NEVER: Duration = Duration::from_secs(600);
+/// The lines that are printed when the counting starts, and when it ends.
+const COUNTING: &str = "counts";
 const COUNTED: &str = "counted ";
 
 pub fn measure(table: &mut Table) {
@@ -39,14 +39,14 @@ pub fn measure(table: &mut Table) {
         Ok(command)
     };
     let mut kinds = [
-        own(["bare", "there-and-back"]),
-        own(["cluster", "there-and-back"]),
-        node_program("messages.js", &["there-and-back"]),
-        own(["cluster", "one-way"]),
-        node_program("messages.js", &["one-way"]),
+        own(["bare", "round-trip"]),
+        own(["cluster", "round-trip"]),
+        node_program("messages.js", &["round-trip"]),
+        own(["cluster", "one-mode"]),
+        node_program("messages.js", &["one-mode"]),
         own(["bare", "long"]),
         own(["cluster", "long"]),
-        own(["polled", "there-and-back"]),
+        own(["polled", "round-trip"]),
         own(["polled", "long"]),
     ];
     let _one_core = OneCore::new();
@@ -59,19 +59,19 @@ pub fn measure(table: &mut Table) {
         }
     }
     let rows = [
-        ("there and back, 32 bytes", 1, 0, "× socketpair", Some(0.8)),
+        ("round trip, 32 bytes", 1, 0, "× socketpair", Some(0.8)),
         (
-            "the same, beside a bare loop that polls",
+            "the same vs. a bare loop that polls",
             1,
             7,
             "× polled",
             None,
         ),
-        ("there and back, 32 bytes", 1, 2, "× Node's", None),
-        ("one way, 32 bytes", 3, 4, "× Node's", Some(10.0)),
-        ("one way, 64 KiB", 6, 5, "× socketpair", Some(0.8)),
+        ("round trip, 32 bytes", 1, 2, "× Node's", None),
+        ("one mode, 32 bytes", 3, 4, "× Node's", Some(10.0)),
+        ("one mode, 64 KiB", 6, 5, "× socketpair", Some(0.8)),
         (
-            "the same, beside a bare loop that polls",
+            "the same vs. a bare loop that polls",
             6,
             8,
             "× polled",
@@ -86,8 +86,8 @@ pub fn measure(table: &mut Table) {
         let row = table.row(name, ratios(&rates[own], &rates[other]), unit);
         let [own, other] = [own, other].map(|kind| Figure::from(rates[kind].clone()));
         row.note(&format!(
-            "{} beside {}",
-            own.in_unit("a second of CPU"),
+            "{} vs. {}",
+            own.in_unit("per second of CPU"),
             other.in_unit("")
         ));
         if let Some(goal) = goal {
@@ -96,10 +96,10 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// Messages for a second of CPU time, of both processes.
+/// Messages per second of CPU time of both processes.
 fn rate(command: &mut Command) -> f64 {
     let group = Group::start(command).unwrap();
-    group.line(BEGUN);
+    group.line(COUNTING);
     let processes = family(group.pid());
     let before = cpu_time(&processes);
     let count: f64 = group.line(COUNTED).parse().unwrap();
@@ -108,8 +108,8 @@ fn rate(command: &mut Command) -> f64 {
     count / used.as_secs_f64()
 }
 
-/// While it lives, this process and those that it starts have one core. Two that wait for each other
-/// cost a multiple on two, and where the scheduler puts them is an accident.
+/// Restricts this process, and those that it starts, to one core until it is dropped. Two processes
+/// that wait for each other cost several times more on two cores, and the kernel's placement varies.
 struct OneCore(CpuSet);
 
 impl OneCore {
@@ -130,36 +130,36 @@ impl Drop for OneCore {
     }
 }
 
-/// In the process that counts.
+/// Runs in the process that counts messages.
 pub fn count() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
     match args[..] {
-        [way @ ("bare" | "polled"), "there-and-back"] => {
+        [mode @ ("bare" | "polled"), "round-trip"] => {
             let mut message = [0; SHORT];
-            count_from(way, "echo", |other| {
-                other.write_all(&message)?;
-                other.read_exact(&mut message)
+            count_from(mode, "echo", |peer| {
+                peer.write_all(&message)?;
+                peer.read_exact(&mut message)
             });
         }
-        [way @ ("bare" | "polled"), "long"] => {
+        [mode @ ("bare" | "polled"), "long"] => {
             let mut message = vec![0; LONG];
-            count_from(way, "write", |other| other.read_exact(&mut message));
+            count_from(mode, "write", |peer| peer.read_exact(&mut message));
         }
-        [way @ ("bare" | "polled"), "echo"] => echo(Bare::new(stdin(), way)),
-        [way @ ("bare" | "polled"), "write"] => write(Bare::new(stdin(), way)),
-        ["cluster", "there-and-back"] => there_and_back(),
-        ["cluster", "one-way"] => one_way(SHORT),
+        [mode @ ("bare" | "polled"), "echo"] => echo(Bare::new(stdin(), mode)),
+        [mode @ ("bare" | "polled"), "write"] => write(Bare::new(stdin(), mode)),
+        ["cluster", "round-trip"] => round_trip(),
+        ["cluster", "one-mode"] => one_way(SHORT),
         ["cluster", "long"] => one_way(LONG),
         _ => panic!("{args:?}"),
     }
 }
 
-/// Counts for a time, and says when that begins, and how many there were. Then it lets go on what
-/// goes on: whoever has started this ends it.
+/// Counts messages for `TIME`. Prints a line when the counting starts, and the number when it ends.
+/// The process goes on afterwards, until the benchmark kills it.
 struct Counter {
     count: u64,
-    begun: Instant,
+    start: Instant,
     warm: bool,
 }
 
@@ -167,40 +167,40 @@ impl Counter {
     fn new() -> Self {
         Self {
             count: 0,
-            begun: Instant::now(),
+            start: Instant::now(),
             warm: false,
         }
     }
 
     fn add(&mut self) {
         self.count += 1;
-        // The clock is cheap, but not beside a short message.
+        // Reading the clock for each message would distort the cost of short messages.
         if self.count % 64 != 0 {
             return;
         }
-        if !self.warm && self.begun.elapsed() > WARM_UP {
-            println!("{BEGUN}");
+        if !self.warm && self.start.elapsed() > WARM_UP {
+            println!("{COUNTING}");
             *self = Self {
                 warm: true,
                 ..Self::new()
             };
-        } else if self.warm && self.begun.elapsed() > TIME {
+        } else if self.warm && self.start.elapsed() > TIME {
             println!("{COUNTED}{}", self.count);
-            self.begun += PATIENCE;
+            self.start += NEVER;
         }
     }
 }
 
-/// A socket that waits by itself, or one that does not and is waited for, as in every program that waits
-/// for more than one thing.
+/// A blocking socket, or a non-blocking one with a poller, as in every program that waits for more
+/// than one descriptor.
 struct Bare {
     socket: UnixStream,
     poller: Option<Epoll>,
 }
 
 impl Bare {
-    fn new(socket: UnixStream, way: &str) -> Self {
-        let poller = (way == "polled").then(|| {
+    fn new(socket: UnixStream, mode: &str) -> Self {
+        let poller = (mode == "polled").then(|| {
             socket.set_nonblocking(true).unwrap();
             let poller = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
             let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
@@ -248,40 +248,40 @@ impl Write for Bare {
     }
 }
 
-/// Counts messages that come through a socket whose other end this program has, too.
-fn count_from(way: &str, other: &str, mut message: impl FnMut(&mut Bare) -> std::io::Result<()>) {
+/// Counts messages from a peer process: this program again, with the other end of a socket pair.
+fn count_from(mode: &str, peer: &str, mut message: impl FnMut(&mut Bare) -> std::io::Result<()>) {
     let (here, there) = UnixStream::pair().unwrap();
-    let mut other = Command::new(std::env::current_exe().unwrap())
-        .args([way, other])
+    let mut process = Command::new(std::env::current_exe().unwrap())
+        .args([mode, peer])
         .stdin(Stdio::from(OwnedFd::from(there)))
         .spawn()
         .unwrap();
-    let mut here = Bare::new(here, way);
+    let mut here = Bare::new(here, mode);
     let mut counter = Counter::new();
     while message(&mut here).is_ok() {
         counter.add();
     }
-    other.wait().unwrap();
+    process.wait().unwrap();
 }
 
 fn stdin() -> UnixStream {
     UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap())
 }
 
-fn echo(mut other: Bare) {
+fn echo(mut peer: Bare) {
     let mut message = [0; SHORT];
-    while other.read_exact(&mut message).is_ok() {
-        other.write_all(&message).unwrap();
+    while peer.read_exact(&mut message).is_ok() {
+        peer.write_all(&message).unwrap();
     }
 }
 
-fn write(mut other: Bare) {
+fn write(mut peer: Bare) {
     let message = vec![0; LONG];
-    while other.write_all(&message).is_ok() {}
+    while peer.write_all(&message).is_ok() {}
 }
 
 /// The worker counts.
-fn there_and_back() {
+fn round_trip() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             master.on_message(|_, worker, message| {
@@ -314,7 +314,7 @@ fn one_way(length: usize) {
         Role::Worker(worker) => {
             let message = vec![0; length];
             while worker.is_connected() {
-                while worker.send(&message).is_ok_and(|room| room) {}
+                while worker.send(&message).is_ok_and(|below_mark| below_mark) {}
                 let _ = worker.dispatch(None);
             }
         }

@@ -1,4 +1,4 @@
-//! One request of a hundred sleeps for 50 ms: what the others, and all together, have to wait.
+//! Latency when 1 request in 100 sleeps for 50 ms.
 
 use std::time::{Duration, Instant};
 
@@ -11,33 +11,34 @@ use crate::usage::allow_many_descriptors;
 const WORKERS: usize = 8;
 const CLIENTS: usize = 32;
 const TIME: Duration = Duration::from_secs(3);
-/// Clients in a second that come by chance.
+/// Mean number of connections per second in the open loop; the gaps between them are random.
 const RATE: f64 = 8_000.0;
-/// One of so many requests is slow.
+/// One request in this number is slow.
 const SLOW: usize = 100;
-/// What a wait is that the scheduler may cause on a busy machine, in milliseconds: half of what a slow
-/// request takes.
+/// The longest wait that the kernel's scheduler may cause on a busy machine, in milliseconds: half the
+/// time of a slow request.
 const SCHEDULING: f64 = 25.0;
 
 type Play = fn(&Server, usize) -> Outcome;
 
-/// What one round has shown; times are in milliseconds.
+/// The result of one round; times are in milliseconds.
 struct Outcome {
     connections: usize,
     latencies: [f64; 3],
     /// The longest time that a connection waited while a worker was idle.
     longest: f64,
-    /// How many waited behind a slow request, while a worker was idle.
-    held_up: f64,
+    /// Connections that were queued behind a slow request for longer than `SCHEDULING` while another
+    /// worker was idle.
+    queued_behind: f64,
 }
 
-/// One connection, in nanoseconds of the clock that all share.
+/// One connection, in nanoseconds of the monotonic clock.
 struct Times {
     worker: i64,
     slow: bool,
-    begun: i64,
+    started: i64,
     connected: i64,
-    /// When a worker's program had it, and when it had answered.
+    /// The times when the worker received the connection, and when it answered.
     accepted: i64,
     answered: i64,
     ended: i64,
@@ -47,8 +48,8 @@ pub fn measure(table: &mut Table) {
     let servers = [BARE, "rr", "none", "sharded"].map(|name| Server::start(name, WORKERS));
     allow_many_descriptors();
     let loads = [
-        ("at a rate of 8,000", at_a_rate as Play),
-        ("32 clients", one_after_the_other),
+        ("8,000 connections/s", open_loop as Play),
+        ("32 clients", closed_loop),
     ];
     for (load, play) in loads {
         let mut outcomes = servers.each_ref().map(|_| Vec::new());
@@ -78,8 +79,8 @@ fn show(
         for (at, name) in ["p50", "p99", "p99.9"].iter().enumerate() {
             let latency = |outcomes: &Vec<Outcome>| each(outcomes, |outcome| outcome.latencies[at]);
             let own = latency(&outcomes[number]);
-            let beside = ratios(&own, &latency(&outcomes[0]));
-            let row = table.row(&format!("{title}, {name}"), beside, "× bare");
+            let ratios = ratios(&own, &latency(&outcomes[0]));
+            let row = table.row(&format!("{title}, {name}"), ratios, "× bare");
             row.note(&Figure::from(own).in_unit("ms"));
             if number > 0 && at > 0 {
                 row.goal(Goal::AtMost(1.0));
@@ -87,10 +88,10 @@ fn show(
         }
         let own = &outcomes[number];
         let count: usize = own.iter().map(|outcome| outcome.connections).sum();
-        let held_up: f64 = own.iter().map(|outcome| outcome.held_up).sum();
+        let queued_behind: f64 = own.iter().map(|outcome| outcome.queued_behind).sum();
         let longest = Figure::from(each(own, |outcome| outcome.longest)).in_unit("ms");
-        let name = format!("{title}, behind a slow request, another worker idle");
-        let row = table.row(&name, held_up, "connections");
+        let name = format!("{title}, queued behind a slow request while a worker was idle");
+        let row = table.row(&name, queued_behind, "connections");
         row.note(&format!(
             "of {count}; longest wait while a worker was idle {longest}"
         ));
@@ -104,14 +105,14 @@ fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Vec<f64> {
     outcomes.iter().map(value).collect()
 }
 
-/// Half of what the workers can do at most. Clients come by chance, the same for all servers.
-fn at_a_rate(server: &Server, round: usize) -> Outcome {
-    let mut chance = fastrand::Rng::with_seed(round as u64);
+/// Random arrivals at half of the workers' capacity, in the same sequence for all servers.
+fn open_loop(server: &Server, round: usize) -> Outcome {
+    let mut random = fastrand::Rng::with_seed(round as u64);
     let mut time = now() as f64;
     let end = time + TIME.as_nanos() as f64;
     let requests = std::iter::from_fn(|| {
-        time -= (1.0 - chance.f64()).ln() * 1e9 / RATE;
-        let request = match chance.usize(0..SLOW) {
+        time -= (1.0 - random.f64()).ln() * 1e9 / RATE;
+        let request = match random.usize(0..SLOW) {
             0 => GET_SLOW,
             _ => GET_TIMES,
         };
@@ -124,8 +125,8 @@ fn at_a_rate(server: &Server, round: usize) -> Outcome {
     Outcome::of(&all)
 }
 
-/// As many as there can be: almost all workers sleep almost always.
-fn one_after_the_other(server: &Server, _: usize) -> Outcome {
+/// Each client connects again at once, so that almost all workers are in a slow request almost always.
+fn closed_loop(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;
     let next = || {
@@ -151,7 +152,7 @@ impl Times {
         Self {
             worker,
             slow: answered.request == GET_SLOW,
-            begun: answered.begun,
+            started: answered.started,
             connected: answered.connected,
             accepted,
             answered: written,
@@ -164,7 +165,7 @@ impl Outcome {
     fn of(all: &[Times]) -> Self {
         let mut latencies: Vec<_> = all
             .iter()
-            .map(|times| millis(times.ended - times.begun))
+            .map(|times| millis(times.ended - times.started))
             .collect();
         latencies.sort_by(f64::total_cmp);
         let at =
@@ -186,7 +187,7 @@ impl Outcome {
             connections: all.len(),
             latencies: [at(500), at(990), at(999)],
             longest: waits.fold(0.0, f64::max),
-            held_up: all.iter().filter(behind).count() as f64,
+            queued_behind: all.iter().filter(behind).count() as f64,
         }
     }
 }
@@ -195,8 +196,8 @@ fn millis(nanos: i64) -> f64 {
     nanos as f64 / 1e6
 }
 
-/// The times at which a worker began or ceased to be busy; for how long at least one had been idle
-/// then, and whether one was from then on.
+/// The times at which a worker became busy or idle. Each has the total time until then during which
+/// at least one worker was idle, and whether one was idle from then on.
 struct Idle(Vec<(i64, i64, bool)>);
 
 impl Idle {
@@ -205,7 +206,7 @@ impl Idle {
         let ends = all.iter().map(|times| (times.answered, -1));
         let mut changes: Vec<_> = begins.chain(ends).collect();
         changes.sort_unstable();
-        // The clock began when the system did.
+        // The monotonic clock starts at boot.
         let mut idle = Self(vec![(0, 0, true)]);
         let mut busy = 0;
         for (time, change) in changes {
@@ -221,7 +222,7 @@ impl Idle {
 
     fn until(&self, time: i64) -> i64 {
         let next = self.0.partition_point(|step| step.0 <= time);
-        let (begun, sum, idle) = self.0[next - 1];
-        sum + if idle { time - begun } else { 0 }
+        let (started, sum, idle) = self.0[next - 1];
+        sum + if idle { time - started } else { 0 }
     }
 }

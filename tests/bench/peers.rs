@@ -1,4 +1,4 @@
-//! Other servers that give the same answer.
+//! Other servers that send the same answer.
 
 use std::ffi::OsStr;
 use std::io::{Read as _, Write as _};
@@ -14,39 +14,40 @@ use crate::harness::{Group, SCENARIO, wait_until};
 use crate::server::{GET, Server};
 use crate::usage::family;
 
-fn folder() -> PathBuf {
+fn peers_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/peers")
 }
 
-/// The role of a process that becomes another program.
+/// The role of a process that executes another program.
 pub const PEER: &str = "peer";
 
-/// Another program, which ends when this one does.
-fn other(program: impl AsRef<OsStr>) -> Command {
+/// A command for another program, which is terminated when this process exits.
+fn peer_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(SCENARIO, PEER).arg(program);
     command
 }
 
-/// In the process that is to become it. Its workers would not notice if it were killed.
-pub fn become_other() {
+/// Runs in the process that executes the peer. The signal is SIGTERM, because a peer's workers would
+/// not notice that their master was killed.
+pub fn exec_peer() {
     set_pdeathsig(Signal::SIGTERM).unwrap();
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     let mut command = Command::new(&args[0]);
     panic!("{}", command.args(&args[1..]).env_remove(SCENARIO).exec());
 }
 
-/// Whether there is such a program.
+/// Checks that a program is installed.
 pub fn has(program: &str, version: &str) -> Result<(), String> {
-    let asked = Command::new(program).arg(version).output();
-    asked.map(drop).map_err(|_| format!("no {program}"))
+    let output = Command::new(program).arg(version).output();
+    output.map(drop).map_err(|_| format!("no {program}"))
 }
 
-/// A program of ours for Node.
+/// A command for one of the programs for Node in `peers`.
 pub fn node_program(name: &str, args: &[&str]) -> Result<Command, String> {
     has("node", "--version")?;
-    let mut command = other("node");
-    command.arg(folder().join(name)).args(args);
+    let mut command = peer_command("node");
+    command.arg(peers_dir().join(name)).args(args);
     Ok(command)
 }
 
@@ -57,13 +58,13 @@ pub fn node(policy: &str, workers: usize) -> Result<Server, String> {
 
 pub fn prefork(workers: usize) -> Result<Server, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prefork");
-    build(&folder().join("prefork/Cargo.toml"), &target, &[])?;
-    let mut command = other(target.join("release/prefork-server"));
+    build(&peers_dir().join("prefork/Cargo.toml"), &target, &[])?;
+    let mut command = peer_command(target.join("release/prefork-server"));
     Ok(Server::run(command.arg(workers.to_string())))
 }
 
-/// Compiles what the benchmark itself is not made of.
-pub fn build(manifest: &Path, target: &Path, what: &[&str]) -> Result<(), String> {
+/// Compiles a program that is not part of the benchmark.
+pub fn build(manifest: &Path, target: &Path, args: &[&str]) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO"));
     command.args([
         "build",
@@ -76,7 +77,7 @@ pub fn build(manifest: &Path, target: &Path, what: &[&str]) -> Result<(), String
         .arg(manifest)
         .arg("--target-dir")
         .arg(target)
-        .args(what);
+        .args(args);
     let built = command.output().map_err(|error| error.to_string())?;
     let errors = String::from_utf8_lossy(&built.stderr);
     let last = || {
@@ -92,12 +93,12 @@ pub fn nginx(workers: usize) -> Result<Server, String> {
     has("nginx", "-v")?;
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nginx");
     std::fs::create_dir_all(&directory).unwrap();
-    let template = std::fs::read_to_string(folder().join("nginx.conf")).unwrap();
+    let template = std::fs::read_to_string(peers_dir().join("nginx.conf")).unwrap();
     let port = free_port();
     let text = template.replace("PORT", &port.to_string());
     let text = text.replace("WORKERS", &workers.to_string());
     std::fs::write(directory.join("nginx.conf"), text).unwrap();
-    let mut command = other("nginx");
+    let mut command = peer_command("nginx");
     command.arg("-p").arg(&directory).args(["-c", "nginx.conf"]);
     start(&mut command, port, workers)
 }
@@ -105,10 +106,10 @@ pub fn nginx(workers: usize) -> Result<Server, String> {
 pub fn gunicorn(workers: usize) -> Result<Server, String> {
     has("gunicorn", "--version")?;
     let port = free_port();
-    let mut command = other("gunicorn");
+    let mut command = peer_command("gunicorn");
     command
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .current_dir(folder());
+        .current_dir(peers_dir());
     command.args(["--worker-class", "sync", "--workers", &workers.to_string()]);
     command.args(["--bind", &format!("127.0.0.1:{port}"), "app:app"]);
     start(&mut command, port, workers)
@@ -119,7 +120,7 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-/// Starts a server that does not say when it serves.
+/// Starts a server that does not report when it is ready, and waits until it answers.
 fn start(command: &mut Command, port: u16, workers: usize) -> Result<Server, String> {
     let address = ([127, 0, 0, 1], port).into();
     let group = Group::start(command).map_err(|error| error.to_string())?;

@@ -1,5 +1,5 @@
-//! What one iteration of the loop costs when there are many of something for which nothing is to be done:
-//! as much as with few.
+//! Cost of one loop iteration with many inactive timers, watches, workers and so on. It should not
+//! depend on their number.
 
 use std::cell::Cell;
 use std::io::Write as _;
@@ -33,11 +33,11 @@ const KINDS: [&str; 7] = [
     "watches of a worker",
 ];
 const COUNTS: [usize; 3] = [10, 100, 1_000];
-/// In one round.
+/// Iterations in one batch.
 const ITERATIONS: u32 = 5_000;
-/// Far beyond all rounds.
+/// Longer than all rounds together.
 const HOUR: Duration = Duration::from_secs(3600);
-/// How many connections a worker is given at most; those beyond wait in the master.
+/// Maximum number of connections that are dispatched to one worker; further ones wait in the master.
 const QUEUE: usize = 16;
 
 pub fn measure(table: &mut Table) {
@@ -47,7 +47,7 @@ pub fn measure(table: &mut Table) {
         let mut costs = [const { Vec::new() }; COUNTS.len()];
         for round in 0..=ROUNDS {
             for (measured, costs) in loops.iter_mut().zip(&mut costs) {
-                let cost = measured.turn();
+                let cost = measured.run_batch();
                 costs.extend((round > 0).then_some(cost));
             }
         }
@@ -61,7 +61,7 @@ pub fn measure(table: &mut Table) {
         let name = format!("{kind}: system calls of an iteration");
         match loops
             .iter_mut()
-            .map(Loop::count)
+            .map(Loop::count_calls)
             .collect::<Result<Vec<_>, _>>()
         {
             Ok(counts) => {
@@ -79,11 +79,11 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// A process that runs an iteration of its loop on request.
+/// A process that runs a batch of loop iterations on request.
 struct Loop {
     group: Group,
     process: Pid,
-    turns: u32,
+    batches: u32,
 }
 
 impl Loop {
@@ -92,27 +92,27 @@ impl Loop {
         let command = command.env(SCENARIO, SCALING);
         let group = Group::start(command.args([kind, &count.to_string()])).unwrap();
         let process = Pid::from_raw(group.line("process ").parse().unwrap());
-        let turns = 0;
+        let batches = 0;
         Self {
             group,
             process,
-            turns,
+            batches,
         }
     }
 
-    /// Returns the microseconds of CPU that one iteration took.
-    fn turn(&mut self) -> f64 {
-        self.turns += 1;
+    /// Runs a batch. Returns the CPU time of one iteration in microseconds.
+    fn run_batch(&mut self) -> f64 {
+        self.batches += 1;
         kill(self.process, nix::sys::signal::Signal::SIGUSR1).unwrap();
-        let line = self.group.line(&format!("turn {}: ", self.turns));
+        let line = self.group.line(&format!("batch {}: ", self.batches));
         line.parse::<f64>().unwrap()
     }
 
-    /// Returns how many system calls one iteration makes.
-    fn count(&mut self) -> Result<f64, String> {
+    /// Runs a batch. Returns the number of system calls of one iteration.
+    fn count_calls(&mut self) -> Result<f64, String> {
         let process = self.process;
         let calls = calls(&[process], || {
-            self.turn();
+            self.run_batch();
         })?;
         let sum: u64 = calls.values().sum();
         Ok(sum as f64 / f64::from(ITERATIONS))
@@ -125,35 +125,35 @@ fn cpu_time() -> Duration {
         .into()
 }
 
-/// Counts iterations, and says at the end what they took.
-struct Turns {
-    count: Rc<Cell<u32>>,
-    began: Duration,
+/// One batch of iterations. Prints the CPU time of one iteration at the end.
+struct Batch {
+    number: Rc<Cell<u32>>,
+    start: Duration,
     left: u32,
 }
 
-impl Turns {
-    /// One more iteration. `None` after the last one.
+impl Batch {
+    /// Counts one iteration. Returns `None` after the last one.
     fn next(&mut self) -> Option<Interest> {
         self.left -= 1;
         if self.left > 0 {
             return Some(Interest::Readable);
         }
-        let time = (cpu_time() - self.began).as_secs_f64() * 1e6 / f64::from(ITERATIONS);
-        self.count.set(self.count.get() + 1);
-        println!("turn {}: {time}", self.count.get());
+        let time = (cpu_time() - self.start).as_secs_f64() * 1e6 / f64::from(ITERATIONS);
+        self.number.set(self.number.get() + 1);
+        println!("batch {}: {time}", self.number.get());
         None
     }
 }
 
-/// Something that is always readable, and the other end of it.
+/// A socket that is always readable, and its peer.
 fn readable() -> (UnixStream, UnixStream) {
     let (here, mut there) = UnixStream::pair().unwrap();
     there.write_all(b"x").unwrap();
     (here, there)
 }
 
-/// The methods that master and worker share.
+/// Adds the inactive items, and runs the loop with the methods that `Master` and `Worker` share.
 macro_rules! measured {
     ($role:expr, $what:ty, $kind:expr, $count:expr) => {{
         let role: &$what = $role;
@@ -173,19 +173,19 @@ macro_rules! measured {
         let count = Rc::new(Cell::new(0));
         let on_signal = move |role: &$what, _| {
             let (here, there) = readable();
-            let mut turns = Turns {
-                count: Rc::clone(&count),
-                began: cpu_time(),
+            let mut batch = Batch {
+                number: Rc::clone(&count),
+                start: cpu_time(),
                 left: ITERATIONS,
             };
             let next = move |_: &$what, _: &UnixStream| {
                 let _ = &there;
-                turns.next()
+                batch.next()
             };
             role.watch(here, Interest::Readable, next).unwrap();
         };
         role.on_signal(Signal::USR1, on_signal).unwrap();
-        // After the others: whoever looks for what keeps the loop going finds it last.
+        // Added last, so that a search for what keeps the loop running finds it last.
         role.set_timeout(HOUR, |_| {});
         println!("process {}", std::process::id());
         role.run().unwrap();
@@ -193,8 +193,8 @@ macro_rules! measured {
     }};
 }
 
-/// In the process whose loop is measured, and in its workers.
-pub fn turn() {
+/// Runs in the process whose loop is measured, and in its workers.
+pub fn run_loop() {
     let Role::Master(master) = cluster::init().unwrap() else {
         return;
     };
@@ -210,7 +210,7 @@ pub fn turn() {
     }
     let mut listeners = Vec::new();
     match kind.as_str() {
-        "waiting connections" => let_connections_wait(&master, count),
+        "waiting connections" => queue_connections(&master, count),
         "workers" => {
             (0..count).for_each(|_| run_in_worker(&master, |worker| worker.run().unwrap()));
             let online = Rc::new(Cell::new(0));
@@ -240,8 +240,9 @@ fn run_in_worker(master: &Master, main: impl Fn(Worker) + 'static) {
         .unwrap();
 }
 
-/// All are for one worker, which takes none.
-fn let_connections_wait(master: &Master, count: usize) {
+/// Makes `count` connections wait in the master: the scheduler selects one worker for all of them,
+/// and that worker never finishes its first connection.
+fn queue_connections(master: &Master, count: usize) {
     let workers = count.div_ceil(QUEUE) + 2;
     master.set_scheduler(|_, workers| workers.iter().map(|load| load.worker).min());
     let listener = master.listen("127.0.0.1:0").unwrap();
@@ -263,7 +264,7 @@ fn let_connections_wait(master: &Master, count: usize) {
     while listening.get() < workers {
         master.dispatch(None).unwrap();
     }
-    // Not a thread, whose system calls would be counted, too.
+    // The clients are in a worker: a thread's system calls would be counted, too.
     run_in_worker(master, move |_worker| {
         let connect = |_| TcpStream::connect(&address).unwrap();
         let clients: Vec<_> = (0..all).map(connect).collect();
@@ -273,6 +274,6 @@ fn let_connections_wait(master: &Master, count: usize) {
     while master.ledger().accepted < all as u64 {
         master.dispatch(Some(Duration::from_millis(10))).unwrap();
     }
-    // It lives as long as this process.
+    // The listener must stay open until the process exits.
     std::mem::forget(listener);
 }

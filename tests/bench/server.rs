@@ -1,4 +1,4 @@
-//! The servers: the bare loop, and the same with this crate.
+//! The measured servers: bare loops, and the same server with this crate.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -20,16 +20,16 @@ use crate::harness::{Group, SCENARIO};
 
 /// The role of a process that serves.
 pub const SERVER: &str = "serve";
-/// What a request that is slow takes.
+/// The time that a slow request takes.
 const SLOW: Duration = Duration::from_millis(50);
 
-/// What every server here and every peer answers.
+/// The request that every server here and every peer answers.
 pub const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 /// Answered with the worker's number.
 pub const GET_WORKER: &[u8] = b"GET /worker HTTP/1.1\r\nHost: localhost\r\n\r\n";
-/// Answered with the worker's number, and when it got the connection and when it answered.
+/// Answered with the worker's number, and the times when it received the connection and answered.
 pub const GET_TIMES: &[u8] = b"GET /times HTTP/1.1\r\nHost: localhost\r\n\r\n";
-/// The same, slowly.
+/// The same after `SLOW`.
 pub const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// A group of processes that serve at an address.
@@ -39,9 +39,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// `bare`, or the name of a policy of this crate.
+    /// Starts a server: `BARE`, `BARE_DISPATCH`, or the name of a policy of this crate.
     pub fn start(name: &str, workers: usize) -> Result<Self, String> {
-        let known = [BARE, HAND_OVER].contains(&name);
+        let known = [BARE, BARE_DISPATCH].contains(&name);
         if !known && name.parse::<SchedulingPolicy>().is_err() {
             return Err("no such policy".to_owned());
         }
@@ -52,7 +52,7 @@ impl Server {
         Ok(Self::run(&mut command))
     }
 
-    /// A program that says where it listens, when it does.
+    /// Starts a program that prints its address when it listens.
     pub fn run(command: &mut Command) -> Self {
         let group = Group::start(command).unwrap();
         let address = group.line("listening on ").parse().unwrap();
@@ -66,24 +66,25 @@ impl Drop for Server {
     }
 }
 
-/// Whoever has lost its parent is this process's child, which is a subreaper.
+/// Kills the group and waits for all its processes. Orphans are children of this process, which is a
+/// subreaper.
 pub fn end(group: &Group) {
     killpg(group.pid(), Signal::SIGKILL).unwrap();
     while waitpid(Pid::from_raw(-group.pid().as_raw()), None).is_ok() {}
 }
 
-/// The name of the loop with nothing around it.
+/// The server of plain `accept` loops.
 pub const BARE: &str = "bare";
-/// The name of the smallest program in which one process accepts for the others.
-pub const HAND_OVER: &str = "hand-over";
+/// The minimal server in which one process accepts connections and dispatches them to others.
+pub const BARE_DISPATCH: &str = "bare-dispatch";
 
-/// Nanoseconds on the clock that all processes share.
+/// Nanoseconds of the monotonic clock, which is the same in all processes.
 pub fn now() -> i64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
     now.tv_sec() * 1_000_000_000 + now.tv_nsec()
 }
 
-/// In the process that serves.
+/// Runs in the process that serves.
 pub fn serve() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let [policy, workers] = &args[..] else {
@@ -92,15 +93,15 @@ pub fn serve() {
     let workers = workers.parse().unwrap();
     match policy.as_str() {
         BARE => bare(workers),
-        HAND_OVER => hand_over(workers),
+        BARE_DISPATCH => bare_dispatch(workers),
         policy => clustered(policy.parse().unwrap(), workers),
     }
 }
 
-/// The floor: processes that share a listener, and that the kernel chooses from.
+/// The baseline: processes that share a listener and wait in `accept`.
 fn bare(workers: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    // As many may wait as with this crate.
+    // The backlog is this crate's default.
     listen(&listener, Backlog::new(511).unwrap()).unwrap();
     for number in 1..=workers {
         #[allow(unsafe_code)]
@@ -118,8 +119,8 @@ fn bare(workers: usize) {
     nix::unistd::pause();
 }
 
-/// Each process in its turn, whatever it does.
-fn hand_over(workers: usize) {
+/// Dispatches to the processes in strict turns, even to busy ones.
+fn bare_dispatch(workers: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listen(&listener, Backlog::new(511).unwrap()).unwrap();
     let mut queues = Vec::new();
@@ -133,7 +134,7 @@ fn hand_over(workers: usize) {
             let mut fds = [0];
             while worker.recv_with_fd(&mut [0], &mut fds).is_ok() {
                 #[allow(unsafe_code)]
-                // SAFETY: it has just come, for nobody else.
+                // SAFETY: the descriptor was just received, and nothing else owns it.
                 let connection = unsafe { TcpStream::from_raw_fd(fds[0]) };
                 let _ = answer(connection, number, now());
             }
@@ -174,7 +175,7 @@ fn clustered(policy: SchedulingPolicy, workers: usize) {
     }
 }
 
-fn answer(mut connection: impl Read + Write, worker: usize, begun: i64) -> io::Result<()> {
+fn answer(mut connection: impl Read + Write, worker: usize, received: i64) -> io::Result<()> {
     let mut request = [0; 1024];
     let mut length = 0;
     while !request[..length].ends_with(b"\r\n\r\n") {
@@ -193,7 +194,7 @@ fn answer(mut connection: impl Read + Write, worker: usize, begun: i64) -> io::R
     }
     let body = match request.starts_with(b"GET /worker ") {
         true => format!("{worker}"),
-        false => format!("{worker} {begun} {}", now()),
+        false => format!("{worker} {received} {}", now()),
     };
     let length = body.len();
     let head = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length:";

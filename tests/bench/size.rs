@@ -1,14 +1,14 @@
-//! How large a program is that is to be small.
+//! Size of static programs that are built for size.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::table::{Goal, Table, number};
 
-/// What has been built to be small: `http_server` as a static program, and one that says hello.
+/// The programs that were built for size: `http_server`, and a program that prints hello.
 pub struct Small {
     pub http_server: PathBuf,
-    /// In bytes.
+    /// In bytes, like `hello`.
     size: f64,
     hello: f64,
 }
@@ -28,7 +28,10 @@ impl Small {
         };
         let (Some(size), Some(hello)) = (size("http_server"), size("hello")) else {
             let errors = String::from_utf8_lossy(&output.stderr);
-            let why = errors.lines().last().unwrap_or("it says no size");
+            let why = errors
+                .lines()
+                .last()
+                .unwrap_or("the script printed no size");
             return Err(why.trim_start_matches("static: skipped: ").to_owned());
         };
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
@@ -47,7 +50,7 @@ pub fn measure(table: &mut Table) {
         Ok(Small { size, hello, .. }) => {
             let row = table.row(name, size / 1024.0, "KiB");
             row.goal(Goal::AtMost(400.0)).note(&format!(
-                "a program that says hello: {} KiB",
+                "a program that prints hello: {} KiB",
                 number(hello / 1024.0)
             ));
         }

@@ -1,11 +1,11 @@
-//! The table, for people and as JSON.
+//! The table of results, as text and as JSON.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use serde::Serialize;
 
-/// Values of all rounds.
+/// Summary of the values of all rounds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
     pub median: f64,
@@ -51,7 +51,7 @@ impl From<f64> for Figure {
     }
 }
 
-/// Each value beside the one of the same round.
+/// The ratio of `own` to `other` in each round.
 pub fn ratios(own: &[f64], other: &[f64]) -> Vec<f64> {
     own.iter()
         .zip(other)
@@ -67,12 +67,12 @@ pub enum Goal {
 }
 
 impl Goal {
-    /// The value counts as it is printed.
+    /// Compares the value rounded to two decimals, as it is printed.
     fn is_met(self, value: f64) -> bool {
         let value = (value * 100.0).round() / 100.0;
         match self {
-            Self::AtMost(most) => value <= most,
-            Self::AtLeast(least) => value >= least,
+            Self::AtMost(limit) => value <= limit,
+            Self::AtLeast(limit) => value >= limit,
         }
     }
 }
@@ -112,7 +112,7 @@ impl Table {
         self.add(name, None).note(&format!("skipped: {why}"));
     }
 
-    /// A line below the table.
+    /// Adds a line below the table.
     pub fn note(&mut self, note: &str) {
         self.notes.push(note.to_owned());
     }
@@ -132,7 +132,7 @@ impl Table {
 
     pub fn end(&self) {
         let rows: Vec<_> = self.rows.iter().map(Row::cells).collect();
-        let head = ["part", "what", "figure", "goal", "", "beside"].map(str::to_owned);
+        let head = ["part", "measurement", "figure", "goal", "", "details"].map(str::to_owned);
         let mut widths = head.each_ref().map(|cell| cell.chars().count());
         for row in &rows {
             for (width, cell) in widths.iter_mut().zip(row) {
@@ -177,8 +177,8 @@ impl Row {
 
     fn cells(&self) -> [String; 6] {
         let goal = self.goal.map_or_else(String::new, |goal| match goal {
-            Goal::AtMost(most) => format!("≤ {}", number(most)),
-            Goal::AtLeast(least) => format!("≥ {}", number(least)),
+            Goal::AtMost(limit) => format!("≤ {}", number(limit)),
+            Goal::AtLeast(limit) => format!("≥ {}", number(limit)),
         });
         let met = match self.met {
             Some(true) => "met",
@@ -191,7 +191,7 @@ impl Row {
     }
 }
 
-/// With as many digits as say something.
+/// Formats a number: two decimals below 10, one below 100, and none for larger or whole numbers.
 pub fn number(value: f64) -> String {
     match value.abs() {
         ..10.0 if value.fract() != 0.0 => format!("{value:.2}"),

@@ -1,4 +1,4 @@
-//! What processes have used, as the kernel accounts for it.
+//! Resource usage of processes, from the kernel's accounting.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::peers::has;
 
-/// A process and all that descend from it.
+/// A process and all its descendants.
 pub fn family(root: Pid) -> Vec<Pid> {
     let mut found = vec![root];
     let mut next = 0;
@@ -29,8 +29,8 @@ pub fn family(root: Pid) -> Vec<Pid> {
     found
 }
 
-/// User and system time of these processes so far, with all their threads: of their CPU clocks,
-/// which the scheduler keeps in nanoseconds (`/proc/PID/stat` has ticks of 10 ms).
+/// User and system time of these processes so far, with all their threads. Reads the CPU clocks,
+/// which count nanoseconds; `/proc/PID/stat` has ticks of 10 ms.
 pub fn cpu_time(processes: &[Pid]) -> Duration {
     let time = |process: &Pid| {
         let clock = clock_getcpuclockid(*process).unwrap();
@@ -39,8 +39,8 @@ pub fn cpu_time(processes: &[Pid]) -> Duration {
     processes.iter().map(time).sum()
 }
 
-/// How often these processes have gone to sleep by themselves: each one's first thread, and the
-/// processes of this crate have one.
+/// Voluntary context switches of these processes. Counts only the main thread of each; processes of
+/// this crate have no other.
 pub fn sleeps(processes: &[Pid]) -> u64 {
     processes
         .iter()
@@ -56,13 +56,13 @@ fn status(process: Pid, field: &str) -> u64 {
     value.trim_end_matches(" kB").parse().unwrap()
 }
 
-/// How often these processes have been woken, or others had their turn.
+/// Voluntary and involuntary context switches of these processes.
 pub fn switches(processes: &[Pid]) -> u64 {
     let others = |process: &Pid| status(*process, "nonvoluntary_ctxt_switches:");
     sleeps(processes) + processes.iter().map(others).sum::<u64>()
 }
 
-/// A sum over all that a process has mapped, in KiB.
+/// The sum of a field over all mappings of a process, in KiB.
 pub fn mapped(process: Pid, field: &str) -> f64 {
     let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap();
     let mut values = rollup.lines().filter_map(|line| line.strip_prefix(field));
@@ -70,10 +70,10 @@ pub fn mapped(process: Pid, field: &str) -> f64 {
     value.strip_suffix(" kB").unwrap().parse().unwrap()
 }
 
-/// How long it takes until a process that somebody traces has gone back to what it was waiting for.
+/// Time until a process has resumed the system call that attaching the tracer interrupted.
 const SETTLING: Duration = Duration::from_millis(200);
 
-/// The system calls that these processes begin meanwhile, by name.
+/// Counts the system calls that these processes start while `meanwhile` runs, by name.
 pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<String, u64>, String> {
     has("strace", "-V")?;
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -100,7 +100,7 @@ pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<Str
     let trace = String::from_utf8_lossy(&trace[usize::try_from(before).unwrap()..]);
     let mut calls = BTreeMap::new();
     for line in trace.lines() {
-        // "PID accept4(3, …"; what goes on has other signs in this place.
+        // A new call is "PID accept4(3, …"; a resumed one is "PID <... accept4 resumed>…".
         let name = line
             .split_once(' ')
             .and_then(|(_, call)| call.trim_start().split_once('('));
@@ -112,8 +112,8 @@ pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<Str
     Ok(calls)
 }
 
-/// For this process and those that it starts from now on.
+/// Raises the limit of open descriptors for this process and those that it starts from now on.
 pub fn allow_many_descriptors() {
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }

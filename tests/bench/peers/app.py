@@ -1,4 +1,4 @@
-"""The same answer for gunicorn."""
+"""The same answer, served by gunicorn."""
 
 
 def app(_environ, start_response):

@@ -1,7 +1,8 @@
-// Messages of 32 bytes with Node's cluster: node messages.js there-and-back|one-way
+// Messages of 32 bytes with Node's cluster: node messages.js round-trip|one-way
 //
-// Says when it begins to count, and then how many came to the callback within a second: of the
-// worker, or of the master. It goes on until it is ended.
+// Prints a line when the counting starts, and then the number of messages that the callback received
+// within a second. The worker counts round trips, and the master counts one-way messages. Runs until
+// it is killed.
 'use strict';
 
 const cluster = require('cluster');
@@ -22,16 +23,16 @@ function counter() {
   };
 }
 
-const thereAndBack = process.argv[2] === 'there-and-back';
+const roundTrip = process.argv[2] === 'round-trip';
 
 if (cluster.isMaster) {
   const worker = cluster.fork();
-  if (thereAndBack) {
+  if (roundTrip) {
     worker.on('message', (message) => worker.send(message));
   } else {
     worker.on('message', counter());
   }
-} else if (thereAndBack) {
+} else if (roundTrip) {
   const count = counter();
   process.on('message', (message) => {
     count();
@@ -39,7 +40,7 @@ if (cluster.isMaster) {
   });
   process.send(MESSAGE);
 } else {
-  // As fast as they go, but no faster: the next ones are sent when these have been written.
+  // Send 100 messages at a time; the last one's callback sends the next 100.
   const send = () => {
     for (let i = 0; i < 99; i++) {
       process.send(MESSAGE);

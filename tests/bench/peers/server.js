@@ -1,6 +1,6 @@
 // The same server with Node's cluster: node server.js rr|none WORKERS
 //
-// It uses `net` as it is: with `http` each connection would cost Node far more.
+// Uses plain `net`: with `http` each connection would cost Node far more.
 'use strict';
 
 const cluster = require('cluster');
