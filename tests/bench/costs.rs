@@ -32,8 +32,8 @@ pub struct Variant {
 /// One round, in the order of the variants; `None` for a variant that is missing.
 pub type Round = Vec<Option<Costs>>;
 
-/// Measures the variants in turn. Adds a row for each: its cost as a multiple of the first variant's
-/// cost in the same round.
+/// Measures the variants in turn. Adds a row for each: its cost as a multiple of the first
+/// variant's cost in the same round.
 pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     let turn = |variant: &Variant| {
         let server = variant.server.as_ref().ok()?;

@@ -10,8 +10,8 @@
 //! peer or a tool is missing, its row says so.
 //!
 //! Every variant runs in its own group of processes: this binary, executed again, plays the master
-//! and its workers, the bare loop, and the other programs. The groups run through all rounds and are
-//! measured in turn (A B C A B C …). Groups that are not being measured are blocked.
+//! and its workers, the bare loop, and the other programs. The groups run through all rounds and
+//! are measured in turn (A B C A B C …). Groups that are not being measured are blocked.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::print_stdout,

@@ -109,7 +109,8 @@ fn rate(command: &mut Command) -> f64 {
 }
 
 /// Restricts this process, and those that it starts, to one core until it is dropped. Two processes
-/// that wait for each other cost several times more on two cores, and the kernel's placement varies.
+/// that wait for each other cost several times more on two cores, and the kernel's placement
+/// varies.
 struct OneCore(CpuSet);
 
 impl OneCore {

@@ -15,8 +15,8 @@ const TIME: Duration = Duration::from_secs(3);
 const RATE: f64 = 8_000.0;
 /// One request in this number is slow.
 const SLOW: usize = 100;
-/// The longest wait that the kernel's scheduler may cause on a busy machine, in milliseconds: half the
-/// time of a slow request.
+/// The longest wait that the kernel's scheduler may cause on a busy machine, in milliseconds: half
+/// the time of a slow request.
 const SCHEDULING: f64 = 25.0;
 
 type Play = fn(&Server, usize) -> Outcome;
@@ -27,8 +27,8 @@ struct Outcome {
     latencies: [f64; 3],
     /// The longest time that a connection waited while a worker was idle.
     longest: f64,
-    /// Connections that were queued behind a slow request for longer than `SCHEDULING` while another
-    /// worker was idle.
+    /// Connections that were queued behind a slow request for longer than `SCHEDULING` while
+    /// another worker was idle.
     queued_behind: f64,
 }
 
@@ -125,7 +125,8 @@ fn open_loop(server: &Server, round: usize) -> Outcome {
     Outcome::of(&all)
 }
 
-/// Each client connects again at once, so that almost all workers are in a slow request almost always.
+/// Each client connects again at once, so that almost all workers are in a slow request almost
+/// always.
 fn closed_loop(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;

@@ -28,8 +28,8 @@ fn peer_command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Runs in the process that executes the peer. The signal is SIGTERM, because a peer's workers would
-/// not notice that their master was killed.
+/// Runs in the process that executes the peer. The signal is SIGTERM, because a peer's workers
+/// would not notice that their master was killed.
 pub fn exec_peer() {
     set_pdeathsig(Signal::SIGTERM).unwrap();
     let args: Vec<_> = std::env::args_os().skip(1).collect();

@@ -37,7 +37,8 @@ const COUNTS: [usize; 3] = [10, 100, 1_000];
 const ITERATIONS: u32 = 5_000;
 /// Longer than all rounds together.
 const HOUR: Duration = Duration::from_secs(3600);
-/// Maximum number of connections that are dispatched to one worker; further ones wait in the master.
+/// Maximum number of connections that are dispatched to one worker; further ones wait in the
+/// master.
 const QUEUE: usize = 16;
 
 pub fn measure(table: &mut Table) {

@@ -66,8 +66,8 @@ impl Drop for Server {
     }
 }
 
-/// Kills the group and waits for all its processes. Orphans are children of this process, which is a
-/// subreaper.
+/// Kills the group and waits for all its processes. Orphans are children of this process, which is
+/// a subreaper.
 pub fn end(group: &Group) {
     killpg(group.pid(), Signal::SIGKILL).unwrap();
     while waitpid(Pid::from_raw(-group.pid().as_raw()), None).is_ok() {}

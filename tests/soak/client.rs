@@ -1,4 +1,4 @@
-//! The clients: a process of its own, so that the master's memory is the master's.
+//! The clients run in their own process, so that they do not count as the master's memory.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, Read, Write as _};
@@ -12,21 +12,21 @@ use std::rc::Rc;
 use cluster::{Interest, Master};
 use nix::sys::socket::{setsockopt, sockopt::Linger};
 
-use crate::long_lived::turn_until;
+use crate::long_lived::run_until;
 
 const CLIENT: &str = "CLIENT";
-/// Half of them use TCP, and half the Unix socket.
+/// Half of the threads use TCP, and half the Unix socket.
 const THREADS: u64 = 4;
 
 pub fn is_client() -> bool {
     std::env::var_os(CLIENT).is_some()
 }
 
-/// In the master: the process with the clients.
+/// The process with the clients, as the master sees it.
 pub struct Clients {
     process: Child,
     orders: UnixStream,
-    /// What the last order has come to.
+    /// The result of the last order.
     failures: Rc<Cell<Option<u64>>>,
 }
 
@@ -41,12 +41,12 @@ impl Clients {
             .spawn()
             .unwrap();
         let failures = Rc::new(Cell::new(None));
-        let told = Rc::clone(&failures);
+        let result = Rc::clone(&failures);
         let answers = orders.try_clone().unwrap();
         let read = move |_: &Master, mut answers: &UnixStream| {
             let mut answer = [0; 8];
             answers.read_exact(&mut answer).ok()?;
-            told.set(Some(u64::from_le_bytes(answer)));
+            result.set(Some(u64::from_le_bytes(answer)));
             Some(Interest::Readable)
         };
         let watched = master.watch(answers, Interest::Readable, read);
@@ -58,11 +58,11 @@ impl Clients {
         }
     }
 
-    /// Connects so many times, and returns how often that did not lead to an answer.
+    /// Makes `times` connections, and returns the number of those without an answer.
     pub fn connect(&mut self, master: &Master, to: (SocketAddr, &Path), times: u64) -> u64 {
         let (tcp, unix) = (to.0, to.1.display());
         writeln!(self.orders, "{tcp} {unix} {times}").unwrap();
-        turn_until(master, || self.failures.get().is_some());
+        run_until(master, || self.failures.get().is_some());
         self.failures.take().unwrap()
     }
 
@@ -72,9 +72,9 @@ impl Clients {
     }
 }
 
-/// In the process with the clients.
-pub fn obey() {
-    // An order may be a long one, and nobody is there to end it.
+/// Runs in the process with the clients.
+pub fn run_orders() {
+    // A long order must not outlive the master.
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::SIGKILL).unwrap();
     for order in std::io::stdin().lock().lines() {
         let order = order.unwrap();
@@ -103,8 +103,8 @@ pub fn obey() {
     }
 }
 
-/// Ends with a reset, as soon as the answer is there: of a connection that ends in good order the
-/// client's port stays for a minute, and there are not as many ports as connections in a minute.
+/// Resets the connection as soon as the answer is there. After an orderly close the client's port
+/// stays in TIME_WAIT for a minute, and a minute has more connections than there are ports.
 fn by_tcp(address: SocketAddr) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address)?;
     let reset = libc::linger {

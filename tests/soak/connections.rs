@@ -1,4 +1,4 @@
-//! Short connections, by both policies, while workers die.
+//! Short connections, with both policies, while workers exit and are replaced.
 
 use std::cell::Cell;
 use std::io::Write;
@@ -11,24 +11,24 @@ use nix::sys::signal::raise;
 
 use crate::client::Clients;
 use crate::harness::{cluster, share_listeners};
-use crate::long_lived::{LongLived, obey, turn_until};
+use crate::long_lived::{LongLived, run_orders, run_until};
 use crate::measure::{Sample, Series};
 
 crate::scenarios! {
-    connections_by_round_robin
-    connections_of_a_shared_listener
+    connections_with_round_robin_leave_memory_bounded
+    connections_to_a_shared_listener_leave_memory_bounded
 }
 
 const UNIX: &str = "unix";
-/// Set for a worker that dies after so many connections.
-const LAST: &str = "LAST";
-const SERVED_IN_A_LIFE: u32 = 500;
+/// Set for a worker that exits after `CONNECTIONS_PER_WORKER` connections. The value says how.
+const END: &str = "END";
+const CONNECTIONS_PER_WORKER: u32 = 500;
 
-fn connections_by_round_robin() {
+fn connections_with_round_robin_leave_memory_bounded() {
     cluster(|master| play(master, "round robin"), serve);
 }
 
-fn connections_of_a_shared_listener() {
+fn connections_to_a_shared_listener_leave_memory_bounded() {
     let play = |master: &Master| {
         share_listeners(master);
         play(master, "shared listener");
@@ -37,13 +37,13 @@ fn connections_of_a_shared_listener() {
 }
 
 fn serve(worker: Worker) {
-    if let Some(last) = std::env::var_os(LAST) {
-        serve_and_die(&worker, last.to_str().unwrap());
+    if let Some(end) = std::env::var_os(END) {
+        serve_and_exit(&worker, end.to_str().unwrap());
     } else {
         let (tcp, unix) = listen(&worker);
         tcp.on_connection(|_, mut connection| answer(&mut connection));
         unix.on_connection(|_, mut connection| answer(&mut connection));
-        obey(&worker, |_, _| unreachable!());
+        run_orders(&worker, |_, _| unreachable!());
     }
 }
 
@@ -53,30 +53,30 @@ fn listen(worker: &Worker) -> (Listener, Listener<std::os::unix::net::UnixStream
 }
 
 fn answer(connection: &mut impl Write) {
-    // The client may have been reset by the end of another worker.
+    // The exit of another worker may have reset the client's connection.
     let _ = connection.write_all(b"!");
 }
 
-/// Blocks in `accept` for one listener and has a callback for the other. All connections that it
-/// gets are answered: it dies between two of them, and loses no client.
-fn serve_and_die(worker: &Worker, last: &str) {
+/// Blocks in `accept` for one listener and has a callback for the other. The worker exits between
+/// two connections, so that it answers every connection that it receives.
+fn serve_and_exit(worker: &Worker, end: &str) {
     let (tcp, unix) = listen(worker);
-    let left = Rc::new(Cell::new(SERVED_IN_A_LIFE));
-    let (count, how) = (Rc::clone(&left), last.to_owned());
+    let left = Rc::new(Cell::new(CONNECTIONS_PER_WORKER));
+    let (count, copy) = (Rc::clone(&left), end.to_owned());
     unix.on_connection(move |worker, mut connection| {
         answer(&mut connection);
         drop(connection);
-        count_down(worker, &count, &how);
+        count_down(worker, &count, &copy);
     });
     for connection in tcp.incoming() {
         answer(&mut connection.unwrap());
-        count_down(worker, &left, last);
+        count_down(worker, &left, end);
     }
 }
 
-fn count_down(worker: &Worker, left: &Cell<u32>, last: &str) {
+fn count_down(worker: &Worker, left: &Cell<u32>, end: &str) {
     left.set(left.get().saturating_sub(1));
-    match (left.get(), last) {
+    match (left.get(), end) {
         (1.., _) => {}
         (0, "exit") => std::process::exit(0),
         (0, "kill") => raise(nix::sys::signal::SIGKILL).unwrap(),
@@ -84,20 +84,20 @@ fn count_down(worker: &Worker, left: &Cell<u32>, last: &str) {
     }
 }
 
-/// The worker that dies again and again.
+/// The worker that exits and is replaced repeatedly.
 #[derive(Default)]
-struct Mortal {
-    lives: Cell<u64>,
-    /// Whether it gets another life.
-    goes_on: Cell<bool>,
+struct ShortLived {
+    started: Cell<u64>,
+    /// Whether the worker is replaced when it exits.
+    is_replaced: Cell<bool>,
     listening: Cell<u32>,
 }
 
-impl Mortal {
+impl ShortLived {
     fn fork(&self, master: &Master) {
-        let last = ["exit", "kill", "disconnect"][usize::try_from(self.lives.get() % 3).unwrap()];
-        self.lives.set(self.lives.get() + 1);
-        master.fork_with([(LAST, last)]).unwrap();
+        let end = ["exit", "kill", "disconnect"][usize::try_from(self.started.get() % 3).unwrap()];
+        self.started.set(self.started.get() + 1);
+        master.fork_with([(END, end)]).unwrap();
     }
 }
 
@@ -105,65 +105,68 @@ fn play(master: &Master, name: &str) {
     let directory = tempfile::tempdir().unwrap();
     master.setup_master(Settings::default().cwd(directory.path()));
     master.on_error(|_, _, error| panic!("{error}"));
-    let (mortal, address) = follow(master);
+    let (short_lived, address) = follow(master);
     let mut clients = Clients::new(master);
     let mut long_lived = LongLived::new(master.fork().unwrap(), name);
     let mut series = Series::new(&format!("{name}, master"));
-    turn_until(master, || mortal.listening.get() == 2);
+    run_until(master, || short_lived.listening.get() == 2);
     let unix = directory.path().join(UNIX);
     let mut played = 0;
     for _ in 0..crate::ROUNDS {
-        start(master, &mortal);
+        start(master, &short_lived);
         let tcp = address.get().unwrap();
         let times = crate::share(25_000);
         let failures = clients.connect(master, (tcp, &unix), times);
         assert_eq!(failures, 0, "of {times}");
         played += times;
-        stop(master, &mortal, &long_lived);
+        stop(master, &short_lived, &long_lived);
         long_lived.measure(master);
         series.add(Sample::now());
     }
     clients.end();
-    println!("{name}: {played} connections, {} lives", mortal.lives.get());
+    println!(
+        "{name}: {played} connections, {} short-lived workers",
+        short_lived.started.get()
+    );
     series.check();
     long_lived.check();
     master.disconnect(|_| {});
 }
 
-/// Gives the mortal worker its lives, and finds out where the workers listen.
-fn follow(master: &Master) -> (Rc<Mortal>, Rc<Cell<Option<SocketAddr>>>) {
-    let (mortal, address) = (Rc::new(Mortal::default()), Rc::new(Cell::new(None)));
-    let replaced = Rc::clone(&mortal);
+/// Replaces the short-lived worker when it exits, and records the address of the workers.
+fn follow(master: &Master) -> (Rc<ShortLived>, Rc<Cell<Option<SocketAddr>>>) {
+    let (short_lived, address) = (Rc::new(ShortLived::default()), Rc::new(Cell::new(None)));
+    let replaced = Rc::clone(&short_lived);
     master.on_exit(move |master, _, _| {
-        if replaced.goes_on.get() {
+        if replaced.is_replaced.get() {
             replaced.fork(master);
         }
     });
-    let (counted, found) = (Rc::clone(&mortal), Rc::clone(&address));
+    let (counted, found) = (Rc::clone(&short_lived), Rc::clone(&address));
     master.on_listening(move |_, _, address| {
         counted.listening.set(counted.listening.get() + 1);
         if address.address_type == AddressType::Tcp4 {
             found.set(Some(address.to_string().parse().unwrap()));
         }
     });
-    (mortal, address)
+    (short_lived, address)
 }
 
-fn start(master: &Master, mortal: &Mortal) {
-    mortal.goes_on.set(true);
-    mortal.listening.set(0);
-    mortal.fork(master);
-    turn_until(master, || mortal.listening.get() == 2);
+fn start(master: &Master, short_lived: &ShortLived) {
+    short_lived.is_replaced.set(true);
+    short_lived.listening.set(0);
+    short_lived.fork(master);
+    run_until(master, || short_lived.listening.get() == 2);
 }
 
-/// Waits until nothing is left of the round.
-fn stop(master: &Master, mortal: &Mortal, long_lived: &LongLived) {
-    mortal.goes_on.set(false);
+/// Ends a round: waits until only the long-lived worker is left and no connection is in flight.
+fn stop(master: &Master, short_lived: &ShortLived, long_lived: &LongLived) {
+    short_lived.is_replaced.set(false);
     for worker in master.workers() {
         if worker.id() != long_lived.worker().id() {
             worker.disconnect();
         }
     }
-    turn_until(master, || master.workers().len() == 1);
-    turn_until(master, || master.ledger().in_hand() == 0);
+    run_until(master, || master.workers().len() == 1);
+    run_until(master, || master.ledger().in_hand() == 0);
 }

@@ -1,4 +1,4 @@
-//! Listeners and sockets that two workers open and close, the same ones and each its own.
+//! Listeners and sockets that two workers open and close: shared ones, and each worker's own.
 
 use std::cell::Cell;
 use std::net::TcpStream;
@@ -7,30 +7,30 @@ use std::rc::Rc;
 
 use cluster::{BindOptions, ListenOptions, Master, Settings, Worker};
 
-use crate::harness::{answer, cluster, read_answer};
-use crate::long_lived::{LongLived, obey};
+use crate::harness::{answer, cluster, hear};
+use crate::long_lived::{LongLived, run_orders};
 use crate::measure::{Sample, Series};
 
 crate::scenarios! {
-    listeners_by_round_robin
-    listeners_that_are_shared
+    listeners_with_round_robin_leave_memory_bounded
+    shared_listeners_leave_memory_bounded
 }
 
-fn listeners_by_round_robin() {
+fn listeners_with_round_robin_leave_memory_bounded() {
     cluster(|master| play(master, "opened by master"), serve);
 }
 
-fn listeners_that_are_shared() {
+fn shared_listeners_leave_memory_bounded() {
     let play = |master: &Master| {
         crate::harness::share_listeners(master);
-        play(master, "opened and lent");
+        play(master, "opened and shared");
     };
     cluster(play, serve);
 }
 
 fn serve(worker: Worker) {
     let opened = Cell::new(0);
-    obey(&worker, |worker, count| {
+    run_orders(&worker, |worker, count| {
         for _ in 0..count {
             open_and_close(worker, opened.get());
             opened.set(opened.get() + 1);
@@ -42,7 +42,7 @@ fn open_and_close(worker: &Worker, number: u64) {
     match number % 8 {
         0 => drop(worker.listen(0).unwrap()),
         1 => drop(worker.listen("127.0.0.1:0").unwrap()),
-        // Of some the other worker has heard, and of some nobody.
+        // Some paths are shared with the other worker, and some are used once.
         2 if number % 16 == 2 => drop(worker.listen(Path::new("unix")).unwrap()),
         2 => drop(worker.listen(Path::new(&format!("unix{number}"))).unwrap()),
         3 => drop(worker.bind(BindOptions::from("127.0.0.1:0")).unwrap()),
@@ -56,7 +56,7 @@ fn open_and_close(worker: &Worker, number: u64) {
             drop(worker.bind(options).unwrap());
         }
         6 => drop([(); 3].map(|()| worker.listen(0).unwrap())),
-        // Of the addresses for documentation, which nobody has.
+        // An address reserved for documentation (RFC 5737), so binding it fails.
         _ => drop(worker.listen("192.0.2.1:0").unwrap_err()),
     }
     if number % 200 == 10 {
@@ -64,11 +64,12 @@ fn open_and_close(worker: &Worker, number: u64) {
     }
 }
 
-/// One that was used is closed otherwise: clients may be under way.
+/// Connects to a listener before it is closed. Its close takes another path, because clients may be
+/// in flight.
 fn use_one(worker: &Worker) {
     let listener = worker.listen::<TcpStream>("127.0.0.1:0").unwrap();
     answer(&listener, "here");
-    assert_eq!(read_answer(worker, listener.local_addr()), "here");
+    assert_eq!(hear(worker, listener.local_addr()), "here");
     listener.close();
 }
 
@@ -76,8 +77,8 @@ fn play(master: &Master, name: &str) {
     let directory = tempfile::tempdir().unwrap();
     master.setup_master(Settings::default().cwd(directory.path()));
     master.on_error(|_, _, error| panic!("{error}"));
-    let heard = Rc::new(Cell::new(0_u64));
-    let count = Rc::clone(&heard);
+    let listening = Rc::new(Cell::new(0_u64));
+    let count = Rc::clone(&listening);
     master.on_listening(move |_, _, _| count.set(count.get() + 1));
     let mut workers = [(); 2].map(|()| LongLived::new(master.fork().unwrap(), name));
     let mut series = Series::new(&format!("{name}, master"));
@@ -88,7 +89,7 @@ fn play(master: &Master, name: &str) {
         for worker in &workers {
             worker.wait(master);
         }
-        // What has been used closes a little later.
+        // Listeners that had connections close a little later.
         while master.time_left().is_some() {
             master.dispatch(None).unwrap();
         }
@@ -99,7 +100,7 @@ fn play(master: &Master, name: &str) {
         }
         series.add(Sample::now());
     }
-    println!("{name}: {} times listening", heard.get());
+    println!("{name}: {} times listening", listening.get());
     series.check();
     for worker in &workers {
         worker.check();

@@ -1,4 +1,4 @@
-//! The worker that lives through all rounds, and does in them what the master orders.
+//! The worker that runs through all rounds and executes the master's orders.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,12 +7,12 @@ use cluster::{Master, Worker, WorkerProcess};
 
 use crate::measure::{Sample, Series};
 
-/// What orders and the answers to them begin with, unlike all other messages.
+/// The prefix of orders and their answers, which no other message has.
 pub const ORDER: &str = "order ";
 const MEASURE: &str = "order measure";
 
-/// In the worker: does what it is told, outside of any callback, until it is to leave.
-pub fn obey(worker: &Worker, job: impl Fn(&Worker, u64)) {
+/// Runs in the worker: executes orders, outside of callbacks, until the worker is disconnected.
+pub fn run_orders(worker: &Worker, job: impl Fn(&Worker, u64)) {
     let order = Rc::new(RefCell::new(None));
     let received = Rc::clone(&order);
     worker.on_message(move |_, message| {
@@ -34,7 +34,7 @@ pub fn obey(worker: &Worker, job: impl Fn(&Worker, u64)) {
     }
 }
 
-/// In the master: that worker.
+/// The long-lived worker, as the master sees it.
 pub struct LongLived {
     worker: WorkerProcess,
     answer: Rc<RefCell<Option<String>>>,
@@ -42,7 +42,7 @@ pub struct LongLived {
 }
 
 impl LongLived {
-    /// Adopts a worker of the scenario that calls [`obey`].
+    /// Adopts a worker of the scenario that calls [`run_orders`].
     pub fn new(worker: WorkerProcess, name: &str) -> Self {
         let answer = Rc::new(RefCell::new(None));
         let received = Rc::clone(&answer);
@@ -63,7 +63,7 @@ impl LongLived {
         &self.worker
     }
 
-    /// Tells it to do its job so many times.
+    /// Orders the worker to do its job `count` times.
     pub fn order(&self, count: u64) {
         self.send(&format!("{ORDER}{count}"));
     }
@@ -73,14 +73,14 @@ impl LongLived {
         self.worker.send(order.as_bytes()).unwrap();
     }
 
-    /// Turns the master's loop until the answer has come.
+    /// Runs the master's loop until the answer arrives.
     pub fn wait(&self, master: &Master) -> String {
-        turn_until(master, || self.answer.borrow().is_some());
+        run_until(master, || self.answer.borrow().is_some());
         self.answer.take().unwrap()
     }
 
-    /// Measures the worker. The master should come after it: where a message was read there is room
-    /// for one as long until the next one is, and the answer to this is a short one.
+    /// Measures the worker. Measure the master afterwards: a read buffer keeps the size of its last
+    /// message until the next one, and the answer to this order is short.
     pub fn measure(&mut self, master: &Master) {
         self.send(MEASURE);
         self.series.add(Sample::from_text(&self.wait(master)));
@@ -91,7 +91,8 @@ impl LongLived {
     }
 }
 
-pub fn turn_until(master: &Master, mut done: impl FnMut() -> bool) {
+/// Runs the master's loop until `done` returns `true`.
+pub fn run_until(master: &Master, mut done: impl FnMut() -> bool) {
     while !done() {
         master.dispatch(None).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Timers, watched descriptors, callbacks and signals, that come and go in both roles.
+//! Timers, watched descriptors, callbacks and signals that are added and removed in both roles.
 
 use std::cell::Cell;
 use std::os::unix::net::UnixStream;
@@ -10,18 +10,18 @@ use cluster::{Interest, Master, Signal, Worker};
 use nix::sys::signal::raise;
 
 use crate::harness::{SIGNALS, cluster};
-use crate::long_lived::{LongLived, obey};
+use crate::long_lived::{LongLived, run_orders};
 use crate::measure::{Sample, Series};
 
 crate::scenarios! {
-    timers_watches_callbacks_and_signals
+    timers_watches_callbacks_and_signals_leave_memory_bounded
 }
 
 const LATER: Duration = Duration::from_secs(3600);
 const SOON: Duration = Duration::from_millis(1);
 
-/// A function that has one of everything, some until it has happened and some until they are
-/// removed. Master and worker have the same methods, and no trait for them.
+/// Defines a function that adds one of each. Some fire, and the others are removed. A macro, because
+/// `Master` and `Worker` have the same methods but share no trait.
 macro_rules! one_of_everything {
     ($name:ident, $role:ty, $on_message:expr, $on_error:expr) => {
         fn $name(role: &$role, number: u64) {
@@ -81,14 +81,14 @@ macro_rules! one_of_everything {
     };
 }
 
-one_of_everything!(of_master, Master, |_, _, _| {}, |_, _, _| {});
-one_of_everything!(of_worker, Worker, |_, _| {}, |_, _| {});
+one_of_everything!(use_all_in_master, Master, |_, _, _| {}, |_, _, _| {});
+one_of_everything!(use_all_in_worker, Worker, |_, _| {}, |_, _| {});
 
-fn timers_watches_callbacks_and_signals() {
+fn timers_watches_callbacks_and_signals_leave_memory_bounded() {
     cluster(play, |worker| {
-        obey(&worker, |worker, count| {
+        run_orders(&worker, |worker, count| {
             for number in 0..count {
-                of_worker(worker, number);
+                use_all_in_worker(worker, number);
             }
         });
     });
@@ -98,17 +98,20 @@ fn play(master: &Master) {
     SIGNALS.store(true, Ordering::SeqCst);
     let mut long_lived = LongLived::new(master.fork().unwrap(), "loop");
     let mut series = Series::new("loop, master");
-    let turns = crate::share(2000);
+    let repetitions = crate::share(2000);
     for _ in 0..crate::ROUNDS {
-        long_lived.order(turns);
-        for number in 0..turns {
-            of_master(master, number);
+        long_lived.order(repetitions);
+        for number in 0..repetitions {
+            use_all_in_master(master, number);
         }
         long_lived.wait(master);
         long_lived.measure(master);
         series.add(Sample::now());
     }
-    println!("loop: {} turns of each", turns * crate::ROUNDS);
+    println!(
+        "loop: {} repetitions in each role",
+        repetitions * crate::ROUNDS
+    );
     series.check();
     long_lived.check();
     master.disconnect(|_| {});

@@ -1,18 +1,17 @@
-//! Bounded for ever: whatever a master and a worker have done, they are as small as they were.
+//! Checks that the memory and descriptors of a master and a worker stay bounded.
 //!
-//! A plain `cargo test` plays 500 respawns, 50,000 connections, 50,000 messages there and back,
-//! 1,000 listeners by each policy, and 2,000 timers and watches in each role. This plays two hundred
-//! times as much (100,000 respawns, 10 million connections, 10 million messages there and back), in
-//! some twenty minutes of one core:
+//! A plain `cargo test` plays 500 respawns, 50,000 connections, 50,000 message round trips, 1,000
+//! listeners with each policy, and 2,000 timers and watches in each role. The following command
+//! plays 200 times as much (100,000 respawns, 10 million connections, 10 million message round
+//! trips), in about twenty minutes on one core:
 //!
 //! ```sh
 //! CLUSTER_TEST_SOAK=200 cargo test --release --test soak -- --test-threads=1
 //! ```
 //!
-//! Each scenario is played in twenty rounds. After each of them everything that the round has
-//! started has ended, and the master and a worker that lives through all rounds are measured (see
-//! `measure`). The first round is the warm-up: what is there after it is what may be there after
-//! the last.
+//! Each scenario has twenty rounds. Everything that a round starts has ended at its end. Then the
+//! master, and a worker that runs through all rounds, are measured (see `measure`). The first round
+//! is the warm-up: after the last round the processes may hold no more than after the first.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -44,23 +43,23 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 #[global_allocator]
 static HEAP: measure::CountingHeap = measure::CountingHeap;
 
-/// How often everything is measured.
+/// Number of rounds, each of which ends with a measurement.
 const ROUNDS: u64 = 20;
 
-/// How many times the usual amount is played.
+/// The factor by which the work of a plain `cargo test` is multiplied.
 fn times() -> u64 {
     let times = std::env::var("CLUSTER_TEST_SOAK");
     times.map_or(1, |times| times.parse().expect("a number"))
 }
 
-/// What one round plays of what a plain `cargo test` plays in all.
+/// One round's share of the work of which a plain `cargo test` plays `usual` in all rounds.
 fn share(usual: u64) -> u64 {
     usual * times() / ROUNDS
 }
 
 fn main() -> ExitCode {
     if client::is_client() {
-        client::obey();
+        client::run_orders();
         return ExitCode::SUCCESS;
     }
     let mut scenarios = [
@@ -77,7 +76,7 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
-    // Orphans come to this process, which sees whether there are any.
+    // Orphans become children of this process, which checks that there are none.
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let trials = scenarios.map(trial).collect();
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
@@ -85,7 +84,7 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// What the scenarios have printed.
+/// The output of the scenarios.
 static TABLE: Mutex<String> = Mutex::new(String::new());
 
 fn trial(scenario: &'static Scenario) -> Trial {
@@ -94,11 +93,11 @@ fn trial(scenario: &'static Scenario) -> Trial {
 
 fn run(name: &str) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    // The pieces that glibc's cache keeps stay in more and more pages, until it has some of each
-    // size: half a megabyte after ten thousands of listeners.
+    // Blocks in glibc's thread cache occupy more and more pages until the cache has blocks of each
+    // size: half a megabyte after tens of thousands of listeners.
     command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
     let group = Group::start(command.env(SCENARIO, name))?;
-    // However long that takes: one that comes to no next round ends itself.
+    // Without a deadline: a process that does not finish a round kills itself.
     let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
     waitid(Id::Pid(group.pid()), ended)?;
     let status = group.finish()?;

@@ -1,29 +1,28 @@
-//! What a process holds, and whether that grows.
+//! Samples of a process's memory, descriptors and children, and whether they grow.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// The most by which resident memory may have grown since the warm-up, in KiB. Most of it is the
-/// program's file, of which the kernel maps what surrounds a page that is touched for the first
-/// time.
+/// Maximum growth of resident memory since the warm-up, in KiB. Most of the growth is the program's
+/// file: when a page is touched for the first time, the kernel maps its neighbours, too.
 const RESIDENT: i64 = 1024;
-/// The same without what belongs to files, and so the process's own: pages of the heap that cannot
-/// be given back for a few bytes in them. The heap in use, below, is the sharper measure.
+/// Maximum growth of anonymous memory, in KiB: heap pages that the allocator cannot release because
+/// a few bytes in them are in use. The heap in use, below, is the stricter limit.
 const ANONYMOUS: i64 = 128;
-/// The most by which the heap in use may have grown, in bytes: queues keep the capacity of their
-/// longest, which may be a later round's.
+/// Maximum growth of the heap in use, in bytes. Queues keep their largest capacity, which a later
+/// round may need.
 const IN_USE: i64 = 64 * 1024;
-/// The most by which the number of allocations may have grown: collections that were empty once and
-/// hold something, or have a node more for the same contents. One that is forgotten for each
-/// worker, connection, message or listener shows at once: there are more of them in each round.
+/// Maximum growth of the number of allocations: a collection that was empty may hold something, or
+/// have one more node for the same contents. A leak for each worker, connection, message or
+/// listener exceeds it, because each round has more of them.
 const BLOCKS: i64 = 10;
-/// How long a round of the usual size may take, and how much longer for each time more.
-const PATIENCE: (u64, u64) = (60, 5);
+/// Deadline of a round in seconds, and the seconds that are added for each multiple of the work.
+const ROUND_DEADLINE: (u64, u64) = (60, 5);
 
 static BYTES: AtomicI64 = AtomicI64::new(0);
 static ALLOCATIONS: AtomicI64 = AtomicI64::new(0);
 
-/// Counts what is in use, which the system's allocator tells nobody.
+/// Counts the heap in use, which the system's allocator does not report.
 pub struct CountingHeap;
 
 fn count(bytes: usize, blocks: i64, sign: i64) {
@@ -32,18 +31,18 @@ fn count(bytes: usize, blocks: i64, sign: i64) {
     ALLOCATIONS.fetch_add(sign * blocks, Ordering::Relaxed);
 }
 
-// SAFETY: all is left to the system's allocator.
+// SAFETY: forwards every call to the system's allocator.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for CountingHeap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size(), 1, 1);
-        // SAFETY: the caller's promises are those that are asked for.
+        // SAFETY: the caller upholds the same contract.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         count(layout.size(), 1, -1);
-        // SAFETY: as above; the block comes from there.
+        // SAFETY: as above; the system's allocator has allocated the block.
         unsafe { System.dealloc(block, layout) }
     }
 
@@ -55,16 +54,16 @@ unsafe impl GlobalAlloc for CountingHeap {
     }
 }
 
-/// What this process holds now.
+/// A measurement of one process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
-    /// In KiB, as the page tables have it. `VmRSS` is a sum that lags behind by some hundred KiB.
+    /// In KiB, from the page tables. `VmRSS` is a counter that lags by some hundred KiB.
     resident: i64,
     anonymous: i64,
     in_use: i64,
     blocks: i64,
     descriptors: i64,
-    /// Zombies among them.
+    /// Including zombies.
     children: i64,
 }
 
@@ -112,10 +111,10 @@ impl Sample {
     }
 }
 
-/// Makes the allocator give back what it keeps for later, some megabytes after long messages.
+/// Makes the allocator release unused memory, some megabytes after long messages.
 fn trim() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: it may be called at any time.
+    // SAFETY: the function has no preconditions.
     #[allow(unsafe_code)]
     unsafe {
         libc::malloc_trim(0);
@@ -149,7 +148,7 @@ const COLUMNS: [(&str, Value); 6] = [
 ];
 
 /// The head of the table. Each column has the value after the warm-up, the last value, and the
-/// growth in a round.
+/// growth per round.
 pub fn head() -> String {
     let titles = COLUMNS.map(|(title, _)| format!("{title:<COLUMN$}"));
     format!("{:COLUMN$}{}\n", "", titles.concat())
@@ -164,16 +163,16 @@ pub struct Series {
 impl Series {
     pub fn new(of: &str) -> Self {
         let rounds = usize::try_from(crate::ROUNDS).unwrap();
-        wait_for_a_round();
+        set_round_alarm();
         Self {
             of: of.to_owned(),
             samples: Vec::with_capacity(rounds),
         }
     }
 
-    /// At the end of a round.
+    /// Call at the end of a round.
     pub fn add(&mut self, sample: Sample) {
-        wait_for_a_round();
+        set_round_alarm();
         self.samples.push(sample);
     }
 
@@ -196,16 +195,16 @@ impl Series {
         self.assert_level(BLOCKS, |sample| sample.blocks);
     }
 
-    /// Neither the last value nor the trend of all of them is higher than that.
+    /// Asserts that neither the last value nor the trend of all values exceeds `slack`.
     fn assert_level(&self, slack: i64, value: impl Fn(&Sample) -> i64) {
         let growth = value(self.samples.last().unwrap()) - value(&self.samples[0]);
-        assert!(growth <= slack, "{growth} more: {:?}", self.samples);
+        assert!(growth <= slack, "grew by {growth}: {:?}", self.samples);
         #[allow(clippy::cast_precision_loss)]
         let (trend, slack) = (self.slope(value) * self.samples.len() as f64, slack as f64);
-        assert!(trend <= slack, "{trend} more: {:?}", self.samples);
+        assert!(trend <= slack, "trend of {trend}: {:?}", self.samples);
     }
 
-    /// The growth in a round, by least squares.
+    /// The growth per round, by least squares.
     #[allow(clippy::cast_precision_loss)]
     fn slope(&self, value: impl Fn(&Sample) -> i64) -> f64 {
         let values = || self.samples.iter().map(|sample| value(sample) as f64);
@@ -218,8 +217,8 @@ impl Series {
     }
 }
 
-/// Ends this process if it comes to no end of a round.
-fn wait_for_a_round() {
-    let patience = PATIENCE.0 + PATIENCE.1 * crate::times();
-    nix::unistd::alarm::set(u32::try_from(patience).unwrap());
+/// Sets an alarm that kills this process if the next round does not finish.
+fn set_round_alarm() {
+    let seconds = ROUND_DEADLINE.0 + ROUND_DEADLINE.1 * crate::times();
+    nix::unistd::alarm::set(u32::try_from(seconds).unwrap());
 }

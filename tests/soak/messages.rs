@@ -1,4 +1,4 @@
-//! Messages there and back, with and without descriptors, short and long.
+//! Message round trips, with and without descriptors, short and long.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -8,21 +8,21 @@ use std::rc::Rc;
 use cluster::{Master, Message, SendOptions, Worker};
 
 use crate::harness::cluster;
-use crate::long_lived::{LongLived, ORDER, obey, turn_until};
+use crate::long_lived::{LongLived, ORDER, run_orders, run_until};
 use crate::measure::{Sample, Series};
 
 crate::scenarios! {
-    messages
+    messages_leave_memory_bounded
 }
 
-/// How many are under way at once.
+/// Maximum number of messages in flight.
 const AT_ONCE: u64 = 500;
 const LONGEST: usize = 1 << 20;
 
-fn messages() {
-    cluster(converse, |worker| {
+fn messages_leave_memory_bounded() {
+    cluster(exchange, |worker| {
         worker.on_message(echo);
-        obey(&worker, |_, _| unreachable!());
+        run_orders(&worker, |_, _| unreachable!());
     });
 }
 
@@ -35,7 +35,7 @@ fn echo(worker: &Worker, message: &Message) {
     let _ = worker.send_with(message.bytes(), options).unwrap();
 }
 
-/// How long the message with this number is.
+/// The length of the message with this number, in bytes.
 fn length(number: u64) -> usize {
     match number % 500 {
         77 => LONGEST,
@@ -43,7 +43,7 @@ fn length(number: u64) -> usize {
     }
 }
 
-/// How many descriptors the message with this number has.
+/// The number of descriptors of the message with this number.
 fn descriptors(number: u64) -> u64 {
     match number % 1000 {
         1 => 16,
@@ -56,10 +56,10 @@ fn descriptors(number: u64) -> u64 {
 struct Counters {
     sent: Cell<u64>,
     written: Cell<u64>,
-    back: Cell<u64>,
+    returned: Cell<u64>,
 }
 
-fn converse(master: &Master) {
+fn exchange(master: &Master) {
     let counters = Rc::new(Counters::default());
     master.on_error(|_, _, error| panic!("{error}"));
     let counted = Rc::clone(&counters);
@@ -74,14 +74,14 @@ fn converse(master: &Master) {
             for _ in 0..batch {
                 send(long_lived.worker(), &counters, &null);
             }
-            turn_until(master, || counters.back.get() == counters.sent.get());
+            run_until(master, || counters.returned.get() == counters.sent.get());
         }
-        turn_until(master, || counters.written.get() == counters.sent.get());
+        run_until(master, || counters.written.get() == counters.sent.get());
         long_lived.measure(master);
         series.add(Sample::now());
     }
     drop(null);
-    println!("messages: {} there and back", counters.back.get());
+    println!("messages: {} round trips", counters.returned.get());
     series.check();
     long_lived.check();
     master.disconnect(|_| {});
@@ -102,15 +102,15 @@ fn send(worker: &cluster::WorkerProcess, counters: &Rc<Counters>, null: &File) {
     let _ = worker.send_with(&bytes, options).unwrap();
 }
 
-/// They come back in order, and whole.
+/// Checks that messages return complete and in order.
 fn check(message: &Message, counters: &Counters) {
     let bytes = message.bytes();
     if bytes.starts_with(ORDER.as_bytes()) {
         return;
     }
-    let number = counters.back.get();
+    let number = counters.returned.get();
     assert_eq!(bytes[..8], number.to_le_bytes());
     assert_eq!(bytes.len(), length(number));
     assert_eq!(message.take_fds().len() as u64, descriptors(number));
-    counters.back.set(number + 1);
+    counters.returned.set(number + 1);
 }

@@ -1,4 +1,4 @@
-//! Workers that come and go, in all ways in which one can.
+//! Workers that start and exit, in every possible way.
 
 use std::cell::Cell;
 use std::io::Read as _;
@@ -17,32 +17,32 @@ use crate::harness::{cluster, run_until_killed};
 use crate::measure::{Sample, Series};
 
 crate::scenarios! {
-    respawns
+    respawns_leave_memory_bounded
 }
 
-/// How many are there at the same time.
+/// Number of workers at the same time.
 const AT_ONCE: usize = 4;
-/// Tells a worker which way is its.
+/// The environment variable that tells a worker its way to exit, as an index into `WAYS`.
 const WAY: &str = "WAY";
 const UNIX: &str = "unix";
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Way {
     ExitsWithCode,
-    ExitsWhileItListens,
+    ExitsWhileListening,
     KillsItself,
     IsKilled,
-    IsKilledWhileItListens,
+    IsKilledWhileListening,
     IsTerminated,
     IsDisconnected,
-    IsDisconnectedInVain,
-    Leaves,
-    HangsUp,
-    HasLastWords,
+    IgnoresDisconnect,
+    Disconnects,
+    ClosesChannel,
+    SendsFinalMessage,
     WritesToAPipe,
     ExitsBeforeOnline,
-    Garbles,
-    IsAStranger,
+    SendsGarbage,
+    IsForeignProgram,
     CannotBeExecuted,
 }
 
@@ -50,34 +50,34 @@ use Way::*;
 
 const WAYS: [Way; 16] = [
     ExitsWithCode,
-    ExitsWhileItListens,
+    ExitsWhileListening,
     KillsItself,
     IsKilled,
-    IsKilledWhileItListens,
+    IsKilledWhileListening,
     IsTerminated,
     IsDisconnected,
-    IsDisconnectedInVain,
-    Leaves,
-    HangsUp,
-    HasLastWords,
+    IgnoresDisconnect,
+    Disconnects,
+    ClosesChannel,
+    SendsFinalMessage,
     WritesToAPipe,
     ExitsBeforeOnline,
-    Garbles,
-    IsAStranger,
+    SendsGarbage,
+    IsForeignProgram,
     CannotBeExecuted,
 ];
 
-fn respawns() {
+fn respawns_leave_memory_bounded() {
     let number = std::env::var(WAY).ok();
     let way = number.map(|number| WAYS[number.parse::<usize>().unwrap()]);
     match way {
         Some(ExitsBeforeOnline) => std::process::exit(4),
-        Some(Garbles) => garble(),
-        _ => cluster(respawn, |worker| live(&worker, way.unwrap())),
+        Some(SendsGarbage) => send_garbage(),
+        _ => cluster(respawn, |worker| play_way(&worker, way.unwrap())),
     }
 }
 
-fn garble() {
+fn send_garbage() {
     let channel: RawFd = std::env::var("CLUSTER_CHANNEL_FD")
         .unwrap()
         .parse()
@@ -86,26 +86,26 @@ fn garble() {
     nix::unistd::pause();
 }
 
-fn live(worker: &Worker, way: Way) {
+fn play_way(worker: &Worker, way: Way) {
     match way {
         ExitsWithCode => std::process::exit(3),
         KillsItself => raise(nix::sys::signal::SIGKILL).unwrap(),
-        ExitsWhileItListens => listen_on_everything(worker, || std::process::exit(0)),
-        IsKilledWhileItListens => listen_on_everything(worker, || run_until_killed(worker)),
-        IsKilled | IsTerminated | IsDisconnectedInVain => run_until_killed(worker),
+        ExitsWhileListening => listen_on_everything(worker, || std::process::exit(0)),
+        IsKilledWhileListening => listen_on_everything(worker, || run_until_killed(worker)),
+        IsKilled | IsTerminated | IgnoresDisconnect => run_until_killed(worker),
         IsDisconnected => listen_on_everything(worker, || worker.run().unwrap()),
-        Leaves => worker.disconnect().run().unwrap(),
-        HangsUp => worker.process().disconnect(),
-        HasLastWords => {
+        Disconnects => worker.disconnect().run().unwrap(),
+        ClosesChannel => worker.process().disconnect(),
+        SendsFinalMessage => {
             let fd = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-            worker.send_with_fds(b"last words", vec![fd]).unwrap();
+            worker.send_with_fds(b"final message", vec![fd]).unwrap();
         }
         WritesToAPipe => println!("a line for a pipe"),
-        ExitsBeforeOnline | Garbles | IsAStranger | CannotBeExecuted => unreachable!(),
+        ExitsBeforeOnline | SendsGarbage | IsForeignProgram | CannotBeExecuted => unreachable!(),
     }
 }
 
-/// Until then it listens; the last listener is the Unix socket.
+/// Calls `then` with all listeners open. The Unix socket is opened last.
 fn listen_on_everything(worker: &Worker, then: impl FnOnce()) {
     let _tcp = worker.listen("127.0.0.1:0").unwrap();
     let _udp = worker.bind(BindOptions::from("127.0.0.1:0")).unwrap();
@@ -113,17 +113,17 @@ fn listen_on_everything(worker: &Worker, then: impl FnOnce()) {
     then();
 }
 
-/// What has happened so far, in all rounds.
+/// Counts of events in all rounds.
 #[derive(Default)]
 struct Tally {
-    /// How many more are to come in this round.
+    /// Number of workers that this round has yet to start.
     left: Cell<u64>,
     started: Cell<usize>,
     forked: Cell<u64>,
     exited: Cell<u64>,
-    cut_off: Cell<u64>,
+    malformed: Cell<u64>,
     not_executed: Cell<u64>,
-    last_words: Cell<u64>,
+    final_messages: Cell<u64>,
 }
 
 fn increment(counter: &Cell<u64>) {
@@ -134,7 +134,7 @@ fn respawn(master: &Master) {
     let directory = tempfile::tempdir().unwrap();
     master.setup_master(Settings::default().cwd(directory.path()));
     let tally = Rc::new(Tally::default());
-    note_events(master, &tally);
+    count_events(master, &tally);
     let mut series = Series::new("respawns, master");
     for _ in 0..crate::ROUNDS {
         tally.left.set(crate::share(500));
@@ -147,32 +147,33 @@ fn respawn(master: &Master) {
     }
     assert_eq!(tally.exited, tally.forked);
     let each = u64::try_from(tally.started.get() / WAYS.len()).unwrap();
-    for counter in [&tally.cut_off, &tally.not_executed, &tally.last_words] {
+    for counter in [&tally.malformed, &tally.not_executed, &tally.final_messages] {
         assert!((each..=each + 1).contains(&counter.get()), "{counter:?}");
     }
     println!("respawns: {}", tally.started.get());
     series.check();
 }
 
-fn note_events(master: &Master, tally: &Rc<Tally>) {
-    let noted = Rc::clone(tally);
+fn count_events(master: &Master, tally: &Rc<Tally>) {
+    let counted = Rc::clone(tally);
     master.on_error(move |_, _, error| {
         assert!(error.to_string().contains("frame of version 47"), "{error}");
-        increment(&noted.cut_off);
+        increment(&counted.malformed);
     });
-    let noted = Rc::clone(tally);
+    let counted = Rc::clone(tally);
     master.on_message(move |_, _, message| {
-        assert_eq!(message.bytes(), b"last words");
-        increment(&noted.last_words);
+        assert_eq!(message.bytes(), b"final message");
+        increment(&counted.final_messages);
     });
-    let noted = Rc::clone(tally);
+    let counted = Rc::clone(tally);
     master.on_exit(move |master, _, _| {
-        increment(&noted.exited);
-        start_one(master, &noted);
+        increment(&counted.exited);
+        start_one(master, &counted);
     });
 }
 
-/// Starts the next worker of this round. One that cannot be executed is none.
+/// Starts the next worker of this round. A program that cannot be executed yields no worker, so the
+/// next one is tried.
 fn start_one(master: &Master, tally: &Tally) {
     while let Some(left) = tally.left.get().checked_sub(1) {
         tally.left.set(left);
@@ -183,7 +184,7 @@ fn start_one(master: &Master, tally: &Tally) {
         match master.fork_with([(WAY, (number % WAYS.len()).to_string())]) {
             Ok(worker) => {
                 increment(&tally.forked);
-                return attend(&worker, way);
+                return follow_way(&worker, way);
             }
             Err(error) => {
                 assert!(matches!(error, Error::Fork { .. }), "{error}");
@@ -196,7 +197,7 @@ fn start_one(master: &Master, tally: &Tally) {
 
 fn settings(way: Way) -> Settings {
     let program = match way {
-        IsAStranger => "/bin/true".into(),
+        IsForeignProgram => "/bin/true".into(),
         CannotBeExecuted => "/nowhere".into(),
         _ => std::env::current_exe().unwrap(),
     };
@@ -208,26 +209,26 @@ fn settings(way: Way) -> Settings {
     Settings::default().exec(program).stdio(stdio)
 }
 
-/// Sees to it that the worker ends in its way.
-fn attend(worker: &WorkerProcess, way: Way) {
+/// Makes the worker exit in its way, and checks its exit status.
+fn follow_way(worker: &WorkerProcess, way: Way) {
     worker.on_online(move |_, worker| match way {
         IsKilled => worker.process().kill(Signal::KILL),
         IsTerminated => worker.kill(Signal::TERM),
-        IsDisconnectedInVain => drop(worker.disconnect_within(Duration::from_millis(1))),
+        IgnoresDisconnect => drop(worker.disconnect_within(Duration::from_millis(1))),
         _ => {}
     });
     let mut listeners = 0;
     worker.on_listening(move |_, worker, _| {
         listeners += 1;
         match way {
-            IsKilledWhileItListens if listeners == 3 => worker.process().kill(Signal::KILL),
+            IsKilledWhileListening if listeners == 3 => worker.process().kill(Signal::KILL),
             IsDisconnected if listeners == 3 => drop(worker.disconnect()),
             _ => {}
         }
     });
     let output = worker.process().take_stdio(1);
     worker.on_exit(move |_, _, status| {
-        assert_eq!(status, end(way), "{way:?}");
+        assert_eq!(status, expected_status(way), "{way:?}");
         let mut text = String::new();
         let read = output
             .as_ref()
@@ -237,12 +238,14 @@ fn attend(worker: &WorkerProcess, way: Way) {
     });
 }
 
-fn end(way: Way) -> ExitStatus {
+fn expected_status(way: Way) -> ExitStatus {
     let (code, signal) = match way {
         ExitsWithCode => (3, 0),
         ExitsBeforeOnline => (4, 0),
         IsTerminated => (0, 15),
-        KillsItself | IsDisconnectedInVain | IsKilled | IsKilledWhileItListens | Garbles => (0, 9),
+        KillsItself | IgnoresDisconnect | IsKilled | IsKilledWhileListening | SendsGarbage => {
+            (0, 9)
+        }
         _ => (0, 0),
     };
     ExitStatus::from_raw(code << 8 | signal)

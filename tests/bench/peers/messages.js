@@ -1,8 +1,8 @@
 // Messages of 32 bytes with Node's cluster: node messages.js round-trip|one-way
 //
-// Prints a line when the counting starts, and then the number of messages that the callback received
-// within a second. The worker counts round trips, and the master counts one-way messages. Runs until
-// it is killed.
+// Prints a line when the counting starts, and then the number of messages that the callback
+// received within a second. The worker counts round trips, and the master counts one-way messages.
+// Runs until it is killed.
 'use strict';
 
 const cluster = require('cluster');

@@ -1,13 +1,13 @@
-// Question 1: does a client lose its accepted connection when the worker that it was given to has an
-// accident during the hand-over?
+// Question 1: is an accepted connection lost when the worker fails during the hand-off?
 //
-// Two workers share a port: a good one, and one that has the accident at a given step with the first
-// connection that it gets: `sent` (the master has sent it, the worker has not read), `read`, and
-// `acked` (the descriptor is acknowledged, the connection is not accepted). Two clients connect, so
-// that exactly one connection is given to it. Each client should be served; what else becomes of it
-// is counted when nothing has changed for SETTLE ms, and then, when all clients have gone, the
-// descriptors that the master has not closed. A second part kills workers at random moments under load, and
-// excuses the clients that a worker's program has seen.
+// Two workers share a port: a good one, and one that fails at a given step of the first connection
+// that is dispatched to it: `sent` (the master has sent it, the worker has not read it), `read`,
+// and `acked` (the worker has acknowledged the descriptor and not accepted the connection). Two
+// clients connect, so that exactly one connection is dispatched to the failing worker. Each client
+// should be served. Other outcomes are counted when nothing has changed for SETTLE ms. When all
+// clients have closed, the descriptors that the master has not closed are counted. A second part
+// kills workers at random moments under load, and does not count clients whose connection the
+// worker's application had already received.
 'use strict';
 
 const cluster = require('cluster');
@@ -17,7 +17,7 @@ const path = require('path');
 const ask = require('./ask');
 
 const ROUNDS = 10;
-const FATAL_ROUNDS = 4; // where each needs a new master
+const FATAL_ROUNDS = 4; // if each round needs a new master
 const STEPS = ['sent', 'read', 'acked'];
 const FAULTS = {
   kill: 'gets SIGKILL',
@@ -48,14 +48,14 @@ function master([log]) {
 
 const rounds = (fault) => (fault === 'garble' ? FATAL_ROUNDS : ROUNDS);
 
-async function struck(master, fault) {
+async function failed(master, fault) {
   const bad = master.workers.at(-1);
-  if (fault === 'stop') return ask.until(() => ask.stat(bad.pid)?.state === 'T', ask.PATIENCE);
+  if (fault === 'stop') return ask.until(() => ask.stat(bad.pid)?.state === 'T', ask.TIMEOUT);
   if (fault === 'garble') return ask.until(() => master.status !== null, 5000);
   return master.line(fault === 'close' ? 'closed' : 'gone');
 }
 
-// The clients of one step and fault that were not served, and how many masters died.
+// Counts the clients of one step and fault that were not served, and the masters that died.
 async function cell(step, fault) {
   const clients = [];
   let server = null;
@@ -69,7 +69,7 @@ async function cell(step, fault) {
     server.say(`hand-over ${step} ${fault}`);
     await server.expect('listening');
     clients.push(new ask.Client(server.port), new ask.Client(server.port));
-    await struck(server, fault);
+    await failed(server, fault);
     if (server.status === null) continue;
     died++;
     await server.end();
@@ -77,24 +77,24 @@ async function cell(step, fault) {
   }
   await ask.settled(clients, SETTLE);
   const lost = () => clients.map(({ outcome }) => outcome).filter((word) => word !== 'served');
-  let text = `${step}: ${ask.told(lost())}`;
+  let text = `${step}: ${ask.summary(lost())}`;
   if (fault === 'stop') {
     server.workers.slice(1).forEach((worker) => ask.kill(worker));
     await ask.settled(clients, SETTLE);
-    text += ` (when it was killed then: ${ask.told(lost())})`;
+    text += ` (when it was killed then: ${ask.summary(lost())})`;
   }
   if (died) text += ` (the master died ${died} times)`;
   clients.forEach((client) => client.drop());
   if (server === null) return text;
   await ask.sleep(SETTLE);
   text += `, ${ask.descriptors(server.pid) - server.descriptors} descriptors kept by the master`;
-  const told = server.lines.filter((line) => line === 'disconnected').length;
-  if (fault === 'close') text += `, ${told} disconnect events`;
+  const events = server.lines.filter((line) => line === 'disconnected').length;
+  if (fault === 'close') text += `, ${events} disconnect events`;
   await server.end();
   return text;
 }
 
-// Each client has an address of its own, by which it is found in the log.
+// Each client has its own address, which identifies it in the log.
 function addressOf(number) {
   return `127.${1 + (number >> 16)}.${(number >> 8) & 255}.${number & 255}`;
 }
@@ -133,8 +133,8 @@ async function underLoad() {
   const excused = lost.length - ours.length;
   ask.row(
     '1 SIGKILL at random moments under load',
-    `of ${clients.length} clients not served although no program had them: ` +
-      `${ask.told(ours.map(({ outcome }) => outcome))}; in a program's hands: ${excused}`,
+    `of ${clients.length} clients, not served although no application had received them: ` +
+      `${ask.summary(ours.map(({ outcome }) => outcome))}; received by an application: ${excused}`,
     `${kills} kills`,
   );
   clients.forEach((client) => client.drop());
@@ -148,7 +148,7 @@ async function questions() {
   for (const [index, [fault, name]] of Object.entries(FAULTS).entries()) {
     const steps = await faults[index];
     ask.row(
-      `1 hand-over: the worker ${name}; clients not served per step, ${rounds(fault)} being given to it`,
+      `1 hand-off: the worker ${name}; clients not served per step, of ${rounds(fault)} dispatched to it`,
       steps.join('; '),
       rounds(fault) * STEPS.length,
     );

@@ -1,8 +1,9 @@
-// Question 2: does a stop end within DEADLINE, whatever the workers do?
+// Question 2: does a stop complete within DEADLINE, whatever the workers do?
 //
-// One worker each time: idle, busy (a connection is open), looping, or stopped by SIGSTOP. The stop
-// is `cluster.disconnect()`, `worker.disconnect()` or `worker.kill()`; it has ended when the worker
-// is gone and, for the first, its callback was called. All cases run side by side; loops are nice.
+// Each case has one worker: idle, busy (a connection is open), looping, or stopped by SIGSTOP. The
+// stop is `cluster.disconnect()`, `worker.disconnect()` or `worker.kill()`. It is complete when the
+// worker has exited and, for the first, the callback has run. All cases run in parallel. Looping
+// workers have the lowest priority.
 'use strict';
 
 const cluster = require('cluster');
@@ -36,14 +37,14 @@ function master([call]) {
   });
 }
 
-// The time the stop took in ms, or null when it did not end.
+// Returns the duration of the stop in ms, or null if it did not complete.
 async function stop(kind, call) {
   const server = ask.master(__filename, [call]);
   const port = +(await server.expect('listening'));
   const [worker] = server.workers;
   const client = kind === 'busy' ? new ask.Client(port) : null;
   if (client) {
-    // The answer would close the connection.
+    // The client's own handler would close the connection at the answer.
     client.socket.removeAllListeners('data');
     await new Promise((resolve) => client.socket.on('data', resolve));
   } else if (kind === 'looping') {
@@ -54,9 +55,9 @@ async function stop(kind, call) {
   }
   const start = Date.now();
   server.say('stop');
-  const told = call === CALLS[0] ? server.line('stopped', DEADLINE) : true;
+  const called = call === CALLS[0] ? server.line('stopped', DEADLINE) : true;
   const gone = await ask.until(() => !ask.alive(worker), DEADLINE);
-  const ended = (await told) !== null && gone;
+  const ended = (await called) !== null && gone;
   const took = Date.now() - start;
   if (client) client.drop();
   await server.end();
@@ -76,7 +77,7 @@ async function questions() {
   );
   for (const [index, row] of rows.entries()) {
     const text = (await row).join('; ');
-    ask.row(`2 ended within ${DEADLINE / 1000} s: ${CALLS[index]}`, text, ROUNDS * KINDS.length);
+    ask.row(`2 completed within ${DEADLINE / 1000} s: ${CALLS[index]}`, text, ROUNDS * KINDS.length);
   }
 }
 

@@ -1,8 +1,8 @@
-// Question 3: who lives on when the master is gone?
+// Question 3: which workers outlive their master?
 //
-// A master with one worker of each kind ends in one of four ways; the workers that are alive 1 s and
-// 5 s after its end are counted. The workers listen for themselves (`exclusive`), so that nothing
-// keeps the master from coming to the end of its main. Loops are nice.
+// A master with one worker of each kind exits in one of four ways. The workers that are alive 1 s
+// and 5 s later are counted. The workers listen by themselves (`exclusive`), so that no listener
+// keeps the master's loop running. Looping workers have the lowest priority.
 'use strict';
 
 const cluster = require('cluster');
@@ -10,7 +10,7 @@ const os = require('os');
 const ask = require('./ask');
 
 const ROUNDS = 2;
-const STRANGER = 54321; // a uid that nobody has
+const FOREIGN_ID = 54321; // a uid and gid without any process
 const ROOT = process.getuid() === 0;
 const KINDS = ['idle', 'busy', 'looping'].concat(ROOT ? ['idle, other uid', 'looping, other uid'] : []);
 const ENDINGS = {
@@ -28,14 +28,14 @@ function loop() {
 function worker(kind) {
   const looping = kind.startsWith('looping');
   const server = ask.serve({ exclusive: true });
-  // Something to live for beside the channel.
+  // Keeps the worker's loop running without the channel.
   setInterval(() => {}, 1000);
   server.on('listening', () => process.send(server.address().port, looping ? loop : undefined));
 }
 
 function master([ending]) {
   for (const kind of KINDS) {
-    const uid = kind.endsWith('uid') ? { uid: STRANGER, gid: STRANGER } : { uid: undefined, gid: undefined };
+    const uid = kind.endsWith('uid') ? { uid: FOREIGN_ID, gid: FOREIGN_ID } : { uid: undefined, gid: undefined };
     const one = ask.fork(__filename, [kind], uid);
     one.once('message', (port) => console.log(`ready ${port} ${kind}`));
   }
@@ -63,7 +63,7 @@ async function orphans(ending) {
 
   if (ending === 'kill') ask.kill(server.self);
   else server.say('end');
-  if (!(await ask.until(() => server.status !== null, ask.PATIENCE))) return ['master', 'master'];
+  if (!(await ask.until(() => server.status !== null, ask.TIMEOUT))) return ['master', 'master'];
   const living = () => KINDS.filter((_, index) => ask.alive(server.workers[index]));
   await ask.sleep(1000);
   const early = living();
@@ -80,8 +80,8 @@ async function questions() {
   );
   for (const [index, ending] of Object.values(ENDINGS).entries()) {
     const rounds = await rows[index];
-    const told = (when) => ask.told(rounds.flatMap((round) => round[when]));
-    const text = `alive after 1 s: ${told(0)}; after 5 s: ${told(1)}`;
+    const alive = (when) => ask.summary(rounds.flatMap((round) => round[when]));
+    const text = `alive after 1 s: ${alive(0)}; after 5 s: ${alive(1)}`;
     ask.row(`3 orphans after ${ending} of the master`, text, ROUNDS * KINDS.length);
   }
   if (!ROOT) ask.row('3 orphans with another uid', 'skipped: needs root', 0);

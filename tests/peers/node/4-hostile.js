@@ -1,10 +1,10 @@
 // Question 4: can one worker end, block or bloat the master?
 //
-// A good worker serves clients one after the other, each for itself a connection through the master.
-// Their median latency is measured before and while a second worker misbehaves (it does not listen,
-// so that all clients go to the good one), and so are the master's memory, its descriptors, and
-// whether it lives. Messages that are valid JSON but senseless get a master each, which has survived
-// when it still serves ENOUGH clients.
+// A good worker serves clients one after another, each with its own connection through the master.
+// The median latency is measured before and while a second worker misbehaves. The second worker
+// does not listen, so that all clients reach the good one. The master's memory, its descriptors and
+// whether it survives are recorded, too. Each senseless message in valid JSON is sent to a new
+// master, which has survived if it still serves ENOUGH clients.
 'use strict';
 
 const cluster = require('cluster');
@@ -13,7 +13,7 @@ const ask = require('./ask');
 const MEASURE = 2000;
 const CALM = 400;
 const ENOUGH = 10;
-const PATIENCE = 5000; // for one client, and for the end of a master that does not serve
+const TIMEOUT = 5000; // ms for one client, and for the exit of a master that does not serve
 const MIB = 1 << 20;
 const SENT_BYTES = 200 * MIB;
 const FLOODS = {
@@ -46,7 +46,7 @@ function send(worker, message, left) {
 
 function master() {
   cluster.on('listening', (worker, { port }) => port && console.log(`listening ${port}`));
-  // A program that counts what its workers say.
+  // Like an application that counts its workers' messages.
   let messages = 0;
   cluster.on('message', () => messages++);
   cluster.on('exit', (worker) => worker.id !== 1 && console.log('gone'));
@@ -59,7 +59,8 @@ function master() {
   });
 }
 
-// Clients one after the other for `ms`: their median latency in ms, and the most that `watch` saw.
+// Connects clients one after another for `ms`. Returns their latencies in ms, and the maximum of
+// `watch`.
 async function latency(server, port, ms, watch = () => 0) {
   const times = [];
   let most = 0;
@@ -68,7 +69,7 @@ async function latency(server, port, ms, watch = () => 0) {
   while (Date.now() < end && server.status === null) {
     const start = performance.now();
     const client = new ask.Client(port);
-    const outcome = await Promise.race([client.done, ask.sleep(PATIENCE), server.ended]);
+    const outcome = await Promise.race([client.done, ask.sleep(TIMEOUT), server.ended]);
     if (outcome !== 'served') failed++;
     times.push(performance.now() - start);
     client.drop();
@@ -81,7 +82,7 @@ async function latency(server, port, ms, watch = () => 0) {
 async function flood(kind) {
   const server = ask.master(__filename);
   const port = +(await server.expect('listening'));
-  await latency(server, port, MEASURE / 4); // to warm up
+  await latency(server, port, MEASURE / 4); // warm-up
   const before = await latency(server, port, MEASURE / 2);
   const memory = ask.memory(server.pid);
   const descriptors = ask.descriptors(server.pid);
@@ -94,7 +95,7 @@ async function flood(kind) {
   });
   const parts = [];
   const dead = () => server.status !== null;
-  if (await ask.until(dead, during.failed ? PATIENCE : CALM)) {
+  if (await ask.until(dead, during.failed ? TIMEOUT : CALM)) {
     parts.push(`the master died: ${await server.complaint()}`);
   } else {
     const ratio = (during.median / before.median).toFixed(1);
@@ -109,7 +110,7 @@ async function flood(kind) {
     await server.line('gone');
     const died = await ask.until(dead, CALM);
     const figures = () => `${ask.memory(server.pid)} MiB, ${ask.descriptors(server.pid)} descriptors`;
-    parts.push(`after the worker's death ${died ? 'the master died' : figures()}`);
+    parts.push(`after the worker was killed ${died ? 'the master died' : figures()}`);
   }
   ask.row(`4 hostile worker: ${FLOODS[kind]}`, parts.join('; '), 1);
   await server.end();
@@ -122,8 +123,8 @@ async function survives(kind) {
   await server.expect('sent');
   for (let served = 0; served < ENOUGH; served++) {
     const client = new ask.Client(port);
-    if ((await Promise.race([client.done, ask.sleep(PATIENCE)])) === 'served') continue;
-    const died = await ask.until(() => server.status !== null, PATIENCE);
+    if ((await Promise.race([client.done, ask.sleep(TIMEOUT)])) === 'served') continue;
+    const died = await ask.until(() => server.status !== null, TIMEOUT);
     const text = died ? await server.complaint() : 'does not serve';
     await server.end();
     return `${kind} (${text})`;

@@ -1,8 +1,8 @@
-// Question 5: does the cluster touch only what is its own?
+// Question 5: does the cluster touch only its own descriptors and signals?
 //
-// The master is started by a host that leaves it a file at descriptors 7 and 40, not close-on-exec,
-// and SIGCHLD ignored. Whether the file is open in a worker is looked up in /proc/PID/fd, for a
-// worker that is Node and for one that is not; and whether the exit code of a worker still arrives.
+// A host process starts the master with a file open at descriptors 7 and 40, without close-on-exec,
+// and with SIGCHLD ignored. /proc/PID/fd shows whether the file is open in a worker, both in a Node
+// worker and in another program. The second row shows whether a worker's exit code still arrives.
 'use strict';
 
 const cluster = require('cluster');
@@ -11,13 +11,13 @@ const os = require('os');
 const path = require('path');
 const ask = require('./ask');
 
-const PLACES = [7, 40];
+const NUMBERS = [7, 40];
 const CODE = 23;
 const HOST = `
 import os, signal, sys
 file = os.open(sys.argv[1], os.O_RDONLY)
-for place in (${PLACES}):
-    os.dup2(file, place)
+for number in (${NUMBERS}):
+    os.dup2(file, number)
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 os.execvp(sys.argv[2], sys.argv[2:])
 `;
@@ -46,22 +46,22 @@ async function questions() {
   const server = new ask.Program('python3', command);
   await server.expect('online');
   await server.expect('online');
-  const places = (pid) => {
+  const numbers = (pid) => {
     const found = links(pid).filter(([, target]) => target === file);
-    return found.map(([place]) => place).join(' and ') || 'nowhere';
+    return found.map(([number]) => number).join(' and ') || 'nowhere';
   };
   const [node, other] = server.workers;
-  const open = links(other.pid).map(([place]) => place);
+  const open = links(other.pid).map(([number]) => number);
   ask.row(
-    `5 a host's descriptor, inheritable at ${PLACES.join(' and ')}`,
-    `open in the master at ${places(server.pid)}, in a worker at ${places(node.pid)}, in a worker ` +
-      `that is not Node at ${places(other.pid)} (all it has: ${open.join(', ')})`,
+    `5 a host's descriptor, inheritable at ${NUMBERS.join(' and ')}`,
+    `open in the master at ${numbers(server.pid)}, in a worker at ${numbers(node.pid)}, in a worker ` +
+      `that is not Node at ${numbers(other.pid)} (all its descriptors: ${open.join(', ')})`,
     2,
   );
   server.say('exit');
   const status = await server.line('exit', 10000);
-  const told = status === null ? 'no exit event within 10 s' : `exit event with code ${status}`;
-  ask.row('5 SIGCHLD ignored by the host', `a worker that exits with ${CODE}: ${told}`, 1);
+  const event = status === null ? 'no exit event within 10 s' : `exit event with code ${status}`;
+  ask.row('5 SIGCHLD ignored by the host', `a worker that exits with ${CODE}: ${event}`, 1);
   await server.end();
 }
 

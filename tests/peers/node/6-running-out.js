@@ -1,9 +1,9 @@
 // Question 6: what happens when descriptors or processes run out, and afterwards?
 //
-// RLIMIT_NOFILE of the running master, or of its worker, is lowered so that not one more descriptor
-// can be had; CLIENTS clients connect, and CPU time is measured for MEASURE ms. Then the limit is
-// lifted, the same clients are looked at again, and as many new ones connect. `cluster.fork()` is
-// tried at that limit, and at RLIMIT_NPROC with a user who has no other process. The master handles
+// RLIMIT_NOFILE of the running master, or of its worker, is lowered so that it cannot open one more
+// descriptor. CLIENTS clients connect, and CPU time is measured for MEASURE ms. Then the limit is
+// lifted, the same clients are checked again, and CLIENTS new ones connect. `cluster.fork()` is
+// called at that limit, and at RLIMIT_NPROC as a user without other processes. The master handles
 // the `error` event of its workers.
 'use strict';
 
@@ -15,8 +15,8 @@ const ask = require('./ask');
 const CLIENTS = 20;
 const MEASURE = 2000;
 const SETTLE = 1000;
-const PATIENCE = 10000;
-const STRANGER = 54321; // a uid that nobody has
+const TIMEOUT = 10000;
+const FOREIGN_ID = 54321; // a uid and gid without any process
 
 function tryFork() {
   try {
@@ -35,12 +35,12 @@ function master() {
   ask.obey(tryFork);
 }
 
-// Where root has lost its capabilities, only the same user may change it.
+// Runs as the same user: root without capabilities may not change another user's limits.
 function limit(pid, resource, value, user = {}) {
   execFileSync('prlimit', ['--pid', pid, `--${resource}=${value}:`], user);
 }
 
-// No descriptor below this number is free.
+// The lowest free descriptor: as the limit, it leaves no descriptor free.
 function exhausted(pid) {
   const open = new Set(fs.readdirSync(`/proc/${pid}/fd`).map(Number));
   let number = 0;
@@ -48,7 +48,7 @@ function exhausted(pid) {
   return number;
 }
 
-const outcomes = (clients) => ask.told(clients.map(({ outcome }) => outcome));
+const outcomes = (clients) => ask.summary(clients.map(({ outcome }) => outcome));
 
 async function clientsOf(port) {
   const clients = Array.from({ length: CLIENTS }, () => new ask.Client(port));
@@ -59,7 +59,7 @@ async function clientsOf(port) {
 async function descriptors(who) {
   const server = ask.master(__filename);
   const port = +(await server.expect('listening'));
-  await new ask.Client(port).done; // everything that is needed for one is there
+  await new ask.Client(port).done; // opens everything that the first connection needs
   const { pid } = who === 'master' ? server : server.workers[0];
   const open = exhausted(pid);
   limit(pid, 'nofile', open);
@@ -68,14 +68,14 @@ async function descriptors(who) {
   const clients = await clientsOf(port);
   await ask.sleep(start + MEASURE - Date.now());
   const spent = (ask.stat(pid)?.cpu ?? NaN) - cpu;
-  const then = outcomes(clients);
+  const during = outcomes(clients);
   if (server.status === null && ask.stat(pid)) limit(pid, 'nofile', 1024);
   await ask.sleep(SETTLE);
   const later = outcomes(clients);
   const fresh = server.status === null ? outcomes(await clientsOf(port)) : 'none';
   ask.row(
     `6 the ${who} has no descriptor left (EMFILE)`,
-    `${CLIENTS} clients: ${then}, CPU ${spent.toFixed(2)} s in ${MEASURE / 1000} s; limit lifted: the ` +
+    `${CLIENTS} clients: ${during}, CPU ${spent.toFixed(2)} s in ${MEASURE / 1000} s; limit lifted: the ` +
       `same ${later}, new ones ${fresh}; master ${server.status === null ? 'lives' : 'died'}`,
     1,
   );
@@ -88,18 +88,18 @@ async function forking(resource, user, value) {
   await server.expect('listening');
   limit(server.pid, resource, value(server.pid), user);
   server.say('fork');
-  const first = await server.line('fork', PATIENCE);
+  const first = await server.line('fork', TIMEOUT);
   const died = await ask.until(() => server.status !== null, SETTLE);
-  let text = first === null ? `no event, no error within ${PATIENCE / 1000} s` : first;
+  let text = first === null ? `no event, no error within ${TIMEOUT / 1000} s` : first;
   if (died) {
     text += `; the master died: ${await server.complaint()}`;
   } else {
     limit(server.pid, resource, 1024, user);
     server.say('fork');
     const more = [];
-    // What else the first attempt had to say comes before.
+    // Further lines of the first attempt come first.
     while (more.at(-1) !== 'online') {
-      const next = await server.line('fork', PATIENCE);
+      const next = await server.line('fork', TIMEOUT);
       more.push(next);
       if (next === null) break;
     }
@@ -114,7 +114,7 @@ async function questions() {
   await descriptors('worker');
   await forking('nofile', {}, exhausted);
   if (process.getuid() !== 0) return ask.row('6 RLIMIT_NPROC', 'skipped: needs root', 0);
-  await forking('nproc', { uid: STRANGER, gid: STRANGER }, () => 1);
+  await forking('nproc', { uid: FOREIGN_ID, gid: FOREIGN_ID }, () => 1);
 }
 
 if (cluster.isWorker) ask.serve();

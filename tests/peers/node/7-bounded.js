@@ -1,15 +1,15 @@
-// Question 7: do memory and descriptors of the master stay where they are after the warm-up?
+// Question 7: do the master's memory and descriptors stay constant after the warm-up?
 //
-// A master each for respawns (a worker listens and is killed by SIGKILL), connections through one
-// worker, and messages there and back. A tenth of the work warms it up; memory is read then, halfway
-// and at the end, each time after a garbage collection that is asked for.
+// One master each for respawns (a worker listens and gets SIGKILL), connections through one worker,
+// and message round trips. A tenth of the work is the warm-up. Memory is read after the warm-up,
+// halfway and at the end, each time after a requested garbage collection.
 'use strict';
 
 const cluster = require('cluster');
 const ask = require('./ask');
 
 const WORK = { respawns: 300, connections: 20000, messages: 100000 };
-const LANES = 16; // clients, and messages under way
+const LANES = 16; // clients at a time, and messages in flight
 const FORKS = 2; // workers at a time
 
 function worker() {
@@ -17,7 +17,7 @@ function worker() {
   process.on('message', (message) => process.send(message));
 }
 
-// Calls `one(next)` so often, several at a time, and then `done`.
+// Calls `one(next)` `times` times, at most `width` at a time, and then `done`.
 function lanes(width, times, one, done) {
   let started = 0;
   let ended = 0;
@@ -41,9 +41,9 @@ function master([kind]) {
   let answered = null;
   if (one) one.on('message', () => answered());
   ask.obey((word, times) => {
-    if (word === 'rest') {
+    if (word === 'collect') {
       globalThis.gc();
-      setTimeout(() => (globalThis.gc(), console.log('rested')), 200);
+      setTimeout(() => (globalThis.gc(), console.log('collected')), 200);
     } else if (word === 'respawns') {
       lanes(FORKS, +times, respawn, done);
     } else {
@@ -71,8 +71,8 @@ async function work(server, kind, times, port) {
 }
 
 async function figures(server) {
-  server.say('rest');
-  await server.expect('rested');
+  server.say('collect');
+  await server.expect('collected');
   return [ask.memory(server.pid), ask.descriptors(server.pid)];
 }
 
@@ -82,7 +82,7 @@ async function bounded(kind, times) {
   const memory = [];
   const descriptors = [];
   for (const part of [times / 10, times / 2, times / 2]) {
-    if ((await work(server, kind, part, port)) === null) throw new Error(`${kind}: no end`);
+    if ((await work(server, kind, part, port)) === null) throw new Error(`${kind}: not finished`);
     const [mebibytes, number] = await figures(server);
     memory.push(mebibytes);
     descriptors.push(number);

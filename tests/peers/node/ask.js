@@ -1,4 +1,4 @@
-// What the eight questions share: starting masters, clients, figures from /proc, rows of the table.
+// Shared by the eight questions: starting masters, clients, figures from /proc, rows of the table.
 'use strict';
 
 const cluster = require('cluster');
@@ -8,7 +8,7 @@ const path = require('path');
 const readline = require('readline');
 const { spawn } = require('child_process');
 
-const PATIENCE = 60000; // for what is certain to come, on a busy machine
+const TIMEOUT = 60000; // ms for events that must happen, on a busy machine
 const HZ = 100; // the unit of the times in /proc/PID/stat, on every Linux
 const started = []; // masters and workers, by pid and start time
 
@@ -26,7 +26,7 @@ function stat(pid) {
   return { state: fields[0], cpu: (+fields[11] + +fields[12]) / HZ, start: fields[19] };
 }
 
-// A process that stays the same one when its pid is used again.
+// Identifies a process by pid and start time, because a pid can be reused.
 function known(pid) {
   const now = stat(pid);
   return { pid, start: now && now.start };
@@ -46,7 +46,7 @@ function descriptors(pid) {
   return fs.readdirSync(`/proc/${pid}/fd`).length;
 }
 
-// Waits for a condition, not longer than `ms`; the last answer of the condition.
+// Waits until the condition is true, at most `ms`. Returns its last value.
 async function until(condition, ms) {
   const deadline = Date.now() + ms;
   for (;;) {
@@ -56,8 +56,8 @@ async function until(condition, ms) {
   }
 }
 
-// A program under test. It talks in lines: `lines` are those it has printed, and `worker PID` names
-// one of its workers.
+// A program under test. `lines` holds the lines that it has printed. A line `worker PID` names one
+// of its workers.
 class Program {
   constructor(command, args, options = {}) {
     this.lines = [];
@@ -73,10 +73,10 @@ class Program {
     this.ended = new Promise((resolve) => {
       this.process.on('exit', (code, signal) => resolve((this.status = signal || code)));
     });
-    readline.createInterface({ input: this.process.stdout }).on('line', (line) => this.heard(line));
+    readline.createInterface({ input: this.process.stdout }).on('line', (line) => this.receive(line));
   }
 
-  heard(line) {
+  receive(line) {
     const [word, pid] = line.split(' ');
     if (word === 'worker') {
       this.workers.push(known(+pid));
@@ -89,8 +89,8 @@ class Program {
     this.process.stdin.write(`${line}\n`);
   }
 
-  // Takes the next line that begins with `word`: what follows it, or null after `ms`.
-  async line(word, ms = PATIENCE) {
+  // Takes the next line that starts with `word`. Returns the rest of the line, or null after `ms`.
+  async line(word, ms = TIMEOUT) {
     const find = () => this.lines.findIndex((line) => line.split(' ')[0] === word);
     await until(() => find() >= 0 || (this.status !== null && this.process.stdout.destroyed), ms);
     const index = find();
@@ -103,9 +103,10 @@ class Program {
     return rest;
   }
 
-  // What an ended program has said about it: the line that names an error, or its first one.
+  // The reason that a program printed before it exited: the line that names an error, or the first
+  // line.
   async complaint() {
-    // Its last words may come after the news of its end; workers may keep the pipe open.
+    // The last output may arrive after the `exit` event, and workers may keep the pipe open.
     await until(() => this.process.stderr.destroyed, 500);
     const lines = this.stderr.split('\n').map((line) => line.trim());
     const named = lines.find((line) => /^\w*Error.*:|Assertion failed/.test(line));
@@ -119,7 +120,7 @@ class Program {
   }
 }
 
-// The same file again, as the master.
+// Runs the same file as the master.
 function master(file, args = [], options = {}) {
   return new Program(process.execPath, [...(options.flags || []), file, 'master', ...args], options);
 }
@@ -133,8 +134,8 @@ function kill(process, signal = 'SIGKILL') {
   }
 }
 
-// A client says a line and waits for the answer. `outcome`: served, reset, closed (an end without
-// an answer), refused, or hung as long as nothing has happened.
+// A client sends a line and waits for the answer. `outcome` is served, reset, closed (end-of-file
+// without an answer), refused, or hung while nothing has happened.
 class Client {
   constructor(port, options = {}) {
     this.outcome = 'hung';
@@ -142,7 +143,7 @@ class Client {
     this.done = new Promise((resolve) => {
       const over = (outcome) => {
         if (this.outcome === 'hung') this.outcome = outcome;
-        // Without this, thousands of ports would be left in TIME_WAIT.
+        // An orderly close would leave thousands of ports in TIME_WAIT.
         this.socket.resetAndDestroy();
         resolve(this.outcome);
       };
@@ -166,7 +167,7 @@ function count(words) {
   return counts;
 }
 
-// Waits until nothing has become of any client for `ms`.
+// Waits until no client's outcome has changed for `ms`.
 async function settled(clients, ms) {
   const hung = () => clients.filter(({ outcome }) => outcome === 'hung').length;
   for (let before = NaN; before !== hung(); ) {
@@ -176,12 +177,12 @@ async function settled(clients, ms) {
 }
 
 // "3 hung, 1 reset", or "none".
-function told(words) {
+function summary(words) {
   const parts = Object.entries(count(words)).map(([word, number]) => `${number} ${word}`);
   return parts.join(', ') || 'none';
 }
 
-// In a worker: a server that answers each line.
+// Runs in a worker: a server that answers each line.
 function serve(options = {}, then = () => {}) {
   const server = net.createServer((socket) => {
     then(socket);
@@ -191,13 +192,13 @@ function serve(options = {}, then = () => {}) {
   return server.listen({ host: '127.0.0.1', port: 0, ...options });
 }
 
-// In a master: forks `file`, with node or python3, and tells its pid.
+// Runs in a master: forks `file` with node or python3, and prints the worker's pid.
 function fork(file, args = [], settings = {}) {
   const node = process.execPath;
   const python = file.endsWith('.py');
-  // Without its site packages python starts in half the time.
+  // Without site packages python starts in half the time.
   cluster.setupPrimary({ exec: file, args, execArgv: python ? ['-IS'] : [], ...settings });
-  // Node always runs workers with itself; this is the way round.
+  // Node always starts workers with `process.execPath`, so replace it for this call.
   if (python) process.execPath = 'python3';
   try {
     const worker = cluster.fork();
@@ -208,7 +209,7 @@ function fork(file, args = [], settings = {}) {
   }
 }
 
-// In a master: calls `act` with the words of each line that the asking program says.
+// Runs in a master: calls `act` with the words of each line on standard input.
 function obey(act) {
   readline.createInterface({ input: process.stdin }).on('line', (line) => act(...line.split(' ')));
 }
@@ -218,9 +219,9 @@ function row(question, happened, runs) {
   console.log(JSON.stringify({ question: plain(question), happened: plain(happened), runs }));
 }
 
-// Asks, and leaves nothing behind whatever happens.
+// Runs a question, and kills everything that it started, even if it fails.
 async function run(ask) {
-  // Of several that run side by side, the first may fail before it is waited for.
+  // One of several parallel promises may reject before it is awaited.
   process.on('unhandledRejection', (error) => {
     console.error(error);
     process.exitCode = 1;
@@ -231,7 +232,7 @@ async function run(ask) {
     console.error(error);
     process.exitCode = 1;
   }
-  // A master first: it might fork again.
+  // Masters come before their workers in the list: a master might fork again.
   for (const one of started) kill(one);
   const gone = await until(() => !started.some(alive), 10000);
   process.exit(gone ? process.exitCode : 1);
@@ -239,7 +240,7 @@ async function run(ask) {
 
 module.exports = {
   Client,
-  PATIENCE,
+  TIMEOUT,
   Program,
   RAW: path.join(__dirname, 'raw.py'),
   alive,
@@ -256,6 +257,6 @@ module.exports = {
   settled,
   sleep,
   stat,
-  told,
+  summary,
   until,
 };

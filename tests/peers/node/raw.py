@@ -1,11 +1,11 @@
-"""A worker that does on its channel what one written for Node cannot do.
+"""A worker that uses the channel in ways that a Node program cannot.
 
-    raw.py hand-over STEP FAULT   listens, and has an accident at that step of the first hand-over
-    raw.py send KIND              sends what KIND stands for, and prints `attacks` and `sent`
-    raw.py listen                 listens, and no more
+    raw.py hand-over STEP FAULT   listens, and fails at this step of the first hand-off
+    raw.py send KIND              sends the data of KIND, and prints `attacks` and `sent`
+    raw.py listen                 listens only
     raw.py wait                   does nothing, and reads nothing
 
-The channel carries a JSON text per line; a descriptor travels with the line that speaks of it.
+The channel carries one JSON text per line. A descriptor is sent with the line that refers to it.
 """
 
 import json
@@ -19,7 +19,7 @@ import time
 LISTEN = {"cmd": "NODE_CLUSTER", "act": "queryServer", "index": 0, "data": None,
           "address": "127.0.0.1", "port": 0, "addressType": 4, "flags": 0}
 FLOOD_SECONDS = 2.5
-ENDLESS_BYTES = 200 << 20  # more would endanger the machine, not only the master
+ENDLESS_BYTES = 200 << 20  # more could exhaust the memory of the machine
 
 
 class Channel:
@@ -84,7 +84,7 @@ def hand_over(channel, step, kind):
 
 
 def send_descriptors(channel, descriptor):
-    """About as many per call as the kernel allows."""
+    """Sends 250 descriptors per call; the kernel allows 253 (SCM_MAX_FD)."""
     stock = [descriptor] * 250
     until = time.monotonic() + FLOOD_SECONDS
     while time.monotonic() < until:

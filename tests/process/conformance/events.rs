@@ -643,8 +643,8 @@ fn uncaught_exception() {
 /// Whether `accept4` fails with `ECONNABORTED` and closes the connection.
 static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
 
-/// Replaces the C library's function, which the standard library calls: the linker prefers this one.
-/// A test has no means to make the kernel return `ECONNABORTED`.
+/// Replaces the C library's function, which the standard library calls: the linker prefers this
+/// one. A test has no means to make the kernel return `ECONNABORTED`.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 unsafe extern "C" fn accept4(

@@ -256,8 +256,8 @@ fn shared_leak() {
             },
         );
         let mut entries = entries.take();
-        // Unlike in Node, disconnecting loses no connection: the client gets its answer. Its position
-        // varies.
+        // Unlike in Node, disconnecting loses no connection: the client gets its answer. Its
+        // position varies.
         for (entry, count) in [("bye", 1..2), ("2 listening", 0..2)] {
             let before = entries.len();
             entries.retain(|other| other != entry);
