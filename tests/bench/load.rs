@@ -114,8 +114,8 @@ impl Open {
             self.clients.push(None);
             self.clients.len() - 1
         });
-        let wanted = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
-        let event = EpollEvent::new(wanted, number as u64);
+        let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
+        let event = EpollEvent::new(interest, number as u64);
         self.epoll.add(&client.stream, event).unwrap();
         self.clients[number] = Some(client);
     }

@@ -29,7 +29,7 @@ pub fn family(root: Pid) -> Vec<Pid> {
     found
 }
 
-/// User and system time of these processes so far, with all their threads. Reads the CPU clocks,
+/// User and system time of these processes until now, with all their threads. Reads the CPU clocks,
 /// which count nanoseconds; `/proc/PID/stat` has ticks of 10 ms.
 pub fn cpu_time(processes: &[Pid]) -> Duration {
     let time = |process: &Pid| {

@@ -58,7 +58,7 @@ impl Clients {
         }
     }
 
-    /// Makes `times` connections, and returns the number of those without an answer.
+    /// Makes `times` connections, and returns the number that got no answer.
     pub fn connect(&mut self, master: &Master, to: (SocketAddr, &Path), times: u64) -> u64 {
         let (tcp, unix) = (to.0, to.1.display());
         writeln!(self.orders, "{tcp} {unix} {times}").unwrap();

@@ -299,7 +299,7 @@ fn callbacks_can_add_and_remove_callbacks() {
         "dropped",
         "first",
         // The worker's callbacks are a separate list and run after those of the cluster, so the
-        // one that "first" added to the worker already receives this message.
+        // callback added by "first" already receives this message.
         "second",
         "added to one",
         "added to all",
@@ -564,12 +564,12 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
             log.add("run returned");
             // While something else keeps the loop running, the worker is served like any other.
             let other = master.fork().unwrap();
-            let asked = worker.clone();
+            let pinged = worker.clone();
             other.on_message(move |_, other, _| {
-                asked.send(b"ping").unwrap();
+                pinged.send(b"ping").unwrap();
                 let other = other.clone();
                 let log = log.clone();
-                asked.on_message(move |_, _, _| {
+                pinged.on_message(move |_, _, _| {
                     log.add("answered");
                     other.disconnect();
                 });

@@ -276,7 +276,8 @@ fn dgram_2() {
     assert_eq!(received.get(), 40);
     let mut entries = entries.take();
     assert_eq!(entries.pop().unwrap(), "all exited");
-    // The other workers may send all 40 datagrams before this one has bound its socket.
+    // A worker may be disconnected before it has bound its socket: the others may have sent all 40
+    // datagrams by then.
     entries.retain(|entry| !entry.ends_with(" listening"));
     let expected = [
         "fork",
@@ -397,10 +398,10 @@ fn disconnect_unshared_udp() {
                 let (log, without) = (log.clone(), without.clone());
                 with.on_listening(move |_, with, address| {
                     let address = SocketAddr::from(([127, 0, 0, 1], address.port.unwrap()));
-                    let asked = with.clone();
+                    let pinged = with.clone();
                     without.disconnect();
                     without.on_disconnect(move |_, _| {
-                        asked.send(b"ping").unwrap();
+                        pinged.send(b"ping").unwrap();
                     });
                     // Between its two answers, the worker processes whatever the other worker's
                     // disconnect has caused.

@@ -201,10 +201,10 @@ fn disconnect_unshared_tcp() {
                     let log = log.clone();
                     with.on_listening(move |_, with, address| {
                         let address = SocketAddr::from(([127, 0, 0, 1], address.port.unwrap()));
-                        let asked = with.clone();
+                        let pinged = with.clone();
                         without.disconnect();
                         without.on_disconnect(move |_, _| {
-                            asked.send(b"ping").unwrap();
+                            pinged.send(b"ping").unwrap();
                         });
                         // Between its two answers, the worker processes whatever the other worker's
                         // disconnect has caused.

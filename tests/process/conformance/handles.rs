@@ -14,8 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, StoppedMaster, answer, cluster, in_background, is_alive, note_events, note_messages,
-    read_answer, reserve_port, talk, wait_until,
+    Log, StoppedMaster, answer, cluster, hear, in_background, is_alive, note_events, note_messages,
+    reserve_port, talk, wait_until,
 };
 
 crate::scenarios! {
@@ -47,7 +47,7 @@ fn net_reuseport() {
             master.fork().unwrap();
         },
         |worker| {
-            let alone = StoppedMaster::new();
+            let stopped = StoppedMaster::new();
             let any = ListenOptions::from("127.0.0.1:0").reuse_port(true);
             let first = worker.listen(any).unwrap();
             let address = first.local_addr();
@@ -57,11 +57,11 @@ fn net_reuseport() {
             // The kernel selects the socket.
             answer(&first, worker.id());
             answer(&second, worker.id());
-            assert_eq!(read_answer(&worker, address), "1");
+            assert_eq!(hear(&worker, address), "1");
             first.close();
-            assert_eq!(read_answer(&worker, address), "1");
+            assert_eq!(hear(&worker, address), "1");
             second.close();
-            drop(alone);
+            drop(stopped);
             // Both are closed, so the port is free.
             drop(TcpListener::bind(address).unwrap());
             worker.disconnect().run().unwrap();
@@ -79,14 +79,14 @@ fn exclusive_listener_belongs_to_the_worker() {
             master.fork().unwrap();
         },
         |worker| {
-            let alone = StoppedMaster::new();
+            let stopped = StoppedMaster::new();
             let any = || ListenOptions::from("127.0.0.1:0").exclusive(true);
             let listener = worker.listen(any()).unwrap();
             let other = worker.listen(any()).unwrap();
             assert_ne!(listener.local_addr(), other.local_addr());
             answer(&listener, worker.id());
-            assert_eq!(read_answer(&worker, listener.local_addr()), "1");
-            drop(alone);
+            assert_eq!(hear(&worker, listener.local_addr()), "1");
+            drop(stopped);
             worker.disconnect().run().unwrap();
         },
     );
@@ -151,14 +151,14 @@ fn net_listen_handle_in_cluster_2() {
             master.fork().unwrap();
         },
         |worker| {
-            let alone = StoppedMaster::new();
+            let stopped = StoppedMaster::new();
             // The socket is bound, and does not listen yet.
             let (socket, address) = reserve_port();
             let listener = worker.listen(TcpListener::from(socket)).unwrap();
             assert_eq!(listener.local_addr(), address);
             answer(&listener, worker.id());
-            assert_eq!(read_answer(&worker, address), "1");
-            drop(alone);
+            assert_eq!(hear(&worker, address), "1");
+            drop(stopped);
             std::process::exit(0);
         },
     );

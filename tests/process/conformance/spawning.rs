@@ -1,4 +1,4 @@
-//! What a worker starts with: directory, arguments, descriptors, user and inspect port.
+//! The initial state of a worker: directory, arguments, descriptors, user and inspect port.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -46,7 +46,7 @@ fn cwd() {
     let log = Log::default();
     let entries = log.clone();
     let expected = std::env::temp_dir().canonicalize().unwrap();
-    let wanted = expected.clone();
+    let directory = expected.clone();
     cluster(
         |master| {
             assert_eq!(master.settings().cwd, None);
@@ -55,8 +55,8 @@ fn cwd() {
             let first = master.fork().unwrap();
             assert_eq!(master.settings().cwd, None);
             first.on_exit(move |master, _, _| {
-                master.setup_master(Settings::default().cwd(&wanted));
-                assert_eq!(master.settings().cwd, Some(wanted.clone()));
+                master.setup_master(Settings::default().cwd(&directory));
+                assert_eq!(master.settings().cwd, Some(directory.clone()));
                 master.fork().unwrap();
             });
         },
@@ -311,7 +311,7 @@ fn stdio_can_be_null_a_file_or_inherited() {
             let first = master.fork().unwrap();
             first.on_exit(|master, _, _| {
                 master.fork().unwrap();
-                // New settings close the old settings' copy of the file.
+                // The settings keep the file open until they are replaced.
                 master.setup_master(Settings::default().stdio([]));
             });
             master.on_exit(move |_, worker, _| {
@@ -406,7 +406,7 @@ fn workers_run_with_the_configured_user_and_group() {
         |master| {
             let group = 1;
             #[allow(unsafe_code)]
-            // SAFETY: the pointer is to one group.
+            // SAFETY: the pointer refers to one group.
             let result = unsafe { nix::libc::setgroups(1, &raw const group) };
             assert_eq!(result, 0);
             assert!(identity().ends_with("Groups: 1"), "{}", identity());
