@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use cluster::{BindOptions, ListenOptions, Master, Settings, Worker};
 
-use crate::harness::{answer, cluster, hear};
+use crate::harness::{answer, cluster, read_answer};
 use crate::long_lived::{LongLived, run_orders};
 use crate::measure::{Sample, Series};
 
@@ -69,7 +69,7 @@ fn open_and_close(worker: &Worker, number: u64) {
 fn use_one(worker: &Worker) {
     let listener = worker.listen::<TcpStream>("127.0.0.1:0").unwrap();
     answer(&listener, "here");
-    assert_eq!(hear(worker, listener.local_addr()), "here");
+    assert_eq!(read_answer(worker, listener.local_addr()), "here");
     listener.close();
 }
 

@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, StoppedMaster, answer, cluster, hear, in_background, is_alive, note_events, note_messages,
+    Log, StoppedMaster, answer, cluster, read_answer, in_background, is_alive, note_events, note_messages,
     reserve_port, talk, wait_until,
 };
 
@@ -57,9 +57,9 @@ fn net_reuseport() {
             // The kernel selects the socket.
             answer(&first, worker.id());
             answer(&second, worker.id());
-            assert_eq!(hear(&worker, address), "1");
+            assert_eq!(read_answer(&worker, address), "1");
             first.close();
-            assert_eq!(hear(&worker, address), "1");
+            assert_eq!(read_answer(&worker, address), "1");
             second.close();
             drop(stopped);
             // Both are closed, so the port is free.
@@ -85,7 +85,7 @@ fn exclusive_listener_belongs_to_the_worker() {
             let other = worker.listen(any()).unwrap();
             assert_ne!(listener.local_addr(), other.local_addr());
             answer(&listener, worker.id());
-            assert_eq!(hear(&worker, listener.local_addr()), "1");
+            assert_eq!(read_answer(&worker, listener.local_addr()), "1");
             drop(stopped);
             worker.disconnect().run().unwrap();
         },
@@ -157,7 +157,7 @@ fn net_listen_handle_in_cluster_2() {
             let listener = worker.listen(TcpListener::from(socket)).unwrap();
             assert_eq!(listener.local_addr(), address);
             answer(&listener, worker.id());
-            assert_eq!(hear(&worker, address), "1");
+            assert_eq!(read_answer(&worker, address), "1");
             drop(stopped);
             std::process::exit(0);
         },

@@ -11,7 +11,7 @@ use cluster::{AddressType, ListenOptions, Master, SchedulingPolicy, Signal, Work
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
-    Log, answer, close_at_exit, cluster, for_both_policies, hear, idle_server, listen_in_vain,
+    Log, answer, close_at_exit, cluster, for_both_policies, read_answer, idle_server, expect_listen_error,
     note_events, note_messages, open_fds, refuse_calls, reserve, reserve_port, serve_id,
     share_listeners, wait_until, when_listening, with_env,
 };
@@ -37,7 +37,7 @@ crate::scenarios! {
 
 /// Asserts that listening fails, and sends a message to the master.
 fn report_refusal(worker: &Worker, address: &str, errno: i32) {
-    listen_in_vain(worker, address, errno);
+    expect_listen_error(worker, address, errno);
     worker.send(b"refused").unwrap();
 }
 
@@ -537,8 +537,8 @@ fn closing_a_port_zero_listener_leaves_the_other_open() {
                 let third = worker.listen("127.0.0.1:0").unwrap();
                 answer(&third, "third");
                 assert_ne!(second.local_addr(), third.local_addr());
-                assert_eq!(hear(&worker, second.local_addr()), "second");
-                assert_eq!(hear(&worker, third.local_addr()), "third");
+                assert_eq!(read_answer(&worker, second.local_addr()), "second");
+                assert_eq!(read_answer(&worker, third.local_addr()), "third");
                 worker.disconnect().run().unwrap();
             },
         );
@@ -581,8 +581,8 @@ fn worker_cannot_listen_on_a_port_twice() {
                 let listener = worker.listen(&address).unwrap();
                 if worker.id().get() == 1 {
                     answer(&listener, "first");
-                    listen_in_vain(&worker, &address, nix::libc::EADDRINUSE);
-                    assert_eq!(hear(&worker, listener.local_addr()), "first");
+                    expect_listen_error(&worker, &address, nix::libc::EADDRINUSE);
+                    assert_eq!(read_answer(&worker, listener.local_addr()), "first");
                     worker.on_message(move |worker, _| {
                         // By now the other worker listens, too, and keeps the port in use.
                         listener.close();
