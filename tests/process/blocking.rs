@@ -21,8 +21,8 @@ use nix::sys::signal::{
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, wait_until_asleep,
-    serve_id, share_listeners, talk, watched, when_all_wait, when_listening,
+    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, serve_id,
+    share_listeners, talk, wait_until_asleep, watched, when_all_wait, when_listening,
 };
 
 crate::scenarios! {

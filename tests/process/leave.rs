@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use cluster::{Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, in_background, reserve_port, wait_until_asleep, serve_id, stop, talk, wait_until,
+    Log, cluster, in_background, reserve_port, serve_id, stop, talk, wait_until, wait_until_asleep,
     when_listening,
 };
 

@@ -14,8 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, StoppedMaster, answer, cluster, read_answer, in_background, is_alive, note_events, note_messages,
-    reserve_port, talk, wait_until,
+    Log, StoppedMaster, answer, cluster, in_background, is_alive, note_events, note_messages,
+    read_answer, reserve_port, talk, wait_until,
 };
 
 crate::scenarios! {

@@ -11,9 +11,9 @@ use cluster::{AddressType, ListenOptions, Master, SchedulingPolicy, Signal, Work
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
-    Log, answer, close_at_exit, cluster, for_both_policies, read_answer, idle_server, expect_listen_error,
-    note_events, note_messages, open_fds, refuse_calls, reserve, reserve_port, serve_id,
-    share_listeners, wait_until, when_listening, with_env,
+    Log, answer, close_at_exit, cluster, expect_listen_error, for_both_policies, idle_server,
+    note_events, note_messages, open_fds, read_answer, refuse_calls, reserve, reserve_port,
+    serve_id, share_listeners, wait_until, when_listening, with_env,
 };
 
 crate::scenarios! {
