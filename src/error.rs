@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use crate::sys::errno;
+use crate::types::errno;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, MAX_BODY, MAX_FDS};
 

@@ -10,8 +10,8 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::sys::errno;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::errno;
 
 /// The system has no longer paths; with the directory before it, this one still fits a frame.
 const MAX_PATH: usize = 4096;

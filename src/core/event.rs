@@ -1,65 +1,69 @@
-//! What the master tells the program, and at which level.
+//! The events of which the master notifies the application, and their levels.
 
 use std::process::ExitStatus;
 use std::rc::Rc;
 
 use crate::error::Error;
 use crate::types::address::Address;
-use crate::types::message::Message;
 use crate::types::worker_id::WorkerId;
 
-/// Whose callbacks an event is for.
+/// The callbacks that an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
     Worker,
     Cluster,
 }
 
+/// An event; `F` is the descriptors that arrive with a message.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub(crate) enum Event<F> {
     Setup,
     Fork,
     Online,
     Listening(Rc<Address>),
-    /// For the callbacks of both levels; Node has the cluster's come first here.
-    Message(Message),
+    /// For the callbacks of both levels: in Node, too, those of the cluster come first here.
+    Message {
+        bytes: Vec<u8>,
+        fds: F,
+    },
     Disconnect,
     Exit(ExitReport),
-    /// A detached process has exited: for its own callbacks alone.
+    /// A detached process has exited. Only its own callbacks are called.
     DetachedExit(ExitStatus),
     Error(Rc<Error>),
-    /// `disconnect_all` is finished.
+    /// All workers have exited and all listeners are closed, after `disconnect_all`.
     Disconnected,
 }
 
-/// What is known of a worker that has left.
+/// How a worker exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ExitReport {
     pub(crate) status: ExitStatus,
     pub(crate) exited_after_disconnect: bool,
 }
 
+/// An event for the callbacks of one level.
 #[derive(Debug)]
-pub(crate) struct Emit {
+pub(crate) struct EmittedEvent<F> {
     pub(crate) level: Level,
     pub(crate) worker: Option<WorkerId>,
-    pub(crate) event: Event,
+    pub(crate) event: Event<F>,
 }
 
-/// How far a worker has come.
+/// The state of a worker, as its events have reported it.
 ///
 /// Node: `worker.state`. See [`WorkerProcess::state`](crate::WorkerProcess::state) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WorkerState {
-    /// Forked; its program has not called `init` yet. Node: `none`.
+    /// Forked; the worker has not called `init` yet. Node: `none`.
     None,
-    /// Its program runs.
+    /// The worker has called `init`.
     Online,
-    /// It listens on something.
+    /// The worker listens on an address.
     Listening,
-    /// Its channel is closed.
+    /// The channel to the worker is closed.
     Disconnected,
-    /// Its process has ended.
+    /// The process has exited.
     Dead,
 }

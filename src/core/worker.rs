@@ -5,8 +5,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 use crate::config::settings::SchedulingPolicy;
-use crate::sys::errno;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::errno;
 use crate::types::message::Message;
 use crate::types::sorted_map::SortedMap;
 use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};

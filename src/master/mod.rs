@@ -17,15 +17,16 @@ use std::time::{Duration, Instant};
 
 use crate::config::listen::{BindRequest, ListenOptions};
 use crate::config::settings::{DEBUG, SchedulingPolicy, Settings};
-use crate::core::event::{Emit, Event, ExitReport, Level};
+use crate::core::event::{EmittedEvent, Event, ExitReport, Level};
 use crate::error::{Error, Result, SendError};
 use crate::master::listener::MasterListener;
 use crate::master::shell::{Kept, MasterShell, Processed, WorkerIo};
 use crate::master::worker_process::{WorkerCallbacks, WorkerProcess};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
 use crate::runtime::event_loop::{EventLoop, LoopId, Token, WatchId};
-use crate::runtime::timers::{Time, TimerId, earlier};
+use crate::runtime::timers::TimerId;
 use crate::sys;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Ready, ReadyList};
 use crate::sys::signal::Installed;
 use crate::types::address::Address;
@@ -33,6 +34,7 @@ use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::message::Message;
 use crate::types::signal::Signal;
+use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::outbox::ReceiptId;
 use crate::wire::frame::HandleId;
@@ -1094,7 +1096,7 @@ impl Master {
         }
     }
 
-    fn deliver(&self, emit: Emit) {
+    fn deliver(&self, emit: EmittedEvent<Vec<NoLingerFd>>) {
         let cluster = &self.callbacks;
         let worker = emit.worker.and_then(|id| self.find(id));
         let callbacks = match (emit.level, &worker) {
@@ -1127,7 +1129,8 @@ impl Master {
             Event::Listening(address) => {
                 callbacks.listening.each(|f| f(self, worker, &address));
             }
-            Event::Message(message) => {
+            Event::Message { bytes, fds } => {
+                let message = Message::new(bytes, fds);
                 if let Some(untaken) = message.untaken() {
                     *self.shell.delivering_fds.borrow_mut() = Rc::downgrade(untaken);
                 }

@@ -24,7 +24,7 @@ use crate::error::{Error, SendError};
 use crate::init::{become_worker, is_wrapped_master};
 use crate::master::shard_group::ShardGroup;
 use crate::runtime::event_loop::Token;
-use crate::runtime::timers::{Time, earlier};
+use crate::sys;
 use crate::sys::bind::{BoundSocket, adopt_as, bind};
 use crate::sys::fd::NoLingerFd;
 use crate::sys::listen::PortSharing;
@@ -32,21 +32,22 @@ use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{End, Failure, Pid, Program, Unreaped, Usage};
 use crate::sys::queue::{Queue, Taken};
 use crate::sys::socket_file::SocketFile;
-use crate::sys::{self, errno};
 use crate::systemd::{self, LISTEN_PID};
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::errno;
 use crate::types::loads::Loads;
-use crate::types::message::{Message, UntakenFds};
+use crate::types::message::UntakenFds;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
+use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::{Arrival, READ_SIZE};
 use crate::wire::channel::outbox::ReceiptId;
 use crate::wire::channel::{BACKOFF, Channel, Flushed, Received};
 use crate::wire::frame::{FrameError, HandleId, ToMaster, ToWorker, preamble};
 
-pub(crate) type Core = MasterCore<NoLingerFd>;
+pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 
 /// The descriptors and process of a worker or a detached process.
 #[derive(Debug)]
@@ -486,9 +487,8 @@ impl MasterShell {
         let ends = queues.values().flat_map(Queue::descriptors);
         numbers.extend(ends.map(|end| end.as_raw_fd()));
         numbers.extend(core.waiting().map(|fd| fd.as_fd().as_raw_fd()));
-        for untaken in core.messages().filter_map(Message::untaken) {
-            numbers.extend(untaken.borrow().iter().map(|fd| fd.as_fd().as_raw_fd()));
-        }
+        let undelivered = core.message_fds().flatten();
+        numbers.extend(undelivered.map(|fd| fd.as_fd().as_raw_fd()));
         // The message that is being delivered.
         let delivering_fds = self
             .delivering_fds
@@ -639,7 +639,7 @@ impl MasterShell {
                 connection,
                 has_waited,
             } => {
-                if has_waited && sys::fd::is_hung_up(connection.1.as_fd()) {
+                if has_waited && sys::fd::is_hung_up(connection.connection.as_fd()) {
                     self.decide().hung_up(handle, worker);
                 } else {
                     self.give(handle, worker, connection);
@@ -858,7 +858,7 @@ impl MasterShell {
         // A worker may just have asked for the same.
         self.act();
         let mut core = self.decide();
-        if let Some(handle) = core.keep(endpoint) {
+        if let Some(handle) = core.retain(endpoint) {
             drop(core);
             self.act();
             return self.kept(handle);
@@ -867,7 +867,7 @@ impl MasterShell {
         drop(core);
         let address = self.bind(handle, endpoint, flags, policy)?;
         let mut core = self.decide();
-        core.kept(handle, endpoint.clone(), address, policy);
+        core.retained(handle, endpoint.clone(), address, policy);
         drop(core);
         self.act();
         self.kept(handle)
@@ -1020,10 +1020,10 @@ impl MasterShell {
         Ok(theirs)
     }
 
-    fn give(&self, handle: HandleId, worker: WorkerId, (place, connection): Sequenced<NoLingerFd>) {
+    fn give(&self, handle: HandleId, worker: WorkerId, connection: Sequenced<NoLingerFd>) {
         self.fault("master.gives", worker);
         let given = match self.queues.borrow().get(&(handle, worker)) {
-            Some(queue) => queue.give(place, &connection),
+            Some(queue) => queue.give(connection.sequence, &connection.connection),
             None => Err(io::ErrorKind::NotFound.into()),
         };
         match given {
@@ -1032,7 +1032,7 @@ impl MasterShell {
             Err(source) => {
                 let is_exhausted = sys::socket::is_exhaustion(&source);
                 let mut core = self.decide();
-                core.not_dispatched(handle, worker, (place, connection), is_exhausted);
+                core.not_dispatched(handle, worker, connection, is_exhausted);
                 if is_exhausted {
                     let worker = Some(worker);
                     core.error(worker, Error::Exhausted { worker, source });
@@ -1269,7 +1269,7 @@ impl MasterShell {
                     core.error(Some(worker), Error::no_descriptors(Some(worker)));
                 }
                 match frame {
-                    ToMaster::Message(bytes) => core.message(worker, Message::new(bytes, fds)),
+                    ToMaster::Message(bytes) => core.message(worker, bytes, fds),
                     frame @ (ToMaster::Online
                     | ToMaster::Listen { .. }
                     | ToMaster::Listening { .. }
@@ -1496,7 +1496,10 @@ fn reclaim(queue: &Queue, at_most: usize) -> (Vec<Sequenced<NoLingerFd>>, QueueS
     let mut back = Vec::new();
     while back.len() < at_most {
         match queue.reclaim() {
-            Ok(Taken::Connection(place, connection)) => back.push((place, connection)),
+            Ok(Taken::Connection(sequence, connection)) => back.push(Sequenced {
+                sequence,
+                connection,
+            }),
             Ok(Taken::Nothing | Taken::End) => return (back, QueueState::Empty),
             Err(_) => return (back, QueueState::Unknown),
         }

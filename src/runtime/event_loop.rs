@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
-use crate::runtime::timers::{Time, TimerId, Timers, earlier};
+use crate::runtime::timers::{TimerId, Timers};
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
 use crate::sys::signal::{self, Installed, SignalPipe};
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
+use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 
 /// Names a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).

@@ -3,16 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-/// The time since the loop began.
-pub(crate) type Time = Duration;
-
-/// The first of two times, or of two spans, of which neither may come.
-pub(crate) fn earlier(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
-    match (one, other) {
-        (Some(one), Some(other)) => Some(one.min(other)),
-        (one, other) => one.or(other),
-    }
-}
+use crate::types::time::Time;
 
 /// The shortest interval: with none at all a loop would do nothing else.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);

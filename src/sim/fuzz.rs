@@ -16,16 +16,15 @@ use std::time::Duration;
 
 use crate::config::settings::SchedulingPolicy;
 use crate::core::dispatch::{MAX_WINDOW, Sequenced};
-use crate::core::event::{Emit, Event};
+use crate::core::event::{EmittedEvent, Event};
 use crate::core::master::{Action, Attachment, MasterCore};
 use crate::core::worker::{self as worker_core, Listen, ListenerId, WorkerCore};
 use crate::error::Error;
-use crate::runtime::timers::Time;
-use crate::sys::errno;
 use crate::sys::fd::NoLingerFd;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
-use crate::types::message::Message;
+use crate::types::errno;
 use crate::types::signal::Signal;
+use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::{Arrival, Inbox, MAX_EARLY_FDS, READ_SIZE};
 use crate::wire::frame::{
@@ -300,9 +299,11 @@ impl Honest {
     }
 }
 
+type Master = MasterCore<Client, Vec<NoLingerFd>>;
+
 struct World {
     policy: SchedulingPolicy,
-    master: MasterCore<Client>,
+    master: Master,
     now: Time,
     ports: BTreeMap<HandleId, Port>,
     queues: BTreeMap<(HandleId, WorkerId), Queue>,
@@ -347,7 +348,7 @@ fn endpoint(number: u32) -> Endpoint {
 }
 
 /// Forks a worker.
-fn forked(master: &mut MasterCore<Client>) -> WorkerId {
+fn forked(master: &mut Master) -> WorkerId {
     let worker = master.next_worker_id().expect("a number");
     master.forked(worker);
     worker
@@ -398,7 +399,7 @@ impl World {
     }
 
     /// Tells the core something. Not much may come of it.
-    fn tell<T>(&mut self, fact: impl FnOnce(&mut MasterCore<Client>) -> T) -> T {
+    fn tell<T>(&mut self, fact: impl FnOnce(&mut Master) -> T) -> T {
         let before = self.master.sizes();
         let connections = usize::try_from(self.master.in_hand()).unwrap_or(usize::MAX);
         let connections = connections + self.queued();
@@ -427,7 +428,7 @@ impl World {
         }
     }
 
-    fn deliver(&mut self, emit: &Emit) {
+    fn deliver(&mut self, emit: &EmittedEvent<Vec<NoLingerFd>>) {
         if let Event::Disconnected = emit.event {
             assert!(self.awaited, "nobody asked");
             self.awaited = false;
@@ -695,7 +696,7 @@ impl World {
     /// One takes out of its queue what comes first.
     fn take(&mut self, handle: HandleId, worker: WorkerId) -> Option<Client> {
         let queue = self.queues.get_mut(&(handle, worker))?;
-        let (_, client) = queue.connections.pop_front()?;
+        let client = queue.connections.pop_front()?.connection;
         self.out_of_queues += 1;
         Some(client)
     }
@@ -735,8 +736,8 @@ impl World {
             self.tell(|core| core.error(Some(id), Error::no_descriptors(Some(id))));
         }
         if let ToMaster::Message(bytes) = arrival.frame {
-            let message = Message::new(bytes, arrival.fds);
-            self.tell(|core| core.message(id, message));
+            let fds = arrival.fds;
+            self.tell(|core| core.message(id, bytes, fds));
         } else {
             if let ToMaster::Idle { handle, taken, .. } = arrival.frame {
                 if taken > self.has_taken(handle) {
@@ -1243,8 +1244,8 @@ impl World {
     fn check(&self) {
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
-        assert!(self.master.is_index_right(), "the index is wrong");
-        let waits = self.master.someone_waits_in_vain();
+        assert!(self.master.is_index_consistent(), "the index is wrong");
+        let waits = self.master.has_stuck_connection();
         assert!(!waits, "someone waits in vain: {:?}", self.master);
         for (handle, port) in &self.ports {
             assert_eq!(self.master.is_bound(*handle), !port.unbound);

@@ -5,10 +5,11 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
+use crate::sys;
 use crate::sys::listen::PortSharing;
 use crate::sys::socket_file::{self, SocketFile};
-use crate::sys::{self, errno};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::errno;
 
 /// A socket that listens, or is bound if it is for datagrams; it does not block.
 #[derive(Debug)]

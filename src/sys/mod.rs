@@ -27,11 +27,6 @@ pub(crate) mod threads;
 use std::io;
 use std::time::Duration;
 
-/// The system's error numbers that the crate gives as reasons itself.
-pub(crate) mod errno {
-    pub(crate) use libc::{EADDRINUSE, EBADF, EINVAL, EMFILE, ENAMETOOLONG};
-}
-
 /// The result of a system call that says -1 when it fails.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result == -1 {

@@ -7,10 +7,11 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
+use crate::sys;
 use crate::sys::fd::{self, FileStatus};
 use crate::sys::owner::Owner;
-use crate::sys::{self, errno};
 use crate::types::endpoint::BindFlags;
+use crate::types::errno;
 
 /// The file of a listening socket, which is removed when this is dropped: unless the file has been
 /// replaced meanwhile, and belongs to somebody else. It is known by its directory and not by its

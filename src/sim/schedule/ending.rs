@@ -6,7 +6,7 @@ use std::process::ExitStatus;
 use super::kernel::Detached;
 use super::world::World;
 use super::{Call, Deed};
-use crate::runtime::timers::Time;
+use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
 /// How many times everybody has his turn before it counts as hanging. Each is worth 10 ms.

@@ -7,9 +7,9 @@ use std::rc::Rc;
 
 use crate::core::master::Attachment;
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
-use crate::runtime::timers::Time;
 use crate::types::endpoint::Kind;
 use crate::types::signal::Signal;
+use crate::types::time::Time;
 use crate::wire::frame::{FrameError, HandleId, ToMaster, ToWorker};
 
 /// How many frames a channel holds that have been written and not read.

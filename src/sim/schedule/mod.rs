@@ -22,11 +22,11 @@ use std::process::ExitStatus;
 use fastrand::Rng;
 
 use crate::config::settings::SchedulingPolicy;
-use crate::core::dispatch::STALE;
+use crate::core::dispatch::STALL_TIMEOUT;
 use crate::core::worker::Listen;
-use crate::runtime::timers::Time;
 use crate::types::endpoint::BindFlags;
 use crate::types::ledger::Ledger;
+use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
 use ending::Ending;
@@ -567,7 +567,7 @@ fn a_hoarder_holds_up_nobody() {
             world.program_step(honest, Deed::Accept, 0);
             world.settle();
             world.close_connection(honest, 0);
-            world.pass(STALE);
+            world.pass(STALL_TIMEOUT);
             world.settle();
         }
         assert!(world.clients() - world.served <= 1, "round {round}");

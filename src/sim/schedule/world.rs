@@ -12,15 +12,14 @@ use super::kernel::{Client, Connection, Detached, Life, Parcel, Port, Process, W
 use super::{Call, Deed, Failure, Lie, Step, What};
 use crate::config::settings::SchedulingPolicy;
 use crate::core::dispatch::Sequenced;
-use crate::core::event::{Emit, Event, Level, WorkerState};
+use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::core::master::{Action, Attachment, MasterCore};
 use crate::core::worker::{self as worker_core, Listen, ListenerId};
 use crate::error::{Error, SendError};
-use crate::runtime::timers::{Time, earlier};
-use crate::sys::errno;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
-use crate::types::message::Message;
+use crate::types::errno;
 use crate::types::signal::Signal;
+use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster, ToWorker};
 
@@ -58,7 +57,7 @@ pub(super) struct World {
     now: Time,
     /// When the master looked at its clock last.
     ticked: Time,
-    pub(super) master: MasterCore<Client>,
+    pub(super) master: MasterCore<Client, ()>,
     actions: VecDeque<Action<Client>>,
     /// Whose channels the master has not tried to write to.
     unflushed: BTreeSet<WorkerId>,
@@ -458,7 +457,7 @@ impl World {
                 connection,
                 has_waited,
             } => {
-                let client = connection.1.client as usize;
+                let client = connection.connection.client as usize;
                 if has_waited && self.fates[client].left {
                     self.master.hung_up(handle, worker);
                 } else {
@@ -791,11 +790,12 @@ impl World {
     }
 
     fn keep(&mut self, endpoint: &Endpoint) {
-        let handle = self.master.keep(endpoint).or_else(|| {
+        let handle = self.master.retain(endpoint).or_else(|| {
             let handle = self.master.next_handle();
             let address = self.bind(handle, endpoint).ok()?;
             let policy = self.master.policy_of(endpoint);
-            self.master.kept(handle, endpoint.clone(), address, policy);
+            self.master
+                .retained(handle, endpoint.clone(), address, policy);
             Some(handle)
         });
         self.kept.extend(handle);
@@ -817,7 +817,7 @@ impl World {
         }
     }
 
-    fn deliver(&mut self, emit: &Emit) {
+    fn deliver(&mut self, emit: &EmittedEvent<()>) {
         let (level, event) = (emit.level, &emit.event);
         let name = name(event);
         if let Event::Disconnected = event {
@@ -832,7 +832,7 @@ impl World {
             } else {
                 let alone = matches!(
                     event,
-                    Event::Fork | Event::Message(_) | Event::DetachedExit(_)
+                    Event::Fork | Event::Message { .. } | Event::DetachedExit(_)
                 );
                 assert!(is_second || alone, "{name} at {level:?} without the other");
             }
@@ -864,7 +864,7 @@ impl World {
         self.stop_by = None;
     }
 
-    fn check_event(&mut self, level: Level, worker: WorkerId, event: &Event) {
+    fn check_event(&mut self, level: Level, worker: WorkerId, event: &Event<()>) {
         let state = self.master.state(worker);
         let flag = self.master.exited_after_disconnect(worker);
         let connected = self.master.is_connected(worker);
@@ -887,9 +887,9 @@ impl World {
                 assert_eq!(*life, Life::Online);
                 assert_eq!(state, Some(WorkerState::Listening));
             }
-            Event::Message(message) => {
+            Event::Message { bytes, fds: () } => {
                 assert_eq!(*life, Life::Online);
-                let number = number(message);
+                let number = number(bytes);
                 let last = std::mem::replace(&mut process.received[0], number);
                 assert!(process.liar || number == last + 1, "message {number}");
             }
@@ -910,7 +910,7 @@ impl World {
         }
     }
 
-    fn check_event_of_detached(&mut self, level: Level, process: WorkerId, event: &Event) {
+    fn check_event_of_detached(&mut self, level: Level, process: WorkerId, event: &Event<()>) {
         let state = self.detached[&process];
         assert_ne!(state, Detached::Gone, "exit is the last");
         let is_error = matches!(event, Event::Error(_));
@@ -1106,7 +1106,7 @@ impl World {
         match event {
             worker_core::Event::Look(listener) => self.accept_itself(worker, listener),
             worker_core::Event::Message(message) => {
-                let number = number(&message);
+                let number = number(message.bytes());
                 let last = std::mem::replace(&mut process.received[1], number);
                 assert_eq!(number, last + 1, "a message is missing");
             }
@@ -1147,7 +1147,7 @@ impl World {
             Some(handle) if has_queue => {
                 let queue = self.queues.get_mut(&(*handle, worker));
                 let first = queue.and_then(VecDeque::pop_front);
-                first.map(|(_, client)| client)
+                first.map(|first| first.connection)
             }
             Some(handle) => {
                 let port = self.ports.get_mut(handle);
@@ -1350,8 +1350,8 @@ impl World {
     fn take_in_vain(&mut self, worker: WorkerId, handle: HandleId) {
         self.process(worker).liar = true;
         let queue = self.queues.get_mut(&(handle, worker));
-        if let Some((_, client)) = queue.and_then(VecDeque::pop_front) {
-            self.fates[client.client as usize].served = true;
+        if let Some(first) = queue.and_then(VecDeque::pop_front) {
+            self.fates[first.connection.client as usize].served = true;
         }
     }
 
@@ -1369,7 +1369,7 @@ impl World {
 
     pub(super) fn check(&mut self) {
         self.check_closed();
-        assert!(self.master.is_index_right(), "the index is wrong");
+        assert!(self.master.is_index_consistent(), "the index is wrong");
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
         let gone = ledger.dropped + ledger.closed_by_peer;
@@ -1394,7 +1394,7 @@ impl World {
 
     /// What holds when the master has done what it decided.
     fn check_at_rest(&mut self) {
-        assert!(!self.master.someone_waits_in_vain(), "someone waits");
+        assert!(!self.master.has_stuck_connection(), "someone waits");
         for (handle, port) in &self.ports {
             assert_eq!(self.master.is_bound(*handle), !port.unbound);
         }
@@ -1412,13 +1412,13 @@ impl World {
     }
 }
 
-fn name(event: &Event) -> &'static str {
+fn name(event: &Event<()>) -> &'static str {
     match event {
         Event::Setup => "setup",
         Event::Fork => "fork",
         Event::Online => "online",
         Event::Listening(_) => "listening",
-        Event::Message(_) => "message",
+        Event::Message { .. } => "message",
         Event::Disconnect => "disconnect",
         Event::Exit(_) => "exit",
         Event::DetachedExit(_) => "exit of a detached process",
@@ -1427,7 +1427,7 @@ fn name(event: &Event) -> &'static str {
     }
 }
 
-fn number(message: &Message) -> u32 {
-    let bytes = message.bytes().try_into();
+fn number(bytes: &[u8]) -> u32 {
+    let bytes = bytes.try_into();
     u32::from_le_bytes(bytes.expect("four bytes"))
 }

@@ -1,0 +1,441 @@
+//! Tests of the dispatcher.
+
+use super::*;
+use proptest::prelude::*;
+use std::collections::VecDeque;
+
+const NOW: Time = Time::ZERO;
+const LATER: Time = Time::from_secs(1);
+
+fn id(n: u32) -> WorkerId {
+    WorkerId::new(n)
+}
+
+/// Returns a dispatcher with `count` idle workers, numbered from 1.
+fn with_idle_workers(count: u32) -> Dispatcher<u32> {
+    let mut dispatcher = Dispatcher::new();
+    for n in 1..=count {
+        dispatcher.add(id(n));
+        dispatcher.idle_reported(id(n), 0, 0, NOW).unwrap();
+    }
+    dispatcher
+}
+
+fn sequenced(sequence: u64, connection: u32) -> Sequenced<u32> {
+    Sequenced {
+        sequence,
+        connection,
+    }
+}
+
+/// Dispatches all waiting connections that a worker can get. Returns the worker and the connection.
+fn dispatch_all(dispatcher: &mut Dispatcher<u32>) -> Vec<(u32, u32)> {
+    let dispatched = std::iter::from_fn(|| dispatcher.dispatch_next(NOW));
+    let dispatched = dispatched.map(|each| (each.worker.get(), each.connection.connection));
+    dispatched.collect()
+}
+
+/// Lets an idle worker serve quickly until the window has its largest size.
+fn grow_window(dispatcher: &mut Dispatcher<u32>, worker: u32) {
+    let mut received = 0;
+    for window in [1, 2, 4, 8] {
+        (0..window).for_each(|c| dispatcher.push(c));
+        assert_eq!(dispatch_all(dispatcher).len(), window as usize);
+        received += u64::from(window);
+        dispatcher
+            .idle_reported(id(worker), received, 0, NOW)
+            .unwrap();
+    }
+}
+
+#[test]
+fn paused_worker_gets_no_connection() {
+    let mut dispatcher = Dispatcher::new();
+    dispatcher.add(id(1));
+    dispatcher.push(7);
+    assert!(dispatcher.dispatch_next(NOW).is_none());
+    dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
+    assert_eq!(
+        dispatcher.capacity(),
+        0,
+        "a connection waits for the only idle worker"
+    );
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 7)]);
+}
+
+#[test]
+fn idle_workers_take_strict_turns() {
+    let mut dispatcher = with_idle_workers(3);
+    let mut received = [0; 3];
+    for n in 0..300 {
+        dispatcher.push(n);
+        let worker = n % 3 + 1;
+        assert_eq!(dispatch_all(&mut dispatcher), [(worker, n)]);
+        let count = &mut received[worker as usize - 1];
+        *count += 1;
+        dispatcher
+            .idle_reported(id(worker), *count, 0, NOW)
+            .unwrap();
+    }
+}
+
+#[test]
+fn late_worker_gets_its_turn_back() {
+    let mut dispatcher = Dispatcher::new();
+    (1..=3).for_each(|n| dispatcher.add(id(n)));
+    for n in [2, 3] {
+        dispatcher.idle_reported(id(n), 0, 0, NOW).unwrap();
+    }
+    dispatcher.push(0);
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 0)]);
+    dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
+    dispatcher.push(1);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 1)]);
+}
+
+/// The first worker is idle after each connection, which takes `duration`; the second one stays busy with
+/// its first connection. Returns the worker of each connection.
+fn uneven_turns(duration: Time) -> Vec<u32> {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.push(0);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 0)]);
+    dispatcher.idle_reported(id(1), 1, 0, NOW).unwrap();
+    let mut now = NOW;
+    let mut next = |n| {
+        dispatcher.push(n);
+        let dispatched = dispatcher.dispatch_next(now).unwrap();
+        now += duration;
+        let member = &dispatcher.members[&id(1)];
+        if member.load() > 0 {
+            let received = member.dispatched;
+            dispatcher.idle_reported(id(1), received, 0, now).unwrap();
+        }
+        // The reports of one worker alone would leave the window at 1.
+        dispatcher.window = MAX_WINDOW;
+        dispatched.worker.get()
+    };
+    (0..12).map(&mut next).collect()
+}
+
+#[test]
+fn idle_worker_yields_to_a_worker_with_fewer_connections_that_just_became_busy() {
+    let even = [2, 1, 1, 1, 1, 2, 1, 2, 1, 2, 1, 2];
+    assert_eq!(uneven_turns(Time::ZERO), even);
+    assert_eq!(
+        uneven_turns(FAIRNESS_BUSY_SPAN),
+        [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    );
+}
+
+#[test]
+fn connection_left_unassigned_by_the_scheduler_waits_for_an_idle_worker() {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.use_scheduler();
+    let accept_and_choose = |dispatcher: &mut Dispatcher<u32>, worker| {
+        dispatcher.window = MAX_WINDOW;
+        dispatcher.push(0);
+        let (sequence, _) = dispatcher.unscheduled().unwrap();
+        dispatcher.choose(sequence, worker);
+        dispatch_all(dispatcher)
+            .iter()
+            .map(|(worker, _)| *worker)
+            .collect::<Vec<_>>()
+    };
+    for received in 1..=2 * FAIRNESS_LEAD {
+        assert_eq!(accept_and_choose(&mut dispatcher, Some(id(2))), [2]);
+        dispatcher.idle_reported(id(2), received, 0, NOW).unwrap();
+    }
+    assert_eq!(
+        accept_and_choose(&mut dispatcher, Some(id(1))),
+        [1],
+        "the worker with the lower recent load is busy now"
+    );
+    assert_eq!(accept_and_choose(&mut dispatcher, None), [2]);
+    assert_eq!(
+        accept_and_choose(&mut dispatcher, None),
+        [0; 0],
+        "no worker is idle"
+    );
+    dispatcher.idle_reported(id(1), 1, 0, NOW).unwrap();
+    assert_eq!(dispatch_all(&mut dispatcher).len(), 1);
+}
+
+#[test]
+fn recent_load_forgets_old_connections() {
+    let mut dispatcher = with_idle_workers(2);
+    let mut received = 0;
+    let mut serve = |dispatcher: &mut Dispatcher<u32>| {
+        dispatcher.push(0);
+        received += 1;
+        assert_eq!(dispatch_all(dispatcher), [(2, 0)]);
+        dispatcher.idle_reported(id(2), received, 0, NOW).unwrap();
+    };
+    dispatcher.pause(id(1)).unwrap();
+    (0..3 * RECENT_LOAD_SPAN).for_each(|_| serve(&mut dispatcher));
+    dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
+    dispatcher.push(0);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 0)]);
+    assert_eq!(
+        dispatcher.members[&id(1)].recent_load,
+        2 * RECENT_LOAD_SPAN + 1
+    );
+}
+
+#[test]
+fn slow_worker_gets_one_connection_at_a_time() {
+    let mut dispatcher = with_idle_workers(2);
+    for received in 1..10 {
+        (0..5).for_each(|c| dispatcher.push(c));
+        assert_eq!(dispatch_all(&mut dispatcher).len(), 2, "one each");
+        dispatcher.drop_waiting();
+        for worker in [1, 2] {
+            dispatcher
+                .idle_reported(id(worker), received, 0, LATER)
+                .unwrap();
+        }
+    }
+}
+
+#[test]
+fn window_grows_with_quick_workers_and_halves_after_a_slow_one() {
+    let mut dispatcher = with_idle_workers(1);
+    grow_window(&mut dispatcher, 1);
+    assert_eq!(dispatcher.capacity(), u64::from(MAX_WINDOW));
+    dispatcher.push(0);
+    assert_eq!(dispatch_all(&mut dispatcher).len(), 1);
+    dispatcher.idle_reported(id(1), 16, 0, LATER).unwrap();
+    assert_eq!(dispatcher.capacity(), u64::from(MAX_WINDOW) / 2);
+}
+
+#[test]
+fn connections_queued_behind_a_slow_request_go_to_an_idle_worker() {
+    let mut dispatcher = with_idle_workers(1);
+    grow_window(&mut dispatcher, 1);
+    (0..5).for_each(|c| dispatcher.push(c));
+    assert_eq!(dispatch_all(&mut dispatcher).len(), 5);
+    assert_eq!(dispatcher.reclaimable(LATER), None, "no worker is idle");
+    dispatcher.add(id(2));
+    dispatcher.idle_reported(id(2), 0, 0, NOW).unwrap();
+    assert_eq!(
+        dispatcher.reclaimable(NOW),
+        None,
+        "the request may still be quick"
+    );
+    assert_eq!(dispatcher.rebalance_deadline(), Some(QUICK));
+    assert_eq!(dispatcher.reclaimable(QUICK), Some((id(1), 4)));
+    dispatcher.reclaimed(id(1), (17..21).map(|n| sequenced(n, 0)).collect(), false);
+    assert_eq!(
+        dispatch_all(&mut dispatcher),
+        [(2, 0); 4],
+        "the slow worker gets nothing"
+    );
+    dispatcher.idle_reported(id(2), 4, 0, LATER).unwrap();
+    dispatcher.reclaimed(id(1), vec![], true);
+    assert_eq!(
+        dispatcher.reclaimable(LATER),
+        None,
+        "the first connection is being served"
+    );
+}
+
+#[test]
+fn connections_of_a_stalled_worker_go_to_others() {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.push(5);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
+    assert_eq!(dispatcher.reclaimable(NOW), None);
+    assert_eq!(dispatcher.rebalance_deadline(), Some(STALL_TIMEOUT));
+    assert_eq!(dispatcher.reclaimable(STALL_TIMEOUT), Some((id(1), 1)));
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], false);
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
+    dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
+    for n in 6..9 {
+        dispatcher.push(n);
+        assert_eq!(
+            dispatch_all(&mut dispatcher),
+            [(2, n)],
+            "the stalled worker is last"
+        );
+        dispatcher
+            .idle_reported(id(2), u64::from(n) - 4, 0, NOW)
+            .unwrap();
+    }
+    (0..2).for_each(|n| dispatcher.push(n));
+    let dispatched = dispatch_all(&mut dispatcher);
+    assert_eq!(dispatched, [(2, 0), (1, 1)], "no other worker is idle");
+    dispatcher.idle_reported(id(1), 1, 0, NOW).unwrap();
+    dispatcher.idle_reported(id(2), 5, 0, NOW).unwrap();
+    (9..11).for_each(|n| dispatcher.push(n));
+    assert_eq!(
+        dispatch_all(&mut dispatcher),
+        [(2, 9), (1, 10)],
+        "the worker is prompt again"
+    );
+}
+
+#[test]
+fn stalled_worker_is_retried_after_penalties_that_double() {
+    let mut dispatcher = with_idle_workers(2);
+    let (mut received, mut times) = (0, Vec::new());
+    for ms in 0..4000u32 {
+        let now = Duration::from_millis(u64::from(ms));
+        dispatcher.push(ms);
+        while let Some(dispatched) = dispatcher.dispatch_next(now) {
+            if dispatched.worker == id(1) {
+                times.push(ms);
+                dispatcher.reclaimed(id(1), vec![dispatched.connection], false);
+            } else {
+                received += 1;
+                dispatcher.idle_reported(id(2), received, 0, now).unwrap();
+            }
+        }
+    }
+    assert_eq!(times, [0, 40, 120, 280, 600, 1240, 2240, 3240]);
+}
+
+#[test]
+fn stalled_idle_worker_comes_before_a_busy_one() {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.push(0);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 0)]);
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 0)], false);
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 0)]);
+    dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
+    (1..4).for_each(|n| dispatcher.push(n));
+    assert_eq!(dispatch_all(&mut dispatcher)[..2], [(2, 1), (1, 2)]);
+    dispatcher.drop_waiting();
+    dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], false);
+    dispatcher.drop_waiting();
+    assert!(
+        dispatcher.capacity() > 0,
+        "the stalled worker may respond again"
+    );
+}
+
+#[test]
+fn worker_with_an_empty_queue_has_nothing_to_reclaim() {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.push(5);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
+    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), true), 1);
+    assert_eq!(
+        (
+            dispatcher.reclaimable(LATER),
+            dispatcher.rebalance_deadline()
+        ),
+        (None, None)
+    );
+    assert_eq!(dispatcher.in_hand(), 0);
+    assert_eq!(
+        dispatcher.idle_reported(id(1), 1, 0, LATER),
+        Ok(0),
+        "the report is not news"
+    );
+}
+
+#[test]
+fn reclaimed_connections_keep_their_sequence() {
+    let mut dispatcher = with_idle_workers(1);
+    grow_window(&mut dispatcher, 1);
+    (0..3).for_each(|c| dispatcher.push(c));
+    assert_eq!(dispatch_all(&mut dispatcher).len(), 3);
+    dispatcher.push(3);
+    dispatcher.pause(id(1)).unwrap();
+    let reclaimed = vec![sequenced(18, 2), sequenced(17, 1)];
+    let (load, received) = dispatcher.queue_closed(id(1), reclaimed);
+    assert_eq!(received, 1);
+    let load = load.unwrap();
+    assert_eq!((load.given, load.taken, load.refused), (18, 16, 2));
+    dispatcher.add(id(2));
+    dispatcher.idle_reported(id(2), 0, 0, LATER).unwrap();
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 1), (2, 2), (2, 3)]);
+    assert_eq!(dispatcher.in_hand(), 3);
+}
+
+#[test]
+fn worker_with_a_full_queue_gets_nothing_until_it_is_idle() {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.push(5);
+    let Dispatched {
+        worker, connection, ..
+    } = dispatcher.dispatch_next(NOW).unwrap();
+    dispatcher.not_dispatched(worker, connection, true);
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
+    assert_eq!(dispatcher.capacity(), 0);
+    dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
+    assert_eq!(dispatcher.capacity(), 1);
+}
+
+#[test]
+fn impossible_reports_are_errors() {
+    let mut dispatcher = with_idle_workers(1);
+    assert!(dispatcher.idle_reported(id(1), 1, 0, NOW).is_err());
+    assert!(dispatcher.idle_reported(id(2), 0, 0, NOW).is_err());
+    assert!(dispatcher.pause(id(2)).is_err());
+}
+
+#[test]
+fn ended_worker_gets_no_connection() {
+    let mut dispatcher = with_idle_workers(1);
+    dispatcher.end(id(1));
+    assert_eq!(dispatcher.capacity(), 0);
+    dispatcher.push(1);
+    assert!(dispatcher.dispatch_next(NOW).is_none());
+    assert_eq!(
+        dispatcher.idle_reported(id(1), 0, 0, NOW),
+        Ok(0),
+        "a late report is no error"
+    );
+    assert!(dispatcher.dispatch_next(NOW).is_none());
+}
+
+proptest! {
+    /// Workers receive connections in any order of events. The sums stay right, and no queue exceeds
+    /// the largest window.
+    #[test]
+    fn sums_match_the_queues(steps in proptest::collection::vec((0..6u8, 1..4u32, 0..30u64), 0..200)) {
+        let mut dispatcher = with_idle_workers(3);
+        let mut queues = [const { VecDeque::new() }; 4];
+        let mut received = [0; 4];
+        let (mut accepted, mut now) = (0, NOW);
+        for (step, worker, n) in steps {
+            let (worker, index) = (id(worker), worker as usize);
+            match step {
+                0 | 1 => {
+                    dispatcher.push(0);
+                    accepted += 1;
+                }
+                2 | 3 if !queues[index].is_empty() => {
+                    queues[index].pop_front();
+                    received[index] += 1;
+                }
+                2..=4 if queues[index].is_empty() => {
+                    dispatcher.idle_reported(worker, received[index], 0, now).unwrap();
+                }
+                5 => now += Time::from_millis(n),
+                _ => {
+                    dispatcher.counted(worker, queues[index].len() as u64);
+                }
+            }
+            while let Some(dispatched) = dispatcher.dispatch_next(now) {
+                queues[dispatched.worker.get() as usize].push_back(dispatched.connection);
+            }
+            while let Some((victim, count)) = dispatcher.reclaimable(now) {
+                let queue = &mut queues[victim.get() as usize];
+                let reclaimed: Vec<_> = queue.drain(..count.min(queue.len())).collect();
+                let is_empty = reclaimed.len() < count;
+                dispatcher.reclaimed(victim, reclaimed, is_empty);
+                while let Some(dispatched) = dispatcher.dispatch_next(now) {
+                    queues[dispatched.worker.get() as usize].push_back(dispatched.connection);
+                }
+            }
+            prop_assert!(queues.iter().all(|queue| queue.len() <= MAX_WINDOW as usize));
+            for n in 1..4 {
+                dispatcher.counted(id(n), queues[n as usize].len() as u64);
+            }
+            let queued: usize = queues.iter().map(VecDeque::len).sum();
+            prop_assert_eq!(dispatcher.in_hand(), (dispatcher.waiting.len() + queued) as u64);
+            prop_assert_eq!(accepted, dispatcher.in_hand() + received.iter().sum::<u64>());
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! When the master accepts, and what becomes of a listener that fails or is shut down.
+
+use std::io;
+
+use super::listener::{AcceptState, Stage};
+use super::{Action, MasterCore};
+use crate::error::Error;
+use crate::types::endpoint::Kind;
+use crate::types::time::Time;
+use crate::wire::frame::HandleId;
+
+/// The number of connections that are accepted from one listener before other descriptors have their
+/// turn.
+///
+/// If it is larger, a busy listener delays messages, timers and other listeners for longer. If it is
+/// smaller, the poller is asked more often for the same number of connections. `cargo bench --
+/// connections` measures the cost.
+pub(crate) const ACCEPT_BATCH: u64 = 64;
+
+/// The time until the next attempt when accepting, or dispatching, has failed.
+///
+/// The listener stays readable, so the event loop would spin without a pause, for example while the
+/// table of descriptors is full. If it is longer, clients wait longer after the shortage.
+pub(super) const RETRY_DELAY: Time = Time::from_millis(100);
+
+impl<C, F> MasterCore<C, F> {
+    /// The poller reports that the listener is readable.
+    pub(crate) fn readable(&mut self, handle: HandleId) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            if listener.accept_state == AcceptState::Watched && listener.stage != Stage::Unbound {
+                listener.accept_state = AcceptState::Ready;
+                self.accept_if_possible(handle);
+            }
+        }
+    }
+
+    pub(crate) fn accepted(&mut self, handle: HandleId, connection: C) {
+        self.ledger.accepted += 1;
+        match self.listeners.get_mut(&handle) {
+            Some(listener) if listener.stage != Stage::Unbound => {
+                listener.has_accepted = true;
+                listener.dispatcher.push(connection);
+                self.dispatch_waiting(handle);
+            }
+            _ => self.ledger.dropped += 1,
+        }
+    }
+
+    /// The batch is complete. The backlog may contain more connections.
+    pub(crate) fn accept_done(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.accept_state == AcceptState::Accepting {
+            // If there is capacity, the poller reports the rest after other descriptors had their turn.
+            let has_capacity = listener.capacity() > 0;
+            listener.accept_state = match has_capacity {
+                true => AcceptState::Watched,
+                false => AcceptState::Ready,
+            };
+            self.watch(handle, has_capacity);
+            self.rebalance(handle);
+            self.resume_if_served(handle);
+        }
+    }
+
+    /// The backlog is empty.
+    pub(crate) fn drained(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.accept_state == AcceptState::Accepting {
+            // Without capacity, new connections stay in the backlog unnoticed.
+            let has_capacity = listener.capacity() > 0;
+            listener.accept_state = match has_capacity {
+                true => AcceptState::Watched,
+                false => AcceptState::Ready,
+            };
+            // The poller would report a listener that was shut down again and again.
+            let is_closed_for_good = listener.is_closed_for_good();
+            self.watch(handle, has_capacity && !is_closed_for_good);
+            self.rebalance(handle);
+            self.unbind_if_drained(handle);
+            self.resume_if_served(handle);
+        }
+    }
+
+    pub(crate) fn accept_failed(&mut self, handle: HandleId, source: io::Error) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.accept_state == AcceptState::Accepting {
+            let until = self.now.saturating_add(RETRY_DELAY);
+            listener.accept_state = AcceptState::BackingOff(until);
+            let address = listener.public_address().to_string();
+            self.watch(handle, false);
+            self.error(None, Error::Accept { address, source });
+            self.rebalance(handle);
+            self.resume_if_served(handle);
+        }
+    }
+
+    /// Another process has shut the listener, or one of its shards, down. The `outcome` is that of the
+    /// shell's attempt to listen on it again.
+    pub(crate) fn was_shut_down(&mut self, handle: HandleId, outcome: io::Result<()>) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        let address = listener.public_address().to_string();
+        let again = self.now.saturating_add(RETRY_DELAY);
+        if listener.master_accepts() {
+            listener.accept_state = AcceptState::BackingOff(again);
+            self.watch(handle, false);
+        } else if listener.key.endpoint.kind == Kind::Tcp {
+            listener.hang_up_from = Some(again);
+        }
+        self.error(None, Error::ShutDown { address, outcome });
+        self.select_shards(handle);
+        self.rebalance(handle);
+        self.resume_if_served(handle);
+    }
+
+    pub(super) fn watch_hang_up_if_due(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.hang_up_from.is_some_and(|time| time <= self.now) {
+            listener.hang_up_from = None;
+            self.actions.push_back(Action::WatchHangUp { handle });
+        }
+    }
+
+    /// Accepts if the backlog may contain a connection and the dispatcher has capacity.
+    pub(super) fn accept_if_possible(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.accept_state != AcceptState::Ready || listener.stage == Stage::Unbound {
+            return;
+        }
+        let capacity = listener.capacity();
+        if capacity > 0 && listener.dispatch_from.is_none() {
+            listener.accept_state = AcceptState::Accepting;
+            let at_most = capacity.min(ACCEPT_BATCH);
+            self.actions.push_back(Action::Accept { handle, at_most });
+        } else {
+            // The poller is level-triggered: it would wake the loop again and again until a worker is
+            // idle.
+            self.watch(handle, false);
+        }
+    }
+
+    pub(super) fn watch(&mut self, handle: HandleId, watched: bool) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.watched != watched && listener.stage != Stage::Unbound {
+            listener.watched = watched;
+            self.actions.push_back(match watched {
+                true => Action::Watch { handle },
+                false => Action::Unwatch { handle },
+            });
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The frames of workers.
+
+use std::rc::Rc;
+
+use super::{MasterCore, workers::WorkerEntry};
+use crate::core::event::{Event, Level};
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{FrameError, HandleId, ToMaster};
+
+const NOT_ONLINE: FrameError = FrameError::State("frame sent before the worker was online");
+
+impl<C, F> MasterCore<C, F> {
+    /// A message has arrived, with its descriptors.
+    pub(crate) fn message(&mut self, worker: WorkerId, bytes: Vec<u8>, fds: F) {
+        match self.workers.get(&worker) {
+            Some(entry) if entry.is_online() => {
+                self.emit(Level::Cluster, Some(worker), Event::Message { bytes, fds });
+            }
+            Some(_) => self.violation(worker, NOT_ONLINE),
+            None => {}
+        }
+    }
+}
+
+impl<C, F: Default> MasterCore<C, F> {
+    /// A frame has arrived. A message that may have descriptors comes by `message`.
+    pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster) {
+        if self.is_connected(worker) {
+            if let Err(error) = self.process(worker, frame) {
+                self.violation(worker, error);
+            }
+        }
+    }
+
+    fn process(&mut self, worker: WorkerId, frame: ToMaster) -> Result<(), FrameError> {
+        let entry = self.workers.get(&worker);
+        let is_online = entry.is_some_and(WorkerEntry::is_online);
+        if !is_online && frame != ToMaster::Online {
+            return Err(NOT_ONLINE);
+        }
+        match frame {
+            ToMaster::Online => self.online(worker),
+            ToMaster::Listen {
+                request,
+                key,
+                flags,
+            } => match entry.is_some_and(WorkerEntry::may_listen) {
+                true => self.listen(worker, request, key, flags),
+                false => Ok(()),
+            },
+            ToMaster::Listening { handle } => self.listening(worker, handle),
+            ToMaster::Idle {
+                handle,
+                taken,
+                open,
+            } => self.idle(worker, handle, taken, open),
+            ToMaster::Release { handle } => {
+                let listener = self.listeners.get(&handle);
+                let members = listener.map(|listener| &listener.members);
+                let has_it = members
+                    .is_some_and(|members| members.contains(worker) && !members.is_closing(worker));
+                if !has_it {
+                    let error = "release of a listener that the worker does not have";
+                    return Err(FrameError::State(error));
+                }
+                self.leave_listener(handle, worker);
+                Ok(())
+            }
+            ToMaster::DisconnectRequest => {
+                self.begin_disconnect(&[worker]);
+                Ok(())
+            }
+            ToMaster::Pause { handle } => {
+                let Some(listener) = self.listeners.get_mut(&handle) else {
+                    let error = "pause of a listener that the worker does not have";
+                    return Err(FrameError::State(error));
+                };
+                listener.dispatcher.pause(worker)?;
+                self.reclaim_all(handle, worker);
+                Ok(())
+            }
+            ToMaster::Message(bytes) => {
+                self.message(worker, bytes, F::default());
+                Ok(())
+            }
+        }
+    }
+
+    fn online(&mut self, worker: WorkerId) -> Result<(), FrameError> {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return Ok(());
+        };
+        if entry.is_online() {
+            let error = "second report that the worker is online";
+            return Err(FrameError::State(error));
+        }
+        entry.online();
+        self.emit_both(worker, || Event::Online);
+        Ok(())
+    }
+
+    fn listening(&mut self, worker: WorkerId, handle: HandleId) -> Result<(), FrameError> {
+        let not_held = "report of listening on a listener that the worker does not have";
+        let not_held = FrameError::State(not_held);
+        let listener = self.listeners.get_mut(&handle).ok_or(not_held)?;
+        if listener.members.listening(worker).ok_or(not_held)? {
+            let error = "second report that the worker is listening";
+            return Err(FrameError::State(error));
+        }
+        let address = Rc::new(listener.public_address());
+        self.emit_both(worker, || Event::Listening(Rc::clone(&address)));
+        Ok(())
+    }
+
+    fn idle(
+        &mut self,
+        worker: WorkerId,
+        handle: HandleId,
+        received: u64,
+        open: u32,
+    ) -> Result<(), FrameError> {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            let error = "idle for a listener that the worker does not have";
+            return Err(FrameError::State(error));
+        };
+        let dispatcher = &mut listener.dispatcher;
+        let received = dispatcher.idle_reported(worker, received, open, self.now)?;
+        self.count_received(received);
+        self.dispatch_waiting(handle);
+        // Connections queued behind a slow request were accepted before those in the backlog.
+        if !self.rebalance(handle) {
+            self.accept_if_possible(handle);
+        }
+        self.check_backlog_if_draining(handle);
+        Ok(())
+    }
+}

@@ -1,0 +1,231 @@
+//! Requests to listen: a worker joins a listener that is open, or gets a new one.
+
+use std::net::SocketAddr;
+
+use super::listener::{Listener, Ownership, Stage};
+use super::{Action, Attachment, MasterCore};
+use crate::config::settings::SchedulingPolicy;
+use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::errno;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{Bound, FrameError, HandleId, HandleKey};
+
+/// The number of listeners that one worker may have. It bounds the descriptors and the memory that a
+/// broken worker can cost the master.
+const LISTENERS_PER_WORKER_MAX: usize = 64;
+
+/// The highest number of a listener: the poller's keys have 29 bits for it, on systems of 32 bits.
+pub(super) const HANDLE_MAX: u32 = (1 << 29) - 1;
+
+/// A request to listen that waits for `bound`.
+#[derive(Debug)]
+pub(super) struct PendingBind {
+    key: HandleKey,
+    worker: WorkerId,
+    request: u32,
+}
+
+impl<C, F> MasterCore<C, F> {
+    pub(super) fn listen(
+        &mut self,
+        worker: WorkerId,
+        request: u32,
+        key: HandleKey,
+        flags: BindFlags,
+    ) -> Result<(), FrameError> {
+        if self.listeners_of(worker).count() >= LISTENERS_PER_WORKER_MAX {
+            self.reject(worker, request, errno::EMFILE);
+            return Ok(());
+        }
+        if let Some(&handle) = self.keys.get(&key) {
+            return self.listen_again(worker, request, handle, flags);
+        }
+        let handle = self.next_handle();
+        let endpoint = key.endpoint.clone();
+        let policy = self.policy_of(&endpoint);
+        let pending = PendingBind {
+            key,
+            worker,
+            request,
+        };
+        self.binding.insert(handle, pending);
+        self.actions.push_back(Action::Bind {
+            handle,
+            endpoint,
+            flags,
+            policy,
+        });
+        Ok(())
+    }
+
+    /// A worker listens on an address that has a listener.
+    fn listen_again(
+        &mut self,
+        worker: WorkerId,
+        request: u32,
+        handle: HandleId,
+        flags: BindFlags,
+    ) -> Result<(), FrameError> {
+        let listener = &self.listeners[&handle];
+        if listener.members.is_closing(worker) {
+            // There was no descriptor for reclaiming the connections in its previous queue.
+            self.reject(worker, request, errno::EMFILE);
+        } else if listener.members.contains(worker) {
+            if listener.ownership != Ownership::Adopted {
+                return Err(FrameError::State("second listen with the same index"));
+            }
+            // The worker has asked for it by its port, and again by its address.
+            self.reject(worker, request, errno::EADDRINUSE);
+        } else if self.assign_shard(handle, worker) {
+            self.join(worker, request, handle);
+        } else {
+            self.actions.push_back(Action::BindShard {
+                handle,
+                flags,
+                worker,
+                request,
+            });
+        }
+        Ok(())
+    }
+
+    /// Returns the policy of a listener on this endpoint.
+    pub(crate) fn policy_of(&self, endpoint: &Endpoint) -> SchedulingPolicy {
+        match (endpoint.kind, self.policy) {
+            // All workers read from one socket.
+            (Kind::Udp, _) => SchedulingPolicy::Shared,
+            (kind, SchedulingPolicy::Sharded)
+                if kind == Kind::Unix || endpoint.is_borrowed() || !cfg!(target_os = "linux") =>
+            {
+                SchedulingPolicy::Shared
+            }
+            (Kind::Tcp | Kind::Unix, policy) => policy,
+        }
+    }
+
+    /// Returns a number that no listener has. Numbers are used again after `HANDLE_MAX`, because a worker
+    /// can listen any number of times.
+    pub(crate) fn next_handle(&mut self) -> HandleId {
+        loop {
+            self.last_handle = self.last_handle % HANDLE_MAX + 1;
+            let handle = HandleId(self.last_handle);
+            if !self.listeners.contains_key(&handle) && !self.binding.contains_key(&handle) {
+                return handle;
+            }
+        }
+    }
+
+    /// A listener has been bound for the worker that requested it, or could not be bound.
+    pub(crate) fn bound(&mut self, handle: HandleId, result: Result<Option<SocketAddr>, i32>) {
+        let Some(pending) = self.binding.remove(&handle) else {
+            return;
+        };
+        let PendingBind {
+            key,
+            worker,
+            request,
+        } = pending;
+        let address = match result {
+            Ok(address) => address,
+            Err(errno) => return self.reject(worker, request, errno),
+        };
+        let policy = self.policy_of(&key.endpoint);
+        let listener = self.add_listener(handle, key, address, policy);
+        if policy == SchedulingPolicy::Sharded {
+            listener.shards = vec![Some(worker)];
+        }
+        self.join(worker, request, handle);
+        if policy == SchedulingPolicy::RoundRobin {
+            self.watch(handle, true);
+        }
+    }
+
+    /// Adds a listener that has been bound.
+    pub(super) fn add_listener(
+        &mut self,
+        handle: HandleId,
+        key: HandleKey,
+        address: Option<SocketAddr>,
+        policy: SchedulingPolicy,
+    ) -> &mut Listener<C> {
+        let mut listener = Listener::new(key.clone(), address, policy);
+        if self.has_scheduler {
+            listener.dispatcher.use_scheduler();
+        }
+        let can_listen_again = key.endpoint.kind != Kind::Udp && !key.endpoint.is_borrowed();
+        if !listener.master_accepts() && can_listen_again {
+            self.actions.push_back(Action::WatchHangUp { handle });
+        }
+        self.keys.insert(key, handle);
+        self.listeners.insert(handle, listener)
+    }
+
+    /// The worker serves the listener from now on.
+    pub(super) fn join(&mut self, worker: WorkerId, request: u32, handle: HandleId) {
+        // The new worker relieves those that are disconnecting.
+        let relieved = match self.reopen(handle) {
+            true => self.serving(handle),
+            false => Vec::new(),
+        };
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        listener.members.add(worker);
+        listener.dispatcher.add(worker);
+        let bound = Bound {
+            handle,
+            policy: listener.policy,
+            address: listener.address,
+        };
+        for worker in relieved {
+            self.end_for(handle, worker, false);
+        }
+        let with = match bound.policy {
+            SchedulingPolicy::RoundRobin => Attachment::Queue(handle),
+            SchedulingPolicy::Shared => Attachment::Listener(handle),
+            SchedulingPolicy::Sharded => {
+                Attachment::Shard(handle, self.shard_index(handle, worker))
+            }
+        };
+        self.reply(worker, request, Ok(bound), with);
+        self.select_shards(handle);
+    }
+
+    /// Lets new connections in again if all workers that serve the listener are disconnecting. Returns
+    /// whether that was so.
+    pub(super) fn reopen(&mut self, handle: HandleId) -> bool {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return false;
+        };
+        match listener.stage {
+            Stage::Open | Stage::Unbound => return false,
+            Stage::Pausing => {}
+            Stage::Draining(_) | Stage::Emptying => {
+                if listener.key.endpoint.kind == Kind::Tcp && listener.is_sole() {
+                    self.actions.push_back(Action::DetachSynFilter { handle });
+                }
+            }
+        }
+        listener.stage = Stage::Open;
+        self.select_shards(handle);
+        true
+    }
+
+    /// Returns the workers that serve the listener.
+    pub(super) fn serving(&self, handle: HandleId) -> Vec<WorkerId> {
+        let listener = self.listeners.get(&handle);
+        listener.map_or_else(Vec::new, |listener| listener.members.serving().collect())
+    }
+
+    /// The worker's copy of the listener, or its queue, could not be made.
+    pub(crate) fn share_failed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        request: u32,
+        errno: i32,
+    ) {
+        self.leave_listener(handle, worker);
+        self.reject(worker, request, errno);
+    }
+}

@@ -1,0 +1,129 @@
+//! The workers that have one listener.
+
+use crate::types::sorted_map::SortedMap;
+use crate::types::worker_id::WorkerId;
+
+/// What a worker still does with the listener.
+///
+/// ```text
+/// from            event                                                    to
+/// --------------  -------------------------------------------------------  -------
+/// Serving         the listener ends for this worker, or all of them        Ended
+/// Serving, Ended  the worker releases the listener, or its channel closes  Closing
+/// Closing         its queue is closed                                      (removed)
+/// ```
+///
+/// A worker without a queue is removed as soon as it is `Closing`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// New connections go to it.
+    Serving,
+    /// No new connections go to it. It may still receive, or return, those that did.
+    Ended,
+    /// The connections in its queue are being reclaimed, and the queue is being closed.
+    Closing,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    state: State,
+    /// Its application has the listener: it has sent `Listening`.
+    is_listening: bool,
+}
+
+/// The workers that may still receive or return connections of one listener.
+#[derive(Debug)]
+pub(super) struct Members(SortedMap<WorkerId, Member>);
+
+impl Members {
+    pub(super) const fn new() -> Self {
+        Self(SortedMap::new())
+    }
+
+    /// Adds a worker that serves the listener.
+    pub(super) fn add(&mut self, worker: WorkerId) {
+        let member = Member {
+            state: State::Serving,
+            is_listening: false,
+        };
+        self.0.insert(worker, member);
+    }
+
+    /// Returns whether the worker was there.
+    pub(super) fn remove(&mut self, worker: WorkerId) -> bool {
+        self.0.remove(&worker).is_some()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn contains(&self, worker: WorkerId) -> bool {
+        self.0.contains_key(&worker)
+    }
+
+    /// Whether there is any worker but this one.
+    pub(super) fn has_others(&self, worker: Option<WorkerId>) -> bool {
+        self.0.keys().any(|other| Some(*other) != worker)
+    }
+
+    pub(super) fn is_serving(&self, worker: WorkerId) -> bool {
+        self.0
+            .get(&worker)
+            .is_some_and(|member| member.state == State::Serving)
+    }
+
+    pub(super) fn is_closing(&self, worker: WorkerId) -> bool {
+        self.0
+            .get(&worker)
+            .is_some_and(|member| member.state == State::Closing)
+    }
+
+    /// Returns the workers that serve the listener.
+    pub(super) fn serving(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        let serving = self
+            .0
+            .iter()
+            .filter(|(_, member)| member.state == State::Serving);
+        serving.map(|(worker, _)| *worker)
+    }
+
+    /// Whether any worker serves the listener.
+    pub(super) fn is_served(&self) -> bool {
+        self.serving().next().is_some()
+    }
+
+    /// The worker has sent `Listening`. Returns whether it had sent that before; `None` for a worker
+    /// that does not have the listener.
+    pub(super) fn listening(&mut self, worker: WorkerId) -> Option<bool> {
+        let member = self.0.get_mut(&worker)?;
+        Some(std::mem::replace(&mut member.is_listening, true))
+    }
+
+    /// The listener ends for the worker. Returns whether the worker served it.
+    pub(super) fn end(&mut self, worker: WorkerId) -> bool {
+        match self.0.get_mut(&worker) {
+            Some(member) if member.state == State::Serving => {
+                member.state = State::Ended;
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    /// The worker has released the listener.
+    pub(super) fn release(&mut self, worker: WorkerId) {
+        self.end(worker);
+        if let Some(member) = self.0.get_mut(&worker) {
+            member.is_listening = false;
+        }
+    }
+
+    /// The worker's queue is to be closed. Returns `false` if that has begun before.
+    pub(super) fn begin_closing(&mut self, worker: WorkerId) -> bool {
+        if let Some(member) = self.0.get_mut(&worker) {
+            return std::mem::replace(&mut member.state, State::Closing) != State::Closing;
+        }
+        true
+    }
+}

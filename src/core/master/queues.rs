@@ -1,0 +1,188 @@
+//! The queues of workers: dispatching and reclaiming.
+
+use super::accept::RETRY_DELAY;
+use super::listener::{Listener, Stage};
+use super::{Action, MasterCore};
+use crate::core::dispatch::{Dispatched, Sequenced};
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+// Facts about queues.
+impl<C, F> MasterCore<C, F> {
+    /// The connection could not be put into the worker's queue: because the system `is_exhausted`, or
+    /// otherwise because of this worker.
+    pub(crate) fn not_dispatched(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Sequenced<C>,
+        is_exhausted: bool,
+    ) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            self.ledger.dropped += 1;
+            return;
+        };
+        let is_full = !is_exhausted;
+        listener
+            .dispatcher
+            .not_dispatched(worker, connection, is_full);
+        if is_exhausted {
+            self.dispatch_later(handle);
+        }
+        self.redistribute(handle);
+    }
+
+    /// The client of a connection that was to be put into the worker's queue has hung up.
+    pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId) {
+        self.ledger.closed_by_peer += 1;
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.dispatcher.hung_up(worker);
+            self.redistribute(handle);
+        }
+    }
+
+    /// There is no descriptor for reclaiming connections.
+    pub(crate) fn cannot_reclaim(&mut self, handle: HandleId) {
+        self.dispatch_later(handle);
+    }
+
+    /// These connections have been reclaimed from the worker's queue; `is_empty` says whether it is empty
+    /// now.
+    pub(crate) fn reclaimed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connections: Vec<Sequenced<C>>,
+        is_empty: bool,
+    ) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            let dispatcher = &mut listener.dispatcher;
+            let received = dispatcher.reclaimed(worker, connections, is_empty);
+            self.count_received(received);
+            self.redistribute(handle);
+        }
+    }
+
+    /// `queued` connections are in the worker's queue.
+    pub(crate) fn counted(&mut self, handle: HandleId, worker: WorkerId, queued: u64) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            let received = listener.dispatcher.counted(worker, queued);
+            self.count_received(received);
+            if received != 0 {
+                self.check_backlog_if_draining(handle);
+            }
+        }
+    }
+
+    /// The worker's queue is closed, and these connections were in it.
+    pub(crate) fn queue_closed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connections: Vec<Sequenced<C>>,
+    ) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.members.remove(worker) {
+            let (load, received) = listener.dispatcher.queue_closed(worker, connections);
+            if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
+                entry.past_load.add(&load);
+            }
+            self.count_received(received);
+            self.redistribute(handle);
+        }
+        self.remove_if_abandoned(handle);
+    }
+}
+
+// Decisions.
+impl<C, F> MasterCore<C, F> {
+    /// Counts connections that are now known to have been received.
+    pub(super) fn count_received(&mut self, more: i64) {
+        self.ledger.taken = self.ledger.taken.saturating_add_signed(more);
+    }
+
+    fn dispatch_later(&mut self, handle: HandleId) {
+        let from = self.now.saturating_add(RETRY_DELAY);
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.dispatch_from.get_or_insert(from);
+        }
+    }
+
+    /// Dispatches waiting connections to the workers that can get them.
+    pub(super) fn dispatch_waiting(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.dispatch_from.is_some() {
+            return;
+        }
+        while let Some(dispatched) = listener.dispatcher.dispatch_next(self.now) {
+            let Dispatched {
+                worker,
+                connection,
+                has_waited,
+            } = dispatched;
+            self.actions.push_back(Action::Dispatch {
+                handle,
+                worker,
+                connection,
+                has_waited,
+            });
+        }
+    }
+
+    /// Reclaims connections from the queue of a busy worker for an idle one. Returns whether there are
+    /// any.
+    pub(super) fn rebalance(&mut self, handle: HandleId) -> bool {
+        let listener = self.listeners.get(&handle);
+        let Some(listener) = listener.filter(|listener| listener.may_dispatch()) else {
+            return false;
+        };
+        let Some((worker, at_most)) = listener.dispatcher.reclaimable(self.now) else {
+            return false;
+        };
+        self.actions.push_back(Action::Reclaim {
+            handle,
+            worker,
+            at_most,
+        });
+        true
+    }
+
+    pub(super) fn reclaim_all(&mut self, handle: HandleId, worker: WorkerId) {
+        self.actions.push_back(Action::Reclaim {
+            handle,
+            worker,
+            at_most: usize::MAX,
+        });
+    }
+
+    /// Dispatches waiting connections to other workers, or closes them if the listener is closed.
+    fn redistribute(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.stage == Stage::Unbound {
+            self.ledger.dropped += listener.dispatcher.drop_waiting();
+        } else {
+            self.dispatch_waiting(handle);
+            self.accept_if_possible(handle);
+            self.rebalance(handle);
+            self.check_backlog_if_draining(handle);
+        }
+    }
+
+    /// Removes a listener that no worker has, and that does not stay open without workers.
+    pub(super) fn remove_if_abandoned(&mut self, handle: HandleId) {
+        let is_abandoned =
+            |each: &&Listener<C>| each.members.is_empty() && !each.outlives_workers();
+        if let Some(listener) = self.listeners.get(&handle).filter(is_abandoned) {
+            if !listener.master_accepts() {
+                self.close_socket(handle);
+            }
+            self.listeners.remove(&handle);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Listeners that the application retains: they stay open without workers.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::MasterCore;
+use super::listener::{AcceptState, Ownership, Stage};
+use crate::config::settings::SchedulingPolicy;
+use crate::types::address::Address;
+use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::wire::frame::{HandleId, HandleKey};
+
+impl<C, F> MasterCore<C, F> {
+    /// Retains a listener that is open on this endpoint: the first one that is not retained yet, or,
+    /// unless the system chooses the port, the first one of all. If it returns `None`, the shell opens a
+    /// listener and calls `retained`.
+    pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
+        let open = || self.handles_at(endpoint);
+        let unretained = open().find(|handle| !self.listeners[handle].is_retained());
+        let first = || open().next().filter(|_| !endpoint.is_any_port());
+        let handle = unretained.or_else(first)?;
+        let listener = self.listeners.get_mut(&handle)?;
+        listener.retained_by += 1;
+        if self.reopen(handle) {
+            self.pause(handle);
+        }
+        Some(handle)
+    }
+
+    /// Returns the listeners of an endpoint, by index.
+    fn handles_at<'a>(&'a self, endpoint: &'a Endpoint) -> impl Iterator<Item = HandleId> + 'a {
+        let key = |index| HandleKey {
+            endpoint: endpoint.clone(),
+            index,
+        };
+        (0..).map_while(move |index| self.keys.get(&key(index)).copied())
+    }
+
+    /// The application retains this listener, which the shell has just opened.
+    pub(crate) fn retained(
+        &mut self,
+        handle: HandleId,
+        endpoint: Endpoint,
+        address: Option<SocketAddr>,
+        policy: SchedulingPolicy,
+    ) {
+        self.is_policy_frozen = true;
+        let count = self.handles_at(&endpoint).count();
+        let index = u32::try_from(count).unwrap_or(u32::MAX);
+        let key = HandleKey { endpoint, index };
+        let listener = self.add_listener(handle, key, address, policy);
+        listener.retained_by = 1;
+        // The poller does not watch it as long as no worker has it.
+        listener.accept_state = AcceptState::Ready;
+        if policy == SchedulingPolicy::Sharded {
+            (listener.shards, listener.spare_shard) = (vec![None], Some(0));
+        }
+    }
+
+    /// The application retains this listener, which was open before the master got it.
+    pub(crate) fn adopted(
+        &mut self,
+        handle: HandleId,
+        endpoint: Endpoint,
+        address: Option<SocketAddr>,
+    ) {
+        let policy = match self.policy {
+            // The process that opened it need not have allowed others to share its port.
+            SchedulingPolicy::Sharded => SchedulingPolicy::Shared,
+            policy @ (SchedulingPolicy::RoundRobin | SchedulingPolicy::Shared) => policy,
+        };
+        self.retained(handle, endpoint, address, policy);
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.ownership = Ownership::Adopted;
+        }
+        if let Some(address) = address.filter(|address| address.ip().is_unspecified()) {
+            let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
+            let key = HandleKey { endpoint, index: 0 };
+            self.keys.get_or_insert_with(key, || handle);
+        }
+    }
+
+    /// The application has had a descriptor of this listener, and may have given it to another process.
+    pub(crate) fn mark_borrowed(&mut self, handle: HandleId) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            if listener.ownership == Ownership::Sole {
+                listener.ownership = Ownership::Borrowed;
+            }
+        }
+    }
+
+    /// Returns the path of the file of a Unix socket.
+    pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
+        match &self.listeners.get(&handle)?.key.endpoint.place {
+            Place::Path(path) => Some(path.clone()),
+            Place::Ip(_) | Place::Port(_) | Place::Fd(_) => None,
+        }
+    }
+
+    /// Returns the address of a listener as the application knows it.
+    pub(crate) fn address_of(&self, handle: HandleId) -> Option<Address> {
+        let listener = self.listeners.get(&handle)?;
+        Some(listener.public_address())
+    }
+
+    /// The application releases a listener, which closes if no worker serves it.
+    pub(crate) fn release(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        listener.retained_by -= 1;
+        if listener.is_retained() {
+            return;
+        }
+        if !listener.members.is_served() {
+            let leaving = None;
+            self.close_unserved(handle, leaving);
+            self.remove_if_abandoned(handle);
+        } else if listener.stage == Stage::Pausing {
+            listener.stage = Stage::Open;
+            self.begin_drain(handle);
+        }
+    }
+
+    /// All workers that serve a retained listener disconnect. New connections wait for the next worker.
+    pub(super) fn pause(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        match listener.policy {
+            SchedulingPolicy::RoundRobin => {
+                listener.stage = Stage::Pausing;
+                if listener.accept_state == AcceptState::Watched {
+                    listener.accept_state = AcceptState::Ready;
+                }
+                self.watch(handle, false);
+                self.resume_if_served(handle);
+            }
+            SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
+                self.end_for_all(handle, false);
+            }
+        }
+    }
+
+    /// Ends a pausing listener for its workers, and opens it again, if they have received all connections
+    /// that were accepted.
+    pub(super) fn resume_if_served(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.stage != Stage::Pausing || listener.accept_state == AcceptState::Accepting {
+            return;
+        }
+        if listener.dispatcher.in_hand() == 0 {
+            listener.stage = Stage::Open;
+            self.end_for_all(handle, true);
+        } else {
+            self.count_queues(handle);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The shards of a sharded listener: one listening socket per worker, on the same port.
+
+use super::listener::Stage;
+use super::{Action, MasterCore};
+use crate::config::settings::SchedulingPolicy;
+use crate::error::Error;
+use crate::types::errno;
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+impl<C, F> MasterCore<C, F> {
+    /// Assigns a free shard to the worker. Returns `false` if one must be bound first; always `true` for
+    /// a listener without shards.
+    pub(super) fn assign_shard(&mut self, handle: HandleId, worker: WorkerId) -> bool {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return false;
+        };
+        let free = listener.shards.iter().position(Option::is_none);
+        // Connections that arrived while no worker served come first.
+        match listener.spare_shard.take().or(free) {
+            Some(shard) => {
+                listener.shards[shard] = Some(worker);
+                true
+            }
+            None => listener.policy != SchedulingPolicy::Sharded,
+        }
+    }
+
+    /// Returns the index of the worker's shard.
+    pub(super) fn shard_index(&self, handle: HandleId, worker: WorkerId) -> usize {
+        let listener = self.listeners.get(&handle);
+        let shards = listener.map_or(&[][..], |listener| &listener.shards);
+        let own = shards.iter().position(|shard| *shard == Some(worker));
+        own.unwrap_or(usize::MAX)
+    }
+
+    /// One more shard has been bound, or could not be bound.
+    pub(crate) fn shard_bound(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        request: u32,
+        result: Result<(), i32>,
+    ) {
+        match (result, self.listeners.get_mut(&handle)) {
+            (Ok(()), Some(listener)) => {
+                listener.shards.push(None);
+                self.actions.push_back(Action::WatchHangUp { handle });
+                // Another shard may have become free meanwhile.
+                self.assign_shard(handle, worker);
+                self.join(worker, request, handle);
+            }
+            (Ok(()), None) => self.reject(worker, request, errno::EINVAL),
+            (Err(errno), _) => self.reject(worker, request, errno),
+        }
+    }
+
+    /// `count` connections reached no shard, and were reset.
+    pub(crate) fn misdirected(&mut self, handle: HandleId, count: u64) {
+        self.ledger.accepted += count;
+        self.ledger.dropped += count;
+        let Some(listener) = self.listeners.get(&handle) else {
+            return;
+        };
+        // While the listener drains, the selector is selected: a connection that arrives there completes
+        // its handshake by a SYN cookie.
+        if count > 0 && listener.stage == Stage::Open {
+            let address = listener.public_address().to_string();
+            self.error(None, Error::Misdirected { address, count });
+            self.select_shards(handle);
+        }
+    }
+
+    /// Sends new connections to the shards of the workers that serve; if no worker does, to the shard of
+    /// the next worker.
+    pub(super) fn select_shards(&mut self, handle: HandleId) {
+        self.choose_spare_shard(handle);
+        let Some(listener) = self.listeners.get(&handle) else {
+            return;
+        };
+        match listener.stage {
+            Stage::Open | Stage::Pausing => {}
+            Stage::Draining(_) | Stage::Emptying | Stage::Unbound => return,
+        }
+        let is_served = |shard: &Option<WorkerId>| {
+            shard.is_some_and(|worker| listener.members.is_serving(worker))
+        };
+        let shards = listener.shards.iter().enumerate();
+        let served = shards.filter(|(_, shard)| is_served(shard));
+        let served = served.map(|(index, _)| index);
+        let shards: Vec<_> = served.chain(listener.spare_shard).collect();
+        if !shards.is_empty() {
+            self.actions
+                .push_back(Action::SelectShards { handle, shards });
+        }
+    }
+
+    /// Chooses a shard for the next worker if no worker serves a retained listener. If no shard is free,
+    /// the worker of the first one releases it without draining it.
+    fn choose_spare_shard(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        let is_needed = listener.outlives_workers()
+            && !listener.members.is_served()
+            && listener.spare_shard.is_none();
+        if !is_needed || listener.shards.is_empty() {
+            return;
+        }
+        let free = listener.shards.iter().position(Option::is_none);
+        let spare = free.unwrap_or_default();
+        listener.spare_shard = Some(spare);
+        if let Some(worker) = listener.shards[spare].take() {
+            listener.departing.retain(|(_, other)| *other != worker);
+            self.send_listener_closed(handle, worker, false);
+        }
+    }
+
+    /// Tells workers to drain their shards if no new connections have been sent there for the grace
+    /// period.
+    pub(super) fn end_departing(&mut self, handle: HandleId) {
+        loop {
+            let Some(listener) = self.listeners.get_mut(&handle) else {
+                return;
+            };
+            let is_due = |(time, _): &&(Time, WorkerId)| *time <= self.now;
+            let Some(&(time, worker)) = listener.departing.first().filter(is_due) else {
+                return;
+            };
+            listener.departing.remove(&(time, worker));
+            let shard = Some(self.shard_index(handle, worker));
+            self.actions.push_back(Action::Unblock { handle, shard });
+            self.send_listener_closed(handle, worker, true);
+        }
+    }
+
+    /// The worker leaves its shard. The next worker gets the shard, with the connections that are left
+    /// in its backlog. The shard stays bound meanwhile, so that the others keep their indices.
+    pub(super) fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
+        let shard = self.shard_index(handle, worker);
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        listener.departing.retain(|(_, other)| *other != worker);
+        if let Some(shard) = listener.shards.get_mut(shard) {
+            *shard = None;
+        }
+        self.select_shards(handle);
+    }
+}

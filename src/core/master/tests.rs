@@ -1,0 +1,443 @@
+//! Tests of the master's decisions, mostly about listeners.
+
+use std::os::unix::process::ExitStatusExt;
+
+use super::listen::HANDLE_MAX;
+use super::*;
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::errno;
+use crate::wire::frame::ToMaster;
+
+/// Connections are numbers, and messages have no descriptors.
+type Core = MasterCore<u32, ()>;
+
+/// A worker listens on a port that has no listener. Returns the new listener.
+fn listen(core: &mut Core, worker: WorkerId, port: u16) -> HandleId {
+    let endpoint = Endpoint::new(Kind::Tcp, Place::Port(port));
+    let listen = ToMaster::Listen {
+        request: 1,
+        key: HandleKey { endpoint, index: 0 },
+        flags: BindFlags::default(),
+    };
+    core.frame(worker, listen);
+    let is_bind = |action: &Action<u32>| matches!(action, Action::Bind { .. });
+    let bind = std::iter::from_fn(|| core.next_action()).find(is_bind);
+    let Some(Action::Bind { handle, .. }) = bind else {
+        unreachable!("the port has no listener");
+    };
+    core.bound(handle, Ok(None));
+    handle
+}
+
+#[test]
+fn listener_numbers_wrap_around_and_skip_those_in_use() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let worker = online(&mut core);
+    assert_eq!(listen(&mut core, worker, 1), HandleId(1));
+    core.last_handle = HANDLE_MAX - 1;
+    assert_eq!(listen(&mut core, worker, 2), HandleId(HANDLE_MAX));
+    assert_eq!(listen(&mut core, worker, 3), HandleId(2));
+}
+
+#[test]
+fn worker_ids_run_out_and_are_never_used_again() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    core.last_worker = WorkerId::MAX - 1;
+    let last = core.next_worker_id();
+    assert_eq!(last, Some(WorkerId::new(WorkerId::MAX)));
+    core.forked(last.unwrap());
+    assert_eq!(core.next_worker_id(), None);
+}
+
+/// Sets a scheduler. Returns a listener, and an idle worker that serves it.
+fn with_scheduler(core: &mut Core) -> (HandleId, WorkerId) {
+    core.use_scheduler();
+    let worker = online(core);
+    let handle = listen(core, worker, 1);
+    let (taken, open) = (0, 0);
+    core.frame(
+        worker,
+        ToMaster::Idle {
+            handle,
+            taken,
+            open,
+        },
+    );
+    while core.next_action().is_some() {}
+    (handle, worker)
+}
+
+/// Carries out the actions. Returns the connections that are dispatched, and whether they have waited.
+fn dispatched(core: &mut Core) -> Vec<(u32, bool)> {
+    let actions = std::iter::from_fn(|| core.next_action());
+    let dispatched = actions.filter_map(|action| match action {
+        Action::Dispatch {
+            connection,
+            has_waited,
+            ..
+        } => Some((connection.connection, has_waited)),
+        _ => None,
+    });
+    dispatched.collect()
+}
+
+#[test]
+fn clients_of_connections_that_have_waited_are_checked_before_the_dispatch() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let (handle, worker) = with_scheduler(&mut core);
+    for client in 1..=17 {
+        core.accepted(handle, client);
+        let (handle, sequence, _) = core.unscheduled().unwrap();
+        core.choose(handle, sequence, Some(worker));
+    }
+    let at_once: Vec<_> = (1..=16).map(|client| (client, false)).collect();
+    assert_eq!(dispatched(&mut core), at_once);
+    let idle = ToMaster::Idle {
+        handle,
+        taken: 1,
+        open: 0,
+    };
+    core.frame(worker, idle);
+    assert_eq!(dispatched(&mut core), [(17, true)]);
+    assert_eq!(core.ledger().in_hand(), 16);
+    core.hung_up(handle, worker);
+    assert_eq!(core.ledger().in_hand(), 15);
+    assert_eq!(core.ledger().closed_by_peer, 1);
+}
+
+#[test]
+fn sweeps_take_turns_through_all_connections() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let (first, worker) = with_scheduler(&mut core);
+    let second = listen(&mut core, worker, 2);
+    (0..3).for_each(|client| core.accepted(first, client));
+    (3..5).for_each(|client| core.accepted(second, client));
+    let mut checked = Vec::new();
+    for _ in 0..4 {
+        core.sweep(2, |client| {
+            checked.push(*client);
+            false
+        });
+    }
+    // Each call checks one listener, and continues where its last sweep ended.
+    assert_eq!(checked, [0, 1, 3, 4, 2, 3, 0, 1]);
+    // The first sweep of each listener ends with its last connection, and the next starts again.
+    for _ in 0..2 {
+        core.sweep(usize::MAX, |client| client % 2 == 0);
+    }
+    assert_eq!(core.ledger().closed_by_peer, 3);
+    assert_eq!(core.in_hand(), 2);
+}
+
+fn online(core: &mut Core) -> WorkerId {
+    let worker = core.next_worker_id().unwrap();
+    core.forked(worker);
+    core.frame(worker, ToMaster::Online);
+    worker
+}
+
+fn port(port: u16) -> Endpoint {
+    Endpoint::new(Kind::Tcp, Place::Port(port))
+}
+
+fn ip(text: &str) -> Endpoint {
+    Endpoint::new(Kind::Tcp, Place::Ip(text.parse().unwrap()))
+}
+
+/// The application opens a listener. Returns it.
+fn retain(core: &mut Core, endpoint: Endpoint) -> HandleId {
+    let (handle, policy) = (core.next_handle(), core.policy_of(&endpoint));
+    core.retained(handle, endpoint, None, policy);
+    handle
+}
+
+/// A worker listens on an endpoint. Returns the actions.
+fn request(core: &mut Core, worker: WorkerId, endpoint: Endpoint) -> Vec<Action<u32>> {
+    let listen = ToMaster::Listen {
+        request: 1,
+        key: HandleKey { endpoint, index: 0 },
+        flags: BindFlags::default(),
+    };
+    core.frame(worker, listen);
+    actions(core)
+}
+
+fn actions(core: &mut Core) -> Vec<Action<u32>> {
+    std::iter::from_fn(|| core.next_action()).collect()
+}
+
+/// Returns the shard that a worker gets.
+fn shard(actions: &[Action<u32>]) -> Option<usize> {
+    actions.iter().find_map(|action| match action {
+        Action::Send {
+            with: Attachment::Shard(_, shard),
+            ..
+        } => Some(*shard),
+        _ => None,
+    })
+}
+
+/// Returns the shards to which new connections go after these actions.
+fn selected(actions: &[Action<u32>]) -> Option<&[usize]> {
+    actions.iter().rev().find_map(|action| match action {
+        Action::SelectShards { shards, .. } => Some(&shards[..]),
+        _ => None,
+    })
+}
+
+fn is_closing(actions: &[Action<u32>]) -> bool {
+    actions.iter().any(|action| {
+        matches!(
+            action,
+            Action::AttachSynFilter { .. } | Action::Unbind { .. } | Action::RemoveFile { .. }
+        )
+    })
+}
+
+#[test]
+fn hang_up_of_the_last_waiting_client_ends_a_drain() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let worker = online(&mut core);
+    // A borrowed listener is returned when the accepted connections have been served.
+    let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(3));
+    let requested = request(&mut core, worker, borrowed);
+    let is_bind = matches!(requested[..], [Action::Bind { .. }]);
+    assert!(is_bind, "{requested:?}");
+    let handle = HandleId(1);
+    core.bound(handle, Ok(None));
+    core.accepted(handle, 7);
+    core.disconnect_all(true);
+    assert!(!is_closing(&actions(&mut core)), "a client waits");
+    core.sweep(8, |_| false);
+    assert!(!is_closing(&actions(&mut core)));
+    core.sweep(8, |_| true);
+    assert!(is_closing(&actions(&mut core)));
+    assert_eq!(core.ledger().closed_by_peer, 1);
+}
+
+#[test]
+fn retained_listener_stays_open_until_it_is_released() {
+    for policy in [
+        SchedulingPolicy::RoundRobin,
+        SchedulingPolicy::Shared,
+        SchedulingPolicy::Sharded,
+    ] {
+        let mut core = Core::new(policy);
+        let handle = retain(&mut core, port(1));
+        for exits_unasked in [true, false] {
+            let worker = online(&mut core);
+            assert!(!is_closing(&request(&mut core, worker, port(1))));
+            if !exits_unasked {
+                core.disconnect_all(true);
+            }
+            core.channel_closed(worker);
+            core.exited(worker, ExitStatusExt::from_raw(0));
+            assert!(!is_closing(&actions(&mut core)));
+            core.queue_closed(handle, worker, Vec::new());
+        }
+        let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
+        let last = events.last().map(|emitted| &emitted.event);
+        assert!(matches!(last, Some(Event::Disconnected)), "{policy:?}");
+        core.release(handle);
+        assert!(is_closing(&actions(&mut core)));
+        assert_eq!(core.sizes().handles, 0);
+    }
+}
+
+#[test]
+fn last_worker_serves_accepted_connections_before_it_disconnects() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let handle = retain(&mut core, port(1));
+    let worker = online(&mut core);
+    request(&mut core, worker, port(1));
+    let idle = |taken| ToMaster::Idle {
+        handle,
+        taken,
+        open: 0,
+    };
+    core.frame(worker, idle(0));
+    let accepts = |actions: &[Action<u32>]| {
+        let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { .. });
+        actions.iter().any(is_accept)
+    };
+    let ends = |actions: &[Action<u32>]| {
+        actions.iter().any(|action| {
+            matches!(
+                action,
+                Action::Send {
+                    frame: ToWorker::ListenerClosed { .. },
+                    ..
+                }
+            )
+        })
+    };
+    assert!(accepts(&actions(&mut core)));
+    // The connection is accepted after the disconnect was requested.
+    core.disconnect(worker);
+    assert!(!ends(&actions(&mut core)));
+    core.accepted(handle, 7);
+    core.accept_done(handle);
+    let dispatched = actions(&mut core);
+    let is_dispatch = |action: &Action<u32>| matches!(action, Action::Dispatch { .. });
+    assert!(dispatched.iter().any(is_dispatch));
+    assert!(!ends(&dispatched) && !accepts(&dispatched));
+    core.readable(handle);
+    assert!(!accepts(&actions(&mut core)));
+    core.frame(worker, idle(1));
+    let last = actions(&mut core);
+    assert!(ends(&last) && !accepts(&last) && !is_closing(&last));
+}
+
+#[test]
+fn borrowed_listener_is_neither_filtered_nor_shut_down() {
+    for policy in [
+        SchedulingPolicy::RoundRobin,
+        SchedulingPolicy::Shared,
+        SchedulingPolicy::Sharded,
+    ] {
+        for is_borrowed in [false, true] {
+            let mut core = Core::new(policy);
+            let handle = retain(&mut core, port(1));
+            let worker = online(&mut core);
+            request(&mut core, worker, port(1));
+            if is_borrowed {
+                core.mark_borrowed(handle);
+            }
+            core.release(handle);
+            core.disconnect_all(true);
+            let mut all = actions(&mut core);
+            core.drained(handle);
+            core.channel_closed(worker);
+            core.exited(worker, ExitStatusExt::from_raw(0));
+            all.extend(actions(&mut core));
+            core.queue_closed(handle, worker, Vec::new());
+            all.extend(actions(&mut core));
+            let has = |is: fn(&Action<u32>) -> bool| all.iter().any(is);
+            let filtered = has(|action| matches!(action, Action::AttachSynFilter { .. }));
+            let stopped = has(|action| matches!(action, Action::StopListening { .. }));
+            assert_eq!(
+                (filtered, stopped),
+                (!is_borrowed, !is_borrowed),
+                "{policy:?}"
+            );
+            assert!(has(|action| matches!(action, Action::Unbind { .. })));
+            assert_eq!(core.sizes().handles, 0);
+        }
+    }
+}
+
+#[test]
+fn sharded_listener_opens_again_while_a_worker_empties_its_shard() {
+    let mut core = Core::new(SchedulingPolicy::Sharded);
+    let first = online(&mut core);
+    request(&mut core, first, port(1));
+    let handle = HandleId(1);
+    core.bound(handle, Ok(None));
+    let second = online(&mut core);
+    request(&mut core, second, port(1));
+    core.shard_bound(handle, second, 1, Ok(()));
+    core.disconnect(first);
+    actions(&mut core);
+    // The only worker that serves exits.
+    core.channel_closed(second);
+    let emptying = actions(&mut core);
+    let filters = |action: &Action<u32>| matches!(action, Action::AttachSynFilter { .. });
+    assert!(emptying.iter().any(filters), "{emptying:?}");
+    assert!(core.is_bound(handle));
+    // A worker that listens now gets the same listener.
+    let third = online(&mut core);
+    let joined = request(&mut core, third, port(1));
+    assert_eq!(
+        (shard(&joined), selected(&joined)),
+        (Some(1), Some(&[1][..]))
+    );
+    let unfilters = |action: &Action<u32>| matches!(action, Action::DetachSynFilter { .. });
+    assert!(joined.iter().any(unfilters), "{joined:?}");
+    // It closes with the last of its workers.
+    core.channel_closed(first);
+    assert!(!is_closing(&actions(&mut core)));
+    core.channel_closed(third);
+    assert!(is_closing(&actions(&mut core)));
+    assert_eq!(core.sizes().handles, 0);
+}
+
+#[test]
+fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() {
+    let mut core = Core::new(SchedulingPolicy::Sharded);
+    let handle = retain(&mut core, port(1));
+    let first = online(&mut core);
+    assert_eq!(shard(&request(&mut core, first, port(1))), Some(0));
+    let second = online(&mut core);
+    request(&mut core, second, port(1));
+    core.shard_bound(handle, second, 1, Ok(()));
+    let bound = actions(&mut core);
+    assert_eq!(
+        (shard(&bound), selected(&bound)),
+        (Some(1), Some(&[0, 1][..]))
+    );
+    // Both disconnect. The first one releases its shard without draining it.
+    core.disconnect_all(false);
+    assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
+    core.frame(second, ToMaster::Release { handle });
+    assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
+    let third = online(&mut core);
+    let joined = request(&mut core, third, port(1));
+    assert_eq!(
+        (shard(&joined), selected(&joined)),
+        (Some(0), Some(&[0][..]))
+    );
+    // While a shard is being bound for the fifth worker, the others exit.
+    let fourth = online(&mut core);
+    assert_eq!(shard(&request(&mut core, fourth, port(1))), Some(1));
+    let fifth = online(&mut core);
+    assert_eq!(shard(&request(&mut core, fifth, port(1))), None);
+    core.channel_closed(fourth);
+    core.channel_closed(third);
+    assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
+    core.shard_bound(handle, fifth, 1, Ok(()));
+    let bound = actions(&mut core);
+    assert_eq!((shard(&bound), selected(&bound)), (Some(0), Some(&[0][..])));
+}
+
+#[test]
+fn adopted_listener_is_found_by_its_address_and_by_its_port_if_unspecified() {
+    let mut core = Core::new(SchedulingPolicy::Sharded);
+    let mut adopt = |text: &str| {
+        let handle = core.next_handle();
+        core.adopted(handle, ip(text), text.parse().ok());
+        handle
+    };
+    let (all, both) = (adopt("0.0.0.0:80"), adopt("[::]:80"));
+    let again = adopt("[::]:80");
+    let one = adopt("127.0.0.1:81");
+    let mut shared = |endpoint| {
+        let worker = online(&mut core);
+        let requested = request(&mut core, worker, endpoint);
+        requested.into_iter().find_map(|action| match action {
+            Action::Send {
+                with: Attachment::Listener(handle),
+                ..
+            } => Some(handle),
+            _ => None,
+        })
+    };
+    assert_eq!(shared(port(80)), Some(all), "the first one");
+    assert_eq!(shared(ip("0.0.0.0:80")), Some(all));
+    assert_eq!(shared(ip("[::]:80")), Some(both));
+    assert_eq!(shared(ip("127.0.0.1:81")), Some(one));
+    assert_eq!(shared(port(81)), None);
+    let worker = online(&mut core);
+    request(&mut core, worker, port(80));
+    let twice = request(&mut core, worker, ip("0.0.0.0:80"));
+    let is_error = |action: &Action<u32>| {
+        let Action::Send { frame, .. } = action else {
+            return false;
+        };
+        matches!(frame, ToWorker::Reply { result, .. } if *result == Err(errno::EADDRINUSE))
+    };
+    assert!(twice.iter().any(is_error) && core.is_connected(worker));
+    core.release(again);
+    core.release(all);
+    assert!(core.is_bound(all), "a worker has it");
+    assert!(!core.is_bound(again));
+}

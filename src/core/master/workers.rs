@@ -1,0 +1,477 @@
+//! Workers, from fork to exit.
+
+use std::collections::BTreeSet;
+use std::process::ExitStatus;
+use std::rc::Rc;
+
+use super::listener::Stage;
+use super::{Action, Attachment, MasterCore};
+use crate::core::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
+use crate::error::Error;
+use crate::types::loads::WorkerLoad;
+use crate::types::signal::Signal;
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{FrameError, ToWorker};
+
+/// How many errors are delivered of a process whose channel is closed.
+///
+/// An error callback may cause the next error, for example by sending to that process. Without a limit,
+/// the exit of the process, which is its last event, would never be delivered. The callback has the
+/// result of its own call in any case.
+const LATE_ERRORS_MAX: u32 = 16;
+
+/// The channel and the process of a worker.
+///
+/// ```text
+/// from                  event                               to
+/// --------------------  ----------------------------------  -------------------------
+/// Starting              the worker sends `Online`           Online
+/// Starting, Online      the application closes the channel  Closing
+/// Starting, Online      the process exits                   Closing, with its status
+/// Closing               the worker sends `Online`           Closing, with `is_online`
+/// Closing               the process exits                   Closing, with its status
+/// Closing, with status  the channel is closed               Exited
+/// any with a channel    the channel is closed               Disconnected
+/// Disconnected          the process exits                   Exited
+/// Exited                the application is notified         (removed)
+/// ```
+#[derive(Clone, Copy, Debug)]
+enum Life {
+    /// Forked.
+    Starting,
+    /// It has sent `Online`: its application runs.
+    Online,
+    /// The channel is write-closed: nothing more is sent, but the final frames of the worker are
+    /// processed.
+    Closing {
+        is_online: bool,
+        status: Option<ExitStatus>,
+    },
+    /// The channel is closed, and the process has not exited.
+    Disconnected,
+    Exited(ExitStatus),
+}
+
+#[derive(Debug)]
+pub(super) struct WorkerEntry {
+    life: Life,
+    /// The state of which the application has been notified.
+    pub(super) reported: WorkerState,
+    /// The master or the worker has requested the disconnect.
+    disconnect_requested: bool,
+    /// Sent when the channel is closed.
+    kill_signal: Option<Signal>,
+    /// The worker is killed if it has not exited by this time.
+    deadline: Option<Time>,
+    /// [`run`](crate::Master::run) waits for its exit.
+    pub(super) referenced: bool,
+    /// Errors since its channel was closed.
+    late_errors: u32,
+    /// Its load on listeners that it has left.
+    pub(super) past_load: WorkerLoad,
+}
+
+impl WorkerEntry {
+    fn new(worker: WorkerId) -> Self {
+        Self {
+            life: Life::Starting,
+            reported: WorkerState::None,
+            disconnect_requested: false,
+            kill_signal: None,
+            deadline: None,
+            referenced: true,
+            late_errors: 0,
+            past_load: WorkerLoad::new(worker),
+        }
+    }
+
+    /// Whether its frames are processed.
+    fn is_connected(&self) -> bool {
+        match self.life {
+            Life::Starting | Life::Online | Life::Closing { .. } => true,
+            Life::Disconnected | Life::Exited(_) => false,
+        }
+    }
+
+    /// Whether frames can be sent to it.
+    fn is_writable(&self) -> bool {
+        match self.life {
+            Life::Starting | Life::Online => true,
+            Life::Closing { .. } | Life::Disconnected | Life::Exited(_) => false,
+        }
+    }
+
+    /// Whether its channel is open and it has sent `Online`.
+    pub(super) fn is_online(&self) -> bool {
+        match self.life {
+            Life::Online => true,
+            Life::Closing { is_online, .. } => is_online,
+            Life::Starting | Life::Disconnected | Life::Exited(_) => false,
+        }
+    }
+
+    /// Whether a request to listen is answered: a worker that disconnects does not wait for an answer.
+    pub(super) fn may_listen(&self) -> bool {
+        self.is_writable() && !self.disconnect_requested
+    }
+
+    fn status(&self) -> Option<ExitStatus> {
+        match self.life {
+            Life::Starting | Life::Online | Life::Disconnected => None,
+            Life::Closing { status, .. } => status,
+            Life::Exited(status) => Some(status),
+        }
+    }
+
+    /// The worker has sent `Online`.
+    pub(super) fn online(&mut self) {
+        match &mut self.life {
+            life @ Life::Starting => *life = Life::Online,
+            Life::Closing { is_online, .. } => *is_online = true,
+            Life::Online | Life::Disconnected | Life::Exited(_) => {}
+        }
+    }
+}
+
+// Facts about workers.
+impl<C, F> MasterCore<C, F> {
+    /// A worker has been forked with the id of `next_worker_id`.
+    pub(crate) fn forked(&mut self, worker: WorkerId) {
+        self.is_policy_frozen = true;
+        self.last_worker = worker.get();
+        self.workers.insert(worker, WorkerEntry::new(worker));
+        self.referenced += 1;
+        self.emit(Level::Cluster, Some(worker), Event::Fork);
+    }
+
+    /// The worker is broken or hostile. Its further frames are ignored, and it is killed.
+    pub(crate) fn violation(&mut self, worker: WorkerId, source: FrameError) {
+        if !self.is_connected(worker) {
+            return;
+        }
+        let error = Error::Frame {
+            worker: Some(worker),
+            source,
+        };
+        self.error(Some(worker), error);
+        self.signal(worker, Signal::KILL);
+        self.actions.push_back(Action::DiscardChannel { worker });
+        self.channel_closed(worker);
+    }
+
+    pub(crate) fn channel_closed(&mut self, worker: WorkerId) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if !entry.is_connected() {
+            return;
+        }
+        let (status, kill_signal) = (entry.status(), entry.kill_signal);
+        entry.life = match status {
+            Some(status) => Life::Exited(status),
+            None => Life::Disconnected,
+        };
+        let handles: Vec<_> = self.listeners_of(worker).collect();
+        for handle in handles {
+            self.leave_listener(handle, worker);
+        }
+        self.emit_both(worker, || Event::Disconnect);
+        match (status, kill_signal) {
+            (Some(status), _) => self.emit_exit(worker, status),
+            (None, Some(signal)) => self.signal(worker, signal),
+            (None, None) => {}
+        }
+    }
+
+    pub(crate) fn exited(&mut self, worker: WorkerId, status: ExitStatus) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return self.detached_exited(worker, status);
+        };
+        if entry.status().is_some() {
+            return;
+        }
+        if let Some(deadline) = entry.deadline.take() {
+            self.deadlines.remove(&(deadline, worker));
+        }
+        if entry.is_connected() {
+            // The final frames that it sent before it exited are processed.
+            self.write_close(worker, Some(status));
+        } else {
+            entry.life = Life::Exited(status);
+            self.emit_exit(worker, status);
+        }
+    }
+
+    /// Nothing more is sent to the worker, whose process has exited if there is a `status`.
+    fn write_close(&mut self, worker: WorkerId, status: Option<ExitStatus>) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        let was_writable = entry.is_writable();
+        entry.life = Life::Closing {
+            is_online: entry.is_online(),
+            status,
+        };
+        if was_writable {
+            let handles: Vec<_> = self.listeners_of(worker).collect();
+            for handle in handles {
+                if let Some(listener) = self.listeners.get_mut(&handle) {
+                    listener.dispatcher.end(worker);
+                }
+            }
+            self.actions.push_back(Action::CloseChannel { worker });
+        }
+    }
+
+    fn emit_exit(&mut self, worker: WorkerId, status: ExitStatus) {
+        let entry = self.workers.get(&worker);
+        let exit_report = ExitReport {
+            status,
+            exited_after_disconnect: entry.is_some_and(|entry| entry.disconnect_requested),
+        };
+        self.emit_both(worker, || Event::Exit(exit_report));
+    }
+
+    /// Kills the workers whose deadline is over. Their exits are noticed like any other.
+    pub(super) fn kill_overdue(&mut self) {
+        let is_over = |deadline: &Time| *deadline <= self.now;
+        let mut overdue = Vec::new();
+        if self.stop_deadline.as_ref().is_some_and(is_over) {
+            self.stop_deadline = None;
+            overdue.extend(self.workers.keys().copied());
+        }
+        while let Some(&(deadline, worker)) = self.deadlines.first().filter(|(d, _)| is_over(d)) {
+            self.deadlines.remove(&(deadline, worker));
+            overdue.push(worker);
+        }
+        for worker in overdue {
+            if let Some(entry) = self.workers.get_mut(&worker) {
+                entry.deadline = None;
+            }
+            self.signal(worker, Signal::KILL);
+        }
+    }
+}
+
+// Calls of the application.
+impl<C, F> MasterCore<C, F> {
+    pub(crate) fn disconnect(&mut self, worker: WorkerId) {
+        self.begin_disconnect(&[worker]);
+    }
+
+    /// Disconnects the worker, and kills it if it has not exited `within` this time. If it has
+    /// several deadlines, the earliest holds.
+    pub(crate) fn disconnect_within(&mut self, worker: WorkerId, within: Time) {
+        let deadline = self.now.saturating_add(within);
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            let is_earliest = entry.deadline.is_none_or(|earlier| deadline < earlier);
+            if entry.status().is_none() && is_earliest {
+                if let Some(later) = entry.deadline.replace(deadline) {
+                    self.deadlines.remove(&(later, worker));
+                }
+                self.deadlines.insert((deadline, worker));
+            }
+        }
+        self.begin_disconnect(&[worker]);
+    }
+
+    /// Disconnects all workers. If the end is `awaited`, `Disconnected` is emitted when all workers have
+    /// exited and all listeners are closed.
+    pub(crate) fn disconnect_all(&mut self, awaited: bool) {
+        self.is_end_awaited |= awaited;
+        let workers: Vec<_> = self.worker_ids().collect();
+        self.begin_disconnect(&workers);
+    }
+
+    /// Disconnects all workers, and kills those that have not exited `within` this time.
+    pub(crate) fn disconnect_all_within(&mut self, within: Time) {
+        let deadline = self.now.saturating_add(within);
+        let earliest = self
+            .stop_deadline
+            .map_or(deadline, |other| other.min(deadline));
+        self.stop_deadline = Some(earliest);
+        self.disconnect_all(true);
+    }
+
+    /// Disconnects the worker, and sends the signal when its channel is closed.
+    pub(crate) fn kill(&mut self, worker: WorkerId, signal: Signal) {
+        match self.workers.get_mut(&worker) {
+            Some(entry) if entry.is_connected() => {
+                entry.kill_signal = Some(signal);
+                self.begin_disconnect(&[worker]);
+            }
+            Some(_) | None => self.signal(worker, signal),
+        }
+    }
+
+    /// Signals the process at once.
+    pub(crate) fn signal(&mut self, worker: WorkerId, signal: Signal) {
+        if self.is_running(worker) {
+            self.actions.push_back(Action::Signal { worker, signal });
+        }
+    }
+
+    /// Sets whether [`run`](crate::Master::run) waits for the exit of this process.
+    pub(crate) fn reference(&mut self, process: WorkerId, referenced: bool) {
+        let was_referenced = match self.workers.get_mut(&process) {
+            Some(entry) => Some(std::mem::replace(&mut entry.referenced, referenced)),
+            None => self
+                .detached
+                .get_mut(&process)
+                .and_then(|entry| entry.reference(referenced)),
+        };
+        if let Some(was_referenced) = was_referenced {
+            self.referenced -= usize::from(was_referenced);
+            self.referenced += usize::from(referenced);
+        }
+    }
+
+    /// Closes the channel without a `Disconnect` frame, which makes the worker exit at once.
+    pub(crate) fn close_channel(&mut self, worker: WorkerId) {
+        let entry = self.workers.get(&worker);
+        if entry.is_some_and(WorkerEntry::is_writable) {
+            self.write_close(worker, None);
+        }
+    }
+
+    /// Reports an error to the callbacks of the worker and of the cluster.
+    pub(crate) fn error(&mut self, worker: Option<WorkerId>, error: Error) {
+        let error = Rc::new(error);
+        if worker.is_some_and(|worker| !self.count_late_error(worker)) {
+            return;
+        }
+        // The exit is the last event of a process. It may be waiting to be delivered.
+        let is_exit = |emitted: &EmittedEvent<F>| {
+            let is_last = matches!(emitted.event, Event::Exit(_) | Event::DetachedExit(_));
+            worker.is_some() && emitted.worker == worker && is_last
+        };
+        let exit = self.events.iter().position(is_exit);
+        let index = exit.unwrap_or(self.events.len());
+        // Each is inserted before the previous one.
+        let levels = match worker {
+            Some(_) => &[Level::Cluster, Level::Worker][..],
+            None => &[Level::Cluster],
+        };
+        for level in levels {
+            let emitted = EmittedEvent {
+                level: *level,
+                worker,
+                event: Event::Error(Rc::clone(&error)),
+            };
+            self.events.insert(index, emitted);
+        }
+    }
+
+    /// Returns whether an error of this process may be delivered.
+    fn count_late_error(&mut self, process: WorkerId) -> bool {
+        let (late_errors, is_late) = if let Some(entry) = self.workers.get_mut(&process) {
+            let is_late = !entry.is_connected();
+            (&mut entry.late_errors, is_late)
+        } else if let Some(entry) = self.detached.get_mut(&process) {
+            (&mut entry.late_errors, true)
+        } else {
+            return false;
+        };
+        if *late_errors >= LATE_ERRORS_MAX {
+            return false;
+        }
+        *late_errors += u32::from(is_late);
+        true
+    }
+}
+
+// What both lead to.
+impl<C, F> MasterCore<C, F> {
+    /// Tells workers to disconnect. For a listener that other workers serve, these workers end at once. A
+    /// listener that no other worker serves is drained first, so that the connections in its backlog are
+    /// served.
+    pub(super) fn begin_disconnect(&mut self, workers: &[WorkerId]) {
+        let mut disconnecting = BTreeSet::new();
+        for &worker in workers {
+            if let Some(entry) = self.workers.get_mut(&worker) {
+                if entry.is_connected() && !entry.disconnect_requested {
+                    entry.disconnect_requested = true;
+                    disconnecting.insert(worker);
+                    self.send(worker, ToWorker::Disconnect, Attachment::None);
+                }
+            }
+        }
+        let is_disconnecting = |worker: WorkerId| disconnecting.contains(&worker);
+        let mut handles = self.listeners.ids();
+        handles.retain(|handle| {
+            let listener = &self.listeners[handle];
+            listener.stage == Stage::Open && listener.members.serving().any(is_disconnecting)
+        });
+        for handle in handles {
+            let members = &self.listeners[&handle].members;
+            if members.serving().all(is_disconnecting) {
+                self.begin_drain(handle);
+            } else {
+                for &worker in &disconnecting {
+                    self.end_for(handle, worker, false);
+                }
+            }
+        }
+    }
+}
+
+// What the shell asks.
+impl<C, F> MasterCore<C, F> {
+    /// Returns the id that the next worker gets if its fork succeeds; `None` when all have been used:
+    /// an id never names a second worker.
+    pub(crate) fn next_worker_id(&self) -> Option<WorkerId> {
+        let is_left = self.last_worker < WorkerId::MAX;
+        is_left.then(|| WorkerId::new(self.last_worker + 1))
+    }
+
+    pub(crate) fn worker_ids(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        self.workers.keys().copied()
+    }
+
+    /// Whether there are processes for whose exit [`run`](crate::Master::run) waits.
+    pub(crate) fn has_workers(&self) -> bool {
+        self.is_end_awaited || self.referenced > 0
+    }
+
+    /// Whether the process is in the table of workers.
+    pub(crate) fn is_worker(&self, process: WorkerId) -> bool {
+        self.workers.contains_key(&process)
+    }
+
+    /// Returns `None` for a worker that has left the table, and for a detached process that has exited.
+    pub(crate) fn state(&self, process: WorkerId) -> Option<WorkerState> {
+        let worker = self.workers.get(&process).map(|entry| entry.reported);
+        let detached = || self.detached.get(&process);
+        worker.or_else(|| detached().map(|_| WorkerState::Disconnected))
+    }
+
+    pub(crate) fn is_connected(&self, worker: WorkerId) -> bool {
+        let entry = self.workers.get(&worker);
+        entry.is_some_and(WorkerEntry::is_connected)
+    }
+
+    pub(super) fn is_writable(&self, worker: WorkerId) -> bool {
+        let entry = self.workers.get(&worker);
+        entry.is_some_and(WorkerEntry::is_writable)
+    }
+
+    pub(crate) fn exit_status(&self, process: WorkerId) -> Option<ExitStatus> {
+        match (self.workers.get(&process), self.detached.get(&process)) {
+            (Some(worker), _) => worker.status(),
+            (None, Some(detached)) => detached.state.status(),
+            (None, None) => None,
+        }
+    }
+
+    pub(super) fn is_running(&self, process: WorkerId) -> bool {
+        let is_known = self.is_worker(process) || self.detached.contains_key(&process);
+        is_known && self.exit_status(process).is_none()
+    }
+
+    /// Returns whether a disconnect was requested before the channel was closed; `None` until then.
+    pub(crate) fn exited_after_disconnect(&self, worker: WorkerId) -> Option<bool> {
+        let entry = self.workers.get(&worker)?;
+        (!entry.is_connected()).then_some(entry.disconnect_requested)
+    }
+}

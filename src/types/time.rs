@@ -1,0 +1,14 @@
+//! Points in time, and the earlier of two.
+
+use std::time::Duration;
+
+/// The time since the event loop started.
+pub(crate) type Time = Duration;
+
+/// Returns the earlier of two deadlines, or the shorter of two timeouts; `None` never comes.
+pub(crate) fn earlier(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
