@@ -99,7 +99,7 @@ pub fn init() -> Result<Role> {
         Identity::Worker { id, number } => {
             let port = inspect_port()?;
             let channel = channel(id, number)?;
-            sys::parent::die_with_master(channel.as_fd());
+            sys::parent_death_signal::renew(channel.as_fd());
             Ok(Role::Worker(Worker::new(id, port, channel)?))
         }
     }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
 
-use crate::systemd::FIRST_FD;
+use crate::sys::fd::LISTEN_FDS_START;
 use crate::worker::Worker;
 
 /// Carries the worker's process id from master to worker: the variables are for this process alone, and
@@ -513,11 +513,11 @@ impl Settings {
         };
         let passed = self.passed_fds();
         if !passed.is_empty() {
-            if stdio.len() > FIRST_FD {
+            if stdio.len() > LISTEN_FDS_START {
                 let reason = "descriptor 3 is in stdio and in listen_fds";
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
             }
-            stdio.resize(FIRST_FD, Stdio::inherit());
+            stdio.resize(LISTEN_FDS_START, Stdio::inherit());
             stdio.extend(passed.iter().map(|(_, fd)| fd.clone()));
         }
         Ok(stdio)

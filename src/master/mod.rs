@@ -28,7 +28,7 @@ use crate::runtime::timers::TimerId;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Ready, ReadyList};
-use crate::sys::signal::Installed;
+use crate::sys::signal::InstalledHandler;
 use crate::types::address::Address;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
@@ -112,7 +112,7 @@ pub struct Master {
     of_worker: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     /// Where the kernel has no descriptors for processes.
-    child_signal: RefCell<Option<Installed>>,
+    child_signal: RefCell<Option<InstalledHandler>>,
     /// A worker may have ended before the signal for it was asked for.
     reap: Cell<bool>,
     /// When the workers were last checked of whose end nothing tells.

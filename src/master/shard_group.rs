@@ -42,8 +42,8 @@ impl ShardGroup {
         handle: HandleId,
     ) -> io::Result<Self> {
         let address = sys::listen::local_addr(first).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let selector = sys::listen::listen_to_select(&address, flags)?;
-        sys::listen::lock_filter(first)?;
+        let selector = sys::listen::listen_as_selector(&address, flags)?;
+        sys::filter::lock_filter(first)?;
         let key = Token::Selector(handle.0).key();
         Ok(Self {
             selector: poller.add(selector, key, Some(Interest::Readable))?,
@@ -74,7 +74,7 @@ impl ShardGroup {
     pub(crate) fn select(&self, shards: &[usize]) -> io::Result<()> {
         // Accepting may have failed before.
         self.selector.set_interest(Some(Interest::Readable))?;
-        sys::listen::steer(&self.selector, &self.indexes(shards))
+        sys::filter::select_sockets(&self.selector, &self.indexes(shards))
     }
 
     fn indexes(&self, shards: &[usize]) -> Vec<usize> {
@@ -88,15 +88,15 @@ impl ShardGroup {
 
     /// Ignores new connections until `admit`: the selector, which drops them, is selected.
     pub(crate) fn ignore(&self) -> io::Result<()> {
-        sys::listen::attach_syn_filter(&self.selector)?;
+        sys::filter::attach_syn_filter(&self.selector)?;
         let own = |member: &Member| *member == Member::Selector;
         let index = self.order.iter().position(own);
-        sys::listen::steer(&self.selector, index.as_slice())
+        sys::filter::select_sockets(&self.selector, index.as_slice())
     }
 
     /// Ends `ignore`, before `select`.
     pub(crate) fn admit(&self) -> io::Result<()> {
-        sys::listen::detach_syn_filter(&self.selector)
+        sys::filter::detach_syn_filter(&self.selector)
     }
 
     /// Resets the connections that reached the selector, at most `at_most` of them. Returns how many.
@@ -105,7 +105,7 @@ impl ShardGroup {
             match sys::listen::accept(&*self.selector) {
                 Ok(connection) => drop(connection),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return count,
-                Err(error) if sys::listen::lost_before_accept(&error) => {}
+                Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(_) => {
                     // For lack of descriptors it would stay readable, and keep the loop.
                     let _ = self.selector.set_interest(None);
@@ -144,7 +144,7 @@ mod tests {
         for any in ["127.0.0.1:0", "[::1]:0"] {
             let flags = BindFlags::default();
             let listen = sys::listen::listen_tcp;
-            let found = sys::listen::PortSharing::Found;
+            let found = sys::listen::PortSharing::Create;
             let first = listen(&any.parse().unwrap(), &flags, found).unwrap();
             let address = sys::listen::local_addr(&first).unwrap();
             let again = listen(&address, &flags, found).unwrap_err();

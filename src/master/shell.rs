@@ -25,12 +25,12 @@ use crate::init::{become_worker, is_wrapped_master};
 use crate::master::shard_group::ShardGroup;
 use crate::runtime::event_loop::Token;
 use crate::sys;
-use crate::sys::bind::{BoundSocket, adopt_as, bind};
+use crate::sys::bind::{BoundSocket, adopt_socket, bind};
 use crate::sys::fd::NoLingerFd;
 use crate::sys::listen::PortSharing;
 use crate::sys::poll::{Interest, Poller, Registered};
-use crate::sys::process::{End, Failure, Pid, Program, Unreaped, Usage};
-use crate::sys::queue::{Queue, Taken};
+use crate::sys::process::{Exit, Failure, Pid, Program, Unreaped, Usage};
+use crate::sys::queue::{Dequeued, Queue};
 use crate::sys::socket_file::SocketFile;
 use crate::systemd::{self, LISTEN_PID};
 use crate::types::address::Address;
@@ -308,7 +308,7 @@ impl MasterShell {
         let (ours, low) = UnixStream::pair().map_err(making)?;
         ours.set_nonblocking(true).map_err(making)?;
         // Where there is no such option, nothing is sent out of band.
-        let _ = sys::socket::read_all_in_line(&ours);
+        let _ = sys::socket::enable_oob_inline(&ours);
         // It fits into an empty socket.
         sys::socket::send(&ours, &preamble(id), &[]).map_err(making)?;
         let key = Token::Channel(id.get()).key();
@@ -350,7 +350,7 @@ impl MasterShell {
                 Ok(numbers)
             };
             let begin = || {
-                systemd::forget();
+                systemd::remove_variables();
                 crate::runtime::fault::point("begin", || Some(Pid::own()), Some(&channel));
                 for (name, value) in &extra {
                     sys::env::set(name, value);
@@ -368,7 +368,7 @@ impl MasterShell {
                 env.insert(WRAPPED.into(), "1".into());
             }
             if !passed.is_empty() {
-                let announced = systemd::announce(&mut env, passed);
+                let announced = systemd::set_listen_variables(&mut env, passed);
                 announced.map_err(|error| ("prepare its descriptors", error))?;
             }
             if !settings.is_detached() {
@@ -384,10 +384,10 @@ impl MasterShell {
             if settings.is_detached() {
                 program.detach();
             } else {
-                program.tell_pid(WORKER_PID);
+                program.pid_variable(WORKER_PID);
             }
             if !passed.is_empty() {
-                program.tell_pid(LISTEN_PID);
+                program.pid_variable(LISTEN_PID);
             }
             program.spawn(number, &self.unreaped)?
         };
@@ -566,7 +566,9 @@ impl MasterShell {
             core.tick(now);
         }
         if core.has_waiting() {
-            core.sweep(SWEEP, |connection| sys::fd::is_hung_up(connection.as_fd()));
+            core.sweep(SWEEP, |connection| {
+                sys::fd::is_closed_by_peer(connection.as_fd())
+            });
         }
         true
     }
@@ -639,7 +641,7 @@ impl MasterShell {
                 connection,
                 has_waited,
             } => {
-                if has_waited && sys::fd::is_hung_up(connection.connection.as_fd()) {
+                if has_waited && sys::fd::is_closed_by_peer(connection.connection.as_fd()) {
                     self.decide().hung_up(handle, worker);
                 } else {
                     self.give(handle, worker, connection);
@@ -694,7 +696,7 @@ impl MasterShell {
                     Some(group) => group.select(&shards),
                     None => listener
                         .get(0)
-                        .and_then(|own| sys::listen::steer(own, &shards)),
+                        .and_then(|own| sys::filter::select_sockets(own, &shards)),
                 };
                 if let Err(source) = selected {
                     let attempt = "choose where newcomers go";
@@ -729,9 +731,9 @@ impl MasterShell {
                     }
                     for socket in &listener.sockets {
                         if listener.is_path {
-                            sys::listen::shut_for_good(socket);
+                            sys::listen::shut_down(socket);
                         } else {
-                            let _ = sys::listen::attach_syn_filter(socket);
+                            let _ = sys::filter::attach_syn_filter(socket);
                         }
                     }
                 }
@@ -743,7 +745,7 @@ impl MasterShell {
                         return;
                     }
                     for socket in &listener.sockets {
-                        let _ = sys::listen::detach_syn_filter(socket);
+                        let _ = sys::filter::detach_syn_filter(socket);
                     }
                 }
             }
@@ -751,7 +753,7 @@ impl MasterShell {
             Action::StopListening { handle } => {
                 if let Some(listener) = self.listeners.borrow().get(&handle) {
                     for socket in &listener.sockets {
-                        sys::listen::shut_for_good(socket);
+                        sys::listen::shut_down(socket);
                     }
                 }
             }
@@ -793,7 +795,7 @@ impl MasterShell {
         }
         let is_sharded = policy == SchedulingPolicy::Sharded;
         let sharing = match is_sharded {
-            true => PortSharing::Found,
+            true => PortSharing::Create,
             false => PortSharing::Exclusive,
         };
         let bound = bind(endpoint, flags, sharing)?;
@@ -844,7 +846,7 @@ impl MasterShell {
         let socket = sys::listen::listen_tcp(&address, flags, PortSharing::Join)?;
         sys::fd::set_nonblocking(socket.as_fd(), false)?;
         if let Some(group) = &mut listener.group {
-            sys::listen::lock_filter(&socket)?;
+            sys::filter::lock_filter(&socket)?;
             group.add(listener.sockets.len());
         }
         let key = Token::Listener(handle.0).key();
@@ -875,7 +877,7 @@ impl MasterShell {
 
     /// Keeps a listener that is open already.
     pub(crate) fn adopt(&self, kind: Kind, socket: OwnedFd, flags: &BindFlags) -> io::Result<Kept> {
-        let endpoint = adopt_as(kind, &socket, flags.backlog)?;
+        let endpoint = adopt_socket(kind, &socket, flags.backlog)?;
         self.act();
         let handle = self.decide().next_handle();
         let bound = BoundSocket {
@@ -902,7 +904,11 @@ impl MasterShell {
             return Ok(());
         };
         if !removes {
-            listener.file.take().into_iter().for_each(SocketFile::leave);
+            listener
+                .file
+                .take()
+                .into_iter()
+                .for_each(SocketFile::persist);
         } else if listener.file.is_none() {
             listener.file = Some(SocketFile::inherit(&path)?);
         }
@@ -1015,7 +1021,7 @@ impl MasterShell {
     /// Makes a queue. Returns the worker's end.
     fn open_queue(&self, handle: HandleId, worker: WorkerId) -> io::Result<OwnedFd> {
         let queue = Queue::new()?;
-        let theirs = queue.share()?;
+        let theirs = queue.worker_end()?;
         self.queues.borrow_mut().insert((handle, worker), queue);
         Ok(theirs)
     }
@@ -1023,7 +1029,7 @@ impl MasterShell {
     fn give(&self, handle: HandleId, worker: WorkerId, connection: Sequenced<NoLingerFd>) {
         self.fault("master.gives", worker);
         let given = match self.queues.borrow().get(&(handle, worker)) {
-            Some(queue) => queue.give(connection.sequence, &connection.connection),
+            Some(queue) => queue.send(connection.sequence, &connection.connection),
             None => Err(io::ErrorKind::NotFound.into()),
         };
         match given {
@@ -1077,7 +1083,7 @@ impl MasterShell {
             let sockets = own.get(&handle).map_or(&[][..], |own| &own.sockets);
             let queued = sockets
                 .iter()
-                .map(|socket| sys::listen::count_queued(socket));
+                .map(|socket| sys::listen::backlog_length(socket));
             load.queued = queued.sum();
             load
         });
@@ -1133,15 +1139,17 @@ impl MasterShell {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);
                 }
-                Err(error) if sys::listen::is_shut(&error) && core.is_ending(handle) => {
+                Err(error) if sys::listen::is_shutdown_error(&error) && core.is_ending(handle) => {
                     return core.drained(handle);
                 }
-                Err(error) if sys::listen::is_shut(&error) && !core.is_borrowed(handle) => {
+                Err(error)
+                    if sys::listen::is_shutdown_error(&error) && !core.is_borrowed(handle) =>
+                {
                     drop((core, listeners));
                     let outcome = self.listen_again(handle, 0);
                     return self.decide().was_shut_down(handle, outcome);
                 }
-                Err(error) if sys::listen::lost_before_accept(&error) => {}
+                Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) => return core.accept_failed(handle, error),
             }
         }
@@ -1397,7 +1405,7 @@ impl MasterShell {
             Err(source) => {
                 let error = Error::ExitStatus { worker, source };
                 self.core.borrow_mut().error(Some(worker), error);
-                End::unknown()
+                Exit::unknown()
             }
         };
         drop(worker_io.process.take());
@@ -1496,11 +1504,11 @@ fn reclaim(queue: &Queue, at_most: usize) -> (Vec<Sequenced<NoLingerFd>>, QueueS
     let mut back = Vec::new();
     while back.len() < at_most {
         match queue.reclaim() {
-            Ok(Taken::Connection(sequence, connection)) => back.push(Sequenced {
+            Ok(Dequeued::Connection(sequence, connection)) => back.push(Sequenced {
                 sequence,
                 connection,
             }),
-            Ok(Taken::Nothing | Taken::End) => return (back, QueueState::Empty),
+            Ok(Dequeued::Empty | Dequeued::Closed) => return (back, QueueState::Empty),
             Err(_) => return (back, QueueState::Unknown),
         }
     }

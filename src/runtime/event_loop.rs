@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
 use crate::runtime::timers::{TimerId, Timers};
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
-use crate::sys::signal::{self, Installed, SignalPipe};
+use crate::sys::signal::{self, InstalledHandler, SignalPipe};
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
@@ -137,7 +137,7 @@ type OnSignal<R> = dyn FnMut(&R, Signal);
 struct SignalInterest<R> {
     callbacks: Callbacks<OnSignal<R>>,
     /// Held for its `Drop`.
-    _installed: Installed,
+    _installed: InstalledHandler,
 }
 
 pub(crate) struct EventLoop<R> {
@@ -424,7 +424,7 @@ impl<R> EventLoop<R> {
     }
 
     /// Wakes the loop when `signal` comes; `take_signals` tells that it came.
-    pub(crate) fn install(&self, signal: Signal) -> io::Result<Installed> {
+    pub(crate) fn install(&self, signal: Signal) -> io::Result<InstalledHandler> {
         self.open_signal_pipe()?;
         signal::install(signal.number())
     }

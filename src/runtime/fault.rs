@@ -31,7 +31,7 @@ mod armed {
     use std::time::Duration;
 
     use crate::sys::process::Pid;
-    use crate::sys::signal;
+    use crate::types::signal::Signal;
     use crate::wire::channel::Channel;
 
     struct Plan {
@@ -82,8 +82,8 @@ mod armed {
 
     fn fail<I, O>(fault: &str, worker: Pid, own: Option<&Channel<I, O>>) {
         match (fault, own) {
-            ("kill", _) => drop(worker.signal(None, signal::KILL)),
-            ("stop", _) => drop(worker.signal(None, signal::STOP)),
+            ("kill", _) => drop(worker.signal(None, Signal::KILL.number())),
+            ("stop", _) => drop(worker.signal(None, Signal::STOP.number())),
             ("exit", Some(_)) => std::process::exit(3),
             ("close", Some(channel)) => channel.shut_socket(),
             ("garble", Some(channel)) => {

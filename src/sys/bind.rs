@@ -1,4 +1,6 @@
-//! Opens what an endpoint stands for, in the master or in a worker that keeps it to itself.
+//! Opens the socket of an endpoint, in the master or, for an exclusive endpoint, in a worker.
+//!
+//! This module chooses among the calls of `listen` and `socket_file`; it makes none itself.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,16 +13,17 @@ use crate::sys::socket_file::{self, SocketFile};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 
-/// A socket that listens, or is bound if it is for datagrams; it does not block.
+/// A socket that listens, or a UDP socket that is bound. It does not block.
 #[derive(Debug)]
 pub(crate) struct BoundSocket {
-    /// Of a Unix path. It goes with the socket.
+    /// The file of a Unix socket, which is removed with the socket.
     pub(crate) file: Option<SocketFile>,
     pub(crate) socket: OwnedFd,
-    /// With the real port; none for a Unix path.
+    /// The address with its actual port; `None` for a Unix path.
     pub(crate) address: Option<SocketAddr>,
 }
 
+/// Opens the socket of an endpoint.
 pub(crate) fn bind(
     endpoint: &Endpoint,
     flags: &BindFlags,
@@ -29,22 +32,22 @@ pub(crate) fn bind(
     let mut file = None;
     let reuse_port = sharing != PortSharing::Exclusive;
     let socket = match (endpoint.kind, &endpoint.place) {
-        (kind, Place::Fd(number)) => borrow(kind, *number, flags)?,
+        (kind, Place::Fd(number)) => duplicate(kind, *number, flags)?,
         (Kind::Udp, Place::Ip(address)) => sys::listen::bind_udp(address, flags, reuse_port)?,
         (Kind::Tcp, Place::Ip(address)) => sys::listen::listen_tcp(address, flags, sharing)?,
         (Kind::Tcp, Place::Port(port)) => {
             let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port));
             let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port));
             match sys::listen::listen_tcp(&both, flags, sharing) {
-                Err(error) if sys::listen::lacks_family(&error) => {
+                Err(error) if sys::listen::is_family_missing(&error) => {
                     sys::listen::listen_tcp(&v4, flags, sharing)?
                 }
                 outcome => outcome?,
             }
         }
         (Kind::Unix, Place::Path(path)) => {
-            let (socket, own) = socket_file::listen(path, flags)?;
-            file = Some(own);
+            let (socket, socket_file) = socket_file::listen(path, flags)?;
+            file = Some(socket_file);
             socket
         }
         (Kind::Unix, _) | (_, Place::Path(_)) | (Kind::Udp, Place::Port(_)) => {
@@ -59,17 +62,17 @@ pub(crate) fn bind(
     })
 }
 
-/// A copy of a socket that this process has under this number.
-fn borrow(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
+/// Duplicates a socket that the application owns, and prepares it for accepting.
+fn duplicate(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
     check_kind(kind, number)?;
     let socket = sys::fd::duplicate(number, 0)?;
-    adopt(&socket, flags.backlog)?;
+    prepare(&socket, flags.backlog)?;
     Ok(socket)
 }
 
-/// Whether this is a socket of that kind.
+/// Returns an error unless the descriptor is a socket of this kind.
 fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
-    let found = sys::listen::kind_of(number)?;
+    let found = sys::listen::socket_kind(number)?;
     let fits = match kind {
         Kind::Tcp => found.is_stream && !found.is_unix,
         Kind::Unix => found.is_stream && found.is_unix,
@@ -81,12 +84,12 @@ fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Adopts a listener of this kind for workers. Returns what they ask for to get it: its address, or its
-/// path.
-pub(crate) fn adopt_as(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
+/// Prepares a socket that the application passes to the master. Returns the endpoint by which workers
+/// request it: its address or path.
+pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
     check_kind(kind, socket.as_raw_fd())?;
-    // It may get its port here.
-    adopt(socket, backlog)?;
+    // Listening on an unbound socket assigns its port.
+    prepare(socket, backlog)?;
     let place = match kind {
         Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
         Kind::Unix => {
@@ -95,19 +98,26 @@ pub(crate) fn adopt_as(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result
             path.transpose()?.map(Place::Path)
         }
     };
-    let nameless = || io::Error::new(io::ErrorKind::InvalidInput, "it has no address or path");
-    Ok(Endpoint::new(kind, place.ok_or_else(nameless)?))
+    let unbound = || {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the socket has no address or path",
+        )
+    };
+    Ok(Endpoint::new(kind, place.ok_or_else(unbound)?))
 }
 
-/// Makes a socket listen that is there already, if it is a stream and does not listen yet. Removes the SYN
-/// filter that a master may have left on it which ended while it drained the listener.
-pub(crate) fn adopt(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
-    let found = sys::listen::kind_of(socket.as_raw_fd())?;
+/// Prepares an open socket for accepting without blocking. A stream socket listens afterwards.
+///
+/// If another master exited while it drained this listener, its SYN filter may still be attached; it is
+/// detached here.
+pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
+    let found = sys::listen::socket_kind(socket.as_raw_fd())?;
     if found.is_stream && !found.listens {
         sys::listen::listen(socket, backlog)?;
     }
     if found.is_stream && !found.is_unix {
-        sys::listen::detach_foreign_syn_filter(socket)?;
+        sys::filter::detach_foreign_syn_filter(socket)?;
     }
     sys::fd::set_nonblocking(socket.as_fd(), true)
 }

@@ -1,33 +1,42 @@
-//! The system calls, and all the `unsafe` of the crate.
+//! Every system call of the crate, and all of its `unsafe` code.
 //!
-//! What is unsafe here, and where: descriptors by number (`fd`), adding to the poller (`poll`),
-//! signal handlers (`signal`), making processes (`process`) and what they do before they execute
-//! their program (`child`), calls with raw buffers (`socket`), making and naming sockets (`listen`,
-//! `queue`), the environment of a child (`env`), a page that a fork wipes (`owner`), calls without a
-//! wrapper (`parent`, `threads`), a handler that changes what a call is about (`interrupt`). Functions
-//! return `io::Error`; the caller says what it tried.
+//! A function belongs here if it calls `libc`, or if it only prepares such a call. It returns
+//! `io::Error`; the caller adds what it attempted. Decisions, frames and callbacks belong elsewhere.
+//!
+//! - descriptors: `fd` by number, `file` relative to a directory, `owner` across a fork
+//! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
+//! - processes: `process`, `threads`, `env`
+//! - signals: `signal` (as a readable descriptor), `signal_mask`
+//! - waiting: `poll`
+//! - systems: `linux` and `bsd`, which have the same items; the one for the target is `platform`
+//!
+//! Every difference between systems or architectures is in the last two.
 
 pub(crate) mod bind;
-mod child;
 pub(crate) mod env;
 pub(crate) mod fd;
-#[cfg_attr(not(target_os = "linux"), path = "no_interrupt.rs")]
-pub(crate) mod interrupt;
+pub(crate) mod file;
 pub(crate) mod listen;
+mod option;
 pub(crate) mod owner;
-pub(crate) mod parent;
 pub(crate) mod poll;
 pub(crate) mod process;
 pub(crate) mod queue;
 pub(crate) mod signal;
+mod signal_mask;
 pub(crate) mod socket;
 pub(crate) mod socket_file;
 pub(crate) mod threads;
 
+#[cfg_attr(target_os = "linux", path = "linux/mod.rs")]
+#[cfg_attr(not(target_os = "linux"), path = "bsd/mod.rs")]
+mod platform;
+pub(crate) use platform::{filter, interruptible_accept, parent_death_signal};
+
 use std::io;
 use std::time::Duration;
 
-/// The result of a system call that says -1 when it fails.
+/// Returns the result of a system call, or the error if the result is -1.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result == -1 {
         Err(io::Error::last_os_error())
@@ -36,7 +45,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Repeats a call that a signal interrupted.
+/// Repeats a call until no signal interrupts it.
 fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -46,23 +55,14 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// The time since some moment in the past, as all processes of the system have it.
+/// Returns the time of `CLOCK_MONOTONIC`, which all processes of the system share.
 pub(crate) fn monotonic_time() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the structure is writable. The clock is there on every system.
+    // SAFETY: the structure is writable. Every system has this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
-}
-
-/// No signals at all.
-fn empty_set() -> libc::sigset_t {
-    // SAFETY: sigset_t is plain data.
-    let mut set = unsafe { std::mem::zeroed() };
-    // SAFETY: the set is writable.
-    unsafe { libc::sigemptyset(&raw mut set) };
-    set
 }

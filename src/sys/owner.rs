@@ -1,40 +1,44 @@
-//! Which process created a handle.
+//! The process that created a handle.
 //!
-//! A child that the application forks has copies of all handles, and shares with its parent what they
-//! refer to: the epoll instance, the channel, listeners, files. Every handle remembers its creator, and
-//! acts on nothing of this in another process.
+//! A child that the application forks has copies of all handles, and shares the objects behind them
+//! with its parent: the epoll instance, the channel, listeners, files. So each handle stores its owner,
+//! and does nothing in another process.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A process, distinct from all its ancestors and descendants.
+use super::platform::zeroed_on_fork;
+
+/// A process. It is distinct from all its ancestors and descendants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner(usize);
 
 impl Owner {
-    /// The calling process.
+    /// Returns the calling process.
     pub(crate) fn current() -> Self {
-        /// The number of the last process in this line of descent.
+        /// The number of the youngest process among this one and its ancestors.
         static LAST: AtomicUsize = AtomicUsize::new(0);
-        let Some(mark) = mark() else {
+        let Some(number) = number() else {
             return Self(own_pid());
         };
-        if mark.load(Ordering::Relaxed) == 0 {
+        if number.load(Ordering::Relaxed) == 0 {
             let next = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-            // If another thread is faster, its number is used.
-            let _ = mark.compare_exchange(0, next, Ordering::Relaxed, Ordering::Relaxed);
+            // If another thread is faster, its number applies.
+            let _ = number.compare_exchange(0, next, Ordering::Relaxed, Ordering::Relaxed);
         }
-        Self(mark.load(Ordering::Relaxed))
+        Self(number.load(Ordering::Relaxed))
     }
 
-    /// Whether this is the calling process. Async-signal-safe, and without a system call where the
-    /// kernel can wipe a page at a fork: it is asked for each connection and message.
+    /// Returns whether this is the calling process. Async-signal-safe.
+    ///
+    /// The check runs for each connection and message, so it makes no system call if the kernel can
+    /// zero a page at a fork.
     pub(crate) fn is_current(self) -> bool {
-        self.0 == mark().map_or_else(own_pid, |mark| mark.load(Ordering::Relaxed))
+        self.0 == number().map_or_else(own_pid, |number| number.load(Ordering::Relaxed))
     }
 }
 
-/// An owner that can change, for statics that a signal handler reads.
+/// An owner that can change, for a static that a signal handler reads.
 #[derive(Debug)]
 pub(super) struct AtomicOwner(AtomicUsize);
 
@@ -53,53 +57,17 @@ impl AtomicOwner {
     }
 }
 
-/// The number of this process, which is 0 after a fork until `Owner::current` assigns one; `None` where
-/// the system cannot do this, and the process id is used instead.
-fn mark() -> Option<&'static AtomicUsize> {
-    static MARK: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
-    *MARK.get_or_init(wiped_on_fork)
+/// Returns the number of this process, which is 0 after a fork until `Owner::current` assigns one.
+/// `None` if the system cannot zero memory at a fork: then the process id is the number.
+fn number() -> Option<&'static AtomicUsize> {
+    static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
+    *NUMBER.get_or_init(zeroed_on_fork::allocate)
 }
 
 fn own_pid() -> usize {
     // SAFETY: always callable.
     let number = unsafe { libc::getpid() };
     usize::try_from(number).unwrap_or(0)
-}
-
-/// A number in a page of its own, which is zero in a child: madvise(2), Linux 4.14. Miri does not
-/// implement it.
-#[cfg(all(target_os = "linux", not(miri)))]
-fn wiped_on_fork() -> Option<&'static AtomicUsize> {
-    const NO_ADVICE: libc::c_int = -1;
-    // SAFETY: sysconf takes an integer.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    let size = usize::try_from(size).ok()?;
-    let (access, kind) = (
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-    );
-    // SAFETY: new memory is mapped, wherever there is room.
-    let page = unsafe { libc::mmap(std::ptr::null_mut(), size, access, kind, -1, 0) };
-    if page == libc::MAP_FAILED {
-        return None;
-    }
-    // Some emulators accept any advice and follow none.
-    // SAFETY: the page is mapped; the kernel refuses this advice.
-    let accepts_any = unsafe { libc::madvise(page, size, NO_ADVICE) } == 0;
-    // SAFETY: the page is mapped, private and anonymous.
-    let wiped = unsafe { libc::madvise(page, size, libc::MADV_WIPEONFORK) } == 0;
-    if accepts_any || !wiped {
-        // SAFETY: nothing refers to the page.
-        unsafe { libc::munmap(page, size) };
-        return None;
-    }
-    // SAFETY: the page is zero, aligned, and stays mapped for the life of the process.
-    Some(unsafe { &*page.cast::<AtomicUsize>() })
-}
-
-#[cfg(any(not(target_os = "linux"), miri))]
-fn wiped_on_fork() -> Option<&'static AtomicUsize> {
-    None
 }
 
 #[cfg(test)]
@@ -109,9 +77,9 @@ mod tests {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, fork};
 
-    /// Returns the exit code of a forked child.
+    /// Forks a child that runs `child`. Returns its exit code.
     fn in_child(child: impl FnOnce() -> i32) -> i32 {
-        // SAFETY: the child allocates nothing and ends at once.
+        // SAFETY: the child allocates nothing and exits at once.
         match unsafe { fork() }.unwrap() {
             // SAFETY: always callable.
             ForkResult::Child => unsafe { libc::_exit(child()) },
@@ -126,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_is_not_its_parent_and_a_grandchild_is_neither() {
+    fn parent_child_and_grandchild_are_distinct_owners() {
         let parent = Owner::current();
         let code = in_child(|| {
             let is_parent = parent.is_current();

@@ -1,30 +1,29 @@
-//! Connections on their way from the master to one worker: a socketpair of which the worker has one
-//! end and the master both.
+//! The hand-off queue: connections that the master has dispatched to one worker.
 //!
-//! A message is one connection. The worker takes one with each call; and so can the master, if it
-//! wants it back. The kernel sees to it that each goes to one of the two, and keeps for the master
-//! what a worker that dies has not taken.
+//! A queue is a socketpair. The worker has one end; the master keeps both. Each message is one
+//! connection. Both processes receive from the same end, so the kernel gives each connection to exactly
+//! one of them: the master can reclaim it until the worker receives it. If the worker exits, the
+//! connections that it has not received stay in the queue.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
 use super::fd::NoLingerFd;
-use super::{check, socket};
+use super::platform::socket::{self as platform, QUEUE_TYPE, SOCK_CLOEXEC};
+use super::{check, filter, option, socket};
 
-/// What the kernel uses for connections that are in the queue; more than are given to a worker that
-/// speaks the truth, and the most that one that does not can pile up.
-const ROOM: libc::c_int = 16 << 10;
-/// Messages in order and one by one, as long as there is room; outside Linux datagrams do all that,
-/// too.
-#[cfg(target_os = "linux")]
-const KIND: libc::c_int = libc::SOCK_SEQPACKET;
-#[cfg(not(target_os = "linux"))]
-const KIND: libc::c_int = libc::SOCK_DGRAM;
-/// How long a message is: the connection's place among all.
-const LENGTH: usize = size_of::<u64>();
+/// The kernel's send buffer of a queue, in bytes of its own accounting.
+///
+/// An empty queue takes at least 16 connections, and fewer than 200, whatever the system charges for
+/// one. A smaller buffer could refuse connections that the dispatcher may send ahead of time. A larger
+/// one lets a worker that reports idle without receiving accumulate more descriptors.
+const SEND_BUFFER: libc::c_int = 16 << 10;
 
-/// Both ends.
+/// The length of a message: the sequence number of the connection.
+const MESSAGE_LENGTH: usize = size_of::<u64>();
+
+/// Both ends of a queue, in the master.
 #[derive(Debug)]
 pub(crate) struct Queue {
     writer: UnixDatagram,
@@ -37,18 +36,17 @@ impl Queue {
         for end in [&writer, &reader] {
             super::fd::set_nonblocking(end.as_fd(), true)?;
         }
-        super::listen::set_option(&writer, libc::SOL_SOCKET, libc::SO_SNDBUF, ROOM)?;
-        #[cfg(target_os = "linux")]
+        option::set_int(writer.as_fd(), libc::SO_SNDBUF, SEND_BUFFER)?;
         lock_filter(&reader)?;
-        // The worker is to take and not to give.
+        // The worker must not send.
         // SAFETY: shutdown takes two integers.
         check(unsafe { libc::shutdown(reader.as_raw_fd(), libc::SHUT_WR) })?;
         let writer = writer.into();
         Ok(Self { writer, reader })
     }
 
-    /// The worker's end.
-    pub(crate) fn share(&self) -> io::Result<OwnedFd> {
+    /// Duplicates the end that the worker gets.
+    pub(crate) fn worker_end(&self) -> io::Result<OwnedFd> {
         self.reader.try_clone()
     }
 
@@ -56,89 +54,78 @@ impl Queue {
         [self.writer.as_fd(), self.reader.as_fd()]
     }
 
-    /// Puts in a connection.
+    /// Appends a connection.
     ///
     /// # Errors
     ///
-    /// There is no room, or the worker has made its end useless, or the system has run out of
-    /// something.
-    pub(crate) fn give(&self, place: u64, connection: &NoLingerFd) -> io::Result<()> {
-        let message = place.to_le_bytes();
+    /// The queue is full, or the worker has shut down its end, or the system lacks a resource.
+    pub(crate) fn send(&self, sequence: u64, connection: &NoLingerFd) -> io::Result<()> {
+        let message = sequence.to_le_bytes();
         socket::send_one(&self.writer, &message, connection.as_fd()).map(drop)
     }
 
-    /// Takes out the first connection, as `take` does.
-    pub(crate) fn reclaim(&self) -> io::Result<Taken> {
-        take(self.reader.as_fd())
+    /// Removes the first connection, as `receive` does in the worker.
+    pub(crate) fn reclaim(&self) -> io::Result<Dequeued> {
+        receive(self.reader.as_fd())
     }
 
-    /// How many connections are in it; `None` where the system does not tell.
-    #[cfg(target_os = "linux")]
+    /// Returns the number of connections in the queue; `None` if the system does not report it.
     pub(crate) fn count(&self) -> Option<u64> {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: the call writes one integer.
-        let counted =
-            unsafe { libc::ioctl(self.reader.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
-        check(counted).ok()?;
-        Some(u64::try_from(bytes).ok()? / LENGTH as u64)
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(crate) fn count(&self) -> Option<u64> {
-        None
+        Some(platform::readable_bytes(&self.reader)? / MESSAGE_LENGTH as u64)
     }
 }
 
-/// Keeps the worker from having the kernel cut or drop messages, also those that are taken back. Linux
-/// has been able to for long; what only emulates it may not be.
-#[cfg(target_os = "linux")]
+/// Forbids the worker to attach a filter that truncates or drops messages, which the master could not
+/// reclaim then. Linux has this lock since 3.9; emulators of its system calls may lack it.
 fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
-    match super::listen::set_option(reader, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1) {
+    match filter::lock_filter(reader) {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
         outcome => outcome,
     }
 }
 
-/// What came of taking out of a queue.
+/// The result of receiving from a queue.
 #[derive(Debug)]
-pub(crate) enum Taken {
+pub(crate) enum Dequeued {
+    /// A connection with its sequence number.
     Connection(u64, NoLingerFd),
-    Nothing,
-    /// The master has closed it.
-    End,
+    /// The queue is empty.
+    Empty,
+    /// The master has closed the queue.
+    Closed,
 }
 
-/// Takes out the first connection, if there is one.
+/// Removes the first connection of a queue, if there is one.
 ///
 /// # Errors
 ///
-/// There is no descriptor free; the connection stays where it is.
-pub(crate) fn take(queue: BorrowedFd<'_>) -> io::Result<Taken> {
-    // Without room the kernel would take the message out and drop the connection.
+/// No descriptor is free. The connection stays in the queue.
+pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
+    // If no descriptor is free, the kernel removes the message and drops the connection. So check first.
     drop(super::fd::duplicate(queue.as_raw_fd(), 0)?);
-    let mut place = [0; LENGTH];
-    match socket::receive(queue, &mut place) {
+    let mut sequence = [0; MESSAGE_LENGTH];
+    match socket::receive(queue, &mut sequence) {
         Ok(piece) => match piece.fds.into_iter().next() {
-            Some(connection) => Ok(Taken::Connection(u64::from_le_bytes(place), connection)),
-            None if piece.bytes == 0 => Ok(Taken::End),
-            // Another thread was faster to use the last one.
+            Some(connection) => {
+                let sequence = u64::from_le_bytes(sequence);
+                Ok(Dequeued::Connection(sequence, connection))
+            }
+            None if piece.bytes == 0 => Ok(Dequeued::Closed),
+            // Another thread has used the last descriptor since the check.
             None => Err(io::Error::from_raw_os_error(libc::EMFILE)),
         },
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Taken::Nothing),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Dequeued::Empty),
         Err(error) => Err(error),
     }
 }
 
 fn pair() -> io::Result<[OwnedFd; 2]> {
-    #[cfg(not(target_vendor = "apple"))]
-    let kind = KIND | libc::SOCK_CLOEXEC;
-    #[cfg(target_vendor = "apple")]
-    let kind = KIND;
     let mut ends = [-1; 2];
+    let kind = QUEUE_TYPE | SOCK_CLOEXEC;
     // SAFETY: the call writes two numbers.
     check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) })?;
     let ends = ends.map(super::fd::adopt);
-    if cfg!(target_vendor = "apple") {
+    if SOCK_CLOEXEC == 0 {
         for end in &ends {
             super::fd::close_on_exec(end.as_raw_fd())?;
         }
@@ -160,71 +147,71 @@ mod tests {
 
     fn name(connection: NoLingerFd) -> u8 {
         let mut byte = [0];
-        UnixStream::from(connection.claim())
+        UnixStream::from(connection.into_owned_fd())
             .read_exact(&mut byte)
             .unwrap();
         byte[0]
     }
 
-    /// The place and the name of what is taken back.
-    fn back(queue: &Queue) -> Option<(u64, u8)> {
+    /// Returns the sequence number and the name of the connection that the master reclaims.
+    fn reclaimed(queue: &Queue) -> Option<(u64, u8)> {
         match queue.reclaim().unwrap() {
-            Taken::Connection(place, connection) => Some((place, name(connection))),
-            Taken::Nothing | Taken::End => None,
+            Dequeued::Connection(sequence, connection) => Some((sequence, name(connection))),
+            Dequeued::Empty | Dequeued::Closed => None,
         }
     }
 
     #[test]
-    fn each_connection_is_taken_once_by_either_side() {
+    fn each_connection_is_received_or_reclaimed_once() {
         let queue = Queue::new().unwrap();
-        let worker = queue.share().unwrap();
+        let worker = queue.worker_end().unwrap();
         let clients: Vec<_> = (0..3).map(connection).collect();
-        for (place, (_, connection)) in clients.iter().enumerate() {
-            queue.give(place as u64 + 7, connection).unwrap();
+        for (index, (_, connection)) in clients.iter().enumerate() {
+            queue.send(index as u64 + 7, connection).unwrap();
         }
         if cfg!(target_os = "linux") {
             assert_eq!(queue.count(), Some(3));
         }
-        let Ok(Taken::Connection(7, first)) = take(worker.as_fd()) else {
-            panic!("the first one");
+        let Ok(Dequeued::Connection(7, first)) = receive(worker.as_fd()) else {
+            panic!("the first connection is missing");
         };
         assert_eq!(name(first), 0);
-        assert_eq!(back(&queue), Some((8, 1)));
-        // The worker is gone; what it has not taken is not.
+        assert_eq!(reclaimed(&queue), Some((8, 1)));
+        // The worker has exited; the last connection is still in the queue.
         drop(worker);
-        assert_eq!(back(&queue), Some((9, 2)));
-        assert_eq!(back(&queue), None);
+        assert_eq!(reclaimed(&queue), Some((9, 2)));
+        assert_eq!(reclaimed(&queue), None);
     }
 
     #[test]
-    fn a_queue_has_room_for_an_honest_worker_and_not_much_more() {
+    fn queue_takes_a_bounded_number_of_connections() {
         let queue = Queue::new().unwrap();
         let (_client, connection) = connection(0);
-        let given = (0..1000).take_while(|place| queue.give(*place, &connection).is_ok());
-        let given = given.count();
-        assert!((16..200).contains(&given), "{given}");
+        let sent = (0..1000).take_while(|sequence| queue.send(*sequence, &connection).is_ok());
+        let sent = sent.count();
+        assert!((16..200).contains(&sent), "{sent}");
     }
 
     #[test]
-    fn a_worker_can_make_its_end_useless_only_for_itself() {
+    fn worker_that_shuts_down_its_end_loses_no_connection() {
         let queue = Queue::new().unwrap();
-        let worker = UnixDatagram::from(queue.share().unwrap());
+        let worker = UnixDatagram::from(queue.worker_end().unwrap());
         let (_client, connection) = connection(0);
         assert!(worker.send(b"to the master").is_err());
-        queue.give(1, &connection).unwrap();
+        queue.send(1, &connection).unwrap();
         worker.shutdown(std::net::Shutdown::Both).unwrap();
-        let error = queue.give(2, &connection).unwrap_err();
+        let error = queue.send(2, &connection).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
-        assert_eq!(back(&queue), Some((1, 0)));
-        assert_eq!(back(&queue), None);
+        assert_eq!(reclaimed(&queue), Some((1, 0)));
+        assert_eq!(reclaimed(&queue), None);
     }
 
     #[test]
-    fn the_end_is_told() {
+    fn worker_receives_the_end_of_a_closed_queue() {
         let queue = Queue::new().unwrap();
-        let worker = queue.share().unwrap();
-        assert!(matches!(take(worker.as_fd()), Ok(Taken::Nothing)));
+        let worker = queue.worker_end().unwrap();
+        assert!(matches!(receive(worker.as_fd()), Ok(Dequeued::Empty)));
         drop(queue);
-        assert!(matches!(take(worker.as_fd()), Ok(Taken::End)));
+        assert!(matches!(receive(worker.as_fd()), Ok(Dequeued::Closed)));
     }
 }

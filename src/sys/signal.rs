@@ -1,92 +1,131 @@
-//! Signals, turned into a readable descriptor.
+//! Signals as a readable descriptor.
 //!
-//! The handler marks the signal and writes one byte. Whoever reads drains the pipe first and looks
-//! at the marks then: a signal that comes between the two is seen twice, never lost. A handler that
-//! was there before still runs, after ours, and is put back when the last interest is dropped.
+//! The handler marks the signal as pending, and then writes a byte to a pipe. The reader drains the pipe
+//! before it reads the marks. So a signal that arrives between the two is reported twice, never lost.
+//! The handler that was installed before still runs, after ours. It is restored when the last
+//! `InstalledHandler` of the signal is dropped.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::check;
 use super::owner::AtomicOwner;
+use super::platform::{MAX_SIGNAL, errno_location};
 
-pub(crate) use libc::{
-    SIGALRM as ALRM, SIGCHLD as CHLD, SIGCONT as CONT, SIGHUP as HUP, SIGINT as INT,
-    SIGKILL as KILL, SIGQUIT as QUIT, SIGSTOP as STOP, SIGTERM as TERM, SIGTTIN as TTIN,
-    SIGTTOU as TTOU, SIGUSR1 as USR1, SIGUSR2 as USR2, SIGWINCH as WINCH,
-};
+pub(crate) use libc::SIGCHLD as CHLD;
 
-/// Signals are numbered from 1 to 64 at most.
-const SIGNALS: usize = 65;
+/// The state of each signal, by its number.
+static SIGNALS: [SignalState; MAX_SIGNAL as usize + 1] =
+    [const { SignalState::new() }; MAX_SIGNAL as usize + 1];
 
-/// The pipe is never closed: a handler may be using it on another thread at any time.
+/// The pipe is never closed: a handler may use it on another thread at any time.
 static PIPE: OnceLock<Pipe> = OnceLock::new();
-static PENDING: AtomicU64 = AtomicU64::new(0);
-/// The handlers that ours replaced, as `sa_sigaction`, for those that are functions.
-static PREVIOUS: [AtomicUsize; SIGNALS] = [const { AtomicUsize::new(0) }; SIGNALS];
+
+/// The state of one signal, shared with the handler.
+///
+/// A flag for each signal, because not every 32-bit architecture has 64-bit atomic operations.
+#[derive(Debug)]
+struct SignalState {
+    /// The signal has arrived since the last read.
+    is_pending: AtomicBool,
+    replaced: ReplacedHandler,
+}
+
+impl SignalState {
+    const fn new() -> Self {
+        Self {
+            is_pending: AtomicBool::new(false),
+            replaced: ReplacedHandler::none(),
+        }
+    }
+}
+
+fn state(signal: libc::c_int) -> Option<&'static SignalState> {
+    SIGNALS.get(usize::try_from(signal).ok()?)
+}
 
 #[derive(Debug)]
 struct Pipe {
     reader: UnixStream,
     writer: UnixStream,
-    /// A child that the application has forked inherits the handlers, and must not wake its parent.
+    /// A child that the application forks inherits the handlers, and must not wake its parent.
     owner: AtomicOwner,
 }
 
-fn bit(signal: libc::c_int) -> u64 {
-    u32::try_from(signal - 1).map_or(0, |shift| 1u64.checked_shl(shift).unwrap_or(0))
+/// A signal handler as the system calls it with SA_SIGINFO.
+pub(super) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+
+/// Returns the address of a handler, as the system stores it.
+pub(super) fn address(handler: Handler) -> libc::sighandler_t {
+    handler as libc::sighandler_t
 }
 
-/// Only async-signal-safe calls, and errno as it was.
+/// The handler of the application that a handler of this crate replaced.
+#[derive(Debug)]
+pub(super) struct ReplacedHandler {
+    /// `sa_sigaction` if that is a function, otherwise 0.
+    address: AtomicUsize,
+}
+
+impl ReplacedHandler {
+    pub(super) const fn none() -> Self {
+        Self {
+            address: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn store(&self, action: &libc::sigaction) {
+        let address = match is_function(action) {
+            true => action.sa_sigaction,
+            false => 0,
+        };
+        self.address.store(address, Ordering::SeqCst);
+    }
+
+    /// Runs the body of a handler of this crate, and then the replaced handler. Preserves errno.
+    /// Async-signal-safe if `body` is.
+    pub(super) fn call_after(
+        &self,
+        signal: libc::c_int,
+        info: *mut libc::siginfo_t,
+        context: *mut libc::c_void,
+        body: impl FnOnce(),
+    ) {
+        // SAFETY: the location of errno is valid for the thread that runs this.
+        let errno = unsafe { *errno_location() };
+        body();
+        let address = self.address.load(Ordering::SeqCst);
+        if address != 0 {
+            // SAFETY: `store` got the address of a handler that the system would have called. A
+            // handler that takes only the number ignores the other two arguments.
+            let handler = unsafe { std::mem::transmute::<usize, Handler>(address) };
+            handler(signal, info, context);
+        }
+        // SAFETY: see above.
+        unsafe { *errno_location() = errno };
+    }
+}
+
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the location of errno is valid for the thread that runs this.
-    let errno = unsafe { *errno_location() };
-    PENDING.fetch_or(bit(signal), Ordering::SeqCst);
-    if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
-        let byte = [0u8];
-        // SAFETY: one byte is read from a live buffer. A full pipe is fine: it wakes the reader.
-        unsafe {
-            libc::send(
-                writer.as_raw_fd(),
-                byte.as_ptr().cast(),
-                1,
-                super::socket::SEND_FLAGS,
-            )
-        };
-    }
-    let previous = usize::try_from(signal).ok().and_then(|at| PREVIOUS.get(at));
-    let previous = previous.map_or(0, |previous| previous.load(Ordering::SeqCst));
-    if previous != 0 {
-        // SAFETY: `install` stored the address of a handler that the system would have called. A
-        // handler that takes only the number ignores the other two arguments.
-        let previous = unsafe {
-            std::mem::transmute::<
-                usize,
-                extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void),
-            >(previous)
-        };
-        previous(signal, info, context);
-    }
-    // SAFETY: as above.
-    unsafe { *errno_location() = errno };
+    let Some(state) = state(signal) else {
+        return;
+    };
+    state.replaced.call_after(signal, info, context, || {
+        state.is_pending.store(true, Ordering::SeqCst);
+        if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
+            let byte = [0u8];
+            let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
+            // If the pipe is full, it wakes the reader anyway.
+            // SAFETY: one byte is read from a live buffer.
+            unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
+        }
+    });
 }
 
-#[cfg(any(target_os = "linux", target_os = "emscripten", target_os = "l4re"))]
-fn errno_location() -> *mut libc::c_int {
-    // SAFETY: always callable.
-    unsafe { libc::__errno_location() }
-}
-
-#[cfg(any(target_vendor = "apple", target_os = "freebsd"))]
-fn errno_location() -> *mut libc::c_int {
-    // SAFETY: always callable.
-    unsafe { libc::__error() }
-}
-
-/// The readable end, for the poller.
+/// The end of the pipe that the poller waits for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SignalPipe(&'static Pipe);
 
@@ -97,7 +136,7 @@ impl SignalPipe {
             reader.set_nonblocking(true)?;
             writer.set_nonblocking(true)?;
             let owner = AtomicOwner::current();
-            // Another thread may have been faster, which is as good.
+            // If another thread was faster, its pipe serves both.
             let _ = PIPE.set(Pipe {
                 reader,
                 writer,
@@ -110,7 +149,7 @@ impl SignalPipe {
         }
     }
 
-    /// Returns the numbers of the signals that came since the last call.
+    /// Returns the signals that have arrived since the last call, in the order of their numbers.
     pub(crate) fn take(self) -> Vec<libc::c_int> {
         if !self.0.owner.is_current() {
             return Vec::new();
@@ -118,9 +157,10 @@ impl SignalPipe {
         let mut sink = [0; 64];
         let mut reader = &self.0.reader;
         while matches!(reader.read(&mut sink), Ok(n) if n == sink.len()) {}
-        let pending = PENDING.swap(0, Ordering::SeqCst);
-        (1..=64)
-            .filter(|&signal| pending & bit(signal) != 0)
+        let numbered = SIGNALS.iter().zip(0..);
+        numbered
+            .filter(|(state, _)| state.is_pending.swap(false, Ordering::SeqCst))
+            .map(|(_, signal)| signal)
             .collect()
     }
 }
@@ -131,10 +171,12 @@ impl AsFd for SignalPipe {
     }
 }
 
-/// In a child that goes on with the memory of its parent, where no handler is in place: gives it a pipe
-/// of its own. The one it was born with wakes its parent.
-pub(super) fn renew() -> io::Result<()> {
-    PENDING.store(0, Ordering::SeqCst);
+/// Gives a forked child that executes no program a pipe of its own; no handler is installed there. The
+/// inherited pipe wakes its parent.
+pub(super) fn replace_pipe() -> io::Result<()> {
+    for state in &SIGNALS {
+        state.is_pending.store(false, Ordering::SeqCst);
+    }
     let Some(pipe) = PIPE.get() else {
         return Ok(());
     };
@@ -147,14 +189,14 @@ pub(super) fn renew() -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps our handler in place, and puts the previous one back.
+/// Keeps our handler installed, and restores the previous action on drop.
 #[derive(Debug)]
-pub(crate) struct Installed {
+pub(crate) struct InstalledHandler {
     signal: libc::c_int,
     previous: Action,
 }
 
-/// What the kernel does on a signal.
+/// The system's action for a signal.
 struct Action(libc::sigaction);
 
 impl std::fmt::Debug for Action {
@@ -163,81 +205,88 @@ impl std::fmt::Debug for Action {
     }
 }
 
+/// Returns the default disposition without flags and with an empty mask.
 fn empty_action() -> libc::sigaction {
-    // SAFETY: all zeroes is a valid sigaction: the default disposition, no flags, an empty mask.
+    // SAFETY: all zeroes is a valid sigaction.
     unsafe { std::mem::zeroed() }
 }
 
-/// The address of our handler, as the system stores it.
-fn ours() -> libc::sighandler_t {
-    handler as extern "C" fn(_, _, _) as libc::sighandler_t
+/// Returns the action of a signal.
+pub(super) fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {
+    let mut current = empty_action();
+    // SAFETY: without a new action the call only reads the old one.
+    check(unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) })?;
+    Ok(current)
 }
 
-/// Asks the system to write to the pipe when `signal` comes.
+/// Sets the action of a signal.
 ///
-/// # Errors
+/// # Safety
 ///
-/// There is no such signal, or it cannot be handled.
-pub(crate) fn install(signal: libc::c_int) -> io::Result<Installed> {
-    let mut previous = empty_action();
-    // SAFETY: without a new action the call only reads the old one.
-    check(unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut previous) })?;
-    let is_function =
-        previous.sa_sigaction != libc::SIG_DFL && previous.sa_sigaction != libc::SIG_IGN;
-    let at = usize::try_from(signal).ok();
-    let chained = at.and_then(|at| PREVIOUS.get(at));
-    // Installed once more over ours, it must not forget what came before.
-    if let Some(chained) = chained.filter(|_| previous.sa_sigaction != ours()) {
-        let address = if is_function {
-            previous.sa_sigaction
-        } else {
-            0
-        };
-        chained.store(address, Ordering::SeqCst);
-    }
+/// The handler of the action makes only async-signal-safe calls, or is one that was installed before.
+pub(super) unsafe fn set_action(signal: libc::c_int, action: &libc::sigaction) -> io::Result<()> {
+    // SAFETY: the caller promises that the handler may run at any time.
+    check(unsafe { libc::sigaction(signal, action, std::ptr::null_mut()) })?;
+    Ok(())
+}
+
+fn is_function(action: &libc::sigaction) -> bool {
+    action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN
+}
+
+/// Returns the action that runs `handler`. If the previous action is a function, it runs inside
+/// `handler`, with the mask and the flags that it had.
+pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> libc::sigaction {
     let mut action = empty_action();
-    action.sa_sigaction = ours();
+    action.sa_sigaction = address(handler);
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // What the host has said about its children goes on to hold.
-    action.sa_flags |= previous.sa_flags & (libc::SA_NOCLDWAIT | libc::SA_NOCLDSTOP);
-    if signal == libc::SIGCHLD && previous.sa_sigaction == libc::SIG_IGN {
-        action.sa_flags |= libc::SA_NOCLDWAIT;
-    }
-    if is_function {
-        // It runs inside ours, and as it is used to.
+    if is_function(previous) {
         action.sa_mask = previous.sa_mask;
         action.sa_flags |= previous.sa_flags & (libc::SA_RESTART | libc::SA_NODEFER);
     } else {
         action.sa_flags |= libc::SA_RESTART;
     }
-    // SAFETY: the handler makes only async-signal-safe calls.
-    check(unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) })?;
-    let previous = Action(previous);
-    Ok(Installed { signal, previous })
+    action
 }
 
-impl Drop for Installed {
+/// Makes the system write to the pipe when `signal` arrives.
+///
+/// # Errors
+///
+/// The signal does not exist, or cannot be handled.
+pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
+    let previous = current_action(signal)?;
+    // If our handler is installed already, the handler that it replaced first stays.
+    if previous.sa_sigaction != address(handler) {
+        if let Some(state) = state(signal) {
+            state.replaced.store(&previous);
+        }
+    }
+    let mut action = chained_action(handler, &previous);
+    // The application's choice for its children stays in force.
+    action.sa_flags |= previous.sa_flags & (libc::SA_NOCLDWAIT | libc::SA_NOCLDSTOP);
+    if signal == libc::SIGCHLD && previous.sa_sigaction == libc::SIG_IGN {
+        action.sa_flags |= libc::SA_NOCLDWAIT;
+    }
+    // SAFETY: the handler makes only async-signal-safe calls.
+    unsafe { set_action(signal, &action) }?;
+    let previous = Action(previous);
+    Ok(InstalledHandler { signal, previous })
+}
+
+impl Drop for InstalledHandler {
     fn drop(&mut self) {
-        // Whoever put a handler over ours keeps it.
+        // A handler that was installed over ours stays.
         if is_handled(self.signal) {
-            // SAFETY: this is the action that was in force before ours.
-            unsafe {
-                libc::sigaction(
-                    self.signal,
-                    &raw const self.previous.0,
-                    std::ptr::null_mut(),
-                )
-            };
+            // SAFETY: this action was in force before ours.
+            let _ = unsafe { set_action(self.signal, &self.previous.0) };
         }
     }
 }
 
-/// Whether our handler is in place.
+/// Returns whether our handler is installed.
 pub(crate) fn is_handled(signal: libc::c_int) -> bool {
-    let mut current = empty_action();
-    // SAFETY: without a new action the call only reads the old one.
-    let read = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) };
-    read == 0 && current.sa_sigaction == ours()
+    current_action(signal).is_ok_and(|action| action.sa_sigaction == address(handler))
 }
 
 #[cfg(test)]

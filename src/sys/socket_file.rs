@@ -1,4 +1,7 @@
-//! Unix sockets and the files by which they are known.
+//! Unix listeners and their socket files.
+//!
+//! A socket file is identified by its directory, device and inode, not by its path: another process may
+//! rename directories or replace the file.
 
 use std::ffi::OsString;
 use std::io;
@@ -8,51 +11,54 @@ use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
 use crate::sys;
-use crate::sys::fd::{self, FileStatus};
+use crate::sys::file::{self, FileStatus};
 use crate::sys::owner::Owner;
 use crate::types::endpoint::BindFlags;
 use crate::types::errno;
 
-/// The file of a listening socket, which is removed when this is dropped: unless the file has been
-/// replaced meanwhile, and belongs to somebody else. It is known by its directory and not by its
-/// path, which whoever may rename directories on the way could make lead to another file.
+/// The file of a Unix listener, which is removed on drop unless another file has replaced it.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     directory: OwnedFd,
     name: OsString,
     status: FileStatus,
-    /// No other process removes it.
+    /// The process that removes the file.
     owner: Owner,
-    /// Another process removes it.
-    is_left: bool,
+    /// The file stays when this is dropped.
+    is_persistent: bool,
 }
 
-/// Listens on `path`, which is absolute. A file that is there already is an error, and stays.
+/// Listens on `path`, which is absolute.
+///
+/// # Errors
+///
+/// A file with this path exists; it stays. Or the system refuses the path.
 pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, SocketFile)> {
-    // The system takes about a hundred bytes; from where we are the way may be shorter.
-    let short = std::env::current_dir().map_or_else(|_| path.into(), |here| shortest(path, &here));
+    // The system takes about 100 bytes; the path relative to the current directory may be shorter.
+    let current_dir = std::env::current_dir();
+    let short = current_dir.map_or_else(|_| path.into(), |dir| shortest(path, &dir));
     let has_zero = path.as_os_str().as_bytes().contains(&0);
     let (Some(parent), Some(name), false) = (path.parent(), path.file_name(), has_zero) else {
         return Err(io::Error::from_raw_os_error(errno::EINVAL));
     };
-    let directory = fd::open_directory(parent)?;
+    let directory = file::open_directory(parent)?;
     let listener = UnixListener::bind(&short).map_err(|error| {
-        // What std finds wrong before the system can.
+        // std checks the length itself, and its error has no number.
         let too_long = error.kind() == io::ErrorKind::InvalidInput;
         let errno = too_long.then_some(errno::ENAMETOOLONG);
         io::Error::from_raw_os_error(error.raw_os_error().or(errno).unwrap_or(errno::EINVAL))
     })?;
-    let status = fd::status_at(&directory, name)?;
+    let status = file::status_at(&directory, name)?;
     if !status.is_socket() {
-        // Somebody else is at work there.
+        // Another process has replaced the file already.
         return Err(io::Error::from_raw_os_error(errno::EADDRINUSE));
     }
-    let file = SocketFile {
+    let socket_file = SocketFile {
         directory,
         name: name.into(),
         status,
         owner: Owner::current(),
-        is_left: false,
+        is_persistent: false,
     };
     let mut mode = status.mode;
     if flags.readable_all {
@@ -62,26 +68,26 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         mode |= 0o222;
     }
     if mode != status.mode {
-        fd::change_mode_at(&file.directory, name, status, mode & 0o7777)?;
+        file::change_mode_at(&socket_file.directory, name, status, mode & 0o7777)?;
     }
     listener.set_nonblocking(true)?;
     let listener = OwnedFd::from(listener);
     sys::listen::listen(&listener, flags.backlog)?;
-    Ok((listener, file))
+    Ok((listener, socket_file))
 }
 
 impl SocketFile {
-    /// The file of a socket that another process has bound there, and leaves to this one.
+    /// Takes over the file of a socket that another process has bound.
     ///
     /// # Errors
     ///
-    /// There is no such file.
+    /// There is no socket file with this path.
     pub(crate) fn inherit(path: &Path) -> io::Result<Self> {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(io::ErrorKind::NotFound.into());
         };
-        let directory = fd::open_directory(parent)?;
-        let status = fd::status_at(&directory, name)?;
+        let directory = file::open_directory(parent)?;
+        let status = file::status_at(&directory, name)?;
         if !status.is_socket() {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -90,13 +96,13 @@ impl SocketFile {
             name: name.into(),
             status,
             owner: Owner::current(),
-            is_left: false,
+            is_persistent: false,
         })
     }
 
-    /// Leaves the file where it is.
-    pub(crate) fn leave(mut self) {
-        self.is_left = true;
+    /// Drops this value without removing the file.
+    pub(crate) fn persist(mut self) {
+        self.is_persistent = true;
     }
 
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
@@ -104,11 +110,11 @@ impl SocketFile {
     }
 }
 
-/// Undoes what `listen` does to the paths of sockets, if that was done in this directory.
+/// Returns the absolute form of a path that `listen` has shortened in the current directory.
 ///
 /// # Errors
 ///
-/// The system does not say which directory this is.
+/// The system does not report the current directory.
 pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     if path.is_absolute() {
         return Ok(path.into());
@@ -116,7 +122,7 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     let mut absolute = std::env::current_dir()?;
     for component in path.components() {
         if component == Component::ParentDir {
-            // There is no link on the way up.
+            // No parent of the current directory is a symbolic link.
             absolute.pop();
         } else {
             absolute.push(component);
@@ -125,9 +131,9 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     Ok(absolute)
 }
 
-/// The shorter one of `path` and the way to it from `here`; both are absolute.
-fn shortest(path: &Path, here: &Path) -> PathBuf {
-    let (mut to, mut from) = (path.components(), here.components());
+/// Returns the shorter of `path` and the same path relative to `current_dir`. Both are absolute.
+fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
+    let (mut to, mut from) = (path.components(), current_dir.components());
     let mut rest = (to.clone(), from.clone());
     while let (Some(a), Some(b)) = (to.next(), from.next()) {
         if a != b {
@@ -135,9 +141,9 @@ fn shortest(path: &Path, here: &Path) -> PathBuf {
         }
         rest = (to.clone(), from.clone());
     }
+    // `..` is unambiguous: the current directory has no symbolic links in its path.
     let up = rest.1.map(|_| Component::ParentDir);
     let relative: PathBuf = up.chain(rest.0).collect();
-    // The way up leads through parents that links do not change: `here` has no links in it.
     let length = |path: &Path| path.as_os_str().as_bytes().len();
     if (1..length(path)).contains(&length(&relative)) {
         relative
@@ -148,10 +154,10 @@ fn shortest(path: &Path, here: &Path) -> PathBuf {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let found = fd::status_at(&self.directory, &self.name);
-        let is_same = found.is_ok_and(|found| found.is_same(self.status));
-        if is_same && self.owner.is_current() && !self.is_left {
-            let _ = fd::remove_at(&self.directory, &self.name);
+        let found = file::status_at(&self.directory, &self.name);
+        let is_own = found.is_ok_and(|found| found.is_same_file(self.status));
+        if is_own && self.owner.is_current() && !self.is_persistent {
+            let _ = file::remove_at(&self.directory, &self.name);
         }
     }
 }
@@ -162,7 +168,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     #[test]
-    fn the_shorter_way_and_back() {
+    fn absolute_reverses_shortest() {
         let here = std::env::current_dir().unwrap();
         for path in [
             here.join("a"),
@@ -174,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shorter_way() {
+    fn shortest_prefers_the_relative_path_if_it_is_shorter() {
         let cases = [
             ("/a/b/c", "/a/b", "c"),
             ("/a/b/c", "/a/b/d", "../c"),
@@ -183,13 +189,16 @@ mod tests {
             ("/a/b", "/a/c/d/e/f", "/a/b"),
             ("/a", "/a", "/a"),
         ];
-        for (path, here, expected) in cases {
-            assert_eq!(shortest(path.as_ref(), here.as_ref()), Path::new(expected));
+        for (path, current_dir, expected) in cases {
+            assert_eq!(
+                shortest(path.as_ref(), current_dir.as_ref()),
+                Path::new(expected)
+            );
         }
     }
 
     #[test]
-    fn only_its_own_file_is_removed() {
+    fn drop_removes_only_its_own_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let flags = BindFlags::default();
@@ -198,7 +207,7 @@ mod tests {
         let (_listener, file) = listen(&path, &flags).unwrap();
         let error = listen(&path, &flags).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(errno::EADDRINUSE));
-        assert!(path.exists(), "somebody else's stays");
+        assert!(path.exists(), "the file of another listener stays");
         std::fs::rename(&path, directory.path().join("away")).unwrap();
         std::fs::write(&path, "another file").unwrap();
         drop(file);
@@ -206,14 +215,14 @@ mod tests {
     }
 
     #[test]
-    fn whoever_moves_its_directory_cannot_have_another_file_removed() {
+    fn drop_removes_the_file_from_a_renamed_directory() {
         let directory = tempfile::tempdir().unwrap();
         let [own, moved] = ["own", "moved"].map(|name| directory.path().join(name));
         std::fs::create_dir(&own).unwrap();
         let (_listener, file) = listen(&own.join("socket"), &BindFlags::default()).unwrap();
         std::fs::rename(&own, &moved).unwrap();
         std::fs::create_dir(&own).unwrap();
-        // The same file, at the path that was given.
+        // The same file at the original path.
         std::fs::hard_link(moved.join("socket"), own.join("socket")).unwrap();
         drop(file);
         assert!(own.join("socket").exists());
@@ -221,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_may_connect_if_the_program_says_so() {
+    fn flags_allow_all_users_to_connect() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let flags = BindFlags {
@@ -229,13 +238,13 @@ mod tests {
             writable_all: true,
             ..BindFlags::default()
         };
-        let _kept = listen(&path, &flags).unwrap();
+        let _listener = listen(&path, &flags).unwrap();
         let mode = std::fs::metadata(&path).unwrap().mode();
         assert_eq!(mode & 0o666, 0o666);
     }
 
     #[test]
-    fn a_path_that_cannot_be_is_an_error_with_a_number() {
+    fn invalid_paths_are_errors_with_a_number() {
         let path = Path::new("/tmp").join("x".repeat(120));
         let error = listen(&path, &BindFlags::default()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(errno::ENAMETOOLONG));

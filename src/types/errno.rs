@@ -1,3 +1,3 @@
-//! The error numbers of the system that the crate gives as reasons itself.
+//! The error numbers that the crate returns itself.
 
 pub(crate) use libc::{EADDRINUSE, EBADF, EINVAL, EMFILE, ENAMETOOLONG};

@@ -55,6 +55,6 @@ impl Message {
     #[must_use]
     pub fn take_fds(&self) -> Vec<OwnedFd> {
         let fds = self.fds.iter().flat_map(|fds| fds.take());
-        fds.map(NoLingerFd::claim).collect()
+        fds.map(NoLingerFd::into_owned_fd).collect()
     }
 }

@@ -1,11 +1,8 @@
-//! The signals by name.
+//! Signals by name.
 
-use crate::sys::signal as number;
-
-/// A signal, for [`kill`](crate::WorkerProcess::kill) and
-/// [`on_signal`](crate::Master::on_signal).
+/// A signal, for [`kill`](crate::WorkerProcess::kill) and [`on_signal`](crate::Master::on_signal).
 ///
-/// Node: the strings such as `'SIGTERM'`, which is also how it prints. The default is `TERM`.
+/// The default is `TERM`. Node: the strings such as `'SIGTERM'`, which is also what `Display` prints.
 ///
 /// ```
 /// use cluster::Signal;
@@ -17,14 +14,14 @@ use crate::sys::signal as number;
 pub struct Signal(i32);
 
 macro_rules! signals {
-    ($($name:ident $text:literal $doc:literal)*) => {
+    ($($name:ident $number:ident $doc:literal)*) => {
         impl Signal {
             $(
-                #[doc = concat!("`", $text, "`: ", $doc, " See [`Signal`] for an example.")]
-                pub const $name: Self = Self(number::$name);
+                #[doc = concat!("`", stringify!($number), "`: ", $doc, " See [`Signal`] for an example.")]
+                pub const $name: Self = Self(libc::$number);
             )*
 
-            /// Returns the system's number of the signal.
+            /// Returns the number of the signal on this system.
             ///
             /// ```
             /// assert_eq!(cluster::Signal::KILL.number(), 9);
@@ -38,7 +35,7 @@ macro_rules! signals {
         impl std::fmt::Display for Signal {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 match *self {
-                    $(Self::$name => f.write_str($text),)*
+                    $(Self::$name => f.write_str(stringify!($number)),)*
                     Self(number) => write!(f, "signal {number}"),
                 }
             }
@@ -47,19 +44,19 @@ macro_rules! signals {
 }
 
 signals! {
-    HUP "SIGHUP" "the terminal is gone, or by custom: reload."
-    INT "SIGINT" "interrupt from the keyboard."
-    QUIT "SIGQUIT" "quit from the keyboard."
-    KILL "SIGKILL" "ends a process at once; cannot be handled."
-    USR1 "SIGUSR1" "free for the program."
-    USR2 "SIGUSR2" "free for the program."
-    ALRM "SIGALRM" "the alarm clock."
-    TERM "SIGTERM" "please end."
-    CONT "SIGCONT" "go on after a stop."
-    STOP "SIGSTOP" "stops a process; cannot be handled."
-    TTIN "SIGTTIN" "read by a background process; by custom: one worker more."
-    TTOU "SIGTTOU" "write by a background process; by custom: one worker fewer."
-    WINCH "SIGWINCH" "the terminal's size has changed."
+    HUP SIGHUP "hang-up of the terminal; by convention, reload."
+    INT SIGINT "interrupt from the keyboard."
+    QUIT SIGQUIT "quit from the keyboard."
+    KILL SIGKILL "kills a process at once; cannot be handled."
+    USR1 SIGUSR1 "reserved for the application."
+    USR2 SIGUSR2 "reserved for the application."
+    ALRM SIGALRM "expiry of the alarm timer."
+    TERM SIGTERM "request to terminate."
+    CONT SIGCONT "continues a stopped process."
+    STOP SIGSTOP "stops a process; cannot be handled."
+    TTIN SIGTTIN "read from the terminal by a background process; by convention, one more worker."
+    TTOU SIGTTOU "write to the terminal by a background process; by convention, one worker fewer."
+    WINCH SIGWINCH "change of the terminal's size."
 }
 
 impl Default for Signal {

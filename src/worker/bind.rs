@@ -86,7 +86,7 @@ impl Worker {
 
     /// Uses a socket that the worker has already.
     fn open_socket(&self, socket: OwnedFd, bind_request: &BindRequest) -> io::Result<Opened> {
-        bind::adopt(&socket, bind_request.flags.backlog)?;
+        bind::prepare(&socket, bind_request.flags.backlog)?;
         let address = sys::listen::local_addr(&socket);
         let bound = BoundSocket {
             file: None,

@@ -17,12 +17,12 @@ use crate::runtime::event_loop::Token;
 use crate::sys;
 use crate::sys::bind::BoundSocket;
 use crate::sys::fd::NoLingerFd;
-use crate::sys::interrupt::Interrupt;
+use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::poll::{
     Interest, Poller, Registered, is_writable, wait_readable, wait_readable_or_writable,
 };
 use crate::sys::process::Pid;
-use crate::sys::queue::{self, Taken};
+use crate::sys::queue::{self, Dequeued};
 use crate::sys::socket_file::SocketFile;
 use crate::types::endpoint::Kind;
 use crate::types::errno;
@@ -109,7 +109,7 @@ pub(crate) struct WorkerShell {
     lacks_descriptors: Cell<bool>,
     began: Instant,
     /// Lets this process block in `accept`, once it has.
-    interrupt: OnceCell<Interrupt>,
+    interrupt: OnceCell<InterruptibleAccept>,
     /// Something waits for the system to have room again.
     rest_until: Cell<Option<Time>>,
     /// What went wrong outside any call of the program's.
@@ -415,7 +415,7 @@ impl WorkerShell {
                     .is_ok_and(|bound| bound.policy != SchedulingPolicy::RoundRobin);
                 let listener = core.frame(frame)?;
                 drop(core);
-                let fd = fds.into_iter().next().map(NoLingerFd::claim);
+                let fd = fds.into_iter().next().map(NoLingerFd::into_owned_fd);
                 if let (Some(listener), Some(fd)) = (listener, fd) {
                     self.adopt(listener, fd, blocks);
                 }
@@ -500,7 +500,7 @@ impl WorkerShell {
         if let Some(kept) = own.filter(|_| self.poller.is_own()) {
             if let Socket::Listener(own) = &**kept.socket {
                 // A process that this one has forked may have a copy: clients would wait there for ever.
-                sys::listen::shut_for_good(&own.fd);
+                sys::listen::shut_down(&own.fd);
             }
         }
     }
@@ -515,8 +515,8 @@ impl WorkerShell {
         };
         let was_path = kept.file.take().is_some();
         match &**kept.socket {
-            Socket::Listener(own) if was_path => sys::listen::shut_for_good(&own.fd),
-            Socket::Listener(own) => drop(sys::listen::attach_syn_filter(&own.fd)),
+            Socket::Listener(own) if was_path => sys::listen::shut_down(&own.fd),
+            Socket::Listener(own) => drop(sys::filter::attach_syn_filter(&own.fd)),
             Socket::Queue(_) | Socket::Datagrams(_) => {}
         }
     }
@@ -627,7 +627,7 @@ impl WorkerShell {
     pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<bool> {
         let is_new = self.interrupt.get().is_none();
         if is_new {
-            let interrupt = Interrupt::new()?;
+            let interrupt = InterruptibleAccept::new()?;
             interrupt.add(signals)?;
             if let Some(channel) = self.channel.borrow().as_ref() {
                 interrupt.add(channel.as_fd())?;
@@ -677,7 +677,7 @@ impl WorkerShell {
                 shared.blocks.set(false);
                 Ok(None)
             }
-            Err(error) if sys::listen::lost_before_accept(&error) => Ok(None),
+            Err(error) if sys::listen::is_connection_error(&error) => Ok(None),
             Err(source) => {
                 let attempt = "accept a connection";
                 Err(Error::Io { attempt, source })
@@ -699,7 +699,7 @@ impl WorkerShell {
         let Socket::Listener(shared) = &**kept.socket else {
             return false;
         };
-        sys::listen::is_shut(source) && sys::listen::local_addr(&shared.fd).is_some()
+        sys::listen::is_shutdown_error(source) && sys::listen::local_addr(&shared.fd).is_some()
     }
 
     fn try_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
@@ -709,11 +709,11 @@ impl WorkerShell {
             let _ = sys::fd::set_nonblocking(shared.as_fd(), true);
             match sys::listen::accept(shared) {
                 Ok(fd) => return Ok(Some(fd)),
-                Err(error) if sys::listen::lost_before_accept(&error) => {}
+                Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(source) => {
                     let is_ending = self.core.borrow().is_ending(listener);
-                    if is_ending && sys::listen::is_shut(&source) {
+                    if is_ending && sys::listen::is_shutdown_error(&source) {
                         return Ok(None);
                     }
                     let attempt = "accept a connection";
@@ -724,13 +724,13 @@ impl WorkerShell {
     }
 
     fn try_queue(&self, queue: &OwnedFd) -> Result<Option<OwnedFd>> {
-        match queue::take(queue.as_fd()) {
-            Ok(Taken::Connection(_, connection)) => {
+        match queue::receive(queue.as_fd()) {
+            Ok(Dequeued::Connection(_, connection)) => {
                 self.lacks_descriptors.set(false);
-                Ok(Some(connection.claim()))
+                Ok(Some(connection.into_owned_fd()))
             }
             // The master has let go of it; what becomes of this worker the channel tells.
-            Ok(Taken::Nothing | Taken::End) => Ok(None),
+            Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
             Err(source) if source.raw_os_error() == Some(errno::EMFILE) => {
                 if !self.lacks_descriptors.replace(true) {
                     self.report(Error::no_descriptors(None));

@@ -348,7 +348,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
                 break;
             }
             let (bytes, fds) = self.outbox.next();
-            match socket::send_waiting(&self.socket, bytes, &fds) {
+            match socket::send_blocking(&self.socket, bytes, &fds) {
                 Ok(written) => self.outbox.written(written),
                 Err(_) => break,
             }
@@ -471,7 +471,7 @@ mod tests {
         while end.receive(&mut scratch).unwrap() == Received::Something {
             while let Some(arrival) = end.next().unwrap() {
                 assert!(!arrival.lost_fds);
-                let fds = arrival.fds.into_iter().map(NoLingerFd::claim);
+                let fds = arrival.fds.into_iter().map(NoLingerFd::into_owned_fd);
                 frames.push((arrival.frame, fds.collect()));
             }
         }

@@ -1,4 +1,4 @@
-//! Where nothing interrupts `accept`: it cannot be made, and the worker polls.
+//! An `accept` that cannot be interrupted: it cannot be created, and the worker polls.
 
 use std::convert::Infallible;
 use std::io;
@@ -6,9 +6,12 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 #[derive(Debug)]
-pub(crate) struct Interrupt(Infallible);
+pub(crate) struct InterruptibleAccept(Infallible);
 
-impl Interrupt {
+impl InterruptibleAccept {
+    /// # Errors
+    ///
+    /// Always (`Unsupported`).
     pub(crate) fn new() -> io::Result<Self> {
         Err(io::ErrorKind::Unsupported.into())
     }

@@ -1,0 +1,25 @@
+//! Packet filters, which no socket has here: every function succeeds without effect. The caller accepts
+//! the backlog while new connections still arrive, and the kernel chooses the socket of a group.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+pub(crate) fn attach_syn_filter(_listener: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn detach_syn_filter(_listener: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn detach_foreign_syn_filter(_listener: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn lock_filter(_socket: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn select_sockets(_listener: &OwnedFd, _indexes: &[usize]) -> io::Result<()> {
+    Ok(())
+}

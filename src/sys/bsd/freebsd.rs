@@ -1,0 +1,14 @@
+//! FreeBSD: socket calls take the same flags as on Linux.
+
+use std::os::fd::RawFd;
+
+pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
+
+/// The unit of `ru_maxrss` in bytes.
+pub(in crate::sys) const MAX_RSS_UNIT: u64 = 1024;
+
+pub(super) fn accept(listener: RawFd) -> libc::c_int {
+    let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the pointers are null, so no address is written.
+    unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) }
+}

@@ -1,0 +1,118 @@
+//! FreeBSD and macOS: the items of `linux` by portable means, or none where only Linux has the ability.
+//!
+//! The crate is first for Linux. Here it compiles and works, with less: workers poll instead of blocking
+//! in `accept`, no filter protects a backlog, and a worker notices the end of its master only by its
+//! channel. `freebsd` and `apple` differ in the flags of sockets.
+
+#[cfg_attr(target_vendor = "apple", path = "apple.rs")]
+#[cfg_attr(not(target_vendor = "apple"), path = "freebsd.rs")]
+mod system;
+
+pub(super) mod child;
+pub(crate) mod filter;
+pub(crate) mod interruptible_accept;
+pub(super) mod pidfd;
+pub(super) mod socket;
+
+pub(super) use system::MAX_RSS_UNIT;
+
+/// The highest signal number that is handled.
+pub(super) const MAX_SIGNAL: u8 = 64;
+
+/// Returns where the C library keeps errno of the calling thread. Async-signal-safe.
+pub(super) fn errno_location() -> *mut libc::c_int {
+    // SAFETY: always callable.
+    unsafe { libc::__error() }
+}
+
+pub(super) mod clone {
+    use std::io;
+
+    use crate::sys::process::Started;
+    use crate::sys::process::child::Child;
+
+    /// Returns `None`: the caller forks instead.
+    pub(in crate::sys) fn clone(_child: &Child<'_>) -> Option<io::Result<Started>> {
+        None
+    }
+}
+
+pub(super) mod epoll {
+    use std::io;
+    use std::time::Duration;
+
+    use polling::Poller;
+
+    use crate::sys::poll::ReadyList;
+
+    /// Returns `false`: the caller waits by the poller.
+    pub(in crate::sys) fn reports_keys(_poller: &Poller) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    pub(in crate::sys) fn wait(
+        _poller: &Poller,
+        _timeout: Option<Duration>,
+        _ready: &mut ReadyList,
+    ) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+pub(super) mod file {
+    use std::ffi::OsStr;
+    use std::io;
+    use std::os::fd::{AsRawFd as _, OwnedFd};
+
+    use crate::sys::check;
+    use crate::sys::file::{FileStatus, c_string};
+
+    /// Opens a directory to name its files.
+    pub(in crate::sys) const NAME_ONLY: libc::c_int = libc::O_RDONLY;
+
+    /// Returns the status of a link itself.
+    pub(in crate::sys) const STATUS_FLAGS: libc::c_int = libc::AT_SYMLINK_NOFOLLOW;
+
+    /// Changes the mode of a file. It does not follow a symbolic link.
+    pub(crate) fn change_mode_at(
+        directory: &OwnedFd,
+        name: &OsStr,
+        _status: FileStatus,
+        mode: libc::mode_t,
+    ) -> io::Result<()> {
+        let name = c_string(name)?;
+        let flags = libc::AT_SYMLINK_NOFOLLOW;
+        // SAFETY: the name is zero-terminated.
+        check(unsafe { libc::fchmodat(directory.as_raw_fd(), name.as_ptr(), mode, flags) })?;
+        Ok(())
+    }
+}
+
+pub(crate) mod parent_death_signal {
+    use std::io;
+    use std::os::fd::BorrowedFd;
+
+    /// Does nothing: the child notices end-of-file on its channel.
+    pub(in crate::sys) fn request(_parent: u32) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Does nothing: the worker notices end-of-file on its channel.
+    pub(crate) fn renew(_channel: BorrowedFd<'_>) {}
+}
+
+pub(super) mod threads {
+    /// Returns `None`: the system does not report it.
+    pub(in crate::sys) fn has_others_now() -> Option<bool> {
+        None
+    }
+}
+
+pub(super) mod zeroed_on_fork {
+    use std::sync::atomic::AtomicUsize;
+
+    /// Returns `None`: the caller uses the process id.
+    pub(in crate::sys) fn allocate() -> Option<&'static AtomicUsize> {
+        None
+    }
+}

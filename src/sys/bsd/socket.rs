@@ -1,0 +1,39 @@
+//! Socket flags, `accept`, queue lengths and abstract addresses.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::SocketAddr;
+
+use super::system;
+use crate::sys::{check, fd};
+
+pub(in crate::sys) use system::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
+
+/// The type of a hand-off queue. Unix datagrams are reliable and in order.
+pub(in crate::sys) const QUEUE_TYPE: libc::c_int = libc::SOCK_DGRAM;
+
+/// No control message has a process descriptor.
+pub(in crate::sys) const SCM_PIDFD: libc::c_int = libc::SCM_RIGHTS;
+
+/// Accepts a connection, which blocks and is closed on exec. The system copies the flags of the
+/// listener.
+pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
+    let socket = fd::adopt(check(system::accept(listener))?);
+    fd::close_on_exec(socket.as_raw_fd())?;
+    fd::set_nonblocking(socket.as_fd(), false)?;
+    Ok(socket)
+}
+
+/// Returns `None`: the system does not report it in a portable way.
+pub(in crate::sys) fn backlog_length(_listener: &OwnedFd) -> Option<u64> {
+    None
+}
+
+/// Returns `None`: what the system counts for datagrams is not portable.
+pub(in crate::sys) fn readable_bytes(_socket: &OwnedFd) -> Option<u64> {
+    None
+}
+
+pub(in crate::sys) fn abstract_address(_name: &[u8]) -> io::Result<SocketAddr> {
+    Err(io::ErrorKind::Unsupported.into())
+}

@@ -1,0 +1,77 @@
+//! Files that are named relative to a directory, so that renaming the directory changes nothing.
+
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+pub(crate) use super::platform::file::change_mode_at;
+
+use super::platform::file::{NAME_ONLY, STATUS_FLAGS};
+use super::{check, fd};
+
+pub(super) fn c_string(text: &OsStr) -> io::Result<CString> {
+    Ok(CString::new(text.as_bytes())?)
+}
+
+/// Opens a directory.
+pub(crate) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_string(path.as_os_str())?;
+    let flags = NAME_ONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: the path is zero-terminated.
+    let number = check(unsafe { libc::open(path.as_ptr(), flags) })?;
+    Ok(fd::adopt(number))
+}
+
+/// The identity and the mode of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileStatus {
+    /// Device and inode. Their types differ between systems, and all fit into this one.
+    id: (i128, i128),
+    pub(crate) mode: libc::mode_t,
+}
+
+impl FileStatus {
+    pub(crate) fn is_socket(self) -> bool {
+        self.mode & libc::S_IFMT == libc::S_IFSOCK
+    }
+
+    /// Returns whether both are statuses of one file. Its mode may have changed.
+    pub(crate) fn is_same_file(self, other: Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl From<libc::stat> for FileStatus {
+    fn from(stat: libc::stat) -> Self {
+        Self {
+            id: (stat.st_dev.into(), stat.st_ino.into()),
+            mode: stat.st_mode,
+        }
+    }
+}
+
+/// Returns the status of a file. It does not follow a symbolic link.
+pub(crate) fn status_at(directory: &OwnedFd, name: &OsStr) -> io::Result<FileStatus> {
+    let name = c_string(name)?;
+    // SAFETY: stat is plain data.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the name is zero-terminated, and the structure writable.
+    check(unsafe {
+        libc::fstatat(
+            directory.as_raw_fd(),
+            name.as_ptr(),
+            &raw mut stat,
+            STATUS_FLAGS,
+        )
+    })?;
+    Ok(stat.into())
+}
+
+pub(crate) fn remove_at(directory: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: the name is zero-terminated.
+    check(unsafe { libc::unlinkat(directory.as_raw_fd(), name.as_ptr(), 0) })?;
+    Ok(())
+}

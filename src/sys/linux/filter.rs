@@ -1,0 +1,238 @@
+//! Packet filters on sockets: BPF programs, attached by options of socket(7).
+//!
+//! The *SYN filter* keeps new connections out of a backlog. The *selection program* chooses the socket
+//! of a reuseport group that gets a connection.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+
+use crate::sys::{check, option};
+
+/// Attaches a filter to a TCP listener that drops new connections: packets with SYN and without ACK.
+///
+/// Handshakes in flight complete. New clients repeat their SYN after a second, and find the port closed
+/// or another listener. Without the filter, connections that arrive between the last `accept` and
+/// `close` would be reset.
+pub(crate) fn attach_syn_filter(listener: &OwnedFd) -> io::Result<()> {
+    attach(listener, libc::SO_ATTACH_FILTER, &mut syn_filter())
+}
+
+/// Detaches the SYN filter.
+pub(crate) fn detach_syn_filter(listener: &OwnedFd) -> io::Result<()> {
+    // The option ignores its value.
+    option::set_int(listener.as_fd(), libc::SO_DETACH_FILTER, 0)
+}
+
+fn syn_filter() -> [libc::sock_filter; 5] {
+    /// Offset of the flags in the TCP header, where the filter's view of a packet begins.
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    [
+        statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, FLAGS, 0, 0),
+        statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, SYN | ACK, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SYN, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        statement(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
+    ]
+}
+
+/// Detaches the SYN filter if another process left it on a listener. Any other filter is the
+/// application's, and stays.
+pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
+    // socket(7): the same number attaches a filter with setsockopt, and reads it with getsockopt. The
+    // length counts statements.
+    const SO_GET_FILTER: libc::c_int = libc::SO_ATTACH_FILTER;
+    let own = syn_filter();
+    let mut found = [statement(0, 0, 0, 0); 5];
+    let mut count = libc::socklen_t::try_from(found.len()).unwrap_or(0);
+    // SAFETY: `count` statements are writable. The kernel writes all of a filter, or fails if there is
+    // not enough space.
+    let read = check(unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_GET_FILTER,
+            found.as_mut_ptr().cast(),
+            &raw mut count,
+        )
+    });
+    let parts = |s: &libc::sock_filter| (s.code, s.jt, s.jf, s.k);
+    let is_own = own.iter().map(parts).eq(found.iter().map(parts));
+    match read {
+        Ok(_) if is_own => detach_syn_filter(listener),
+        // Another filter, or none, or the kernel does not read filters.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Forbids attaching and detaching filters and selection programs through this socket. The kernel
+/// never lifts this lock.
+pub(crate) fn lock_filter(socket: &OwnedFd) -> io::Result<()> {
+    option::set_int(socket.as_fd(), libc::SO_LOCK_FILTER, 1)
+}
+
+/// Distributes new connections evenly among some sockets of the reuseport group of `listener`. The
+/// indexes ascend; the kernel numbers the sockets in the order in which they began to listen.
+pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Result<()> {
+    let mut program = selection(indexes)?;
+    attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
+}
+
+/// Returns the program that draws one of these indexes, which ascend.
+///
+/// Its length depends on the number of gaps between the indexes, not on their number. Before Linux 6.8
+/// the kernel refuses a program of more than 20,480 bytes (`net.core.optmem_max`) after its translation,
+/// which makes at most 5 instructions of 8 bytes for a run of consecutive indexes.
+fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
+    let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
+    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    let count = number(indexes.len())?;
+    let mut program = vec![
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, random, 0, 0),
+        statement(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, count, 0, 0),
+    ];
+    let mut drawn = 0;
+    for run in indexes.chunk_by(|one, next| one + 1 == *next) {
+        let next = drawn + run.len();
+        // From here on, the drawn number is below `next`, or belongs to a later run.
+        let is_later = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+        program.push(statement(is_later, number(next)?, 2, 0));
+        // `drawn` never exceeds the first index of the run, because the indexes ascend.
+        let shift = number(run[0].saturating_sub(drawn))?;
+        let add = libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K;
+        program.push(statement(add, shift, 0, 0));
+        program.push(statement(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+        drawn = next;
+    }
+    // Never reached: the drawn number is below `count`. The kernel wants a return at the end.
+    program.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0));
+    Ok(program)
+}
+
+fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    let code = u16::try_from(code).unwrap_or(0);
+    libc::sock_filter { code, jt, jf, k }
+}
+
+fn attach(
+    socket: &OwnedFd,
+    name: libc::c_int,
+    program: &mut [libc::sock_filter],
+) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        filter: program.as_mut_ptr(),
+    };
+    option::set(socket.as_fd(), libc::SOL_SOCKET, name, &program)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpStream;
+    use std::time::Duration;
+
+    use crate::sys::listen::{PortSharing, accept, listen_tcp, local_addr};
+    use crate::types::endpoint::BindFlags;
+
+    #[test]
+    fn syn_filter_drops_new_connections_and_keeps_the_backlog() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let address = address.parse().unwrap();
+            let listener =
+                listen_tcp(&address, &BindFlags::default(), PortSharing::Exclusive).unwrap();
+            let address = local_addr(&listener).unwrap();
+            let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
+            let _early = connect().unwrap();
+            attach_syn_filter(&listener).unwrap();
+            let error = connect().unwrap_err();
+            assert_eq!(
+                error.kind(),
+                io::ErrorKind::TimedOut,
+                "the SYN is dropped, not refused"
+            );
+            accept(&listener).unwrap();
+            detach_syn_filter(&listener).unwrap();
+            connect().unwrap();
+        }
+    }
+
+    /// Runs a selection program for one random number, as the kernel does.
+    fn run(program: &[libc::sock_filter], random: u32) -> usize {
+        let (mut at, mut value) = (0, 0);
+        loop {
+            let one = &program[at];
+            at += 1;
+            let code = u32::from(one.code);
+            if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS {
+                value = random;
+            } else if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K {
+                value %= one.k;
+            } else if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K {
+                value += one.k;
+            } else if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K {
+                at += usize::from(if value >= one.k { one.jt } else { one.jf });
+            } else if code == libc::BPF_RET | libc::BPF_A {
+                return value as usize;
+            } else {
+                panic!("unexpected instruction {code:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn selection_draws_each_index_equally_often() {
+        for indexes in [&[0][..], &[1], &[0, 2, 3, 4], &[1, 2, 5, 7, 8, 9, 1000]] {
+            let program = selection(indexes).unwrap();
+            let mut drawn: Vec<_> = (0..u32::try_from(indexes.len() * 3).unwrap())
+                .map(|random| run(&program, random))
+                .collect();
+            drawn.sort_unstable();
+            let expected: Vec<_> = indexes.iter().flat_map(|one| [*one; 3]).collect();
+            assert_eq!(drawn, expected);
+        }
+    }
+
+    /// Returns how many bytes a kernel before 6.8 counts for the translated program.
+    fn translated_size(program: &[libc::sock_filter]) -> usize {
+        // struct bpf_prog, and the prologue of each program.
+        const FIXED: usize = 256;
+        // A jump or an addition is one instruction; a return of a computed value is one or two.
+        FIXED + program.len() * 5 / 3 * 8
+    }
+
+    #[test]
+    fn selection_of_a_thousand_shards_fits_into_the_optmem_max_of_old_kernels() {
+        const OPTMEM_MAX: usize = 20_480;
+        let all: Vec<_> = [0].into_iter().chain(2..10_000).collect();
+        assert!(translated_size(&selection(&all).unwrap()) < 512);
+        // Every second index is missing.
+        let gaps: Vec<_> = (0..1000).step_by(2).collect();
+        assert!(translated_size(&selection(&gaps).unwrap()) <= OPTMEM_MAX);
+    }
+
+    /// Runs in a network namespace of this thread's own, with the limit of old kernels.
+    #[test]
+    #[ignore = "needs Linux 6.8, for a limit per network namespace, and root"]
+    fn kernel_accepts_the_selection_of_a_thousand_shards_with_the_optmem_max_of_old_kernels() {
+        let run = || {
+            // SAFETY: the call takes an integer, and affects this thread alone.
+            check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).unwrap();
+            std::fs::write("/proc/sys/net/core/optmem_max", "20480").unwrap();
+            let address = "0.0.0.0:0".parse().unwrap();
+            let flags = BindFlags::default();
+            let listener = listen_tcp(&address, &flags, PortSharing::Join).unwrap();
+            let gaps: Vec<_> = (0..1000).step_by(2).collect();
+            select_sockets(&listener, &gaps).unwrap();
+            // The limit applies: two statements for each shard are too many.
+            let ret = libc::BPF_RET | libc::BPF_K;
+            let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+            let each = (0..1000).flat_map(|n| [statement(is, n, 0, 1), statement(ret, n, 0, 0)]);
+            let mut long: Vec<_> = each.chain([statement(ret, 0, 0, 0)]).collect();
+            let error = attach(&listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut long).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+}

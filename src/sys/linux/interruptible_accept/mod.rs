@@ -1,0 +1,300 @@
+//! A blocking `accept` that messages, signals and timers interrupt.
+//!
+//! Linux queues processes that block in `accept` first in, first out, and wakes one for each connection.
+//! A process that polls does not take part in this queue. So a worker with a channel blocks in `accept`
+//! too, and the kernel signals each arrival on the channel to this thread: by SIGURG, which is ignored
+//! unless a handler is installed. The signal is blocked except during the call, so that it interrupts no
+//! call of the application.
+//!
+//! A signal that arrives after it is unblocked, but before `accept` sleeps, must not be lost. So
+//! `accept` is called on a reserved descriptor, the *slot*, which holds a copy of the listener. The
+//! handler replaces the slot with the *stub*, a descriptor that is no socket: `accept` fails, whether it
+//! has begun or not.
+
+mod async_io;
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::Instant;
+
+use crate::sys::owner::Owner;
+use crate::sys::platform::socket;
+use crate::sys::signal::{ReplacedHandler, address, chained_action, current_action, set_action};
+use crate::sys::signal_mask::SignalSet;
+use crate::sys::{check, fd};
+
+const SIGNAL: libc::c_int = libc::SIGURG;
+
+/// The thread that the handler works for; 0 if none.
+static THREAD: AtomicI32 = AtomicI32::new(0);
+/// The descriptors that the handler works on.
+static SLOT: AtomicI32 = AtomicI32::new(-1);
+static STUB: AtomicI32 = AtomicI32::new(-1);
+/// The handler has run since the thread last checked.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static REPLACED: ReplacedHandler = ReplacedHandler::none();
+
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    REPLACED.call_after(signal, info, context, || {
+        // On another thread the descriptors might be closed, and their numbers reused, at this moment.
+        // That thread is not blocked in `accept` either.
+        if THREAD.load(Ordering::SeqCst) == own_thread() {
+            INTERRUPTED.store(true, Ordering::SeqCst);
+            let (stub, slot) = (STUB.load(Ordering::SeqCst), SLOT.load(Ordering::SeqCst));
+            // It cannot fail: both are open. dup(2) documents EBUSY for a number that another thread is
+            // about to open, but this number is never free.
+            // SAFETY: this module owns the slot.
+            unsafe { libc::dup3(stub, slot, libc::O_CLOEXEC) };
+        }
+    });
+}
+
+/// Returns the number of the calling thread. Async-signal-safe.
+fn own_thread() -> libc::pid_t {
+    // glibc has a function for this only since 2.30.
+    // SAFETY: always callable.
+    let number = unsafe { libc::syscall(libc::SYS_gettid) };
+    libc::pid_t::try_from(number).unwrap_or(-1)
+}
+
+/// Lets a thread block in `accept` and be interrupted.
+///
+/// A process has at most one. The pointer in `timer` keeps it on its thread (`!Send`).
+pub(crate) struct InterruptibleAccept {
+    slot: OwnedFd,
+    stub: OwnedFd,
+    signal: SignalSet,
+    was_blocked: bool,
+    previous_action: libc::sigaction,
+    sources: RefCell<Vec<RawFd>>,
+    /// The listener of which the slot is a copy.
+    listener: Cell<Option<RawFd>>,
+    timer: Cell<Option<libc::timer_t>>,
+    /// The deadline that the timer is set to.
+    deadline: Cell<Option<Instant>>,
+    owner: Owner,
+}
+
+impl InterruptibleAccept {
+    /// Installs the signal handler, and blocks the signal on this thread.
+    ///
+    /// # Errors
+    ///
+    /// - the process has an `InterruptibleAccept` already, on any thread (`ResourceBusy`);
+    /// - no descriptor is free.
+    pub(crate) fn new() -> io::Result<Self> {
+        // SAFETY: eventfd takes two integers.
+        let stub = fd::adopt(check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?);
+        let slot = stub.try_clone()?;
+        let order = Ordering::SeqCst;
+        let claimed = THREAD.compare_exchange(0, own_thread(), order, order);
+        if claimed.is_err() {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        STUB.store(stub.as_raw_fd(), Ordering::SeqCst);
+        SLOT.store(slot.as_raw_fd(), Ordering::SeqCst);
+        let signal = SignalSet::only(SIGNAL);
+        let was_blocked = signal.block().contains(SIGNAL);
+        Ok(Self {
+            slot,
+            stub,
+            was_blocked,
+            signal,
+            previous_action: install_handler(),
+            sources: RefCell::default(),
+            listener: Cell::default(),
+            timer: Cell::default(),
+            deadline: Cell::default(),
+            owner: Owner::current(),
+        })
+    }
+
+    /// Adds a socket that interrupts `accept` from now on: when bytes arrive, when the peer hangs up,
+    /// and when a send that would have waited becomes possible. The caller checks for earlier arrivals.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor is not open, or the system cannot signal its arrivals (`Unsupported`).
+    pub(crate) fn add(&self, source: BorrowedFd<'_>) -> io::Result<()> {
+        let source = source.as_raw_fd();
+        self.sources.borrow_mut().push(source);
+        async_io::enable(source, SIGNAL, own_thread())
+    }
+
+    /// Waits for a connection, which blocks and is closed on exec. Returns `None` if a source may have
+    /// something to process, or if the deadline has passed.
+    ///
+    /// An arrival is signalled once. So the caller reads all sources until they would block: before
+    /// the first call, and after each call that returns `None`. After a send that would have waited,
+    /// the caller also polls once until the socket is not writable. The kernel may have made space just
+    /// before it recorded that this process waits for space.
+    ///
+    /// # Errors
+    ///
+    /// Those of accept(2), among them `WouldBlock` if the listener does not block.
+    pub(crate) fn accept(
+        &self,
+        listener: BorrowedFd<'_>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Option<OwnedFd>> {
+        if self.set_timer(deadline)? {
+            return Ok(None);
+        }
+        let number = listener.as_raw_fd();
+        if self.listener.get() != Some(number) {
+            self.fill_slot(number)?;
+            self.listener.set(Some(number));
+        }
+        // The signal may have arrived when the last call already had its connection. Then the slot held
+        // the stub until it was filled above.
+        if self.take_interruption() {
+            return Ok(None);
+        }
+        match self.accept_at_slot() {
+            Err(error) => {
+                let interrupted = self.take_interruption();
+                if interrupted || error.kind() == io::ErrorKind::Interrupted {
+                    Ok(None)
+                } else {
+                    Err(error)
+                }
+            }
+            Ok(connection) => Ok(Some(connection)),
+        }
+    }
+
+    /// Removes the copy of a listener, so that closing the listener closes the socket.
+    pub(crate) fn release(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
+        if self.listener.get() == Some(listener.as_raw_fd()) {
+            self.fill_slot(self.stub.as_raw_fd())?;
+            self.listener.set(None);
+        }
+        Ok(())
+    }
+
+    fn fill_slot(&self, number: RawFd) -> io::Result<()> {
+        // SAFETY: this module owns the slot.
+        check(unsafe { libc::dup3(number, self.slot.as_raw_fd(), libc::O_CLOEXEC) })?;
+        Ok(())
+    }
+
+    fn take_interruption(&self) -> bool {
+        let interrupted = INTERRUPTED.swap(false, Ordering::SeqCst);
+        if interrupted {
+            self.listener.set(None);
+        }
+        interrupted
+    }
+
+    /// Accepts from the slot. The signal is unblocked only here.
+    fn accept_at_slot(&self) -> io::Result<OwnedFd> {
+        let mask = self.signal.unblock();
+        let accepted = socket::accept(self.slot.as_raw_fd());
+        mask.set_as_mask();
+        accepted
+    }
+
+    /// Sets the timer to the deadline. Returns whether the deadline has passed.
+    fn set_timer(&self, deadline: Option<Instant>) -> io::Result<bool> {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(true);
+        }
+        if self.deadline.get() == deadline {
+            return Ok(false);
+        }
+        // SAFETY: all zeroes is a valid itimerspec, which disarms the timer.
+        let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
+        if let Some(left) = left {
+            // Some systems count seconds with 32 bits, which lasts 68 years.
+            time.it_value.tv_sec = left.as_secs().try_into().unwrap_or(0x7fff_ffff);
+            time.it_value.tv_nsec = left.subsec_nanos() as _;
+        }
+        let timer = self.timer()?;
+        // SAFETY: the timer exists, the time is initialised, and the old time is not requested.
+        check(unsafe { libc::timer_settime(timer, 0, &raw const time, std::ptr::null_mut()) })?;
+        self.deadline.set(deadline);
+        Ok(false)
+    }
+
+    /// Returns the timer, which the first call creates.
+    fn timer(&self) -> io::Result<libc::timer_t> {
+        if let Some(timer) = self.timer.get() {
+            return Ok(timer);
+        }
+        // SAFETY: all zeroes is a valid sigevent.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = SIGNAL;
+        event.sigev_notify_thread_id = own_thread();
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: the event is initialised, and the timer's number writable.
+        check(unsafe {
+            libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
+        })?;
+        self.timer.set(Some(timer));
+        Ok(timer)
+    }
+}
+
+impl std::fmt::Debug for InterruptibleAccept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut f = f.debug_struct("InterruptibleAccept");
+        f.field("slot", &self.slot).field("sources", &self.sources);
+        f.finish_non_exhaustive()
+    }
+}
+
+impl Drop for InterruptibleAccept {
+    fn drop(&mut self) {
+        // In a child that the application has forked, the sources belong to the parent, and timers are
+        // not inherited.
+        if self.owner.is_current() && THREAD.load(Ordering::SeqCst) == own_thread() {
+            for &source in self.sources.borrow().iter() {
+                async_io::disable(source, own_thread());
+            }
+            if let Some(timer) = self.timer.get() {
+                // SAFETY: the timer exists, and is not used again.
+                unsafe { libc::timer_delete(timer) };
+            }
+        }
+        SLOT.store(-1, Ordering::SeqCst);
+        STUB.store(-1, Ordering::SeqCst);
+        INTERRUPTED.store(false, Ordering::SeqCst);
+        // A handler that was installed over ours stays, and may still call ours.
+        if is_handled() {
+            // SAFETY: this action was in force before ours.
+            let _ = unsafe { set_action(SIGNAL, &self.previous_action) };
+        }
+        if !self.was_blocked {
+            self.signal.unblock();
+        }
+        THREAD.store(0, Ordering::SeqCst);
+    }
+}
+
+/// Installs our handler, and returns the action that it replaced. This cannot fail: the signal exists.
+fn install_handler() -> libc::sigaction {
+    let previous = action();
+    REPLACED.store(&previous);
+    // Without a replaced function, SA_RESTART is set for other threads that may get the signal. It does
+    // not repeat the interrupted `accept`, which fails because of the stub.
+    let action = chained_action(handler, &previous);
+    // SAFETY: the handler makes only async-signal-safe calls.
+    let _ = unsafe { set_action(SIGNAL, &action) };
+    previous
+}
+
+fn action() -> libc::sigaction {
+    // SAFETY: all zeroes is a valid sigaction.
+    current_action(SIGNAL).unwrap_or_else(|_| unsafe { std::mem::zeroed() })
+}
+
+fn is_handled() -> bool {
+    action().sa_sigaction == address(handler)
+}
+
+#[cfg(test)]
+mod tests;

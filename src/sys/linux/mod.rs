@@ -1,0 +1,32 @@
+//! Linux: the items of `bsd` by other means, and the abilities that only Linux has.
+//!
+//! A function that uses a system call, flag or file of Linux belongs here, and so do differences
+//! between its architectures and C libraries. `bsd` has a counterpart of each item.
+
+pub(super) mod child;
+pub(super) mod clone;
+pub(super) mod epoll;
+pub(super) mod file;
+pub(crate) mod filter;
+pub(crate) mod interruptible_accept;
+pub(crate) mod parent_death_signal;
+pub(super) mod pidfd;
+pub(super) mod socket;
+pub(super) mod threads;
+pub(super) mod zeroed_on_fork;
+
+/// The highest signal number.
+pub(super) const MAX_SIGNAL: u8 = if cfg!(any(target_arch = "mips", target_arch = "mips64")) {
+    128
+} else {
+    64
+};
+
+/// The unit of `ru_maxrss` in bytes.
+pub(super) const MAX_RSS_UNIT: u64 = 1024;
+
+/// Returns where the C library keeps errno of the calling thread. Async-signal-safe.
+pub(super) fn errno_location() -> *mut libc::c_int {
+    // SAFETY: always callable.
+    unsafe { libc::__errno_location() }
+}

@@ -1,0 +1,114 @@
+//! Process descriptors: pidfd_open(2), Linux 5.3.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use crate::sys::process::pid::{Exit, Usage, cpu_time, max_rss};
+use crate::sys::{check, fd, retry};
+
+/// Opens a descriptor of a process, which becomes readable when the process exits. Returns `None` if the
+/// kernel has none.
+pub(in crate::sys) fn open(number: libc::pid_t) -> Option<OwnedFd> {
+    // SAFETY: the call takes two integers. The new descriptor is closed on exec.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
+    let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+    Some(fd::adopt(fd))
+}
+
+/// The part of `rusage` that the kernel writes. On 32-bit systems the C library's structure may be
+/// longer.
+#[repr(C)]
+#[derive(Default)]
+struct KernelUsage {
+    user: [libc::c_long; 2],
+    system: [libc::c_long; 2],
+    max_rss: libc::c_long,
+    others: [libc::c_long; 13],
+}
+
+/// Waits for a process by its descriptor: if the host has waited for the child, its number may be that
+/// of another child. Returns `None` if the kernel cannot.
+///
+/// The C library's `waitid` does not return the usage.
+pub(in crate::sys) fn wait(
+    process: BorrowedFd<'_>,
+    options: libc::c_int,
+) -> Option<io::Result<Option<Exit>>> {
+    // SAFETY: all zeroes is a valid siginfo.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let mut used = KernelUsage::default();
+    let (kind, number) = (libc::P_PIDFD, process.as_raw_fd());
+    let options = libc::WEXITED | options;
+    let waited = retry(|| {
+        let (info, used) = (&raw mut info, &raw mut used);
+        // SAFETY: both structures are writable.
+        let waited = unsafe { libc::syscall(libc::SYS_waitid, kind, number, info, options, used) };
+        check(libc::c_int::try_from(waited).unwrap_or(-1))
+    });
+    if let Err(error) = waited {
+        let unsupported = [libc::EINVAL, libc::ENOSYS].map(Some);
+        return (!unsupported.contains(&error.raw_os_error())).then_some(Err(error));
+    }
+    // SAFETY: the call has filled in the structure for a child, or left it zero.
+    let pid = unsafe { info.si_pid() };
+    // SAFETY: see above.
+    let status = unsafe { info.si_status() };
+    let status = match info.si_code {
+        libc::CLD_EXITED => status << 8,
+        libc::CLD_DUMPED => status | 0x80,
+        _ => status,
+    };
+    let usage = Usage {
+        user_cpu_time: cpu_time(used.user[0], used.user[1]),
+        system_cpu_time: cpu_time(used.system[0], used.system[1]),
+        max_rss: max_rss(used.max_rss),
+    };
+    Some(Ok((pid != 0).then(|| Exit {
+        status: ExitStatus::from_raw(status),
+        usage: Some(usage),
+    })))
+}
+
+/// Returns the exit status of a process that other code has waited for; `None` before Linux 6.15.
+pub(in crate::sys) fn exit_status(process: BorrowedFd<'_>) -> Option<ExitStatus> {
+    /// `struct pidfd_info` in its first version.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        mask: u64,
+        cgroup: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    /// `_IOWR(0xff, 11, Info)` on most architectures. On the others this is no valid request.
+    const PIDFD_GET_INFO: u32 = 0xc040_ff0b;
+    const PIDFD_INFO_EXIT: u64 = 1 << 3;
+    let mut info = Info {
+        mask: PIDFD_INFO_EXIT,
+        ..Info::default()
+    };
+    let number = process.as_raw_fd();
+    // SAFETY: the structure is writable, and its size is part of the request.
+    let got = unsafe { libc::ioctl(number, PIDFD_GET_INFO as _, &raw mut info) };
+    let is_known = got == 0 && info.mask & PIDFD_INFO_EXIT != 0;
+    is_known.then(|| ExitStatus::from_raw(info.exit_code))
+}
+
+/// Sends a signal. Returns `None` if the kernel cannot, or a sandbox refuses the call.
+pub(in crate::sys) fn signal(
+    process: BorrowedFd<'_>,
+    signal: libc::c_int,
+) -> Option<io::Result<()>> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    let number = process.as_raw_fd();
+    // SAFETY: without information about the signal, the call takes integers.
+    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, no_info, 0) };
+    if sent == 0 {
+        return Some(Ok(()));
+    }
+    let error = io::Error::last_os_error();
+    let refused = [libc::ENOSYS, libc::EPERM].map(Some);
+    (!refused.contains(&error.raw_os_error())).then_some(Err(error))
+}

@@ -1,0 +1,46 @@
+//! Socket flags, `accept`, queue lengths and abstract addresses.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::SocketAddr;
+
+use crate::sys::{check, fd, option};
+
+pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
+
+/// The type of a hand-off queue: it keeps messages separate and in order, and reports end-of-file.
+pub(in crate::sys) const QUEUE_TYPE: libc::c_int = libc::SOCK_SEQPACKET;
+
+/// The type of a control message with a process descriptor of the sender. The kernel adds one if any
+/// process that shares the socket has asked for it.
+pub(in crate::sys) const SCM_PIDFD: libc::c_int = 4;
+
+/// Accepts a connection, which blocks and is closed on exec.
+pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
+    let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the pointers are null, so no address is written.
+    let accepted = check(unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) });
+    accepted.map(fd::adopt)
+}
+
+/// Returns the number of connections in the backlog of a TCP listener.
+pub(in crate::sys) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
+    // SAFETY: any bytes are a valid tcp_info.
+    let info: io::Result<libc::tcp_info> =
+        unsafe { option::get(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO) };
+    // For a listener, this field is the length of its accept queue.
+    info.ok().map(|info| info.tcpi_unacked.into())
+}
+
+/// Returns the number of bytes in a socket that can be read.
+pub(in crate::sys) fn readable_bytes(socket: &OwnedFd) -> Option<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes one integer.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }).ok()?;
+    u64::try_from(bytes).ok()
+}
+
+pub(in crate::sys) fn abstract_address(name: &[u8]) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(name)
+}

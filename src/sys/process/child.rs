@@ -1,0 +1,346 @@
+//! The steps of a child between `fork` and `execve`.
+//!
+//! Other threads of the parent may have held locks at the `fork`, and the child would wait for them
+//! forever. So a child that executes a program makes only async-signal-safe calls: it allocates nothing,
+//! locks nothing and does not panic. A child that executes no program is exempt, because it does all
+//! that later anyway.
+
+use std::cell::Cell;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd, IntoRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::report::{Report, Step};
+use crate::sys::fd::LISTEN_FDS_START;
+use crate::sys::platform::{MAX_SIGNAL, child as platform};
+use crate::sys::signal_mask::SignalSet;
+use crate::sys::{check, fd, parent_death_signal, retry, signal, socket};
+
+/// How the parent waits until the child has executed its program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::sys) enum ParentWait {
+    /// The kernel suspends the parent (`CLONE_VFORK`), which reads the report afterwards.
+    #[allow(dead_code, reason = "only Linux does this")]
+    Suspended,
+    /// The parent polls for the report. The end of the stream means that the program was executed.
+    Polling,
+}
+
+/// The exit code of a Rust program that has panicked.
+const PANICKED: i32 = 101;
+
+/// The user whose processes get all capabilities when they execute a program.
+const ROOT: libc::uid_t = 0;
+
+/// Space for an environment variable with a name of 18 bytes, a process id, and a terminating zero.
+pub(super) type PidVariable = [u8; 30];
+
+/// Returns a variable to which the child appends its process id.
+pub(super) fn pid_variable(name: &str) -> PidVariable {
+    let mut text = PidVariable::default();
+    let _ = write!(&mut text[..], "{name}=");
+    text
+}
+
+/// The settings of a child, as plain values.
+pub(in crate::sys) struct Child<'a> {
+    pub(super) path: *const libc::c_char,
+    pub(super) args: *const *const libc::c_char,
+    pub(super) env: *const *const libc::c_char,
+    /// Strings of `env` to which the child appends its process id, which the parent cannot know.
+    pub(super) pid_variables: &'a [Cell<PidVariable>],
+    /// Null if the child keeps the directory of its parent.
+    pub(super) cwd: *const libc::c_char,
+    pub(super) stdio: &'a [Option<OwnedFd>],
+    pub(super) uid: Option<libc::uid_t>,
+    pub(super) gid: Option<libc::gid_t>,
+    pub(super) channel: RawFd,
+    /// The child is not killed with its parent, and the channel is closed on exec.
+    pub(super) is_detached: bool,
+    /// The child leads a session and a process group of its own, without a terminal.
+    pub(super) leads_session: bool,
+    /// The descriptor to which the child writes reports.
+    pub(super) reports: Cell<RawFd>,
+    pub(super) parent: u32,
+}
+
+/// A step that failed, and why.
+type StepFailure = (Step, io::Error);
+
+impl Child<'_> {
+    /// Returns whether processes of another user may signal this child before it has executed its
+    /// program.
+    pub(in crate::sys) fn changes_identity(&self) -> bool {
+        self.uid.is_some() || self.gid.is_some()
+    }
+
+    /// Executes the program. If a step fails, reports it and exits.
+    pub(in crate::sys) fn exec(&self, wait: ParentWait) -> ! {
+        let (Ok((step, error)) | Err((step, error))) = self.try_exec(wait);
+        self.fail(step, &error)
+    }
+
+    /// Runs the closure that `begin` returns, and exits with its code. If a step fails, reports it and
+    /// exits. This never returns, because the frames of the callers, and the values in them, belong to
+    /// the master.
+    pub(super) fn run<M: FnOnce() -> i32>(
+        &self,
+        parents_end: RawFd,
+        abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
+        begin: impl FnOnce() -> io::Result<M>,
+    ) -> ! {
+        let run = || match self.try_begin(parents_end, abandon, begin) {
+            Ok(main) => {
+                self.report(Report::Started);
+                self.wait_for_parent();
+                set_stop_handlers(libc::SIG_DFL);
+                main()
+            }
+            Err((step, error)) => self.fail(step, &error),
+        };
+        let code = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+            // Dropping the payload could panic again.
+            std::mem::forget(payload);
+            PANICKED
+        });
+        std::process::exit(code)
+    }
+
+    fn try_begin<M>(
+        &self,
+        parents_end: RawFd,
+        abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
+        begin: impl FnOnce() -> io::Result<M>,
+    ) -> Result<M, StepFailure> {
+        let descriptors = || {
+            // First, because `abandon` may need one free descriptor.
+            close_all([parents_end]);
+            close_all(abandon()?);
+            // Nothing is open any more at the numbers that these get.
+            self.arrange_stdio()?;
+            close_all(self.stdio.iter().flatten().map(AsRawFd::as_raw_fd));
+            signal::replace_pipe()
+        };
+        // The runtime of each Rust program ignores SIGPIPE.
+        let ignores_pipe = is_ignored(libc::SIGPIPE);
+        self.prepare(reset_signal_by_libc, descriptors)?;
+        if ignores_pipe {
+            // SAFETY: SIG_IGN is always a valid disposition.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        }
+        begin().map_err(|error| (Step::BecomeWorker, error))
+    }
+
+    /// Waits until the parent has a descriptor of this process, which it confirms with one byte.
+    fn wait_for_parent(&self) {
+        let mut byte = 0u8;
+        let _ = retry(|| {
+            // SAFETY: one byte is written, into a live buffer.
+            let read = unsafe { libc::read(self.reports.get(), (&raw mut byte).cast(), 1) };
+            check(libc::c_int::try_from(read).unwrap_or(0))
+        });
+        close_all([self.reports.get()]);
+    }
+
+    /// Replaces the stream of the reports by one of which no other process has the child's end. So it
+    /// ends when the program is executed.
+    ///
+    /// The first stream may stay open: a child that another thread of the host forked, while the parent
+    /// had this end too, has a copy. If no descriptor is free for a new stream, the first one stays.
+    ///
+    /// Not for a child that shares its parent's memory.
+    fn move_reports(&self) {
+        let Ok((own, parents)) = UnixStream::pair() else {
+            return;
+        };
+        let first = UnixStream::from(fd::adopt(self.reports.get()));
+        match socket::send_one(&first, &Report::Moved.encode(), parents.as_fd()) {
+            Ok(_) => self.reports.set(own.into_raw_fd()),
+            // The first stream stays open.
+            Err(_) => drop(first.into_raw_fd()),
+        }
+    }
+
+    fn report(&self, report: Report) {
+        let bytes = report.encode();
+        // SAFETY: the buffer lives through the call.
+        unsafe { libc::write(self.reports.get(), bytes.as_ptr().cast(), bytes.len()) };
+    }
+
+    fn fail(&self, step: Step, error: &io::Error) -> ! {
+        let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+        self.report(Report::Failed(step, errno));
+        // SAFETY: `_exit` runs no destructors and no handlers of the parent.
+        unsafe { libc::_exit(127) }
+    }
+
+    /// Returns only if a step failed: `Ok` for the last one, `Err` for any other.
+    fn try_exec(&self, wait: ParentWait) -> Result<StepFailure, StepFailure> {
+        let descriptors = || {
+            self.arrange_descriptors()?;
+            if wait == ParentWait::Polling {
+                self.move_reports();
+            }
+            Ok(())
+        };
+        self.prepare(platform::reset_signal, descriptors)?;
+        self.pid_variables.iter().for_each(append_own_pid);
+        // SAFETY: path, arguments and environment were built by the parent as zero-terminated
+        // strings in arrays that end with a null pointer, and this process has a copy of them.
+        unsafe { libc::execve(self.path, self.args, self.env) };
+        Ok((Step::Execute, io::Error::last_os_error()))
+    }
+
+    /// Takes the steps that are common to all children.
+    fn prepare(
+        &self,
+        reset_signal: fn(libc::c_int),
+        arrange_descriptors: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), StepFailure> {
+        let at = |step| move |error| (step, error);
+        reset_signals(reset_signal).map_err(at(Step::Signals))?;
+        if self.leads_session {
+            // SAFETY: setsid changes no memory.
+            check(unsafe { libc::setsid() }).map_err(at(Step::Session))?;
+        }
+        arrange_descriptors().map_err(at(Step::Descriptors))?;
+        if !self.cwd.is_null() {
+            // SAFETY: the path is zero-terminated.
+            check(unsafe { libc::chdir(self.cwd) }).map_err(at(Step::Directory))?;
+        }
+        // The groups first: a process that is no longer root cannot change them.
+        if self.changes_identity() {
+            platform::drop_groups().map_err(at(Step::Groups))?;
+        }
+        if let Some(gid) = self.gid {
+            platform::set_group(gid).map_err(at(Step::Groups))?;
+        }
+        if let Some(uid) = self.uid {
+            platform::set_user(uid).map_err(at(Step::User))?;
+            if uid != ROOT {
+                platform::drop_capabilities().map_err(at(Step::Capabilities))?;
+            }
+        }
+        // Last: the kernel drops this request when the user changes.
+        if self.is_detached {
+            return Ok(());
+        }
+        parent_death_signal::request(self.parent).map_err(at(Step::Signals))
+    }
+
+    fn arrange_stdio(&self) -> io::Result<()> {
+        for (number, source) in self.stdio.iter().enumerate() {
+            if let (Some(source), Ok(number)) = (source, RawFd::try_from(number)) {
+                // The copy stays open through `execve`.
+                // SAFETY: dup2 changes no memory. No source is overwritten: their numbers are higher.
+                check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn arrange_descriptors(&self) -> io::Result<()> {
+        self.arrange_stdio()?;
+        if !self.is_detached {
+            // Cleared here and not in the parent, where another thread may fork at this moment.
+            // SAFETY: F_SETFD changes no memory.
+            check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
+        }
+        self.close_others();
+        Ok(())
+    }
+
+    /// Closes the descriptors that the host leaves open for other programs that it executes.
+    fn close_others(&self) {
+        let standard = self.stdio.len().max(LISTEN_FDS_START);
+        let standard = RawFd::try_from(standard).unwrap_or(RawFd::MAX);
+        let low = self.channel.min(self.reports.get());
+        let high = self.channel.max(self.reports.get());
+        for (first, last) in [
+            (standard, low - 1),
+            (low + 1, high - 1),
+            (high + 1, RawFd::MAX),
+        ] {
+            if first <= last && !platform::close_range(first, last) {
+                close_one_by_one(first, last);
+            }
+        }
+    }
+}
+
+/// Closes descriptors by number. Dropping their owners would also act on what the parent shares.
+fn close_all(numbers: impl IntoIterator<Item = RawFd>) {
+    for number in numbers {
+        // SAFETY: this child does not use the descriptor any more.
+        unsafe { libc::close(number) };
+    }
+}
+
+fn is_ignored(signal: libc::c_int) -> bool {
+    signal::current_action(signal).is_ok_and(|action| action.sa_sigaction == libc::SIG_IGN)
+}
+
+/// Appends the process id of this child. If the parent shares the memory, it does not read the variable
+/// again: it was made for this child.
+fn append_own_pid(variable: &Cell<PidVariable>) {
+    let mut text = variable.get();
+    if let Some(end) = text.iter().position(|byte| *byte == 0) {
+        // SAFETY: always callable.
+        let own = unsafe { libc::getpid() };
+        // Writing into an array allocates nothing.
+        let _ = write!(&mut text[end..], "{own}");
+    }
+    variable.set(text);
+}
+
+/// Resets all signals to their default, and unblocks them. Otherwise ignored signals would stay ignored
+/// through `execve`. The system refuses some numbers.
+fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
+    for signal in 1..=libc::c_int::from(MAX_SIGNAL) {
+        reset_signal(signal);
+    }
+    extern "C" fn do_nothing(_: libc::c_int) {}
+    set_stop_handlers(do_nothing as extern "C" fn(_) as libc::sighandler_t);
+    let mask = SignalSet::empty();
+    // SAFETY: the set is initialised.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask.as_ptr(), std::ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// Sets the handler of the signals by which a terminal stops a process.
+///
+/// Ctrl-Z reaches the child with its parent. If the child stopped before `execve`, a parent that the
+/// kernel has suspended until then could neither stop nor continue, and the shell would wait for it. A
+/// handler that does nothing prevents that without a gap: `execve` resumes the parent before it resets
+/// the handlers. A child has its own table of handlers even if it shares memory.
+fn set_stop_handlers(handler: libc::sighandler_t) {
+    for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
+        // No C library takes a lock for these signals, as some do for SIGABRT.
+        // SAFETY: the handler does nothing, or is the default.
+        unsafe { libc::signal(signal, handler) };
+    }
+}
+
+/// Resets a signal to its default by the C library, which refuses the signals that it uses itself. It
+/// would not notice the loss of its own handlers.
+pub(in crate::sys) fn reset_signal_by_libc(signal: libc::c_int) {
+    // SAFETY: SIG_DFL is always a valid disposition.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+/// Closes the descriptors from `first` to `last` where there is no close_range(2), up to the limit of
+/// this process between the two constants.
+fn close_one_by_one(first: RawFd, last: RawFd) {
+    /// The limit may have been higher when the descriptors were opened, so a low limit proves little.
+    const MIN_LIMIT: u64 = 4096;
+    /// A limit can be in the millions, and each number is a system call. Descriptors beyond this one
+    /// stay open.
+    const MAX_LIMIT: u64 = 65_536;
+    let limit = fd::limit().clamp(MIN_LIMIT, MAX_LIMIT);
+    let last = last.min(RawFd::try_from(limit).unwrap_or(RawFd::MAX));
+    for number in first..=last {
+        // SAFETY: this child does not use the descriptor any more.
+        unsafe { libc::close(number) };
+    }
+}

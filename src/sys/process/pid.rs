@@ -1,0 +1,187 @@
+//! The identity of a child: waiting for it, signalling it, and what it used.
+//!
+//! Where the kernel has process descriptors, they identify the child. The number alone may belong to
+//! another process if the host has waited for the child.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use crate::sys::platform::{MAX_RSS_UNIT, pidfd};
+use crate::sys::{check, retry};
+
+/// Number of attempts to reap a killed child, and the time between them: 100 ms in all.
+///
+/// A killed process exits within about a millisecond, unless it waits in the kernel for a device or for
+/// a processor. A longer time would delay the master's loop; after a shorter one, more children would
+/// wait until the next fork.
+const REAP_ATTEMPTS: u32 = 100;
+const REAP_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The resources that a process has used.
+///
+/// Node: the fields of `process.resourceUsage()` with the same meaning, for a process that has exited.
+/// The numbers include the children that the process has waited for. See
+/// [`Process::usage`](crate::Process::usage) for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// The CPU time that the process spent in its own code. The unit is microseconds; the precision
+    /// depends on the system.
+    pub user_cpu_time: Duration,
+    /// The CPU time that the system spent on behalf of the process.
+    pub system_cpu_time: Duration,
+    /// The peak of resident memory, in bytes. On Linux it is at least what the master had when it forked
+    /// the worker, because a worker starts with a copy of the memory of its master.
+    pub max_rss: u64,
+}
+
+/// The exit status of a process, and its usage if the crate itself has waited for the process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Exit {
+    pub(crate) status: ExitStatus,
+    pub(crate) usage: Option<Usage>,
+}
+
+impl Exit {
+    /// Returns an exit with the code 255, for a process whose status is lost.
+    pub(crate) fn unknown() -> Self {
+        Self {
+            status: ExitStatus::from_raw(255 << 8),
+            usage: None,
+        }
+    }
+}
+
+/// Returns the sum of seconds and microseconds, which have different types on different systems.
+pub(in crate::sys) fn cpu_time(seconds: impl TryInto<u64>, micros: impl TryInto<u64>) -> Duration {
+    let seconds = Duration::from_secs(seconds.try_into().unwrap_or(0));
+    seconds + Duration::from_micros(micros.try_into().unwrap_or(0))
+}
+
+/// Returns `ru_maxrss` in bytes.
+pub(in crate::sys) fn max_rss(units: libc::c_long) -> u64 {
+    let units = u64::try_from(units).unwrap_or(0);
+    units.saturating_mul(MAX_RSS_UNIT)
+}
+
+/// The process id of a child. It is valid until this process has waited for the child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pid(libc::pid_t);
+
+impl Pid {
+    pub(in crate::sys) fn from_raw(number: libc::pid_t) -> Self {
+        Self(number)
+    }
+
+    /// Returns the calling process.
+    pub(crate) fn own() -> Self {
+        // SAFETY: always callable.
+        Self(unsafe { libc::getpid() })
+    }
+
+    pub(crate) fn number(self) -> u32 {
+        self.0.unsigned_abs()
+    }
+
+    /// Returns a descriptor that becomes readable when the child exits; `None` if the kernel has none.
+    pub(in crate::sys) fn open(self) -> Option<OwnedFd> {
+        pidfd::open(self.0)
+    }
+
+    /// Reaps the child if it has exited. Returns `None` if it has not.
+    ///
+    /// # Errors
+    ///
+    /// Other code of this process has waited for the child, and the kernel does not report the status
+    /// again.
+    pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<Exit>> {
+        let options = libc::WNOHANG;
+        let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));
+        let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
+        // It fails if the host waits for any child, or ignores SIGCHLD.
+        waited.or_else(|error| {
+            let status = process.and_then(|process| pidfd::exit_status(process.as_fd()));
+            let exit = status.map(|status| Exit {
+                status,
+                usage: None,
+            });
+            exit.map(Some).ok_or(error)
+        })
+    }
+
+    /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100 ms,
+    /// it goes to `unreaped`.
+    pub(crate) fn discard(self, process: Option<OwnedFd>, unreaped: &Unreaped) {
+        // If the host ignores SIGCHLD, the number of a child that has exited may be reused already.
+        if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
+            return;
+        }
+        let _ = self.signal(process.as_ref().map(AsFd::as_fd), libc::SIGKILL);
+        for _ in 0..REAP_ATTEMPTS {
+            if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(REAP_INTERVAL);
+        }
+        unreaped.0.borrow_mut().push((self, process));
+    }
+
+    fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<Exit>> {
+        let mut status = 0;
+        // SAFETY: all zeroes is a valid rusage.
+        let mut used: libc::rusage = unsafe { std::mem::zeroed() };
+        let pid = retry(|| {
+            // SAFETY: status and usage are writable. The call waits for this child only.
+            check(unsafe { libc::wait4(self.0, &raw mut status, options, &raw mut used) })
+        })?;
+        let usage = Usage {
+            user_cpu_time: cpu_time(used.ru_utime.tv_sec, used.ru_utime.tv_usec),
+            system_cpu_time: cpu_time(used.ru_stime.tv_sec, used.ru_stime.tv_usec),
+            max_rss: max_rss(used.ru_maxrss),
+        };
+        Ok((pid != 0).then(|| Exit {
+            status: ExitStatus::from_raw(status),
+            usage: Some(usage),
+        }))
+    }
+
+    /// Sends a signal: by the descriptor of the process, if there is one. The caller has not reaped the
+    /// child. Without a descriptor, the signal may reach another process if other code has reaped it.
+    pub(crate) fn signal(
+        self,
+        process: Option<BorrowedFd<'_>>,
+        signal: libc::c_int,
+    ) -> io::Result<()> {
+        if let Some(sent) = process.and_then(|process| pidfd::signal(process, signal)) {
+            return sent;
+        }
+        // SAFETY: kill changes no memory.
+        check(unsafe { libc::kill(self.0, signal) })?;
+        Ok(())
+    }
+}
+
+/// Children that were killed and had not exited after 100 ms. They are reaped before the next fork.
+#[derive(Debug, Default)]
+pub(crate) struct Unreaped(RefCell<Vec<(Pid, Option<OwnedFd>)>>);
+
+impl Unreaped {
+    pub(crate) fn reap(&self) {
+        let is_running = |(pid, process): &(Pid, Option<OwnedFd>)| {
+            matches!(pid.try_wait(process.as_ref()), Ok(None))
+        };
+        self.0.borrow_mut().retain(is_running);
+    }
+
+    /// Removes all children in a forked child that executes no program, where they are not its own.
+    /// Returns their descriptors.
+    pub(crate) fn abandon(&self) -> Vec<RawFd> {
+        let children = self.0.take().into_iter();
+        let processes = children.filter_map(|(_, process)| process);
+        processes.map(IntoRawFd::into_raw_fd).collect()
+    }
+}

@@ -1,0 +1,267 @@
+//! The program of a child, and how the parent starts it.
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString, OsString};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use super::child::{Child, ParentWait, PidVariable, pid_variable};
+use super::pid::{Pid, Unreaped};
+use super::report::{read_failure, wait_for_start};
+use crate::sys::check;
+use crate::sys::fd::duplicate;
+use crate::sys::platform::clone::clone;
+use crate::sys::signal_mask::SignalSet;
+use crate::sys::socket;
+
+/// How long a child of another user may take to execute its program, or to become a worker without one,
+/// before it is killed.
+///
+/// Other processes of that user may stop the child, and the master's loop waits for it. Together with
+/// reaping, `fork` takes at most one second. A shorter time could kill a child on a busy machine that
+/// reads the program from a disk; a longer one would block the master for longer.
+pub(super) const START_TIMEOUT: Duration = Duration::from_millis(900);
+
+/// Everything that `execve` needs, prepared before the fork: the child allocates nothing. For a child
+/// that executes no program, path, arguments and environment are empty.
+#[derive(Debug, Default)]
+pub(crate) struct Program {
+    path: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
+    cwd: Option<CString>,
+    /// Descriptors 0, 1 and so on of the child; `None` for those that it inherits.
+    stdio: Vec<Option<OwnedFd>>,
+    /// Names of variables whose value is the process id of the child.
+    pid_variables: Vec<&'static str>,
+    is_detached: bool,
+    leads_session: bool,
+    uid: Option<libc::uid_t>,
+    gid: Option<libc::gid_t>,
+}
+
+/// An attempt that failed, and the system's reason.
+pub(crate) type Failure = (&'static str, io::Error);
+
+/// A new child, which may not have executed its program yet.
+pub(in crate::sys) struct Started {
+    pub(in crate::sys) pid: Pid,
+    pub(in crate::sys) process: Option<OwnedFd>,
+    pub(in crate::sys) wait: ParentWait,
+}
+
+impl Started {
+    /// Opens a descriptor of a child that `fork` has returned.
+    fn forked(number: libc::pid_t) -> Self {
+        let pid = Pid::from_raw(number);
+        Self {
+            pid,
+            process: pid.open(),
+            wait: ParentWait::Polling,
+        }
+    }
+}
+
+fn c_string(text: OsString) -> io::Result<CString> {
+    CString::new(text.into_vec()).map_err(io::Error::from)
+}
+
+/// Returns the array of pointers that `execve` takes.
+fn null_terminated(strings: &[CString]) -> Vec<*const libc::c_char> {
+    let pointers = strings.iter().map(|string| string.as_ptr());
+    pointers.chain([std::ptr::null()]).collect()
+}
+
+impl Program {
+    /// Creates a program; `args` begins with its name.
+    ///
+    /// # Errors
+    ///
+    /// One of the strings contains a zero byte.
+    pub(crate) fn new(
+        path: OsString,
+        args: impl IntoIterator<Item = OsString>,
+        env: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> io::Result<Self> {
+        let pair = |(mut name, value): (OsString, OsString)| {
+            name.push("=");
+            name.push(value);
+            c_string(name)
+        };
+        Ok(Self {
+            path: c_string(path)?,
+            args: args.into_iter().map(c_string).collect::<io::Result<_>>()?,
+            env: env.into_iter().map(pair).collect::<io::Result<_>>()?,
+            ..Self::default()
+        })
+    }
+
+    /// Sets the directory of the child.
+    pub(crate) fn cwd(&mut self, directory: OsString) -> io::Result<()> {
+        self.cwd = Some(c_string(directory)?);
+        Ok(())
+    }
+
+    /// Sets descriptors 0, 1 and so on of the child. Their present numbers are higher than these.
+    pub(crate) fn stdio(&mut self, stdio: Vec<Option<OwnedFd>>) {
+        self.stdio = stdio;
+    }
+
+    /// Adds an environment variable whose value is the process id of the child.
+    pub(crate) fn pid_variable(&mut self, name: &'static str) {
+        self.pid_variables.push(name);
+    }
+
+    /// Lets the child outlive this process, without a channel.
+    pub(crate) fn detach(&mut self) {
+        self.is_detached = true;
+    }
+
+    /// Makes the child lead a session and a process group of its own, without a terminal.
+    pub(crate) fn setsid(&mut self) {
+        self.leads_session = true;
+    }
+
+    /// Sets the user and the group of the child.
+    pub(crate) fn identity(&mut self, uid: Option<u32>, gid: Option<u32>) {
+        (self.uid, self.gid) = (uid, gid);
+    }
+
+    /// Starts the program in a child.
+    ///
+    /// The child inherits the descriptors of `stdio` (or 0, 1 and 2 of this process), and `channel`,
+    /// whose number is higher, and no others. Its signals have their default dispositions and none is
+    /// blocked. On Linux the child is killed when the calling thread exits.
+    ///
+    /// Returns also a descriptor that becomes readable when the child exits, if the system has one.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be forked, or the program cannot be executed, or a child of another user has
+    /// not executed it within [`START_TIMEOUT`]. A child that cannot be reaped at once goes to
+    /// `unreaped`.
+    pub(crate) fn spawn(
+        &self,
+        channel: RawFd,
+        unreaped: &Unreaped,
+    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+        self.start(channel, unreaped, |child, _| clone_or_fork(child))
+    }
+
+    /// Forks a child that executes no program, and runs the closure that `begin` returns there.
+    ///
+    /// The child has a copy of all memory. Its descriptors, signals, directory and user are as after
+    /// `spawn`, except that it keeps other open descriptors unless `abandon` returns them. This function
+    /// never returns in the child.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be forked, or one of its steps fails, of which `begin` is the last, or a child
+    /// of another user has not completed them within [`START_TIMEOUT`]. A child that cannot be reaped
+    /// at once goes to `unreaped`.
+    pub(crate) fn fork<M: FnOnce() -> i32>(
+        &self,
+        channel: RawFd,
+        unreaped: &Unreaped,
+        abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
+        begin: impl FnOnce() -> io::Result<M>,
+    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+        self.start(channel, unreaped, |child, parents_end| {
+            // The C library's `fork` makes its own locks usable in the child.
+            // SAFETY: the child continues with a copy of this thread. The application's documentation
+            // makes it responsible for locks of other threads.
+            match check(unsafe { libc::fork() })? {
+                0 => child.run(parents_end.as_raw_fd(), abandon, begin),
+                number => {
+                    let started = Started::forked(number);
+                    // The child waits for this byte: if the host ignores SIGCHLD, the number of a child
+                    // that has exited could belong to another process.
+                    let _ = socket::send(parents_end, &[0], &[]);
+                    Ok(started)
+                }
+            }
+        })
+    }
+
+    /// Starts a child by `fork`, and waits until it has started or failed.
+    fn start(
+        &self,
+        channel: RawFd,
+        unreaped: &Unreaped,
+        fork: impl FnOnce(&Child<'_>, &UnixStream) -> io::Result<Started>,
+    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+        let forking = |error| ("make a process", error);
+        let pid_variables = self.pid_variables.iter().copied();
+        let pid_variables: Vec<_> = pid_variables.map(pid_variable).map(Cell::new).collect();
+        let (args, env) = (
+            null_terminated(&self.args),
+            self.environment(&pid_variables),
+        );
+        // The child's end is closed by a successful `execve`. Its number must be beyond those that the
+        // child's other descriptors get.
+        let (reports, low) = UnixStream::pair().map_err(forking)?;
+        let beyond = RawFd::try_from(self.stdio.len()).unwrap_or(RawFd::MAX);
+        let childs_end = duplicate(low.as_raw_fd(), beyond).map_err(forking)?;
+        drop(low);
+        let child = Child {
+            path: self.path.as_ptr(),
+            args: args.as_ptr(),
+            env: env.as_ptr(),
+            pid_variables: &pid_variables,
+            cwd: self.cwd.as_deref().map_or(std::ptr::null(), CStr::as_ptr),
+            stdio: &self.stdio,
+            uid: self.uid,
+            gid: self.gid,
+            channel,
+            is_detached: self.is_detached,
+            leads_session: self.leads_session,
+            reports: Cell::new(childs_end.as_raw_fd()),
+            parent: std::process::id(),
+        };
+
+        // A handler of this crate or of the host that ran in the child would act on the master's
+        // descriptors. So no signal is delivered until the child has default dispositions.
+        let mask = SignalSet::all().set_as_mask();
+        let started = fork(&child, &reports);
+        mask.set_as_mask();
+        // Otherwise the stream would not end.
+        drop(childs_end);
+        let Started { pid, process, wait } = started.map_err(forking)?;
+
+        let outcome = match wait {
+            ParentWait::Suspended => read_failure(&reports).map_or(Ok(()), Err),
+            ParentWait::Polling => {
+                let limit = child.changes_identity().then_some(START_TIMEOUT);
+                wait_for_start(reports, process.as_ref(), limit)
+            }
+        };
+        if let Err(failure) = outcome {
+            pid.discard(process, unreaped);
+            return Err(failure);
+        }
+        Ok((pid, process))
+    }
+
+    /// Returns the child's environment: the variables that it completes itself, and the others.
+    fn environment(&self, pid_variables: &[Cell<PidVariable>]) -> Vec<*const libc::c_char> {
+        let own = pid_variables
+            .iter()
+            .map(|text| text.as_ptr().cast_const().cast());
+        own.chain(null_terminated(&self.env)).collect()
+    }
+}
+
+/// Makes a child that executes its program.
+fn clone_or_fork(child: &Child<'_>) -> io::Result<Started> {
+    if let Some(cloned) = clone(child) {
+        return cloned;
+    }
+    // SAFETY: the child makes only async-signal-safe calls until `execve`.
+    match check(unsafe { libc::fork() })? {
+        0 => child.exec(ParentWait::Polling),
+        number => Ok(Started::forked(number)),
+    }
+}

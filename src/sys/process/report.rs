@@ -1,0 +1,223 @@
+//! The reports of a child to its parent, until the child has started.
+//!
+//! The child writes each report with one call, so each arrives in one piece. If the child executes a
+//! program, the stream of the reports is closed on exec: its end means that the child has started.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::program::{Failure, START_TIMEOUT};
+use crate::sys::poll::wait_readable;
+use crate::sys::socket;
+
+/// A step that a child takes before it has started, and that can fail. The value is its number in a
+/// report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(in crate::sys) enum Step {
+    Execute,
+    Signals,
+    Descriptors,
+    Directory,
+    Groups,
+    User,
+    Capabilities,
+    BecomeWorker,
+    Session,
+}
+
+impl Step {
+    const ALL: [Self; 9] = [
+        Self::Execute,
+        Self::Signals,
+        Self::Descriptors,
+        Self::Directory,
+        Self::Groups,
+        Self::User,
+        Self::Capabilities,
+        Self::BecomeWorker,
+        Self::Session,
+    ];
+
+    /// Returns the step as the attempt of an error, after "cannot".
+    fn attempt(self) -> &'static str {
+        match self {
+            Self::Execute => "execute it",
+            Self::Signals => "prepare its signals",
+            Self::Descriptors => "prepare its descriptors",
+            Self::Directory => "enter its directory",
+            Self::Groups => "change its groups",
+            Self::User => "change its user",
+            Self::Capabilities => "give up its capabilities",
+            Self::BecomeWorker => "make it a worker",
+            Self::Session => "begin its session",
+        }
+    }
+}
+
+/// A report as the child writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Report {
+    /// A step has failed with an error number, and the child exits.
+    Failed(Step, i32),
+    /// A child that executes no program has started: no step can fail any more.
+    Started,
+    /// A descriptor comes with this report: the stream that carries all further reports.
+    Moved,
+}
+
+/// The length of a report in bytes: its kind or step, and an error number.
+const LENGTH: usize = 5;
+/// The first bytes of reports that are not failures.
+const STARTED: u8 = u8::MAX;
+const MOVED: u8 = u8::MAX - 1;
+
+impl Report {
+    /// Async-signal-safe.
+    pub(super) fn encode(self) -> [u8; LENGTH] {
+        let (kind, errno) = match self {
+            Self::Failed(step, errno) => (step as u8, errno),
+            Self::Started => (STARTED, 0),
+            Self::Moved => (MOVED, 0),
+        };
+        let [a, b, c, d] = errno.to_ne_bytes();
+        [kind, a, b, c, d]
+    }
+
+    fn decode([kind, errno @ ..]: [u8; LENGTH]) -> Self {
+        match kind {
+            STARTED => Self::Started,
+            MOVED => Self::Moved,
+            step => {
+                let step = Step::ALL.get(usize::from(step)).unwrap_or(&Step::Execute);
+                Self::Failed(*step, i32::from_ne_bytes(errno))
+            }
+        }
+    }
+}
+
+/// The state of the stream of reports.
+enum Reading {
+    /// No report has arrived since the last read.
+    Pending,
+    /// The child has executed its program, or has exited.
+    Closed,
+    Started,
+    /// Further reports come from this stream.
+    Moved(UnixStream),
+    Failed(Failure),
+}
+
+/// Waits until a child has started, has failed to, or has exited, but no longer than `limit`.
+pub(super) fn wait_for_start(
+    mut reports: UnixStream,
+    process: Option<&OwnedFd>,
+    limit: Option<Duration>,
+) -> Result<(), Failure> {
+    let waiting = |error| ("wait until it starts", error);
+    let begun = Instant::now();
+    loop {
+        let left = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
+        let has_exited = match process {
+            // The stream of a child that exits may stay open, because a child that another thread of the
+            // host forked may have a copy.
+            Some(process) => wait_readable([reports.as_fd(), process.as_fd()], left)
+                .map(|[_, has_exited]| has_exited),
+            None => wait_readable([reports.as_fd()], left).map(|_| false),
+        };
+        let has_exited = has_exited.map_err(waiting)?;
+        match read(&reports).map_err(waiting)? {
+            Reading::Closed | Reading::Started => return Ok(()),
+            Reading::Failed(failure) => return Err(failure),
+            Reading::Moved(stream) => reports = stream,
+            // The exit of the worker reports why.
+            Reading::Pending if has_exited => return Ok(()),
+            Reading::Pending if left == Some(Duration::ZERO) => {
+                let reason = format!("it had not started after {START_TIMEOUT:?}, and was killed");
+                return Err(waiting(io::Error::new(io::ErrorKind::TimedOut, reason)));
+            }
+            Reading::Pending => {}
+        }
+    }
+}
+
+/// Returns the failure that a child has reported, if it has.
+pub(super) fn read_failure(reports: &UnixStream) -> Option<Failure> {
+    match read(reports) {
+        Ok(Reading::Failed(failure)) => Some(failure),
+        Ok(Reading::Pending | Reading::Closed | Reading::Started | Reading::Moved(_)) | Err(_) => {
+            None
+        }
+    }
+}
+
+/// Reads one report if there is one.
+fn read(reports: &UnixStream) -> io::Result<Reading> {
+    let mut report = [0; LENGTH];
+    let mut piece = match socket::receive(reports.as_fd(), &mut report) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Reading::Pending),
+        received => received?,
+    };
+    if piece.bytes < report.len() {
+        return Ok(Reading::Closed);
+    }
+    match Report::decode(report) {
+        Report::Started => Ok(Reading::Started),
+        Report::Moved => match piece.fds.pop() {
+            Some(stream) => Ok(Reading::Moved(stream.into_owned_fd().into())),
+            None => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+        },
+        Report::Failed(step, errno) => {
+            let error = io::Error::from_raw_os_error(errno);
+            Ok(Reading::Failed((step.attempt(), error)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NO_PROCESS: Option<&OwnedFd> = None;
+
+    #[test]
+    fn reports_survive_encoding() {
+        let failures = Step::ALL.map(|step| Report::Failed(step, libc::ENOENT));
+        for report in failures.into_iter().chain([Report::Started, Report::Moved]) {
+            assert_eq!(Report::decode(report.encode()), report);
+        }
+    }
+
+    #[test]
+    fn start_is_reported_by_the_end_of_the_stream() {
+        let (reports, child) = UnixStream::pair().unwrap();
+        drop(child);
+        wait_for_start(reports, NO_PROCESS, None).unwrap();
+    }
+
+    #[test]
+    fn wait_for_start_ends_at_the_limit() {
+        let (reports, _child) = UnixStream::pair().unwrap();
+        let limit = Some(Duration::from_millis(2));
+        let (attempt, error) = wait_for_start(reports, NO_PROCESS, limit).unwrap_err();
+        assert_eq!(attempt, "wait until it starts");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn reports_are_followed_to_the_stream_that_the_child_sends() {
+        let (reports, first) = UnixStream::pair().unwrap();
+        let (parents, own) = UnixStream::pair().unwrap();
+        socket::send_one(&first, &Report::Moved.encode(), parents.as_fd()).unwrap();
+        drop(parents);
+        let failed = Report::Failed(Step::Directory, libc::ENOENT);
+        socket::send(&own, &failed.encode(), &[]).unwrap();
+        let (attempt, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
+        assert_eq!(attempt, "enter its directory");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+        // The first stream is still open, as it is if another process has a copy.
+        drop(first);
+    }
+}

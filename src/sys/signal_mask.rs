@@ -1,0 +1,71 @@
+//! Sets of signals, and the signal mask of the calling thread.
+
+/// A set of signals.
+#[derive(Clone, Copy)]
+pub(super) struct SignalSet(libc::sigset_t);
+
+impl SignalSet {
+    pub(super) fn empty() -> Self {
+        // SAFETY: sigset_t is plain data.
+        let mut set = unsafe { std::mem::zeroed() };
+        // SAFETY: the set is writable.
+        unsafe { libc::sigemptyset(&raw mut set) };
+        Self(set)
+    }
+
+    pub(super) fn all() -> Self {
+        let mut set = Self::empty();
+        // SAFETY: the set is writable.
+        unsafe { libc::sigfillset(&raw mut set.0) };
+        set
+    }
+
+    /// Returns the set of one signal, which exists.
+    pub(super) fn only(signal: libc::c_int) -> Self {
+        let mut set = Self::empty();
+        // SAFETY: the set is initialised. The call fails only for a signal that does not exist.
+        unsafe { libc::sigaddset(&raw mut set.0, signal) };
+        set
+    }
+
+    pub(super) fn contains(&self, signal: libc::c_int) -> bool {
+        // SAFETY: the set is initialised.
+        let result = unsafe { libc::sigismember(&raw const self.0, signal) };
+        result == 1
+    }
+
+    pub(super) fn as_ptr(&self) -> *const libc::sigset_t {
+        &raw const self.0
+    }
+
+    /// Returns the signals that are pending for the process or the calling thread.
+    pub(super) fn pending() -> Self {
+        let mut set = Self::empty();
+        // SAFETY: the set is writable.
+        unsafe { libc::sigpending(&raw mut set.0) };
+        set
+    }
+
+    /// Blocks the signals of this set on the calling thread. Returns the previous mask.
+    pub(super) fn block(&self) -> Self {
+        self.change_mask(libc::SIG_BLOCK)
+    }
+
+    /// Unblocks the signals of this set on the calling thread. Returns the previous mask.
+    #[allow(dead_code, reason = "only Linux interrupts `accept`")]
+    pub(super) fn unblock(&self) -> Self {
+        self.change_mask(libc::SIG_UNBLOCK)
+    }
+
+    /// Makes this set the mask of the calling thread. Returns the previous mask.
+    pub(super) fn set_as_mask(&self) -> Self {
+        self.change_mask(libc::SIG_SETMASK)
+    }
+
+    fn change_mask(&self, how: libc::c_int) -> Self {
+        let mut previous = *self;
+        // SAFETY: both sets are initialised. The call fails only if `how` is invalid.
+        unsafe { libc::pthread_sigmask(how, self.as_ptr(), &raw mut previous.0) };
+        previous
+    }
+}

@@ -1,0 +1,53 @@
+//! Integration with systemd: socket activation, notifications and the watchdog.
+//!
+//! Other programs that follow these protocols, such as `s6`, Podman and `systemfd`, work too. Node has
+//! no counterpart.
+//!
+//! The master is the service: it takes the sockets that systemd has opened ([`listen_fds`]), and notifies
+//! systemd of its state ([`notify`]). Workers inherit neither. Their environment is that of the master
+//! without `NOTIFY_SOCKET`, `WATCHDOG_USEC`, `WATCHDOG_PID` and `LISTEN_*`; otherwise a worker that sends
+//! `READY=1` for itself would send it for the whole service. For a worker that sends notifications, set
+//! `NOTIFY_SOCKET` with [`Master::fork_with`](crate::Master::fork_with). To pass descriptors to a worker
+//! by systemd's protocol, use [`Settings::listen_fds`](crate::Settings::listen_fds()).
+//!
+//! ```no_run
+//! use std::net::TcpListener;
+//! use cluster::{Role, systemd};
+//!
+//! fn main() -> cluster::Result<()> {
+//!     let passed = systemd::listen_fds()?;
+//!     match cluster::init()? {
+//!         Role::Master(master) => {
+//!             let mut listeners = Vec::new();
+//!             for fd in passed {
+//!                 listeners.push(master.listen(TcpListener::try_from(fd)?)?);
+//!             }
+//!             master.fork()?;
+//!             master.on_listening(|_, _, _| drop(systemd::notify("READY=1")));
+//!             if let Some(timeout) = systemd::watchdog()? {
+//!                 master.set_interval(timeout / 2, |_| drop(systemd::notify("WATCHDOG=1")));
+//!             }
+//!             master.run()
+//!         }
+//!         Role::Worker(worker) => {
+//!             let listener = worker.listen("127.0.0.1:8000")?; // as in the socket unit
+//!             for connection in listener.incoming() {
+//!                 drop(connection?);
+//!             }
+//!             Ok(())
+//!         }
+//!     }
+//! }
+//! ```
+
+// `sockets` and `notification` are public. `environment` is internal: the variables of both, and which of
+// them a worker gets.
+mod environment;
+mod notification;
+mod sockets;
+
+pub(crate) use environment::{
+    LISTEN_PID, inherited_environment, remove_variables, set_listen_variables,
+};
+pub use notification::{notify, reloading, status, watchdog};
+pub use sockets::{ListenFd, listen_fds};

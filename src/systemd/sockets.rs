@@ -1,0 +1,296 @@
+//! Socket activation: the descriptors that systemd passes, sd_listen_fds(3).
+
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::environment::{
+    LISTEN_FDNAMES, LISTEN_FDS, LISTEN_PID, is_addressed_to, parse, variable,
+};
+use crate::error::{Error, Result};
+use crate::sys;
+use crate::sys::fd::LISTEN_FDS_START;
+use crate::sys::listen::SocketKind;
+
+/// A descriptor that was passed to this process: a listener, a UDP socket, or another file.
+///
+/// `try_from` converts it into a [`TcpListener`], [`UnixListener`] or [`UdpSocket`] of the standard
+/// library. The error is [`Error::Descriptor`] if it is not of that kind. `from` converts any descriptor
+/// into an `OwnedFd`.
+///
+/// The process that opened the descriptor decides whether it blocks. Other processes may share it: they
+/// can change this flag at any time, and `shutdown` affects them too.
+///
+/// Node has no counterpart.
+///
+/// ```no_run
+/// use std::net::TcpListener;
+///
+/// # fn f() -> cluster::Result<()> {
+/// for passed in cluster::systemd::listen_fds()? {
+///     println!("{:?}", passed.name());
+///     let listener = TcpListener::try_from(passed)?;
+///     # let _ = listener;
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct ListenFd {
+    name: Option<String>,
+    fd: OwnedFd,
+}
+
+impl ListenFd {
+    /// Returns the name of the descriptor, `FileDescriptorName` in systemd; `None` if the descriptors
+    /// were passed without names.
+    ///
+    /// Node has no counterpart. See [`ListenFd`] for an example.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// Returns whether the descriptor is a Unix socket.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```no_run
+    /// use std::os::unix::net::UnixListener;
+    ///
+    /// # fn f() -> cluster::Result<()> {
+    /// for passed in cluster::systemd::listen_fds()? {
+    ///     if passed.is_unix() {
+    ///         let listener = UnixListener::try_from(passed)?;
+    ///         # let _ = listener;
+    ///     }
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn is_unix(&self) -> bool {
+        let kind = sys::listen::socket_kind(self.fd.as_raw_fd());
+        kind.is_ok_and(|kind| kind.is_unix)
+    }
+
+    fn into_kind(self, expected: &'static str, wanted: SocketKind) -> Result<OwnedFd> {
+        let kind = sys::listen::socket_kind(self.fd.as_raw_fd()).ok();
+        if kind == Some(wanted) {
+            return Ok(self.fd);
+        }
+        Err(Error::Descriptor {
+            number: self.fd.as_raw_fd(),
+            name: self.name,
+            found: kind.map_or("neither a stream nor a datagram socket", describe),
+            expected,
+        })
+    }
+}
+
+const TCP_LISTENER: SocketKind = SocketKind {
+    is_stream: true,
+    is_unix: false,
+    listens: true,
+};
+const UNIX_LISTENER: SocketKind = SocketKind {
+    is_unix: true,
+    ..TCP_LISTENER
+};
+const UDP_SOCKET: SocketKind = SocketKind {
+    is_stream: false,
+    is_unix: false,
+    listens: false,
+};
+
+fn describe(kind: SocketKind) -> &'static str {
+    match (kind.is_stream, kind.is_unix, kind.listens) {
+        (true, false, true) => "a TCP listener",
+        (true, false, false) => "a TCP socket that does not listen",
+        (true, true, true) => "a Unix listener",
+        (true, true, false) => "a Unix stream socket that does not listen",
+        (false, false, _) => "a UDP socket",
+        (false, true, _) => "a Unix datagram socket",
+    }
+}
+
+impl AsFd for ListenFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<ListenFd> for OwnedFd {
+    fn from(passed: ListenFd) -> Self {
+        passed.fd
+    }
+}
+
+impl TryFrom<ListenFd> for TcpListener {
+    type Error = Error;
+
+    fn try_from(passed: ListenFd) -> Result<Self> {
+        Ok(passed.into_kind("a TCP listener", TCP_LISTENER)?.into())
+    }
+}
+
+impl TryFrom<ListenFd> for UnixListener {
+    type Error = Error;
+
+    fn try_from(passed: ListenFd) -> Result<Self> {
+        Ok(passed.into_kind("a Unix listener", UNIX_LISTENER)?.into())
+    }
+}
+
+impl TryFrom<ListenFd> for UdpSocket {
+    type Error = Error;
+
+    fn try_from(passed: ListenFd) -> Result<Self> {
+        Ok(passed.into_kind("a UDP socket", UDP_SOCKET)?.into())
+    }
+}
+
+/// Returns the descriptors that systemd has passed to this process, in its order.
+///
+/// The list is empty if systemd has passed none, or has passed them to another process, which
+/// `LISTEN_PID` names. It is also empty for each call but the first in a process: the caller owns the
+/// descriptors. They are closed on exec from now on. `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` stay
+/// in the environment.
+///
+/// Call this early in `main`, before the application opens descriptors: those that were passed are
+/// known by their numbers alone. See [`ListenFd`] for an example.
+///
+/// Node has no counterpart.
+///
+/// # Errors
+///
+/// [`Error::Environment`] in these cases, in which no descriptor is taken:
+///
+/// - `LISTEN_PID` or `LISTEN_FDS` is not a number;
+/// - `LISTEN_FDNAMES` does not have one name for each descriptor;
+/// - one of the descriptors from 3 on is not open, or is closed on exec, as descriptors are that this
+///   process opened itself.
+pub fn listen_fds() -> Result<Vec<ListenFd>> {
+    /// The caller of the first call owns the descriptors.
+    static CALLED: AtomicBool = AtomicBool::new(false);
+    if CALLED.swap(true, Ordering::SeqCst) {
+        return Ok(Vec::new());
+    }
+    let [pid, count, names] = [LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES].map(variable);
+    let (pid, count, names) = (pid?, count?, names?);
+    let Some(passed) = parse_passed(std::process::id(), pid, count, names)? else {
+        return Ok(Vec::new());
+    };
+    let fds = sys::fd::adopt_passed(LISTEN_FDS_START, passed.count);
+    let fds = fds.map_err(|_| Error::Environment {
+        variable: LISTEN_FDS,
+        value: passed.count.to_string(),
+        expected: "the number of passed descriptors, from 3 on: one of them is not open, or was \
+                   opened later",
+    })?;
+    let mut names = passed.names.map(Vec::into_iter);
+    let passed = fds.into_iter().map(|fd| ListenFd {
+        name: names.as_mut().and_then(Iterator::next),
+        fd,
+    });
+    Ok(passed.collect())
+}
+
+/// The content of the variables. Nothing is allocated in proportion to `count`, which may be wrong.
+#[derive(Debug, PartialEq, Eq)]
+struct Passed {
+    count: usize,
+    names: Option<Vec<String>>,
+}
+
+/// Parses the variables. Returns `None` if nothing was passed to this process, whose id is `own`.
+fn parse_passed(
+    own: u32,
+    pid: Option<String>,
+    count: Option<String>,
+    names: Option<String>,
+) -> Result<Option<Passed>> {
+    let (Some(pid), Some(count)) = (pid, count) else {
+        return Ok(None);
+    };
+    if !is_addressed_to(own, LISTEN_PID, pid)? {
+        return Ok(None);
+    }
+    // systemd passes far fewer descriptors, so a larger number is a mistake.
+    let count = parse::<u16>(LISTEN_FDS, count, "a number of descriptors up to 65535")?.into();
+    if count == 0 {
+        return Ok(None);
+    }
+    let split = |names: &String| names.split(':').map(str::to_owned).collect::<Vec<_>>();
+    let split = names.as_ref().map(split);
+    match (split, names) {
+        (Some(split), Some(value)) if split.len() != count => Err(Error::Environment {
+            variable: LISTEN_FDNAMES,
+            value,
+            expected: "one name for each descriptor of LISTEN_FDS, separated by colons",
+        }),
+        (names, _) => Ok(Some(Passed { count, names })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::environment::tests::rejected;
+    use super::*;
+    use proptest::prelude::*;
+
+    fn passed(pid: &str, count: &str, names: Option<&str>) -> Result<Option<Passed>> {
+        let names = names.map(str::to_owned);
+        parse_passed(7, Some(pid.to_owned()), Some(count.to_owned()), names)
+    }
+
+    #[test]
+    fn all_descriptors_have_names_or_none_has() {
+        let count = 2;
+        let names = Some(vec!["web".to_owned(), String::new()]);
+        let both = Passed { count, names };
+        assert_eq!(passed("7", "2", Some("web:")).unwrap(), Some(both));
+        let names = None;
+        let nameless = Passed { count, names };
+        assert_eq!(passed("7", "2", None).unwrap(), Some(nameless));
+        for names in ["web", "a:b:c", ""] {
+            let result = passed("7", "2", Some(names));
+            assert_eq!(rejected(result), LISTEN_FDNAMES, "{names}");
+        }
+    }
+
+    #[test]
+    fn descriptors_for_another_process_are_ignored() {
+        assert_eq!(passed("8", "nonsense", None).unwrap(), None);
+        assert_eq!(passed("7", "0", Some("")).unwrap(), None);
+        let one = Some("1".to_owned());
+        assert_eq!(parse_passed(7, None, one, None).unwrap(), None);
+        let own = Some("7".to_owned());
+        assert_eq!(parse_passed(7, own, None, None).unwrap(), None);
+    }
+
+    #[test]
+    fn errors_name_the_variable_that_is_not_a_number() {
+        for pid in ["", "x", "-7", "4294967296"] {
+            assert_eq!(rejected(passed(pid, "1", None)), LISTEN_PID, "{pid}");
+        }
+        for count in ["", "x", "-1", "1.0", "1000000", "18446744073709551616"] {
+            assert_eq!(rejected(passed("7", count, None)), LISTEN_FDS, "{count}");
+        }
+    }
+
+    #[test]
+    fn announced_names_are_parsed() {
+        let announced = passed("7", "2", Some("web:the other one"));
+        let names = announced.unwrap().unwrap().names;
+        assert_eq!(names.unwrap(), ["web", "the other one"]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_panics(pid: Option<String>, count: Option<String>, names: Option<String>) {
+            let _ = parse_passed(7, pid, count.clone(), names.clone());
+            let _ = parse_passed(7, Some("7".to_owned()), count, names.clone());
+            let _ = parse_passed(7, Some("7".to_owned()), Some("2".to_owned()), names);
+        }
+    }
+}
