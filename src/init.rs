@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::master::Master;
 use crate::sys;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, PREAMBLE_LENGTH, VERSION, preamble, version_of_preamble};
+use crate::wire::frame::{FrameError, PREAMBLE_LENGTH, VERSION, preamble, preamble_version};
 use crate::worker::Worker;
 
 const UNKNOWN: u8 = 0;
@@ -131,7 +131,7 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
         let attempt = "take over the channel to the master";
         return sys::fd::adopt_channel(number, &mut found).map_err(Error::io(attempt));
     }
-    let version = found.and_then(version_of_preamble);
+    let version = found.and_then(preamble_version);
     match version.filter(|version| *version != VERSION) {
         Some(version) => Err(Error::Frame {
             worker: None,

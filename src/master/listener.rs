@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::{Rc, Weak};
 
 use crate::error::{Error, Result};
-use crate::master::shell::{Kept, MasterShell};
+use crate::master::shell::{MasterShell, RetainedListener};
 use crate::types::address::Address;
 
 /// A listener that the master keeps open, whether workers have it or not.
@@ -48,13 +48,13 @@ use crate::types::address::Address;
 #[must_use = "it is let go of when it is dropped"]
 pub struct MasterListener {
     master: Weak<MasterShell>,
-    kept: Kept,
+    listener: RetainedListener,
 }
 
 impl MasterListener {
-    pub(crate) fn new(master: &Rc<MasterShell>, kept: Kept) -> Self {
+    pub(crate) fn new(master: &Rc<MasterShell>, listener: RetainedListener) -> Self {
         let master = Rc::downgrade(master);
-        Self { master, kept }
+        Self { master, listener }
     }
 
     /// Returns where clients connect, with the real port.
@@ -69,7 +69,7 @@ impl MasterListener {
     /// ```
     #[must_use]
     pub fn address(&self) -> Address {
-        self.kept.address.clone()
+        self.listener.address.clone()
     }
 }
 
@@ -80,7 +80,7 @@ impl MasterListener {
     #[must_use]
     pub fn removes_file(&self) -> bool {
         let master = self.master.upgrade();
-        master.is_some_and(|master| master.removes_file(self.kept.handle))
+        master.is_some_and(|master| master.removes_file(self.listener.handle))
     }
 
     /// Says who removes the file of a Unix socket: this process, when the listener closes, or somebody
@@ -108,7 +108,7 @@ impl MasterListener {
             return Ok(());
         };
         master.check_own()?;
-        let set = master.set_removes_file(self.kept.handle, removes);
+        let set = master.set_removes_file(self.listener.handle, removes);
         set.map_err(Error::io("find the file of a Unix socket"))
     }
 }
@@ -119,16 +119,16 @@ impl MasterListener {
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         if let Some(master) = self.master.upgrade() {
-            master.mark_borrowed(self.kept.handle);
+            master.mark_borrowed(self.listener.handle);
         }
-        self.kept.socket.as_fd()
+        self.listener.socket.as_fd()
     }
 }
 
 impl Drop for MasterListener {
     fn drop(&mut self) {
         if let Some(master) = self.master.upgrade() {
-            master.release(self.kept.handle);
+            master.release(self.listener.handle);
         }
     }
 }

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use crate::config::listen::{BindRequest, ListenOptions};
 use crate::config::settings::{DEBUG, SchedulingPolicy, Settings};
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level};
-use crate::error::{Error, Result, SendError};
+use crate::error::{Error, Result};
 use crate::master::listener::MasterListener;
-use crate::master::shell::{Kept, MasterShell, Processed, WorkerIo};
+use crate::master::shell::{MasterShell, Processed, RetainedListener, WorkerIo};
 use crate::master::worker_process::{WorkerCallbacks, WorkerProcess};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
 use crate::runtime::event_loop::{EventLoop, LoopId, Token, WatchId};
@@ -36,8 +36,8 @@ use crate::types::message::Message;
 use crate::types::signal::Signal;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::channel::outbox::ReceiptId;
 use crate::wire::frame::HandleId;
+use crate::wire::receipts::Receipt;
 
 /// How many events are delivered before the loop looks around again: a callback for errors that
 /// causes one each time must not keep it for ever.
@@ -148,7 +148,7 @@ struct ClusterCallbacks {
 impl Master {
     pub(crate) fn new(policy: SchedulingPolicy) -> Result<Self> {
         let event_loop = EventLoop::new()?;
-        let shell = MasterShell::new(policy, event_loop.poller().clone(), event_loop.began());
+        let shell = MasterShell::new(policy, event_loop.poller().clone(), event_loop.start_time());
         Ok(Self {
             shell: Rc::new(shell),
             event_loop,
@@ -431,7 +431,7 @@ impl Master {
     }
 
     /// Opens the first that can be had of what the program wants.
-    fn open(&self, bind_request: &mut BindRequest) -> io::Result<Kept> {
+    fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
         bind_request.check_for_master()?;
         if let Some(socket) = bind_request.take_socket() {
             return self
@@ -465,7 +465,7 @@ impl Master {
     /// ```
     pub fn disconnect(&self, callback: impl FnOnce(&Self) + 'static) {
         self.when_disconnected(callback);
-        self.shell.decide().disconnect_all(true);
+        self.shell.core_now().disconnect_all(true);
         self.shell.act();
     }
 
@@ -491,7 +491,7 @@ impl Master {
     /// ```
     pub fn disconnect_within(&self, deadline: Duration, callback: impl FnOnce(&Self) + 'static) {
         self.when_disconnected(callback);
-        self.shell.decide().disconnect_all_within(deadline);
+        self.shell.core_now().disconnect_all_within(deadline);
         self.shell.act();
     }
 
@@ -867,14 +867,14 @@ impl Master {
     /// # }
     /// ```
     pub fn unref(&self, id: impl Into<LoopId>) {
-        self.event_loop.reference(id.into(), false);
+        self.event_loop.set_referenced(id.into(), false);
     }
 
     /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
     pub fn ref_(&self, id: impl Into<LoopId>) {
-        self.event_loop.reference(id.into(), true);
+        self.event_loop.set_referenced(id.into(), true);
     }
 
     /// Turns the loop until nothing is left to wait for: no worker, no timer, no watched
@@ -943,7 +943,7 @@ impl Master {
         }
         for worker in pending {
             // One by one: whoever panics here and goes on hears the rest later.
-            if self.shell.may_process(worker) {
+            if self.shell.remove_pending(worker) {
                 if let Some(worker_io) = self.shell.worker_io(worker) {
                     let mut left = FRAMES_PER_TURN;
                     self.process_frames(&worker_io, &mut left);
@@ -957,8 +957,8 @@ impl Master {
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
-                Token::Listener(number) => self.shell.readable(HandleId(number)),
-                Token::Selector(number) => self.shell.selector_readable(HandleId(number)),
+                Token::Listener(number) => self.shell.listener_ready(HandleId(number)),
+                Token::Selector(number) => self.shell.selector_ready(HandleId(number)),
                 Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }
@@ -1078,21 +1078,18 @@ impl Master {
     /// which would keep events waiting.
     fn tell_receipts(&self) {
         for _ in 0..self.shell.count_receipts() {
-            if let Some((worker, receipt, written)) = self.shell.next_receipt() {
-                self.written(worker, receipt, written);
+            if let Some((worker, receipt)) = self.shell.next_receipt() {
+                self.written(worker, receipt);
                 self.shell.act();
             }
         }
     }
 
-    fn written(&self, worker: WorkerId, receipt: ReceiptId, written: bool) {
+    fn written(&self, worker: WorkerId, receipt: Receipt) {
         let found = self.find(worker);
-        let callback = found.and_then(|worker| worker.callbacks().take_receipt(receipt));
+        let callback = found.and_then(|worker| worker.callbacks().receipts.take(receipt.id));
         if let Some(callback) = callback {
-            let reason = SendError::ChannelClosed;
-            let worker = Some(worker);
-            let lost = || Error::Send { worker, reason };
-            callback(self, written.then_some(()).ok_or_else(lost));
+            callback(self, receipt.outcome(Some(worker)));
         }
     }
 
@@ -1131,7 +1128,7 @@ impl Master {
             }
             Event::Message { bytes, fds } => {
                 let message = Message::new(bytes, fds);
-                if let Some(untaken) = message.untaken() {
+                if let Some(untaken) = message.unclaimed_fds() {
                     *self.shell.delivering_fds.borrow_mut() = Rc::downgrade(untaken);
                 }
                 callbacks.message.each(|f| f(self, worker, &message));
@@ -1180,7 +1177,7 @@ impl Master {
 
     fn channel_ready(&self, worker: WorkerId, ready: &Ready) {
         if ready.writable {
-            self.shell.writable(worker);
+            self.shell.channel_writable(worker);
         }
         // What has arrived is heard before more is read: else it would pile up here.
         if ready.readable && !self.shell.is_pending(worker) {
@@ -1210,7 +1207,7 @@ impl Master {
             return;
         };
         for _ in 0..LAST_WORDS {
-            while self.shell.feed(&worker_io) != Processed::Nothing {
+            while self.shell.process_frame(&worker_io) != Processed::Nothing {
                 self.settle();
             }
             if !self.shell.read(&worker_io) {
@@ -1226,17 +1223,17 @@ impl Master {
         let mut is_noted = false;
         while *left > 0 {
             *left -= 1;
-            match self.shell.feed(worker) {
+            match self.shell.process_frame(worker) {
                 Processed::Nothing | Processed::Drained => {
                     if is_noted {
-                        self.shell.may_process(worker.id);
+                        self.shell.remove_pending(worker.id);
                     }
                     return true;
                 }
                 Processed::More => {
                     // Whoever panics here and goes on hears the rest later.
                     if !is_noted {
-                        self.shell.process_later(worker.id);
+                        self.shell.add_pending(worker.id);
                         is_noted = true;
                     }
                     self.settle();
@@ -1244,7 +1241,7 @@ impl Master {
                 Processed::Yield => break,
             }
         }
-        self.shell.process_later(worker.id);
+        self.shell.add_pending(worker.id);
         false
     }
 

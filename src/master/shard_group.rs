@@ -1,14 +1,15 @@
 //! The sockets that share one port, and the selection among them.
 //!
-//! The kernel asks a program that is attached to the whole group for the index of the socket that gets a
-//! connection. It lets every member attach another program, and each worker has a member. So the
-//! shards of the workers are locked (`SO_LOCK_FILTER`), which cannot be undone. The group has one
-//! more member, the *selector*, which no worker gets: the master changes the selection through it.
+//! A program (BPF) that is attached to the group returns the index of the socket that receives a new
+//! connection. The kernel lets every member attach another program, and each worker has a member. The
+//! shards of the workers are therefore locked (`SO_LOCK_FILTER`), which cannot be undone. The group has
+//! one more member, the *selector*, which no worker receives: the master changes the selection through
+//! it.
 //!
-//! A worker can still detach the program, which the lock does not prevent, or make its shard listen
-//! no more. The kernel then chooses by a hash among all members, or by indexes that have moved. So
-//! it may choose the selector, where no connection comes otherwise: the master notices, resets
-//! the connection, and attaches the program again.
+//! Despite the lock, a worker can detach the program, or shut its shard down. The kernel then chooses by a
+//! hash among all members, or by indexes that have changed, and may choose the selector, which
+//! otherwise receives no connection. The master notices this, resets the connection, and attaches the
+//! program again.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -28,13 +29,13 @@ enum Member {
 #[derive(Debug)]
 pub(crate) struct ShardGroup {
     selector: Registered<OwnedFd>,
-    /// The members in the order of the kernel, which appends one that begins to listen. When one
-    /// ends, the last one gets its index.
+    /// The members in the kernel's order. The kernel appends a member that starts to listen. When a
+    /// member is removed, the last one takes its index.
     order: Vec<Member>,
 }
 
 impl ShardGroup {
-    /// Adds the selector to a group of which the first shard is the only member, and locks that.
+    /// Adds the selector to the group of the first shard, and locks that shard.
     pub(crate) fn new(
         first: &OwnedFd,
         flags: &BindFlags,
@@ -51,17 +52,17 @@ impl ShardGroup {
         })
     }
 
-    /// The number of the selector's descriptor.
+    /// Returns the number of the selector's descriptor.
     pub(crate) fn number(&self) -> RawFd {
         self.selector.as_fd().as_raw_fd()
     }
 
-    /// Adds a shard that has just begun to listen. The selection does not change.
+    /// Adds a shard that has just started to listen. The selection does not change.
     pub(crate) fn add(&mut self, shard: usize) {
         self.order.push(Member::Shard(shard));
     }
 
-    /// A shard that was shut down listens again.
+    /// Moves a shard that was shut down and listens again to its new index.
     pub(crate) fn readd(&mut self, shard: usize) {
         let own = Member::Shard(shard);
         if let Some(index) = self.order.iter().position(|member| *member == own) {
@@ -72,7 +73,7 @@ impl ShardGroup {
 
     /// Distributes new connections evenly among these shards.
     pub(crate) fn select(&self, shards: &[usize]) -> io::Result<()> {
-        // Accepting may have failed before.
+        // `reset` may have stopped the watch.
         self.selector.set_interest(Some(Interest::Readable))?;
         sys::filter::select_sockets(&self.selector, &self.indexes(shards))
     }
@@ -86,7 +87,7 @@ impl ShardGroup {
         chosen.collect()
     }
 
-    /// Ignores new connections until `admit`: the selector, which drops them, is selected.
+    /// Ignores new connections until `admit`: selects the selector, which drops them.
     pub(crate) fn ignore(&self) -> io::Result<()> {
         sys::filter::attach_syn_filter(&self.selector)?;
         let own = |member: &Member| *member == Member::Selector;
@@ -94,12 +95,12 @@ impl ShardGroup {
         sys::filter::select_sockets(&self.selector, index.as_slice())
     }
 
-    /// Ends `ignore`, before `select`.
+    /// Ends `ignore`. `select` must follow.
     pub(crate) fn admit(&self) -> io::Result<()> {
         sys::filter::detach_syn_filter(&self.selector)
     }
 
-    /// Resets the connections that reached the selector, at most `at_most` of them. Returns how many.
+    /// Resets at most `at_most` connections that reached the selector. Returns their number.
     pub(crate) fn reset(&self, at_most: u64) -> u64 {
         for count in 0..at_most {
             match sys::listen::accept(&*self.selector) {
@@ -107,7 +108,7 @@ impl ShardGroup {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return count,
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(_) => {
-                    // For lack of descriptors it would stay readable, and keep the loop.
+                    // Without free descriptors the selector would stay readable and keep the loop busy.
                     let _ = self.selector.set_interest(None);
                     return count;
                 }
@@ -122,15 +123,15 @@ impl ShardGroup {
 mod tests {
     use super::*;
 
-    /// Which of the shards gets a connection, of which there is one.
+    /// Connects once, and returns the index of the shard that receives the connection.
     fn chosen(address: &std::net::SocketAddr, shards: &[OwnedFd]) -> usize {
         let _client = std::net::TcpStream::connect(address).unwrap();
         let accepts = |shard: &OwnedFd| sys::listen::accept(shard).is_ok();
         let chosen = shards.iter().position(accepts);
-        chosen.expect("not the selector")
+        chosen.expect("a shard receives the connection, not the selector")
     }
 
-    /// A connection that was accepted from a socket that was shut down carries data.
+    /// Asserts that a connection that is accepted from this shard carries data.
     fn assert_open(address: &std::net::SocketAddr, shard: &OwnedFd) {
         use std::io::{Read as _, Write as _};
         let mut client = std::net::TcpStream::connect(address).unwrap();
@@ -161,7 +162,7 @@ mod tests {
                 if let Some(shard) = is_shut {
                     let own = &shards[shard];
                     assert!(!sys::poll::has_hung_up(own.as_fd()).unwrap());
-                    // In both directions, once more when it is shut.
+                    // In both directions, and again after the shutdown.
                     for _ in 0..2 {
                         let _ = nix::sys::socket::shutdown(
                             own.as_raw_fd(),

@@ -17,9 +17,8 @@ use crate::sys::process::Usage;
 use crate::types::address::Address;
 use crate::types::message::Message;
 use crate::types::signal::Signal;
-use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
-use crate::wire::channel::outbox::ReceiptId;
+use crate::wire::receipts::{ReceiptCallbacks, ReceiptId};
 
 /// A worker, in the master's hands.
 ///
@@ -61,16 +60,7 @@ pub(crate) struct WorkerCallbacks {
     pub(crate) exit: Callbacks<OnExit>,
     pub(crate) error: Callbacks<OnError>,
     /// To be called when their messages have been written.
-    receipts: Receipts,
-}
-
-#[derive(Default)]
-struct Receipts(RefCell<SortedMap<ReceiptId, Written<Master>>>);
-
-impl std::fmt::Debug for Receipts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} receipts", self.0.borrow().len())
-    }
+    pub(crate) receipts: ReceiptCallbacks<Written<Master>>,
 }
 
 impl WorkerCallbacks {
@@ -81,10 +71,6 @@ impl WorkerCallbacks {
         self.disconnect.once(id);
         self.exit.once(id);
         self.error.once(id);
-    }
-
-    pub(crate) fn take_receipt(&self, id: ReceiptId) -> Option<Written<Master>> {
-        self.receipts.0.borrow_mut().remove(&id)
     }
 
     pub(crate) fn remove(&self, id: CallbackId) {
@@ -103,7 +89,7 @@ impl WorkerCallbacks {
         self.disconnect.clear();
         self.exit.clear();
         self.error.clear();
-        drop(self.receipts.0.take());
+        self.receipts.clear();
     }
 }
 
@@ -149,7 +135,7 @@ impl WorkerProcess {
     /// Tells the core, and carries out what follows.
     fn tell(&self, tell: impl FnOnce(&mut Core)) {
         if let Some(master) = self.master.upgrade() {
-            tell(&mut master.decide());
+            tell(&mut master.core_now());
             master.act();
         }
     }
@@ -359,7 +345,7 @@ impl WorkerProcess {
     /// # Ok(()) }
     /// ```
     pub fn send_with_fds(&self, message: &[u8], fds: Vec<OwnedFd>) -> Result<bool> {
-        self.send_wanting(message, fds, None)
+        self.send_with_receipt(message, fds, None)
     }
 
     /// Sends a message with descriptors, and with a callback for when it is written. See
@@ -374,19 +360,13 @@ impl WorkerProcess {
     /// kept open cannot be copied.
     pub fn send_with(&self, message: &[u8], options: SendOptions<Master>) -> Result<bool> {
         let (fds, written) = options.into_parts()?;
-        let receipt = written.as_ref().map(|_| ReceiptId::next());
-        if let (Some(receipt), Some(written)) = (receipt, written) {
-            let mut receipts = self.callbacks.receipts.0.borrow_mut();
-            receipts.insert(receipt, written);
-        }
-        let sent = self.send_wanting(message, fds, receipt);
-        if let (Some(receipt), Err(_)) = (receipt, &sent) {
-            drop(self.callbacks.take_receipt(receipt));
-        }
-        sent
+        let receipts = &self.callbacks.receipts;
+        receipts.send_with(written, |receipt| {
+            self.send_with_receipt(message, fds, receipt)
+        })
     }
 
-    fn send_wanting(
+    fn send_with_receipt(
         &self,
         message: &[u8],
         fds: Vec<OwnedFd>,

@@ -1,16 +1,16 @@
-//! Lists of closures that may change while they are being called.
+//! Lists of closures that may change while the closures are called.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// Names a callback, for [`Master::off`](crate::Master::off), which has an example.
+/// Identifies a callback, for [`Master::off`](crate::Master::off), which has an example.
 ///
 /// Node: the listener function that `removeListener` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallbackId(u64);
 
 impl CallbackId {
-    /// Returns one that this process has not used before.
+    /// Returns an id that this process has not used before.
     pub(crate) fn next() -> Self {
         thread_local! {
             static LAST: Cell<u64> = const { Cell::new(0) };
@@ -20,7 +20,7 @@ impl CallbackId {
     }
 }
 
-/// A closure that can be called while the list it is in changes.
+/// A closure that can be called while its list changes.
 pub(crate) type Shared<F> = Rc<RefCell<F>>;
 
 struct Entry<F: ?Sized> {
@@ -40,7 +40,7 @@ impl<F: ?Sized> Callbacks<F> {
         id
     }
 
-    /// Its next call is its last.
+    /// Makes the next call of the callback its last.
     pub(crate) fn once(&self, id: CallbackId) {
         for entry in self.0.borrow_mut().iter_mut() {
             entry.once |= entry.id == id;
@@ -48,11 +48,11 @@ impl<F: ?Sized> Callbacks<F> {
     }
 
     pub(crate) fn remove(&self, id: CallbackId) {
-        // Dropped after the borrow: what a closure owns may call back in its own `Drop`.
+        // Dropped after the borrow: the `Drop` of a closure's values may call this type.
         let removed: Vec<_> = {
             let mut list = self.0.borrow_mut();
-            let (removed, kept) = list.drain(..).partition(|entry| entry.id == id);
-            *list = kept;
+            let (removed, others) = list.drain(..).partition(|entry| entry.id == id);
+            *list = others;
             removed
         };
         drop(removed);
@@ -62,8 +62,8 @@ impl<F: ?Sized> Callbacks<F> {
         drop(self.0.take());
     }
 
-    /// Calls each closure that was there at the beginning and is still there at its turn. One that
-    /// is being called already is left out: it has called what led here.
+    /// Calls all closures in order, except for those that are added or removed meanwhile. A closure
+    /// that is being called already is skipped: it has led to this call.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
         let Some(last) = self.0.borrow().last().map(|entry| entry.id) else {
             return;
@@ -71,7 +71,7 @@ impl<F: ?Sized> Callbacks<F> {
         let mut next = 0;
         loop {
             let entries = self.0.borrow();
-            // Their ids ascend.
+            // The ids ascend.
             let at = entries.partition_point(|entry| entry.id.0 < next);
             let Some(entry) = entries.get(at).filter(|entry| entry.id.0 <= last.0) else {
                 return;
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn removed_and_added_inside_callbacks() {
+    fn callbacks_may_be_removed_and_added_inside_callbacks() {
         let (list, log) = (List::default(), Log::default());
         let second = Rc::new(Cell::new(None));
         let (inner, victim) = (Rc::clone(&list), Rc::clone(&second));
@@ -132,15 +132,15 @@ mod tests {
         assert_eq!(
             log.take(),
             ["first"],
-            "removed before its turn, added after"
+            "one was removed before its call, one added after the first call"
         );
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["first", "third"]);
-        list.clear(); // Else it would own itself for ever.
+        list.clear(); // Breaks the reference cycle.
     }
 
     #[test]
-    fn once_is_once_also_inside_itself() {
+    fn once_callback_is_called_once_even_by_itself() {
         let (list, log) = (List::default(), Log::default());
         let inner = Rc::clone(&list);
         let id = add(&list, move |log| {
@@ -153,11 +153,11 @@ mod tests {
         assert_eq!(log.take(), ["once", "always", "always"]);
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["always"]);
-        list.clear(); // Else it would own itself for ever.
+        list.clear(); // Breaks the reference cycle.
     }
 
     #[test]
-    fn a_callback_does_not_enter_itself() {
+    fn callback_does_not_enter_itself() {
         let (list, log) = (List::default(), Log::default());
         let inner = Rc::clone(&list);
         add(&list, move |log| {
@@ -166,6 +166,6 @@ mod tests {
         });
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["outer"]);
-        list.clear(); // Else it would own itself for ever.
+        list.clear(); // Breaks the reference cycle.
     }
 }

@@ -1,5 +1,6 @@
-//! What master and worker have in common: one poller, timers, signals and watched descriptors.
-//! Knows nothing of clusters; `R` is the role that callbacks get handed in.
+//! The event loop of both roles: one poller, timers, signals and watched descriptors.
+//!
+//! `R` is the role, `Master` or `Worker`, that is passed to the callbacks.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -19,22 +20,22 @@ use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 
-/// Names a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
+/// Identifies a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
 ///
 /// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WatchId(u32);
 
-/// A timer or a watched descriptor, for [`Master::unref`](crate::Master::unref), which has an
-/// example.
+/// Identifies a timer or a watched descriptor, for [`Master::unref`](crate::Master::unref), which has
+/// an example.
 ///
 /// Node: the object that has a method `unref()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LoopId {
-    /// What `set_timeout` and `set_interval` return.
+    /// A timer: the result of `set_timeout` or `set_interval`.
     Timer(TimerId),
-    /// What `watch` returns.
+    /// A watched descriptor: the result of `watch`.
     Watch(WatchId),
 }
 
@@ -50,20 +51,20 @@ impl From<WatchId> for LoopId {
     }
 }
 
-/// Who a ready descriptor belongs to. It travels through the poller as a number; one of a source
-/// that is gone finds nobody.
+/// States to what a ready descriptor belongs. The poller carries it as a number. The token of a source
+/// that has been removed matches nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
     Channel(u32),
     Process(u32),
     Listener(u32),
-    /// The socket that selects among the shards of a listener.
+    /// The selector among the shards of a listener.
     Selector(u32),
     Watch(u32),
     Signals,
 }
 
-/// The highest number that a token can have, which is that of a worker.
+/// Highest number of a token, which is the highest worker id.
 const MAX_NUMBER: u32 = WorkerId::MAX;
 
 impl Token {
@@ -76,7 +77,7 @@ impl Token {
             Self::Signals => (4, 0),
             Self::Selector(number) => (5, number),
         };
-        // Every number is at most `MAX_NUMBER`, so that none of its bits is lost.
+        // No bit is lost, because every number is at most `MAX_NUMBER`.
         (number as usize) << 3 | tag
     }
 
@@ -94,9 +95,9 @@ impl Token {
     }
 }
 
-/// A watched descriptor and its callback, whatever their types.
+/// A watched descriptor and its callback, with their types erased.
 trait Watched<R> {
-    /// Calls the callback. Returns whether the descriptor stays.
+    /// Calls the callback. Returns whether to go on watching the descriptor.
     fn ready(&mut self, role: &R) -> bool;
 }
 
@@ -123,11 +124,11 @@ where
     }
 }
 
-/// A watched descriptor in the loop.
-struct Place<R> {
+/// A watched descriptor in the table.
+struct WatchEntry<R> {
     watched: Shared<dyn Watched<R>>,
     number: RawFd,
-    /// It keeps the program running.
+    /// The descriptor keeps `run` from returning.
     referenced: bool,
 }
 
@@ -136,25 +137,25 @@ type OnSignal<R> = dyn FnMut(&R, Signal);
 
 struct SignalInterest<R> {
     callbacks: Callbacks<OnSignal<R>>,
-    /// Held for its `Drop`.
+    /// Dropping it restores the previous handler.
     _installed: InstalledHandler,
 }
 
 pub(crate) struct EventLoop<R> {
     poller: Poller,
-    began: Instant,
+    start_time: Instant,
     timers: RefCell<Timers<OnTimer<R>>>,
-    watches: RefCell<BTreeMap<WatchId, Place<R>>>,
-    /// The watches that a forked child has from its parent. They are never dropped, because a drop
-    /// would close descriptors or run code of the application. They stay reachable, because
-    /// LeakSanitizer would report them otherwise.
-    abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, Place<R>>>>,
+    watches: RefCell<BTreeMap<WatchId, WatchEntry<R>>>,
+    /// The watches that a forked child has from its parent. They are never dropped, because that would
+    /// close descriptors or run code of the application. They stay reachable, because LeakSanitizer
+    /// would report them otherwise.
+    abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, WatchEntry<R>>>>,
     last_watch: Cell<u32>,
-    /// How many of them keep the program running.
+    /// Number of entries in `watches` that are referenced.
     referenced_watches: Cell<usize>,
     signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
     signals: RefCell<SortedMap<Signal, Rc<SignalInterest<R>>>>,
-    /// Whether the loop is turning, so that a callback that turns it gets an error.
+    /// The loop runs: a callback that runs it again gets an error.
     running: Cell<bool>,
 }
 
@@ -168,7 +169,7 @@ impl<R> EventLoop<R> {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             poller: Poller::new().map_err(Error::io("create a poller"))?,
-            began: Instant::now(),
+            start_time: Instant::now(),
             timers: RefCell::new(Timers::new()),
             watches: RefCell::default(),
             abandoned: RefCell::default(),
@@ -188,17 +189,17 @@ impl<R> EventLoop<R> {
         self.poller.as_fd()
     }
 
-    pub(crate) fn began(&self) -> Instant {
-        self.began
+    pub(crate) fn start_time(&self) -> Instant {
+        self.start_time
     }
 
     fn now(&self) -> Time {
-        self.began.elapsed()
+        self.start_time.elapsed()
     }
 
     /// # Errors
     ///
-    /// This process has not created the loop.
+    /// This process did not create the loop.
     pub(crate) fn check_own(&self) -> Result<()> {
         if self.poller.is_own() {
             Ok(())
@@ -207,7 +208,7 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Marks the loop as turning while the guard lives.
+    /// Marks the loop as running until the guard is dropped.
     pub(crate) fn enter(&self) -> Result<Running<'_>> {
         self.check_own()?;
         if self.running.replace(true) {
@@ -216,18 +217,18 @@ impl<R> EventLoop<R> {
         Ok(Running(&self.running))
     }
 
-    /// The time until the first timer, or `other` if that comes first.
+    /// Returns the time left until the first timer is due, or until `other` if that is earlier.
     pub(crate) fn time_left(&self, other: Option<Time>) -> Option<Duration> {
         let first = self.deadline(other)?;
         Some(first.saturating_sub(self.now()))
     }
 
-    /// When the first timer is due, or `other` if that comes first.
+    /// Returns the time at which the first timer is due, or `other` if that is earlier.
     pub(crate) fn deadline(&self, other: Option<Time>) -> Option<Time> {
         earlier(self.timers.borrow().deadline(), other)
     }
 
-    /// Waits until something is ready or the time is over. Returns what is ready, and for what.
+    /// Waits until a descriptor is ready or the timeout is over. Returns the ready descriptors.
     pub(crate) fn wait<'a>(
         &self,
         timeout: Option<Duration>,
@@ -241,36 +242,36 @@ impl<R> EventLoop<R> {
         }))
     }
 
-    /// Whether the program has something here that is still to happen. Signals do not count.
+    /// Returns whether a timer or a watched descriptor keeps `run` from returning.
     pub(crate) fn has_work(&self) -> bool {
         self.timers.borrow().has_referenced() || self.referenced_watches.get() > 0
     }
 
-    /// Whether the program watches a descriptor.
+    /// Returns whether the application watches a descriptor.
     pub(crate) fn has_watches(&self) -> bool {
         !self.watches.borrow().is_empty()
     }
 
-    /// Whether this keeps the program running.
-    pub(crate) fn reference(&self, id: LoopId, referenced: bool) {
+    /// Sets whether a timer or a watched descriptor keeps `run` from returning.
+    pub(crate) fn set_referenced(&self, id: LoopId, referenced: bool) {
         match id {
-            LoopId::Timer(id) => self.timers.borrow_mut().reference(id, referenced),
+            LoopId::Timer(id) => self.timers.borrow_mut().set_referenced(id, referenced),
             LoopId::Watch(id) => {
-                if let Some(place) = self.watches.borrow_mut().get_mut(&id) {
-                    let was_referenced = std::mem::replace(&mut place.referenced, referenced);
+                if let Some(entry) = self.watches.borrow_mut().get_mut(&id) {
+                    let was_referenced = std::mem::replace(&mut entry.referenced, referenced);
                     self.count_referenced(was_referenced, referenced);
                 }
             }
         }
     }
 
-    /// A watched descriptor that kept the program running, or not, does or does not from now on.
+    /// Updates the number of referenced watches after one of them has changed.
     fn count_referenced(&self, before: bool, now: bool) {
         let count = self.referenced_watches.get() + usize::from(now) - usize::from(before);
         self.referenced_watches.set(count);
     }
 
-    /// Drops every closure: they may own what owns this loop.
+    /// Drops all closures. This breaks reference cycles: a closure may own the owner of this loop.
     pub(crate) fn clear(&self) {
         let timers = self.timers.replace(Timers::new());
         let watches = self.watches.take();
@@ -279,12 +280,12 @@ impl<R> EventLoop<R> {
         drop((timers, watches, signals));
     }
 
-    /// In a child that goes on with the memory of its parent: forgets what is watched, and returns the
-    /// descriptors. Standard input and so on are the child's, too.
+    /// In a forked child that executes no program: forgets all watches, and returns their descriptors
+    /// except for standard input, output and error, which are the child's own.
     pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
         let watches = self.watches.take();
         self.referenced_watches.set(0);
-        let numbers = watches.values().map(|place| place.number);
+        let numbers = watches.values().map(|entry| entry.number);
         let numbers = numbers.filter(|number| *number > 2).collect();
         self.abandoned.borrow_mut().extend(watches);
         numbers
@@ -323,12 +324,12 @@ impl<R> EventLoop<R> {
     }
 
     pub(crate) fn clear_timer(&self, id: TimerId) {
-        // Dropped when nothing is borrowed: what a closure owns may come back here.
+        // Dropped while nothing is borrowed: the `Drop` of a closure's values may call this type.
         let cleared = self.timers.borrow_mut().clear(id);
         drop(cleared);
     }
 
-    /// Calls what is due now, and not what falls due meanwhile.
+    /// Calls the timers that are due now, but none that become due meanwhile.
     pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
         if self.deadline(None).is_none() {
             return;
@@ -336,7 +337,7 @@ impl<R> EventLoop<R> {
         let now = self.now();
         loop {
             let due = self.timers.borrow_mut().next_due(now);
-            // A callback may return in a child that it has forked.
+            // A callback may return in a child that it forked.
             let Some(callback) = due.filter(|_| self.poller.is_own()) else {
                 break;
             };
@@ -367,17 +368,17 @@ impl<R> EventLoop<R> {
             interest,
             callback,
         };
-        let place = Place {
+        let entry = WatchEntry {
             watched: Rc::new(RefCell::new(watch)),
             number,
             referenced: true,
         };
-        self.watches.borrow_mut().insert(id, place);
+        self.watches.borrow_mut().insert(id, entry);
         self.count_referenced(false, true);
         Ok(id)
     }
 
-    /// A number that no watched descriptor has. Numbers begin anew when all have been used.
+    /// Returns an unused id. After the highest number, ids start again at 1.
     fn next_watch(&self) -> WatchId {
         let watches = self.watches.borrow();
         loop {
@@ -391,17 +392,17 @@ impl<R> EventLoop<R> {
 
     pub(crate) fn unwatch(&self, id: WatchId) {
         let removed = self.watches.borrow_mut().remove(&id);
-        if let Some(place) = &removed {
-            self.count_referenced(place.referenced, false);
+        if let Some(entry) = &removed {
+            self.count_referenced(entry.referenced, false);
         }
-        // Dropped when nothing is borrowed: its source may come back here.
+        // Dropped while nothing is borrowed: the `Drop` of its source may call this type.
         drop(removed);
     }
 
     pub(crate) fn watch_ready(&self, role: &R, number: u32) {
         let id = WatchId(number);
         let watches = self.watches.borrow();
-        let watch = watches.get(&id).map(|place| Rc::clone(&place.watched));
+        let watch = watches.get(&id).map(|entry| Rc::clone(&entry.watched));
         drop(watches);
         let Some(watch) = watch else {
             return;
@@ -412,7 +413,7 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Makes the loop wake up for signals. Returns what becomes readable then.
+    /// Makes the loop wake up for signals. Returns a pipe that is readable after a signal.
     pub(crate) fn open_signal_pipe(&self) -> io::Result<SignalPipe> {
         let mut pipe = self.signal_pipe.borrow_mut();
         if pipe.is_none() {
@@ -423,7 +424,7 @@ impl<R> EventLoop<R> {
         SignalPipe::new()
     }
 
-    /// Wakes the loop when `signal` comes; `take_signals` tells that it came.
+    /// Makes the loop wake up for `signal`, which `take_signals` then returns.
     pub(crate) fn install(&self, signal: Signal) -> io::Result<InstalledHandler> {
         self.open_signal_pipe()?;
         signal::install(signal.number())
@@ -479,7 +480,7 @@ impl<R> EventLoop<R> {
     }
 }
 
-/// While it lives, the loop is turning.
+/// Marks the loop as running until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Running<'a>(&'a Cell<bool>);
 
@@ -494,7 +495,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_survive_the_poller() {
+    fn token_survives_the_poller() {
         let all = [
             Token::Channel(1),
             Token::Process(2),
@@ -509,14 +510,14 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_says_what_it_waits_for_next() {
+    fn watch_callback_chooses_the_next_interest() {
         use std::io::{Read as _, Write as _};
         use std::os::unix::net::UnixStream;
 
-        let home = EventLoop::<RefCell<Vec<u8>>>::new().unwrap();
+        let event_loop = EventLoop::<RefCell<Vec<u8>>>::new().unwrap();
         let seen = RefCell::new(Vec::new());
         let (mut here, there) = UnixStream::pair().unwrap();
-        let id = home
+        let id = event_loop
             .watch(there, Interest::Readable, |seen: &RefCell<_>, mut there| {
                 let mut byte = [0];
                 there.read_exact(&mut byte).unwrap();
@@ -525,35 +526,40 @@ mod tests {
             })
             .unwrap();
         for byte in [1, 2] {
-            assert!(home.has_work());
-            home.reference(id.into(), false);
-            assert!(!home.has_work());
-            home.reference(id.into(), true);
+            assert!(event_loop.has_work());
+            event_loop.set_referenced(id.into(), false);
+            assert!(!event_loop.has_work());
+            event_loop.set_referenced(id.into(), true);
             here.write_all(&[byte]).unwrap();
             let mut ready = ReadyList::new();
-            let (token, _) = home.wait(None, &mut ready).unwrap().next().unwrap();
+            let (token, _) = event_loop.wait(None, &mut ready).unwrap().next().unwrap();
             assert_eq!(token, Token::Watch(id.0));
-            home.watch_ready(&seen, id.0);
+            event_loop.watch_ready(&seen, id.0);
         }
         assert_eq!(seen.take(), [1, 2]);
-        assert!(!home.has_work(), "let go");
-        assert_eq!(here.read(&mut [0]).unwrap(), 0, "and closed");
+        assert!(!event_loop.has_work(), "the callback returned `None`");
+        assert_eq!(
+            here.read(&mut [0]).unwrap(),
+            0,
+            "the watched descriptor is closed"
+        );
     }
 
     #[test]
-    fn watch_numbers_begin_anew_and_skip_those_in_use() {
+    fn watch_ids_start_again_and_skip_those_in_use() {
         use std::os::unix::net::UnixStream;
 
-        let home = EventLoop::<()>::new().unwrap();
+        let event_loop = EventLoop::<()>::new().unwrap();
         let mut others = Vec::new();
         let mut watch = || {
             let (here, there) = UnixStream::pair().unwrap();
             others.push(there);
-            home.watch(here, Interest::Readable, |(), _| Some(Interest::Readable))
+            event_loop
+                .watch(here, Interest::Readable, |(), _| Some(Interest::Readable))
                 .unwrap()
         };
         let first = watch();
-        home.last_watch.set(MAX_NUMBER - 1);
+        event_loop.last_watch.set(MAX_NUMBER - 1);
         let rest = [watch(), watch()];
         assert_eq!(first, WatchId(1));
         assert_eq!(rest, [WatchId(MAX_NUMBER), WatchId(2)]);
@@ -561,68 +567,70 @@ mod tests {
             let token = Token::Watch(number);
             assert_eq!(Token::from_key(token.key()), Some(token));
         }
-        assert_eq!(home.watches.borrow().len(), 3);
+        assert_eq!(event_loop.watches.borrow().len(), 3);
     }
 
     #[test]
     fn referenced_watches_are_counted() {
         use std::os::unix::net::UnixStream;
 
-        let home = EventLoop::<()>::new().unwrap();
+        let event_loop = EventLoop::<()>::new().unwrap();
         let (one, other) = UnixStream::pair().unwrap();
         let watch = |source: UnixStream| {
-            home.watch(source, Interest::Readable, |(), _| None)
+            event_loop
+                .watch(source, Interest::Readable, |(), _| None)
                 .unwrap()
         };
         let (one, other) = (watch(one), watch(other));
         for referenced in [false, false, true, true, false] {
-            home.reference(one.into(), referenced);
+            event_loop.set_referenced(one.into(), referenced);
         }
-        assert!(home.has_work(), "the other one");
-        home.unwatch(other);
-        assert!(!home.has_work());
-        home.reference(one.into(), true);
-        assert!(home.has_work());
-        home.clear();
-        assert!(!home.has_work());
+        assert!(event_loop.has_work(), "the other watch is referenced");
+        event_loop.unwatch(other);
+        assert!(!event_loop.has_work());
+        event_loop.set_referenced(one.into(), true);
+        assert!(event_loop.has_work());
+        event_loop.clear();
+        assert!(!event_loop.has_work());
     }
 
     #[test]
-    fn only_one_turn_at_a_time() {
-        let home = EventLoop::<()>::new().unwrap();
-        let running = home.enter().unwrap();
-        assert!(matches!(home.enter(), Err(Error::AlreadyRunning)));
+    fn loop_cannot_run_inside_itself() {
+        let event_loop = EventLoop::<()>::new().unwrap();
+        let running = event_loop.enter().unwrap();
+        assert!(matches!(event_loop.enter(), Err(Error::AlreadyRunning)));
         drop(running);
-        assert!(home.enter().is_ok());
+        assert!(event_loop.enter().is_ok());
     }
 
     #[test]
-    fn a_signal_wakes_the_loop_and_the_old_handler_comes_back() {
-        let home = EventLoop::<RefCell<u32>>::new().unwrap();
+    fn signal_wakes_the_loop_and_clear_restores_the_old_handler() {
+        let event_loop = EventLoop::<RefCell<u32>>::new().unwrap();
         let count = RefCell::new(0);
-        home.on_signal(Signal::USR1, |count: &RefCell<u32>, signal| {
-            assert_eq!(signal, Signal::USR1);
-            *count.borrow_mut() += 1;
-        })
-        .unwrap();
+        event_loop
+            .on_signal(Signal::USR1, |count: &RefCell<u32>, signal| {
+                assert_eq!(signal, Signal::USR1);
+                *count.borrow_mut() += 1;
+            })
+            .unwrap();
         crate::sys::signal::raise(Signal::USR1.number());
         let mut ready = ReadyList::new();
-        let (token, _) = home.wait(None, &mut ready).unwrap().next().unwrap();
+        let (token, _) = event_loop.wait(None, &mut ready).unwrap().next().unwrap();
         assert_eq!(token, Token::Signals);
-        for signal in home.take_signals() {
-            home.call_signal(&count, signal);
+        for signal in event_loop.take_signals() {
+            event_loop.call_signal(&count, signal);
         }
         assert_eq!(count.take(), 1);
-        assert!(home.take_signals().is_empty());
+        assert!(event_loop.take_signals().is_empty());
         assert!(crate::sys::signal::is_handled(Signal::USR1.number()));
-        home.clear();
+        event_loop.clear();
         assert!(!crate::sys::signal::is_handled(Signal::USR1.number()));
     }
 
     #[test]
-    fn some_signals_cannot_be_handled() {
-        let home = EventLoop::<()>::new().unwrap();
-        let error = home.on_signal(Signal::KILL, |(), _| {}).unwrap_err();
+    fn unhandleable_signal_is_an_error() {
+        let event_loop = EventLoop::<()>::new().unwrap();
+        let error = event_loop.on_signal(Signal::KILL, |(), _| {}).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(22));
     }
 }

@@ -1,16 +1,17 @@
-//! What is to happen later. Pure: the time is an argument.
+//! Timers. Pure: the time is an argument.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::types::time::Time;
 
-/// The shortest interval: with none at all a loop would do nothing else.
+/// Shortest interval. An interval of zero would keep the loop from doing anything else; one millisecond
+/// is what Node uses.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Names a timer, for [`Master::clear_timer`](crate::Master::clear_timer), which has an example.
+/// Identifies a timer, for [`Master::clear_timer`](crate::Master::clear_timer), which has an example.
 ///
-/// Node: what `setTimeout` and `setInterval` return.
+/// Node: the result of `setTimeout` and `setInterval`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TimerId(u64);
 
@@ -18,7 +19,7 @@ pub struct TimerId(u64);
 struct Timer<T> {
     due: Time,
     interval: Option<Duration>,
-    /// It keeps the program running.
+    /// The timer keeps `run` from returning.
     referenced: bool,
     payload: T,
 }
@@ -28,7 +29,7 @@ pub(crate) struct Timers<T> {
     last: u64,
     timers: BTreeMap<TimerId, Timer<T>>,
     order: BTreeSet<(Time, TimerId)>,
-    /// How many keep the program running.
+    /// Number of referenced timers.
     referenced: usize,
 }
 
@@ -71,13 +72,13 @@ impl<T: Clone> Timers<T> {
         Some(timer)
     }
 
-    /// Returns what the timer had, which is better dropped when nothing is borrowed.
+    /// Removes a timer and returns its payload, which the caller should drop while nothing is borrowed.
     pub(crate) fn clear(&mut self, id: TimerId) -> Option<T> {
         self.remove(id).map(|timer| timer.payload)
     }
 
-    /// Whether the timer keeps the program running.
-    pub(crate) fn reference(&mut self, id: TimerId, referenced: bool) {
+    /// Sets whether the timer keeps `run` from returning.
+    pub(crate) fn set_referenced(&mut self, id: TimerId, referenced: bool) {
         if let Some(timer) = self.timers.get_mut(&id) {
             self.referenced -= usize::from(timer.referenced);
             timer.referenced = referenced;
@@ -85,7 +86,7 @@ impl<T: Clone> Timers<T> {
         }
     }
 
-    /// Whether any timer keeps the program running.
+    /// Returns whether a timer keeps `run` from returning.
     pub(crate) fn has_referenced(&self) -> bool {
         self.referenced > 0
     }
@@ -94,8 +95,8 @@ impl<T: Clone> Timers<T> {
         self.order.first().map(|(due, _)| *due)
     }
 
-    /// Returns what is due first. An interval is armed again, and does not catch up if it has
-    /// fallen behind; anything else is over.
+    /// Returns the payload of the first timer that is due. A timeout is removed. An interval is set
+    /// again; if the loop was late, missed calls are skipped.
     pub(crate) fn next_due(&mut self, now: Time) -> Option<T> {
         let &(due, id) = self.order.first().filter(|(due, _)| *due <= now)?;
         let timer = self.timers.get_mut(&id)?;
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn in_order_of_time_then_of_setting() {
+    fn timers_fire_in_order_of_time_then_of_creation() {
         let mut timers = Timers::new();
         timers.set(ms(0), ms(5), None, "late");
         timers.set(ms(0), ms(3), None, "a");
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interval_keeps_its_rhythm_and_does_not_catch_up() {
+    fn interval_keeps_its_rhythm_and_skips_missed_calls() {
         let mut timers = Timers::new();
         timers.set(ms(0), ms(10), Some(ms(10)), "tick");
         assert_eq!(fire(&mut timers, ms(12)), ["tick"]);
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn cleared_inside_its_own_callback() {
+    fn interval_can_be_cleared_by_its_own_callback() {
         let mut timers = Timers::new();
         let id = timers.set(ms(0), ms(1), Some(ms(0)), "tick");
         assert_eq!(timers.next_due(ms(1)), Some("tick"));
@@ -159,11 +160,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_let_go_still_fires() {
+    fn unreferenced_timer_fires() {
         let mut timers = Timers::new();
         let id = timers.set(ms(0), ms(1), None, "once");
         assert!(timers.has_referenced());
-        timers.reference(id, false);
+        timers.set_referenced(id, false);
         assert!(!timers.has_referenced());
         assert_eq!(fire(&mut timers, ms(1)), ["once"]);
     }
@@ -174,32 +175,32 @@ mod tests {
         let once = timers.set(ms(0), ms(1), None, "once");
         let tick = timers.set(ms(0), ms(1), Some(ms(1)), "tick");
         for referenced in [false, false, true, true, false] {
-            timers.reference(tick, referenced);
+            timers.set_referenced(tick, referenced);
         }
         assert_eq!(fire(&mut timers, ms(1)), ["once", "tick"]);
-        assert!(!timers.has_referenced(), "the interval does not count");
-        timers.reference(once, true);
-        assert!(!timers.has_referenced(), "it is over");
-        timers.reference(tick, true);
+        assert!(!timers.has_referenced(), "the interval is not referenced");
+        timers.set_referenced(once, true);
+        assert!(!timers.has_referenced(), "the timeout has fired");
+        timers.set_referenced(tick, true);
         assert!(timers.has_referenced());
         timers.clear(tick);
         assert!(!timers.has_referenced());
     }
 
     #[test]
-    fn no_time_overflows() {
+    fn times_do_not_overflow() {
         let long = Duration::MAX;
         let mut timers = Timers::new();
         timers.set(ms(5), long, None, "never");
         timers.set(ms(5), long, Some(long), "never again");
-        timers.set(ms(5), ms(0), Some(long), "once in an age");
-        assert_eq!(fire(&mut timers, ms(5)), ["once in an age"]);
+        timers.set(ms(5), ms(0), Some(long), "now, then never");
+        assert_eq!(fire(&mut timers, ms(5)), ["now, then never"]);
         assert_eq!(timers.deadline(), Some(long));
         assert_eq!(timers.next_due(long), Some("never"));
     }
 
     #[test]
-    fn an_interval_of_zero_is_a_millisecond() {
+    fn interval_of_zero_is_a_millisecond() {
         let mut timers = Timers::new();
         timers.set(ms(0), ms(0), Some(ms(0)), "tick");
         assert_eq!(fire(&mut timers, ms(0)), ["tick"]);

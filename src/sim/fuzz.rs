@@ -26,10 +26,10 @@ use crate::types::errno;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::channel::inbox::{Arrival, Inbox, MAX_EARLY_FDS, READ_SIZE};
+use crate::wire::channel::inbox::{Arrival, Inbox, InboxSize, MAX_EARLY_FDS, READ_SIZE};
 use crate::wire::frame::{
-    BATCH, Frame, FrameError, HEADER, HandleId, HandleKey, Header, MAX_BATCH, MAX_BODY, MAX_FDS,
-    ToMaster, ToWorker,
+    BATCH_OFFSET, Frame, FrameError, HEADER, HandleId, HandleKey, Header, MAX_BATCH, MAX_BODY,
+    MAX_FDS, ToMaster, ToWorker,
 };
 
 /// The input, from which everything is decided; zeroes when it is used up.
@@ -110,7 +110,7 @@ fn round_trip<F: Frame>(bytes: &[u8]) {
         let mut again = Vec::new();
         frame.encode(header.fds, &mut again);
         // Filled in when the descriptors leave.
-        again[BATCH] = bytes[BATCH];
+        again[BATCH_OFFSET] = bytes[BATCH_OFFSET];
         assert_eq!(again, bytes[..HEADER + header.length]);
     }
 }
@@ -151,6 +151,7 @@ fn read<F: Frame>(pieces: &[&[u8]], batches: [u8; 2]) -> (Vec<Read<F>>, Option<F
                         frame,
                         fds,
                         lost_fds,
+                        is_last: _,
                     } = arrival;
                     frames.push((frame, fds.len(), lost_fds));
                 }
@@ -712,7 +713,7 @@ impl World {
             self.settle();
         }
         self.settle();
-        let (bytes, fds) = self.hostile.inbox.sizes();
+        let InboxSize { bytes, fds } = self.hostile.inbox.size();
         assert!(bytes <= HEADER + MAX_BODY + READ_SIZE);
         assert!(!self.hostile.open || fds <= MAX_EARLY_FDS + MAX_BATCH);
     }
@@ -763,7 +764,7 @@ impl World {
         let mut bytes = Vec::new();
         let announced = fds + usize::from(lost);
         frame.encode(announced, &mut bytes);
-        bytes[BATCH] = u8::try_from(announced).unwrap_or(0);
+        bytes[BATCH_OFFSET] = u8::try_from(announced).unwrap_or(0);
         let at = usize::from(script.byte()).min(bytes.len());
         let (first, second) = bytes.split_at(at);
         self.arrive(first, fds, lost);

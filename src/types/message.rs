@@ -1,4 +1,4 @@
-//! What the program sends and receives.
+//! The messages that the application sends and receives.
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
@@ -6,10 +6,10 @@ use std::rc::Rc;
 
 use crate::sys::fd::NoLingerFd;
 
-/// A message as it arrived: bytes, and the descriptors that came with it.
+/// A received message: bytes, and the descriptors that arrived with it.
 ///
-/// Node: the arguments `message` and `handle` of the `message` event. What the bytes mean is the
-/// program's choice. Descriptors that nobody takes are closed with the message.
+/// Node: the arguments `message` and `handle` of the `message` event. The meaning of the bytes is up to
+/// the application. Descriptors that no callback takes are closed with the message.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) {
@@ -23,12 +23,13 @@ use crate::sys::fd::NoLingerFd;
 #[derive(Debug)]
 pub struct Message {
     bytes: Vec<u8>,
-    /// `None` if none has come with it.
-    fds: Option<Rc<UntakenFds>>,
+    /// `None` if no descriptor arrived with the message.
+    fds: Option<Rc<UnclaimedFds>>,
 }
 
-/// The descriptors that nobody has taken: also for whoever forks while the program is being told.
-pub(crate) type UntakenFds = RefCell<Vec<NoLingerFd>>;
+/// The descriptors that no callback has taken. They are shared with the master's shell, for a worker
+/// that is forked while the message is being delivered.
+pub(crate) type UnclaimedFds = RefCell<Vec<NoLingerFd>>;
 
 impl Message {
     pub(crate) fn new(bytes: Vec<u8>, fds: Vec<NoLingerFd>) -> Self {
@@ -36,7 +37,7 @@ impl Message {
         Self { bytes, fds }
     }
 
-    pub(crate) fn untaken(&self) -> Option<&Rc<UntakenFds>> {
+    pub(crate) fn unclaimed_fds(&self) -> Option<&Rc<UnclaimedFds>> {
         self.fds.as_ref()
     }
 
@@ -48,8 +49,8 @@ impl Message {
         &self.bytes
     }
 
-    /// Takes the descriptors, at most 16; all callbacks of one event see the same message, and
-    /// the first to ask gets them.
+    /// Takes the descriptors, at most 16. All callbacks of an event share the message: the first call
+    /// returns the descriptors, and later calls return none.
     ///
     /// Node: `handle`. See [`Message`] for an example.
     #[must_use]

@@ -1,4 +1,4 @@
-//! What master and worker say to each other, as bytes. Pure: no socket, no clock.
+//! The frames that a master and its workers exchange, as bytes. Pure: no socket, no clock.
 //!
 //! ```text
 //!    0       1       2       3       4       5       6       7
@@ -9,34 +9,52 @@
 //! +-------+-------+-------+-------+
 //! ```
 //!
-//! All numbers are little-endian. `fds` counts the descriptors that travel with the frame: they
-//! arrive with its first byte or before, in the order of the frames. Descriptors leave in batches, one
-//! with a call to the system; `batch` counts those of the batch that the frame's own are the first
-//! of, and is 0 in other frames. So the reader knows it if the kernel had to drop some.
+//! All numbers are little-endian. `fds` counts the descriptors that belong to the frame. They arrive
+//! with the frame's first byte or earlier, in the order of the frames. Descriptors are sent in
+//! batches, one batch per system call. The first frame of a batch that has descriptors states the
+//! size of the whole batch in `batch`; in every other frame `batch` is 0. The reader therefore
+//! notices if the kernel dropped descriptors of a batch.
 //!
-//! The master begins with a welcome, of kind 64, whose body is the worker's id. It is there before the
-//! worker's program begins, so that a process can see whether what it takes for its channel is one.
+//! The master starts with a preamble, whose body is the worker's id. The preamble is in the socket
+//! before the worker's program starts, so that a process can check whether the descriptor that it
+//! inherited is a channel.
 //!
-//! With a `Reply` comes a copy of the listener, or the end of a queue by which the connections come
+//! A successful `Reply` carries one descriptor: a copy of the listener, or the worker's end of a queue
 //! (`sys/queue`), depending on the policy.
 //!
-//! ```text
-//! kind  to master   body                       | kind  to worker   body                    fds
-//!   1   Online                                 |  65   Reply       request 4, errno 4,
-//!   2   Listen      request 4, index 4,        |                   handle 4, policy 1,
-//!                   backlog 4, flags 1,        |                   address                 0, 1
-//!                   kind 1, place              |
-//!   3   Listening   handle 4                   |
-//!   4   Ready       handle 4, taken 8, open 4  |  66   End         handle 4, drain 1
-//!   5   Revoke      handle 4                   |  67   Disconnect
-//!   6   Close       handle 4                   | 127   Message     the program's bytes       n
-//!   7   Leaving                                |
-//! 127   Message     the program's bytes        |
+//! The kinds, whose numbers are the constants in `kind`:
 //!
-//! address: family 1 (4, 6, or 0 for none), port 2, IP 4 or 16; for family 6 then flow 4, scope 4
-//! place:   an address, or 1 and a port 2, or 2 and a descriptor's number 4, or 3, length 2 and a path
-//! kind:    0 TCP, 1 Unix, 2 UDP
-//! flags:   1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all
+//! ```text
+//! kind  to master            body                     fds
+//!   1   Online                                        0
+//!   2   Listen               request 4, index 4,
+//!                            backlog 4, flags 1,
+//!                            socket type 1, place     0
+//!   3   Listening            handle 4                 0
+//!   4   Idle                 handle 4, taken 8,
+//!                            open 4                   0
+//!   5   Pause                handle 4                 0
+//!   6   Release              handle 4                 0
+//!   7   DisconnectRequest                             0
+//! 127   Message              application's bytes      0 to 16
+//!
+//! kind  to worker            body                     fds
+//!  64   preamble             worker id 4              0
+//!  65   Reply, success       request 4, 0 4,
+//!                            handle 4, policy 1,
+//!                            address                  1
+//!  65   Reply, failure       request 4, errno 4       0
+//!  66   ListenerClosed       handle 4, drain 1        0
+//!  67   Disconnect                                    0
+//! 127   Message              application's bytes      0 to 16
+//!
+//! address:     family 1 (4, 6, or 0 for none), port 2, IP 4 or 16;
+//!              after an IPv6 address also flow 4, scope 4
+//! place:       an address, or 1 and port 2, or 2 and descriptor number 4,
+//!              or 3, length 2 and path
+//! socket type: 0 TCP, 1 Unix, 2 UDP
+//! policy:      0 round robin, 1 shared, 2 sharded
+//! flags:       1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all
 //! ```
 
 use std::ffi::OsStr;
@@ -47,74 +65,98 @@ use crate::config::settings::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::worker_id::WorkerId;
 
-/// Version of the format; a frame with another one is refused.
+/// Version of the format. A frame of any other version is an error.
 pub(crate) const VERSION: u8 = 1;
-/// Bytes before the body.
+/// Length of the header in bytes.
 pub(crate) const HEADER: usize = 8;
-/// Bytes of the welcome.
+/// Length of the preamble in bytes.
 pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
-/// The longest body in bytes, and so the longest message. A longer one is refused by its header,
-/// before a byte of it is stored.
+/// Maximum length of a body in bytes, and thereby of a message.
+///
+/// The header of a longer body is an error, before a byte of the body is stored. The value bounds the
+/// memory that the master allocates for a message of a worker. It is documented in the public API.
 pub(crate) const MAX_BODY: usize = 1 << 20;
-/// The most descriptors one frame may carry.
+/// Maximum number of descriptors in one frame, as documented in the public API.
 pub(crate) const MAX_FDS: usize = 16;
-/// The most descriptors that leave with one call to the system.
+/// Maximum number of descriptors of one system call.
+///
+/// It bounds the descriptors that are open in the reader before their frames are processed. Linux
+/// accepts 253 in one call (`SCM_MAX_FD`, unix(7)). At less than `MAX_FDS`, a frame would not fit.
 pub(crate) const MAX_BATCH: usize = 64;
-/// Where a frame says how many its batch has; known when it leaves.
-pub(crate) const BATCH: usize = 7;
+/// Offset in the header of the batch size, which is known only when the frame is written.
+pub(crate) const BATCH_OFFSET: usize = 7;
 
-const PREAMBLE: u8 = 64;
-const MESSAGE: u8 = 127;
+/// The number of each kind of frame in the header.
+mod kind {
+    // To the master.
+    pub(super) const ONLINE: u8 = 1;
+    pub(super) const LISTEN: u8 = 2;
+    pub(super) const LISTENING: u8 = 3;
+    pub(super) const IDLE: u8 = 4;
+    pub(super) const PAUSE: u8 = 5;
+    pub(super) const RELEASE: u8 = 6;
+    pub(super) const DISCONNECT_REQUEST: u8 = 7;
+    // To the worker.
+    pub(super) const PREAMBLE: u8 = 64;
+    pub(super) const REPLY: u8 = 65;
+    pub(super) const LISTENER_CLOSED: u8 = 66;
+    pub(super) const DISCONNECT: u8 = 67;
+    // In both directions.
+    pub(super) const MESSAGE: u8 = 127;
+}
 
-/// Names a bound listener of the master to the workers that use it.
+/// Identifies a bound listener of the master in frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleId(pub(crate) u32);
 
-/// What a worker asks to listen on. Workers that ask with equal keys share a listener.
+/// Identifies what a worker listens on. Workers that send equal keys share a listener.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleKey {
     pub(crate) endpoint: Endpoint,
-    /// Tells apart several listens on one endpoint within a worker, so that the n-th `listen` on
-    /// port 0 is the same port in every worker, and another one than its first.
+    /// Number of this `listen` among those of the worker on the same endpoint. The n-th `listen` on
+    /// port 0 gets the same port in every worker, which differs from the port of its other calls.
     pub(crate) index: u32,
 }
 
-/// How a `Listen` ended well.
+/// The result of a successful `Listen`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bound {
     pub(crate) handle: HandleId,
     pub(crate) policy: SchedulingPolicy,
-    /// The address with the real port; none for a Unix path.
+    /// The address with the real port; `None` for a Unix path.
     pub(crate) address: Option<SocketAddr>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ToMaster {
-    /// The worker's program has called `init`.
+    /// The worker's application has called `init`.
     Online,
+    /// Requests a listener; answered by `Reply`.
     Listen {
         request: u32,
         key: HandleKey,
         flags: BindFlags,
     },
-    /// The worker's program has the listener that it asked for.
+    /// The worker's application has received the listener that it requested.
     Listening {
         handle: HandleId,
     },
-    /// The worker's queue was empty when its program had taken `taken` connections out of it in all,
-    /// and had `open` of them: it is idle.
+    /// The worker is idle: it found its queue empty.
     Idle {
         handle: HandleId,
+        /// Connections that the worker had received from the queue by then, in all.
         taken: u64,
+        /// Connections of the listener that were open in the worker by then.
         open: u32,
     },
-    /// The worker will take nothing more from this listener; the last frame that names it.
+    /// The worker receives nothing more from this listener. No later frame names the listener.
     Release {
         handle: HandleId,
     },
-    /// The worker wants to leave; the answer is `Disconnect`.
+    /// The worker requests to disconnect; answered by `Disconnect`.
     DisconnectRequest,
-    /// What is in the queue is for others: the program wants no more for now. Undone by `Ready`.
+    /// The worker receives no connections for now: other workers get those in its queue. `Idle` ends
+    /// the pause.
     Pause {
         handle: HandleId,
     },
@@ -123,23 +165,23 @@ pub(crate) enum ToMaster {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ToWorker {
-    /// The answer to `Listen`; the error is an errno.
+    /// Answers `Listen`; the error is an errno.
     Reply {
         request: u32,
         result: Result<Bound, i32>,
     },
-    /// Nothing more comes from this listener. With `drain` nobody else is there to serve what the
-    /// worker still has of it.
+    /// The listener yields nothing more to this worker.
     ListenerClosed {
         handle: HandleId,
+        /// No other worker serves what this worker still has of the listener: accept it first.
         drain: bool,
     },
-    /// Leave when every listener has ended and its connections are closed.
+    /// Disconnect as soon as all listeners and their connections are closed.
     Disconnect,
     Message(Vec<u8>),
 }
 
-/// Why a worker's or master's bytes are not a frame. [`Error`](crate::Error) has an example.
+/// Describes why received bytes are not a valid frame. [`Error`](crate::Error) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameError {
@@ -148,13 +190,13 @@ pub enum FrameError {
     Version(u8),
     /// The header announces a body longer than the limit.
     TooLong(u32),
-    /// No frame of this kind travels in this direction.
+    /// No frame of this kind exists in this direction.
     Kind(u8),
-    /// The body does not have the form that its kind demands.
+    /// The body of a frame of this kind is malformed.
     Body(u8),
-    /// More or other descriptors came than the frames announce.
+    /// More or other descriptors arrived than the frames announce.
     Descriptors,
-    /// A well-formed frame that makes no sense now; the text says which.
+    /// A well-formed frame that is invalid in the present state; the text says why.
     State(&'static str),
 }
 
@@ -164,7 +206,7 @@ impl std::fmt::Display for FrameError {
             Self::Version(version) => {
                 write!(
                     f,
-                    "frame of version {version}, this program speaks {VERSION}"
+                    "frame of version {version}, this program supports version {VERSION}"
                 )
             }
             Self::TooLong(length) => {
@@ -173,38 +215,38 @@ impl std::fmt::Display for FrameError {
             Self::Kind(kind) => write!(f, "unknown kind of frame {kind}"),
             Self::Body(kind) => write!(f, "malformed frame of kind {kind}"),
             Self::Descriptors => write!(f, "descriptors that no frame announced"),
-            Self::State(what) => write!(f, "{what}"),
+            Self::State(reason) => write!(f, "{reason}"),
         }
     }
 }
 
-/// What a master writes before all else.
+/// Returns the first bytes that a master writes to the channel of `worker`.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
     let mut bytes = [0; PREAMBLE_LENGTH];
-    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, PREAMBLE, 0, 0]);
+    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, kind::PREAMBLE, 0, 0]);
     bytes[HEADER..].copy_from_slice(&worker.get().to_le_bytes());
     bytes
 }
 
-/// The version that a welcome is of, if these bytes are one.
-pub(crate) fn version_of_preamble(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
-    let [4, 0, 0, 0, version, PREAMBLE, 0, 0, ..] = bytes else {
+/// Returns the version of the format, or `None` if `bytes` are not a preamble of any version.
+pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
+    let [4, 0, 0, 0, version, kind::PREAMBLE, 0, 0, ..] = bytes else {
         return None;
     };
     Some(version)
 }
 
-/// One direction of the conversation.
+/// The frames of one direction.
 pub(crate) trait Frame: Sized {
     /// Appends the frame, header included.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
-    /// Reads the body of a frame whose header announced `kind`.
+    /// Decodes the body of a frame whose header announced `kind` and `fds` descriptors.
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError>;
-    /// The frame of a message of the program's.
+    /// Returns the frame of a message of the application.
     fn message(body: Vec<u8>) -> Self;
 }
 
-/// The first eight bytes, checked as far as they can be.
+/// A header whose version and limits have been checked; whether the kind exists has not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) length: usize,
@@ -214,15 +256,15 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// The bytes before a message of the program's, which is no longer than the limit.
+    /// Encodes the header of a message, whose length and descriptors are within the limits.
     pub(crate) fn of_message(length: usize, fds: usize) -> [u8; HEADER] {
         let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
         let fds = u8::try_from(fds).unwrap_or(u8::MAX);
-        [a, b, c, d, VERSION, MESSAGE, fds, 0]
+        [a, b, c, d, VERSION, kind::MESSAGE, fds, 0]
     }
 
     pub(crate) fn is_message(self) -> bool {
-        self.kind == MESSAGE
+        self.kind == kind::MESSAGE
     }
 
     pub(crate) fn decode(bytes: [u8; HEADER]) -> Result<Self, FrameError> {
@@ -248,17 +290,30 @@ impl Header {
     }
 }
 
-/// Writes the header, then the body, then the length back into the header.
-fn frame(out: &mut Vec<u8>, kind: u8, fds: usize, body: impl FnOnce(&mut Vec<u8>)) {
+/// Appends a frame whose body `body` writes.
+fn put_frame(out: &mut Vec<u8>, kind: u8, fds: usize, body: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
     debug_assert!(fds <= MAX_FDS);
     let fds = u8::try_from(fds).unwrap_or(u8::MAX);
     out.extend_from_slice(&[0, 0, 0, 0, VERSION, kind, fds, 0]);
     body(out);
-    // A body beyond the limit is refused by whoever queues it; beyond 4 GiB it gets a length
-    // that the reader refuses.
+    // The length is known only now. The caller checks the limit; the saturated length of a body
+    // beyond 4 GiB is an error for the reader.
     let length = u32::try_from(out.len() - start - HEADER).unwrap_or(u32::MAX);
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
+}
+
+fn put_handle(out: &mut Vec<u8>, handle: HandleId) {
+    out.extend_from_slice(&handle.0.to_le_bytes());
+}
+
+/// Appends a frame whose body is a handle alone.
+fn put_handle_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId) {
+    put_frame(out, kind, fds, |out| put_handle(out, handle));
+}
+
+fn put_message(out: &mut Vec<u8>, fds: usize, bytes: &[u8]) {
+    put_frame(out, kind::MESSAGE, fds, |out| out.extend_from_slice(bytes));
 }
 
 fn put_address(out: &mut Vec<u8>, address: Option<&SocketAddr>) {
@@ -298,7 +353,8 @@ fn put_endpoint(out: &mut Vec<u8>, endpoint: &Endpoint) {
         Place::Path(path) => {
             out.push(3);
             let path = path.as_os_str().as_bytes();
-            // One that does not fit is refused by the reader; no system has paths so long.
+            // The saturated length of a longer path is an error for the reader. No system has such
+            // paths.
             let length = u16::try_from(path.len()).unwrap_or(u16::MAX);
             out.extend_from_slice(&length.to_le_bytes());
             out.extend_from_slice(path);
@@ -318,7 +374,15 @@ fn put_flags(out: &mut Vec<u8>, flags: &BindFlags) {
     out.push(bits.fold(0, |sum, (n, bit)| sum | u8::from(*bit) << n));
 }
 
-/// Reads a body from its front; `None` where it ends too early.
+fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
+    out.push(match policy {
+        SchedulingPolicy::RoundRobin => 0,
+        SchedulingPolicy::Shared => 1,
+        SchedulingPolicy::Sharded => 2,
+    });
+}
+
+/// The unread rest of a body. The methods read from its front; `None` means that it is malformed.
 struct Body<'a>(&'a [u8]);
 
 impl Body<'_> {
@@ -364,7 +428,7 @@ impl Body<'_> {
             _ => None,
         }
     }
-    /// An address, or that there is none.
+    /// Reads an address; `Some(None)` means that the body states that there is none.
     fn address(&mut self) -> Option<Option<SocketAddr>> {
         match self.u8()? {
             0 => Some(None),
@@ -409,45 +473,50 @@ impl Body<'_> {
             writable_all: bit(3),
         })
     }
-    fn end(&self) -> Option<()> {
-        self.0.is_empty().then_some(())
+    fn policy(&mut self) -> Option<SchedulingPolicy> {
+        match self.u8()? {
+            0 => Some(SchedulingPolicy::RoundRobin),
+            1 => Some(SchedulingPolicy::Shared),
+            2 => Some(SchedulingPolicy::Sharded),
+            _ => None,
+        }
+    }
+    /// Returns `frame`, if it is valid and the whole body has been read.
+    fn finish<F>(self, kind: u8, frame: Option<F>) -> Result<F, FrameError> {
+        frame
+            .filter(|_| self.0.is_empty())
+            .ok_or(FrameError::Body(kind))
     }
 }
 
 impl Frame for ToMaster {
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         match self {
-            Self::Online => frame(out, 1, fds, |_| {}),
+            Self::Online => put_frame(out, kind::ONLINE, fds, |_| {}),
             Self::Listen {
                 request,
                 key,
                 flags,
-            } => frame(out, 2, fds, |out| {
+            } => put_frame(out, kind::LISTEN, fds, |out| {
                 out.extend_from_slice(&request.to_le_bytes());
                 out.extend_from_slice(&key.index.to_le_bytes());
                 put_flags(out, flags);
                 put_endpoint(out, &key.endpoint);
             }),
-            Self::Listening { handle } => frame(out, 3, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
-            }),
+            Self::Listening { handle } => put_handle_frame(out, kind::LISTENING, fds, *handle),
             Self::Idle {
                 handle,
                 taken,
                 open,
-            } => frame(out, 4, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
+            } => put_frame(out, kind::IDLE, fds, |out| {
+                put_handle(out, *handle);
                 out.extend_from_slice(&taken.to_le_bytes());
                 out.extend_from_slice(&open.to_le_bytes());
             }),
-            Self::Release { handle } => frame(out, 6, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
-            }),
-            Self::DisconnectRequest => frame(out, 7, fds, |_| {}),
-            Self::Pause { handle } => frame(out, 5, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
-            }),
-            Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
+            Self::Pause { handle } => put_handle_frame(out, kind::PAUSE, fds, *handle),
+            Self::Release { handle } => put_handle_frame(out, kind::RELEASE, fds, *handle),
+            Self::DisconnectRequest => put_frame(out, kind::DISCONNECT_REQUEST, fds, |_| {}),
+            Self::Message(bytes) => put_message(out, fds, bytes),
         }
     }
 
@@ -456,83 +525,72 @@ impl Frame for ToMaster {
     }
 
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError> {
-        if kind == MESSAGE {
-            return Ok(Self::Message(body.to_vec()));
-        }
         let mut body = Body(body);
-        let read = |body: &mut Body<'_>| {
-            let frame = match kind {
-                1 => Self::Online,
-                2 => {
-                    let request = body.u32()?;
-                    let index = body.u32()?;
-                    let flags = body.flags()?;
-                    let endpoint = body.endpoint()?;
-                    let key = HandleKey { endpoint, index };
-                    Self::Listen {
-                        request,
-                        key,
-                        flags,
-                    }
-                }
-                3 => Self::Listening {
-                    handle: body.handle()?,
-                },
-                4 => Self::Idle {
-                    handle: body.handle()?,
-                    taken: body.u64()?,
-                    open: body.u32()?,
-                },
-                5 => Self::Pause {
-                    handle: body.handle()?,
-                },
-                6 => Self::Release {
-                    handle: body.handle()?,
-                },
-                7 => Self::DisconnectRequest,
-                _ => return None,
-            };
-            body.end()?;
-            Some(frame)
+        let frame = match kind {
+            kind::MESSAGE => return Ok(Self::Message(body.0.to_vec())),
+            kind::ONLINE => Some(Self::Online),
+            kind::LISTEN => Self::decode_listen(&mut body),
+            kind::LISTENING => body.handle().map(|handle| Self::Listening { handle }),
+            kind::IDLE => Self::decode_idle(&mut body),
+            kind::PAUSE => body.handle().map(|handle| Self::Pause { handle }),
+            kind::RELEASE => body.handle().map(|handle| Self::Release { handle }),
+            kind::DISCONNECT_REQUEST => Some(Self::DisconnectRequest),
+            _ => return Err(FrameError::Kind(kind)),
         };
-        match (kind, read(&mut body)) {
-            (_, Some(_)) if fds > 0 => Err(FrameError::Descriptors),
-            (_, Some(frame)) => Ok(frame),
-            (1..=7, None) => Err(FrameError::Body(kind)),
-            (_, None) => Err(FrameError::Kind(kind)),
+        let frame = body.finish(kind, frame)?;
+        if fds > 0 {
+            return Err(FrameError::Descriptors);
         }
+        Ok(frame)
     }
 }
 
-fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
-    out.push(match policy {
-        SchedulingPolicy::RoundRobin => 0,
-        SchedulingPolicy::Shared => 1,
-        SchedulingPolicy::Sharded => 2,
-    });
+impl ToMaster {
+    fn decode_listen(body: &mut Body<'_>) -> Option<Self> {
+        let request = body.u32()?;
+        let index = body.u32()?;
+        let flags = body.flags()?;
+        let endpoint = body.endpoint()?;
+        let key = HandleKey { endpoint, index };
+        Some(Self::Listen {
+            request,
+            key,
+            flags,
+        })
+    }
+
+    fn decode_idle(body: &mut Body<'_>) -> Option<Self> {
+        Some(Self::Idle {
+            handle: body.handle()?,
+            taken: body.u64()?,
+            open: body.u32()?,
+        })
+    }
 }
 
 impl Frame for ToWorker {
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         match self {
-            Self::Reply { request, result } => frame(out, 65, fds, |out| {
+            Self::Reply { request, result } => put_frame(out, kind::REPLY, fds, |out| {
                 out.extend_from_slice(&request.to_le_bytes());
                 match result {
                     Ok(bound) => {
                         out.extend_from_slice(&0i32.to_le_bytes());
-                        out.extend_from_slice(&bound.handle.0.to_le_bytes());
+                        put_handle(out, bound.handle);
                         put_policy(out, bound.policy);
                         put_address(out, bound.address.as_ref());
                     }
                     Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
                 }
             }),
-            Self::ListenerClosed { handle, drain } => frame(out, 66, fds, |out| {
-                out.extend_from_slice(&handle.0.to_le_bytes());
-                out.push(u8::from(*drain));
-            }),
-            Self::Disconnect => frame(out, 67, fds, |_| {}),
-            Self::Message(bytes) => frame(out, MESSAGE, fds, |out| out.extend_from_slice(bytes)),
+            Self::ListenerClosed { handle, drain } => {
+                put_frame(out, kind::LISTENER_CLOSED, fds, |out| {
+                    put_handle(out, *handle);
+                    out.push(u8::from(*drain));
+                });
+            }
+            Self::Disconnect => put_frame(out, kind::DISCONNECT, fds, |_| {}),
+            Self::Message(bytes) => put_message(out, fds, bytes),
         }
     }
 
@@ -541,52 +599,47 @@ impl Frame for ToWorker {
     }
 
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError> {
-        if kind == MESSAGE {
-            return Ok(Self::Message(body.to_vec()));
-        }
         let mut body = Body(body);
-        let read = |body: &mut Body<'_>| {
-            let (frame, wanted) = match kind {
-                65 => {
-                    let request = body.u32()?;
-                    let errno = body.array().map(i32::from_le_bytes)?;
-                    if errno == 0 {
-                        let handle = body.handle()?;
-                        let policy = match body.u8()? {
-                            0 => SchedulingPolicy::RoundRobin,
-                            1 => SchedulingPolicy::Shared,
-                            2 => SchedulingPolicy::Sharded,
-                            _ => return None,
-                        };
-                        let address = body.address()?;
-                        let result = Ok(Bound {
-                            handle,
-                            policy,
-                            address,
-                        });
-                        (Self::Reply { request, result }, 1)
-                    } else {
-                        let result = Err(errno);
-                        (Self::Reply { request, result }, 0)
-                    }
-                }
-                66 => {
-                    let handle = body.handle()?;
-                    let drain = body.bool()?;
-                    (Self::ListenerClosed { handle, drain }, 0)
-                }
-                67 => (Self::Disconnect, 0),
-                _ => return None,
-            };
-            body.end()?;
-            Some((frame, wanted))
+        let frame = match kind {
+            kind::MESSAGE => return Ok(Self::Message(body.0.to_vec())),
+            kind::REPLY => Self::decode_reply(&mut body),
+            kind::LISTENER_CLOSED => Self::decode_listener_closed(&mut body),
+            kind::DISCONNECT => Some(Self::Disconnect),
+            _ => return Err(FrameError::Kind(kind)),
         };
-        match (kind, read(&mut body)) {
-            (_, Some((_, wanted))) if fds != wanted => Err(FrameError::Descriptors),
-            (_, Some((frame, _))) => Ok(frame),
-            (65..=67, None) => Err(FrameError::Body(kind)),
-            (_, None) => Err(FrameError::Kind(kind)),
+        let frame = body.finish(kind, frame)?;
+        if fds != usize::from(frame.carries_listener()) {
+            return Err(FrameError::Descriptors);
         }
+        Ok(frame)
+    }
+}
+
+impl ToWorker {
+    /// Returns whether a listener or queue must come with the frame.
+    fn carries_listener(&self) -> bool {
+        matches!(self, Self::Reply { result: Ok(_), .. })
+    }
+
+    fn decode_reply(body: &mut Body<'_>) -> Option<Self> {
+        let request = body.u32()?;
+        let errno = body.array().map(i32::from_le_bytes)?;
+        let result = match errno {
+            0 => Ok(Bound {
+                handle: body.handle()?,
+                policy: body.policy()?,
+                address: body.address()?,
+            }),
+            errno => Err(errno),
+        };
+        Some(Self::Reply { request, result })
+    }
+
+    fn decode_listener_closed(body: &mut Body<'_>) -> Option<Self> {
+        Some(Self::ListenerClosed {
+            handle: body.handle()?,
+            drain: body.bool()?,
+        })
     }
 }
 
@@ -601,7 +654,7 @@ mod tests {
         out
     }
 
-    fn read<F: Frame>(bytes: &[u8]) -> Result<F, FrameError> {
+    fn decode<F: Frame>(bytes: &[u8]) -> Result<F, FrameError> {
         let (header, body) = bytes
             .split_first_chunk()
             .ok_or(FrameError::State("short"))?;
@@ -627,7 +680,7 @@ mod tests {
         }
     }
 
-    /// What every `Listen` here begins with, after the length.
+    /// The bytes of every `Listen` of these tests from the version to the flags.
     const LISTEN: [u8; 17] = [1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 1];
 
     fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
@@ -737,47 +790,50 @@ mod tests {
     }
 
     #[test]
-    fn golden_bytes() {
+    fn frames_encode_to_fixed_bytes() {
         for (frame, golden) in to_master() {
             assert_eq!(bytes(&frame, 0), golden, "{frame:?}");
-            assert_eq!(read::<ToMaster>(&golden), Ok(frame));
+            assert_eq!(decode::<ToMaster>(&golden), Ok(frame));
         }
         for (frame, fds, golden) in to_worker() {
             assert_eq!(bytes(&frame, fds), golden, "{frame:?}");
-            assert_eq!(read::<ToWorker>(&golden), Ok(frame));
+            assert_eq!(decode::<ToWorker>(&golden), Ok(frame));
         }
     }
 
     #[test]
-    fn a_welcome_tells_its_version_and_is_no_other_frame() {
+    fn preamble_states_its_version_and_is_no_other_frame() {
         let bytes = preamble(WorkerId::new(7));
         assert_eq!(bytes, [4, 0, 0, 0, 1, 64, 0, 0, 7, 0, 0, 0]);
-        assert_eq!(version_of_preamble(bytes), Some(VERSION));
-        assert_eq!(version_of_preamble([1; PREAMBLE_LENGTH]), None);
-        assert_eq!(read::<ToWorker>(&bytes), Err(FrameError::Kind(PREAMBLE)));
+        assert_eq!(preamble_version(bytes), Some(VERSION));
+        assert_eq!(preamble_version([1; PREAMBLE_LENGTH]), None);
+        assert_eq!(
+            decode::<ToWorker>(&bytes),
+            Err(FrameError::Kind(kind::PREAMBLE))
+        );
     }
 
     #[test]
-    fn a_truncated_body_is_an_error() {
+    fn truncated_body_is_an_error() {
         let golden = to_master().into_iter().map(|(_, bytes)| bytes);
-        for bytes in golden.filter(|bytes| bytes[5] != MESSAGE) {
+        for bytes in golden.filter(|bytes| bytes[5] != kind::MESSAGE) {
             for cut in HEADER..bytes.len() {
                 let mut short = bytes[..cut].to_vec();
                 short[0] = u8::try_from(cut - HEADER).unwrap();
-                assert_eq!(read::<ToMaster>(&short), Err(FrameError::Body(bytes[5])));
+                assert_eq!(decode::<ToMaster>(&short), Err(FrameError::Body(bytes[5])));
             }
         }
     }
 
     #[test]
-    fn a_changed_byte_is_an_error_or_another_frame() {
+    fn changed_byte_makes_an_error_or_another_frame() {
         for (_, bytes) in to_master() {
             for (at, value) in (0..bytes.len()).flat_map(|at| (0..=255).map(move |v| (at, v))) {
                 let mut changed = bytes.clone();
                 changed[at] = value;
-                if let Ok(frame) = read::<ToMaster>(&changed) {
-                    // Written when the frame leaves.
-                    let batch = std::mem::take(&mut changed[BATCH]);
+                if let Ok(frame) = decode::<ToMaster>(&changed) {
+                    // The outbox sets the batch size when it writes the frame.
+                    let batch = std::mem::take(&mut changed[BATCH_OFFSET]);
                     assert!(batch == 0 || changed[6] > 0);
                     assert_eq!(super::tests::bytes(&frame, changed[6].into()), changed);
                 }
@@ -786,32 +842,32 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_in_the_header() {
-        let long = [1, 0, 16, 0, VERSION, MESSAGE, 0, 0];
+    fn header_over_a_limit_is_an_error() {
+        let long = [1, 0, 16, 0, VERSION, kind::MESSAGE, 0, 0];
         assert_eq!(
             Header::decode(long),
             Err(FrameError::TooLong(u32::try_from(MAX_BODY).unwrap() + 1))
         );
-        let version = [0, 0, 0, 0, 2, MESSAGE, 0, 0];
+        let version = [0, 0, 0, 0, 2, kind::MESSAGE, 0, 0];
         assert_eq!(Header::decode(version), Err(FrameError::Version(2)));
         for (fds, batch) in [(17, 0), (17, 17), (1, 65), (0, 1), (2, 1)] {
-            let header = [0, 0, 0, 0, VERSION, MESSAGE, fds, batch];
+            let header = [0, 0, 0, 0, VERSION, kind::MESSAGE, fds, batch];
             assert_eq!(Header::decode(header), Err(FrameError::Descriptors));
         }
     }
 
     #[test]
-    fn directions_do_not_mix() {
+    fn frame_of_the_other_direction_is_an_error() {
         for (_, bytes) in to_master() {
-            if bytes[5] != MESSAGE {
-                assert_eq!(read::<ToWorker>(&bytes), Err(FrameError::Kind(bytes[5])));
+            if bytes[5] != kind::MESSAGE {
+                assert_eq!(decode::<ToWorker>(&bytes), Err(FrameError::Kind(bytes[5])));
             }
         }
     }
 
     proptest! {
         #[test]
-        fn any_bytes_decode_or_err(kind: u8, fds in 0..20usize, body: Vec<u8>) {
+        fn any_bytes_decode_or_are_an_error(kind: u8, fds in 0..20usize, body: Vec<u8>) {
             let _ = ToMaster::decode(kind, fds, &body);
             let _ = ToWorker::decode(kind, fds, &body);
         }

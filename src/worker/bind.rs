@@ -49,7 +49,7 @@ impl Worker {
         let shell = &self.inner.shell;
         let asked = endpoint.address();
         let id = shell.core.borrow_mut().listen(endpoint, flags);
-        let answer = shell.wait_for_answer(id).inspect_err(|_| shell.close(id))?;
+        let answer = shell.wait_for_reply(id).inspect_err(|_| shell.close(id))?;
         Ok(match answer {
             Ok(bound) => {
                 shell.core.borrow_mut().listening(id);
@@ -80,7 +80,7 @@ impl Worker {
             true => SocketOwner::Application,
             false => SocketOwner::ThisWorker,
         };
-        let id = shell.keep_alone(endpoint.kind, bound, owner)?;
+        let id = shell.add_exclusive(endpoint.kind, bound, owner)?;
         Ok((id, address))
     }
 
@@ -97,7 +97,7 @@ impl Worker {
         let id = self
             .inner
             .shell
-            .keep_alone(Kind::Tcp, bound, SocketOwner::Application)?;
+            .add_exclusive(Kind::Tcp, bound, SocketOwner::Application)?;
         Ok((id, address))
     }
 }

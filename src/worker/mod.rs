@@ -25,7 +25,7 @@ use crate::types::message::Message;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
-use crate::wire::channel::outbox::ReceiptId;
+use crate::wire::receipts::ReceiptCallbacks;
 use crate::worker::listener::{Connection, Listener};
 use crate::worker::shell::WorkerShell;
 use crate::worker::udp_socket::UdpSocket;
@@ -94,7 +94,7 @@ pub(crate) struct Inner {
     on_disconnect: Callbacks<OnDisconnect>,
     on_error: Callbacks<OnError>,
     /// To be called when their messages have been written.
-    receipts: RefCell<SortedMap<ReceiptId, Written<Worker>>>,
+    receipts: ReceiptCallbacks<Written<Worker>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -112,7 +112,11 @@ impl Worker {
         channel: UnixStream,
     ) -> Result<Self> {
         let event_loop = EventLoop::new()?;
-        let shell = WorkerShell::new(channel, event_loop.poller().clone(), event_loop.began());
+        let shell = WorkerShell::new(
+            channel,
+            event_loop.poller().clone(),
+            event_loop.start_time(),
+        );
         let inner = Inner {
             id,
             inspect_port,
@@ -126,7 +130,7 @@ impl Worker {
             on_message: Callbacks::default(),
             on_disconnect: Callbacks::default(),
             on_error: Callbacks::default(),
-            receipts: RefCell::default(),
+            receipts: ReceiptCallbacks::default(),
         };
         Ok(Self {
             inner: Rc::new(inner),
@@ -370,16 +374,10 @@ impl Worker {
     /// kept open cannot be copied.
     pub fn send_with(&self, message: &[u8], options: SendOptions<Self>) -> Result<bool> {
         let (fds, written) = options.into_parts()?;
-        let receipt = written.as_ref().map(|_| ReceiptId::next());
-        if let (Some(receipt), Some(written)) = (receipt, written) {
-            self.inner.receipts.borrow_mut().insert(receipt, written);
-        }
-        let sent = self.inner.shell.send(message, fds, receipt);
-        if let (Some(receipt), Err(_)) = (receipt, &sent) {
-            let never = self.inner.receipts.borrow_mut().remove(&receipt);
-            drop(never);
-        }
-        sent
+        let receipts = &self.inner.receipts;
+        receipts.send_with(written, |receipt| {
+            self.inner.shell.send(message, fds, receipt)
+        })
     }
 
     /// Leaves: tells the master, and on its word closes the listeners, waits for the connections,
@@ -652,14 +650,14 @@ impl Worker {
     ///
     /// Node: `timer.unref()` and `socket.unref()`.
     pub fn unref(&self, id: impl Into<LoopId>) {
-        self.inner.event_loop.reference(id.into(), false);
+        self.inner.event_loop.set_referenced(id.into(), false);
     }
 
     /// Undoes [`unref`](Self::unref), which has an example.
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
     pub fn ref_(&self, id: impl Into<LoopId>) {
-        self.inner.event_loop.reference(id.into(), true);
+        self.inner.event_loop.set_referenced(id.into(), true);
     }
 
     /// Turns the loop until the worker has left and nothing else is left to wait for: connection,
@@ -705,7 +703,7 @@ impl Worker {
     /// As [`run`](Self::run).
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
         drop(self.inner.event_loop.enter()?);
-        self.inner.shell.read_by_poller(true)?;
+        self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().wait_for_events();
         self.turn(timeout)?;
         // The request to leave may have come just now, and nothing else may come any more.
@@ -733,7 +731,7 @@ impl Worker {
 impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // It fails only if the poller is beyond use, which the next call of `dispatch` reports.
-        let _ = self.inner.shell.read_by_poller(true);
+        let _ = self.inner.shell.watch_channel(true);
         self.inner.event_loop.as_fd()
     }
 }
@@ -755,7 +753,7 @@ impl Inner {
         self.on_disconnect.clear();
         self.on_error.clear();
         drop(self.of_listener.take());
-        drop(self.receipts.take());
+        self.receipts.clear();
     }
 
     /// Sends the connections of a listener to a callback from now on.
@@ -770,7 +768,7 @@ impl Inner {
         self.set_callback(listener, |callbacks| callbacks.drop.replace(callback));
         self.shell.core.borrow_mut().drop_beyond(listener);
         self.shell.act();
-        self.shell.watch_if_wanted(listener);
+        self.shell.update_watch(listener);
         self.forget_callbacks(listener);
     }
 
@@ -788,7 +786,7 @@ impl Inner {
     pub(crate) fn set_most(&self, listener: ListenerId, most: Option<u64>) {
         self.shell.core.borrow_mut().set_most(listener, most);
         self.shell.act();
-        self.shell.watch_if_wanted(listener);
+        self.shell.update_watch(listener);
     }
 
     /// Sends the datagrams of a socket to a callback from now on.

@@ -82,7 +82,7 @@ impl Worker {
                     self.inner.on_message.each(|f| f(self, &message));
                 }
                 Some(Event::Look(listener)) => {
-                    self.inner.shell.watch_if_wanted(listener);
+                    self.inner.shell.update_watch(listener);
                     self.accept_all(listener);
                 }
                 Some(Event::Disconnect) => self.inner.on_disconnect.each(|f| f(self)),
@@ -94,25 +94,24 @@ impl Worker {
     /// on gets the rest later.
     fn tell_news(&self) {
         let shell = &self.inner.shell;
-        let (errors, receipts) = shell.count_news();
+        let (errors, receipts) = (shell.count_errors(), shell.count_receipts());
         for error in std::iter::from_fn(|| shell.next_error()).take(errors) {
             self.inner.on_error.each(|f| f(self, &error));
         }
-        for (id, outcome) in std::iter::from_fn(|| shell.next_receipt()).take(receipts) {
-            let callback = self.inner.receipts.borrow_mut().remove(&id);
-            if let Some(callback) = callback {
-                callback(self, outcome);
+        for receipt in std::iter::from_fn(|| shell.next_receipt()).take(receipts) {
+            if let Some(callback) = self.inner.receipts.take(receipt.id) {
+                callback(self, receipt.outcome(None));
             }
         }
     }
 
     /// Gives a connection to the callback for it, or for those that are one too many.
-    fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_over: bool) {
-        self.inner.shell.fault("worker.has_taken");
+    fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_excess: bool) {
+        self.inner.shell.fault("worker.after_receive");
         let connection = Connection::new(fd, &self.inner.shell, Some(listener));
         let callbacks = self.inner.of_listener.borrow();
         let callback = callbacks.get(&listener).and_then(|callbacks| {
-            let callback = if is_over {
+            let callback = if is_excess {
                 &callbacks.drop
             } else {
                 &callbacks.connection
@@ -148,7 +147,7 @@ impl Worker {
                 return shell.watch(listener, false);
             }
             match shell.try_accept(listener) {
-                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_over),
+                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_excess),
                 Ok(None) => return,
                 Err(error) => return self.rest(listener, error),
             }
@@ -171,7 +170,7 @@ impl Worker {
             let Some(callback) = callback else {
                 return;
             };
-            match self.inner.shell.try_receive_any(listener) {
+            match self.inner.shell.try_receive_vec(listener) {
                 Ok(Some((bytes, from))) => {
                     if let Ok(mut callback) = callback.try_borrow_mut() {
                         callback(self, &bytes, from);
@@ -189,12 +188,12 @@ impl Worker {
         shell.report(error);
         shell.watch(listener, false);
         let again = move |worker: &Self| {
-            worker.inner.shell.watch_if_wanted(listener);
+            worker.inner.shell.update_watch(listener);
             // One that is ending may have nothing more that could make it readable.
             worker.listener_ready(listener);
         };
         let timer = self.inner.event_loop.set_timeout(ACCEPT_RETRY, again);
-        self.inner.event_loop.reference(timer.into(), false);
+        self.inner.event_loop.set_referenced(timer.into(), false);
     }
 
     /// Waits for the next connection of a listener without a callback.
@@ -203,7 +202,7 @@ impl Worker {
         listener: ListenerId,
     ) -> Result<Option<Connection<OwnedFd>>> {
         inner.event_loop.check_own()?;
-        if inner.shell.blocks(listener) {
+        if inner.shell.is_blocking(listener) {
             let prepare = || {
                 let signals = inner.event_loop.open_signal_pipe()?;
                 inner.shell.prepare_to_block(signals.as_fd())
@@ -229,7 +228,7 @@ impl Worker {
                 shell.try_accept(listener)
             };
             let accepted = match accepted {
-                Err(error) if pause < LAST_PAUSE && shell.listens_again(listener, &error) => {
+                Err(error) if pause < LAST_PAUSE && shell.will_listen_again(listener, &error) => {
                     worker.wait_without(pause)?;
                     pause *= 2;
                     return Ok(None);
@@ -238,13 +237,13 @@ impl Worker {
             };
             pause = FIRST_PAUSE;
             Ok(match accepted {
-                Some(accepted) if accepted.is_over => {
+                Some(accepted) if accepted.is_excess => {
                     let _running = inner.event_loop.enter()?;
                     worker.deliver(listener, accepted.fd, true);
                     None
                 }
                 Some(accepted) => {
-                    shell.fault("worker.has_taken");
+                    shell.fault("worker.after_receive");
                     Some(Connection::new(accepted.fd, shell, Some(listener)))
                 }
                 None => None,
@@ -257,7 +256,7 @@ impl Worker {
     /// who have it.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
-        if !shell.blocks(listener) {
+        if !shell.is_blocking(listener) {
             return Ok(false);
         }
         let core = shell.core.borrow();
@@ -273,7 +272,7 @@ impl Worker {
     fn accept_blocking(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let looks = self.inner.looks_around.get() || shell.is_writing();
-        if looks && shell.process_frames()? {
+        if looks && shell.service_channel()? {
             self.inner.has_waited.set(true);
             return Ok(None);
         }
@@ -307,13 +306,13 @@ impl Worker {
     ) -> Result<Option<T>> {
         drop(inner.event_loop.enter()?);
         let shell = &inner.shell;
-        shell.read_by_poller(false)?;
+        shell.watch_channel(false)?;
         let worker = Self {
             inner: Rc::clone(inner),
             is_owner: false,
         };
         // However fast connections come, the rest has its turn.
-        if !shell.blocks(listener) && inner.waited.get().elapsed() >= WAIT_EVERY {
+        if !shell.is_blocking(listener) && inner.waited.get().elapsed() >= WAIT_EVERY {
             worker.wait(listener, Some(Duration::ZERO))?;
         }
         loop {

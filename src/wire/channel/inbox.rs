@@ -1,18 +1,29 @@
-//! What has come by a channel: bytes and descriptors in, frames out.
+//! The receiving half of a channel: bytes and descriptors in, frames out.
 
 use std::collections::VecDeque;
 
 use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{Frame, FrameError, HEADER, Header, MAX_BATCH};
 
-/// How much one call reads at most, beside the rest of a long message.
+/// Maximum number of bytes of one read, in addition to the rest of a large body.
+///
+/// A smaller value takes more system calls when many frames arrive at once. The buffer is allocated
+/// once per process.
 pub(crate) const READ_SIZE: usize = 64 << 10;
-/// Descriptors that arrived ahead of their frames. Two batches of an honest peer can be under way.
+/// Maximum number of descriptors that may arrive before their frames. An honest peer has at most two
+/// batches in flight: the next one is sent only when the frames of the last one are written.
 pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
 
-/// A message that is longer than this, and has not come yet, is read to where it stays.
+/// Length in bytes above which an incomplete body is *large*: its rest is read directly into its final
+/// buffer instead of being copied there.
+///
+/// With a smaller value short messages take an allocation and a second system call; with a larger one
+/// longer messages are copied.
 pub(super) const LARGE_BODY: usize = 8 << 10;
-/// How much is read beyond the end of such a message.
+/// Number of bytes that a read of a large body may read beyond its end.
+///
+/// It fits the header of the next frame and short frames. If it is larger, more of the next large body
+/// has to be copied; if it is smaller, short frames after a large body take a system call of their own.
 pub(super) const EXTRA_READ: usize = 1 << 10;
 
 /// A frame with its descriptors.
@@ -20,32 +31,60 @@ pub(super) const EXTRA_READ: usize = 1 << 10;
 pub(crate) struct Arrival<F> {
     pub(crate) frame: F,
     pub(crate) fds: Vec<NoLingerFd>,
-    /// Some of its descriptors did not get through.
+    /// The kernel dropped some of the frame's descriptors.
     pub(crate) lost_fds: bool,
+    /// No byte is left of what has been read.
+    pub(crate) is_last: bool,
 }
 
-/// Turns pieces into frames.
+/// A frame whose large body is incomplete.
+#[derive(Debug)]
+struct LargeFrame {
+    header: Header,
+    body: Vec<u8>,
+}
+
+impl LargeFrame {
+    fn missing(&self) -> usize {
+        self.header.length - self.body.len()
+    }
+}
+
+/// The buffer of an incomplete large body.
+pub(super) struct UnfinishedBody<'a> {
+    pub(super) body: &'a mut Vec<u8>,
+    /// Number of bytes that the body lacks, at least 1.
+    pub(super) missing: usize,
+}
+
+/// Descriptors that arrived in one system call, none of whose frames has been decoded.
+#[derive(Debug)]
+struct EarlyBatch {
+    fds: Vec<NoLingerFd>,
+    /// The kernel dropped the last descriptors.
+    lost_fds: bool,
+}
+
+/// Assembles frames from the pieces in which they arrive.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     bytes: Vec<u8>,
-    /// Where the first unread frame begins.
+    /// Offset in `bytes` of the first frame that has not been decoded.
     start: usize,
-    /// The header of a long message, and what has come of its body. It comes before `bytes`.
-    long: Option<(Header, Vec<u8>)>,
-    /// The last frame has come in this way.
-    was_long: bool,
-    /// Descriptors whose first frame has not been read, and whether there were more of them.
-    batches: VecDeque<(Vec<NoLingerFd>, bool)>,
-    /// The rest of the batch whose frames are being read; `None` for one that is lost.
+    /// Comes before `bytes`.
+    large: Option<LargeFrame>,
+    /// The last decoded frame had a large body that arrived in pieces.
+    last_was_large: bool,
+    early: VecDeque<EarlyBatch>,
+    /// Rest of the batch whose frames are being decoded; `None` for a descriptor that was dropped.
     fds: VecDeque<Option<NoLingerFd>>,
 }
 
 impl Inbox {
     pub(crate) fn push(&mut self, mut piece: &[u8]) {
-        if let Some((header, body)) = &mut self.long {
-            let missing = header.length - body.len();
-            let (first, rest) = piece.split_at(missing.min(piece.len()));
-            body.extend_from_slice(first);
+        if let Some(large) = &mut self.large {
+            let (first, rest) = piece.split_at(large.missing().min(piece.len()));
+            large.body.extend_from_slice(first);
             piece = rest;
         }
         if self.start > 0 {
@@ -55,37 +94,39 @@ impl Inbox {
         self.bytes.extend_from_slice(piece);
     }
 
-    /// Where the rest of a long message belongs, and how much that is.
-    pub(super) fn place(&mut self) -> Option<(&mut Vec<u8>, usize)> {
-        let (header, body) = self.long.as_mut()?;
-        let missing = header.length - body.len();
-        (missing > 0).then_some((body, missing))
+    /// Returns the buffer for the rest of a large body, if the next bytes belong to one.
+    pub(super) fn unfinished_body(&mut self) -> Option<UnfinishedBody<'_>> {
+        let large = self.large.as_mut()?;
+        let missing = large.missing();
+        let body = &mut large.body;
+        (missing > 0).then_some(UnfinishedBody { body, missing })
     }
 
-    /// Whether the next frame has not begun, and is likely to be a long message, as the last one was.
-    pub(super) fn awaits_long(&self) -> bool {
-        self.was_long && self.is_empty()
+    /// Returns whether the next frame has not begun, and is likely to have a large body because the
+    /// last one had.
+    pub(super) fn expects_large_body(&self) -> bool {
+        self.last_was_large && self.is_empty()
     }
 
-    /// Whether nothing is left of what has been read.
+    /// Returns whether all bytes have been decoded.
     pub(super) fn is_empty(&self) -> bool {
-        self.bytes.is_empty() && self.long.is_none()
+        self.bytes.is_empty() && self.large.is_none()
     }
 
-    /// The descriptors whose frames have not been read to their end.
+    /// Returns the descriptors whose frames have not been decoded.
     pub(super) fn fds(&self) -> impl Iterator<Item = &NoLingerFd> {
-        let batches = self.batches.iter().flat_map(|(fds, _)| fds);
-        batches.chain(self.fds.iter().flatten())
+        let early = self.early.iter().flat_map(|batch| &batch.fds);
+        early.chain(self.fds.iter().flatten())
     }
 
-    pub(crate) fn push_fds(&mut self, fds: Vec<NoLingerFd>, lost: bool) {
-        if lost || !fds.is_empty() {
-            self.batches.push_back((fds, lost));
+    pub(crate) fn push_fds(&mut self, fds: Vec<NoLingerFd>, lost_fds: bool) {
+        if lost_fds || !fds.is_empty() {
+            self.early.push_back(EarlyBatch { fds, lost_fds });
         }
     }
 
     pub(crate) fn next<F: Frame>(&mut self) -> Result<Option<Arrival<F>>, FrameError> {
-        if self.has_too_many_early() {
+        if self.has_too_many_early_fds() {
             return Err(FrameError::Descriptors);
         }
         let Some((header, frame)) = self.next_frame()? else {
@@ -101,22 +142,22 @@ impl Inbox {
             0 => Vec::new(),
             count => self.fds.drain(..count).flatten().collect(),
         };
-        let lost_fds = fds.len() < header.fds;
         Ok(Some(Arrival {
+            lost_fds: fds.len() < header.fds,
+            is_last: self.is_empty(),
             frame,
             fds,
-            lost_fds,
         }))
     }
 
     fn next_frame<F: Frame>(&mut self) -> Result<Option<(Header, F)>, FrameError> {
-        if let Some((header, body)) = self.long.take() {
-            if body.len() < header.length {
-                self.long = Some((header, body));
+        if let Some(large) = self.large.take() {
+            if large.missing() > 0 {
+                self.large = Some(large);
                 return Ok(None);
             }
-            self.was_long = true;
-            return Ok(Some((header, F::message(body))));
+            self.last_was_large = true;
+            return Ok(Some((large.header, F::message(large.body))));
         }
         let unread = &self.bytes[self.start..];
         let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
@@ -127,13 +168,13 @@ impl Inbox {
             if header.is_message() && header.length > LARGE_BODY {
                 let mut body = Vec::with_capacity(header.length);
                 body.extend_from_slice(rest);
-                self.long = Some((header, body));
+                self.large = Some(LargeFrame { header, body });
                 self.clear();
             }
             return Ok(None);
         };
         let frame = F::decode(header.kind, header.fds, body)?;
-        self.was_long = false;
+        self.last_was_large = false;
         self.start += HEADER + header.length;
         if self.start == self.bytes.len() {
             self.clear();
@@ -141,43 +182,52 @@ impl Inbox {
         Ok(Some((header, frame)))
     }
 
-    /// All bytes have been read.
+    /// Forgets the bytes, all of which have been decoded or moved.
     fn clear(&mut self) {
         self.start = 0;
         self.bytes.clear();
-        // What many at once have needed is not kept for ever.
+        // A burst must not occupy memory for ever.
         self.bytes.shrink_to(READ_SIZE);
     }
 
-    fn has_too_many_early(&self) -> bool {
-        let early: usize = self.batches.iter().map(|(fds, _)| fds.len().max(1)).sum();
-        early > MAX_EARLY_FDS
+    fn has_too_many_early_fds(&self) -> bool {
+        let early = self.early.iter().map(|batch| batch.fds.len().max(1));
+        early.sum::<usize>() > MAX_EARLY_FDS
     }
 
-    /// A batch of so many descriptors belongs to the frames that follow.
+    /// Makes the first early batch, which had `count` descriptors, that of the next frames.
     fn open_batch(&mut self, count: usize) -> Result<(), FrameError> {
-        let Some((fds, lost)) = self.batches.pop_front() else {
+        let Some(EarlyBatch { fds, lost_fds }) = self.early.pop_front() else {
             return Err(FrameError::Descriptors);
         };
-        let fits = fds.len() == count || lost && fds.len() < count;
+        let fits = fds.len() == count || lost_fds && fds.len() < count;
         if !fits || !self.fds.is_empty() {
             return Err(FrameError::Descriptors);
         }
         let missing = count - fds.len();
         self.fds.extend(fds.into_iter().map(Some));
-        // The kernel makes room for the first ones first.
+        // The kernel installs the descriptors of a batch in order, so the last ones are missing.
         self.fds.extend((0..missing).map(|_| None));
         Ok(())
     }
 }
 
+/// The contents of an inbox, counted.
+#[cfg(any(test, fuzzing))]
+pub(crate) struct InboxSize {
+    pub(crate) bytes: usize,
+    pub(crate) fds: usize,
+}
+
 #[cfg(any(test, fuzzing))]
 impl Inbox {
-    /// How many bytes and descriptors it holds.
-    pub(crate) fn sizes(&self) -> (usize, usize) {
-        let early: usize = self.batches.iter().map(|(fds, _)| fds.len()).sum();
-        let long = self.long.as_ref().map_or(0, |(_, body)| body.len());
-        (self.bytes.len() + long, self.fds.len() + early)
+    pub(crate) fn size(&self) -> InboxSize {
+        let early = self.early.iter().map(|batch| batch.fds.len());
+        let large = self.large.as_ref().map_or(0, |large| large.body.len());
+        InboxSize {
+            bytes: self.bytes.len() + large,
+            fds: self.fds.len() + early.sum::<usize>(),
+        }
     }
 }
 
@@ -189,7 +239,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_come_out_however_they_are_cut(
+        fn frames_are_whole_however_their_bytes_arrive(
             sizes in proptest::collection::vec(0..3000usize, 1..20),
             cuts in proptest::collection::vec(1..500usize, 1..50),
         ) {

@@ -1,52 +1,69 @@
-//! What waits to be written to a channel.
+//! The sending half of a channel: frames in, batches of bytes and descriptors out.
+//!
+//! Positions in the stream are *offsets*: the number of bytes since the channel was created.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::rc::Rc;
 
 use crate::sys::fd::NoLingerFd;
-use crate::wire::frame::{BATCH, MAX_BATCH, MAX_FDS};
+use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH, MAX_FDS};
+use crate::wire::receipts::ReceiptId;
 
-/// How much one call writes at most.
+/// Maximum number of bytes of one write. A smaller value takes more system calls for many
+/// frames; a larger one keeps more memory allocated after a burst.
 const WRITE_SIZE: usize = 64 << 10;
-// A frame has at most 16 descriptors, and a call takes 64.
+// A batch has space for all descriptors of a frame.
 const _: () = assert!(MAX_FDS < MAX_BATCH);
 
-/// Names a message of the program's until it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ReceiptId(u64);
-
-impl ReceiptId {
-    /// Returns one that this process has not used before.
-    pub(crate) fn next() -> Self {
-        thread_local! {
-            static LAST: Cell<u64> = const { Cell::new(0) };
-        }
-        LAST.set(LAST.get() + 1);
-        Self(LAST.get())
-    }
+/// A descriptor that is not written yet.
+#[derive(Debug)]
+struct QueuedFd {
+    /// Offset of the first byte of the descriptor's frame.
+    frame_start: u64,
+    fd: Rc<NoLingerFd>,
 }
 
-/// Frames that wait to be written.
+/// A receipt that the application waits for.
+#[derive(Debug)]
+struct PendingReceipt {
+    /// Offset behind the last byte of the message.
+    message_end: u64,
+    id: ReceiptId,
+}
+
+/// The bytes of one write, and the descriptors of the frames that start in them.
+#[derive(Debug)]
+pub(super) struct Batch<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) fds: Vec<BorrowedFd<'a>>,
+}
+
+/// The size of a `Batch`.
+#[derive(Clone, Copy, Debug)]
+struct BatchSize {
+    bytes: usize,
+    fds: usize,
+}
+
+/// Frames that are not written yet.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     bytes: VecDeque<u8>,
-    /// How many bytes have been written since the beginning.
+    /// Offset of the first byte of `bytes`: all before it are written.
     written: u64,
-    /// Each descriptor with the place of its frame's first byte, counted like `written`.
-    fds: VecDeque<(u64, Rc<NoLingerFd>)>,
-    /// Where the last frames begin that are the crate's own and have descriptors.
-    own: VecDeque<u64>,
-    /// Where the frames end whose descriptors have left with the last batch. The next one leaves
-    /// when these have: so the reader never has more than two.
+    fds: VecDeque<QueuedFd>,
+    /// Offsets of the frames of the crate itself that have a descriptor.
+    own_frames: VecDeque<u64>,
+    /// Offset behind the bytes whose descriptors were sent with the last batch. The next batch waits
+    /// until these bytes are written, so that the reader never has descriptors of more than two
+    /// batches.
     batch_end: u64,
-    /// Each message of which the program wants to hear, with the place of its last byte.
-    receipts: VecDeque<(u64, ReceiptId)>,
+    receipts: VecDeque<PendingReceipt>,
 }
 
 impl Outbox {
-    /// How many bytes there are.
+    /// Returns the number of bytes that are not written.
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -56,31 +73,44 @@ impl Outbox {
     }
 
     pub(super) fn fds(&self) -> impl Iterator<Item = &NoLingerFd> {
-        self.fds.iter().map(|(_, fd)| &**fd)
+        self.fds.iter().map(|queued| &*queued.fd)
     }
 
-    /// How many descriptors there are of the crate's own.
-    pub(super) fn count_own(&self) -> usize {
-        self.own.len()
+    /// Returns the number of queued descriptors that the crate itself sends.
+    pub(super) fn own_fds(&self) -> usize {
+        self.own_frames.len()
     }
 
-    /// Takes a frame, in pieces, with its descriptors.
+    /// Returns the offset behind the last byte.
+    fn end(&self) -> u64 {
+        self.written + self.bytes.len() as u64
+    }
+
+    /// Queues a frame, in pieces, with its descriptors.
     pub(super) fn push<const N: usize>(
         &mut self,
         frame: [&[u8]; N],
         fds: impl IntoIterator<Item = Rc<NoLingerFd>>,
     ) {
-        let place = self.written + self.bytes.len() as u64;
+        let frame_start = self.end();
         for fd in fds {
-            self.fds.push_back((place, fd));
+            self.fds.push_back(QueuedFd { frame_start, fd });
         }
         for piece in frame {
             self.bytes.extend(piece);
         }
     }
 
-    /// Takes what is left of a frame of which so much has been written, when nothing was waiting.
-    pub(super) fn push_rest(&mut self, pieces: [&[u8]; 2], written: usize) {
+    /// Queues a frame of the crate itself.
+    pub(super) fn push_own(&mut self, frame: &[u8], fd: Option<Rc<NoLingerFd>>) {
+        if fd.is_some() {
+            self.own_frames.push_back(self.end());
+        }
+        self.push([frame], fd);
+    }
+
+    /// Queues the rest of a frame whose first `written` bytes were written while nothing was queued.
+    pub(super) fn push_remainder(&mut self, pieces: [&[u8]; 2], written: usize) {
         self.written += written as u64;
         if written == pieces[0].len() + pieces[1].len() {
             return;
@@ -90,55 +120,53 @@ impl Outbox {
         self.bytes.extend(&pieces[1][written - skipped..]);
     }
 
-    /// What is pushed next is a frame of the crate's own, with a descriptor.
-    pub(super) fn note_own(&mut self) {
-        self.own.push_back(self.written + self.bytes.len() as u64);
-    }
-
-    /// What the next call should write: bytes up to a limit, and the descriptors of the frames
-    /// that begin in them.
-    pub(super) fn next(&mut self) -> (&[u8], Vec<BorrowedFd<'_>>) {
-        let (length, count) = self.next_batch();
-        if let (Some((place, _)), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(count)) {
-            let header = usize::try_from(place - self.written).ok();
-            if let Some(batch) = header.and_then(|at| self.bytes.get_mut(at + BATCH)) {
+    /// Returns what the next call should write.
+    pub(super) fn next_batch(&mut self) -> Batch<'_> {
+        let BatchSize { bytes, fds } = self.batch_size();
+        if let (Some(first), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(fds)) {
+            let header = usize::try_from(first.frame_start - self.written).ok();
+            if let Some(batch) = header.and_then(|at| self.bytes.get_mut(at + BATCH_OFFSET)) {
                 *batch = count;
             }
         }
-        let fds = self.fds.iter().take(count);
-        let fds = fds.map(|(_, fd)| fd.as_fd()).collect();
-        (&self.bytes.as_slices().0[..length], fds)
+        let fds = self.fds.iter().take(fds);
+        Batch {
+            bytes: &self.bytes.as_slices().0[..bytes],
+            fds: fds.map(|queued| queued.fd.as_fd()).collect(),
+        }
     }
 
-    /// How many bytes, and how many descriptors.
-    fn next_batch(&self) -> (usize, usize) {
-        let (bytes, _) = self.bytes.as_slices();
-        let mut length = bytes.len().min(WRITE_SIZE);
+    fn batch_size(&self) -> BatchSize {
+        let (contiguous, _) = self.bytes.as_slices();
+        let mut bytes = contiguous.len().min(WRITE_SIZE);
         if let Some(rest @ 1..) = self.batch_end.checked_sub(self.written) {
-            return (length.min(usize::try_from(rest).unwrap_or(length)), 0);
+            let bytes = bytes.min(usize::try_from(rest).unwrap_or(bytes));
+            return BatchSize { bytes, fds: 0 };
         }
-        if let Some((place, _)) = self.fds.get(MAX_BATCH) {
-            // A frame does not begin before its descriptors can be sent. The limit of descriptors
-            // in one frame keeps this from being zero.
-            let before = usize::try_from(place - self.written).unwrap_or(length);
-            length = length.min(before);
+        if let Some(beyond) = self.fds.get(MAX_BATCH) {
+            // The frame of a descriptor that does not fit into the batch waits for the next one. This
+            // leaves bytes to write, because one frame has fewer than `MAX_BATCH` descriptors.
+            let before = usize::try_from(beyond.frame_start - self.written).unwrap_or(bytes);
+            bytes = bytes.min(before);
         }
-        let end = self.written + length as u64;
-        let fds = self.fds.iter().take_while(|(place, _)| *place < end);
-        (length, fds.count())
+        let end = self.written + bytes as u64;
+        let fds = self.fds.iter();
+        let fds = fds.take_while(|queued| queued.frame_start < end).count();
+        BatchSize { bytes, fds }
     }
 
-    /// So many bytes have been written, and if any, all of the descriptors that `next` gave.
-    pub(super) fn written(&mut self, bytes: usize) {
-        let (length, fds) = self.next_batch();
-        if bytes > 0 && fds > 0 {
-            self.batch_end = self.written + length as u64;
-            self.fds.drain(..fds);
+    /// Removes the first `bytes` bytes of the batch, which have been written. If that is at least one,
+    /// all descriptors of the batch have been sent.
+    pub(super) fn advance(&mut self, bytes: usize) {
+        let batch = self.batch_size();
+        if bytes > 0 && batch.fds > 0 {
+            self.batch_end = self.written + batch.bytes as u64;
+            self.fds.drain(..batch.fds);
         }
         self.bytes.drain(..bytes);
         self.written += bytes as u64;
-        let left = self.own.partition_point(|place| *place < self.written);
-        self.own.drain(..left);
+        let own_written = self.own_frames.partition_point(|at| *at < self.written);
+        self.own_frames.drain(..own_written);
         if self.bytes.is_empty() {
             if self.bytes.capacity() > WRITE_SIZE {
                 self.bytes = VecDeque::new();
@@ -147,18 +175,17 @@ impl Outbox {
         }
     }
 
-    /// What has been pushed last is the message of this receipt.
-    pub(super) fn want_receipt(&mut self, receipt: ReceiptId) {
-        let end = self.written + self.bytes.len() as u64;
-        self.receipts.push_back((end, receipt));
+    /// Requests a receipt for the message that was pushed last.
+    pub(super) fn add_receipt(&mut self, id: ReceiptId) {
+        let message_end = self.end();
+        self.receipts.push_back(PendingReceipt { message_end, id });
     }
 
-    /// The messages that have been written since the last call.
+    /// Removes the receipts of the messages that have been written.
     pub(super) fn take_receipts(&mut self) -> Vec<ReceiptId> {
-        let done = self
-            .receipts
-            .partition_point(|(end, _)| *end <= self.written);
-        let receipts = self.receipts.drain(..done).map(|(_, receipt)| receipt);
+        let is_written = |receipt: &PendingReceipt| receipt.message_end <= self.written;
+        let written = self.receipts.partition_point(is_written);
+        let receipts = self.receipts.drain(..written).map(|receipt| receipt.id);
         let receipts = receipts.collect();
         if self.receipts.is_empty() {
             self.receipts.shrink_to(MAX_BATCH);
@@ -170,16 +197,16 @@ impl Outbox {
         !self.receipts.is_empty()
     }
 
-    /// The messages that never will be written.
-    pub(super) fn lose_receipts(&mut self) -> impl Iterator<Item = ReceiptId> {
-        self.receipts.drain(..).map(|(_, receipt)| receipt)
+    /// Removes all receipts, because nothing more is written.
+    pub(super) fn drain_receipts(&mut self) -> impl Iterator<Item = ReceiptId> {
+        self.receipts.drain(..).map(|receipt| receipt.id)
     }
 
-    /// Forgets what waits, but for the receipts, which the program still wants.
+    /// Discards all frames. The receipts remain.
     pub(super) fn clear(&mut self) {
         self.bytes = VecDeque::new();
         self.fds.clear();
-        self.own.clear();
+        self.own_frames.clear();
     }
 }
 
@@ -191,7 +218,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     #[test]
-    fn descriptors_do_not_run_ahead_of_their_frames() {
+    fn next_batch_of_descriptors_waits_for_the_frames_of_the_last() {
         let null = Rc::new(NoLingerFd::from(OwnedFd::from(
             File::open("/dev/null").unwrap(),
         )));
@@ -201,11 +228,11 @@ mod tests {
             ToMaster::Message(vec![0; 30]).encode(MAX_FDS, &mut bytes);
             outbox.push([&bytes[..]], std::iter::repeat_n(Rc::clone(&null), MAX_FDS));
         }
-        // However little of a call is written, its descriptors have left, and no others leave before
-        // its frames have.
+        // A call that writes one byte sends all descriptors of the batch. The next batch waits until the
+        // frames of this one are written.
         for expected in [MAX_BATCH, 0, 0] {
-            assert_eq!(outbox.next().1.len(), expected);
-            outbox.written(1);
+            assert_eq!(outbox.next_batch().fds.len(), expected);
+            outbox.advance(1);
         }
     }
 }

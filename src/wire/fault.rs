@@ -1,10 +1,9 @@
-//! Named points of the hand-over at which tests make a worker fail. Without debug assertions nothing
-//! of this is in the program.
+//! Fault injection: named points of a hand-off at which tests make a worker fail. Compiled in only with
+//! debug assertions.
 //!
 //! `CLUSTER_FAULT=POINT:FAULT:N` makes a worker fail when POINT is passed for the N-th time; with
-//! `:again` at the end, every N times. The names of the points are in the two shells, in the order of
-//! the hand-over, and those of the faults are below. A point in the master concerns the worker that
-//! it is dealing with.
+//! `:again` at the end, every N times. The two shells name the points, and `fail` names the faults. A
+//! point in the master makes the worker fail that the master is dealing with.
 
 #[cfg(debug_assertions)]
 pub(crate) use armed::point;
@@ -37,8 +36,9 @@ mod armed {
     struct Plan {
         point: String,
         fault: String,
-        every: u32,
-        again: bool,
+        /// The pass of the point at which the worker fails, counted from 1.
+        pass: u32,
+        repeats: bool,
         passed: Cell<u32>,
     }
 
@@ -52,14 +52,16 @@ mod armed {
         Some(Plan {
             point: parts.next()?.to_owned(),
             fault: parts.next()?.to_owned(),
-            every: parts.next()?.parse().ok()?,
-            again: parts.next() == Some("again"),
+            pass: parts.next()?.parse().ok()?,
+            repeats: parts.next() == Some("again"),
             passed: Cell::new(0),
         })
     }
 
-    /// Makes `worker` fail if this is the point. It is this process if it has its `own` end of the
-    /// channel at hand. One that there is not, or that is to be spared, does not pass it.
+    /// Passes the point `name`, and makes the worker fail if the plan says so.
+    ///
+    /// `worker` returns the process to fail; with `None` the point is not passed. `own` is this
+    /// process's end of the channel if this process is the worker.
     pub(crate) fn point<I, O>(
         name: &str,
         worker: impl FnOnce() -> Option<Pid>,
@@ -73,8 +75,8 @@ mod armed {
                 return;
             };
             plan.passed.set(plan.passed.get() + 1);
-            let is_time = plan.passed.get() % plan.every == 0;
-            if is_time && (plan.again || plan.passed.get() == plan.every) {
+            let is_due = plan.passed.get() % plan.pass == 0;
+            if is_due && (plan.repeats || plan.passed.get() == plan.pass) {
                 fail(&plan.fault, worker, own);
             }
         });
@@ -88,7 +90,7 @@ mod armed {
             ("close", Some(channel)) => channel.shut_socket(),
             ("garble", Some(channel)) => {
                 channel.write_raw(b"no frame at all");
-                // It is killed for that, and says nothing sensible meanwhile.
+                // The master kills the worker for these bytes. Until then it sends no valid frame.
                 std::thread::sleep(Duration::from_secs(600));
             }
             _ => {}

@@ -1,0 +1,105 @@
+//! The end of a master's descriptors: when the master is dropped, and in a worker that executes no program
+//! and has a copy of the master's memory.
+
+use std::any::Any;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd};
+use std::rc::Rc;
+
+use super::MasterShell;
+use super::listeners::MasterSocket;
+use crate::core::master::MasterCore;
+use crate::master::shard_group::ShardGroup;
+use crate::sys;
+use crate::sys::queue::Queue;
+use crate::sys::socket_file::SocketFile;
+
+impl MasterShell {
+    /// Closes all channels and pipes. The workers disconnect when their channels close.
+    pub(crate) fn close(&self) {
+        for worker_io in self.workers.take().into_values() {
+            if let Some(channel) = worker_io.channel.take() {
+                // This also shuts the channel down, of which a child of the application may have a
+                // copy.
+                channel.discard();
+            }
+            worker_io.process.take();
+            worker_io.stdio.take();
+        }
+    }
+
+    /// In a worker that executes no program: removes the values of the master without dropping them.
+    /// Returns the descriptors that the caller must close, because no value owns them any more.
+    ///
+    /// A descriptor to which the application may have another handle is replaced by `inert` instead. If
+    /// it were closed, its number would soon be that of another descriptor, which that handle would
+    /// use or close.
+    pub(super) fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
+        self.poller.abandon(inert)?;
+        let mut numbers = self.unreaped.abandon();
+        self.abandon_workers(&mut numbers);
+        self.abandon_sockets(inert, &mut numbers)?;
+        let queues = self.queues.take();
+        let ends = queues.values().flat_map(Queue::descriptors);
+        numbers.extend(ends.map(|end| end.as_raw_fd()));
+        self.never_drop(queues);
+        self.abandon_core(&mut numbers);
+        Ok(numbers)
+    }
+
+    fn abandon_workers(&self, numbers: &mut Vec<RawFd>) {
+        let workers = self.workers.take();
+        for worker_io in workers.values() {
+            let (channel, process) = (worker_io.channel.take(), worker_io.process.take());
+            let stdio = worker_io.stdio.take();
+            let descriptors = channel.iter().flat_map(|channel| channel.descriptors());
+            numbers.extend(descriptors.map(|fd| fd.as_raw_fd()));
+            numbers.extend(process.iter().map(|process| process.as_raw_fd()));
+            numbers.extend(stdio.values().map(AsRawFd::as_raw_fd));
+            self.never_drop((channel, process, stdio));
+        }
+        self.never_drop(workers);
+    }
+
+    fn abandon_sockets(&self, inert: BorrowedFd<'_>, numbers: &mut Vec<RawFd>) -> io::Result<()> {
+        let sockets = self.sockets.take();
+        let abandoned = sockets.values().try_for_each(|own: &MasterSocket| {
+            let file = own.file.iter().map(SocketFile::directory);
+            numbers.extend(file.map(|directory| directory.as_raw_fd()));
+            for socket in &own.sockets {
+                // A `MasterListener` of the application may have the other reference.
+                if Rc::strong_count(socket) > 1 {
+                    sys::fd::replace(socket.as_raw_fd(), inert)?;
+                } else {
+                    numbers.push(socket.as_raw_fd());
+                }
+            }
+            numbers.extend(own.group.iter().map(ShardGroup::number));
+            Ok(())
+        });
+        self.never_drop(sockets);
+        abandoned
+    }
+
+    /// Removes the connections and messages that wait in the master, and the message that is being
+    /// delivered.
+    fn abandon_core(&self, numbers: &mut Vec<RawFd>) {
+        let policy = self.core.borrow().policy();
+        let core = self.core.replace(MasterCore::new(policy));
+        numbers.extend(core.waiting().map(|fd| fd.as_fd().as_raw_fd()));
+        let undelivered = core.message_fds().flatten();
+        numbers.extend(undelivered.map(|fd| fd.as_fd().as_raw_fd()));
+        let delivering = self.delivering_fds.borrow().upgrade();
+        let delivering = delivering.map(|unclaimed| unclaimed.take());
+        let descriptors = delivering.iter().flatten();
+        numbers.extend(descriptors.map(|fd| fd.as_fd().as_raw_fd()));
+        self.never_drop((core, delivering));
+    }
+
+    /// Stores a value that must never be dropped.
+    fn never_drop(&self, value: impl Any) {
+        let value: Box<dyn Any> = Box::new(value);
+        self.abandoned.borrow_mut().push(ManuallyDrop::new(value));
+    }
+}

@@ -1,0 +1,365 @@
+//! The channels to the workers: writing and reading frames, and closing.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use super::{MasterShell, WorkerIo};
+use crate::core::master::Attachment;
+use crate::error::{Error, SendError};
+use crate::sys::fd::NoLingerFd;
+use crate::types::signal::Signal;
+use crate::types::worker_id::WorkerId;
+use crate::wire::channel::inbox::Arrival;
+use crate::wire::channel::{Channel, Received};
+use crate::wire::driver::{AfterFlush, Sent, Unread};
+use crate::wire::frame::{FrameError, ToMaster, ToWorker};
+use crate::wire::receipts::{Receipt, ReceiptId};
+
+/// Maximum number of frames that are processed when a channel closes; a worker with more is
+/// disconnected for a violation.
+///
+/// A socket buffer of the usual size holds fewer. A larger value lets a hostile worker hold up the master
+/// for longer.
+const FINAL_FRAMES_MAX: u32 = 65_536;
+/// Maximum number of descriptors of these frames' messages that stay open until the messages are
+/// delivered.
+///
+/// With the descriptors that arrived before their frames (`MAX_EARLY_FDS`), one worker has at most 256
+/// open in the master.
+const FINAL_FDS_MAX: usize = 128;
+
+/// Limit of the descriptors that are accepted with messages.
+#[derive(Clone, Copy, Debug)]
+enum FdLimit {
+    Unlimited,
+    /// At most this number of further descriptors.
+    AtMost(usize),
+    /// The limit was exceeded, and a loss was reported.
+    Exceeded,
+}
+
+impl FdLimit {
+    /// Closes the descriptors beyond the limit. Returns whether to report the loss: only the first one
+    /// is reported.
+    fn apply(&mut self, fds: &mut Vec<NoLingerFd>) -> bool {
+        match *self {
+            Self::Unlimited => false,
+            Self::AtMost(limit) => match limit.checked_sub(fds.len()) {
+                Some(rest) => {
+                    *self = Self::AtMost(rest);
+                    false
+                }
+                None => {
+                    fds.truncate(limit);
+                    *self = Self::Exceeded;
+                    true
+                }
+            },
+            Self::Exceeded => {
+                fds.clear();
+                false
+            }
+        }
+    }
+}
+
+/// The result of processing one frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Processed {
+    /// There was no complete frame.
+    Nothing,
+    /// A frame was processed, and bytes are left.
+    More,
+    /// A frame was processed, and no byte is left.
+    Drained,
+    /// A frame was processed that takes the master some time: other workers are next.
+    Yield,
+}
+
+/// Writing.
+impl MasterShell {
+    /// Queues a message of the application and writes what the socket takes. Returns whether the
+    /// application may go on without a pause.
+    pub(crate) fn send(
+        &self,
+        worker: &WorkerIo,
+        message: &[u8],
+        fds: Vec<OwnedFd>,
+        receipt: Option<ReceiptId>,
+    ) -> Result<bool, SendError> {
+        match worker.channel.send(message, fds, receipt)? {
+            Sent::Settled => Ok(true),
+            Sent::Queued => {
+                self.unflushed.borrow_mut().push_back(worker.id);
+                self.act();
+                Ok(worker.channel.has_capacity())
+            }
+        }
+    }
+
+    /// Queues a frame with its descriptor. If a reply has to go without its listener, the core decides
+    /// what to send instead.
+    pub(super) fn send_frame(&self, worker: WorkerId, frame: &ToWorker, attachment: Attachment) {
+        let (handle, fd) = match attachment {
+            Attachment::None => (None, Ok(None)),
+            Attachment::Listener(handle) => (Some(handle), self.share(handle, 0).map(Some)),
+            Attachment::Shard(handle, shard) => {
+                (Some(handle), self.share_shard(handle, shard).map(Some))
+            }
+            Attachment::Queue(handle) => (Some(handle), self.open_queue(handle, worker).map(Some)),
+        };
+        let fd = match (fd, handle, frame) {
+            (Ok(fd), _, _) => fd,
+            (Err(error), Some(handle), ToWorker::Reply { request, .. }) => {
+                let errno = error.raw_os_error().unwrap_or(0);
+                let mut core = self.core_now();
+                return core.share_failed(handle, worker, *request, errno);
+            }
+            (Err(_), _, _) => None,
+        };
+        if let Some(worker_io) = self.worker_io(worker) {
+            worker_io.channel.queue(frame, fd);
+        }
+        self.unflushed.borrow_mut().push_back(worker);
+    }
+
+    pub(super) fn flush(&self) {
+        let next = || self.unflushed.borrow_mut().pop_front();
+        while let Some(worker) = next() {
+            let flush = self
+                .worker_io(worker)
+                .and_then(|worker_io| worker_io.channel.flush());
+            self.fault("master.after_write", worker);
+            let Some(flush) = flush else {
+                continue;
+            };
+            self.add_receipts(worker, flush.receipts);
+            self.set_writing(worker, flush.is_writing);
+            match flush.next {
+                AfterFlush::Nothing => {}
+                AfterFlush::BackOff(error) => self.back_off(worker, error),
+                AfterFlush::Close(source) => self.channel_failed(worker, source),
+            }
+        }
+    }
+
+    /// Flushes this channel again after a while.
+    fn back_off(&self, worker: WorkerId, error: Option<Error>) {
+        let mut retries = self.retries.borrow_mut();
+        retries.channels.insert(worker);
+        retries.backoff.start(self.start.elapsed());
+        drop(retries);
+        if let Some(error) = error {
+            self.core.borrow_mut().error(Some(worker), error);
+        }
+    }
+
+    fn set_writing(&self, worker: WorkerId, is_writing: bool) {
+        let mut writing = self.writing.borrow_mut();
+        if is_writing {
+            writing.insert(worker);
+        } else {
+            writing.remove(&worker);
+        }
+    }
+
+    fn add_receipts(&self, worker: WorkerId, receipts: Vec<Receipt>) {
+        let receipts = receipts.into_iter().map(|receipt| (worker, receipt));
+        self.receipts.borrow_mut().extend(receipts);
+    }
+
+    pub(crate) fn count_receipts(&self) -> usize {
+        self.receipts.borrow().len()
+    }
+
+    /// Removes the next receipt that the application has not got yet.
+    pub(crate) fn next_receipt(&self) -> Option<(WorkerId, Receipt)> {
+        self.receipts.borrow_mut().pop_front()
+    }
+
+    /// Returns whether a frame is queued that can still be written.
+    pub(crate) fn is_writing(&self) -> bool {
+        !self.writing.borrow().is_empty() || !self.unflushed.borrow().is_empty()
+    }
+
+    /// Returns whether there is something to deliver to the application.
+    pub(crate) fn has_notifications(&self) -> bool {
+        self.core.borrow().has_events() || !self.receipts.borrow().is_empty()
+    }
+
+    /// Handles that the poller reports a channel as writable.
+    pub(crate) fn channel_writable(&self, worker: WorkerId) {
+        if let Some(worker_io) = self.worker_io(worker) {
+            worker_io.channel.with(Channel::retry_write);
+        }
+        self.unflushed.borrow_mut().push_back(worker);
+    }
+}
+
+/// Reading.
+impl MasterShell {
+    /// Reads once from a worker's channel.
+    fn receive(&self, worker: &WorkerIo) -> io::Result<Received> {
+        worker.channel.receive(&mut self.scratch.borrow_mut())
+    }
+
+    /// Reads once from a worker's channel, and closes it at end-of-file. Returns whether there is
+    /// something to process.
+    pub(crate) fn read(&self, worker: &WorkerIo) -> bool {
+        match self.receive(worker) {
+            Ok(Received::Data) => return true,
+            Ok(Received::Nothing) => {}
+            Ok(Received::EndOfFile) => self.channel_closed(worker.id),
+            Err(source) => self.channel_failed(worker.id, source),
+        }
+        false
+    }
+
+    /// Processes one frame that has been read.
+    pub(crate) fn process_frame(&self, worker_io: &WorkerIo) -> Processed {
+        self.process_frame_within(worker_io, &mut FdLimit::Unlimited)
+    }
+
+    fn process_frame_within(&self, worker_io: &WorkerIo, limit: &mut FdLimit) -> Processed {
+        let worker = worker_io.id;
+        let arrival = match worker_io.channel.next() {
+            Ok(Some(arrival)) => arrival,
+            Ok(None) => return Processed::Nothing,
+            Err(error) => {
+                self.core_now().violation(worker, error);
+                return Processed::Nothing;
+            }
+        };
+        let Arrival {
+            frame,
+            mut fds,
+            lost_fds,
+            is_last,
+        } = arrival;
+        let lost_fds = limit.apply(&mut fds) || lost_fds;
+        let processed = match (&frame, is_last) {
+            (ToMaster::Listen { .. }, _) => Processed::Yield,
+            (_, true) => Processed::Drained,
+            (_, false) => Processed::More,
+        };
+        // No decision about a message depends on the time.
+        let mut core = self.core.borrow_mut();
+        if lost_fds {
+            core.error(Some(worker), Error::no_descriptors(Some(worker)));
+        }
+        match frame {
+            ToMaster::Message(bytes) => core.message(worker, bytes, fds),
+            frame @ (ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Idle { .. }
+            | ToMaster::Release { .. }
+            | ToMaster::DisconnectRequest
+            | ToMaster::Pause { .. }) => {
+                self.fault("master.before_frame", worker);
+                core.set_time(self.start.elapsed());
+                core.frame(worker, frame);
+                self.fault("master.after_frame", worker);
+            }
+        }
+        processed
+    }
+
+    /// Notes that a worker has frames to process in the next iteration.
+    pub(crate) fn add_pending(&self, worker: WorkerId) {
+        self.pending.borrow_mut().insert(worker);
+    }
+
+    /// Returns whether a worker has frames that have been read and not processed.
+    pub(crate) fn is_pending(&self, worker: WorkerId) -> bool {
+        self.pending.borrow().contains(&worker)
+    }
+
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.pending.borrow().is_empty()
+    }
+
+    /// Returns the workers that have pending frames now.
+    pub(crate) fn pending(&self) -> Vec<WorkerId> {
+        let pending = self.pending.borrow();
+        // The usual case; each iteration calls this.
+        if pending.is_empty() {
+            return Vec::new();
+        }
+        pending.iter().copied().collect()
+    }
+
+    /// Undoes `add_pending`. Returns whether the worker had pending frames.
+    pub(crate) fn remove_pending(&self, worker: WorkerId) -> bool {
+        self.pending.borrow_mut().remove(&worker)
+    }
+}
+
+/// Closing.
+impl MasterShell {
+    /// Lets the worker write nothing more, and processes what it has written before. The events wait,
+    /// because the application may be the caller.
+    pub(super) fn close_channel(&self, worker: WorkerId) {
+        if let Some(worker_io) = self.worker_io(worker) {
+            self.process_final_frames(&worker_io);
+        }
+        self.channel_closed(worker);
+    }
+
+    fn process_final_frames(&self, worker: &WorkerIo) {
+        worker.channel.with(Channel::shut_down);
+        let (mut left, mut limit) = (FINAL_FRAMES_MAX, FdLimit::AtMost(FINAL_FDS_MAX));
+        loop {
+            // Frames that were read earlier come first: the last of them may be incomplete.
+            while left > 0 && self.process_frame_within(worker, &mut limit) != Processed::Nothing {
+                left -= 1;
+            }
+            if left == 0 {
+                let source = FrameError::State("left too many frames in the closed channel");
+                self.core_now().violation(worker.id, source);
+            }
+            let is_connected = self.core.borrow().is_connected(worker.id);
+            if !is_connected || !matches!(self.receive(worker), Ok(Received::Data)) {
+                break;
+            }
+        }
+    }
+
+    fn channel_failed(&self, worker: WorkerId, source: io::Error) {
+        // A worker that never reads its replies may ignore end-of-file, too, so kill it.
+        let is_violation = source.kind() == io::ErrorKind::OutOfMemory;
+        let mut core = self.core_now();
+        if is_violation {
+            core.signal(worker, Signal::KILL);
+        }
+        let peer = Some(worker);
+        core.error(
+            peer,
+            Error::Channel {
+                worker: peer,
+                source,
+            },
+        );
+        // The frames that the worker has written are still processed.
+        core.close_channel(worker);
+    }
+
+    fn channel_closed(&self, worker: WorkerId) {
+        self.drop_channel(worker);
+        self.core_now().channel_closed(worker);
+    }
+
+    /// Closes a channel without processing what the worker has written.
+    pub(super) fn drop_channel(&self, worker: WorkerId) {
+        let Some(worker_io) = self.worker_io(worker) else {
+            return;
+        };
+        let receipts = worker_io.channel.close(Unread::Discard);
+        self.add_receipts(worker, receipts);
+        self.set_writing(worker, false);
+        let is_reaped = self.core.borrow().exit_status(worker).is_some();
+        if worker_io.process.borrow().is_none() && !is_reaped {
+            self.unwatched_exits.borrow_mut().insert(worker);
+        }
+    }
+}

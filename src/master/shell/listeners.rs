@@ -1,0 +1,473 @@
+//! The sockets that are bound for workers: binding, accepting, sharing and closing them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::rc::Rc;
+
+use super::MasterShell;
+use crate::config::settings::SchedulingPolicy;
+use crate::core::master::ACCEPT_BATCH;
+use crate::master::shard_group::ShardGroup;
+use crate::runtime::event_loop::Token;
+use crate::sys;
+use crate::sys::bind::{BoundSocket, adopt_socket, bind};
+use crate::sys::listen::PortSharing;
+use crate::sys::poll::{Interest, Registered};
+use crate::sys::socket_file::SocketFile;
+use crate::types::address::Address;
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::errno;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+/// A socket that is bound for workers, or the shards of one.
+#[derive(Debug)]
+pub(super) struct MasterSocket {
+    is_path: bool,
+    /// Dropped before the sockets: while the file exists, no other process can bind the path.
+    pub(super) file: Option<SocketFile>,
+    /// More than one if the listener is sharded.
+    pub(super) sockets: Vec<Rc<Registered<OwnedFd>>>,
+    /// `Some` if the listener is sharded, and the kernel allows selecting a shard.
+    pub(super) group: Option<ShardGroup>,
+    /// The address with the real port; `None` for a Unix path.
+    address: Option<SocketAddr>,
+    backlog: u32,
+}
+
+impl MasterSocket {
+    fn get(&self, shard: usize) -> io::Result<&Rc<Registered<OwnedFd>>> {
+        let socket = self.sockets.get(shard);
+        socket.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+/// A listener that the application retains.
+#[derive(Debug)]
+pub(crate) struct RetainedListener {
+    pub(crate) handle: HandleId,
+    pub(crate) address: Address,
+    /// The first shard, if the listener is sharded.
+    pub(crate) socket: Rc<Registered<OwnedFd>>,
+}
+
+/// Returns the system's error number as the core passes it on.
+fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(errno::EINVAL)
+}
+
+/// Opening listeners.
+impl MasterShell {
+    pub(super) fn bind_for_worker(
+        &self,
+        handle: HandleId,
+        endpoint: &Endpoint,
+        flags: &BindFlags,
+        policy: SchedulingPolicy,
+    ) {
+        let result = self.bind(handle, endpoint, flags, policy);
+        let result = result.map_err(|error| errno_of(&error));
+        self.core.borrow_mut().bound(handle, result);
+    }
+
+    pub(super) fn bind_shard_for_worker(
+        &self,
+        handle: HandleId,
+        flags: &BindFlags,
+        worker: WorkerId,
+        request: u32,
+    ) {
+        let result = self.bind_shard(handle, flags);
+        let result = result.map_err(|error| errno_of(&error));
+        let mut core = self.core_now();
+        core.shard_bound(handle, worker, request, result);
+    }
+
+    fn bind(
+        &self,
+        handle: HandleId,
+        endpoint: &Endpoint,
+        flags: &BindFlags,
+        policy: SchedulingPolicy,
+    ) -> io::Result<Option<SocketAddr>> {
+        if let Place::Fd(number) = endpoint.place {
+            let listeners = self.sockets.borrow();
+            let mut sockets = listeners.values().flat_map(|own| &own.sockets);
+            if sockets.any(|own| own.as_fd().as_raw_fd() == number) {
+                // The application did not open this descriptor.
+                return Err(io::Error::from_raw_os_error(errno::EBADF));
+            }
+        }
+        let is_sharded = policy == SchedulingPolicy::Sharded;
+        let sharing = match is_sharded {
+            true => PortSharing::Create,
+            false => PortSharing::Exclusive,
+        };
+        let bound = bind(endpoint, flags, sharing)?;
+        // Workers that block in `accept` itself take strict turns. A borrowed descriptor keeps its
+        // mode, because it belongs to others, too.
+        let blocks = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
+        if blocks && !endpoint.is_borrowed() {
+            sys::fd::set_nonblocking(bound.socket.as_fd(), false)?;
+        }
+        // Without a selector the kernel chooses a shard by a hash, and selecting is an error.
+        let group = is_sharded.then(|| ShardGroup::new(&bound.socket, flags, &self.poller, handle));
+        self.add_socket(handle, bound, flags, group.and_then(Result::ok))
+    }
+
+    fn add_socket(
+        &self,
+        handle: HandleId,
+        bound: BoundSocket,
+        flags: &BindFlags,
+        group: Option<ShardGroup>,
+    ) -> io::Result<Option<SocketAddr>> {
+        let BoundSocket {
+            file,
+            socket,
+            address,
+        } = bound;
+        let key = Token::Listener(handle.0).key();
+        let socket = self.poller.add(socket, key, None)?;
+        let is_path = file.is_some();
+        let bound = MasterSocket {
+            is_path,
+            file,
+            sockets: vec![Rc::new(socket)],
+            group,
+            address,
+            backlog: flags.backlog,
+        };
+        self.sockets.borrow_mut().insert(handle, bound);
+        Ok(address)
+    }
+
+    /// Binds one more shard to the address of the first.
+    fn bind_shard(&self, handle: HandleId, flags: &BindFlags) -> io::Result<()> {
+        let mut sockets = self.sockets.borrow_mut();
+        let listener = sockets.get_mut(&handle).ok_or(io::ErrorKind::NotFound)?;
+        let address = sys::listen::local_addr(listener.get(0)?);
+        let address = address.ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let socket = sys::listen::listen_tcp(&address, flags, PortSharing::Join)?;
+        sys::fd::set_nonblocking(socket.as_fd(), false)?;
+        if let Some(group) = &mut listener.group {
+            sys::filter::lock_filter(&socket)?;
+            group.add(listener.sockets.len());
+        }
+        let key = Token::Listener(handle.0).key();
+        let socket = self.poller.add(socket, key, None)?;
+        listener.sockets.push(Rc::new(socket));
+        Ok(())
+    }
+
+    /// Opens a listener, or finds it open, and retains it until it is released.
+    pub(crate) fn listen(
+        &self,
+        endpoint: &Endpoint,
+        flags: &BindFlags,
+    ) -> io::Result<RetainedListener> {
+        // A worker may have requested the same endpoint just now.
+        self.act();
+        let mut core = self.core_now();
+        if let Some(handle) = core.retain(endpoint) {
+            drop(core);
+            self.act();
+            return self.retained(handle);
+        }
+        let (handle, policy) = (core.next_handle(), core.policy_of(endpoint));
+        drop(core);
+        let address = self.bind(handle, endpoint, flags, policy)?;
+        let mut core = self.core_now();
+        core.retained(handle, endpoint.clone(), address, policy);
+        drop(core);
+        self.act();
+        self.retained(handle)
+    }
+
+    /// Retains a listener that is open already.
+    pub(crate) fn adopt(
+        &self,
+        kind: Kind,
+        socket: OwnedFd,
+        flags: &BindFlags,
+    ) -> io::Result<RetainedListener> {
+        let endpoint = adopt_socket(kind, &socket, flags.backlog)?;
+        self.act();
+        let handle = self.core_now().next_handle();
+        let bound = BoundSocket {
+            file: None,
+            address: endpoint.address(),
+            socket,
+        };
+        let address = self.add_socket(handle, bound, flags, None)?;
+        self.core_now().adopted(handle, endpoint, address);
+        self.act();
+        self.retained(handle)
+    }
+
+    fn retained(&self, handle: HandleId) -> io::Result<RetainedListener> {
+        let sockets = self.sockets.borrow();
+        let listener = sockets.get(&handle).ok_or(io::ErrorKind::NotFound)?;
+        let address = self.core.borrow().address_of(handle);
+        Ok(RetainedListener {
+            handle,
+            address: address.ok_or(io::ErrorKind::NotFound)?,
+            socket: Rc::clone(listener.get(0)?),
+        })
+    }
+}
+
+/// The application's retained listeners.
+impl MasterShell {
+    pub(crate) fn removes_file(&self, handle: HandleId) -> bool {
+        let sockets = self.sockets.borrow();
+        let listener = sockets.get(&handle);
+        listener.is_some_and(|listener| listener.file.is_some())
+    }
+
+    pub(crate) fn set_removes_file(&self, handle: HandleId, removes: bool) -> io::Result<()> {
+        let path = self.core.borrow().path_of(handle);
+        let mut sockets = self.sockets.borrow_mut();
+        let (Some(listener), Some(path)) = (sockets.get_mut(&handle), path) else {
+            return Ok(());
+        };
+        if !removes {
+            listener
+                .file
+                .take()
+                .into_iter()
+                .for_each(SocketFile::persist);
+        } else if listener.file.is_none() {
+            listener.file = Some(SocketFile::inherit(&path)?);
+        }
+        Ok(())
+    }
+
+    /// Notes that the application may give a descriptor of the listener to any process.
+    pub(crate) fn mark_borrowed(&self, handle: HandleId) {
+        self.core.borrow_mut().mark_borrowed(handle);
+    }
+
+    /// Releases a retained listener.
+    pub(crate) fn release(&self, handle: HandleId) {
+        if self.poller.is_own() {
+            self.core_now().release(handle);
+            self.act();
+        } else {
+            // Closes the copies of this process.
+            drop(self.sockets.borrow_mut().remove(&handle));
+        }
+    }
+}
+
+/// Connections that arrive, and listeners that are shut down.
+impl MasterShell {
+    /// Handles that the poller reports a listener as readable or as hung up.
+    pub(crate) fn listener_ready(&self, handle: HandleId) {
+        if self.core.borrow().master_accepts(handle) {
+            return self.core_now().readable(handle);
+        }
+        let stopped: Vec<_> = match self.sockets.borrow().get(&handle) {
+            Some(listener) => {
+                let sockets = listener.sockets.iter().enumerate();
+                let has_hung_up = |fd| sys::poll::has_hung_up(fd).unwrap_or(true);
+                let stopped = sockets.filter(|(_, socket)| has_hung_up(socket.as_fd()));
+                stopped.map(|(shard, _)| shard).collect()
+            }
+            None => return,
+        };
+        for shard in stopped {
+            let outcome = self.listen_again(handle, shard);
+            self.core_now().was_shut_down(handle, outcome);
+        }
+        self.act();
+    }
+
+    /// Makes a listener, or one of its shards, listen again after another process shut it down.
+    ///
+    /// The poller does not report the listener again until `watch_hang_up`. This limits the cost of a
+    /// process that shuts the listener down again and again.
+    fn listen_again(&self, handle: HandleId, shard: usize) -> io::Result<()> {
+        let mut sockets = self.sockets.borrow_mut();
+        let listener = sockets.get_mut(&handle).ok_or(io::ErrorKind::NotFound)?;
+        let socket = Rc::clone(listener.get(shard)?);
+        socket.set_interest(None)?;
+        // The kernel lets no Unix socket listen again.
+        let address = listener.address.ok_or(io::ErrorKind::Unsupported)?;
+        sys::listen::listen_again(&socket, &address, listener.backlog)?;
+        if let Some(group) = &mut listener.group {
+            group.readd(shard);
+        }
+        Ok(())
+    }
+
+    pub(super) fn watch_hang_up(&self, handle: HandleId) {
+        let sockets = self.sockets.borrow();
+        let sockets = sockets.get(&handle).into_iter();
+        for socket in sockets.flat_map(|listener| &listener.sockets) {
+            if let Err(source) = socket.watch_hang_up() {
+                self.report_io("watch a listener", source);
+            }
+        }
+    }
+
+    /// Handles that connections have reached the selector of a sharded listener: another process has
+    /// changed the selection.
+    pub(crate) fn selector_ready(&self, handle: HandleId) {
+        let sockets = self.sockets.borrow();
+        let group = sockets.get(&handle).and_then(|own| own.group.as_ref());
+        let count = group.map_or(0, |group| group.reset(ACCEPT_BATCH));
+        drop(sockets);
+        self.core_now().misdirected(handle, count);
+        self.act();
+    }
+
+    pub(super) fn set_interest(&self, handle: HandleId, interest: Option<Interest>) {
+        if let Some(listener) = self.sockets.borrow().get(&handle) {
+            let socket = listener.get(0);
+            if let Err(source) = socket.and_then(|socket| socket.set_interest(interest)) {
+                self.report_io("watch a listener", source);
+            }
+        }
+    }
+
+    pub(super) fn accept(&self, handle: HandleId, at_most: u64) {
+        let sockets = self.sockets.borrow();
+        let listener = sockets.get(&handle).map(|own| own.get(0));
+        let Some(Ok(socket)) = listener else {
+            return;
+        };
+        let mut core = self.core.borrow_mut();
+        let is_sole = core.is_sole(handle);
+        if !is_sole {
+            // Another owner may have cleared the flag, and `accept` would block. The call cannot fail,
+            // because the descriptor is open.
+            let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
+        }
+        for _ in 0..at_most {
+            let accepted = match is_sole {
+                true => sys::listen::accept(&***socket),
+                false => sys::listen::accept_if_ready(&***socket),
+            };
+            match accepted {
+                Ok(stream) => core.accepted(handle, stream.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return core.drained(handle);
+                }
+                Err(error) if sys::listen::is_shutdown_error(&error) && core.is_ending(handle) => {
+                    return core.drained(handle);
+                }
+                Err(error)
+                    if sys::listen::is_shutdown_error(&error) && !core.is_borrowed(handle) =>
+                {
+                    drop((core, sockets));
+                    let outcome = self.listen_again(handle, 0);
+                    return self.core_now().was_shut_down(handle, outcome);
+                }
+                Err(error) if sys::listen::is_connection_error(&error) => {}
+                Err(error) => return core.accept_failed(handle, error),
+            }
+        }
+        core.accept_done(handle);
+    }
+}
+
+/// Sharing listeners with workers.
+impl MasterShell {
+    /// Returns a copy of a listener, or of one of its shards, for a worker.
+    pub(super) fn share(&self, handle: HandleId, shard: usize) -> io::Result<OwnedFd> {
+        match self.sockets.borrow().get(&handle) {
+            Some(listener) => listener.get(shard)?.try_clone(),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Returns a copy of a shard, and makes the shard block: `unblock` may have changed that for the
+    /// worker that had the shard before.
+    pub(super) fn share_shard(&self, handle: HandleId, shard: usize) -> io::Result<OwnedFd> {
+        let copy = self.share(handle, shard)?;
+        sys::fd::set_nonblocking(copy.as_fd(), false)?;
+        Ok(copy)
+    }
+
+    pub(super) fn select_shards(&self, handle: HandleId, shards: &[usize]) {
+        let sockets = self.sockets.borrow();
+        let Some(listener) = sockets.get(&handle) else {
+            return;
+        };
+        let selected = match &listener.group {
+            Some(group) => group.select(shards),
+            None => listener
+                .get(0)
+                .and_then(|own| sys::filter::select_sockets(own, shards)),
+        };
+        if let Err(source) = selected {
+            self.report_io("select the shards for new connections", source);
+        }
+    }
+
+    /// Makes `accept` on the listener, or on one shard of it, return at once in all processes.
+    pub(super) fn unblock(&self, handle: HandleId, shard: Option<usize>) {
+        if let Some(listener) = self.sockets.borrow().get(&handle) {
+            let all = listener.sockets.iter().enumerate();
+            let chosen = all.filter(|(at, _)| shard.is_none_or(|shard| *at == shard));
+            for (_, socket) in chosen {
+                // The call cannot fail, because the descriptor is open.
+                let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
+            }
+        }
+    }
+}
+
+/// Closing listeners.
+impl MasterShell {
+    pub(super) fn remove_file(&self, handle: HandleId) {
+        if let Some(listener) = self.sockets.borrow_mut().get_mut(&handle) {
+            listener.file = None;
+        }
+    }
+
+    /// Keeps new connections out of the backlog. If the system cannot, the backlog is emptied while
+    /// connections arrive.
+    pub(super) fn attach_syn_filter(&self, handle: HandleId) {
+        if let Some(listener) = self.sockets.borrow().get(&handle) {
+            if let Some(group) = &listener.group {
+                let _ = group.ignore();
+                return;
+            }
+            for socket in &listener.sockets {
+                if listener.is_path {
+                    sys::listen::shut_down(socket);
+                } else {
+                    let _ = sys::filter::attach_syn_filter(socket);
+                }
+            }
+        }
+    }
+
+    pub(super) fn detach_syn_filter(&self, handle: HandleId) {
+        if let Some(listener) = self.sockets.borrow().get(&handle) {
+            if let Some(group) = &listener.group {
+                let _ = group.admit();
+                return;
+            }
+            for socket in &listener.sockets {
+                let _ = sys::filter::detach_syn_filter(socket);
+            }
+        }
+    }
+
+    /// Shuts the listener down in all processes that have a copy.
+    pub(super) fn stop_listening(&self, handle: HandleId) {
+        if let Some(listener) = self.sockets.borrow().get(&handle) {
+            for socket in &listener.sockets {
+                sys::listen::shut_down(socket);
+            }
+        }
+    }
+
+    pub(super) fn unbind(&self, handle: HandleId) {
+        self.sockets.borrow_mut().remove(&handle);
+    }
+}

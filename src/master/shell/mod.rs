@@ -1,0 +1,321 @@
+//! Carries out what [`MasterCore`] decides, on real processes, channels and listeners. Never calls the
+//! application.
+//!
+//! This file has the shell's state, the actions of the core, and retries. The other files each have one
+//! kind of thing that the shell acts on. Methods for the application belong in `master`, and decisions in
+//! `core`.
+
+mod abandon;
+mod channels;
+mod listeners;
+mod queues;
+mod reap;
+mod spawn;
+
+pub(crate) use channels::Processed;
+pub(crate) use listeners::RetainedListener;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell, RefMut};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::{Rc, Weak};
+use std::time::Instant;
+
+use crate::config::settings::SchedulingPolicy;
+use crate::core::event::ExitReport;
+use crate::core::master::{Action, MasterCore};
+use crate::error::Error;
+use crate::runtime::backoff::Backoff;
+use crate::sys;
+use crate::sys::fd::NoLingerFd;
+use crate::sys::poll::{Interest, Poller, Registered};
+use crate::sys::process::{Pid, Unreaped, Usage};
+use crate::sys::queue::Queue;
+use crate::types::message::UnclaimedFds;
+use crate::types::signal::Signal;
+use crate::types::sorted_map::SortedMap;
+use crate::types::time::{Time, earlier};
+use crate::types::worker_id::WorkerId;
+use crate::wire::channel::Channel;
+use crate::wire::channel::inbox::READ_SIZE;
+use crate::wire::driver::ChannelDriver;
+use crate::wire::fault;
+use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::receipts::Receipt;
+use listeners::MasterSocket;
+
+pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
+
+/// Number of waiting connections that are checked for a hang-up in each iteration of the loop.
+///
+/// With more, an iteration costs more while connections wait: with 8 it takes 5 µs instead of 0.8
+/// (`cargo bench -- scaling`). With fewer, connections whose clients have hung up are counted for
+/// longer.
+const SWEEP: usize = 2;
+
+/// The process of a worker or a detached process, and the descriptors that connect the master with it.
+#[derive(Debug)]
+pub(crate) struct WorkerIo {
+    pub(crate) id: WorkerId,
+    pub(crate) pid: Pid,
+    /// Always closed for a detached process.
+    channel: ChannelDriver<ToMaster, ToWorker>,
+    /// Readable when the process has exited; `None` where the kernel has no such descriptors. Not
+    /// watched while the process cannot be reaped.
+    process: RefCell<Option<Registered<OwnedFd>>>,
+    /// The master's ends of the worker's pipes, by the worker's descriptor number.
+    pub(crate) stdio: RefCell<SortedMap<usize, UnixStream>>,
+    /// Set when the process has exited, if its usage is known.
+    pub(crate) usage: Cell<Option<Usage>>,
+    /// Set when the worker has left the table.
+    pub(crate) exit_report: Cell<Option<ExitReport>>,
+}
+
+impl WorkerIo {
+    /// Returns whether the last read filled its buffer, so that the channel may hold more.
+    pub(crate) fn has_more(&self) -> bool {
+        self.channel.with(|channel| channel.has_more()) == Some(true)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct MasterShell {
+    pub(crate) core: RefCell<Core>,
+    poller: Poller,
+    start: Instant,
+    workers: RefCell<BTreeMap<WorkerId, Rc<WorkerIo>>>,
+    unreaped: Unreaped,
+    sockets: RefCell<SortedMap<HandleId, MasterSocket>>,
+    /// The queues from which workers receive their connections.
+    queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
+    /// Workers whose channels must be flushed; some more than once.
+    unflushed: RefCell<VecDeque<WorkerId>>,
+    retries: RefCell<Retries>,
+    /// Receipts that the application has not got yet.
+    receipts: RefCell<VecDeque<(WorkerId, Receipt)>>,
+    /// Workers with frames that have been read and not processed, because each worker has a limit for
+    /// one iteration.
+    pending: RefCell<BTreeSet<WorkerId>>,
+    /// Workers whose channels have something queued that can still be written.
+    writing: RefCell<BTreeSet<WorkerId>>,
+    /// Workers without a channel whose exit only SIGCHLD reports.
+    unwatched_exits: RefCell<BTreeSet<WorkerId>>,
+    /// In a worker that executes no program: the values of its master. They are never dropped, because
+    /// the master would notice. They stay reachable, so that a leak checker reports real leaks alone.
+    abandoned: RefCell<Vec<ManuallyDrop<Box<dyn Any>>>>,
+    /// The application's closure that chooses the inspect port is running.
+    is_choosing_port: Cell<bool>,
+    /// The descriptors of the message that is being delivered to the application.
+    pub(crate) delivering_fds: RefCell<Weak<UnclaimedFds>>,
+    /// The buffer into which all channels read.
+    scratch: RefCell<Vec<u8>>,
+}
+
+/// Steps that failed for lack of resources. All of them are retried at the same time.
+#[derive(Debug, Default)]
+struct Retries {
+    /// Channels that must be flushed.
+    channels: BTreeSet<WorkerId>,
+    /// Queues that must be closed, and may hold connections.
+    queues: Vec<(HandleId, WorkerId)>,
+    /// Workers that have exited and cannot be reaped because another process traces them, for instance
+    /// a debugger. Their process descriptors are not watched meanwhile, because they stay readable.
+    processes: Vec<WorkerId>,
+    backoff: Backoff,
+}
+
+impl MasterShell {
+    /// `start` is the origin of [`Time`].
+    pub(crate) fn new(policy: SchedulingPolicy, poller: Poller, start: Instant) -> Self {
+        Self {
+            core: RefCell::new(MasterCore::new(policy)),
+            poller,
+            start,
+            workers: RefCell::default(),
+            unreaped: Unreaped::default(),
+            sockets: RefCell::default(),
+            queues: RefCell::default(),
+            unflushed: RefCell::default(),
+            retries: RefCell::default(),
+            receipts: RefCell::default(),
+            pending: RefCell::default(),
+            writing: RefCell::default(),
+            unwatched_exits: RefCell::default(),
+            abandoned: RefCell::default(),
+            is_choosing_port: Cell::new(false),
+            delivering_fds: RefCell::default(),
+            scratch: RefCell::new(vec![0; READ_SIZE]),
+        }
+    }
+
+    /// Returns the core with its clock set to the present time.
+    pub(crate) fn core_now(&self) -> RefMut<'_, Core> {
+        let mut core = self.core.borrow_mut();
+        core.set_time(self.start.elapsed());
+        core
+    }
+
+    /// # Errors
+    ///
+    /// This process did not create the master.
+    pub(crate) fn check_own(&self) -> crate::error::Result<()> {
+        if self.poller.is_own() {
+            Ok(())
+        } else {
+            Err(Error::ForeignProcess)
+        }
+    }
+
+    pub(crate) fn worker_io(&self, worker: WorkerId) -> Option<Rc<WorkerIo>> {
+        self.workers.borrow().get(&worker).map(Rc::clone)
+    }
+
+    /// Removes what belongs to a process whose last event has been delivered.
+    pub(crate) fn forget(&self, worker: WorkerId) {
+        self.unwatched_exits.borrow_mut().remove(&worker);
+        if let Some(worker_io) = self.workers.borrow_mut().remove(&worker) {
+            worker_io.stdio.take();
+        }
+    }
+
+    /// Reports an error that concerns no worker.
+    fn report_io(&self, attempt: &'static str, source: std::io::Error) {
+        let error = Error::Io { attempt, source };
+        self.core.borrow_mut().error(None, error);
+    }
+
+    /// Passes a point at which tests make this worker fail. The first worker never fails.
+    fn fault(&self, name: &str, worker: WorkerId) {
+        let foreign: Option<&Channel<ToMaster, ToWorker>> = None;
+        let pid = || {
+            let worker_io = self.worker_io(worker)?;
+            (worker_io.id.get() > 1).then_some(worker_io.pid)
+        };
+        fault::point(name, pid, foreign);
+    }
+
+    /// Returns the latest time at which `tick` must be called.
+    pub(crate) fn deadline(&self) -> Option<Time> {
+        let retry = self.retries.borrow().backoff.deadline();
+        earlier(self.core.borrow().deadline(), retry)
+    }
+
+    /// Retries what is due, advances the core's clock, and checks some of the waiting connections for a
+    /// hang-up. `due` is the result of `deadline`, if nothing has happened since. Returns whether there
+    /// may be new actions or events.
+    pub(crate) fn tick(&self, due: Option<Time>) -> bool {
+        // The usual case.
+        if due.is_none() && !self.core.borrow().has_waiting() {
+            return false;
+        }
+        let now = self.start.elapsed();
+        if self.retries.borrow().backoff.is_due(now) {
+            self.retry();
+        }
+        let mut core = self.core.borrow_mut();
+        core.set_time(now);
+        if due.is_some_and(|due| due <= now) {
+            core.tick(now);
+        }
+        if core.has_waiting() {
+            core.sweep(SWEEP, |connection| {
+                sys::fd::is_closed_by_peer(connection.as_fd())
+            });
+        }
+        true
+    }
+
+    fn retry(&self) {
+        let retries = self.retries.take();
+        self.unflushed.borrow_mut().extend(retries.channels);
+        for (handle, worker) in retries.queues {
+            self.close_queue(handle, worker);
+        }
+        for worker in retries.processes {
+            self.watch_exit(worker);
+        }
+    }
+
+    /// Carries out all actions and flushes the channels. Nothing of this needs a callback.
+    pub(crate) fn act(&self) {
+        if self.core.borrow().has_actions() || !self.unflushed.borrow().is_empty() {
+            self.carry_all_out();
+        }
+    }
+
+    /// Separate from `act`, which is called several times for each message and usually finds nothing
+    /// to do.
+    #[inline(never)]
+    fn carry_all_out(&self) {
+        // All actions concern the process that created the master.
+        while self.poller.is_own() {
+            let action = self.core.borrow_mut().next_action();
+            match action {
+                Some(action) => self.carry_out(action),
+                None if self.unflushed.borrow().is_empty() => break,
+                None => self.flush(),
+            }
+        }
+    }
+
+    fn carry_out(&self, action: Action<NoLingerFd>) {
+        match action {
+            Action::Send {
+                worker,
+                frame,
+                with,
+            } => self.send_frame(worker, &frame, with),
+            Action::Dispatch {
+                handle,
+                worker,
+                connection,
+                has_waited,
+            } => self.dispatch(handle, worker, connection, has_waited),
+            Action::Reclaim {
+                handle,
+                worker,
+                at_most,
+            } => self.reclaim(handle, worker, at_most),
+            Action::CountQueued { handle, worker } => self.count(handle, worker),
+            Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
+            Action::Bind {
+                handle,
+                endpoint,
+                flags,
+                policy,
+            } => self.bind_for_worker(handle, &endpoint, &flags, policy),
+            Action::BindShard {
+                handle,
+                flags,
+                worker,
+                request,
+            } => self.bind_shard_for_worker(handle, &flags, worker, request),
+            Action::SelectShards { handle, shards } => self.select_shards(handle, &shards),
+            Action::Unblock { handle, shard } => self.unblock(handle, shard),
+            Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
+            Action::Unwatch { handle } => self.set_interest(handle, None),
+            Action::Accept { handle, at_most } => self.accept(handle, at_most),
+            Action::RemoveFile { handle } => self.remove_file(handle),
+            Action::AttachSynFilter { handle } => self.attach_syn_filter(handle),
+            Action::DetachSynFilter { handle } => self.detach_syn_filter(handle),
+            Action::WatchHangUp { handle } => self.watch_hang_up(handle),
+            Action::StopListening { handle } => self.stop_listening(handle),
+            Action::Unbind { handle } => self.unbind(handle),
+            Action::CloseChannel { worker } => self.close_channel(worker),
+            Action::DiscardChannel { worker } => self.drop_channel(worker),
+            Action::Signal { worker, signal } => self.signal(worker, signal),
+        }
+    }
+
+    fn signal(&self, worker: WorkerId, signal: Signal) {
+        if let Some(worker_io) = self.worker_io(worker) {
+            let process = worker_io.process.borrow();
+            let process = process.as_ref().map(|process| process.as_fd());
+            // This fails only for a process that has exited, which is noticed otherwise.
+            let _ = worker_io.pid.signal(process, signal.number());
+        }
+    }
+}

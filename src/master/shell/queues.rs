@@ -1,0 +1,160 @@
+//! The queues from which workers receive their connections, and the load that they show.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use super::MasterShell;
+use crate::core::dispatch::Sequenced;
+use crate::error::Error;
+use crate::sys;
+use crate::sys::fd::NoLingerFd;
+use crate::sys::queue::{Dequeued, Queue};
+use crate::types::loads::Loads;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+/// The state of a queue after reclaiming.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum QueueState {
+    Empty,
+    PerhapsMore,
+    /// The queue cannot be read for lack of descriptors.
+    Unknown,
+}
+
+/// The result of reclaiming from a queue.
+struct Reclaimed {
+    connections: Vec<Sequenced<NoLingerFd>>,
+    state: QueueState,
+}
+
+/// Takes at most `at_most` connections out of a queue.
+fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
+    let mut connections = Vec::new();
+    let state = loop {
+        if connections.len() >= at_most {
+            break QueueState::PerhapsMore;
+        }
+        match queue.reclaim() {
+            Ok(Dequeued::Connection(sequence, connection)) => connections.push(Sequenced {
+                sequence,
+                connection,
+            }),
+            Ok(Dequeued::Empty | Dequeued::Closed) => break QueueState::Empty,
+            Err(_) => break QueueState::Unknown,
+        }
+    };
+    Reclaimed { connections, state }
+}
+
+impl MasterShell {
+    /// Makes a queue. Returns the worker's end.
+    pub(super) fn open_queue(&self, handle: HandleId, worker: WorkerId) -> io::Result<OwnedFd> {
+        let queue = Queue::new()?;
+        let worker_end = queue.worker_end()?;
+        self.queues.borrow_mut().insert((handle, worker), queue);
+        Ok(worker_end)
+    }
+
+    /// Puts a connection into a worker's queue, unless it has waited and its client has hung up.
+    pub(super) fn dispatch(
+        &self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Sequenced<NoLingerFd>,
+        has_waited: bool,
+    ) {
+        let fd = &connection.connection;
+        if has_waited && sys::fd::is_closed_by_peer(fd.as_fd()) {
+            return self.core_now().hung_up(handle, worker);
+        }
+        self.fault("master.before_dispatch", worker);
+        let dispatched = match self.queues.borrow().get(&(handle, worker)) {
+            Some(queue) => queue.send(connection.sequence, fd),
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        match dispatched {
+            // The master's own copy is closed here.
+            Ok(()) => self.fault("master.after_dispatch", worker),
+            Err(source) => {
+                let is_exhausted = sys::socket::is_exhaustion(&source);
+                let mut core = self.core_now();
+                core.not_dispatched(handle, worker, connection, is_exhausted);
+                if is_exhausted {
+                    let worker = Some(worker);
+                    core.error(worker, Error::Exhausted { worker, source });
+                }
+            }
+        }
+    }
+
+    pub(super) fn reclaim(&self, handle: HandleId, worker: WorkerId, at_most: usize) {
+        let queues = self.queues.borrow();
+        let Some(queue) = queues.get(&(handle, worker)) else {
+            return;
+        };
+        let Reclaimed { connections, state } = reclaim(queue, at_most);
+        let mut core = self.core_now();
+        if state == QueueState::Unknown {
+            core.cannot_reclaim(handle);
+        }
+        let is_empty = state == QueueState::Empty;
+        core.reclaimed(handle, worker, connections, is_empty);
+    }
+
+    /// Closes a queue as soon as nothing is left in it. If that cannot be found out for lack of
+    /// descriptors, tries again after a while.
+    pub(super) fn close_queue(&self, handle: HandleId, worker: WorkerId) {
+        let mut queues = self.queues.borrow_mut();
+        let mut core = self.core_now();
+        let Some(queue) = queues.get(&(handle, worker)) else {
+            return core.queue_closed(handle, worker, Vec::new());
+        };
+        let Reclaimed { connections, state } = reclaim(queue, usize::MAX);
+        if state == QueueState::Empty {
+            queues.remove(&(handle, worker));
+            core.queue_closed(handle, worker, connections);
+        } else {
+            core.reclaimed(handle, worker, connections, false);
+            let mut retries = self.retries.borrow_mut();
+            retries.queues.push((handle, worker));
+            retries.backoff.start(self.start.elapsed());
+        }
+    }
+
+    pub(super) fn count(&self, handle: HandleId, worker: WorkerId) {
+        let queues = self.queues.borrow();
+        let queued = queues.get(&(handle, worker)).and_then(Queue::count);
+        if let Some(queued) = queued {
+            self.core_now().counted(handle, worker, queued);
+        }
+    }
+
+    /// Updates the core's number of connections in each queue. Busy workers have received some since
+    /// their last frame.
+    pub(crate) fn count_all(&self) {
+        for (handle, worker) in self.queues.borrow().keys() {
+            self.count(*handle, *worker);
+        }
+        self.act();
+    }
+
+    /// Returns the load of all workers and listeners.
+    pub(crate) fn loads(&self) -> Loads {
+        self.count_all();
+        let (workers, listeners) = self.core.borrow().loads();
+        let own = self.sockets.borrow();
+        let counted = listeners.into_iter().map(|(handle, mut load)| {
+            let sockets = own.get(&handle).map_or(&[][..], |own| &own.sockets);
+            let queued = sockets
+                .iter()
+                .map(|socket| sys::listen::backlog_length(socket));
+            load.queued = queued.sum();
+            load
+        });
+        Loads {
+            workers,
+            listeners: counted.collect(),
+        }
+    }
+}

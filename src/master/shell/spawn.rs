@@ -1,0 +1,339 @@
+//! Starts workers and detached processes.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+
+use super::{MasterShell, WorkerIo};
+use crate::config::settings::{
+    CHANNEL_FD, INSPECT_PORT, InspectPort, Settings, StdioKind, UNIQUE_ID, WORKER_PID, WRAPPED,
+    WorkerMain,
+};
+use crate::init::{become_worker, is_wrapped_master};
+use crate::runtime::event_loop::Token;
+use crate::sys;
+use crate::sys::poll::{Interest, Registered};
+use crate::sys::process::{Failure, Pid, Program};
+use crate::systemd::{self, LISTEN_PID};
+use crate::types::errno;
+use crate::types::sorted_map::SortedMap;
+use crate::types::worker_id::WorkerId;
+use crate::wire::channel::Channel;
+use crate::wire::driver::ChannelDriver;
+use crate::wire::fault;
+use crate::wire::frame::{ToMaster, ToWorker, preamble};
+
+/// Adds what was attempted to an error of the system.
+fn failed(attempt: &'static str) -> impl FnOnce(io::Error) -> Failure {
+    move |source| (attempt, source)
+}
+
+/// Clears a flag when it is dropped, also by a panic.
+struct Reset<'a>(&'a Cell<bool>);
+
+impl Drop for Reset<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
+/// Everything that is known about a process before it exists.
+struct NewProcess<'a> {
+    id: WorkerId,
+    settings: &'a Settings,
+    /// Additional environment variables.
+    extra: Vec<(OsString, OsString)>,
+    inspect_port: Option<u16>,
+    stdio: StdioEnds,
+    channel: Channel<ToMaster, ToWorker>,
+    /// The worker's end of the channel. Its number is above those of `stdio`.
+    worker_end: OwnedFd,
+}
+
+/// A process that exists. The descriptor is readable when it has exited, where the kernel has such
+/// descriptors.
+type Started = (Pid, Option<OwnedFd>);
+
+impl MasterShell {
+    /// Starts a worker or a detached process.
+    ///
+    /// `watch_children` makes the loop wake up for SIGCHLD; it is called where the kernel has no
+    /// descriptors for processes. `abandon_watches` is called in a worker that executes no program: it
+    /// forgets what the loop watches, and returns the descriptors.
+    pub(crate) fn fork(
+        &self,
+        settings: &Settings,
+        extra: impl IntoIterator<Item = (OsString, OsString)>,
+        watch_children: impl FnOnce() -> io::Result<()>,
+        abandon_watches: impl FnOnce() -> Vec<RawFd>,
+    ) -> Result<Rc<WorkerIo>, Failure> {
+        if settings.main.is_some() && sys::threads::has_other_threads() == Some(true) {
+            let reason = "the master has other threads, whose locks the copy would hold for ever";
+            let error = io::Error::new(io::ErrorKind::Deadlock, reason);
+            return Err(("copy the master", error));
+        }
+        self.unreaped.reap();
+        // The application's code first, because it may fork, too.
+        let extra = extra.into_iter().collect();
+        let inspect_port = settings.inspect_port.as_ref();
+        let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
+        let inspect_port = inspect_port.map_err(failed("choose its inspect port"))?;
+        let id = self.core.borrow().next_worker_id();
+        let used_up = || io::Error::other("all worker ids have been used");
+        let id = id.ok_or_else(|| ("assign its id", used_up()))?;
+        let stdio = StdioEnds::new(settings).map_err(failed("prepare its descriptors"))?;
+        let (channel, worker_end) = self
+            .open_channel(id, stdio.first_free)
+            .map_err(failed("make a channel"))?;
+        let mut new = NewProcess {
+            id,
+            settings,
+            extra,
+            inspect_port,
+            stdio,
+            channel,
+            worker_end,
+        };
+        let (pid, process) = match &settings.main {
+            Some(main) => self.start_closure(&mut new, main, abandon_watches)?,
+            None => self.start_program(&mut new)?,
+        };
+        let process = match process {
+            Some(fd) => {
+                let key = Token::Process(id.get()).key();
+                self.poller.add(fd, key, Some(Interest::Readable)).map(Some)
+            }
+            None => watch_children().map(|()| None),
+        };
+        let process = process.map_err(|error| {
+            // Its exit would not be noticed.
+            pid.discard(None, &self.unreaped);
+            ("watch it", error)
+        })?;
+        Ok(self.add_process(new, pid, process))
+    }
+
+    /// Adds a process that has started to the core and to the table.
+    fn add_process(
+        &self,
+        new: NewProcess<'_>,
+        pid: Pid,
+        process: Option<Registered<OwnedFd>>,
+    ) -> Rc<WorkerIo> {
+        let id = new.id;
+        let channel = if new.settings.is_detached() {
+            self.core.borrow_mut().detached(id);
+            if process.is_none() {
+                self.unwatched_exits.borrow_mut().insert(id);
+            }
+            // The kernel closed the other end when the program was executed.
+            None
+        } else {
+            self.core.borrow_mut().forked(id);
+            Some(new.channel)
+        };
+        let worker_io = Rc::new(WorkerIo {
+            id,
+            pid,
+            channel: ChannelDriver::new(Some(id), channel),
+            process: RefCell::new(process),
+            stdio: RefCell::new(new.stdio.master),
+            usage: Cell::new(None),
+            exit_report: Cell::new(None),
+        });
+        self.workers.borrow_mut().insert(id, Rc::clone(&worker_io));
+        worker_io
+    }
+
+    /// Makes a channel, and returns both ends. The number of the worker's end is at least `lowest`.
+    fn open_channel(
+        &self,
+        id: WorkerId,
+        lowest: RawFd,
+    ) -> io::Result<(Channel<ToMaster, ToWorker>, OwnedFd)> {
+        let (master_end, worker_end) = UnixStream::pair()?;
+        master_end.set_nonblocking(true)?;
+        // Where the system has no such option, it has no out-of-band data either.
+        let _ = sys::socket::enable_oob_inline(&master_end);
+        // An empty socket takes the whole preamble.
+        sys::socket::send(&master_end, &preamble(id), &[])?;
+        let key = Token::Channel(id.get()).key();
+        let channel = Channel::new(master_end, &self.poller, key)?;
+        let worker_end = sys::fd::duplicate(worker_end.as_raw_fd(), lowest)?;
+        Ok((channel, worker_end))
+    }
+
+    /// Forks a worker that runs a closure in a copy of the master's memory.
+    fn start_closure(
+        &self,
+        new: &mut NewProcess<'_>,
+        main: &WorkerMain,
+        abandon_watches: impl FnOnce() -> Vec<RawFd>,
+    ) -> Result<Started, Failure> {
+        let settings = new.settings;
+        let invalid = || io::ErrorKind::InvalidInput;
+        if !settings.passed_fds().is_empty() || settings.is_detached() {
+            let reason = "listen_fds and detached are for programs that are executed";
+            return Err(("prepare it", io::Error::new(invalid(), reason)));
+        }
+        if !new.extra.iter().all(|(k, v)| sys::env::is_valid(k, v)) {
+            return Err(("prepare it", invalid().into()));
+        }
+        let mut child = Program::default();
+        apply_cwd_and_ids(&mut child, settings).map_err(failed("prepare it"))?;
+        child.stdio(std::mem::take(&mut new.stdio.worker));
+        // The worker would print buffered output a second time.
+        let _ = std::io::stdout().flush();
+        let abandon = || {
+            let inert = sys::fd::inert()?;
+            let mut numbers = self.abandon(inert.as_fd())?;
+            // The application may have other handles of these.
+            for number in abandon_watches() {
+                sys::fd::replace(number, inert.as_fd())?;
+            }
+            // These belong to stack frames to which the child does not return.
+            numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
+            numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
+            numbers.extend(settings.descriptors());
+            Ok(numbers)
+        };
+        let number = new.worker_end.as_raw_fd();
+        let begin = || {
+            systemd::remove_variables();
+            fault::point("begin", || Some(Pid::own()), Some(&new.channel));
+            for (name, value) in &new.extra {
+                sys::env::set(name, value);
+            }
+            let worker = become_worker(new.id, new.inspect_port, number).map_err(|error| {
+                io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
+            })?;
+            Ok(|| main.run(worker))
+        };
+        child.fork(number, &self.unreaped, abandon, begin)
+    }
+
+    /// Spawns a process that executes a program.
+    fn start_program(&self, new: &mut NewProcess<'_>) -> Result<Started, Failure> {
+        let settings = new.settings;
+        let number = new.worker_end.as_raw_fd();
+        let passed = settings.passed_fds();
+        let mut env = systemd::inherited_environment();
+        env.extend(std::mem::take(&mut new.extra));
+        if is_wrapped_master() {
+            env.insert(WRAPPED.into(), "1".into());
+        }
+        if !passed.is_empty() {
+            let announced = systemd::set_listen_variables(&mut env, passed);
+            announced.map_err(failed("prepare its descriptors"))?;
+        }
+        if !settings.is_detached() {
+            env.insert(UNIQUE_ID.into(), new.id.to_string().into());
+            env.insert(CHANNEL_FD.into(), number.to_string().into());
+            env.remove(&OsString::from(WORKER_PID));
+        }
+        if let Some(port) = new.inspect_port {
+            env.insert(INSPECT_PORT.into(), port.to_string().into());
+        }
+        let mut program = program(settings, env).map_err(failed("prepare it"))?;
+        program.stdio(std::mem::take(&mut new.stdio.worker));
+        if settings.is_detached() {
+            program.detach();
+        } else {
+            program.pid_variable(WORKER_PID);
+        }
+        if !passed.is_empty() {
+            program.pid_variable(LISTEN_PID);
+        }
+        program.spawn(number, &self.unreaped)
+    }
+
+    /// Returns the next inspect port.
+    fn choose_port(&self, port: &InspectPort) -> io::Result<u16> {
+        // A closure that forks would choose a port for that worker, and so on without end.
+        if self.is_choosing_port.replace(true) {
+            let reason = "the closure that chooses it forks a worker";
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
+        }
+        let _choosing = Reset(&self.is_choosing_port);
+        Ok(port.next())
+    }
+}
+
+/// Returns the program of a worker, without its descriptors.
+fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Result<Program> {
+    let mut exec = settings.exec.clone().unwrap_or_default();
+    let is_own = std::env::current_exe().is_ok_and(|own| own == exec);
+    let own_name = std::env::args_os().next().filter(|_| is_own);
+    let name = own_name.unwrap_or_else(|| exec.clone().into());
+    if settings.cwd.is_some() {
+        // The path is relative to the master's directory.
+        exec = std::path::absolute(exec)?;
+    }
+    let exec_args = settings.exec_args.iter().flatten().cloned();
+    let args = settings.args.iter().flatten().cloned();
+    let args = std::iter::once(name).chain(exec_args).chain(args);
+    let mut program = Program::new(exec.into(), args, env)?;
+    apply_cwd_and_ids(&mut program, settings)?;
+    Ok(program)
+}
+
+/// Sets the directory, user, group and session of a worker.
+fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<()> {
+    if let Some(cwd) = &settings.cwd {
+        program.cwd(cwd.clone().into())?;
+    }
+    program.identity(settings.uid, settings.gid);
+    if settings.leads_session() {
+        program.setsid();
+    }
+    Ok(())
+}
+
+/// The standard descriptors of a worker and those behind them.
+#[derive(Default)]
+struct StdioEnds {
+    /// The worker's descriptors by number; `None` for those that it inherits as they are, open or not.
+    worker: Vec<Option<OwnedFd>>,
+    /// The master's ends of the pipes, by the worker's descriptor number.
+    master: SortedMap<usize, UnixStream>,
+    /// Lowest number that none of the worker's descriptors will have.
+    first_free: RawFd,
+}
+
+impl StdioEnds {
+    fn new(settings: &Settings) -> io::Result<Self> {
+        let kinds = settings.effective_stdio()?;
+        // None of the descriptors may have one of the numbers to which they will be moved.
+        let lowest = RawFd::try_from(kinds.len()).unwrap_or(RawFd::MAX);
+        let mut stdio = Self {
+            first_free: lowest.max(3),
+            ..Self::default()
+        };
+        for (number, kind) in kinds.into_iter().enumerate() {
+            let raise = |fd: OwnedFd| sys::fd::duplicate(fd.as_raw_fd(), lowest);
+            let descriptor = match kind.0 {
+                StdioKind::Inherit if number <= 2 => None,
+                StdioKind::Inherit => {
+                    let number = RawFd::try_from(number).unwrap_or(RawFd::MAX);
+                    Some(sys::fd::duplicate(number, lowest)?)
+                }
+                StdioKind::Null => {
+                    let mut options = std::fs::File::options();
+                    let null = options.read(true).write(true).open("/dev/null")?;
+                    Some(raise(null.into())?)
+                }
+                StdioKind::Pipe => {
+                    let (master_end, worker_end) = UnixStream::pair()?;
+                    stdio.master.insert(number, master_end);
+                    Some(raise(worker_end.into())?)
+                }
+                StdioKind::Fd(fd) => Some(sys::fd::duplicate(fd.as_raw_fd(), lowest)?),
+            };
+            stdio.worker.push(descriptor);
+        }
+        Ok(stdio)
+    }
+}

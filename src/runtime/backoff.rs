@@ -1,0 +1,50 @@
+//! Backing off after the system has run out of a resource. Pure: the time is an argument.
+
+use std::time::Duration;
+
+use crate::types::time::Time;
+
+/// Time between two attempts at something that failed for lack of memory or descriptors.
+///
+/// No event reports that the resource is available again. A longer time delays frames and connections
+/// that could go on; a shorter one costs CPU time while the system is short of resources. 100 ms is
+/// below what a person notices, and costs ten attempts per second. No benchmark chose it.
+pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
+
+/// The time of the next attempt. Failures until then share the attempt.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Backoff {
+    deadline: Option<Time>,
+}
+
+impl Backoff {
+    /// Schedules the next attempt, unless one is scheduled.
+    pub(crate) fn start(&mut self, now: Time) {
+        self.deadline.get_or_insert(now.saturating_add(BACKOFF));
+    }
+
+    pub(crate) fn deadline(self) -> Option<Time> {
+        self.deadline
+    }
+
+    pub(crate) fn is_due(self, now: Time) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_failures_do_not_postpone_the_attempt() {
+        let mut backoff = Backoff::default();
+        assert_eq!(backoff.deadline(), None);
+        assert!(!backoff.is_due(Time::MAX));
+        backoff.start(Time::ZERO);
+        backoff.start(BACKOFF / 2);
+        assert_eq!(backoff.deadline(), Some(BACKOFF));
+        assert!(!backoff.is_due(BACKOFF / 2));
+        assert!(backoff.is_due(BACKOFF));
+    }
+}

@@ -1,0 +1,228 @@
+//! Receiving connections and datagrams.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use super::WorkerShell;
+use super::sockets::{AcceptMode, Socket, SocketOwner};
+use crate::core::worker::{ListenerId, WorkerCore};
+use crate::error::{Error, Result};
+use crate::sys;
+use crate::sys::interruptible_accept::InterruptibleAccept;
+use crate::sys::queue::{self, Dequeued};
+use crate::types::errno;
+use crate::types::time::Time;
+
+/// Number of descriptors that callbacks leave free, for the rest of the application and for connections
+/// that are in flight.
+///
+/// With fewer, the kernel may drop a connection in flight for lack of a descriptor. With more, the worker
+/// serves fewer connections than its limit of descriptors allows. 32 is twice the number of connections
+/// that the master dispatches ahead (`MAX_WINDOW`). No benchmark chose it.
+const SPARE_FDS: u64 = 32;
+
+/// A connection that was accepted, or received from a queue.
+pub(crate) struct Accepted {
+    pub(crate) fd: OwnedFd,
+    /// The worker has its maximum number of connections already.
+    pub(crate) is_excess: bool,
+}
+
+impl WorkerShell {
+    /// Receives the next connection from the queue, or accepts it from the listener, if there is one.
+    /// If there is none, a listener that is ending closes.
+    pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
+        let Some(socket) = self.socket(listener).filter(|socket| socket.is_own()) else {
+            return Ok(None);
+        };
+        let connection = match &**socket {
+            Socket::Listener(shared) => self.accept_shared(listener, &shared.fd)?,
+            Socket::Queue(queue) => self.receive_from_queue(queue)?,
+            Socket::Datagrams(_) => None,
+        };
+        if let Some(fd) = connection {
+            return Ok(Some(self.accepted(listener, fd)));
+        }
+        let mut core = self.core.borrow_mut();
+        if !core.is_ending(listener) {
+            core.found_empty(listener);
+        } else if !core.leaves_to_others(listener) {
+            core.close(listener);
+        }
+        drop(core);
+        self.act();
+        Ok(None)
+    }
+
+    /// Notifies the core of a connection that the application receives.
+    fn accepted(&self, listener: ListenerId, fd: OwnedFd) -> Accepted {
+        let mut core = self.core.borrow_mut();
+        let is_excess = core.connection_opened(listener);
+        if core.has_queue(listener) {
+            self.count_descriptors(&mut core, &fd);
+        }
+        drop(core);
+        self.act();
+        Accepted { fd, is_excess }
+    }
+
+    pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
+        self.core.borrow_mut().connection_closed(listener);
+    }
+
+    fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
+        loop {
+            // Any process that has a copy may have cleared the flag, and `accept` would block. The call
+            // cannot fail, because the descriptor is open.
+            let _ = sys::fd::set_nonblocking(shared.as_fd(), true);
+            match sys::listen::accept(shared) {
+                Ok(fd) => return Ok(Some(fd)),
+                Err(error) if sys::listen::is_connection_error(&error) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(source) => {
+                    let is_ending = self.core.borrow().is_ending(listener);
+                    if is_ending && sys::listen::is_shutdown_error(&source) {
+                        return Ok(None);
+                    }
+                    let attempt = "accept a connection";
+                    return Err(Error::Io { attempt, source });
+                }
+            }
+        }
+    }
+
+    fn receive_from_queue(&self, queue: &OwnedFd) -> Result<Option<OwnedFd>> {
+        match queue::receive(queue.as_fd()) {
+            Ok(Dequeued::Connection(_, connection)) => {
+                self.is_out_of_fds.set(false);
+                Ok(Some(connection.into_owned_fd()))
+            }
+            // If the master has closed the queue, a frame on the channel says what follows.
+            Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
+            Err(source) if source.raw_os_error() == Some(errno::EMFILE) => {
+                if !self.is_out_of_fds.replace(true) {
+                    self.report(Error::no_descriptors(None));
+                }
+                self.core.borrow_mut().descriptors_lack();
+                self.back_off();
+                Ok(None)
+            }
+            Err(source) => {
+                let attempt = "take a connection";
+                Err(Error::Io { attempt, source })
+            }
+        }
+    }
+
+    /// Estimates the number of free descriptors: the kernel assigns the lowest free number.
+    fn count_descriptors(&self, core: &mut WorkerCore, fd: &OwnedFd) {
+        let Ok(number) = u64::try_from(fd.as_raw_fd()) else {
+            return;
+        };
+        let limit = self.fd_limit.get();
+        if number + SPARE_FDS > limit {
+            core.descriptors_run_out();
+        } else if number + 2 * SPARE_FDS <= limit {
+            core.descriptors_suffice();
+        }
+    }
+}
+
+/// Blocking in `accept`.
+impl WorkerShell {
+    /// Makes the channel and `signals` interrupt this process when it blocks in `accept`. Returns
+    /// whether they did not before: the caller must check both for what arrived earlier.
+    pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<bool> {
+        let is_new = self.interrupt.get().is_none();
+        if is_new {
+            let interrupt = InterruptibleAccept::new()?;
+            interrupt.add(signals)?;
+            let added = self.channel.with(|channel| interrupt.add(channel.as_fd()));
+            added.unwrap_or(Ok(()))?;
+            let _ = self.interrupt.set(interrupt);
+            // The kernel reports capacity only after it has refused a write.
+            self.flush_channel();
+        }
+        Ok(is_new)
+    }
+
+    /// Blocks in `accept`. Returns `None` if something else has happened, if the deadline is over, or if
+    /// the listener turns out not to block.
+    pub(crate) fn accept_blocking(
+        &self,
+        listener: ListenerId,
+        deadline: Option<Time>,
+    ) -> Result<Option<Accepted>> {
+        let socket = self.socket(listener);
+        let socket = socket.as_deref().map(|socket| &**socket);
+        let (Some(Socket::Listener(shared)), Some(interrupt)) = (socket, self.interrupt.get())
+        else {
+            return Ok(None);
+        };
+        // A deadline that the clock cannot express never comes.
+        let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
+        match interrupt.accept(shared.fd.as_fd(), deadline) {
+            Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, fd))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                shared.mode.set(AcceptMode::NonBlocking);
+                Ok(None)
+            }
+            Err(error) if sys::listen::is_connection_error(&error) => Ok(None),
+            Err(source) => {
+                let attempt = "accept a connection";
+                Err(Error::Io { attempt, source })
+            }
+        }
+    }
+
+    /// Returns whether accepting failed because another process shut down a TCP listener of the master,
+    /// which makes it listen again.
+    pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
+        let Error::Io { source, .. } = error else {
+            return false;
+        };
+        let sockets = self.sockets.borrow();
+        let entry = sockets.get(&listener);
+        let Some(entry) = entry.filter(|entry| entry.owner == SocketOwner::Master) else {
+            return false;
+        };
+        let Socket::Listener(shared) = &**entry.socket else {
+            return false;
+        };
+        sys::listen::is_shutdown_error(source) && sys::listen::local_addr(&shared.fd).is_some()
+    }
+}
+
+/// Datagrams.
+impl WorkerShell {
+    /// Receives a datagram, if there is one.
+    pub(crate) fn try_receive(
+        &self,
+        listener: ListenerId,
+        buffer: &mut [u8],
+    ) -> Result<Option<(usize, SocketAddr)>> {
+        let socket = self.socket(listener).filter(|socket| socket.is_own());
+        let Some(Socket::Datagrams(socket)) = socket.as_deref().map(|socket| &**socket) else {
+            return Ok(None);
+        };
+        match socket.recv_from(buffer) {
+            Ok(received) => Ok(Some(received)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(source) => {
+                let attempt = "receive a datagram";
+                Err(Error::Io { attempt, source })
+            }
+        }
+    }
+
+    /// Receives a datagram of any length, if there is one.
+    pub(crate) fn try_receive_vec(
+        &self,
+        listener: ListenerId,
+    ) -> Result<Option<(Vec<u8>, SocketAddr)>> {
+        let mut scratch = self.scratch.borrow_mut();
+        let received = self.try_receive(listener, &mut scratch)?;
+        Ok(received.map(|(length, from)| (scratch[..length].to_vec(), from)))
+    }
+}

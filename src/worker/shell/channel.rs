@@ -1,0 +1,277 @@
+//! The channel to the master: writing and reading frames, and waiting for them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use super::sockets::AcceptMode;
+use super::{Socket, WorkerShell};
+use crate::config::settings::SchedulingPolicy;
+use crate::core::worker::{Listen, ListenerId};
+use crate::error::{Error, Result, SendError};
+use crate::runtime::backoff::BACKOFF;
+use crate::sys::fd::NoLingerFd;
+use crate::sys::poll::{is_writable, wait_readable, wait_readable_or_writable};
+use crate::sys::process::Pid;
+use crate::types::message::Message;
+use crate::wire::channel::inbox::Arrival;
+use crate::wire::channel::{Channel, Received};
+use crate::wire::driver::{AfterFlush, Sent, Unread};
+use crate::wire::fault;
+use crate::wire::frame::{FrameError, ToWorker};
+use crate::wire::receipts::ReceiptId;
+
+/// Writing.
+impl WorkerShell {
+    /// Sends a message of the application, or queues it. Returns whether the application may go on
+    /// without a pause.
+    pub(crate) fn send(
+        &self,
+        message: &[u8],
+        fds: Vec<OwnedFd>,
+        receipt: Option<ReceiptId>,
+    ) -> Result<bool> {
+        if !self.poller.is_own() {
+            return Err(Error::ForeignProcess);
+        }
+        let failed = |reason: SendError| Error::Send {
+            worker: None,
+            reason,
+        };
+        match self.channel.send(message, fds, receipt).map_err(failed)? {
+            Sent::Settled => Ok(true),
+            Sent::Queued => {
+                self.flush();
+                Ok(self.channel.has_capacity())
+            }
+        }
+    }
+
+    /// Returns whether a frame is queued that can still be written.
+    pub(crate) fn is_writing(&self) -> bool {
+        self.channel.is_writing()
+    }
+
+    /// Writes what the socket takes, even if it was full at the last attempt.
+    pub(crate) fn flush_channel(&self) {
+        self.channel.with(Channel::retry_write);
+        self.flush();
+    }
+
+    fn flush(&self) {
+        self.fault("worker.before_write");
+        let flush = self.channel.flush();
+        self.fault("worker.after_write");
+        let Some(flush) = flush else {
+            return;
+        };
+        self.receipts.borrow_mut().extend(flush.receipts);
+        match flush.next {
+            AfterFlush::Nothing => {}
+            AfterFlush::BackOff(error) => {
+                self.back_off();
+                self.errors.borrow_mut().extend(error);
+            }
+            AfterFlush::Close(source) => {
+                self.report(self.channel.broken(source));
+                // Reading then finds end-of-file, which closes the channel.
+                let receipts = self.channel.with(|channel| {
+                    channel.shut_down();
+                    channel.take_receipts()
+                });
+                let receipts = receipts.into_iter().flatten();
+                self.receipts.borrow_mut().extend(receipts);
+            }
+        }
+    }
+
+    /// Passes a point at which tests make this worker fail.
+    pub(crate) fn fault(&self, name: &str) {
+        self.channel
+            .with(|channel| fault::point(name, || Some(Pid::own()), Some(channel)));
+    }
+}
+
+/// Reading.
+impl WorkerShell {
+    /// Reads once from the channel and processes the frames.
+    pub(crate) fn receive(&self) -> Received {
+        let received = self.channel.receive(&mut self.scratch.borrow_mut());
+        let received = received.unwrap_or_else(|source| {
+            self.report(self.channel.broken(source));
+            Received::EndOfFile
+        });
+        match received {
+            Received::Data => {
+                self.fault("worker.after_read");
+                while self.process_frame() {}
+            }
+            Received::EndOfFile => self.channel_closed(),
+            Received::Nothing => {}
+        }
+        received
+    }
+
+    /// Processes one frame that has been read. Returns whether there may be more.
+    fn process_frame(&self) -> bool {
+        let processed = match self.channel.next() {
+            Ok(None) => return false,
+            Ok(Some(arrival)) => {
+                let is_last = arrival.is_last;
+                self.process(arrival).map(|()| is_last)
+            }
+            Err(error) => Err(error),
+        };
+        match processed {
+            Ok(is_last) => {
+                self.act();
+                !is_last
+            }
+            Err(source) => {
+                let worker = None;
+                self.report(Error::Frame { worker, source });
+                self.channel_closed();
+                false
+            }
+        }
+    }
+
+    fn process(&self, arrival: Arrival<ToWorker>) -> std::result::Result<(), FrameError> {
+        let Arrival {
+            frame,
+            fds,
+            lost_fds,
+            is_last: _,
+        } = arrival;
+        let mut core = self.core.borrow_mut();
+        if lost_fds {
+            self.report(Error::no_descriptors(None));
+            self.back_off();
+            if let ToWorker::Reply {
+                request,
+                result: Ok(bound),
+            } = &frame
+            {
+                return core.listener_lost(*request, bound.handle);
+            }
+        }
+        match frame {
+            ToWorker::Message(bytes) => core.message(Message::new(bytes, fds)),
+            ToWorker::Reply { ref result, .. } => {
+                // A listener from which workers accept by themselves blocks, unless one of them has
+                // changed that.
+                let mode = match result {
+                    Ok(bound) if bound.policy != SchedulingPolicy::RoundRobin => {
+                        AcceptMode::Blocking
+                    }
+                    Ok(_) | Err(_) => AcceptMode::NonBlocking,
+                };
+                let listener = core.frame(frame)?;
+                drop(core);
+                let fd = fds.into_iter().next().map(NoLingerFd::into_owned_fd);
+                if let (Some(listener), Some(fd)) = (listener, fd) {
+                    self.add_shared(listener, fd, mode);
+                }
+            }
+            ToWorker::ListenerClosed { .. } | ToWorker::Disconnect => {
+                core.frame(frame)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes this end of the channel and notifies the core.
+    fn channel_closed(&self) {
+        let receipts = self.channel.close(Unread::Leave);
+        self.receipts.borrow_mut().extend(receipts);
+        self.core.borrow_mut().channel_closed();
+        self.act();
+    }
+}
+
+/// Waiting.
+impl WorkerShell {
+    /// Makes the poller report the channel when it is readable, or not. `accept` waits for the channel
+    /// beside the poller, which would otherwise be ready whenever the channel is.
+    pub(crate) fn watch_channel(&self, watch: bool) -> Result<()> {
+        let watched = self.channel.with(|channel| channel.watch_readable(watch));
+        let watched = watched.unwrap_or(Ok(()));
+        watched.map_err(Error::io("wait for the channel"))
+    }
+
+    /// Waits for the channel, the poller, and a listener's socket if there is one. Reads from the
+    /// channel if it is readable. Returns whether the poller is ready.
+    pub(crate) fn wait(
+        &self,
+        poller: BorrowedFd<'_>,
+        socket: Option<&Socket>,
+        timeout: Option<Duration>,
+    ) -> Result<bool> {
+        let waited = self.channel.with(|channel| match socket {
+            None => wait_readable([channel.as_fd(), poller], timeout),
+            Some(socket) => {
+                let [channel, poller, _] =
+                    wait_readable([channel.as_fd(), poller, socket.as_fd()], timeout)?;
+                Ok([channel, poller])
+            }
+        });
+        let waited = waited.unwrap_or(Ok([false; 2]));
+        let [channel, poller] = waited.map_err(Error::io("wait for a connection"))?;
+        if channel {
+            self.receive();
+        }
+        Ok(poller)
+    }
+
+    /// Waits until the master has replied to a bind request. Events wait meanwhile. The outer error is
+    /// that of waiting, the inner one that of the master.
+    pub(crate) fn wait_for_reply(
+        &self,
+        listener: ListenerId,
+    ) -> Result<io::Result<Option<SocketAddr>>> {
+        loop {
+            self.act();
+            match self.core.borrow().listen_result(listener) {
+                Listen::Done(address) => return Ok(Ok(address)),
+                Listen::Failed(errno) => return Ok(Err(io::Error::from_raw_os_error(errno))),
+                Listen::Pending => {}
+            }
+            self.wait_for_channel()?;
+        }
+    }
+
+    /// Waits until the channel can be read or written, then does both.
+    fn wait_for_channel(&self) -> Result<()> {
+        let waited = self.channel.with(|channel| {
+            if channel.is_flushed() {
+                wait_readable([channel.as_fd()], None).map(drop)
+            } else if channel.is_exhausted() {
+                wait_readable([channel.as_fd()], Some(BACKOFF)).map(drop)
+            } else {
+                wait_readable_or_writable(channel.as_fd())
+            }
+        });
+        let waited = waited.unwrap_or(Ok(()));
+        waited.map_err(Error::io("wait for the master"))?;
+        self.flush_channel();
+        self.receive();
+        Ok(())
+    }
+
+    /// Writes or reads the channel if it is ready. Returns whether it was: as long as it is ready, it
+    /// would not interrupt `accept_blocking`.
+    pub(crate) fn service_channel(&self) -> Result<bool> {
+        let writable = self.channel.with(|channel| {
+            // While the system lacks resources, `tick` retries.
+            let can_wait = channel.is_writing() && !channel.is_exhausted();
+            can_wait.then(|| is_writable(channel.as_fd()))
+        });
+        let writable = writable.flatten().unwrap_or(Ok(false));
+        if writable.map_err(Error::io("wait for the channel"))? {
+            self.flush_channel();
+            return Ok(true);
+        }
+        Ok(self.receive() != Received::Nothing)
+    }
+}

@@ -1,0 +1,242 @@
+//! The sockets of a worker: shared listeners, queues, UDP sockets, and those that the worker opened.
+
+use std::cell::Cell;
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+
+use super::WorkerShell;
+use crate::core::worker::ListenerId;
+use crate::error::{Error, Result};
+use crate::runtime::event_loop::Token;
+use crate::sys;
+use crate::sys::bind::BoundSocket;
+use crate::sys::poll::{Interest, Registered};
+use crate::sys::socket_file::SocketFile;
+use crate::types::endpoint::Kind;
+
+/// A socket from which a worker gets connections or datagrams.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Listener(SharedListener),
+    /// The worker's end of a queue of connections that the master has accepted.
+    Queue(OwnedFd),
+    Datagrams(UdpSocket),
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Listener(listener) => listener.fd.as_fd(),
+            Self::Queue(fd) => fd.as_fd(),
+            Self::Datagrams(socket) => socket.as_fd(),
+        }
+    }
+}
+
+/// A listener of which other processes may have copies.
+#[derive(Debug)]
+pub(crate) struct SharedListener {
+    pub(super) fd: OwnedFd,
+    pub(super) mode: Cell<AcceptMode>,
+}
+
+/// Whether `accept` on a shared listener blocks. The mode is that of all processes that have a copy.
+///
+/// | state | event | next state |
+/// |---|---|---|
+/// | `Blocking` | `unblock` | `NonBlocking` |
+/// | `Blocking` | `accept` would block: another process has called `unblock` | `NonBlocking` |
+///
+/// A worker never makes its listener block again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AcceptMode {
+    Blocking,
+    NonBlocking,
+}
+
+/// The origin of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SocketOwner {
+    /// The master opened it, and other workers may have copies.
+    Master,
+    /// This worker opened it. Only processes that this worker forked have copies.
+    ThisWorker,
+    /// The application had it before, and any process may have a copy.
+    Application,
+}
+
+/// A socket in the table.
+#[derive(Debug)]
+pub(super) struct SocketEntry {
+    /// Of a Unix path on which this worker listens alone. Dropped before the socket: while the file
+    /// exists, no other process can bind the path.
+    file: Option<SocketFile>,
+    pub(super) socket: Rc<Registered<Socket>>,
+    pub(super) owner: SocketOwner,
+}
+
+/// A socket that is added to the table.
+struct NewSocket {
+    fd: OwnedFd,
+    file: Option<SocketFile>,
+    mode: AcceptMode,
+    owner: SocketOwner,
+}
+
+impl WorkerShell {
+    pub(crate) fn socket(&self, listener: ListenerId) -> Option<Rc<Registered<Socket>>> {
+        let sockets = self.sockets.borrow();
+        sockets.get(&listener).map(|entry| Rc::clone(&entry.socket))
+    }
+
+    /// Adds a copy of a shared listener or socket, or the worker's end of a queue.
+    pub(super) fn add_shared(&self, listener: ListenerId, fd: OwnedFd, mode: AcceptMode) {
+        let new = NewSocket {
+            fd,
+            file: None,
+            mode,
+            owner: SocketOwner::Master,
+        };
+        if let Err(source) = self.add(listener, new) {
+            self.report_io("wait for a shared listener", source);
+            self.core.borrow_mut().close(listener);
+        }
+    }
+
+    /// Adds a socket that the master does not know. A worker that is disconnecting gets a closed
+    /// listener instead.
+    pub(crate) fn add_exclusive(
+        &self,
+        kind: Kind,
+        bound: BoundSocket,
+        owner: SocketOwner,
+    ) -> io::Result<ListenerId> {
+        let listener = self.core.borrow_mut().listen_alone(kind);
+        if !self.core.borrow().is_leaving() {
+            let new = NewSocket {
+                fd: bound.socket,
+                file: bound.file,
+                mode: AcceptMode::NonBlocking,
+                owner,
+            };
+            self.add(listener, new)
+                .inspect_err(|_| self.close(listener))?;
+        }
+        Ok(listener)
+    }
+
+    fn add(&self, listener: ListenerId, new: NewSocket) -> io::Result<()> {
+        let NewSocket {
+            fd,
+            file,
+            mode,
+            owner,
+        } = new;
+        let core = self.core.borrow();
+        let socket = if core.is_datagram(listener) {
+            Socket::Datagrams(fd.into())
+        } else if core.has_queue(listener) {
+            Socket::Queue(fd)
+        } else {
+            let mode = Cell::new(mode);
+            Socket::Listener(SharedListener { fd, mode })
+        };
+        drop(core);
+        let key = Token::Listener(listener.0).key();
+        let entry = SocketEntry {
+            file,
+            socket: Rc::new(self.poller.add(socket, key, None)?),
+            owner,
+        };
+        self.sockets.borrow_mut().insert(listener, entry);
+        Ok(())
+    }
+
+    /// Makes the poller report a socket when it is readable, or not.
+    pub(crate) fn watch(&self, listener: ListenerId, watch: bool) {
+        let interest = watch.then_some(Interest::Readable);
+        let socket = self.socket(listener);
+        if let Some(Err(source)) = socket.map(|socket| socket.set_interest(interest)) {
+            self.report_io("wait for a shared listener", source);
+        }
+    }
+
+    /// Watches a socket with a callback as long as the application accepts more connections.
+    pub(crate) fn update_watch(&self, listener: ListenerId) {
+        let core = self.core.borrow();
+        let is_wanted = core.is_served(listener) && !core.leaves_to_others(listener);
+        drop(core);
+        self.watch(listener, is_wanted);
+    }
+
+    /// Delivers the connections or datagrams of a socket to a callback from now on.
+    pub(crate) fn serve(&self, listener: ListenerId) {
+        self.fd_limit.set(sys::fd::limit());
+        if let Err(error) = self.unblock(listener) {
+            self.report(error);
+        }
+        self.core.borrow_mut().serve(listener);
+        self.act();
+        self.update_watch(listener);
+    }
+
+    /// Returns whether `accept` on this listener blocks.
+    pub(crate) fn is_blocking(&self, listener: ListenerId) -> bool {
+        let socket = self.socket(listener);
+        let socket = socket.as_deref().map(|registered| &**registered);
+        matches!(socket, Some(Socket::Listener(shared)) if shared.mode.get() == AcceptMode::Blocking)
+    }
+
+    /// Makes `accept` on this listener return at once, in all processes that have a copy.
+    pub(crate) fn unblock(&self, listener: ListenerId) -> Result<()> {
+        let socket = self.socket(listener).filter(|socket| socket.is_own());
+        if let Some(Socket::Listener(shared)) = socket.as_deref().map(|socket| &**socket) {
+            if shared.mode.replace(AcceptMode::NonBlocking) == AcceptMode::Blocking {
+                sys::fd::set_nonblocking(shared.fd.as_fd(), true)
+                    .map_err(Error::io("change a shared listener"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes a listener or socket at the application's request.
+    pub(crate) fn close(&self, listener: ListenerId) {
+        self.core.borrow_mut().forget(listener);
+        self.act();
+    }
+
+    pub(super) fn close_socket(&self, listener: ListenerId) {
+        let entry = self.sockets.borrow_mut().remove(&listener);
+        if let (Some(interrupt), Some(entry)) = (self.interrupt.get(), &entry) {
+            // The call cannot fail, because both descriptors are open.
+            let _ = interrupt.release(entry.socket.as_fd());
+        }
+        let own = entry.filter(|entry| entry.owner == SocketOwner::ThisWorker);
+        if let Some(entry) = own.filter(|_| self.poller.is_own()) {
+            if let Socket::Listener(own) = &**entry.socket {
+                // A process that this worker forked may have a copy, in whose backlog clients would
+                // wait for ever.
+                sys::listen::shut_down(&own.fd);
+            }
+        }
+    }
+
+    /// Keeps new connections out of the backlog of a listener that this worker opened. Other listeners
+    /// belong to other processes, too. If the system cannot, the backlog is emptied while connections
+    /// arrive.
+    pub(super) fn attach_syn_filter(&self, listener: ListenerId) {
+        let mut sockets = self.sockets.borrow_mut();
+        let entry = sockets.get_mut(&listener);
+        let Some(entry) = entry.filter(|entry| entry.owner == SocketOwner::ThisWorker) else {
+            return;
+        };
+        let was_path = entry.file.take().is_some();
+        match &**entry.socket {
+            Socket::Listener(own) if was_path => sys::listen::shut_down(&own.fd),
+            Socket::Listener(own) => drop(sys::filter::attach_syn_filter(&own.fd)),
+            Socket::Queue(_) | Socket::Datagrams(_) => {}
+        }
+    }
+}
