@@ -66,8 +66,8 @@ impl Worker {
     /// Binds in this process; the master is not asked.
     fn open_alone(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
         let shell = &self.inner.shell;
-        if shell.core.borrow().is_leaving() {
-            let id = shell.core.borrow_mut().listen_alone(endpoint.kind);
+        if shell.core.borrow().is_disconnecting() {
+            let id = shell.core.borrow_mut().listen_privately(endpoint.kind);
             return Ok((id, endpoint.address()));
         }
         let sharing = match bind_request.reuse_port {

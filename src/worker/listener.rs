@@ -76,7 +76,7 @@ impl<S> Listener<S> {
     /// # Ok(()) }
     /// ```
     pub fn set_max_connections(&self, most: Option<u64>) {
-        self.worker.set_most(self.id, most);
+        self.worker.set_connection_limit(self.id, most);
     }
 
     /// Lets the worker end although this listener is open: [`Worker::run`] does not wait for it.
@@ -197,13 +197,13 @@ impl<S: From<OwnedFd>> Listener<S> {
             callback(worker, connection.cast());
         };
         let callback = Rc::new(RefCell::new(with_stream));
-        self.worker.drop_beyond(self.id, callback);
+        self.worker.drop_excess(self.id, callback);
     }
 }
 
 impl<S> Drop for Listener<S> {
     fn drop(&mut self) {
-        if !self.worker.is_served(self.id) {
+        if !self.worker.has_callback(self.id) {
             self.close();
         }
     }

@@ -704,10 +704,10 @@ impl Worker {
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
         drop(self.inner.event_loop.enter()?);
         self.inner.shell.watch_channel(true)?;
-        self.inner.shell.core.borrow_mut().wait_for_events();
+        self.inner.shell.core.borrow_mut().waiting_for_events();
         self.turn(timeout)?;
         // The request to leave may have come just now, and nothing else may come any more.
-        self.inner.shell.core.borrow_mut().close_unserved();
+        self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
         Ok(())
     }
@@ -720,7 +720,7 @@ impl Worker {
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
         let core = shell.core.borrow();
-        if core.has_events() || core.is_done() || shell.has_notifications() {
+        if core.has_events() || core.is_drained() || shell.has_notifications() {
             return Some(Duration::ZERO);
         }
         self.inner.event_loop.time_left(shell.deadline())
@@ -764,9 +764,9 @@ impl Inner {
     }
 
     /// Drops the connections that are too many, and tells a callback.
-    pub(crate) fn drop_beyond(&self, listener: ListenerId, callback: Shared<OnConnection>) {
+    pub(crate) fn drop_excess(&self, listener: ListenerId, callback: Shared<OnConnection>) {
         self.set_callback(listener, |callbacks| callbacks.drop.replace(callback));
-        self.shell.core.borrow_mut().drop_beyond(listener);
+        self.shell.core.borrow_mut().drop_excess(listener);
         self.shell.act();
         self.shell.update_watch(listener);
         self.forget_callbacks(listener);
@@ -778,13 +778,16 @@ impl Inner {
         core.reference(Some(listener), referenced);
     }
 
-    pub(crate) fn is_served(&self, listener: ListenerId) -> bool {
-        self.shell.core.borrow().is_served(listener)
+    pub(crate) fn has_callback(&self, listener: ListenerId) -> bool {
+        self.shell.core.borrow().has_callback(listener)
     }
 
     /// How many connections of a listener the program wants at most.
-    pub(crate) fn set_most(&self, listener: ListenerId, most: Option<u64>) {
-        self.shell.core.borrow_mut().set_most(listener, most);
+    pub(crate) fn set_connection_limit(&self, listener: ListenerId, most: Option<u64>) {
+        self.shell
+            .core
+            .borrow_mut()
+            .set_connection_limit(listener, most);
         self.shell.act();
         self.shell.update_watch(listener);
     }

@@ -9,6 +9,7 @@ use crate::core::worker::{Event, ListenerId};
 use crate::error::{Error, Result};
 use crate::runtime::event_loop::Token;
 use crate::sys::poll::ReadyList;
+use crate::types::message::Message;
 use crate::types::time::earlier;
 use crate::worker::listener::Connection;
 use crate::worker::shell::Accepted;
@@ -78,10 +79,11 @@ impl Worker {
             let event = self.inner.shell.core.borrow_mut().next_event();
             match event {
                 None => break,
-                Some(Event::Message(message)) => {
+                Some(Event::Message { bytes, fds }) => {
+                    let message = Message::new(bytes, fds);
                     self.inner.on_message.each(|f| f(self, &message));
                 }
-                Some(Event::Look(listener)) => {
+                Some(Event::ListenerReady(listener)) => {
                     self.inner.shell.update_watch(listener);
                     self.accept_all(listener);
                 }
@@ -143,7 +145,7 @@ impl Worker {
     fn accept_all(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
-            if shell.core.borrow().leaves_to_others(listener) {
+            if shell.core.borrow().is_paused(listener) {
                 return shell.watch(listener, false);
             }
             match shell.try_accept(listener) {
@@ -154,8 +156,8 @@ impl Worker {
         }
         // It may have nothing more that could make it readable: then it ends, or is idle.
         let mut core = shell.core.borrow_mut();
-        if core.is_ending(listener) || core.has_queue(listener) {
-            core.look(listener);
+        if core.is_draining(listener) || core.has_queue(listener) {
+            core.notify_ready(listener);
         }
     }
 
@@ -219,7 +221,7 @@ impl Worker {
         let mut pause = FIRST_PAUSE;
         Self::wait_for(inner, listener, |worker| {
             let shell = &inner.shell;
-            if shell.core.borrow().leaves_to_others(listener) {
+            if shell.core.borrow().is_paused(listener) {
                 return Ok(None);
             }
             let accepted = if worker.may_block(listener)? {
@@ -260,7 +262,8 @@ impl Worker {
             return Ok(false);
         }
         let core = shell.core.borrow();
-        let alone = !core.is_ending(listener) && !core.serves_any() && !event_loop.has_watches();
+        let alone =
+            !core.is_draining(listener) && !core.has_any_callback() && !event_loop.has_watches();
         drop(core);
         if !alone {
             shell.unblock(listener)?;
@@ -351,7 +354,7 @@ impl Worker {
     /// Waits for anything at all; what has come by the channel is read.
     fn wait(&self, listener: ListenerId, limit: Option<Duration>) -> Result<()> {
         let shell = &self.inner.shell;
-        let left = shell.core.borrow().leaves_to_others(listener);
+        let left = shell.core.borrow().is_paused(listener);
         let socket = shell.socket(listener).filter(|_| !left);
         let socket = socket.as_deref().map(|registered| &**registered);
         let poller = shell.wait(self.inner.event_loop.as_fd(), socket, limit)?;

@@ -170,7 +170,7 @@ impl UdpSocket {
 
 impl Drop for UdpSocket {
     fn drop(&mut self) {
-        if !self.worker.is_served(self.id) {
+        if !self.worker.has_callback(self.id) {
             self.close();
         }
     }

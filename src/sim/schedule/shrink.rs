@@ -1,37 +1,38 @@
-//! From a long schedule that fails to a short one that fails in the same way, printed as a test.
+//! Shrinks a schedule that fails to a short one that fails at the same assertion, and prints it as a
+//! test.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
-use super::ending::Ending;
-use super::{Call, Case, Step, What};
+use super::step::StepKind;
+use super::{Call, Case, Ending, Step, step};
 use crate::config::settings::SchedulingPolicy;
 use crate::types::ledger::Ledger;
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
-    /// Where the last panic was.
-    static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
+    /// The location of the last panic.
+    static LOCATION: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Panics are tried by the thousand here: only the last one is for people to read.
+/// Keeps the panics of replays off the terminal: shrinking causes thousands of them.
 fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
-        let loud = std::panic::take_hook();
+        let print = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             if QUIET.get() {
-                let place = panic.location().map(ToString::to_string);
-                PLACE.set(place.unwrap_or_default());
+                let location = panic.location().map(ToString::to_string);
+                LOCATION.set(location.unwrap_or_default());
             } else {
-                loud(panic);
+                print(panic);
             }
         }));
     });
 }
 
-/// Replays the case. Returns where the connections went, unless it fails.
+/// Replays the case. Returns where the connections went, or `None` if it fails.
 pub(super) fn outcome(case: &Case) -> Option<Ledger> {
     install_hook();
     QUIET.set(true);
@@ -40,19 +41,19 @@ pub(super) fn outcome(case: &Case) -> Option<Ledger> {
     outcome.ok()
 }
 
-/// Returns where the case fails, if it does.
+/// Returns the location at which the case fails, if it does.
 fn failure(case: &Case) -> Option<String> {
-    outcome(case).is_none().then(|| PLACE.take())
+    outcome(case).is_none().then(|| LOCATION.take())
 }
 
-/// Removes and simplifies steps as long as the case fails in the same place.
+/// Removes and simplifies steps as long as the case fails at the same location.
 pub(super) fn shrink(case: &Case) -> Case {
-    let Some(place) = failure(case) else {
+    let Some(location) = failure(case) else {
         return case.clone();
     };
     let fails = |steps: &[Step]| {
         let steps = steps.to_vec();
-        failure(&Case { steps, ..*case }).as_ref() == Some(&place)
+        failure(&Case { steps, ..*case }).as_ref() == Some(&location)
     };
     let mut steps = case.steps.clone();
     loop {
@@ -66,7 +67,7 @@ pub(super) fn shrink(case: &Case) -> Case {
     }
 }
 
-/// Removes as many steps as possible: half of them, a quarter, and so on to single ones.
+/// Removes as many steps as possible: halves first, then quarters, and so on to single steps.
 fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     let mut size = steps.len().next_power_of_two();
     while size > 0 {
@@ -86,105 +87,106 @@ fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Removes workers, so that others take their numbers.
+/// Removes forks. Later workers get the numbers of the removed ones.
 fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     for at in (0..steps.len()).rev() {
         let mut fewer = steps.clone();
-        let (what, _, _) = fewer.remove(at);
-        for (_, who, _) in &mut fewer {
-            *who = who.saturating_sub(1);
+        let removed = fewer.remove(at);
+        for step in &mut fewer {
+            step.process = step.process.saturating_sub(1);
         }
-        if what == What::Call(Call::Fork) && fails(&fewer) {
+        if removed.kind == StepKind::Call(Call::Fork) && fails(&fewer) {
             *steps = fewer;
         }
     }
 }
 
-/// Makes the numbers in the steps as small as possible.
+/// Replaces calls by plain progress, and makes the numbers in the steps as small as possible.
 fn simplify(steps: &mut [Step], fails: &impl Fn(&[Step]) -> bool) {
+    let try_step = |steps: &mut [Step], at: usize, simpler: Step| {
+        let original = std::mem::replace(&mut steps[at], simpler);
+        let still_fails = fails(steps);
+        if !still_fails {
+            steps[at] = original;
+        }
+        still_fails
+    };
     for at in 0..steps.len() {
-        let original = steps[at];
-        for simpler in [What::Master, What::Worker] {
-            if matches!(original.0, What::Program(_) | What::Call(_)) {
-                steps[at].0 = simpler;
-                if fails(steps) {
+        if matches!(steps[at].kind, StepKind::WorkerCall(_) | StepKind::Call(_)) {
+            for kind in [StepKind::Master, StepKind::Worker] {
+                let simpler = Step { kind, ..steps[at] };
+                if try_step(steps, at, simpler) {
                     break;
                 }
-                steps[at] = original;
             }
         }
-        let (what, who, n) = steps[at];
-        for smaller in 0..who {
-            steps[at].1 = smaller;
-            if fails(steps) {
+        for process in 0..steps[at].process {
+            let simpler = Step {
+                process,
+                ..steps[at]
+            };
+            if try_step(steps, at, simpler) {
                 break;
             }
-            steps[at] = (what, who, n);
         }
-        let who = steps[at].1;
-        for smaller in (0..n.min(16)).chain([n / 16 * 8, n / 8 * 8]) {
-            steps[at].2 = smaller;
-            if fails(steps) {
+        let choice = steps[at].choice;
+        for choice in (0..choice.min(16)).chain([choice / 16 * 8, choice / 8 * 8]) {
+            let simpler = Step {
+                choice,
+                ..steps[at]
+            };
+            if try_step(steps, at, simpler) {
                 break;
             }
-            steps[at] = (what, who, n);
         }
     }
 }
 
-/// The case as a test that can be copied into the program.
+/// The case as the source of a test.
 pub(super) fn as_test(case: &Case) -> String {
-    let Case {
-        policy,
-        ending,
-        steps,
-    } = case;
-    let steps: String = steps.iter().map(source).collect();
+    let (policy, ending) = (case.policy, case.ending);
+    let steps: String = case.steps.iter().map(source).collect();
     format!(
         "#[test]\nfn a_schedule_that_failed() {{\n    let steps = [\n{steps}    ];\n    \
          replay(SchedulingPolicy::{policy:?}, Ending::{ending:?}, &steps);\n}}\n"
     )
 }
 
-fn source((what, who, n): &Step) -> String {
-    let what = match what {
-        What::Call(call) => format!("Call(Call::{call:?})"),
-        What::InCallback(call) => format!("InCallback(Call::{call:?})"),
-        What::Fail(failure) => format!("Fail(Failure::{failure:?})"),
-        What::Program(deed) => format!("Program(Deed::{deed:?})"),
-        What::Lie(lie) => format!("Lie(Lie::{lie:?})"),
-        What::Connect
-        | What::HangUp
-        | What::Pass
-        | What::Master
-        | What::Worker
-        | What::Kill
-        | What::Stop
-        | What::Continue
-        | What::End
-        | What::Cut => format!("{what:?}"),
-    };
-    format!("        (What::{what}, {who}, {n}),\n")
+fn source(step: &Step) -> String {
+    let mut kind = format!("{:?}", step.kind);
+    if let Some((outer, inner)) = kind.split_once('(') {
+        let name = match outer {
+            "CallInCallback" => "Call",
+            "Fail" => "Failure",
+            "Forge" => "Forgery",
+            name => name,
+        };
+        kind = format!("{outer}({name}::{inner}");
+    }
+    let (process, choice) = (step.process, step.choice);
+    format!("        step(StepKind::{kind}, {process}, {choice}),\n")
 }
 
 #[test]
-fn what_does_not_matter_is_removed() {
-    let step = |n: u8| (What::Master, n % 8, n);
-    let mut steps: Vec<_> = (0..200).map(step).collect();
+fn shrinking_drops_irrelevant_steps() {
+    let master = |process, choice| step(StepKind::Master, process, choice);
+    let mut steps: Vec<_> = (0..200).map(|n| master(n % 8, n)).collect();
     let fails = |steps: &[Step]| {
-        let first = steps.iter().position(|(_, _, n)| *n >= 20);
-        let last = steps.iter().rposition(|(_, who, _)| *who >= 3);
+        let first = steps.iter().position(|step| step.choice >= 20);
+        let last = steps.iter().rposition(|step| step.process >= 3);
         first.is_some() && last > first
     };
     remove_chunks(&mut steps, &fails);
     assert_eq!(steps.len(), 2);
     simplify(&mut steps, &fails);
-    assert_eq!(steps[1], (What::Master, 3, 0));
-    assert_eq!(steps[0].1, 0);
+    assert_eq!(steps[1], master(3, 0));
+    assert_eq!(steps[0].process, 0);
     let case = Case {
         policy: SchedulingPolicy::Shared,
         ending: Ending::Kill,
         steps,
     };
-    assert!(as_test(&case).contains("(What::Master, 3, 0),"));
+    assert!(as_test(&case).contains("step(StepKind::Master, 3, 0),"));
+    let call = step(StepKind::CallInCallback(Call::Fork), 1, 2);
+    assert!(source(&call).contains("step(StepKind::CallInCallback(Call::Fork), 1, 2),"));
 }

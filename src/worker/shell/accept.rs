@@ -9,6 +9,7 @@ use super::sockets::{AcceptMode, Socket, SocketOwner};
 use crate::core::worker::{ListenerId, WorkerCore};
 use crate::error::{Error, Result};
 use crate::sys;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::queue::{self, Dequeued};
 use crate::types::errno;
@@ -45,9 +46,9 @@ impl WorkerShell {
             return Ok(Some(self.accepted(listener, fd)));
         }
         let mut core = self.core.borrow_mut();
-        if !core.is_ending(listener) {
+        if !core.is_draining(listener) {
             core.found_empty(listener);
-        } else if !core.leaves_to_others(listener) {
+        } else if !core.is_paused(listener) {
             core.close(listener);
         }
         drop(core);
@@ -81,7 +82,7 @@ impl WorkerShell {
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(source) => {
-                    let is_ending = self.core.borrow().is_ending(listener);
+                    let is_ending = self.core.borrow().is_draining(listener);
                     if is_ending && sys::listen::is_shutdown_error(&source) {
                         return Ok(None);
                     }
@@ -104,7 +105,7 @@ impl WorkerShell {
                 if !self.is_out_of_fds.replace(true) {
                     self.report(Error::no_descriptors(None));
                 }
-                self.core.borrow_mut().descriptors_lack();
+                self.core.borrow_mut().fds_exhausted();
                 self.back_off();
                 Ok(None)
             }
@@ -116,15 +117,15 @@ impl WorkerShell {
     }
 
     /// Estimates the number of free descriptors: the kernel assigns the lowest free number.
-    fn count_descriptors(&self, core: &mut WorkerCore, fd: &OwnedFd) {
+    fn count_descriptors(&self, core: &mut WorkerCore<Vec<NoLingerFd>>, fd: &OwnedFd) {
         let Ok(number) = u64::try_from(fd.as_raw_fd()) else {
             return;
         };
         let limit = self.fd_limit.get();
         if number + SPARE_FDS > limit {
-            core.descriptors_run_out();
+            core.fds_scarce();
         } else if number + 2 * SPARE_FDS <= limit {
-            core.descriptors_suffice();
+            core.fds_plentiful();
         }
     }
 }

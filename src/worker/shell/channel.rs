@@ -8,13 +8,12 @@ use std::time::Duration;
 use super::sockets::AcceptMode;
 use super::{Socket, WorkerShell};
 use crate::config::settings::SchedulingPolicy;
-use crate::core::worker::{Listen, ListenerId};
+use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::{Error, Result, SendError};
 use crate::runtime::backoff::BACKOFF;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{is_writable, wait_readable, wait_readable_or_writable};
 use crate::sys::process::Pid;
-use crate::types::message::Message;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
 use crate::wire::driver::{AfterFlush, Sent, Unread};
@@ -153,11 +152,11 @@ impl WorkerShell {
                 result: Ok(bound),
             } = &frame
             {
-                return core.listener_lost(*request, bound.handle);
+                return core.listener_fd_lost(*request, bound.handle);
             }
         }
         match frame {
-            ToWorker::Message(bytes) => core.message(Message::new(bytes, fds)),
+            ToWorker::Message(bytes) => core.message(bytes, fds),
             ToWorker::Reply { ref result, .. } => {
                 // A listener from which workers accept by themselves blocks, unless one of them has
                 // changed that.
@@ -232,10 +231,10 @@ impl WorkerShell {
     ) -> Result<io::Result<Option<SocketAddr>>> {
         loop {
             self.act();
-            match self.core.borrow().listen_result(listener) {
-                Listen::Done(address) => return Ok(Ok(address)),
-                Listen::Failed(errno) => return Ok(Err(io::Error::from_raw_os_error(errno))),
-                Listen::Pending => {}
+            match self.core.borrow().listen_status(listener) {
+                ListenStatus::Done(address) => return Ok(Ok(address)),
+                ListenStatus::Failed(errno) => return Ok(Err(io::Error::from_raw_os_error(errno))),
+                ListenStatus::Pending => {}
             }
             self.wait_for_channel()?;
         }

@@ -21,6 +21,7 @@ use crate::core::worker::{Action, ListenerId, WorkerCore};
 use crate::error::Error;
 use crate::runtime::backoff::Backoff;
 use crate::runtime::event_loop::Token;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::poll::Poller;
 use crate::types::sorted_map::SortedMap;
@@ -41,7 +42,7 @@ const SHUTDOWN_FLUSH: Duration = Duration::from_secs(1);
 const CHANNEL: u32 = 0;
 
 pub(crate) struct WorkerShell {
-    pub(crate) core: RefCell<WorkerCore>,
+    pub(crate) core: RefCell<WorkerCore<Vec<NoLingerFd>>>,
     poller: Poller,
     channel: ChannelDriver<ToWorker, ToMaster>,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
@@ -134,7 +135,7 @@ impl WorkerShell {
     pub(crate) fn tick(&self) {
         if self.deadline().is_some() && self.backoff.get().is_due(self.start.elapsed()) {
             self.backoff.take();
-            self.core.borrow_mut().rested();
+            self.core.borrow_mut().backoff_elapsed();
             self.act();
             self.flush_channel();
         }

@@ -113,8 +113,8 @@ impl WorkerShell {
         bound: BoundSocket,
         owner: SocketOwner,
     ) -> io::Result<ListenerId> {
-        let listener = self.core.borrow_mut().listen_alone(kind);
-        if !self.core.borrow().is_leaving() {
+        let listener = self.core.borrow_mut().listen_privately(kind);
+        if !self.core.borrow().is_disconnecting() {
             let new = NewSocket {
                 fd: bound.socket,
                 file: bound.file,
@@ -166,7 +166,7 @@ impl WorkerShell {
     /// Watches a socket with a callback as long as the application accepts more connections.
     pub(crate) fn update_watch(&self, listener: ListenerId) {
         let core = self.core.borrow();
-        let is_wanted = core.is_served(listener) && !core.leaves_to_others(listener);
+        let is_wanted = core.has_callback(listener) && !core.is_paused(listener);
         drop(core);
         self.watch(listener, is_wanted);
     }
@@ -177,7 +177,7 @@ impl WorkerShell {
         if let Err(error) = self.unblock(listener) {
             self.report(error);
         }
-        self.core.borrow_mut().serve(listener);
+        self.core.borrow_mut().use_callback(listener);
         self.act();
         self.update_watch(listener);
     }

@@ -1,0 +1,243 @@
+//! Whether the worker takes more connections of a listener, and what the master knows about it.
+//!
+//! A listener is *paused* while the worker should leave its connections to other workers: it holds
+//! as many as the application wants, or descriptors are scarce. The master is sent `Pause` when
+//! that begins. Afterwards the listener reports `Idle` again when its queue is found empty.
+
+use super::listener::{Entry, Stage};
+use super::{Disconnect, Event, ListenerId, WorkerCore};
+use crate::wire::frame::ToMaster;
+
+/// The last report about a queue that the master was sent.
+///
+/// | report | event | next |
+/// |---|---|---|
+/// | `Paused` | the queue is found empty while the listener is not paused | `Idle` |
+/// | `Idle` | the queue is found empty after more connections were received | `Idle` |
+/// | `Idle` | half of the reported open connections are closed, and none was received | `Idle` |
+/// | `Idle` | the listener is paused | `Paused` |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QueueReport {
+    /// The worker wants no connection. Without any report the master assumes the same.
+    Paused,
+    /// The queue was empty.
+    Idle {
+        /// Connections received from the queue until then.
+        received: u64,
+        /// Connections that the application held then.
+        open: u32,
+    },
+}
+
+// Reports and notifications.
+impl<F> WorkerCore<F> {
+    /// The queue of this listener was found empty, and the application waits for a connection: the
+    /// master must know.
+    pub(crate) fn found_empty(&mut self, listener: ListenerId) {
+        let is_paused = self.is_paused(listener);
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        let is_known = matches!(entry.report,
+            QueueReport::Idle { received, .. } if received == entry.received);
+        if !is_known && !is_paused {
+            self.send_idle(listener);
+        }
+    }
+
+    fn send_idle(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if let (Stage::Open(Some(handle)), true) = (entry.stage, entry.has_queue()) {
+            let received = entry.received;
+            let open = u32::try_from(entry.open_connections).unwrap_or(u32::MAX);
+            entry.report = QueueReport::Idle { received, open };
+            let taken = received;
+            self.send(ToMaster::Idle {
+                handle,
+                taken,
+                open,
+            });
+        }
+    }
+
+    /// Sends `Pause` if the listener is paused and the master does not know.
+    fn pause_if_full(&mut self, listener: ListenerId) {
+        if !self.is_paused(listener) {
+            return;
+        }
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            let report = std::mem::replace(&mut entry.report, QueueReport::Paused);
+            if let (Some(handle), true) = (entry.handle(), report != QueueReport::Paused) {
+                self.send(ToMaster::Pause { handle });
+            }
+        }
+    }
+
+    fn pause_full_listeners(&mut self) {
+        for listener in self.paused_listeners() {
+            self.pause_if_full(listener);
+        }
+    }
+
+    /// Lets the callback accept, if there is one and the listener is not paused.
+    pub(crate) fn notify_ready(&mut self, listener: ListenerId) {
+        let entry = self.listeners.get(&listener);
+        let is_served = entry.is_some_and(|entry| entry.has_callback && entry.is_open());
+        if is_served && !self.is_paused(listener) && !self.is_datagram(listener) {
+            self.events.push_back(Event::ListenerReady(listener));
+        }
+    }
+
+    /// Some of these listeners may not be paused any more.
+    pub(super) fn resume(&mut self, were_paused: Vec<ListenerId>) {
+        for listener in were_paused {
+            self.notify_ready(listener);
+        }
+    }
+}
+
+// Connections.
+impl<F> WorkerCore<F> {
+    /// Connections go to a callback from now on.
+    pub(crate) fn use_callback(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.has_callback = true;
+            self.notify_ready(listener);
+        }
+    }
+
+    /// The application has received a connection. Returns whether it exceeds the limit, so that the
+    /// application must drop it.
+    pub(crate) fn connection_opened(&mut self, listener: ListenerId) -> bool {
+        self.open_connections += 1;
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return false;
+        };
+        let is_excess = entry.drops_excess && entry.is_at_limit();
+        entry.open_connections += 1;
+        entry.received += u64::from(entry.has_queue());
+        self.pause_if_full(listener);
+        is_excess
+    }
+
+    /// The application has a connection that comes from no listener.
+    pub(crate) fn connection_adopted(&mut self) {
+        self.open_connections += 1;
+    }
+
+    pub(crate) fn connection_closed(&mut self, listener: Option<ListenerId>) {
+        let paused = self.paused_listeners();
+        self.open_connections = self.open_connections.saturating_sub(1);
+        let entry = listener.and_then(|id| Some((id, self.listeners.get_mut(&id)?)));
+        if let Some((listener, entry)) = entry {
+            entry.open_connections = entry.open_connections.saturating_sub(1);
+            // The number of open connections that the master knows should be roughly right.
+            if let QueueReport::Idle { received, open } = entry.report {
+                let is_half = entry.open_connections <= u64::from(open) / 2;
+                if received == entry.received && is_half {
+                    self.send_idle(listener);
+                }
+            }
+        }
+        self.resume(paused);
+    }
+}
+
+// Limits.
+impl<F> WorkerCore<F> {
+    /// Whether connections of this listener should be left to other workers for now: it holds as
+    /// many as the application wants, or descriptors are scarce. A draining listener has no other
+    /// worker to leave them to.
+    pub(crate) fn is_paused(&self, listener: ListenerId) -> bool {
+        let Some(entry) = self.listeners.get(&listener) else {
+            return false;
+        };
+        let is_full = entry.is_at_limit() && !entry.drops_excess;
+        let is_scarce = self
+            .connection_limit
+            .is_some_and(|limit| entry.has_callback && self.open_connections >= limit);
+        let lacks_fds = entry.has_queue() && (self.backing_off || is_scarce);
+        match entry.stage {
+            Stage::Open(_) => is_full || lacks_fds,
+            // Connections are not lost while they wait for a descriptor.
+            Stage::Draining(_) => entry.has_queue() && self.backing_off,
+            Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => false,
+        }
+    }
+
+    pub(super) fn paused_listeners(&self) -> Vec<ListenerId> {
+        let is_limited = self.connection_limit.is_some() || self.backing_off;
+        let limited = self
+            .listeners
+            .iter()
+            .filter(|(_, entry)| is_limited || entry.connection_limit.is_some());
+        let limited = limited.map(|(listener, _)| *listener);
+        limited.filter(|id| self.is_paused(*id)).collect()
+    }
+
+    /// Sets the maximum number of connections of this listener that the application wants to hold.
+    /// A disconnecting worker ignores it and serves everything that is left, unless it drops the
+    /// excess.
+    pub(crate) fn set_connection_limit(&mut self, listener: ListenerId, limit: Option<u64>) {
+        let serves_all = self.disconnect == Disconnect::Received;
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if serves_all && !entry.drops_excess {
+            return;
+        }
+        entry.connection_limit = limit;
+        self.pause_if_full(listener);
+        self.notify_ready(listener);
+    }
+
+    /// Drops connections beyond the limit from now on, instead of leaving them to other workers.
+    pub(crate) fn drop_excess(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.drops_excess = true;
+            self.notify_ready(listener);
+        }
+    }
+
+    /// Descriptors are running out: callbacks get no more connections than the application holds
+    /// now.
+    pub(crate) fn fds_scarce(&mut self) {
+        // At least one, for a process that starts with hardly any descriptor left.
+        let held = self.open_connections.max(1);
+        let limit = self.connection_limit;
+        self.connection_limit = Some(limit.map_or(held, |limit| limit.min(held)));
+        self.pause_full_listeners();
+    }
+
+    /// There are plenty of descriptors again.
+    pub(crate) fn fds_plentiful(&mut self) {
+        if self.connection_limit.is_some() {
+            let paused = self.paused_listeners();
+            self.connection_limit = None;
+            self.resume(paused);
+        }
+    }
+
+    /// No descriptor is left: the connections in the queues are for other workers, until
+    /// `backoff_elapsed`.
+    pub(crate) fn fds_exhausted(&mut self) {
+        self.backing_off = true;
+        self.pause_full_listeners();
+    }
+
+    /// There may be descriptors again.
+    pub(crate) fn backoff_elapsed(&mut self) {
+        let paused = self.paused_listeners();
+        self.backing_off = false;
+        self.resume(paused);
+    }
+}
+
+impl Entry {
+    fn is_at_limit(&self) -> bool {
+        self.connection_limit
+            .is_some_and(|limit| self.open_connections >= limit)
+    }
+}

@@ -1,0 +1,347 @@
+//! How one listener of a worker opens, drains and closes.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use super::capacity::QueueReport;
+use super::{Action, HandleId, ListenStatus, WorkerCore};
+use crate::config::settings::SchedulingPolicy;
+use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::errno;
+use crate::wire::frame::{Bound, FrameError, HandleKey, ToMaster};
+
+/// Names a listener to the application. A number is not reused while its listener is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ListenerId(pub(crate) u32);
+
+/// The highest number of a listener that fits into a key of the poller.
+pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
+
+/// The life of a listener.
+///
+/// | stage | event | next |
+/// |---|---|---|
+/// | (none) | `listen` | `Requested` |
+/// | (none) | `listen_privately` | `Open(None)` |
+/// | (none) | either, while the worker is disconnecting | `Closed` |
+/// | `Requested` | reply | `Open(Some(_))` or `Failed` |
+/// | `Requested` | `close`, `forget`, or the worker disconnects | `Abandoned` |
+/// | `Abandoned` | reply | removed and released, or `Failed` |
+/// | `Open` | the master says that nothing more comes; the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
+/// | `Open`, `Draining` | `close`, `forget` | `Closed` |
+/// | all but `Failed` | the channel closes | `Closed` |
+///
+/// The payload of `Open` and `Draining` is the master's name of the listener, which a private
+/// listener does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Requested,
+    /// Given up before the reply arrived. It closes when the reply arrives.
+    Abandoned,
+    /// The errno of the reply.
+    Failed(i32),
+    Open(Option<HandleId>),
+    /// No new connections come. Those in the backlog or queue can still be accepted.
+    Draining(Option<HandleId>),
+    Closed,
+}
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    kind: Kind,
+    /// The key that was requested from the master; `None` for a private listener.
+    key: Option<HandleKey>,
+    address: Option<SocketAddr>,
+    policy: SchedulingPolicy,
+    pub(super) stage: Stage,
+    /// Connections go to a callback, not to a blocking `accept`.
+    pub(super) has_callback: bool,
+    /// Connections received from the queue.
+    pub(super) received: u64,
+    /// The last report about the queue that the master was sent.
+    pub(super) report: QueueReport,
+    /// Connections of this listener that the application holds.
+    pub(super) open_connections: u64,
+    /// The maximum of `open_connections` that the application wants.
+    pub(super) connection_limit: Option<u64>,
+    /// Connections beyond the limit are received and dropped, instead of being left to other
+    /// workers.
+    pub(super) drops_excess: bool,
+    /// It keeps the application running.
+    pub(super) referenced: bool,
+    /// The master was sent `Listening`.
+    listening_sent: bool,
+}
+
+impl Entry {
+    pub(super) fn handle(&self) -> Option<HandleId> {
+        match self.stage {
+            Stage::Open(handle) | Stage::Draining(handle) => handle,
+            Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => None,
+        }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.stage, Stage::Open(_) | Stage::Draining(_))
+    }
+
+    pub(super) fn has_queue(&self) -> bool {
+        self.key.is_some() && self.policy == SchedulingPolicy::RoundRobin
+    }
+}
+
+// Queries of the shell.
+impl<F> WorkerCore<F> {
+    pub(crate) fn listen_status(&self, listener: ListenerId) -> ListenStatus {
+        match self.listeners.get(&listener) {
+            Some(entry) => match entry.stage {
+                Stage::Requested => ListenStatus::Pending,
+                Stage::Failed(errno) => ListenStatus::Failed(errno),
+                Stage::Open(_) | Stage::Draining(_) | Stage::Abandoned | Stage::Closed => {
+                    ListenStatus::Done(entry.address)
+                }
+            },
+            None => ListenStatus::Pending,
+        }
+    }
+
+    /// Whether the application can expect no further connection.
+    pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
+        match self.listeners.get(&listener) {
+            Some(entry) => match entry.stage {
+                // A draining listener closes when accepting finds it empty.
+                Stage::Requested | Stage::Open(_) | Stage::Draining(_) => false,
+                Stage::Failed(_) | Stage::Abandoned | Stage::Closed => true,
+            },
+            None => true,
+        }
+    }
+
+    /// Whether the application has not dropped the listener.
+    pub(crate) fn is_known(&self, listener: ListenerId) -> bool {
+        self.listeners.contains_key(&listener)
+    }
+
+    pub(crate) fn is_datagram(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| entry.kind == Kind::Udp)
+    }
+
+    /// Whether any callback waits for connections or datagrams.
+    pub(crate) fn has_any_callback(&self) -> bool {
+        self.listeners.values().any(|entry| entry.has_callback)
+    }
+
+    pub(crate) fn has_callback(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| entry.has_callback)
+    }
+
+    /// Whether its connections come through a queue of the master.
+    pub(crate) fn has_queue(&self, listener: ListenerId) -> bool {
+        self.listeners.get(&listener).is_some_and(Entry::has_queue)
+    }
+
+    /// Whether the listener ends when its backlog or queue is empty.
+    pub(crate) fn is_draining(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| matches!(entry.stage, Stage::Draining(_)))
+    }
+}
+
+impl<F> WorkerCore<F> {
+    /// Requests a listener, or a datagram socket, from the master.
+    pub(crate) fn listen(&mut self, endpoint: Endpoint, flags: BindFlags) -> ListenerId {
+        let used = self
+            .indices
+            .get_or_insert_with(endpoint.clone(), BTreeSet::new);
+        let is_free = |index: &u32| !used.contains(index);
+        let index = (0..).find(is_free).unwrap_or(u32::MAX);
+        used.insert(index);
+        let kind = endpoint.kind;
+        let key = HandleKey { endpoint, index };
+        let requested = Some(key.clone());
+        let policy = SchedulingPolicy::RoundRobin;
+        let listener = self.add(kind, requested, Stage::Requested, policy);
+        if self.listen_status(listener) == ListenStatus::Pending {
+            self.send(ToMaster::Listen {
+                request: listener.0,
+                key,
+                flags,
+            });
+        }
+        listener
+    }
+
+    /// Adds a private listener: a socket that the master does not know.
+    pub(crate) fn listen_privately(&mut self, kind: Kind) -> ListenerId {
+        self.add(kind, None, Stage::Open(None), SchedulingPolicy::Shared)
+    }
+
+    /// A number that no listener has. Numbers start again at 1 after the highest.
+    fn next_listener(&mut self) -> ListenerId {
+        loop {
+            self.last_listener = self.last_listener % MAX_LISTENER + 1;
+            let listener = ListenerId(self.last_listener);
+            if !self.listeners.contains_key(&listener) {
+                return listener;
+            }
+        }
+    }
+
+    /// A disconnecting worker gets listeners that are closed already.
+    fn add(
+        &mut self,
+        kind: Kind,
+        key: Option<HandleKey>,
+        stage: Stage,
+        policy: SchedulingPolicy,
+    ) -> ListenerId {
+        let listener = self.next_listener();
+        let is_late = self.is_disconnecting();
+        let entry = Entry {
+            kind,
+            key,
+            address: None,
+            policy,
+            stage: if is_late { Stage::Closed } else { stage },
+            has_callback: false,
+            received: 0,
+            report: QueueReport::Paused,
+            open_connections: 0,
+            connection_limit: None,
+            drops_excess: false,
+            referenced: true,
+            listening_sent: false,
+        };
+        self.listeners.insert(listener, entry);
+        listener
+    }
+
+    /// The application has received its listener.
+    pub(crate) fn listening(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if let (Some(handle), false) = (entry.handle(), entry.listening_sent) {
+            entry.listening_sent = true;
+            self.send(ToMaster::Listening { handle });
+        }
+    }
+
+    /// The master has replied to a `Listen`.
+    pub(super) fn replied(
+        &mut self,
+        listener: ListenerId,
+        result: Result<Bound, i32>,
+    ) -> Result<Option<ListenerId>, FrameError> {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return Err(FrameError::State("reply without a request"));
+        };
+        let is_abandoned = match entry.stage {
+            Stage::Requested => false,
+            Stage::Abandoned => true,
+            Stage::Failed(_) | Stage::Open(_) | Stage::Draining(_) | Stage::Closed => {
+                return Err(FrameError::State("second reply to one request"));
+            }
+        };
+        match result {
+            Ok(bound) => {
+                entry.address = bound.address;
+                entry.policy = bound.policy;
+                entry.stage = Stage::Open(Some(bound.handle));
+                if is_abandoned {
+                    self.forget(listener);
+                }
+                Ok(Some(listener))
+            }
+            Err(errno) => {
+                entry.stage = Stage::Failed(errno);
+                self.release_index(listener);
+                Ok(None)
+            }
+        }
+    }
+
+    /// The reply to a `Listen` arrived without its descriptor, because this process has none left.
+    ///
+    /// # Errors
+    ///
+    /// [`FrameError::State`] as in `frame`.
+    pub(crate) fn listener_fd_lost(
+        &mut self,
+        request: u32,
+        handle: HandleId,
+    ) -> Result<(), FrameError> {
+        self.replied(ListenerId(request), Err(errno::EMFILE))?;
+        self.send(ToMaster::Release { handle });
+        Ok(())
+    }
+
+    /// Closes a listener. The master reclaims the connections in its queue.
+    pub(crate) fn close(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        match entry.stage {
+            // The index stays in use: the master may have bound it.
+            Stage::Requested => entry.stage = Stage::Abandoned,
+            Stage::Open(handle) | Stage::Draining(handle) => {
+                entry.stage = Stage::Closed;
+                if let Some(handle) = handle {
+                    self.send(ToMaster::Release { handle });
+                    self.release_index(listener);
+                }
+                self.actions.push_back(Action::CloseListener(listener));
+            }
+            Stage::Abandoned | Stage::Failed(_) | Stage::Closed => {}
+        }
+    }
+
+    /// Closes a listener that the application has dropped, and forgets it.
+    pub(crate) fn forget(&mut self, listener: ListenerId) {
+        self.close(listener);
+        let is_settled = |entry: &Entry| entry.stage != Stage::Abandoned;
+        if self.listeners.get(&listener).is_some_and(is_settled) {
+            self.listeners.remove(&listener);
+        }
+    }
+
+    /// Nothing more comes. A listener is emptied before it closes, a datagram socket is not.
+    pub(super) fn drain(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        if entry.kind == Kind::Udp {
+            return self.close(listener);
+        }
+        if let Stage::Open(handle) = entry.stage {
+            entry.stage = Stage::Draining(handle);
+        }
+        self.notify_ready(listener);
+    }
+
+    pub(super) fn by_handle(&self, handle: HandleId) -> Option<ListenerId> {
+        let mut all = self.listeners.iter();
+        let found = all.find(|(_, entry)| entry.handle() == Some(handle));
+        found.map(|(listener, _)| *listener)
+    }
+
+    pub(super) fn listeners_where(&self, is_wanted: impl Fn(&Entry) -> bool) -> Vec<ListenerId> {
+        let wanted = self.listeners.iter().filter(|(_, entry)| is_wanted(entry));
+        wanted.map(|(listener, _)| *listener).collect()
+    }
+
+    fn release_index(&mut self, listener: ListenerId) {
+        let entry = self.listeners.get(&listener);
+        let Some(HandleKey { endpoint, index }) = entry.and_then(|entry| entry.key.as_ref()) else {
+            return;
+        };
+        if let Some(used) = self.indices.get_mut(endpoint) {
+            used.remove(index);
+            if used.is_empty() {
+                self.indices.remove(endpoint);
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+use super::listener::MAX_LISTENER;
+use super::*;
+use crate::config::settings::SchedulingPolicy;
+use crate::types::endpoint::{BindFlags, Kind, Place};
+use crate::types::errno;
+use crate::wire::frame::Bound;
+
+type Core = WorkerCore<()>;
+
+const HANDLE: HandleId = HandleId(1);
+const PAUSE: ToMaster = ToMaster::Pause { handle: HANDLE };
+
+/// An open listener with a callback.
+fn listener(core: &mut Core, handle: HandleId) -> ListenerId {
+    let address = SocketAddr::from(([127, 0, 0, 1], 0));
+    let endpoint = Endpoint::new(Kind::Tcp, Place::Ip(address));
+    let listener = core.listen(endpoint, BindFlags::default());
+    let result = Ok(Bound {
+        handle,
+        policy: SchedulingPolicy::RoundRobin,
+        address: Some(address),
+    });
+    let reply = ToWorker::Reply {
+        request: listener.0,
+        result,
+    };
+    core.frame(reply).unwrap();
+    core.use_callback(listener);
+    listener
+}
+
+fn sent(core: &mut Core) -> Vec<ToMaster> {
+    let actions = std::iter::from_fn(|| core.next_action());
+    let frames = actions.filter_map(|action| match action {
+        Action::Send(frame) => Some(frame),
+        Action::CloseListener(_) | Action::AttachSynFilter(_) | Action::CloseChannel => None,
+    });
+    frames.collect()
+}
+
+/// Whether the listener's callback may accept. It finds the queue empty.
+fn accepts(core: &mut Core, listener: ListenerId) -> bool {
+    let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
+    core.found_empty(listener);
+    let is_ready = |event: &Event<_>| matches!(event, Event::ListenerReady(id) if *id == listener);
+    events.iter().any(is_ready)
+}
+
+fn idle(taken: u64, open: u32) -> ToMaster {
+    let handle = HANDLE;
+    ToMaster::Idle {
+        handle,
+        taken,
+        open,
+    }
+}
+
+#[test]
+fn listener_numbers_start_again_and_skip_those_in_use() {
+    let mut core = Core::new();
+    let first = core.listen_privately(Kind::Tcp);
+    core.last_listener = MAX_LISTENER - 1;
+    let later = [Kind::Tcp, Kind::Udp].map(|kind| core.listen_privately(kind));
+    assert_eq!(first, ListenerId(1));
+    assert_eq!(later, [ListenerId(MAX_LISTENER), ListenerId(2)]);
+    assert!(core.is_datagram(later[1]) && !core.is_datagram(first));
+}
+
+#[test]
+fn empty_queue_is_reported_once() {
+    let mut core = Core::new();
+    let listener = listener(&mut core, HANDLE);
+    sent(&mut core);
+    assert!(accepts(&mut core, listener));
+    assert_eq!(sent(&mut core), [idle(0, 0)]);
+    assert!(!accepts(&mut core, listener));
+    assert_eq!(sent(&mut core), []);
+    core.connection_opened(listener);
+    core.connection_opened(listener);
+    core.found_empty(listener);
+    assert_eq!(sent(&mut core), [idle(2, 2)]);
+}
+
+#[test]
+fn full_worker_is_paused_until_a_connection_closes() {
+    let mut core = Core::new();
+    let listener = listener(&mut core, HANDLE);
+    core.set_connection_limit(listener, Some(1));
+    assert!(accepts(&mut core, listener));
+    sent(&mut core);
+    core.connection_opened(listener);
+    assert!(core.is_paused(listener));
+    assert_eq!(sent(&mut core), [PAUSE]);
+    core.found_empty(listener);
+    core.set_connection_limit(listener, Some(0));
+    assert_eq!(sent(&mut core), [], "the master knows");
+    core.set_connection_limit(listener, Some(1));
+    core.connection_closed(Some(listener));
+    assert!(accepts(&mut core, listener));
+    assert_eq!(sent(&mut core), [idle(1, 0)]);
+}
+
+#[test]
+fn limit_above_the_open_connections_sends_no_pause() {
+    let mut core = Core::new();
+    let listener = listener(&mut core, HANDLE);
+    accepts(&mut core, listener);
+    sent(&mut core);
+    core.connection_opened(listener);
+    for (limit, is_full) in [
+        (Some(8), false),
+        (Some(1), true),
+        (Some(1), true),
+        (None, false),
+    ] {
+        core.set_connection_limit(listener, limit);
+        assert_eq!(core.is_paused(listener), is_full, "{limit:?}");
+    }
+    assert_eq!(sent(&mut core), [PAUSE]);
+}
+
+#[test]
+fn exhausted_descriptors_pause_all_queues_until_the_backoff_elapses() {
+    let mut core = Core::new();
+    let second_handle = HandleId(2);
+    let first = listener(&mut core, HANDLE);
+    let second = listener(&mut core, second_handle);
+    for listener in [first, second] {
+        accepts(&mut core, listener);
+    }
+    sent(&mut core);
+    core.fds_exhausted();
+    let second_pause = ToMaster::Pause {
+        handle: second_handle,
+    };
+    assert_eq!(sent(&mut core), [PAUSE, second_pause]);
+    assert!(!accepts(&mut core, first));
+    assert_eq!(sent(&mut core), []);
+    core.backoff_elapsed();
+    assert!(accepts(&mut core, first));
+    assert_eq!(sent(&mut core), [idle(0, 0)]);
+}
+
+#[test]
+fn callbacks_leave_some_descriptors_to_the_application() {
+    let mut core = Core::new();
+    let listener = listener(&mut core, HANDLE);
+    let blocking = core.listen_privately(Kind::Tcp);
+    accepts(&mut core, listener);
+    core.connection_opened(listener);
+    core.connection_opened(listener);
+    core.fds_scarce();
+    assert!(core.is_paused(listener) && !core.is_paused(blocking));
+    core.connection_closed(Some(listener));
+    assert!(
+        !core.is_paused(listener),
+        "one connection may replace the closed one"
+    );
+    assert!(accepts(&mut core, listener));
+    core.connection_opened(listener);
+    core.fds_plentiful();
+    assert!(accepts(&mut core, listener));
+    core.connection_opened(listener);
+    assert!(!core.is_paused(listener));
+}
+
+#[test]
+fn listener_without_its_descriptor_is_released() {
+    let mut core = Core::new();
+    let path = Place::Path("/path".into());
+    let listener = core.listen(Endpoint::new(Kind::Unix, path), BindFlags::default());
+    sent(&mut core);
+    core.listener_fd_lost(listener.0, HANDLE).unwrap();
+    assert_eq!(sent(&mut core), [ToMaster::Release { handle: HANDLE }]);
+    let failed = ListenStatus::Failed(errno::EMFILE);
+    assert_eq!(core.listen_status(listener), failed);
+}
+
+#[test]
+fn disconnecting_worker_ignores_its_connection_limit() {
+    let mut core = Core::new();
+    let listener = listener(&mut core, HANDLE);
+    accepts(&mut core, listener);
+    core.set_connection_limit(listener, Some(0));
+    assert!(!accepts(&mut core, listener));
+    core.frame(ToWorker::Disconnect).unwrap();
+    assert!(accepts(&mut core, listener));
+    let (handle, drain) = (HANDLE, true);
+    core.frame(ToWorker::ListenerClosed { handle, drain })
+        .unwrap();
+    assert!(accepts(&mut core, listener), "for the last connections");
+    assert!(!core.has_ended(listener));
+    core.close(listener);
+    assert!(core.has_ended(listener));
+}

@@ -1,0 +1,98 @@
+//! The `frame` target: the decoder of frames.
+
+use super::{Input, descriptors};
+use crate::wire::channel::inbox::{Arrival, Inbox};
+use crate::wire::frame::{
+    BATCH_OFFSET, Frame, FrameError, HEADER, Header, MAX_BODY, MAX_FDS, ToMaster, ToWorker,
+};
+
+/// Encodes what it decodes to the same bytes, and decodes the same frames and the same error
+/// however the bytes are cut into pieces.
+pub fn frame(data: &[u8]) {
+    let mut input = Input(data);
+    let batches = [input.byte(), input.byte()];
+    let count = usize::from(input.byte()) % 16;
+    let cuts = input.bytes(count);
+    let bytes = input.0;
+    round_trip::<ToMaster>(bytes);
+    round_trip::<ToWorker>(bytes);
+    cut::<ToMaster>(bytes, cuts, batches);
+    cut::<ToWorker>(bytes, cuts, batches);
+}
+
+fn round_trip<F: Frame>(bytes: &[u8]) {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
+        return;
+    };
+    let Ok(header) = Header::decode(*header) else {
+        return;
+    };
+    assert!(header.length <= MAX_BODY && header.fds <= MAX_FDS);
+    let Some(body) = rest.get(..header.length) else {
+        return;
+    };
+    if let Ok(frame) = F::decode(header.kind, header.fds, body) {
+        let mut again = Vec::new();
+        frame.encode(header.fds, &mut again);
+        // The writer fills it in when the descriptors leave.
+        again[BATCH_OFFSET] = bytes[BATCH_OFFSET];
+        assert_eq!(again, bytes[..HEADER + header.length]);
+    }
+}
+
+fn cut<F: Frame + PartialEq + std::fmt::Debug>(bytes: &[u8], cuts: &[u8], batches: [u8; 2]) {
+    let mut pieces = Vec::new();
+    let mut rest = bytes;
+    for cut in cuts {
+        let (piece, remainder) = rest.split_at(rest.len().min((*cut).into()));
+        pieces.push(piece);
+        rest = remainder;
+    }
+    pieces.push(rest);
+    assert_eq!(read::<F>(&pieces, batches), read::<F>(&[bytes], batches));
+}
+
+/// A frame as it arrived, without its descriptors.
+#[derive(Debug, PartialEq)]
+struct Read<F> {
+    frame: F,
+    fds: usize,
+    lost_fds: bool,
+}
+
+/// Reads frames until there is an error. Two batches of descriptors arrive before them, complete or
+/// not.
+fn read<F: Frame>(pieces: &[&[u8]], batches: [u8; 2]) -> (Vec<Read<F>>, Option<FrameError>) {
+    let mut inbox = Inbox::default();
+    for batch in batches {
+        inbox.push_fds(
+            descriptors(usize::from(batch) % (2 * MAX_FDS)),
+            batch >= 128,
+        );
+    }
+    let mut frames = Vec::new();
+    for piece in pieces {
+        inbox.push(piece);
+        loop {
+            match inbox.next() {
+                Ok(None) => break,
+                Ok(Some(arrival)) => {
+                    let Arrival {
+                        frame,
+                        fds,
+                        lost_fds,
+                        ..
+                    } = arrival;
+                    let fds = fds.len();
+                    frames.push(Read {
+                        frame,
+                        fds,
+                        lost_fds,
+                    });
+                }
+                Err(error) => return (frames, Some(error)),
+            }
+        }
+    }
+    (frames, None)
+}

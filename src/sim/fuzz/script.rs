@@ -1,0 +1,586 @@
+//! The `master_input` target: a script for the master, one hostile and one honest worker.
+//!
+//! The hostile worker is raw: its bytes go through the inbox of a channel into the master's core.
+//! The honest one is a worker of this crate, whose application serves its clients. The script also
+//! decides about the clients, the master's application, the clock, and what the system refuses.
+//! After each step the master has carried out everything that it decided.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use super::{Input, descriptors};
+use crate::config::settings::SchedulingPolicy;
+use crate::core::worker::{ListenStatus, ListenerId};
+use crate::error::Error;
+use crate::sim::kernel::socket::{Client, Port, endpoint};
+use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World};
+use crate::types::endpoint::{BindFlags, Kind};
+use crate::types::errno;
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::channel::inbox::{MAX_EARLY_FDS, READ_SIZE};
+use crate::wire::frame::{
+    BATCH_OFFSET, Bound, Frame, HEADER, HandleId, HandleKey, MAX_BATCH, MAX_BODY, ToMaster,
+    ToWorker,
+};
+
+/// How often something happened. A script in which nothing happens proves nothing.
+pub(super) type Reached = BTreeMap<&'static str, usize>;
+
+pub(super) const SERVED: &str = "connections received by the honest worker";
+pub(super) const DISPATCHED: &str = "connections dispatched to the hostile worker";
+pub(super) const RECEIVED: &str = "connections received by the hostile worker";
+pub(super) const RECLAIMED: &str = "connections reclaimed from the hostile worker";
+pub(super) const RECLAIMED_FROM_HONEST: &str = "connections reclaimed from the honest worker";
+pub(super) const FALSE_CLAIMS: &str = "claims of connections that were not received";
+pub(super) const DENIED: &str = "listeners denied to the hostile worker";
+pub(super) const DISCARDED: &str = "discarded channels";
+
+/// The number of connections that a callback of a worker receives at once, as in the shell.
+const ACCEPT_BATCH: u32 = 16;
+/// The maximum number of listeners that the application of the honest worker has.
+const MAX_HONEST_LISTENERS: usize = 4;
+
+/// Runs a script.
+pub(super) fn run(data: &[u8]) -> Reached {
+    let mut input = Input(data);
+    let mut script = Script::new(input.byte());
+    while !input.is_empty() {
+        script.step(&mut input);
+        script.check();
+    }
+    script.finish();
+    script.reached()
+}
+
+/// The state of the hostile worker.
+struct Hostile {
+    id: WorkerId,
+    is_online: bool,
+    /// How often it has requested each endpoint.
+    requested: BTreeMap<u32, u32>,
+    listeners: BTreeSet<HandleId>,
+}
+
+impl Hostile {
+    fn new(id: WorkerId) -> Self {
+        Self {
+            id,
+            is_online: false,
+            requested: BTreeMap::new(),
+            listeners: BTreeSet::new(),
+        }
+    }
+}
+
+struct Script {
+    world: World,
+    hostile: Hostile,
+    honest: WorkerId,
+    /// The master's application has disconnected the honest worker.
+    honest_is_dismissed: bool,
+    /// The call of the master's application in its next callback, or 0.
+    reaction: u8,
+    denied: usize,
+}
+
+impl Script {
+    fn new(choice: u8) -> Self {
+        let policy = if choice % 4 == 3 {
+            SchedulingPolicy::Shared
+        } else {
+            SchedulingPolicy::RoundRobin
+        };
+        let mut world = World::new(Config {
+            policy,
+            counts_queues: choice & 4 == 0,
+            accept_batch: ACCEPT_BATCH,
+        });
+        let hostile = Hostile::new(world.fork_raw());
+        let honest = world.fork();
+        let mut script = Self {
+            world,
+            hostile,
+            honest,
+            honest_is_dismissed: false,
+            reaction: 0,
+            denied: 0,
+        };
+        script.settle();
+        script
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) {
+        match input.byte() % 32 {
+            0..=9 => self.write_frame(input),
+            10 => {
+                let (length, fds) = (input.byte(), input.byte());
+                let bytes = input.bytes(length.into());
+                // Descriptors come rarely, and then by the dozen: each costs a system call.
+                let count = usize::from(fds).saturating_sub(192);
+                self.write(bytes, count, fds == 191);
+            }
+            11..=16 => self.run_honest_application(input.byte()),
+            17..=18 => drop(self.world.master_receives(self.honest)),
+            19..=20 => drop(self.honest_reads()),
+            21 => self.exchange(),
+            22..=24 => self.connect(input.byte(), input.byte()),
+            25 => self.poll(),
+            26 => self.pass(input.byte()),
+            27 => self.close_hostile_channel(),
+            28 => self.exit_hostile(),
+            29 => self.reaction = input.byte(),
+            30 => self.call(input.byte()),
+            _ => self.cooperate(input.byte()),
+        }
+        self.settle();
+    }
+
+    /// The master carries out what it decided, and its application receives its events.
+    fn settle(&mut self) {
+        loop {
+            while self.world.carry_out_next() || self.world.flush_next() {}
+            self.hostile_reads();
+            if !self.world.master_is_idle() {
+                continue;
+            }
+            if self.world.deliver_next().is_none() {
+                break;
+            }
+            match std::mem::take(&mut self.reaction) {
+                0 => {}
+                choice => self.call(choice),
+            }
+        }
+    }
+
+    fn check(&mut self) {
+        self.world.check();
+        self.world.check_queued();
+        let is_connected = self.world.master.is_connected(self.honest);
+        assert!(
+            is_connected || self.honest_is_dismissed,
+            "the honest worker is disconnected"
+        );
+        assert!(self.world.master_is_idle(), "not settled");
+        assert_eq!(self.world.master.sizes().events, 0, "not settled");
+    }
+
+    fn reached(&self) -> Reached {
+        let mut reached = Reached::new();
+        let mut count = |what, times| *reached.entry(what).or_default() += times;
+        for process in self.world.processes.values() {
+            let counters = process.counters;
+            if process.inbox.is_none() {
+                count(SERVED, counters.received);
+                count(RECLAIMED_FROM_HONEST, counters.reclaimed);
+            } else {
+                count(DISPATCHED, counters.dispatched);
+                count(RECEIVED, counters.received);
+                count(RECLAIMED, counters.reclaimed);
+                count(FALSE_CLAIMS, counters.false_claims);
+                count(DISCARDED, counters.discarded);
+            }
+        }
+        count(DENIED, self.denied);
+        reached
+    }
+}
+
+// The hostile worker.
+impl Script {
+    fn hostile_reads(&mut self) {
+        while let Some(frame) = self.world.raw_reads(self.hostile.id) {
+            if let ToWorker::Reply { result, .. } = frame {
+                match result {
+                    Ok(Bound { handle, .. }) => drop(self.hostile.listeners.insert(handle)),
+                    Err(errno) => self.denied += usize::from(errno == errno::EMFILE),
+                }
+            }
+        }
+    }
+
+    /// Bytes arrive, with descriptors, some of which the kernel may have dropped.
+    fn write(&mut self, bytes: &[u8], fds: usize, lost_fds: bool) {
+        let id = self.hostile.id;
+        let process = self.world.process(id);
+        if !process.master_end || !process.worker_end {
+            return;
+        }
+        let inbox = process.inbox.as_mut().expect("a raw worker");
+        inbox.push_fds(descriptors(fds), lost_fds);
+        inbox.push(bytes);
+        while self.world.master_reads(id) {
+            self.settle();
+        }
+        self.settle();
+        let process = self.world.process(id);
+        let size = process.inbox.as_ref().expect("a raw worker").size();
+        assert!(size.bytes <= HEADER + MAX_BODY + READ_SIZE);
+        assert!(!process.master_end || size.fds <= MAX_EARLY_FDS + MAX_BATCH);
+    }
+
+    /// It writes a well-formed frame, in one or two pieces.
+    fn write_frame(&mut self, input: &mut Input<'_>) {
+        let frame = self.invent(input);
+        let (fds, lost_fds) = if matches!(frame, ToMaster::Message(_)) {
+            let choices = [(0, false), (1, false), (3, false), (1, true)];
+            choices[usize::from(input.byte()) % 4]
+        } else {
+            (0, false)
+        };
+        let mut bytes = Vec::new();
+        let announced = fds + usize::from(lost_fds);
+        frame.encode(announced, &mut bytes);
+        bytes[BATCH_OFFSET] = u8::try_from(announced).unwrap_or(0);
+        let at = usize::from(input.byte()).min(bytes.len());
+        let (first, second) = bytes.split_at(at);
+        self.write(first, fds, lost_fds);
+        self.write(second, 0, false);
+    }
+
+    fn invent(&self, input: &mut Input<'_>) -> ToMaster {
+        let choice = input.byte();
+        let handle = HandleId(u32::from(choice / 8));
+        let received = self.world.count_received(handle, self.hostile.id);
+        match choice % 8 {
+            0 => ToMaster::Online,
+            1 => ToMaster::Listen {
+                request: input.number(),
+                key: HandleKey {
+                    endpoint: endpoint(input.number()),
+                    index: input.number(),
+                },
+                flags: BindFlags::default(),
+            },
+            2 => ToMaster::Listening { handle },
+            3 => ToMaster::Idle {
+                handle,
+                taken: input.long(),
+                open: input.number(),
+            },
+            // The master may believe this claim.
+            4 => ToMaster::Idle {
+                handle,
+                taken: received.saturating_add(input.long()),
+                open: input.number(),
+            },
+            5 => ToMaster::Release { handle },
+            6 => ToMaster::Pause { handle },
+            _ if choice == 255 => ToMaster::DisconnectRequest,
+            _ => ToMaster::Message(vec![0; choice.into()]),
+        }
+    }
+
+    /// It does what an honest worker would do, or makes its own queue useless.
+    fn cooperate(&mut self, choice: u8) {
+        let (id, kind, more) = (self.hostile.id, choice % 8, u32::from(choice / 8));
+        let count = self.hostile.listeners.len().max(1);
+        let mut listeners = self.hostile.listeners.iter();
+        let listener = listeners.nth(more as usize % count).copied();
+        let frame = match (kind, listener) {
+            _ if !std::mem::replace(&mut self.hostile.is_online, true) => ToMaster::Online,
+            (0, _) | (_, None) => {
+                let requested = self.hostile.requested.entry(more).or_default();
+                let index = *requested;
+                *requested += 1;
+                let endpoint = endpoint(more);
+                ToMaster::Listen {
+                    request: 1,
+                    key: HandleKey { endpoint, index },
+                    flags: BindFlags::default(),
+                }
+            }
+            (1, Some(handle)) => {
+                self.receive(handle);
+                return;
+            }
+            (4, Some(handle)) => ToMaster::Pause { handle },
+            (5, Some(handle)) if more % 4 == 3 => {
+                self.hostile.listeners.remove(&handle);
+                ToMaster::Release { handle }
+            }
+            (5, Some(handle)) if more % 4 == 2 => {
+                if let Some(queue) = self.world.queues.get_mut(&(handle, id)) {
+                    queue.is_shut = true;
+                }
+                return;
+            }
+            (2 | 3, Some(handle)) => {
+                self.receive(handle);
+                self.idle(handle)
+            }
+            (_, Some(handle)) => {
+                while self.receive(handle) {}
+                self.idle(handle)
+            }
+        };
+        let mut bytes = Vec::new();
+        frame.encode(0, &mut bytes);
+        self.write(&bytes, 0, false);
+    }
+
+    fn receive(&mut self, handle: HandleId) -> bool {
+        let id = self.hostile.id;
+        self.world.processes[&id].is_alive() && self.world.receive_and_close(handle, id)
+    }
+
+    /// A true frame.
+    fn idle(&self, handle: HandleId) -> ToMaster {
+        ToMaster::Idle {
+            handle,
+            taken: self.world.count_received(handle, self.hostile.id),
+            open: 0,
+        }
+    }
+
+    fn close_hostile_channel(&mut self) {
+        let id = self.hostile.id;
+        if self.world.process(id).master_end {
+            self.world.process(id).close_end();
+            self.world.handle(Fact::End(id));
+        }
+    }
+
+    fn exit_hostile(&mut self) {
+        let id = self.hostile.id;
+        if self.world.process(id).is_alive() {
+            self.world.exit(id, ExitStatus::from_raw(9));
+            self.world.handle(Fact::Exit(id));
+        }
+    }
+
+    /// Another hostile worker follows, if the last one is gone.
+    fn replace_hostile(&mut self) {
+        let process = &self.world.processes[&self.hostile.id];
+        if !process.master_end && !process.is_alive() {
+            self.hostile = Hostile::new(self.world.fork_raw());
+        }
+    }
+}
+
+// The honest worker.
+impl Script {
+    fn honest_reads(&mut self) -> bool {
+        let has_read = self.world.worker_reads(self.honest);
+        self.world.flush(self.honest);
+        self.run_honest();
+        has_read
+    }
+
+    /// It does what its core decided, and its application blocks in `accept` or runs its loop.
+    fn run_honest(&mut self) {
+        loop {
+            self.world.run_worker(self.honest);
+            if !self.world.try_blocking_accept(self.honest) {
+                break;
+            }
+        }
+    }
+
+    /// Its application waits, and its poller reports what is ready.
+    fn poll_honest(&mut self) {
+        let process = self.world.process(self.honest);
+        if process.accepting.is_none() {
+            process.core.waiting_for_events();
+        }
+        self.world.poll_listeners(self.honest);
+        self.run_honest();
+    }
+
+    /// Its application goes on: it listens, accepts, or closes what it has.
+    fn run_honest_application(&mut self, choice: u8) {
+        let process = self.world.process(self.honest);
+        let count = process.listeners.len();
+        match choice % 8 {
+            0 if count < MAX_HONEST_LISTENERS => {
+                let endpoint = endpoint((choice / 8).into());
+                self.world.listen(self.honest, endpoint);
+            }
+            1 | 2 => self.world.close_connection(self.honest, choice / 8),
+            3 => self.poll_honest(),
+            4..=7 if count > 0 => {
+                let listener = process.listeners[usize::from(choice / 8) % count];
+                match process.core.listen_status(listener) {
+                    ListenStatus::Pending => {}
+                    ListenStatus::Failed(_) => self.world.drop_listener(self.honest, listener),
+                    ListenStatus::Done(_) => self.use_listener(listener, choice),
+                }
+            }
+            _ => {}
+        }
+        self.run_honest();
+    }
+
+    fn use_listener(&mut self, listener: ListenerId, choice: u8) {
+        let process = self.world.process(self.honest);
+        let core = &mut process.core;
+        if core.is_datagram(listener) {
+            return;
+        }
+        if choice >= 192 {
+            let limit = (choice & 32 == 0).then_some(0);
+            core.set_connection_limit(listener, limit);
+        } else if choice >= 128 {
+            if process.accepting != Some(listener) {
+                self.world.drop_listener(self.honest, listener);
+            }
+        } else if choice % 8 == 4 {
+            core.listening(listener);
+        } else if choice % 8 == 5 {
+            core.use_callback(listener);
+        } else if process.accepting.is_none() && !core.has_callback(listener) {
+            process.accepting = Some(listener);
+        }
+    }
+
+    /// Everything in flight between the master and the honest worker arrives.
+    fn exchange(&mut self) {
+        loop {
+            self.poll_honest();
+            let has_received = self.world.master_receives(self.honest);
+            self.settle();
+            if !self.honest_reads() && !has_received {
+                break;
+            }
+        }
+    }
+}
+
+// The master's application, its system, the clients and the clock.
+impl Script {
+    fn call(&mut self, choice: u8) {
+        let (hostile, honest) = (Some(self.hostile.id), Some(self.honest));
+        let flag = choice & 32 != 0;
+        let world = &mut self.world;
+        match choice % 32 {
+            0..=3 => world.call(Call::Disconnect, hostile, 0),
+            4..=5 => world.call(Call::Kill, hostile, 0),
+            6 => world.call(Call::Signal, hostile, 0),
+            7..=10 => world.call(Call::CloseChannel, hostile, 0),
+            11 if flag => world.call(Call::Ref, hostile, 0),
+            11 => world.call(Call::Unref, hostile, 0),
+            12..=14 => {
+                let (worker, source) = (hostile, io::Error::from_raw_os_error(32));
+                world.report(|core| core.error(worker, Error::Channel { worker, source }));
+            }
+            15..=16 => self.replace_hostile(),
+            17 => world.report(Master::setup),
+            18..=21 => self.sweep(choice / 64),
+            22..=24 => {
+                self.honest_is_dismissed = true;
+                match choice % 32 {
+                    22 => world.call(Call::Disconnect, honest, 0),
+                    23 => world.disconnect_all(flag),
+                    _ => world.call(Call::CloseChannel, honest, 0),
+                }
+            }
+            25 => drop(world.failing.insert(Failure::Bind)),
+            26 => drop(world.failing.insert(Failure::Accept)),
+            27 => drop(world.failing.insert(Failure::Send)),
+            28 => drop(world.failing.insert(Failure::Reclaim)),
+            29 => drop(world.failing.insert(Failure::Share)),
+            30 => drop(world.failing.insert(Failure::Receive)),
+            _ => {
+                world.count_queues();
+                self.settle();
+                self.world.check_received();
+            }
+        }
+    }
+
+    /// A quarter of the clients that wait in the master have hung up.
+    fn sweep(&mut self, quarter: u8) {
+        let mut left = Vec::new();
+        let has_left = |connection: &Client| {
+            let has_left = connection.client % 4 == quarter.into();
+            left.extend(has_left.then_some(connection.client));
+            has_left
+        };
+        self.world.report(|core| core.sweep(usize::MAX, has_left));
+        for client in left {
+            self.world.fates[client as usize].left = true;
+        }
+    }
+
+    fn connect(&mut self, choice: u8, count: u8) {
+        for _ in 0..count {
+            self.world.connect(choice);
+        }
+        self.poll();
+    }
+
+    /// The master's poller reports the listeners that it watches, until none is ready.
+    fn poll(&mut self) {
+        let is_ready = |(_, port): &(&HandleId, &Port)| port.is_ready();
+        while let Some((handle, _)) = self.world.ports.iter().find(is_ready) {
+            self.world.handle(Fact::Readable(*handle));
+            self.settle();
+        }
+    }
+
+    fn pass(&mut self, millis: u8) {
+        self.world.pass(Time::from_millis(millis.into()));
+        self.run_honest();
+        self.world.flush(self.honest);
+        self.world.flush(self.hostile.id);
+        self.world.handle(Fact::Time);
+        self.settle();
+        let deadline = self.world.master.deadline();
+        let is_later = |deadline| deadline > self.world.now();
+        assert!(deadline.is_none_or(is_later), "the loop spins");
+    }
+}
+
+// The end.
+impl Script {
+    /// The hostile worker exits, and the honest one serves all clients. Then everything ends.
+    fn finish(&mut self) {
+        self.world.failing.clear();
+        self.reaction = 0;
+        self.close_hostile_channel();
+        self.settle();
+        self.exit_hostile();
+        self.settle();
+        if self.honest_is_dismissed {
+            return self.world.end(Ending::Kill);
+        }
+        self.serve_all();
+        self.check();
+        self.world.end(Ending::Stop);
+    }
+
+    /// All clients that have connected are served, and one more at each listener. The honest
+    /// application uses callbacks for all listeners, without limits.
+    fn serve_all(&mut self) {
+        for _ in 0..2 {
+            self.exchange();
+            self.pass(100);
+        }
+        let open = self.world.ports.values().filter(|port| port.is_open());
+        let count = u8::try_from(open.count()).expect("few listeners");
+        for n in 0..count {
+            self.world.connect(n);
+        }
+        let process = self.world.process(self.honest);
+        process.accepting = None;
+        for listener in process.listeners.clone() {
+            if let ListenStatus::Done(_) = process.core.listen_status(listener) {
+                process.core.set_connection_limit(listener, None);
+                process.core.use_callback(listener);
+            }
+        }
+        self.poll();
+        self.exchange();
+        // A round serves one client of each listener, and those that had to wait are few.
+        self.world.run_until(ROUNDS, |world| {
+            let is_empty = |port: &Port| {
+                port.is_unbound() || port.kind() == Kind::Udp || port.backlog.is_empty()
+            };
+            world.ports.values().all(is_empty) && world.master.in_hand() == 0
+        });
+        self.world.check_served();
+    }
+}

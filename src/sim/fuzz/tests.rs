@@ -1,0 +1,277 @@
+//! The fuzz targets, run on the stored inputs and on random ones.
+
+use std::cell::RefCell;
+use std::path::Path;
+
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+
+use super::script::{
+    DENIED, DISCARDED, DISPATCHED, FALSE_CLAIMS, RECEIVED, RECLAIMED, RECLAIMED_FROM_HONEST,
+    Reached, SERVED,
+};
+use super::{frame, master_input, script};
+use crate::core::dispatch::MAX_WINDOW;
+use crate::sim::kernel::check::MAX_LISTENERS;
+
+/// Runs the stored inputs of a target.
+fn replay(target: &str, run: fn(&[u8])) {
+    let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let corpus = std::fs::read_dir(corpora.join(target)).expect("a corpus");
+    let inputs: Vec<_> = corpus.map(|input| input.expect("input").path()).collect();
+    assert!(inputs.len() > 20, "only {} inputs", inputs.len());
+    for input in inputs {
+        println!("{}", input.display());
+        run(&std::fs::read(input).expect("input"));
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "reads files; slow")]
+fn frame_corpus() {
+    replay("frame", frame);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "reads files; slow")]
+fn master_input_corpus() {
+    replay("master_input", master_input);
+}
+
+/// The maximum length of an input in bytes. Miri is a thousand times slower.
+const MAX_INPUT: usize = if cfg!(miri) { 40 } else { 600 };
+
+/// Frames with well-formed headers and arbitrary bodies.
+fn frames() -> impl Strategy<Value = Vec<u8>> {
+    let kind = prop_oneof![0..10u8, 64..70u8, Just(127)];
+    let body = proptest::collection::vec(prop_oneof![0..5u8, any::<u8>()], 0..40);
+    let one = (kind, 0..3u8, 0..4u8, body).prop_map(|(kind, fds, batch, body)| {
+        let length = u8::try_from(body.len()).unwrap_or(0);
+        [&[length, 0, 0, 0, 1, kind, fds, batch], &body[..]].concat()
+    });
+    proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
+}
+
+/// Bytes of a script that belong together. `Script::step` defines what they mean.
+type Scene = BoxedStrategy<Vec<u8>>;
+
+fn many(scene: impl Strategy<Value = Vec<u8>> + 'static, max: usize) -> Scene {
+    let scenes = proptest::collection::vec(scene, 0..max);
+    scenes.prop_map(|scenes| scenes.concat()).boxed()
+}
+
+fn both(first: Scene, second: Scene) -> Scene {
+    let pair = (first, second);
+    pair.prop_map(|(first, second)| [first, second].concat())
+        .boxed()
+}
+
+/// Mostly one of a few endpoints that both workers use.
+fn endpoints() -> impl Strategy<Value = u8> {
+    prop_oneof![6 => Just(0), 2 => 3..8u8, 1 => 0..32u8]
+}
+
+/// Mostly small handles: they count from 1, and few scripts have more than three.
+fn handles() -> impl Strategy<Value = u8> {
+    prop_oneof![8 => Just(1), 3 => 2..4u8, 1 => 0..32u8]
+}
+
+/// Numbers of connections: usual ones, at the limit, and beyond it.
+fn numbers() -> impl Strategy<Value = u8> {
+    let max = u8::try_from(MAX_WINDOW).expect("a small number");
+    prop_oneof![12 => 0..4u8, 2 => 4..=max, 1 => Just(max + 1), 1 => 0..240u8]
+}
+
+/// The hostile worker writes a frame, in two pieces unless `cut` is beyond its end.
+fn written(frame: &[u8], cut: u8) -> Vec<u8> {
+    [&[0], frame, &[cut]].concat()
+}
+
+fn frame_of(kind: u8, handle: u8) -> u8 {
+    handle * 8 + kind
+}
+
+/// The hostile worker goes online, listens and is idle, as an honest worker would.
+fn start() -> Scene {
+    endpoints()
+        .prop_map(|endpoint| vec![31, 0, 31, endpoint * 8, 31, 7])
+        .boxed()
+}
+
+/// The hostile worker receives a connection, or writes a true frame.
+fn cooperation() -> Scene {
+    any::<u8>().prop_map(|choice| vec![31, choice]).boxed()
+}
+
+/// The hostile worker writes a frame that is hardly true.
+fn lie() -> Scene {
+    let idle = || (handles(), numbers());
+    let frame = prop_oneof![
+        1 => Just(vec![0]),
+        3 => (numbers(), endpoints(), 0..3u8).prop_map(|(r, e, index)| vec![1, r, e, index]),
+        1 => handles().prop_map(|handle| vec![frame_of(2, handle)]),
+        3 => idle().prop_map(|(h, taken)| vec![frame_of(3, h), taken]),
+        9 => idle().prop_map(|(h, beyond)| vec![frame_of(4, h), beyond]),
+        1 => handles().prop_map(|handle| vec![frame_of(5, handle)]),
+        3 => handles().prop_map(|handle| vec![frame_of(6, handle)]),
+        1 => (0..31u8, 0..4u8).prop_map(|(length, fds)| vec![frame_of(7, length), fds]),
+        1 => Just(vec![255]),
+    ];
+    let cut = prop_oneof![3 => Just(255), 1 => 0..30u8];
+    (frame, cut)
+        .prop_map(|(frame, cut)| written(&frame, cut))
+        .boxed()
+}
+
+/// A new hostile worker requests more listeners than it may have.
+fn greed() -> Scene {
+    let one = |n: u16| {
+        let [low, high] = n.to_le_bytes();
+        written(&[1, 1, 0, 255, low, high, 0, 0, 0, 0, 0, 0], 255)
+    };
+    let max = u16::try_from(MAX_LISTENERS).expect("a small number");
+    let all: Vec<_> = (0..max + 10).map(|n| n + 100).flat_map(one).collect();
+    both(succession(), Just(all).boxed())
+}
+
+/// The hostile worker exits, and another one follows.
+fn succession() -> Scene {
+    let gone = prop_oneof![Just(vec![27, 28, 30, 15]), Just(vec![28, 27, 30, 15])];
+    both(gone.boxed(), start())
+}
+
+/// The application of the honest worker listens and serves.
+fn service() -> Scene {
+    let scene = (endpoints(), 4..8u8);
+    scene
+        .prop_map(|(endpoint, call)| vec![11, endpoint * 8, 21, 11, 4, 11, call, 21])
+        .boxed()
+}
+
+/// The application of the honest worker drops a listener and requests it again. Perhaps the master
+/// has no descriptor left to empty the queue in between.
+fn reopening() -> Scene {
+    let lack = prop_oneof![Just(vec![]), Just(vec![30, 28])];
+    let closing = (16..24u8).prop_map(|at| vec![11, at * 8 + 7, 21]);
+    both(both(lack.boxed(), closing.boxed()), service())
+}
+
+/// One thing happens in the honest worker, to a client, to the master, or to the clock.
+fn event() -> Scene {
+    prop_oneof![
+        4 => (0..4u8, 0..8u8).prop_map(|(at, call)| vec![11, at * 8 + call]),
+        1 => (128..=255u8).prop_map(|change| vec![11, change]),
+        4 => (0..4u8, numbers()).prop_map(|(at, count)| vec![22, at, count]),
+        3 => Just(vec![21]),
+        1 => Just(vec![17]),
+        1 => Just(vec![19]),
+        1 => Just(vec![25]),
+        1 => (0..150u8).prop_map(|millis| vec![26, millis]),
+    ]
+    .boxed()
+}
+
+/// The master's application calls something, at once or when the next event comes. It rarely
+/// dismisses the honest worker, because less is checked afterwards.
+fn call() -> Scene {
+    let choice = prop_oneof![20 => 0..22u8, 1 => 22..25u8, 15 => 25..32u8];
+    let choice = (choice, 0..8u8).prop_map(|(choice, more)| choice + more * 32);
+    let when = prop_oneof![1 => Just(29), 3 => Just(30)];
+    (when, choice)
+        .prop_map(|(when, choice)| vec![when, choice])
+        .boxed()
+}
+
+fn junk() -> Scene {
+    let bytes = proptest::collection::vec(any::<u8>(), 0..20);
+    let scene = (bytes, any::<u8>());
+    scene
+        .prop_map(|(bytes, fds)| {
+            let length = u8::try_from(bytes.len()).expect("few");
+            [&[10, length, fds], &bytes[..]].concat()
+        })
+        .boxed()
+}
+
+/// Scripts that reach much: both workers listen, connections come and go, and the hostile worker
+/// lies.
+fn scripts() -> impl Strategy<Value = Vec<u8>> {
+    let policy = prop_oneof![5 => Just(vec![0]), 1 => Just(vec![3])];
+    let beginning = prop_oneof![
+        4 => both(service(), start()),
+        1 => both(start(), service()),
+        1 => many(event(), 4),
+    ];
+    let middle = prop_oneof![
+        300 => event(),
+        200 => cooperation(),
+        20 => lie(),
+        20 => call(),
+        20 => service(),
+        5 => reopening(),
+        20 => succession(),
+        4 => junk(),
+        1 => greed(),
+    ];
+    let opened = both(policy.boxed(), beginning.boxed());
+    both(opened, many(middle, MAX_INPUT / 10))
+}
+
+/// What `SCRIPTS` scripts must reach together: about a tenth of what is usual.
+const ENOUGH: [(&str, usize); 8] = [
+    (SERVED, 3000),
+    (DISPATCHED, 150),
+    (RECEIVED, 80),
+    (RECLAIMED, 70),
+    (RECLAIMED_FROM_HONEST, 8),
+    (FALSE_CLAIMS, 25),
+    (DENIED, 60),
+    (DISCARDED, 50),
+];
+const SCRIPTS: u32 = 1024;
+
+#[test]
+fn any_script_survives_the_master_input_target() {
+    let config = ProptestConfig::default();
+    let config = ProptestConfig {
+        // A script is quick, and there is much to reach.
+        cases: config.cases.saturating_mul(4),
+        failure_persistence: None,
+        ..config
+    };
+    let cases = config.cases;
+    let total = RefCell::new(Reached::new());
+    let run = |script: Vec<u8>| {
+        for (what, times) in script::run(&script) {
+            *total.borrow_mut().entry(what).or_default() += times;
+        }
+        Ok(())
+    };
+    let outcome = TestRunner::new(config).run(&scripts(), run);
+    outcome.unwrap_or_else(|error| panic!("{error}"));
+    let total = total.take();
+    println!("{total:#?}");
+    if cases >= SCRIPTS {
+        for (what, enough) in ENOUGH {
+            assert!(
+                total.get(what).is_some_and(|times| *times >= enough),
+                "{what}: {total:?}"
+            );
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_frames_survive_the_frame_target(cuts: [u8; 6], frames in frames()) {
+        let control = [cuts[0], cuts[1], 4, cuts[2], cuts[3], cuts[4], cuts[5]];
+        frame(&[&control, &frames[..]].concat());
+    }
+
+    #[test]
+    fn any_bytes_survive_the_master_input_target(
+        input in proptest::collection::vec(any::<u8>(), 0..MAX_INPUT)
+    ) {
+        master_input(&input);
+    }
+}

@@ -1,0 +1,296 @@
+//! The promises of the crate, checked after each step of a driver.
+
+use super::process::{Detached, Life};
+use super::socket::{Port, QUEUE_CAPACITY};
+use super::{KNOWN, World};
+use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
+use crate::error::Error;
+use crate::sys::fd::NoLingerFd;
+use crate::types::time::earlier;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+/// The maximum number of listeners of one worker, as README.md states it.
+pub(crate) const MAX_LISTENERS: usize = 64;
+
+// After each step.
+impl World {
+    pub(crate) fn check(&mut self) {
+        self.check_closed();
+        assert!(self.master.is_index_consistent(), "the index is wrong");
+        let ledger = self.master.ledger();
+        assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
+        let lost = ledger.dropped + ledger.closed_by_peer;
+        assert!(self.lost <= lost, "a client is lost: {ledger:?}");
+        let waits = self.awaited || !self.referenced.is_empty();
+        assert_eq!(self.master.has_workers(), waits, "{:?}", self.referenced);
+        for process in self.detached.keys() {
+            assert!(!self.master.is_worker(*process), "in the table of workers");
+        }
+        self.check_bounds();
+        if self.actions.is_empty() {
+            self.check_at_rest();
+        }
+    }
+
+    /// No connection closes unless its client is served, or the ledger says why.
+    fn check_closed(&mut self) {
+        while let Some(client) = self.closed.borrow_mut().pop() {
+            self.lost += u64::from(!self.fates[client as usize].served);
+        }
+    }
+
+    /// The memory of the master is bounded, no matter what workers send.
+    fn check_bounds(&self) {
+        let sizes = self.master.sizes();
+        assert_eq!(sizes.actions, 0, "actions that nothing has caused");
+        let workers = sizes.processes.max(2);
+        let max = MAX_LISTENERS * workers + self.retained.len() + self.unclosed.len();
+        assert!(sizes.handles <= max, "{} listeners", sizes.handles);
+        // The connections of one queue have come back, and all other queues are full.
+        let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles;
+        let in_hand = usize::try_from(self.master.in_hand()).expect("few connections");
+        assert!(in_hand <= max, "{in_hand} connections in hand");
+        for process in self.processes.values() {
+            // Two frames for each listener, and one to disconnect.
+            let counters = &process.counters;
+            let is_bounded = counters.answers <= 2 * counters.frames + 1;
+            assert!(is_bounded, "too many answers: {counters:?}");
+        }
+    }
+
+    /// Checks that are valid once the master has carried out its actions.
+    fn check_at_rest(&self) {
+        let waits = self.master.has_stuck_connection();
+        assert!(!waits, "a connection waits in vain: {:?}", self.master);
+        for (handle, port) in &self.ports {
+            assert_eq!(self.master.is_bound(*handle), !port.is_unbound());
+        }
+        for (worker, process) in &self.processes {
+            let by = earlier(process.deadline, self.stop_by);
+            if let (Some(by), true) = (by, process.is_alive()) {
+                assert!(by >= self.ticked, "worker {worker} outlives its deadline");
+                let wakes = self.master.deadline().is_some_and(|time| time <= by);
+                assert!(wakes, "no tick at the deadline of worker {worker}");
+            }
+        }
+    }
+
+    /// The master knows of all connections in queues.
+    ///
+    /// The random schedules do not check it: there the master sometimes treats a connection as
+    /// received when it finds a queue empty before it has carried out the dispatch.
+    pub(crate) fn check_queued(&self) {
+        let in_hand = usize::try_from(self.master.in_hand()).expect("few connections");
+        let is_complete = self.count_queued() <= in_hand;
+        assert!(is_complete || self.has_false_claims, "forgotten in a queue");
+    }
+
+    /// A worker has received the connection of this client.
+    pub(crate) fn mark_served(&mut self, client: u32) {
+        let fate = &mut self.fates[client as usize];
+        assert!(!fate.served, "client {client} served twice");
+        fate.served = true;
+        self.served += 1;
+    }
+
+    /// A worker says how many connections of a listener it has received in all.
+    pub(crate) fn check_claim(&mut self, handle: HandleId, worker: WorkerId, claimed: u64) {
+        let received = self.count_received(handle, worker);
+        if claimed > received {
+            let process = self.process(worker);
+            assert!(process.is_liar, "{claimed} connections, not {received}");
+            process.counters.false_claims += 1;
+            self.has_false_claims = true;
+        }
+    }
+
+    pub(crate) fn check_message_to_worker(&mut self, worker: WorkerId, message: &[u8]) {
+        let number = number(message);
+        let last = std::mem::replace(&mut self.process(worker).received[1], number);
+        assert_eq!(number, last + 1, "a message is missing");
+    }
+
+    /// The numbers that the application reads from queues and those of the ledger are equal.
+    pub(crate) fn check_received(&self) {
+        if self.config.counts_queues && !self.has_false_claims {
+            assert_eq!(self.master.ledger().taken, self.received, "received");
+        }
+    }
+}
+
+// Each event.
+impl World {
+    pub(crate) fn check_emit(&mut self, emit: &EmittedEvent<Vec<NoLingerFd>>) {
+        let (level, event) = (emit.level, &emit.event);
+        let kind = std::mem::discriminant(event);
+        if let Event::Disconnected = event {
+            self.check_disconnected();
+        }
+        let expected = self.second.take();
+        let Some(worker) = emit.worker else {
+            return assert!(expected.is_none(), "{event:?} in between");
+        };
+        let is_second = expected == Some((worker, kind));
+        assert!(expected.is_none() || is_second, "{event:?} in between");
+        if level == Level::Worker && !matches!(event, Event::DetachedExit(_)) {
+            self.second = Some((worker, kind));
+        } else {
+            let is_single = matches!(
+                event,
+                Event::Fork | Event::Message { .. } | Event::DetachedExit(_)
+            );
+            assert!(is_second || is_single, "{event:?} on {level:?} level only");
+        }
+        if self.detached.contains_key(&worker) {
+            self.check_detached_event(level, worker, event);
+        } else {
+            self.check_worker_event(level, worker, event);
+        }
+    }
+
+    /// `disconnect_all` is finished.
+    fn check_disconnected(&mut self) {
+        assert!(self.awaited, "not requested");
+        assert!(
+            self.master.worker_ids().next().is_none(),
+            "a worker is left"
+        );
+        let is_alive = self.processes.values().any(super::Process::is_alive);
+        assert!(!is_alive, "a process is alive");
+        let is_left = |(handle, port): (&HandleId, &Port)| {
+            !port.is_unbound() && !self.retained.contains(handle)
+        };
+        assert!(!self.ports.iter().any(is_left), "a listener is left");
+        self.disconnected += 1;
+        self.awaited = false;
+        self.stop_by = None;
+    }
+
+    fn check_worker_event(
+        &mut self,
+        level: Level,
+        worker: WorkerId,
+        event: &Event<Vec<NoLingerFd>>,
+    ) {
+        let state = self.master.state(worker);
+        let flag = self.master.exited_after_disconnect(worker);
+        let is_connected = self.master.is_connected(worker);
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        let status = process.status();
+        let life = match level {
+            Level::Worker => &mut process.life[0],
+            Level::Cluster => &mut process.life[1],
+        };
+        match event {
+            Event::Setup | Event::Disconnected | Event::DetachedExit(_) => {
+                unreachable!("no event of a worker")
+            }
+            Event::Fork => assert_eq!(*life, Life::Forked),
+            Event::Online => {
+                assert_eq!(*life, Life::Forked, "is online once");
+                assert_eq!(state, Some(WorkerState::Online));
+                *life = Life::Online;
+            }
+            Event::Listening(_) => {
+                assert_eq!(*life, Life::Online);
+                assert_eq!(state, Some(WorkerState::Listening));
+            }
+            // The messages of a raw worker have no numbers.
+            Event::Message { .. } if process.inbox.is_some() => assert_eq!(*life, Life::Online),
+            Event::Message { bytes, .. } => {
+                assert_eq!(*life, Life::Online);
+                let number = number(bytes);
+                let last = std::mem::replace(&mut process.received[0], number);
+                assert!(process.is_liar || number == last + 1, "message {number}");
+            }
+            Event::Disconnect => {
+                assert!(*life < Life::Disconnected, "disconnects once");
+                assert_eq!(state, Some(WorkerState::Disconnected), "in the table");
+                assert!(flag.is_some() && !is_connected);
+                *life = Life::Disconnected;
+            }
+            Event::Exit(exit_report) => {
+                assert_eq!(*life, Life::Disconnected, "disconnect comes before exit");
+                assert_eq!(state, None, "no longer in the table");
+                assert_eq!(Some(exit_report.status), status);
+                *life = Life::Gone;
+                self.referenced.remove(&worker);
+            }
+            Event::Error(error) => {
+                assert_ne!(*life, Life::Gone, "exit is the last event");
+                let is_accused = matches!(**error, Error::Frame { .. });
+                assert!(
+                    process.is_liar || !is_accused,
+                    "an honest worker is accused"
+                );
+            }
+        }
+    }
+
+    fn check_detached_event(
+        &mut self,
+        level: Level,
+        process: WorkerId,
+        event: &Event<Vec<NoLingerFd>>,
+    ) {
+        let state = self.detached[&process];
+        assert_ne!(state, Detached::Gone, "exit is the last event");
+        let is_error = matches!(event, Event::Error(_));
+        if let Event::DetachedExit(status) = event {
+            assert_eq!((level, state), (Level::Worker, Detached::Reaped(*status)));
+            self.detached.insert(process, Detached::Gone);
+            assert_eq!(self.master.state(process), None);
+        } else {
+            assert!(is_error, "{event:?} of a process that is no worker");
+        }
+    }
+}
+
+// At the end.
+impl World {
+    /// Checks that are valid once all processes have exited and no listener is retained.
+    pub(crate) fn check_end(&self) {
+        assert_eq!(self.disconnected, 1, "the callback of disconnect");
+        assert!(
+            !self.master.has_workers(),
+            "a process is waited for in vain"
+        );
+        let sizes = self.master.sizes();
+        assert_eq!((sizes.processes, sizes.handles), (0, 0), "left behind");
+        let mut detached = self.detached.values();
+        assert!(detached.all(|process| *process == Detached::Gone));
+        for process in self.processes.values() {
+            assert!(process.has_gone(), "a worker's events are missing");
+        }
+        assert!(self.ports.values().all(Port::is_unbound));
+        assert!(self.queues.is_empty(), "a queue is forgotten");
+        let ledger = self.master.ledger();
+        assert_eq!(ledger.in_hand(), 0);
+        assert_eq!(self.master.policy(), self.config.policy);
+        if !self.has_false_claims {
+            assert_eq!(ledger.taken, self.received, "received");
+            let lost = ledger.dropped + ledger.closed_by_peer;
+            assert_eq!(self.lost, lost, "closed connections: {ledger:?}");
+        }
+    }
+
+    /// Each client of a listener that is still open is served, or has hung up.
+    pub(crate) fn check_served(&self) {
+        let is_bound = |handle| {
+            self.ports
+                .get(&handle)
+                .is_some_and(|port| !port.is_unbound())
+        };
+        for (client, fate) in self.fates.iter().enumerate() {
+            if fate.port.is_some_and(is_bound) {
+                assert!(fate.served || fate.left, "client {client} is lost");
+            }
+        }
+    }
+}
+
+/// The number that the application puts into a message.
+fn number(message: &[u8]) -> u32 {
+    u32::from_le_bytes(message.try_into().expect("four bytes"))
+}

@@ -1,0 +1,615 @@
+//! The hands and the application of the master: carries out the actions of its core, and calls it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use super::process::{Detached, Parcel, ProcessState};
+use super::socket::{Client, Connection, Port, PortState, QUEUE_CAPACITY, Queue, endpoint};
+use super::{BACKOFF, Fact, Failure, KNOWN, Master, World};
+use crate::core::dispatch::{MAX_WINDOW, Sequenced};
+use crate::core::master::{Action, Attachment};
+use crate::error::{Error, SendError};
+use crate::types::endpoint::{Endpoint, Kind};
+use crate::types::errno;
+use crate::types::signal::Signal;
+use crate::types::time::{Time, earlier};
+use crate::types::worker_id::WorkerId;
+use crate::wire::channel::inbox::Arrival;
+use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+
+/// The maximum numbers of workers and of detached processes that are alive.
+const MAX_WORKERS: usize = 5;
+const MAX_DETACHED: usize = 2;
+/// The maximum number of connections of one `Accept`.
+const MAX_ACCEPTED: usize = 64;
+
+/// A call of the master's application.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    Fork,
+    /// Starts a detached process.
+    Detach,
+    /// `run` waits for the exit of a process from now on.
+    Ref,
+    /// `run` no longer does.
+    Unref,
+    Disconnect,
+    DisconnectWithin,
+    Kill,
+    Signal,
+    CloseChannel,
+    Send,
+    DisconnectAll,
+    DisconnectAllWithin,
+    /// Opens a listener and retains it.
+    Retain,
+    /// Retains a listener that was open already.
+    Adopt,
+    /// Releases a retained listener.
+    Release,
+}
+
+/// The listener of which an attachment is a copy.
+pub(crate) fn listener_of(attachment: Attachment) -> Option<HandleId> {
+    match attachment {
+        Attachment::Listener(handle) => Some(handle),
+        Attachment::None | Attachment::Queue(_) | Attachment::Shard(..) => None,
+    }
+}
+
+// Between the kernel and the core.
+impl World {
+    /// Reports a fact to the master's core, or calls it, and gathers what it decides, which must be
+    /// bounded.
+    pub(crate) fn report<T>(&mut self, fact: impl FnOnce(&mut Master) -> T) -> T {
+        let before = self.master.sizes();
+        let in_hand = usize::try_from(self.master.in_hand()).unwrap_or(usize::MAX);
+        let connections = in_hand + self.count_queued();
+        let result = fact(&mut self.master);
+        let after = self.master.sizes();
+        let workers = before.processes.max(after.processes).max(2);
+        let handles = before.handles.max(after.handles);
+        // Each worker may lose each listener, and its connections go to another worker.
+        let max = 16 + MAX_ACCEPTED + connections + 4 * handles * workers;
+        let actions = after.actions - before.actions;
+        assert!(actions <= max, "{actions} actions after one fact");
+        let events = after.events - before.events;
+        assert!(events <= 6 * workers, "{events} events after one fact");
+        self.gather();
+        result
+    }
+
+    /// Takes over what the master's core has decided.
+    pub(crate) fn gather(&mut self) {
+        while let Some(action) = self.master.next_action() {
+            self.actions.push_back(action);
+        }
+    }
+
+    /// The number of connections in all queues.
+    pub(crate) fn count_queued(&self) -> usize {
+        let queues = self.queues.values();
+        queues.map(|queue| queue.connections.len()).sum()
+    }
+
+    pub(crate) fn act(&mut self, action: Action<Client>) {
+        match action {
+            Action::Send {
+                worker,
+                frame,
+                with,
+            } => self.send(worker, frame, with),
+            Action::Dispatch {
+                handle,
+                worker,
+                connection,
+                has_waited,
+            } => self.dispatch(handle, worker, connection, has_waited),
+            Action::Reclaim {
+                handle,
+                worker,
+                at_most,
+            } => self.reclaim(handle, worker, at_most),
+            Action::CountQueued { handle, worker } => self.count_queue(handle, worker),
+            Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
+            Action::Bind {
+                handle, endpoint, ..
+            } => {
+                let result = self.bind(handle, &endpoint);
+                self.report(|core| core.bound(handle, result));
+            }
+            Action::Watch { handle } => self.port(handle).is_watched = true,
+            Action::Unwatch { handle } => self.port(handle).is_watched = false,
+            Action::RemoveFile { handle }
+            | Action::AttachSynFilter { handle }
+            | Action::StopListening { handle } => self.filter(handle),
+            Action::DetachSynFilter { handle } => {
+                assert!(!self.adopted.contains(&handle), "not only ours");
+                let port = self.port(handle);
+                assert_eq!(port.kind(), Kind::Tcp, "its file is gone");
+                port.state = PortState::Open;
+            }
+            Action::Unbind { handle } => self.unbind(handle),
+            // No process of this kernel shuts a listener down, or blocks in the kernel.
+            Action::WatchHangUp { .. } | Action::Unblock { .. } => {}
+            Action::BindShard { .. } | Action::SelectShards { .. } => {
+                unreachable!("no policy of this kernel has shards")
+            }
+            Action::Accept { handle, at_most } => self.accept(handle, at_most),
+            Action::CloseChannel { worker } => self.close_channel(worker),
+            Action::DiscardChannel { worker } => {
+                let process = self.process(worker);
+                assert!(process.is_liar, "an honest worker's channel is discarded");
+                process.counters.discarded += 1;
+                process.close_master_end();
+            }
+            Action::Signal { worker, signal } => self.signal(worker, signal),
+        }
+    }
+}
+
+// Channels.
+impl World {
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: Attachment) {
+        if let (
+            ToWorker::Reply { request, .. },
+            Attachment::Listener(handle) | Attachment::Queue(handle),
+        ) = (&frame, with)
+        {
+            assert!(!self.port(handle).is_unbound());
+            if self.failing.remove(&Failure::Share) {
+                self.unshared.insert((handle, worker));
+                let (request, error) = (*request, errno::EMFILE);
+                return self.report(|core| core.share_failed(handle, worker, request, error));
+            }
+        }
+        if let Attachment::Queue(handle) = with {
+            self.unshared.remove(&(handle, worker));
+            let previous = self.queues.insert((handle, worker), Queue::default());
+            assert!(previous.is_none(), "a second queue for one worker");
+        }
+        let process = self.process(worker);
+        assert!(process.master_end, "send on a closed channel");
+        process.counters.answers += 1;
+        process.down.queue(frame, with);
+        self.unflushed.insert(worker);
+    }
+
+    /// Writes one frame to a worker.
+    pub(crate) fn master_writes(&mut self, worker: WorkerId) {
+        let now = self.now;
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        if !process.master_end || process.master_backoff > now {
+            return;
+        }
+        if !process.worker_end || process.is_shut {
+            return process.down.break_off();
+        }
+        let carries = |parcel: &Parcel<_>| !matches!(parcel.with, Attachment::None);
+        let first = process.down.outbox.front();
+        if first.is_some_and(carries) && self.failing.remove(&Failure::Send) {
+            process.master_backoff = now + BACKOFF;
+            let source = io::Error::from_raw_os_error(109);
+            let worker = Some(worker);
+            return self.report(|core| core.error(worker, Error::Exhausted { worker, source }));
+        }
+        let failing = &mut self.failing;
+        let written = process.down.write(|parcel| {
+            if carries(parcel) && failing.remove(&Failure::Receive) {
+                parcel.with = Attachment::None;
+                parcel.lost_fd = true;
+            }
+        });
+        if written {
+            self.unflushed.insert(worker);
+        }
+    }
+
+    /// Tries to write to a worker whose channel was full.
+    pub(crate) fn flush(&mut self, worker: WorkerId) {
+        if self.process(worker).down.can_write() {
+            self.unflushed.insert(worker);
+        }
+    }
+
+    /// The master reads and processes one frame of a worker. Returns whether there was one.
+    pub(crate) fn master_reads(&mut self, worker: WorkerId) -> bool {
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        if !process.master_end {
+            return false;
+        }
+        let arrival = match &mut process.inbox {
+            Some(inbox) => inbox.next().transpose(),
+            None => process.up.wire.pop_front().map(|parcel| {
+                parcel.frame.map(|frame| Arrival {
+                    frame,
+                    fds: Vec::new(),
+                    lost_fds: false,
+                    is_last: process.up.wire.is_empty(),
+                })
+            }),
+        };
+        match arrival {
+            None => return false,
+            Some(Ok(arrival)) => self.process_frame(worker, arrival),
+            Some(Err(error)) => {
+                self.report(|core| core.violation(worker, error));
+                assert!(!self.master.is_connected(worker));
+            }
+        }
+        true
+    }
+
+    /// The master reads one frame of a worker, or the end of its channel. Returns whether there was a
+    /// frame.
+    pub(crate) fn master_receives(&mut self, worker: WorkerId) -> bool {
+        let has_read = self.master_reads(worker);
+        let process = &self.processes[&worker];
+        let is_over = !process.worker_end || process.is_shut;
+        if !has_read && process.master_end && is_over {
+            self.handle(Fact::End(worker));
+        }
+        has_read
+    }
+
+    fn process_frame(&mut self, worker: WorkerId, arrival: Arrival<ToMaster>) {
+        let Arrival {
+            frame,
+            fds,
+            lost_fds,
+            ..
+        } = arrival;
+        if lost_fds {
+            let worker = Some(worker);
+            self.report(|core| core.error(worker, Error::no_descriptors(worker)));
+        }
+        self.process(worker).counters.frames += 1;
+        if let ToMaster::Idle { handle, taken, .. } = frame {
+            self.check_claim(handle, worker, taken);
+        }
+        match frame {
+            ToMaster::Message(bytes) => {
+                self.report(|core| core.message(worker, bytes, fds));
+            }
+            frame => self.report(|core| core.frame(worker, frame)),
+        }
+    }
+
+    pub(crate) fn master_reads_end(&mut self, worker: WorkerId) {
+        self.process(worker).close_master_end();
+        self.report(|core| core.channel_closed(worker));
+    }
+
+    /// As the shell does it: everything that was written before is processed.
+    fn close_channel(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        process.is_shut = true;
+        process.down.break_off();
+        while self.master_reads(worker) && self.master.is_connected(worker) {}
+        self.master_reads_end(worker);
+    }
+
+    fn signal(&mut self, worker: WorkerId, signal: Signal) {
+        let status = ExitStatus::from_raw(signal.number());
+        if let Some(detached) = self.detached.get(&worker) {
+            let may_signal = self.signalled.contains(&worker);
+            assert!(may_signal, "a signal that the application did not send");
+            match detached {
+                Detached::Running | Detached::Zombie(_) => self.end_detached(worker, status),
+                Detached::Reaped(_) | Detached::Gone => panic!("signal to a reaped pid"),
+            }
+            return;
+        }
+        let process = self.process(worker);
+        assert!(!process.is_reaped(), "signal to a reaped pid");
+        match &mut process.state {
+            // The driver decides when a raw worker exits.
+            _ if process.inbox.is_some() => {}
+            ProcessState::Stopped { pending } if signal != Signal::KILL => *pending = Some(signal),
+            ProcessState::Running | ProcessState::Stopped { .. } => self.exit(worker, status),
+            ProcessState::Zombie(_) | ProcessState::Reaped(_) => {}
+        }
+    }
+}
+
+// Listeners.
+impl World {
+    fn port(&mut self, handle: HandleId) -> &mut Port {
+        let port = self.ports.get_mut(&handle).expect("an open listener");
+        assert!(!port.is_unbound(), "the listener is closed");
+        port
+    }
+
+    fn filter(&mut self, handle: HandleId) {
+        let is_ours = !self.retained.contains(&handle) && !self.adopted.contains(&handle);
+        assert!(is_ours, "not only ours");
+        self.port(handle).state = PortState::Filtered;
+    }
+
+    fn bind(&mut self, handle: HandleId, endpoint: &Endpoint) -> Result<Option<SocketAddr>, i32> {
+        let is_in_use = self.ports.values().any(|port| port.occupies(endpoint));
+        if is_in_use || self.failing.remove(&Failure::Bind) {
+            return Err(errno::EADDRINUSE);
+        }
+        assert!(handle.0 > self.last_port, "bound twice");
+        self.last_port = handle.0;
+        self.ports.insert(handle, Port::new(endpoint.clone()));
+        Ok(endpoint.address())
+    }
+
+    fn unbind(&mut self, handle: HandleId) {
+        assert!(!self.retained.contains(&handle), "the application has it");
+        let port = self.port(handle);
+        port.state = PortState::Unbound;
+        port.is_watched = false;
+        self.forget_port(handle);
+    }
+
+    /// A listener disappears, with its backlog, when no process has a descriptor of it.
+    pub(crate) fn forget_port(&mut self, handle: HandleId) {
+        let is_unbound = self.ports.get(&handle).is_some_and(Port::is_unbound);
+        let has_copy = |process: &super::Process| {
+            let mut travelling = process.down.parcels();
+            process.shared.values().any(|shared| *shared == handle)
+                || travelling.any(|parcel| listener_of(parcel.with) == Some(handle))
+        };
+        if is_unbound && !self.processes.values().any(has_copy) {
+            self.ports.remove(&handle);
+        }
+    }
+
+    fn accept(&mut self, handle: HandleId, at_most: u64) {
+        assert!(at_most <= MAX_ACCEPTED as u64);
+        if self.failing.remove(&Failure::Accept) {
+            let error = io::Error::from_raw_os_error(errno::EMFILE);
+            return self.report(|core| core.accept_failed(handle, error));
+        }
+        for _ in 0..at_most {
+            let Some(client) = self.port(handle).backlog.pop_front() else {
+                return self.report(|core| core.drained(handle));
+            };
+            let connection = Connection::new(client, &self.closed);
+            self.report(|core| core.accepted(handle, connection));
+        }
+        self.report(|core| core.accept_done(handle));
+    }
+}
+
+// Queues.
+impl World {
+    fn dispatch(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Sequenced<Client>,
+        has_waited: bool,
+    ) {
+        if has_waited && self.fates[connection.connection.client as usize].left {
+            return self.report(|core| core.hung_up(handle, worker));
+        }
+        let is_exhausted = self.failing.remove(&Failure::Send);
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        let queue = self.queues.get_mut(&(handle, worker));
+        let is_unshared = self.unshared.contains(&(handle, worker));
+        assert!(queue.is_some() || is_unshared, "dispatched to no queue");
+        let has_space = |queue: &&mut Queue| {
+            !is_exhausted && !queue.is_shut && queue.connections.len() < QUEUE_CAPACITY
+        };
+        let Some(queue) = queue.filter(has_space) else {
+            return self
+                .report(|core| core.not_dispatched(handle, worker, connection, is_exhausted));
+        };
+        queue.connections.push_back(connection);
+        process.counters.dispatched += 1;
+        let is_trusted = !process.is_liar || !self.has_false_claims;
+        let is_within = queue.connections.len() <= MAX_WINDOW as usize;
+        assert!(is_within || !is_trusted, "dispatched too far ahead");
+    }
+
+    /// Reclaims connections out of a queue. Returns them, and whether the queue is empty now, which
+    /// is not known if the system refuses to go on.
+    fn take_back(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        at_most: usize,
+    ) -> Option<(Vec<Sequenced<Client>>, Option<bool>)> {
+        let is_failing = self.failing.remove(&Failure::Reclaim);
+        let queue = self.queues.get_mut(&(handle, worker))?;
+        let queued = queue.connections.len();
+        let (count, is_empty) = if is_failing {
+            (at_most.min(queued / 2), None)
+        } else {
+            (at_most.min(queued), Some(at_most > queued))
+        };
+        let reclaimed = queue.connections.drain(..count).collect();
+        self.process(worker).counters.reclaimed += count;
+        Some((reclaimed, is_empty))
+    }
+
+    fn reclaim(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
+        let Some((reclaimed, is_empty)) = self.take_back(handle, worker, at_most) else {
+            return;
+        };
+        if is_empty.is_none() {
+            self.report(|core| core.cannot_reclaim(handle));
+        }
+        let is_empty = is_empty == Some(true);
+        self.report(|core| core.reclaimed(handle, worker, reclaimed, is_empty));
+    }
+
+    fn count_queue(&mut self, handle: HandleId, worker: WorkerId) {
+        let queue = self.queues.get(&(handle, worker));
+        if let Some(queue) = queue.filter(|_| self.config.counts_queues) {
+            let queued = queue.connections.len() as u64;
+            self.report(|core| core.counted(handle, worker, queued));
+        }
+    }
+
+    /// Closes a queue. If the system refuses to empty it, it is tried again later.
+    pub(crate) fn close_queue(&mut self, handle: HandleId, worker: WorkerId) {
+        match self.take_back(handle, worker, usize::MAX) {
+            Some((reclaimed, None)) => {
+                self.unclosed.push((handle, worker));
+                self.closes_at.get_or_insert(self.now + BACKOFF);
+                self.report(|core| core.reclaimed(handle, worker, reclaimed, false));
+            }
+            outcome => {
+                self.queues.remove(&(handle, worker));
+                let reclaimed = outcome.map(|(reclaimed, _)| reclaimed).unwrap_or_default();
+                self.report(|core| core.queue_closed(handle, worker, reclaimed));
+            }
+        }
+    }
+
+    /// A worker receives the first connection in its queue.
+    pub(crate) fn receive(&mut self, handle: HandleId, worker: WorkerId) -> Option<Client> {
+        let queue = self.queues.get_mut(&(handle, worker))?;
+        let client = queue.connections.pop_front()?.connection;
+        queue.received += 1;
+        self.received += 1;
+        Some(client)
+    }
+
+    /// A worker receives the first connection in its queue and closes it at once, whatever its core
+    /// thinks. Returns whether there was one.
+    pub(crate) fn receive_and_close(&mut self, handle: HandleId, worker: WorkerId) -> bool {
+        let Some(client) = self.receive(handle, worker) else {
+            return false;
+        };
+        self.mark_served(client.client);
+        self.process(worker).counters.received += 1;
+        true
+    }
+
+    /// The number of connections that a worker has received from its queue.
+    pub(crate) fn count_received(&self, handle: HandleId, worker: WorkerId) -> u64 {
+        let queue = self.queues.get(&(handle, worker));
+        queue.map_or(0, |queue| queue.received)
+    }
+
+    /// The master's application asks where all connections are.
+    pub(crate) fn count_queues(&mut self) {
+        let queues: Vec<_> = self.queues.keys().copied().collect();
+        for (handle, worker) in queues {
+            self.count_queue(handle, worker);
+        }
+    }
+}
+
+// The calls of the master's application.
+impl World {
+    /// Calls the master, about a worker or detached process if there is one.
+    pub(crate) fn call(&mut self, call: Call, process: Option<WorkerId>, n: u8) {
+        self.master.set_time(self.now);
+        let within = Time::from_millis(u64::from(n) * 4);
+        let by = |deadline: Option<Time>, now: Time| earlier(deadline, Some(now + within));
+        match (call, process) {
+            (Call::Fork, _) => {
+                if self.processes.values().filter(|p| p.is_alive()).count() < MAX_WORKERS {
+                    self.fork();
+                }
+            }
+            (Call::Detach, _) => {
+                if self.detached.values().filter(|d| d.is_running()).count() < MAX_DETACHED {
+                    self.detach();
+                }
+            }
+            (Call::DisconnectAll, _) => self.disconnect_all(true),
+            (Call::DisconnectAllWithin, _) => {
+                self.awaited = true;
+                self.stop_by = by(self.stop_by, self.now);
+                self.report(|core| core.disconnect_all_within(within));
+            }
+            // Any port, one port, or a path.
+            (Call::Retain, _) => self.retain(&endpoint([0, 8, 4][usize::from(n % 3)])),
+            (Call::Adopt, _) => self.adopt(endpoint([8, 4][usize::from(n % 2)])),
+            (Call::Release, _) => {
+                if let Some(at) = usize::from(n).checked_rem(self.retained.len()) {
+                    let handle = self.retained.swap_remove(at);
+                    self.report(|core| core.release(handle));
+                }
+            }
+            (_, None) => {}
+            (Call::Ref, Some(id)) => {
+                let is_known = match self.detached.get(&id) {
+                    Some(detached) => matches!(detached, Detached::Running | Detached::Zombie(_)),
+                    None => self.master.is_worker(id),
+                };
+                self.referenced.extend(is_known.then_some(id));
+                self.report(|core| core.reference(id, true));
+            }
+            (Call::Unref, Some(id)) => {
+                self.referenced.remove(&id);
+                self.report(|core| core.reference(id, false));
+            }
+            (Call::Disconnect, Some(id)) => self.report(|core| core.disconnect(id)),
+            (Call::DisconnectWithin, Some(id)) => {
+                let now = self.now;
+                if let Some(process) = self.processes.get_mut(&id) {
+                    process.deadline = by(process.deadline, now);
+                }
+                self.report(|core| core.disconnect_within(id, within));
+            }
+            (Call::Kill, Some(id)) => {
+                self.signalled.insert(id);
+                self.report(|core| core.kill(id, Signal::TERM));
+            }
+            (Call::Signal, Some(id)) => {
+                self.signalled.insert(id);
+                self.report(|core| core.signal(id, Signal::KILL));
+            }
+            (Call::CloseChannel, Some(id)) => self.report(|core| core.close_channel(id)),
+            (Call::Send, Some(id)) => self.send_message(id),
+        }
+    }
+
+    pub(crate) fn disconnect_all(&mut self, awaited: bool) {
+        self.awaited |= awaited;
+        self.report(|core| core.disconnect_all(awaited));
+    }
+
+    fn send_message(&mut self, id: WorkerId) {
+        let Some(process) = self.processes.get_mut(&id) else {
+            let (worker, reason) = (Some(id), SendError::ChannelClosed);
+            return self.report(|core| core.error(worker, Error::Send { worker, reason }));
+        };
+        if process.master_end && !process.down.is_broken {
+            process.sent[1] += 1;
+            let message = process.sent[1].to_le_bytes().to_vec();
+            let message = ToWorker::Message(message);
+            process.down.queue(message, Attachment::None);
+            self.unflushed.insert(id);
+        }
+    }
+
+    fn retain(&mut self, endpoint: &Endpoint) {
+        let shared = self.report(|core| core.retain(endpoint));
+        let handle = shared.or_else(|| {
+            let handle = self.master.next_handle();
+            let address = self.bind(handle, endpoint).ok()?;
+            let policy = self.master.policy_of(endpoint);
+            self.report(|core| core.retained(handle, endpoint.clone(), address, policy));
+            Some(handle)
+        });
+        self.retained.extend(handle);
+    }
+
+    fn adopt(&mut self, endpoint: Endpoint) {
+        let handle = self.master.next_handle();
+        if let Ok(address) = self.bind(handle, &endpoint) {
+            self.report(|core| core.adopted(handle, endpoint, address));
+            self.retained.push(handle);
+            self.adopted.insert(handle);
+        }
+    }
+
+    /// The application releases all listeners that it retains.
+    pub(crate) fn release_all(&mut self) {
+        while !self.retained.is_empty() {
+            self.call(Call::Release, None, 0);
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! A kernel without a system: processes, channels, listeners, queues and clients as plain data,
+//! with a virtual clock.
+//!
+//! The cores of the master and of each worker run as they are. The kernel carries out their actions
+//! and reports facts to them. The drivers decide when each thing happens:
+//! [`schedule`](super::schedule) at random, [`fuzz`](super::fuzz) by the bytes of a fuzzer. The master
+//! keeps its actions until the driver lets it carry them out, so anything can happen in between.
+//!
+//! `check` holds the promises of the crate. The drivers call it after each step.
+
+pub(crate) mod check;
+mod ending;
+mod master;
+pub(crate) mod process;
+pub(crate) mod socket;
+mod worker;
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem::Discriminant;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+use std::rc::Rc;
+
+use crate::config::settings::SchedulingPolicy;
+use crate::core::event::{EmittedEvent, Event};
+use crate::core::master::{Action, MasterCore};
+use crate::sys::fd::NoLingerFd;
+use crate::types::time::{Time, earlier};
+use crate::types::worker_id::WorkerId;
+use crate::wire::channel::inbox::Inbox;
+use crate::wire::frame::HandleId;
+pub(crate) use ending::{Ending, ROUNDS};
+pub(crate) use master::Call;
+use process::{Detached, Process, ProcessState};
+use socket::{Client, Fate, Port, Queue};
+pub(crate) use worker::{WorkerCall, requested_endpoint};
+
+/// How long the shells back off when a descriptor could not be sent or received.
+const BACKOFF: Time = Time::from_millis(100);
+/// The number of waiting connections that the shell checks in each iteration. Smaller than the
+/// number that usually waits, so that the sweep has to go round.
+const SWEEP: usize = 2;
+/// The panic message for an unknown worker: every step names one that exists.
+const KNOWN: &str = "a known worker";
+
+/// An operation that the system refuses once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Failure {
+    Accept,
+    Bind,
+    /// To copy a listener for a worker.
+    Share,
+    /// To send a descriptor.
+    Send,
+    /// To give a worker a descriptor, because it has none left.
+    Receive,
+    /// To reclaim more than half of the connections in a queue.
+    Reclaim,
+}
+
+/// Something that the master finds ready.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fact {
+    Readable(HandleId),
+    Frame(WorkerId),
+    End(WorkerId),
+    Exit(WorkerId),
+    Writable(WorkerId),
+    Time,
+}
+
+/// How this kernel behaves.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Config {
+    pub(crate) policy: SchedulingPolicy,
+    /// The system tells how many connections are in a queue.
+    pub(crate) counts_queues: bool,
+    /// The number of connections that a callback receives in one iteration of its loop.
+    pub(crate) accept_batch: u32,
+}
+
+/// The master's core. Connections are simulated, the descriptors of messages are not.
+pub(crate) type Master = MasterCore<Client, Vec<NoLingerFd>>;
+
+/// The kernel, and the processes on it.
+#[derive(Default)]
+pub(crate) struct World {
+    config: Config,
+    now: Time,
+    /// When the master last read its clock.
+    ticked: Time,
+    pub(crate) master: Master,
+    /// Actions that the master has decided and not carried out.
+    actions: VecDeque<Action<Client>>,
+    /// The workers to whose channels the master has not tried to write.
+    unflushed: BTreeSet<WorkerId>,
+    /// The second event of a pair, which must come next.
+    second: Option<(WorkerId, Discriminant<Event<Vec<NoLingerFd>>>)>,
+    pub(crate) processes: BTreeMap<WorkerId, Process>,
+    pub(crate) detached: BTreeMap<WorkerId, Detached>,
+    /// Processes to which the application has sent a signal.
+    signalled: BTreeSet<WorkerId>,
+    /// Processes for whose exit the application waits.
+    referenced: BTreeSet<WorkerId>,
+    pub(crate) ports: BTreeMap<HandleId, Port>,
+    pub(crate) queues: BTreeMap<(HandleId, WorkerId), Queue>,
+    /// Listeners of which a worker did not receive its copy or queue.
+    unshared: BTreeSet<(HandleId, WorkerId)>,
+    /// Queues that the master could not empty, and therefore could not close.
+    unclosed: Vec<(HandleId, WorkerId)>,
+    /// When the master tries again to close them.
+    closes_at: Option<Time>,
+    pub(crate) last_port: u32,
+    /// The listeners that the application retains.
+    retained: Vec<HandleId>,
+    /// The listeners that the application has not opened itself.
+    adopted: BTreeSet<HandleId>,
+    pub(crate) fates: Vec<Fate>,
+    /// The clients of connections that have closed since the last check.
+    closed: Rc<RefCell<Vec<u32>>>,
+    pub(crate) served: u64,
+    /// Connections that have closed although no worker received them.
+    lost: u64,
+    /// Connections that came out of queues.
+    received: u64,
+    /// A worker has claimed connections that it did not receive: the ledger may be wrong about it.
+    pub(crate) has_false_claims: bool,
+    pub(crate) failing: BTreeSet<Failure>,
+    awaited: bool,
+    pub(crate) disconnected: u32,
+    /// All workers must have exited at this time.
+    stop_by: Option<Time>,
+    /// A buffer.
+    facts: Vec<Fact>,
+}
+
+impl Default for Master {
+    fn default() -> Self {
+        Self::new(SchedulingPolicy::default())
+    }
+}
+
+/// The `n`-th element, counted modulo their number.
+pub(crate) fn nth<T>(mut all: impl Iterator<Item = T> + Clone, n: u8) -> Option<T> {
+    let count = all.clone().count();
+    all.nth(usize::from(n).checked_rem(count)?)
+}
+
+impl World {
+    pub(crate) fn new(config: Config) -> Self {
+        Self {
+            config,
+            master: MasterCore::new(config.policy),
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn process(&mut self, worker: WorkerId) -> &mut Process {
+        self.processes.get_mut(&worker).expect(KNOWN)
+    }
+
+    /// The number of clients that have connected.
+    pub(crate) fn clients(&self) -> u64 {
+        self.fates.len() as u64
+    }
+
+    /// The `n`-th living worker.
+    pub(crate) fn living(&self, n: u8) -> Option<WorkerId> {
+        let alive = self.processes.iter().filter(|(_, p)| p.is_alive());
+        nth(alive.map(|(id, _)| *id), n)
+    }
+
+    /// The `n`-th worker whose library has something to do.
+    pub(crate) fn busy(&self, n: u8) -> Option<WorkerId> {
+        let busy = self.processes.iter().filter(|(_, p)| p.is_busy(self.now));
+        nth(busy.map(|(id, _)| *id), n)
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        self.now
+    }
+
+    pub(crate) fn pass(&mut self, time: Time) {
+        self.now += time;
+    }
+
+    // Clients.
+
+    /// A client connects to the `n`-th open listener.
+    pub(crate) fn connect(&mut self, n: u8) {
+        let client = u32::try_from(self.fates.len()).expect("few clients");
+        let ports = self.ports.iter_mut().map(|(id, port)| (Some(*id), port));
+        let private = self
+            .processes
+            .values_mut()
+            .flat_map(|process| process.private.values_mut());
+        let all = ports.chain(private.map(|port| (None, port)));
+        let mut open: Vec<_> = all.filter(|(_, port)| port.is_open()).collect();
+        let count = open.len();
+        if let Some(n) = usize::from(n).checked_rem(count) {
+            let (id, port) = &mut open[n];
+            port.backlog.push_back(client);
+            let port = *id;
+            self.fates.push(Fate {
+                port,
+                ..Fate::default()
+            });
+        }
+    }
+
+    /// One of the last 16 clients hangs up.
+    pub(crate) fn hang_up(&mut self, n: u8) {
+        let ago = usize::from(n) % 16 + 1;
+        if let Some(at) = self.fates.len().checked_sub(ago) {
+            self.fates[at].left = true;
+        }
+    }
+
+    // Processes.
+
+    pub(crate) fn fork(&mut self) -> WorkerId {
+        let worker = self.add_worker(None);
+        // The first frame of a worker says that it is online.
+        self.gather_from_worker(worker);
+        worker
+    }
+
+    /// Forks a worker whose bytes the driver writes.
+    pub(crate) fn fork_raw(&mut self) -> WorkerId {
+        self.add_worker(Some(Inbox::default()))
+    }
+
+    fn add_worker(&mut self, inbox: Option<Inbox>) -> WorkerId {
+        let id = self.master.next_worker_id().expect("a free number");
+        self.processes.insert(id, Process::new(inbox));
+        self.referenced.insert(id);
+        self.report(|core| core.forked(id));
+        id
+    }
+
+    pub(crate) fn detach(&mut self) -> WorkerId {
+        let id = self.master.next_worker_id().expect("a free number");
+        self.detached.insert(id, Detached::Running);
+        self.report(|core| core.detached(id));
+        id
+    }
+
+    /// A detached process exits, if it is running.
+    pub(crate) fn end_detached(&mut self, process: WorkerId, status: ExitStatus) {
+        if self.detached[&process].is_running() {
+            self.detached.insert(process, Detached::Zombie(status));
+        }
+    }
+
+    pub(crate) fn stop(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        if process.is_running() {
+            process.state = ProcessState::Stopped { pending: None };
+        }
+    }
+
+    /// A stopped worker continues. A signal that is pending kills it.
+    pub(crate) fn resume(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        if let ProcessState::Stopped { pending } = process.state {
+            process.state = ProcessState::Running;
+            if let Some(signal) = pending {
+                self.exit(worker, ExitStatus::from_raw(signal.number()));
+            }
+        }
+    }
+
+    /// A worker exits, whatever it does now.
+    pub(crate) fn exit(&mut self, worker: WorkerId, status: ExitStatus) {
+        let process = self.process(worker);
+        let mut handles: Vec<_> = process.shared.values().copied().collect();
+        let travelling = process.down.parcels().map(|parcel| parcel.with);
+        handles.extend(travelling.filter_map(master::listener_of));
+        process.exit(status);
+        for handle in handles {
+            self.forget_port(handle);
+        }
+    }
+
+    // The loop of the master.
+
+    /// The master does one thing: it carries out an action, writes a frame, delivers an event, or
+    /// handles something that it finds ready. Returns the event.
+    pub(crate) fn master_step(&mut self, n: u8) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
+        if self.carry_out_next() || self.flush_next() {
+            return None;
+        }
+        if n % 8 != 7 && self.master.has_events() {
+            return self.deliver_next();
+        }
+        if let Some(fact) = self.ready(n / 8) {
+            self.handle(fact);
+        }
+        None
+    }
+
+    /// Whether the master has decided nothing that it has not carried out and written.
+    pub(crate) fn master_is_idle(&self) -> bool {
+        self.actions.is_empty() && self.unflushed.is_empty()
+    }
+
+    /// Carries out the first action, if there is one.
+    pub(crate) fn carry_out_next(&mut self) -> bool {
+        let Some(action) = self.actions.pop_front() else {
+            return false;
+        };
+        self.act(action);
+        true
+    }
+
+    /// Writes one frame to the first worker with unwritten frames.
+    pub(crate) fn flush_next(&mut self) -> bool {
+        let Some(worker) = self.unflushed.pop_first() else {
+            return false;
+        };
+        self.master_writes(worker);
+        true
+    }
+
+    /// Takes the next event from the master's core, and checks it.
+    pub(crate) fn deliver_next(&mut self) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
+        let emit = self.master.next_event()?;
+        self.check_emit(&emit);
+        self.gather();
+        Some(emit)
+    }
+
+    /// The `n`-th fact that the master finds ready.
+    fn ready(&mut self, n: u8) -> Option<Fact> {
+        let mut facts = std::mem::take(&mut self.facts);
+        facts.clear();
+        let ready = self.ports.iter().filter(|(_, port)| port.is_ready());
+        facts.extend(ready.map(|(handle, _)| Fact::Readable(*handle)));
+        for (worker, process) in &self.processes {
+            if process.master_end {
+                if !process.up.wire.is_empty() {
+                    facts.push(Fact::Frame(*worker));
+                } else if !process.worker_end || process.is_shut {
+                    facts.push(Fact::End(*worker));
+                }
+                if process.down.can_write() && process.master_backoff <= self.now {
+                    facts.push(Fact::Writable(*worker));
+                }
+            }
+            if let ProcessState::Zombie(_) = process.state {
+                facts.push(Fact::Exit(*worker));
+            }
+        }
+        for (process, state) in &self.detached {
+            if let Detached::Zombie(_) = state {
+                facts.push(Fact::Exit(*process));
+            }
+        }
+        let is_due = |deadline| deadline <= self.now;
+        let sweeps = self.master.has_waiting() && self.ticked < self.now;
+        let closes = self.closes_at.is_some_and(is_due);
+        if self.master.deadline().is_some_and(is_due) || sweeps || closes {
+            facts.push(Fact::Time);
+        }
+        let fact = nth(facts.iter().copied(), n);
+        self.facts = facts;
+        fact
+    }
+
+    /// The master learns a fact.
+    pub(crate) fn handle(&mut self, fact: Fact) {
+        self.master.set_time(self.now);
+        match fact {
+            Fact::Readable(handle) => self.report(|core| core.readable(handle)),
+            Fact::Frame(worker) => drop(self.master_reads(worker)),
+            Fact::End(worker) => self.master_reads_end(worker),
+            Fact::Exit(process) => self.reap(process),
+            Fact::Writable(worker) => drop(self.unflushed.insert(worker)),
+            Fact::Time => self.tick(),
+        }
+    }
+
+    fn reap(&mut self, process: WorkerId) {
+        let status = if let Some(detached) = self.detached.get_mut(&process) {
+            let Detached::Zombie(status) = *detached else {
+                unreachable!("it is reaped once")
+            };
+            *detached = Detached::Reaped(status);
+            self.referenced.remove(&process);
+            status
+        } else {
+            let process = self.process(process);
+            let ProcessState::Zombie(status) = process.state else {
+                unreachable!("it is reaped once")
+            };
+            process.state = ProcessState::Reaped(status);
+            status
+        };
+        self.report(|core| core.exited(process, status));
+    }
+
+    pub(crate) fn tick(&mut self) {
+        self.ticked = self.now;
+        if self.stop_by.is_some_and(|by| by <= self.now) {
+            // The disconnect does not concern workers that are forked later.
+            let by = self.stop_by.take();
+            for process in self.processes.values_mut() {
+                process.deadline = earlier(process.deadline, by);
+            }
+        }
+        if self.closes_at.is_some_and(|time| time <= self.now) {
+            self.closes_at = None;
+            for (handle, worker) in std::mem::take(&mut self.unclosed) {
+                self.close_queue(handle, worker);
+            }
+        }
+        let now = self.now;
+        self.report(|core| core.tick(now));
+        if self.master.has_waiting() {
+            let fates = std::mem::take(&mut self.fates);
+            let has_left = |connection: &Client| fates[connection.client as usize].left;
+            self.report(|core| core.sweep(SWEEP, has_left));
+            self.fates = fates;
+        }
+    }
+
+    // Everything that happens by itself.
+
+    /// The master does everything that it has to do.
+    pub(crate) fn run_master(&mut self) {
+        for n in 0..10_000_u32 {
+            let has_events = self.master.has_events();
+            if self.master_is_idle() && !has_events && self.ready(0).is_none() {
+                return;
+            }
+            // Everything that is ready, in turn.
+            self.master_step(n.to_le_bytes()[0]);
+            self.check();
+        }
+        panic!("the master never comes to rest");
+    }
+
+    /// The master and the libraries of the workers do everything that they have to do.
+    pub(crate) fn settle(&mut self) {
+        loop {
+            self.run_master();
+            let Some(worker) = self.busy(0) else {
+                return;
+            };
+            self.worker_step(worker, 0);
+            self.check();
+        }
+    }
+}

@@ -1,0 +1,516 @@
+//! The hands and the application of a worker: carries out the actions of its core, and calls it.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use super::process::{Parcel, ProcessState};
+use super::socket::{Client, Connection, Port, PortState, endpoint};
+use super::{BACKOFF, Failure, KNOWN, World, nth};
+use crate::core::master::Attachment;
+use crate::core::worker::{Action, Event, ListenStatus, ListenerId};
+use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{FrameError, ToMaster, ToWorker};
+
+/// The maximum number of listeners that the application of one worker has.
+const MAX_LISTENERS: usize = 3;
+
+/// A call of a worker's application.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WorkerCall {
+    Listen,
+    ListenPrivately,
+    /// It blocks in `accept`, or its poller reports a listener that has a callback.
+    Accept,
+    /// It sets a callback for connections.
+    UseCallback,
+    /// It handles the outcome of a `Listen`.
+    FinishListen,
+    CloseConnection,
+    DropListener,
+    LimitConnections,
+    /// Its descriptors become scarce, or plentiful again.
+    ChangeFds,
+    /// It waits for events in general, and returns from `main` when nothing is left to wait for.
+    Wait,
+    Send,
+    Disconnect,
+    Kill,
+    CloseChannel,
+    Exit,
+}
+
+// The loop of a worker.
+impl World {
+    /// The worker does one thing: it carries out an action, writes a frame, delivers an event, or
+    /// reads a frame.
+    pub(crate) fn worker_step(&mut self, worker: WorkerId, n: u8) {
+        let now = self.now;
+        let process = self.process(worker);
+        if !process.is_running() {
+            return;
+        }
+        if process.worker_backoff.is_some_and(|time| time <= now) {
+            process.worker_backoff = None;
+            process.core.backoff_elapsed();
+        } else if let Some(action) = process.actions.pop_front() {
+            self.worker_acts(worker, action);
+        } else if process.is_unflushed {
+            self.worker_flushes(worker);
+        } else if n % 4 != 3 && process.core.has_events() {
+            let event = process.core.next_event().expect("an event");
+            self.worker_delivers(worker, event);
+        } else if n % 4 != 2 && process.worker_end && process.up.can_write() {
+            process.is_unflushed = true;
+        } else {
+            self.worker_reads(worker);
+        }
+        self.gather_from_worker(worker);
+    }
+
+    /// Does everything that the worker has to do before it reads again.
+    pub(crate) fn run_worker(&mut self, worker: WorkerId) {
+        self.gather_from_worker(worker);
+        while self.processes[&worker].has_work(self.now) {
+            self.worker_step(worker, 0);
+        }
+    }
+
+    /// The worker reads one frame, or the end of its channel. Returns whether there was anything.
+    pub(crate) fn worker_reads(&mut self, worker: WorkerId) -> bool {
+        let now = self.now;
+        let process = self.process(worker);
+        if !process.worker_end {
+            return self.close_worker_channel(worker);
+        }
+        let Some(parcel) = process.down.wire.pop_front() else {
+            let is_over = process.is_shut || !process.master_end;
+            return is_over && self.close_worker_channel(worker);
+        };
+        if parcel.lost_fd {
+            process.worker_backoff = process.worker_backoff.or(Some(now + BACKOFF));
+        }
+        self.worker_processes(worker, parcel);
+        self.gather_from_worker(worker);
+        true
+    }
+
+    fn worker_processes(&mut self, worker: WorkerId, parcel: Parcel<ToWorker>) {
+        let process = self.process(worker);
+        let frame = parcel.frame.expect("the master's frames are well formed");
+        let handle = match parcel.with {
+            Attachment::None => None,
+            Attachment::Listener(handle)
+            | Attachment::Queue(handle)
+            | Attachment::Shard(handle, _) => Some(handle),
+        };
+        let outcome = match frame {
+            ToWorker::Reply {
+                request,
+                result: Ok(bound),
+            } if parcel.lost_fd => {
+                let outcome = process.core.listener_fd_lost(request, bound.handle);
+                self.forget_port(bound.handle);
+                outcome.map(|()| None)
+            }
+            frame => process.core.frame(frame),
+        };
+        let process = self.process(worker);
+        match outcome {
+            Ok(Some(listener)) => drop(handle.map(|h| process.shared.insert(listener, h))),
+            Ok(None) => {}
+            Err(error) => {
+                assert!(process.is_liar, "{error}");
+                self.close_worker_channel(worker);
+            }
+        }
+        handle.into_iter().for_each(|h| self.forget_port(h));
+    }
+
+    /// The worker finds its channel closed. Returns whether it did not know.
+    fn close_worker_channel(&mut self, worker: WorkerId) -> bool {
+        let process = self.process(worker);
+        let was_connected = process.core.is_connected();
+        if was_connected {
+            process.close_end();
+            process.core.channel_closed();
+            self.gather_from_worker(worker);
+        }
+        was_connected
+    }
+
+    pub(crate) fn gather_from_worker(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        while let Some(action) = process.core.next_action() {
+            process.actions.push_back(action);
+        }
+    }
+
+    fn worker_acts(&mut self, worker: WorkerId, action: Action) {
+        let process = self.process(worker);
+        match action {
+            Action::Send(frame) => {
+                if !process.is_closing && process.worker_end {
+                    process.up.queue(frame, Attachment::None);
+                }
+                process.is_unflushed = true;
+            }
+            Action::CloseListener(listener) => {
+                process.watched.remove(&listener);
+                if let Some(handle) = process.shared.remove(&listener) {
+                    self.forget_port(handle);
+                } else if let Some(port) = process.private.remove(&listener) {
+                    let core = &process.core;
+                    let is_served = core.is_connected() && core.has_callback(listener);
+                    let is_empty = port.backlog.is_empty();
+                    assert!(is_empty || !is_served, "closed with clients in the backlog");
+                }
+            }
+            Action::AttachSynFilter(listener) => {
+                if let Some(port) = process.private.get_mut(&listener) {
+                    port.state = PortState::Filtered;
+                }
+            }
+            Action::CloseChannel => {
+                let is_idle = process.held.is_empty();
+                assert!(
+                    is_idle || process.is_careless,
+                    "disconnects with connections"
+                );
+                process.is_closing = true;
+                process.is_unflushed = true;
+            }
+        }
+    }
+
+    fn worker_flushes(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        if process.is_shut {
+            process.up.break_off();
+        }
+        if process.up.write(|_| {}) {
+            return;
+        }
+        process.is_unflushed = false;
+        if process.up.outbox.is_empty() && process.is_closing && process.worker_end {
+            process.is_shut = true;
+            process.up.is_broken = true;
+        }
+    }
+
+    fn worker_delivers(&mut self, worker: WorkerId, event: Event<()>) {
+        match event {
+            Event::ListenerReady(listener) => {
+                let process = self.process(worker);
+                let core = &process.core;
+                if core.has_callback(listener) && !core.is_paused(listener) {
+                    process.watched.insert(listener);
+                } else {
+                    process.watched.remove(&listener);
+                }
+                self.call_back(worker, listener);
+            }
+            Event::Message { bytes, fds: () } => self.check_message_to_worker(worker, &bytes),
+            Event::Disconnect => {}
+        }
+    }
+}
+
+// How connections reach the application of a worker.
+impl World {
+    /// A callback receives what its listener has, up to one batch.
+    fn call_back(&mut self, worker: WorkerId, listener: ListenerId) {
+        for _ in 0..self.config.accept_batch {
+            let process = self.process(worker);
+            if process.core.is_paused(listener) {
+                process.watched.remove(&listener);
+                return;
+            }
+            if !self.accept_next(worker, listener) {
+                return;
+            }
+        }
+        let core = &mut self.process(worker).core;
+        if core.is_draining(listener) || core.has_queue(listener) {
+            core.notify_ready(listener);
+        }
+    }
+
+    /// The poller of a worker reports a listener, if it is watched.
+    pub(crate) fn poll_listener(&mut self, worker: WorkerId, listener: ListenerId) {
+        if self.process(worker).watched.contains(&listener) {
+            self.call_back(worker, listener);
+            self.gather_from_worker(worker);
+        }
+    }
+
+    /// The poller of a worker reports all listeners that are watched.
+    pub(crate) fn poll_listeners(&mut self, worker: WorkerId) {
+        for listener in self.process(worker).watched.clone() {
+            self.poll_listener(worker, listener);
+        }
+    }
+
+    /// The application blocks in `accept`: it returns if there is a connection, or none will come.
+    /// Returns whether it did.
+    pub(crate) fn try_blocking_accept(&mut self, worker: WorkerId) -> bool {
+        let process = self.process(worker);
+        let Some(listener) = process.accepting else {
+            return false;
+        };
+        let has_ended = process.core.has_ended(listener) && !process.core.has_events();
+        let is_paused = process.core.is_paused(listener);
+        let returns = has_ended || !is_paused && self.accept_next(worker, listener);
+        if returns {
+            self.process(worker).accepting = None;
+        }
+        self.gather_from_worker(worker);
+        returns
+    }
+
+    /// As the shell does it: receives the next connection from a queue, or accepts it from a
+    /// listener. Returns whether there was one.
+    fn accept_next(&mut self, worker: WorkerId, listener: ListenerId) -> bool {
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        if process.core.is_datagram(listener) {
+            return false;
+        }
+        let has_queue = process.core.has_queue(listener);
+        let client = match process.shared.get(&listener).copied() {
+            Some(_) if has_queue && self.failing.remove(&Failure::Receive) => {
+                process.core.fds_exhausted();
+                process.worker_backoff = process.worker_backoff.or(Some(self.now + BACKOFF));
+                None
+            }
+            Some(handle) if has_queue => self.receive(handle, worker),
+            shared => {
+                let port = match shared {
+                    Some(handle) => self.ports.get_mut(&handle),
+                    None => process.private.get_mut(&listener),
+                };
+                let Some(port) = port else {
+                    return false;
+                };
+                let client = port.backlog.pop_front();
+                client.map(|client| Connection::new(client, &self.closed))
+            }
+        };
+        let process = self.process(worker);
+        let core = &mut process.core;
+        if let Some(client) = client {
+            core.connection_opened(listener);
+            match (has_queue, process.fds_are_scarce) {
+                (false, _) => {}
+                (true, true) => core.fds_scarce(),
+                (true, false) => core.fds_plentiful(),
+            }
+            self.hold(worker, client, listener);
+            return true;
+        }
+        if !core.is_draining(listener) {
+            core.found_empty(listener);
+        } else if !core.is_paused(listener) {
+            core.close(listener);
+        }
+        false
+    }
+
+    /// The application has received a connection.
+    fn hold(&mut self, worker: WorkerId, client: Client, listener: ListenerId) {
+        let number = client.client;
+        let process = self.process(worker);
+        process.held.push((client, listener));
+        process.counters.received += 1;
+        if let Some(limit) = process.limits.get(&listener) {
+            let held = process.held.iter().filter(|(_, from)| *from == listener);
+            let is_allowed = held.count() <= *limit || process.core.is_disconnecting();
+            assert!(is_allowed, "more connections than the application wants");
+        }
+        self.mark_served(number);
+    }
+}
+
+// The calls of a worker's application.
+impl World {
+    /// The application of a worker does something. If the library has something to do, or the
+    /// application blocks in `accept`, that goes on instead.
+    pub(crate) fn call_worker(&mut self, worker: WorkerId, call: WorkerCall, n: u8) {
+        if !self.is_ready_for_application(worker) {
+            return self.worker_step(worker, n);
+        }
+        if self.processes[&worker].accepting.is_some() {
+            self.try_blocking_accept(worker);
+        } else {
+            self.carry_out_call(worker, call, n);
+        }
+        self.gather_from_worker(worker);
+    }
+
+    #[allow(clippy::wildcard_enum_match_arm)]
+    fn carry_out_call(&mut self, worker: WorkerId, call: WorkerCall, n: u8) {
+        let process = self.process(worker);
+        let listener = nth(process.listeners.iter().copied(), n);
+        let can_listen = process.listeners.len() < MAX_LISTENERS;
+        match (call, listener) {
+            (WorkerCall::Listen, _) if can_listen => self.listen_with_limit(worker, n),
+            (WorkerCall::ListenPrivately, _) if can_listen => {
+                let listener = process.core.listen_privately(Kind::Tcp);
+                process.listeners.push(listener);
+                if !process.core.is_disconnecting() {
+                    process.private.insert(listener, Port::new(endpoint(0)));
+                }
+            }
+            (WorkerCall::Accept, Some(listener)) if process.core.has_callback(listener) => {
+                self.poll_listener(worker, listener);
+            }
+            (WorkerCall::Accept, Some(listener)) => {
+                process.accepting = Some(listener);
+                self.try_blocking_accept(worker);
+            }
+            (WorkerCall::UseCallback, Some(listener)) => {
+                // The application has no listener before the reply.
+                if process.core.listen_status(listener) != ListenStatus::Pending {
+                    process.core.use_callback(listener);
+                }
+            }
+            (WorkerCall::FinishListen, Some(listener)) => {
+                match process.core.listen_status(listener) {
+                    ListenStatus::Pending => {}
+                    ListenStatus::Done(_) => process.core.listening(listener),
+                    ListenStatus::Failed(_) => self.drop_listener(worker, listener),
+                }
+            }
+            (WorkerCall::CloseConnection, _) => self.close_connection(worker, n),
+            (WorkerCall::DropListener, Some(listener)) => self.drop_listener(worker, listener),
+            (WorkerCall::LimitConnections, Some(listener)) => {
+                // The limit may be below the number of connections that it already holds.
+                process.limits.remove(&listener);
+                match n % 4 {
+                    0 => process.core.drop_excess(listener),
+                    1 => process.core.set_connection_limit(listener, None),
+                    limit => {
+                        let limit = u64::from(limit) - 2;
+                        process.core.set_connection_limit(listener, Some(limit));
+                    }
+                }
+            }
+            (WorkerCall::ChangeFds, _) => process.fds_are_scarce = n % 2 == 0,
+            (WorkerCall::Wait, _) => self.wait_for_events(worker),
+            (WorkerCall::Send, _) => self.send_to_master(worker),
+            (WorkerCall::Disconnect, _) => process.core.disconnect(),
+            (WorkerCall::Kill, _) => {
+                process.is_careless = true;
+                process.core.kill();
+            }
+            (WorkerCall::CloseChannel, _) => {
+                process.is_careless = true;
+                process.core.close_channel();
+            }
+            (WorkerCall::Exit, _) => self.exit(worker, ExitStatus::from_raw(i32::from(n) << 8)),
+            _ => {}
+        }
+    }
+
+    /// Some applications want few connections at a time.
+    fn listen_with_limit(&mut self, worker: WorkerId, n: u8) {
+        let listener = self.listen(worker, requested_endpoint(n));
+        if let limit @ 0..=2 = n / 5 % 8 {
+            let process = self.process(worker);
+            process.limits.insert(listener, limit.into());
+            process
+                .core
+                .set_connection_limit(listener, Some(limit.into()));
+        }
+    }
+
+    pub(crate) fn listen(&mut self, worker: WorkerId, endpoint: Endpoint) -> ListenerId {
+        let process = self.process(worker);
+        let listener = process.core.listen(endpoint, BindFlags::default());
+        process.listeners.push(listener);
+        self.gather_from_worker(worker);
+        listener
+    }
+
+    /// The application drops a listener, whose connections may be open.
+    pub(crate) fn drop_listener(&mut self, worker: WorkerId, listener: ListenerId) {
+        let process = self.process(worker);
+        process.is_careless = true;
+        process.core.forget(listener);
+        process.listeners.retain(|known| *known != listener);
+    }
+
+    /// The application closes its `n`-th connection, if it has any.
+    pub(crate) fn close_connection(&mut self, worker: WorkerId, n: u8) {
+        let process = self.process(worker);
+        if let Some(at) = usize::from(n).checked_rem(process.held.len()) {
+            let (client, listener) = process.held.swap_remove(at);
+            drop(client);
+            process.core.connection_closed(Some(listener));
+        }
+    }
+
+    pub(crate) fn send_to_master(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        if process.worker_end && !process.is_closing && !process.up.is_broken {
+            process.sent[0] += 1;
+            let message = process.sent[0].to_le_bytes().to_vec();
+            let frame = ToMaster::Message(message);
+            process.up.queue(frame, Attachment::None);
+            process.is_unflushed = true;
+        }
+    }
+
+    /// The application waits for events in general. It returns from `main` when nothing is left to
+    /// wait for.
+    pub(crate) fn wait_for_events(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        process.core.waiting_for_events();
+        let is_finished = process.core.is_finished() && !process.core.has_events();
+        if is_finished && process.up.outbox.is_empty() && process.actions.is_empty() {
+            self.return_from_main(worker);
+        }
+    }
+
+    /// The library writes its last frames before the process exits.
+    fn return_from_main(&mut self, worker: WorkerId) {
+        let process = self.process(worker);
+        while !process.is_shut && process.up.write(|_| {}) {}
+        self.exit(worker, ExitStatus::from_raw(0));
+    }
+
+    /// Whether the application can do something now, and not only the library.
+    pub(crate) fn is_ready_for_application(&self, worker: WorkerId) -> bool {
+        let process = &self.processes[&worker];
+        process.state == ProcessState::Running
+            && process.actions.is_empty()
+            && !process.is_unflushed
+    }
+}
+
+/// The endpoint that a worker requests: any port, one port, a path, a descriptor of the master, or
+/// datagrams.
+pub(crate) fn requested_endpoint(n: u8) -> Endpoint {
+    endpoint([0, 8, 4, 29, 7][usize::from(n % 5)])
+}
+
+// Frames that no worker of this crate sends.
+impl World {
+    /// A worker writes a frame of its own making, or bytes that are none.
+    pub(crate) fn forge(&mut self, worker: WorkerId, frame: Result<ToMaster, FrameError>) {
+        let process = self.process(worker);
+        if process.worker_end && !process.is_shut {
+            process.is_liar = true;
+            process
+                .up
+                .wire
+                .push_back(Parcel::new(frame, Attachment::None));
+        }
+    }
+
+    /// A raw worker reads the next frame of the master, if there is one.
+    pub(crate) fn raw_reads(&mut self, worker: WorkerId) -> Option<ToWorker> {
+        let parcel = self.process(worker).down.wire.pop_front()?;
+        self.flush(worker);
+        parcel.frame.ok()
+    }
+}

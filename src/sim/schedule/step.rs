@@ -1,0 +1,294 @@
+//! The steps of a schedule: what can happen, how often, and how it is done.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use fastrand::Rng;
+
+use super::Schedule;
+use crate::sim::kernel::process::Detached;
+use crate::sim::kernel::{Call, Failure, WorkerCall, World, nth, requested_endpoint};
+use crate::types::endpoint::BindFlags;
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
+
+/// Something that only a broken or hostile worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Forgery {
+    Garbled,
+    Online,
+    Listen,
+    Listening,
+    Idle,
+    /// It receives a connection and closes it, without the knowledge of its core.
+    ReceiveAndClose,
+    Release,
+    Pause,
+    DisconnectRequest,
+    Message,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StepKind {
+    /// A client connects to a listener.
+    Connect,
+    /// A client hangs up.
+    HangUp,
+    /// Milliseconds pass.
+    Pass,
+    /// The master does one thing.
+    Master,
+    /// The master's application calls something.
+    Call(Call),
+    /// The same, in its next callback.
+    CallInCallback(Call),
+    Fail(Failure),
+    /// A worker does one thing.
+    Worker,
+    /// The application of a worker calls something.
+    WorkerCall(WorkerCall),
+    Kill,
+    Stop,
+    Continue,
+    /// A worker's channel is closed behind its back.
+    CutChannel,
+    Forge(Forgery),
+    /// A detached process exits.
+    EndDetached,
+}
+
+/// One thing that happens. Its numbers choose among what exists, counted modulo, so that every list
+/// of steps has a meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    pub(super) kind: StepKind,
+    /// Which process.
+    pub(super) process: u8,
+    /// Which listener, connection, duration or similar.
+    pub(super) choice: u8,
+}
+
+pub(super) const fn step(kind: StepKind, process: u8, choice: u8) -> Step {
+    Step {
+        kind,
+        process,
+        choice,
+    }
+}
+
+/// The kinds of trouble in a schedule. Some schedules have none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trouble {
+    /// Half of the schedules have no forged frames: only there can a worker's frame prove anything.
+    forgeries: bool,
+    faults: bool,
+    calls: bool,
+    /// Applications change their connection limits all the time.
+    limits: bool,
+}
+
+impl Trouble {
+    pub(super) fn random(rng: &mut Rng) -> Self {
+        Self {
+            forgeries: rng.bool(),
+            faults: rng.u8(0..4) > 0,
+            calls: rng.u8(0..4) > 0,
+            limits: rng.u8(0..8) == 0,
+        }
+    }
+}
+
+// How often each thing happens.
+impl Step {
+    pub(super) fn random(rng: &mut Rng, trouble: Trouble) -> Self {
+        let kind = match rng.u8(0..=255) {
+            0..=1 => StepKind::Call(Call::Fork),
+            2..=19 => StepKind::Connect,
+            20..=22 => StepKind::Pass,
+            23..=25 if trouble.calls => random_call(rng),
+            26..=28 if trouble.faults => random_fault(rng),
+            29 if trouble.forgeries => StepKind::Forge(random_forgery(rng)),
+            30..=79 => StepKind::WorkerCall(random_worker_call(rng, trouble)),
+            80..=159 => StepKind::Worker,
+            _ => StepKind::Master,
+        };
+        let choice = if kind == StepKind::Pass {
+            rng.u8(0..20)
+        } else {
+            rng.u8(..)
+        };
+        step(kind, rng.u8(0..8), choice)
+    }
+}
+
+fn random_call(rng: &mut Rng) -> StepKind {
+    let call = match rng.u8(0..44) {
+        0..=11 => Call::Fork,
+        12..=19 => Call::Send,
+        20..=21 => Call::Disconnect,
+        22..=23 => Call::DisconnectWithin,
+        24..=25 => Call::Kill,
+        26 => Call::Signal,
+        27 => Call::CloseChannel,
+        28 => Call::DisconnectAll,
+        29 => Call::DisconnectAllWithin,
+        30..=32 => Call::Retain,
+        33..=34 => Call::Adopt,
+        35..=37 => Call::Release,
+        40 => Call::Detach,
+        41 => Call::Ref,
+        42 => Call::Unref,
+        _ => return StepKind::CallInCallback(Call::Fork),
+    };
+    if rng.bool() {
+        StepKind::CallInCallback(call)
+    } else {
+        StepKind::Call(call)
+    }
+}
+
+fn random_fault(rng: &mut Rng) -> StepKind {
+    match rng.u8(0..64) {
+        0..=3 => StepKind::Kill,
+        4..=7 => StepKind::Stop,
+        8..=23 => StepKind::Continue,
+        24 => StepKind::CutChannel,
+        25..=30 => StepKind::Fail(Failure::Accept),
+        31..=34 => StepKind::Fail(Failure::Bind),
+        35..=37 => StepKind::Fail(Failure::Share),
+        38..=41 => StepKind::Fail(Failure::Send),
+        42..=43 => StepKind::Fail(Failure::Receive),
+        44..=45 => StepKind::Fail(Failure::Reclaim),
+        46..=47 => StepKind::EndDetached,
+        _ => StepKind::HangUp,
+    }
+}
+
+fn random_worker_call(rng: &mut Rng, trouble: Trouble) -> WorkerCall {
+    if trouble.limits && rng.bool() {
+        return if rng.u8(0..8) == 0 {
+            WorkerCall::UseCallback
+        } else {
+            WorkerCall::LimitConnections
+        };
+    }
+    match rng.u8(0..=127) {
+        0..=9 => WorkerCall::Listen,
+        10..=11 => WorkerCall::ListenPrivately,
+        12..=50 => WorkerCall::Accept,
+        51..=55 => WorkerCall::UseCallback,
+        56..=60 => WorkerCall::FinishListen,
+        61..=109 => WorkerCall::CloseConnection,
+        110 => WorkerCall::DropListener,
+        111..=112 => WorkerCall::LimitConnections,
+        113 => WorkerCall::ChangeFds,
+        114..=117 => WorkerCall::Wait,
+        118 => WorkerCall::Send,
+        119 if trouble.calls => WorkerCall::Disconnect,
+        120 if trouble.faults && rng.bool() => {
+            let ends = [WorkerCall::Kill, WorkerCall::CloseChannel, WorkerCall::Exit];
+            ends[rng.usize(0..ends.len())]
+        }
+        _ => WorkerCall::Accept,
+    }
+}
+
+fn random_forgery(rng: &mut Rng) -> Forgery {
+    let forgeries = [
+        Forgery::Garbled,
+        Forgery::Online,
+        Forgery::Listen,
+        Forgery::Listening,
+        Forgery::Idle,
+        Forgery::Idle,
+        Forgery::ReceiveAndClose,
+        Forgery::Release,
+        Forgery::Pause,
+        Forgery::DisconnectRequest,
+        Forgery::Message,
+    ];
+    forgeries[rng.usize(0..forgeries.len())]
+}
+
+// How each thing is done.
+impl Schedule {
+    pub(super) fn step(&mut self, step: Step) {
+        let (process, choice) = (step.process, step.choice);
+        let world = &mut self.world;
+        let living = world.living(process);
+        match step.kind {
+            StepKind::Connect => world.connect(choice),
+            StepKind::HangUp => world.hang_up(choice),
+            StepKind::Pass => world.pass(Time::from_millis(choice.into())),
+            StepKind::Master => self.master_step(choice),
+            StepKind::Call(call) if world.master_is_idle() => {
+                let detached = world.detached.iter();
+                let detached = detached.filter(|(_, state)| **state != Detached::Gone);
+                let detached = detached.map(|(id, _)| *id);
+                let all: Vec<_> = world.master.worker_ids().chain(detached).collect();
+                world.call(call, nth(all.into_iter(), process), choice);
+            }
+            StepKind::Call(_) => self.master_step(choice),
+            StepKind::CallInCallback(call) => self.callback = Some((call, choice)),
+            StepKind::Fail(failure) => drop(world.failing.insert(failure)),
+            StepKind::Worker => each(world.busy(process), |id| world.worker_step(id, choice)),
+            StepKind::EndDetached => {
+                let running = world.detached.iter().filter(|(_, d)| d.is_running());
+                let status = ExitStatus::from_raw(i32::from(choice) << 8);
+                let chosen = nth(running.map(|(id, _)| *id), process);
+                each(chosen, |id| world.end_detached(id, status));
+            }
+            StepKind::WorkerCall(call) => each(living, |id| world.call_worker(id, call, choice)),
+            StepKind::Kill => each(living, |id| world.exit(id, ExitStatus::from_raw(9))),
+            StepKind::Stop => each(living, |id| world.stop(id)),
+            StepKind::Continue => each(living, |id| world.resume(id)),
+            StepKind::CutChannel => each(living, |id| world.process(id).close_end()),
+            StepKind::Forge(forgery) => each(living, |id| world.forge_frame(id, forgery, choice)),
+        }
+        self.world.check();
+    }
+}
+
+fn each(worker: Option<WorkerId>, act: impl FnMut(WorkerId)) {
+    worker.into_iter().for_each(act);
+}
+
+impl World {
+    /// A worker writes a frame that no worker of this crate would write now.
+    fn forge_frame(&mut self, worker: WorkerId, forgery: Forgery, n: u8) {
+        let number = u64::from(n / 8);
+        let handle = HandleId(self.last_port.saturating_sub(u32::from(n % 8) % 4));
+        let frame = match forgery {
+            Forgery::Garbled => Err(FrameError::State("garbled")),
+            Forgery::Online => Ok(ToMaster::Online),
+            Forgery::Listen => {
+                let key = HandleKey {
+                    endpoint: requested_endpoint(n),
+                    index: u32::from(n / 64),
+                };
+                Ok(ToMaster::Listen {
+                    request: u32::from(n % 4),
+                    key,
+                    flags: BindFlags::default(),
+                })
+            }
+            Forgery::Listening => Ok(ToMaster::Listening { handle }),
+            Forgery::Idle => Ok(ToMaster::Idle {
+                handle,
+                taken: number % 4,
+                open: u32::from(n),
+            }),
+            Forgery::ReceiveAndClose => {
+                self.process(worker).is_liar = true;
+                self.receive_and_close(handle, worker);
+                return;
+            }
+            Forgery::Release => Ok(ToMaster::Release { handle }),
+            Forgery::Pause => Ok(ToMaster::Pause { handle }),
+            Forgery::DisconnectRequest => Ok(ToMaster::DisconnectRequest),
+            Forgery::Message => Ok(ToMaster::Message(vec![n; 4])),
+        };
+        self.forge(worker, frame);
+    }
+}

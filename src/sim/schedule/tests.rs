@@ -1,0 +1,365 @@
+//! Schedules with a purpose, and schedules that failed once.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use fastrand::Rng;
+
+use super::step::{StepKind, step};
+use super::{Ending, Schedule, replay};
+use crate::config::settings::SchedulingPolicy;
+use crate::core::dispatch::STALL_TIMEOUT;
+use crate::core::worker::ListenStatus;
+use crate::sim::kernel::socket::QUEUE_CAPACITY;
+use crate::sim::kernel::{Call, Failure, WorkerCall, World, requested_endpoint};
+use crate::types::endpoint::BindFlags;
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
+
+/// The first listener that a worker opens.
+const HANDLE: HandleId = HandleId(1);
+
+/// The next call of an application that serves one listener until it ends, and then exits.
+fn serve(world: &mut World, worker: WorkerId, n: u8) {
+    let process = &world.processes[&worker];
+    let has_callback = |listener| process.core.has_callback(listener);
+    let (call, n) = match process.listeners.first().copied() {
+        // With small connection limits: a disconnecting worker must ignore them.
+        None => (WorkerCall::Listen, n % 4 * 5),
+        Some(_) if !process.held.is_empty() => (WorkerCall::CloseConnection, n),
+        Some(listener) if process.core.has_ended(listener) => {
+            return world.exit(worker, ExitStatus::from_raw(0));
+        }
+        Some(listener) if process.core.listen_status(listener) == ListenStatus::Pending => return,
+        Some(listener) if worker.get() % 2 == 0 && !has_callback(listener) => {
+            (WorkerCall::UseCallback, n)
+        }
+        Some(_) => (WorkerCall::Accept, n),
+    };
+    world.call_worker(worker, call, n);
+}
+
+impl Schedule {
+    /// A random worker serves its listener.
+    fn serve_at_random(&mut self, rng: &mut Rng, n: u8) {
+        if let Some(worker) = self.world.living(rng.u8(..)) {
+            serve(&mut self.world, worker, n);
+            self.world.check();
+        }
+    }
+
+    /// One random step, without any fault.
+    fn faultless_step(&mut self, rng: &mut Rng) {
+        match rng.u8(0..8) {
+            0..=2 => self.step(step(StepKind::Master, 0, rng.u8(..))),
+            3..=5 => self.step(step(StepKind::Worker, rng.u8(..), rng.u8(..))),
+            6 => self.step(step(StepKind::Pass, 0, rng.u8(0..20))),
+            _ => {
+                let n = rng.u8(..);
+                self.serve_at_random(rng, n);
+            }
+        }
+    }
+}
+
+/// All workers disconnect while clients wait. In half of the schedules workers are
+/// killed, but for the last one.
+#[test]
+fn stopping_serves_all_clients() {
+    for seed in 0..500 {
+        let mut rng = Rng::with_seed(seed);
+        let mut schedule = Schedule::new(SchedulingPolicy::RoundRobin);
+        for _ in 0..3 {
+            schedule.step(step(StepKind::Call(Call::Fork), 0, 0));
+        }
+        while schedule.world.ports.is_empty() {
+            schedule.faultless_step(&mut rng);
+        }
+        for _ in 0..rng.u32(0..1000) {
+            if rng.u8(0..16) == 0 {
+                schedule.step(step(StepKind::Connect, 0, 0));
+            }
+            schedule.faultless_step(&mut rng);
+        }
+        schedule.world.call(Call::DisconnectAll, None, 0);
+        let mut steps = 0;
+        while schedule.world.master.has_workers() {
+            let processes = schedule.world.processes.values();
+            let alive = processes.filter(|process| process.is_alive()).count();
+            if seed % 2 == 0 && alive > 1 && rng.u8(0..200) == 0 {
+                schedule.step(step(StepKind::Kill, rng.u8(..), 0));
+            }
+            schedule.faultless_step(&mut rng);
+            steps += 1;
+            assert!(steps < 100_000, "seed {seed}: it never ends");
+        }
+        let world = &schedule.world;
+        let ledger = world.master.ledger();
+        assert_eq!(ledger.dropped, 0, "seed {seed}: {ledger:?}");
+        assert_eq!(world.served, world.clients(), "seed {seed}");
+    }
+}
+
+/// All workers are disconnected, without and with a deadline.
+#[test]
+fn disconnect_all_leaves_detached_processes_alone() {
+    for call in [Call::DisconnectAll, Call::DisconnectAllWithin] {
+        let mut schedule = Schedule::new(SchedulingPolicy::RoundRobin);
+        let world = &mut schedule.world;
+        let process = world.detach();
+        assert!(!world.master.has_workers());
+        let worker = world.fork();
+        world.settle();
+        world.call(call, None, 0);
+        world.run_until(3, |world| world.disconnected > 0);
+        assert!(world.processes[&worker].has_gone());
+        assert!(world.detached[&process].is_running());
+        assert!(!world.master.has_workers());
+        world.call(Call::Ref, Some(process), 0);
+        assert!(world.master.has_workers());
+        world.call(Call::DisconnectAll, None, 0);
+        world.run_until(3, |world| world.disconnected > 1);
+        schedule.step(step(StepKind::EndDetached, 0, 0));
+        schedule.world.settle();
+        assert!(!schedule.world.master.has_workers());
+    }
+}
+
+/// Workers are forked, killed and disconnected, and now and then there is none of them.
+#[test]
+fn retained_listener_loses_no_client() {
+    for seed in 0..500 {
+        let mut rng = Rng::with_seed(seed);
+        let policy = match seed % 4 {
+            0 => SchedulingPolicy::Shared,
+            _ => SchedulingPolicy::RoundRobin,
+        };
+        let mut schedule = Schedule::new(policy);
+        schedule.world.call(Call::Retain, None, 0);
+        let go_on = |schedule: &mut Schedule, rng: &mut Rng| match rng.u8(0..3) {
+            0 => schedule.step(step(StepKind::Master, 0, rng.u8(..))),
+            1 => schedule.step(step(StepKind::Worker, rng.u8(..), rng.u8(..))),
+            _ => {
+                schedule.step(step(StepKind::Pass, 0, rng.u8(0..4)));
+                schedule.serve_at_random(rng, 3);
+            }
+        };
+        for _ in 0..2000 {
+            match rng.u8(..) {
+                0..=15 => schedule.step(step(StepKind::Connect, 0, 0)),
+                16..=17 => schedule.step(step(StepKind::Call(Call::Fork), 0, 0)),
+                18 => schedule.step(step(StepKind::Kill, rng.u8(..), 0)),
+                19 => schedule.step(step(StepKind::Call(Call::Disconnect), rng.u8(..), 0)),
+                20 => schedule.step(step(StepKind::Call(Call::DisconnectAll), 0, 0)),
+                _ => go_on(&mut schedule, &mut rng),
+            }
+        }
+        let mut steps = 0;
+        while schedule.world.served < schedule.world.clients() {
+            if schedule.world.living(0).is_none() {
+                schedule.step(step(StepKind::Call(Call::Fork), 0, 0));
+            }
+            go_on(&mut schedule, &mut rng);
+            steps += 1;
+            assert!(steps < 100_000, "seed {seed}: a client is never served");
+        }
+        let ledger = schedule.world.master.ledger();
+        assert_eq!(ledger.dropped, 0, "seed {seed}");
+        schedule.world.end(Ending::Stop);
+    }
+}
+
+/// Workers that all listen on the same endpoint.
+fn listening_workers(count: u32) -> (Schedule, Vec<WorkerId>) {
+    let mut schedule = Schedule::new(SchedulingPolicy::RoundRobin);
+    let world = &mut schedule.world;
+    let workers: Vec<_> = (0..count).map(|_| world.fork()).collect();
+    for &worker in &workers {
+        world.settle();
+        world.call_worker(worker, WorkerCall::Listen, 15);
+    }
+    world.settle();
+    (schedule, workers)
+}
+
+#[test]
+fn sequential_clients_rotate_exactly() {
+    let (mut schedule, workers) = listening_workers(4);
+    let world = &mut schedule.world;
+    let mut served = [0; 4];
+    for _ in 0..1000 {
+        for &worker in &workers {
+            world.call_worker(worker, WorkerCall::Accept, 0);
+            world.settle();
+        }
+        world.connect(0);
+        world.settle();
+        for (worker, served) in workers.iter().zip(&mut served) {
+            world.call_worker(*worker, WorkerCall::Accept, 0);
+            *served += world.processes[worker].held.len();
+            world.close_connection(*worker, 0);
+        }
+        world.settle();
+    }
+    assert_eq!(served, [250; 4]);
+}
+
+/// Connections that a worker does not receive go to another one, no matter what it claims. When its
+/// channel is discarded, all clients are served.
+#[test]
+fn worker_that_receives_nothing_delays_no_client() {
+    let (mut schedule, workers) = listening_workers(2);
+    let world = &mut schedule.world;
+    let (honest, hoarder) = (workers[0], workers[1]);
+    world.stop(hoarder);
+    let idle = |taken| {
+        Ok(ToMaster::Idle {
+            handle: HANDLE,
+            taken,
+            open: 0,
+        })
+    };
+    for round in 0..200 {
+        world.forge(hoarder, idle(0));
+        for _ in 0..round % 4 {
+            world.connect(0);
+        }
+        world.settle();
+        for _ in 0..4 {
+            world.call_worker(honest, WorkerCall::Accept, 0);
+            world.settle();
+            world.close_connection(honest, 0);
+            world.pass(STALL_TIMEOUT);
+            world.settle();
+        }
+        assert!(world.clients() - world.served <= 1, "round {round}");
+    }
+    // It claims again and again that it has received everything, and receives nothing.
+    for taken in 0..1000 {
+        world.connect(0);
+        world.forge(hoarder, idle(taken));
+        world.settle();
+        if !world.processes[&hoarder].is_alive() {
+            break;
+        }
+        let queue = &world.queues[&(HANDLE, hoarder)];
+        assert!(queue.connections.len() <= QUEUE_CAPACITY);
+    }
+    world.forge(hoarder, Err(FrameError::State("garbled")));
+    world.settle();
+    while world.served < world.clients() {
+        let before = world.served;
+        world.call_worker(honest, WorkerCall::Accept, 0);
+        world.settle();
+        world.call_worker(honest, WorkerCall::Accept, 0);
+        world.close_connection(honest, 0);
+        assert!(world.served > before, "{before} are served");
+    }
+    assert!(!world.processes[&hoarder].is_alive());
+}
+
+#[test]
+fn worker_without_descriptors_serves_again_after_a_backoff() {
+    let (mut schedule, workers) = listening_workers(1);
+    let worker = workers[0];
+    schedule
+        .world
+        .call_worker(worker, WorkerCall::UseCallback, 0);
+    for _ in 0..20 {
+        schedule.step(step(StepKind::Fail(Failure::Receive), 0, 0));
+        schedule.world.connect(0);
+        schedule.world.settle();
+        schedule.world.call_worker(worker, WorkerCall::Accept, 0);
+    }
+    assert!(schedule.world.served < schedule.world.clients());
+    schedule.world.failing.clear();
+    for _ in 0..200 {
+        schedule.world.pass(Time::from_millis(10));
+        schedule.world.settle();
+        schedule.world.call_worker(worker, WorkerCall::Accept, 0);
+    }
+    assert_eq!(schedule.world.served, schedule.world.clients());
+}
+
+#[test]
+fn frames_of_one_worker_do_not_bloat_the_master() {
+    let (mut schedule, workers) = listening_workers(1);
+    let world = &mut schedule.world;
+    let talker = workers[0];
+    for round in 0..1500_u32 {
+        let handle = HANDLE;
+        let key = HandleKey {
+            endpoint: requested_endpoint(0),
+            index: round + 1,
+        };
+        let flags = BindFlags::default();
+        let frame = match round % 4 {
+            0 => ToMaster::Message(vec![0; 4]),
+            1 => ToMaster::Pause { handle },
+            2 => ToMaster::Idle {
+                handle,
+                taken: 0,
+                open: 0,
+            },
+            _ => ToMaster::Listen {
+                request: round,
+                key,
+                flags,
+            },
+        };
+        world.forge(talker, Ok(frame));
+        world.stop(talker);
+        world.settle();
+        assert!(world.processes[&talker].is_alive(), "round {round}");
+        if round % 100 == 99 {
+            let size = format!("{:?}", world.master).len();
+            assert!(size < 1 << 20, "{size} bytes after {round} rounds");
+        }
+    }
+}
+
+// Schedules that failed once.
+
+#[test]
+fn idle_worker_gets_queued_connections_after_accepting_fails() {
+    let m = step(StepKind::Master, 0, 0);
+    let w = step(StepKind::Worker, 0, 0);
+    let steps = [
+        &[step(StepKind::Fail(Failure::Send), 0, 0)][..],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[m, w, w, w, m],
+        &[step(StepKind::WorkerCall(WorkerCall::Listen), 0, 0)],
+        &[w, m, w, m, m, m, w, m, m, m],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[m, m, w, w, m, w, m, m, m],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[m, w, w, m, m, w, m],
+        &[step(StepKind::WorkerCall(WorkerCall::Listen), 2, 13)],
+        &[w, w, m, w, m, m, m, m],
+        &[step(StepKind::Kill, 0, 0)],
+        &[m, w, m, m],
+        &[step(StepKind::Connect, 0, 0)],
+        &[m],
+        &[step(StepKind::Connect, 0, 0)],
+        &[step(StepKind::Connect, 0, 0)],
+        &[m, m, m, m, m],
+        &[step(StepKind::WorkerCall(WorkerCall::Listen), 0, 8)],
+        &[m, w, m, w, w, m, m, m, m, w],
+        &[step(StepKind::WorkerCall(WorkerCall::Accept), 1, 0)],
+        &[w, w, m, w, m, m],
+        &[step(
+            StepKind::WorkerCall(WorkerCall::CloseConnection),
+            1,
+            0,
+        )],
+        &[step(StepKind::WorkerCall(WorkerCall::Accept), 1, 0)],
+        &[w, w, m, m, m, m],
+        &[step(StepKind::WorkerCall(WorkerCall::Accept), 0, 0)],
+        &[w, w, m],
+        &[step(StepKind::Fail(Failure::Accept), 0, 0)],
+        &[m],
+    ]
+    .concat();
+    replay(SchedulingPolicy::RoundRobin, Ending::Kill, &steps);
+}
