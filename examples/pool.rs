@@ -6,7 +6,7 @@
 
 use std::io::{Read, Write};
 
-use cluster::pool::{Pool, PoolOptions, leave_signals_to_master};
+use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
 use cluster::{Connection, Role, systemd};
 
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 6\r\n\r\nhello\n";
@@ -21,12 +21,12 @@ fn main() -> cluster::Result<()> {
             pool.adopt(&master, passed)?;
             eprintln!("listening on {}", pool.listen(&master, address)?);
             pool.on_event(|_, _, event| eprintln!("{event}"));
-            pool.on_usual_signals(&master)?;
-            pool.tell_systemd(&master)?;
+            pool.on_default_signals(&master)?;
+            pool.notify_systemd(&master)?;
             master.run()
         }
         Role::Worker(worker) => {
-            leave_signals_to_master(&worker)?;
+            ignore_pool_signals(&worker)?;
             let listener = worker.listen(address)?;
             listener.incoming().try_for_each(|client| client.map(serve))
         }

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::pool::{Action, GiveUp, Pool, PoolOptions, Readiness, Status};
+use cluster::pool::{FailureAction, Pool, PoolOptions, Readiness, SignalAction, Status};
 use cluster::{Master, Role, SchedulingPolicy, Settings, Signal, systemd};
 use lexopt::prelude::*;
 
@@ -56,21 +56,21 @@ struct Options {
 
 fn options() -> Result<Options, lexopt::Error> {
     let mut options = Options::default();
-    let pool = &mut options.pool;
-    pool.leave_signal = Some(Signal::TERM);
-    pool.readiness = Readiness::Alive(Duration::from_secs(1));
-    // Running for this time is the only proof of readiness that any program can give.
-    pool.trial = Duration::ZERO;
+    let mut pool = PoolOptions::default()
+        .disconnect_signal(Some(Signal::TERM))
+        .readiness(Readiness::Alive(Duration::from_secs(1)))
+        // Running for this time is the only proof of readiness that any program can give.
+        .min_ready_time(Duration::ZERO);
     let mut args = lexopt::Parser::from_env();
     let time = |args: &mut lexopt::Parser| amount(args, MILLISECONDS).map(Duration::from_millis);
     while let Some(arg) = args.next()? {
         match arg {
             Long("listen") => options.listen.push(args.value()?.string()?),
-            Long("workers") => pool.workers = args.value()?.parse::<NonZeroUsize>()?.get(),
-            Long("readiness") => pool.readiness = Readiness::Alive(time(&mut args)?),
-            Long("drain") => pool.drain = time(&mut args)?,
-            Long("max-age") => pool.max_age = Some(time(&mut args)?),
-            Long("max-memory") => pool.max_memory = Some(amount(&mut args, BYTES)?),
+            Long("workers") => pool = pool.workers(args.value()?.parse::<NonZeroUsize>()?.get()),
+            Long("readiness") => pool = pool.readiness(Readiness::Alive(time(&mut args)?)),
+            Long("drain") => pool = pool.drain_timeout(time(&mut args)?),
+            Long("max-age") => pool = pool.max_age(Some(time(&mut args)?)),
+            Long("max-memory") => pool = pool.max_memory(Some(amount(&mut args, BYTES)?)),
             Long("help") => {
                 print!("{USAGE}");
                 std::process::exit(0);
@@ -78,6 +78,7 @@ fn options() -> Result<Options, lexopt::Error> {
             Value(program) => {
                 options.program = program;
                 options.args = args.raw_args()?.collect();
+                options.pool = pool;
                 return Ok(options);
             }
             Short(_) | Long(_) => return Err(arg.unexpected()),
@@ -201,26 +202,26 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     });
     let gave_up = Rc::new(Cell::new(false));
     let (shown, failed) = (Rc::clone(&screen), Rc::clone(&gave_up));
-    pool.on_give_up(move |pool, master, death| {
+    pool.set_failure_limit_callback(move |pool, master, death| {
         if pool.status(master).ready_workers() > 0 {
-            return GiveUp::Hold;
+            return FailureAction::GiveUp;
         }
         shown.log(format_args!("gives up: {death}"));
         failed.set(true);
-        GiveUp::Stop
+        FailureAction::StopPool
     });
     // There is no USR2: a new master would not get these listeners.
     for (signal, action) in [
-        (Signal::HUP, Action::Reload),
-        (Signal::TTIN, Action::Grow),
-        (Signal::TTOU, Action::Shrink),
-        (Signal::TERM, Action::Stop),
-        (Signal::INT, Action::Stop),
-        (Signal::QUIT, Action::StopAtOnce),
+        (Signal::HUP, SignalAction::Reload),
+        (Signal::TTIN, SignalAction::Grow),
+        (Signal::TTOU, SignalAction::Shrink),
+        (Signal::TERM, SignalAction::Stop),
+        (Signal::INT, SignalAction::Stop),
+        (Signal::QUIT, SignalAction::StopAtOnce),
     ] {
         pool.on_signal(&master, signal, action)?;
     }
-    pool.tell_systemd(&master)?;
+    pool.notify_systemd(&master)?;
     if screen.is_terminal {
         let shown = Rc::clone(&screen);
         let show = move |master: &Master| shown.show(describe(&pool.status(master)));

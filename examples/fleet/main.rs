@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::pool::{Action, Pool, PoolEvent, PoolOptions, leave_signals_to_master};
+use cluster::pool::{Pool, PoolEvent, PoolOptions, SignalAction, ignore_pool_signals};
 use cluster::{Connection, Interest, Master, Role, Signal, Worker, systemd};
 use lexopt::prelude::*;
 use proxy_header::{ParseConfig, ProxyHeader};
@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             let pool = Pool::new(&master, PoolOptions::default().workers(options.workers));
             pool.adopt(&master, passed)?;
             pool.listen(&master, SocketAddr::new(options.host, PORT))?;
-            pool.tell_systemd(&master)?;
+            pool.notify_systemd(&master)?;
             supervise(&master, &pool, &options)?;
             Ok(master.run()?)
         }
@@ -88,7 +88,7 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
     pool.on_event(move |pool, master, event| {
         eprintln!("{event}");
         // Until this event, in an upgrade, the old master answers for this host.
-        if *event == PoolEvent::Quorum(true) {
+        if *event == PoolEvent::QuorumReached {
             let agent = agent.take().into_iter();
             agent.for_each(|agent| answer_agent_check(master, pool, agent, &is_draining));
         }
@@ -106,8 +106,8 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
             master.unref(stop);
         })?;
     }
-    pool.on_signal(master, Signal::HUP, Action::Reload)?;
-    pool.on_signal(master, Signal::USR2, Action::Upgrade)?;
+    pool.on_signal(master, Signal::HUP, SignalAction::Reload)?;
+    pool.on_signal(master, Signal::USR2, SignalAction::Upgrade)?;
     Ok(())
 }
 
@@ -136,7 +136,7 @@ fn answer_agent_check(master: &Master, pool: &Pool, agent: TcpListener, draining
 }
 
 fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
-    leave_signals_to_master(worker)?;
+    ignore_pool_signals(worker)?;
     let release = options.release.as_ref().map(std::fs::read_to_string);
     let release = release.transpose()?.unwrap_or_else(|| "none".to_owned());
     let (name, id, release) = (&options.name, worker.id(), release.trim());

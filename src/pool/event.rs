@@ -1,177 +1,146 @@
-//! What a pool tells the program.
+//! The events of a pool.
 
+use std::fmt;
 use std::process::ExitStatus;
-use std::time::Duration;
 
 use cluster::WorkerId;
 
-/// What a pool tells the program, for [`Pool::on_event`](super::Pool::on_event), which has an example.
+use super::failure::WorkerFailure;
+
+/// An event of a pool, for [`Pool::on_event`](super::Pool::on_event), which has an example.
 ///
-/// Node has no counterpart. Printed, it is one line for a log.
+/// Node has no counterpart. Its `Display` output is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PoolEvent {
     /// A worker is ready.
     #[non_exhaustive]
-    Ready {
-        /// Its slot.
+    WorkerReady {
+        /// The slot of the worker.
         slot: usize,
-        /// Which worker.
+        /// The worker.
         worker: WorkerId,
     },
-    /// A worker has ended that was not told to leave, or could not be forked.
-    Died(Death),
-    /// A worker has ended that was told to leave.
+    /// A worker exited although the pool had not disconnected it, or it could not be forked.
+    WorkerFailed(WorkerFailure),
+    /// A worker that the pool had disconnected has exited.
     #[non_exhaustive]
-    Left {
-        /// Its slot.
+    WorkerShutDown {
+        /// The slot of the worker.
         slot: usize,
-        /// Which worker.
+        /// The worker.
         worker: WorkerId,
-        /// It took longer than [`PoolOptions::drain`](super::PoolOptions::drain()).
+        /// Whether the pool killed the worker, for instance because it took longer than
+        /// [`PoolOptions::drain_timeout`](super::PoolOptions::drain_timeout).
         killed: bool,
     },
-    /// A worker has reached a limit; another one is on its way to replace it.
+    /// A worker has reached a limit, and its replacement is being started.
     #[non_exhaustive]
     Recycling {
-        /// Its slot.
+        /// The slot of the worker.
         slot: usize,
-        /// Which worker.
+        /// The worker that is being replaced.
         worker: WorkerId,
-        /// Which limit.
+        /// The limit.
         limit: Limit,
     },
-    /// A worker that was to replace one which has reached a limit has died. That one goes on.
-    RecyclingFailed(Death),
-    /// A slot has lost more workers than [`PoolOptions::give_up`](super::PoolOptions::give_up())
-    /// allows.
+    /// The replacement for a worker that has reached a limit has failed. The old worker stays.
+    RecyclingFailed(WorkerFailure),
+    /// More workers of a slot have failed than
+    /// [`PoolOptions::max_failures`](super::PoolOptions::max_failures) allows.
     #[non_exhaustive]
-    GivenUp {
-        /// Which slot.
+    FailureLimitReached {
+        /// The slot.
         slot: usize,
     },
-    /// Workers of this generation are about to replace all others.
+    /// A reload has begun.
     #[non_exhaustive]
     Reloading {
-        /// Which generation; the first one is 0.
+        /// The generation of the new workers; the first generation of a pool is 0.
         generation: u64,
     },
-    /// All workers are of this generation now.
+    /// A reload has ended: all workers belong to this generation.
     #[non_exhaustive]
     Reloaded {
-        /// Which generation.
+        /// The generation of the workers.
         generation: u64,
     },
-    /// A reload was stopped: whoever had not been replaced goes on.
+    /// A reload has failed. Workers that had not been replaced stay.
     #[non_exhaustive]
     ReloadFailed {
-        /// The generation that did not come.
+        /// The generation that failed.
         generation: u64,
-        /// How many workers had been replaced, and stay.
+        /// The number of workers that had been replaced; their replacements stay.
         replaced: usize,
-        /// The worker that did not prove itself; `None` if the program has gone back.
-        death: Option<Death>,
+        /// The reason.
+        reason: ReloadFailure,
     },
-    /// As many workers are ready as make the pool ready, or are not any more.
-    Quorum(bool),
-    /// This master has taken over from the one before, which leaves.
+    /// The pool has become ready: [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready.
+    QuorumReached,
+    /// The pool is no longer ready: fewer than [`PoolOptions::quorum`](super::PoolOptions::quorum)
+    /// workers are ready, or the pool stops.
+    QuorumLost,
+    /// This master has taken over from the old master, which stops.
     TookOver,
-    /// A new master has taken over; this one leaves.
+    /// A new master has taken over. This master stops.
     Upgraded,
-    /// The new master did not prove itself; this one goes on.
+    /// The new master has failed. This master stays.
     #[non_exhaustive]
     UpgradeFailed {
-        /// Why.
-        reason: String,
+        /// The reason.
+        reason: UpgradeFailure,
     },
 }
 
-/// The limit that a worker has reached.
+/// A limit of a worker.
 ///
 /// Node has no counterpart. See [`PoolEvent::Recycling`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Limit {
-    /// [`PoolOptions::max_age`](super::PoolOptions::max_age()).
+    /// [`PoolOptions::max_age`](super::PoolOptions::max_age).
     Age,
-    /// [`PoolOptions::max_connections`](super::PoolOptions::max_connections()).
+    /// [`PoolOptions::max_connections`](super::PoolOptions::max_connections).
     Connections,
-    /// [`PoolOptions::max_memory`](super::PoolOptions::max_memory()).
+    /// [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
     Memory,
 }
 
-/// How a worker ended that was not told to leave.
+/// The reason why a reload failed.
 ///
-/// Node has no counterpart. It comes with [`PoolEvent::Died`] and in the
-/// [status](super::SlotStatus::last_death).
+/// Node has no counterpart. See [`PoolEvent::ReloadFailed`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Death {
-    /// The slot that it had.
-    pub slot: usize,
-    /// Which worker, and its process id; `None` if it could not be forked.
-    pub worker: Option<(WorkerId, u32)>,
-    /// Its generation.
-    pub generation: u64,
-    /// What it comes from.
-    pub cause: Cause,
-    /// Why there was no process, if there was none.
-    pub error: Option<String>,
-    /// How its process ended; `None` if there was none.
-    pub status: Option<ExitStatus>,
-    /// How long it lived.
-    pub age: Duration,
-    /// What it had used, if the system has told.
-    pub usage: Option<cluster::Usage>,
+pub enum ReloadFailure {
+    /// A new worker failed.
+    WorkerFailed(WorkerFailure),
+    /// The application called [`Pool::cancel_reload`](super::Pool::cancel_reload).
+    Cancelled,
 }
 
-/// What a death comes from.
+/// The reason why an upgrade failed.
 ///
-/// Node has no counterpart. See [`Death::cause`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Node has no counterpart. See [`PoolEvent::UpgradeFailed`].
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Cause {
-    /// It could not be forked.
-    NotForked,
-    /// It ended before it was ready.
-    NeverReady,
-    /// It was killed, because it was not ready in time.
-    BootDeadline,
-    /// It was ready, and ended.
-    Died,
-    /// It was killed, because it did not beat in time.
-    Hung,
+pub enum UpgradeFailure {
+    /// The new master could not be started after a signal had requested the upgrade. The text is the
+    /// error of [`Pool::upgrade`](super::Pool::upgrade).
+    NotStarted(String),
+    /// The new master exited before it had taken over.
+    Exited(ExitStatus),
+    /// The new master did not take over in time.
+    Timeout,
+    /// The pool was stopped before the new master had taken over.
+    PoolStopped,
 }
 
-/// What becomes of a slot that has lost too many workers, for
-/// [`Pool::on_give_up`](super::Pool::on_give_up), which has an example.
-///
-/// Node has no counterpart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum GiveUp {
-    /// The slot stays empty until the next reload, or [`Pool::retry`](super::Pool::retry).
-    Hold,
-    /// The slot is filled again after this time, and has all its chances anew.
-    RetryAfter(Duration),
-    /// The pool stops, as by [`Pool::stop`](super::Pool::stop).
-    Stop,
-}
+impl std::error::Error for ReloadFailure {}
 
-impl std::fmt::Display for Cause {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::NotForked => "could not be forked",
-            Self::NeverReady => "ended before it was ready",
-            Self::BootDeadline => "was not ready in time",
-            Self::Died => "died",
-            Self::Hung => "hung",
-        })
-    }
-}
+impl std::error::Error for UpgradeFailure {}
 
-impl std::fmt::Display for Limit {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Age => "age",
             Self::Connections => "connections",
@@ -180,63 +149,63 @@ impl std::fmt::Display for Limit {
     }
 }
 
-impl std::fmt::Display for Death {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let slot = self.slot;
-        match &self.worker {
-            Some((worker, pid)) => write!(f, "slot {slot}: worker {worker} ({pid}) ")?,
-            None => write!(f, "slot {slot}: worker ")?,
+impl fmt::Display for ReloadFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WorkerFailed(failure) => failure.fmt(f),
+            Self::Cancelled => f.write_str("cancelled"),
         }
-        write!(f, "{}", self.cause)?;
-        if let Some(error) = &self.error {
-            write!(f, ": {error}")?;
-        }
-        if let Some(status) = self.status {
-            let age = self.age.as_secs_f64();
-            write!(f, " after {age:.1} s ({status})")?;
-        }
-        Ok(())
     }
 }
 
-impl std::fmt::Display for PoolEvent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for UpgradeFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ready { slot, worker } => write!(f, "slot {slot}: worker {worker} is ready"),
-            Self::Died(death) => death.fmt(f),
-            Self::Left {
+            Self::NotStarted(error) => f.write_str(error),
+            Self::Exited(status) => status.fmt(f),
+            Self::Timeout => f.write_str("not ready in time"),
+            Self::PoolStopped => f.write_str("the pool is stopping"),
+        }
+    }
+}
+
+impl fmt::Display for PoolEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WorkerReady { slot, worker } => {
+                write!(f, "slot {slot}: worker {worker} is ready")
+            }
+            Self::WorkerFailed(failure) => failure.fmt(f),
+            Self::WorkerShutDown {
                 slot,
                 worker,
                 killed,
             } => {
-                let how = if *killed { "was killed" } else { "has left" };
-                write!(f, "slot {slot}: worker {worker} {how}")
+                let outcome = if *killed { "was killed" } else { "has exited" };
+                write!(f, "slot {slot}: worker {worker} {outcome}")
             }
             Self::Recycling {
                 slot,
                 worker,
                 limit,
-            } => write!(f, "slot {slot}: worker {worker} is replaced ({limit})"),
-            Self::RecyclingFailed(death) => write!(f, "no replacement: {death}"),
-            Self::GivenUp { slot } => write!(f, "slot {slot}: too many deaths"),
-            Self::Reloading { generation } => write!(f, "generation {generation} comes"),
+            } => write!(
+                f,
+                "slot {slot}: worker {worker} is being replaced ({limit})"
+            ),
+            Self::RecyclingFailed(failure) => write!(f, "replacement failed: {failure}"),
+            Self::FailureLimitReached { slot } => write!(f, "slot {slot}: too many failures"),
+            Self::Reloading { generation } => write!(f, "reloading to generation {generation}"),
             Self::Reloaded { generation } => write!(f, "generation {generation} serves"),
             Self::ReloadFailed {
                 generation,
                 replaced,
-                death,
-            } => {
-                write!(
-                    f,
-                    "generation {generation} failed after {replaced} replaced"
-                )?;
-                match death {
-                    Some(death) => write!(f, ": {death}"),
-                    None => f.write_str(": called off"),
-                }
-            }
-            Self::Quorum(true) => f.write_str("ready"),
-            Self::Quorum(false) => f.write_str("not ready"),
+                reason,
+            } => write!(
+                f,
+                "generation {generation} failed after {replaced} replaced: {reason}"
+            ),
+            Self::QuorumReached => f.write_str("ready"),
+            Self::QuorumLost => f.write_str("not ready"),
             Self::TookOver => f.write_str("this master has taken over"),
             Self::Upgraded => f.write_str("a new master has taken over"),
             Self::UpgradeFailed { reason } => write!(f, "the new master failed: {reason}"),

@@ -1,13 +1,14 @@
-//! What a pool does by itself, and when: every number has its default here.
+//! The options of a pool, with their defaults.
 
 use std::time::Duration;
 
 use cluster::Signal;
 
-/// What a [`Pool`](super::Pool) does by itself, and when.
+/// The options of a [`Pool`](super::Pool): sizes, timeouts and limits.
 ///
-/// Node has no counterpart: there, every program writes this again. Each clock has a name of its own,
-/// and a default. A default of `None` is off, and costs nothing.
+/// Node has no counterpart. Each method replaces the value of one option. An option that may be absent
+/// takes an [`Option`], and costs nothing while it is `None`. The methods whose names begin with `get_`
+/// return the values.
 ///
 /// ```
 /// use std::time::Duration;
@@ -15,81 +16,72 @@ use cluster::Signal;
 ///
 /// let options = PoolOptions::default()
 ///     .workers(4)
-///     .drain(Duration::from_secs(10))
-///     .max_age(Duration::from_secs(3600));
-/// # let _ = options;
+///     .drain_timeout(Duration::from_secs(10))
+///     .max_age(Some(Duration::from_secs(3600)));
+/// assert_eq!(options.get_workers(), 4);
+/// assert_eq!(options.max_age(None).get_max_age(), None);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct PoolOptions {
-    /// How many slots there are, each with a worker. The default is the number of cores.
-    pub workers: usize,
-    /// What proves that a worker is ready. The default is that it listens.
-    pub readiness: Readiness,
-    /// How long a worker may take from its fork until it is ready; it is killed then. With
-    /// [`Readiness::Alive`] nobody is late. 30 s.
-    pub boot: Duration,
-    /// A worker that dies is replaced at once. If its replacement dies, too, this time passes before
-    /// the next one, and twice as long each time after that. 100 ms.
-    pub back_off: Duration,
-    /// The longest time before a worker is replaced. 30 s.
-    pub back_off_cap: Duration,
-    /// By how much of themselves times and limits are made longer at random, in percent from 0 to
-    /// 100, so that what began together does not end together: pauses before a replacement,
-    /// [`max_age`](Self::max_age) and [`max_connections`](Self::max_connections). 10.
-    pub jitter: u32,
-    /// A worker that was ready for so long is taken for healthy: its death is the first one again.
-    /// 10 s.
-    pub stable: Duration,
-    /// A slot that loses more workers than this number within this time is given up, and the program
-    /// decides what comes of it ([`Pool::on_give_up`](super::Pool::on_give_up)). 8 in 60 s.
-    pub give_up: (u32, Duration),
-    /// How long a worker that replaces another must stay alive after it is ready, before the other
-    /// one is told to leave. 1 s.
-    pub trial: Duration,
-    /// How many workers are replaced together, and so how many more than
-    /// [`workers`](Self::workers) there may be meanwhile; at least 1. 1.
-    pub surge: usize,
-    /// A reload begins with this number of workers, which serve beside all others for this time:
-    /// then the reload goes on, or goes back. `None`.
-    pub canary: Option<(usize, Duration)>,
-    /// How long a worker that was told to leave may take; it is killed then. 30 s.
-    pub drain: Duration,
-    /// After this time since its fork a worker is replaced. `None`.
-    pub max_age: Option<Duration>,
-    /// After it has received so many connections from the master a worker is replaced; with round
-    /// robin only, as the master knows of no others. Looked at every [`look`](Self::look). `None`.
-    pub max_connections: Option<u64>,
-    /// When it has more bytes of memory resident a worker is replaced; Linux only. Looked at every
-    /// [`look`](Self::look). `None`.
-    pub max_memory: Option<u64>,
-    /// How often workers are looked at for the two limits above, if there are such; at least 1 ms. 5 s.
-    pub look: Duration,
-    /// A worker that is ready and does not send [`BEAT`](super::BEAT) within this time is killed. Time
-    /// in which the master did not run does not count. `None`.
-    pub heartbeat: Option<Duration>,
-    /// With how many workers that are ready the pool is ready: at least 1, and all of them if there are
-    /// fewer slots. `None`, which is more than half of the slots.
-    pub quorum: Option<usize>,
-    /// The signal that tells a worker to leave, for programs that are not written with this crate.
-    /// `None`: it is told over the channel.
-    pub leave_signal: Option<Signal>,
+    pub(super) workers: usize,
+    pub(super) readiness: Readiness,
+    pub(super) startup_timeout: Duration,
+    pub(super) back_off: Duration,
+    pub(super) back_off_cap: Duration,
+    pub(super) back_off_reset: Duration,
+    pub(super) jitter: u32,
+    pub(super) max_failures: u32,
+    pub(super) failure_window: Duration,
+    pub(super) min_ready_time: Duration,
+    pub(super) surge: usize,
+    pub(super) canary: Option<Canary>,
+    pub(super) drain_timeout: Duration,
+    pub(super) max_age: Option<Duration>,
+    pub(super) max_connections: Option<u64>,
+    pub(super) max_memory: Option<u64>,
+    pub(super) check_interval: Duration,
+    pub(super) heartbeat_timeout: Option<Duration>,
+    pub(super) quorum: Option<usize>,
+    pub(super) disconnect_signal: Option<Signal>,
 }
 
-/// What proves that a worker is ready, for [`PoolOptions::readiness`].
+/// The proof that a worker is ready, for [`PoolOptions::readiness`].
 ///
-/// Node has no counterpart. See [`PoolOptions::readiness`](PoolOptions::readiness()) for an example.
+/// Node has no counterpart. See [`PoolOptions::readiness`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Readiness {
-    /// Its event `listening`.
+    /// The worker's event `listening`.
     Listening,
-    /// Its event `online`.
+    /// The worker's event `online`.
     Online,
-    /// It has sent [`READY`](super::READY).
-    Told,
-    /// It has lived so long: for programs that are not written with this crate.
+    /// The message [`READY`](super::READY) from the worker.
+    Message,
+    /// The worker has run for this time since its fork. This is for programs that do not use this
+    /// crate.
     Alive(Duration),
+}
+
+/// The first step of a reload, for [`PoolOptions::canary`].
+///
+/// Node has no counterpart. See [`PoolOptions::canary`] for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Canary {
+    /// The number of new workers in the first step. 0 is treated as 1.
+    pub workers: usize,
+    /// The time for which they serve beside all old workers.
+    pub duration: Duration,
+}
+
+impl Canary {
+    /// Makes a first step of `workers` new workers, which serve beside all old workers for `duration`.
+    ///
+    /// Node has no counterpart. See [`PoolOptions::canary`] for an example.
+    #[must_use]
+    pub fn new(workers: usize, duration: Duration) -> Self {
+        Self { workers, duration }
+    }
 }
 
 impl Default for PoolOptions {
@@ -97,146 +89,241 @@ impl Default for PoolOptions {
         Self {
             workers: cluster::available_parallelism(),
             readiness: Readiness::Listening,
-            boot: Duration::from_secs(30),
+            startup_timeout: Duration::from_secs(30),
             back_off: Duration::from_millis(100),
             back_off_cap: Duration::from_secs(30),
+            back_off_reset: Duration::from_secs(10),
             jitter: 10,
-            stable: Duration::from_secs(10),
-            give_up: (8, Duration::from_secs(60)),
-            trial: Duration::from_secs(1),
+            max_failures: 8,
+            failure_window: Duration::from_secs(60),
+            min_ready_time: Duration::from_secs(1),
             surge: 1,
             canary: None,
-            drain: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(30),
             max_age: None,
             max_connections: None,
             max_memory: None,
-            look: Duration::from_secs(5),
-            heartbeat: None,
+            check_interval: Duration::from_secs(5),
+            heartbeat_timeout: None,
             quorum: None,
-            leave_signal: None,
+            disconnect_signal: None,
         }
     }
 }
 
-macro_rules! setters {
-    ($($(#[$doc:meta])* $name:ident: $type:ty $(=> $wrap:expr)?;)*) => {
+/// Implements a method that sets an option, and one that returns it.
+macro_rules! accessors {
+    ($(
+        $(#[$set_doc:meta])* $set:ident,
+        $(#[$get_doc:meta])* $get:ident: $type:ty;
+    )*) => {
         impl PoolOptions {
             $(
-                $(#[$doc])*
+                $(#[$set_doc])*
                 #[must_use]
-                pub fn $name(mut self, $name: $type) -> Self {
-                    self.$name = setters!(@value $name $($wrap)?);
+                pub fn $set(mut self, $set: $type) -> Self {
+                    self.$set = $set;
                     self
+                }
+
+                $(#[$get_doc])*
+                #[must_use]
+                pub fn $get(&self) -> $type {
+                    self.$set
                 }
             )*
         }
     };
-    (@value $name:ident) => { $name };
-    (@value $name:ident $wrap:expr) => { $wrap($name) };
 }
 
-setters! {
-    /// Sets [`workers`](Self::workers), the number of slots. See [`PoolOptions`] for an example.
-    workers: usize;
-    /// Sets [`readiness`](Self::readiness), what proves that a worker is ready.
+accessors! {
+    /// Sets the number of slots; each slot has one worker. The default is
+    /// [`available_parallelism`](cluster::available_parallelism). See [`PoolOptions`] for an example.
+    workers,
+    /// Returns the number of slots. See [`PoolOptions`] for an example.
+    get_workers: usize;
+
+    /// Sets the proof that a worker is ready. The default is [`Readiness::Listening`].
     ///
     /// ```
     /// use cluster::pool::{PoolOptions, Readiness};
     ///
-    /// let options = PoolOptions::default().readiness(Readiness::Told);
+    /// let options = PoolOptions::default().readiness(Readiness::Message);
+    /// assert_eq!(options.get_readiness(), Readiness::Message);
+    /// ```
+    readiness,
+    /// Returns the proof that a worker is ready. See [`readiness`](Self::readiness) for an example.
+    get_readiness: Readiness;
+
+    /// Sets the longest time from the fork of a worker until it is ready. A worker that takes longer is
+    /// killed. With [`Readiness::Alive`] the timeout begins when that time has passed. The default is
+    /// 30 s. See [`PoolOptions`] for an example.
+    startup_timeout,
+    /// Returns the longest time from the fork of a worker until it is ready. See [`PoolOptions`] for an
+    /// example.
+    get_startup_timeout: Duration;
+
+    /// Sets the first pause before a failed worker is replaced. The first failure is replaced without a
+    /// pause, the second one after this time, and each further one after twice the previous pause. The
+    /// default is 100 ms. See [`PoolOptions`] for an example.
+    back_off,
+    /// Returns the first pause before a failed worker is replaced. See [`PoolOptions`] for an example.
+    get_back_off: Duration;
+
+    /// Sets the longest pause before a failed worker is replaced. The default is 30 s. See
+    /// [`PoolOptions`] for an example.
+    back_off_cap,
+    /// Returns the longest pause before a failed worker is replaced. See [`PoolOptions`] for an example.
+    get_back_off_cap: Duration;
+
+    /// Sets how long a worker must have been ready for its failure to count as the first one again. The
+    /// default is 10 s. See [`PoolOptions`] for an example.
+    back_off_reset,
+    /// Returns how long a worker must have been ready for its failure to count as the first one again.
+    /// See [`PoolOptions`] for an example.
+    get_back_off_reset: Duration;
+
+    /// Sets by how many percent times and limits are lengthened at random, so that workers that started
+    /// together are not replaced together. It applies to the pause before a replacement,
+    /// [`max_age`](Self::max_age) and [`max_connections`](Self::max_connections). Values above 100 are
+    /// treated as 100. The default is 10. See [`PoolOptions`] for an example.
+    jitter,
+    /// Returns by how many percent times and limits are lengthened at random. See [`PoolOptions`] for an
+    /// example.
+    get_jitter: u32;
+
+    /// Sets how many workers of one slot may fail within the
+    /// [`failure_window`](Self::failure_window). One more failure reaches the failure limit, and
+    /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) decides what
+    /// happens to the slot. The default is 8.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cluster::pool::PoolOptions;
+    ///
+    /// let options = PoolOptions::default()
+    ///     .max_failures(3)
+    ///     .failure_window(Duration::from_secs(10));
     /// # let _ = options;
     /// ```
-    readiness: Readiness;
-    /// Sets [`boot`](Self::boot), how long a worker may take to be ready. See [`PoolOptions`] for an
+    max_failures,
+    /// Returns how many workers of one slot may fail within the failure window. See
+    /// [`PoolOptions`] for an example.
+    get_max_failures: u32;
+
+    /// Sets the time within which the failures of a slot are counted. The default is 60 s. See
+    /// [`max_failures`](Self::max_failures) for an example.
+    failure_window,
+    /// Returns the time within which the failures of a slot are counted. See [`PoolOptions`] for an
     /// example.
-    boot: Duration;
-    /// Sets [`back_off`](Self::back_off), the first pause before a replacement. See [`PoolOptions`]
-    /// for an example.
-    back_off: Duration;
-    /// Sets [`back_off_cap`](Self::back_off_cap), the longest pause before a replacement. See
+    get_failure_window: Duration;
+
+    /// Sets how long a new worker must be ready before the old worker of its slot is disconnected. The
+    /// default is 1 s. See [`PoolOptions`] for an example.
+    min_ready_time,
+    /// Returns how long a new worker must be ready before the old worker of its slot is disconnected.
+    /// See [`PoolOptions`] for an example.
+    get_min_ready_time: Duration;
+
+    /// Sets how many workers are replaced at the same time, and so how many workers a pool may have in
+    /// addition to its slots. 0 is treated as 1. The default is 1. See [`PoolOptions`] for an example.
+    surge,
+    /// Returns how many workers are replaced at the same time. See [`PoolOptions`] for an example.
+    get_surge: usize;
+
+    /// Sets the first step of a reload: some new workers, which serve beside all old ones for a while.
+    /// The reload then continues, unless one of them has failed or
+    /// [`Pool::cancel_reload`](super::Pool::cancel_reload) was called. The default is `None`.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cluster::pool::{Canary, PoolOptions};
+    ///
+    /// let canary = Canary::new(1, Duration::from_secs(60));
+    /// let options = PoolOptions::default().canary(Some(canary));
+    /// # let _ = options;
+    /// ```
+    canary,
+    /// Returns the first step of a reload. See [`PoolOptions`] for an example.
+    get_canary: Option<Canary>;
+
+    /// Sets how long a worker may take to exit after the pool has disconnected it. A worker that takes
+    /// longer is killed. The default is 30 s. See [`PoolOptions`] for an example.
+    drain_timeout,
+    /// Returns how long a worker may take to exit after the pool has disconnected it. See
     /// [`PoolOptions`] for an example.
-    back_off_cap: Duration;
-    /// Sets [`jitter`](Self::jitter), in percent from 0 to 100; what is beyond counts as 100. See
+    get_drain_timeout: Duration;
+
+    /// Sets the time since its fork after which a worker is replaced. The default is `None`. See
     /// [`PoolOptions`] for an example.
-    jitter: u32;
-    /// Sets [`stable`](Self::stable), after which a worker is taken for healthy. See [`PoolOptions`]
-    /// for an example.
-    stable: Duration;
-    /// Sets [`trial`](Self::trial), how long a new worker proves itself. See [`PoolOptions`] for an
+    max_age,
+    /// Returns the time since its fork after which a worker is replaced. See [`PoolOptions`] for an
     /// example.
-    trial: Duration;
-    /// Sets [`surge`](Self::surge), how many workers are replaced together. See [`PoolOptions`] for
-    /// an example.
-    surge: usize;
-    /// Sets [`drain`](Self::drain), how long a worker may take to leave. See [`PoolOptions`] for an
+    get_max_age: Option<Duration>;
+
+    /// Sets the number of connections after which a worker is replaced. It counts the connections that
+    /// the worker received from the master, so it has an effect with round robin alone. It is checked
+    /// every [`check_interval`](Self::check_interval). The default is `None`. See [`PoolOptions`] for an
     /// example.
-    drain: Duration;
-    /// Sets [`max_age`](Self::max_age), after which a worker is replaced. See [`PoolOptions`] for an
+    max_connections,
+    /// Returns the number of connections after which a worker is replaced. See [`PoolOptions`] for an
     /// example.
-    max_age: Duration => Some;
-    /// Sets [`max_connections`](Self::max_connections), after which a worker is replaced. See
+    get_max_connections: Option<u64>;
+
+    /// Sets the resident memory, in bytes, at which a worker is replaced. It has an effect on Linux
+    /// alone, and is checked every [`check_interval`](Self::check_interval). The default is `None`. See
     /// [`PoolOptions`] for an example.
-    max_connections: u64 => Some;
-    /// Sets [`max_memory`](Self::max_memory), in bytes, beyond which a worker is replaced. See
+    max_memory,
+    /// Returns the resident memory, in bytes, at which a worker is replaced. See [`PoolOptions`] for an
+    /// example.
+    get_max_memory: Option<u64>;
+
+    /// Sets how often [`max_connections`](Self::max_connections) and [`max_memory`](Self::max_memory)
+    /// are checked, if one of them is set. Less than 1 ms is treated as 1 ms. The default is 5 s. See
     /// [`PoolOptions`] for an example.
-    max_memory: u64 => Some;
-    /// Sets [`look`](Self::look), how often workers are looked at. See [`PoolOptions`] for an example.
-    look: Duration;
-    /// Sets [`heartbeat`](Self::heartbeat), after which a silent worker is killed. See
-    /// [`BEAT`](super::BEAT) for an example.
-    heartbeat: Duration => Some;
-    /// Sets [`quorum`](Self::quorum), the number of workers that make a pool ready. See
+    check_interval,
+    /// Returns how often connections and memory are checked. See [`PoolOptions`] for an example.
+    get_check_interval: Duration;
+
+    /// Sets the longest time between two [`HEARTBEAT`](super::HEARTBEAT) messages of a ready worker. A
+    /// worker that is silent for longer is killed. Time in which the master did not run is not counted.
+    /// The default is `None`. See [`HEARTBEAT`](super::HEARTBEAT) for an example.
+    heartbeat_timeout,
+    /// Returns the longest time between two heartbeats of a ready worker. See [`PoolOptions`] for an
+    /// example.
+    get_heartbeat_timeout: Option<Duration>;
+
+    /// Sets how many workers must be ready for the pool to be ready. The number is at least 1, and at
+    /// most the number of slots. The default is `None`, which stands for more than half of the slots.
+    /// See [`PoolOptions`] for an example.
+    quorum,
+    /// Returns how many workers must be ready for the pool to be ready. See [`PoolOptions`] for an
+    /// example.
+    get_quorum: Option<usize>;
+
+    /// Sets the signal that is sent to a worker instead of a disconnect request. This is for programs
+    /// that do not use this crate. The default is `None`, which requests the disconnect over the
+    /// channel. See [`PoolOptions`] for an example.
+    disconnect_signal,
+    /// Returns the signal that is sent to a worker instead of a disconnect request. See
     /// [`PoolOptions`] for an example.
-    quorum: usize => Some;
-    /// Sets [`leave_signal`](Self::leave_signal), which tells workers to leave. See [`PoolOptions`]
-    /// for an example.
-    leave_signal: Signal => Some;
+    get_disconnect_signal: Option<Signal>;
 }
 
 impl PoolOptions {
-    /// Sets [`give_up`](Self::give_up): more than so many deaths within this time.
-    ///
-    /// ```
-    /// use std::time::Duration;
-    /// use cluster::pool::PoolOptions;
-    ///
-    /// let options = PoolOptions::default().give_up(3, Duration::from_secs(10));
-    /// # let _ = options;
-    /// ```
-    #[must_use]
-    pub fn give_up(mut self, deaths: u32, within: Duration) -> Self {
-        self.give_up = (deaths, within);
-        self
-    }
-
-    /// Sets [`canary`](Self::canary): so many workers first, for this time.
-    ///
-    /// ```
-    /// use std::time::Duration;
-    /// use cluster::pool::PoolOptions;
-    ///
-    /// let options = PoolOptions::default().canary(1, Duration::from_secs(60));
-    /// # let _ = options;
-    /// ```
-    #[must_use]
-    pub fn canary(mut self, workers: usize, time: Duration) -> Self {
-        self.canary = Some((workers, time));
-        self
-    }
-
-    /// With so many slots, how many ready workers make the pool ready.
+    /// Returns how many ready workers make a pool with this number of slots ready.
     pub(super) fn quorum_of(&self, slots: usize) -> usize {
-        let wanted = self.quorum.unwrap_or(slots / 2 + 1);
-        wanted.clamp(1, slots.max(1))
+        let quorum = self.quorum.unwrap_or(slots / 2 + 1);
+        quorum.clamp(1, slots.max(1))
     }
 }
 
 impl Readiness {
-    /// When a worker is ready that was forked at this time, if time alone proves it.
-    pub(super) fn alive_at(self, forked: Duration) -> Option<Duration> {
+    /// Returns when a worker that was forked at `forked` becomes ready, if time alone is the proof.
+    pub(super) fn ready_at(self, forked: Duration) -> Option<Duration> {
         match self {
             Self::Alive(time) => Some(forked.saturating_add(time)),
-            Self::Listening | Self::Online | Self::Told => None,
+            Self::Listening | Self::Online | Self::Message => None,
         }
     }
 }

@@ -1,10 +1,11 @@
-//! How one master takes over from another.
+//! Upgrades: the processes and descriptors by which a new master takes over from an old one.
 //!
-//! The predecessor starts its successor with copies of its listeners and one end of a channel, the way
-//! systemd passes them. Both may accept then, as they have the same sockets. When enough workers of the
-//! successor have been ready for a while, it writes a byte, and the predecessor leaves. If it ends before,
-//! or does not write in time, it is told to leave, and nothing has changed.
+//! The old master starts the new one with copies of its listeners and one end of a channel, which it
+//! passes as systemd passes sockets. Both masters accept from the same sockets then. When the new master
+//! has had a quorum for a while, it writes a byte to the channel, and the old one stops. If the new
+//! master exits before, or is late, the old one terminates it and goes on.
 
+use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,101 +19,64 @@ use cluster::{
 
 use super::core::Core;
 use super::event::PoolEvent;
-use super::{Kept, Pool};
+use super::{Pool, PoolListener};
 
-/// The name of the descriptor by which a successor talks to its predecessor. What can be read there is a
-/// byte for each of the other descriptors: whether a file is left with it.
+/// The name of the descriptor for the channel to the old master.
+///
+/// From the channel the new master reads one byte for each of the other descriptors. The byte is 1 if the
+/// new master inherits the socket file of the listener, and so must remove it at the end, otherwise 0.
 const CHANNEL: &str = "cluster-predecessor";
-/// The name of those that nobody else has named.
-const LISTENER: &str = "listener";
 
-/// The byte by which a successor says that it serves.
-const SERVES: u8 = b'S';
+/// The name of a listener that was passed without a name.
+const UNNAMED_LISTENER: &str = "listener";
 
-/// The program that this process is, as it was found when the pool was made: the file may have been
+/// The byte by which a new master reports that it has taken over.
+const TOOK_OVER: u8 = b'S';
+
+/// The program of this process, as it was found when the pool was created. The file may have been
 /// replaced since then.
 #[derive(Debug)]
 pub(super) struct OwnProgram {
     path: io::Result<PathBuf>,
-    args: Vec<std::ffi::OsString>,
+    args: Vec<OsString>,
 }
 
 impl OwnProgram {
     pub(super) fn new() -> Self {
         let mut args = std::env::args_os();
         let name = args.next().map(PathBuf::from);
-        // As it was called: a link on the way may lead to another release next time.
-        let called = name.filter(|name| name.parent() != Some(Path::new("")));
+        // The path of the command line, unresolved: its symbolic links may lead to a new release at the
+        // next start.
+        let path = name.filter(|name| name.parent() != Some(Path::new("")));
         Self {
-            path: called.map_or_else(std::env::current_exe, std::path::absolute),
+            path: path.map_or_else(std::env::current_exe, std::path::absolute),
             args: args.collect(),
         }
     }
 }
 
-/// Who is to be told that this process serves.
+/// The old master, until this process has taken over from it.
 #[derive(Debug)]
-pub(super) struct Predecessor {
+pub(super) struct OldMaster {
     channel: UnixStream,
-    /// Which of the listeners it leaves to this process with their files.
-    left: Vec<usize>,
-    /// Until then this process must have been ready all the time.
-    trial: Option<TimerId>,
+    /// The indexes of the listeners whose socket files this process inherits.
+    inherits_files: Vec<usize>,
+    /// Runs while there is a quorum; this process takes over when it fires.
+    takeover_timer: Option<TimerId>,
 }
 
+// The new master.
 impl Pool {
-    /// A successor takes over when it has been ready for a while.
-    pub(super) fn prove(&self, master: &Master, is_ready: bool) {
-        let mut predecessor = self.0.predecessor.borrow_mut();
-        let Some(predecessor) = predecessor.as_mut() else {
-            return;
-        };
-        let unproved = predecessor.trial.take();
-        unproved
-            .into_iter()
-            .for_each(|timer| master.clear_timer(timer));
-        if is_ready {
-            let pool = self.clone();
-            let trial = self.0.core.borrow().options().trial;
-            let relieve = move |master: &Master| pool.relieve(master);
-            predecessor.trial = Some(master.set_timeout(trial, relieve));
-        }
-    }
-
-    fn relieve(&self, master: &Master) {
-        // The pool may have lost its quorum, or have been stopped, in this iteration of the loop:
-        // `prove` is called when the event is delivered.
-        if !self.has_quorum() {
-            return;
-        }
-        let Some(mut predecessor) = self.0.predecessor.take() else {
-            return;
-        };
-        // It may have died, and then this is nobody's successor.
-        let _ = predecessor.channel.write_all(&[SERVES]);
-        let listeners = self.0.listeners.borrow();
-        for kept in predecessor
-            .left
-            .into_iter()
-            .filter_map(|at| listeners.get(at))
-        {
-            // It may be gone, and nobody finds the way then.
-            let _ = kept.listener.set_removes_file(true);
-        }
-        drop(listeners);
-        self.tell(master, PoolEvent::TookOver);
-    }
-
-    /// Adopts the listeners that this process was passed: by systemd, or by the master that it is to
-    /// [take over](Self::upgrade) from. They outlive all workers, as those of [`listen`](Self::listen).
+    /// Adopts the listeners that systemd, or the old master of an [upgrade](Self::upgrade), has passed to
+    /// this process. They outlive all workers, as those of [`listen`](Self::listen).
     ///
-    /// Node has no counterpart. Workers get them by asking for their addresses. Call it before `listen`,
-    /// which finds what was passed instead of opening it once more.
+    /// Node has no counterpart. Workers get these listeners by listening on the same addresses. Call it
+    /// before `listen`, which uses an adopted listener instead of opening another one.
     ///
     /// # Errors
     ///
-    /// [`Error::Descriptor`] if one of them is no listener; [`Error::Io`] if the channel to the master
-    /// before is broken; and as [`Master::listen`].
+    /// [`Error::Descriptor`] if a descriptor is not a listener; [`Error::Io`] if the channel to the old
+    /// master is broken; and as [`Master::listen`].
     ///
     /// ```no_run
     /// # use cluster::pool::{Pool, PoolOptions};
@@ -128,24 +92,23 @@ impl Pool {
     /// # Ok(()) }
     /// ```
     pub fn adopt(&self, master: &Master, mut passed: Vec<ListenFd>) -> Result<()> {
-        let mut flags = Vec::new();
-        let channel = passed
-            .iter()
-            .position(|passed| passed.name() == Some(CHANNEL));
-        if let Some(channel) = channel.map(|at| passed.remove(at)) {
+        let is_channel = |passed: &ListenFd| passed.name() == Some(CHANNEL);
+        let channel = passed.iter().position(is_channel);
+        let mut inherits_file = Vec::new();
+        if let Some(channel) = channel.map(|index| passed.remove(index)) {
             let mut channel = UnixStream::from(OwnedFd::from(channel));
-            flags.resize(passed.len(), 0);
-            // They were written before this process began.
+            inherits_file.resize(passed.len(), 0);
+            // The old master wrote these bytes before it started this process.
             let read = channel.set_nonblocking(true);
-            let read = read.and_then(|()| channel.read_exact(&mut flags));
-            read.map_err(failed("hear from the master before"))?;
-            self.0.predecessor.replace(Some(Predecessor {
+            let read = read.and_then(|()| channel.read_exact(&mut inherits_file));
+            read.map_err(io_error("read from the old master"))?;
+            self.0.old_master.replace(Some(OldMaster {
                 channel,
-                left: Vec::new(),
-                trial: None,
+                inherits_files: Vec::new(),
+                takeover_timer: None,
             }));
         }
-        for (number, passed) in passed.into_iter().enumerate() {
+        for (index, passed) in passed.into_iter().enumerate() {
             let name = passed.name().map(str::to_owned);
             let listener = if passed.is_unix() {
                 master.listen(UnixListener::try_from(passed)?)
@@ -153,37 +116,90 @@ impl Pool {
                 master.listen(TcpListener::try_from(passed)?)
             }?;
             let mut listeners = self.0.listeners.borrow_mut();
-            if let Some(predecessor) = self.0.predecessor.borrow_mut().as_mut() {
-                let is_left = flags.get(number) == Some(&1);
-                predecessor.left.extend(is_left.then_some(listeners.len()));
+            let mut old_master = self.0.old_master.borrow_mut();
+            if let Some(old_master) = old_master.as_mut() {
+                if inherits_file.get(index) == Some(&1) {
+                    old_master.inherits_files.push(listeners.len());
+                }
             }
-            listeners.push(Kept { listener, name });
+            listeners.push(PoolListener { listener, name });
         }
         Ok(())
     }
 
-    /// Starts this program again, from the file that may be a new one now, and leaves when it serves:
-    /// no client is refused meanwhile. The new master calls [`adopt`](Self::adopt), which it must, gets
-    /// the listeners of this one, and forks workers of its own.
+    /// The quorum was reached: this process takes over if it keeps the quorum for `min_ready_time`.
+    pub(super) fn restart_takeover_timer(&self, master: &Master) {
+        self.stop_takeover_timer(master);
+        if let Some(old_master) = self.0.old_master.borrow_mut().as_mut() {
+            let pool = self.clone();
+            let min_ready_time = self.0.core.borrow().options().min_ready_time;
+            let take_over = move |master: &Master| pool.take_over(master);
+            let timer = master.set_timeout(min_ready_time, take_over);
+            old_master.takeover_timer = Some(timer);
+        }
+    }
+
+    pub(super) fn stop_takeover_timer(&self, master: &Master) {
+        if let Some(old_master) = self.0.old_master.borrow_mut().as_mut() {
+            if let Some(timer) = old_master.takeover_timer.take() {
+                master.clear_timer(timer);
+            }
+        }
+    }
+
+    fn take_over(&self, master: &Master) {
+        // In this iteration of the loop the pool may have lost its quorum, or have been stopped. The
+        // event, which stops the timer, is delivered later.
+        if !self.has_quorum() {
+            return;
+        }
+        let Some(mut old_master) = self.0.old_master.take() else {
+            return;
+        };
+        // The old master may have exited; then there is no process to report to.
+        let _ = old_master.channel.write_all(&[TOOK_OVER]);
+        let listeners = self.0.listeners.borrow();
+        let indexes = old_master.inherits_files.into_iter();
+        for inherited in indexes.filter_map(|index| listeners.get(index)) {
+            // This fails if the file has been removed, so that no client can connect to it.
+            let _ = inherited.listener.set_removes_file(true);
+        }
+        drop(listeners);
+        self.emit(master, PoolEvent::TookOver);
+    }
+}
+
+// The old master.
+impl Pool {
+    /// Starts a new master from the program's file, which may be a new release. When the new master
+    /// serves, this pool stops. No client is refused.
     ///
-    /// Node has no counterpart. The program is the one of this process, as it was called if that was by a
-    /// path, with the same arguments. Ends in [`PoolEvent::Upgraded`], and then the pool stops; or in
-    /// [`PoolEvent::UpgradeFailed`], if the new master ends, or has not had a
-    /// [quorum](super::PoolOptions::quorum()) of ready workers for the time of
-    /// [`trial`](super::PoolOptions::trial()) when [`boot`](super::PoolOptions::boot()) and twice `trial`
-    /// are over, or if this pool stops. It gets SIGTERM then, and SIGKILL if it takes longer to leave
-    /// than [`drain`](super::PoolOptions::drain()), or at once if the pool
-    /// [stops at once](Self::stop_at_once); nothing has changed. The
-    /// process id of the master is another one afterwards, so process 1 cannot upgrade; and a program
-    /// has one pool. The new master is a [detached](Settings::detached()) process, and so it is not one of
-    /// [`Master::workers`]. As with nginx and gunicorn, it stays in the session and the process group of
-    /// this one: a signal to the process group, such as Ctrl-C in a terminal, reaches both masters. One upgrade at a time: nothing happens if one is under way, or the pool
-    /// stops.
+    /// The new master runs the program of this process, with the same arguments. If the command line
+    /// named the program by a path, that path is used again. The new master must call
+    /// [`adopt`](Self::adopt), which gives it the listeners of this master, and forks its own workers.
+    ///
+    /// The upgrade ends in [`PoolEvent::Upgraded`], and this pool stops. Or it ends in
+    /// [`PoolEvent::UpgradeFailed`], and this pool goes on. It fails if the new master exits, if this pool
+    /// stops, or if the new master does not take over in time. The new master takes over when it has had a
+    /// [quorum](super::PoolOptions::quorum) for
+    /// [`min_ready_time`](super::PoolOptions::min_ready_time). Its time is
+    /// [`startup_timeout`](super::PoolOptions::startup_timeout) and twice `min_ready_time`.
+    ///
+    /// A new master that has failed gets SIGTERM. It is killed if it has not exited after
+    /// [`drain_timeout`](super::PoolOptions::drain_timeout), or at once if the pool
+    /// [stops at once](Self::stop_at_once).
+    ///
+    /// Node has no counterpart. An upgrade changes the process id of the master, so process 1 cannot
+    /// upgrade. A program that upgrades has one pool. The new master is a
+    /// [detached](Settings::detached()) process, so it is not in [`Master::workers`]. As with nginx and
+    /// gunicorn, it stays in the session and the process group of this one: a signal to the process
+    /// group, such as Ctrl-C in a terminal, reaches both masters. If an upgrade is in progress, or the pool
+    /// is stopping, nothing happens.
     ///
     /// # Errors
     ///
-    /// As [`Master::fork`]; [`Error::Io`] if the system has no descriptors left, or does not tell which
-    /// program this is.
+    /// As [`Master::fork`]; [`Error::Io`] if the process has no descriptors left, or the program of this
+    /// process is unknown.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -195,88 +211,99 @@ impl Pool {
             return Ok(());
         }
         let program = self.0.program.path.as_ref();
-        let unknown = |error: &io::Error| error.kind().into();
-        let program =
-            program.map_err(|error| failed("find the program of this process")(unknown(error)))?;
-        let channel = UnixStream::pair().map_err(failed("make a channel to a new master"))?;
+        let program = program.map_err(|error| {
+            // An `io::Error` cannot be cloned.
+            io_error("find the program of this process")(error.kind().into())
+        })?;
+        let channel = UnixStream::pair().map_err(io_error("create a channel to a new master"))?;
         let (mut ours, theirs) = channel;
-        let mut passed = vec![(CHANNEL.to_owned(), OwnedFd::from(theirs))];
-        let mut flags = Vec::new();
-        for kept in &*self.0.listeners.borrow() {
-            let copy = kept.listener.as_fd().try_clone_to_owned();
-            let copy = copy.map_err(failed("copy a listener for a new master"))?;
-            let name = kept.name.clone().unwrap_or_else(|| LISTENER.to_owned());
-            passed.push((name, copy));
-            flags.push(u8::from(kept.listener.removes_file()));
-        }
-        ours.write_all(&flags)
-            .map_err(failed("speak to a new master"))?;
+        let listeners = self.copy_listeners()?;
+        let inherits_file = |own: &PoolListener| u8::from(own.listener.removes_file());
+        let inherits_file: Vec<u8> = self
+            .0
+            .listeners
+            .borrow()
+            .iter()
+            .map(inherits_file)
+            .collect();
+        ours.write_all(&inherits_file)
+            .map_err(io_error("write to a new master"))?;
+        let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
         let settings = Settings::default()
             .exec(program)
             .args(self.0.program.args.clone())
-            .listen_fds(passed)
+            .listen_fds([channel].into_iter().chain(listeners))
             .detached(true)
-            // A signal to the process group (Ctrl-C, a supervisor) stops both masters, as with nginx
-            // and gunicorn.
+            // A signal to the process group stops both masters.
             .setsid(false);
-        // What systemd tells the main process holds for the next one, too.
-        let service = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
-        let service = service.map(|name| Some((name, std::env::var_os(name)?)));
-        let successor = master.fork_as(settings, service.into_iter().flatten())?;
-        self.await_successor(master, &successor, ours)
-            .inspect_err(|_| {
-                successor.process().kill(Signal::KILL);
-            })
+        // The workers of a pool do not inherit these variables, but the new master is the service.
+        let variables = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
+        let variables = variables.map(|name| Some((name, std::env::var_os(name)?)));
+        let new_master = master.fork_as(settings, variables.into_iter().flatten())?;
+        self.watch_new_master(master, &new_master, ours)
+            .inspect_err(|_| new_master.process().kill(Signal::KILL))
     }
 
-    /// Waits for its byte, its end, or the end of its time, whatever is first.
-    fn await_successor(
+    /// Returns copies of the listeners, with their names.
+    fn copy_listeners(&self) -> Result<Vec<(String, OwnedFd)>> {
+        let mut copies = Vec::new();
+        for PoolListener { listener, name } in &*self.0.listeners.borrow() {
+            let copy = listener.as_fd().try_clone_to_owned();
+            let copy = copy.map_err(io_error("copy a listener for a new master"))?;
+            let name = name.clone().unwrap_or_else(|| UNNAMED_LISTENER.to_owned());
+            copies.push((name, copy));
+        }
+        Ok(copies)
+    }
+
+    /// Reports to the core when the new master takes over or exits.
+    fn watch_new_master(
         &self,
         master: &Master,
-        successor: &WorkerProcess,
+        new_master: &WorkerProcess,
         channel: UnixStream,
     ) -> Result<()> {
         let pool = self.clone();
-        let hear = move |master: &Master, mut channel: &UnixStream| {
-            // Without a word, its time goes on: its end is told by the process.
+        let on_readable = move |master: &Master, mut channel: &UnixStream| {
+            // End-of-file is no failure: the exit of the process, or the deadline, ends the upgrade.
             if matches!(channel.read(&mut [0]), Ok(1)) {
-                pool.input(master, Core::upgraded);
+                pool.input(master, Core::new_master_took_over);
             }
             None
         };
-        let watch = master.watch(channel, Interest::Readable, hear)?;
-        self.0.upgrade.set(Some(watch));
+        let watch = master.watch(channel, Interest::Readable, on_readable)?;
+        self.0.upgrade_channel.set(Some(watch));
         let pool = self.clone();
-        successor.on_exit(move |master, successor, status| {
-            let id = successor.id();
-            pool.0.successors.borrow_mut().remove(&id);
-            pool.input(master, |core, _| core.successor_exited(id, status));
+        new_master.on_exit(move |master, new_master, status| {
+            let id = new_master.id();
+            pool.0.new_masters.borrow_mut().remove(&id);
+            pool.input(master, |core, _| core.new_master_exited(id, status));
         });
-        let id = successor.id();
-        let mut successors = self.0.successors.borrow_mut();
-        successors.insert(id, successor.clone());
-        drop(successors);
-        self.input(master, |core, now| core.upgrading(id, now));
+        let id = new_master.id();
+        let mut new_masters = self.0.new_masters.borrow_mut();
+        new_masters.insert(id, new_master.clone());
+        drop(new_masters);
+        self.input(master, |core, now| core.new_master_started(id, now));
         Ok(())
     }
 
-    /// The new master has the files of the listeners from now on.
-    pub(super) fn hand_over(&self) {
-        for kept in &*self.0.listeners.borrow() {
-            // To leave a file cannot fail.
-            let _ = kept.listener.set_removes_file(false);
+    /// Leaves the socket files of the listeners to the new master.
+    pub(super) fn release_socket_files(&self) {
+        for PoolListener { listener, .. } in &*self.0.listeners.borrow() {
+            // Not to remove a file cannot fail.
+            let _ = listener.set_removes_file(false);
         }
     }
 
-    /// Asks a new master to leave. `run` waits for its exit.
-    pub(super) fn dismiss(&self, successor: WorkerId) {
-        if let Some(successor) = self.0.successors.borrow().get(&successor) {
-            successor.process().ref_();
-            successor.process().kill(Signal::TERM);
+    /// Sends SIGTERM to a new master, and keeps the loop running until it has exited.
+    pub(super) fn terminate_new_master(&self, new_master: WorkerId) {
+        if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
+            new_master.process().ref_();
+            new_master.process().kill(Signal::TERM);
         }
     }
 }
 
-fn failed(attempt: &'static str) -> impl FnOnce(io::Error) -> Error {
+fn io_error(attempt: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { attempt, source }
 }

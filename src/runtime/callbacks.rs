@@ -10,8 +10,18 @@ use std::rc::Rc;
 pub struct CallbackId(u64);
 
 impl CallbackId {
-    /// Returns an id that this process has not used before.
-    pub(crate) fn next() -> Self {
+    /// Returns an id that no other callback of this process has, for a library with a list of callbacks
+    /// of its own.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```
+    /// use cluster::CallbackId;
+    ///
+    /// assert_ne!(CallbackId::unique(), CallbackId::unique());
+    /// ```
+    #[must_use]
+    pub fn unique() -> Self {
         thread_local! {
             static LAST: Cell<u64> = const { Cell::new(0) };
         }
@@ -34,7 +44,7 @@ pub(crate) struct Callbacks<F: ?Sized>(RefCell<Vec<Entry<F>>>);
 
 impl<F: ?Sized> Callbacks<F> {
     pub(crate) fn add(&self, callback: Shared<F>) -> CallbackId {
-        let id = CallbackId::next();
+        let id = CallbackId::unique();
         let once = false;
         self.0.borrow_mut().push(Entry { id, once, callback });
         id

@@ -628,7 +628,8 @@ const POOL_CALLS: &[Call<Pooled>] = &[
     }),
     ("callbacks", |p| {
         p.pool.on_event(|_, _, _| {});
-        p.pool.on_give_up(|_, _, _| cluster::pool::GiveUp::Stop);
+        p.pool
+            .set_failure_limit_callback(|_, _, _| cluster::pool::FailureAction::StopPool);
     }),
     ("listen", |p| {
         p.pool.listen(&p.cluster.master, "127.0.0.1:0").unwrap();
@@ -650,11 +651,11 @@ const POOL_CALLS: &[Call<Pooled>] = &[
     }),
     ("cancel_reload", |p| p.pool.cancel_reload(&p.cluster.master)),
     ("retry", |p| p.pool.retry(&p.cluster.master)),
-    ("tell_systemd", |p| {
-        let _ = p.pool.tell_systemd(&p.cluster.master);
+    ("notify_systemd", |p| {
+        let _ = p.pool.notify_systemd(&p.cluster.master);
     }),
-    ("on_usual_signals", |p| {
-        p.pool.on_usual_signals(&p.cluster.master).unwrap();
+    ("on_default_signals", |p| {
+        p.pool.on_default_signals(&p.cluster.master).unwrap();
     }),
     ("stop", |p| p.pool.stop(&p.cluster.master)),
     ("stop_at_once", |p| p.pool.stop_at_once(&p.cluster.master)),
@@ -664,26 +665,26 @@ const POOL_CALLBACKS: &[Register<Rc<Pooled>>] = &[
     ("on_event", |p, calls| {
         p.pool.on_event(move |_, _, _| calls());
     }),
-    ("on_give_up", |p, calls| {
-        p.pool.on_give_up(move |_, _, _| {
+    ("set_failure_limit_callback", |p, calls| {
+        p.pool.set_failure_limit_callback(move |_, _, _| {
             calls();
-            cluster::pool::GiveUp::Stop
+            cluster::pool::FailureAction::StopPool
         });
         let master = &p.cluster.master;
         master.on_message(|_, worker, _| worker.process().kill(Signal::KILL));
     }),
     ("drop of the callback for giving up", |p, calls| {
         let on_drop = OnDrop(calls);
-        p.pool.on_give_up(move |_, _, _| {
+        p.pool.set_failure_limit_callback(move |_, _, _| {
             let _ = &on_drop;
-            cluster::pool::GiveUp::Stop
+            cluster::pool::FailureAction::StopPool
         });
         let weak = Rc::downgrade(p);
         p.cluster.master.set_timeout(MS, move |_| {
             let pooled = weak.upgrade().unwrap();
             pooled
                 .pool
-                .on_give_up(|_, _, _| cluster::pool::GiveUp::Stop);
+                .set_failure_limit_callback(|_, _, _| cluster::pool::FailureAction::StopPool);
         });
     }),
 ];
@@ -694,9 +695,10 @@ fn every_callback_of_a_pool_may_call_every_method() {
             Role::Master(master) => {
                 let options = PoolOptions::default()
                     .workers(1)
-                    .give_up(1, Duration::from_secs(60))
+                    .max_failures(1)
+                    .failure_window(Duration::from_secs(60))
                     .back_off(MS)
-                    .trial(MS);
+                    .min_ready_time(MS);
                 let pool = Pool::new(&master, options);
                 let listener = RefCell::default();
                 let cluster = Rc::new(Cluster { master, listener });

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use cluster::pool::{Action, Pool, PoolOptions};
+use cluster::pool::{Pool, PoolOptions, SignalAction};
 use cluster::{
     Connection, Error, Interest, ListenOptions, Listener, Master, MasterListener, Result, Role,
     SchedulingPolicy, Settings, Signal, UdpSocket, Worker, WorkerProcess,
@@ -609,7 +609,7 @@ const POOL_USES: &[(&str, PoolUse)] = &[
         expect_foreign(pool.upgrade(master))
     }),
     ("Pool::on_signal", |pool, master| {
-        expect_foreign(pool.on_signal(master, Signal::USR1, Action::Stop));
+        expect_foreign(pool.on_signal(master, Signal::USR1, SignalAction::Stop));
     }),
     ("Pool::stop", |pool, master| pool.stop(master)),
     ("Pool::stop_at_once", |pool, master| {
@@ -629,7 +629,7 @@ fn pool_is_inert_in_a_forked_child() {
         |master| {
             master.on_error(|_, _, error| panic!("{error}"));
             let pool = Pool::new(master, PoolOptions::default().workers(1));
-            pool.on_usual_signals(master).unwrap();
+            pool.on_default_signals(master).unwrap();
             let address = pool.listen(master, "127.0.0.1:0").unwrap();
             let address: SocketAddr = address.to_string().parse().unwrap();
             assert_eq!(answer_at(address, master), "pool");

@@ -10,8 +10,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::pool::{
-    BEAT, Cause, GiveUp, Limit, Pool, PoolEvent, PoolOptions, READY, Readiness, SLOT,
-    leave_signals_to_master,
+    FailureAction, FailureCause, HEARTBEAT, Limit, Pool, PoolEvent, PoolOptions, READY, Readiness,
+    ReloadFailure, SLOT, ignore_pool_signals,
 };
 use cluster::{Role, Settings, Worker};
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
@@ -62,7 +62,7 @@ fn quick() -> PoolOptions {
         .workers(2)
         .jitter(0)
         .back_off(20 * MS)
-        .trial(20 * MS)
+        .min_ready_time(20 * MS)
 }
 
 /// Logs the events of the pool.
@@ -88,7 +88,7 @@ fn dead_worker_is_replaced_in_its_slot() {
             note(&pool, &log);
             let deaths = Cell::new(0);
             pool.on_event(move |pool, master, event| {
-                if let PoolEvent::Ready { slot: 1, .. } = event {
+                if let PoolEvent::WorkerReady { slot: 1, .. } = event {
                     let status = pool.status(master);
                     let worker = status.slots[1].worker.as_ref().unwrap();
                     assert_eq!(status.slots[1].restarts, deaths.get());
@@ -115,7 +115,7 @@ fn dead_worker_is_replaced_in_its_slot() {
         assert_next("(signal: 9 (SIGKILL))");
     }
     assert_next("is ready");
-    assert_next("has left");
+    assert_next("has exited");
 }
 
 fn crash_loop_ends_when_the_pool_gives_up() {
@@ -123,17 +123,23 @@ fn crash_loop_ends_when_the_pool_gives_up() {
     let noted_forks = Rc::clone(&forks);
     cluster(
         |master| {
-            let options = quick().workers(1).give_up(6, Duration::from_secs(60));
+            let options = quick()
+                .workers(1)
+                .max_failures(6)
+                .failure_window(Duration::from_secs(60));
             let pool = Pool::new(master, options);
             master.on_fork(move |_, _| noted_forks.borrow_mut().push(Instant::now()));
-            pool.on_give_up(|_, _, death| {
-                assert_eq!((death.slot, death.cause), (0, Cause::NeverReady));
+            pool.set_failure_limit_callback(|_, _, death| {
+                assert_eq!(
+                    (death.slot, death.cause),
+                    (0, FailureCause::ExitedBeforeReady)
+                );
                 assert_eq!(death.status.unwrap().code(), Some(3));
                 assert!(death.usage.is_some());
-                GiveUp::Hold
+                FailureAction::GiveUp
             });
             pool.on_event(|pool, master, event| {
-                if matches!(event, PoolEvent::GivenUp { .. }) {
+                if matches!(event, PoolEvent::FailureLimitReached { .. }) {
                     assert!(pool.status(master).slots[0].is_given_up);
                     let pool = pool.clone();
                     // Longer than the next pause would be.
@@ -162,7 +168,7 @@ fn crash_loop_forks_at_the_configured_times() {
     cluster(
         |master| {
             let options = PoolOptions::default().workers(1).jitter(0);
-            let pool = Pool::new(master, options.give_up(u32::MAX, MS));
+            let pool = Pool::new(master, options.max_failures(u32::MAX).failure_window(MS));
             let begin = Instant::now();
             master.on_fork(move |_, _| noted_forks.borrow_mut().push(begin.elapsed()));
             master.set_timeout(test_duration(), move |master| pool.stop(master));
@@ -191,17 +197,22 @@ fn failed_fork_is_treated_as_a_death() {
     cluster(
         |master| {
             master.setup_master(Settings::default().exec("/nowhere/at/all"));
-            let pool = Pool::new(master, quick().give_up(2, Duration::from_secs(60)));
+            let pool = Pool::new(
+                master,
+                quick()
+                    .max_failures(2)
+                    .failure_window(Duration::from_secs(60)),
+            );
             let deaths = Cell::new(0);
             pool.on_event(move |pool, _, event| match event {
-                PoolEvent::Died(death) => {
-                    assert_eq!(death.cause, Cause::NotForked);
+                PoolEvent::WorkerFailed(death) => {
+                    assert_eq!(death.cause, FailureCause::ForkFailed);
                     let error = death.error.as_deref().unwrap();
                     assert!(error.contains("/nowhere/at/all"), "{error}");
                     deaths.set(deaths.get() + 1);
                 }
                 // By default, a pool without workers stops when it gives up.
-                PoolEvent::GivenUp { .. } => assert!(deaths.get() >= 3),
+                PoolEvent::FailureLimitReached { .. } => assert!(deaths.get() >= 3),
                 event => assert!(pool.is_stopping(), "{event}"),
             });
         },
@@ -212,10 +223,10 @@ fn failed_fork_is_treated_as_a_death() {
 fn worker_that_is_never_ready_is_killed() {
     cluster(
         |master| {
-            let pool = Pool::new(master, quick().workers(1).boot(50 * MS));
+            let pool = Pool::new(master, quick().workers(1).startup_timeout(50 * MS));
             pool.on_event(|pool, master, event| {
-                if let PoolEvent::Died(death) = event {
-                    assert_eq!(death.cause, Cause::BootDeadline);
+                if let PoolEvent::WorkerFailed(death) = event {
+                    assert_eq!(death.cause, FailureCause::StartupTimeout);
                     assert!(death.age >= 50 * MS);
                     pool.stop_at_once(master);
                 }
@@ -229,10 +240,13 @@ fn worker_that_is_never_ready_is_killed() {
 fn worker_without_heartbeat_is_killed() {
     cluster(
         |master| {
-            let pool = Pool::new(master, quick().heartbeat(400 * MS));
+            let pool = Pool::new(master, quick().heartbeat_timeout(Some(400 * MS)));
             pool.on_event(|pool, master, event| {
-                if let PoolEvent::Died(death) = event {
-                    assert_eq!((death.slot, death.cause), (1, Cause::Hung));
+                if let PoolEvent::WorkerFailed(death) = event {
+                    assert_eq!(
+                        (death.slot, death.cause),
+                        (1, FailureCause::HeartbeatTimeout)
+                    );
                     let status = pool.status(master);
                     let other = status.slots[0].worker.as_ref().unwrap();
                     assert!(other.age >= 400 * MS, "the other worker sends heartbeats");
@@ -241,7 +255,7 @@ fn worker_without_heartbeat_is_killed() {
             });
         },
         |worker| {
-            worker.set_interval(20 * MS, |worker| drop(worker.send(BEAT)));
+            worker.set_interval(20 * MS, |worker| drop(worker.send(HEARTBEAT)));
             let listener = worker.listen("127.0.0.1:0").unwrap();
             if std::env::var(SLOT).unwrap() == "1" {
                 loop {
@@ -258,12 +272,12 @@ fn worker_reports_its_own_readiness() {
     let entries = log.clone();
     cluster(
         |master| {
-            let pool = Pool::new(master, quick().workers(1).readiness(Readiness::Told));
+            let pool = Pool::new(master, quick().workers(1).readiness(Readiness::Message));
             note(&pool, &log);
             let at_listening = log.clone();
             master.on_listening(move |_, _, _| at_listening.add("listening"));
             pool.on_event(|pool, master, event| {
-                if matches!(event, PoolEvent::Ready { .. }) {
+                if matches!(event, PoolEvent::WorkerReady { .. }) {
                     pool.stop(master);
                 }
             });
@@ -281,23 +295,27 @@ fn worker_reports_its_own_readiness() {
             "slot 0: worker 1 is ready",
             "ready",
             "not ready",
-            "slot 0: worker 1 has left"
+            "slot 0: worker 1 has exited"
         ]
     );
 }
 
 fn old_workers_are_replaced_without_a_gap() {
-    assert_replaced_without_a_gap(quick().max_age(30 * MS), Limit::Age, |_| {});
+    assert_replaced_without_a_gap(quick().max_age(Some(30 * MS)), Limit::Age, |_| {});
 }
 
 fn busy_workers_are_replaced_without_a_gap() {
-    assert_replaced_without_a_gap(quick().max_connections(5), Limit::Connections, |address| {
-        std::thread::spawn(move || while talk(address, b"").is_ok() {});
-    });
+    assert_replaced_without_a_gap(
+        quick().max_connections(Some(5)),
+        Limit::Connections,
+        |address| {
+            std::thread::spawn(move || while talk(address, b"").is_ok() {});
+        },
+    );
 }
 
 fn large_workers_are_replaced_without_a_gap() {
-    assert_replaced_without_a_gap(quick().max_memory(32 << 20), Limit::Memory, |_| {
+    assert_replaced_without_a_gap(quick().max_memory(Some(32 << 20)), Limit::Memory, |_| {
         // Every page is touched, so it is resident. A leak checker finds what is reachable only.
         thread_local!(static MEMORY: RefCell<Vec<u8>> = RefCell::default());
         MEMORY.set(vec![1u8; 64 << 20]);
@@ -310,21 +328,21 @@ fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit
     let seen = Rc::clone(&recycled);
     cluster(
         |master| {
-            let pool = Pool::new(master, options.workers(1).look(5 * MS));
+            let pool = Pool::new(master, options.workers(1).check_interval(5 * MS));
             pool.listen(master, "127.0.0.1:0").unwrap();
             pool.on_event(move |pool, master, event| match event {
                 PoolEvent::Recycling { limit: found, .. } => {
                     assert_eq!(*found, limit);
                     seen.set(seen.get() + 1);
                 }
-                PoolEvent::Left { killed, .. } => {
+                PoolEvent::WorkerShutDown { killed, .. } => {
                     assert!(!killed);
                     if seen.get() >= 3 {
                         pool.stop(master);
                     }
                 }
-                PoolEvent::Quorum(false) => assert!(pool.is_stopping(), "a gap"),
-                PoolEvent::Ready { .. } | PoolEvent::Quorum(true) => {}
+                PoolEvent::QuorumLost => assert!(pool.is_stopping(), "a gap"),
+                PoolEvent::WorkerReady { .. } | PoolEvent::QuorumReached => {}
                 other => panic!("{other}"),
             });
         },
@@ -353,7 +371,7 @@ fn reload_applies_new_settings() {
             });
             note(&pool, &log);
             pool.on_event(move |pool, master, event| match event {
-                PoolEvent::Quorum(true) => pool.reload_with(master, args("broken")),
+                PoolEvent::QuorumReached => pool.reload_with(master, args("broken")),
                 PoolEvent::ReloadFailed { generation: 1, .. } => {
                     let status = pool.status(master);
                     assert_eq!((status.ready_workers(), status.generation), (2, 0));
@@ -361,7 +379,7 @@ fn reload_applies_new_settings() {
                     let worker = master.worker(worker).unwrap();
                     worker.process().kill(cluster::Signal::KILL);
                 }
-                PoolEvent::Died(_) => pool.reload_with(master, args("two")),
+                PoolEvent::WorkerFailed(_) => pool.reload_with(master, args("two")),
                 PoolEvent::Reloaded { generation: 2, .. } => pool.stop(master),
                 _ => {}
             });
@@ -407,7 +425,7 @@ fn failed_reloads_keep_the_settings_of_the_serving_generation() {
             let is_first = Cell::new(true);
             let is_last = Cell::new(false);
             pool.on_event(move |pool, master, event| match event {
-                PoolEvent::Quorum(true) if is_first.replace(false) => {
+                PoolEvent::QuorumReached if is_first.replace(false) => {
                     pool.reload_with(master, with_args("serves"));
                 }
                 PoolEvent::Reloaded { generation: 1, .. } => {
@@ -426,7 +444,7 @@ fn failed_reloads_keep_the_settings_of_the_serving_generation() {
                     pool.scale(master, 2);
                     is_last.set(true);
                 }
-                PoolEvent::Ready { .. } if is_last.get() => pool.stop(master),
+                PoolEvent::WorkerReady { .. } if is_last.get() => pool.stop(master),
                 _ => {}
             });
         },
@@ -475,13 +493,15 @@ fn detached_workers_are_not_forked() {
         |master| {
             let pool = Pool::new(master, quick());
             pool.on_event(|pool, master, event| match event {
-                PoolEvent::Quorum(true) => {
+                PoolEvent::QuorumReached => {
                     let settings = Settings::default().exec("/bin/true").detached(true);
                     pool.reload_with(master, settings);
                 }
-                PoolEvent::ReloadFailed { death, .. } => {
-                    let death = death.as_ref().unwrap();
-                    assert_eq!(death.cause, Cause::NotForked);
+                PoolEvent::ReloadFailed { reason, .. } => {
+                    let ReloadFailure::WorkerFailed(death) = reason else {
+                        panic!("{reason}")
+                    };
+                    assert_eq!(death.cause, FailureCause::ForkFailed);
                     let error = death.error.as_deref();
                     assert_eq!(error, Some("a detached process is not a worker"));
                     pool.stop(master);
@@ -515,13 +535,13 @@ fn status_reports_workers_and_deaths() {
         |master| {
             let pool = Pool::new(master, quick().workers(2));
             pool.on_event(|pool, master, event| match event {
-                PoolEvent::Quorum(true) if pool.status(master).deaths == 0 => {
+                PoolEvent::QuorumReached if pool.status(master).failures == 0 => {
                     let status = pool.status(master);
                     let worker = status.slots[1].worker.as_ref().unwrap().worker;
                     let worker = master.worker(worker).unwrap();
                     worker.process().kill(cluster::Signal::KILL);
                 }
-                PoolEvent::Ready { slot: 1, .. } if pool.status(master).deaths == 1 => {
+                PoolEvent::WorkerReady { slot: 1, .. } if pool.status(master).failures == 1 => {
                     check_status(&pool.status(master));
                     pool.stop(master);
                 }
@@ -534,30 +554,30 @@ fn status_reports_workers_and_deaths() {
 
 fn check_status(status: &cluster::pool::Status) {
     assert_eq!(
-        (status.ready_workers(), status.deaths, status.generation),
+        (status.ready_workers(), status.failures, status.generation),
         (2, 1, 0)
     );
     let worker = status.slots[1].worker.as_ref().unwrap();
     let json: serde_json::Value = serde_json::from_str(&status.to_json()).unwrap();
     assert_eq!(json["ready"], true);
-    assert_eq!(json["slots"][0]["last_death"], serde_json::Value::Null);
+    assert_eq!(json["slots"][0]["last_failure"], serde_json::Value::Null);
     assert_eq!(json["slots"][1]["worker"]["pid"], worker.pid);
     assert_eq!(json["slots"][1]["worker"]["state"], "ready");
     assert_eq!(json["slots"][1]["restarts"], 1);
-    let death = &json["slots"][1]["last_death"];
+    let death = &json["slots"][1]["last_failure"];
     assert_eq!(
         (&death["signal"], &death["cause"]),
-        (&9.into(), &"died".into())
+        (&9.into(), &"exited".into())
     );
     assert!(death["code"].is_null());
     assert!(death["usage"]["max_rss"].as_u64().unwrap() > 100_000);
     let text = status.to_string();
     assert!(
-        text.starts_with("ready: generation 0, 2 ready of 2, 1 deaths, up"),
+        text.starts_with("ready: generation 0, 2 ready of 2, 1 failures, up"),
         "{text}"
     );
     assert!(
-        text.contains("1 restarts, last: died (signal: 9 (SIGKILL))"),
+        text.contains("1 restarts, last: exited (signal: 9 (SIGKILL))"),
         "{text}"
     );
     assert_eq!(text.lines().count(), 4, "{text}");
@@ -589,19 +609,22 @@ fn on_give_up_chooses_retry_hold_or_stop() {
         |master| {
             let pool = Pool::new(
                 master,
-                quick().workers(1).give_up(0, Duration::from_secs(1)),
+                quick()
+                    .workers(1)
+                    .max_failures(0)
+                    .failure_window(Duration::from_secs(1)),
             );
-            pool.on_give_up(move |_, _, _| {
+            pool.set_failure_limit_callback(move |_, _, _| {
                 count.set(count.get() + 1);
                 match count.get() {
-                    1 => GiveUp::RetryAfter(30 * MS),
-                    2 => GiveUp::Hold,
-                    _ => GiveUp::Stop,
+                    1 => FailureAction::RetryAfter(30 * MS),
+                    2 => FailureAction::GiveUp,
+                    _ => FailureAction::StopPool,
                 }
             });
             let given_up = Cell::new(0);
             pool.on_event(move |pool, master, event| {
-                if matches!(event, PoolEvent::GivenUp { .. }) {
+                if matches!(event, PoolEvent::FailureLimitReached { .. }) {
                     given_up.set(given_up.get() + 1);
                     if given_up.get() == 2 {
                         let pool = pool.clone();
@@ -644,15 +667,15 @@ fn server(options: PoolOptions) {
             let own = std::process::id();
             println!("master {own}");
             pool.on_event(move |_, _, event| println!("{own}: {event}"));
-            pool.on_usual_signals(&master).unwrap();
-            pool.tell_systemd(&master).unwrap();
+            pool.on_default_signals(&master).unwrap();
+            pool.notify_systemd(&master).unwrap();
             if release == "master without workers" {
                 pool.scale(&master, 0);
             }
             master.run().unwrap();
         }
         Role::Worker(worker) => {
-            leave_signals_to_master(&worker).unwrap();
+            ignore_pool_signals(&worker).unwrap();
             match release.as_str() {
                 "exits" => std::process::exit(1),
                 "never ready" => return worker.run().unwrap(),
@@ -817,7 +840,7 @@ fn reloads_scalings_and_upgrades_lose_no_client_none() {
 
 fn reloads_scalings_and_upgrades_lose_no_client(policy: &str) {
     if is_watched() {
-        return server(quick().trial(5 * MS));
+        return server(quick().min_ready_time(5 * MS));
     }
     let server = Server::start(policy);
     let load = Load::start(server.address, 4, is_served);
@@ -831,8 +854,10 @@ fn reloads_scalings_and_upgrades_lose_no_client(policy: &str) {
                 let lines = output.lines().filter(|line| line.contains(": slot 2: "));
                 lines.filter(|line| line.ends_with(what)).count()
             };
-            for (signal, outcome) in [(Signal::SIGTTIN, "is ready"), (Signal::SIGTTOU, "has left")]
-            {
+            for (signal, outcome) in [
+                (Signal::SIGTTIN, "is ready"),
+                (Signal::SIGTTOU, "has exited"),
+            ] {
                 let before = of_slot_2(outcome);
                 server.signal(signal);
                 wait_until("slot 2", || (of_slot_2(outcome) > before).then_some(()));
@@ -870,7 +895,7 @@ fn unix_socket_passes_from_master_to_master() {
                 let own = std::process::id();
                 println!("master {own}");
                 pool.on_event(move |_, _, event| println!("{own}: {event}"));
-                pool.on_usual_signals(&master).unwrap();
+                pool.on_default_signals(&master).unwrap();
                 if is_broken {
                     // The new master stops regularly, but before it serves.
                     pool.stop(&master);
@@ -993,7 +1018,7 @@ fn pool_notifies_systemd() {
 
 fn broken_reloads_change_nothing() {
     if is_watched() {
-        return server(quick().boot(150 * MS).trial(50 * MS));
+        return server(quick().startup_timeout(150 * MS).min_ready_time(50 * MS));
     }
     let server = Server::start("rr");
     let load = Load::start(server.address, 4, is_served);
@@ -1022,7 +1047,7 @@ fn broken_reloads_change_nothing() {
 
 fn broken_upgrades_change_nothing() {
     if is_watched() {
-        return server(quick().boot(300 * MS).trial(50 * MS));
+        return server(quick().startup_timeout(300 * MS).min_ready_time(50 * MS));
     }
     let server = Server::start("rr");
     let (master, workers) = (server.master(), server.workers());
@@ -1073,7 +1098,7 @@ fn broken_upgrades_change_nothing() {
 fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     if is_watched() {
         let long = Duration::from_secs(1000);
-        return server(quick().boot(long).drain(long));
+        return server(quick().startup_timeout(long).drain_timeout(long));
     }
     for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
         let server = Server::start("rr");
@@ -1084,7 +1109,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
         for (round, signal) in signals.iter().enumerate() {
             kill(old, *signal).unwrap();
             if round == 0 {
-                server.wait_for(": the new master failed: the pool stops", 1);
+                server.wait_for(": the new master failed: the pool is stopping", 1);
             }
         }
         assert!(server.group.end().unwrap().success());
@@ -1116,10 +1141,10 @@ fn new_master_that_stops_does_not_take_over() {
     let passed = cluster::systemd::listen_fds().unwrap();
     match cluster::init().unwrap() {
         Role::Master(master) => {
-            let pool = Pool::new(&master, quick().workers(1).trial(MS));
+            let pool = Pool::new(&master, quick().workers(1).min_ready_time(MS));
             pool.adopt(&master, passed).unwrap();
             pool.on_event(|pool, master, event| {
-                if let PoolEvent::Quorum(true) = event {
+                if let PoolEvent::QuorumReached = event {
                     std::thread::sleep(5 * MS);
                     pool.stop(master);
                 }
@@ -1176,7 +1201,7 @@ fn test_duration() -> Duration {
 
 fn killed_workers_lose_only_received_connections() {
     if is_watched() {
-        let options = quick().workers(4).give_up(u32::MAX, MS);
+        let options = quick().workers(4).max_failures(u32::MAX).failure_window(MS);
         return server(options.back_off_cap(100 * MS));
     }
     let server = Server::start("rr");
@@ -1262,7 +1287,7 @@ fn second_signal_or_sigquit_kills_busy_workers() {
             assert!(is_alive(pid(server.master())));
             server.signal(*signal);
             if signals.len() == 2 {
-                server.wait_for(" has left", 1);
+                server.wait_for(" has exited", 1);
             }
         }
         assert!(server.group.end().unwrap().success());

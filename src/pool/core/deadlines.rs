@@ -1,0 +1,116 @@
+//! The deadlines of a pool, and the transitions that are due when time passes.
+
+use std::time::Duration;
+
+use super::rollout::Rollout;
+use super::worker::{Worker, WorkerState};
+use super::{Action, Core, Time};
+
+impl Core {
+    /// Returns when `tick` must be called at the latest.
+    pub(in super::super) fn next_deadline(&mut self) -> Option<Time> {
+        let batch = self.rollout.as_ref().map(|rollout| &rollout.batch);
+        let is_in_batch = |slot: usize| batch.is_some_and(|batch| batch.contains_key(&slot));
+        let slots = self.slots.iter().enumerate();
+        let restarts = slots
+            .filter(|(number, _)| !is_in_batch(*number))
+            .filter_map(|(_, slot)| slot.restart_at());
+        let workers = self.workers.values();
+        let workers = workers.filter_map(|worker| self.worker_deadline(worker));
+        let rollout = self.rollout.as_ref();
+        let others = [
+            rollout.and_then(|rollout| self.rollout_deadline(rollout)),
+            self.next_check,
+            self.upgrade_deadline(),
+        ];
+        let others = others.into_iter().flatten();
+        self.next_tick = workers.chain(restarts).chain(others).min();
+        self.next_tick
+    }
+
+    fn worker_deadline(&self, worker: &Worker) -> Option<Time> {
+        match worker.state {
+            WorkerState::Starting { ready_by } => {
+                let ready_at = self.options.readiness.ready_at(worker.forked_at);
+                ready_at.into_iter().chain([ready_by]).min()
+            }
+            WorkerState::Ready { last_heartbeat, .. } => {
+                let timeout = self.options.heartbeat_timeout;
+                let silent_at = timeout.map(|timeout| last_heartbeat.saturating_add(timeout));
+                // Only the end of the current rollout can begin another one.
+                let is_blocked =
+                    self.limits_reached.contains_key(&worker.slot) || self.rollout.is_some();
+                let slot = self.slots.get(worker.slot);
+                let recycle_from = slot.map_or(Time::ZERO, |slot| slot.recycle_from);
+                let expires_at = worker.expires_at.filter(|_| !is_blocked);
+                let expires_at = expires_at.map(|at| at.max(recycle_from));
+                silent_at.into_iter().chain(expires_at).min()
+            }
+            WorkerState::Disconnecting { exit_by } => Some(exit_by),
+            WorkerState::Failed { .. } | WorkerState::Killed => None,
+        }
+    }
+
+    fn rollout_deadline(&self, rollout: &Rollout) -> Option<Time> {
+        let mut successors = rollout.batch.values().flatten();
+        let has_failed = successors.any(|successor| {
+            let worker = self.workers.get(successor);
+            worker.is_some_and(Worker::has_failed)
+        });
+        // The exit of a killed successor ends the observation.
+        rollout.observed_until().filter(|_| !has_failed)
+    }
+
+    pub(in super::super) fn tick(&mut self, now: Time) {
+        self.forgive_absence(now);
+        let mut ready = Vec::new();
+        for (id, worker) in &mut self.workers {
+            if worker.expire(&self.options, now) {
+                self.actions.push_back(Action::Kill(*id));
+            } else if let WorkerState::Starting { .. } = worker.state {
+                let ready_at = self.options.readiness.ready_at(worker.forked_at);
+                ready.extend(ready_at.filter(|at| *at <= now).map(|_| *id));
+            }
+        }
+        for worker in ready {
+            self.became_ready(worker, now);
+        }
+        if self.next_check.is_some_and(|at| at <= now) {
+            self.next_check = Some(now.saturating_add(self.options.check_interval));
+            self.actions.push_back(Action::MeasureWorkers);
+        }
+        self.tick_upgrade(now);
+        if !self.is_stopping() {
+            self.restart(now);
+        }
+        self.settle(now);
+    }
+
+    /// Extends the deadlines of workers if this call is late by more than a quarter of their timeout.
+    ///
+    /// A master that did not run, because it was stopped or the machine slept, has not read the messages
+    /// that its workers sent in that time.
+    fn forgive_absence(&mut self, now: Time) {
+        let late = self
+            .next_tick
+            .map_or(Time::ZERO, |at| now.saturating_sub(at));
+        let is_long = |timeout: Duration| late > timeout / 4;
+        let startup_timeout = self.options.startup_timeout;
+        let forgives_heartbeats = self.options.heartbeat_timeout.is_some_and(is_long);
+        for worker in self.workers.values_mut() {
+            match &mut worker.state {
+                WorkerState::Starting { ready_by } if is_long(startup_timeout) => {
+                    *ready_by = now.saturating_add(startup_timeout);
+                }
+                WorkerState::Ready { last_heartbeat, .. } if forgives_heartbeats => {
+                    *last_heartbeat = now;
+                }
+                WorkerState::Starting { .. }
+                | WorkerState::Ready { .. }
+                | WorkerState::Failed { .. }
+                | WorkerState::Disconnecting { .. }
+                | WorkerState::Killed => {}
+            }
+        }
+    }
+}

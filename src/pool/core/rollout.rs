@@ -1,0 +1,357 @@
+//! Rollouts: how the workers of a pool are replaced.
+//!
+//! A reload replaces all workers. A recycling replaces single workers that have reached a limit. One
+//! rollout runs at a time, and takes the slots in batches. Successors are forked beside the workers of
+//! the batch. When all of them have been ready for a while, the old workers are disconnected. The
+//! rollout ends at the first successor that fails.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cluster::WorkerId;
+
+use super::super::event::{Limit, PoolEvent, ReloadFailure};
+use super::super::options::Canary;
+use super::worker::Worker;
+use super::{Action, Core, MIN_PAUSE, Time};
+
+/// A rollout that has not ended.
+#[derive(Debug)]
+pub(super) struct Rollout {
+    kind: Kind,
+    /// The successors by slot; `None` until the worker is forked. Empty in `Phase::Retiring`.
+    pub(super) batch: BTreeMap<usize, Option<WorkerId>>,
+    phase: Phase,
+    /// Set while the first batch of a reload is the canary.
+    canary: Option<Canary>,
+    replaced: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Brings all slots to this generation.
+    Reload { generation: u64 },
+    /// Replaces the workers in `Core::limits_reached`, within their generations.
+    Recycling,
+}
+
+/// The phase of a rollout.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | | the rollout begins | `Retiring` without workers |
+/// | `Retiring` | all replaced workers have exited, and slots are left | `Starting` with the next batch |
+/// | `Retiring` | all replaced workers have exited, and no slot is left | (ended: success) |
+/// | `Starting` | all successors of the batch are ready | `Observing` |
+/// | `Observing` | the time is over | `Retiring` |
+/// | `Starting`, `Observing` | all slots of the batch were removed | `Retiring` without workers |
+/// | `Starting`, `Observing` | a successor has failed | (ended: failure) |
+/// | any | the reload is cancelled | (ended: failure) |
+/// | any | the pool stops | (ended) |
+#[derive(Debug)]
+enum Phase {
+    /// Waits until all successors are ready.
+    Starting,
+    /// Waits until this time, while all successors must stay ready.
+    Observing { until: Time },
+    /// Waits until these replaced workers have exited.
+    Retiring { workers: BTreeSet<WorkerId> },
+}
+
+/// A worker that has reached a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LimitReached {
+    worker: WorkerId,
+    limit: Limit,
+}
+
+impl Rollout {
+    fn new(kind: Kind, canary: Option<Canary>) -> Self {
+        Self {
+            kind,
+            batch: BTreeMap::new(),
+            phase: Phase::Retiring {
+                workers: BTreeSet::new(),
+            },
+            canary,
+            replaced: 0,
+        }
+    }
+
+    pub(super) fn is_reload(&self) -> bool {
+        matches!(self.kind, Kind::Reload { .. })
+    }
+
+    /// A worker has exited.
+    pub(super) fn retired(&mut self, worker: WorkerId) {
+        if let Phase::Retiring { workers } = &mut self.phase {
+            workers.remove(&worker);
+        }
+    }
+
+    /// Returns when the observation of the batch ends, if it is being observed.
+    pub(super) fn observed_until(&self) -> Option<Time> {
+        match self.phase {
+            Phase::Observing { until } => Some(until),
+            Phase::Starting | Phase::Retiring { .. } => None,
+        }
+    }
+}
+
+// Inputs.
+impl Core {
+    /// Requests a reload. If a rollout is in progress, the reload begins after it.
+    pub(in super::super) fn reload(&mut self, now: Time) {
+        if !self.is_stopping() {
+            self.reload_requested = true;
+            self.settle(now);
+        }
+    }
+
+    pub(in super::super) fn cancel_reload(&mut self, now: Time) {
+        self.reload_requested = false;
+        if self.rollout.as_ref().is_some_and(Rollout::is_reload) {
+            self.fail_rollout(ReloadFailure::Cancelled, now);
+        }
+        self.settle(now);
+    }
+
+    /// The connections that a worker has received, and its resident memory in bytes, were measured.
+    pub(in super::super) fn measured(
+        &mut self,
+        id: WorkerId,
+        connections: Option<u64>,
+        memory: Option<u64>,
+        now: Time,
+    ) {
+        let Some(worker) = self.workers.get(&id) else {
+            return;
+        };
+        let reaches = |value: Option<u64>, max: Option<u64>| {
+            value.zip(max).is_some_and(|(value, max)| value >= max)
+        };
+        let limit = if reaches(connections, worker.max_connections) {
+            Limit::Connections
+        } else if reaches(memory, self.options.max_memory) {
+            Limit::Memory
+        } else {
+            return;
+        };
+        self.limit_reached(id, limit, now);
+        self.settle(now);
+    }
+
+    /// Remembers a worker for the next recycling, unless the last one of its slot has failed recently.
+    fn limit_reached(&mut self, id: WorkerId, limit: Limit, now: Time) {
+        let Some(number) = self.workers.get(&id).map(|worker| worker.slot) else {
+            return;
+        };
+        let slot = self.slots.get(number).filter(|s| s.worker() == Some(id));
+        let is_due = slot.is_some_and(|slot| slot.recycle_from <= now);
+        if is_due && !self.is_stopping() {
+            let entry = self.limits_reached.entry(number);
+            entry.or_insert(LimitReached { worker: id, limit });
+        }
+    }
+}
+
+// Decisions.
+impl Core {
+    /// Whether a successor for this slot is being forked. The slot itself may be filled during that
+    /// fork.
+    pub(super) fn is_awaited(&self, slot: usize, generation: u64) -> bool {
+        self.rollout.as_ref().is_some_and(|rollout| {
+            let is_of_rollout = match rollout.kind {
+                Kind::Reload { generation: new } => generation == new,
+                Kind::Recycling => true,
+            };
+            is_of_rollout && rollout.batch.get(&slot) == Some(&None)
+        })
+    }
+
+    /// Makes all transitions of the rollout that are due, and begins the next one.
+    pub(super) fn advance_rollout(&mut self, now: Time) {
+        while !self.is_stopping() {
+            let Some(rollout) = &mut self.rollout else {
+                if !self.begin_rollout(now) {
+                    return;
+                }
+                continue;
+            };
+            let is_ready = |worker: &Option<WorkerId>| {
+                let worker = worker.and_then(|worker| self.workers.get(&worker));
+                // The exit of a killed successor ends the rollout.
+                worker.is_some_and(Worker::is_ready)
+            };
+            let are_ready = rollout.batch.values().all(is_ready);
+            match &rollout.phase {
+                Phase::Starting | Phase::Observing { .. } if rollout.batch.is_empty() => {
+                    rollout.phase = Phase::Retiring {
+                        workers: BTreeSet::new(),
+                    };
+                }
+                Phase::Starting | Phase::Observing { .. } if !are_ready => return,
+                Phase::Starting => {
+                    let canary = rollout.canary.map(|canary| canary.duration);
+                    let time = canary.unwrap_or(self.options.min_ready_time);
+                    let until = now.saturating_add(time);
+                    rollout.phase = Phase::Observing { until };
+                }
+                Phase::Observing { until } if *until <= now => self.promote_batch(now),
+                Phase::Retiring { workers } if workers.is_empty() => self.start_batch(),
+                Phase::Observing { .. } | Phase::Retiring { .. } => return,
+            }
+        }
+    }
+
+    /// Begins a reload or a recycling. Returns whether there was a reason for one.
+    fn begin_rollout(&mut self, now: Time) -> bool {
+        let is_expired = |worker: &Worker| {
+            worker.is_ready() && worker.expires_at.is_some_and(|expires| expires <= now)
+        };
+        let workers = self.workers.iter();
+        let expired = workers.filter(|(_, worker)| is_expired(worker));
+        let expired: Vec<_> = expired.map(|(id, _)| *id).collect();
+        for worker in expired {
+            self.limit_reached(worker, Limit::Age, now);
+        }
+        if std::mem::take(&mut self.reload_requested) {
+            self.last_generation += 1;
+            let generation = self.last_generation;
+            let base = self.generation;
+            self.actions
+                .push_back(Action::BeginGeneration { generation, base });
+            self.emit(PoolEvent::Reloading { generation });
+            let kind = Kind::Reload { generation };
+            self.rollout = Some(Rollout::new(kind, self.options.canary));
+        } else if self.limits_reached.is_empty() {
+            return false;
+        } else {
+            self.rollout = Some(Rollout::new(Kind::Recycling, None));
+        }
+        true
+    }
+
+    /// Forks the successors of the next batch, or ends the rollout if no slot is left.
+    fn start_batch(&mut self) {
+        let Some(rollout) = &mut self.rollout else {
+            return;
+        };
+        if rollout.replaced > 0 {
+            rollout.canary = None;
+        }
+        let size = rollout
+            .canary
+            .map_or(self.options.surge, |canary| canary.workers.max(1));
+        let kind = rollout.kind;
+        let (batch, events) = match kind {
+            Kind::Reload { generation } => (self.next_reloads(generation, size), Vec::new()),
+            Kind::Recycling => self.next_recyclings(size),
+        };
+        if batch.is_empty() {
+            self.rollout = None;
+            if let Kind::Reload { generation } = kind {
+                self.generation = generation;
+                self.emit(PoolEvent::Reloaded { generation });
+            }
+            return;
+        }
+        if let Some(rollout) = &mut self.rollout {
+            rollout.batch = batch.iter().map(|(slot, _)| (*slot, None)).collect();
+            rollout.phase = Phase::Starting;
+        }
+        events.into_iter().for_each(|event| self.emit(event));
+        for (slot, generation) in batch {
+            self.actions.push_back(Action::Fork { slot, generation });
+        }
+    }
+
+    /// Returns the next slots for a reload, with the generation of their successors.
+    fn next_reloads(&self, generation: u64, size: usize) -> Vec<(usize, u64)> {
+        let slots = self.slots.iter().enumerate();
+        let old = slots.filter(|(_, slot)| slot.generation != generation);
+        old.map(|(slot, _)| (slot, generation)).take(size).collect()
+    }
+
+    /// Returns the next slots for a recycling, with the generation of their successors, and the events.
+    fn next_recyclings(&mut self, size: usize) -> (Vec<(usize, u64)>, Vec<PoolEvent>) {
+        let (mut batch, mut events) = (Vec::new(), Vec::new());
+        while batch.len() < size {
+            let Some((number, reached)) = self.limits_reached.pop_first() else {
+                break;
+            };
+            let LimitReached { worker, limit } = reached;
+            // The worker may have failed since then, and have been replaced.
+            let slot = self.slots.get(number);
+            if let Some(slot) = slot.filter(|slot| slot.worker() == Some(worker)) {
+                batch.push((number, slot.generation));
+                events.push(PoolEvent::Recycling {
+                    slot: number,
+                    worker,
+                    limit,
+                });
+            }
+        }
+        (batch, events)
+    }
+
+    /// Puts the successors in the place of the old workers, and disconnects these.
+    fn promote_batch(&mut self, now: Time) {
+        let Some(rollout) = &mut self.rollout else {
+            return;
+        };
+        let batch = std::mem::take(&mut rollout.batch);
+        rollout.replaced += batch.len();
+        let mut old_workers = Vec::new();
+        for (number, successor) in batch {
+            let (Some(slot), Some(successor)) = (self.slots.get_mut(number), successor) else {
+                continue;
+            };
+            if let Kind::Reload { generation } = rollout.kind {
+                slot.generation = generation;
+            }
+            old_workers.extend(slot.promote(successor));
+            self.limits_reached.remove(&number);
+        }
+        rollout.phase = Phase::Retiring {
+            workers: old_workers.iter().copied().collect(),
+        };
+        for worker in old_workers {
+            self.disconnect(worker, now);
+        }
+    }
+
+    /// Ends the rollout without success. Successors that have not replaced a worker are disconnected.
+    pub(super) fn fail_rollout(&mut self, reason: ReloadFailure, now: Time) {
+        let Some(rollout) = self.rollout.take() else {
+            return;
+        };
+        let recycle_from = now.saturating_add(self.options.back_off_cap.max(MIN_PAUSE));
+        for (number, successor) in rollout.batch {
+            let Some(slot) = self.slots.get_mut(number) else {
+                continue;
+            };
+            if rollout.kind == Kind::Recycling {
+                slot.recycle_from = recycle_from;
+            }
+            // A successor whose old worker has failed is the slot's worker, and stays.
+            if slot.successor == successor {
+                slot.successor = None;
+                if let Some(successor) = successor {
+                    self.disconnect(successor, now);
+                }
+            }
+        }
+        match (rollout.kind, reason) {
+            (Kind::Reload { generation }, reason) => self.emit(PoolEvent::ReloadFailed {
+                generation,
+                replaced: rollout.replaced,
+                reason,
+            }),
+            (Kind::Recycling, ReloadFailure::WorkerFailed(failure)) => {
+                self.emit(PoolEvent::RecyclingFailed(failure));
+            }
+            (Kind::Recycling, ReloadFailure::Cancelled) => {}
+        }
+        self.restart(now);
+    }
+}

@@ -1,0 +1,360 @@
+//! The slots of a pool: which worker a slot has, and when a failed worker is replaced.
+
+use std::collections::VecDeque;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use cluster::{Usage, WorkerId};
+
+use super::super::event::{PoolEvent, ReloadFailure};
+use super::super::failure::{FailureAction, FailureCause, WorkerFailure};
+use super::super::options::PoolOptions;
+use super::worker::{Worker, WorkerState};
+use super::{Action, Core, MIN_PAUSE, Time};
+
+/// A slot: the pool keeps one worker running in it.
+#[derive(Debug)]
+pub(in super::super) struct Slot {
+    pub(super) occupancy: Occupancy,
+    /// The worker that a rollout has forked to replace the slot's worker.
+    pub(in super::super) successor: Option<WorkerId>,
+    /// The generation of the slot's next worker, except during a rollout.
+    pub(super) generation: u64,
+    /// The failures since a worker was last ready for `PoolOptions::back_off_reset`.
+    consecutive_failures: u32,
+    /// The times of the failures within `PoolOptions::failure_window`.
+    recent_failures: VecDeque<Time>,
+    /// The earliest time for a recycling, after one of this slot has failed.
+    pub(super) recycle_from: Time,
+    pub(in super::super) restarts: u64,
+    pub(in super::super) last_failure: Option<WorkerFailure>,
+}
+
+/// The state of a slot.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | | the slot is added, and a worker is forked | `Vacant` |
+/// | `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` |
+/// | `Vacant`, `Occupied` | the worker failed while a successor exists | `Occupied` by the successor |
+/// | `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit |
+/// | `Waiting` | the pause is over, no rollout fills the slot, and a worker is forked | `Vacant` |
+/// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` |
+/// | any | the rollout promotes the successor | `Occupied` by the successor |
+/// | any except `GivenUp` | the pool stops | `Vacant` |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Occupancy {
+    /// A worker is being forked, or the pool has stopped.
+    Vacant,
+    /// A worker will be forked.
+    Waiting {
+        restart_at: Time,
+    },
+    /// The slot has reached its failure limit.
+    GivenUp,
+    Occupied {
+        worker: WorkerId,
+    },
+}
+
+impl Slot {
+    fn new(generation: u64) -> Self {
+        Self {
+            occupancy: Occupancy::Vacant,
+            successor: None,
+            generation,
+            consecutive_failures: 0,
+            recent_failures: VecDeque::new(),
+            recycle_from: Time::ZERO,
+            restarts: 0,
+            last_failure: None,
+        }
+    }
+
+    pub(in super::super) fn worker(&self) -> Option<WorkerId> {
+        match self.occupancy {
+            Occupancy::Occupied { worker } => Some(worker),
+            Occupancy::Vacant | Occupancy::Waiting { .. } | Occupancy::GivenUp => None,
+        }
+    }
+
+    pub(in super::super) fn restart_at(&self) -> Option<Time> {
+        match self.occupancy {
+            Occupancy::Waiting { restart_at } => Some(restart_at),
+            Occupancy::Vacant | Occupancy::GivenUp | Occupancy::Occupied { .. } => None,
+        }
+    }
+
+    pub(in super::super) fn is_given_up(&self) -> bool {
+        self.occupancy == Occupancy::GivenUp
+    }
+
+    /// Whether a forked worker of this generation fills the slot. A worker of a rollout that was
+    /// cancelled during the fork does not.
+    fn needs(&self, generation: u64) -> bool {
+        self.worker().is_none() && self.generation == generation
+    }
+
+    /// Makes the successor the slot's worker. Returns the worker that it replaces.
+    pub(super) fn promote(&mut self, successor: WorkerId) -> Option<WorkerId> {
+        let replaced = self.worker().filter(|worker| *worker != successor);
+        self.occupancy = Occupancy::Occupied { worker: successor };
+        self.successor = None;
+        self.consecutive_failures = 0;
+        replaced
+    }
+
+    /// Counts a failure. Returns whether the slot has reached its failure limit.
+    fn count_failure(
+        &mut self,
+        ready_since: Option<Time>,
+        options: &PoolOptions,
+        now: Time,
+    ) -> bool {
+        let reset = options.back_off_reset;
+        if ready_since.is_some_and(|since| now.saturating_sub(since) >= reset) {
+            self.consecutive_failures = 0;
+        }
+        self.consecutive_failures += 1;
+        self.recent_failures.push_back(now);
+        let is_past = |at: &Time| now.saturating_sub(*at) > options.failure_window;
+        while self.recent_failures.front().is_some_and(is_past) {
+            self.recent_failures.pop_front();
+        }
+        let limit = usize::try_from(options.max_failures).unwrap_or(usize::MAX);
+        let is_reached = self.recent_failures.len() > limit;
+        if is_reached {
+            self.recent_failures.clear();
+            self.consecutive_failures = 0;
+        }
+        is_reached
+    }
+
+    /// Returns the pause before the next worker is forked, without jitter; `None` for no pause.
+    fn back_off(&self, options: &PoolOptions) -> Option<Duration> {
+        if self.consecutive_failures <= 1 {
+            return None;
+        }
+        // A shift by 32 would overflow; 2^31 times any back-off is beyond every cap.
+        let doublings = (self.consecutive_failures - 2).min(31);
+        let pause = options.back_off.saturating_mul(1 << doublings);
+        Some(pause.min(options.back_off_cap).max(MIN_PAUSE))
+    }
+}
+
+// Calls of the application.
+impl Core {
+    pub(in super::super) fn scale(&mut self, workers: usize, now: Time) {
+        if self.is_stopping() {
+            return;
+        }
+        while self.slots.len() < workers {
+            let (slot, generation) = (self.slots.len(), self.generation);
+            self.slots.push(Slot::new(generation));
+            self.actions.push_back(Action::Fork { slot, generation });
+        }
+        while self.slots.len() > workers {
+            let Some(slot) = self.slots.pop() else {
+                break;
+            };
+            let number = self.slots.len();
+            self.limits_reached.remove(&number);
+            if let Some(rollout) = &mut self.rollout {
+                rollout.batch.remove(&number);
+            }
+            for worker in slot.worker().into_iter().chain(slot.successor) {
+                self.disconnect(worker, now);
+            }
+        }
+        self.settle(now);
+    }
+
+    pub(in super::super) fn retry(&mut self, now: Time) {
+        if self.is_stopping() {
+            return;
+        }
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_given_up()) {
+            slot.occupancy = Occupancy::Waiting { restart_at: now };
+        }
+        self.tick(now);
+    }
+
+    pub(in super::super) fn failure_action_chosen(
+        &mut self,
+        slot: usize,
+        action: FailureAction,
+        now: Time,
+    ) {
+        match action {
+            _ if self.is_stopping() => {}
+            FailureAction::StopPool => self.stop(now),
+            FailureAction::GiveUp => {}
+            FailureAction::RetryAfter(pause) => {
+                if let Some(slot) = self.slots.get_mut(slot).filter(|slot| slot.is_given_up()) {
+                    let restart_at = now.saturating_add(pause);
+                    slot.occupancy = Occupancy::Waiting { restart_at };
+                }
+            }
+        }
+    }
+}
+
+// Facts about processes.
+impl Core {
+    pub(in super::super) fn forked(
+        &mut self,
+        slot: usize,
+        generation: u64,
+        id: WorkerId,
+        pid: u32,
+        now: Time,
+    ) {
+        let max_age = self.options.max_age;
+        let expires_at = max_age.map(|age| now.saturating_add(self.jittered_time(age)));
+        let max_connections = self.options.max_connections;
+        let max_connections = max_connections.map(|max| self.jittered(max));
+        let ready_by = now.saturating_add(self.options.startup_timeout);
+        let worker = Worker {
+            slot,
+            pid,
+            generation,
+            forked_at: now,
+            expires_at,
+            max_connections,
+            state: WorkerState::Starting { ready_by },
+        };
+        self.workers.insert(id, worker);
+        if self.is_stopping() {
+            return self.forked_while_stopping(id);
+        }
+        let is_successor = self.is_awaited(slot, generation);
+        if let Some(rollout) = self.rollout.as_mut().filter(|_| is_successor) {
+            rollout.batch.insert(slot, Some(id));
+        }
+        match self.slots.get_mut(slot) {
+            Some(slot) if is_successor => slot.successor = Some(id),
+            Some(slot) if slot.needs(generation) => {
+                slot.occupancy = Occupancy::Occupied { worker: id };
+            }
+            // The slot was removed or filled, or the rollout was cancelled, during the fork.
+            _ => self.disconnect(id, now),
+        }
+    }
+
+    pub(in super::super) fn fork_failed(
+        &mut self,
+        slot: usize,
+        generation: u64,
+        error: String,
+        now: Time,
+    ) {
+        let failure = WorkerFailure {
+            slot,
+            worker: None,
+            pid: None,
+            generation,
+            cause: FailureCause::ForkFailed,
+            error: Some(error),
+            status: None,
+            age: Duration::ZERO,
+            usage: None,
+        };
+        if self.is_awaited(slot, generation) {
+            self.fail_rollout(ReloadFailure::WorkerFailed(failure), now);
+        } else if self.slots.get(slot).is_some_and(|s| s.needs(generation)) {
+            self.worker_failed(failure, None, now);
+        }
+        self.settle(now);
+    }
+
+    /// The process of a worker has exited.
+    pub(in super::super) fn exited(
+        &mut self,
+        id: WorkerId,
+        status: ExitStatus,
+        usage: Option<Usage>,
+        now: Time,
+    ) {
+        let Some(worker) = self.workers.remove(&id) else {
+            return;
+        };
+        let slot = worker.slot;
+        if let Some(rollout) = &mut self.rollout {
+            rollout.retired(id);
+        }
+        let Some(cause) = worker.failure_cause() else {
+            self.emit(PoolEvent::WorkerShutDown {
+                slot,
+                worker: id,
+                killed: worker.state == WorkerState::Killed,
+            });
+            return self.settle(now);
+        };
+        let failure = WorkerFailure {
+            slot,
+            worker: Some(id),
+            pid: Some(worker.pid),
+            generation: worker.generation,
+            cause,
+            error: None,
+            status: Some(status),
+            age: now.saturating_sub(worker.forked_at),
+            usage,
+        };
+        let was_current = self.slots.get(slot).is_some_and(|s| s.worker() == Some(id));
+        let rollout = self.rollout.as_ref();
+        if rollout.is_some_and(|rollout| rollout.batch.get(&slot) == Some(&Some(id))) {
+            self.fail_rollout(ReloadFailure::WorkerFailed(failure.clone()), now);
+        }
+        if was_current {
+            self.worker_failed(failure, worker.ready_since(), now);
+        }
+        self.settle(now);
+    }
+
+    /// The slot has lost its worker. Its successor takes its place, if there is one.
+    fn worker_failed(&mut self, failure: WorkerFailure, ready_since: Option<Time>, now: Time) {
+        self.failures += 1;
+        self.emit(PoolEvent::WorkerFailed(failure.clone()));
+        if self.is_stopping() {
+            return;
+        }
+        let number = failure.slot;
+        let Some(slot) = self.slots.get_mut(number) else {
+            return;
+        };
+        slot.last_failure = Some(failure.clone());
+        let is_limit_reached = slot.count_failure(ready_since, &self.options, now);
+        if let Some(worker) = slot.successor.take() {
+            slot.occupancy = Occupancy::Occupied { worker };
+        } else if is_limit_reached {
+            slot.occupancy = Occupancy::GivenUp;
+            self.emit(PoolEvent::FailureLimitReached { slot: number });
+            self.actions.push_back(Action::RequestDecision(failure));
+        } else {
+            let pause = slot.back_off(&self.options);
+            let pause = pause.map_or(Duration::ZERO, |pause| self.jittered_time(pause));
+            let restart_at = now.saturating_add(pause);
+            self.slots[number].occupancy = Occupancy::Waiting { restart_at };
+            self.restart(now);
+        }
+    }
+
+    /// Forks workers for the slots whose pause is over. A slot whose successor is being forked is
+    /// left to the rollout.
+    pub(super) fn restart(&mut self, now: Time) {
+        let batch = self.rollout.as_ref().map(|rollout| &rollout.batch);
+        for (number, slot) in self.slots.iter_mut().enumerate() {
+            let is_due = slot.restart_at().is_some_and(|at| at <= now);
+            if is_due && batch.is_none_or(|batch| !batch.contains_key(&number)) {
+                slot.occupancy = Occupancy::Vacant;
+                slot.restarts += 1;
+                let generation = slot.generation;
+                self.actions.push_back(Action::Fork {
+                    slot: number,
+                    generation,
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! How a pool stops.
+
+use cluster::WorkerId;
+
+use super::super::event::UpgradeFailure;
+use super::slots::Occupancy;
+use super::upgrade::RejectedMaster;
+use super::worker::WorkerState;
+use super::{Action, Core, Time};
+
+/// Whether the pool stops.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | `Running` | `stop`, or a new master has taken over | `Draining` |
+/// | `Running`, `Draining` | `stop_at_once` | `Killing` |
+///
+/// The pool is over when it is not `Running`, and all workers and rejected new masters have exited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StopState {
+    Running,
+    /// Workers that have not exited by then are killed.
+    Draining {
+        exit_by: Time,
+    },
+    Killing,
+}
+
+impl Core {
+    pub(in super::super) fn is_stopping(&self) -> bool {
+        self.stop != StopState::Running
+    }
+
+    /// Whether the pool has stopped, and every process that it has started has exited, except for a
+    /// new master that has taken over.
+    pub(in super::super) fn is_over(&self) -> bool {
+        self.is_stopping() && self.workers.is_empty() && self.rejected_masters.is_empty()
+    }
+
+    pub(in super::super) fn stop(&mut self, now: Time) {
+        if self.is_stopping() {
+            return;
+        }
+        let exit_by = now.saturating_add(self.options.drain_timeout);
+        self.stop = StopState::Draining { exit_by };
+        self.reload_requested = false;
+        self.rollout = None;
+        self.limits_reached.clear();
+        self.next_check = None;
+        for slot in &mut self.slots {
+            slot.successor = None;
+            if !slot.is_given_up() {
+                slot.occupancy = Occupancy::Vacant;
+            }
+        }
+        for worker in self.workers.values_mut() {
+            worker.disconnect(exit_by);
+        }
+        let is_fork = |action: &Action| matches!(action, Action::Fork { .. });
+        self.actions.retain(|action| !is_fork(action));
+        self.fail_upgrade(UpgradeFailure::PoolStopped, now);
+        self.actions.push_back(Action::DisconnectAll);
+        self.settle(now);
+    }
+
+    pub(in super::super) fn stop_at_once(&mut self, now: Time) {
+        self.stop(now);
+        self.stop = StopState::Killing;
+        for (id, worker) in &mut self.workers {
+            worker.state = WorkerState::Killed;
+            self.actions.push_back(Action::Kill(*id));
+        }
+        for (id, state) in &mut self.rejected_masters {
+            *state = RejectedMaster::Killed;
+            self.actions.push_back(Action::Kill(*id));
+        }
+    }
+
+    /// The pool was stopped during the fork of this worker, which gets the deadline of the stop.
+    pub(super) fn forked_while_stopping(&mut self, id: WorkerId) {
+        let (state, action) = match self.stop {
+            StopState::Running => return,
+            StopState::Draining { exit_by } => (
+                WorkerState::Disconnecting { exit_by },
+                Action::Disconnect(id),
+            ),
+            StopState::Killing => (WorkerState::Killed, Action::Kill(id)),
+        };
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.state = state;
+            self.actions.push_back(action);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Upgrades: how a new master takes over.
+
+use std::process::ExitStatus;
+
+use cluster::WorkerId;
+
+use super::super::event::{PoolEvent, UpgradeFailure};
+use super::{Action, Core, Time};
+
+/// The state of an upgrade.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | `Idle` | a new master was started | `Pending` |
+/// | `Pending` | the new master has taken over | `Succeeded`; the pool stops |
+/// | `Pending` | the new master has exited | `Idle` |
+/// | `Pending` | the deadline has passed, or the pool stops | `Idle`; the new master is rejected |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Upgrade {
+    Idle,
+    /// The new master must take over by the deadline.
+    Pending {
+        new_master: WorkerId,
+        deadline: Time,
+    },
+    Succeeded,
+}
+
+/// The state of a new master whose upgrade has failed. Its exit removes it.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | | the upgrade has failed, and SIGTERM was sent | `Terminating` |
+/// | `Terminating` | the drain timeout has passed | `Killed` |
+/// | `Terminating` | the pool is stopped at once | `Killed` |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RejectedMaster {
+    Terminating { exit_by: Time },
+    Killed,
+}
+
+impl Core {
+    /// Whether an upgrade can begin.
+    pub(in super::super) fn can_upgrade(&self) -> bool {
+        !self.is_stopping() && self.upgrade == Upgrade::Idle
+    }
+
+    /// Whether a new master has taken over from this pool.
+    pub(in super::super) fn is_upgraded(&self) -> bool {
+        self.upgrade == Upgrade::Succeeded
+    }
+
+    pub(in super::super) fn new_master_started(&mut self, new_master: WorkerId, now: Time) {
+        let options = &self.options;
+        // The workers of the new master may take the whole startup timeout, and its own
+        // `min_ready_time` begins only then. The same time again is slack for its start.
+        let ready = options.min_ready_time.saturating_mul(2);
+        let deadline = now.saturating_add(options.startup_timeout.saturating_add(ready));
+        self.upgrade = Upgrade::Pending {
+            new_master,
+            deadline,
+        };
+    }
+
+    /// The new master has reported that it serves.
+    pub(in super::super) fn new_master_took_over(&mut self, now: Time) {
+        if let Upgrade::Pending { .. } = self.upgrade {
+            self.upgrade = Upgrade::Succeeded;
+            self.actions.push_back(Action::CloseUpgradeChannel);
+            self.actions.push_back(Action::ReleaseSocketFiles);
+            self.stop(now);
+            self.emit(PoolEvent::Upgraded);
+        }
+    }
+
+    pub(in super::super) fn new_master_exited(&mut self, new_master: WorkerId, status: ExitStatus) {
+        self.rejected_masters.remove(&new_master);
+        if self.pending_master() == Some(new_master) {
+            self.end_upgrade(UpgradeFailure::Exited(status));
+        }
+    }
+
+    /// Fails the pending upgrade, if there is one. The new master may have clients already, so it is
+    /// terminated like a worker: it is killed only after the drain timeout.
+    pub(super) fn fail_upgrade(&mut self, reason: UpgradeFailure, now: Time) {
+        if let Some(new_master) = self.pending_master() {
+            self.end_upgrade(reason);
+            let exit_by = now.saturating_add(self.options.drain_timeout);
+            self.rejected_masters
+                .insert(new_master, RejectedMaster::Terminating { exit_by });
+            self.actions
+                .push_back(Action::TerminateNewMaster(new_master));
+        }
+    }
+
+    pub(super) fn tick_upgrade(&mut self, now: Time) {
+        if matches!(self.upgrade, Upgrade::Pending { deadline, .. } if deadline <= now) {
+            self.fail_upgrade(UpgradeFailure::Timeout, now);
+        }
+        for (id, state) in &mut self.rejected_masters {
+            if matches!(state, RejectedMaster::Terminating { exit_by } if *exit_by <= now) {
+                *state = RejectedMaster::Killed;
+                self.actions.push_back(Action::Kill(*id));
+            }
+        }
+    }
+
+    /// Returns the next deadline of the upgrade and of the rejected masters.
+    pub(super) fn upgrade_deadline(&self) -> Option<Time> {
+        let pending = match self.upgrade {
+            Upgrade::Pending { deadline, .. } => Some(deadline),
+            Upgrade::Idle | Upgrade::Succeeded => None,
+        };
+        let rejected = self.rejected_masters.values();
+        let rejected = rejected.filter_map(|state| match state {
+            RejectedMaster::Terminating { exit_by } => Some(*exit_by),
+            RejectedMaster::Killed => None,
+        });
+        rejected.chain(pending).min()
+    }
+
+    fn pending_master(&self) -> Option<WorkerId> {
+        match self.upgrade {
+            Upgrade::Pending { new_master, .. } => Some(new_master),
+            Upgrade::Idle | Upgrade::Succeeded => None,
+        }
+    }
+
+    fn end_upgrade(&mut self, reason: UpgradeFailure) {
+        self.upgrade = Upgrade::Idle;
+        self.actions.push_back(Action::CloseUpgradeChannel);
+        self.emit(PoolEvent::UpgradeFailed { reason });
+    }
+}

@@ -1,0 +1,190 @@
+//! The states of one worker, from its fork until its process exits.
+
+use cluster::WorkerId;
+
+use super::super::event::PoolEvent;
+use super::super::failure::FailureCause;
+use super::super::options::PoolOptions;
+use super::super::status::WorkerPhase;
+use super::{Action, Core, Time};
+
+/// A worker whose process has not exited.
+#[derive(Debug)]
+pub(in super::super) struct Worker {
+    pub(super) slot: usize,
+    pub(in super::super) pid: u32,
+    pub(in super::super) generation: u64,
+    pub(in super::super) forked_at: Time,
+    /// When the worker reaches its maximum age.
+    pub(super) expires_at: Option<Time>,
+    pub(super) max_connections: Option<u64>,
+    pub(super) state: WorkerState,
+}
+
+/// The state of a worker.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | | forked | `Starting` |
+/// | | forked while the pool drains | `Disconnecting` |
+/// | | forked after the pool was stopped at once | `Killed` |
+/// | `Starting` | ready | `Ready` |
+/// | `Starting` | the startup timeout has passed | `Failed` |
+/// | `Ready` | the heartbeat timeout has passed | `Failed` |
+/// | `Starting`, `Ready` | disconnected | `Disconnecting` |
+/// | `Failed` | disconnected | `Killed` |
+/// | `Disconnecting` | the drain timeout has passed | `Killed` |
+/// | any | the pool is stopped at once | `Killed` |
+///
+/// The process is killed at each transition to `Failed`, and at each transition to `Killed` except the
+/// one from `Failed` by a disconnect. The exit of the process removes the worker. From `Disconnecting`
+/// and `Killed` the exit is a shutdown, and from the other states it is a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WorkerState {
+    Starting {
+        ready_by: Time,
+    },
+    Ready {
+        since: Time,
+        /// When the last heartbeat arrived, or the worker became ready.
+        last_heartbeat: Time,
+    },
+    /// Killed because it missed a deadline.
+    Failed {
+        cause: FailureCause,
+        ready_since: Option<Time>,
+    },
+    Disconnecting {
+        exit_by: Time,
+    },
+    /// Killed, and its exit is no failure.
+    Killed,
+}
+
+impl Worker {
+    /// Returns the phase that the status shows. A worker that was killed for its silence is shown, and
+    /// counted, as ready until its process has exited.
+    pub(in super::super) fn phase(&self) -> WorkerPhase {
+        match self.state {
+            WorkerState::Starting { .. }
+            | WorkerState::Failed {
+                ready_since: None, ..
+            } => WorkerPhase::Starting,
+            WorkerState::Ready { .. }
+            | WorkerState::Failed {
+                ready_since: Some(_),
+                ..
+            } => WorkerPhase::Ready,
+            WorkerState::Disconnecting { .. } | WorkerState::Killed => WorkerPhase::Disconnecting,
+        }
+    }
+
+    /// Whether the worker is ready, and was not killed.
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.state, WorkerState::Ready { .. })
+    }
+
+    /// Whether the worker was killed because it missed a deadline.
+    pub(super) fn has_failed(&self) -> bool {
+        matches!(self.state, WorkerState::Failed { .. })
+    }
+
+    /// Returns when the worker became ready, if it did.
+    pub(super) fn ready_since(&self) -> Option<Time> {
+        match self.state {
+            WorkerState::Ready { since, .. } => Some(since),
+            WorkerState::Failed { ready_since, .. } => ready_since,
+            WorkerState::Starting { .. }
+            | WorkerState::Disconnecting { .. }
+            | WorkerState::Killed => None,
+        }
+    }
+
+    /// Returns the cause of a failure, if the process exits now; `None` if its exit is a shutdown.
+    pub(super) fn failure_cause(&self) -> Option<FailureCause> {
+        match self.state {
+            WorkerState::Starting { .. } => Some(FailureCause::ExitedBeforeReady),
+            WorkerState::Ready { .. } => Some(FailureCause::Exited),
+            WorkerState::Failed { cause, .. } => Some(cause),
+            WorkerState::Disconnecting { .. } | WorkerState::Killed => None,
+        }
+    }
+
+    /// Returns whether the worker was not disconnected before.
+    pub(super) fn disconnect(&mut self, exit_by: Time) -> bool {
+        match self.state {
+            WorkerState::Starting { .. } | WorkerState::Ready { .. } => {
+                self.state = WorkerState::Disconnecting { exit_by };
+                true
+            }
+            WorkerState::Failed { .. } => {
+                self.state = WorkerState::Killed;
+                true
+            }
+            WorkerState::Disconnecting { .. } | WorkerState::Killed => false,
+        }
+    }
+
+    /// Applies the deadline of the current state. Returns whether it has passed, so that the process
+    /// must be killed.
+    pub(super) fn expire(&mut self, options: &PoolOptions, now: Time) -> bool {
+        let is_silent = |last: Time| {
+            let timeout = options.heartbeat_timeout;
+            timeout.is_some_and(|timeout| last.saturating_add(timeout) <= now)
+        };
+        self.state = match self.state {
+            WorkerState::Starting { ready_by } if ready_by <= now => WorkerState::Failed {
+                cause: FailureCause::StartupTimeout,
+                ready_since: None,
+            },
+            WorkerState::Ready {
+                since,
+                last_heartbeat,
+            } if is_silent(last_heartbeat) => WorkerState::Failed {
+                cause: FailureCause::HeartbeatTimeout,
+                ready_since: Some(since),
+            },
+            WorkerState::Disconnecting { exit_by } if exit_by <= now => WorkerState::Killed,
+            WorkerState::Starting { .. }
+            | WorkerState::Ready { .. }
+            | WorkerState::Failed { .. }
+            | WorkerState::Disconnecting { .. }
+            | WorkerState::Killed => return false,
+        };
+        true
+    }
+}
+
+impl Core {
+    /// The worker has proved that it is ready.
+    pub(in super::super) fn became_ready(&mut self, id: WorkerId, now: Time) {
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        if let WorkerState::Starting { .. } = worker.state {
+            worker.state = WorkerState::Ready {
+                since: now,
+                last_heartbeat: now,
+            };
+            let slot = worker.slot;
+            self.emit(PoolEvent::WorkerReady { slot, worker: id });
+            self.settle(now);
+        }
+    }
+
+    pub(in super::super) fn heartbeat_received(&mut self, id: WorkerId, now: Time) {
+        let worker = self.workers.get_mut(&id);
+        if let Some(WorkerState::Ready { last_heartbeat, .. }) = worker.map(|w| &mut w.state) {
+            *last_heartbeat = now;
+        }
+    }
+
+    /// Disconnects a worker, unless it is already disconnecting.
+    pub(super) fn disconnect(&mut self, id: WorkerId, now: Time) {
+        let exit_by = now.saturating_add(self.options.drain_timeout);
+        let worker = self.workers.get_mut(&id);
+        if worker.is_some_and(|worker| worker.disconnect(exit_by)) {
+            self.actions.push_back(Action::Disconnect(id));
+        }
+    }
+}

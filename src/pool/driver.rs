@@ -1,0 +1,274 @@
+//! The driver of the core: reports facts to it, carries out its actions, and delivers events.
+
+use std::time::Duration;
+
+use cluster::{CallbackId, Master, Settings, Signal, WorkerId, WorkerProcess};
+
+use super::core::{Action, Core, Time};
+use super::event::PoolEvent;
+use super::failure::{FailureAction, WorkerFailure};
+use super::options::Readiness;
+use super::{HEARTBEAT, Notification, Pool, READY, SLOT};
+
+impl Pool {
+    pub(super) fn now(&self) -> Time {
+        self.0.created_at.elapsed()
+    }
+
+    /// Reports the events of the master's workers to the core.
+    pub(super) fn register_callbacks(&self, master: &Master) {
+        let pool = self.clone();
+        master.on_online(move |master, worker| {
+            pool.readiness_proved(master, worker, Readiness::Online);
+        });
+        let pool = self.clone();
+        master.on_listening(move |master, worker, _| {
+            pool.readiness_proved(master, worker, Readiness::Listening);
+        });
+        let pool = self.clone();
+        master.on_message(move |master, worker, message| {
+            if message.bytes() == READY {
+                pool.readiness_proved(master, worker, Readiness::Message);
+            } else if message.bytes() == HEARTBEAT {
+                let id = worker.id();
+                pool.input(master, |core, now| core.heartbeat_received(id, now));
+            }
+        });
+        let pool = self.clone();
+        master.on_exit(move |master, worker, status| {
+            let (id, usage) = (worker.id(), worker.process().usage());
+            pool.input(master, |core, now| core.exited(id, status, usage, now));
+        });
+    }
+
+    fn readiness_proved(&self, master: &Master, worker: &WorkerProcess, proof: Readiness) {
+        let id = worker.id();
+        if self.0.core.borrow().options().readiness == proof {
+            self.input(master, |core, now| core.became_ready(id, now));
+        }
+    }
+
+    pub(super) fn emit(&self, master: &Master, event: PoolEvent) {
+        self.notify(Notification::Event(event));
+        self.act(master);
+    }
+
+    fn notify(&self, notification: Notification) {
+        self.0.notifications.borrow_mut().push_back(notification);
+    }
+
+    /// Passes an input to the core, and carries out what it decides.
+    pub(super) fn input(&self, master: &Master, input: impl FnOnce(&mut Core, Time)) {
+        let now = self.now();
+        input(&mut self.0.core.borrow_mut(), now);
+        self.act(master);
+    }
+
+    /// Carries out all actions of the core, and schedules the next call.
+    fn act(&self, master: &Master) {
+        loop {
+            let action = self.0.core.borrow_mut().next_action();
+            match action {
+                Some(action) => self.carry_out(master, action),
+                None => break,
+            }
+        }
+        let mut core = self.0.core.borrow_mut();
+        let deadline = core.next_deadline();
+        // Without a worker, nothing but a timer keeps the loop running.
+        let keeps_running = core.workers().is_empty() && !core.is_over();
+        drop(core);
+        let wait = if self.0.notifications.borrow().is_empty() {
+            let wait = deadline.map(|deadline| deadline.saturating_sub(self.now()));
+            wait.or(keeps_running.then_some(Duration::MAX))
+        } else {
+            Some(Duration::ZERO)
+        };
+        match wait {
+            Some(wait) => self.schedule(master, wait),
+            None => {
+                if let Some(timer) = self.0.timer.take() {
+                    master.clear_timer(timer);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&self, master: &Master, action: Action) {
+        match action {
+            Action::Fork { slot, generation } => self.fork(master, slot, generation),
+            Action::BeginGeneration { generation, base } => self.begin_generation(generation, base),
+            Action::Disconnect(worker) => {
+                if let Some(worker) = master.worker(worker) {
+                    self.disconnect(&worker);
+                }
+            }
+            Action::DisconnectAll => self.disconnect_all(master),
+            Action::Kill(process) => {
+                let new_master = self.0.new_masters.borrow().get(&process).cloned();
+                if let Some(process) = new_master.or_else(|| master.worker(process)) {
+                    process.process().kill(Signal::KILL);
+                }
+            }
+            Action::ReleaseSocketFiles => self.release_socket_files(),
+            Action::CloseUpgradeChannel => {
+                if let Some(watch) = self.0.upgrade_channel.take() {
+                    master.unwatch(watch);
+                }
+            }
+            Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),
+            Action::MeasureWorkers => self.measure_workers(master),
+            Action::EmittedEvent(event) => self.notify(Notification::Event(event)),
+            Action::RequestDecision(failure) => {
+                self.notify(Notification::FailureLimitReached(failure));
+            }
+        }
+    }
+
+    /// Sets the pool's timer, in place of an earlier one.
+    pub(super) fn schedule(&self, master: &Master, wait: Duration) {
+        let pool = self.clone();
+        let timer = master.set_timeout(wait, move |master| {
+            pool.0.timer.set(None);
+            pool.input(master, Core::tick);
+            pool.deliver_notifications(master);
+            pool.act(master);
+        });
+        if let Some(previous) = self.0.timer.replace(Some(timer)) {
+            master.clear_timer(previous);
+        }
+    }
+
+    /// Delivers the notifications that are pending now. If a callback panics, and the application
+    /// continues, the other notifications stay pending.
+    fn deliver_notifications(&self, master: &Master) {
+        let count = self.0.notifications.borrow().len();
+        for _ in 0..count {
+            let notification = self.0.notifications.borrow_mut().pop_front();
+            match notification {
+                Some(Notification::Event(event)) => self.deliver_event(master, &event),
+                Some(Notification::FailureLimitReached(failure)) => {
+                    let action = self.choose_failure_action(master, &failure);
+                    let slot = failure.slot;
+                    self.input(master, |core, now| {
+                        core.failure_action_chosen(slot, action, now);
+                    });
+                }
+                None => return,
+            }
+        }
+    }
+
+    fn deliver_event(&self, master: &Master, event: &PoolEvent) {
+        if *event == PoolEvent::QuorumReached {
+            self.restart_takeover_timer(master);
+        } else if *event == PoolEvent::QuorumLost {
+            self.stop_takeover_timer(master);
+        }
+        let callbacks = self.0.event_callbacks.borrow();
+        let ids: Vec<CallbackId> = callbacks.iter().map(|(id, _)| *id).collect();
+        drop(callbacks);
+        for id in ids {
+            let callbacks = self.0.event_callbacks.borrow();
+            let callback = callbacks.iter().find(|(other, _)| *other == id);
+            let callback = callback.map(|(_, callback)| callback.clone());
+            drop(callbacks);
+            // Another callback may have removed it, or it runs already and has re-entered the loop.
+            let callback = callback.as_ref().map(|callback| callback.try_borrow_mut());
+            if let Some(Ok(mut callback)) = callback {
+                callback(self, master, event);
+            }
+        }
+    }
+
+    fn choose_failure_action(&self, master: &Master, failure: &WorkerFailure) -> FailureAction {
+        let callback = self.0.failure_limit_callback.borrow().clone();
+        let callback = callback
+            .as_ref()
+            .and_then(|callback| callback.try_borrow_mut().ok());
+        match callback {
+            Some(mut callback) => callback(self, master, failure),
+            None if self.0.core.borrow().ready_workers() > 0 => FailureAction::GiveUp,
+            None => FailureAction::StopPool,
+        }
+    }
+
+    fn fork(&self, master: &Master, slot: usize, generation: u64) {
+        let env = [(SLOT, slot.to_string())];
+        let settings = self.0.generations.borrow().settings(generation);
+        let is_detached = match &settings {
+            Some(settings) => settings.detached,
+            None => master.settings().detached,
+        };
+        let forked = match settings {
+            // The exit of a detached process is not an event of the master, so a stop would not end.
+            _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
+            Some(settings) => master.fork_as(settings, env).map_err(|e| e.to_string()),
+            None => master.fork_with(env).map_err(|e| e.to_string()),
+        };
+        let now = self.now();
+        let mut core = self.0.core.borrow_mut();
+        match forked {
+            Ok(worker) => core.forked(slot, generation, worker.id(), worker.process().id(), now),
+            Err(error) => core.fork_failed(slot, generation, error, now),
+        }
+    }
+
+    fn begin_generation(&self, generation: u64, base: u64) {
+        let core = self.0.core.borrow();
+        let mut generations = self.0.generations.borrow_mut();
+        let unused = generations.begin(generation, base, |known| core.uses(known));
+        drop((core, generations));
+        drop(unused);
+    }
+
+    pub(super) fn replace_next_settings(&self, next: Option<Settings>) {
+        let previous = self.0.generations.borrow_mut().replace_next(next);
+        drop(previous);
+    }
+
+    fn disconnect(&self, worker: &WorkerProcess) {
+        let signal = self.0.core.borrow().options().disconnect_signal;
+        match signal {
+            Some(signal) => worker.process().kill(signal),
+            None => {
+                worker.disconnect();
+            }
+        }
+    }
+
+    fn disconnect_all(&self, master: &Master) {
+        // The connections in the kernel's queue are served before the workers' listeners close. After an
+        // upgrade the new master, which has the same listeners, may serve them.
+        if !self.0.core.borrow().is_upgraded() {
+            drop(self.0.listeners.take());
+        }
+        let workers: Vec<_> = self.0.core.borrow().workers().keys().copied().collect();
+        let workers = workers.into_iter().filter_map(|id| master.worker(id));
+        workers.for_each(|worker| self.disconnect(&worker));
+    }
+
+    fn measure_workers(&self, master: &Master) {
+        let loads = master.loads().workers;
+        let mut core = self.0.core.borrow_mut();
+        let workers = core.workers().iter();
+        let workers: Vec<(WorkerId, u32)> = workers.map(|(id, worker)| (*id, worker.pid)).collect();
+        let measures_memory = core.options().max_memory.is_some();
+        let now = self.now();
+        for (id, pid) in workers {
+            let load = loads.iter().find(|load| load.worker == id);
+            let memory = measures_memory.then(|| resident_memory(pid)).flatten();
+            core.measured(id, load.map(|load| load.taken), memory, now);
+        }
+    }
+}
+
+/// Returns the resident memory of a process in bytes, on Linux.
+fn resident_memory(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,208 @@
+//! The state of a pool at one moment, as data, and as text for people and for machines.
+
+mod json;
+mod prometheus;
+mod table;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::time::Duration;
+
+use cluster::{WorkerId, WorkerLoad};
+
+use super::core::{Core, Slot, Time};
+use super::failure::WorkerFailure;
+
+/// The state of a pool at one moment.
+///
+/// Node has no counterpart. [`Pool::status`](super::Pool::status) returns it, and has an example. Its
+/// `Display` output is a table for people. No counter is kept for the status alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Status {
+    /// The generation of the workers; during a reload, the old one.
+    pub generation: u64,
+    /// Whether the pool is ready: [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready.
+    pub is_ready: bool,
+    /// Whether a reload is in progress.
+    pub is_reloading: bool,
+    /// Whether the pool is stopping or has stopped.
+    pub is_stopping: bool,
+    /// The time since the pool was created.
+    pub age: Duration,
+    /// The number of workers that have failed.
+    pub failures: u64,
+    /// The slots, by number.
+    pub slots: Vec<SlotStatus>,
+    /// The workers that have been disconnected and have not exited.
+    pub disconnecting: Vec<WorkerStatus>,
+}
+
+/// The state of a slot and its workers.
+///
+/// Node has no counterpart. See [`Status`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SlotStatus {
+    /// The number of the slot, from 0.
+    pub slot: usize,
+    /// The worker of the slot.
+    pub worker: Option<WorkerStatus>,
+    /// The worker that has been forked to replace it.
+    pub successor: Option<WorkerStatus>,
+    /// The number of workers that were forked to replace failed ones.
+    pub restarts: u64,
+    /// The time until the next worker is forked, if the slot waits for that.
+    pub restart_in: Option<Duration>,
+    /// Whether the slot stays empty, because it has reached its failure limit.
+    pub is_given_up: bool,
+    /// The last failure of a worker of this slot.
+    pub last_failure: Option<WorkerFailure>,
+}
+
+/// The state of a worker.
+///
+/// Node has no counterpart. See [`Status`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkerStatus {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its process id.
+    pub pid: u32,
+    /// Its generation.
+    pub generation: u64,
+    /// Its phase.
+    pub phase: WorkerPhase,
+    /// The time since its fork.
+    pub age: Duration,
+    /// The connections that it has received from the master; 0 if workers accept by themselves.
+    pub received: u64,
+    /// Of the received connections, the ones that are open.
+    pub open: u64,
+}
+
+/// The phase of a worker's life.
+///
+/// Node has no counterpart. See [`WorkerStatus::phase`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WorkerPhase {
+    /// The worker is not ready yet.
+    Starting,
+    /// The worker is ready.
+    Ready,
+    /// The worker has been disconnected and has not exited.
+    Disconnecting,
+}
+
+impl WorkerPhase {
+    const ALL: [Self; 3] = [Self::Starting, Self::Ready, Self::Disconnecting];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Disconnecting => "disconnecting",
+        }
+    }
+}
+
+impl Status {
+    pub(super) fn new(core: &Core, loads: &[WorkerLoad], now: Time) -> Self {
+        let workers = core.workers().iter();
+        let workers = workers.filter(|(_, worker)| worker.phase() == WorkerPhase::Disconnecting);
+        let disconnecting = workers.filter_map(|(id, _)| WorkerStatus::new(core, loads, *id, now));
+        let slots = core.slots().iter().enumerate();
+        let slots = slots.map(|(number, slot)| SlotStatus::new(core, loads, number, slot, now));
+        Self {
+            generation: core.generation(),
+            is_ready: core.has_quorum(),
+            is_reloading: core.is_reloading(),
+            is_stopping: core.is_stopping(),
+            age: now,
+            failures: core.failures(),
+            slots: slots.collect(),
+            disconnecting: disconnecting.collect(),
+        }
+    }
+
+    /// Returns the number of workers that are ready.
+    ///
+    /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
+    #[must_use]
+    pub fn ready_workers(&self) -> usize {
+        self.count(WorkerPhase::Ready)
+    }
+
+    fn count(&self, phase: WorkerPhase) -> usize {
+        let workers = self.workers();
+        workers.filter(|worker| worker.phase == phase).count()
+    }
+
+    /// Returns all workers: those of the slots, and then those that are disconnecting.
+    fn workers(&self) -> impl Iterator<Item = &WorkerStatus> {
+        let slots = self.slots.iter();
+        let workers = slots.flat_map(|slot| slot.worker.iter().chain(&slot.successor));
+        workers.chain(&self.disconnecting)
+    }
+
+    /// Returns the status as one JSON object. Times are in seconds.
+    ///
+    /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        json::render(self)
+    }
+
+    /// Returns the status in the text format of Prometheus. The names of the metrics begin with
+    /// `cluster_`.
+    ///
+    /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
+    #[must_use]
+    pub fn to_prometheus(&self) -> String {
+        prometheus::render(self)
+    }
+}
+
+impl SlotStatus {
+    fn new(core: &Core, loads: &[WorkerLoad], number: usize, slot: &Slot, now: Time) -> Self {
+        let worker = |id: WorkerId| WorkerStatus::new(core, loads, id, now);
+        Self {
+            slot: number,
+            worker: slot.worker().and_then(worker),
+            successor: slot.successor.and_then(worker),
+            restarts: slot.restarts,
+            restart_in: slot.restart_at().map(|at| at.saturating_sub(now)),
+            is_given_up: slot.is_given_up(),
+            last_failure: slot.last_failure.clone(),
+        }
+    }
+}
+
+impl WorkerStatus {
+    fn new(core: &Core, loads: &[WorkerLoad], id: WorkerId, now: Time) -> Option<Self> {
+        let worker = core.workers().get(&id)?;
+        let load = loads.iter().find(|load| load.worker == id);
+        Some(Self {
+            worker: id,
+            pid: worker.pid,
+            generation: worker.generation,
+            phase: worker.phase(),
+            age: now.saturating_sub(worker.forked_at),
+            received: load.map_or(0, |load| load.taken),
+            open: load.map_or(0, |load| load.open),
+        })
+    }
+}
+
+/// A time in seconds, with three decimal places.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3}", self.0.as_secs_f64())
+    }
+}
