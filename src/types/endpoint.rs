@@ -1,14 +1,13 @@
-//! What a worker asks to be bound, in the words that master and workers share.
+//! The endpoints that a worker requests, in the form that master and workers share.
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-/// How many connections may wait in the kernel's queue unless the program says otherwise. Node:
-/// 511, too.
+/// The default backlog, in connections. It is 511, as in Node.
 pub(crate) const BACKLOG: u32 = 511;
 
-/// What kind of socket it is.
+/// The kind of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Kind {
     Tcp,
@@ -16,15 +15,15 @@ pub(crate) enum Kind {
     Udp,
 }
 
-/// Where it is bound.
+/// The address that a socket is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Place {
-    /// All of the machine's addresses, of both families where it has both.
+    /// The port on all addresses of the machine, IPv6 and IPv4 if it has both.
     Port(u16),
     Ip(SocketAddr),
-    /// Absolute: master and worker may be in different directories.
+    /// An absolute path: master and worker may have different working directories.
     Path(PathBuf),
-    /// A descriptor that the master has already.
+    /// A socket that the master already has under this descriptor.
     Fd(RawFd),
 }
 
@@ -34,7 +33,7 @@ pub(crate) struct Endpoint {
     pub(crate) place: Place,
 }
 
-/// How it is bound. Whoever asks first decides.
+/// The options for binding a socket. The first worker that listens on an endpoint decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
     pub(crate) backlog: u32,
@@ -61,7 +60,7 @@ impl Endpoint {
         Self { kind, place }
     }
 
-    /// The IP address and port, as far as they are known before it is bound.
+    /// Returns the IP address and port, as far as they are known before binding.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         match self.place {
             Place::Ip(address) => Some(address),
@@ -75,7 +74,7 @@ impl Endpoint {
         self.address().is_some_and(|address| address.port() == 0)
     }
 
-    /// Whether the master's program had this socket before, and keeps it afterwards.
+    /// Whether the master's application already had this socket, and keeps it afterwards.
     pub(crate) fn is_borrowed(&self) -> bool {
         matches!(self.place, Place::Fd(_))
     }

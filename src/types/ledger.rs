@@ -1,11 +1,11 @@
-//! Where every accepted connection went.
+//! The outcomes of all accepted connections.
 
-/// Counts what became of the connections that the master accepted.
+/// Counts the outcomes of the connections that the master accepted.
 ///
-/// Every accepted connection is in exactly one place, so that
-/// `accepted == taken + closed_by_peer + dropped + in_hand()` holds whenever the program looks.
-/// Only round robin hands connections over; with [`SchedulingPolicy::Shared`] and
-/// [`SchedulingPolicy::Sharded`] workers accept for themselves and these counters stay at 0.
+/// Every accepted connection has exactly one outcome or is still in hand, so
+/// `accepted == taken + closed_by_peer + dropped + in_hand()` holds at all times. Only with round robin
+/// does the master accept connections. With [`SchedulingPolicy::Shared`] and
+/// [`SchedulingPolicy::Sharded`] the workers accept them, and these counters stay at 0.
 ///
 /// Node has no counterpart. See [`Master::ledger`] for an example.
 ///
@@ -15,19 +15,19 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Ledger {
-    /// Connections that the master accepted, since it started.
+    /// Connections that the master has accepted since it started.
     pub accepted: u64,
-    /// Connections that a worker's program received.
+    /// Connections that a worker's application received.
     pub taken: u64,
-    /// Connections whose client left while they waited for another worker after theirs had died.
+    /// Connections whose client hung up while they waited in the master.
     pub closed_by_peer: u64,
-    /// Connections that the master closed because no worker was left to take them.
+    /// Connections that the master closed because no worker was left to serve them.
     pub dropped: u64,
 }
 
 impl Ledger {
-    /// Returns how many connections are accepted and not yet in a program's hands: waiting in the
-    /// master, or on their way to a worker.
+    /// Returns the number of connections that have been accepted and not been received by an
+    /// application: they wait in the master, or are in the queue of a worker.
     ///
     /// Node has no counterpart. See [`Master::ledger`](crate::Master::ledger) for an example.
     #[must_use]

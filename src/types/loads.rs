@@ -1,39 +1,43 @@
-//! How busy workers and listeners are.
+//! The load of workers and listeners.
 
 use crate::types::address::Address;
 use crate::types::worker_id::WorkerId;
 
-/// How busy all are at this moment. Nothing is counted for it that would not be counted without.
+/// The current load of all workers and listeners.
 ///
-/// Node has no counterpart. It comes from [`Master::loads`](crate::Master::loads), which has an
-/// example.
+/// Taking it needs no counters beyond those that the master keeps anyway.
+///
+/// Node has no counterpart. See [`Master::loads`](crate::Master::loads) for an example.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loads {
     /// The workers that have been forked and have not exited, by id.
     pub workers: Vec<WorkerLoad>,
-    /// What workers listen on, in the order in which it was first asked for.
+    /// The listeners, in the order in which workers first listened on them.
     pub listeners: Vec<ListenerLoad>,
 }
 
-/// What one worker has of the connections that the master hands over. Of those that workers accept
-/// for themselves, with another policy than round robin, the master knows nothing: all is 0 then.
+/// The load of one worker, in connections that the master dispatched to it.
+///
+/// With a policy other than round robin the workers accept connections themselves, and all counters
+/// stay at 0.
 ///
 /// Node has no counterpart. See [`Master::set_scheduler`](crate::Master::set_scheduler) for an
 /// example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerLoad {
-    /// Which worker.
+    /// The id of the worker.
     pub worker: WorkerId,
-    /// Connections that it has been given, since it was forked.
+    /// Connections that were dispatched to the worker since it was forked.
     pub given: u64,
-    /// Of these, the ones that its program has received.
+    /// The part of `given` that its application has received.
     pub taken: u64,
-    /// Of these, the ones that its program still has, of listeners that it has not left. What it
-    /// closes while it has nothing to take is known when half of them are gone.
+    /// The part of `taken` that its application has not closed, for listeners that the worker has not
+    /// released. While the worker receives no further connections, the number is updated when half of
+    /// them have been closed.
     pub open: u64,
-    /// Connections that it has been given and not taken, and that others got.
+    /// The part of `given` that the worker did not receive, and that was returned to the master.
     pub refused: u64,
 }
 
@@ -55,7 +59,7 @@ impl WorkerLoad {
         self.refused += other.refused;
     }
 
-    /// Returns how many connections wait for the worker to take them.
+    /// Returns the number of connections that wait in the queue of the worker.
     ///
     /// Node has no counterpart.
     ///
@@ -70,17 +74,17 @@ impl WorkerLoad {
     }
 }
 
-/// How busy one listener is.
+/// The load of one listener.
 ///
 /// Node has no counterpart. See [`Master::loads`](crate::Master::loads) for an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ListenerLoad {
-    /// What is listened on.
+    /// The address of the listener.
     pub address: Address,
-    /// Connections that the master has accepted; 0 where workers accept for themselves.
+    /// Connections that the master has accepted; 0 if the workers accept them.
     pub accepted: u64,
-    /// Connections that wait in the kernel's queue to be accepted; `None` where the system does not
-    /// tell: for other listeners than TCP ports, and outside Linux.
+    /// Connections that wait in the backlog; `None` if the system does not report it: for listeners
+    /// other than TCP ports, and on systems other than Linux.
     pub queued: Option<u64>,
 }

@@ -1,5 +1,7 @@
-//! A map for few entries, or for many that come and go in order: each kind of `BTreeMap` is several
-//! kilobytes of a program that should be small.
+//! A map for few entries, or for many entries that are added and removed in order.
+//!
+//! Each instantiation of `BTreeMap` adds several kilobytes to the size of the program. This one adds much
+//! less.
 
 use std::collections::{VecDeque, vec_deque};
 
@@ -12,9 +14,9 @@ impl<K: Ord, V> SortedMap<K, V> {
         Self(VecDeque::new())
     }
 
-    /// Where the entry is, or where it would be.
-    fn place(&self, key: &K) -> Result<usize, usize> {
-        // Most often it comes after the last one, or is the first.
+    /// Returns the index of the entry, or as an error the index at which it would be inserted.
+    fn search(&self, key: &K) -> Result<usize, usize> {
+        // Most keys are new and come last, or are the first one.
         match (self.0.front(), self.0.back()) {
             (_, Some((last, _))) if last < key => Err(self.0.len()),
             (Some((first, _)), _) if first == key => Ok(0),
@@ -31,50 +33,50 @@ impl<K: Ord, V> SortedMap<K, V> {
     }
 
     pub(crate) fn contains_key(&self, key: &K) -> bool {
-        self.place(key).is_ok()
+        self.search(key).is_ok()
     }
 
     pub(crate) fn get(&self, key: &K) -> Option<&V> {
-        let place = self.place(key).ok()?;
-        self.0.get(place).map(|(_, value)| value)
+        let index = self.search(key).ok()?;
+        self.0.get(index).map(|(_, value)| value)
     }
 
     pub(crate) fn get_mut(&mut self, key: &K) -> Option<&mut V> {
-        let place = self.place(key).ok()?;
-        self.0.get_mut(place).map(|(_, value)| value)
+        let index = self.search(key).ok()?;
+        self.0.get_mut(index).map(|(_, value)| value)
     }
 
-    /// The value of the key, which is made if there is none.
+    /// Returns the value of the key, after inserting `value` if there is none.
     pub(crate) fn get_or_insert_with(&mut self, key: K, value: impl FnOnce() -> V) -> &mut V {
-        let place = self.place(&key).unwrap_or_else(|place| {
-            self.0.insert(place, (key, value()));
-            place
+        let index = self.search(&key).unwrap_or_else(|index| {
+            self.0.insert(index, (key, value()));
+            index
         });
-        &mut self.0[place].1
+        &mut self.0[index].1
     }
 
-    /// Returns what the key had before.
+    /// Inserts a value, and returns the previous value of the key.
     pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
-        match self.place(&key) {
-            Ok(place) => Some(std::mem::replace(&mut self.0[place].1, value)),
-            Err(place) => {
-                self.0.insert(place, (key, value));
+        match self.search(&key) {
+            Ok(index) => Some(std::mem::replace(&mut self.0[index].1, value)),
+            Err(index) => {
+                self.0.insert(index, (key, value));
                 None
             }
         }
     }
 
     pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
-        let place = self.place(key).ok()?;
-        self.0.remove(place).map(|(_, value)| value)
+        let index = self.search(key).ok()?;
+        self.0.remove(index).map(|(_, value)| value)
     }
 
     pub(crate) fn first_key_value(&self) -> Option<(&K, &V)> {
         self.0.front().map(|(key, value)| (key, value))
     }
 
-    pub(crate) fn retain(&mut self, mut stays: impl FnMut(&K, &mut V) -> bool) {
-        self.0.retain_mut(|(key, value)| stays(key, value));
+    pub(crate) fn retain(&mut self, mut is_kept: impl FnMut(&K, &mut V) -> bool) {
+        self.0.retain_mut(|(key, value)| is_kept(key, value));
     }
 
     pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = (&K, &V)> + Clone {
@@ -145,7 +147,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_map(calls in prop::collection::vec((0..5, 0u8..20, any::<u8>()), 0..200)) {
+        fn sorted_map_behaves_like_a_btree_map(calls in prop::collection::vec((0..5, 0u8..20, any::<u8>()), 0..200)) {
             let (mut map, mut model) = (SortedMap::new(), BTreeMap::new());
             for (call, key, value) in calls {
                 match call {

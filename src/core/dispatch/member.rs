@@ -1,4 +1,4 @@
-//! What the dispatcher knows about one worker of the listener.
+//! The dispatcher's record of one worker.
 
 use super::{MAX_WINDOW, PENALTY_MAX, PENALTY_MIN, QUICK};
 use crate::types::loads::WorkerLoad;
@@ -137,7 +137,7 @@ impl Member {
         matches!(self.state, State::Ready | State::Slow)
     }
 
-    /// Returns how many connections may be queued behind the one that it is serving.
+    /// Returns how many connections may be queued behind its current request.
     pub(super) fn queued_behind(&self) -> u32 {
         self.queued().min(self.load().saturating_sub(1))
     }

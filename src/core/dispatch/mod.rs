@@ -24,8 +24,8 @@
 //!
 //! 1. A connection that the scheduler has assigned to a worker goes to that worker once it is ready and
 //!    has fewer than `MAX_WINDOW` connections in its queue.
-//! 2. If any worker is idle, an idle worker gets the connection: prompt workers before stalled ones,
-//!    and among them the one that got a connection longest ago. Idle workers take strict turns.
+//! 2. If any worker is idle, an idle worker gets the connection. Prompt workers come before stalled ones.
+//!    Otherwise idle workers take strict turns: the worker that got a connection longest ago is next.
 //!    Fairness (below) can pass the turn to a busy worker.
 //! 3. If no worker is idle, the connection goes to the busy worker with the lowest recent load that has
 //!    fewer connections than the window. Only the `BUSY_WORKERS_CHECKED` lowest are checked.
@@ -54,10 +54,10 @@
 //!
 //! While a prompt worker is idle, and if there is no scheduler, connections are reclaimed:
 //!
-//! 1. from a worker that has been busy for `QUICK`: everything queued behind its current request. If
-//!    several workers are, from the one that became busy first. The worker is slow then.
-//! 2. from a worker that was idle and has received nothing for `STALL_TIMEOUT`. If it has no
-//!    connection left then, the worker is stalled: for `PENALTY_MIN`, and for twice as long each
+//! 1. From a worker that has been busy for `QUICK`, everything queued behind its current request is
+//!    reclaimed. The worker that became busy first is checked first. It is slow afterwards.
+//! 2. From a worker that was idle and has received nothing for `STALL_TIMEOUT`, its connections are
+//!    reclaimed. If it has none left, it is stalled: for `PENALTY_MIN`, and for twice as long each
 //!    further time, up to `PENALTY_MAX`.
 //!
 //! # Fairness
@@ -650,7 +650,7 @@ impl<C> Dispatcher<C> {
         })
     }
 
-    /// Returns the worker from which connections are to be reclaimed for an idle worker, and how many.
+    /// Returns how many connections to reclaim for an idle worker now, and from which worker.
     ///
     /// A worker that has become busy recently keeps its connections: it may only be waiting for a core,
     /// and the workers that run at the moment would get everything.

@@ -12,7 +12,7 @@ use crate::types::worker_id::WorkerId;
 #[derive(Debug)]
 pub(super) struct DetachedEntry {
     pub(super) state: Detached,
-    /// Errors so far, of which at most `LATE_ERRORS_MAX` are delivered.
+    /// The number of delivered errors, at most `LATE_ERRORS_MAX`.
     pub(super) late_errors: u32,
 }
 

@@ -10,8 +10,8 @@ use crate::types::errno;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{Bound, FrameError, HandleId, HandleKey};
 
-/// The number of listeners that one worker may have. It bounds the descriptors and the memory that a
-/// broken worker can cost the master.
+/// The maximum number of listeners of one worker. It bounds the descriptors and the memory that a broken
+/// worker can cost the master. Real workers have a few.
 const LISTENERS_PER_WORKER_MAX: usize = 64;
 
 /// The highest number of a listener: the poller's keys have 29 bits for it, on systems of 32 bits.

@@ -61,7 +61,7 @@ pub(super) enum Stage {
     Unbound,
 }
 
-/// What the master does about the backlog.
+/// Whether the master accepts connections from the backlog.
 ///
 /// ```text
 /// from          event                                           to
@@ -131,8 +131,7 @@ pub(super) struct Listener<C> {
     pub(super) retained_by: u32,
     /// The worker of each shard. A shard of a worker that exited keeps its backlog for the next worker.
     pub(super) shards: Vec<Option<WorkerId>>,
-    /// Workers to whose shards no new connections are sent, and the time at which they are told to drain
-    /// them.
+    /// Workers whose shards get no new connections, with the time at which they must drain these shards.
     pub(super) departing: BTreeSet<(Time, WorkerId)>,
     /// The shard to which new connections are sent while no worker serves. The next worker gets it.
     pub(super) spare_shard: Option<usize>,

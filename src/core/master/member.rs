@@ -3,7 +3,7 @@
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 
-/// What a worker still does with the listener.
+/// The part of a worker in serving the listener.
 ///
 /// ```text
 /// from            event                                                    to
@@ -119,7 +119,7 @@ impl Members {
         }
     }
 
-    /// The worker's queue is to be closed. Returns `false` if that has begun before.
+    /// Begins to close the worker's queue. Returns `false` if that has begun before.
     pub(super) fn begin_closing(&mut self, worker: WorkerId) -> bool {
         if let Some(member) = self.0.get_mut(&worker) {
             return std::mem::replace(&mut member.state, State::Closing) != State::Closing;

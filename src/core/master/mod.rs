@@ -74,7 +74,7 @@ pub(crate) struct MasterCore<C, F> {
     /// The requests whose `Bind` is being carried out.
     binding: SortedMap<HandleId, PendingBind>,
     ledger: Ledger,
-    /// `Disconnected` is to be emitted at the end of `disconnect_all`.
+    /// `Disconnected` follows at the end of `disconnect_all`.
     is_end_awaited: bool,
     /// All workers that have not exited by this time are killed.
     stop_deadline: Option<Time>,
@@ -406,8 +406,8 @@ impl<C, F> MasterCore<C, F> {
         self.has_scheduler && self.unscheduled().is_some()
     }
 
-    /// Returns a connection for which the scheduler is to be called: its listener, its sequence number,
-    /// and the connection.
+    /// Returns a connection for which the scheduler has not been called, with its listener and its
+    /// sequence number.
     pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &C)> {
         let handle = self.listeners.first_unscheduled()?;
         let (sequence, connection) = self.listeners.get(&handle)?.dispatcher.unscheduled()?;
@@ -431,7 +431,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// What the shell asks about a listener.
+// Questions of the shell about a listener.
 impl<C, F> MasterCore<C, F> {
     /// Whether only this master and its workers have the listener, as far as is known.
     pub(crate) fn is_sole(&self, handle: HandleId) -> bool {

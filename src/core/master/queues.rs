@@ -32,7 +32,7 @@ impl<C, F> MasterCore<C, F> {
         self.redistribute(handle);
     }
 
-    /// The client of a connection that was to be put into the worker's queue has hung up.
+    /// The client of a connection has hung up before the connection reached the worker's queue.
     pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId) {
         self.ledger.closed_by_peer += 1;
         if let Some(listener) = self.listeners.get_mut(&handle) {

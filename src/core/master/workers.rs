@@ -381,7 +381,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// What both lead to.
+// Decisions.
 impl<C, F> MasterCore<C, F> {
     /// Tells workers to disconnect. For a listener that other workers serve, these workers end at once. A
     /// listener that no other worker serves is drained first, so that the connections in its backlog are
@@ -416,7 +416,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// What the shell asks.
+// Questions of the shell.
 impl<C, F> MasterCore<C, F> {
     /// Returns the id that the next worker gets if its fork succeeds; `None` when all have been used:
     /// an id never names a second worker.
