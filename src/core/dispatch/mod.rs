@@ -41,7 +41,7 @@
 //! # The window
 //!
 //! The window is the number of connections that a worker may have before it reports that it is idle
-//! again. One window holds for all workers, and it starts at 1. A report counts as quick if the worker
+//! again. One window holds for all workers, and it starts at 1. A report is quick if the worker
 //! needed at most `QUICK` for each connection since its last report.
 //!
 //! - Quick, and it served a full window: the window doubles, up to `MAX_WINDOW`.

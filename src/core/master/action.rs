@@ -72,7 +72,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
     },
     /// Accepts connections. Each answer is `accepted`; the last one is `accept_done`, `drained` or
-    /// `accept_failed`. A listener that was shut down counts as drained if `is_ending` is true.
+    /// `accept_failed`. A listener that was shut down is treated as drained if `is_ending` is true.
     Accept {
         handle: HandleId,
         at_most: u64,

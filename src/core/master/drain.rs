@@ -8,8 +8,8 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// How long a draining listener that was ever used must have kept new connections out before it counts
-/// as empty.
+/// How long a draining listener that was ever used must have kept new connections out before it is
+/// treated as empty.
 ///
 /// Handshakes that are in flight over a network complete in that time. If it is shorter, the clients of
 /// slow handshakes are reset. If it is longer, each disconnect of the last worker takes longer.

@@ -50,8 +50,8 @@ use crate::wire::frame::HandleKey;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Open,
-    /// New connections are kept out. The backlog counts as empty no earlier than at this time, the end of
-    /// the grace period for handshakes; `None` when that is over.
+    /// New connections are kept out. The backlog is treated as empty no earlier than at this time, the
+    /// end of the grace period for handshakes; `None` when that is over.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,

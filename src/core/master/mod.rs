@@ -32,6 +32,7 @@ mod queues;
 mod retain;
 mod shards;
 #[cfg(test)]
+#[allow(clippy::wildcard_enum_match_arm)]
 mod tests;
 mod workers;
 
