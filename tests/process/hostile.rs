@@ -933,7 +933,7 @@ fn flood_of_listening_frames_disconnects_the_worker() {
         attacker.start_clients();
         attacker.flood(&handle_frame(LISTENING, own.handle));
     };
-    let why = Outcome::Disconnected("was listening already");
+    let why = Outcome::Disconnected("second report that the worker is listening");
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
@@ -1192,7 +1192,10 @@ fn worker_that_binds_and_never_reads_is_disconnected() {
     };
     // When memory runs out, later requests bind nothing, and the next frame closes a listener that
     // does not exist.
-    let outcome = Outcome::DisconnectedTwice("out of memory", "closed a listener it has not");
+    let outcome = Outcome::DisconnectedTwice(
+        "out of memory",
+        "release of a listener that the worker does not have",
+    );
     let case = Case::new(attack, outcome);
     let (bytes, fds) = (BYTES_IN + BYTES_OUT, FDS_WITH_TWO_LISTENERS + FDS_OUT);
     let reply = send_until_refused;
@@ -1210,7 +1213,7 @@ fn absurd_receive_count_disconnects_the_worker() {
         attacker.start_clients();
         own.idle(1 << 40);
     };
-    let why = Outcome::Disconnected("took a connection it was never given");
+    let why = Outcome::Disconnected("more connections received than were dispatched");
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
@@ -1441,7 +1444,7 @@ fn after_online(frames: Vec<u8>) -> Vec<u8> {
 
 fn violations() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
-    let early = "spoke before it was online";
+    let early = "frame sent before the worker was online";
     let mut all = vec![
         violation(|_| listen(1), early),
         violation(|_| handle_frame(LISTENING, SHARED_HANDLE), early),
@@ -1450,7 +1453,10 @@ fn violations() -> Vec<Violation> {
         violation(|_| frame(DISCONNECT_REQUEST, 0, &[]), early),
         violation(|_| handle_frame(PAUSE, SHARED_HANDLE), early),
         violation(|_| message(b"x"), early),
-        violation(|_| after_online(online()), "was online already"),
+        violation(
+            |_| after_online(online()),
+            "second report that the worker is online",
+        ),
     ];
     all.extend(violations_without_a_listener());
     all.extend(violations_with_a_listener());
@@ -1462,10 +1468,10 @@ fn violations() -> Vec<Violation> {
 fn violations_without_a_listener() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     let (ready_why, listening_why) = (
-        "ready for a listener it has not",
-        "listening on what it has not",
+        "idle for a listener that the worker does not have",
+        "report of listening on a listener that the worker does not have",
     );
-    let close_why = "closed a listener it has not";
+    let close_why = "release of a listener that the worker does not have";
     vec![
         violation(
             |_| after_online(handle_frame(LISTENING, NO_HANDLE)),
@@ -1484,11 +1490,11 @@ fn violations_without_a_listener() -> Vec<Violation> {
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
-            "revoked from a listener it has not",
+            "pause of a listener that the worker does not have",
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, SHARED_HANDLE)),
-            "revoked what it never had",
+            "pause of a queue that the worker does not have",
         ),
     ]
 }
@@ -1498,15 +1504,15 @@ fn violations_with_a_listener() -> Vec<Violation> {
     vec![
         violation(
             |attacker| after_joining(attacker, listen(SHARED_INDEX)),
-            "listens twice with one index",
+            "second listen with the same index",
         ),
         violation(
             |attacker| after_joining(attacker, idle(SHARED_HANDLE, 1)),
-            "took a connection it was never given",
+            "more connections received than were dispatched",
         ),
         violation(
             |attacker| after_joining(attacker, idle(SHARED_HANDLE, u64::MAX)),
-            "took a connection it was never given",
+            "more connections received than were dispatched",
         ),
         violation(
             |attacker| {
@@ -1515,11 +1521,11 @@ fn violations_with_a_listener() -> Vec<Violation> {
                     [handle_frame(CLOSE, SHARED_HANDLE), idle(SHARED_HANDLE, 0)].concat(),
                 )
             },
-            "ready for a listener it has not",
+            "idle for a listener that the worker does not have",
         ),
         violation(
             |attacker| after_joining(attacker, handle_frame(CLOSE, SHARED_HANDLE).repeat(2)),
-            "closed a listener it has not",
+            "release of a listener that the worker does not have",
         ),
         violation(
             |attacker| {
@@ -1529,7 +1535,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
                 ];
                 after_joining(attacker, frames.concat())
             },
-            "revoked what it never had",
+            "pause of a queue that the worker does not have",
         ),
     ]
 }
