@@ -269,11 +269,10 @@ impl World {
         if let ToMaster::Idle { handle, taken, .. } = frame {
             self.check_claim(handle, worker, taken);
         }
-        match frame {
-            ToMaster::Message(bytes) => {
-                self.report(|core| core.message(worker, bytes, fds));
-            }
-            frame => self.report(|core| core.frame(worker, frame)),
+        if let ToMaster::Message(bytes) = frame {
+            self.report(|core| core.message(worker, bytes, fds));
+        } else {
+            self.report(|core| core.frame(worker, frame));
         }
     }
 

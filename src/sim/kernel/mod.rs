@@ -13,7 +13,7 @@ mod ending;
 mod master;
 pub(crate) mod process;
 pub(crate) mod socket;
-mod worker;
+pub(crate) mod worker;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -34,7 +34,6 @@ pub(crate) use ending::{Ending, ROUNDS};
 pub(crate) use master::Call;
 use process::{Detached, Process, ProcessState};
 use socket::{Client, Fate, Port, Queue};
-pub(crate) use worker::{WorkerCall, requested_endpoint};
 
 /// How long the shells back off when a descriptor could not be sent or received.
 const BACKOFF: Time = Time::from_millis(100);

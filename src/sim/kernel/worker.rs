@@ -104,16 +104,21 @@ impl World {
             | Attachment::Queue(handle)
             | Attachment::Shard(handle, _) => Some(handle),
         };
-        let outcome = match frame {
-            ToWorker::Reply {
-                request,
-                result: Ok(bound),
-            } if parcel.lost_fd => {
-                let outcome = process.core.listener_fd_lost(request, bound.handle);
-                self.forget_port(bound.handle);
-                outcome.map(|()| None)
-            }
-            frame => process.core.frame(frame),
+        let lost = if let ToWorker::Reply {
+            request,
+            result: Ok(bound),
+        } = &frame
+        {
+            parcel.lost_fd.then_some((*request, bound.handle))
+        } else {
+            None
+        };
+        let outcome = if let Some((request, handle)) = lost {
+            let outcome = process.core.listener_fd_lost(request, handle);
+            self.forget_port(handle);
+            outcome.map(|()| None)
+        } else {
+            process.core.frame(frame)
         };
         let process = self.process(worker);
         match outcome {
@@ -367,11 +372,11 @@ impl World {
                 process.accepting = Some(listener);
                 self.try_blocking_accept(worker);
             }
-            (WorkerCall::UseCallback, Some(listener)) => {
-                // The application has no listener before the reply.
-                if process.core.listen_status(listener) != ListenStatus::Pending {
-                    process.core.use_callback(listener);
-                }
+            // The application has no listener before the reply.
+            (WorkerCall::UseCallback, Some(listener))
+                if process.core.listen_status(listener) != ListenStatus::Pending =>
+            {
+                process.core.use_callback(listener);
             }
             (WorkerCall::FinishListen, Some(listener)) => {
                 match process.core.listen_status(listener) {

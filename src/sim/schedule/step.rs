@@ -7,7 +7,8 @@ use fastrand::Rng;
 
 use super::Schedule;
 use crate::sim::kernel::process::Detached;
-use crate::sim::kernel::{Call, Failure, WorkerCall, World, nth, requested_endpoint};
+use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
+use crate::sim::kernel::{Call, Failure, World, nth};
 use crate::types::endpoint::BindFlags;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
