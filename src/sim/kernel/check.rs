@@ -78,8 +78,8 @@ impl World {
 
     /// The master knows of all connections in queues.
     ///
-    /// The random schedules do not check it: there the master sometimes treats a connection as
-    /// received when it finds a queue empty before it has carried out the dispatch.
+    /// Random schedules do not check this. There the master can reclaim from an empty queue while a
+    /// dispatch to it is decided and not carried out, and then treats that connection as received.
     pub(crate) fn check_queued(&self) {
         let in_hand = usize::try_from(self.master.in_hand()).expect("few connections");
         let is_complete = self.count_queued() <= in_hand;
