@@ -43,32 +43,32 @@ crate::scenarios! {
 }
 
 fn hand_off_survives_a_fault_before_writing() {
-    play_worker_faults("worker.writes", WRITE_PASSES, MayLose::Nothing);
+    play_worker_faults("worker.before_write", WRITE_PASSES, MayLose::Nothing);
 }
 
 fn hand_off_survives_a_fault_after_writing() {
-    play_worker_faults("worker.has_written", WRITE_PASSES, MayLose::Nothing);
+    play_worker_faults("worker.after_write", WRITE_PASSES, MayLose::Nothing);
 }
 
 fn hand_off_survives_a_fault_after_receiving_frames() {
-    play_worker_faults("worker.has_received", OTHER_PASSES, MayLose::Nothing);
+    play_worker_faults("worker.after_read", OTHER_PASSES, MayLose::Nothing);
 }
 
 fn hand_off_survives_a_fault_after_receiving_a_connection() {
     play_worker_faults(
-        "worker.has_taken",
+        "worker.after_receive",
         OTHER_PASSES,
         MayLose::ReceivedConnection,
     );
 }
 
 fn hand_off_survives_a_kill_before_dispatch() {
-    play_kills("master.gives", &[2, 3, 7, 10], MayLose::Nothing);
+    play_kills("master.before_dispatch", &[2, 3, 7, 10], MayLose::Nothing);
 }
 
 fn hand_off_survives_a_kill_after_dispatch() {
     play_kills(
-        "master.has_given",
+        "master.after_dispatch",
         &[2, 3, 7, 10],
         MayLose::ReceivedConnection,
     );
@@ -77,12 +77,12 @@ fn hand_off_survives_a_kill_after_dispatch() {
 /// The reply to its bind request is the only frame that the master writes to a worker. A worker that
 /// is killed after this reply has not been dispatched any connection.
 fn hand_off_survives_a_kill_after_writing() {
-    play_kills("master.has_written", &[1], MayLose::Nothing);
+    play_kills("master.after_write", &[1], MayLose::Nothing);
 }
 
 fn hand_off_survives_a_kill_before_processing_a_frame() {
     play_kills(
-        "master.has_decoded",
+        "master.before_frame",
         &[2, 3, 7, 10],
         MayLose::ReceivedConnection,
     );
@@ -90,7 +90,7 @@ fn hand_off_survives_a_kill_before_processing_a_frame() {
 
 fn hand_off_survives_a_kill_after_processing_a_frame() {
     play_kills(
-        "master.has_heard",
+        "master.after_frame",
         &[2, 3, 7, 10],
         MayLose::ReceivedConnection,
     );

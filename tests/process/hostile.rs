@@ -832,7 +832,7 @@ fn expect_disconnected(bytes: &str, why: &str) {
 fn garbled_frame_disconnects_the_worker() {
     expect_disconnected(
         "GET / HTTP/1.1",
-        "frame of version 47, this program speaks 1",
+        "frame of version 47, this program supports version 1",
     );
 }
 
@@ -1080,7 +1080,7 @@ fn out_of_band_descriptors_do_not_block_the_master() {
         attacker.send(&message(b"x"));
         attacker.wait_to_be_killed();
     };
-    let why = Outcome::Disconnected("frame of version 0, this program speaks 1");
+    let why = Outcome::Disconnected("frame of version 0, this program supports version 1");
     attack_beside_honest_worker(Case::new(attack, why));
 }
 

@@ -368,7 +368,7 @@ fn conflicting_descriptors_are_an_error_of_fork() {
                 .listen_fds([("a", null())])
                 .stdio(four());
             for (settings, reason) in [
-                (invalid_name, "\"a:b\" is no name for a descriptor"),
+                (invalid_name, "\"a:b\" is not a valid name of a descriptor"),
                 (both, "descriptor 3 is in stdio and in listen_fds"),
             ] {
                 master.setup_master(settings);
@@ -476,7 +476,7 @@ fn invalid_notify_socket_is_an_error() {
         let error = output_of(watched().env("NOTIFY_SOCKET", address));
         let expected = format!(
             "environment variable NOTIFY_SOCKET is {address:?}, \
-             expected an absolute path, or a name after @; others, as vsock, are not supported"
+             expected an absolute path or a name after @ (vsock is not supported)"
         );
         assert_eq!(error, expected);
     }

@@ -216,22 +216,22 @@ impl Member {
         self.recent_load = self.recent_load.saturating_sub(1);
     }
 
-    /// `queued` connections are in its queue.
+    /// `queued` connections are in its queue, or on their way to it.
     pub(super) fn counted(&mut self, queued: u64) {
         self.received = self.dispatched.saturating_sub(queued);
         self.received_at_idle = self.received_at_idle.min(self.received);
     }
 
-    /// `count` connections were reclaimed from its queue. Returns the end of its penalty if it has
-    /// stalled.
-    pub(super) fn reclaimed(&mut self, count: u64, is_empty: bool) -> Option<Time> {
+    /// `count` connections were reclaimed from its queue. If nothing is left there, `queued` has the
+    /// number of connections that are still on their way to the queue. Returns the end of its penalty
+    /// if it has stalled.
+    pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) -> Option<Time> {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
         self.recent_load = self.recent_load.saturating_sub(count);
-        self.received = if is_empty {
-            self.dispatched
-        } else {
-            self.received.min(self.dispatched)
+        self.received = match queued {
+            Some(queued) => self.dispatched.saturating_sub(queued),
+            None => self.received.min(self.dispatched),
         };
         self.received_at_idle = self.received_at_idle.min(self.received);
         if count == 0 {

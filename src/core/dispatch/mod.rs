@@ -467,17 +467,17 @@ impl<C> Dispatcher<C> {
         counted.map_or(0, |((), received)| received)
     }
 
-    /// These connections were reclaimed from the queue of `worker`; `is_empty` says whether it is
-    /// empty now. Returns how many more connections are now known to have been received: a negative
+    /// These connections were reclaimed from the queue of `worker`. If nothing is left there, `queued`
+    /// has the number of connections that are still on their way to the queue. Returns how many more connections are now known to have been received: a negative
     /// number if the worker had reported that it received reclaimed ones.
     pub(crate) fn reclaimed(
         &mut self,
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
-        is_empty: bool,
+        queued: Option<u64>,
     ) -> i64 {
         let count = connections.len() as u64;
-        let reclaimed = self.update(worker, |member| member.reclaimed(count, is_empty));
+        let reclaimed = self.update(worker, |member| member.reclaimed(count, queued));
         self.push_back(connections);
         reclaimed.map_or(0, |(penalty_end, received)| {
             self.penalties
@@ -508,16 +508,18 @@ impl<C> Dispatcher<C> {
         self.update(worker, Member::undo_dispatch);
     }
 
-    /// The queue of `worker` is closed, and these connections were in it. The worker is removed.
+    /// The queue of `worker` is closed, and these connections were in it; `queued` connections were
+    /// still on their way to it. The worker is removed.
     /// Returns what is known about its load, and how many more connections are now known to have been
     /// received.
     pub(crate) fn queue_closed(
         &mut self,
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
+        queued: u64,
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
-        let received = self.reclaimed(worker, connections, true);
+        let received = self.reclaimed(worker, connections, Some(queued));
         // It is in none of the orders: it has ended, and its queue is empty.
         let member = self.members.remove(&worker);
         let load = member.map(|member| WorkerLoad {

@@ -223,14 +223,14 @@ fn connections_queued_behind_a_slow_request_go_to_an_idle_worker() {
     );
     assert_eq!(dispatcher.rebalance_deadline(), Some(QUICK));
     assert_eq!(dispatcher.reclaimable(QUICK), Some((id(1), 4)));
-    dispatcher.reclaimed(id(1), (17..21).map(|n| sequenced(n, 0)).collect(), false);
+    dispatcher.reclaimed(id(1), (17..21).map(|n| sequenced(n, 0)).collect(), None);
     assert_eq!(
         dispatch_all(&mut dispatcher),
         [(2, 0); 4],
         "the slow worker gets nothing"
     );
     dispatcher.idle_reported(id(2), 4, 0, LATER).unwrap();
-    dispatcher.reclaimed(id(1), vec![], true);
+    dispatcher.reclaimed(id(1), vec![], Some(0));
     assert_eq!(
         dispatcher.reclaimable(LATER),
         None,
@@ -246,7 +246,7 @@ fn connections_of_a_stalled_worker_go_to_others() {
     assert_eq!(dispatcher.reclaimable(NOW), None);
     assert_eq!(dispatcher.rebalance_deadline(), Some(STALL_TIMEOUT));
     assert_eq!(dispatcher.reclaimable(STALL_TIMEOUT), Some((id(1), 1)));
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], false);
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], None);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     for n in 6..9 {
@@ -283,7 +283,7 @@ fn stalled_worker_is_retried_after_penalties_that_double() {
         while let Some(dispatched) = dispatcher.dispatch_next(now) {
             if dispatched.worker == id(1) {
                 times.push(ms);
-                dispatcher.reclaimed(id(1), vec![dispatched.connection], false);
+                dispatcher.reclaimed(id(1), vec![dispatched.connection], None);
             } else {
                 received += 1;
                 dispatcher.idle_reported(id(2), received, 0, now).unwrap();
@@ -298,13 +298,13 @@ fn stalled_idle_worker_comes_before_a_busy_one() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(0);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 0)]);
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 0)], false);
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 0)], None);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 0)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     (1..4).for_each(|n| dispatcher.push(n));
     assert_eq!(dispatch_all(&mut dispatcher)[..2], [(2, 1), (1, 2)]);
     dispatcher.drop_waiting();
-    dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], false);
+    dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], None);
     dispatcher.drop_waiting();
     assert!(
         dispatcher.capacity() > 0,
@@ -317,7 +317,7 @@ fn worker_with_an_empty_queue_has_nothing_to_reclaim() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
-    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), true), 1);
+    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(0)), 1);
     assert_eq!(
         (
             dispatcher.reclaimable(LATER),
@@ -334,6 +334,17 @@ fn worker_with_an_empty_queue_has_nothing_to_reclaim() {
 }
 
 #[test]
+fn connection_on_its_way_to_an_empty_queue_is_not_received() {
+    let mut dispatcher = with_idle_workers(1);
+    dispatcher.push(5);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
+    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(1)), 0);
+    assert_eq!(dispatcher.in_hand(), 1);
+    assert_eq!(dispatcher.counted(id(1), 0), 1);
+    assert_eq!(dispatcher.in_hand(), 0);
+}
+
+#[test]
 fn reclaimed_connections_keep_their_sequence() {
     let mut dispatcher = with_idle_workers(1);
     grow_window(&mut dispatcher, 1);
@@ -342,7 +353,7 @@ fn reclaimed_connections_keep_their_sequence() {
     dispatcher.push(3);
     dispatcher.pause(id(1)).unwrap();
     let reclaimed = vec![sequenced(18, 2), sequenced(17, 1)];
-    let (load, received) = dispatcher.queue_closed(id(1), reclaimed);
+    let (load, received) = dispatcher.queue_closed(id(1), reclaimed, 0);
     assert_eq!(received, 1);
     let load = load.unwrap();
     assert_eq!((load.given, load.taken, load.refused), (18, 16, 2));
@@ -424,7 +435,7 @@ proptest! {
                 let queue = &mut queues[victim.get() as usize];
                 let reclaimed: Vec<_> = queue.drain(..count.min(queue.len())).collect();
                 let is_empty = reclaimed.len() < count;
-                dispatcher.reclaimed(victim, reclaimed, is_empty);
+                dispatcher.reclaimed(victim, reclaimed, is_empty.then_some(0));
                 while let Some(dispatched) = dispatcher.dispatch_next(now) {
                     queues[dispatched.worker.get() as usize].push_back(dispatched.connection);
                 }

@@ -46,6 +46,16 @@ impl<C, F> MasterCore<C, F> {
         self.dispatch_later(handle);
     }
 
+    /// Returns how many connections are on their way to the worker's queue: the shell has not carried out
+    /// the dispatch yet. An `Accept` puts its dispatches behind the actions that were decided before, so a
+    /// `Reclaim` or `CountQueued` may be carried out between the decision and the dispatch.
+    fn count_undelivered(&self, handle: HandleId, worker: WorkerId) -> u64 {
+        let undelivered = self.actions.iter().filter(|action| {
+            matches!(action, Action::Dispatch { handle: to, worker: of, .. } if (*to, *of) == (handle, worker))
+        });
+        undelivered.count() as u64
+    }
+
     /// These connections have been reclaimed from the worker's queue; `is_empty` says whether it is empty
     /// now.
     pub(crate) fn reclaimed(
@@ -55,9 +65,10 @@ impl<C, F> MasterCore<C, F> {
         connections: Vec<Sequenced<C>>,
         is_empty: bool,
     ) {
+        let queued = is_empty.then(|| self.count_undelivered(handle, worker));
         if let Some(listener) = self.listeners.get_mut(&handle) {
             let dispatcher = &mut listener.dispatcher;
-            let received = dispatcher.reclaimed(worker, connections, is_empty);
+            let received = dispatcher.reclaimed(worker, connections, queued);
             self.count_received(received);
             self.redistribute(handle);
         }
@@ -65,6 +76,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// `queued` connections are in the worker's queue.
     pub(crate) fn counted(&mut self, handle: HandleId, worker: WorkerId, queued: u64) {
+        let queued = queued + self.count_undelivered(handle, worker);
         if let Some(listener) = self.listeners.get_mut(&handle) {
             let received = listener.dispatcher.counted(worker, queued);
             self.count_received(received);
@@ -81,11 +93,14 @@ impl<C, F> MasterCore<C, F> {
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
     ) {
+        let queued = self.count_undelivered(handle, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.members.remove(worker) {
-            let (load, received) = listener.dispatcher.queue_closed(worker, connections);
+            let (load, received) = listener
+                .dispatcher
+                .queue_closed(worker, connections, queued);
             if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
                 entry.past_load.add(&load);
             }

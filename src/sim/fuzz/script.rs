@@ -158,7 +158,6 @@ impl Script {
 
     fn check(&mut self) {
         self.world.check();
-        self.world.check_queued();
         let is_connected = self.world.master.is_connected(self.honest);
         assert!(
             is_connected || self.honest_is_dismissed,

@@ -61,8 +61,7 @@ pub(crate) fn listener_of(attachment: Attachment) -> Option<HandleId> {
 
 // Between the kernel and the core.
 impl World {
-    /// Reports a fact to the master's core, or calls it, and gathers what it decides, which must be
-    /// bounded.
+    /// Reports a fact to the master's core, or calls it. What it decides must be bounded.
     pub(crate) fn report<T>(&mut self, fact: impl FnOnce(&mut Master) -> T) -> T {
         let before = self.master.sizes();
         let in_hand = usize::try_from(self.master.in_hand()).unwrap_or(usize::MAX);
@@ -77,15 +76,7 @@ impl World {
         assert!(actions <= max, "{actions} actions after one fact");
         let events = after.events - before.events;
         assert!(events <= 6 * workers, "{events} events after one fact");
-        self.gather();
         result
-    }
-
-    /// Takes over what the master's core has decided.
-    pub(crate) fn gather(&mut self) {
-        while let Some(action) = self.master.next_action() {
-            self.actions.push_back(action);
-        }
     }
 
     /// The number of connections in all queues.

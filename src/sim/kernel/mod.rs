@@ -16,7 +16,7 @@ pub(crate) mod socket;
 pub(crate) mod worker;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem::Discriminant;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -24,7 +24,7 @@ use std::rc::Rc;
 
 use crate::config::settings::SchedulingPolicy;
 use crate::core::event::{EmittedEvent, Event};
-use crate::core::master::{Action, MasterCore};
+use crate::core::master::MasterCore;
 use crate::sys::fd::NoLingerFd;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
@@ -90,8 +90,6 @@ pub(crate) struct World {
     /// When the master last read its clock.
     ticked: Time,
     pub(crate) master: Master,
-    /// Actions that the master has decided and not carried out.
-    actions: VecDeque<Action<Client>>,
     /// The workers to whose channels the master has not tried to write.
     unflushed: BTreeSet<WorkerId>,
     /// The second event of a pair, which must come next.
@@ -301,12 +299,12 @@ impl World {
 
     /// Whether the master has decided nothing that it has not carried out and written.
     pub(crate) fn master_is_idle(&self) -> bool {
-        self.actions.is_empty() && self.unflushed.is_empty()
+        !self.master.has_actions() && self.unflushed.is_empty()
     }
 
     /// Carries out the first action, if there is one.
     pub(crate) fn carry_out_next(&mut self) -> bool {
-        let Some(action) = self.actions.pop_front() else {
+        let Some(action) = self.master.next_action() else {
             return false;
         };
         self.act(action);
@@ -326,7 +324,6 @@ impl World {
     pub(crate) fn deliver_next(&mut self) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         let emit = self.master.next_event()?;
         self.check_emit(&emit);
-        self.gather();
         Some(emit)
     }
 
