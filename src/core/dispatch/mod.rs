@@ -19,8 +19,8 @@
 //!
 //! # The next connection
 //!
-//! The rules, in order. Connections are dispatched in the order in which they were accepted; a
-//! reclaimed connection keeps its position.
+//! The rules, in order. Among the connections that one rule is for, the one that was accepted first is
+//! next. A reclaimed connection keeps its position.
 //!
 //! 1. A connection that the scheduler has assigned to a worker goes to that worker once it is ready and
 //!    has fewer than `MAX_WINDOW` connections in its queue.
@@ -36,7 +36,8 @@
 //!
 //! The master accepts connections only while the idle workers have capacity: their number times the
 //! window, minus the connections that wait. If no worker is idle, new connections stay in the kernel's
-//! backlog.
+//! backlog. With a scheduler, the capacity is the number of ready workers times `MAX_WINDOW`, minus the
+//! connections that no worker has received.
 //!
 //! # The window
 //!
@@ -65,9 +66,11 @@
 //! A worker on a core with less other work is idle more often, and strict turns alone would give it more
 //! than its share. So each worker has a *recent load*: the number of connections it got, raised to at
 //! least `RECENT_LOAD_SPAN` less than the highest one at each dispatch. A new worker starts with the
-//! highest recent load. The idle worker whose turn it is yields to the busy worker with the lowest
-//! recent load if that is lower by at least `FAIRNESS_LEAD`, the busy worker became busy less than
-//! `FAIRNESS_BUSY_SPAN` ago, and its window has space.
+//! highest recent load.
+//!
+//! The idle worker whose turn it is yields to a busy worker if that worker became busy less than
+//! `FAIRNESS_BUSY_SPAN` ago, has space in its window, and has a recent load that is lower by at least
+//! `FAIRNESS_LEAD`. If there are several, the one with the lowest recent load gets the connection.
 //!
 //! The dispatcher is pure: a connection is any type `C`, and the time is an argument.
 
