@@ -21,9 +21,9 @@ fn main() -> cluster::Result<()> {
                 let _ = worker.send(b"big announcement to all workers");
             });
             if let Some(worker) = master.worker(first) {
-                worker.send(b"and something for you alone")?;
+                let _ = worker.send(b"and something for you alone")?;
             }
-            master.disconnect(|_| {});
+            master.disconnect();
             master.run()
         }
         Role::Worker(worker) => {

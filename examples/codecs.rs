@@ -52,9 +52,9 @@ fn worker(worker: &Worker) -> Result<(), Box<dyn Error>> {
         requests: 300,
         busiest: Some("/index.html".to_owned()),
     };
-    worker.send(&json(&report)?)?;
-    worker.send(&compact(&report)?)?;
-    worker.send(b"?")?;
+    let _ = worker.send(&json(&report)?)?;
+    let _ = worker.send(&compact(&report)?)?;
+    let _ = worker.send(b"?")?;
     Ok(())
 }
 

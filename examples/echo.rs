@@ -9,7 +9,7 @@ fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
             let worker = master.fork()?;
-            worker.send(b"hi there")?;
+            let _ = worker.send(b"hi there")?;
             worker.on_message(|_, worker, message| {
                 println!("{}", String::from_utf8_lossy(message.bytes()));
                 worker.disconnect();

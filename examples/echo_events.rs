@@ -64,7 +64,8 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
                 let _ = worker.send(b"shutdown");
             }
             // The interval would keep the master running.
-            master.disconnect(move |master| master.clear_timer(report));
+            master.on_all_disconnected_once(move |master| master.clear_timer(report));
+            master.disconnect();
         })?;
     }
     master.run()
@@ -78,16 +79,19 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
     });
     // A terminal sends SIGINT to all processes. The master disconnects its workers itself.
     worker.on_signal(Signal::INT, |_, _| {})?;
-    worker.listen(addr)?.on_connection(|worker, connection| {
-        let watched = connection.set_nonblocking(true).is_ok();
-        let mut pending = Vec::new();
-        let echo =
-            move |worker: &Worker, connection: &Connection| echo(worker, connection, &mut pending);
-        if watched {
-            // If no descriptor is left, the connection is dropped, which closes it.
-            let _ = worker.watch(connection, Interest::Readable, echo);
-        }
-    });
+    worker
+        .listen(addr)?
+        .set_connection_callback(|worker, connection| {
+            let watched = connection.set_nonblocking(true).is_ok();
+            let mut pending = Vec::new();
+            let echo = move |worker: &Worker, connection: &Connection| {
+                echo(worker, connection, &mut pending)
+            };
+            if watched {
+                // If no descriptor is left, the connection is dropped, which closes it.
+                let _ = worker.watch(connection, Interest::Readable, echo);
+            }
+        });
     worker.run()
 }
 

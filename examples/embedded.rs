@@ -44,7 +44,7 @@ fn host(master: &Master, status: &str) -> Outcome {
         println!("worker {} listening on {address}", worker.id());
     });
     for signal in [Signal::INT, Signal::TERM] {
-        master.on_signal(signal, |master, _| master.disconnect(|_| {}))?;
+        master.on_signal(signal, |master, _| master.disconnect())?;
     }
     for _ in 0..2 {
         master.fork()?;

@@ -72,14 +72,14 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         let gave_up = status.code().is_some() && !listening.borrow().contains(&worker.id());
         if gave_up || master.fork().is_err() {
             failure.set(true);
-            master.disconnect(|_| {});
+            master.disconnect();
         }
     });
     for signal in [Signal::INT, Signal::TERM] {
         master.on_signal(signal, move |master, _| {
             // A worker that fails now is not replaced: its replacement would not be disconnected.
-            master.off(replace);
-            master.disconnect_within(GRACE, |_| {});
+            master.remove_callback(replace);
+            master.disconnect_within(GRACE);
         })?;
     }
     for _ in 0..options.workers {

@@ -16,7 +16,7 @@ fn master(master: &Master) -> cluster::Result<()> {
     for _ in 0..cluster::available_parallelism() {
         master.fork()?;
     }
-    master.once(master.on_listening(|_, _, address| println!("listening on {address}")));
+    master.on_listening_once(|_, _, address| println!("listening on {address}"));
     master.on_fork(|_, worker| println!("worker is dead: {}", worker.is_dead()));
     master.on_exit(|_, worker, _| println!("worker is dead: {}", worker.is_dead()));
     master.run()

@@ -22,7 +22,7 @@ fn master(master: &Master) -> cluster::Result<()> {
     master.set_interval(Duration::from_secs(1), move |_| {
         println!("requests = {}", total.get());
     });
-    master.once(master.on_listening(|_, _, address| println!("listening on {address}")));
+    master.on_listening_once(|_, _, address| println!("listening on {address}"));
     // Start workers and count their messages `notifyRequest`.
     for _ in 0..cluster::available_parallelism() {
         let requests = Rc::clone(&requests);
@@ -39,7 +39,7 @@ fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
     for connection in worker.listen(address)?.incoming() {
         let _ = hello::answer(connection?, "hello world\n");
         // Notify the master about the request.
-        worker.send(b"notifyRequest")?;
+        let _ = worker.send(b"notifyRequest")?;
     }
     Ok(())
 }

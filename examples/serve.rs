@@ -225,7 +225,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     if screen.is_terminal {
         let shown = Rc::clone(&screen);
         let show = move |master: &Master| shown.show(describe(&pool.status(master)));
-        master.unref(master.set_interval(Duration::from_secs(1), show));
+        master.unreference(master.set_interval(Duration::from_secs(1), show));
     }
     let outcome = master.run();
     screen.show(String::new());

@@ -42,7 +42,7 @@ fn worker(worker: &Worker, polite: bool) -> cluster::Result<()> {
     let open = Rc::clone(&connections);
     worker
         .listen("127.0.0.1:0")?
-        .on_connection(move |worker, connection| {
+        .set_connection_callback(move |worker, connection| {
             // This worker never closes its connections itself.
             open.borrow_mut().push(connection);
             let _ = worker.send(b"connected");

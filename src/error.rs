@@ -1,24 +1,26 @@
-//! What can go wrong, and with what.
+//! The error type, and the reason why a message was not sent.
 
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::types::errno;
+use crate::types::fork_step::ForkStep;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, MAX_BODY, MAX_FDS};
 
-/// The result of everything in this crate that can fail.
+/// The result of the fallible functions of this crate.
 ///
 /// See [`Error`] for an example.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What was attempted, on what, and why it failed.
+/// The error of this crate: it says what failed, on what, and why.
 ///
-/// Node: the `Error` objects with a `code`; the system's code is in
-/// [`raw_os_error`](Self::raw_os_error). Printed, it includes the reason, so that
-/// [`source`](std::error::Error::source) is `None`. What happens in the normal life of a cluster,
-/// such as the death of a worker, is an event and not an error.
+/// Node: the `Error` objects with a `code`; the system's number is returned by
+/// [`raw_os_error`](Self::raw_os_error). The text of an error contains its reason. Therefore
+/// [`source`](std::error::Error::source) is `None`, and programs that print the chain of sources print
+/// the reason once. An event of the normal life of a cluster, such as the exit of a worker, is
+/// not an error.
 ///
 /// ```no_run
 /// use cluster::Error;
@@ -26,7 +28,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 ///
 /// fn listen(worker: &cluster::Worker) -> cluster::Result<cluster::Listener> {
 ///     match worker.listen("127.0.0.1:80") {
-///         Err(Error::Listen { source, .. }) if source.kind() == ErrorKind::PermissionDenied => {
+///         Err(Error::Listen { reason, .. }) if reason.kind() == ErrorKind::PermissionDenied => {
 ///             worker.listen("127.0.0.1:8080")
 ///         }
 ///         other => other,
@@ -36,80 +38,89 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// An environment variable has a value that means nothing.
+    /// An environment variable has an invalid value.
+    #[non_exhaustive]
     Environment {
         /// The variable's name.
         variable: &'static str,
         /// Its value, made printable.
         value: String,
-        /// What would be valid.
+        /// A description of the valid values.
         expected: &'static str,
     },
-    /// A descriptor that was passed to this process is not what the program takes it for.
+    /// A descriptor that was passed to this process is of another kind than the application expects.
+    #[non_exhaustive]
     Descriptor {
         /// Its number, as it was passed.
         number: RawFd,
         /// Its name, if it was passed with one.
         name: Option<String>,
-        /// What it is.
+        /// The kind of the descriptor.
         found: &'static str,
-        /// What it was taken for.
+        /// The kind that the application expects.
         expected: &'static str,
     },
     /// `init` was called a second time in this process.
     AlreadyInitialized,
     /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
     PolicyFrozen,
-    /// `run`, `dispatch` or `accept` was called by a callback, which one of them had called.
+    /// A callback called `run`, `dispatch` or `accept` while one of these was calling it.
     AlreadyRunning,
-    /// A handle was used by a process that did not create it: a child that the application has
-    /// forked, or a worker that executes nothing ([`Settings::main`](crate::Settings::main())). Nothing
-    /// has happened.
+    /// A process used a handle that it did not create: a child that the application forked, or a worker
+    /// that executes no program ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
     /// A worker could not be started.
+    #[non_exhaustive]
     Fork {
-        /// The program that was to run.
+        /// The program of the worker.
         program: PathBuf,
-        /// What could not be done, for instance "execute it" or "change its user".
-        attempt: &'static str,
+        /// The step that failed.
+        step: ForkStep,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
     /// A worker, or the master, could not listen.
+    #[non_exhaustive]
     Listen {
-        /// The address as the program gave it.
+        /// The address as the application gave it.
         address: String,
         /// The system's reason, for instance that the address is in use.
-        source: io::Error,
+        reason: io::Error,
     },
     /// A worker could not bind a UDP socket.
+    #[non_exhaustive]
     Bind {
-        /// The address as the program gave it.
+        /// The address as the application gave it.
         address: String,
         /// The system's reason, for instance that the address is in use.
-        source: io::Error,
+        reason: io::Error,
     },
-    /// The master could not accept a connection, and tries again in 100 ms.
+    /// The master could not accept a connection. It tries again after 100 ms.
+    #[non_exhaustive]
     Accept {
         /// The address of the listener.
         address: String,
         /// The system's reason, for instance too many open files.
-        source: io::Error,
+        reason: io::Error,
     },
     /// Another process shut a listener down: a worker with the shared or sharded policy, or an owner
-    /// outside the cluster. Which one is not known.
+    /// outside the cluster. The system does not tell which one.
     ///
     /// Connections that waited to be accepted are lost. The master makes a TCP listener listen again at
     /// once, and tries again after 100 ms if that fails. A Unix listener never listens again.
-    /// A listener that the application named by its descriptor stays shut: the application may have done it.
+    /// A listener that the application named by its descriptor stays shut down, because the application
+    /// may have shut it down.
+    #[non_exhaustive]
     ShutDown {
         /// The address of the listener.
         address: String,
-        /// Whether it listens again; otherwise the system's reason.
+        /// Whether it listens again, or the system's reason why it does not.
         outcome: std::result::Result<(), io::Error>,
     },
     /// Connections to a sharded listener reached no worker, and were reset: a worker has changed the
-    /// selection among the shards. Which one is not known. The selection is as before again.
+    /// selection among the shards. The system does not tell which worker. The selection has been
+    /// restored.
+    #[non_exhaustive]
     Misdirected {
         /// The address of the listener.
         address: String,
@@ -117,50 +128,57 @@ pub enum Error {
         count: u64,
     },
     /// A message could not be sent.
+    #[non_exhaustive]
     Send {
-        /// The worker it was for; `None` in a worker, where it was for the master.
+        /// The receiver; `None` in a worker, where the receiver is the master.
         worker: Option<WorkerId>,
-        /// Why not.
+        /// Why the message was not sent.
         reason: SendError,
     },
-    /// The other side sent something that is not in the protocol, and was cut off.
+    /// The other side sent bytes that the protocol does not allow. It was disconnected; a worker was also
+    /// killed.
+    #[non_exhaustive]
     Frame {
-        /// The worker that sent it; `None` in a worker, where it was the master.
+        /// The sender; `None` in a worker, where the sender is the master.
         worker: Option<WorkerId>,
-        /// What is wrong with it.
-        source: FrameError,
+        /// The fault in the frame.
+        reason: FrameError,
     },
-    /// The channel to this worker broke; the worker was cut off.
+    /// The channel to this worker failed; the worker was disconnected.
+    #[non_exhaustive]
     Channel {
-        /// The worker; `None` in a worker, where it was the channel to the master.
+        /// The worker; `None` in a worker, where it is the channel to the master.
         worker: Option<WorkerId>,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
-    /// The system has run out of room for what goes through the channel to this worker; nobody is
-    /// cut off. What was to be sent waits, and is tried again every 100 ms. Of what was received,
-    /// descriptors are lost: a message comes without them, and a connection goes to another worker.
+    /// The system has no resources for the channel to this worker. The channel stays open.
+    ///
+    /// Outgoing frames wait, and are tried again every 100 ms. Of what was received, descriptors are lost:
+    /// a message arrives without them, and a connection goes to another worker.
+    #[non_exhaustive]
     Exhausted {
         /// The worker; `None` in a worker, where it is the channel to the master.
         worker: Option<WorkerId>,
-        /// The system's reason, for instance too many open files, or too many descriptors under
-        /// way.
-        source: io::Error,
+        /// The system's reason, for instance too many open files, or too many descriptors in flight.
+        reason: io::Error,
     },
-    /// How this worker ended is not known, because something else in this process waited for it.
-    /// Its `exit` event says code 255.
+    /// The exit status of this worker is unknown, because other code in this process waited for it.
+    /// Its `exit` event reports code 255.
+    #[non_exhaustive]
     ExitStatus {
         /// The worker.
         worker: WorkerId,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
-    /// Another call to the system failed.
+    /// Another system call failed.
+    #[non_exhaustive]
     Io {
-        /// What was attempted.
+        /// The attempt, as a verb phrase.
         attempt: &'static str,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
 }
 
@@ -171,7 +189,7 @@ pub enum Error {
 /// use cluster::{Error, SendError};
 ///
 /// if let Err(Error::Send { reason: SendError::QueueFull, .. }) = worker.send(b"news") {
-///     // The master does not keep up: leave this one out.
+///     // The master does not keep up: skip this message.
 /// }
 /// # }
 /// ```
@@ -180,7 +198,7 @@ pub enum Error {
 pub enum SendError {
     /// The channel is closed.
     ChannelClosed,
-    /// So much waits already that this message would exceed the hard limit of 8 MiB.
+    /// With this message, more than 8 MiB would be waiting to be sent.
     QueueFull,
     /// The message is longer than 1 MiB.
     TooLong,
@@ -192,42 +210,122 @@ impl std::fmt::Display for SendError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::ChannelClosed => write!(f, "the channel is closed"),
-            Self::QueueFull => write!(f, "too much waits to be sent"),
-            Self::TooLong => write!(f, "longer than {MAX_BODY} bytes"),
-            Self::TooManyDescriptors => write!(f, "more than {MAX_FDS} descriptors"),
+            Self::QueueFull => write!(f, "too many bytes are waiting to be sent"),
+            Self::TooLong => write!(f, "the message is longer than {MAX_BODY} bytes"),
+            Self::TooManyDescriptors => {
+                write!(f, "the message has more than {MAX_FDS} descriptors")
+            }
         }
     }
 }
 
+impl std::error::Error for SendError {}
+
+/// The error of `watch`, with the source that cannot be watched.
+///
+/// The operator `?` converts it into an [`Error`], and drops the source.
+///
+/// ```no_run
+/// # fn f(master: &cluster::Master, file: std::fs::File) {
+/// use cluster::Interest;
+///
+/// if let Err(error) = master.watch(file, Interest::Readable, |_, _| None) {
+///     eprintln!("{error}");
+///     let file = error.into_source();
+/// #   drop(file);
+/// }
+/// # }
+/// ```
+pub struct WatchError<S> {
+    source: S,
+    error: Error,
+}
+
+impl<S> WatchError<S> {
+    pub(crate) fn new(source: S, error: Error) -> Self {
+        Self { source, error }
+    }
+
+    /// Returns the reason.
+    ///
+    /// Node has no counterpart. See [`WatchError`] for an example of its text.
+    #[must_use]
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// Returns the source that was passed to `watch`.
+    ///
+    /// Node has no counterpart. See [`WatchError`] for an example.
+    #[must_use]
+    pub fn into_source(self) -> S {
+        self.source
+    }
+}
+
+impl<S> std::fmt::Debug for WatchError<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WatchError")
+            .field("error", &self.error)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S> std::fmt::Display for WatchError<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<S> std::error::Error for WatchError<S> {}
+
+impl<S> From<WatchError<S>> for Error {
+    fn from(error: WatchError<S>) -> Self {
+        error.error
+    }
+}
+
 impl Error {
-    /// Descriptors that were received found no place in this process.
+    /// This process has no free descriptor number for descriptors that arrived.
     pub(crate) fn no_descriptors(worker: Option<WorkerId>) -> Self {
-        let source = io::Error::from_raw_os_error(errno::EMFILE);
-        Self::Exhausted { worker, source }
+        let reason = io::Error::from_raw_os_error(errno::EMFILE);
+        Self::Exhausted { worker, reason }
     }
 
-    pub(crate) fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { attempt, source }
+    /// Returns a function that makes an [`Error::Io`] from the system's reason, for
+    /// [`map_err`](std::result::Result::map_err).
+    ///
+    /// Node has no counterpart. It is for code that extends the cluster, such as a supervisor.
+    ///
+    /// ```
+    /// use cluster::Error;
+    ///
+    /// let missing = std::fs::read("/no/such/file").map_err(Error::io("read the configuration"));
+    /// assert!(missing.unwrap_err().to_string().starts_with("cannot read the configuration: "));
+    /// ```
+    pub fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |reason| Self::Io { attempt, reason }
     }
 
-    /// Returns the system's error number, if the system was the one to refuse.
+    /// Returns the system's error number, if a system call failed.
     ///
     /// Node: `error.errno`.
     ///
     /// ```
     /// assert_eq!(cluster::Error::PolicyFrozen.raw_os_error(), None);
     /// ```
+    #[doc(alias = "errno")]
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
-            Self::Fork { source, .. }
-            | Self::Listen { source, .. }
-            | Self::Bind { source, .. }
-            | Self::Accept { source, .. }
-            | Self::Channel { source, .. }
-            | Self::Exhausted { source, .. }
-            | Self::ExitStatus { source, .. }
-            | Self::Io { source, .. } => source.raw_os_error(),
+            Self::Fork { reason, .. }
+            | Self::Listen { reason, .. }
+            | Self::Bind { reason, .. }
+            | Self::Accept { reason, .. }
+            | Self::Channel { reason, .. }
+            | Self::Exhausted { reason, .. }
+            | Self::ExitStatus { reason, .. }
+            | Self::Io { reason, .. } => reason.raw_os_error(),
             Self::ShutDown { outcome, .. } => outcome.as_ref().err()?.raw_os_error(),
             Self::Environment { .. }
             | Self::Descriptor { .. }
@@ -242,16 +340,43 @@ impl Error {
     }
 }
 
-/// "worker 3", or "the master" where there is no worker.
-fn peer(worker: Option<WorkerId>) -> String {
-    worker.map_or_else(
-        || "the master".to_owned(),
-        |worker| format!("worker {worker}"),
-    )
+/// Prints as "worker 3", or as "the master" without a worker.
+struct Peer(Option<WorkerId>);
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(worker) => write!(f, "worker {worker}"),
+            None => f.write_str("the master"),
+        }
+    }
 }
 
-// The reason is part of the text, so `source()` stays `None`: whoever prints the chain would print
-// it twice.
+fn fmt_descriptor(
+    f: &mut std::fmt::Formatter<'_>,
+    number: RawFd,
+    name: Option<&str>,
+    [found, expected]: [&str; 2],
+) -> std::fmt::Result {
+    write!(f, "descriptor {number}")?;
+    if let Some(name) = name {
+        write!(f, " ({name:?})")?;
+    }
+    write!(f, " is {found}, expected {expected}")
+}
+
+fn fmt_shut_down(
+    f: &mut std::fmt::Formatter<'_>,
+    address: &str,
+    outcome: std::result::Result<&(), &io::Error>,
+) -> std::fmt::Result {
+    write!(f, "another process shut down the listener on {address}")?;
+    match outcome {
+        Ok(()) => write!(f, "; it listens again"),
+        Err(reason) => write!(f, "; it cannot listen again: {reason}"),
+    }
+}
+
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -268,14 +393,7 @@ impl std::fmt::Display for Error {
                 name,
                 found,
                 expected,
-            } => {
-                let name = name.as_ref().map(|name| format!(" ({name:?})"));
-                let name = name.unwrap_or_default();
-                write!(
-                    f,
-                    "descriptor {number}{name} is {found}, expected {expected}"
-                )
-            }
+            } => fmt_descriptor(f, *number, name.as_deref(), [found, expected]),
             Self::AlreadyInitialized => write!(f, "init was called twice in this process"),
             Self::PolicyFrozen => {
                 write!(
@@ -283,54 +401,78 @@ impl std::fmt::Display for Error {
                     "the scheduling policy cannot change after the first fork or listen"
                 )
             }
-            Self::AlreadyRunning => write!(f, "run, dispatch or accept called inside a callback"),
+            Self::AlreadyRunning => {
+                write!(f, "run, dispatch or accept was called inside a callback")
+            }
             Self::ForeignProcess => write!(f, "this handle belongs to the process that created it"),
             Self::Fork {
                 program,
-                attempt,
-                source,
+                step,
+                reason,
             } => {
                 let program = program.display();
                 write!(
                     f,
-                    "cannot start a worker from {program}: cannot {attempt}: {source}"
+                    "cannot start a worker from {program}: cannot {step}: {reason}"
                 )
             }
-            Self::Listen { address, source } => write!(f, "cannot listen on {address}: {source}"),
-            Self::Bind { address, source } => write!(f, "cannot bind {address}: {source}"),
-            Self::Accept { address, source } => {
-                write!(f, "cannot accept a connection on {address}: {source}")
+            Self::Listen { address, reason } => write!(f, "cannot listen on {address}: {reason}"),
+            Self::Bind { address, reason } => write!(f, "cannot bind {address}: {reason}"),
+            Self::Accept { address, reason } => {
+                write!(f, "cannot accept a connection on {address}: {reason}")
             }
-            Self::ShutDown { address, outcome } => {
-                write!(f, "another process shut down the listener on {address}")?;
-                match outcome {
-                    Ok(()) => write!(f, "; it listens again"),
-                    Err(source) => write!(f, "; it cannot listen again: {source}"),
-                }
-            }
+            Self::ShutDown { address, outcome } => fmt_shut_down(f, address, outcome.as_ref()),
             Self::Misdirected { address, count } => write!(
                 f,
                 "a worker changed the selection among the shards of {address}: {count} connections were reset"
             ),
             Self::Send { worker, reason } => {
-                write!(f, "cannot send to {}: {reason}", peer(*worker))
+                write!(f, "cannot send to {}: {reason}", Peer(*worker))
             }
-            Self::Frame { worker, source } => {
-                write!(f, "cut off from {}: {source}", peer(*worker))
+            Self::Frame { worker, reason } => {
+                write!(f, "invalid frame from {}: {reason}", Peer(*worker))
             }
-            Self::Channel { worker, source } => {
-                write!(f, "lost the channel to {}: {source}", peer(*worker))
+            Self::Channel { worker, reason } => {
+                write!(f, "lost the channel to {}: {reason}", Peer(*worker))
             }
-            Self::Exhausted { worker, source } => {
-                let peer = peer(*worker);
-                write!(f, "no room for the channel to {peer}: {source}")
+            Self::Exhausted { worker, reason } => {
+                let peer = Peer(*worker);
+                write!(f, "no resources for the channel to {peer}: {reason}")
             }
-            Self::ExitStatus { worker, source } => {
-                write!(f, "cannot learn how worker {worker} ended: {source}")
+            Self::ExitStatus { worker, reason } => {
+                write!(f, "cannot get the exit status of worker {worker}: {reason}")
             }
-            Self::Io { attempt, source } => write!(f, "cannot {attempt}: {source}"),
+            Self::Io { attempt, reason } => write!(f, "cannot {attempt}: {reason}"),
         }
     }
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    #[test]
+    fn errors_contain_their_reason_and_have_no_source() {
+        let reason = SendError::QueueFull;
+        let worker = Some(WorkerId::new(3));
+        let error = Error::Send { worker, reason };
+        assert_eq!(
+            error.to_string(),
+            "cannot send to worker 3: too many bytes are waiting to be sent"
+        );
+        assert!(error.source().is_none() && reason.source().is_none());
+        let error = Error::Fork {
+            program: "./a".into(),
+            step: ForkStep::Execute,
+            reason: io::Error::other("why"),
+        };
+        assert_eq!(
+            error.to_string(),
+            "cannot start a worker from ./a: cannot execute it: why"
+        );
+        assert!(error.source().is_none());
+    }
+}

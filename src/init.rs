@@ -1,32 +1,35 @@
-//! Master or worker: which of them this process is.
+//! Determines whether this process is a master or a worker.
 
 use std::os::fd::{AsFd as _, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::config::settings::{
-    CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, SchedulingPolicy, UNIQUE_ID, WORKER_PID, WRAPPED,
-};
+use crate::config::env::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, UNIQUE_ID, WORKER_PID, WRAPPED};
+use crate::config::policy::SchedulingPolicy;
 use crate::error::{Error, Result};
-use crate::master::Master;
+use crate::master::{Launch, Master};
 use crate::sys;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, PREAMBLE_LENGTH, VERSION, preamble, preamble_version};
 use crate::worker::Worker;
 
+// The values of `ROLE`.
 const UNKNOWN: u8 = 0;
 const MASTER: u8 = 1;
 const WORKER: u8 = 2;
-/// A master that a forking wrapper separates from its own master.
-const WRAPPED_MASTER: u8 = 3;
 
 static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
 
-/// What this process is in its cluster.
+/// The role of this process in its cluster.
 ///
 /// Node: `cluster.isMaster` and `cluster.isWorker`. See [`init`] for an example.
+///
+/// Both handles are used only on the thread that called `init`; see [`Master`] and [`Worker`].
+#[doc(alias = "isMaster")]
+#[doc(alias = "isPrimary")]
+#[doc(alias = "isWorker")]
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one in a process")]
+#[expect(clippy::large_enum_variant, reason = "a process has one value")]
 pub enum Role {
     /// The process that forks workers. Newer versions of Node say *primary*.
     Master(Master),
@@ -34,36 +37,37 @@ pub enum Role {
     Worker(Worker),
 }
 
-/// Finds out what this process is, and gives it the means.
+/// Determines what this process is, and returns the handle of its role.
 ///
-/// Node: loading the module, with `cluster.isMaster`. Call it once, early in `main`: before anything
-/// that a worker must not do. In a worker, the master has its `online` event after this.
+/// Node: loading the module, with `cluster.isMaster`. Call it once, early in `main`, before anything that
+/// a worker must not do. In a worker, the call makes the master emit the `online` event.
 ///
-/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. The variables stay in the
-/// environment. Programs that a worker starts inherit them, but have another process id, and are masters.
-/// So is the program of a worker behind a wrapper that forks, such as `sh -c 'program; true'`. If this master
-/// starts such a wrapper in its turn, `init` is an error there, because otherwise masters would start
-/// masters without end. A wrapper that executes the program in its own place, such as `env`, `nice` or
-/// `sh -c 'exec program'`, changes nothing. A worker that executes its own program once more is an error: it has lost its channel.
+/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. `init` leaves the variables in the
+/// environment. Programs that a worker starts inherit them, but have another process id and are therefore
+/// masters. So is a program that a forking wrapper separates from its master, such as
+/// `sh -c 'program; true'`. If that master starts such a wrapper as well, `init` fails in the program behind
+/// it, because otherwise masters would start masters without end. A wrapper that executes the program in
+/// its own place, such as `env`, `nice` or `sh -c 'exec program'`, changes nothing. A worker that executes
+/// its own program once more gets an error, because it has lost its channel.
 ///
-/// On Linux, a worker is killed when its master ends. For a program with file capabilities or a
-/// set-user-ID bit, `execve` clears what the master has arranged, and `init` arranges it again
-/// (prctl(2), `PR_SET_PDEATHSIG`). If the master has ended before, `accept` and
-/// [`run`](Worker::run) return at once.
+/// On Linux, a worker is killed when its master exits. For a program with file capabilities or a
+/// set-user-ID bit, `execve` clears the request for that signal, and `init` makes it again (prctl(2),
+/// `PR_SET_PDEATHSIG`). If the master exited before, `accept` and [`run`](Worker::run) return at once.
 ///
-/// A child that the application forks, and that executes nothing, has copies of all handles. It may drop
-/// them, which closes its copies of their descriptors and nothing else. Methods that would reach the
-/// master, a worker, a client that waits, or the loop are [`Error::ForeignProcess`] there, or do nothing
-/// if they return no [`Result`]. A [`Connection`](crate::Connection) is the child's to read and write,
-/// and [`UdpSocket::send_to`](crate::UdpSocket::send_to) sends.
+/// A child that the application forks, and that executes no program, has copies of all handles. It may drop
+/// them, which closes its copies of their descriptors and has no other effect. Methods that would reach
+/// the master, a worker, a waiting client, or the loop return [`Error::ForeignProcess`] there, or do
+/// nothing if they return no [`Result`]. The child may read and write a
+/// [`Connection`](crate::Connection), and [`UdpSocket::send_to`](crate::UdpSocket::send_to) sends.
 ///
 /// # Errors
 ///
 /// - [`Error::AlreadyInitialized`] at the second call;
-/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is neither `rr` nor `none`; if
-///   `CLUSTER_WORKER_PID`, and for the process that it names `CLUSTER_UNIQUE_ID`,
-///   `CLUSTER_CHANNEL_FD` and `CLUSTER_INSPECT_PORT`, are not what a master sets: a descriptor that is no
-///   channel to one stays as it is; or if wrappers have forked both this program and its master's;
+/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is not a
+///   [`SchedulingPolicy`]; if `CLUSTER_WORKER_PID` is not a value that a master
+///   sets; if, in the process that it names, `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
+///   `CLUSTER_INSPECT_PORT` is not; or if wrappers have forked both this program and its master's.
+///   A descriptor that is not a channel to a master stays unchanged;
 /// - [`Error::Frame`] if the master was built with another version of this crate;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
@@ -86,8 +90,7 @@ pub enum Role {
 pub fn init() -> Result<Role> {
     let identity = identity()?;
     let role = match identity {
-        Identity::Master => MASTER,
-        Identity::WrappedMaster => WRAPPED_MASTER,
+        Identity::Master | Identity::WrappedMaster => MASTER,
         Identity::Worker { .. } => WORKER,
     };
     let first = ROLE.compare_exchange(UNKNOWN, role, Ordering::SeqCst, Ordering::SeqCst);
@@ -95,7 +98,13 @@ pub fn init() -> Result<Role> {
         return Err(Error::AlreadyInitialized);
     }
     match identity {
-        Identity::Master | Identity::WrappedMaster => Ok(Role::Master(Master::new(policy()?)?)),
+        Identity::Master | Identity::WrappedMaster => {
+            let launch = Launch {
+                become_worker,
+                marks_wrapped: matches!(identity, Identity::WrappedMaster),
+            };
+            Ok(Role::Master(Master::new(policy()?, launch)?))
+        }
         Identity::Worker { id, number } => {
             let port = inspect_port()?;
             let channel = channel(id, number)?;
@@ -105,26 +114,20 @@ pub fn init() -> Result<Role> {
     }
 }
 
-/// In a child that its master has forked and that executes nothing: makes it the worker that `init`
-/// would have found.
-pub(crate) fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
+/// Makes this process a worker: a child that its master forked and that executes no program.
+fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
     ROLE.store(WORKER, Ordering::SeqCst);
     Worker::new(id, port, channel(id, number)?)
 }
 
-/// Whether the programs that this master starts are marked with `CLUSTER_WRAPPED`.
-pub(crate) fn is_wrapped_master() -> bool {
-    ROLE.load(Ordering::SeqCst) == WRAPPED_MASTER
-}
-
-/// The first bytes in a socket, if there are as many as a master writes into a channel.
+/// The first bytes in a socket, if it contains a complete preamble.
 fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
     let mut found = [0; PREAMBLE_LENGTH];
     let read = sys::fd::peek(number, &mut found);
     matches!(read, Ok(PREAMBLE_LENGTH)).then_some(found)
 }
 
-/// Takes over the channel, if it is one: what a master has written there says so.
+/// Takes ownership of the channel, if its preamble proves that it is one.
 fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
@@ -135,7 +138,7 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     match version.filter(|version| *version != VERSION) {
         Some(version) => Err(Error::Frame {
             worker: None,
-            source: FrameError::Version(version),
+            reason: FrameError::Version(version),
         }),
         None => Err(Error::Environment {
             variable: CHANNEL_FD,
@@ -148,17 +151,17 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
 /// The role that the environment gives to this process.
 enum Identity {
     Master,
-    /// It has inherited the channel of a worker, which is its wrapper.
+    /// The process has inherited the channel of a worker, which is its wrapper.
     WrappedMaster,
-    /// `number` is that of the channel's descriptor.
+    /// `number` is the channel's descriptor.
     Worker {
         id: WorkerId,
         number: RawFd,
     },
 }
 
-/// Reads the variables that a master sets. They are for the process that `CLUSTER_WORKER_PID` names, and
-/// not for programs that it starts, which inherit them.
+/// Reads the variables that a master sets. They are for the process that `CLUSTER_WORKER_PID` names. The
+/// programs that this process starts inherit them.
 fn identity() -> Result<Identity> {
     let number = |variable| {
         let value = std::env::var_os(variable).unwrap_or_default();
@@ -176,14 +179,15 @@ fn identity() -> Result<Identity> {
         return Ok(Identity::Master);
     }
     let pid = number(WORKER_PID)?;
-    // Beyond what a descriptor can be, it is one that is not open.
+    // A number that no descriptor can have becomes one that is not open.
     let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
     if pid == std::process::id() {
         let id = WorkerId::new(number(UNIQUE_ID)?);
         let number = descriptor(number(CHANNEL_FD)?);
         return Ok(Identity::Worker { id, number });
     }
-    // A worker reads the preamble in `init`, and no program that it starts then inherits the channel.
+    // In `init`, a worker reads the preamble and makes the channel close-on-exec. So a program that
+    // finds a preamble was started before its wrapper called `init`.
     let (Ok(id), Ok(channel)) = (number(UNIQUE_ID), number(CHANNEL_FD)) else {
         return Ok(Identity::Master);
     };
@@ -194,13 +198,13 @@ fn identity() -> Result<Identity> {
         return Err(Error::Environment {
             variable: WORKER_PID,
             value: pid.to_string(),
-            expected: "the process id of this program, whose wrapper must execute it, and not fork",
+            expected: "the process id of this program: its wrapper must execute it and not fork",
         });
     }
     Ok(Identity::WrappedMaster)
 }
 
-/// Reads the variable by which a worker knows its inspect port.
+/// Reads the worker's inspect port from the environment.
 fn inspect_port() -> Result<Option<u16>> {
     let Some(value) = std::env::var_os(INSPECT_PORT) else {
         return Ok(None);
@@ -228,14 +232,16 @@ fn policy() -> Result<SchedulingPolicy> {
     })
 }
 
-/// Returns whether this process is a master, that is, whether it was not forked by one.
+/// Returns whether this process is a master, which it is unless a master forked it.
 ///
-/// Node: `cluster.isMaster`. Can be called at any time, also before [`init`]. A child that the
-/// application forks inherits the answer.
+/// Node: `cluster.isMaster`. It can be called at any time, also before [`init`]. A child that the
+/// application forks inherits the result.
 ///
 /// ```
 /// assert!(cluster::is_master());
 /// ```
+#[doc(alias = "isMaster")]
+#[doc(alias = "isPrimary")]
 #[must_use]
 pub fn is_master() -> bool {
     !is_worker()
@@ -243,12 +249,13 @@ pub fn is_master() -> bool {
 
 /// Returns whether this process was forked by a master.
 ///
-/// Node: `cluster.isWorker`. Can be called at any time, also before [`init`]. A child that the
-/// application forks inherits the answer.
+/// Node: `cluster.isWorker`. It can be called at any time, also before [`init`]. A child that the
+/// application forks inherits the result.
 ///
 /// ```
 /// assert!(!cluster::is_worker());
 /// ```
+#[doc(alias = "isWorker")]
 #[must_use]
 pub fn is_worker() -> bool {
     match ROLE.load(Ordering::SeqCst) {
@@ -257,10 +264,10 @@ pub fn is_worker() -> bool {
     }
 }
 
-/// Returns how many workers this machine can run at once: the number of cores that this process
-/// may use, at least 1.
+/// Returns how many workers can run in parallel: the number of cores that this process may use, at
+/// least 1.
 ///
-/// Node: `os.cpus().length`. Can be called at any time.
+/// Node: `os.cpus().length`. It can be called at any time.
 ///
 /// ```
 /// assert!(cluster::available_parallelism() >= 1);

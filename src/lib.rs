@@ -1,6 +1,6 @@
 #![doc = include_str!("../README.md")]
 
-// So that the pool names things as any other program does.
+// The pool uses the public API by the same paths as an application does.
 extern crate self as cluster;
 
 mod config;
@@ -20,29 +20,42 @@ mod types;
 mod wire;
 mod worker;
 
+pub use config::inspect_port::InspectPort;
 pub use config::listen::{BindOptions, ListenOptions};
-pub use config::send::SendOptions;
-pub use config::settings::{
-    InspectPort, SchedulingPolicy, Settings, Stdio, UnknownPolicy, WorkerMain,
-};
+pub use config::policy::{SchedulingPolicy, UnknownPolicy};
+pub use config::send::{SendOptions, Sent};
+pub use config::settings::{Setting, Settings};
+pub use config::spawn::SpawnOptions;
+pub use config::stdio::Stdio;
 pub use core::event::WorkerState;
-pub use error::{Error, Result, SendError};
+pub use error::{Error, Result, SendError, WatchError};
 pub use init::{Role, available_parallelism, init, is_master, is_worker};
 pub use master::Master;
 pub use master::listener::MasterListener;
-pub use master::worker_process::{Process, WorkerProcess};
+pub use master::process::Process;
+pub use master::worker_process::WorkerProcess;
 pub use runtime::callbacks::CallbackId;
 pub use runtime::event_loop::{LoopId, WatchId};
 pub use runtime::timers::TimerId;
 pub use sys::poll::Interest;
 pub use sys::process::Usage;
-pub use types::address::{Address, AddressType};
+pub use types::address::Address;
+pub use types::fork_step::ForkStep;
 pub use types::ledger::Ledger;
 pub use types::loads::{ListenerLoad, Loads, WorkerLoad};
 pub use types::message::Message;
-pub use types::signal::Signal;
+pub use types::signal::{InvalidSignal, Signal};
+pub use types::violation::Violation;
 pub use types::worker_id::WorkerId;
 pub use wire::frame::FrameError;
-pub use worker::listener::{Connection, Incoming, Listener};
+pub use worker::Worker;
+pub use worker::connection::Connection;
+pub use worker::listener::{Incoming, Listener};
+pub use worker::own_process::OwnProcess;
 pub use worker::udp_socket::UdpSocket;
-pub use worker::{OwnProcess, Worker};
+
+/// Makes an id for the unit tests of the pool, which uses the public API only.
+#[cfg(test)]
+fn worker_id(number: u32) -> WorkerId {
+    WorkerId::new(number)
+}

@@ -103,7 +103,7 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
             // HAProxy asks in this time, so it sends no more requests when the port closes.
             let pool = pool.clone();
             let stop = master.set_timeout(notice, move |master| pool.stop(master));
-            master.unref(stop);
+            master.unreference(stop);
         })?;
     }
     pool.on_signal(master, Signal::HUP, SignalAction::Reload)?;
@@ -130,7 +130,7 @@ fn answer_agent_check(master: &Master, pool: &Pool, agent: TcpListener, draining
     });
     match watch {
         // The pool, not this watch, keeps the master running.
-        Ok(watch) => master.unref(watch),
+        Ok(watch) => master.unreference(watch),
         Err(error) => eprintln!("cannot answer the agent-check: {error}"),
     }
 }

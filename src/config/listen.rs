@@ -1,4 +1,4 @@
-//! How a worker listens, as the program says it.
+//! The options of `listen` and `bind`.
 
 use std::io;
 use std::marker::PhantomData;
@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 
-/// The system has no longer paths; with the directory before it, this one still fits a frame.
+/// The longest path, in bytes: Linux's `PATH_MAX`. With a directory of the same length in front of it,
+/// the path still fits into a frame.
 const MAX_PATH: usize = 4096;
 
-/// What to listen on, and how: the argument of [`Worker::listen`](crate::Worker::listen) and
+/// An address to listen on, with options: the argument of [`Worker::listen`](crate::Worker::listen) and
 /// [`Master::listen`](crate::Master::listen).
 ///
 /// Node: the options of `server.listen()`. It is made from
@@ -25,7 +26,7 @@ const MAX_PATH: usize = 4096;
 /// - an address, `"127.0.0.1:8000"`, `("::1", 8000)` or a [`SocketAddr`]; a name is looked up;
 /// - a [`Path`] (a string would be an address): a Unix socket, whose connections are
 ///   [`UnixStream`]s;
-/// - a listener that the program has already: a worker keeps it to itself, a master shares it.
+/// - a listener that the application already has: a worker does not share it, a master does.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -58,7 +59,7 @@ pub struct ListenOptions<S = TcpStream> {
     streams: PhantomData<fn() -> S>,
 }
 
-/// What to bind a UDP socket to, and how: the argument of
+/// An address to bind a UDP socket to, with options: the argument of
 /// [`Worker::bind`](crate::Worker::bind).
 ///
 /// Node: the options of `dgram.createSocket()` and `socket.bind()`. It is made from a port, `53`,
@@ -79,7 +80,7 @@ pub struct BindOptions {
     pub(crate) bind_request: BindRequest,
 }
 
-/// What both kinds of options come to.
+/// The common part of [`ListenOptions`] and [`BindOptions`].
 #[derive(Debug)]
 pub(crate) struct BindRequest {
     pub(crate) kind: Kind,
@@ -89,7 +90,7 @@ pub(crate) struct BindRequest {
     pub(crate) reuse_port: bool,
 }
 
-/// What the program named.
+/// The address to bind, as the application named it.
 #[derive(Debug)]
 enum Target {
     Port(u16),
@@ -113,18 +114,22 @@ impl BindRequest {
         }
     }
 
-    /// Whether the worker binds by itself.
-    pub(crate) fn is_alone(&self) -> bool {
+    /// Whether the worker binds by itself, without the master.
+    pub(crate) fn is_private(&self) -> bool {
         self.exclusive || self.reuse_port
     }
 
-    /// What the master cannot have: it is for all workers, and what it is lent by number they are lent
-    /// without its help.
+    /// Checks that the master can open this listener. It opens listeners for all workers. Workers can
+    /// name a descriptor of the master without a listener of the master's own.
+    ///
+    /// # Errors
+    ///
+    /// The request is one that only a worker can make.
     pub(crate) fn check_for_master(&self) -> io::Result<()> {
         let reason = match &self.target {
-            _ if self.is_alone() => "exclusive and reuse_port are for workers",
+            _ if self.is_private() => "exclusive and reuse_port are for workers",
             Target::Fd(_) => {
-                "descriptors are lent by number to workers only: pass the listener itself"
+                "only workers can name a descriptor by its number: pass the listener itself"
             }
             Target::Port(_)
             | Target::Name(_)
@@ -136,7 +141,7 @@ impl BindRequest {
         Err(io::Error::new(io::ErrorKind::InvalidInput, reason))
     }
 
-    /// A port without a host. For datagrams there is no socket for both families.
+    /// The place that a port without a host stands for. UDP sockets are bound to IPv4 only.
     fn port(&self, port: u16) -> Place {
         match self.kind {
             Kind::Udp => Place::Ip((Ipv4Addr::UNSPECIFIED, port).into()),
@@ -167,7 +172,7 @@ impl BindRequest {
             .collect())
     }
 
-    /// The socket, if it is there already.
+    /// Takes the socket, if the application passed one.
     pub(crate) fn take_socket(&mut self) -> Option<OwnedFd> {
         match &mut self.target {
             Target::Socket(socket) => socket.take(),
@@ -181,19 +186,19 @@ impl BindRequest {
     }
 }
 
-/// What the program wrote, for an error's text.
+/// Prints the target as the application named it, for the text of an error.
 impl std::fmt::Display for BindRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let endpoint = |place| Endpoint::new(self.kind, place);
         match &self.target {
             Target::Port(port) => endpoint(self.port(*port)).fmt(f),
             Target::Ip(address) => address.fmt(f),
-            Target::Fd(number) if self.is_alone() => write!(f, "descriptor {number}"),
+            Target::Fd(number) if self.is_private() => write!(f, "descriptor {number}"),
             Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
             Target::Path(path) => path.display().fmt(f),
             Target::Name(name) => f.write_str(name),
             Target::Host(host, port) => write!(f, "{host}:{port}"),
-            Target::Socket(_) => f.write_str("a socket of the program's own"),
+            Target::Socket(_) => f.write_str("a socket of the application"),
         }
     }
 }
@@ -206,9 +211,9 @@ impl<S> ListenOptions<S> {
         }
     }
 
-    /// Sets how many connections may wait in the kernel's queue: 511 unless set, and never more
-    /// than the system allows (on Linux `net.core.somaxconn`). The first worker that listens on an
-    /// address decides for all.
+    /// Sets how many connections may wait in the kernel's queue. The default is 511. The system may
+    /// impose a lower limit (on Linux `net.core.somaxconn`). The options of the first worker that listens
+    /// on an address apply to all workers.
     ///
     /// Node: `backlog`. See [`ListenOptions`] for an example.
     pub fn backlog(mut self, connections: u32) -> Self {
@@ -216,7 +221,7 @@ impl<S> ListenOptions<S> {
         self
     }
 
-    /// Keeps the listener to this worker: it binds by itself, the master knows nothing of it, and
+    /// Sets whether this worker has the listener for itself. It then binds without the master, and
     /// there is no `listening` event. Another worker's `listen` on the same address fails.
     ///
     /// Node: `exclusive`. The default is `false`.
@@ -238,16 +243,17 @@ impl ListenOptions<TcpStream> {
         Self::of_kind(Kind::Tcp, target)
     }
 
-    /// Leaves IPv4 out where the address is `[::]`, which stands for both otherwise.
+    /// Sets whether the address `[::]` excludes IPv4. By default it stands for both.
     ///
     /// Node: `ipv6Only`. The default is `false`. See [`ListenOptions`] for an example.
+    #[doc(alias = "ipv6Only")]
     pub fn ipv6_only(mut self, only: bool) -> Self {
         self.bind_request.flags.ipv6_only = only;
         self
     }
 
-    /// Binds with `SO_REUSEPORT`, so that several sockets may have one port and the kernel chooses
-    /// among them. The worker binds by itself: the master knows nothing of it, and there is no
+    /// Sets whether to bind with `SO_REUSEPORT`, so that several sockets may have the same port and the
+    /// kernel selects one of them. The worker then binds without the master, and there is no
     /// `listening` event.
     ///
     /// Node: `reusePort`. The default is `false`.
@@ -257,20 +263,21 @@ impl ListenOptions<TcpStream> {
     /// let own = worker.listen(cluster::ListenOptions::from(8000).reuse_port(true))?;
     /// # Ok(()) }
     /// ```
+    #[doc(alias = "reusePort")]
     pub fn reuse_port(mut self, reuse: bool) -> Self {
         self.bind_request.reuse_port = reuse;
         self
     }
 
-    /// Listens on a TCP socket that is open in the *master*, under this number. The master keeps
-    /// it: it stays open when all workers have left it. It must not block, and is made so. With
-    /// [`exclusive`](Self::exclusive) the number is one of the worker's own.
+    /// Listens on a TCP socket that is open in the *master* under this number. The socket stays open
+    /// there when all workers have closed it. It is set to non-blocking mode. With
+    /// [`exclusive`](Self::exclusive) the number is that of a descriptor of the worker.
     ///
     /// Node: `fd`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
-    /// // What a supervisor such as systemd has opened for the master.
+    /// // A supervisor such as systemd opened descriptor 3 for the master.
     /// let listener = worker.listen(cluster::ListenOptions::fd(3))?;
     /// # Ok(()) }
     /// ```
@@ -284,8 +291,8 @@ impl ListenOptions<UnixStream> {
         Self::of_kind(Kind::Unix, target)
     }
 
-    /// Lets every user read from the socket, and not only who the umask lets. Linux before
-    /// 6.6 needs `/proc` for it, where the mode is changed of the very file that was made.
+    /// Sets whether every user may read from the socket, regardless of the umask. Linux before 6.6 needs
+    /// `/proc` for this, because only there can the mode of exactly the new file be changed.
     ///
     /// Node: `readableAll`. The default is `false`.
     ///
@@ -298,21 +305,23 @@ impl ListenOptions<UnixStream> {
     /// worker.listen(options.readable_all(true).writable_all(true))?;
     /// # Ok(()) }
     /// ```
+    #[doc(alias = "readableAll")]
     pub fn readable_all(mut self, readable: bool) -> Self {
         self.bind_request.flags.readable_all = readable;
         self
     }
 
-    /// Lets every user connect to the socket, which on Linux is to write to it.
+    /// Sets whether every user may connect to the socket. On Linux, connecting needs write permission.
     ///
     /// Node: `writableAll`. The default is `false`. See [`readable_all`](Self::readable_all) for an
     /// example.
+    #[doc(alias = "writableAll")]
     pub fn writable_all(mut self, writable: bool) -> Self {
         self.bind_request.flags.writable_all = writable;
         self
     }
 
-    /// Listens on a Unix socket that is open in the *master*, under this number. See
+    /// Listens on a Unix socket that is open in the *master* under this number. See
     /// [`ListenOptions::fd`], which is the same for TCP, for an example.
     ///
     /// Node: `fd`.
@@ -321,7 +330,7 @@ impl ListenOptions<UnixStream> {
     }
 }
 
-/// Port 0, that is, any free port, on all of the machine's addresses.
+/// Port 0, which stands for any free port, on all of the machine's addresses.
 impl Default for ListenOptions<TcpStream> {
     fn default() -> Self {
         Self::new(Target::Port(0))
@@ -364,16 +373,17 @@ impl BindOptions {
         Self { bind_request }
     }
 
-    /// Leaves IPv4 out where the address is `[::]`, which stands for both otherwise.
+    /// Sets whether the address `[::]` excludes IPv4. By default it stands for both.
     ///
     /// Node: `ipv6Only`. The default is `false`. See [`BindOptions`] for an example.
+    #[doc(alias = "ipv6Only")]
     pub fn ipv6_only(mut self, only: bool) -> Self {
         self.bind_request.flags.ipv6_only = only;
         self
     }
 
-    /// Lets another socket with this option have the same address. The last one bound gets the
-    /// datagrams.
+    /// Sets whether another socket with this option may have the same address. The socket that was
+    /// bound last gets the datagrams.
     ///
     /// Node: `reuseAddr`. The default is `false`.
     ///
@@ -384,24 +394,26 @@ impl BindOptions {
     /// let group = worker.bind(BindOptions::from(5353).reuse_addr(true))?;
     /// # Ok(()) }
     /// ```
+    #[doc(alias = "reuseAddr")]
     pub fn reuse_addr(mut self, reuse: bool) -> Self {
         self.bind_request.flags.reuse_addr = reuse;
         self
     }
 
-    /// Binds with `SO_REUSEPORT`, so that several sockets may have one port and the kernel chooses
-    /// among them. The worker binds by itself: the master knows nothing of it, and there is no
+    /// Sets whether to bind with `SO_REUSEPORT`, so that several sockets may have the same port and the
+    /// kernel selects one of them. The worker then binds without the master, and there is no
     /// `listening` event.
     ///
     /// Node: `reusePort`. The default is `false`. See
     /// [`ListenOptions::reuse_port`], which is the same for TCP, for an example.
+    #[doc(alias = "reusePort")]
     pub fn reuse_port(mut self, reuse: bool) -> Self {
         self.bind_request.reuse_port = reuse;
         self
     }
 
-    /// Keeps the socket to this worker: it binds by itself, the master knows nothing of it, and
-    /// there is no `listening` event.
+    /// Sets whether this worker has the socket for itself. It then binds without the master, and there
+    /// is no `listening` event.
     ///
     /// Node: `exclusive`. The default is `false`. See [`ListenOptions::exclusive`], which is the
     /// same for TCP, for an example.
@@ -410,8 +422,8 @@ impl BindOptions {
         self
     }
 
-    /// Uses a bound UDP socket that is open in the *master*, under this number. The program keeps
-    /// it: it stays open when all workers have left it.
+    /// Uses a bound UDP socket that is open in the *master* under this number. The socket stays open
+    /// there when all workers have closed it.
     ///
     /// Node: `fd`. See [`ListenOptions::fd`], which is the same for TCP, for an example.
     pub fn fd(number: RawFd) -> Self {
@@ -419,14 +431,14 @@ impl BindOptions {
     }
 }
 
-/// Port 0, that is, any free port, on all IPv4 addresses.
+/// Port 0, which stands for any free port, on all IPv4 addresses.
 impl Default for BindOptions {
     fn default() -> Self {
         Self::new(Target::Port(0))
     }
 }
 
-/// The ways to write an address, the same for TCP and UDP.
+/// Implements the conversions from addresses, which are the same for TCP and UDP.
 macro_rules! from_addresses {
     ($options:ty) => {
         impl From<u16> for $options {

@@ -1,17 +1,56 @@
-//! What goes with a message.
+//! The options of `send_with`, and the result of sending.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use crate::error::{Error, Result};
 
-/// Called when a message has been written, or cannot be any more.
+/// The result of a successful `send`: whether the sender may continue or should pause.
+///
+/// Node: the Boolean result of `worker.send()`. The message was accepted in both cases, and is written to
+/// the channel in the order of the calls. It is dropped only if the channel closes first.
+///
+/// ```no_run
+/// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+/// use cluster::{SendOptions, Sent};
+///
+/// let options = SendOptions::new().on_written(|_, _| println!("send the next part"));
+/// if worker.send_with(&[0; 32 * 1024], options)? == Sent::Pause {
+///     println!("wait until this part is written");
+/// }
+/// # Ok(()) }
+/// ```
+#[must_use = "`Sent::Pause` asks to pause, because messages are piling up in this process"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Sent {
+    /// More messages may follow at once.
+    Continue,
+    /// With one more message of the same size, more than 64 KiB would be waiting in this process. Pause
+    /// until the [`on_written`](SendOptions::on_written) callback of the last message is called.
+    Pause,
+}
+
+impl Sent {
+    pub(crate) fn new(has_capacity: bool) -> Self {
+        if has_capacity {
+            Self::Continue
+        } else {
+            Self::Pause
+        }
+    }
+}
+
+/// A callback that is called when a message has been written, or cannot be written any more.
 pub(crate) type Written<R> = Box<dyn FnOnce(&R, Result<()>)>;
 
-/// What goes with a message, for [`WorkerProcess::send_with`](crate::WorkerProcess::send_with) in the
-/// master and [`Worker::send_with`](crate::Worker::send_with) in a worker; `R` is which of both.
+/// The descriptors and the callback of a message, for [`WorkerProcess::send_with`](crate::WorkerProcess::send_with) in the
+/// master and [`Worker::send_with`](crate::Worker::send_with) in a worker. `R` is
+/// [`Master`](crate::Master) or [`Worker`](crate::Worker), whichever sends.
 ///
 /// Node: `sendHandle`, `options` and `callback` of `worker.send()`.
+///
+/// This type is not `Send` if it has a callback. Build it on the thread of the master or the worker.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::WorkerProcess, log: std::fs::File, client: std::net::TcpStream)
@@ -22,9 +61,10 @@ pub(crate) type Written<R> = Box<dyn FnOnce(&R, Result<()>)>;
 ///     .fd(client)
 ///     .keep_open(&log)
 ///     .on_written(|_, outcome| println!("{outcome:?}"));
-/// worker.send_with(b"serve this client, and write down what it wants", options)?;
+/// let _ = worker.send_with(b"serve this client, and log its request", options)?;
 /// # Ok(()) }
 /// ```
+#[doc(alias = "sendHandle")]
 #[must_use]
 pub struct SendOptions<R> {
     fds: io::Result<Vec<OwnedFd>>,
@@ -32,7 +72,7 @@ pub struct SendOptions<R> {
 }
 
 impl<R> SendOptions<R> {
-    /// Returns options that say nothing: a message of bytes alone.
+    /// Returns options without descriptors and without a callback.
     ///
     /// Node: no `options`. See [`SendOptions`] for an example.
     pub fn new() -> Self {
@@ -42,7 +82,8 @@ impl<R> SendOptions<R> {
         }
     }
 
-    /// Adds a descriptor, which is closed here once it is sent; 16 at most.
+    /// Adds a descriptor, which is closed in this process once it has been sent. A message has at most
+    /// 16 descriptors.
     ///
     /// Node: `sendHandle`, without `keepOpen`. See [`SendOptions`] for an example.
     pub fn fd(mut self, fd: impl Into<OwnedFd>) -> Self {
@@ -52,9 +93,11 @@ impl<R> SendOptions<R> {
         self
     }
 
-    /// Adds a copy of a descriptor, which the program keeps open; 16 at most.
+    /// Adds a copy of a descriptor, which stays open in this process. A message has at most 16
+    /// descriptors.
     ///
     /// Node: `sendHandle`, with `keepOpen`. See [`SendOptions`] for an example.
+    #[doc(alias = "keepOpen")]
     pub fn keep_open(mut self, fd: impl AsFd) -> Self {
         self.fds = self.fds.and_then(|mut fds| {
             fds.push(fd.as_fd().try_clone_to_owned()?);
@@ -63,9 +106,11 @@ impl<R> SendOptions<R> {
         self
     }
 
-    /// Calls back when the message has been written to the channel, or with an error when it
-    /// cannot be any more. Not if `send_with` itself fails, or the `Master` or `Worker` is
-    /// dropped first. Written is not read: the other side may end before that.
+    /// Sets the callback for the time when the message has been written to the channel, or cannot be
+    /// written any more. It is not called if `send_with` itself fails, or if the `Master` or `Worker` is
+    /// dropped first.
+    ///
+    /// Written does not mean read: the receiver may exit first.
     ///
     /// Node: `callback`. See [`SendOptions`] for an example.
     pub fn on_written(mut self, callback: impl FnOnce(&R, Result<()>) + 'static) -> Self {
@@ -87,9 +132,8 @@ impl<R> Default for SendOptions<R> {
 
 impl<R> std::fmt::Debug for SendOptions<R> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let fields = ("fds", &self.fds);
         f.debug_struct("SendOptions")
-            .field(fields.0, fields.1)
+            .field("fds", &self.fds)
             .finish_non_exhaustive()
     }
 }

@@ -1,207 +1,151 @@
-//! What workers are made of, and who gets the connections.
+//! The settings of the processes that `fork` starts.
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
-use std::path::PathBuf;
-use std::rc::Rc;
-use std::str::FromStr;
+use std::path::{Path, PathBuf};
 
+use crate::config::inspect_port::InspectPort;
+use crate::config::stdio::{Stdio, StdioKind};
 use crate::sys::fd::LISTEN_FDS_START;
 use crate::worker::Worker;
+use crate::worker::worker_main::WorkerMain;
 
-/// Carries the worker's process id from master to worker: the variables are for this process alone, and
-/// not for programs that it starts.
-pub(crate) const WORKER_PID: &str = "CLUSTER_WORKER_PID";
-/// Carries the worker's id from master to worker.
-pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
-/// Carries the number of the channel's descriptor from master to worker.
-pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
-/// Carries the inspect port, if there is one, from master to worker.
-pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
-/// The variables that a master sets for one worker.
-pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
-/// Set by a master whose program a wrapper has forked, for the programs that it starts in turn.
-pub(crate) const WRAPPED: &str = "CLUSTER_WRAPPED";
-/// Makes the master write down on standard error what happens, if it is `1`.
-pub(crate) const DEBUG: &str = "CLUSTER_DEBUG";
-/// The first port that everybody may have.
-const FIRST_FREE_PORT: u16 = 1024;
-/// Chooses the scheduling policy from outside.
-pub(crate) const SCHED_POLICY: &str = "CLUSTER_SCHED_POLICY";
-
-/// Who accepts connections.
-///
-/// Node: `cluster.SCHED_RR` and `cluster.SCHED_NONE`. The default is round robin. The program
-/// chooses with [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy), its user
-/// with the environment variable `CLUSTER_SCHED_POLICY`, whose values `rr`, `none` and `sharded` are
-/// what [`FromStr`] reads.
-///
-/// ```
-/// use cluster::SchedulingPolicy;
-///
-/// assert_eq!("none".parse(), Ok(SchedulingPolicy::Shared));
-/// assert_eq!(SchedulingPolicy::default().to_string(), "rr");
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum SchedulingPolicy {
-    /// The master accepts and hands each connection to the next worker that can take one.
-    ///
-    /// Node: `SCHED_RR`.
-    #[default]
-    RoundRobin,
-    /// The master binds, and the workers accept from the shared listener themselves.
-    ///
-    /// Node: `SCHED_NONE`.
-    Shared,
-    /// Each worker has a listener of its own on the same port (`SO_REUSEPORT`), and the system
-    /// chooses by lot. The master keeps a copy, so that a worker that takes the place of a dead one
-    /// finds the clients of that one waiting. What is no TCP port is shared, and outside Linux all is.
-    ///
-    /// Node has no counterpart in a cluster; `reusePort` in a server is the same without a master.
-    Sharded,
-}
-
-impl std::fmt::Display for SchedulingPolicy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::RoundRobin => "rr",
-            Self::Shared => "none",
-            Self::Sharded => "sharded",
-        })
-    }
-}
-
-/// A name of a scheduling policy that is none of `rr`, `none` and `sharded`.
-///
-/// It says what was read and what is valid; see [`SchedulingPolicy`] for an example.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnknownPolicy(String);
-
-impl std::fmt::Display for UnknownPolicy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "unknown scheduling policy {:?}: valid are \"rr\", \"none\" and \"sharded\"",
-            self.0
-        )
-    }
-}
-
-impl std::error::Error for UnknownPolicy {}
-
-impl FromStr for SchedulingPolicy {
-    type Err = UnknownPolicy;
-
-    fn from_str(name: &str) -> Result<Self, UnknownPolicy> {
-        match name {
-            "rr" => Ok(Self::RoundRobin),
-            "none" => Ok(Self::Shared),
-            "sharded" => Ok(Self::Sharded),
-            _ => Err(UnknownPolicy(name.to_owned())),
-        }
-    }
-}
-
-/// What [`Master::fork`](crate::Master::fork) starts.
+/// The settings of the processes that [`Master::fork`](crate::Master::fork) starts.
 ///
 /// Node: `cluster.settings`. A value of this type is also the argument of
-/// [`Master::setup_master`](crate::Master::setup_master), where a field left `None` keeps what was
-/// set before.
+/// [`Master::setup_master`](crate::Master::setup_master). There, a setting that the value does not
+/// mention keeps what was set before, and a setting that was [`unset`](Self::unset) gets its default
+/// again.
+///
+/// Each setting has one method that sets it and one whose name begins with `get_`. A `get_` method
+/// returns `None` for a setting that has not been set. [`Master::settings`](crate::Master::settings)
+/// returns settings in which the defaults are filled in.
+///
+/// This type is not `Send`, because it may contain closures. Build it on the thread of the master.
 ///
 /// ```
 /// use cluster::Settings;
 ///
 /// let https = Settings::default().exec("./worker").args(["--use", "https"]);
-/// assert_eq!(https.exec.as_deref(), Some("./worker".as_ref()));
+/// assert_eq!(https.get_exec(), Some("./worker".as_ref()));
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct Settings {
-    /// The program of the workers: a path, absolute or relative to the master's directory, without
-    /// a search in `PATH`. The default is the master's own program.
-    ///
-    /// Node: `settings.exec`.
-    pub exec: Option<PathBuf>,
-    /// Arguments that come before [`args`](Self::args): what the program needs, whatever the
-    /// worker is to do. The default is none.
-    ///
-    /// Node: `settings.execArgv`.
-    pub exec_args: Option<Vec<OsString>>,
-    /// The arguments after the program's name. The default is the master's own arguments.
-    ///
-    /// Node: `settings.args`.
-    pub args: Option<Vec<OsString>>,
-    /// The directory in which workers start. Without it they start in the master's.
-    ///
-    /// Node: `settings.cwd`.
-    pub cwd: Option<PathBuf>,
-    /// Whether a worker's standard input, output and error are pipes to the master
-    /// ([`Process::take_stdio`](crate::Process::take_stdio)) instead of the master's own. The
-    /// default is `false`.
-    ///
-    /// Node: `settings.silent`.
-    pub silent: Option<bool>,
-    /// What a worker's descriptors 0, 1, 2 and so on are, instead of what
-    /// [`silent`](Self::silent) says. Those of the first three that are not mentioned are the
-    /// master's. There is no entry for the channel, which has a number beyond.
-    ///
-    /// Node: `settings.stdio`.
-    pub stdio: Option<Vec<Stdio>>,
-    /// What a worker's descriptors 3, 4 and so on are, each with a name, as systemd passes them to a
-    /// service. The worker finds `LISTEN_FDS`, `LISTEN_FDNAMES` and `LISTEN_PID` in its environment. The
-    /// default is none, and so is an empty list. See [`listen_fds`](Self::listen_fds()).
-    ///
-    /// Node has no counterpart.
-    pub listen_fds: Option<Vec<(String, Stdio)>>,
-    /// Whether the process is not a worker but a program that outlives the master, such as its successor.
-    /// The default is `false`. See [`detached`](Self::detached()).
-    ///
-    /// Node: `options.detached` of `child_process`.
-    pub detached: Option<bool>,
-    /// Whether the process leads a session and a process group of its own, by `setsid(2)`, without a
-    /// controlling terminal. The default is `true` for a [`detached`](Self::detached) process and
-    /// `false` for a worker. See [`setsid`](Self::setsid()).
-    ///
-    /// Node: a part of `options.detached` of `child_process`.
-    pub setsid: Option<bool>,
-    /// The user that workers run as, and give up all other groups for. The master must be allowed
-    /// to do this (be root, say), or `fork` fails.
-    ///
-    /// Node: `settings.uid`.
-    pub uid: Option<u32>,
-    /// The group that workers run as, and give up all other groups for. The master must be allowed
-    /// to do this (be root, say), or `fork` fails.
-    ///
-    /// Node: `settings.gid`.
-    pub gid: Option<u32>,
-    /// A port for each worker, for whatever looks into it: a debugger, or a page of its metrics. The
-    /// worker learns it from [`Worker::inspect_port`](crate::Worker::inspect_port).
-    ///
-    /// Node: `settings.inspectPort`.
-    pub inspect_port: Option<InspectPort>,
-    /// What workers run instead of executing a program; see [`main`](Self::main()). The default is
-    /// that they execute one.
-    ///
-    /// Node has no counterpart.
-    pub main: Option<WorkerMain>,
+    exec: Choice<PathBuf>,
+    exec_args: Choice<Vec<OsString>>,
+    args: Choice<Vec<OsString>>,
+    cwd: Choice<PathBuf>,
+    silent: Choice<bool>,
+    stdio: Choice<Vec<Stdio>>,
+    listen_fds: Choice<Vec<(String, Stdio)>>,
+    detached: Choice<bool>,
+    setsid: Choice<bool>,
+    uid: Choice<u32>,
+    gid: Choice<u32>,
+    inspect_port: Choice<InspectPort>,
+    main: Choice<WorkerMain>,
+}
+
+/// The choice that a value of [`Settings`] makes for one setting.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Choice<T> {
+    /// Nothing: `update` keeps the earlier choice.
+    #[default]
+    Unmentioned,
+    /// The default, whatever was set before.
+    Default,
+    Value(T),
+}
+
+impl<T> Choice<T> {
+    fn get(&self) -> Option<&T> {
+        match self {
+            Self::Value(value) => Some(value),
+            Self::Unmentioned | Self::Default => None,
+        }
+    }
+
+    /// Replaces this choice, if `later` mentions the setting.
+    fn update(&mut self, later: Self) {
+        match later {
+            Self::Unmentioned => {}
+            Self::Default | Self::Value(_) => *self = later,
+        }
+    }
+
+    fn fill(&mut self, default: impl FnOnce() -> T) {
+        if self.get().is_none() {
+            *self = Self::Value(default());
+        }
+    }
+
+    /// Ends the effect of `unset`, which has been carried out.
+    fn settle(&mut self) {
+        if matches!(self, Self::Default) {
+            *self = Self::Unmentioned;
+        }
+    }
+}
+
+/// Names a setting, for [`Settings::unset`].
+///
+/// Node has no counterpart. See [`Settings::unset`] for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Setting {
+    /// [`Settings::exec`]; the default is the master's own program.
+    Exec,
+    /// [`Settings::exec_args`]; the default is none.
+    ExecArgs,
+    /// [`Settings::args`]; the default is the master's own arguments.
+    Args,
+    /// [`Settings::cwd`]; the default is the master's directory.
+    Cwd,
+    /// [`Settings::silent`]; the default is `false`.
+    Silent,
+    /// [`Settings::stdio`]; the default is what `silent` says.
+    Stdio,
+    /// [`Settings::listen_fds`]; the default is none.
+    ListenFds,
+    /// [`Settings::detached`]; the default is `false`.
+    Detached,
+    /// [`Settings::setsid`]; the default is `true` for a detached process and `false` for a worker.
+    Setsid,
+    /// [`Settings::uid`]; the default is the master's user.
+    Uid,
+    /// [`Settings::gid`]; the default is the master's groups.
+    Gid,
+    /// [`Settings::inspect_port`]; the default is none.
+    InspectPort,
+    /// [`Settings::main`]; the default is that workers execute a program.
+    Main,
 }
 
 impl Settings {
-    /// Sets [`exec`](Self::exec), the program of the workers. They execute it, also if
-    /// [`main`](Self::main) was set before.
+    /// Sets the program of the workers: a path, absolute or relative to the master's directory.
+    ///
+    /// There is no search in `PATH`. The default is the master's own program. Workers execute the program
+    /// even if [`main`](Self::main) was set before.
     ///
     /// Node: `settings.exec`. See [`Settings`] for an example.
     #[must_use]
     pub fn exec(mut self, program: impl Into<PathBuf>) -> Self {
-        self.exec = Some(program.into());
-        self.main = None;
+        self.exec = Choice::Value(program.into());
+        self.main = Choice::Unmentioned;
         self
     }
 
-    /// Sets [`exec_args`](Self::exec_args), the arguments before [`args`](Self::args).
+    /// Returns the program that [`exec`](Self::exec) sets.
+    ///
+    /// Node: `settings.exec`. See [`Settings`] for an example.
+    #[must_use]
+    pub fn get_exec(&self) -> Option<&Path> {
+        self.exec.get().map(PathBuf::as_path)
+    }
+
+    /// Sets the arguments that come before [`args`](Self::args): those that the program always needs.
+    /// The default is none.
     ///
     /// Node: `settings.execArgv`.
     ///
@@ -212,22 +156,40 @@ impl Settings {
     /// let https = worker.args(["--use", "https"]);
     /// # let _ = https;
     /// ```
+    #[doc(alias = "execArgv")]
     #[must_use]
     pub fn exec_args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
-        self.exec_args = Some(args.into_iter().map(Into::into).collect());
+        self.exec_args = Choice::Value(args.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Sets [`args`](Self::args), the arguments of the workers.
+    /// Returns the arguments that [`exec_args`](Self::exec_args) sets.
+    ///
+    /// Node: `settings.execArgv`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_exec_args(&self) -> Option<&[OsString]> {
+        self.exec_args.get().map(Vec::as_slice)
+    }
+
+    /// Sets the arguments of the workers, without the program's name. The default is the master's own
+    /// arguments.
     ///
     /// Node: `settings.args`. See [`Settings`] for an example.
     #[must_use]
     pub fn args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
-        self.args = Some(args.into_iter().map(Into::into).collect());
+        self.args = Choice::Value(args.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Sets [`cwd`](Self::cwd), the directory of the workers.
+    /// Returns the arguments that [`args`](Self::args) sets.
+    ///
+    /// Node: `settings.args`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_args(&self) -> Option<&[OsString]> {
+        self.args.get().map(Vec::as_slice)
+    }
+
+    /// Sets the directory in which workers start. The default is the master's.
     ///
     /// Node: `settings.cwd`.
     ///
@@ -237,44 +199,76 @@ impl Settings {
     /// ```
     #[must_use]
     pub fn cwd(mut self, directory: impl Into<PathBuf>) -> Self {
-        self.cwd = Some(directory.into());
+        self.cwd = Choice::Value(directory.into());
         self
     }
 
-    /// Sets [`silent`](Self::silent), whether the master gets the workers' output.
+    /// Returns the directory that [`cwd`](Self::cwd) sets.
+    ///
+    /// Node: `settings.cwd`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_cwd(&self) -> Option<&Path> {
+        self.cwd.get().map(PathBuf::as_path)
+    }
+
+    /// Sets whether a worker's standard input, output and error are pipes to the master
+    /// ([`Process::take_stdio`](crate::Process::take_stdio)) instead of the master's own. The default is
+    /// `false`.
     ///
     /// Node: `settings.silent`. See [`Process::take_stdio`](crate::Process::take_stdio) for an
     /// example.
     #[must_use]
     pub fn silent(mut self, silent: bool) -> Self {
-        self.silent = Some(silent);
+        self.silent = Choice::Value(silent);
         self
     }
 
-    /// Sets [`stdio`](Self::stdio), what the workers' descriptors are.
+    /// Returns what [`silent`](Self::silent) sets.
+    ///
+    /// Node: `settings.silent`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_silent(&self) -> Option<bool> {
+        self.silent.get().copied()
+    }
+
+    /// Sets what a worker's descriptors 0, 1, 2 and so on are, instead of what
+    /// [`silent`](Self::silent) says.
+    ///
+    /// If the list has fewer than three entries, the rest of descriptors 0 to 2 are the master's. There
+    /// is no entry for the channel, which has a higher number than all entries.
     ///
     /// Node: `settings.stdio`. See [`Stdio`] for an example.
     #[must_use]
     pub fn stdio(mut self, stdio: impl IntoIterator<Item = Stdio>) -> Self {
-        self.stdio = Some(stdio.into_iter().collect());
+        self.stdio = Choice::Value(stdio.into_iter().collect());
         self
     }
 
-    /// Sets [`listen_fds`](Self::listen_fds), the descriptors that workers are passed in systemd's way,
-    /// with their names.
+    /// Returns the list that [`stdio`](Self::stdio) sets.
     ///
-    /// Node has no counterpart. Any program that systemd can start by its sockets can so be a worker: it
-    /// needs to know nothing of this crate. One that does not has the events `fork`, `disconnect` and
-    /// `exit` alone, and does not hear that it is to leave: it is told by a signal
-    /// ([`Process::kill`](crate::Process::kill)), or killed by the deadline of `disconnect_within`. A
-    /// worker that does know this crate takes them by
-    /// [`systemd::listen_fds`](crate::systemd::listen_fds), before it calls [`init`](crate::init).
+    /// Node: `settings.stdio`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_stdio(&self) -> Option<&[Stdio]> {
+        self.stdio.get().map(Vec::as_slice)
+    }
+
+    /// Sets the descriptors that workers are passed as systemd passes them to a service: as numbers 3, 4
+    /// and so on, each with a name. The default is none, and so is an empty list.
+    ///
+    /// Node has no counterpart. The worker finds `LISTEN_FDS`, `LISTEN_FDNAMES` and `LISTEN_PID` in its
+    /// environment. Any program that supports systemd's socket activation can therefore be a worker,
+    /// without knowing this crate. Such a worker has only the events `fork`, `disconnect` and `exit`. It
+    /// does not receive the request to disconnect: send it a signal
+    /// ([`Process::kill`](crate::Process::kill)), or let the deadline of `disconnect_within` kill it. A
+    /// worker that uses this crate takes the descriptors with
+    /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
     /// All workers share the descriptors, and accept from a listener by themselves. If one of them
-    /// sets it not to block, so it is for all, and for the master.
+    /// makes it non-blocking, it is non-blocking for all, and for the master.
     ///
-    /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because descriptor 3 cannot
-    /// be two things, or if a name is not 1 to 255 characters of printable ASCII without a colon.
+    /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because both settings would
+    /// claim descriptor 3. It also fails unless each name is 1 to 255 characters of printable ASCII
+    /// without a colon.
     ///
     /// ```
     /// use std::net::TcpListener;
@@ -294,142 +288,200 @@ impl Settings {
     ) -> Self {
         let descriptors = descriptors.into_iter();
         let passed = descriptors.map(|(name, fd)| (name.into(), Stdio::fd(fd)));
-        self.listen_fds = Some(passed.collect());
+        self.listen_fds = Choice::Value(passed.collect());
         self
     }
 
-    /// Sets [`detached`](Self::detached), whether the process outlives the master.
+    /// Returns the names and descriptors that [`listen_fds`](Self::listen_fds) sets.
+    ///
+    /// Node has no counterpart. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_listen_fds(&self) -> Option<&[(String, Stdio)]> {
+        self.listen_fds.get().map(Vec::as_slice)
+    }
+
+    /// Sets whether the process is not a worker but a program that outlives the master, such as its
+    /// successor. The default is `false`.
     ///
     /// Node: `options.detached` of `child_process`. A detached process is not a worker:
     ///
-    /// - It has no channel, and `init` does not find a worker in it. It is not in
-    ///   [`Master::workers`](crate::Master::workers), and the cluster's callbacks are not called for
-    ///   it, save for `error`.
-    /// - Nothing waits for it: [`Master::run`](crate::Master::run) returns, and
-    ///   [`Master::disconnect`](crate::Master::disconnect) calls back, while it runs. Node's parent
-    ///   waits for it until `unref`; here [`Process::ref_`](crate::Process::ref_) makes `run` wait.
-    /// - Nothing ends it but [`Process::kill`](crate::Process::kill) and
-    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill), which signal it at once. A deadline of
-    ///   `disconnect_within`, a pool that stops, and the end of the master do not.
+    /// - It has no channel, and its `init` returns a master. It is not in
+    ///   [`Master::workers`](crate::Master::workers). Of the cluster's callbacks, only those for `error`
+    ///   are called for it.
+    /// - Nothing waits for it: [`Master::run`](crate::Master::run) returns, and a
+    ///   [`disconnect`](crate::Master::disconnect) of all workers finishes, while it runs. Node's parent
+    ///   waits for it until `unref`; here [`Process::reference`](crate::Process::reference) makes `run`
+    ///   wait.
+    /// - Only [`Process::kill`](crate::Process::kill) and
+    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) end it. Both signal it at once. A deadline of
+    ///   `disconnect_within`, a pool that stops, and the end of the master do not end it.
     ///   [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does nothing.
-    /// - It leads a session of its own, unless [`setsid`](Self::setsid()) says otherwise. A signal to
+    /// - It leads a session of its own, unless [`setsid`](Self::setsid) says otherwise. A signal to
     ///   the master's process group, and the SIGHUP of its terminal, do not reach it.
     ///
-    /// What `fork` returns is its handle, with a number that no worker has and the state
-    /// [`Disconnected`](crate::WorkerState::Disconnected). While the loop runs, the exit of the process
-    /// is processed: its own callbacks of [`on_exit`](crate::WorkerProcess::on_exit) are called, and it
-    /// leaves no zombie. `fork` fails together with [`main`](Self::main).
+    /// `fork` returns its handle. Its number is one that no worker has, and its state is
+    /// [`Disconnected`](crate::WorkerState::Disconnected). While the master's loop runs, the exit of the
+    /// process is handled: its callbacks of [`on_exit`](crate::WorkerProcess::on_exit) are called, and it
+    /// leaves no zombie. `fork` fails if [`main`](Self::main) is set, too.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
-    /// use cluster::Settings;
+    /// use cluster::{Settings, SpawnOptions};
     ///
     /// let settings = Settings::default().exec("./server-2").detached(true);
-    /// let successor = master.fork_as(settings, [("BEFORE", std::process::id().to_string())])?;
-    /// successor.on_exit(|_, _, status| eprintln!("the new server has ended: {status}"));
-    /// master.disconnect(|_| println!("the new server is alone now"));
+    /// let before = std::process::id().to_string();
+    /// let successor = master.fork_as(SpawnOptions::new(settings).env("BEFORE", before))?;
+    /// successor.on_exit(|_, _, status| eprintln!("the new server has exited: {status}"));
+    /// master.on_all_disconnected_once(|_| println!("only the new server is left"));
+    /// master.disconnect();
     /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn detached(mut self, detached: bool) -> Self {
-        self.detached = Some(detached);
+        self.detached = Choice::Value(detached);
         self
     }
 
-    /// Sets [`setsid`](Self::setsid), whether the process leads a session of its own.
+    /// Returns what [`detached`](Self::detached) sets.
     ///
-    /// Node: a part of `options.detached` of `child_process`. A [`detached`](Self::detached())
-    /// process that stays in the master's session and process group still gets the signals that a
-    /// terminal (Ctrl-C) or a supervisor sends to the whole group.
-    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new master so.
+    /// Node: `options.detached` of `child_process`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_detached(&self) -> Option<bool> {
+        self.detached.get().copied()
+    }
+
+    /// Sets whether the process leads a session and a process group of its own, without a controlling
+    /// terminal (setsid(2)). The default is `true` for a [`detached`](Self::detached) process and `false`
+    /// for a worker.
+    ///
+    /// Node: a part of `options.detached` of `child_process`. A detached process that stays in the
+    /// master's session and process group still gets the signals that a terminal (Ctrl-C) or a
+    /// supervisor sends to the whole group. [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new
+    /// master this way.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
     /// use cluster::Settings;
     ///
-    /// let settings = Settings::default().exec("./server-2").detached(true).setsid(false);
-    /// master.fork_as(settings, [("BEFORE", std::process::id().to_string())])?;
+    /// master.fork_as(Settings::default().exec("./server-2").detached(true).setsid(false))?;
     /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn setsid(mut self, setsid: bool) -> Self {
-        self.setsid = Some(setsid);
+        self.setsid = Choice::Value(setsid);
         self
     }
 
-    /// Sets [`uid`](Self::uid), the user that workers run as.
+    /// Returns what [`setsid`](Self::setsid) sets.
     ///
-    /// Node: `settings.uid`. A worker has no supplementary groups then, and unless the user is root (0) no
-    /// capabilities, whatever the master has: the permitted, effective, inheritable and ambient sets are
-    /// empty before the program or [`main`](Self::main()) begins. The bounding set, the securebits and
-    /// `no_new_privs` stay as they are (capabilities(7)). `fork` waits for such a worker for one second
-    /// at most.
+    /// Node: a part of `options.detached` of `child_process`. See [`Settings`] for an example of such a
+    /// method.
+    #[must_use]
+    pub fn get_setsid(&self) -> Option<bool> {
+        self.setsid.get().copied()
+    }
+
+    /// Sets the user that workers run as. The master must be allowed to change its user, as root is;
+    /// otherwise `fork` fails.
+    ///
+    /// Node: `settings.uid`. The worker has no supplementary groups. Unless the user is root (0), it has
+    /// no capabilities either, whatever the master has: the permitted, effective, inheritable and ambient
+    /// sets are empty before the program or [`main`](Self::main) begins. The bounding set, the securebits
+    /// and `no_new_privs` stay as they are (capabilities(7)). `fork` waits for such a worker for at most
+    /// one second.
     ///
     /// ```
-    /// // The group first: `nobody` could not change it any more.
     /// let settings = cluster::Settings::default().gid(65534).uid(65534);
     /// # let _ = settings;
     /// ```
     #[must_use]
     pub fn uid(mut self, uid: u32) -> Self {
-        self.uid = Some(uid);
+        self.uid = Choice::Value(uid);
         self
     }
 
-    /// Sets [`gid`](Self::gid), the group that workers run as.
+    /// Returns the user that [`uid`](Self::uid) sets.
     ///
-    /// Node: `settings.gid`. See [`uid`](Self::uid()) for an example. A worker has no supplementary groups
-    /// then; without `uid` it keeps the master's user, and its capabilities.
+    /// Node: `settings.uid`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_uid(&self) -> Option<u32> {
+        self.uid.get().copied()
+    }
+
+    /// Sets the group that workers run as. The master must be allowed to change its groups, as root is;
+    /// otherwise `fork` fails.
+    ///
+    /// Node: `settings.gid`. The worker has no supplementary groups. Without [`uid`](Self::uid) it
+    /// keeps the master's user and capabilities. See `uid` for an example.
     #[must_use]
     pub fn gid(mut self, gid: u32) -> Self {
-        self.gid = Some(gid);
+        self.gid = Choice::Value(gid);
         self
     }
 
-    /// Sets [`inspect_port`](Self::inspect_port), a number or a closure.
+    /// Returns the group that [`gid`](Self::gid) sets.
+    ///
+    /// Node: `settings.gid`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_gid(&self) -> Option<u32> {
+        self.gid.get().copied()
+    }
+
+    /// Sets a port for each worker, for a debugger or a page with metrics. The worker gets it from
+    /// [`Worker::inspect_port`](crate::Worker::inspect_port). The default is none.
     ///
     /// Node: `settings.inspectPort`. See [`InspectPort`] for an example.
+    #[doc(alias = "inspectPort")]
     #[must_use]
     pub fn inspect_port(mut self, port: impl Into<InspectPort>) -> Self {
-        self.inspect_port = Some(port.into());
+        self.inspect_port = Choice::Value(port.into());
         self
     }
 
-    /// Sets [`main`](Self::main): workers execute nothing. They go on in a copy of the master's
-    /// memory, of which only what changes takes room of its own, and run `main`; what it returns is
-    /// their exit code, or 101 if it panics.
+    /// Returns what [`inspect_port`](Self::inspect_port) sets.
     ///
-    /// Node has no counterpart. The closure gets the [`Worker`] as [`init`](crate::init) gives it to
-    /// a program, and `is_worker` is true; a call of `init` there is an error. All the other settings
-    /// apply but [`exec_args`](Self::exec_args) and [`args`](Self::args): the arguments are the
-    /// master's. It lasts until [`exec`](Self::exec()) is set once more; if both are set at once,
-    /// `main` counts.
+    /// Node: `settings.inspectPort`. See [`Settings`] for an example of such a method.
+    #[must_use]
+    pub fn get_inspect_port(&self) -> Option<&InspectPort> {
+        self.inspect_port.get()
+    }
+
+    /// Sets a closure that workers run instead of executing a program. The worker exits with the code
+    /// that the closure returns, or with 101 if the closure panics. The default is that workers execute a
+    /// program.
     ///
-    /// *Descriptors.* What the master has opened for itself is closed there, and so is what it
-    /// [`watch`](crate::Master::watch)es: a closure that needs such a descriptor has a copy of its own
-    /// (`try_clone`). If the application may have another handle of it, the number stays taken by a socket
-    /// that is not connected: the handle can be dropped, and reaches nothing else. What the program has open otherwise stays open, unless
-    /// [`stdio`](Self::stdio()) puts something else in its place.
+    /// Node has no counterpart. A worker is then a copy of the master's process. The two share all memory
+    /// that neither of them changes. The closure gets the [`Worker`] that [`init`](crate::init()) would
+    /// return to a program; `is_worker` is true, and a call of `init` is an error. All other settings
+    /// apply except [`exec_args`](Self::exec_args) and [`args`](Self::args): the arguments are the
+    /// master's. A later [`exec`](Self::exec) ends the effect of `main`.
     ///
-    /// *Output.* What the master has written to [`std::io::stdout`], and what is still in its buffer, is
-    /// written out before each fork, and so it is printed once. Other buffers, such as a
-    /// [`BufWriter`](std::io::BufWriter) of the program's, are copied with what is in them.
+    /// *Descriptors.* Those that the master has opened for itself are closed in the worker, and so are
+    /// those that it [`watch`](crate::Master::watch)es: a closure that needs such a descriptor has its own
+    /// copy (`try_clone`). If the application may have another handle of a descriptor, its number is not
+    /// freed but refers to an unconnected socket, so that the handle can be dropped and reaches nothing.
+    /// The application's other descriptors stay open, unless [`stdio`](Self::stdio) replaces them.
     ///
-    /// *Memory.* Whatever was drawn once is the same in all workers, for instance the seed of random
-    /// numbers. Nothing is dropped when the closure returns but what it owns: the worker exits then, by
-    /// [`std::process::exit`]. The master and its workers, should the closure have them, are useless
-    /// there: what they do is [`Error::ForeignProcess`](crate::Error::ForeignProcess) or nothing. To fork takes longer the more memory the master
-    /// has, and a worker of another [`uid`](Self::uid) still has a copy of all secrets in it.
+    /// *Output.* The buffer of [`std::io::stdout`] is flushed before each fork, so that its contents are
+    /// printed once. Other buffers, such as a [`BufWriter`](std::io::BufWriter) of the application, are
+    /// copied with their contents.
     ///
-    /// *Threads.* The master must have one thread: a worker has only a copy of the one that forked, and a
-    /// lock that another thread held at this moment, in the allocator say, is held there for ever. With
-    /// more threads, `fork` is an [`Error::Fork`](crate::Error::Fork) whose source is of the kind
-    /// [`Deadlock`](std::io::ErrorKind::Deadlock), and nothing has happened. Threads that have been joined
-    /// do not count. Outside Linux, and in a sandbox that refuses unshare(2) and has no `/proc`, the
-    /// number of threads is not known, and `fork` goes on.
+    /// *Memory.* A value that was drawn at random before the fork, such as a seed, is the same in all
+    /// workers. When the closure returns, only what it owns is dropped: the worker then calls
+    /// [`std::process::exit`]. If the closure owns handles of the master or its workers, their methods
+    /// return [`Error::ForeignProcess`](crate::Error::ForeignProcess) or do nothing. A fork takes longer
+    /// the more memory the master has. A worker of another [`uid`](Self::uid) still has a copy of all
+    /// secrets in the master's memory.
     ///
-    /// *Signals* have their default effect, except that SIGPIPE stays ignored where the master ignores
-    /// it, as Rust programs do.
+    /// *Threads.* The master must have one thread: a worker has a copy of the thread that forked and of no
+    /// other, and a lock that another thread held at that moment, for instance in the allocator, is never
+    /// released. If the master has more threads, `fork` fails with [`Error::Fork`](crate::Error::Fork) of
+    /// the kind [`Deadlock`](std::io::ErrorKind::Deadlock), and no process is made. Threads that have been
+    /// joined do not count. Outside Linux, and in a sandbox that refuses unshare(2) and has no `/proc`, the
+    /// number of threads is unknown and not checked.
+    ///
+    /// *Signals* have their default effect, except that SIGPIPE stays ignored if the master ignores it, as
+    /// Rust programs do.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -446,68 +498,126 @@ impl Settings {
     /// ```
     #[must_use]
     pub fn main(mut self, main: impl Fn(Worker) -> i32 + 'static) -> Self {
-        self.main = Some(WorkerMain::new(main));
+        self.main = Choice::Value(WorkerMain::new(main));
         self
     }
 
-    /// Gives what is not set its default.
+    /// Returns whether workers run the closure of [`main`](Self::main) instead of a program.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```
+    /// use cluster::Settings;
+    ///
+    /// let settings = Settings::default().main(|_| 0);
+    /// assert!(settings.has_main() && !settings.exec("./worker").has_main());
+    /// ```
+    #[must_use]
+    pub fn has_main(&self) -> bool {
+        self.get_main().is_some()
+    }
+
+    /// Gives a setting its default again.
+    ///
+    /// Node has no counterpart. As an argument of [`Master::setup_master`](crate::Master::setup_master)
+    /// the result replaces an earlier value by the default. A later call of the setting's method sets a
+    /// value again.
+    ///
+    /// ```
+    /// use cluster::{Setting, Settings};
+    ///
+    /// let settings = Settings::default().cwd("/srv").silent(true);
+    /// let settings = settings.unset(Setting::Cwd);
+    /// assert_eq!(settings.get_cwd(), None);
+    /// assert_eq!(settings.get_silent(), Some(true));
+    /// ```
+    #[must_use]
+    pub fn unset(mut self, setting: Setting) -> Self {
+        match setting {
+            Setting::Exec => self.exec = Choice::Default,
+            Setting::ExecArgs => self.exec_args = Choice::Default,
+            Setting::Args => self.args = Choice::Default,
+            Setting::Cwd => self.cwd = Choice::Default,
+            Setting::Silent => self.silent = Choice::Default,
+            Setting::Stdio => self.stdio = Choice::Default,
+            Setting::ListenFds => self.listen_fds = Choice::Default,
+            Setting::Detached => self.detached = Choice::Default,
+            Setting::Setsid => self.setsid = Choice::Default,
+            Setting::Uid => self.uid = Choice::Default,
+            Setting::Gid => self.gid = Choice::Default,
+            Setting::InspectPort => self.inspect_port = Choice::Default,
+            Setting::Main => self.main = Choice::Default,
+        }
+        self
+    }
+
+    pub(crate) fn get_main(&self) -> Option<&WorkerMain> {
+        self.main.get()
+    }
+
+    /// Fills in the defaults of the settings that always have a value.
     pub(crate) fn complete(mut self) -> Self {
-        self.exec.get_or_insert_with(|| {
-            // Without /proc the program's name has to do.
+        self.exec.fill(|| {
+            // Without /proc, use the name by which the program was started.
             let name = || std::env::args_os().next().map(PathBuf::from);
             std::env::current_exe()
                 .ok()
                 .or_else(name)
                 .unwrap_or_default()
         });
-        let own_args = || std::env::args_os().skip(1).collect();
-        self.args.get_or_insert_with(own_args);
-        self.exec_args.get_or_insert_with(Vec::new);
-        self.silent.get_or_insert(false);
+        self.args.fill(|| std::env::args_os().skip(1).collect());
+        self.exec_args.fill(Vec::new);
+        self.silent.fill(|| false);
+        self.cwd.settle();
+        self.stdio.settle();
+        self.listen_fds.settle();
+        self.detached.settle();
+        self.setsid.settle();
+        self.uid.settle();
+        self.gid.settle();
+        self.inspect_port.settle();
+        self.main.settle();
         self
     }
 
-    /// Takes over what `later` sets and keeps the rest.
+    /// Replaces the settings that `later` mentions and keeps the rest.
     pub(crate) fn update(&mut self, later: Self) {
-        fn set<T>(value: &mut Option<T>, later: Option<T>) {
-            if later.is_some() {
-                *value = later;
-            }
+        // A later program ends the effect of `main`, unless `later` has both.
+        if later.exec.get().is_some() {
+            self.main = Choice::Unmentioned;
         }
-        if later.exec.is_some() || later.main.is_some() {
-            self.main = later.main;
-        }
-        set(&mut self.exec, later.exec);
-        set(&mut self.exec_args, later.exec_args);
-        set(&mut self.args, later.args);
-        set(&mut self.cwd, later.cwd);
-        set(&mut self.silent, later.silent);
-        set(&mut self.stdio, later.stdio);
-        set(&mut self.listen_fds, later.listen_fds);
-        set(&mut self.detached, later.detached);
-        set(&mut self.setsid, later.setsid);
-        set(&mut self.uid, later.uid);
-        set(&mut self.gid, later.gid);
-        set(&mut self.inspect_port, later.inspect_port);
+        self.exec.update(later.exec);
+        self.exec_args.update(later.exec_args);
+        self.args.update(later.args);
+        self.cwd.update(later.cwd);
+        self.silent.update(later.silent);
+        self.stdio.update(later.stdio);
+        self.listen_fds.update(later.listen_fds);
+        self.detached.update(later.detached);
+        self.setsid.update(later.setsid);
+        self.uid.update(later.uid);
+        self.gid.update(later.gid);
+        self.inspect_port.update(later.inspect_port);
+        self.main.update(later.main);
     }
 
-    /// The descriptors that [`stdio`](Self::stdio) has copies made of.
+    /// The descriptors that [`stdio`](Self::stdio) copies into workers.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
-        let stdio = self.stdio.iter().flatten();
+        let stdio = self.get_stdio().into_iter().flatten();
         stdio.filter_map(|stdio| match &stdio.0 {
             StdioKind::Fd(fd) => Some(fd.as_raw_fd()),
             StdioKind::Inherit | StdioKind::Null | StdioKind::Pipe => None,
         })
     }
 
-    /// What `stdio` and `silent` come to, and `listen_fds` behind it.
+    /// Combines `stdio` or `silent` with `listen_fds`, whose descriptors come after the first three.
     ///
     /// # Errors
     ///
-    /// Two of them want the same number.
+    /// Both `stdio` and `listen_fds` claim descriptor 3.
     pub(crate) fn effective_stdio(&self) -> io::Result<Vec<Stdio>> {
-        let mut stdio = match (&self.stdio, self.silent) {
-            (Some(stdio), _) => stdio.clone(),
+        let mut stdio = match (self.get_stdio(), self.get_silent()) {
+            (Some(stdio), _) => stdio.to_vec(),
             (None, Some(true)) => vec![Stdio::pipe(); 3],
             (None, _) => Vec::new(),
         };
@@ -524,209 +634,38 @@ impl Settings {
     }
 
     pub(crate) fn is_detached(&self) -> bool {
-        self.detached == Some(true)
+        self.get_detached() == Some(true)
     }
 
     pub(crate) fn leads_session(&self) -> bool {
-        self.setsid.unwrap_or(self.is_detached())
+        self.get_setsid().unwrap_or(self.is_detached())
     }
 
     pub(crate) fn passed_fds(&self) -> &[(String, Stdio)] {
-        self.listen_fds.as_deref().unwrap_or_default()
+        self.get_listen_fds().unwrap_or_default()
     }
 }
-
-/// What one of a worker's descriptors is, for [`Settings::stdio`].
-///
-/// Node: an entry of `settings.stdio`.
-///
-/// ```
-/// use cluster::{Settings, Stdio};
-///
-/// # fn f() -> std::io::Result<()> {
-/// let log = std::fs::File::create("worker.log")?;
-/// let stdio = [Stdio::null(), Stdio::fd(log), Stdio::inherit(), Stdio::pipe()];
-/// let settings = Settings::default().stdio(stdio);
-/// # let _ = settings;
-/// # Ok(()) }
-/// ```
-#[derive(Clone, Debug)]
-pub struct Stdio(pub(crate) StdioKind);
-
-#[derive(Clone, Debug)]
-pub(crate) enum StdioKind {
-    Inherit,
-    Null,
-    Pipe,
-    Fd(Rc<OwnedFd>),
-}
-
-impl Stdio {
-    /// The master's descriptor of the same number.
-    ///
-    /// Node: `'inherit'`. See [`Stdio`] for an example.
-    #[must_use]
-    pub fn inherit() -> Self {
-        Self(StdioKind::Inherit)
-    }
-
-    /// `/dev/null`.
-    ///
-    /// Node: `'ignore'`. See [`Stdio`] for an example.
-    #[must_use]
-    pub fn null() -> Self {
-        Self(StdioKind::Null)
-    }
-
-    /// One end of a stream of which the master has the other one,
-    /// [`Process::take_stdio`](crate::Process::take_stdio). Both can be read and written. It is a
-    /// socket, which a program has open but cannot open by a name such as `/dev/stdout`.
-    ///
-    /// Node: `'pipe'`. See [`Stdio`] for an example.
-    #[must_use]
-    pub fn pipe() -> Self {
-        Self(StdioKind::Pipe)
-    }
-
-    /// A descriptor of the master's, which every worker gets a copy of.
-    ///
-    /// Node: a number, or a stream. See [`Stdio`] for an example.
-    #[must_use]
-    pub fn fd(descriptor: impl Into<OwnedFd>) -> Self {
-        Self(StdioKind::Fd(Rc::new(descriptor.into())))
-    }
-}
-
-impl PartialEq for Stdio {
-    fn eq(&self, other: &Self) -> bool {
-        match (&self.0, &other.0) {
-            (StdioKind::Fd(a), StdioKind::Fd(b)) => Rc::ptr_eq(a, b),
-            (a, b) => std::mem::discriminant(a) == std::mem::discriminant(b),
-        }
-    }
-}
-
-impl Eq for Stdio {}
-
-/// Where workers get their [`inspect_port`](Settings::inspect_port) from: a number, which the first
-/// worker gets, the next worker the next one, and so on (after 65535 comes 1024); or a closure that
-/// is asked at each fork.
-///
-/// Node: the two forms of `settings.inspectPort`.
-///
-/// ```
-/// use cluster::{InspectPort, Settings};
-///
-/// let counted = Settings::default().inspect_port(9229);
-/// let chosen = Settings::default().inspect_port(InspectPort::new(|| 9000 + rand() % 100));
-/// # fn rand() -> u16 { 4 }
-/// # assert_ne!(counted, chosen);
-/// ```
-#[derive(Clone)]
-pub struct InspectPort(Rc<dyn Fn() -> u16>);
-
-impl InspectPort {
-    /// Asks `port` at each fork.
-    ///
-    /// Node: a function as `settings.inspectPort`. See [`InspectPort`] for an example.
-    pub fn new(port: impl Fn() -> u16 + 'static) -> Self {
-        Self(Rc::new(port))
-    }
-
-    pub(crate) fn next(&self) -> u16 {
-        (self.0)()
-    }
-}
-
-impl From<u16> for InspectPort {
-    fn from(first: u16) -> Self {
-        let next = Cell::new(first);
-        Self::new(move || {
-            let port = next.get();
-            next.set(port.checked_add(1).unwrap_or(FIRST_FREE_PORT));
-            port
-        })
-    }
-}
-
-impl std::fmt::Debug for InspectPort {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InspectPort").finish_non_exhaustive()
-    }
-}
-
-/// Equal to its clones alone.
-impl PartialEq for InspectPort {
-    fn eq(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.0, &other.0)
-    }
-}
-
-impl Eq for InspectPort {}
-
-/// What a worker runs that executes no program, for [`Settings::main`].
-///
-/// Node has no counterpart.
-///
-/// ```
-/// use cluster::{Settings, WorkerMain};
-///
-/// let mut settings = Settings::default();
-/// settings.main = Some(WorkerMain::new(|worker| i32::from(worker.inspect_port().is_none())));
-/// ```
-#[derive(Clone)]
-pub struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
-
-impl WorkerMain {
-    /// Runs `main` in each worker; it returns the exit code. See [`Settings::main`](Settings::main())
-    /// for what it finds there.
-    ///
-    /// Node has no counterpart. See [`WorkerMain`] for an example.
-    pub fn new(main: impl Fn(Worker) -> i32 + 'static) -> Self {
-        Self(Rc::new(main))
-    }
-
-    pub(crate) fn run(&self, worker: Worker) -> i32 {
-        (self.0)(worker)
-    }
-}
-
-impl std::fmt::Debug for WorkerMain {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WorkerMain").finish_non_exhaustive()
-    }
-}
-
-/// Equal to its clones alone.
-impl PartialEq for WorkerMain {
-    fn eq(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.0, &other.0)
-    }
-}
-
-impl Eq for WorkerMain {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn what_was_set_last_is_started() {
+    fn later_of_exec_and_main_takes_effect() {
         let mut settings = Settings::default();
-        let starts_main = |settings: &Settings| settings.main.is_some();
         settings.update(Settings::default().main(|_| 0));
         settings.update(Settings::default().cwd("/"));
-        assert!(starts_main(&settings));
+        assert!(settings.has_main());
         settings.update(Settings::default().exec("a"));
-        assert!(!starts_main(&settings));
+        assert!(!settings.has_main());
         settings.update(Settings::default().exec("b").main(|_| 0));
-        assert!(starts_main(&settings));
+        assert!(settings.has_main());
         settings.update(Settings::default().main(|_| 0).exec("c"));
-        assert!(!starts_main(&settings));
+        assert!(!settings.has_main());
     }
 
     #[test]
-    fn settings_accumulate() {
+    fn updates_accumulate() {
         let mut settings = Settings::default();
         settings.update(Settings::default().exec("a").args(["1"]));
         settings.update(Settings::default());
@@ -736,8 +675,84 @@ mod tests {
         assert_eq!(settings, all.cwd("/").silent(true).uid(1).gid(2));
     }
 
+    const ALL: [Setting; 13] = [
+        Setting::Exec,
+        Setting::ExecArgs,
+        Setting::Args,
+        Setting::Cwd,
+        Setting::Silent,
+        Setting::Stdio,
+        Setting::ListenFds,
+        Setting::Detached,
+        Setting::Setsid,
+        Setting::Uid,
+        Setting::Gid,
+        Setting::InspectPort,
+        Setting::Main,
+    ];
+
+    /// Which settings have a value, in the order of `ALL`.
+    fn are_set(settings: &Settings) -> [bool; 13] {
+        [
+            settings.get_exec().is_some(),
+            settings.get_exec_args().is_some(),
+            settings.get_args().is_some(),
+            settings.get_cwd().is_some(),
+            settings.get_silent().is_some(),
+            settings.get_stdio().is_some(),
+            settings.get_listen_fds().is_some(),
+            settings.get_detached().is_some(),
+            settings.get_setsid().is_some(),
+            settings.get_uid().is_some(),
+            settings.get_gid().is_some(),
+            settings.get_inspect_port().is_some(),
+            settings.has_main(),
+        ]
+    }
+
+    fn every_setting() -> Settings {
+        let settings = Settings::default().exec("a").exec_args(["b"]).args(["c"]);
+        let settings = settings.cwd("/").silent(true).stdio([Stdio::null()]);
+        let no_fds: [(&str, OwnedFd); 0] = [];
+        let settings = settings.listen_fds(no_fds).detached(true).setsid(true);
+        settings.uid(1).gid(2).inspect_port(3).main(|_| 0)
+    }
+
     #[test]
-    fn stdio_comes_before_silent() {
+    fn unset_removes_one_value_and_leaves_the_others() {
+        assert_eq!(are_set(&every_setting()), [true; 13]);
+        for (index, setting) in ALL.into_iter().enumerate() {
+            let mut expected = [true; 13];
+            expected[index] = false;
+            assert_eq!(
+                are_set(&every_setting().unset(setting)),
+                expected,
+                "{setting:?}"
+            );
+            let mut updated = every_setting();
+            updated.update(Settings::default().unset(setting));
+            assert_eq!(are_set(&updated), expected, "{setting:?} by update");
+        }
+    }
+
+    #[test]
+    fn setting_after_unset_has_the_new_value() {
+        let mut settings = Settings::default().cwd("/");
+        settings.update(Settings::default().unset(Setting::Cwd).cwd("/srv"));
+        assert_eq!(settings.get_cwd(), Some(Path::new("/srv")));
+    }
+
+    #[test]
+    fn unset_settings_get_their_defaults_on_completion() {
+        let settings = every_setting();
+        let unset = ALL.into_iter().fold(settings, Settings::unset).complete();
+        let fresh = Settings::default().complete();
+        assert_eq!(unset, fresh);
+        assert_eq!(unset.get_silent(), Some(false));
+    }
+
+    #[test]
+    fn stdio_takes_precedence_over_silent() {
         let silent = Settings::default().silent(true);
         assert_eq!(silent.effective_stdio().unwrap(), vec![Stdio::pipe(); 3]);
         let both = silent.stdio([Stdio::null()]);
@@ -746,7 +761,7 @@ mod tests {
     }
 
     #[test]
-    fn passed_descriptors_come_behind_the_first_three() {
+    fn passed_descriptors_follow_the_first_three() {
         let null = || std::fs::File::open("/dev/null").unwrap();
         let passed = Settings::default().listen_fds([("a", null()), ("b", null())]);
         let [(_, a), (_, b)] = passed.passed_fds() else {
@@ -770,21 +785,5 @@ mod tests {
             .unwrap();
         let both = passed.stdio(three.into_iter().chain([a]));
         both.effective_stdio().unwrap_err();
-    }
-
-    #[test]
-    fn every_worker_has_its_own_inspect_port() {
-        let ports = InspectPort::from(65534);
-        let ports: Vec<_> = std::iter::repeat_with(|| ports.next()).take(4).collect();
-        assert_eq!(ports, [65534, 65535, 1024, 1025]);
-    }
-
-    #[test]
-    fn policy_names() {
-        for policy in [SchedulingPolicy::RoundRobin, SchedulingPolicy::Shared] {
-            assert_eq!(policy.to_string().parse(), Ok(policy));
-        }
-        let error = "RR".parse::<SchedulingPolicy>().unwrap_err().to_string();
-        assert!(error.contains("\"RR\"") && error.contains("\"rr\"") && error.contains("\"none\""));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cluster::{CallbackId, Master, Settings, Signal, WorkerId, WorkerProcess};
+use cluster::{CallbackId, Master, Settings, Signal, SpawnOptions, WorkerId, WorkerProcess};
 
 use super::core::{Action, Core, Time};
 use super::event::PoolEvent;
@@ -197,13 +197,15 @@ impl Pool {
         let env = [(SLOT, slot.to_string())];
         let settings = self.0.generations.borrow().settings(generation);
         let is_detached = match &settings {
-            Some(settings) => settings.detached,
-            None => master.settings().detached,
+            Some(settings) => settings.get_detached(),
+            None => master.settings().get_detached(),
         };
         let forked = match settings {
             // The exit of a detached process is not an event of the master, so a stop would not end.
             _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
-            Some(settings) => master.fork_as(settings, env).map_err(|e| e.to_string()),
+            Some(settings) => master
+                .fork_as(SpawnOptions::new(settings).envs(env))
+                .map_err(|e| e.to_string()),
             None => master.fork_with(env).map_err(|e| e.to_string()),
         };
         let now = self.now();

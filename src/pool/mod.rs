@@ -87,7 +87,7 @@ pub const SLOT: &str = "CLUSTER_SLOT";
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
-/// worker.send(cluster::pool::READY)?;
+/// let _ = worker.send(cluster::pool::READY)?;
 /// # Ok(()) }
 /// ```
 pub const READY: &[u8] = b"\0cluster:ready";
@@ -105,7 +105,7 @@ pub const READY: &[u8] = b"\0cluster:ready";
 /// let timer = worker.set_interval(Duration::from_secs(1), |worker| {
 ///     let _ = worker.send(cluster::pool::HEARTBEAT);
 /// });
-/// worker.unref(timer);
+/// worker.unreference(timer);
 /// # Ok(()) }
 /// ```
 pub const HEARTBEAT: &[u8] = b"\0cluster:beat";

@@ -45,7 +45,7 @@ impl Pool {
     ///
     /// Node has no counterpart. Other callbacks for the same signals are called, too. To give one of
     /// these signals another effect, call [`on_signal`](Self::on_signal) for each signal instead. The
-    /// callbacks can be removed with [`Master::off`].
+    /// callbacks can be removed with [`Master::remove_callback`].
     ///
     /// # Errors
     ///
@@ -60,7 +60,7 @@ impl Pool {
 
     /// Gives a signal an effect on the pool.
     ///
-    /// Node has no counterpart. The callback can be removed with [`Master::off`].
+    /// Node has no counterpart. The callback can be removed with [`Master::remove_callback`].
     ///
     /// # Errors
     ///

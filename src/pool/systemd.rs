@@ -42,7 +42,7 @@ impl Pool {
                 }
             });
             // The watchdog does not keep the loop running; the pool does.
-            master.unref(timer);
+            master.unreference(timer);
         }
         self.on_event(move |pool, master, event| {
             is_ready.set(pool.is_ready_service());

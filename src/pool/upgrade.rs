@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 use cluster::systemd::ListenFd;
 use cluster::{
-    Error, Interest, Master, Result, Settings, Signal, TimerId, WorkerId, WorkerProcess,
+    Error, Interest, Master, Result, Settings, Signal, SpawnOptions, TimerId, WorkerId,
+    WorkerProcess,
 };
 
 use super::core::Core;
@@ -101,7 +102,7 @@ impl Pool {
             // The old master wrote these bytes before it started this process.
             let read = channel.set_nonblocking(true);
             let read = read.and_then(|()| channel.read_exact(&mut inherits_file));
-            read.map_err(io_error("read from the old master"))?;
+            read.map_err(Error::io("read from the old master"))?;
             self.0.old_master.replace(Some(OldMaster {
                 channel,
                 inherits_files: Vec::new(),
@@ -213,9 +214,9 @@ impl Pool {
         let program = self.0.program.path.as_ref();
         let program = program.map_err(|error| {
             // An `io::Error` cannot be cloned.
-            io_error("find the program of this process")(error.kind().into())
+            Error::io("find the program of this process")(error.kind().into())
         })?;
-        let channel = UnixStream::pair().map_err(io_error("create a channel to a new master"))?;
+        let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
         let (mut ours, theirs) = channel;
         let listeners = self.copy_listeners()?;
         let inherits_file = |own: &PoolListener| u8::from(own.listener.removes_file());
@@ -227,7 +228,7 @@ impl Pool {
             .map(inherits_file)
             .collect();
         ours.write_all(&inherits_file)
-            .map_err(io_error("write to a new master"))?;
+            .map_err(Error::io("write to a new master"))?;
         let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
         let settings = Settings::default()
             .exec(program)
@@ -239,7 +240,8 @@ impl Pool {
         // The workers of a pool do not inherit these variables, but the new master is the service.
         let variables = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
         let variables = variables.map(|name| Some((name, std::env::var_os(name)?)));
-        let new_master = master.fork_as(settings, variables.into_iter().flatten())?;
+        let new_master =
+            master.fork_as(SpawnOptions::new(settings).envs(variables.into_iter().flatten()))?;
         self.watch_new_master(master, &new_master, ours)
             .inspect_err(|_| new_master.process().kill(Signal::KILL))
     }
@@ -249,7 +251,7 @@ impl Pool {
         let mut copies = Vec::new();
         for PoolListener { listener, name } in &*self.0.listeners.borrow() {
             let copy = listener.as_fd().try_clone_to_owned();
-            let copy = copy.map_err(io_error("copy a listener for a new master"))?;
+            let copy = copy.map_err(Error::io("copy a listener for a new master"))?;
             let name = name.clone().unwrap_or_else(|| UNNAMED_LISTENER.to_owned());
             copies.push((name, copy));
         }
@@ -298,12 +300,8 @@ impl Pool {
     /// Sends SIGTERM to a new master, and keeps the loop running until it has exited.
     pub(super) fn terminate_new_master(&self, new_master: WorkerId) {
         if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
-            new_master.process().ref_();
+            new_master.process().reference();
             new_master.process().kill(Signal::TERM);
         }
     }
-}
-
-fn io_error(attempt: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io { attempt, source }
 }

@@ -3,7 +3,8 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// Identifies a callback, for [`Master::off`](crate::Master::off), which has an example.
+/// Identifies a callback, for [`Master::remove_callback`](crate::Master::remove_callback), which has an
+/// example.
 ///
 /// Node: the listener function that `removeListener` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,17 +45,18 @@ pub(crate) struct Callbacks<F: ?Sized>(RefCell<Vec<Entry<F>>>);
 
 impl<F: ?Sized> Callbacks<F> {
     pub(crate) fn add(&self, callback: Shared<F>) -> CallbackId {
-        let id = CallbackId::unique();
-        let once = false;
-        self.0.borrow_mut().push(Entry { id, once, callback });
-        id
+        self.push(callback, false)
     }
 
-    /// Makes the next call of the callback its last.
-    pub(crate) fn once(&self, id: CallbackId) {
-        for entry in self.0.borrow_mut().iter_mut() {
-            entry.once |= entry.id == id;
-        }
+    /// Adds a callback that is removed before its first call.
+    pub(crate) fn add_once(&self, callback: Shared<F>) -> CallbackId {
+        self.push(callback, true)
+    }
+
+    fn push(&self, callback: Shared<F>, once: bool) -> CallbackId {
+        let id = CallbackId::unique();
+        self.0.borrow_mut().push(Entry { id, once, callback });
+        id
     }
 
     pub(crate) fn remove(&self, id: CallbackId) {
@@ -72,6 +74,27 @@ impl<F: ?Sized> Callbacks<F> {
         drop(self.0.take());
     }
 
+    /// Returns the ids of the callbacks that are there now, in the order of their calls.
+    pub(crate) fn ids(&self) -> Vec<CallbackId> {
+        self.0.borrow().iter().map(|entry| entry.id).collect()
+    }
+
+    /// Calls one closure, if it is still there and is not being called already.
+    pub(crate) fn call(&self, id: CallbackId, call: impl FnOnce(&mut F)) {
+        let entries = self.0.borrow();
+        let Ok(at) = entries.binary_search_by_key(&id.0, |entry| entry.id.0) else {
+            return;
+        };
+        let (once, callback) = (entries[at].once, Rc::clone(&entries[at].callback));
+        drop(entries);
+        if once {
+            self.remove(id);
+        }
+        if let Ok(mut callback) = callback.try_borrow_mut() {
+            call(&mut callback);
+        }
+    }
+
     /// Calls all closures in order, except for those that are added or removed meanwhile. A closure
     /// that is being called already is skipped: it has led to this call.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
@@ -86,15 +109,10 @@ impl<F: ?Sized> Callbacks<F> {
             let Some(entry) = entries.get(at).filter(|entry| entry.id.0 <= last.0) else {
                 return;
             };
-            let (id, once, callback) = (entry.id, entry.once, Rc::clone(&entry.callback));
+            let id = entry.id;
             drop(entries);
             next = id.0 + 1;
-            if once {
-                self.remove(id);
-            }
-            if let Ok(mut callback) = callback.try_borrow_mut() {
-                call(&mut callback);
-            }
+            self.call(id, &mut call);
             if id == last {
                 return;
             }
@@ -121,8 +139,8 @@ mod tests {
     type Log = Rc<RefCell<Vec<&'static str>>>;
     type List = Rc<Callbacks<dyn FnMut(&Log)>>;
 
-    fn add(list: &List, mut f: impl FnMut(&Log) + 'static) -> CallbackId {
-        list.add(Rc::new(RefCell::new(move |log: &Log| f(log))))
+    fn add(list: &List, f: impl FnMut(&Log) + 'static) -> CallbackId {
+        list.add(Rc::new(RefCell::new(f)))
     }
 
     #[test]
@@ -153,12 +171,11 @@ mod tests {
     fn once_callback_is_called_once_even_by_itself() {
         let (list, log) = (List::default(), Log::default());
         let inner = Rc::clone(&list);
-        let id = add(&list, move |log| {
+        list.add_once(Rc::new(RefCell::new(move |log: &Log| {
             log.borrow_mut().push("once");
             inner.each(|f| f(log));
-        });
+        })));
         add(&list, |log| log.borrow_mut().push("always"));
-        list.once(id);
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["once", "always", "always"]);
         list.each(|f| f(&log));

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WatchError};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
 use crate::runtime::timers::{TimerId, Timers};
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
@@ -352,16 +352,19 @@ impl<R> EventLoop<R> {
         source: S,
         interest: Interest,
         callback: impl FnMut(&R, &S) -> Option<Interest> + 'static,
-    ) -> Result<WatchId>
+    ) -> std::result::Result<WatchId, WatchError<S>>
     where
         R: 'static,
     {
-        self.check_own()?;
+        if let Err(error) = self.check_own() {
+            return Err(WatchError::new(source, error));
+        }
         let id = self.next_watch();
-        let source = self
-            .poller
-            .add(source, Token::Watch(id.0).key(), Some(interest))
-            .map_err(Error::io("watch a descriptor"))?;
+        let key = Token::Watch(id.0).key();
+        let added = self.poller.try_add(source, key, Some(interest));
+        let source = added.map_err(|(source, reason)| {
+            WatchError::new(source, Error::io("watch a descriptor")(reason))
+        })?;
         let number = source.as_fd().as_raw_fd();
         let watch = Watch {
             source,
@@ -435,34 +438,46 @@ impl<R> EventLoop<R> {
         signal: Signal,
         callback: impl FnMut(&R, Signal) + 'static,
     ) -> Result<CallbackId> {
-        self.check_own()?;
-        let known = self.signals.borrow().get(&signal).map(Rc::clone);
-        let interest = match known {
-            Some(interest) => interest,
-            None => {
-                let installed = self.install(signal);
-                let interest = Rc::new(SignalInterest {
-                    callbacks: Callbacks::default(),
-                    _installed: installed.map_err(Error::io("handle a signal"))?,
-                });
-                let mut signals = self.signals.borrow_mut();
-                signals.insert(signal, Rc::clone(&interest));
-                interest
+        let interest = self.signal_interest(signal)?;
+        Ok(interest.callbacks.add(Rc::new(RefCell::new(callback))))
+    }
+
+    pub(crate) fn on_signal_once(
+        &self,
+        signal: Signal,
+        callback: impl FnOnce(&R, Signal) + 'static,
+    ) -> Result<CallbackId> {
+        let interest = self.signal_interest(signal)?;
+        let mut callback = Some(callback);
+        let once = move |role: &R, signal| {
+            if let Some(callback) = callback.take() {
+                callback(role, signal);
             }
         };
-        Ok(interest.callbacks.add(Rc::new(RefCell::new(callback))))
+        Ok(interest.callbacks.add_once(Rc::new(RefCell::new(once))))
+    }
+
+    /// Returns the callbacks for a signal, which is handled from now on.
+    fn signal_interest(&self, signal: Signal) -> Result<Rc<SignalInterest<R>>> {
+        self.check_own()?;
+        let known = self.signals.borrow().get(&signal).map(Rc::clone);
+        if let Some(interest) = known {
+            return Ok(interest);
+        }
+        let installed = self.install(signal);
+        let interest = Rc::new(SignalInterest {
+            callbacks: Callbacks::default(),
+            _installed: installed.map_err(Error::io("handle a signal"))?,
+        });
+        let mut signals = self.signals.borrow_mut();
+        signals.insert(signal, Rc::clone(&interest));
+        Ok(interest)
     }
 
     pub(crate) fn remove_signal_callback(&self, id: CallbackId) {
         let signals: Vec<_> = self.signals.borrow().values().map(Rc::clone).collect();
         for interest in signals {
             interest.callbacks.remove(id);
-        }
-    }
-
-    pub(crate) fn signal_callback_once(&self, id: CallbackId) {
-        for interest in self.signals.borrow().values() {
-            interest.callbacks.once(id);
         }
     }
 

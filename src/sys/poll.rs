@@ -173,14 +173,44 @@ impl Poller {
         key: usize,
         interest: Option<Interest>,
     ) -> io::Result<Registered<S>> {
-        let registered = Registered {
+        self.try_add(source, key, interest)
+            .map_err(|(_, error)| error)
+    }
+
+    /// Adds a descriptor as [`add`](Self::add) does, but returns the source with an error.
+    pub(crate) fn try_add<S: AsFd>(
+        &self,
+        source: S,
+        key: usize,
+        interest: Option<Interest>,
+    ) -> Result<Registered<S>, (S, io::Error)> {
+        let awaited = interest.map(Awaited::Interest);
+        let inserted = match awaited {
+            Some(new) => self.insert(&source, key, new),
+            None => self.check_own(),
+        };
+        if let Err(error) = inserted {
+            return Err((source, error));
+        }
+        Ok(Registered {
             poller: self.clone(),
             key,
-            awaited: Cell::new(None),
+            awaited: Cell::new(awaited),
             source,
-        };
-        registered.set_interest(interest)?;
-        Ok(registered)
+        })
+    }
+
+    fn insert(&self, source: &impl AsFd, key: usize, new: Awaited) -> io::Result<()> {
+        self.check_own()?;
+        let number = source.as_fd().as_raw_fd();
+        // SAFETY: the caller is, or makes, a `Registered`. It owns the source, lends it out only as a
+        // shared reference, and deletes it from this poller in its `Drop`, before the source itself is
+        // dropped.
+        unsafe {
+            self.0
+                .poller
+                .add_with_mode(number, event(key, new), PollMode::Level)
+        }
     }
 
     /// Waits until a descriptor is ready or the timeout has passed.

@@ -3,7 +3,8 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 
-use crate::config::settings::{Stdio, TO_WORKER};
+use crate::config::env::TO_WORKER;
+use crate::config::stdio::Stdio;
 use crate::error::{Error, Result};
 use crate::sys;
 use crate::types::sorted_map::SortedMap;

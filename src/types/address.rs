@@ -1,87 +1,156 @@
-//! Where a worker listens, as the `listening` event tells it.
+//! The address of a listener, as the `listening` event reports it.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 
 use crate::types::endpoint::{Endpoint, Kind, Place};
 
-/// What a worker listens on.
+/// The address that a worker listens on.
 ///
-/// Node: the argument `address` of the `listening` event. It prints as `127.0.0.1:8000`,
-/// `[::1]:8000`, `*:8000` where no host was given, or as the path.
+/// Node: the argument `address` of the `listening` event, and its `addressType`. It prints as
+/// `127.0.0.1:8000`, `[::1]:8000`, `*:8000` if the worker gave no host, or as the path.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
 /// master.on_listening(|_, worker, address| {
-///     println!("worker {} listens on {address}, port {:?}", worker.id(), address.port);
+///     println!("worker {} listens on {address}, port {:?}", worker.id(), address.port());
 /// });
 /// # }
 /// ```
+#[doc(alias = "addressType")]
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub struct Address {
-    /// The IP address or the path that the worker asked for, as text; `None` if it gave none, but
-    /// a port alone or a descriptor.
-    pub address: Option<String>,
-    /// The real port, 1 to 65535, also where the worker asked for port 0; `None` for a Unix path.
-    pub port: Option<u16>,
-    /// What kind of address it is.
-    pub address_type: AddressType,
-    /// The master's descriptor that the worker asked for, if it did.
-    pub fd: Option<RawFd>,
-}
-
-/// The kind of an [`Address`].
-///
-/// Node: `addressType`, whose values are `4`, `6`, `-1`, `'udp4'` and `'udp6'`. See [`Address`] for
-/// an example.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum AddressType {
-    /// TCP over IPv4.
-    Tcp4,
-    /// TCP over IPv6, or over both where no host was given.
-    Tcp6,
-    /// A Unix path.
-    Unix,
-    /// UDP over IPv4.
-    Udp4,
-    /// UDP over IPv6.
-    Udp6,
+pub enum Address {
+    /// A TCP port of the IP address that the worker gave.
+    ///
+    /// Node: `addressType` 4 or 6.
+    Tcp(SocketAddr),
+    /// A TCP port of all addresses, because the worker gave no host. The value is what the system bound:
+    /// `[::]`, or `0.0.0.0` on a machine without IPv6.
+    ///
+    /// Node: `addressType` 4 or 6, and `address` is `null`.
+    TcpPort(SocketAddr),
+    /// A UDP port.
+    ///
+    /// Node: `addressType` `'udp4'` or `'udp6'`.
+    Udp(SocketAddr),
+    /// A Unix socket.
+    ///
+    /// Node: `addressType` -1.
+    Unix(PathBuf),
+    /// A descriptor of the master, which the worker named by its number.
+    ///
+    /// Node: `fd`.
+    #[non_exhaustive]
+    Fd {
+        /// The number of the descriptor in the master.
+        number: RawFd,
+        /// Whether it is a UDP socket and not a listener.
+        is_udp: bool,
+        /// The address that it is bound to, unless it is a Unix socket.
+        address: Option<SocketAddr>,
+    },
 }
 
 impl Address {
-    /// `bound` is what the system says; it has none for a Unix path.
-    pub(crate) fn new(asked: &Endpoint, bound: Option<SocketAddr>) -> Self {
-        let (address, fd) = match &asked.place {
-            Place::Port(_) => (None, None),
-            Place::Ip(address) => (Some(address.ip().to_string()), None),
-            Place::Path(path) => (Some(path.to_string_lossy().into_owned()), None),
-            Place::Fd(number) => (None, Some(*number)),
-        };
-        let address_type = match (asked.kind, bound) {
-            (Kind::Unix, _) | (_, None) => AddressType::Unix,
-            (Kind::Tcp, Some(SocketAddr::V4(_))) => AddressType::Tcp4,
-            (Kind::Tcp, Some(SocketAddr::V6(_))) => AddressType::Tcp6,
-            (Kind::Udp, Some(SocketAddr::V4(_))) => AddressType::Udp4,
-            (Kind::Udp, Some(SocketAddr::V6(_))) => AddressType::Udp6,
-        };
-        Self {
-            address,
-            port: bound.map(|bound| bound.port()),
-            address_type,
-            fd,
+    /// `bound` is what the system reports; it is `None` for a Unix socket.
+    pub(crate) fn new(requested: &Endpoint, bound: Option<SocketAddr>) -> Self {
+        let is_udp = requested.kind == Kind::Udp;
+        match &requested.place {
+            Place::Port(port) => {
+                let bound = bound.unwrap_or((Ipv6Addr::UNSPECIFIED, *port).into());
+                if is_udp {
+                    Self::Udp(bound)
+                } else {
+                    Self::TcpPort(bound)
+                }
+            }
+            Place::Ip(address) => {
+                let mut address = *address;
+                if let Some(bound) = bound {
+                    address.set_port(bound.port());
+                }
+                if is_udp {
+                    Self::Udp(address)
+                } else {
+                    Self::Tcp(address)
+                }
+            }
+            Place::Path(path) => Self::Unix(path.clone()),
+            Place::Fd(number) => Self::Fd {
+                number: *number,
+                is_udp,
+                address: bound,
+            },
+        }
+    }
+
+    /// Returns the port, 1 to 65535, or `None` for a Unix socket. It is the real port, even if the worker
+    /// asked for port 0.
+    ///
+    /// Node: `address.port`. See [`Address`] for an example.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        self.socket_addr().map(|address| address.port())
+    }
+
+    /// Returns the IP address and port, or `None` for a Unix socket.
+    ///
+    /// Node: `address.address` and `address.port`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_listening(|_, _, address| {
+    ///     if let Some(address) = address.socket_addr() {
+    ///         println!("bound to {}", address.ip());
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn socket_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(address) | Self::TcpPort(address) | Self::Udp(address) => Some(*address),
+            Self::Fd { address, .. } => *address,
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// Returns the path of a Unix socket that was named by its path.
+    ///
+    /// Node: `address.address` of a path.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.on_listening(|_, _, address| {
+    ///     if let Some(path) = address.path() {
+    ///         println!("connect to {}", path.display());
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::Tcp(_) | Self::TcpPort(_) | Self::Udp(_) | Self::Fd { .. } => None,
         }
     }
 }
 
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let host = self.address.as_deref().unwrap_or("*");
-        match (self.port, host.contains(':')) {
-            (Some(port), true) => write!(f, "[{host}]:{port}"),
-            (Some(port), false) => write!(f, "{host}:{port}"),
-            (None, _) => f.write_str(host),
+        match self {
+            Self::TcpPort(address) => write!(f, "*:{}", address.port()),
+            Self::Tcp(address)
+            | Self::Udp(address)
+            | Self::Fd {
+                address: Some(address),
+                ..
+            } => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+            Self::Fd { number, .. } => write!(f, "descriptor {number}"),
         }
     }
 }
@@ -90,18 +159,47 @@ impl std::fmt::Display for Address {
 mod tests {
     use super::*;
 
+    fn address(kind: Kind, place: Place, bound: Option<&str>) -> Address {
+        let bound = bound.map(|bound| bound.parse().unwrap());
+        Address::new(&Endpoint::new(kind, place), bound)
+    }
+
     #[test]
-    fn prints_as_it_was_asked_for() {
-        let bound = |text: &str| text.parse::<SocketAddr>().ok();
-        let address = |kind, place, bound| Address::new(&Endpoint::new(kind, place), bound);
+    fn address_prints_as_it_was_requested() {
         for text in ["127.0.0.1:80", "[::1]:8000"] {
             let place = Place::Ip(text.parse().unwrap());
-            assert_eq!(address(Kind::Tcp, place, bound(text)).to_string(), text);
+            assert_eq!(address(Kind::Tcp, place, Some(text)).to_string(), text);
         }
-        let port = address(Kind::Tcp, Place::Port(0), bound("[::]:80"));
+        let port = address(Kind::Tcp, Place::Port(0), Some("[::]:80"));
         assert_eq!(port.to_string(), "*:80");
-        assert_eq!(port.address_type, AddressType::Tcp6);
+        assert_eq!(port, Address::TcpPort("[::]:80".parse().unwrap()));
         let path = address(Kind::Unix, Place::Path("/run/a".into()), None);
         assert_eq!(path.to_string(), "/run/a");
+        let fd = address(Kind::Tcp, Place::Fd(3), Some("127.0.0.1:80"));
+        assert_eq!(fd.to_string(), "127.0.0.1:80");
+        let fd = address(Kind::Unix, Place::Fd(3), None);
+        assert_eq!(fd.to_string(), "descriptor 3");
+    }
+
+    #[test]
+    fn address_has_the_requested_ip_and_the_bound_port() {
+        let any = Place::Ip("127.0.0.1:0".parse().unwrap());
+        for kind in [Kind::Tcp, Kind::Udp] {
+            let address = address(kind, any.clone(), Some("127.0.0.1:7"));
+            assert_eq!(address.socket_addr(), "127.0.0.1:7".parse().ok());
+            assert_eq!((address.port(), address.path()), (Some(7), None));
+        }
+        let path = address(Kind::Unix, Place::Path("/run/a".into()), None);
+        assert_eq!((path.port(), path.path()), (None, Some("/run/a".as_ref())));
+        let fd = address(Kind::Udp, Place::Fd(3), Some("127.0.0.1:7"));
+        let Address::Fd {
+            number: 3,
+            is_udp: true,
+            ..
+        } = fd
+        else {
+            panic!("{fd:?}");
+        };
+        assert_eq!(fd.port(), Some(7));
     }
 }

@@ -69,4 +69,67 @@ impl Signal {
     pub(crate) const fn from_number(number: i32) -> Self {
         Self(number)
     }
+
+    /// The highest number: SIGRTMAX of the kernel, or the last standard signal where there are no
+    /// constant numbers for real-time signals.
+    const MAX: i32 = if cfg!(any(target_os = "linux", target_os = "android")) {
+        64
+    } else {
+        31
+    };
+}
+
+/// Converts the system's number of a signal: 1 to 64 on Linux, and 1 to 31 elsewhere.
+///
+/// ```
+/// use cluster::Signal;
+///
+/// assert_eq!(Signal::try_from(15), Ok(Signal::TERM));
+/// assert!(Signal::try_from(0).is_err());
+/// ```
+impl TryFrom<i32> for Signal {
+    type Error = InvalidSignal;
+
+    fn try_from(number: i32) -> Result<Self, InvalidSignal> {
+        if (1..=Self::MAX).contains(&number) {
+            Ok(Self(number))
+        } else {
+            Err(InvalidSignal(number))
+        }
+    }
+}
+
+/// The error of converting a number that is not a signal's into a [`Signal`]. It contains the number.
+///
+/// ```
+/// use cluster::{InvalidSignal, Signal};
+///
+/// let error = Signal::try_from(1000).unwrap_err();
+/// assert_eq!(error, InvalidSignal(1000));
+/// assert_eq!(error.to_string(), "1000 is not the number of a signal");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct InvalidSignal(pub i32);
+
+impl std::fmt::Display for InvalidSignal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} is not the number of a signal", self.0)
+    }
+}
+
+impl std::error::Error for InvalidSignal {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_numbers_of_signals_are_converted() {
+        for number in [1, 15, 31, Signal::MAX] {
+            assert_eq!(Signal::try_from(number).map(Signal::number), Ok(number));
+        }
+        for number in [i32::MIN, -1, 0, Signal::MAX + 1, i32::MAX] {
+            assert_eq!(Signal::try_from(number), Err(InvalidSignal(number)));
+        }
+    }
 }

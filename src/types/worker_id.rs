@@ -1,15 +1,16 @@
-//! The number by which a worker is known.
+//! The number of a worker.
 
-/// The number of a worker: 1 for the first, never used twice by one master.
+/// The number of a worker: 1 for the first. A master never uses a number twice.
 ///
 /// Node: `worker.id`. It is the key of [`Master::worker`](crate::Master::worker), and the worker
-/// itself knows it as [`Worker::id`](crate::Worker::id), which has an example.
+/// itself gets it from [`Worker::id`](crate::Worker::id), which has an example. The master finds a worker
+/// by a plain number, too, for instance one that came in a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(u32);
 
 impl WorkerId {
-    /// The last number. It still fits the poller on systems of 32 bits, where three bits of each key
-    /// say what kind of descriptor it is.
+    /// The highest number. It has to fit into a key of the poller. On 32-bit systems three bits of each
+    /// key are taken by the kind of the descriptor.
     pub(crate) const MAX: u32 = if usize::BITS > u32::BITS {
         u32::MAX
     } else {
@@ -34,10 +35,9 @@ impl WorkerId {
     }
 }
 
-/// For an id that has travelled as a number, in a message say.
-impl From<u32> for WorkerId {
-    fn from(number: u32) -> Self {
-        Self(number)
+impl From<WorkerId> for u32 {
+    fn from(id: WorkerId) -> Self {
+        id.0
     }
 }
 

@@ -115,7 +115,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
             let next = match channel.flush() {
                 Ok(Flushed::Done) => AfterFlush::Nothing,
                 Ok(Flushed::Exhausted(error)) => {
-                    AfterFlush::BackOff(error.map(|source| self.exhausted(source)))
+                    AfterFlush::BackOff(error.map(|reason| self.exhausted(reason)))
                 }
                 Err(error) => AfterFlush::Close(error),
             };
@@ -152,14 +152,14 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         receipts
     }
 
-    fn exhausted(&self, source: io::Error) -> Error {
+    fn exhausted(&self, reason: io::Error) -> Error {
         let worker = self.peer;
-        Error::Exhausted { worker, source }
+        Error::Exhausted { worker, reason }
     }
 
     /// Returns the error that the channel is broken.
-    pub(crate) fn broken(&self, source: io::Error) -> Error {
+    pub(crate) fn broken(&self, reason: io::Error) -> Error {
         let worker = self.peer;
-        Error::Channel { worker, source }
+        Error::Channel { worker, reason }
     }
 }

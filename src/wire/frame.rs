@@ -61,8 +61,9 @@ use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 
 /// Version of the format. A frame of any other version is an error.
@@ -196,8 +197,8 @@ pub enum FrameError {
     Body(u8),
     /// More or other descriptors arrived than the frames announce.
     Descriptors,
-    /// A well-formed frame that is invalid in the present state; the text says why.
-    State(&'static str),
+    /// A well-formed frame that the protocol does not allow in this state.
+    Violation(Violation),
 }
 
 impl std::fmt::Display for FrameError {
@@ -215,10 +216,12 @@ impl std::fmt::Display for FrameError {
             Self::Kind(kind) => write!(f, "unknown kind of frame {kind}"),
             Self::Body(kind) => write!(f, "malformed frame of kind {kind}"),
             Self::Descriptors => write!(f, "descriptors that no frame announced"),
-            Self::State(reason) => write!(f, "{reason}"),
+            Self::Violation(violation) => violation.fmt(f),
         }
     }
 }
+
+impl std::error::Error for FrameError {}
 
 /// Returns the first bytes that a master writes to the channel of `worker`.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
@@ -655,12 +658,10 @@ mod tests {
     }
 
     fn decode<F: Frame>(bytes: &[u8]) -> Result<F, FrameError> {
-        let (header, body) = bytes
-            .split_first_chunk()
-            .ok_or(FrameError::State("short"))?;
+        let (header, body) = bytes.split_first_chunk().ok_or(FrameError::Body(0))?;
         let header = Header::decode(*header)?;
         if header.length != body.len() {
-            return Err(FrameError::State("other length"));
+            return Err(FrameError::Body(0));
         }
         F::decode(header.kind, header.fds, body)
     }

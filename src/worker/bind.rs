@@ -14,12 +14,16 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::worker::Worker;
 use crate::worker::shell::SocketOwner;
 
-/// A listener or socket, with its address if it has one.
-type Opened = (ListenerId, Option<SocketAddr>);
+/// A listener or socket of the worker.
+pub(super) struct Opened {
+    pub(super) id: ListenerId,
+    /// `None` for a Unix socket, and in a worker that is disconnecting.
+    pub(super) address: Option<SocketAddr>,
+}
 
 impl Worker {
-    /// Opens the first that can be had of what the program wants. The outer error is that of the
-    /// wait for the master, the inner one that of the system.
+    /// Opens the first usable one of the addresses that the request stands for. The outer error comes
+    /// from waiting for the master, the inner one from opening.
     pub(super) fn open(&self, bind_request: &mut BindRequest) -> Result<io::Result<Opened>> {
         self.inner.event_loop.check_own()?;
         if let Some(socket) = bind_request.take_socket() {
@@ -31,8 +35,8 @@ impl Worker {
         };
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for endpoint in endpoints {
-            let opened = if bind_request.is_alone() {
-                self.open_alone(&endpoint, bind_request)
+            let opened = if bind_request.is_private() {
+                self.open_private(&endpoint, bind_request)
             } else {
                 self.open_shared(endpoint, bind_request.flags)?
             };
@@ -44,17 +48,16 @@ impl Worker {
         Ok(Err(last))
     }
 
-    /// Asks the master.
+    /// Requests a shared listener or socket from the master.
     fn open_shared(&self, endpoint: Endpoint, flags: BindFlags) -> Result<io::Result<Opened>> {
         let shell = &self.inner.shell;
-        let asked = endpoint.address();
         let id = shell.core.borrow_mut().listen(endpoint, flags);
         let answer = shell.wait_for_reply(id).inspect_err(|_| shell.close(id))?;
         Ok(match answer {
-            Ok(bound) => {
+            Ok(address) => {
                 shell.core.borrow_mut().listening(id);
                 shell.act();
-                Ok((id, bound.or(asked)))
+                Ok(Opened { id, address })
             }
             Err(error) => {
                 shell.close(id);
@@ -63,12 +66,12 @@ impl Worker {
         })
     }
 
-    /// Binds in this process; the master is not asked.
-    fn open_alone(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
+    /// Binds in this process, without the master.
+    fn open_private(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
         let shell = &self.inner.shell;
         if shell.core.borrow().is_disconnecting() {
             let id = shell.core.borrow_mut().listen_privately(endpoint.kind);
-            return Ok((id, endpoint.address()));
+            return Ok(Opened { id, address: None });
         }
         let sharing = match bind_request.reuse_port {
             true => PortSharing::Join,
@@ -81,10 +84,10 @@ impl Worker {
             false => SocketOwner::ThisWorker,
         };
         let id = shell.add_exclusive(endpoint.kind, bound, owner)?;
-        Ok((id, address))
+        Ok(Opened { id, address })
     }
 
-    /// Uses a socket that the worker has already.
+    /// Uses a socket that the application passed.
     fn open_socket(&self, socket: OwnedFd, bind_request: &BindRequest) -> io::Result<Opened> {
         bind::prepare(&socket, bind_request.flags.backlog)?;
         let address = sys::listen::local_addr(&socket);
@@ -93,11 +96,11 @@ impl Worker {
             socket,
             address,
         };
-        // Of TCP or Unix, which makes no difference from here on.
+        // It may be a Unix socket, but the kind makes no difference from here on.
         let id = self
             .inner
             .shell
             .add_exclusive(Kind::Tcp, bound, SocketOwner::Application)?;
-        Ok((id, address))
+        Ok(Opened { id, address })
     }
 }

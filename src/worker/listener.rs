@@ -1,24 +1,28 @@
-//! Where a worker's connections come from, and the connections.
+//! A listener of a worker.
 
 use std::cell::RefCell;
-use std::io::{self, Read, Write};
 use std::marker::PhantomData;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::ops::Deref;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::rc::{Rc, Weak};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use crate::core::worker::ListenerId;
 use crate::error::Result;
-use crate::worker::shell::WorkerShell;
+use crate::runtime::callbacks::Shared;
+use crate::worker::bind::Opened;
+use crate::worker::callbacks::OnConnection;
+use crate::worker::connection::Connection;
 use crate::worker::{Inner, Worker};
 
-/// What a worker listens on, together with others. Its connections are [`TcpStream`]s, or, if it is
+/// A listener that a worker shares with other workers. Its connections are [`TcpStream`]s, or, if it is
 /// a `Listener<UnixStream>`, [`UnixStream`](std::os::unix::net::UnixStream)s.
 ///
-/// Node: the `net.Server` after `server.listen()`. It comes from [`Worker::listen`]. When it is
-/// dropped it closes, unless it has a callback: then it stays open until [`close`](Self::close).
-/// It ends by itself when the worker is to leave.
+/// Node: the `net.Server` after `server.listen()`. It comes from [`Worker::listen`]. When it is dropped
+/// it closes, unless it has a callback: then it stays open until [`close`](Self::close). It closes by
+/// itself when the worker disconnects.
+///
+/// A listener is not `Send`, as the [`Worker`] is not. To serve a connection on another thread, send the
+/// stream there ([`Connection::into_stream`]).
 ///
 /// ```no_run
 /// # fn serve(_: cluster::Connection) {}
@@ -38,17 +42,17 @@ pub struct Listener<S = TcpStream> {
 }
 
 impl<S> Listener<S> {
-    pub(crate) fn new(worker: Rc<Inner>, id: ListenerId, address: Option<SocketAddr>) -> Self {
+    pub(super) fn new(worker: Rc<Inner>, opened: Opened) -> Self {
         Self {
             worker,
-            id,
-            address,
+            id: opened.id,
+            address: opened.address,
             streams: PhantomData,
         }
     }
 
-    /// Closes the listener for this worker; others go on. Connections that were on their way go to
-    /// them, and those that the program has stay open.
+    /// Closes the listener for this worker. Other workers keep theirs, and get the connections that were
+    /// dispatched to this worker and not received. Connections that the application has stay open.
     ///
     /// Node: `server.close()`.
     ///
@@ -62,9 +66,11 @@ impl<S> Listener<S> {
         self.worker.close(self.id);
     }
 
-    /// Sets how many connections the program wants to have at a time; `None`, the default, for any
-    /// number. While it has as many, the next ones go to other workers, and wait in the kernel's
-    /// queue when there are none. The worker no longer counts a connection that it has dropped or
+    /// Sets how many connections of this listener the application wants to have at a time. `None`, the
+    /// default, stands for any number.
+    ///
+    /// At the limit, further connections go to other workers. If there are none, the connections wait in
+    /// the kernel's backlog. The worker no longer counts a connection that has been dropped or
     /// taken out of its [`Connection`].
     ///
     /// Node: `server.maxConnections`.
@@ -75,61 +81,99 @@ impl<S> Listener<S> {
     /// listener.set_max_connections(Some(100));
     /// # Ok(()) }
     /// ```
-    pub fn set_max_connections(&self, most: Option<u64>) {
-        self.worker.set_connection_limit(self.id, most);
+    #[doc(alias = "maxConnections")]
+    pub fn set_max_connections(&self, limit: Option<u64>) {
+        self.worker.set_connection_limit(self.id, limit);
     }
 
-    /// Lets the worker end although this listener is open: [`Worker::run`] does not wait for it.
-    /// Its connections it does wait for.
+    /// Goes back to [`accept`](Self::accept): connections are no longer passed to the callback of
+    /// [`set_connection_callback`](Self::set_connection_callback). Until the next call of `accept` they
+    /// go to other workers.
+    ///
+    /// Node: `server.removeListener('connection')`. Nothing happens if there is no callback.
+    ///
+    /// ```no_run
+    /// # fn f(listener: &cluster::Listener) -> cluster::Result<()> {
+    /// listener.remove_connection_callback();
+    /// let next = listener.accept()?;
+    /// # let _ = next;
+    /// # Ok(()) }
+    /// ```
+    #[doc(alias = "removeListener")]
+    pub fn remove_connection_callback(&self) {
+        self.worker.remove_connection_callback(self.id);
+    }
+
+    /// Leaves connections beyond the limit to other workers again: removes the callback of
+    /// [`set_drop_callback`](Self::set_drop_callback).
+    ///
+    /// Node: `server.removeListener('drop')`. Nothing happens if there is no callback.
+    ///
+    /// ```no_run
+    /// # fn f(listener: &cluster::Listener) {
+    /// listener.set_drop_callback(|_, connection| drop(connection));
+    /// listener.remove_drop_callback();
+    /// # }
+    /// ```
+    #[doc(alias = "removeListener")]
+    pub fn remove_drop_callback(&self) {
+        self.worker.remove_drop_callback(self.id);
+    }
+
+    /// Lets [`Worker::run`] return although this listener is open. `run` still waits for its
+    /// connections.
     ///
     /// Node: `server.unref()`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
     /// let status = worker.listen(8001)?;
-    /// status.unref();
+    /// status.unreference();
     /// # Ok(()) }
     /// ```
-    pub fn unref(&self) {
+    #[doc(alias = "unref")]
+    pub fn unreference(&self) {
         self.worker.reference(self.id, false);
     }
 
-    /// Undoes [`unref`](Self::unref), which has an example.
+    /// Undoes [`unreference`](Self::unreference), which has an example.
     ///
     /// Node: `server.ref()`.
-    pub fn ref_(&self) {
+    #[doc(alias = "ref")]
+    pub fn reference(&self) {
         self.worker.reference(self.id, true);
     }
 }
 
 impl Listener<TcpStream> {
-    /// Returns the address, with the real port where port 0 was asked for. The listener of a
-    /// worker that was leaving already when it asked has the address it asked for.
+    /// Returns the address, with the real port if port 0 was requested. It is `None` if the worker was
+    /// already disconnecting when it asked for the listener, which was therefore never bound.
     ///
     /// Node: `server.address()`.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
-    /// println!("http://{}/", listener.local_addr());
+    /// if let Some(address) = listener.local_addr() {
+    ///     println!("http://{address}/");
+    /// }
     /// # }
     /// ```
+    #[doc(alias = "address")]
     #[must_use]
-    pub fn local_addr(&self) -> SocketAddr {
-        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        self.address.unwrap_or(nowhere)
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        self.address
     }
 }
 
 impl<S: From<OwnedFd>> Listener<S> {
-    /// Waits for the next connection; `None` means that the listener has ended, because the worker
-    /// is to leave or has lost its master. Messages, timers, signals and watched descriptors are
-    /// served meanwhile.
+    /// Waits for the next connection. `None` means that the listener has ended, because the worker is
+    /// disconnecting or has lost its master. Messages, timers, signals and watches are handled meanwhile.
     ///
-    /// Node has no counterpart; there, connections are events. While the program is not in this
-    /// call, connections go to other workers; of several listeners without a callback only the one
-    /// that it waits for is served. After the end the program can still send messages, and is free
-    /// to finish its work; a program that still has connections in its timers or watches, or wants
-    /// to see the `disconnect` event, calls [`Worker::run`] then.
+    /// Node has no counterpart; there, connections are events. While the application is not in this call,
+    /// connections go to other workers. Of several listeners without a callback, only the one whose
+    /// `accept` is being called receives connections. After the end, the application can still send
+    /// messages and finish its work. If its timers or watches still own connections, or if it wants the
+    /// `disconnect` event, it then calls [`Worker::run`].
     ///
     /// # Errors
     ///
@@ -150,9 +194,11 @@ impl<S: From<OwnedFd>> Listener<S> {
         Incoming(self)
     }
 
-    /// Calls back for each connection from now on, instead of [`accept`](Self::accept). A second
-    /// callback replaces the first. Several connections may be on their way to this worker at a
-    /// time, so the callback should not wait: it may [`watch`](Worker::watch) the connection.
+    /// Sets the callback that gets each connection from now on, instead of [`accept`](Self::accept). A
+    /// second callback replaces the first.
+    ///
+    /// Several connections may be in flight to this worker at a time, so the callback should not wait. It
+    /// may [`watch`](Worker::watch) the connection.
     ///
     /// Node: `server.on('connection')`.
     ///
@@ -160,25 +206,22 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
     /// use std::io::Write;
     ///
-    /// worker.listen("127.0.0.1:8000")?.on_connection(|_, mut connection| {
+    /// worker.listen("127.0.0.1:8000")?.set_connection_callback(|_, mut connection| {
     ///     let _ = connection.write_all(b"hello and goodbye\n");
     /// });
     /// worker.run()
     /// # }
     /// ```
-    pub fn on_connection(&self, mut callback: impl FnMut(&Worker, Connection<S>) + 'static) {
-        let with_stream = move |worker: &Worker, connection: Connection<OwnedFd>| {
-            callback(worker, connection.cast());
-        };
-        let callback = Rc::new(RefCell::new(with_stream));
-        self.worker.serve(self.id, callback);
+    pub fn set_connection_callback(&self, callback: impl FnMut(&Worker, Connection<S>) + 'static) {
+        self.worker.serve(self.id, with_stream(callback));
     }
 
-    /// Takes the connections beyond the limit of
-    /// [`set_max_connections`](Self::set_max_connections), too, instead of leaving them to others,
-    /// and calls back for each of them: also when another worker could serve it. The connection is
-    /// closed when the callback drops it. A second callback replaces the first. A worker that blocks
-    /// takes them while it waits in [`accept`](Self::accept).
+    /// Sets the callback that gets each connection beyond the limit of
+    /// [`set_max_connections`](Self::set_max_connections). The worker then receives these connections,
+    /// instead of leaving them to other workers, even if another worker could serve them.
+    ///
+    /// The connection closes when the callback drops it. A second callback replaces the first. A worker
+    /// that blocks receives these connections while it waits in [`accept`](Self::accept).
     ///
     /// Node: `server.dropMaxConnection` and the event `drop`.
     ///
@@ -187,18 +230,26 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// use std::io::Write;
     ///
     /// listener.set_max_connections(Some(100));
-    /// listener.on_drop(|_, mut connection| {
+    /// listener.set_drop_callback(|_, mut connection| {
     ///     let _ = connection.write_all(b"HTTP/1.1 503 Service Unavailable\r\n\r\n");
     /// });
     /// # }
     /// ```
-    pub fn on_drop(&self, mut callback: impl FnMut(&Worker, Connection<S>) + 'static) {
-        let with_stream = move |worker: &Worker, connection: Connection<OwnedFd>| {
-            callback(worker, connection.cast());
-        };
-        let callback = Rc::new(RefCell::new(with_stream));
-        self.worker.drop_excess(self.id, callback);
+    #[doc(alias = "dropMaxConnection")]
+    pub fn set_drop_callback(&self, callback: impl FnMut(&Worker, Connection<S>) + 'static) {
+        self.worker.drop_excess(self.id, with_stream(callback));
     }
+}
+
+/// Makes a callback for any kind of connection from one for a certain kind.
+fn with_stream<S: From<OwnedFd>>(
+    mut callback: impl FnMut(&Worker, Connection<S>) + 'static,
+) -> Shared<OnConnection> {
+    Rc::new(RefCell::new(
+        move |worker: &Worker, connection: Connection<OwnedFd>| {
+            callback(worker, connection.cast());
+        },
+    ))
 }
 
 impl<S> Drop for Listener<S> {
@@ -209,7 +260,7 @@ impl<S> Drop for Listener<S> {
     }
 }
 
-/// The connections of a [`Listener`], one after the other.
+/// An iterator over the connections of a [`Listener`].
 ///
 /// Node has no counterpart. It comes from [`Listener::incoming`]. See [`Worker`] for an example.
 #[derive(Debug)]
@@ -220,130 +271,5 @@ impl<S: From<OwnedFd>> Iterator for Incoming<'_, S> {
 
     fn next(&mut self) -> Option<Self::Item> {
         self.0.accept().transpose()
-    }
-}
-
-/// A connection to a client: a [`TcpStream`] or
-/// [`UnixStream`](std::os::unix::net::UnixStream) that the worker counts.
-///
-/// Node: `net.Socket`. It blocks, like any new stream. In [`Worker::run`] and
-/// [`Worker::dispatch`] a worker that is to leave waits until all of its connections are dropped.
-/// To use one beyond that, or on another thread, take the stream out of it with
-/// [`into_stream`](Self::into_stream).
-///
-/// ```no_run
-/// # fn f(mut connection: cluster::Connection) -> std::io::Result<()> {
-/// use std::io::{Read, Write};
-/// use std::time::Duration;
-///
-/// connection.set_read_timeout(Some(Duration::from_secs(5)))?;
-/// let mut request = [0; 512];
-/// let length = connection.read(&mut request)?;
-/// connection.write_all(&request[..length])?;
-/// # Ok(()) }
-/// ```
-#[derive(Debug)]
-pub struct Connection<S = TcpStream> {
-    // Dropped in this order: the master must not hear of the end before the client does.
-    stream: S,
-    counted: Counted,
-}
-
-/// Tells the worker when its connection is gone.
-#[derive(Debug)]
-struct Counted {
-    worker: Weak<WorkerShell>,
-    listener: Option<ListenerId>,
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        if let Some(worker) = self.worker.upgrade() {
-            worker.connection_closed(self.listener);
-        }
-    }
-}
-
-impl<S> Connection<S> {
-    pub(crate) fn new(stream: S, worker: &Rc<WorkerShell>, listener: Option<ListenerId>) -> Self {
-        let worker = Rc::downgrade(worker);
-        let counted = Counted { worker, listener };
-        Self { stream, counted }
-    }
-
-    /// Returns the stream, which the worker no longer counts.
-    ///
-    /// Node has no counterpart.
-    ///
-    /// ```no_run
-    /// # fn f(connection: cluster::Connection) {
-    /// let stream = connection.into_stream();
-    /// std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn into_stream(self) -> S {
-        self.stream
-    }
-}
-
-impl Connection<OwnedFd> {
-    fn cast<S: From<OwnedFd>>(self) -> Connection<S> {
-        Connection {
-            stream: self.stream.into(),
-            counted: self.counted,
-        }
-    }
-}
-
-impl<S> Deref for Connection<S> {
-    type Target = S;
-
-    fn deref(&self) -> &S {
-        &self.stream
-    }
-}
-
-impl<S: AsFd> AsFd for Connection<S> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
-    }
-}
-
-impl<'a, S> Read for &'a Connection<S>
-where
-    &'a S: Read,
-{
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        (&self.stream).read(buffer)
-    }
-}
-
-impl<'a, S> Write for &'a Connection<S>
-where
-    &'a S: Write,
-{
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        (&self.stream).write(buffer)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        (&self.stream).flush()
-    }
-}
-
-impl<S: Read> Read for Connection<S> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(buffer)
-    }
-}
-
-impl<S: Write> Write for Connection<S> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.write(buffer)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
     }
 }

@@ -1,22 +1,26 @@
-//! Where a worker's datagrams come from.
+//! A UDP socket of a worker.
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::rc::Rc;
 
 use crate::core::worker::ListenerId;
 use crate::error::Result;
+use crate::worker::bind::Opened;
 use crate::worker::shell::Socket;
 use crate::worker::{Inner, Worker};
 
 /// A UDP socket that a worker shares with others.
 ///
 /// Node: the `dgram.Socket` after `socket.bind()`. It comes from [`Worker::bind`]. All workers that
-/// have bound the same address have the same socket: each datagram goes to one of them, and one
-/// that closes leaves what it has not read to the others. When it is dropped it closes, unless it
-/// has a callback: then it stays open until [`close`](Self::close). It closes by itself when the
-/// worker is to leave.
+/// have bound the same address have the same socket: each datagram goes to one of them. A worker that
+/// closes the socket leaves the datagrams that it has not read to the others. When the value is dropped,
+/// the socket closes, unless it has a callback: then it stays open until [`close`](Self::close). It closes
+/// by itself when the worker disconnects.
+///
+/// The type is not `Send`, as the [`Worker`] is not. To send datagrams from another thread, give the
+/// thread a descriptor of [`try_clone`](Self::try_clone).
 ///
 /// ```no_run
 /// # fn f(worker: cluster::Worker) -> cluster::Result<()> {
@@ -29,39 +33,61 @@ use crate::worker::{Inner, Worker};
 /// ```
 #[derive(Debug)]
 pub struct UdpSocket {
+    /// Shared with the values that a callback is passed: the socket closes with the last of them.
+    handle: Rc<Handle>,
+}
+
+#[derive(Debug)]
+struct Handle {
     worker: Rc<Inner>,
     id: ListenerId,
-    address: SocketAddr,
+    address: Option<SocketAddr>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if !self.worker.has_callback(self.id) {
+            self.worker.close(self.id);
+        }
+    }
 }
 
 impl UdpSocket {
-    pub(crate) fn new(worker: Rc<Inner>, id: ListenerId, address: Option<SocketAddr>) -> Self {
-        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        Self {
+    pub(super) fn new(worker: Rc<Inner>, opened: Opened) -> Self {
+        let handle = Handle {
             worker,
-            id,
-            address: address.unwrap_or(nowhere),
+            id: opened.id,
+            address: opened.address,
+        };
+        Self {
+            handle: Rc::new(handle),
         }
     }
 
-    /// Returns the address, with the real port where port 0 was asked for.
+    /// Returns the address, with the real port if port 0 was requested. It is `None` if the worker was
+    /// already disconnecting when it asked for the socket, which was therefore never bound.
     ///
     /// Node: `socket.address()`.
     ///
     /// ```no_run
     /// # fn f(socket: &cluster::UdpSocket) {
-    /// println!("send to {}", socket.local_addr());
+    /// if let Some(address) = socket.local_addr() {
+    ///     println!("send to {address}");
+    /// }
     /// # }
     /// ```
+    #[doc(alias = "address")]
     #[must_use]
-    pub fn local_addr(&self) -> SocketAddr {
-        self.address
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        self.handle.address
     }
 
-    /// Waits for the next datagram, and returns its length and where it comes from; `None` means
-    /// that the socket is closed, because the worker is to leave or has lost its master. Messages,
-    /// timers, signals and watched descriptors are served meanwhile. What does not fit into
-    /// `buffer` is lost. After the end the program can still send messages.
+    /// Waits for the next datagram, and returns its length and its sender. `None` means that the socket
+    /// is closed, because the worker is disconnecting or has lost its master. Messages, timers, signals
+    /// and watches are handled meanwhile.
+    ///
+    /// If the datagram is longer than `buffer`, the rest of it is lost. After the end, the application can
+    /// still send messages.
     ///
     /// Node has no counterpart; there, datagrams are events.
     ///
@@ -72,51 +98,74 @@ impl UdpSocket {
     ///
     /// See [`UdpSocket`] for an example.
     pub fn recv_from(&self, buffer: &mut [u8]) -> Result<Option<(usize, SocketAddr)>> {
-        Worker::receive(&self.worker, self.id, buffer)
+        Worker::receive(&self.handle.worker, self.handle.id, buffer)
     }
 
-    /// Calls back for each datagram from now on, instead of [`recv_from`](Self::recv_from), with
-    /// this socket, the bytes, and where they come from. A second callback replaces the first. The
-    /// next datagram is not read before the callback has returned.
+    /// Sets the callback that gets each datagram from now on, instead of [`recv_from`](Self::recv_from):
+    /// this socket, the bytes, and the sender. A second callback replaces the first.
+    ///
+    /// The next datagram is read after the callback has returned.
     ///
     /// Node: `socket.on('message')`. See [`Worker::bind`] for an example.
-    pub fn on_message(
+    pub fn set_message_callback(
         &self,
         mut callback: impl FnMut(&Worker, &Self, &[u8], SocketAddr) + 'static,
     ) {
-        let (id, address) = (self.id, self.address);
+        // Not a strong reference: the callback would keep the socket open for ever.
+        let weak = Rc::downgrade(&self.handle);
+        let (id, address) = (self.handle.id, self.handle.address);
         let with_socket = move |worker: &Worker, datagram: &[u8], from: SocketAddr| {
-            // It is served, and so it stays open when this is dropped.
-            let socket = Self::new(worker.inner(), id, Some(address));
-            callback(worker, &socket, datagram, from);
+            let handle = weak.upgrade().unwrap_or_else(|| {
+                let worker = Rc::clone(&worker.inner);
+                Rc::new(Handle {
+                    worker,
+                    id,
+                    address,
+                })
+            });
+            callback(worker, &Self { handle }, datagram, from);
         };
         let callback = Rc::new(RefCell::new(with_socket));
-        self.worker.serve_datagrams(self.id, callback);
+        self.handle.worker.serve_datagrams(self.handle.id, callback);
     }
 
-    /// Sends a datagram, without waiting for room; a name is looked up.
+    /// Goes back to [`recv_from`](Self::recv_from): datagrams are no longer passed to the callback of
+    /// [`set_message_callback`](Self::set_message_callback).
+    ///
+    /// A callback that removes itself, after the application has dropped the socket, closes the socket.
+    ///
+    /// Node: `socket.removeListener('message')`. Nothing happens if there is no callback.
+    ///
+    /// ```no_run
+    /// # fn f(socket: &cluster::UdpSocket) -> cluster::Result<()> {
+    /// socket.remove_message_callback();
+    /// let next = socket.recv_from(&mut [0; 1500])?;
+    /// # let _ = next;
+    /// # Ok(()) }
+    /// ```
+    #[doc(alias = "removeListener")]
+    pub fn remove_message_callback(&self) {
+        self.handle.worker.remove_message_callback(self.handle.id);
+    }
+
+    /// Sends a datagram, without waiting for space in the socket's buffer. A name is looked up.
     ///
     /// Node: `socket.send()`.
     ///
     /// # Errors
     ///
-    /// The system's reason; [`WouldBlock`](io::ErrorKind::WouldBlock) if there is no room for it
-    /// now, [`NotConnected`](io::ErrorKind::NotConnected) if the socket is closed,
+    /// The system's reason; [`WouldBlock`](io::ErrorKind::WouldBlock) if the socket's buffer is full,
+    /// [`NotConnected`](io::ErrorKind::NotConnected) if the socket is closed,
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) if `to` stands for no address.
     ///
     /// See [`UdpSocket`] for an example.
     pub fn send_to(&self, datagram: &[u8], to: impl ToSocketAddrs) -> io::Result<usize> {
-        match self.worker.shell.socket(self.id).as_deref().map(|s| &**s) {
-            Some(Socket::Datagrams(socket)) => socket.send_to(datagram, to),
-            Some(Socket::Listener(_) | Socket::Queue(_)) | None => {
-                Err(io::ErrorKind::NotConnected.into())
-            }
-        }
+        self.with_socket(|socket| socket.send_to(datagram, to))
     }
 
-    /// Returns another descriptor of the same socket, for what this type has no method for:
-    /// multicast, time to live, buffer sizes. It must go on not to block: that is a property of the
-    /// one socket that all workers share.
+    /// Returns another descriptor of the same socket, for operations that this type has no method for:
+    /// multicast, time to live, buffer sizes. Leave it non-blocking: the mode is a property of the socket
+    /// that all workers share.
     ///
     /// Node: `socket.addMembership()` and its like.
     ///
@@ -130,15 +179,23 @@ impl UdpSocket {
     /// # Ok(()) }
     /// ```
     pub fn try_clone(&self) -> io::Result<std::net::UdpSocket> {
-        match self.worker.shell.socket(self.id).as_deref().map(|s| &**s) {
-            Some(Socket::Datagrams(socket)) => socket.try_clone(),
+        self.with_socket(std::net::UdpSocket::try_clone)
+    }
+
+    fn with_socket<T>(
+        &self,
+        call: impl FnOnce(&std::net::UdpSocket) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let socket = self.handle.worker.shell.socket(self.handle.id);
+        match socket.as_deref().map(|socket| &**socket) {
+            Some(Socket::Datagrams(socket)) => call(socket),
             Some(Socket::Listener(_) | Socket::Queue(_)) | None => {
                 Err(io::ErrorKind::NotConnected.into())
             }
         }
     }
 
-    /// Closes the socket for this worker; others go on.
+    /// Closes the socket for this worker. Other workers keep theirs.
     ///
     /// Node: `socket.close()`.
     ///
@@ -149,29 +206,23 @@ impl UdpSocket {
     /// # }
     /// ```
     pub fn close(&self) {
-        self.worker.close(self.id);
+        self.handle.worker.close(self.handle.id);
     }
 
-    /// Lets the worker end although this socket is open. See
-    /// [`Listener::unref`](crate::Listener::unref), which is the same, for an example.
+    /// Lets [`Worker::run`] return although this socket is open. See
+    /// [`Listener::unreference`](crate::Listener::unreference), which is the same, for an example.
     ///
     /// Node: `socket.unref()`.
-    pub fn unref(&self) {
-        self.worker.reference(self.id, false);
+    #[doc(alias = "unref")]
+    pub fn unreference(&self) {
+        self.handle.worker.reference(self.handle.id, false);
     }
 
-    /// Undoes [`unref`](Self::unref), which has an example.
+    /// Undoes [`unreference`](Self::unreference), which has an example.
     ///
     /// Node: `socket.ref()`.
-    pub fn ref_(&self) {
-        self.worker.reference(self.id, true);
-    }
-}
-
-impl Drop for UdpSocket {
-    fn drop(&mut self) {
-        if !self.worker.has_callback(self.id) {
-            self.close();
-        }
+    #[doc(alias = "ref")]
+    pub fn reference(&self) {
+        self.handle.worker.reference(self.handle.id, true);
     }
 }

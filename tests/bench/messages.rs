@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use cluster::Role;
+use cluster::{Role, Sent};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::unistd::Pid;
@@ -286,7 +286,7 @@ fn round_trip() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             master.on_message(|_, worker, message| {
-                worker.send(message.bytes()).unwrap();
+                let _ = worker.send(message.bytes()).unwrap();
             });
             master.fork().unwrap();
             master.run().unwrap();
@@ -295,9 +295,9 @@ fn round_trip() {
             let mut counter = Counter::new();
             worker.on_message(move |worker, message| {
                 counter.add();
-                worker.send(message.bytes()).unwrap();
+                let _ = worker.send(message.bytes()).unwrap();
             });
-            worker.send(&[0; SHORT]).unwrap();
+            let _ = worker.send(&[0; SHORT]).unwrap();
             worker.run().unwrap();
         }
     }
@@ -315,7 +315,7 @@ fn one_way(length: usize) {
         Role::Worker(worker) => {
             let message = vec![0; length];
             while worker.is_connected() {
-                while worker.send(&message).is_ok_and(|below_mark| below_mark) {}
+                while matches!(worker.send(&message), Ok(Sent::Continue)) {}
                 let _ = worker.dispatch(None);
             }
         }

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Interest, Master, Role, Settings, Signal, Worker, WorkerMain};
+use cluster::{Interest, Master, Role, Settings, Signal, Worker};
 use nix::sys::signal::kill;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
@@ -161,11 +161,11 @@ macro_rules! measured {
         let mut others = Vec::new();
         for _ in 0..$count {
             match $kind {
-                "timers" => role.unref(role.set_timeout(HOUR, |_| {})),
+                "timers" => role.unreference(role.set_timeout(HOUR, |_| {})),
                 "watches" => {
                     let (here, there) = UnixStream::pair().unwrap();
                     let stay = |_: &$what, _: &UnixStream| Some(Interest::Readable);
-                    role.unref(role.watch(here, Interest::Readable, stay).unwrap());
+                    role.unreference(role.watch(here, Interest::Readable, stay).unwrap());
                     others.push(there);
                 }
                 _ => {}
@@ -231,14 +231,11 @@ pub fn run_loop() {
 }
 
 fn run_in_worker(master: &Master, main: impl Fn(Worker) + 'static) {
-    let mut settings = Settings::default();
-    settings.main = Some(WorkerMain::new(move |worker| {
+    let settings = Settings::default().main(move |worker| {
         main(worker);
         0
-    }));
-    master
-        .fork_as(settings, std::iter::empty::<(&str, &str)>())
-        .unwrap();
+    });
+    master.fork_as(settings).unwrap();
 }
 
 /// Makes `count` connections wait in the master: the scheduler selects one worker for all of them,
@@ -253,7 +250,7 @@ fn queue_connections(master: &Master, count: usize) {
         run_in_worker(master, move |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             if number == 0 {
-                listener.on_connection(|_, _| std::thread::sleep(HOUR));
+                listener.set_connection_callback(|_, _| std::thread::sleep(HOUR));
                 return worker.run().unwrap();
             }
             let _ = listener.accept();

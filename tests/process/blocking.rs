@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cluster::{Master, SendOptions, Signal, Worker, WorkerProcess};
+use cluster::{Master, SendOptions, Sent, Signal, Worker, WorkerProcess};
 use nix::libc;
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::{
@@ -122,7 +122,7 @@ fn connection_wakes_no_poller_of_a_worker() {
                     // EPOLLERR and EPOLLHUP, which the kernel adds to an empty interest.
                     let events = own[0].split_whitespace().nth(3);
                     assert_eq!((own.len(), events), (1, Some("18")), "{own:?}");
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
@@ -166,7 +166,7 @@ fn connect_next(master: &Master, address: SocketAddr, log: Log) {
             if log.len() < 200 {
                 return connect_next(master, address, log);
             }
-            master.disconnect(|_| {});
+            master.disconnect();
         },
     );
 }
@@ -207,12 +207,12 @@ fn repeatedly(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worke
 }
 
 fn noticed(worker: &Worker) {
-    worker.send(b"noticed").unwrap();
+    let _ = worker.send(b"noticed").unwrap();
 }
 
 fn messages_are_delivered_in_accept() {
     repeatedly(
-        |worker| assert!(worker.send(b"notice").unwrap()),
+        |worker| assert_eq!(worker.send(b"notice").unwrap(), Sent::Continue),
         |worker| {
             worker.on_message(|worker, _| noticed(worker));
             serve_id(&worker, "127.0.0.1:0");
@@ -225,11 +225,11 @@ fn messages_are_delivered_in_accept_under_load() {
     let stop = Arc::<AtomicBool>::default();
     let clients = Arc::clone(&stop);
     repeatedly(
-        |worker| assert!(worker.send(b"notice").unwrap()),
+        |worker| assert_eq!(worker.send(b"notice").unwrap(), Sent::Continue),
         move |worker| {
             // The clients run on a thread of this worker.
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            let address = listener.local_addr();
+            let address = listener.local_addr().unwrap();
             let thread = std::thread::spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
                     match talk(address, b"") {
@@ -255,7 +255,7 @@ fn messages_are_delivered_in_accept_under_load() {
 
 fn timers_fire_in_accept() {
     repeatedly(
-        |worker| assert!(worker.send(b"start a timer").unwrap()),
+        |worker| assert_eq!(worker.send(b"start a timer").unwrap(), Sent::Continue),
         |worker| {
             let mut micros = 0;
             worker.on_message(move |worker, _| {
@@ -331,7 +331,7 @@ fn disconnect_request_is_handled_in_accept() {
                     if log.len() < ROUNDS as usize {
                         master.fork().unwrap();
                     } else {
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     }
                 }
             });
@@ -382,15 +382,15 @@ fn send_beyond_the_buffer(worker: &Worker) {
     let master = StoppedMaster::new();
     let mut is_queued = false;
     for number in 0..MESSAGES {
-        is_queued |= !worker.send(&numbered(number, LENGTH)).unwrap();
+        is_queued |= worker.send(&numbered(number, LENGTH)).unwrap() == Sent::Pause;
     }
     assert!(is_queued, "the socket buffer holds all messages");
     let written = |worker: &Worker, outcome: cluster::Result<()>| {
         outcome.unwrap();
-        worker.send(b"written").unwrap();
+        let _ = worker.send(b"written").unwrap();
     };
     let last = SendOptions::default().on_written(written);
-    worker.send_with(&numbered(MESSAGES, LENGTH), last).unwrap();
+    let _ = worker.send_with(&numbered(MESSAGES, LENGTH), last).unwrap();
     std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(5));
         drop(master);
@@ -426,7 +426,7 @@ fn assert_all_is_sent(requested: bool, worker: impl FnOnce(Worker)) {
             only.on_listening(move |_, worker, _| {
                 if requested {
                     wait_until_asleep(worker);
-                    worker.send(b"now").unwrap();
+                    let _ = worker.send(b"now").unwrap();
                 }
             });
             only.on_message(move |_, worker, message| match message.bytes() {
@@ -463,7 +463,7 @@ fn reads_of_the_application_are_not_interrupted() {
             when_listening(master, 1, move |master, address| {
                 let often = only.clone();
                 let messages = master.set_interval(Duration::from_millis(1), move |_| {
-                    often.send(b"message").unwrap();
+                    let _ = often.send(b"message").unwrap();
                 });
                 let clients = move || {
                     for _ in 0..ROUNDS / 4 {
@@ -532,7 +532,7 @@ fn callbacks_and_accept_share_a_listener() {
                     log.add((first + second).to_string());
                     // Neither worker is left in `accept` for a connection that the other one
                     // received.
-                    when_all_wait(master, |master| master.disconnect(|_| {}));
+                    when_all_wait(master, |master| master.disconnect());
                 });
             });
         },

@@ -14,9 +14,9 @@ use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions};
 use cluster::{
-    BindOptions, CallbackId, Error, InspectPort, Interest, Listener, Master, MasterListener, Role,
-    SchedulingPolicy, SendOptions, Settings, Signal, UdpSocket, Worker, WorkerId, WorkerMain,
-    WorkerProcess,
+    BindOptions, CallbackId, Error, ForkStep, InspectPort, Interest, Listener, Master,
+    MasterListener, Role, SchedulingPolicy, SendOptions, Settings, Signal, SpawnOptions, UdpSocket,
+    Worker, WorkerProcess,
 };
 
 use crate::harness::{cluster, with_env};
@@ -101,7 +101,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
     ("fork_as", |c| {
         drop(
             c.master
-                .fork_as(Settings::default().silent(true), [("A", "1")]),
+                .fork_as(SpawnOptions::new(Settings::default().silent(true)).env("A", "1")),
         );
     }),
     ("setup_master", |c| {
@@ -116,7 +116,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
         let _ = c.master.scheduling_policy();
     }),
     ("workers", |c| drop(c.master.workers())),
-    ("worker", |c| drop(c.master.worker(WorkerId::from(1)))),
+    ("worker", |c| drop(c.master.worker(1_u32))),
     ("listen", |c| {
         let listener = c.master.listen("127.0.0.1:0").unwrap();
         let _ = listener.address();
@@ -159,16 +159,20 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
                 worker.on_error(|_, _, _| {}),
             ]);
         }
+        ids.extend([
+            m.on_exit_once(|_, _, _| {}),
+            m.on_all_disconnected(|_| {}),
+            m.on_signal_once(Signal::USR2, |_, _| {}).unwrap(),
+        ]);
         for id in ids {
-            m.once(id);
-            m.off(id);
+            m.remove_callback(id);
         }
     }),
     ("timers", |c| {
         let m = &c.master;
         for timer in [m.set_timeout(MS, |_| {}), m.set_interval(MS, |_| {})] {
-            m.unref(timer);
-            m.ref_(timer);
+            m.unreference(timer);
+            m.reference(timer);
             m.clear_timer(timer);
         }
         m.set_timeout(Duration::ZERO, |_| {});
@@ -176,8 +180,8 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
     ("watch", |c| {
         let (here, there) = readable();
         let watch = c.master.watch(here, Interest::Both, |_, _| None).unwrap();
-        c.master.unref(watch);
-        c.master.ref_(watch);
+        c.master.unreference(watch);
+        c.master.reference(watch);
         c.master.unwatch(watch);
         let both = Interest::Both;
         c.master.watch(there, both, |_, _| None).unwrap();
@@ -214,8 +218,8 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
             let process = worker.process();
             let _ = (process.id(), process.exit_status(), process.usage());
             drop(process.take_stdio(1));
-            process.unref();
-            process.ref_();
+            process.unreference();
+            process.reference();
             drop(format!("{worker:?}"));
         }
     }),
@@ -235,9 +239,9 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
             }
         }
     }),
-    ("disconnect", |c| c.master.disconnect(|_| {})),
+    ("disconnect", |c| c.master.disconnect()),
     ("disconnect_within", |c| {
-        c.master.disconnect_within(Duration::from_secs(1), |_| {});
+        c.master.disconnect_within(Duration::from_secs(1));
     }),
 ];
 
@@ -310,13 +314,13 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     ("on_written", |c, calls| {
         let worker = c.master.fork().unwrap();
         let options = SendOptions::new().on_written(move |_, _| calls());
-        worker.send_with(b"hello", options).unwrap();
+        let _ = worker.send_with(b"hello", options).unwrap();
     }),
     ("on_written of a message that is lost", |c, calls| {
         let worker = c.master.fork().unwrap();
         let options = SendOptions::new().on_written(move |_, _| calls());
         let much = vec![0; 1 << 20];
-        worker.send_with(&much, options).unwrap();
+        let _ = worker.send_with(&much, options).unwrap();
         worker.process().kill(Signal::KILL);
     }),
     ("set_timeout", |c, calls| {
@@ -324,7 +328,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     }),
     ("set_interval", |c, calls| {
         let timer = c.master.set_interval(MS, move |_| calls());
-        c.master.unref(timer);
+        c.master.unreference(timer);
     }),
     ("watch", |c, calls| {
         let (here, there) = readable();
@@ -376,13 +380,15 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     ("disconnect", |c, calls| {
         c.master.on_message(move |master, _, _| {
             let calls = Rc::clone(&calls);
-            master.disconnect(move |_| calls());
+            master.on_all_disconnected_once(move |_| calls());
+            master.disconnect();
         });
     }),
     ("disconnect_within", |c, calls| {
         c.master.on_message(move |master, _, _| {
             let calls = Rc::clone(&calls);
-            master.disconnect_within(Duration::from_secs(1), move |_| calls());
+            master.on_all_disconnected_once(move |_| calls());
+            master.disconnect_within(Duration::from_secs(1));
         });
     }),
     ("set_scheduler", |c, calls| {
@@ -405,24 +411,19 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
                 calls();
                 9000
             });
-            let _ = c
-                .master
-                .fork_as(Settings::default().inspect_port(port), NO_ENV);
+            let _ = c.master.fork_as(Settings::default().inspect_port(port));
         });
     }),
     ("drop of settings", |c, calls| {
         let on_drop = OnDrop(calls);
-        let main = WorkerMain::new(move |_| {
+        let main = move |_| {
             let _ = &on_drop;
             0
-        });
-        let mut settings = Settings::default();
-        settings.main = Some(main);
-        c.master.setup_master(settings);
+        };
+        c.master.setup_master(Settings::default().main(main));
         in_the_loop(c, |c| {
-            let mut settings = Settings::default();
-            settings.main = Some(WorkerMain::new(play_the_worker));
-            c.master.setup_master(settings);
+            c.master
+                .setup_master(Settings::default().main(play_the_worker));
         });
     }),
     ("iterator of variables", |c, calls| {
@@ -442,18 +443,17 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     ("drop of a callback", |c, calls| {
         let on_drop = OnDrop(calls);
         let id = c.master.on_message(move |_, _, _| keep(&on_drop));
-        in_the_loop(c, move |c| c.master.off(id));
+        in_the_loop(c, move |c| c.master.remove_callback(id));
     }),
     ("drop of a callback that is called once", |c, calls| {
         let on_drop = OnDrop(calls);
-        c.master
-            .once(c.master.on_online(move |_, _| keep(&on_drop)));
+        c.master.on_online_once(move |_, _| keep(&on_drop));
     }),
     ("drop of a callback of a signal", |c, calls| {
         let on_drop = OnDrop(calls);
         let callback = move |_: &Master, _| keep(&on_drop);
         let id = c.master.on_signal(Signal::USR1, callback).unwrap();
-        in_the_loop(c, move |c| c.master.off(id));
+        in_the_loop(c, move |c| c.master.remove_callback(id));
     }),
     ("drop of a timer", |c, calls| {
         let on_drop = OnDrop(calls);
@@ -490,8 +490,6 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     }),
 ];
 
-const NO_ENV: [(&str, &str); 0] = [];
-
 /// The fields are dropped in order.
 struct Holder(Source, #[allow(dead_code)] OnDrop);
 
@@ -509,7 +507,7 @@ fn in_the_loop(cluster: &Rc<Cluster>, call: impl FnOnce(&Cluster) + 'static) {
             call(&cluster);
         }
     });
-    cluster.master.ref_(timer);
+    cluster.master.reference(timer);
 }
 
 /// Returns the closure that a callback calls: it calls all methods, the first time.
@@ -561,7 +559,7 @@ fn play_the_worker(worker: Worker) -> i32 {
     let Ok(listener) = worker.listen("127.0.0.1:0") else {
         return 0;
     };
-    listener.on_connection(|_, _| {});
+    listener.set_connection_callback(|_, _| {});
     let _ = worker.run();
     0
 }
@@ -582,7 +580,7 @@ fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     own.set(Some(master.set_interval(MS, move |master| {
         if has_run.get() {
             // An earlier call does not disconnect workers that are forked after it.
-            master.disconnect_within(Duration::from_secs(1), |_| {});
+            master.disconnect_within(Duration::from_secs(1));
             if master.workers().is_empty() {
                 master.clear_timer(id.get().unwrap());
             }
@@ -711,7 +709,7 @@ fn every_callback_of_a_pool_may_call_every_method() {
                 let id = Rc::clone(&own);
                 own.set(Some(master.set_interval(MS, move |master| {
                     if ran.get() {
-                        master.disconnect_within(Duration::from_secs(1), |_| {});
+                        master.disconnect_within(Duration::from_secs(1));
                         if master.workers().is_empty() {
                             master.clear_timer(id.get().unwrap());
                         }
@@ -741,7 +739,11 @@ const WORKER_CALLS: &[Call<Own>] = &[
         let w = &o.worker;
         let _ = (w.id(), w.inspect_port(), w.is_connected(), w.is_dead());
         let _ = (w.exited_after_disconnect(), w.process().id(), w.time_left());
-        let _ = (w.as_fd(), o.listener.local_addr(), o.udp.local_addr());
+        let _ = (
+            w.as_fd(),
+            o.listener.local_addr().unwrap(),
+            o.udp.local_addr().unwrap(),
+        );
         drop(format!("{w:?} {:?} {:?}", o.listener, o.udp));
     }),
     ("listen", |o| {
@@ -749,19 +751,24 @@ const WORKER_CALLS: &[Call<Own>] = &[
         drop(other);
         let served = o.worker.listen("127.0.0.1:0");
         if let Ok(served) = served {
-            served.on_connection(|_, _| {});
-            served.on_drop(|_, _| {});
+            served.set_connection_callback(|_, _| {});
+            served.set_drop_callback(|_, _| {});
+            served.remove_drop_callback();
+            served.remove_connection_callback();
+            served.set_connection_callback(|_, _| {});
             served.set_max_connections(Some(1));
-            served.unref();
-            served.ref_();
+            served.unreference();
+            served.reference();
             served.close();
         }
     }),
     ("bind", |o| {
         if let Ok(udp) = o.worker.bind("127.0.0.1:0") {
-            udp.on_message(|_, _, _, _| {});
-            udp.unref();
-            udp.ref_();
+            udp.set_message_callback(|_, _, _, _| {});
+            udp.remove_message_callback();
+            udp.set_message_callback(|_, _, _, _| {});
+            udp.unreference();
+            udp.reference();
             udp.close();
         }
         if let Ok(alone) = o
@@ -787,30 +794,31 @@ const WORKER_CALLS: &[Call<Own>] = &[
     }),
     ("callbacks", |o| {
         let w = &o.worker;
-        let ids: [CallbackId; 4] = [
+        let ids: [CallbackId; 6] = [
             w.on_message(|_, _| {}),
             w.on_disconnect(|_| {}),
             w.on_error(|_, _| {}),
             w.on_signal(Signal::USR2, |_, _| {}).unwrap(),
+            w.on_error_once(|_, _| {}),
+            w.on_signal_once(Signal::USR2, |_, _| {}).unwrap(),
         ];
         for id in ids {
-            w.once(id);
-            w.off(id);
+            w.remove_callback(id);
         }
     }),
     ("timers", |o| {
         let w = &o.worker;
         for timer in [w.set_timeout(MS, |_| {}), w.set_interval(MS, |_| {})] {
-            w.unref(timer);
-            w.ref_(timer);
+            w.unreference(timer);
+            w.reference(timer);
             w.clear_timer(timer);
         }
     }),
     ("watch", |o| {
         let (here, there) = readable();
         let watch = o.worker.watch(here, Interest::Both, |_, _| None).unwrap();
-        o.worker.unref(watch);
-        o.worker.ref_(watch);
+        o.worker.unreference(watch);
+        o.worker.reference(watch);
         o.worker.unwatch(watch);
         let both = Interest::Both;
         o.worker.watch(there, both, |_, _| None).unwrap();
@@ -826,23 +834,23 @@ const WORKER_CALLS: &[Call<Own>] = &[
         is_running(o.udp.recv_from(&mut [0]).map(drop));
     }),
     ("datagrams", |o| {
-        let _ = o.udp.send_to(b"x", o.udp.local_addr());
+        let _ = o.udp.send_to(b"x", o.udp.local_addr().unwrap());
         drop(o.udp.try_clone());
-        o.udp.on_message(|_, _, _, _| {});
-        o.udp.unref();
-        o.udp.ref_();
+        o.udp.set_message_callback(|_, _, _, _| {});
+        o.udp.unreference();
+        o.udp.reference();
     }),
     ("listener", |o| {
         o.listener.set_max_connections(Some(1));
         o.listener.set_max_connections(None);
-        o.listener.unref();
-        o.listener.ref_();
-        o.listener.on_drop(|_, _| {});
-        o.listener.on_connection(|_, _| {});
+        o.listener.unreference();
+        o.listener.reference();
+        o.listener.set_drop_callback(|_, _| {});
+        o.listener.set_connection_callback(|_, _| {});
     }),
     ("reference", |o| {
-        o.worker.process().unref();
-        o.worker.process().ref_();
+        o.worker.process().unreference();
+        o.worker.process().reference();
     }),
     ("close", |o| {
         o.listener.close();
@@ -872,7 +880,7 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGUSR1).unwrap();
     }),
     ("on_connection", |o, calls| {
-        o.listener.on_connection(move |_, connection| {
+        o.listener.set_connection_callback(move |_, connection| {
             calls();
             drop(connection);
         });
@@ -880,28 +888,28 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
     }),
     ("on_drop", |o, calls| {
         o.listener.set_max_connections(Some(0));
-        o.listener.on_connection(|_, _| {});
-        o.listener.on_drop(move |_, connection| {
+        o.listener.set_connection_callback(|_, _| {});
+        o.listener.set_drop_callback(move |_, connection| {
             calls();
             drop(connection);
         });
         connect(o);
     }),
     ("on_message of a socket", |o, calls| {
-        o.udp.on_message(move |_, _, _, _| calls());
+        o.udp.set_message_callback(move |_, _, _, _| calls());
         let client = StdUdpSocket::bind("127.0.0.1:0").unwrap();
-        client.send_to(b"x", o.udp.local_addr()).unwrap();
+        client.send_to(b"x", o.udp.local_addr().unwrap()).unwrap();
     }),
     ("on_written", |o, calls| {
         let options = SendOptions::new().on_written(move |_, _| calls());
-        o.worker.send_with(b"hello", options).unwrap();
+        let _ = o.worker.send_with(b"hello", options).unwrap();
     }),
     ("set_timeout", |o, calls| {
         o.worker.set_timeout(MS, move |_| calls());
     }),
     ("set_interval", |o, calls| {
         let timer = o.worker.set_interval(MS, move |_| calls());
-        o.worker.unref(timer);
+        o.worker.unreference(timer);
     }),
     ("watch", |o, calls| {
         let (here, there) = readable();
@@ -933,7 +941,8 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
     ("drop of a callback", |o, calls| {
         let on_drop = OnDrop(calls);
         let id = o.worker.on_message(move |_, _| keep(&on_drop));
-        o.worker.set_timeout(MS, move |worker| worker.off(id));
+        o.worker
+            .set_timeout(MS, move |worker| worker.remove_callback(id));
     }),
     ("drop of a timer", |o, calls| {
         let on_drop = OnDrop(calls);
@@ -943,16 +952,17 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
     }),
     ("drop of a callback of a listener", |o, calls| {
         let on_drop = OnDrop(calls);
-        o.listener.on_connection(move |_, _| keep(&on_drop));
+        o.listener
+            .set_connection_callback(move |_, _| keep(&on_drop));
         let own = Rc::downgrade(o);
         o.worker.set_timeout(MS, move |_| {
             let own = own.upgrade().unwrap();
-            own.listener.on_connection(|_, _| {});
+            own.listener.set_connection_callback(|_, _| {});
         });
     }),
     ("drop of a callback of a socket", |o, calls| {
         let on_drop = OnDrop(calls);
-        o.udp.on_message(move |_, _, _, _| keep(&on_drop));
+        o.udp.set_message_callback(move |_, _, _, _| keep(&on_drop));
         let own = Rc::downgrade(o);
         o.worker
             .set_timeout(MS, move |_| own.upgrade().unwrap().udp.close());
@@ -969,7 +979,7 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
 
 /// Connects a client on another thread.
 fn connect(own: &Own) {
-    let address = own.listener.local_addr();
+    let address = own.listener.local_addr().unwrap();
     std::thread::spawn(move || drop(TcpStream::connect(address)));
 }
 
@@ -1020,10 +1030,10 @@ fn inspect_port_closure_cannot_fork() {
             let count = Rc::clone(&refused);
             let port = InspectPort::new(move || {
                 let error = weak.upgrade().unwrap().fork().unwrap_err();
-                let Error::Fork { attempt, .. } = &error else {
+                let Error::Fork { step, .. } = &error else {
                     panic!("{error}");
                 };
-                assert_eq!(*attempt, "choose its inspect port");
+                assert_eq!(*step, ForkStep::InspectPort);
                 count.set(count.get() + 1);
                 9000
             });

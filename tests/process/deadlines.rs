@@ -70,7 +70,7 @@ fn spin_forever() -> ! {
 /// Plays the worker's part, and reports ready in the state in which the deadline should find it.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
-        worker.send(b"ready").unwrap();
+        let _ = worker.send(b"ready").unwrap();
     };
     // Each worker listens on its own address, where no other worker receives its connection.
     let listen = || {
@@ -86,18 +86,18 @@ fn work(worker: Worker) {
         }
         "serving" => {
             let listener = listen();
-            let _client = TcpStream::connect(listener.local_addr()).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let connection = listener.accept().unwrap().unwrap();
             ready(&worker);
             let _ = (&*connection).read(&mut [0]);
         }
         "holding" => {
             let listener = listen();
-            let _client = TcpStream::connect(listener.local_addr()).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let held = RefCell::new(Vec::new());
-            listener.on_connection(move |worker, connection| {
+            listener.set_connection_callback(move |worker, connection| {
                 held.borrow_mut().push(connection);
-                worker.send(b"ready").unwrap();
+                let _ = worker.send(b"ready").unwrap();
             });
             worker.run().unwrap();
         }
@@ -259,10 +259,11 @@ fn workers_are_killed_at_the_deadline_of_the_master() {
             |master, _, called| {
                 let expected = master.workers().len();
                 assert_eq!(expected, KINDS.len());
-                master.disconnect_within(SOON, move |master| {
+                master.on_all_disconnected_once(move |master| {
                     assert!(master.workers().is_empty());
                     assert!(!called.replace(true));
                 });
+                master.disconnect_within(SOON);
             },
             true,
         );
@@ -320,7 +321,7 @@ fn stop_after_exits(master: &Master, exits: usize, deadline: Duration, began: &B
             assert!(!master.workers().is_empty());
             assert!(master.workers().iter().all(|worker| !worker.is_dead()));
             began.set(Some(Instant::now()));
-            master.disconnect_within(deadline, |_| {});
+            master.disconnect_within(deadline);
         }
     });
 }
@@ -338,7 +339,7 @@ fn workers_that_exit_in_time_are_not_killed() {
         let parts = &["accepting", "running", "running"];
         let (entries, exits, began) = stopped_by(parts, |master, workers| {
             workers[2].disconnect_within(LATE);
-            master.disconnect_within(LATE, |_| {});
+            master.disconnect_within(LATE);
         });
         assert_ends(&entries, &[EXITED; 3]);
         // No deadline remains that `run` would wait for.
@@ -371,7 +372,7 @@ fn earlier_of_the_workers_and_the_masters_deadline_applies() {
     let at = Rc::clone(&later);
     let parts = &["looping", "looping", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
-        master.disconnect_within(LATE, |_| {});
+        master.disconnect_within(LATE);
         workers[0].disconnect_within(SOON);
         workers[1].disconnect_within(LATE);
         stop_after_exits(master, 1, SOON, &at);
@@ -435,7 +436,7 @@ fn deadline_after_a_disconnect_applies() {
     let at = Rc::clone(&later);
     let parts = &["holding", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
-        master.disconnect(|_| {});
+        master.disconnect();
         workers[0].disconnect().disconnect_within(SOON);
         stop_after_exits(master, 1, SOON, &at);
     });
@@ -487,10 +488,11 @@ fn deadline_for_exited_workers_does_nothing() {
                 assert_eq!(worker.disconnect_within(Duration::ZERO), worker);
                 let ended = worker.clone();
                 let count = Rc::clone(&count);
-                master.disconnect_within(Duration::ZERO, move |_| {
+                master.on_all_disconnected_once(move |_| {
                     ended.disconnect_within(LATE);
                     count.set(count.get() + 1);
                 });
+                master.disconnect_within(Duration::ZERO);
             });
         },
         work,
@@ -551,7 +553,8 @@ fn deadline_applies_to_workers_forked_meanwhile() {
     let called = Rc::new(Cell::new(false));
     let set = Rc::clone(&called);
     let (_, exits, began) = stopped_by(&["looping"], move |master, _| {
-        master.disconnect_within(SOON, move |_| set.set(true));
+        master.on_all_disconnected_once(move |_| set.set(true));
+        master.disconnect_within(SOON);
         fork(master, "running");
     });
     assert!(called.get());
@@ -563,9 +566,12 @@ fn deadline_keeps_the_callback_of_an_earlier_stop() {
     let seen = calls.clone();
     let (entries, ..) = stopped_by(&["stopped"], move |master, _| {
         let (first, second, third) = (calls.clone(), calls.clone(), calls);
-        master.disconnect(move |_| first.add("first"));
-        master.disconnect_within(SOON, move |_| second.add("second"));
-        master.disconnect_within(LATE, move |_| third.add("third"));
+        master.on_all_disconnected_once(move |_| first.add("first"));
+        master.disconnect();
+        master.on_all_disconnected_once(move |_| second.add("second"));
+        master.disconnect_within(SOON);
+        master.on_all_disconnected_once(move |_| third.add("third"));
+        master.disconnect_within(LATE);
     });
     assert_ends(&entries, &[KILLED]);
     assert_eq!(seen.take(), ["first", "second", "third"]);
@@ -580,7 +586,7 @@ fn next_stop_has_its_own_deadline() {
             note_events(master, &log);
             let first = fork(master, "running");
             first.on_message(|master, _, _| {
-                master.disconnect_within(SOON, |master| {
+                master.on_all_disconnected_once(|master| {
                     let second = fork(master, "running");
                     // The second worker is still alive after the first deadline.
                     second.on_message(|master, worker, _| {
@@ -590,6 +596,7 @@ fn next_stop_has_its_own_deadline() {
                         });
                     });
                 });
+                master.disconnect_within(SOON);
             });
         },
         work,

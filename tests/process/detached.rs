@@ -39,8 +39,7 @@ fn start(master: &Master, settings: Settings) -> (WorkerProcess, UnixStream) {
         .args([""; 0])
         .stdio([Stdio::fd(theirs)])
         .detached(true);
-    let none = std::iter::empty::<(String, String)>();
-    (master.fork_as(settings, none).unwrap(), ours)
+    (master.fork_as(settings).unwrap(), ours)
 }
 
 fn is_running(process: &WorkerProcess) -> bool {
@@ -49,7 +48,7 @@ fn is_running(process: &WorkerProcess) -> bool {
 
 /// Makes `run` wait for the process, and ends the process.
 fn end(process: &WorkerProcess, life: &RefCell<Option<UnixStream>>) {
-    process.process().ref_();
+    process.process().reference();
     life.take();
 }
 
@@ -71,9 +70,9 @@ fn run_waits_for_a_referenced_detached_process() {
     cluster(
         |master| {
             let (process, life) = start(master, Settings::default());
-            process.process().ref_();
-            process.process().unref();
-            process.process().ref_();
+            process.process().reference();
+            process.process().unreference();
+            process.process().reference();
             master.set_timeout(Duration::from_millis(1), move |_| drop(life));
             master.run().unwrap();
             assert_eq!(process.process().exit_status().unwrap().code(), Some(0));
@@ -105,12 +104,18 @@ fn assert_disconnect_spares(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Mas
 }
 
 fn disconnect_calls_back_while_a_detached_process_runs() {
-    assert_disconnect_spares(|master, then| master.disconnect(then));
+    assert_disconnect_spares(|master, then| {
+        master.on_all_disconnected_once(then);
+        master.disconnect()
+    });
 }
 
 /// With a deadline of zero, every worker is killed.
 fn disconnect_within_spares_a_detached_process() {
-    assert_disconnect_spares(|master, then| master.disconnect_within(Duration::ZERO, then));
+    assert_disconnect_spares(|master, then| {
+        master.on_all_disconnected_once(then);
+        master.disconnect_within(Duration::ZERO)
+    });
 }
 
 fn worker_disconnect_within_spares_a_detached_process() {
@@ -136,7 +141,7 @@ fn worker_kill_signals_a_detached_process_at_once() {
         |master| {
             for by_process in [false, true] {
                 let (process, life) = start(master, Settings::default());
-                process.process().ref_();
+                process.process().reference();
                 if by_process {
                     process.process().kill(Signal::INT);
                 } else {
@@ -176,7 +181,8 @@ fn detached_process_is_in_no_table_and_emits_no_cluster_event() {
             });
             assert_eq!(process.exited_after_disconnect(), None);
             let life = RefCell::new(Some(life));
-            master.disconnect(move |_| end(&process, &life));
+            master.on_all_disconnected_once(move |_| end(&process, &life));
+            master.disconnect();
         },
         |worker| worker.run().unwrap(),
     );
@@ -225,7 +231,7 @@ fn messages_to_a_detached_process_fail_without_endless_errors() {
             process.on_error(move |_, process, error| {
                 let reason = SendError::ChannelClosed;
                 let worker = Some(process.id());
-                assert!(matches!(error, Error::Send { worker: w, reason: r }
+                assert!(matches!(error, Error::Send { worker: w, reason: r, .. }
                     if *w == worker && *r == reason));
                 count.set(count.get() + 1);
                 process.send(b"again").unwrap_err();
@@ -271,7 +277,7 @@ fn worker_leads_a_session_if_setsid_is_true() {
             let leader = master.fork().unwrap();
             let own = Pid::from_raw(leader.process().id().try_into().unwrap());
             assert_eq!(group_and_session(&leader), (own, own));
-            master.disconnect(|_| {});
+            master.disconnect();
         },
         |worker| worker.run().unwrap(),
     );
@@ -284,8 +290,7 @@ fn detached_process_survives_the_end_of_its_master() {
         return cluster(
             |master| {
                 let sleep = Settings::default().exec("/bin/sleep").args(["1000"]);
-                let none = std::iter::empty::<(String, String)>();
-                let process = master.fork_as(sleep.detached(true), none).unwrap();
+                let process = master.fork_as(sleep.detached(true)).unwrap();
                 println!("detached {}", process.process().id());
                 if std::env::var_os(KILLED).is_some() {
                     let worker = master.fork().unwrap();

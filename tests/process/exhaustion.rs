@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Error, Interest, Master, Settings, Signal, Worker, WorkerProcess};
+use cluster::{Error, Interest, Master, Sent, Settings, Signal, Worker, WorkerProcess};
 use nix::libc;
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use nix::sys::time::TimeValLike as _;
@@ -120,7 +120,7 @@ fn accepting_without_descriptors_waits_and_goes_on() {
                 let clients = connect_some(address);
                 read_all(master, clients, move |master, answers| {
                     log.add(format!("{answers:?}"));
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
                 let restore = leave_free(0);
                 after_shortage(master, move |_| {
@@ -220,13 +220,13 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
 }
 
 /// Forks, which must fail without an effect, and returns what was attempted.
-fn refused_fork(master: &Master, errno: i32) -> &'static str {
+fn refused_fork(master: &Master, errno: i32) -> String {
     let before = (open_fds(), master.workers().len());
     let error = master.fork().unwrap_err();
     assert_eq!((open_fds(), master.workers().len()), before, "{error}");
     assert_eq!(error.raw_os_error(), Some(errno), "{error}");
     match error {
-        Error::Fork { attempt, .. } => attempt,
+        Error::Fork { step, .. } => step.to_string(),
         other => panic!("{other}"),
     }
 }
@@ -251,19 +251,16 @@ fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
                 if outcome.is_ok() {
                     break;
                 }
-                let Err(Error::Fork {
-                    attempt, source, ..
-                }) = outcome
-                else {
+                let Err(Error::Fork { step, reason, .. }) = outcome else {
                     panic!("{outcome:?}");
                 };
-                assert_eq!(source.raw_os_error(), Some(libc::EMFILE), "{attempt}");
-                assert_eq!(count_below(next + more), fds, "{attempt}");
-                attempts.insert(attempt);
+                assert_eq!(reason.raw_os_error(), Some(libc::EMFILE), "{step}");
+                assert_eq!(count_below(next + more), fds, "{step}");
+                attempts.insert(step.to_string());
                 more += 1;
             }
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
-            let expected = ["make a channel", "make a process"];
+            let expected = ["make a channel", "make a process"].map(str::to_owned);
             assert_eq!(attempts, BTreeSet::from(expected));
             // The first worker has inherited the low limit. The second has not.
             let first = master.workers().remove(0);
@@ -311,7 +308,7 @@ fn refused_fork_names_the_failed_step() {
                     let mut answer = String::new();
                     client.read_to_string(&mut answer).unwrap();
                     log.add(answer);
-                    master.disconnect(|_| {});
+                    master.disconnect();
                     None
                 };
                 master.watch(client, Interest::Readable, read).unwrap();
@@ -367,7 +364,7 @@ fn descriptors_lost_on_the_way_to_the_master_are_reported() {
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            worker.on_online(|_, worker| assert!(worker.send(b"all").unwrap()));
+            worker.on_online(|_, worker| assert_eq!(worker.send(b"all").unwrap(), Sent::Continue));
             let errors = log.clone();
             worker.on_error(move |_, _, error| {
                 assert!(matches!(error, Error::Exhausted { .. }), "{error}");
@@ -382,11 +379,11 @@ fn descriptors_lost_on_the_way_to_the_master_are_reported() {
                 match text.as_str() {
                     "all" => {
                         *restore.borrow_mut() = Some(Box::new(leave_free(2)));
-                        worker.send(b"some").unwrap();
+                        let _ = worker.send(b"some").unwrap();
                     }
                     "some" => {
                         restore.take().unwrap()();
-                        worker.send(b"again").unwrap();
+                        let _ = worker.send(b"again").unwrap();
                     }
                     _ => {
                         worker.disconnect();
@@ -398,7 +395,7 @@ fn descriptors_lost_on_the_way_to_the_master_are_reported() {
         },
         |worker| {
             worker.on_message(|worker, message| {
-                worker.send_with_fds(message.bytes(), copies(4)).unwrap();
+                let _ = worker.send_with_fds(message.bytes(), copies(4)).unwrap();
             });
             worker.run().unwrap();
         },
@@ -422,7 +419,7 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
             let own = Rc::clone(&address);
             when_listening(master, 2, move |master, at| {
                 own.set(Some(at));
-                master.workers()[0].send(b"use up descriptors").unwrap();
+                let _ = master.workers()[0].send(b"use up descriptors").unwrap();
             });
             master.on_message(move |master, first, message| {
                 let address = address.get().unwrap();
@@ -432,7 +429,7 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
                         let work = move || answering_ids(address);
                         in_background(master, work, move |_, answers| {
                             log.add(format!("{answers:?}"));
-                            first.send(b"free descriptors").unwrap();
+                            let _ = first.send(b"free descriptors").unwrap();
                         });
                     }
                     _ => {
@@ -441,7 +438,7 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
                         let work = move || wait_until("both workers", || both(address));
                         in_background(master, work, move |master, ()| {
                             log.add("both workers");
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     }
                 }
@@ -453,10 +450,10 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
             worker.on_message(move |worker, message| {
                 if message.bytes() == b"use up descriptors" {
                     *restore.borrow_mut() = Some(Box::new(leave_free(0)));
-                    worker.send(b"used up").unwrap();
+                    let _ = worker.send(b"used up").unwrap();
                 } else {
                     restore.take().unwrap()();
-                    worker.send(b"freed").unwrap();
+                    let _ = worker.send(b"freed").unwrap();
                 }
             });
             serve_id(&worker, "127.0.0.1:0");
@@ -494,7 +491,7 @@ const MESSAGES: &str = "MESSAGES";
 fn send_many(reader: &WorkerProcess, messages: u8, fds: usize, length: usize) {
     for number in 0..messages {
         let text = vec![number; length];
-        reader.send_with_fds(&text, copies(fds)).unwrap();
+        let _ = reader.send_with_fds(&text, copies(fds)).unwrap();
     }
 }
 
@@ -513,7 +510,7 @@ fn read_in_order(worker: &Worker) {
         assert_eq!(fds, *all.get_or_insert(fds));
         next += 1;
         if next == messages {
-            worker.send(format!("all {fds}").as_bytes()).unwrap();
+            let _ = worker.send(format!("all {fds}").as_bytes()).unwrap();
         }
     });
     worker.run().unwrap();
@@ -590,7 +587,7 @@ fn descriptors_beyond_the_users_limit_wait() {
             master.on_message(move |master, _, _| {
                 missing -= 1;
                 if missing == 0 {
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 }
             });
             master.on_exit(|_, _, status| assert!(status.success()));

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions, SignalAction};
 use cluster::{
-    Connection, Error, Interest, ListenOptions, Listener, Master, MasterListener, Result, Role,
-    SchedulingPolicy, Settings, Signal, UdpSocket, Worker, WorkerProcess,
+    Connection, Error, Interest, ListenOptions, Listener, Master, MasterListener, Role,
+    SchedulingPolicy, Settings, Signal, SpawnOptions, UdpSocket, Worker, WorkerProcess,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal as Number, raise};
@@ -65,8 +65,8 @@ fn is_idle(poller: &impl AsFd) -> bool {
 }
 
 #[track_caller]
-fn expect_foreign<T>(result: Result<T>) {
-    match result {
+fn expect_foreign<T, E: Into<Error>>(result: std::result::Result<T, E>) {
+    match result.map_err(Into::into) {
         Err(Error::ForeignProcess) => {}
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("the call succeeded"),
@@ -92,7 +92,7 @@ fn child_per_connection(policy: SchedulingPolicy) {
                 in_background(master, ask, move |master, answers| {
                     assert_eq!(answers, ["served"; CLIENTS]);
                     counted.set(answers.len());
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             master.fork().unwrap();
@@ -201,11 +201,13 @@ const WORKER_USES: &Uses<WorkerHandles> = &[
     ("Listener::on_connection", |handles| {
         handles
             .blocking
-            .on_connection(|_, _| panic!("it was called"));
+            .set_connection_callback(|_, _| panic!("it was called"));
     }),
     ("Listener::on_drop", |handles| {
         handles.blocking.set_max_connections(Some(0));
-        handles.blocking.on_drop(|_, _| panic!("it was called"));
+        handles
+            .blocking
+            .set_drop_callback(|_, _| panic!("it was called"));
     }),
     ("Listener::close", |handles| {
         handles.listener.close();
@@ -216,7 +218,9 @@ const WORKER_USES: &Uses<WorkerHandles> = &[
         expect_foreign(handles.udp.recv_from(&mut [0; 8]));
     }),
     ("UdpSocket::on_message", |handles| {
-        handles.udp.on_message(|_, _, _, _| panic!("it was called"));
+        handles
+            .udp
+            .set_message_callback(|_, _, _, _| panic!("it was called"));
     }),
     ("UdpSocket::close", |handles| handles.udp.close()),
     ("Connection::write", |handles| {
@@ -257,10 +261,10 @@ impl WorkerHandles {
         assert!(is_idle(worker), "the child has woken its parent");
         assert!(worker.is_connected());
         dispatch_until_counted("an answer", worker, &seen.pongs, || {
-            worker.send(b"ping").unwrap();
+            let _ = worker.send(b"ping").unwrap();
         });
         for listener in [&self.listener, &self.blocking] {
-            let connect = || TcpStream::connect(listener.local_addr()).unwrap();
+            let connect = || TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             if std::ptr::eq(listener, &self.listener) {
                 let client = RefCell::new(None);
                 dispatch_until_counted("a connection", worker, &seen.connections, || {
@@ -275,7 +279,9 @@ impl WorkerHandles {
         assert!(self.exclusive.accept().unwrap().is_some());
         dispatch_until_counted("a datagram", worker, &seen.datagrams, || {
             let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-            client.send_to(b"?", self.udp.local_addr()).unwrap();
+            client
+                .send_to(b"?", self.udp.local_addr().unwrap())
+                .unwrap();
         });
         dispatch_until_counted("a signal", worker, &seen.signals, || {
             raise(Number::SIGUSR1).unwrap()
@@ -303,13 +309,13 @@ fn use_all_handles(worker: Worker) {
     worker.on_message(move |_, _| count(&counted.pongs));
     let listener = worker.listen("127.0.0.1:0").unwrap();
     let counted = Rc::clone(&seen);
-    listener.on_connection(move |_, _| count(&counted.connections));
+    listener.set_connection_callback(move |_, _| count(&counted.connections));
     let blocking = worker.listen("127.0.0.2:0").unwrap();
     let exclusive = ListenOptions::from(path.as_path()).exclusive(true);
     let exclusive = worker.listen(exclusive).unwrap();
     let udp = worker.bind("127.0.0.1:0").unwrap();
     let counted = Rc::clone(&seen);
-    udp.on_message(move |_, _, _, _| count(&counted.datagrams));
+    udp.set_message_callback(move |_, _, _, _| count(&counted.datagrams));
     let counted = Rc::clone(&seen);
     let on_signal = move |_: &Worker, _| count(&counted.signals);
     worker.on_signal(Signal::USR1, on_signal).unwrap();
@@ -325,7 +331,7 @@ fn use_all_handles(worker: Worker) {
     let timer = worker.set_timeout(Duration::from_secs(600), |_| {
         panic!("the timer fired early")
     });
-    let mut client = TcpStream::connect(blocking.local_addr()).unwrap();
+    let mut client = TcpStream::connect(blocking.local_addr().unwrap()).unwrap();
     let connection = blocking.accept().unwrap().unwrap();
     let handles = WorkerHandles {
         connection,
@@ -364,7 +370,7 @@ fn handles_of_a_worker_are_inert(policy: SchedulingPolicy) {
             master.on_error(|_, _, error| panic!("{error}"));
             master.on_message(|_, worker, message| {
                 assert_eq!(message.bytes(), b"ping");
-                worker.send(b"pong").unwrap();
+                let _ = worker.send(b"pong").unwrap();
             });
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
             master.fork().unwrap();
@@ -395,7 +401,11 @@ const MASTER_USES: &Uses<MasterHandles> = &[
     ("Master::fork", |handles| {
         expect_foreign(handles.master.fork());
         let copy = Settings::default().main(|_| 0);
-        expect_foreign(handles.master.fork_as(copy, [("NAME", "value")]));
+        expect_foreign(
+            handles
+                .master
+                .fork_as(SpawnOptions::new(copy).env("NAME", "value")),
+        );
     }),
     ("Master::listen", |handles| {
         expect_foreign(handles.master.listen("127.0.0.1:0"))
@@ -407,12 +417,16 @@ const MASTER_USES: &Uses<MasterHandles> = &[
         expect_foreign(handles.master.dispatch(Some(Duration::ZERO)));
     }),
     ("Master::disconnect", |handles| {
-        handles.master.disconnect(|_| panic!("it was called"))
+        handles
+            .master
+            .on_all_disconnected_once(|_| panic!("it was called"));
+        handles.master.disconnect()
     }),
     ("Master::disconnect_within", |handles| {
         handles
             .master
-            .disconnect_within(Duration::ZERO, |_| panic!("it was called"));
+            .on_all_disconnected_once(|_| panic!("it was called"));
+        handles.master.disconnect_within(Duration::ZERO);
     }),
     ("Master::watch", |handles| {
         let (one, _) = UnixStream::pair().unwrap();
@@ -497,10 +511,10 @@ const UNIX: &str = "UNIX_PATH";
 fn serve_both(worker: &Worker) {
     answer_pings(worker);
     let tcp = worker.listen("127.0.0.1:0").unwrap();
-    tcp.on_connection(|_, mut connection| connection.write_all(b"tcp").unwrap());
+    tcp.set_connection_callback(|_, mut connection| connection.write_all(b"tcp").unwrap());
     let path = PathBuf::from(std::env::var_os(UNIX).unwrap());
     let unix = worker.listen(path.as_path()).unwrap();
-    unix.on_connection(|_, mut connection| connection.write_all(b"unix").unwrap());
+    unix.set_connection_callback(|_, mut connection| connection.write_all(b"unix").unwrap());
     worker.run().unwrap();
 }
 
@@ -540,7 +554,7 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
         let MasterHandles { worker, master, .. } = handles;
         assert!(is_idle(master), "the child has woken its parent");
         let before = pongs.get();
-        worker.send(b"ping").unwrap();
+        let _ = worker.send(b"ping").unwrap();
         dispatch_until("an answer", master, || (pongs.get() > before).then_some(()));
         assert_eq!(answer_at(address, master), "tcp");
         let client = UnixStream::connect(&path).unwrap();
@@ -592,7 +606,7 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
     }
     assert!(handles.worker.is_connected() && !handles.worker.is_dead());
     handles.master.unwatch(handles.watch);
-    handles.master.disconnect(|_| {});
+    handles.master.disconnect();
     handles.master.run().unwrap();
     drop(handles);
     assert!(!path.exists(), "the parent removes the socket file");
@@ -674,8 +688,8 @@ fn loop_ends_in_a_child_forked_by_a_callback() {
             });
             let worker = master.fork().unwrap();
             worker.on_online(|_, worker| {
-                worker.send(b"first").unwrap();
-                worker.send(b"second").unwrap();
+                let _ = worker.send(b"first").unwrap();
+                let _ = worker.send(b"second").unwrap();
             });
         },
         |worker| {
@@ -692,7 +706,7 @@ fn loop_ends_in_a_child_forked_by_a_callback() {
                     }
                 }
                 if std::process::id() == own {
-                    worker.send(b"in the parent").unwrap();
+                    let _ = worker.send(b"in the parent").unwrap();
                 }
             });
             let ended = worker.run();

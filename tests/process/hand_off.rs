@@ -234,7 +234,7 @@ impl Play {
             let listener = worker.clone();
             let send = move |_: &Master| drop(listener.send(b"a message"));
             let timer = master.set_interval(Duration::from_millis(1), send);
-            master.unref(timer);
+            master.unreference(timer);
             worker.on_exit(move |master, _, _| master.clear_timer(timer));
         });
         let pid = failing.process().id();
@@ -365,7 +365,7 @@ fn play_kills_under_load(plan: &str, may_lose: MayLose) {
                     master,
                     move || connect_until_killed(address, &kills),
                     move |master, outcome| {
-                        master.off(replace);
+                        master.remove_callback(replace);
                         let kills = all.load(Ordering::SeqCst);
                         let Outcome {
                             connected,
@@ -380,10 +380,11 @@ fn play_kills_under_load(plan: &str, may_lose: MayLose) {
                             MayLose::ReceivedConnection => kills,
                         };
                         assert!(unanswered <= allowed);
-                        master.disconnect_within(Duration::from_secs(20), move |master| {
+                        master.on_all_disconnected_once(move |master| {
                             let ledger = master.ledger();
                             assert_eq!((ledger.accepted, ledger.taken), (connected, connected));
                         });
+                        master.disconnect_within(Duration::from_secs(20));
                     },
                 );
             });

@@ -447,18 +447,18 @@ pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
     own.set(Some(master.on_message(move |master, _, _| {
         missing -= 1;
         if missing == 0 {
-            master.off(id.get().unwrap());
+            master.remove_callback(id.get().unwrap());
             then.take().unwrap()(master);
         }
     })));
     for worker in master.workers() {
-        worker.send(b"ping").unwrap();
+        let _ = worker.send(b"ping").unwrap();
     }
 }
 
 pub fn answer_pings(worker: &Worker) {
     worker.on_message(|worker, _| {
-        worker.send(b"pong").unwrap();
+        let _ = worker.send(b"pong").unwrap();
     });
 }
 
@@ -473,7 +473,7 @@ pub fn serve_id(worker: &Worker, address: &str) {
 /// Answers each connection of a listener with `text`.
 pub fn answer(listener: &Listener, text: impl ToString) {
     let text = text.to_string();
-    listener.on_connection(move |_, mut connection| {
+    listener.set_connection_callback(move |_, mut connection| {
         connection.write_all(text.as_bytes()).unwrap();
     });
 }

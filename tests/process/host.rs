@@ -511,7 +511,7 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
         "1 fork".to_owned(),
         "1 online".to_owned(),
         "1 disconnect Some(true)".to_owned(),
-        format!("cannot learn how worker 1 ended: {no_child}"),
+        format!("cannot get the exit status of worker 1: {no_child}"),
         "1 exit Some(true) exit status: 255".to_owned(),
     ];
     assert_eq!(entries.take(), expected, "{how}");
@@ -632,7 +632,7 @@ fn reused_process_id_is_not_signalled() {
 }
 
 fn signal_reused_process_id(worker: &WorkerProcess) {
-    worker.send(b"end").unwrap();
+    let _ = worker.send(b"end").unwrap();
     let number = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
     wait_until("the exit of the worker", || has_ended(number).then_some(()));
     handle(
@@ -748,7 +748,7 @@ fn workers_and_concurrent_children_share_no_descriptors() {
             });
         },
         |worker| {
-            worker
+            let _ = worker
                 .send(format!("{unexpected_fds:?}").as_bytes())
                 .unwrap();
             if std::env::var_os("FIRST_OF_ALL").is_some() {
@@ -955,7 +955,7 @@ fn assert_no_unexpected_descriptors() {
             }
         },
         |worker| {
-            worker
+            let _ = worker
                 .send(format!("{unexpected_fds:?}").as_bytes())
                 .unwrap();
         },
@@ -1011,7 +1011,7 @@ fn process_1_can_be_a_master() {
             assert_eq!(std::process::id(), 1);
             panic_on_errors(master);
             note_events(master, &log);
-            let end = |master: &Master, _| master.disconnect(|_| {});
+            let end = |master: &Master, _| master.disconnect();
             master.on_signal(Signal::TERM, end).unwrap();
             master.on_message(|_, worker, message| kill_parent_of_orphan(worker, message.bytes()));
             master.fork_with([("PART", "parent")]).unwrap();
@@ -1021,7 +1021,7 @@ fn process_1_can_be_a_master() {
                 let mut command = Command::new("sh");
                 command.args(["-c", "read line; exit 7"]);
                 let child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
-                worker.send(&child.id().to_ne_bytes()).unwrap();
+                let _ = worker.send(&child.id().to_ne_bytes()).unwrap();
                 run_until_killed(&worker);
             }
             _ => run_to_completion(&worker),
@@ -1125,7 +1125,7 @@ fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
             };
             in_background(&master, ask, |master, answer| {
                 assert_eq!(answer, "served");
-                master.disconnect(|_| {});
+                master.disconnect();
             });
             master.run().unwrap();
             drop(master);

@@ -12,7 +12,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::{Error, Interest, Master, SendError, Settings, Signal, WorkerProcess};
+use cluster::{Error, Interest, Master, SendError, Sent, Settings, Signal, WorkerProcess};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -491,7 +491,7 @@ fn measure_clients(
         if driver.measurements.waits.len() < CLIENTS {
             return Some(Interest::Readable);
         }
-        master.off(counting);
+        master.remove_callback(counting);
         then.take().unwrap()(master, std::mem::take(&mut driver.measurements));
         None
     };
@@ -610,7 +610,7 @@ impl Peak {
         let max_fds = Rc::new(Cell::new(fds));
         let most = Rc::clone(&max_fds);
         let count = move |_: &Master| most.set(most.get().max(count_fds()));
-        master.unref(master.set_interval(Duration::from_millis(1), count));
+        master.unreference(master.set_interval(Duration::from_millis(1), count));
         let bytes = size("VmRSS");
         Self {
             bytes,
@@ -653,7 +653,7 @@ fn attack_beside_honest_worker(case: Case) {
             if std::env::var_os(NEIGHBOUR).is_some() {
                 // The last reply may fail, because the worker is disconnecting by then.
                 worker.on_message(|worker, _| drop(worker.send(b"pong")));
-                worker.send(b"ready").unwrap();
+                let _ = worker.send(b"ready").unwrap();
                 worker.run().unwrap();
             } else {
                 serve_id(&worker, "127.0.0.1:0");
@@ -726,40 +726,42 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
             let bounded = peak.more_bytes() <= case.bytes + SLACK_BYTES;
             assert!(bounded || is_instrumented(), "bytes");
             assert!(peak.more_fds() <= case.fds + SLACK_FDS, "descriptors");
-            master.disconnect(|_| {});
+            master.disconnect();
         }
     });
     let exited = Rc::clone(&finish);
     attacker.on_exit(move |master, _, _| exited(master));
-    let served =
-        move |master: &Master, attacker: &WorkerProcess, mut busy: Measurements, cpu_before| {
-            quiet.show("quiet");
-            busy.show("busy");
-            assert!(busy.longest_iteration < ITERATION_MAX, "blocked");
-            assert!(
-                busy.iterations
-                    .iter()
-                    .all(|iterations| *iterations <= ITERATIONS_MAX),
-                "accepted too late"
-            );
-            assert!(
-                busy.max_messages <= MESSAGES_MAX,
-                "too many messages in one iteration"
-            );
-            let most = WORK_FACTOR_MAX * median(&quiet.work).max(WORK_MIN);
-            assert!(median(&busy.work) < most || is_instrumented(), "delayed");
-            if matches!(
-                case.outcome,
-                Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
-            ) {
-                assert!(!attacker.is_dead());
-                let is_flooding = cpu_time(attacker.process().id()) > cpu_before;
-                assert!(is_flooding || !case.is_continuous, "the flood has stopped");
-                attacker.process().kill(Signal::KILL);
-            }
-            master.unref(master.set_timeout(PATIENCE, |_| panic!("the attacker was not killed")));
-            finish(master);
-        };
+    let served = move |master: &Master,
+                       attacker: &WorkerProcess,
+                       mut busy: Measurements,
+                       cpu_before| {
+        quiet.show("quiet");
+        busy.show("busy");
+        assert!(busy.longest_iteration < ITERATION_MAX, "blocked");
+        assert!(
+            busy.iterations
+                .iter()
+                .all(|iterations| *iterations <= ITERATIONS_MAX),
+            "accepted too late"
+        );
+        assert!(
+            busy.max_messages <= MESSAGES_MAX,
+            "too many messages in one iteration"
+        );
+        let most = WORK_FACTOR_MAX * median(&quiet.work).max(WORK_MIN);
+        assert!(median(&busy.work) < most || is_instrumented(), "delayed");
+        if matches!(
+            case.outcome,
+            Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
+        ) {
+            assert!(!attacker.is_dead());
+            let is_flooding = cpu_time(attacker.process().id()) > cpu_before;
+            assert!(is_flooding || !case.is_continuous, "the flood has stopped");
+            attacker.process().kill(Signal::KILL);
+        }
+        master.unreference(master.set_timeout(PATIENCE, |_| panic!("the attacker was not killed")));
+        finish(master);
+    };
     let mut served = Some(served);
     attacker.on_message(move |master, attacker, _| {
         let Some(mut served) = served.take() else {
@@ -778,7 +780,7 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
 fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     let (at_error, at_end, at_exit) = (log.clone(), log.clone(), log.clone());
     let prefix = [
-        format!("cut off from worker {}: ", attacker.id()),
+        format!("invalid frame from worker {}: ", attacker.id()),
         format!("lost the channel to worker {}: ", attacker.id()),
     ];
     attacker.on_error(move |_, _, error| {
@@ -825,7 +827,7 @@ fn worker_that_writes(bytes: &str) -> Vec<String> {
 
 fn expect_disconnected(bytes: &str, why: &str) {
     let seen = worker_that_writes(bytes);
-    let error = format!("cut off from worker 1: {why}");
+    let error = format!("invalid frame from worker 1: {why}");
     assert_eq!(seen, [error.as_str(), "disconnect", "Some(9) Some(false)"]);
 }
 
@@ -1003,7 +1005,7 @@ fn descriptors_that_the_application_ignores_are_closed() {
         }
     });
     let fds = FDS_PER_WORKER + FDS_IN;
-    let outcome = Outcome::ToleratedWithLoss("no room for the channel to worker 3: ");
+    let outcome = Outcome::ToleratedWithLoss("no resources for the channel to worker 3: ");
     attack_beside_honest_worker(Case {
         fds,
         outcome,
@@ -1099,7 +1101,7 @@ fn connection_that_blocks_in_close_does_not_block_the_master() {
                 let since = last.replace(Instant::now()).elapsed();
                 most.set(most.get().max(since));
             };
-            master.unref(master.set_interval(Duration::from_millis(10), heartbeat));
+            master.unreference(master.set_interval(Duration::from_millis(10), heartbeat));
             let worker = master.fork().unwrap();
             worker.on_listening(|_, worker, address| {
                 let address: SocketAddr = address.to_string().parse().unwrap();
@@ -1121,7 +1123,7 @@ fn connection_that_blocks_in_close_does_not_block_the_master() {
             make_close_block(&connection, LINGER);
             drop(connection);
             worker.set_timeout(Duration::ZERO, |worker| {
-                assert!(worker.send(b"waiting").unwrap())
+                assert_eq!(worker.send(b"waiting").unwrap(), Sent::Continue)
             });
             assert!(listener.accept().unwrap().is_none());
         },
@@ -1136,7 +1138,7 @@ fn send_until_refused(_: &Master, attacker: &WorkerProcess) {
             break error;
         }
     };
-    let Error::Send { worker, reason } = refused else {
+    let Error::Send { worker, reason, .. } = refused else {
         panic!("{refused}");
     };
     assert_eq!(
@@ -1504,7 +1506,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
     vec![
         violation(
             |attacker| after_joining(attacker, listen(SHARED_INDEX)),
-            "second listen with the same index",
+            "second request for a listener with the same index",
         ),
         violation(
             |attacker| after_joining(attacker, idle(SHARED_HANDLE, 1)),
@@ -1622,7 +1624,7 @@ fn run_attackers(count: usize, play: fn(&Attacker, usize), log: &Log) {
 
 fn next_attacker(master: &Master, address: SocketAddr, which: usize, count: usize, log: &Log) {
     if which == count {
-        return master.disconnect(|_| {});
+        return master.disconnect();
     }
     let attacker = master.fork_with([(ATTACKER, which.to_string())]).unwrap();
     note_attacker_events(&attacker, log);

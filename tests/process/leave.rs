@@ -73,7 +73,7 @@ fn flags_and_status(
 fn ready_then_run(worker: &Worker) {
     assert!(worker.is_connected());
     worker.on_disconnect(|worker| assert!(!worker.is_connected()));
-    worker.send(b"ready").unwrap();
+    let _ = worker.send(b"ready").unwrap();
     worker.run().unwrap();
 }
 
@@ -114,7 +114,7 @@ fn worker_exits_after_its_own_kill() {
         |_| {},
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            let address = listener.local_addr();
+            let address = listener.local_addr().unwrap();
             let client = std::thread::spawn(move || TcpStream::connect(address).unwrap());
             // An open connection does not delay the exit after `kill`.
             let connection = listener.accept().unwrap().unwrap();
@@ -191,7 +191,7 @@ fn disconnect_waits_for_connections() {
                 listener.accept().unwrap().is_none(),
                 "a connection after disconnect"
             );
-            worker.send(b"disconnecting").unwrap();
+            let _ = worker.send(b"disconnecting").unwrap();
             worker
                 .watch(
                     connection,
@@ -217,11 +217,12 @@ fn disconnect_all_calls_back_once_after_the_last_exit() {
             master.on_exit(move |_, _, _| at_exit.add("exit"));
             when_listening(master, 3, move |master, _| {
                 let (first, second) = (log.clone(), log.clone());
-                master.disconnect(move |master| {
+                master.on_all_disconnected_once(move |master| {
                     assert!(master.workers().is_empty());
                     first.add("first callback");
                 });
-                master.disconnect(move |_| second.add("second callback"));
+                master.on_all_disconnected_once(move |_| second.add("second callback"));
+                master.disconnect();
                 log.add("after the call");
             });
             (0..3).for_each(|_| drop(master.fork().unwrap()));
@@ -240,7 +241,8 @@ fn disconnect_all_without_workers_calls_back_after_the_call() {
     cluster(
         |master| {
             let late = log.clone();
-            master.disconnect(move |_| late.add("callback"));
+            master.on_all_disconnected_once(move |_| late.add("callback"));
+            master.disconnect();
             log.add("after the call");
         },
         |_| unreachable!(),
@@ -260,7 +262,8 @@ fn disconnect_during_start_up_lets_workers_exit() {
             master.on_listening(|_, _, _| panic!("listening after disconnect"));
             master.fork().unwrap();
             master.fork().unwrap();
-            master.disconnect(move |_| log.add("callback"));
+            master.on_all_disconnected_once(move |_| log.add("callback"));
+            master.disconnect();
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
     );
@@ -278,9 +281,12 @@ fn disconnect_callback_can_fork_workers_on_the_same_port() {
                 log.add(format!("round {}", round.get()));
                 if round.replace(round.get() + 1) == 0 {
                     let env = [("ADDRESS", address.to_string())];
-                    master.disconnect(move |master| drop(master.fork_with(env).unwrap()));
+                    master.on_all_disconnected_once(move |master| {
+                        drop(master.fork_with(env).unwrap())
+                    });
+                    master.disconnect();
                 } else {
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 }
             });
             master.fork().unwrap();
@@ -334,7 +340,7 @@ fn disconnect_loses_no_client_in_the_backlog() {
                     wait_until("the backlog", || {
                         (backlog(address) == waiting).then_some(())
                     });
-                    master.disconnect(|_| {});
+                    master.disconnect();
                     let work = move || {
                         let mut answered = 0;
                         for client in &mut clients {
@@ -386,7 +392,7 @@ fn disconnect_loses_no_client_of_the_second_listener() {
                 in_background(master, work, move |master, (answer, mut waiting)| {
                     log.add(answer);
                     wait_until("the backlog", || (backlog(address) == 1).then_some(()));
-                    master.disconnect(|_| {});
+                    master.disconnect();
                     let work = move || {
                         let mut answer = String::new();
                         waiting.read_to_string(&mut answer).unwrap();
@@ -431,7 +437,7 @@ fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
                 });
                 // Longer than the time allowed for handshakes.
                 std::thread::sleep(Duration::from_millis(200));
-                master.disconnect(|_| {});
+                master.disconnect();
                 let work = move || {
                     let mut answered = 0;
                     for mut client in clients.join().unwrap() {
@@ -449,7 +455,7 @@ fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, mut connection| {
+            listener.set_connection_callback(|_, mut connection| {
                 connection.write_all(b"served").unwrap();
             });
             worker.run().unwrap();
@@ -472,7 +478,7 @@ fn shared_backlog_of_full_batches_is_served_to_its_end() {
                 stop(&worker);
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..32).map(connect).collect();
-                master.disconnect(|_| {});
+                master.disconnect();
                 // When the worker continues, it receives the disconnect request, end-of-file and
                 // all connections.
                 master.set_timeout(Duration::from_millis(150), move |_| {
@@ -494,7 +500,7 @@ fn shared_backlog_of_full_batches_is_served_to_its_end() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, mut connection| {
+            listener.set_connection_callback(|_, mut connection| {
                 connection.write_all(b"served").unwrap();
             });
             worker.run().unwrap();
@@ -513,10 +519,12 @@ fn slow_callback_does_not_shorten_the_time_for_handshakes() {
                 in_background(master, work, move |master, _| {
                     std::thread::sleep(Duration::from_millis(200));
                     let began = Instant::now();
-                    master.disconnect(move |_| {
+                    master.on_all_disconnected_once(move |_| {
                         let is_long_enough = began.elapsed() >= Duration::from_millis(100);
                         log.add(is_long_enough.to_string());
                     });
+                    master.disconnect();
+                    master.disconnect();
                 });
             });
             master.fork().unwrap();
@@ -546,13 +554,14 @@ fn listener_requested_before_the_channel_closed_is_not_leaked() {
                 at_exit.add(status.to_string());
                 TcpStream::connect(address).unwrap_err();
                 let log = at_exit.clone();
-                master.disconnect(move |_| log.add("all exited"));
+                master.on_all_disconnected_once(move |_| log.add("all exited"));
+                master.disconnect();
             });
         },
         |worker| {
             let address = std::env::var("ADDRESS").unwrap();
             let listener = worker.listen(address.as_str()).unwrap();
-            listener.on_connection(|_, _| panic!("unexpected connection"));
+            listener.set_connection_callback(|_, _| panic!("unexpected connection"));
             // End-of-file has already been read, so nothing else wakes the loop.
             worker.run().unwrap();
         },
@@ -575,7 +584,7 @@ fn messages_after_the_last_connection_are_delivered() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             assert!(listener.accept().unwrap().is_none());
             assert!(worker.is_connected());
-            worker.send(b"final message").unwrap();
+            let _ = worker.send(b"final message").unwrap();
             let seen = Rc::new(Cell::new(false));
             let at_disconnect = Rc::clone(&seen);
             worker.on_disconnect(move |_| at_disconnect.set(true));
@@ -599,7 +608,7 @@ fn final_message_is_delivered_though_a_callback_owns_the_listener() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             worker.on_message(move |_, _| listener.close());
             // More than the socket buffer holds.
-            worker.send(&vec![0; 800_000]).unwrap();
+            let _ = worker.send(&vec![0; 800_000]).unwrap();
         },
     );
     assert_eq!(entries.take(), ["800000"]);

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use cluster::{AddressType, Error, Master, Role, Settings, Signal, WorkerState};
+use cluster::{Error, Master, Role, Sent, Settings, Signal, SpawnOptions, WorkerState};
 
 use crate::harness::{Log, SIGNALS, cluster, is_alive, note_messages, refuse_calls};
 
@@ -47,9 +47,12 @@ fn events_are_emitted_once_and_in_order() {
             let listening = state("listening", "cluster");
             let listening = RefCell::new(listening);
             master.on_listening(move |master, worker, address| {
-                assert_eq!(address.address.as_deref(), Some("127.0.0.1"));
-                assert_eq!(address.address_type, AddressType::Tcp4);
-                assert_ne!(address.port, Some(0));
+                assert_eq!(address.socket_addr().unwrap().ip().to_string(), "127.0.0.1");
+                assert!(matches!(
+                    address,
+                    cluster::Address::Tcp(std::net::SocketAddr::V4(_))
+                ));
+                assert_ne!(address.port(), Some(0));
                 (listening.borrow_mut())(master, worker);
                 worker.process().kill(Signal::KILL);
             });
@@ -123,8 +126,8 @@ fn final_messages_arrive_before_disconnect() {
             master.fork().unwrap();
         },
         |worker| {
-            worker.send(b"first").unwrap();
-            worker.send(b"second").unwrap();
+            let _ = worker.send(b"first").unwrap();
+            let _ = worker.send(b"second").unwrap();
             std::process::exit(42);
         },
     );
@@ -180,20 +183,20 @@ fn settings_reach_the_worker() {
             master.fork().unwrap();
             let own = std::env::current_exe().unwrap();
             let settings = master.settings();
-            assert_eq!(settings.exec, Some(own.clone()));
+            assert_eq!(settings.get_exec(), Some(own.as_path()));
             assert_eq!(
-                settings.args,
-                Some(Vec::new()),
+                settings.get_args(),
+                Some(&[][..]),
                 "the arguments of this process"
             );
             master.setup_master(Settings::default().args(["custom argument"]));
-            assert_eq!(master.settings().exec, Some(own), "unchanged");
+            assert_eq!(master.settings().get_exec(), Some(&*own), "unchanged");
             master.fork().unwrap();
         },
         |worker| {
             let args: Vec<_> = std::env::args().skip(1).collect();
             let text = format!("{} {args:?}", worker.id());
-            worker.send(text.as_bytes()).unwrap();
+            let _ = worker.send(text.as_bytes()).unwrap();
             worker.run().unwrap();
         },
     );
@@ -208,7 +211,9 @@ fn setup_is_emitted_by_setup_master_and_by_fork() {
     cluster(
         |master| {
             let (setups, forks) = (log.clone(), log.clone());
-            master.on_setup(move |_, settings| setups.add(format!("setup {:?}", settings.args)));
+            master.on_setup(move |_, settings| {
+                setups.add(format!("setup {:?}", settings.get_args()))
+            });
             master.on_fork(move |_, _| forks.add("fork"));
             master.setup_master(Settings::default().args(["a"]));
             master.fork().unwrap();
@@ -252,7 +257,7 @@ fn assert_is_master() {
             // The variables that the master sets for a worker are not inherited by other programs.
             let settings = Settings::default().exec("/usr/bin/env").args::<&str>([]);
             let settings = settings.detached(true).silent(true);
-            let program = master.fork_as::<&str, &str>(settings, []).unwrap();
+            let program = master.fork_as(settings).unwrap();
             let mut output = String::new();
             let mut stream = program.process().take_stdio(1).unwrap();
             stream.read_to_string(&mut output).unwrap();
@@ -297,7 +302,7 @@ fn worker_child_is_no_worker() {
             assert_eq!(std::env::vars_os().collect::<Vec<_>>(), environment);
             let own = std::env::current_exe().unwrap();
             let child = Command::new(own).env(CHILD, "1").output().unwrap();
-            worker.send(&child.stdout).unwrap();
+            let _ = worker.send(&child.stdout).unwrap();
             worker.run().unwrap();
         },
     );
@@ -325,7 +330,7 @@ fn wrappers_cannot_start_the_program_recursively() {
     let log = statuses.clone();
     master.on_exit(move |_, _, status| log.add(format!("{:?}", status.code())));
     master
-        .fork_as(settings, [(CHILD, (depth + 1).to_string())])
+        .fork_as(SpawnOptions::new(settings).env(CHILD, (depth + 1).to_string()))
         .unwrap();
     master.run().unwrap();
     let expected = if depth == 1 { REFUSED } else { 0 };
@@ -359,10 +364,12 @@ fn worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same() {
                     script => vec!["-c".into(), script.into(), own.clone().into_os_string()],
                 };
                 let settings = Settings::default().exec(exec).args(args);
-                master.fork_as(settings, [(CHILD, kind)]).unwrap();
+                master
+                    .fork_as(SpawnOptions::new(settings).env(CHILD, kind))
+                    .unwrap();
             }
         },
-        |worker| assert!(worker.send(b"here").unwrap()),
+        |worker| assert_eq!(worker.send(b"here").unwrap(), Sent::Continue),
     );
     let mut entries = entries.take();
     entries.sort();
@@ -470,7 +477,7 @@ fn callbacks_may_change_callbacks_and_fork() {
             let inner = log.clone();
             let never = master.on_online(|_, _| panic!("removed by an earlier event"));
             master.on_fork(move |master, worker| {
-                master.off(never);
+                master.remove_callback(never);
                 let log = inner.clone();
                 worker.on_online(move |_, _| log.add("added in a callback"));
                 if worker.id().get() == 1 {

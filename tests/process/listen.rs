@@ -2,7 +2,7 @@
 
 use std::net::{TcpListener, TcpStream};
 
-use cluster::{AddressType, Error, SchedulingPolicy};
+use cluster::{Error, SchedulingPolicy};
 
 use crate::harness::{
     Log, cluster, for_both_policies, in_background, serve_id, talk, wait_until, when_listening,
@@ -28,7 +28,7 @@ fn port_zero_is_the_same_port_in_every_worker() {
             master.on_listening(move |master, _, address| {
                 log.add(address.to_string());
                 if log.len() == 3 {
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 }
             });
             (0..3).for_each(|_| drop(master.fork().unwrap()));
@@ -53,7 +53,7 @@ fn second_listen_on_port_zero_gets_another_port() {
             master.on_listening(move |master, _, address| {
                 log.add(address.to_string());
                 if log.len() == 4 {
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 }
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
@@ -61,7 +61,7 @@ fn second_listen_on_port_zero_gets_another_port() {
         |worker| {
             let first = worker.listen("127.0.0.1:0").unwrap();
             let second = worker.listen("127.0.0.1:0").unwrap();
-            assert_ne!(first.local_addr(), second.local_addr());
+            assert_ne!(first.local_addr().unwrap(), second.local_addr().unwrap());
             worker.run().unwrap();
         },
     );
@@ -78,8 +78,11 @@ fn ipv6_listener_serves() {
     cluster(
         |master| {
             master.on_listening(|_, _, address| {
-                assert_eq!(address.address.as_deref(), Some("::1"));
-                assert_eq!(address.address_type, AddressType::Tcp6);
+                assert_eq!(address.socket_addr().unwrap().ip().to_string(), "::1");
+                assert!(matches!(
+                    address,
+                    cluster::Address::Tcp(std::net::SocketAddr::V6(_))
+                ));
             });
             when_listening(master, 1, move |master, address| {
                 in_background(
@@ -87,7 +90,7 @@ fn ipv6_listener_serves() {
                     move || talk(address, b""),
                     move |master, answer| {
                         log.add(answer.unwrap());
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     },
                 );
             });
@@ -113,7 +116,7 @@ fn failed_listen_leaves_the_address_free() {
                 master.on_message(move |_, worker, message| {
                     log.add(String::from_utf8_lossy(message.bytes()));
                     drop(holder.take());
-                    worker.send(b"free").unwrap();
+                    let _ = worker.send(b"free").unwrap();
                 });
                 master.fork_with([("PORT", address.to_string())]).unwrap();
             },
@@ -126,11 +129,11 @@ fn failed_listen_leaves_the_address_free() {
                     text.starts_with(&format!("cannot listen on {address}: ")),
                     "{text}"
                 );
-                worker.send(b"in use").unwrap();
+                let _ = worker.send(b"in use").unwrap();
                 worker.on_message(move |worker, message| {
                     assert_eq!(message.bytes(), b"free");
                     let listener = worker.listen(address.as_str()).unwrap();
-                    assert_eq!(listener.local_addr().to_string(), address);
+                    assert_eq!(listener.local_addr().unwrap().to_string(), address);
                     worker.disconnect();
                 });
                 worker.run().unwrap();
@@ -157,13 +160,13 @@ fn closing_a_listener_does_not_affect_other_workers() {
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                master.workers()[0].send(b"close").unwrap();
+                let _ = master.workers()[0].send(b"close").unwrap();
                 master.on_message(move |master, _, _| {
                     let log = log.clone();
                     let work = move || [(); 4].map(|()| talk(address, b"").unwrap());
                     in_background(master, work, move |master, answers| {
                         log.add(answers.concat());
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
             });
@@ -172,13 +175,13 @@ fn closing_a_listener_does_not_affect_other_workers() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let id = worker.id().to_string();
-            listener.on_connection(move |_, mut connection| {
+            listener.set_connection_callback(move |_, mut connection| {
                 use std::io::Write as _;
                 connection.write_all(id.as_bytes()).unwrap();
             });
             worker.on_message(move |worker, _| {
                 listener.close();
-                worker.send(b"closed").unwrap();
+                let _ = worker.send(b"closed").unwrap();
             });
             worker.run().unwrap();
         },
@@ -195,11 +198,12 @@ fn port_is_free_after_the_last_worker_exits() {
     cluster(
         |master| {
             when_listening(master, 2, |master, address| {
-                master.disconnect(move |_| {
+                master.on_all_disconnected_once(move |_| {
                     let refused = TcpStream::connect(address).unwrap_err();
                     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
                     TcpListener::bind(address).unwrap();
                 });
+                master.disconnect();
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
@@ -228,7 +232,7 @@ fn shared_listener_serves() {
                 in_background(master, work, move |master, seen| {
                     log.add(seen);
                     assert_eq!(master.ledger().accepted, 0, "the workers accept");
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..3).for_each(|_| drop(master.fork().unwrap()));
@@ -253,14 +257,14 @@ fn shared_listener_serves_with_callbacks() {
                 };
                 in_background(master, work, move |master, count| {
                     log.add(count.to_string());
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, mut connection| {
+            listener.set_connection_callback(|_, mut connection| {
                 use std::io::Write as _;
                 connection.write_all(b"hello").unwrap();
             });

@@ -71,7 +71,7 @@ fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
 /// Serves `address`, and replies to each message with the result of `act`.
 fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
     worker.on_message(move |worker, message| {
-        worker.send(act(message.bytes()).as_bytes()).unwrap();
+        let _ = worker.send(act(message.bytes()).as_bytes()).unwrap();
     });
     crate::harness::serve_id(worker, address);
 }
@@ -81,11 +81,11 @@ fn ask(master: &Master, worker: usize, message: &str, then: impl FnOnce(&Master,
     let (then, own) = (Cell::new(Some(then)), std::rc::Rc::new(Cell::new(None)));
     let id = own.clone();
     own.set(Some(master.on_message(move |master, _, message| {
-        master.off(id.get().unwrap());
+        master.remove_callback(id.get().unwrap());
         let text = String::from_utf8(message.bytes().to_vec()).unwrap();
         then.take().unwrap()(master, &text);
     })));
-    master.workers()[worker].send(message.as_bytes()).unwrap();
+    let _ = master.workers()[worker].send(message.as_bytes()).unwrap();
 }
 
 fn empty_reply(_: &[u8]) -> String {
@@ -154,13 +154,14 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
             let other = TcpListener::from(listener.as_fd().try_clone_to_owned().unwrap());
             fork(master, 2, move |master| {
                 drop(listener);
-                master.disconnect(move |_| {
+                master.on_all_disconnected_once(move |_| {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
                     other.set_nonblocking(true).unwrap();
                     // An earlier client that no worker has accepted may come first.
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
+                master.disconnect();
                 let client = connect(address).map(drop);
                 assert!(client.is_ok(), "while the listener drains: {client:?}");
             });
@@ -185,7 +186,7 @@ fn released_listener_has_no_filter_if_another_process_may_have_it_sharded() {
 fn serve_path(worker: &Worker, act: fn(&[u8]) -> String) {
     let path = PathBuf::from(std::env::var_os(ADDRESS).unwrap());
     worker.on_message(move |worker, message| {
-        worker.send(act(message.bytes()).as_bytes()).unwrap();
+        let _ = worker.send(act(message.bytes()).as_bytes()).unwrap();
     });
     worker.on_disconnect(|_| std::process::exit(0));
     for connection in worker.listen(path.as_path()).unwrap().incoming() {
@@ -213,11 +214,12 @@ fn released_unix_listener_still_listens_if_another_process_may_have_it() {
                 master.on_listening(move |master, _, _| {
                     let (listener, other, path, log) = rest.take().unwrap();
                     drop(listener);
-                    master.disconnect(move |_| {
+                    master.on_all_disconnected_once(move |_| {
                         let client = UnixStream::connect(path).map(drop);
                         other.set_nonblocking(true).unwrap();
                         log.add(format!("{client:?} {}", other.accept().is_ok()));
                     });
+                    master.disconnect();
                 });
                 master.fork_with([(ADDRESS, path)]).unwrap();
             },
@@ -270,11 +272,12 @@ fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
                 ask(master, 1, "", move |master, child| {
                     let child = Pid::from_raw(child.parse().unwrap());
                     drop(listener);
-                    master.disconnect(move |_| {
+                    master.on_all_disconnected_once(move |_| {
                         let client = connect(address);
                         kill(child, Signal::SIGKILL).unwrap();
                         log.add(format!("{:?}", client.map_err(|error| error.kind())));
                     });
+                    master.disconnect();
                 });
             });
         },
@@ -353,7 +356,7 @@ fn worker_cannot_change_shard_selection() {
                             ask(master, 2, "filter", move |master, answer| {
                                 own.add(format!("filter {answer}"));
                                 drop(listener);
-                                master.disconnect(|_| {});
+                                master.disconnect();
                             });
                         },
                     );
@@ -394,7 +397,7 @@ fn shard_selection_is_restored_when_a_worker_detaches_it() {
                     in_background(master, work, |master, shares| {
                         assert_even(&shares);
                         drop(listener);
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
             });
@@ -445,10 +448,11 @@ fn listener_listens_again(policy: SchedulingPolicy) {
                 in_background(master, work, move |master, ()| {
                     log.add("all");
                     drop(listener);
-                    master.disconnect(move |_| {
+                    master.on_all_disconnected_once(move |_| {
                         let error = connect(address).unwrap_err();
                         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
                     });
+                    master.disconnect();
                 });
             });
             fork(master, 2, |master| ask(master, 1, "", |_, _| {}));
@@ -481,7 +485,7 @@ fn listener_listens_again_when_another_owner_shuts_it_down_rr() {
                 in_background(master, work, move |master, answer| {
                     log.add(answer);
                     drop(listener);
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             fork(master, 1, move |_| {
@@ -509,9 +513,7 @@ fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
                 assert!(error.to_string().contains(&path), "{error}");
                 log.add("error");
                 // Time for further errors, of which there must be none.
-                master.set_timeout(Duration::from_millis(300), |master| {
-                    master.disconnect(|_| {})
-                });
+                master.set_timeout(Duration::from_millis(300), |master| master.disconnect());
             });
             master.on_listening(|master, _, _| ask(master, 0, "", |_, _| {}));
             master.fork_with([(ADDRESS, path)]).unwrap();
@@ -526,7 +528,7 @@ fn master_keeps_accepting_when_another_owner_clears_o_nonblock() {
     fn play(master: &Master, other: TcpListener, rounds_left: u32, listener: MasterListener) {
         if rounds_left == 0 {
             drop(listener);
-            return master.disconnect(|_| {});
+            return master.disconnect();
         }
         other.set_nonblocking(false).unwrap();
         let address = other.local_addr().unwrap();
@@ -574,7 +576,7 @@ fn worker_keeps_answering_when_another_worker_clears_o_nonblock() {
                         ask(master, 0, "", move |master, answer| {
                             log.add(answer);
                             drop(listener);
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     });
                 });
@@ -587,7 +589,7 @@ fn worker_keeps_answering_when_another_worker_clears_o_nonblock() {
                         TcpListener::from(socket).set_nonblocking(false).unwrap();
                     }
                 }
-                worker.send(b"received").unwrap();
+                let _ = worker.send(b"received").unwrap();
             });
             let listener = worker.listen(ANY_PORT).unwrap();
             crate::harness::answer(&listener, worker.id());

@@ -93,9 +93,11 @@ fn loads_of_new_workers_are_zero() {
                 assert_eq!(own.address.to_string(), address.to_string());
                 assert_eq!((own.accepted, own.queued), (0, Some(0)));
                 log.add("zero");
-                master.disconnect(|master| {
+                master.on_all_disconnected_once(|master| {
                     assert_eq!(master.loads(), cluster::Loads::default());
                 });
+                master.disconnect();
+                master.disconnect();
             });
         },
         |worker| serve_id(&worker, "127.0.0.1:0"),
@@ -132,7 +134,7 @@ fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
         assert_eq!((own.accepted, own.queued), (served, Some(0)));
         if served == 20 {
             log.add(served.to_string());
-            return master.disconnect(|_| {});
+            return master.disconnect();
         }
         in_background(
             master,
@@ -157,7 +159,7 @@ fn hold(worker: &Worker) {
         }
     });
     let listener = worker.listen("127.0.0.1:0").unwrap();
-    listener.on_connection(move |_, connection| held.borrow_mut().push(connection));
+    listener.set_connection_callback(move |_, connection| held.borrow_mut().push(connection));
     worker.run().unwrap();
 }
 
@@ -204,7 +206,7 @@ fn close(
     count: u8,
     then: impl FnOnce(&Master, WorkerProcess) + 'static,
 ) {
-    worker.send(&[count]).unwrap();
+    let _ = worker.send(&[count]).unwrap();
     let worker = worker.clone();
     when_all_wait(master, move |master| then(master, worker));
 }
@@ -247,7 +249,7 @@ fn loads_count_returned_connections() {
                         assert_eq!(listener_load(master).accepted, 4);
                         first.process().kill(Signal::CONT);
                         log.add("done");
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
             });
@@ -287,7 +289,7 @@ fn loads_count_connections_waiting_for_a_worker() {
                                     let load = load_of(master, &stopped);
                                     assert_eq!((figures(&load), load.waiting()), ([3, 3, 0, 0], 0));
                                     log.add("done");
-                                    master.disconnect(|_| {});
+                                    master.disconnect();
                                 });
                             },
                         );
@@ -333,7 +335,7 @@ fn loads_count_connections_of_closed_listeners() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             drop(listener.accept().unwrap().unwrap());
             listener.close();
-            worker.send(b"closed").unwrap();
+            let _ = worker.send(b"closed").unwrap();
             worker.run().unwrap();
         },
     );
@@ -389,7 +391,7 @@ fn loads_report_the_backlog_of_a_listener() {
                                     let own = listener_load(master);
                                     assert_eq!((own.accepted, own.queued), (30, Some(0)));
                                     log.add("done");
-                                    master.disconnect(|_| {});
+                                    master.disconnect();
                                 },
                             );
                         });
@@ -439,7 +441,7 @@ fn assert_backlog_of_stopped_workers(policy: SchedulingPolicy) {
                             let own = listener_load(master);
                             assert_eq!((own.accepted, own.queued), (0, Some(0)));
                             log.add("done");
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         },
                     );
                 });

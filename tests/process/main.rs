@@ -38,6 +38,7 @@ mod pool;
 #[path = "../../src/pool/mod.rs"]
 mod pool_elsewhere;
 mod privileges;
+mod public_api;
 mod retained;
 mod round_robin;
 mod running;
@@ -46,6 +47,13 @@ mod serve;
 mod sharded;
 mod systemd;
 mod without_exec;
+
+/// The unit tests of the pool are compiled here, too. They do not run, because no application can make an
+/// id.
+#[allow(dead_code)]
+fn worker_id(_: u32) -> cluster::WorkerId {
+    unreachable!("the unit tests of the pool run in the crate")
+}
 
 use std::process::ExitCode;
 
@@ -80,6 +88,8 @@ fn main() -> ExitCode {
         systemd::SCENARIOS,
         pool::SCENARIOS,
         without_exec::SCENARIOS,
+        public_api::SCENARIOS,
+        public_api::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();

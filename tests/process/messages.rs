@@ -6,7 +6,7 @@ use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
-use cluster::{Error, SendError, Signal};
+use cluster::{Error, SendError, Sent, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
@@ -42,12 +42,12 @@ fn messages_arrive_once_and_in_order() {
                 }
             });
             for number in 0..10_000u32 {
-                worker.send(&number.to_le_bytes()).unwrap();
+                let _ = worker.send(&number.to_le_bytes()).unwrap();
             }
         },
         |worker| {
             worker.on_message(|worker, message| {
-                worker.send(message.bytes()).unwrap();
+                let _ = worker.send(message.bytes()).unwrap();
             });
             worker.run().unwrap();
         },
@@ -61,8 +61,12 @@ fn message_sent_before_the_worker_is_online_arrives() {
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            assert!(worker.send(b"early").unwrap());
-            assert!(worker.send(b"").unwrap(), "an empty message is a message");
+            assert_eq!(worker.send(b"early").unwrap(), Sent::Continue);
+            assert_eq!(
+                worker.send(b"").unwrap(),
+                Sent::Continue,
+                "an empty message is a message"
+            );
             worker.on_message(move |_, _, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));
             });
@@ -70,7 +74,7 @@ fn message_sent_before_the_worker_is_online_arrives() {
         |worker| {
             let count = Cell::new(0);
             worker.on_message(move |worker, message| {
-                worker.send(message.bytes()).unwrap();
+                let _ = worker.send(message.bytes()).unwrap();
                 count.set(count.get() + 1);
                 if count.get() == 2 {
                     worker.disconnect();
@@ -99,7 +103,7 @@ fn cluster_on_message_is_called_before_worker_on_message() {
             });
         },
         |worker| {
-            worker.send(b"one").unwrap();
+            let _ = worker.send(b"one").unwrap();
             worker.run().unwrap();
         },
     );
@@ -135,11 +139,11 @@ fn descriptors_stay_with_their_messages() {
                     file.write_all(name.as_bytes()).unwrap();
                     file.into()
                 });
-                worker
+                let _ = worker
                     .send_with_fds(name.as_bytes(), fds.collect())
                     .unwrap();
             }
-            worker.send(b"end").unwrap();
+            let _ = worker.send(b"end").unwrap();
             worker.run().unwrap();
         },
     );
@@ -156,7 +160,7 @@ fn descriptors_that_are_not_taken_are_closed() {
         |master| {
             let worker = master.fork().unwrap();
             let (mut kept, sent) = UnixStream::pair().unwrap();
-            worker
+            let _ = worker
                 .send_with_fds(b"not taken", vec![sent.into()])
                 .unwrap();
             worker.on_message(move |_, worker, _| {
@@ -169,7 +173,7 @@ fn descriptors_that_are_not_taken_are_closed() {
         |worker| {
             worker.on_message(|worker, _| {
                 worker.set_timeout(std::time::Duration::ZERO, |worker| {
-                    worker.send(b"seen").unwrap();
+                    let _ = worker.send(b"seen").unwrap();
                 });
             });
             worker.run().unwrap();
@@ -206,7 +210,7 @@ fn final_messages_keep_a_bounded_number_of_descriptors_open() {
         |worker| {
             let null = File::open("/dev/null").unwrap();
             let fds = || (0..16).map(|_| null.try_clone().unwrap().into()).collect();
-            while worker.send_with_fds(&[0; 64], fds()).unwrap() {}
+            while worker.send_with_fds(&[0; 64], fds()).unwrap() == Sent::Continue {}
             nix::sys::signal::raise(nix::sys::signal::SIGKILL).unwrap();
         },
     );
@@ -240,8 +244,8 @@ fn send_reports_backpressure_of_a_worker_that_does_not_read() {
                 let mut paused = 0;
                 let error = loop {
                     match worker.send(&message) {
-                        Ok(true) => assert_eq!(paused, 0),
-                        Ok(false) => paused += 1,
+                        Ok(Sent::Continue) => assert_eq!(paused, 0),
+                        Ok(_) => paused += 1,
                         Err(error) => break error,
                     }
                 };
@@ -256,7 +260,7 @@ fn send_reports_backpressure_of_a_worker_that_does_not_read() {
     );
     assert_eq!(
         entries.take(),
-        ["cannot send to worker 1: too much waits to be sent"]
+        ["cannot send to worker 1: too many bytes are waiting to be sent"]
     );
 }
 
@@ -339,7 +343,7 @@ fn both_sides_can_send_large_messages_at_once() {
             let message = vec![1; 100_000];
             for _ in 0..COUNT {
                 let file = tempfile::tempfile().unwrap();
-                worker.send_with_fds(&message, vec![file.into()]).unwrap();
+                let _ = worker.send_with_fds(&message, vec![file.into()]).unwrap();
             }
             let seen = Rc::new(Cell::new(0));
             worker.on_message(move |_, worker, message| {
@@ -358,7 +362,7 @@ fn both_sides_can_send_large_messages_at_once() {
             let message = vec![2; 100_000];
             for _ in 0..COUNT {
                 let file = tempfile::tempfile().unwrap();
-                worker.send_with_fds(&message, vec![file.into()]).unwrap();
+                let _ = worker.send_with_fds(&message, vec![file.into()]).unwrap();
             }
             worker.on_message(|_, message| {
                 assert_eq!(

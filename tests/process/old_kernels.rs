@@ -215,9 +215,9 @@ fn serve(worker: &Worker) {
     let path = PathBuf::from(std::env::var_os(SOCKET).unwrap());
     let options = ListenOptions::from(path.as_path());
     let unix = worker.listen(options.readable_all(true)).unwrap();
-    unix.on_connection(|_, mut connection| connection.write_all(b"path").unwrap());
+    unix.set_connection_callback(|_, mut connection| connection.write_all(b"path").unwrap());
     let tcp = worker.listen("127.0.0.1:0").unwrap();
-    tcp.on_connection(|_, mut connection| connection.write_all(b"port").unwrap());
+    tcp.set_connection_callback(|_, mut connection| connection.write_all(b"port").unwrap());
     worker.run().unwrap();
     panic!("`run` returned without a disconnect request");
 }
@@ -230,7 +230,7 @@ fn assert_workers_serve_and_exit(master: &Master) {
     let second = master.fork().unwrap();
     let (file, answers) = (path.clone(), log.clone());
     first.on_listening(move |master, _, address| {
-        let Some(port) = address.port else {
+        let Some(port) = address.port() else {
             let mode = file.metadata().unwrap().permissions().mode();
             assert_eq!(mode & 0o444, 0o444);
             return;

@@ -102,14 +102,14 @@ fn work(worker: &Worker) {
         }
         "serving" => {
             let listener = listen();
-            let _client = TcpStream::connect(listener.local_addr()).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             read_for_ever(&listener.accept().unwrap().unwrap());
             loop_for_ever();
         }
         "calling" => {
             let listener = listen();
-            let _client = TcpStream::connect(listener.local_addr()).unwrap();
-            listener.on_connection(|_, connection| read_for_ever(&connection));
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            listener.set_connection_callback(|_, connection| read_for_ever(&connection));
             worker.run().unwrap();
         }
         "looping" => {

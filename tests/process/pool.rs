@@ -13,7 +13,7 @@ use cluster::pool::{
     FailureAction, FailureCause, HEARTBEAT, Limit, Pool, PoolEvent, PoolOptions, READY, Readiness,
     ReloadFailure, SLOT, ignore_pool_signals,
 };
-use cluster::{Role, Settings, Worker};
+use cluster::{Role, Settings, SpawnOptions, Worker};
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
 use nix::unistd::{Pid, getpgid, getsid};
 
@@ -284,7 +284,7 @@ fn worker_reports_its_own_readiness() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            worker.send(READY).unwrap();
+            let _ = worker.send(READY).unwrap();
             listener.incoming().for_each(drop);
         },
     );
@@ -348,7 +348,7 @@ fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            reach_limit(listener.local_addr());
+            reach_limit(listener.local_addr().unwrap());
             for connection in listener.incoming() {
                 let _ = connection.unwrap().write_all(b"served");
             }
@@ -387,7 +387,7 @@ fn reload_applies_new_settings() {
         |worker| {
             let release = std::env::args().nth(1).unwrap();
             assert_ne!(release, "broken");
-            worker.send(release.as_bytes()).unwrap();
+            let _ = worker.send(release.as_bytes()).unwrap();
             serve_slot(&worker);
         },
     );
@@ -406,7 +406,7 @@ fn with_args(release: &str) -> Settings {
 /// Sends the first argument, and serves, unless a disconnect request arrives first.
 fn send_release_and_serve(worker: &Worker) {
     let release = std::env::args().nth(1).unwrap();
-    worker.send(release.as_bytes()).unwrap();
+    let _ = worker.send(release.as_bytes()).unwrap();
     if let Ok(listener) = worker.listen("127.0.0.1:0") {
         listener.incoming().for_each(drop);
     }
@@ -1127,8 +1127,10 @@ fn new_master_that_stops_does_not_take_over() {
                 let own = std::env::current_exe().unwrap();
                 let settings = Settings::default().exec(own).detached(true).setsid(false);
                 let settings = settings.listen_fds([(PREDECESSOR, theirs)]);
-                let successor = master.fork_as(settings, [WATCHED]).unwrap();
-                successor.process().ref_();
+                let successor = master
+                    .fork_as(SpawnOptions::new(settings).envs([WATCHED]))
+                    .unwrap();
+                successor.process().reference();
                 successor.on_exit(move |_, _, status| {
                     assert!(status.success());
                     let length = ours.read(&mut [0]).unwrap();

@@ -65,7 +65,7 @@ type Attempts = fn(&Worker) -> Vec<String>;
 
 fn report(worker: &Worker, attempts: Attempts) {
     let not_refused = attempts(worker);
-    worker.send(format!("{not_refused:?}").as_bytes()).unwrap();
+    let _ = worker.send(format!("{not_refused:?}").as_bytes()).unwrap();
 }
 
 /// Plays a worker that reports the attempts which were not refused.
@@ -217,11 +217,9 @@ fn assert_fork_gives_up(master: &Master) {
     // The limit is one second, but this process may have to wait for a processor.
     assert!(waited < Duration::from_secs(10), "{waited:?}");
     match error {
-        Error::Fork {
-            attempt, source, ..
-        } => {
-            assert_eq!(attempt, "wait until it starts");
-            assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
+        Error::Fork { step, reason, .. } => {
+            assert_eq!(step.to_string(), "wait until it starts");
+            assert_eq!(reason.kind(), std::io::ErrorKind::TimedOut);
         }
         error => panic!("{error}"),
     }
@@ -330,14 +328,12 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
                 (libc::SYS_setresgid, libc::EDOM, "change its groups"),
                 (libc::SYS_setgroups, libc::ENOTSUP, "change its groups"),
             ];
-            for (call, errno, step) in steps {
+            for (call, errno, expected) in steps {
                 refuse_calls(&[call], errno);
                 match master.fork().unwrap_err() {
-                    Error::Fork {
-                        attempt, source, ..
-                    } => {
-                        assert_eq!(attempt, step);
-                        assert_eq!(source.raw_os_error(), Some(errno));
+                    Error::Fork { step, reason, .. } => {
+                        assert_eq!(step.to_string(), expected);
+                        assert_eq!(reason.raw_os_error(), Some(errno));
                     }
                     error => panic!("{error}"),
                 }
@@ -428,7 +424,7 @@ fn worker_cannot_access_a_worker_of_another_user() {
             if let Ok(target) = std::env::var("TARGET") {
                 let target = Pid::from_raw(target.parse().unwrap());
                 let found = format!("{:?}", successful_accesses(target));
-                worker.send(found.as_bytes()).unwrap();
+                let _ = worker.send(found.as_bytes()).unwrap();
             }
             worker.run().unwrap();
         },
@@ -490,10 +486,10 @@ fn open_all_kinds(worker: &Worker) {
         .listen(directory.path().join("own").as_path())
         .unwrap();
     let udp = worker.bind("127.0.0.1:0").unwrap();
-    tcp.on_connection(|_, _| {});
-    unix.on_connection(|_, _| {});
-    udp.on_message(|_, _, _, _| {});
-    worker.send(b"open").unwrap();
+    tcp.set_connection_callback(|_, _| {});
+    unix.set_connection_callback(|_, _| {});
+    udp.set_message_callback(|_, _, _, _| {});
+    let _ = worker.send(b"open").unwrap();
     worker.run().unwrap();
 }
 
@@ -523,7 +519,7 @@ fn worker_gets_only_sockets_of_the_host_by_number() {
                 if std::env::var_os("ASKS").is_none() {
                     return open_all_kinds(&worker);
                 }
-                worker
+                let _ = worker
                     .send(request_all_numbers(&worker).as_bytes())
                     .unwrap();
             },

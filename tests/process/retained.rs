@@ -71,7 +71,7 @@ fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     id.set(Some(master.on_listening(move |master, _, _| {
         missing.set(missing.get() - 1);
         if missing.get() == 0 {
-            master.off(own.get().unwrap());
+            master.remove_callback(own.get().unwrap());
             then.take().unwrap()(master);
         }
     })));
@@ -154,7 +154,8 @@ fn clients_wait_for_the_next_worker(policy: SchedulingPolicy) {
                                 end_all(master, disconnect, move |master| {
                                     next_worker_serves_all(master, address, move |master| {
                                         log.add("all");
-                                        master.disconnect(move |_| drop(retained));
+                                        master.on_all_disconnected_once(move |_| drop(retained));
+                                        master.disconnect();
                                     });
                                 });
                             });
@@ -235,7 +236,7 @@ fn under_load(policy: SchedulingPolicy, end: fn(&WorkerProcess), check: impl Fn(
                         assert_eq!((ledger.dropped, ledger.in_hand()), (0, 0), "{ledger:?}");
                         log.add("all");
                         drop(retained);
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     },
                 );
             };
@@ -361,17 +362,17 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
             let retained = [0, 0].map(|port| master.listen(port).unwrap());
             let ports = retained
                 .each_ref()
-                .map(|retained| retained.address().port.unwrap());
+                .map(|retained| retained.address().port().unwrap());
             assert_ne!(ports[0], ports[1]);
             let mut seen = Vec::new();
             let mut retained = Some(retained);
             master.on_listening(move |master, _, address| {
-                seen.push(address.port.unwrap());
+                seen.push(address.port().unwrap());
                 if seen.len() == 2 {
                     assert_eq!(seen, ports);
                     log.add("the same");
                     retained.take();
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 }
             });
             master.fork().unwrap();
@@ -425,13 +426,15 @@ fn existing_listener_is_shared(policy: SchedulingPolicy) {
                 };
                 in_background(master, work, move |master, ()| {
                     drop(retained);
-                    master.disconnect(move |_| {
+                    master.on_all_disconnected_once(move |_| {
                         // The other process has the listener, which still accepts connections.
                         let patience = Duration::from_millis(500);
                         let _client = TcpStream::connect_timeout(&address, patience).unwrap();
                         shared.accept().unwrap();
                         log.add("both");
                     });
+                    master.disconnect();
+                    master.disconnect();
                 });
             });
             for own in [port.to_string(), format!("0.0.0.0:{port}")] {
@@ -487,12 +490,14 @@ fn existing_unix_socket_is_shared() {
                     in_background(master, work, move |master, (answer, own)| {
                         assert_eq!(answer, "1");
                         drop(retained);
-                        master.disconnect(move |_| {
+                        master.on_all_disconnected_once(move |_| {
                             assert!(own.exists(), "the application owns the file");
                             let error = UnixStream::connect(&own).unwrap_err();
                             assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
                             log.add("closed");
                         });
+                        master.disconnect();
+                        master.disconnect();
                     });
                 });
             },
@@ -609,10 +614,12 @@ fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, 
                     // The worker may have received one of the clients, which has sent nothing yet;
                     // the others wait.
                     drop(retained);
-                    master.disconnect(move |_| {
+                    master.on_all_disconnected_once(move |_| {
                         let error = TcpStream::connect(address).unwrap_err();
                         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
                     });
+                    master.disconnect();
+                    master.disconnect();
                     let work = || {
                         for mut client in &clients {
                             client.write_all(b"x").unwrap();
@@ -651,7 +658,8 @@ fn listener_opened_by_a_worker_can_be_retained() {
                     end_all(master, disconnect, move |master| {
                         next_worker_serves_all(master, address, move |master| {
                             log.add("served");
-                            master.disconnect(move |_| drop(retained));
+                            master.on_all_disconnected_once(move |_| drop(retained));
+                            master.disconnect();
                         });
                     });
                 });
@@ -672,11 +680,12 @@ fn retained_listener_delays_neither_disconnect_nor_run() {
         |master| {
             let (retained, address) = listen(master, RR);
             fork(master, 2, move |master| {
-                master.disconnect(move |master| {
+                master.on_all_disconnected_once(move |master| {
                     assert!(master.workers().is_empty());
                     drop(TcpStream::connect(address).unwrap());
                     log.add("disconnected");
                 });
+                master.disconnect();
             });
             master.on_setup(move |_, _| drop(retained.address()));
         },
@@ -735,7 +744,8 @@ fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
                     let work = move || ask_all(clients);
                     in_background(master, work, move |master, answers| {
                         log.add(answers);
-                        master.disconnect(move |_| drop(retained));
+                        master.on_all_disconnected_once(move |_| drop(retained));
+                        master.disconnect();
                     });
                 });
             });
@@ -755,7 +765,7 @@ fn disconnecting_workers_serve_accepted_connections() {
             with_five_accepted(master, 2, move |master, retained, address, clients| {
                 let client = TcpStream::connect(address).unwrap();
                 let later = log.clone();
-                master.disconnect(move |master| {
+                master.on_all_disconnected_once(move |master| {
                     let ledger = master.ledger();
                     assert_eq!((ledger.accepted, ledger.taken), (5, 5));
                     drop(master.fork().unwrap());
@@ -763,9 +773,10 @@ fn disconnecting_workers_serve_accepted_connections() {
                     in_background(master, work, move |master, answer| {
                         later.add(answer);
                         drop(retained);
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
+                master.disconnect();
                 kill(&master.workers()[0]);
                 let work = move || ask_all(clients);
                 in_background(master, work, move |_, answers| log.add(answers));

@@ -64,7 +64,7 @@ fn next(master: &Master, address: SocketAddr, log: Log) {
             }
             let ledger = master.ledger();
             assert_eq!((ledger.accepted, ledger.taken), (100, 100));
-            master.disconnect(|_| {});
+            master.disconnect();
         });
     });
 }
@@ -98,7 +98,7 @@ fn slow_request_does_not_delay_other_clients() {
                 };
                 in_background(master, work, move |master, by_other| {
                     log.add(by_other.to_string());
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
@@ -137,7 +137,7 @@ fn busy_workers_leave_connections_to_the_kernel() {
                     };
                     in_background(master, talk, move |master, answered| {
                         log.add(answered.to_string());
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
             });
@@ -182,7 +182,7 @@ fn connections_behind_a_slow_request_are_reclaimed() {
                     let ledger = master.ledger();
                     assert_eq!(ledger.accepted, ledger.taken);
                     log.add(quick.to_string());
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
@@ -211,7 +211,7 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
 /// until `times` rounds had connections queued behind a slow one.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
-        return master.disconnect(|_| {});
+        return master.disconnect();
     }
     let before = master.ledger().accepted;
     let connect = move || {
@@ -309,7 +309,7 @@ fn connection_of_a_stopped_worker_goes_to_an_idle_one() {
                         let rest = move || read_all(vec![client]).concat();
                         in_background(master, rest, move |master, rest| {
                             log.add(rest);
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     });
                 });
@@ -363,7 +363,7 @@ fn connection_in_a_queue_survives_a_killed_worker() {
                             let ledger = master.ledger();
                             assert_eq!((ledger.accepted, ledger.taken), (4, 4));
                             log.add("served");
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     });
                 });
@@ -397,7 +397,7 @@ fn client_that_disconnects_while_it_waits_is_counted() {
                         let ledger = master.ledger();
                         log.add(format!("{} of {}", ledger.taken, ledger.accepted));
                         first.write_all(b"x").unwrap();
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
             });
@@ -480,15 +480,17 @@ fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Conn
     let own = Rc::downgrade(&listener);
     if std::env::var_os("SECOND").is_some() {
         worker.on_message(move |_, _| {
-            own.upgrade().unwrap().on_connection(|_, mut connection| {
-                connection.read_exact(&mut [0]).unwrap();
-                connection.write_all(b"2").unwrap();
-            });
+            own.upgrade()
+                .unwrap()
+                .set_connection_callback(|_, mut connection| {
+                    connection.read_exact(&mut [0]).unwrap();
+                    connection.write_all(b"2").unwrap();
+                });
         });
         return worker.run().unwrap();
     }
     let mut first = first;
-    listener.on_connection(move |worker, mut connection| {
+    listener.set_connection_callback(move |worker, mut connection| {
         let mut byte = [0];
         connection.read_exact(&mut byte).unwrap();
         if byte == *b"x" {
@@ -541,14 +543,14 @@ fn callback_workers_hold_many_connections() {
                 };
                 in_background(master, work, move |master, echoed| {
                     log.add(echoed.to_string());
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|worker, connection| {
+            listener.set_connection_callback(|worker, connection| {
                 let echo = |_: &Worker, mut connection: &Connection| {
                     let mut byte = [0];
                     match connection.read(&mut byte) {
@@ -590,14 +592,14 @@ fn run_callback_that_ends(how: String) {
                         let others = clients.split_off(1);
                         let read_first = move || read_all(clients);
                         in_background(master, read_first, move |master, mut answers| {
-                            second.send(b"go").unwrap();
+                            let _ = second.send(b"go").unwrap();
                             let read = move || read_all(others);
                             in_background(master, read, move |master, more| {
                                 answers.extend(more);
                                 let ledger = master.ledger();
                                 assert_eq!(ledger.accepted, ledger.taken);
                                 log.add(answers.join(" "));
-                                master.disconnect(|_| {});
+                                master.disconnect();
                             });
                         });
                     });
@@ -632,13 +634,13 @@ fn queue_survives_a_killed_worker() {
                         first.on_exit(move |master, _, _| {
                             assert_eq!(master.ledger().in_hand(), QUEUED as u64);
                             let (second, clients, log) = rest.take().unwrap();
-                            second.send(b"go").unwrap();
+                            let _ = second.send(b"go").unwrap();
                             let read = move || read_all(clients);
                             in_background(master, read, move |master, answers| {
                                 let ledger = master.ledger();
                                 assert_eq!(ledger.accepted, ledger.taken);
                                 log.add(answers.join(" "));
-                                master.disconnect(|_| {});
+                                master.disconnect();
                             });
                         });
                     });
@@ -665,7 +667,7 @@ fn lowered_limit_returns_the_rest_to_others() {
                         let second = second.clone();
                         let first_answer = move || (read_one(&clients[0]), clients);
                         in_background(master, first_answer, move |master, (one, clients)| {
-                            second.send(b"go").unwrap();
+                            let _ = second.send(b"go").unwrap();
                             let read = move || {
                                 let others: String = clients[1..].iter().map(read_one).collect();
                                 (others, clients)
@@ -673,7 +675,7 @@ fn lowered_limit_returns_the_rest_to_others() {
                             in_background(master, read, move |master, (others, clients)| {
                                 log.add(format!("{one}{others}"));
                                 drop(clients);
-                                master.disconnect(|_| {});
+                                master.disconnect();
                             });
                         });
                     });
@@ -742,7 +744,7 @@ fn received_connection_is_not_dispatched_again() {
                         let second = second.clone();
                         first.on_message(move |_, first, _| {
                             first.process().disconnect();
-                            second.send(b"go").unwrap();
+                            let _ = second.send(b"go").unwrap();
                         });
                         first.process().kill(Signal::CONT);
                         let read = move || read_all(clients);
@@ -750,7 +752,7 @@ fn received_connection_is_not_dispatched_again() {
                             let ledger = master.ledger();
                             assert_eq!(ledger.accepted, ledger.taken);
                             log.add(answers.join(" "));
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     });
                 });
@@ -765,7 +767,7 @@ fn received_connection_is_not_dispatched_again() {
                 // answer, too.
                 served.borrow_mut().push(connection);
                 if served.borrow().len() == QUEUED {
-                    worker.send(b"served all").unwrap();
+                    let _ = worker.send(b"served all").unwrap();
                 }
             });
         },
@@ -833,7 +835,7 @@ fn clients_cannot_exhaust_a_workers_descriptors() {
                 in_background(master, work, move |master, answered| {
                     log.add(answered.to_string());
                     assert_eq!(master.ledger().accepted, 120);
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             master.fork().unwrap();
@@ -843,7 +845,7 @@ fn clients_cannot_exhaust_a_workers_descriptors() {
             let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
             setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|worker, mut connection| {
+            listener.set_connection_callback(|worker, mut connection| {
                 connection.write_all(b"x").unwrap();
                 hold(worker, connection);
             });

@@ -95,8 +95,8 @@ fn durations_of_any_length_are_accepted() {
                     for duration in DURATIONS {
                         let timeout = master.set_timeout(duration, |_| {});
                         let interval = master.set_interval(duration, |_| {});
-                        master.unref(timeout);
-                        master.unref(interval);
+                        master.unreference(timeout);
+                        master.unreference(interval);
                     }
                     master.on_message(move |master, _, message| {
                         log.add(String::from_utf8_lossy(message.bytes()));
@@ -106,7 +106,7 @@ fn durations_of_any_length_are_accepted() {
                                 worker.disconnect_within(duration);
                             }
                             for duration in DURATIONS.into_iter().rev() {
-                                master.disconnect_within(duration, |_| {});
+                                master.disconnect_within(duration);
                             }
                         }
                     });
@@ -147,21 +147,21 @@ fn with_policy(policy: &str, play: impl FnOnce()) {
 fn wait_in_every_way(worker: &Worker, duration: Duration) {
     let timeout = worker.set_timeout(duration, |_| {});
     let interval = worker.set_interval(duration, |_| {});
-    worker.unref(timeout);
-    worker.unref(interval);
+    worker.unreference(timeout);
+    worker.unreference(interval);
     let soon = worker.set_timeout(Duration::from_millis(1), |_| {});
     worker.dispatch(Some(duration)).unwrap();
     worker.clear_timer(soon);
     let options = BindOptions::from("127.0.0.1:0").exclusive(true);
     let socket = worker.bind(options).unwrap();
-    socket.send_to(b"x", socket.local_addr()).unwrap();
+    socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
     assert!(socket.recv_from(&mut [0]).unwrap().is_some());
     // Each worker has its own address, so its client does not reach another worker.
     let address = format!("127.0.0.{}:0", worker.id());
     let listener = worker.listen(address.as_str()).unwrap();
     drop(socket);
     drop(listener.accept().unwrap().unwrap());
-    worker.send(b"served").unwrap();
+    let _ = worker.send(b"served").unwrap();
     drop(listener);
     worker.run().unwrap();
 }
@@ -220,7 +220,7 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
         },
         |worker| {
             allow_tracing();
-            worker.send(b"ready").unwrap();
+            let _ = worker.send(b"ready").unwrap();
             worker.run().unwrap();
         },
     );
@@ -272,11 +272,11 @@ fn signals_reach_callbacks_in_both_roles() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
                 let on_signal = |worker: &cluster::Worker, signal: Signal| {
-                    worker.send(format!("worker {signal}").as_bytes()).unwrap();
+                    let _ = worker.send(format!("worker {signal}").as_bytes()).unwrap();
                 };
                 worker.on_signal(signal, on_signal).unwrap();
             }
-            worker.send(b"ready").unwrap();
+            let _ = worker.send(b"ready").unwrap();
             assert!(listener.accept().unwrap().is_none());
         },
     );
@@ -344,7 +344,7 @@ fn master_runs_in_the_loop_of_the_host() {
                     move |master, answer| {
                         answers.add(answer.unwrap());
                         master.set_timeout(Duration::from_millis(3), |master| {
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     },
                 );
@@ -382,7 +382,7 @@ fn worker_runs_in_the_loop_of_the_host() {
                     move || talk(address, b""),
                     move |master, answer| {
                         log.add(answer.unwrap());
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     },
                 );
             });
@@ -390,7 +390,7 @@ fn worker_runs_in_the_loop_of_the_host() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, mut connection| {
+            listener.set_connection_callback(|_, mut connection| {
                 connection.write_all(b"embedded").unwrap();
             });
             while worker.is_connected() {
@@ -420,13 +420,13 @@ fn blocking_worker_handles_timers_and_messages() {
         |worker| {
             worker.on_message(|worker, message| {
                 assert_eq!(message.bytes(), b"ping");
-                worker.send(b"pong").unwrap();
+                let _ = worker.send(b"pong").unwrap();
             });
             worker.set_timeout(Duration::from_millis(1), |worker| {
-                worker.send(b"one").unwrap();
+                let _ = worker.send(b"one").unwrap();
             });
             worker.set_timeout(Duration::from_millis(2), |worker| {
-                worker.send(b"two").unwrap();
+                let _ = worker.send(b"two").unwrap();
             });
             let listener = worker.listen("127.0.0.1:0").unwrap();
             assert!(listener.accept().unwrap().is_none());
@@ -502,7 +502,7 @@ fn idle_processes_sleep() {
         cluster::Role::Worker(worker) => {
             if worker.id().get() == 3 {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
-                listener.on_connection(|_, _| {});
+                listener.set_connection_callback(|_, _| {});
                 return worker.run().unwrap();
             }
             serve_id(&worker, "127.0.0.1:0");

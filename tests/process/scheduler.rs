@@ -105,7 +105,7 @@ fn scheduler_chooses_by_the_peer_address() {
                 in_background(master, work, move |master, ()| {
                     assert_eq!(master.ledger().taken, 300);
                     log.add("all served as chosen");
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..3).for_each(|_| drop(master.fork().unwrap()));
@@ -184,7 +184,7 @@ fn scheduler_sees_the_loads() {
                                     || clients.map(finish),
                                     |master, answers| {
                                         assert_eq!(answers, ["1", "2", "1", "2"]);
-                                        master.disconnect(|_| {});
+                                        master.disconnect();
                                     },
                                 );
                             },
@@ -258,7 +258,7 @@ fn connect_next(master: &Master, address: SocketAddr, log: Log) {
                 if log.len() < 40 {
                     return connect_next(master, address, log);
                 }
-                master.disconnect(|_| {});
+                master.disconnect();
             },
         );
     });
@@ -286,7 +286,7 @@ fn busy_worker_receives_chosen_connections_later() {
                             let work = move || [first, second, third].map(finish);
                             in_background(master, work, move |master, answers| {
                                 log.add(answers.join(" "));
-                                master.disconnect(|_| {});
+                                master.disconnect();
                             });
                         });
                     });
@@ -349,7 +349,7 @@ fn client_of_a_killed_chosen_worker_is_served_once() {
                         let ledger = master.ledger();
                         assert_eq!((ledger.accepted, ledger.taken), (3, 3));
                         outcome.add("served");
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     },
                 );
             });
@@ -372,11 +372,10 @@ fn disconnecting_worker_is_not_chosen_again() {
             with_clients_of_a_stopped_worker(master, &log, move |master, first, clients| {
                 let stopped = first.clone();
                 let second = master.workers().remove(1);
-                let callback = second.on_message(move |_, _, _| {
+                second.on_message_once(move |_, _, _| {
                     stopped.disconnect();
                 });
-                master.once(callback);
-                second.send(b"ping").unwrap();
+                let _ = second.send(b"ping").unwrap();
                 in_background(
                     master,
                     || clients.map(finish),
@@ -384,7 +383,7 @@ fn disconnecting_worker_is_not_chosen_again() {
                         assert_eq!(answers, ["2", "2", "2"]);
                         outcome.add("served");
                         first.process().kill(Signal::CONT);
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     },
                 );
             });
@@ -420,7 +419,7 @@ fn master_accepts_at_most_sixteen_connections_per_worker() {
                             in_background(master, work, move |master, answers| {
                                 assert_eq!(answers, ["1"; CLIENTS]);
                                 log.add("all");
-                                master.disconnect(|_| {});
+                                master.disconnect();
                             });
                         });
                     });
@@ -446,7 +445,7 @@ fn latest_scheduler_is_called() {
                     master.set_scheduler(|_, workers| candidate(2, workers));
                     in_background(master, ask, move |master, answers| {
                         log.add(answers.concat());
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     });
                 });
             });
@@ -480,7 +479,7 @@ fn scheduler_may_replace_itself() {
                 let ask = move || [(); 3].map(|()| talk(address, b"").unwrap());
                 in_background(master, ask, move |master, answers| {
                     log.add(answers.concat());
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             fork_two(&master);
@@ -523,7 +522,7 @@ fn waiting_clients_that_disconnect_reach_no_worker() {
                                     let ledger = master.ledger();
                                     let closed = ledger.closed_by_peer;
                                     log.add(format!("{} served, {closed} closed", ledger.taken));
-                                    master.disconnect(|_| {});
+                                    master.disconnect();
                                 });
                             });
                         });
@@ -557,14 +556,14 @@ fn scheduler_may_send_messages() {
                 master.set_scheduler(move |_, candidates| {
                     own.set(own.get() + 1);
                     for worker in &workers {
-                        worker.send(b"ping").unwrap();
+                        let _ = worker.send(b"ping").unwrap();
                     }
                     candidate(2, candidates)
                 });
                 let ask = move || [(); 8].map(|()| talk(address, b"").unwrap());
                 in_background(master, ask, move |master, answers| {
                     log.add(format!("{} {}", calls.get(), answers.concat()));
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             fork_two(master);

@@ -205,8 +205,8 @@ fn killing_idle_workers_of_shards_loses_no_client() {
                                 assert_eq!(rest, Count::NO_FAILURE);
                                 assert!(answered > 1000, "only {answered}: too few to be a load");
                                 log.add("all answered");
-                                master.off(replace);
-                                master.disconnect(|_| {});
+                                master.remove_callback(replace);
+                                master.disconnect();
                             },
                         );
                     };
@@ -243,7 +243,7 @@ fn replacing_workers_of_shards_loses_no_client() {
                             assert_eq!(rest, Count::NO_FAILURE);
                             assert!(answered > 1000, "only {answered}: too few to be a load");
                             log.add("all answered");
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         },
                     );
                 });
@@ -333,7 +333,7 @@ fn disconnecting_all_workers_of_shards_loses_no_client() {
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..60).map(connect).collect();
                 wait_until("the backlog", || (queued(master) >= 56).then_some(()));
-                master.disconnect(|_| {});
+                master.disconnect();
                 in_background(
                     master,
                     || read_all(clients),
@@ -362,7 +362,7 @@ fn stop_of_shards_under_load_loses_no_client() {
                 wait_until("a load", || {
                     (load.answered.load(Ordering::SeqCst) > 500).then_some(())
                 });
-                master.disconnect(|_| {});
+                master.disconnect();
                 in_background(
                     master,
                     move || load.join(),
@@ -435,7 +435,7 @@ fn replacement_serves_the_clients_of_the_killed_worker() {
                             let (by_replacement, by_other) = (by(&replacement), by(&own));
                             assert!(by_replacement > 0 && by_other > 0, "{answers:?}");
                             log.add((by_replacement + by_other).to_string());
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         },
                     );
                 });
@@ -456,7 +456,7 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
             with_a_killed_worker(master, move |master, second, clients| {
                 let own = second.id().to_string();
                 second.process().kill(Signal::CONT);
-                master.disconnect(|_| {});
+                master.disconnect();
                 let read = || {
                     // Each client sends before one reads, because the reset comes only after the
                     // others are served.
@@ -528,7 +528,7 @@ fn shards_receive_equal_shares() {
                     let ledger = master.ledger();
                     assert_eq!(ledger.accepted, 0, "the master accepts nothing");
                     log.add("equal");
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             (0..8).for_each(|_| drop(master.fork().unwrap()));
@@ -565,7 +565,7 @@ fn one_port(any_port: &'static str) {
                         (answers.len() == 4).then_some(())
                     });
                 };
-                in_background(master, work, |master, ()| master.disconnect(|_| {}));
+                in_background(master, work, |master, ()| master.disconnect());
             });
             (0..4).for_each(|_| drop(master.fork().unwrap()));
         },
@@ -606,7 +606,7 @@ fn unix_socket_is_shared_under_the_sharded_policy() {
                 in_background(master, work, move |master, ()| {
                     assert_eq!(master.ledger().accepted, 0);
                     log.add("both");
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
             for _ in 0..2 {
@@ -688,7 +688,7 @@ fn sharded_port_serves_again_while_an_old_worker_disconnects() {
                             assert!(master.workers().len() == 2);
                             log.add("served");
                             drop(clients);
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     }
                 }

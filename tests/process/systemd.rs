@@ -55,7 +55,7 @@ fn serve() {
             assert_eq!(passed.len(), 1);
             assert_eq!(passed[0].name(), Some("web"));
             assert_close_on_exec(&passed[0]);
-            let end = |master: &Master, _| master.disconnect(|_| {});
+            let end = |master: &Master, _| master.disconnect();
             master.on_signal(Signal::TERM, end).unwrap();
             let number = passed[0].as_fd().as_raw_fd().to_string();
             for _ in 0..2 {
@@ -296,7 +296,7 @@ fn worker_receives_named_descriptors() {
             let tcp = TcpListener::try_from(tcp).unwrap().local_addr().unwrap();
             let udp = UdpSocket::try_from(udp).unwrap().local_addr().unwrap();
             UnixListener::try_from(unix).unwrap();
-            worker.send(format!("{tcp} {udp}").as_bytes()).unwrap();
+            let _ = worker.send(format!("{tcp} {udp}").as_bytes()).unwrap();
         },
     );
     let expected = expected.take();
@@ -486,10 +486,10 @@ fn notification_does_not_block_on_a_full_socket() {
     if is_watched() {
         let sent = std::iter::repeat_with(|| systemd::notify("WATCHDOG=1"));
         let failed = sent.take(100_000).find_map(Result::err);
-        let Some(Error::Io { source, .. }) = failed else {
+        let Some(Error::Io { reason, .. }) = failed else {
             panic!("{failed:?}");
         };
-        assert_eq!(source.kind(), ErrorKind::WouldBlock);
+        assert_eq!(reason.kind(), ErrorKind::WouldBlock);
         return;
     }
     let directory = tempfile::tempdir().unwrap();

@@ -14,8 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cluster::{
-    Error, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerMain,
-    WorkerProcess,
+    Error, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerProcess,
 };
 use nix::libc;
 use nix::sys::signal::{SigHandler, signal};
@@ -96,17 +95,17 @@ fn copy_runs_from_fork_to_exit() {
                 std::env::current_dir().unwrap().display(),
                 std::env::var("NAME").unwrap(),
             );
-            worker.send(greeting.as_bytes()).unwrap();
+            let _ = worker.send(greeting.as_bytes()).unwrap();
             worker.on_message(|worker, message| {
                 let text = String::from_utf8_lossy(message.bytes()).to_uppercase();
-                worker.send(text.as_bytes()).unwrap();
+                let _ = worker.send(text.as_bytes()).unwrap();
             });
             assert!(listener.accept().unwrap().is_none());
             3
         }));
         for name in ["a", "b"] {
             let worker = master.fork_with([("NAME", name)]).unwrap();
-            worker.send(b"to you").unwrap();
+            let _ = worker.send(b"to you").unwrap();
             worker.on_message(|_, worker, message| {
                 if message.bytes() == b"TO YOU" {
                     worker.disconnect();
@@ -154,13 +153,13 @@ fn serve(policy: SchedulingPolicy) {
             let ask = move || ask_until_all_answer(address, ["1", "2"]);
             in_background(master, ask, move |master, ()| {
                 master.workers()[0].process().kill(Signal::KILL);
-                master.once(master.on_exit(move |master, _, _| {
+                master.on_exit_once(move |master, _, _| {
                     let replacement = master.fork().unwrap();
                     replacement.on_listening(move |master, _, _| {
                         let ask = move || ask_until_all_answer(address, ["2", "3"]);
-                        in_background(master, ask, |master, ()| master.disconnect(|_| {}));
+                        in_background(master, ask, |master, ()| master.disconnect());
                     });
-                }));
+                });
             });
         });
     });
@@ -243,7 +242,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
             let _unix = worker.listen(path.as_path()).unwrap();
             let (one, _) = UnixStream::pair().unwrap();
             let fds = vec![OwnedFd::from(one)];
-            worker.send_with_fds(b"listening", fds).unwrap();
+            let _ = worker.send_with_fds(b"listening", fds).unwrap();
             worker.run().unwrap();
         });
         let workers = [(); 2].map(|()| master.fork().unwrap());
@@ -252,7 +251,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
         let retained_number = retained.as_raw_fd();
         let expected = file.display().to_string();
         let beginning = Rc::clone(&beginning);
-        let check_descriptors = WorkerMain::new(move |worker| {
+        let check_descriptors = Settings::default().main(move |worker| {
             let mut own: Vec<_> = CHANNEL_AND_POLLER.map(str::to_owned).into();
             // The descriptors of `stdio`, the end that the application retains, and the signal
             // socketpair.
@@ -271,7 +270,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
             let mut text = *b"what it says..";
             // Reads at an offset, because all copies share the file position.
             of_the_program.read_exact_at(&mut text, 0).unwrap();
-            worker.send(&text).unwrap();
+            let _ = worker.send(&text).unwrap();
             0
         });
         let (mut listening, mut checked) = (0, 0);
@@ -279,9 +278,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
             if message.bytes() == b"listening" {
                 listening += 1;
                 if listening == 2 {
-                    let mut settings = Settings::default();
-                    settings.main = Some(check_descriptors.clone());
-                    master.setup_master(settings);
+                    master.setup_master(check_descriptors.clone());
                     // The worker's own callbacks have not received the message yet.
                     master.fork().unwrap();
                 }
@@ -294,7 +291,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
                 if let Some(input) = input {
                     master.unwatch(input);
                 }
-                master.disconnect(|_| {});
+                master.disconnect();
             }
         });
         let listening = Rc::new(Cell::new(0));
@@ -422,11 +419,9 @@ fn expect_one_thread(master: &Master) {
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::spawn(move || stopped.recv());
     match master.fork().unwrap_err() {
-        Error::Fork {
-            attempt, source, ..
-        } => {
-            assert_eq!(attempt, "copy the master");
-            assert_eq!(source.kind(), std::io::ErrorKind::Deadlock);
+        Error::Fork { step, reason, .. } => {
+            assert_eq!(step.to_string(), "copy the master");
+            assert_eq!(reason.kind(), std::io::ErrorKind::Deadlock);
         }
         error => panic!("{error}"),
     }
@@ -513,7 +508,7 @@ fn master_handle_is_inert_in_a_copy() {
                 .watch(input, Interest::Readable, |_, _| None)
                 .is_err()
         );
-        copied.disconnect(|_| {});
+        copied.disconnect();
         drop(listener);
         worker.disconnect().run().unwrap();
     });
@@ -568,7 +563,7 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
             assert!(here.write_all(b"!").is_err());
             for signal in [Signal::USR1, Signal::USR2] {
                 let report = move |worker: &Worker, number: Signal| {
-                    worker.send(format!("{number}").as_bytes()).unwrap();
+                    let _ = worker.send(format!("{number}").as_bytes()).unwrap();
                 };
                 worker.on_signal(signal, report).unwrap();
             }
@@ -606,7 +601,7 @@ fn signal_to_a_copy_does_not_reach_the_master() {
             worker.on_signal(Signal::USR1, count).unwrap();
             for times in 1..=10 {
                 raise(Number::SIGUSR1).unwrap();
-                worker.send(b"raised").unwrap();
+                let _ = worker.send(b"raised").unwrap();
                 (&there).read_exact(&mut [0]).unwrap();
                 worker.dispatch(Some(Duration::ZERO)).unwrap();
                 assert_eq!(received.get(), times);
@@ -711,7 +706,7 @@ fn copy_shares_memory_with_the_master() {
         set_main(master, move |worker| {
             let sum: usize = loaded.iter().map(|byte| usize::from(*byte)).sum();
             let own = private_memory(std::process::id()) < 8 << 10;
-            worker.send(format!("{sum} {own}").as_bytes()).unwrap();
+            let _ = worker.send(format!("{sum} {own}").as_bytes()).unwrap();
         });
         for _ in 0..3 {
             master.fork().unwrap();
@@ -799,10 +794,10 @@ fn settings_change_from_closure_to_program_and_back() {
             master.setup_master(Settings::default().main(|_| 1));
             master.fork().unwrap();
             master.setup_master(Settings::default().cwd("/"));
-            assert!(master.settings().main.is_some());
+            assert!(master.settings().has_main());
             master.fork().unwrap();
             master.setup_master(Settings::default().exec(own));
-            assert!(master.settings().main.is_none());
+            assert!(!master.settings().has_main());
             master.fork().unwrap();
             master.setup_master(Settings::default().main(|_| 2));
             master.fork().unwrap();
@@ -835,12 +830,11 @@ fn copy_runs_as_the_user_of_the_settings() {
 }
 
 #[track_caller]
-fn assert_fails(master: &Master, step: &str, errno: Option<i32>) {
+fn assert_fails(master: &Master, expected: &str, errno: Option<i32>) {
     match master.fork().unwrap_err() {
-        Error::Fork {
-            attempt, source, ..
-        } => {
-            assert_eq!((attempt, source.raw_os_error()), (step, errno));
+        Error::Fork { step, reason, .. } => {
+            let found = (step.to_string(), reason.raw_os_error());
+            assert_eq!(found, (expected.to_owned(), errno));
         }
         error => panic!("{error}"),
     }

@@ -50,7 +50,7 @@ impl Clients {
             Some(Interest::Readable)
         };
         let watched = master.watch(answers, Interest::Readable, read);
-        master.unref(watched.unwrap());
+        master.unreference(watched.unwrap());
         Self {
             process,
             orders,

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::rc::Rc;
 
-use cluster::{AddressType, Listener, Master, Settings, Worker};
+use cluster::{Listener, Master, Settings, Worker};
 use nix::sys::signal::raise;
 
 use crate::client::Clients;
@@ -41,8 +41,8 @@ fn serve(worker: Worker) {
         serve_and_exit(&worker, end.to_str().unwrap());
     } else {
         let (tcp, unix) = listen(&worker);
-        tcp.on_connection(|_, mut connection| answer(&mut connection));
-        unix.on_connection(|_, mut connection| answer(&mut connection));
+        tcp.set_connection_callback(|_, mut connection| answer(&mut connection));
+        unix.set_connection_callback(|_, mut connection| answer(&mut connection));
         run_orders(&worker, |_, _| unreachable!());
     }
 }
@@ -63,7 +63,7 @@ fn serve_and_exit(worker: &Worker, end: &str) {
     let (tcp, unix) = listen(worker);
     let left = Rc::new(Cell::new(CONNECTIONS_PER_WORKER));
     let (count, copy) = (Rc::clone(&left), end.to_owned());
-    unix.on_connection(move |worker, mut connection| {
+    unix.set_connection_callback(move |worker, mut connection| {
         answer(&mut connection);
         drop(connection);
         count_down(worker, &count, &copy);
@@ -130,7 +130,7 @@ fn play(master: &Master, name: &str) {
     );
     series.check();
     long_lived.check();
-    master.disconnect(|_| {});
+    master.disconnect();
 }
 
 /// Replaces the short-lived worker when it exits, and records the address of the workers.
@@ -145,7 +145,7 @@ fn follow(master: &Master) -> (Rc<ShortLived>, Rc<Cell<Option<SocketAddr>>>) {
     let (counted, found) = (Rc::clone(&short_lived), Rc::clone(&address));
     master.on_listening(move |_, _, address| {
         counted.listening.set(counted.listening.get() + 1);
-        if address.address_type == AddressType::Tcp4 {
+        if matches!(address, cluster::Address::Tcp(std::net::SocketAddr::V4(_))) {
             found.set(Some(address.to_string().parse().unwrap()));
         }
     });

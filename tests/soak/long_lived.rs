@@ -70,7 +70,7 @@ impl LongLived {
 
     fn send(&self, order: &str) {
         assert!(self.answer.borrow().is_none());
-        self.worker.send(order.as_bytes()).unwrap();
+        let _ = self.worker.send(order.as_bytes()).unwrap();
     }
 
     /// Runs the master's loop until the answer arrives.

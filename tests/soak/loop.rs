@@ -33,7 +33,7 @@ macro_rules! one_of_everything {
             let once = count();
             role.set_timeout(Duration::ZERO, move |_| once());
             let timer = role.set_timeout(LATER, |_| unreachable!());
-            role.unref(timer);
+            role.unreference(timer);
             let interval = role.set_interval(LATER, |_| unreachable!());
 
             let (near, far) = UnixStream::pair().unwrap();
@@ -48,12 +48,11 @@ macro_rules! one_of_everything {
             let silent = role.watch(near, Interest::Readable, |_, _| unreachable!());
 
             let on_message = role.on_message($on_message);
-            let on_error = role.on_error($on_error);
-            role.once(on_error);
+            let on_error = role.on_error_once($on_error);
             let on_signal = role.on_signal(Signal::USR1, |_, _| unreachable!());
             let signal = count();
-            let expected = role.on_signal(Signal::USR2, move |_, _| signal());
-            role.once(expected.unwrap());
+            role.on_signal_once(Signal::USR2, move |_, _| signal())
+                .unwrap();
             raise(nix::sys::signal::SIGUSR2).unwrap();
 
             let mut all = 3;
@@ -75,7 +74,7 @@ macro_rules! one_of_everything {
             role.unwatch(silent.unwrap());
             drop(far);
             for id in [on_message, on_error, on_signal.unwrap()] {
-                role.off(id);
+                role.remove_callback(id);
             }
         }
     };
@@ -114,5 +113,5 @@ fn play(master: &Master) {
     );
     series.check();
     long_lived.check();
-    master.disconnect(|_| {});
+    master.disconnect();
 }

@@ -98,7 +98,7 @@ fn play_way(worker: &Worker, way: Way) {
         ClosesChannel => worker.process().disconnect(),
         SendsFinalMessage => {
             let fd = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-            worker.send_with_fds(b"final message", vec![fd]).unwrap();
+            let _ = worker.send_with_fds(b"final message", vec![fd]).unwrap();
         }
         WritesToAPipe => println!("a line for a pipe"),
         ExitsBeforeOnline | SendsGarbage | IsForeignProgram | CannotBeExecuted => unreachable!(),

@@ -85,6 +85,7 @@ use std::time::Duration;
 use crate::types::loads::WorkerLoad;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::Time;
+use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::FrameError;
 use member::{BusyRank, IdleRank, Member};
@@ -430,13 +431,9 @@ impl<C> Dispatcher<C> {
             is_possible.then(|| member.idle_reported(received, open, window, now))
         });
         let Some((window, received)) = reported else {
-            return Err(FrameError::State(
-                "idle for a listener that the worker does not have",
-            ));
+            return Err(FrameError::Violation(Violation::UnknownIdle));
         };
-        self.window = window.ok_or(FrameError::State(
-            "more connections received than were dispatched",
-        ))?;
+        self.window = window.ok_or(FrameError::Violation(Violation::UndispatchedConnection))?;
         Ok(received)
     }
 
@@ -447,9 +444,9 @@ impl<C> Dispatcher<C> {
     /// If the worker is not one of this listener.
     pub(crate) fn pause(&mut self, worker: WorkerId) -> Result<(), FrameError> {
         let paused = self.update(worker, Member::pause);
-        paused.map(drop).ok_or(FrameError::State(
-            "pause of a queue that the worker does not have",
-        ))
+        paused
+            .map(drop)
+            .ok_or(FrameError::Violation(Violation::UnknownQueue))
     }
 
     /// Dispatches nothing more to `worker`. It may still receive what is in its queue.

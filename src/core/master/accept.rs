@@ -85,7 +85,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    pub(crate) fn accept_failed(&mut self, handle: HandleId, source: io::Error) {
+    pub(crate) fn accept_failed(&mut self, handle: HandleId, reason: io::Error) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
@@ -94,7 +94,7 @@ impl<C, F> MasterCore<C, F> {
             listener.accept_state = AcceptState::BackingOff(until);
             let address = listener.public_address().to_string();
             self.watch(handle, false);
-            self.error(None, Error::Accept { address, source });
+            self.error(None, Error::Accept { address, reason });
             self.rebalance(handle);
             self.resume_if_served(handle);
         }

@@ -1,6 +1,6 @@
 //! The actions that the shell carries out, in order, without calling the application.
 
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::dispatch::Sequenced;
 use crate::types::endpoint::{BindFlags, Endpoint};
 use crate::types::signal::Signal;

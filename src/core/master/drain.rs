@@ -2,7 +2,7 @@
 
 use super::listener::{AcceptState, Stage};
 use super::{Action, MasterCore};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::Kind;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;

@@ -4,10 +4,11 @@ use std::rc::Rc;
 
 use super::{MasterCore, workers::WorkerEntry};
 use crate::core::event::{Event, Level};
+use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, HandleId, ToMaster};
 
-const NOT_ONLINE: FrameError = FrameError::State("frame sent before the worker was online");
+const NOT_ONLINE: FrameError = FrameError::Violation(Violation::NotOnline);
 
 impl<C, F> MasterCore<C, F> {
     /// A message has arrived, with its descriptors.
@@ -60,8 +61,8 @@ impl<C, F: Default> MasterCore<C, F> {
                 let has_it = members
                     .is_some_and(|members| members.contains(worker) && !members.is_closing(worker));
                 if !has_it {
-                    let error = "release of a listener that the worker does not have";
-                    return Err(FrameError::State(error));
+                    let error = Violation::UnknownRelease;
+                    return Err(FrameError::Violation(error));
                 }
                 self.leave_listener(handle, worker);
                 Ok(())
@@ -72,8 +73,8 @@ impl<C, F: Default> MasterCore<C, F> {
             }
             ToMaster::Pause { handle } => {
                 let Some(listener) = self.listeners.get_mut(&handle) else {
-                    let error = "pause of a listener that the worker does not have";
-                    return Err(FrameError::State(error));
+                    let error = Violation::UnknownPause;
+                    return Err(FrameError::Violation(error));
                 };
                 listener.dispatcher.pause(worker)?;
                 self.reclaim_all(handle, worker);
@@ -91,8 +92,8 @@ impl<C, F: Default> MasterCore<C, F> {
             return Ok(());
         };
         if entry.is_online() {
-            let error = "second report that the worker is online";
-            return Err(FrameError::State(error));
+            let error = Violation::RepeatedOnline;
+            return Err(FrameError::Violation(error));
         }
         entry.online();
         self.emit_both(worker, || Event::Online);
@@ -100,12 +101,12 @@ impl<C, F: Default> MasterCore<C, F> {
     }
 
     fn listening(&mut self, worker: WorkerId, handle: HandleId) -> Result<(), FrameError> {
-        let not_held = "report of listening on a listener that the worker does not have";
-        let not_held = FrameError::State(not_held);
+        let not_held = Violation::UnknownListening;
+        let not_held = FrameError::Violation(not_held);
         let listener = self.listeners.get_mut(&handle).ok_or(not_held)?;
         if listener.members.listening(worker).ok_or(not_held)? {
-            let error = "second report that the worker is listening";
-            return Err(FrameError::State(error));
+            let error = Violation::RepeatedListening;
+            return Err(FrameError::Violation(error));
         }
         let address = Rc::new(listener.public_address());
         self.emit_both(worker, || Event::Listening(Rc::clone(&address)));
@@ -120,8 +121,8 @@ impl<C, F: Default> MasterCore<C, F> {
         open: u32,
     ) -> Result<(), FrameError> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
-            let error = "idle for a listener that the worker does not have";
-            return Err(FrameError::State(error));
+            let error = Violation::UnknownIdle;
+            return Err(FrameError::Violation(error));
         };
         let dispatcher = &mut listener.dispatcher;
         let received = dispatcher.idle_reported(worker, received, open, self.now)?;

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 
 use super::listener::{Listener, Ownership, Stage};
 use super::{Action, Attachment, MasterCore};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::types::errno;
+use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{Bound, FrameError, HandleId, HandleKey};
 
@@ -72,7 +73,7 @@ impl<C, F> MasterCore<C, F> {
             self.reject(worker, request, errno::EMFILE);
         } else if listener.members.contains(worker) {
             if listener.ownership != Ownership::Adopted {
-                return Err(FrameError::State("second listen with the same index"));
+                return Err(FrameError::Violation(Violation::RepeatedListen));
             }
             // The worker has asked for it by its port, and again by its address.
             self.reject(worker, request, errno::EADDRINUSE);

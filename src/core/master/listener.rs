@@ -38,7 +38,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::member::Members;
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
 use crate::types::endpoint::Kind;

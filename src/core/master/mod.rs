@@ -38,7 +38,7 @@ mod workers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 use crate::types::ledger::Ledger;

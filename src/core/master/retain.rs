@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::MasterCore;
 use super::listener::{AcceptState, Ownership, Stage};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::address::Address;
 use crate::types::endpoint::{Endpoint, Kind, Place};
 use crate::wire::frame::{HandleId, HandleKey};

@@ -2,7 +2,7 @@
 
 use super::listener::Stage;
 use super::{Action, MasterCore};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::error::Error;
 use crate::types::errno;
 use crate::types::time::Time;

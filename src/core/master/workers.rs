@@ -146,13 +146,13 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// The worker is broken or hostile. Its further frames are ignored, and it is killed.
-    pub(crate) fn violation(&mut self, worker: WorkerId, source: FrameError) {
+    pub(crate) fn violation(&mut self, worker: WorkerId, reason: FrameError) {
         if !self.is_connected(worker) {
             return;
         }
         let error = Error::Frame {
             worker: Some(worker),
-            source,
+            reason,
         };
         self.error(Some(worker), error);
         self.signal(worker, Signal::KILL);

@@ -64,9 +64,12 @@ impl<F> WorkerCore<F> {
 
     /// Sends `Pause` if the listener is paused and the master does not know.
     fn pause_if_full(&mut self, listener: ListenerId) {
-        if !self.is_paused(listener) {
-            return;
+        if self.is_paused(listener) {
+            self.pause(listener);
         }
+    }
+
+    fn pause(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             let report = std::mem::replace(&mut entry.report, QueueReport::Paused);
             if let (Some(handle), true) = (entry.handle(), report != QueueReport::Paused) {
@@ -105,6 +108,14 @@ impl<F> WorkerCore<F> {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.has_callback = true;
             self.notify_ready(listener);
+        }
+    }
+
+    /// Connections wait for `accept` from now on. The master dispatches none until then.
+    pub(crate) fn remove_callback(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.has_callback = false;
+            self.pause(listener);
         }
     }
 
@@ -198,6 +209,18 @@ impl<F> WorkerCore<F> {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.drops_excess = true;
             self.notify_ready(listener);
+        }
+    }
+
+    /// Leaves connections beyond the limit to other workers again.
+    pub(crate) fn keep_excess(&mut self, listener: ListenerId) {
+        let serves_all = self.disconnect == Disconnect::Received;
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.drops_excess = false;
+            if serves_all {
+                entry.connection_limit = None;
+            }
+            self.pause_if_full(listener);
         }
     }
 

@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 
 use super::capacity::QueueReport;
 use super::{Action, HandleId, ListenStatus, WorkerCore};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::types::errno;
+use crate::types::violation::Violation;
 use crate::wire::frame::{Bound, FrameError, HandleKey, ToMaster};
 
 /// Names a listener to the application. A number is not reused while its listener is known.
@@ -236,13 +237,13 @@ impl<F> WorkerCore<F> {
         result: Result<Bound, i32>,
     ) -> Result<Option<ListenerId>, FrameError> {
         let Some(entry) = self.listeners.get_mut(&listener) else {
-            return Err(FrameError::State("reply without a request"));
+            return Err(FrameError::Violation(Violation::UnexpectedReply));
         };
         let is_abandoned = match entry.stage {
             Stage::Requested => false,
             Stage::Abandoned => true,
             Stage::Failed(_) | Stage::Open(_) | Stage::Draining(_) | Stage::Closed => {
-                return Err(FrameError::State("second reply to one request"));
+                return Err(FrameError::Violation(Violation::RepeatedReply));
             }
         };
         match result {
@@ -267,7 +268,7 @@ impl<F> WorkerCore<F> {
     ///
     /// # Errors
     ///
-    /// [`FrameError::State`] as in `frame`.
+    /// [`FrameError::Violation`] as in `frame`.
     pub(crate) fn listener_fd_lost(
         &mut self,
         request: u32,

@@ -279,7 +279,7 @@ impl<F> WorkerCore<F> {
     ///
     /// # Errors
     ///
-    /// [`FrameError::State`] if the frame makes no sense now.
+    /// [`FrameError::Violation`] if the frame is invalid in the present state.
     pub(crate) fn frame(&mut self, frame: ToWorker) -> Result<Option<ListenerId>, FrameError>
     where
         F: Default,

@@ -1,6 +1,6 @@
 use super::listener::MAX_LISTENER;
 use super::*;
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Kind, Place};
 use crate::types::errno;
 use crate::wire::frame::Bound;

@@ -8,6 +8,7 @@ use crate::core::master::Attachment;
 use crate::error::{Error, SendError};
 use crate::sys::fd::NoLingerFd;
 use crate::types::signal::Signal;
+use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
@@ -138,7 +139,7 @@ impl MasterShell {
             match flush.next {
                 AfterFlush::Nothing => {}
                 AfterFlush::BackOff(error) => self.back_off(worker, error),
-                AfterFlush::Close(source) => self.channel_failed(worker, source),
+                AfterFlush::Close(reason) => self.channel_failed(worker, reason),
             }
         }
     }
@@ -210,7 +211,7 @@ impl MasterShell {
             Ok(Received::Data) => return true,
             Ok(Received::Nothing) => {}
             Ok(Received::EndOfFile) => self.channel_closed(worker.id),
-            Err(source) => self.channel_failed(worker.id, source),
+            Err(reason) => self.channel_failed(worker.id, reason),
         }
         false
     }
@@ -315,8 +316,8 @@ impl MasterShell {
                 left -= 1;
             }
             if left == 0 {
-                let source = FrameError::State("left too many frames in the closed channel");
-                self.core_now().violation(worker.id, source);
+                let reason = FrameError::Violation(Violation::TooManyFinalFrames);
+                self.core_now().violation(worker.id, reason);
             }
             let is_connected = self.core.borrow().is_connected(worker.id);
             if !is_connected || !matches!(self.receive(worker), Ok(Received::Data)) {
@@ -325,9 +326,9 @@ impl MasterShell {
         }
     }
 
-    fn channel_failed(&self, worker: WorkerId, source: io::Error) {
+    fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
         // A worker that never reads its replies may ignore end-of-file, too, so kill it.
-        let is_violation = source.kind() == io::ErrorKind::OutOfMemory;
+        let is_violation = reason.kind() == io::ErrorKind::OutOfMemory;
         let mut core = self.core_now();
         if is_violation {
             core.signal(worker, Signal::KILL);
@@ -337,7 +338,7 @@ impl MasterShell {
             peer,
             Error::Channel {
                 worker: peer,
-                source,
+                reason,
             },
         );
         // The frames that the worker has written are still processed.

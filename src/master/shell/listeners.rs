@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::rc::Rc;
 
 use super::MasterShell;
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::master::ACCEPT_BATCH;
 use crate::master::shard_group::ShardGroup;
 use crate::runtime::event_loop::Token;

@@ -24,7 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::event::ExitReport;
 use crate::core::master::{Action, MasterCore};
 use crate::error::Error;
@@ -182,8 +182,8 @@ impl MasterShell {
     }
 
     /// Reports an error that concerns no worker.
-    fn report_io(&self, attempt: &'static str, source: std::io::Error) {
-        let error = Error::Io { attempt, source };
+    fn report_io(&self, attempt: &'static str, reason: std::io::Error) {
+        let error = Error::Io { attempt, reason };
         self.core.borrow_mut().error(None, error);
     }
 

@@ -76,13 +76,13 @@ impl MasterShell {
         match dispatched {
             // The master's own copy is closed here.
             Ok(()) => self.fault("master.after_dispatch", worker),
-            Err(source) => {
-                let is_exhausted = sys::socket::is_exhaustion(&source);
+            Err(reason) => {
+                let is_exhausted = sys::socket::is_exhaustion(&reason);
                 let mut core = self.core_now();
                 core.not_dispatched(handle, worker, connection, is_exhausted);
                 if is_exhausted {
                     let worker = Some(worker);
-                    core.error(worker, Error::Exhausted { worker, source });
+                    core.error(worker, Error::Exhausted { worker, reason });
                 }
             }
         }

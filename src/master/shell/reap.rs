@@ -25,8 +25,8 @@ impl MasterShell {
         let end = match waited {
             Ok(None) => return self.reap_later(&worker_io),
             Ok(Some(end)) => end,
-            Err(source) => {
-                let error = Error::ExitStatus { worker, source };
+            Err(reason) => {
+                let error = Error::ExitStatus { worker, reason };
                 self.core.borrow_mut().error(Some(worker), error);
                 Exit::unknown()
             }
@@ -58,9 +58,9 @@ impl MasterShell {
         let watched = process
             .as_ref()
             .map(|process| process.set_interest(Some(Interest::Readable)));
-        if let Some(Err(source)) = watched {
+        if let Some(Err(reason)) = watched {
             let attempt = "wait for the exit of a worker";
-            let error = Error::Io { attempt, source };
+            let error = Error::Io { attempt, reason };
             self.core.borrow_mut().error(Some(worker), error);
             self.retry_process(worker);
         }

@@ -8,11 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
 use super::{MasterShell, WorkerIo};
-use crate::config::settings::{
-    CHANNEL_FD, INSPECT_PORT, InspectPort, Settings, StdioKind, UNIQUE_ID, WORKER_PID, WRAPPED,
-    WorkerMain,
-};
-use crate::init::{become_worker, is_wrapped_master};
+use crate::config::env::{CHANNEL_FD, INSPECT_PORT, UNIQUE_ID, WORKER_PID, WRAPPED};
+use crate::config::inspect_port::InspectPort;
+use crate::config::settings::Settings;
+use crate::config::stdio::StdioKind;
+use crate::master::Launch;
 use crate::runtime::event_loop::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Registered};
@@ -25,6 +25,7 @@ use crate::wire::channel::Channel;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::fault;
 use crate::wire::frame::{ToMaster, ToWorker, preamble};
+use crate::worker::worker_main::WorkerMain;
 
 /// Adds what was attempted to an error of the system.
 fn failed(attempt: &'static str) -> impl FnOnce(io::Error) -> Failure {
@@ -44,6 +45,7 @@ impl Drop for Reset<'_> {
 struct NewProcess<'a> {
     id: WorkerId,
     settings: &'a Settings,
+    launch: Launch,
     /// Additional environment variables.
     extra: Vec<(OsString, OsString)>,
     inspect_port: Option<u16>,
@@ -66,19 +68,19 @@ impl MasterShell {
     pub(crate) fn fork(
         &self,
         settings: &Settings,
-        extra: impl IntoIterator<Item = (OsString, OsString)>,
+        extra: Vec<(OsString, OsString)>,
+        launch: Launch,
         watch_children: impl FnOnce() -> io::Result<()>,
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<WorkerIo>, Failure> {
-        if settings.main.is_some() && sys::threads::has_other_threads() == Some(true) {
+        if settings.get_main().is_some() && sys::threads::has_other_threads() == Some(true) {
             let reason = "the master has other threads, whose locks the copy would hold for ever";
             let error = io::Error::new(io::ErrorKind::Deadlock, reason);
             return Err(("copy the master", error));
         }
         self.unreaped.reap();
         // The application's code first, because it may fork, too.
-        let extra = extra.into_iter().collect();
-        let inspect_port = settings.inspect_port.as_ref();
+        let inspect_port = settings.get_inspect_port();
         let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
         let inspect_port = inspect_port.map_err(failed("choose its inspect port"))?;
         let id = self.core.borrow().next_worker_id();
@@ -91,13 +93,14 @@ impl MasterShell {
         let mut new = NewProcess {
             id,
             settings,
+            launch,
             extra,
             inspect_port,
             stdio,
             channel,
             worker_end,
         };
-        let (pid, process) = match &settings.main {
+        let (pid, process) = match settings.get_main() {
             Some(main) => self.start_closure(&mut new, main, abandon_watches)?,
             None => self.start_program(&mut new)?,
         };
@@ -207,9 +210,10 @@ impl MasterShell {
             for (name, value) in &new.extra {
                 sys::env::set(name, value);
             }
-            let worker = become_worker(new.id, new.inspect_port, number).map_err(|error| {
-                io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
-            })?;
+            let worker =
+                (new.launch.become_worker)(new.id, new.inspect_port, number).map_err(|error| {
+                    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
+                })?;
             Ok(|| main.run(worker))
         };
         child.fork(number, &self.unreaped, abandon, begin)
@@ -222,7 +226,7 @@ impl MasterShell {
         let passed = settings.passed_fds();
         let mut env = systemd::inherited_environment();
         env.extend(std::mem::take(&mut new.extra));
-        if is_wrapped_master() {
+        if new.launch.marks_wrapped {
             env.insert(WRAPPED.into(), "1".into());
         }
         if !passed.is_empty() {
@@ -264,16 +268,16 @@ impl MasterShell {
 
 /// Returns the program of a worker, without its descriptors.
 fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Result<Program> {
-    let mut exec = settings.exec.clone().unwrap_or_default();
+    let mut exec = settings.get_exec().unwrap_or("".as_ref()).to_owned();
     let is_own = std::env::current_exe().is_ok_and(|own| own == exec);
     let own_name = std::env::args_os().next().filter(|_| is_own);
     let name = own_name.unwrap_or_else(|| exec.clone().into());
-    if settings.cwd.is_some() {
+    if settings.get_cwd().is_some() {
         // The path is relative to the master's directory.
         exec = std::path::absolute(exec)?;
     }
-    let exec_args = settings.exec_args.iter().flatten().cloned();
-    let args = settings.args.iter().flatten().cloned();
+    let exec_args = settings.get_exec_args().unwrap_or_default().iter().cloned();
+    let args = settings.get_args().unwrap_or_default().iter().cloned();
     let args = std::iter::once(name).chain(exec_args).chain(args);
     let mut program = Program::new(exec.into(), args, env)?;
     apply_cwd_and_ids(&mut program, settings)?;
@@ -282,10 +286,10 @@ fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Resul
 
 /// Sets the directory, user, group and session of a worker.
 fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<()> {
-    if let Some(cwd) = &settings.cwd {
-        program.cwd(cwd.clone().into())?;
+    if let Some(cwd) = settings.get_cwd() {
+        program.cwd(cwd.to_owned().into())?;
     }
-    program.identity(settings.uid, settings.gid);
+    program.identity(settings.get_uid(), settings.get_gid());
     if settings.leads_session() {
         program.setsid();
     }

@@ -5,7 +5,7 @@ use super::super::failure::FailureCause;
 use super::*;
 
 fn worker_id(number: u32) -> WorkerId {
-    WorkerId::from(number)
+    crate::worker_id(number)
 }
 
 fn worker(id: u32, phase: WorkerPhase) -> WorkerStatus {

@@ -11,7 +11,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::{Input, descriptors};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::Error;
 use crate::sim::kernel::socket::{Client, Port, endpoint};
@@ -462,8 +462,8 @@ impl Script {
             11 if flag => world.call(Call::Ref, hostile, 0),
             11 => world.call(Call::Unref, hostile, 0),
             12..=14 => {
-                let (worker, source) = (hostile, io::Error::from_raw_os_error(32));
-                world.report(|core| core.error(worker, Error::Channel { worker, source }));
+                let (worker, reason) = (hostile, io::Error::from_raw_os_error(32));
+                world.report(|core| core.error(worker, Error::Channel { worker, reason }));
             }
             15..=16 => self.replace_hostile(),
             17 => world.report(Master::setup),

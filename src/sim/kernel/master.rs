@@ -182,9 +182,9 @@ impl World {
         let first = process.down.outbox.front();
         if first.is_some_and(carries) && self.failing.remove(&Failure::Send) {
             process.master_backoff = now + BACKOFF;
-            let source = io::Error::from_raw_os_error(109);
+            let reason = io::Error::from_raw_os_error(109);
             let worker = Some(worker);
-            return self.report(|core| core.error(worker, Error::Exhausted { worker, source }));
+            return self.report(|core| core.error(worker, Error::Exhausted { worker, reason }));
         }
         let failing = &mut self.failing;
         let written = process.down.write(|parcel| {

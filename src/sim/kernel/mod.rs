@@ -22,7 +22,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::event::{EmittedEvent, Event};
 use crate::core::master::MasterCore;
 use crate::sys::fd::NoLingerFd;

@@ -7,7 +7,7 @@ use std::sync::Once;
 
 use super::step::StepKind;
 use super::{Call, Case, Ending, Step, step};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::types::ledger::Ledger;
 
 thread_local! {

@@ -261,7 +261,7 @@ impl World {
         let number = u64::from(n / 8);
         let handle = HandleId(self.last_port.saturating_sub(u32::from(n % 8) % 4));
         let frame = match forgery {
-            Forgery::Garbled => Err(FrameError::State("garbled")),
+            Forgery::Garbled => Err(FrameError::Kind(u8::MAX)),
             Forgery::Online => Ok(ToMaster::Online),
             Forgery::Listen => {
                 let key = HandleKey {

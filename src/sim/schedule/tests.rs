@@ -7,7 +7,7 @@ use fastrand::Rng;
 
 use super::step::{StepKind, step};
 use super::{Ending, Schedule, replay};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::dispatch::STALL_TIMEOUT;
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::socket::QUEUE_CAPACITY;
@@ -247,7 +247,7 @@ fn worker_that_receives_nothing_delays_no_client() {
         let queue = &world.queues[&(HANDLE, hoarder)];
         assert!(queue.connections.len() <= QUEUE_CAPACITY);
     }
-    world.forge(hoarder, Err(FrameError::State("garbled")));
+    world.forge(hoarder, Err(FrameError::Kind(u8::MAX)));
     world.settle();
     while world.served < world.clients() {
         let before = world.served;

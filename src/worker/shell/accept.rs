@@ -81,13 +81,13 @@ impl WorkerShell {
                 Ok(fd) => return Ok(Some(fd)),
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(source) => {
+                Err(reason) => {
                     let is_ending = self.core.borrow().is_draining(listener);
-                    if is_ending && sys::listen::is_shutdown_error(&source) {
+                    if is_ending && sys::listen::is_shutdown_error(&reason) {
                         return Ok(None);
                     }
                     let attempt = "accept a connection";
-                    return Err(Error::Io { attempt, source });
+                    return Err(Error::Io { attempt, reason });
                 }
             }
         }
@@ -101,7 +101,7 @@ impl WorkerShell {
             }
             // If the master has closed the queue, a frame on the channel says what follows.
             Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
-            Err(source) if source.raw_os_error() == Some(errno::EMFILE) => {
+            Err(reason) if reason.raw_os_error() == Some(errno::EMFILE) => {
                 if !self.is_out_of_fds.replace(true) {
                     self.report(Error::no_descriptors(None));
                 }
@@ -109,9 +109,9 @@ impl WorkerShell {
                 self.back_off();
                 Ok(None)
             }
-            Err(source) => {
+            Err(reason) => {
                 let attempt = "take a connection";
-                Err(Error::Io { attempt, source })
+                Err(Error::Io { attempt, reason })
             }
         }
     }
@@ -170,9 +170,9 @@ impl WorkerShell {
                 Ok(None)
             }
             Err(error) if sys::listen::is_connection_error(&error) => Ok(None),
-            Err(source) => {
+            Err(reason) => {
                 let attempt = "accept a connection";
-                Err(Error::Io { attempt, source })
+                Err(Error::Io { attempt, reason })
             }
         }
     }
@@ -180,7 +180,7 @@ impl WorkerShell {
     /// Returns whether accepting failed because another process shut down a TCP listener of the master,
     /// which makes it listen again.
     pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
-        let Error::Io { source, .. } = error else {
+        let Error::Io { reason, .. } = error else {
             return false;
         };
         let sockets = self.sockets.borrow();
@@ -191,7 +191,7 @@ impl WorkerShell {
         let Socket::Listener(shared) = &**entry.socket else {
             return false;
         };
-        sys::listen::is_shutdown_error(source) && sys::listen::local_addr(&shared.fd).is_some()
+        sys::listen::is_shutdown_error(reason) && sys::listen::local_addr(&shared.fd).is_some()
     }
 }
 
@@ -210,9 +210,9 @@ impl WorkerShell {
         match socket.recv_from(buffer) {
             Ok(received) => Ok(Some(received)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(source) => {
+            Err(reason) => {
                 let attempt = "receive a datagram";
-                Err(Error::Io { attempt, source })
+                Err(Error::Io { attempt, reason })
             }
         }
     }

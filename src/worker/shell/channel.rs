@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::sockets::AcceptMode;
 use super::{Socket, WorkerShell};
-use crate::config::settings::SchedulingPolicy;
+use crate::config::policy::SchedulingPolicy;
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::{Error, Result, SendError};
 use crate::runtime::backoff::BACKOFF;
@@ -72,8 +72,8 @@ impl WorkerShell {
                 self.back_off();
                 self.errors.borrow_mut().extend(error);
             }
-            AfterFlush::Close(source) => {
-                self.report(self.channel.broken(source));
+            AfterFlush::Close(reason) => {
+                self.report(self.channel.broken(reason));
                 // Reading then finds end-of-file, which closes the channel.
                 let receipts = self.channel.with(|channel| {
                     channel.shut_down();
@@ -97,8 +97,8 @@ impl WorkerShell {
     /// Reads once from the channel and processes the frames.
     pub(crate) fn receive(&self) -> Received {
         let received = self.channel.receive(&mut self.scratch.borrow_mut());
-        let received = received.unwrap_or_else(|source| {
-            self.report(self.channel.broken(source));
+        let received = received.unwrap_or_else(|reason| {
+            self.report(self.channel.broken(reason));
             Received::EndOfFile
         });
         match received {
@@ -127,9 +127,9 @@ impl WorkerShell {
                 self.act();
                 !is_last
             }
-            Err(source) => {
+            Err(reason) => {
                 let worker = None;
-                self.report(Error::Frame { worker, source });
+                self.report(Error::Frame { worker, reason });
                 self.channel_closed();
                 false
             }

@@ -115,8 +115,8 @@ impl WorkerShell {
         self.errors.borrow_mut().push_back(error);
     }
 
-    fn report_io(&self, attempt: &'static str, source: io::Error) {
-        self.report(Error::Io { attempt, source });
+    fn report_io(&self, attempt: &'static str, reason: io::Error) {
+        self.report(Error::Io { attempt, reason });
     }
 
     /// Schedules another attempt at what the system lacks resources for.

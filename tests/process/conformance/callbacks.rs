@@ -38,30 +38,25 @@ fn once_callbacks_of_the_cluster_run_once() {
                     log.add(format!("{} {event}", worker.id()))
                 }
             };
-            master.once(master.on_fork(note("fork")));
-            master.once(master.on_online(note("online")));
+            master.on_fork_once(note("fork"));
+            master.on_online_once(note("online"));
             let noted = note("listening");
-            master.once(master.on_listening(move |master, worker, _| noted(master, worker)));
+            master.on_listening_once(move |master, worker, _| noted(master, worker));
             let noted = note("message");
-            master.once(master.on_message(move |master, worker, _| noted(master, worker)));
+            master.on_message_once(move |master, worker, _| noted(master, worker));
             let noted = note("error");
-            let error = master.on_error(move |master, worker, _| noted(master, worker.unwrap()));
-            master.once(error);
-            master.once(master.on_disconnect(note("disconnect")));
+            master.on_error_once(move |master, worker, _| noted(master, worker.unwrap()));
+            master.on_disconnect_once(note("disconnect"));
             let noted = note("exit");
-            let exit = master.on_exit(move |master, worker, status| {
+            master.on_exit_once(move |master, worker, status| {
                 assert_eq!(status.code(), Some(0));
                 noted(master, worker);
             });
-            // Calling `once` twice changes nothing.
-            master.once(exit);
-            master.once(exit);
             let at_setup = log.clone();
-            master.once(master.on_setup(move |_, _| at_setup.add("setup")));
-            let never = master.on_fork(|_, _| panic!("the callback was removed"));
-            master.once(never);
-            master.off(never);
-            master.once(never);
+            master.on_setup_once(move |_, _| at_setup.add("setup"));
+            let never = master.on_fork_once(|_, _| panic!("the callback was removed"));
+            master.remove_callback(never);
+            master.remove_callback(never);
 
             master.on_disconnect(|_, worker| drop(worker.send(b"too late").unwrap_err()));
             master.fork().unwrap();
@@ -73,8 +68,8 @@ fn once_callbacks_of_the_cluster_run_once() {
         },
         |worker| {
             let _listener = worker.listen("127.0.0.1:0").unwrap();
-            worker.send(b"one").unwrap();
-            worker.send(b"two").unwrap();
+            let _ = worker.send(b"one").unwrap();
+            let _ = worker.send(b"two").unwrap();
             worker.disconnect().run().unwrap();
         },
     );
@@ -104,16 +99,15 @@ fn once_callbacks_of_a_worker_run_once() {
                 }
             };
             let noted = note("listening");
-            master.once(worker.on_listening(move |master, worker, _| noted(master, worker)));
+            worker.on_listening_once(move |master, worker, _| noted(master, worker));
             let noted = note("error");
-            master.once(worker.on_error(move |master, worker, _| noted(master, worker)));
-            let own = OwnId::default();
-            let (itself, noted) = (Rc::clone(&own), note("message"));
-            // The callback turns itself into a `once` callback while it runs.
-            own.set(Some(worker.on_message(move |master, worker, _| {
-                master.once(itself.get().unwrap());
-                noted(master, worker);
-            })));
+            worker.on_error_once(move |master, worker, _| noted(master, worker));
+            let (first, second) = (note("message"), note("message"));
+            // The second callback gets the next message, and no other.
+            worker.on_message_once(move |master, worker, _| {
+                worker.on_message_once(move |master, worker, _| second(master, worker));
+                first(master, worker);
+            });
             worker.on_disconnect(|_, worker| {
                 worker.send(b"too late").unwrap_err();
                 worker.send(b"too late").unwrap_err();
@@ -123,7 +117,7 @@ fn once_callbacks_of_a_worker_run_once() {
         |worker| {
             let _listeners = [(); 2].map(|()| worker.listen("127.0.0.1:0").unwrap());
             for message in 0..4 {
-                worker.send(&[message]).unwrap();
+                let _ = worker.send(&[message]).unwrap();
             }
             worker.disconnect().run().unwrap();
         },
@@ -141,26 +135,26 @@ fn once_callbacks_in_the_worker_run_once() {
             note_events(master, &log);
             let worker = master.fork().unwrap();
             for message in ["one", "two", "three", "disconnect"] {
-                worker.send(message.as_bytes()).unwrap();
+                let _ = worker.send(message.as_bytes()).unwrap();
             }
         },
         |worker| {
             let log = Log::default();
             let (first, second, always) = (log.clone(), log.clone(), log.clone());
-            worker.once(worker.on_message(move |worker, message| {
+            worker.on_message_once(move |worker, message| {
                 first.add(format!(
                     "first {}",
                     String::from_utf8_lossy(message.bytes())
                 ));
                 // This callback receives only the next message.
                 let second = second.clone();
-                worker.once(worker.on_message(move |_, message| {
+                worker.on_message_once(move |_, message| {
                     second.add(format!(
                         "second {}",
                         String::from_utf8_lossy(message.bytes())
                     ));
-                }));
-            }));
+                });
+            });
             worker.on_message(move |worker, message| {
                 always.add(String::from_utf8_lossy(message.bytes()));
                 if message.bytes() == b"disconnect" {
@@ -168,8 +162,8 @@ fn once_callbacks_in_the_worker_run_once() {
                 }
             });
             let at_disconnect = log.clone();
-            worker.once(worker.on_disconnect(move |_| at_disconnect.add("on_disconnect")));
-            worker.once(worker.on_error(|_, error| panic!("{error}")));
+            worker.on_disconnect_once(move |_| at_disconnect.add("on_disconnect"));
+            worker.on_error_once(|_, error| panic!("{error}"));
             worker.run().unwrap();
             let expected = [
                 "first one",
@@ -205,7 +199,7 @@ fn once_callbacks_for_signals_run_once() {
             note_events(master, &log);
             let (once, always) = (log.clone(), log);
             let on_once = move |_: &Master, _| once.add("once");
-            master.once(master.on_signal(Signal::USR1, on_once).unwrap());
+            master.on_signal_once(Signal::USR1, on_once).unwrap();
             let on_always = move |master: &Master, _| {
                 always.add("always");
                 match always.len() {
@@ -224,7 +218,7 @@ fn once_callbacks_for_signals_run_once() {
             let count = Rc::new(Cell::new((0, 0)));
             let (once, always) = (Rc::clone(&count), Rc::clone(&count));
             let on_once = move |_: &Worker, _| once.set((once.get().0 + 1, once.get().1));
-            worker.once(worker.on_signal(Signal::USR1, on_once).unwrap());
+            worker.on_signal_once(Signal::USR1, on_once).unwrap();
             let on_always = move |worker: &Worker, _| {
                 always.set((always.get().0, always.get().1 + 1));
                 match always.get().1 {
@@ -262,12 +256,12 @@ fn callbacks_can_add_and_remove_callbacks() {
             itself.set(Some(master.on_message(move |master, worker, _| {
                 first.add("first");
                 // Remove a callback that would run next, add two, and remove this one.
-                master.off(victim.get().unwrap());
+                master.remove_callback(victim.get().unwrap());
                 let (all, one) = (first.clone(), first.clone());
                 master.on_message(move |_, _, _| all.add("added to all"));
                 worker.on_message(move |_, _, _| one.add("added to one"));
-                master.off(own.get().unwrap());
-                master.off(own.get().unwrap());
+                master.remove_callback(own.get().unwrap());
+                master.remove_callback(own.get().unwrap());
             })));
             later.set(Some(
                 master.on_message(|_, _, _| panic!("the callback was removed")),
@@ -284,13 +278,13 @@ fn callbacks_can_add_and_remove_callbacks() {
             let own = OwnId::default();
             let itself = Rc::clone(&own);
             own.set(Some(worker.on_online(move |master, _| {
-                master.off(itself.get().unwrap());
+                master.remove_callback(itself.get().unwrap());
                 dropped.0.add("called");
             })));
         },
         |worker| {
-            worker.send(b"one").unwrap();
-            worker.send(b"two").unwrap();
+            let _ = worker.send(b"one").unwrap();
+            let _ = worker.send(b"two").unwrap();
             worker.run().unwrap();
         },
     );
@@ -324,8 +318,8 @@ fn callbacks_in_the_worker_can_add_and_remove_callbacks() {
         |master| {
             note_events(master, &log);
             let worker = master.fork().unwrap();
-            worker.send(b"one").unwrap();
-            worker.send(b"two").unwrap();
+            let _ = worker.send(b"one").unwrap();
+            let _ = worker.send(b"two").unwrap();
         },
         |worker| {
             let log = Log::default();
@@ -335,9 +329,9 @@ fn callbacks_in_the_worker_can_add_and_remove_callbacks() {
             let dropped = OnDrop(log.clone());
             itself.set(Some(worker.on_message(move |worker, _| {
                 dropped.0.add("first");
-                worker.off(victim.get().unwrap());
-                worker.off(own.get().unwrap());
-                worker.off(own.get().unwrap());
+                worker.remove_callback(victim.get().unwrap());
+                worker.remove_callback(own.get().unwrap());
+                worker.remove_callback(own.get().unwrap());
                 let first = first.clone();
                 worker.on_message(move |worker, message| {
                     assert_eq!(message.bytes(), b"two");
@@ -418,9 +412,9 @@ fn unref_lets_run_return_in_the_master() {
             let readable = Interest::Readable;
             let watch = master.watch(watched, readable, |_, _| panic!("a watch"));
             let watch = watch.unwrap();
-            master.unref(interval);
-            master.unref(timeout);
-            master.unref(watch);
+            master.unreference(interval);
+            master.unreference(timeout);
+            master.unreference(watch);
             master.run().unwrap();
             master.clear_timer(interval);
 
@@ -436,7 +430,7 @@ fn unref_lets_run_return_in_the_master() {
                     drop(end.take());
                 }
             });
-            master.unref(interval);
+            master.unreference(interval);
             let (peer, ours) = UnixStream::pair().unwrap();
             other.replace(Some(peer));
             let closed = move |_: &Master, _: &UnixStream| {
@@ -468,25 +462,25 @@ fn unref_and_ref_can_be_repeated() {
             };
             let watch = master.watch(watched, Interest::Readable, closed).unwrap();
             for _ in 0..2 {
-                master.unref(timer);
-                master.unref(watch);
+                master.unreference(timer);
+                master.unreference(watch);
             }
             master.run().unwrap();
             for _ in 0..2 {
-                master.ref_(timer);
-                master.ref_(watch);
+                master.reference(timer);
+                master.reference(watch);
             }
-            master.unref(watch);
+            master.unreference(watch);
             master.run().unwrap();
-            master.ref_(watch);
+            master.reference(watch);
             drop(peer);
             master.run().unwrap();
             // The timer and the watch no longer exist; these calls do nothing.
             for _ in 0..2 {
-                master.unref(timer);
-                master.ref_(timer);
-                master.unref(watch);
-                master.ref_(watch);
+                master.unreference(timer);
+                master.reference(timer);
+                master.unreference(watch);
+                master.reference(watch);
             }
             master.run().unwrap();
         },
@@ -509,23 +503,23 @@ fn unref_lets_run_return_in_the_worker() {
             let interval = worker.set_interval(Duration::from_secs(3600), |_| panic!("too early"));
             let (watched, _peer) = UnixStream::pair().unwrap();
             let watch = worker.watch(watched, Interest::Readable, |_, _| panic!("a watch"));
-            worker.unref(interval);
-            worker.unref(watch.unwrap());
+            worker.unreference(interval);
+            worker.unreference(watch.unwrap());
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| {});
+            listener.set_connection_callback(|_, _| {});
             if worker.id().get() == 1 {
                 // The worker disconnects; the timer and the watch do not keep it running.
                 worker.run().unwrap();
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
             } else {
                 // Nothing keeps the loop running, although the worker is connected.
-                worker.process().unref();
-                listener.unref();
+                worker.process().unreference();
+                listener.unreference();
                 worker.run().unwrap();
                 assert!(worker.is_connected());
                 // A timer keeps it running.
                 worker.set_timeout(Duration::from_millis(1), |worker| {
-                    worker.process().ref_();
+                    worker.process().reference();
                     worker.disconnect();
                 });
                 worker.run().unwrap();
@@ -555,8 +549,8 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
         |master| {
             note_events(master, &log);
             let worker = master.fork().unwrap();
-            worker.process().unref();
-            worker.process().unref();
+            worker.process().unreference();
+            worker.process().unreference();
             // `run` emits the pending events and returns: nothing else keeps it running.
             master.run().unwrap();
             assert_eq!(master.workers(), std::slice::from_ref(&worker));
@@ -566,7 +560,7 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
             let other = master.fork().unwrap();
             let pinged = worker.clone();
             other.on_message(move |_, other, _| {
-                pinged.send(b"ping").unwrap();
+                let _ = pinged.send(b"ping").unwrap();
                 let other = other.clone();
                 let log = log.clone();
                 pinged.on_message(move |_, _, _| {
@@ -576,14 +570,14 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
             });
             master.run().unwrap();
             assert_eq!(master.workers(), std::slice::from_ref(&worker));
-            worker.process().ref_();
-            worker.process().ref_();
+            worker.process().reference();
+            worker.process().reference();
             worker.disconnect();
         },
         |worker| {
             match worker.id().get() {
                 1 => drop(worker.on_message(|worker, _| {
-                    worker.send(b"pong").unwrap();
+                    let _ = worker.send(b"pong").unwrap();
                 })),
                 _ => drop(worker.send(b"ping the other worker").unwrap()),
             }

@@ -60,10 +60,10 @@ fn check_state(worker: &WorkerProcess, state: WorkerState, connected: bool, dead
         assert_eq!(worker.exited_after_disconnect().is_none(), connected);
         assert!(worker.id().get() > 0 && worker.process().id() > 0);
         assert!(worker.process().take_stdio(1).is_none());
-        worker.process().unref();
-        worker.process().unref();
-        worker.process().ref_();
-        worker.process().ref_();
+        worker.process().unreference();
+        worker.process().unreference();
+        worker.process().reference();
+        worker.process().reference();
         let _ = format!("{worker:?}");
         worker.on_online(|_, _| {});
         worker.on_listening(|_, _, _| {});
@@ -124,7 +124,7 @@ fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)
         |worker| {
             answer_pings(&worker);
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| {});
+            listener.set_connection_callback(|_, _| {});
             worker.run().unwrap();
         },
     );
@@ -319,9 +319,10 @@ fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
         Role::Master(master) => {
             let worker = master.fork().unwrap();
             let options = SendOptions::new().on_written(|_, _| panic!("there is no master"));
-            worker.send_with(b"hello", options).unwrap();
+            let _ = worker.send_with(b"hello", options).unwrap();
             master.set_timeout(Duration::ZERO, |_| panic!("there is no master"));
-            master.disconnect(|_| panic!("there is no master"));
+            master.on_all_disconnected_once(|_| panic!("there is no master"));
+            master.disconnect();
             worker.on_exit(|_, _, _| panic!("there is no master"));
             drop(master);
             for _ in 0..2 {
@@ -329,8 +330,8 @@ fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
                 assert_sends_fail(&worker);
                 assert!(!worker.is_connected());
                 assert!(!worker.is_dead(), "the master did not see the exit");
-                worker.process().unref();
-                worker.process().ref_();
+                worker.process().unreference();
+                worker.process().reference();
             }
             // The dropped master did not reap the worker.
             let pid = i32::try_from(worker.process().id()).unwrap();
@@ -369,8 +370,8 @@ fn check_own_state(worker: &Worker) {
         );
         assert_eq!(worker.process().id(), std::process::id());
         assert_eq!(worker.inspect_port(), None);
-        worker.process().unref();
-        worker.process().ref_();
+        worker.process().unreference();
+        worker.process().reference();
         let sent = worker.send(b"text");
         let reason = SendError::ChannelClosed;
         let is_closed = matches!(sent, Err(Error::Send { reason: r, .. }) if r == reason);
@@ -402,7 +403,7 @@ fn calls_in_the_worker_are_idempotent() {
             let way = std::env::var("WAY").unwrap();
             worker.on_error(|_, error| panic!("{error}"));
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| {});
+            listener.set_connection_callback(|_, _| {});
             check_own_state(&worker);
             stop_itself_by(&worker, &way);
             stop_itself_by(&worker, &way);
@@ -427,8 +428,8 @@ fn calls_in_the_worker_are_idempotent() {
             assert!(listener.accept().unwrap().is_none());
             listener.close();
             listener.close();
-            listener.unref();
-            listener.ref_();
+            listener.unreference();
+            listener.reference();
             listener.set_max_connections(Some(0));
             // New listeners and sockets are closed from the start.
             let late = worker.listen("127.0.0.1:0").unwrap();
@@ -478,7 +479,7 @@ fn calls_in_the_worker_are_idempotent_after_the_channel_closes() {
             let way = std::env::var("WAY").unwrap();
             worker.on_error(|_, error| panic!("{error}"));
             let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-            worker
+            let _ = worker
                 .send_with_fds(b"close the channel", vec![theirs.into()])
                 .unwrap();
             // The master closes this descriptor after the channel.

@@ -79,12 +79,12 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
             let worker = master.fork().unwrap();
             let mut ends = Ends::new();
             let options = ends.options();
-            worker.send_with(b"not taken", options).unwrap();
+            let _ = worker.send_with(b"not taken", options).unwrap();
             let ends = Cell::new(Some(ends));
             worker.on_message(move |_, worker, _| {
                 if let Some(ends) = ends.take() {
                     ends.check();
-                    worker.send(b"your turn").unwrap();
+                    let _ = worker.send(b"your turn").unwrap();
                 }
             });
         },
@@ -92,7 +92,7 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
             let ends = RefCell::new(Ends::new());
             worker.on_message(move |worker, message| {
                 if message.bytes() != b"your turn" {
-                    worker.send(b"seen").unwrap();
+                    let _ = worker.send(b"seen").unwrap();
                     return;
                 }
                 let mut own = ends.replace(Ends::new());
@@ -101,7 +101,7 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
                     own.check();
                     worker.disconnect();
                 });
-                worker.send_with(b"not taken", options).unwrap();
+                let _ = worker.send_with(b"not taken", options).unwrap();
             });
             worker.run().unwrap();
         },
@@ -191,14 +191,14 @@ fn one_message_carries_descriptors_of_every_kind() {
             note_messages(master, &log);
             let worker = master.fork().unwrap();
             let (kinds, options) = Kinds::send();
-            kinds.datagrams.send(b"datagrams").unwrap();
-            worker.send_with(b"from the master", options).unwrap();
+            let _ = kinds.datagrams.send(b"datagrams").unwrap();
+            let _ = worker.send_with(b"from the master", options).unwrap();
             let kinds = Cell::new(Some(kinds));
             worker.on_message(move |_, worker, message| match kinds.take() {
                 Some(kinds) => kinds.check(),
                 None => {
                     Kinds::receive(message);
-                    worker.send(b"received").unwrap();
+                    let _ = worker.send(b"received").unwrap();
                 }
             });
         },
@@ -207,10 +207,10 @@ fn one_message_carries_descriptors_of_every_kind() {
             worker.on_message(move |worker, message| {
                 if message.bytes() == b"from the master" {
                     Kinds::receive(message);
-                    worker.send(b"received").unwrap();
+                    let _ = worker.send(b"received").unwrap();
                     let (kinds, options) = Kinds::send();
-                    kinds.datagrams.send(b"datagrams").unwrap();
-                    worker.send_with(b"from the worker", options).unwrap();
+                    let _ = kinds.datagrams.send(b"datagrams").unwrap();
+                    let _ = worker.send_with(b"from the worker", options).unwrap();
                     own.set(Some(kinds));
                 } else {
                     own.take().unwrap().check();
@@ -251,7 +251,7 @@ fn too_many_descriptors_are_an_error() {
                 SendError::TooManyDescriptors,
             );
             assert_eq!(open_fds(), before);
-            worker.send_with(b"16", copies(16, &file)).unwrap();
+            let _ = worker.send_with(b"16", copies(16, &file)).unwrap();
             worker.on_message(move |_, worker, message| {
                 assert_eq!(message.take_fds().len(), 16);
                 worker.disconnect();
@@ -270,14 +270,14 @@ fn too_many_descriptors_are_an_error() {
                     SendError::TooManyDescriptors,
                 );
                 assert_eq!(open_fds(), before);
-                worker.send_with(b"16", copies(16, &file)).unwrap();
+                let _ = worker.send_with(b"16", copies(16, &file)).unwrap();
             });
             worker.run().unwrap();
         },
     );
     let expected = [
         "1 fork",
-        "cannot send to worker 1: more than 16 descriptors",
+        "cannot send to worker 1: the message has more than 16 descriptors",
         "1 online",
         "1 disconnect Some(true)",
         "1 exit Some(true) exit status: 0",

@@ -73,7 +73,8 @@ fn disconnect_before_exit() {
                 // The worker stays in the table until its exit.
                 assert_eq!(master.workers(), std::slice::from_ref(worker));
                 let log = log.clone();
-                master.disconnect(move |_| log.add("all exited"));
+                master.on_all_disconnected_once(move |_| log.add("all exited"));
+                master.disconnect();
             });
         },
         |worker| worker.run().unwrap(),
@@ -133,10 +134,11 @@ fn disconnect_idle_worker() {
         |master| {
             note_events(master, &log);
             (0..2).for_each(|_| drop(master.fork().unwrap()));
-            master.disconnect(move |master| {
+            master.on_all_disconnected_once(move |master| {
                 assert!(master.workers().is_empty());
                 log.add("callback");
             });
+            master.disconnect();
         },
         // The counterpart of Node's empty worker, which keeps running.
         |worker| worker.run().unwrap(),
@@ -165,7 +167,8 @@ fn disconnect_leak() {
             worker.on_disconnect(move |_, _| at_disconnect.add("worker disconnect"));
             worker.on_exit(move |_, _, _| at_exit.add("worker exit"));
             // The callback runs when all listeners are closed, too.
-            master.disconnect(move |_| log.add("all exited"));
+            master.on_all_disconnected_once(move |_| log.add("all exited"));
+            master.disconnect();
         },
         |worker| {
             // The worker requests the listener before it processes the disconnect.
@@ -200,11 +203,11 @@ fn disconnect_unshared_tcp() {
                     let without = idle.take().unwrap();
                     let log = log.clone();
                     with.on_listening(move |_, with, address| {
-                        let address = SocketAddr::from(([127, 0, 0, 1], address.port.unwrap()));
+                        let address = SocketAddr::from(([127, 0, 0, 1], address.port().unwrap()));
                         let pinged = with.clone();
                         without.disconnect();
                         without.on_disconnect(move |_, _| {
-                            pinged.send(b"ping").unwrap();
+                            let _ = pinged.send(b"ping").unwrap();
                         });
                         // Between its two answers, the worker processes whatever the other worker's
                         // disconnect has caused.
@@ -212,11 +215,11 @@ fn disconnect_unshared_tcp() {
                         with.on_message(move |master, with, _| {
                             answers.set(answers.get() + 1);
                             if answers.get() == 1 {
-                                with.send(b"ping").unwrap();
+                                let _ = with.send(b"ping").unwrap();
                                 return;
                             }
                             log.add(format!("served by {}", talk(address, b"").unwrap()));
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     });
                 });
@@ -256,7 +259,8 @@ fn disconnect_with_no_workers() {
     cluster(
         |master| {
             let count = Rc::clone(&called);
-            master.disconnect(move |_| count.set(count.get() + 1));
+            master.on_all_disconnected_once(move |_| count.set(count.get() + 1));
+            master.disconnect();
             assert_eq!(called.get(), 0, "called inside disconnect");
         },
         |_| unreachable!("no worker is forked"),
@@ -286,7 +290,7 @@ fn disconnect() {
         |worker| {
             for _ in 0..2 {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
-                listener.on_connection(|_, mut connection| {
+                listener.set_connection_callback(|_, mut connection| {
                     use std::io::Write as _;
                     connection.write_all(b"echo").unwrap();
                 });
@@ -311,7 +315,7 @@ fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
             listening
                 .entry(worker.id())
                 .or_default()
-                .push(address.port.unwrap());
+                .push(address.port().unwrap());
             let count = listening.values().map(Vec::len).sum::<usize>();
             if count < 16 {
                 return;
@@ -330,10 +334,11 @@ fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
             let (log, then) = (log.clone(), then.take());
             in_background(master, work, move |master, answers| {
                 log.add(answers.join(" "));
-                master.disconnect(move |master| {
+                master.on_all_disconnected_once(move |master| {
                     log.add("disconnected");
                     then.unwrap()(master);
                 });
+                master.disconnect();
             });
         });
     }
@@ -354,14 +359,14 @@ fn ipc_throw() {
             note_events(master, &log);
             let (server, address) = idle_server();
             let worker = master.fork().unwrap();
-            worker.send(address.to_string().as_bytes()).unwrap();
+            let _ = worker.send(address.to_string().as_bytes()).unwrap();
             note_messages(master, &log);
             close_at_exit(&worker, server);
         },
         |worker| {
             worker.on_message(|worker, message| {
                 let error = listen_on_used_port(worker, message);
-                worker.send(b"error").unwrap();
+                let _ = worker.send(b"error").unwrap();
                 worker.disconnect();
                 resume_unwind(Box::new(error));
             });
@@ -370,7 +375,7 @@ fn ipc_throw() {
             let error = thrown.downcast::<Error>().unwrap();
             assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
             // The channel still works, and the requested disconnect completes.
-            worker.send(b"uncaught").unwrap();
+            let _ = worker.send(b"uncaught").unwrap();
             let count = Rc::new(Cell::new(0));
             let at_disconnect = Rc::clone(&count);
             worker.on_disconnect(move |_| at_disconnect.set(at_disconnect.get() + 1));
@@ -427,14 +432,14 @@ fn worker_disconnect_on_error() {
             note_events(master, &log);
             let worker = master.fork().unwrap();
             let (server, address) = idle_server();
-            worker.send(address.to_string().as_bytes()).unwrap();
+            let _ = worker.send(address.to_string().as_bytes()).unwrap();
             note_messages(master, &log);
             close_at_exit(&worker, server);
         },
         |worker| {
             worker.on_message(|worker, message| {
                 listen_on_used_port(worker, message);
-                worker.send(b"error").unwrap();
+                let _ = worker.send(b"error").unwrap();
                 worker.disconnect();
             });
             worker.run().unwrap();

@@ -13,8 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cluster::{
-    Address, AddressType, Error, Interest, Master, Settings, Signal, Worker, WorkerProcess,
-    WorkerState,
+    Address, Error, Interest, Master, Sent, Settings, Signal, Worker, WorkerProcess, WorkerState,
 };
 use nix::errno::Errno;
 use nix::libc::{self, c_int};
@@ -56,30 +55,30 @@ struct Events {
 /// Logs the events that are emitted at both levels, and asserts that the worker's state agrees with
 /// them.
 macro_rules! listen_to {
-    ($source:expr, $log:expr, $worker:expr) => {{
+    ($reason:expr, $log:expr, $worker:expr) => {{
         let (log, own) = ($log.clone(), $worker.clone());
         let note = move |worker: &WorkerProcess, event: &str| {
             assert_eq!(*worker, own);
             log.add(format!("{event} {:?}", worker.state()));
         };
         let online = note.clone();
-        $source.on_online(move |_, worker| online(worker, "online"));
+        $reason.on_online(move |_, worker| online(worker, "online"));
         let listening = note.clone();
-        $source.on_listening(move |_, worker, _| listening(worker, "listening"));
+        $reason.on_listening(move |_, worker, _| listening(worker, "listening"));
         let (log, own) = ($log.clone(), $worker.clone());
-        $source.on_message(move |_, worker, message| {
+        $reason.on_message(move |_, worker, message| {
             assert_eq!(*worker, own);
             log.add(String::from_utf8_lossy(message.bytes()));
         });
         let disconnect = note.clone();
-        $source.on_disconnect(move |master, worker| {
+        $reason.on_disconnect(move |master, worker| {
             assert!(!worker.is_connected());
             assert!(master.worker(worker.id()).is_some(), "in the table");
             let flag = worker.exited_after_disconnect();
             disconnect(worker, &format!("disconnect {flag:?}"));
         });
         let exit = note;
-        $source.on_exit(move |master, worker, status| {
+        $reason.on_exit(move |master, worker, status| {
             assert_eq!(worker.process().exit_status(), Some(status));
             assert!(worker.is_dead() && !is_alive(worker.process().id()));
             assert!(master.workers().is_empty());
@@ -211,7 +210,7 @@ fn app() {
                 let answer = |master: &Master, stdin: &std::io::Stdin| {
                     let mut request = String::new();
                     if stdin.read_line(&mut request).unwrap() == 0 {
-                        master.disconnect(|_| {});
+                        master.disconnect();
                         return None;
                     }
                     assert_eq!(request, "getpids\n");
@@ -241,10 +240,13 @@ fn app() {
 
 fn basic() {
     fn expect_ours(address: &Address) {
-        assert_eq!(address.address.as_deref(), Some("127.0.0.1"));
-        assert_eq!(address.address_type, AddressType::Tcp4);
-        assert!(address.port.is_some_and(|port| port > 0));
-        assert_eq!(address.fd, None);
+        assert_eq!(address.socket_addr().unwrap().ip().to_string(), "127.0.0.1");
+        assert!(matches!(
+            address,
+            cluster::Address::Tcp(std::net::SocketAddr::V4(_))
+        ));
+        assert!(address.port().is_some_and(|port| port > 0));
+        assert!(!matches!(address, cluster::Address::Fd { .. }));
     }
     let events = Events::default();
     let has_id = std::env::var_os("CLUSTER_UNIQUE_ID").is_some();
@@ -266,7 +268,7 @@ fn basic() {
             let named = std::env::var("CLUSTER_WORKER_PID").unwrap();
             assert_eq!(named, std::process::id().to_string());
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| panic!("no client connects"));
+            listener.set_connection_callback(|_, _| panic!("no client connects"));
             run_until_killed(&worker);
         },
     );
@@ -291,7 +293,7 @@ fn message() {
             worker.on_listening(move |master, worker, address| {
                 let address: SocketAddr = address.to_string().parse().unwrap();
                 let client = Rc::new(TcpStream::connect(address).unwrap());
-                assert!(worker.send(TO_WORKER.as_bytes()).unwrap());
+                assert_eq!(worker.send(TO_WORKER.as_bytes()).unwrap(), Sent::Continue);
                 let (all, other_end) = (receipts.clone(), Rc::clone(&client));
                 let receive = move |what: String| {
                     all.add(what);
@@ -325,7 +327,7 @@ fn message() {
             });
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let mut connection = listener.accept().unwrap().unwrap();
-            assert!(worker.send(TO_MASTER.as_bytes()).unwrap());
+            assert_eq!(worker.send(TO_MASTER.as_bytes()).unwrap(), Sent::Continue);
             while received.borrow().is_none() {
                 worker.dispatch(None).unwrap();
             }
@@ -385,7 +387,7 @@ fn worker_constructor() {
         |worker| {
             assert_eq!(worker.exited_after_disconnect(), None);
             let text = format!("{} {}", worker.id(), std::process::id());
-            worker.send(text.as_bytes()).unwrap();
+            let _ = worker.send(text.as_bytes()).unwrap();
             worker.run().unwrap();
         },
     );
@@ -424,9 +426,9 @@ fn worker_events() {
             let worker = master.fork().unwrap();
             events.log(master, &worker);
             assert_eq!(worker.state(), WorkerState::None);
-            assert!(worker.send(b"a text").unwrap());
+            assert_eq!(worker.send(b"a text").unwrap(), Sent::Continue);
             // A message that was delivered twice would arrive before this one.
-            assert!(worker.send(b"end").unwrap());
+            assert_eq!(worker.send(b"end").unwrap(), Sent::Continue);
         },
         |worker| {
             let log = Log::default();
@@ -484,13 +486,13 @@ fn worker_init() {
         |master| {
             let worker = master.fork().unwrap();
             events.log(master, &worker);
-            worker.on_online(|_, worker| assert!(worker.send(b"foo").unwrap()));
+            worker.on_online(|_, worker| assert_eq!(worker.send(b"foo").unwrap(), Sent::Continue));
             worker.on_message(|_, worker, _| assert_eq!(worker.disconnect(), worker));
         },
         |worker| {
             worker.on_message(|worker, message| {
                 let is_foo = message.bytes() == b"foo";
-                worker.send(is_foo.to_string().as_bytes()).unwrap();
+                let _ = worker.send(is_foo.to_string().as_bytes()).unwrap();
             });
             worker.run().unwrap();
         },
@@ -560,7 +562,7 @@ fn worker_isdead() {
         },
         |worker| {
             assert!(!worker.is_dead());
-            worker.send(b"readyToDie").unwrap();
+            let _ = worker.send(b"readyToDie").unwrap();
             run_until_killed(&worker);
         },
     );
@@ -596,7 +598,7 @@ fn worker_isconnected() {
                 let log = log.clone();
                 worker.on_disconnect(move |worker| log.add(worker.is_connected().to_string()));
             }
-            worker.send(b"readyToDisconnect").unwrap();
+            let _ = worker.send(b"readyToDisconnect").unwrap();
             worker.run().unwrap();
             assert_eq!(log.take(), ["true", "false", "false"]);
         },
@@ -677,12 +679,12 @@ fn accept_fail() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| panic!("no connection is accepted"));
+            listener.set_connection_callback(|_, _| panic!("no connection is accepted"));
             let log = Log::default();
             let all = log.clone();
             // One client after another: the master goes on accepting after a failure.
             for _ in 0..CLIENTS {
-                let client = TcpStream::connect(listener.local_addr()).unwrap();
+                let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
                 let log = log.clone();
                 let read = move |_: &Worker, mut client: &TcpStream| {
                     log.add(client.read(&mut [0]).unwrap().to_string());
@@ -721,10 +723,10 @@ fn accept_recovers_after_running_out_of_descriptors() {
             let errors = log.clone();
             master.on_error(move |_, worker, error| {
                 assert!(worker.is_none());
-                let Error::Accept { source, .. } = error else {
+                let Error::Accept { reason, .. } = error else {
                     panic!("{error}");
                 };
-                assert_eq!(source.raw_os_error(), Some(libc::EMFILE));
+                assert_eq!(reason.raw_os_error(), Some(libc::EMFILE));
                 errors.add("no descriptors");
                 limit(limits.0);
             });
@@ -736,7 +738,7 @@ fn accept_recovers_after_running_out_of_descriptors() {
                     let mut answer = String::new();
                     client.read_to_string(&mut answer).unwrap();
                     answers.add(answer);
-                    master.disconnect(|_| {});
+                    master.disconnect();
                     None
                 };
                 master.watch(client, Interest::Readable, read).unwrap();
@@ -747,7 +749,7 @@ fn accept_recovers_after_running_out_of_descriptors() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, mut connection| {
+            listener.set_connection_callback(|_, mut connection| {
                 connection.write_all(b"served").unwrap();
             });
             worker.run().unwrap();

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 
-use cluster::{AddressType, SendOptions, Settings};
+use cluster::{SendOptions, Sent, Settings};
 
 use crate::harness::for_both_policies;
 use crate::harness::{
@@ -50,7 +50,7 @@ fn bind_twice() {
                         let ask = move || talk(address, b"").unwrap();
                         in_background(master, ask, move |master, answer| {
                             log.add(format!("served by {answer}"));
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         });
                     });
                 });
@@ -82,7 +82,7 @@ fn second_cluster(address: &str) {
         |worker| {
             let address = std::env::var(address).unwrap();
             expect_listen_error(&worker, &address, nix::libc::EADDRINUSE);
-            worker.send(b"refused").unwrap();
+            let _ = worker.send(b"refused").unwrap();
             worker.disconnect().run().unwrap();
         },
     );
@@ -111,9 +111,11 @@ fn dgram_cluster_close_during_bind() {
             // A socket that is closed at once releases its descriptor and its index.
             for _ in 0..2 {
                 let socket = worker.bind("127.0.0.1:0").unwrap();
-                socket.on_message(|_, _, _, _| panic!("the socket is closed"));
+                socket.set_message_callback(|_, _, _, _| panic!("the socket is closed"));
                 let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-                client.send_to(b"hello", socket.local_addr()).unwrap();
+                client
+                    .send_to(b"hello", socket.local_addr().unwrap())
+                    .unwrap();
                 socket.close();
                 assert!(socket.recv_from(&mut [0]).unwrap().is_none());
                 drop((socket, client));
@@ -121,7 +123,7 @@ fn dgram_cluster_close_during_bind() {
             }
             worker.disconnect();
             let socket = worker.bind("127.0.0.1:0").unwrap();
-            socket.on_message(|_, _, _, _| panic!("the socket was never open"));
+            socket.set_message_callback(|_, _, _, _| panic!("the socket was never open"));
             assert!(socket.recv_from(&mut [0]).unwrap().is_none());
             assert_eq!(open_fds(), before);
             worker.run().unwrap();
@@ -151,9 +153,9 @@ fn http_pipe() {
                 let worker = master.fork_with([("SOCKET", &path)]).unwrap();
                 let expected = path.to_str().unwrap().to_owned();
                 worker.on_listening(move |_, _, address| {
-                    assert_eq!(address.address.as_deref(), Some(expected.as_str()));
-                    assert_eq!(address.address_type, AddressType::Unix);
-                    assert_eq!((address.port, address.fd), (None, None));
+                    assert_eq!(address.path(), Some(expected.as_ref()));
+                    assert!(matches!(address, cluster::Address::Unix(_)));
+                    assert_eq!(address.port(), None);
                 });
                 worker.on_exit(move |_, _, _| assert!(!path.exists(), "left behind"));
             },
@@ -171,7 +173,7 @@ fn http_pipe() {
                 let mut answer = String::new();
                 client.read_to_string(&mut answer).unwrap();
                 assert!(answer.ends_with("OK"), "{answer}");
-                worker.send(b"DONE").unwrap();
+                let _ = worker.send(b"DONE").unwrap();
                 std::process::exit(0);
             },
         );
@@ -211,7 +213,7 @@ fn invalid_message() {
                         outcome.unwrap();
                         log.add("written");
                     });
-                    assert!(worker.send_with(message, written).unwrap());
+                    assert_eq!(worker.send_with(message, written).unwrap(), Sent::Continue);
                 }
             });
             let mut expected = MESSAGES.iter();
@@ -224,7 +226,7 @@ fn invalid_message() {
         },
         |worker| {
             worker.on_message(|worker, message| {
-                worker.send(message.bytes()).unwrap();
+                let _ = worker.send(message.bytes()).unwrap();
             });
             worker.run().unwrap();
         },
@@ -253,13 +255,13 @@ fn send_handle_twice() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            let mut client = TcpStream::connect(listener.local_addr()).unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             let socket = listener.accept().unwrap().unwrap().into_stream();
             let copy = SendOptions::new().keep_open(&socket);
-            worker.send_with(b"send-handle-1", copy).unwrap();
+            let _ = worker.send_with(b"send-handle-1", copy).unwrap();
             let moved = SendOptions::new().fd(socket);
-            worker.send_with(b"send-handle-2", moved).unwrap();
+            let _ = worker.send_with(b"send-handle-2", moved).unwrap();
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
             worker.disconnect().run().unwrap();
         },
@@ -284,7 +286,7 @@ fn server_restart_rr() {
     cluster(
         |master| {
             note_events(master, &log);
-            master.on_listening(move |_, _, address| ports.borrow_mut().push(address.port));
+            master.on_listening(move |_, _, address| ports.borrow_mut().push(address.port()));
             let first = master.fork().unwrap();
             first.on_listening(|master, first, _| {
                 let first = first.clone();
@@ -300,7 +302,7 @@ fn server_restart_rr() {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 listener.close();
                 // The first worker still listens on the address.
-                assert_eq!(talk(listener.local_addr(), b"").unwrap(), "1");
+                assert_eq!(talk(listener.local_addr().unwrap(), b"").unwrap(), "1");
             }
             worker.process().disconnect();
             worker.run().unwrap();

@@ -53,7 +53,7 @@ fn concurrent_disconnect() {
                 missing.set(missing.get() - 1);
                 if missing.get() == 0 {
                     for worker in &all_workers {
-                        worker.send(b"disconnect").unwrap();
+                        let _ = worker.send(b"disconnect").unwrap();
                     }
                 }
             });
@@ -110,7 +110,8 @@ fn note_completion(master: &Master, log: &Log) {
     master.on_exit(move |master, _, _| {
         if master.workers().is_empty() {
             let log = log.clone();
-            master.disconnect(move |_| log.add("completed"));
+            master.on_all_disconnected_once(move |_| log.add("completed"));
+            master.disconnect();
         }
     });
 }
@@ -135,7 +136,7 @@ fn disconnect_race() {
             |worker| {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 if worker.id().get() == 1 {
-                    worker.send(b"listening").unwrap();
+                    let _ = worker.send(b"listening").unwrap();
                 }
                 assert!(listener.accept().unwrap().is_none());
             },
@@ -393,7 +394,7 @@ fn worker_wait_server_close() {
                             });
                         };
                         in_background(master, unbound, move |_, ()| {
-                            worker.send(b"ping").unwrap();
+                            let _ = worker.send(b"ping").unwrap();
                             let client = Cell::new(Some(client));
                             worker.on_message(move |_, worker, _| {
                                 assert!(worker.is_connected());
@@ -410,7 +411,7 @@ fn worker_wait_server_close() {
                 let was_closed = Rc::clone(&closed);
                 answer_pings(&worker);
                 let listener = worker.listen("127.0.0.1:0").unwrap();
-                listener.on_connection(move |worker, mut connection| {
+                listener.set_connection_callback(move |worker, mut connection| {
                     connection.write_all(b"hello").unwrap();
                     let closed = Rc::clone(&closed);
                     let end = move |_: &_, mut connection: &cluster::Connection| {

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{AddressType, ListenOptions, Master, SchedulingPolicy, Signal, Worker};
+use cluster::{ListenOptions, Master, SchedulingPolicy, Signal, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
@@ -38,7 +38,7 @@ crate::scenarios! {
 /// Asserts that listening fails, and sends a message to the master.
 fn report_refusal(worker: &Worker, address: &str, errno: i32) {
     expect_listen_error(worker, address, errno);
-    worker.send(b"refused").unwrap();
+    let _ = worker.send(b"refused").unwrap();
 }
 
 /// Closes the channel without a request to disconnect, which ends `run`.
@@ -71,7 +71,7 @@ fn eaddrinuse() {
                 .unwrap();
             worker.on_message(move |_, worker, _| {
                 drop(holder.take().unwrap());
-                worker.send(b"free").unwrap();
+                let _ = worker.send(b"free").unwrap();
             });
         },
         |worker| {
@@ -80,7 +80,7 @@ fn eaddrinuse() {
             worker.on_message(move |worker, message| {
                 assert_eq!(message.bytes(), b"free");
                 let listener = worker.listen(address.as_str()).unwrap();
-                assert_eq!(listener.local_addr().to_string(), address);
+                assert_eq!(listener.local_addr().unwrap().to_string(), address);
                 listener.close();
                 worker.disconnect();
             });
@@ -184,7 +184,7 @@ fn server_restart_none() {
         |master| {
             share_listeners(master);
             note_events(master, &log);
-            master.on_listening(move |_, _, address| ports.borrow_mut().push(address.port));
+            master.on_listening(move |_, _, address| ports.borrow_mut().push(address.port()));
             let first = master.fork().unwrap();
             first.on_listening(|master, first, _| {
                 let first = first.clone();
@@ -237,10 +237,10 @@ fn worker_handle_close() {
         |worker| {
             let before = open_fds();
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.on_connection(|_, _| panic!("the listener is closed"));
+            listener.set_connection_callback(|_, _| panic!("the listener is closed"));
             // Reports to the master that the worker is idle.
             worker.dispatch(Some(Duration::ZERO)).unwrap();
-            let mut client = TcpStream::connect(listener.local_addr()).unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             // Only the connection can arrive from the master now. Leave it in the queue.
             let mut fds = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::NONE).unwrap();
@@ -272,17 +272,17 @@ fn listening_port() {
         |master| {
             note_events(master, &log);
             master.on_listening(|_, worker, address| {
-                assert_ne!(address.port, Some(0));
-                assert_ne!(address.port, None);
-                assert_eq!((&address.address, address.fd), (&None, None));
+                assert_ne!(address.port(), Some(0));
+                assert_ne!(address.port(), None);
+                assert!(matches!(address, cluster::Address::TcpPort(_)));
                 worker.kill(Signal::KILL);
             });
             master.fork().unwrap();
         },
         |worker| {
             let listener = worker.listen(0).unwrap();
-            listener.on_connection(|_, _| panic!("no client connects"));
-            assert_ne!(listener.local_addr().port(), 0);
+            listener.set_connection_callback(|_, _| panic!("no client connects"));
+            assert_ne!(listener.local_addr().unwrap().port(), 0);
             // Wait for the signal.
             worker.on_disconnect(|_| std::thread::park());
             worker.run().unwrap();
@@ -352,7 +352,7 @@ fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master))
                     let env = [("BACKLOG", backlog.to_string())];
                     master.fork_with(env).unwrap();
                 }
-                None => master.disconnect(|_| {}),
+                None => master.disconnect(),
             };
             next(master);
             let listening = log.clone();
@@ -368,8 +368,8 @@ fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master))
                 backlog => options.backlog(backlog),
             };
             let listener = worker.listen(options).unwrap();
-            listener.on_connection(|_, _| panic!("no client connects"));
-            worker.send(format!("{:?}", backlogs()).as_bytes()).unwrap();
+            listener.set_connection_callback(|_, _| panic!("no client connects"));
+            let _ = worker.send(format!("{:?}", backlogs()).as_bytes()).unwrap();
             worker.run().unwrap();
         },
     );
@@ -416,7 +416,7 @@ fn listen_on_ipv6(
                 assert_eq!(address.port(), port);
                 then(master, port);
                 drop(reserved);
-                master.disconnect(|_| {});
+                master.disconnect();
             });
             (0..3).for_each(|_| {
                 master.fork_with([("PORT", port.to_string())]).unwrap();
@@ -425,15 +425,17 @@ fn listen_on_ipv6(
         |worker| {
             let port = std::env::var("PORT").unwrap();
             let listener = worker.listen(options(&format!("[::]:{port}"))).unwrap();
-            listener.on_connection(|_, _| {});
+            listener.set_connection_callback(|_, _| {});
             worker.run().unwrap();
         },
     );
     let addresses = addresses.take();
     assert_eq!(addresses.len(), 3);
     assert!(addresses.iter().all(|address| *address == addresses[0]));
-    assert_eq!(addresses[0].address.as_deref(), Some("::"));
-    assert_eq!(addresses[0].address_type, AddressType::Tcp6);
+    assert!(
+        matches!(addresses[0], cluster::Address::Tcp(address) if address.ip().is_unspecified())
+    );
+    assert!(addresses[0].socket_addr().unwrap().is_ipv6());
     let mut entries = entries.take();
     entries.sort();
     let events = [
@@ -498,14 +500,14 @@ fn net_listen() {
         |master| {
             note_events(master, &log);
             master.on_listening(|_, _, address| {
-                assert_eq!((&address.address, address.fd), (&None, None));
-                assert!(address.port.is_some_and(|port| port > 0));
+                assert!(matches!(address, cluster::Address::TcpPort(_)));
+                assert!(address.port().is_some_and(|port| port > 0));
             });
             master.fork().unwrap();
         },
         |worker| {
             let listener = worker.listen(ListenOptions::default()).unwrap();
-            assert!(listener.local_addr().ip().is_unspecified());
+            assert!(listener.local_addr().unwrap().ip().is_unspecified());
             // Exits with the listener open.
             std::process::exit(0);
         },
@@ -536,9 +538,9 @@ fn closing_a_port_zero_listener_leaves_the_other_open() {
                 first.close();
                 let third = worker.listen("127.0.0.1:0").unwrap();
                 answer(&third, "third");
-                assert_ne!(second.local_addr(), third.local_addr());
-                assert_eq!(read_answer(&worker, second.local_addr()), "second");
-                assert_eq!(read_answer(&worker, third.local_addr()), "third");
+                assert_ne!(second.local_addr().unwrap(), third.local_addr().unwrap());
+                assert_eq!(read_answer(&worker, second.local_addr().unwrap()), "second");
+                assert_eq!(read_answer(&worker, third.local_addr().unwrap()), "third");
                 worker.disconnect().run().unwrap();
             },
         );
@@ -571,7 +573,7 @@ fn worker_cannot_listen_on_a_port_twice() {
                     let _ = &reserved;
                     match worker.id().get() {
                         1 if master.workers().len() == 1 => drop(master.fork_with(env.clone())),
-                        1 => master.disconnect(|_| {}),
+                        1 => master.disconnect(),
                         _ => drop(first.send(b"again")),
                     }
                 });
@@ -582,17 +584,20 @@ fn worker_cannot_listen_on_a_port_twice() {
                 if worker.id().get() == 1 {
                     answer(&listener, "first");
                     expect_listen_error(&worker, &address, nix::libc::EADDRINUSE);
-                    assert_eq!(read_answer(&worker, listener.local_addr()), "first");
+                    assert_eq!(
+                        read_answer(&worker, listener.local_addr().unwrap()),
+                        "first"
+                    );
                     worker.on_message(move |worker, _| {
                         // By now the other worker listens, too, and keeps the port in use.
                         listener.close();
                         let again = worker.listen(&address).unwrap();
-                        assert_eq!(again.local_addr().to_string(), address);
-                        again.on_connection(|_, _| {});
-                        worker.send(b"again").unwrap();
+                        assert_eq!(again.local_addr().unwrap().to_string(), address);
+                        again.set_connection_callback(|_, _| {});
+                        let _ = worker.send(b"again").unwrap();
                     });
                 }
-                worker.send(b"listens").unwrap();
+                let _ = worker.send(b"listens").unwrap();
                 worker.run().unwrap();
             },
         );

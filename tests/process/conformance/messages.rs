@@ -31,7 +31,7 @@ fn net_send() {
             let worker = master.fork().unwrap();
             worker.on_message(move |master, worker, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));
-                worker.send(b"got").unwrap();
+                let _ = worker.send(b"got").unwrap();
                 let (log, worker) = (log.clone(), worker.clone());
                 let mut data = String::new();
                 let read = move |_: &cluster::Master, mut socket: &TcpStream| {
@@ -51,7 +51,7 @@ fn net_send() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            let client = TcpStream::connect(listener.local_addr()).unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let connection = listener.accept().unwrap().unwrap();
             let connection = RefCell::new(Some(connection));
             worker.on_message(move |_, message| {
@@ -59,7 +59,7 @@ fn net_send() {
                 let mut connection = connection.take().unwrap();
                 connection.write_all(b"hello").unwrap();
             });
-            worker
+            let _ = worker
                 .send_with_fds(b"handle", vec![client.into()])
                 .unwrap();
             worker.run().unwrap();
@@ -86,12 +86,12 @@ fn send_deadlock() {
             let worker = master.fork().unwrap();
             let server = TcpListener::bind("127.0.0.1:0").unwrap();
             let port = server.local_addr().unwrap().port();
-            worker.send(port.to_string().as_bytes()).unwrap();
+            let _ = worker.send(port.to_string().as_bytes()).unwrap();
             let receiver = worker.clone();
             let mut accepted = 0;
             let pass_on = move |_: &cluster::Master, server: &TcpListener| {
                 let (socket, _) = server.accept().unwrap();
-                receiver
+                let _ = receiver
                     .send_with_fds(b"handle", vec![socket.into()])
                     .unwrap();
                 accepted += 1;
@@ -115,7 +115,7 @@ fn send_deadlock() {
                 if message.bytes() == b"handle" {
                     received.set(received.get() + 1);
                     let socket = socket(message).into();
-                    worker.send_with_fds(b"reply", vec![socket]).unwrap();
+                    let _ = worker.send_with_fds(b"reply", vec![socket]).unwrap();
                     return;
                 }
                 let port = std::str::from_utf8(message.bytes()).unwrap();
@@ -171,7 +171,7 @@ fn send_handle_large_payload() {
             let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
             let (mut accepted, _) = server.accept().unwrap();
             let text: Vec<_> = text().collect();
-            worker.send_with_fds(&text, vec![client.into()]).unwrap();
+            let _ = worker.send_with_fds(&text, vec![client.into()]).unwrap();
             worker.on_message(move |_, _, message| {
                 assert!(message.bytes() == text, "the same text");
                 // The descriptor is still the same connection.
@@ -190,9 +190,9 @@ fn send_handle_large_payload() {
                 received.set(received.get() + 1);
                 assert!(message.bytes().iter().copied().eq(text()), "the text");
                 let socket = socket(message).into();
-                worker.send_with_fds(message.bytes(), vec![socket]).unwrap();
+                let _ = worker.send_with_fds(message.bytes(), vec![socket]).unwrap();
                 // From now on only unwritten messages keep the worker's loop running.
-                worker.process().unref();
+                worker.process().unreference();
             });
             worker.run().unwrap();
             assert_eq!(count.get(), 1);

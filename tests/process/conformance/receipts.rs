@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Error, Message, SendError, SendOptions, Signal, Worker, WorkerProcess};
+use cluster::{Error, Message, SendError, SendOptions, Sent, Signal, Worker, WorkerProcess};
 
 use crate::harness::StoppedMaster;
 use crate::harness::{Log, cluster, note_events, note_messages, stop};
@@ -22,7 +22,7 @@ crate::scenarios! {
     chain_of_messages_does_not_starve_other_events
 }
 
-pub(super) fn is_refused(outcome: cluster::Result<bool>, expected: SendError) {
+pub(super) fn is_refused(outcome: cluster::Result<Sent>, expected: SendError) {
     match outcome {
         Err(Error::Send { reason, .. }) => assert_eq!(reason, expected),
         outcome => panic!("{outcome:?}"),
@@ -42,8 +42,8 @@ impl Receipts {
     fn send<R: 'static>(
         &self,
         length: usize,
-        send: impl FnOnce(&[u8], SendOptions<R>) -> cluster::Result<bool>,
-    ) -> bool {
+        send: impl FnOnce(&[u8], SendOptions<R>) -> cluster::Result<Sent>,
+    ) -> Sent {
         let number = self.sent.replace(self.sent.get() + 1);
         let receipts = self.clone();
         let options = SendOptions::new().on_written(move |_, outcome| {
@@ -66,11 +66,11 @@ impl Receipts {
     /// Sends to a peer that does not read, until `send_with` has returned `false` ten times.
     fn fill<R: 'static>(
         &self,
-        mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::Result<bool>,
+        mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::Result<Sent>,
     ) {
         let mut pauses = 0;
         while pauses < 10 {
-            pauses += u32::from(!self.send(30_000, &mut send));
+            pauses += u32::from(self.send(30_000, &mut send) == Sent::Pause);
         }
         assert!(self.outcomes.borrow().is_empty(), "called inside send_with");
     }
@@ -98,14 +98,14 @@ fn on_written_runs_once_and_never_inside_send() {
             note_messages(master, &log);
             let worker = master.fork().unwrap();
             for length in [0, 1, 100_000, 1 << 20, 3] {
-                receipts.send(length, |bytes, options| worker.send_with(bytes, options));
+                let _ = receipts.send(length, |bytes, options| worker.send_with(bytes, options));
             }
         },
         |worker| {
             let count = Cell::new(0);
             let receipts = Receipts::default();
             worker.on_message(move |worker, message| {
-                receipts.send(message.bytes().len(), |bytes, options| {
+                let _ = receipts.send(message.bytes().len(), |bytes, options| {
                     worker.send_with(bytes, options)
                 });
                 count.set(count.get() + 1);
@@ -118,7 +118,7 @@ fn on_written_runs_once_and_never_inside_send() {
                     assert_eq!(receipts.check(), (5, 0));
                     worker.disconnect();
                 });
-                worker.send_with(b"last", last).unwrap();
+                let _ = worker.send_with(b"last", last).unwrap();
             });
             worker.run().unwrap();
         },
@@ -153,9 +153,9 @@ fn on_written_runs_while_the_worker_waits_in_accept() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let options = SendOptions::new().on_written(|worker: &Worker, outcome| {
                 outcome.unwrap();
-                worker.send(b"written").unwrap();
+                let _ = worker.send(b"written").unwrap();
             });
-            worker.send_with(b"message", options).unwrap();
+            let _ = worker.send_with(b"message", options).unwrap();
             assert!(listener.accept().unwrap().is_none());
         },
     );
@@ -224,7 +224,7 @@ fn on_written_reports_an_error_when_the_master_closes_the_channel() {
         },
         |worker| {
             let (mut filled, theirs) = UnixStream::pair().unwrap();
-            worker.send_with_fds(b"wait", vec![theirs.into()]).unwrap();
+            let _ = worker.send_with_fds(b"wait", vec![theirs.into()]).unwrap();
             let receipts = Receipts::default();
             receipts.fill(|bytes, options| worker.send_with(bytes, options));
             filled.write_all(b"x").unwrap();
@@ -279,10 +279,10 @@ fn failed_send_never_calls_on_written() {
     );
     let expected = [
         "1 fork",
-        "cannot send to worker 1: longer than 1048576 bytes",
+        "cannot send to worker 1: the message is longer than 1048576 bytes",
         "1 online",
-        "cannot send to worker 1: too much waits to be sent",
-        "cannot send to worker 1: too much waits to be sent",
+        "cannot send to worker 1: too many bytes are waiting to be sent",
+        "cannot send to worker 1: too many bytes are waiting to be sent",
         "1 disconnect Some(false)",
         "cannot send to worker 1: the channel is closed",
         "1 exit Some(false) signal: 9 (SIGKILL)",
@@ -304,7 +304,7 @@ fn fds_of(number: u32) -> usize {
 
 const MESSAGES: u32 = 140;
 
-fn send_all<R: 'static>(mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::Result<bool>) {
+fn send_all<R: 'static>(mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::Result<Sent>) {
     for number in 0..MESSAGES {
         let mut options = SendOptions::new();
         for _ in 0..fds_of(number) {
@@ -312,7 +312,7 @@ fn send_all<R: 'static>(mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::
             writer.write_all(&number.to_le_bytes()).unwrap();
             options = options.fd(end);
         }
-        send(&numbered(number), options).unwrap();
+        let _ = send(&numbered(number), options).unwrap();
     }
 }
 
@@ -368,18 +368,18 @@ fn messages_keep_their_order_with_and_without_descriptors() {
 const PIECE: usize = 10_000;
 
 /// Sends numbered pieces until `send` has returned `false` 20 times. Returns the number of pieces.
-fn send_beyond(mut send: impl FnMut(&[u8]) -> cluster::Result<bool>) -> u32 {
+fn send_beyond(mut send: impl FnMut(&[u8]) -> cluster::Result<Sent>) -> u32 {
     let mut pauses = 0;
     let mut sent = 0u32;
     while pauses < 20 {
         let mut piece = sent.to_le_bytes().to_vec();
         piece.resize(PIECE, 0);
-        let below_mark = send(&piece).unwrap();
+        let is_paused = send(&piece).unwrap() == Sent::Pause;
         assert!(
-            !below_mark || pauses == 0,
-            "the queue only grows, so send must stay false"
+            is_paused || pauses == 0,
+            "the queue only grows, so send must go on advising a pause"
         );
-        pauses += u32::from(!below_mark);
+        pauses += u32::from(is_paused);
         sent += 1;
     }
     sent
@@ -403,14 +403,18 @@ fn messages_above_the_high_water_mark_are_not_lost() {
             worker.on_online(move |_, worker| {
                 stop(worker);
                 sent.set(send_beyond(|bytes| worker.send(bytes)));
-                worker.send(b"end").unwrap();
+                let _ = worker.send(b"end").unwrap();
                 worker.process().kill(Signal::CONT);
             });
             let (next, at_end) = (Cell::new(0u32), log.clone());
             worker.on_message(move |_, worker, message| match message.bytes() {
                 [b'g', b'o', b't', number @ ..] => {
                     assert_eq!(number, count.get().to_le_bytes());
-                    assert!(worker.send(b"").unwrap(), "below the high-water mark again");
+                    assert_eq!(
+                        worker.send(b"").unwrap(),
+                        Sent::Continue,
+                        "below the high-water mark again"
+                    );
                     at_end.add("worker received all");
                 }
                 [b's', b'e', b'n', b't', number @ ..] => {
@@ -426,14 +430,14 @@ fn messages_above_the_high_water_mark_are_not_lost() {
             worker.on_message(move |worker, message| match message.bytes() {
                 b"end" => {
                     let got = [&b"got"[..], &next.get().to_le_bytes()].concat();
-                    worker.send(&got).unwrap();
+                    let _ = worker.send(&got).unwrap();
                 }
                 b"" => {
                     let stopped = StoppedMaster::new();
                     let sent = send_beyond(|bytes| worker.send(bytes));
                     drop(stopped);
                     let sent = [&b"sent"[..], &sent.to_le_bytes()].concat();
-                    worker.send(&sent).unwrap();
+                    let _ = worker.send(&sent).unwrap();
                 }
                 bytes => in_order(&next, bytes),
             });
@@ -480,7 +484,7 @@ fn chain_of_messages_does_not_starve_other_events() {
                 let (log, worker) = (log.clone(), worker.clone());
                 master.set_timeout(Duration::from_millis(1), move |_| {
                     log.add("the timer");
-                    worker.send(b"disconnect").unwrap();
+                    let _ = worker.send(b"disconnect").unwrap();
                 });
             });
         },

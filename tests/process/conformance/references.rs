@@ -58,8 +58,8 @@ fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
 fn rr_handle_close() {
     let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        listener.on_connection(|_, _| panic!("no client connects"));
-        worker.process().unref();
+        listener.set_connection_callback(|_, _| panic!("no client connects"));
+        worker.process().unreference();
         listener.close();
         worker.run().unwrap();
         assert!(
@@ -86,7 +86,7 @@ fn rr_handle_keep_loop_alive() {
                 wait_until_asleep(worker);
                 answers += 1;
                 if answers < 3 {
-                    worker.send(b"ping").unwrap();
+                    let _ = worker.send(b"ping").unwrap();
                 } else {
                     worker.process().kill(Signal::KILL);
                 }
@@ -94,9 +94,9 @@ fn rr_handle_keep_loop_alive() {
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
-            worker.process().unref();
+            worker.process().unreference();
             answer_pings(&worker);
-            worker.send(b"ready").unwrap();
+            let _ = worker.send(b"ready").unwrap();
             worker.run().unwrap();
             panic!("{listener:?} was open");
         },
@@ -119,11 +119,11 @@ fn rr_handle_keep_loop_alive() {
 fn rr_handle_ref_unref() {
     let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        listener.on_connection(|_, _| panic!("no client connects"));
-        listener.unref();
-        listener.ref_();
-        listener.unref();
-        worker.process().unref();
+        listener.set_connection_callback(|_, _| panic!("no client connects"));
+        listener.unreference();
+        listener.reference();
+        listener.unreference();
+        worker.process().unreference();
         worker.run().unwrap();
         assert!(
             worker.is_connected(),
@@ -148,15 +148,15 @@ fn rr_ref() {
             let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
             let served = Rc::new(Cell::new(0));
             let (own, count) = (Rc::clone(&listener), Rc::clone(&served));
-            listener.on_connection(move |_, _| {
+            listener.set_connection_callback(move |_, _| {
                 count.set(count.get() + 1);
                 own.close();
             });
             // Only the listener keeps the loop running, until the connection's callback closes it.
-            worker.process().unref();
-            listener.unref();
-            listener.ref_();
-            let client = TcpStream::connect(listener.local_addr()).unwrap();
+            worker.process().unreference();
+            listener.unreference();
+            listener.reference();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             worker.run().unwrap();
             assert_eq!(served.get(), 1);
             assert!(
@@ -165,8 +165,8 @@ fn rr_ref() {
             );
             drop(client);
             // From here on, the channel keeps the loop running.
-            worker.process().ref_();
-            worker.send(b"done").unwrap();
+            worker.process().reference();
+            let _ = worker.send(b"done").unwrap();
             worker.run().unwrap();
             panic!("the channel was open");
         },
@@ -185,7 +185,7 @@ fn rr_ref() {
 fn process_disconnect() {
     let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
-        listener.on_connection(|_, _| panic!("no client connects"));
+        listener.set_connection_callback(|_, _| panic!("no client connects"));
         worker.process().disconnect();
         worker.run().unwrap();
         assert!(!worker.is_connected());
@@ -222,17 +222,17 @@ fn connection_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) 
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.set_max_connections(Some(0));
-            listener.on_connection(|_, _| panic!("the limit is zero"));
-            let client = TcpStream::connect(listener.local_addr()).unwrap();
+            listener.set_connection_callback(|_, _| panic!("the limit is zero"));
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let own = client.local_addr().unwrap();
             let dropped = Rc::new(Cell::new(0));
             let count = Rc::clone(&dropped);
-            listener.on_drop(move |worker, connection| {
+            listener.set_drop_callback(move |worker, connection| {
                 count.set(count.get() + 1);
                 assert_eq!(connection.peer_addr().unwrap(), own);
                 drop(connection);
                 assert_eq!((&client).read(&mut [0]).unwrap(), 0);
-                worker.send(b"drop").unwrap();
+                let _ = worker.send(b"drop").unwrap();
                 worker.disconnect();
             });
             worker.run().unwrap();
@@ -264,7 +264,7 @@ fn send_socket_to_worker_http_server() {
             let server = TcpListener::bind("127.0.0.1:0").unwrap();
             let mut client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
             let (socket, _) = server.accept().unwrap();
-            worker
+            let _ = worker
                 .send_with_fds(b"socket", vec![socket.into()])
                 .unwrap();
             let mut answers = 0;
@@ -273,7 +273,7 @@ fn send_socket_to_worker_http_server() {
                 // for the connection, it would exit between its answers.
                 answers += 1;
                 if answers < 3 {
-                    worker.send(b"ping").unwrap();
+                    let _ = worker.send(b"ping").unwrap();
                     return;
                 }
                 client.write_all(b"bye").unwrap();
@@ -286,14 +286,14 @@ fn send_socket_to_worker_http_server() {
             let count = Rc::clone(&handled);
             worker.on_message(move |worker, message| {
                 if message.bytes() == b"ping" {
-                    worker.send(b"pong").unwrap();
+                    let _ = worker.send(b"pong").unwrap();
                     return;
                 }
                 let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
                 let connection = worker.adopt(TcpStream::from(fd));
                 count.set(count.get() + 1);
                 worker.disconnect();
-                worker.send(b"handled").unwrap();
+                let _ = worker.send(b"handled").unwrap();
                 let until_bye = |_: &Worker, mut connection: &cluster::Connection| {
                     let mut text = [0; 3];
                     connection.read_exact(&mut text).unwrap();
@@ -359,7 +359,7 @@ fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late:
                         for limit in limits {
                             *served.borrow_mut().entry(limit).or_default() += 1;
                         }
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     },
                 );
             });
@@ -371,7 +371,7 @@ fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late:
             if !late {
                 listener.set_max_connections(max_connections);
             }
-            listener.on_connection(move |worker, mut connection| {
+            listener.set_connection_callback(move |worker, mut connection| {
                 connection.write_all(limit.as_bytes()).unwrap();
                 let until_end = |_: &Worker, mut connection: &cluster::Connection| {
                     assert_eq!(connection.read(&mut [0]).unwrap(), 0);
@@ -432,7 +432,7 @@ fn limit_of_one_serves_connections_one_by_one(policy: SchedulingPolicy) {
                     }
                 };
                 in_background(master, one_by_one, |master, ()| {
-                    master.disconnect(|_| {});
+                    master.disconnect();
                 });
             });
         },
@@ -442,7 +442,7 @@ fn limit_of_one_serves_connections_one_by_one(policy: SchedulingPolicy) {
             let busy = Rc::new(Cell::new(false));
             let served = Rc::new(Cell::new(0));
             let count = Rc::clone(&served);
-            listener.on_connection(move |worker, mut connection| {
+            listener.set_connection_callback(move |worker, mut connection| {
                 assert!(!busy.replace(true), "one at a time");
                 count.set(count.get() + 1);
                 connection.write_all(b"x").unwrap();

@@ -2,11 +2,11 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::Settings;
+use cluster::{Sent, Settings};
 
 use crate::harness::{Log, cluster, is_watched, watched};
 use crate::scenarios;
@@ -40,7 +40,10 @@ fn fork_env() {
         },
         |worker| {
             let values = ["PROP", "OVERWRITE"].map(|name| std::env::var(name).unwrap());
-            assert!(worker.send(values.join(" ").as_bytes()).unwrap());
+            assert_eq!(
+                worker.send(values.join(" ").as_bytes()).unwrap(),
+                Sent::Continue
+            );
         },
     );
     assert_eq!(log.take(), ["custom new", "exit status: 0"]);
@@ -57,9 +60,10 @@ fn setup_primary_argv() {
     cluster(
         |master| {
             let setups = log.clone();
-            master.on_setup(move |_, settings| setups.add(format!("{:?}", settings.args)));
+            master.on_setup(move |_, settings| setups.add(format!("{:?}", settings.get_args())));
             master.setup_master(Settings::default());
-            let args = master.settings().args.unwrap();
+            let settings = master.settings();
+            let args = settings.get_args().unwrap();
             assert_eq!(args, std::env::args_os().skip(1).collect::<Vec<_>>());
             assert_eq!(args, ARGS);
         },
@@ -75,7 +79,7 @@ fn setup_primary_emit() {
             let setups = log.clone();
             master.on_setup(move |master, settings| {
                 assert_eq!(*settings, master.settings());
-                setups.add(format!("{:?}", settings.exec));
+                setups.add(format!("{:?}", settings.get_exec()));
                 if setups.len() == 1 {
                     master.setup_master(Settings::default());
                     assert_eq!(setups.len(), 1, "called inside setup_master");
@@ -96,11 +100,9 @@ fn setup_primary_multiple() {
             let expected = Rc::new(Cell::new(""));
             let (setups, set) = (log.clone(), Rc::clone(&expected));
             master.on_setup(move |master, settings| {
-                let exec = Some(PathBuf::from(set.get()));
-                assert_eq!(
-                    (&settings.exec, master.settings().exec),
-                    (&exec, exec.clone())
-                );
+                let exec = Some(Path::new(set.get()));
+                assert_eq!(settings.get_exec(), exec);
+                assert_eq!(master.settings().get_exec(), exec);
                 setups.add(set.get());
             });
             // Each in its own iteration of the loop.
@@ -111,7 +113,7 @@ fn setup_primary_multiple() {
                     let before = setups.len();
                     master.setup_master(Settings::default().exec(exec));
                     assert_eq!(setups.len(), before, "called inside setup_master");
-                    assert_eq!(master.settings().exec.as_deref(), Some(Path::new(exec)));
+                    assert_eq!(master.settings().get_exec(), Some(Path::new(exec)));
                 });
             }
         },

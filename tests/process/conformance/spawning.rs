@@ -8,7 +8,7 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::Command;
 use std::rc::Rc;
 
-use cluster::{InspectPort, Interest, Master, Role, Settings, Stdio, Worker};
+use cluster::{InspectPort, Interest, Master, Role, Sent, Settings, Stdio, Worker};
 
 use crate::harness::{
     Log, NOBODY, OWN_PROGRAM, cluster, is_alive, is_root, note_events, note_messages, wait_until,
@@ -32,7 +32,7 @@ crate::scenarios! {
 
 /// Sends one message, and closes the channel when it is written.
 fn send_and_close(worker: &Worker, text: &str) {
-    worker.send(text.as_bytes()).unwrap();
+    let _ = worker.send(text.as_bytes()).unwrap();
     worker.process().disconnect();
     worker.run().unwrap();
 }
@@ -49,14 +49,14 @@ fn cwd() {
     let directory = expected.clone();
     cluster(
         |master| {
-            assert_eq!(master.settings().cwd, None);
+            assert_eq!(master.settings().get_cwd(), None);
             note_messages(master, &log);
             note_events(master, &log);
             let first = master.fork().unwrap();
-            assert_eq!(master.settings().cwd, None);
+            assert_eq!(master.settings().get_cwd(), None);
             first.on_exit(move |master, _, _| {
                 master.setup_master(Settings::default().cwd(&directory));
-                assert_eq!(master.settings().cwd, Some(directory.clone()));
+                assert_eq!(master.settings().get_cwd(), Some(&*directory));
                 master.fork().unwrap();
             });
         },
@@ -114,7 +114,9 @@ fn fork_windows_hide() {
             note_events(master, &log);
             let worker = master.fork().unwrap();
             assert!(worker.process().take_stdio(1).is_some(), "silent");
-            worker.on_online(|_, worker| assert!(worker.send(b"shutdown").unwrap()));
+            worker.on_online(|_, worker| {
+                assert_eq!(worker.send(b"shutdown").unwrap(), Sent::Continue)
+            });
         },
         |worker| {
             worker.on_message(|worker, _| {
@@ -139,17 +141,17 @@ fn setup_primary() {
         |master| {
             master.setup_master(Settings::default().args(["custom argument"]).silent(true));
             let setup = log.clone();
-            master.once(master.on_setup(move |master, settings| {
+            master.on_setup_once(move |master, settings| {
                 let expected = Settings::default()
                     .args(["custom argument"])
                     .silent(true)
                     .exec(std::env::current_exe().unwrap());
-                assert_eq!(settings.args, expected.args);
-                assert_eq!(settings.silent, expected.silent);
-                assert_eq!(settings.exec, expected.exec);
+                assert_eq!(settings.get_args(), expected.get_args());
+                assert_eq!(settings.get_silent(), expected.get_silent());
+                assert_eq!(settings.get_exec(), expected.get_exec());
                 assert_eq!(master.settings(), *settings);
                 setup.add("setup");
-            }));
+            });
             let online = log.clone();
             master.on_online(move |_, _| online.add("online"));
             let argument = log.clone();
@@ -168,7 +170,7 @@ fn setup_primary() {
         },
         |worker| {
             let argument = std::env::args().nth(1).unwrap();
-            worker.send(argument.as_bytes()).unwrap();
+            let _ = worker.send(argument.as_bytes()).unwrap();
             // Wait for the signal.
             worker.on_disconnect(|_| std::thread::park());
             worker.run().unwrap();

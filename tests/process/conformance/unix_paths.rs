@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use cluster::{AddressType, ListenOptions, Listener, Master, Role, Signal, Worker, WorkerProcess};
+use cluster::{ListenOptions, Listener, Master, Role, Signal, Worker, WorkerProcess};
 use nix::sys::stat::{Mode, umask};
 
 use crate::harness::{
@@ -104,7 +104,7 @@ fn eaccess() {
             drop(other.stdin.take());
             assert!(other.wait().unwrap().success());
             let errno = error.raw_os_error().unwrap();
-            worker.send(format!("error {errno}").as_bytes()).unwrap();
+            let _ = worker.send(format!("error {errno}").as_bytes()).unwrap();
             worker.run().unwrap();
         },
     );
@@ -131,9 +131,9 @@ fn permissions(readable: bool, writable: bool, mask: u32) -> u32 {
             let path = directory(master).join("socket");
             fork_for(master, &path);
             master.on_listening(move |_, _, address| {
-                assert_eq!(address.address.as_deref(), path.to_str());
-                assert_eq!(address.address_type, AddressType::Unix);
-                assert_eq!((address.port, address.fd), (None, None));
+                assert_eq!(address.path(), Some(&*path));
+                assert!(matches!(address, cluster::Address::Unix(_)));
+                assert_eq!(address.port(), None);
             });
             note_messages(master, &log);
         },
@@ -142,7 +142,7 @@ fn permissions(readable: bool, writable: bool, mask: u32) -> u32 {
             let options = options.readable_all(readable).writable_all(writable);
             let listener = worker.listen(options).unwrap();
             let mode = std::fs::metadata(socket()).unwrap().permissions().mode();
-            worker.send(mode.to_string().as_bytes()).unwrap();
+            let _ = worker.send(mode.to_string().as_bytes()).unwrap();
             listener.close();
             worker.process().disconnect();
             worker.run().unwrap();
@@ -201,7 +201,7 @@ fn net_listen_relative_path() {
             assert!(path.as_os_str().len() >= LIMIT, "{}", path.display());
             let expected = path.clone();
             master.on_listening(move |_, _, address| {
-                assert_eq!(address.address.as_deref(), expected.to_str());
+                assert_eq!(address.path(), Some(&*expected));
             });
             fork_for(master, name.as_ref());
             note_file(master, &path, &log);
@@ -210,7 +210,7 @@ fn net_listen_relative_path() {
             std::env::set_current_dir(BELOW).unwrap();
             let listener = listen(&worker);
             assert!(socket().is_relative() && socket().exists());
-            listener.on_connection(|_, _| {});
+            listener.set_connection_callback(|_, _| {});
             drop(UnixStream::connect(socket()).unwrap());
             worker.process().disconnect();
             worker.run().unwrap();
@@ -259,7 +259,7 @@ fn connections_arrive_over_a_unix_path() {
                         move || ["a", "b", "c", "d"].map(|text| echo(&path, text)),
                         move |master, texts| {
                             answers.add(texts.concat());
-                            master.disconnect(|_| {});
+                            master.disconnect();
                         },
                     );
                 });
@@ -295,7 +295,7 @@ fn socket_file_is_removed_after_the_last_close() {
                 master.on_listening(move |_, _, _| {
                     listening += 1;
                     if listening == 2 {
-                        to_close.send(b"close").unwrap();
+                        let _ = to_close.send(b"close").unwrap();
                     }
                 });
                 note_messages(master, &log);
@@ -303,23 +303,23 @@ fn socket_file_is_removed_after_the_last_close() {
                 first.on_message(move |_, _, _| {
                     assert!(present.exists(), "the second worker still listens");
                     drop(UnixStream::connect(&present).unwrap());
-                    second.send(b"close").unwrap();
+                    let _ = second.send(b"close").unwrap();
                 });
                 let noted = log.clone();
                 master.on_message(move |master, worker, _| {
                     if worker.id().get() == 2 {
                         noted.add(format!("file {}", path.exists()));
-                        master.disconnect(|_| {});
+                        master.disconnect();
                     }
                 });
                 master.on_exit(move |_, _, status| log.add(status.to_string()));
             },
             |worker| {
                 let listener = listen(&worker);
-                listener.on_connection(|_, _| {});
+                listener.set_connection_callback(|_, _| {});
                 worker.on_message(move |worker, _| {
                     listener.close();
-                    worker.send(b"closed").unwrap();
+                    let _ = worker.send(b"closed").unwrap();
                 });
                 worker.run().unwrap();
             },
@@ -349,7 +349,10 @@ fn socket_file_is_removed_after_master_disconnect() {
                     if listening == 2 {
                         assert!(path.exists());
                         let (path, log) = (path.clone(), log.clone());
-                        master.disconnect(move |_| log.add(format!("file {}", path.exists())));
+                        master.on_all_disconnected_once(move |_| {
+                            log.add(format!("file {}", path.exists()))
+                        });
+                        master.disconnect();
                     }
                 });
                 master.on_exit(|_, _, status| assert_eq!(status.code(), Some(0)));

@@ -16,7 +16,7 @@ const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
 fn id(number: u32) -> WorkerId {
-    WorkerId::from(number)
+    crate::worker_id(number)
 }
 
 /// Options without randomness.

@@ -1,0 +1,354 @@
+//! The callbacks of the master and of its workers.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::process::ExitStatus;
+use std::rc::Rc;
+
+use crate::config::send::Written;
+use crate::config::settings::Settings;
+use crate::error::{Error, Result};
+use crate::master::Master;
+use crate::master::worker_process::WorkerProcess;
+use crate::runtime::callback_methods::callback_methods;
+use crate::runtime::callbacks::{CallbackId, Callbacks};
+use crate::types::address::Address;
+use crate::types::message::Message;
+use crate::types::signal::Signal;
+use crate::wire::receipts::ReceiptCallbacks;
+
+type OnEvent = dyn FnMut(&Master, &WorkerProcess);
+type OnListening = dyn FnMut(&Master, &WorkerProcess, &Address);
+type OnMessage = dyn FnMut(&Master, &WorkerProcess, &Message);
+type OnExit = dyn FnMut(&Master, &WorkerProcess, ExitStatus);
+type OnError = dyn FnMut(&Master, Option<&WorkerProcess>, &Error);
+type OnSetup = dyn FnMut(&Master, &Settings);
+type OnAllDisconnected = dyn FnMut(&Master);
+
+/// The callbacks of one worker, or of all workers.
+#[derive(Debug, Default)]
+pub(crate) struct WorkerCallbacks {
+    pub(super) online: Callbacks<OnEvent>,
+    pub(super) listening: Callbacks<OnListening>,
+    pub(super) message: Callbacks<OnMessage>,
+    pub(super) disconnect: Callbacks<OnEvent>,
+    pub(super) exit: Callbacks<OnExit>,
+    pub(super) error: Callbacks<OnError>,
+    /// The callbacks of `SendOptions::on_written`.
+    pub(super) receipts: ReceiptCallbacks<Written<Master>>,
+}
+
+impl WorkerCallbacks {
+    fn remove(&self, id: CallbackId) {
+        self.online.remove(id);
+        self.listening.remove(id);
+        self.message.remove(id);
+        self.disconnect.remove(id);
+        self.exit.remove(id);
+        self.error.remove(id);
+    }
+
+    pub(super) fn clear(&self) {
+        self.online.clear();
+        self.listening.clear();
+        self.message.clear();
+        self.disconnect.clear();
+        self.exit.clear();
+        self.error.clear();
+        self.receipts.clear();
+    }
+}
+
+/// The callbacks of the cluster, except those for signals.
+#[derive(Default)]
+pub(super) struct MasterCallbacks {
+    pub(super) fork: Callbacks<OnEvent>,
+    pub(super) setup: Callbacks<OnSetup>,
+    pub(super) all_disconnected: Callbacks<OnAllDisconnected>,
+    /// Callbacks of a finished disconnect that are still to be called. If one of them panics and the
+    /// application goes on, the rest is called later.
+    pub(super) all_disconnected_pending: RefCell<VecDeque<CallbackId>>,
+    /// For the events of all workers.
+    pub(super) workers: WorkerCallbacks,
+}
+
+/// Callbacks. Each method adds one to those that are there, and returns its id for
+/// [`remove_callback`](Master::remove_callback). For every event except `message`, the callbacks of the
+/// worker itself are called before these.
+impl Master {
+    callback_methods! {
+        /// Calls back when a worker has been forked.
+        ///
+        /// Node: `cluster.on('fork')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_fork(|_, worker| println!("worker {} forked", worker.id()));
+        /// # }
+        /// ```
+        on_fork, on_fork_once(master: &Self, worker: &WorkerProcess) of |this| this.callbacks.fork;
+
+        /// Calls back when a worker's program has called [`init`](crate::init()).
+        ///
+        /// Node: `cluster.on('online')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_online(|_, worker| println!("worker {} is online", worker.id()));
+        /// # }
+        /// ```
+        on_online, on_online_once(master: &Self, worker: &WorkerProcess)
+            of |this| this.callbacks.workers.online;
+
+        /// Calls back when a worker listens, once for each of its listeners.
+        ///
+        /// Node: `cluster.on('listening')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_listening(|_, worker, address| {
+        ///     println!("worker {} is now connected to {address}", worker.id());
+        /// });
+        /// # }
+        /// ```
+        on_listening, on_listening_once(master: &Self, worker: &WorkerProcess, address: &Address)
+            of |this| this.callbacks.workers.listening;
+
+        /// Calls back when a message from a worker arrives, before the worker's own callbacks.
+        ///
+        /// Node: `cluster.on('message')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_message(|_, worker, message| {
+        ///     println!("{} bytes from worker {}", message.bytes().len(), worker.id());
+        /// });
+        /// # }
+        /// ```
+        on_message, on_message_once(master: &Self, worker: &WorkerProcess, message: &Message)
+            of |this| this.callbacks.workers.message;
+
+        /// Calls back when a worker's channel has closed.
+        ///
+        /// Node: `cluster.on('disconnect')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_disconnect(|_, worker| println!("worker {} has disconnected", worker.id()));
+        /// # }
+        /// ```
+        on_disconnect, on_disconnect_once(master: &Self, worker: &WorkerProcess)
+            of |this| this.callbacks.workers.disconnect;
+
+        /// Calls back when a worker has exited, with its exit code or the signal that killed it. This is
+        /// the last event of a worker. The process no longer exists, and is no longer in the table.
+        ///
+        /// Node: `cluster.on('exit')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_exit(|master, worker, status| {
+        ///     println!("worker {} exited ({status}), restarting", worker.process().id());
+        ///     let _ = master.fork();
+        /// });
+        /// # }
+        /// ```
+        on_exit, on_exit_once(master: &Self, worker: &WorkerProcess, status: ExitStatus)
+            of |this| this.callbacks.workers.exit;
+
+        /// Calls back for an error that no call of the application can return. The callback gets the
+        /// worker that the error concerns, or `None` for a listener.
+        ///
+        /// Node: the `error` events. Without a callback, these errors are ignored.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_error(|_, _, error| eprintln!("{error}"));
+        /// # }
+        /// ```
+        on_error, on_error_once(master: &Self, worker: Option<&WorkerProcess>, error: &Error)
+            of |this| this.callbacks.workers.error;
+
+        /// Calls back for each call of [`setup_master`](Self::setup_master), with the settings as they
+        /// are when the event is delivered. Each [`fork`](Self::fork) implies such a call.
+        ///
+        /// Node: `cluster.on('setup')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_setup(|_, settings| println!("workers run {:?}", settings.get_exec()));
+        /// # }
+        /// ```
+        on_setup, on_setup_once(master: &Self, settings: &Settings) of |this| this.callbacks.setup;
+
+        /// Calls back when a [`disconnect`](Self::disconnect) or
+        /// [`disconnect_within`](Self::disconnect_within) has finished: all workers have exited, and all
+        /// listeners except the retained ones are closed.
+        ///
+        /// Node: the callback of `cluster.disconnect(callback)`. The event is emitted once for calls
+        /// that finish together.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) {
+        /// master.on_all_disconnected(|_| println!("all workers have exited"));
+        /// # }
+        /// ```
+        on_all_disconnected, on_all_disconnected_once(master: &Self)
+            of |this| this.callbacks.all_disconnected;
+    }
+
+    /// Calls back when the process gets `signal`. The callback runs in the loop and not in a signal
+    /// handler.
+    ///
+    /// Node: `process.on(signal)`. The signal loses its default effect until the master is dropped. A
+    /// handler that the application installed before still runs. Several signals of one number that
+    /// arrive together may lead to one call.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the signal cannot be handled, such as `KILL` and `STOP`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Signal;
+    ///
+    /// for signal in [Signal::INT, Signal::TERM] {
+    ///     master.on_signal(signal, |master, _| master.disconnect())?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn on_signal(
+        &self,
+        signal: Signal,
+        callback: impl FnMut(&Self, Signal) + 'static,
+    ) -> Result<CallbackId> {
+        self.event_loop.on_signal(signal, callback)
+    }
+
+    /// Calls back as [`on_signal`](Self::on_signal) does, but for the next signal only. The signal does
+    /// not get its default effect back afterwards.
+    ///
+    /// Node: `once`.
+    ///
+    /// # Errors
+    ///
+    /// As [`on_signal`](Self::on_signal).
+    #[doc(alias = "once")]
+    pub fn on_signal_once(
+        &self,
+        signal: Signal,
+        callback: impl FnOnce(&Self, Signal) + 'static,
+    ) -> Result<CallbackId> {
+        self.event_loop.on_signal_once(signal, callback)
+    }
+
+    /// Removes a callback of the cluster, of a worker or for a signal. Nothing happens if it has been
+    /// removed already.
+    ///
+    /// Node: `cluster.removeListener()`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let id = master.on_fork(|_, _| println!("until the first worker is online"));
+    /// master.on_online(move |master, _| master.remove_callback(id));
+    /// # }
+    /// ```
+    #[doc(alias = "off")]
+    #[doc(alias = "removeListener")]
+    pub fn remove_callback(&self, id: CallbackId) {
+        self.callbacks.fork.remove(id);
+        self.callbacks.setup.remove(id);
+        self.callbacks.all_disconnected.remove(id);
+        self.callbacks.workers.remove(id);
+        // The table must not be borrowed: dropping a callback may run code that calls this method again.
+        let workers: Vec<_> = self
+            .worker_callbacks
+            .borrow()
+            .values()
+            .map(Rc::clone)
+            .collect();
+        for callbacks in workers {
+            callbacks.remove(id);
+        }
+        self.event_loop.remove_signal_callback(id);
+    }
+}
+
+/// Callbacks of this worker alone. For every event except `message`, they are called before those of the
+/// cluster. [`Master::remove_callback`] removes them. They are dropped after the worker's `exit`.
+impl WorkerProcess {
+    callback_methods! {
+        /// Calls back when the worker's program has called [`init`](crate::init()).
+        ///
+        /// Node: `worker.on('online')`. See [`Master::on_online`] for an example.
+        on_online, on_online_once(master: &Master, worker: &Self) of |this| this.callbacks().online;
+
+        /// Calls back when the worker listens, once for each of its listeners.
+        ///
+        /// Node: `worker.on('listening')`. See [`Master::on_listening`] for an example.
+        on_listening, on_listening_once(master: &Master, worker: &Self, address: &Address)
+            of |this| this.callbacks().listening;
+
+        /// Calls back when a message from the worker arrives, after the callbacks of the cluster.
+        ///
+        /// Node: `worker.on('message')`. See [`Master::on_message`] for an example.
+        on_message, on_message_once(master: &Master, worker: &Self, message: &Message)
+            of |this| this.callbacks().message;
+
+        /// Calls back when the worker's channel has closed.
+        ///
+        /// Node: `worker.on('disconnect')`. See [`Master::on_disconnect`] for an example.
+        on_disconnect, on_disconnect_once(master: &Master, worker: &Self)
+            of |this| this.callbacks().disconnect;
+
+        /// Calls back when the worker has exited.
+        ///
+        /// Node: `worker.on('exit')`.
+        ///
+        /// ```no_run
+        /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+        /// use std::os::unix::process::ExitStatusExt;
+        ///
+        /// master.fork()?.on_exit(|_, _, status| match (status.code(), status.signal()) {
+        ///     (Some(0), _) => println!("worker success!"),
+        ///     (Some(code), _) => println!("worker exited with error code: {code}"),
+        ///     (None, signal) => println!("worker was killed by signal: {signal:?}"),
+        /// });
+        /// # Ok(()) }
+        /// ```
+        on_exit, on_exit_once(master: &Master, worker: &Self, status: ExitStatus)
+            of |this| this.callbacks().exit;
+    }
+
+    /// Calls back for an error that concerns the worker and that no call of the application can return.
+    ///
+    /// Node: `worker.on('error')`. See [`Master::on_error`] for an example.
+    pub fn on_error(&self, callback: impl FnMut(&Master, &Self, &Error) + 'static) -> CallbackId {
+        let mut callback = callback;
+        let with_worker = move |master: &Master, worker: Option<&Self>, error: &Error| {
+            if let Some(worker) = worker {
+                callback(master, worker, error);
+            }
+        };
+        let callbacks = &self.callbacks().error;
+        callbacks.add(Rc::new(RefCell::new(with_worker)))
+    }
+
+    /// Calls back as [`on_error`](Self::on_error) does, but for the next event only.
+    ///
+    /// Node: `once`.
+    #[doc(alias = "once")]
+    pub fn on_error_once(
+        &self,
+        callback: impl FnOnce(&Master, &Self, &Error) + 'static,
+    ) -> CallbackId {
+        let mut callback = Some(callback);
+        let once = move |master: &Master, worker: Option<&Self>, error: &Error| {
+            if let (Some(callback), Some(worker)) = (callback.take(), worker) {
+                callback(master, worker, error);
+            }
+        };
+        let callbacks = &self.callbacks().error;
+        callbacks.add_once(Rc::new(RefCell::new(once)))
+    }
+}

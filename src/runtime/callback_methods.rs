@@ -1,0 +1,38 @@
+//! The methods that add callbacks.
+
+/// Defines two methods for each event: one adds a callback, the other adds a callback for the next event
+/// only.
+///
+/// `$list` is the list of callbacks that `$this` has for the event.
+macro_rules! callback_methods {
+    ($(
+        $(#[$doc:meta])*
+        $on:ident, $once:ident($($arg:ident: $type:ty),*) of |$this:ident| $list:expr;
+    )*) => {$(
+        $(#[$doc])*
+        pub fn $on(&self, callback: impl FnMut($($type),*) + 'static) -> $crate::CallbackId {
+            let $this = self;
+            $list.add(std::rc::Rc::new(std::cell::RefCell::new(callback)))
+        }
+
+        #[doc = concat!(
+            "Calls back as [`", stringify!($on), "`](Self::", stringify!($on), ") does, but for the \
+             next event only."
+        )]
+        ///
+        /// Node: `once`.
+        #[doc(alias = "once")]
+        pub fn $once(&self, callback: impl FnOnce($($type),*) + 'static) -> $crate::CallbackId {
+            let $this = self;
+            let mut callback = Some(callback);
+            let once = move |$($arg: $type),*| {
+                if let Some(callback) = callback.take() {
+                    callback($($arg),*);
+                }
+            };
+            $list.add_once(std::rc::Rc::new(std::cell::RefCell::new(once)))
+        }
+    )*};
+}
+
+pub(crate) use callback_methods;

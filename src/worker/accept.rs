@@ -1,0 +1,334 @@
+//! The blocking form of a worker: how `accept` and `recv_from` wait.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use crate::core::worker::ListenerId;
+use crate::error::Result;
+use crate::types::time::earlier;
+use crate::worker::connection::Connection;
+use crate::worker::shell::Accepted;
+use crate::worker::{Inner, Worker};
+
+/// How long `accept` may return one connection after another before it handles messages, timers and
+/// signals again. A longer interval delays these by as much. A much shorter one would cost a call of
+/// poll(2) for nearly every connection.
+const CHECK_INTERVAL: Duration = Duration::from_millis(1);
+/// How long a worker first waits for the master to make a listener listen again that another process has
+/// shut down. The master needs microseconds for that. The time doubles with each attempt.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// When the pause has grown to this time, accepting fails instead: the master cannot repair the
+/// listener. The pauses before add up to about one second.
+const LAST_PAUSE: Duration = Duration::from_millis(1024);
+
+/// Which sources, besides the listener itself, may have something that has not been handled.
+///
+/// A worker that waits in accept(2) is interrupted when something *arrives* by the channel, or a signal
+/// arrives, which is reported by the poller. Input that arrived earlier does not interrupt the wait.
+/// Both sources must therefore have been checked since the last wait.
+///
+/// | state | event | next state |
+/// |---|---|---|
+/// | any | interrupts were set up, or accept(2) returned without a connection | `Both` |
+/// | `Both` | the poller was checked | `Channel` |
+/// | `Poller` | the poller was checked | `Nothing` |
+/// | `Channel` | the channel was read and found empty | `Nothing` |
+/// | `Both`, `Channel` | poll(2) reported that the poller is ready, or not | `Both`, or `Channel` |
+/// | `Poller`, `Nothing` | poll(2) reported that the poller is ready, or not | `Poller`, or `Nothing` |
+///
+/// The poller is always checked before the channel. accept(2) is called in `Nothing` only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unchecked {
+    Nothing,
+    Poller,
+    Channel,
+    Both,
+}
+
+impl Unchecked {
+    fn includes_poller(self) -> bool {
+        matches!(self, Self::Poller | Self::Both)
+    }
+
+    fn includes_channel(self) -> bool {
+        matches!(self, Self::Channel | Self::Both)
+    }
+
+    fn set_poller(self, is_unchecked: bool) -> Self {
+        match (self, is_unchecked) {
+            (Self::Nothing | Self::Poller, false) => Self::Nothing,
+            (Self::Nothing | Self::Poller, true) => Self::Poller,
+            (Self::Channel | Self::Both, false) => Self::Channel,
+            (Self::Channel | Self::Both, true) => Self::Both,
+        }
+    }
+
+    fn channel_checked(self) -> Self {
+        match self {
+            Self::Nothing | Self::Channel => Self::Nothing,
+            Self::Poller | Self::Both => Self::Poller,
+        }
+    }
+}
+
+/// The state that the blocking form keeps from one call to the next.
+#[derive(Debug)]
+pub(super) struct WaitState {
+    unchecked: Cell<Unchecked>,
+    /// When the worker last waited with poll(2).
+    last_wait: Cell<Instant>,
+}
+
+impl WaitState {
+    pub(super) fn new() -> Self {
+        Self {
+            unchecked: Cell::new(Unchecked::Both),
+            last_wait: Cell::new(Instant::now()),
+        }
+    }
+
+    fn interrupted(&self) {
+        self.unchecked.set(Unchecked::Both);
+    }
+
+    /// Returns whether the poller has to be checked, and takes it to be checked from now on.
+    fn take_poller(&self) -> bool {
+        let unchecked = self.unchecked.get();
+        self.unchecked.set(unchecked.set_poller(false));
+        unchecked.includes_poller()
+    }
+
+    fn poller_reported(&self, is_ready: bool) {
+        let unchecked = self.unchecked.get();
+        self.unchecked.set(unchecked.set_poller(is_ready));
+    }
+
+    fn channel_checked(&self) {
+        self.unchecked.set(self.unchecked.get().channel_checked());
+    }
+}
+
+/// The result of one attempt to receive a connection or datagram.
+enum Attempt<T> {
+    Received(T),
+    /// There was nothing, and the attempt did not wait.
+    Nothing,
+    /// There was nothing, but the attempt has waited or handled something else: try again.
+    Retry,
+}
+
+impl<T> From<Option<T>> for Attempt<T> {
+    fn from(received: Option<T>) -> Self {
+        received.map_or(Self::Nothing, Self::Received)
+    }
+}
+
+impl Worker {
+    /// Waits for the next connection of a listener without a callback.
+    pub(super) fn accept(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+    ) -> Result<Option<Connection<OwnedFd>>> {
+        inner.event_loop.check_own()?;
+        inner.prepare_accept(listener)?;
+        let mut pause = FIRST_PAUSE;
+        Self::wait_for(inner, listener, |worker| {
+            let shell = &inner.shell;
+            if shell.core.borrow().is_paused(listener) {
+                return Ok(Attempt::Nothing);
+            }
+            let attempt = if worker.may_block(listener)? {
+                worker.accept_blocking(listener)
+            } else {
+                shell.try_accept(listener).map(Attempt::from)
+            };
+            match attempt {
+                Err(error) if pause < LAST_PAUSE && shell.will_listen_again(listener, &error) => {
+                    worker.wait_without_listener(pause)?;
+                    pause *= 2;
+                    Ok(Attempt::Retry)
+                }
+                Err(error) => Err(error),
+                Ok(attempt) => {
+                    pause = FIRST_PAUSE;
+                    match attempt {
+                        Attempt::Received(accepted) => worker.accepted(listener, accepted),
+                        Attempt::Nothing => Ok(Attempt::Nothing),
+                        Attempt::Retry => Ok(Attempt::Retry),
+                    }
+                }
+            }
+        })
+    }
+
+    /// Returns the connection to the application, unless it is one too many for the application's limit.
+    fn accepted(
+        &self,
+        listener: ListenerId,
+        accepted: Accepted,
+    ) -> Result<Attempt<Connection<OwnedFd>>> {
+        let shell = &self.inner.shell;
+        if accepted.is_excess {
+            let _running = self.inner.event_loop.enter()?;
+            self.deliver(listener, accepted.fd, true);
+            return Ok(Attempt::Nothing);
+        }
+        shell.fault("worker.after_receive");
+        let connection = Connection::new(accepted.fd, shell, Some(listener));
+        Ok(Attempt::Received(connection))
+    }
+
+    /// Returns whether the worker can wait in accept(2) itself, where the kernel queues the waiting
+    /// workers. If it has anything else to wait for, the listener becomes non-blocking, for all processes
+    /// that have it.
+    fn may_block(&self, listener: ListenerId) -> Result<bool> {
+        let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
+        if !shell.is_blocking(listener) {
+            return Ok(false);
+        }
+        let core = shell.core.borrow();
+        let alone =
+            !core.is_draining(listener) && !core.has_any_callback() && !event_loop.has_watches();
+        drop(core);
+        if !alone {
+            shell.unblock(listener)?;
+        }
+        Ok(alone)
+    }
+
+    /// Waits for a connection in accept(2), after everything else has been handled.
+    fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
+        let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
+        let wait_state = &self.inner.wait_state;
+        let must_check = wait_state.unchecked.get().includes_channel() || shell.is_writing();
+        if must_check && shell.service_channel()? {
+            return Ok(Attempt::Retry);
+        }
+        wait_state.channel_checked();
+        let deadline = event_loop.deadline(shell.deadline());
+        let accepted = shell.accept_blocking(listener, deadline)?;
+        Ok(match accepted {
+            Some(accepted) => Attempt::Received(accepted),
+            None => {
+                wait_state.interrupted();
+                Attempt::Retry
+            }
+        })
+    }
+
+    /// Waits for the next datagram of a socket without a callback.
+    pub(super) fn receive(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+        buffer: &mut [u8],
+    ) -> Result<Option<(usize, SocketAddr)>> {
+        Self::wait_for(inner, listener, |_| {
+            let received = inner.shell.try_receive(listener, buffer)?;
+            Ok(received.into())
+        })
+    }
+
+    /// Runs the loop until an attempt succeeds, or the listener has ended.
+    fn wait_for<T>(
+        inner: &Rc<Inner>,
+        listener: ListenerId,
+        mut attempt: impl FnMut(&Self) -> Result<Attempt<T>>,
+    ) -> Result<Option<T>> {
+        drop(inner.event_loop.enter()?);
+        let (shell, wait_state) = (&inner.shell, &inner.wait_state);
+        shell.watch_channel(false)?;
+        let worker = Self {
+            inner: Rc::clone(inner),
+            is_owner: false,
+        };
+        // Even if there is always a connection, everything else is handled from time to time.
+        if !shell.is_blocking(listener) && wait_state.last_wait.get().elapsed() >= CHECK_INTERVAL {
+            worker.wait(listener, Some(Duration::ZERO))?;
+        }
+        loop {
+            // Pending notifications are delivered before the application is made to wait.
+            if wait_state.take_poller() || worker.time_left() == Some(Duration::ZERO) {
+                worker.iterate(Some(Duration::ZERO))?;
+            }
+            let may_wait = match attempt(&worker)? {
+                Attempt::Received(received) => return Ok(Some(received)),
+                Attempt::Nothing => true,
+                Attempt::Retry => false,
+            };
+            let core = shell.core.borrow();
+            let (ended, events) = (core.has_ended(listener), core.has_events());
+            drop(core);
+            if ended && !events {
+                return Ok(None);
+            }
+            if may_wait {
+                worker.wait(listener, worker.time_left())?;
+            }
+        }
+    }
+
+    /// Waits for anything except a listener, for at most `limit`.
+    fn wait_without_listener(&self, limit: Duration) -> Result<()> {
+        let limit = earlier(self.time_left(), Some(limit));
+        let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
+        let is_ready = shell.wait(event_loop.as_fd(), None, limit)?;
+        self.inner.wait_state.poller_reported(is_ready);
+        Ok(())
+    }
+
+    /// Waits for anything, and reads from the channel if it is ready.
+    fn wait(&self, listener: ListenerId, limit: Option<Duration>) -> Result<()> {
+        let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
+        let left = shell.core.borrow().is_paused(listener);
+        let socket = shell.socket(listener).filter(|_| !left);
+        let socket = socket.as_deref().map(|registered| &**registered);
+        let is_ready = shell.wait(event_loop.as_fd(), socket, limit)?;
+        self.inner.wait_state.poller_reported(is_ready);
+        self.inner.wait_state.last_wait.set(Instant::now());
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Sets up the interrupts of accept(2) for a listener that blocks. Where the system refuses, the
+    /// listener becomes non-blocking.
+    fn prepare_accept(&self, listener: ListenerId) -> Result<()> {
+        if !self.shell.is_blocking(listener) {
+            return Ok(());
+        }
+        let prepare = || {
+            let signals = self.event_loop.open_signal_pipe()?;
+            self.shell.prepare_to_block(signals.as_fd())
+        };
+        match prepare() {
+            Ok(true) => self.wait_state.interrupted(),
+            Ok(false) => {}
+            Err(_) => self.shell.unblock(listener)?,
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unchecked_is_a_set_of_two_sources() {
+        for (poller, channel, state) in [
+            (false, false, Unchecked::Nothing),
+            (true, false, Unchecked::Poller),
+            (false, true, Unchecked::Channel),
+            (true, true, Unchecked::Both),
+        ] {
+            let facts = |state: Unchecked| (state.includes_poller(), state.includes_channel());
+            assert_eq!(facts(state), (poller, channel));
+            assert_eq!(facts(state.set_poller(true)), (true, channel));
+            assert_eq!(facts(state.set_poller(false)), (false, channel));
+            assert_eq!(facts(state.channel_checked()), (poller, false));
+        }
+    }
+}

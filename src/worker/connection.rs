@@ -1,0 +1,174 @@
+//! A connection that the worker counts.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::{Rc, Weak};
+
+use crate::core::worker::ListenerId;
+use crate::worker::shell::WorkerShell;
+
+/// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
+///
+/// Node: `net.Socket`. It blocks, like any new stream. In [`Worker::run`](crate::Worker::run) and
+/// [`Worker::dispatch`](crate::Worker::dispatch), a worker that is disconnecting waits until all of its
+/// connections are dropped.
+///
+/// A connection is not `Send`, because the worker counts it on its own thread. To use it longer than the
+/// worker, or on another thread, take the stream out of it with [`into_stream`](Self::into_stream).
+///
+/// ```no_run
+/// # fn f(mut connection: cluster::Connection) -> std::io::Result<()> {
+/// use std::io::{Read, Write};
+/// use std::time::Duration;
+///
+/// connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+/// let mut request = [0; 512];
+/// let length = connection.read(&mut request)?;
+/// connection.write_all(&request[..length])?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Connection<S = TcpStream> {
+    // Dropped in this order: the client gets the end of the connection before the master does.
+    stream: S,
+    counted: Counted,
+}
+
+/// Notifies the worker when its connection is dropped.
+#[derive(Debug)]
+struct Counted {
+    worker: Weak<WorkerShell>,
+    listener: Option<ListenerId>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(worker) = self.worker.upgrade() {
+            worker.connection_closed(self.listener);
+        }
+    }
+}
+
+impl<S> Connection<S> {
+    pub(super) fn new(stream: S, worker: &Rc<WorkerShell>, listener: Option<ListenerId>) -> Self {
+        let worker = Rc::downgrade(worker);
+        let counted = Counted { worker, listener };
+        Self { stream, counted }
+    }
+
+    /// Returns the stream, which the worker no longer counts.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```no_run
+    /// # fn f(connection: cluster::Connection) {
+    /// let stream = connection.into_stream();
+    /// std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn into_stream(self) -> S {
+        self.stream
+    }
+}
+
+impl Connection<OwnedFd> {
+    pub(super) fn cast<S: From<OwnedFd>>(self) -> Connection<S> {
+        Connection {
+            stream: self.stream.into(),
+            counted: self.counted,
+        }
+    }
+}
+
+impl<S> Deref for Connection<S> {
+    type Target = S;
+
+    fn deref(&self) -> &S {
+        &self.stream
+    }
+}
+
+impl<S: AsFd> AsFd for Connection<S> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Implements reading and writing for references. An implementation for all `S` with `&S: Read` would
+/// refer to itself, and send type inference into an overflow (E0275) in code that does not even use
+/// connections.
+macro_rules! read_and_write_by_reference {
+    ($($stream:ty),*) => {$(
+        impl Read for &Connection<$stream> {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                (&self.stream).read(buffer)
+            }
+        }
+
+        impl Write for &Connection<$stream> {
+            fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+                (&self.stream).write(buffer)
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                (&self.stream).flush()
+            }
+        }
+    )*};
+}
+
+read_and_write_by_reference!(TcpStream, UnixStream);
+
+impl<S: Read> Read for Connection<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buffer)
+    }
+}
+
+impl<S: Write> Write for Connection<S> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_byte<R>(source: &R) -> io::Result<u8>
+    where
+        for<'a> &'a R: Read,
+    {
+        let (mut source, mut byte) = (source, [0]);
+        source.read_exact(&mut byte)?;
+        Ok(byte[0])
+    }
+
+    fn copy_byte<R>(source: &R) -> io::Result<()>
+    where
+        for<'a> &'a R: Read + Write,
+    {
+        // With an implementation of `Read` for all `&Connection<S>`, the type of this argument could not
+        // be inferred (E0275).
+        let byte = read_byte(source)?;
+        (&mut { source }).write_all(&[byte])
+    }
+
+    #[test]
+    fn generic_helpers_take_references_to_connections() {
+        let _: fn(&Connection<TcpStream>) -> io::Result<()> = copy_byte;
+        let _: fn(&Connection<UnixStream>) -> io::Result<()> = copy_byte;
+        let (near, far) = UnixStream::pair().unwrap();
+        (&near).write_all(b"x").unwrap();
+        copy_byte(&far).unwrap();
+        assert_eq!(read_byte(&near).unwrap(), b'x');
+    }
+}

@@ -1,0 +1,366 @@
+//! The loop of a worker: timers, the application's own descriptors, and one iteration.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::core::worker::{Event, ListenerId};
+use crate::error::{Error, Result, WatchError};
+use crate::runtime::event_loop::{LoopId, Token, WatchId};
+use crate::runtime::timers::TimerId;
+use crate::sys::poll::{Interest, Ready, ReadyList};
+use crate::types::message::Message;
+use crate::types::time::earlier;
+use crate::worker::Worker;
+use crate::worker::connection::Connection;
+
+/// How many connections or datagrams of one listener are delivered in one iteration. More would delay
+/// the other listeners, messages and timers; with fewer, a busy listener needs more iterations.
+const ACCEPT_BATCH: u32 = 16;
+/// How long a listener is not watched after accepting failed, for instance for lack of descriptors. It
+/// stays readable meanwhile, so without the pause the loop would spin. A longer pause would delay
+/// connections after a short shortage.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// The loop: timers, the application's own descriptors, and waiting.
+impl Worker {
+    /// Calls back once, after the time `after`. See
+    /// [`Master::set_timeout`](crate::Master::set_timeout) for an example.
+    ///
+    /// Node: `setTimeout`.
+    #[doc(alias = "setTimeout")]
+    pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
+        self.inner.event_loop.set_timeout(after, callback)
+    }
+
+    /// Calls back repeatedly, each time after `every` has passed; at least 1 ms. See
+    /// [`Master::set_interval`](crate::Master::set_interval) for an example.
+    ///
+    /// Node: `setInterval`.
+    #[doc(alias = "setInterval")]
+    pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
+        self.inner.event_loop.set_interval(every, callback)
+    }
+
+    /// Cancels a timer. See [`Master::clear_timer`](crate::Master::clear_timer) for an example.
+    ///
+    /// Node: `clearTimeout` and `clearInterval`.
+    #[doc(alias = "clearTimeout")]
+    #[doc(alias = "clearInterval")]
+    pub fn clear_timer(&self, timer: TimerId) {
+        self.inner.event_loop.clear_timer(timer);
+    }
+
+    /// Watches a descriptor: calls back whenever `source` is ready for `interest`.
+    ///
+    /// Node has no counterpart; there, every socket is in the loop. The callback returns what to wait for
+    /// next, or `None` to end the watch and drop the source. If the callback leaves the source ready, it
+    /// is called again at once.
+    ///
+    /// # Errors
+    ///
+    /// [`WatchError`] returns the source with an [`Error::Io`] if the descriptor is of a kind that cannot
+    /// be waited for, such as a file. The operator `?` converts it into an [`Error`] and drops the
+    /// source.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker, connection: cluster::Connection) -> cluster::Result<()> {
+    /// use std::io::{Read, Write};
+    /// use cluster::Interest;
+    ///
+    /// worker.watch(connection, Interest::Readable, |_, mut connection| {
+    ///     let mut buffer = [0; 1024];
+    ///     let length = connection.read(&mut buffer).ok().filter(|length| *length > 0)?;
+    ///     connection.write_all(&buffer[..length]).ok()?;
+    ///     Some(Interest::Readable)
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn watch<S: AsFd + 'static>(
+        &self,
+        source: S,
+        interest: Interest,
+        callback: impl FnMut(&Self, &S) -> Option<Interest> + 'static,
+    ) -> std::result::Result<WatchId, WatchError<S>> {
+        self.inner.event_loop.watch(source, interest, callback)
+    }
+
+    /// Ends a watch, and drops its source. Nothing happens if the watch has ended already. See
+    /// [`watch`](Self::watch) for an example.
+    ///
+    /// Node has no counterpart.
+    pub fn unwatch(&self, watch: WatchId) {
+        self.inner.event_loop.unwatch(watch);
+    }
+
+    /// Lets [`run`](Self::run) return although a timer or watch exists. Nothing happens if the timer or
+    /// watch has ended already. See [`Master::unreference`](crate::Master::unreference) for an example.
+    ///
+    /// Node: `timer.unref()` and `socket.unref()`.
+    #[doc(alias = "unref")]
+    pub fn unreference(&self, id: impl Into<LoopId>) {
+        self.inner.event_loop.set_referenced(id.into(), false);
+    }
+
+    /// Undoes [`unreference`](Self::unreference), which has an example.
+    ///
+    /// Node: `timer.ref()` and `socket.ref()`.
+    #[doc(alias = "ref")]
+    pub fn reference(&self, id: impl Into<LoopId>) {
+        self.inner.event_loop.set_referenced(id.into(), true);
+    }
+
+    /// Runs the loop until the worker has disconnected and no connection, timer or watch is left.
+    /// Timers, watches and listeners that were released with `unreference` do not count.
+    ///
+    /// If the channel closes without a request to disconnect, for instance because the master has exited,
+    /// `run` returns at once. After it has returned, nothing can be sent any more: send the last message
+    /// in response to another message, or use the blocking form.
+    ///
+    /// Node: a worker runs until it has nothing left to wait for.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::AlreadyRunning`] if a callback calls it;
+    /// - [`Error::Io`] if the system refuses to wait.
+    ///
+    /// See [`send`](Self::send) for an example.
+    pub fn run(&self) -> Result<()> {
+        drop(self.inner.event_loop.enter()?);
+        loop {
+            let core = self.inner.shell.core.borrow();
+            let events = core.has_events() || self.inner.shell.has_notifications();
+            let busy = self.inner.event_loop.has_work() || self.inner.shell.is_writing();
+            let idle = core.is_finished() && !busy && !events;
+            let must_exit = core.must_exit() && !events;
+            drop(core);
+            if idle || must_exit {
+                return Ok(());
+            }
+            self.dispatch(None)?;
+        }
+    }
+
+    /// Runs one iteration of the loop: waits until something happens or `timeout` has passed, handles it,
+    /// and calls back. `None` waits without a limit; zero does not wait.
+    ///
+    /// This is for applications with a loop of their own, as
+    /// [`Master::dispatch`](crate::Master::dispatch) is, which has an example. Such an application exits
+    /// when [`is_connected`](Self::is_connected) returns `false`.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
+        drop(self.inner.event_loop.enter()?);
+        self.inner.shell.watch_channel(true)?;
+        self.inner.shell.core.borrow_mut().waiting_for_events();
+        self.iterate(timeout)?;
+        // The request to disconnect may have arrived in this iteration, and nothing else may arrive.
+        self.inner.shell.core.borrow_mut().close_unused_listeners();
+        self.inner.shell.act();
+        Ok(())
+    }
+
+    /// Returns how long the application may wait before it calls [`dispatch`](Self::dispatch), even if
+    /// the descriptor of [`AsFd`] is not readable: `None` for any time, zero if events are pending.
+    ///
+    /// Node has no counterpart. See [`Master::time_left`](crate::Master::time_left) for an example.
+    #[must_use]
+    pub fn time_left(&self) -> Option<Duration> {
+        let shell = &self.inner.shell;
+        let core = shell.core.borrow();
+        if core.has_events() || core.is_drained() || shell.has_notifications() {
+            return Some(Duration::ZERO);
+        }
+        self.inner.event_loop.time_left(shell.deadline())
+    }
+}
+
+/// The descriptor that is readable when [`dispatch`](Worker::dispatch) has something to do.
+impl AsFd for Worker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // It fails only if the poller is unusable, which the next call of `dispatch` reports.
+        let _ = self.inner.shell.watch_channel(true);
+        self.inner.event_loop.as_fd()
+    }
+}
+
+impl Worker {
+    /// Runs one iteration of the loop.
+    pub(super) fn iterate(&self, timeout: Option<Duration>) -> Result<()> {
+        let event_loop = &self.inner.event_loop;
+        let _running = event_loop.enter()?;
+        self.inner.shell.act();
+        // Computed before anything is delivered, because nothing wakes the poller after the last event.
+        let limit = self.time_left();
+        // Without a limit, nothing is pending.
+        if limit.is_some() {
+            self.settle();
+        }
+        let mut ready = ReadyList::new();
+        let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
+        self.inner.shell.tick();
+        for (token, ready) in ready {
+            // A callback may have returned in a child that it forked.
+            event_loop.check_own()?;
+            match token {
+                Token::Channel(_) => self.channel_ready(ready),
+                Token::Listener(number) => self.listener_ready(ListenerId(number)),
+                Token::Watch(number) => event_loop.watch_ready(self, number),
+                Token::Signals => {
+                    for signal in event_loop.take_signals() {
+                        event_loop.call_signal(self, signal);
+                    }
+                }
+                Token::Process(_) | Token::Selector(_) => {}
+            }
+            self.settle();
+        }
+        event_loop.fire_timers(self, || self.settle());
+        Ok(())
+    }
+
+    fn channel_ready(&self, ready: &Ready) {
+        if ready.writable {
+            self.inner.shell.flush_channel();
+        }
+        if ready.readable {
+            self.inner.shell.receive();
+        }
+    }
+
+    /// Carries out the core's decisions and calls the application until nothing is left to do.
+    fn settle(&self) {
+        while self.inner.event_loop.check_own().is_ok() {
+            self.inner.shell.act();
+            self.deliver_notifications();
+            let event = self.inner.shell.core.borrow_mut().next_event();
+            match event {
+                None => break,
+                Some(Event::Message { bytes, fds }) => {
+                    let message = Message::new(bytes, fds);
+                    self.inner.callbacks.message.each(|f| f(self, &message));
+                }
+                Some(Event::ListenerReady(listener)) => {
+                    self.inner.shell.update_watch(listener);
+                    self.accept_all(listener);
+                }
+                Some(Event::Disconnect) => self.inner.callbacks.disconnect.each(|f| f(self)),
+            }
+        }
+    }
+
+    /// Delivers the errors and receipts that exist now, but not those that arise meanwhile. They are
+    /// taken one by one, so that the rest is delivered later if a callback panics.
+    fn deliver_notifications(&self) {
+        let shell = &self.inner.shell;
+        let (errors, receipts) = (shell.count_errors(), shell.count_receipts());
+        for error in std::iter::from_fn(|| shell.next_error()).take(errors) {
+            self.inner.callbacks.error.each(|f| f(self, &error));
+        }
+        for receipt in std::iter::from_fn(|| shell.next_receipt()).take(receipts) {
+            if let Some(callback) = self.inner.receipts.take(receipt.id) {
+                callback(self, receipt.outcome(None));
+            }
+        }
+    }
+
+    /// Passes a connection to the callback for connections, or to the one for excess connections.
+    pub(super) fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_excess: bool) {
+        self.inner.shell.fault("worker.after_receive");
+        let connection = Connection::new(fd, &self.inner.shell, Some(listener));
+        let all = self.inner.listener_callbacks.borrow();
+        let callback = all.get(&listener).and_then(|callbacks| {
+            let callback = if is_excess {
+                &callbacks.drop
+            } else {
+                &callbacks.connection
+            };
+            callback.as_ref().map(Rc::clone)
+        });
+        drop(all);
+        if let Some(callback) = callback {
+            if let Ok(mut callback) = callback.try_borrow_mut() {
+                callback(self, connection);
+            }
+        }
+    }
+
+    fn listener_ready(&self, listener: ListenerId) {
+        // It may have been unwatched since the poller reported it.
+        let socket = self.inner.shell.socket(listener);
+        if socket.is_some_and(|socket| !socket.is_watched()) {
+            return;
+        }
+        if self.inner.shell.core.borrow().is_datagram(listener) {
+            self.receive_datagrams(listener);
+        } else {
+            self.accept_all(listener);
+        }
+    }
+
+    /// Accepts the waiting connections of a listener with a callback, up to a limit.
+    fn accept_all(&self, listener: ListenerId) {
+        let shell = &self.inner.shell;
+        for _ in 0..ACCEPT_BATCH {
+            // A callback may have removed itself.
+            if !self.inner.has_callback(listener) {
+                return;
+            }
+            if shell.core.borrow().is_paused(listener) {
+                return shell.watch(listener, false);
+            }
+            match shell.try_accept(listener) {
+                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_excess),
+                Ok(None) => return,
+                Err(error) => return self.back_off(listener, error),
+            }
+        }
+        // If nothing is left, nothing makes it readable again; but it may have to end, or to report that
+        // it is idle.
+        let mut core = shell.core.borrow_mut();
+        if core.is_draining(listener) || core.has_queue(listener) {
+            core.notify_ready(listener);
+        }
+    }
+
+    /// Receives one datagram after another. If a callback closes the socket or removes itself, the rest
+    /// is left for other workers.
+    fn receive_datagrams(&self, listener: ListenerId) {
+        for _ in 0..ACCEPT_BATCH {
+            let all = self.inner.listener_callbacks.borrow();
+            let callback = all.get(&listener).and_then(|c| c.datagram.as_ref());
+            let callback = callback.map(Rc::clone);
+            drop(all);
+            let Some(callback) = callback else {
+                return;
+            };
+            match self.inner.shell.try_receive_vec(listener) {
+                Ok(Some((bytes, from))) => {
+                    if let Ok(mut callback) = callback.try_borrow_mut() {
+                        callback(self, &bytes, from);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return self.back_off(listener, error),
+            }
+        }
+    }
+
+    /// Stops watching a listener for `ACCEPT_RETRY`: it stays readable, and the loop would spin.
+    fn back_off(&self, listener: ListenerId, error: Error) {
+        let shell = &self.inner.shell;
+        shell.report(error);
+        shell.watch(listener, false);
+        let retry = move |worker: &Self| {
+            worker.inner.shell.update_watch(listener);
+            // A listener that is ending may have nothing left that would make it readable.
+            worker.listener_ready(listener);
+        };
+        let timer = self.inner.event_loop.set_timeout(ACCEPT_RETRY, retry);
+        self.inner.event_loop.set_referenced(timer.into(), false);
+    }
+}

@@ -1,0 +1,37 @@
+//! The closure of a worker that executes no program.
+
+use std::rc::Rc;
+
+use crate::worker::Worker;
+
+/// The closure of [`Settings::main`](crate::Settings::main), which a worker runs instead of a program.
+///
+/// It is here and not with the settings, because it names [`Worker`].
+#[derive(Clone)]
+pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
+
+impl WorkerMain {
+    pub(crate) fn new(main: impl Fn(Worker) -> i32 + 'static) -> Self {
+        Self(Rc::new(main))
+    }
+
+    /// Returns the exit code.
+    pub(crate) fn run(&self, worker: Worker) -> i32 {
+        (self.0)(worker)
+    }
+}
+
+impl std::fmt::Debug for WorkerMain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerMain").finish_non_exhaustive()
+    }
+}
+
+/// Values are equal if one is a clone of the other.
+impl PartialEq for WorkerMain {
+    fn eq(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for WorkerMain {}
