@@ -37,7 +37,6 @@ use crate::runtime::callbacks::Shared;
 use crate::runtime::event_loop::EventLoop;
 use crate::sys;
 use crate::sys::signal::InstalledHandler;
-use crate::types::fork_step::ForkStep;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::signal::Signal;
@@ -248,7 +247,7 @@ impl Master {
             .fork(&settings, env, self.launch, watch_children, abandon_watches);
         let worker_io = forked.map_err(|(step, reason)| Error::Fork {
             program: settings.get_exec().unwrap_or("".as_ref()).to_owned(),
-            step: ForkStep::from_text(step),
+            step,
             reason,
         })?;
         let callbacks = Rc::new(WorkerCallbacks::default());

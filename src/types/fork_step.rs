@@ -53,33 +53,13 @@ pub enum ForkStep {
     Session,
 }
 
-impl ForkStep {
-    const ALL: [Self; 17] = [
-        Self::CopyMaster,
-        Self::Channel,
-        Self::InspectPort,
-        Self::Number,
-        Self::Prepare,
-        Self::Descriptors,
-        Self::MakeProcess,
-        Self::WaitForStart,
-        Self::Watch,
-        Self::Execute,
-        Self::Signals,
-        Self::Directory,
-        Self::Groups,
-        Self::User,
-        Self::Capabilities,
-        Self::BecomeWorker,
-        Self::Session,
-    ];
-
-    const fn text(self) -> &'static str {
-        match self {
+impl std::fmt::Display for ForkStep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
             Self::CopyMaster => "copy the master",
             Self::Channel => "make a channel",
             Self::InspectPort => "choose its inspect port",
-            Self::Number => "number it",
+            Self::Number => "assign its id",
             Self::Prepare => "prepare it",
             Self::Descriptors => "prepare its descriptors",
             Self::MakeProcess => "make a process",
@@ -93,31 +73,6 @@ impl ForkStep {
             Self::Capabilities => "give up its capabilities",
             Self::BecomeWorker => "make it a worker",
             Self::Session => "begin its session",
-        }
-    }
-
-    /// The step that `sys::process` describes by this text.
-    pub(crate) fn from_text(text: &str) -> Self {
-        let found = Self::ALL.into_iter().find(|step| step.text() == text);
-        debug_assert!(found.is_some(), "no step {text:?}");
-        found.unwrap_or(Self::Prepare)
-    }
-}
-
-impl std::fmt::Display for ForkStep {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.text())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn steps_are_found_by_their_texts() {
-        for step in ForkStep::ALL {
-            assert_eq!(ForkStep::from_text(&step.to_string()), step);
-        }
+        })
     }
 }

@@ -19,6 +19,7 @@ use crate::sys::poll::{Interest, Registered};
 use crate::sys::process::{Failure, Pid, Program};
 use crate::systemd::{self, LISTEN_PID};
 use crate::types::errno;
+use crate::types::fork_step::ForkStep;
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::Channel;
@@ -27,9 +28,9 @@ use crate::wire::fault;
 use crate::wire::frame::{ToMaster, ToWorker, preamble};
 use crate::worker::worker_main::WorkerMain;
 
-/// Adds what was attempted to an error of the system.
-fn failed(attempt: &'static str) -> impl FnOnce(io::Error) -> Failure {
-    move |source| (attempt, source)
+/// Adds the step that failed to an error of the system.
+fn failed(step: ForkStep) -> impl FnOnce(io::Error) -> Failure {
+    move |reason| (step, reason)
 }
 
 /// Clears a flag when it is dropped, also by a panic.
@@ -76,20 +77,20 @@ impl MasterShell {
         if settings.get_main().is_some() && sys::threads::has_other_threads() == Some(true) {
             let reason = "the master has other threads, whose locks the copy would hold for ever";
             let error = io::Error::new(io::ErrorKind::Deadlock, reason);
-            return Err(("copy the master", error));
+            return Err((ForkStep::CopyMaster, error));
         }
         self.unreaped.reap();
         // The application's code first, because it may fork, too.
         let inspect_port = settings.get_inspect_port();
         let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
-        let inspect_port = inspect_port.map_err(failed("choose its inspect port"))?;
+        let inspect_port = inspect_port.map_err(failed(ForkStep::InspectPort))?;
         let id = self.core.borrow().next_worker_id();
         let used_up = || io::Error::other("all worker ids have been used");
-        let id = id.ok_or_else(|| ("assign its id", used_up()))?;
-        let stdio = StdioEnds::new(settings).map_err(failed("prepare its descriptors"))?;
+        let id = id.ok_or_else(|| (ForkStep::Number, used_up()))?;
+        let stdio = StdioEnds::new(settings).map_err(failed(ForkStep::Descriptors))?;
         let (channel, worker_end) = self
             .open_channel(id, stdio.first_free)
-            .map_err(failed("make a channel"))?;
+            .map_err(failed(ForkStep::Channel))?;
         let mut new = NewProcess {
             id,
             settings,
@@ -114,7 +115,7 @@ impl MasterShell {
         let process = process.map_err(|error| {
             // Its exit would not be noticed.
             pid.discard(None, &self.unreaped);
-            ("watch it", error)
+            (ForkStep::Watch, error)
         })?;
         Ok(self.add_process(new, pid, process))
     }
@@ -180,13 +181,13 @@ impl MasterShell {
         let invalid = || io::ErrorKind::InvalidInput;
         if !settings.passed_fds().is_empty() || settings.is_detached() {
             let reason = "listen_fds and detached are for programs that are executed";
-            return Err(("prepare it", io::Error::new(invalid(), reason)));
+            return Err((ForkStep::Prepare, io::Error::new(invalid(), reason)));
         }
         if !new.extra.iter().all(|(k, v)| sys::env::is_valid(k, v)) {
-            return Err(("prepare it", invalid().into()));
+            return Err((ForkStep::Prepare, invalid().into()));
         }
         let mut child = Program::default();
-        apply_cwd_and_ids(&mut child, settings).map_err(failed("prepare it"))?;
+        apply_cwd_and_ids(&mut child, settings).map_err(failed(ForkStep::Prepare))?;
         child.stdio(std::mem::take(&mut new.stdio.worker));
         // The worker would print buffered output a second time.
         let _ = std::io::stdout().flush();
@@ -231,7 +232,7 @@ impl MasterShell {
         }
         if !passed.is_empty() {
             let announced = systemd::set_listen_variables(&mut env, passed);
-            announced.map_err(failed("prepare its descriptors"))?;
+            announced.map_err(failed(ForkStep::Descriptors))?;
         }
         if !settings.is_detached() {
             env.insert(UNIQUE_ID.into(), new.id.to_string().into());
@@ -241,7 +242,7 @@ impl MasterShell {
         if let Some(port) = new.inspect_port {
             env.insert(INSPECT_PORT.into(), port.to_string().into());
         }
-        let mut program = program(settings, env).map_err(failed("prepare it"))?;
+        let mut program = program(settings, env).map_err(failed(ForkStep::Prepare))?;
         program.stdio(std::mem::take(&mut new.stdio.worker));
         if settings.is_detached() {
             program.detach();

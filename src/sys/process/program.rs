@@ -16,6 +16,7 @@ use crate::sys::fd::duplicate;
 use crate::sys::platform::clone::clone;
 use crate::sys::signal_mask::SignalSet;
 use crate::sys::socket;
+use crate::types::fork_step::ForkStep;
 
 /// How long a child of another user may take to execute its program, or to become a worker without one,
 /// before it is killed.
@@ -43,8 +44,8 @@ pub(crate) struct Program {
     gid: Option<libc::gid_t>,
 }
 
-/// An attempt that failed, and the system's reason.
-pub(crate) type Failure = (&'static str, io::Error);
+/// The step that failed, and the system's reason.
+pub(crate) type Failure = (ForkStep, io::Error);
 
 /// A new child, which may not have executed its program yet.
 pub(in crate::sys) struct Started {
@@ -193,7 +194,7 @@ impl Program {
         unreaped: &Unreaped,
         fork: impl FnOnce(&Child<'_>, &UnixStream) -> io::Result<Started>,
     ) -> Result<(Pid, Option<OwnedFd>), Failure> {
-        let forking = |error| ("make a process", error);
+        let forking = |error| (ForkStep::MakeProcess, error);
         let pid_variables = self.pid_variables.iter().copied();
         let pid_variables: Vec<_> = pid_variables.map(pid_variable).map(Cell::new).collect();
         let (args, env) = (

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::program::{Failure, START_TIMEOUT};
 use crate::sys::poll::wait_readable;
 use crate::sys::socket;
+use crate::types::fork_step::ForkStep;
 
 /// A step that a child takes before it has started, and that can fail. The value is its number in a
 /// report.
@@ -41,18 +42,17 @@ impl Step {
         Self::Session,
     ];
 
-    /// Returns the step as the attempt of an error, after "cannot".
-    fn attempt(self) -> &'static str {
+    fn public(self) -> ForkStep {
         match self {
-            Self::Execute => "execute it",
-            Self::Signals => "prepare its signals",
-            Self::Descriptors => "prepare its descriptors",
-            Self::Directory => "enter its directory",
-            Self::Groups => "change its groups",
-            Self::User => "change its user",
-            Self::Capabilities => "give up its capabilities",
-            Self::BecomeWorker => "make it a worker",
-            Self::Session => "begin its session",
+            Self::Execute => ForkStep::Execute,
+            Self::Signals => ForkStep::Signals,
+            Self::Descriptors => ForkStep::Descriptors,
+            Self::Directory => ForkStep::Directory,
+            Self::Groups => ForkStep::Groups,
+            Self::User => ForkStep::User,
+            Self::Capabilities => ForkStep::Capabilities,
+            Self::BecomeWorker => ForkStep::BecomeWorker,
+            Self::Session => ForkStep::Session,
         }
     }
 }
@@ -116,7 +116,7 @@ pub(super) fn wait_for_start(
     process: Option<&OwnedFd>,
     limit: Option<Duration>,
 ) -> Result<(), Failure> {
-    let waiting = |error| ("wait until it starts", error);
+    let waiting = |error| (ForkStep::WaitForStart, error);
     let begun = Instant::now();
     loop {
         let left = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
@@ -171,7 +171,7 @@ fn read(reports: &UnixStream) -> io::Result<Reading> {
         },
         Report::Failed(step, errno) => {
             let error = io::Error::from_raw_os_error(errno);
-            Ok(Reading::Failed((step.attempt(), error)))
+            Ok(Reading::Failed((step.public(), error)))
         }
     }
 }
@@ -201,8 +201,8 @@ mod tests {
     fn wait_for_start_ends_at_the_limit() {
         let (reports, _child) = UnixStream::pair().unwrap();
         let limit = Some(Duration::from_millis(2));
-        let (attempt, error) = wait_for_start(reports, NO_PROCESS, limit).unwrap_err();
-        assert_eq!(attempt, "wait until it starts");
+        let (step, error) = wait_for_start(reports, NO_PROCESS, limit).unwrap_err();
+        assert_eq!(step, ForkStep::WaitForStart);
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
@@ -214,8 +214,8 @@ mod tests {
         drop(parents);
         let failed = Report::Failed(Step::Directory, libc::ENOENT);
         socket::send(&own, &failed.encode(), &[]).unwrap();
-        let (attempt, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
-        assert_eq!(attempt, "enter its directory");
+        let (step, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
+        assert_eq!(step, ForkStep::Directory);
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
         // The first stream is still open, as it is if another process has a copy.
         drop(first);
