@@ -499,7 +499,7 @@ impl Master {
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
     /// let ledger = master.ledger();
-    /// println!("{} accepted, {} in flight", ledger.accepted, ledger.in_hand());
+    /// println!("{} accepted, {} in flight", ledger.accepted, ledger.in_flight());
     /// # }
     /// ```
     #[must_use]
@@ -520,7 +520,7 @@ impl Master {
     /// # fn f(master: &cluster::Master) {
     /// let loads = master.loads();
     /// for load in &loads.workers {
-    ///     println!("worker {}: {} served, {} open", load.worker, load.taken, load.open);
+    ///     println!("worker {}: {} served, {} open", load.worker, load.received, load.open);
     /// }
     /// for load in &loads.listeners {
     ///     println!("{}: {:?} wait", load.address, load.queued);
@@ -549,7 +549,7 @@ impl Master {
     /// # fn f(master: &cluster::Master) {
     /// // The worker with the fewest open connections gets the next one.
     /// master.set_scheduler(|_, workers| {
-    ///     let least = workers.iter().min_by_key(|load| load.open + load.waiting());
+    ///     let least = workers.iter().min_by_key(|load| load.open + load.queued());
     ///     least.map(|load| load.worker)
     /// });
     /// # }

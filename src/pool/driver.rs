@@ -260,7 +260,7 @@ impl Pool {
         for (id, pid) in workers {
             let load = loads.iter().find(|load| load.worker == id);
             let memory = measures_memory.then(|| resident_memory(pid)).flatten();
-            core.measured(id, load.map(|load| load.taken), memory, now);
+            core.measured(id, load.map(|load| load.received), memory, now);
         }
     }
 }

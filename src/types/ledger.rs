@@ -2,8 +2,8 @@
 
 /// Counts the outcomes of the connections that the master accepted.
 ///
-/// Every accepted connection has exactly one outcome or is still in hand, so
-/// `accepted == taken + closed_by_peer + dropped + in_hand()` holds at all times. Only with round robin
+/// Every accepted connection has exactly one outcome or is still in flight, so
+/// `accepted == received + closed_by_peer + dropped + in_flight()` holds at all times. Only with round robin
 /// does the master accept connections. With [`SchedulingPolicy::Shared`] and
 /// [`SchedulingPolicy::Sharded`] the workers accept them, and these counters stay at 0.
 ///
@@ -18,7 +18,7 @@ pub struct Ledger {
     /// Connections that the master has accepted since it started.
     pub accepted: u64,
     /// Connections that a worker's application received.
-    pub taken: u64,
+    pub received: u64,
     /// Connections whose client hung up while they waited in the master.
     pub closed_by_peer: u64,
     /// Connections that the master closed because no worker was left to serve them.
@@ -31,7 +31,7 @@ impl Ledger {
     ///
     /// Node has no counterpart. See [`Master::ledger`](crate::Master::ledger) for an example.
     #[must_use]
-    pub fn in_hand(&self) -> u64 {
-        self.accepted - self.taken - self.closed_by_peer - self.dropped
+    pub fn in_flight(&self) -> u64 {
+        self.accepted - self.received - self.closed_by_peer - self.dropped
     }
 }

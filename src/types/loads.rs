@@ -30,33 +30,33 @@ pub struct WorkerLoad {
     /// The id of the worker.
     pub worker: WorkerId,
     /// Connections that were dispatched to the worker since it was forked.
-    pub given: u64,
-    /// The part of `given` that its application has received.
-    pub taken: u64,
-    /// The part of `taken` that its application has not closed, for listeners that the worker has not
+    pub dispatched: u64,
+    /// The part of `dispatched` that its application has received.
+    pub received: u64,
+    /// The part of `received` that its application has not closed, for listeners that the worker has not
     /// released. While the worker receives no further connections, the number is updated when half of
     /// them have been closed.
     pub open: u64,
-    /// The part of `given` that the worker did not receive, and that was returned to the master.
-    pub refused: u64,
+    /// The part of `dispatched` that the worker did not receive, and that was returned to the master.
+    pub returned: u64,
 }
 
 impl WorkerLoad {
     pub(crate) fn new(worker: WorkerId) -> Self {
         Self {
             worker,
-            given: 0,
-            taken: 0,
+            dispatched: 0,
+            received: 0,
             open: 0,
-            refused: 0,
+            returned: 0,
         }
     }
 
     pub(crate) fn add(&mut self, other: &Self) {
-        self.given += other.given;
-        self.taken += other.taken;
+        self.dispatched += other.dispatched;
+        self.received += other.received;
         self.open += other.open;
-        self.refused += other.refused;
+        self.returned += other.returned;
     }
 
     /// Returns the number of connections that wait in the queue of the worker.
@@ -65,12 +65,12 @@ impl WorkerLoad {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// let waiting: u64 = master.loads().workers.iter().map(|load| load.waiting()).sum();
+    /// let queued: u64 = master.loads().workers.iter().map(|load| load.queued()).sum();
     /// # }
     /// ```
     #[must_use]
-    pub fn waiting(&self) -> u64 {
-        self.given - self.taken - self.refused
+    pub fn queued(&self) -> u64 {
+        self.dispatched - self.received - self.returned
     }
 }
 

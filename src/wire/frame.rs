@@ -31,7 +31,7 @@
 //!                            backlog 4, flags 1,
 //!                            socket type 1, place     0
 //!   3   Listening            handle 4                 0
-//!   4   Idle                 handle 4, taken 8,
+//!   4   Idle                 handle 4, received 8,
 //!                            open 4                   0
 //!   5   Pause                handle 4                 0
 //!   6   Release              handle 4                 0
@@ -146,7 +146,7 @@ pub(crate) enum ToMaster {
     Idle {
         handle: HandleId,
         /// Connections that the worker had received from the queue by then, in all.
-        taken: u64,
+        received: u64,
         /// Connections of the listener that were open in the worker by then.
         open: u32,
     },
@@ -509,11 +509,11 @@ impl Frame for ToMaster {
             Self::Listening { handle } => put_handle_frame(out, kind::LISTENING, fds, *handle),
             Self::Idle {
                 handle,
-                taken,
+                received,
                 open,
             } => put_frame(out, kind::IDLE, fds, |out| {
                 put_handle(out, *handle);
-                out.extend_from_slice(&taken.to_le_bytes());
+                out.extend_from_slice(&received.to_le_bytes());
                 out.extend_from_slice(&open.to_le_bytes());
             }),
             Self::Pause { handle } => put_handle_frame(out, kind::PAUSE, fds, *handle),
@@ -565,7 +565,7 @@ impl ToMaster {
     fn decode_idle(body: &mut Body<'_>) -> Option<Self> {
         Some(Self::Idle {
             handle: body.handle()?,
-            taken: body.u64()?,
+            received: body.u64()?,
             open: body.u32()?,
         })
     }
@@ -725,7 +725,7 @@ mod tests {
             (
                 ToMaster::Idle {
                     handle: H,
-                    taken: 3,
+                    received: 3,
                     open: 2,
                 },
                 vec![

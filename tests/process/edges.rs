@@ -82,9 +82,9 @@ fn connection_limit_is_kept_while_clients_wait() {
                     count.set(count.get() + 1);
                     // No other connection has been received, because the limit is 1.
                     let ledger = master.ledger();
-                    assert_eq!(ledger.taken, count.get());
+                    assert_eq!(ledger.received, count.get());
                     // After one quick answer, the worker may have been dispatched two connections.
-                    assert!(ledger.in_hand() <= 1, "{ledger:?}");
+                    assert!(ledger.in_flight() <= 1, "{ledger:?}");
                     drop(clients.pop());
                     let _ = worker.send(b"next").unwrap();
                 }

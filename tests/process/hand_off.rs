@@ -279,7 +279,7 @@ impl Play {
             let ledger = master.ledger();
             assert_eq!(ledger.accepted, connected);
             // A client without an answer belongs to a connection that a worker had received.
-            assert_eq!(ledger.taken, connected, "{ledger:?}");
+            assert_eq!(ledger.received, connected, "{ledger:?}");
             assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
         });
     }
@@ -382,7 +382,7 @@ fn play_kills_under_load(plan: &str, may_lose: MayLose) {
                         assert!(unanswered <= allowed);
                         master.on_all_disconnected_once(move |master| {
                             let ledger = master.ledger();
-                            assert_eq!((ledger.accepted, ledger.taken), (connected, connected));
+                            assert_eq!((ledger.accepted, ledger.received), (connected, connected));
                         });
                         master.disconnect_within(Duration::from_secs(20));
                     },

@@ -370,7 +370,7 @@ pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
             master(&role);
             role.run().expect("run");
             assert!(role.workers().is_empty());
-            assert_eq!(role.ledger().in_hand(), 0);
+            assert_eq!(role.ledger().in_flight(), 0);
             drop(role);
             let after = open_fds();
             let left: Vec<_> = after.iter().filter(|fd| !before.contains(fd)).collect();

@@ -39,7 +39,7 @@ fn load_of(master: &Master, worker: &WorkerProcess) -> WorkerLoad {
 
 /// Dispatched, received, open, returned.
 fn figures(load: &WorkerLoad) -> [u64; 4] {
-    [load.given, load.taken, load.open, load.refused]
+    [load.dispatched, load.received, load.open, load.returned]
 }
 
 fn listener_load(master: &Master) -> ListenerLoad {
@@ -214,7 +214,7 @@ fn close(
 /// Calls back when workers have received `count` connections.
 fn when_received(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
-        if master.ledger().taken == count {
+        if master.ledger().received == count {
             then(master);
         } else {
             when_received(master, count, then);
@@ -275,7 +275,7 @@ fn loads_count_connections_waiting_for_a_worker() {
                     let stopped = only.clone();
                     when_accepted(master, 1, move |master| {
                         let load = load_of(master, &stopped);
-                        assert_eq!((figures(&load), load.waiting()), ([1, 0, 0, 0], 1));
+                        assert_eq!((figures(&load), load.queued()), ([1, 0, 0, 0], 1));
                         wait_until("the backlog", || {
                             (listener_load(master).queued == Some(2)).then_some(())
                         });
@@ -287,7 +287,7 @@ fn loads_count_connections_waiting_for_a_worker() {
                                 assert_eq!(answers, ["1"; 3]);
                                 when_all_wait(master, move |master| {
                                     let load = load_of(master, &stopped);
-                                    assert_eq!((figures(&load), load.waiting()), ([3, 3, 0, 0], 0));
+                                    assert_eq!((figures(&load), load.queued()), ([3, 3, 0, 0], 0));
                                     log.add("done");
                                     master.disconnect();
                                 });

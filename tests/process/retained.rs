@@ -233,7 +233,7 @@ fn under_load(policy: SchedulingPolicy, end: fn(&WorkerProcess), check: impl Fn(
                     move |master, (_, count)| {
                         check(count);
                         let ledger = master.ledger();
-                        assert_eq!((ledger.dropped, ledger.in_hand()), (0, 0), "{ledger:?}");
+                        assert_eq!((ledger.dropped, ledger.in_flight()), (0, 0), "{ledger:?}");
                         log.add("all");
                         drop(retained);
                         master.disconnect();
@@ -739,7 +739,7 @@ fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
         |master| {
             with_five_accepted(master, 1, move |master, retained, _, clients| {
                 end_all(master, kill, move |master| {
-                    assert_eq!(master.ledger().in_hand(), 4);
+                    assert_eq!(master.ledger().in_flight(), 4);
                     drop(master.fork().unwrap());
                     let work = move || ask_all(clients);
                     in_background(master, work, move |master, answers| {
@@ -767,7 +767,7 @@ fn disconnecting_workers_serve_accepted_connections() {
                 let later = log.clone();
                 master.on_all_disconnected_once(move |master| {
                     let ledger = master.ledger();
-                    assert_eq!((ledger.accepted, ledger.taken), (5, 5));
+                    assert_eq!((ledger.accepted, ledger.received), (5, 5));
                     drop(master.fork().unwrap());
                     let work = move || ask_all(vec![client]);
                     in_background(master, work, move |master, answer| {
@@ -793,7 +793,7 @@ fn disconnecting_workers_serve_accepted_connections() {
 fn when_received(master: &Master, taken: u64, accepted: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         let ledger = master.ledger();
-        if (ledger.taken, ledger.accepted) == (taken, accepted) {
+        if (ledger.received, ledger.accepted) == (taken, accepted) {
             then(master);
         } else {
             when_received(master, taken, accepted, then);

@@ -63,7 +63,7 @@ fn next(master: &Master, address: SocketAddr, log: Log) {
                 return next(master, address, log);
             }
             let ledger = master.ledger();
-            assert_eq!((ledger.accepted, ledger.taken), (100, 100));
+            assert_eq!((ledger.accepted, ledger.received), (100, 100));
             master.disconnect();
         });
     });
@@ -180,7 +180,7 @@ fn connections_behind_a_slow_request_are_reclaimed() {
                 let work = move || (0..ROUNDS).map(|_| round()).sum::<usize>();
                 in_background(master, work, move |master, quick| {
                     let ledger = master.ledger();
-                    assert_eq!(ledger.accepted, ledger.taken);
+                    assert_eq!(ledger.accepted, ledger.received);
                     log.add(quick.to_string());
                     master.disconnect();
                 });
@@ -223,10 +223,10 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
     in_background(master, connect, move |master, (mut slow, mut clients)| {
         master.set_timeout(Duration::from_millis(50), move |master| {
             let ledger = master.ledger();
-            assert!(ledger.in_hand() <= 2 * WINDOW, "{ledger:?}");
+            assert!(ledger.in_flight() <= 2 * WINDOW, "{ledger:?}");
             // Both slow requests may have reached one worker, and the other worker has served the
             // rest.
-            let has_queued = ledger.accepted < before + 402 && ledger.in_hand() > 0;
+            let has_queued = ledger.accepted < before + 402 && ledger.in_flight() > 0;
             let end = move || {
                 ask(&mut slow, b"x");
                 clients.extend(slow);
@@ -249,9 +249,9 @@ fn make_worker_slow(
     address: SocketAddr,
     then: impl FnOnce(&Master, String) + 'static,
 ) {
-    let taken = master.ledger().taken + 1;
+    let taken = master.ledger().received + 1;
     let mut client = TcpStream::connect(address).unwrap();
-    let is_received = move |master: &Master| master.ledger().taken == taken;
+    let is_received = move |master: &Master| master.ledger().received == taken;
     when(master, is_received, move |master| {
         master.set_timeout(Duration::from_millis(5), move |master| {
             client.write_all(b"x").unwrap();
@@ -305,7 +305,7 @@ fn connection_of_a_stopped_worker_goes_to_an_idle_one() {
                     stopped.process().kill(Signal::CONT);
                     when_all_wait(master, move |master| {
                         let ledger = master.ledger();
-                        assert_eq!((ledger.accepted, ledger.taken), (3, 3));
+                        assert_eq!((ledger.accepted, ledger.received), (3, 3));
                         let rest = move || read_all(vec![client]).concat();
                         in_background(master, rest, move |master, rest| {
                             log.add(rest);
@@ -327,14 +327,14 @@ fn with_a_busy_worker(
     address: SocketAddr,
     then: impl FnOnce(&Master, [TcpStream; 2]) + 'static,
 ) {
-    let before = master.ledger().taken;
+    let before = master.ledger().received;
     let first = TcpStream::connect(address).unwrap();
-    let is_received = move |master: &Master| master.ledger().taken == before + 1;
+    let is_received = move |master: &Master| master.ledger().received == before + 1;
     when(master, is_received, move |master| {
         let second = TcpStream::connect(address).unwrap();
         when_accepted(master, before + 2, move |master| {
             assert_eq!(
-                master.ledger().in_hand(),
+                master.ledger().in_flight(),
                 1,
                 "the second client is with the stopped worker"
             );
@@ -361,7 +361,7 @@ fn connection_in_a_queue_survives_a_killed_worker() {
                             assert_eq!(answers[0], answers[1], "one worker served both clients");
                             assert_ne!(answers[0], killed);
                             let ledger = master.ledger();
-                            assert_eq!((ledger.accepted, ledger.taken), (4, 4));
+                            assert_eq!((ledger.accepted, ledger.received), (4, 4));
                             log.add("served");
                             master.disconnect();
                         });
@@ -386,7 +386,7 @@ fn client_that_disconnects_while_it_waits_is_counted() {
                     let client = RefCell::new(Some(second));
                     stopped.on_exit(move |master, _, _| {
                         assert_eq!(
-                            master.ledger().in_hand(),
+                            master.ledger().in_flight(),
                             1,
                             "the second client waits in the master"
                         );
@@ -395,7 +395,7 @@ fn client_that_disconnects_while_it_waits_is_counted() {
                     let is_counted = |master: &Master| master.ledger().closed_by_peer == 1;
                     when(master, is_counted, move |master| {
                         let ledger = master.ledger();
-                        log.add(format!("{} of {}", ledger.taken, ledger.accepted));
+                        log.add(format!("{} of {}", ledger.received, ledger.accepted));
                         first.write_all(b"x").unwrap();
                         master.disconnect();
                     });
@@ -597,7 +597,7 @@ fn run_callback_that_ends(how: String) {
                             in_background(master, read, move |master, more| {
                                 answers.extend(more);
                                 let ledger = master.ledger();
-                                assert_eq!(ledger.accepted, ledger.taken);
+                                assert_eq!(ledger.accepted, ledger.received);
                                 log.add(answers.join(" "));
                                 master.disconnect();
                             });
@@ -632,13 +632,13 @@ fn queue_survives_a_killed_worker() {
                         first.process().kill(Signal::KILL);
                         let rest = RefCell::new(Some((second.clone(), clients, log)));
                         first.on_exit(move |master, _, _| {
-                            assert_eq!(master.ledger().in_hand(), QUEUED as u64);
+                            assert_eq!(master.ledger().in_flight(), QUEUED as u64);
                             let (second, clients, log) = rest.take().unwrap();
                             let _ = second.send(b"go").unwrap();
                             let read = move || read_all(clients);
                             in_background(master, read, move |master, answers| {
                                 let ledger = master.ledger();
-                                assert_eq!(ledger.accepted, ledger.taken);
+                                assert_eq!(ledger.accepted, ledger.received);
                                 log.add(answers.join(" "));
                                 master.disconnect();
                             });
@@ -750,7 +750,7 @@ fn received_connection_is_not_dispatched_again() {
                         let read = move || read_all(clients);
                         in_background(master, read, move |master, answers| {
                             let ledger = master.ledger();
-                            assert_eq!(ledger.accepted, ledger.taken);
+                            assert_eq!(ledger.accepted, ledger.received);
                             log.add(answers.join(" "));
                             master.disconnect();
                         });

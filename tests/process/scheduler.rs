@@ -103,7 +103,7 @@ fn scheduler_chooses_by_the_peer_address() {
                     }
                 };
                 in_background(master, work, move |master, ()| {
-                    assert_eq!(master.ledger().taken, 300);
+                    assert_eq!(master.ledger().received, 300);
                     log.add("all served as chosen");
                     master.disconnect();
                 });
@@ -162,9 +162,11 @@ fn scheduler_sees_the_loads() {
         |master| {
             let (seen, shown) = (log.clone(), log);
             master.set_scheduler(move |_, workers| {
-                let loads = workers.iter().map(|load| (load.given, load.waiting()));
+                let loads = workers.iter().map(|load| (load.dispatched, load.queued()));
                 seen.add(format!("{:?}", loads.collect::<Vec<_>>()));
-                let least_loaded = workers.iter().min_by_key(|load| (load.given, load.worker));
+                let least_loaded = workers
+                    .iter()
+                    .min_by_key(|load| (load.dispatched, load.worker));
                 least_loaded.map(|load| load.worker)
             });
             when_listening(master, 2, move |master, address| {
@@ -282,7 +284,7 @@ fn busy_worker_receives_chosen_connections_later() {
                     let served = |master: &Master| master.ledger().accepted == 3;
                     when(master, served, move |master| {
                         master.set_timeout(Duration::from_millis(100), move |master| {
-                            assert_eq!(master.ledger().taken, 1);
+                            assert_eq!(master.ledger().received, 1);
                             let work = move || [first, second, third].map(finish);
                             in_background(master, work, move |master, answers| {
                                 log.add(answers.join(" "));
@@ -347,7 +349,7 @@ fn client_of_a_killed_chosen_worker_is_served_once() {
                     move |master, answers| {
                         assert_eq!(answers, ["2", "2", "2"]);
                         let ledger = master.ledger();
-                        assert_eq!((ledger.accepted, ledger.taken), (3, 3));
+                        assert_eq!((ledger.accepted, ledger.received), (3, 3));
                         outcome.add("served");
                         master.disconnect();
                     },
@@ -517,11 +519,11 @@ fn waiting_clients_that_disconnect_reach_no_worker() {
                             let work = || clients.into_iter().map(finish).collect::<Vec<_>>();
                             in_background(master, work, move |master, answers| {
                                 assert_eq!(answers, ["1"; 16]);
-                                let is_empty = |master: &Master| master.ledger().in_hand() == 0;
+                                let is_empty = |master: &Master| master.ledger().in_flight() == 0;
                                 when(master, is_empty, move |master| {
                                     let ledger = master.ledger();
                                     let closed = ledger.closed_by_peer;
-                                    log.add(format!("{} served, {closed} closed", ledger.taken));
+                                    log.add(format!("{} served, {closed} closed", ledger.received));
                                     master.disconnect();
                                 });
                             });

@@ -168,5 +168,5 @@ fn stop(master: &Master, short_lived: &ShortLived, long_lived: &LongLived) {
         }
     }
     run_until(master, || master.workers().len() == 1);
-    run_until(master, || master.ledger().in_hand() == 0);
+    run_until(master, || master.ledger().in_flight() == 0);
 }

@@ -149,10 +149,10 @@ impl Member {
 
     pub(super) fn figures(&self, worker: WorkerId) -> WorkerLoad {
         WorkerLoad {
-            given: self.dispatched + self.returned,
-            taken: self.received,
+            dispatched: self.dispatched + self.returned,
+            received: self.received,
             open: self.open_at_idle + self.received - self.received_at_idle,
-            refused: self.returned,
+            returned: self.returned,
             ..WorkerLoad::new(worker)
         }
     }

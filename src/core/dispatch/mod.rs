@@ -220,7 +220,7 @@ pub(crate) struct Dispatcher<C> {
     /// Connections up to this sequence number could not be dispatched when they were accepted.
     last_delayed: u64,
     /// Dispatched and not known to be received.
-    in_flight: u64,
+    queued_total: u64,
     accepted: u64,
     turns: u64,
     /// The highest recent load that any worker has had.
@@ -246,7 +246,7 @@ impl<C> Dispatcher<C> {
             candidate_count: 0,
             last_swept: 0,
             last_delayed: 0,
-            in_flight: 0,
+            queued_total: 0,
             accepted: 0,
             turns: 0,
             recent_load_max: 0,
@@ -257,7 +257,7 @@ impl<C> Dispatcher<C> {
     pub(crate) fn capacity(&self) -> u64 {
         if self.has_scheduler {
             let capacity = self.ready_count as u64 * u64::from(MAX_WINDOW);
-            return capacity.saturating_sub(self.in_hand());
+            return capacity.saturating_sub(self.in_flight());
         }
         let capacity = self.idle.len() as u64 * u64::from(self.window);
         capacity.saturating_sub(self.waiting_count())
@@ -393,7 +393,7 @@ impl<C> Dispatcher<C> {
         let (in_flight, received) = (member.in_flight(), member.received());
         let result = change(member);
         let new = member.ranks(worker);
-        self.in_flight = self.in_flight + member.in_flight() - in_flight;
+        self.queued_total = self.queued_total + member.in_flight() - in_flight;
         self.ready_count =
             self.ready_count + usize::from(member.is_ready()) - usize::from(was_ready);
         self.candidate_count =
@@ -713,8 +713,8 @@ impl<C> Dispatcher<C> {
     }
 
     /// Returns how many connections have been accepted and are not known to have been received.
-    pub(crate) fn in_hand(&self) -> u64 {
-        self.waiting_count() + self.in_flight
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.waiting_count() + self.queued_total
     }
 }
 

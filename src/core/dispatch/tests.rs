@@ -325,7 +325,7 @@ fn worker_with_an_empty_queue_has_nothing_to_reclaim() {
         ),
         (None, None)
     );
-    assert_eq!(dispatcher.in_hand(), 0);
+    assert_eq!(dispatcher.in_flight(), 0);
     assert_eq!(
         dispatcher.idle_reported(id(1), 1, 0, LATER),
         Ok(0),
@@ -339,9 +339,9 @@ fn connection_on_its_way_to_an_empty_queue_is_not_received() {
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
     assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(1)), 0);
-    assert_eq!(dispatcher.in_hand(), 1);
+    assert_eq!(dispatcher.in_flight(), 1);
     assert_eq!(dispatcher.counted(id(1), 0), 1);
-    assert_eq!(dispatcher.in_hand(), 0);
+    assert_eq!(dispatcher.in_flight(), 0);
 }
 
 #[test]
@@ -356,11 +356,11 @@ fn reclaimed_connections_keep_their_sequence() {
     let (load, received) = dispatcher.queue_closed(id(1), reclaimed, 0);
     assert_eq!(received, 1);
     let load = load.unwrap();
-    assert_eq!((load.given, load.taken, load.refused), (18, 16, 2));
+    assert_eq!((load.dispatched, load.received, load.returned), (18, 16, 2));
     dispatcher.add(id(2));
     dispatcher.idle_reported(id(2), 0, 0, LATER).unwrap();
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 1), (2, 2), (2, 3)]);
-    assert_eq!(dispatcher.in_hand(), 3);
+    assert_eq!(dispatcher.in_flight(), 3);
 }
 
 #[test]
@@ -445,8 +445,8 @@ proptest! {
                 dispatcher.counted(id(n), queues[n as usize].len() as u64);
             }
             let queued: usize = queues.iter().map(VecDeque::len).sum();
-            prop_assert_eq!(dispatcher.in_hand(), (dispatcher.waiting.len() + queued) as u64);
-            prop_assert_eq!(accepted, dispatcher.in_hand() + received.iter().sum::<u64>());
+            prop_assert_eq!(dispatcher.in_flight(), (dispatcher.waiting.len() + queued) as u64);
+            prop_assert_eq!(accepted, dispatcher.in_flight() + received.iter().sum::<u64>());
         }
     }
 }

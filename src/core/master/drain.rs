@@ -157,7 +157,7 @@ impl<C, F> MasterCore<C, F> {
         if !is_grace_over {
             return;
         }
-        if listener.dispatcher.in_hand() == 0 {
+        if listener.dispatcher.in_flight() == 0 {
             self.unbind(handle);
         } else {
             self.count_queues(handle);

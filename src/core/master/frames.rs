@@ -52,9 +52,9 @@ impl<C, F: Default> MasterCore<C, F> {
             ToMaster::Listening { handle } => self.listening(worker, handle),
             ToMaster::Idle {
                 handle,
-                taken,
+                received,
                 open,
-            } => self.idle(worker, handle, taken, open),
+            } => self.idle(worker, handle, received, open),
             ToMaster::Release { handle } => {
                 let listener = self.listeners.get(&handle);
                 let members = listener.map(|listener| &listener.members);

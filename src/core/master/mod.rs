@@ -479,9 +479,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    pub(crate) fn in_hand(&self) -> u64 {
+    pub(crate) fn in_flight(&self) -> u64 {
         let listeners = self.listeners.values();
-        listeners.map(|each| each.dispatcher.in_hand()).sum()
+        listeners.map(|each| each.dispatcher.in_flight()).sum()
     }
 
     /// Whether a connection waits although a worker could receive it.

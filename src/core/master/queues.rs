@@ -115,7 +115,7 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Counts connections that are now known to have been received.
     pub(super) fn count_received(&mut self, more: i64) {
-        self.ledger.taken = self.ledger.taken.saturating_add_signed(more);
+        self.ledger.received = self.ledger.received.saturating_add_signed(more);
     }
 
     fn dispatch_later(&mut self, handle: HandleId) {

@@ -151,7 +151,7 @@ impl<C, F> MasterCore<C, F> {
         if listener.stage != Stage::Pausing || listener.accept_state == AcceptState::Accepting {
             return;
         }
-        if listener.dispatcher.in_hand() == 0 {
+        if listener.dispatcher.in_flight() == 0 {
             listener.stage = Stage::Open;
             self.end_for_all(handle, true);
         } else {

@@ -54,12 +54,12 @@ fn with_scheduler(core: &mut Core) -> (HandleId, WorkerId) {
     core.use_scheduler();
     let worker = online(core);
     let handle = listen(core, worker, 1);
-    let (taken, open) = (0, 0);
+    let (received, open) = (0, 0);
     core.frame(
         worker,
         ToMaster::Idle {
             handle,
-            taken,
+            received,
             open,
         },
     );
@@ -94,14 +94,14 @@ fn clients_of_connections_that_have_waited_are_checked_before_the_dispatch() {
     assert_eq!(dispatched(&mut core), at_once);
     let idle = ToMaster::Idle {
         handle,
-        taken: 1,
+        received: 1,
         open: 0,
     };
     core.frame(worker, idle);
     assert_eq!(dispatched(&mut core), [(17, true)]);
-    assert_eq!(core.ledger().in_hand(), 16);
+    assert_eq!(core.ledger().in_flight(), 16);
     core.hung_up(handle, worker);
-    assert_eq!(core.ledger().in_hand(), 15);
+    assert_eq!(core.ledger().in_flight(), 15);
     assert_eq!(core.ledger().closed_by_peer, 1);
 }
 
@@ -126,7 +126,7 @@ fn sweeps_take_turns_through_all_connections() {
         core.sweep(usize::MAX, |client| client % 2 == 0);
     }
     assert_eq!(core.ledger().closed_by_peer, 3);
-    assert_eq!(core.in_hand(), 2);
+    assert_eq!(core.in_flight(), 2);
 }
 
 fn online(core: &mut Core) -> WorkerId {
@@ -250,9 +250,9 @@ fn last_worker_serves_accepted_connections_before_it_disconnects() {
     let handle = retain(&mut core, port(1));
     let worker = online(&mut core);
     request(&mut core, worker, port(1));
-    let idle = |taken| ToMaster::Idle {
+    let idle = |received| ToMaster::Idle {
         handle,
-        taken,
+        received,
         open: 0,
     };
     core.frame(worker, idle(0));

@@ -53,10 +53,9 @@ impl<F> WorkerCore<F> {
             let received = entry.received;
             let open = u32::try_from(entry.open_connections).unwrap_or(u32::MAX);
             entry.report = QueueReport::Idle { received, open };
-            let taken = received;
             self.send(ToMaster::Idle {
                 handle,
-                taken,
+                received,
                 open,
             });
         }

@@ -46,11 +46,11 @@ fn accepts(core: &mut Core, listener: ListenerId) -> bool {
     events.iter().any(is_ready)
 }
 
-fn idle(taken: u64, open: u32) -> ToMaster {
+fn idle(received: u64, open: u32) -> ToMaster {
     let handle = HANDLE;
     ToMaster::Idle {
         handle,
-        taken,
+        received,
         open,
     }
 }

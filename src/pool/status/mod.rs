@@ -192,7 +192,7 @@ impl WorkerStatus {
             generation: worker.generation,
             phase: worker.phase(),
             age: now.saturating_sub(worker.forked_at),
-            received: load.map_or(0, |load| load.taken),
+            received: load.map_or(0, |load| load.received),
             open: load.map_or(0, |load| load.open),
         })
     }

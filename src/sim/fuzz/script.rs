@@ -257,13 +257,13 @@ impl Script {
             2 => ToMaster::Listening { handle },
             3 => ToMaster::Idle {
                 handle,
-                taken: input.long(),
+                received: input.long(),
                 open: input.number(),
             },
             // The master may believe this claim.
             4 => ToMaster::Idle {
                 handle,
-                taken: received.saturating_add(input.long()),
+                received: received.saturating_add(input.long()),
                 open: input.number(),
             },
             5 => ToMaster::Release { handle },
@@ -330,7 +330,7 @@ impl Script {
     fn idle(&self, handle: HandleId) -> ToMaster {
         ToMaster::Idle {
             handle,
-            taken: self.world.count_received(handle, self.hostile.id),
+            received: self.world.count_received(handle, self.hostile.id),
             open: 0,
         }
     }
@@ -578,7 +578,7 @@ impl Script {
             let is_empty = |port: &Port| {
                 port.is_unbound() || port.kind() == Kind::Udp || port.backlog.is_empty()
             };
-            world.ports.values().all(is_empty) && world.master.in_hand() == 0
+            world.ports.values().all(is_empty) && world.master.in_flight() == 0
         });
         self.world.check_served();
     }

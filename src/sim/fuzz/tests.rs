@@ -110,7 +110,7 @@ fn lie() -> Scene {
         1 => Just(vec![0]),
         3 => (numbers(), endpoints(), 0..3u8).prop_map(|(r, e, index)| vec![1, r, e, index]),
         1 => handles().prop_map(|handle| vec![frame_of(2, handle)]),
-        3 => idle().prop_map(|(h, taken)| vec![frame_of(3, h), taken]),
+        3 => idle().prop_map(|(h, received)| vec![frame_of(3, h), received]),
         9 => idle().prop_map(|(h, beyond)| vec![frame_of(4, h), beyond]),
         1 => handles().prop_map(|handle| vec![frame_of(5, handle)]),
         3 => handles().prop_map(|handle| vec![frame_of(6, handle)]),

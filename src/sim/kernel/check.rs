@@ -19,7 +19,7 @@ impl World {
         self.check_closed();
         assert!(self.master.is_index_consistent(), "the index is wrong");
         let ledger = self.master.ledger();
-        assert_eq!(ledger.in_hand(), self.master.in_hand(), "{ledger:?}");
+        assert_eq!(ledger.in_flight(), self.master.in_flight(), "{ledger:?}");
         let lost = ledger.dropped + ledger.closed_by_peer;
         assert!(self.lost <= lost, "a client is lost: {ledger:?}");
         let waits = self.awaited || !self.referenced.is_empty();
@@ -49,8 +49,8 @@ impl World {
         assert!(sizes.handles <= max, "{} listeners", sizes.handles);
         // The connections of one queue have come back, and all other queues are full.
         let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles;
-        let in_hand = usize::try_from(self.master.in_hand()).expect("few connections");
-        assert!(in_hand <= max, "{in_hand} connections in hand");
+        let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
+        assert!(in_flight <= max, "{in_flight} connections in flight");
         for process in self.processes.values() {
             // Two frames for each listener, and one to disconnect.
             let counters = &process.counters;
@@ -78,8 +78,8 @@ impl World {
 
     /// The master knows of all connections in queues.
     fn check_queued(&self) {
-        let in_hand = usize::try_from(self.master.in_hand()).expect("few connections");
-        let is_complete = self.count_queued() <= in_hand;
+        let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
+        let is_complete = self.count_queued() <= in_flight;
         assert!(is_complete || self.has_false_claims, "forgotten in a queue");
     }
 
@@ -111,7 +111,7 @@ impl World {
     /// The numbers that the application reads from queues and those of the ledger are equal.
     pub(crate) fn check_received(&self) {
         if self.config.counts_queues && !self.has_false_claims {
-            assert_eq!(self.master.ledger().taken, self.received, "received");
+            assert_eq!(self.master.ledger().received, self.received, "received");
         }
     }
 }
@@ -263,10 +263,10 @@ impl World {
         assert!(self.ports.values().all(Port::is_unbound));
         assert!(self.queues.is_empty(), "a queue is forgotten");
         let ledger = self.master.ledger();
-        assert_eq!(ledger.in_hand(), 0);
+        assert_eq!(ledger.in_flight(), 0);
         assert_eq!(self.master.policy(), self.config.policy);
         if !self.has_false_claims {
-            assert_eq!(ledger.taken, self.received, "received");
+            assert_eq!(ledger.received, self.received, "received");
             let lost = ledger.dropped + ledger.closed_by_peer;
             assert_eq!(self.lost, lost, "closed connections: {ledger:?}");
         }

@@ -64,8 +64,8 @@ impl World {
     /// Reports a fact to the master's core, or calls it. What it decides must be bounded.
     pub(crate) fn report<T>(&mut self, fact: impl FnOnce(&mut Master) -> T) -> T {
         let before = self.master.sizes();
-        let in_hand = usize::try_from(self.master.in_hand()).unwrap_or(usize::MAX);
-        let connections = in_hand + self.count_queued();
+        let in_flight = usize::try_from(self.master.in_flight()).unwrap_or(usize::MAX);
+        let connections = in_flight + self.count_queued();
         let result = fact(&mut self.master);
         let after = self.master.sizes();
         let workers = before.processes.max(after.processes).max(2);
@@ -257,8 +257,11 @@ impl World {
             self.report(|core| core.error(worker, Error::no_descriptors(worker)));
         }
         self.process(worker).counters.frames += 1;
-        if let ToMaster::Idle { handle, taken, .. } = frame {
-            self.check_claim(handle, worker, taken);
+        if let ToMaster::Idle {
+            handle, received, ..
+        } = frame
+        {
+            self.check_claim(handle, worker, received);
         }
         if let ToMaster::Message(bytes) = frame {
             self.report(|core| core.message(worker, bytes, fds));

@@ -277,7 +277,7 @@ impl World {
             Forgery::Listening => Ok(ToMaster::Listening { handle }),
             Forgery::Idle => Ok(ToMaster::Idle {
                 handle,
-                taken: number % 4,
+                received: number % 4,
                 open: u32::from(n),
             }),
             Forgery::ReceiveAndClose => {

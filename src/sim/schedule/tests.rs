@@ -214,10 +214,10 @@ fn worker_that_receives_nothing_delays_no_client() {
     let world = &mut schedule.world;
     let (honest, hoarder) = (workers[0], workers[1]);
     world.stop(hoarder);
-    let idle = |taken| {
+    let idle = |received| {
         Ok(ToMaster::Idle {
             handle: HANDLE,
-            taken,
+            received,
             open: 0,
         })
     };
@@ -237,9 +237,9 @@ fn worker_that_receives_nothing_delays_no_client() {
         assert!(world.clients() - world.served <= 1, "round {round}");
     }
     // It claims again and again that it has received everything, and receives nothing.
-    for taken in 0..1000 {
+    for received in 0..1000 {
         world.connect(0);
-        world.forge(hoarder, idle(taken));
+        world.forge(hoarder, idle(received));
         world.settle();
         if !world.processes[&hoarder].is_alive() {
             break;
@@ -300,7 +300,7 @@ fn frames_of_one_worker_do_not_bloat_the_master() {
             1 => ToMaster::Pause { handle },
             2 => ToMaster::Idle {
                 handle,
-                taken: 0,
+                received: 0,
                 open: 0,
             },
             _ => ToMaster::Listen {

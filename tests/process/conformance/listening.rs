@@ -230,7 +230,7 @@ fn worker_handle_close() {
             let worker = master.fork().unwrap();
             worker.on_exit(move |master, _, _| {
                 let ledger = master.ledger();
-                let sums = (ledger.accepted, ledger.taken, ledger.dropped);
+                let sums = (ledger.accepted, ledger.received, ledger.dropped);
                 log.add(format!("{sums:?}"));
             });
         },

@@ -215,7 +215,7 @@ fn connection_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) 
             let worker = master.fork().unwrap();
             worker.on_exit(move |master, _, _| {
                 let ledger = master.ledger();
-                let sums = (ledger.accepted, ledger.taken, ledger.dropped);
+                let sums = (ledger.accepted, ledger.received, ledger.dropped);
                 log.add(format!("{sums:?}"));
             });
         },
