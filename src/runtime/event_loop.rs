@@ -26,7 +26,7 @@ use crate::types::worker_id::WorkerId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WatchId(u32);
 
-/// Identifies a timer or a watched descriptor, for [`Master::unref`](crate::Master::unref), which has
+/// Identifies a timer or a watched descriptor, for [`Master::unreference`](crate::Master::unreference), which has
 /// an example.
 ///
 /// Node: the object that has a method `unref()`.
