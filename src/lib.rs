@@ -1,5 +1,9 @@
 #![doc = include_str!("../README.md")]
 
+// To find your way: `core` decides (its `mod.rs` and those of its folders say what), `master` and `worker`
+// are the public API and carry decisions out, `wire` is what travels between processes, `sys` makes the
+// system calls.
+
 // The pool uses the public API by the same paths as an application does.
 extern crate self as cluster;
 

@@ -54,7 +54,7 @@ pub(crate) enum AfterFlush {
 
 /// The treatment of data that the peer has written and this process has not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unread {
+pub(crate) enum Unprocessed {
     /// The kernel closes it with the socket.
     Leave,
     /// It is read, and its descriptors are closed one by one.
@@ -139,15 +139,15 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
     }
 
     /// Closes the channel in both directions. Returns the last receipts.
-    pub(crate) fn close(&self, unread: Unread) -> Vec<Receipt> {
+    pub(crate) fn close(&self, unprocessed: Unprocessed) -> Vec<Receipt> {
         let Some(mut channel) = self.take() else {
             return Vec::new();
         };
         channel.shut_down();
         let receipts = channel.take_receipts();
-        match unread {
-            Unread::Leave => drop(channel),
-            Unread::Discard => channel.discard(),
+        match unprocessed {
+            Unprocessed::Leave => drop(channel),
+            Unprocessed::Discard => channel.discard(),
         }
         receipts
     }

@@ -56,6 +56,16 @@
 //! policy:      0 round robin, 1 shared, 2 sharded
 //! flags:       1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all
 //! ```
+//!
+//! # Adding a frame
+//!
+//! 1. Here: the table above, a constant in `kind`, a variant, `encode`, `decode`, the golden bytes of the
+//!    unit tests, and `VERSION`. If the frame has a descriptor, also `carries_listener`.
+//! 2. To the master: it is sent by `core/worker`, and processed by `core/master/frames`. To a worker: it is
+//!    sent by `core/master` (with a descriptor, by an `Attachment`), and processed by `core/worker`.
+//! 3. How a peer can misuse it: `types/violation`.
+//! 4. Tests: the forged frames of `sim/schedule/step` and `sim/fuzz/script`, the attacks in
+//!    `tests/process/hostile`, and `tests/corpus/frame`.
 
 use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};

@@ -115,7 +115,7 @@ const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
 const IDLE: u8 = 4;
 const PAUSE: u8 = 5;
-const CLOSE: u8 = 6;
+const RELEASE: u8 = 6;
 const DISCONNECT_REQUEST: u8 = 7;
 const MESSAGE: u8 = 127;
 const PREAMBLE: u8 = 64;
@@ -348,7 +348,7 @@ impl Listener<'_> {
     /// Waits until the master has processed everything sent before; it replies in order.
     fn wait_for_the_master(&self) {
         let other = self.attacker.listen(OTHER_INDEX);
-        self.attacker.send(&handle_frame(CLOSE, other.handle));
+        self.attacker.send(&handle_frame(RELEASE, other.handle));
     }
 }
 
@@ -910,7 +910,7 @@ fn flood_of_binds_does_not_delay_other_workers() {
         let first = attacker.listen(OWN_INDEX).handle;
         attacker.start_clients();
         flood_and_read(attacker, |n| {
-            [listen(OTHER_INDEX), handle_frame(CLOSE, first + 1 + n)].concat()
+            [listen(OTHER_INDEX), handle_frame(RELEASE, first + 1 + n)].concat()
         });
     });
     let fds = FDS_WITH_TWO_LISTENERS + FDS_OUT;
@@ -1187,7 +1187,7 @@ fn worker_that_binds_and_never_reads_is_disconnected() {
         let first = attacker.listen(OWN_INDEX).handle;
         attacker.start_clients();
         for n in 0.. {
-            let one = |n| [listen(OTHER_INDEX), handle_frame(CLOSE, first + 1 + n)].concat();
+            let one = |n| [listen(OTHER_INDEX), handle_frame(RELEASE, first + 1 + n)].concat();
             let many: Vec<_> = (n * 1000..(n + 1) * 1000).flat_map(one).collect();
             attacker.send(&many);
         }
@@ -1451,7 +1451,7 @@ fn violations() -> Vec<Violation> {
         violation(|_| listen(1), early),
         violation(|_| handle_frame(LISTENING, SHARED_HANDLE), early),
         violation(|_| idle(SHARED_HANDLE, 0), early),
-        violation(|_| handle_frame(CLOSE, SHARED_HANDLE), early),
+        violation(|_| handle_frame(RELEASE, SHARED_HANDLE), early),
         violation(|_| frame(DISCONNECT_REQUEST, 0, &[]), early),
         violation(|_| handle_frame(PAUSE, SHARED_HANDLE), early),
         violation(|_| message(b"x"), early),
@@ -1473,7 +1473,7 @@ fn violations_without_a_listener() -> Vec<Violation> {
         "idle for a listener that the worker does not have",
         "report of listening on a listener that the worker does not have",
     );
-    let close_why = "release of a listener that the worker does not have";
+    let release_why = "release of a listener that the worker does not have";
     vec![
         violation(
             |_| after_online(handle_frame(LISTENING, NO_HANDLE)),
@@ -1485,10 +1485,13 @@ fn violations_without_a_listener() -> Vec<Violation> {
         ),
         violation(|_| after_online(idle(NO_HANDLE, 0)), ready_why),
         violation(|_| after_online(idle(SHARED_HANDLE, 0)), ready_why),
-        violation(|_| after_online(handle_frame(CLOSE, NO_HANDLE)), close_why),
         violation(
-            |_| after_online(handle_frame(CLOSE, SHARED_HANDLE)),
-            close_why,
+            |_| after_online(handle_frame(RELEASE, NO_HANDLE)),
+            release_why,
+        ),
+        violation(
+            |_| after_online(handle_frame(RELEASE, SHARED_HANDLE)),
+            release_why,
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
@@ -1520,19 +1523,19 @@ fn violations_with_a_listener() -> Vec<Violation> {
             |attacker| {
                 after_joining(
                     attacker,
-                    [handle_frame(CLOSE, SHARED_HANDLE), idle(SHARED_HANDLE, 0)].concat(),
+                    [handle_frame(RELEASE, SHARED_HANDLE), idle(SHARED_HANDLE, 0)].concat(),
                 )
             },
             "idle for a listener that the worker does not have",
         ),
         violation(
-            |attacker| after_joining(attacker, handle_frame(CLOSE, SHARED_HANDLE).repeat(2)),
+            |attacker| after_joining(attacker, handle_frame(RELEASE, SHARED_HANDLE).repeat(2)),
             "release of a listener that the worker does not have",
         ),
         violation(
             |attacker| {
                 let frames = [
-                    handle_frame(CLOSE, SHARED_HANDLE),
+                    handle_frame(RELEASE, SHARED_HANDLE),
                     handle_frame(PAUSE, SHARED_HANDLE),
                 ];
                 after_joining(attacker, frames.concat())
@@ -1558,7 +1561,7 @@ fn malformed_frames() -> Vec<Violation> {
             "unknown kind of frame 66",
         ),
         violation(|_| frame(ONLINE, 0, b"x"), "malformed frame of kind 1"),
-        violation(|_| frame(CLOSE, 0, b"abc"), "malformed frame of kind 6"),
+        violation(|_| frame(RELEASE, 0, b"abc"), "malformed frame of kind 6"),
         violation(|_| frame(IDLE, 0, &[0; 20]), "malformed frame of kind 4"),
         violation(|_| frame(IDLE, 0, &[0; 8]), "malformed frame of kind 4"),
         violation(|_| frame(PAUSE, 0, &[0; 12]), "malformed frame of kind 5"),
@@ -1677,7 +1680,7 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
         3 => listen(small),
         4 => handle_frame(LISTENING, small),
         5 | 6 => idle(small, random.u64(..3)),
-        7 => handle_frame(CLOSE, small),
+        7 => handle_frame(RELEASE, small),
         8 => handle_frame(PAUSE, small),
         9 => frame(DISCONNECT_REQUEST, 0, &[]),
         10 => {

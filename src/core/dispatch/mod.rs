@@ -1,4 +1,6 @@
-//! Chooses the worker for the next connection of one listener.
+//! Chooses the worker for the next connection of one listener, with the round robin policy:
+//! `Dispatcher::dispatch_next`. The master asks the application's scheduler, if there is one, and reports
+//! its choice by `Dispatcher::choose`.
 //!
 //! The master accepts connections and puts each into the queue of one worker. Until the worker
 //! receives a connection, the master can reclaim it. A worker that finds its queue empty reports that
@@ -22,8 +24,8 @@
 //! The rules, in order. Among the connections that one rule is for, the one that was accepted first is
 //! next. A reclaimed connection keeps its position.
 //!
-//! 1. A connection that the scheduler has assigned to a worker goes to that worker once it is ready and
-//!    has fewer than `MAX_WINDOW` connections in its queue.
+//! 1. A connection that the scheduler has assigned to a worker goes to that worker once it is idle,
+//!    busy or slow, and has fewer than `MAX_WINDOW` connections in its queue.
 //! 2. If any worker is idle, an idle worker gets the connection. Prompt workers come before stalled ones.
 //!    Otherwise idle workers take strict turns: the worker that got a connection longest ago is next.
 //!    Fairness (below) can pass the turn to a busy worker.
@@ -468,8 +470,9 @@ impl<C> Dispatcher<C> {
     }
 
     /// These connections were reclaimed from the queue of `worker`. If nothing is left there, `queued`
-    /// has the number of connections that are still on their way to the queue. Returns how many more connections are now known to have been received: a negative
-    /// number if the worker had reported that it received reclaimed ones.
+    /// has the number of connections that are still on their way to the queue. Returns how many more
+    /// connections are now known to have been received: a negative number if the worker had reported
+    /// that it received reclaimed ones.
     pub(crate) fn reclaimed(
         &mut self,
         worker: WorkerId,

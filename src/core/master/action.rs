@@ -34,8 +34,9 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         worker: WorkerId,
     },
-    /// Closes both ends of a worker's queue. The answer is `queue_closed`, with the connections that
-    /// were in it.
+    /// Empties a worker's queue and closes both ends. The answer is `queue_closed`, with the connections
+    /// that were in it. As long as the queue cannot be emptied for lack of descriptors, the answers are
+    /// `reclaimed`.
     CloseQueue {
         handle: HandleId,
         worker: WorkerId,
@@ -72,7 +73,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
     },
     /// Accepts connections. Each answer is `accepted`; the last one is `accept_done`, `drained` or
-    /// `accept_failed`. A listener that was shut down is treated as drained if `is_ending` is true.
+    /// `accept_failed`. A listener that was shut down is treated as drained if the core says that it `is_ending`.
     Accept {
         handle: HandleId,
         at_most: u64,

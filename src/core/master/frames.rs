@@ -1,4 +1,4 @@
-//! The frames of workers.
+//! What the frames of workers lead to. Their format is in [`wire::frame`](crate::wire::frame).
 
 use std::rc::Rc;
 

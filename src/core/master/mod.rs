@@ -15,15 +15,29 @@
 //! | `listen` | which listener a worker gets |
 //! | `accept` | when to accept |
 //! | `queues` | when to dispatch and to reclaim; the choice of the worker is in `dispatch` |
+//! | `leave` | how a worker leaves a listener, and what becomes of its queue |
 //! | `drain` | how a listener drains and closes |
 //! | `shards` | which shard a worker gets, and where new connections go |
 //! | `retain` | listeners that the application retains |
+//!
+//! # When a worker exits
+//!
+//! The connections in its queue go to other workers, and its final frames are still processed:
+//!
+//! 1. `exited` (`workers`): the worker gets no more connections or frames. Action `CloseChannel`.
+//! 2. The shell processes the final frames, and calls `channel_closed` (`workers`).
+//! 3. `leave_listener` (`leave`), for each listener of the worker. Action `CloseQueue`.
+//! 4. The shell empties the queue, and calls `queue_closed` (`queues`). The connections return to the
+//!    dispatcher, which keeps their order, and are dispatched again.
+//! 5. If no worker serves the listener any more, and the application does not retain it, the listener
+//!    closes, and the connections are counted as dropped.
 
 mod accept;
 mod action;
 mod detached;
 mod drain;
 mod frames;
+mod leave;
 mod listen;
 mod listener;
 mod listener_table;

@@ -196,15 +196,16 @@ impl<C, F> MasterCore<C, F> {
         }
         if entry.is_connected() {
             // The final frames that it sent before it exited are processed.
-            self.write_close(worker, Some(status));
+            self.close_for_writing(worker, Some(status));
         } else {
             entry.life = Life::Exited(status);
             self.emit_exit(worker, status);
         }
     }
 
-    /// Nothing more is sent to the worker, whose process has exited if there is a `status`.
-    fn write_close(&mut self, worker: WorkerId, status: Option<ExitStatus>) {
+    /// Nothing more is sent to the worker, whose process has exited if there is a `status`. What it has
+    /// sent before is processed: the shell calls `channel_closed` afterwards.
+    fn close_for_writing(&mut self, worker: WorkerId, status: Option<ExitStatus>) {
         let Some(entry) = self.workers.get_mut(&worker) else {
             return;
         };
@@ -331,7 +332,7 @@ impl<C, F> MasterCore<C, F> {
     pub(crate) fn close_channel(&mut self, worker: WorkerId) {
         let entry = self.workers.get(&worker);
         if entry.is_some_and(WorkerEntry::is_writable) {
-            self.write_close(worker, None);
+            self.close_for_writing(worker, None);
         }
     }
 

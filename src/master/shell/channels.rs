@@ -12,7 +12,7 @@ use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
-use crate::wire::driver::{AfterFlush, Sent, Unread};
+use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
 use crate::wire::frame::{FrameError, ToMaster, ToWorker};
 use crate::wire::receipts::{Receipt, ReceiptId};
 
@@ -355,7 +355,7 @@ impl MasterShell {
         let Some(worker_io) = self.worker_io(worker) else {
             return;
         };
-        let receipts = worker_io.channel.close(Unread::Discard);
+        let receipts = worker_io.channel.close(Unprocessed::Discard);
         self.add_receipts(worker, receipts);
         self.set_writing(worker, false);
         let is_reaped = self.core.borrow().exit_status(worker).is_some();

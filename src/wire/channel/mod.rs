@@ -12,6 +12,15 @@
 //! The first frame of each batch states how many descriptors the batch had. If the kernel dropped
 //! some, the reader knows to which frames they belonged.
 //!
+//! # Limits
+//!
+//! | what | limit | beyond it |
+//! |---|---|---|
+//! | bytes that the peer has not read, messages of the application | `HARD_LIMIT`; advice to pause from `HIGH_WATER` | `send` fails |
+//! | the same, with frames of the crate itself | `UNREAD_MAX`, `UNREAD_FDS_MAX` | the peer is disconnected |
+//! | bytes that the peer has sent, in one frame | `MAX_BODY` | the peer is disconnected |
+//! | descriptors that arrived before their frames | `inbox::MAX_EARLY_FDS` | the peer is disconnected |
+//!
 //! In a process that did not create it, a channel neither reads nor writes: the creator would lose
 //! the data.
 

@@ -16,7 +16,7 @@ use crate::sys::poll::{is_writable, wait_readable, wait_readable_or_writable};
 use crate::sys::process::Pid;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
-use crate::wire::driver::{AfterFlush, Sent, Unread};
+use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
 use crate::wire::fault;
 use crate::wire::frame::{FrameError, ToWorker};
 use crate::wire::receipts::ReceiptId;
@@ -182,7 +182,7 @@ impl WorkerShell {
 
     /// Closes this end of the channel and notifies the core.
     fn channel_closed(&self) {
-        let receipts = self.channel.close(Unread::Leave);
+        let receipts = self.channel.close(Unprocessed::Leave);
         self.receipts.borrow_mut().extend(receipts);
         self.core.borrow_mut().channel_closed();
         self.act();

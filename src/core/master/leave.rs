@@ -1,0 +1,43 @@
+//! How a worker leaves a listener: it releases the listener, disconnects, or exits.
+
+use super::listener::Stage;
+use super::{Action, MasterCore};
+use crate::config::policy::SchedulingPolicy;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+impl<C, F> MasterCore<C, F> {
+    /// The worker releases the listener, or its channel is closed. With round robin, the connections that
+    /// it has not received are reclaimed first.
+    pub(super) fn leave_listener(&mut self, handle: HandleId, worker: WorkerId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        listener.members.release(worker);
+        listener.dispatcher.end(worker);
+        let policy = listener.policy;
+        if !listener.members.is_served() {
+            match (listener.is_retained(), listener.stage) {
+                // Accepted connections wait for the next worker, too.
+                (true, Stage::Pausing) => listener.stage = Stage::Open,
+                (true, _) => {}
+                (false, _) => self.close_unserved(handle, Some(worker)),
+            }
+        }
+        match policy {
+            SchedulingPolicy::RoundRobin => {
+                let listener = self.listeners.get_mut(&handle);
+                // Not again for a worker that exits while its queue cannot be closed.
+                if listener.is_some_and(|listener| listener.members.begin_closing(worker)) {
+                    self.actions
+                        .push_back(Action::CloseQueue { handle, worker });
+                }
+            }
+            SchedulingPolicy::Shared => self.queue_closed(handle, worker, Vec::new()),
+            SchedulingPolicy::Sharded => {
+                self.leave_shard(handle, worker);
+                self.queue_closed(handle, worker, Vec::new());
+            }
+        }
+    }
+}
