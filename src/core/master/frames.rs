@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::{MasterCore, workers::WorkerEntry};
+use crate::core::dispatch::Dispatcher;
 use crate::core::event::{Event, Level};
 use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
@@ -72,11 +73,10 @@ impl<C, F: Default> MasterCore<C, F> {
                 Ok(())
             }
             ToMaster::Pause { handle } => {
-                let Some(listener) = self.listeners.get_mut(&handle) else {
-                    let error = Violation::UnknownPause;
-                    return Err(FrameError::Violation(error));
-                };
-                listener.dispatcher.pause(worker)?;
+                let error = Violation::UnknownPause;
+                let dispatcher = self.dispatcher(handle);
+                let dispatcher = dispatcher.ok_or(FrameError::Violation(error))?;
+                dispatcher.pause(worker)?;
                 self.reclaim_all(handle, worker);
                 Ok(())
             }
@@ -113,6 +113,15 @@ impl<C, F: Default> MasterCore<C, F> {
         Ok(())
     }
 
+    /// Returns the dispatcher of a listener whose workers have queues. The workers of other listeners
+    /// accept connections themselves, and cannot make the master accept.
+    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<C>> {
+        let listener = self.listeners.get_mut(&handle)?;
+        listener
+            .master_accepts()
+            .then_some(&mut listener.dispatcher)
+    }
+
     fn idle(
         &mut self,
         worker: WorkerId,
@@ -120,12 +129,11 @@ impl<C, F: Default> MasterCore<C, F> {
         received: u64,
         open: u32,
     ) -> Result<(), FrameError> {
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            let error = Violation::UnknownIdle;
-            return Err(FrameError::Violation(error));
-        };
-        let dispatcher = &mut listener.dispatcher;
-        let received = dispatcher.idle_reported(worker, received, open, self.now)?;
+        let now = self.now;
+        let error = Violation::UnknownIdle;
+        let dispatcher = self.dispatcher(handle);
+        let dispatcher = dispatcher.ok_or(FrameError::Violation(error))?;
+        let received = dispatcher.idle_reported(worker, received, open, now)?;
         self.count_received(received);
         self.dispatch_waiting(handle);
         // Connections queued behind a slow request were accepted before those in the backlog.

@@ -50,8 +50,10 @@ impl<C, F> MasterCore<C, F> {
         let key = HandleKey { endpoint, index };
         let listener = self.add_listener(handle, key, address, policy);
         listener.retained_by = 1;
-        // The poller does not watch it as long as no worker has it.
-        listener.accept_state = AcceptState::Ready;
+        if listener.master_accepts() {
+            // The poller does not watch the listener until a worker has it.
+            listener.accept_state = AcceptState::Ready;
+        }
         if policy == SchedulingPolicy::Sharded {
             (listener.shards, listener.spare_shard) = (vec![None], Some(0));
         }

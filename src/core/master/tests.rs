@@ -441,3 +441,23 @@ fn adopted_listener_is_found_by_its_address_and_by_its_port_if_unspecified() {
     assert!(core.is_bound(all), "a worker has it");
     assert!(!core.is_bound(again));
 }
+
+#[test]
+fn workers_cannot_make_the_master_accept_from_their_own_listener() {
+    for policy in [SchedulingPolicy::Shared, SchedulingPolicy::Sharded] {
+        let mut core = Core::new(policy);
+        let handle = retain(&mut core, port(1));
+        let worker = online(&mut core);
+        request(&mut core, worker, port(1));
+        let idle = ToMaster::Idle {
+            handle,
+            received: 0,
+            open: 0,
+        };
+        core.frame(worker, idle);
+        let actions = actions(&mut core);
+        let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { .. });
+        assert!(!actions.iter().any(is_accept), "{policy:?}: {actions:?}");
+        assert!(!core.is_connected(worker), "{policy:?}");
+    }
+}

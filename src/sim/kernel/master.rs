@@ -355,6 +355,7 @@ impl World {
 
     fn accept(&mut self, handle: HandleId, at_most: u64) {
         assert!(at_most <= MAX_ACCEPTED as u64);
+        assert!(self.master.master_accepts(handle), "workers accept");
         if self.failing.remove(&Failure::Accept) {
             let error = io::Error::from_raw_os_error(errno::EMFILE);
             return self.report(|core| core.accept_failed(handle, error));
