@@ -8,8 +8,10 @@ use crate::types::endpoint::{Endpoint, Kind, Place};
 
 /// The address that a worker listens on.
 ///
-/// Node: the argument `address` of the `listening` event, and its `addressType`. It prints as
-/// `127.0.0.1:8000`, `[::1]:8000`, `*:8000` if the worker gave no host, or as the path.
+/// Node: the argument `address` of the `listening` event, and its `addressType`.
+///
+/// An address prints as `127.0.0.1:8000` or `[::1]:8000`. If the worker gave no host, the address
+/// prints as `*:8000`, and a Unix socket prints as its path.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
@@ -26,8 +28,8 @@ pub enum Address {
     ///
     /// Node: `addressType` 4 or 6.
     Tcp(SocketAddr),
-    /// A TCP port of all addresses, because the worker gave no host. The value is what the system bound:
-    /// `[::]`, or `0.0.0.0` on a machine without IPv6.
+    /// A TCP port on all addresses, because the worker gave no host. The value is the address that
+    /// the system bound: `[::]`, or `0.0.0.0` on a machine without IPv6.
     ///
     /// Node: `addressType` 4 or 6, and `address` is `null`.
     TcpPort(SocketAddr),
@@ -39,22 +41,23 @@ pub enum Address {
     ///
     /// Node: `addressType` -1.
     Unix(PathBuf),
-    /// A descriptor of the master, which the worker named by its number.
+    /// A descriptor of the master, which the worker requested by its number.
     ///
     /// Node: `fd`.
     #[non_exhaustive]
     Fd {
-        /// The number of the descriptor in the master.
+        /// The descriptor's number in the master.
         number: RawFd,
-        /// Whether it is a UDP socket and not a listener.
+        /// Whether the descriptor is a UDP socket and not a listener.
         is_udp: bool,
-        /// The address that it is bound to, unless it is a Unix socket.
+        /// The address that the descriptor is bound to. `None` for a Unix socket.
         address: Option<SocketAddr>,
     },
 }
 
 impl Address {
-    /// `bound` is what the system reports; it is `None` for a Unix socket.
+    /// Creates the address from the worker's request and the address that the system reports as
+    /// `bound`, which is `None` for a Unix socket.
     pub(crate) fn new(requested: &Endpoint, bound: Option<SocketAddr>) -> Self {
         let is_udp = requested.kind == Kind::Udp;
         match &requested.place {
@@ -86,10 +89,12 @@ impl Address {
         }
     }
 
-    /// Returns the port, 1 to 65535, or `None` for a Unix socket. It is the real port, even if the worker
-    /// asked for port 0.
+    /// Returns the port, from 1 to 65535, or `None` for a Unix socket. If the worker requested port
+    /// 0, the result is the port that the system chose.
     ///
-    /// Node: `address.port`. See [`Address`] for an example.
+    /// Node: `address.port`.
+    ///
+    /// See [`Address`] for an example.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         self.socket_addr().map(|address| address.port())
@@ -117,7 +122,8 @@ impl Address {
         }
     }
 
-    /// Returns the path of a Unix socket that was named by its path.
+    /// Returns the path of a Unix socket, or `None` if the worker requested the socket by its
+    /// descriptor.
     ///
     /// Node: `address.address` of a path.
     ///

@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-/// The default backlog, in connections. It is 511, as in Node.
+/// The default backlog, in connections. Node uses 511 too.
 pub(crate) const BACKLOG: u32 = 511;
 
 /// The kind of a socket.
@@ -18,12 +18,12 @@ pub(crate) enum Kind {
 /// The address that a socket is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Place {
-    /// The port on all addresses of the machine, IPv6 and IPv4 if it has both.
+    /// A port on all addresses of the machine, both IPv4 and IPv6 if the machine has both.
     Port(u16),
     Ip(SocketAddr),
-    /// An absolute path: master and worker may have different working directories.
+    /// An absolute path, because the master and its workers may have different working directories.
     Path(PathBuf),
-    /// A socket that the master already has under this descriptor.
+    /// A socket that is already open in the master, by its descriptor.
     Fd(RawFd),
 }
 
@@ -33,7 +33,8 @@ pub(crate) struct Endpoint {
     pub(crate) place: Place,
 }
 
-/// The options for binding a socket. The first worker that listens on an endpoint decides.
+/// The options for binding a socket. If several workers listen on one endpoint, the options of the
+/// first worker apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
     pub(crate) backlog: u32,
@@ -60,7 +61,7 @@ impl Endpoint {
         Self { kind, place }
     }
 
-    /// Returns the IP address and port, as far as they are known before binding.
+    /// Returns the IP address and port that are requested, or `None` for a path or a descriptor.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         match self.place {
             Place::Ip(address) => Some(address),
@@ -69,12 +70,13 @@ impl Endpoint {
         }
     }
 
-    /// Whether the system chooses the port.
+    /// Returns whether the system chooses the port.
     pub(crate) fn is_any_port(&self) -> bool {
         self.address().is_some_and(|address| address.port() == 0)
     }
 
-    /// Whether the master's application already had this socket, and keeps it afterwards.
+    /// Returns whether the endpoint is a descriptor of the master's application, which keeps the
+    /// socket afterwards.
     pub(crate) fn is_borrowed(&self) -> bool {
         matches!(self.place, Place::Fd(_))
     }

@@ -1,8 +1,10 @@
 //! The steps of starting a worker.
 
-/// The step of starting a worker that failed, in [`Error::Fork`](crate::Error::Fork).
+/// The step at which starting a worker failed, in [`Error::Fork`](crate::Error::Fork).
 ///
-/// Node has no counterpart. It prints as a verb phrase, for instance "execute it" or "change its user".
+/// Node has no counterpart.
+///
+/// A step prints as a verb phrase, for instance "execute it" or "change its user".
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
@@ -16,40 +18,42 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ForkStep {
-    /// The master has other threads, which forbids [`Settings::main`](crate::Settings::main).
+    /// Copying the master for [`Settings::main`](crate::Settings::main), which is forbidden while
+    /// the master has other threads.
     CopyMaster,
-    /// The channel between the master and the worker.
+    /// Creating the channel between the master and the worker.
     Channel,
-    /// The closure of [`InspectPort`](crate::InspectPort) forked a worker.
+    /// Calling the closure of [`InspectPort`](crate::InspectPort), which must not fork a worker.
     InspectPort,
-    /// All numbers of workers have been used.
+    /// Assigning a worker id, which fails once all ids have been used.
     Number,
-    /// The arguments, the environment, or settings that exclude each other.
+    /// Checking the arguments, the environment and the settings, some of which exclude each other.
     Prepare,
-    /// The descriptors of [`Settings::stdio`](crate::Settings::stdio) and
+    /// Preparing the descriptors of [`Settings::stdio`](crate::Settings::stdio) and
     /// [`Settings::listen_fds`](crate::Settings::listen_fds).
     Descriptors,
-    /// The system could not make a process.
+    /// Creating the process.
     MakeProcess,
-    /// The worker did not start in time, or the master could not wait for it.
+    /// Waiting for the worker to start, which fails if the worker does not start in time.
     WaitForStart,
-    /// The master cannot watch the process for its exit.
+    /// Watching the process for its exit.
     Watch,
-    /// The program cannot be executed.
+    /// Executing the program.
     Execute,
-    /// The signal dispositions, or the request to be killed when the master exits.
+    /// Resetting the signal dispositions, or requesting a signal that kills the worker when the
+    /// master exits.
     Signals,
-    /// The directory of [`Settings::cwd`](crate::Settings::cwd).
+    /// Entering the directory of [`Settings::cwd`](crate::Settings::cwd).
     Directory,
-    /// The groups of [`Settings::gid`](crate::Settings::gid).
+    /// Changing the groups to those of [`Settings::gid`](crate::Settings::gid).
     Groups,
-    /// The user of [`Settings::uid`](crate::Settings::uid).
+    /// Changing the user to [`Settings::uid`](crate::Settings::uid).
     User,
-    /// The capabilities, which a worker of another user does not keep.
+    /// Giving up the capabilities, which a worker with a different user does not keep.
     Capabilities,
-    /// The copy of the master could not become a worker ([`Settings::main`](crate::Settings::main)).
+    /// Turning the copy of the master into a worker, for [`Settings::main`](crate::Settings::main).
     BecomeWorker,
-    /// The session of [`Settings::setsid`](crate::Settings::setsid).
+    /// Starting the session of [`Settings::setsid`](crate::Settings::setsid).
     Session,
 }
 

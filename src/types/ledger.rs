@@ -1,10 +1,11 @@
 //! The outcomes of all accepted connections.
 
-/// Counts the outcomes of the connections that the master accepted.
+/// Counts of the outcomes of all connections that the master accepted.
 ///
-/// Every accepted connection has exactly one outcome or is still in flight, so
-/// `accepted == received + closed_by_peer + dropped + in_flight()` holds at all times. Only with round robin
-/// does the master accept connections. With [`SchedulingPolicy::Shared`] and
+/// Every accepted connection either has exactly one outcome or is still in flight. Therefore
+/// `accepted == received + closed_by_peer + dropped + in_flight()` holds at all times.
+///
+/// The master accepts connections only with round robin. With [`SchedulingPolicy::Shared`] and
 /// [`SchedulingPolicy::Sharded`] the workers accept them, and these counters stay at 0.
 ///
 /// Node has no counterpart. See [`Master::ledger`] for an example.
@@ -19,15 +20,15 @@ pub struct Ledger {
     pub accepted: u64,
     /// Connections that a worker's application received.
     pub received: u64,
-    /// Connections whose client hung up while they waited in the master.
+    /// Connections whose client hung up before a worker received the connection.
     pub closed_by_peer: u64,
     /// Connections that the master closed because no worker was left to serve them.
     pub dropped: u64,
 }
 
 impl Ledger {
-    /// Returns the number of connections that have been accepted and not been received by an
-    /// application: they wait in the master, or are in the queue of a worker.
+    /// Returns the number of connections that have no outcome yet. These connections wait in the
+    /// master or in a worker's queue.
     ///
     /// Node has no counterpart. See [`Master::ledger`](crate::Master::ledger) for an example.
     #[must_use]

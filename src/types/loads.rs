@@ -5,39 +5,43 @@ use crate::types::worker_id::WorkerId;
 
 /// The current load of all workers and listeners.
 ///
-/// Taking it needs no counters beyond those that the master keeps anyway.
+/// A snapshot adds no cost to each connection, because it uses only counters that the master keeps
+/// anyway.
 ///
 /// Node has no counterpart. See [`Master::loads`](crate::Master::loads) for an example.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loads {
-    /// The workers that have been forked and have not exited, by id.
+    /// The workers that have been forked and have not exited, sorted by id.
     pub workers: Vec<WorkerLoad>,
     /// The listeners, in the order in which workers first listened on them.
     pub listeners: Vec<ListenerLoad>,
 }
 
-/// The load of one worker, in connections that the master dispatched to it.
+/// The load of one worker, in connections that the master dispatched to the worker.
 ///
-/// With a policy other than round robin the workers accept connections themselves, and all counters
-/// stay at 0.
+/// With a policy other than round robin, the workers accept connections themselves, and all
+/// counters stay at 0.
 ///
 /// Node has no counterpart. See [`Master::set_scheduler`](crate::Master::set_scheduler) for an
 /// example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerLoad {
-    /// The id of the worker.
+    /// The worker's id.
     pub worker: WorkerId,
-    /// Connections that were dispatched to the worker since it was forked.
+    /// The connections dispatched to the worker since its fork.
     pub dispatched: u64,
-    /// The part of `dispatched` that its application has received.
+    /// The connections in `dispatched` that the worker's application has received.
     pub received: u64,
-    /// The part of `received` that its application has not closed, for listeners that the worker has not
-    /// released. While the worker receives no further connections, the number is updated when half of
-    /// them have been closed.
+    /// The connections in `received` that the worker's application has not closed. Connections from
+    /// listeners that the worker has released do not count.
+    ///
+    /// The number is approximate. While the worker receives no further connections, the master
+    /// learns of closed ones only when half of them have been closed.
     pub open: u64,
-    /// The part of `dispatched` that the worker did not receive, and that was returned to the master.
+    /// The connections in `dispatched` that returned to the master because the worker had not
+    /// received them.
     pub returned: u64,
 }
 
@@ -59,7 +63,7 @@ impl WorkerLoad {
         self.returned += other.returned;
     }
 
-    /// Returns the number of connections that wait in the queue of the worker.
+    /// Returns the number of connections that wait in the worker's queue.
     ///
     /// Node has no counterpart.
     ///
@@ -80,11 +84,11 @@ impl WorkerLoad {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ListenerLoad {
-    /// The address of the listener.
+    /// The listener's address.
     pub address: Address,
-    /// Connections that the master has accepted; 0 if the workers accept them.
+    /// The connections that the master has accepted, or 0 if the workers accept them.
     pub accepted: u64,
-    /// Connections that wait in the backlog; `None` if the system does not report it: for listeners
-    /// other than TCP ports, and on systems other than Linux.
+    /// The connections that wait in the kernel's backlog. `None` if the system does not report
+    /// their number, which only Linux does, and only for TCP ports.
     pub queued: Option<u64>,
 }

@@ -6,10 +6,12 @@ use std::rc::Rc;
 
 use crate::sys::fd::NoLingerFd;
 
-/// A received message: bytes, and the descriptors that arrived with it.
+/// A received message: bytes, and the descriptors that arrived with them.
 ///
-/// Node: the arguments `message` and `handle` of the `message` event. The meaning of the bytes is up to
-/// the application. Descriptors that no callback takes are closed with the message.
+/// Node: the arguments `message` and `handle` of the `message` event.
+///
+/// The application defines the meaning of the bytes. Descriptors that no callback takes are closed
+/// when the message is dropped.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) {
@@ -23,12 +25,12 @@ use crate::sys::fd::NoLingerFd;
 #[derive(Debug)]
 pub struct Message {
     bytes: Vec<u8>,
-    /// `None` if no descriptor arrived with the message.
+    /// The descriptors of the message. `None` if the message arrived without any.
     fds: Option<Rc<UnclaimedFds>>,
 }
 
-/// The descriptors that no callback has taken. They are shared with the master's shell, for a worker
-/// that is forked while the message is being delivered.
+/// The descriptors that no callback has taken. The master's shell shares them, because a callback
+/// may fork a worker while the message is being delivered, and the child must close them.
 pub(crate) type UnclaimedFds = RefCell<Vec<NoLingerFd>>;
 
 impl Message {
@@ -41,18 +43,22 @@ impl Message {
         self.fds.as_ref()
     }
 
-    /// Returns the bytes as they were sent, at most 1 MiB.
+    /// Returns the message's bytes, at most 1 MiB.
     ///
-    /// Node: `message`. See [`Message`] for an example.
+    /// Node: `message`.
+    ///
+    /// See [`Message`] for an example.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Takes the descriptors, at most 16. All callbacks of an event share the message: the first call
-    /// returns the descriptors, and later calls return none.
+    /// Takes the message's descriptors, at most 16. All callbacks of an event share the message, so
+    /// only the first call returns descriptors.
     ///
-    /// Node: `handle`. See [`Message`] for an example.
+    /// Node: `handle`.
+    ///
+    /// See [`Message`] for an example.
     #[must_use]
     pub fn take_fds(&self) -> Vec<OwnedFd> {
         let fds = self.fds.iter().flat_map(|fds| fds.take());

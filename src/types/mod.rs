@@ -1,7 +1,7 @@
 //! Plain values that every other module may use.
 //!
-//! Nothing here decides anything, makes a system call or knows a module outside of this folder,
-//! except for descriptors that a value carries.
+//! These types contain no policy and make no system calls, except that dropping a value closes its
+//! descriptors.
 
 pub(crate) mod address;
 pub(crate) mod endpoint;

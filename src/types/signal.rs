@@ -1,8 +1,10 @@
-//! Signals by name.
+//! Signals and their names.
 
 /// A signal, for [`kill`](crate::WorkerProcess::kill) and [`on_signal`](crate::Master::on_signal).
 ///
-/// The default is `TERM`. Node: the strings such as `'SIGTERM'`, which is also what `Display` prints.
+/// Node: strings such as `'SIGTERM'`.
+///
+/// The default is `TERM`. A signal prints as its name in Node.
 ///
 /// ```
 /// use cluster::Signal;
@@ -21,7 +23,7 @@ macro_rules! signals {
                 pub const $name: Self = Self(libc::$number);
             )*
 
-            /// Returns the number of the signal on this system.
+            /// Returns the signal's number on this system.
             ///
             /// ```
             /// assert_eq!(cluster::Signal::KILL.number(), 9);
@@ -70,8 +72,8 @@ impl Signal {
         Self(number)
     }
 
-    /// The highest number: SIGRTMAX of the kernel, or the last standard signal where there are no
-    /// constant numbers for real-time signals.
+    /// The highest signal number. On Linux and Android, this is the kernel's SIGRTMAX. Elsewhere,
+    /// this is the last standard signal, because the numbers of real-time signals are not constant.
     const MAX: i32 = if cfg!(any(target_os = "linux", target_os = "android")) {
         64
     } else {
@@ -79,7 +81,7 @@ impl Signal {
     };
 }
 
-/// Converts the system's number of a signal: 1 to 64 on Linux, and 1 to 31 elsewhere.
+/// Converts a signal number of the system: 1 to 64 on Linux and Android, and 1 to 31 elsewhere.
 ///
 /// ```
 /// use cluster::Signal;
@@ -99,7 +101,7 @@ impl TryFrom<i32> for Signal {
     }
 }
 
-/// The error of converting a number that is not a signal's into a [`Signal`]. It contains the number.
+/// The error for a number that is not a signal number. The field holds the number.
 ///
 /// ```
 /// use cluster::{InvalidSignal, Signal};

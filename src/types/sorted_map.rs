@@ -1,11 +1,11 @@
-//! A map for few entries, or for many entries that are added and removed in order.
+//! A map for a few entries, or for many entries that are added and removed in key order.
 //!
-//! Each instantiation of `BTreeMap` adds several kilobytes to the size of the program. This one adds much
-//! less.
+//! Each instantiation of `BTreeMap` adds several kilobytes to the size of the program. `SortedMap`
+//! adds much less.
 
 use std::collections::{VecDeque, vec_deque};
 
-/// Entries in the order of their keys.
+/// A map whose entries are sorted by key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SortedMap<K, V>(VecDeque<(K, V)>);
 
@@ -14,9 +14,11 @@ impl<K: Ord, V> SortedMap<K, V> {
         Self(VecDeque::new())
     }
 
-    /// Returns the index of the entry, or as an error the index at which it would be inserted.
+    /// Returns the entry's index. If the key has no entry, returns the index for inserting one, as
+    /// an error.
     fn search(&self, key: &K) -> Result<usize, usize> {
-        // Most keys are new and come last, or are the first one.
+        // Check both ends first, because most keys are either new and the highest, or the lowest in
+        // the map.
         match (self.0.front(), self.0.back()) {
             (_, Some((last, _))) if last < key => Err(self.0.len()),
             (Some((first, _)), _) if first == key => Ok(0),
@@ -46,7 +48,7 @@ impl<K: Ord, V> SortedMap<K, V> {
         self.0.get_mut(index).map(|(_, value)| value)
     }
 
-    /// Returns the value of the key, after inserting `value` if there is none.
+    /// Returns the key's value, after inserting one if the key has none.
     pub(crate) fn get_or_insert_with(&mut self, key: K, value: impl FnOnce() -> V) -> &mut V {
         let index = self.search(&key).unwrap_or_else(|index| {
             self.0.insert(index, (key, value()));
@@ -55,7 +57,7 @@ impl<K: Ord, V> SortedMap<K, V> {
         &mut self.0[index].1
     }
 
-    /// Inserts a value, and returns the previous value of the key.
+    /// Inserts a value, and returns the key's previous value.
     pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
         match self.search(&key) {
             Ok(index) => Some(std::mem::replace(&mut self.0[index].1, value)),

@@ -1,11 +1,11 @@
-//! Points in time, and the earlier of two.
+//! The time type, and the choice of the earlier deadline.
 
 use std::time::Duration;
 
 /// The time since the event loop started.
 pub(crate) type Time = Duration;
 
-/// Returns the earlier of two deadlines, or the shorter of two timeouts; `None` never comes.
+/// Returns the earlier of two deadlines, or the shorter of two timeouts. `None` means no limit.
 pub(crate) fn earlier(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
     match (one, other) {
         (Some(one), Some(other)) => Some(one.min(other)),

@@ -1,6 +1,6 @@
-//! How a well-formed frame can break the protocol.
+//! Protocol violations by well-formed frames.
 
-/// How a well-formed frame broke the protocol, in
+/// A violation of the protocol by a well-formed frame, in
 /// [`FrameError::Violation`](crate::FrameError::Violation).
 ///
 /// Node has no counterpart.
@@ -32,9 +32,9 @@ pub enum Violation {
     UnknownRelease,
     /// A worker paused a listener that it does not have.
     UnknownPause,
-    /// A worker paused a listener from which it gets no connections.
+    /// A worker paused a listener through which it receives no connections.
     UnknownQueue,
-    /// A worker left more frames unread, when its channel closed, than the master processes.
+    /// A worker's channel closed with more unread frames than the master processes.
     TooManyFinalFrames,
     /// The master replied to a request that the worker did not send.
     UnexpectedReply,

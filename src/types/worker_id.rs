@@ -1,16 +1,18 @@
-//! The number of a worker.
+//! Worker ids.
 
-/// The number of a worker: 1 for the first. A master never uses a number twice.
+/// A worker's id: 1 for the first worker. A master never uses an id twice.
 ///
-/// Node: `worker.id`. It is the key of [`Master::worker`](crate::Master::worker), and the worker
-/// itself gets it from [`Worker::id`](crate::Worker::id), which has an example. The master finds a worker
-/// by a plain number, too, for instance one that came in a message.
+/// Node: `worker.id`.
+///
+/// Use the id, or its plain number, to look up the worker with
+/// [`Master::worker`](crate::Master::worker). The worker itself receives its id from
+/// [`Worker::id`](crate::Worker::id). See there for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(u32);
 
 impl WorkerId {
-    /// The highest number. It has to fit into a key of the poller. On 32-bit systems three bits of each
-    /// key are taken by the kind of the descriptor.
+    /// The highest id. Ids must fit into a key of the poller. On 32-bit systems, the kind of the
+    /// descriptor takes three bits of each key.
     pub(crate) const MAX: u32 = if usize::BITS > u32::BITS {
         u32::MAX
     } else {
@@ -21,7 +23,7 @@ impl WorkerId {
         Self(number)
     }
 
-    /// Returns the plain number, 1 or more.
+    /// Returns the id as a plain number, which is at least 1.
     ///
     /// ```
     /// fn port(id: cluster::WorkerId) -> u32 {
