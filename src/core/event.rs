@@ -1,4 +1,4 @@
-//! The events of which the master notifies the application, and their levels.
+//! The events that the master reports to the application.
 
 use std::process::ExitStatus;
 use std::rc::Rc;
@@ -7,35 +7,35 @@ use crate::error::Error;
 use crate::types::address::Address;
 use crate::types::worker_id::WorkerId;
 
-/// The callbacks that an event is for.
+/// The group of callbacks that receives an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
     Worker,
     Cluster,
 }
 
-/// An event; `F` is the descriptors that arrive with a message.
+/// An event. `F` is the type of the descriptors that arrive with a message.
 #[derive(Debug)]
 pub(crate) enum Event<F> {
     Setup,
     Fork,
     Online,
     Listening(Rc<Address>),
-    /// For the callbacks of both levels: in Node, too, those of the cluster come first here.
+    /// A message for the callbacks of both levels. The cluster's callbacks run first, as in Node.
     Message {
         bytes: Vec<u8>,
         fds: F,
     },
     Disconnect,
     Exit(ExitReport),
-    /// A detached process has exited. Only its own callbacks are called.
+    /// The exit of a detached process, for the callbacks of that process only.
     DetachedExit(ExitStatus),
     Error(Rc<Error>),
-    /// All workers have exited and all listeners are closed, after `disconnect_all`.
+    /// The end of `disconnect_all`: all workers have exited and all listeners are closed.
     Disconnected,
 }
 
-/// How a worker exited.
+/// The circumstances of a worker's exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ExitReport {
     pub(crate) status: ExitStatus,
@@ -50,13 +50,15 @@ pub(crate) struct EmittedEvent<F> {
     pub(crate) event: Event<F>,
 }
 
-/// The state of a worker, as its events have reported it.
+/// The state of a worker, as reported by the worker's latest event.
 ///
-/// Node: `worker.state`. See [`WorkerProcess::state`](crate::WorkerProcess::state) for an example.
+/// Node: `worker.state`.
+///
+/// See [`WorkerProcess::state`](crate::WorkerProcess::state) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WorkerState {
-    /// Forked; the worker has not called `init` yet. Node: `none`.
+    /// The worker has been forked and has not called `init`. Node: `none`.
     None,
     /// The worker has called `init`.
     Online,

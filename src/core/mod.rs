@@ -1,8 +1,10 @@
-//! Every decision, as pure state machines: the master, the worker, and the dispatcher.
+//! The decisions of the master, the worker and the dispatcher, as pure state machines.
 //!
-//! Inputs are facts: a frame has arrived, a process has exited, the time is now. Outputs are actions
-//! and events. There is no descriptor, no clock and no system call in this folder. The `master` and
-//! `worker` folders carry the actions out, and `sim` runs the same code through random schedules.
+//! The inputs are facts: a frame has arrived, a process has exited, or the time has changed. The
+//! outputs are actions and events. This folder uses no descriptors, clocks or system calls.
+//!
+//! The `master` and `worker` folders carry out the actions. `sim` runs these state machines through
+//! random schedules.
 
 pub(crate) mod dispatch;
 pub(crate) mod event;

@@ -6,46 +6,51 @@ use crate::types::sorted_map::SortedMap;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// Whether a worker gets connections.
+/// The readiness of a worker for connections.
 ///
 /// ```text
 /// from         event                                                          to
 /// ----------   ------------------------------------------------------------   ------
-/// Paused       it reports that it is idle                                     Ready
+/// Paused       the worker reports that it is idle                             Ready
 /// Ready        connections queued behind its current request are reclaimed    Slow
-/// Slow         it reports that it is idle                                     Ready
-/// Ready, Slow  it pauses, or its queue is full                                Paused
-/// any          the listener ends for it                                       Ended
+/// Slow         the worker reports that it is idle                             Ready
+/// Ready, Slow  the worker pauses, or its queue is full                        Paused
+/// any          the listener ends for the worker                               Ended
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Gets nothing. The first state.
+    /// The initial state, in which nothing is dispatched to the worker.
     Paused,
-    /// Gets connections: idle if it has received and served all of them, and busy otherwise.
+    /// The worker is idle if it has received and served all its connections, and busy otherwise.
     Ready,
-    /// Gets nothing as long as it is busy with a request that turned out to be slow.
+    /// The worker is busy with a request that turned out to be slow. Nothing is dispatched to the
+    /// worker until the request is served.
     Slow,
-    /// Gets nothing more. It may still receive what is in its queue.
+    /// Nothing more is dispatched to the worker. The worker may still receive the connections in
+    /// its queue.
     Ended,
 }
 
-/// Whether an idle worker receives its connections in time.
+/// The responsiveness of an idle worker to new connections.
 ///
 /// ```text
 /// from       event                                                 to
 /// ---------  ----------------------------------------------------  ----------------------------
-/// Prompt     all it got while idle was reclaimed: it received      Stalled, for `PENALTY_MIN`
-///            nothing for `STALL_TIMEOUT`
-/// Stalled    the penalty is over                                   Retried, with that penalty
-/// Retried    all it got while idle was reclaimed                   Stalled, for twice as long
-/// any        it reports that it has received a connection          Prompt
+/// Prompt     all connections dispatched while the worker was       Stalled, for `PENALTY_MIN`
+///            idle were reclaimed after `STALL_TIMEOUT`
+/// Stalled    the penalty ends                                      Retried, with that penalty
+/// Retried    all connections dispatched while the worker was       Stalled, for twice as long
+///            idle were reclaimed
+/// any        the worker reports that it received a connection      Prompt
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Response {
     Prompt,
-    /// Gets a connection only if no other worker is idle. The value is the whole penalty.
+    /// The worker is chosen only if no other worker is idle. The value is the length of the
+    /// penalty.
     Stalled(Time),
-    /// Has its turn again, and has not received anything since its last penalty.
+    /// The worker takes turns again, but has received nothing since its last penalty. The value is
+    /// the length of that penalty.
     Retried(Time),
 }
 
@@ -53,24 +58,26 @@ enum Response {
 pub(super) struct Member {
     state: State,
     response: Response,
-    /// Connections put into its queue and not reclaimed.
+    /// The number of connections that were put into the worker's queue and not reclaimed.
     pub(super) dispatched: u64,
-    /// How many of `dispatched` it is known to have received.
+    /// The number of `dispatched` connections that the worker is known to have received.
     received: u64,
-    /// The value of `received` at its last idle report.
+    /// The value of `received` at the worker's last idle report.
     received_at_idle: u64,
-    /// How many connections its application still had at its last idle report.
+    /// The number of connections that the worker's application still had at the last idle report.
     open_at_idle: u64,
-    /// Connections that were reclaimed.
+    /// The number of connections that were reclaimed.
     returned: u64,
-    /// When it was last idle: the time of its last idle report, or of the first dispatch since.
+    /// The time at which the worker was last known to be idle: its last idle report, or the first
+    /// dispatch after that report.
     busy_since: Time,
-    /// The turn in which it last got a connection. The idle worker with the lowest turn is next.
+    /// The turn of the last dispatch to the worker. The idle worker with the lowest turn is next.
     last_turn: u64,
-    /// Connections it has got, as far as they count for fairness. The busy worker with the lowest
-    /// load is next.
+    /// The number of dispatched connections that count for fairness. The busy worker with the
+    /// lowest load is next.
     pub(super) recent_load: u64,
-    /// The sequence numbers of waiting connections for which the scheduler has chosen this worker.
+    /// The sequence numbers of the waiting connections that the scheduler has assigned to this
+    /// worker.
     pub(super) assigned: SortedMap<u64, ()>,
 }
 
@@ -91,13 +98,13 @@ impl Member {
         }
     }
 
-    /// Returns how many connections it may still be busy with: those dispatched since its last idle
-    /// report.
+    /// Returns how many connections the worker may still be serving, namely those dispatched since
+    /// its last idle report.
     pub(super) fn load(&self) -> u32 {
         u32::try_from(self.dispatched - self.received_at_idle).unwrap_or(u32::MAX)
     }
 
-    /// Returns how many connections may still be in its queue.
+    /// Returns how many connections may still be in the worker's queue.
     pub(super) fn queued(&self) -> u32 {
         u32::try_from(self.in_flight()).unwrap_or(u32::MAX)
     }
@@ -110,7 +117,7 @@ impl Member {
         self.received
     }
 
-    /// Whether it can get a connection, if it is idle or its window has space.
+    /// Returns whether the worker can be chosen, provided that it is idle or its window has space.
     fn is_available(&self) -> bool {
         match self.state {
             State::Ready => true,
@@ -127,22 +134,22 @@ impl Member {
         matches!(self.response, Response::Stalled(_))
     }
 
-    /// Whether the scheduler may choose it.
+    /// Returns whether the scheduler may choose the worker.
     pub(super) fn is_candidate(&self) -> bool {
         self.state != State::Ended
     }
 
-    /// Whether it has reported that it takes connections.
+    /// Returns whether the worker has reported that it is idle and has not paused or ended since.
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready | State::Slow)
     }
 
-    /// Returns how many connections may be queued behind its current request.
+    /// Returns how many connections may be queued behind the worker's current request.
     pub(super) fn queued_behind(&self) -> u32 {
         self.queued().min(self.load().saturating_sub(1))
     }
 
-    /// Whether it became busy less than `span` ago.
+    /// Returns whether the worker became busy less than `span` ago.
     pub(super) fn became_busy_within(&self, span: Time, now: Time) -> bool {
         now.saturating_sub(self.busy_since) < span
     }
@@ -157,7 +164,8 @@ impl Member {
         }
     }
 
-    /// It found its queue empty when it had received `received` connections. Returns the next window.
+    /// Records that the worker found its queue empty after receiving `received` connections in
+    /// total. Returns the next window.
     pub(super) fn idle_reported(
         &mut self,
         received: u64,
@@ -174,7 +182,8 @@ impl Member {
         if served > 0 {
             self.response = Response::Prompt;
         }
-        // The report may be older than what is known from the queue.
+        // Keep the higher count, because counting the queue may already have shown more receipts
+        // than this older report.
         self.received = self.received.max(received);
         self.received_at_idle = self.received_at_idle.max(received);
         self.open_at_idle = open.into();
@@ -182,7 +191,8 @@ impl Member {
         match (served, is_quick) {
             (0, _) => window,
             (served, true) if served >= window => window.saturating_mul(2).min(MAX_WINDOW),
-            // It had less to do than the window allows.
+            // The worker had fewer connections than the window allows, so a smaller window is
+            // enough.
             (served, true) => served.max(window / 2).max(1),
             (_, false) => (window / 2).max(1),
         }
@@ -194,13 +204,15 @@ impl Member {
         }
     }
 
-    /// Returns the connections that were assigned to it.
+    /// Ends the worker for good. Returns the sequence numbers of the connections that were assigned
+    /// to it.
     pub(super) fn end(&mut self) -> SortedMap<u64, ()> {
         self.state = State::Ended;
         std::mem::take(&mut self.assigned)
     }
 
-    /// A connection is put into its queue. `load_min` is the least recent load that counts.
+    /// Records that a connection is put into the worker's queue. `load_min` is the lowest recent
+    /// load that counts.
     pub(super) fn dispatch(&mut self, turn: u64, load_min: u64, now: Time) {
         if self.load() == 0 {
             self.busy_since = now;
@@ -210,21 +222,22 @@ impl Member {
         self.recent_load = self.recent_load.max(load_min) + 1;
     }
 
-    /// A connection did not reach its queue.
+    /// Reverts the record of a dispatch whose connection did not reach the worker's queue.
     pub(super) fn undo_dispatch(&mut self) {
         self.dispatched -= 1;
         self.recent_load = self.recent_load.saturating_sub(1);
     }
 
-    /// `queued` connections are in its queue, or on their way to it.
+    /// Records that `queued` connections are in the worker's queue or on their way to it.
     pub(super) fn counted(&mut self, queued: u64) {
         self.received = self.dispatched.saturating_sub(queued);
         self.received_at_idle = self.received_at_idle.min(self.received);
     }
 
-    /// `count` connections were reclaimed from its queue. If nothing is left there, `queued` has the
-    /// number of connections that are still on their way to the queue. Returns the end of its penalty
-    /// if it has stalled.
+    /// Records that `count` connections were reclaimed. If the queue is now empty, `queued` is the
+    /// number of connections that are still on their way to it.
+    ///
+    /// Returns the end of the penalty if the worker has stalled.
     pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) -> Option<Time> {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
@@ -243,7 +256,8 @@ impl Member {
             }
             return None;
         }
-        // It has been idle all the time. Another worker would have received the connections.
+        // The worker reported idle and has received nothing since, so treat it as stalled. Another
+        // worker would have received the connections.
         let penalty = match self.response {
             Response::Prompt => PENALTY_MIN,
             Response::Retried(previous) => (previous * 2).clamp(PENALTY_MIN, PENALTY_MAX),
@@ -259,7 +273,7 @@ impl Member {
         }
     }
 
-    /// Its positions in the orders of the dispatcher.
+    /// Returns the worker's keys in the dispatcher's ordered sets.
     pub(super) fn ranks(&self, worker: WorkerId) -> Ranks {
         let is_busy = self.is_available() && self.load() > 0 && !self.is_stalled();
         let is_unresponsive = self.load() > 0 && self.received == self.received_at_idle;
@@ -281,7 +295,7 @@ impl Member {
     }
 }
 
-/// The order of idle workers: stalled workers are last.
+/// The sort key of an idle worker. Stalled workers come last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct IdleRank {
     pub(super) is_stalled: bool,
@@ -289,14 +303,15 @@ pub(super) struct IdleRank {
     pub(super) worker: WorkerId,
 }
 
-/// The order of busy workers.
+/// The sort key of a busy worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct BusyRank {
     pub(super) recent_load: u64,
     pub(super) worker: WorkerId,
 }
 
-/// The positions of one worker in the orders of the dispatcher; `None` where it is not a part.
+/// The worker's keys in the dispatcher's ordered sets. `None` for each set that does not contain
+/// the worker.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ranks {
     pub(super) idle: Option<IdleRank>,

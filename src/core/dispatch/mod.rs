@@ -1,78 +1,92 @@
-//! Chooses the worker for the next connection of one listener, with the round robin policy:
-//! `Dispatcher::dispatch_next`. The master asks the application's scheduler, if there is one, and reports
-//! its choice by `Dispatcher::choose`.
+//! Chooses the worker for the next connection of one listener, with the round robin policy.
 //!
-//! The master accepts connections and puts each into the queue of one worker. Until the worker
-//! receives a connection, the master can reclaim it. A worker that finds its queue empty reports that
-//! it is idle, and how many connections it has received.
+//! `Dispatcher::dispatch_next` makes the choice. If the application has a scheduler, the master
+//! asks the scheduler instead, and reports its choice by `Dispatcher::choose`.
+//!
+//! The master accepts connections and dispatches each one into the queue of one worker. The master
+//! can reclaim a connection until the worker receives it. A worker that finds its queue empty
+//! reports that it is idle, and how many connections it has received.
 //!
 //! # States of a worker
 //!
-//! | state | gets connections |
-//! |---|---|
-//! | paused | no: it has not reported that it is idle, it takes no more for now, or its queue was full |
-//! | idle | yes: it has received and served everything it got |
-//! | busy | ahead of time, as far as the window allows |
-//! | slow | no, until it reports that it is idle: connections queued behind its current request were reclaimed |
-//! | ended | never again |
+//! | state | meaning | dispatched connections |
+//! |---|---|---|
+//! | paused | the worker has not reported that it is idle, has asked for a pause, or had a full queue | none |
+//! | idle | the worker has received and served all its connections | yes |
+//! | busy | the worker may still have connections to serve | ahead of time, up to the window |
+//! | slow | connections queued behind the worker's current request were reclaimed | none until the worker reports that it is idle |
+//! | ended | the listener has ended for the worker | none |
 //!
-//! An idle worker can also be *stalled*: it received nothing of what it got while it was idle, probably
-//! because the process is stopped. It is then the last of the idle workers until its penalty is over.
+//! An idle worker can also be *stalled*: it received none of the connections that were dispatched
+//! while it was idle, probably because its process is stopped. Until its penalty ends, a stalled
+//! worker comes after all other idle workers.
 //!
 //! # The next connection
 //!
-//! The rules, in order. Among the connections that one rule is for, the one that was accepted first is
-//! next. A reclaimed connection keeps its position.
+//! The dispatcher applies these rules in order. Within one rule, the connection that was accepted
+//! first is next. A reclaimed connection keeps its position.
 //!
-//! 1. A connection that the scheduler has assigned to a worker goes to that worker once it is idle,
-//!    busy or slow, and has fewer than `MAX_WINDOW` connections in its queue.
-//! 2. If any worker is idle, an idle worker gets the connection. Prompt workers come before stalled ones.
-//!    Otherwise idle workers take strict turns: the worker that got a connection longest ago is next.
-//!    Fairness (below) can pass the turn to a busy worker.
-//! 3. If no worker is idle, the connection goes to the busy worker with the lowest recent load that has
-//!    fewer connections than the window. Only the `BUSY_WORKERS_CHECKED` lowest are checked.
-//! 4. Otherwise the connection waits.
+//! 1. A connection that the scheduler has assigned to a worker waits for that worker. The worker
+//!    must be idle, busy or slow, and have fewer than `MAX_WINDOW` connections in its queue.
+//! 2. If any worker is idle, the connection goes to an idle worker. Prompt workers come before
+//!    stalled ones. Idle workers take strict turns: the worker whose last dispatch is the oldest is
+//!    next. Fairness (see its section) can pass the turn to a busy worker.
+//! 3. If no worker is idle, the connection goes to the busy worker with the lowest recent load
+//!    whose window has space. Only the `BUSY_WORKERS_CHECKED` workers with the lowest loads are
+//!    checked.
+//! 4. If no rule applies, the connection waits.
 //!
-//! If the application has a scheduler, rule 3 and fairness do not apply: nothing that a scheduler has
-//! assigned is reclaimed, so no connection may be queued behind a slow request unasked.
+//! If the application has a scheduler, the dispatcher skips rule 3 and fairness. The reason is that
+//! connections are not reclaimed then, so none may be queued behind a slow request unless the
+//! scheduler chose that worker.
 //!
-//! The master accepts connections only while the idle workers have capacity: their number times the
-//! window, minus the connections that wait. If no worker is idle, new connections stay in the kernel's
-//! backlog. With a scheduler, the capacity is the number of ready workers times `MAX_WINDOW`, minus the
-//! connections that no worker has received.
+//! The master accepts connections only while the dispatcher has capacity:
+//!
+//! - Without a scheduler, the capacity is the number of idle workers times the window, minus the
+//!   waiting connections. If no worker is idle, new connections stay in the kernel's backlog.
+//! - With a scheduler, the capacity is the number of ready workers times `MAX_WINDOW`, minus the
+//!   connections that no worker has received.
 //!
 //! # The window
 //!
-//! The window is the number of connections that a worker may have before it reports that it is idle
-//! again. One window holds for all workers, and it starts at 1. A report is quick if the worker
-//! needed at most `QUICK` for each connection since its last report.
+//! The window is the maximum number of connections that a worker may have before it reports again
+//! that it is idle. All workers share one window, which starts at 1.
 //!
-//! - Quick, and it served a full window: the window doubles, up to `MAX_WINDOW`.
-//! - Quick, but it served fewer: the window shrinks to that number, at most by half.
-//! - Not quick: the window is halved, down to 1.
+//! An idle report is quick if the worker needed at most `QUICK` for each connection since its last
+//! report. Each report changes the window:
 //!
-//! A worker that served nothing since its last report does not change the window.
+//! - If the report is quick and the worker served a full window, the window doubles, up to
+//!   `MAX_WINDOW`.
+//! - If the report is quick but the worker served fewer connections, the window shrinks to their
+//!   number, but at most by half.
+//! - If the report is not quick, the window is halved, down to 1.
+//! - If the worker served nothing since its last report, the window does not change.
 //!
 //! # Reclaiming
 //!
-//! While a prompt worker is idle, and if there is no scheduler, connections are reclaimed:
+//! Connections are reclaimed only while a prompt worker is idle and there is no scheduler:
 //!
-//! 1. From a worker that has been busy for `QUICK`, everything queued behind its current request is
-//!    reclaimed. The worker that became busy first is checked first. It is slow afterwards.
-//! 2. From a worker that was idle and has received nothing for `STALL_TIMEOUT`, its connections are
-//!    reclaimed. If it has none left, it is stalled: for `PENALTY_MIN`, and for twice as long each
-//!    further time, up to `PENALTY_MAX`.
+//! 1. If a worker has been busy for `QUICK`, everything queued behind its current request is
+//!    reclaimed, and the worker becomes slow. The worker that became busy first is checked first.
+//! 2. If a worker was idle and has received nothing for `STALL_TIMEOUT`, its connections are
+//!    reclaimed. If the worker has none left, it becomes stalled. Its first penalty lasts
+//!    `PENALTY_MIN`. Each further penalty is twice as long, up to `PENALTY_MAX`.
 //!
 //! # Fairness
 //!
-//! A worker on a core with less other work is idle more often, and strict turns alone would give it more
-//! than its share. So each worker has a *recent load*: the number of connections it got, raised to at
-//! least `RECENT_LOAD_SPAN` less than the highest one at each dispatch. A new worker starts with the
+//! A worker on a core with little other work is idle more often, so strict turns would send it more
+//! than its share. Therefore each worker has a *recent load*, the number of connections that were
+//! dispatched to it and not reclaimed. Before each dispatch to a worker, its recent load is raised
+//! to at least the highest recent load minus `RECENT_LOAD_SPAN`. A new worker starts with the
 //! highest recent load.
 //!
-//! The idle worker whose turn it is yields to a busy worker if that worker became busy less than
-//! `FAIRNESS_BUSY_SPAN` ago, has space in its window, and has a recent load that is lower by at least
-//! `FAIRNESS_LEAD`. If there are several, the one with the lowest recent load gets the connection.
+//! An idle worker yields its turn to a busy worker that meets three conditions:
+//!
+//! - The busy worker became busy less than `FAIRNESS_BUSY_SPAN` ago.
+//! - The busy worker's window has space.
+//! - The busy worker's recent load is lower by at least `FAIRNESS_LEAD`.
+//!
+//! If several busy workers qualify, the one with the lowest recent load receives the connection.
 //!
 //! The dispatcher is pure: a connection is any type `C`, and the time is an argument.
 
@@ -94,72 +108,79 @@ use member::{BusyRank, IdleRank, Member};
 
 /// The largest window, in connections.
 ///
-/// Each idle report costs one frame and two context switches, which a larger window spreads over more
-/// connections. But more connections may have to be reclaimed from a slow worker, and more descriptors
-/// are in flight. `cargo bench -- connections mixed` measures both.
+/// Each idle report costs one frame and two context switches. A larger window spreads this cost
+/// over more connections. However, more descriptors are in flight, and more connections may have to
+/// be reclaimed from a slow worker. `cargo bench -- connections mixed` measures both.
 pub(crate) const MAX_WINDOW: u32 = 16;
 
-/// The time that a quick worker needs for one connection.
+/// The maximum time that a quick worker needs for one connection.
 ///
-/// If it is longer, connections wait longer behind a slow request. If it is shorter than a time slice of
-/// the kernel's scheduler, a few milliseconds, workers that only wait for a core lose their
-/// connections. `cargo bench -- mixed` measures how long connections wait while a worker is idle.
+/// If it is longer, connections wait longer behind a slow request. If it is shorter than a time
+/// slice of the kernel's scheduler (a few milliseconds), workers that only wait for a core lose
+/// their connections. `cargo bench -- mixed` measures how long connections wait while a worker is
+/// idle.
 const QUICK: Time = Duration::from_millis(5);
 
-/// How many connections fewer a busy worker must have got than an idle one that yields its turn.
+/// The minimum difference between two recent loads, in connections, at which an idle worker yields
+/// its turn to a busy one.
 ///
-/// If it is larger, the shares of workers differ more. At 1, idle workers would yield for differences
-/// that strict turns even out. `cargo bench -- fairness` measures the shares.
+/// If it is larger, the workers' shares differ more. If it is 1, idle workers yield for differences
+/// that strict turns would even out. `cargo bench -- fairness` measures the shares.
 const FAIRNESS_LEAD: u64 = 4;
 
-/// How long a worker that gets the turn of an idle one may have been busy.
+/// The maximum time for which a worker may have been busy when an idle worker yields its turn to
+/// it.
 ///
 /// If it is longer, more connections are queued behind requests that turn out to be slow. If it is
-/// shorter than a typical short request, no idle worker ever yields. `cargo bench -- fairness mixed`
-/// measures both.
+/// shorter than a typical short request, no idle worker ever yields. `cargo bench -- fairness
+/// mixed` measures both.
 const FAIRNESS_BUSY_SPAN: Time = Duration::from_millis(1);
 
-/// The largest difference between two recent loads, in connections.
+/// The maximum difference between two recent loads, in connections.
 ///
-/// It bounds how long a worker that was paused or slow is preferred afterwards. It must be well above
+/// It limits how long a worker is preferred after it was paused or slow. It must be well above
 /// `FAIRNESS_LEAD`, or differences would be forgotten before they are corrected.
 const RECENT_LOAD_SPAN: u64 = 1000;
 
-/// How many of the busy workers with the lowest recent load are checked for space in their window.
+/// The number of busy workers, lowest recent load first, that are checked for space in their
+/// window.
 ///
-/// It bounds the cost of one dispatch. If it is smaller, a connection may wait although some busy
+/// It limits the cost of one dispatch. If it is smaller, a connection may wait although some busy
 /// worker has space.
 const BUSY_WORKERS_CHECKED: usize = 16;
 
-/// The time after which a worker that was idle, and has received nothing since, is stalled.
+/// The time after which an idle worker that receives none of its connections is treated as stalled.
 ///
-/// If it is longer, connections wait longer for a stopped process. If it is shorter than the time that a
-/// process waits for a core on a loaded machine, running workers are penalized.
+/// If it is longer, connections wait longer for a stopped process. If it is shorter than a
+/// process's usual wait for a core on a loaded machine, running workers are penalized.
 pub(crate) const STALL_TIMEOUT: Time = Duration::from_millis(20);
 
-/// The first penalty of a stalled worker: twice the `STALL_TIMEOUT`, because the worker may only have
-/// waited for a core. Each further penalty is twice as long as the one before.
+/// The first penalty of a stalled worker. It is twice the `STALL_TIMEOUT`, because the worker may
+/// only have waited for a core. Each further penalty is twice as long as the previous one.
 const PENALTY_MIN: Time = Duration::from_millis(40);
 
-/// The longest penalty. A stopped worker delays one connection by `STALL_TIMEOUT` each time a penalty is
-/// over; a worker that continues after a stop gets no connections for at most this time while other
-/// workers are idle.
+/// The longest penalty.
+///
+/// If it is shorter, a stopped worker delays connections more often: one connection, by
+/// `STALL_TIMEOUT`, after each penalty. If it is longer, a worker that continues after a stop is
+/// passed over for longer while other workers are idle.
 const PENALTY_MAX: Time = Duration::from_secs(1);
 
-/// A connection with its number in the order of acceptance, which is 1 for the first connection of the
-/// listener.
+/// A connection with its sequence number. The first connection that the listener accepts has the
+/// number 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequenced<C> {
     pub(crate) sequence: u64,
     pub(crate) connection: C,
 }
 
-/// A connection and the worker whose queue it goes into.
+/// A connection, and the worker to whose queue it is dispatched.
 #[derive(Debug)]
 pub(crate) struct Dispatched<C> {
     pub(crate) worker: WorkerId,
     pub(crate) connection: Sequenced<C>,
-    /// No worker could get it when it was accepted. The client may have hung up since.
+    /// Whether the connection has waited for a worker or has been reclaimed. Its client may have
+    /// hung up in the meantime.
     pub(crate) has_waited: bool,
 }
 
@@ -170,12 +191,12 @@ struct Waiting<C> {
     target: Target,
 }
 
-/// The worker that a waiting connection goes to.
+/// The destination of a waiting connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
-    /// The next worker by the rules.
+    /// The next worker according to the rules of this module.
     Next,
-    /// Not known: the scheduler has not been called.
+    /// Unknown, because the scheduler has not been called for the connection.
     Unscheduled,
     /// The worker that the scheduler has chosen.
     Assigned(WorkerId),
@@ -184,44 +205,47 @@ enum Target {
 /// The result of one sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Swept {
-    /// How many connections were checked.
+    /// The number of connections that were checked.
     pub(crate) checked: usize,
-    /// How many of them were closed.
+    /// The number of checked connections that were closed.
     pub(crate) closed: u64,
 }
 
 #[derive(Debug)]
 pub(crate) struct Dispatcher<C> {
     members: BTreeMap<WorkerId, Member>,
-    /// The idle workers. The first one is next.
+    /// The idle workers, the next one first.
     idle: BTreeSet<IdleRank>,
-    /// The busy workers whose window may have space. The first one is next.
+    /// The busy workers that are not stalled, the one with the lowest recent load first.
     busy: BTreeSet<BusyRank>,
-    /// The workers with connections queued behind another one, by the time since which they are busy.
+    /// The workers with connections queued behind another one, with the time since which each is
+    /// busy.
     queued_behind: BTreeSet<(Time, WorkerId)>,
-    /// The workers that were idle and are not known to have received anything since, by that time.
+    /// The workers that may have received nothing since they were last idle, with the time at which
+    /// they were idle.
     unresponsive: BTreeSet<(Time, WorkerId)>,
-    /// The ends of penalties. Some of these workers are not stalled any more.
+    /// The end times of penalties, including those of workers that are no longer stalled.
     penalties: BTreeSet<(Time, WorkerId)>,
-    /// How many connections a worker may have before it reports that it is idle again.
+    /// The maximum number of connections that a worker may have before it reports that it is idle.
     window: u32,
     /// The connections that have been accepted and not been dispatched, by sequence number.
     waiting: BTreeMap<u64, Waiting<C>>,
-    /// The sequence numbers of the waiting connections that the next worker gets.
+    /// The sequence numbers of the waiting connections that go to the next worker according to the
+    /// rules.
     unassigned: SortedMap<u64, ()>,
     /// The sequence numbers of the waiting connections for which the scheduler has not been called.
     unscheduled: SortedMap<u64, ()>,
-    /// The application chooses the workers.
+    /// Whether the application's scheduler chooses the workers.
     has_scheduler: bool,
-    /// The workers that have capacity for a connection that is assigned to them.
+    /// The workers that have capacity for a connection that the scheduler has assigned to them.
     assignable: BTreeSet<WorkerId>,
     ready_count: usize,
     candidate_count: usize,
-    /// The sequence number of the connection that a sweep has checked last.
+    /// The sequence number of the connection that a sweep checked last.
     last_swept: u64,
-    /// Connections up to this sequence number could not be dispatched when they were accepted.
+    /// The sequence number up to which connections are treated as having waited.
     last_delayed: u64,
-    /// Dispatched and not known to be received.
+    /// The number of connections that have been dispatched and are not known to have been received.
     queued_total: u64,
     accepted: u64,
     turns: u64,
@@ -255,7 +279,7 @@ impl<C> Dispatcher<C> {
         }
     }
 
-    /// Returns how many more connections may be accepted now.
+    /// Returns how many more connections the master may accept now.
     pub(crate) fn capacity(&self) -> u64 {
         if self.has_scheduler {
             let capacity = self.ready_count as u64 * u64::from(MAX_WINDOW);
@@ -283,8 +307,10 @@ impl<C> Dispatcher<C> {
         self.has_scheduler = true;
     }
 
-    /// Returns the first connection for which the scheduler has not been called, and its sequence
-    /// number; `None` also as long as there is no worker to choose.
+    /// Returns the first connection for which the scheduler has not been called, with its sequence
+    /// number.
+    ///
+    /// Returns `None` if there is no such connection, or no worker to choose from.
     pub(crate) fn unscheduled(&self) -> Option<(u64, &C)> {
         let (sequence, ()) = self.unscheduled.first_key_value()?;
         if self.candidate_count == 0 {
@@ -293,8 +319,10 @@ impl<C> Dispatcher<C> {
         Some((*sequence, &self.waiting.get(sequence)?.connection))
     }
 
-    /// Assigns an unscheduled connection to this worker, or to the next one by the rules if there is
-    /// no such worker.
+    /// Assigns an unscheduled connection to the scheduler's choice.
+    ///
+    /// If `worker` is `None` or may not be chosen, the connection goes to the next worker according
+    /// to the rules.
     pub(crate) fn choose(&mut self, sequence: u64, worker: Option<WorkerId>) {
         if !self.unscheduled.contains_key(&sequence) {
             return;
@@ -366,7 +394,8 @@ impl<C> Dispatcher<C> {
         self.enqueue(connection, self.default_target());
     }
 
-    /// Adds connections that have been dispatched before. Their clients may have hung up since.
+    /// Adds connections that have already been dispatched once. Their clients may have hung up in
+    /// the meantime.
     fn push_back(&mut self, connections: Vec<Sequenced<C>>) {
         for connection in connections {
             self.last_delayed = self.last_delayed.max(connection.sequence);
@@ -374,7 +403,7 @@ impl<C> Dispatcher<C> {
         }
     }
 
-    /// Adds a worker, which is paused.
+    /// Adds a worker in the paused state.
     pub(crate) fn add(&mut self, worker: WorkerId) {
         self.turns += 1;
         let member = Member::new(self.turns, self.recent_load_max);
@@ -382,8 +411,10 @@ impl<C> Dispatcher<C> {
         self.members.insert(worker, member);
     }
 
-    /// Changes a worker, and updates the orders and sums. Returns the result of `change`, and how many
-    /// more connections are now known to have been received.
+    /// Changes a worker, and updates the dispatcher's ordered sets and sums.
+    ///
+    /// Returns the result of `change`, and how many more connections are now known to have been
+    /// received.
     fn update<T>(
         &mut self,
         worker: WorkerId,
@@ -414,12 +445,15 @@ impl<C> Dispatcher<C> {
         Some((result, received))
     }
 
-    /// `worker` found its queue empty when it had received `received` connections in all, of which
-    /// `open` are open. Returns how many more connections are now known to have been received.
+    /// Records the worker's report that its queue is empty. The worker has received `received`
+    /// connections in total, and `open` of them are open.
+    ///
+    /// Returns how many more connections are now known to have been received.
     ///
     /// # Errors
     ///
-    /// If the worker is not one of this listener, or has received more connections than it got.
+    /// Returns a violation if the listener does not have the worker, or if `received` is higher
+    /// than the number of dispatched connections.
     pub(crate) fn idle_reported(
         &mut self,
         worker: WorkerId,
@@ -439,11 +473,11 @@ impl<C> Dispatcher<C> {
         Ok(received)
     }
 
-    /// Dispatches nothing more to `worker` before it reports that it is idle again.
+    /// Stops dispatching to `worker` until it reports again that it is idle.
     ///
     /// # Errors
     ///
-    /// If the worker is not one of this listener.
+    /// Returns a violation if the listener does not have the worker.
     pub(crate) fn pause(&mut self, worker: WorkerId) -> Result<(), FrameError> {
         let paused = self.update(worker, Member::pause);
         paused
@@ -451,7 +485,8 @@ impl<C> Dispatcher<C> {
             .ok_or(FrameError::Violation(Violation::UnknownQueue))
     }
 
-    /// Dispatches nothing more to `worker`. It may still receive what is in its queue.
+    /// Stops dispatching to `worker` for good. The worker may still receive the connections in its
+    /// queue.
     pub(crate) fn end(&mut self, worker: WorkerId) {
         let ended = self.update(worker, Member::end);
         for (sequence, ()) in ended.into_iter().flat_map(|(assigned, _)| assigned) {
@@ -462,17 +497,20 @@ impl<C> Dispatcher<C> {
         }
     }
 
-    /// `queued` connections are in the queue of `worker`, whatever it has reported. Returns how many
-    /// more connections are now known to have been received.
+    /// Records that `queued` connections are in the worker's queue, whatever the worker has
+    /// reported.
+    ///
+    /// Returns how many more connections are now known to have been received.
     pub(crate) fn counted(&mut self, worker: WorkerId, queued: u64) -> i64 {
         let counted = self.update(worker, |member| member.counted(queued));
         counted.map_or(0, |((), received)| received)
     }
 
-    /// These connections were reclaimed from the queue of `worker`. If nothing is left there, `queued`
-    /// has the number of connections that are still on their way to the queue. Returns how many more
-    /// connections are now known to have been received: a negative number if the worker had reported
-    /// that it received reclaimed ones.
+    /// Takes back connections that were reclaimed from the worker's queue. If the queue is now
+    /// empty, `queued` is the number of connections that are still on their way to it.
+    ///
+    /// Returns how many more connections are now known to have been received. The number is
+    /// negative if the worker had reported receiving connections that were in fact reclaimed.
     pub(crate) fn reclaimed(
         &mut self,
         worker: WorkerId,
@@ -489,8 +527,8 @@ impl<C> Dispatcher<C> {
         })
     }
 
-    /// The connection could not be put into the queue of `worker`. If the worker `is_full`, it gets
-    /// nothing more before it reports that it is idle.
+    /// Takes back a connection that could not be put into the worker's queue. If the queue
+    /// `is_full`, nothing more is dispatched to the worker until it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         worker: WorkerId,
@@ -506,15 +544,16 @@ impl<C> Dispatcher<C> {
         self.push_back(vec![connection]);
     }
 
-    /// The client of a connection that should go into the queue of `worker` has hung up.
+    /// Records that a client hung up before its connection reached the worker's queue.
     pub(crate) fn hung_up(&mut self, worker: WorkerId) {
         self.update(worker, Member::undo_dispatch);
     }
 
-    /// The queue of `worker` is closed, and these connections were in it; `queued` connections were
-    /// still on their way to it. The worker is removed.
-    /// Returns what is known about its load, and how many more connections are now known to have been
-    /// received.
+    /// Removes a worker whose queue has been closed, and takes back the connections that were in
+    /// it. `queued` connections were still on their way to the queue.
+    ///
+    /// Returns the final load of the worker, and how many more connections are now known to have
+    /// been received.
     pub(crate) fn queue_closed(
         &mut self,
         worker: WorkerId,
@@ -523,7 +562,7 @@ impl<C> Dispatcher<C> {
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
         let received = self.reclaimed(worker, connections, Some(queued));
-        // It is in none of the orders: it has ended, and its queue is empty.
+        // The worker has ended and its queue is empty, so no ordered set contains it.
         let member = self.members.remove(&worker);
         let load = member.map(|member| WorkerLoad {
             open: 0,
@@ -537,8 +576,8 @@ impl<C> Dispatcher<C> {
         self.accepted
     }
 
-    /// Checks at most `limit` waiting connections, and closes those for which `is_gone` is true. Each
-    /// call continues where the last one ended.
+    /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
+    /// true. Each call continues after the connection that the previous call checked last.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) -> Swept {
         let after = (Bound::Excluded(self.last_swept), Bound::Unbounded);
         if self.waiting.range(after).next().is_none() {
@@ -574,7 +613,7 @@ impl<C> Dispatcher<C> {
         Some((worker, self.dequeue(sequence)?))
     }
 
-    /// Takes the first unassigned connection, if a worker can get it (rules 2 and 3).
+    /// Takes the first unassigned connection if it can go to a worker (rules 2 and 3).
     fn next_unassigned(&mut self, now: Time) -> Option<(WorkerId, Sequenced<C>)> {
         let worker = match self.idle.first() {
             None if self.has_scheduler => return None,
@@ -586,7 +625,7 @@ impl<C> Dispatcher<C> {
         Some((worker, self.dequeue(sequence)?))
     }
 
-    /// Returns the busy worker to which this idle worker yields its turn.
+    /// Returns the busy worker to which this idle worker yields its turn, if any.
     fn yields_to(&self, idle: WorkerId, now: Time) -> Option<WorkerId> {
         let load_max = self
             .members
@@ -598,8 +637,8 @@ impl<C> Dispatcher<C> {
         })
     }
 
-    /// Returns the busy worker with the lowest recent load, at most `load_max`, whose window has space
-    /// and that `is_suitable`.
+    /// Returns the suitable busy worker with the lowest recent load, at most `load_max`, whose
+    /// window has space.
     fn first_with_space(
         &self,
         load_max: u64,
@@ -616,7 +655,7 @@ impl<C> Dispatcher<C> {
         })
     }
 
-    /// Ends the penalties that are over.
+    /// Ends the penalties that have expired.
     fn end_penalties(&mut self, now: Time) {
         while let Some(&(end, worker)) = self.penalties.first() {
             if end > now {
@@ -627,13 +666,15 @@ impl<C> Dispatcher<C> {
         }
     }
 
-    /// Takes the next waiting connection, and says which worker gets it; `None` if there is no such
-    /// connection or worker.
+    /// Dispatches the next waiting connection: takes it out, and returns it with its worker.
+    ///
+    /// Returns `None` if no connection waits, or if no worker has capacity for one.
     pub(crate) fn dispatch_next(&mut self, now: Time) -> Option<Dispatched<C>> {
         self.end_penalties(now);
         let assigned = self.next_assigned();
         let Some((worker, connection)) = assigned.or_else(|| self.next_unassigned(now)) else {
-            // Connections for which the scheduler is about to be called have not waited.
+            // While the scheduler is still to be called, connections have not really waited for a
+            // worker.
             if self.unscheduled.is_empty() {
                 self.last_delayed = self.accepted;
             }
@@ -657,8 +698,8 @@ impl<C> Dispatcher<C> {
 
     /// Returns how many connections to reclaim for an idle worker now, and from which worker.
     ///
-    /// A worker that has become busy recently keeps its connections: it may only be waiting for a core,
-    /// and the workers that run at the moment would get everything.
+    /// A worker that became busy recently keeps its connections, because it may only be waiting for
+    /// a core. Without this rule, the workers that happen to run would take all connections.
     pub(crate) fn reclaimable(&self, now: Time) -> Option<(WorkerId, usize)> {
         let [queued_behind, unresponsive] = self.reclaim_times();
         let due = |(time, worker): (Time, WorkerId)| (time <= now).then_some(worker);
@@ -669,14 +710,16 @@ impl<C> Dispatcher<C> {
         Some((worker, member.queued_behind().max(1) as usize))
     }
 
-    /// Returns the time at which `reclaimable` changes although nothing has happened.
+    /// Returns the time at which the result of `reclaimable` can change although nothing has
+    /// happened.
     pub(crate) fn rebalance_deadline(&self) -> Option<Time> {
         let times = self.reclaim_times().into_iter().flatten();
         times.map(|(time, _)| time).min()
     }
 
-    /// Returns when connections queued behind another one, and those of an unresponsive worker, can be
-    /// reclaimed first, and from which worker.
+    /// Returns when connections can be reclaimed, and from which worker. The first entry is for
+    /// connections queued behind another one. The second entry is for those of an unresponsive
+    /// worker.
     fn reclaim_times(&self) -> [Option<(Time, WorkerId)>; 2] {
         if self.has_scheduler || !self.is_prompt_worker_idle() {
             return [None, None];

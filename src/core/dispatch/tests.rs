@@ -28,14 +28,14 @@ fn sequenced(sequence: u64, connection: u32) -> Sequenced<u32> {
     }
 }
 
-/// Dispatches all waiting connections that a worker can get. Returns the worker and the connection.
+/// Dispatches waiting connections until no worker has capacity. Returns each worker and connection.
 fn dispatch_all(dispatcher: &mut Dispatcher<u32>) -> Vec<(u32, u32)> {
     let dispatched = std::iter::from_fn(|| dispatcher.dispatch_next(NOW));
     let dispatched = dispatched.map(|each| (each.worker.get(), each.connection.connection));
     dispatched.collect()
 }
 
-/// Lets an idle worker serve quickly until the window has its largest size.
+/// Lets an idle worker serve quickly until the window reaches its largest size.
 fn grow_window(dispatcher: &mut Dispatcher<u32>, worker: u32) {
     let mut received = 0;
     for window in [1, 2, 4, 8] {
@@ -93,8 +93,9 @@ fn late_worker_gets_its_turn_back() {
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 1)]);
 }
 
-/// The first worker is idle after each connection, which takes `duration`; the second one stays busy with
-/// its first connection. Returns the worker of each connection.
+/// Dispatches 12 connections to two workers and returns the worker of each connection. The first
+/// worker is idle after each connection, which takes `duration`. The second worker stays busy with
+/// its first connection.
 fn uneven_turns(duration: Time) -> Vec<u32> {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(0);
@@ -110,7 +111,7 @@ fn uneven_turns(duration: Time) -> Vec<u32> {
             let received = member.dispatched;
             dispatcher.idle_reported(id(1), received, 0, now).unwrap();
         }
-        // The reports of one worker alone would leave the window at 1.
+        // Restore the largest window, because reports of single connections would keep it at 1.
         dispatcher.window = MAX_WINDOW;
         dispatched.worker.get()
     };
@@ -401,7 +402,7 @@ fn ended_worker_gets_no_connection() {
 }
 
 proptest! {
-    /// Workers receive connections in any order of events. The sums stay right, and no queue exceeds
+    /// Checks that the sums match the queues after any order of events, and that no queue exceeds
     /// the largest window.
     #[test]
     fn sums_match_the_queues(steps in proptest::collection::vec((0..6u8, 1..4u32, 0..30u64), 0..200)) {
