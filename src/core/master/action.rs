@@ -14,41 +14,45 @@ pub(crate) enum Action<C> {
         frame: ToWorker,
         with: Attachment,
     },
-    /// Puts a connection into a worker's queue. The answer is `not_dispatched` if that fails.
+    /// Puts a connection into a worker's queue. The shell answers with `not_dispatched` if this
+    /// fails.
     Dispatch {
         handle: HandleId,
         worker: WorkerId,
         connection: Sequenced<C>,
-        /// The connection has waited in the master. The answer is `hung_up` if its client has hung up.
+        /// Whether the connection has waited in the master. If its client has hung up in the
+        /// meantime, the shell answers with `hung_up`.
         has_waited: bool,
     },
-    /// Reclaims at most `at_most` connections from a worker's queue. The answer is `reclaimed`.
+    /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
+    /// `reclaimed`.
     Reclaim {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
     },
-    /// Counts the connections in a worker's queue. The answer is `counted`, unless the system cannot
-    /// count them.
+    /// Counts the connections in a worker's queue. The shell answers with `counted`, unless the
+    /// system does not support counting.
     CountQueued {
         handle: HandleId,
         worker: WorkerId,
     },
-    /// Empties a worker's queue and closes both ends. The answer is `queue_closed`, with the connections
-    /// that were in it. As long as the queue cannot be emptied for lack of descriptors, the answers are
-    /// `reclaimed`.
+    /// Empties a worker's queue and closes both ends. The shell answers with `queue_closed`, and
+    /// passes the connections that were in the queue.
+    ///
+    /// While the shell lacks descriptors to empty the queue, it answers with `reclaimed`.
     CloseQueue {
         handle: HandleId,
         worker: WorkerId,
     },
-    /// Binds a socket and listens on it. The answer is `bound`.
+    /// Binds a socket and listens on it. The shell answers with `bound`.
     Bind {
         handle: HandleId,
         endpoint: Endpoint,
         flags: BindFlags,
         policy: SchedulingPolicy,
     },
-    /// Binds one more shard. The answer is `shard_bound`.
+    /// Binds one more shard. The shell answers with `shard_bound`.
     BindShard {
         handle: HandleId,
         flags: BindFlags,
@@ -60,42 +64,47 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         shards: Vec<usize>,
     },
-    /// Makes the listener, or one shard of it, non-blocking, so that no worker waits in `accept`.
+    /// Makes the listener, or one of its shards, non-blocking, so that no worker blocks in
+    /// `accept`.
     Unblock {
         handle: HandleId,
         shard: Option<usize>,
     },
-    /// Reports by `readable` when the listener is readable.
+    /// Watches the listener. The shell calls `readable` when the listener is readable.
     Watch {
         handle: HandleId,
     },
     Unwatch {
         handle: HandleId,
     },
-    /// Accepts connections. Each answer is `accepted`; the last one is `accept_done`, `drained` or
-    /// `accept_failed`. A listener that was shut down is treated as drained if the core says that it `is_ending`.
+    /// Accepts connections. The shell answers with `accepted` for each connection, and finally with
+    /// `accept_done`, `drained` or `accept_failed`.
+    ///
+    /// If the listener was shut down and the core's `is_ending` returns true, the shell treats the
+    /// listener as drained.
     Accept {
         handle: HandleId,
         at_most: u64,
     },
-    /// Removes the file of a Unix path, so that no client can connect.
+    /// Removes the file of a Unix path, so that no further client can connect.
     RemoveFile {
         handle: HandleId,
     },
-    /// Keeps new connections out of the backlog, as far as the system can. For a Unix path, this cannot
-    /// be undone.
+    /// Keeps new connections out of the backlog, as far as the system can. For a Unix path, this
+    /// cannot be undone.
     AttachSynFilter {
         handle: HandleId,
     },
-    /// Undoes `AttachSynFilter`.
+    /// Reverts `AttachSynFilter`.
     DetachSynFilter {
         handle: HandleId,
     },
-    /// Reports by `was_shut_down` that a process has shut the listener, or one of its shards, down.
+    /// Watches for a shutdown. The shell calls `was_shut_down` when a process has shut down the
+    /// listener or one of its shards.
     WatchHangUp {
         handle: HandleId,
     },
-    /// Shuts the listener down in all processes that have a copy.
+    /// Shuts down the listener in all processes that have a copy.
     StopListening {
         handle: HandleId,
     },
@@ -103,12 +112,12 @@ pub(crate) enum Action<C> {
     Unbind {
         handle: HandleId,
     },
-    /// Shuts the channel down for writing by the worker, processes the final frames that it has written,
-    /// and then answers with `channel_closed`.
+    /// Stops the worker's writing to the channel, and processes the final frames that the worker
+    /// has written. The shell answers with `channel_closed`.
     CloseChannel {
         worker: WorkerId,
     },
-    /// Closes the channel without reading it.
+    /// Closes the channel without reading from it.
     DiscardChannel {
         worker: WorkerId,
     },

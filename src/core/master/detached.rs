@@ -1,7 +1,7 @@
 //! Detached processes: children of the master without a channel.
 //!
-//! A detached process is not a worker, and it is not in the table of workers. Decisions about all workers
-//! do not concern it.
+//! A detached process is not a worker, and the table of workers does not contain it. Calls that
+//! concern all workers do not affect detached processes.
 
 use std::process::ExitStatus;
 
@@ -18,9 +18,9 @@ pub(super) struct DetachedEntry {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Detached {
-    /// [`run`](crate::Master::run) may return before it exits.
+    /// The process runs, and [`run`](crate::Master::run) may return before its exit.
     Unreferenced,
-    /// [`run`](crate::Master::run) waits for its exit.
+    /// The process runs, and [`run`](crate::Master::run) waits for its exit.
     Referenced,
     Exited(ExitStatus),
 }
@@ -35,8 +35,10 @@ impl Detached {
 }
 
 impl DetachedEntry {
-    /// Sets whether [`run`](crate::Master::run) waits for its exit. Returns whether it did before;
-    /// `None` if the process has exited.
+    /// Sets whether [`run`](crate::Master::run) waits for the process's exit, and returns the
+    /// previous setting.
+    ///
+    /// Returns `None` if the process has already exited.
     pub(super) fn reference(&mut self, referenced: bool) -> Option<bool> {
         let was_referenced = match self.state {
             Detached::Unreferenced => false,
@@ -52,7 +54,8 @@ impl DetachedEntry {
 }
 
 impl<C, F> MasterCore<C, F> {
-    /// A detached process has been started with the id of `next_worker_id`, which no worker gets.
+    /// Records that a detached process has been started with the id that `next_worker_id` returned.
+    /// No worker uses this id.
     pub(crate) fn detached(&mut self, process: WorkerId) {
         self.last_worker = process.get();
         let entry = DetachedEntry {

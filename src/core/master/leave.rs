@@ -1,4 +1,4 @@
-//! How a worker leaves a listener: it releases the listener, disconnects, or exits.
+//! Leaving a listener: a worker releases the listener, disconnects, or exits.
 
 use super::listener::Stage;
 use super::{Action, MasterCore};
@@ -7,8 +7,9 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
 impl<C, F> MasterCore<C, F> {
-    /// The worker releases the listener, or its channel is closed. With round robin, the connections that
-    /// it has not received are reclaimed first.
+    /// Removes the worker from a listener, because the worker released it or the worker's channel
+    /// closed. With round robin, the connections that the worker has not received are reclaimed
+    /// first.
     pub(super) fn leave_listener(&mut self, handle: HandleId, worker: WorkerId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -18,7 +19,8 @@ impl<C, F> MasterCore<C, F> {
         let policy = listener.policy;
         if !listener.members.is_served() {
             match (listener.is_retained(), listener.stage) {
-                // Accepted connections wait for the next worker, too.
+                // End the pause, because no worker is left to wait for. Accepted connections wait
+                // for the next worker.
                 (true, Stage::Pausing) => listener.stage = Stage::Open,
                 (true, _) => {}
                 (false, _) => self.close_unserved(handle, Some(worker)),
@@ -27,7 +29,8 @@ impl<C, F> MasterCore<C, F> {
         match policy {
             SchedulingPolicy::RoundRobin => {
                 let listener = self.listeners.get_mut(&handle);
-                // Not again for a worker that exits while its queue cannot be closed.
+                // Close the queue only once. A worker may exit while its queue is already being
+                // closed.
                 if listener.is_some_and(|listener| listener.members.begin_closing(worker)) {
                     self.actions
                         .push_back(Action::CloseQueue { handle, worker });

@@ -3,12 +3,12 @@
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 
-/// The part of a worker in serving the listener.
+/// The role of a worker in serving the listener.
 ///
 /// ```text
 /// from            event                                                    to
 /// --------------  -------------------------------------------------------  -------
-/// Serving         the listener ends for this worker, or all of them        Ended
+/// Serving         the listener ends for this worker, or for all workers    Ended
 /// Serving, Ended  the worker releases the listener, or its channel closes  Closing
 /// Closing         its queue is closed                                      (removed)
 /// ```
@@ -16,18 +16,18 @@ use crate::types::worker_id::WorkerId;
 /// A worker without a queue is removed as soon as it is `Closing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// New connections go to it.
+    /// The worker is eligible for new connections.
     Serving,
-    /// No new connections go to it. It may still receive, or return, those that did.
+    /// The worker is not eligible for new connections. It may still receive or return earlier ones.
     Ended,
-    /// The connections in its queue are being reclaimed, and the queue is being closed.
+    /// The connections in the worker's queue are being reclaimed, and the queue is being closed.
     Closing,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Member {
     state: State,
-    /// Its application has the listener: it has sent `Listening`.
+    /// Whether the worker has sent `Listening`, because its application has the listener.
     is_listening: bool,
 }
 
@@ -49,7 +49,7 @@ impl Members {
         self.0.insert(worker, member);
     }
 
-    /// Returns whether the worker was there.
+    /// Removes the worker. Returns whether it was a member.
     pub(super) fn remove(&mut self, worker: WorkerId) -> bool {
         self.0.remove(&worker).is_some()
     }
@@ -62,7 +62,7 @@ impl Members {
         self.0.contains_key(&worker)
     }
 
-    /// Whether there is any worker but this one.
+    /// Returns whether there is any member other than this worker.
     pub(super) fn has_others(&self, worker: Option<WorkerId>) -> bool {
         self.0.keys().any(|other| Some(*other) != worker)
     }
@@ -88,19 +88,21 @@ impl Members {
         serving.map(|(worker, _)| *worker)
     }
 
-    /// Whether any worker serves the listener.
+    /// Returns whether any worker serves the listener.
     pub(super) fn is_served(&self) -> bool {
         self.serving().next().is_some()
     }
 
-    /// The worker has sent `Listening`. Returns whether it had sent that before; `None` for a worker
-    /// that does not have the listener.
+    /// Records that the worker has sent `Listening`. Returns whether the worker had already sent
+    /// it.
+    ///
+    /// Returns `None` if the worker does not have the listener.
     pub(super) fn listening(&mut self, worker: WorkerId) -> Option<bool> {
         let member = self.0.get_mut(&worker)?;
         Some(std::mem::replace(&mut member.is_listening, true))
     }
 
-    /// The listener ends for the worker. Returns whether the worker served it.
+    /// Ends the listener for the worker. Returns whether the worker served it.
     pub(super) fn end(&mut self, worker: WorkerId) -> bool {
         match self.0.get_mut(&worker) {
             Some(member) if member.state == State::Serving => {
@@ -111,7 +113,7 @@ impl Members {
         }
     }
 
-    /// The worker has released the listener.
+    /// Records that the worker has released the listener.
     pub(super) fn release(&mut self, worker: WorkerId) {
         self.end(worker);
         if let Some(member) = self.0.get_mut(&worker) {
@@ -119,7 +121,7 @@ impl Members {
         }
     }
 
-    /// Begins to close the worker's queue. Returns `false` if that has begun before.
+    /// Begins to close the worker's queue. Returns `false` if the queue is already being closed.
     pub(super) fn begin_closing(&mut self, worker: WorkerId) -> bool {
         if let Some(member) = self.0.get_mut(&worker) {
             return std::mem::replace(&mut member.state, State::Closing) != State::Closing;

@@ -1,36 +1,41 @@
-//! Every decision of the master.
+//! The decisions of the master.
 //!
-//! Facts come in as method calls. [`Action`]s go out for the shell, which carries them out at once,
-//! without calling the application. Events go out for the callbacks of the application, in a later step
-//! of the event loop. There is no descriptor, no clock and no system call: a connection is any type `C`,
-//! and the descriptors of a message are any type `F`.
+//! The shell reports facts by method calls. `MasterCore` produces [`Action`]s, which the shell
+//! carries out at once without calling the application. `MasterCore` also produces events, which
+//! the application's callbacks receive in a later step of the event loop.
+//!
+//! The core uses no descriptors, clocks or system calls: a connection is any type `C`, and the
+//! descriptors of a message are any type `F`.
 //!
 //! | module | what it decides |
 //! |---|---|
 //! | `workers` | the life of a worker: fork, disconnect, kill, exit |
 //! | `detached` | the life of a detached process |
-//! | `frames` | what a worker's frame leads to |
+//! | `frames` | how the master responds to a worker's frame |
 //! | `listener`, `member` | the states of one listener, and of a worker that has it |
 //! | `listener_table` | which listeners need attention |
-//! | `listen` | which listener a worker gets |
+//! | `listen` | which listener a worker receives |
 //! | `accept` | when to accept |
-//! | `queues` | when to dispatch and to reclaim; the choice of the worker is in `dispatch` |
-//! | `leave` | how a worker leaves a listener, and what becomes of its queue |
+//! | `queues` | when to dispatch and to reclaim; `dispatch` chooses the worker |
+//! | `leave` | how a worker leaves a listener, and what happens to its queue |
 //! | `drain` | how a listener drains and closes |
-//! | `shards` | which shard a worker gets, and where new connections go |
+//! | `shards` | which shard a worker receives, and where new connections go |
 //! | `retain` | listeners that the application retains |
 //!
 //! # When a worker exits
 //!
-//! The connections in its queue go to other workers, and its final frames are still processed:
+//! The connections in the worker's queue go to other workers, and the worker's final frames are
+//! still processed:
 //!
-//! 1. `exited` (`workers`): the worker gets no more connections or frames. Action `CloseChannel`.
+//! 1. The shell calls `exited` (`workers`). The worker receives no more connections or frames, and
+//!    the core emits `CloseChannel`.
 //! 2. The shell processes the final frames, and calls `channel_closed` (`workers`).
-//! 3. `leave_listener` (`leave`), for each listener of the worker. Action `CloseQueue`.
-//! 4. The shell empties the queue, and calls `queue_closed` (`queues`). The connections return to the
-//!    dispatcher, which keeps their order, and are dispatched again.
-//! 5. If no worker serves the listener any more, and the application does not retain it, the listener
-//!    closes, and the connections are counted as dropped.
+//! 3. The core calls `leave_listener` (`leave`) for each of the worker's listeners, and emits
+//!    `CloseQueue`.
+//! 4. The shell empties the queue, and calls `queue_closed` (`queues`). The connections return to
+//!    the dispatcher, which keeps their order and dispatches them again.
+//! 5. If no worker serves the listener and the application does not retain it, the listener closes,
+//!    and the connections are counted as dropped.
 
 mod accept;
 mod action;
@@ -73,27 +78,27 @@ use workers::WorkerEntry;
 pub(crate) struct MasterCore<C, F> {
     policy: SchedulingPolicy,
     is_policy_frozen: bool,
-    /// The application chooses the worker of each connection.
+    /// Whether the application's scheduler chooses the worker of each connection.
     has_scheduler: bool,
     now: Time,
     last_worker: u32,
     last_handle: u32,
     workers: BTreeMap<WorkerId, WorkerEntry>,
     detached: BTreeMap<WorkerId, DetachedEntry>,
-    /// How many workers and detached processes [`run`](crate::Master::run) waits for.
+    /// The number of workers and detached processes that [`run`](crate::Master::run) waits for.
     referenced: usize,
     listeners: ListenerTable<C>,
     /// The listener whose waiting connections were swept last.
     last_swept: HandleId,
     keys: SortedMap<HandleKey, HandleId>,
-    /// The requests whose `Bind` is being carried out.
+    /// The requests whose `Bind` action has not been answered.
     binding: SortedMap<HandleId, PendingBind>,
     ledger: Ledger,
-    /// `Disconnected` follows at the end of `disconnect_all`.
+    /// Whether `Disconnected` must be emitted at the end of `disconnect_all`.
     is_end_awaited: bool,
-    /// All workers that have not exited by this time are killed.
+    /// The time at which all workers that have not exited are killed.
     stop_deadline: Option<Time>,
-    /// The workers that have a deadline, by its time.
+    /// The workers that have a deadline, sorted by its time.
     deadlines: BTreeSet<(Time, WorkerId)>,
     actions: VecDeque<Action<C>>,
     events: VecDeque<EmittedEvent<F>>,
@@ -132,7 +137,8 @@ impl<C, F> MasterCore<C, F> {
     ///
     /// # Errors
     ///
-    /// After the first fork, or the first listener that the application retains.
+    /// Returns [`Error::PolicyFrozen`] after the first fork, or after the application has retained
+    /// a listener.
     pub(crate) fn set_policy(&mut self, policy: SchedulingPolicy) -> Result<(), Error> {
         if self.is_policy_frozen {
             return Err(Error::PolicyFrozen);
@@ -141,7 +147,7 @@ impl<C, F> MasterCore<C, F> {
         Ok(())
     }
 
-    /// The settings have changed.
+    /// Emits the `Setup` event after the settings have changed.
     pub(crate) fn setup(&mut self) {
         self.emit(Level::Cluster, None, Event::Setup);
     }
@@ -156,7 +162,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Answers a request to listen.
+    /// Answers a worker's request to listen.
     fn reply(
         &mut self,
         worker: WorkerId,
@@ -167,19 +173,19 @@ impl<C, F> MasterCore<C, F> {
         self.send(worker, ToWorker::Reply { request, result }, with);
     }
 
-    /// Rejects a request to listen.
+    /// Rejects a worker's request to listen.
     fn reject(&mut self, worker: WorkerId, request: u32, errno: i32) {
         self.reply(worker, request, Err(errno), Attachment::None);
     }
 
-    /// Tells a worker that no new connections come from a listener. If it is to `drain` the listener, the
-    /// worker serves the connections that have come.
+    /// Notifies a worker that it receives no new connections from a listener. With `drain`, the
+    /// worker still serves the connections that are already in its backlog or queue.
     fn send_listener_closed(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
         let frame = ToWorker::ListenerClosed { handle, drain };
         self.send(worker, frame, Attachment::None);
     }
 
-    /// Returns the listeners that the worker has.
+    /// Returns the worker's listeners.
     fn listeners_of(&self, worker: WorkerId) -> impl Iterator<Item = HandleId> + '_ {
         let listeners = self.listeners.iter();
         let own = listeners.filter(move |(_, listener)| listener.members.contains(worker));
@@ -189,7 +195,7 @@ impl<C, F> MasterCore<C, F> {
 
 // Actions and events.
 impl<C, F> MasterCore<C, F> {
-    /// Whether `next_action` would return one.
+    /// Returns whether there are pending actions.
     pub(crate) fn has_actions(&self) -> bool {
         !self.actions.is_empty()
     }
@@ -198,15 +204,16 @@ impl<C, F> MasterCore<C, F> {
         self.actions.pop_front()
     }
 
-    /// Whether `next_event` would return one.
+    /// Returns whether there are pending events.
     pub(crate) fn has_events(&self) -> bool {
         !self.events.is_empty() || self.is_over()
     }
 
     /// Returns the next event.
     ///
-    /// The state of a worker changes here, and here it leaves the table. So both agree with the event
-    /// that is being delivered, however many events follow.
+    /// The worker's state is updated only here, and the worker leaves the table only after its last
+    /// event. Therefore both agree with the event that is being delivered, even if more events are
+    /// pending.
     pub(crate) fn next_event(&mut self) -> Option<EmittedEvent<F>> {
         self.listeners.index_changed();
         let Some(emitted) = self.events.pop_front() else {
@@ -218,7 +225,7 @@ impl<C, F> MasterCore<C, F> {
         Some(emitted)
     }
 
-    /// Returns the end of `disconnect_all`, if it has come.
+    /// Returns the event for the end of `disconnect_all`, if it has been reached.
     fn next_end(&mut self) -> Option<EmittedEvent<F>> {
         if !self.is_over() {
             return None;
@@ -257,12 +264,13 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Whether an awaited `disconnect_all` has ended. Retained listeners do not delay it.
+    /// Returns whether an awaited `disconnect_all` has ended. Retained listeners do not delay its
+    /// end.
     fn is_over(&self) -> bool {
         self.is_end_awaited && self.workers.is_empty() && !self.listeners.any_delays_end()
     }
 
-    /// Returns the descriptors of the messages that have not been delivered.
+    /// Returns the descriptors of all messages that have not been delivered.
     pub(crate) fn message_fds(&self) -> impl Iterator<Item = &F> {
         self.events.iter().filter_map(|emitted| {
             if let Event::Message { fds, .. } = &emitted.event {
@@ -288,21 +296,21 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// The time.
+// Time and deadlines.
 impl<C, F> MasterCore<C, F> {
-    /// Returns the time at which `tick` is needed at the latest.
+    /// Returns the latest time at which `tick` must be called.
     pub(crate) fn deadline(&self) -> Option<Time> {
         let worker = self.deadlines.first().map(|(time, _)| *time);
         let due = earlier(worker, self.stop_deadline);
         earlier(due, self.listeners.deadline())
     }
 
-    /// Sets the time, which never goes back. Deadlines are left to `tick`.
+    /// Sets the time, which never goes back. Call `tick` to process deadlines.
     pub(crate) fn set_time(&mut self, now: Time) {
         self.now = self.now.max(now);
     }
 
-    /// Sets the time, and acts on each deadline that is over.
+    /// Sets the time, and processes all deadlines that have expired.
     pub(crate) fn tick(&mut self, now: Time) {
         self.set_time(now);
         if self.deadline().is_none_or(|deadline| deadline > self.now) {
@@ -348,19 +356,21 @@ impl<C, F> MasterCore<C, F> {
         self.ledger
     }
 
-    /// Whether any accepted connection waits in the master.
+    /// Returns whether any accepted connection waits in the master.
     pub(crate) fn has_waiting(&self) -> bool {
         self.listeners.has_waiting()
     }
 
-    /// Returns all connections that wait in the master. Call it when all actions have been carried out.
+    /// Returns all connections that wait in the master. Call it only after all actions have been
+    /// carried out, because pending actions own connections too.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
         let listeners = self.listeners.values();
         listeners.flat_map(|listener| listener.dispatcher.waiting())
     }
 
-    /// Checks at most `limit` waiting connections, and closes those for which `is_gone` is true because
-    /// the client has hung up. Calls take turns through all connections.
+    /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
+    /// true because their client has hung up. Each call continues after the last connection that
+    /// the previous call checked.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {
@@ -375,14 +385,15 @@ impl<C, F> MasterCore<C, F> {
             self.last_swept = handle;
             self.ledger.closed_by_peer += swept.closed;
             if swept.closed > 0 {
-                // There is capacity for other connections, and a drain may be complete.
+                // The closed connections free capacity and may have been the last ones of a drain,
+                // so accept more and continue the drain.
                 self.accept_if_possible(handle);
                 self.check_backlog_if_draining(handle);
             }
         }
     }
 
-    /// Returns the loads of all workers, and of all listeners that are open.
+    /// Returns the loads of all workers and of all open listeners.
     pub(crate) fn loads(&self) -> (Vec<WorkerLoad>, Vec<(HandleId, ListenerLoad)>) {
         let past = self.workers.iter();
         let past = past.map(|(worker, entry)| (*worker, entry.past_load));
@@ -406,7 +417,7 @@ impl<C, F> MasterCore<C, F> {
         (workers.into_values().collect(), listeners.collect())
     }
 
-    /// Lets the application choose the worker of each further connection.
+    /// Lets the application's scheduler choose the worker of each further connection.
     pub(crate) fn use_scheduler(&mut self) {
         self.has_scheduler = true;
         for handle in self.listeners.ids() {
@@ -416,7 +427,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Whether `unscheduled` would return a connection.
+    /// Returns whether a connection needs a call of the scheduler.
     pub(crate) fn has_unscheduled(&self) -> bool {
         self.has_scheduler && self.unscheduled().is_some()
     }
@@ -429,7 +440,7 @@ impl<C, F> MasterCore<C, F> {
         Some((handle, sequence, connection))
     }
 
-    /// Returns the loads of the workers that may get a connection of this listener.
+    /// Returns the loads of the workers that the scheduler may choose for this listener.
     pub(crate) fn candidates(&self, handle: HandleId) -> Vec<WorkerLoad> {
         let listener = self.listeners.get(&handle);
         listener.map_or_else(Vec::new, |listener| {
@@ -437,7 +448,8 @@ impl<C, F> MasterCore<C, F> {
         })
     }
 
-    /// The scheduler has chosen this worker for a connection, or `None` for the next idle one.
+    /// Records the scheduler's choice for a connection. With `None`, the connection goes to the
+    /// next idle worker.
     pub(crate) fn choose(&mut self, handle: HandleId, sequence: u64, worker: Option<WorkerId>) {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             listener.dispatcher.choose(sequence, worker);
@@ -446,33 +458,34 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Questions of the shell about a listener.
+// Listener queries.
 impl<C, F> MasterCore<C, F> {
-    /// Whether only this master and its workers have the listener, as far as is known.
+    /// Returns whether only this master and its workers are known to have the listener.
     pub(crate) fn is_sole(&self, handle: HandleId) -> bool {
         self.listeners.get(&handle).is_some_and(Listener::is_sole)
     }
 
-    /// Whether the application named the descriptor. It may shut the listener down itself.
+    /// Returns whether the application supplied the descriptor. In this case the application may
+    /// shut the listener down itself.
     pub(crate) fn is_borrowed(&self, handle: HandleId) -> bool {
         let listener = self.listeners.get(&handle);
         listener.is_some_and(|listener| listener.key.endpoint.is_borrowed())
     }
 
-    /// Whether the master accepts the connections of the listener.
+    /// Returns whether the master accepts the listener's connections.
     pub(crate) fn master_accepts(&self, handle: HandleId) -> bool {
         let listener = self.listeners.get(&handle);
         listener.is_some_and(Listener::master_accepts)
     }
 
-    /// Whether the master keeps new connections out of the listener.
+    /// Returns whether the listener no longer exists, or is in a stage other than `Open`.
     pub(crate) fn is_ending(&self, handle: HandleId) -> bool {
         let listener = self.listeners.get(&handle);
         listener.is_none_or(|listener| listener.stage != Stage::Open)
     }
 }
 
-/// For tests and fuzzers.
+/// Sizes of the core's collections, for tests and fuzzers.
 #[cfg(any(test, fuzzing))]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
@@ -498,7 +511,7 @@ impl<C, F> MasterCore<C, F> {
         listeners.map(|each| each.dispatcher.in_flight()).sum()
     }
 
-    /// Whether a connection waits although a worker could receive it.
+    /// Returns whether a connection waits although a worker has capacity for it.
     pub(crate) fn has_stuck_connection(&self) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;
@@ -510,7 +523,7 @@ impl<C, F> MasterCore<C, F> {
         })
     }
 
-    /// Whether the index of the listeners agrees with the listeners.
+    /// Returns whether the index of the listener table agrees with the listeners.
     pub(crate) fn is_index_consistent(&self) -> bool {
         let all = || self.listeners.values();
         let deadlines = all().map(Listener::deadline);
@@ -526,7 +539,8 @@ impl<C, F> MasterCore<C, F> {
 
     pub(crate) fn is_bound(&self, handle: HandleId) -> bool {
         let listener = self.listeners.get(&handle);
-        // If workers have copies, the master's copy is closed with the last of these.
+        // If workers have copies of the socket, the master keeps its copy open until the last
+        // worker has closed its own.
         listener.is_some_and(|each| each.stage != Stage::Unbound || !each.master_accepts())
     }
 }

@@ -1,4 +1,4 @@
-//! Workers, from fork to exit.
+//! The life of a worker, from fork to exit.
 
 use std::collections::BTreeSet;
 use std::process::ExitStatus;
@@ -14,14 +14,14 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, ToWorker};
 
-/// How many errors are delivered of a process whose channel is closed.
+/// The maximum number of errors that are delivered for a process after its channel has closed.
 ///
-/// An error callback may cause the next error, for example by sending to that process. Without a limit,
-/// the exit of the process, which is its last event, would never be delivered. The callback has the
-/// result of its own call in any case.
+/// An error callback may cause the next error, for example by sending to the exited process.
+/// Without a limit, the process's last event, its exit, would never be delivered. The limit loses
+/// nothing important, because the callback also receives the result of its own call.
 const LATE_ERRORS_MAX: u32 = 16;
 
-/// The channel and the process of a worker.
+/// The state of a worker's channel and process.
 ///
 /// ```text
 /// from                  event                               to
@@ -38,12 +38,12 @@ const LATE_ERRORS_MAX: u32 = 16;
 /// ```
 #[derive(Clone, Copy, Debug)]
 enum Life {
-    /// Forked.
+    /// The worker has been forked and has not sent `Online`.
     Starting,
-    /// It has sent `Online`: its application runs.
+    /// The worker has sent `Online`, so its application runs.
     Online,
-    /// The channel is write-closed: nothing more is sent, but the final frames of the worker are
-    /// processed.
+    /// The channel is write-closed: the master sends nothing more, but processes the worker's final
+    /// frames.
     Closing {
         is_online: bool,
         status: Option<ExitStatus>,
@@ -56,19 +56,19 @@ enum Life {
 #[derive(Debug)]
 pub(super) struct WorkerEntry {
     life: Life,
-    /// The state of which the application has been notified.
+    /// The state that the application was last notified of.
     pub(super) reported: WorkerState,
-    /// The master or the worker has requested the disconnect.
+    /// Whether the master or the worker has requested the disconnect.
     disconnect_requested: bool,
-    /// Sent when the channel is closed.
+    /// The signal to send once the channel is closed.
     kill_signal: Option<Signal>,
-    /// The worker is killed if it has not exited by this time.
+    /// The time at which the worker is killed if it has not exited.
     deadline: Option<Time>,
-    /// [`run`](crate::Master::run) waits for its exit.
+    /// Whether [`run`](crate::Master::run) waits for the worker's exit.
     pub(super) referenced: bool,
-    /// Errors since its channel was closed.
+    /// The number of errors delivered since the worker's channel was closed.
     late_errors: u32,
-    /// Its load on listeners that it has left.
+    /// The worker's load on listeners that it has left.
     pub(super) past_load: WorkerLoad,
 }
 
@@ -86,7 +86,7 @@ impl WorkerEntry {
         }
     }
 
-    /// Whether its frames are processed.
+    /// Returns whether the master still processes the worker's frames.
     fn is_connected(&self) -> bool {
         match self.life {
             Life::Starting | Life::Online | Life::Closing { .. } => true,
@@ -94,7 +94,7 @@ impl WorkerEntry {
         }
     }
 
-    /// Whether frames can be sent to it.
+    /// Returns whether frames can be sent to the worker.
     fn is_writable(&self) -> bool {
         match self.life {
             Life::Starting | Life::Online => true,
@@ -102,7 +102,7 @@ impl WorkerEntry {
         }
     }
 
-    /// Whether its channel is open and it has sent `Online`.
+    /// Returns whether the worker has sent `Online` and its channel is not closed.
     pub(super) fn is_online(&self) -> bool {
         match self.life {
             Life::Online => true,
@@ -111,7 +111,8 @@ impl WorkerEntry {
         }
     }
 
-    /// Whether a request to listen is answered: a worker that disconnects does not wait for an answer.
+    /// Returns whether the master answers the worker's requests to listen. A disconnecting worker
+    /// does not wait for an answer.
     pub(super) fn may_listen(&self) -> bool {
         self.is_writable() && !self.disconnect_requested
     }
@@ -124,7 +125,7 @@ impl WorkerEntry {
         }
     }
 
-    /// The worker has sent `Online`.
+    /// Records that the worker has sent `Online`.
     pub(super) fn online(&mut self) {
         match &mut self.life {
             life @ Life::Starting => *life = Life::Online,
@@ -136,7 +137,7 @@ impl WorkerEntry {
 
 // Facts about workers.
 impl<C, F> MasterCore<C, F> {
-    /// A worker has been forked with the id of `next_worker_id`.
+    /// Records that a worker has been forked with the id that `next_worker_id` returned.
     pub(crate) fn forked(&mut self, worker: WorkerId) {
         self.is_policy_frozen = true;
         self.last_worker = worker.get();
@@ -145,7 +146,7 @@ impl<C, F> MasterCore<C, F> {
         self.emit(Level::Cluster, Some(worker), Event::Fork);
     }
 
-    /// The worker is broken or hostile. Its further frames are ignored, and it is killed.
+    /// Kills a worker that broke the protocol, and ignores its further frames.
     pub(crate) fn violation(&mut self, worker: WorkerId, reason: FrameError) {
         if !self.is_connected(worker) {
             return;
@@ -195,7 +196,7 @@ impl<C, F> MasterCore<C, F> {
             self.deadlines.remove(&(deadline, worker));
         }
         if entry.is_connected() {
-            // The final frames that it sent before it exited are processed.
+            // Process the final frames that the worker sent before it exited.
             self.close_for_writing(worker, Some(status));
         } else {
             entry.life = Life::Exited(status);
@@ -203,8 +204,10 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Nothing more is sent to the worker, whose process has exited if there is a `status`. What it has
-    /// sent before is processed: the shell calls `channel_closed` afterwards.
+    /// Stops sending to the worker. With a `status`, the worker's process has exited.
+    ///
+    /// The worker's earlier frames are still processed. The shell calls `channel_closed`
+    /// afterwards.
     fn close_for_writing(&mut self, worker: WorkerId, status: Option<ExitStatus>) {
         let Some(entry) = self.workers.get_mut(&worker) else {
             return;
@@ -234,7 +237,8 @@ impl<C, F> MasterCore<C, F> {
         self.emit_both(worker, || Event::Exit(exit_report));
     }
 
-    /// Kills the workers whose deadline is over. Their exits are noticed like any other.
+    /// Kills the workers whose deadline has expired. Their exits are then processed like any other
+    /// exit.
     pub(super) fn kill_overdue(&mut self) {
         let is_over = |deadline: &Time| *deadline <= self.now;
         let mut overdue = Vec::new();
@@ -255,14 +259,14 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Calls of the application.
+// Calls by the application.
 impl<C, F> MasterCore<C, F> {
     pub(crate) fn disconnect(&mut self, worker: WorkerId) {
         self.begin_disconnect(&[worker]);
     }
 
-    /// Disconnects the worker, and kills it if it has not exited `within` this time. If it has
-    /// several deadlines, the earliest holds.
+    /// Disconnects the worker, and kills it if it has not exited after the time `within`. If there
+    /// are several deadlines, the earliest one applies.
     pub(crate) fn disconnect_within(&mut self, worker: WorkerId, within: Time) {
         let deadline = self.now.saturating_add(within);
         if let Some(entry) = self.workers.get_mut(&worker) {
@@ -277,15 +281,15 @@ impl<C, F> MasterCore<C, F> {
         self.begin_disconnect(&[worker]);
     }
 
-    /// Disconnects all workers. If the end is `awaited`, `Disconnected` is emitted when all workers have
-    /// exited and all listeners are closed.
+    /// Disconnects all workers. If the end is `awaited`, `Disconnected` is emitted once all workers
+    /// have exited and all listeners are closed.
     pub(crate) fn disconnect_all(&mut self, awaited: bool) {
         self.is_end_awaited |= awaited;
         let workers: Vec<_> = self.worker_ids().collect();
         self.begin_disconnect(&workers);
     }
 
-    /// Disconnects all workers, and kills those that have not exited `within` this time.
+    /// Disconnects all workers, and kills those that have not exited after the time `within`.
     pub(crate) fn disconnect_all_within(&mut self, within: Time) {
         let deadline = self.now.saturating_add(within);
         let earliest = self
@@ -295,7 +299,7 @@ impl<C, F> MasterCore<C, F> {
         self.disconnect_all(true);
     }
 
-    /// Disconnects the worker, and sends the signal when its channel is closed.
+    /// Disconnects the worker, and sends the signal once its channel is closed.
     pub(crate) fn kill(&mut self, worker: WorkerId, signal: Signal) {
         match self.workers.get_mut(&worker) {
             Some(entry) if entry.is_connected() => {
@@ -306,7 +310,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Signals the process at once.
+    /// Sends the signal to the process immediately, without a disconnect.
     pub(crate) fn signal(&mut self, worker: WorkerId, signal: Signal) {
         if self.is_running(worker) {
             self.actions.push_back(Action::Signal { worker, signal });
@@ -328,7 +332,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the channel without a `Disconnect` frame, which makes the worker exit at once.
+    /// Closes the channel without a `Disconnect` frame, which makes the worker exit immediately.
     pub(crate) fn close_channel(&mut self, worker: WorkerId) {
         let entry = self.workers.get(&worker);
         if entry.is_some_and(WorkerEntry::is_writable) {
@@ -342,14 +346,15 @@ impl<C, F> MasterCore<C, F> {
         if worker.is_some_and(|worker| !self.count_late_error(worker)) {
             return;
         }
-        // The exit is the last event of a process. It may be waiting to be delivered.
+        // The exit must stay the last event of a process, so insert the error before a pending exit
+        // event.
         let is_exit = |emitted: &EmittedEvent<F>| {
             let is_last = matches!(emitted.event, Event::Exit(_) | Event::DetachedExit(_));
             worker.is_some() && emitted.worker == worker && is_last
         };
         let exit = self.events.iter().position(is_exit);
         let index = exit.unwrap_or(self.events.len());
-        // Each is inserted before the previous one.
+        // Insert at one index in reverse order, so that the worker's callbacks come first.
         let levels = match worker {
             Some(_) => &[Level::Cluster, Level::Worker][..],
             None => &[Level::Cluster],
@@ -364,7 +369,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns whether an error of this process may be delivered.
+    /// Returns whether an error of this process may still be delivered, and counts the error if the
+    /// channel is closed.
     fn count_late_error(&mut self, process: WorkerId) -> bool {
         let (late_errors, is_late) = if let Some(entry) = self.workers.get_mut(&process) {
             let is_late = !entry.is_connected();
@@ -382,11 +388,12 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Decisions.
+// Disconnecting workers.
 impl<C, F> MasterCore<C, F> {
-    /// Tells workers to disconnect. For a listener that other workers serve, these workers end at once. A
-    /// listener that no other worker serves is drained first, so that the connections in its backlog are
-    /// served.
+    /// Sends `Disconnect` to the workers, and ends their listeners.
+    ///
+    /// A listener that other workers serve ends for these workers immediately. A listener that no
+    /// other worker serves drains first, so that the connections in its backlog are served.
     pub(super) fn begin_disconnect(&mut self, workers: &[WorkerId]) {
         let mut disconnecting = BTreeSet::new();
         for &worker in workers {
@@ -417,10 +424,11 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Questions of the shell.
+// Worker queries.
 impl<C, F> MasterCore<C, F> {
-    /// Returns the id that the next worker gets if its fork succeeds; `None` when all have been used:
-    /// an id never names a second worker.
+    /// Returns the id for the next worker if its fork succeeds.
+    ///
+    /// Returns `None` if all ids have been used, because an id is never reused.
     pub(crate) fn next_worker_id(&self) -> Option<WorkerId> {
         let is_left = self.last_worker < WorkerId::MAX;
         is_left.then(|| WorkerId::new(self.last_worker + 1))
@@ -430,17 +438,21 @@ impl<C, F> MasterCore<C, F> {
         self.workers.keys().copied()
     }
 
-    /// Whether there are processes for whose exit [`run`](crate::Master::run) waits.
+    /// Returns whether [`run`](crate::Master::run) has to wait for the exit of a process or for the
+    /// end of `disconnect_all`.
     pub(crate) fn has_workers(&self) -> bool {
         self.is_end_awaited || self.referenced > 0
     }
 
-    /// Whether the process is in the table of workers.
+    /// Returns whether the process is in the table of workers.
     pub(crate) fn is_worker(&self, process: WorkerId) -> bool {
         self.workers.contains_key(&process)
     }
 
-    /// Returns `None` for a worker that has left the table, and for a detached process that has exited.
+    /// Returns the state of a worker or detached process, as the application was notified of it.
+    ///
+    /// Returns `None` if the worker has left the table, or if the application has been notified
+    /// that the detached process exited.
     pub(crate) fn state(&self, process: WorkerId) -> Option<WorkerState> {
         let worker = self.workers.get(&process).map(|entry| entry.reported);
         let detached = || self.detached.get(&process);
@@ -470,7 +482,9 @@ impl<C, F> MasterCore<C, F> {
         is_known && self.exit_status(process).is_none()
     }
 
-    /// Returns whether a disconnect was requested before the channel was closed; `None` until then.
+    /// Returns whether a disconnect was requested before the channel closed.
+    ///
+    /// Returns `None` while the channel is open.
     pub(crate) fn exited_after_disconnect(&self, worker: WorkerId) -> Option<bool> {
         let entry = self.workers.get(&worker)?;
         (!entry.is_connected()).then_some(entry.disconnect_requested)
