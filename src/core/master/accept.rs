@@ -1,4 +1,4 @@
-//! When the master accepts, and what becomes of a listener that fails or is shut down.
+//! Accepting connections, and handling listeners that fail or are shut down.
 
 use std::io;
 
@@ -9,22 +9,22 @@ use crate::types::endpoint::Kind;
 use crate::types::time::Time;
 use crate::wire::frame::HandleId;
 
-/// The number of connections that are accepted from one listener before other descriptors have their
-/// turn.
+/// The maximum number of connections that are accepted from one listener before the event loop
+/// serves other descriptors.
 ///
-/// If it is larger, a busy listener delays messages, timers and other listeners for longer. If it is
-/// smaller, the poller is asked more often for the same number of connections. `cargo bench --
+/// If it is larger, a busy listener delays messages, timers and other listeners for longer. If it
+/// is smaller, the poller is called more often for the same number of connections. `cargo bench --
 /// connections` measures the cost.
 pub(crate) const ACCEPT_BATCH: u64 = 64;
 
-/// The time until the next attempt when accepting, or dispatching, has failed.
+/// The delay before the next attempt after accepting or dispatching has failed.
 ///
-/// The listener stays readable, so the event loop would spin without a pause, for example while the
-/// table of descriptors is full. If it is longer, clients wait longer after the shortage.
+/// Without a delay, the event loop would spin while the listener stays readable, for example while
+/// the table of descriptors is full. If it is longer, clients wait longer after the shortage.
 pub(super) const RETRY_DELAY: Time = Time::from_millis(100);
 
 impl<C, F> MasterCore<C, F> {
-    /// The poller reports that the listener is readable.
+    /// Accepts connections after the poller has reported that the listener is readable.
     pub(crate) fn readable(&mut self, handle: HandleId) {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.accept_state == AcceptState::Watched && listener.stage != Stage::Unbound {
@@ -46,13 +46,14 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// The batch is complete. The backlog may contain more connections.
+    /// Records that a batch of accepts is complete. The backlog may contain more connections.
     pub(crate) fn accept_done(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.accept_state == AcceptState::Accepting {
-            // If there is capacity, the poller reports the rest after other descriptors had their turn.
+            // Watch the listener if there is capacity. The poller then reports the rest of the
+            // backlog after the event loop has served other descriptors.
             let has_capacity = listener.capacity() > 0;
             listener.accept_state = match has_capacity {
                 true => AcceptState::Watched,
@@ -64,19 +65,20 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// The backlog is empty.
+    /// Records that the backlog is empty.
     pub(crate) fn drained(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.accept_state == AcceptState::Accepting {
-            // Without capacity, new connections stay in the backlog unnoticed.
+            // Without capacity, stop watching and leave new connections in the backlog.
             let has_capacity = listener.capacity() > 0;
             listener.accept_state = match has_capacity {
                 true => AcceptState::Watched,
                 false => AcceptState::Ready,
             };
-            // The poller would report a listener that was shut down again and again.
+            // Do not watch a listener that was shut down, because the poller would report it
+            // endlessly.
             let is_closed_for_good = listener.is_closed_for_good();
             self.watch(handle, has_capacity && !is_closed_for_good);
             self.rebalance(handle);
@@ -100,8 +102,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Another process has shut the listener, or one of its shards, down. The `outcome` is that of the
-    /// shell's attempt to listen on it again.
+    /// Reports that another process has shut down the listener or one of its shards. The `outcome`
+    /// is the result of the shell's attempt to listen on it again.
     pub(crate) fn was_shut_down(&mut self, handle: HandleId, outcome: io::Result<()>) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -144,8 +146,8 @@ impl<C, F> MasterCore<C, F> {
             let at_most = capacity.min(ACCEPT_BATCH);
             self.actions.push_back(Action::Accept { handle, at_most });
         } else {
-            // The poller is level-triggered: it would wake the loop again and again until a worker is
-            // idle.
+            // Stop watching, because the level-triggered poller would wake the event loop
+            // repeatedly until a worker is idle.
             self.watch(handle, false);
         }
     }

@@ -1,4 +1,4 @@
-//! How a listener drains, ends for its workers, and closes.
+//! Draining, ending and closing listeners.
 
 use super::listener::{AcceptState, Stage};
 use super::{Action, MasterCore};
@@ -8,16 +8,17 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// How long a draining listener that was ever used must have kept new connections out before it is
-/// treated as empty.
+/// The time for which a draining listener keeps new connections out before it is treated as empty.
+/// It applies to listeners that may have served connections.
 ///
-/// Handshakes that are in flight over a network complete in that time. If it is shorter, the clients of
-/// slow handshakes are reset. If it is longer, each disconnect of the last worker takes longer.
+/// Handshakes that are in flight over a network complete in that time. If it is shorter, the
+/// clients of slow handshakes are reset. If it is longer, each disconnect of the last worker takes
+/// longer.
 pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
 // Draining.
 impl<C, F> MasterCore<C, F> {
-    /// All workers that serve the listener disconnect.
+    /// Starts draining the listener when all workers that serve it are disconnecting.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
         let now = self.now;
         let Some(listener) = self.listeners.get_mut(&handle) else {
@@ -28,25 +29,29 @@ impl<C, F> MasterCore<C, F> {
         }
         let workers_accept = !listener.master_accepts();
         match listener.key.endpoint.kind {
-            // It stays open until the last worker has released it, so that a new worker can have it. No
-            // client waits for an answer to a queued datagram.
+            // Keep the socket open until the last worker has released it, so that a new worker can
+            // have it. No grace period is needed, because no client waits for an answer to a queued
+            // datagram.
             Kind::Udp => self.finish_drain(handle),
             Kind::Tcp | Kind::Unix if listener.key.endpoint.is_borrowed() => {
                 self.return_borrowed(handle);
             }
             Kind::Unix if listener.is_sole() => {
-                // Without the file no client can connect, and there is no handshake to wait for.
+                // Remove the file, so that no client can connect. The grace period is not needed,
+                // because Unix sockets have no handshake.
                 listener.stage = Stage::Draining(None);
                 self.remove_key(handle);
                 self.actions.push_back(Action::RemoveFile { handle });
                 if !workers_accept {
-                    // Workers that accept themselves would treat it as a failure.
+                    // Attach the filter only if the master accepts. Workers that accept connections
+                    // themselves would treat the filter's effect as a failure.
                     self.actions.push_back(Action::AttachSynFilter { handle });
                 }
                 self.finish_drain(handle);
             }
             Kind::Tcp | Kind::Unix => {
-                // The master does not know what workers have accepted themselves.
+                // Assume that workers which accept connections themselves have accepted some,
+                // because the master cannot know.
                 let grace = match listener.has_accepted || workers_accept {
                     true => DRAIN_GRACE,
                     false => Time::ZERO,
@@ -55,12 +60,13 @@ impl<C, F> MasterCore<C, F> {
                 self.keep_new_connections_out(handle);
                 if !workers_accept {
                     self.check_backlog(handle);
-                } // Otherwise the workers continue to accept until the grace period is over.
+                } // If the workers accept, they continue until the grace period ends.
             }
         }
     }
 
-    /// Keeps new connections out, or sends them where another owner of the socket may accept them.
+    /// Keeps new connections out, or directs them to the shard from which another owner of the
+    /// socket may accept them.
     fn keep_new_connections_out(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
@@ -68,15 +74,15 @@ impl<C, F> MasterCore<C, F> {
         if listener.is_sole() {
             self.actions.push_back(Action::AttachSynFilter { handle });
         } else if listener.policy == SchedulingPolicy::Sharded {
-            // `MasterListener::as_fd` is the first shard.
+            // Select the first shard, because `MasterListener::as_fd` refers to it.
             let shards = vec![0];
             self.actions
                 .push_back(Action::SelectShards { handle, shards });
         }
     }
 
-    /// Returns a borrowed listener to the application. It stays open there, with its backlog. Only the
-    /// connections that have been accepted are served.
+    /// Returns a borrowed listener to the application, where it stays open with its backlog. The
+    /// workers serve only the connections that have already been accepted.
     fn return_borrowed(&mut self, handle: HandleId) {
         self.remove_key(handle);
         self.watch(handle, false);
@@ -96,12 +102,13 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Lets the next worker that listens on the address get another listener.
+    /// Removes the listener's key, so that the next worker that listens on the address receives
+    /// another listener.
     fn remove_key(&mut self, handle: HandleId) {
         self.keys.retain(|_, other| *other != handle);
     }
 
-    /// The grace period is over.
+    /// Continues a drain after its grace period has ended.
     pub(super) fn finish_drain(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -109,7 +116,8 @@ impl<C, F> MasterCore<C, F> {
         match listener.policy {
             SchedulingPolicy::RoundRobin => self.check_backlog(handle),
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
-                // Only the workers see the backlog. They close the listener when it is empty.
+                // Let the workers close the listener when its backlog is empty, because only they
+                // see the backlog.
                 listener.stage = Stage::Emptying;
                 let shard = None;
                 self.actions.push_back(Action::Unblock { handle, shard });
@@ -120,8 +128,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Accepts although the poller has not reported a connection: only `accept` itself shows reliably
-    /// that the backlog is empty.
+    /// Accepts even if the poller has not reported a connection, because only `accept` itself shows
+    /// reliably that the backlog is empty.
     fn check_backlog(&mut self, handle: HandleId) {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             match listener.accept_state {
@@ -133,7 +141,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Continues a drain, or the end of a pause, that may have waited for the fact just processed.
+    /// Continues a drain or a pause that may have been waiting for the latest change.
     pub(super) fn check_backlog_if_draining(&mut self, handle: HandleId) {
         let stage = self.listeners.get(&handle).map(|listener| listener.stage);
         match stage {
@@ -144,8 +152,10 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes a draining listener whose backlog was just found empty. It stays open as long as a
-    /// connection is in a worker's queue, because that connection may be reclaimed for another worker.
+    /// Closes a draining listener whose backlog has just been found empty.
+    ///
+    /// The listener stays open while a connection is in a worker's queue, because the connection
+    /// may be reclaimed for another worker.
     pub(super) fn unbind_if_drained(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
@@ -164,8 +174,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Counts what is in the queues, if no connection waits in the master: a busy worker may have
-    /// received everything and not reported it yet.
+    /// Counts the connections in the workers' queues, unless connections wait in the master. A busy
+    /// worker may have received all its connections and not reported it yet.
     pub(super) fn count_queues(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         if let Some(listener) = listener.filter(|listener| !listener.dispatcher.has_waiting()) {
@@ -176,7 +186,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Ending a listener for workers.
+// Ending a listener for its workers.
 impl<C, F> MasterCore<C, F> {
     pub(super) fn end_for_all(&mut self, handle: HandleId, drain: bool) {
         for worker in self.serving(handle) {
@@ -184,8 +194,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Ends the listener for one worker that serves it. If it is to `drain`, no other worker is left for
-    /// what it has.
+    /// Ends the listener for one worker that serves it. With `drain`, the worker serves its
+    /// remaining connections itself, because no other worker is left.
     pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -194,8 +204,8 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         match (listener.policy, drain) {
-            // Only this worker can accept what is in the backlog of its shard. Handshakes that are in
-            // flight complete first.
+            // Delay the end until handshakes in flight have completed, because only this worker can
+            // accept the connections in its shard's backlog.
             (SchedulingPolicy::Sharded, false) => {
                 let time = self.now.saturating_add(DRAIN_GRACE);
                 listener.departing.insert((time, worker));
@@ -213,7 +223,7 @@ impl<C, F> MasterCore<C, F> {
 
 // Closing.
 impl<C, F> MasterCore<C, F> {
-    /// Closes the listener. Workers stay until they release it.
+    /// Closes the listener. Workers remain its members until they release it.
     pub(super) fn unbind(&mut self, handle: HandleId) {
         self.end_for_all(handle, true);
         if let Some(listener) = self.listeners.get_mut(&handle) {
@@ -225,7 +235,7 @@ impl<C, F> MasterCore<C, F> {
                 self.remove_key(handle);
                 if master_accepts {
                     self.close_socket(handle);
-                } // Otherwise when the last worker has closed its copy.
+                } // A shared socket is closed when the last worker has closed its copy.
             }
         }
     }
@@ -235,14 +245,14 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if listener.is_sole() && listener.key.endpoint.kind != Kind::Udp {
-            // A process that a worker has forked may have a copy, in whose backlog clients would wait
-            // for ever.
+            // Shut the socket down, because a process that a worker has forked may have a copy.
+            // Clients would wait forever in its backlog.
             self.actions.push_back(Action::StopListening { handle });
         }
         self.actions.push_back(Action::Unbind { handle });
     }
 
-    /// No worker serves the listener any more, and the application does not retain it. The worker
+    /// Closes a listener that no worker serves and that the application does not retain. The worker
     /// `leaving` is about to close its copy.
     pub(super) fn close_unserved(&mut self, handle: HandleId, leaving: Option<WorkerId>) {
         let Some(listener) = self.listeners.get(&handle) else {
@@ -256,8 +266,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Workers that are disconnecting still serve their shards. The listener closes with the last of
-    /// these workers, unless another worker listens on it before.
+    /// Lets the disconnecting workers empty their shards. The listener closes when the last of them
+    /// has finished, unless another worker listens on it first.
     fn empty_shards(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -1,4 +1,4 @@
-//! What the frames of workers lead to. Their format is in [`wire::frame`](crate::wire::frame).
+//! Processing the workers' frames. See [`wire::frame`](crate::wire::frame) for their format.
 
 use std::rc::Rc;
 
@@ -12,7 +12,7 @@ use crate::wire::frame::{FrameError, HandleId, ToMaster};
 const NOT_ONLINE: FrameError = FrameError::Violation(Violation::NotOnline);
 
 impl<C, F> MasterCore<C, F> {
-    /// A message has arrived, with its descriptors.
+    /// Emits a message that has arrived with its descriptors.
     pub(crate) fn message(&mut self, worker: WorkerId, bytes: Vec<u8>, fds: F) {
         match self.workers.get(&worker) {
             Some(entry) if entry.is_online() => {
@@ -25,7 +25,7 @@ impl<C, F> MasterCore<C, F> {
 }
 
 impl<C, F: Default> MasterCore<C, F> {
-    /// A frame has arrived. A message that may have descriptors comes by `message`.
+    /// Processes a frame that has arrived. Messages with descriptors go to `message` instead.
     pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster) {
         if self.is_connected(worker) {
             if let Err(error) = self.process(worker, frame) {
@@ -136,7 +136,8 @@ impl<C, F: Default> MasterCore<C, F> {
         let received = dispatcher.idle_reported(worker, received, open, now)?;
         self.count_received(received);
         self.dispatch_waiting(handle);
-        // Connections queued behind a slow request were accepted before those in the backlog.
+        // Reclaim first, because the connections queued behind a slow request were accepted earlier
+        // than those in the backlog.
         if !self.rebalance(handle) {
             self.accept_if_possible(handle);
         }

@@ -1,4 +1,4 @@
-//! Requests to listen: a worker joins a listener that is open, or gets a new one.
+//! Requests to listen: a worker joins an open listener, or receives a new one.
 
 use std::net::SocketAddr;
 
@@ -11,11 +11,12 @@ use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{Bound, FrameError, HandleId, HandleKey};
 
-/// The maximum number of listeners of one worker. It bounds the descriptors and the memory that a broken
-/// worker can cost the master. Real workers have a few.
+/// The maximum number of listeners of one worker. It limits the descriptors and the memory that a
+/// broken worker can cost the master. Well-behaved workers use only a few.
 const LISTENERS_PER_WORKER_MAX: usize = 64;
 
-/// The highest number of a listener: the poller's keys have 29 bits for it, on systems of 32 bits.
+/// The highest handle number of a listener, because the poller's keys have 29 bits for it on 32-bit
+/// systems.
 pub(super) const HANDLE_MAX: u32 = (1 << 29) - 1;
 
 /// A request to listen that waits for `bound`.
@@ -59,7 +60,7 @@ impl<C, F> MasterCore<C, F> {
         Ok(())
     }
 
-    /// A worker listens on an address that has a listener.
+    /// Processes a request for an address that already has a listener.
     fn listen_again(
         &mut self,
         worker: WorkerId,
@@ -69,13 +70,15 @@ impl<C, F> MasterCore<C, F> {
     ) -> Result<(), FrameError> {
         let listener = &self.listeners[&handle];
         if listener.members.is_closing(worker) {
-            // There was no descriptor for reclaiming the connections in its previous queue.
+            // Reject the request, because the worker's previous queue is not closed yet. The master
+            // lacked descriptors for reclaiming its connections.
             self.reject(worker, request, errno::EMFILE);
         } else if listener.members.contains(worker) {
             if listener.ownership != Ownership::Adopted {
                 return Err(FrameError::Violation(Violation::RepeatedListen));
             }
-            // The worker has asked for it by its port, and again by its address.
+            // Reject the request, because the worker already has this listener under another
+            // endpoint. An adopted listener is found both by its port and by its address.
             self.reject(worker, request, errno::EADDRINUSE);
         } else if self.assign_shard(handle, worker) {
             self.join(worker, request, handle);
@@ -93,7 +96,8 @@ impl<C, F> MasterCore<C, F> {
     /// Returns the policy of a listener on this endpoint.
     pub(crate) fn policy_of(&self, endpoint: &Endpoint) -> SchedulingPolicy {
         match (endpoint.kind, self.policy) {
-            // All workers read from one socket.
+            // All workers read from one UDP socket, because the master does not distribute
+            // datagrams.
             (Kind::Udp, _) => SchedulingPolicy::Shared,
             (kind, SchedulingPolicy::Sharded)
                 if kind == Kind::Unix || endpoint.is_borrowed() || !cfg!(target_os = "linux") =>
@@ -104,8 +108,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns a number that no listener has. Numbers are used again after `HANDLE_MAX`, because a worker
-    /// can listen any number of times.
+    /// Returns a handle number that no listener has. Numbers are reused after `HANDLE_MAX`, because
+    /// a worker can listen any number of times.
     pub(crate) fn next_handle(&mut self) -> HandleId {
         loop {
             self.last_handle = self.last_handle % HANDLE_MAX + 1;
@@ -116,7 +120,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// A listener has been bound for the worker that requested it, or could not be bound.
+    /// Completes a worker's request after its listener has been bound, or could not be bound.
     pub(crate) fn bound(&mut self, handle: HandleId, result: Result<Option<SocketAddr>, i32>) {
         let Some(pending) = self.binding.remove(&handle) else {
             return;
@@ -161,9 +165,9 @@ impl<C, F> MasterCore<C, F> {
         self.listeners.insert(handle, listener)
     }
 
-    /// The worker serves the listener from now on.
+    /// Makes the worker serve the listener.
     pub(super) fn join(&mut self, worker: WorkerId, request: u32, handle: HandleId) {
-        // The new worker relieves those that are disconnecting.
+        // End the listener for the disconnecting workers, because the new worker takes their place.
         let relieved = match self.reopen(handle) {
             true => self.serving(handle),
             false => Vec::new(),
@@ -192,8 +196,8 @@ impl<C, F> MasterCore<C, F> {
         self.select_shards(handle);
     }
 
-    /// Lets new connections in again if all workers that serve the listener are disconnecting. Returns
-    /// whether that was so.
+    /// Opens the listener to new connections if all workers that serve it are disconnecting.
+    /// Returns whether this was the case.
     pub(super) fn reopen(&mut self, handle: HandleId) -> bool {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return false;
@@ -218,7 +222,8 @@ impl<C, F> MasterCore<C, F> {
         listener.map_or_else(Vec::new, |listener| listener.members.serving().collect())
     }
 
-    /// The worker's copy of the listener, or its queue, could not be made.
+    /// Rejects a worker's request after its copy of the listener, or its queue, could not be
+    /// created.
     pub(crate) fn share_failed(
         &mut self,
         handle: HandleId,

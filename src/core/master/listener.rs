@@ -1,6 +1,6 @@
 //! The state of one listener.
 //!
-//! A listener that the application does not retain lives as long as workers serve it:
+//! If the application does not retain a listener, the listener exists only while workers serve it:
 //!
 //! ```text
 //!   from           event                                                        to
@@ -10,19 +10,20 @@
 //!   Open, Draining the last worker that serves it exits or releases it          Unbound
 //!   Draining       another worker listens on the address                        Open
 //!   Draining       the backlog is empty (round robin)                           Unbound
-//!   Draining       the grace period is over (shared, sharded)                   Emptying
+//!   Draining       the grace period ends (shared, sharded)                      Emptying
 //!   Emptying       another worker listens on the address                        Open
 //!   Emptying       the last worker has released it                              Unbound
 //!   Unbound        the last worker has released it                              (removed)
 //! ```
 //!
-//! - `Emptying` is the stage of listeners whose backlog only their workers see. A sharded listener also
-//!   gets there if its last serving worker exits while others are disconnecting. A UDP socket gets there
-//!   at once, since no client waits for an answer to a queued datagram.
-//! - A Unix path, whose file is removed, cannot open again. Neither can a borrowed listener, which
-//!   continues without this master. The next worker gets a new listener.
+//! - `Emptying` is for listeners whose backlog is visible only to their workers. A sharded listener
+//!   also enters this stage if its last serving worker exits while others are disconnecting. A UDP
+//!   socket enters this stage immediately, because no client waits for an answer to a queued
+//!   datagram.
+//! - The next worker receives a new listener in two cases. A Unix path cannot open again, because
+//!   its file is removed. A borrowed listener continues without this master.
 //!
-//! A retained listener, in contrast, stays open. Without workers, new connections wait in its backlog.
+//! A retained listener stays open without workers, and new connections wait in its backlog.
 //!
 //! ```text
 //!   from     event                                                                to
@@ -32,7 +33,7 @@
 //!   Pausing  another worker listens on the address                                Open
 //! ```
 //!
-//! When the application releases it, the first table applies again.
+//! Once the application releases a retained listener, the first table applies.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -46,22 +47,22 @@ use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleKey;
 
-/// See the [module](self) for the transitions.
+/// The stage of a listener. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Open,
-    /// New connections are kept out. The backlog is treated as empty no earlier than at this time, the
-    /// end of the grace period for handshakes; `None` when that is over.
+    /// New connections are kept out. The value is the end of the grace period for handshakes, or
+    /// `None` after it. The backlog is not treated as empty before that time.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,
-    /// All workers that serve it disconnect. Nothing more is accepted, and they receive the connections
-    /// that have been accepted.
+    /// All serving workers are disconnecting. The master accepts nothing more, and the workers
+    /// receive the connections that it has accepted.
     Pausing,
     Unbound,
 }
 
-/// Whether the master accepts connections from the backlog.
+/// The state of accepting connections from the backlog.
 ///
 /// ```text
 /// from          event                                           to
@@ -70,20 +71,22 @@ pub(super) enum Stage {
 /// Ready         the dispatcher has capacity                     Accepting
 /// Accepting     the backlog is empty, or the batch is complete  Watched, or Ready without capacity
 /// Accepting     accepting failed                                BackingOff
-/// BackingOff    the time is over                                Ready
+/// BackingOff    the back-off delay ends                         Ready
 /// any           a borrowed listener is returned                 Closed
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AcceptState {
-    /// The poller reports when there is a connection.
+    /// The poller reports when the backlog has a connection.
     Watched,
-    /// There may be a connection: accept when the dispatcher has capacity.
+    /// The backlog may have a connection, which the master accepts once the dispatcher has
+    /// capacity.
     Ready,
-    /// The shell is accepting.
+    /// The shell is accepting connections.
     Accepting,
-    /// Accepting failed. The next attempt is at this time.
+    /// Accepting failed. The value is the time of the next attempt.
     BackingOff(Time),
-    /// Nothing more is accepted. Further connections are for other owners of the socket.
+    /// The master accepts nothing more, and leaves further connections to the socket's other
+    /// owners.
     Closed,
 }
 
@@ -95,50 +98,54 @@ pub(super) enum AcceptState {
 ///   Master::listen with a socket --------------------------------> Adopted
 /// ```
 ///
-/// There is no way back: the master cannot learn that no other process has a copy. A listener that is
-/// not `Sole` never gets a SYN filter, and is never shut down, because both affect all copies.
+/// A listener never returns to `Sole`, because the master cannot learn that no other process has a
+/// copy. Only a `Sole` listener gets a SYN filter or is shut down, because both affect all copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ownership {
-    /// The master, and workers that close their copies when they exit. Any other copy is unintended and
-    /// is shut down with the listener.
+    /// Only the master has a copy, and workers that close their copies when they exit. Any other
+    /// copy is unintended, and is shut down with the listener.
     Sole,
-    /// The application may have given a copy to any process.
+    /// The application may have passed a copy to any process.
     Borrowed,
-    /// It was open before the master got it, and may have other names.
+    /// The socket was open before the master received it, and other processes may have copies.
     Adopted,
 }
 
 #[derive(Debug)]
 pub(super) struct Listener<C> {
     pub(super) key: HandleKey,
-    /// The bound address, with the real port; `None` for a Unix path.
+    /// The bound address, with the real port. `None` for a Unix path.
     pub(super) address: Option<SocketAddr>,
     pub(super) policy: SchedulingPolicy,
     pub(super) ownership: Ownership,
     pub(super) stage: Stage,
     pub(super) accept_state: AcceptState,
-    /// The poller watches it.
+    /// Whether the poller watches the listener.
     pub(super) watched: bool,
     pub(super) members: Members,
     pub(super) dispatcher: Dispatcher<C>,
-    /// The master has accepted a connection.
+    /// Whether the master has ever accepted a connection from the listener.
     pub(super) has_accepted: bool,
-    /// The system lacks a resource for dispatching; the next attempt is at this time.
+    /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
-    /// A process has shut it down. This is not reported again before this time.
+    /// The earliest time at which another shutdown of the listener is reported, after one has been
+    /// reported.
     pub(super) hang_up_from: Option<Time>,
-    /// How many `MasterListener`s of it the application has.
+    /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
-    /// The worker of each shard. A shard of a worker that exited keeps its backlog for the next worker.
+    /// The worker of each shard. When a worker exits, its shard keeps the backlog for the next
+    /// worker.
     pub(super) shards: Vec<Option<WorkerId>>,
-    /// Workers whose shards get no new connections, with the time at which they must drain these shards.
+    /// The workers whose shards receive no new connections, with the time at which each must drain
+    /// its shard.
     pub(super) departing: BTreeSet<(Time, WorkerId)>,
-    /// The shard to which new connections are sent while no worker serves. The next worker gets it.
+    /// The shard that receives new connections while no worker serves. The next worker receives
+    /// this shard.
     pub(super) spare_shard: Option<usize>,
 }
 
 impl<C> Listener<C> {
-    /// Returns a listener that is open and has no workers.
+    /// Creates an open listener without workers.
     pub(super) fn new(
         key: HandleKey,
         address: Option<SocketAddr>,
@@ -168,7 +175,7 @@ impl<C> Listener<C> {
         }
     }
 
-    /// Returns the time at which `tick` is needed at the latest.
+    /// Returns the latest time at which `tick` must be called.
     pub(super) fn deadline(&self) -> Option<Time> {
         let back_off = match self.accept_state {
             AcceptState::BackingOff(until) => Some(until),
@@ -198,17 +205,17 @@ impl<C> Listener<C> {
         all.into_iter().fold(None, earlier)
     }
 
-    /// Returns the address as the application is notified of it.
+    /// Returns the address in the form that the application receives.
     pub(super) fn public_address(&self) -> Address {
         Address::new(&self.key.endpoint, self.address)
     }
 
-    /// Whether connections may be dispatched, and reclaimed for other workers.
+    /// Returns whether connections may be dispatched, and reclaimed for other workers.
     pub(super) fn may_dispatch(&self) -> bool {
         self.stage != Stage::Unbound && self.dispatch_from.is_none()
     }
 
-    /// Returns how many more connections may be accepted now.
+    /// Returns how many more connections the master may accept now.
     pub(super) fn capacity(&self) -> u64 {
         match self.stage {
             Stage::Pausing => 0,
@@ -218,7 +225,7 @@ impl<C> Listener<C> {
         }
     }
 
-    /// Whether new connections are kept out in a way that cannot be undone.
+    /// Returns whether new connections are kept out for good.
     pub(super) fn is_closed_for_good(&self) -> bool {
         let is_path = self.key.endpoint.kind == Kind::Unix && self.is_sole();
         is_path && self.stage != Stage::Open
@@ -228,12 +235,12 @@ impl<C> Listener<C> {
         self.ownership == Ownership::Sole
     }
 
-    /// Whether the master accepts, and workers have no copies.
+    /// Returns whether the master accepts the connections and workers have no copies of the socket.
     pub(super) fn master_accepts(&self) -> bool {
         self.policy == SchedulingPolicy::RoundRobin
     }
 
-    /// Whether it stays open without workers.
+    /// Returns whether the listener stays open without workers.
     pub(super) fn outlives_workers(&self) -> bool {
         self.is_retained() && self.stage != Stage::Unbound
     }

@@ -1,10 +1,11 @@
-//! The table of listeners, with an index for the questions of each iteration of the event loop: the next
-//! deadline, and whether a connection has_waiting. The cost of an answer does not depend on the number of
-//! listeners.
+//! The table of listeners, with an index for the queries of each iteration of the event loop. These
+//! queries ask for the next deadline, and whether any connection waits. Their cost does not depend
+//! on the number of listeners.
 //!
-//! Changing a listener makes its index entry stale until `index_changed`. Until then each question is
-//! also put to the listener itself, so that the answers are right at any time. Most changes, several for
-//! each connection, do not change the index entry, and need no search in the index.
+//! Changing a listener makes its index entry stale until `index_changed` is called. In the
+//! meantime, each query also reads the stale listeners themselves, so its answer is always correct.
+//! Each connection causes several changes to its listener. Most of them do not alter the index
+//! entry, so they need no search in the index.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
@@ -18,11 +19,11 @@ use crate::wire::frame::HandleId;
 pub(super) struct ListenerTable<C> {
     entries: SortedMap<HandleId, Entry<C>>,
     deadlines: BTreeSet<(Time, HandleId)>,
-    /// The listeners for which a connection has_waiting in the master.
+    /// The listeners whose connections wait in the master.
     waiting: BTreeSet<HandleId>,
     /// The listeners with a connection for which the scheduler has not been called.
     unscheduled: BTreeSet<HandleId>,
-    /// How many listeners delay the end of `disconnect_all`.
+    /// The number of listeners that delay the end of `disconnect_all`.
     delaying_end: usize,
     /// The listeners whose index entry is stale, and some that have been removed.
     changed: Vec<HandleId>,
@@ -31,7 +32,7 @@ pub(super) struct ListenerTable<C> {
 #[derive(Debug)]
 struct Entry<C> {
     listener: Listener<C>,
-    /// The facts in the index.
+    /// The listener's properties that are in the index.
     indexed: Facts,
     index: Index,
 }
@@ -43,13 +44,14 @@ enum Index {
     Stale,
 }
 
-/// The indexed facts about one listener.
+/// The indexed properties of one listener.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Facts {
     deadline: Option<Time>,
     has_waiting: bool,
     is_unscheduled: bool,
-    /// It has members, or closes when it has none.
+    /// Whether the listener delays the end of `disconnect_all`: it has members, or closes once it
+    /// has none.
     delays_end: bool,
 }
 
@@ -84,7 +86,7 @@ impl<C> ListenerTable<C> {
         self.entries.contains_key(id)
     }
 
-    /// Returns the listener for a change.
+    /// Returns the listener for a change, and marks its index entry as stale.
     pub(super) fn get_mut(&mut self, id: &HandleId) -> Option<&mut Listener<C>> {
         let entry = self.entries.get_mut(id)?;
         if entry.index == Index::Current {
@@ -128,7 +130,7 @@ impl<C> ListenerTable<C> {
         self.entries.len()
     }
 
-    /// Updates the index entries that are stale.
+    /// Updates the stale index entries.
     pub(super) fn index_changed(&mut self) {
         while let Some(id) = self.changed.pop() {
             let entry = self.entries.get_mut(&id);
@@ -166,7 +168,7 @@ impl<C> ListenerTable<C> {
         entry.is_some_and(|entry| entry.index == Index::Current)
     }
 
-    /// Returns the facts about the listeners whose index entry is stale.
+    /// Returns the current properties of the listeners whose index entry is stale.
     fn changed(&self) -> impl Iterator<Item = (HandleId, Facts)> + '_ {
         self.changed.iter().filter_map(|id| {
             let entry = self.entries.get(id)?;
@@ -183,7 +185,7 @@ impl<C> ListenerTable<C> {
         changed.fold(first.map(|(time, _)| *time), earlier)
     }
 
-    /// Returns the listeners whose deadline is over.
+    /// Returns the listeners whose deadline has expired.
     pub(super) fn due(&mut self, now: Time) -> Vec<HandleId> {
         self.index_changed();
         let due = self.deadlines.iter().take_while(|(time, _)| *time <= now);
@@ -195,8 +197,8 @@ impl<C> ListenerTable<C> {
             || self.changed().any(|(_, facts)| facts.has_waiting)
     }
 
-    /// Returns at most `limit` listeners for which connections wait, in rotation: those after `last`
-    /// first.
+    /// Returns at most `limit` listeners that have waiting connections. The rotation starts after
+    /// `last`.
     pub(super) fn waiting_after(&mut self, last: HandleId, limit: usize) -> Vec<HandleId> {
         self.index_changed();
         let after = (Bound::Excluded(last), Bound::Unbounded);
@@ -215,7 +217,7 @@ impl<C> ListenerTable<C> {
         first.into_iter().chain(changed).min()
     }
 
-    /// Whether any listener delays the end of `disconnect_all`.
+    /// Returns whether any listener delays the end of `disconnect_all`.
     pub(super) fn any_delays_end(&self) -> bool {
         let stale = self.changed.iter().filter_map(|id| self.entries.get(id));
         let stale = stale.filter(|entry| entry.index == Index::Stale && entry.indexed.delays_end);

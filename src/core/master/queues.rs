@@ -1,4 +1,4 @@
-//! The queues of workers: dispatching and reclaiming.
+//! Dispatching connections to the workers' queues, and reclaiming them.
 
 use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
@@ -9,8 +9,8 @@ use crate::wire::frame::HandleId;
 
 // Facts about queues.
 impl<C, F> MasterCore<C, F> {
-    /// The connection could not be put into the worker's queue: because the system `is_exhausted`, or
-    /// otherwise because of this worker.
+    /// Takes back a connection that could not be put into the worker's queue. The reason is either
+    /// that the system `is_exhausted`, or a problem of this worker only.
     pub(crate) fn not_dispatched(
         &mut self,
         handle: HandleId,
@@ -32,7 +32,7 @@ impl<C, F> MasterCore<C, F> {
         self.redistribute(handle);
     }
 
-    /// The client of a connection has hung up before the connection reached the worker's queue.
+    /// Records that a client hung up before its connection reached the worker's queue.
     pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId) {
         self.ledger.closed_by_peer += 1;
         if let Some(listener) = self.listeners.get_mut(&handle) {
@@ -41,14 +41,16 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// There is no descriptor for reclaiming connections.
+    /// Delays further dispatching, because the shell lacks descriptors for reclaiming connections.
     pub(crate) fn cannot_reclaim(&mut self, handle: HandleId) {
         self.dispatch_later(handle);
     }
 
-    /// Returns how many connections are on their way to the worker's queue: the shell has not carried out
-    /// the dispatch yet. An `Accept` puts its dispatches behind the actions that were decided before, so a
-    /// `Reclaim` or `CountQueued` may be carried out between the decision and the dispatch.
+    /// Returns how many connections are on their way to the worker's queue, because the shell has
+    /// not carried out their `Dispatch` actions.
+    ///
+    /// The dispatches that result from an `Accept` come after the actions that are already pending.
+    /// A pending `Reclaim` or `CountQueued` is therefore carried out before them.
     fn count_undelivered(&self, handle: HandleId, worker: WorkerId) -> u64 {
         let undelivered = self.actions.iter().filter(|action| {
             matches!(action, Action::Dispatch { handle: to, worker: of, .. } if (*to, *of) == (handle, worker))
@@ -56,8 +58,8 @@ impl<C, F> MasterCore<C, F> {
         undelivered.count() as u64
     }
 
-    /// These connections have been reclaimed from the worker's queue; `is_empty` says whether it is empty
-    /// now.
+    /// Takes back connections that have been reclaimed from the worker's queue. `is_empty` says
+    /// whether the queue is now empty.
     pub(crate) fn reclaimed(
         &mut self,
         handle: HandleId,
@@ -74,7 +76,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// `queued` connections are in the worker's queue.
+    /// Records that `queued` connections are in the worker's queue.
     pub(crate) fn counted(&mut self, handle: HandleId, worker: WorkerId, queued: u64) {
         let queued = queued + self.count_undelivered(handle, worker);
         if let Some(listener) = self.listeners.get_mut(&handle) {
@@ -86,7 +88,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// The worker's queue is closed, and these connections were in it.
+    /// Takes back the connections of a worker's queue that has been closed, and removes the worker
+    /// from the listener.
     pub(crate) fn queue_closed(
         &mut self,
         handle: HandleId,
@@ -111,9 +114,9 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Decisions.
+// Dispatching and reclaiming.
 impl<C, F> MasterCore<C, F> {
-    /// Counts connections that are now known to have been received.
+    /// Adds `more` connections to those that are known to have been received.
     pub(super) fn count_received(&mut self, more: i64) {
         self.ledger.received = self.ledger.received.saturating_add_signed(more);
     }
@@ -125,7 +128,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Dispatches waiting connections to the workers that can get them.
+    /// Dispatches waiting connections until no worker has capacity.
     pub(super) fn dispatch_waiting(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -148,8 +151,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Reclaims connections from the queue of a busy worker for an idle one. Returns whether there are
-    /// any.
+    /// Reclaims connections from a busy or unresponsive worker's queue for an idle worker. Returns
+    /// whether there are any to reclaim.
     pub(super) fn rebalance(&mut self, handle: HandleId) -> bool {
         let listener = self.listeners.get(&handle);
         let Some(listener) = listener.filter(|listener| listener.may_dispatch()) else {
@@ -174,7 +177,8 @@ impl<C, F> MasterCore<C, F> {
         });
     }
 
-    /// Dispatches waiting connections to other workers, or closes them if the listener is closed.
+    /// Dispatches waiting connections to other workers, or closes the connections if the listener
+    /// is closed.
     fn redistribute(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -189,7 +193,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Removes a listener that no worker has, and that does not stay open without workers.
+    /// Removes a listener that has no members and does not stay open without workers.
     pub(super) fn remove_if_abandoned(&mut self, handle: HandleId) {
         let is_abandoned =
             |each: &&Listener<C>| each.members.is_empty() && !each.outlives_workers();

@@ -1,4 +1,4 @@
-//! Listeners that the application retains: they stay open without workers.
+//! Listeners that the application retains, so that they stay open without workers.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,9 +11,11 @@ use crate::types::endpoint::{Endpoint, Kind, Place};
 use crate::wire::frame::{HandleId, HandleKey};
 
 impl<C, F> MasterCore<C, F> {
-    /// Retains a listener that is open on this endpoint: the first one that is not retained yet, or,
-    /// unless the system chooses the port, the first one of all. If it returns `None`, the shell opens a
-    /// listener and calls `retained`.
+    /// Retains a listener that is open on this endpoint.
+    ///
+    /// The first choice is a listener that is not retained. If all of them are retained and the
+    /// system does not choose the port, the first listener is retained once more. Returns `None` if
+    /// there is no suitable listener. The shell then opens one and calls `retained`.
     pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
         let open = || self.handles_at(endpoint);
         let unretained = open().find(|handle| !self.listeners[handle].is_retained());
@@ -27,7 +29,7 @@ impl<C, F> MasterCore<C, F> {
         Some(handle)
     }
 
-    /// Returns the listeners of an endpoint, by index.
+    /// Returns the listeners of an endpoint, sorted by index.
     fn handles_at<'a>(&'a self, endpoint: &'a Endpoint) -> impl Iterator<Item = HandleId> + 'a {
         let key = |index| HandleKey {
             endpoint: endpoint.clone(),
@@ -36,7 +38,7 @@ impl<C, F> MasterCore<C, F> {
         (0..).map_while(move |index| self.keys.get(&key(index)).copied())
     }
 
-    /// The application retains this listener, which the shell has just opened.
+    /// Adds a retained listener that the shell has just opened.
     pub(crate) fn retained(
         &mut self,
         handle: HandleId,
@@ -59,7 +61,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// The application retains this listener, which was open before the master got it.
+    /// Adds a retained listener that was open before the master received it.
     pub(crate) fn adopted(
         &mut self,
         handle: HandleId,
@@ -67,7 +69,8 @@ impl<C, F> MasterCore<C, F> {
         address: Option<SocketAddr>,
     ) {
         let policy = match self.policy {
-            // The process that opened it need not have allowed others to share its port.
+            // Use `Shared`, because the process that opened the listener may not have allowed other
+            // sockets to share its port.
             SchedulingPolicy::Sharded => SchedulingPolicy::Shared,
             policy @ (SchedulingPolicy::RoundRobin | SchedulingPolicy::Shared) => policy,
         };
@@ -82,7 +85,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// The application has had a descriptor of this listener, and may have given it to another process.
+    /// Records that the application has had a descriptor of this listener, and may have passed it
+    /// to another process.
     pub(crate) fn mark_borrowed(&mut self, handle: HandleId) {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.ownership == Ownership::Sole {
@@ -91,7 +95,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the path of the file of a Unix socket.
+    /// Returns the path of a Unix socket's file.
     pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
         match &self.listeners.get(&handle)?.key.endpoint.place {
             Place::Path(path) => Some(path.clone()),
@@ -99,13 +103,13 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the address of a listener as the application knows it.
+    /// Returns a listener's address in the form that the application receives.
     pub(crate) fn address_of(&self, handle: HandleId) -> Option<Address> {
         let listener = self.listeners.get(&handle)?;
         Some(listener.public_address())
     }
 
-    /// The application releases a listener, which closes if no worker serves it.
+    /// Releases a listener for the application. The listener closes if no worker serves it.
     pub(crate) fn release(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -124,7 +128,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// All workers that serve a retained listener disconnect. New connections wait for the next worker.
+    /// Pauses a retained listener when all workers that serve it are disconnecting. New connections
+    /// wait for the next worker.
     pub(super) fn pause(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -144,8 +149,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Ends a pausing listener for its workers, and opens it again, if they have received all connections
-    /// that were accepted.
+    /// Ends a listener's pause if its workers have received all accepted connections. The listener
+    /// ends for these workers and opens for new ones.
     pub(super) fn resume_if_served(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

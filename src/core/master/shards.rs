@@ -10,14 +10,15 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
 impl<C, F> MasterCore<C, F> {
-    /// Assigns a free shard to the worker. Returns `false` if one must be bound first; always `true` for
-    /// a listener without shards.
+    /// Assigns a free shard to the worker. Returns `false` if another shard must be bound first.
+    ///
+    /// Always returns `true` for a listener without shards.
     pub(super) fn assign_shard(&mut self, handle: HandleId, worker: WorkerId) -> bool {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return false;
         };
         let free = listener.shards.iter().position(Option::is_none);
-        // Connections that arrived while no worker served come first.
+        // Prefer the spare shard, because its connections arrived while no worker served.
         match listener.spare_shard.take().or(free) {
             Some(shard) => {
                 listener.shards[shard] = Some(worker);
@@ -27,7 +28,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the index of the worker's shard.
+    /// Returns the index of the worker's shard, or `usize::MAX` if the worker has none.
     pub(super) fn shard_index(&self, handle: HandleId, worker: WorkerId) -> usize {
         let listener = self.listeners.get(&handle);
         let shards = listener.map_or(&[][..], |listener| &listener.shards);
@@ -35,7 +36,7 @@ impl<C, F> MasterCore<C, F> {
         own.unwrap_or(usize::MAX)
     }
 
-    /// One more shard has been bound, or could not be bound.
+    /// Completes a worker's request after one more shard has been bound, or could not be bound.
     pub(crate) fn shard_bound(
         &mut self,
         handle: HandleId,
@@ -47,7 +48,7 @@ impl<C, F> MasterCore<C, F> {
             (Ok(()), Some(listener)) => {
                 listener.shards.push(None);
                 self.actions.push_back(Action::WatchHangUp { handle });
-                // Another shard may have become free meanwhile.
+                // Search again, because an earlier shard may have become free in the meantime.
                 self.assign_shard(handle, worker);
                 self.join(worker, request, handle);
             }
@@ -56,15 +57,16 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// `count` connections reached no shard, and were reset.
+    /// Counts `count` connections that reached no shard and were reset.
     pub(crate) fn misdirected(&mut self, handle: HandleId, count: u64) {
         self.ledger.accepted += count;
         self.ledger.dropped += count;
         let Some(listener) = self.listeners.get(&handle) else {
             return;
         };
-        // While the listener drains, the selector is selected: a connection that arrives there completes
-        // its handshake by a SYN cookie.
+        // Report this only for an open listener. A draining listener directs connections to the
+        // selector on purpose, and a connection that arrives there completes its handshake by a SYN
+        // cookie.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });
@@ -72,8 +74,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Sends new connections to the shards of the workers that serve; if no worker does, to the shard of
-    /// the next worker.
+    /// Sends new connections to the shards of the workers that serve. If no worker serves, the
+    /// spare shard receives them.
     pub(super) fn select_shards(&mut self, handle: HandleId) {
         self.choose_spare_shard(handle);
         let Some(listener) = self.listeners.get(&handle) else {
@@ -96,8 +98,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Chooses a shard for the next worker if no worker serves a retained listener. If no shard is free,
-    /// the worker of the first one releases it without draining it.
+    /// Chooses a spare shard for the next worker if a retained listener has no serving worker. If
+    /// no shard is free, the worker of the first shard releases it without draining it.
     fn choose_spare_shard(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -117,8 +119,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Tells workers to drain their shards if no new connections have been sent there for the grace
-    /// period.
+    /// Sends `ListenerClosed` to the departing workers whose grace period has ended, so that they
+    /// drain their shards.
     pub(super) fn end_departing(&mut self, handle: HandleId) {
         loop {
             let Some(listener) = self.listeners.get_mut(&handle) else {
@@ -135,8 +137,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// The worker leaves its shard. The next worker gets the shard, with the connections that are left
-    /// in its backlog. The shard stays bound meanwhile, so that the others keep their indices.
+    /// Frees the worker's shard. The shard stays bound with its backlog for the next worker, so
+    /// that the other shards keep their indices.
     pub(super) fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_index(handle, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {

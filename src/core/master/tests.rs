@@ -8,10 +8,10 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 use crate::wire::frame::ToMaster;
 
-/// Connections are numbers, and messages have no descriptors.
+/// A core whose connections are numbers and whose messages have no descriptors.
 type Core = MasterCore<u32, ()>;
 
-/// A worker listens on a port that has no listener. Returns the new listener.
+/// Makes a worker listen on a port that has no listener. Returns the new listener.
 fn listen(core: &mut Core, worker: WorkerId, port: u16) -> HandleId {
     let endpoint = Endpoint::new(Kind::Tcp, Place::Port(port));
     let listen = ToMaster::Listen {
@@ -67,7 +67,7 @@ fn with_scheduler(core: &mut Core) -> (HandleId, WorkerId) {
     (handle, worker)
 }
 
-/// Carries out the actions. Returns the connections that are dispatched, and whether they have waited.
+/// Carries out the actions. Returns the dispatched connections, and whether each has waited.
 fn dispatched(core: &mut Core) -> Vec<(u32, bool)> {
     let actions = std::iter::from_fn(|| core.next_action());
     let dispatched = actions.filter_map(|action| match action {
@@ -119,9 +119,10 @@ fn sweeps_take_turns_through_all_connections() {
             false
         });
     }
-    // Each call checks one listener, and continues where its last sweep ended.
+    // Each call checks one listener, and continues where the listener's previous sweep ended.
     assert_eq!(checked, [0, 1, 3, 4, 2, 3, 0, 1]);
-    // The first sweep of each listener ends with its last connection, and the next starts again.
+    // In the first iteration, the sweep of each listener stops at its last connection. The second
+    // iteration starts again from the first connection.
     for _ in 0..2 {
         core.sweep(usize::MAX, |client| client % 2 == 0);
     }
@@ -144,14 +145,14 @@ fn ip(text: &str) -> Endpoint {
     Endpoint::new(Kind::Tcp, Place::Ip(text.parse().unwrap()))
 }
 
-/// The application opens a listener. Returns it.
+/// Opens a listener for the application, and returns it.
 fn retain(core: &mut Core, endpoint: Endpoint) -> HandleId {
     let (handle, policy) = (core.next_handle(), core.policy_of(&endpoint));
     core.retained(handle, endpoint, None, policy);
     handle
 }
 
-/// A worker listens on an endpoint. Returns the actions.
+/// Makes a worker listen on an endpoint. Returns the actions.
 fn request(core: &mut Core, worker: WorkerId, endpoint: Endpoint) -> Vec<Action<u32>> {
     let listen = ToMaster::Listen {
         request: 1,
@@ -166,7 +167,7 @@ fn actions(core: &mut Core) -> Vec<Action<u32>> {
     std::iter::from_fn(|| core.next_action()).collect()
 }
 
-/// Returns the shard that a worker gets.
+/// Returns the shard that a worker receives.
 fn shard(actions: &[Action<u32>]) -> Option<usize> {
     actions.iter().find_map(|action| match action {
         Action::Send {
@@ -177,7 +178,7 @@ fn shard(actions: &[Action<u32>]) -> Option<usize> {
     })
 }
 
-/// Returns the shards to which new connections go after these actions.
+/// Returns the shards that receive new connections after these actions.
 fn selected(actions: &[Action<u32>]) -> Option<&[usize]> {
     actions.iter().rev().find_map(|action| match action {
         Action::SelectShards { shards, .. } => Some(&shards[..]),
@@ -198,7 +199,8 @@ fn is_closing(actions: &[Action<u32>]) -> bool {
 fn hang_up_of_the_last_waiting_client_ends_a_drain() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
-    // A borrowed listener is returned when the accepted connections have been served.
+    // A borrowed listener is returned to the application once the accepted connections have been
+    // served.
     let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(3));
     let requested = request(&mut core, worker, borrowed);
     let is_bind = matches!(requested[..], [Action::Bind { .. }]);
@@ -272,7 +274,8 @@ fn last_worker_serves_accepted_connections_before_it_disconnects() {
         })
     };
     assert!(accepts(&actions(&mut core)));
-    // The connection is accepted after the disconnect was requested.
+    // Accept the connection only after the disconnect request, so that the listener must wait for
+    // it.
     core.disconnect(worker);
     assert!(!ends(&actions(&mut core)));
     core.accepted(handle, 7);
@@ -338,13 +341,13 @@ fn sharded_listener_opens_again_while_a_worker_empties_its_shard() {
     core.shard_bound(handle, second, 1, Ok(()));
     core.disconnect(first);
     actions(&mut core);
-    // The only worker that serves exits.
+    // Close the channel of the only worker that still serves the listener.
     core.channel_closed(second);
     let emptying = actions(&mut core);
     let filters = |action: &Action<u32>| matches!(action, Action::AttachSynFilter { .. });
     assert!(emptying.iter().any(filters), "{emptying:?}");
     assert!(core.is_bound(handle));
-    // A worker that listens now gets the same listener.
+    // A worker that listens now receives the same listener.
     let third = online(&mut core);
     let joined = request(&mut core, third, port(1));
     assert_eq!(
@@ -353,7 +356,7 @@ fn sharded_listener_opens_again_while_a_worker_empties_its_shard() {
     );
     let unfilters = |action: &Action<u32>| matches!(action, Action::DetachSynFilter { .. });
     assert!(joined.iter().any(unfilters), "{joined:?}");
-    // It closes with the last of its workers.
+    // The listener closes when its last worker exits.
     core.channel_closed(first);
     assert!(!is_closing(&actions(&mut core)));
     core.channel_closed(third);
@@ -375,7 +378,7 @@ fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() 
         (shard(&bound), selected(&bound)),
         (Some(1), Some(&[0, 1][..]))
     );
-    // Both disconnect. The first one releases its shard without draining it.
+    // When both workers disconnect, the first one releases its shard without draining it.
     core.disconnect_all(false);
     assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
     core.frame(second, ToMaster::Release { handle });
@@ -386,7 +389,7 @@ fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() 
         (shard(&joined), selected(&joined)),
         (Some(0), Some(&[0][..]))
     );
-    // While a shard is being bound for the fifth worker, the others exit.
+    // The other workers exit while a shard is being bound for the fifth worker.
     let fourth = online(&mut core);
     assert_eq!(shard(&request(&mut core, fourth, port(1))), Some(1));
     let fifth = online(&mut core);
