@@ -1,14 +1,15 @@
-//! Whether the worker takes more connections of a listener, and what the master knows about it.
+//! Decides whether the worker takes more connections of a listener, and reports this to the master.
 //!
-//! A listener is *paused* while the worker should leave its connections to other workers: it holds
-//! as many as the application wants, or descriptors are scarce. The master is sent `Pause` when
-//! that begins. Afterwards the listener reports `Idle` again when its queue is found empty.
+//! A listener is *paused* while the worker should leave its connections to other workers. This is
+//! the case if the application holds as many connections as it wants, or if descriptors are scarce.
+//! The worker sends `Pause` when a pause begins. After the pause, the worker sends `Idle` once the
+//! listener's queue is found empty.
 
 use super::listener::{Entry, Stage};
 use super::{Disconnect, Event, ListenerId, WorkerCore};
 use crate::wire::frame::ToMaster;
 
-/// The last report about a queue that the master was sent.
+/// The last report about a queue that the worker sent to the master.
 ///
 /// | report | event | next |
 /// |---|---|---|
@@ -18,21 +19,22 @@ use crate::wire::frame::ToMaster;
 /// | `Idle` | the listener is paused | `Paused` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueReport {
-    /// The worker wants no connection. Without any report the master assumes the same.
+    /// The worker wants no connections. This is also the initial state, in which the master has no
+    /// report.
     Paused,
     /// The queue was empty.
     Idle {
-        /// Connections received from the queue until then.
+        /// The number of connections received from the queue by the time of the report.
         received: u64,
-        /// Connections that the application held then.
+        /// The number of connections that the application held at the time of the report.
         open: u32,
     },
 }
 
 // Reports and notifications.
 impl<F> WorkerCore<F> {
-    /// The queue of this listener was found empty, and the application waits for a connection: the
-    /// master must know.
+    /// Reports to the master that the listener's queue was found empty while the application waits
+    /// for a connection.
     pub(crate) fn found_empty(&mut self, listener: ListenerId) {
         let is_paused = self.is_paused(listener);
         let Some(entry) = self.listeners.get_mut(&listener) else {
@@ -61,7 +63,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Sends `Pause` if the listener is paused and the master does not know.
+    /// Sends `Pause` if the listener is paused and the master has not been notified.
     fn pause_if_full(&mut self, listener: ListenerId) {
         if self.is_paused(listener) {
             self.pause(listener);
@@ -92,7 +94,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Some of these listeners may not be paused any more.
+    /// Notifies the callbacks of those listeners that are no longer paused.
     pub(super) fn resume(&mut self, were_paused: Vec<ListenerId>) {
         for listener in were_paused {
             self.notify_ready(listener);
@@ -102,7 +104,7 @@ impl<F> WorkerCore<F> {
 
 // Connections.
 impl<F> WorkerCore<F> {
-    /// Connections go to a callback from now on.
+    /// Passes the listener's connections to a callback from now on.
     pub(crate) fn use_callback(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.has_callback = true;
@@ -110,7 +112,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Connections wait for `accept` from now on. The master dispatches none until then.
+    /// Keeps the listener's connections for calls to `accept` from now on. The master dispatches
+    /// none until such a call.
     pub(crate) fn remove_callback(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.has_callback = false;
@@ -118,8 +121,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// The application has received a connection. Returns whether it exceeds the limit, so that the
-    /// application must drop it.
+    /// Records that the application has received a connection. Returns whether the connection
+    /// exceeds the limit, so that the application must drop it.
     pub(crate) fn connection_opened(&mut self, listener: ListenerId) -> bool {
         self.open_connections += 1;
         let Some(entry) = self.listeners.get_mut(&listener) else {
@@ -132,7 +135,7 @@ impl<F> WorkerCore<F> {
         is_excess
     }
 
-    /// The application has a connection that comes from no listener.
+    /// Records that the application has a connection that comes from no listener.
     pub(crate) fn connection_adopted(&mut self) {
         self.open_connections += 1;
     }
@@ -143,7 +146,7 @@ impl<F> WorkerCore<F> {
         let entry = listener.and_then(|id| Some((id, self.listeners.get_mut(&id)?)));
         if let Some((listener, entry)) = entry {
             entry.open_connections = entry.open_connections.saturating_sub(1);
-            // The number of open connections that the master knows should be roughly right.
+            // Report again, so that the master's number of open connections stays roughly right.
             if let QueueReport::Idle { received, open } = entry.report {
                 let is_half = entry.open_connections <= u64::from(open) / 2;
                 if received == entry.received && is_half {
@@ -157,9 +160,11 @@ impl<F> WorkerCore<F> {
 
 // Limits.
 impl<F> WorkerCore<F> {
-    /// Whether connections of this listener should be left to other workers for now: it holds as
-    /// many as the application wants, or descriptors are scarce. A draining listener has no other
-    /// worker to leave them to.
+    /// Returns whether the worker should leave the listener's connections to other workers for now.
+    /// This is the case if the listener is at its limit, or if descriptors are scarce.
+    ///
+    /// A draining listener pauses only while no descriptor is left, because no other worker can
+    /// take its connections.
     pub(crate) fn is_paused(&self, listener: ListenerId) -> bool {
         let Some(entry) = self.listeners.get(&listener) else {
             return false;
@@ -171,7 +176,8 @@ impl<F> WorkerCore<F> {
         let lacks_fds = entry.has_queue() && (self.backing_off || is_scarce);
         match entry.stage {
             Stage::Open(_) => is_full || lacks_fds,
-            // Connections are not lost while they wait for a descriptor.
+            // Pause, because connections in the queue are not lost while they wait for a
+            // descriptor.
             Stage::Draining(_) => entry.has_queue() && self.backing_off,
             Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => false,
         }
@@ -187,9 +193,10 @@ impl<F> WorkerCore<F> {
         limited.filter(|id| self.is_paused(*id)).collect()
     }
 
-    /// Sets the maximum number of connections of this listener that the application wants to hold.
-    /// A disconnecting worker ignores it and serves everything that is left, unless it drops the
-    /// excess.
+    /// Sets the maximum number of this listener's connections that the application wants to hold.
+    ///
+    /// A disconnecting worker ignores the limit and serves all remaining connections, unless it
+    /// drops the excess.
     pub(crate) fn set_connection_limit(&mut self, listener: ListenerId, limit: Option<u64>) {
         let serves_all = self.disconnect == Disconnect::Received;
         let Some(entry) = self.listeners.get_mut(&listener) else {
@@ -211,7 +218,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Leaves connections beyond the limit to other workers again.
+    /// Leaves connections beyond the limit to other workers from now on, instead of dropping them.
     pub(crate) fn keep_excess(&mut self, listener: ListenerId) {
         let serves_all = self.disconnect == Disconnect::Received;
         if let Some(entry) = self.listeners.get_mut(&listener) {
@@ -223,17 +230,18 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Descriptors are running out: callbacks get no more connections than the application holds
-    /// now.
+    /// Limits callbacks to the number of connections that the application holds now, because
+    /// descriptors are scarce.
     pub(crate) fn fds_scarce(&mut self) {
-        // At least one, for a process that starts with hardly any descriptor left.
+        // Allow at least one connection, because a process may start with hardly any descriptor
+        // left.
         let held = self.open_connections.max(1);
         let limit = self.connection_limit;
         self.connection_limit = Some(limit.map_or(held, |limit| limit.min(held)));
         self.pause_full_listeners();
     }
 
-    /// There are plenty of descriptors again.
+    /// Lifts the limit of `fds_scarce`, because there are plenty of descriptors.
     pub(crate) fn fds_plentiful(&mut self) {
         if self.connection_limit.is_some() {
             let paused = self.paused_listeners();
@@ -242,14 +250,14 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// No descriptor is left: the connections in the queues are for other workers, until
-    /// `backoff_elapsed`.
+    /// Leaves the connections in the queues to other workers until `backoff_elapsed`, because no
+    /// descriptor is left.
     pub(crate) fn fds_exhausted(&mut self) {
         self.backing_off = true;
         self.pause_full_listeners();
     }
 
-    /// There may be descriptors again.
+    /// Ends the pause of `fds_exhausted`, because descriptors may be available.
     pub(crate) fn backoff_elapsed(&mut self) {
         let paused = self.paused_listeners();
         self.backing_off = false;

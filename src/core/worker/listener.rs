@@ -1,4 +1,4 @@
-//! How one listener of a worker opens, drains and closes.
+//! Opening, draining and closing a worker's listener.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -11,14 +11,15 @@ use crate::types::errno;
 use crate::types::violation::Violation;
 use crate::wire::frame::{Bound, FrameError, HandleKey, ToMaster};
 
-/// Names a listener to the application. A number is not reused while its listener is known.
+/// The application's name for a listener. A number is not reused while its listener is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
 
-/// The highest number of a listener that fits into a key of the poller.
+/// The highest number of a listener, because the poller's keys have 29 bits for it on 32-bit
+/// systems.
 pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 
-/// The life of a listener.
+/// The stage of a listener.
 ///
 /// | stage | event | next |
 /// |---|---|---|
@@ -28,21 +29,22 @@ pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 /// | `Requested` | reply | `Open(Some(_))` or `Failed` |
 /// | `Requested` | `close`, `forget`, or the worker disconnects | `Abandoned` |
 /// | `Abandoned` | reply | removed and released, or `Failed` |
-/// | `Open` | the master says that nothing more comes; the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
+/// | `Open` | the master ends and drains it, or the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
 /// | `Open`, `Draining` | `close`, `forget` | `Closed` |
 /// | all but `Failed` | the channel closes | `Closed` |
 ///
-/// The payload of `Open` and `Draining` is the master's name of the listener, which a private
-/// listener does not have.
+/// The payload of `Open` and `Draining` is the master's handle of the listener. Private listeners
+/// have no handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Requested,
-    /// Given up before the reply arrived. It closes when the reply arrives.
+    /// The worker no longer needs the listener, and closes it when the reply arrives.
     Abandoned,
-    /// The errno of the reply.
+    /// The master rejected the request. The value is the errno.
     Failed(i32),
     Open(Option<HandleId>),
-    /// No new connections come. Those in the backlog or queue can still be accepted.
+    /// The listener receives no new connections. The application can still accept those in the
+    /// backlog or queue.
     Draining(Option<HandleId>),
     Closed,
 }
@@ -50,27 +52,27 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub(super) struct Entry {
     kind: Kind,
-    /// The key that was requested from the master; `None` for a private listener.
+    /// The key that the worker requested from the master. `None` for a private listener.
     key: Option<HandleKey>,
     address: Option<SocketAddr>,
     policy: SchedulingPolicy,
     pub(super) stage: Stage,
-    /// Connections go to a callback, not to a blocking `accept`.
+    /// Whether connections go to a callback, and not to a blocking `accept`.
     pub(super) has_callback: bool,
-    /// Connections received from the queue.
+    /// The number of connections received from the queue.
     pub(super) received: u64,
-    /// The last report about the queue that the master was sent.
+    /// The last report about the queue that the worker sent to the master.
     pub(super) report: QueueReport,
-    /// Connections of this listener that the application holds.
+    /// The number of this listener's connections that the application holds.
     pub(super) open_connections: u64,
-    /// The maximum of `open_connections` that the application wants.
+    /// The maximum number of open connections that the application wants.
     pub(super) connection_limit: Option<u64>,
-    /// Connections beyond the limit are received and dropped, instead of being left to other
-    /// workers.
+    /// Whether connections beyond the limit are received and dropped, instead of being left to
+    /// other workers.
     pub(super) drops_excess: bool,
-    /// It keeps the application running.
+    /// Whether the listener keeps the application running.
     pub(super) referenced: bool,
-    /// The master was sent `Listening`.
+    /// Whether the worker has sent `Listening` to the master.
     listening_sent: bool,
 }
 
@@ -91,7 +93,7 @@ impl Entry {
     }
 }
 
-// Queries of the shell.
+// Listener queries.
 impl<F> WorkerCore<F> {
     pub(crate) fn listen_status(&self, listener: ListenerId) -> ListenStatus {
         match self.listeners.get(&listener) {
@@ -106,11 +108,11 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Whether the application can expect no further connection.
+    /// Returns whether the application can expect no further connections.
     pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
         match self.listeners.get(&listener) {
             Some(entry) => match entry.stage {
-                // A draining listener closes when accepting finds it empty.
+                // A draining listener has not ended: it closes only when `accept` finds it empty.
                 Stage::Requested | Stage::Open(_) | Stage::Draining(_) => false,
                 Stage::Failed(_) | Stage::Abandoned | Stage::Closed => true,
             },
@@ -118,7 +120,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Whether the application has not dropped the listener.
+    /// Returns whether the listener is known, because the application has not dropped it.
     pub(crate) fn is_known(&self, listener: ListenerId) -> bool {
         self.listeners.contains_key(&listener)
     }
@@ -128,7 +130,7 @@ impl<F> WorkerCore<F> {
         entry.is_some_and(|entry| entry.kind == Kind::Udp)
     }
 
-    /// Whether any callback waits for connections or datagrams.
+    /// Returns whether any callback waits for connections or datagrams.
     pub(crate) fn has_any_callback(&self) -> bool {
         self.listeners.values().any(|entry| entry.has_callback)
     }
@@ -138,12 +140,12 @@ impl<F> WorkerCore<F> {
         entry.is_some_and(|entry| entry.has_callback)
     }
 
-    /// Whether its connections come through a queue of the master.
+    /// Returns whether the listener's connections come through one of the master's queues.
     pub(crate) fn has_queue(&self, listener: ListenerId) -> bool {
         self.listeners.get(&listener).is_some_and(Entry::has_queue)
     }
 
-    /// Whether the listener ends when its backlog or queue is empty.
+    /// Returns whether the listener ends when its backlog or queue is empty.
     pub(crate) fn is_draining(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
         entry.is_some_and(|entry| matches!(entry.stage, Stage::Draining(_)))
@@ -174,12 +176,12 @@ impl<F> WorkerCore<F> {
         listener
     }
 
-    /// Adds a private listener: a socket that the master does not know.
+    /// Adds a private listener, which is a socket unknown to the master.
     pub(crate) fn listen_privately(&mut self, kind: Kind) -> ListenerId {
         self.add(kind, None, Stage::Open(None), SchedulingPolicy::Shared)
     }
 
-    /// A number that no listener has. Numbers start again at 1 after the highest.
+    /// Returns a number that no listener has. After the highest number, numbers start again at 1.
     fn next_listener(&mut self) -> ListenerId {
         loop {
             self.last_listener = self.last_listener % MAX_LISTENER + 1;
@@ -190,7 +192,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// A disconnecting worker gets listeners that are closed already.
+    /// Adds a listener, which is already closed if the worker is disconnecting.
     fn add(
         &mut self,
         kind: Kind,
@@ -219,7 +221,7 @@ impl<F> WorkerCore<F> {
         listener
     }
 
-    /// The application has received its listener.
+    /// Sends `Listening` when the application has received its listener.
     pub(crate) fn listening(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
@@ -230,7 +232,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// The master has replied to a `Listen`.
+    /// Processes the master's reply to a `Listen` frame. Returns the listener if the reply carries
+    /// a descriptor for it.
     pub(super) fn replied(
         &mut self,
         listener: ListenerId,
@@ -264,11 +267,11 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// The reply to a `Listen` arrived without its descriptor, because this process has none left.
+    /// Processes a reply whose descriptor was lost, because this process has no descriptor left.
     ///
     /// # Errors
     ///
-    /// [`FrameError::Violation`] as in `frame`.
+    /// Returns the same errors as `frame`.
     pub(crate) fn listener_fd_lost(
         &mut self,
         request: u32,
@@ -285,7 +288,7 @@ impl<F> WorkerCore<F> {
             return;
         };
         match entry.stage {
-            // The index stays in use: the master may have bound it.
+            // Keep the index in use, because the master may already have bound the listener.
             Stage::Requested => entry.stage = Stage::Abandoned,
             Stage::Open(handle) | Stage::Draining(handle) => {
                 entry.stage = Stage::Closed;
@@ -299,7 +302,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes a listener that the application has dropped, and forgets it.
+    /// Closes a listener that the application has dropped, and removes it. If the master has not
+    /// replied, the listener is removed when the reply arrives.
     pub(crate) fn forget(&mut self, listener: ListenerId) {
         self.close(listener);
         let is_settled = |entry: &Entry| entry.stage != Stage::Abandoned;
@@ -308,7 +312,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Nothing more comes. A listener is emptied before it closes, a datagram socket is not.
+    /// Ends a listener that receives no new connections. A datagram socket closes immediately.
+    /// Other listeners close once their backlog or queue is empty.
     pub(super) fn drain(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;

@@ -1,10 +1,11 @@
-//! Every decision of the worker.
+//! The decisions of the worker.
 //!
-//! Pure, like [`master`](crate::core::master): facts come in as method calls, [`Action`]s and
-//! [`Event`]s go out. The descriptors of a message are any type `F`.
+//! Like [`master`](crate::core::master), this state machine is pure. The shell reports facts by
+//! method calls, and `WorkerCore` produces [`Action`]s and [`Event`]s. The descriptors of a message
+//! are any type `F`.
 //!
-//! This file holds the life of the worker and of its channel. `listener` holds the life of one
-//! listener, `capacity` decides whether the worker takes more connections.
+//! This file contains the life of the worker and of its channel. `listener` contains the life of
+//! one listener. `capacity` decides whether the worker takes more connections.
 
 mod capacity;
 mod listener;
@@ -24,18 +25,20 @@ use listener::{Entry, Stage};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Send(ToMaster),
-    /// Close this worker's copy of a listener or datagram socket, or its end of a queue.
+    /// Closes this worker's copy of a listener or datagram socket, or its end of a queue.
     CloseListener(ListenerId),
-    /// Keep new connections out of the backlog of a private listener.
+    /// Keeps new connections out of a private listener's backlog.
     AttachSynFilter(ListenerId),
-    /// Close the channel once everything queued is written.
+    /// Closes the channel once all queued frames are written.
     CloseChannel,
 }
 
-/// An event for the application's callbacks; `F` is the descriptors that arrive with a message.
+/// An event for the application's callbacks. `F` is the type of the descriptors that arrive with a
+/// message.
 #[derive(Debug)]
 pub(crate) enum Event<F> {
-    /// The listener's callback may accept from its backlog or queue, which may be empty.
+    /// The notification that a listener's callback may accept from its backlog or queue, which may
+    /// be empty.
     ListenerReady(ListenerId),
     Message {
         bytes: Vec<u8>,
@@ -44,14 +47,15 @@ pub(crate) enum Event<F> {
     Disconnect,
 }
 
-/// The progress of a `listen`.
+/// The progress of a call to `listen`.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum ListenStatus {
     /// The master has not replied.
     Pending,
-    /// Open, or closed already because the worker is disconnecting.
+    /// The listener is open, or already closed because the worker is disconnecting. The value is
+    /// its address, if any.
     Done(Option<SocketAddr>),
-    /// The errno.
+    /// The listener could not be opened. The value is the errno.
     Failed(i32),
 }
 
@@ -68,21 +72,21 @@ enum ChannelState {
     Closed,
 }
 
-/// How far a disconnect has come.
+/// The progress of a disconnect.
 ///
 /// | state | event | next | what happens |
 /// |---|---|---|---|
-/// | `NotRequested` | the application calls `disconnect` or `kill` before the channel is closed | `Requested` | the master is sent `DisconnectRequest` |
+/// | `NotRequested` | the application calls `disconnect` or `kill` before the channel is closed | `Requested` | the worker sends `DisconnectRequest` |
 /// | `NotRequested`, `Requested` | `Disconnect` arrives | `Received` | limits are lifted, private listeners drain, pending listens are abandoned |
 ///
-/// It outlives the channel: a channel that closes before `Received` was closed unexpectedly, and
-/// the worker exits at once.
+/// The value stays after the channel has closed. If the channel closes before `Received`, it closed
+/// unexpectedly, and the worker exits immediately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Disconnect {
     NotRequested,
-    /// This worker has sent a request to the master.
+    /// The worker has sent a request to the master.
     Requested,
-    /// The master has ordered or confirmed it.
+    /// The master has requested or confirmed the disconnect.
     Received,
 }
 
@@ -90,28 +94,30 @@ enum Disconnect {
 pub(crate) struct WorkerCore<F> {
     channel: ChannelState,
     disconnect: Disconnect,
-    /// The application called `kill`: the channel closes without waiting for connections.
+    /// Whether the application called `kill`, so that the channel closes without waiting for
+    /// connections.
     killed: bool,
-    /// The channel keeps the application running.
+    /// Whether the channel keeps the application running.
     referenced: bool,
-    /// The maximum number of connections that callbacks may hold, once descriptors have become
-    /// scarce.
+    /// The maximum number of connections that the application may hold, set once descriptors have
+    /// become scarce. The limit applies to callbacks only.
     connection_limit: Option<u64>,
-    /// No descriptor was left for a connection: queues are paused until `backoff_elapsed`.
+    /// Whether the queues are paused until `backoff_elapsed`, because no descriptor was left for a
+    /// connection.
     backing_off: bool,
     last_listener: u32,
     listeners: SortedMap<ListenerId, Entry>,
-    /// The indices in use, by the endpoint as it was requested.
+    /// The indices in use, for each endpoint as it was requested.
     indices: SortedMap<Endpoint, BTreeSet<u32>>,
-    /// Connections that the application holds, whatever listener they came from.
+    /// The number of connections that the application holds, from any source.
     open_connections: u64,
     actions: VecDeque<Action>,
     events: VecDeque<Event<F>>,
 }
 
-// Queries of the shell.
+// Construction and queries.
 impl<F> WorkerCore<F> {
-    /// The first frame of a worker says that it is online.
+    /// Creates the state of a worker that has just started. Its first frame is `Online`.
     pub(crate) fn new() -> Self {
         Self {
             channel: ChannelState::Open,
@@ -129,7 +135,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Whether `next_action` would return one.
+    /// Returns whether there are pending actions.
     pub(crate) fn has_actions(&self) -> bool {
         !self.actions.is_empty()
     }
@@ -142,37 +148,42 @@ impl<F> WorkerCore<F> {
         self.events.pop_front()
     }
 
-    /// Whether `next_event` would return one.
+    /// Returns whether there are pending events.
     pub(crate) fn has_events(&self) -> bool {
         !self.events.is_empty()
     }
 
-    /// Whether the channel is not closed yet.
+    /// Returns whether the channel is not closed.
     pub(crate) fn is_connected(&self) -> bool {
         self.channel != ChannelState::Closed
     }
 
-    /// `None` until the channel is closed.
+    /// Returns whether a disconnect was received before the channel closed.
+    ///
+    /// Returns `None` while the channel is open.
     pub(crate) fn exited_after_disconnect(&self) -> Option<bool> {
         (!self.is_connected()).then_some(self.disconnect == Disconnect::Received)
     }
 
-    /// Whether listeners are closed as soon as they are requested.
+    /// Returns whether new listeners are closed from the start, because the worker is
+    /// disconnecting.
     pub(crate) fn is_disconnecting(&self) -> bool {
         self.disconnect == Disconnect::Received || self.channel != ChannelState::Open
     }
 
-    /// Whether the worker should exit no matter what the application still waits for: the channel
-    /// closed unexpectedly, or the application killed the worker.
+    /// Returns whether the worker should exit regardless of what the application waits for. This is
+    /// the case if the channel closed unexpectedly, or if the application killed the worker and the
+    /// channel is closed.
     pub(crate) fn must_exit(&self) -> bool {
         !self.is_connected() && (self.disconnect != Disconnect::Received || self.killed)
     }
 
-    /// Whether nothing of the cluster keeps the application running.
+    /// Returns whether neither the channel, a listener nor a connection keeps the application
+    /// running.
     pub(crate) fn is_finished(&self) -> bool {
         let channel = match self.channel {
             ChannelState::Open => self.referenced,
-            // Its `disconnect` event is still to come.
+            // Keep running until the `disconnect` event has been delivered.
             ChannelState::Closing => true,
             ChannelState::Closed => false,
         };
@@ -181,7 +192,8 @@ impl<F> WorkerCore<F> {
         self.must_exit() || !(channel || self.open_connections > 0 || listens)
     }
 
-    /// Whether a disconnecting worker can close its channel: it has no listener and no connection.
+    /// Returns whether a disconnecting worker can close its channel, because it has no listener and
+    /// no connection left.
     pub(crate) fn is_drained(&self) -> bool {
         let disconnects =
             self.disconnect == Disconnect::Received && self.channel == ChannelState::Open;
@@ -190,9 +202,9 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Calls of the application.
+// Calls by the application.
 impl<F> WorkerCore<F> {
-    /// Sets whether the channel, or a listener, keeps the application running.
+    /// Sets whether the given listener, or the channel for `None`, keeps the application running.
     pub(crate) fn reference(&mut self, listener: Option<ListenerId>, referenced: bool) {
         match listener {
             None => self.referenced = referenced,
@@ -204,9 +216,10 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// The application waits for events in general. A disconnecting worker closes its channel here,
-    /// when it is drained. Not earlier: an application that blocks may want to send something after
-    /// its last connection.
+    /// Closes the channel of a drained worker, when the application waits for events in general.
+    ///
+    /// The channel must not close earlier, because a blocking application may still send something
+    /// after its last connection.
     pub(crate) fn waiting_for_events(&mut self) {
         self.close_unused_listeners();
         if self.is_drained() {
@@ -232,8 +245,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Disconnects without waiting for connections. The master still receives the request, so that it
-    /// expects the exit.
+    /// Disconnects without waiting for connections. The master still receives the request, so that
+    /// it expects the exit.
     pub(crate) fn kill(&mut self) {
         self.killed = true;
         self.disconnect();
@@ -268,18 +281,18 @@ impl<F> WorkerCore<F> {
         self.events.push_back(Event::Disconnect);
     }
 
-    /// A message has arrived, with its descriptors.
+    /// Emits a message that has arrived with its descriptors.
     pub(crate) fn message(&mut self, bytes: Vec<u8>, fds: F) {
         self.events.push_back(Event::Message { bytes, fds });
     }
 
-    /// Processes a frame of the master. A message that may have descriptors comes by `message`.
+    /// Processes a frame from the master. Messages with descriptors go to `message` instead.
     ///
     /// Returns the listener to which the frame's descriptor belongs, if it has one.
     ///
     /// # Errors
     ///
-    /// [`FrameError::Violation`] if the frame is invalid in the present state.
+    /// Returns [`FrameError::Violation`] if the frame is invalid in the present state.
     pub(crate) fn frame(&mut self, frame: ToWorker) -> Result<Option<ListenerId>, FrameError>
     where
         F: Default,
@@ -309,11 +322,12 @@ impl<F> WorkerCore<F> {
         let mut private = Vec::new();
         for (listener, entry) in self.listeners.iter_mut() {
             if !entry.drops_excess {
-                // The last worker receives everything that is left, however many connections it has.
+                // Lift the limit, because the last worker must receive all remaining connections,
+                // however many there are.
                 entry.connection_limit = None;
             }
             match entry.stage {
-                // The master does not reply to a disconnecting worker.
+                // Abandon the request, because the master does not reply to a disconnecting worker.
                 Stage::Requested => entry.stage = Stage::Abandoned,
                 Stage::Open(None) => private.push(*listener),
                 Stage::Open(Some(_))
