@@ -1,7 +1,7 @@
 //! The decisions of the master, the worker and the dispatcher, as pure state machines.
 //!
 //! The inputs are facts: a frame has arrived, a process has exited, or the time has changed. The
-//! outputs are actions and events. This folder uses no descriptors, clocks or system calls.
+//! outputs are actions and events. The `core` folder uses no descriptors, clocks or system calls.
 //!
 //! The `master` and `worker` folders carry out the actions. `sim` runs these state machines through
 //! random schedules.

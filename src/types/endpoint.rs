@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-/// The default backlog, in connections. Node uses 511 too.
+/// The default backlog, in connections. The value is the same as in Node.
 pub(crate) const BACKLOG: u32 = 511;
 
 /// The kind of a socket.

@@ -27,8 +27,8 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Returns the number of connections that have no outcome yet. These connections wait in the
-    /// master or in a worker's queue.
+    /// Returns the number of connections that have no outcome yet, because they wait in the master
+    /// or in a worker's queue.
     ///
     /// Node has no counterpart. See [`Master::ledger`](crate::Master::ledger) for an example.
     #[must_use]

@@ -1,7 +1,7 @@
 //! Plain values that every other module may use.
 //!
-//! These types contain no policy and make no system calls, except that dropping a value closes its
-//! descriptors.
+//! The types contain no policy and depend on no other module, apart from the descriptors that a
+//! message carries. Only dropping these descriptors makes a system call.
 
 pub(crate) mod address;
 pub(crate) mod endpoint;

@@ -256,8 +256,8 @@ impl Member {
             }
             return None;
         }
-        // The worker reported idle and has received nothing since, so treat it as stalled. Another
-        // worker would have received the connections.
+        // The worker reported idle and has received nothing since, so treat it as stalled. A
+        // responsive worker would have received the connections.
         let penalty = match self.response {
             Response::Prompt => PENALTY_MIN,
             Response::Retried(previous) => (previous * 2).clamp(PENALTY_MIN, PENALTY_MAX),

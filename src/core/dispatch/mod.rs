@@ -17,9 +17,9 @@
 //! | slow | connections queued behind the worker's current request were reclaimed | none until the worker reports that it is idle |
 //! | ended | the listener has ended for the worker | none |
 //!
-//! An idle worker can also be *stalled*: it received none of the connections that were dispatched
-//! while it was idle, probably because its process is stopped. Until its penalty ends, a stalled
-//! worker comes after all other idle workers.
+//! An idle worker can also be *stalled*. A stalled worker received none of the connections that
+//! were dispatched while it was idle, probably because its process is stopped. Until its penalty
+//! ends, a stalled worker comes after all other idle workers.
 //!
 //! # The next connection
 //!
@@ -29,8 +29,8 @@
 //! 1. A connection that the scheduler has assigned to a worker waits for that worker. The worker
 //!    must be idle, busy or slow, and have fewer than `MAX_WINDOW` connections in its queue.
 //! 2. If any worker is idle, the connection goes to an idle worker. Prompt workers come before
-//!    stalled ones. Idle workers take strict turns: the worker whose last dispatch is the oldest is
-//!    next. Fairness (see its section) can pass the turn to a busy worker.
+//!    stalled ones. Idle workers take strict turns, so the worker whose last dispatch is the oldest
+//!    is next. Fairness (see its section) can pass the turn to a busy worker.
 //! 3. If no worker is idle, the connection goes to the busy worker with the lowest recent load
 //!    whose window has space. Only the `BUSY_WORKERS_CHECKED` workers with the lowest loads are
 //!    checked.
@@ -69,7 +69,7 @@
 //! 1. If a worker has been busy for `QUICK`, everything queued behind its current request is
 //!    reclaimed, and the worker becomes slow. The worker that became busy first is checked first.
 //! 2. If a worker was idle and has received nothing for `STALL_TIMEOUT`, its connections are
-//!    reclaimed. If the worker has none left, it becomes stalled. Its first penalty lasts
+//!    reclaimed. If the worker has none left, it becomes stalled. The first penalty lasts
 //!    `PENALTY_MIN`. Each further penalty is twice as long, up to `PENALTY_MAX`.
 //!
 //! # Fairness
@@ -138,15 +138,15 @@ const FAIRNESS_BUSY_SPAN: Time = Duration::from_millis(1);
 
 /// The maximum difference between two recent loads, in connections.
 ///
-/// It limits how long a worker is preferred after it was paused or slow. It must be well above
-/// `FAIRNESS_LEAD`, or differences would be forgotten before they are corrected.
+/// A limit keeps a worker from being preferred for too long after it was paused or slow. If the
+/// limit is not well above `FAIRNESS_LEAD`, differences are forgotten before they are corrected.
 const RECENT_LOAD_SPAN: u64 = 1000;
 
 /// The number of busy workers, lowest recent load first, that are checked for space in their
 /// window.
 ///
-/// It limits the cost of one dispatch. If it is smaller, a connection may wait although some busy
-/// worker has space.
+/// A larger number makes each dispatch more expensive. If the number is smaller, a connection may
+/// wait although some busy worker has space.
 const BUSY_WORKERS_CHECKED: usize = 16;
 
 /// The time after which an idle worker that receives none of its connections is treated as stalled.
@@ -155,15 +155,15 @@ const BUSY_WORKERS_CHECKED: usize = 16;
 /// process's usual wait for a core on a loaded machine, running workers are penalized.
 pub(crate) const STALL_TIMEOUT: Time = Duration::from_millis(20);
 
-/// The first penalty of a stalled worker. It is twice the `STALL_TIMEOUT`, because the worker may
+/// The first penalty of a stalled worker: only twice the `STALL_TIMEOUT`, because the worker may
 /// only have waited for a core. Each further penalty is twice as long as the previous one.
 const PENALTY_MIN: Time = Duration::from_millis(40);
 
 /// The longest penalty.
 ///
-/// If it is shorter, a stopped worker delays connections more often: one connection, by
-/// `STALL_TIMEOUT`, after each penalty. If it is longer, a worker that continues after a stop is
-/// passed over for longer while other workers are idle.
+/// After each penalty, a stopped worker delays one connection by `STALL_TIMEOUT`. If penalties are
+/// shorter, these delays are more frequent. If penalties are longer, a worker that continues after
+/// a stop is passed over for longer while other workers are idle.
 const PENALTY_MAX: Time = Duration::from_secs(1);
 
 /// A connection with its sequence number. The first connection that the listener accepts has the
@@ -179,8 +179,8 @@ pub(crate) struct Sequenced<C> {
 pub(crate) struct Dispatched<C> {
     pub(crate) worker: WorkerId,
     pub(crate) connection: Sequenced<C>,
-    /// Whether the connection has waited for a worker or has been reclaimed. Its client may have
-    /// hung up in the meantime.
+    /// Whether the connection has waited for a worker or has been reclaimed, so that its client may
+    /// have hung up in the meantime.
     pub(crate) has_waited: bool,
 }
 
@@ -394,8 +394,8 @@ impl<C> Dispatcher<C> {
         self.enqueue(connection, self.default_target());
     }
 
-    /// Adds connections that have already been dispatched once. Their clients may have hung up in
-    /// the meantime.
+    /// Adds connections that have already been dispatched once, and marks them as having waited,
+    /// because their clients may have hung up in the meantime.
     fn push_back(&mut self, connections: Vec<Sequenced<C>>) {
         for connection in connections {
             self.last_delayed = self.last_delayed.max(connection.sequence);
@@ -666,7 +666,8 @@ impl<C> Dispatcher<C> {
         }
     }
 
-    /// Dispatches the next waiting connection: takes it out, and returns it with its worker.
+    /// Takes out the next waiting connection, and returns it with the worker to which it is
+    /// dispatched.
     ///
     /// Returns `None` if no connection waits, or if no worker has capacity for one.
     pub(crate) fn dispatch_next(&mut self, now: Time) -> Option<Dispatched<C>> {

@@ -8,8 +8,8 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// The time for which a draining listener keeps new connections out before it is treated as empty.
-/// It applies to listeners that may have served connections.
+/// The time for which a draining listener keeps new connections out before it is treated as empty,
+/// if the listener may have served connections.
 ///
 /// Handshakes that are in flight over a network complete in that time. If it is shorter, the
 /// clients of slow handshakes are reset. If it is longer, each disconnect of the last worker takes
@@ -37,8 +37,8 @@ impl<C, F> MasterCore<C, F> {
                 self.return_borrowed(handle);
             }
             Kind::Unix if listener.is_sole() => {
-                // Remove the file, so that no client can connect. The grace period is not needed,
-                // because Unix sockets have no handshake.
+                // Remove the file, so that no client can connect. No grace period is needed,
+                // because no handshake can be in flight.
                 listener.stage = Stage::Draining(None);
                 self.remove_key(handle);
                 self.actions.push_back(Action::RemoveFile { handle });

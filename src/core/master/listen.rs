@@ -11,8 +11,8 @@ use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{Bound, FrameError, HandleId, HandleKey};
 
-/// The maximum number of listeners of one worker. It limits the descriptors and the memory that a
-/// broken worker can cost the master. Well-behaved workers use only a few.
+/// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
+/// that a broken worker can cost the master. Well-behaved workers use only a few.
 const LISTENERS_PER_WORKER_MAX: usize = 64;
 
 /// The highest handle number of a listener, because the poller's keys have 29 bits for it on 32-bit

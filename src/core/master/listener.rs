@@ -99,7 +99,8 @@ pub(super) enum AcceptState {
 /// ```
 ///
 /// A listener never returns to `Sole`, because the master cannot learn that no other process has a
-/// copy. Only a `Sole` listener gets a SYN filter or is shut down, because both affect all copies.
+/// copy. SYN filters and shutdowns are only for `Sole` listeners, because both affect all copies of
+/// the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ownership {
     /// Only the master has a copy, and workers that close their copies when they exit. Any other

@@ -1,6 +1,7 @@
-//! The table of listeners, with an index for the queries of each iteration of the event loop. These
-//! queries ask for the next deadline, and whether any connection waits. Their cost does not depend
-//! on the number of listeners.
+//! The table of listeners, with an index for the queries of each event loop iteration.
+//!
+//! The event loop asks for the next deadline, and whether any connection waits. The cost of a query
+//! does not depend on the number of listeners.
 //!
 //! Changing a listener makes its index entry stale until `index_changed` is called. In the
 //! meantime, each query also reads the stale listeners themselves, so its answer is always correct.

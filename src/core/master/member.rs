@@ -18,7 +18,8 @@ use crate::types::worker_id::WorkerId;
 enum State {
     /// The worker is eligible for new connections.
     Serving,
-    /// The worker is not eligible for new connections. It may still receive or return earlier ones.
+    /// The worker is not eligible for new connections, but may still receive or return earlier
+    /// ones.
     Ended,
     /// The connections in the worker's queue are being reclaimed, and the queue is being closed.
     Closing,

@@ -4,7 +4,7 @@
 //! carries out at once without calling the application. `MasterCore` also produces events, which
 //! the application's callbacks receive in a later step of the event loop.
 //!
-//! The core uses no descriptors, clocks or system calls: a connection is any type `C`, and the
+//! The core uses no descriptors, clocks or system calls. A connection is any type `C`, and the
 //! descriptors of a message are any type `F`.
 //!
 //! | module | what it decides |
@@ -362,7 +362,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns all connections that wait in the master. Call it only after all actions have been
-    /// carried out, because pending actions own connections too.
+    /// carried out, because pending actions also own connections.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
         let listeners = self.listeners.values();
         listeners.flat_map(|listener| listener.dispatcher.waiting())

@@ -7,7 +7,7 @@ use crate::core::dispatch::{Dispatched, Sequenced};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-// Facts about queues.
+// Facts that the shell reports about queues.
 impl<C, F> MasterCore<C, F> {
     /// Takes back a connection that could not be put into the worker's queue. The reason is either
     /// that the system `is_exhausted`, or a problem of this worker only.

@@ -13,9 +13,10 @@ use crate::wire::frame::{HandleId, HandleKey};
 impl<C, F> MasterCore<C, F> {
     /// Retains a listener that is open on this endpoint.
     ///
-    /// The first choice is a listener that is not retained. If all of them are retained and the
-    /// system does not choose the port, the first listener is retained once more. Returns `None` if
-    /// there is no suitable listener. The shell then opens one and calls `retained`.
+    /// The first choice is a listener that is not retained. If all listeners are already retained
+    /// and the system does not choose the port, the first listener is retained one more time.
+    /// Returns `None` if there is no suitable listener. The shell then opens one and calls
+    /// `retained`.
     pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
         let open = || self.handles_at(endpoint);
         let unretained = open().find(|handle| !self.listeners[handle].is_retained());

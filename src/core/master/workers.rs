@@ -42,8 +42,8 @@ enum Life {
     Starting,
     /// The worker has sent `Online`, so its application runs.
     Online,
-    /// The channel is write-closed: the master sends nothing more, but processes the worker's final
-    /// frames.
+    /// The channel is write-closed. The master sends nothing more, but still processes the worker's
+    /// final frames.
     Closing {
         is_online: bool,
         status: Option<ExitStatus>,
@@ -135,7 +135,7 @@ impl WorkerEntry {
     }
 }
 
-// Facts about workers.
+// Facts that the shell reports about workers.
 impl<C, F> MasterCore<C, F> {
     /// Records that a worker has been forked with the id that `next_worker_id` returned.
     pub(crate) fn forked(&mut self, worker: WorkerId) {
@@ -237,8 +237,8 @@ impl<C, F> MasterCore<C, F> {
         self.emit_both(worker, || Event::Exit(exit_report));
     }
 
-    /// Kills the workers whose deadline has expired. Their exits are then processed like any other
-    /// exit.
+    /// Kills the workers whose deadline has expired. The master processes their exits like any
+    /// other exit.
     pub(super) fn kill_overdue(&mut self) {
         let is_over = |deadline: &Time| *deadline <= self.now;
         let mut overdue = Vec::new();
@@ -259,7 +259,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Calls by the application.
+// Requests by the application.
 impl<C, F> MasterCore<C, F> {
     pub(crate) fn disconnect(&mut self, worker: WorkerId) {
         self.begin_disconnect(&[worker]);

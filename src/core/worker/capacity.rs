@@ -1,9 +1,9 @@
 //! Decides whether the worker takes more connections of a listener, and reports this to the master.
 //!
-//! A listener is *paused* while the worker should leave its connections to other workers. This is
-//! the case if the application holds as many connections as it wants, or if descriptors are scarce.
-//! The worker sends `Pause` when a pause begins. After the pause, the worker sends `Idle` once the
-//! listener's queue is found empty.
+//! A listener is *paused* while the worker should leave its connections to other workers. The
+//! reason is either that the application holds as many connections as it wants, or that descriptors
+//! are scarce. The worker sends `Pause` when a pause begins. After the pause, the worker sends
+//! `Idle` once the listener's queue is found empty.
 
 use super::listener::{Entry, Stage};
 use super::{Disconnect, Event, ListenerId, WorkerCore};
@@ -19,8 +19,8 @@ use crate::wire::frame::ToMaster;
 /// | `Idle` | the listener is paused | `Paused` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueReport {
-    /// The worker wants no connections. This is also the initial state, in which the master has no
-    /// report.
+    /// The worker wants no connections. A new listener is `Paused` too, because the master assumes
+    /// a pause until the first report.
     Paused,
     /// The queue was empty.
     Idle {
@@ -161,7 +161,7 @@ impl<F> WorkerCore<F> {
 // Limits.
 impl<F> WorkerCore<F> {
     /// Returns whether the worker should leave the listener's connections to other workers for now.
-    /// This is the case if the listener is at its limit, or if descriptors are scarce.
+    /// The reason is either that the listener is at its limit, or that descriptors are scarce.
     ///
     /// A draining listener pauses only while no descriptor is left, because no other worker can
     /// take its connections.

@@ -112,7 +112,8 @@ impl<F> WorkerCore<F> {
     pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
         match self.listeners.get(&listener) {
             Some(entry) => match entry.stage {
-                // A draining listener has not ended: it closes only when `accept` finds it empty.
+                // A draining listener has not ended, because it closes only when `accept` finds it
+                // empty.
                 Stage::Requested | Stage::Open(_) | Stage::Draining(_) => false,
                 Stage::Failed(_) | Stage::Abandoned | Stage::Closed => true,
             },

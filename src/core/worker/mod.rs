@@ -4,8 +4,8 @@
 //! method calls, and `WorkerCore` produces [`Action`]s and [`Event`]s. The descriptors of a message
 //! are any type `F`.
 //!
-//! This file contains the life of the worker and of its channel. `listener` contains the life of
-//! one listener. `capacity` decides whether the worker takes more connections.
+//! The top level contains the life of the worker and of its channel. `listener` contains the life
+//! of one listener. `capacity` decides whether the worker takes more connections.
 
 mod capacity;
 mod listener;
@@ -117,7 +117,8 @@ pub(crate) struct WorkerCore<F> {
 
 // Construction and queries.
 impl<F> WorkerCore<F> {
-    /// Creates the state of a worker that has just started. Its first frame is `Online`.
+    /// Creates the state of a worker that has just started, which sends `Online` as its first
+    /// frame.
     pub(crate) fn new() -> Self {
         Self {
             channel: ChannelState::Open,
@@ -171,9 +172,10 @@ impl<F> WorkerCore<F> {
         self.disconnect == Disconnect::Received || self.channel != ChannelState::Open
     }
 
-    /// Returns whether the worker should exit regardless of what the application waits for. This is
-    /// the case if the channel closed unexpectedly, or if the application killed the worker and the
-    /// channel is closed.
+    /// Returns whether the worker should exit regardless of what the application waits for.
+    ///
+    /// The worker should exit if the channel closed unexpectedly, or if the application killed the
+    /// worker and the channel is closed.
     pub(crate) fn must_exit(&self) -> bool {
         !self.is_connected() && (self.disconnect != Disconnect::Received || self.killed)
     }
@@ -202,7 +204,7 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Calls by the application.
+// Requests by the application.
 impl<F> WorkerCore<F> {
     /// Sets whether the given listener, or the channel for `None`, keeps the application running.
     pub(crate) fn reference(&mut self, listener: Option<ListenerId>, referenced: bool) {
@@ -264,7 +266,7 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Facts about the channel.
+// Facts that the shell reports about the channel.
 impl<F> WorkerCore<F> {
     pub(crate) fn channel_closed(&mut self) {
         if !self.is_connected() {
