@@ -58,7 +58,9 @@ pub(crate) struct EmittedEvent<F> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WorkerState {
-    /// The worker has been forked and has not called `init`. Node: `none`.
+    /// The worker has been forked and has not called `init`.
+    ///
+    /// Node: `none`.
     None,
     /// The worker has called `init`.
     Online,

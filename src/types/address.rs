@@ -24,7 +24,7 @@ use crate::types::endpoint::{Endpoint, Kind, Place};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Address {
-    /// A TCP port of the IP address that the worker gave.
+    /// A TCP port on the IP address that the worker gave.
     ///
     /// Node: `addressType` 4 or 6.
     Tcp(SocketAddr),

@@ -16,7 +16,7 @@ use crate::wire::frame::HandleId;
 /// longer.
 pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
-// Draining.
+// Starting and continuing a drain.
 impl<C, F> MasterCore<C, F> {
     /// Starts draining the listener when all workers that serve it are disconnecting.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
@@ -50,8 +50,8 @@ impl<C, F> MasterCore<C, F> {
                 self.finish_drain(handle);
             }
             Kind::Tcp | Kind::Unix => {
-                // Assume that workers which accept connections themselves have accepted some,
-                // because the master cannot know.
+                // Use the grace period if workers accept, because the master does not know what
+                // they have accepted.
                 let grace = match listener.has_accepted || workers_accept {
                     true => DRAIN_GRACE,
                     false => Time::ZERO,
@@ -221,7 +221,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Closing.
+// Closing listeners and their sockets.
 impl<C, F> MasterCore<C, F> {
     /// Closes the listener. Workers remain its members until they release it.
     pub(super) fn unbind(&mut self, handle: HandleId) {

@@ -350,7 +350,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Connections.
+// Waiting connections, loads and the scheduler.
 impl<C, F> MasterCore<C, F> {
     pub(crate) fn ledger(&self) -> Ledger {
         self.ledger
@@ -432,8 +432,8 @@ impl<C, F> MasterCore<C, F> {
         self.has_scheduler && self.unscheduled().is_some()
     }
 
-    /// Returns a connection for which the scheduler has not been called, with its listener and its
-    /// sequence number.
+    /// Returns the next connection for which the scheduler has not been called, with its listener
+    /// and its sequence number.
     pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &C)> {
         let handle = self.listeners.first_unscheduled()?;
         let (sequence, connection) = self.listeners.get(&handle)?.dispatcher.unscheduled()?;

@@ -22,7 +22,7 @@ pub(super) enum QueueReport {
     /// The worker wants no connections. A new listener is `Paused` too, because the master assumes
     /// a pause until the first report.
     Paused,
-    /// The queue was empty.
+    /// The queue was found empty while the application waited for a connection.
     Idle {
         /// The number of connections received from the queue by the time of the report.
         received: u64,
@@ -102,7 +102,7 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Connections.
+// Received and closed connections.
 impl<F> WorkerCore<F> {
     /// Passes the listener's connections to a callback from now on.
     pub(crate) fn use_callback(&mut self, listener: ListenerId) {
@@ -158,7 +158,7 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Limits.
+// Connection limits and scarce descriptors.
 impl<F> WorkerCore<F> {
     /// Returns whether the worker should leave the listener's connections to other workers for now.
     /// The reason is either that the listener is at its limit, or that descriptors are scarce.

@@ -257,7 +257,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes the channel without asking the master.
+    /// Closes the channel without asking the master. Frames that are already queued are still
+    /// written.
     pub(crate) fn close_channel(&mut self) {
         if self.channel == ChannelState::Open {
             self.channel = ChannelState::Closing;
