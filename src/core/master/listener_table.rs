@@ -5,8 +5,8 @@
 //!
 //! Changing a listener makes its index entry stale until `index_changed` is called. In the
 //! meantime, each query also reads the stale listeners themselves, so its answer is always correct.
-//! Each connection causes several changes to its listener. Most of them do not alter the index
-//! entry, so they need no search in the index.
+//! Each connection causes several changes to its listener. Most changes do not alter the index
+//! entry and need no search in the index.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;

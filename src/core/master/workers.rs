@@ -16,9 +16,9 @@ use crate::wire::frame::{FrameError, ToWorker};
 
 /// The maximum number of errors that are delivered for a process after its channel has closed.
 ///
-/// An error callback may cause the next error, for example by sending to the exited process.
-/// Without a limit, the process's last event, its exit, would never be delivered. The limit loses
-/// nothing important, because the callback also receives the result of its own call.
+/// An error callback may cause the next error, for example by sending to the process. Without a
+/// limit, the exit, which is the process's last event, would never be delivered. Errors beyond the
+/// limit are dropped, but the callback still has the result of its own call.
 const LATE_ERRORS_MAX: u32 = 16;
 
 /// The state of a worker's channel and process.
