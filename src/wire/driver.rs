@@ -1,4 +1,4 @@
-//! The use of a channel by the shells of both roles.
+//! Wraps a channel for the shells of both roles.
 
 use std::cell::RefCell;
 use std::io;
@@ -14,22 +14,22 @@ use crate::wire::receipts::{Receipt, ReceiptId};
 
 /// A channel that may be closed at any time.
 ///
-/// No method returns a reference to the channel, so that a shell may act on the channel again while it
+/// No method returns a reference to the channel, so that a shell may use the channel again while it
 /// handles a result.
 #[derive(Debug)]
 pub(crate) struct ChannelDriver<In, Out> {
-    /// The worker at the other end; `None` for the master.
+    /// The worker at the other end, or `None` if the peer is the master.
     peer: Option<WorkerId>,
-    /// `None` after it was closed.
+    /// The channel, or `None` after it was closed.
     channel: RefCell<Option<Channel<In, Out>>>,
 }
 
-/// The duty of the shell after it sent a message.
+/// The shell's task after it has sent a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
-    /// Nothing.
+    /// The shell has nothing to do.
     Settled,
-    /// The channel must be flushed.
+    /// The shell must flush the channel.
     Queued,
 }
 
@@ -38,26 +38,26 @@ pub(crate) enum Sent {
 pub(crate) struct Flush {
     pub(crate) next: AfterFlush,
     pub(crate) receipts: Vec<Receipt>,
-    /// Something is queued that can still be written.
+    /// Whether the channel has queued bytes that can still be written.
     pub(crate) is_writing: bool,
 }
 
-/// The duty of the shell after a flush.
+/// The shell's task after a flush.
 #[derive(Debug)]
 pub(crate) enum AfterFlush {
     Nothing,
-    /// Flush again after a while, and report the error if there is one.
+    /// Flush again after the back-off delay, and report the error, if any.
     BackOff(Option<Error>),
     /// Close the channel.
     Close(io::Error),
 }
 
-/// The treatment of data that the peer has written and this process has not read.
+/// The handling of data that the peer has written and this process has not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unprocessed {
-    /// The kernel closes it with the socket.
+    /// The kernel discards the data, and closes its descriptors, when the socket is closed.
     Leave,
-    /// It is read, and its descriptors are closed one by one.
+    /// The channel reads the data and closes its descriptors one by one.
     Discard,
 }
 
@@ -67,23 +67,23 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         Self { peer, channel }
     }
 
-    /// Runs `call` on the channel, if it is open.
+    /// Calls `call` with the channel and returns its result, or `None` if the channel is closed.
     pub(crate) fn with<T>(&self, call: impl FnOnce(&mut Channel<In, Out>) -> T) -> Option<T> {
         self.channel.borrow_mut().as_mut().map(call)
     }
 
-    /// Removes the channel without closing it.
+    /// Takes the channel out of the driver without closing it.
     pub(crate) fn take(&self) -> Option<Channel<In, Out>> {
         self.channel.take()
     }
 
-    /// Queues a frame of the crate itself.
+    /// Queues a protocol frame, which the crate itself sends, if the channel is open.
     pub(crate) fn queue(&self, frame: &Out, fd: Option<OwnedFd>) {
         let fd = fd.map(|fd| Rc::new(fd.into()));
         self.with(|channel| channel.queue(frame, fd));
     }
 
-    /// Sends a message of the application, or queues it.
+    /// Sends the application's message, or queues what the socket does not accept.
     pub(crate) fn send(
         &self,
         message: &[u8],
@@ -100,7 +100,8 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         sent.unwrap_or(Err(SendError::ChannelClosed))
     }
 
-    /// Returns whether the application may go on sending without a pause.
+    /// Returns whether the application may continue to send without a pause. Returns `false` if the
+    /// channel is closed.
     pub(crate) fn has_capacity(&self) -> bool {
         self.with(|channel| channel.has_capacity()) == Some(true)
     }
@@ -109,7 +110,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         self.with(|channel| channel.is_writing()) == Some(true)
     }
 
-    /// Writes what the socket takes; `None` if the channel is closed.
+    /// Writes as much as the socket accepts. Returns `None` if the channel is closed.
     pub(crate) fn flush(&self) -> Option<Flush> {
         self.with(|channel| {
             let next = match channel.flush() {
@@ -127,18 +128,19 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         })
     }
 
-    /// Reads once. A closed channel has nothing to read.
+    /// Reads from the socket once. Returns `Received::Nothing` if the channel is closed.
     pub(crate) fn receive(&self, scratch: &mut [u8]) -> io::Result<Received> {
         let received = self.with(|channel| channel.receive(scratch));
         received.unwrap_or(Ok(Received::Nothing))
     }
 
-    /// Returns the next frame that has been read. A closed channel has none.
+    /// Returns the next frame that has been read, or `None` if there is none or the channel is
+    /// closed.
     pub(crate) fn next(&self) -> Result<Option<Arrival<In>>, FrameError> {
         self.with(Channel::next).unwrap_or(Ok(None))
     }
 
-    /// Closes the channel in both directions. Returns the last receipts.
+    /// Closes the channel in both directions. Returns the receipts that were outstanding.
     pub(crate) fn close(&self, unprocessed: Unprocessed) -> Vec<Receipt> {
         let Some(mut channel) = self.take() else {
             return Vec::new();
@@ -157,7 +159,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         Error::Exhausted { worker, reason }
     }
 
-    /// Returns the error that the channel is broken.
+    /// Returns the error for a broken channel.
     pub(crate) fn broken(&self, reason: io::Error) -> Error {
         let worker = self.peer;
         Error::Channel { worker, reason }

@@ -1,9 +1,10 @@
-//! Fault injection: named points of a hand-off at which tests make a worker fail. Compiled in only with
-//! debug assertions.
+//! Injects faults. Tests use this module to make a worker fail at a named point of a hand-off. The
+//! code is compiled only with debug assertions.
 //!
-//! `CLUSTER_FAULT=POINT:FAULT:N` makes a worker fail when POINT is passed for the N-th time; with
-//! `:again` at the end, every N times. The two shells name the points, and `fail` names the faults. A
-//! point in the master makes the worker fail that the master is dealing with.
+//! `CLUSTER_FAULT=POINT:FAULT:N` makes a worker fail at the N-th pass of the fault point POINT.
+//! With `:again` at the end, a worker fails at every N-th pass. The two shells name the fault
+//! points, and `fail` names the faults. A fault point in the master affects the worker that the
+//! master is handling.
 
 #[cfg(debug_assertions)]
 pub(crate) use armed::point;
@@ -36,7 +37,7 @@ mod armed {
     struct Plan {
         point: String,
         fault: String,
-        /// The pass of the point at which the worker fails, counted from 1.
+        /// The number of the pass at which the worker fails, counted from 1.
         pass: u32,
         repeats: bool,
         passed: Cell<u32>,
@@ -58,10 +59,10 @@ mod armed {
         })
     }
 
-    /// Passes the point `name`, and makes the worker fail if the plan says so.
+    /// Passes the fault point `name`, and makes the worker fail if `CLUSTER_FAULT` says so.
     ///
-    /// `worker` returns the process to fail; with `None` the point is not passed. `own` is this
-    /// process's end of the channel if this process is the worker.
+    /// `worker` returns the process that fails. If it returns `None`, the pass does not count.
+    /// `own` is this process's end of the channel, or `None` in the master.
     pub(crate) fn point<I, O>(
         name: &str,
         worker: impl FnOnce() -> Option<Pid>,
@@ -90,7 +91,7 @@ mod armed {
             ("close", Some(channel)) => channel.shut_socket(),
             ("garble", Some(channel)) => {
                 channel.write_raw(b"no frame at all");
-                // The master kills the worker for these bytes. Until then it sends no valid frame.
+                // Send no valid frame until the master kills the worker because of these bytes.
                 std::thread::sleep(Duration::from_secs(600));
             }
             _ => {}

@@ -1,4 +1,5 @@
-//! The frames that a master and its workers exchange, as bytes. Pure: no socket, no clock.
+//! Encodes and decodes the frames that a master and its workers exchange. The module is pure: it
+//! uses no socket and no clock.
 //!
 //! ```text
 //!    0       1       2       3       4       5       6       7
@@ -9,20 +10,22 @@
 //! +-------+-------+-------+-------+
 //! ```
 //!
-//! All numbers are little-endian. `fds` counts the descriptors that belong to the frame. They arrive
-//! with the frame's first byte or earlier, in the order of the frames. Descriptors are sent in
-//! batches, one batch per system call. The first frame of a batch that has descriptors states the
-//! size of the whole batch in `batch`; in every other frame `batch` is 0. The reader therefore
-//! notices if the kernel dropped descriptors of a batch.
+//! All numbers are little-endian. `fds` is the number of the frame's descriptors. A frame's
+//! descriptors arrive with its first byte or earlier, in the order of the frames.
 //!
-//! The master starts with a preamble, whose body is the worker's id. The preamble is in the socket
-//! before the worker's program starts, so that a process can check whether the descriptor that it
-//! inherited is a channel.
+//! The writer sends descriptors in batches, one batch per system call. In a batch's first frame
+//! with descriptors, `batch` is the number of descriptors in the whole batch. In every other frame,
+//! `batch` is 0. The reader compares this number with the descriptors that arrived, and thereby
+//! notices if the kernel dropped some of them.
 //!
-//! A successful `Reply` carries one descriptor: a copy of the listener, or the worker's end of a queue
-//! (`sys/queue`), depending on the policy.
+//! The master first writes a preamble, whose body is the worker's id. The preamble is in the socket
+//! before the worker's program starts, so that a process can check whether an inherited descriptor
+//! is a channel.
 //!
-//! The kinds, whose numbers are the constants in `kind`:
+//! A successful `Reply` carries one descriptor. Depending on the policy, the descriptor is a
+//! listener or the worker's end of a queue (`sys/queue`).
+//!
+//! The tables list all kinds of frames. The module `kind` has a constant for each kind.
 //!
 //! ```text
 //! kind  to master            body                     fds
@@ -59,13 +62,15 @@
 //!
 //! # Adding a frame
 //!
-//! 1. Here: the table above, a constant in `kind`, a variant, `encode`, `decode`, the golden bytes of the
-//!    unit tests, and `VERSION`. If the frame has a descriptor, also `carries_listener`.
-//! 2. To the master: it is sent by `core/worker`, and processed by `core/master/frames`. To a worker: it is
-//!    sent by `core/master` (with a descriptor, by an `Attachment`), and processed by `core/worker`.
-//! 3. How a peer can misuse it: `types/violation`.
-//! 4. Tests: the forged frames of `sim/schedule/step` and `sim/fuzz/script`, the attacks in
-//!    `tests/process/hostile`, and `tests/corpus/frame`.
+//! 1. In this module, extend the table, `kind`, the enum, `encode`, `decode` and the golden bytes of
+//!    the unit tests, and increment `VERSION`. If the frame has a descriptor, also extend
+//!    `carries_listener`.
+//! 2. For a frame to the master, send it in `core/worker` and process it in `core/master/frames`. For
+//!    a frame to a worker, send it in `core/master` and process it in `core/worker`. If the frame has
+//!    a descriptor, add an `Attachment`.
+//! 3. In `types/violation`, add the ways in which a peer can misuse the frame.
+//! 4. Add tests: forged frames in `sim/schedule/step` and `sim/fuzz/script`, attacks in
+//!    `tests/process/hostile`, and inputs in `tests/corpus/frame`.
 
 use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -76,30 +81,33 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 
-/// Version of the format. A frame of any other version is an error.
+/// The format's version. A frame with any other version is an error.
 pub(crate) const VERSION: u8 = 1;
-/// Length of the header in bytes.
+/// The header's length in bytes.
 pub(crate) const HEADER: usize = 8;
-/// Length of the preamble in bytes.
+/// The preamble's length in bytes, including its header.
 pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
-/// Maximum length of a body in bytes, and thereby of a message.
+/// The maximum length of a body, and therefore of a message, in bytes.
 ///
-/// The header of a longer body is an error, before a byte of the body is stored. The value bounds the
-/// memory that the master allocates for a message of a worker. It is documented in the public API.
+/// The value bounds the memory that the master allocates for a worker's message. If a header
+/// announces a longer body, the reader fails before it stores a byte of the body. The public API
+/// documents the value.
 pub(crate) const MAX_BODY: usize = 1 << 20;
-/// Maximum number of descriptors in one frame, as documented in the public API.
+/// The maximum number of descriptors in one frame. The public API documents the value.
 pub(crate) const MAX_FDS: usize = 16;
-/// Maximum number of descriptors of one system call.
+/// The maximum number of descriptors that one system call sends.
 ///
-/// It bounds the descriptors that are open in the reader before their frames are processed. Linux
-/// accepts 253 in one call (`SCM_MAX_FD`, unix(7)). At less than `MAX_FDS`, a frame would not fit.
+/// The value bounds the descriptors that are open in the reader before their frames are processed.
+/// Linux accepts at most 253 descriptors in one call (`SCM_MAX_FD`, unix(7)). If the value were
+/// below `MAX_FDS`, some frames would not fit into a batch.
 pub(crate) const MAX_BATCH: usize = 64;
-/// Offset in the header of the batch size, which is known only when the frame is written.
+/// The offset of the batch size in the header. The batch size is known only when the frame is
+/// written.
 pub(crate) const BATCH_OFFSET: usize = 7;
 
-/// The number of each kind of frame in the header.
+/// The values of the header's `kind` byte.
 mod kind {
-    // To the master.
+    // Frames to the master.
     pub(super) const ONLINE: u8 = 1;
     pub(super) const LISTEN: u8 = 2;
     pub(super) const LISTENING: u8 = 3;
@@ -107,16 +115,16 @@ mod kind {
     pub(super) const PAUSE: u8 = 5;
     pub(super) const RELEASE: u8 = 6;
     pub(super) const DISCONNECT_REQUEST: u8 = 7;
-    // To the worker.
+    // Frames to a worker.
     pub(super) const PREAMBLE: u8 = 64;
     pub(super) const REPLY: u8 = 65;
     pub(super) const LISTENER_CLOSED: u8 = 66;
     pub(super) const DISCONNECT: u8 = 67;
-    // In both directions.
+    // Frames in both directions.
     pub(super) const MESSAGE: u8 = 127;
 }
 
-/// Identifies a bound listener of the master in frames.
+/// Identifies one of the master's bound listeners in frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleId(pub(crate) u32);
 
@@ -124,8 +132,8 @@ pub(crate) struct HandleId(pub(crate) u32);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleKey {
     pub(crate) endpoint: Endpoint,
-    /// Number of this `listen` among those of the worker on the same endpoint. The n-th `listen` on
-    /// port 0 gets the same port in every worker, which differs from the port of its other calls.
+    /// The lowest index that no other listener of the worker on the same endpoint uses. On port 0,
+    /// equal indexes get the same port in every worker, and different indexes get different ports.
     pub(crate) index: u32,
 }
 
@@ -134,40 +142,41 @@ pub(crate) struct HandleKey {
 pub(crate) struct Bound {
     pub(crate) handle: HandleId,
     pub(crate) policy: SchedulingPolicy,
-    /// The address with the real port; `None` for a Unix path.
+    /// The address with the port that the kernel chose, or `None` for a Unix path.
     pub(crate) address: Option<SocketAddr>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ToMaster {
-    /// The worker's application has called `init`.
+    /// Reports that the worker's application has called `init`.
     Online,
-    /// Requests a listener; answered by `Reply`.
+    /// Requests a listener. The master answers with `Reply`.
     Listen {
         request: u32,
         key: HandleKey,
         flags: BindFlags,
     },
-    /// The worker's application has received the listener that it requested.
+    /// Reports that the worker's application has received the requested listener.
     Listening {
         handle: HandleId,
     },
-    /// The worker is idle: it found its queue empty.
+    /// Reports that the worker is idle, because it has found its queue empty.
     Idle {
         handle: HandleId,
-        /// Connections that the worker had received from the queue by then, in all.
+        /// The total number of connections that the worker has received from the queue.
         received: u64,
-        /// Connections of the listener that were open in the worker by then.
+        /// The number of the listener's connections that are open in the worker.
         open: u32,
     },
-    /// The worker receives nothing more from this listener. No later frame names the listener.
+    /// Reports that the worker receives nothing more from the listener. No later frame names the
+    /// listener.
     Release {
         handle: HandleId,
     },
-    /// The worker requests to disconnect; answered by `Disconnect`.
+    /// Requests to disconnect. The master answers with `Disconnect`.
     DisconnectRequest,
-    /// The worker receives no connections for now: other workers get those in its queue. `Idle` ends
-    /// the pause.
+    /// Reports that the worker receives no connections for now. Other workers receive the
+    /// connections in its queue. `Idle` ends the pause.
     Pause {
         handle: HandleId,
     },
@@ -176,38 +185,43 @@ pub(crate) enum ToMaster {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ToWorker {
-    /// Answers `Listen`; the error is an errno.
+    /// Answers `Listen`. The error is an errno.
     Reply {
         request: u32,
         result: Result<Bound, i32>,
     },
-    /// The listener yields nothing more to this worker.
+    /// Reports that the listener yields no new connections to the worker.
     ListenerClosed {
         handle: HandleId,
-        /// No other worker serves what this worker still has of the listener: accept it first.
+        /// Whether the worker must first accept the listener's remaining connections, because no
+        /// other worker can serve them.
         drain: bool,
     },
-    /// Disconnect as soon as all listeners and their connections are closed.
+    /// Requests that the worker disconnects once all its listeners and their connections are
+    /// closed.
     Disconnect,
     Message(Vec<u8>),
 }
 
-/// Describes why received bytes are not a valid frame. [`Error`](crate::Error) has an example.
+/// Describes why received bytes are not a valid frame.
+///
+/// See [`Error`](crate::Error) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameError {
-    /// The frame has another version of the format: the two programs were built with different
-    /// versions of this crate.
+    /// The frame has another version of the format. The two programs were probably built with
+    /// different versions of this crate.
     Version(u8),
-    /// The header announces a body longer than the limit.
+    /// The header announces a body that is longer than the limit. The value is the announced length
+    /// in bytes.
     TooLong(u32),
-    /// No frame of this kind exists in this direction.
+    /// The frame has a kind that does not exist in its direction.
     Kind(u8),
-    /// The body of a frame of this kind is malformed.
+    /// The body is malformed for the frame's kind.
     Body(u8),
-    /// More or other descriptors arrived than the frames announce.
+    /// The number of descriptors exceeds a limit or does not match the frames.
     Descriptors,
-    /// A well-formed frame that the protocol does not allow in this state.
+    /// The frame is well formed, but the protocol does not allow it in the sender's state.
     Violation(Violation),
 }
 
@@ -233,7 +247,7 @@ impl std::fmt::Display for FrameError {
 
 impl std::error::Error for FrameError {}
 
-/// Returns the first bytes that a master writes to the channel of `worker`.
+/// Returns the preamble, which the master writes first to the channel of `worker`.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
     let mut bytes = [0; PREAMBLE_LENGTH];
     bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, kind::PREAMBLE, 0, 0]);
@@ -241,7 +255,7 @@ pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
     bytes
 }
 
-/// Returns the version of the format, or `None` if `bytes` are not a preamble of any version.
+/// Returns the format's version, or `None` if `bytes` are not a preamble of any version.
 pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
     let [4, 0, 0, 0, version, kind::PREAMBLE, 0, 0, ..] = bytes else {
         return None;
@@ -249,17 +263,17 @@ pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
     Some(version)
 }
 
-/// The frames of one direction.
+/// A frame type for one direction of a channel.
 pub(crate) trait Frame: Sized {
-    /// Appends the frame, header included.
+    /// Appends the frame, including its header, to `out`.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
     /// Decodes the body of a frame whose header announced `kind` and `fds` descriptors.
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError>;
-    /// Returns the frame of a message of the application.
+    /// Returns the frame that carries a message from the application.
     fn message(body: Vec<u8>) -> Self;
 }
 
-/// A header whose version and limits have been checked; whether the kind exists has not.
+/// A header with a supported version, whose numbers are within the limits. Its kind is not checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) length: usize,
@@ -269,7 +283,8 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Encodes the header of a message, whose length and descriptors are within the limits.
+    /// Encodes a message's header. The caller ensures that `length` and `fds` are within the
+    /// limits.
     pub(crate) fn of_message(length: usize, fds: usize) -> [u8; HEADER] {
         let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
         let fds = u8::try_from(fds).unwrap_or(u8::MAX);
@@ -303,15 +318,15 @@ impl Header {
     }
 }
 
-/// Appends a frame whose body `body` writes.
+/// Appends a frame, and calls `body` to append the frame's body.
 fn put_frame(out: &mut Vec<u8>, kind: u8, fds: usize, body: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
     debug_assert!(fds <= MAX_FDS);
     let fds = u8::try_from(fds).unwrap_or(u8::MAX);
     out.extend_from_slice(&[0, 0, 0, 0, VERSION, kind, fds, 0]);
     body(out);
-    // The length is known only now. The caller checks the limit; the saturated length of a body
-    // beyond 4 GiB is an error for the reader.
+    // Write the length last, because `body` determines it. The caller checks the limit. A body
+    // above 4 GiB gets a saturated length, which the reader rejects.
     let length = u32::try_from(out.len() - start - HEADER).unwrap_or(u32::MAX);
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
 }
@@ -320,7 +335,7 @@ fn put_handle(out: &mut Vec<u8>, handle: HandleId) {
     out.extend_from_slice(&handle.0.to_le_bytes());
 }
 
-/// Appends a frame whose body is a handle alone.
+/// Appends a frame whose body contains only a handle.
 fn put_handle_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId) {
     put_frame(out, kind, fds, |out| put_handle(out, handle));
 }
@@ -366,8 +381,8 @@ fn put_endpoint(out: &mut Vec<u8>, endpoint: &Endpoint) {
         Place::Path(path) => {
             out.push(3);
             let path = path.as_os_str().as_bytes();
-            // The saturated length of a longer path is an error for the reader. No system has such
-            // paths.
+            // A path of 64 KiB or more gets a saturated length, so the reader rejects the frame. No
+            // system supports paths of this length.
             let length = u16::try_from(path.len()).unwrap_or(u16::MAX);
             out.extend_from_slice(&length.to_le_bytes());
             out.extend_from_slice(path);
@@ -395,7 +410,8 @@ fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
     });
 }
 
-/// The unread rest of a body. The methods read from its front; `None` means that it is malformed.
+/// The unread rest of a body. Each method reads a value from the front, and returns `None` if the
+/// body is malformed.
 struct Body<'a>(&'a [u8]);
 
 impl Body<'_> {
@@ -441,7 +457,8 @@ impl Body<'_> {
             _ => None,
         }
     }
-    /// Reads an address; `Some(None)` means that the body states that there is none.
+    /// Reads an optional address. Returns `Some(None)` if the body states that the listener has
+    /// none.
     fn address(&mut self) -> Option<Option<SocketAddr>> {
         match self.u8()? {
             0 => Some(None),
@@ -494,7 +511,7 @@ impl Body<'_> {
             _ => None,
         }
     }
-    /// Returns `frame`, if it is valid and the whole body has been read.
+    /// Returns `frame` if it is valid and the whole body has been read.
     fn finish<F>(self, kind: u8, frame: Option<F>) -> Result<F, FrameError> {
         frame
             .filter(|_| self.0.is_empty())
@@ -629,7 +646,7 @@ impl Frame for ToWorker {
 }
 
 impl ToWorker {
-    /// Returns whether a listener or queue must come with the frame.
+    /// Returns whether the frame must carry a listener or a queue.
     fn carries_listener(&self) -> bool {
         matches!(self, Self::Reply { result: Ok(_), .. })
     }
@@ -691,7 +708,7 @@ mod tests {
         }
     }
 
-    /// The bytes of every `Listen` of these tests from the version to the flags.
+    /// The bytes from the version to the flags, which all `Listen` frames of these tests share.
     const LISTEN: [u8; 17] = [1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 1];
 
     fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
@@ -843,7 +860,8 @@ mod tests {
                 let mut changed = bytes.clone();
                 changed[at] = value;
                 if let Ok(frame) = decode::<ToMaster>(&changed) {
-                    // The outbox sets the batch size when it writes the frame.
+                    // `encode` leaves the batch size at 0, because the outbox sets it when it
+                    // writes the frame. Compare the frames without it.
                     let batch = std::mem::take(&mut changed[BATCH_OFFSET]);
                     assert!(batch == 0 || changed[6] > 0);
                     assert_eq!(super::tests::bytes(&frame, changed[6].into()), changed);

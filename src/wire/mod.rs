@@ -1,7 +1,7 @@
-//! Bytes and descriptors between two processes: the frames, the channel that carries them, and what
-//! both shells do with a channel.
+//! Exchanges bytes and descriptors between two processes: the frames, the channel that carries
+//! them, and the parts of the shells that both roles share.
 //!
-//! Nothing here knows what a frame means to the master or to a worker.
+//! These modules do not depend on what a frame means to the master or to a worker.
 
 pub(crate) mod channel;
 pub(crate) mod driver;

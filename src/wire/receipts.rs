@@ -1,4 +1,4 @@
-//! Receipts: whether a message of the application was written to the channel.
+//! Tracks whether the application's messages were written to the channel.
 
 use std::cell::{Cell, RefCell};
 
@@ -6,12 +6,12 @@ use crate::error::{Error, Result, SendError};
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 
-/// Identifies a message of the application until it is written or lost.
+/// Identifies an application's message until the message is written or lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ReceiptId(u64);
 
 impl ReceiptId {
-    /// Returns an id that this process has not used before.
+    /// Returns an id that this process has not used yet.
     pub(crate) fn next() -> Self {
         thread_local! {
             static LAST: Cell<u64> = const { Cell::new(0) };
@@ -21,16 +21,17 @@ impl ReceiptId {
     }
 }
 
-/// States what became of a message.
+/// The outcome of sending a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Receipt {
     pub(crate) id: ReceiptId,
-    /// The whole message was written; otherwise it is lost.
+    /// Whether the whole message was written. If it was not, the message is lost.
     pub(crate) is_written: bool,
 }
 
 impl Receipt {
-    /// Returns the outcome for the application; `worker` is the receiver, `None` for the master.
+    /// Returns the result that the application sees. `worker` is the receiver, or `None` if the
+    /// receiver is the master.
     pub(crate) fn outcome(self, worker: Option<WorkerId>) -> Result<()> {
         if self.is_written {
             return Ok(());
@@ -40,12 +41,12 @@ impl Receipt {
     }
 }
 
-/// Callbacks of type `F`, each of which waits for the receipt of its message.
+/// The callbacks that wait for receipts, by receipt.
 pub(crate) struct ReceiptCallbacks<F>(RefCell<SortedMap<ReceiptId, F>>);
 
 impl<F> ReceiptCallbacks<F> {
-    /// Calls `send` with the id of the receipt that `callback` waits for. If there is no callback, no
-    /// receipt is needed. If `send` fails, the callback is dropped without a call.
+    /// Calls `send` with a new receipt id for `callback`, or with `None` if there is no callback.
+    /// If `send` fails, drops the callback without calling it.
     pub(crate) fn send_with<T>(
         &self,
         callback: Option<F>,
@@ -63,12 +64,12 @@ impl<F> ReceiptCallbacks<F> {
         sent
     }
 
-    /// Removes the callback that waits for this receipt.
+    /// Removes and returns the callback that waits for the receipt `id`.
     pub(crate) fn take(&self, id: ReceiptId) -> Option<F> {
         self.0.borrow_mut().remove(&id)
     }
 
-    /// Drops all callbacks.
+    /// Drops all callbacks without calling them.
     pub(crate) fn clear(&self) {
         drop(self.0.take());
     }

@@ -1,43 +1,47 @@
-//! The receiving half of a channel: bytes and descriptors in, frames out.
+//! Assembles frames from received bytes and descriptors. An inbox is the receiving half of a
+//! channel.
 
 use std::collections::VecDeque;
 
 use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{Frame, FrameError, HEADER, Header, MAX_BATCH};
 
-/// Maximum number of bytes of one read, in addition to the rest of a large body.
+/// The maximum number of bytes that one read returns, in addition to the rest of a large body.
 ///
-/// A smaller value takes more system calls when many frames arrive at once. The buffer is allocated
-/// once per process.
+/// With a smaller value, a burst of frames takes more system calls. Each process allocates the
+/// buffer only once.
 pub(crate) const READ_SIZE: usize = 64 << 10;
-/// Maximum number of descriptors that may arrive before their frames. An honest peer has at most two
-/// batches in flight: the next one is sent only when the frames of the last one are written.
+/// The maximum number of descriptors that may arrive before their frames.
+///
+/// A well-behaved peer has at most two batches in flight, because it sends the next batch only when
+/// the last batch's frames are written.
 pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
 
-/// Length in bytes above which an incomplete body is *large*: its rest is read directly into its final
-/// buffer instead of being copied there.
+/// The length in bytes above which an incomplete body is *large*. The rest of a large body is read
+/// directly into its final buffer, which saves a copy.
 ///
-/// With a smaller value short messages take an allocation and a second system call; with a larger one
-/// longer messages are copied.
+/// With a smaller value, short messages take an allocation and a second system call. With a larger
+/// value, longer messages are copied.
 pub(super) const LARGE_BODY: usize = 8 << 10;
-/// Number of bytes that a read of a large body may read beyond its end.
+/// The number of bytes beyond a large body's end that the same read may return.
 ///
-/// It fits the header of the next frame and short frames. If it is larger, more of the next large body
-/// has to be copied; if it is smaller, short frames after a large body take a system call of their own.
+/// The value leaves space for the next frame's header and for short frames. With a larger value,
+/// more of the next large body is copied. With a smaller value, short frames after a large body
+/// take another system call.
 pub(super) const EXTRA_READ: usize = 1 << 10;
 
-/// A frame with its descriptors.
+/// A received frame with its descriptors.
 #[derive(Debug)]
 pub(crate) struct Arrival<F> {
     pub(crate) frame: F,
     pub(crate) fds: Vec<NoLingerFd>,
-    /// The kernel dropped some of the frame's descriptors.
+    /// Whether the kernel dropped some of the frame's descriptors.
     pub(crate) lost_fds: bool,
-    /// No byte is left of what has been read.
+    /// Whether the inbox holds no bytes after the frame.
     pub(crate) is_last: bool,
 }
 
-/// A frame whose large body is incomplete.
+/// A frame with a large body, which may be incomplete.
 #[derive(Debug)]
 struct LargeFrame {
     header: Header,
@@ -53,15 +57,15 @@ impl LargeFrame {
 /// The buffer of an incomplete large body.
 pub(super) struct UnfinishedBody<'a> {
     pub(super) body: &'a mut Vec<u8>,
-    /// Number of bytes that the body lacks, at least 1.
+    /// The number of bytes that the body lacks, at least 1.
     pub(super) missing: usize,
 }
 
-/// Descriptors that arrived in one system call, none of whose frames has been decoded.
+/// The descriptors that arrived in one system call. None of their frames has been decoded yet.
 #[derive(Debug)]
 struct EarlyBatch {
     fds: Vec<NoLingerFd>,
-    /// The kernel dropped the last descriptors.
+    /// Whether the kernel dropped the batch's last descriptors.
     lost_fds: bool,
 }
 
@@ -69,14 +73,15 @@ struct EarlyBatch {
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     bytes: Vec<u8>,
-    /// Offset in `bytes` of the first frame that has not been decoded.
+    /// The offset in `bytes` of the first frame that has not been decoded.
     start: usize,
-    /// Comes before `bytes`.
+    /// The large frame that precedes `bytes` in the stream.
     large: Option<LargeFrame>,
-    /// The last decoded frame had a large body that arrived in pieces.
+    /// Whether the last decoded frame had a large body that arrived in pieces.
     last_was_large: bool,
     early: VecDeque<EarlyBatch>,
-    /// Rest of the batch whose frames are being decoded; `None` for a descriptor that was dropped.
+    /// The remaining descriptors of the batch whose frames are being decoded. `None` stands for a
+    /// descriptor that the kernel dropped.
     fds: VecDeque<Option<NoLingerFd>>,
 }
 
@@ -94,7 +99,8 @@ impl Inbox {
         self.bytes.extend_from_slice(piece);
     }
 
-    /// Returns the buffer for the rest of a large body, if the next bytes belong to one.
+    /// Returns the buffer for the rest of a large body, or `None` if the next bytes do not belong
+    /// to one.
     pub(super) fn unfinished_body(&mut self) -> Option<UnfinishedBody<'_>> {
         let large = self.large.as_mut()?;
         let missing = large.missing();
@@ -102,13 +108,13 @@ impl Inbox {
         (missing > 0).then_some(UnfinishedBody { body, missing })
     }
 
-    /// Returns whether the next frame has not begun, and is likely to have a large body because the
-    /// last one had.
+    /// Returns whether no byte of the next frame has arrived and the frame is likely to have a
+    /// large body. A large body is likely if the last frame had one.
     pub(super) fn expects_large_body(&self) -> bool {
         self.last_was_large && self.is_empty()
     }
 
-    /// Returns whether all bytes have been decoded.
+    /// Returns whether all received bytes have been decoded.
     pub(super) fn is_empty(&self) -> bool {
         self.bytes.is_empty() && self.large.is_none()
     }
@@ -182,11 +188,11 @@ impl Inbox {
         Ok(Some((header, frame)))
     }
 
-    /// Forgets the bytes, all of which have been decoded or moved.
+    /// Clears `bytes`. The caller has decoded or moved all of them.
     fn clear(&mut self) {
         self.start = 0;
         self.bytes.clear();
-        // A burst must not occupy memory for ever.
+        // Release the excess capacity, because a burst must not occupy memory forever.
         self.bytes.shrink_to(READ_SIZE);
     }
 
@@ -195,7 +201,8 @@ impl Inbox {
         early.sum::<usize>() > MAX_EARLY_FDS
     }
 
-    /// Makes the first early batch, which had `count` descriptors, that of the next frames.
+    /// Makes the first early batch the source of the next frames' descriptors. `count` is the
+    /// batch's size according to its first frame.
     fn open_batch(&mut self, count: usize) -> Result<(), FrameError> {
         let Some(EarlyBatch { fds, lost_fds }) = self.early.pop_front() else {
             return Err(FrameError::Descriptors);
@@ -206,13 +213,13 @@ impl Inbox {
         }
         let missing = count - fds.len();
         self.fds.extend(fds.into_iter().map(Some));
-        // The kernel installs the descriptors of a batch in order, so the last ones are missing.
+        // The kernel installs a batch's descriptors in order, so only the last ones can be missing.
         self.fds.extend((0..missing).map(|_| None));
         Ok(())
     }
 }
 
-/// The contents of an inbox, counted.
+/// The numbers of bytes and descriptors in an inbox.
 #[cfg(any(test, fuzzing))]
 pub(crate) struct InboxSize {
     pub(crate) bytes: usize,

@@ -1,28 +1,29 @@
-//! One end of the socketpair between the master and a worker: frames in and out, with the descriptors
-//! that belong to them.
+//! Implements one end of the socketpair between the master and a worker. A channel carries frames
+//! and their descriptors in both directions.
 //!
-//! The kernel keeps bytes in order but knows nothing of frames. A frame may arrive in pieces, and its
-//! descriptors together with an earlier piece. Two facts keep frames and descriptors together:
+//! The kernel keeps bytes in order, but it does not know frames. A frame may arrive in pieces, and
+//! its descriptors may arrive with an earlier piece. Two rules keep frames and descriptors
+//! together:
 //!
-//! - All descriptors of a system call are sent with its first byte. Once anything has been written, no
-//!   descriptor of the call is sent again.
-//! - Descriptors arrive in order, and no later than the first byte of their frame. The reader queues
-//!   them, and each frame takes the number that its header states.
+//! - The kernel sends all descriptors of a system call with the call's first byte. Once any byte has
+//!   been written, the writer does not send the call's descriptors again.
+//! - Descriptors arrive in order, and no later than their frame's first byte. The reader queues the
+//!   descriptors, and each frame takes the number of descriptors that its header states.
 //!
-//! The first frame of each batch states how many descriptors the batch had. If the kernel dropped
-//! some, the reader knows to which frames they belonged.
+//! Each batch's first frame states how many descriptors the batch had. If the kernel drops some
+//! descriptors, the reader can therefore determine which frames they belonged to.
 //!
 //! # Limits
 //!
-//! | what | limit | beyond it |
+//! | quantity | limit | consequence |
 //! |---|---|---|
-//! | bytes that the peer has not read, messages of the application | `HARD_LIMIT`; advice to pause from `HIGH_WATER` | `send` fails |
-//! | the same, with frames of the crate itself | `UNREAD_MAX`, `UNREAD_FDS_MAX` | the peer is disconnected |
-//! | bytes that the peer has sent, in one frame | `MAX_BODY` | the peer is disconnected |
+//! | application messages that the peer has not read, in bytes | `HARD_LIMIT`; `HIGH_WATER` advises a pause | `send` fails |
+//! | application messages and protocol frames that the peer has not read | `UNREAD_MAX`, `UNREAD_FDS_MAX` | the peer is disconnected |
+//! | bytes from the peer in one frame | `MAX_BODY` | the peer is disconnected |
 //! | descriptors that arrived before their frames | `inbox::MAX_EARLY_FDS` | the peer is disconnected |
 //!
-//! In a process that did not create it, a channel neither reads nor writes: the creator would lose
-//! the data.
+//! In a process that did not create the channel, the channel neither reads nor writes, because the
+//! creator would lose the data.
 
 pub(crate) mod inbox;
 pub(crate) mod outbox;
@@ -45,39 +46,43 @@ use crate::wire::receipts::{Receipt, ReceiptId};
 use inbox::{Arrival, EXTRA_READ, Inbox};
 use outbox::{Batch, Outbox};
 
-/// Number of unwritten bytes, counting one more message of the last message's length, above which
-/// `send` advises the application to pause.
+/// The number of unwritten bytes above which `send` advises the application to pause. The number
+/// includes one more message of the last message's length.
 ///
-/// The next message is counted because a long message that the socket takes at once is not copied. A
-/// larger value delays the advice and uses more memory; below the length of usual messages, the
-/// application would pause after each of them. The value is documented in the public API.
+/// The next message counts because the channel does not copy a long message that the socket accepts
+/// at once. A larger value delays the advice and uses more memory. If the value were below the
+/// usual message length, the application would pause after each message. The public API documents
+/// the value.
 const HIGH_WATER: usize = 64 << 10;
-/// Number of unwritten bytes above which `send` fails. Bounds the memory that an application can use
-/// for a peer that does not read; the value is documented in the public API. A message of
-/// `MAX_BODY` bytes must fit.
+/// The number of unwritten bytes above which `send` fails. The value bounds the memory that an
+/// application can use for a peer that does not read. A message of `MAX_BODY` bytes must fit. The
+/// public API documents the value.
 const HARD_LIMIT: usize = 8 << 20;
-/// Number of unwritten bytes above which a peer that reads nothing is disconnected. Only frames of the
-/// crate itself may exceed `HARD_LIMIT`, and the peer causes a few of these with each frame that it
-/// sends. 1 MiB holds more than 20,000 of them, which no honest peer leaves unread.
-const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
-/// Number of unwritten frames of the crate itself with a descriptor, above which the peer is
-/// disconnected. Each of these keeps a descriptor open. An honest peer causes a few for each of the 64
-/// listeners that it may have.
-const UNREAD_FDS_MAX: usize = 256;
-/// Number of further bytes that are queued for a full socket before the next attempt to write.
+/// The number of unwritten bytes above which the peer is disconnected.
 ///
-/// The poller reports capacity, but an application that only sends does not run the event loop. With a
-/// smaller value such an application makes more useless system calls; with a larger value more of its
-/// messages are queued although the peer reads.
+/// Only protocol frames can exceed `HARD_LIMIT`, and each frame from the peer causes only a few of
+/// them. 1 MiB holds more than 20,000 protocol frames. A well-behaved peer never leaves this number
+/// of frames unread.
+const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
+/// The number of unwritten protocol frames with a descriptor above which the peer is disconnected.
+///
+/// Each of these frames keeps a descriptor open. A well-behaved peer causes a few of them for each
+/// of the 64 listeners that it may have.
+const UNREAD_FDS_MAX: usize = 256;
+/// The number of bytes that must be queued for a full socket before the next attempt to write.
+///
+/// The poller reports new capacity, but an application that only sends does not run the event loop.
+/// With a smaller value, this application makes more useless system calls. With a larger value,
+/// more messages are queued although the peer reads.
 const RETRY: usize = 4 << 10;
 
 /// The result of one attempt to write.
 #[derive(Debug)]
 pub(crate) enum Flushed {
-    /// Everything is written that the socket has capacity for; the poller reports further capacity.
+    /// The channel has written all bytes that the socket accepts. The poller reports new capacity.
     Done,
-    /// The system lacks memory or descriptors; try again after a while. The error comes with the first
-    /// failure of a series.
+    /// The system lacks memory or descriptors. Flush again after the back-off delay. The error is
+    /// `Some` for the first failure of a series only.
     Exhausted(Option<io::Error>),
 }
 
@@ -86,28 +91,28 @@ pub(crate) enum Flushed {
 pub(crate) enum Received {
     Data,
     Nothing,
-    /// The peer has closed its end, and everything that it wrote has been read.
+    /// The peer has closed its end, and the channel has read everything that the peer wrote.
     EndOfFile,
 }
 
-/// Whether frames can be written.
+/// The state of the sending direction.
 ///
 /// | state | event | next state |
 /// |---|---|---|
 /// | `Open` | `close` | `Closing` |
-/// | `Closing` | everything is written; the socket is shut down | `Closed` |
+/// | `Closing` | all bytes are written; the socket is shut down | `Closed` |
 /// | `Open`, `Closing` | a write fails, but not for lack of resources | `Closed` |
 /// | any | `shut_down`; the socket is shut down | `Closed` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WriteState {
     Open,
-    /// Queued frames are still written, but no frame is queued any more.
+    /// The channel still writes queued frames, but no longer queues new ones.
     Closing,
-    /// Nothing can be written, and nothing is queued.
+    /// The channel can write nothing, and its queue is empty.
     Closed,
 }
 
-/// Whether the next attempt to write is likely to succeed.
+/// The outcome of the last attempt to write, which predicts the next one's.
 ///
 /// | state | event | next state |
 /// |---|---|---|
@@ -118,66 +123,69 @@ enum WriteState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Capacity {
     Available,
-    /// The peer has to read first. Until `retry_write`, nothing is written unless more than this
-    /// number of bytes are queued.
+    /// The peer must read first. Until `retry_write`, the channel writes only if more than
+    /// `retry_above` bytes are queued.
     Full {
         retry_above: usize,
     },
-    /// The system lacks memory or descriptors. The owner of the channel flushes again after a while.
+    /// The system lacks memory or descriptors. The channel's owner flushes again after the back-off
+    /// delay.
     Exhausted,
 }
 
-/// The data that the last read left in the socket.
+/// An estimate of the data that the last read left in the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LastRead {
-    /// Nothing.
+    /// The read did not fill its buffer, so no data is left.
     Partial,
-    /// Perhaps more: the read filled the buffer.
+    /// The read filled its buffer, so more data may be left.
     Full,
 }
 
-/// Frames of type `In` come in, frames of type `Out` go out.
+/// One end of a channel, which receives frames of type `In` and sends frames of type `Out`.
 #[derive(Debug)]
 pub(crate) struct Channel<In, Out> {
     socket: Registered<UnixStream>,
-    /// The events that the poller reports.
+    /// The events that the poller reports for the socket.
     interest: Option<Interest>,
     inbox: Inbox,
     last_read: LastRead,
     outbox: Outbox,
     write_state: WriteState,
     capacity: Capacity,
-    /// A frame was queued and will never be written.
+    /// Whether a frame was lost before it was written.
     has_lost_frames: bool,
-    /// Length of the last message of the application, in bytes.
+    /// The length of the application's last message in bytes.
     last_message_length: usize,
     direction: PhantomData<(In, Out)>,
 }
 
 #[cfg(debug_assertions)]
 impl<In, Out> Channel<In, Out> {
-    /// For tests: acts as an application that closes the channel's descriptor.
+    /// Simulates an application that closes the channel's descriptor.
     pub(crate) fn shut_socket(&self) {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    /// For tests: writes bytes that need not be a frame.
+    /// Writes bytes that need not be a valid frame.
     pub(crate) fn write_raw(&self, bytes: &[u8]) {
         let _ = socket::send(&self.socket, bytes, &[]);
     }
 }
 
-/// One call of a reading function.
+/// The result of one system call that reads.
 struct Read {
     result: io::Result<Piece>,
-    /// Number of bytes that went to the body of a large message; the others are in the buffer.
+    /// The number of bytes in the body of a large message. The other bytes are in the scratch
+    /// buffer.
     into_body: usize,
-    /// Number of bytes that the call could have read.
+    /// The maximum number of bytes that the call could read.
     capacity: usize,
 }
 
 impl<In: Frame, Out: Frame> Channel<In, Out> {
-    /// Adds a non-blocking socket to `poller`, which reports it with `key` when it is readable.
+    /// Creates a channel and adds its non-blocking socket to `poller`. The poller reports `key`
+    /// when the socket is readable.
     pub(crate) fn new(socket: UnixStream, poller: &Poller, key: usize) -> io::Result<Self> {
         let interest = Some(Interest::Readable);
         Ok(Self {
@@ -198,29 +206,30 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.socket.as_fd()
     }
 
-    /// Returns the channel's own descriptor, and all that are queued in either direction.
+    /// Returns the channel's own descriptor and all descriptors that are queued in either
+    /// direction.
     pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let queued = self.inbox.fds().chain(self.outbox.fds());
         let queued = queued.map(|fd| fd.as_fd());
         std::iter::once(self.as_fd()).chain(queued).collect()
     }
 
-    /// Returns whether all frames have been written to the socket.
+    /// Returns whether all frames have been written and none was lost.
     pub(crate) fn is_flushed(&self) -> bool {
         self.outbox.is_empty() && !self.has_lost_frames
     }
 
-    /// Returns whether everything is written, and no receipt is outstanding.
+    /// Returns whether all frames are written and no receipt is outstanding.
     pub(crate) fn is_settled(&self) -> bool {
         self.outbox.is_empty() && !self.outbox.has_receipts()
     }
 
-    /// Returns whether something is queued that can still be written.
+    /// Returns whether frames are queued that can still be written.
     pub(crate) fn is_writing(&self) -> bool {
         !self.outbox.is_empty() && self.write_state != WriteState::Closed
     }
 
-    /// Queues a frame of the crate itself. A frame that comes too late is lost.
+    /// Queues a protocol frame, with its descriptor, if any. After `close`, the frame is lost.
     pub(crate) fn queue(&mut self, frame: &Out, fd: Option<Rc<NoLingerFd>>) {
         if self.write_state != WriteState::Open {
             self.has_lost_frames = true;
@@ -231,8 +240,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.push_own(&bytes, fd);
     }
 
-    /// Sends a message of the application: at once, if nothing is queued; the rest is queued.
-    /// Afterwards `has_capacity` returns whether the application should pause.
+    /// Sends the application's message. If no frame is queued, the channel writes immediately, and
+    /// queues only the remainder. After the call, `has_capacity` returns whether the application
+    /// should continue.
     pub(crate) fn send(
         &mut self,
         message: &[u8],
@@ -257,7 +267,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         if self.outbox.is_empty() && fds.is_empty() {
             let (written, is_full) = match socket::send_two(&self.socket, pieces) {
                 Ok(written) => (written, written < header.len() + message.len()),
-                // After any other error `flush` fails, too, and handles it.
+                // `flush` handles any other error, because its write fails with the same error.
                 Err(error) => (0, error.kind() == io::ErrorKind::WouldBlock),
             };
             self.outbox.push_remainder(pieces, written);
@@ -286,20 +296,22 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         receipts
     }
 
-    /// Returns whether the application may go on sending without a pause.
+    /// Returns whether the application may continue to send without a pause.
     pub(crate) fn has_capacity(&self) -> bool {
         let queued = self.outbox.len();
         queued == 0 || queued + self.last_message_length <= HIGH_WATER
     }
 
-    /// Writes what the socket takes now. After the socket was full, writes nothing until
-    /// `retry_write`, or until much more is queued.
+    /// Writes as much as the socket accepts. After a write has filled the socket, writes nothing
+    /// until `retry_write` or until more than `RETRY` further bytes are queued.
     ///
     /// # Errors
     ///
-    /// Nothing can be written any more, and the queued frames are lost; or more is unread than an honest
-    /// peer leaves unread (`OutOfMemory`). It is no error if the peer has closed its end: reading
-    /// reports that, after everything that the peer wrote before.
+    /// Returns an error if the socket is broken, in which case the queued frames are lost. Returns
+    /// `OutOfMemory` if the unwritten frames exceed `UNREAD_MAX` or `UNREAD_FDS_MAX`.
+    ///
+    /// If the peer has closed its end, `flush` returns no error. `receive` reports the end-of-file
+    /// after everything that the peer wrote earlier.
     pub(crate) fn flush(&mut self) -> io::Result<Flushed> {
         if !self.socket.is_own() {
             return Ok(Flushed::Done);
@@ -330,8 +342,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.shut_down();
         }
         let is_queued = !self.outbox.is_empty();
-        // After a full socket more frames are likely to find it full. The poller therefore goes on
-        // reporting capacity until it has done so once with nothing to write.
+        // A socket that was full is likely to fill up again soon. Keep watching for capacity until
+        // the poller has once reported it while nothing was queued.
         if is_queued || had_nothing_queued {
             self.watch_writable(is_queued)?;
         }
@@ -361,7 +373,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         Ok(())
     }
 
-    /// Returns the number of queued bytes up to which nothing is written.
+    /// Returns the queue length, in bytes, up to which `write` writes nothing.
     fn retry_above(&self) -> usize {
         match self.capacity {
             Capacity::Full { retry_above } => retry_above,
@@ -369,7 +381,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Notes whether the socket was full at the last write.
+    /// Records whether the last write filled the socket.
     fn set_full(&mut self, is_full: bool) {
         let retry_above = self.outbox.len() + RETRY;
         self.capacity = match is_full {
@@ -378,19 +390,20 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         };
     }
 
-    /// Lets the next `flush` write, because the socket may have capacity again.
+    /// Lets the next `flush` write again, because the socket may have capacity.
     pub(crate) fn retry_write(&mut self) {
         if let Capacity::Full { .. } = self.capacity {
             self.capacity = Capacity::Available;
         }
     }
 
-    /// Returns whether writing waits for memory or descriptors, of which no poller reports.
+    /// Returns whether writing waits for memory or descriptors. No poller reports that they are
+    /// available.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.capacity == Capacity::Exhausted
     }
 
-    /// Makes the poller report the channel when it is readable, or not.
+    /// Sets whether the poller reports the channel when it is readable.
     pub(crate) fn watch_readable(&mut self, watch: bool) -> io::Result<()> {
         let writable = matches!(self.interest, Some(Interest::Writable | Interest::Both));
         self.set_interest(watch, writable)
@@ -415,7 +428,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.socket.set_interest(interest)
     }
 
-    /// Writes until everything is written or `limit` is over; waits for the peer to read.
+    /// Writes all queued frames, and blocks while the peer does not read. Stops when `limit` has
+    /// passed.
     pub(crate) fn flush_blocking(&mut self, limit: Duration) {
         if !self.socket.is_own() {
             return;
@@ -435,7 +449,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Reads once. `next` then returns the frames.
+    /// Reads from the socket once. Afterwards, `next` returns the frames.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
         if !self.socket.is_own() {
             return Ok(Received::Nothing);
@@ -457,7 +471,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
                 Ok(Received::Data)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
-            // The peer closed its end before it had read everything.
+            // The peer closed its end with unread data, and the kernel reports a reset instead of
+            // end-of-file.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Received::EndOfFile),
             Err(error) => Err(error),
         }
@@ -466,8 +481,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     fn read(&mut self, scratch: &mut [u8]) -> Read {
         let socket = self.socket.as_fd();
         let Some(large) = self.inbox.unfinished_body() else {
-            // If another large message is likely, read little more than its header: the body is then
-            // read directly into its final buffer.
+            // If another large message is likely, read little more than its header now. The next
+            // call can then read the body directly into its final buffer.
             let capacity = match self.inbox.expects_large_body() {
                 true => EXTRA_READ,
                 false => scratch.len(),
@@ -488,17 +503,18 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Returns whether the last read filled its buffer, so that the socket may hold more.
+    /// Returns whether the last read filled its buffer, in which case the socket may hold more
+    /// data.
     pub(crate) fn has_more(&self) -> bool {
         self.last_read == LastRead::Full
     }
 
-    /// Returns the next complete frame with its descriptors.
+    /// Returns the next complete frame with its descriptors, or `None` if no frame is complete.
     pub(crate) fn next(&mut self) -> Result<Option<Arrival<In>>, FrameError> {
         self.inbox.next()
     }
 
-    /// Closes the channel as soon as everything queued is written. The peer reads it, then
+    /// Closes the channel once all queued frames are written. The peer reads these frames before
     /// end-of-file.
     pub(crate) fn close(&mut self) {
         if self.write_state == WriteState::Open {
@@ -506,7 +522,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Makes the write state `Closed`. Queued frames are lost.
+    /// Sets the write state to `Closed` and discards the queued frames.
     fn close_writing(&mut self) {
         self.write_state = WriteState::Closed;
         self.capacity = Capacity::Available;
@@ -514,18 +530,20 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.clear();
     }
 
-    /// Shuts the socket down: neither side can write any more. Data in the socket can still be read.
+    /// Shuts the socket down, so that neither side can write. Data in the socket can still be read.
     pub(crate) fn shut_down(&mut self) {
         self.close_writing();
-        // In a foreign process this would shut the channel down for its creator.
+        // A forked child must not shut the socket down, because the shutdown also affects the
+        // parent's channel.
         if self.socket.is_own() {
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
         }
     }
 
-    /// Closes the channel and discards what the peer has written. Descriptors among it are closed one
-    /// by one as `NoLingerFd`: if the kernel closed them with the socket, a connection with SO_LINGER
-    /// set could make `close` wait.
+    /// Closes the channel and discards the data that the peer has written.
+    ///
+    /// The descriptors in the data are closed one by one as `NoLingerFd`. If the kernel closed them
+    /// with the socket, `close` could block on a connection with SO_LINGER set.
     pub(crate) fn discard(mut self) {
         self.shut_down();
         if !self.socket.is_own() {

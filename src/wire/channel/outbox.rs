@@ -1,6 +1,7 @@
-//! The sending half of a channel: frames in, batches of bytes and descriptors out.
+//! Divides frames into batches of bytes and descriptors. An outbox is the sending half of a
+//! channel.
 //!
-//! Positions in the stream are *offsets*: the number of bytes since the channel was created.
+//! An *offset* is a position in the stream, as the number of bytes since the channel was created.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -10,16 +11,16 @@ use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH, MAX_FDS};
 use crate::wire::receipts::ReceiptId;
 
-/// Maximum number of bytes of one write. A smaller value takes more system calls for many
-/// frames; a larger one keeps more memory allocated after a burst.
+/// The maximum number of bytes that one system call writes. With a smaller value, many frames take
+/// more system calls. With a larger value, more memory stays allocated after a burst.
 const WRITE_SIZE: usize = 64 << 10;
-// A batch has space for all descriptors of a frame.
+// The descriptors of any one frame must fit into a batch.
 const _: () = assert!(MAX_FDS < MAX_BATCH);
 
-/// A descriptor that is not written yet.
+/// A descriptor that has not been written.
 #[derive(Debug)]
 struct QueuedFd {
-    /// Offset of the first byte of the descriptor's frame.
+    /// The offset of the first byte of the descriptor's frame.
     frame_start: u64,
     fd: Rc<NoLingerFd>,
 }
@@ -27,43 +28,44 @@ struct QueuedFd {
 /// A receipt that the application waits for.
 #[derive(Debug)]
 struct PendingReceipt {
-    /// Offset behind the last byte of the message.
+    /// The offset of the end of the message.
     message_end: u64,
     id: ReceiptId,
 }
 
-/// The bytes of one write, and the descriptors of the frames that start in them.
+/// The bytes that one system call writes, and the descriptors of the frames that start in these
+/// bytes.
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
     pub(super) bytes: &'a [u8],
     pub(super) fds: Vec<BorrowedFd<'a>>,
 }
 
-/// The size of a `Batch`.
+/// The numbers of bytes and descriptors in a batch.
 #[derive(Clone, Copy, Debug)]
 struct BatchSize {
     bytes: usize,
     fds: usize,
 }
 
-/// Frames that are not written yet.
+/// The frames that have not been written.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     bytes: VecDeque<u8>,
-    /// Offset of the first byte of `bytes`: all before it are written.
+    /// The offset of the first byte of `bytes`. All earlier bytes are written.
     written: u64,
     fds: VecDeque<QueuedFd>,
-    /// Offsets of the frames of the crate itself that have a descriptor.
+    /// The offsets of the protocol frames that have a descriptor.
     own_frames: VecDeque<u64>,
-    /// Offset behind the bytes whose descriptors were sent with the last batch. The next batch waits
-    /// until these bytes are written, so that the reader never has descriptors of more than two
-    /// batches.
+    /// The offset of the end of the last batch that had descriptors. The next batch waits until all
+    /// bytes up to this offset are written, so that the reader never holds descriptors of more than
+    /// two batches.
     batch_end: u64,
     receipts: VecDeque<PendingReceipt>,
 }
 
 impl Outbox {
-    /// Returns the number of bytes that are not written.
+    /// Returns the number of bytes that have not been written.
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -76,17 +78,17 @@ impl Outbox {
         self.fds.iter().map(|queued| &*queued.fd)
     }
 
-    /// Returns the number of queued descriptors that the crate itself sends.
+    /// Returns the number of unwritten protocol frames that have a descriptor.
     pub(super) fn own_fds(&self) -> usize {
         self.own_frames.len()
     }
 
-    /// Returns the offset behind the last byte.
+    /// Returns the offset of the end of the queued bytes.
     fn end(&self) -> u64 {
         self.written + self.bytes.len() as u64
     }
 
-    /// Queues a frame, in pieces, with its descriptors.
+    /// Queues a frame, which the caller passes in pieces, and its descriptors.
     pub(super) fn push<const N: usize>(
         &mut self,
         frame: [&[u8]; N],
@@ -101,7 +103,7 @@ impl Outbox {
         }
     }
 
-    /// Queues a frame of the crate itself.
+    /// Queues a protocol frame and its descriptor, if any.
     pub(super) fn push_own(&mut self, frame: &[u8], fd: Option<Rc<NoLingerFd>>) {
         if fd.is_some() {
             self.own_frames.push_back(self.end());
@@ -109,7 +111,8 @@ impl Outbox {
         self.push([frame], fd);
     }
 
-    /// Queues the rest of a frame whose first `written` bytes were written while nothing was queued.
+    /// Queues the rest of a frame whose first `written` bytes were written while the outbox was
+    /// empty.
     pub(super) fn push_remainder(&mut self, pieces: [&[u8]; 2], written: usize) {
         self.written += written as u64;
         if written == pieces[0].len() + pieces[1].len() {
@@ -120,7 +123,7 @@ impl Outbox {
         self.bytes.extend(&pieces[1][written - skipped..]);
     }
 
-    /// Returns what the next call should write.
+    /// Returns the bytes and descriptors that the next system call should write.
     pub(super) fn next_batch(&mut self) -> Batch<'_> {
         let BatchSize { bytes, fds } = self.batch_size();
         if let (Some(first), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(fds)) {
@@ -144,8 +147,8 @@ impl Outbox {
             return BatchSize { bytes, fds: 0 };
         }
         if let Some(beyond) = self.fds.get(MAX_BATCH) {
-            // The frame of a descriptor that does not fit into the batch waits for the next one. This
-            // leaves bytes to write, because one frame has fewer than `MAX_BATCH` descriptors.
+            // A frame whose descriptors do not fit into the batch waits for the next one. Some
+            // bytes remain to be written, because one frame has fewer than `MAX_BATCH` descriptors.
             let before = usize::try_from(beyond.frame_start - self.written).unwrap_or(bytes);
             bytes = bytes.min(before);
         }
@@ -155,8 +158,8 @@ impl Outbox {
         BatchSize { bytes, fds }
     }
 
-    /// Removes the first `bytes` bytes of the batch, which have been written. If that is at least one,
-    /// all descriptors of the batch have been sent.
+    /// Removes the batch's first `bytes` bytes, which have been written. If `bytes` is at least 1,
+    /// also removes all descriptors of the batch, because the kernel has sent them.
     pub(super) fn advance(&mut self, bytes: usize) {
         let batch = self.batch_size();
         if bytes > 0 && batch.fds > 0 {
@@ -175,13 +178,13 @@ impl Outbox {
         }
     }
 
-    /// Requests a receipt for the message that was pushed last.
+    /// Requests a receipt for the message that was queued last.
     pub(super) fn add_receipt(&mut self, id: ReceiptId) {
         let message_end = self.end();
         self.receipts.push_back(PendingReceipt { message_end, id });
     }
 
-    /// Removes the receipts of the messages that have been written.
+    /// Removes and returns the receipts of the messages that have been written.
     pub(super) fn take_receipts(&mut self) -> Vec<ReceiptId> {
         let is_written = |receipt: &PendingReceipt| receipt.message_end <= self.written;
         let written = self.receipts.partition_point(is_written);
@@ -197,12 +200,12 @@ impl Outbox {
         !self.receipts.is_empty()
     }
 
-    /// Removes all receipts, because nothing more is written.
+    /// Removes and returns all receipts. The caller writes nothing more.
     pub(super) fn drain_receipts(&mut self) -> impl Iterator<Item = ReceiptId> {
         self.receipts.drain(..).map(|receipt| receipt.id)
     }
 
-    /// Discards all frames. The receipts remain.
+    /// Discards all frames, but keeps their receipts.
     pub(super) fn clear(&mut self) {
         self.bytes = VecDeque::new();
         self.fds.clear();
@@ -228,8 +231,8 @@ mod tests {
             ToMaster::Message(vec![0; 30]).encode(MAX_FDS, &mut bytes);
             outbox.push([&bytes[..]], std::iter::repeat_n(Rc::clone(&null), MAX_FDS));
         }
-        // A call that writes one byte sends all descriptors of the batch. The next batch waits until the
-        // frames of this one are written.
+        // A call that writes one byte sends all descriptors of its batch. The next batch waits
+        // until the first batch's bytes are written.
         for expected in [MAX_BATCH, 0, 0] {
             assert_eq!(outbox.next_batch().fds.len(), expected);
             outbox.advance(1);

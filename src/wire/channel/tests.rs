@@ -21,7 +21,7 @@ fn pair_in(poller: &Poller) -> (MasterEnd, WorkerEnd) {
     (master, Channel::new(b, poller, 2).unwrap())
 }
 
-/// Reads everything that is in the socket.
+/// Reads all frames that are in the socket.
 fn drain(end: &mut WorkerEnd) -> Vec<(ToWorker, Vec<OwnedFd>)> {
     let mut frames = Vec::new();
     let mut scratch = vec![0; READ_SIZE];
@@ -35,12 +35,12 @@ fn drain(end: &mut WorkerEnd) -> Vec<(ToWorker, Vec<OwnedFd>)> {
     frames
 }
 
-/// Returns the frame that carries the descriptor `number`.
+/// Returns a message whose body is `number`.
 fn numbered(number: u64) -> ToWorker {
     ToWorker::Message(number.to_le_bytes().into())
 }
 
-/// Returns a stream that reads what is written to the descriptor.
+/// Returns a descriptor and a stream that reads everything written to the descriptor.
 fn marked() -> (UnixStream, OwnedFd) {
     let (reader, writer) = UnixStream::pair().unwrap();
     (reader, writer.into())
@@ -211,7 +211,7 @@ fn messages_of_all_lengths_arrive_whole_in_any_pieces() {
 fn successive_large_messages_are_read_into_their_final_buffers() {
     let (mut master, mut worker) = pair();
     let mut scratch = vec![0; READ_SIZE];
-    // The number of bytes of each read, and whether the read filled its buffer.
+    // Returns the length of each read in bytes, and whether the read filled its buffer.
     let mut read = |length: usize| {
         master.send(&vec![7; length], Vec::new(), None).unwrap();
         let mut reads = Vec::new();
@@ -226,7 +226,8 @@ fn successive_large_messages_are_read_into_their_final_buffers() {
             }
         }
     };
-    // The header of a large message is not counted once its body has a buffer.
+    // The expected lengths exclude a large message's header once the message's body has its own
+    // buffer.
     let (long, short) = (READ_SIZE, 100);
     assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
     let (first, rest) = (EXTRA_READ, HEADER + long - EXTRA_READ);
@@ -336,7 +337,8 @@ fn unannounced_descriptors_are_an_error() {
         let fds = [fd.as_fd(); MAX_BATCH];
         socket::send(&worker.socket, &junk[..1], &fds).unwrap();
         let mut scratch = [0; 64];
-        // A header of zeroes has version 0; one byte at a time it stays incomplete.
+        // A header of zeroes has version 0, which is invalid. Send one byte per call, so that the
+        // header stays incomplete and only the descriptors can cause the error.
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Data);
         outcome = master.next();
         if outcome.is_err() {
@@ -350,7 +352,8 @@ fn unannounced_descriptors_are_an_error() {
 fn frames_written_before_end_of_file_are_read_first() {
     let (mut master, mut worker) = pair();
     worker.queue(&ToMaster::Message(b"goodbye".to_vec()), None);
-    // Unread data turns end-of-file into a reset.
+    // The worker does not read this frame, so closing its end causes a reset instead of
+    // end-of-file.
     master.queue(&ToWorker::Disconnect, None);
     master.flush().unwrap();
     worker.flush().unwrap();
@@ -423,7 +426,7 @@ fn peer_cannot_write_after_shut_down() {
 }
 
 proptest! {
-    /// Each call writes a part of its batch, and the kernel drops the last descriptors of some
+    /// Each call writes only a part of its batch, and the kernel drops the last descriptors of some
     /// batches.
     #[test]
     fn lost_descriptors_are_attributed_to_their_frames(
