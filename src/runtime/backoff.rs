@@ -1,24 +1,26 @@
-//! Backing off after the system has run out of a resource. Pure: the time is an argument.
+//! Schedules a new attempt after the system has run out of a resource. The module is pure, because
+//! the time is an argument.
 
 use std::time::Duration;
 
 use crate::types::time::Time;
 
-/// Time between two attempts at something that failed for lack of memory or descriptors.
+/// The time between two attempts after a failure for lack of memory or descriptors.
 ///
-/// No event reports that the resource is available again. A longer time delays frames and connections
-/// that could go on; a shorter one costs CPU time while the system is short of resources. 100 ms is
-/// below what a person notices, and costs ten attempts per second. No benchmark chose it.
+/// No event reports that the resource is available again. A longer time delays frames and
+/// connections that could continue. A shorter time costs CPU time while the system is short of
+/// resources. A person does not notice a delay of 100 ms, and ten attempts per second are cheap. No
+/// benchmark chose the value.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
-/// The time of the next attempt. Failures until then share the attempt.
+/// The time of the next attempt, which all earlier failures share.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Backoff {
     deadline: Option<Time>,
 }
 
 impl Backoff {
-    /// Schedules the next attempt, unless one is scheduled.
+    /// Schedules the next attempt, unless an attempt is scheduled already.
     pub(crate) fn start(&mut self, now: Time) {
         self.deadline.get_or_insert(now.saturating_add(BACKOFF));
     }

@@ -1,9 +1,9 @@
-//! The methods that add callbacks.
+//! Defines the macro that generates the methods for adding callbacks.
 
-/// Defines two methods for each event: one adds a callback, the other adds a callback for the next event
-/// only.
+/// Defines two methods for each event. The first method adds a callback for every event, and the
+/// second adds a callback for the next event only.
 ///
-/// `$list` is the list of callbacks that `$this` has for the event.
+/// `$list` is the list of callbacks for the event in `$this`.
 macro_rules! callback_methods {
     ($(
         $(#[$doc:meta])*

@@ -1,18 +1,18 @@
-//! Lists of closures that may change while the closures are called.
+//! Stores lists of closures that may change while the closures are called.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// Identifies a callback, for [`Master::remove_callback`](crate::Master::remove_callback), which has an
-/// example.
+/// Identifies a callback, so that [`Master::remove_callback`](crate::Master::remove_callback) can
+/// remove it. See that method for an example.
 ///
 /// Node: the listener function that `removeListener` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallbackId(u64);
 
 impl CallbackId {
-    /// Returns an id that no other callback of this process has, for a library with a list of callbacks
-    /// of its own.
+    /// Returns an id that no other callback in this process has. Use it in a library that has its
+    /// own list of callbacks.
     ///
     /// Node has no counterpart.
     ///
@@ -31,7 +31,7 @@ impl CallbackId {
     }
 }
 
-/// A closure that can be called while its list changes.
+/// A closure that can be called while the list that contains it changes.
 pub(crate) type Shared<F> = Rc<RefCell<F>>;
 
 struct Entry<F: ?Sized> {
@@ -48,7 +48,7 @@ impl<F: ?Sized> Callbacks<F> {
         self.push(callback, false)
     }
 
-    /// Adds a callback that is removed before its first call.
+    /// Adds a callback that is removed immediately before its first call.
     pub(crate) fn add_once(&self, callback: Shared<F>) -> CallbackId {
         self.push(callback, true)
     }
@@ -60,7 +60,8 @@ impl<F: ?Sized> Callbacks<F> {
     }
 
     pub(crate) fn remove(&self, id: CallbackId) {
-        // Dropped after the borrow: the `Drop` of a closure's values may call this type.
+        // Drop the closures only after the borrow has ended, because the `Drop` of a captured value
+        // may call this type.
         let removed: Vec<_> = {
             let mut list = self.0.borrow_mut();
             let (removed, others) = list.drain(..).partition(|entry| entry.id == id);
@@ -74,12 +75,12 @@ impl<F: ?Sized> Callbacks<F> {
         drop(self.0.take());
     }
 
-    /// Returns the ids of the callbacks that are there now, in the order of their calls.
+    /// Returns the ids of the current callbacks in the order of their calls.
     pub(crate) fn ids(&self) -> Vec<CallbackId> {
         self.0.borrow().iter().map(|entry| entry.id).collect()
     }
 
-    /// Calls one closure, if it is still there and is not being called already.
+    /// Calls the closure `id`. Does nothing if the closure was removed or is already running.
     pub(crate) fn call(&self, id: CallbackId, call: impl FnOnce(&mut F)) {
         let entries = self.0.borrow();
         let Ok(at) = entries.binary_search_by_key(&id.0, |entry| entry.id.0) else {
@@ -95,8 +96,10 @@ impl<F: ?Sized> Callbacks<F> {
         }
     }
 
-    /// Calls all closures in order, except for those that are added or removed meanwhile. A closure
-    /// that is being called already is skipped: it has led to this call.
+    /// Calls all closures in order. Closures that are added or removed in the meantime are not
+    /// called.
+    ///
+    /// Skips a closure that is already running, because that closure has caused this call.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
         let Some(last) = self.0.borrow().last().map(|entry| entry.id) else {
             return;
@@ -104,7 +107,7 @@ impl<F: ?Sized> Callbacks<F> {
         let mut next = 0;
         loop {
             let entries = self.0.borrow();
-            // The ids ascend.
+            // The list is sorted, because ids ascend.
             let at = entries.partition_point(|entry| entry.id.0 < next);
             let Some(entry) = entries.get(at).filter(|entry| entry.id.0 <= last.0) else {
                 return;

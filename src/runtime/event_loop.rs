@@ -1,6 +1,7 @@
-//! The event loop of both roles: one poller, timers, signals and watched descriptors.
+//! Implements the event loop of both roles, with one poller, timers, signals and watched
+//! descriptors.
 //!
-//! `R` is the role, `Master` or `Worker`, that is passed to the callbacks.
+//! `R` is the role, `Master` or `Worker`. Each callback receives a reference to the role.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -20,22 +21,25 @@ use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 
-/// Identifies a watched descriptor, for [`Worker::unwatch`](crate::Worker::unwatch).
+/// Identifies a watched descriptor, so that [`Worker::unwatch`](crate::Worker::unwatch) can remove
+/// it.
 ///
-/// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
+/// Node has no counterpart.
+///
+/// See [`Worker::watch`](crate::Worker::watch) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WatchId(u32);
 
-/// Identifies a timer or a watched descriptor, for [`Master::unreference`](crate::Master::unreference), which has
-/// an example.
+/// Identifies a timer or a watched descriptor, for example in
+/// [`Master::unreference`](crate::Master::unreference). See that method for an example.
 ///
 /// Node: the object that has a method `unref()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LoopId {
-    /// A timer: the result of `set_timeout` or `set_interval`.
+    /// A timer, which `set_timeout` or `set_interval` returned.
     Timer(TimerId),
-    /// A watched descriptor: the result of `watch`.
+    /// A watched descriptor, which `watch` returned.
     Watch(WatchId),
 }
 
@@ -51,20 +55,20 @@ impl From<WatchId> for LoopId {
     }
 }
 
-/// States to what a ready descriptor belongs. The poller carries it as a number. The token of a source
-/// that has been removed matches nothing.
+/// Identifies the owner of a ready descriptor. The poller carries a token as an integer key. If the
+/// descriptor's owner has been removed, its token matches no owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
     Channel(u32),
     Process(u32),
     Listener(u32),
-    /// The selector among the shards of a listener.
+    /// The socket that selects among a listener's shards.
     Selector(u32),
     Watch(u32),
     Signals,
 }
 
-/// Highest number of a token, which is the highest worker id.
+/// The highest number in a token, which is the highest worker id.
 const MAX_NUMBER: u32 = WorkerId::MAX;
 
 impl Token {
@@ -77,7 +81,7 @@ impl Token {
             Self::Signals => (4, 0),
             Self::Selector(number) => (5, number),
         };
-        // No bit is lost, because every number is at most `MAX_NUMBER`.
+        // The shift loses no bit, because every number is at most `MAX_NUMBER`.
         (number as usize) << 3 | tag
     }
 
@@ -95,9 +99,9 @@ impl Token {
     }
 }
 
-/// A watched descriptor and its callback, with their types erased.
+/// A watched descriptor and its callback, with erased types.
 trait Watched<R> {
-    /// Calls the callback. Returns whether to go on watching the descriptor.
+    /// Calls the callback. Returns whether the event loop should continue to watch the descriptor.
     fn ready(&mut self, role: &R) -> bool;
 }
 
@@ -124,11 +128,11 @@ where
     }
 }
 
-/// A watched descriptor in the table.
+/// The event loop's entry for a watched descriptor.
 struct WatchEntry<R> {
     watched: Shared<dyn Watched<R>>,
     number: RawFd,
-    /// The descriptor keeps `run` from returning.
+    /// Whether the descriptor keeps `run` from returning.
     referenced: bool,
 }
 
@@ -137,7 +141,7 @@ type OnSignal<R> = dyn FnMut(&R, Signal);
 
 struct SignalInterest<R> {
     callbacks: Callbacks<OnSignal<R>>,
-    /// Dropping it restores the previous handler.
+    /// The guard that restores the previous handler when it is dropped.
     _installed: InstalledHandler,
 }
 
@@ -146,16 +150,16 @@ pub(crate) struct EventLoop<R> {
     start_time: Instant,
     timers: RefCell<Timers<OnTimer<R>>>,
     watches: RefCell<BTreeMap<WatchId, WatchEntry<R>>>,
-    /// The watches that a forked child has from its parent. They are never dropped, because that would
-    /// close descriptors or run code of the application. They stay reachable, because LeakSanitizer
-    /// would report them otherwise.
+    /// The watches that a forked child has inherited from its parent. They are never dropped,
+    /// because a drop would close descriptors or run the application's code. They stay reachable,
+    /// because LeakSanitizer would otherwise report them.
     abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, WatchEntry<R>>>>,
     last_watch: Cell<u32>,
-    /// Number of entries in `watches` that are referenced.
+    /// The number of referenced entries in `watches`.
     referenced_watches: Cell<usize>,
     signal_pipe: RefCell<Option<Registered<SignalPipe>>>,
     signals: RefCell<SortedMap<Signal, Rc<SignalInterest<R>>>>,
-    /// The loop runs: a callback that runs it again gets an error.
+    /// Whether the event loop is running. A callback that runs the event loop again gets an error.
     running: Cell<bool>,
 }
 
@@ -199,7 +203,7 @@ impl<R> EventLoop<R> {
 
     /// # Errors
     ///
-    /// This process did not create the loop.
+    /// Returns `Error::ForeignProcess` if this process did not create the event loop.
     pub(crate) fn check_own(&self) -> Result<()> {
         if self.poller.is_own() {
             Ok(())
@@ -208,7 +212,7 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Marks the loop as running until the guard is dropped.
+    /// Marks the event loop as running until the returned guard is dropped.
     pub(crate) fn enter(&self) -> Result<Running<'_>> {
         self.check_own()?;
         if self.running.replace(true) {
@@ -217,18 +221,18 @@ impl<R> EventLoop<R> {
         Ok(Running(&self.running))
     }
 
-    /// Returns the time left until the first timer is due, or until `other` if that is earlier.
+    /// Returns the time left until the first timer is due, or until `other` if `other` is earlier.
     pub(crate) fn time_left(&self, other: Option<Time>) -> Option<Duration> {
         let first = self.deadline(other)?;
         Some(first.saturating_sub(self.now()))
     }
 
-    /// Returns the time at which the first timer is due, or `other` if that is earlier.
+    /// Returns the time at which the first timer is due, or `other` if `other` is earlier.
     pub(crate) fn deadline(&self, other: Option<Time>) -> Option<Time> {
         earlier(self.timers.borrow().deadline(), other)
     }
 
-    /// Waits until a descriptor is ready or the timeout is over. Returns the ready descriptors.
+    /// Waits until a descriptor is ready or the timeout expires. Returns the ready descriptors.
     pub(crate) fn wait<'a>(
         &self,
         timeout: Option<Duration>,
@@ -247,7 +251,7 @@ impl<R> EventLoop<R> {
         self.timers.borrow().has_referenced() || self.referenced_watches.get() > 0
     }
 
-    /// Returns whether the application watches a descriptor.
+    /// Returns whether the application watches any descriptor.
     pub(crate) fn has_watches(&self) -> bool {
         !self.watches.borrow().is_empty()
     }
@@ -265,13 +269,14 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Updates the number of referenced watches after one of them has changed.
+    /// Updates the number of referenced watches after a watch has changed.
     fn count_referenced(&self, before: bool, now: bool) {
         let count = self.referenced_watches.get() + usize::from(now) - usize::from(before);
         self.referenced_watches.set(count);
     }
 
-    /// Drops all closures. This breaks reference cycles: a closure may own the owner of this loop.
+    /// Drops all closures. The drop breaks reference cycles, because a closure may own the event
+    /// loop's owner.
     pub(crate) fn clear(&self) {
         let timers = self.timers.replace(Timers::new());
         let watches = self.watches.take();
@@ -280,8 +285,8 @@ impl<R> EventLoop<R> {
         drop((timers, watches, signals));
     }
 
-    /// In a forked child that executes no program: forgets all watches, and returns their descriptors
-    /// except for standard input, output and error, which are the child's own.
+    /// Abandons all watches in a forked child that executes no other program. Returns the watched
+    /// descriptors, except standard input, output and error, which the child owns.
     pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
         let watches = self.watches.take();
         self.referenced_watches.set(0);
@@ -324,12 +329,14 @@ impl<R> EventLoop<R> {
     }
 
     pub(crate) fn clear_timer(&self, id: TimerId) {
-        // Dropped while nothing is borrowed: the `Drop` of a closure's values may call this type.
+        // Drop the closure only after the borrow has ended, because the `Drop` of a captured value
+        // may call this type.
         let cleared = self.timers.borrow_mut().clear(id);
         drop(cleared);
     }
 
-    /// Calls the timers that are due now, but none that become due meanwhile.
+    /// Calls the timers that are due now, but none that become due in the meantime. Calls `settle`
+    /// after each timer.
     pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
         if self.deadline(None).is_none() {
             return;
@@ -337,7 +344,8 @@ impl<R> EventLoop<R> {
         let now = self.now();
         loop {
             let due = self.timers.borrow_mut().next_due(now);
-            // A callback may return in a child that it forked.
+            // Stop in a forked child, because a callback may fork and then return in both
+            // processes.
             let Some(callback) = due.filter(|_| self.poller.is_own()) else {
                 break;
             };
@@ -381,7 +389,7 @@ impl<R> EventLoop<R> {
         Ok(id)
     }
 
-    /// Returns an unused id. After the highest number, ids start again at 1.
+    /// Returns an unused id. After the highest number, the ids start at 1 again.
     fn next_watch(&self) -> WatchId {
         let watches = self.watches.borrow();
         loop {
@@ -398,7 +406,8 @@ impl<R> EventLoop<R> {
         if let Some(entry) = &removed {
             self.count_referenced(entry.referenced, false);
         }
-        // Dropped while nothing is borrowed: the `Drop` of its source may call this type.
+        // Drop the entry only after the borrow has ended, because the source's `Drop` may call the
+        // event loop.
         drop(removed);
     }
 
@@ -416,7 +425,7 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Makes the loop wake up for signals. Returns a pipe that is readable after a signal.
+    /// Makes signals wake the event loop. Returns a pipe that becomes readable after a signal.
     pub(crate) fn open_signal_pipe(&self) -> io::Result<SignalPipe> {
         let mut pipe = self.signal_pipe.borrow_mut();
         if pipe.is_none() {
@@ -427,7 +436,7 @@ impl<R> EventLoop<R> {
         SignalPipe::new()
     }
 
-    /// Makes the loop wake up for `signal`, which `take_signals` then returns.
+    /// Makes `signal` wake the event loop. After the signal, `take_signals` returns it.
     pub(crate) fn install(&self, signal: Signal) -> io::Result<InstalledHandler> {
         self.open_signal_pipe()?;
         signal::install(signal.number())
@@ -457,7 +466,7 @@ impl<R> EventLoop<R> {
         Ok(interest.callbacks.add_once(Rc::new(RefCell::new(once))))
     }
 
-    /// Returns the callbacks for a signal, which is handled from now on.
+    /// Returns the callbacks for a signal, and installs a handler if the signal has none yet.
     fn signal_interest(&self, signal: Signal) -> Result<Rc<SignalInterest<R>>> {
         self.check_own()?;
         let known = self.signals.borrow().get(&signal).map(Rc::clone);
@@ -495,7 +504,7 @@ impl<R> EventLoop<R> {
     }
 }
 
-/// Marks the loop as running until it is dropped.
+/// A guard that marks the event loop as running until the guard is dropped.
 #[derive(Debug)]
 pub(crate) struct Running<'a>(&'a Cell<bool>);
 

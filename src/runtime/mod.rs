@@ -1,6 +1,7 @@
-//! The base of both roles: one poller, timers, signals, watched descriptors, and lists of callbacks.
+//! Contains the event loop of both roles, with a poller, timers, signals, watched descriptors and
+//! lists of callbacks.
 //!
-//! Nothing here knows about workers, listeners or frames.
+//! These modules do not depend on workers, listeners or frames.
 
 pub(crate) mod backoff;
 pub(crate) mod callback_methods;

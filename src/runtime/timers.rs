@@ -1,15 +1,16 @@
-//! Timers. Pure: the time is an argument.
+//! Stores timers and finds those that are due. The module is pure, because the time is an argument.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::types::time::Time;
 
-/// Shortest interval. An interval of zero would keep the loop from doing anything else; one millisecond
-/// is what Node uses.
+/// The shortest interval, as in Node. With an interval of zero, the event loop would only call this
+/// timer.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Identifies a timer, for [`Master::clear_timer`](crate::Master::clear_timer), which has an example.
+/// Identifies a timer, so that [`Master::clear_timer`](crate::Master::clear_timer) can remove it.
+/// See that method for an example.
 ///
 /// Node: the result of `setTimeout` and `setInterval`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,7 +20,7 @@ pub struct TimerId(u64);
 struct Timer<T> {
     due: Time,
     interval: Option<Duration>,
-    /// The timer keeps `run` from returning.
+    /// Whether the timer keeps `run` from returning.
     referenced: bool,
     payload: T,
 }
@@ -29,7 +30,7 @@ pub(crate) struct Timers<T> {
     last: u64,
     timers: BTreeMap<TimerId, Timer<T>>,
     order: BTreeSet<(Time, TimerId)>,
-    /// Number of referenced timers.
+    /// The number of referenced timers.
     referenced: usize,
 }
 
@@ -72,7 +73,8 @@ impl<T: Clone> Timers<T> {
         Some(timer)
     }
 
-    /// Removes a timer and returns its payload, which the caller should drop while nothing is borrowed.
+    /// Removes a timer and returns its payload. The caller must release its borrows before it drops
+    /// the payload, because the payload's `Drop` may call the event loop.
     pub(crate) fn clear(&mut self, id: TimerId) -> Option<T> {
         self.remove(id).map(|timer| timer.payload)
     }
@@ -95,8 +97,10 @@ impl<T: Clone> Timers<T> {
         self.order.first().map(|(due, _)| *due)
     }
 
-    /// Returns the payload of the first timer that is due. A timeout is removed. An interval is set
-    /// again; if the loop was late, missed calls are skipped.
+    /// Returns the payload of the first timer that is due, or `None` if no timer is due.
+    ///
+    /// A timeout is removed. An interval is scheduled again. If the event loop is late, the
+    /// interval skips the calls that it missed.
     pub(crate) fn next_due(&mut self, now: Time) -> Option<T> {
         let &(due, id) = self.order.first().filter(|(due, _)| *due <= now)?;
         let timer = self.timers.get_mut(&id)?;
