@@ -13,7 +13,7 @@ use crate::types::time::Time;
 /// benchmark chose the value.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
-/// The time of the next attempt, which all earlier failures share.
+/// The time of the next attempt. Failures until this time share the attempt.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Backoff {
     deadline: Option<Time>,

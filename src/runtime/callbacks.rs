@@ -167,7 +167,7 @@ mod tests {
         );
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["first", "third"]);
-        list.clear(); // Breaks the reference cycle.
+        list.clear(); // Break the reference cycle.
     }
 
     #[test]
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(log.take(), ["once", "always", "always"]);
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["always"]);
-        list.clear(); // Breaks the reference cycle.
+        list.clear(); // Break the reference cycle.
     }
 
     #[test]
@@ -196,6 +196,6 @@ mod tests {
         });
         list.each(|f| f(&log));
         assert_eq!(log.take(), ["outer"]);
-        list.clear(); // Breaks the reference cycle.
+        list.clear(); // Break the reference cycle.
     }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::types::time::Time;
 
-/// The shortest interval, as in Node. With an interval of zero, the event loop would only call this
-/// timer.
+/// The shortest interval, which is also Node's. With an interval of zero, the event loop would call
+/// only this timer.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Identifies a timer, so that [`Master::clear_timer`](crate::Master::clear_timer) can remove it.

@@ -1,12 +1,14 @@
-//! One simulated kernel, and two drivers that run the state machines of `core` on it.
+//! Simulates a kernel, and runs the state machines of `core` on it with two drivers.
 //!
-//! `kernel` holds processes, channels, listeners and clients as plain data, and the promises that
-//! are checked after each step. `schedule` drives it by random schedules, which it shrinks when they
-//! fail. `fuzz` drives it by the bytes of a fuzzer. Decisions of the crate do not belong here: this
-//! folder exists in tests and under the fuzzer only.
+//! `kernel` stores processes, channels, listeners and clients as plain data, and checks the crate's
+//! guarantees after each step. `schedule` drives the kernel with random schedules, and shrinks a
+//! schedule that fails. `fuzz` drives the kernel with a fuzzer's input.
+//!
+//! This folder is compiled only for tests and for the fuzzer, so it must not contain any decision
+//! of the crate.
 
 pub mod fuzz;
-// The random schedules use more of it than the fuzzer.
+// The fuzzer uses only a part of `kernel`, so a build without tests contains dead code.
 #[cfg_attr(not(test), allow(dead_code))]
 mod kernel;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The promises of the crate, checked after each step of a driver.
+//! Checks the crate's guarantees after each step of a driver.
 
 use super::process::{Detached, Life};
 use super::socket::{Port, QUEUE_CAPACITY};
@@ -10,10 +10,10 @@ use crate::types::time::earlier;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// The maximum number of listeners of one worker, as README.md states it.
+/// The maximum number of listeners of one worker, as documented in README.md.
 pub(crate) const MAX_LISTENERS: usize = 64;
 
-// After each step.
+// Checks after each step.
 impl World {
     pub(crate) fn check(&mut self) {
         self.check_closed();
@@ -34,32 +34,33 @@ impl World {
         }
     }
 
-    /// No connection closes unless its client is served, or the ledger says why.
+    /// Counts the closed connections whose clients no worker served.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
             self.lost += u64::from(!self.fates[client as usize].served);
         }
     }
 
-    /// The memory of the master is bounded, no matter what workers send.
+    /// Checks that the master's memory is bounded, regardless of the workers' frames.
     fn check_bounds(&self) {
         let sizes = self.master.sizes();
         let workers = sizes.processes.max(2);
         let max = MAX_LISTENERS * workers + self.retained.len() + self.unclosed.len();
         assert!(sizes.handles <= max, "{} listeners", sizes.handles);
-        // The connections of one queue have come back, and all other queues are full.
+        // In the worst case, all queues are full, and the master also holds the reclaimed
+        // connections of one queue.
         let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles;
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         assert!(in_flight <= max, "{in_flight} connections in flight");
         for process in self.processes.values() {
-            // Two frames for each listener, and one to disconnect.
+            // Allow two answers for each frame, and one frame to disconnect.
             let counters = &process.counters;
             let is_bounded = counters.answers <= 2 * counters.frames + 1;
             assert!(is_bounded, "too many answers: {counters:?}");
         }
     }
 
-    /// Checks that are valid once the master has carried out its actions.
+    /// Checks conditions that hold once the master has carried out its actions.
     fn check_at_rest(&self) {
         let waits = self.master.has_stuck_connection();
         assert!(!waits, "a connection waits in vain: {:?}", self.master);
@@ -76,14 +77,14 @@ impl World {
         }
     }
 
-    /// The master knows of all connections in queues.
+    /// Checks that the master knows of all connections in queues.
     fn check_queued(&self) {
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         let is_complete = self.count_queued() <= in_flight;
         assert!(is_complete || self.has_false_claims, "forgotten in a queue");
     }
 
-    /// A worker has received the connection of this client.
+    /// Records that a worker has received the client's connection.
     pub(crate) fn mark_served(&mut self, client: u32) {
         let fate = &mut self.fates[client as usize];
         assert!(!fate.served, "client {client} served twice");
@@ -91,7 +92,8 @@ impl World {
         self.served += 1;
     }
 
-    /// A worker says how many connections of a listener it has received in all.
+    /// Checks the total number of connections that a worker reports to have received from a
+    /// listener.
     pub(crate) fn check_claim(&mut self, handle: HandleId, worker: WorkerId, claimed: u64) {
         let received = self.count_received(handle, worker);
         if claimed > received {
@@ -108,7 +110,7 @@ impl World {
         assert_eq!(number, last + 1, "a message is missing");
     }
 
-    /// The numbers that the application reads from queues and those of the ledger are equal.
+    /// Checks that the ledger's number of received connections is correct.
     pub(crate) fn check_received(&self) {
         if self.config.counts_queues && !self.has_false_claims {
             assert_eq!(self.master.ledger().received, self.received, "received");
@@ -116,7 +118,7 @@ impl World {
     }
 }
 
-// Each event.
+// Checks of each event.
 impl World {
     pub(crate) fn check_emit(&mut self, emit: &EmittedEvent<Vec<NoLingerFd>>) {
         let (level, event) = (emit.level, &emit.event);
@@ -146,7 +148,7 @@ impl World {
         }
     }
 
-    /// `disconnect_all` is finished.
+    /// Checks the state after `disconnect_all` has finished.
     fn check_disconnected(&mut self) {
         assert!(self.awaited, "not requested");
         assert!(
@@ -193,7 +195,7 @@ impl World {
                 assert_eq!(*life, Life::Online);
                 assert_eq!(state, Some(WorkerState::Listening));
             }
-            // The messages of a raw worker have no numbers.
+            // Skip the numbers, because a raw worker's messages have none.
             Event::Message { .. } if process.inbox.is_some() => assert_eq!(*life, Life::Online),
             Event::Message { bytes, .. } => {
                 assert_eq!(*life, Life::Online);
@@ -244,9 +246,9 @@ impl World {
     }
 }
 
-// At the end.
+// Checks at the end of a run.
 impl World {
-    /// Checks that are valid once all processes have exited and no listener is retained.
+    /// Checks conditions that hold once all processes have exited and no listener is retained.
     pub(crate) fn check_end(&self) {
         assert_eq!(self.disconnected, 1, "the callback of disconnect");
         assert!(
@@ -272,7 +274,7 @@ impl World {
         }
     }
 
-    /// Each client of a listener that is still open is served, or has hung up.
+    /// Checks that each client of an open listener has been served or has hung up.
     pub(crate) fn check_served(&self) {
         let is_bound = |handle| {
             self.ports
@@ -287,7 +289,7 @@ impl World {
     }
 }
 
-/// The number that the application puts into a message.
+/// Returns the number in a message of the simulated application.
 fn number(message: &[u8]) -> u32 {
     u32::from_le_bytes(message.try_into().expect("four bytes"))
 }

@@ -1,4 +1,4 @@
-//! The end of a run: workers serve the last clients, all processes exit, and the totals are checked.
+//! Ends a run: the workers serve the last clients, all processes exit, and the totals are checked.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -7,11 +7,12 @@ use super::{Call, World};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// The number of rounds after which a run is treated as hanging. Each takes 10 ms of virtual time.
+/// The number of rounds after which a run is treated as hanging. Each round takes 10 ms of virtual
+/// time.
 pub(crate) const ROUNDS: u32 = 3000;
 const ROUND: Time = Time::from_millis(10);
 
-/// How the workers end.
+/// The way in which the workers end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// All workers disconnect, and their applications serve the remaining clients.
@@ -21,7 +22,7 @@ pub(crate) enum Ending {
 }
 
 impl World {
-    /// Lets everything end, and checks the totals.
+    /// Ends all processes and checks the totals.
     pub(crate) fn end(&mut self, ending: Ending) {
         self.failing.clear();
         self.run_master();
@@ -49,7 +50,7 @@ impl World {
         self.check_end();
     }
 
-    /// All processes do what they should, until `is_done` or the last round.
+    /// Runs all processes until `is_done` returns `true`. Panics after `rounds` rounds.
     pub(crate) fn run_until(&mut self, rounds: u32, is_done: impl Fn(&Self) -> bool) {
         for _ in 0..rounds {
             if is_done(self) {
@@ -65,8 +66,8 @@ impl World {
         assert!(is_done(self), "it never ends: {:?}", self.master);
     }
 
-    /// One round of a worker whose application serves what it has, and returns from `main` when
-    /// nothing is left.
+    /// Runs one round of a worker. Its application serves its connections, and returns from `main`
+    /// when nothing is left to serve.
     fn serve(&mut self, worker: WorkerId) {
         for _ in 0..8 {
             self.worker_step(worker, 0);

@@ -1,4 +1,5 @@
-//! The hands and the application of the master: carries out the actions of its core, and calls it.
+//! Simulates the master's shell, which carries out the actions of the master's core, and the
+//! master's application, which calls the core.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,21 +20,22 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 
-/// The maximum numbers of workers and of detached processes that are alive.
+/// The maximum number of workers that are alive.
 const MAX_WORKERS: usize = 5;
+/// The maximum number of detached processes that are running.
 const MAX_DETACHED: usize = 2;
-/// The maximum number of connections of one `Accept`.
+/// The maximum number of connections that one `Accept` action accepts.
 const MAX_ACCEPTED: usize = 64;
 
-/// A call of the master's application.
+/// A call by the master's application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     Fork,
     /// Starts a detached process.
     Detach,
-    /// `run` waits for the exit of a process from now on.
+    /// Makes `run` wait until a process exits.
     Ref,
-    /// `run` no longer does.
+    /// Makes `run` no longer wait for a process.
     Unref,
     Disconnect,
     DisconnectWithin,
@@ -45,13 +47,13 @@ pub(crate) enum Call {
     DisconnectAllWithin,
     /// Opens a listener and retains it.
     Retain,
-    /// Retains a listener that was open already.
+    /// Retains a listener that was already open.
     Adopt,
     /// Releases a retained listener.
     Release,
 }
 
-/// The listener of which an attachment is a copy.
+/// Returns the listener if the attachment is a copy of one.
 pub(crate) fn listener_of(attachment: Attachment) -> Option<HandleId> {
     match attachment {
         Attachment::Listener(handle) => Some(handle),
@@ -59,9 +61,10 @@ pub(crate) fn listener_of(attachment: Attachment) -> Option<HandleId> {
     }
 }
 
-// Between the kernel and the core.
+// Inputs and actions of the master's core.
 impl World {
-    /// Reports a fact to the master's core, or calls it. What it decides must be bounded.
+    /// Calls the master's core with an input, and checks that the number of resulting actions and
+    /// events is bounded.
     pub(crate) fn report<T>(&mut self, fact: impl FnOnce(&mut Master) -> T) -> T {
         let before = self.master.sizes();
         let in_flight = usize::try_from(self.master.in_flight()).unwrap_or(usize::MAX);
@@ -70,7 +73,8 @@ impl World {
         let after = self.master.sizes();
         let workers = before.processes.max(after.processes).max(2);
         let handles = before.handles.max(after.handles);
-        // Each worker may lose each listener, and its connections go to another worker.
+        // Each worker may lose each listener, in which case the listener's connections go to
+        // another worker.
         let max = 16 + MAX_ACCEPTED + connections + 4 * handles * workers;
         let actions = after.actions - before.actions;
         assert!(actions <= max, "{actions} actions after one fact");
@@ -79,7 +83,7 @@ impl World {
         result
     }
 
-    /// The number of connections in all queues.
+    /// Returns the number of connections in all queues.
     pub(crate) fn count_queued(&self) -> usize {
         let queues = self.queues.values();
         queues.map(|queue| queue.connections.len()).sum()
@@ -123,7 +127,8 @@ impl World {
                 port.state = PortState::Open;
             }
             Action::Unbind { handle } => self.unbind(handle),
-            // No process of this kernel shuts a listener down, or blocks in the kernel.
+            // Do nothing, because no simulated process shuts a listener down or blocks in the
+            // kernel.
             Action::WatchHangUp { .. } | Action::Unblock { .. } => {}
             Action::BindShard { .. } | Action::SelectShards { .. } => {
                 unreachable!("no policy of this kernel has shards")
@@ -141,7 +146,7 @@ impl World {
     }
 }
 
-// Channels.
+// Channels to workers.
 impl World {
     fn send(&mut self, worker: WorkerId, frame: ToWorker, with: Attachment) {
         if let (
@@ -198,14 +203,14 @@ impl World {
         }
     }
 
-    /// Tries to write to a worker whose channel was full.
+    /// Lets the master write to a worker if frames are queued and the channel has space.
     pub(crate) fn flush(&mut self, worker: WorkerId) {
         if self.process(worker).down.can_write() {
             self.unflushed.insert(worker);
         }
     }
 
-    /// The master reads and processes one frame of a worker. Returns whether there was one.
+    /// Reads and processes one frame from a worker. Returns whether there was a frame.
     pub(crate) fn master_reads(&mut self, worker: WorkerId) -> bool {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         if !process.master_end {
@@ -233,8 +238,7 @@ impl World {
         true
     }
 
-    /// The master reads one frame of a worker, or the end of its channel. Returns whether there was a
-    /// frame.
+    /// Reads one frame from a worker, or the end of its channel. Returns whether there was a frame.
     pub(crate) fn master_receives(&mut self, worker: WorkerId) -> bool {
         let has_read = self.master_reads(worker);
         let process = &self.processes[&worker];
@@ -275,7 +279,8 @@ impl World {
         self.report(|core| core.channel_closed(worker));
     }
 
-    /// As the shell does it: everything that was written before is processed.
+    /// Closes a worker's channel like the shell. The master first processes all frames that the
+    /// worker has written.
     fn close_channel(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         process.is_shut = true;
@@ -298,7 +303,7 @@ impl World {
         let process = self.process(worker);
         assert!(!process.is_reaped(), "signal to a reaped pid");
         match &mut process.state {
-            // The driver decides when a raw worker exits.
+            // Ignore the signal, because the driver decides when a raw worker exits.
             _ if process.inbox.is_some() => {}
             ProcessState::Stopped { pending } if signal != Signal::KILL => *pending = Some(signal),
             ProcessState::Running | ProcessState::Stopped { .. } => self.exit(worker, status),
@@ -307,7 +312,7 @@ impl World {
     }
 }
 
-// Listeners.
+// Opening and closing listeners.
 impl World {
     fn port(&mut self, handle: HandleId) -> &mut Port {
         let port = self.ports.get_mut(&handle).expect("an open listener");
@@ -340,7 +345,7 @@ impl World {
         self.forget_port(handle);
     }
 
-    /// A listener disappears, with its backlog, when no process has a descriptor of it.
+    /// Removes a listener and its backlog if no process has a descriptor of the listener.
     pub(crate) fn forget_port(&mut self, handle: HandleId) {
         let is_unbound = self.ports.get(&handle).is_some_and(Port::is_unbound);
         let has_copy = |process: &super::Process| {
@@ -371,7 +376,7 @@ impl World {
     }
 }
 
-// Queues.
+// Workers' queues.
 impl World {
     fn dispatch(
         &mut self,
@@ -402,8 +407,8 @@ impl World {
         assert!(is_within || !is_trusted, "dispatched too far ahead");
     }
 
-    /// Reclaims connections out of a queue. Returns them, and whether the queue is empty now, which
-    /// is not known if the system refuses to go on.
+    /// Takes connections back from a queue. Returns the connections, and whether the queue is now
+    /// empty. The latter is `None` if the system fails before the queue is empty.
     fn take_back(
         &mut self,
         handle: HandleId,
@@ -442,7 +447,7 @@ impl World {
         }
     }
 
-    /// Closes a queue. If the system refuses to empty it, it is tried again later.
+    /// Closes a queue. If the system fails before the queue is empty, schedules another attempt.
     pub(crate) fn close_queue(&mut self, handle: HandleId, worker: WorkerId) {
         match self.take_back(handle, worker, usize::MAX) {
             Some((reclaimed, None)) => {
@@ -458,7 +463,7 @@ impl World {
         }
     }
 
-    /// A worker receives the first connection in its queue.
+    /// Receives the first connection in the worker's queue.
     pub(crate) fn receive(&mut self, handle: HandleId, worker: WorkerId) -> Option<Client> {
         let queue = self.queues.get_mut(&(handle, worker))?;
         let client = queue.connections.pop_front()?.connection;
@@ -467,8 +472,8 @@ impl World {
         Some(client)
     }
 
-    /// A worker receives the first connection in its queue and closes it at once, whatever its core
-    /// thinks. Returns whether there was one.
+    /// Receives the first connection in the worker's queue and closes it, without the knowledge of
+    /// the worker's core. Returns whether there was a connection.
     pub(crate) fn receive_and_close(&mut self, handle: HandleId, worker: WorkerId) -> bool {
         let Some(client) = self.receive(handle, worker) else {
             return false;
@@ -478,13 +483,13 @@ impl World {
         true
     }
 
-    /// The number of connections that a worker has received from its queue.
+    /// Returns the number of connections that a worker has received from its queue.
     pub(crate) fn count_received(&self, handle: HandleId, worker: WorkerId) -> u64 {
         let queue = self.queues.get(&(handle, worker));
         queue.map_or(0, |queue| queue.received)
     }
 
-    /// The master's application asks where all connections are.
+    /// Reports the length of every queue to the master's core, as the application can request.
     pub(crate) fn count_queues(&mut self) {
         let queues: Vec<_> = self.queues.keys().copied().collect();
         for (handle, worker) in queues {
@@ -493,9 +498,10 @@ impl World {
     }
 }
 
-// The calls of the master's application.
+// Calls by the master's application.
 impl World {
-    /// Calls the master, about a worker or detached process if there is one.
+    /// Calls the master on behalf of its application. `process` is the worker or detached process
+    /// that the call concerns, if any.
     pub(crate) fn call(&mut self, call: Call, process: Option<WorkerId>, n: u8) {
         self.master.set_time(self.now);
         let within = Time::from_millis(u64::from(n) * 4);
@@ -517,7 +523,7 @@ impl World {
                 self.stop_by = by(self.stop_by, self.now);
                 self.report(|core| core.disconnect_all_within(within));
             }
-            // Any port, one port, or a path.
+            // Retain any port, a fixed port, or a path.
             (Call::Retain, _) => self.retain(&endpoint([0, 8, 4][usize::from(n % 3)])),
             (Call::Adopt, _) => self.adopt(endpoint([8, 4][usize::from(n % 2)])),
             (Call::Release, _) => {
@@ -600,7 +606,7 @@ impl World {
         }
     }
 
-    /// The application releases all listeners that it retains.
+    /// Releases all listeners that the application retains.
     pub(crate) fn release_all(&mut self) {
         while !self.retained.is_empty() {
             self.call(Call::Release, None, 0);

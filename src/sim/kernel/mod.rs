@@ -1,12 +1,13 @@
-//! A kernel without a system: processes, channels, listeners, queues and clients as plain data,
-//! with a virtual clock.
+//! Simulates a kernel with a virtual clock. Processes, channels, listeners, queues and clients are
+//! plain data.
 //!
-//! The cores of the master and of each worker run as they are. The kernel carries out their actions
-//! and reports facts to them. The drivers decide when each thing happens:
-//! [`schedule`](super::schedule) at random, [`fuzz`](super::fuzz) by the bytes of a fuzzer. The master
-//! keeps its actions until the driver lets it carry them out, so anything can happen in between.
+//! The cores of the master and of the workers run unchanged. The kernel carries out their actions
+//! and reports inputs to them. A driver decides when each action happens:
+//! [`schedule`](super::schedule) at random, and [`fuzz`](super::fuzz) by a fuzzer's input. The
+//! master's actions wait until the driver lets the master carry them out, so that anything can
+//! happen in the meantime.
 //!
-//! `check` holds the promises of the crate. The drivers call it after each step.
+//! `check` verifies the crate's guarantees. The drivers call it after each step.
 
 pub(crate) mod check;
 mod ending;
@@ -35,30 +36,30 @@ pub(crate) use master::Call;
 use process::{Detached, Process, ProcessState};
 use socket::{Client, Fate, Port, Queue};
 
-/// How long the shells back off when a descriptor could not be sent or received.
+/// The back-off delay of the shells after a descriptor could not be sent or received.
 const BACKOFF: Time = Time::from_millis(100);
-/// The number of waiting connections that the shell checks in each iteration. Smaller than the
-/// number that usually waits, so that the sweep has to go round.
+/// The number of waiting connections that the shell checks in each iteration. Usually more
+/// connections wait, so that checking all of them takes several iterations.
 const SWEEP: usize = 2;
-/// The panic message for an unknown worker: every step names one that exists.
+/// The panic message for an unknown worker. Every step names an existing worker.
 const KNOWN: &str = "a known worker";
 
-/// An operation that the system refuses once.
+/// An operation that fails once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Failure {
     Accept,
     Bind,
-    /// To copy a listener for a worker.
+    /// Copying a listener for a worker.
     Share,
-    /// To send a descriptor.
+    /// Sending a descriptor.
     Send,
-    /// To give a worker a descriptor, because it has none left.
+    /// Receiving a descriptor in a worker, because the worker has none left.
     Receive,
-    /// To reclaim more than half of the connections in a queue.
+    /// Reclaiming more than half of the connections in a queue.
     Reclaim,
 }
 
-/// Something that the master finds ready.
+/// An input that is ready for the master.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fact {
     Readable(HandleId),
@@ -69,66 +70,68 @@ pub(crate) enum Fact {
     Time,
 }
 
-/// How this kernel behaves.
+/// The configuration of the simulated kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Config {
     pub(crate) policy: SchedulingPolicy,
-    /// The system tells how many connections are in a queue.
+    /// Whether the system reports the number of connections in a queue.
     pub(crate) counts_queues: bool,
-    /// The number of connections that a callback receives in one iteration of its loop.
+    /// The maximum number of connections that a callback receives in one iteration of the worker's
+    /// loop.
     pub(crate) accept_batch: u32,
 }
 
-/// The master's core. Connections are simulated, the descriptors of messages are not.
+/// The master's core, with simulated connections and real descriptors in messages.
 pub(crate) type Master = MasterCore<Client, Vec<NoLingerFd>>;
 
-/// The kernel, and the processes on it.
+/// The simulated kernel and its processes.
 #[derive(Default)]
 pub(crate) struct World {
     config: Config,
     now: Time,
-    /// When the master last read its clock.
+    /// The time at which the master last read its clock.
     ticked: Time,
     pub(crate) master: Master,
-    /// The workers to whose channels the master has not tried to write.
+    /// The workers to which the master has frames to write.
     unflushed: BTreeSet<WorkerId>,
-    /// The second event of a pair, which must come next.
+    /// The second event of a pair, which must be the next event.
     second: Option<(WorkerId, Discriminant<Event<Vec<NoLingerFd>>>)>,
     pub(crate) processes: BTreeMap<WorkerId, Process>,
     pub(crate) detached: BTreeMap<WorkerId, Detached>,
-    /// Processes to which the application has sent a signal.
+    /// The processes to which the application has sent a signal.
     signalled: BTreeSet<WorkerId>,
-    /// Processes for whose exit the application waits.
+    /// The processes for whose exit the application waits.
     referenced: BTreeSet<WorkerId>,
     pub(crate) ports: BTreeMap<HandleId, Port>,
     pub(crate) queues: BTreeMap<(HandleId, WorkerId), Queue>,
-    /// Listeners of which a worker did not receive its copy or queue.
+    /// The pairs of a listener and a worker that did not receive its copy or queue.
     unshared: BTreeSet<(HandleId, WorkerId)>,
-    /// Queues that the master could not empty, and therefore could not close.
+    /// The queues that the master could not empty and therefore could not close.
     unclosed: Vec<(HandleId, WorkerId)>,
-    /// When the master tries again to close them.
+    /// The time at which the master tries again to close the queues in `unclosed`.
     closes_at: Option<Time>,
     pub(crate) last_port: u32,
     /// The listeners that the application retains.
     retained: Vec<HandleId>,
-    /// The listeners that the application has not opened itself.
+    /// The listeners that the application has adopted instead of opening them.
     adopted: BTreeSet<HandleId>,
     pub(crate) fates: Vec<Fate>,
-    /// The clients of connections that have closed since the last check.
+    /// The clients whose connections have closed since the last check.
     closed: Rc<RefCell<Vec<u32>>>,
     pub(crate) served: u64,
-    /// Connections that have closed although no worker received them.
+    /// The number of connections that have closed although no worker received them.
     lost: u64,
-    /// Connections that came out of queues.
+    /// The number of connections that workers have received from queues.
     received: u64,
-    /// A worker has claimed connections that it did not receive: the ledger may be wrong about it.
+    /// Whether a worker has reported more connections than it received, so that the ledger may be
+    /// wrong.
     pub(crate) has_false_claims: bool,
     pub(crate) failing: BTreeSet<Failure>,
     awaited: bool,
     pub(crate) disconnected: u32,
-    /// All workers must have exited at this time.
+    /// The time by which all workers must have exited.
     stop_by: Option<Time>,
-    /// A buffer.
+    /// A buffer for `ready`.
     facts: Vec<Fact>,
 }
 
@@ -138,7 +141,8 @@ impl Default for Master {
     }
 }
 
-/// The `n`-th element, counted modulo their number.
+/// Returns the element with the index `n` modulo the number of elements, or `None` if there are
+/// none.
 pub(crate) fn nth<T>(mut all: impl Iterator<Item = T> + Clone, n: u8) -> Option<T> {
     let count = all.clone().count();
     all.nth(usize::from(n).checked_rem(count)?)
@@ -157,18 +161,18 @@ impl World {
         self.processes.get_mut(&worker).expect(KNOWN)
     }
 
-    /// The number of clients that have connected.
+    /// Returns the number of clients that have connected.
     pub(crate) fn clients(&self) -> u64 {
         self.fates.len() as u64
     }
 
-    /// The `n`-th living worker.
+    /// Returns the `n`-th living worker.
     pub(crate) fn living(&self, n: u8) -> Option<WorkerId> {
         let alive = self.processes.iter().filter(|(_, p)| p.is_alive());
         nth(alive.map(|(id, _)| *id), n)
     }
 
-    /// The `n`-th worker whose library has something to do.
+    /// Returns the `n`-th worker whose library has work to do.
     pub(crate) fn busy(&self, n: u8) -> Option<WorkerId> {
         let busy = self.processes.iter().filter(|(_, p)| p.is_busy(self.now));
         nth(busy.map(|(id, _)| *id), n)
@@ -182,9 +186,9 @@ impl World {
         self.now += time;
     }
 
-    // Clients.
+    // Clients' actions.
 
-    /// A client connects to the `n`-th open listener.
+    /// Connects a client to the `n`-th open listener.
     pub(crate) fn connect(&mut self, n: u8) {
         let client = u32::try_from(self.fates.len()).expect("few clients");
         let ports = self.ports.iter_mut().map(|(id, port)| (Some(*id), port));
@@ -206,7 +210,7 @@ impl World {
         }
     }
 
-    /// One of the last 16 clients hangs up.
+    /// Makes one of the last 16 clients hang up.
     pub(crate) fn hang_up(&mut self, n: u8) {
         let ago = usize::from(n) % 16 + 1;
         if let Some(at) = self.fates.len().checked_sub(ago) {
@@ -214,16 +218,16 @@ impl World {
         }
     }
 
-    // Processes.
+    // Process lifecycle.
 
     pub(crate) fn fork(&mut self) -> WorkerId {
         let worker = self.add_worker(None);
-        // The first frame of a worker says that it is online.
+        // Queue the worker's first frame, which reports that it is online.
         self.gather_from_worker(worker);
         worker
     }
 
-    /// Forks a worker whose bytes the driver writes.
+    /// Forks a raw worker, whose bytes the driver writes.
     pub(crate) fn fork_raw(&mut self) -> WorkerId {
         self.add_worker(Some(Inbox::default()))
     }
@@ -243,7 +247,7 @@ impl World {
         id
     }
 
-    /// A detached process exits, if it is running.
+    /// Makes a detached process exit if it is running.
     pub(crate) fn end_detached(&mut self, process: WorkerId, status: ExitStatus) {
         if self.detached[&process].is_running() {
             self.detached.insert(process, Detached::Zombie(status));
@@ -257,7 +261,7 @@ impl World {
         }
     }
 
-    /// A stopped worker continues. A signal that is pending kills it.
+    /// Continues a stopped worker, or kills the worker if a signal is pending.
     pub(crate) fn resume(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         if let ProcessState::Stopped { pending } = process.state {
@@ -268,7 +272,7 @@ impl World {
         }
     }
 
-    /// A worker exits, whatever it does now.
+    /// Makes a worker exit, regardless of its current state.
     pub(crate) fn exit(&mut self, worker: WorkerId, status: ExitStatus) {
         let process = self.process(worker);
         let mut handles: Vec<_> = process.shared.values().copied().collect();
@@ -280,10 +284,10 @@ impl World {
         }
     }
 
-    // The loop of the master.
+    // The master's event loop.
 
-    /// The master does one thing: it carries out an action, writes a frame, delivers an event, or
-    /// handles something that it finds ready. Returns the event.
+    /// Makes the master do one thing: carry out an action, write a frame, deliver an event, or
+    /// handle an input. Returns the event, if it delivers one.
     pub(crate) fn master_step(&mut self, n: u8) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         if self.carry_out_next() || self.flush_next() {
             return None;
@@ -297,12 +301,12 @@ impl World {
         None
     }
 
-    /// Whether the master has decided nothing that it has not carried out and written.
+    /// Returns whether the master has carried out all its actions and has no unflushed worker.
     pub(crate) fn master_is_idle(&self) -> bool {
         !self.master.has_actions() && self.unflushed.is_empty()
     }
 
-    /// Carries out the first action, if there is one.
+    /// Carries out the master's first action. Returns whether there was an action.
     pub(crate) fn carry_out_next(&mut self) -> bool {
         let Some(action) = self.master.next_action() else {
             return false;
@@ -311,7 +315,8 @@ impl World {
         true
     }
 
-    /// Writes one frame to the first worker with unwritten frames.
+    /// Writes one frame to the first worker that has unwritten frames. Returns whether there was
+    /// such a worker.
     pub(crate) fn flush_next(&mut self) -> bool {
         let Some(worker) = self.unflushed.pop_first() else {
             return false;
@@ -320,14 +325,14 @@ impl World {
         true
     }
 
-    /// Takes the next event from the master's core, and checks it.
+    /// Takes the next event from the master's core, and checks the event.
     pub(crate) fn deliver_next(&mut self) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         let emit = self.master.next_event()?;
         self.check_emit(&emit);
         Some(emit)
     }
 
-    /// The `n`-th fact that the master finds ready.
+    /// Returns the `n`-th input that is ready for the master.
     fn ready(&mut self, n: u8) -> Option<Fact> {
         let mut facts = std::mem::take(&mut self.facts);
         facts.clear();
@@ -364,7 +369,7 @@ impl World {
         fact
     }
 
-    /// The master learns a fact.
+    /// Reports an input to the master.
     pub(crate) fn handle(&mut self, fact: Fact) {
         self.master.set_time(self.now);
         match fact {
@@ -399,7 +404,8 @@ impl World {
     pub(crate) fn tick(&mut self) {
         self.ticked = self.now;
         if self.stop_by.is_some_and(|by| by <= self.now) {
-            // The disconnect does not concern workers that are forked later.
+            // Assign the deadline only to the current workers, because the disconnect does not
+            // affect workers that are forked later.
             let by = self.stop_by.take();
             for process in self.processes.values_mut() {
                 process.deadline = earlier(process.deadline, by);
@@ -421,23 +427,23 @@ impl World {
         }
     }
 
-    // Everything that happens by itself.
+    // Running until idle.
 
-    /// The master does everything that it has to do.
+    /// Runs the master until it has nothing left to do.
     pub(crate) fn run_master(&mut self) {
         for n in 0..10_000_u32 {
             let has_events = self.master.has_events();
             if self.master_is_idle() && !has_events && self.ready(0).is_none() {
                 return;
             }
-            // Everything that is ready, in turn.
+            // Vary the number, so that each ready input gets its turn.
             self.master_step(n.to_le_bytes()[0]);
             self.check();
         }
         panic!("the master never comes to rest");
     }
 
-    /// The master and the libraries of the workers do everything that they have to do.
+    /// Runs the master and the workers' libraries until they have nothing left to do.
     pub(crate) fn settle(&mut self) {
         loop {
             self.run_master();

@@ -1,4 +1,4 @@
-//! Processes and their channels, as plain data.
+//! Represents processes and their channels as plain data.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::process::ExitStatus;
@@ -11,16 +11,16 @@ use crate::types::time::Time;
 use crate::wire::channel::inbox::Inbox;
 use crate::wire::frame::{FrameError, HandleId, ToMaster, ToWorker};
 
-/// The number of frames that fit into a channel between the writer and the reader. Small, so that
-/// channels are often full.
+/// The number of written and unread frames that fit into one direction of a channel. The number is
+/// small, so that channels are often full.
 const CAPACITY: usize = 6;
 
-/// A frame and the descriptor that travels with it.
+/// A frame and the descriptor that it carries.
 #[derive(Debug)]
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
     pub(crate) with: Attachment,
-    /// The kernel dropped the attached descriptor, because the receiver had none left.
+    /// Whether the kernel dropped the attached descriptor because the receiver had none left.
     pub(crate) lost_fd: bool,
 }
 
@@ -37,11 +37,11 @@ impl<F> Parcel<F> {
 /// One direction of a channel.
 #[derive(Debug)]
 pub(crate) struct Pipe<F> {
-    /// Frames that the writer has not written.
+    /// The frames that the writer has not written.
     pub(crate) outbox: VecDeque<Parcel<F>>,
-    /// Frames that the reader has not read.
+    /// The frames that the writer has written and the reader has not read.
     pub(crate) wire: VecDeque<Parcel<F>>,
-    /// The writer can write nothing more.
+    /// Whether the writer can no longer write.
     pub(crate) is_broken: bool,
 }
 
@@ -62,7 +62,7 @@ impl<F> Pipe<F> {
         }
     }
 
-    /// Nothing more is written. Frames that have been written can still be read.
+    /// Stops the writer. The reader can still read frames that have been written.
     pub(crate) fn break_off(&mut self) {
         self.is_broken = true;
         self.outbox.clear();
@@ -72,7 +72,8 @@ impl<F> Pipe<F> {
         !self.outbox.is_empty() && self.wire.len() < CAPACITY
     }
 
-    /// Writes one frame, which `inspect` may change. Returns whether there was one, and space for it.
+    /// Writes one frame, which `inspect` may change. Returns whether there was a frame and space
+    /// for it.
     pub(crate) fn write(&mut self, inspect: impl FnOnce(&mut Parcel<F>)) -> bool {
         let can_write = self.can_write();
         if can_write {
@@ -83,13 +84,13 @@ impl<F> Pipe<F> {
         can_write
     }
 
-    /// All frames that the reader has not read.
+    /// Returns all frames that the reader has not read, whether written or not.
     pub(crate) fn parcels(&self) -> impl Iterator<Item = &Parcel<F>> {
         self.wire.iter().chain(&self.outbox)
     }
 }
 
-/// The progress of a worker's events, on one level.
+/// The progress of a worker's events on one level.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Life {
     #[default]
@@ -99,14 +100,14 @@ pub(crate) enum Life {
     Gone,
 }
 
-/// A detached process.
+/// The state of a detached process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detached {
     Running,
-    /// It has exited, and the master has not reaped it.
+    /// The process has exited, and the master has not reaped it.
     Zombie(ExitStatus),
     Reaped(ExitStatus),
-    /// Its last event has been delivered.
+    /// The process's last event has been delivered.
     Gone,
 }
 
@@ -127,79 +128,82 @@ pub(crate) enum ProcessState {
     #[default]
     Running,
     Stopped {
-        /// A signal that arrived while the process was stopped.
+        /// The signal that arrived while the process was stopped.
         pending: Option<Signal>,
     },
     Zombie(ExitStatus),
-    /// Another process may have its id now.
+    /// The master has reaped the process, and another process may have its id now.
     Reaped(ExitStatus),
 }
 
-/// Counters of what happened to one worker, which show whether a test reaches enough.
+/// Counters for one worker. With them, a test checks that it has exercised enough cases.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) dispatched: usize,
     pub(crate) received: usize,
     pub(crate) reclaimed: usize,
-    /// Frames of the worker that the master has processed.
+    /// The number of the worker's frames that the master has processed.
     pub(crate) frames: u64,
-    /// Frames that the master sent, other than messages.
+    /// The number of frames that the master has sent to the worker, except for messages.
     pub(crate) answers: u64,
-    /// `Idle` frames that claim more connections than the worker received.
+    /// The number of `Idle` frames that reported more connections than the worker had received.
     pub(crate) false_claims: usize,
-    /// Channels that the master discarded unread.
+    /// The number of channels that the master discarded without reading them.
     pub(crate) discarded: usize,
 }
 
-/// A worker's process.
+/// A worker's process, including its library and its application.
 #[derive(Debug, Default)]
 pub(crate) struct Process {
     pub(crate) core: WorkerCore<()>,
     pub(crate) actions: VecDeque<worker_core::Action>,
     pub(crate) state: ProcessState,
-    /// The progress of its events, on the level of the worker and of the cluster.
+    /// The progress of the worker's events on the level of the worker and on that of the cluster.
     pub(crate) life: [Life; 2],
-    /// The master's end of the channel of a raw worker. A raw worker is no program of ours: the
-    /// driver writes its bytes, and decides when it exits.
+    /// The master's end of the channel if the worker is raw. A raw worker runs no code of this
+    /// crate. The driver writes the raw worker's bytes and decides when the worker exits.
     pub(crate) inbox: Option<Inbox>,
-    /// It has sent frames of its own making: nothing that it says is a proof.
+    /// Whether the worker is raw or has sent forged frames. The checks do not trust this worker's
+    /// frames.
     pub(crate) is_liar: bool,
-    /// Its application does not care about the connections that it holds.
+    /// Whether the worker's application may abandon open connections.
     pub(crate) is_careless: bool,
-    /// The listeners that its application has.
+    /// The listeners of the worker's application.
     pub(crate) listeners: Vec<ListenerId>,
-    /// Copies of the master's listeners, and ends of queues.
+    /// The worker's copies of the master's listeners, and its ends of queues.
     pub(crate) shared: BTreeMap<ListenerId, HandleId>,
-    /// Private listeners.
+    /// The worker's private listeners.
     pub(crate) private: BTreeMap<ListenerId, Port>,
-    /// The listeners that its poller watches for a callback.
+    /// The listeners that the worker's poller watches for a callback.
     pub(crate) watched: BTreeSet<ListenerId>,
     pub(crate) held: Vec<(Client, ListenerId)>,
-    /// The connection limit of each listener, where it was set before the first connection.
+    /// The connection limit of each listener for which it was set before the first connection.
     pub(crate) limits: BTreeMap<ListenerId, usize>,
-    /// It has hardly any descriptors left.
+    /// Whether the process has few descriptors left.
     pub(crate) fds_are_scarce: bool,
-    /// The listener on which its application blocks in `accept`.
+    /// The listener on which the worker's application blocks in `accept`.
     pub(crate) accepting: Option<ListenerId>,
     pub(crate) up: Pipe<ToMaster>,
     pub(crate) down: Pipe<ToWorker>,
-    /// The worker has frames that it has not tried to write.
+    /// Whether the worker has frames that it has not tried to write.
     pub(crate) is_unflushed: bool,
-    /// The worker's end closes when everything is written.
+    /// Whether the worker's end closes once all frames are written.
     pub(crate) is_closing: bool,
-    /// One side has shut the channel down: neither can write any more.
+    /// Whether one side has shut the channel down, so that neither side can write.
     pub(crate) is_shut: bool,
-    /// The descriptor of each end is open.
+    /// Whether the descriptor of the master's end is open.
     pub(crate) master_end: bool,
+    /// Whether the descriptor of the worker's end is open.
     pub(crate) worker_end: bool,
-    /// The process must have exited at this time.
+    /// The time by which the process must have exited.
     pub(crate) deadline: Option<Time>,
-    /// The master writes nothing to it before this time.
+    /// The time before which the master writes nothing to the worker.
     pub(crate) master_backoff: Time,
-    /// The worker leaves its queues alone before this time.
+    /// The time before which the worker does not receive from its queues.
     pub(crate) worker_backoff: Option<Time>,
-    /// The numbers of the last messages sent and received, up and down.
+    /// The numbers of the last messages sent to the master and to the worker.
     pub(crate) sent: [u32; 2],
+    /// The numbers of the last messages that the master and the worker received.
     pub(crate) received: [u32; 2],
     pub(crate) counters: Counters,
 }
@@ -221,7 +225,7 @@ impl Process {
         }
     }
 
-    /// The process exits: everything that it has open closes.
+    /// Makes the process exit, which closes all its descriptors.
     pub(crate) fn exit(&mut self, status: ExitStatus) {
         self.state = ProcessState::Zombie(status);
         self.close_end();
@@ -234,14 +238,15 @@ impl Process {
         self.core = WorkerCore::new();
     }
 
-    /// Closes the worker's descriptor of the channel. The master can still read its frames.
+    /// Closes the worker's descriptor of the channel. The master can still read the worker's
+    /// frames.
     pub(crate) fn close_end(&mut self) {
         self.worker_end = false;
         self.up.break_off();
         self.down.wire.clear();
     }
 
-    /// The master closes its descriptor of the channel, and reads nothing more.
+    /// Closes the master's descriptor of the channel. The master reads no more frames.
     pub(crate) fn close_master_end(&mut self) {
         self.down.break_off();
         self.up.wire.clear();
@@ -275,12 +280,12 @@ impl Process {
         }
     }
 
-    /// Whether all its events have been delivered.
+    /// Returns whether all events of the worker have been delivered.
     pub(crate) fn has_gone(&self) -> bool {
         self.life == [Life::Gone; 2]
     }
 
-    /// Whether its library has something to do besides reading.
+    /// Returns whether the worker's library has work to do besides reading.
     pub(crate) fn has_work(&self, now: Time) -> bool {
         let is_due = self.worker_backoff.is_some_and(|time| time <= now);
         let can_act = !self.actions.is_empty() || self.is_unflushed || self.core.has_events();
@@ -288,7 +293,7 @@ impl Process {
         self.is_running() && !self.is_raw() && (is_due || can_act || can_write)
     }
 
-    /// Whether its library has anything to do.
+    /// Returns whether the worker's library has any work to do, including reading.
     pub(crate) fn is_busy(&self, now: Time) -> bool {
         let is_over = !self.worker_end || self.is_shut || !self.master_end;
         let can_read = !self.down.wire.is_empty() || is_over && self.core.is_connected();

@@ -1,4 +1,4 @@
-//! Listeners, queues, connections and clients, as plain data.
+//! Represents listeners, queues, connections and clients as plain data.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -9,13 +9,13 @@ use crate::core::dispatch::Sequenced;
 use crate::types::endpoint::{Endpoint, Kind, Place};
 use crate::wire::frame::HandleId;
 
-/// The number of connections for which the kernel has space in a queue.
+/// The number of connections that fit into a queue.
 pub(crate) const QUEUE_CAPACITY: usize = 40;
 
-/// All descriptors of one connection together. The connection closes with the last of them.
+/// A connection, which closes when its last descriptor is dropped.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    /// The number of the client.
+    /// The client's number.
     pub(crate) client: u32,
     closed: Rc<RefCell<Vec<u32>>>,
 }
@@ -24,7 +24,7 @@ pub(crate) struct Connection {
 pub(crate) type Client = Rc<Connection>;
 
 impl Connection {
-    /// When it closes, the number of the client is added to `closed`.
+    /// Creates a connection. When the connection closes, the client's number is added to `closed`.
     pub(crate) fn new(client: u32, closed: &Rc<RefCell<Vec<u32>>>) -> Client {
         let closed = Rc::clone(closed);
         Rc::new(Self { client, closed })
@@ -37,23 +37,24 @@ impl Drop for Connection {
     }
 }
 
-/// The fate of a client.
+/// The outcome of a client's connection.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Fate {
-    /// The master's listener to which it connected; `None` for a private listener.
+    /// The master's listener to which the client connected, or `None` for a private listener.
     pub(crate) port: Option<HandleId>,
-    /// A worker has received its connection.
+    /// Whether a worker has received the client's connection.
     pub(crate) served: bool,
-    /// It has hung up.
+    /// Whether the client has hung up.
     pub(crate) left: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PortState {
     Open,
-    /// New connections are kept out, by a SYN filter or because the file is gone.
+    /// No new connections arrive, because of a SYN filter or because the socket's file is gone.
     Filtered,
-    /// The master has closed its descriptor. A worker's copy keeps a shared listener open.
+    /// The master has closed its descriptor. A shared listener stays open while a worker has a
+    /// copy.
     Unbound,
 }
 
@@ -80,7 +81,7 @@ impl Port {
         self.endpoint.kind
     }
 
-    /// Whether another listener cannot be bound to this endpoint.
+    /// Returns whether the listener prevents another listener from binding to `endpoint`.
     pub(crate) fn occupies(&self, endpoint: &Endpoint) -> bool {
         let has_address = match self.state {
             PortState::Open => true,
@@ -91,7 +92,7 @@ impl Port {
         has_address && is_fixed && self.endpoint == *endpoint
     }
 
-    /// Whether clients can connect.
+    /// Returns whether clients can connect.
     pub(crate) fn is_open(&self) -> bool {
         self.state == PortState::Open && self.kind() != Kind::Udp
     }
@@ -100,23 +101,25 @@ impl Port {
         self.state == PortState::Unbound
     }
 
-    /// Whether the poller reports it.
+    /// Returns whether the master's poller reports the listener.
     pub(crate) fn is_ready(&self) -> bool {
         self.is_watched && !self.is_unbound() && !self.backlog.is_empty()
     }
 }
 
-/// The connections that are dispatched to one worker. The master has both ends, the worker one.
+/// The connections that are dispatched to one worker. The master has both ends of the queue, and
+/// the worker has one end.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     pub(crate) connections: VecDeque<Sequenced<Client>>,
-    /// How many the worker has received.
+    /// The number of connections that the worker has received.
     pub(crate) received: u64,
-    /// The worker has shut its end down: nothing can be put in any more.
+    /// Whether the worker has shut its end down, so that nothing can be added to the queue.
     pub(crate) is_shut: bool,
 }
 
-/// The endpoints that workers ask for: of all forms, many with small numbers.
+/// Returns the endpoint for `number`. The endpoint's form depends on `number` modulo 8. Its port,
+/// path or descriptor depends on `number` divided by 8.
 pub(crate) fn endpoint(number: u32) -> Endpoint {
     let port = u16::try_from(number / 8).unwrap_or(u16::MAX);
     let ip = Place::Ip(SocketAddr::from(([127, 0, 0, 1], port)));

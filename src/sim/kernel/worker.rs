@@ -1,4 +1,5 @@
-//! The hands and the application of a worker: carries out the actions of its core, and calls it.
+//! Simulates a worker's shell, which carries out the actions of the worker's core, and a worker's
+//! application, which calls the core.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -12,26 +13,26 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, ToMaster, ToWorker};
 
-/// The maximum number of listeners that the application of one worker has.
+/// The maximum number of listeners of one worker's application.
 const MAX_LISTENERS: usize = 3;
 
-/// A call of a worker's application.
+/// A call by a worker's application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WorkerCall {
     Listen,
     ListenPrivately,
-    /// It blocks in `accept`, or its poller reports a listener that has a callback.
+    /// Blocks in `accept`, or lets the poller report a listener that has a callback.
     Accept,
-    /// It sets a callback for connections.
+    /// Sets a callback for connections.
     UseCallback,
-    /// It handles the outcome of a `Listen`.
+    /// Handles the outcome of a `Listen`.
     FinishListen,
     CloseConnection,
     DropListener,
     LimitConnections,
-    /// Its descriptors become scarce, or plentiful again.
+    /// Makes the process's descriptors scarce or plentiful.
     ChangeFds,
-    /// It waits for events in general, and returns from `main` when nothing is left to wait for.
+    /// Waits for events, and returns from `main` when nothing is left to wait for.
     Wait,
     Send,
     Disconnect,
@@ -40,10 +41,10 @@ pub(crate) enum WorkerCall {
     Exit,
 }
 
-// The loop of a worker.
+// A worker's event loop.
 impl World {
-    /// The worker does one thing: it carries out an action, writes a frame, delivers an event, or
-    /// reads a frame.
+    /// Makes the worker do one thing: carry out an action, write a frame, deliver an event, or read
+    /// a frame.
     pub(crate) fn worker_step(&mut self, worker: WorkerId, n: u8) {
         let now = self.now;
         let process = self.process(worker);
@@ -68,7 +69,7 @@ impl World {
         self.gather_from_worker(worker);
     }
 
-    /// Does everything that the worker has to do before it reads again.
+    /// Runs the worker until it has nothing to do besides reading.
     pub(crate) fn run_worker(&mut self, worker: WorkerId) {
         self.gather_from_worker(worker);
         while self.processes[&worker].has_work(self.now) {
@@ -76,7 +77,8 @@ impl World {
         }
     }
 
-    /// The worker reads one frame, or the end of its channel. Returns whether there was anything.
+    /// Reads one frame in the worker, or the end of its channel. Returns whether there was anything
+    /// to read.
     pub(crate) fn worker_reads(&mut self, worker: WorkerId) -> bool {
         let now = self.now;
         let process = self.process(worker);
@@ -132,7 +134,8 @@ impl World {
         handle.into_iter().for_each(|h| self.forget_port(h));
     }
 
-    /// The worker finds its channel closed. Returns whether it did not know.
+    /// Closes the worker's end of the channel. Returns whether the worker's core still had the
+    /// channel open.
     fn close_worker_channel(&mut self, worker: WorkerId) -> bool {
         let process = self.process(worker);
         let was_connected = process.core.is_connected();
@@ -221,9 +224,9 @@ impl World {
     }
 }
 
-// How connections reach the application of a worker.
+// Delivering connections to a worker's application.
 impl World {
-    /// A callback receives what its listener has, up to one batch.
+    /// Lets a callback receive the listener's connections, up to one batch.
     fn call_back(&mut self, worker: WorkerId, listener: ListenerId) {
         for _ in 0..self.config.accept_batch {
             let process = self.process(worker);
@@ -241,7 +244,7 @@ impl World {
         }
     }
 
-    /// The poller of a worker reports a listener, if it is watched.
+    /// Makes the worker's poller report a listener if the poller watches it.
     pub(crate) fn poll_listener(&mut self, worker: WorkerId, listener: ListenerId) {
         if self.process(worker).watched.contains(&listener) {
             self.call_back(worker, listener);
@@ -249,15 +252,15 @@ impl World {
         }
     }
 
-    /// The poller of a worker reports all listeners that are watched.
+    /// Makes the worker's poller report all watched listeners.
     pub(crate) fn poll_listeners(&mut self, worker: WorkerId) {
         for listener in self.process(worker).watched.clone() {
             self.poll_listener(worker, listener);
         }
     }
 
-    /// The application blocks in `accept`: it returns if there is a connection, or none will come.
-    /// Returns whether it did.
+    /// Resumes an application that is blocked in `accept`. The call returns if there is a
+    /// connection or if the listener has ended. Returns whether the call returned.
     pub(crate) fn try_blocking_accept(&mut self, worker: WorkerId) -> bool {
         let process = self.process(worker);
         let Some(listener) = process.accepting else {
@@ -273,8 +276,8 @@ impl World {
         returns
     }
 
-    /// As the shell does it: receives the next connection from a queue, or accepts it from a
-    /// listener. Returns whether there was one.
+    /// Receives the next connection from a queue, or accepts it from a listener, like the shell.
+    /// Returns whether there was a connection.
     fn accept_next(&mut self, worker: WorkerId, listener: ListenerId) -> bool {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         if process.core.is_datagram(listener) {
@@ -320,7 +323,7 @@ impl World {
         false
     }
 
-    /// The application has received a connection.
+    /// Adds a connection to those that the application holds, and checks the application's limit.
     fn hold(&mut self, worker: WorkerId, client: Client, listener: ListenerId) {
         let number = client.client;
         let process = self.process(worker);
@@ -335,10 +338,10 @@ impl World {
     }
 }
 
-// The calls of a worker's application.
+// Calls by a worker's application.
 impl World {
-    /// The application of a worker does something. If the library has something to do, or the
-    /// application blocks in `accept`, that goes on instead.
+    /// Makes the worker's application do something. If the library has work to do, or the
+    /// application is blocked in `accept`, continues that work instead.
     pub(crate) fn call_worker(&mut self, worker: WorkerId, call: WorkerCall, n: u8) {
         if !self.is_ready_for_application(worker) {
             return self.worker_step(worker, n);
@@ -372,7 +375,8 @@ impl World {
                 process.accepting = Some(listener);
                 self.try_blocking_accept(worker);
             }
-            // The application has no listener before the reply.
+            // Skip a pending listener, because the application receives the listener only with the
+            // reply.
             (WorkerCall::UseCallback, Some(listener))
                 if process.core.listen_status(listener) != ListenStatus::Pending =>
             {
@@ -388,7 +392,8 @@ impl World {
             (WorkerCall::CloseConnection, _) => self.close_connection(worker, n),
             (WorkerCall::DropListener, Some(listener)) => self.drop_listener(worker, listener),
             (WorkerCall::LimitConnections, Some(listener)) => {
-                // The limit may be below the number of connections that it already holds.
+                // Stop checking the limit, because the new limit may be below the number of
+                // connections that the application already holds.
                 process.limits.remove(&listener);
                 match n % 4 {
                     0 => process.core.drop_excess(listener),
@@ -416,7 +421,7 @@ impl World {
         }
     }
 
-    /// Some applications want few connections at a time.
+    /// Opens a listener, sometimes with a small connection limit.
     fn listen_with_limit(&mut self, worker: WorkerId, n: u8) {
         let listener = self.listen(worker, requested_endpoint(n));
         if let limit @ 0..=2 = n / 5 % 8 {
@@ -436,7 +441,7 @@ impl World {
         listener
     }
 
-    /// The application drops a listener, whose connections may be open.
+    /// Makes the application drop a listener, whose connections may still be open.
     pub(crate) fn drop_listener(&mut self, worker: WorkerId, listener: ListenerId) {
         let process = self.process(worker);
         process.is_careless = true;
@@ -444,7 +449,7 @@ impl World {
         process.listeners.retain(|known| *known != listener);
     }
 
-    /// The application closes its `n`-th connection, if it has any.
+    /// Makes the application close its `n`-th connection, if it has any.
     pub(crate) fn close_connection(&mut self, worker: WorkerId, n: u8) {
         let process = self.process(worker);
         if let Some(at) = usize::from(n).checked_rem(process.held.len()) {
@@ -465,8 +470,8 @@ impl World {
         }
     }
 
-    /// The application waits for events in general. It returns from `main` when nothing is left to
-    /// wait for.
+    /// Makes the application wait for events. The application returns from `main` when nothing is
+    /// left to wait for.
     pub(crate) fn wait_for_events(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         process.core.waiting_for_events();
@@ -476,14 +481,15 @@ impl World {
         }
     }
 
-    /// The library writes its last frames before the process exits.
+    /// Makes the process write its last frames and exit.
     fn return_from_main(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         while !process.is_shut && process.up.write(|_| {}) {}
         self.exit(worker, ExitStatus::from_raw(0));
     }
 
-    /// Whether the application can do something now, and not only the library.
+    /// Returns whether the application can run, which requires that its library has no action to
+    /// carry out and no frame to write.
     pub(crate) fn is_ready_for_application(&self, worker: WorkerId) -> bool {
         let process = &self.processes[&worker];
         process.state == ProcessState::Running
@@ -492,15 +498,15 @@ impl World {
     }
 }
 
-/// The endpoint that a worker requests: any port, one port, a path, a descriptor of the master, or
-/// datagrams.
+/// Returns the `n`-th endpoint that workers request: any port, a fixed port, a path, a descriptor
+/// of the master, or a UDP address.
 pub(crate) fn requested_endpoint(n: u8) -> Endpoint {
     endpoint([0, 8, 4, 29, 7][usize::from(n % 5)])
 }
 
-// Frames that no worker of this crate sends.
+// Forged frames and raw workers.
 impl World {
-    /// A worker writes a frame of its own making, or bytes that are none.
+    /// Writes a forged frame for the worker, or invalid bytes if `frame` is an error.
     pub(crate) fn forge(&mut self, worker: WorkerId, frame: Result<ToMaster, FrameError>) {
         let process = self.process(worker);
         if process.worker_end && !process.is_shut {
@@ -512,7 +518,7 @@ impl World {
         }
     }
 
-    /// A raw worker reads the next frame of the master, if there is one.
+    /// Reads the next frame from the master in a raw worker, if there is a frame.
     pub(crate) fn raw_reads(&mut self, worker: WorkerId) -> Option<ToWorker> {
         let parcel = self.process(worker).down.wire.pop_front()?;
         self.flush(worker);
