@@ -1,4 +1,4 @@
-//! The `frame` target: the decoder of frames.
+//! Implements the `frame` target, which tests the frame decoder.
 
 use super::{Input, descriptors};
 use crate::wire::channel::inbox::{Arrival, Inbox};
@@ -6,8 +6,9 @@ use crate::wire::frame::{
     BATCH_OFFSET, Frame, FrameError, HEADER, Header, MAX_BODY, MAX_FDS, ToMaster, ToWorker,
 };
 
-/// Encodes what it decodes to the same bytes, and decodes the same frames and the same error
-/// however the bytes are cut into pieces.
+/// Decodes the input in both directions. Checks that decoded frames encode to the same bytes.
+///
+/// Also checks that the result does not depend on how the bytes are cut into pieces.
 pub fn frame(data: &[u8]) {
     let mut input = Input(data);
     let batches = [input.byte(), input.byte()];
@@ -34,7 +35,7 @@ fn round_trip<F: Frame>(bytes: &[u8]) {
     if let Ok(frame) = F::decode(header.kind, header.fds, body) {
         let mut again = Vec::new();
         frame.encode(header.fds, &mut again);
-        // The writer fills it in when the descriptors leave.
+        // `encode` leaves the batch size at 0. The outbox sets it when it writes the descriptors.
         again[BATCH_OFFSET] = bytes[BATCH_OFFSET];
         assert_eq!(again, bytes[..HEADER + header.length]);
     }
@@ -52,7 +53,7 @@ fn cut<F: Frame + PartialEq + std::fmt::Debug>(bytes: &[u8], cuts: &[u8], batche
     assert_eq!(read::<F>(&pieces, batches), read::<F>(&[bytes], batches));
 }
 
-/// A frame as it arrived, without its descriptors.
+/// An arrived frame, with the number of its descriptors.
 #[derive(Debug, PartialEq)]
 struct Read<F> {
     frame: F,
@@ -60,8 +61,8 @@ struct Read<F> {
     lost_fds: bool,
 }
 
-/// Reads frames until there is an error. Two batches of descriptors arrive before them, complete or
-/// not.
+/// Reads frames until the end or an error. Two batches of descriptors arrive before the bytes, and
+/// either batch may have lost descriptors.
 fn read<F: Frame>(pieces: &[&[u8]], batches: [u8; 2]) -> (Vec<Read<F>>, Option<FrameError>) {
     let mut inbox = Inbox::default();
     for batch in batches {

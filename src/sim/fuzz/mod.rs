@@ -1,7 +1,8 @@
-//! Drives the decoder and the simulated kernel by the bytes of a fuzzer.
+//! Drives the frame decoder and the simulated kernel with a fuzzer's input.
 //!
-//! The fuzz targets in `tests/fuzz` call these functions. The tests call them too, with random input
-//! and with the inputs of `tests/corpus`, each of which reaches something that others do not.
+//! The fuzz targets in `tests/fuzz` call these functions. The unit tests also call them, with
+//! random inputs and with the inputs in `tests/corpus`. Each input in the corpus covers a case that
+//! the others do not cover.
 
 mod decode;
 mod script;
@@ -14,15 +15,16 @@ use std::os::fd::OwnedFd;
 use crate::sys::fd::NoLingerFd;
 pub use decode::frame;
 
-/// Checks the master with one hostile worker, whose bytes are arbitrary, and an honest one.
+/// Checks the master with one hostile worker, whose bytes are arbitrary, and one well-behaved
+/// worker.
 ///
-/// The hostile worker must not stop the master, bloat it, make its ledger wrong, or keep the honest
-/// worker's clients from being served.
+/// The hostile worker must not stop the master, exhaust its memory or make its ledger wrong. The
+/// well-behaved worker must be able to serve its clients.
 pub fn master_input(data: &[u8]) {
     script::run(data);
 }
 
-/// The input, which decides everything. Zeroes follow its end.
+/// The unread rest of an input. After the end of the input, all bytes read as zero.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -30,7 +32,7 @@ impl<'a> Input<'a> {
         self.0.is_empty()
     }
 
-    /// The next `length` bytes, or what is left.
+    /// Returns the next `length` bytes, or all remaining bytes if fewer remain.
     fn bytes(&mut self, length: usize) -> &'a [u8] {
         let (bytes, rest) = self.0.split_at(length.min(self.0.len()));
         self.0 = rest;
@@ -41,7 +43,8 @@ impl<'a> Input<'a> {
         self.bytes(1).first().copied().unwrap_or(0)
     }
 
-    /// A number of one byte if the byte is below 240, or else of the next eight bytes.
+    /// Returns the next number. A first byte below 240 is the number, and any other first byte
+    /// announces a number of eight bytes.
     fn long(&mut self) -> u64 {
         match self.byte() {
             small @ 0..=239 => u64::from(small),
@@ -59,7 +62,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Descriptors, as the kernel might attach them to bytes.
+/// Returns `count` descriptors, which stand for those that the kernel attaches to bytes.
 fn descriptors(count: usize) -> Vec<NoLingerFd> {
     thread_local! {
         static NULL: File = File::open("/dev/null").expect("/dev/null");

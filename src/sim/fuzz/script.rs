@@ -1,9 +1,10 @@
-//! The `master_input` target: a script for the master, one hostile and one honest worker.
+//! Implements the `master_input` target. An input is a script for the master, a hostile worker and
+//! a well-behaved worker.
 //!
-//! The hostile worker is raw: its bytes go through the inbox of a channel into the master's core.
-//! The honest one is a worker of this crate, whose application serves its clients. The script also
-//! decides about the clients, the master's application, the clock, and what the system refuses.
-//! After each step the master has carried out everything that it decided.
+//! The hostile worker is raw, so its bytes reach the master's core through a channel's inbox. The
+//! well-behaved worker runs this crate, and its application serves clients. The script also
+//! controls the clients, the master's application, the clock, and the operations that fail. After
+//! each step, the master has carried out all its actions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -26,7 +27,7 @@ use crate::wire::frame::{
     ToWorker,
 };
 
-/// How often something happened. A script in which nothing happens proves nothing.
+/// The number of times that each case occurred. A script that reaches no case tests nothing.
 pub(super) type Reached = BTreeMap<&'static str, usize>;
 
 pub(super) const SERVED: &str = "connections received by the honest worker";
@@ -38,12 +39,13 @@ pub(super) const FALSE_CLAIMS: &str = "claims of connections that were not recei
 pub(super) const DENIED: &str = "listeners denied to the hostile worker";
 pub(super) const DISCARDED: &str = "discarded channels";
 
-/// The number of connections that a callback of a worker receives at once, as in the shell.
+/// The maximum number of connections that a worker's callback receives at once, which equals the
+/// shell's.
 const ACCEPT_BATCH: u32 = 16;
-/// The maximum number of listeners that the application of the honest worker has.
+/// The maximum number of listeners of the well-behaved worker's application.
 const MAX_HONEST_LISTENERS: usize = 4;
 
-/// Runs a script.
+/// Runs a script, and returns the cases that it reached.
 pub(super) fn run(data: &[u8]) -> Reached {
     let mut input = Input(data);
     let mut script = Script::new(input.byte());
@@ -59,7 +61,7 @@ pub(super) fn run(data: &[u8]) -> Reached {
 struct Hostile {
     id: WorkerId,
     is_online: bool,
-    /// How often it has requested each endpoint.
+    /// The number of times that the worker has requested each endpoint.
     requested: BTreeMap<u32, u32>,
     listeners: BTreeSet<HandleId>,
 }
@@ -79,9 +81,9 @@ struct Script {
     world: World,
     hostile: Hostile,
     honest: WorkerId,
-    /// The master's application has disconnected the honest worker.
+    /// Whether the master's application has disconnected the well-behaved worker.
     honest_is_dismissed: bool,
-    /// The call of the master's application in its next callback, or 0.
+    /// The call that the master's application makes in its next callback, or 0 for none.
     reaction: u8,
     denied: usize,
 }
@@ -118,7 +120,8 @@ impl Script {
             10 => {
                 let (length, fds) = (input.byte(), input.byte());
                 let bytes = input.bytes(length.into());
-                // Descriptors come rarely, and then by the dozen: each costs a system call.
+                // Attach descriptors rarely but in large numbers, because each descriptor costs a
+                // system call.
                 let count = usize::from(fds).saturating_sub(192);
                 self.write(bytes, count, fds == 191);
             }
@@ -138,7 +141,7 @@ impl Script {
         self.settle();
     }
 
-    /// The master carries out what it decided, and its application receives its events.
+    /// Makes the master carry out all its actions and deliver all its events to its application.
     fn settle(&mut self) {
         loop {
             while self.world.carry_out_next() || self.world.flush_next() {}
@@ -201,7 +204,8 @@ impl Script {
         }
     }
 
-    /// Bytes arrive, with descriptors, some of which the kernel may have dropped.
+    /// Writes bytes and descriptors for the hostile worker. With `lost_fds`, the kernel has dropped
+    /// some of the descriptors.
     fn write(&mut self, bytes: &[u8], fds: usize, lost_fds: bool) {
         let id = self.hostile.id;
         let process = self.world.process(id);
@@ -221,7 +225,7 @@ impl Script {
         assert!(!process.master_end || size.fds <= MAX_EARLY_FDS + MAX_BATCH);
     }
 
-    /// It writes a well-formed frame, in one or two pieces.
+    /// Writes a well-formed frame for the hostile worker, in one or two pieces.
     fn write_frame(&mut self, input: &mut Input<'_>) {
         let frame = self.invent(input);
         let (fds, lost_fds) = if matches!(frame, ToMaster::Message(_)) {
@@ -260,7 +264,8 @@ impl Script {
                 received: input.long(),
                 open: input.number(),
             },
-            // The master may believe this claim.
+            // The master accepts this number unless it exceeds the number of dispatched
+            // connections.
             4 => ToMaster::Idle {
                 handle,
                 received: received.saturating_add(input.long()),
@@ -273,7 +278,7 @@ impl Script {
         }
     }
 
-    /// It does what an honest worker would do, or makes its own queue useless.
+    /// Makes the hostile worker behave well, except that it may shut its own queue down.
     fn cooperate(&mut self, choice: u8) {
         let (id, kind, more) = (self.hostile.id, choice % 8, u32::from(choice / 8));
         let count = self.hostile.listeners.len().max(1);
@@ -326,7 +331,7 @@ impl Script {
         self.world.processes[&id].is_alive() && self.world.receive_and_close(handle, id)
     }
 
-    /// A true frame.
+    /// Returns a truthful `Idle` frame.
     fn idle(&self, handle: HandleId) -> ToMaster {
         ToMaster::Idle {
             handle,
@@ -351,7 +356,7 @@ impl Script {
         }
     }
 
-    /// Another hostile worker follows, if the last one is gone.
+    /// Forks another hostile worker if the last one has exited and its channel is closed.
     fn replace_hostile(&mut self) {
         let process = &self.world.processes[&self.hostile.id];
         if !process.master_end && !process.is_alive() {
@@ -360,7 +365,7 @@ impl Script {
     }
 }
 
-// The honest worker.
+// The well-behaved worker.
 impl Script {
     fn honest_reads(&mut self) -> bool {
         let has_read = self.world.worker_reads(self.honest);
@@ -369,7 +374,7 @@ impl Script {
         has_read
     }
 
-    /// It does what its core decided, and its application blocks in `accept` or runs its loop.
+    /// Runs the well-behaved worker's library, and resumes its application if `accept` can return.
     fn run_honest(&mut self) {
         loop {
             self.world.run_worker(self.honest);
@@ -379,7 +384,8 @@ impl Script {
         }
     }
 
-    /// Its application waits, and its poller reports what is ready.
+    /// Makes the well-behaved worker's application wait for events, and its poller report ready
+    /// listeners.
     fn poll_honest(&mut self) {
         let process = self.world.process(self.honest);
         if process.accepting.is_none() {
@@ -389,7 +395,8 @@ impl Script {
         self.run_honest();
     }
 
-    /// Its application goes on: it listens, accepts, or closes what it has.
+    /// Makes the well-behaved worker's application listen, accept, or close a connection or a
+    /// listener.
     fn run_honest_application(&mut self, choice: u8) {
         let process = self.world.process(self.honest);
         let count = process.listeners.len();
@@ -435,7 +442,7 @@ impl Script {
         }
     }
 
-    /// Everything in flight between the master and the honest worker arrives.
+    /// Delivers all frames that are in flight between the master and the well-behaved worker.
     fn exchange(&mut self) {
         loop {
             self.poll_honest();
@@ -448,7 +455,7 @@ impl Script {
     }
 }
 
-// The master's application, its system, the clients and the clock.
+// The master's application, the system, the clients and the clock.
 impl Script {
     fn call(&mut self, choice: u8) {
         let (hostile, honest) = (Some(self.hostile.id), Some(self.honest));
@@ -490,7 +497,7 @@ impl Script {
         }
     }
 
-    /// A quarter of the clients that wait in the master have hung up.
+    /// Makes a quarter of the clients that wait in the master hang up.
     fn sweep(&mut self, quarter: u8) {
         let mut left = Vec::new();
         let has_left = |connection: &Client| {
@@ -511,7 +518,7 @@ impl Script {
         self.poll();
     }
 
-    /// The master's poller reports the listeners that it watches, until none is ready.
+    /// Makes the master's poller report watched listeners until none is ready.
     fn poll(&mut self) {
         let is_ready = |(_, port): &(&HandleId, &Port)| port.is_ready();
         while let Some((handle, _)) = self.world.ports.iter().find(is_ready) {
@@ -533,9 +540,10 @@ impl Script {
     }
 }
 
-// The end.
+// The end of a script.
 impl Script {
-    /// The hostile worker exits, and the honest one serves all clients. Then everything ends.
+    /// Makes the hostile worker exit and the well-behaved worker serve all clients, and then ends
+    /// all processes.
     fn finish(&mut self) {
         self.world.failing.clear();
         self.reaction = 0;
@@ -551,8 +559,8 @@ impl Script {
         self.world.end(Ending::Stop);
     }
 
-    /// All clients that have connected are served, and one more at each listener. The honest
-    /// application uses callbacks for all listeners, without limits.
+    /// Checks that all clients are served, including one more client for each listener. The
+    /// well-behaved worker's application uses callbacks without limits for all its listeners.
     fn serve_all(&mut self) {
         for _ in 0..2 {
             self.exchange();
@@ -573,7 +581,8 @@ impl Script {
         }
         self.poll();
         self.exchange();
-        // A round serves one client of each listener, and those that had to wait are few.
+        // Run enough rounds. Each round serves a client of each listener, and only a few clients
+        // wait.
         self.world.run_until(ROUNDS, |world| {
             let is_empty = |port: &Port| {
                 port.is_unbound() || port.kind() == Kind::Udp || port.backlog.is_empty()

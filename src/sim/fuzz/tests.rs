@@ -1,4 +1,4 @@
-//! The fuzz targets, run on the stored inputs and on random ones.
+//! Runs the fuzz targets with stored and random inputs.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -14,7 +14,7 @@ use super::{frame, master_input, script};
 use crate::core::dispatch::MAX_WINDOW;
 use crate::sim::kernel::check::MAX_LISTENERS;
 
-/// Runs the stored inputs of a target.
+/// Runs a fuzz target with its stored inputs.
 fn replay(target: &str, run: fn(&[u8])) {
     let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
     let corpus = std::fs::read_dir(corpora.join(target)).expect("a corpus");
@@ -38,10 +38,11 @@ fn master_input_corpus() {
     replay("master_input", master_input);
 }
 
-/// The maximum length of an input in bytes. Miri is a thousand times slower.
+/// The maximum length of an input in bytes. The limit is smaller in Miri, which runs the code about
+/// a thousand times slower.
 const MAX_INPUT: usize = if cfg!(miri) { 40 } else { 600 };
 
-/// Frames with well-formed headers and arbitrary bodies.
+/// Generates frames with well-formed headers and arbitrary bodies.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
     let kind = prop_oneof![0..10u8, 64..70u8, Just(127)];
     let body = proptest::collection::vec(prop_oneof![0..5u8, any::<u8>()], 0..40);
@@ -52,7 +53,7 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
 }
 
-/// Bytes of a script that belong together. `Script::step` defines what they mean.
+/// A sequence of script bytes that belong together. `Script::step` defines their meaning.
 type Scene = BoxedStrategy<Vec<u8>>;
 
 fn many(scene: impl Strategy<Value = Vec<u8>> + 'static, max: usize) -> Scene {
@@ -66,23 +67,24 @@ fn both(first: Scene, second: Scene) -> Scene {
         .boxed()
 }
 
-/// Mostly one of a few endpoints that both workers use.
+/// Generates endpoint numbers, mostly the few that both workers use.
 fn endpoints() -> impl Strategy<Value = u8> {
     prop_oneof![6 => Just(0), 2 => 3..8u8, 1 => 0..32u8]
 }
 
-/// Mostly small handles: they count from 1, and few scripts have more than three.
+/// Generates mostly small handles, because handles start at 1 and few scripts have more than three.
 fn handles() -> impl Strategy<Value = u8> {
     prop_oneof![8 => Just(1), 3 => 2..4u8, 1 => 0..32u8]
 }
 
-/// Numbers of connections: usual ones, at the limit, and beyond it.
+/// Generates numbers of connections, which are small, at the limit or above it.
 fn numbers() -> impl Strategy<Value = u8> {
     let max = u8::try_from(MAX_WINDOW).expect("a small number");
     prop_oneof![12 => 0..4u8, 2 => 4..=max, 1 => Just(max + 1), 1 => 0..240u8]
 }
 
-/// The hostile worker writes a frame, in two pieces unless `cut` is beyond its end.
+/// Returns the step in which the hostile worker writes a frame. The frame is written in two pieces
+/// unless `cut` is beyond its end.
 fn written(frame: &[u8], cut: u8) -> Vec<u8> {
     [&[0], frame, &[cut]].concat()
 }
@@ -91,19 +93,19 @@ fn frame_of(kind: u8, handle: u8) -> u8 {
     handle * 8 + kind
 }
 
-/// The hostile worker goes online, listens and is idle, as an honest worker would.
+/// Generates steps in which the hostile worker goes online, listens and becomes idle.
 fn start() -> Scene {
     endpoints()
         .prop_map(|endpoint| vec![31, 0, 31, endpoint * 8, 31, 7])
         .boxed()
 }
 
-/// The hostile worker receives a connection, or writes a true frame.
+/// Generates a step in which the hostile worker receives a connection or writes a truthful frame.
 fn cooperation() -> Scene {
     any::<u8>().prop_map(|choice| vec![31, choice]).boxed()
 }
 
-/// The hostile worker writes a frame that is hardly true.
+/// Generates a step in which the hostile worker writes a frame that is probably untruthful.
 fn lie() -> Scene {
     let idle = || (handles(), numbers());
     let frame = prop_oneof![
@@ -123,7 +125,7 @@ fn lie() -> Scene {
         .boxed()
 }
 
-/// A new hostile worker requests more listeners than it may have.
+/// Generates steps in which a new hostile worker requests more listeners than its limit.
 fn greed() -> Scene {
     let one = |n: u16| {
         let [low, high] = n.to_le_bytes();
@@ -134,13 +136,13 @@ fn greed() -> Scene {
     both(succession(), Just(all).boxed())
 }
 
-/// The hostile worker exits, and another one follows.
+/// Generates steps in which the hostile worker exits and another one starts.
 fn succession() -> Scene {
     let gone = prop_oneof![Just(vec![27, 28, 30, 15]), Just(vec![28, 27, 30, 15])];
     both(gone.boxed(), start())
 }
 
-/// The application of the honest worker listens and serves.
+/// Generates steps in which the well-behaved worker's application listens and serves.
 fn service() -> Scene {
     let scene = (endpoints(), 4..8u8);
     scene
@@ -148,15 +150,15 @@ fn service() -> Scene {
         .boxed()
 }
 
-/// The application of the honest worker drops a listener and requests it again. Perhaps the master
-/// has no descriptor left to empty the queue in between.
+/// Generates steps in which the well-behaved worker's application drops a listener and requests it
+/// again. In the meantime, the master may have no descriptor left to empty the queue.
 fn reopening() -> Scene {
     let lack = prop_oneof![Just(vec![]), Just(vec![30, 28])];
     let closing = (16..24u8).prop_map(|at| vec![11, at * 8 + 7, 21]);
     both(both(lack.boxed(), closing.boxed()), service())
 }
 
-/// One thing happens in the honest worker, to a client, to the master, or to the clock.
+/// Generates a step for the well-behaved worker, the clients, the master or the clock.
 fn event() -> Scene {
     prop_oneof![
         4 => (0..4u8, 0..8u8).prop_map(|(at, call)| vec![11, at * 8 + call]),
@@ -171,8 +173,8 @@ fn event() -> Scene {
     .boxed()
 }
 
-/// The master's application calls something, at once or when the next event comes. It rarely
-/// dismisses the honest worker, because less is checked afterwards.
+/// Generates a call by the master's application, at once or in its next callback. The call rarely
+/// disconnects the well-behaved worker, because fewer checks apply afterwards.
 fn call() -> Scene {
     let choice = prop_oneof![20 => 0..22u8, 1 => 22..25u8, 15 => 25..32u8];
     let choice = (choice, 0..8u8).prop_map(|(choice, more)| choice + more * 32);
@@ -193,8 +195,8 @@ fn junk() -> Scene {
         .boxed()
 }
 
-/// Scripts that reach much: both workers listen, connections come and go, and the hostile worker
-/// lies.
+/// Generates scripts that reach many cases. Both workers listen, connections arrive and close, and
+/// the hostile worker writes untruthful frames.
 fn scripts() -> impl Strategy<Value = Vec<u8>> {
     let policy = prop_oneof![5 => Just(vec![0]), 1 => Just(vec![3])];
     let beginning = prop_oneof![
@@ -217,7 +219,8 @@ fn scripts() -> impl Strategy<Value = Vec<u8>> {
     both(opened, many(middle, MAX_INPUT / 10))
 }
 
-/// What `SCRIPTS` scripts must reach together: about a tenth of what is usual.
+/// The minimum numbers that `SCRIPTS` scripts must reach together, about a tenth of the usual
+/// numbers.
 const ENOUGH: [(&str, usize); 8] = [
     (SERVED, 3000),
     (DISPATCHED, 150),
@@ -234,7 +237,7 @@ const SCRIPTS: u32 = 1024;
 fn any_script_survives_the_master_input_target() {
     let config = ProptestConfig::default();
     let config = ProptestConfig {
-        // A script is quick, and there is much to reach.
+        // Run more cases than usual, because scripts are quick and many cases must be reached.
         cases: config.cases.saturating_mul(4),
         failure_persistence: None,
         ..config

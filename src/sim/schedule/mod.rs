@@ -1,9 +1,9 @@
-//! Drives the simulated kernel by random schedules.
+//! Drives the simulated kernel with random schedules.
 //!
-//! A schedule is a list of plain [`Step`]s. Each is the smallest thing that can happen: an action is
-//! carried out, a frame is written or read, an event is delivered, an application calls something,
-//! something fails. A schedule that fails is shrunk and printed as a test, to be copied to the end
-//! of `tests.rs`.
+//! A schedule is a list of [`Step`]s. In a step, the smallest possible thing happens: a process
+//! carries out an action, writes or reads a frame, or delivers an event, an application makes a
+//! call, or an operation fails. A schedule that fails is shrunk and printed as a test. Copy this
+//! test to the end of `tests.rs`.
 //!
 //! ```sh
 //! CLUSTER_SIMULATION_STEPS=100000000 cargo test --release a_million_steps
@@ -22,16 +22,16 @@ use crate::types::ledger::Ledger;
 use crate::types::worker_id::WorkerId;
 use step::{Step, Trouble, step};
 
-/// The number of steps of all schedules together, unless `CLUSTER_SIMULATION_STEPS` says otherwise.
-/// About two seconds of a test run.
+/// The total number of steps in all schedules, unless `CLUSTER_SIMULATION_STEPS` is set. A test run
+/// spends about two seconds on them.
 const STEPS: u64 = 2_000_000;
-/// The number of steps of one schedule. Enough for workers to be forked, to serve and to exit a few
-/// times; a longer schedule takes longer to shrink.
+/// The number of steps in one schedule. In 2,000 steps, workers are forked, serve clients and exit
+/// several times. A longer schedule takes longer to shrink.
 const STEPS_PER_SCHEDULE: u64 = 2000;
 
 struct Schedule {
     world: World,
-    /// The next call of the master's application from a callback.
+    /// The next call by the master's application from inside a callback.
     callback: Option<(Call, u8)>,
 }
 
@@ -48,7 +48,8 @@ impl Schedule {
         }
     }
 
-    /// The master does one thing. If it delivers an event, its application may call something.
+    /// Makes the master do one thing. If the master delivers an event, its application may make the
+    /// next call in `callback`.
     fn master_step(&mut self, n: u8) {
         let Some(emit) = self.world.master_step(n) else {
             return;
@@ -89,7 +90,7 @@ impl Case {
         }
     }
 
-    /// Returns where the connections went.
+    /// Runs the schedule and its ending. Returns the ledger, which counts the connections.
     fn replay(&self) -> Ledger {
         let mut schedule = Schedule::new(self.policy);
         for step in &self.steps {
@@ -100,7 +101,7 @@ impl Case {
     }
 }
 
-/// Runs a schedule that has failed once.
+/// Runs a schedule that failed earlier.
 fn replay(policy: SchedulingPolicy, ending: Ending, steps: &[Step]) {
     let steps = steps.to_vec();
     let case = Case {
@@ -111,13 +112,13 @@ fn replay(policy: SchedulingPolicy, ending: Ending, steps: &[Step]) {
     case.replay();
 }
 
-/// The number in an environment variable, if it is set.
+/// Returns the number in an environment variable, or `None` if the variable is not set.
 fn number(variable: &str) -> Option<u64> {
     let value = std::env::var(variable).ok()?;
     Some(value.parse().expect("a number"))
 }
 
-/// Runs the schedules of all seeds. Returns where the connections went.
+/// Runs the schedules of all seeds. Returns the sum of their ledgers.
 #[allow(clippy::print_stdout)]
 fn run(seeds: std::ops::Range<u64>) -> Ledger {
     let mut total = Ledger::default();
@@ -145,7 +146,8 @@ fn a_million_steps() {
         Some(seed) => run(seed..seed + 1),
         None => run(0..steps.div_ceil(STEPS_PER_SCHEDULE)),
     };
-    // The schedules prove something only if connections end in all ways.
+    // Check that connections ended in all possible ways, because the schedules would otherwise test
+    // too little.
     let is_enough = total.received > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
     assert!(single.is_some() || is_enough, "{total:?}");
 }

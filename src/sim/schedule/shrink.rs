@@ -1,5 +1,5 @@
-//! Shrinks a schedule that fails to a short one that fails at the same assertion, and prints it as a
-//! test.
+//! Shrinks a failing schedule to a short one that fails at the same assertion, and prints the short
+//! schedule as a test.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,11 +12,12 @@ use crate::types::ledger::Ledger;
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
-    /// The location of the last panic.
+    /// The source location of the last panic while `QUIET` was set.
     static LOCATION: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Keeps the panics of replays off the terminal: shrinking causes thousands of them.
+/// Installs a panic hook that does not print panics during replays, because shrinking causes
+/// thousands of them.
 fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -32,7 +33,7 @@ fn install_hook() {
     });
 }
 
-/// Replays the case. Returns where the connections went, or `None` if it fails.
+/// Replays the case. Returns its ledger, or `None` if the case fails.
 pub(super) fn outcome(case: &Case) -> Option<Ledger> {
     install_hook();
     QUIET.set(true);
@@ -41,12 +42,12 @@ pub(super) fn outcome(case: &Case) -> Option<Ledger> {
     outcome.ok()
 }
 
-/// Returns the location at which the case fails, if it does.
+/// Returns the source location at which the case fails, or `None` if it does not fail.
 fn failure(case: &Case) -> Option<String> {
     outcome(case).is_none().then(|| LOCATION.take())
 }
 
-/// Removes and simplifies steps as long as the case fails at the same location.
+/// Removes and simplifies steps while the case still fails at the same location.
 pub(super) fn shrink(case: &Case) -> Case {
     let Some(location) = failure(case) else {
         return case.clone();
@@ -67,7 +68,7 @@ pub(super) fn shrink(case: &Case) -> Case {
     }
 }
 
-/// Removes as many steps as possible: halves first, then quarters, and so on to single steps.
+/// Removes as many steps as possible, in chunks of decreasing size down to single steps.
 fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     let mut size = steps.len().next_power_of_two();
     while size > 0 {
@@ -87,7 +88,7 @@ fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Removes forks. Later workers get the numbers of the removed ones.
+/// Removes forks. The ids of later workers decrease by one.
 fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     for at in (0..steps.len()).rev() {
         let mut fewer = steps.clone();
@@ -101,7 +102,8 @@ fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Replaces calls by plain progress, and makes the numbers in the steps as small as possible.
+/// Replaces calls with steps of the master or a worker, and makes the numbers in the steps as small
+/// as possible.
 fn simplify(steps: &mut [Step], fails: &impl Fn(&[Step]) -> bool) {
     let try_step = |steps: &mut [Step], at: usize, simpler: Step| {
         let original = std::mem::replace(&mut steps[at], simpler);
@@ -142,7 +144,7 @@ fn simplify(steps: &mut [Step], fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// The case as the source of a test.
+/// Returns the case as the source code of a test.
 pub(super) fn as_test(case: &Case) -> String {
     let (policy, ending) = (case.policy, case.ending);
     let steps: String = case.steps.iter().map(source).collect();

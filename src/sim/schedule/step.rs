@@ -1,4 +1,4 @@
-//! The steps of a schedule: what can happen, how often, and how it is done.
+//! Defines the steps of a schedule, their probabilities and their effects.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -14,7 +14,7 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
 
-/// Something that only a broken or hostile worker does.
+/// An action that only a broken or hostile worker takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forgery {
     Garbled,
@@ -22,7 +22,7 @@ pub(super) enum Forgery {
     Listen,
     Listening,
     Idle,
-    /// It receives a connection and closes it, without the knowledge of its core.
+    /// Receives a connection and closes it, without the knowledge of the worker's core.
     ReceiveAndClose,
     Release,
     Pause,
@@ -32,41 +32,41 @@ pub(super) enum Forgery {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StepKind {
-    /// A client connects to a listener.
+    /// Connects a client to a listener.
     Connect,
-    /// A client hangs up.
+    /// Makes a client hang up.
     HangUp,
-    /// Milliseconds pass.
+    /// Lets up to 255 ms pass.
     Pass,
-    /// The master does one thing.
+    /// Makes the master do one thing.
     Master,
-    /// The master's application calls something.
+    /// Calls the master from its application.
     Call(Call),
-    /// The same, in its next callback.
+    /// Calls the master from its application's next callback.
     CallInCallback(Call),
     Fail(Failure),
-    /// A worker does one thing.
+    /// Makes a worker do one thing.
     Worker,
-    /// The application of a worker calls something.
+    /// Calls a worker's library from its application.
     WorkerCall(WorkerCall),
     Kill,
     Stop,
     Continue,
-    /// A worker's channel is closed behind its back.
+    /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
     Forge(Forgery),
-    /// A detached process exits.
+    /// Makes a detached process exit.
     EndDetached,
 }
 
-/// One thing that happens. Its numbers choose among what exists, counted modulo, so that every list
-/// of steps has a meaning.
+/// One thing that happens. `process` and `choice` select among the existing items, modulo the
+/// number of items, so that every list of steps is valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Step {
     pub(super) kind: StepKind,
-    /// Which process.
+    /// The number that selects the process.
     pub(super) process: u8,
-    /// Which listener, connection, duration or similar.
+    /// The number that selects the listener, connection, duration or similar.
     pub(super) choice: u8,
 }
 
@@ -78,14 +78,15 @@ pub(super) const fn step(kind: StepKind, process: u8, choice: u8) -> Step {
     }
 }
 
-/// The kinds of trouble in a schedule. Some schedules have none.
+/// The kinds of trouble that a schedule contains. Some schedules contain none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Trouble {
-    /// Half of the schedules have no forged frames: only there can a worker's frame prove anything.
+    /// Whether workers forge frames. Half of the schedules contain no forged frames, because only
+    /// in them do the checks trust the workers' frames.
     forgeries: bool,
     faults: bool,
     calls: bool,
-    /// Applications change their connection limits all the time.
+    /// Whether the applications frequently change their connection limits.
     limits: bool,
 }
 
@@ -100,7 +101,7 @@ impl Trouble {
     }
 }
 
-// How often each thing happens.
+// The probability of each step.
 impl Step {
     pub(super) fn random(rng: &mut Rng, trouble: Trouble) -> Self {
         let kind = match rng.u8(0..=255) {
@@ -212,7 +213,7 @@ fn random_forgery(rng: &mut Rng) -> Forgery {
     forgeries[rng.usize(0..forgeries.len())]
 }
 
-// How each thing is done.
+// The effect of each step.
 impl Schedule {
     pub(super) fn step(&mut self, step: Step) {
         let (process, choice) = (step.process, step.choice);
@@ -256,7 +257,7 @@ fn each(worker: Option<WorkerId>, act: impl FnMut(WorkerId)) {
 }
 
 impl World {
-    /// A worker writes a frame that no worker of this crate would write now.
+    /// Makes a worker take an action that no worker of this crate would take in its current state.
     fn forge_frame(&mut self, worker: WorkerId, forgery: Forgery, n: u8) {
         let number = u64::from(n / 8);
         let handle = HandleId(self.last_port.saturating_sub(u32::from(n % 8) % 4));

@@ -1,4 +1,4 @@
-//! Schedules with a purpose, and schedules that failed once.
+//! Tests particular scenarios, and replays schedules that failed in the past.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -18,15 +18,16 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
 
-/// The first listener that a worker opens.
+/// The handle of the first listener that a worker opens.
 const HANDLE: HandleId = HandleId(1);
 
-/// The next call of an application that serves one listener until it ends, and then exits.
+/// Makes the next call of a worker's application. The application serves one listener until the
+/// listener ends, and then exits.
 fn serve(world: &mut World, worker: WorkerId, n: u8) {
     let process = &world.processes[&worker];
     let has_callback = |listener| process.core.has_callback(listener);
     let (call, n) = match process.listeners.first().copied() {
-        // With small connection limits: a disconnecting worker must ignore them.
+        // Choose small connection limits, because a disconnecting worker must ignore them.
         None => (WorkerCall::Listen, n % 4 * 5),
         Some(_) if !process.held.is_empty() => (WorkerCall::CloseConnection, n),
         Some(listener) if process.core.has_ended(listener) => {
@@ -42,7 +43,7 @@ fn serve(world: &mut World, worker: WorkerId, n: u8) {
 }
 
 impl Schedule {
-    /// A random worker serves its listener.
+    /// Lets a random worker serve its listener.
     fn serve_at_random(&mut self, rng: &mut Rng, n: u8) {
         if let Some(worker) = self.world.living(rng.u8(..)) {
             serve(&mut self.world, worker, n);
@@ -50,7 +51,7 @@ impl Schedule {
         }
     }
 
-    /// One random step, without any fault.
+    /// Takes one random step without a fault.
     fn faultless_step(&mut self, rng: &mut Rng) {
         match rng.u8(0..8) {
             0..=2 => self.step(step(StepKind::Master, 0, rng.u8(..))),
@@ -64,8 +65,8 @@ impl Schedule {
     }
 }
 
-/// All workers disconnect while clients wait. In half of the schedules workers are
-/// killed, but for the last one.
+/// Disconnects all workers while clients wait. With half of the seeds, also kills all workers but
+/// the last one at random.
 #[test]
 fn stopping_serves_all_clients() {
     for seed in 0..500 {
@@ -102,7 +103,7 @@ fn stopping_serves_all_clients() {
     }
 }
 
-/// All workers are disconnected, without and with a deadline.
+/// Disconnects all workers, once without and once with a deadline.
 #[test]
 fn disconnect_all_leaves_detached_processes_alone() {
     for call in [Call::DisconnectAll, Call::DisconnectAllWithin] {
@@ -127,7 +128,7 @@ fn disconnect_all_leaves_detached_processes_alone() {
     }
 }
 
-/// Workers are forked, killed and disconnected, and now and then there is none of them.
+/// Forks, kills and disconnects workers at random, so that sometimes no worker exists.
 #[test]
 fn retained_listener_loses_no_client() {
     for seed in 0..500 {
@@ -171,7 +172,7 @@ fn retained_listener_loses_no_client() {
     }
 }
 
-/// Workers that all listen on the same endpoint.
+/// Returns a schedule and its workers, all of which listen on the same endpoint.
 fn listening_workers(count: u32) -> (Schedule, Vec<WorkerId>) {
     let mut schedule = Schedule::new(SchedulingPolicy::RoundRobin);
     let world = &mut schedule.world;
@@ -206,8 +207,8 @@ fn sequential_clients_rotate_exactly() {
     assert_eq!(served, [250; 4]);
 }
 
-/// Connections that a worker does not receive go to another one, no matter what it claims. When its
-/// channel is discarded, all clients are served.
+/// Checks that connections go to another worker if their worker does not receive them, regardless
+/// of its frames. After the worker's channel is discarded, all clients are served.
 #[test]
 fn worker_that_receives_nothing_delays_no_client() {
     let (mut schedule, workers) = listening_workers(2);
@@ -236,7 +237,8 @@ fn worker_that_receives_nothing_delays_no_client() {
         }
         assert!(world.clients() - world.served <= 1, "round {round}");
     }
-    // It claims again and again that it has received everything, and receives nothing.
+    // The hoarder now repeatedly reports that it has received all connections, although it receives
+    // none.
     for received in 0..1000 {
         world.connect(0);
         world.forge(hoarder, idle(received));
@@ -320,7 +322,7 @@ fn frames_of_one_worker_do_not_bloat_the_master() {
     }
 }
 
-// Schedules that failed once.
+// Schedules that failed in the past.
 
 #[test]
 fn idle_worker_gets_queued_connections_after_accepting_fails() {
