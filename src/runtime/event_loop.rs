@@ -30,8 +30,9 @@ use crate::types::worker_id::WorkerId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WatchId(u32);
 
-/// Identifies a timer or a watched descriptor, for example in
-/// [`Master::unreference`](crate::Master::unreference). See that method for an example.
+/// Identifies a timer or a watched descriptor, so that
+/// [`Master::unreference`](crate::Master::unreference) can unreference it. See that method for an
+/// example.
 ///
 /// Node: the object that has a method `unref()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -150,9 +151,9 @@ pub(crate) struct EventLoop<R> {
     start_time: Instant,
     timers: RefCell<Timers<OnTimer<R>>>,
     watches: RefCell<BTreeMap<WatchId, WatchEntry<R>>>,
-    /// The watches that a forked child has inherited from its parent. They are never dropped,
-    /// because a drop would close descriptors or run the application's code. They stay reachable,
-    /// because LeakSanitizer would otherwise report them.
+    /// The watches that a forked child has inherited from its parent. The watches are never
+    /// dropped, because a drop would close descriptors or run the application's code. The watches
+    /// stay reachable, because LeakSanitizer would otherwise report them.
     abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, WatchEntry<R>>>>,
     last_watch: Cell<u32>,
     /// The number of referenced entries in `watches`.
@@ -201,6 +202,8 @@ impl<R> EventLoop<R> {
         self.start_time.elapsed()
     }
 
+    /// Checks that this process created the event loop.
+    ///
     /// # Errors
     ///
     /// Returns `Error::ForeignProcess` if this process did not create the event loop.
@@ -275,8 +278,8 @@ impl<R> EventLoop<R> {
         self.referenced_watches.set(count);
     }
 
-    /// Drops all closures. The drop breaks reference cycles, because a closure may own the event
-    /// loop's owner.
+    /// Drops all closures, which breaks reference cycles. A cycle exists if a closure owns the
+    /// event loop's owner.
     pub(crate) fn clear(&self) {
         let timers = self.timers.replace(Timers::new());
         let watches = self.watches.take();
@@ -285,8 +288,8 @@ impl<R> EventLoop<R> {
         drop((timers, watches, signals));
     }
 
-    /// Abandons all watches in a forked child that executes no other program. Returns the watched
-    /// descriptors, except standard input, output and error, which the child owns.
+    /// Moves all watches to `abandoned` in a forked child that executes no other program. Returns
+    /// the watched descriptors, except standard input, output and error, which the child owns.
     pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
         let watches = self.watches.take();
         self.referenced_watches.set(0);

@@ -140,7 +140,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         self.with(Channel::next).unwrap_or(Ok(None))
     }
 
-    /// Closes the channel in both directions. Returns the receipts that were outstanding.
+    /// Closes the channel in both directions. Returns the remaining receipts.
     pub(crate) fn close(&self, unprocessed: Unprocessed) -> Vec<Receipt> {
         let Some(mut channel) = self.take() else {
             return Vec::new();

@@ -61,8 +61,8 @@ mod armed {
 
     /// Passes the fault point `name`, and makes the worker fail if `CLUSTER_FAULT` says so.
     ///
-    /// `worker` returns the process that fails. If it returns `None`, the pass does not count.
-    /// `own` is this process's end of the channel, or `None` in the master.
+    /// `worker` returns the process that fails. If `worker` returns `None`, the pass does not
+    /// count. `own` is this process's end of the channel, or `None` in the master.
     pub(crate) fn point<I, O>(
         name: &str,
         worker: impl FnOnce() -> Option<Pid>,

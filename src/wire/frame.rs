@@ -15,8 +15,8 @@
 //!
 //! The writer sends descriptors in batches, one batch per system call. In a batch's first frame
 //! with descriptors, `batch` is the number of descriptors in the whole batch. In every other frame,
-//! `batch` is 0. The reader compares this number with the descriptors that arrived, and thereby
-//! notices if the kernel dropped some of them.
+//! `batch` is 0. The reader compares `batch` with the number of descriptors that arrived, and
+//! thereby notices if the kernel dropped some.
 //!
 //! The master first writes a preamble, whose body is the worker's id. The preamble is in the socket
 //! before the worker's program starts, so that a process can check whether an inherited descriptor
@@ -62,12 +62,12 @@
 //!
 //! # Adding a frame
 //!
-//! 1. In this module, extend the table, `kind`, the enum, `encode`, `decode` and the golden bytes of
-//!    the unit tests, and increment `VERSION`. If the frame has a descriptor, also extend
+//! 1. In this module, extend the table, `kind`, the enum, `encode`, `decode` and the golden bytes
+//!    of the unit tests, and increment `VERSION`. If the frame has a descriptor, also extend
 //!    `carries_listener`.
-//! 2. For a frame to the master, send it in `core/worker` and process it in `core/master/frames`. For
-//!    a frame to a worker, send it in `core/master` and process it in `core/worker`. If the frame has
-//!    a descriptor, add an `Attachment`.
+//! 2. For a frame to the master, send it in `core/worker` and process it in
+//!    `core/master/frames`. For a frame to a worker, send it in `core/master` and process it in
+//!    `core/worker`. If the frame has a descriptor, add an `Attachment`.
 //! 3. In `types/violation`, add the ways in which a peer can misuse the frame.
 //! 4. Add tests: forged frames in `sim/schedule/step` and `sim/fuzz/script`, attacks in
 //!    `tests/process/hostile`, and inputs in `tests/corpus/frame`.
@@ -95,7 +95,7 @@ pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
 pub(crate) const MAX_BODY: usize = 1 << 20;
 /// The maximum number of descriptors in one frame. The public API documents the value.
 pub(crate) const MAX_FDS: usize = 16;
-/// The maximum number of descriptors that one system call sends.
+/// The maximum number of descriptors that a single system call sends.
 ///
 /// The value bounds the descriptors that are open in the reader before their frames are processed.
 /// Linux accepts at most 253 descriptors in one call (`SCM_MAX_FD`, unix(7)). If the value were
@@ -142,7 +142,7 @@ pub(crate) struct HandleKey {
 pub(crate) struct Bound {
     pub(crate) handle: HandleId,
     pub(crate) policy: SchedulingPolicy,
-    /// The address with the port that the kernel chose, or `None` for a Unix path.
+    /// The address with its actual port, or `None` for a Unix path.
     pub(crate) address: Option<SocketAddr>,
 }
 
@@ -860,8 +860,8 @@ mod tests {
                 let mut changed = bytes.clone();
                 changed[at] = value;
                 if let Ok(frame) = decode::<ToMaster>(&changed) {
-                    // `encode` leaves the batch size at 0, because the outbox sets it when it
-                    // writes the frame. Compare the frames without it.
+                    // Remove the batch size before the comparison, because `encode` leaves it at 0.
+                    // The outbox sets it when it writes the frame.
                     let batch = std::mem::take(&mut changed[BATCH_OFFSET]);
                     assert!(batch == 0 || changed[6] > 0);
                     assert_eq!(super::tests::bytes(&frame, changed[6].into()), changed);

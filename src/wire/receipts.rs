@@ -25,7 +25,7 @@ impl ReceiptId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Receipt {
     pub(crate) id: ReceiptId,
-    /// Whether the whole message was written. If it was not, the message is lost.
+    /// Whether the whole message was written. A message that was not written is lost.
     pub(crate) is_written: bool,
 }
 

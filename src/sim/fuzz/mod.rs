@@ -43,8 +43,8 @@ impl<'a> Input<'a> {
         self.bytes(1).first().copied().unwrap_or(0)
     }
 
-    /// Returns the next number. A first byte below 240 is the number, and any other first byte
-    /// announces a number of eight bytes.
+    /// Returns the next number. If the first byte is below 240, the byte is the number. If it is
+    /// 240 or above, the next eight bytes are the number.
     fn long(&mut self) -> u64 {
         match self.byte() {
             small @ 0..=239 => u64::from(small),

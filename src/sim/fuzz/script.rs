@@ -39,8 +39,8 @@ pub(super) const FALSE_CLAIMS: &str = "claims of connections that were not recei
 pub(super) const DENIED: &str = "listeners denied to the hostile worker";
 pub(super) const DISCARDED: &str = "discarded channels";
 
-/// The maximum number of connections that a worker's callback receives at once, which equals the
-/// shell's.
+/// The maximum number of connections that a worker's callback receives at once. The shell uses the
+/// same number.
 const ACCEPT_BATCH: u32 = 16;
 /// The maximum number of listeners of the well-behaved worker's application.
 const MAX_HONEST_LISTENERS: usize = 4;
@@ -264,8 +264,7 @@ impl Script {
                 received: input.long(),
                 open: input.number(),
             },
-            // The master accepts this number unless it exceeds the number of dispatched
-            // connections.
+            // Start at the true number, so that the master may accept the sum.
             4 => ToMaster::Idle {
                 handle,
                 received: received.saturating_add(input.long()),
@@ -395,8 +394,8 @@ impl Script {
         self.run_honest();
     }
 
-    /// Makes the well-behaved worker's application listen, accept, or close a connection or a
-    /// listener.
+    /// Makes the well-behaved worker's application use, open or close a listener, or close a
+    /// connection.
     fn run_honest_application(&mut self, choice: u8) {
         let process = self.world.process(self.honest);
         let count = process.listeners.len();

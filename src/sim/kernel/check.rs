@@ -34,7 +34,7 @@ impl World {
         }
     }
 
-    /// Counts the closed connections whose clients no worker served.
+    /// Counts the closed connections whose clients were not served.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
             self.lost += u64::from(!self.fates[client as usize].served);
@@ -92,8 +92,7 @@ impl World {
         self.served += 1;
     }
 
-    /// Checks the total number of connections that a worker reports to have received from a
-    /// listener.
+    /// Compares the number of connections that a worker reports with the number that it received.
     pub(crate) fn check_claim(&mut self, handle: HandleId, worker: WorkerId, claimed: u64) {
         let received = self.count_received(handle, worker);
         if claimed > received {

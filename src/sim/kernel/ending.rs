@@ -1,4 +1,4 @@
-//! Ends a run: the workers serve the last clients, all processes exit, and the totals are checked.
+//! Ends a run. The workers serve the last clients, all processes exit, and the totals are checked.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;

@@ -24,7 +24,7 @@ use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 const MAX_WORKERS: usize = 5;
 /// The maximum number of detached processes that are running.
 const MAX_DETACHED: usize = 2;
-/// The maximum number of connections that one `Accept` action accepts.
+/// The maximum number of connections that a single `Accept` action accepts.
 const MAX_ACCEPTED: usize = 64;
 
 /// A call by the master's application.
@@ -173,7 +173,8 @@ impl World {
         self.unflushed.insert(worker);
     }
 
-    /// Writes one frame to a worker.
+    /// Writes one frame to a worker. If `failing` contains `Send` or `Receive`, the frame's
+    /// descriptor cannot be sent or is lost.
     pub(crate) fn master_writes(&mut self, worker: WorkerId) {
         let now = self.now;
         let process = self.processes.get_mut(&worker).expect(KNOWN);
@@ -408,7 +409,7 @@ impl World {
     }
 
     /// Takes connections back from a queue. Returns the connections, and whether the queue is now
-    /// empty. The latter is `None` if the system fails before the queue is empty.
+    /// empty. If the system fails before the queue is empty, the second value is `None`.
     fn take_back(
         &mut self,
         handle: HandleId,

@@ -1,13 +1,13 @@
 //! Simulates a kernel with a virtual clock. Processes, channels, listeners, queues and clients are
 //! plain data.
 //!
-//! The cores of the master and of the workers run unchanged. The kernel carries out their actions
-//! and reports inputs to them. A driver decides when each action happens:
-//! [`schedule`](super::schedule) at random, and [`fuzz`](super::fuzz) by a fuzzer's input. The
-//! master's actions wait until the driver lets the master carry them out, so that anything can
+//! The cores of the master and of the workers run unchanged. The kernel carries out the cores'
+//! actions and reports inputs to the cores. The driver [`schedule`](super::schedule) decides at
+//! random when each action happens, and the driver [`fuzz`](super::fuzz) follows a fuzzer's input.
+//! The master's actions wait until the driver lets the master carry them out, so that anything can
 //! happen in the meantime.
 //!
-//! `check` verifies the crate's guarantees. The drivers call it after each step.
+//! `check` verifies the crate's guarantees. The drivers call `check` after each step.
 
 pub(crate) mod check;
 mod ending;
@@ -92,7 +92,7 @@ pub(crate) struct World {
     /// The time at which the master last read its clock.
     ticked: Time,
     pub(crate) master: Master,
-    /// The workers to which the master has frames to write.
+    /// The workers whose queued frames the master must try to write.
     unflushed: BTreeSet<WorkerId>,
     /// The second event of a pair, which must be the next event.
     second: Option<(WorkerId, Discriminant<Event<Vec<NoLingerFd>>>)>,
@@ -104,7 +104,7 @@ pub(crate) struct World {
     referenced: BTreeSet<WorkerId>,
     pub(crate) ports: BTreeMap<HandleId, Port>,
     pub(crate) queues: BTreeMap<(HandleId, WorkerId), Queue>,
-    /// The pairs of a listener and a worker that did not receive its copy or queue.
+    /// The pairs of a listener and a worker for which sharing the listener failed.
     unshared: BTreeSet<(HandleId, WorkerId)>,
     /// The queues that the master could not empty and therefore could not close.
     unclosed: Vec<(HandleId, WorkerId)>,
@@ -286,8 +286,8 @@ impl World {
 
     // The master's event loop.
 
-    /// Makes the master do one thing: carry out an action, write a frame, deliver an event, or
-    /// handle an input. Returns the event, if it delivers one.
+    /// Makes the master carry out an action, write a frame, deliver an event, or handle an input.
+    /// Returns the event if the master delivers one.
     pub(crate) fn master_step(&mut self, n: u8) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         if self.carry_out_next() || self.flush_next() {
             return None;

@@ -136,7 +136,7 @@ pub(crate) enum ProcessState {
     Reaped(ExitStatus),
 }
 
-/// Counters for one worker. With them, a test checks that it has exercised enough cases.
+/// Counters for one worker. A test uses the counters to check that it has exercised enough cases.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) dispatched: usize,
@@ -177,7 +177,7 @@ pub(crate) struct Process {
     /// The listeners that the worker's poller watches for a callback.
     pub(crate) watched: BTreeSet<ListenerId>,
     pub(crate) held: Vec<(Client, ListenerId)>,
-    /// The connection limit of each listener for which it was set before the first connection.
+    /// The connection limits that were set before the listener's first connection.
     pub(crate) limits: BTreeMap<ListenerId, usize>,
     /// Whether the process has few descriptors left.
     pub(crate) fds_are_scarce: bool,

@@ -43,8 +43,7 @@ pub(crate) enum WorkerCall {
 
 // A worker's event loop.
 impl World {
-    /// Makes the worker do one thing: carry out an action, write a frame, deliver an event, or read
-    /// a frame.
+    /// Makes the worker carry out an action, write a frame, deliver an event, or read a frame.
     pub(crate) fn worker_step(&mut self, worker: WorkerId, n: u8) {
         let now = self.now;
         let process = self.process(worker);
@@ -340,8 +339,8 @@ impl World {
 
 // Calls by a worker's application.
 impl World {
-    /// Makes the worker's application do something. If the library has work to do, or the
-    /// application is blocked in `accept`, continues that work instead.
+    /// Makes the worker's application make `call`. If the library has work to do, or the
+    /// application is blocked in `accept`, the worker continues with that work instead.
     pub(crate) fn call_worker(&mut self, worker: WorkerId, call: WorkerCall, n: u8) {
         if !self.is_ready_for_application(worker) {
             return self.worker_step(worker, n);
@@ -498,15 +497,15 @@ impl World {
     }
 }
 
-/// Returns the `n`-th endpoint that workers request: any port, a fixed port, a path, a descriptor
-/// of the master, or a UDP address.
+/// Returns the endpoint that workers request for `n`. The endpoint is any port, a fixed port, a
+/// path, a descriptor of the master, or a UDP address.
 pub(crate) fn requested_endpoint(n: u8) -> Endpoint {
     endpoint([0, 8, 4, 29, 7][usize::from(n % 5)])
 }
 
 // Forged frames and raw workers.
 impl World {
-    /// Writes a forged frame for the worker, or invalid bytes if `frame` is an error.
+    /// Writes a forged frame to the worker's channel, or invalid bytes if `frame` is an error.
     pub(crate) fn forge(&mut self, worker: WorkerId, frame: Result<ToMaster, FrameError>) {
         let process = self.process(worker);
         if process.worker_end && !process.is_shut {

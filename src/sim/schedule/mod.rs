@@ -1,9 +1,9 @@
 //! Drives the simulated kernel with random schedules.
 //!
-//! A schedule is a list of [`Step`]s. In a step, the smallest possible thing happens: a process
-//! carries out an action, writes or reads a frame, or delivers an event, an application makes a
-//! call, or an operation fails. A schedule that fails is shrunk and printed as a test. Copy this
-//! test to the end of `tests.rs`.
+//! A schedule is a list of [`Step`]s. Each step is one of the smallest possible operations. For
+//! example, a process carries out an action or writes a frame, an application makes a call, or an
+//! operation fails. A schedule that fails is shrunk and printed as a test. Copy this test to the
+//! end of `tests.rs`.
 //!
 //! ```sh
 //! CLUSTER_SIMULATION_STEPS=100000000 cargo test --release a_million_steps
@@ -31,7 +31,7 @@ const STEPS_PER_SCHEDULE: u64 = 2000;
 
 struct Schedule {
     world: World,
-    /// The next call by the master's application from inside a callback.
+    /// The next call that the master's application makes from a callback.
     callback: Option<(Call, u8)>,
 }
 

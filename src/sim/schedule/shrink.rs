@@ -88,7 +88,8 @@ fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Removes forks. The ids of later workers decrease by one.
+/// Removes forks. Decreases the steps' process numbers by one, because later workers take the
+/// removed workers' numbers.
 fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     for at in (0..steps.len()).rev() {
         let mut fewer = steps.clone();

@@ -81,8 +81,8 @@ pub(super) const fn step(kind: StepKind, process: u8, choice: u8) -> Step {
 /// The kinds of trouble that a schedule contains. Some schedules contain none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Trouble {
-    /// Whether workers forge frames. Half of the schedules contain no forged frames, because only
-    /// in them do the checks trust the workers' frames.
+    /// Whether workers forge frames. Half of the schedules contain no forged frames, because the
+    /// checks trust a worker's frames only in a schedule without forged ones.
     forgeries: bool,
     faults: bool,
     calls: bool,

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{Frame, FrameError, HEADER, Header, MAX_BATCH};
 
-/// The maximum number of bytes that one read returns, in addition to the rest of a large body.
+/// The maximum number of bytes that a single read returns, in addition to the rest of a large body.
 ///
 /// With a smaller value, a burst of frames takes more system calls. Each process allocates the
 /// buffer only once.

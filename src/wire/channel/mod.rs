@@ -1,12 +1,12 @@
 //! Implements one end of the socketpair between the master and a worker. A channel carries frames
 //! and their descriptors in both directions.
 //!
-//! The kernel keeps bytes in order, but it does not know frames. A frame may arrive in pieces, and
-//! its descriptors may arrive with an earlier piece. Two rules keep frames and descriptors
-//! together:
+//! The kernel keeps bytes in order, but the kernel does not know frames. A frame may arrive in
+//! pieces, and its descriptors may arrive with an earlier piece. The channel keeps frames and
+//! descriptors together by two rules:
 //!
-//! - The kernel sends all descriptors of a system call with the call's first byte. Once any byte has
-//!   been written, the writer does not send the call's descriptors again.
+//! - The kernel sends all descriptors of a system call with the call's first byte. Once any byte
+//!   has been written, the writer does not send the call's descriptors again.
 //! - Descriptors arrive in order, and no later than their frame's first byte. The reader queues the
 //!   descriptors, and each frame takes the number of descriptors that its header states.
 //!
@@ -49,10 +49,11 @@ use outbox::{Batch, Outbox};
 /// The number of unwritten bytes above which `send` advises the application to pause. The number
 /// includes one more message of the last message's length.
 ///
-/// The next message counts because the channel does not copy a long message that the socket accepts
-/// at once. A larger value delays the advice and uses more memory. If the value were below the
-/// usual message length, the application would pause after each message. The public API documents
-/// the value.
+/// The next message counts, because the channel must copy it if other bytes are queued. A long
+/// message that the socket accepts at once is not copied.
+///
+/// A larger value delays the advice and uses more memory. If the value were below the usual message
+/// length, the application would pause after each message. The public API documents the value.
 const HIGH_WATER: usize = 64 << 10;
 /// The number of unwritten bytes above which `send` fails. The value bounds the memory that an
 /// application can use for a peer that does not read. A message of `MAX_BODY` bytes must fit. The
@@ -60,9 +61,9 @@ const HIGH_WATER: usize = 64 << 10;
 const HARD_LIMIT: usize = 8 << 20;
 /// The number of unwritten bytes above which the peer is disconnected.
 ///
-/// Only protocol frames can exceed `HARD_LIMIT`, and each frame from the peer causes only a few of
-/// them. 1 MiB holds more than 20,000 protocol frames. A well-behaved peer never leaves this number
-/// of frames unread.
+/// Only protocol frames can exceed `HARD_LIMIT`, and each frame from the peer causes only a few
+/// protocol frames. 1 MiB holds more than 20,000 protocol frames, and a well-behaved peer never
+/// leaves this number of frames unread.
 const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
 /// The number of unwritten protocol frames with a descriptor above which the peer is disconnected.
 ///
@@ -162,12 +163,12 @@ pub(crate) struct Channel<In, Out> {
 
 #[cfg(debug_assertions)]
 impl<In, Out> Channel<In, Out> {
-    /// Simulates an application that closes the channel's descriptor.
+    /// Simulates an application that closes the channel's descriptor, for fault injection.
     pub(crate) fn shut_socket(&self) {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    /// Writes bytes that need not be a valid frame.
+    /// Writes bytes that need not be a valid frame, for fault injection.
     pub(crate) fn write_raw(&self, bytes: &[u8]) {
         let _ = socket::send(&self.socket, bytes, &[]);
     }
@@ -176,8 +177,8 @@ impl<In, Out> Channel<In, Out> {
 /// The result of one system call that reads.
 struct Read {
     result: io::Result<Piece>,
-    /// The number of bytes in the body of a large message. The other bytes are in the scratch
-    /// buffer.
+    /// The number of bytes that the call read into a large message's body. The other bytes are in
+    /// the scratch buffer.
     into_body: usize,
     /// The maximum number of bytes that the call could read.
     capacity: usize,
@@ -471,7 +472,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
                 Ok(Received::Data)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Received::Nothing),
-            // The peer closed its end with unread data, and the kernel reports a reset instead of
+            // If the peer closes its end with unread data, the kernel reports a reset instead of
             // end-of-file.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Received::EndOfFile),
             Err(error) => Err(error),

@@ -11,8 +11,8 @@ use crate::sys::fd::NoLingerFd;
 use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH, MAX_FDS};
 use crate::wire::receipts::ReceiptId;
 
-/// The maximum number of bytes that one system call writes. With a smaller value, many frames take
-/// more system calls. With a larger value, more memory stays allocated after a burst.
+/// The maximum number of bytes that a single system call writes. With a smaller value, many frames
+/// take more system calls. With a larger value, more memory stays allocated after a burst.
 const WRITE_SIZE: usize = 64 << 10;
 // The descriptors of any one frame must fit into a batch.
 const _: () = assert!(MAX_FDS < MAX_BATCH);
@@ -33,8 +33,8 @@ struct PendingReceipt {
     id: ReceiptId,
 }
 
-/// The bytes that one system call writes, and the descriptors of the frames that start in these
-/// bytes.
+/// The bytes that a single system call writes, and the descriptors of the frames that start in
+/// these bytes.
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
     pub(super) bytes: &'a [u8],

@@ -211,7 +211,7 @@ fn messages_of_all_lengths_arrive_whole_in_any_pieces() {
 fn successive_large_messages_are_read_into_their_final_buffers() {
     let (mut master, mut worker) = pair();
     let mut scratch = vec![0; READ_SIZE];
-    // Returns the length of each read in bytes, and whether the read filled its buffer.
+    // Sends a message. Returns each read's length in bytes, and whether the read filled its buffer.
     let mut read = |length: usize| {
         master.send(&vec![7; length], Vec::new(), None).unwrap();
         let mut reads = Vec::new();
