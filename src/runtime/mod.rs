@@ -1,7 +1,7 @@
 //! Contains the event loop of both roles, with a poller, timers, signals, watched descriptors and
 //! lists of callbacks.
 //!
-//! These modules do not depend on workers, listeners or frames.
+//! The modules do not depend on workers, listeners or frames.
 
 pub(crate) mod backoff;
 pub(crate) mod callback_methods;

@@ -46,7 +46,7 @@ pub(crate) struct Flush {
 #[derive(Debug)]
 pub(crate) enum AfterFlush {
     Nothing,
-    /// Flush again after the back-off delay, and report the error, if any.
+    /// Retry after the back-off delay, and report the error, if any.
     BackOff(Option<Error>),
     /// Close the channel.
     Close(io::Error),

@@ -1,5 +1,5 @@
-//! Encodes and decodes the frames that a master and its workers exchange. The module is pure: it
-//! uses no socket and no clock.
+//! Encodes and decodes the frames that a master and its workers exchange. The module is pure,
+//! because it uses neither a socket nor a clock.
 //!
 //! ```text
 //!    0       1       2       3       4       5       6       7
@@ -197,8 +197,7 @@ pub(crate) enum ToWorker {
         /// other worker can serve them.
         drain: bool,
     },
-    /// Requests that the worker disconnects once all its listeners and their connections are
-    /// closed.
+    /// Requests that the worker disconnect once all its listeners and their connections are closed.
     Disconnect,
     Message(Vec<u8>),
 }
@@ -273,7 +272,8 @@ pub(crate) trait Frame: Sized {
     fn message(body: Vec<u8>) -> Self;
 }
 
-/// A header with a supported version, whose numbers are within the limits. Its kind is not checked.
+/// A header with a supported version, whose numbers are within the limits. The header's kind may be
+/// unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) length: usize,

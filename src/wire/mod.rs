@@ -1,7 +1,7 @@
-//! Exchanges bytes and descriptors between two processes: the frames, the channel that carries
-//! them, and the parts of the shells that both roles share.
+//! Exchanges bytes and descriptors between two processes. The modules define the frames, the
+//! channel that carries frames, and the channel code that the shells of both roles share.
 //!
-//! These modules do not depend on what a frame means to the master or to a worker.
+//! The modules do not depend on what a frame means to the master or to a worker.
 
 pub(crate) mod channel;
 pub(crate) mod driver;

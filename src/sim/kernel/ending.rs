@@ -66,8 +66,8 @@ impl World {
         assert!(is_done(self), "it never ends: {:?}", self.master);
     }
 
-    /// Runs one round of a worker. Its application serves its connections, and returns from `main`
-    /// when nothing is left to serve.
+    /// Runs one round of a worker. The worker's application serves its connections, and returns
+    /// from `main` when nothing is left to serve.
     fn serve(&mut self, worker: WorkerId) {
         for _ in 0..8 {
             self.worker_step(worker, 0);

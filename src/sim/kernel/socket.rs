@@ -118,8 +118,8 @@ pub(crate) struct Queue {
     pub(crate) is_shut: bool,
 }
 
-/// Returns the endpoint for `number`. The endpoint's form depends on `number` modulo 8. Its port,
-/// path or descriptor depends on `number` divided by 8.
+/// Returns the endpoint for `number`. The endpoint's form depends on `number` modulo 8. The
+/// endpoint's port, path or descriptor depends on `number` divided by 8.
 pub(crate) fn endpoint(number: u32) -> Endpoint {
     let port = u16::try_from(number / 8).unwrap_or(u16::MAX);
     let ip = Place::Ip(SocketAddr::from(([127, 0, 0, 1], port)));

@@ -59,8 +59,8 @@ pub(super) enum StepKind {
     EndDetached,
 }
 
-/// One thing that happens. `process` and `choice` select among the existing items, modulo the
-/// number of items, so that every list of steps is valid.
+/// A step of a schedule. `process` and `choice` select among the existing items, modulo the number
+/// of items, so that every list of steps is valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Step {
     pub(super) kind: StepKind,

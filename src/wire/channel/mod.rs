@@ -62,8 +62,8 @@ const HARD_LIMIT: usize = 8 << 20;
 /// The number of unwritten bytes above which the peer is disconnected.
 ///
 /// Only protocol frames can exceed `HARD_LIMIT`, and each frame from the peer causes only a few
-/// protocol frames. 1 MiB holds more than 20,000 protocol frames, and a well-behaved peer never
-/// leaves this number of frames unread.
+/// protocol frames. A space of 1 MiB holds more than 20,000 protocol frames. A well-behaved peer
+/// never leaves this number of frames unread.
 const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
 /// The number of unwritten protocol frames with a descriptor above which the peer is disconnected.
 ///
@@ -82,8 +82,8 @@ const RETRY: usize = 4 << 10;
 pub(crate) enum Flushed {
     /// The channel has written all bytes that the socket accepts. The poller reports new capacity.
     Done,
-    /// The system lacks memory or descriptors. Flush again after the back-off delay. The error is
-    /// `Some` for the first failure of a series only.
+    /// The system lacks memory or descriptors. Retry after the back-off delay. The error is `Some`
+    /// for the first failure of a series only.
     Exhausted(Option<io::Error>),
 }
 
@@ -129,7 +129,7 @@ enum Capacity {
     Full {
         retry_above: usize,
     },
-    /// The system lacks memory or descriptors. The channel's owner flushes again after the back-off
+    /// The system lacks memory or descriptors. The channel's owner retries after the back-off
     /// delay.
     Exhausted,
 }
@@ -343,8 +343,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.shut_down();
         }
         let is_queued = !self.outbox.is_empty();
-        // A socket that was full is likely to fill up again soon. Keep watching for capacity until
-        // the poller has once reported it while nothing was queued.
+        // A socket that was full is likely to fill up soon. Keep watching for capacity until the
+        // poller has once reported it while nothing was queued.
         if is_queued || had_nothing_queued {
             self.watch_writable(is_queued)?;
         }
@@ -391,7 +391,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         };
     }
 
-    /// Lets the next `flush` write again, because the socket may have capacity.
+    /// Lets the next `flush` write, because the socket may have capacity again.
     pub(crate) fn retry_write(&mut self) {
         if let Capacity::Full { .. } = self.capacity {
             self.capacity = Capacity::Available;
