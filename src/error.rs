@@ -1,4 +1,4 @@
-//! The error type, and the reason why a message was not sent.
+//! The error type of this crate, and the reasons why a message was not sent.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -9,18 +9,19 @@ use crate::types::fork_step::ForkStep;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, MAX_BODY, MAX_FDS};
 
-/// The result of the fallible functions of this crate.
+/// The result type of this crate's fallible functions.
 ///
 /// See [`Error`] for an example.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// The error of this crate: it says what failed, on what, and why.
+/// The error type of this crate. Each error says what failed, on what, and why.
 ///
-/// Node: the `Error` objects with a `code`; the system's number is returned by
-/// [`raw_os_error`](Self::raw_os_error). The text of an error contains its reason. Therefore
-/// [`source`](std::error::Error::source) is `None`, and programs that print the chain of sources print
-/// the reason once. An event of the normal life of a cluster, such as the exit of a worker, is
-/// not an error.
+/// Node: the `Error` objects with a `code`.
+///
+/// An error's text contains its reason. Therefore [`source`](std::error::Error::source) is `None`,
+/// and programs that print the chain of sources print the reason once.
+/// [`raw_os_error`](Self::raw_os_error) returns the system's error number. An event of a cluster's
+/// normal life, such as the exit of a worker, is not an error.
 ///
 /// ```no_run
 /// use cluster::Error;
@@ -43,17 +44,18 @@ pub enum Error {
     Environment {
         /// The variable's name.
         variable: &'static str,
-        /// Its value, made printable.
+        /// The variable's value, made printable.
         value: String,
         /// A description of the valid values.
         expected: &'static str,
     },
-    /// A descriptor that was passed to this process is of another kind than the application expects.
+    /// A descriptor that was passed to this process is not of the kind that the application
+    /// expects.
     #[non_exhaustive]
     Descriptor {
-        /// Its number, as it was passed.
+        /// The descriptor's number in this process.
         number: RawFd,
-        /// Its name, if it was passed with one.
+        /// The descriptor's name, if the sender named it.
         name: Option<String>,
         /// The kind of the descriptor.
         found: &'static str,
@@ -64,22 +66,24 @@ pub enum Error {
     AlreadyInitialized,
     /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
     PolicyFrozen,
-    /// A callback called `run`, `dispatch` or `accept` while one of these was calling it.
+    /// A callback called `run`, `dispatch` or `accept` while one of these methods was running that
+    /// callback.
     AlreadyRunning,
-    /// A process used a handle that it did not create: a child that the application forked, or a worker
-    /// that executes no program ([`Settings::main`](crate::Settings::main)). The call had no effect.
+    /// The process used a handle that another process created. The process is a child that the
+    /// application forked, or a worker that executes no program
+    /// ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
     /// A worker could not be started.
     #[non_exhaustive]
     Fork {
-        /// The program of the worker.
+        /// The worker's program.
         program: PathBuf,
         /// The step that failed.
         step: ForkStep,
         /// The system's reason.
         reason: io::Error,
     },
-    /// A worker, or the master, could not listen.
+    /// A worker or the master could not listen.
     #[non_exhaustive]
     Listen {
         /// The address as the application gave it.
@@ -95,76 +99,77 @@ pub enum Error {
         /// The system's reason, for instance that the address is in use.
         reason: io::Error,
     },
-    /// The master could not accept a connection. It tries again after 100 ms.
+    /// The master could not accept a connection. The master tries again after 100 ms.
     #[non_exhaustive]
     Accept {
-        /// The address of the listener.
+        /// The listener's address.
         address: String,
         /// The system's reason, for instance too many open files.
         reason: io::Error,
     },
-    /// Another process shut a listener down: a worker with the shared or sharded policy, or an owner
-    /// outside the cluster. The system does not tell which one.
+    /// Another process shut a listener down. The process is a worker with the shared or sharded
+    /// policy, or an owner outside the cluster; the system does not tell which one.
     ///
-    /// Connections that waited to be accepted are lost. The master makes a TCP listener listen again at
-    /// once, and tries again after 100 ms if that fails. A Unix listener never listens again.
-    /// A listener that the application named by its descriptor stays shut down, because the application
-    /// may have shut it down.
+    /// Connections in the listener's backlog are lost. The master makes a TCP listener listen again
+    /// at once, and tries again after 100 ms if that fails. A Unix listener cannot listen again. A
+    /// listener that the application passed by its descriptor stays shut down, because the
+    /// application may have shut it down itself.
     #[non_exhaustive]
     ShutDown {
-        /// The address of the listener.
+        /// The listener's address.
         address: String,
-        /// Whether it listens again, or the system's reason why it does not.
+        /// `Ok` if the listener listens again, or the system's reason why it does not.
         outcome: std::result::Result<(), io::Error>,
     },
-    /// Connections to a sharded listener reached no worker, and were reset: a worker has changed the
-    /// selection among the shards. The system does not tell which worker. The selection has been
-    /// restored.
+    /// Connections to a sharded listener reached no worker and were reset, because a worker had
+    /// changed the selection among the shards. The system does not tell which worker. The master
+    /// has restored the selection.
     #[non_exhaustive]
     Misdirected {
-        /// The address of the listener.
+        /// The listener's address.
         address: String,
-        /// How many connections were reset.
+        /// The number of connections that were reset.
         count: u64,
     },
     /// A message could not be sent.
     #[non_exhaustive]
     Send {
-        /// The receiver; `None` in a worker, where the receiver is the master.
+        /// The receiver. `None` in a worker, where the receiver is the master.
         worker: Option<WorkerId>,
-        /// Why the message was not sent.
+        /// The reason why the message was not sent.
         reason: SendError,
     },
-    /// The other side sent bytes that the protocol does not allow. It was disconnected; a worker was also
-    /// killed.
+    /// The peer sent bytes that the protocol does not allow. This process closed the channel; a
+    /// master also killed the worker.
     #[non_exhaustive]
     Frame {
-        /// The sender; `None` in a worker, where the sender is the master.
+        /// The sender. `None` in a worker, where the sender is the master.
         worker: Option<WorkerId>,
         /// The fault in the frame.
         reason: FrameError,
     },
-    /// The channel to this worker failed; the worker was disconnected.
+    /// The channel to the peer failed. The worker is now disconnected.
     #[non_exhaustive]
     Channel {
-        /// The worker; `None` in a worker, where it is the channel to the master.
+        /// The worker whose channel failed. `None` in a worker, where the peer is the master.
         worker: Option<WorkerId>,
         /// The system's reason.
         reason: io::Error,
     },
-    /// The system has no resources for the channel to this worker. The channel stays open.
+    /// The system lacked resources for the channel to the peer. The channel stays open.
     ///
-    /// Outgoing frames wait, and are tried again every 100 ms. Of what was received, descriptors are lost:
-    /// a message arrives without them, and a connection goes to another worker.
+    /// Outgoing frames wait, and the process retries them every 100 ms. Descriptors that arrived
+    /// are lost: a message is delivered without its descriptors, and a connection goes to another
+    /// worker.
     #[non_exhaustive]
     Exhausted {
-        /// The worker; `None` in a worker, where it is the channel to the master.
+        /// The worker at the other end. `None` in a worker, where the peer is the master.
         worker: Option<WorkerId>,
-        /// The system's reason, for instance too many open files, or too many descriptors in flight.
+        /// The system's reason, for instance too many open files or too many descriptors in flight.
         reason: io::Error,
     },
-    /// The exit status of this worker is unknown, because other code in this process waited for it.
-    /// Its `exit` event reports code 255.
+    /// The worker's exit status is unknown, because other code in this process waited for it. The
+    /// worker's `exit` event reports code 255.
     #[non_exhaustive]
     ExitStatus {
         /// The worker.
@@ -175,14 +180,14 @@ pub enum Error {
     /// Another system call failed.
     #[non_exhaustive]
     Io {
-        /// The attempt, as a verb phrase.
+        /// The attempt that failed, as a verb phrase.
         attempt: &'static str,
         /// The system's reason.
         reason: io::Error,
     },
 }
 
-/// Why a message was not sent.
+/// The reason why a message was not sent.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) {
@@ -198,7 +203,7 @@ pub enum Error {
 pub enum SendError {
     /// The channel is closed.
     ChannelClosed,
-    /// With this message, more than 8 MiB would be waiting to be sent.
+    /// More than 8 MiB would be waiting to be sent if this message were added.
     QueueFull,
     /// The message is longer than 1 MiB.
     TooLong,
@@ -221,9 +226,9 @@ impl std::fmt::Display for SendError {
 
 impl std::error::Error for SendError {}
 
-/// The error of `watch`, with the source that cannot be watched.
+/// The error of `watch`, which contains the source that cannot be watched.
 ///
-/// The operator `?` converts it into an [`Error`], and drops the source.
+/// The operator `?` converts this error into an [`Error`] and drops the source.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master, file: std::fs::File) {
@@ -246,9 +251,11 @@ impl<S> WatchError<S> {
         Self { source, error }
     }
 
-    /// Returns the reason.
+    /// Returns the reason why the source cannot be watched.
     ///
-    /// Node has no counterpart. See [`WatchError`] for an example of its text.
+    /// Node has no counterpart.
+    ///
+    /// See [`WatchError`] for an example, which prints the reason.
     #[must_use]
     pub fn error(&self) -> &Error {
         &self.error
@@ -256,7 +263,9 @@ impl<S> WatchError<S> {
 
     /// Returns the source that was passed to `watch`.
     ///
-    /// Node has no counterpart. See [`WatchError`] for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`WatchError`] for an example.
     #[must_use]
     pub fn into_source(self) -> S {
         self.source
@@ -286,16 +295,19 @@ impl<S> From<WatchError<S>> for Error {
 }
 
 impl Error {
-    /// This process has no free descriptor number for descriptors that arrived.
+    /// Returns the error for descriptors that arrived while this process had no free descriptor for
+    /// them.
     pub(crate) fn no_descriptors(worker: Option<WorkerId>) -> Self {
         let reason = io::Error::from_raw_os_error(errno::EMFILE);
         Self::Exhausted { worker, reason }
     }
 
-    /// Returns a function that makes an [`Error::Io`] from the system's reason, for
+    /// Returns a function that makes an [`Error::Io`] from the system's reason, for use with
     /// [`map_err`](std::result::Result::map_err).
     ///
-    /// Node has no counterpart. It is for code that extends the cluster, such as a supervisor.
+    /// Node has no counterpart.
+    ///
+    /// Use it in code that extends the cluster, such as a supervisor.
     ///
     /// ```
     /// use cluster::Error;
@@ -307,7 +319,7 @@ impl Error {
         move |reason| Self::Io { attempt, reason }
     }
 
-    /// Returns the system's error number, if a system call failed.
+    /// Returns the system's error number if a system call failed, and `None` for other errors.
     ///
     /// Node: `error.errno`.
     ///
@@ -340,7 +352,8 @@ impl Error {
     }
 }
 
-/// Prints as "worker 3", or as "the master" without a worker.
+/// The other end of a channel. Displayed as "worker 3", or as "the master" if there is no worker
+/// id.
 struct Peer(Option<WorkerId>);
 
 impl std::fmt::Display for Peer {

@@ -13,7 +13,6 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{FrameError, PREAMBLE_LENGTH, VERSION, preamble, preamble_version};
 use crate::worker::Worker;
 
-// The values of `ROLE`.
 const UNKNOWN: u8 = 0;
 const MASTER: u8 = 1;
 const WORKER: u8 = 2;
@@ -22,53 +21,63 @@ static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
 
 /// The role of this process in its cluster.
 ///
-/// Node: `cluster.isMaster` and `cluster.isWorker`. See [`init`] for an example.
+/// Node: `cluster.isMaster` and `cluster.isWorker`.
 ///
-/// Both handles are used only on the thread that called `init`; see [`Master`] and [`Worker`].
+/// Use the contained handle only on the thread that called [`init`]. See [`init`] for an example.
 #[doc(alias = "isMaster")]
 #[doc(alias = "isPrimary")]
 #[doc(alias = "isWorker")]
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "a process has one value")]
 pub enum Role {
-    /// The process that forks workers. Newer versions of Node say *primary*.
+    /// The process that forks workers. Newer versions of Node call it the *primary*.
     Master(Master),
     /// A process that a master forked.
     Worker(Worker),
 }
 
-/// Determines what this process is, and returns the handle of its role.
+/// Determines the role of this process, and returns the handle for that role.
 ///
-/// Node: loading the module, with `cluster.isMaster`. Call it once, early in `main`, before anything that
-/// a worker must not do. In a worker, the call makes the master emit the `online` event.
+/// Node: loading the `cluster` module.
 ///
-/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. `init` leaves the variables in the
-/// environment. Programs that a worker starts inherit them, but have another process id and are therefore
-/// masters. So is a program that a forking wrapper separates from its master, such as
-/// `sh -c 'program; true'`. If that master starts such a wrapper as well, `init` fails in the program behind
-/// it, because otherwise masters would start masters without end. A wrapper that executes the program in
-/// its own place, such as `env`, `nice` or `sh -c 'exec program'`, changes nothing. A worker that executes
-/// its own program once more gets an error, because it has lost its channel.
+/// Call `init` once, early in `main`, before any code that a worker must not run. In a worker, the
+/// call makes the master emit the `online` event.
 ///
-/// On Linux, a worker is killed when its master exits. For a program with file capabilities or a
-/// set-user-ID bit, `execve` clears the request for that signal, and `init` makes it again (prctl(2),
-/// `PR_SET_PDEATHSIG`). If the master exited before, `accept` and [`run`](Worker::run) return at once.
+/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. `init` leaves the variables
+/// in the environment. Programs that a worker starts inherit the variables, but have other process
+/// ids and are therefore masters.
 ///
-/// A child that the application forks, and that executes no program, has copies of all handles. It may drop
-/// them, which closes its copies of their descriptors and has no other effect. Methods that would reach
-/// the master, a worker, a waiting client, or the loop return [`Error::ForeignProcess`] there, or do
-/// nothing if they return no [`Result`]. The child may read and write a
-/// [`Connection`](crate::Connection), and [`UdpSocket::send_to`](crate::UdpSocket::send_to) sends.
+/// A program is also a master if a forking wrapper, such as `sh -c 'program; true'`, separates it
+/// from its own master. If that program starts its workers through a forking wrapper too, `init`
+/// fails in the program behind that wrapper, because masters would otherwise start masters without
+/// end. A wrapper that executes the program in its own place, such as `env`, `nice` or `sh -c 'exec
+/// program'`, changes nothing. If a worker executes its own program once more, `init` fails,
+/// because the process has lost its channel.
+///
+/// On Linux, the kernel kills a worker when its master exits. For a program with file capabilities
+/// or a set-user-ID bit, `execve` clears the request for that signal, so `init` repeats the request
+/// (prctl(2), `PR_SET_PDEATHSIG`). If the master has already exited, `accept` and
+/// [`run`](Worker::run) return at once.
+///
+/// If the application forks a child that executes no program, the child has copies of all handles.
+/// The child may drop these copies, which only closes its copies of the descriptors. Methods that
+/// would reach the master, a worker, a waiting client, or the loop return [`Error::ForeignProcess`]
+/// in the child. If such a method returns no [`Result`], the call has no effect. The child may read
+/// and write a [`Connection`](crate::Connection) and call
+/// [`UdpSocket::send_to`](crate::UdpSocket::send_to).
 ///
 /// # Errors
 ///
-/// - [`Error::AlreadyInitialized`] at the second call;
-/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is not a
-///   [`SchedulingPolicy`]; if `CLUSTER_WORKER_PID` is not a value that a master
-///   sets; if, in the process that it names, `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
-///   `CLUSTER_INSPECT_PORT` is not; or if wrappers have forked both this program and its master's.
-///   A descriptor that is not a channel to a master stays unchanged;
-/// - [`Error::Frame`] if the master was built with another version of this crate;
+/// Returns:
+///
+/// - [`Error::AlreadyInitialized`] if `init` has already been called in this process;
+/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is not a [`SchedulingPolicy`], or if
+///   `CLUSTER_WORKER_PID` is not a value that a master sets;
+/// - [`Error::Environment`] in a worker if `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
+///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. A descriptor that is not a channel
+///   to a master stays unchanged;
+/// - [`Error::Environment`] if wrappers have forked both this program and its master's program;
+/// - [`Error::Frame`] if the master was built with a version of this crate that has another protocol;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
 /// ```no_run
@@ -114,20 +123,23 @@ pub fn init() -> Result<Role> {
     }
 }
 
-/// Makes this process a worker: a child that its master forked and that executes no program.
+/// Makes this process a worker. The process is a child that its master forked and that executes no
+/// program.
 fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
     ROLE.store(WORKER, Ordering::SeqCst);
     Worker::new(id, port, channel(id, number)?)
 }
 
-/// The first bytes in a socket, if it contains a complete preamble.
+/// Returns the first bytes in a socket if they are a complete preamble, and leaves them in the
+/// socket.
 fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
     let mut found = [0; PREAMBLE_LENGTH];
     let read = sys::fd::peek(number, &mut found);
     matches!(read, Ok(PREAMBLE_LENGTH)).then_some(found)
 }
 
-/// Takes ownership of the channel, if its preamble proves that it is one.
+/// Takes ownership of the channel if the socket contains the preamble that the master sends to this
+/// worker.
 fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
@@ -148,20 +160,23 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     }
 }
 
-/// The role that the environment gives to this process.
+/// The role that the environment assigns to this process.
 enum Identity {
     Master,
-    /// The process has inherited the channel of a worker, which is its wrapper.
+    /// A master whose wrapper was started as a worker: the process has inherited that worker's
+    /// channel.
     WrappedMaster,
-    /// `number` is the channel's descriptor.
+    /// A worker, with the descriptor of its channel.
     Worker {
         id: WorkerId,
         number: RawFd,
     },
 }
 
-/// Reads the variables that a master sets. They are for the process that `CLUSTER_WORKER_PID` names. The
-/// programs that this process starts inherit them.
+/// Reads the variables that a master sets, and returns the role of this process.
+///
+/// The variables apply only to the process that `CLUSTER_WORKER_PID` names. Programs that this
+/// process starts inherit the variables and must not act on them.
 fn identity() -> Result<Identity> {
     let number = |variable| {
         let value = std::env::var_os(variable).unwrap_or_default();
@@ -179,15 +194,16 @@ fn identity() -> Result<Identity> {
         return Ok(Identity::Master);
     }
     let pid = number(WORKER_PID)?;
-    // A number that no descriptor can have becomes one that is not open.
+    // A value that is too large for a descriptor becomes the number of one that is not open, so the
+    // later checks fail.
     let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
     if pid == std::process::id() {
         let id = WorkerId::new(number(UNIQUE_ID)?);
         let number = descriptor(number(CHANNEL_FD)?);
         return Ok(Identity::Worker { id, number });
     }
-    // In `init`, a worker reads the preamble and makes the channel close-on-exec. So a program that
-    // finds a preamble was started before its wrapper called `init`.
+    // `init` in a worker reads the preamble and makes the channel close-on-exec. A program that
+    // still finds a preamble was therefore started before its wrapper called `init`.
     let (Ok(id), Ok(channel)) = (number(UNIQUE_ID), number(CHANNEL_FD)) else {
         return Ok(Identity::Master);
     };
@@ -232,10 +248,12 @@ fn policy() -> Result<SchedulingPolicy> {
     })
 }
 
-/// Returns whether this process is a master, which it is unless a master forked it.
+/// Returns whether this process is a master, which is true of every process that no master forked.
 ///
-/// Node: `cluster.isMaster`. It can be called at any time, also before [`init`]. A child that the
-/// application forks inherits the result.
+/// Node: `cluster.isMaster`.
+///
+/// The function can be called at any time, even before [`init`]. A child that the application forks
+/// inherits the result.
 ///
 /// ```
 /// assert!(cluster::is_master());
@@ -249,8 +267,10 @@ pub fn is_master() -> bool {
 
 /// Returns whether this process was forked by a master.
 ///
-/// Node: `cluster.isWorker`. It can be called at any time, also before [`init`]. A child that the
-/// application forks inherits the result.
+/// Node: `cluster.isWorker`.
+///
+/// The function can be called at any time, even before [`init`]. A child that the application forks
+/// inherits the result.
 ///
 /// ```
 /// assert!(!cluster::is_worker());
@@ -264,10 +284,12 @@ pub fn is_worker() -> bool {
     }
 }
 
-/// Returns how many workers can run in parallel: the number of cores that this process may use, at
-/// least 1.
+/// Returns the number of cores that this process may use, which is the number of workers that can
+/// run in parallel. The result is at least 1.
 ///
-/// Node: `os.cpus().length`. It can be called at any time.
+/// Node: `os.cpus().length`.
+///
+/// The function can be called at any time.
 ///
 /// ```
 /// assert!(cluster::available_parallelism() >= 1);

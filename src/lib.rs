@@ -1,10 +1,10 @@
 #![doc = include_str!("../README.md")]
 
-// To find your way: `core` decides (its `mod.rs` and those of its folders say what), `master` and `worker`
-// are the public API and carry decisions out, `wire` is what travels between processes, `sys` makes the
-// system calls.
+// Where to start: `core` makes the decisions, and each `mod.rs` in it describes one of them.
+// `master` and `worker` are the public API and carry the decisions out. `wire` defines the protocol
+// between the processes. `sys` makes the system calls.
 
-// The pool uses the public API by the same paths as an application does.
+// `pool` names the public API by the paths that an application uses (`cluster::…`).
 extern crate self as cluster;
 
 mod config;
@@ -58,7 +58,8 @@ pub use worker::listener::{Incoming, Listener};
 pub use worker::own_process::OwnProcess;
 pub use worker::udp_socket::UdpSocket;
 
-/// Makes an id for the unit tests of the pool, which uses the public API only.
+/// Returns a worker id for the unit tests of the pool, which cannot construct one by the public
+/// API.
 #[cfg(test)]
 fn worker_id(number: u32) -> WorkerId {
     WorkerId::new(number)

@@ -1,10 +1,11 @@
-//! The master's role: its public handles, and the shell that carries out what its core decides.
+//! The master's role: its public handles, and the shell that carries out the core's decisions.
 //!
-//! Decisions belong to `core::master`, system calls to `sys`. The public methods are here by subject:
-//! `callbacks` adds and removes callbacks, `event_loop` runs the loop and delivers events.
+//! Decisions belong to `core::master`, and system calls to `sys`. The master's public methods are
+//! spread over three files: `callbacks` adds and removes callbacks, `event_loop` runs the loop and
+//! delivers events, and this file has the others.
 //!
-//! `master` and `worker_process` refer to each other: callbacks get both, and the master makes the
-//! handles of workers.
+//! `master` and `worker_process` refer to each other, because callbacks receive both handles and
+//! the master makes the workers' handles.
 
 pub(crate) mod callbacks;
 mod event_loop;
@@ -43,18 +44,20 @@ use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
 use crate::worker::Worker;
 
-/// The process that forks workers, supervises them and shares its ports with them.
+/// The process that forks workers, supervises them, and shares its ports with them.
 ///
-/// Node: `cluster` where `cluster.isMaster` is true. It comes from [`init`](crate::init()). All
-/// methods can be called at any time, also by callbacks, unless they say otherwise. Callbacks are
-/// called by [`run`](Self::run) and [`dispatch`](Self::dispatch) and never inside another call.
+/// Node: `cluster` in a process where `cluster.isMaster` is true.
 ///
-/// When the master is dropped, the channels to its workers close, and the workers exit. Their processes are
-/// not waited for then, and stay zombies as long as this process lives. Let [`run`](Self::run) return
-/// first.
+/// [`init`](crate::init()) returns the master. All methods can be called at any time, even by
+/// callbacks, unless their description says otherwise. Callbacks run only in [`run`](Self::run) and
+/// [`dispatch`](Self::dispatch), never inside another call.
 ///
-/// A master is not `Send`: it stays on the thread that called `init`. Another thread sends its result
-/// through a pipe or socket that the master [`watch`](Self::watch)es.
+/// When the master is dropped, the channels to its workers close and the workers exit. A dropped
+/// master does not wait for the workers' processes, so they stay zombies until the master's process
+/// exits. To avoid zombies, let [`run`](Self::run) return before you drop the master.
+///
+/// A master is not `Send`: it stays on the thread that called `init`. Another thread can send its
+/// result through a pipe or socket that the master [`watch`](Self::watch)es.
 ///
 /// ```no_run
 /// use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
@@ -103,27 +106,29 @@ pub struct Master {
     event_loop: EventLoop<Self>,
     callbacks: MasterCallbacks,
     scheduler: RefCell<Option<Shared<Scheduler>>>,
-    /// The callbacks of the workers and detached processes that have not exited.
+    /// The callbacks of each worker and detached process whose last event has not been delivered.
     worker_callbacks: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     launch: Launch,
-    /// The handler of SIGCHLD, where the kernel has no descriptors for processes.
+    /// The handler of SIGCHLD. `None` if every worker has a process descriptor, or if there is no
+    /// worker yet.
     child_signal: RefCell<Option<InstalledHandler>>,
-    /// A worker may have exited before the handler of SIGCHLD was installed.
+    /// Whether a worker may have exited since the last check, for instance before the handler of
+    /// SIGCHLD was installed.
     reap: Cell<bool>,
-    /// When the workers whose exit nothing reports were last checked.
+    /// The time of the last check of the workers whose exit is not reported by the system.
     last_exit_check: Cell<Instant>,
     logs_events: bool,
 }
 
-/// The parts of `init` that starting a worker needs. They are passed in, so that the master does not depend
-/// on `init`.
+/// The inputs from `init` that are needed to start a worker. `init` passes them in, so the master
+/// does not depend on `init`.
 #[derive(Clone, Copy)]
 pub(crate) struct Launch {
-    /// Makes the calling process, a copy of the master, a worker: with its id, its inspect port, and the
-    /// descriptor of its channel.
+    /// Makes the calling process, which is a copy of the master, a worker. The arguments are the
+    /// worker's id, its inspect port, and its channel's descriptor.
     pub(crate) become_worker: fn(WorkerId, Option<u16>, RawFd) -> Result<Worker>,
-    /// Whether programs are marked with `CLUSTER_WRAPPED`.
+    /// Whether workers' programs are marked with `CLUSTER_WRAPPED`.
     pub(crate) marks_wrapped: bool,
 }
 
@@ -156,22 +161,29 @@ impl Master {
         })
     }
 
-    /// Starts a worker. It executes the program of [`settings`](Self::settings), or runs their
-    /// [`main`](Settings::main) in a copy of this process.
+    /// Starts a worker. The worker executes the program of [`settings`](Self::settings), or runs
+    /// the closure of [`main`](Settings::main) in a copy of this process.
     ///
-    /// Node: `cluster.fork()`. The worker inherits the master's environment, without the variables that
-    /// [`systemd`](crate::systemd) addresses to the master alone. When the call returns, the worker is in
-    /// [`workers`](Self::workers); the events `setup` and `fork` are emitted in the next iteration of the
-    /// loop. The calling thread waits until the program has been executed, or `main` is about to be called.
+    /// Node: `cluster.fork()`.
+    ///
+    /// The worker inherits the master's environment, except the variables that
+    /// [`systemd`](crate::systemd) sets for the master only. When the call returns,
+    /// [`workers`](Self::workers) contains the worker. The events `setup` and `fork` are emitted in
+    /// the next iteration of the loop. The calling thread waits until the program has been
+    /// executed, or until `main` is about to be called.
     ///
     /// # Errors
     ///
-    /// [`Error::Fork`] if the program cannot be executed, if the system has no process or descriptor left,
-    /// if it refuses the worker its directory, user or group, or if the settings contradict each other
-    /// ([`Settings::listen_fds`]). With [`uid`](Settings::uid) or [`gid`](Settings::gid) it also fails if
-    /// the worker has not executed its program within one second, for instance because another process of
-    /// its user has stopped it. The worker is then killed, and the kind of the reason is
-    /// [`TimedOut`](std::io::ErrorKind::TimedOut).
+    /// Returns [`Error::Fork`] if:
+    ///
+    /// - the program cannot be executed;
+    /// - the system has no process or descriptor left;
+    /// - the system denies the worker its directory, user or group;
+    /// - the settings contradict each other ([`Settings::listen_fds`]);
+    /// - with [`uid`](Settings::uid) or [`gid`](Settings::gid), the worker has not executed its
+    ///   program within one second, for instance because another process of its user has stopped
+    ///   it. The master then kills the worker, and the reason's kind is
+    ///   [`TimedOut`](std::io::ErrorKind::TimedOut).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -185,13 +197,16 @@ impl Master {
 
     /// Starts a worker with additional or changed variables in its environment.
     ///
-    /// Node: `cluster.fork(env)`. The master's own environment does not change. See [`fork`](Self::fork)
-    /// for the rest.
+    /// Node: `cluster.fork(env)`.
+    ///
+    /// The master's own environment does not change. Apart from the variables, this method works
+    /// like [`fork`](Self::fork).
     ///
     /// # Errors
     ///
-    /// As [`fork`](Self::fork), and [`Error::Fork`] if a name or value contains a zero byte, or, for
-    /// [`main`](Settings::main), if a name is empty or contains an equals sign.
+    /// Returns the same errors as [`fork`](Self::fork). Also returns [`Error::Fork`] if a name or
+    /// value contains a zero byte, or, with [`main`](Settings::main), if a name is empty or
+    /// contains an equals sign.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -208,17 +223,20 @@ impl Master {
         self.spawn(options)
     }
 
-    /// Starts a worker with the given settings and variables, instead of those of
+    /// Starts a worker with the given settings and variables, instead of the settings of
     /// [`setup_master`](Self::setup_master).
     ///
-    /// Node has no counterpart: there, `setupMaster` is called before and afterwards. A setting that has
-    /// no value has its default; to change one setting, begin with [`settings`](Self::settings). There
-    /// is no event `setup`. If the settings say [`detached`](Settings::detached), the process is not a
-    /// worker, and there is no event `fork` either. See [`fork_with`](Self::fork_with) for the rest.
+    /// Node has no counterpart: in Node, an application calls `setupMaster` before and after the
+    /// fork.
+    ///
+    /// A setting without a value has its default. To change one setting only, begin with
+    /// [`settings`](Self::settings). The call emits no `setup` event. If the settings are
+    /// [`detached`](Settings::detached), the process is not a worker, and the call emits no `fork`
+    /// event either. See [`fork_with`](Self::fork_with) for how the worker starts.
     ///
     /// # Errors
     ///
-    /// As [`fork_with`](Self::fork_with).
+    /// Returns the same errors as [`fork_with`](Self::fork_with).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -257,7 +275,8 @@ impl Master {
         Ok(WorkerProcess::new(&self.shell, worker_io, callbacks))
     }
 
-    /// Makes the loop wake up when any child exits.
+    /// Installs a handler of SIGCHLD, so that the exit of any child wakes up the loop. Also
+    /// requests one check of the workers that may have exited earlier.
     fn watch_children(&self) -> io::Result<()> {
         let mut installed = self.child_signal.borrow_mut();
         if installed.is_none() {
@@ -268,12 +287,14 @@ impl Master {
         Ok(())
     }
 
-    /// Changes what later calls of [`fork`](Self::fork) start. Running workers are not affected.
+    /// Changes the settings with which later calls of [`fork`](Self::fork) start workers. Running
+    /// workers are not affected.
     ///
-    /// Node: `cluster.setupMaster(settings)`. A setting that the argument does not mention keeps its
-    /// value, and gets its default at the first call. A setting that was [`unset`](Settings::unset) gets
-    /// its default again. The event `setup` is emitted in the next iteration of the loop, once for each
-    /// call.
+    /// Node: `cluster.setupMaster(settings)`.
+    ///
+    /// A setting that the argument does not mention keeps its value, or gets its default at the
+    /// first call. A setting that was [`unset`](Settings::unset) gets its default. Each call emits
+    /// one `setup` event in the next iteration of the loop.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -290,15 +311,15 @@ impl Master {
     pub fn setup_master(&self, settings: Settings) {
         let mut current = self.settings();
         current.update(settings);
-        // Dropping a closure may run code of the application that calls this method again.
+        // Drop the previous settings only after the borrow has ended, because dropping a closure
+        // may run code of the application that calls this method again.
         let previous = self.settings.replace(current.complete());
         drop(previous);
         self.shell.core.borrow_mut().setup();
     }
 
-    /// Returns the present settings. They are empty before the first
-    /// [`setup_master`](Self::setup_master) or [`fork`](Self::fork), and have their defaults filled in
-    /// afterwards.
+    /// Returns the current settings. Before the first [`setup_master`](Self::setup_master) or
+    /// [`fork`](Self::fork), they are empty; afterwards, all defaults are filled in.
     ///
     /// Node: `cluster.settings`.
     ///
@@ -312,14 +333,17 @@ impl Master {
         self.settings.borrow().clone()
     }
 
-    /// Sets how connections are distributed, instead of `CLUSTER_SCHED_POLICY` or the default.
+    /// Sets the policy by which connections are distributed. The policy replaces that of
+    /// `CLUSTER_SCHED_POLICY`, or the default.
     ///
-    /// Node: `cluster.schedulingPolicy = …`. Call it before the first [`fork`](Self::fork) and
+    /// Node: `cluster.schedulingPolicy = …`.
+    ///
+    /// Call this method before the first [`fork`](Self::fork) and the first
     /// [`listen`](Self::listen).
     ///
     /// # Errors
     ///
-    /// [`Error::PolicyFrozen`] after the first `fork` or [`listen`](Self::listen).
+    /// Returns [`Error::PolicyFrozen`] after the first `fork` or [`listen`](Self::listen).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -331,20 +355,23 @@ impl Master {
         self.shell.core.borrow_mut().set_policy(policy)
     }
 
-    /// Returns how connections are distributed.
+    /// Returns the policy by which connections are distributed.
     ///
-    /// Node: `cluster.schedulingPolicy`. See
-    /// [`set_scheduling_policy`](Self::set_scheduling_policy) for an example.
+    /// Node: `cluster.schedulingPolicy`.
+    ///
+    /// See [`set_scheduling_policy`](Self::set_scheduling_policy) for an example.
     #[doc(alias = "schedulingPolicy")]
     #[must_use]
     pub fn scheduling_policy(&self) -> SchedulingPolicy {
         self.shell.core.borrow().policy()
     }
 
-    /// Returns the workers in the order of their ids. A worker leaves the table when it has
-    /// disconnected and exited, just before its `exit` event.
+    /// Returns the workers in the order of their ids.
     ///
     /// Node: `cluster.workers`.
+    ///
+    /// A worker is removed from this list after it has disconnected and exited, just before its
+    /// `exit` event.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -359,10 +386,12 @@ impl Master {
         core.worker_ids().filter_map(|id| self.find(id)).collect()
     }
 
-    /// Returns the worker with this id, if it is in the table. The argument is a [`WorkerId`] or a plain
-    /// number, for instance one that came in a message.
+    /// Returns the worker with this id, or `None` if [`workers`](Self::workers) does not contain
+    /// it.
     ///
     /// Node: `cluster.workers[id]`.
+    ///
+    /// The argument is a [`WorkerId`] or a plain number, for instance a number from a message.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, id: cluster::WorkerId) {
@@ -387,28 +416,33 @@ impl Master {
         Some(WorkerProcess::new(&self.shell, worker_io, callbacks))
     }
 
-    /// Opens a listener before the workers do, and retains it: until the returned value is dropped, the
-    /// listener stays open even if no worker has it.
+    /// Opens a listener before the workers do, and retains it. Until the returned value is dropped,
+    /// the listener stays open even if no worker has it.
     ///
-    /// Node has no counterpart: there, a listener closes with its last worker. Workers that request the
-    /// same address get this listener: `worker.listen(0)` gets the free port of `master.listen(0)`. If
-    /// workers already have a listener on the address, the master retains that one. If the master already
-    /// retains it, it does so until both values are dropped.
+    /// Node has no counterpart: in Node, a listener closes with its last worker.
     ///
-    /// The argument can also be a listener, for instance from systemd or from another process that has
-    /// served until now. Workers get it if they request its address. The address of a Unix socket is its
-    /// path. A TCP listener on all addresses is also used for its port alone. The descriptor is set to
-    /// non-blocking mode.
+    /// Workers that request the same address receive this listener. For example, `worker.listen(0)`
+    /// gets the port that the kernel chose for `master.listen(0)`. If workers already have a
+    /// listener on the address, the master retains that listener. If the master already retains it,
+    /// the listener stays open until both values are dropped.
     ///
-    /// The scheduling policy cannot change after this call. See [`MasterListener`] for what a retained
-    /// listener does.
+    /// The argument can also be a listening socket, for instance from systemd or from another
+    /// process that served it until now. Workers receive that socket if they request its address.
+    /// The address of a Unix socket is its path. A TCP listener on all addresses also matches
+    /// requests that name only its port. The call sets the descriptor to non-blocking mode.
+    ///
+    /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
+    /// retained listener behaves.
     ///
     /// # Errors
     ///
-    /// [`Error::Listen`] with the reason if the address is in use, not allowed or cannot be resolved;
-    /// if the options contain [`exclusive`](ListenOptions::exclusive),
-    /// [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are for workers;
-    /// or if the argument is not a stream socket of this kind, or is a Unix socket without a path.
+    /// Returns [`Error::Listen`] if:
+    ///
+    /// - the address is in use, is not allowed, or cannot be resolved;
+    /// - the options contain [`exclusive`](ListenOptions::exclusive),
+    ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
+    ///   workers;
+    /// - the argument is not a stream socket of this kind, or is a Unix socket without a path.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -430,7 +464,7 @@ impl Master {
         }
     }
 
-    /// Opens the first usable one of the addresses that the request stands for.
+    /// Opens a listener on the first usable address of those that the request resolves to.
     fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
         bind_request.check_for_master()?;
         if let Some(socket) = bind_request.take_socket() {
@@ -448,14 +482,17 @@ impl Master {
         Err(last)
     }
 
-    /// Disconnects all workers. When all have exited and all listeners except the retained ones are closed,
-    /// the callbacks of [`on_all_disconnected`](Self::on_all_disconnected) are called.
+    /// Disconnects all workers. When all workers have exited and all listeners except the retained
+    /// ones are closed, the callbacks of [`on_all_disconnected`](Self::on_all_disconnected) are
+    /// called.
     ///
-    /// Node: `cluster.disconnect()`. Connections that have been accepted, or wait in the kernel's backlog,
-    /// are still served. Workers may take any time; [`disconnect_within`](Self::disconnect_within) sets
-    /// a limit. The disconnect also waits for a worker that is forked meanwhile, but nothing requests that
-    /// worker to disconnect. An application that replaces exited workers therefore stops doing so first,
-    /// as the example of [`Master`] does. Callbacks are never called inside this call.
+    /// Node: `cluster.disconnect()`.
+    ///
+    /// The workers still serve connections that have been accepted or wait in the kernel's backlog.
+    /// Serving them may take any time; [`disconnect_within`](Self::disconnect_within) sets a limit.
+    /// If a worker is forked in the meantime, the disconnect also waits for that worker, but does
+    /// not request it to disconnect. Therefore, an application that replaces exited workers stops
+    /// doing so first, like the example of [`Master`]. Callbacks are never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -468,13 +505,15 @@ impl Master {
         self.shell.act();
     }
 
-    /// Disconnects all workers, and kills those that have not exited when `deadline`, counted from now,
-    /// has passed.
+    /// Disconnects all workers, and kills those that have not exited when the time `deadline` has
+    /// passed since the call.
     ///
-    /// Node has no counterpart: there, applications set a timer. Until the deadline, everything is as with
-    /// [`disconnect`](Self::disconnect). At the deadline, every worker that still exists gets SIGKILL,
-    /// which also ends workers that loop or are stopped. That includes workers that were forked
-    /// meanwhile, but not those that are forked later. Of several deadlines, the first one counts. A
+    /// Node has no counterpart: in Node, applications set a timer.
+    ///
+    /// Until the deadline, this method works like [`disconnect`](Self::disconnect). At the
+    /// deadline, the master sends SIGKILL to every worker that still exists, which also ends
+    /// workers that loop or are stopped. That includes workers that were forked before the
+    /// deadline, but not later ones. If several deadlines are set, the earliest one applies. A
     /// deadline cannot be revoked.
     ///
     /// ```no_run
@@ -492,7 +531,7 @@ impl Master {
         self.shell.act();
     }
 
-    /// Returns the counts of accepted connections by outcome.
+    /// Returns the numbers of accepted connections, by outcome.
     ///
     /// Node has no counterpart.
     ///
@@ -509,9 +548,9 @@ impl Master {
     }
 }
 
-/// The distribution of connections.
+// The distribution of connections.
 impl Master {
-    /// Returns how busy workers and listeners are, for monitoring or for a
+    /// Returns the loads of all workers and listeners, for monitoring or for a
     /// [scheduler](Self::set_scheduler).
     ///
     /// Node has no counterpart.
@@ -532,17 +571,20 @@ impl Master {
         self.shell.loads()
     }
 
-    /// Sets a closure that chooses the worker for each connection that the master accepts, instead of
-    /// round robin: by the client's address, for instance, or by the load of the workers.
+    /// Sets a closure that chooses the worker for each connection that the master accepts. The
+    /// closure replaces the round robin; it can choose by the client's address, for instance, or by
+    /// the workers' loads.
     ///
-    /// Node has no counterpart. The closure gets the client's address (`None` for a Unix socket), and the
-    /// loads of the workers that listen, in the order of their ids. A connection waits for the chosen
-    /// worker, however busy that is. If the worker exits before it receives the connection, the closure is
-    /// called again. If the closure returns `None`, or a worker that is not in the list, the connection
-    /// goes to the next worker by round robin.
+    /// Node has no counterpart.
     ///
-    /// The master accepts at most 16 connections ahead for each worker. The method can be called at any
-    /// time; a second closure replaces the first. It has an effect only with
+    /// The closure receives the client's address, which is `None` for a Unix socket, and the loads
+    /// of the listening workers in the order of their ids. A connection waits for the chosen
+    /// worker, even if that worker is busy. If the worker exits before it receives the connection,
+    /// the closure is called again. If the closure returns `None` or a worker that is not in the
+    /// list, the connection goes to the next worker by round robin.
+    ///
+    /// The master accepts at most 16 connections ahead of time for each worker. The method can be
+    /// called at any time; a second closure replaces the first. The closure has an effect only with
     /// [`SchedulingPolicy::RoundRobin`].
     ///
     /// ```no_run
@@ -572,7 +614,8 @@ impl Drop for Master {
         for callbacks in self.worker_callbacks.take().into_values() {
             callbacks.clear();
         }
-        // The application may still have handles of workers, which share the shell.
+        // Close the shell explicitly, because the application may still have workers' handles,
+        // which share the shell.
         self.shell.close();
     }
 }
