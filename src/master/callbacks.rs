@@ -59,25 +59,27 @@ impl WorkerCallbacks {
     }
 }
 
-/// The callbacks of the cluster, except those for signals.
+/// The cluster's callbacks, except those for signals.
 #[derive(Default)]
 pub(super) struct MasterCallbacks {
     pub(super) fork: Callbacks<OnEvent>,
     pub(super) setup: Callbacks<OnSetup>,
     pub(super) all_disconnected: Callbacks<OnAllDisconnected>,
-    /// Callbacks of a finished disconnect that are still to be called. If one of them panics and the
-    /// application goes on, the rest is called later.
+    /// The callbacks of a finished disconnect that have not been called yet. The list lives here so
+    /// that a panic in one callback does not lose the others, if the application continues.
     pub(super) all_disconnected_pending: RefCell<VecDeque<CallbackId>>,
-    /// For the events of all workers.
+    /// The cluster's callbacks for the events of all workers.
     pub(super) workers: WorkerCallbacks,
 }
 
-/// Callbacks. Each method adds one to those that are there, and returns its id for
-/// [`remove_callback`](Master::remove_callback). For every event except `message`, the callbacks of the
-/// worker itself are called before these.
+/// The methods that add and remove callbacks.
+///
+/// Each method adds a callback to the existing ones, and returns its id for
+/// [`remove_callback`](Master::remove_callback). For every event except `message`, the worker's own
+/// callbacks are called before the cluster's callbacks.
 impl Master {
     callback_methods! {
-        /// Calls back when a worker has been forked.
+        /// Calls `callback` when a worker has been forked.
         ///
         /// Node: `cluster.on('fork')`.
         ///
@@ -88,7 +90,7 @@ impl Master {
         /// ```
         on_fork, on_fork_once(master: &Self, worker: &WorkerProcess) of |this| this.callbacks.fork;
 
-        /// Calls back when a worker's program has called [`init`](crate::init()).
+        /// Calls `callback` when a worker's program has called [`init`](crate::init()).
         ///
         /// Node: `cluster.on('online')`.
         ///
@@ -100,7 +102,7 @@ impl Master {
         on_online, on_online_once(master: &Self, worker: &WorkerProcess)
             of |this| this.callbacks.workers.online;
 
-        /// Calls back when a worker listens, once for each of its listeners.
+        /// Calls `callback` when a worker listens, once for each of the worker's listeners.
         ///
         /// Node: `cluster.on('listening')`.
         ///
@@ -114,7 +116,8 @@ impl Master {
         on_listening, on_listening_once(master: &Self, worker: &WorkerProcess, address: &Address)
             of |this| this.callbacks.workers.listening;
 
-        /// Calls back when a message from a worker arrives, before the worker's own callbacks.
+        /// Calls `callback` when a message from a worker arrives, before the worker's own
+        /// callbacks.
         ///
         /// Node: `cluster.on('message')`.
         ///
@@ -128,7 +131,7 @@ impl Master {
         on_message, on_message_once(master: &Self, worker: &WorkerProcess, message: &Message)
             of |this| this.callbacks.workers.message;
 
-        /// Calls back when a worker's channel has closed.
+        /// Calls `callback` when a worker's channel has closed.
         ///
         /// Node: `cluster.on('disconnect')`.
         ///
@@ -140,10 +143,13 @@ impl Master {
         on_disconnect, on_disconnect_once(master: &Self, worker: &WorkerProcess)
             of |this| this.callbacks.workers.disconnect;
 
-        /// Calls back when a worker has exited, with its exit code or the signal that killed it. This is
-        /// the last event of a worker. The process no longer exists, and is no longer in the table.
+        /// Calls `callback` when a worker has exited, with its exit code or the signal that killed
+        /// it.
         ///
         /// Node: `cluster.on('exit')`.
+        ///
+        /// This event is a worker's last one. The process no longer exists, and
+        /// [`workers`](Self::workers) no longer contains the worker.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -156,10 +162,12 @@ impl Master {
         on_exit, on_exit_once(master: &Self, worker: &WorkerProcess, status: ExitStatus)
             of |this| this.callbacks.workers.exit;
 
-        /// Calls back for an error that no call of the application can return. The callback gets the
-        /// worker that the error concerns, or `None` for a listener.
+        /// Calls `callback` for an error that no call of the application can return. The callback
+        /// receives the worker that the error concerns, or `None` if the error concerns no worker.
         ///
-        /// Node: the `error` events. Without a callback, these errors are ignored.
+        /// Node: the `error` events.
+        ///
+        /// Errors are ignored while there is no callback.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -169,10 +177,13 @@ impl Master {
         on_error, on_error_once(master: &Self, worker: Option<&WorkerProcess>, error: &Error)
             of |this| this.callbacks.workers.error;
 
-        /// Calls back for each call of [`setup_master`](Self::setup_master), with the settings as they
-        /// are when the event is delivered. Each [`fork`](Self::fork) implies such a call.
+        /// Calls `callback` for each call of [`setup_master`](Self::setup_master). The callback
+        /// receives the settings that are current when the event is delivered.
         ///
         /// Node: `cluster.on('setup')`.
+        ///
+        /// Each [`fork`](Self::fork) and [`fork_with`](Self::fork_with) implies a call of
+        /// `setup_master`.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -181,12 +192,13 @@ impl Master {
         /// ```
         on_setup, on_setup_once(master: &Self, settings: &Settings) of |this| this.callbacks.setup;
 
-        /// Calls back when a [`disconnect`](Self::disconnect) or
-        /// [`disconnect_within`](Self::disconnect_within) has finished: all workers have exited, and all
-        /// listeners except the retained ones are closed.
+        /// Calls `callback` when a [`disconnect`](Self::disconnect) or
+        /// [`disconnect_within`](Self::disconnect_within) has finished. All workers have then
+        /// exited, and all listeners except the retained ones are closed.
         ///
-        /// Node: the callback of `cluster.disconnect(callback)`. The event is emitted once for calls
-        /// that finish together.
+        /// Node: the callback of `cluster.disconnect(callback)`.
+        ///
+        /// If several calls finish together, the event is emitted once.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -197,16 +209,18 @@ impl Master {
             of |this| this.callbacks.all_disconnected;
     }
 
-    /// Calls back when the process gets `signal`. The callback runs in the loop and not in a signal
-    /// handler.
+    /// Calls `callback` when the process receives `signal`. The callback runs in the loop, not in a
+    /// signal handler.
     ///
-    /// Node: `process.on(signal)`. The signal loses its default effect until the master is dropped. A
-    /// handler that the application installed before still runs. Several signals of one number that
-    /// arrive together may lead to one call.
+    /// Node: `process.on(signal)`.
+    ///
+    /// The signal loses its default effect until the master is dropped. A handler that the
+    /// application installed earlier still runs. If the same signal arrives several times in a
+    /// short period, the callback may be called only once.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the signal cannot be handled, such as `KILL` and `STOP`.
+    /// Returns [`Error::Io`] if the signal cannot be handled, for instance `KILL` or `STOP`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -225,14 +239,14 @@ impl Master {
         self.event_loop.on_signal(signal, callback)
     }
 
-    /// Calls back as [`on_signal`](Self::on_signal) does, but for the next signal only. The signal does
-    /// not get its default effect back afterwards.
+    /// Calls `callback` for the next signal only. Like [`on_signal`](Self::on_signal) in all else,
+    /// it takes the signal's default effect away until the master is dropped.
     ///
     /// Node: `once`.
     ///
     /// # Errors
     ///
-    /// As [`on_signal`](Self::on_signal).
+    /// Returns the same errors as [`on_signal`](Self::on_signal).
     #[doc(alias = "once")]
     pub fn on_signal_once(
         &self,
@@ -242,10 +256,11 @@ impl Master {
         self.event_loop.on_signal_once(signal, callback)
     }
 
-    /// Removes a callback of the cluster, of a worker or for a signal. Nothing happens if it has been
-    /// removed already.
+    /// Removes a callback, whether it was added for the cluster, for a worker, or for a signal.
     ///
     /// Node: `cluster.removeListener()`.
+    ///
+    /// Nothing happens if the callback has already been removed.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -260,7 +275,8 @@ impl Master {
         self.callbacks.setup.remove(id);
         self.callbacks.all_disconnected.remove(id);
         self.callbacks.workers.remove(id);
-        // The table must not be borrowed: dropping a callback may run code that calls this method again.
+        // Release the borrow of the table first, because dropping a callback may run code that
+        // calls this method again.
         let workers: Vec<_> = self
             .worker_callbacks
             .borrow()
@@ -274,34 +290,44 @@ impl Master {
     }
 }
 
-/// Callbacks of this worker alone. For every event except `message`, they are called before those of the
-/// cluster. [`Master::remove_callback`] removes them. They are dropped after the worker's `exit`.
+/// The methods that add callbacks for one worker.
+///
+/// For every event except `message`, these callbacks are called before the cluster's callbacks.
+/// [`Master::remove_callback`] removes them. They are dropped after the worker's `exit` event.
 impl WorkerProcess {
     callback_methods! {
-        /// Calls back when the worker's program has called [`init`](crate::init()).
+        /// Calls `callback` when the worker's program has called [`init`](crate::init()).
         ///
-        /// Node: `worker.on('online')`. See [`Master::on_online`] for an example.
+        /// Node: `worker.on('online')`.
+        ///
+        /// See [`Master::on_online`] for an example.
         on_online, on_online_once(master: &Master, worker: &Self) of |this| this.callbacks().online;
 
-        /// Calls back when the worker listens, once for each of its listeners.
+        /// Calls `callback` when the worker listens, once for each of the worker's listeners.
         ///
-        /// Node: `worker.on('listening')`. See [`Master::on_listening`] for an example.
+        /// Node: `worker.on('listening')`.
+        ///
+        /// See [`Master::on_listening`] for an example.
         on_listening, on_listening_once(master: &Master, worker: &Self, address: &Address)
             of |this| this.callbacks().listening;
 
-        /// Calls back when a message from the worker arrives, after the callbacks of the cluster.
+        /// Calls `callback` when a message from the worker arrives, after the cluster's callbacks.
         ///
-        /// Node: `worker.on('message')`. See [`Master::on_message`] for an example.
+        /// Node: `worker.on('message')`.
+        ///
+        /// See [`Master::on_message`] for an example.
         on_message, on_message_once(master: &Master, worker: &Self, message: &Message)
             of |this| this.callbacks().message;
 
-        /// Calls back when the worker's channel has closed.
+        /// Calls `callback` when the worker's channel has closed.
         ///
-        /// Node: `worker.on('disconnect')`. See [`Master::on_disconnect`] for an example.
+        /// Node: `worker.on('disconnect')`.
+        ///
+        /// See [`Master::on_disconnect`] for an example.
         on_disconnect, on_disconnect_once(master: &Master, worker: &Self)
             of |this| this.callbacks().disconnect;
 
-        /// Calls back when the worker has exited.
+        /// Calls `callback` when the worker has exited.
         ///
         /// Node: `worker.on('exit')`.
         ///
@@ -320,9 +346,12 @@ impl WorkerProcess {
             of |this| this.callbacks().exit;
     }
 
-    /// Calls back for an error that concerns the worker and that no call of the application can return.
+    /// Calls `callback` for an error that concerns the worker and that no call of the application
+    /// can return.
     ///
-    /// Node: `worker.on('error')`. See [`Master::on_error`] for an example.
+    /// Node: `worker.on('error')`.
+    ///
+    /// See [`Master::on_error`] for an example.
     pub fn on_error(&self, callback: impl FnMut(&Master, &Self, &Error) + 'static) -> CallbackId {
         let mut callback = callback;
         let with_worker = move |master: &Master, worker: Option<&Self>, error: &Error| {
@@ -334,7 +363,8 @@ impl WorkerProcess {
         callbacks.add(Rc::new(RefCell::new(with_worker)))
     }
 
-    /// Calls back as [`on_error`](Self::on_error) does, but for the next event only.
+    /// Calls `callback` for the next such error only. See [`on_error`](Self::on_error) for the
+    /// errors.
     ///
     /// Node: `once`.
     #[doc(alias = "once")]

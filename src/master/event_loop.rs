@@ -1,4 +1,4 @@
-//! The loop of the master: timers, the application's own descriptors, and the delivery of events.
+//! The master's loop: timers, the application's descriptors, and the delivery of events.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -19,26 +19,35 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 use crate::wire::receipts::Receipt;
 
-/// How many events are delivered before the loop polls again. Without a limit, a callback for errors
-/// that causes another error each time would keep the loop from everything else. A lower limit costs more
-/// polls in a burst of events.
+/// Maximum number of events that are delivered before the loop polls again.
+///
+/// Without a limit, an `error` callback that causes another error each time would block the loop
+/// forever. A lower limit costs more polls in a burst of events.
 const EVENTS_PER_ITERATION: u32 = 1024;
-/// How often the channel of an exited worker is read before its exit is reported. This is more often
-/// than it takes to empty a socket, so the limit is reached only if children of the worker go on writing.
+/// Maximum number of reads from an exited worker's channel before its exit is reported.
+///
+/// Fewer reads than this empty a socket, so the limit is reached only if children of the worker
+/// continue to write.
 const FINAL_READS_MAX: u32 = 64;
-/// How often to check for exits that nothing reports. A longer interval delays `exit` events; a shorter one
-/// wakes an idle master more often.
+/// Interval between two checks for exits that the system does not report.
+///
+/// A longer interval delays `exit` events; a shorter one wakes an idle master more often.
 const EXIT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// How often one worker's channel is read in one iteration, if each read fills the buffer. More reads
-/// delay the other workers; fewer cost more polls while one worker sends much.
+/// Maximum number of reads from one worker's channel in one iteration, if each read fills the
+/// buffer.
+///
+/// A higher limit delays the other workers. A lower limit costs more polls while one worker sends
+/// many frames.
 const READS_PER_ITERATION: u32 = 4;
-/// How many frames of one worker are processed in one iteration. More frames delay the other workers; with
-/// fewer, a busy worker needs more iterations.
+/// Maximum number of one worker's frames that are processed in one iteration.
+///
+/// A higher limit delays the other workers. With a lower limit, a busy worker needs more
+/// iterations.
 const FRAMES_PER_ITERATION: u32 = 64;
 
-/// The loop: timers, the application's own descriptors, and waiting.
+// Timers, watches, and waiting.
 impl Master {
-    /// Calls back once, after the time `after`.
+    /// Calls `callback` once, when the time `after` has passed.
     ///
     /// Node: `setTimeout`.
     ///
@@ -54,10 +63,12 @@ impl Master {
         self.event_loop.set_timeout(after, callback)
     }
 
-    /// Calls back repeatedly, each time after `every` has passed; at least 1 ms. If the application is
-    /// late, calls are skipped.
+    /// Calls `callback` repeatedly, each time when the interval `every` has passed. The interval is
+    /// at least 1 ms.
     ///
     /// Node: `setInterval`.
+    ///
+    /// If the loop is too late for a call, that call is skipped.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -71,9 +82,11 @@ impl Master {
         self.event_loop.set_interval(every, callback)
     }
 
-    /// Cancels a timer. Nothing happens if it has ended already.
+    /// Cancels a timer.
     ///
     /// Node: `clearTimeout` and `clearInterval`.
+    ///
+    /// Nothing happens if the timer has already ended.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -89,16 +102,19 @@ impl Master {
         self.event_loop.clear_timer(timer);
     }
 
-    /// Watches a descriptor of the application in the master's loop. See
-    /// [`Worker::watch`](crate::Worker::watch), which is the same, for an example.
+    /// Watches one of the application's descriptors in the master's loop. `callback` is called
+    /// whenever `source` is ready for `interest`.
     ///
-    /// Node has no counterpart; there, everything is in the loop.
+    /// Node has no counterpart: in Node, every descriptor is in the loop.
+    ///
+    /// This method works like [`Worker::watch`](crate::Worker::watch). See that method for an
+    /// example.
     ///
     /// # Errors
     ///
-    /// [`WatchError`] returns the source with an [`Error::Io`] if the descriptor is of a kind that cannot
-    /// be waited for, such as a file. The operator `?` converts it into an [`Error`] and drops the
-    /// source.
+    /// Returns a [`WatchError`] if the descriptor is of a kind that cannot be waited for, such as a
+    /// regular file. The error contains the source and an [`Error::Io`]. The operator `?` converts
+    /// it into an [`Error`] and drops the source.
     pub fn watch<S: AsFd + 'static>(
         &self,
         source: S,
@@ -108,17 +124,20 @@ impl Master {
         self.event_loop.watch(source, interest, callback)
     }
 
-    /// Ends a watch, and drops its source. Nothing happens if the watch has ended already.
+    /// Ends a watch and drops its source.
     ///
-    /// Node has no counterpart. See [`Worker::watch`](crate::Worker::watch) for an example.
+    /// Node has no counterpart.
+    ///
+    /// Nothing happens if the watch has already ended.
     pub fn unwatch(&self, watch: WatchId) {
         self.event_loop.unwatch(watch);
     }
 
-    /// Lets [`run`](Self::run) return although a timer or watch exists. Nothing happens if the timer or
-    /// watch has ended already.
+    /// Lets [`run`](Self::run) return although this timer or watch exists.
     ///
     /// Node: `timer.unref()` and `socket.unref()`.
+    ///
+    /// Nothing happens if the timer or watch has already ended.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -135,9 +154,11 @@ impl Master {
         self.event_loop.set_referenced(id.into(), false);
     }
 
-    /// Undoes [`unreference`](Self::unreference), which has an example.
+    /// Undoes [`unreference`](Self::unreference).
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
+    ///
+    /// See [`unreference`](Self::unreference) for an example of its effect.
     #[doc(alias = "ref")]
     pub fn reference(&self, id: impl Into<LoopId>) {
         self.event_loop.set_referenced(id.into(), true);
@@ -146,16 +167,19 @@ impl Master {
     /// Runs the loop until nothing is left to wait for: no worker, no timer, no watch, no event to
     /// deliver, and no message to write.
     ///
-    /// Callbacks for signals, retained listeners, and what has been released with `unreference` do not
-    /// count. A [detached](crate::Settings::detached) process counts only after
-    /// [`Process::reference`](crate::Process::reference).
+    /// Node: the process continues to run after the main program, and exits when nothing is left to
+    /// wait for.
     ///
-    /// Node: the process runs on after the main program, and exits when nothing is left to wait for.
+    /// The loop does not wait for signals, for retained listeners, or for anything released with
+    /// `unreference`. The loop waits for a [detached](crate::Settings::detached) process only after
+    /// [`Process::reference`](crate::Process::reference).
     ///
     /// # Errors
     ///
-    /// - [`Error::AlreadyRunning`] if a callback calls it;
-    /// - [`Error::Io`] if the system refuses to wait.
+    /// Returns:
+    ///
+    /// - [`Error::AlreadyRunning`] if a callback calls this method;
+    /// - [`Error::Io`] if waiting fails.
     ///
     /// See [`Master`] for an example.
     pub fn run(&self) -> Result<()> {
@@ -172,24 +196,28 @@ impl Master {
         busy || self.shell.is_writing()
     }
 
-    /// Whether there is something to deliver to the application.
+    /// Returns whether an event, a receipt or a scheduling decision waits for the application.
     fn has_notifications(&self) -> bool {
         let unscheduled = self.shell.core.borrow().has_unscheduled();
         let pending = &self.callbacks.all_disconnected_pending;
         unscheduled || self.shell.has_notifications() || !pending.borrow().is_empty()
     }
 
-    /// Runs one iteration of the loop: waits until something happens or `timeout` has passed, handles it,
-    /// and calls back. `None` waits without a limit; zero does not wait.
-    ///
-    /// This is for applications with a loop of their own. They wait until [`as_fd`](Self::as_fd) is
-    /// readable, for at most [`time_left`](Self::time_left), and then call this with a timeout of zero.
+    /// Runs one iteration of the loop. The call waits until something happens or `timeout` has
+    /// passed, and then calls the callbacks.
     ///
     /// Node has no counterpart.
     ///
+    /// With a timeout of `None`, the call waits without a limit; with a timeout of zero, it does
+    /// not wait.
+    ///
+    /// Use this method in an application that runs its own event loop. The application waits until
+    /// [`as_fd`](Self::as_fd) is readable, for at most [`time_left`](Self::time_left), and then
+    /// calls `dispatch` with a timeout of zero.
+    ///
     /// # Errors
     ///
-    /// As [`run`](Self::run).
+    /// Returns the same errors as [`run`](Self::run).
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -206,12 +234,13 @@ impl Master {
         let mut ready = ReadyList::new();
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         let pending = self.shell.pending();
-        // Without a limit, nothing is pending.
+        // If `limit` is `None`, no event was pending and no timer was set before the wait.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }
         for worker in pending {
-            // One by one, so that the rest is processed later if a callback panics.
+            // Remove the workers one by one, so that the remaining ones stay pending if a callback
+            // panics.
             if self.shell.remove_pending(worker) {
                 if let Some(worker_io) = self.shell.worker_io(worker) {
                     let mut left = FRAMES_PER_ITERATION;
@@ -221,7 +250,8 @@ impl Master {
             }
         }
         for (token, ready) in ready {
-            // A callback may have returned in a child that it forked.
+            // A callback may have forked a child and returned in it. That child must not continue
+            // the loop.
             event_loop.check_own()?;
             match token {
                 Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
@@ -241,10 +271,14 @@ impl Master {
         Ok(())
     }
 
-    /// Returns how long the application may wait before it calls [`dispatch`](Self::dispatch), even if
-    /// [`as_fd`](Self::as_fd) is not readable: `None` for any time, zero if events are pending.
+    /// Returns how long the application may wait before it calls [`dispatch`](Self::dispatch) if
+    /// [`as_fd`](Self::as_fd) does not become readable earlier.
     ///
-    /// Node has no counterpart. Every call of another method may change it, so call it last.
+    /// Node has no counterpart.
+    ///
+    /// `None` means that the application may wait without a limit. Zero means that events are
+    /// pending. Call this method last before you wait, because every other method may change the
+    /// result.
     ///
     /// ```no_run
     /// # fn wait(_: std::os::fd::BorrowedFd<'_>, _: Option<std::time::Duration>) {}
@@ -262,7 +296,7 @@ impl Master {
         self.time_until(self.shell.deadline())
     }
 
-    /// As `time_left`, if the shell has something to do at `due`.
+    /// Returns how long the loop may wait, if the shell's own deadline is `due`.
     fn time_until(&self, due: Option<Time>) -> Option<Duration> {
         if self.has_notifications() || self.reap.get() || self.shell.has_pending() {
             return Some(Duration::ZERO);
@@ -271,13 +305,15 @@ impl Master {
         earlier(check, self.event_loop.time_left(due))
     }
 
-    /// Whether a worker may exit without any report. It cannot where processes have descriptors.
+    /// Returns whether a worker may exit without a report from the system, which is impossible if
+    /// every worker has a process descriptor.
     fn has_unwatched_exits(&self) -> bool {
         self.child_signal.borrow().is_some() && self.shell.has_unwatched_exits()
     }
 
-    /// Returns the workers that may have exited, where processes have no descriptors: all of them after
-    /// SIGCHLD, and from time to time those whose exit nothing reports.
+    /// Returns the workers without process descriptors that may have exited. After SIGCHLD, these
+    /// are all such workers. Otherwise, once per `EXIT_CHECK_INTERVAL`, these are the workers whose
+    /// exit the system does not report.
     fn take_possible_exits(&self) -> Vec<WorkerId> {
         if self.reap.take() {
             return self.shell.unwatched();
@@ -291,16 +327,18 @@ impl Master {
     }
 }
 
-/// The descriptor that is readable when [`dispatch`](Master::dispatch) has something to do.
+/// Gives access to a descriptor that is readable when [`dispatch`](Master::dispatch) has something
+/// to do.
 impl AsFd for Master {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event_loop.as_fd()
     }
 }
 
-/// Decisions and events.
+// Delivering events.
 impl Master {
-    /// Carries out the core's decisions.
+    /// Carries out the core's decisions, and calls the application's scheduler if connections wait
+    /// for it.
     fn act(&self) {
         self.shell.act();
         if self.shell.core.borrow().has_unscheduled() {
@@ -308,10 +346,12 @@ impl Master {
         }
     }
 
-    /// Asks the application's scheduler for the workers of the accepted connections.
+    /// Calls the application's scheduler, which chooses a worker for each accepted connection that
+    /// waits for one.
     fn schedule(&self) {
         loop {
-            // Not borrowed during the call, because the closure may set another scheduler.
+            // Clone the scheduler, because the closure may replace it by another one during the
+            // call.
             let scheduler = self.scheduler.borrow().clone();
             let Some(scheduler) = scheduler else {
                 return;
@@ -331,7 +371,8 @@ impl Master {
         }
     }
 
-    /// Carries out the core's decisions and calls the application until nothing is left to do.
+    /// Carries out the core's decisions and delivers events until none is left, or until
+    /// `EVENTS_PER_ITERATION` events have been delivered.
     fn settle(&self) {
         self.act();
         for _ in 0..EVENTS_PER_ITERATION {
@@ -355,8 +396,8 @@ impl Master {
         }
     }
 
-    /// Reports which messages have been written or lost. Receipts that arise meanwhile wait for the next
-    /// call, because they could delay events for ever.
+    /// Reports the messages that have been written or lost. Receipts that arise in the meantime
+    /// wait for the next call, because they could otherwise delay events forever.
     fn deliver_receipts(&self) {
         for _ in 0..self.shell.count_receipts() {
             if let Some((worker, receipt)) = self.shell.next_receipt() {
@@ -454,33 +495,35 @@ impl Master {
         }
     }
 
-    /// Removes a process whose last event has been delivered.
+    /// Removes a process after its last event has been delivered.
     fn forget(&self, process: &WorkerProcess) {
         self.shell.forget(process.id());
         self.worker_callbacks.borrow_mut().remove(&process.id());
-        // Break reference cycles: a callback may own a handle of this process.
+        // Clear the callbacks to break reference cycles, because a callback may own a handle of
+        // this process.
         process.callbacks().clear();
     }
 
-    /// Writes a line to standard error, if `CLUSTER_DEBUG` is `1`.
+    /// Writes a line to standard error if `CLUSTER_DEBUG` is `1`.
     fn log(&self, event: std::fmt::Arguments<'_>) {
         if self.logs_events {
             use std::io::Write as _;
 
-            // In one call, because workers may write there at the same time.
+            // Write the line in one call, because workers may write to standard error at the same
+            // time.
             let line = format!("{},Master {event}\n", std::process::id());
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
     }
 }
 
-/// Channels and processes.
+// Reading channels, and handling exits and signals.
 impl Master {
     fn channel_ready(&self, worker: WorkerId, ready: &Ready) {
         if ready.writable {
             self.shell.channel_writable(worker);
         }
-        // Frames that have arrived are processed before more is read; otherwise they would pile up.
+        // If frames are still pending, do not read more, because the frames would pile up.
         if ready.readable && !self.shell.is_pending(worker) {
             if let Some(worker_io) = self.shell.worker_io(worker) {
                 self.read(&worker_io);
@@ -488,7 +531,8 @@ impl Master {
         }
     }
 
-    /// Reads from a channel and processes the frames. The caller settles what follows from the last one.
+    /// Reads from a channel and processes the frames. The caller must call `settle` for the last
+    /// frame.
     fn read(&self, worker: &WorkerIo) {
         let mut left = FRAMES_PER_ITERATION;
         for _ in 0..READS_PER_ITERATION {
@@ -502,7 +546,7 @@ impl Master {
         }
     }
 
-    /// Handles the exit of a worker, after the frames that it wrote before.
+    /// Processes the final frames of a worker that may have exited, and then its exit.
     fn process_ready(&self, worker: WorkerId) {
         let Some(worker_io) = self.shell.worker_io(worker) else {
             return;
@@ -518,8 +562,8 @@ impl Master {
         self.shell.try_reap(worker);
     }
 
-    /// Processes frames that have arrived, at most `left`. The caller settles what follows from the last
-    /// one. Returns whether no frame is left.
+    /// Processes frames that have arrived, at most `left` of them. Returns whether no frame is
+    /// left. The caller must call `settle` for the last frame.
     fn process_frames(&self, worker: &WorkerIo, left: &mut u32) -> bool {
         let mut is_noted = false;
         while *left > 0 {
@@ -532,7 +576,8 @@ impl Master {
                     return true;
                 }
                 Processed::More => {
-                    // If a callback panics, the rest is processed in the next iteration.
+                    // Note the worker as pending first, so that its remaining frames are processed
+                    // in the next iteration if a callback panics.
                     if !is_noted {
                         self.shell.add_pending(worker.id);
                         is_noted = true;

@@ -7,33 +7,37 @@ use crate::error::{Error, Result};
 use crate::master::shell::{MasterShell, RetainedListener};
 use crate::types::address::Address;
 
-/// A listener that the master retains, whether workers have it or not.
+/// A listener that the master retains, even while no worker has it.
 ///
-/// Node has no counterpart. It comes from [`Master::listen`](crate::Master::listen). As long as the value
-/// exists, connections wait in the kernel's backlog when there is no worker, and the next worker that
-/// listens serves them. No client is refused or reset when all workers exit or are replaced. A worker
-/// that disconnects closes its copy; the last workers still serve what the master has accepted, and no
-/// more. [`Master::run`](crate::Master::run) and a [`disconnect`](crate::Master::disconnect) of all
-/// workers do not wait for a retained listener.
+/// Node has no counterpart.
 ///
-/// When the value is dropped, the listener closes with its last worker, which first serves what waits. If
-/// no worker has it, it closes at once, and waiting connections are reset. The file of a Unix socket is
-/// then removed, unless the socket was passed to `listen`. An application that stops for good therefore
-/// drops the value before it calls `disconnect`. One that leaves the backlog to another process with the
-/// same socket keeps the value until all workers have exited.
+/// [`Master::listen`](crate::Master::listen) returns this value. While the value exists and no
+/// worker has the listener, connections wait in the kernel's backlog, and the next worker that
+/// listens serves them. No client is refused or reset when all workers exit or are replaced. A
+/// worker that disconnects closes its copy. The last workers then serve only those connections that
+/// the master has already accepted. [`Master::run`](crate::Master::run) and a
+/// [`disconnect`](crate::Master::disconnect) of all workers do not wait for a retained listener.
 ///
-/// Another process may have the same socket, if the socket was passed to `listen`, or after the first call
-/// of [`as_fd`](AsFd::as_fd). The master then changes nothing that the other process would notice, except
-/// that the socket is non-blocking. Otherwise, new clients of a TCP port are ignored while the last
-/// workers disconnect, and then the socket stops listening in all processes that have a copy.
+/// When the value is dropped, the listener closes with its last worker, which first serves the
+/// backlog. If no worker has the listener, it closes at once, and the kernel resets the waiting
+/// connections. The master then removes the file of a Unix socket, unless the socket was passed to
+/// `listen`. Therefore, an application that stops for good drops the value before it calls
+/// `disconnect`. If another process with the same socket should serve the backlog, keep the value
+/// until all workers have exited.
 ///
-/// With the sharded policy, each worker has its own listener. Connections that waited for an exited worker
-/// wait for its replacement, so as many workers are needed as before. New connections do not go to the
-/// listener of an exited worker; if no worker is left, the next one serves them. A listener that was passed
-/// to `listen` is shared instead.
+/// Another process may have the same socket if the socket was passed to `listen`, or after the
+/// first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that the other process
+/// would notice, except that the socket is non-blocking. If no other process can have the socket,
+/// new clients of a TCP port are ignored while the last workers disconnect. Then the socket stops
+/// listening in all processes that have a copy.
 ///
-/// The type is not `Send`, as the [`Master`](crate::Master) is not. Another thread or process gets a copy of
-/// the descriptor ([`AsFd`]).
+/// With the sharded policy, each worker has its own listener. Connections that waited for an exited
+/// worker wait for its replacement, so start as many workers as before. New connections do not go
+/// to an exited worker's listener; if no worker is left, the next worker serves them. A listener
+/// that was passed to `listen` is shared, not sharded.
+///
+/// Like the [`Master`](crate::Master), this type is not `Send`. To use the socket on another thread
+/// or in another process, copy the descriptor that [`AsFd`] returns.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -59,7 +63,8 @@ impl MasterListener {
         Self { master, retained }
     }
 
-    /// Returns the address to which clients connect, with the real port.
+    /// Returns the address to which clients connect. If port 0 was requested, the address contains
+    /// the port that the kernel chose.
     ///
     /// Node: `server.address()`.
     ///
@@ -76,23 +81,28 @@ impl MasterListener {
 
     /// Returns whether this process removes the file of a Unix socket when the listener closes.
     ///
-    /// Node has no counterpart. See [`set_removes_file`](Self::set_removes_file), which has an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`set_removes_file`](Self::set_removes_file) for an example.
     #[must_use]
     pub fn removes_file(&self) -> bool {
         let master = self.master.upgrade();
         master.is_some_and(|master| master.removes_file(self.retained.handle))
     }
 
-    /// Sets whether this process removes the file of a Unix socket when the listener closes. By default it
-    /// does, unless the socket was passed to [`listen`](crate::Master::listen).
+    /// Sets whether this process removes the file of a Unix socket when the listener closes. By
+    /// default, the process removes the file unless the socket was passed to
+    /// [`listen`](crate::Master::listen).
     ///
-    /// Node has no counterpart. An application that leaves the listener to its successor leaves the file,
-    /// too, and the successor removes it. Nothing happens for other listeners, or when the master has been
+    /// Node has no counterpart.
+    ///
+    /// If a successor takes over the listener, leave it the file also; the successor then removes
+    /// the file. The call has no effect on other kinds of listeners, or after the master has been
     /// dropped.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if `removes` is true and there is no file.
+    /// Returns [`Error::Io`] if `removes` is true and the file does not exist.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -113,10 +123,11 @@ impl MasterListener {
     }
 }
 
-/// The listening socket, which can be given to another process. After the first call, the master assumes
-/// that another process has a copy. With the sharded policy this is one of several sockets. All new
-/// connections go to it when the value is dropped and the last workers disconnect. No filter can be
-/// attached to it.
+/// Gives access to the listening socket, which can be passed to another process.
+///
+/// After the first call, the master assumes that another process has a copy. With the sharded
+/// policy, this socket is only one of several. When the value is dropped and the last workers
+/// disconnect, all new connections go to this socket. No SYN filter can be attached to this socket.
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         if let Some(master) = self.master.upgrade() {

@@ -1,4 +1,4 @@
-//! The process of a worker, as the master sees it.
+//! The process of a worker, seen from the master.
 
 use std::os::unix::net::UnixStream;
 use std::process::ExitStatus;
@@ -7,9 +7,11 @@ use crate::master::worker_process::WorkerProcess;
 use crate::sys::process::Usage;
 use crate::types::signal::Signal;
 
-/// The process of a worker, as the system knows it.
+/// The process of a worker, with the operations that the system offers for a process.
 ///
-/// Node: `worker.process`, a `ChildProcess`. See [`WorkerProcess::process`] for an example.
+/// Node: `worker.process`, a `ChildProcess`.
+///
+/// See [`WorkerProcess::process`] for an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Process<'a>(&'a WorkerProcess);
 
@@ -20,19 +22,24 @@ impl<'a> Process<'a> {
 }
 
 impl Process<'_> {
-    /// Returns the process id. The system gives it to no other process before the worker's `exit` event.
+    /// Returns the process id. The system does not give the id to another process before the
+    /// worker's `exit` event.
     ///
-    /// Node: `worker.process.pid`. See [`WorkerProcess::process`] for an example.
+    /// Node: `worker.process.pid`.
+    ///
+    /// See [`WorkerProcess::process`] for an example.
     #[doc(alias = "pid")]
     #[must_use]
     pub fn id(&self) -> u32 {
         self.0.worker_io().pid.number()
     }
 
-    /// Sends `signal` at once, without disconnecting the worker first. The exit is not treated as
-    /// voluntary.
+    /// Sends `signal` at once, without disconnecting the worker first.
     ///
-    /// Node: `worker.process.kill(signal)`. Nothing happens if the process has exited.
+    /// Node: `worker.process.kill(signal)`.
+    ///
+    /// The worker's exit is not treated as voluntary. Nothing happens if the process has already
+    /// exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -43,10 +50,12 @@ impl Process<'_> {
         self.0.update(|core| core.signal(self.0.id(), signal));
     }
 
-    /// Closes the channel without a request to disconnect: the worker exits at once, and the exit is not
-    /// treated as voluntary.
+    /// Closes the channel without a disconnect request, which makes the worker exit at once.
     ///
-    /// Node: `worker.process.disconnect()`. Connections in flight to the worker go to other workers.
+    /// Node: `worker.process.disconnect()`.
+    ///
+    /// The worker's exit is not treated as voluntary. Connections in flight to the worker go to
+    /// other workers.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -57,16 +66,18 @@ impl Process<'_> {
         self.0.update(|core| core.close_channel(self.0.id()));
     }
 
-    /// Takes the master's end of the pipe that is the worker's descriptor `number`: 0 for standard input,
-    /// 1 for standard output, 2 for standard error, or a higher number. It is `None` if the descriptor is
-    /// not a pipe, or if the end has been taken already.
-    ///
-    /// [`Settings::silent`](crate::Settings::silent) and [`Settings::stdio`](crate::Settings::stdio)
-    /// make the pipes. Each is a socket, as in Node: it can be read and written, and
-    /// [`watch`](crate::Master::watch)ed. It blocks, like any new stream. A worker whose pipe is full waits
-    /// until the master reads. An end that has not been taken is closed after the worker's `exit` event.
+    /// Takes the master's end of the pipe that is the worker's descriptor `number`. Descriptor 0 is
+    /// standard input, 1 is standard output, and 2 is standard error.
     ///
     /// Node: `worker.process.stdin`, `stdout`, `stderr` and `stdio[number]`.
+    ///
+    /// Returns `None` if the descriptor is not a pipe, or if the end has already been taken.
+    ///
+    /// [`Settings::silent`](crate::Settings::silent) and
+    /// [`Settings::stdio`](crate::Settings::stdio) create the pipes. As in Node, each pipe is a
+    /// socket, so the end can be read, written and [`watch`](crate::Master::watch)ed. Like any new
+    /// stream, the end blocks. A worker whose pipe is full waits until the master reads. The master
+    /// closes an end that was not taken after the worker's `exit` event.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -90,11 +101,12 @@ impl Process<'_> {
         self.0.worker_io().stdio.borrow_mut().remove(&number)
     }
 
-    /// Lets [`Master::run`](crate::Master::run) return although this worker exists. The worker runs until
-    /// the master's process exits.
+    /// Lets [`Master::run`](crate::Master::run) return although this worker exists. The worker
+    /// continues to run until the master's process exits.
     ///
-    /// Node: `worker.process.unref()`, together with that of its channel. A
-    /// [detached](crate::Settings::detached) process is unreferenced from the beginning.
+    /// Node: `worker.process.unref()` and `worker.process.channel.unref()`.
+    ///
+    /// A [detached](crate::Settings::detached) process is initially unreferenced.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -106,16 +118,18 @@ impl Process<'_> {
         self.0.update(|core| core.reference(self.0.id(), false));
     }
 
-    /// Makes [`Master::run`](crate::Master::run) wait for the process: undoes
-    /// [`unreference`](Self::unreference), which has an example.
+    /// Makes [`Master::run`](crate::Master::run) wait for the process, which undoes
+    /// [`unreference`](Self::unreference).
     ///
     /// Node: `worker.process.ref()`.
+    ///
+    /// See [`unreference`](Self::unreference) for an example of its effect.
     #[doc(alias = "ref")]
     pub fn reference(&self) {
         self.0.update(|core| core.reference(self.0.id(), true));
     }
 
-    /// Returns how the process exited, or `None` as long as it has not.
+    /// Returns the process's exit status, or `None` until the process has exited.
     ///
     /// Node: `worker.process.exitCode` and `worker.process.signalCode`.
     ///
@@ -133,10 +147,12 @@ impl Process<'_> {
         self.0.exit_status()
     }
 
-    /// Returns the resources that the process used during its life. It is `None` until the process has
-    /// exited, and if other code in the master waited for it.
+    /// Returns the resources that the process used.
     ///
-    /// Node has no counterpart; a process can get its own by `process.resourceUsage()`.
+    /// Node has no counterpart. A process can read its own usage with `process.resourceUsage()`.
+    ///
+    /// Returns `None` until the process has exited. Also returns `None` if other code in the master
+    /// waited for the process.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

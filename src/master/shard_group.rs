@@ -1,15 +1,15 @@
-//! The sockets that share one port, and the selection among them.
+//! The sockets that share one port, and the program that selects among them.
 //!
-//! A program (BPF) that is attached to the group returns the index of the socket that receives a new
-//! connection. The kernel lets every member attach another program, and each worker has a member. The
-//! shards of the workers are therefore locked (`SO_LOCK_FILTER`), which cannot be undone. The group has
-//! one more member, the *selector*, which no worker receives: the master changes the selection through
-//! it.
+//! A BPF program is attached to the group. For each new connection, the program returns the index
+//! of the socket that receives it. The kernel lets every member of the group attach another
+//! program, and each worker has a member. Therefore, the workers' shards are locked with
+//! `SO_LOCK_FILTER`, which cannot be undone. The group has one more member, the *selector*, which
+//! no worker receives. The master changes the selection through the selector.
 //!
-//! Despite the lock, a worker can detach the program, or shut its shard down. The kernel then chooses by a
-//! hash among all members, or by indexes that have changed, and may choose the selector, which
-//! otherwise receives no connection. The master notices this, resets the connection, and attaches the
-//! program again.
+//! Despite the lock, a worker can detach the program or shut its shard down. The kernel then
+//! chooses among all members by a hash, or by indexes that have changed. It may therefore choose
+//! the selector, which normally receives no connection. When the selector receives a connection,
+//! the master resets it and attaches the program again.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -29,13 +29,13 @@ enum Member {
 #[derive(Debug)]
 pub(crate) struct ShardGroup {
     selector: Registered<OwnedFd>,
-    /// The members in the kernel's order. The kernel appends a member that starts to listen. When a
-    /// member is removed, the last one takes its index.
+    /// The members, in the kernel's order. The kernel appends a member that starts to listen. If a
+    /// member is removed, the last member takes its index.
     order: Vec<Member>,
 }
 
 impl ShardGroup {
-    /// Adds the selector to the group of the first shard, and locks that shard.
+    /// Creates the group of the first shard, adds the selector, and locks the first shard.
     pub(crate) fn new(
         first: &OwnedFd,
         flags: &BindFlags,
@@ -52,17 +52,18 @@ impl ShardGroup {
         })
     }
 
-    /// Returns the number of the selector's descriptor.
+    /// Returns the selector's descriptor number.
     pub(crate) fn number(&self) -> RawFd {
         self.selector.as_fd().as_raw_fd()
     }
 
-    /// Adds a shard that has just started to listen. The selection does not change.
+    /// Adds a shard that has just started to listen. The new shard receives no connections until
+    /// `select` chooses it.
     pub(crate) fn add(&mut self, shard: usize) {
         self.order.push(Member::Shard(shard));
     }
 
-    /// Moves a shard that was shut down and listens again to its new index.
+    /// Moves a shard to its new index after it was shut down and listens again.
     pub(crate) fn readd(&mut self, shard: usize) {
         let own = Member::Shard(shard);
         if let Some(index) = self.order.iter().position(|member| *member == own) {
@@ -71,9 +72,9 @@ impl ShardGroup {
         }
     }
 
-    /// Distributes new connections evenly among these shards.
+    /// Distributes new connections evenly among the given shards.
     pub(crate) fn select(&self, shards: &[usize]) -> io::Result<()> {
-        // `reset` may have stopped the watch.
+        // Watch the selector again, because `reset` may have stopped the watch.
         self.selector.set_interest(Some(Interest::Readable))?;
         sys::filter::select_sockets(&self.selector, &self.indexes(shards))
     }
@@ -87,7 +88,8 @@ impl ShardGroup {
         chosen.collect()
     }
 
-    /// Ignores new connections until `admit`: selects the selector, which drops them.
+    /// Ignores new connections until `admit`. The program selects the selector, whose SYN filter
+    /// drops them.
     pub(crate) fn ignore(&self) -> io::Result<()> {
         sys::filter::attach_syn_filter(&self.selector)?;
         let own = |member: &Member| *member == Member::Selector;
@@ -95,12 +97,13 @@ impl ShardGroup {
         sys::filter::select_sockets(&self.selector, index.as_slice())
     }
 
-    /// Ends `ignore`. `select` must follow.
+    /// Ends `ignore`. The caller must call `select` next.
     pub(crate) fn admit(&self) -> io::Result<()> {
         sys::filter::detach_syn_filter(&self.selector)
     }
 
-    /// Resets at most `at_most` connections that reached the selector. Returns their number.
+    /// Resets at most `at_most` connections that have reached the selector, and returns their
+    /// number.
     pub(crate) fn reset(&self, at_most: u64) -> u64 {
         for count in 0..at_most {
             match sys::listen::accept(&*self.selector) {
@@ -108,7 +111,8 @@ impl ShardGroup {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return count,
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(_) => {
-                    // Without free descriptors the selector would stay readable and keep the loop busy.
+                    // No descriptor is free. Stop watching the selector, because it stays readable
+                    // and would keep the loop busy.
                     let _ = self.selector.set_interest(None);
                     return count;
                 }
@@ -131,7 +135,7 @@ mod tests {
         chosen.expect("a shard receives the connection, not the selector")
     }
 
-    /// Asserts that a connection that is accepted from this shard carries data.
+    /// Asserts that a connection accepted from this shard transfers data.
     fn assert_open(address: &std::net::SocketAddr, shard: &OwnedFd) {
         use std::io::{Read as _, Write as _};
         let mut client = std::net::TcpStream::connect(address).unwrap();
@@ -162,7 +166,7 @@ mod tests {
                 if let Some(shard) = is_shut {
                     let own = &shards[shard];
                     assert!(!sys::poll::has_hung_up(own.as_fd()).unwrap());
-                    // In both directions, and again after the shutdown.
+                    // Shut the socket down twice, because a second shutdown must change nothing.
                     for _ in 0..2 {
                         let _ = nix::sys::socket::shutdown(
                             own.as_raw_fd(),

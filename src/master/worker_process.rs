@@ -1,4 +1,4 @@
-//! A worker, as the master sees it.
+//! A worker, seen from the master.
 
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
@@ -18,12 +18,15 @@ use crate::wire::receipts::ReceiptId;
 
 /// The master's handle of a worker.
 ///
-/// Node: the class `Worker`, as `cluster.fork()` returns it. The handle can be cloned; all clones stand
-/// for the same worker. Every method can be called at any time, also after the worker has exited. It is also
-/// the handle of a process that is not a worker ([`Settings::detached`](crate::Settings::detached)).
+/// Node: the class `Worker`, as `cluster.fork()` returns it.
 ///
-/// The handle is not `Send`, as the [`Master`] is not. Another thread addresses a worker by its
-/// [`WorkerId`], for instance through a pipe that the master [`watch`](Master::watch)es.
+/// The handle can be cloned; all clones refer to the same worker. Every method can be called at any
+/// time, even after the worker has exited. The same type is used for a process that is not a worker
+/// ([`Settings::detached`](crate::Settings::detached)).
+///
+/// Like the [`Master`], the handle is not `Send`. Another thread can refer to a worker by its
+/// [`WorkerId`], for instance in a request through a pipe that the master
+/// [`watch`](Master::watch)es.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -77,8 +80,8 @@ impl WorkerProcess {
         self.worker_io.exit_report.set(Some(exit_report));
     }
 
-    /// Reads a fact from the core. It is `None` if the worker has left the table, or the master has been
-    /// dropped.
+    /// Returns a value from the core, or `None` if the worker has left the table or the master has
+    /// been dropped.
     fn query<T>(&self, query: impl FnOnce(&Core) -> T) -> Option<T> {
         if self.worker_io.exit_report.get().is_some() {
             return None;
@@ -88,7 +91,7 @@ impl WorkerProcess {
         Some(query(&core))
     }
 
-    /// Passes a request to the core, and carries out what follows.
+    /// Passes a request to the core and carries out the core's decisions.
     pub(super) fn update(&self, update: impl FnOnce(&mut Core)) {
         if let Some(master) = self.master.upgrade() {
             update(&mut master.core_now());
@@ -96,9 +99,11 @@ impl WorkerProcess {
         }
     }
 
-    /// Returns the number of the worker.
+    /// Returns the worker's id.
     ///
-    /// Node: `worker.id`. See [`Master::on_online`] for an example.
+    /// Node: `worker.id`.
+    ///
+    /// See [`Master::on_online`] for an example.
     #[must_use]
     pub fn id(&self) -> WorkerId {
         self.worker_io.id
@@ -118,7 +123,7 @@ impl WorkerProcess {
         Process::new(self)
     }
 
-    /// Returns the stage of life that the worker has reached.
+    /// Returns the worker's current state in its life cycle.
     ///
     /// Node: `worker.state`.
     ///
@@ -134,19 +139,21 @@ impl WorkerProcess {
         let state = self.query(|core| core.state(self.id())).flatten();
         let without_core = || match self.master.upgrade() {
             Some(_) => WorkerState::Dead,
-            // The channel closed when the master was dropped; the exit was not observed.
+            // The channel closed when the master was dropped, but the worker's exit was not
+            // observed.
             None if self.worker_io.exit_report.get().is_none() => WorkerState::Disconnected,
             None => WorkerState::Dead,
         };
         state.unwrap_or_else(without_core)
     }
 
-    /// Returns whether the channel to the worker is open, from the fork to the `disconnect` event.
-    ///
-    /// A worker that has just exited is treated as connected until that event. Only
-    /// [`send`](Self::send) fails before.
+    /// Returns whether the channel to the worker is open. The channel is open from the fork to the
+    /// `disconnect` event.
     ///
     /// Node: `worker.isConnected()`.
+    ///
+    /// A worker that has just exited is treated as connected until that event, although
+    /// [`send`](Self::send) may already fail.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -182,12 +189,14 @@ impl WorkerProcess {
         reported.or_else(|| self.query(|core| core.exit_status(self.id())).flatten())
     }
 
-    /// Returns whether the worker exited because it was requested to. It is `Some(true)` after
-    /// [`disconnect`](Self::disconnect) or [`kill`](Self::kill), here or in the worker, `Some(false)`
-    /// after any other exit, and `None` until the exit. The value is already set when the callbacks for
-    /// `disconnect` and `exit` are called.
+    /// Returns whether the worker exited after a requested disconnect or kill.
     ///
     /// Node: `worker.exitedAfterDisconnect`, formerly `worker.suicide`.
+    ///
+    /// Returns `Some(true)` after [`disconnect`](Self::disconnect) or [`kill`](Self::kill), whether
+    /// the master or the worker called it. Returns `Some(false)` after any other exit, and `None`
+    /// until the worker has disconnected or exited. The value is set before the callbacks for
+    /// `disconnect` and `exit` are called.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -210,27 +219,31 @@ impl WorkerProcess {
         }
     }
 
-    /// Requests the worker to disconnect: to close its listeners, wait for its connections, and close the
-    /// channel. Returns the worker.
+    /// Requests the worker to disconnect. The worker then closes its listeners, waits for its
+    /// connections, and closes the channel. Returns this handle.
     ///
-    /// Node: `worker.disconnect()`. The worker gets no new connections, and other workers get those in
-    /// flight to it. Before it disconnects, it serves the connections that only it can serve: the
-    /// kernel's backlog of a listener that no other worker serves. It may take any time;
-    /// [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if it is already
-    /// disconnecting or disconnected.
+    /// Node: `worker.disconnect()`.
+    ///
+    /// The worker receives no new connections, and other workers receive those in flight to it. The
+    /// worker first serves the connections that no other worker can serve. These wait in the
+    /// kernel's backlog of a listener that no other worker serves. The disconnect may take any
+    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the
+    /// worker is already disconnecting or disconnected.
     pub fn disconnect(&self) -> &Self {
         self.update(|core| core.disconnect(self.id()));
         self
     }
 
-    /// Requests the worker to disconnect, and kills it if it has not exited when `deadline`, counted from
-    /// now, has passed. Returns the worker.
+    /// Requests the worker to disconnect, and kills it if it has not exited when the time
+    /// `deadline` has passed since the call. Returns this handle.
     ///
-    /// Node has no counterpart: there, applications set a timer. Until the deadline, everything is as with
-    /// [`disconnect`](Self::disconnect). The signal is SIGKILL, which also ends a worker that loops or is
-    /// stopped. The exit is treated as voluntary even then. With a deadline of zero, the worker is killed
-    /// in the next iteration of the loop. Of several deadlines, the first one counts. A deadline cannot be
-    /// revoked. Nothing happens if the process has exited.
+    /// Node has no counterpart: in Node, applications set a timer.
+    ///
+    /// Until the deadline, this method works like [`disconnect`](Self::disconnect). The signal is
+    /// SIGKILL, which also ends a worker that loops or is stopped. The exit is treated as voluntary
+    /// even if the worker was killed. With a deadline of zero, the master kills the worker in the
+    /// next iteration of the loop. If several deadlines are set, the earliest one applies. A
+    /// deadline cannot be revoked. Nothing happens if the process has already exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -244,13 +257,16 @@ impl WorkerProcess {
         self
     }
 
-    /// Requests the worker to disconnect, and sends it `signal` when its channel has closed.
+    /// Requests the worker to disconnect, and sends `signal` to it when its channel has closed.
     ///
-    /// Node: `worker.kill(signal)`, with `'SIGTERM'` as the default signal, and its alias
-    /// `worker.destroy`. Because the signal waits for the disconnect, it does not end a worker that is
-    /// stuck: [`process().kill`](Process::kill) does. A worker that has closed its channel may be about to
-    /// exit by itself. Whether `exit` then reports the signal or an exit code depends on timing. If the
-    /// channel is already closed, the signal is sent at once. If the process has exited, nothing happens.
+    /// Node: `worker.kill(signal)`, with the default signal `'SIGTERM'`, and its alias
+    /// `worker.destroy`.
+    ///
+    /// The signal waits for the disconnect, so it does not end a worker that is stuck. To end a
+    /// worker that is stuck, use [`process().kill`](Process::kill). A worker that has closed its
+    /// channel may be about to exit by itself, so the timing decides whether `exit` reports the
+    /// signal or an exit code. If the channel is already closed, the master sends the signal at
+    /// once. Nothing happens if the process has already exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -261,27 +277,37 @@ impl WorkerProcess {
         self.update(|core| core.kill(self.id(), signal));
     }
 
-    /// Does the same as [`kill`](Self::kill), which has an example.
+    /// Kills the worker, like [`kill`](Self::kill).
     ///
     /// Node: `worker.destroy(signal)`.
+    ///
+    /// See [`kill`](Self::kill) for an example.
     pub fn destroy(&self, signal: Signal) {
         self.kill(signal);
     }
 
-    /// Sends a message of at most 1 MiB. It arrives after everything that was sent before.
+    /// Sends a message of at most 1 MiB. The worker receives the message after all earlier ones.
     ///
-    /// Node: `worker.send(message)`. A message may be sent as soon as the worker is forked; it waits until
+    /// Node: `worker.send(message)`.
+    ///
+    /// A message can be sent as soon as the worker has been forked; the message then waits until
     /// the worker is online.
     ///
-    /// The call writes as much as the channel takes at once. The rest waits in the master, and is written
-    /// by its loop. [`Sent`] tells whether the sender should pause. If the master's process exits right
-    /// after the call, what waits in the master is lost, and a worker may exit before it reads the rest.
+    /// The call writes as many bytes as the channel accepts at once. The remaining bytes wait in
+    /// the master, whose loop writes them. [`Sent`] tells whether the sender should pause. If the
+    /// master's process exits right after the call, the bytes that wait in the master are lost, and
+    /// the worker may exit before it reads the others.
     ///
     /// # Errors
     ///
-    /// [`Error::Send`] with [`SendError::ChannelClosed`], [`SendError::TooLong`], or
-    /// [`SendError::QueueFull`] if 8 MiB are already waiting. The same error is also emitted as an `error`
-    /// event, until the worker's `exit`, and at most 16 times after its channel has closed.
+    /// Returns [`Error::Send`] with one of these reasons:
+    ///
+    /// - [`SendError::ChannelClosed`];
+    /// - [`SendError::TooLong`];
+    /// - [`SendError::QueueFull`] if more than 8 MiB would be waiting.
+    ///
+    /// The master also emits the error as an `error` event until the worker's `exit` event. After
+    /// the channel has closed, it emits at most 16 of these events.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -292,14 +318,17 @@ impl WorkerProcess {
         self.send_with_fds(message, Vec::new())
     }
 
-    /// Sends a message with at most 16 descriptors, which are closed in this process once they are sent.
+    /// Sends a message with at most 16 descriptors. This process closes the descriptors once they
+    /// are sent.
     ///
-    /// Node: `worker.send(message, handle)`. See [`send`](Self::send) for the result. To keep a
-    /// descriptor, send a clone.
+    /// Node: `worker.send(message, handle)`.
+    ///
+    /// See [`send`](Self::send) for the result. To keep a descriptor, send a clone of it.
     ///
     /// # Errors
     ///
-    /// As [`send`](Self::send), and [`SendError::TooManyDescriptors`].
+    /// Returns the same errors as [`send`](Self::send), and [`SendError::TooManyDescriptors`] for
+    /// more than 16 descriptors.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) -> cluster::Result<()> {
@@ -311,15 +340,17 @@ impl WorkerProcess {
         self.send_with_receipt(message, fds, None)
     }
 
-    /// Sends a message with descriptors, and with a callback for the time when it is written. See
-    /// [`SendOptions`] for an example.
+    /// Sends a message with options: descriptors, and a callback that is called once the message
+    /// has been written or lost.
     ///
-    /// Node: `worker.send(message, handle, options, callback)`. See [`send`](Self::send) for the result.
+    /// Node: `worker.send(message, handle, options, callback)`.
+    ///
+    /// See [`SendOptions`] for an example, and [`send`](Self::send) for the result.
     ///
     /// # Errors
     ///
-    /// As [`send_with_fds`](Self::send_with_fds), and [`Error::Io`] if a descriptor of
-    /// [`keep_open`](SendOptions::keep_open) cannot be copied.
+    /// Returns the same errors as [`send_with_fds`](Self::send_with_fds). Also returns
+    /// [`Error::Io`] if a descriptor of [`keep_open`](SendOptions::keep_open) cannot be copied.
     pub fn send_with(&self, message: &[u8], options: SendOptions<Master>) -> Result<Sent> {
         let (fds, written) = options.into_parts()?;
         let receipts = &self.callbacks.receipts;
