@@ -1,5 +1,5 @@
-//! The end of a master's descriptors: when the master is dropped, and in a worker that executes no program
-//! and has a copy of the master's memory.
+//! Closes or abandons the master's descriptors. A master closes them when it is dropped. A worker
+//! that executes no program abandons them, because it has only a copy of the master's memory.
 
 use std::any::Any;
 use std::io;
@@ -20,8 +20,8 @@ impl MasterShell {
     pub(crate) fn close(&self) {
         for worker_io in self.workers.take().into_values() {
             if let Some(channel) = worker_io.channel.take() {
-                // This also shuts the channel down, of which a child of the application may have a
-                // copy.
+                // `discard` also shuts the channel down, because a child of the application may
+                // have a copy of its descriptor.
                 channel.discard();
             }
             worker_io.process.take();
@@ -29,12 +29,12 @@ impl MasterShell {
         }
     }
 
-    /// In a worker that executes no program: removes the values of the master without dropping them.
-    /// Returns the descriptors that the caller must close, because no value owns them any more.
+    /// Removes the master's values without dropping them, in a worker that executes no program.
+    /// Returns the descriptors that the caller must close, because no value owns them any longer.
     ///
-    /// A descriptor to which the application may have another handle is replaced by `inert` instead. If
-    /// it were closed, its number would soon be that of another descriptor, which that handle would
-    /// use or close.
+    /// If the application may have another handle of a descriptor, the method replaces the
+    /// descriptor by `inert` instead. If such a descriptor were closed, its number would soon
+    /// belong to another descriptor, which the application's handle would then use or close.
     pub(super) fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
         self.poller.abandon(inert)?;
         let mut numbers = self.unreaped.abandon();
@@ -68,7 +68,8 @@ impl MasterShell {
             let file = own.file.iter().map(SocketFile::directory);
             numbers.extend(file.map(|directory| directory.as_raw_fd()));
             for socket in &own.sockets {
-                // A `MasterListener` of the application may have the other reference.
+                // Replace the socket if a `MasterListener` of the application has another reference
+                // to it.
                 if Rc::strong_count(socket) > 1 {
                     sys::fd::replace(socket.as_raw_fd(), inert)?;
                 } else {
@@ -97,7 +98,7 @@ impl MasterShell {
         self.never_drop((core, delivering));
     }
 
-    /// Stores a value that must never be dropped.
+    /// Stores a value so that it is never dropped.
     fn never_drop(&self, value: impl Any) {
         let value: Box<dyn Any> = Box::new(value);
         self.abandoned.borrow_mut().push(ManuallyDrop::new(value));

@@ -1,4 +1,4 @@
-//! The channels to the workers: writing and reading frames, and closing.
+//! The channels to the workers: writing frames, reading frames, and closing.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,32 +16,32 @@ use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
 use crate::wire::frame::{FrameError, ToMaster, ToWorker};
 use crate::wire::receipts::{Receipt, ReceiptId};
 
-/// Maximum number of frames that are processed when a channel closes; a worker with more is
+/// Maximum number of frames that are processed when a channel closes. A worker with more frames is
 /// disconnected for a violation.
 ///
-/// A socket buffer of the usual size holds fewer. A larger value lets a hostile worker hold up the master
-/// for longer.
+/// A socket buffer of the usual size contains fewer frames. With a larger value, a hostile worker
+/// could delay the master for longer.
 const FINAL_FRAMES_MAX: u32 = 65_536;
-/// Maximum number of descriptors of these frames' messages that stay open until the messages are
-/// delivered.
+/// Maximum number of descriptors that stay open with a closing channel's final messages until the
+/// messages are delivered.
 ///
-/// With the descriptors that arrived before their frames (`MAX_EARLY_FDS`), one worker has at most 256
-/// open in the master.
+/// Together with the descriptors that arrived earlier than their frames (`MAX_EARLY_FDS`), one
+/// worker has at most 256 descriptors open in the master.
 const FINAL_FDS_MAX: usize = 128;
 
-/// Limit of the descriptors that are accepted with messages.
+/// A limit on the descriptors that are accepted with messages.
 #[derive(Clone, Copy, Debug)]
 enum FdLimit {
     Unlimited,
-    /// At most this number of further descriptors.
+    /// At most this number of further descriptors is accepted.
     AtMost(usize),
-    /// The limit was exceeded, and a loss was reported.
+    /// The limit has been exceeded, and the loss has been reported.
     Exceeded,
 }
 
 impl FdLimit {
-    /// Closes the descriptors beyond the limit. Returns whether to report the loss: only the first one
-    /// is reported.
+    /// Closes the descriptors beyond the limit. Returns whether the caller must report a loss,
+    /// because only the first loss is reported.
     fn apply(&mut self, fds: &mut Vec<NoLingerFd>) -> bool {
         match *self {
             Self::Unlimited => false,
@@ -67,20 +67,20 @@ impl FdLimit {
 /// The result of processing one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Processed {
-    /// There was no complete frame.
+    /// No complete frame was available.
     Nothing,
-    /// A frame was processed, and bytes are left.
+    /// A frame was processed, and more bytes have been read.
     More,
-    /// A frame was processed, and no byte is left.
+    /// A frame was processed, and no more bytes have been read.
     Drained,
-    /// A frame was processed that takes the master some time: other workers are next.
+    /// A frame that is slow to handle was processed, so other workers must be served next.
     Yield,
 }
 
-/// Writing.
+// Writing frames.
 impl MasterShell {
-    /// Queues a message of the application and writes what the socket takes. Returns whether the
-    /// application may go on without a pause.
+    /// Queues an application's message and writes as many bytes as the socket accepts. Returns
+    /// whether the application may continue without a pause.
     pub(crate) fn send(
         &self,
         worker: &WorkerIo,
@@ -98,7 +98,7 @@ impl MasterShell {
         }
     }
 
-    /// Queues a frame with its descriptor. If a reply has to go without its listener, the core decides
+    /// Queues a frame with its descriptor. If a reply's listener cannot be copied, the core decides
     /// what to send instead.
     pub(super) fn send_frame(&self, worker: WorkerId, frame: &ToWorker, attachment: Attachment) {
         let (handle, fd) = match attachment {
@@ -144,7 +144,8 @@ impl MasterShell {
         }
     }
 
-    /// Flushes this channel again after a while.
+    /// Schedules another flush of the channel after the back-off delay, and reports `error`, if
+    /// any.
     fn back_off(&self, worker: WorkerId, error: Option<Error>) {
         let mut retries = self.retries.borrow_mut();
         retries.channels.insert(worker);
@@ -173,22 +174,22 @@ impl MasterShell {
         self.receipts.borrow().len()
     }
 
-    /// Removes the next receipt that the application has not got yet.
+    /// Removes and returns the next receipt that has not been delivered to the application.
     pub(crate) fn next_receipt(&self) -> Option<(WorkerId, Receipt)> {
         self.receipts.borrow_mut().pop_front()
     }
 
-    /// Returns whether a frame is queued that can still be written.
+    /// Returns whether any queued frame can still be written.
     pub(crate) fn is_writing(&self) -> bool {
         !self.writing.borrow().is_empty() || !self.unflushed.borrow().is_empty()
     }
 
-    /// Returns whether there is something to deliver to the application.
+    /// Returns whether an event or a receipt waits for the application.
     pub(crate) fn has_notifications(&self) -> bool {
         self.core.borrow().has_events() || !self.receipts.borrow().is_empty()
     }
 
-    /// Handles that the poller reports a channel as writable.
+    /// Schedules a flush of a channel that the poller has reported as writable.
     pub(crate) fn channel_writable(&self, worker: WorkerId) {
         if let Some(worker_io) = self.worker_io(worker) {
             worker_io.channel.with(Channel::retry_write);
@@ -197,15 +198,15 @@ impl MasterShell {
     }
 }
 
-/// Reading.
+// Reading frames.
 impl MasterShell {
     /// Reads once from a worker's channel.
     fn receive(&self, worker: &WorkerIo) -> io::Result<Received> {
         worker.channel.receive(&mut self.scratch.borrow_mut())
     }
 
-    /// Reads once from a worker's channel, and closes it at end-of-file. Returns whether there is
-    /// something to process.
+    /// Reads once from a worker's channel, and closes the channel at end-of-file or on an error.
+    /// Returns whether there are bytes to process.
     pub(crate) fn read(&self, worker: &WorkerIo) -> bool {
         match self.receive(worker) {
             Ok(Received::Data) => return true,
@@ -243,7 +244,7 @@ impl MasterShell {
             (_, true) => Processed::Drained,
             (_, false) => Processed::More,
         };
-        // No decision about a message depends on the time.
+        // Do not set the core's clock yet, because no decision about a message depends on the time.
         let mut core = self.core.borrow_mut();
         if lost_fds {
             core.error(Some(worker), Error::no_descriptors(Some(worker)));
@@ -266,12 +267,12 @@ impl MasterShell {
         processed
     }
 
-    /// Notes that a worker has frames to process in the next iteration.
+    /// Records that a worker has frames to process in the next iteration.
     pub(crate) fn add_pending(&self, worker: WorkerId) {
         self.pending.borrow_mut().insert(worker);
     }
 
-    /// Returns whether a worker has frames that have been read and not processed.
+    /// Returns whether a worker has frames that have been read but not processed.
     pub(crate) fn is_pending(&self, worker: WorkerId) -> bool {
         self.pending.borrow().contains(&worker)
     }
@@ -280,10 +281,11 @@ impl MasterShell {
         !self.pending.borrow().is_empty()
     }
 
-    /// Returns the workers that have pending frames now.
+    /// Returns the workers that currently have pending frames.
     pub(crate) fn pending(&self) -> Vec<WorkerId> {
         let pending = self.pending.borrow();
-        // The usual case; each iteration calls this.
+        // Each iteration calls this method, and usually no worker has pending frames, so avoid an
+        // allocation.
         if pending.is_empty() {
             return Vec::new();
         }
@@ -296,10 +298,11 @@ impl MasterShell {
     }
 }
 
-/// Closing.
+// Closing channels.
 impl MasterShell {
-    /// Lets the worker write nothing more, and processes what it has written before. The events wait,
-    /// because the application may be the caller.
+    /// Closes a channel after processing the frames that the worker has already written. The worker
+    /// can write no more frames. The resulting events are delivered later, because the caller may
+    /// be the application.
     pub(super) fn close_channel(&self, worker: WorkerId) {
         if let Some(worker_io) = self.worker_io(worker) {
             self.process_final_frames(&worker_io);
@@ -311,7 +314,8 @@ impl MasterShell {
         worker.channel.with(Channel::shut_down);
         let (mut left, mut limit) = (FINAL_FRAMES_MAX, FdLimit::AtMost(FINAL_FDS_MAX));
         loop {
-            // Frames that were read earlier come first: the last of them may be incomplete.
+            // Process the frames in memory first, because the last one may be incomplete until the
+            // next read.
             while left > 0 && self.process_frame_within(worker, &mut limit) != Processed::Nothing {
                 left -= 1;
             }
@@ -327,7 +331,7 @@ impl MasterShell {
     }
 
     fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
-        // A worker that never reads its replies may ignore end-of-file, too, so kill it.
+        // A worker that never reads its replies may ignore end-of-file also, so kill it.
         let is_violation = reason.kind() == io::ErrorKind::OutOfMemory;
         let mut core = self.core_now();
         if is_violation {
@@ -341,7 +345,8 @@ impl MasterShell {
                 reason,
             },
         );
-        // The frames that the worker has written are still processed.
+        // The core requests `close_channel`, which first processes the frames that the worker has
+        // written.
         core.close_channel(worker);
     }
 
@@ -350,7 +355,7 @@ impl MasterShell {
         self.core_now().channel_closed(worker);
     }
 
-    /// Closes a channel without processing what the worker has written.
+    /// Closes a channel without processing the frames that the worker has written.
     pub(super) fn drop_channel(&self, worker: WorkerId) {
         let Some(worker_io) = self.worker_io(worker) else {
             return;

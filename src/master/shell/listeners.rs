@@ -21,17 +21,19 @@ use crate::types::errno;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// A socket that is bound for workers, or the shards of one.
+/// A socket that is bound for workers, or all shards of a sharded listener.
 #[derive(Debug)]
 pub(super) struct MasterSocket {
     is_path: bool,
-    /// Dropped before the sockets: while the file exists, no other process can bind the path.
+    /// The socket's file, which is declared first so that it is removed before the sockets close.
+    /// While the file exists, no other process can bind the path.
     pub(super) file: Option<SocketFile>,
-    /// More than one if the listener is sharded.
+    /// The socket, or all shards if the listener is sharded.
     pub(super) sockets: Vec<Rc<Registered<OwnedFd>>>,
-    /// `Some` if the listener is sharded, and the kernel allows selecting a shard.
+    /// The group of the shards. `None` if the listener is not sharded, or if the kernel does not
+    /// support selecting a shard.
     pub(super) group: Option<ShardGroup>,
-    /// The address with the real port; `None` for a Unix path.
+    /// The address with the actual port. `None` for a Unix path.
     address: Option<SocketAddr>,
     backlog: u32,
 }
@@ -48,16 +50,16 @@ impl MasterSocket {
 pub(crate) struct RetainedListener {
     pub(crate) handle: HandleId,
     pub(crate) address: Address,
-    /// The first shard, if the listener is sharded.
+    /// The listening socket, or the first shard if the listener is sharded.
     pub(crate) socket: Rc<Registered<OwnedFd>>,
 }
 
-/// Returns the system's error number as the core passes it on.
+/// Returns the system's error number for the core, or `EINVAL` if the error has none.
 fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(errno::EINVAL)
 }
 
-/// Opening listeners.
+// Opening listeners.
 impl MasterShell {
     pub(super) fn bind_for_worker(
         &self,
@@ -95,7 +97,8 @@ impl MasterShell {
             let listeners = self.sockets.borrow();
             let mut sockets = listeners.values().flat_map(|own| &own.sockets);
             if sockets.any(|own| own.as_fd().as_raw_fd() == number) {
-                // The application did not open this descriptor.
+                // The descriptor is one of the master's own sockets. The application did not open
+                // it and must not name it.
                 return Err(io::Error::from_raw_os_error(errno::EBADF));
             }
         }
@@ -105,13 +108,14 @@ impl MasterShell {
             false => PortSharing::Exclusive,
         };
         let bound = bind(endpoint, flags, sharing)?;
-        // Workers that block in `accept` itself take strict turns. A borrowed descriptor keeps its
-        // mode, because it belongs to others, too.
+        // Make the socket block, because workers that block in `accept` take strict turns. A
+        // borrowed descriptor keeps its mode, because other processes also use it.
         let blocks = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
         if blocks && !endpoint.is_borrowed() {
             sys::fd::set_nonblocking(bound.socket.as_fd(), false)?;
         }
-        // Without a selector the kernel chooses a shard by a hash, and selecting is an error.
+        // If the selector cannot be created, continue without one. The kernel then chooses a shard
+        // by a hash, and `select_shards` reports an error.
         let group = is_sharded.then(|| ShardGroup::new(&bound.socket, flags, &self.poller, handle));
         self.add_socket(handle, bound, flags, group.and_then(Result::ok))
     }
@@ -143,7 +147,7 @@ impl MasterShell {
         Ok(address)
     }
 
-    /// Binds one more shard to the address of the first.
+    /// Binds one more shard to the address of the first shard.
     fn bind_shard(&self, handle: HandleId, flags: &BindFlags) -> io::Result<()> {
         let mut sockets = self.sockets.borrow_mut();
         let listener = sockets.get_mut(&handle).ok_or(io::ErrorKind::NotFound)?;
@@ -161,13 +165,14 @@ impl MasterShell {
         Ok(())
     }
 
-    /// Opens a listener, or finds it open, and retains it until it is released.
+    /// Opens a listener, or uses the open one, and retains it until it is released.
     pub(crate) fn listen(
         &self,
         endpoint: &Endpoint,
         flags: &BindFlags,
     ) -> io::Result<RetainedListener> {
-        // A worker may have requested the same endpoint just now.
+        // Carry out pending actions first, because a worker may have just requested the same
+        // endpoint.
         self.act();
         let mut core = self.core_now();
         if let Some(handle) = core.retain(endpoint) {
@@ -185,7 +190,7 @@ impl MasterShell {
         self.retained(handle)
     }
 
-    /// Retains a listener that is open already.
+    /// Retains a listener that is already open.
     pub(crate) fn adopt(
         &self,
         kind: Kind,
@@ -218,7 +223,7 @@ impl MasterShell {
     }
 }
 
-/// The application's retained listeners.
+// Retained listeners.
 impl MasterShell {
     pub(crate) fn removes_file(&self, handle: HandleId) -> bool {
         let sockets = self.sockets.borrow();
@@ -244,7 +249,7 @@ impl MasterShell {
         Ok(())
     }
 
-    /// Notes that the application may give a descriptor of the listener to any process.
+    /// Records that the application may pass the listener's descriptor to any process.
     pub(crate) fn mark_borrowed(&self, handle: HandleId) {
         self.core.borrow_mut().mark_borrowed(handle);
     }
@@ -255,15 +260,15 @@ impl MasterShell {
             self.core_now().release(handle);
             self.act();
         } else {
-            // Closes the copies of this process.
+            // In a forked child, only close this process's copies of the sockets.
             drop(self.sockets.borrow_mut().remove(&handle));
         }
     }
 }
 
-/// Connections that arrive, and listeners that are shut down.
+// Accepting connections, and recovering from shutdowns.
 impl MasterShell {
-    /// Handles that the poller reports a listener as readable or as hung up.
+    /// Handles a listener that the poller has reported as readable or as hung up.
     pub(crate) fn listener_ready(&self, handle: HandleId) {
         if self.core.borrow().master_accepts(handle) {
             return self.core_now().readable(handle);
@@ -284,16 +289,16 @@ impl MasterShell {
         self.act();
     }
 
-    /// Makes a listener, or one of its shards, listen again after another process shut it down.
+    /// Makes a listener, or one of its shards, listen again after another process has shut it down.
     ///
-    /// The poller does not report the listener again until `watch_hang_up`. This limits the cost of a
-    /// process that shuts the listener down again and again.
+    /// The poller does not report the listener again until `watch_hang_up` is called. The pause
+    /// limits the cost of a process that shuts the listener down repeatedly.
     fn listen_again(&self, handle: HandleId, shard: usize) -> io::Result<()> {
         let mut sockets = self.sockets.borrow_mut();
         let listener = sockets.get_mut(&handle).ok_or(io::ErrorKind::NotFound)?;
         let socket = Rc::clone(listener.get(shard)?);
         socket.set_interest(None)?;
-        // The kernel lets no Unix socket listen again.
+        // The kernel does not let a Unix socket listen again.
         let address = listener.address.ok_or(io::ErrorKind::Unsupported)?;
         sys::listen::listen_again(&socket, &address, listener.backlog)?;
         if let Some(group) = &mut listener.group {
@@ -312,8 +317,8 @@ impl MasterShell {
         }
     }
 
-    /// Handles that connections have reached the selector of a sharded listener: another process has
-    /// changed the selection.
+    /// Handles connections that have reached a sharded listener's selector, which means that
+    /// another process has changed the selection.
     pub(crate) fn selector_ready(&self, handle: HandleId) {
         let sockets = self.sockets.borrow();
         let group = sockets.get(&handle).and_then(|own| own.group.as_ref());
@@ -341,8 +346,8 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         let is_sole = core.is_sole(handle);
         if !is_sole {
-            // Another owner may have cleared the flag, and `accept` would block. The call cannot fail,
-            // because the descriptor is open.
+            // Set the flag again, because another owner may have cleared it and `accept` would then
+            // block. The call cannot fail, because the descriptor is open.
             let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
         }
         for _ in 0..at_most {
@@ -373,7 +378,7 @@ impl MasterShell {
     }
 }
 
-/// Sharing listeners with workers.
+// Sharing listeners with workers.
 impl MasterShell {
     /// Returns a copy of a listener, or of one of its shards, for a worker.
     pub(super) fn share(&self, handle: HandleId, shard: usize) -> io::Result<OwnedFd> {
@@ -383,8 +388,8 @@ impl MasterShell {
         }
     }
 
-    /// Returns a copy of a shard, and makes the shard block: `unblock` may have changed that for the
-    /// worker that had the shard before.
+    /// Returns a copy of a shard, and makes the shard block. `unblock` may have made the shard
+    /// non-blocking for the worker that had it earlier.
     pub(super) fn share_shard(&self, handle: HandleId, shard: usize) -> io::Result<OwnedFd> {
         let copy = self.share(handle, shard)?;
         sys::fd::set_nonblocking(copy.as_fd(), false)?;
@@ -407,7 +412,7 @@ impl MasterShell {
         }
     }
 
-    /// Makes `accept` on the listener, or on one shard of it, return at once in all processes.
+    /// Makes `accept` on the listener, or on one of its shards, return at once in all processes.
     pub(super) fn unblock(&self, handle: HandleId, shard: Option<usize>) {
         if let Some(listener) = self.sockets.borrow().get(&handle) {
             let all = listener.sockets.iter().enumerate();
@@ -420,7 +425,7 @@ impl MasterShell {
     }
 }
 
-/// Closing listeners.
+// Closing listeners.
 impl MasterShell {
     pub(super) fn remove_file(&self, handle: HandleId) {
         if let Some(listener) = self.sockets.borrow_mut().get_mut(&handle) {
@@ -428,8 +433,8 @@ impl MasterShell {
         }
     }
 
-    /// Keeps new connections out of the backlog. If the system cannot, the backlog is emptied while
-    /// connections arrive.
+    /// Keeps new connections out of the backlog. If the system does not support SYN filters, the
+    /// backlog is emptied while connections still arrive.
     pub(super) fn attach_syn_filter(&self, handle: HandleId) {
         if let Some(listener) = self.sockets.borrow().get(&handle) {
             if let Some(group) = &listener.group {

@@ -1,9 +1,9 @@
-//! Carries out what [`MasterCore`] decides, on real processes, channels and listeners. Never calls the
-//! application.
+//! Carries out the decisions of [`MasterCore`] on real processes, channels and listeners. The shell
+//! never calls the application.
 //!
-//! This file has the shell's state, the actions of the core, and retries. The other files each have one
-//! kind of thing that the shell acts on. Methods for the application belong in `master`, and decisions in
-//! `core`.
+//! This file contains the shell's state, the core's actions, and retries. Each of the other files
+//! handles one kind of object, such as channels or queues. Methods for the application belong in
+//! `master`, and decisions in `core`.
 
 mod abandon;
 mod channels;
@@ -51,9 +51,9 @@ pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 
 /// Number of waiting connections that are checked for a hang-up in each iteration of the loop.
 ///
-/// With more, an iteration costs more while connections wait: with 8 it takes 5 µs instead of 0.8
-/// (`cargo bench -- scaling`). With fewer, connections whose clients have hung up are counted for
-/// longer.
+/// A higher number makes an iteration slower while connections wait: with 8, an iteration takes 5
+/// µs instead of 0.8 µs (`cargo bench -- scaling`). With a lower number, connections whose clients
+/// have hung up are counted for longer.
 const SWEEP: usize = 2;
 
 /// The process of a worker or a detached process, and the descriptors that connect the master with it.
@@ -61,16 +61,18 @@ const SWEEP: usize = 2;
 pub(crate) struct WorkerIo {
     pub(crate) id: WorkerId,
     pub(crate) pid: Pid,
-    /// Always closed for a detached process.
+    /// The channel to the worker, which is closed from the start for a detached process.
     channel: ChannelDriver<ToMaster, ToWorker>,
-    /// Readable when the process has exited; `None` where the kernel has no such descriptors. Not
-    /// watched while the process cannot be reaped.
+    /// The process descriptor, which is readable once the process has exited. `None` if the kernel
+    /// has none, or after the process has been reaped. While the process cannot be reaped, the
+    /// descriptor is not watched.
     process: RefCell<Option<Registered<OwnedFd>>>,
     /// The master's ends of the worker's pipes, by the worker's descriptor number.
     pub(crate) stdio: RefCell<SortedMap<usize, UnixStream>>,
-    /// Set when the process has exited, if its usage is known.
+    /// The resources that the process used. `None` until the process has exited, or if the usage is
+    /// unknown.
     pub(crate) usage: Cell<Option<Usage>>,
-    /// Set when the worker has left the table.
+    /// The worker's exit, which is set when the worker leaves the table.
     pub(crate) exit_report: Cell<Option<ExitReport>>,
 }
 
@@ -91,22 +93,24 @@ pub(crate) struct MasterShell {
     sockets: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// The queues from which workers receive their connections.
     queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
-    /// Workers whose channels must be flushed; some more than once.
+    /// The workers whose channels must be flushed. A worker may occur more than once.
     unflushed: RefCell<VecDeque<WorkerId>>,
     retries: RefCell<Retries>,
-    /// Receipts that the application has not got yet.
+    /// The receipts that have not been delivered to the application.
     receipts: RefCell<VecDeque<(WorkerId, Receipt)>>,
-    /// Workers with frames that have been read and not processed, because each worker has a limit for
-    /// one iteration.
+    /// The workers with unprocessed frames in memory. A worker's frames stay unprocessed when it
+    /// reaches the limit for one iteration.
     pending: RefCell<BTreeSet<WorkerId>>,
-    /// Workers whose channels have something queued that can still be written.
+    /// The workers whose channels have queued frames that can still be written.
     writing: RefCell<BTreeSet<WorkerId>>,
-    /// Workers without a channel whose exit only SIGCHLD reports.
+    /// The processes without a channel and without a process descriptor. Only SIGCHLD reports their
+    /// exits.
     unwatched_exits: RefCell<BTreeSet<WorkerId>>,
-    /// In a worker that executes no program: the values of its master. They are never dropped, because
-    /// the master would notice. They stay reachable, so that a leak checker reports real leaks alone.
+    /// The master's values in a worker that executes no program. The values are never dropped,
+    /// because dropping them could affect the master. They stay reachable, so that a leak checker
+    /// reports only real leaks.
     abandoned: RefCell<Vec<ManuallyDrop<Box<dyn Any>>>>,
-    /// The application's closure that chooses the inspect port is running.
+    /// Whether the application's closure that chooses the inspect port is running.
     is_choosing_port: Cell<bool>,
     /// The descriptors of the message that is being delivered to the application.
     pub(crate) delivering_fds: RefCell<Weak<UnclaimedFds>>,
@@ -114,21 +118,22 @@ pub(crate) struct MasterShell {
     scratch: RefCell<Vec<u8>>,
 }
 
-/// Steps that failed for lack of resources. All of them are retried at the same time.
+/// The steps that failed for lack of resources. All steps are retried at the same time.
 #[derive(Debug, Default)]
 struct Retries {
-    /// Channels that must be flushed.
+    /// The channels that must be flushed.
     channels: BTreeSet<WorkerId>,
-    /// Queues that must be closed, and may hold connections.
+    /// The queues that must be closed and may still contain connections.
     queues: Vec<(HandleId, WorkerId)>,
-    /// Workers that have exited and cannot be reaped because another process traces them, for instance
-    /// a debugger. Their process descriptors are not watched meanwhile, because they stay readable.
+    /// The workers that have exited and cannot be reaped because another process, such as a
+    /// debugger, traces them. Until the retry, their process descriptors are not watched, because
+    /// they stay readable.
     processes: Vec<WorkerId>,
     backoff: Backoff,
 }
 
 impl MasterShell {
-    /// `start` is the origin of [`Time`].
+    /// Returns the shell of a new master. `start` is the origin of [`Time`].
     pub(crate) fn new(policy: SchedulingPolicy, poller: Poller, start: Instant) -> Self {
         Self {
             core: RefCell::new(MasterCore::new(policy)),
@@ -151,16 +156,18 @@ impl MasterShell {
         }
     }
 
-    /// Returns the core with its clock set to the present time.
+    /// Returns the core, with its clock set to the current time.
     pub(crate) fn core_now(&self) -> RefMut<'_, Core> {
         let mut core = self.core.borrow_mut();
         core.set_time(self.start.elapsed());
         core
     }
 
+    /// Checks that this process created the master.
+    ///
     /// # Errors
     ///
-    /// This process did not create the master.
+    /// Returns [`Error::ForeignProcess`] in another process, for instance a child of the application.
     pub(crate) fn check_own(&self) -> crate::error::Result<()> {
         if self.poller.is_own() {
             Ok(())
@@ -173,7 +180,8 @@ impl MasterShell {
         self.workers.borrow().get(&worker).map(Rc::clone)
     }
 
-    /// Removes what belongs to a process whose last event has been delivered.
+    /// Removes a process from the table after its last event has been delivered, and closes its
+    /// pipes.
     pub(crate) fn forget(&self, worker: WorkerId) {
         self.unwatched_exits.borrow_mut().remove(&worker);
         if let Some(worker_io) = self.workers.borrow_mut().remove(&worker) {
@@ -187,7 +195,7 @@ impl MasterShell {
         self.core.borrow_mut().error(None, error);
     }
 
-    /// Passes a point at which tests make this worker fail. The first worker never fails.
+    /// Runs a fault point, at which tests can make this worker fail. The first worker never fails.
     fn fault(&self, name: &str, worker: WorkerId) {
         let foreign: Option<&Channel<ToMaster, ToWorker>> = None;
         let pid = || {
@@ -197,17 +205,18 @@ impl MasterShell {
         fault::point(name, pid, foreign);
     }
 
-    /// Returns the latest time at which `tick` must be called.
+    /// Returns the time by which `tick` must be called.
     pub(crate) fn deadline(&self) -> Option<Time> {
         let retry = self.retries.borrow().backoff.deadline();
         earlier(self.core.borrow().deadline(), retry)
     }
 
-    /// Retries what is due, advances the core's clock, and checks some of the waiting connections for a
-    /// hang-up. `due` is the result of `deadline`, if nothing has happened since. Returns whether there
-    /// may be new actions or events.
+    /// Carries out the retries that are due, advances the core's clock, and checks some of the
+    /// waiting connections for a hang-up. Returns whether there may be new actions or events.
+    ///
+    /// `due` is a result of `deadline` that is still valid.
     pub(crate) fn tick(&self, due: Option<Time>) -> bool {
-        // The usual case.
+        // Usually, nothing is due and no connection waits.
         if due.is_none() && !self.core.borrow().has_waiting() {
             return false;
         }
@@ -239,18 +248,19 @@ impl MasterShell {
         }
     }
 
-    /// Carries out all actions and flushes the channels. Nothing of this needs a callback.
+    /// Carries out all actions and flushes the channels. The method calls no callbacks.
     pub(crate) fn act(&self) {
         if self.core.borrow().has_actions() || !self.unflushed.borrow().is_empty() {
             self.carry_all_out();
         }
     }
 
-    /// Separate from `act`, which is called several times for each message and usually finds nothing
-    /// to do.
+    /// Carries out the actions and flushes the channels. The method is separate from `act`, which
+    /// is called several times for each message and usually finds nothing to do.
     #[inline(never)]
     fn carry_all_out(&self) {
-        // All actions concern the process that created the master.
+        // A forked child must not carry out actions, because they all concern the process that
+        // created the master.
         while self.poller.is_own() {
             let action = self.core.borrow_mut().next_action();
             match action {
@@ -314,7 +324,8 @@ impl MasterShell {
         if let Some(worker_io) = self.worker_io(worker) {
             let process = worker_io.process.borrow();
             let process = process.as_ref().map(|process| process.as_fd());
-            // This fails only for a process that has exited, which is noticed otherwise.
+            // The call fails only for a process that has exited. The master notices that exit by
+            // other means.
             let _ = worker_io.pid.signal(process, signal.number());
         }
     }

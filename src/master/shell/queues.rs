@@ -1,4 +1,4 @@
-//! The queues from which workers receive their connections, and the load that they show.
+//! The queues from which workers receive their connections, and the loads that follow from them.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -13,16 +13,17 @@ use crate::types::loads::Loads;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// The state of a queue after reclaiming.
+/// The state of a queue after connections were reclaimed from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum QueueState {
     Empty,
     PerhapsMore,
-    /// The queue cannot be read for lack of descriptors.
+    /// The queue may contain connections but cannot be read, for instance because this process has
+    /// no free descriptor.
     Unknown,
 }
 
-/// The result of reclaiming from a queue.
+/// The result of reclaiming connections from a queue.
 struct Reclaimed {
     connections: Vec<Sequenced<NoLingerFd>>,
     state: QueueState,
@@ -48,7 +49,7 @@ fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
 }
 
 impl MasterShell {
-    /// Makes a queue. Returns the worker's end.
+    /// Creates a queue, and returns the worker's end.
     pub(super) fn open_queue(&self, handle: HandleId, worker: WorkerId) -> io::Result<OwnedFd> {
         let queue = Queue::new()?;
         let worker_end = queue.worker_end()?;
@@ -56,7 +57,8 @@ impl MasterShell {
         Ok(worker_end)
     }
 
-    /// Puts a connection into a worker's queue, unless it has waited and its client has hung up.
+    /// Puts a connection into a worker's queue. If the connection has waited and its client has
+    /// hung up, the connection is dropped instead.
     pub(super) fn dispatch(
         &self,
         handle: HandleId,
@@ -74,7 +76,8 @@ impl MasterShell {
             None => Err(io::ErrorKind::NotFound.into()),
         };
         match dispatched {
-            // The master's own copy is closed here.
+            // The kernel has a copy of the connection in the queue, so the master's copy can be
+            // closed here.
             Ok(()) => self.fault("master.after_dispatch", worker),
             Err(reason) => {
                 let is_exhausted = sys::socket::is_exhaustion(&reason);
@@ -102,8 +105,8 @@ impl MasterShell {
         core.reclaimed(handle, worker, connections, is_empty);
     }
 
-    /// Closes a queue as soon as nothing is left in it. If that cannot be found out for lack of
-    /// descriptors, tries again after a while.
+    /// Closes a queue once it is empty. If a lack of descriptors prevents the check, the shell
+    /// tries again after the back-off delay.
     pub(super) fn close_queue(&self, handle: HandleId, worker: WorkerId) {
         let mut queues = self.queues.borrow_mut();
         let mut core = self.core_now();
@@ -130,8 +133,8 @@ impl MasterShell {
         }
     }
 
-    /// Updates the core's number of connections in each queue. Busy workers have received some since
-    /// their last frame.
+    /// Updates the core's counts of queued connections, because busy workers may have received
+    /// connections since their last frame.
     pub(crate) fn count_all(&self) {
         for (handle, worker) in self.queues.borrow().keys() {
             self.count(*handle, *worker);
@@ -139,7 +142,7 @@ impl MasterShell {
         self.act();
     }
 
-    /// Returns the load of all workers and listeners.
+    /// Returns the loads of all workers and listeners.
     pub(crate) fn loads(&self) -> Loads {
         self.count_all();
         let (workers, listeners) = self.core.borrow().loads();

@@ -1,4 +1,4 @@
-//! Reaps processes that have exited, and knows which exits nothing reports.
+//! Reaps processes that have exited, and knows the workers whose exit the system may not report.
 
 use super::{MasterShell, WorkerIo};
 use crate::error::Error;
@@ -8,9 +8,10 @@ use crate::sys::process::Exit;
 use crate::types::worker_id::WorkerId;
 
 impl MasterShell {
-    /// Reaps the process of a worker if it has exited.
+    /// Reaps a worker's process if it has exited.
     pub(crate) fn try_reap(&self, worker: WorkerId) {
-        // Pending signals first: afterwards the number may be that of another process.
+        // Send pending signals first, because the process id may belong to another process once
+        // this one is reaped.
         self.act();
         let Some(worker_io) = self.worker_io(worker) else {
             return;
@@ -37,19 +38,19 @@ impl MasterShell {
         self.core_now().exited(worker, end.status);
     }
 
-    /// Backs off from a process that has no status for its parent. If its descriptor is readable, it
-    /// stays readable until the process is reaped.
+    /// Stops watching a process that cannot be reaped yet, and schedules a retry. The descriptor of
+    /// an exited process stays readable until the process is reaped, so the loop would spin.
     fn reap_later(&self, worker_io: &WorkerIo) {
         let process = worker_io.process.borrow();
         let Some(process) = process.as_ref().filter(|process| process.is_watched()) else {
             return;
         };
-        // The call cannot fail, because the descriptor is in the poller.
+        // The call cannot fail, because the descriptor is registered with the poller.
         let _ = process.set_interest(None);
         self.retry_process(worker_io.id);
     }
 
-    /// Watches the process again after `reap_later`.
+    /// Watches the process again when the retry is due.
     pub(super) fn watch_exit(&self, worker: WorkerId) {
         let Some(worker_io) = self.worker_io(worker) else {
             return;
@@ -72,13 +73,14 @@ impl MasterShell {
         retries.backoff.start(self.start.elapsed());
     }
 
-    /// Returns whether a worker may exit without any report: its channel is closed, only SIGCHLD would
-    /// report the exit, and another handler has replaced the crate's.
+    /// Returns whether a worker may exit without a report from the system. That is the case if its
+    /// channel is closed, only SIGCHLD would report its exit, and another handler has replaced this
+    /// crate's handler.
     pub(crate) fn has_unwatched_exits(&self) -> bool {
         !self.unwatched_exits.borrow().is_empty() && !sys::signal::is_handled(sys::signal::CHLD)
     }
 
-    /// Returns the workers of `has_unwatched_exits`.
+    /// Returns the workers without a channel whose exits only SIGCHLD reports.
     pub(crate) fn unwatched_exits(&self) -> Vec<WorkerId> {
         self.unwatched_exits.borrow().iter().copied().collect()
     }

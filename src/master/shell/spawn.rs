@@ -28,12 +28,12 @@ use crate::wire::fault;
 use crate::wire::frame::{ToMaster, ToWorker, preamble};
 use crate::worker::worker_main::WorkerMain;
 
-/// Adds the step that failed to an error of the system.
+/// Returns a function that adds the failed step to a system error.
 fn failed(step: ForkStep) -> impl FnOnce(io::Error) -> Failure {
     move |reason| (step, reason)
 }
 
-/// Clears a flag when it is dropped, also by a panic.
+/// A guard that clears a flag when it is dropped, even after a panic.
 struct Reset<'a>(&'a Cell<bool>);
 
 impl Drop for Reset<'_> {
@@ -42,30 +42,30 @@ impl Drop for Reset<'_> {
     }
 }
 
-/// Everything that is known about a process before it exists.
+/// Everything that is known about a process before it starts.
 struct NewProcess<'a> {
     id: WorkerId,
     settings: &'a Settings,
     launch: Launch,
-    /// Additional environment variables.
+    /// The additional environment variables.
     extra: Vec<(OsString, OsString)>,
     inspect_port: Option<u16>,
     stdio: StdioEnds,
     channel: Channel<ToMaster, ToWorker>,
-    /// The worker's end of the channel. Its number is above those of `stdio`.
+    /// The worker's end of the channel. Its descriptor number is higher than those of `stdio`.
     worker_end: OwnedFd,
 }
 
-/// A process that exists. The descriptor is readable when it has exited, where the kernel has such
-/// descriptors.
+/// A process that has started, and its process descriptor, which is readable once the process has
+/// exited. `None` if the kernel has no process descriptors.
 type Started = (Pid, Option<OwnedFd>);
 
 impl MasterShell {
     /// Starts a worker or a detached process.
     ///
-    /// `watch_children` makes the loop wake up for SIGCHLD; it is called where the kernel has no
-    /// descriptors for processes. `abandon_watches` is called in a worker that executes no program: it
-    /// forgets what the loop watches, and returns the descriptors.
+    /// If the kernel has no process descriptors, `watch_children` is called to make SIGCHLD wake up
+    /// the loop. In a worker that executes no program, `abandon_watches` is called to make the loop
+    /// forget its watches. `abandon_watches` returns the descriptors that were watched.
     pub(crate) fn fork(
         &self,
         settings: &Settings,
@@ -80,7 +80,7 @@ impl MasterShell {
             return Err((ForkStep::CopyMaster, error));
         }
         self.unreaped.reap();
-        // The application's code first, because it may fork, too.
+        // Call the application's closure first, because the closure may itself fork a worker.
         let inspect_port = settings.get_inspect_port();
         let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
         let inspect_port = inspect_port.map_err(failed(ForkStep::InspectPort))?;
@@ -113,14 +113,14 @@ impl MasterShell {
             None => watch_children().map(|()| None),
         };
         let process = process.map_err(|error| {
-            // Its exit would not be noticed.
+            // Discard the process, because the master would not notice its exit.
             pid.discard(None, &self.unreaped);
             (ForkStep::Watch, error)
         })?;
         Ok(self.add_process(new, pid, process))
     }
 
-    /// Adds a process that has started to the core and to the table.
+    /// Adds a started process to the core and to the table.
     fn add_process(
         &self,
         new: NewProcess<'_>,
@@ -133,7 +133,7 @@ impl MasterShell {
             if process.is_none() {
                 self.unwatched_exits.borrow_mut().insert(id);
             }
-            // The kernel closed the other end when the program was executed.
+            // Drop the channel, because the other end was closed when the program was executed.
             None
         } else {
             self.core.borrow_mut().forked(id);
@@ -152,7 +152,8 @@ impl MasterShell {
         worker_io
     }
 
-    /// Makes a channel, and returns both ends. The number of the worker's end is at least `lowest`.
+    /// Creates a channel and returns both ends. The descriptor number of the worker's end is at
+    /// least `lowest`.
     fn open_channel(
         &self,
         id: WorkerId,
@@ -160,9 +161,9 @@ impl MasterShell {
     ) -> io::Result<(Channel<ToMaster, ToWorker>, OwnedFd)> {
         let (master_end, worker_end) = UnixStream::pair()?;
         master_end.set_nonblocking(true)?;
-        // Where the system has no such option, it has no out-of-band data either.
+        // Ignore the error, because a system without this option has no out-of-band data either.
         let _ = sys::socket::enable_oob_inline(&master_end);
-        // An empty socket takes the whole preamble.
+        // Send the preamble in one call, because an empty socket has space for all of it.
         sys::socket::send(&master_end, &preamble(id), &[])?;
         let key = Token::Channel(id.get()).key();
         let channel = Channel::new(master_end, &self.poller, key)?;
@@ -189,16 +190,19 @@ impl MasterShell {
         let mut child = Program::default();
         apply_cwd_and_ids(&mut child, settings).map_err(failed(ForkStep::Prepare))?;
         child.stdio(std::mem::take(&mut new.stdio.worker));
-        // The worker would print buffered output a second time.
+        // Flush standard output first, because the worker would otherwise print the buffered output
+        // a second time.
         let _ = std::io::stdout().flush();
         let abandon = || {
             let inert = sys::fd::inert()?;
             let mut numbers = self.abandon(inert.as_fd())?;
-            // The application may have other handles of these.
+            // Replace these descriptors and do not close them, because the application may have
+            // other handles of them.
             for number in abandon_watches() {
                 sys::fd::replace(number, inert.as_fd())?;
             }
-            // These belong to stack frames to which the child does not return.
+            // Close these descriptors explicitly. They belong to stack frames to which the child
+            // does not return, so no destructor closes them.
             numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
             numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
             numbers.extend(settings.descriptors());
@@ -257,7 +261,8 @@ impl MasterShell {
 
     /// Returns the next inspect port.
     fn choose_port(&self, port: &InspectPort) -> io::Result<u16> {
-        // A closure that forks would choose a port for that worker, and so on without end.
+        // Reject a nested call. A closure that forks would otherwise choose a port for that worker,
+        // which calls the closure again, without end.
         if self.is_choosing_port.replace(true) {
             let reason = "the closure that chooses it forks a worker";
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
@@ -267,14 +272,15 @@ impl MasterShell {
     }
 }
 
-/// Returns the program of a worker, without its descriptors.
+/// Returns the program of a worker, without the worker's descriptors.
 fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Result<Program> {
     let mut exec = settings.get_exec().unwrap_or("".as_ref()).to_owned();
     let is_own = std::env::current_exe().is_ok_and(|own| own == exec);
     let own_name = std::env::args_os().next().filter(|_| is_own);
     let name = own_name.unwrap_or_else(|| exec.clone().into());
     if settings.get_cwd().is_some() {
-        // The path is relative to the master's directory.
+        // Make the path absolute, because it is relative to the master's directory and not to the
+        // worker's.
         exec = std::path::absolute(exec)?;
     }
     let exec_args = settings.get_exec_args().unwrap_or_default().iter().cloned();
@@ -285,7 +291,7 @@ fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Resul
     Ok(program)
 }
 
-/// Sets the directory, user, group and session of a worker.
+/// Sets a worker's directory, user, group and session.
 fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<()> {
     if let Some(cwd) = settings.get_cwd() {
         program.cwd(cwd.to_owned().into())?;
@@ -297,21 +303,24 @@ fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<(
     Ok(())
 }
 
-/// The standard descriptors of a worker and those behind them.
+/// The descriptors with which a worker starts: the three standard ones and those with the following
+/// numbers.
 #[derive(Default)]
 struct StdioEnds {
-    /// The worker's descriptors by number; `None` for those that it inherits as they are, open or not.
+    /// The worker's descriptors, by number. `None` if the worker inherits the descriptor unchanged,
+    /// whether it is open or not.
     worker: Vec<Option<OwnedFd>>,
     /// The master's ends of the pipes, by the worker's descriptor number.
     master: SortedMap<usize, UnixStream>,
-    /// Lowest number that none of the worker's descriptors will have.
+    /// The lowest number that none of the worker's descriptors will have, and at least 3.
     first_free: RawFd,
 }
 
 impl StdioEnds {
     fn new(settings: &Settings) -> io::Result<Self> {
         let kinds = settings.effective_stdio()?;
-        // None of the descriptors may have one of the numbers to which they will be moved.
+        // Duplicate every descriptor to a number above the target numbers, so that moving one
+        // descriptor cannot overwrite another.
         let lowest = RawFd::try_from(kinds.len()).unwrap_or(RawFd::MAX);
         let mut stdio = Self {
             first_free: lowest.max(3),
