@@ -1,4 +1,4 @@
-//! The blocking form of a worker: how `accept` and `recv_from` wait.
+//! The blocking way to use a worker: how `accept` and `recv_from` wait.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -13,22 +13,28 @@ use crate::worker::connection::Connection;
 use crate::worker::shell::Accepted;
 use crate::worker::{Inner, Worker};
 
-/// How long `accept` may return one connection after another before it handles messages, timers and
-/// signals again. A longer interval delays these by as much. A much shorter one would cost a call of
-/// poll(2) for nearly every connection.
+/// Maximum time for which `accept` returns connections without handling messages, timers and
+/// signals.
+///
+/// A longer interval delays messages, timers and signals by the same time. A much shorter interval
+/// would cost one call of poll(2) for nearly every connection.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
-/// How long a worker first waits for the master to make a listener listen again that another process has
-/// shut down. The master needs microseconds for that. The time doubles with each attempt.
+/// The first pause of a worker whose listener another process has shut down.
+///
+/// During the pause, the master makes the listener listen again, which takes microseconds. The
+/// pause doubles with each attempt.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// When the pause has grown to this time, accepting fails instead: the master cannot repair the
-/// listener. The pauses before add up to about one second.
+/// The pause at which the worker gives up and `accept` fails, because the master cannot repair the
+/// listener.
+///
+/// The shorter pauses add up to about one second.
 const LAST_PAUSE: Duration = Duration::from_millis(1024);
 
-/// Which sources, besides the listener itself, may have something that has not been handled.
+/// The sources, besides the listener itself, that may have unhandled input.
 ///
-/// A worker that waits in accept(2) is interrupted when something *arrives* by the channel, or a signal
-/// arrives, which is reported by the poller. Input that arrived earlier does not interrupt the wait.
-/// Both sources must therefore have been checked since the last wait.
+/// Input on the channel and signals interrupt a worker that waits in accept(2); the poller reports
+/// the signals. Input that arrived earlier does not interrupt the wait. Therefore, both sources
+/// must have been checked since the last wait.
 ///
 /// | state | event | next state |
 /// |---|---|---|
@@ -39,7 +45,8 @@ const LAST_PAUSE: Duration = Duration::from_millis(1024);
 /// | `Both`, `Channel` | poll(2) reported that the poller is ready, or not | `Both`, or `Channel` |
 /// | `Poller`, `Nothing` | poll(2) reported that the poller is ready, or not | `Poller`, or `Nothing` |
 ///
-/// The poller is always checked before the channel. accept(2) is called in `Nothing` only.
+/// The poller is always checked before the channel. A worker calls accept(2) only in the state
+/// `Nothing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unchecked {
     Nothing,
@@ -74,11 +81,11 @@ impl Unchecked {
     }
 }
 
-/// The state that the blocking form keeps from one call to the next.
+/// The state that a blocking worker keeps between calls.
 #[derive(Debug)]
 pub(super) struct WaitState {
     unchecked: Cell<Unchecked>,
-    /// When the worker last waited with poll(2).
+    /// The time of the last wait with poll(2).
     last_wait: Cell<Instant>,
 }
 
@@ -94,7 +101,7 @@ impl WaitState {
         self.unchecked.set(Unchecked::Both);
     }
 
-    /// Returns whether the poller has to be checked, and takes it to be checked from now on.
+    /// Returns whether the poller must be checked, and marks it as checked.
     fn take_poller(&self) -> bool {
         let unchecked = self.unchecked.get();
         self.unchecked.set(unchecked.set_poller(false));
@@ -114,9 +121,9 @@ impl WaitState {
 /// The result of one attempt to receive a connection or datagram.
 enum Attempt<T> {
     Received(T),
-    /// There was nothing, and the attempt did not wait.
+    /// Nothing was available, and the attempt did not wait.
     Nothing,
-    /// There was nothing, but the attempt has waited or handled something else: try again.
+    /// Nothing was available, but the attempt waited or handled something else, so try again.
     Retry,
 }
 
@@ -164,7 +171,8 @@ impl Worker {
         })
     }
 
-    /// Returns the connection to the application, unless it is one too many for the application's limit.
+    /// Returns the connection to the application, or passes it to the drop callback if it exceeds
+    /// the application's limit.
     fn accepted(
         &self,
         listener: ListenerId,
@@ -181,9 +189,9 @@ impl Worker {
         Ok(Attempt::Received(connection))
     }
 
-    /// Returns whether the worker can wait in accept(2) itself, where the kernel queues the waiting
-    /// workers. If it has anything else to wait for, the listener becomes non-blocking, for all processes
-    /// that have it.
+    /// Returns whether the worker can wait in accept(2), where the kernel queues the waiting
+    /// workers. If the worker must also wait for something else, the method makes the listener
+    /// non-blocking in all processes that have a copy.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         if !shell.is_blocking(listener) {
@@ -199,7 +207,7 @@ impl Worker {
         Ok(alone)
     }
 
-    /// Waits for a connection in accept(2), after everything else has been handled.
+    /// Waits for a connection in accept(2), after pending input has been handled.
     fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
@@ -231,7 +239,7 @@ impl Worker {
         })
     }
 
-    /// Runs the loop until an attempt succeeds, or the listener has ended.
+    /// Runs the loop until an attempt succeeds or the listener has ended.
     fn wait_for<T>(
         inner: &Rc<Inner>,
         listener: ListenerId,
@@ -244,12 +252,13 @@ impl Worker {
             inner: Rc::clone(inner),
             is_owner: false,
         };
-        // Even if there is always a connection, everything else is handled from time to time.
+        // Handle everything else once per `CHECK_INTERVAL`, because a busy listener always has a
+        // connection.
         if !shell.is_blocking(listener) && wait_state.last_wait.get().elapsed() >= CHECK_INTERVAL {
             worker.wait(listener, Some(Duration::ZERO))?;
         }
         loop {
-            // Pending notifications are delivered before the application is made to wait.
+            // Deliver pending notifications first, because the attempt may wait.
             if wait_state.take_poller() || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
             }
@@ -270,7 +279,7 @@ impl Worker {
         }
     }
 
-    /// Waits for anything except a listener, for at most `limit`.
+    /// Waits for everything except a listener, for at most `limit`.
     fn wait_without_listener(&self, limit: Duration) -> Result<()> {
         let limit = earlier(self.time_left(), Some(limit));
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
@@ -279,7 +288,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for anything, and reads from the channel if it is ready.
+    /// Waits for the listener and everything else, and reads from the channel if it is ready.
     fn wait(&self, listener: ListenerId, limit: Option<Duration>) -> Result<()> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let left = shell.core.borrow().is_paused(listener);
@@ -293,8 +302,8 @@ impl Worker {
 }
 
 impl Inner {
-    /// Sets up the interrupts of accept(2) for a listener that blocks. Where the system refuses, the
-    /// listener becomes non-blocking.
+    /// Sets up the interrupts of accept(2) for a listener that blocks. If the system cannot set up
+    /// the interrupts, the method makes the listener non-blocking.
     fn prepare_accept(&self, listener: ListenerId) -> Result<()> {
         if !self.shell.is_blocking(listener) {
             return Ok(());

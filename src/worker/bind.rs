@@ -1,4 +1,4 @@
-//! How a worker gets its listeners and sockets.
+//! Opens a worker's listeners and sockets.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,16 +14,17 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::worker::Worker;
 use crate::worker::shell::SocketOwner;
 
-/// A listener or socket of the worker.
+/// A listener or socket that the worker has opened.
 pub(super) struct Opened {
     pub(super) id: ListenerId,
-    /// `None` for a Unix socket, and in a worker that is disconnecting.
+    /// The bound address. `None` for a Unix socket, and if the worker is disconnecting.
     pub(super) address: Option<SocketAddr>,
 }
 
 impl Worker {
-    /// Opens the first usable one of the addresses that the request stands for. The outer error comes
-    /// from waiting for the master, the inner one from opening.
+    /// Opens a listener or socket on the first usable address of those that the request resolves
+    /// to. The outer error means that waiting for the master failed; the inner error means that
+    /// opening failed.
     pub(super) fn open(&self, bind_request: &mut BindRequest) -> Result<io::Result<Opened>> {
         self.inner.event_loop.check_own()?;
         if let Some(socket) = bind_request.take_socket() {
@@ -66,7 +67,7 @@ impl Worker {
         })
     }
 
-    /// Binds in this process, without the master.
+    /// Binds an address in this process, without the master.
     fn open_private(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
         let shell = &self.inner.shell;
         if shell.core.borrow().is_disconnecting() {
@@ -96,7 +97,8 @@ impl Worker {
             socket,
             address,
         };
-        // It may be a Unix socket, but the kind makes no difference from here on.
+        // Pass `Kind::Tcp` even for a Unix socket, because the kind makes no difference after the
+        // socket has been opened.
         let id = self
             .inner
             .shell

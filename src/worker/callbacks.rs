@@ -18,7 +18,7 @@ type OnError = dyn FnMut(&Worker, &Error);
 pub(super) type OnConnection = dyn FnMut(&Worker, Connection<OwnedFd>);
 pub(super) type OnDatagram = dyn FnMut(&Worker, &[u8], SocketAddr);
 
-/// The callbacks of the worker, except those of its listeners and for signals.
+/// The worker's callbacks, except those for its listeners and for signals.
 #[derive(Debug, Default)]
 pub(super) struct WorkerCallbacks {
     pub(super) message: Callbacks<OnMessage>,
@@ -44,32 +44,36 @@ impl WorkerCallbacks {
 #[derive(Default)]
 pub(super) struct ListenerCallbacks {
     pub(super) connection: Option<Shared<OnConnection>>,
-    /// For connections beyond the application's limit.
+    /// The callback for connections beyond the application's limit.
     pub(super) drop: Option<Shared<OnConnection>>,
     pub(super) datagram: Option<Shared<OnDatagram>>,
 }
 
-/// Callbacks. Each method adds one to those that are there, and returns its id for
+/// The methods that add and remove callbacks.
+///
+/// Each method adds a callback to the existing ones, and returns its id for
 /// [`remove_callback`](Worker::remove_callback).
 impl Worker {
     callback_methods! {
-        /// Calls back when a message from the master arrives. A message that arrives while there is no
-        /// callback is dropped.
+        /// Calls `callback` when a message from the master arrives. A message is dropped if it
+        /// arrives while there is no callback.
         ///
-        /// Node: `process.on('message')` or `worker.on('message')`. See [`send`](Self::send) for an
-        /// example.
+        /// Node: `process.on('message')` or `worker.on('message')`.
+        ///
+        /// See [`send`](Self::send) for an example.
         on_message, on_message_once(worker: &Self, message: &Message)
             of |this| this.inner.callbacks.message;
 
-        /// Calls back when the channel to the master has closed. The callback is called in
-        /// [`run`](Self::run), `dispatch` or `accept`; an application that returns from `main` before
-        /// does not see the event.
+        /// Calls `callback` when the channel to the master has closed.
         ///
-        /// Node: `process.on('disconnect')` or `worker.on('disconnect')`. See
+        /// Node: `process.on('disconnect')` or `worker.on('disconnect')`.
+        ///
+        /// The callback runs in [`run`](Self::run), `dispatch` or `accept`. An application that
+        /// returns from `main` earlier does not receive the event. See
         /// [`is_connected`](Self::is_connected) for an example.
         on_disconnect, on_disconnect_once(worker: &Self) of |this| this.inner.callbacks.disconnect;
 
-        /// Calls back for an error that no call of the application can return.
+        /// Calls `callback` for an error that no call of the application can return.
         ///
         /// Node: `process.on('error')`.
         ///
@@ -81,17 +85,19 @@ impl Worker {
         on_error, on_error_once(worker: &Self, error: &Error) of |this| this.inner.callbacks.error;
     }
 
-    /// Calls back when the process gets `signal`. The callback runs in the loop and not in a signal
-    /// handler.
+    /// Calls `callback` when the process receives `signal`. The callback runs in the loop, not in a
+    /// signal handler.
     ///
-    /// Node: `process.on(signal)`. The signal loses its default effect until the worker is dropped; see
-    /// [`Master::on_signal`](crate::Master::on_signal) for the rest. A terminal sends `INT` to the master
-    /// and the workers alike, and some supervisors do so with `TERM`. A worker that should finish its work
-    /// ignores these signals and lets the master react.
+    /// Node: `process.on(signal)`.
+    ///
+    /// The signal loses its default effect until the worker is dropped. A terminal sends `INT` to
+    /// both the master and its workers, and some supervisors send `TERM` to all of them. A worker
+    /// that should finish its work ignores these signals and lets the master react. See
+    /// [`Master::on_signal`](crate::Master::on_signal) for other handlers and repeated signals.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the signal cannot be handled, such as `KILL` and `STOP`.
+    /// Returns [`Error::Io`] if the signal cannot be handled, for instance `KILL` or `STOP`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -106,14 +112,14 @@ impl Worker {
         self.inner.event_loop.on_signal(signal, callback)
     }
 
-    /// Calls back as [`on_signal`](Self::on_signal) does, but for the next signal only. The signal does
-    /// not get its default effect back afterwards.
+    /// Calls `callback` for the next signal only. Like [`on_signal`](Self::on_signal) in all else,
+    /// it takes the signal's default effect away until the worker is dropped.
     ///
     /// Node: `once`.
     ///
     /// # Errors
     ///
-    /// As [`on_signal`](Self::on_signal).
+    /// Returns the same errors as [`on_signal`](Self::on_signal).
     #[doc(alias = "once")]
     pub fn on_signal_once(
         &self,
@@ -123,9 +129,11 @@ impl Worker {
         self.inner.event_loop.on_signal_once(signal, callback)
     }
 
-    /// Removes a callback. Nothing happens if it has been removed already.
+    /// Removes a callback of the worker or for a signal.
     ///
     /// Node: `worker.removeListener()`.
+    ///
+    /// Nothing happens if the callback has already been removed.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) {
@@ -141,29 +149,29 @@ impl Worker {
     }
 }
 
-/// The callbacks of listeners.
+// Callbacks of listeners and UDP sockets.
 impl Inner {
-    /// Passes the connections of a listener to a callback from now on.
+    /// Passes a listener's connections to `callback` from now on.
     pub(super) fn serve(&self, listener: ListenerId, callback: Shared<OnConnection>) {
         self.set_callback(listener, |callbacks| callbacks.connection.replace(callback));
         self.shell.serve(listener);
         self.forget_callbacks(listener);
     }
 
-    /// Leaves the connections of a listener to `accept` from now on.
+    /// Leaves a listener's connections to `accept` from now on.
     pub(super) fn remove_connection_callback(&self, listener: ListenerId) {
         self.set_callback(listener, |callbacks| callbacks.connection.take());
         self.stop_serving(listener);
     }
 
-    /// Passes the datagrams of a socket to a callback from now on.
+    /// Passes a socket's datagrams to `callback` from now on.
     pub(super) fn serve_datagrams(&self, listener: ListenerId, callback: Shared<OnDatagram>) {
         self.set_callback(listener, |callbacks| callbacks.datagram.replace(callback));
         self.shell.serve(listener);
         self.forget_callbacks(listener);
     }
 
-    /// Leaves the datagrams of a socket to `recv_from` from now on.
+    /// Leaves a socket's datagrams to `recv_from` from now on.
     pub(super) fn remove_message_callback(&self, listener: ListenerId) {
         self.set_callback(listener, |callbacks| callbacks.datagram.take());
         self.stop_serving(listener);
@@ -176,7 +184,7 @@ impl Inner {
         self.forget_callbacks(listener);
     }
 
-    /// Passes the connections beyond the application's limit to a callback from now on.
+    /// Passes the connections beyond the application's limit to `callback` from now on.
     pub(super) fn drop_excess(&self, listener: ListenerId, callback: Shared<OnConnection>) {
         self.set_callback(listener, |callbacks| callbacks.drop.replace(callback));
         self.shell.core.borrow_mut().drop_excess(listener);
@@ -192,7 +200,7 @@ impl Inner {
         self.forget_callbacks(listener);
     }
 
-    /// Sets how many connections of a listener the application wants at most.
+    /// Sets the maximum number of a listener's connections that the application accepts at a time.
     pub(super) fn set_connection_limit(&self, listener: ListenerId, limit: Option<u64>) {
         self.shell
             .core
@@ -213,12 +221,13 @@ impl Inner {
     ) {
         let mut all = self.listener_callbacks.borrow_mut();
         let replaced = set(all.get_or_insert_with(listener, ListenerCallbacks::default));
-        // Dropping a closure may run code of the application that calls this method again.
+        // Drop the closure only after the borrow has ended, because its `Drop` may run code of the
+        // application that calls this method again.
         drop(all);
         drop(replaced);
     }
 
-    /// Drops the callbacks of a listener that has been closed.
+    /// Drops a listener's callbacks if the listener has been closed.
     pub(super) fn forget_callbacks(&self, listener: ListenerId) {
         let core = self.shell.core.borrow();
         if !core.is_known(listener) {

@@ -1,4 +1,4 @@
-//! A connection that the worker counts.
+//! A client connection that the worker counts.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -12,12 +12,15 @@ use crate::worker::shell::WorkerShell;
 
 /// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
 ///
-/// Node: `net.Socket`. It blocks, like any new stream. In [`Worker::run`](crate::Worker::run) and
-/// [`Worker::dispatch`](crate::Worker::dispatch), a worker that is disconnecting waits until all of its
-/// connections are dropped.
+/// Node: `net.Socket`.
 ///
-/// A connection is not `Send`, because the worker counts it on its own thread. To use it longer than the
-/// worker, or on another thread, take the stream out of it with [`into_stream`](Self::into_stream).
+/// Like any new stream, a connection blocks. In [`Worker::run`](crate::Worker::run) and
+/// [`Worker::dispatch`](crate::Worker::dispatch), a worker that is disconnecting waits until all of
+/// its connections are dropped.
+///
+/// A connection is not `Send`, because the worker counts it on its own thread. To use the stream
+/// for longer than the worker exists, or on another thread, take it out with
+/// [`into_stream`](Self::into_stream).
 ///
 /// ```no_run
 /// # fn f(mut connection: cluster::Connection) -> std::io::Result<()> {
@@ -32,12 +35,13 @@ use crate::worker::shell::WorkerShell;
 /// ```
 #[derive(Debug)]
 pub struct Connection<S = TcpStream> {
-    // Dropped in this order: the client gets the end of the connection before the master does.
+    // Keep this field order, because the client must receive end-of-file before the master is
+    // notified.
     stream: S,
     counted: Counted,
 }
 
-/// Notifies the worker when its connection is dropped.
+/// A guard that notifies the worker when its connection is dropped.
 #[derive(Debug)]
 struct Counted {
     worker: Weak<WorkerShell>,
@@ -98,9 +102,10 @@ impl<S: AsFd> AsFd for Connection<S> {
     }
 }
 
-/// Implements reading and writing for references. An implementation for all `S` with `&S: Read` would
-/// refer to itself, and send type inference into an overflow (E0275) in code that does not even use
-/// connections.
+/// Implements reading and writing for references to connections.
+///
+/// An implementation for all `S` with `&S: Read` would refer to itself. Type inference would then
+/// overflow (E0275) even in code that does not use connections.
 macro_rules! read_and_write_by_reference {
     ($($stream:ty),*) => {$(
         impl Read for &Connection<$stream> {
@@ -156,8 +161,8 @@ mod tests {
     where
         for<'a> &'a R: Read + Write,
     {
-        // With an implementation of `Read` for all `&Connection<S>`, the type of this argument could not
-        // be inferred (E0275).
+        // With an implementation of `Read` for all `&Connection<S>`, the compiler could not infer
+        // the type of this argument (E0275).
         let byte = read_byte(source)?;
         (&mut { source }).write_all(&[byte])
     }

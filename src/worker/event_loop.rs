@@ -1,4 +1,4 @@
-//! The loop of a worker: timers, the application's own descriptors, and one iteration.
+//! The worker's loop: timers, the application's descriptors, and one iteration of the loop.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
@@ -14,54 +14,67 @@ use crate::types::time::earlier;
 use crate::worker::Worker;
 use crate::worker::connection::Connection;
 
-/// How many connections or datagrams of one listener are delivered in one iteration. More would delay
-/// the other listeners, messages and timers; with fewer, a busy listener needs more iterations.
+/// Maximum number of one listener's connections or datagrams that are delivered in one iteration.
+///
+/// A higher limit would delay the other listeners, messages and timers. With a lower limit, a busy
+/// listener needs more iterations.
 const ACCEPT_BATCH: u32 = 16;
-/// How long a listener is not watched after accepting failed, for instance for lack of descriptors. It
-/// stays readable meanwhile, so without the pause the loop would spin. A longer pause would delay
-/// connections after a short shortage.
+/// Time for which a listener is not watched after accepting has failed, for instance for lack of
+/// descriptors.
+///
+/// The listener stays readable, so the loop would spin without the pause. A longer pause would
+/// delay connections after a brief lack of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// The loop: timers, the application's own descriptors, and waiting.
+// Timers, watches, and waiting.
 impl Worker {
-    /// Calls back once, after the time `after`. See
-    /// [`Master::set_timeout`](crate::Master::set_timeout) for an example.
+    /// Calls `callback` once, when the time `after` has passed.
     ///
     /// Node: `setTimeout`.
+    ///
+    /// See [`Master::set_timeout`](crate::Master::set_timeout) for an example.
     #[doc(alias = "setTimeout")]
     pub fn set_timeout(&self, after: Duration, callback: impl FnOnce(&Self) + 'static) -> TimerId {
         self.inner.event_loop.set_timeout(after, callback)
     }
 
-    /// Calls back repeatedly, each time after `every` has passed; at least 1 ms. See
-    /// [`Master::set_interval`](crate::Master::set_interval) for an example.
+    /// Calls `callback` repeatedly, each time when the interval `every` has passed. The interval is
+    /// at least 1 ms.
     ///
     /// Node: `setInterval`.
+    ///
+    /// If the loop is too late for a call, that call is skipped. See
+    /// [`Master::set_interval`](crate::Master::set_interval) for an example.
     #[doc(alias = "setInterval")]
     pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
         self.inner.event_loop.set_interval(every, callback)
     }
 
-    /// Cancels a timer. See [`Master::clear_timer`](crate::Master::clear_timer) for an example.
+    /// Cancels a timer.
     ///
     /// Node: `clearTimeout` and `clearInterval`.
+    ///
+    /// Nothing happens if the timer has already ended. See
+    /// [`Master::clear_timer`](crate::Master::clear_timer) for an example.
     #[doc(alias = "clearTimeout")]
     #[doc(alias = "clearInterval")]
     pub fn clear_timer(&self, timer: TimerId) {
         self.inner.event_loop.clear_timer(timer);
     }
 
-    /// Watches a descriptor: calls back whenever `source` is ready for `interest`.
+    /// Watches a descriptor in the worker's loop. `callback` is called whenever `source` is ready
+    /// for `interest`.
     ///
-    /// Node has no counterpart; there, every socket is in the loop. The callback returns what to wait for
-    /// next, or `None` to end the watch and drop the source. If the callback leaves the source ready, it
-    /// is called again at once.
+    /// Node has no counterpart: in Node, every socket is in the loop.
+    ///
+    /// The callback returns the next interest, or `None` to end the watch and drop the source. If
+    /// the callback leaves the source ready, it is called again at once.
     ///
     /// # Errors
     ///
-    /// [`WatchError`] returns the source with an [`Error::Io`] if the descriptor is of a kind that cannot
-    /// be waited for, such as a file. The operator `?` converts it into an [`Error`] and drops the
-    /// source.
+    /// Returns a [`WatchError`] if the descriptor is of a kind that cannot be waited for, such as a
+    /// regular file. The error contains the source and an [`Error::Io`]. The operator `?` converts
+    /// it into an [`Error`] and drops the source.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker, connection: cluster::Connection) -> cluster::Result<()> {
@@ -85,44 +98,53 @@ impl Worker {
         self.inner.event_loop.watch(source, interest, callback)
     }
 
-    /// Ends a watch, and drops its source. Nothing happens if the watch has ended already. See
-    /// [`watch`](Self::watch) for an example.
+    /// Ends a watch and drops its source.
     ///
     /// Node has no counterpart.
+    ///
+    /// Nothing happens if the watch has already ended.
     pub fn unwatch(&self, watch: WatchId) {
         self.inner.event_loop.unwatch(watch);
     }
 
-    /// Lets [`run`](Self::run) return although a timer or watch exists. Nothing happens if the timer or
-    /// watch has ended already. See [`Master::unreference`](crate::Master::unreference) for an example.
+    /// Lets [`run`](Self::run) return although this timer or watch exists.
     ///
     /// Node: `timer.unref()` and `socket.unref()`.
+    ///
+    /// Nothing happens if the timer or watch has already ended. See
+    /// [`Master::unreference`](crate::Master::unreference) for an example.
     #[doc(alias = "unref")]
     pub fn unreference(&self, id: impl Into<LoopId>) {
         self.inner.event_loop.set_referenced(id.into(), false);
     }
 
-    /// Undoes [`unreference`](Self::unreference), which has an example.
+    /// Undoes [`unreference`](Self::unreference).
     ///
     /// Node: `timer.ref()` and `socket.ref()`.
+    ///
+    /// See [`Master::unreference`](crate::Master::unreference) for an example of the opposite call.
     #[doc(alias = "ref")]
     pub fn reference(&self, id: impl Into<LoopId>) {
         self.inner.event_loop.set_referenced(id.into(), true);
     }
 
     /// Runs the loop until the worker has disconnected and no connection, timer or watch is left.
-    /// Timers, watches and listeners that were released with `unreference` do not count.
-    ///
-    /// If the channel closes without a request to disconnect, for instance because the master has exited,
-    /// `run` returns at once. After it has returned, nothing can be sent any more: send the last message
-    /// in response to another message, or use the blocking form.
+    /// The loop does not wait for timers, watches and listeners that were released with
+    /// `unreference`.
     ///
     /// Node: a worker runs until it has nothing left to wait for.
     ///
+    /// If the channel closes without a disconnect request, for instance because the master has
+    /// exited, `run` returns at once. After `run` has returned, no message can be sent. Send the
+    /// last message in a callback, for example in reply to another message, or use the blocking
+    /// way.
+    ///
     /// # Errors
     ///
-    /// - [`Error::AlreadyRunning`] if a callback calls it;
-    /// - [`Error::Io`] if the system refuses to wait.
+    /// Returns:
+    ///
+    /// - [`Error::AlreadyRunning`] if a callback calls this method;
+    /// - [`Error::Io`] if waiting fails.
     ///
     /// See [`send`](Self::send) for an example.
     pub fn run(&self) -> Result<()> {
@@ -141,33 +163,40 @@ impl Worker {
         }
     }
 
-    /// Runs one iteration of the loop: waits until something happens or `timeout` has passed, handles it,
-    /// and calls back. `None` waits without a limit; zero does not wait.
-    ///
-    /// This is for applications with a loop of their own, as
-    /// [`Master::dispatch`](crate::Master::dispatch) is, which has an example. Such an application exits
-    /// when [`is_connected`](Self::is_connected) returns `false`.
+    /// Runs one iteration of the loop. The call waits until something happens or `timeout` has
+    /// passed, and then calls the callbacks.
     ///
     /// Node has no counterpart.
     ///
+    /// With a timeout of `None`, the call waits without a limit; with a timeout of zero, it does
+    /// not wait.
+    ///
+    /// Use this method in an application that runs its own event loop. The application exits when
+    /// [`is_connected`](Self::is_connected) returns `false`. See
+    /// [`Master::dispatch`](crate::Master::dispatch) for an example.
+    ///
     /// # Errors
     ///
-    /// As [`run`](Self::run).
+    /// Returns the same errors as [`run`](Self::run).
     pub fn dispatch(&self, timeout: Option<Duration>) -> Result<()> {
         drop(self.inner.event_loop.enter()?);
         self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().waiting_for_events();
         self.iterate(timeout)?;
-        // The request to disconnect may have arrived in this iteration, and nothing else may arrive.
+        // Close unused listeners now, because a disconnect request may have arrived and nothing
+        // else may wake the loop.
         self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
         Ok(())
     }
 
-    /// Returns how long the application may wait before it calls [`dispatch`](Self::dispatch), even if
-    /// the descriptor of [`AsFd`] is not readable: `None` for any time, zero if events are pending.
+    /// Returns how long the application may wait before it calls [`dispatch`](Self::dispatch) if
+    /// the descriptor of [`AsFd`] does not become readable earlier.
     ///
-    /// Node has no counterpart. See [`Master::time_left`](crate::Master::time_left) for an example.
+    /// Node has no counterpart.
+    ///
+    /// `None` means that the application may wait without a limit. Zero means that events are
+    /// pending. See [`Master::time_left`](crate::Master::time_left) for an example.
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
@@ -179,10 +208,12 @@ impl Worker {
     }
 }
 
-/// The descriptor that is readable when [`dispatch`](Worker::dispatch) has something to do.
+/// Gives access to a descriptor that is readable when [`dispatch`](Worker::dispatch) has something
+/// to do.
 impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // It fails only if the poller is unusable, which the next call of `dispatch` reports.
+        // Ignore the error, because `watch_channel` fails only if the poller is unusable. The next
+        // call of `dispatch` then reports the error.
         let _ = self.inner.shell.watch_channel(true);
         self.inner.event_loop.as_fd()
     }
@@ -194,9 +225,10 @@ impl Worker {
         let event_loop = &self.inner.event_loop;
         let _running = event_loop.enter()?;
         self.inner.shell.act();
-        // Computed before anything is delivered, because nothing wakes the poller after the last event.
+        // Compute the limit first, because nothing wakes the poller once the last event has been
+        // delivered.
         let limit = self.time_left();
-        // Without a limit, nothing is pending.
+        // If `limit` is `None`, no event was pending.
         if limit.is_some() {
             self.settle();
         }
@@ -204,7 +236,8 @@ impl Worker {
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         self.inner.shell.tick();
         for (token, ready) in ready {
-            // A callback may have returned in a child that it forked.
+            // A callback may have forked a child and returned in it. That child must not continue
+            // the loop.
             event_loop.check_own()?;
             match token {
                 Token::Channel(_) => self.channel_ready(ready),
@@ -232,7 +265,7 @@ impl Worker {
         }
     }
 
-    /// Carries out the core's decisions and calls the application until nothing is left to do.
+    /// Carries out the core's decisions and delivers events until none is left.
     fn settle(&self) {
         while self.inner.event_loop.check_own().is_ok() {
             self.inner.shell.act();
@@ -253,8 +286,9 @@ impl Worker {
         }
     }
 
-    /// Delivers the errors and receipts that exist now, but not those that arise meanwhile. They are
-    /// taken one by one, so that the rest is delivered later if a callback panics.
+    /// Delivers the errors and receipts that are currently pending, but not those that arise in the
+    /// meantime. The method removes them one by one, so that the remaining ones stay pending if a
+    /// callback panics.
     fn deliver_notifications(&self) {
         let shell = &self.inner.shell;
         let (errors, receipts) = (shell.count_errors(), shell.count_receipts());
@@ -268,7 +302,8 @@ impl Worker {
         }
     }
 
-    /// Passes a connection to the callback for connections, or to the one for excess connections.
+    /// Passes a connection to the connection callback, or to the drop callback if it is an excess
+    /// connection.
     pub(super) fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_excess: bool) {
         self.inner.shell.fault("worker.after_receive");
         let connection = Connection::new(fd, &self.inner.shell, Some(listener));
@@ -290,7 +325,8 @@ impl Worker {
     }
 
     fn listener_ready(&self, listener: ListenerId) {
-        // It may have been unwatched since the poller reported it.
+        // Check the watch, because an earlier callback may have ended it after the poller reported
+        // the listener.
         let socket = self.inner.shell.socket(listener);
         if socket.is_some_and(|socket| !socket.is_watched()) {
             return;
@@ -302,11 +338,11 @@ impl Worker {
         }
     }
 
-    /// Accepts the waiting connections of a listener with a callback, up to a limit.
+    /// Accepts up to `ACCEPT_BATCH` waiting connections of a listener with a callback.
     fn accept_all(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
-            // A callback may have removed itself.
+            // Check each time, because a callback may have removed itself.
             if !self.inner.has_callback(listener) {
                 return;
             }
@@ -319,16 +355,16 @@ impl Worker {
                 Err(error) => return self.back_off(listener, error),
             }
         }
-        // If nothing is left, nothing makes it readable again; but it may have to end, or to report that
-        // it is idle.
+        // If no connection is left, nothing makes the listener readable again. Schedule another
+        // attempt, which closes a draining listener or reports that the queue is empty.
         let mut core = shell.core.borrow_mut();
         if core.is_draining(listener) || core.has_queue(listener) {
             core.notify_ready(listener);
         }
     }
 
-    /// Receives one datagram after another. If a callback closes the socket or removes itself, the rest
-    /// is left for other workers.
+    /// Receives up to `ACCEPT_BATCH` datagrams. If a callback closes the socket or removes itself,
+    /// other workers receive the remaining datagrams.
     fn receive_datagrams(&self, listener: ListenerId) {
         for _ in 0..ACCEPT_BATCH {
             let all = self.inner.listener_callbacks.borrow();
@@ -350,14 +386,16 @@ impl Worker {
         }
     }
 
-    /// Stops watching a listener for `ACCEPT_RETRY`: it stays readable, and the loop would spin.
+    /// Reports an error and stops watching the listener for `ACCEPT_RETRY`, because it stays
+    /// readable and the loop would spin.
     fn back_off(&self, listener: ListenerId, error: Error) {
         let shell = &self.inner.shell;
         shell.report(error);
         shell.watch(listener, false);
         let retry = move |worker: &Self| {
             worker.inner.shell.update_watch(listener);
-            // A listener that is ending may have nothing left that would make it readable.
+            // Try at once, because a draining listener may have no connection left that would make
+            // it readable.
             worker.listener_ready(listener);
         };
         let timer = self.inner.event_loop.set_timeout(ACCEPT_RETRY, retry);

@@ -1,4 +1,4 @@
-//! A listener of a worker.
+//! The listeners of a worker.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -14,15 +14,17 @@ use crate::worker::callbacks::OnConnection;
 use crate::worker::connection::Connection;
 use crate::worker::{Inner, Worker};
 
-/// A listener that a worker shares with other workers. Its connections are [`TcpStream`]s, or, if it is
-/// a `Listener<UnixStream>`, [`UnixStream`](std::os::unix::net::UnixStream)s.
+/// A listener that a worker shares with other workers. Its connections are [`TcpStream`]s, or
+/// [`UnixStream`](std::os::unix::net::UnixStream)s if its type is `Listener<UnixStream>`.
 ///
-/// Node: the `net.Server` after `server.listen()`. It comes from [`Worker::listen`]. When it is dropped
-/// it closes, unless it has a callback: then it stays open until [`close`](Self::close). It closes by
-/// itself when the worker disconnects.
+/// Node: the `net.Server` after `server.listen()`.
 ///
-/// A listener is not `Send`, as the [`Worker`] is not. To serve a connection on another thread, send the
-/// stream there ([`Connection::into_stream`]).
+/// [`Worker::listen`] returns this value. The listener closes when the value is dropped, unless the
+/// listener has a callback. A listener with a callback stays open until [`close`](Self::close). A
+/// listener also closes when the worker disconnects.
+///
+/// Like the [`Worker`], a listener is not `Send`. To serve a connection on another thread, send the
+/// stream of [`Connection::into_stream`] there.
 ///
 /// ```no_run
 /// # fn serve(_: cluster::Connection) {}
@@ -51,10 +53,12 @@ impl<S> Listener<S> {
         }
     }
 
-    /// Closes the listener for this worker. Other workers keep theirs, and get the connections that were
-    /// dispatched to this worker and not received. Connections that the application has stay open.
+    /// Closes the listener for this worker. Other workers keep their listeners.
     ///
     /// Node: `server.close()`.
+    ///
+    /// Connections that were dispatched to this worker but not received go to other workers.
+    /// Connections that the application has received stay open.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
@@ -66,14 +70,14 @@ impl<S> Listener<S> {
         self.worker.close(self.id);
     }
 
-    /// Sets how many connections of this listener the application wants to have at a time. `None`, the
-    /// default, stands for any number.
-    ///
-    /// At the limit, further connections go to other workers. If there are none, the connections wait in
-    /// the kernel's backlog. The worker no longer counts a connection that has been dropped or
-    /// taken out of its [`Connection`].
+    /// Sets the maximum number of this listener's connections that the application has at a time.
+    /// The default is `None`, which means no limit.
     ///
     /// Node: `server.maxConnections`.
+    ///
+    /// At the limit, further connections go to other workers. If no other worker can serve them,
+    /// they wait in the kernel's backlog. The worker no longer counts a connection once the
+    /// application has dropped it or taken the stream out of its [`Connection`].
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -86,11 +90,13 @@ impl<S> Listener<S> {
         self.worker.set_connection_limit(self.id, limit);
     }
 
-    /// Goes back to [`accept`](Self::accept): connections are no longer passed to the callback of
-    /// [`set_connection_callback`](Self::set_connection_callback). Until the next call of `accept` they
-    /// go to other workers.
+    /// Removes the callback of [`set_connection_callback`](Self::set_connection_callback), so that
+    /// [`accept`](Self::accept) returns the connections again.
     ///
-    /// Node: `server.removeListener('connection')`. Nothing happens if there is no callback.
+    /// Node: `server.removeListener('connection')`.
+    ///
+    /// Until the next call of `accept`, connections go to other workers. Nothing happens if there
+    /// is no callback.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) -> cluster::Result<()> {
@@ -104,10 +110,12 @@ impl<S> Listener<S> {
         self.worker.remove_connection_callback(self.id);
     }
 
-    /// Leaves connections beyond the limit to other workers again: removes the callback of
-    /// [`set_drop_callback`](Self::set_drop_callback).
+    /// Removes the callback of [`set_drop_callback`](Self::set_drop_callback), so that connections
+    /// beyond the limit go to other workers again.
     ///
-    /// Node: `server.removeListener('drop')`. Nothing happens if there is no callback.
+    /// Node: `server.removeListener('drop')`.
+    ///
+    /// Nothing happens if there is no callback.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
@@ -120,8 +128,8 @@ impl<S> Listener<S> {
         self.worker.remove_drop_callback(self.id);
     }
 
-    /// Lets [`Worker::run`] return although this listener is open. `run` still waits for its
-    /// connections.
+    /// Lets [`Worker::run`] return although this listener is open. `run` still waits for the
+    /// listener's connections.
     ///
     /// Node: `server.unref()`.
     ///
@@ -136,9 +144,11 @@ impl<S> Listener<S> {
         self.worker.reference(self.id, false);
     }
 
-    /// Undoes [`unreference`](Self::unreference), which has an example.
+    /// Undoes [`unreference`](Self::unreference).
     ///
     /// Node: `server.ref()`.
+    ///
+    /// See [`unreference`](Self::unreference) for an example of the opposite call.
     #[doc(alias = "ref")]
     pub fn reference(&self) {
         self.worker.reference(self.id, true);
@@ -146,10 +156,12 @@ impl<S> Listener<S> {
 }
 
 impl Listener<TcpStream> {
-    /// Returns the address, with the real port if port 0 was requested. It is `None` if the worker was
-    /// already disconnecting when it asked for the listener, which was therefore never bound.
+    /// Returns the listener's address, with the actual port if port 0 was requested.
     ///
     /// Node: `server.address()`.
+    ///
+    /// Returns `None` if the worker was already disconnecting when it requested the listener, which
+    /// was then never bound.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
@@ -166,19 +178,25 @@ impl Listener<TcpStream> {
 }
 
 impl<S: From<OwnedFd>> Listener<S> {
-    /// Waits for the next connection. `None` means that the listener has ended, because the worker is
-    /// disconnecting or has lost its master. Messages, timers, signals and watches are handled meanwhile.
+    /// Waits for the next connection. Returns `None` if the listener has ended, because the worker
+    /// is disconnecting or has lost its master.
     ///
-    /// Node has no counterpart; there, connections are events. While the application is not in this call,
-    /// connections go to other workers. Of several listeners without a callback, only the one whose
-    /// `accept` is being called receives connections. After the end, the application can still send
-    /// messages and finish its work. If its timers or watches still own connections, or if it wants the
-    /// `disconnect` event, it then calls [`Worker::run`].
+    /// Node has no counterpart: in Node, connections are events.
+    ///
+    /// While the call waits, the worker handles messages, timers, signals and watches. While the
+    /// application is not in this call, connections go to other workers. If several listeners have
+    /// no callback, only the listener whose `accept` is being called receives connections.
+    ///
+    /// After the listener has ended, the application can still send messages and finish its work.
+    /// Then call [`Worker::run`] if timers or watches still own connections, or if the application
+    /// needs the `disconnect` event.
     ///
     /// # Errors
     ///
-    /// - [`Error::AlreadyRunning`](crate::Error::AlreadyRunning) if a callback calls it;
-    /// - [`Error::Io`](crate::Error::Io) if the system refuses to wait or to accept.
+    /// Returns:
+    ///
+    /// - [`Error::AlreadyRunning`](crate::Error::AlreadyRunning) if a callback calls this method;
+    /// - [`Error::Io`](crate::Error::Io) if waiting or accepting fails.
     ///
     /// See [`Listener`] for an example.
     pub fn accept(&self) -> Result<Option<Connection<S>>> {
@@ -186,21 +204,25 @@ impl<S: From<OwnedFd>> Listener<S> {
         Ok(accepted.map(Connection::cast))
     }
 
-    /// Returns an iterator over the connections, which ends when the listener does.
+    /// Returns an iterator that calls [`accept`](Self::accept) for each connection and ends when
+    /// the listener ends.
     ///
-    /// Node has no counterpart. It calls [`accept`](Self::accept). See [`Worker`] for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`Worker`] for an example.
     #[must_use]
     pub fn incoming(&self) -> Incoming<'_, S> {
         Incoming(self)
     }
 
-    /// Sets the callback that gets each connection from now on, instead of [`accept`](Self::accept). A
-    /// second callback replaces the first.
-    ///
-    /// Several connections may be in flight to this worker at a time, so the callback should not wait. It
-    /// may [`watch`](Worker::watch) the connection.
+    /// Sets the callback that receives each connection from now on, instead of
+    /// [`accept`](Self::accept).
     ///
     /// Node: `server.on('connection')`.
+    ///
+    /// A second callback replaces the first. Several connections may be in flight to this worker at
+    /// a time, so the callback should not wait. The callback can [`watch`](Worker::watch) the
+    /// connection instead.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -216,14 +238,14 @@ impl<S: From<OwnedFd>> Listener<S> {
         self.worker.serve(self.id, with_stream(callback));
     }
 
-    /// Sets the callback that gets each connection beyond the limit of
-    /// [`set_max_connections`](Self::set_max_connections). The worker then receives these connections,
-    /// instead of leaving them to other workers, even if another worker could serve them.
-    ///
-    /// The connection closes when the callback drops it. A second callback replaces the first. A worker
-    /// that blocks receives these connections while it waits in [`accept`](Self::accept).
+    /// Sets the callback that receives each connection beyond the limit of
+    /// [`set_max_connections`](Self::set_max_connections).
     ///
     /// Node: `server.dropMaxConnection` and the event `drop`.
+    ///
+    /// The worker then receives these connections even if another worker could serve them. A
+    /// connection closes when the callback drops it. A second callback replaces the first. A
+    /// blocking worker receives these connections while it waits in [`accept`](Self::accept).
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
@@ -241,7 +263,7 @@ impl<S: From<OwnedFd>> Listener<S> {
     }
 }
 
-/// Makes a callback for any kind of connection from one for a certain kind.
+/// Converts a callback for one type of stream into a callback for any connection.
 fn with_stream<S: From<OwnedFd>>(
     mut callback: impl FnMut(&Worker, Connection<S>) + 'static,
 ) -> Shared<OnConnection> {
@@ -262,7 +284,9 @@ impl<S> Drop for Listener<S> {
 
 /// An iterator over the connections of a [`Listener`].
 ///
-/// Node has no counterpart. It comes from [`Listener::incoming`]. See [`Worker`] for an example.
+/// Node has no counterpart.
+///
+/// [`Listener::incoming`] returns this iterator. See [`Worker`] for an example.
 #[derive(Debug)]
 pub struct Incoming<'a, S = TcpStream>(&'a Listener<S>);
 

@@ -1,10 +1,10 @@
-//! The worker's role: its public handles, and the shell that carries out what its core decides.
+//! The worker's role: its public handles, and the shell that carries out the core's decisions.
 //!
-//! Decisions belong to `core::worker`, system calls to `sys`. The public methods are here by subject:
-//! `event_loop` and `accept` are the two ways to wait, `callbacks` adds and removes callbacks.
+//! Decisions belong to `core::worker`, and system calls to `sys`. `event_loop` and `accept` contain
+//! the two ways in which a worker waits. `callbacks` adds and removes callbacks.
 //!
-//! `worker`, `listener`, `udp_socket` and `connection` refer to each other: callbacks get the worker,
-//! and the worker makes the handles.
+//! `worker`, `listener`, `udp_socket` and `connection` refer to each other, because callbacks
+//! receive the worker and the worker makes the other handles.
 
 mod accept;
 mod bind;
@@ -40,22 +40,25 @@ use crate::worker::udp_socket::UdpSocket;
 
 /// This process, which a master forked.
 ///
-/// Node: `cluster.worker`. It comes from [`init`](crate::init()), and can be used in three ways:
+/// Node: `cluster.worker`.
 ///
-/// - *blocking*: [`listen`](Self::listen), then [`Listener::accept`] or [`Listener::incoming`];
-///   messages, timers and the request to disconnect are handled while it waits;
-/// - *with callbacks*: [`Listener::set_connection_callback`], [`watch`](Self::watch), then
+/// [`init`](crate::init()) returns the worker. A worker can be used in three ways:
+///
+/// - *blocking*: call [`listen`](Self::listen), then [`Listener::accept`] or
+///   [`Listener::incoming`]. While the worker waits, it handles messages, timers and disconnect
+///   requests;
+/// - *with callbacks*: call [`Listener::set_connection_callback`] or [`watch`](Self::watch), then
 ///   [`run`](Self::run);
-/// - *embedded* in the application's own loop: the same callbacks, with
+/// - *embedded* in the application's own loop: use the same callbacks with
 ///   [`AsFd`](std::os::fd::AsFd), [`time_left`](Self::time_left) and [`dispatch`](Self::dispatch).
 ///
-/// All methods can be called at any time, also by callbacks, unless they say otherwise. When the master
-/// exits, `accept` and `run` return, as they do when the worker is requested to disconnect. On Linux, the
-/// kernel also kills the worker then, in case it is stuck.
+/// All methods can be called at any time, even by callbacks, unless their description says
+/// otherwise. When the master exits, `accept` and `run` return as if the worker had been requested
+/// to disconnect. On Linux, the kernel also kills the worker then, in case it is stuck.
 ///
-/// A worker is not `Send`: it stays on the thread that called `init`. Another thread sends its result
-/// through a pipe or socket that the worker [`watch`](Self::watch)es, and gets a connection by
-/// [`Connection::into_stream`].
+/// A worker is not `Send`: it stays on the thread that called `init`. Another thread can send its
+/// result through a pipe or socket that the worker [`watch`](Self::watch)es. To pass a connection
+/// to another thread, use [`Connection::into_stream`].
 ///
 /// ```no_run
 /// # fn serve(_: cluster::Connection) {}
@@ -69,11 +72,12 @@ use crate::worker::udp_socket::UdpSocket;
 #[derive(Debug)]
 pub struct Worker {
     inner: Rc<Inner>,
-    /// Whether this is the application's handle, and not one by which `accept` calls back.
+    /// Whether this is the application's handle, as opposed to a handle that `accept` passes to
+    /// callbacks.
     is_owner: bool,
 }
 
-/// Everything of a worker, shared with its listeners and sockets.
+/// The state of a worker, which the worker shares with its listeners and sockets.
 pub(crate) struct Inner {
     id: WorkerId,
     inspect_port: Option<u16>,
@@ -122,7 +126,8 @@ impl Worker {
         })
     }
 
-    /// Returns the number of this worker. No other worker of the same master has or had it.
+    /// Returns this worker's id. Each worker of a master has a different id, and ids are never
+    /// reused.
     ///
     /// Node: `cluster.worker.id`.
     ///
@@ -136,7 +141,7 @@ impl Worker {
         self.inner.id
     }
 
-    /// Returns the port that this worker may open for a debugger or a page with metrics, if
+    /// Returns the port that this worker may open for a debugger or for metrics, or `None` unless
     /// [`Settings::inspect_port`](crate::Settings::inspect_port) is set.
     ///
     /// Node: `process.debugPort`.
@@ -168,26 +173,28 @@ impl Worker {
         OwnProcess::new(self)
     }
 
-    /// Listens together with all workers that request the same address.
+    /// Listens on an address together with all workers that request the same address.
     ///
-    /// Node: `server.listen()`. See [`ListenOptions`] for the addresses and options. The call waits for
-    /// the master's reply. The master binds the address when the first worker requests it, and closes it
-    /// when the last worker has closed it, unless the master retains it
-    /// ([`Master::listen`](crate::Master::listen)).
+    /// Node: `server.listen()`.
     ///
-    /// Port 0 stands for any free port. All workers get the same port for their first `listen` on port 0,
-    /// and another one for their second. If a name stands for several addresses, the first usable one is
-    /// taken. A path is relative to the worker's directory; the master removes the file when it closes the
-    /// socket.
+    /// The call waits for the master's reply. The master binds the address when the first worker
+    /// requests it. The master closes the address when the last worker has closed it, unless the
+    /// master retains it ([`Master::listen`](crate::Master::listen)). See [`ListenOptions`] for the
+    /// addresses and options.
     ///
-    /// A worker that is disconnecting, or whose master has exited, gets a listener that has already ended,
-    /// so that its application finishes.
+    /// Port 0 stands for any free port. All workers receive one port for their first `listen` on
+    /// port 0, and another port for their second. If a name resolves to several addresses, the
+    /// first usable one is used. A path is relative to the worker's directory. The master removes
+    /// the file when it closes the socket.
+    ///
+    /// If the worker is disconnecting or its master has exited, the returned listener has already
+    /// ended, so that the application finishes.
     ///
     /// # Errors
     ///
-    /// [`Error::Listen`] with the system's reason if the address is in use, not allowed or cannot
-    /// be resolved, or if the worker already has 64 listeners and sockets. A failed call leaves nothing
-    /// behind, and can be repeated.
+    /// Returns [`Error::Listen`] if the address is in use, is not allowed, or cannot be resolved,
+    /// or if the worker already has 64 listeners and sockets. A failed call has no effect and can
+    /// be repeated.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -206,16 +213,19 @@ impl Worker {
         }
     }
 
-    /// Binds a UDP socket together with all workers that request the same address. They share one socket,
-    /// and each datagram goes to one of them.
+    /// Binds a UDP socket together with all workers that request the same address. The workers
+    /// share one socket, and each datagram goes to one of them.
     ///
-    /// Node: `dgram.createSocket()` and `socket.bind()`. See [`BindOptions`] for the addresses and
-    /// options. The rest is as with [`listen`](Self::listen), with every scheduling policy.
+    /// Node: `dgram.createSocket()` and `socket.bind()`.
+    ///
+    /// Apart from the datagrams, this method works like [`listen`](Self::listen), with every
+    /// scheduling policy. See [`BindOptions`] for the addresses and options.
     ///
     /// # Errors
     ///
-    /// [`Error::Bind`] with the system's reason if the address is in use, not allowed or cannot be
-    /// resolved. A failed call leaves nothing behind, and can be repeated.
+    /// Returns [`Error::Bind`] if the address is in use, is not allowed, or cannot be resolved, or
+    /// if the worker already has 64 listeners and sockets. A failed call has no effect and can be
+    /// repeated.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -236,10 +246,10 @@ impl Worker {
         }
     }
 
-    /// Counts a stream as if a listener had accepted it. A worker that is disconnecting waits until the
-    /// connection is dropped.
+    /// Counts a stream as if a listener had accepted it. A worker that is disconnecting waits until
+    /// the returned connection is dropped.
     ///
-    /// Node: `server.emit('connection', socket)`, for a socket that came with a message.
+    /// Node: `server.emit('connection', socket)`, for a socket from a message.
     ///
     /// ```no_run
     /// # fn serve(_: cluster::Connection) {}
@@ -271,9 +281,9 @@ impl Worker {
         self.inner.shell.core.borrow().is_connected()
     }
 
-    /// Returns `false`, because the process that calls it has not exited.
+    /// Returns `false`, because the calling process has not exited.
     ///
-    /// Node: `worker.isDead()`, which a worker can call for itself, too.
+    /// Node: `worker.isDead()`, which a worker can also call for itself.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) {
@@ -286,8 +296,8 @@ impl Worker {
         false
     }
 
-    /// Returns whether the worker disconnected because it was requested to, or `None` as long as the
-    /// channel is open.
+    /// Returns whether the worker disconnected after a requested disconnect or kill, or `None`
+    /// while the channel is open.
     ///
     /// Node: `worker.exitedAfterDisconnect`.
     ///
@@ -307,23 +317,28 @@ impl Worker {
         self.inner.shell.core.borrow().exited_after_disconnect()
     }
 
-    /// Sends a message of at most 1 MiB to the master. It arrives after everything that was sent before.
+    /// Sends a message of at most 1 MiB to the master. The master receives the message after all
+    /// earlier ones.
     ///
     /// Node: `worker.send(message)` or `process.send(message)`.
     ///
-    /// The call writes as much as the channel takes at once. The rest waits in this process, and is
-    /// written while the worker waits for something. [`Sent`] tells whether the sender should pause.
+    /// The call writes as many bytes as the channel accepts at once. The remaining bytes wait in
+    /// this process, which writes them while the worker waits for something. [`Sent`] tells whether
+    /// the sender should pause.
     ///
-    /// If the process exits right after the call, what has been written to the channel still reaches the
-    /// master. Bytes that wait in this process are lost if the process is killed or calls
-    /// [`std::process::exit`]. When the `Worker` is dropped, it waits for at most one second until
-    /// everything is written. To be sure, use [`on_written`](SendOptions::on_written).
+    /// If the process exits right after the call, the bytes that have been written to the channel
+    /// still reach the master. Bytes that wait in this process are lost if the process is killed or
+    /// calls [`std::process::exit`]. When the `Worker` is dropped, it waits for at most one second
+    /// until all bytes have been written. To be sure that a message has been written, use
+    /// [`on_written`](SendOptions::on_written).
     ///
     /// # Errors
     ///
-    /// [`Error::Send`] with [`ChannelClosed`](crate::SendError::ChannelClosed),
-    /// [`TooLong`](crate::SendError::TooLong), or [`QueueFull`](crate::SendError::QueueFull)
-    /// if 8 MiB are already waiting.
+    /// Returns [`Error::Send`] with one of these reasons:
+    ///
+    /// - [`ChannelClosed`](crate::SendError::ChannelClosed);
+    /// - [`TooLong`](crate::SendError::TooLong);
+    /// - [`QueueFull`](crate::SendError::QueueFull) if more than 8 MiB would be waiting.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -338,13 +353,17 @@ impl Worker {
         self.send_with_fds(message, Vec::new())
     }
 
-    /// Sends a message with at most 16 descriptors, which are closed in this process once they are sent.
+    /// Sends a message with at most 16 descriptors. This process closes the descriptors once they
+    /// are sent.
     ///
-    /// Node: `worker.send(message, handle)`. See [`send`](Self::send) for the result.
+    /// Node: `worker.send(message, handle)`.
+    ///
+    /// See [`send`](Self::send) for the result.
     ///
     /// # Errors
     ///
-    /// As [`send`](Self::send), and [`TooManyDescriptors`](crate::SendError::TooManyDescriptors).
+    /// Returns the same errors as [`send`](Self::send), and
+    /// [`TooManyDescriptors`](crate::SendError::TooManyDescriptors) for more than 16 descriptors.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker, stream: std::net::TcpStream) -> cluster::Result<()> {
@@ -355,15 +374,17 @@ impl Worker {
         self.inner.shell.send(message, fds, None).map(Sent::new)
     }
 
-    /// Sends a message with descriptors, and with a callback for the time when it is written. See
-    /// [`SendOptions`] for an example.
+    /// Sends a message with options: descriptors, and a callback that is called once the message
+    /// has been written or lost.
     ///
-    /// Node: `worker.send(message, handle, options, callback)`. See [`send`](Self::send) for the result.
+    /// Node: `worker.send(message, handle, options, callback)`.
+    ///
+    /// See [`SendOptions`] for an example, and [`send`](Self::send) for the result.
     ///
     /// # Errors
     ///
-    /// As [`send_with_fds`](Self::send_with_fds), and [`Error::Io`] if a descriptor of
-    /// [`keep_open`](SendOptions::keep_open) cannot be copied.
+    /// Returns the same errors as [`send_with_fds`](Self::send_with_fds). Also returns
+    /// [`Error::Io`] if a descriptor of [`keep_open`](SendOptions::keep_open) cannot be copied.
     pub fn send_with(&self, message: &[u8], options: SendOptions<Self>) -> Result<Sent> {
         let (fds, written) = options.into_parts()?;
         let receipts = &self.inner.receipts;
@@ -373,12 +394,14 @@ impl Worker {
         sent.map(Sent::new)
     }
 
-    /// Disconnects: sends a request to the master, and when the master agrees, closes the listeners,
-    /// waits for the connections, and closes the channel. Returns the worker.
+    /// Sends a disconnect request to the master. When the master agrees, the worker closes its
+    /// listeners, waits for its connections, and closes the channel. Returns the worker.
     ///
-    /// Node: `worker.disconnect()`. All of this happens while the worker waits for something, and
-    /// the `disconnect` event never comes inside this call. Nothing happens if the worker is already
-    /// disconnecting or disconnected.
+    /// Node: `worker.disconnect()`.
+    ///
+    /// The disconnect takes place while the worker waits for something. The `disconnect` event is
+    /// never emitted inside this call. Nothing happens if the worker is already disconnecting or
+    /// disconnected.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -391,11 +414,12 @@ impl Worker {
         self
     }
 
-    /// Disconnects without waiting for connections: when the master agrees, the channel closes, and
+    /// Disconnects without waiting for connections. When the master agrees, the channel closes, and
     /// [`run`](Self::run) or [`Listener::accept`] returns.
     ///
-    /// Node: `worker.kill()` in a worker, with its alias `worker.destroy()`. The process exits when
-    /// the application returns from `main`.
+    /// Node: `worker.kill()` in a worker, with its alias `worker.destroy()`.
+    ///
+    /// The process exits when the application returns from `main`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -408,9 +432,11 @@ impl Worker {
         self.inner.shell.act();
     }
 
-    /// Does the same as [`kill`](Self::kill), which has an example.
+    /// Disconnects without waiting for connections, like [`kill`](Self::kill).
     ///
     /// Node: `worker.destroy()`.
+    ///
+    /// See [`kill`](Self::kill) for an example.
     pub fn destroy(&self) {
         self.kill();
     }
@@ -418,8 +444,8 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Break reference cycles through closures, which may own listeners of this worker. Otherwise the
-        // shell would not be dropped, and its final frames would not be written.
+        // Break reference cycles through closures, which may own this worker's listeners.
+        // Otherwise, the shell would never be dropped, and its final frames would not be written.
         if self.is_owner {
             self.inner.clear();
         }
@@ -434,13 +460,13 @@ impl Inner {
         self.receipts.clear();
     }
 
-    /// Sets whether a listener makes `run` wait.
+    /// Sets whether `run` waits for a listener.
     fn reference(&self, listener: ListenerId, referenced: bool) {
         let mut core = self.shell.core.borrow_mut();
         core.reference(Some(listener), referenced);
     }
 
-    /// Returns whether a callback gets the connections or datagrams.
+    /// Returns whether a callback receives the listener's connections or datagrams.
     fn has_callback(&self, listener: ListenerId) -> bool {
         self.shell.core.borrow().has_callback(listener)
     }

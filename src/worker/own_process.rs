@@ -1,10 +1,12 @@
-//! The process of a worker, as the worker itself sees it.
+//! The process of a worker, seen from the worker itself.
 
 use crate::worker::Worker;
 
-/// The process of this worker, as the system knows it.
+/// The process of this worker, with the operations that the system offers for a process.
 ///
-/// Node: `process`. See [`Worker::process`] for an example.
+/// Node: `process`.
+///
+/// See [`Worker::process`] for an example.
 #[derive(Clone, Copy, Debug)]
 pub struct OwnProcess<'a>(&'a Worker);
 
@@ -17,19 +19,22 @@ impl<'a> OwnProcess<'a> {
 impl OwnProcess<'_> {
     /// Returns the process id.
     ///
-    /// Node: `process.pid`. See [`Worker::process`] for an example.
+    /// Node: `process.pid`.
+    ///
+    /// See [`Worker::process`] for an example.
     #[doc(alias = "pid")]
     #[must_use]
     pub fn id(&self) -> u32 {
         std::process::id()
     }
 
-    /// Closes the channel without a request to disconnect, once everything sent has been written.
+    /// Closes the channel without a disconnect request, once all sent messages have been written.
+    ///
+    /// Node: `process.disconnect()`.
     ///
     /// [`run`](Worker::run) and [`Listener::accept`](crate::Listener::accept) then return, even if
-    /// connections are open. The exit is not treated as voluntary.
-    ///
-    /// Node: `process.disconnect()`. For an orderly exit use [`Worker::disconnect`].
+    /// connections are open. The exit is not treated as voluntary. For an orderly exit, use
+    /// [`Worker::disconnect`].
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -42,8 +47,8 @@ impl OwnProcess<'_> {
         self.0.inner.shell.act();
     }
 
-    /// Lets [`run`](Worker::run) return although the channel is open. `run` then returns when nothing
-    /// else is left to wait for, and everything sent has been written.
+    /// Lets [`run`](Worker::run) return although the channel is open. `run` then returns when
+    /// nothing else is left to wait for and all sent messages have been written.
     ///
     /// Node: `process.channel.unref()`.
     ///
@@ -59,9 +64,11 @@ impl OwnProcess<'_> {
         self.set_referenced(false);
     }
 
-    /// Undoes [`unreference`](Self::unreference), which has an example.
+    /// Undoes [`unreference`](Self::unreference).
     ///
     /// Node: `process.channel.ref()`.
+    ///
+    /// See [`unreference`](Self::unreference) for an example of its effect.
     #[doc(alias = "ref")]
     pub fn reference(&self) {
         self.set_referenced(true);

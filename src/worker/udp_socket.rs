@@ -1,4 +1,4 @@
-//! A UDP socket of a worker.
+//! The UDP sockets of a worker.
 
 use std::cell::RefCell;
 use std::io;
@@ -11,16 +11,18 @@ use crate::worker::bind::Opened;
 use crate::worker::shell::Socket;
 use crate::worker::{Inner, Worker};
 
-/// A UDP socket that a worker shares with others.
+/// A UDP socket that a worker shares with other workers.
 ///
-/// Node: the `dgram.Socket` after `socket.bind()`. It comes from [`Worker::bind`]. All workers that
-/// have bound the same address have the same socket: each datagram goes to one of them. A worker that
-/// closes the socket leaves the datagrams that it has not read to the others. When the value is dropped,
-/// the socket closes, unless it has a callback: then it stays open until [`close`](Self::close). It closes
-/// by itself when the worker disconnects.
+/// Node: the `dgram.Socket` after `socket.bind()`.
 ///
-/// The type is not `Send`, as the [`Worker`] is not. To send datagrams from another thread, give the
-/// thread a descriptor of [`try_clone`](Self::try_clone).
+/// [`Worker::bind`] returns this value. All workers that have bound the same address share one
+/// socket, and each datagram goes to one of them. If a worker closes the socket, the other workers
+/// receive the datagrams that it has not read. The socket closes when the value is dropped, unless
+/// the socket has a callback. A socket with a callback stays open until [`close`](Self::close). A
+/// socket also closes when the worker disconnects.
+///
+/// Like the [`Worker`], this type is not `Send`. To send datagrams from another thread, pass the
+/// thread a descriptor that [`try_clone`](Self::try_clone) returns.
 ///
 /// ```no_run
 /// # fn f(worker: cluster::Worker) -> cluster::Result<()> {
@@ -33,7 +35,8 @@ use crate::worker::{Inner, Worker};
 /// ```
 #[derive(Debug)]
 pub struct UdpSocket {
-    /// Shared with the values that a callback is passed: the socket closes with the last of them.
+    /// The socket's handle, shared with the values that are passed to a callback. The socket closes
+    /// when the last of these values is dropped.
     handle: Rc<Handle>,
 }
 
@@ -64,10 +67,12 @@ impl UdpSocket {
         }
     }
 
-    /// Returns the address, with the real port if port 0 was requested. It is `None` if the worker was
-    /// already disconnecting when it asked for the socket, which was therefore never bound.
+    /// Returns the socket's address, with the actual port if port 0 was requested.
     ///
     /// Node: `socket.address()`.
+    ///
+    /// Returns `None` if the worker was already disconnecting when it requested the socket, which
+    /// was then never bound.
     ///
     /// ```no_run
     /// # fn f(socket: &cluster::UdpSocket) {
@@ -82,36 +87,41 @@ impl UdpSocket {
         self.handle.address
     }
 
-    /// Waits for the next datagram, and returns its length and its sender. `None` means that the socket
-    /// is closed, because the worker is disconnecting or has lost its master. Messages, timers, signals
-    /// and watches are handled meanwhile.
+    /// Waits for the next datagram, and returns its length and its sender. Returns `None` if the
+    /// socket is closed, because the worker is disconnecting or has lost its master.
     ///
-    /// If the datagram is longer than `buffer`, the rest of it is lost. After the end, the application can
-    /// still send messages.
+    /// Node has no counterpart: in Node, datagrams are events.
     ///
-    /// Node has no counterpart; there, datagrams are events.
+    /// While the call waits, the worker handles messages, timers, signals and watches. If the
+    /// datagram is longer than `buffer`, the excess bytes are lost. After the socket has closed,
+    /// the application can still send messages.
     ///
     /// # Errors
     ///
-    /// - [`Error::AlreadyRunning`](crate::Error::AlreadyRunning) if a callback calls it;
-    /// - [`Error::Io`](crate::Error::Io) if the system refuses to wait or to receive.
+    /// Returns:
+    ///
+    /// - [`Error::AlreadyRunning`](crate::Error::AlreadyRunning) if a callback calls this method;
+    /// - [`Error::Io`](crate::Error::Io) if waiting or receiving fails.
     ///
     /// See [`UdpSocket`] for an example.
     pub fn recv_from(&self, buffer: &mut [u8]) -> Result<Option<(usize, SocketAddr)>> {
         Worker::receive(&self.handle.worker, self.handle.id, buffer)
     }
 
-    /// Sets the callback that gets each datagram from now on, instead of [`recv_from`](Self::recv_from):
-    /// this socket, the bytes, and the sender. A second callback replaces the first.
+    /// Sets the callback that receives each datagram from now on, instead of
+    /// [`recv_from`](Self::recv_from). The callback receives the worker, this socket, the bytes,
+    /// and the sender.
     ///
-    /// The next datagram is read after the callback has returned.
+    /// Node: `socket.on('message')`.
     ///
-    /// Node: `socket.on('message')`. See [`Worker::bind`] for an example.
+    /// A second callback replaces the first. The worker reads the next datagram after the callback
+    /// has returned. See [`Worker::bind`] for an example.
     pub fn set_message_callback(
         &self,
         mut callback: impl FnMut(&Worker, &Self, &[u8], SocketAddr) + 'static,
     ) {
-        // Not a strong reference: the callback would keep the socket open for ever.
+        // Store only a weak reference, because the callback would otherwise keep the socket open
+        // forever.
         let weak = Rc::downgrade(&self.handle);
         let (id, address) = (self.handle.id, self.handle.address);
         let with_socket = move |worker: &Worker, datagram: &[u8], from: SocketAddr| {
@@ -129,12 +139,13 @@ impl UdpSocket {
         self.handle.worker.serve_datagrams(self.handle.id, callback);
     }
 
-    /// Goes back to [`recv_from`](Self::recv_from): datagrams are no longer passed to the callback of
-    /// [`set_message_callback`](Self::set_message_callback).
+    /// Removes the callback of [`set_message_callback`](Self::set_message_callback), so that
+    /// [`recv_from`](Self::recv_from) returns the datagrams again.
     ///
-    /// A callback that removes itself, after the application has dropped the socket, closes the socket.
+    /// Node: `socket.removeListener('message')`.
     ///
-    /// Node: `socket.removeListener('message')`. Nothing happens if there is no callback.
+    /// If the application has already dropped the socket and the callback removes itself, the
+    /// socket closes. Nothing happens if there is no callback.
     ///
     /// ```no_run
     /// # fn f(socket: &cluster::UdpSocket) -> cluster::Result<()> {
@@ -148,30 +159,35 @@ impl UdpSocket {
         self.handle.worker.remove_message_callback(self.handle.id);
     }
 
-    /// Sends a datagram, without waiting for space in the socket's buffer. A name is looked up.
+    /// Sends a datagram without waiting for space in the socket's buffer. If `to` contains a host
+    /// name, the call resolves it.
     ///
     /// Node: `socket.send()`.
     ///
     /// # Errors
     ///
-    /// The system's reason; [`WouldBlock`](io::ErrorKind::WouldBlock) if the socket's buffer is full,
-    /// [`NotConnected`](io::ErrorKind::NotConnected) if the socket is closed,
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) if `to` stands for no address.
+    /// Returns the system's error, in particular:
+    ///
+    /// - [`WouldBlock`](io::ErrorKind::WouldBlock) if the socket's buffer is full;
+    /// - [`NotConnected`](io::ErrorKind::NotConnected) if the socket is closed;
+    /// - [`InvalidInput`](io::ErrorKind::InvalidInput) if `to` resolves to no address.
     ///
     /// See [`UdpSocket`] for an example.
     pub fn send_to(&self, datagram: &[u8], to: impl ToSocketAddrs) -> io::Result<usize> {
         self.with_socket(|socket| socket.send_to(datagram, to))
     }
 
-    /// Returns another descriptor of the same socket, for operations that this type has no method for:
-    /// multicast, time to live, buffer sizes. Leave it non-blocking: the mode is a property of the socket
-    /// that all workers share.
+    /// Returns another descriptor of the same socket, for operations that this type does not offer,
+    /// such as multicast, time to live, and buffer sizes.
     ///
-    /// Node: `socket.addMembership()` and its like.
+    /// Node: `socket.addMembership()` and similar methods.
+    ///
+    /// Leave the descriptor non-blocking, because all workers share the socket's mode.
     ///
     /// # Errors
     ///
-    /// The system's reason; [`NotConnected`](io::ErrorKind::NotConnected) if the socket is closed.
+    /// Returns the system's error, or [`NotConnected`](io::ErrorKind::NotConnected) if the socket
+    /// is closed.
     ///
     /// ```no_run
     /// # fn f(socket: &cluster::UdpSocket) -> std::io::Result<()> {
@@ -195,7 +211,7 @@ impl UdpSocket {
         }
     }
 
-    /// Closes the socket for this worker. Other workers keep theirs.
+    /// Closes the socket for this worker. Other workers keep their copies.
     ///
     /// Node: `socket.close()`.
     ///
@@ -209,16 +225,17 @@ impl UdpSocket {
         self.handle.worker.close(self.handle.id);
     }
 
-    /// Lets [`Worker::run`] return although this socket is open. See
-    /// [`Listener::unreference`](crate::Listener::unreference), which is the same, for an example.
+    /// Lets [`Worker::run`] return although this socket is open.
     ///
     /// Node: `socket.unref()`.
+    ///
+    /// See [`Listener::unreference`](crate::Listener::unreference) for an example with a listener.
     #[doc(alias = "unref")]
     pub fn unreference(&self) {
         self.handle.worker.reference(self.handle.id, false);
     }
 
-    /// Undoes [`unreference`](Self::unreference), which has an example.
+    /// Undoes [`unreference`](Self::unreference).
     ///
     /// Node: `socket.ref()`.
     #[doc(alias = "ref")]

@@ -1,12 +1,13 @@
-//! The closure of a worker that executes no program.
+//! The closure that a worker runs if it executes no program.
 
 use std::rc::Rc;
 
 use crate::worker::Worker;
 
-/// The closure of [`Settings::main`](crate::Settings::main), which a worker runs instead of a program.
+/// The closure of [`Settings::main`](crate::Settings::main), which a worker runs instead of a
+/// program.
 ///
-/// It is here and not with the settings, because it names [`Worker`].
+/// The type belongs to this module and not to the settings, because it names [`Worker`].
 #[derive(Clone)]
 pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
 
@@ -15,7 +16,7 @@ impl WorkerMain {
         Self(Rc::new(main))
     }
 
-    /// Returns the exit code.
+    /// Runs the closure and returns its exit code.
     pub(crate) fn run(&self, worker: Worker) -> i32 {
         (self.0)(worker)
     }
@@ -27,7 +28,7 @@ impl std::fmt::Debug for WorkerMain {
     }
 }
 
-/// Values are equal if one is a clone of the other.
+/// Compares by identity: two values are equal if one is a clone of the other.
 impl PartialEq for WorkerMain {
     fn eq(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.0, &other.0)
