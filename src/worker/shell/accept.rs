@@ -1,4 +1,4 @@
-//! Receiving connections and datagrams.
+//! Receives connections and datagrams.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,24 +15,25 @@ use crate::sys::queue::{self, Dequeued};
 use crate::types::errno;
 use crate::types::time::Time;
 
-/// Number of descriptors that callbacks leave free, for the rest of the application and for connections
-/// that are in flight.
+/// Number of descriptors that are kept free for the rest of the application and for connections in
+/// flight.
 ///
-/// With fewer, the kernel may drop a connection in flight for lack of a descriptor. With more, the worker
-/// serves fewer connections than its limit of descriptors allows. 32 is twice the number of connections
-/// that the master dispatches ahead (`MAX_WINDOW`). No benchmark chose it.
+/// With fewer, the kernel may drop a connection in flight for lack of a descriptor. With more, the
+/// worker serves fewer connections than its descriptor limit allows. 32 is twice the number of
+/// connections that the master dispatches ahead of time (`MAX_WINDOW`). No benchmark chose this
+/// value.
 const SPARE_FDS: u64 = 32;
 
-/// A connection that was accepted, or received from a queue.
+/// A connection that was accepted from a listener or received from a queue.
 pub(crate) struct Accepted {
     pub(crate) fd: OwnedFd,
-    /// The worker has its maximum number of connections already.
+    /// Whether the connection exceeds the worker's maximum number of connections.
     pub(crate) is_excess: bool,
 }
 
 impl WorkerShell {
-    /// Receives the next connection from the queue, or accepts it from the listener, if there is one.
-    /// If there is none, a listener that is ending closes.
+    /// Accepts the next connection from the listener, or receives it from the queue. Returns `None`
+    /// if there is no connection; a draining listener then closes.
     pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let Some(socket) = self.socket(listener).filter(|socket| socket.is_own()) else {
             return Ok(None);
@@ -74,8 +75,8 @@ impl WorkerShell {
 
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
-            // Any process that has a copy may have cleared the flag, and `accept` would block. The call
-            // cannot fail, because the descriptor is open.
+            // Set the flag again, because any process with a copy may have cleared it and `accept`
+            // would then block. The call cannot fail, because the descriptor is open.
             let _ = sys::fd::set_nonblocking(shared.as_fd(), true);
             match sys::listen::accept(shared) {
                 Ok(fd) => return Ok(Some(fd)),
@@ -99,7 +100,8 @@ impl WorkerShell {
                 self.is_out_of_fds.set(false);
                 Ok(Some(connection.into_owned_fd()))
             }
-            // If the master has closed the queue, a frame on the channel says what follows.
+            // If the master has closed the queue, a frame on the channel tells the worker what to
+            // do.
             Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
             Err(reason) if reason.raw_os_error() == Some(errno::EMFILE) => {
                 if !self.is_out_of_fds.replace(true) {
@@ -116,7 +118,8 @@ impl WorkerShell {
         }
     }
 
-    /// Estimates the number of free descriptors: the kernel assigns the lowest free number.
+    /// Estimates the number of free descriptors from the descriptor's number, because the kernel
+    /// assigns the lowest free number.
     fn count_descriptors(&self, core: &mut WorkerCore<Vec<NoLingerFd>>, fd: &OwnedFd) {
         let Ok(number) = u64::try_from(fd.as_raw_fd()) else {
             return;
@@ -130,10 +133,11 @@ impl WorkerShell {
     }
 }
 
-/// Blocking in `accept`.
+// Blocking in `accept`.
 impl WorkerShell {
-    /// Makes the channel and `signals` interrupt this process when it blocks in `accept`. Returns
-    /// whether they did not before: the caller must check both for what arrived earlier.
+    /// Makes input on the channel and `signals` interrupt this process when it blocks in `accept`.
+    /// Returns whether the interrupts are new. If they are, the caller must check both sources for
+    /// input that arrived earlier.
     pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<bool> {
         let is_new = self.interrupt.get().is_none();
         if is_new {
@@ -142,14 +146,15 @@ impl WorkerShell {
             let added = self.channel.with(|channel| interrupt.add(channel.as_fd()));
             added.unwrap_or(Ok(()))?;
             let _ = self.interrupt.set(interrupt);
-            // The kernel reports capacity only after it has refused a write.
+            // Write first, because the kernel reports free space only after it has rejected a
+            // write.
             self.flush_channel();
         }
         Ok(is_new)
     }
 
-    /// Blocks in `accept`. Returns `None` if something else has happened, if the deadline is over, or if
-    /// the listener turns out not to block.
+    /// Blocks in `accept`. Returns `None` if another event has interrupted the call, if the
+    /// deadline has passed, or if the listener turns out to be non-blocking.
     pub(crate) fn accept_blocking(
         &self,
         listener: ListenerId,
@@ -161,7 +166,7 @@ impl WorkerShell {
         else {
             return Ok(None);
         };
-        // A deadline that the clock cannot express never comes.
+        // If the clock cannot represent the deadline, wait without one.
         let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
             Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, fd))),
@@ -177,8 +182,8 @@ impl WorkerShell {
         }
     }
 
-    /// Returns whether accepting failed because another process shut down a TCP listener of the master,
-    /// which makes it listen again.
+    /// Returns whether accepting failed because another process shut down one of the master's TCP
+    /// listeners, which the master makes listen again.
     pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
         let Error::Io { reason, .. } = error else {
             return false;
@@ -195,9 +200,9 @@ impl WorkerShell {
     }
 }
 
-/// Datagrams.
+// Receiving datagrams.
 impl WorkerShell {
-    /// Receives a datagram, if there is one.
+    /// Receives a datagram, or returns `None` if none is available.
     pub(crate) fn try_receive(
         &self,
         listener: ListenerId,
@@ -217,7 +222,7 @@ impl WorkerShell {
         }
     }
 
-    /// Receives a datagram of any length, if there is one.
+    /// Receives a datagram of any length, or returns `None` if none is available.
     pub(crate) fn try_receive_vec(
         &self,
         listener: ListenerId,

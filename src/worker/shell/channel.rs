@@ -1,4 +1,4 @@
-//! The channel to the master: writing and reading frames, and waiting for them.
+//! The channel to the master: writing frames, reading frames, and waiting for them.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,9 +21,9 @@ use crate::wire::fault;
 use crate::wire::frame::{FrameError, ToWorker};
 use crate::wire::receipts::ReceiptId;
 
-/// Writing.
+// Writing frames.
 impl WorkerShell {
-    /// Sends a message of the application, or queues it. Returns whether the application may go on
+    /// Sends or queues an application's message. Returns whether the application may continue
     /// without a pause.
     pub(crate) fn send(
         &self,
@@ -47,12 +47,12 @@ impl WorkerShell {
         }
     }
 
-    /// Returns whether a frame is queued that can still be written.
+    /// Returns whether any queued frame can still be written.
     pub(crate) fn is_writing(&self) -> bool {
         self.channel.is_writing()
     }
 
-    /// Writes what the socket takes, even if it was full at the last attempt.
+    /// Writes as many bytes as the socket accepts, even if it was full at the last attempt.
     pub(crate) fn flush_channel(&self) {
         self.channel.with(Channel::retry_write);
         self.flush();
@@ -74,7 +74,8 @@ impl WorkerShell {
             }
             AfterFlush::Close(reason) => {
                 self.report(self.channel.broken(reason));
-                // Reading then finds end-of-file, which closes the channel.
+                // Shut the channel down, so that the next read finds end-of-file and closes the
+                // channel.
                 let receipts = self.channel.with(|channel| {
                     channel.shut_down();
                     channel.take_receipts()
@@ -85,14 +86,14 @@ impl WorkerShell {
         }
     }
 
-    /// Passes a point at which tests make this worker fail.
+    /// Runs a fault point, at which tests can make this worker fail.
     pub(crate) fn fault(&self, name: &str) {
         self.channel
             .with(|channel| fault::point(name, || Some(Pid::own()), Some(channel)));
     }
 }
 
-/// Reading.
+// Reading frames.
 impl WorkerShell {
     /// Reads once from the channel and processes the frames.
     pub(crate) fn receive(&self) -> Received {
@@ -112,7 +113,7 @@ impl WorkerShell {
         received
     }
 
-    /// Processes one frame that has been read. Returns whether there may be more.
+    /// Processes one frame that has been read. Returns whether more frames may follow.
     fn process_frame(&self) -> bool {
         let processed = match self.channel.next() {
             Ok(None) => return false,
@@ -158,8 +159,8 @@ impl WorkerShell {
         match frame {
             ToWorker::Message(bytes) => core.message(bytes, fds),
             ToWorker::Reply { ref result, .. } => {
-                // A listener from which workers accept by themselves blocks, unless one of them has
-                // changed that.
+                // A listener from which workers accept blocks, unless a worker has made it
+                // non-blocking.
                 let mode = match result {
                     Ok(bound) if bound.policy != SchedulingPolicy::RoundRobin => {
                         AcceptMode::Blocking
@@ -189,10 +190,10 @@ impl WorkerShell {
     }
 }
 
-/// Waiting.
+// Waiting for the master.
 impl WorkerShell {
-    /// Makes the poller report the channel when it is readable, or not. `accept` waits for the channel
-    /// beside the poller, which would otherwise be ready whenever the channel is.
+    /// Sets whether the poller reports the channel when it is readable. `accept` waits for the
+    /// channel separately, so the poller must not be ready whenever the channel is.
     pub(crate) fn watch_channel(&self, watch: bool) -> Result<()> {
         let watched = self.channel.with(|channel| channel.watch_readable(watch));
         let watched = watched.unwrap_or(Ok(()));
@@ -223,8 +224,8 @@ impl WorkerShell {
         Ok(poller)
     }
 
-    /// Waits until the master has replied to a bind request. Events wait meanwhile. The outer error is
-    /// that of waiting, the inner one that of the master.
+    /// Waits until the master has replied to a bind request. No events are delivered in the
+    /// meantime. The outer error means that waiting failed; the inner error is the master's reply.
     pub(crate) fn wait_for_reply(
         &self,
         listener: ListenerId,
@@ -240,7 +241,7 @@ impl WorkerShell {
         }
     }
 
-    /// Waits until the channel can be read or written, then does both.
+    /// Waits until the channel can be read or written, and then does both.
     fn wait_for_channel(&self) -> Result<()> {
         let waited = self.channel.with(|channel| {
             if channel.is_flushed() {
@@ -258,11 +259,12 @@ impl WorkerShell {
         Ok(())
     }
 
-    /// Writes or reads the channel if it is ready. Returns whether it was: as long as it is ready, it
-    /// would not interrupt `accept_blocking`.
+    /// Writes or reads the channel if it is ready. Returns whether the channel was ready. The
+    /// caller must repeat the call while it was, because a ready channel does not interrupt
+    /// `accept_blocking`.
     pub(crate) fn service_channel(&self) -> Result<bool> {
         let writable = self.channel.with(|channel| {
-            // While the system lacks resources, `tick` retries.
+            // Do not wait for space while the system lacks resources, because `tick` retries then.
             let can_wait = channel.is_writing() && !channel.is_exhausted();
             can_wait.then(|| is_writable(channel.as_fd()))
         });

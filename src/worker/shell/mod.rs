@@ -1,7 +1,7 @@
-//! Carries out what [`WorkerCore`] decides, on the channel and on the sockets of this worker. Never
-//! calls the application.
+//! Carries out the decisions of [`WorkerCore`] on the channel and on this worker's sockets. The
+//! shell never calls the application.
 //!
-//! This file has the shell's state, the actions of the core, and notifications. Methods for the
+//! This file contains the shell's state, the core's actions, and notifications. Methods for the
 //! application belong in `worker`, and decisions in `core`.
 
 mod accept;
@@ -33,12 +33,13 @@ use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::Receipt;
 use sockets::SocketEntry;
 
-/// Time that a worker waits at its end for the master to read the final frames.
+/// Maximum time that an exiting worker waits for the channel to accept its final frames.
 ///
-/// With less, a busy master may lose them; with more, a stuck master holds up the end of the worker. A
-/// worker must not outlive its master by more than one second.
+/// With a shorter time, the frames may be lost if the master is busy. With a longer time, a stuck
+/// master delays the worker's exit. A worker must not outlive its master by more than one second.
 const SHUTDOWN_FLUSH: Duration = Duration::from_secs(1);
-/// Number of the channel in its `Token`: a worker has only one.
+/// The channel's number in its `Token`. Any fixed number works, because a worker has only one
+/// channel.
 const CHANNEL: u32 = 0;
 
 pub(crate) struct WorkerShell {
@@ -46,17 +47,18 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     channel: ChannelDriver<ToWorker, ToMaster>,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
-    /// The process's limit of descriptors when the application last set a callback.
+    /// The process's descriptor limit when the application last set a callback.
     fd_limit: Cell<u64>,
-    /// The last attempt to receive a connection failed for lack of descriptors.
+    /// Whether the last attempt to receive a connection failed for lack of descriptors.
     is_out_of_fds: Cell<bool>,
     start: Instant,
-    /// Interrupts this process when it blocks in `accept`; made by `prepare_to_block`.
+    /// Interrupts this process when it blocks in `accept`. Empty until `prepare_to_block` creates
+    /// it.
     interrupt: OnceCell<InterruptibleAccept>,
     backoff: Cell<Backoff>,
-    /// Errors outside any call of the application that it has not got yet.
+    /// Errors that no call of the application could return and that have not been delivered.
     errors: RefCell<VecDeque<Error>>,
-    /// Receipts that the application has not got yet.
+    /// Receipts that have not been delivered to the application.
     receipts: RefCell<VecDeque<Receipt>>,
     /// The buffer into which the channel and UDP sockets read.
     scratch: RefCell<Vec<u8>>,
@@ -69,7 +71,7 @@ impl std::fmt::Debug for WorkerShell {
 }
 
 impl WorkerShell {
-    /// `start` is the origin of [`Time`].
+    /// Returns the shell of a new worker. `start` is the origin of [`Time`].
     pub(crate) fn new(channel: UnixStream, poller: Poller, start: Instant) -> io::Result<Self> {
         let channel = Channel::new(channel, &poller, Token::Channel(CHANNEL).key())?;
         let shell = Self {
@@ -119,19 +121,19 @@ impl WorkerShell {
         self.report(Error::Io { attempt, reason });
     }
 
-    /// Schedules another attempt at what the system lacks resources for.
+    /// Schedules a retry of the steps for which the system lacks resources.
     fn back_off(&self) {
         let mut backoff = self.backoff.get();
         backoff.start(self.start.elapsed());
         self.backoff.set(backoff);
     }
 
-    /// Returns the latest time at which `tick` must be called.
+    /// Returns the time by which `tick` must be called.
     pub(crate) fn deadline(&self) -> Option<Time> {
         self.backoff.get().deadline()
     }
 
-    /// Retries what is due.
+    /// Carries out the retries that are due.
     pub(crate) fn tick(&self) {
         if self.deadline().is_some() && self.backoff.get().is_due(self.start.elapsed()) {
             self.backoff.take();
@@ -141,15 +143,15 @@ impl WorkerShell {
         }
     }
 
-    /// Carries out all actions and flushes the channel. Nothing of this needs a callback.
+    /// Carries out all actions and flushes the channel. The method calls no callbacks.
     pub(crate) fn act(&self) {
         if self.core.borrow().has_actions() {
             self.carry_all_out();
         }
     }
 
-    /// Separate from `act`, which is called several times for each message and usually finds nothing
-    /// to do.
+    /// Carries out the actions and flushes the channel. The method is separate from `act`, which is
+    /// called several times for each message and usually finds nothing to do.
     #[inline(never)]
     fn carry_all_out(&self) {
         let mut must_flush = false;
@@ -157,8 +159,8 @@ impl WorkerShell {
         loop {
             let action = self.core.borrow_mut().next_action();
             match action {
-                // A foreign process closes its copies and does nothing else: the rest concerns the
-                // process that created the worker.
+                // A foreign process only closes its copies of the sockets, because the other
+                // actions concern the process that created the worker.
                 Some(Action::Send(_) | Action::AttachSynFilter(_) | Action::CloseChannel)
                     if !is_own => {}
                 Some(Action::Send(frame)) => {

@@ -1,4 +1,5 @@
-//! The sockets of a worker: shared listeners, queues, UDP sockets, and those that the worker opened.
+//! A worker's sockets: shared listeners, queues, UDP sockets, and sockets that the worker opened
+//! itself.
 
 use std::cell::Cell;
 use std::io;
@@ -16,7 +17,7 @@ use crate::sys::poll::{Interest, Registered};
 use crate::sys::socket_file::SocketFile;
 use crate::types::endpoint::Kind;
 
-/// A socket from which a worker gets connections or datagrams.
+/// A socket from which a worker receives connections or datagrams.
 #[derive(Debug)]
 pub(crate) enum Socket {
     Listener(SharedListener),
@@ -42,7 +43,7 @@ pub(crate) struct SharedListener {
     pub(super) mode: Cell<AcceptMode>,
 }
 
-/// Whether `accept` on a shared listener blocks. The mode is that of all processes that have a copy.
+/// Whether `accept` on a shared listener blocks. All processes that have a copy share the mode.
 ///
 /// | state | event | next state |
 /// |---|---|---|
@@ -59,25 +60,26 @@ pub(super) enum AcceptMode {
 /// The origin of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SocketOwner {
-    /// The master opened it, and other workers may have copies.
+    /// The master opened the socket, and other workers may have copies.
     Master,
-    /// This worker opened it. Only processes that this worker forked have copies.
+    /// This worker opened the socket. Only processes that this worker forked have copies.
     ThisWorker,
-    /// The application had it before, and any process may have a copy.
+    /// The application had the socket earlier, and any process may have a copy.
     Application,
 }
 
-/// A socket in the table.
+/// A socket in the worker's table.
 #[derive(Debug)]
 pub(super) struct SocketEntry {
-    /// Of a Unix path on which this worker listens alone. Dropped before the socket: while the file
-    /// exists, no other process can bind the path.
+    /// The file of a Unix socket that only this worker listens on. The field is declared first so
+    /// that the file is removed before the socket closes. While the file exists, no other process
+    /// can bind the path.
     file: Option<SocketFile>,
     pub(super) socket: Rc<Registered<Socket>>,
     pub(super) owner: SocketOwner,
 }
 
-/// A socket that is added to the table.
+/// A socket to be added to the worker's table.
 struct NewSocket {
     fd: OwnedFd,
     file: Option<SocketFile>,
@@ -105,8 +107,8 @@ impl WorkerShell {
         }
     }
 
-    /// Adds a socket that the master does not know. A worker that is disconnecting gets a closed
-    /// listener instead.
+    /// Adds a socket that the master does not know. If the worker is disconnecting, the socket is
+    /// closed and the returned listener has already ended.
     pub(crate) fn add_exclusive(
         &self,
         kind: Kind,
@@ -154,7 +156,7 @@ impl WorkerShell {
         Ok(())
     }
 
-    /// Makes the poller report a socket when it is readable, or not.
+    /// Sets whether the poller reports a socket when it is readable.
     pub(crate) fn watch(&self, listener: ListenerId, watch: bool) {
         let interest = watch.then_some(Interest::Readable);
         let socket = self.socket(listener);
@@ -163,7 +165,7 @@ impl WorkerShell {
         }
     }
 
-    /// Watches a socket with a callback as long as the application accepts more connections.
+    /// Watches a socket while it has a callback and the application accepts more connections.
     pub(crate) fn update_watch(&self, listener: ListenerId) {
         let core = self.core.borrow();
         let is_wanted = core.has_callback(listener) && !core.is_paused(listener);
@@ -171,7 +173,7 @@ impl WorkerShell {
         self.watch(listener, is_wanted);
     }
 
-    /// Delivers the connections or datagrams of a socket to a callback from now on.
+    /// Delivers a socket's connections or datagrams to a callback from now on.
     pub(crate) fn serve(&self, listener: ListenerId) {
         self.fd_limit.set(sys::fd::limit());
         if let Err(error) = self.unblock(listener) {
@@ -216,16 +218,16 @@ impl WorkerShell {
         let own = entry.filter(|entry| entry.owner == SocketOwner::ThisWorker);
         if let Some(entry) = own.filter(|_| self.poller.is_own()) {
             if let Socket::Listener(own) = &**entry.socket {
-                // A process that this worker forked may have a copy, in whose backlog clients would
-                // wait for ever.
+                // Shut the listener down, because a process that this worker forked may have a
+                // copy. Clients would otherwise wait in that copy's backlog forever.
                 sys::listen::shut_down(&own.fd);
             }
         }
     }
 
-    /// Keeps new connections out of the backlog of a listener that this worker opened. Other listeners
-    /// belong to other processes, too. If the system cannot, the backlog is emptied while connections
-    /// arrive.
+    /// Keeps new connections out of the backlog of a listener that this worker opened. Other
+    /// listeners also belong to other processes and stay unchanged. If the system does not support
+    /// SYN filters, the backlog is emptied while connections still arrive.
     pub(super) fn attach_syn_filter(&self, listener: ListenerId) {
         let mut sockets = self.sockets.borrow_mut();
         let entry = sockets.get_mut(&listener);
