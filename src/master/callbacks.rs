@@ -148,7 +148,7 @@ impl Master {
         ///
         /// Node: `cluster.on('exit')`.
         ///
-        /// This event is a worker's last one. The process no longer exists, and
+        /// A worker emits no event after `exit`. The process no longer exists, and
         /// [`workers`](Self::workers) no longer contains the worker.
         ///
         /// ```no_run
@@ -293,7 +293,8 @@ impl Master {
 /// The methods that add callbacks for one worker.
 ///
 /// For every event except `message`, these callbacks are called before the cluster's callbacks.
-/// [`Master::remove_callback`] removes them. They are dropped after the worker's `exit` event.
+/// [`Master::remove_callback`] removes these callbacks. The master drops them after the worker's
+/// `exit` event.
 impl WorkerProcess {
     callback_methods! {
         /// Calls `callback` when the worker's program has called [`init`](crate::init()).

@@ -250,7 +250,7 @@ impl Master {
             }
         }
         for (token, ready) in ready {
-            // A callback may have forked a child and returned in it. That child must not continue
+            // A callback may have forked a child and returned in it. Such a child must not continue
             // the loop.
             event_loop.check_own()?;
             match token {

@@ -292,9 +292,9 @@ impl Master {
     ///
     /// Node: `cluster.setupMaster(settings)`.
     ///
-    /// A setting that the argument does not mention keeps its value, or gets its default at the
-    /// first call. A setting that was [`unset`](Settings::unset) gets its default. Each call emits
-    /// one `setup` event in the next iteration of the loop.
+    /// A setting that the argument does not mention keeps its value, or receives its default at the
+    /// first call. A setting that was [`unset`](Settings::unset) receives its default. Each call
+    /// emits one `setup` event in the next iteration of the loop.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -422,7 +422,7 @@ impl Master {
     /// Node has no counterpart: in Node, a listener closes with its last worker.
     ///
     /// Workers that request the same address receive this listener. For example, `worker.listen(0)`
-    /// gets the port that the kernel chose for `master.listen(0)`. If workers already have a
+    /// receives the port that the kernel chose for `master.listen(0)`. If workers already have a
     /// listener on the address, the master retains that listener. If the master already retains it,
     /// the listener stays open until both values are dropped.
     ///
@@ -512,7 +512,7 @@ impl Master {
     ///
     /// Until the deadline, this method works like [`disconnect`](Self::disconnect). At the
     /// deadline, the master sends SIGKILL to every worker that still exists, which also ends
-    /// workers that loop or are stopped. That includes workers that were forked before the
+    /// workers that loop or are stopped. The kill includes workers that were forked before the
     /// deadline, but not later ones. If several deadlines are set, the earliest one applies. A
     /// deadline cannot be revoked.
     ///

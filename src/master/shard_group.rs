@@ -7,8 +7,8 @@
 //! no worker receives. The master changes the selection through the selector.
 //!
 //! Despite the lock, a worker can detach the program or shut its shard down. The kernel then
-//! chooses among all members by a hash, or by indexes that have changed. It may therefore choose
-//! the selector, which normally receives no connection. When the selector receives a connection,
+//! chooses among all members by a hash, or by indexes that have changed. The choice may therefore
+//! be the selector, which normally receives no connection. When the selector receives a connection,
 //! the master resets it and attaches the program again.
 
 use std::io;

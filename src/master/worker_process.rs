@@ -295,8 +295,8 @@ impl WorkerProcess {
     ///
     /// The call writes as many bytes as the channel accepts at once. The remaining bytes wait in
     /// the master, whose loop writes them. [`Sent`] tells whether the sender should pause. If the
-    /// master's process exits right after the call, the bytes that wait in the master are lost, and
-    /// the worker may exit before it reads the others.
+    /// master's process exits right after the call, the bytes that wait in the master are lost. The
+    /// worker may also exit before it reads the bytes in the channel.
     ///
     /// # Errors
     ///

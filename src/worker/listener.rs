@@ -14,8 +14,8 @@ use crate::worker::callbacks::OnConnection;
 use crate::worker::connection::Connection;
 use crate::worker::{Inner, Worker};
 
-/// A listener that a worker shares with other workers. Its connections are [`TcpStream`]s, or
-/// [`UnixStream`](std::os::unix::net::UnixStream)s if its type is `Listener<UnixStream>`.
+/// A listener that a worker shares with other workers. The connections are [`TcpStream`]s, or
+/// [`UnixStream`](std::os::unix::net::UnixStream)s if the type is `Listener<UnixStream>`.
 ///
 /// Node: the `net.Server` after `server.listen()`.
 ///

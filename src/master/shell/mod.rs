@@ -107,8 +107,8 @@ pub(crate) struct MasterShell {
     /// exits.
     unwatched_exits: RefCell<BTreeSet<WorkerId>>,
     /// The master's values in a worker that executes no program. The values are never dropped,
-    /// because dropping them could affect the master. They stay reachable, so that a leak checker
-    /// reports only real leaks.
+    /// because dropping them could affect the master. The values stay reachable, so that a leak
+    /// checker reports only real leaks.
     abandoned: RefCell<Vec<ManuallyDrop<Box<dyn Any>>>>,
     /// Whether the application's closure that chooses the inspect port is running.
     is_choosing_port: Cell<bool>,

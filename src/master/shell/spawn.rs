@@ -52,7 +52,7 @@ struct NewProcess<'a> {
     inspect_port: Option<u16>,
     stdio: StdioEnds,
     channel: Channel<ToMaster, ToWorker>,
-    /// The worker's end of the channel. Its descriptor number is higher than those of `stdio`.
+    /// The worker's end of the channel, whose descriptor number is higher than those of `stdio`.
     worker_end: OwnedFd,
 }
 
@@ -201,8 +201,8 @@ impl MasterShell {
             for number in abandon_watches() {
                 sys::fd::replace(number, inert.as_fd())?;
             }
-            // Close these descriptors explicitly. They belong to stack frames to which the child
-            // does not return, so no destructor closes them.
+            // Close these descriptors explicitly, because they belong to stack frames to which the
+            // child does not return and no destructor runs.
             numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
             numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
             numbers.extend(settings.descriptors());
