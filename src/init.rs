@@ -77,7 +77,8 @@ pub enum Role {
 ///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. A descriptor that is not a channel
 ///   to a master stays unchanged;
 /// - [`Error::Environment`] if wrappers have forked both this program and its master's program;
-/// - [`Error::Frame`] if the master was built with a version of this crate that has another protocol;
+/// - [`Error::Frame`] if the master was built with a version of this crate that has another
+///   protocol;
 /// - [`Error::Io`] if the system has no descriptors left for a poller.
 ///
 /// ```no_run

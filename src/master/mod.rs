@@ -409,7 +409,8 @@ impl Master {
         self.find(id).filter(|_| is_worker)
     }
 
-    /// Returns the worker or detached process with this id, until its last event has been delivered.
+    /// Returns the worker or detached process with this id, or `None` after its last event has been
+    /// delivered.
     fn find(&self, id: WorkerId) -> Option<WorkerProcess> {
         let worker_io = self.shell.worker_io(id)?;
         let callbacks = Rc::clone(self.worker_callbacks.borrow().get(&id)?);
@@ -548,7 +549,7 @@ impl Master {
     }
 }
 
-// The distribution of connections.
+// Distributing connections.
 impl Master {
     /// Returns the loads of all workers and listeners, for monitoring or for a
     /// [scheduler](Self::set_scheduler).

@@ -189,9 +189,9 @@ impl Worker {
         Ok(Attempt::Received(connection))
     }
 
-    /// Returns whether the worker can wait in accept(2), where the kernel queues the waiting
-    /// workers. If the worker must also wait for something else, the method makes the listener
-    /// non-blocking in all processes that have a copy.
+    /// Returns whether the worker can wait in accept(2), where the kernel queues the waiting workers.
+    /// If the listener is draining, or if the worker also has callbacks or watches, the method makes
+    /// the listener non-blocking in all processes that have a copy.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         if !shell.is_blocking(listener) {

@@ -56,7 +56,7 @@ pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 /// have hung up are counted for longer.
 const SWEEP: usize = 2;
 
-/// The process of a worker or a detached process, and the descriptors that connect the master with it.
+/// A worker or detached process, and the descriptors that connect the master with it.
 #[derive(Debug)]
 pub(crate) struct WorkerIo {
     pub(crate) id: WorkerId,
@@ -167,7 +167,7 @@ impl MasterShell {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::ForeignProcess`] in another process, for instance a child of the application.
+    /// Returns [`Error::ForeignProcess`] in another process, for instance in a forked child.
     pub(crate) fn check_own(&self) -> crate::error::Result<()> {
         if self.poller.is_own() {
             Ok(())

@@ -57,7 +57,7 @@ pub(super) enum AcceptMode {
     NonBlocking,
 }
 
-/// The origin of a socket.
+/// The party that opened a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SocketOwner {
     /// The master opened the socket, and other workers may have copies.
