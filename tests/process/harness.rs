@@ -1,8 +1,9 @@
-//! Runs each test in processes of its own, and checks that no process, file or descriptor is left.
+//! Runs each test in its own processes, and checks that no process, file or descriptor remains.
 //!
 //! A *scenario* is a function that calls `cluster::init` and runs as the master or as a worker. The
-//! driver starts this test binary with the scenario's name in its environment. That process becomes
-//! the master. The master executes the same binary for its workers, which read the same name.
+//! driver starts this test binary with the scenario's name in its environment. The started process
+//! becomes the master. The master executes this binary for its workers, which inherit the
+//! environment and run the same scenario.
 
 use std::cell::{Cell, RefCell};
 use std::fs::{File, Permissions};
@@ -29,28 +30,28 @@ use nix::unistd::{Pid, getppid};
 use tempfile::TempDir;
 use wait_timeout::ChildExt as _;
 
-/// Environment variable with the name of the scenario that the process runs.
+/// Environment variable that names the scenario of a process.
 pub const SCENARIO: &str = "SCENARIO";
 
-/// Ends a test that hangs; far longer than any test takes.
+/// Time after which a test is treated as hanging. No test takes nearly as much time.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// How often repeatable tests run: `CLUSTER_TEST_ROUNDS` times, or once.
+/// Returns how many times a repeatable test runs: the value of `CLUSTER_TEST_ROUNDS`, or 1.
 pub fn rounds() -> u32 {
     let wanted = std::env::var("CLUSTER_TEST_ROUNDS").ok();
     wanted.map_or(1, |wanted| wanted.parse().expect("a number"))
 }
 
-/// How long a process may outlive its master.
+/// Maximum time that a process may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
 pub struct Scenario {
     pub name: &'static str,
     pub play: fn(),
-    /// A requirement that not every machine meets.
+    /// Requirement that some machines do not meet.
     pub need: Option<&'static Need>,
 }
 
-/// A requirement of a scenario. Where it is not met, the scenario is ignored.
+/// Requirement of a scenario. A machine that does not meet the requirement ignores the scenario.
 pub struct Need {
     name: &'static str,
     is_met: fn() -> bool,
@@ -107,7 +108,7 @@ pub const ROOT_AND_FAULT_POINTS: Need = Need {
     is_met: || is_root() && cfg!(debug_assertions),
 };
 
-/// The kernel lets a process trace another process of the same user.
+/// Permission of the kernel to trace another process of the same user.
 pub const TRACING: Need = Need {
     name: "ptrace",
     is_met: || {
@@ -117,18 +118,20 @@ pub const TRACING: Need = Need {
     },
 };
 
-/// The build has fault points, which make the library fail on request.
+/// Build with fault points, which make the library fail on request.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",
     is_met: || cfg!(debug_assertions),
 };
-/// The kernel reports how a child exited that another thread or handler has already waited for.
+/// Kernel that still reports how a child exited after another thread or a signal handler has reaped
+/// the child.
 pub const EXIT_OF_REAPED_CHILDREN: Need = Need {
     name: "Linux 6.15",
     is_met: reports_exit_of_reaped_children,
 };
 
-/// Builds the table of scenarios from the functions with these names, each with what it needs.
+/// Builds the table of scenarios from function names. A function with a requirement is followed by
+/// a colon and the requirement's name.
 #[macro_export]
 macro_rules! scenarios {
     ($($name:ident $(: $need:ident)?)*) => {
@@ -164,7 +167,7 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Whether executing a file in the temporary directory can grant privileges to its user.
+/// Returns whether executing a file in the temporary directory can grant privileges to its user.
 fn files_can_grant_privileges() -> bool {
     use nix::sys::statvfs::{FsFlags, statvfs};
 
@@ -178,14 +181,15 @@ fn has_pid_namespaces() -> bool {
     let mut command = Command::new("true");
     let enter = || unshare(CloneFlags::CLONE_NEWPID).map_err(std::io::Error::from);
     #[allow(unsafe_code)]
-    // SAFETY: one system call, which is async-signal-safe.
+    // SAFETY: the closure makes one system call and does not allocate, so it is safe between `fork`
+    // and `execve`.
     unsafe {
         command.pre_exec(enter)
     };
     command.status().is_ok_and(|status| status.success())
 }
 
-/// Whether this process may create network namespaces and veth pairs between them.
+/// Returns whether this process may create network namespaces and veth pairs.
 fn has_networks() -> bool {
     let probe = || {
         let ip = || {
@@ -206,10 +210,10 @@ fn reports_exit_of_reaped_children() -> bool {
     (numbers.next(), numbers.next()) >= (Some(6), Some(15))
 }
 
-/// The user and group `nobody`, which own no files.
+/// User and group id of `nobody`, which owns no files.
 pub const NOBODY: u32 = 65534;
 
-/// A path of this test binary that every user can execute.
+/// Path to this test binary that every user can execute.
 pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
 fn run(name: &str) -> Result<(), Failed> {
@@ -228,16 +232,17 @@ pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
         .ok_or_else(|| status.to_string().into())
 }
 
-/// A process and its descendants, in a process group of their own.
+/// A process and its descendants, in their own process group.
 pub struct Group {
     child: RefCell<Child>,
     log: RefCell<File>,
-    /// The directory for temporary files of the group; every user may write to it.
+    /// The group's directory for temporary files. Every user may write to the directory.
     temporary: TempDir,
 }
 
 impl Group {
-    /// Starts a program. Its output is printed if the test fails.
+    /// Starts a program, and records its output. [`Group::finish`] prints the output if the program
+    /// fails.
     pub fn start(command: &mut Command) -> std::io::Result<Self> {
         let log = tempfile::tempfile()?;
         let temporary = tempfile::tempdir()?;
@@ -261,7 +266,7 @@ impl Group {
         Pid::from_raw(i32::try_from(self.child.borrow().id()).unwrap())
     }
 
-    /// Returns what the program has printed.
+    /// Returns the program's output so far.
     pub fn output(&self) -> String {
         let path = format!("/proc/self/fd/{}", self.log.borrow().as_raw_fd());
         let mut text = String::new();
@@ -269,7 +274,8 @@ impl Group {
         text
     }
 
-    /// Waits until a line of the output begins with `prefix`, and returns the rest of it.
+    /// Waits until a complete line of the output begins with `prefix`, and returns the rest of the
+    /// line.
     pub fn line(&self, prefix: &str) -> String {
         let find = || {
             let output = self.output();
@@ -290,7 +296,7 @@ impl Group {
         })
     }
 
-    /// Waits for the program and for all its descendants, and prints its output if it failed.
+    /// Waits for the program and all its descendants, and prints the output if the program failed.
     pub fn finish(&self) -> Result<ExitStatus, Failed> {
         let status = self.end()?;
         if !status.success() {
@@ -300,7 +306,7 @@ impl Group {
         Ok(status)
     }
 
-    /// Waits for the program and for all its descendants.
+    /// Waits for the program and all its descendants, and checks that no process or file remains.
     pub fn end(&self) -> Result<ExitStatus, Failed> {
         let ended = self.child.borrow_mut().wait_timeout(DEADLINE * rounds())?;
         let Some(status) = ended else {
@@ -311,8 +317,9 @@ impl Group {
         Ok(status)
     }
 
-    /// Processes of the group that outlive their parents become children of this process, a
-    /// subreaper.
+    /// Checks that every process in the group exits within [`GRACE`].
+    ///
+    /// This process is a subreaper, so processes that outlive their parents become its children.
     fn assert_no_process_left(&self) -> Result<(), Failed> {
         let group = Pid::from_raw(-self.pid().as_raw());
         let end = Instant::now() + GRACE;
@@ -347,7 +354,7 @@ impl Drop for Group {
     }
 }
 
-/// Polls until `ask` returns a value, for conditions that the system has no event for.
+/// Polls until `ask` returns a value, for conditions that the system reports with no event.
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + DEADLINE / 2;
@@ -360,9 +367,10 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Runs a scenario as the master or as a worker; returns in the master only. The master runs until
-/// it has nothing left to wait for. By then it must have closed all its descriptors and accounted
-/// for all connections.
+/// Runs a scenario as the master or as a worker, and returns only in the master.
+///
+/// The master runs until no work remains. The function then checks that the master has closed all
+/// its descriptors and that no connection is in flight.
 pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
     let before = open_fds();
     match cluster::init().expect("init") {
@@ -374,23 +382,24 @@ pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
             drop(role);
             let after = open_fds();
             let left: Vec<_> = after.iter().filter(|fd| !before.contains(fd)).collect();
-            // The signal socketpair stays open for the life of the process, because a signal
-            // handler may be using it at any time.
+            // The signal socketpair stays open until the process exits, because a signal handler
+            // may use it at any time.
             let pair = if SIGNALS.load(Ordering::SeqCst) { 2 } else { 0 };
             assert_eq!(left.len(), pair, "descriptors left open: {left:?}");
         }
         Role::Worker(role) => {
             worker(role);
-            // The rest of the scenario checks what the master has seen.
+            // Exit here, because the rest of the scenario checks the events that the master has
+            // recorded.
             std::process::exit(0);
         }
     }
 }
 
-/// Set to true by scenarios that handle signals.
+/// Whether the scenario handles signals. Scenarios set this flag themselves.
 pub static SIGNALS: AtomicBool = AtomicBool::new(false);
 
-/// Returns the link target of each open descriptor, sorted.
+/// Returns the sorted link targets of all open descriptors.
 pub fn open_fds() -> Vec<PathBuf> {
     let fds = std::fs::read_dir("/proc/self/fd").expect("/proc");
     let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
@@ -399,7 +408,7 @@ pub fn open_fds() -> Vec<PathBuf> {
     links
 }
 
-/// Runs blocking work on a thread while the master's loop goes on, and then calls `then`.
+/// Runs blocking work on a thread while the master's loop continues, and then calls `then`.
 pub fn in_background<T: Send + 'static>(
     master: &Master,
     work: impl FnOnce() -> T + Send + 'static,
@@ -420,7 +429,7 @@ pub fn in_background<T: Send + 'static>(
     master.watch(done, Interest::Readable, finish).unwrap();
 }
 
-/// Calls `then` with the address once `workers` workers listen.
+/// Calls `then` with the listener's address once `workers` workers listen.
 pub fn when_listening(
     master: &Master,
     workers: usize,
@@ -437,8 +446,9 @@ pub fn when_listening(
     });
 }
 
-/// Calls `then` once every worker waits in `accept`. A worker that answers a message there has
-/// already reported to the master that it is idle. Workers must call `answer_pings`.
+/// Calls `then` once every worker waits in `accept`. Workers must call `answer_pings`.
+///
+/// A worker that answers a ping in `accept` has already reported to the master that it is idle.
 pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
     let mut missing = master.workers().len();
     let mut then = Some(then);
@@ -478,7 +488,8 @@ pub fn answer(listener: &Listener, text: impl ToString) {
     });
 }
 
-/// Runs the worker's loop until a client at `address` has an answer, and returns the answer.
+/// Connects a client to `address`, runs the worker's loop until the client has an answer, and
+/// returns the answer.
 pub fn read_answer(worker: &Worker, address: SocketAddr) -> String {
     let client = std::thread::spawn(move || talk(address, b"").unwrap());
     wait_until("an answer", || {
@@ -488,7 +499,7 @@ pub fn read_answer(worker: &Worker, address: SocketAddr) -> String {
     client.join().unwrap()
 }
 
-/// Waits until the process is in the given state, for example `") T "` for a stopped process.
+/// Waits until `/proc/PID/stat` contains `state`, for example `") T "` for a stopped process.
 pub fn wait_for_state(pid: u32, state: &str) {
     let stat = format!("/proc/{pid}/stat");
     wait_until(state, || {
@@ -509,8 +520,10 @@ pub fn stop(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") T ");
 }
 
-/// Serves events, and then waits for a signal that kills the process. After `worker.kill` in the
-/// master, it is certain that the signal ends the worker and not a return from `main`.
+/// Serves events, and then waits for a signal that kills the process.
+///
+/// After `worker.kill` in the master, the worker's exit status is certain: the signal ends the
+/// worker, because the worker never returns from `main`.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
     loop {
@@ -518,23 +531,24 @@ pub fn run_until_killed(worker: &Worker) -> ! {
     }
 }
 
-/// Environment variable for a process that another process of the same scenario observes.
+/// Environment variable of a process that another process in the scenario observes.
 pub const WATCHED: (&str, &str) = ("WATCHED", "1");
 
-/// Returns the command that runs this scenario in another process, which this process observes.
+/// Returns a command that runs this scenario in another process, which this process observes.
 pub fn watched() -> Command {
     let mut command = Command::new(std::env::current_exe().expect("own path"));
     command.env(WATCHED.0, WATCHED.1);
     command
 }
 
-/// Whether this process, or the master that forked it, was started with [`watched`].
+/// Returns whether this process, or the master that forked it, was started with [`watched`].
 pub fn is_watched() -> bool {
     std::env::var_os(WATCHED.0).is_some()
 }
 
-/// Keeps this worker's master stopped for as long as the value lives. The master answers nothing
-/// meanwhile, so what the worker does, it does alone.
+/// A guard that keeps this worker's master stopped until the guard is dropped.
+///
+/// A stopped master answers no frames, so the worker must act without its help.
 pub struct StoppedMaster(Pid);
 
 impl StoppedMaster {
@@ -570,8 +584,8 @@ impl Log {
     }
 }
 
-/// Logs every event of every worker at cluster level, except messages, for example "1 online" or
-/// "2 exit Some(true) exit status: 0".
+/// Logs every worker's events in the master, except messages, for example "1 online" or "2 exit
+/// Some(true) exit status: 0".
 pub fn note_events(master: &Master, log: &Log) {
     let note = |event: &'static str| {
         let log = log.clone();
@@ -595,7 +609,7 @@ pub fn note_events(master: &Master, log: &Log) {
     master.on_error(move |_, _, error| at_error.add(error.to_string()));
 }
 
-/// Logs every message of every worker, for example "1 ready".
+/// Logs every worker's messages in the master, for example "1 ready".
 pub fn note_messages(master: &Master, log: &Log) {
     let log = log.clone();
     master.on_message(move |_, worker, message| {
@@ -604,7 +618,7 @@ pub fn note_messages(master: &Master, log: &Log) {
     });
 }
 
-/// Returns the entries of one worker in order, without the worker's id.
+/// Returns the entries of one worker in their order, without the worker's id.
 pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
     let prefix = format!("{worker} ");
     let own = entries
@@ -613,7 +627,8 @@ pub fn of(worker: u32, entries: &[String]) -> Vec<&str> {
     own.collect()
 }
 
-/// Asserts that the entries are those of `workers` workers, each with the expected ones.
+/// Asserts that each of `workers` workers has exactly the expected entries, in order, and that no
+/// other entries exist.
 #[track_caller]
 pub fn assert_each(workers: u32, entries: &[String], expected: &[&str]) {
     for worker in 1..=workers {
@@ -628,7 +643,8 @@ pub fn share_listeners(master: &Master) {
     master.set_scheduling_policy(policy).unwrap();
 }
 
-/// Returns a listener of the application in the master, which occupies its port for the workers.
+/// Returns a non-blocking listener, which the application in the master opens on a free port, and
+/// its address.
 pub fn idle_server() -> (TcpListener, SocketAddr) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     server.set_nonblocking(true).unwrap();
@@ -636,7 +652,7 @@ pub fn idle_server() -> (TcpListener, SocketAddr) {
     (server, address)
 }
 
-/// Closes the listener when the worker exits, and asserts that no client has connected.
+/// Closes the listener when the worker exits, after asserting that no client has connected to it.
 pub fn close_at_exit(worker: &WorkerProcess, server: TcpListener) {
     let server = RefCell::new(Some(server));
     worker.on_exit(move |_, _, _| {
@@ -645,7 +661,7 @@ pub fn close_at_exit(worker: &WorkerProcess, server: TcpListener) {
     });
 }
 
-/// Listens where the system returns an error, and returns the error.
+/// Asserts that `listen` fails with `errno`, and returns the error.
 pub fn expect_listen_error<S: std::fmt::Debug>(
     worker: &Worker,
     options: impl Into<ListenOptions<S>>,
@@ -657,8 +673,10 @@ pub fn expect_listen_error<S: std::fmt::Debug>(
     error
 }
 
-/// Runs `play` in a child process with one additional environment variable, for behaviour that is
-/// decided before `main` begins. The workers inherit the variable.
+/// Runs `play` in a child process with one additional environment variable, which the workers
+/// inherit.
+///
+/// Use it for behaviour that is decided before `main` begins.
 pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     if std::env::var_os(name).is_some_and(|own| own == value) {
         return play();
@@ -668,11 +686,11 @@ pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     assert!(status.success(), "with {name}={value}: {status}");
 }
 
-/// Environment variable with a command that the examples run under, such as a tool that observes
-/// processes from outside (`tests/checks/valgrind`).
+/// Environment variable with a command that runs the examples, such as a tool that observes
+/// processes (`tests/checks/valgrind`).
 const WRAPPER: &str = "CLUSTER_TEST_WRAPPER";
 
-/// Returns the command of an example that `cargo test` has built.
+/// Returns the command for an example that `cargo test` has built.
 pub fn example(name: &str) -> Command {
     let own = std::env::current_exe().expect("own path");
     let built = own.parent().and_then(|deps| deps.parent()).expect("target");
@@ -690,7 +708,7 @@ pub fn example(name: &str) -> Command {
     command
 }
 
-/// Connects, sends `request`, and reads until the end of the stream.
+/// Connects to `address`, sends `request`, and reads until the end of the stream.
 pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(DEADLINE / 2))?;
@@ -700,13 +718,16 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// Reserves a free port for as long as the socket lives. The socket is bound and does not listen,
-/// so that others can listen on the port, and the kernel does not choose it for anyone else.
+/// Reserves a free port until the returned socket is dropped.
+///
+/// The socket is bound but does not listen. Other sockets can therefore listen on the port, and the
+/// kernel does not choose the port for another socket.
 pub fn reserve_port() -> (OwnedFd, SocketAddr) {
     reserve("127.0.0.1:0".parse().unwrap()).unwrap()
 }
 
-/// Reserves an address. An IPv6 address does not reserve the IPv4 port.
+/// Reserves an address until the returned socket is dropped. An IPv6 address does not reserve the
+/// IPv4 port.
 pub fn reserve(address: SocketAddr) -> nix::Result<(OwnedFd, SocketAddr)> {
     use nix::sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, setsockopt, socket,
@@ -728,7 +749,8 @@ pub fn reserve(address: SocketAddr) -> nix::Result<(OwnedFd, SocketAddr)> {
     Ok((socket, SocketAddr::new(address.ip(), port.unwrap())))
 }
 
-/// Runs `play` once for each policy, the second time in a child, because a process has one cluster.
+/// Runs `play` once for each scheduling policy. The second run is in a child, because a process has
+/// one cluster.
 pub fn for_both_policies(play: impl Fn()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     if std::env::var_os(POLICY).is_none() {
@@ -745,7 +767,7 @@ pub fn children() -> Vec<u32> {
     numbers.map(|number| number.parse().unwrap()).collect()
 }
 
-/// Whether the process exists and is not a zombie.
+/// Returns whether the process exists and is not a zombie.
 pub fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat
@@ -754,16 +776,19 @@ pub fn is_alive(pid: u32) -> bool {
     !matches!(state, None | Some('Z' | 'X'))
 }
 
-/// A program that cannot be opened until this process releases its lease of the file. A child that
-/// executes the program blocks in `execve` until then (`F_SETLEASE` in fcntl(2)).
+/// A program that no process can open until this process releases its lease on the file.
+///
+/// A child that executes the program blocks in `execve` until then (see `F_SETLEASE` in fcntl(2)).
 pub struct LeasedProgram {
     directory: TempDir,
     lease: File,
 }
 
 impl LeasedProgram {
-    /// Creates the program. Call it before other threads start: they inherit the blocked SIGIO, and
-    /// one of them waits for it.
+    /// Creates the program, and blocks SIGIO.
+    ///
+    /// Call this function before other threads start. They inherit the blocked SIGIO, which one of
+    /// the threads waits for later.
     pub fn new() -> Self {
         SigSet::from(Signal::SIGIO).thread_block().unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -781,7 +806,7 @@ impl LeasedProgram {
         self.directory.path().join("program")
     }
 
-    /// Waits until a child executes the program, and returns the child once it sleeps in `execve`.
+    /// Waits until a child sleeps in `execve` of the program, and returns the child.
     pub fn wait_for_child(&self) -> Pid {
         SigSet::from(Signal::SIGIO).wait().unwrap();
         let child = children().into_iter().rfind(|child| is_alive(*child));
@@ -797,11 +822,12 @@ impl LeasedProgram {
 
 fn set_lease(file: &File, kind: i32) -> nix::Result<i32> {
     #[allow(unsafe_code)]
-    // SAFETY: the call takes integers and no pointers.
+    // SAFETY: `F_SETLEASE` takes an integer, and the descriptor is open and owned by `file`.
     nix::Error::result(unsafe { nix::libc::fcntl(file.as_raw_fd(), nix::libc::F_SETLEASE, kind) })
 }
 
-/// Makes these calls fail from now on, in this process and its descendants.
+/// Makes the listed system calls fail with `errno` from now on, in this process and its
+/// descendants.
 #[allow(clippy::useless_conversion, reason = "not one type everywhere")]
 pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
     use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
@@ -810,7 +836,8 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
         .iter()
         .map(|call| ((*call).into(), Vec::new()))
         .collect();
-    // A kernel or sandbox without `clone3` supports no `CLONE_PIDFD` for `clone` either.
+    // If `clone3` fails, reject `CLONE_PIDFD` for `clone` also, because a kernel or sandbox without
+    // `clone3` supports neither.
     let knows = |call: libc::c_long| !rules.iter().any(|(refused, _)| *refused == i64::from(call));
     if !knows(libc::SYS_clone3) && knows(libc::SYS_clone) {
         let pidfd = u64::from(libc::CLONE_PIDFD.unsigned_abs());
@@ -822,7 +849,8 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
     refuse_calls_if(rules, errno);
 }
 
-/// Makes each call fail from now on if one of its rules about the arguments matches.
+/// Makes each listed system call fail with `errno` from now on if one of its argument rules
+/// matches.
 pub fn refuse_calls_if(
     calls: impl IntoIterator<Item = (impl Into<i64>, Vec<seccompiler::SeccompRule>)>,
     errno: i32,

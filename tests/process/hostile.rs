@@ -1,5 +1,7 @@
-//! Hostile workers, which write arbitrary bytes to their channel. The master survives, is not
-//! blocked, and spends no more memory, descriptors and time on them than it promises.
+//! Tests with hostile workers, which write arbitrary bytes to their channel.
+//!
+//! The master must survive and not block. Its memory, descriptors and time for such a worker must
+//! stay within the limits in this module.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -67,27 +69,27 @@ crate::scenarios! {
     worker_that_closes_its_channel_is_disconnected
 }
 
-// Limits on what one worker may cost the master.
+// Limits on the resources that one worker may cost the master.
 
-/// Bytes of an incomplete frame, and bytes that were read after it.
+/// Maximum memory for received bytes: an incomplete frame, and bytes that were read after it.
 const BYTES_IN: usize = (1 << 20) + (64 << 10);
-/// Bytes that wait for a worker that does not read.
+/// Maximum memory for bytes that wait for a worker that does not read.
 const BYTES_OUT: usize = 9 << 20;
-/// Descriptors that have arrived, with their frames or before.
+/// Maximum number of received descriptors, including those whose frames are still incomplete.
 const FDS_IN: usize = 144;
-/// Descriptors that wait, with their frames, for a worker that does not read.
+/// Maximum number of descriptors that wait with their frames for a worker that does not read.
 const FDS_OUT: usize = 512;
 /// Maximum number of connections dispatched to a worker before it reports idle again.
 const WINDOW: usize = 16;
-/// Maximum number of connections in a queue whose worker reports more than it has received.
+/// Maximum number of connections in a queue if the worker overstates how many it has received.
 const QUEUED_MAX: usize = 64;
 const LISTENERS: usize = 64;
-/// The listening socket, and both ends of the queue.
+/// Descriptors per listener: the listening socket and both ends of the queue.
 const FDS_PER_LISTENER: usize = 3;
-/// The channel and the process descriptor.
+/// Descriptors per worker: the channel and the process descriptor.
 const FDS_PER_WORKER: usize = 2;
 
-/// The cost of measuring, and memory that the allocator retains.
+/// Tolerance for the memory that the measurement uses and the allocator retains.
 const SLACK_BYTES: usize = 4 << 20;
 const SLACK_FDS: usize = 8;
 /// Maximum factor by which an attack may increase the master's median CPU time between a client's
@@ -97,23 +99,27 @@ const SLACK_FDS: usize = 8;
 const WORK_FACTOR_MAX: u32 = 50;
 /// Lower bound for the quiet median, because caches have more effect on less work.
 const WORK_MIN: Duration = Duration::from_micros(20);
-/// Maximum number of loop iterations until the master has accepted a client. The master may notice
-/// the client only in the second one.
+/// Maximum number of loop iterations until the master has accepted a client. The limit exceeds 2,
+/// because the master may first notice the client in its second iteration.
 const ITERATIONS_MAX: u32 = 3;
-/// Maximum number of messages from one worker between two calls of the measuring watch. It is twice
-/// the master's limit per iteration, because an iteration may begin between the two calls.
+/// Maximum number of messages from one worker between two calls of the measuring watch.
+///
+/// The value is twice the master's limit per iteration, because an iteration may begin between the
+/// two calls.
 const MESSAGES_MAX: u32 = 2 * 64;
-/// Longer than any iteration of the master's loop, and shorter than any call here that blocks it.
+/// Maximum duration of an iteration that is not blocked. Calls in these tests that block in `close`
+/// take longer.
 const ITERATION_MAX: Duration = Duration::from_secs(5);
-/// How long to wait for the exit of an attacker that the master should have killed.
+/// Maximum time until the exit of an attacker that the master should have killed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Number of clients that the honest worker serves, one after the other.
+/// Number of clients that the well-behaved worker serves, one after the other.
 const CLIENTS: usize = 100;
 
-/// Environment variable of the process that plays the attacker; selects the attack.
+/// Environment variable that is set only in the attacker's process. [`run_attackers`] stores the
+/// attacker's index in it.
 const ATTACKER: &str = "ATTACKER";
-/// Environment variable of the well-behaved worker that the attacker is compared with.
+/// Environment variable of the well-behaved worker that the baseline is measured beside.
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
 const ONLINE: u8 = 1;
@@ -128,16 +134,17 @@ const PREAMBLE: u8 = 64;
 const REPLY: u8 = 65;
 const LISTENER_CLOSED: u8 = 66;
 
-/// Index of the listener that the honest worker requests too.
+/// Index of the listener that the well-behaved worker also requests.
 const SHARED_INDEX: u32 = 0;
-/// Indices that only the attacker requests.
+/// Index of a listener that only the attacker requests.
 const OWN_INDEX: u32 = 1;
 const OTHER_INDEX: u32 = 2;
 
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
-    // All of its descriptors leave in one batch, which has no others.
+    // The last byte of the header is the batch size. The batch contains this frame's descriptors
+    // and no others.
     frame.extend([1, kind, fds, fds]);
     frame.extend(body);
     frame
@@ -178,20 +185,23 @@ fn handle_frame(kind: u8, handle: u32) -> Vec<u8> {
     frame(kind, 0, &numbers(&[handle]))
 }
 
-/// A worker that has not called `init` and reads and writes its channel directly.
+/// A worker that does not call `init`, and reads and writes its channel directly.
 struct Attacker {
     channel: UnixStream,
-    /// Descriptors that have arrived with frames.
+    /// Descriptors that the attacker has received with frames and not yet used.
     fds: RefCell<VecDeque<OwnedFd>>,
 }
 
 impl Attacker {
-    /// Returns `None` in processes that do not play the attacker.
+    /// Returns the attacker in this process, after reading the preamble.
+    ///
+    /// Returns `None` if this process does not play the attacker.
     fn of_this_process() -> Option<Self> {
         std::env::var_os(ATTACKER)?;
         let number = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: the master has passed the descriptor to this process, and nothing else uses it.
+        // SAFETY: the master passed this open descriptor to this process, and no other code owns
+        // it.
         let channel = unsafe { OwnedFd::from_raw_fd(number.parse().unwrap()) };
         let attacker = Self {
             channel: channel.into(),
@@ -202,8 +212,9 @@ impl Attacker {
         Some(attacker)
     }
 
-    /// Writes to the channel. The master closes the channel of a worker that it disconnects, and
-    /// then kills the worker.
+    /// Writes to the channel, or waits to be killed if the write fails.
+    ///
+    /// The master closes the channel when it disconnects a worker, and then kills the worker.
     fn send(&self, bytes: &[u8]) {
         if (&self.channel).write_all(bytes).is_err() {
             self.wait_to_be_killed();
@@ -220,12 +231,12 @@ impl Attacker {
         }
     }
 
-    /// Makes the test start the clients of the honest worker.
+    /// Makes the test start clients, which connect to the well-behaved worker.
     fn start_clients(&self) {
         self.send(&message(b"begin"));
     }
 
-    /// Fills the buffer, and stores the descriptors that come with it.
+    /// Fills the buffer, and stores the descriptors that arrive with the bytes.
     fn read(&self, mut buffer: &mut [u8]) {
         while !buffer.is_empty() {
             let (bytes, fds) = receive(self.channel.as_raw_fd(), buffer).unwrap_or_default();
@@ -237,7 +248,7 @@ impl Attacker {
         }
     }
 
-    /// Reads the next frame, and returns its kind and its body.
+    /// Reads the next frame, and returns its kind and body.
     fn receive_frame(&self) -> (u8, Vec<u8>) {
         let mut header = [0; 8];
         self.read(&mut header);
@@ -247,7 +258,7 @@ impl Attacker {
         (kind, body)
     }
 
-    /// Requests a listener, and reports that it listens.
+    /// Requests a listener on a free port, and reports to the master that the worker is listening.
     fn listen(&self, index: u32) -> Listener<'_> {
         self.send(&listen(index));
         let body = loop {
@@ -283,7 +294,7 @@ impl Attacker {
     }
 }
 
-/// Reads once; returns the number of bytes, and the descriptors that came with them.
+/// Reads once, and returns the number of bytes and the descriptors that arrived with them.
 fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; 64]);
     let mut slices = [IoSliceMut::new(buffer)];
@@ -293,7 +304,8 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
             #[allow(unsafe_code)]
-            // SAFETY: the kernel has created these descriptors for this call.
+            // SAFETY: `recvmsg` has just created these descriptors, so they are open and have no
+            // other owner.
             fds.extend(
                 numbers
                     .into_iter()
@@ -304,7 +316,7 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>
     Ok((received.bytes, fds))
 }
 
-/// A listener of an attacker, with the queue that receives its connections.
+/// The attacker's listener, with the queue that receives its connections.
 struct Listener<'a> {
     attacker: &'a Attacker,
     handle: u32,
@@ -313,7 +325,8 @@ struct Listener<'a> {
 }
 
 impl Listener<'_> {
-    /// Reports idle, with the total number of connections received, and so asks for the next one.
+    /// Reports idle with the total number of connections received, which requests the next
+    /// connection.
     fn idle(&self, received: u64) {
         self.attacker.send(&idle(self.handle, received));
     }
@@ -322,19 +335,19 @@ impl Listener<'_> {
         self.attacker.send(&handle_frame(PAUSE, self.handle));
     }
 
-    /// Connects `count` clients that send nothing and stay.
+    /// Connects `count` clients, which send nothing and remain connected until they are dropped.
     fn clients(&self, count: usize) -> Vec<TcpStream> {
         let connect = |_| TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         (0..count).map(connect).collect()
     }
 
-    /// Waits until the queue is not empty.
+    /// Waits until the queue contains a connection.
     fn wait(&self) {
         let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::NONE).unwrap();
     }
 
-    /// Receives one connection from the queue, if there is one.
+    /// Receives one connection from the queue. Returns `None` if the queue is empty.
     fn receive(&self) -> Option<OwnedFd> {
         let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 8]).ok()?;
         fds.into_iter().next()
@@ -345,31 +358,32 @@ impl Listener<'_> {
         let mut bytes: nix::libc::c_int = 0;
         let queue = self.queue.as_raw_fd();
         #[allow(unsafe_code)]
-        // SAFETY: the call writes one integer.
+        // SAFETY: FIONREAD writes one `c_int`, and `bytes` is valid for this write.
         let counted = unsafe { nix::libc::ioctl(queue, nix::libc::FIONREAD, &raw mut bytes) };
         assert_eq!(counted, 0);
         usize::try_from(bytes).unwrap() / size_of::<u64>()
     }
 
-    /// Waits until the master has processed everything sent before; it replies in order.
+    /// Waits until the master has processed all frames that the attacker has sent, by waiting for a
+    /// later frame's reply.
     fn wait_for_the_master(&self) {
         let other = self.attacker.listen(OTHER_INDEX);
         self.attacker.send(&handle_frame(RELEASE, other.handle));
     }
 }
 
-/// The expected outcome for an attacker.
+/// Expected outcome of an attack.
 #[derive(Clone, Copy)]
 enum Outcome {
     /// The master disconnects and kills the attacker, and reports why.
     Disconnected(&'static str),
-    /// Like `Disconnected`. A frame that was pending when the master disconnected the attacker is
-    /// reported too.
+    /// Like `Disconnected`, but the master also reports a second frame, which was pending when the
+    /// master disconnected the attacker.
     DisconnectedTwice(&'static str, &'static str),
-    /// The attacker breaks no rule; the test kills it after the clients.
+    /// The attacker breaks no rule. The test kills it after the clients have been served.
     Tolerated,
-    /// Like `Tolerated`, but the attacker's final messages may exceed the master's limit, which is
-    /// then reported once.
+    /// Like `Tolerated`, but the master may report once that the attacker's final messages exceed a
+    /// limit.
     ToleratedWithLoss(&'static str),
 }
 
@@ -379,9 +393,9 @@ struct Case {
     outcome: Outcome,
     bytes: usize,
     fds: usize,
-    /// The attack lasts as long as the clients do.
+    /// Whether the attack continues until the test kills the attacker.
     is_continuous: bool,
-    /// The application in the master calls it when the attack begins.
+    /// Callback in the master, called when the attacker's first message arrives.
     reply: fn(&Master, &WorkerProcess),
 }
 
@@ -410,20 +424,20 @@ impl Case {
     }
 }
 
-/// Measurements of the master's work for the clients of the honest worker, whose id is 1.
+/// Measurements of the master's work for clients of the well-behaved worker, whose id is 1.
 ///
-/// The clients' waiting times depend on the load of the machine. The master's work before it
-/// accepts a client does not.
+/// The test limits the work and not the clients' waiting times, because the latter depend on the
+/// machine's load.
 #[derive(Default)]
 struct Measurements {
-    /// The master's CPU time from the arrival of each client until it was accepted.
+    /// The master's CPU time between each client's arrival and its acceptance.
     work: Vec<Duration>,
-    /// The loop iterations in that time.
+    /// Number of loop iterations between each client's arrival and its acceptance.
     iterations: Vec<u32>,
-    /// How long each client waited for its answer.
+    /// Time from each client's connection until the end of its answer.
     waits: Vec<Duration>,
     longest_iteration: Duration,
-    /// The maximum number of messages in one iteration.
+    /// Maximum number of messages in one iteration.
     max_messages: u32,
 }
 
@@ -443,32 +457,34 @@ impl Measurements {
     }
 }
 
-/// A client without an answer yet.
+/// A client that still waits for its answer.
 struct PendingClient {
     stream: TcpStream,
     connected_at: Instant,
     iteration: u32,
     work: Duration,
-    /// The number of connections accepted before this client connected.
+    /// Number of connections that the master had accepted before this client connected.
     accepted: u64,
     is_accepted: bool,
 }
 
-/// Connects clients to the honest worker from inside the loop.
+/// Connects clients to the well-behaved worker from inside the master's loop, and measures each of
+/// them.
 struct ClientDriver {
     address: SocketAddr,
     honest: u32,
     iteration: u32,
     last_iteration: Instant,
-    /// The iteration in which the worker was first seen waiting for its next client.
+    /// Iteration in which the worker was first seen asleep and therefore waiting for its next
+    /// client. `None` until then.
     idle_since: Option<u32>,
     client: Option<PendingClient>,
-    /// Messages since the last iteration.
+    /// Number of messages since the previous iteration.
     messages: Rc<Cell<u32>>,
     measurements: Measurements,
 }
 
-/// Connects clients, one after the other, and calls `then` when the last one has its answer.
+/// Connects clients one after the other, and calls `then` once the last client has its answer.
 fn measure_clients(
     master: &Master,
     address: SocketAddr,
@@ -488,7 +504,8 @@ fn measure_clients(
     let messages = Rc::clone(&driver.messages);
     let counting = master.on_message(move |_, _, _| messages.set(messages.get() + 1));
     let mut then = Some(then);
-    // A descriptor that is always readable, so that the watch is called in each iteration.
+    // Watch a descriptor that is always readable, so that each iteration of the loop calls the
+    // watch.
     let (ready, mut other) = UnixStream::pair().unwrap();
     other.write_all(b"x").unwrap();
     let on_iteration = move |master: &Master, _: &UnixStream| {
@@ -565,14 +582,14 @@ fn is_asleep(pid: u32) -> bool {
     stat.contains(") S ")
 }
 
-/// Returns the CPU time of this thread.
+/// Returns this thread's CPU time.
 fn thread_cpu_time() -> Duration {
     let mut time = nix::libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     #[allow(unsafe_code)]
-    // SAFETY: the call writes a time into the variable.
+    // SAFETY: the pointer is valid for writes of one `timespec`.
     let result =
         unsafe { nix::libc::clock_gettime(nix::libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     assert_eq!(result, 0);
@@ -586,7 +603,7 @@ fn median(times: &[Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// Returns a size from `/proc/self/status`, in bytes.
+/// Returns the size with this name in `/proc/self/status`, in bytes.
 fn size(name: &str) -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -595,12 +612,13 @@ fn size(name: &str) -> usize {
     kib << 10
 }
 
-/// Returns the number of open descriptors, including the descriptor of the directory itself.
+/// Returns the number of open descriptors. The number includes the descriptor that lists the
+/// directory.
 fn count_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// The highest memory and descriptor use of the master since the value was created.
+/// The master's peak use of memory and descriptors since the value was created.
 struct Peak {
     bytes: usize,
     fds: usize,
@@ -608,9 +626,10 @@ struct Peak {
 }
 
 impl Peak {
-    /// Counts descriptors every millisecond while the master's loop runs.
+    /// Starts a measurement that counts the descriptors every millisecond while the master's loop
+    /// runs.
     fn from_now(master: &Master) -> Self {
-        // Resets the peak resident set size (proc_pid_clear_refs(5)).
+        // Writing 5 resets the peak resident set size (see proc_pid_clear_refs(5)).
         std::fs::write("/proc/self/clear_refs", "5").unwrap();
         let fds = count_fds();
         let max_fds = Rc::new(Cell::new(fds));
@@ -634,8 +653,7 @@ impl Peak {
     }
 }
 
-/// Runs the attack beside an honest worker, which serves clients one after the other before and
-/// during the attack.
+/// Runs the attack beside a well-behaved worker, which serves clients before and during the attack.
 fn attack_beside_honest_worker(case: Case) {
     if let Some(attacker) = Attacker::of_this_process() {
         attacker.send(&online());
@@ -657,7 +675,8 @@ fn attack_beside_honest_worker(case: Case) {
         },
         |worker| {
             if std::env::var_os(NEIGHBOUR).is_some() {
-                // The last reply may fail, because the worker is disconnecting by then.
+                // Ignore an error, because the worker may already be disconnecting when it sends
+                // its last reply.
                 worker.on_message(|worker, _| drop(worker.send(b"pong")));
                 let _ = worker.send(b"ready").unwrap();
                 worker.run().unwrap();
@@ -680,8 +699,10 @@ fn attack_beside_honest_worker(case: Case) {
     assert_eq!(events, expected);
 }
 
-/// Measures the honest worker beside another worker that breaks no rule. That worker exchanges
-/// messages with the master as fast as a worker can that waits for each answer.
+/// Measures the well-behaved worker beside a neighbour that breaks no rule.
+///
+/// The neighbour and the master exchange messages without a pause: each sends a message as soon as
+/// it has received one.
 fn measure_baseline(
     master: &Master,
     address: SocketAddr,
@@ -706,13 +727,14 @@ fn measure_baseline(
     });
 }
 
-/// Whether this test binary is built with a sanitizer, which changes memory use and speed. The
-/// variable holds the sanitizer's options.
+/// Returns whether this test binary is built with a sanitizer, which changes memory use and speed.
+///
+/// The check uses the variable that holds the sanitizer's options.
 fn is_instrumented() -> bool {
     std::env::var_os("ASAN_OPTIONS").is_some()
 }
 
-/// Returns the CPU time of a process.
+/// Returns a process's CPU time, or zero if the process has exited.
 fn cpu_time(pid: u32) -> Duration {
     let path = format!("/proc/{pid}/schedstat");
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -791,7 +813,7 @@ fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     ];
     attacker.on_error(move |_, _, error| {
         if let Error::Send { .. } = error {
-            return; // The same error that `send` returned.
+            return; // `send` has already returned this error.
         }
         let text = error.to_string();
         let found = prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
@@ -804,8 +826,10 @@ fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     });
 }
 
-/// A shell writes `bytes` (in printf's notation) to its channel and then waits to be killed.
-/// Returns the events.
+/// Runs a shell as a worker, which writes `bytes` to its channel and waits to be killed. Returns
+/// the events.
+///
+/// `bytes` is in printf(1)'s notation.
 fn worker_that_writes(bytes: &str) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -903,7 +927,7 @@ fn program_that_ignores_its_channel_exits_without_an_error() {
     assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Floods the master, while a thread reads the replies.
+/// Floods the master with frames, while a thread discards the replies.
 fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
     let channel = attacker.channel.try_clone().unwrap();
     std::thread::spawn(move || std::io::copy(&mut &channel, &mut std::io::sink()));
@@ -922,7 +946,7 @@ fn flood_of_messages_does_not_delay_other_workers() {
     }));
 }
 
-/// Each message fills the read, with fewer messages than the limit per iteration.
+/// Floods with messages that fill each read before their number reaches the limit per iteration.
 fn flood_of_longer_messages_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -930,7 +954,7 @@ fn flood_of_longer_messages_does_not_delay_other_workers() {
     }));
 }
 
-/// The shortest possible frames.
+/// Floods with the shortest possible frames.
 fn flood_of_empty_frames_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -947,10 +971,11 @@ fn flood_of_listen_frames_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// The attacker closes each listener again, and so never exceeds the limit on listeners.
+/// Opens and releases listeners repeatedly, and therefore never exceeds the limit on listeners.
 fn flood_of_binds_does_not_delay_other_workers() {
     let case = Case::flood(|attacker| {
-        // No other worker opens listeners any more, so the next handles are known in advance.
+        // Derive later handles from the first one: the master assigns them in sequence, and no
+        // other worker opens listeners now.
         let first = attacker.listen(OWN_INDEX).handle;
         attacker.start_clients();
         flood_and_read(attacker, |n| {
@@ -961,7 +986,7 @@ fn flood_of_binds_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// One connection is dispatched and returned repeatedly.
+/// Makes the master dispatch and reclaim one connection repeatedly.
 fn flood_of_idle_and_pause_frames_does_not_delay_other_workers() {
     let case = Case::flood(|attacker| {
         let own = attacker.listen(OWN_INDEX);
@@ -983,7 +1008,8 @@ fn flood_of_listening_frames_disconnects_the_worker() {
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// The attacker shares the listener of the honest worker, and its turn comes again and again.
+/// Shares the well-behaved worker's listener, and returns each connection that the master
+/// dispatches to the attacker.
 fn worker_that_returns_every_connection_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         let shared = attacker.listen(SHARED_INDEX);
@@ -992,7 +1018,7 @@ fn worker_that_returns_every_connection_does_not_delay_other_workers() {
     }));
 }
 
-/// The frame arrives one byte at a time, and its last byte never arrives.
+/// Sends a frame's last 64 KiB one byte at a time, except for the final byte.
 fn unfinished_frame_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -1012,7 +1038,7 @@ fn unfinished_header_does_not_delay_other_workers() {
     }));
 }
 
-/// The maximum number of descriptors that the master receives with one call.
+/// Descriptors for one message: the maximum number that the master receives with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
 const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
@@ -1057,7 +1083,7 @@ fn descriptors_that_the_application_ignores_are_closed() {
     });
 }
 
-/// Makes the last `close` of this socket block, in any process, because its peer does not read.
+/// Makes the socket's last `close` block for `time` in any process, because its peer does not read.
 fn make_close_block(mut socket: &TcpStream, time: Duration) {
     let linger = nix::libc::linger {
         l_onoff: 1,
@@ -1079,7 +1105,7 @@ fn descriptors_that_block_in_close_do_not_block_the_master() {
     }));
 }
 
-/// Returns a connection that blocks in `close`, and its peer, which does not read.
+/// Returns a connection whose last `close` blocks, and its peer, which does not read.
 fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
@@ -1087,13 +1113,14 @@ fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
     (client, server.accept().unwrap().0)
 }
 
-/// The kernel closes the descriptors that exceed the master's buffer while the master reads.
+/// Sends more descriptors than the master's buffer holds. The kernel closes the excess descriptors
+/// while the master reads.
 fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
         attacker.start_clients();
-        // The reply shows that the master has processed the start: it processes nothing of a read
-        // that has too many descriptors.
+        // Wait for a reply, which shows that the master has processed the start message. The master
+        // ignores all bytes of a read that has too many descriptors.
         attacker.listen(OWN_INDEX);
         let null = File::open("/dev/null").unwrap();
         let mut fds = [null.as_raw_fd(); 250];
@@ -1107,8 +1134,8 @@ fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     attack_beside_honest_worker(Case { fds: 256, ..case });
 }
 
-/// While the master reads, the kernel skips out-of-band data and closes the descriptors that came
-/// with it.
+/// Sends descriptors with out-of-band data. The kernel skips the data and closes its descriptors
+/// while the master reads.
 fn out_of_band_descriptors_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
@@ -1119,7 +1146,8 @@ fn out_of_band_descriptors_do_not_block_the_master() {
         let byte = [IoSlice::new(b"o")];
         let sent = sendmsg::<()>(attacker.channel.as_raw_fd(), &byte, &rights, flags, None);
         if sent.is_err() {
-            // This system has no out-of-band data on Unix sockets.
+            // Send a normal byte instead, because this system does not support out-of-band data on
+            // Unix sockets.
             attacker.send(b"o");
         }
         drop(client);
@@ -1130,8 +1158,10 @@ fn out_of_band_descriptors_do_not_block_the_master() {
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// The master has a copy of the connection, and closes it once the worker has received the
-/// connection. By then, the worker may have closed its own copy.
+/// Tests a connection that blocks in `close` after the worker has closed its copy.
+///
+/// The master also has a copy, which it closes once the worker has received the connection. The
+/// master's `close` is then the last.
 fn connection_that_blocks_in_close_does_not_block_the_master() {
     const LINGER: Duration = Duration::from_secs(10);
     let log = Log::default();
@@ -1175,7 +1205,7 @@ fn connection_that_blocks_in_close_does_not_block_the_master() {
     assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Sends until `send` reports that the queue is full.
+/// Sends messages until `send` reports that the queue is full.
 fn send_until_refused(_: &Master, attacker: &WorkerProcess) {
     let refused = loop {
         if let Err(error) = attacker.send(&[0; 64 << 10]) {
@@ -1210,8 +1240,8 @@ fn worker_that_requests_and_never_reads_is_disconnected() {
             attacker.send(&many);
         }
     };
-    // A worker that does not read breaks no rule of the protocol yet. The application has already
-    // filled most of the queue, so few replies fit.
+    // Expect "out of memory", because a worker that does not read has not broken the protocol yet.
+    // The application has already filled most of the outgoing queue, so few replies fit.
     let case = Case::new(attack, Outcome::Disconnected("out of memory"));
     let fds = FDS_PER_WORKER + LISTENERS * FDS_PER_LISTENER + FDS_OUT;
     let bytes = BYTES_IN + BYTES_OUT;
@@ -1224,8 +1254,10 @@ fn worker_that_requests_and_never_reads_is_disconnected() {
     });
 }
 
-/// The attacker closes each listener again, and so never exceeds the limit on listeners. But the
-/// replies wait, with their descriptors.
+/// Opens and releases listeners without reading the replies.
+///
+/// The attacker never exceeds the limit on listeners, but the replies and their descriptors
+/// accumulate in the master.
 fn worker_that_binds_and_never_reads_is_disconnected() {
     let attack = |attacker: &Attacker| {
         let first = attacker.listen(OWN_INDEX).handle;
@@ -1236,8 +1268,8 @@ fn worker_that_binds_and_never_reads_is_disconnected() {
             attacker.send(&many);
         }
     };
-    // When memory runs out, later requests bind nothing, and the next frame closes a listener that
-    // does not exist.
+    // Once the outgoing queue is full, later requests open no listener. The next frame then
+    // releases a listener that does not exist.
     let outcome = Outcome::DisconnectedTwice(
         "out of memory",
         "release of a listener that the worker does not have",
@@ -1263,7 +1295,7 @@ fn absurd_receive_count_disconnects_the_worker() {
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// A worker with its own listener, and a second one for `wait_for_the_master`.
+/// Descriptors for a worker with its own listener and a second one for `wait_for_the_master`.
 const FDS_WITH_TWO_LISTENERS: usize = FDS_PER_WORKER + 2 * FDS_PER_LISTENER;
 
 fn worker_that_receives_nothing_gets_at_most_its_window() {
@@ -1296,8 +1328,8 @@ fn worker_that_receives_nothing_does_not_delay_other_workers() {
     attack_beside_honest_worker(case);
 }
 
-/// Repeatedly reports as received what is still in the queue. Returns the number of connections in
-/// the queue afterwards.
+/// Reports queued connections as received, repeatedly. Returns how many connections are then in the
+/// queue.
 fn overstate(own: &Listener<'_>) -> usize {
     for _ in 0..50 {
         own.idle(own.queued() as u64);
@@ -1317,12 +1349,13 @@ fn worker_that_overstates_its_count_queues_at_most_64_connections() {
             overstate(&own);
         }
     });
-    // Connections that do not fit in the queue are in the master.
+    // The master holds up to one window of connections that do not fit in the queue.
     let fds = FDS_WITH_TWO_LISTENERS + WINDOW;
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// Connections that the attacker reported as received are returned to the master.
+/// Checks that the master reclaims queued connections even if the attacker has reported them as
+/// received.
 fn worker_that_overstates_its_count_and_pauses_does_not_delay_other_workers() {
     let case = Case::tolerated(|attacker| {
         let own = attacker.listen(OWN_INDEX);
@@ -1359,7 +1392,7 @@ fn worker_that_never_answers_clients_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// The master cannot dispatch to the attacker, which asks for connections again and again.
+/// Requests connections repeatedly, although the master cannot dispatch any to the attacker.
 fn worker_that_shuts_down_its_queue_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         let shared = attacker.listen(SHARED_INDEX);
@@ -1379,7 +1412,8 @@ fn worker_that_closes_its_queue_does_not_delay_other_workers() {
     }));
 }
 
-/// The master and the worker read from the same end, so they share the file status flags.
+/// Makes the queue's receiving end blocking. The master also reads from this end to reclaim
+/// connections, and shares its file status flags.
 fn blocking_queue_does_not_block_the_master() {
     let case = Case::tolerated(|attacker| {
         let own = attacker.listen(OWN_INDEX);
@@ -1391,17 +1425,18 @@ fn blocking_queue_does_not_block_the_master() {
     attack_beside_honest_worker(case);
 }
 
-/// Sets a socket option of a queue for all its readers, if the system permits it.
+/// Sets a socket option on a queue's receiving end, which the master shares. Ignores an error,
+/// because not every system permits the option.
 fn set_option<T>(own: &Listener<'_>, option: nix::libc::c_int, value: &T) {
     let size = nix::libc::socklen_t::try_from(size_of::<T>()).unwrap();
     let (queue, value) = (own.queue.as_raw_fd(), std::ptr::from_ref(value).cast());
     #[allow(unsafe_code)]
-    // SAFETY: the value outlives the call, and has this size.
+    // SAFETY: `value` points to a `T` that is valid for reads of `size` bytes during the call.
     let set = unsafe { nix::libc::setsockopt(queue, nix::libc::SOL_SOCKET, option, value, size) };
     println!("option {option}: {set}");
 }
 
-/// Receives connections and returns them, repeatedly.
+/// Requests connections and returns them, repeatedly.
 fn pause_repeatedly(own: &Listener<'_>) -> ! {
     for _ in 0..100 {
         own.idle(0);
@@ -1414,13 +1449,13 @@ fn pause_repeatedly(own: &Listener<'_>) -> ! {
     own.attacker.wait_to_be_killed();
 }
 
-/// A socket filter truncates each message to one byte.
+/// Attaches a socket filter that truncates each message to one byte.
 fn queue_with_a_socket_filter_does_not_confuse_the_master() {
     let case = Case::tolerated(|attacker| {
         let own = attacker.listen(OWN_INDEX);
         let _clients = own.clients(WINDOW);
         let mut filter = nix::libc::sock_filter {
-            code: 6, // BPF_RET: returns the length to keep.
+            code: 6, // BPF_RET returns the number of bytes to keep.
             jt: 0,
             jf: 0,
             k: 1,
@@ -1436,7 +1471,7 @@ fn queue_with_a_socket_filter_does_not_confuse_the_master() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// The kernel adds a pidfd of the sender to each message (`SO_PASSPIDFD`).
+/// Makes the kernel add the sender's pidfd to each message (`SO_PASSPIDFD`).
 fn queue_that_adds_pidfds_leaks_none_in_the_master() {
     const SO_PASSPIDFD: nix::libc::c_int = 76;
     let case = Case::tolerated(|attacker| {
@@ -1466,18 +1501,18 @@ fn worker_that_closes_its_channel_is_disconnected() {
     }));
 }
 
-/// Frames that make the master disconnect the worker, and the reason.
+/// Frames that make the master disconnect the worker, and the error that the master reports.
 struct Violation {
     frames: fn(&Attacker) -> Vec<u8>,
     why: &'static str,
 }
 
-/// The first handle, of the honest worker's listener.
+/// Handle of the well-behaved worker's listener, which is the first that the master assigns.
 const SHARED_HANDLE: u32 = 1;
-/// A handle that does not exist.
+/// Handle that no listener has.
 const NO_HANDLE: u32 = 77;
 
-/// Shares the listener of the honest worker before it sends the frames.
+/// Shares the well-behaved worker's listener, and returns `frames` for the caller to send.
 fn after_joining(attacker: &Attacker, frames: Vec<u8>) -> Vec<u8> {
     attacker.send(&online());
     assert_eq!(attacker.listen(SHARED_INDEX).handle, SHARED_HANDLE);
@@ -1510,7 +1545,7 @@ fn violations() -> Vec<Violation> {
     all
 }
 
-/// Frames about a listener that does not exist, and about one that only another worker has.
+/// Returns frames about a listener that does not exist, or that only another worker has.
 fn violations_without_a_listener() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     let (ready_why, listening_why) = (
@@ -1589,7 +1624,6 @@ fn violations_with_a_listener() -> Vec<Violation> {
     ]
 }
 
-/// Malformed frames.
 fn malformed_frames() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     vec![
@@ -1647,7 +1681,8 @@ fn malformed_frames() -> Vec<Violation> {
     ]
 }
 
-/// Runs one attacker after the other; the honest worker must answer after each.
+/// Runs the attackers one after the other, and checks after each that the well-behaved worker still
+/// answers.
 fn run_attackers(count: usize, play: fn(&Attacker, usize), log: &Log) {
     if let Some(attacker) = Attacker::of_this_process() {
         let which = std::env::var(ATTACKER).unwrap();
@@ -1702,14 +1737,14 @@ fn frames_in_the_wrong_state_disconnect_the_worker() {
     assert_eq!(seen, expected);
 }
 
-/// Environment variable with the number of seeds; each seed is a worker.
+/// Environment variable with the number of seeds. A separate worker uses each seed.
 const SEEDS: &str = "CLUSTER_TEST_SEEDS";
 
 fn seeds() -> usize {
     std::env::var(SEEDS).map_or(20, |seeds| seeds.parse().unwrap())
 }
 
-/// Returns random bytes, which mostly start as frames of the protocol.
+/// Returns random bytes, which usually begin with a frame of the protocol.
 fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     let bytes = |random: &mut fastrand::Rng, most: usize| -> Vec<u8> {
         (0..random.usize(..most)).map(|_| random.u8(..)).collect()
@@ -1737,8 +1772,10 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     }
 }
 
-/// A worker that sends noise exits as it would otherwise, or is disconnected for a frame that is
-/// malformed. `CLUSTER_TEST_SEEDS` is the number of seeds, and `SEED` the first one.
+/// Checks that a worker that sends random frames exits normally, or is disconnected for an invalid
+/// frame.
+///
+/// `CLUSTER_TEST_SEEDS` is the number of seeds, and `SEED` is the first one.
 fn random_frames_are_tolerated_or_disconnect_the_worker() {
     let log = Log::default();
     let play = |attacker: &Attacker, which: usize| {

@@ -1,5 +1,7 @@
-//! Tests with real processes. `harness = false`, because libtest runs tests on threads. A worker is
-//! this binary, executed again, and must run its scenario in `main` itself.
+//! Tests that run real master and worker processes.
+//!
+//! The target sets `harness = false`, because libtest runs each test on a thread. A worker executes
+//! this binary again, and must run its scenario on the main thread.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -33,7 +35,7 @@ mod messages;
 mod old_kernels;
 mod orphans;
 mod pool;
-/// The pool compiles here too, because it uses only the public API of the crate.
+/// The pool's source, compiled a second time to check that it uses only the crate's public API.
 #[allow(dead_code, unused_imports)]
 #[path = "../../src/pool/mod.rs"]
 mod pool_elsewhere;
@@ -48,7 +50,9 @@ mod sharded;
 mod systemd;
 mod without_exec;
 
-/// The unit tests of the pool are compiled here, too. They do not run, because no application can make an
+/// Stands in for the function with which the pool's unit tests make worker ids.
+///
+/// The pool's unit tests compile here, but do not run, because an application cannot make a worker
 /// id.
 #[allow(dead_code)]
 fn worker_id(_: u32) -> cluster::WorkerId {
@@ -100,8 +104,8 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
-    // Orphans of the tests become children of this process, which reports them. Some emulators do
-    // not support the request; orphans are then not noticed.
+    // Adopt the tests' orphans, so that this process can report them. Some emulators do not support
+    // the request; orphans then remain unnoticed.
     let subreaper = nix::sys::prctl::set_child_subreaper(true);
     assert!(matches!(subreaper, Ok(()) | Err(nix::Error::EINVAL)));
     let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();

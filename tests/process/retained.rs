@@ -1,5 +1,5 @@
-//! Retained listeners, which the master keeps open: no connection is lost while workers are killed,
-//! disconnected and replaced.
+//! Tests of retained listeners, which the master keeps open. No connection may be lost while
+//! workers are killed, disconnected and replaced.
 
 use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -50,10 +50,10 @@ const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
 const NONE: SchedulingPolicy = SchedulingPolicy::Shared;
 const SHARDED: SchedulingPolicy = SchedulingPolicy::Sharded;
 
-/// Longer than any answer takes.
+/// Maximum time until a client has its answer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Environment variable of workers with the address to listen on.
+/// Environment variable with the address on which the worker listens.
 const ADDRESS: &str = "RETAINED_ADDRESS";
 
 fn listen(master: &Master, policy: SchedulingPolicy) -> (MasterListener, SocketAddr) {
@@ -78,7 +78,7 @@ fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     (0..count).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Ends all workers, and calls `then` once they have exited.
+/// Ends all workers by calling `end` for each, and calls `then` once they have exited.
 fn end_all(master: &Master, end: impl Fn(&WorkerProcess), then: impl FnOnce(&Master) + 'static) {
     let missing = std::rc::Rc::new(Cell::new(master.workers().len()));
     let then = std::rc::Rc::new(Cell::new(Some(then)));
@@ -114,7 +114,8 @@ fn read(mut client: impl std::io::Read) -> String {
     answer
 }
 
-/// Clients connect while no worker is alive; then one worker starts and serves them all.
+/// Connects clients while no worker is running, and then starts one worker, which must serve them
+/// all.
 fn next_worker_serves_all(
     master: &Master,
     address: SocketAddr,
@@ -187,9 +188,10 @@ const ROUNDS: u32 = 6;
 /// Minimum number of clients that each generation of workers serves.
 const SERVED: u64 = 20;
 
-/// Replaces all workers `rounds` times under load. In each round all workers end, and new ones
-/// start once the last has exited. A round begins after at least `SERVED` more clients have an
-/// answer.
+/// Replaces all workers `rounds` times under load.
+///
+/// In each round all workers end, and new workers start after the last one has exited. A round
+/// begins once at least `SERVED` more clients have their answers.
 fn replace_workers(
     master: &Master,
     rounds: u32,
@@ -254,7 +256,7 @@ fn under_load(policy: SchedulingPolicy, end: fn(&WorkerProcess), check: impl Fn(
 
 fn killing_all_workers_refuses_no_client(policy: SchedulingPolicy) {
     under_load(policy, kill, |count| {
-        // Connections that a worker had received when it was killed.
+        // Each killed worker may lose the one connection that it is serving.
         let cut_off = count.reset + count.wrong;
         assert!(cut_off <= u64::from(WORKERS * ROUNDS), "{count:?}");
         assert_eq!((count.refused, count.timed_out), (0, 0));
@@ -291,7 +293,8 @@ fn replacing_all_workers_loses_no_client_sharded() {
     replacing_all_workers_loses_no_client(SHARDED);
 }
 
-/// Returns the errno, if the error came from the system, and the text.
+/// Asserts that `listen` fails, and returns the error's errno, if the system reported one, and the
+/// error's text.
 #[track_caller]
 fn refused<S>(master: &Master, options: impl Into<ListenOptions<S>>) -> (Option<i32>, String) {
     let error = master.listen(options).unwrap_err();
@@ -308,7 +311,8 @@ fn listen_rejects_listeners_that_cannot_be_retained() {
             assert_eq!(errno, Some(EADDRINUSE));
             assert!(text.contains(&address.to_string()), "{text}");
             drop(own);
-            // The listener stays open until both handles are dropped.
+            // Drop one of two handles, which must leave the listener open until the second is
+            // dropped.
             let retained = master.listen(address).unwrap();
             let again = master.listen(address).unwrap();
             drop(retained);
@@ -385,8 +389,9 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
     assert_eq!(entries.take(), ["the same"]);
 }
 
-/// Retains a listener that is already open and that another process has too. One worker requests
-/// its address, the other one only its port.
+/// Retains a listener that is already open, and of which the application keeps a duplicate.
+///
+/// One worker requests the listener's address, and another worker requests only its port.
 fn existing_listener_is_shared(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -397,7 +402,8 @@ fn existing_listener_is_shared(policy: SchedulingPolicy) {
             let shared = listener.try_clone().unwrap();
             let port = listener.local_addr().unwrap().port();
             let address = SocketAddr::from(([127, 0, 0, 1], port));
-            // This client has connected before the listener is retained.
+            // Connect a client before the listener is retained. A worker must serve this client
+            // also.
             let early = TcpStream::connect(address).unwrap();
             let retained = master.listen(listener).unwrap();
             assert_eq!(retained.address().to_string(), format!("0.0.0.0:{port}"));
@@ -417,8 +423,8 @@ fn existing_listener_is_shared(policy: SchedulingPolicy) {
                     assert!(["1", "2"].contains(&&*first), "{first:?}");
                     let mut seen = std::collections::BTreeSet::new();
                     wait_until("both", || {
-                        // Two clients at a time, because one at a time might always reach the same
-                        // idle worker.
+                        // Connect two clients at a time, because single clients might always reach
+                        // the same idle worker.
                         let clients = [(); 2].map(|()| TcpStream::connect(address).unwrap());
                         seen.extend(clients.map(read));
                         (seen.len() == 2).then_some(())
@@ -427,7 +433,8 @@ fn existing_listener_is_shared(policy: SchedulingPolicy) {
                 in_background(master, work, move |master, ()| {
                     drop(retained);
                     master.on_all_disconnected_once(move |_| {
-                        // The other process has the listener, which still accepts connections.
+                        // The application's duplicate keeps the socket open, so clients can still
+                        // connect.
                         let patience = Duration::from_millis(500);
                         let _client = TcpStream::connect_timeout(&address, patience).unwrap();
                         shared.accept().unwrap();
@@ -507,7 +514,7 @@ fn existing_unix_socket_is_shared() {
     });
 }
 
-/// Forks a worker that listens on the path.
+/// Forks a worker that listens on `path`, and calls `then` once the worker is listening.
 fn fork_at(master: &Master, path: &Path, then: impl FnOnce(&Master) + 'static) {
     let worker = master.fork_with([(ADDRESS, path)]).unwrap();
     let then = Cell::new(Some(then));
@@ -561,7 +568,7 @@ fn released_listener_without_workers_closes_at_once() {
             assert!(!path.exists());
             assert_eq!(crate::harness::open_fds().len(), own_fds - 2);
 
-            // The same after workers have exited.
+            // Release another listener after its workers have exited.
             let retained = RefCell::new(Some(master.listen("127.0.0.1:0").unwrap()));
             let address: SocketAddr = {
                 let retained = retained.borrow();
@@ -596,8 +603,10 @@ fn waiting_clients_of_a_released_existing_listener_are_served_at_a_stop() {
     });
 }
 
-/// Closes the retained listener and then disconnects all workers: clients that wait are served as
-/// in any other stop. `listen` returns what the workers request, too.
+/// Closes the retained listener, disconnects all workers, and checks that waiting clients are still
+/// served.
+///
+/// `listen` returns the retained listener and the address that the workers request.
 fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, String)) {
     crate::harness::for_both_policies(|| {
         let log = Log::default();
@@ -611,8 +620,8 @@ fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, 
                 worker.on_listening(move |master, _, _| {
                     let (retained, log) = rest.take().unwrap();
                     let clients = connect(address);
-                    // The worker may have received one of the clients, which has sent nothing yet;
-                    // the others wait.
+                    // The worker may have received one of the clients, which have sent nothing yet.
+                    // The other clients wait.
                     drop(retained);
                     master.on_all_disconnected_once(move |_| {
                         let error = TcpStream::connect(address).unwrap_err();
@@ -644,7 +653,7 @@ fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, 
     });
 }
 
-/// The master retains a listener that a worker has opened, while that worker is disconnecting.
+/// Retains a listener that a worker has opened, while this worker is disconnecting.
 fn listener_opened_by_a_worker_can_be_retained() {
     crate::harness::for_both_policies(|| {
         let log = Log::default();
@@ -671,8 +680,8 @@ fn listener_opened_by_a_worker_can_be_retained() {
     });
 }
 
-/// The callback of `on_setup` owns the listener, so the listener stays open as long as the master
-/// exists.
+/// Lets a callback of `on_setup` own the listener, which therefore stays open until the master is
+/// dropped.
 fn retained_listener_delays_neither_disconnect_nor_run() {
     let log = Log::default();
     let entries = log.clone();
@@ -694,7 +703,8 @@ fn retained_listener_delays_neither_disconnect_nor_run() {
     assert_eq!(entries.take(), ["disconnected"]);
 }
 
-/// Connects five clients. The first worker has received one of them; the others wait in its queue.
+/// Connects five clients, and calls `then` once the first worker has received one of them. The
+/// other four wait in this worker's queue.
 fn with_five_accepted(
     master: &Master,
     workers: usize,
@@ -720,7 +730,8 @@ fn serve_after_one_byte(worker: &cluster::Worker) {
     }
 }
 
-/// Sends one byte for each client and returns all answers; connections may be closed or reset.
+/// Sends one byte from each client, and returns all answers as one string. Ignores clients whose
+/// connections were closed or reset.
 fn ask_all(clients: Vec<TcpStream>) -> String {
     let ask = |mut client: TcpStream| {
         let mut answer = String::new();
@@ -731,7 +742,8 @@ fn ask_all(clients: Vec<TcpStream>) -> String {
     clients.into_iter().map(ask).collect()
 }
 
-/// The only worker is killed, and the connections of its queue wait in the master for the next one.
+/// Kills the only worker, so that its queued connections wait in the master until the next worker
+/// starts.
 fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
     let log = Log::default();
     let entries = log.clone();
@@ -755,8 +767,9 @@ fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
     assert_eq!(entries.take(), ["2222"]);
 }
 
-/// A worker that is disconnecting also serves connections from the queue of a worker that was
-/// killed. Connections that arrive later wait for the next worker.
+/// Checks that a disconnecting worker serves connections from a killed worker's queue.
+///
+/// Connections that arrive later wait for the next worker.
 fn disconnecting_workers_serve_accepted_connections() {
     let log = Log::default();
     let entries = log.clone();
@@ -789,7 +802,8 @@ fn disconnecting_workers_serve_accepted_connections() {
     assert_eq!(entries, ["2222", "3"]);
 }
 
-/// Calls `then` once `taken` of `accepted` connections have been received by workers.
+/// Calls `then` once the master has accepted `accepted` connections and workers have received
+/// `taken` of them.
 fn when_received(master: &Master, taken: u64, accepted: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         let ledger = master.ledger();

@@ -1,5 +1,7 @@
-//! Sharded listeners (one per worker, all on one port): no client is lost while workers are killed,
-//! disconnected and replaced.
+//! Tests of sharded listeners: each worker has its own listener, and all listeners have the same
+//! port.
+//!
+//! No client may be lost while workers are killed, disconnected and replaced.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,7 +37,7 @@ crate::scenarios! {
     sharded_port_serves_again_while_an_old_worker_disconnects
 }
 
-/// Longer than any answer takes.
+/// Maximum time until a client has its answer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn shard(master: &Master) {
@@ -43,13 +45,13 @@ fn shard(master: &Master) {
     master.set_scheduling_policy(policy).unwrap();
 }
 
-/// Failed clients of a load, by the kind of failure.
+/// Numbers of a load's failed clients, by kind of failure.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Count {
     pub refused: u64,
     pub reset: u64,
     pub timed_out: u64,
-    /// The answer was incomplete or not as expected.
+    /// Number of clients whose answers were incomplete or unexpected.
     pub wrong: u64,
 }
 
@@ -88,8 +90,8 @@ fn ask(address: SocketAddr) -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// A load of several threads. Each connects one client after the other, until the load ends or a
-/// connection is refused.
+/// A load of several threads. Each thread connects clients one after the other, until the load ends
+/// or a connection is refused.
 pub struct Load {
     ended: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
@@ -136,7 +138,10 @@ impl Load {
         self.join()
     }
 
-    /// Waits until every thread has ended. A refused connection ends a thread, too.
+    /// Waits until every thread has ended, and returns the number of answered clients and the
+    /// failures.
+    ///
+    /// A refused connection also ends its thread.
     fn join(self) -> (u64, Count) {
         let counts = self.threads.into_iter().map(|own| own.join().unwrap());
         let count = Count::sum(counts);
@@ -152,7 +157,8 @@ fn serve(worker: &Worker) {
     }
 }
 
-/// Returns the number of sockets that a process has open; duplicates count once.
+/// Returns the number of different sockets that a worker has open. Duplicate descriptors count
+/// once.
 fn count_sockets(worker: &WorkerProcess) -> usize {
     let fds = std::fs::read_dir(format!("/proc/{}/fd", worker.process().id())).unwrap();
     let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
@@ -160,8 +166,9 @@ fn count_sockets(worker: &WorkerProcess) -> usize {
     sockets.collect::<BTreeSet<PathBuf>>().len()
 }
 
-/// Kills a worker while the application in it has no connection: it has as many sockets as an idle
-/// worker.
+/// Kills a worker while its application has no connection.
+///
+/// At that time, the worker has as many sockets as an idle worker, which is `idle_sockets`.
 fn kill_between_connections(worker: &WorkerProcess, idle_sockets: usize) {
     let pid = worker.process().id();
     wait_until("a worker without a connection", || {
@@ -257,7 +264,7 @@ fn replacing_workers_of_shards_loses_no_client() {
     assert_eq!((answered, entries.len()), (Some(5 * 4), 5 * 4 + 1 + 2));
 }
 
-/// Grows from two workers to six, and disconnects the four oldest; does so `times` times.
+/// Grows from two workers to six and disconnects the four oldest, `times` times. Then calls `then`.
 fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'static) {
     if times == 0 {
         return then(master);
@@ -291,7 +298,8 @@ fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'st
     }
 }
 
-/// Reads one byte before it answers, so that a silent client keeps the worker busy.
+/// Serves connections, and reads one byte before each answer, so that a silent client keeps the
+/// worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -302,13 +310,13 @@ fn serve_after_one_byte(worker: &Worker) {
     }
 }
 
-/// Returns the number of connections that wait in the kernel.
+/// Returns the number of connections that wait in the kernel's backlogs.
 fn queued(master: &Master) -> u64 {
     let listeners = master.loads().listeners;
     listeners.iter().map(|load| load.queued.unwrap()).sum()
 }
 
-/// Sends one byte for each client and returns the answers; fails if one is missing.
+/// Sends one byte from each client, and returns the answers. Panics if a client has no answer.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     for mut client in &clients {
         client.write_all(b"x").unwrap();
@@ -329,7 +337,8 @@ fn disconnecting_all_workers_of_shards_loses_no_client() {
         |master| {
             shard(master);
             when_listening(master, 4, move |master, address| {
-                // Workers may have received four of them; the others wait in the kernel.
+                // The four workers may have received one client each. The other clients wait in the
+                // kernel.
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..60).map(connect).collect();
                 wait_until("the backlog", || (queued(master) >= 56).then_some(()));
@@ -387,7 +396,8 @@ fn stop_of_shards_under_load_loses_no_client() {
     assert_eq!(entries.take(), ["refused at last"]);
 }
 
-/// Stops two workers, queues clients for both, and kills the first worker.
+/// Stops two workers, queues clients for both, kills the first worker, and calls `then` once this
+/// worker has exited.
 fn with_a_killed_worker(
     master: &Master,
     then: impl FnOnce(&Master, WorkerProcess, Vec<TcpStream>) + 'static,
@@ -398,7 +408,8 @@ fn with_a_killed_worker(
             let [first, second] = <[_; 2]>::try_from(master.workers()).unwrap();
             stop(&first);
             stop(&second);
-            // All clients for one worker would have a probability of 1 in 2^59.
+            // The kernel selects the same worker for all 60 clients with a probability of only 1 in
+            // 2^59.
             let connect = |_| TcpStream::connect(address).unwrap();
             let clients: Vec<_> = (0..60).map(connect).collect();
             wait_until("the backlog", || (queued(master) == 60).then_some(()));
@@ -446,8 +457,9 @@ fn replacement_serves_the_clients_of_the_killed_worker() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// No replacement starts before all workers are disconnected. Clients of the killed worker are
-/// reset, and the others are served.
+/// Kills a worker, and disconnects all workers before a replacement starts.
+///
+/// The killed worker's clients are reset, and the other clients are served.
 fn clients_of_a_killed_worker_are_reset_at_a_stop() {
     let log = Log::default();
     let entries = log.clone();
@@ -458,8 +470,8 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
                 second.process().kill(Signal::CONT);
                 master.disconnect();
                 let read = || {
-                    // Each client sends before one reads, because the reset comes only after the
-                    // others are served.
+                    // Let all clients send before the first one reads, because the resets follow
+                    // only after the other clients are served.
                     let send = |mut client: &TcpStream| drop(client.write_all(b"x"));
                     clients.iter().for_each(send);
                     clients.into_iter().map(read_answer).collect::<Vec<_>>()
@@ -478,7 +490,7 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// Returns the answer, or `None` if the connection is reset.
+/// Returns the client's answer, or `None` if the connection is reset.
 fn read_answer(mut client: TcpStream) -> Option<String> {
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
@@ -546,7 +558,8 @@ fn shards_have_one_port_with_ipv6() {
     one_port("[::1]:0");
 }
 
-/// All workers that request any free port get the port of the first one, and all of them serve it.
+/// Checks that all workers that request any free port receive the first worker's port, and that
+/// each of them serves this port.
 fn one_port(any_port: &'static str) {
     let log = Log::default();
     let entries = log.clone();
@@ -624,14 +637,17 @@ fn unix_socket_is_shared_under_the_sharded_policy() {
     assert_eq!(entries.take(), ["both"]);
 }
 
-/// Clients would otherwise be distributed among the shards of both clusters.
+/// Checks that `listen` fails on another cluster's port.
+///
+/// If it succeeded, the kernel would distribute clients among both clusters' shards.
 fn sharded_port_of_another_cluster_is_an_error() {
     use nix::sys::socket::{setsockopt, sockopt::ReusePort};
     use std::os::fd::AsFd as _;
     cluster(
         |master| {
             shard(master);
-            // The same as a listener of another master of the same user.
+            // Create a socket with the same options as a listener of another master that the same
+            // user runs.
             let (socket, address) = crate::harness::reserve_port();
             setsockopt(&socket, ReusePort, &true).unwrap();
             nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(16).unwrap()).unwrap();
@@ -639,7 +655,7 @@ fn sharded_port_of_another_cluster_is_an_error() {
             assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE), "{error}");
             assert!(matches!(error, cluster::Error::Listen { .. }));
             drop(socket);
-            // A closed port can be bound again.
+            // Listen on the port once the other socket is closed, which must succeed.
             let listener = master.listen(address.to_string()).unwrap();
             let _ = listener.as_fd();
             drop(listener);
@@ -648,8 +664,9 @@ fn sharded_port_of_another_cluster_is_an_error() {
     );
 }
 
-/// One worker is killed. Another one is disconnecting and still serves its shard. The next worker
-/// listens on the same port.
+/// Kills one worker while another is disconnecting and still serves its shard.
+///
+/// The next worker must listen on the same port.
 fn sharded_port_serves_again_while_an_old_worker_disconnects() {
     const PORT: &str = "SHARDED_PORT";
     let log = Log::default();
@@ -668,8 +685,8 @@ fn sharded_port_serves_again_while_an_old_worker_disconnects() {
                 match listening.get() {
                     1 => {}
                     2 => {
-                        // Some clients for each shard. They stay silent, so the disconnecting
-                        // worker is still serving them later.
+                        // Connect enough clients for each shard. These clients stay silent, so the
+                        // disconnecting worker is still busy when the next worker listens.
                         let clients = [(); 30].map(|()| TcpStream::connect(address).unwrap());
                         rest.set(Some(clients));
                         let [disconnecting, killed] = &master.workers()[..] else {
@@ -684,7 +701,7 @@ fn sharded_port_serves_again_while_an_old_worker_disconnects() {
                         let work = move || talk(address, b"").unwrap();
                         in_background(master, work, move |master, answer| {
                             assert_eq!(answer, format!("{id}."));
-                            // The disconnecting worker has not exited meanwhile.
+                            // Check that the disconnecting worker has not exited in the meantime.
                             assert!(master.workers().len() == 2);
                             log.add("served");
                             drop(clients);
@@ -703,7 +720,8 @@ fn sharded_port_serves_again_while_an_old_worker_disconnects() {
             {
                 let mut connection = connection.unwrap();
                 let id = worker.id().to_string();
-                // The third worker inherits silent clients from the shard of the killed one.
+                // Do not read in the third worker, because it inherits silent clients from the
+                // killed worker's shard.
                 if id != "3" {
                     let _ = connection.read(&mut [0]);
                 }

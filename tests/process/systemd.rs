@@ -1,6 +1,8 @@
-//! Socket activation and notifications, between systemd and the master, and between the master and
-//! workers that do not use this crate. `systemd-socket-activate` and `systemd-notify` are the real
-//! tools. The foreign workers are written in Python or use the `sd_notify` crate.
+//! Tests of socket activation and notifications, between systemd and the master, and between the
+//! master and workers that do not use this crate.
+//!
+//! The tests run the real `systemd-socket-activate` and `systemd-notify`. The foreign workers are
+//! written in Python or use the `sd_notify` crate.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -45,7 +47,7 @@ crate::scenarios! {
     foreign_workers_in_python_share_a_port: PYTHON
 }
 
-/// Runs a service with two workers until SIGTERM.
+/// Runs a service with two workers until SIGTERM arrives.
 fn serve() {
     const NAME: &str = "LISTENER_FD";
     SIGNALS.store(true, Ordering::SeqCst);
@@ -95,7 +97,8 @@ fn ask_and_end(service: &mut Child, address: SocketAddr) {
 
 const POLICIES: [&str; 3] = ["rr", "none", "sharded"];
 
-/// The first client makes systemd-socket-activate start the master.
+/// Checks that the first client makes systemd-socket-activate start the master, which serves the
+/// client.
 fn socket_activated_service_serves() {
     if is_watched() {
         return serve();
@@ -121,7 +124,7 @@ fn socket_activated_service_serves() {
     }
 }
 
-/// Clients that connect while the service does not run wait for its next start.
+/// Checks that clients that connect while the service is stopped wait for its next start.
 fn clients_wait_for_the_next_start_of_a_service() {
     if is_watched() {
         return serve();
@@ -138,20 +141,21 @@ fn clients_wait_for_the_next_start_of_a_service() {
         };
         ask_and_end(&mut start(), address);
         let early = std::thread::spawn(move || talk(address, b"").unwrap());
-        // The client is served by the next start at the latest, even if it connects only then.
+        // The next start serves the client, even if the client connects only now.
         let mut next = start();
         assert!(["1", "2"].contains(&early.join().unwrap().as_str()));
         ask_and_end(&mut next, address);
     }
 }
 
-/// Returns the environment variables that are set for the command.
+/// Returns the environment variables that the command sets.
 fn variables(command: &Command) -> impl Iterator<Item = (&OsStr, &OsStr)> {
     let variables = command.get_envs();
     variables.filter_map(|(name, value)| Some((name, value?)))
 }
 
-/// Returns the observed command, run by a shell that sets up descriptors and variables first.
+/// Returns a command that runs this scenario in a shell. The shell first sets up descriptors and
+/// variables as in `arrange`.
 fn passing(arrange: &str) -> Command {
     let script = format!(
         "unset LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
@@ -174,10 +178,10 @@ fn assert_close_on_exec(fd: &impl std::os::fd::AsFd) {
     assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
 }
 
-/// Environment variable with a file that the process opens before it calls `listen_fds`.
+/// Environment variable that names a file, which the process opens before it calls `listen_fds`.
 const FILE: &str = "OWN_FILE";
 
-/// Prints what `listen_fds` has returned, for the process that started this one.
+/// Prints the result of `listen_fds`, which the parent process reads.
 fn print_passed() {
     let own = std::env::var_os(FILE).map(|file| File::open(file).unwrap());
     let names: Vec<_> = [
@@ -228,12 +232,12 @@ fn listen_fds_rejects_descriptors_that_were_not_passed() {
         ("LISTEN_FDS=two", "LISTEN_FDS"),
         ("LISTEN_FDS=-1", "LISTEN_FDS"),
         ("LISTEN_FDS=$(printf '\\377')", "LISTEN_FDS"),
-        // Far more descriptors than are open.
+        // `LISTEN_FDS` exceeds the number of open descriptors.
         ("LISTEN_FDS=1000000", "LISTEN_FDS"),
         ("LISTEN_FDS=65535", "LISTEN_FDS"),
         ("LISTEN_FDS=3", "LISTEN_FDS"),
         ("LISTEN_FDS=2; exec 3<&-", "LISTEN_FDS"),
-        // The process has opened descriptor 4 itself.
+        // The process opens descriptor 4 itself, so the descriptor was not passed.
         (
             "LISTEN_FDS=2; exec 4<&-; export OWN_FILE=/dev/null",
             "LISTEN_FDS",
@@ -247,7 +251,7 @@ fn listen_fds_rejects_descriptors_that_were_not_passed() {
     }
 }
 
-/// Returns the output of a command, which must succeed.
+/// Returns the command's output, and asserts that the command succeeds.
 #[track_caller]
 fn output_of(command: &mut Command) -> String {
     let Output { status, stdout, .. } = command.stderr(StandardStream::inherit()).output().unwrap();
@@ -284,7 +288,7 @@ fn worker_receives_named_descriptors() {
                     assert!(silent.process().take_stdio(3).is_none());
                 }
             });
-            // The crate overrides this variable.
+            // Set a wrong value, which the crate must replace.
             master.fork_with([("LISTEN_PID", "1")]).unwrap();
         },
         |worker| {
@@ -385,7 +389,7 @@ fn conflicting_descriptors_are_an_error_of_fork() {
     );
 }
 
-/// Returns the datagrams that wait at the socket.
+/// Returns all datagrams that wait at the socket.
 fn received(socket: &UnixDatagram) -> Vec<String> {
     socket.set_nonblocking(true).unwrap();
     let mut buffer = [0; 4096];
@@ -499,7 +503,7 @@ fn notification_does_not_block_on_a_full_socket() {
     assert!(!received(&socket).is_empty());
 }
 
-/// A shell command that prints its process ID and its environment.
+/// Shell command that prints the shell's process ID and environment.
 const SHELL: &str = "echo own=$$ && env";
 
 fn workers_do_not_inherit_systemd_variables() {
@@ -559,7 +563,8 @@ fn workers_do_not_inherit_systemd_variables() {
     assert_eq!(own(3, "NOTIFY_SOCKET"), None);
 }
 
-/// The master receives the worker's notification, as systemd would.
+/// Lets a worker notify its readiness with `systemd-notify`. The master receives the notification,
+/// as systemd would.
 fn worker_notifies_readiness_itself() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notify");
@@ -569,8 +574,8 @@ fn worker_notifies_readiness_itself() {
             let socket = UnixDatagram::bind(&path).unwrap();
             let received_so_far = Rc::clone(&notifications);
             let receive = move |_: &Master, socket: &UnixDatagram| {
-                // `systemd-notify` waits until the descriptor that it sends is closed; `received`
-                // drops it.
+                // Drop the received descriptors in `received`, because `systemd-notify` waits until
+                // its descriptor is closed.
                 received_so_far.borrow_mut().extend(received(socket));
                 Some(Interest::Readable)
             };
@@ -594,16 +599,16 @@ fn worker_notifies_readiness_itself() {
     );
 }
 
-/// Environment variable of workers that do not use this crate.
+/// Environment variable that is set only for workers that do not use this crate.
 const FOREIGN: &str = "FOREIGN";
 
-/// A worker that finds its listener with another crate, which checks `LISTEN_PID`.
+/// Runs a worker that finds its listener with another crate, which checks `LISTEN_PID`.
 fn run_foreign_worker() -> ! {
     let fds = sd_notify::listen_fds_with_names().unwrap();
     let [(number, name)] = <[_; 1]>::try_from(fds.collect::<Vec<_>>()).unwrap();
     assert_eq!((number, name.as_str()), (3, "web"));
     #[allow(unsafe_code)]
-    // SAFETY: the descriptor was passed to this process, and nothing else uses it.
+    // SAFETY: the master passed this open descriptor to this process, and no other code owns it.
     let listener = unsafe { <TcpListener as std::os::fd::FromRawFd>::from_raw_fd(number) };
     loop {
         let (mut connection, _) = listener.accept().unwrap();
@@ -611,7 +616,7 @@ fn run_foreign_worker() -> ! {
     }
 }
 
-/// The same worker in Python.
+/// Python program that serves a listener in the same way as [`run_foreign_worker`].
 const PYTHON: &str = "
 import os, socket
 assert os.environ['LISTEN_PID'] == str(os.getpid())
@@ -631,7 +636,8 @@ fn foreign_workers_share_a_port() {
     share_a_port(Settings::default());
 }
 
-/// Workers of another user do not share memory with the master before `execve`.
+/// Starts foreign workers as another user. The crate starts these workers without sharing memory
+/// before `execve`.
 fn foreign_workers_of_another_user_share_a_port() {
     if std::env::var_os(FOREIGN).is_some() {
         run_foreign_worker();
@@ -645,7 +651,8 @@ fn foreign_workers_in_python_share_a_port() {
     share_a_port(settings.args(["python3", "-c", PYTHON]));
 }
 
-/// Two workers answer; one is killed, and a replacement answers.
+/// Serves with two foreign workers, kills one of them, and checks that its replacement also
+/// answers.
 fn share_a_port(settings: Settings) {
     cluster(
         |master| {
@@ -692,11 +699,11 @@ fn signal(status: std::process::ExitStatus) -> Option<i32> {
     std::os::unix::process::ExitStatusExt::signal(&status)
 }
 
-/// Sends requests until each of these processes has answered.
+/// Sends requests until both processes have answered.
 fn wait_for_all(address: SocketAddr, pids: [u32; 2]) {
     let mut missing = BTreeSet::from(pids);
     wait_until("both", || {
-        // A client of the killed worker has no answer.
+        // Ignore an error, because the client may have connected to the killed worker.
         let answer = talk(address, b"").unwrap_or_default();
         missing.remove(&answer.parse().unwrap_or_default());
         missing.is_empty().then_some(())

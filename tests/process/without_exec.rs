@@ -1,4 +1,4 @@
-//! Workers that run `Settings::main` in a copy of the master instead of executing a program.
+//! Tests of workers that run `Settings::main` in a copy of the master and execute no program.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -54,7 +54,7 @@ crate::scenarios! {
     resource_usage_is_unknown_if_the_host_reaped_the_worker
 }
 
-/// Makes workers run `main` in a copy of the master.
+/// Makes workers run `main` in a copy of the master, and then exit with status 0.
 fn set_main(master: &Master, main: impl Fn(Worker) + 'static) {
     let main = move |worker| {
         main(worker);
@@ -131,7 +131,7 @@ fn copy_runs_from_fork_to_exit() {
     assert_eq!(entries.len(), 14, "{entries:?}");
 }
 
-/// Sends requests until each of these workers has answered; no other worker may answer.
+/// Sends requests until both workers have answered. No other worker may answer.
 fn ask_until_all_answer(address: SocketAddr, workers: [&str; 2]) {
     let mut missing = workers.to_vec();
     while !missing.is_empty() {
@@ -141,7 +141,7 @@ fn ask_until_all_answer(address: SocketAddr, workers: [&str; 2]) {
     }
 }
 
-/// Two workers answer; one is killed, and a replacement answers.
+/// Serves with two workers, kills one of them, and checks that its replacement also answers.
 fn serve(policy: SchedulingPolicy) {
     cluster_without_exec(|master| {
         master.set_scheduling_policy(policy).unwrap();
@@ -177,7 +177,7 @@ fn copies_serve_from_shards() {
     serve(SchedulingPolicy::Sharded);
 }
 
-/// Returns the open descriptors of this process with their link targets.
+/// Returns this process's open descriptors with their link targets.
 fn open_descriptors() -> BTreeMap<RawFd, PathBuf> {
     let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
     let numbers = numbers.map(|entry| entry.unwrap().file_name());
@@ -189,7 +189,7 @@ fn open_descriptors() -> BTreeMap<RawFd, PathBuf> {
     open.collect()
 }
 
-/// Returns the kinds of the descriptors that were not open at the beginning, sorted.
+/// Returns the sorted kinds of the descriptors that were not open at the beginning.
 fn kinds_since(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
     let mut open = open_descriptors();
     open.retain(|number, link| beginning.get(number) != Some(link));
@@ -203,7 +203,7 @@ fn kinds_since(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
     kinds
 }
 
-/// The channel and the poller of a worker.
+/// Kinds of the descriptors for a worker's channel and poller.
 const CHANNEL_AND_POLLER: [&str; 4] = [
     "anon_inode:[eventfd]",
     "anon_inode:[eventpoll]",
@@ -211,9 +211,10 @@ const CHANNEL_AND_POLLER: [&str; 4] = [
     "socket",
 ];
 
-/// The master has one of everything: workers with pipes, queues and listeners, a path, a watched
-/// descriptor, a descriptor for its workers, and signals. It forks while it delivers a message that
-/// has a descriptor.
+/// Forks while the master has descriptors of every kind, and checks which of them the copy has.
+///
+/// The master has workers with pipes, queues, listeners, a watched descriptor, `stdio` descriptors
+/// and signals. It forks in the callback for a message that carries a descriptor.
 fn copy_has_only_descriptors_that_the_application_opened() {
     SIGNALS.store(true, Ordering::SeqCst);
     let home = tempfile::tempdir().unwrap();
@@ -229,7 +230,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
         let watch = master.watch(watched, Interest::Readable, |_, _| None);
         let watch = watch.unwrap();
         let input = std::io::stdin();
-        // Whether stdin can be watched depends on its kind.
+        // Ignore an error, because some kinds of stdin cannot be watched.
         let input = master.watch(input, Interest::Readable, |_, _| None).ok();
 
         let of_workers = std::fs::File::open("/dev/null").unwrap();
@@ -253,11 +254,11 @@ fn copy_has_only_descriptors_that_the_application_opened() {
         let beginning = Rc::clone(&beginning);
         let check_descriptors = Settings::default().main(move |worker| {
             let mut own: Vec<_> = CHANNEL_AND_POLLER.map(str::to_owned).into();
-            // The descriptors of `stdio`, the end that the application retains, and the signal
-            // socketpair.
+            // Expect the two `stdio` descriptors, the end that the application retains, and the
+            // signal socketpair.
             own.extend(["/dev/null", "socket"].map(str::to_owned));
             own.extend(["socket", "socket", "socket"].map(str::to_owned));
-            // The placeholder that occupies the number of the watched descriptor.
+            // Expect the placeholder, which occupies the watched descriptor's number in the copy.
             own.push("socket".to_owned());
             own.push(expected.clone());
             own.sort();
@@ -268,7 +269,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
             assert_eq!(now[&0], before[&0]);
             assert_eq!(now[&3], Path::new("/dev/null"));
             let mut text = *b"what it says..";
-            // Reads at an offset, because all copies share the file position.
+            // Read at an offset, because all copies share the file position.
             of_the_program.read_exact_at(&mut text, 0).unwrap();
             let _ = worker.send(&text).unwrap();
             0
@@ -279,7 +280,7 @@ fn copy_has_only_descriptors_that_the_application_opened() {
                 listening += 1;
                 if listening == 2 {
                     master.setup_master(check_descriptors.clone());
-                    // The worker's own callbacks have not received the message yet.
+                    // Fork before the worker's own message callbacks are called.
                     master.fork().unwrap();
                 }
                 return;
@@ -300,18 +301,19 @@ fn copy_has_only_descriptors_that_the_application_opened() {
             worker.on_message(move |master, _, _| {
                 listening.set(listening.get() + 1);
                 if listening.get() == 2 {
-                    // No callback after this one receives the message.
+                    // Fork in the last callback that receives the message.
                     master.fork().unwrap();
                 }
             });
         }
-        // The callback keeps the descriptor open as long as the master exists.
+        // Move `retained` into a callback, which keeps the descriptor open until the master is
+        // dropped.
         master.on_setup(move |_, _| assert!(retained.as_raw_fd() == retained_number));
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     });
 }
 
-/// The master forks inside the scheduler, while a connection waits for its choice.
+/// Forks inside the scheduler, while a connection waits for the scheduler's choice.
 fn copy_has_no_connection_that_waits_in_the_master() {
     let beginning = Rc::new(open_descriptors());
     let Role::Master(master) = cluster::init().unwrap() else {
@@ -353,18 +355,20 @@ fn copy_has_no_connection_that_waits_in_the_master() {
     assert_eq!(read, 0, "no process holds the connection");
 }
 
-/// A copy does not reuse the numbers of descriptors that the crate has closed in it. The
-/// application may have other handles of these numbers, which it uses or drops.
+/// Checks that a copy does not reuse the numbers of descriptors that the crate has closed in the
+/// copy.
+///
+/// The application may still use or drop handles with these numbers.
 fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
     use std::os::fd::{AsFd as _, BorrowedFd};
 
-    /// A descriptor by its number, as a library in another language would hold it.
+    /// A descriptor's number without ownership, as a library in another language would store it.
     struct Foreign(RawFd);
 
     impl std::os::fd::AsFd for Foreign {
         fn as_fd(&self) -> BorrowedFd<'_> {
             #[allow(unsafe_code)]
-            // SAFETY: the closure of the workers owns the descriptor, and outlives the watch.
+            // SAFETY: the workers' closure owns the descriptor and outlives the watch.
             unsafe {
                 BorrowedFd::borrow_raw(self.0)
             }
@@ -386,7 +390,8 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
         let shared = Rc::clone(&listener);
         let dropped = RefCell::new(Some(dropped));
         set_main(master, move |worker| {
-            // As many files as descriptors were closed, and more.
+            // Open more files than the crate has closed descriptors, so that a free number would be
+            // reused.
             let mut files: Vec<_> = (0..32)
                 .map(|number| std::fs::File::create(path.with_extension(number.to_string())))
                 .map(Result::unwrap)
@@ -407,14 +412,17 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
             assert!(status.success(), "{status}");
             master.unwatch(first.as_ref().copied().unwrap());
             master.unwatch(second.as_ref().copied().unwrap());
-            // Keeps the peers open until now, so that nothing was readable before.
+            // Drop the peers only now, because a closed peer makes the watched descriptor readable.
             let _ = (&listener, &one, &another);
         });
     });
 }
 
-/// Asserts that `fork` fails while the master has a second thread: a copy would have one thread,
-/// and locks that the missing threads hold.
+/// Asserts that `fork` fails while the master has a second thread, and succeeds after that thread
+/// has exited.
+///
+/// A copy would have only one thread, and locks that the missing threads hold would never be
+/// released.
 fn expect_one_thread(master: &Master) {
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::spawn(move || stopped.recv());
@@ -430,7 +438,7 @@ fn expect_one_thread(master: &Master) {
     assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
     drop(stop);
     thread.join().unwrap().unwrap_err();
-    // The kernel may still hold resources of the exited thread.
+    // Repeat the fork, because the kernel may still hold resources of an exited thread.
     for _ in 0..20 {
         std::thread::spawn(|| {}).join().unwrap();
         master.fork().unwrap();
@@ -445,7 +453,8 @@ fn master_with_threads_cannot_be_copied() {
     });
 }
 
-/// The same in a sandbox that refuses `unshare`, the call that detects threads.
+/// Checks that threads are also detected in a sandbox that rejects `unshare`, the usual way to
+/// detect them.
 fn master_with_threads_cannot_be_copied_in_a_sandbox() {
     cluster_without_exec(|master| {
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
@@ -522,12 +531,13 @@ fn master_handle_is_inert_in_a_copy() {
     assert_eq!(statuses.take(), [Some(0), Some(0)]);
 }
 
-/// Returns a set of signals from `/proc/self/status`.
+/// Returns the set of signals in a field of `/proc/self/status`.
 fn signals(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let mut sets = status.lines().filter_map(|line| line.strip_prefix(field));
     let set = u64::from_str_radix(sets.next().unwrap().trim(), 16).unwrap();
-    // Higher numbers are real-time signals, some of which the C library uses.
+    // Ignore the higher numbers, because they are real-time signals, some of which the C library
+    // uses.
     set & ((1 << 31) - 1)
 }
 
@@ -547,14 +557,15 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
         blocked.add(Number::SIGUSR2);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked), None).unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: ignoring a signal installs no handler.
+        // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
         unsafe { signal(Number::SIGHUP, SigHandler::SigIgn) }.unwrap();
         master.on_signal(Signal::USR1, |_, _| {}).unwrap();
-        // The signal is recorded, and the loop has not processed it.
+        // Raise a signal that is still unprocessed at the fork: the handler records it, but the
+        // loop does not run.
         raise(Number::SIGUSR1).unwrap();
         set_main(master, |worker| {
-            // Rust programs start with SIGPIPE ignored, so a client that disconnects does not kill
-            // its server.
+            // Like every Rust program, the copy ignores SIGPIPE, so that a client that disconnects
+            // does not kill its server.
             assert_eq!(signals("SigIgn:"), bit(Number::SIGPIPE));
             assert_eq!(signals("SigBlk:"), 0);
             assert_eq!(signals("SigCgt:"), 0);
@@ -582,8 +593,8 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
     );
 }
 
-/// The worker waits until the master would have processed a signal that was sent to the worker
-/// alone.
+/// Sends a signal only to the worker, which then waits until the master would have processed the
+/// signal.
 fn signal_to_a_copy_does_not_reach_the_master() {
     use nix::sys::signal::{Signal as Number, raise};
 
@@ -608,8 +619,8 @@ fn signal_to_a_copy_does_not_reach_the_master() {
             }
             worker.disconnect();
         });
-        // Replies at the end of the iteration, when everything that was ready with the message is
-        // processed.
+        // Reply at the end of the iteration, after the master has processed all events that became
+        // ready with the message.
         let here = Rc::new(RefCell::new(here));
         master.on_message(move |master, _, _| {
             let here = Rc::clone(&here);
@@ -644,7 +655,8 @@ fn return_value_of_a_copy_is_its_exit_code() {
     }
 }
 
-/// The stack frames below the worker's are the master's, whose guards must not run in the worker.
+/// Checks that a panic in a worker does not run the guards in the master's stack frames, which the
+/// copy inherits.
 fn copy_that_panics_exits_with_101() {
     struct Guard(u32);
 
@@ -658,7 +670,7 @@ fn copy_that_panics_exits_with_101() {
         }
     }
 
-    /// A panic payload that panics again when it is dropped.
+    /// A panic payload that panics when it is dropped.
     struct Payload;
 
     impl Drop for Payload {
@@ -686,7 +698,7 @@ fn copy_that_panics_exits_with_101() {
     assert_eq!(ended.get(), 2);
 }
 
-/// Returns the private dirty memory of a process, in KiB.
+/// Returns a process's private dirty memory, in KiB.
 fn private_memory(pid: u32) -> u64 {
     let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let mut values = rollup
@@ -730,7 +742,8 @@ fn buffered_output_is_printed_once() {
         print!("master ");
         set_main(master, |worker| print!("worker {} ", worker.id()));
         master.fork().unwrap();
-        // One after the other, because all write to one pipe.
+        // Fork one worker after the other, because all workers write to one pipe and their order
+        // must be certain.
         master.on_exit(|master, worker, _| {
             print!("{} ", worker.id());
             if worker.id().get() < 3 {
@@ -854,7 +867,8 @@ fn failed_step_in_a_copy_is_an_error_of_fork() {
         master.setup_master(Settings::default().cwd("/nowhere/at/all"));
         assert_fails(master, "enter its directory", Some(libc::ENOENT));
         master.setup_master(Settings::default().cwd("/"));
-        // A system call filter cannot be removed, so the later step is tested first.
+        // Seccomp filters accumulate. Reject the last step first, because each further filter makes
+        // an earlier step fail.
         refuse_calls(
             &[libc::SYS_timerfd_create, libc::SYS_eventfd2],
             libc::EMFILE,
@@ -879,7 +893,7 @@ fn failed_user_change_in_a_copy_is_an_error_of_fork() {
 
 fn exits_of_copies_are_reported_though_the_host_ignores_sigchld() {
     #[allow(unsafe_code)]
-    // SAFETY: ignoring a signal installs no handler.
+    // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
     unsafe { signal(nix::sys::signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
     let ended = Rc::new(Cell::new(0));
     let counted = Rc::clone(&ended);
@@ -897,7 +911,7 @@ fn exits_of_copies_are_reported_though_the_host_ignores_sigchld() {
     assert_eq!(ended.get(), 20);
 }
 
-/// Returns the anonymous memory of this process, in KiB.
+/// Returns this process's anonymous memory, in KiB.
 fn anonymous_memory() -> u64 {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let mut values = rollup
@@ -921,7 +935,8 @@ fn a_thousand_copies_leave_nothing_behind() {
             counted.set(counted.get() + 1);
             let has_time = Instant::now() < most && counted.get() < ALL;
             if counted.get() < 2 * BEFORE || has_time {
-                // Later counts may include whatever is allocated once.
+                // Take the first count only now, so that memory that is allocated once does not
+                // appear as growth.
                 if counted.get() == BEFORE {
                     before = Some((open_descriptors().len(), anonymous_memory()));
                 }
@@ -929,8 +944,8 @@ fn a_thousand_copies_leave_nothing_behind() {
                 return;
             }
             let (descriptors, memory) = before.unwrap();
-            // As at the first count, only the descriptors of the worker that has just exited are
-            // still open.
+            // Each of the two counts includes the descriptors of the worker that has just exited,
+            // and of no other worker.
             assert_eq!(open_descriptors().len(), descriptors);
             let now = anonymous_memory();
             assert!(now <= memory + 128, "{memory} KiB, now {now}");
@@ -940,7 +955,7 @@ fn a_thousand_copies_leave_nothing_behind() {
     println!("{} workers", ended.get());
 }
 
-/// Uses the given amount of CPU time.
+/// Spins until this process has used `time` more CPU time.
 fn use_cpu_time(time: Duration) {
     let clock = nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID;
     let own = || Duration::from(nix::time::clock_gettime(clock).unwrap());
@@ -950,7 +965,7 @@ fn use_cpu_time(time: Duration) {
     }
 }
 
-/// One worker executes its program, and the other does not.
+/// Checks the resource usage of a worker that executes a program and of a worker that does not.
 fn resource_usage_is_known_after_exit() {
     const TIME: Duration = Duration::from_millis(50);
     const MEMORY: usize = 64 << 20;
