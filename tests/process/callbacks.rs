@@ -1,7 +1,8 @@
-//! Any callback may call any method: each kind of callback calls all methods, one after the other.
+//! Tests that any callback may call any method: each kind of callback calls all methods, one after
+//! the other.
 //!
-//! A callback is any code of the application that the crate runs: closures, iterators and
-//! descriptors that are passed to it, and their destructors.
+//! A callback is any of the application's code that the crate runs: closures, iterators,
+//! descriptors that are passed to the crate, and their destructors.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -30,13 +31,13 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Environment variable with the callback that this process tests.
+/// Environment variable that names the callback that this process tests.
 const CALLBACK: &str = "CALLBACK";
 
-/// Calls all methods, the first time that it is called.
+/// A closure that calls all methods when it is first called.
 type Calls = Rc<dyn Fn()>;
 
-/// Runs when it is dropped.
+/// A value that runs its closure when it is dropped.
 struct OnDrop(Calls);
 
 impl Drop for OnDrop {
@@ -45,7 +46,7 @@ impl Drop for OnDrop {
     }
 }
 
-/// A descriptor whose `as_fd` runs code of the application.
+/// A descriptor whose `as_fd` runs the application's code.
 struct Source {
     stream: UnixStream,
     calls: Calls,
@@ -58,7 +59,7 @@ impl AsFd for Source {
     }
 }
 
-/// A name or value of an environment variable whose conversion runs code of the application.
+/// An environment variable's name or value whose conversion runs the application's code.
 struct Late(Calls);
 
 impl From<Late> for OsString {
@@ -68,14 +69,14 @@ impl From<Late> for OsString {
     }
 }
 
-/// Borrows the value, so that the closure owns it.
+/// Borrows the value in a closure, which therefore owns it.
 fn keep(_: &OnDrop) {}
 
 fn end(worker: &WorkerProcess) {
     let _ = worker.disconnect();
 }
 
-/// Returns a readable stream and its peer. The stream stays readable at least until the peer is
+/// Returns a readable stream and its peer. The stream remains readable at least until the peer is
 /// dropped.
 fn readable() -> (UnixStream, UnixStream) {
     let (here, mut there) = UnixStream::pair().unwrap();
@@ -83,16 +84,16 @@ fn readable() -> (UnixStream, UnixStream) {
     (here, there)
 }
 
-/// The handles that a callback of the master can use.
+/// The handles that a master's callback can use.
 struct Cluster {
     master: Master,
     listener: RefCell<Option<MasterListener>>,
 }
 
-/// The name of a method or of a group of methods, and a function that calls them.
+/// A method or a group of methods: a name, and a function that calls them.
 type Call<C> = (&'static str, fn(&C));
 
-/// All methods of the master's side; those that end workers come last.
+/// All methods that the master's process can call. Methods that end workers come last.
 const MASTER_CALLS: &[Call<Cluster>] = &[
     ("fork", |c| drop(c.master.fork())),
     ("fork_with", |c| {
@@ -124,7 +125,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
         let _ = listener.set_removes_file(false);
         let _ = listener.as_fd();
         c.listener.replace(Some(listener));
-        // The previous one is released.
+        // Replace the handle, which releases the previous listener.
         let other = c.master.listen("127.0.0.1:0").unwrap();
         c.listener.replace(Some(other));
     }),
@@ -245,7 +246,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
     }),
 ];
 
-/// The name of a kind of callback, and a function that registers one.
+/// A kind of callback: a name, and a function that registers one.
 type Register<C> = (&'static str, fn(&C, Calls));
 
 const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
@@ -490,7 +491,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     }),
 ];
 
-/// The fields are dropped in order.
+/// A watched source with an additional destructor, which runs after the source's.
 struct Holder(Source, #[allow(dead_code)] OnDrop);
 
 impl AsFd for Holder {
@@ -499,7 +500,7 @@ impl AsFd for Holder {
     }
 }
 
-/// Runs the closure in the event loop.
+/// Runs the closure once in the event loop.
 fn in_the_loop(cluster: &Rc<Cluster>, call: impl FnOnce(&Cluster) + 'static) {
     let weak = Rc::downgrade(cluster);
     let timer = cluster.master.set_timeout(MS, move |_| {
@@ -510,7 +511,8 @@ fn in_the_loop(cluster: &Rc<Cluster>, call: impl FnOnce(&Cluster) + 'static) {
     cluster.master.reference(timer);
 }
 
-/// Returns the closure that a callback calls: it calls all methods, the first time.
+/// Returns the closure that a callback calls. The closure calls all methods, but only the first
+/// time.
 fn all_of<C: 'static>(
     target: &Rc<C>,
     calls: &'static [Call<C>],
@@ -518,7 +520,7 @@ fn all_of<C: 'static>(
 ) -> Calls {
     let (weak, has_run) = (Rc::downgrade(target), Rc::clone(has_run));
     Rc::new(move || {
-        // Also set when one of the methods calls this closure again.
+        // Set the flag before the calls, because a method may call this closure again.
         if has_run.replace(true) {
             return;
         }
@@ -532,7 +534,7 @@ fn all_of<C: 'static>(
     })
 }
 
-/// Plays once for each callback, in a separate process.
+/// Calls `play` once for each callback, in a separate process.
 fn for_each<C>(callbacks: &[Register<C>], play: impl Fn(&Register<C>)) {
     for callback in callbacks {
         if std::env::var_os(CALLBACK).is_none() {
@@ -542,7 +544,8 @@ fn for_each<C>(callbacks: &[Register<C>], play: impl Fn(&Register<C>)) {
     }
 }
 
-/// As `with_env`, but a process that plays for one callback does not play for the others.
+/// Like `with_env`, runs `play` in a child process. A process for one callback does not run `play`
+/// for the others.
 fn with_env_once(name: &str, play: impl FnOnce()) {
     match std::env::var_os(CALLBACK) {
         Some(own) if own == name => play(),
@@ -564,8 +567,8 @@ fn play_the_worker(worker: Worker) -> i32 {
     0
 }
 
-/// Causes every event that has a callback until the callback has run, and then disconnects the
-/// workers.
+/// Causes every event that has a callback until the tested callback has run, and then disconnects
+/// the workers.
 fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     let master = &cluster.master;
     master.on_listening(|_, worker, address| {
@@ -579,7 +582,7 @@ fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     let id = Rc::clone(&own);
     own.set(Some(master.set_interval(MS, move |master| {
         if has_run.get() {
-            // An earlier call does not disconnect workers that are forked after it.
+            // Repeat the call, because it does not affect workers that are forked later.
             master.disconnect_within(Duration::from_secs(1));
             if master.workers().is_empty() {
                 master.clear_timer(id.get().unwrap());
@@ -608,7 +611,7 @@ fn every_callback_of_the_master_may_call_every_method() {
     });
 }
 
-/// The handles that a callback of a pool can use.
+/// The handles that a pool's callback can use.
 struct Pooled {
     cluster: Rc<Cluster>,
     pool: Pool,
@@ -616,7 +619,7 @@ struct Pooled {
 
 const POOL_CALLS: &[Call<Pooled>] = &[
     ("the master's", |p| {
-        // All methods that do not end the workers of the pool.
+        // Call all methods except those that end the pool's workers.
         let calls = MASTER_CALLS.iter();
         let ending = ["end the workers", "disconnect", "disconnect_within"];
         for (name, call) in calls.filter(|(name, _)| !ending.contains(name)) {
@@ -726,7 +729,7 @@ fn every_callback_of_a_pool_may_call_every_method() {
     });
 }
 
-/// The handles that a callback of a worker can use.
+/// The handles that a worker's callback can use.
 struct Own {
     worker: Worker,
     listener: Listener,
@@ -977,13 +980,13 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
     }),
 ];
 
-/// Connects a client on another thread.
+/// Connects a client to the worker's listener from another thread.
 fn connect(own: &Own) {
     let address = own.listener.local_addr().unwrap();
     std::thread::spawn(move || drop(TcpStream::connect(address)));
 }
 
-/// Each callback is tested in a worker of its own.
+/// Tests each kind of callback in its own worker.
 fn every_callback_of_a_worker_may_call_every_method() {
     cluster(
         |master| {
@@ -1002,7 +1005,8 @@ fn every_callback_of_a_worker_may_call_every_method() {
             let known = WORKER_CALLBACKS.iter().find(|(known, _)| *known == name);
             let (_, register) = known.unwrap();
             println!("{name}");
-            // Each worker has its own address, so its client does not reach another worker.
+            // Listen on a different address in each worker, so that its client does not reach
+            // another worker.
             let address = format!("127.0.0.{}:0", worker.id());
             let listener = worker.listen(address.as_str()).unwrap();
             let udp = worker.bind(BindOptions::from("127.0.0.1:0").exclusive(true));
@@ -1020,7 +1024,8 @@ fn every_callback_of_a_worker_may_call_every_method() {
     );
 }
 
-/// Otherwise `fork` would call the closure again for the new worker, without end.
+/// Checks that `fork` fails inside the closure. If it succeeded, `fork` would call the closure for
+/// the new worker, and recurse forever.
 fn inspect_port_closure_cannot_fork() {
     match cluster::init().unwrap() {
         Role::Master(master) => {

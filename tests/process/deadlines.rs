@@ -1,4 +1,4 @@
-//! Stops that end by their deadline, whatever the workers do.
+//! Tests of stops that end at their deadline, whether or not the workers react.
 
 use std::cell::{Cell, RefCell};
 use std::io::Read as _;
@@ -31,17 +31,18 @@ crate::scenarios! {
     next_stop_has_its_own_deadline
 }
 
-/// The deadline of stops that end in kills; long enough to notice a kill before it.
+/// Deadline of stops that end in kills. The period is long enough to notice a kill before the
+/// deadline.
 const SOON: Duration = Duration::from_millis(400);
-/// How long after its deadline a stop may end on a machine with other load.
+/// Maximum delay between a stop's deadline and its end on a machine with other load.
 const TOLERANCE: Duration = Duration::from_secs(5);
-/// A deadline that no test reaches.
+/// Deadline that no test reaches.
 const LATE: Duration = Duration::from_secs(600);
 
 const EXITED: &str = "exit Some(true) exit status: 0";
 const KILLED: &str = "exit Some(true) signal: 9 (SIGKILL)";
 
-/// The part of each worker at the time of the stop, and how the worker then exits.
+/// Role of each worker during the stop, and the expected exit.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", EXITED),
     ("running", EXITED),
@@ -67,12 +68,14 @@ fn spin_forever() -> ! {
     }
 }
 
-/// Plays the worker's part, and reports ready in the state in which the deadline should find it.
+/// Runs the worker in its role, and reports ready in the state in which the deadline should find
+/// the worker.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
         let _ = worker.send(b"ready").unwrap();
     };
-    // Each worker listens on its own address, where no other worker receives its connection.
+    // Listen on a different address in each worker, so that each worker receives the connection
+    // that is meant for it.
     let listen = || {
         worker
             .listen(format!("127.0.0.{}:0", worker.id()).as_str())
@@ -106,7 +109,8 @@ fn work(worker: Worker) {
             spin_forever();
         }
         "unresponsive" => {
-            // The worker receives the signal and the disconnect, and exits for neither.
+            // Ignore the signal and the disconnect: the handler does nothing, and the timer keeps
+            // the loop running.
             worker.on_signal(Signal::TERM, |_, _| {}).unwrap();
             worker.set_timeout(LATE, |_| {});
             ready(&worker);
@@ -131,7 +135,7 @@ fn work(worker: Worker) {
     }
 }
 
-/// Waits until a worker that has reported ready is in the state that belongs to its part.
+/// Waits until a worker that has reported ready is in its role's final state.
 fn settle(worker: &WorkerProcess, part: &str) {
     match part {
         "stopped" => stop(worker),
@@ -140,7 +144,7 @@ fn settle(worker: &WorkerProcess, part: &str) {
     }
 }
 
-/// Forks a worker for each part, and calls `then` once each is in its state.
+/// Forks a worker for each role, and calls `then` once each worker is in its role's final state.
 fn when_all_are_settled(
     master: &Master,
     parts: &'static [&'static str],
@@ -161,7 +165,7 @@ fn when_all_are_settled(
     });
 }
 
-/// The time of each worker's exit.
+/// The times at which the workers exited, by worker id.
 #[derive(Clone, Default)]
 struct Times(Rc<RefCell<Vec<(u32, Instant)>>>);
 
@@ -183,7 +187,7 @@ impl Times {
     }
 }
 
-/// Asserts that `end` is at the deadline, or shortly after.
+/// Asserts that `end` is between the deadline and [`TOLERANCE`] after it.
 #[track_caller]
 fn assert_at(deadline: Instant, end: Instant) {
     assert!(end >= deadline, "{:?} too early", deadline - end);
@@ -202,7 +206,7 @@ const ALL: &[&str] = &[
     "lingering",
 ];
 
-/// Starts a stop of one worker of each kind with `begin`, and checks how they exit.
+/// Starts a stop of one worker of each kind with `begin`, and checks how the workers exit.
 fn stop_all_kinds(
     begin: impl FnOnce(&Master, &[WorkerProcess], Rc<Cell<bool>>) + 'static,
     expect_call: bool,
@@ -283,8 +287,8 @@ fn workers_are_killed_at_their_own_deadlines() {
     });
 }
 
-/// Starts a stop of workers with these parts; returns the events, the exit times, and the time of
-/// the start.
+/// Starts a stop of workers with these roles. Returns the events, the exit times and the stop's
+/// start time.
 fn stopped_by(
     parts: &'static [&'static str],
     begin: impl FnOnce(&Master, &[WorkerProcess]) + 'static,
@@ -307,11 +311,11 @@ fn stopped_by(
     (entries.take(), exits, began.get().unwrap())
 }
 
-/// A time that is set while the workers run.
+/// A time that is recorded while the workers run.
 type Began = Rc<Cell<Option<Instant>>>;
 
-/// Sets a deadline for all workers once `exits` workers have exited; the remaining workers must be
-/// alive then.
+/// Sets a deadline for all workers once `exits` workers have exited, and asserts that the other
+/// workers are still alive then.
 fn stop_after_exits(master: &Master, exits: usize, deadline: Duration, began: &Began) {
     let mut count = 0;
     let began = Rc::clone(began);
@@ -333,7 +337,7 @@ fn assert_ends(entries: &[String], ends: &[&str]) {
     }
 }
 
-/// The deadline is so late that the test passes only if the workers exit without it.
+/// Sets a deadline that is so late that the test passes only if the workers exit by themselves.
 fn workers_that_exit_in_time_are_not_killed() {
     for_both_policies(|| {
         let parts = &["accepting", "running", "running"];
@@ -342,7 +346,7 @@ fn workers_that_exit_in_time_are_not_killed() {
             master.disconnect_within(LATE);
         });
         assert_ends(&entries, &[EXITED; 3]);
-        // No deadline remains that `run` would wait for.
+        // Check that `run` has not waited for the deadline after the last worker exited.
         assert!((1..=3).all(|worker| exits.of(worker) < began + TOLERANCE));
         assert!(began.elapsed() < TOLERANCE);
     });
@@ -401,7 +405,7 @@ fn zero_deadline_kills_at_once() {
     (3..=4).for_each(|worker| assert_at(later.get().unwrap(), exits.of(worker)));
 }
 
-/// The worker's channel has closed, and its process does not exit.
+/// Checks workers whose channel has closed but whose process does not exit.
 fn worker_without_channel_is_killed_at_the_deadline() {
     let log = Log::default();
     let entries = log.clone();
@@ -426,7 +430,8 @@ fn worker_without_channel_is_killed_at_the_deadline() {
         work,
     );
     let entries = entries.take();
-    // The worker closed its channel itself, before the master requested a disconnect.
+    // Expect `Some(false)`, because the worker closed its channel before the master requested a
+    // disconnect.
     let by_itself = "exit Some(false) signal: 9 (SIGKILL)";
     assert_ends(&entries, &[by_itself, KILLED]);
 }
@@ -445,13 +450,13 @@ fn deadline_after_a_disconnect_applies() {
     assert_at(later.get().unwrap() + SOON, exits.of(2));
 }
 
-/// The callback that sets the deadline runs for longer than the deadline.
+/// Sets a deadline in a callback that then runs past the deadline.
 fn deadline_starts_at_the_call() {
     let (own, all) = (Began::default(), Began::default());
     let (at, at_later) = (Rc::clone(&own), Rc::clone(&all));
     let parts = &["looping", "looping"];
     let (entries, exits, _) = stopped_by(parts, move |master, workers| {
-        // The second deadline is set inside this kind of callback, too.
+        // Also delay the callback that sets the second deadline.
         master.on_exit(|_, _, _| spin_past_the_deadline());
         stop_after_exits(master, 1, SOON, &at_later);
         spin_past_the_deadline();
@@ -463,7 +468,7 @@ fn deadline_starts_at_the_call() {
     assert_at(all.get().unwrap() + SOON, exits.of(2));
 }
 
-/// Spins for longer than the deadlines in this file.
+/// Spins for twice [`SOON`].
 fn spin_past_the_deadline() {
     let began = Instant::now();
     while began.elapsed() < SOON * 2 {
@@ -507,7 +512,9 @@ fn deadline_for_exited_workers_does_nothing() {
     assert_eq!(of(1, &entries.take()), ends);
 }
 
-/// `kill` disconnects first and sends its signal afterwards. One worker ignores that signal, too.
+/// Sets a deadline for workers on which `kill` has been called.
+///
+/// `kill` first disconnects the worker and then sends its signal, which one of the workers ignores.
 fn deadline_kills_a_worker_with_a_pending_signal() {
     let later = Began::default();
     let at = Rc::clone(&later);
@@ -525,7 +532,7 @@ fn deadline_kills_a_worker_with_a_pending_signal() {
     assert_at(later.get().unwrap() + SOON, exits.of(4));
 }
 
-/// The workers run a program that never calls `init`.
+/// Sets a deadline for workers whose program never calls `init`.
 fn deadline_kills_a_worker_that_never_called_init() {
     let (log, times) = (Log::default(), Times::default());
     let (entries, exits) = (log.clone(), times.clone());
@@ -577,7 +584,7 @@ fn deadline_keeps_the_callback_of_an_earlier_stop() {
     assert_eq!(seen.take(), ["first", "second", "third"]);
 }
 
-/// Workers that are forked after a stop are not killed at the deadline of that stop.
+/// Checks that a worker that is forked after a stop survives that stop's deadline.
 fn next_stop_has_its_own_deadline() {
     let log = Log::default();
     let entries = log.clone();
@@ -588,7 +595,8 @@ fn next_stop_has_its_own_deadline() {
             first.on_message(|master, _, _| {
                 master.on_all_disconnected_once(|master| {
                     let second = fork(master, "running");
-                    // The second worker is still alive after the first deadline.
+                    // Disconnect the second worker only after the first deadline, at which it must
+                    // still be alive.
                     second.on_message(|master, worker, _| {
                         let worker = worker.clone();
                         master.set_timeout(SOON * 2, move |_| {

@@ -1,5 +1,7 @@
-//! Exhausted system resources. The master reports what failed, does not spin, and goes on once
-//! resources are available again.
+//! Tests with exhausted system resources.
+//!
+//! The master must report which operation failed, must not spin, and must continue once resources
+//! are available again.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -34,16 +36,16 @@ crate::scenarios! {
     descriptors_beyond_the_users_limit_wait: ROOT
 }
 
-/// How long resources are missing.
+/// Duration of a resource shortage.
 const SHORTAGE: Duration = Duration::from_secs(1);
-/// Maximum CPU time of the master during `SHORTAGE`: a tenth of it.
+/// Maximum CPU time of the master during `SHORTAGE`, which is a tenth of that period.
 const CPU_TIME_MAX: Duration = Duration::from_millis(100);
-/// Returns a user that no other test uses, so that limits per user apply to one test.
+/// Returns a user id that no other test uses, so that each user's limits affect only one test.
 fn unique_user() -> u32 {
     100_000 + std::process::id()
 }
 
-/// Returns the CPU time of this process.
+/// Returns this process's CPU time.
 fn cpu_time() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
     let both = [usage.user_time(), usage.system_time()];
@@ -51,7 +53,7 @@ fn cpu_time() -> Duration {
     Duration::from_micros(micros.iter().sum::<i64>().unsigned_abs())
 }
 
-/// Waits for `SHORTAGE`, asserts that this process has used little CPU time, and calls `then`.
+/// Waits for `SHORTAGE`, asserts that this process has used little CPU time, and then calls `then`.
 fn after_shortage(master: &Master, then: impl FnOnce(&Master) + 'static) {
     let before = cpu_time();
     master.set_timeout(SHORTAGE, move |master| {
@@ -62,10 +64,11 @@ fn after_shortage(master: &Master, then: impl FnOnce(&Master) + 'static) {
     });
 }
 
-/// Limits this process to `more` additional descriptors. Returns a closure that restores the limit.
+/// Limits this process to `more` additional descriptors, and returns a closure that restores the
+/// limit.
 fn leave_free(more: usize) -> impl Fn() + Copy {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    // The kernel assigns the lowest free number, so fill the gaps below the limit first.
+    // Fill the gaps below the limit first, because the kernel assigns the lowest free number.
     let mut free = Vec::new();
     while free.len() < more {
         free.push(std::fs::File::open("/dev/null").unwrap());
@@ -76,7 +79,7 @@ fn leave_free(more: usize) -> impl Fn() + Copy {
     move || setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap()
 }
 
-/// Reads the answer of each client, and calls `then` with the answers.
+/// Reads all clients' answers, and calls `then` with them.
 fn read_all(
     master: &Master,
     clients: Vec<TcpStream>,
@@ -124,7 +127,7 @@ fn accepting_without_descriptors_waits_and_goes_on() {
                 });
                 let restore = leave_free(0);
                 after_shortage(master, move |_| {
-                    // The master tries again every 100 ms.
+                    // Expect one failure for each retry, which follows after 100 ms.
                     assert!((2..=11).contains(&failures.get()), "{}", failures.get());
                     restore();
                 });
@@ -137,12 +140,13 @@ fn accepting_without_descriptors_waits_and_goes_on() {
     assert_eq!(entries.take(), [format!("{:?}", ["served"; 10])]);
 }
 
-/// Returns the number of this process's listening socket with the given port.
+/// Returns this process's listening socket with the given port, as a descriptor number.
 fn listener_on(port: u16) -> u64 {
     use nix::sys::socket::{SockaddrIn, getsockname, getsockopt, sockopt};
     let is_listener = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: the descriptor is only queried.
+        // SAFETY: the borrowed descriptor is only queried. If no descriptor has this number,
+        // `getsockopt` fails with EBADF.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
         let listens = getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false);
         listens && getsockname::<SockaddrIn>(*number).is_ok_and(|own| own.port() == port)
@@ -151,7 +155,7 @@ fn listener_on(port: u16) -> u64 {
     u64::try_from(found).unwrap()
 }
 
-/// Matches calls whose first argument is this descriptor.
+/// Returns a rule that matches calls whose first argument is the given descriptor.
 fn for_descriptor(fd: u64) -> SeccompRule {
     let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
     let condition = SeccompCondition::new(0, length, operator, fd).unwrap();
@@ -160,7 +164,9 @@ fn for_descriptor(fd: u64) -> SeccompRule {
 
 const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
 
-/// Three listeners have one client each that cannot be accepted. The last one has ten that can.
+/// Connects one client to each of three listeners on which `accept` fails.
+///
+/// Ten clients of a fourth listener must still be accepted.
 fn accepting_fails_for_one_listener_and_goes_on_for_others() {
     let log = Log::default();
     let entries = log.clone();
@@ -202,7 +208,8 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
                     read_all(master, connect_some(working), move |master, answers| {
                         log.add(format!("{answers:?}"));
                         drop(waiting);
-                        // A disconnect would first have to accept the waiting clients, which fails.
+                        // Kill the worker. A disconnect would first accept the waiting clients,
+                        // which fails.
                         master.workers()[0].process().kill(Signal::KILL);
                     });
                 });
@@ -219,7 +226,7 @@ fn accepting_fails_for_one_listener_and_goes_on_for_others() {
     assert_eq!(entries.take(), [format!("{:?}", ["served"; 10])]);
 }
 
-/// Forks, which must fail without an effect, and returns what was attempted.
+/// Asserts that `fork` fails without an effect, and returns the failed step.
 fn refused_fork(master: &Master, errno: i32) -> String {
     let before = (open_fds(), master.workers().len());
     let error = master.fork().unwrap_err();
@@ -231,7 +238,7 @@ fn refused_fork(master: &Master, errno: i32) -> String {
     }
 }
 
-/// Repeats the fork with one more descriptor each time, until there are enough.
+/// Repeats the fork, each time with one more available descriptor, until the fork succeeds.
 fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
     let log = Log::default();
     let entries = log.clone();
@@ -262,7 +269,7 @@ fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             let expected = ["make a channel", "make a process"].map(str::to_owned);
             assert_eq!(attempts, BTreeSet::from(expected));
-            // The first worker has inherited the low limit. The second has not.
+            // Fork another worker, because the first one has inherited the low limit.
             let first = master.workers().remove(0);
             first.process().kill(Signal::KILL);
             first.on_exit(move |master, _, _| {
@@ -276,18 +283,19 @@ fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
     assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Returns the number of open descriptors below `limit`, without opening one.
+/// Returns the number of open descriptors below `limit`, without opening a descriptor.
 fn count_below(limit: u64) -> usize {
     let is_open = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: the call only checks whether the descriptor is open.
+        // SAFETY: `F_GETFD` only checks whether the descriptor is open, and fails with EBADF if it
+        // is not.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
         nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFD).is_ok()
     };
     (0..i32::try_from(limit).unwrap()).filter(is_open).count()
 }
 
-/// Matches calls of `epoll_ctl` that add a descriptor.
+/// Returns a rule that matches calls of `epoll_ctl` that add a descriptor.
 fn adding_to_a_poller() -> SeccompRule {
     let add = u64::try_from(libc::EPOLL_CTL_ADD).unwrap();
     let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
@@ -295,8 +303,10 @@ fn adding_to_a_poller() -> SeccompRule {
     SeccompRule::new(vec![condition]).unwrap()
 }
 
-/// A system call filter cannot be removed, so each step here precedes the step that was refused
-/// before.
+/// Makes each step of a fork fail, from the last step to the first.
+///
+/// Seccomp filters accumulate. In the opposite order, the first rejected step would hide all later
+/// ones.
 fn refused_fork_names_the_failed_step() {
     let log = Log::default();
     let entries = log.clone();
@@ -329,7 +339,7 @@ fn refused_fork_names_the_failed_step() {
     assert_eq!(entries.take(), ["served"]);
 }
 
-/// Makes this process run as another user that may read its own `/proc` entries.
+/// Makes this process run as another user, which may still read the process's `/proc` entries.
 fn become_user(user: u32) {
     setgroups(&[]).unwrap();
     setgid(Gid::from_raw(user)).unwrap();
@@ -357,7 +367,9 @@ fn fork_beyond_the_process_limit_is_an_error_until_there_is_capacity() {
     assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// The message arrives with the descriptors that could be received, and the worker goes on.
+/// Limits the master's descriptors while a message with four of them arrives.
+///
+/// The master must report the loss, and deliver the message with the remaining descriptors.
 fn descriptors_lost_on_the_way_to_the_master_are_reported() {
     let log = Log::default();
     let entries = log.clone();
@@ -401,13 +413,14 @@ fn descriptors_lost_on_the_way_to_the_master_are_reported() {
         },
     );
     let mut seen = entries.take();
-    // The order of the error and the message is not specified.
+    // Sort the error and the message, because their order is not specified.
     seen[1..3].sort();
     let expected = ["all 4", "lost some", "some 2", "again 4", "exit status: 0"];
     assert_eq!(seen, expected);
 }
 
-/// The first worker has no free descriptors for a while; the second serves meanwhile.
+/// Leaves the first worker without free descriptors for a while. The second worker serves in the
+/// meantime.
 fn connections_lost_on_the_way_to_a_worker_go_to_another() {
     let log = Log::default();
     let entries = log.clone();
@@ -434,7 +447,8 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
                     }
                     _ => {
                         let log = log.clone();
-                        // The first worker may receive a connection only after a while.
+                        // It can take a while until the first worker receives a connection again,
+                        // so keep trying.
                         let work = move || wait_until("both workers", || both(address));
                         in_background(master, work, move |master, ()| {
                             log.add("both workers");
@@ -462,7 +476,7 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
     assert_eq!(entries.take(), [r#"{"2"}"#, "both workers"]);
 }
 
-/// Returns the ids of the workers that answer 20 clients, one after the other.
+/// Connects 20 clients one after the other, and returns the ids of the workers that answered them.
 fn answering_ids(address: SocketAddr) -> BTreeSet<String> {
     (0..20).map(|_| talk(address, b"").unwrap()).collect()
 }
@@ -471,7 +485,7 @@ fn both(address: SocketAddr) -> Option<()> {
     (answering_ids(address).len() == 2).then_some(())
 }
 
-/// Copies this test binary to a place where every user can execute it and `user` can remove it.
+/// Copies this test binary to a directory where every user can execute it and `user` can remove it.
 fn program_for(user: u32) -> (tempfile::TempDir, PathBuf) {
     use std::os::unix::fs::PermissionsExt as _;
     let directory = tempfile::tempdir().unwrap();
@@ -484,10 +498,11 @@ fn program_for(user: u32) -> (tempfile::TempDir, PathBuf) {
     (directory, path)
 }
 
-/// Environment variable with the number of messages that the worker waits for.
+/// Environment variable with the number of messages that the worker expects.
 const MESSAGES: &str = "MESSAGES";
 
-/// Sends messages that consist of `length` bytes, each the message's number, and `fds` descriptors.
+/// Sends `messages` messages, each with `fds` descriptors and `length` bytes. Each byte is the
+/// message's number.
 fn send_many(reader: &WorkerProcess, messages: u8, fds: usize, length: usize) {
     for number in 0..messages {
         let text = vec![number; length];
@@ -500,7 +515,8 @@ fn copies(count: usize) -> Vec<OwnedFd> {
     (0..count).map(copy).collect()
 }
 
-/// Reports once every message has arrived, each with as many descriptors as the first.
+/// Reads all messages, asserts that each has as many descriptors as the first, and then notifies
+/// the master.
 fn read_in_order(worker: &Worker) {
     let messages: u8 = std::env::var(MESSAGES).unwrap().parse().unwrap();
     let (mut next, mut all) = (0, None);
@@ -523,7 +539,8 @@ fn note_text(worker: &WorkerProcess, log: &Log) {
     });
 }
 
-/// The system reports EAGAIN, and the poller reports when the channel is writable.
+/// Stops a worker, so that writes of descriptors fail with EAGAIN. The master continues once the
+/// poller reports that the channel is writable.
 fn descriptors_wait_for_a_stopped_worker() {
     let log = Log::default();
     let entries = log.clone();
@@ -548,12 +565,14 @@ fn descriptors_wait_for_a_stopped_worker() {
     assert_eq!(entries.take(), ["all 2"]);
 }
 
-/// Limit of descriptors in flight for the user, and of open descriptors for the master.
+/// Limit on the user's descriptors in flight, and on the master's open descriptors.
 const USER_FDS_MAX: u64 = 64;
 
-/// Descriptors that a worker has not received count for the user (`RLIMIT_NOFILE` in unix(7)). The
-/// channel backs off, and goes on once the worker reads. Another worker's channel waits too, and
-/// loses nothing.
+/// Exceeds the user's limit on descriptors in flight (see `RLIMIT_NOFILE` in unix(7)), which
+/// includes descriptors that a worker has not received.
+///
+/// The channel must back off, and continue once the worker reads. Another worker's channel also
+/// waits, and must lose nothing.
 fn descriptors_beyond_the_users_limit_wait() {
     let program = cluster::is_master().then(|| program_for(unique_user()));
     let log = Log::default();

@@ -1,5 +1,7 @@
-//! Children that the application forks, as servers do that fork for each connection. They have
-//! copies of all handles of the crate, and must not affect the process that created the handles.
+//! Tests of children that the application forks, for example to serve each connection in a child.
+//!
+//! The children have copies of all the crate's handles, and must not affect the process that
+//! created the handles.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -38,11 +40,12 @@ crate::scenarios! {
 
 fn fork() -> ForkResult {
     #[allow(unsafe_code)]
-    // SAFETY: the parent has one thread.
+    // SAFETY: the parent has one thread, so no other thread can hold a lock that the child needs.
     unsafe { nix::unistd::fork() }.unwrap()
 }
 
-/// Plays in a child, which exits with `exit`, so exit handlers run.
+/// Runs `play` in a child, which then calls `exit`, so that exit handlers run. Asserts that the
+/// child succeeds.
 fn in_child(play: impl FnOnce()) {
     match fork() {
         ForkResult::Child => {
@@ -58,7 +61,7 @@ fn expect_success(child: Pid) {
     assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
 }
 
-/// Returns whether nothing would wake the loop that has this poller.
+/// Returns whether no event is ready that would wake the loop with this poller.
 fn is_idle(poller: &impl AsFd) -> bool {
     let mut fds = [PollFd::new(poller.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap() == 0
@@ -73,8 +76,8 @@ fn expect_foreign<T, E: Into<Error>>(result: std::result::Result<T, E>) {
     }
 }
 
-/// Connects clients one after the other. The worker forks a child for each, which returns from
-/// `main`.
+/// Connects clients one after the other. The worker forks a child for each client, and the child
+/// returns from `main`.
 fn child_per_connection(policy: SchedulingPolicy) {
     const CLIENTS: usize = 5;
     let served = Rc::new(Cell::new(0));
@@ -136,10 +139,10 @@ struct WorkerHandles {
     worker: Worker,
 }
 
-/// A list of names and functions. Each function uses the handles in a child.
+/// A list of uses: each entry has a name, and a function that uses the handles in a child.
 type Uses<H> = [(&'static str, fn(&H))];
 
-/// Each child takes one of these steps and then drops all handles.
+/// Uses of a worker's handles. Each child performs one of them and then drops all handles.
 const WORKER_USES: &Uses<WorkerHandles> = &[
     ("nothing", |_| {}),
     ("Worker::send", |handles| {
@@ -228,7 +231,7 @@ const WORKER_USES: &Uses<WorkerHandles> = &[
     }),
 ];
 
-/// Counts the calls of each callback of a worker.
+/// The number of calls of each of a worker's callbacks.
 #[derive(Default)]
 struct Seen {
     pongs: Cell<u32>,
@@ -243,7 +246,7 @@ fn count(counter: &Cell<u32>) {
     counter.set(counter.get() + 1);
 }
 
-/// Runs the loop until the counter has been incremented.
+/// Calls `cause`, and runs the worker's loop until the counter has been incremented.
 #[track_caller]
 fn dispatch_until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, cause: impl FnOnce()) {
     let before = counter.get();
@@ -255,7 +258,7 @@ fn dispatch_until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, caus
 }
 
 impl WorkerHandles {
-    /// Checks that every handle works as before.
+    /// Checks that every handle in the parent still works.
     fn check(&self, seen: &Rc<Seen>, path: &Path, mut watched: &UnixStream) {
         let worker = &self.worker;
         assert!(is_idle(worker), "the child has woken its parent");
@@ -293,7 +296,7 @@ impl WorkerHandles {
         dispatch_until_counted("a timer", worker, &seen.timeouts, || {
             worker.set_timeout(Duration::ZERO, move |_| count(&timed.timeouts));
         });
-        // Handle remaining events.
+        // Empty the loop, so that the next check finds only events that a child has caused.
         while !is_idle(worker) {
             worker.dispatch(Some(Duration::ZERO)).unwrap();
         }
@@ -356,7 +359,8 @@ fn use_all_handles(worker: Worker) {
         }
         handles.check(&seen, &path, &other);
     }
-    // The client receives the byte that the child wrote, and no end-of-file.
+    // Check that the client receives the child's byte but no end-of-file, because the parent has
+    // the connection.
     client.read_exact(&mut [0]).unwrap();
     client.set_nonblocking(true).unwrap();
     assert!(client.read(&mut [0]).is_err());
@@ -470,7 +474,7 @@ const MASTER_USES: &Uses<MasterHandles> = &[
     }),
 ];
 
-/// Runs the loop until `ask` returns a value.
+/// Runs the master's loop until `ask` returns a value.
 #[track_caller]
 fn dispatch_until<T>(what: &str, master: &Master, mut ask: impl FnMut() -> Option<T>) -> T {
     wait_until(what, || {
@@ -479,7 +483,7 @@ fn dispatch_until<T>(what: &str, master: &Master, mut ask: impl FnMut() -> Optio
     })
 }
 
-/// Returns a server's answer, and runs the master's loop meanwhile.
+/// Runs the master's loop until a server's answer is complete, and returns the answer.
 fn answer_of(mut client: impl std::io::Read, master: &Master) -> String {
     let mut answer = String::new();
     dispatch_until("an answer", master, || {
@@ -505,7 +509,7 @@ fn answer_at(address: SocketAddr, master: &Master) -> String {
     answer_of(client, master)
 }
 
-/// Environment variable with the path on which a worker listens.
+/// Environment variable with the path on which the worker listens.
 const UNIX: &str = "UNIX_PATH";
 
 fn serve_both(worker: &Worker) {
@@ -565,13 +569,14 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
         dispatch_until("a signal", master, || {
             (signals.get() > before).then_some(())
         });
-        // Until the worker has reported that it is idle again.
+        // Wait until the worker has reported that it is idle.
         wait_until("an idle loop", || {
             master.dispatch(Some(Duration::from_millis(10))).unwrap();
             is_idle(master).then_some(())
         });
     };
-    // The first connection waits for the worker's start-up.
+    // Connect once before the first check, because the first connection also waits for the worker's
+    // start-up.
     assert_eq!(answer_at(address, &handles.master), "tcp");
     let client = UnixStream::connect(&path).unwrap();
     client.set_nonblocking(true).unwrap();
@@ -594,7 +599,7 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
                     master,
                     ..
                 } = handles;
-                // Drops one listener before the master and one after it.
+                // Drop one listener before the master and one after it, to test both orders.
                 drop(tcp);
                 drop(master);
                 drop((unix, worker));
@@ -671,7 +676,7 @@ fn pool_is_inert_in_a_forked_child() {
     );
 }
 
-/// The child returns from the callback, and then from the loop, with an error. Nothing more is
+/// Checks that a child that a callback forks leaves the loop with an error. No further event is
 /// delivered in the child.
 fn loop_ends_in_a_child_forked_by_a_callback() {
     cluster(
@@ -697,7 +702,8 @@ fn loop_ends_in_a_child_forked_by_a_callback() {
             worker.on_message(move |worker, message| {
                 assert_eq!(std::process::id(), own, "{message:?}");
                 if message.bytes() == b"first" {
-                    // Another event that is due in the same iteration.
+                    // Add another event that is due in this iteration. The loop must deliver this
+                    // event only in the parent.
                     worker.set_timeout(Duration::ZERO, move |_| {
                         assert_eq!(std::process::id(), own);
                     });

@@ -1,8 +1,10 @@
-//! Workers that fail at each step of the hand-off, in each way. Every client is served exactly
-//! once, except a client whose connection a failing worker had already received. The ledger agrees.
+//! Tests of workers that fail at each step of the hand-off, in each way.
+//!
+//! Every client must be served exactly once, except a client whose connection a failing worker had
+//! already received. The ledger must agree.
 //!
 //! `CLUSTER_TEST_ROUNDS=N cargo test --test process hand_off` plays every combination N times. The
-//! faults are compiled in only with debug assertions; without these, the tests are ignored.
+//! faults are compiled only with debug assertions, and without them the tests are ignored.
 
 use std::cell::{Cell, RefCell};
 use std::io::Write as _;
@@ -18,16 +20,17 @@ use nix::unistd::Pid;
 
 use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
 
-/// Environment variable that selects one of the faults of `src/fault.rs`.
+/// Environment variable that selects a fault from `src/fault.rs`.
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
-/// Number of writes of a worker until it has served a connection. A worker fails at each of them.
+/// Number of writes that a worker makes until it has served a connection. A worker fails at each of
+/// these writes.
 const WRITE_PASSES: u32 = 8;
-/// Number of passes of the other points, each of which a worker fails at.
+/// Number of passes at every other fault point. A worker fails at each of these passes.
 const OTHER_PASSES: u32 = 3;
-/// Makes a worker serve with a callback.
+/// Environment variable that makes a worker serve with a callback.
 const BY_CALLBACK: &str = "BY_CALLBACK";
-/// Time limit for a fault: clients connect until it has happened. Far longer than it takes.
+/// Maximum time for which clients connect until a fault has happened. A fault takes far less time.
 const FAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 crate::scenarios! {
@@ -74,8 +77,10 @@ fn hand_off_survives_a_kill_after_dispatch() {
     );
 }
 
-/// The reply to its bind request is the only frame that the master writes to a worker. A worker that
-/// is killed after this reply has not been dispatched any connection.
+/// Kills each worker after the reply to its bind request, which is the only frame that the master
+/// writes to it.
+///
+/// The master has not dispatched a connection to the worker by then.
 fn hand_off_survives_a_kill_after_writing() {
     play_kills("master.after_write", &[1], MayLose::Nothing);
 }
@@ -96,19 +101,19 @@ fn hand_off_survives_a_kill_after_processing_a_frame() {
     );
 }
 
-/// The clients that may get no answer.
+/// Clients that are allowed to receive no answer.
 #[derive(Clone, Copy)]
 enum MayLose {
     Nothing,
-    /// One client for each failed worker: the client whose connection it had received.
+    /// One client for each failed worker, whose connection this worker had received.
     ReceivedConnection,
 }
 
-/// The outcomes of the clients of one round.
+/// Results of one round's clients.
 struct Outcome {
     connected: u64,
     unanswered: u64,
-    /// The worker was observed in the stopped state.
+    /// Whether the worker was observed in the stopped state.
     stopped: bool,
 }
 
@@ -152,7 +157,8 @@ fn plan(passes: u32) -> Vec<Round> {
     plan
 }
 
-/// One worker serves during the whole test; the others are forked one after the other, and fail.
+/// Runs one worker that serves during the whole test, and forks workers that fail, one after the
+/// other.
 fn play_worker_faults(point: &'static str, passes: u32, may_lose: MayLose) {
     cluster(
         |master| {
@@ -195,7 +201,7 @@ struct Play {
     connected: Cell<u64>,
     unanswered: Cell<u64>,
     rounds: Cell<u64>,
-    /// Number of rounds in which the worker failed.
+    /// Number of rounds in which the failing worker failed.
     faults: Cell<u64>,
     healthy: WorkerProcess,
 }
@@ -209,7 +215,7 @@ impl Play {
         let by_callback = round.by_callback.then_some((BY_CALLBACK, "1"));
         let env = [(FAULT, plan.as_str())].into_iter().chain(by_callback);
         let failing = master.fork_with(env).unwrap();
-        // The round ends when the clients have finished and the worker has exited.
+        // End the round after two events: the clients have finished, and the worker has exited.
         let parts = Rc::new(Cell::new(2));
         let end_part = move |play: &Rc<Self>, master: &Master| {
             parts.set(parts.get() - 1);
@@ -221,15 +227,16 @@ impl Play {
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // The worker exited by itself, or was stopped and continued.
+            // Record a fault if the worker exited without a request. The other result covers a
+            // worker that was stopped and continued.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);
             play.faults.set(play.faults.get() + u64::from(failed.get()));
             end_worker(&play, master);
         });
-        // Connections arrive in the queue, not as frames. The messages give the worker frames to
-        // receive, too.
+        // Send messages, so that the worker also receives frames. Connections arrive in its queue
+        // and not as frames.
         failing.on_listening(|master, worker, _| {
             let listener = worker.clone();
             let send = move |_: &Master| drop(listener.send(b"a message"));
@@ -246,7 +253,7 @@ impl Play {
             move |master, outcome| {
                 play.count(round, &outcome);
                 has_failed.set(outcome.stopped);
-                // Ends a worker that was only stopped, or that fails after the last client.
+                // Disconnect a worker that was only stopped, or that has not failed by now.
                 failing.disconnect_within(Duration::from_millis(500));
                 end_part(&play, master);
             },
@@ -278,15 +285,16 @@ impl Play {
         self.healthy.on_exit(move |master, _, _| {
             let ledger = master.ledger();
             assert_eq!(ledger.accepted, connected);
-            // A client without an answer belongs to a connection that a worker had received.
+            // Expect every connection as received, because a client can lack an answer only after a
+            // worker received its connection.
             assert_eq!(ledger.received, connected, "{ledger:?}");
             assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
         });
     }
 }
 
-/// Clients connect until the worker has failed and one more client has been served. A stopped
-/// worker is killed or continued.
+/// Connects clients until the worker has failed and one more client has been served. Kills or
+/// continues a stopped worker.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
     let is_over = AtomicBool::new(false);
     let stopped = AtomicBool::new(false);
@@ -300,7 +308,8 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
                     } else {
                         Signal::SIGCONT
                     };
-                    // The worker may have exited. Its process ID is not reused so soon.
+                    // Ignore an error, because the worker may have exited. The kernel does not
+                    // reuse its process ID this soon.
                     let _ = kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal);
                 }
                 std::thread::sleep(Duration::from_micros(300));
@@ -334,8 +343,10 @@ fn has_stopped(pid: u32) -> bool {
     stat.contains(") T ")
 }
 
-/// For each N in `passes`, the master kills the worker at every N-th pass of the point while
-/// clients connect. The first worker is spared, so there is always a worker that serves.
+/// Kills a worker at every N-th pass of the fault point, for each N in `passes`, while clients
+/// connect.
+///
+/// The master never kills the first worker, so one worker always serves clients.
 fn play_kills(point: &'static str, passes: &[u32], may_lose: MayLose) {
     if let Ok(plan) = std::env::var(FAULT) {
         return play_kills_under_load(&plan, may_lose);
@@ -393,7 +404,7 @@ fn play_kills_under_load(plan: &str, may_lose: MayLose) {
     );
 }
 
-/// Connects clients until there are enough of them and enough workers were killed.
+/// Connects clients until 40 clients per round have connected and 5 workers per round were killed.
 fn connect_until_killed(address: SocketAddr, kills: &AtomicU64) -> Outcome {
     let mut outcome = Outcome {
         connected: 0,

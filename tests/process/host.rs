@@ -1,4 +1,6 @@
-//! The application that hosts the master keeps its own children, signal handlers and descriptors.
+//! Tests of the host, which is the application that contains the master.
+//!
+//! The crate must not affect the host's own children, signal handlers and descriptors.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,20 +55,20 @@ crate::scenarios! {
     workers_exit_with_a_master_that_is_process_1: PID_NAMESPACE
 }
 
-/// Refuses the calls that return process descriptors, as on an old kernel.
+/// Makes the system calls that return process descriptors fail, to simulate an old kernel.
 pub fn without_process_descriptors() {
     let calls = [libc::SYS_clone3, libc::SYS_pidfd_open];
     refuse_calls(&calls, libc::ENOSYS);
     SIGNALS.store(true, Ordering::SeqCst);
 }
 
-/// Starts a child of the host that exits with `code`.
+/// Starts a child of the host, which exits with `code`.
 fn child(code: i32) -> Child {
     let exit = format!("exit {code}");
     Command::new("sh").args(["-c", &exit]).spawn().unwrap()
 }
 
-/// Exits with the code in the worker's environment.
+/// Exits with the code in the worker's environment variable.
 fn exit_with_requested_code() -> ! {
     std::process::exit(std::env::var("CODE").unwrap().parse().unwrap())
 }
@@ -127,7 +129,7 @@ fn note_exit(exit_codes: &ExitCodes, status: nix::Result<WaitStatus>) -> bool {
     true
 }
 
-/// Waits for any child, repeatedly, until there is none and `stop` is set.
+/// Waits for any child, repeatedly, until `stop` is set and no child remains.
 fn wait_for_any_child(exit_codes: &ExitCodes, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
     let (exit_codes, stop) = (Arc::clone(exit_codes), Arc::clone(stop));
     std::thread::spawn(move || {
@@ -173,17 +175,17 @@ fn host_that_waits_for_any_child_gets_its_own_children() {
     stop.store(true, Ordering::SeqCst);
     waiting.unwrap().join().unwrap();
     assert_eq!(seen.get(), ROUNDS);
-    // The host's wait may also have reaped workers before the master did. The exit events are
-    // complete nevertheless.
+    // Ignore workers in the host's results. The host may have reaped them before the master did,
+    // but no exit event is missing.
     let mut waited_for = exit_codes.lock().unwrap();
     let expected = started_by_host.take();
     waited_for.retain(|pid, _| expected.contains_key(pid));
     assert_eq!(*waited_for, expected);
 }
 
-/// Counts the calls of each signal's handler.
+/// Number of calls of each signal's handler.
 static RUNS: [AtomicU32; 32] = [const { AtomicU32::new(0) }; 32];
-/// Whether SIGUSR2 could have interrupted the last call of SIGUSR1's handler.
+/// Whether SIGUSR2 was unblocked during the last call of SIGUSR1's handler.
 static INTERRUPTIBLE: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn count(number: libc::c_int) {
@@ -202,7 +204,7 @@ extern "C" fn count_with_reason(
     _: *mut libc::c_void,
 ) {
     #[allow(unsafe_code)]
-    // SAFETY: with SA_SIGINFO, the kernel passes a valid pointer.
+    // SAFETY: the handler is installed with SA_SIGINFO, so the kernel passes a valid pointer.
     let signal = unsafe { (*info).si_signo };
     if signal == number {
         count(number);
@@ -220,11 +222,12 @@ fn mask(numbers: &[Number]) -> SigSet {
 fn handle(number: Number, handler: SigHandler, flags: SaFlags, mask: SigSet) {
     let action = SigAction::new(handler, flags, mask);
     #[allow(unsafe_code)]
-    // SAFETY: the handlers here only store to atomics, or are SIG_IGN and SIG_DFL.
+    // SAFETY: each handler is SIG_IGN, SIG_DFL or a function that makes only async-signal-safe
+    // calls.
     unsafe { sigaction(number, &action) }.unwrap();
 }
 
-/// Installs one handler of each kind.
+/// Installs one signal handler of each kind.
 fn install_handlers_of_the_host() {
     let (simple, full) = (
         SigHandler::Handler(count),
@@ -257,24 +260,26 @@ fn dispositions() -> Vec<(usize, i32, Vec<i32>)> {
     handled.chain([Number::SIGCHLD]).map(disposition).collect()
 }
 
-/// Returns how the kernel handles a signal: address, flags, and the signals of the mask.
+/// Returns a signal's disposition: the handler's address, the flags, and the signals in the mask.
 fn disposition(number: Number) -> (usize, i32, Vec<i32>) {
     #[allow(unsafe_code)]
-    // SAFETY: all zeroes is a valid sigaction.
+    // SAFETY: `sigaction` is a C struct for which all zeroes are a valid value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     #[allow(unsafe_code)]
-    // SAFETY: without a new action the call only reads the old one.
+    // SAFETY: a null pointer installs no action, and `action` is valid for writes of one
+    // `sigaction`.
     let read = unsafe { libc::sigaction(number as i32, std::ptr::null(), &raw mut action) };
     assert_eq!(read, 0);
     #[allow(unsafe_code)]
-    // SAFETY: the kernel has initialised the set.
+    // SAFETY: the kernel has initialised the set, which is valid for reads.
     let is_in =
         |number: &i32| unsafe { libc::sigismember(&raw const action.sa_mask, *number) } == 1;
     let mask = (1..=64).filter(is_in).collect();
     (action.sa_sigaction, action.sa_flags, mask)
 }
 
-/// Signals arrive while the master has handlers for them, and the host's handlers run, too.
+/// Raises signals while the master handles them, and checks that the host's handlers also run and
+/// are restored later.
 fn assert_handlers_run_and_are_restored() {
     SIGNALS.store(true, Ordering::SeqCst);
     install_handlers_of_the_host();
@@ -330,7 +335,7 @@ fn signal_handlers_of_the_host_run_and_are_restored() {
     assert_handlers_run_and_are_restored();
 }
 
-/// On old kernels, SIGCHLD also reports the exit of a worker.
+/// Checks an old kernel, on which SIGCHLD also reports a worker's exit.
 fn signal_handlers_of_the_host_run_and_are_restored_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -339,7 +344,7 @@ fn signal_handlers_of_the_host_run_and_are_restored_on_old_kernels() {
     assert!(runs(Number::SIGCHLD) >= 2);
 }
 
-/// The handler relies on its mask: SIGUSR2 does not interrupt it.
+/// Checks that SIGUSR2 does not interrupt SIGUSR1's handler, whose mask blocks it.
 fn signal_handlers_of_the_host_run_with_their_masks() {
     SIGNALS.store(true, Ordering::SeqCst);
     INTERRUPTIBLE.store(true, Ordering::SeqCst);
@@ -392,7 +397,7 @@ fn signal_handler_installed_later_is_kept() {
     assert_eq!(runs(Number::SIGTERM), 2, "the host's handler is kept");
 }
 
-/// The host's handler does not call the handler that it replaces.
+/// Installs a handler in the host that does not call the handler that it replaces.
 fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -428,7 +433,7 @@ fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     assert!(runs(Number::SIGCHLD) >= 1, "the host's handler runs");
 }
 
-/// Makes the kernel reap children itself. Their process IDs can be reused at once.
+/// Makes the kernel reap children itself, so that their process IDs can be reused immediately.
 fn ignore_children(how: &str) {
     let none = SigSet::empty();
     let reap = SaFlags::SA_NOCLDWAIT;
@@ -477,7 +482,8 @@ fn exits_are_reported_though_the_host_ignores_its_children() {
     }
 }
 
-/// On old kernels, the kernel reaps the workers as well, and their exit status is not known.
+/// Checks an old kernel, which also reaps the workers, so that the master cannot get their exit
+/// status.
 fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
     const HOW: &str = "HOW";
     let Ok(how) = std::env::var(HOW) else {
@@ -505,7 +511,7 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
         },
         |worker| run_to_completion(&worker),
     );
-    // The text depends on the C library.
+    // Get the text of the error from the system, because it depends on the C library.
     let no_child = std::io::Error::from(nix::errno::Errno::ECHILD);
     let expected = [
         "1 fork".to_owned(),
@@ -520,8 +526,10 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
     assert_eq!(runs(Number::SIGCHLD) > 0, is_called, "{how}");
 }
 
-/// Ctrl-Z at a terminal reaches the child, too. If the child stopped before `execve`, the master
-/// would wait in `fork`, neither stopped nor running.
+/// Checks that Ctrl-Z at a terminal does not stop a child before `execve`, although the child also
+/// receives SIGTSTP.
+///
+/// The master would otherwise wait in `fork`, neither stopped nor running.
 fn terminal_stop_does_not_stop_a_child_before_execve() {
     let program = Arc::new(LeasedProgram::new());
     let log = Log::default();
@@ -535,7 +543,8 @@ fn terminal_stop_does_not_stop_a_child_before_execve() {
                 let child = leased.wait_for_child();
                 nix::sys::signal::kill(child, Number::SIGTSTP).unwrap();
                 let stat = format!("/proc/{child}/stat");
-                // The signal wakes the child. It has been handled when the child sleeps again.
+                // The signal wakes the child. When the child sleeps again, it has handled the
+                // signal.
                 let state = wait_until("a state", || {
                     let stat = std::fs::read_to_string(&stat).unwrap();
                     [") S ", ") T "]
@@ -581,7 +590,7 @@ fn handler_with_nocldstop_is_not_called_for_stops_on_old_kernels() {
     assert_eq!(runs(Number::SIGCHLD), 1, "only for the exit");
 }
 
-/// Set for the process that is process 1 of a new PID namespace.
+/// Environment variable that is set only for process 1 of a new PID namespace.
 const PROCESS_1: &str = "FIRST";
 
 /// Starts this scenario as process 1 of a new PID namespace.
@@ -602,11 +611,12 @@ fn is_process_1() -> bool {
     std::env::var_os(PROCESS_1).is_some()
 }
 
-/// The worker has exited, and its process ID is reused by a child of the host before the master has
-/// processed the exit. Then the application signals the worker.
+/// Signals a worker that has exited and whose process ID a child of the host reuses.
+///
+/// The master has not processed the worker's exit yet.
 fn reused_process_id_is_not_signalled() {
     if !is_process_1() {
-        // With `clone3`, and with the fallback to `fork`.
+        // Test both `clone3` and the fallback to `fork`.
         for how in ["cloned", "forked"] {
             let status = start_as_process_1(how).wait().unwrap();
             assert!(status.success(), "{how}: {status}");
@@ -651,7 +661,7 @@ fn signal_reused_process_id(worker: &WorkerProcess) {
     assert_eq!(status.signal(), Some(libc::SIGTERM), "{status}");
 }
 
-/// Starts a child of the host that has this process ID, if it is free.
+/// Starts a child of the host with this process ID. Returns `None` if the ID is not free.
 fn child_with_pid(number: Pid) -> Option<Child> {
     let last = (number.as_raw() - 1).to_string();
     std::fs::write("/proc/sys/kernel/ns_last_pid", last).unwrap();
@@ -668,20 +678,21 @@ fn has_ended(pid: Pid) -> bool {
     nix::sys::signal::kill(pid, None) == Err(nix::Error::ESRCH)
 }
 
-/// Returns the numbers of the open descriptors.
+/// Returns the open descriptors' numbers.
 fn fd_numbers() -> BTreeSet<RawFd> {
     let entries = std::fs::read_dir("/proc/self/fd")
         .unwrap()
         .map(Result::unwrap);
-    // Without the descriptor that reads this directory.
+    // Leave out the descriptor that reads this directory.
     let others = entries
         .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|to| !to.starts_with("/proc")));
     let numbers = others.map(|entry| entry.file_name().to_string_lossy().parse().unwrap());
     numbers.collect()
 }
 
-/// Returns the descriptors of a worker before `init`, except the channel and the descriptors from 0
-/// up to `standard`.
+/// Returns the unexpected descriptors of a worker before `init`.
+///
+/// The worker should have its channel and the descriptors below `standard`.
 fn unexpected_fds(standard: RawFd) -> Vec<RawFd> {
     let channel = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
     let mut expected: BTreeSet<_> = (0..standard).collect();
@@ -692,13 +703,14 @@ fn unexpected_fds(standard: RawFd) -> Vec<RawFd> {
         .collect()
 }
 
-/// Returns the descriptors of a program that the host executes.
+/// Returns a list of the descriptors that a program has when the host executes it.
 fn list_in_a_child() -> String {
     let output = Command::new("ls").arg("/proc/self/fd").output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Executes programs repeatedly, and checks that all have the same descriptors. Returns how many.
+/// Executes programs repeatedly until `stop` is set, and asserts that all have the same
+/// descriptors. Returns the number of programs.
 fn execute_until(stop: &Arc<AtomicBool>) -> JoinHandle<u32> {
     let stop = Arc::clone(stop);
     let before = list_in_a_child();
@@ -737,8 +749,8 @@ fn workers_and_concurrent_children_share_no_descriptors() {
                     }
                 }
             });
-            // The first worker makes the master have a channel, a listener and a queue while it
-            // forks the others.
+            // Start with a worker that listens, so that the master has a channel, a listener and a
+            // queue when it forks the other workers.
             let first = master.fork_with([("FIRST_OF_ALL", "1")]).unwrap();
             first.on_listening(|master, _, _| drop(master.fork().unwrap()));
             master.on_message(move |_, worker, _| {
@@ -768,7 +780,8 @@ fn workers_and_concurrent_children_share_no_descriptors() {
     );
 }
 
-/// Forks a child of the host without `execve`. It has all descriptors that were open at the fork.
+/// Forks a child of the host that does not call `execve` and keeps all descriptors that were open
+/// at the fork.
 fn forked_child() -> Pid {
     match fork_of_the_host() {
         ForkResult::Parent { child } => child,
@@ -783,8 +796,8 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-/// On old kernels, the master polls for the report of any child, as it does for a child of another
-/// user, but without a time limit.
+/// Checks an old kernel, on which the master polls for the report that a child was executed. The
+/// poll has no time limit.
 fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -792,12 +805,12 @@ fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     forked_child_of_the_host_delays_no_fork();
 }
 
-/// The host may fork such a child at any time, also while the master forks.
+/// Forks children of the host while the master forks workers.
 fn forked_child_of_the_host_delays_no_fork() {
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
-    // The threads begin together with the master's forks. The master forks as long as children are
-    // forked.
+    // Start the threads together with the master's forks. The master forks workers until no thread
+    // forks a child.
     let (begin, forking_threads) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicU32::new(2)),
@@ -813,8 +826,8 @@ fn forked_child_of_the_host_delays_no_fork() {
                 children.push(forked_child());
             }
             forking_threads.fetch_sub(1, Ordering::SeqCst);
-            // If `fork` does not wait for these children, the last fork returns long before this
-            // time.
+            // Keep the children alive for up to 20 s. If `fork` does not wait for them, the last
+            // fork returns long before.
             let end = Instant::now() + Duration::from_secs(20);
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
                 std::thread::park_timeout(Duration::from_millis(100));
@@ -844,7 +857,7 @@ fn forked_child_of_the_host_delays_no_fork() {
     assert_eq!(in_time, [true, true]);
 }
 
-/// The child has copies of the master's ends of all channels.
+/// Forks a child of the host, which has copies of the master's ends of all channels.
 fn forked_child_of_the_host_keeps_no_worker_alive() {
     let log = Log::default();
     let entries = log.clone();
@@ -901,7 +914,7 @@ fn forked_child_of_the_host_keeps_no_worker_of_a_dropped_master_alive() {
     }
 }
 
-/// Opens descriptors without close-on-exec, with low and high numbers.
+/// Opens descriptors with low and high numbers, all without close-on-exec.
 fn inheritable_descriptors() -> Vec<OwnedFd> {
     use nix::fcntl::{FcntlArg, fcntl};
     use nix::sys::resource::{Resource, getrlimit};
@@ -915,7 +928,7 @@ fn inheritable_descriptors() -> Vec<OwnedFd> {
     let copy = |number| {
         let copy = fcntl(&null, FcntlArg::F_DUPFD(number)).unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: `fcntl` has just created it.
+        // SAFETY: `fcntl` has just created the descriptor, so it is open and has no other owner.
         unsafe {
             OwnedFd::from_raw_fd(copy)
         }
@@ -983,13 +996,14 @@ fn worker_inherits_only_its_own_descriptors_on_old_kernels() {
     assert_no_unexpected_descriptors();
 }
 
-/// Returns the output of the process and its workers.
+/// Returns the output of the process and its workers, which share a pipe.
 fn output_of(process: &mut Child) -> BufReader<ChildStdout> {
     BufReader::new(process.stdout.take().unwrap())
 }
 
-/// A worker is killed and leaves a child behind, which becomes a child of the host. The other
-/// worker disconnects when the host receives SIGTERM, as an init system sends it.
+/// Kills a worker, whose orphan becomes the host's child because the host is process 1.
+///
+/// The host then receives SIGTERM, as from an init system, and the other worker disconnects.
 #[expect(clippy::zombie_processes, reason = "it is left behind")]
 fn process_1_can_be_a_master() {
     if !is_process_1() {
@@ -1038,14 +1052,17 @@ fn process_1_can_be_a_master() {
     );
 }
 
-/// The orphan exits at end-of-file on its input, when its parent has been killed.
+/// Kills the orphan's parent, and checks that the orphan's exit is left to the host.
+///
+/// The orphan exits at end-of-file on its input.
 fn kill_parent_of_orphan(parent: &WorkerProcess, orphan: &[u8]) {
     let orphan = u32::from_ne_bytes(orphan.try_into().unwrap());
     let orphan = Pid::from_raw(i32::try_from(orphan).unwrap());
     parent.process().kill(Signal::KILL);
     let end = Ok(WaitStatus::Exited(orphan, 7));
     parent.on_exit(move |master, _, _| {
-        // The orphan stays a zombie, so the master could mistake it for the other worker.
+        // Leave the orphan a zombie, because the master might mistake its exit for the other
+        // worker's.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         assert_eq!(waitid(Id::Pid(orphan), flags), end);
         let other = master.fork_with([("PART", "other")]).unwrap();
@@ -1067,8 +1084,8 @@ fn workers_exit_with_a_master_that_is_process_1() {
         assert_eq!(first.wait().unwrap().signal(), Some(libc::SIGKILL));
         let killed_at = Instant::now();
         let mut rest = String::new();
-        // All processes have the pipe as standard output. End-of-file arrives when the last one has
-        // exited.
+        // Read to end-of-file, which arrives when the last process has exited, because all
+        // processes have the pipe as standard output.
         output.read_to_string(&mut rest).unwrap();
         assert!(killed_at.elapsed() < Duration::from_secs(1));
         assert_eq!(rest, "");
@@ -1095,7 +1112,7 @@ fn workers_exit_with_a_master_that_is_process_1() {
     }
 }
 
-/// The child returns from `main` as the host does, so it drops its copy of the master.
+/// Forks a child that returns from `main` like the host and therefore drops its copy of the master.
 fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
     let path = std::env::temp_dir().join(format!("cluster-test-{}", std::process::id()));
     match cluster::init().unwrap() {
@@ -1143,6 +1160,7 @@ fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
 
 pub fn fork_of_the_host() -> ForkResult {
     #[allow(unsafe_code)]
-    // SAFETY: the child makes only async-signal-safe calls, or its parent has one thread.
+    // SAFETY: after `fork`, the child makes only async-signal-safe calls, or its parent had one
+    // thread and so no lock is held.
     unsafe { nix::unistd::fork() }.unwrap()
 }

@@ -1,4 +1,5 @@
-//! Pools: which workers they keep running, replace and upgrade, and what clients notice.
+//! Tests of pools: which workers a pool keeps running, replaces and upgrades, and how this affects
+//! clients.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -56,7 +57,7 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Returns options with short times and without jitter.
+/// Returns pool options with short periods and without jitter.
 fn quick() -> PoolOptions {
     PoolOptions::default()
         .workers(2)
@@ -65,7 +66,7 @@ fn quick() -> PoolOptions {
         .min_ready_time(20 * MS)
 }
 
-/// Logs the events of the pool.
+/// Logs the pool's events.
 fn note(pool: &Pool, log: &Log) {
     let log = log.clone();
     pool.on_event(move |_, _, event| log.add(event.to_string()));
@@ -142,7 +143,8 @@ fn crash_loop_ends_when_the_pool_gives_up() {
                 if matches!(event, PoolEvent::FailureLimitReached { .. }) {
                     assert!(pool.status(master).slots[0].is_given_up);
                     let pool = pool.clone();
-                    // Longer than the next pause would be.
+                    // Wait for longer than the next back-off pause would be, to check that the pool
+                    // forks no worker.
                     master.set_timeout(2000 * MS, move |master| {
                         assert_eq!(pool.status(master).slots[0].restarts, 6);
                         pool.stop(master);
@@ -161,7 +163,9 @@ fn crash_loop_ends_when_the_pool_gives_up() {
     }
 }
 
-/// Uses the default options, except that the pool never gives up, for as long as [`test_duration`].
+/// Records the forks in a crash loop for [`test_duration`].
+///
+/// The pool uses the default options, except that it never gives up.
 fn crash_loop_forks_at_the_configured_times() {
     let forks = Rc::new(RefCell::new(Vec::new()));
     let noted_forks = Rc::clone(&forks);
@@ -211,7 +215,7 @@ fn failed_fork_is_treated_as_a_death() {
                     assert!(error.contains("/nowhere/at/all"), "{error}");
                     deaths.set(deaths.get() + 1);
                 }
-                // By default, a pool without workers stops when it gives up.
+                // By default, a pool that gives up and has no workers stops.
                 PoolEvent::FailureLimitReached { .. } => assert!(deaths.get() >= 3),
                 event => assert!(pool.is_stopping(), "{event}"),
             });
@@ -232,7 +236,7 @@ fn worker_that_is_never_ready_is_killed() {
                 }
             });
         },
-        // Online, but the worker never listens.
+        // The worker comes online, but never listens.
         |worker| worker.run().unwrap(),
     );
 }
@@ -316,13 +320,15 @@ fn busy_workers_are_replaced_without_a_gap() {
 
 fn large_workers_are_replaced_without_a_gap() {
     assert_replaced_without_a_gap(quick().max_memory(Some(32 << 20)), Limit::Memory, |_| {
-        // Every page is touched, so it is resident. A leak checker finds what is reachable only.
+        // Write to every page, so that it is resident. Keep the memory reachable, so that a leak
+        // checker does not report it.
         thread_local!(static MEMORY: RefCell<Vec<u8>> = RefCell::default());
         MEMORY.set(vec![1u8; 64 << 20]);
     });
 }
 
-/// A pool of one worker. Some worker is ready at any moment.
+/// Checks that a pool of one worker has a ready worker at any moment while it replaces the worker
+/// at `limit`.
 fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit: fn(SocketAddr)) {
     let recycled = Rc::new(Cell::new(0));
     let seen = Rc::clone(&recycled);
@@ -393,8 +399,8 @@ fn reload_applies_new_settings() {
     );
     let entries = entries.take();
     let count = |what: &str| entries.iter().filter(|entry| *entry == what).count();
-    // The killed worker was replaced by a worker with its own release, unless the reload was
-    // faster.
+    // Expect one more worker of the old release if the killed worker was replaced before the
+    // reload.
     assert!((2..=3).contains(&count("one")), "{entries:?}");
     assert_eq!(count("two"), 2, "{entries:?}");
 }
@@ -403,7 +409,8 @@ fn with_args(release: &str) -> Settings {
     Settings::default().args([release])
 }
 
-/// Sends the first argument, and serves, unless a disconnect request arrives first.
+/// Sends the process's first argument to the master, and serves until the master disconnects the
+/// worker.
 fn send_release_and_serve(worker: &Worker) {
     let release = std::env::args().nth(1).unwrap();
     let _ = worker.send(release.as_bytes()).unwrap();
@@ -412,8 +419,10 @@ fn send_release_and_serve(worker: &Worker) {
     }
 }
 
-/// The first reload succeeds. The second one replaces only the worker in slot 0, and fails in slot
-/// 1. The third one fails when slot 0 is the only slot.
+/// Runs three reloads, of which only the first succeeds.
+///
+/// The second reload replaces the worker in slot 0 and fails in slot 1. The third reload fails when
+/// slot 0 is the only slot.
 fn failed_reloads_keep_the_settings_of_the_serving_generation() {
     let log = Log::default();
     let entries = log.clone();
@@ -487,7 +496,9 @@ fn reload_before_the_first_fork_uses_its_own_settings() {
     }
 }
 
-/// A pool does not learn of the exit of a detached process, so a stop would never finish.
+/// Checks that a pool rejects settings for detached workers.
+///
+/// A pool is not notified when a detached process exits, so a stop would never finish.
 fn detached_workers_are_not_forked() {
     cluster(
         |master| {
@@ -638,14 +649,14 @@ fn on_give_up_chooses_retry_hold_or_stop() {
     assert_eq!(calls.get(), 3);
 }
 
-/// Environment variable with the path of the file that selects the behaviour of the server below.
+/// Environment variable with the path to a file, which selects how [`server`] behaves.
 const RELEASE: &str = "RELEASE";
-/// A request that keeps a worker busy until the client closes the connection.
+/// Request that keeps a worker busy until the client closes the connection.
 const HOLD: &[u8] = b"hold";
-/// Environment variable with the address of the server below.
+/// Environment variable with the address on which [`server`] listens.
 const ADDRESS: &str = "ADDRESS";
 
-/// Runs a server with a pool, which prints its events, or one of its workers.
+/// Runs a pool's master, which prints the pool's events, or one of the pool's workers.
 fn server(options: PoolOptions) {
     let address = std::env::var(ADDRESS).unwrap();
     let release = std::env::var(RELEASE).map(|path| std::fs::read_to_string(path).unwrap());
@@ -689,7 +700,7 @@ fn server(options: PoolOptions) {
                 let mut connection = connection.unwrap();
                 let mut request = [0; 512];
                 let length = connection.read(&mut request).unwrap_or(0);
-                // The client may have closed the connection.
+                // Ignore an error, because the client may have closed the connection.
                 let _ = if request.starts_with(HOLD) {
                     connection
                         .write_all(HOLD)
@@ -711,7 +722,7 @@ fn is_served(answer: &str) -> bool {
     answer == "served\n"
 }
 
-/// The server of a scenario, in another process group.
+/// The scenario's server, which runs in another process group.
 struct Server {
     group: Group,
     address: SocketAddr,
@@ -724,7 +735,8 @@ impl Server {
     }
 
     fn start_with(policy: &str, env: &[(&str, &str)]) -> Self {
-        // A new master is reparented to this process when the old one exits.
+        // Become a subreaper, so that a new master becomes this process's child when the old master
+        // exits.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let (reserved, address) = reserve_port();
         let release = std::env::temp_dir().join("release");
@@ -746,7 +758,7 @@ impl Server {
         server
     }
 
-    /// Returns the number of lines that end with `end`.
+    /// Returns the number of output lines that end with `end`.
     fn count(&self, end: &str) -> usize {
         let output = self.group.output();
         output.lines().filter(|line| line.ends_with(end)).count()
@@ -798,7 +810,7 @@ impl Server {
 
     fn stop(self) {
         let master = self.master();
-        // It may have stopped already, for an earlier signal.
+        // Ignore an error, because an earlier signal may already have stopped the master.
         let _ = kill(master, Signal::SIGTERM);
         wait_until("the exit of the master", || {
             (!is_alive(pid(master))).then_some(())
@@ -877,7 +889,8 @@ fn reloads_scalings_and_upgrades_lose_no_client(policy: &str) {
     server.stop();
 }
 
-/// The socket file exists all the time, even if a new master fails, and is removed at the end.
+/// Checks that the socket file exists without interruption, even if a new master fails, and is
+/// removed at the end.
 fn unix_socket_passes_from_master_to_master() {
     const PATH: &str = "server.sock";
     if is_watched() {
@@ -897,7 +910,7 @@ fn unix_socket_passes_from_master_to_master() {
                 pool.on_event(move |_, _, event| println!("{own}: {event}"));
                 pool.on_default_signals(&master).unwrap();
                 if is_broken {
-                    // The new master stops regularly, but before it serves.
+                    // Stop the new master normally before it serves a listener.
                     pool.stop(&master);
                 }
                 master.run().unwrap();
@@ -911,7 +924,7 @@ fn unix_socket_passes_from_master_to_master() {
         }
         return;
     }
-    // Makes the path shorter. The kernel records the shorter one as the address of the socket.
+    // Change the directory to use a shorter path, which the kernel records as the socket's address.
     std::env::set_current_dir(std::env::temp_dir()).unwrap();
     let server = Server::start("rr");
     let path = std::env::temp_dir().join(PATH);
@@ -941,7 +954,7 @@ fn unix_socket_passes_from_master_to_master() {
     assert!(!path.exists());
 }
 
-/// A service manager that receives the notifications of the pool.
+/// Acts as the service manager, which receives the pool's notifications.
 fn pool_notifies_systemd() {
     const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
     if is_watched() {
@@ -958,7 +971,7 @@ fn pool_notifies_systemd() {
         String::from_utf8(buffer[..length].to_vec()).unwrap()
     };
     let ready_of = |master: Pid| format!("READY=1\nMAINPID={master}\nWATCHDOG=1");
-    // Without the texts for people and the watchdog's heartbeats.
+    // Skip status texts and watchdog notifications, whose number is not certain.
     let next_notification = || loop {
         let notification = receive();
         if !notification.starts_with("STATUS=") && notification != "WATCHDOG=1" {
@@ -989,7 +1002,7 @@ fn pool_notifies_systemd() {
     });
     while receive() != "WATCHDOG=1" {}
 
-    // Without a quorum, the pool sends no watchdog notification.
+    // Check that the pool sends no watchdog notification without a quorum.
     server.release("exits");
     for worker in server.workers() {
         kill(worker, Signal::SIGKILL).unwrap();
@@ -1076,7 +1089,7 @@ fn broken_upgrades_change_nothing() {
         load.wait_for_requests(20);
     }
     assert_no_client_lost(load.end());
-    // Workers that abort after they have become ready lose their own clients.
+    // Do not run a load here, because workers that abort after becoming ready lose their clients.
     fail("aborts");
     wait_until("the exit of the failed workers", || {
         (children(master).len() == 2).then_some(())
@@ -1094,7 +1107,8 @@ fn broken_upgrades_change_nothing() {
     std::fs::remove_file(&server.release).unwrap();
 }
 
-/// The new master blocks SIGTERM, and the drain time is longer than the test.
+/// Checks stops while a new master blocks SIGTERM and does not serve. The drain time is longer than
+/// the test.
 fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     if is_watched() {
         let long = Duration::from_secs(1000);
@@ -1117,7 +1131,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     }
 }
 
-/// The new master's minimum ready time ends in the iteration of the loop in which it stops.
+/// Stops a new master in the loop iteration in which its minimum ready time ends.
 fn new_master_that_stops_does_not_take_over() {
     const PREDECESSOR: &str = "cluster-predecessor";
     if !is_watched() {
@@ -1157,8 +1171,8 @@ fn new_master_that_stops_does_not_take_over() {
     }
 }
 
-/// One signal to the process group stops both masters during an upgrade, and the new master
-/// afterwards.
+/// Checks that a signal to the process group stops both masters during an upgrade, and stops the
+/// new master after it.
 fn new_master_stays_in_the_session_and_process_group() {
     if is_watched() {
         return server(quick());
@@ -1195,7 +1209,8 @@ fn new_master_stays_in_the_session_and_process_group() {
     }
 }
 
-/// Returns the duration of long tests: `CLUSTER_TEST_FIRE` seconds, or 4 seconds.
+/// Returns the duration of long tests, which is `CLUSTER_TEST_FIRE` seconds, or 4 seconds by
+/// default.
 fn test_duration() -> Duration {
     let wanted = std::env::var("CLUSTER_TEST_FIRE").ok();
     Duration::from_secs(wanted.map_or(4, |wanted| wanted.parse().expect("a number")))
@@ -1218,7 +1233,8 @@ fn killed_workers_lose_only_received_connections() {
     while Instant::now() < end {
         let workers = server.workers();
         if let Some(worker) = fastrand::choice(workers) {
-            // A worker that is disconnecting may exit by itself.
+            // Count the kill only if it succeeds, because a disconnecting worker may exit by
+            // itself.
             let was_alive = is_alive(pid(worker));
             kills += u64::from(was_alive && kill(worker, Signal::SIGKILL).is_ok());
         }
@@ -1231,7 +1247,7 @@ fn killed_workers_lose_only_received_connections() {
     load.wait_for_requests(500);
     let counts = load.end();
     println!("{kills} kills, {counts:?}");
-    // A worker holds one connection at a time.
+    // Allow one lost client for each kill, because a worker holds one connection at a time.
     assert!(counts.lost() <= kills, "{counts:?} with {kills} kills");
     assert_eq!(
         (counts.refused, counts.timed_out, counts.failed),
@@ -1255,13 +1271,13 @@ fn killed_workers_lose_only_received_connections() {
         server.workers(),
         server.group.output()
     );
-    // At the first measurement, connections may have been in flight.
+    // Allow fewer descriptors than at first, because connections may have been in flight then.
     assert!(fds <= before.0, "{}", server.group.output());
     assert!(kib <= before.1 + 1024, "the master's memory has grown");
     server.stop();
 }
 
-/// Returns the number of descriptors of a process, and its resident memory in KiB.
+/// Returns a process's number of open descriptors, and its resident memory in KiB.
 fn measure(process: Pid) -> (usize, u64) {
     let fds = std::fs::read_dir(format!("/proc/{process}/fd"))
         .unwrap()
@@ -1275,7 +1291,7 @@ fn measure(process: Pid) -> (usize, u64) {
     (fds, kib)
 }
 
-/// A worker that stays busy is killed by the second signal, or by SIGQUIT.
+/// Checks that a second signal or SIGQUIT kills a worker that stays busy.
 fn second_signal_or_sigquit_kills_busy_workers() {
     if is_watched() {
         return server(quick());

@@ -1,4 +1,5 @@
-//! Round robin: which worker receives a connection, and that no connection is lost.
+//! Tests of the round-robin policy: each connection reaches the right worker, and no connection is
+//! lost.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -53,7 +54,8 @@ fn sequential_connections_rotate_exactly() {
     assert_eq!((entries.len(), distinct.len()), (100, 4));
 }
 
-/// Connects one client after the other, each when all workers wait in `accept`.
+/// Connects 100 clients one after the other, each once all workers wait in `accept`, and logs the
+/// answering workers.
 fn next(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {
         let work = move || talk(address, b"").unwrap();
@@ -69,7 +71,8 @@ fn next(master: &Master, address: SocketAddr, log: Log) {
     });
 }
 
-/// Reads one byte and answers with the id, so that a silent client keeps the worker busy.
+/// Serves connections, and reads one byte before each answer, so that a silent client keeps the
+/// worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -119,8 +122,8 @@ fn busy_workers_leave_connections_to_the_kernel() {
                     (0..30).map(connect).collect::<Vec<_>>()
                 };
                 in_background(master, clients, move |master, mut clients| {
-                    // All 30 clients are connected. The two workers hold one each; the others wait
-                    // in the kernel.
+                    // Although 30 clients are connected, the master has accepted at most one for
+                    // each worker. The other clients wait in the kernel.
                     let ledger = master.ledger();
                     assert!(ledger.accepted <= 2, "{ledger:?}");
                     let talk = move || {
@@ -151,7 +154,7 @@ fn busy_workers_leave_connections_to_the_kernel() {
 /// Maximum number of connections dispatched to a worker before it reports idle again.
 const WINDOW: u64 = 16;
 
-/// Connects a client that sends its request at once.
+/// Connects a client, and sends its request immediately.
 fn request(address: SocketAddr) -> TcpStream {
     let mut client = TcpStream::connect(address).unwrap();
     client.write_all(b"x").unwrap();
@@ -168,8 +171,8 @@ fn connections_behind_a_slow_request_are_reclaimed() {
                 let round = move || {
                     let requests = |count| (0..count).map(|_| request(address));
                     let mut quick: Vec<_> = requests(150).collect();
-                    // By now the workers are known to answer quickly, so connections are dispatched
-                    // ahead of time.
+                    // The workers have answered quickly by now, so the master dispatches
+                    // connections ahead of time.
                     let mut slow = TcpStream::connect(address).unwrap();
                     quick.extend(requests(150));
                     let quick = read_all(quick).len();
@@ -207,8 +210,9 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["402"; 5]);
 }
 
-/// Sends many quick requests with two slow ones among them, which keep both workers busy. Repeats
-/// until `times` rounds had connections queued behind a slow one.
+/// Sends many quick requests and two slow ones, which keep both workers busy.
+///
+/// Repeats this until connections were queued behind a slow request in `times` rounds.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect();
@@ -224,8 +228,8 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
         master.set_timeout(Duration::from_millis(50), move |master| {
             let ledger = master.ledger();
             assert!(ledger.in_flight() <= 2 * WINDOW, "{ledger:?}");
-            // Both slow requests may have reached one worker, and the other worker has served the
-            // rest.
+            // Both slow requests may have reached one worker. The other worker has then served all
+            // quick requests, and no connection remains queued.
             let has_queued = ledger.accepted < before + 402 && ledger.in_flight() > 0;
             let end = move || {
                 ask(&mut slow, b"x");
@@ -243,7 +247,8 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
     });
 }
 
-/// Keeps a worker busy long enough that it receives only one connection at a time from then on.
+/// Keeps a worker busy until the master treats it as slow. From then on, the worker receives only
+/// one connection at a time.
 fn make_worker_slow(
     master: &Master,
     address: SocketAddr,
@@ -261,8 +266,9 @@ fn make_worker_slow(
     });
 }
 
-/// Two idle workers wait in `accept`, and the worker whose turn is next is stopped. No connection
-/// is dispatched ahead of time.
+/// Stops the next worker in the rotation while both workers wait in `accept`, and calls `then`.
+///
+/// Both workers are slow, so the master dispatches no connection ahead of time.
 fn with_a_stopped_worker(
     master: &Master,
     then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,
@@ -276,7 +282,7 @@ fn with_a_stopped_worker(
         });
     };
     when_listening(master, 2, move |master, address| {
-        // The worker that served the last connection is not next.
+        // Remember which worker served the last connection, because the other worker is next.
         make_worker_slow(master, address, move |master, _| {
             make_worker_slow(master, address, move |master, last| {
                 stop_next(master, address, last);
@@ -320,8 +326,8 @@ fn connection_of_a_stopped_worker_goes_to_an_idle_one() {
     assert_eq!(entries.take(), [""], "the client has a second answer");
 }
 
-/// The first client keeps the running worker busy, and the second is dispatched to the stopped
-/// worker.
+/// Connects two clients, and calls `then`. The first client keeps the running worker busy, and the
+/// master dispatches the second to the stopped worker.
 fn with_a_busy_worker(
     master: &Master,
     address: SocketAddr,
@@ -380,7 +386,8 @@ fn client_that_disconnects_while_it_waits_is_counted() {
     cluster(
         |master| {
             with_a_stopped_worker(master, move |master, address, stopped| {
-                // When the stopped worker is killed, no idle worker can receive the second client.
+                // Keep the other worker busy, so that no idle worker can receive the second client
+                // when the stopped worker is killed.
                 with_a_busy_worker(master, address, move |master, [mut first, second]| {
                     stopped.process().kill(Signal::KILL);
                     let client = RefCell::new(Some(second));
@@ -407,7 +414,7 @@ fn client_that_disconnects_while_it_waits_is_counted() {
     assert_eq!(entries.take(), ["3 of 4"]);
 }
 
-/// Calls `then` once `done` returns true.
+/// Calls `then` once `done` returns true. Checks every millisecond.
 fn when(
     master: &Master,
     done: impl Fn(&Master) -> bool + 'static,
@@ -423,12 +430,14 @@ fn when(
     });
 }
 
-/// Number of connections in the queue of the only worker.
+/// Number of connections that [`with_a_queue`] puts into the only worker's queue.
 const QUEUED: usize = 5;
 
 /// Stops the only worker, and calls `then` once `QUEUED` connections are in its queue. The clients
-/// have sent no request yet. The master dispatches that many connections ahead of time only if the
-/// worker answers quickly, so the setup is repeated until it does.
+/// have not sent a request yet.
+///
+/// The master dispatches so far ahead only to a worker that answers quickly. Repeat the setup until
+/// the worker does.
 fn with_a_queue(
     master: &Master,
     address: SocketAddr,
@@ -458,22 +467,24 @@ fn with_a_queue(
     });
 }
 
-/// Sends a request for each client.
+/// Sends `request` from each client.
 fn ask(clients: &mut [TcpStream], request: &[u8]) {
     for client in clients {
         client.write_all(request).unwrap();
     }
 }
 
-/// Forks a second worker with the same listener, which accepts nothing until it receives a message.
+/// Forks a second worker with the same listener, and calls `then` once the worker is listening.
+/// This worker accepts no connection until it receives a message.
 fn fork_second(master: &Master, then: impl FnOnce(&Master, &WorkerProcess) + 'static) {
     let second = master.fork_with([("SECOND", "1")]).unwrap();
     let mut then = Some(then);
     second.on_listening(move |master, worker, _| then.take().unwrap()(master, worker));
 }
 
-/// Answers requests from a callback, and calls `first` for requests of the special kind. The second
-/// worker answers all requests once it has received a message.
+/// Answers requests in a connection callback, and calls `first` for a request of `!`.
+///
+/// The second worker answers all requests, but only once it has received a message.
 fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Connection) + 'static) {
     answer_pings(worker);
     let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
@@ -510,7 +521,7 @@ fn until(master: &Master, done: impl Fn(&Master) -> bool + 'static) {
     });
 }
 
-/// Closes the connection with a reset.
+/// Closes the client's connection with a reset.
 fn reset(client: TcpStream) {
     let linger = nix::libc::linger {
         l_onoff: 1,
@@ -567,8 +578,8 @@ fn callback_workers_hold_many_connections() {
     assert_eq!(entries.take(), ["300"]);
 }
 
-/// The first worker has several connections in its queue when its callback for the first of them
-/// closes the listener or aborts.
+/// Closes or aborts a worker's listener in the callback for the first of several queued
+/// connections.
 fn connections_that_a_callback_has_not_received_go_to_others() {
     if let Ok(how) = std::env::var("HOW") {
         return run_callback_that_ends(how);
@@ -653,7 +664,7 @@ fn queue_survives_a_killed_worker() {
     assert_eq!(entries.take(), ["2 2 2 2 2"]);
 }
 
-/// The application lowers the limit while several connections are in the worker's queue.
+/// Lowers the limit on connections while several of them are in the worker's queue.
 fn lowered_limit_returns_the_rest_to_others() {
     let log = Log::default();
     let entries = log.clone();
@@ -700,7 +711,7 @@ fn read_one(mut client: &TcpStream) -> char {
     char::from(byte[0])
 }
 
-/// Keeps a connection until its client disconnects.
+/// Keeps a connection open until its client disconnects.
 fn hold(worker: &Worker, connection: Connection) {
     let watch = |_: &Worker, mut connection: &Connection| {
         let _ = connection.read(&mut [0]);
@@ -709,7 +720,7 @@ fn hold(worker: &Worker, connection: Connection) {
     worker.watch(connection, Interest::Readable, watch).unwrap();
 }
 
-/// Reads each answer to its end, and returns the answers sorted.
+/// Reads each client's answer to its end, and returns the sorted answers.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     let read = |mut client: TcpStream| {
         let mut answer = String::new();
@@ -721,7 +732,8 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     answers
 }
 
-/// Calls `then` once the master has accepted, and dispatched, `count` connections.
+/// Calls `then` once the master has accepted `count` connections, all of which it has also
+/// dispatched.
 fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     when(
         master,
@@ -730,8 +742,9 @@ fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     );
 }
 
-/// A callback for the worker's message disconnects the worker. The worker's report that it has
-/// received connections arrives with the message or later.
+/// Disconnects the worker in a callback for its message.
+///
+/// The worker's report that it has received connections arrives with this message or later.
 fn received_connection_is_not_dispatched_again() {
     let log = Log::default();
     let entries = log.clone();
@@ -763,8 +776,8 @@ fn received_connection_is_not_dispatched_again() {
             let served = RefCell::new(Vec::new());
             serve_by_callback(&worker, move |worker, _, mut connection| {
                 connection.write_all(b"1").unwrap();
-                // Stays open until the end, so that another process with the connection could
-                // answer, too.
+                // Keep the connection open until the end, so that a second process with the
+                // connection could also answer.
                 served.borrow_mut().push(connection);
                 if served.borrow().len() == QUEUED {
                     let _ = worker.send(b"served all").unwrap();
@@ -775,7 +788,7 @@ fn received_connection_is_not_dispatched_again() {
     assert_eq!(entries.take(), ["1 1 1 1 1"]);
 }
 
-/// A connection and a signal arrive at once, and the signal's callback closes the listener.
+/// Makes a connection and a signal arrive together. The signal's callback closes the listener.
 fn callback_inside_accept_cannot_lose_the_connection() {
     let log = Log::default();
     let entries = log.clone();
@@ -825,7 +838,8 @@ fn clients_cannot_exhaust_a_workers_descriptors() {
                     let connect = |_| TcpStream::connect(address).unwrap();
                     let clients: Vec<_> = (0..CLIENTS).map(connect).collect();
                     let mut answered = 0;
-                    // Each client that disconnects makes capacity for another.
+                    // Read and drop one client after the other, because each disconnect frees
+                    // capacity for the next client.
                     for mut client in clients {
                         client.read_exact(&mut [0]).unwrap();
                         answered += 1;
