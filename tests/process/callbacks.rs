@@ -1,8 +1,8 @@
-//! Tests that any callback may call any method: each kind of callback calls all methods, one after
+//! Tests that any callback may call any method. Each kind of callback calls all methods, one after
 //! the other.
 //!
-//! A callback is any of the application's code that the crate runs: closures, iterators,
-//! descriptors that are passed to the crate, and their destructors.
+//! A callback is any of the application's code that the crate runs. Examples are closures,
+//! iterators, descriptors that are passed to the crate, and their destructors.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -69,7 +69,8 @@ impl From<Late> for OsString {
     }
 }
 
-/// Borrows the value in a closure, which therefore owns it.
+/// Borrows the value. A `move` closure that calls this function owns the value, and therefore drops
+/// it.
 fn keep(_: &OnDrop) {}
 
 fn end(worker: &WorkerProcess) {
@@ -90,7 +91,7 @@ struct Cluster {
     listener: RefCell<Option<MasterListener>>,
 }
 
-/// A method or a group of methods: a name, and a function that calls them.
+/// Name of a method or a group of methods, and a function that calls them.
 type Call<C> = (&'static str, fn(&C));
 
 /// All methods that the master's process can call. Methods that end workers come last.
@@ -246,7 +247,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
     }),
 ];
 
-/// A kind of callback: a name, and a function that registers one.
+/// Name of a kind of callback, and a function that registers such a callback.
 type Register<C> = (&'static str, fn(&C, Calls));
 
 const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
@@ -491,7 +492,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     }),
 ];
 
-/// A watched source with an additional destructor, which runs after the source's.
+/// A source with an additional destructor, which runs after the source is dropped.
 struct Holder(Source, #[allow(dead_code)] OnDrop);
 
 impl AsFd for Holder {
@@ -520,7 +521,7 @@ fn all_of<C: 'static>(
 ) -> Calls {
     let (weak, has_run) = (Rc::downgrade(target), Rc::clone(has_run));
     Rc::new(move || {
-        // Set the flag before the calls, because a method may call this closure again.
+        // Set the flag first, because a method in the loop may call this closure recursively.
         if has_run.replace(true) {
             return;
         }
@@ -544,8 +545,9 @@ fn for_each<C>(callbacks: &[Register<C>], play: impl Fn(&Register<C>)) {
     }
 }
 
-/// Like `with_env`, runs `play` in a child process. A process for one callback does not run `play`
-/// for the others.
+/// Runs `play` in a child process with the callback's name in the environment.
+///
+/// A process for one callback does not run `play` for the others.
 fn with_env_once(name: &str, play: impl FnOnce()) {
     match std::env::var_os(CALLBACK) {
         Some(own) if own == name => play(),

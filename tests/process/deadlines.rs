@@ -109,8 +109,8 @@ fn work(worker: Worker) {
             spin_forever();
         }
         "unresponsive" => {
-            // Ignore the signal and the disconnect: the handler does nothing, and the timer keeps
-            // the loop running.
+            // The empty handler ignores the signal, and the timer keeps the loop running after the
+            // disconnect.
             worker.on_signal(Signal::TERM, |_, _| {}).unwrap();
             worker.set_timeout(LATE, |_| {});
             ready(&worker);

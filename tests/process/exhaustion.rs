@@ -1,7 +1,7 @@
 //! Tests with exhausted system resources.
 //!
-//! The master must report which operation failed, must not spin, and must continue once resources
-//! are available again.
+//! The master must report which operation failed and must not spin. After the shortage, the master
+//! must continue its work.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -38,7 +38,7 @@ crate::scenarios! {
 
 /// Duration of a resource shortage.
 const SHORTAGE: Duration = Duration::from_secs(1);
-/// Maximum CPU time of the master during `SHORTAGE`, which is a tenth of that period.
+/// Maximum CPU time that the master may use during `SHORTAGE`. The limit is a tenth of that period.
 const CPU_TIME_MAX: Duration = Duration::from_millis(100);
 /// Returns a user id that no other test uses, so that each user's limits affect only one test.
 fn unique_user() -> u32 {
@@ -127,7 +127,8 @@ fn accepting_without_descriptors_waits_and_goes_on() {
                 });
                 let restore = leave_free(0);
                 after_shortage(master, move |_| {
-                    // Expect one failure for each retry, which follows after 100 ms.
+                    // The master retries every 100 ms during the shortage, so at most 11 attempts
+                    // fail.
                     assert!((2..=11).contains(&failures.get()), "{}", failures.get());
                     restore();
                 });
@@ -367,9 +368,9 @@ fn fork_beyond_the_process_limit_is_an_error_until_there_is_capacity() {
     assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
-/// Limits the master's descriptors while a message with four of them arrives.
+/// Leaves the master two free descriptors while a message with four descriptors arrives.
 ///
-/// The master must report the loss, and deliver the message with the remaining descriptors.
+/// The master must report the loss, and deliver the message with two descriptors.
 fn descriptors_lost_on_the_way_to_the_master_are_reported() {
     let log = Log::default();
     let entries = log.clone();
@@ -447,8 +448,8 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
                     }
                     _ => {
                         let log = log.clone();
-                        // It can take a while until the first worker receives a connection again,
-                        // so keep trying.
+                        // Keep trying, because it can take a while until the first worker receives
+                        // a connection after the shortage.
                         let work = move || wait_until("both workers", || both(address));
                         in_background(master, work, move |master, ()| {
                             log.add("both workers");
@@ -571,8 +572,8 @@ const USER_FDS_MAX: u64 = 64;
 /// Exceeds the user's limit on descriptors in flight (see `RLIMIT_NOFILE` in unix(7)), which
 /// includes descriptors that a worker has not received.
 ///
-/// The channel must back off, and continue once the worker reads. Another worker's channel also
-/// waits, and must lose nothing.
+/// The channel must back off, and continue once the worker reads. Channels to other workers also
+/// wait, and must lose nothing.
 fn descriptors_beyond_the_users_limit_wait() {
     let program = cluster::is_master().then(|| program_for(unique_user()));
     let log = Log::default();

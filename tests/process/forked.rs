@@ -127,7 +127,7 @@ fn child_per_connection_leaves_its_worker_alone_sharded() {
     child_per_connection(SchedulingPolicy::Sharded);
 }
 
-/// One handle of each kind that a worker can have.
+/// The handles that a worker can have, one of each kind.
 struct WorkerHandles {
     connection: Connection,
     listener: Listener,
@@ -139,7 +139,7 @@ struct WorkerHandles {
     worker: Worker,
 }
 
-/// A list of uses: each entry has a name, and a function that uses the handles in a child.
+/// A list of names and functions. Each function uses the handles in a child.
 type Uses<H> = [(&'static str, fn(&H))];
 
 /// Uses of a worker's handles. Each child performs one of them and then drops all handles.
@@ -391,7 +391,7 @@ fn handles_of_a_worker_are_inert_in_a_forked_child_none() {
     handles_of_a_worker_are_inert(SchedulingPolicy::Shared);
 }
 
-/// One handle of each kind that a master can have.
+/// The handles that a master can have, one of each kind.
 struct MasterHandles {
     worker: WorkerProcess,
     tcp: MasterListener,

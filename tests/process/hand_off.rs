@@ -105,7 +105,7 @@ fn hand_off_survives_a_kill_after_processing_a_frame() {
 #[derive(Clone, Copy)]
 enum MayLose {
     Nothing,
-    /// One client for each failed worker, whose connection this worker had received.
+    /// At most one client for each failed worker, whose connection this worker had received.
     ReceivedConnection,
 }
 
@@ -215,7 +215,7 @@ impl Play {
         let by_callback = round.by_callback.then_some((BY_CALLBACK, "1"));
         let env = [(FAULT, plan.as_str())].into_iter().chain(by_callback);
         let failing = master.fork_with(env).unwrap();
-        // End the round after two events: the clients have finished, and the worker has exited.
+        // End the round after the clients have finished and the worker has exited, in either order.
         let parts = Rc::new(Cell::new(2));
         let end_part = move |play: &Rc<Self>, master: &Master| {
             parts.set(parts.get() - 1);
@@ -227,8 +227,8 @@ impl Play {
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // Record a fault if the worker exited without a request. The other result covers a
-            // worker that was stopped and continued.
+            // Count a worker that exited without a request, and also a worker that was stopped and
+            // continued.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);

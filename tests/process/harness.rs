@@ -35,7 +35,8 @@ pub const SCENARIO: &str = "SCENARIO";
 
 /// Time after which a test is treated as hanging. No test takes nearly as much time.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// Returns how many times a repeatable test runs: the value of `CLUSTER_TEST_ROUNDS`, or 1.
+/// Returns how many times a repeatable test runs, which is the value of `CLUSTER_TEST_ROUNDS`, or
+/// 1.
 pub fn rounds() -> u32 {
     let wanted = std::env::var("CLUSTER_TEST_ROUNDS").ok();
     wanted.map_or(1, |wanted| wanted.parse().expect("a number"))
@@ -108,7 +109,7 @@ pub const ROOT_AND_FAULT_POINTS: Need = Need {
     is_met: || is_root() && cfg!(debug_assertions),
 };
 
-/// Permission of the kernel to trace another process of the same user.
+/// Kernel that allows a process to trace another process of the same user.
 pub const TRACING: Need = Need {
     name: "ptrace",
     is_met: || {
@@ -118,7 +119,7 @@ pub const TRACING: Need = Need {
     },
 };
 
-/// Build with fault points, which make the library fail on request.
+/// A build with fault points, which make the library fail on request.
 pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",
     is_met: || cfg!(debug_assertions),
@@ -220,7 +221,7 @@ fn run(name: &str) -> Result<(), Failed> {
     run_with(name, &[])
 }
 
-/// Runs a scenario with additional environment variables.
+/// Runs a scenario with additional environment variables, and fails if its process fails.
 pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
     command.env(SCENARIO, name).envs(env.iter().copied());
@@ -319,7 +320,8 @@ impl Group {
 
     /// Checks that every process in the group exits within [`GRACE`].
     ///
-    /// This process is a subreaper, so processes that outlive their parents become its children.
+    /// Processes that outlive their parents become children of this process, because it is a
+    /// subreaper.
     fn assert_no_process_left(&self) -> Result<(), Failed> {
         let group = Pid::from_raw(-self.pid().as_raw());
         let end = Instant::now() + GRACE;
@@ -480,7 +482,7 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
-/// Answers each connection of a listener with `text`.
+/// Answers each of the listener's connections with `text`, from a callback.
 pub fn answer(listener: &Listener, text: impl ToString) {
     let text = text.to_string();
     listener.set_connection_callback(move |_, mut connection| {
@@ -508,7 +510,7 @@ pub fn wait_for_state(pid: u32, state: &str) {
     });
 }
 
-/// Waits until a worker sleeps.
+/// Waits until the worker's process sleeps in the kernel.
 pub fn wait_until_asleep(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") S ");
 }
@@ -522,7 +524,7 @@ pub fn stop(worker: &WorkerProcess) {
 
 /// Serves events, and then waits for a signal that kills the process.
 ///
-/// After `worker.kill` in the master, the worker's exit status is certain: the signal ends the
+/// After `worker.kill` in the master, the worker's exit status is certain. The signal ends the
 /// worker, because the worker never returns from `main`.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
@@ -566,7 +568,7 @@ impl Drop for StoppedMaster {
     }
 }
 
-/// The events of a scenario, in order.
+/// A scenario's events, in order.
 #[derive(Clone, Default)]
 pub struct Log(Rc<RefCell<Vec<String>>>);
 
@@ -787,8 +789,8 @@ pub struct LeasedProgram {
 impl LeasedProgram {
     /// Creates the program, and blocks SIGIO.
     ///
-    /// Call this function before other threads start. They inherit the blocked SIGIO, which one of
-    /// the threads waits for later.
+    /// Call this function before other threads start, because they must inherit the blocked SIGIO,
+    /// which one of the threads waits for later.
     pub fn new() -> Self {
         SigSet::from(Signal::SIGIO).thread_block().unwrap();
         let directory = tempfile::tempdir().unwrap();

@@ -511,7 +511,7 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
         },
         |worker| run_to_completion(&worker),
     );
-    // Get the text of the error from the system, because it depends on the C library.
+    // Get the error's text from the system, because the text depends on the C library.
     let no_child = std::io::Error::from(nix::errno::Errno::ECHILD);
     let expected = [
         "1 fork".to_owned(),
@@ -543,7 +543,7 @@ fn terminal_stop_does_not_stop_a_child_before_execve() {
                 let child = leased.wait_for_child();
                 nix::sys::signal::kill(child, Number::SIGTSTP).unwrap();
                 let stat = format!("/proc/{child}/stat");
-                // The signal wakes the child. When the child sleeps again, it has handled the
+                // The signal wakes the child. When the child sleeps once more, it has handled the
                 // signal.
                 let state = wait_until("a state", || {
                     let stat = std::fs::read_to_string(&stat).unwrap();
@@ -796,8 +796,7 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-/// Checks an old kernel, on which the master polls for the report that a child was executed. The
-/// poll has no time limit.
+/// Checks an old kernel, on which the master polls for each child's report without a time limit.
 fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -827,7 +826,7 @@ fn forked_child_of_the_host_delays_no_fork() {
             }
             forking_threads.fetch_sub(1, Ordering::SeqCst);
             // Keep the children alive for up to 20 s. If `fork` does not wait for them, the last
-            // fork returns long before.
+            // fork returns long before that time.
             let end = Instant::now() + Duration::from_secs(20);
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
                 std::thread::park_timeout(Duration::from_millis(100));
@@ -1112,7 +1111,8 @@ fn workers_exit_with_a_master_that_is_process_1() {
     }
 }
 
-/// Forks a child that returns from `main` like the host and therefore drops its copy of the master.
+/// Forks a child that returns from `main`, like the host, and therefore drops its copy of the
+/// master.
 fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
     let path = std::env::temp_dir().join(format!("cluster-test-{}", std::process::id()));
     match cluster::init().unwrap() {

@@ -1,7 +1,7 @@
 //! Tests with hostile workers, which write arbitrary bytes to their channel.
 //!
-//! The master must survive and not block. Its memory, descriptors and time for such a worker must
-//! stay within the limits in this module.
+//! The master must survive and not block. Its memory, its descriptors and its CPU time for a
+//! hostile worker must stay within the limits in this module.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -71,7 +71,7 @@ crate::scenarios! {
 
 // Limits on the resources that one worker may cost the master.
 
-/// Maximum memory for received bytes: an incomplete frame, and bytes that were read after it.
+/// Maximum memory for received bytes, which are an incomplete frame and the bytes read after it.
 const BYTES_IN: usize = (1 << 20) + (64 << 10);
 /// Maximum memory for bytes that wait for a worker that does not read.
 const BYTES_OUT: usize = 9 << 20;
@@ -79,7 +79,7 @@ const BYTES_OUT: usize = 9 << 20;
 const FDS_IN: usize = 144;
 /// Maximum number of descriptors that wait with their frames for a worker that does not read.
 const FDS_OUT: usize = 512;
-/// Maximum number of connections dispatched to a worker before it reports idle again.
+/// Maximum number of connections that the master dispatches to a worker between two idle reports.
 const WINDOW: usize = 16;
 /// Maximum number of connections in a queue if the worker overstates how many it has received.
 const QUEUED_MAX: usize = 64;
@@ -119,7 +119,7 @@ const CLIENTS: usize = 100;
 /// Environment variable that is set only in the attacker's process. [`run_attackers`] stores the
 /// attacker's index in it.
 const ATTACKER: &str = "ATTACKER";
-/// Environment variable of the well-behaved worker that the baseline is measured beside.
+/// Environment variable that is set for the well-behaved worker in the baseline measurement.
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
 const ONLINE: u8 = 1;
@@ -143,8 +143,8 @@ const OTHER_INDEX: u32 = 2;
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
-    // The last byte of the header is the batch size. The batch contains this frame's descriptors
-    // and no others.
+    // The header's last byte is the batch size. This frame's descriptors are the only ones in the
+    // batch.
     frame.extend([1, kind, fds, fds]);
     frame.extend(body);
     frame
@@ -504,8 +504,7 @@ fn measure_clients(
     let messages = Rc::clone(&driver.messages);
     let counting = master.on_message(move |_, _, _| messages.set(messages.get() + 1));
     let mut then = Some(then);
-    // Watch a descriptor that is always readable, so that each iteration of the loop calls the
-    // watch.
+    // Watch a descriptor that is always readable, so that every loop iteration calls the watch.
     let (ready, mut other) = UnixStream::pair().unwrap();
     other.write_all(b"x").unwrap();
     let on_iteration = move |master: &Master, _: &UnixStream| {
@@ -701,7 +700,7 @@ fn attack_beside_honest_worker(case: Case) {
 
 /// Measures the well-behaved worker beside a neighbour that breaks no rule.
 ///
-/// The neighbour and the master exchange messages without a pause: each sends a message as soon as
+/// The neighbour and the master exchange messages without a pause. Each sends a message as soon as
 /// it has received one.
 fn measure_baseline(
     master: &Master,
@@ -974,8 +973,8 @@ fn flood_of_listen_frames_does_not_delay_other_workers() {
 /// Opens and releases listeners repeatedly, and therefore never exceeds the limit on listeners.
 fn flood_of_binds_does_not_delay_other_workers() {
     let case = Case::flood(|attacker| {
-        // Derive later handles from the first one: the master assigns them in sequence, and no
-        // other worker opens listeners now.
+        // Derive later handles from the first one, because the master assigns handles in sequence
+        // and no other worker opens listeners now.
         let first = attacker.listen(OWN_INDEX).handle;
         attacker.start_clients();
         flood_and_read(attacker, |n| {
@@ -1038,7 +1037,7 @@ fn unfinished_header_does_not_delay_other_workers() {
     }));
 }
 
-/// Descriptors for one message: the maximum number that the master receives with one call.
+/// Descriptors for one message, at the maximum number that the master receives with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
 const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
@@ -1507,7 +1506,7 @@ struct Violation {
     why: &'static str,
 }
 
-/// Handle of the well-behaved worker's listener, which is the first that the master assigns.
+/// Handle of the well-behaved worker's listener, which is the first handle that the master assigns.
 const SHARED_HANDLE: u32 = 1;
 /// Handle that no listener has.
 const NO_HANDLE: u32 = 77;
@@ -1744,7 +1743,7 @@ fn seeds() -> usize {
     std::env::var(SEEDS).map_or(20, |seeds| seeds.parse().unwrap())
 }
 
-/// Returns random bytes, which usually begin with a frame of the protocol.
+/// Returns random bytes, which usually begin with a protocol frame.
 fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     let bytes = |random: &mut fastrand::Rng, most: usize| -> Vec<u8> {
         (0..random.usize(..most)).map(|_| random.u8(..)).collect()

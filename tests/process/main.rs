@@ -1,7 +1,7 @@
 //! Tests that run real master and worker processes.
 //!
 //! The target sets `harness = false`, because libtest runs each test on a thread. A worker executes
-//! this binary again, and must run its scenario on the main thread.
+//! this binary again, and must run its scenario in `main`.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,

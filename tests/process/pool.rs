@@ -1,5 +1,4 @@
-//! Tests of pools: which workers a pool keeps running, replaces and upgrades, and how this affects
-//! clients.
+//! Checks which workers a pool keeps running, replaces and upgrades, and how this affects clients.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -490,7 +489,7 @@ fn reload_before_the_first_fork_uses_its_own_settings() {
     let entries = entries.take();
     for (worker, release) in [(1, "one"), (2, "one"), (3, "two"), (4, "two")] {
         let messages = of(worker, &entries);
-        // The first workers may be disconnected before they send a message.
+        // Allow no message, because the first workers may be disconnected before they send one.
         let is_silent = messages.is_empty() && release == "one";
         assert!(is_silent || messages == [release], "{entries:?}");
     }

@@ -391,7 +391,7 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
 
 /// Retains a listener that is already open, and of which the application keeps a duplicate.
 ///
-/// One worker requests the listener's address, and another worker requests only its port.
+/// The first worker requests the listener's address, and the second worker requests only its port.
 fn existing_listener_is_shared(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();

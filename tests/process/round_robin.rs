@@ -1,5 +1,5 @@
-//! Tests of the round-robin policy: each connection reaches the right worker, and no connection is
-//! lost.
+//! Tests of the round-robin policy. Each connection must reach the right worker, and no connection
+//! may be lost.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -151,7 +151,7 @@ fn busy_workers_leave_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["30"]);
 }
 
-/// Maximum number of connections dispatched to a worker before it reports idle again.
+/// Maximum number of connections that the master dispatches to a worker between two idle reports.
 const WINDOW: u64 = 16;
 
 /// Connects a client, and sends its request immediately.
@@ -228,8 +228,8 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
         master.set_timeout(Duration::from_millis(50), move |master| {
             let ledger = master.ledger();
             assert!(ledger.in_flight() <= 2 * WINDOW, "{ledger:?}");
-            // Both slow requests may have reached one worker. The other worker has then served all
-            // quick requests, and no connection remains queued.
+            // The two slow requests may have reached one worker. The other worker has then served
+            // the rest, and the round does not count.
             let has_queued = ledger.accepted < before + 402 && ledger.in_flight() > 0;
             let end = move || {
                 ask(&mut slow, b"x");
@@ -268,7 +268,7 @@ fn make_worker_slow(
 
 /// Stops the next worker in the rotation while both workers wait in `accept`, and calls `then`.
 ///
-/// Both workers are slow, so the master dispatches no connection ahead of time.
+/// The workers are slow at that time, so the master dispatches no connection ahead of time.
 fn with_a_stopped_worker(
     master: &Master,
     then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,
@@ -475,14 +475,15 @@ fn ask(clients: &mut [TcpStream], request: &[u8]) {
 }
 
 /// Forks a second worker with the same listener, and calls `then` once the worker is listening.
-/// This worker accepts no connection until it receives a message.
+///
+/// The second worker accepts no connection until it receives a message.
 fn fork_second(master: &Master, then: impl FnOnce(&Master, &WorkerProcess) + 'static) {
     let second = master.fork_with([("SECOND", "1")]).unwrap();
     let mut then = Some(then);
     second.on_listening(move |master, worker, _| then.take().unwrap()(master, worker));
 }
 
-/// Answers requests in a connection callback, and calls `first` for a request of `!`.
+/// Answers each request `x` in a connection callback, and calls `first` for any other request.
 ///
 /// The second worker answers all requests, but only once it has received a message.
 fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Connection) + 'static) {
@@ -732,8 +733,7 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     answers
 }
 
-/// Calls `then` once the master has accepted `count` connections, all of which it has also
-/// dispatched.
+/// Calls `then` once the master has accepted exactly `count` connections.
 fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     when(
         master,

@@ -1,4 +1,4 @@
-//! Tests of sharded listeners: each worker has its own listener, and all listeners have the same
+//! Tests of sharded listeners. Each worker has its own listener, and all listeners have the same
 //! port.
 //!
 //! No client may be lost while workers are killed, disconnected and replaced.
@@ -685,7 +685,7 @@ fn sharded_port_serves_again_while_an_old_worker_disconnects() {
                 match listening.get() {
                     1 => {}
                     2 => {
-                        // Connect enough clients for each shard. These clients stay silent, so the
+                        // Connect clients to both shards. The clients stay silent, so the
                         // disconnecting worker is still busy when the next worker listens.
                         let clients = [(); 30].map(|()| TcpStream::connect(address).unwrap());
                         rest.set(Some(clients));

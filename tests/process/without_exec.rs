@@ -213,8 +213,9 @@ const CHANNEL_AND_POLLER: [&str; 4] = [
 
 /// Forks while the master has descriptors of every kind, and checks which of them the copy has.
 ///
-/// The master has workers with pipes, queues, listeners, a watched descriptor, `stdio` descriptors
-/// and signals. It forks in the callback for a message that carries a descriptor.
+/// The master has workers with pipes, queues, listeners, a Unix path, a watched descriptor, `stdio`
+/// descriptors and signal handlers. The master forks in the callback for a message that carries a
+/// descriptor.
 fn copy_has_only_descriptors_that_the_application_opened() {
     SIGNALS.store(true, Ordering::SeqCst);
     let home = tempfile::tempdir().unwrap();
@@ -438,7 +439,8 @@ fn expect_one_thread(master: &Master) {
     assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
     drop(stop);
     thread.join().unwrap().unwrap_err();
-    // Repeat the fork, because the kernel may still hold resources of an exited thread.
+    // Repeat this, because the kernel may still be releasing an exited thread when `fork` is
+    // called.
     for _ in 0..20 {
         std::thread::spawn(|| {}).join().unwrap();
         master.fork().unwrap();
@@ -560,8 +562,8 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
         // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
         unsafe { signal(Number::SIGHUP, SigHandler::SigIgn) }.unwrap();
         master.on_signal(Signal::USR1, |_, _| {}).unwrap();
-        // Raise a signal that is still unprocessed at the fork: the handler records it, but the
-        // loop does not run.
+        // Raise a signal that is still unprocessed at the fork, because the loop does not run after
+        // the handler has recorded it.
         raise(Number::SIGUSR1).unwrap();
         set_main(master, |worker| {
             // Like every Rust program, the copy ignores SIGPIPE, so that a client that disconnects
@@ -619,8 +621,8 @@ fn signal_to_a_copy_does_not_reach_the_master() {
             }
             worker.disconnect();
         });
-        // Reply at the end of the iteration, after the master has processed all events that became
-        // ready with the message.
+        // Reply at the iteration's end, after the master has processed all events that became ready
+        // with the message.
         let here = Rc::new(RefCell::new(here));
         master.on_message(move |master, _, _| {
             let here = Rc::clone(&here);
