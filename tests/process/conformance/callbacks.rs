@@ -1,4 +1,5 @@
-//! `once`, callbacks that add and remove callbacks while they run, and `unref`.
+//! Tests callbacks that run once, callbacks that add and remove callbacks while they run, and
+//! `unreference`.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
@@ -24,7 +25,7 @@ crate::scenarios! {
     unreferenced_worker_does_not_keep_the_loop_running
 }
 
-/// Lets a callback know its own id.
+/// The cell through which a callback learns its own ID.
 type OwnId = Rc<Cell<Option<CallbackId>>>;
 
 fn once_callbacks_of_the_cluster_run_once() {
@@ -103,7 +104,7 @@ fn once_callbacks_of_a_worker_run_once() {
             let noted = note("error");
             worker.on_error_once(move |master, worker, _| noted(master, worker));
             let (first, second) = (note("message"), note("message"));
-            // The second callback gets the next message, and no other.
+            // The second callback receives only the next message.
             worker.on_message_once(move |master, worker, _| {
                 worker.on_message_once(move |master, worker, _| second(master, worker));
                 first(master, worker);
@@ -122,7 +123,7 @@ fn once_callbacks_of_a_worker_run_once() {
             worker.disconnect().run().unwrap();
         },
     );
-    // After `once` inside its own call, the callback runs one more time.
+    // The message callback registers a second callback, which receives the second message.
     let events = ["listening", "message", "message", "error"];
     assert_eq!(entries.take(), events.map(|event| format!("1 {event}")));
 }
@@ -208,7 +209,7 @@ fn once_callbacks_for_signals_run_once() {
                 }
             };
             master.on_signal(Signal::USR1, on_always).unwrap();
-            // A signal callback alone does not keep the loop running.
+            // Set a timer, because a signal callback does not keep the loop running.
             master.set_timeout(Duration::ZERO, |_| {});
             raise_usr1();
             master.dispatch(Some(Duration::ZERO)).unwrap();
@@ -255,7 +256,8 @@ fn callbacks_can_add_and_remove_callbacks() {
             let (own, first) = (Rc::clone(&itself), log.clone());
             itself.set(Some(master.on_message(move |master, worker, _| {
                 first.add("first");
-                // Remove a callback that would run next, add two, and remove this one.
+                // Remove the callback that would run next, add two callbacks, and remove this
+                // callback.
                 master.remove_callback(victim.get().unwrap());
                 let (all, one) = (first.clone(), first.clone());
                 master.on_message(move |_, _, _| all.add("added to all"));
@@ -292,8 +294,9 @@ fn callbacks_can_add_and_remove_callbacks() {
         "called",
         "dropped",
         "first",
-        // The worker's callbacks are a separate list and run after those of the cluster, so the
-        // callback added by "first" already receives this message.
+        // The worker's callbacks are a separate list and run after the cluster's callbacks.
+        // Therefore the callback that "first" adds to the worker already receives the first
+        // message.
         "second",
         "added to one",
         "added to all",
@@ -405,7 +408,7 @@ fn unref_lets_run_return_in_the_master() {
     let entries = log.clone();
     cluster(
         |master| {
-            // With only these, `run` returns at once and calls none of them.
+            // If all sources are unreferenced, `run` returns at once and calls no callback.
             let interval = master.set_interval(Duration::from_millis(1), |_| panic!("an interval"));
             let timeout = master.set_timeout(Duration::from_secs(3600), |_| panic!("a timer"));
             let (watched, _peer) = UnixStream::pair().unwrap();
@@ -418,7 +421,8 @@ fn unref_lets_run_return_in_the_master() {
             master.run().unwrap();
             master.clear_timer(interval);
 
-            // While something else keeps the loop running, they are served.
+            // Unreferenced timers and watches still fire while something else keeps the loop
+            // running.
             let (ticks, ready) = (log.clone(), log.clone());
             let count = Cell::new(0);
             let other = Rc::new(RefCell::new(None));
@@ -475,7 +479,7 @@ fn unref_and_ref_can_be_repeated() {
             master.reference(watch);
             drop(peer);
             master.run().unwrap();
-            // The timer and the watch no longer exist; these calls do nothing.
+            // The timer and the watch no longer exist, so these calls have no effect.
             for _ in 0..2 {
                 master.unreference(timer);
                 master.reference(timer);
@@ -508,16 +512,18 @@ fn unref_lets_run_return_in_the_worker() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.set_connection_callback(|_, _| {});
             if worker.id().get() == 1 {
-                // The worker disconnects; the timer and the watch do not keep it running.
+                // After the worker has disconnected, the unreferenced timer and watch do not keep
+                // it running.
                 worker.run().unwrap();
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
             } else {
-                // Nothing keeps the loop running, although the worker is connected.
+                // With the channel and the listener unreferenced, `run` returns although the worker
+                // is still connected.
                 worker.process().unreference();
                 listener.unreference();
                 worker.run().unwrap();
                 assert!(worker.is_connected());
-                // A timer keeps it running.
+                // The referenced timer keeps the loop running.
                 worker.set_timeout(Duration::from_millis(1), |worker| {
                     worker.process().reference();
                     worker.disconnect();
@@ -551,12 +557,13 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
             let worker = master.fork().unwrap();
             worker.process().unreference();
             worker.process().unreference();
-            // `run` emits the pending events and returns: nothing else keeps it running.
+            // Only the unreferenced worker is left, so `run` emits the pending events and returns.
             master.run().unwrap();
             assert_eq!(master.workers(), std::slice::from_ref(&worker));
             assert!(!worker.is_dead());
             log.add("run returned");
-            // While something else keeps the loop running, the worker is served like any other.
+            // An unreferenced worker still receives and answers messages while another worker keeps
+            // the loop running.
             let other = master.fork().unwrap();
             let pinged = worker.clone();
             other.on_message(move |_, other, _| {
@@ -585,7 +592,8 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
         },
     );
     let mut entries = entries.take();
-    // No `run` waits for the first worker's `online` event, so its position varies.
+    // The position of the first worker's `online` event varies, because no `run` waits for the
+    // event.
     let before = entries.len();
     entries.retain(|entry| entry != "1 online");
     assert_eq!(before - entries.len(), 1);

@@ -25,7 +25,7 @@ crate::scenarios! {
     calls_in_the_worker_are_idempotent_after_the_channel_closes
 }
 
-/// Every way to stop a worker.
+/// All ways in which a master can stop a worker.
 const WAYS: [&str; 6] = [
     "disconnect",
     "kill",
@@ -50,7 +50,7 @@ fn stop_by(worker: &WorkerProcess, way: &str) {
     }
 }
 
-/// Checks the state, and calls every method that must not change it.
+/// Checks the worker's state, and calls every method that must not change the state.
 fn check_state(worker: &WorkerProcess, state: WorkerState, connected: bool, dead: bool) {
     for _ in 0..2 {
         assert_eq!(worker.state(), state);
@@ -75,7 +75,7 @@ fn check_state(worker: &WorkerProcess, state: WorkerState, connected: bool, dead
     }
 }
 
-/// Asserts that each `send` fails, with an error and without an event.
+/// Asserts that each `send` to a closed channel fails and that no `on_written` callback runs.
 fn assert_sends_fail(worker: &WorkerProcess) {
     for _ in 0..2 {
         let outcomes = [
@@ -96,7 +96,9 @@ fn assert_sends_fail(worker: &WorkerProcess) {
     }
 }
 
-/// Forks a worker for each way, and lets `reach` stop it twice when it has reached a state.
+/// Forks one worker for each way of stopping it, and returns the `disconnect` and `exit` events.
+/// `reach` receives a closure that stops the worker twice, and must call the closure in the state
+/// under test.
 fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -131,8 +133,8 @@ fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)
     entries.take()
 }
 
-/// Each worker has disconnected once and exited once, with the expected flag and one of the
-/// expected statuses.
+/// Asserts that each worker has disconnected once and exited once, with the expected flag and one
+/// of the expected statuses.
 fn check(entries: &[String], expected: impl Fn(&str) -> (bool, &'static [&'static str])) {
     const ZERO: &str = "exit status: 0";
     assert_eq!(entries.len(), 2 * WAYS.len(), "{entries:?}");
@@ -153,7 +155,8 @@ fn check(entries: &[String], expected: impl Fn(&str) -> (bool, &'static [&'stati
     }
 }
 
-/// The flag and the statuses that each way causes in a worker that is not yet disconnecting.
+/// Returns `exited_after_disconnect` and the possible exit statuses for a worker that is stopped
+/// before it disconnects.
 fn expected_outcome(way: &str) -> (bool, &'static [&'static str]) {
     match way {
         "disconnect" => (true, &["0"]),
@@ -161,7 +164,8 @@ fn expected_outcome(way: &str) -> (bool, &'static [&'static str]) {
         "process().disconnect" => (false, &["0"]),
         // The worker may exit by itself before the signal arrives.
         "kill" | "destroy" => (true, &["0", "15"]),
-        // "everything": the signal is sent at once, but the worker may exit first.
+        // With "everything", the master sends the signal at once, but the worker may exit before
+        // the signal arrives.
         _ => (true, &["0", "15"]),
     }
 }
@@ -174,7 +178,7 @@ fn calls_are_idempotent_before_online() {
     check(&entries, expected_outcome);
 }
 
-/// Calls `then` once.
+/// Wraps `then` in a closure that calls it once.
 fn once(then: Box<dyn FnOnce(&WorkerProcess)>) -> impl FnMut(&WorkerProcess) {
     let mut then = Some(then);
     move |worker| {
@@ -206,7 +210,8 @@ fn calls_are_idempotent_when_listening() {
     check(&entries, expected_outcome);
 }
 
-/// The worker is stopped meanwhile, so that it cannot process the request to disconnect.
+/// Stops the worker with SIGSTOP before the calls, so that the worker cannot process the disconnect
+/// request in the meantime.
 fn calls_are_idempotent_while_disconnecting() {
     let entries = ways(|_, worker, stop_twice| {
         let mut then = once(stop_twice);
@@ -242,7 +247,7 @@ fn calls_are_idempotent_when_disconnected() {
     });
 }
 
-/// In the `exit` callbacks, and after them.
+/// Calls each method in the `exit` callback and again after the callback.
 fn calls_are_idempotent_after_the_exit() {
     let entries = ways(|_, worker, stop_twice| {
         worker.on_listening(|_, worker, _| {
@@ -265,8 +270,7 @@ fn calls_are_idempotent_after_the_exit() {
     check(&entries, |_| (true, &["0"]));
 }
 
-/// The worker has exited, and the master has not noticed: the callback has not returned to the
-/// loop.
+/// Calls each method after the worker has exited and before the master's loop can notice the exit.
 fn calls_are_idempotent_before_the_exit_is_noticed() {
     let entries = ways(|_, worker, stop_twice| {
         let mut then = once(stop_twice);
@@ -301,7 +305,7 @@ fn calls_are_idempotent_after_the_master_has_finished() {
         },
         |_| {},
     );
-    // The harness has dropped the master.
+    // The harness has dropped the master by now, but the workers' handles remain valid.
     let workers = workers.take();
     assert_ne!(workers[0], workers[1]);
     for worker in &workers {
@@ -313,7 +317,8 @@ fn calls_are_idempotent_after_the_master_has_finished() {
     }
 }
 
-/// A dropped `Master` no longer controls its workers, which exit.
+/// Checks a worker's handle after the master has been dropped. The worker exits because its channel
+/// closes.
 fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -333,7 +338,7 @@ fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
                 worker.process().unreference();
                 worker.process().reference();
             }
-            // The dropped master did not reap the worker.
+            // Reap the worker here, because the dropped master has not reaped it.
             let pid = i32::try_from(worker.process().id()).unwrap();
             let pid = nix::unistd::Pid::from_raw(pid);
             let status = nix::sys::wait::waitpid(pid, None).unwrap();
@@ -343,7 +348,7 @@ fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
     }
 }
 
-/// Every way for a worker to stop itself.
+/// All ways in which a worker can stop itself.
 const OWN_WAYS: [&str; 4] = ["disconnect", "kill", "destroy", "process().disconnect"];
 
 fn stop_itself_by(worker: &Worker, way: &str) {
@@ -380,8 +385,8 @@ fn check_own_state(worker: &Worker) {
     }
 }
 
-/// Calls each way twice: first, while the worker disconnects, in the `disconnect` callback, and
-/// after it.
+/// Calls each way twice before the disconnect completes, and also inside and after the `disconnect`
+/// callback.
 fn calls_in_the_worker_are_idempotent() {
     let log = Log::default();
     let entries = log.clone();
@@ -431,7 +436,7 @@ fn calls_in_the_worker_are_idempotent() {
             listener.unreference();
             listener.reference();
             listener.set_max_connections(Some(0));
-            // New listeners and sockets are closed from the start.
+            // A listener or socket that a disconnected worker opens is closed from the start.
             let late = worker.listen("127.0.0.1:0").unwrap();
             assert!(late.accept().unwrap().is_none());
             let socket = worker.bind("127.0.0.1:0").unwrap();
@@ -453,7 +458,7 @@ fn calls_in_the_worker_are_idempotent() {
     }
 }
 
-/// The master has closed the channel, and the worker has not noticed yet.
+/// Calls each way after the master has closed the channel and before the worker has noticed.
 fn calls_in_the_worker_are_idempotent_after_the_channel_closes() {
     let log = Log::default();
     let entries = log.clone();
@@ -482,11 +487,12 @@ fn calls_in_the_worker_are_idempotent_after_the_channel_closes() {
             let _ = worker
                 .send_with_fds(b"close the channel", vec![theirs.into()])
                 .unwrap();
-            // The master closes this descriptor after the channel.
+            // The master closes this descriptor after the channel, so end-of-file means that the
+            // channel is closed.
             assert_eq!(ours.read(&mut [0]).unwrap(), 0);
             stop_itself_by(&worker, &way);
             stop_itself_by(&worker, &way);
-            // Sending fails, either at once or later through `on_written`.
+            // Sending fails either at once or later through `on_written`.
             let reported = Rc::new(std::cell::Cell::new(0));
             let count = Rc::clone(&reported);
             let options = SendOptions::new().on_written(move |_, outcome| {

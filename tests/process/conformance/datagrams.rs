@@ -1,4 +1,4 @@
-//! UDP sockets that all workers share.
+//! Tests UDP sockets that all workers share.
 
 use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -34,7 +34,7 @@ crate::scenarios! {
     socket_that_arrives_just_before_a_disconnect_is_closed
 }
 
-/// The events of a worker that binds `sockets` sockets and then disconnects by itself.
+/// Returns the events of a worker that binds `sockets` sockets and then disconnects by itself.
 fn bind_and_disconnect_events(sockets: usize) -> Vec<&'static str> {
     let mut events = vec!["1 fork", "1 online"];
     events.extend(std::iter::repeat_n("1 listening", sockets));
@@ -45,7 +45,7 @@ fn bind_and_disconnect_events(sockets: usize) -> Vec<&'static str> {
     events
 }
 
-/// Runs `worker` in one worker, and returns all events.
+/// Runs `worker` in one worker process, and returns all events.
 fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -73,7 +73,8 @@ fn assert_closed(socket: &UdpSocket) {
     assert_unbound(socket);
 }
 
-/// Asserts that a socket is closed, without `recv_from`, which callbacks may not call.
+/// Asserts that a socket is closed. Callbacks use this function, because they may not call
+/// `recv_from`.
 fn assert_unbound(socket: &UdpSocket) {
     let error = socket.send_to(b"x", ("127.0.0.1", 9)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotConnected);
@@ -88,8 +89,8 @@ fn child_index_dgram() {
         let closed = Rc::new(Cell::new(0));
         for socket in first {
             let closed = Rc::clone(&closed);
-            // Closing the first socket frees its index while the second is open. When the second
-            // closes, the first one's successor is open.
+            // Closing the first socket frees its index while the second socket is open. When the
+            // second socket closes, the socket that replaced the first is open.
             worker.set_timeout(Duration::ZERO, move |worker| {
                 socket.close();
                 assert_unbound(&socket);
@@ -113,8 +114,8 @@ fn child_index_dgram() {
 const WORKERS: u32 = 4;
 const EACH: usize = 10;
 
-/// Forks four workers, and sends 40 datagrams when all have bound their socket. A worker that
-/// reports its share as received is disconnected.
+/// Forks four workers, and sends 40 datagrams when all workers have bound their sockets. The master
+/// disconnects each worker that reports its share as received.
 fn distribute_datagrams(
     master: &Master,
     log: &Log,
@@ -201,7 +202,7 @@ fn datagrams_to_a_borrowed_socket_are_distributed() {
             distribute_datagrams(master, &log, addresses, &env);
             master.on_exit(move |master, _, _| {
                 if master.workers().is_empty() {
-                    // The master's socket is still open, and no datagram is left in it.
+                    // The master's socket is still open, and no datagram is left in its buffer.
                     let address = socket.local_addr().unwrap();
                     assert_eq!(socket.send_to(b"own", address).unwrap(), 3);
                     let mut buffer = [0; 16];
@@ -283,8 +284,8 @@ fn dgram_2() {
     assert_eq!(received.get(), 40);
     let mut entries = entries.take();
     assert_eq!(entries.pop().unwrap(), "all exited");
-    // A worker may be disconnected before it has bound its socket: the others may have sent all 40
-    // datagrams by then.
+    // A worker may be disconnected before it has bound its socket, because the other workers may
+    // have sent all 40 datagrams by then.
     entries.retain(|entry| !entry.ends_with(" listening"));
     let expected = [
         "fork",
@@ -299,7 +300,7 @@ fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
     let sender = Rc::clone(socket);
     let send = move |_: &Worker| match sender.send_to(b"hello", ("127.0.0.1", port)) {
         Ok(length) => assert_eq!(length, 5),
-        // The disconnect has closed the socket.
+        // Sending fails once the disconnect has closed the socket.
         Err(error) => assert_eq!(error.kind(), ErrorKind::NotConnected),
     };
     let timer = worker.set_interval(Duration::from_millis(1), send);
@@ -312,12 +313,13 @@ fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
 
 fn dgram_ipv6only() {
     let events = events_of_one_worker(|worker| {
-        // Bind IPv4 first: another process's IPv4 socket may have the port that an IPv6
-        // socket gets by chance. The reverse cannot happen.
+        // Bind the IPv4 socket first, because another process's IPv4 socket may use the port that
+        // an IPv6-only socket receives by chance. The reverse cannot happen.
         let v4 = worker.bind(("0.0.0.0", 0)).unwrap();
         let port = v4.local_addr().unwrap().port();
         let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        // A dual-stack socket needs the port in both families, and IPv4 has taken it.
+        // A dual-stack socket needs the port in both families, but the IPv4 socket uses the port
+        // already.
         let error = worker.bind(address).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::EADDRINUSE as i32));
         let v6 = worker.bind(BindOptions::from(address).ipv6_only(true));
@@ -330,7 +332,8 @@ fn dgram_ipv6only() {
     assert_eq!(events, bind_and_disconnect_events(2));
 }
 
-/// Identifies the socket among all sockets of the system, by its inode.
+/// Returns the socket's link in `/proc/self/fd`, which contains the inode that identifies the
+/// socket.
 fn identity(socket: &UdpSocket) -> std::path::PathBuf {
     let copy = socket.try_clone().unwrap();
     std::fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).unwrap()
@@ -359,7 +362,7 @@ fn dgram_reuse() {
 
 fn dgram_reuseport() {
     let events = events_of_one_worker(|worker| {
-        // The worker does not need the master, which is stopped and cannot answer.
+        // Stop the master, because binding with `reuse_port` must not need an answer from it.
         let master = StoppedMaster::new();
         let bind = |port| worker.bind(BindOptions::from(port).reuse_port(true));
         let first = bind(0).unwrap();
@@ -383,7 +386,7 @@ fn request(address: SocketAddr) -> String {
     String::from_utf8(answer[..length].to_vec()).unwrap()
 }
 
-/// Answers each datagram with the worker's id.
+/// Answers each datagram with the worker's ID.
 fn answer_id(worker: &Worker) {
     let socket = worker.bind(0).unwrap();
     let id = worker.id().to_string();
@@ -410,8 +413,8 @@ fn disconnect_unshared_udp() {
                     without.on_disconnect(move |_, _| {
                         let _ = pinged.send(b"ping").unwrap();
                     });
-                    // Between its two answers, the worker processes whatever the other worker's
-                    // disconnect has caused.
+                    // Wait for two answers. Between them, the worker processes everything that the
+                    // other worker's disconnect has caused.
                     let (log, answers) = (log.clone(), Cell::new(0));
                     with.on_message(move |master, with, _| {
                         answers.set(answers.get() + 1);
@@ -434,7 +437,8 @@ fn disconnect_unshared_udp() {
         },
     );
     let mut entries = entries.take();
-    // The exit of the first worker may come at any time after its disconnect.
+    // The first worker may exit at any time after its disconnect, so the position of its `exit`
+    // event varies.
     let end = "1 exit Some(true) exit status: 0";
     let before = entries.len();
     entries.retain(|entry| entry != end);
@@ -453,8 +457,8 @@ fn disconnect_unshared_udp() {
     assert_eq!(entries, expected);
 }
 
-/// Runs `worker` in one worker, with a port that a socket of the master holds until the worker
-/// exits. Returns all events.
+/// Runs `worker` in one worker process with a port that is in use, and returns all events. A socket
+/// of the master holds the port until the worker exits.
 fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -474,8 +478,10 @@ fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     entries.take()
 }
 
-/// `bind` waits for the answer, so the application cannot close the socket before it. A disconnect
-/// can: the master processes it first, and does not answer the bind request.
+/// Checks that a socket is closed if a disconnect precedes the bind request. `bind` waits for the
+/// answer, so the application cannot close the socket earlier.
+///
+/// The master processes the disconnect first and does not answer the bind request.
 fn dgram_bind_socket_close_before_cluster_reply() {
     let events = with_port_in_use(|worker, port| {
         worker.disconnect();
@@ -528,8 +534,8 @@ fn dgram_cluster_close_in_listening() {
     assert_each(3, &entries.take(), &expected);
 }
 
-/// Node's test calls `unref` while the bind request is pending. Here `bind` returns when it is
-/// complete, so `unref` follows.
+/// Checks `unreference` after `bind`. Node's test calls `unref` while the bind request is pending,
+/// but `bind` returns only after the request has completed.
 fn dgram_unref_in_cluster() {
     let events = events_of_one_worker(|worker| {
         let socket = Rc::new(worker.bind("127.0.0.1:0").unwrap());
@@ -544,7 +550,7 @@ fn dgram_unref_in_cluster() {
         worker.process().unreference();
         worker.run().unwrap();
         assert!(worker.is_connected());
-        // The socket is still open, and `ref_` lets it keep the loop running again.
+        // The socket is still open, and a referenced socket keeps the loop running.
         socket.reference();
         socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
         worker.run().unwrap();
@@ -571,8 +577,8 @@ fn dgram_unref_in_cluster() {
     assert_eq!(events, expected);
 }
 
-/// While the worker waits for the answer, the master binds the socket and sends it. Then the
-/// master's application disconnects the worker.
+/// Checks a disconnect that follows the answer to a bind request. While the worker waits for the
+/// answer, the master sends the bound socket and then disconnects the worker.
 fn socket_that_arrives_just_before_a_disconnect_is_closed() {
     let log = Log::default();
     let entries = log.clone();
@@ -581,7 +587,7 @@ fn socket_that_arrives_just_before_a_disconnect_is_closed() {
             note_events(master, &log);
             let worker = master.fork().unwrap();
             worker.on_message(|master, worker, message| {
-                // This makes the worker send its bind request. The master does not read the
+                // The byte makes the worker send its bind request. The master does not read the
                 // request before this callback returns.
                 let [go]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
                 UnixStream::from(go).write_all(b"x").unwrap();
@@ -604,7 +610,8 @@ fn socket_that_arrives_just_before_a_disconnect_is_closed() {
             worker.on_error(|_, error| panic!("{error}"));
             let (mut here, there) = UnixStream::pair().unwrap();
             let _ = worker.send_with_fds(b"ready", vec![there.into()]).unwrap();
-            // Do not sleep here: `stop` takes the first sleep as the wait for the answer.
+            // Do not sleep here, because `stop` treats the worker's first sleep as the wait for the
+            // answer.
             here.set_nonblocking(true).unwrap();
             while here.read(&mut [0]).is_err() {
                 std::thread::yield_now();

@@ -1,4 +1,5 @@
-//! Descriptors sent with a message: of every kind, kept open by the sender or moved.
+//! Tests descriptors of every kind in messages. The sender keeps some of them open and moves the
+//! others.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
@@ -19,13 +20,14 @@ crate::scenarios! {
     too_many_descriptors_are_an_error
 }
 
-/// The link of the descriptor, as it appears in `open_fds`.
+/// Returns the descriptor's link, in the form that `open_fds` returns.
 fn link_of(fd: &impl AsFd) -> PathBuf {
     let number = fd.as_fd().as_raw_fd();
     std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap()
 }
 
-/// Two socket pairs. One end of each is sent: `kept` stays open in the sender, `moved` does not.
+/// Two socket pairs of which one end each is sent. `kept` stays open in the sender, and `moved`
+/// does not.
 struct Ends {
     kept: UnixStream,
     kept_peer: UnixStream,
@@ -52,14 +54,16 @@ impl Ends {
         options.fd(self.moved.take().unwrap())
     }
 
-    /// Call when the message was processed and its receiver did not take the descriptors.
+    /// Checks which ends are still open after the message has been processed. The receiver must not
+    /// have taken the descriptors.
     fn check(mut self) {
         assert!(open_fds().contains(&link_of(&self.kept)));
         assert!(
             !open_fds().contains(&self.moved_link),
             "still open in the sender"
         );
-        // The receiver has closed its copies: `kept` is open in the sender only, `moved` nowhere.
+        // The receiver has closed its copies. Only the sender's `kept` is open now, and `moved` is
+        // closed everywhere.
         assert_eq!(self.moved_peer.read(&mut [0]).unwrap(), 0);
         self.kept.write_all(b"open").unwrap();
         drop(self.kept);
@@ -117,7 +121,8 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
     assert_eq!(entries.take(), expected);
 }
 
-/// One descriptor of each kind, and the peers that show that each works in the receiver.
+/// One descriptor of each kind, and the peers that show whether each descriptor works in the
+/// receiver.
 struct Kinds {
     stream: TcpStream,
     client: TcpStream,
@@ -143,7 +148,8 @@ impl Kinds {
             .keep_open(&receiver)
             .keep_open(&file)
             .fd(pipe);
-        // The receiver's copy works although the sender has closed its own.
+        // Close the sender's own receiving end, because the copy in the message must work without
+        // it.
         drop(receiver);
         let client = TcpStream::connect(address).unwrap();
         let kinds = Self {

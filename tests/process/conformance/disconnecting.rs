@@ -1,4 +1,4 @@
-//! How workers disconnect and exit, and the events that follow.
+//! Tests how workers disconnect and exit, and which events follow.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,7 +51,7 @@ fn call_and_destroy() {
         },
     );
     let mut entries = entries.take();
-    // The signal races with the worker's own exit.
+    // The signal races with the worker's own exit, so both statuses are possible.
     let end = entries.pop().unwrap();
     let ends = ["exit status: 0", "signal: 15 (SIGTERM)"];
     let ends = ends.map(|end| format!("1 exit Some(true) {end}"));
@@ -140,7 +140,7 @@ fn disconnect_idle_worker() {
             });
             master.disconnect();
         },
-        // The counterpart of Node's empty worker, which keeps running.
+        // Keep the worker running, because Node's empty worker also keeps running.
         |worker| worker.run().unwrap(),
     );
     let entries = entries.take();
@@ -166,7 +166,7 @@ fn disconnect_leak() {
             let (at_disconnect, at_exit) = (log.clone(), log.clone());
             worker.on_disconnect(move |_, _| at_disconnect.add("worker disconnect"));
             worker.on_exit(move |_, _, _| at_exit.add("worker exit"));
-            // The callback runs when all listeners are closed, too.
+            // The callback runs only after all listeners have closed.
             master.on_all_disconnected_once(move |_| log.add("all exited"));
             master.disconnect();
         },
@@ -209,8 +209,8 @@ fn disconnect_unshared_tcp() {
                         without.on_disconnect(move |_, _| {
                             let _ = pinged.send(b"ping").unwrap();
                         });
-                        // Between its two answers, the worker processes whatever the other worker's
-                        // disconnect has caused.
+                        // Wait for two answers. Between them, the worker processes everything that
+                        // the other worker's disconnect has caused.
                         let (log, answers) = (log.clone(), Cell::new(0));
                         with.on_message(move |master, with, _| {
                             answers.set(answers.get() + 1);
@@ -233,7 +233,8 @@ fn disconnect_unshared_tcp() {
             },
         );
         let mut entries = entries.take();
-        // The exit of the first worker may come at any time after its disconnect.
+        // The first worker may exit at any time after its disconnect, so the position of its `exit`
+        // event varies.
         let end = "1 exit Some(true) exit status: 0";
         let before = entries.len();
         entries.retain(|entry| entry != end);
@@ -303,7 +304,8 @@ fn disconnect() {
     assert_eq!(exited.get(), 16);
 }
 
-/// Forks eight workers, connects to each port, and disconnects all.
+/// Forks eight workers, connects to each port, and disconnects all workers. Calls `then` after the
+/// disconnect.
 fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
     let listening: Rc<RefCell<BTreeMap<_, Vec<u16>>>> = Rc::default();
     let then = Rc::new(RefCell::new(Some(then)));
@@ -344,13 +346,15 @@ fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
     }
 }
 
-/// Asserts that the address in `message` is in use, and returns the error.
+/// Asserts that listening on the address in `message` fails because the address is in use. Returns
+/// the error.
 fn listen_on_used_port(worker: &Worker, message: &Message) -> Error {
     let address = std::str::from_utf8(message.bytes()).unwrap();
     expect_listen_error(worker, address, nix::libc::EADDRINUSE)
 }
 
-/// A panic stands for Node's exception. It unwinds through `run`, and the application continues.
+/// Checks that a worker continues after a panic, which replaces Node's exception. The panic unwinds
+/// through `run`.
 fn ipc_throw() {
     let log = Log::default();
     let entries = log.clone();
@@ -374,7 +378,7 @@ fn ipc_throw() {
             let thrown = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
             let error = thrown.downcast::<Error>().unwrap();
             assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
-            // The channel still works, and the requested disconnect completes.
+            // The channel still works after the panic, and the requested disconnect completes.
             let _ = worker.send(b"uncaught").unwrap();
             let count = Rc::new(Cell::new(0));
             let at_disconnect = Rc::clone(&count);

@@ -1,4 +1,4 @@
-//! Which events are emitted, when, how often and in which order.
+//! Tests which events are emitted, when, how often and in which order.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -88,7 +88,8 @@ macro_rules! listen_to {
 }
 
 impl Events {
-    /// Call before the loop runs, so that no event is missed.
+    /// Registers the callbacks that log all events. Call this method before the loop runs, so that
+    /// no event is missed.
     fn log(&self, master: &Master, worker: &WorkerProcess) {
         let (log, own) = (self.by_cluster.clone(), worker.clone());
         master.on_fork(move |_, worker| {
@@ -100,7 +101,8 @@ impl Events {
         master.on_error(|_, _, error| panic!("{error}"));
     }
 
-    /// Returns all events after `fork`, which is emitted at cluster level only, and `online`.
+    /// Returns the events that follow `fork` and `online`, and asserts that both levels have logged
+    /// the same ones. Only the cluster level emits `fork`.
     #[track_caller]
     fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
@@ -110,7 +112,7 @@ impl Events {
     }
 }
 
-/// Exits with a code from the worker's id, which is known as soon as `init` returns.
+/// Exits with a code that contains the worker's ID, which is known as soon as `init` returns.
 fn exit_with_own_id(worker: Worker) {
     assert!(cluster::is_worker());
     std::process::exit(42 + i32::try_from(worker.id().get()).unwrap());
@@ -145,7 +147,7 @@ fn cluster_preload_test() {
 
 fn cluster_preload() {
     let events = Events::default();
-    // The role is known before `init`.
+    // The role is known even before `init`.
     let is_worker = cluster::is_worker();
     cluster(
         |master| {
@@ -166,7 +168,8 @@ fn cluster_preload() {
     assert_eq!(events.take(), expected);
 }
 
-/// Requests to the master come through its standard input here.
+/// Checks a cluster of an application that receives requests. Node's master receives them over
+/// HTTP, and this master reads its standard input.
 fn app() {
     if !is_watched() {
         let mut master = watched()
@@ -338,7 +341,7 @@ fn message() {
             run_until_killed(&worker);
         },
     );
-    // The echo travels over the client's connection and may arrive first.
+    // Sort the entries, because the echo travels over the client's connection and may arrive first.
     let mut receipts = receipts.take();
     receipts.sort();
     assert_eq!(receipts, ["cluster", TO_WORKER, "worker"]);
@@ -351,7 +354,8 @@ fn message() {
     assert_eq!(events.take(), expected);
 }
 
-/// Here only `fork` creates workers.
+/// Checks a new worker's properties. Node's test calls the constructor, but only `fork` creates
+/// workers in this crate.
 fn worker_constructor() {
     let log = Log::default();
     cluster(
@@ -418,7 +422,8 @@ fn worker_death() {
     assert_eq!(events.take(), expected);
 }
 
-/// Node emits the event on the process and on the worker object. Here all callbacks run.
+/// Checks that all message callbacks of a worker run. Node emits the event on both the process and
+/// the worker object.
 fn worker_events() {
     let events = Events::default();
     cluster(
@@ -427,7 +432,8 @@ fn worker_events() {
             events.log(master, &worker);
             assert_eq!(worker.state(), WorkerState::None);
             assert_eq!(worker.send(b"a text").unwrap(), Sent::Continue);
-            // A message that was delivered twice would arrive before this one.
+            // Send another message, because a duplicate of the first message would arrive before
+            // it.
             assert_eq!(worker.send(b"end").unwrap(), Sent::Continue);
         },
         |worker| {
@@ -505,7 +511,7 @@ fn worker_init() {
     assert_eq!(events.take(), expected);
 }
 
-/// The events when `kill` is called as soon as the worker listens.
+/// Returns the events that occur when `kill` is called as soon as the worker listens.
 fn events_of_kill_when_listening(kill: fn(&WorkerProcess)) -> Vec<String> {
     let events = Events::default();
     cluster(
@@ -533,8 +539,9 @@ fn worker_kill() {
     assert_eq!(events, expected);
 }
 
-/// As Node's documentation says, and unlike its newer versions: the worker disconnects first, so
-/// the exit is treated as intended.
+/// Checks that `kill` disconnects the worker first, so the exit is treated as intended.
+///
+/// Node: its documentation describes this behaviour, but newer versions of Node behave differently.
 fn worker_kill_signal() {
     let expected = [
         "listening Listening",
@@ -593,7 +600,8 @@ fn worker_isconnected() {
         |worker| {
             let log = Log::default();
             log.add(worker.is_connected().to_string());
-            // Node emits the event on the process and on the worker object.
+            // Register two callbacks, because Node emits the event on both the process and the
+            // worker object.
             for _ in 0..2 {
                 let log = log.clone();
                 worker.on_disconnect(move |worker| log.add(worker.is_connected().to_string()));
@@ -612,7 +620,8 @@ fn worker_isconnected() {
     assert_eq!(events.take(), expected);
 }
 
-/// A panic is the closest counterpart of Node's uncaught exception.
+/// Checks that a panic in the master unwinds to the caller. A panic is the closest counterpart of
+/// Node's uncaught exception.
 fn uncaught_exception() {
     struct Thrown;
     if !is_watched() {
@@ -645,8 +654,8 @@ fn uncaught_exception() {
 /// Whether `accept4` fails with `ECONNABORTED` and closes the connection.
 static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
 
-/// Replaces the C library's function, which the standard library calls: the linker prefers this
-/// one. A test has no means to make the kernel return `ECONNABORTED`.
+/// Replaces the C library's `accept4`, which the standard library calls. The linker prefers this
+/// function. A test cannot make the kernel return `ECONNABORTED`.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 unsafe extern "C" fn accept4(
@@ -655,11 +664,12 @@ unsafe extern "C" fn accept4(
     length: *mut libc::socklen_t,
     flags: c_int,
 ) -> c_int {
-    // SAFETY: passes the caller's arguments to the system call of the same name.
+    // SAFETY: the caller guarantees that the arguments are valid for `accept4`, and they are passed
+    // on unchanged.
     let accepted = unsafe { libc::syscall(libc::SYS_accept4, listener, address, length, flags) };
     let accepted = c_int::try_from(accepted).unwrap_or(-1);
     if accepted >= 0 && LOSE_CONNECTIONS.load(Ordering::SeqCst) {
-        // SAFETY: the descriptor is new, and only this function knows it.
+        // SAFETY: the descriptor is open, and no other code knows its number yet.
         unsafe { libc::close(accepted) };
         Errno::ECONNABORTED.set();
         return -1;
@@ -682,7 +692,8 @@ fn accept_fail() {
             listener.set_connection_callback(|_, _| panic!("no connection is accepted"));
             let log = Log::default();
             let all = log.clone();
-            // One client after another: the master goes on accepting after a failure.
+            // Connect one client after the other, because the master must continue to accept after
+            // a failure.
             for _ in 0..CLIENTS {
                 let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
                 let log = log.clone();
@@ -710,8 +721,8 @@ fn accept_fail() {
     assert_eq!(events.take(), expected);
 }
 
-/// Without free descriptors `accept` fails, and the connection stays in the kernel's backlog. It is
-/// served when a descriptor is free again.
+/// Checks that a connection is served as soon as a descriptor is free. Without a free descriptor,
+/// `accept` fails and the connection stays in the kernel's backlog.
 fn accept_recovers_after_running_out_of_descriptors() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
 

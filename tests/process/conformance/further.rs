@@ -1,5 +1,5 @@
-//! Further behaviour of Node that its documentation and its users rely on. Each test is named after
-//! Node's test of the same behaviour.
+//! Tests further behaviour of Node that its documentation and its users rely on. Each test has the
+//! name of Node's test for the same behaviour.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -27,8 +27,8 @@ crate::scenarios! {
     setup_primary_cumulative
 }
 
-/// The second cluster is in a child process, which gets the address of the first in its
-/// environment.
+/// Checks that a second cluster cannot listen on the first cluster's address. The second cluster is
+/// in a child process, which receives the address in its environment.
 fn bind_twice() {
     const ADDRESS: &str = "ADDRESS";
     if std::env::var_os(ADDRESS).is_some() {
@@ -96,8 +96,8 @@ fn second_cluster(address: &str) {
     assert_eq!(entries.take(), expected);
 }
 
-/// Here `bind` waits for the answer, and no callback can close a socket that does not exist yet. A
-/// disconnect can come in between.
+/// Checks sockets that are closed right after `bind`, and `bind` after a disconnect. `bind` waits
+/// for the answer, so no callback can close the socket earlier.
 fn dgram_cluster_close_during_bind() {
     let log = Log::default();
     let entries = log.clone();
@@ -189,9 +189,10 @@ fn http_pipe() {
     });
 }
 
-/// A message is bytes here, and internal frames have their own kinds, so no message of the
-/// application can be mistaken for one. Other tests show that the master disconnects a worker that
-/// sends malformed frames.
+/// Checks that messages with unusual bytes arrive unchanged. Internal frames have their own kinds,
+/// so the crate cannot mistake an application's message for one of them.
+///
+/// Other tests show that the master disconnects a worker that sends malformed frames.
 fn invalid_message() {
     let log = Log::default();
     let entries = log.clone();
@@ -242,8 +243,10 @@ fn invalid_message() {
     assert_eq!(entries.take(), expected.concat());
 }
 
-/// The receiver takes neither descriptor, so the client must see that its connection is closed. In
-/// Rust a moved descriptor cannot be sent twice, but a copy can be sent first.
+/// Checks that descriptors which the receiver does not take are closed. The client sees that its
+/// connection is closed.
+///
+/// In Rust, a moved descriptor cannot be sent twice, so the worker sends a copy first.
 fn send_handle_twice() {
     let log = Log::default();
     let entries = log.clone();
@@ -301,7 +304,7 @@ fn server_restart_rr() {
             for _ in 0..2 {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 listener.close();
-                // The first worker still listens on the address.
+                // The first worker still listens on the address, so it serves the client.
                 assert_eq!(talk(listener.local_addr().unwrap(), b"").unwrap(), "1");
             }
             worker.process().disconnect();

@@ -1,4 +1,4 @@
-//! Further behaviour of Node: how workers disconnect and exit.
+//! Tests further behaviour of Node concerning how workers disconnect and exit.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -35,7 +35,8 @@ const DISCONNECTED: [&str; 4] = [
     "exit Some(true) exit status: 0",
 ];
 
-/// At each `disconnect` event the master sends to all workers, some of which have exited by then.
+/// Lets six workers disconnect themselves at the same time. At each `disconnect` event, the master
+/// sends a message to all workers, some of which have exited by then.
 fn concurrent_disconnect() {
     const WORKERS: u32 = 6;
     let log = Log::default();
@@ -95,8 +96,8 @@ fn concurrent_disconnect() {
     for worker in 1..=WORKERS {
         assert_eq!(of(worker, &entries), ["disconnect", "exit exit status: 0"]);
     }
-    // Sending to a worker in its own `disconnect` event fails. Failures after its `exit` event emit
-    // no `error` event.
+    // Sending to a worker fails in the worker's own `disconnect` event. A failure after the
+    // worker's `exit` event emits no `error` event.
     assert!(failed.get() >= WORKERS, "{failed:?}");
     assert!(
         (WORKERS..=failed.get()).contains(&reported.get()),
@@ -116,8 +117,8 @@ fn note_completion(master: &Master, log: &Log) {
     });
 }
 
-/// The second worker may have requested the listener just before it is disconnected, while the
-/// first worker, which has the listener, is disconnecting.
+/// Disconnects the second worker while the first worker, which has the listener, is also
+/// disconnecting. The second worker may have requested the listener shortly before.
 fn disconnect_race() {
     for_both_policies(|| {
         let log = Log::default();
@@ -142,7 +143,7 @@ fn disconnect_race() {
             },
         );
         let mut entries = entries.take();
-        // The second worker may process the disconnect before or after its request.
+        // The second worker may process the disconnect before or after it requests the listener.
         entries.retain(|entry| entry != "2 listening");
         let mut listened = DISCONNECTED.to_vec();
         listened.insert(2, "listening");
@@ -152,7 +153,8 @@ fn disconnect_race() {
     });
 }
 
-/// A worker whose channel the master closes exits at once, even if it still waits for a timer.
+/// Checks that a worker exits at once when the master closes its channel, even if the worker still
+/// waits for a timer.
 fn forced_exit() {
     let log = Log::default();
     let entries = log.clone();
@@ -180,7 +182,7 @@ fn forced_exit() {
     assert_eq!(entries.len(), 8);
 }
 
-/// The master is a child of this process, and panics.
+/// Checks that the workers exit when their master panics. The master is a child of this process.
 fn primary_error() {
     const PLAY: &str = "PANICS";
     if std::env::var_os(PLAY).is_none() {
@@ -192,9 +194,9 @@ fn primary_error() {
             .unwrap();
         let mut pids = String::new();
         let mut stdout = child.stdout.take().unwrap();
-        // The workers inherit the output, so end-of-file means that all of them have exited.
+        // The workers inherit the output, so end-of-file means that all workers have exited.
         stdout.read_to_string(&mut pids).unwrap();
-        // Node exits with 1, and a Rust program that panics exits with 101.
+        // A Rust program that panics exits with 101, and Node exits with 1 after an exception.
         assert_eq!(child.wait().unwrap().code(), Some(101));
         let pids: Vec<u32> = pids.lines().map(|pid| pid.parse().unwrap()).collect();
         assert_eq!(pids.len(), 2);
@@ -219,8 +221,8 @@ fn primary_error() {
     }
 }
 
-/// A client is connected when both workers are disconnected. The second has just come online and is
-/// requesting the listener.
+/// Checks that a connected client receives an answer when both workers are disconnected. The second
+/// worker has just come online and is requesting the listener.
 fn shared_leak() {
     for_both_policies(|| {
         let log = Log::default();
@@ -257,8 +259,8 @@ fn shared_leak() {
             },
         );
         let mut entries = entries.take();
-        // Unlike in Node, disconnecting loses no connection: the client gets its answer. Its
-        // position varies.
+        // Unlike in Node, the disconnect loses no connection, so the client receives its answer.
+        // The answer's position varies.
         for (entry, count) in [("bye", 1..2), ("2 listening", 0..2)] {
             let before = entries.len();
             entries.retain(|other| other != entry);
@@ -284,7 +286,7 @@ fn worker_destroy() {
             if worker.id().get() == 1 {
                 let count = Rc::new(Cell::new(0));
                 let destroyed = Rc::clone(&count);
-                // `destroy` after the disconnect does nothing.
+                // `destroy` after the disconnect has no effect.
                 worker.on_disconnect(move |worker| {
                     worker.destroy();
                     count.set(count.get() + 1);
@@ -305,7 +307,7 @@ fn worker_destroy() {
     assert_eq!(entries.len(), 8);
 }
 
-/// A disconnected worker runs until it has nothing of its own to wait for.
+/// Checks that a disconnected worker runs until it has nothing of its own to wait for.
 fn worker_no_exit() {
     let log = Log::default();
     let entries = log.clone();
@@ -337,8 +339,8 @@ fn worker_no_exit() {
         },
         |worker| {
             let connection = TcpStream::connect(std::env::var("ADDRESS").unwrap()).unwrap();
-            // The master writes only after its `disconnect` event, so the worker must have
-            // disconnected by now.
+            // The master writes only after its `disconnect` event, so the worker must be
+            // disconnected when it reads.
             let answer = |worker: &Worker, mut connection: &TcpStream| {
                 if connection.read(&mut [0]).unwrap() == 0 {
                     return None;
@@ -369,7 +371,7 @@ fn worker_no_exit() {
     assert_eq!(entries.take(), expected);
 }
 
-/// The channel stays open while a client's connection is open.
+/// Checks that the channel stays open while a client's connection is open.
 fn worker_wait_server_close() {
     for_both_policies(|| {
         let log = Log::default();
@@ -387,7 +389,8 @@ fn worker_wait_server_close() {
                     in_background(master, connect, move |master, client| {
                         let worker = master.workers().remove(0);
                         worker.disconnect();
-                        // When the port is free, only the connection keeps the worker running.
+                        // Wait until the port is free, because from then on only the connection
+                        // keeps the worker running.
                         let unbound = move || {
                             wait_until("the listener to close", || {
                                 TcpListener::bind(address).map(drop).ok()

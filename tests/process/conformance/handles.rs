@@ -1,4 +1,4 @@
-//! Sockets that the master does not bind: the worker's own, and borrowed descriptors.
+//! Tests sockets that the master does not bind: the worker's own sockets and borrowed descriptors.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -27,7 +27,7 @@ crate::scenarios! {
     borrowed_listener_stays_with_the_master
 }
 
-/// The events of a worker whose listeners the master does not know.
+/// Returns the events of a worker whose listeners the master does not know.
 fn events_without_listening(exited_after_disconnect: bool) -> [String; 4] {
     let flag = Some(exited_after_disconnect);
     [
@@ -54,7 +54,8 @@ fn net_reuseport() {
             let same = ListenOptions::from(address).reuse_port(true);
             let second = worker.listen(same).unwrap();
             assert_eq!(second.local_addr().unwrap(), address);
-            // The kernel selects the socket.
+            // Both listeners send the same answer, because the kernel chooses which one receives
+            // the client.
             answer(&first, worker.id());
             answer(&second, worker.id());
             assert_eq!(read_answer(&worker, address), "1");
@@ -62,7 +63,7 @@ fn net_reuseport() {
             assert_eq!(read_answer(&worker, address), "1");
             second.close();
             drop(stopped);
-            // Both are closed, so the port is free.
+            // The port is free because both listeners are closed.
             drop(TcpListener::bind(address).unwrap());
             worker.disconnect().run().unwrap();
         },
@@ -152,7 +153,7 @@ fn net_listen_handle_in_cluster_2() {
         },
         |worker| {
             let stopped = StoppedMaster::new();
-            // The socket is bound, and does not listen yet.
+            // `reserve_port` binds the socket, but only `listen` makes it listen.
             let (socket, address) = reserve_port();
             let listener = worker.listen(TcpListener::from(socket)).unwrap();
             assert_eq!(listener.local_addr().unwrap(), address);
@@ -165,12 +166,13 @@ fn net_listen_handle_in_cluster_2() {
     assert_eq!(entries.take(), events_without_listening(false));
 }
 
-/// The listener is this master's standard input. Its standard output is a socket to the driver, and
-/// the master disconnects when the driver closes its end.
+/// Plays a master whose standard input is the listener. Its standard output is a socket to the
+/// driver, and the master disconnects when the driver closes its end.
 fn master_with_a_listener() {
     cluster(
         |master| {
-            // In the worker, descriptor 0 is `/dev/null`.
+            // Workers receive `/dev/null` as descriptor 0, so they must request the listener from
+            // the master.
             master.setup_master(Settings::default().stdio([Stdio::null()]));
             master.on_listening(|_, worker, address| {
                 assert!(matches!(address, cluster::Address::Fd { number: 0, .. }));

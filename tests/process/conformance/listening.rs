@@ -1,4 +1,4 @@
-//! Listeners: addresses, errors, backlogs and shared ports.
+//! Tests addresses, errors, backlogs and shared ports of listeners.
 
 use std::cell::RefCell;
 use std::io::{ErrorKind, Read as _};
@@ -35,20 +35,20 @@ crate::scenarios! {
     worker_cannot_listen_on_a_port_twice
 }
 
-/// Asserts that listening fails, and sends a message to the master.
+/// Asserts that listening on the address fails with `errno`, and reports the failure to the master.
 fn report_refusal(worker: &Worker, address: &str, errno: i32) {
     expect_listen_error(worker, address, errno);
     let _ = worker.send(b"refused").unwrap();
 }
 
-/// Closes the channel without a request to disconnect, which ends `run`.
+/// Closes the channel without a disconnect request, which makes `run` return.
 fn close_channel(worker: &Worker) {
     worker.process().disconnect();
     worker.run().unwrap();
     assert!(!worker.is_connected());
 }
 
-/// The events of a worker that reports a refusal and closes its channel.
+/// The events of a worker that reports a failed `listen` and closes its channel.
 const REFUSED: [&str; 5] = [
     "1 fork",
     "1 online",
@@ -121,13 +121,13 @@ fn shared_handle_bind_error() {
     assert_eq!(entries.take(), REFUSED);
 }
 
-/// Plays in a process that may not listen on port 42, even if root runs the tests.
+/// Runs `play` in a process that may not listen on port 42, even if root runs the tests.
 fn unprivileged(play: impl FnOnce()) {
     const CAP_NET_BIND_SERVICE: nix::libc::c_ulong = 10;
-    // Removes the capability from the programs that root executes from now on. Other users may not
-    // change the bounding set, and do not have the capability.
+    // Remove the capability from all programs that root executes from now on. Other users may not
+    // change the bounding set, but do not have the capability.
     #[allow(unsafe_code)]
-    // SAFETY: the call takes integers only.
+    // SAFETY: PR_CAPBSET_DROP takes its arguments by value and has no memory-safety preconditions.
     unsafe {
         nix::libc::prctl(nix::libc::PR_CAPBSET_DROP, CAP_NET_BIND_SERVICE, 0, 0, 0)
     };
@@ -137,7 +137,8 @@ fn unprivileged(play: impl FnOnce()) {
             Ok(_) => true,
         };
         if may_bind() {
-            // On this system every user may bind the port, so simulate the refusal.
+            // On this system, every user may bind the port, so a seccomp filter must make `bind`
+            // fail.
             refuse_calls(&[nix::libc::SYS_bind], nix::libc::EACCES);
             assert!(!may_bind());
         }
@@ -238,16 +239,16 @@ fn worker_handle_close() {
             let before = open_fds();
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.set_connection_callback(|_, _| panic!("the listener is closed"));
-            // Reports to the master that the worker is idle.
+            // Let the worker report to the master that it is idle.
             worker.dispatch(Some(Duration::ZERO)).unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            // Only the connection can arrive from the master now. Leave it in the queue.
+            // Only the connection can arrive from the master now. Wait for it, but leave it in the
+            // queue.
             let mut fds = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::NONE).unwrap();
             listener.close();
             worker.dispatch(Some(Duration::ZERO)).unwrap();
-            // The master has reclaimed the connection, and drops it because no other worker
-            // listens.
+            // The master reclaims the connection and drops it, because no other worker listens.
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
             drop(client);
             assert_eq!(open_fds(), before);
@@ -283,7 +284,7 @@ fn listening_port() {
             let listener = worker.listen(0).unwrap();
             listener.set_connection_callback(|_, _| panic!("no client connects"));
             assert_ne!(listener.local_addr().unwrap().port(), 0);
-            // Wait for the signal.
+            // Block here, so that the worker cannot exit before the signal arrives.
             worker.on_disconnect(|_| std::thread::park());
             worker.run().unwrap();
         },
@@ -298,7 +299,7 @@ fn listening_port() {
     assert_eq!(entries.take(), expected);
 }
 
-/// The backlogs of all TCP listeners that this process has.
+/// Returns the backlogs of all TCP listeners in this process.
 fn backlogs() -> Vec<u32> {
     use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 
@@ -307,22 +308,23 @@ fn backlogs() -> Vec<u32> {
     let numbers: Vec<i32> = numbers.map(|number| number.parse().unwrap()).collect();
     let listens = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: of the listed descriptors, only that of the directory is closed by now, and
-        // `getsockopt` does nothing but fail for it.
+        // SAFETY: the process has one thread, which has closed only the directory's descriptor
+        // since the listing. `getsockopt` fails for a closed descriptor.
         let fd = unsafe { BorrowedFd::borrow_raw(*number) };
         getsockopt(&fd, AcceptConn) == Ok(true)
     };
     numbers.into_iter().filter(listens).map(backlog).collect()
 }
 
-/// The argument of `listen`, or the system's limit if that is lower.
+/// Returns the listener's backlog, which is the argument of `listen` or the system's limit,
+/// whichever is lower.
 fn backlog(listener: RawFd) -> u32 {
     #[allow(unsafe_code)]
-    // SAFETY: all zeroes is a valid tcp_info.
+    // SAFETY: `tcp_info` contains only integers, so all-zero bytes are a valid value.
     let mut info: nix::libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = u32::try_from(size_of_val(&info)).unwrap();
     #[allow(unsafe_code)]
-    // SAFETY: `info` and `size` are writable, and `size` is the size of `info`.
+    // SAFETY: `info` and `size` are valid for writes, and `size` is the size of `info` in bytes.
     let result = unsafe {
         nix::libc::getsockopt(
             listener,
@@ -333,12 +335,15 @@ fn backlog(listener: RawFd) -> u32 {
         )
     };
     assert_eq!(result, 0);
-    // For a listener, this field holds the backlog (`tcp_get_info` in the kernel).
+    // The kernel stores a listener's backlog in this field (`tcp_get_info` in net/ipv4/tcp.c).
     info.tcpi_sacked
 }
 
-/// Workers listen one after another with these backlogs; 0 stands for the default. Returns the
-/// backlogs of the master's listeners at each `listening` event, and those of the workers'.
+/// Forks one worker after the other, each of which listens with the next backlog. The value 0
+/// stands for the default.
+///
+/// Returns the backlogs of the master's listeners at each `listening` event, and those of each
+/// worker's listeners.
 fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -387,7 +392,7 @@ fn shared_listener_has_the_requested_backlog() {
 }
 
 fn first_listen_call_sets_the_backlog() {
-    // The default is 511.
+    // 511 is the default backlog, which the first worker uses.
     let mut seen = listen_with_backlogs(&[0, 127], |_| {});
     let exits = seen.split_off(4);
     let expected = ["master [511]", "1 []", "master [511]", "2 []"];
@@ -395,8 +400,8 @@ fn first_listen_call_sets_the_backlog() {
     assert_eq!(exits, ["exit status: 0"; 2]);
 }
 
-/// Three workers listen on the same IPv6 port. `then` runs when all of them listen, and then all
-/// disconnect.
+/// Lets three workers listen on the same IPv6 port. Calls `then` when all of them listen, and then
+/// disconnects all workers.
 fn listen_on_ipv6(
     options: impl Fn(&str) -> ListenOptions,
     before: impl FnOnce(&Master),
@@ -449,7 +454,7 @@ fn listen_on_ipv6(
     assert_eq!(entries, [1, 2, 3].map(of_each).concat());
 }
 
-/// Reserves a port that is free in both families.
+/// Reserves a port that is free in both address families.
 fn reserve_both_families() -> ([OwnedFd; 2], u16) {
     wait_until("a port", || {
         let (v6, address) = reserve("[::]:0".parse().unwrap()).unwrap();
@@ -464,7 +469,7 @@ fn net_listen_ipv6only_false() {
         |address| ListenOptions::from(address),
         |_| {},
         |_, port| {
-            // The port is taken in both families.
+            // The listener uses the port in both address families.
             let error = TcpListener::bind(("0.0.0.0", port)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::AddrInUse);
             drop(TcpStream::connect(("0.0.0.0", port)).unwrap());
@@ -508,7 +513,7 @@ fn net_listen() {
         |worker| {
             let listener = worker.listen(ListenOptions::default()).unwrap();
             assert!(listener.local_addr().unwrap().ip().is_unspecified());
-            // Exits with the listener open.
+            // Exit while the listener is open.
             std::process::exit(0);
         },
     );
@@ -522,7 +527,9 @@ fn net_listen() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Node's test: `child-index-net`.
+/// Checks that closing one port-0 listener does not affect another.
+///
+/// Node: `child-index-net` tests this behaviour.
 fn closing_a_port_zero_listener_leaves_the_other_open() {
     for_both_policies(|| {
         let log = Log::default();
@@ -557,7 +564,10 @@ fn closing_a_port_zero_listener_leaves_the_other_open() {
     });
 }
 
-/// Node's test: `port-reuse-between-workers`.
+/// Checks that a worker cannot listen on its own port again while it listens there, but can after
+/// closing the listener.
+///
+/// Node: `port-reuse-between-workers` tests this behaviour.
 fn worker_cannot_listen_on_a_port_twice() {
     for_both_policies(|| {
         let log = Log::default();
@@ -589,7 +599,7 @@ fn worker_cannot_listen_on_a_port_twice() {
                         "first"
                     );
                     worker.on_message(move |worker, _| {
-                        // By now the other worker listens, too, and keeps the port in use.
+                        // The other worker also listens now, so the port stays in use.
                         listener.close();
                         let again = worker.listen(&address).unwrap();
                         assert_eq!(again.local_addr().unwrap().to_string(), address);

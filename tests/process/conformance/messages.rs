@@ -1,4 +1,4 @@
-//! Messages, and descriptors that travel with them.
+//! Tests messages with and without descriptors.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -16,7 +16,7 @@ crate::scenarios! {
     send_handle_large_payload
 }
 
-/// The one socket that came with a message.
+/// Returns the only socket that came with a message.
 fn socket(message: &Message) -> TcpStream {
     let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
     fd.into()
@@ -98,8 +98,8 @@ fn send_deadlock() {
                 (accepted < 2).then_some(Interest::Readable)
             };
             master.watch(server, Interest::Readable, pass_on).unwrap();
-            // No callback takes the second socket that comes back. Taking the first one shows that
-            // they do come back.
+            // Take only the first socket that comes back, which shows that both arrive. The second
+            // must be closed even though no callback takes it.
             let mut first = true;
             worker.on_message(move |_, _, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));
@@ -137,7 +137,7 @@ fn send_deadlock() {
 }
 
 /// Connects two clients and shuts down their writing side. The worker disconnects when the server
-/// has closed both.
+/// has closed both connections.
 fn connect_and_end_both(worker: &Worker, port: u16) {
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let clients = [(); 2].map(|()| TcpStream::connect(address).unwrap());
@@ -159,7 +159,8 @@ fn connect_and_end_both(worker: &Worker, port: u16) {
 
 fn send_handle_large_payload() {
     const LENGTH: u32 = 800_004;
-    // The period is 251 bytes, which divides no buffer size: a lost or repeated buffer is noticed.
+    // The text repeats every 251 bytes, which divides no usual buffer size. Therefore the
+    // comparison detects a lost or repeated buffer.
     let text = || (0..LENGTH).flat_map(|n| (n % 251).to_le_bytes().into_iter().take(1));
     let log = Log::default();
     let entries = log.clone();
@@ -174,7 +175,7 @@ fn send_handle_large_payload() {
             let _ = worker.send_with_fds(&text, vec![client.into()]).unwrap();
             worker.on_message(move |_, _, message| {
                 assert!(message.bytes() == text, "the same text");
-                // The descriptor is still the same connection.
+                // Write to the descriptor, which must still be the same connection.
                 let mut client = socket(message);
                 client.write_all(b"x").unwrap();
                 drop(client);
@@ -191,7 +192,7 @@ fn send_handle_large_payload() {
                 assert!(message.bytes().iter().copied().eq(text()), "the text");
                 let socket = socket(message).into();
                 let _ = worker.send_with_fds(message.bytes(), vec![socket]).unwrap();
-                // From now on only unwritten messages keep the worker's loop running.
+                // From now on, only unwritten messages keep the worker's loop running.
                 worker.process().unreference();
             });
             worker.run().unwrap();

@@ -1,5 +1,5 @@
-//! The scenarios of Node's own test suite, with real processes. Each test is named after Node's
-//! file, and `tests/CONFORMANCE.md` lists the result of each.
+//! Plays the scenarios of Node's own test suite with real processes. Each test is named after
+//! Node's file, and `tests/CONFORMANCE.md` lists the result of each test.
 
 mod callbacks;
 mod calls;
@@ -22,7 +22,7 @@ use std::collections::BTreeSet;
 
 use crate::harness::Scenario;
 
-/// The scenarios of all modules.
+/// Returns the scenarios of all modules.
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
     let scenarios = [
         callbacks::SCENARIOS,
@@ -47,7 +47,8 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
 
 const LIST: &str = include_str!("../../CONFORMANCE.md");
 
-/// Each scenario has a row in the list, and each row a scenario of its name.
+/// Checks that each row in the list names a test, and that the list has the expected number of
+/// rows.
 pub fn list_and_tests_agree() -> Result<(), libtest_mimic::Failed> {
     let rows = LIST.lines().filter_map(|line| line.strip_prefix("| "));
     let rows = rows.map(|row| row.split(" | ").collect::<Vec<_>>());
@@ -75,7 +76,7 @@ pub fn list_and_tests_agree() -> Result<(), libtest_mimic::Failed> {
     Ok(())
 }
 
-/// The name of the test for one of Node's files.
+/// Returns the test name for one of Node's files.
 fn test_name(file: &str) -> String {
     let plain = match file.strip_prefix("test-") {
         Some(rest) => rest.strip_prefix("cluster-").unwrap_or(rest),

@@ -1,4 +1,4 @@
-//! `on_written`, the order of messages, and messages that wait in the queue.
+//! Tests `on_written`, the order of messages, and messages that wait in the queue.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -29,7 +29,7 @@ pub(super) fn is_refused(outcome: cluster::Result<Sent>, expected: SendError) {
     }
 }
 
-/// Records the outcome of each message. Panics if `on_written` runs inside `send_with`.
+/// A record of each message's outcome. It panics if `on_written` runs inside `send_with`.
 #[derive(Clone, Default)]
 struct Receipts {
     inside: Rc<Cell<bool>>,
@@ -38,7 +38,7 @@ struct Receipts {
 }
 
 impl Receipts {
-    /// Sends a message of `length` bytes. Returns the result of `send_with`.
+    /// Sends a message of `length` bytes, and returns the result of `send_with`.
     fn send<R: 'static>(
         &self,
         length: usize,
@@ -63,7 +63,7 @@ impl Receipts {
         sent
     }
 
-    /// Sends to a peer that does not read, until `send_with` has returned `false` ten times.
+    /// Sends to a peer that does not read, until `send_with` has returned `Sent::Pause` ten times.
     fn fill<R: 'static>(
         &self,
         mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::Result<Sent>,
@@ -75,8 +75,8 @@ impl Receipts {
         assert!(self.outcomes.borrow().is_empty(), "called inside send_with");
     }
 
-    /// Asserts one outcome for each message, in the order of sending, with the lost messages last.
-    /// Returns the numbers of written and lost messages.
+    /// Asserts that each message has one outcome, in the order of sending, and that all lost
+    /// messages come last. Returns the numbers of written and lost messages.
     fn check(&self) -> (usize, usize) {
         let outcomes = self.outcomes.take();
         let numbers: Vec<_> = outcomes.iter().map(|(number, _)| *number).collect();
@@ -185,7 +185,7 @@ fn on_written_reports_an_error_when_the_worker_is_killed() {
                 receipts.fill(|bytes, options| worker.send_with(bytes, options));
                 worker.process().kill(Signal::KILL);
                 let receipts = receipts.clone();
-                // The `exit` event comes after all outcomes.
+                // All outcomes precede the `exit` event.
                 worker.on_exit(move |_, _, _| {
                     assert_eq!(receipts.outcomes.borrow().len(), receipts.sent.get());
                 });
@@ -211,7 +211,7 @@ fn on_written_reports_an_error_when_the_master_closes_the_channel() {
         |master| {
             note_events(master, &log);
             let worker = master.fork().unwrap();
-            // The callback blocks until the worker has filled the channel. Then the master closes
+            // Block in the callback until the worker has filled the channel. The master then closes
             // the channel without reading.
             worker.on_message(|_, worker, message| {
                 let Some(fd) = message.take_fds().pop() else {
@@ -290,7 +290,7 @@ fn failed_send_never_calls_on_written() {
     assert_eq!(entries.take(), expected);
 }
 
-/// The content of a message: its number and a filler, short and long in turn.
+/// Returns the content of a message: its number and a filler, whose length changes with the number.
 fn numbered(number: u32) -> Vec<u8> {
     let length = [0, 3, 70_000, 10, 200_000][number as usize % 5];
     let mut bytes = number.to_le_bytes().to_vec();
@@ -316,7 +316,7 @@ fn send_all<R: 'static>(mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::
     }
 }
 
-/// Checks the next message. Returns whether it was the last.
+/// Checks the next message, and returns whether it was the last.
 fn check_next(next: &Cell<u32>, message: &Message) -> bool {
     let number = next.replace(next.get() + 1);
     assert!(message.bytes() == numbered(number), "message {number}");
@@ -367,7 +367,8 @@ fn messages_keep_their_order_with_and_without_descriptors() {
 
 const PIECE: usize = 10_000;
 
-/// Sends numbered pieces until `send` has returned `false` 20 times. Returns the number of pieces.
+/// Sends numbered pieces until `send` has returned `Sent::Pause` 20 times, and returns the number
+/// of pieces.
 fn send_beyond(mut send: impl FnMut(&[u8]) -> cluster::Result<Sent>) -> u32 {
     let mut pauses = 0;
     let mut sent = 0u32;
@@ -385,7 +386,8 @@ fn send_beyond(mut send: impl FnMut(&[u8]) -> cluster::Result<Sent>) -> u32 {
     sent
 }
 
-/// The receiver is stopped while the sender fills the queue.
+/// Checks that no message is lost when the queue exceeds the high-water mark. The receiver is
+/// stopped while the sender fills the queue.
 fn messages_above_the_high_water_mark_are_not_lost() {
     let log = Log::default();
     let entries = log.clone();
@@ -455,7 +457,8 @@ fn messages_above_the_high_water_mark_are_not_lost() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Each `on_written` sends the next message, so there is always one to write.
+/// Checks that other events are processed although each `on_written` callback sends the next
+/// message.
 fn chain_of_messages_does_not_starve_other_events() {
     fn next(worker: &WorkerProcess) {
         let own = worker.clone();

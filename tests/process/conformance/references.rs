@@ -1,4 +1,4 @@
-//! `ref_` and `unref` in workers, `set_max_connections`, and adopted connections.
+//! Tests `reference` and `unreference` in workers, `set_max_connections`, and adopted connections.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -40,7 +40,8 @@ const LISTENED_AND_EXITED: [&str; 5] = [
     "1 exit Some(false) exit status: 0",
 ];
 
-/// Runs `worker` in one worker, to which the master sends nothing, and returns all events.
+/// Runs `worker` in one worker process, and returns all events. The master sends nothing to the
+/// worker.
 fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -70,8 +71,10 @@ fn rr_handle_close() {
     assert_eq!(events, LISTENED_AND_EXITED);
 }
 
-/// Without Node's three seconds: a worker that answers several messages and sleeps in between has
-/// found each time that the listener keeps its loop running.
+/// Checks that a listener keeps the worker's loop running. The worker answers several messages and
+/// sleeps in between, so its loop has continued each time.
+///
+/// Node's test waits for three seconds instead.
 fn rr_handle_keep_loop_alive() {
     let log = Log::default();
     let entries = log.clone();
@@ -114,8 +117,8 @@ fn rr_handle_keep_loop_alive() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Node's test calls `unref` before the listener is open. Here `listen` returns when it is open, so
-/// `unref` follows.
+/// Checks `unreference` and `reference` on an open listener. Node's test calls `unref` before the
+/// listener is open, but `listen` returns only when it is open.
 fn rr_handle_ref_unref() {
     let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
@@ -152,7 +155,7 @@ fn rr_ref() {
                 count.set(count.get() + 1);
                 own.close();
             });
-            // Only the listener keeps the loop running, until the connection's callback closes it.
+            // Only the listener keeps the loop running, until the connection callback closes it.
             worker.process().unreference();
             listener.unreference();
             listener.reference();
@@ -164,7 +167,7 @@ fn rr_ref() {
                 "the listener is closed"
             );
             drop(client);
-            // From here on, the channel keeps the loop running.
+            // From now on, the channel keeps the loop running.
             worker.process().reference();
             let _ = worker.send(b"done").unwrap();
             worker.run().unwrap();
@@ -195,12 +198,13 @@ fn process_disconnect() {
 }
 
 fn http_server_drop_connections_in_cluster() {
-    // The worker received the connection before it dropped it, so the master counts it as taken.
+    // The master counts the connection as received, because the worker dropped it only after
+    // receiving it.
     connection_beyond_the_limit_is_dropped(SchedulingPolicy::RoundRobin, "(1, 1, 0)");
 }
 
 fn connection_beyond_the_limit_is_dropped_none() {
-    // The master does not see connections to a shared listener.
+    // The master counts no connection, because the worker accepts from the shared listener itself.
     connection_beyond_the_limit_is_dropped(SchedulingPolicy::Shared, "(0, 0, 0)");
 }
 
@@ -251,8 +255,8 @@ fn connection_beyond_the_limit_is_dropped(policy: SchedulingPolicy, sums: &str) 
     assert_eq!(entries.take(), expected);
 }
 
-/// Here the worker itself is the server: it counts the adopted connection, and its disconnect
-/// waits for the connection to close.
+/// Checks that a worker's disconnect waits for an adopted connection to close. Node's worker runs
+/// an HTTP server, but here the worker itself adopts and counts the connection.
 fn send_socket_to_worker_http_server() {
     let log = Log::default();
     let entries = log.clone();
@@ -337,8 +341,8 @@ fn workers_receive_connections_up_to_a_late_limit_none() {
     workers_receive_connections_up_to_their_limit(SchedulingPolicy::Shared, true);
 }
 
-/// Three workers with the limits 0, 1 and 9 serve ten clients that stay connected. If `late`, they
-/// set the limit after the callback for connections, otherwise before it.
+/// Lets three workers with the limits 0, 1 and 9 serve ten clients that stay connected. Each worker
+/// sets its limit after the connection callback, and unless `late`, also before the callback.
 fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();
@@ -397,7 +401,8 @@ fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late:
     assert_each(3, &entries.take(), &expected);
 }
 
-/// Connects ten clients, and returns their answers. All stay open until the last answer.
+/// Connects ten clients, and returns their answers. All clients stay connected until the last
+/// answer.
 fn talk_to_ten(address: SocketAddr) -> Vec<String> {
     let clients = [(); 10].map(|()| TcpStream::connect(address).unwrap());
     let answer = |mut client: &TcpStream| {

@@ -1,4 +1,4 @@
-//! Settings and environment of workers.
+//! Tests the settings and environment of workers.
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -23,7 +23,8 @@ fn fork_env() {
     cluster(
         |master| {
             #[allow(unsafe_code)]
-            // SAFETY: this process has one thread.
+            // SAFETY: this process has only one thread, so no other thread accesses the
+            // environment.
             unsafe {
                 std::env::set_var("OVERWRITE", "old");
             }
@@ -49,7 +50,8 @@ fn fork_env() {
     assert_eq!(log.take(), ["custom new", "exit status: 0"]);
 }
 
-/// A process cannot change its own arguments here, so the driver passes some.
+/// Checks that the default arguments of workers are the master's own arguments. A Rust process
+/// cannot change its own arguments, so the driver passes some to the master.
 fn setup_primary_argv() {
     const ARGS: [&str; 2] = ["one more", "argument"];
     if !is_watched() {
@@ -105,7 +107,7 @@ fn setup_primary_multiple() {
                 assert_eq!(master.settings().get_exec(), exec);
                 setups.add(set.get());
             });
-            // Each in its own iteration of the loop.
+            // Call `setup_master` in three different iterations of the loop.
             for (delay, exec) in (0..).zip(["exec-a", "exec-b", "exec-c"]) {
                 let (setups, expected) = (log.clone(), Rc::clone(&expected));
                 master.set_timeout(Duration::from_millis(delay), move |master| {

@@ -1,4 +1,4 @@
-//! The initial state of a worker: directory, arguments, descriptors, user and inspect port.
+//! Tests a worker's initial state: directory, arguments, descriptors, user and inspect port.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -30,14 +30,14 @@ crate::scenarios! {
     inspect_port_closure_runs_for_each_worker
 }
 
-/// Sends one message, and closes the channel when it is written.
+/// Sends one message, and closes the channel once the message has been written.
 fn send_and_close(worker: &Worker, text: &str) {
     let _ = worker.send(text.as_bytes()).unwrap();
     worker.process().disconnect();
     worker.run().unwrap();
 }
 
-/// Asserts at each `exit` event that the status is zero.
+/// Asserts at each `exit` event that the worker was successful.
 fn expect_success(master: &Master) {
     master.on_exit(|_, worker, status| assert!(status.success(), "{worker:?}: {status}"));
 }
@@ -103,8 +103,10 @@ fn relative_program_path_is_resolved_in_the_masters_directory() {
     assert_eq!(entries.take(), ["1 /"]);
 }
 
-/// Unix has no windows to hide. As in Node's test, the master has its own process group and must
-/// exit with status 0, which the driver of all scenarios ensures.
+/// Checks that a silent worker and its master exit successfully. Unix has no windows to hide.
+///
+/// As in Node's test, the master has its own process group, which the driver of all scenarios
+/// ensures.
 fn fork_windows_hide() {
     let log = Log::default();
     let entries = log.clone();
@@ -171,7 +173,7 @@ fn setup_primary() {
         |worker| {
             let argument = std::env::args().nth(1).unwrap();
             let _ = worker.send(argument.as_bytes()).unwrap();
-            // Wait for the signal.
+            // Block here, so that the worker cannot exit before the signal arrives.
             worker.on_disconnect(|_| std::thread::park());
             worker.run().unwrap();
         },
@@ -205,15 +207,16 @@ fn exec_args_precede_args() {
     assert_eq!(entries.take(), ["1 a b c d"]);
 }
 
-/// The worker's end of a pipe.
+/// Returns the worker's end of the pipe with this descriptor number.
 fn pipe(number: RawFd) -> UnixStream {
     #[allow(unsafe_code)]
-    // SAFETY: the descriptor was opened for this process, and nothing else in it owns it.
+    // SAFETY: the descriptor is open because it was passed to this process, and no other value owns
+    // it.
     let end = unsafe { OwnedFd::from_raw_fd(number) };
     end.into()
 }
 
-/// Logs everything that arrives through the worker's pipe as one entry with its number.
+/// Logs everything that arrives through the worker's pipe as one entry that starts with `number`.
 fn note_output(master: &Master, stream: UnixStream, number: usize, log: &Log) {
     let log = log.clone();
     let mut all = Vec::new();
@@ -293,7 +296,8 @@ fn stdio_can_be_null_a_file_or_inherited() {
     cluster(
         |master| {
             let mut file = tempfile::tempfile().unwrap();
-            // The settings keep the file itself, not whatever has its number later.
+            // The settings own a copy of the file, so a later file with the same descriptor number
+            // has no effect.
             let copy = file.try_clone().unwrap();
             writeln!(file, "master").unwrap();
             let number = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -313,7 +317,7 @@ fn stdio_can_be_null_a_file_or_inherited() {
             let first = master.fork().unwrap();
             first.on_exit(|master, _, _| {
                 master.fork().unwrap();
-                // The settings keep the file open until they are replaced.
+                // The settings keep the file open until `setup_master` replaces their `stdio`.
                 master.setup_master(Settings::default().stdio([]));
             });
             master.on_exit(move |_, worker, _| {
@@ -382,7 +386,7 @@ fn assert_fork_is_not_permitted(settings: Settings) {
     );
 }
 
-/// The user ids, group ids and supplementary groups, from `/proc/self/status`.
+/// Returns the user IDs, group IDs and supplementary groups from `/proc/self/status`.
 fn identity() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let is_identity = |line: &&str| {
@@ -408,7 +412,7 @@ fn workers_run_with_the_configured_user_and_group() {
         |master| {
             let group = 1;
             #[allow(unsafe_code)]
-            // SAFETY: the pointer refers to one group.
+            // SAFETY: the pointer is valid for reads of one group ID.
             let result = unsafe { nix::libc::setgroups(1, &raw const group) };
             assert_eq!(result, 0);
             assert!(identity().ends_with("Groups: 1"), "{}", identity());
@@ -430,7 +434,7 @@ fn workers_run_with_the_configured_user_and_group() {
     entries.sort();
     let ids = |id: u32| [id; 4].map(|id| id.to_string()).join(" ");
     let identity = |id, uid, gid| format!("{id} Uid: {}, Gid: {}, Groups:", ids(uid), ids(gid));
-    // Each `setup_master` keeps the settings that it does not replace.
+    // Each `setup_master` call keeps the settings that it does not replace.
     let expected = [
         identity(1, 0, NOBODY),
         identity(2, NOBODY, NOBODY),
@@ -458,7 +462,8 @@ fn changing_user_or_group_requires_root() {
     }
 }
 
-/// The master is a child of this process and is killed. Its worker loops.
+/// Checks that a worker of another user exits when its master is killed. The master is a child of
+/// this process, and the worker runs in an endless loop.
 fn worker_of_another_user_exits_with_the_master() {
     const PLAY: &str = "IS_KILLED";
     let settings = Settings::default().exec(OWN_PROGRAM);
@@ -507,8 +512,8 @@ fn send_inspect_port(worker: &Worker) {
     send_and_close(worker, &format!("{:?}", worker.inspect_port()));
 }
 
-/// Forks one worker without settings, three with `settings`, and one with `last`. Returns their
-/// inspect ports.
+/// Forks one worker without settings, three with `settings`, and one with `last`. Returns the
+/// workers' inspect ports.
 fn inspect_ports(
     settings: impl FnOnce() -> Settings,
     last: impl FnOnce() -> Settings,
@@ -556,7 +561,8 @@ fn inspect_port_closure_runs_for_each_worker() {
     };
     let ports = inspect_ports(
         || Settings::default().inspect_port(InspectPort::new(next_port)),
-        // The closure stays in the settings.
+        // The empty settings do not replace the closure, so the fifth worker's port also comes from
+        // it.
         Settings::default,
     );
     let expected = [

@@ -1,4 +1,4 @@
-//! Unix sockets: their names, permissions, files and connections.
+//! Tests the names, permissions, files and connections of Unix sockets.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
@@ -27,10 +27,10 @@ crate::scenarios! {
     foreign_socket_file_is_not_removed
 }
 
-/// A directory that exists as long as the master.
+/// Returns a temporary directory that exists until the master is dropped.
 fn directory(master: &Master) -> PathBuf {
     let directory = tempfile::tempdir().unwrap();
-    // Canonical, so that it equals the current directory that the kernel reports.
+    // Use the canonical path, which equals the current directory that the kernel reports.
     let path = directory.path().canonicalize().unwrap();
     master.on_exit(move |_, _, _| assert!(directory.path().exists()));
     path
@@ -41,7 +41,7 @@ fn fork_for(master: &Master, path: &Path) -> WorkerProcess {
     master.fork_with([("SOCKET", path)]).unwrap()
 }
 
-/// The path that `fork_for` has given to this worker.
+/// Returns the path that `fork_for` has passed to this worker.
 fn socket() -> PathBuf {
     std::env::var_os("SOCKET").unwrap().into()
 }
@@ -58,14 +58,15 @@ fn listen(worker: &Worker) -> Listener<UnixStream> {
     worker.listen(socket()).unwrap()
 }
 
-/// A process that listens on the path and is not a worker, although a worker has started it.
+/// Plays a process that listens on the path. A worker has started this process, but it is not a
+/// worker itself.
 fn foreign_process(path: &Path) {
     assert!(!cluster::is_worker());
     assert!(matches!(cluster::init(), Ok(Role::Master(_))));
     let listener = UnixListener::bind(path).unwrap();
     println!("listening");
     drop(listener.accept().unwrap());
-    // Runs until end-of-file on standard input.
+    // Run until end-of-file on standard input.
     assert_eq!(std::io::stdin().read(&mut [0]).unwrap(), 0);
 }
 
@@ -114,7 +115,7 @@ fn eaccess() {
         format!("1 error {}", nix::libc::EADDRINUSE),
         "1 disconnect Some(true)".to_owned(),
         "1 exit Some(true) exit status: 0".to_owned(),
-        // The master does not remove a foreign file.
+        // The master does not remove another process's file.
         "1 file true".to_owned(),
     ];
     assert_eq!(entries.take(), expected);
@@ -175,7 +176,7 @@ fn each_permission_is_set_independently() {
     ];
     let own = std::env::var(CASE).ok();
     for (name, (readable, writable), mode) in cases {
-        // Each child plays one case; this process starts all of them.
+        // Each child process plays one case, and this process starts all of them.
         if own.as_ref().is_none_or(|own| own == name) {
             with_env(CASE, name, || {
                 assert_eq!(permissions(readable, writable, 0o077), mode);
@@ -185,7 +186,7 @@ fn each_permission_is_set_independently() {
 }
 
 fn net_listen_relative_path() {
-    /// The maximum length of a socket path, in bytes, with its final NUL (unix(7)).
+    /// The maximum length of a socket path in bytes, including its final NUL (see unix(7)).
     const LIMIT: usize = 108;
     const BELOW: &str = "below";
     let log = Log::default();
@@ -272,7 +273,7 @@ fn connections_arrive_over_a_unix_path() {
                     let mut text = String::new();
                     connection.read_to_string(&mut text).unwrap();
                     connection.write_all(text.as_bytes()).unwrap();
-                    // The clients have not bound their sockets, so they have no address.
+                    // The clients have not bound their sockets, so their addresses are unnamed.
                     assert!(connection.peer_addr().unwrap().is_unnamed());
                 }
             },
@@ -281,7 +282,8 @@ fn connections_arrive_over_a_unix_path() {
     });
 }
 
-/// Two workers listen, and close their listeners one after the other.
+/// Checks that the file disappears with the second of two listeners. The workers close their
+/// listeners one after the other.
 fn socket_file_is_removed_after_the_last_close() {
     for_both_policies(|| {
         let log = Log::default();
