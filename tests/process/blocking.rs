@@ -1,5 +1,5 @@
-//! Workers that block in `accept`, which only a signal interrupts. Messages, timers, signals and
-//! end-of-file must be handled meanwhile, every time.
+//! Tests workers that block in `accept`, which only a signal interrupts. The worker must still
+//! process messages, timers, signals and end-of-file each time.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -44,10 +44,10 @@ crate::scenarios! {
 
 /// Number of repetitions in each test.
 const ROUNDS: u32 = 200;
-/// A longer delay means that some later, unrelated event woke the worker.
+/// Maximum delay of a reaction. A longer delay means that a later, unrelated event woke the worker.
 const PROMPT: Duration = Duration::from_secs(5);
 
-/// Keeps the processors busy until it is dropped.
+/// Threads that keep the processors busy until this value is dropped.
 struct Stress {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -102,9 +102,11 @@ fn sequential_connections_rotate_among_workers_that_block() {
     assert_eq!((entries.len(), distinct.len()), (200, 4));
 }
 
-/// The kernel runs the wait callback of every poller that has the listener registered when a client
-/// connects, even if the interest is empty: with 1,000 workers, 1,000 callbacks. Only the master's
-/// poller has the listener, and it waits for errors and hang-ups only.
+/// Checks that only the master's poller has the listener registered, and only for errors and
+/// hang-ups.
+///
+/// When a client connects, the kernel runs the wait callback of every poller in which the listener
+/// is registered, even with an empty interest. With 1,000 workers, it would run 1,000 callbacks.
 fn connection_wakes_no_poller_of_a_worker() {
     cluster(
         |master| {
@@ -119,7 +121,7 @@ fn connection_wakes_no_poller_of_a_worker() {
                     }
                     let own = polled(std::process::id());
                     let own: Vec<_> = own.iter().filter(|l| l.contains(&listener)).collect();
-                    // EPOLLERR and EPOLLHUP, which the kernel adds to an empty interest.
+                    // 0x18 is EPOLLERR and EPOLLHUP, which the kernel adds to an empty interest.
                     let events = own[0].split_whitespace().nth(3);
                     assert_eq!((own.len(), events), (1, Some("18")), "{own:?}");
                     master.disconnect();
@@ -134,8 +136,8 @@ fn connection_wakes_no_poller_of_a_worker() {
     );
 }
 
-/// Returns the inode of the socket that listens on the address, as formatted in `fdinfo` of an
-/// epoll descriptor.
+/// Returns the inode of the socket that listens on the address, in the format of an epoll
+/// descriptor's `fdinfo`.
 fn inode(address: SocketAddr) -> String {
     let port = format!(":{:04X} 00000000:0000 0A ", address.port());
     let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -144,7 +146,7 @@ fn inode(address: SocketAddr) -> String {
     format!(" ino:{inode:x} ")
 }
 
-/// Returns the registered descriptors of all pollers of a process, one line each.
+/// Returns one line for each descriptor that any poller of the process has registered.
 fn polled(pid: u32) -> Vec<String> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
     let infos = entries.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
@@ -153,9 +155,10 @@ fn polled(pid: u32) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
-/// Connects one client after the other, each when all workers wait in `accept`. No message checks
-/// this, because a message would interrupt `accept`, and the worker would lose its position in the
-/// kernel's queue.
+/// Connects one client after the other, each when all workers wait in `accept`.
+///
+/// The master checks the process states and sends no messages, because a message would interrupt
+/// `accept`. The worker would then lose its position in the kernel's queue.
 fn connect_next(master: &Master, address: SocketAddr, log: Log) {
     master.workers().iter().for_each(wait_until_asleep);
     in_background(
@@ -171,9 +174,9 @@ fn connect_next(master: &Master, address: SocketAddr, log: Log) {
     );
 }
 
-/// Runs `worker` in one worker on a busy machine. `next` is called when the worker listens, and
-/// again after each message from it, which must arrive promptly. At the end, the worker is
-/// disconnected.
+/// Runs `worker` in one worker process on a busy machine. Calls `next` when the worker listens, and
+/// after each message from the worker, which must arrive promptly. Disconnects the worker at the
+/// end.
 fn repeatedly(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
@@ -220,21 +223,21 @@ fn messages_are_delivered_in_accept() {
     );
 }
 
-/// Connections arrive at the same time as messages.
+/// Checks that messages are delivered while connections arrive.
 fn messages_are_delivered_in_accept_under_load() {
     let stop = Arc::<AtomicBool>::default();
     let clients = Arc::clone(&stop);
     repeatedly(
         |worker| assert_eq!(worker.send(b"notice").unwrap(), Sent::Continue),
         move |worker| {
-            // The clients run on a thread of this worker.
+            // Connect from a thread of this worker, so that the clients keep `accept` busy.
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
             let thread = std::thread::spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
                     match talk(address, b"") {
                         Ok(answer) => assert_eq!(answer, "served"),
-                        // The worker has disconnected meanwhile.
+                        // Connecting may fail once the worker has stopped.
                         Err(error) => assert!(stop.load(Ordering::SeqCst), "{error}"),
                     }
                 }
@@ -279,8 +282,8 @@ fn signals_are_delivered_in_accept() {
     );
 }
 
-/// A timer that is due runs before the worker blocks for the first time. After it, no further step
-/// before `accept` checks for signals.
+/// Checks a signal that arrives between the last timer and `accept`. The due timer raises the
+/// signal before the worker blocks for the first time, and no later step checks for signals.
 fn signal_just_before_the_first_accept_is_delivered() {
     let log = Log::default();
     let entries = log.clone();
@@ -342,8 +345,8 @@ fn disconnect_request_is_handled_in_accept() {
     assert_eq!(entries.len(), ROUNDS as usize);
 }
 
-/// The workers notice end-of-file themselves: they clear the parent-death signal, so the kernel
-/// does not kill them.
+/// Checks that workers in `accept` notice end-of-file from the master. The workers clear the
+/// parent-death signal, so the kernel does not kill them.
 fn exit_of_the_master_is_noticed_in_accept() {
     if is_watched() {
         return cluster(
@@ -367,7 +370,7 @@ fn exit_of_the_master_is_noticed_in_accept() {
         let group = Group::start(&mut watched()).unwrap();
         group.line("listening");
         kill(group.pid(), Number::SIGKILL).unwrap();
-        // The worker is reparented to this process, so `end` fails if one is left.
+        // The worker is reparented to this process, so `end` fails if a worker is left.
         let status = group.end().unwrap();
         assert_eq!(status.signal(), Some(libc::SIGKILL));
     }
@@ -413,8 +416,9 @@ fn messages_queued_in_accept_are_sent_in_accept() {
     });
 }
 
-/// If `requested`, the worker sends when a message arrives in `accept`. Otherwise the master sends
-/// no message, because it would wake the worker.
+/// Checks that the master receives all messages in order. If `requested`, a message from the master
+/// makes the worker send. Otherwise the master sends no message, because a message would wake the
+/// worker.
 fn assert_all_is_sent(requested: bool, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
@@ -452,7 +456,8 @@ fn numbered(number: usize, length: usize) -> Vec<u8> {
     message
 }
 
-/// The worker reads with a timeout from a client that sends nothing, while messages arrive.
+/// Checks that messages do not interrupt the application's reads. The worker reads with a timeout
+/// from clients that send nothing.
 fn reads_of_the_application_are_not_interrupted() {
     let log = Log::default();
     let entries = log.clone();
@@ -500,7 +505,8 @@ fn reads_of_the_application_are_not_interrupted() {
     assert_eq!(entries.take(), ["no read was interrupted"]);
 }
 
-/// One worker uses callbacks, and one waits in `accept`.
+/// Checks that both workers serve a shared listener if one uses callbacks and the other waits in
+/// `accept`.
 fn callbacks_and_accept_share_a_listener() {
     const CALLED_BACK: &str = "CALLED_BACK";
     const CLIENTS: usize = 2000;
@@ -509,7 +515,8 @@ fn callbacks_and_accept_share_a_listener() {
     cluster(
         |master| {
             share_listeners(master);
-            // The listener becomes non-blocking while the other worker may already be in `accept`.
+            // Fork the worker with callbacks only when the other worker sleeps in `accept`, because
+            // the callbacks make the shared listener non-blocking.
             let blocking = master.fork().unwrap();
             blocking.on_listening(|master, worker, _| {
                 wait_until_asleep(worker);
@@ -530,8 +537,8 @@ fn callbacks_and_accept_share_a_listener() {
                     let (first, second) = (by("1"), by("2"));
                     assert!(first > 0 && second > 0, "{first} and {second}");
                     log.add((first + second).to_string());
-                    // Neither worker is left in `accept` for a connection that the other one
-                    // received.
+                    // Neither worker may still be in `accept` for a connection that the other
+                    // worker has received.
                     when_all_wait(master, |master| master.disconnect());
                 });
             });
@@ -549,12 +556,13 @@ fn callbacks_and_accept_share_a_listener() {
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
 
-/// Number of SIGURG signals sent with kill(2). The library's own are sent by the kernel.
+/// Number of SIGURG signals that `kill` has sent. The kernel sends the library's own signals, so
+/// they do not count.
 static SENT: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count_sent(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     #[allow(unsafe_code)]
-    // SAFETY: a handler with SA_SIGINFO receives a valid pointer.
+    // SAFETY: the handler is installed with SA_SIGINFO, so the kernel passes a valid pointer.
     let code = unsafe { (*info).si_code };
     if code == libc::SI_USER {
         SENT.fetch_add(1, Ordering::SeqCst);
@@ -571,7 +579,7 @@ fn signal_handler_of_the_application_runs() {
             let handler = SigHandler::SigAction(count_sent);
             let action = SigAction::new(handler, SaFlags::SA_SIGINFO, SigSet::empty());
             #[allow(unsafe_code)]
-            // SAFETY: the handler only counts.
+            // SAFETY: the handler only increments an atomic counter, which is async-signal-safe.
             unsafe { sigaction(Number::SIGURG, &action) }.unwrap();
             let reported = RefCell::new(0);
             let report = move |worker: &Worker| {

@@ -1,4 +1,4 @@
-//! Clients at full load that count each kind of failure separately.
+//! Provides clients at full load that count each kind of failure separately.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use nix::sys::socket::{setsockopt, sockopt::Linger};
 
 use crate::harness::wait_until;
 
-/// Timeout of a client, far longer than any answer takes.
+/// Timeout of a client, which is far longer than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The number of requests with each outcome.
@@ -21,9 +21,9 @@ pub struct Counts {
     pub refused: u64,
     pub reset: u64,
     pub timed_out: u64,
-    /// Answers that differ from the expected one, including empty ones.
+    /// Number of answers that differ from the expected answer, including empty answers.
     pub wrong: u64,
-    /// Requests that failed for any other reason.
+    /// Number of requests that failed for any other reason.
     pub failed: u64,
 }
 
@@ -46,7 +46,7 @@ impl Counts {
     }
 }
 
-/// Clients that send one request after the other.
+/// Clients each of which sends one request after the other.
 pub struct Load {
     stop: Arc<AtomicBool>,
     ended: Arc<AtomicU64>,
@@ -99,8 +99,8 @@ impl Load {
     }
 }
 
-/// Resets the connection as soon as the answer has arrived. Otherwise the client's port would stay
-/// in TIME_WAIT for a minute, and there are fewer ports than requests in a minute.
+/// Sends a request and returns the answer. Resets the connection afterwards, because a closed one
+/// would occupy the client's port in TIME_WAIT for a minute. The clients would run out of ports.
 fn ask(address: SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;

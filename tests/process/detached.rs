@@ -1,5 +1,5 @@
-//! Processes that are not workers (`Settings::detached`): the master does not wait for them, and
-//! only the application ends them.
+//! Tests detached processes, which are not workers (`Settings::detached`). The master does not wait
+//! for them, and only the application ends them.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
@@ -31,7 +31,7 @@ crate::scenarios! {
     detached_process_survives_the_end_of_its_master
 }
 
-/// Starts a program that ends when the returned stream is closed.
+/// Starts a program that exits when the returned stream is closed.
 fn start(master: &Master, settings: Settings) -> (WorkerProcess, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let settings = settings
@@ -81,7 +81,8 @@ fn run_waits_for_a_referenced_detached_process() {
     );
 }
 
-/// Starts a detached process and a worker, and calls `disconnect` with a callback that checks both.
+/// Starts a detached process and a worker. Calls `disconnect` with a callback that asserts that the
+/// worker has exited and that the process still runs.
 fn assert_disconnect_spares(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Master)>)) {
     let called = Rc::new(Cell::new(false));
     let set = Rc::clone(&called);
@@ -110,7 +111,7 @@ fn disconnect_calls_back_while_a_detached_process_runs() {
     });
 }
 
-/// With a deadline of zero, every worker is killed.
+/// Checks a deadline of zero, which kills every worker but no detached process.
 fn disconnect_within_spares_a_detached_process() {
     assert_disconnect_spares(|master, then| {
         master.on_all_disconnected_once(then);
@@ -127,7 +128,7 @@ fn worker_disconnect_within_spares_a_detached_process() {
             process.process().disconnect();
             let life = RefCell::new(Some(life));
             let handle = process.clone();
-            // The deadline of zero passes before this timer fires.
+            // The deadline of zero has passed when this timer fires.
             master.set_timeout(Duration::from_millis(1), move |_| end(&handle, &life));
             master.run().unwrap();
             assert_eq!(process.process().exit_status().unwrap().code(), Some(0));
@@ -211,7 +212,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
                 count.set(count.get() + 1);
             });
             drop(life);
-            // `run` would return at once, so the test drives the loop itself.
+            // Dispatch events here, because `run` would return at once.
             while !process.is_dead() {
                 master.dispatch(None).unwrap();
             }
@@ -221,7 +222,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
     assert_eq!(exits.get(), 1);
 }
 
-/// Each call of the error callback causes the next error.
+/// Checks that errors stop although each call of the error callback causes the next error.
 fn messages_to_a_detached_process_fail_without_endless_errors() {
     let errors = Rc::new(Cell::new(0));
     let count = Rc::clone(&errors);
@@ -283,7 +284,8 @@ fn worker_leads_a_session_if_setsid_is_true() {
     );
 }
 
-/// Another process watches the master return, or kills the master's process group.
+/// Checks that a detached process survives in two cases: the master returns, or another process
+/// kills the master's process group.
 fn detached_process_survives_the_end_of_its_master() {
     const KILLED: &str = "KILLED";
     if is_watched() {

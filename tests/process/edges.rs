@@ -1,4 +1,4 @@
-//! Applications that do unusual things at unusual times.
+//! Tests applications that do unusual things at unusual times.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
@@ -68,8 +68,8 @@ fn worker_at_its_connection_limit_disconnects() {
     });
 }
 
-/// The master may accept more connections than the limit for a quick worker. The
-/// excess connections are returned, and wait.
+/// Checks that a worker never receives more connections than its limit. The master may dispatch
+/// more connections to a quick worker, but the worker returns the excess.
 fn connection_limit_is_kept_while_clients_wait() {
     const CLIENTS: u64 = 40;
     let served = Rc::new(Cell::new(0));
@@ -83,7 +83,8 @@ fn connection_limit_is_kept_while_clients_wait() {
                     // No other connection has been received, because the limit is 1.
                     let ledger = master.ledger();
                     assert_eq!(ledger.received, count.get());
-                    // After one quick answer, the worker may have been dispatched two connections.
+                    // After one quick answer, the master may already have dispatched the next
+                    // connection to the worker.
                     assert!(ledger.in_flight() <= 1, "{ledger:?}");
                     drop(clients.pop());
                     let _ = worker.send(b"next").unwrap();
@@ -110,7 +111,8 @@ fn connection_limit_is_kept_while_clients_wait() {
                 let _ = worker.send(b"served").unwrap();
             });
             listener.set_max_connections(Some(1));
-            // The master has processed all frames sent before this message when it reads it.
+            // When the master reads this message, it has processed all frames that the worker sent
+            // earlier.
             let address = listener.local_addr().unwrap().to_string();
             let _ = worker.send(address.as_bytes()).unwrap();
             worker.on_message(move |worker, _| {
@@ -155,7 +157,8 @@ fn udp_socket_passes_to_a_new_worker_while_the_old_one_is_busy() {
     assert_eq!(addresses[0], addresses[1], "the same socket");
 }
 
-/// The listener stays readable for ever. Without a back-off, the loop would spin.
+/// Checks that the loop backs off. A listener that has been shut down stays readable, so the loop
+/// would otherwise spin.
 fn loop_backs_off_from_a_listener_that_was_shut_down() {
     for_both_policies(|| {
         let times = Rc::new(RefCell::new(Vec::new()));
@@ -193,7 +196,7 @@ fn loop_backs_off_from_a_listener_that_was_shut_down() {
         );
         let times = seen.take();
         assert!(times.len() >= 3);
-        // The back-off is 100 ms. One notification may arrive late.
+        // The back-off is 100 ms, but one notification may arrive late.
         assert!(times[2] - times[0] >= Duration::from_millis(150));
     });
 }
@@ -306,8 +309,8 @@ fn backlog_of_a_workers_own_listener_is_served_at_disconnect() {
     assert_eq!(answers.take(), ["hello"; 5]);
 }
 
-/// Two workers receive the same listener by message. One of them is disconnected, and aborts while
-/// it shuts down.
+/// Checks that a disconnecting worker does not shut down a listener that it shares with another
+/// worker. Both workers receive the listener by message, and one aborts during its disconnect.
 fn disconnecting_worker_leaves_a_shared_listener_open() {
     let listener_of_master = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener_of_master.local_addr().unwrap();
@@ -350,7 +353,7 @@ fn disconnecting_worker_leaves_a_shared_listener_open() {
                         connection.write_all(b"hello").unwrap();
                     });
                 } else {
-                    // The listener stays open, and the worker does not accept from it.
+                    // Keep the listener open without accepting from it.
                     std::mem::forget(listener);
                 }
                 let _ = worker.send(b"ready").unwrap();
@@ -452,8 +455,8 @@ fn panic_in_on_message_keeps_other_messages() {
             let received = Rc::new(Cell::new(0));
             let count = Rc::clone(&received);
             master.on_message(move |_, worker, message| match message.bytes() {
-                // By the end of this read, all other messages are in the socket, and the next read
-                // receives them together.
+                // Block until all other messages are in the socket, so that the next read receives
+                // them together.
                 b"wait" => {
                     let mut sent = UnixStream::from(message.take_fds().remove(0));
                     sent.read_exact(&mut [0]).unwrap();
@@ -528,8 +531,8 @@ fn message_to_an_unreferenced_worker_is_written() {
             let options = SendOptions::new().on_written(move |_, _| set.set(true));
             let _ = worker.send_with(&[0; 1 << 20], options).unwrap();
             worker.process().unreference();
-            // The worker continues only after the loop has become idle. The timer is unreferenced,
-            // so it alone does not keep `run` from returning.
+            // Let the worker continue only after the loop has become idle. The timer is
+            // unreferenced, so it does not keep `run` from returning.
             stop(&worker);
             let stopped = worker.clone();
             let timer = master.set_timeout(Duration::from_millis(20), move |_| {
@@ -538,8 +541,8 @@ fn message_to_an_unreferenced_worker_is_written() {
             master.unreference(timer);
             master.run().unwrap();
             assert!(written.get());
-            // The harness expects that no process is left, so the master waits for the worker after
-            // all.
+            // The harness expects that no process is left, so the master must wait for the worker
+            // now.
             worker.process().reference();
             worker.disconnect();
         },

@@ -1,4 +1,4 @@
-//! The examples, as a user starts them.
+//! Tests the examples as users start them.
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
@@ -101,8 +101,8 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     let pids: Vec<_> = pids.collect();
     let mut count = [0; 5];
     for _ in 0..200 {
-        // A worker that is still handling its last connection when the next client connects would
-        // lose its turn.
+        // Connect only when all workers sleep, because a worker that still handles its last
+        // connection would lose its turn.
         wait_until("idle workers", || {
             pids.iter().all(|pid| sleeps(pid)).then_some(())
         });
@@ -135,15 +135,15 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
         let worker = worker.split(' ').next_back().unwrap().parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        // Some worker answers at any time, and after a while the new one does.
+        // The other worker answers until the new worker has its turn.
         assert!(await_answer(address, new) <= 1);
     }
     stop(&server, Signal::SIGTERM)
 }
 
-/// Sends requests until a certain worker answers. Until then, the other workers answer, except that
-/// a killed worker may have received a connection just before. Returns the number of requests
-/// without an answer.
+/// Sends requests until the given worker answers, and returns the number of requests without an
+/// answer. Until then, the other workers answer, but a killed worker may have received a connection
+/// shortly before its exit.
 fn await_answer(address: SocketAddr, worker: usize) -> usize {
     let mut failed = 0;
     wait_until("an answer from the new worker", || {
@@ -209,8 +209,8 @@ fn stops_under_load(policy: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Workers are killed under load, one after the other. A blocking worker holds one connection, so
-/// each kill costs at most one answer.
+/// Kills workers under load, one after the other. A blocking worker holds one connection, so each
+/// kill may cost at most one answer.
 fn killed_workers(policy: &str) -> Result<(), Failed> {
     const KILLS: usize = 20;
     let (server, address) = start_server(policy, "4");
@@ -231,8 +231,7 @@ fn killed_workers(policy: &str) -> Result<(), Failed> {
     for id in 1..=KILLS {
         let worker = server.line(&format!("worker {id} ")).parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
-        // The next worker is killed after this one has been replaced, so some worker always
-        // listens.
+        // Wait until this worker has been replaced, so that some worker always listens.
         failed += await_answer(address, id + 4);
     }
     is_over.store(true, Ordering::SeqCst);
@@ -270,7 +269,7 @@ fn exits_if_address_is_in_use() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Workers that are killed before they listen are replaced, too.
+/// Checks that workers are also replaced if they are killed before they listen.
 fn kills_during_start_up() -> Result<(), Failed> {
     let (_reserved, address) = reserve_port();
     let mut command = example("http_server");
@@ -305,7 +304,7 @@ fn silent_client() -> Result<(), Failed> {
     let (server, address) = start_server("rr", "1");
     let silent = TcpStream::connect(address)?;
     silent.set_read_timeout(Some(Duration::from_secs(30)))?;
-    // The silent client occupies the only worker until the example's read timeout.
+    // The silent client may occupy the only worker until the example's read timeout.
     assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
     drop(silent);
     stop(&server, Signal::SIGTERM)
@@ -327,7 +326,8 @@ fn echo_events() -> Result<(), Failed> {
         assert_eq!(&text, b"hello");
     }
     server.line("requests = 50");
-    // More than the socket buffers hold, sent by a client that reads only afterwards.
+    // Send more than the socket buffers hold from a client that writes on another thread while it
+    // reads here.
     let client = &mut clients[0];
     let mut writer = client.try_clone()?;
     let sender = std::thread::spawn(move || {
@@ -338,7 +338,7 @@ fn echo_events() -> Result<(), Failed> {
     client.read_to_end(&mut echoed)?;
     sender.join().unwrap()?;
     assert!(echoed.len() == 5_000_000 && echoed.iter().all(|byte| *byte == b'x'));
-    // Open connections do not delay the exit.
+    // The exit must not wait for the open connections.
     stop(&server, Signal::SIGTERM)
 }
 
@@ -349,7 +349,7 @@ fn embedded() -> Result<(), Failed> {
     let status: SocketAddr = host.line("status on ").parse()?;
     let first = host.line("worker 1 listening on ");
     assert_eq!(first, host.line("worker 2 listening on "));
-    // Each worker gets a turn as soon as it waits for a connection.
+    // Each worker receives its turn once it waits for a connection.
     let mut answers = BTreeSet::new();
     wait_until("answers from both workers", || {
         answers.insert(talk(first.parse().unwrap(), b"").unwrap());
@@ -375,12 +375,13 @@ fn request_counter() -> Result<(), Failed> {
 }
 
 fn is_dead() -> Result<(), Failed> {
-    // The reserved port stays the same even if the last worker exits before the next one listens.
+    // Reserve the port, so that it stays the same even if the last worker exits before the next
+    // worker listens.
     let (_reserved, address) = reserve_port();
     let server = Group::start(example("is_dead").arg(address.to_string()))?;
     let mut pids = BTreeSet::new();
     for _ in 0..cluster::available_parallelism() {
-        // Each worker answers once. The next worker may not listen yet.
+        // Each worker answers only once, and the next worker may not listen yet, so retry.
         let answer = wait_until("an answer", || {
             let answer = talk(address, REQUEST).ok();
             answer.filter(|answer| !answer.is_empty())
@@ -397,7 +398,7 @@ fn is_dead() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Returns the worker that answers each of the clients 127.0.0.2, 127.0.0.3 and so on.
+/// Returns the workers that answer the clients 127.0.0.2, 127.0.0.3 and so on.
 fn sticky_owners(address: SocketAddr) -> Vec<String> {
     let owner = |client| {
         let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, client), address).unwrap();
@@ -503,7 +504,7 @@ fn debug_lines() -> Result<(), Failed> {
     Ok(())
 }
 
-/// The lines that an example prints before it exits by itself, in any order. `N` stands for any
+/// An example that exits by itself, and the lines that it prints, in any order. `N` stands for any
 /// number.
 struct Prints {
     command: &'static str,

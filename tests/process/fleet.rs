@@ -1,6 +1,7 @@
-//! Two hosts behind HAProxy: the example `fleet` with its own HAProxy configuration. Each host is a
-//! network namespace, and so are the proxy and the clients; a bridge connects them. HAProxy does
-//! not retry and does not redispatch, so it hides no failure.
+//! Tests two hosts behind HAProxy: the example `fleet` with its own HAProxy configuration.
+//!
+//! Each host is a network namespace, and so are the proxy and the clients. A bridge connects the
+//! namespaces. HAProxy neither retries nor redispatches, so it hides no failure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -44,9 +45,9 @@ const HOSTS: [(&str, Ipv4Addr); 2] = [
     ("west", Ipv4Addr::new(10, 0, 0, 12)),
 ];
 
-/// Timeout of a client, longer than any answer takes.
+/// Timeout of a client, which is longer than any answer takes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Number of answers after which a host is known to receive its share again.
+/// Number of further answers that shows that a host receives its share again.
 const SHARE: u64 = 200;
 
 fn hosts() -> Result<(), Failed> {
@@ -83,7 +84,7 @@ fn hosts() -> Result<(), Failed> {
     for (host, (name, _)) in HOSTS.iter().enumerate() {
         kill(hosts[host].pid(), Signal::SIGTERM)?;
         expect_success(&hosts[host])?;
-        // HAProxy's own check has also found that the host is down.
+        // Wait for HAProxy's own health check to report that the host is down.
         let is_down = format!("Server fleet/{name} is DOWN");
         let has_noticed = || haproxy.output().contains(&is_down).then_some(());
         wait_until(&is_down, has_noticed);
@@ -146,8 +147,8 @@ fn expect_success(group: &Group) -> Result<(), Failed> {
     success.ok_or_else(|| status.to_string().into())
 }
 
-/// A network namespace. It has no name, so only this descriptor and the processes inside keep it
-/// alive. The kernel removes it however the test ends.
+/// A network namespace without a name, which exists while this descriptor is open or a process is
+/// inside. Therefore the kernel removes the namespace however the test ends.
 struct Network(File);
 
 impl Network {
@@ -161,7 +162,7 @@ impl Network {
         new
     }
 
-    /// Creates another namespace with these addresses, connected to this one's bridge.
+    /// Creates another namespace with these addresses, and connects it to this namespace's bridge.
     fn join(&self, name: &str, addresses: &[Ipv4Addr]) -> Self {
         let other = Self::new();
         let (pid, fd) = (std::process::id(), other.0.as_raw_fd());
@@ -180,7 +181,7 @@ impl Network {
         assert!(status.unwrap().success(), "ip {arguments}");
     }
 
-    /// Runs `work` on a thread inside the namespace; processes that it starts are inside, too.
+    /// Runs `work` on a thread inside the namespace. Processes that `work` starts are also inside.
     fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let enter_and_work = || {
             self.enter();
@@ -210,7 +211,7 @@ fn assert_no_process_in(namespaces: &[u64]) {
     }
 }
 
-/// The content of an answer, except the worker.
+/// The content of an answer without the worker's ID.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Answer {
     client: String,
@@ -226,8 +227,8 @@ struct Shared {
     answers: Mutex<BTreeMap<Answer, u64>>,
 }
 
-/// Clients on all addresses, four threads for each address. Each thread sends one request after the
-/// other until the end.
+/// Clients on all addresses, with four threads for each address. Each thread sends one request
+/// after the other until the load ends.
 struct Load {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Count>>,
@@ -296,8 +297,8 @@ impl Drop for Load {
     }
 }
 
-/// Sends a request to HAProxy from one of the client's addresses. `None` is an answer that no host
-/// sent.
+/// Sends a request to HAProxy from one of the client's addresses. Returns `None` if the answer is
+/// not from a host.
 fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;

@@ -1,4 +1,4 @@
-//! How workers disconnect and exit: requested by the master, by themselves, killed, or with a
+//! Tests how workers disconnect and exit: requested by the master, by themselves, killed, or with a
 //! closed channel.
 
 use std::cell::Cell;
@@ -37,8 +37,8 @@ crate::scenarios! {
     final_message_is_delivered_though_a_callback_owns_the_listener
 }
 
-/// Forks one worker, which sends a message and then disconnects or exits in some way. Returns
-/// `exited_after_disconnect` at both events, and the exit status.
+/// Forks one worker, which sends a message and is then ended by `end_worker` or ends by itself.
+/// Returns `exited_after_disconnect` at both events, and the exit status.
 fn flags_and_status(
     end_worker: impl FnOnce(&cluster::WorkerProcess) + 'static,
     worker: impl FnOnce(Worker),
@@ -131,7 +131,7 @@ fn kill_disconnects_before_the_signal() {
         |worker| worker.kill(Signal::USR1),
         |worker| {
             ready_then_run(&worker);
-            // The signal arrives after the channel is closed.
+            // Wait for the signal, which arrives only after the channel has closed.
             loop {
                 nix::unistd::pause();
             }
@@ -148,7 +148,8 @@ fn worker_exits_when_the_master_closes_its_channel() {
         },
         |worker| {
             let _listener = worker.listen("127.0.0.1:0").unwrap();
-            // The timer would keep the worker running if the closed channel did not end `run`.
+            // The timer would keep the worker running if the closed channel did not make `run`
+            // return.
             worker.set_timeout(Duration::from_secs(600), |_| panic!("too long"));
             ready_then_run(&worker);
             assert_eq!(worker.exited_after_disconnect(), Some(false));
@@ -292,7 +293,7 @@ fn disconnect_callback_can_fork_workers_on_the_same_port() {
             master.fork().unwrap();
         },
         |worker| {
-            // The first listener is closed completely, so the same port can be bound again.
+            // The first listener is closed completely, so the next round can bind the same port.
             let address = std::env::var("ADDRESS");
             serve_id(&worker, address.as_deref().unwrap_or("127.0.0.1:0"));
         },
@@ -328,14 +329,15 @@ fn disconnect_loses_no_client_in_the_backlog() {
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                // Two clients are served, and the others wait in the backlog when the workers are
-                // disconnected.
+                // The workers serve two clients. The others wait in the backlog when the master
+                // disconnects the workers.
                 let work = move || {
                     let connect = |_| TcpStream::connect(address).unwrap();
                     (0..40).map(connect).collect::<Vec<_>>()
                 };
                 in_background(master, work, move |master, mut clients| {
-                    // `connect` may return before the connection is in the backlog.
+                    // `connect` may return before the connection is in the backlog, so wait for the
+                    // backlog to fill.
                     let waiting = 40 - master.ledger().accepted;
                     wait_until("the backlog", || {
                         (backlog(address) == waiting).then_some(())
@@ -382,7 +384,7 @@ fn disconnect_loses_no_client_of_the_second_listener() {
                 let Some(first) = first.replace(address) else {
                     return;
                 };
-                // The worker waits for a connection of the first listener while a client connects
+                // The worker waits for a connection on the first listener while a client connects
                 // to the second.
                 let work = move || {
                     let waiting = TcpStream::connect(address).unwrap();
@@ -418,8 +420,9 @@ fn disconnect_loses_no_client_of_the_second_listener() {
     assert_eq!(entries.take(), ["first", "second"]);
 }
 
-/// While a callback of the master runs, more clients connect than the master accepts in one batch.
-/// Then the master disconnects all workers.
+/// Checks that a disconnect loses no client of a long backlog. During a callback of the master,
+/// more clients connect than the master accepts in one batch. The callback then disconnects all
+/// workers.
 fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
     const CLIENTS: u64 = 200;
     let log = Log::default();
@@ -435,7 +438,7 @@ fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
                 wait_until("the backlog", || {
                     (backlog(address) == CLIENTS).then_some(())
                 });
-                // Longer than the time allowed for handshakes.
+                // Sleep for longer than the time allowed for handshakes.
                 std::thread::sleep(Duration::from_millis(200));
                 master.disconnect();
                 let work = move || {
@@ -464,8 +467,8 @@ fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
 
-/// The last connections fill a batch exactly, so no short batch tells the worker that the backlog
-/// is empty.
+/// Checks that a worker empties the backlog even if the last connections fill a batch exactly. In
+/// this case, no short batch tells the worker that the backlog is empty.
 fn shared_backlog_of_full_batches_is_served_to_its_end() {
     let log = Log::default();
     let entries = log.clone();
@@ -479,8 +482,8 @@ fn shared_backlog_of_full_batches_is_served_to_its_end() {
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..32).map(connect).collect();
                 master.disconnect();
-                // When the worker continues, it receives the disconnect request, end-of-file and
-                // all connections.
+                // When the worker continues, it finds the disconnect request, end-of-file and all
+                // connections at once.
                 master.set_timeout(Duration::from_millis(150), move |_| {
                     worker.process().kill(Signal::CONT);
                 });
@@ -534,7 +537,8 @@ fn slow_callback_does_not_shorten_the_time_for_handshakes() {
     assert_eq!(entries.take(), ["true"]);
 }
 
-/// The master closes the channel while the worker's bind request is pending.
+/// Checks that a listener is not leaked if the master closes the channel while the worker's bind
+/// request is pending.
 fn listener_requested_before_the_channel_closed_is_not_leaked() {
     let log = Log::default();
     let entries = log.clone();
@@ -545,7 +549,7 @@ fn listener_requested_before_the_channel_closed_is_not_leaked() {
                 .fork_with([("ADDRESS", address.to_string())])
                 .unwrap();
             worker.on_online(|_, worker| {
-                // The worker has sent the request when it sleeps.
+                // The worker sleeps only after it has sent the request.
                 wait_until_asleep(worker);
                 worker.process().disconnect();
             });
@@ -562,7 +566,7 @@ fn listener_requested_before_the_channel_closed_is_not_leaked() {
             let address = std::env::var("ADDRESS").unwrap();
             let listener = worker.listen(address.as_str()).unwrap();
             listener.set_connection_callback(|_, _| panic!("unexpected connection"));
-            // End-of-file has already been read, so nothing else wakes the loop.
+            // The worker has already read end-of-file, so nothing else wakes the loop.
             worker.run().unwrap();
         },
     );
@@ -607,14 +611,15 @@ fn final_message_is_delivered_though_a_callback_owns_the_listener() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             worker.on_message(move |_, _| listener.close());
-            // More than the socket buffer holds.
+            // Send more than the socket buffer holds, so that part of the message waits in the
+            // queue.
             let _ = worker.send(&vec![0; 800_000]).unwrap();
         },
     );
     assert_eq!(entries.take(), ["800000"]);
 }
 
-/// Returns the number of connections in the backlog of a listener.
+/// Returns the number of connections in the backlog of the listener at this address.
 fn backlog(address: SocketAddr) -> u64 {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let port = format!(":{:04X}", address.port());

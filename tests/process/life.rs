@@ -1,4 +1,4 @@
-//! From fork to exit: events, arguments, environment, identity.
+//! Tests a worker's life from fork to exit: events, arguments, environment and identity.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -143,7 +143,7 @@ fn exit_reports_code_or_signal() {
             master.on_exit(move |_, worker, status| {
                 let end = (status.code(), status.signal());
                 exits.borrow_mut().insert(worker.id().get(), end);
-                // Methods of an exited worker still return, and have no effect.
+                // Methods of an exited worker still return, but have no effect.
                 assert_eq!(worker.disconnect(), worker);
                 worker.kill(Signal::KILL);
                 worker.process().kill(Signal::KILL);
@@ -245,7 +245,7 @@ fn missing_program_is_an_error_of_fork() {
     );
 }
 
-/// Set for a program that a worker starts, or that a wrapper executes.
+/// Environment variable that marks a program which a worker starts or a wrapper executes.
 const CHILD: &str = "WORKERS_CHILD";
 
 /// Checks that this process is a master, although a worker or a wrapper started it.
@@ -254,7 +254,7 @@ fn assert_is_master() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             assert!(master.workers().is_empty());
-            // The variables that the master sets for a worker are not inherited by other programs.
+            // Other programs must not inherit the variables that the master sets for a worker.
             let settings = Settings::default().exec("/usr/bin/env").args::<&str>([]);
             let settings = settings.detached(true).silent(true);
             let program = master.fork_as(settings).unwrap();
@@ -279,7 +279,8 @@ fn worker_child_is_no_worker() {
     }
     let log = Log::default();
     let entries = log.clone();
-    // Other threads may read the environment at any time, so nothing changes it.
+    // Record the environment, which `init` must not change, because other threads may read it at
+    // any time.
     let environment: Vec<_> = std::env::vars_os().collect();
     assert_eq!(
         cluster::is_worker(),
@@ -309,7 +310,8 @@ fn worker_child_is_no_worker() {
     assert_eq!(entries.take(), ["master\n"]);
 }
 
-/// The program that the first wrapper forks is a master, and starts the same wrapper again.
+/// Checks that the program which the first wrapper forks is a master. When this master starts the
+/// same wrapper again, `init` fails in the innermost program.
 fn wrappers_cannot_start_the_program_recursively() {
     const REFUSED: i32 = 42;
     let depth = std::env::var(CHILD).map_or(0, |depth| depth.parse().unwrap());
@@ -337,7 +339,8 @@ fn wrappers_cannot_start_the_program_recursively() {
     assert_eq!(statuses.take(), [format!("{:?}", Some(expected))]);
 }
 
-/// Starts the master's program with a shell that executes it or forks it, or with another wrapper.
+/// Checks the master's program behind three wrappers: a shell that executes it, a shell that forks
+/// it, and `env` with `nice`.
 fn worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same() {
     let kind = std::env::var(CHILD);
     if kind.as_deref() == Ok("forked") {
@@ -416,7 +419,8 @@ fn policy_is_frozen_by_the_first_fork() {
     );
 }
 
-/// Runs a shell worker that writes the output of `command` to a file, and returns the content.
+/// Runs a shell as a worker that writes the output of `command` to a file, and returns the file's
+/// content.
 fn output_of_shell(command: &str, before: impl FnOnce(&Master)) -> String {
     let file = tempfile::NamedTempFile::new().unwrap();
     let script = format!("{{ {command}; }} > {}", file.path().display());
@@ -440,7 +444,7 @@ fn children_start_with_default_signals() {
         set.add(Signal::SIGUSR1);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None).unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: ignoring a signal installs no handler.
+        // SAFETY: SIG_IGN installs no handler, so no code runs in a signal context.
         unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) }.unwrap();
     });
     for field in ["SigBlk:", "SigIgn:"] {
@@ -460,7 +464,7 @@ fn children_inherit_only_their_channel() {
         .iter()
         .filter_map(|(left, _)| left.rsplit(' ').next())
         .filter(|fd| !["0", "1", "2"].contains(fd))
-        // The shell's copy of its standard output.
+        // Skip the shell's saved copy of its standard output, which is not a socket.
         .filter(|fd| {
             fds.iter()
                 .all(|(l, to)| !l.ends_with(fd) || to.starts_with("socket:"))
@@ -500,7 +504,7 @@ fn callbacks_may_change_callbacks_and_fork() {
     );
 }
 
-/// Refuses `pidfd_open`, as a kernel before Linux 5.3 does.
+/// Checks exits without `pidfd_open`, which kernels before Linux 5.3 do not have.
 fn exits_are_noticed_without_process_descriptors() {
     let calls = [nix::libc::SYS_clone3, nix::libc::SYS_pidfd_open];
     refuse_calls(&calls, nix::libc::ENOSYS);
@@ -509,7 +513,7 @@ fn exits_are_noticed_without_process_descriptors() {
     let entries = log.clone();
     cluster(
         |master| {
-            // The master does not wait for a child of the application.
+            // The master must leave the application's own children to the application.
             let host_child = RefCell::new(Command::new("true").spawn().unwrap());
             master.on_exit(move |master, worker, status| {
                 log.add(format!("{} {:?}", worker.id(), status.code()));

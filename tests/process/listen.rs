@@ -1,4 +1,4 @@
-//! Listening: ports, address families, errors, and which workers share a listener.
+//! Tests ports, address families, errors, and which workers share a listener.
 
 use std::net::{TcpListener, TcpStream};
 
@@ -108,7 +108,7 @@ fn failed_listen_leaves_the_address_free() {
         let holder = std::cell::RefCell::new(None);
         cluster(
             |master| {
-                // The application in the master process holds the port.
+                // The application in the master process uses the port.
                 let other = TcpListener::bind("127.0.0.1:0").unwrap();
                 let address = other.local_addr().unwrap();
                 holder.replace(Some(other));
@@ -190,7 +190,7 @@ fn closing_a_listener_does_not_affect_other_workers() {
     let [answers] = &entries[..] else {
         panic!("{entries:?}")
     };
-    // IDs follow the order of the forks, but either worker may be the first to listen.
+    // Worker IDs follow the order of the forks, but either worker may be the first to listen.
     assert!(answers == "2222", "worker 1 has closed: {answers}");
 }
 
@@ -221,7 +221,8 @@ fn shared_listener_serves() {
                 .unwrap();
             when_listening(master, 3, move |master, address| {
                 let work = move || {
-                    // Until each worker has answered: the kernel chooses which worker to wake.
+                    // Connect until each worker has answered, because the kernel chooses which
+                    // worker to wake.
                     let mut seen = std::collections::BTreeSet::new();
                     wait_until("answers from all three workers", || {
                         seen.insert(talk(address, b"").unwrap());

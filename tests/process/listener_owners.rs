@@ -1,4 +1,4 @@
-//! Listening sockets with several owners: what an owner cannot do to the others.
+//! Tests listening sockets with several owners, and what one owner cannot do to the others.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -44,7 +44,7 @@ const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
 const NONE: SchedulingPolicy = SchedulingPolicy::Shared;
 const SHARDED: SchedulingPolicy = SchedulingPolicy::Sharded;
 
-/// Timeout of `connect`. It is shorter than a second, after which the kernel retransmits a SYN.
+/// Timeout of `connect`. A second must not pass, because the kernel would then retransmit the SYN.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
 
 const ANY_PORT: &str = "127.0.0.1:0";
@@ -62,7 +62,7 @@ fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
 }
 
-/// Calls back when `count` workers listen.
+/// Forks `count` workers, and calls `then` when all of them listen.
 fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     crate::harness::when_listening(master, count, move |master, _| then(master));
     (0..count).for_each(|_| drop(master.fork().unwrap()));
@@ -76,7 +76,7 @@ fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
     crate::harness::serve_id(worker, address);
 }
 
-/// Sends a message to a worker, and calls back with its reply.
+/// Sends a message to a worker, and calls `then` with the worker's reply.
 fn ask(master: &Master, worker: usize, message: &str, then: impl FnOnce(&Master, &str) + 'static) {
     let (then, own) = (Cell::new(Some(then)), std::rc::Rc::new(Cell::new(None)));
     let id = own.clone();
@@ -92,15 +92,15 @@ fn empty_reply(_: &[u8]) -> String {
     String::new()
 }
 
-/// Returns copies of the listening sockets of this process.
+/// Returns copies of this process's listening sockets.
 fn listening_sockets() -> Vec<OwnedFd> {
     let entries = std::fs::read_dir("/proc/self/fd").unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name());
     let numbers: Vec<RawFd> = names.filter_map(|n| n.to_str()?.parse().ok()).collect();
     let listening = numbers.into_iter().filter_map(|number| {
         #[allow(unsafe_code)]
-        // SAFETY: the process has one thread, which closes no descriptor meanwhile. The directory's
-        // descriptor is closed already, and `getsockopt` fails for it.
+        // SAFETY: the process has one thread, which has closed only the directory's descriptor
+        // since the listing. `getsockopt` fails for a closed descriptor.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         let is_listening = getsockopt(&fd, sockopt::AcceptConn) == Ok(true);
         is_listening.then(|| fd.try_clone_to_owned().unwrap())
@@ -128,12 +128,12 @@ fn attach(
     let fd = socket.as_fd().as_raw_fd();
     let value = (&raw const program).cast();
     #[allow(unsafe_code)]
-    // SAFETY: the option takes a sock_fprog, which points to a live program of the given length.
+    // SAFETY: the option takes a `sock_fprog`, which points to a live program of the given length.
     Errno::result(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, value, size) }).map(drop)
 }
 
-/// Returns the filter that a master attaches while a listener drains. It drops segments with SYN
-/// and without ACK.
+/// Returns the filter that a master attaches while a listener drains. The filter drops TCP segments
+/// with SYN and without ACK.
 fn syn_filter() -> [libc::sock_filter; 5] {
     [
         statement(0x30, 0, 13),
@@ -144,7 +144,7 @@ fn syn_filter() -> [libc::sock_filter; 5] {
     ]
 }
 
-/// Checks that clients reach the other owner while the listener drains, and afterwards.
+/// Checks that clients reach the other owner while the listener drains and afterwards.
 fn released_listener_has_no_filter(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -158,7 +158,8 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
                     other.set_nonblocking(true).unwrap();
-                    // An earlier client that no worker has accepted may come first.
+                    // The accepted connection may belong to an earlier client that no worker has
+                    // accepted.
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
                 master.disconnect();
@@ -191,7 +192,7 @@ fn serve_path(worker: &Worker, act: fn(&[u8]) -> String) {
     worker.on_disconnect(|_| std::process::exit(0));
     for connection in worker.listen(path.as_path()).unwrap().incoming() {
         let Ok(mut connection) = connection else {
-            // The socket does not listen any more, but messages still arrive.
+            // The socket no longer listens, but messages still arrive.
             return worker.run().unwrap();
         };
         let id = worker.id().to_string();
@@ -261,7 +262,8 @@ fn adopting_keeps_a_filter_of_the_application() {
     );
 }
 
-/// A worker passes its copy to a child process that the master does not know.
+/// Checks that a stopped port refuses clients although a child process still has a copy of the
+/// listener. A worker has started this child, and the master does not know it.
 fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -284,7 +286,7 @@ fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
         |worker| {
             serve(&worker, ANY_PORT, |_| {
                 let copies = listening_sockets();
-                // `dup` returns descriptors without close-on-exec.
+                // Use `dup`, which returns descriptors without close-on-exec.
                 let inherited = |copy: &OwnedFd| nix::unistd::dup(copy).unwrap();
                 let inherited: Vec<_> = copies.iter().map(inherited).collect();
                 let mut child = Command::new("sleep");
@@ -315,16 +317,17 @@ fn shares(address: SocketAddr) -> BTreeMap<String, u32> {
     shares
 }
 
-/// Each of three workers expects 67 connections, and hardly ever receives fewer than 30.
+/// Asserts that each of three workers has answered at least 30 of 200 clients. A worker expects 67
+/// and rarely receives fewer than 30.
 fn assert_even(shares: &BTreeMap<String, u32>) {
     let is_even = shares.len() == 3 && shares.values().all(|part| *part >= 30);
     assert!(is_even, "{shares:?}");
 }
 
-/// Not every version of the C library declares this option.
+/// The socket option's number, because some versions of the C library do not declare it.
 const SO_DETACH_REUSEPORT_BPF: libc::c_int = 68;
 
-/// Tries to change the distribution of connections among all shards.
+/// Tries to change the distribution of connections among all shards, and returns the result.
 fn interfere(how: &[u8]) -> String {
     let [shard] = &listening_sockets()[..1] else {
         unreachable!("one socket")
@@ -371,7 +374,7 @@ fn worker_cannot_change_shard_selection() {
 /// Connects clients until an event has set `seen`.
 fn connect_until_seen(address: SocketAddr, seen: &AtomicBool) {
     wait_until("the event", || {
-        // Without the selection program, a client may be reset.
+        // Ignore errors, because a client may be reset while the selection program is detached.
         let _ = talk(address, b"");
         seen.load(Ordering::SeqCst).then_some(())
     });
@@ -407,12 +410,13 @@ fn shard_selection_is_restored_when_a_worker_detaches_it() {
 }
 
 fn shut_down(_: &[u8]) -> String {
-    // A worker that waits in `accept` has two descriptors of the listener.
+    // Shut down only the first descriptor. A worker that waits in `accept` has two descriptors of
+    // the same listener.
     shutdown(listening_sockets()[0].as_raw_fd(), Shutdown::Both).unwrap();
     "done".to_owned()
 }
 
-/// Checks that the port stays open with the same number, and that each worker serves again.
+/// Checks that the port stays the same after a shutdown, and that each worker serves again.
 fn listener_listens_again(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -424,7 +428,7 @@ fn listener_listens_again(policy: SchedulingPolicy) {
             master.on_error(move |master, worker, error| {
                 assert!(worker.is_none(), "{error}");
                 errors.set(errors.get() + 1);
-                // Shut the listener down again.
+                // Shut the listener down three times in all.
                 if errors.get() < 3 {
                     return ask(master, 1, "", |_, _| {});
                 }
@@ -432,7 +436,8 @@ fn listener_listens_again(policy: SchedulingPolicy) {
                 let work = move || {
                     let mut seen = std::collections::BTreeSet::new();
                     wait_until("all workers", || {
-                        // Two clients at a time, so that both workers serve a shared listener.
+                        // Connect two clients at a time, so that both workers serve a shared
+                        // listener.
                         let clients = [(); 2].map(|()| connect(address).unwrap());
                         seen.extend(clients.map(|mut client| {
                             let mut answer = String::new();
@@ -497,7 +502,8 @@ fn listener_listens_again_when_another_owner_shuts_it_down_rr() {
     assert_eq!(entries.take(), ["1"]);
 }
 
-/// A Unix socket that was shut down cannot listen again, so one error is reported.
+/// Checks that exactly one error is reported, because a Unix socket that was shut down cannot
+/// listen again.
 fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
     let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
     let log = Log::default();
@@ -512,7 +518,7 @@ fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
                 let path = listener.take().unwrap().address().to_string();
                 assert!(error.to_string().contains(&path), "{error}");
                 log.add("error");
-                // Time for further errors, of which there must be none.
+                // Wait for further errors, none of which may occur.
                 master.set_timeout(Duration::from_millis(300), |master| master.disconnect());
             });
             master.on_listening(|master, _, _| ask(master, 0, "", |_, _| {}));
@@ -555,8 +561,8 @@ fn master_keeps_accepting_when_another_owner_clears_o_nonblock() {
     );
 }
 
-/// The second worker clears `O_NONBLOCK`, which applies to all copies of a shared listener, and
-/// exits.
+/// Checks that a worker is not blocked when another worker clears `O_NONBLOCK` and exits. The flag
+/// applies to all copies of a shared listener.
 fn worker_keeps_answering_when_another_worker_clears_o_nonblock() {
     let log = Log::default();
     let entries = log.clone();

@@ -1,4 +1,4 @@
-//! The numbers of `Master::loads`, at moments when they are known exactly.
+//! Tests the numbers of `Master::loads`, at moments when they are known exactly.
 
 use std::cell::RefCell;
 use std::io::{Read as _, Write as _};
@@ -37,7 +37,7 @@ fn load_of(master: &Master, worker: &WorkerProcess) -> WorkerLoad {
     *own.next().unwrap()
 }
 
-/// Dispatched, received, open, returned.
+/// Returns the numbers of dispatched, received, open and returned connections.
 fn figures(load: &WorkerLoad) -> [u64; 4] {
     [load.dispatched, load.received, load.open, load.returned]
 }
@@ -53,7 +53,7 @@ fn connect(address: SocketAddr, clients: usize) -> Vec<TcpStream> {
     (0..clients).map(connect).collect()
 }
 
-/// Returns what each client receives.
+/// Sends a byte for each client, and returns what each client receives.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     let read = |mut client: TcpStream| {
         let _ = client.write_all(b"x");
@@ -64,7 +64,8 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     clients.into_iter().map(read).collect()
 }
 
-/// Reads one byte before it answers, so a client that sends nothing is held.
+/// Serves connections, and reads one byte before each answer. A client that sends nothing therefore
+/// keeps its worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -123,7 +124,8 @@ fn loads_count_dispatched_and_received_connections() {
     assert_eq!(entries.take(), ["20"]);
 }
 
-/// `served` connections have been served, one after the other, and each worker waits for one.
+/// Checks the loads after `served` connections, and connects the next client when each worker waits
+/// for a connection.
 fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     when_all_wait(master, move |master| {
         let mut figures: Vec<_> = master.loads().workers.iter().map(figures).collect();
@@ -146,8 +148,8 @@ fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     });
 }
 
-/// Holds the connections that it receives. A message with a count closes that many of the oldest
-/// ones.
+/// Holds the connections that the worker receives. A message contains the number of oldest
+/// connections that the worker closes.
 fn hold(worker: &Worker) {
     let held = Rc::new(RefCell::new(Vec::<Connection>::new()));
     let own = Rc::clone(&held);
@@ -163,8 +165,8 @@ fn hold(worker: &Worker) {
     worker.run().unwrap();
 }
 
-/// Connections that a worker closes while it has nothing to receive are reported when half of them
-/// have been closed.
+/// Checks the number of open connections. A worker that has nothing to receive reports closed
+/// connections when half of its connections have been closed.
 fn loads_count_open_connections() {
     let log = Log::default();
     let entries = log.clone();
@@ -199,7 +201,7 @@ fn loads_count_open_connections() {
     assert_eq!(entries.take(), ["all closed"]);
 }
 
-/// Calls back when the worker has closed `count` connections.
+/// Makes the worker close `count` connections, and calls `then` afterwards.
 fn close(
     master: &Master,
     worker: &WorkerProcess,
@@ -211,7 +213,7 @@ fn close(
     when_all_wait(master, move |master| then(master, worker));
 }
 
-/// Calls back when workers have received `count` connections.
+/// Calls `then` when workers have received `count` connections.
 fn when_received(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         if master.ledger().received == count {
@@ -222,7 +224,7 @@ fn when_received(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     });
 }
 
-/// A connection that a stopped idle worker does not receive goes to another worker.
+/// Checks that a connection goes to another worker if a stopped idle worker does not receive it.
 fn loads_count_returned_connections() {
     let log = Log::default();
     let entries = log.clone();
@@ -269,8 +271,8 @@ fn loads_count_connections_waiting_for_a_worker() {
             when_listening(master, 1, move |master, address| {
                 when_all_wait(master, move |master| {
                     stop(&only);
-                    // An idle worker is dispatched one connection, and the others stay in the
-                    // backlog.
+                    // The master dispatches one connection to an idle worker, and the other
+                    // connections stay in the backlog.
                     let clients = connect(address, 3);
                     let stopped = only.clone();
                     when_accepted(master, 1, move |master| {
@@ -302,7 +304,7 @@ fn loads_count_connections_waiting_for_a_worker() {
     assert_eq!(entries.take(), ["done"]);
 }
 
-/// Calls back when the master has accepted `count` connections.
+/// Calls `then` when the master has accepted `count` connections.
 fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         if master.ledger().accepted == count {
@@ -313,7 +315,8 @@ fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     });
 }
 
-/// The numbers count from the fork of a worker, also after it has closed a listener.
+/// Checks that the numbers start at the worker's fork and include connections of listeners that the
+/// worker has closed.
 fn loads_count_connections_of_closed_listeners() {
     let log = Log::default();
     let entries = log.clone();
@@ -413,7 +416,8 @@ fn loads_report_the_backlog_of_shards() {
     assert_backlog_of_stopped_workers(SchedulingPolicy::Sharded);
 }
 
-/// With policies in which workers accept.
+/// Checks the reported backlog under a policy in which the workers accept, while all workers are
+/// stopped.
 fn assert_backlog_of_stopped_workers(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();

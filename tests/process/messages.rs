@@ -1,4 +1,4 @@
-//! Messages in both directions: order, size, descriptors, backpressure, and closed channels.
+//! Tests messages in both directions: order, size, descriptors, backpressure, and closed channels.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -182,8 +182,10 @@ fn descriptors_that_are_not_taken_are_closed() {
     assert_eq!(entries.take(), ["closed"]);
 }
 
-/// The worker fills its socket with messages that carry descriptors, and is killed. The master
-/// reads all of them together with the exit.
+/// Checks that the master never has more than 256 descriptors of final messages open. The worker
+/// fills its socket with messages that carry descriptors, and is killed.
+///
+/// The master reads all of these messages together with the exit.
 fn final_messages_keep_a_bounded_number_of_descriptors_open() {
     const FDS_MAX: usize = 256;
     let errors = Rc::new(Cell::new(0));
@@ -299,7 +301,7 @@ fn error_in_on_error_does_not_block_the_loop() {
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            // Each error causes another one, as long as the worker lives and does not read.
+            // Each error causes another error while the worker lives and does not read.
             worker.on_error(|_, worker, _| {
                 let _ = worker.send(&[0; 64 << 10]);
             });

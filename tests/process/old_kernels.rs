@@ -1,5 +1,5 @@
-//! Every kernel feature that is newer than the oldest supported kernels has a fallback. The same
-//! scenarios are played while a seccomp filter refuses these features.
+//! Plays scenarios while a seccomp filter refuses kernel features. Every feature that the oldest
+//! supported kernels do not have needs a fallback.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -28,17 +28,19 @@ const SYSTEM: &str = "SYSTEM";
 struct System {
     name: &'static str,
     missing: &'static [libc::c_long],
-    /// System calls that fail with EPERM, as old sandboxes make them.
+    /// System calls that fail with EPERM, as in old sandboxes.
     forbidden: &'static [libc::c_long],
-    /// Exits of children are reported by SIGCHLD alone.
+    /// Whether only SIGCHLD reports the exits of children.
     signals: bool,
     has_proc: bool,
 }
 
-/// The same number on all architectures; not every C library declares it.
+/// The number of the system call `fchmodat2`, which is the same on all architectures. Some versions
+/// of the C library do not declare it.
 const FCHMODAT2: libc::c_long = 452;
 
-/// System calls that are newer than 2016 and used by this crate, the standard library or `polling`.
+/// System calls that were added after 2016 and that this crate, the standard library or `polling`
+/// uses.
 const NEW_CALLS: &[libc::c_long] = &[
     libc::SYS_clone3,
     libc::SYS_pidfd_open,
@@ -63,7 +65,8 @@ const SYSTEMS: &[System] = &[
         signals: true,
         ..without("calls_newer_than_2016", NEW_CALLS)
     },
-    // The C library creates threads without `clone3` only if that fails with ENOSYS.
+    // In this sandbox, `clone3` fails with ENOSYS, because the C library creates threads without
+    // `clone3` only after this error.
     System {
         signals: true,
         forbidden: &[
@@ -73,14 +76,14 @@ const SYSTEMS: &[System] = &[
         ],
         ..without("calls_refused_by_a_sandbox", &[libc::SYS_clone3])
     },
-    // As with a filter that allows the pidfds of Linux 5.3, but not `pidfd_send_signal`.
+    // This filter allows the pidfds of Linux 5.3, but not `pidfd_send_signal`.
     System {
         forbidden: &[libc::SYS_pidfd_send_signal],
         ..without("permission_for_pidfd_send_signal", &[])
     },
 ];
 
-/// Systems without /proc. Only root can hide it.
+/// Systems without /proc, which only root can hide.
 const WITHOUT_PROC: &[System] = &[
     System {
         has_proc: false,
@@ -103,8 +106,8 @@ const fn without(name: &'static str, missing: &'static [libc::c_long]) -> System
     }
 }
 
-/// The scenarios played on every system. Each covers how a worker starts, serves, is signalled or
-/// exits.
+/// The scenarios played on every system. Each scenario covers how a worker starts, serves clients,
+/// receives signals or exits.
 const SCENARIO_NAMES: &[&str] = &[
     "workers_serve_and_exit",
     "events_are_emitted_once_and_in_order",
@@ -137,7 +140,7 @@ pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
             .map(move |scenario| play(system, scenario))
     };
     let mut trials: Vec<_> = SYSTEMS.iter().flat_map(each).collect();
-    // Without `clone3`, `fork` waits for the child's report of a failed step.
+    // Without `clone3`, `fork` waits for the child to report a failed step.
     trials.push(play(&SYSTEMS[0], "missing_program_is_an_error_of_fork"));
     let without_proc =
         |system| play(system, "workers_serve_and_exit").with_ignored_flag(!is_root());
@@ -145,8 +148,8 @@ pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
     trials
 }
 
-/// Makes this process simulate the system that the environment names. Workers inherit it from their
-/// master.
+/// Makes this process simulate the system that the environment names. Workers inherit the
+/// simulation from their master.
 pub fn become_old() {
     let Ok(name) = std::env::var(SYSTEM) else {
         return;
@@ -181,11 +184,12 @@ fn hide_proc() {
     assert!(!Path::new("/proc/self").exists());
 }
 
-/// Returns the number of open descriptors. Works without /proc.
+/// Returns the number of open descriptors, without using /proc.
 fn count_fds() -> usize {
     let is_open = |number: &i32| {
         #[allow(unsafe_code)]
-        // SAFETY: `F_GETFD` only checks whether the descriptor is open.
+        // SAFETY: the borrowed descriptor is used only for `F_GETFD`, which fails if the descriptor
+        // is not open.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*number) };
         fcntl(fd, FcntlArg::F_GETFD).is_ok()
     };
@@ -194,7 +198,8 @@ fn count_fds() -> usize {
 
 const SOCKET: &str = "SOCKET";
 
-/// One worker serves on a port and on a path until it is killed; another one exits with a code.
+/// Checks that one worker serves a port and a path until it is killed, and that another worker
+/// exits with a code.
 fn workers_serve_and_exit() {
     let before = count_fds();
     match cluster::init().unwrap() {
@@ -259,7 +264,7 @@ fn assert_workers_serve_and_exit(master: &Master) {
     );
 }
 
-/// Calls back with everything that the stream contains before end-of-file.
+/// Reads the stream until end-of-file, and calls `then` with the content.
 fn read_to_end(
     master: &Master,
     stream: impl Into<OwnedFd>,

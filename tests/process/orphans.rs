@@ -1,4 +1,4 @@
-//! Workers whose master has ended, for each way in which a master can end.
+//! Tests workers whose master has ended, for each way in which a master can end.
 
 use std::fs::Permissions;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -25,13 +25,13 @@ crate::scenarios! {
     worker_with_file_capabilities_exits_if_its_master_exited_before_init: FILE_CAPABILITIES
 }
 
-/// Maximum time for which a worker may outlive its master.
+/// Maximum time that a worker may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Set for a master, to the way in which it ends.
+/// Environment variable that tells a master in which way to end.
 const END: &str = "MASTERS_END";
 
-/// The activities of workers at the end of their master, and the process state of each.
+/// The activities of workers when their master ends, and each worker's process state.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", ") S "),
     ("running", ") S "),
@@ -52,7 +52,7 @@ const BEFORE_INIT: usize = 2;
 fn print_ready() {
     let mut output = std::io::stdout().lock();
     let line = format!("{} {}\n", std::process::id(), kind());
-    // A single write, because all workers share this output.
+    // Write the line at once, because all workers share this output.
     output.write_all(line.as_bytes()).unwrap();
     output.flush().unwrap();
 }
@@ -67,13 +67,13 @@ fn loop_for_ever() -> ! {
     }
 }
 
-/// Reads from a client that sends nothing.
+/// Blocks in a read from a client that sends nothing.
 fn read_for_ever(mut stream: &TcpStream) {
     print_ready();
     let _ = stream.read(&mut [0]);
 }
 
-/// Runs before `init`, like a long start-up of an application.
+/// Simulates an application's long start-up, which precedes `init`.
 fn start_up() {
     match kind().as_str() {
         "starting slowly" => {
@@ -148,13 +148,13 @@ fn ignore_signals() {
     for number in [Signal::TERM, Signal::HUP, Signal::INT, Signal::QUIT] {
         let number = nix::sys::signal::Signal::try_from(number.number()).unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: ignoring a signal installs no handler.
+        // SAFETY: SIG_IGN installs no handler, so no code runs in a signal context.
         unsafe { signal(number, SigHandler::SigIgn) }.unwrap();
     }
 }
 
 fn end(master: Master, how: &str) {
-    // This process and the workers run until SIGTERM arrives.
+    // Run the loop, and keep the workers running, until SIGTERM arrives.
     let mut is_requested = false;
     while !is_requested {
         master.dispatch(None).unwrap();
@@ -172,7 +172,7 @@ fn end(master: Master, how: &str) {
 static END_REQUESTED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 fn play_master(master: Master, settings: Settings) {
-    // The handler ends the master without disconnecting its workers.
+    // The callback only sets a flag, so the master ends without disconnecting its workers.
     let request_end =
         |_: &Master, _| END_REQUESTED.store(true, std::sync::atomic::Ordering::SeqCst);
     master.on_signal(Signal::TERM, request_end).unwrap();
@@ -187,7 +187,8 @@ fn play_master(master: Master, settings: Settings) {
     end(master, &std::env::var(END).unwrap());
 }
 
-/// Starts a master with one worker of each kind, and waits until all have reached their state.
+/// Starts a master with one worker of each kind, and waits until all workers have reached their
+/// state.
 fn start_master(command: &mut Command, how: &str) -> (Child, Vec<Pid>) {
     let mut master = command
         .env(END, how)
@@ -243,7 +244,7 @@ fn end_and_measure(command: &mut Command, how: &str) -> Duration {
     });
     let longest = ended_at.elapsed();
     for pid in pids {
-        // The workers have been reparented to this process.
+        // The workers have been reparented to this process, so reap them here.
         let end = waitpid(pid, None).unwrap();
         assert!(
             matches!(end, WaitStatus::Exited(..) | WaitStatus::Signaled(..)),
@@ -253,8 +254,8 @@ fn end_and_measure(command: &mut Command, how: &str) -> Duration {
     longest
 }
 
-/// Returns whether the process has exited, or has a pending SIGKILL. On a busy machine, a killed
-/// process may wait for a processor.
+/// Returns whether the process has exited or has a pending SIGKILL. On a busy machine, a killed
+/// process may still wait for a processor.
 fn has_exited_or_is_killed(pid: Pid) -> bool {
     const KILL: u64 = 1 << 8;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -308,8 +309,8 @@ fn orphans_without_exec_exit_within_a_second() {
     }));
 }
 
-/// Set for workers whose program has more privileges than their master, to the line in
-/// `/proc/self/status` that shows them.
+/// Environment variable for workers whose program has more privileges than their master. The value
+/// is the line in `/proc/self/status` that shows these privileges.
 const PRIVILEGES: &str = "WORKERS_RIGHTS";
 
 /// Returns a command that runs a copy of this program as the user `NOBODY`. The copy plays this
@@ -336,13 +337,13 @@ fn set_user_id(program: &Path) {
     std::fs::set_permissions(program, Permissions::from_mode(0o4755)).unwrap();
 }
 
-/// `CAP_NET_BIND_SERVICE` is the only effective capability.
+/// The status line of a process whose only effective capability is `CAP_NET_BIND_SERVICE`.
 const CAPABILITY: &str = "CapEff:\t0000000000000400";
-/// The effective and the saved user are root.
+/// The status line of a process whose effective and saved users are root.
 const ROOT_BY_BIT: &str = "Uid:\t65534\t0\t0\t0";
 
-/// Checks the privileges, and that `execve` has cleared the parent-death signal. `init` has not
-/// been called.
+/// Checks, before `init`, the process's privileges and that `execve` has cleared the parent-death
+/// signal.
 fn check_privileges() {
     let privileges = std::env::var(PRIVILEGES).unwrap();
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -367,15 +368,17 @@ fn orphans_with_a_set_user_id_bit_exit_within_a_second() {
     play_orphans_with_privileges(ROOT_BY_BIT, set_user_id);
 }
 
-/// The worker kills its master before it calls `init`, so no parent-death signal reports it.
+/// Checks a worker that kills its master before it calls `init`, so that no parent-death signal
+/// reports the exit.
 fn worker_with_file_capabilities_exits_if_its_master_exited_before_init() {
     if std::env::var_os(PRIVILEGES).is_none() {
-        // The worker is reparented to this process, which waits for it.
+        // Become a subreaper, so that the worker is reparented to this process, which can then wait
+        // for it.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let (_directory, mut command) = program_with_privileges(CAPABILITY, grant_capability);
         let mut master = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut output = String::new();
-        // Until the worker has exited, too.
+        // Read until both the master and the worker have closed the output.
         master
             .stdout
             .take()

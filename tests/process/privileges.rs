@@ -1,5 +1,5 @@
-//! Privileges that a worker of another user loses. `init` fails in a process that has a worker's
-//! environment and is not a worker.
+//! Tests privileges that a worker of another user loses. Also tests that `init` fails in a process
+//! that has a worker's environment and is not a worker.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -68,7 +68,8 @@ fn report(worker: &Worker, attempts: Attempts) {
     let _ = worker.send(format!("{not_refused:?}").as_bytes()).unwrap();
 }
 
-/// Plays a worker that reports the attempts which were not refused.
+/// Runs `attempts` in a worker with these settings, and asserts that the kernel refuses all of
+/// them.
 fn assert_all_refused(settings: Settings, attempts: Attempts) {
     let log = Log::default();
     let entries = log.clone();
@@ -127,8 +128,9 @@ fn worker_of_another_user_keeps_no_privileges_of_root() {
     });
 }
 
-/// The master has capabilities that survive a change of user: ambient ones with
-/// `SECBIT_NO_SETUID_FIXUP`, and in one case `PR_SET_KEEPCAPS`, too.
+/// Checks capabilities that the kernel keeps when a process changes its user. The master has
+/// ambient capabilities with `SECBIT_NO_SETUID_FIXUP`, and in one case it also sets
+/// `PR_SET_KEEPCAPS`.
 fn capabilities_that_survive_setuid_are_dropped() {
     const RAISED: &str = "RAISED";
     let Ok(how) = std::env::var(RAISED) else {
@@ -175,7 +177,8 @@ fn capabilities_that_survive_setuid_are_dropped() {
     assert_all_refused(settings, attempts);
 }
 
-/// User 0 is root, and a change of the group alone does not drop privileges.
+/// Checks two settings that keep the worker's capabilities: user 0, which is root, and a change of
+/// only the group.
 fn root_worker_keeps_its_capabilities() {
     const SETTINGS: &str = "SETTINGS";
     let Ok(how) = std::env::var(SETTINGS) else {
@@ -208,13 +211,14 @@ fn root_worker_keeps_its_capabilities() {
     assert_eq!(entries.take(), [format!("1 {}", effective())]);
 }
 
-/// Forks a child of another user that does not start in time.
+/// Asserts that `fork` fails with a timeout, because a child of another user does not start in
+/// time.
 fn assert_fork_gives_up(master: &Master) {
     let begun = Instant::now();
     let error = master.fork().unwrap_err();
     let waited = begun.elapsed();
     println!("{error} after {waited:?}");
-    // The limit is one second, but this process may have to wait for a processor.
+    // The limit is one second, but on a busy machine this process may have to wait for a processor.
     assert!(waited < Duration::from_secs(10), "{waited:?}");
     match error {
         Error::Fork { step, reason, .. } => {
@@ -226,7 +230,8 @@ fn assert_fork_gives_up(master: &Master) {
     assert!(master.workers().is_empty());
 }
 
-/// A killed child may exit late on a busy machine.
+/// Asserts that the next `fork` leaves no zombie. It first waits for the killed child's exit, which
+/// may be late on a busy machine.
 fn assert_next_fork_leaves_no_zombie(master: &Master) {
     wait_until("the exit of the child", || {
         (!children().into_iter().any(is_alive)).then_some(())
@@ -237,7 +242,8 @@ fn assert_next_fork_leaves_no_zombie(master: &Master) {
     assert_eq!(children(), [next.process().id()]);
 }
 
-/// The other user only has the permission to signal the child.
+/// Checks that `fork` returns when another process of the worker's user stops the child. This user
+/// has permission to signal the child, but nothing else.
 fn fork_returns_when_a_child_of_another_user_is_stopped() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
@@ -248,7 +254,8 @@ fn fork_returns_when_a_child_of_another_user_is_stopped() {
                 nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).unwrap();
             });
             master.setup_master(settings_of_nobody().exec(program.path()));
-            // On a busy machine, `fork` may time out before the child has been stopped.
+            // Retry, because on a busy machine `fork` may time out before the thread has stopped
+            // the child.
             while !stopper.is_finished() {
                 assert_fork_gives_up(master);
             }
@@ -264,7 +271,8 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
-/// Another process traces the child, which delays its reaping as a wait for a device would.
+/// Checks that the next `fork` reaps a child that exits slowly. Another process traces the child,
+/// which delays the reaping like a wait for a device.
 fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
@@ -321,7 +329,8 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
             master.on_fork(|_, _| panic!("no worker was forked"));
             master.on_exit(|_, _, _| panic!("no worker was forked"));
             master.setup_master(settings_of_nobody());
-            // A filter cannot be removed, so the steps are refused from the last to the first.
+            // Seccomp filters accumulate. Refuse the child's last step first, because each further
+            // filter makes an earlier step fail.
             let steps = [
                 (libc::SYS_capset, libc::EPERM, "give up its capabilities"),
                 (libc::SYS_setresuid, libc::EACCES, "change its user"),
@@ -355,27 +364,29 @@ fn file_names(path: String) -> nix::Result<usize> {
     names.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap()))
 }
 
-/// Opens a pidfd of another process.
+/// Opens a process descriptor of another process.
 fn process_descriptor(pid: Pid) -> libc::c_long {
     #[allow(unsafe_code)]
-    // SAFETY: the call takes two integers.
+    // SAFETY: `pidfd_open` receives its arguments by value and accesses no memory of this process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     Errno::result(fd).unwrap()
 }
 
-/// Tries to copy another process's descriptors.
+/// Tries to copy another process's descriptors, and returns the results.
 fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_long>, Errno)> {
     let process = process_descriptor(pid);
     let copy = |number: libc::c_long| {
         #[allow(unsafe_code)]
-        // SAFETY: the call takes three integers.
+        // SAFETY: `pidfd_getfd` receives its arguments by value and accesses no memory of this
+        // process.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process, number, 0) };
         ("pidfd_getfd", Errno::result(fd), Errno::EPERM)
     };
     (0..64).map(copy).collect()
 }
 
-/// Tries every way to access another process, and returns those that were not refused.
+/// Tries every way to access another process, and returns the attempts that the kernel did not
+/// refuse.
 fn successful_accesses(pid: Pid) -> Vec<String> {
     let (denied, perm) = (Errno::EACCES, Errno::EPERM);
     let of = |name: &str| format!("/proc/{pid}/{name}");
@@ -400,7 +411,8 @@ fn worker_of_another_user_cannot_access_the_master() {
     assert_all_refused(settings_of_nobody(), |_| successful_accesses(getppid()));
 }
 
-/// Each worker has its own user. The kernel allows more among processes of the same user.
+/// Checks two workers with different users. Between processes of the same user, the kernel allows
+/// more.
 fn worker_cannot_access_a_worker_of_another_user() {
     let log = Log::default();
     let entries = log.clone();
@@ -464,7 +476,8 @@ impl HostSockets {
     }
 }
 
-/// Returns every socket that a worker gets when it requests all numbers that the master may have.
+/// Requests every descriptor number that the master may have, and returns the sockets that the
+/// worker receives.
 fn request_all_numbers(worker: &Worker) -> String {
     let mut opened = BTreeSet::new();
     for number in 0..64 {
@@ -478,7 +491,7 @@ fn request_all_numbers(worker: &Worker) -> String {
     format!("{opened:?}")
 }
 
-/// Opens one socket of each kind through the master, and keeps them open.
+/// Opens one socket of each kind through the master, and keeps the sockets open.
 fn open_all_kinds(worker: &Worker) {
     let directory = tempfile::tempdir().unwrap();
     let tcp = worker.listen("127.0.0.1:0").unwrap();
@@ -529,14 +542,15 @@ fn worker_gets_only_sockets_of_the_host_by_number() {
     });
 }
 
-/// Set for a process that has the variables of a worker and no master.
+/// Environment variable that marks a process with a worker's variables but without a master.
 const NO_MASTER: &str = "STRANGER";
 
-/// Returns the flags of the descriptor and of its open file description.
+/// Returns the flags of the descriptor and of its open file description, or `None` if the
+/// descriptor is not open.
 fn flags(number: RawFd) -> Option<(i32, i32)> {
     let get = |arg| {
         #[allow(unsafe_code)]
-        // SAFETY: these commands only read the flags, whatever the number is.
+        // SAFETY: F_GETFD and F_GETFL only read flags, and fail if the descriptor is not open.
         let flags = unsafe { libc::fcntl(number, arg) };
         (flags >= 0).then_some(flags)
     };
@@ -553,13 +567,15 @@ fn print_error_of_init() {
     println!("{error}");
 }
 
-/// Returns the output of such a process, with `input` as its standard input.
+/// Runs a process that has a worker's variables but no master, with `input` as its standard input.
+/// Returns the process's output.
 fn run_without_master(
     id: Option<&str>,
     channel: Option<&str>,
     input: std::process::Stdio,
 ) -> String {
-    // The variables apply to the process with this ID.
+    // Set CLUSTER_WORKER_PID in the shell, because the variables must name the process that calls
+    // `init`.
     let script = "CLUSTER_WORKER_PID=$$ exec \"$0\"";
     let mut command = Command::new("sh");
     command
@@ -605,7 +621,8 @@ fn init_with_invalid_worker_variables_is_an_error() {
     }
 }
 
-/// Passes a descriptor of `kind` as the channel. It must be refused and unchanged.
+/// Passes a descriptor of `kind` as the channel, and asserts that `init` refuses it and does not
+/// change its flags.
 fn assert_refused_as_a_channel(kind: &str, descriptor: impl Into<OwnedFd>) {
     let descriptor = descriptor.into();
     let before = fcntl(&descriptor, FcntlArg::F_GETFL).unwrap();
@@ -617,7 +634,8 @@ fn assert_refused_as_a_channel(kind: &str, descriptor: impl Into<OwnedFd>) {
     assert_eq!(before, after, "{kind}: the flags are unchanged");
 }
 
-/// Checks that nothing was written and the peer is still open.
+/// Asserts that reading from the peer would block, so nothing was written and the peer is still
+/// open.
 fn assert_silence(error: std::io::Error) {
     assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
 }
@@ -665,7 +683,7 @@ fn unix_socket_that_is_no_stream_is_refused_as_a_channel() {
     assert_refused_as_a_channel("Unix listener", server);
 }
 
-/// A Unix stream socket, like a channel. Only its peer is not a master.
+/// Checks that `init` refuses a Unix stream socket whose peer is not a master.
 fn foreign_stream_is_refused_as_a_channel() {
     if std::env::var_os(NO_MASTER).is_some() {
         return print_error_of_init();
@@ -675,7 +693,7 @@ fn foreign_stream_is_refused_as_a_channel() {
     ours.set_nonblocking(true).unwrap();
     assert_silence(ours.read(&mut [0]).unwrap_err());
 
-    // Data in the socket is not for `init`, and stays there.
+    // `init` must leave the data of other protocols in the socket.
     let data = b"data that is no frame of the crate";
     ours.write_all(data).unwrap();
     assert_refused_as_a_channel("Unix pair with data", theirs.try_clone().unwrap());

@@ -1,4 +1,5 @@
-//! Methods that set and remove: callbacks of listeners, settings, watches, and the end of a disconnect.
+//! Tests methods that set and remove: callbacks of listeners, settings, watches, and the end of a
+//! disconnect.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
@@ -26,7 +27,7 @@ crate::scenarios! {
     worker_is_found_by_its_plain_number
 }
 
-/// Several clients at a time, each of which gets one byte.
+/// The number of simultaneous clients, each of which receives one byte.
 const CLIENTS: usize = 4;
 
 /// Connects all clients before any of them is served, and adds their answers to the log.
@@ -86,7 +87,7 @@ fn accept_serves_after_the_connection_callback_is_removed(policy: SchedulingPoli
             worker.dispatch(None).unwrap();
         }
         listener.remove_connection_callback();
-        // A second call changes nothing.
+        // Remove the callback again, which must have no effect.
         listener.remove_connection_callback();
     });
     assert_eq!(answers.len(), CLIENTS, "{answers:?}");
@@ -113,7 +114,7 @@ fn connection_callback_that_removes_itself_loses_no_connection(policy: Schedulin
         while !is_done.get() {
             worker.dispatch(None).unwrap();
         }
-        // The loop alone serves no connection any more.
+        // The callback is removed, so the loop must serve no connection now.
         worker.dispatch(Some(Duration::from_millis(1))).unwrap();
     });
     assert_eq!(answers, ["a", "a", "a", "c"]);
@@ -127,7 +128,7 @@ fn connection_callback_that_removes_itself_loses_no_connection_none() {
     connection_callback_that_removes_itself_loses_no_connection(SchedulingPolicy::Shared);
 }
 
-/// The first six bytes of an answer, without waiting for its end.
+/// Returns the first six bytes of an answer, without waiting for its end.
 fn served(mut client: &TcpStream) -> String {
     let mut answer = [0; 6];
     client.read_exact(&mut answer).unwrap();
@@ -157,7 +158,8 @@ fn connections_beyond_the_limit_wait_after_the_drop_callback_is_removed() {
                         in_background(master, without_callback, move |master, answer| {
                             log.add(answer);
                             drop(held);
-                            // The worker waits for the connection that it holds.
+                            // The worker can disconnect only after it has released the connection
+                            // that it holds.
                             let _ = worker.send(b"release").unwrap();
                             master.disconnect();
                         });
@@ -252,7 +254,7 @@ fn listener_of_a_disconnecting_worker_has_no_address() {
     cluster(
         |master| drop(master.fork().unwrap().disconnect().clone()),
         |worker| {
-            // The request to disconnect is processed while the worker waits.
+            // Process the disconnect request before the calls below.
             while worker.is_connected() {
                 worker.dispatch(None).unwrap();
             }
@@ -342,7 +344,7 @@ fn all_disconnected_is_emitted_once_for_each_finished_disconnect() {
                 assert!(master.workers().is_empty());
             });
             master.fork().unwrap();
-            // The second round.
+            // Start the second round of disconnecting when the second worker is online.
             master.on_online(|master, worker| {
                 if worker.id().get() == 2 {
                     master.disconnect();

@@ -1,4 +1,4 @@
-//! The loop: timers, signals, watched descriptors, embedding, back-off and idleness.
+//! Tests the event loop: timers, signals, watched descriptors, embedding, back-off and idleness.
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
@@ -75,15 +75,15 @@ fn timer_with_the_longest_duration_is_accepted() {
     );
 }
 
-/// Zero, one whose end the clock can represent but never reaches, and one whose end it cannot
-/// represent.
+/// Three durations: zero, one whose end the clock can represent but never reaches, and one whose
+/// end the clock cannot represent.
 const DURATIONS: [Duration; 3] = [
     Duration::ZERO,
     Duration::from_secs(u64::MAX / 4),
     Duration::MAX,
 ];
 
-/// Each duration is passed to every method that takes one, in the master and in a worker, with each
+/// Passes each duration to every method that takes one, in the master and in a worker, with each
 /// policy.
 fn durations_of_any_length_are_accepted() {
     for policy in ["rr", "none", "sharded"] {
@@ -122,7 +122,7 @@ fn durations_of_any_length_are_accepted() {
                         master.fork().unwrap();
                     }
                     for duration in DURATIONS {
-                        // An event is pending, so `dispatch` does not wait.
+                        // `setup_master` causes an event, so `dispatch` does not wait.
                         master.setup_master(cluster::Settings::default());
                         master.dispatch(Some(duration)).unwrap();
                     }
@@ -134,7 +134,7 @@ fn durations_of_any_length_are_accepted() {
     }
 }
 
-/// Plays with this policy, unless the process was started for another one.
+/// Plays with this policy, unless the process was started for another policy.
 fn with_policy(policy: &str, play: impl FnOnce()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     match std::env::var(POLICY) {
@@ -166,8 +166,8 @@ fn wait_in_every_way(worker: &Worker, duration: Duration) {
     worker.run().unwrap();
 }
 
-/// A tracer such as a debugger delays the reaping: the killed worker stays a zombie until the
-/// tracer has detached or exited.
+/// Checks that the loop backs off if the worker cannot be reaped. A tracer such as a debugger keeps
+/// the killed worker a zombie until the tracer has detached or exited.
 fn loop_backs_off_from_a_killed_worker_that_is_traced() {
     const TRACEE: &str = "TRACEE";
     if let Ok(tracee) = std::env::var(TRACEE) {
@@ -175,7 +175,7 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
         ptrace::attach(tracee).unwrap();
         waitpid(tracee, None).unwrap();
         println!("traced");
-        // Until the master closes this end of the pipe.
+        // Trace the worker until the master closes its end of the pipe.
         std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
         return;
     }
@@ -201,14 +201,14 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
             stdout.read_exact(&mut [0; "traced".len()]).unwrap();
             worker.process().kill(Signal::KILL);
             wait_for_state(pid, ") Z ");
-            // The test measures the iterations in a fixed time.
+            // Count the iterations in a fixed time.
             let (time, began) = (Duration::from_secs(1), Instant::now());
             let mut iterations = 0;
             while began.elapsed() < time {
                 master.dispatch(Some(time)).unwrap();
                 iterations += 1;
             }
-            // Two iterations every 100 ms, and a few for the closed channel.
+            // The back-off allows two iterations every 100 ms. The closed channel adds a few.
             let iterations_max = 10 + began.elapsed().as_millis() / 50;
             assert!(
                 iterations <= iterations_max,
@@ -227,10 +227,12 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
     assert_eq!(entries.take(), ["signal: 9 (SIGKILL)"]);
 }
 
-/// Allows every process of the same user to trace this one, where Yama allows only ancestors.
+/// Allows every process of the same user to trace this process, because Yama allows only ancestors
+/// by default.
 fn allow_tracing() {
     #[allow(unsafe_code)]
-    // SAFETY: the call takes integers. Without Yama, it fails, and nothing restricts tracing.
+    // SAFETY: PR_SET_PTRACER receives its arguments by value and accesses no memory. Without Yama,
+    // it fails, and nothing restricts tracing.
     unsafe {
         libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0)
     };
@@ -268,7 +270,7 @@ fn signals_reach_callbacks_in_both_roles() {
             });
         },
         |worker| {
-            // The signals arrive while the worker blocks.
+            // Block in `accept` when the signals arrive, because callbacks must also run there.
             let listener = worker.listen("127.0.0.1:0").unwrap();
             for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
                 let on_signal = |worker: &cluster::Worker, signal: Signal| {
@@ -295,7 +297,8 @@ fn watched_descriptors_keep_the_loop_alive() {
             let watch = |master: &cluster::Master, here: UnixStream, log: Log| {
                 master
                     .watch(here, Interest::Both, move |_, mut here| {
-                        // Writable at once, then readable, then removed.
+                        // The descriptor is writable at once. After the write it becomes readable,
+                        // and then the callback removes the watch.
                         log.add("ready");
                         if log.len() == 1 {
                             here.write_all(b"x").unwrap();
@@ -321,9 +324,10 @@ fn watched_descriptors_keep_the_loop_alive() {
     assert_eq!(entries.take(), ["ready", "ready"]);
 }
 
-/// Waits as the application's own loop does.
+/// Waits for the descriptor or the timeout, like an application's own loop.
 fn wait(fd: std::os::fd::BorrowedFd<'_>, time: Option<Duration>) {
-    // Rounded up, so that `poll` does not return before the timer is due.
+    // Round the timeout up, because `poll` takes milliseconds and must not return before the timer
+    // is due.
     let time = time.map(|time| time + Duration::from_micros(999));
     let time = time.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
@@ -435,7 +439,7 @@ fn blocking_worker_handles_timers_and_messages() {
     assert_eq!(entries.take(), ["one", "two", "pong"]);
 }
 
-/// Returns the number of context switches of a process. Each wake-up adds at least one.
+/// Returns the number of a process's context switches. Each wake-up adds at least one switch.
 fn context_switches(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &str| {
@@ -446,7 +450,8 @@ fn context_switches(pid: u32) -> u64 {
     field("voluntary_ctxt_switches:") + field("nonvoluntary_ctxt_switches:")
 }
 
-/// The observed cluster is a child of this process.
+/// Checks that idle processes have no context switches for two seconds. The observed cluster is a
+/// child of this process.
 fn idle_processes_sleep() {
     const IS_OBSERVED: &str = "IDLE";
     if std::env::var_os(IS_OBSERVED).is_none() {
@@ -468,7 +473,7 @@ fn idle_processes_sleep() {
                 .map(|pid| pid.parse::<u32>().unwrap());
             let pids: Vec<_> = pids.chain([master.id()]).collect();
             assert_eq!(pids.len(), 4, "{line}");
-            // Waits until all processes are idle, and then checks them for two seconds.
+            // Wait until all processes are idle, and observe them for two seconds afterwards.
             let mut before = Vec::new();
             wait_until("idle processes", || {
                 let last = std::mem::replace(

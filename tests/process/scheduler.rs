@@ -1,4 +1,4 @@
-//! Applications that choose the worker for each connection.
+//! Tests applications that choose the worker for each connection.
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
@@ -35,7 +35,8 @@ fn answer_ids(worker: &Worker) {
     serve_id(worker, "127.0.0.1:0");
 }
 
-/// Reads one byte before it answers, so a client that sends nothing is held.
+/// Serves connections, and reads one byte before each answer. A client that sends nothing therefore
+/// keeps its worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -64,7 +65,7 @@ fn fork_two(master: &Master) {
     (0..2).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Calls back when the condition is true. Checks it every millisecond.
+/// Calls `then` when the condition is true, which it checks every millisecond.
 fn when(
     master: &Master,
     condition: impl Fn(&Master) -> bool + 'static,
@@ -79,7 +80,7 @@ fn when(
     });
 }
 
-/// Chooses a worker by the last digit of the port.
+/// Returns a worker's ID for the peer, based on the last digit of the peer's port.
 fn chosen_for(peer: SocketAddr) -> u32 {
     1 + u32::from(peer.port()) % 10 % 3
 }
@@ -154,7 +155,8 @@ fn scheduler_sees_no_peer_address_of_a_unix_socket() {
     assert_eq!(entries.take(), ["None", "served"]);
 }
 
-/// The scheduler sees the loads before the connection that it chooses for.
+/// Checks that the scheduler receives the loads before the connection for which it chooses a
+/// worker.
 fn scheduler_sees_the_loads() {
     let log = Log::default();
     let entries = log.clone();
@@ -211,7 +213,8 @@ fn no_choice_means_round_robin() {
     assert_round_robin(|_| None);
 }
 
-/// A worker that has been forked and does not listen is not a candidate.
+/// Checks the choice of a worker that has been forked but does not listen, so it is not a
+/// candidate.
 fn choice_of_a_worker_that_is_no_candidate_means_round_robin() {
     assert_round_robin(Some);
 }
@@ -279,8 +282,8 @@ fn busy_worker_receives_chosen_connections_later() {
             when_listening(master, 2, move |master, address| {
                 let clients = move || [(); 3].map(|()| TcpStream::connect(address).unwrap());
                 in_background(master, clients, move |master, [first, second, third]| {
-                    // The other worker is idle all the time. 100 ms are longer than any wrong
-                    // dispatch would take.
+                    // The other worker is idle all the time. A wrong dispatch to this worker would
+                    // take less than 100 ms.
                     let served = |master: &Master| master.ledger().accepted == 3;
                     when(master, served, move |master| {
                         master.set_timeout(Duration::from_millis(100), move |master| {
@@ -301,7 +304,8 @@ fn busy_worker_receives_chosen_connections_later() {
     assert_eq!(entries.take(), ["called", "called", "called", "1 1 1"]);
 }
 
-/// Stops the first worker. Three clients are dispatched to it as long as it is a candidate.
+/// Stops the first worker, and connects three clients. The scheduler chooses this worker while it
+/// is a candidate.
 fn with_clients_of_a_stopped_worker(
     master: &Master,
     log: &Log,
@@ -363,8 +367,8 @@ fn client_of_a_killed_chosen_worker_is_served_once() {
     assert_eq!(entries[6..], ["served"]);
 }
 
-/// The worker is disconnected in a callback. No other event makes the master call the scheduler
-/// again.
+/// Checks that a disconnecting worker is not chosen. A callback disconnects the worker, and no
+/// other event makes the master call the scheduler again.
 fn disconnecting_worker_is_not_chosen_again() {
     let log = Log::default();
     let entries = log.clone();
@@ -413,7 +417,8 @@ fn master_accepts_at_most_sixteen_connections_per_worker() {
                         (0..CLIENTS).map(connect).collect::<Vec<_>>()
                     };
                     in_background(master, clients, move |master, clients| {
-                        // All clients are connected, and 100 ms are long enough to accept more.
+                        // All clients are connected, and in 100 ms the master could accept more of
+                        // them.
                         master.set_timeout(Duration::from_millis(100), move |master| {
                             assert_eq!(master.ledger().accepted, 2 * 16);
                             chosen.process().kill(Signal::CONT);
@@ -458,7 +463,7 @@ fn latest_scheduler_is_called() {
     assert_eq!(entries.take(), ["11111111", "22222222"]);
 }
 
-/// While a scheduler runs, it installs another scheduler.
+/// Checks that a scheduler can install another scheduler while it runs.
 fn scheduler_may_replace_itself() {
     let log = Log::default();
     let entries = log.clone();
@@ -492,8 +497,8 @@ fn scheduler_may_replace_itself() {
     assert_eq!(entries.take(), ["first", "second", "second", "122"]);
 }
 
-/// More waiting clients than one iteration checks. All are for a worker that is busy with the first
-/// one.
+/// Checks that the master closes connections whose clients have disconnected while they wait for a
+/// busy worker. More clients wait than the master checks in one iteration.
 fn waiting_clients_that_disconnect_reach_no_worker() {
     const WAITING: usize = 12;
     let log = Log::default();
@@ -512,7 +517,8 @@ fn waiting_clients_that_disconnect_reach_no_worker() {
                     in_background(master, connect, move |master, mut clients| {
                         let accepted = |m: &Master| m.ledger().accepted == 16 + WAITING as u64;
                         when(master, accepted, move |master| {
-                            // The first sixteen are in the worker's queue.
+                            // The worker's queue holds the first 16 connections, so the others wait
+                            // in the master.
                             let waiting = clients.split_off(16);
                             waiting.into_iter().for_each(reset);
                             stopped.process().kill(Signal::CONT);

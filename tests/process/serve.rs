@@ -1,4 +1,4 @@
-//! The example `serve`, with programs that do not use this crate.
+//! Tests the example `serve` with programs that do not use this crate.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -21,7 +21,7 @@ use crate::harness::{
     Group, PYTHON, SCENARIO, SYSTEMD, example, is_alive, reserve_port, talk, wait_until,
 };
 
-/// The program that `serve` runs: this binary, which plays a program without this crate.
+/// The scenario that `serve` runs as its program. It plays a program that does not use this crate.
 pub const PROGRAMS: &[crate::harness::Scenario] = &[crate::harness::Scenario {
     name: PROGRAM,
     play: program,
@@ -52,10 +52,11 @@ pub fn trials() -> Vec<Trial> {
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Answers with its process ID. Exits at SIGTERM, but not during a request.
+/// Answers each request with its process ID. Exits at SIGTERM, but not during a request.
 fn program() {
     #[allow(unsafe_code)]
-    // SAFETY: the descriptor was passed to this process, and has no other owner.
+    // SAFETY: the descriptor is open because it was passed to this process, and no other value owns
+    // it.
     let listener = unsafe {
         let mut passed = sd_notify::listen_fds().unwrap();
         TcpListener::from_raw_fd(passed.next().unwrap())
@@ -97,7 +98,7 @@ fn answer(mut connection: TcpStream) -> std::io::Result<()> {
     )
 }
 
-/// A program that does not use this crate and blocks.
+/// A Python program that does not use this crate and blocks in `accept`.
 const PYTHON_PROGRAM: &str = "
 import http.server, os, socket
 assert os.environ['LISTEN_PID'] == str(os.getpid())
@@ -118,7 +119,8 @@ while True:
     server.process_request(*server.get_request())
 ";
 
-/// The same for any address family. Python's HTTP server cannot print all addresses.
+/// A Python program for any address family, which is necessary because Python's HTTP server cannot
+/// print all addresses.
 const PYTHON_PROGRAM_FOR_ANY_FAMILY: &str = "
 import os, socket
 listener = socket.socket(fileno=3)
@@ -129,7 +131,8 @@ while True:
     connection.close()
 ";
 
-/// Returns `serve` with this number of workers, which are treated as ready after 50 ms.
+/// Returns a command for `serve` with this number of workers, which are treated as ready after 50
+/// ms.
 fn command(workers: usize, address: &str) -> Command {
     let mut command = example("serve");
     command.args(["--listen", address, "--readiness", "50ms"]);
@@ -164,7 +167,7 @@ fn stop(serve: &Group) -> Result<(), Failed> {
         .ok_or_else(|| status.to_string().into())
 }
 
-/// Returns the ID of the process that answers.
+/// Sends a request, and returns the ID of the process that answers.
 fn ask(address: SocketAddr) -> Option<u32> {
     pid_in(&talk(address, REQUEST).ok()?)
 }
@@ -198,13 +201,13 @@ fn shares_a_port() -> Result<(), Failed> {
         !output.contains("exit status"),
         "a process has exited:\n{output}"
     );
-    // The program logs each request to stderr, which `serve` passes through.
+    // The program logs each request to stderr, which `serve` must not redirect.
     assert!(output.contains("\"GET / HTTP/1.1\" 200 -\n"), "{output}");
     TcpStream::connect(address).unwrap_err();
     Ok(())
 }
 
-/// `serve` passes on the listener that was passed to it.
+/// Checks that `serve` passes on the listener that systemd has passed to it.
 fn socket_activation() -> Result<(), Failed> {
     let (_reserved, address) = reserve_port();
     let serve = example("serve");
@@ -236,7 +239,8 @@ fn unix_socket() -> Result<(), Failed> {
     Ok(())
 }
 
-/// With one process, a client that connects after its exit waits for the next process.
+/// Checks that clients do not fail while a process is replaced. `serve` runs one process, so a
+/// client that connects after its exit waits for the next process.
 fn replaces_dead_process() -> Result<(), Failed> {
     let (serve, address) = start(1);
     let mut pid = ask(address).unwrap();
@@ -360,7 +364,7 @@ fn gives_up() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Returns the lines that a terminal would show. It interprets carriage return, newline and the
+/// Returns the lines that a terminal would show. Interprets carriage return, newline and the
 /// sequence that erases the rest of a line.
 fn render(output: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
@@ -420,13 +424,14 @@ fn terminal() -> Result<(), Failed> {
     read_until("2 of 2 ready  gen 0  restarts 0  up ");
     kill(serve.pid(), Signal::SIGHUP)?;
     read_until("2 of 2 ready  gen 1  restarts 0  up ");
-    // The uptime is updated when nothing else changes.
+    // The uptime must be updated even when nothing else changes.
     read_until("  up 2s");
     let before = read_until("  up 3s");
     assert!(before.ends_with('\r'), "{before:?}");
     stop(&serve)?;
     assert_eq!(serve.output(), "", "output outside the terminal");
-    // Only this process has the terminal side open, so reading ends when it is closed.
+    // Only this process still has the terminal's slave side open, so reading ends once it is
+    // closed.
     drop(pty.slave);
     let mut rest = Vec::new();
     let end = terminal.read_to_end(&mut rest).unwrap_err();
