@@ -46,7 +46,7 @@ fn is_running(process: &WorkerProcess) -> bool {
     !process.is_dead() && is_alive(process.process().id())
 }
 
-/// Makes `run` wait for the process, and ends the process.
+/// Makes `run` wait for the process and ends the process.
 fn end(process: &WorkerProcess, life: &RefCell<Option<UnixStream>>) {
     process.process().reference();
     life.take();

@@ -157,8 +157,8 @@ fn udp_socket_passes_to_a_new_worker_while_the_old_one_is_busy() {
     assert_eq!(addresses[0], addresses[1], "the same socket");
 }
 
-/// Checks that the loop backs off. A listener that has been shut down stays readable, so the loop
-/// would otherwise spin.
+/// Checks that the loop does not spin when a listener has been shut down and therefore stays
+/// readable.
 fn loop_backs_off_from_a_listener_that_was_shut_down() {
     for_both_policies(|| {
         let times = Rc::new(RefCell::new(Vec::new()));

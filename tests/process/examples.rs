@@ -141,9 +141,10 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
     stop(&server, Signal::SIGTERM)
 }
 
-/// Sends requests until the given worker answers, and returns the number of requests without an
-/// answer. Until then, the other workers answer, but a killed worker may have received a connection
-/// shortly before its exit.
+/// Sends requests until the given worker answers. Returns the number of requests without an answer.
+///
+/// Until then, the other workers answer, but a killed worker may have received a connection shortly
+/// before its exit.
 fn await_answer(address: SocketAddr, worker: usize) -> usize {
     let mut failed = 0;
     wait_until("an answer from the new worker", || {

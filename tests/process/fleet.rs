@@ -47,7 +47,7 @@ const HOSTS: [(&str, Ipv4Addr); 2] = [
 
 /// Timeout of a client, which is longer than any answer takes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Number of further answers that shows that a host receives its share again.
+/// Number of further answers after which a host is considered to receive its share again.
 const SHARE: u64 = 200;
 
 fn hosts() -> Result<(), Failed> {
@@ -162,7 +162,7 @@ impl Network {
         new
     }
 
-    /// Creates another namespace with these addresses, and connects it to this namespace's bridge.
+    /// Creates another namespace with these addresses and connects it to this namespace's bridge.
     fn join(&self, name: &str, addresses: &[Ipv4Addr]) -> Self {
         let other = Self::new();
         let (pid, fd) = (std::process::id(), other.0.as_raw_fd());

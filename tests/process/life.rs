@@ -419,7 +419,7 @@ fn policy_is_frozen_by_the_first_fork() {
     );
 }
 
-/// Runs a shell as a worker that writes the output of `command` to a file, and returns the file's
+/// Runs a shell as a worker that writes the output of `command` to a file. Returns the file's
 /// content.
 fn output_of_shell(command: &str, before: impl FnOnce(&Master)) -> String {
     let file = tempfile::NamedTempFile::new().unwrap();

@@ -62,13 +62,13 @@ fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
 }
 
-/// Forks `count` workers, and calls `then` when all of them listen.
+/// Forks `count` workers and calls `then` when all of them listen.
 fn fork(master: &Master, count: usize, then: impl FnOnce(&Master) + 'static) {
     crate::harness::when_listening(master, count, move |master, _| then(master));
     (0..count).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Serves `address`, and replies to each message with the result of `act`.
+/// Serves `address` and replies to each message with the result of `act`.
 fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
     worker.on_message(move |worker, message| {
         let _ = worker.send(act(message.bytes()).as_bytes()).unwrap();
@@ -76,7 +76,7 @@ fn serve(worker: &Worker, address: &str, act: fn(&[u8]) -> String) {
     crate::harness::serve_id(worker, address);
 }
 
-/// Sends a message to a worker, and calls `then` with the worker's reply.
+/// Sends a message to a worker and calls `then` with the worker's reply.
 fn ask(master: &Master, worker: usize, message: &str, then: impl FnOnce(&Master, &str) + 'static) {
     let (then, own) = (Cell::new(Some(then)), std::rc::Rc::new(Cell::new(None)));
     let id = own.clone();
@@ -327,7 +327,7 @@ fn assert_even(shares: &BTreeMap<String, u32>) {
 /// The socket option's number, because some versions of the C library do not declare it.
 const SO_DETACH_REUSEPORT_BPF: libc::c_int = 68;
 
-/// Tries to change the distribution of connections among all shards, and returns the result.
+/// Tries to change the distribution of connections among all shards and returns the result.
 fn interfere(how: &[u8]) -> String {
     let [shard] = &listening_sockets()[..1] else {
         unreachable!("one socket")

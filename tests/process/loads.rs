@@ -53,7 +53,7 @@ fn connect(address: SocketAddr, clients: usize) -> Vec<TcpStream> {
     (0..clients).map(connect).collect()
 }
 
-/// Sends a byte for each client, and returns what each client receives.
+/// Sends a byte for each client and returns what each client receives.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     let read = |mut client: TcpStream| {
         let _ = client.write_all(b"x");
@@ -64,7 +64,7 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     clients.into_iter().map(read).collect()
 }
 
-/// Serves connections, and reads one byte before each answer. A client that sends nothing therefore
+/// Serves connections and reads one byte before each answer. A client that sends nothing therefore
 /// keeps its worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
@@ -124,7 +124,7 @@ fn loads_count_dispatched_and_received_connections() {
     assert_eq!(entries.take(), ["20"]);
 }
 
-/// Checks the loads after `served` connections, and connects the next client when each worker waits
+/// Checks the loads after `served` connections and connects the next client when each worker waits
 /// for a connection.
 fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     when_all_wait(master, move |master| {
@@ -201,7 +201,7 @@ fn loads_count_open_connections() {
     assert_eq!(entries.take(), ["all closed"]);
 }
 
-/// Makes the worker close `count` connections, and calls `then` afterwards.
+/// Makes the worker close `count` connections and calls `then` afterwards.
 fn close(
     master: &Master,
     worker: &WorkerProcess,

@@ -182,10 +182,10 @@ fn descriptors_that_are_not_taken_are_closed() {
     assert_eq!(entries.take(), ["closed"]);
 }
 
-/// Checks that the master never has more than 256 descriptors of final messages open. The worker
-/// fills its socket with messages that carry descriptors, and is killed.
+/// Checks that the master never has more than 256 descriptors of final messages open.
 ///
-/// The master reads all of these messages together with the exit.
+/// The worker sends messages with descriptors until its socket is full and then kills itself. The
+/// master reads these messages together with the exit.
 fn final_messages_keep_a_bounded_number_of_descriptors_open() {
     const FDS_MAX: usize = 256;
     let errors = Rc::new(Cell::new(0));

@@ -1,5 +1,5 @@
-//! Plays scenarios while a seccomp filter refuses kernel features. Every feature that the oldest
-//! supported kernels do not have needs a fallback.
+//! Plays scenarios on simulated old kernels, in which a seccomp filter makes newer system calls
+//! fail. The crate needs a fallback for each of these calls.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -264,7 +264,7 @@ fn assert_workers_serve_and_exit(master: &Master) {
     );
 }
 
-/// Reads the stream until end-of-file, and calls `then` with the content.
+/// Reads the stream until end-of-file and calls `then` with the content.
 fn read_to_end(
     master: &Master,
     stream: impl Into<OwnedFd>,

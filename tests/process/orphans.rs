@@ -187,7 +187,7 @@ fn play_master(master: Master, settings: Settings) {
     end(master, &std::env::var(END).unwrap());
 }
 
-/// Starts a master with one worker of each kind, and waits until all workers have reached their
+/// Starts a master with one worker of each kind and waits until all workers have reached their
 /// state.
 fn start_master(command: &mut Command, how: &str) -> (Child, Vec<Pid>) {
     let mut master = command
@@ -224,7 +224,7 @@ fn end_from_outside(master: &mut Child, how: &str) -> ExitStatus {
     master.wait().unwrap()
 }
 
-/// Ends a master in this way, and returns how long its last worker outlived it.
+/// Ends a master in this way and returns how long its last worker outlived it.
 fn end_and_measure(command: &mut Command, how: &str) -> Duration {
     let (mut master, pids) = start_master(command, how);
     let status = end_from_outside(&mut master, how);

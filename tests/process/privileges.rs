@@ -1,5 +1,5 @@
-//! Tests privileges that a worker of another user loses. Also tests that `init` fails in a process
-//! that has a worker's environment and is not a worker.
+//! Tests which privileges a worker of another user loses, and that `init` fails in a process that
+//! has a worker's environment but is not a worker.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -230,8 +230,8 @@ fn assert_fork_gives_up(master: &Master) {
     assert!(master.workers().is_empty());
 }
 
-/// Asserts that the next `fork` leaves no zombie. It first waits for the killed child's exit, which
-/// may be late on a busy machine.
+/// Waits for the killed child's exit, which may be late on a busy machine, and asserts that the
+/// next `fork` leaves no zombie.
 fn assert_next_fork_leaves_no_zombie(master: &Master) {
     wait_until("the exit of the child", || {
         (!children().into_iter().any(is_alive)).then_some(())
@@ -242,8 +242,8 @@ fn assert_next_fork_leaves_no_zombie(master: &Master) {
     assert_eq!(children(), [next.process().id()]);
 }
 
-/// Checks that `fork` returns when another process of the worker's user stops the child. This user
-/// has permission to signal the child, but nothing else.
+/// Checks that `fork` returns when a signal stops the child. Any process of the child's user may
+/// send this signal.
 fn fork_returns_when_a_child_of_another_user_is_stopped() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
@@ -271,8 +271,8 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
-/// Checks that the next `fork` reaps a child that exits slowly. Another process traces the child,
-/// which delays the reaping like a wait for a device.
+/// Checks that the next `fork` reaps a child that exits slowly. A tracer delays the reaping like a
+/// wait for a device.
 fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
@@ -372,7 +372,7 @@ fn process_descriptor(pid: Pid) -> libc::c_long {
     Errno::result(fd).unwrap()
 }
 
-/// Tries to copy another process's descriptors, and returns the results.
+/// Tries to copy another process's descriptors and returns the results.
 fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_long>, Errno)> {
     let process = process_descriptor(pid);
     let copy = |number: libc::c_long| {
@@ -385,8 +385,7 @@ fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_lon
     (0..64).map(copy).collect()
 }
 
-/// Tries every way to access another process, and returns the attempts that the kernel did not
-/// refuse.
+/// Tries every way to access another process. Returns the attempts that the kernel did not refuse.
 fn successful_accesses(pid: Pid) -> Vec<String> {
     let (denied, perm) = (Errno::EACCES, Errno::EPERM);
     let of = |name: &str| format!("/proc/{pid}/{name}");
@@ -411,8 +410,8 @@ fn worker_of_another_user_cannot_access_the_master() {
     assert_all_refused(settings_of_nobody(), |_| successful_accesses(getppid()));
 }
 
-/// Checks two workers with different users. Between processes of the same user, the kernel allows
-/// more.
+/// Checks that a worker cannot access a worker of another user. Each worker has its own user,
+/// because the kernel allows more between processes of one user.
 fn worker_cannot_access_a_worker_of_another_user() {
     let log = Log::default();
     let entries = log.clone();
@@ -476,8 +475,8 @@ impl HostSockets {
     }
 }
 
-/// Requests every descriptor number that the master may have, and returns the sockets that the
-/// worker receives.
+/// Requests every descriptor number that the master may have. Returns the sockets that the worker
+/// receives.
 fn request_all_numbers(worker: &Worker) -> String {
     let mut opened = BTreeSet::new();
     for number in 0..64 {
@@ -491,7 +490,7 @@ fn request_all_numbers(worker: &Worker) -> String {
     format!("{opened:?}")
 }
 
-/// Opens one socket of each kind through the master, and keeps the sockets open.
+/// Opens one socket of each kind through the master and keeps the sockets open.
 fn open_all_kinds(worker: &Worker) {
     let directory = tempfile::tempdir().unwrap();
     let tcp = worker.listen("127.0.0.1:0").unwrap();

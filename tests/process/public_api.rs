@@ -30,7 +30,7 @@ crate::scenarios! {
 /// The number of simultaneous clients, each of which receives one byte.
 const CLIENTS: usize = 4;
 
-/// Connects all clients before any of them is served, and adds their answers to the log.
+/// Connects all clients before any of them is served and adds their answers to the log.
 fn connect_clients(master: &Master, address: SocketAddr, log: Log) {
     let clients = [(); CLIENTS].map(|()| TcpStream::connect(address).unwrap());
     let read = |mut client: TcpStream| {
@@ -87,7 +87,7 @@ fn accept_serves_after_the_connection_callback_is_removed(policy: SchedulingPoli
             worker.dispatch(None).unwrap();
         }
         listener.remove_connection_callback();
-        // Remove the callback again, which must have no effect.
+        // Remove the callback a second time, which must have no effect.
         listener.remove_connection_callback();
     });
     assert_eq!(answers.len(), CLIENTS, "{answers:?}");

@@ -227,8 +227,8 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
     assert_eq!(entries.take(), ["signal: 9 (SIGKILL)"]);
 }
 
-/// Allows every process of the same user to trace this process, because Yama allows only ancestors
-/// by default.
+/// Allows every process of the same user to trace this process, because Yama may allow only
+/// ancestors.
 fn allow_tracing() {
     #[allow(unsafe_code)]
     // SAFETY: PR_SET_PTRACER receives its arguments by value and accesses no memory. Without Yama,
@@ -297,8 +297,8 @@ fn watched_descriptors_keep_the_loop_alive() {
             let watch = |master: &cluster::Master, here: UnixStream, log: Log| {
                 master
                     .watch(here, Interest::Both, move |_, mut here| {
-                        // The descriptor is writable at once. After the write it becomes readable,
-                        // and then the callback removes the watch.
+                        // The descriptor is writable at once. The peer's answer makes it readable,
+                        // and the callback then removes the watch.
                         log.add("ready");
                         if log.len() == 1 {
                             here.write_all(b"x").unwrap();

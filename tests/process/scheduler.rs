@@ -35,7 +35,7 @@ fn answer_ids(worker: &Worker) {
     serve_id(worker, "127.0.0.1:0");
 }
 
-/// Serves connections, and reads one byte before each answer. A client that sends nothing therefore
+/// Serves connections and reads one byte before each answer. A client that sends nothing therefore
 /// keeps its worker busy.
 fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
@@ -53,7 +53,7 @@ fn candidate(number: u32, workers: &[WorkerLoad]) -> Option<WorkerId> {
     ids.find(|id| id.get() == number)
 }
 
-/// Sends a byte, and returns the answer.
+/// Sends a byte and returns the answer.
 fn finish(mut client: TcpStream) -> String {
     client.write_all(b"x").unwrap();
     let mut answer = String::new();
@@ -304,8 +304,8 @@ fn busy_worker_receives_chosen_connections_later() {
     assert_eq!(entries.take(), ["called", "called", "called", "1 1 1"]);
 }
 
-/// Stops the first worker, and connects three clients. The scheduler chooses this worker while it
-/// is a candidate.
+/// Stops the first worker and connects three clients. The scheduler chooses this worker while it is
+/// a candidate.
 fn with_clients_of_a_stopped_worker(
     master: &Master,
     log: &Log,
@@ -368,7 +368,7 @@ fn client_of_a_killed_chosen_worker_is_served_once() {
 }
 
 /// Checks that a disconnecting worker is not chosen. A callback disconnects the worker, and no
-/// other event makes the master call the scheduler again.
+/// other event makes the master call the scheduler.
 fn disconnecting_worker_is_not_chosen_again() {
     let log = Log::default();
     let entries = log.clone();

@@ -21,7 +21,7 @@ use crate::harness::{
     Group, PYTHON, SCENARIO, SYSTEMD, example, is_alive, reserve_port, talk, wait_until,
 };
 
-/// The scenario that `serve` runs as its program. It plays a program that does not use this crate.
+/// The scenario that `serve` runs as its program, which does not use this crate.
 pub const PROGRAMS: &[crate::harness::Scenario] = &[crate::harness::Scenario {
     name: PROGRAM,
     play: program,
@@ -149,7 +149,7 @@ fn start(workers: usize) -> (Group, SocketAddr) {
     (serve, address)
 }
 
-/// Waits until a line contains `text`, and returns the rest of the line.
+/// Waits until a line contains `text`. Returns the rest of the line.
 fn line_after(serve: &Group, text: &str) -> String {
     wait_until(text, || {
         let output = serve.output();
@@ -167,7 +167,7 @@ fn stop(serve: &Group) -> Result<(), Failed> {
         .ok_or_else(|| status.to_string().into())
 }
 
-/// Sends a request, and returns the ID of the process that answers.
+/// Sends a request and returns the ID of the process that answers.
 fn ask(address: SocketAddr) -> Option<u32> {
     pid_in(&talk(address, REQUEST).ok()?)
 }
@@ -201,7 +201,7 @@ fn shares_a_port() -> Result<(), Failed> {
         !output.contains("exit status"),
         "a process has exited:\n{output}"
     );
-    // The program logs each request to stderr, which `serve` must not redirect.
+    // The program logs each request to stderr, and `serve` passes its output through.
     assert!(output.contains("\"GET / HTTP/1.1\" 200 -\n"), "{output}");
     TcpStream::connect(address).unwrap_err();
     Ok(())

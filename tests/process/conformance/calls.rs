@@ -50,7 +50,7 @@ fn stop_by(worker: &WorkerProcess, way: &str) {
     }
 }
 
-/// Checks the worker's state, and calls every method that must not change the state.
+/// Checks the worker's state and calls every method that must not change the state.
 fn check_state(worker: &WorkerProcess, state: WorkerState, connected: bool, dead: bool) {
     for _ in 0..2 {
         assert_eq!(worker.state(), state);
@@ -96,9 +96,10 @@ fn assert_sends_fail(worker: &WorkerProcess) {
     }
 }
 
-/// Forks one worker for each way of stopping it, and returns the `disconnect` and `exit` events.
-/// `reach` receives a closure that stops the worker twice, and must call the closure in the state
-/// under test.
+/// Forks one worker for each way of stopping it. Returns the `disconnect` and `exit` events.
+///
+/// `reach` receives a closure that stops the worker twice. In the state under test, `reach` must
+/// call this closure.
 fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -247,7 +248,7 @@ fn calls_are_idempotent_when_disconnected() {
     });
 }
 
-/// Calls each method in the `exit` callback and again after the callback.
+/// Calls each method in the `exit` callback, and once more after the callback.
 fn calls_are_idempotent_after_the_exit() {
     let entries = ways(|_, worker, stop_twice| {
         worker.on_listening(|_, worker, _| {

@@ -45,7 +45,7 @@ fn bind_and_disconnect_events(sockets: usize) -> Vec<&'static str> {
     events
 }
 
-/// Runs `worker` in one worker process, and returns all events.
+/// Runs `worker` in one worker process and returns all events.
 fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -114,7 +114,7 @@ fn child_index_dgram() {
 const WORKERS: u32 = 4;
 const EACH: usize = 10;
 
-/// Forks four workers, and sends 40 datagrams when all workers have bound their sockets. The master
+/// Forks four workers and sends 40 datagrams when all workers have bound their sockets. The master
 /// disconnects each worker that reports its share as received.
 fn distribute_datagrams(
     master: &Master,
@@ -377,7 +377,7 @@ fn dgram_reuseport() {
     assert_eq!(events, bind_and_disconnect_events(0));
 }
 
-/// Sends a datagram, and returns the answer.
+/// Sends a datagram and returns the answer.
 fn request(address: SocketAddr) -> String {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.send_to(b"ping", address).unwrap();
@@ -457,8 +457,8 @@ fn disconnect_unshared_udp() {
     assert_eq!(entries, expected);
 }
 
-/// Runs `worker` in one worker process with a port that is in use, and returns all events. A socket
-/// of the master holds the port until the worker exits.
+/// Runs `worker` in one worker process with a port that is in use. A socket of the master holds the
+/// port until the worker exits. Returns all events.
 fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();

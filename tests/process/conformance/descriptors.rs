@@ -121,7 +121,7 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
     assert_eq!(entries.take(), expected);
 }
 
-/// One descriptor of each kind, and the peers that show whether each descriptor works in the
+/// A descriptor of each kind, and the peers that show whether each descriptor works in the
 /// receiver.
 struct Kinds {
     stream: TcpStream,
@@ -161,7 +161,7 @@ impl Kinds {
         (kinds, options)
     }
 
-    /// Takes the descriptors in the order of `send`, and uses each.
+    /// Takes the descriptors in the order of `send` and uses each.
     fn receive(message: &Message) {
         let fds: [OwnedFd; 5] = message.take_fds().try_into().unwrap();
         assert!(message.take_fds().is_empty(), "taken by the first call");

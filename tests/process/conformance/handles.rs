@@ -166,8 +166,8 @@ fn net_listen_handle_in_cluster_2() {
     assert_eq!(entries.take(), events_without_listening(false));
 }
 
-/// Plays a master whose standard input is the listener. Its standard output is a socket to the
-/// driver, and the master disconnects when the driver closes its end.
+/// Plays a master whose standard input is the listener and whose standard output is a socket to the
+/// driver. The master disconnects when the driver closes its end of the socket.
 fn master_with_a_listener() {
     cluster(
         |master| {

@@ -35,7 +35,7 @@ crate::scenarios! {
     worker_cannot_listen_on_a_port_twice
 }
 
-/// Asserts that listening on the address fails with `errno`, and reports the failure to the master.
+/// Asserts that listening on the address fails with `errno` and reports the failure to the master.
 fn report_refusal(worker: &Worker, address: &str, errno: i32) {
     expect_listen_error(worker, address, errno);
     let _ = worker.send(b"refused").unwrap();
@@ -564,8 +564,8 @@ fn closing_a_port_zero_listener_leaves_the_other_open() {
     });
 }
 
-/// Checks that a worker cannot listen on its own port again while it listens there, but can after
-/// closing the listener.
+/// Checks that a worker cannot listen on its own port twice but can listen there after closing its
+/// listener.
 ///
 /// Node: `port-reuse-between-workers` tests this behaviour.
 fn worker_cannot_listen_on_a_port_twice() {

@@ -29,7 +29,7 @@ pub(super) fn is_refused(outcome: cluster::Result<Sent>, expected: SendError) {
     }
 }
 
-/// A record of each message's outcome. It panics if `on_written` runs inside `send_with`.
+/// A record of each message's outcome, which panics if `on_written` runs inside `send_with`.
 #[derive(Clone, Default)]
 struct Receipts {
     inside: Rc<Cell<bool>>,
@@ -38,7 +38,7 @@ struct Receipts {
 }
 
 impl Receipts {
-    /// Sends a message of `length` bytes, and returns the result of `send_with`.
+    /// Sends a message of `length` bytes and returns the result of `send_with`.
     fn send<R: 'static>(
         &self,
         length: usize,
@@ -316,7 +316,7 @@ fn send_all<R: 'static>(mut send: impl FnMut(&[u8], SendOptions<R>) -> cluster::
     }
 }
 
-/// Checks the next message, and returns whether it was the last.
+/// Checks the next message and returns whether it was the last.
 fn check_next(next: &Cell<u32>, message: &Message) -> bool {
     let number = next.replace(next.get() + 1);
     assert!(message.bytes() == numbered(number), "message {number}");
@@ -367,8 +367,8 @@ fn messages_keep_their_order_with_and_without_descriptors() {
 
 const PIECE: usize = 10_000;
 
-/// Sends numbered pieces until `send` has returned `Sent::Pause` 20 times, and returns the number
-/// of pieces.
+/// Sends numbered pieces until `send` has returned `Sent::Pause` 20 times. Returns the number of
+/// pieces.
 fn send_beyond(mut send: impl FnMut(&[u8]) -> cluster::Result<Sent>) -> u32 {
     let mut pauses = 0;
     let mut sent = 0u32;

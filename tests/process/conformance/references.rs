@@ -40,7 +40,7 @@ const LISTENED_AND_EXITED: [&str; 5] = [
     "1 exit Some(false) exit status: 0",
 ];
 
-/// Runs `worker` in one worker process, and returns all events. The master sends nothing to the
+/// Runs `worker` in one worker process and returns all events. The master sends nothing to the
 /// worker.
 fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     let log = Log::default();
@@ -342,7 +342,7 @@ fn workers_receive_connections_up_to_a_late_limit_none() {
 }
 
 /// Lets three workers with the limits 0, 1 and 9 serve ten clients that stay connected. Each worker
-/// sets its limit after the connection callback, and unless `late`, also before the callback.
+/// sets its limit after the connection callback. Unless `late`, it also sets the limit earlier.
 fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();
@@ -401,7 +401,7 @@ fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late:
     assert_each(3, &entries.take(), &expected);
 }
 
-/// Connects ten clients, and returns their answers. All clients stay connected until the last
+/// Connects ten clients and returns their answers. All clients stay connected until the last
 /// answer.
 fn talk_to_ten(address: SocketAddr) -> Vec<String> {
     let clients = [(); 10].map(|()| TcpStream::connect(address).unwrap());

@@ -30,7 +30,7 @@ crate::scenarios! {
     inspect_port_closure_runs_for_each_worker
 }
 
-/// Sends one message, and closes the channel once the message has been written.
+/// Sends one message and closes the channel once the message has been written.
 fn send_and_close(worker: &Worker, text: &str) {
     let _ = worker.send(text.as_bytes()).unwrap();
     worker.process().disconnect();

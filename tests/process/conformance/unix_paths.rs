@@ -121,7 +121,7 @@ fn eaccess() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Listens with these options, and returns the file's permissions.
+/// Listens with these options and returns the file's permissions.
 fn permissions(readable: bool, writable: bool, mask: u32) -> u32 {
     let log = Log::default();
     let entries = log.clone();
