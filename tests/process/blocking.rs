@@ -106,7 +106,8 @@ fn sequential_connections_rotate_among_workers_that_block() {
 /// hang-ups.
 ///
 /// When a client connects, the kernel runs the wait callback of every poller in which the listener
-/// is registered, even with an empty interest. With 1,000 workers, it would run 1,000 callbacks.
+/// is registered, even with an empty interest. With 1,000 workers, the kernel would run 1,000
+/// callbacks.
 fn connection_wakes_no_poller_of_a_worker() {
     cluster(
         |master| {
@@ -557,7 +558,7 @@ fn callbacks_and_accept_share_a_listener() {
 }
 
 /// Number of SIGURG signals that `kill` has sent. The kernel sends the library's own signals, so
-/// they do not count.
+/// these signals do not count.
 static SENT: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count_sent(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {

@@ -1,5 +1,5 @@
-//! Tests detached processes, which are not workers (`Settings::detached`). The master does not wait
-//! for them, and only the application ends them.
+//! Tests detached processes (`Settings::detached`), which are not workers. The master does not wait
+//! for detached processes, and only the application ends them.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;

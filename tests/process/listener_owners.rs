@@ -263,7 +263,7 @@ fn adopting_keeps_a_filter_of_the_application() {
 }
 
 /// Checks that a stopped port refuses clients although a child process still has a copy of the
-/// listener. A worker has started this child, and the master does not know it.
+/// listener. A worker has started this child, which the master does not know.
 fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();

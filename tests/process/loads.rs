@@ -1,4 +1,4 @@
-//! Tests the numbers of `Master::loads`, at moments when they are known exactly.
+//! Tests the numbers of `Master::loads` at moments when the exact numbers are known.
 
 use std::cell::RefCell;
 use std::io::{Read as _, Write as _};

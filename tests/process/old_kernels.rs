@@ -36,7 +36,7 @@ struct System {
 }
 
 /// The number of the system call `fchmodat2`, which is the same on all architectures. Some versions
-/// of the C library do not declare it.
+/// of the C library do not declare this number.
 const FCHMODAT2: libc::c_long = 452;
 
 /// System calls that were added after 2016 and that this crate, the standard library or `polling`

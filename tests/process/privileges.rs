@@ -68,8 +68,7 @@ fn report(worker: &Worker, attempts: Attempts) {
     let _ = worker.send(format!("{not_refused:?}").as_bytes()).unwrap();
 }
 
-/// Runs `attempts` in a worker with these settings, and asserts that the kernel refuses all of
-/// them.
+/// Runs `attempts` in a worker with these settings. Asserts that the kernel refuses all of them.
 fn assert_all_refused(settings: Settings, attempts: Attempts) {
     let log = Log::default();
     let entries = log.clone();
@@ -556,7 +555,7 @@ fn flags(number: RawFd) -> Option<(i32, i32)> {
     Some((get(libc::F_GETFD)?, get(libc::F_GETFL)?))
 }
 
-/// Prints the error of `init`, and checks that `init` changed no descriptor.
+/// Checks that `init` fails and changes no descriptor. Prints the error.
 fn print_error_of_init() {
     let state = || (0..8).map(flags).collect::<Vec<_>>();
     let before = (state(), open_fds());
@@ -620,8 +619,8 @@ fn init_with_invalid_worker_variables_is_an_error() {
     }
 }
 
-/// Passes a descriptor of `kind` as the channel, and asserts that `init` refuses it and does not
-/// change its flags.
+/// Passes a descriptor of `kind` as the channel. Asserts that `init` refuses the descriptor and
+/// does not change its flags.
 fn assert_refused_as_a_channel(kind: &str, descriptor: impl Into<OwnedFd>) {
     let descriptor = descriptor.into();
     let before = fcntl(&descriptor, FcntlArg::F_GETFL).unwrap();

@@ -1,5 +1,5 @@
-//! Tests methods that set and remove: callbacks of listeners, settings, watches, and the end of a
-//! disconnect.
+//! Tests methods that add or remove callbacks, watches and settings, and the `all_disconnected`
+//! event.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
@@ -254,7 +254,7 @@ fn listener_of_a_disconnecting_worker_has_no_address() {
     cluster(
         |master| drop(master.fork().unwrap().disconnect().clone()),
         |worker| {
-            // Process the disconnect request before the calls below.
+            // Process the disconnect request before the worker listens and binds.
             while worker.is_connected() {
                 worker.dispatch(None).unwrap();
             }

@@ -232,7 +232,7 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
 fn allow_tracing() {
     #[allow(unsafe_code)]
     // SAFETY: PR_SET_PTRACER receives its arguments by value and accesses no memory. Without Yama,
-    // it fails, and nothing restricts tracing.
+    // the call fails, and nothing restricts tracing.
     unsafe {
         libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0)
     };
@@ -297,8 +297,8 @@ fn watched_descriptors_keep_the_loop_alive() {
             let watch = |master: &cluster::Master, here: UnixStream, log: Log| {
                 master
                     .watch(here, Interest::Both, move |_, mut here| {
-                        // The descriptor is writable at once. The peer's answer makes it readable,
-                        // and the callback then removes the watch.
+                        // The descriptor is writable at once. After the peer's answer, the
+                        // descriptor is readable, and the callback removes the watch.
                         log.add("ready");
                         if log.len() == 1 {
                             here.write_all(b"x").unwrap();
@@ -324,7 +324,7 @@ fn watched_descriptors_keep_the_loop_alive() {
     assert_eq!(entries.take(), ["ready", "ready"]);
 }
 
-/// Waits for the descriptor or the timeout, like an application's own loop.
+/// Waits until the descriptor is readable or the time has passed, like an application's own loop.
 fn wait(fd: std::os::fd::BorrowedFd<'_>, time: Option<Duration>) {
     // Round the timeout up, because `poll` takes milliseconds and must not return before the timer
     // is due.
@@ -473,7 +473,7 @@ fn idle_processes_sleep() {
                 .map(|pid| pid.parse::<u32>().unwrap());
             let pids: Vec<_> = pids.chain([master.id()]).collect();
             assert_eq!(pids.len(), 4, "{line}");
-            // Wait until all processes are idle, and observe them for two seconds afterwards.
+            // Wait until all processes are idle and observe them for two seconds afterwards.
             let mut before = Vec::new();
             wait_until("idle processes", || {
                 let last = std::mem::replace(

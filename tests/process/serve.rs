@@ -201,7 +201,7 @@ fn shares_a_port() -> Result<(), Failed> {
         !output.contains("exit status"),
         "a process has exited:\n{output}"
     );
-    // The program logs each request to stderr, and `serve` passes its output through.
+    // The program logs each request to stderr, and `serve` passes this output through.
     assert!(output.contains("\"GET / HTTP/1.1\" 200 -\n"), "{output}");
     TcpStream::connect(address).unwrap_err();
     Ok(())

@@ -256,8 +256,8 @@ fn callbacks_can_add_and_remove_callbacks() {
             let (own, first) = (Rc::clone(&itself), log.clone());
             itself.set(Some(master.on_message(move |master, worker, _| {
                 first.add("first");
-                // Remove the callback that would run next, add two callbacks, and remove this
-                // callback.
+                // Remove a callback that would run next. A callback may also add callbacks and
+                // remove itself.
                 master.remove_callback(victim.get().unwrap());
                 let (all, one) = (first.clone(), first.clone());
                 master.on_message(move |_, _, _| all.add("added to all"));

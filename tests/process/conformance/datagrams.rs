@@ -62,7 +62,7 @@ fn events_of_one_worker(worker: impl FnOnce(&Worker)) -> Vec<String> {
     entries.take()
 }
 
-/// Closes a socket, and asserts that it is closed.
+/// Closes a socket and asserts that it is closed.
 fn close(socket: &UdpSocket) {
     socket.close();
     assert_closed(socket);
@@ -413,8 +413,8 @@ fn disconnect_unshared_udp() {
                     without.on_disconnect(move |_, _| {
                         let _ = pinged.send(b"ping").unwrap();
                     });
-                    // Wait for two answers. Between them, the worker processes everything that the
-                    // other worker's disconnect has caused.
+                    // Wait for two answers. In the meantime, the worker processes everything that
+                    // the other worker's disconnect has caused.
                     let (log, answers) = (log.clone(), Cell::new(0));
                     with.on_message(move |master, with, _| {
                         answers.set(answers.get() + 1);

@@ -1,5 +1,4 @@
-//! Tests descriptors of every kind in messages. The sender keeps some of them open and moves the
-//! others.
+//! Tests messages with descriptors of every kind, which the sender either keeps open or moves.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;

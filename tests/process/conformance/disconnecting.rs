@@ -209,8 +209,8 @@ fn disconnect_unshared_tcp() {
                         without.on_disconnect(move |_, _| {
                             let _ = pinged.send(b"ping").unwrap();
                         });
-                        // Wait for two answers. Between them, the worker processes everything that
-                        // the other worker's disconnect has caused.
+                        // Wait for two answers. In the meantime, the worker processes everything
+                        // that the other worker's disconnect has caused.
                         let (log, answers) = (log.clone(), Cell::new(0));
                         with.on_message(move |master, with, _| {
                             answers.set(answers.get() + 1);

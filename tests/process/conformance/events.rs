@@ -52,8 +52,8 @@ struct Events {
     by_worker: Log,
 }
 
-/// Logs the events that are emitted at both levels, and asserts that the worker's state agrees with
-/// them.
+/// Logs the events that are emitted at both levels. Asserts that the worker's state agrees with
+/// each event.
 macro_rules! listen_to {
     ($reason:expr, $log:expr, $worker:expr) => {{
         let (log, own) = ($log.clone(), $worker.clone());
@@ -101,8 +101,8 @@ impl Events {
         master.on_error(|_, _, error| panic!("{error}"));
     }
 
-    /// Returns the events that follow `fork` and `online`, and asserts that both levels have logged
-    /// the same ones. Only the cluster level emits `fork`.
+    /// Returns the events that follow `fork` and `online`. Asserts that both levels have logged the
+    /// same events, except `fork`, which only the cluster level emits.
     #[track_caller]
     fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
@@ -168,8 +168,8 @@ fn cluster_preload() {
     assert_eq!(events.take(), expected);
 }
 
-/// Checks a cluster of an application that receives requests. Node's master receives them over
-/// HTTP, and this master reads its standard input.
+/// Checks an application whose master receives requests. Node's master receives requests over HTTP,
+/// and this master reads requests from its standard input.
 fn app() {
     if !is_watched() {
         let mut master = watched()

@@ -190,7 +190,7 @@ fn http_pipe() {
 }
 
 /// Checks that messages with unusual bytes arrive unchanged. Internal frames have their own kinds,
-/// so the crate cannot mistake an application's message for one of them.
+/// so the crate cannot mistake an application's message for an internal frame.
 ///
 /// Other tests show that the master disconnects a worker that sends malformed frames.
 fn invalid_message() {

@@ -242,8 +242,8 @@ fn worker_handle_close() {
             // Let the worker report to the master that it is idle.
             worker.dispatch(Some(Duration::ZERO)).unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            // Only the connection can arrive from the master now. Wait for it, but leave it in the
-            // queue.
+            // Only the connection can arrive from the master now. Wait for the connection, but
+            // leave it in the queue.
             let mut fds = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::NONE).unwrap();
             listener.close();
@@ -342,8 +342,8 @@ fn backlog(listener: RawFd) -> u32 {
 /// Forks one worker after the other, each of which listens with the next backlog. The value 0
 /// stands for the default.
 ///
-/// Returns the backlogs of the master's listeners at each `listening` event, and those of each
-/// worker's listeners.
+/// Returns the backlogs of the master's listeners at each `listening` event, and the backlogs of
+/// each worker's listeners.
 fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();

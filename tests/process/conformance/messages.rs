@@ -98,8 +98,8 @@ fn send_deadlock() {
                 (accepted < 2).then_some(Interest::Readable)
             };
             master.watch(server, Interest::Readable, pass_on).unwrap();
-            // Take only the first socket that comes back, which shows that both arrive. The second
-            // must be closed even though no callback takes it.
+            // Take only the first returned socket, which shows that sockets come back. The second
+            // socket must be closed even though no callback takes it.
             let mut first = true;
             worker.on_message(move |_, _, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));

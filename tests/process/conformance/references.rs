@@ -118,7 +118,7 @@ fn rr_handle_keep_loop_alive() {
 }
 
 /// Checks `unreference` and `reference` on an open listener. Node's test calls `unref` before the
-/// listener is open, but `listen` returns only when it is open.
+/// listener is open, but `listen` returns only when the listener is open.
 fn rr_handle_ref_unref() {
     let events = events_of_one_worker(|worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();
@@ -273,8 +273,8 @@ fn send_socket_to_worker_http_server() {
                 .unwrap();
             let mut answers = 0;
             worker.on_message(move |_, worker, _| {
-                // The worker is disconnecting when it processes the first ping. If it did not wait
-                // for the connection, it would exit between its answers.
+                // The worker is disconnecting when it processes the first ping. A worker that did
+                // not wait for the connection would exit between its answers.
                 answers += 1;
                 if answers < 3 {
                     let _ = worker.send(b"ping").unwrap();
@@ -342,7 +342,8 @@ fn workers_receive_connections_up_to_a_late_limit_none() {
 }
 
 /// Lets three workers with the limits 0, 1 and 9 serve ten clients that stay connected. Each worker
-/// sets its limit after the connection callback. Unless `late`, it also sets the limit earlier.
+/// sets its limit after the connection callback. Unless `late`, the worker also sets its limit
+/// earlier.
 fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();

@@ -58,8 +58,8 @@ fn listen(worker: &Worker) -> Listener<UnixStream> {
     worker.listen(socket()).unwrap()
 }
 
-/// Plays a process that listens on the path. A worker has started this process, but it is not a
-/// worker itself.
+/// Plays a process that listens on the path. A worker has started this process, but the process is
+/// not a worker itself.
 fn foreign_process(path: &Path) {
     assert!(!cluster::is_worker());
     assert!(matches!(cluster::init(), Ok(Role::Master(_))));
