@@ -16,7 +16,7 @@ macro_rules! callback_methods {
         }
 
         #[doc = concat!(
-            "Calls back as [`", stringify!($on), "`](Self::", stringify!($on), ") does, but for the \
+            "Adds a callback like [`", stringify!($on), "`](Self::", stringify!($on), "), but for the \
              next event only."
         )]
         ///
