@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use crate::types::errno;
 use crate::types::fork_step::ForkStep;
+use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, MAX_BODY, MAX_FDS};
 
 /// The result type of this crate's fallible functions.
 ///

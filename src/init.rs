@@ -5,12 +5,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::config::env::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, UNIQUE_ID, WORKER_PID, WRAPPED};
-use crate::config::policy::SchedulingPolicy;
 use crate::error::{Error, Result};
 use crate::master::{Launch, Master};
 use crate::sys;
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::{FrameError, VERSION};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, PREAMBLE_LENGTH, VERSION, preamble, preamble_version};
+use crate::wire::frame::{PREAMBLE_LENGTH, preamble, preamble_version};
 use crate::worker::Worker;
 
 const UNKNOWN: u8 = 0;

@@ -5,7 +5,6 @@
 pub(crate) mod env;
 pub(crate) mod inspect_port;
 pub(crate) mod listen;
-pub(crate) mod policy;
 pub(crate) mod send;
 pub(crate) mod settings;
 pub(crate) mod spawn;

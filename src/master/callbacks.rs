@@ -13,8 +13,8 @@ use crate::master::worker_process::WorkerProcess;
 use crate::runtime::callback_methods::callback_methods;
 use crate::runtime::callbacks::{CallbackId, Callbacks};
 use crate::types::address::Address;
-use crate::types::message::Message;
 use crate::types::signal::Signal;
+use crate::wire::message::Message;
 use crate::wire::receipts::ReceiptCallbacks;
 
 type OnEvent = dyn FnMut(&Master, &WorkerProcess);

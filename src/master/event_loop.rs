@@ -13,10 +13,10 @@ use crate::runtime::timers::TimerId;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Ready, ReadyList};
-use crate::types::message::Message;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
+use crate::wire::message::Message;
 use crate::wire::receipts::Receipt;
 
 /// Maximum number of events that are delivered before the loop polls again.

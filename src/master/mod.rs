@@ -26,7 +26,6 @@ use std::time::{Duration, Instant};
 
 use crate::config::env::DEBUG;
 use crate::config::listen::{BindRequest, ListenOptions};
-use crate::config::policy::SchedulingPolicy;
 use crate::config::settings::Settings;
 use crate::config::spawn::SpawnOptions;
 use crate::error::{Error, Result};
@@ -40,6 +39,7 @@ use crate::sys;
 use crate::sys::signal::InstalledHandler;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
+use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
 use crate::worker::Worker;

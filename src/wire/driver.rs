@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use crate::error::{Error, SendError};
+use crate::types::protocol::FrameError;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Flushed, Received};
-use crate::wire::frame::{Frame, FrameError};
+use crate::wire::frame::Frame;
 use crate::wire::receipts::{Receipt, ReceiptId};
 
 /// A channel that may be closed at any time.

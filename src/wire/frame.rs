@@ -76,25 +76,15 @@ use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
-use crate::types::violation::Violation;
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS, VERSION};
 use crate::types::worker_id::WorkerId;
 
-/// The format's version. A frame with any other version is an error.
-pub(crate) const VERSION: u8 = 1;
 /// The header's length in bytes.
 pub(crate) const HEADER: usize = 8;
 /// The preamble's length in bytes, including its header.
 pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
-/// The maximum length of a body, and therefore of a message, in bytes.
-///
-/// The value bounds the memory that the master allocates for a worker's message. If a header
-/// announces a longer body, the reader fails before it stores a byte of the body. The public API
-/// documents the value.
-pub(crate) const MAX_BODY: usize = 1 << 20;
-/// The maximum number of descriptors in one frame. The public API documents the value.
-pub(crate) const MAX_FDS: usize = 16;
 /// The maximum number of descriptors that a single system call sends.
 ///
 /// The value bounds the descriptors that are open in the reader before their frames are processed.
@@ -201,50 +191,6 @@ pub(crate) enum ToWorker {
     Disconnect,
     Message(Vec<u8>),
 }
-
-/// Describes why received bytes are not a valid frame.
-///
-/// See [`Error`](crate::Error) for an example.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FrameError {
-    /// The frame has another version of the format. The two programs were probably built with
-    /// different versions of this crate.
-    Version(u8),
-    /// The header announces a body that is longer than the limit. The value is the announced length
-    /// in bytes.
-    TooLong(u32),
-    /// The frame has a kind that does not exist in its direction.
-    Kind(u8),
-    /// The body is malformed for the frame's kind.
-    Body(u8),
-    /// The number of descriptors exceeds a limit or does not match the frames.
-    Descriptors,
-    /// The frame is well formed, but the protocol does not allow it in the sender's state.
-    Violation(Violation),
-}
-
-impl std::fmt::Display for FrameError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Version(version) => {
-                write!(
-                    f,
-                    "frame of version {version}, this program supports version {VERSION}"
-                )
-            }
-            Self::TooLong(length) => {
-                write!(f, "frame of {length} bytes, the limit is {MAX_BODY}")
-            }
-            Self::Kind(kind) => write!(f, "unknown kind of frame {kind}"),
-            Self::Body(kind) => write!(f, "malformed frame of kind {kind}"),
-            Self::Descriptors => write!(f, "descriptors that no frame announced"),
-            Self::Violation(violation) => violation.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for FrameError {}
 
 /// Returns the preamble, which the master writes first to the channel of `worker`.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {

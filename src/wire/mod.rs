@@ -7,4 +7,5 @@ pub(crate) mod channel;
 pub(crate) mod driver;
 pub(crate) mod fault;
 pub(crate) mod frame;
+pub(crate) mod message;
 pub(crate) mod receipts;

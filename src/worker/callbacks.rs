@@ -7,8 +7,8 @@ use crate::core::worker::ListenerId;
 use crate::error::{Error, Result};
 use crate::runtime::callback_methods::callback_methods;
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
-use crate::types::message::Message;
 use crate::types::signal::Signal;
+use crate::wire::message::Message;
 use crate::worker::connection::Connection;
 use crate::worker::{Inner, Worker};
 

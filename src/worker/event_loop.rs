@@ -9,8 +9,8 @@ use crate::error::{Error, Result, WatchError};
 use crate::runtime::event_loop::{LoopId, Token, WatchId};
 use crate::runtime::timers::TimerId;
 use crate::sys::poll::{Interest, Ready, ReadyList};
-use crate::types::message::Message;
 use crate::types::time::earlier;
+use crate::wire::message::Message;
 use crate::worker::Worker;
 use crate::worker::connection::Connection;
 

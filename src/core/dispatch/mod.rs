@@ -99,11 +99,11 @@ use std::ops::Bound;
 use std::time::Duration;
 
 use crate::types::loads::WorkerLoad;
+use crate::types::protocol::FrameError;
+use crate::types::protocol::Violation;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::Time;
-use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::FrameError;
 use member::{BusyRank, IdleRank, Member};
 
 /// The largest window, in connections.

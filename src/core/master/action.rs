@@ -1,8 +1,8 @@
 //! The actions that the shell carries out, in order, without calling the application.
 
-use crate::config::policy::SchedulingPolicy;
 use crate::core::dispatch::Sequenced;
 use crate::types::endpoint::{BindFlags, Endpoint};
+use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{HandleId, ToWorker};

@@ -2,8 +2,8 @@
 
 use super::listener::{AcceptState, Stage};
 use super::{Action, MasterCore};
-use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::Kind;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;

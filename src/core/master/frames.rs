@@ -5,9 +5,10 @@ use std::rc::Rc;
 use super::{MasterCore, workers::WorkerEntry};
 use crate::core::dispatch::Dispatcher;
 use crate::core::event::{Event, Level};
-use crate::types::violation::Violation;
+use crate::types::protocol::FrameError;
+use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, HandleId, ToMaster};
+use crate::wire::frame::{HandleId, ToMaster};
 
 const NOT_ONLINE: FrameError = FrameError::Violation(Violation::NotOnline);
 

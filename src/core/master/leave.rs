@@ -2,7 +2,7 @@
 
 use super::listener::Stage;
 use super::{Action, MasterCore};
-use crate::config::policy::SchedulingPolicy;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 

@@ -4,12 +4,13 @@ use std::net::SocketAddr;
 
 use super::listener::{Listener, Ownership, Stage};
 use super::{Action, Attachment, MasterCore};
-use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::types::errno;
-use crate::types::violation::Violation;
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::FrameError;
+use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, FrameError, HandleId, HandleKey};
+use crate::wire::frame::{Bound, HandleId, HandleKey};
 
 /// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
 /// that a broken worker can cost the master. Well-behaved workers use only a few.

@@ -39,10 +39,10 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::member::Members;
-use crate::config::policy::SchedulingPolicy;
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
 use crate::types::endpoint::Kind;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleKey;

@@ -57,11 +57,11 @@ mod workers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::config::policy::SchedulingPolicy;
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{ListenerLoad, WorkerLoad};
+use crate::types::policy::SchedulingPolicy;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use super::MasterCore;
 use super::listener::{AcceptState, Ownership, Stage};
-use crate::config::policy::SchedulingPolicy;
 use crate::types::address::Address;
 use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::{HandleId, HandleKey};
 
 impl<C, F> MasterCore<C, F> {

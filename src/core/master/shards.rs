@@ -2,9 +2,9 @@
 
 use super::listener::Stage;
 use super::{Action, MasterCore};
-use crate::config::policy::SchedulingPolicy;
 use crate::error::Error;
 use crate::types::errno;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;

@@ -9,10 +9,11 @@ use super::{Action, Attachment, MasterCore};
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
 use crate::error::Error;
 use crate::types::loads::WorkerLoad;
+use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, ToWorker};
+use crate::wire::frame::ToWorker;
 
 /// The maximum number of errors that are delivered for a process after its channel has closed.
 ///

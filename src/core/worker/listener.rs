@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 
 use super::capacity::QueueReport;
 use super::{Action, HandleId, ListenStatus, WorkerCore};
-use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::types::errno;
-use crate::types::violation::Violation;
-use crate::wire::frame::{Bound, FrameError, HandleKey, ToMaster};
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::FrameError;
+use crate::types::protocol::Violation;
+use crate::wire::frame::{Bound, HandleKey, ToMaster};
 
 /// The application's name for a listener. A number is not reused while its listener is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -16,8 +16,9 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 use crate::types::endpoint::Endpoint;
+use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
-use crate::wire::frame::{FrameError, HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 pub(crate) use listener::ListenerId;
 use listener::{Entry, Stage};
 

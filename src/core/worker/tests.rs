@@ -1,8 +1,8 @@
 use super::listener::MAX_LISTENER;
 use super::*;
-use crate::config::policy::SchedulingPolicy;
 use crate::types::endpoint::{BindFlags, Kind, Place};
 use crate::types::errno;
+use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::Bound;
 
 type Core = WorkerCore<()>;

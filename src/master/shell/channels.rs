@@ -7,13 +7,14 @@ use super::{MasterShell, WorkerIo};
 use crate::core::master::Attachment;
 use crate::error::{Error, SendError};
 use crate::sys::fd::NoLingerFd;
+use crate::types::protocol::FrameError;
+use crate::types::protocol::Violation;
 use crate::types::signal::Signal;
-use crate::types::violation::Violation;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
 use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
-use crate::wire::frame::{FrameError, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::{Receipt, ReceiptId};
 
 /// Maximum number of frames that are processed when a channel closes. A worker with more frames is

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::rc::Rc;
 
 use super::MasterShell;
-use crate::config::policy::SchedulingPolicy;
 use crate::core::master::ACCEPT_BATCH;
 use crate::master::shard_group::ShardGroup;
 use crate::runtime::event_loop::Token;
@@ -18,6 +17,7 @@ use crate::sys::socket_file::SocketFile;
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 

@@ -24,7 +24,6 @@ use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 
-use crate::config::policy::SchedulingPolicy;
 use crate::core::event::ExitReport;
 use crate::core::master::{Action, MasterCore};
 use crate::error::Error;
@@ -34,7 +33,7 @@ use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Pid, Unreaped, Usage};
 use crate::sys::queue::Queue;
-use crate::types::message::UnclaimedFds;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
@@ -44,6 +43,7 @@ use crate::wire::channel::inbox::READ_SIZE;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::fault;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::message::UnclaimedFds;
 use crate::wire::receipts::Receipt;
 use listeners::MasterSocket;
 

@@ -1,10 +1,9 @@
 //! Implements the `frame` target, which tests the frame decoder.
 
 use super::{Input, descriptors};
+use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS};
 use crate::wire::channel::inbox::{Arrival, Inbox};
-use crate::wire::frame::{
-    BATCH_OFFSET, Frame, FrameError, HEADER, Header, MAX_BODY, MAX_FDS, ToMaster, ToWorker,
-};
+use crate::wire::frame::{BATCH_OFFSET, Frame, HEADER, Header, ToMaster, ToWorker};
 
 /// Decodes the input in both directions. Checks that decoded frames encode to the same bytes.
 ///

@@ -12,19 +12,19 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::{Input, descriptors};
-use crate::config::policy::SchedulingPolicy;
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::Error;
 use crate::sim::kernel::socket::{Client, Port, endpoint};
 use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World};
 use crate::types::endpoint::{BindFlags, Kind};
 use crate::types::errno;
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::MAX_BODY;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::{MAX_EARLY_FDS, READ_SIZE};
 use crate::wire::frame::{
-    BATCH_OFFSET, Bound, Frame, HEADER, HandleId, HandleKey, MAX_BATCH, MAX_BODY, ToMaster,
-    ToWorker,
+    BATCH_OFFSET, Bound, Frame, HEADER, HandleId, HandleKey, MAX_BATCH, ToMaster, ToWorker,
 };
 
 /// The number of times that each case occurred. A script that reaches no case tests nothing.

@@ -23,10 +23,10 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use crate::config::policy::SchedulingPolicy;
 use crate::core::event::{EmittedEvent, Event};
 use crate::core::master::MasterCore;
 use crate::sys::fd::NoLingerFd;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Inbox;

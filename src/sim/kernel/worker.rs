@@ -10,8 +10,9 @@ use super::{BACKOFF, Failure, KNOWN, World, nth};
 use crate::core::master::Attachment;
 use crate::core::worker::{Action, Event, ListenStatus, ListenerId};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::protocol::FrameError;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 
 /// The maximum number of listeners of one worker's application.
 const MAX_LISTENERS: usize = 3;

@@ -17,8 +17,8 @@ mod tests;
 use fastrand::Rng;
 
 use super::kernel::{Call, Config, Ending, World};
-use crate::config::policy::SchedulingPolicy;
 use crate::types::ledger::Ledger;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
 use step::{Step, Trouble, step};
 

@@ -7,8 +7,8 @@ use std::sync::Once;
 
 use super::step::StepKind;
 use super::{Call, Case, Ending, Step, step};
-use crate::config::policy::SchedulingPolicy;
 use crate::types::ledger::Ledger;
+use crate::types::policy::SchedulingPolicy;
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };

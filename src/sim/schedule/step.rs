@@ -10,9 +10,10 @@ use crate::sim::kernel::process::Detached;
 use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World, nth};
 use crate::types::endpoint::BindFlags;
+use crate::types::protocol::FrameError;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
+use crate::wire::frame::{HandleId, HandleKey, ToMaster};
 
 /// An action that only a broken or hostile worker takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,16 +7,17 @@ use fastrand::Rng;
 
 use super::step::{StepKind, step};
 use super::{Ending, Schedule, replay};
-use crate::config::policy::SchedulingPolicy;
 use crate::core::dispatch::STALL_TIMEOUT;
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::socket::QUEUE_CAPACITY;
 use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World};
 use crate::types::endpoint::BindFlags;
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::FrameError;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{FrameError, HandleId, HandleKey, ToMaster};
+use crate::wire::frame::{HandleId, HandleKey, ToMaster};
 
 /// The handle of the first listener that a worker opens.
 const HANDLE: HandleId = HandleId(1);

@@ -4,7 +4,8 @@
 use std::collections::VecDeque;
 
 use crate::sys::fd::NoLingerFd;
-use crate::wire::frame::{Frame, FrameError, HEADER, Header, MAX_BATCH};
+use crate::types::protocol::FrameError;
+use crate::wire::frame::{Frame, HEADER, Header, MAX_BATCH};
 
 /// The maximum number of bytes that a single read returns, in addition to the rest of a large body.
 ///

@@ -8,7 +8,8 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::rc::Rc;
 
 use crate::sys::fd::NoLingerFd;
-use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH, MAX_FDS};
+use crate::types::protocol::MAX_FDS;
+use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH};
 use crate::wire::receipts::ReceiptId;
 
 /// The maximum number of bytes that a single system call writes. With a smaller value, many frames

@@ -7,18 +7,19 @@ use std::time::Duration;
 
 use super::sockets::AcceptMode;
 use super::{Socket, WorkerShell};
-use crate::config::policy::SchedulingPolicy;
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::{Error, Result, SendError};
 use crate::runtime::backoff::BACKOFF;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{is_writable, wait_readable, wait_readable_or_writable};
 use crate::sys::process::Pid;
+use crate::types::policy::SchedulingPolicy;
+use crate::types::protocol::FrameError;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
 use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
 use crate::wire::fault;
-use crate::wire::frame::{FrameError, ToWorker};
+use crate::wire::frame::ToWorker;
 use crate::wire::receipts::ReceiptId;
 
 // Writing frames.

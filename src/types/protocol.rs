@@ -1,4 +1,59 @@
-//! Protocol violations by well-formed frames.
+//! The limits of the protocol between the master and its workers, and the ways to break it.
+
+/// The format's version. A frame with any other version is an error.
+pub(crate) const VERSION: u8 = 1;
+/// The maximum length of a body, and therefore of a message, in bytes.
+///
+/// The value bounds the memory that the master allocates for a worker's message. If a header
+/// announces a longer body, the reader fails before it stores a byte of the body. The public API
+/// documents the value.
+pub(crate) const MAX_BODY: usize = 1 << 20;
+/// The maximum number of descriptors in one frame. The public API documents the value.
+pub(crate) const MAX_FDS: usize = 16;
+
+/// Describes why received bytes are not a valid frame.
+///
+/// See [`Error`](crate::Error) for an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// The frame has another version of the format. The two programs were probably built with
+    /// different versions of this crate.
+    Version(u8),
+    /// The header announces a body that is longer than the limit. The value is the announced length
+    /// in bytes.
+    TooLong(u32),
+    /// The frame has a kind that does not exist in its direction.
+    Kind(u8),
+    /// The body is malformed for the frame's kind.
+    Body(u8),
+    /// The number of descriptors exceeds a limit or does not match the frames.
+    Descriptors,
+    /// The frame is well formed, but the protocol does not allow it in the sender's state.
+    Violation(Violation),
+}
+
+impl std::fmt::Display for FrameError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Version(version) => {
+                write!(
+                    f,
+                    "frame of version {version}, this program supports version {VERSION}"
+                )
+            }
+            Self::TooLong(length) => {
+                write!(f, "frame of {length} bytes, the limit is {MAX_BODY}")
+            }
+            Self::Kind(kind) => write!(f, "unknown kind of frame {kind}"),
+            Self::Body(kind) => write!(f, "malformed frame of kind {kind}"),
+            Self::Descriptors => write!(f, "descriptors that no frame announced"),
+            Self::Violation(violation) => violation.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for FrameError {}
 
 /// A violation of the protocol by a well-formed frame, in
 /// [`FrameError::Violation`](crate::FrameError::Violation).
@@ -40,8 +95,6 @@ pub enum Violation {
     UnexpectedReply,
     /// The master replied twice to one request.
     RepeatedReply,
-    /// The payload of a message is missing.
-    MissingPayload,
 }
 
 impl std::fmt::Display for Violation {
@@ -62,7 +115,6 @@ impl std::fmt::Display for Violation {
             Self::TooManyFinalFrames => "more final frames than are processed",
             Self::UnexpectedReply => "reply without a request",
             Self::RepeatedReply => "second reply to one request",
-            Self::MissingPayload => "message without its payload",
         })
     }
 }
