@@ -1,20 +1,20 @@
-//! Where the inspect ports of workers come from.
+//! The source of the workers' inspect ports.
 
 use std::cell::Cell;
 use std::rc::Rc;
 
-/// The first port that needs no privilege.
+/// The first port that a process without privileges can bind.
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// Where workers get their [`inspect_port`](crate::Settings::inspect_port) from: a number or a
+/// The source of the workers' [inspect ports](crate::Settings::inspect_port): a number or a
 /// closure.
 ///
-/// A number is the port of the first worker, and each further worker gets the next number. The number
-/// after 65535 is 1024. A closure is called at each fork.
+/// A number is the first worker's port. Each further worker receives the next number, and 1024
+/// follows 65535. A closure is called at each fork and returns the port.
 ///
 /// Node: the two forms of `settings.inspectPort`.
 ///
-/// This type is not `Send`. Build it on the thread of the master.
+/// This type is not `Send`. Build the value on the master's thread.
 ///
 /// ```
 /// use cluster::{InspectPort, Settings};
@@ -28,9 +28,11 @@ const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 pub struct InspectPort(Rc<dyn Fn() -> u16>);
 
 impl InspectPort {
-    /// Calls `port` at each fork.
+    /// Creates a source that calls `port` at each fork.
     ///
-    /// Node: a function as `settings.inspectPort`. See [`InspectPort`] for an example.
+    /// Node: a function as `settings.inspectPort`.
+    ///
+    /// See [`InspectPort`] for an example.
     pub fn new(port: impl Fn() -> u16 + 'static) -> Self {
         Self(Rc::new(port))
     }
@@ -57,7 +59,7 @@ impl std::fmt::Debug for InspectPort {
     }
 }
 
-/// Values are equal if one is a clone of the other.
+/// Compares two sources. They are equal if one is a clone of the other.
 impl PartialEq for InspectPort {
     fn eq(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.0, &other.0)

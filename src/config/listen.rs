@@ -13,20 +13,24 @@ use std::path::{Path, PathBuf};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 
-/// The longest path, in bytes: Linux's `PATH_MAX`. With a directory of the same length in front of it,
-/// the path still fits into a frame.
+/// The longest path that the application may pass, in bytes. The value is Linux's `PATH_MAX`. A
+/// relative path is prefixed with a directory of up to the same length, and the result must still
+/// fit into a frame.
 const MAX_PATH: usize = 4096;
 
-/// An address to listen on, with options: the argument of [`Worker::listen`](crate::Worker::listen) and
+/// An address to listen on and its options, for [`Worker::listen`](crate::Worker::listen) and
 /// [`Master::listen`](crate::Master::listen).
 ///
-/// Node: the options of `server.listen()`. It is made from
+/// Node: the options of `server.listen()`.
 ///
-/// - a port, `8000`: on all of the machine's addresses, IPv6 and IPv4;
-/// - an address, `"127.0.0.1:8000"`, `("::1", 8000)` or a [`SocketAddr`]; a name is looked up;
-/// - a [`Path`] (a string would be an address): a Unix socket, whose connections are
-///   [`UnixStream`]s;
-/// - a listener that the application already has: a worker does not share it, a master does.
+/// The following values convert into options:
+///
+/// - a port such as `8000`, which stands for all IPv6 and IPv4 addresses of the machine;
+/// - an address, such as `"127.0.0.1:8000"`, `("::1", 8000)` or a [`SocketAddr`], in which a host
+///   name is resolved;
+/// - a [`Path`], which stands for a Unix socket, whose connections are [`UnixStream`]s (a string
+///   stands for an address);
+/// - an open listener, which a master shares with its workers and a worker keeps for itself.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -39,7 +43,7 @@ const MAX_PATH: usize = 4096;
 /// # Ok(()) }
 /// ```
 ///
-/// A function for both kinds of connections:
+/// A generic function can serve both kinds of connections:
 ///
 /// ```no_run
 /// use std::{io::{Read, Write}, os::fd::OwnedFd};
@@ -59,12 +63,13 @@ pub struct ListenOptions<S = TcpStream> {
     streams: PhantomData<fn() -> S>,
 }
 
-/// An address to bind a UDP socket to, with options: the argument of
-/// [`Worker::bind`](crate::Worker::bind).
+/// The address of a UDP socket and its options, for [`Worker::bind`](crate::Worker::bind).
 ///
-/// Node: the options of `dgram.createSocket()` and `socket.bind()`. It is made from a port, `53`,
-/// which is bound on all IPv4 addresses, or from an address, `"[::]:53"`, `("::1", 53)` or a
-/// [`SocketAddr`]; a name is looked up.
+/// Node: the options of `dgram.createSocket()` and `socket.bind()`.
+///
+/// A port such as `53` converts into options for all IPv4 addresses of the machine. An address,
+/// such as `"[::]:53"`, `("::1", 53)` or a [`SocketAddr`], converts too. A host name in an address
+/// is resolved.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -80,7 +85,7 @@ pub struct BindOptions {
     pub(crate) bind_request: BindRequest,
 }
 
-/// The common part of [`ListenOptions`] and [`BindOptions`].
+/// The data that [`ListenOptions`] and [`BindOptions`] have in common.
 #[derive(Debug)]
 pub(crate) struct BindRequest {
     pub(crate) kind: Kind,
@@ -90,7 +95,7 @@ pub(crate) struct BindRequest {
     pub(crate) reuse_port: bool,
 }
 
-/// The address to bind, as the application named it.
+/// The address to bind, in the form in which the application passed it.
 #[derive(Debug)]
 enum Target {
     Port(u16),
@@ -114,17 +119,18 @@ impl BindRequest {
         }
     }
 
-    /// Whether the worker binds by itself, without the master.
+    /// Returns whether the worker binds the socket itself, without the master.
     pub(crate) fn is_private(&self) -> bool {
         self.exclusive || self.reuse_port
     }
 
-    /// Checks that the master can open this listener. It opens listeners for all workers. Workers can
-    /// name a descriptor of the master without a listener of the master's own.
+    /// Checks that the options are valid in a master. The master opens listeners for all workers,
+    /// so options for a single worker are invalid. A descriptor number is invalid too, because it
+    /// lets workers use a descriptor of the master.
     ///
     /// # Errors
     ///
-    /// The request is one that only a worker can make.
+    /// Returns an error if only a worker may make the request.
     pub(crate) fn check_for_master(&self) -> io::Result<()> {
         let reason = match &self.target {
             _ if self.is_private() => "exclusive and reuse_port are for workers",
@@ -141,7 +147,7 @@ impl BindRequest {
         Err(io::Error::new(io::ErrorKind::InvalidInput, reason))
     }
 
-    /// The place that a port without a host stands for. UDP sockets are bound to IPv4 only.
+    /// Returns the address for a port without a host. A UDP port stands for IPv4 addresses only.
     fn port(&self, port: u16) -> Place {
         match self.kind {
             Kind::Udp => Place::Ip((Ipv4Addr::UNSPECIFIED, port).into()),
@@ -172,7 +178,8 @@ impl BindRequest {
             .collect())
     }
 
-    /// Takes the socket, if the application passed one.
+    /// Takes the open socket out of the request. Returns `None` if the application passed an
+    /// address.
     pub(crate) fn take_socket(&mut self) -> Option<OwnedFd> {
         match &mut self.target {
             Target::Socket(socket) => socket.take(),
@@ -186,7 +193,7 @@ impl BindRequest {
     }
 }
 
-/// Prints the target as the application named it, for the text of an error.
+/// Prints the target in the application's own notation, for error messages.
 impl std::fmt::Display for BindRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let endpoint = |place| Endpoint::new(self.kind, place);
@@ -212,19 +219,24 @@ impl<S> ListenOptions<S> {
     }
 
     /// Sets how many connections may wait in the kernel's queue. The default is 511. The system may
-    /// impose a lower limit (on Linux `net.core.somaxconn`). The options of the first worker that listens
-    /// on an address apply to all workers.
+    /// impose a lower limit, on Linux `net.core.somaxconn`. If several workers listen on an
+    /// address, the first worker's options apply to all of them.
     ///
-    /// Node: `backlog`. See [`ListenOptions`] for an example.
+    /// Node: `backlog`.
+    ///
+    /// See [`ListenOptions`] for an example.
     pub fn backlog(mut self, connections: u32) -> Self {
         self.bind_request.flags.backlog = connections;
         self
     }
 
-    /// Sets whether this worker has the listener for itself. It then binds without the master, and
-    /// there is no `listening` event. Another worker's `listen` on the same address fails.
+    /// Sets whether this worker has the listener for itself. An exclusive listener is bound without
+    /// the master and causes no `listening` event. Another worker's `listen` on the same address
+    /// fails.
     ///
-    /// Node: `exclusive`. The default is `false`.
+    /// Node: `exclusive`.
+    ///
+    /// The default is `false`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -243,20 +255,24 @@ impl ListenOptions<TcpStream> {
         Self::of_kind(Kind::Tcp, target)
     }
 
-    /// Sets whether the address `[::]` excludes IPv4. By default it stands for both.
+    /// Sets whether the address `[::]` excludes IPv4. By default, `[::]` stands for IPv6 and IPv4.
     ///
-    /// Node: `ipv6Only`. The default is `false`. See [`ListenOptions`] for an example.
+    /// Node: `ipv6Only`.
+    ///
+    /// The default is `false`. See [`ListenOptions`] for an example.
     #[doc(alias = "ipv6Only")]
     pub fn ipv6_only(mut self, only: bool) -> Self {
         self.bind_request.flags.ipv6_only = only;
         self
     }
 
-    /// Sets whether to bind with `SO_REUSEPORT`, so that several sockets may have the same port and the
-    /// kernel selects one of them. The worker then binds without the master, and there is no
-    /// `listening` event.
+    /// Sets whether to bind with `SO_REUSEPORT`, so that several sockets may have the same port and
+    /// the kernel selects one of them. With this option the worker binds without the master, and no
+    /// `listening` event occurs.
     ///
-    /// Node: `reusePort`. The default is `false`.
+    /// Node: `reusePort`.
+    ///
+    /// The default is `false`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -269,9 +285,10 @@ impl ListenOptions<TcpStream> {
         self
     }
 
-    /// Listens on a TCP socket that is open in the *master* under this number. The socket stays open
-    /// there when all workers have closed it. It is set to non-blocking mode. With
-    /// [`exclusive`](Self::exclusive) the number is that of a descriptor of the worker.
+    /// Listens on the TCP socket that has this descriptor number in the *master*. The socket
+    /// becomes non-blocking, and stays open in the master after all workers have closed their
+    /// copies. With [`exclusive`](Self::exclusive), the number refers to a descriptor of the
+    /// worker.
     ///
     /// Node: `fd`.
     ///
@@ -291,10 +308,13 @@ impl ListenOptions<UnixStream> {
         Self::of_kind(Kind::Unix, target)
     }
 
-    /// Sets whether every user may read from the socket, regardless of the umask. Linux before 6.6 needs
-    /// `/proc` for this, because only there can the mode of exactly the new file be changed.
+    /// Sets whether every user may read the socket file, regardless of the umask. This option needs
+    /// `/proc` on Linux before 6.6, because older kernels have no system call that changes the mode
+    /// of the new file safely.
     ///
-    /// Node: `readableAll`. The default is `false`.
+    /// Node: `readableAll`.
+    ///
+    /// The default is `false`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -311,18 +331,20 @@ impl ListenOptions<UnixStream> {
         self
     }
 
-    /// Sets whether every user may connect to the socket. On Linux, connecting needs write permission.
+    /// Sets whether every user may write to the socket file. On Linux, a client needs this
+    /// permission to connect.
     ///
-    /// Node: `writableAll`. The default is `false`. See [`readable_all`](Self::readable_all) for an
-    /// example.
+    /// Node: `writableAll`.
+    ///
+    /// The default is `false`. See [`readable_all`](Self::readable_all) for an example.
     #[doc(alias = "writableAll")]
     pub fn writable_all(mut self, writable: bool) -> Self {
         self.bind_request.flags.writable_all = writable;
         self
     }
 
-    /// Listens on a Unix socket that is open in the *master* under this number. See
-    /// [`ListenOptions::fd`], which is the same for TCP, for an example.
+    /// Listens on the Unix socket that has this descriptor number in the *master*. See
+    /// [`ListenOptions::fd`] for an example with TCP.
     ///
     /// Node: `fd`.
     pub fn unix_fd(number: RawFd) -> Self {
@@ -330,7 +352,7 @@ impl ListenOptions<UnixStream> {
     }
 }
 
-/// Port 0, which stands for any free port, on all of the machine's addresses.
+/// Listens on any free port (port 0) of all of the machine's addresses.
 impl Default for ListenOptions<TcpStream> {
     fn default() -> Self {
         Self::new(Target::Port(0))
@@ -373,19 +395,23 @@ impl BindOptions {
         Self { bind_request }
     }
 
-    /// Sets whether the address `[::]` excludes IPv4. By default it stands for both.
+    /// Sets whether the address `[::]` excludes IPv4. By default, `[::]` stands for IPv6 and IPv4.
     ///
-    /// Node: `ipv6Only`. The default is `false`. See [`BindOptions`] for an example.
+    /// Node: `ipv6Only`.
+    ///
+    /// The default is `false`. See [`BindOptions`] for an example.
     #[doc(alias = "ipv6Only")]
     pub fn ipv6_only(mut self, only: bool) -> Self {
         self.bind_request.flags.ipv6_only = only;
         self
     }
 
-    /// Sets whether another socket with this option may have the same address. The socket that was
-    /// bound last gets the datagrams.
+    /// Sets whether several sockets with this option may have the same address. The socket that was
+    /// bound last receives the datagrams.
     ///
-    /// Node: `reuseAddr`. The default is `false`.
+    /// Node: `reuseAddr`.
+    ///
+    /// The default is `false`.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -400,45 +426,49 @@ impl BindOptions {
         self
     }
 
-    /// Sets whether to bind with `SO_REUSEPORT`, so that several sockets may have the same port and the
-    /// kernel selects one of them. The worker then binds without the master, and there is no
-    /// `listening` event.
+    /// Sets whether to bind with `SO_REUSEPORT`, so that several sockets may have the same port and
+    /// the kernel selects one of them. With this option the worker binds without the master, and no
+    /// `listening` event occurs.
     ///
-    /// Node: `reusePort`. The default is `false`. See
-    /// [`ListenOptions::reuse_port`], which is the same for TCP, for an example.
+    /// Node: `reusePort`.
+    ///
+    /// The default is `false`. See [`ListenOptions::reuse_port`] for an example with TCP.
     #[doc(alias = "reusePort")]
     pub fn reuse_port(mut self, reuse: bool) -> Self {
         self.bind_request.reuse_port = reuse;
         self
     }
 
-    /// Sets whether this worker has the socket for itself. It then binds without the master, and there
-    /// is no `listening` event.
+    /// Sets whether this worker has the socket for itself. An exclusive socket is bound without the
+    /// master and causes no `listening` event.
     ///
-    /// Node: `exclusive`. The default is `false`. See [`ListenOptions::exclusive`], which is the
-    /// same for TCP, for an example.
+    /// Node: `exclusive`.
+    ///
+    /// The default is `false`. See [`ListenOptions::exclusive`] for an example with TCP.
     pub fn exclusive(mut self, exclusive: bool) -> Self {
         self.bind_request.exclusive = exclusive;
         self
     }
 
-    /// Uses a bound UDP socket that is open in the *master* under this number. The socket stays open
-    /// there when all workers have closed it.
+    /// Uses the bound UDP socket that has this descriptor number in the *master*. The socket stays
+    /// open in the master after all workers have closed their copies.
     ///
-    /// Node: `fd`. See [`ListenOptions::fd`], which is the same for TCP, for an example.
+    /// Node: `fd`.
+    ///
+    /// See [`ListenOptions::fd`] for an example with TCP.
     pub fn fd(number: RawFd) -> Self {
         Self::new(Target::Fd(number))
     }
 }
 
-/// Port 0, which stands for any free port, on all IPv4 addresses.
+/// Binds any free port (port 0) on all IPv4 addresses.
 impl Default for BindOptions {
     fn default() -> Self {
         Self::new(Target::Port(0))
     }
 }
 
-/// Implements the conversions from addresses, which are the same for TCP and UDP.
+/// Implements the conversions from addresses, for TCP or UDP.
 macro_rules! from_addresses {
     ($options:ty) => {
         impl From<u16> for $options {

@@ -1,6 +1,6 @@
-//! The application's requests as data: settings of workers, and options of calls.
+//! The application's requests as data: worker settings and call options.
 //!
-//! Values are checked here and get their defaults here. `master`, `worker` and `sys` carry them out.
+//! This module checks the values and fills in defaults. `master`, `worker` and `sys` act on them.
 
 pub(crate) mod env;
 pub(crate) mod inspect_port;

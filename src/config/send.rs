@@ -5,10 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::error::{Error, Result};
 
-/// The result of a successful `send`: whether the sender may continue or should pause.
+/// The result of a successful `send`, which says whether the sender should pause.
 ///
-/// Node: the Boolean result of `worker.send()`. The message was accepted in both cases, and is written to
-/// the channel in the order of the calls. It is dropped only if the channel closes first.
+/// Node: the Boolean result of `worker.send()`.
+///
+/// In both cases the message was accepted. Messages are written to the channel in the order of the
+/// calls. A message is lost only if the channel closes first.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -24,10 +26,11 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Sent {
-    /// More messages may follow at once.
+    /// The sender may send the next message immediately.
     Continue,
-    /// With one more message of the same size, more than 64 KiB would be waiting in this process. Pause
-    /// until the [`on_written`](SendOptions::on_written) callback of the last message is called.
+    /// The sender should pause until the last message's [`on_written`](SendOptions::on_written)
+    /// callback is called. One more message of the same size would leave more than 64 KiB waiting
+    /// in this process.
     Pause,
 }
 
@@ -41,16 +44,19 @@ impl Sent {
     }
 }
 
-/// A callback that is called when a message has been written, or cannot be written any more.
+/// A callback for the moment when a message has been written or can no longer be written.
 pub(crate) type Written<R> = Box<dyn FnOnce(&R, Result<()>)>;
 
-/// The descriptors and the callback of a message, for [`WorkerProcess::send_with`](crate::WorkerProcess::send_with) in the
-/// master and [`Worker::send_with`](crate::Worker::send_with) in a worker. `R` is
-/// [`Master`](crate::Master) or [`Worker`](crate::Worker), whichever sends.
+/// A message's descriptors and callback. The master passes them to
+/// [`WorkerProcess::send_with`](crate::WorkerProcess::send_with), and a worker to
+/// [`Worker::send_with`](crate::Worker::send_with).
+///
+/// The type parameter `R` is the sender's type, [`Master`](crate::Master) or
+/// [`Worker`](crate::Worker).
 ///
 /// Node: `sendHandle`, `options` and `callback` of `worker.send()`.
 ///
-/// This type is not `Send` if it has a callback. Build it on the thread of the master or the worker.
+/// This type is not `Send`. Build the options on the thread of the master or worker that sends.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::WorkerProcess, log: std::fs::File, client: std::net::TcpStream)
@@ -74,7 +80,9 @@ pub struct SendOptions<R> {
 impl<R> SendOptions<R> {
     /// Returns options without descriptors and without a callback.
     ///
-    /// Node: no `options`. See [`SendOptions`] for an example.
+    /// Node: no `options`.
+    ///
+    /// See [`SendOptions`] for an example.
     pub fn new() -> Self {
         Self {
             fds: Ok(Vec::new()),
@@ -82,10 +90,12 @@ impl<R> SendOptions<R> {
         }
     }
 
-    /// Adds a descriptor, which is closed in this process once it has been sent. A message has at most
-    /// 16 descriptors.
+    /// Adds a descriptor, which is closed in this process once it has been sent. A message can
+    /// carry at most 16 descriptors.
     ///
-    /// Node: `sendHandle`, without `keepOpen`. See [`SendOptions`] for an example.
+    /// Node: `sendHandle`, without `keepOpen`.
+    ///
+    /// See [`SendOptions`] for an example.
     pub fn fd(mut self, fd: impl Into<OwnedFd>) -> Self {
         if let Ok(fds) = &mut self.fds {
             fds.push(fd.into());
@@ -93,10 +103,12 @@ impl<R> SendOptions<R> {
         self
     }
 
-    /// Adds a copy of a descriptor, which stays open in this process. A message has at most 16
-    /// descriptors.
+    /// Adds a copy of a descriptor. The original stays open in this process. A message can carry at
+    /// most 16 descriptors.
     ///
-    /// Node: `sendHandle`, with `keepOpen`. See [`SendOptions`] for an example.
+    /// Node: `sendHandle`, with `keepOpen`.
+    ///
+    /// See [`SendOptions`] for an example.
     #[doc(alias = "keepOpen")]
     pub fn keep_open(mut self, fd: impl AsFd) -> Self {
         self.fds = self.fds.and_then(|mut fds| {
@@ -106,13 +118,15 @@ impl<R> SendOptions<R> {
         self
     }
 
-    /// Sets the callback for the time when the message has been written to the channel, or cannot be
-    /// written any more. It is not called if `send_with` itself fails, or if the `Master` or `Worker` is
-    /// dropped first.
+    /// Sets the callback for the moment when the message has been written or can no longer be
+    /// written. The callback is not called if `send_with` itself fails, or if the sending `Master`
+    /// or `Worker` is dropped first.
     ///
-    /// Written does not mean read: the receiver may exit first.
+    /// A written message may still remain unread, because the receiver may exit first.
     ///
-    /// Node: `callback`. See [`SendOptions`] for an example.
+    /// Node: `callback`.
+    ///
+    /// See [`SendOptions`] for an example.
     pub fn on_written(mut self, callback: impl FnOnce(&R, Result<()>) + 'static) -> Self {
         self.written = Some(Box::new(callback));
         self

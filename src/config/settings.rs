@@ -13,16 +13,18 @@ use crate::worker::worker_main::WorkerMain;
 
 /// The settings of the processes that [`Master::fork`](crate::Master::fork) starts.
 ///
-/// Node: `cluster.settings`. A value of this type is also the argument of
-/// [`Master::setup_master`](crate::Master::setup_master). There, a setting that the value does not
-/// mention keeps what was set before, and a setting that was [`unset`](Self::unset) gets its default
-/// again.
+/// Node: `cluster.settings`.
 ///
-/// Each setting has one method that sets it and one whose name begins with `get_`. A `get_` method
-/// returns `None` for a setting that has not been set. [`Master::settings`](crate::Master::settings)
-/// returns settings in which the defaults are filled in.
+/// The argument of [`Master::setup_master`](crate::Master::setup_master) also has this type.
+/// `setup_master` keeps the earlier value of each setting that its argument does not mention. It
+/// restores the default of a setting that the argument has [`unset`](Self::unset).
 ///
-/// This type is not `Send`, because it may contain closures. Build it on the thread of the master.
+/// Each setting has a method that sets its value and a getter, whose name begins with `get_`. A
+/// getter returns `None` if the setting has no value. [`Master::settings`](crate::Master::settings)
+/// returns settings with the defaults filled in.
+///
+/// This type is not `Send`, because settings may contain closures. Build them on the master's
+/// thread.
 ///
 /// ```
 /// use cluster::Settings;
@@ -47,13 +49,13 @@ pub struct Settings {
     main: Choice<WorkerMain>,
 }
 
-/// The choice that a value of [`Settings`] makes for one setting.
+/// The choice that one [`Settings`] value makes for one setting.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Choice<T> {
-    /// Nothing: `update` keeps the earlier choice.
+    /// No choice, so `update` keeps the earlier one.
     #[default]
     Unmentioned,
-    /// The default, whatever was set before.
+    /// The default, which replaces any earlier choice.
     Default,
     Value(T),
 }
@@ -66,7 +68,7 @@ impl<T> Choice<T> {
         }
     }
 
-    /// Replaces this choice, if `later` mentions the setting.
+    /// Replaces this choice if `later` mentions the setting.
     fn update(&mut self, later: Self) {
         match later {
             Self::Unmentioned => {}
@@ -80,7 +82,7 @@ impl<T> Choice<T> {
         }
     }
 
-    /// Ends the effect of `unset`, which has been carried out.
+    /// Removes the mark that `unset` has left, because the default is now in effect.
     fn settle(&mut self) {
         if matches!(self, Self::Default) {
             *self = Self::Unmentioned;
@@ -88,47 +90,52 @@ impl<T> Choice<T> {
     }
 }
 
-/// Names a setting, for [`Settings::unset`].
+/// The name of a setting, for [`Settings::unset`].
 ///
-/// Node has no counterpart. See [`Settings::unset`] for an example.
+/// Node has no counterpart.
+///
+/// See [`Settings::unset`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Setting {
-    /// [`Settings::exec`]; the default is the master's own program.
+    /// [`Settings::exec`]. The default is the master's own program.
     Exec,
-    /// [`Settings::exec_args`]; the default is none.
+    /// [`Settings::exec_args`]. The default is no arguments.
     ExecArgs,
-    /// [`Settings::args`]; the default is the master's own arguments.
+    /// [`Settings::args`]. The default is the master's own arguments.
     Args,
-    /// [`Settings::cwd`]; the default is the master's directory.
+    /// [`Settings::cwd`]. The default is the master's working directory.
     Cwd,
-    /// [`Settings::silent`]; the default is `false`.
+    /// [`Settings::silent`]. The default is `false`.
     Silent,
-    /// [`Settings::stdio`]; the default is what `silent` says.
+    /// [`Settings::stdio`]. By default, `silent` decides.
     Stdio,
-    /// [`Settings::listen_fds`]; the default is none.
+    /// [`Settings::listen_fds`]. The default is no descriptors.
     ListenFds,
-    /// [`Settings::detached`]; the default is `false`.
+    /// [`Settings::detached`]. The default is `false`.
     Detached,
-    /// [`Settings::setsid`]; the default is `true` for a detached process and `false` for a worker.
+    /// [`Settings::setsid`]. The default is `true` for a detached process and `false` for a worker.
     Setsid,
-    /// [`Settings::uid`]; the default is the master's user.
+    /// [`Settings::uid`]. The default is the master's user.
     Uid,
-    /// [`Settings::gid`]; the default is the master's groups.
+    /// [`Settings::gid`]. The default is the master's groups.
     Gid,
-    /// [`Settings::inspect_port`]; the default is none.
+    /// [`Settings::inspect_port`]. The default is no port.
     InspectPort,
-    /// [`Settings::main`]; the default is that workers execute a program.
+    /// [`Settings::main`]. By default, workers execute a program.
     Main,
 }
 
 impl Settings {
-    /// Sets the program of the workers: a path, absolute or relative to the master's directory.
+    /// Sets the path of the workers' program. A relative path starts at the master's working
+    /// directory.
     ///
-    /// There is no search in `PATH`. The default is the master's own program. Workers execute the program
-    /// even if [`main`](Self::main) was set before.
+    /// `PATH` is not searched. The default is the master's own program. This method cancels an
+    /// earlier [`main`](Self::main).
     ///
-    /// Node: `settings.exec`. See [`Settings`] for an example.
+    /// Node: `settings.exec`.
+    ///
+    /// See [`Settings`] for an example.
     #[must_use]
     pub fn exec(mut self, program: impl Into<PathBuf>) -> Self {
         self.exec = Choice::Value(program.into());
@@ -138,14 +145,16 @@ impl Settings {
 
     /// Returns the program that [`exec`](Self::exec) sets.
     ///
-    /// Node: `settings.exec`. See [`Settings`] for an example.
+    /// Node: `settings.exec`.
+    ///
+    /// See [`Settings`] for an example.
     #[must_use]
     pub fn get_exec(&self) -> Option<&Path> {
         self.exec.get().map(PathBuf::as_path)
     }
 
-    /// Sets the arguments that come before [`args`](Self::args): those that the program always needs.
-    /// The default is none.
+    /// Sets arguments that precede [`args`](Self::args) on the command line, for example options
+    /// that the program always needs. The default is no arguments.
     ///
     /// Node: `settings.execArgv`.
     ///
@@ -165,16 +174,20 @@ impl Settings {
 
     /// Returns the arguments that [`exec_args`](Self::exec_args) sets.
     ///
-    /// Node: `settings.execArgv`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.execArgv`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_exec_args(&self) -> Option<&[OsString]> {
         self.exec_args.get().map(Vec::as_slice)
     }
 
-    /// Sets the arguments of the workers, without the program's name. The default is the master's own
+    /// Sets the workers' arguments, without the program's name. The default is the master's own
     /// arguments.
     ///
-    /// Node: `settings.args`. See [`Settings`] for an example.
+    /// Node: `settings.args`.
+    ///
+    /// See [`Settings`] for an example.
     #[must_use]
     pub fn args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
         self.args = Choice::Value(args.into_iter().map(Into::into).collect());
@@ -183,13 +196,15 @@ impl Settings {
 
     /// Returns the arguments that [`args`](Self::args) sets.
     ///
-    /// Node: `settings.args`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.args`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_args(&self) -> Option<&[OsString]> {
         self.args.get().map(Vec::as_slice)
     }
 
-    /// Sets the directory in which workers start. The default is the master's.
+    /// Sets the workers' working directory. The default is the master's working directory.
     ///
     /// Node: `settings.cwd`.
     ///
@@ -205,39 +220,46 @@ impl Settings {
 
     /// Returns the directory that [`cwd`](Self::cwd) sets.
     ///
-    /// Node: `settings.cwd`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.cwd`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_cwd(&self) -> Option<&Path> {
         self.cwd.get().map(PathBuf::as_path)
     }
 
-    /// Sets whether a worker's standard input, output and error are pipes to the master
-    /// ([`Process::take_stdio`](crate::Process::take_stdio)) instead of the master's own. The default is
-    /// `false`.
+    /// Sets whether a worker's standard input, output and error are connected to the master.
+    /// Otherwise, the worker inherits the master's. The default is `false`.
     ///
-    /// Node: `settings.silent`. See [`Process::take_stdio`](crate::Process::take_stdio) for an
-    /// example.
+    /// Node: `settings.silent`.
+    ///
+    /// See [`Process::take_stdio`](crate::Process::take_stdio) for an example.
     #[must_use]
     pub fn silent(mut self, silent: bool) -> Self {
         self.silent = Choice::Value(silent);
         self
     }
 
-    /// Returns what [`silent`](Self::silent) sets.
+    /// Returns the value of [`silent`](Self::silent).
     ///
-    /// Node: `settings.silent`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.silent`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_silent(&self) -> Option<bool> {
         self.silent.get().copied()
     }
 
-    /// Sets what a worker's descriptors 0, 1, 2 and so on are, instead of what
-    /// [`silent`](Self::silent) says.
+    /// Sets a worker's descriptors 0, 1, 2 and so on. This setting overrides
+    /// [`silent`](Self::silent).
     ///
-    /// If the list has fewer than three entries, the rest of descriptors 0 to 2 are the master's. There
-    /// is no entry for the channel, which has a higher number than all entries.
+    /// If the list has fewer than three entries, the worker inherits the rest of descriptors 0 to 2
+    /// from the master. The list has no entry for the channel, whose descriptor number is higher
+    /// than all of these.
     ///
-    /// Node: `settings.stdio`. See [`Stdio`] for an example.
+    /// Node: `settings.stdio`.
+    ///
+    /// See [`Stdio`] for an example.
     #[must_use]
     pub fn stdio(mut self, stdio: impl IntoIterator<Item = Stdio>) -> Self {
         self.stdio = Choice::Value(stdio.into_iter().collect());
@@ -246,29 +268,36 @@ impl Settings {
 
     /// Returns the list that [`stdio`](Self::stdio) sets.
     ///
-    /// Node: `settings.stdio`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.stdio`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_stdio(&self) -> Option<&[Stdio]> {
         self.stdio.get().map(Vec::as_slice)
     }
 
-    /// Sets the descriptors that workers are passed as systemd passes them to a service: as numbers 3, 4
-    /// and so on, each with a name. The default is none, and so is an empty list.
+    /// Sets the descriptors to pass to workers by systemd's protocol, as numbers 3, 4 and so on.
+    /// Each descriptor has a name. By default, or with an empty list, no descriptors are passed.
     ///
-    /// Node has no counterpart. The worker finds `LISTEN_FDS`, `LISTEN_FDNAMES` and `LISTEN_PID` in its
-    /// environment. Any program that supports systemd's socket activation can therefore be a worker,
-    /// without knowing this crate. Such a worker has only the events `fork`, `disconnect` and `exit`. It
-    /// does not receive the request to disconnect: send it a signal
-    /// ([`Process::kill`](crate::Process::kill)), or let the deadline of `disconnect_within` kill it. A
-    /// worker that uses this crate takes the descriptors with
+    /// Node has no counterpart.
+    ///
+    /// The worker's environment contains `LISTEN_FDS`, `LISTEN_FDNAMES` and `LISTEN_PID`. Any
+    /// program that supports systemd's socket activation can therefore be a worker, even if it does
+    /// not use this crate. A worker without this crate causes only the events `fork`, `disconnect`
+    /// and `exit`, and cannot receive a disconnect request. To end the worker, send a signal with
+    /// [`Process::kill`](crate::Process::kill), or call `disconnect_within`, whose deadline kills
+    /// it.
+    ///
+    /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
-    /// All workers share the descriptors, and accept from a listener by themselves. If one of them
-    /// makes it non-blocking, it is non-blocking for all, and for the master.
+    /// All workers share the descriptors, and accept connections from a passed listener themselves.
+    /// If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
+    /// workers and for the master.
     ///
-    /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because both settings would
-    /// claim descriptor 3. It also fails unless each name is 1 to 255 characters of printable ASCII
-    /// without a colon.
+    /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because both settings
+    /// would then define descriptor 3. `fork` also fails unless each name consists of 1 to 255
+    /// printable ASCII characters other than a colon.
     ///
     /// ```
     /// use std::net::TcpListener;
@@ -294,35 +323,40 @@ impl Settings {
 
     /// Returns the names and descriptors that [`listen_fds`](Self::listen_fds) sets.
     ///
-    /// Node has no counterpart. See [`Settings`] for an example of such a method.
+    /// Node has no counterpart.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_listen_fds(&self) -> Option<&[(String, Stdio)]> {
         self.listen_fds.get().map(Vec::as_slice)
     }
 
-    /// Sets whether the process is not a worker but a program that outlives the master, such as its
-    /// successor. The default is `false`.
+    /// Sets whether the process is detached: not a worker, but a program that may outlive the
+    /// master, such as a new master. The default is `false`.
     ///
-    /// Node: `options.detached` of `child_process`. A detached process is not a worker:
+    /// Node: `options.detached` of `child_process`.
     ///
-    /// - It has no channel, and its `init` returns a master. It is not in
-    ///   [`Master::workers`](crate::Master::workers). Of the cluster's callbacks, only those for `error`
-    ///   are called for it.
-    /// - Nothing waits for it: [`Master::run`](crate::Master::run) returns, and a
-    ///   [`disconnect`](crate::Master::disconnect) of all workers finishes, while it runs. Node's parent
-    ///   waits for it until `unref`; here [`Process::reference`](crate::Process::reference) makes `run`
-    ///   wait.
-    /// - Only [`Process::kill`](crate::Process::kill) and
-    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) end it. Both signal it at once. A deadline of
-    ///   `disconnect_within`, a pool that stops, and the end of the master do not end it.
-    ///   [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does nothing.
-    /// - It leads a session of its own, unless [`setsid`](Self::setsid) says otherwise. A signal to
-    ///   the master's process group, and the SIGHUP of its terminal, do not reach it.
+    /// A detached process differs from a worker as follows:
     ///
-    /// `fork` returns its handle. Its number is one that no worker has, and its state is
-    /// [`Disconnected`](crate::WorkerState::Disconnected). While the master's loop runs, the exit of the
-    /// process is handled: its callbacks of [`on_exit`](crate::WorkerProcess::on_exit) are called, and it
-    /// leaves no zombie. `fork` fails if [`main`](Self::main) is set, too.
+    /// - The process has no channel. Its `init` returns a master, and
+    ///   [`Master::workers`](crate::Master::workers) does not contain it. Of the cluster's
+    ///   callbacks, only those for `error` are called for the process.
+    /// - The master does not wait for the process. [`Master::run`](crate::Master::run) may return,
+    ///   and a [`disconnect`](crate::Master::disconnect) of all workers may finish, while the
+    ///   process runs. Call [`Process::reference`](crate::Process::reference) to make `run` wait.
+    ///   In Node, the parent waits unless it calls `unref`.
+    /// - Of this crate's methods, only [`Process::kill`](crate::Process::kill) and
+    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) end the process. Both send the signal
+    ///   immediately. The process survives a deadline of `disconnect_within`, a pool's stop and the
+    ///   master's exit. [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does
+    ///   nothing.
+    /// - The process leads its own session unless [`setsid`](Self::setsid) is `false`. Signals to
+    ///   the master's process group and the terminal's SIGHUP therefore do not reach the process.
+    ///
+    /// `fork` returns a handle for the process. The handle's id differs from all worker ids, and
+    /// its state is [`Disconnected`](crate::WorkerState::Disconnected). While the master's loop
+    /// runs, the process's exit calls its [`on_exit`](crate::WorkerProcess::on_exit) callbacks, and
+    /// no zombie remains. `fork` fails if [`main`](Self::main) is also set.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -342,22 +376,26 @@ impl Settings {
         self
     }
 
-    /// Returns what [`detached`](Self::detached) sets.
+    /// Returns the value of [`detached`](Self::detached).
     ///
-    /// Node: `options.detached` of `child_process`. See [`Settings`] for an example of such a method.
+    /// Node: `options.detached` of `child_process`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_detached(&self) -> Option<bool> {
         self.detached.get().copied()
     }
 
-    /// Sets whether the process leads a session and a process group of its own, without a controlling
-    /// terminal (setsid(2)). The default is `true` for a [`detached`](Self::detached) process and `false`
-    /// for a worker.
+    /// Sets whether the process leads its own session and process group, without a controlling
+    /// terminal. See setsid(2). The default is `true` for a [`detached`](Self::detached) process
+    /// and `false` for a worker.
     ///
-    /// Node: a part of `options.detached` of `child_process`. A detached process that stays in the
-    /// master's session and process group still gets the signals that a terminal (Ctrl-C) or a
-    /// supervisor sends to the whole group. [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new
-    /// master this way.
+    /// Node: a part of `options.detached` of `child_process`.
+    ///
+    /// If a detached process stays in the master's session and process group, it receives the
+    /// signals that a terminal or a supervisor sends to the whole group. For example, a terminal
+    /// sends SIGINT for Ctrl-C. [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new master
+    /// with `setsid(false)`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -372,23 +410,28 @@ impl Settings {
         self
     }
 
-    /// Returns what [`setsid`](Self::setsid) sets.
+    /// Returns the value of [`setsid`](Self::setsid).
     ///
-    /// Node: a part of `options.detached` of `child_process`. See [`Settings`] for an example of such a
-    /// method.
+    /// Node: a part of `options.detached` of `child_process`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_setsid(&self) -> Option<bool> {
         self.setsid.get().copied()
     }
 
-    /// Sets the user that workers run as. The master must be allowed to change its user, as root is;
-    /// otherwise `fork` fails.
+    /// Sets the user id of the workers. `fork` fails unless the master has the permission to change
+    /// its user, for example as root.
     ///
-    /// Node: `settings.uid`. The worker has no supplementary groups. Unless the user is root (0), it has
-    /// no capabilities either, whatever the master has: the permitted, effective, inheritable and ambient
-    /// sets are empty before the program or [`main`](Self::main) begins. The bounding set, the securebits
-    /// and `no_new_privs` stay as they are (capabilities(7)). `fork` waits for such a worker for at most
-    /// one second.
+    /// Node: `settings.uid`.
+    ///
+    /// The worker has no supplementary groups. Unless the user is root (0), the worker has no
+    /// capabilities, even if the master has some. The permitted, effective, inheritable and ambient
+    /// sets are empty before the program or [`main`](Self::main) begins. The bounding set, the
+    /// securebits and `no_new_privs` do not change. See capabilities(7).
+    ///
+    /// If this setting has a value, `fork` waits at most one second until the worker has changed
+    /// its user.
     ///
     /// ```
     /// let settings = cluster::Settings::default().gid(65534).uid(65534);
@@ -402,17 +445,21 @@ impl Settings {
 
     /// Returns the user that [`uid`](Self::uid) sets.
     ///
-    /// Node: `settings.uid`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.uid`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_uid(&self) -> Option<u32> {
         self.uid.get().copied()
     }
 
-    /// Sets the group that workers run as. The master must be allowed to change its groups, as root is;
-    /// otherwise `fork` fails.
+    /// Sets the group id of the workers. `fork` fails unless the master has the permission to
+    /// change its groups, for example as root.
     ///
-    /// Node: `settings.gid`. The worker has no supplementary groups. Without [`uid`](Self::uid) it
-    /// keeps the master's user and capabilities. See `uid` for an example.
+    /// Node: `settings.gid`.
+    ///
+    /// The worker has no supplementary groups. Without [`uid`](Self::uid), the worker keeps the
+    /// master's user and capabilities. See `uid` for an example.
     #[must_use]
     pub fn gid(mut self, gid: u32) -> Self {
         self.gid = Choice::Value(gid);
@@ -421,16 +468,20 @@ impl Settings {
 
     /// Returns the group that [`gid`](Self::gid) sets.
     ///
-    /// Node: `settings.gid`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.gid`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_gid(&self) -> Option<u32> {
         self.gid.get().copied()
     }
 
-    /// Sets a port for each worker, for a debugger or a page with metrics. The worker gets it from
-    /// [`Worker::inspect_port`](crate::Worker::inspect_port). The default is none.
+    /// Sets a port for each worker, for example for a debugger or a metrics page. The worker reads
+    /// its port with [`Worker::inspect_port`](crate::Worker::inspect_port). The default is no port.
     ///
-    /// Node: `settings.inspectPort`. See [`InspectPort`] for an example.
+    /// Node: `settings.inspectPort`.
+    ///
+    /// See [`InspectPort`] for an example.
     #[doc(alias = "inspectPort")]
     #[must_use]
     pub fn inspect_port(mut self, port: impl Into<InspectPort>) -> Self {
@@ -438,50 +489,58 @@ impl Settings {
         self
     }
 
-    /// Returns what [`inspect_port`](Self::inspect_port) sets.
+    /// Returns the value of [`inspect_port`](Self::inspect_port).
     ///
-    /// Node: `settings.inspectPort`. See [`Settings`] for an example of such a method.
+    /// Node: `settings.inspectPort`.
+    ///
+    /// See [`Settings`] for an example of a getter.
     #[must_use]
     pub fn get_inspect_port(&self) -> Option<&InspectPort> {
         self.inspect_port.get()
     }
 
-    /// Sets a closure that workers run instead of executing a program. The worker exits with the code
-    /// that the closure returns, or with 101 if the closure panics. The default is that workers execute a
-    /// program.
+    /// Sets a closure that workers run instead of executing a program. The worker exits with the
+    /// code that the closure returns, or with 101 if the closure panics. By default, workers
+    /// execute a program.
     ///
-    /// Node has no counterpart. A worker is then a copy of the master's process. The two share all memory
-    /// that neither of them changes. The closure gets the [`Worker`] that [`init`](crate::init()) would
-    /// return to a program; `is_worker` is true, and a call of `init` is an error. All other settings
-    /// apply except [`exec_args`](Self::exec_args) and [`args`](Self::args): the arguments are the
-    /// master's. A later [`exec`](Self::exec) ends the effect of `main`.
+    /// Node has no counterpart.
     ///
-    /// *Descriptors.* Those that the master has opened for itself are closed in the worker, and so are
-    /// those that it [`watch`](crate::Master::watch)es: a closure that needs such a descriptor has its own
-    /// copy (`try_clone`). If the application may have another handle of a descriptor, its number is not
-    /// freed but refers to an unconnected socket, so that the handle can be dropped and reaches nothing.
-    /// The application's other descriptors stay open, unless [`stdio`](Self::stdio) replaces them.
+    /// With this setting, a worker is a copy of the master's process. The two share all memory that
+    /// neither of them changes. The closure receives the [`Worker`] that [`init`](crate::init())
+    /// would return to a program. In the closure, `is_worker` returns true and `init` fails. The
+    /// worker has the master's arguments, so [`exec_args`](Self::exec_args) and
+    /// [`args`](Self::args) have no effect. All other settings apply. A later [`exec`](Self::exec)
+    /// cancels `main`.
     ///
-    /// *Output.* The buffer of [`std::io::stdout`] is flushed before each fork, so that its contents are
-    /// printed once. Other buffers, such as a [`BufWriter`](std::io::BufWriter) of the application, are
-    /// copied with their contents.
+    /// *Descriptors.* In the worker, the crate closes the master's internal descriptors and those
+    /// that the master [`watch`](crate::Master::watch)es. If the closure needs a watched
+    /// descriptor, give it a copy made with `try_clone`. If the application may hold another handle
+    /// for a closed descriptor, an unconnected socket takes over the descriptor's number. The
+    /// handle can then be dropped safely. The application's other descriptors stay open unless
+    /// [`stdio`](Self::stdio) replaces them.
     ///
-    /// *Memory.* A value that was drawn at random before the fork, such as a seed, is the same in all
-    /// workers. When the closure returns, only what it owns is dropped: the worker then calls
-    /// [`std::process::exit`]. If the closure owns handles of the master or its workers, their methods
-    /// return [`Error::ForeignProcess`](crate::Error::ForeignProcess) or do nothing. A fork takes longer
-    /// the more memory the master has. A worker of another [`uid`](Self::uid) still has a copy of all
-    /// secrets in the master's memory.
+    /// *Output.* The master flushes [`std::io::stdout`] before each fork, so that its buffered
+    /// contents are printed only once. Other buffers, such as the application's own
+    /// [`BufWriter`](std::io::BufWriter), are copied with their contents.
     ///
-    /// *Threads.* The master must have one thread: a worker has a copy of the thread that forked and of no
-    /// other, and a lock that another thread held at that moment, for instance in the allocator, is never
-    /// released. If the master has more threads, `fork` fails with [`Error::Fork`](crate::Error::Fork) of
-    /// the kind [`Deadlock`](std::io::ErrorKind::Deadlock), and no process is made. Threads that have been
-    /// joined do not count. Outside Linux, and in a sandbox that refuses unshare(2) and has no `/proc`, the
-    /// number of threads is unknown and not checked.
+    /// *Memory.* A random value from before the fork, such as a seed, is the same in all workers.
+    /// When the closure returns, the worker drops the values that the closure owns and calls
+    /// [`std::process::exit`]. No other values are dropped. If the closure owns handles of the
+    /// master or its workers, their methods return
+    /// [`Error::ForeignProcess`](crate::Error::ForeignProcess) or do nothing. The more memory the
+    /// master uses, the longer a fork takes. A worker with another [`uid`](Self::uid) still has a
+    /// copy of all secrets in the master's memory.
     ///
-    /// *Signals* have their default effect, except that SIGPIPE stays ignored if the master ignores it, as
-    /// Rust programs do.
+    /// *Threads.* The master must have only one thread, because a fork copies only the calling
+    /// thread. A lock that another thread holds during the fork, for example in the allocator,
+    /// would never be released in the worker. If the master has more threads, `fork` starts no
+    /// process and fails with [`Error::Fork`](crate::Error::Fork) of the kind
+    /// [`Deadlock`](std::io::ErrorKind::Deadlock). Joined threads do not count. The number of
+    /// threads is not checked outside Linux, nor in a sandbox that forbids unshare(2) and has no
+    /// `/proc`.
+    ///
+    /// *Signals.* All signals have their default effect in the worker, with one exception. If the
+    /// master ignores SIGPIPE, as Rust programs do by default, the worker also ignores it.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -502,7 +561,7 @@ impl Settings {
         self
     }
 
-    /// Returns whether workers run the closure of [`main`](Self::main) instead of a program.
+    /// Returns whether workers run a closure set with [`main`](Self::main) instead of a program.
     ///
     /// Node has no counterpart.
     ///
@@ -517,11 +576,13 @@ impl Settings {
         self.get_main().is_some()
     }
 
-    /// Gives a setting its default again.
+    /// Restores the default of a setting.
     ///
-    /// Node has no counterpart. As an argument of [`Master::setup_master`](crate::Master::setup_master)
-    /// the result replaces an earlier value by the default. A later call of the setting's method sets a
-    /// value again.
+    /// Node has no counterpart.
+    ///
+    /// If the result is passed to [`Master::setup_master`](crate::Master::setup_master), the
+    /// default replaces the setting's earlier value. A later call of the setting's own method
+    /// overrides `unset`.
     ///
     /// ```
     /// use cluster::{Setting, Settings};
@@ -558,7 +619,8 @@ impl Settings {
     /// Fills in the defaults of the settings that always have a value.
     pub(crate) fn complete(mut self) -> Self {
         self.exec.fill(|| {
-            // Without /proc, use the name by which the program was started.
+            // If `current_exe` fails because `/proc` is missing, use the name with which the
+            // program was started.
             let name = || std::env::args_os().next().map(PathBuf::from);
             std::env::current_exe()
                 .ok()
@@ -580,9 +642,10 @@ impl Settings {
         self
     }
 
-    /// Replaces the settings that `later` mentions and keeps the rest.
+    /// Replaces the settings that `later` mentions. The other settings keep their values.
     pub(crate) fn update(&mut self, later: Self) {
-        // A later program ends the effect of `main`, unless `later` has both.
+        // A later `exec` cancels an earlier `main`. If `later` has a `main` of its own, the update
+        // at the end of this function sets it.
         if later.exec.get().is_some() {
             self.main = Choice::Unmentioned;
         }
@@ -601,7 +664,7 @@ impl Settings {
         self.main.update(later.main);
     }
 
-    /// The descriptors that [`stdio`](Self::stdio) copies into workers.
+    /// Returns the descriptors that [`stdio`](Self::stdio) copies into workers.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
         let stdio = self.get_stdio().into_iter().flatten();
         stdio.filter_map(|stdio| match &stdio.0 {
@@ -610,11 +673,12 @@ impl Settings {
         })
     }
 
-    /// Combines `stdio` or `silent` with `listen_fds`, whose descriptors come after the first three.
+    /// Returns the worker's complete list of descriptors. The list begins with `stdio`, or with the
+    /// effect of `silent`. The descriptors of `listen_fds` follow from descriptor 3 on.
     ///
     /// # Errors
     ///
-    /// Both `stdio` and `listen_fds` claim descriptor 3.
+    /// Returns an error if both `stdio` and `listen_fds` define descriptor 3.
     pub(crate) fn effective_stdio(&self) -> io::Result<Vec<Stdio>> {
         let mut stdio = match (self.get_stdio(), self.get_silent()) {
             (Some(stdio), _) => stdio.to_vec(),
@@ -691,7 +755,7 @@ mod tests {
         Setting::Main,
     ];
 
-    /// Which settings have a value, in the order of `ALL`.
+    /// Returns whether each setting has a value, in the order of `ALL`.
     fn are_set(settings: &Settings) -> [bool; 13] {
         [
             settings.get_exec().is_some(),

@@ -4,13 +4,14 @@ use std::ffi::OsString;
 
 use crate::config::settings::Settings;
 
-/// The argument of [`Master::fork_as`](crate::Master::fork_as): settings, and variables of the
-/// environment.
+/// Settings and environment variables of a process, for
+/// [`Master::fork_as`](crate::Master::fork_as).
 ///
-/// Node has no counterpart. A value can also be made from [`Settings`] by [`From`], so that `fork_as`
-/// takes settings alone.
+/// Node has no counterpart.
 ///
-/// This type is not `Send`, as [`Settings`] is not. Build it on the thread of the master.
+/// [`Settings`] convert into options without variables, so `fork_as` also accepts plain settings.
+///
+/// Like [`Settings`], this type is not `Send`. Build the options on the master's thread.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -30,7 +31,9 @@ pub struct SpawnOptions {
 impl SpawnOptions {
     /// Returns options with these settings and no additional variables.
     ///
-    /// Node has no counterpart. See [`SpawnOptions`] for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`SpawnOptions`] for an example.
     pub fn new(settings: Settings) -> Self {
         Self {
             settings,
@@ -38,15 +41,18 @@ impl SpawnOptions {
         }
     }
 
-    /// Adds a variable to the environment of the process, or replaces one.
+    /// Adds a variable to the environment of the process, or replaces its value.
     ///
-    /// Node: an entry of the argument of `cluster.fork()`. See [`SpawnOptions`] for an example.
+    /// Node: an entry of the argument of `cluster.fork()`.
+    ///
+    /// See [`SpawnOptions`] for an example.
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.env.push((name.into(), value.into()));
         self
     }
 
-    /// Adds several variables, as [`env`](Self::env) adds one. The last value of a name counts.
+    /// Adds several variables to the environment, like [`env`](Self::env). If a name occurs more
+    /// than once, its last value takes effect.
     ///
     /// Node: the argument of `cluster.fork()`.
     ///

@@ -1,9 +1,9 @@
-//! The kinds of a worker's standard descriptors.
+//! The settings of a worker's descriptors.
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-/// The kind of one of a worker's descriptors, for [`Settings::stdio`](crate::Settings::stdio).
+/// The setting of one worker descriptor, for [`Settings::stdio`](crate::Settings::stdio).
 ///
 /// Node: an entry of `settings.stdio`.
 ///
@@ -31,44 +31,52 @@ pub(crate) enum StdioKind {
 }
 
 impl Stdio {
-    /// The master's descriptor of the same number.
+    /// Passes on the master's descriptor with the same number.
     ///
-    /// Node: `'inherit'`. See [`Stdio`] for an example.
+    /// Node: `'inherit'`.
+    ///
+    /// See [`Stdio`] for an example.
     #[must_use]
     pub fn inherit() -> Self {
         Self(StdioKind::Inherit)
     }
 
-    /// `/dev/null`.
+    /// Connects the descriptor to `/dev/null`.
     ///
-    /// Node: `'ignore'`. See [`Stdio`] for an example.
+    /// Node: `'ignore'`.
+    ///
+    /// See [`Stdio`] for an example.
     #[doc(alias = "ignore")]
     #[must_use]
     pub fn null() -> Self {
         Self(StdioKind::Null)
     }
 
-    /// One end of a stream whose other end the master has, for
+    /// Connects the descriptor to the master, which takes its end with
     /// [`Process::take_stdio`](crate::Process::take_stdio). Both ends can be read and written.
     ///
-    /// The stream is a socket. The worker cannot open it by a name such as `/dev/stdout`.
+    /// The connection is a socket, so the worker cannot open it by a name such as `/dev/stdout`.
     ///
-    /// Node: `'pipe'`. See [`Stdio`] for an example.
+    /// Node: `'pipe'`.
+    ///
+    /// See [`Stdio`] for an example.
     #[must_use]
     pub fn pipe() -> Self {
         Self(StdioKind::Pipe)
     }
 
-    /// A descriptor of the master. Each worker gets a copy.
+    /// Passes a copy of a descriptor to each worker.
     ///
-    /// Node: a number, or a stream. See [`Stdio`] for an example.
+    /// Node: a number, or a stream.
+    ///
+    /// See [`Stdio`] for an example.
     #[must_use]
     pub fn fd(descriptor: impl Into<OwnedFd>) -> Self {
         Self(StdioKind::Fd(Rc::new(descriptor.into())))
     }
 }
 
-/// Two descriptors of [`Stdio::fd`] are equal if one value is a clone of the other.
+/// Compares two settings. Two values of [`Stdio::fd`] are equal if one is a clone of the other.
 impl PartialEq for Stdio {
     fn eq(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {

@@ -9,7 +9,9 @@ use super::failure::WorkerFailure;
 
 /// An event of a pool, for [`Pool::on_event`](super::Pool::on_event), which has an example.
 ///
-/// Node has no counterpart. Its `Display` output is one line for a log.
+/// Node has no counterpart.
+///
+/// Its `Display` output is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PoolEvent {
@@ -94,7 +96,9 @@ pub enum PoolEvent {
 
 /// A limit of a worker.
 ///
-/// Node has no counterpart. See [`PoolEvent::Recycling`].
+/// Node has no counterpart.
+///
+/// See [`PoolEvent::Recycling`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Limit {
@@ -108,7 +112,9 @@ pub enum Limit {
 
 /// The reason why a reload failed.
 ///
-/// Node has no counterpart. See [`PoolEvent::ReloadFailed`].
+/// Node has no counterpart.
+///
+/// See [`PoolEvent::ReloadFailed`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReloadFailure {
@@ -120,7 +126,9 @@ pub enum ReloadFailure {
 
 /// The reason why an upgrade failed.
 ///
-/// Node has no counterpart. See [`PoolEvent::UpgradeFailed`].
+/// Node has no counterpart.
+///
+/// See [`PoolEvent::UpgradeFailed`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum UpgradeFailure {

@@ -9,8 +9,10 @@ use cluster::WorkerId;
 /// The failure of a worker: it exited although the pool had not disconnected it, or it could not be
 /// forked.
 ///
-/// Node has no counterpart. It is part of [`PoolEvent::WorkerFailed`](super::PoolEvent::WorkerFailed)
-/// and of the [status](super::SlotStatus::last_failure). Its `Display` output is one line for a log.
+/// Node has no counterpart.
+///
+/// It is part of [`PoolEvent::WorkerFailed`](super::PoolEvent::WorkerFailed) and of the
+/// [status](super::SlotStatus::last_failure). Its `Display` output is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerFailure {
@@ -36,7 +38,9 @@ pub struct WorkerFailure {
 
 /// The cause of a worker's failure.
 ///
-/// Node has no counterpart. See [`WorkerFailure::cause`].
+/// Node has no counterpart.
+///
+/// See [`WorkerFailure::cause`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureCause {

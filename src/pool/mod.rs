@@ -71,8 +71,9 @@ use upgrade::{OldMaster, OwnProgram};
 
 /// The environment variable with the number of a worker's slot, from 0.
 ///
-/// Node: `NODE_APP_INSTANCE` of process managers. A replacement has the number of the worker that it
-/// replaces.
+/// Node: `NODE_APP_INSTANCE` of process managers.
+///
+/// A replacement has the number of the worker that it replaces.
 ///
 /// ```no_run
 /// let slot = std::env::var(cluster::pool::SLOT);
@@ -95,8 +96,10 @@ pub const READY: &[u8] = b"\0cluster:ready";
 /// The message by which a worker reports that it is alive, with [`PoolOptions::heartbeat_timeout`]. It is
 /// also delivered as any other message.
 ///
-/// Node has no counterpart. A worker that blocks sends it while it waits for a connection, and not while
-/// it serves one. The heartbeat timeout is then the longest time that a request may take.
+/// Node has no counterpart.
+///
+/// A worker that blocks sends it while it waits for a connection, and not while it serves one. The
+/// heartbeat timeout is then the longest time that a request may take.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -112,9 +115,11 @@ pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 
 /// A supervisor of workers.
 ///
-/// Node has no counterpart. A clone is a handle to the same pool. Methods that change the pool take the
-/// master, which every callback gets as an argument, and may be called inside callbacks. After the master
-/// has been dropped they have no effect.
+/// Node has no counterpart.
+///
+/// A clone is a handle to the same pool. Methods that change the pool take the master, which every
+/// callback gets as an argument, and may be called inside callbacks. After the master has been
+/// dropped they have no effect.
 ///
 /// The application may send messages to the workers of a pool, and may kill them: the pool replaces them.
 /// It must not disconnect them. Workers that the application itself forks do not belong to the pool.
@@ -170,8 +175,10 @@ impl fmt::Debug for Pool {
 impl Pool {
     /// Creates a pool. Its workers are forked in the next iteration of the loop.
     ///
-    /// Node has no counterpart. A worker that cannot be forked has failed, with
-    /// [`FailureCause::ForkFailed`], and is replaced like any other.
+    /// Node has no counterpart.
+    ///
+    /// A worker that cannot be forked has failed, with [`FailureCause::ForkFailed`], and is
+    /// replaced like any other.
     ///
     /// See the [module](self) for an example.
     #[must_use]
@@ -200,8 +207,10 @@ impl Pool {
     /// Opens a listener that outlives all workers. While no worker listens, clients wait in the kernel's
     /// queue. It is closed when the pool stops.
     ///
-    /// Node has no counterpart. Workers share the listener by listening on the same address. Call it
-    /// before the loop runs, so that no worker listens first.
+    /// Node has no counterpart.
+    ///
+    /// Workers share the listener by listening on the same address. Call it before the loop runs,
+    /// so that no worker listens first.
     ///
     /// # Errors
     ///
@@ -230,7 +239,9 @@ impl Pool {
     /// Clients in the kernel's queue are served. Workers that have not exited within
     /// [`PoolOptions::drain_timeout`] are killed.
     ///
-    /// Node has no counterpart. A pool cannot be started again.
+    /// Node has no counterpart.
+    ///
+    /// A pool cannot be started again.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -277,8 +288,10 @@ impl Pool {
 impl Pool {
     /// Adds a callback for the events of the pool.
     ///
-    /// Node has no counterpart. Events are delivered by the loop, never inside a method of the pool. The
-    /// callback can be removed with [`remove_callback`](Self::remove_callback).
+    /// Node has no counterpart.
+    ///
+    /// Events are delivered by the loop, never inside a method of the pool. The callback can be
+    /// removed with [`remove_callback`](Self::remove_callback).
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool) {
@@ -327,7 +340,9 @@ impl Pool {
     /// [`FailureAction::GiveUp`] while a worker of another slot is ready, and
     /// [`FailureAction::StopPool`] otherwise.
     ///
-    /// Node has no counterpart. The callback is called by the loop, never inside a method of the pool.
+    /// Node has no counterpart.
+    ///
+    /// The callback is called by the loop, never inside a method of the pool.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool) {
@@ -403,10 +418,12 @@ impl Pool {
     /// Replaces all workers without losing a client. Each worker is disconnected only after its
     /// replacement has been ready for [`PoolOptions::min_ready_time`].
     ///
-    /// Node has no counterpart. A reload ends in [`PoolEvent::Reloaded`]. If a new worker fails or is not
-    /// ready in time, the reload ends in [`PoolEvent::ReloadFailed`], and workers that have not been
-    /// replaced stay. If the [`surge`](PoolOptions::surge) equals the number of slots, either all workers
-    /// are replaced or none. A reload that is requested during another one begins after it.
+    /// Node has no counterpart.
+    ///
+    /// A reload ends in [`PoolEvent::Reloaded`]. If a new worker fails or is not ready in time, the
+    /// reload ends in [`PoolEvent::ReloadFailed`], and workers that have not been replaced stay. If
+    /// the [`surge`](PoolOptions::surge) equals the number of slots, either all workers are
+    /// replaced or none. A reload that is requested during another one begins after it.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -422,8 +439,10 @@ impl Pool {
     /// Workers of the old generation that fail during the reload, or after it has failed, are replaced
     /// with the old settings.
     ///
-    /// Node has no counterpart. As with [`Master::fork_as`], a setting that is not set has its default.
-    /// To change one setting alone, begin with [`Master::settings`].
+    /// Node has no counterpart.
+    ///
+    /// As with [`Master::fork_as`], a setting that is not set has its default. To change one
+    /// setting alone, begin with [`Master::settings`].
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -438,7 +457,9 @@ impl Pool {
     /// Cancels a reload. New workers that have not replaced a worker yet are disconnected. An application
     /// that finds its [`canary`](PoolOptions::canary) faulty calls this.
     ///
-    /// Node has no counterpart. Without a reload in progress, nothing happens.
+    /// Node has no counterpart.
+    ///
+    /// Without a reload in progress, nothing happens.
     ///
     /// ```no_run
     /// # fn looks_bad() -> bool { true }

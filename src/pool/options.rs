@@ -6,9 +6,11 @@ use cluster::Signal;
 
 /// The options of a [`Pool`](super::Pool): sizes, timeouts and limits.
 ///
-/// Node has no counterpart. Each method replaces the value of one option. An option that may be absent
-/// takes an [`Option`], and costs nothing while it is `None`. The methods whose names begin with `get_`
-/// return the values.
+/// Node has no counterpart.
+///
+/// Each method replaces the value of one option. An option that may be absent takes an [`Option`],
+/// and costs nothing while it is `None`. The methods whose names begin with `get_` return the
+/// values.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,7 +49,9 @@ pub struct PoolOptions {
 
 /// The proof that a worker is ready, for [`PoolOptions::readiness`].
 ///
-/// Node has no counterpart. See [`PoolOptions::readiness`] for an example.
+/// Node has no counterpart.
+///
+/// See [`PoolOptions::readiness`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Readiness {
@@ -64,7 +68,9 @@ pub enum Readiness {
 
 /// The first step of a reload, for [`PoolOptions::canary`].
 ///
-/// Node has no counterpart. See [`PoolOptions::canary`] for an example.
+/// Node has no counterpart.
+///
+/// See [`PoolOptions::canary`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Canary {
@@ -77,7 +83,9 @@ pub struct Canary {
 impl Canary {
     /// Makes a first step of `workers` new workers, which serve beside all old workers for `duration`.
     ///
-    /// Node has no counterpart. See [`PoolOptions::canary`] for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`PoolOptions::canary`] for an example.
     #[must_use]
     pub fn new(workers: usize, duration: Duration) -> Self {
         Self { workers, duration }

@@ -43,9 +43,11 @@ impl Pool {
     /// SIGTERM and SIGINT stop the pool; the second one stops it at once. SIGQUIT stops it at once,
     /// SIGHUP reloads it, and SIGUSR2 upgrades it. SIGTTIN adds a slot, and SIGTTOU removes one.
     ///
-    /// Node has no counterpart. Other callbacks for the same signals are called, too. To give one of
-    /// these signals another effect, call [`on_signal`](Self::on_signal) for each signal instead. The
-    /// callbacks can be removed with [`Master::remove_callback`].
+    /// Node has no counterpart.
+    ///
+    /// Other callbacks for the same signals are called, too. To give one of these signals another
+    /// effect, call [`on_signal`](Self::on_signal) for each signal instead. The callbacks can be
+    /// removed with [`Master::remove_callback`].
     ///
     /// # Errors
     ///
@@ -60,7 +62,9 @@ impl Pool {
 
     /// Gives a signal an effect on the pool.
     ///
-    /// Node has no counterpart. The callback can be removed with [`Master::remove_callback`].
+    /// Node has no counterpart.
+    ///
+    /// The callback can be removed with [`Master::remove_callback`].
     ///
     /// # Errors
     ///
@@ -110,7 +114,9 @@ impl Pool {
 /// A terminal sends some of them to all processes of the foreground group. The master alone acts on
 /// them, and disconnects the workers.
 ///
-/// Node has no counterpart. A worker calls it before it serves.
+/// Node has no counterpart.
+///
+/// A worker calls it before it serves.
 ///
 /// # Errors
 ///

@@ -16,8 +16,10 @@ impl Pool {
     /// timeout, if it is enabled. After an [upgrade](Self::upgrade) the new master reports that it is the
     /// main process, which systemd accepts with `NotifyAccess=all`.
     ///
-    /// Node has no counterpart. Call it before the loop runs. If systemd has not started this process,
-    /// nothing happens. A later notification that cannot be sent is dropped.
+    /// Node has no counterpart.
+    ///
+    /// Call it before the loop runs. If systemd has not started this process, nothing happens. A
+    /// later notification that cannot be sent is dropped.
     ///
     /// # Errors
     ///

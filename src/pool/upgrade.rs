@@ -71,8 +71,10 @@ impl Pool {
     /// Adopts the listeners that systemd, or the old master of an [upgrade](Self::upgrade), has passed to
     /// this process. They outlive all workers, as those of [`listen`](Self::listen).
     ///
-    /// Node has no counterpart. Workers get these listeners by listening on the same addresses. Call it
-    /// before `listen`, which uses an adopted listener instead of opening another one.
+    /// Node has no counterpart.
+    ///
+    /// Workers get these listeners by listening on the same addresses. Call it before `listen`,
+    /// which uses an adopted listener instead of opening another one.
     ///
     /// # Errors
     ///
@@ -190,12 +192,14 @@ impl Pool {
     /// [`drain_timeout`](super::PoolOptions::drain_timeout), or at once if the pool
     /// [stops at once](Self::stop_at_once).
     ///
-    /// Node has no counterpart. An upgrade changes the process id of the master, so process 1 cannot
-    /// upgrade. A program that upgrades has one pool. The new master is a
-    /// [detached](Settings::detached()) process, so it is not in [`Master::workers`]. As with nginx and
-    /// gunicorn, it stays in the session and the process group of this one: a signal to the process
-    /// group, such as Ctrl-C in a terminal, reaches both masters. If an upgrade is in progress, or the pool
-    /// is stopping, nothing happens.
+    /// Node has no counterpart.
+    ///
+    /// An upgrade changes the process id of the master, so process 1 cannot upgrade. A program that
+    /// upgrades has one pool. The new master is a [detached](Settings::detached()) process, so it
+    /// is not in [`Master::workers`]. As with nginx and gunicorn, it stays in the session and the
+    /// process group of this one: a signal to the process group, such as Ctrl-C in a terminal,
+    /// reaches both masters. If an upgrade is in progress, or the pool is stopping, nothing
+    /// happens.
     ///
     /// # Errors
     ///

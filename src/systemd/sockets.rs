@@ -45,7 +45,9 @@ impl ListenFd {
     /// Returns the name of the descriptor, `FileDescriptorName` in systemd; `None` if the descriptors
     /// were passed without names.
     ///
-    /// Node has no counterpart. See [`ListenFd`] for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`ListenFd`] for an example.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()

@@ -1,13 +1,15 @@
-//! How connections are distributed to the workers.
+//! The policy by which connections are distributed to the workers.
 
 use std::str::FromStr;
 
-/// How connections are distributed to the workers.
+/// The policy by which connections are distributed to the workers.
 ///
-/// Node: `cluster.SCHED_RR` and `cluster.SCHED_NONE`. The default is round robin. The application
-/// chooses with [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy), and its user
-/// with the environment variable `CLUSTER_SCHED_POLICY`. The variable's values `rr`, `none` and
-/// `sharded` are those that [`FromStr`] reads.
+/// Node: `cluster.SCHED_RR` and `cluster.SCHED_NONE`.
+///
+/// The default is round robin. The application selects a policy with
+/// [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy). The user selects one
+/// with the environment variable `CLUSTER_SCHED_POLICY`, whose value is `rr`, `none` or `sharded`.
+/// [`FromStr`] parses these names.
 ///
 /// ```
 /// use cluster::SchedulingPolicy;
@@ -25,18 +27,21 @@ pub enum SchedulingPolicy {
     #[doc(alias = "SCHED_RR")]
     #[default]
     RoundRobin,
-    /// The master binds, and the workers accept from the shared listener themselves.
+    /// The master binds the listener, and all workers accept connections from it.
     ///
     /// Node: `SCHED_NONE`.
     #[doc(alias = "SCHED_NONE")]
     Shared,
-    /// Each worker has its own listener on the same port (`SO_REUSEPORT`), and the kernel selects one
-    /// at random. The master keeps a copy of each listener, so that the replacement of an exited worker
-    /// gets the connections that were waiting for that worker.
+    /// Each worker has its own listener on the same port (`SO_REUSEPORT`), and the kernel selects a
+    /// listener at random for each connection. The master keeps a copy of each listener. If a
+    /// worker exits, its replacement therefore receives the connections that were waiting in that
+    /// listener.
     ///
-    /// Listeners other than TCP ports are shared. Outside Linux, all listeners are.
+    /// Only TCP listeners are sharded, and only on Linux. All other listeners are shared.
     ///
-    /// Node has no counterpart in a cluster; `reusePort` in a server is the same without a master.
+    /// Node has no counterpart in a cluster.
+    ///
+    /// Its servers have the option `reusePort`.
     #[doc(alias = "reusePort")]
     Sharded,
 }
@@ -53,7 +58,7 @@ impl std::fmt::Display for SchedulingPolicy {
 
 /// The error of parsing a [`SchedulingPolicy`] from a name other than `rr`, `none` and `sharded`.
 ///
-/// Its text contains the name and the valid names. See [`SchedulingPolicy`] for an example.
+/// The error's text contains the invalid name and the valid names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnknownPolicy(String);
 

@@ -17,8 +17,10 @@ use super::failure::WorkerFailure;
 
 /// The state of a pool at one moment.
 ///
-/// Node has no counterpart. [`Pool::status`](super::Pool::status) returns it, and has an example. Its
-/// `Display` output is a table for people. No counter is kept for the status alone.
+/// Node has no counterpart.
+///
+/// [`Pool::status`](super::Pool::status) returns it, and has an example. Its `Display` output is a
+/// table for people. No counter is kept for the status alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
@@ -42,7 +44,9 @@ pub struct Status {
 
 /// The state of a slot and its workers.
 ///
-/// Node has no counterpart. See [`Status`].
+/// Node has no counterpart.
+///
+/// See [`Status`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SlotStatus {
@@ -64,7 +68,9 @@ pub struct SlotStatus {
 
 /// The state of a worker.
 ///
-/// Node has no counterpart. See [`Status`].
+/// Node has no counterpart.
+///
+/// See [`Status`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerStatus {
@@ -86,7 +92,9 @@ pub struct WorkerStatus {
 
 /// The phase of a worker's life.
 ///
-/// Node has no counterpart. See [`WorkerStatus::phase`].
+/// Node has no counterpart.
+///
+/// See [`WorkerStatus::phase`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WorkerPhase {
@@ -131,7 +139,9 @@ impl Status {
 
     /// Returns the number of workers that are ready.
     ///
-    /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`Pool::status`](super::Pool::status) for an example.
     #[must_use]
     pub fn ready_workers(&self) -> usize {
         self.count(WorkerPhase::Ready)
@@ -151,7 +161,9 @@ impl Status {
 
     /// Returns the status as one JSON object. Times are in seconds.
     ///
-    /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`Pool::status`](super::Pool::status) for an example.
     #[must_use]
     pub fn to_json(&self) -> String {
         json::render(self)
@@ -160,7 +172,9 @@ impl Status {
     /// Returns the status in the text format of Prometheus. The names of the metrics begin with
     /// `cluster_`.
     ///
-    /// Node has no counterpart. See [`Pool::status`](super::Pool::status) for an example.
+    /// Node has no counterpart.
+    ///
+    /// See [`Pool::status`](super::Pool::status) for an example.
     #[must_use]
     pub fn to_prometheus(&self) -> String {
         prometheus::render(self)
