@@ -59,7 +59,7 @@ impl std::fmt::Debug for InspectPort {
     }
 }
 
-/// Compares two sources. They are equal if one is a clone of the other.
+/// Two sources are equal if one is a clone of the other.
 impl PartialEq for InspectPort {
     fn eq(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.0, &other.0)

@@ -309,8 +309,7 @@ impl ListenOptions<UnixStream> {
     }
 
     /// Sets whether every user may read the socket file, regardless of the umask. This option needs
-    /// `/proc` on Linux before 6.6, because older kernels have no system call that changes the mode
-    /// of the new file safely.
+    /// `/proc` on Linux before 6.6, because older kernels have no fchmodat2(2).
     ///
     /// Node: `readableAll`.
     ///

@@ -16,8 +16,8 @@ use crate::worker::worker_main::WorkerMain;
 /// Node: `cluster.settings`.
 ///
 /// The argument of [`Master::setup_master`](crate::Master::setup_master) also has this type.
-/// `setup_master` keeps the earlier value of each setting that its argument does not mention. It
-/// restores the default of a setting that the argument has [`unset`](Self::unset).
+/// `setup_master` keeps the earlier value of each setting that its argument does not mention. For a
+/// setting that the argument has [`unset`](Self::unset), `setup_master` restores the default.
 ///
 /// Each setting has a method that sets its value and a getter, whose name begins with `get_`. A
 /// getter returns `None` if the setting has no value. [`Master::settings`](crate::Master::settings)
@@ -228,8 +228,8 @@ impl Settings {
         self.cwd.get().map(PathBuf::as_path)
     }
 
-    /// Sets whether a worker's standard input, output and error are connected to the master.
-    /// Otherwise, the worker inherits the master's. The default is `false`.
+    /// Sets whether a worker's standard input, output and error are pipes to the master instead of
+    /// the master's own. The default is `false`.
     ///
     /// Node: `settings.silent`.
     ///
@@ -255,7 +255,7 @@ impl Settings {
     ///
     /// If the list has fewer than three entries, the worker inherits the rest of descriptors 0 to 2
     /// from the master. The list has no entry for the channel, whose descriptor number is higher
-    /// than all of these.
+    /// than those in the list.
     ///
     /// Node: `settings.stdio`.
     ///
@@ -430,8 +430,7 @@ impl Settings {
     /// sets are empty before the program or [`main`](Self::main) begins. The bounding set, the
     /// securebits and `no_new_privs` do not change. See capabilities(7).
     ///
-    /// If this setting has a value, `fork` waits at most one second until the worker has changed
-    /// its user.
+    /// With this setting, `fork` waits at most one second for the worker to start.
     ///
     /// ```
     /// let settings = cluster::Settings::default().gid(65534).uid(65534);

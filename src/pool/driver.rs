@@ -1,4 +1,5 @@
-//! The driver of the core: reports facts to it, carries out its actions, and delivers events.
+//! The driver of the core, which passes inputs to the core, carries out the core's actions and
+//! delivers events.
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ impl Pool {
         self.0.created_at.elapsed()
     }
 
-    /// Reports the events of the master's workers to the core.
+    /// Registers the master's callbacks that report worker events to the core.
     pub(super) fn register_callbacks(&self, master: &Master) {
         let pool = self.clone();
         master.on_online(move |master, worker| {
@@ -57,14 +58,14 @@ impl Pool {
         self.0.notifications.borrow_mut().push_back(notification);
     }
 
-    /// Passes an input to the core, and carries out what it decides.
+    /// Passes an input to the core and carries out the resulting actions.
     pub(super) fn input(&self, master: &Master, input: impl FnOnce(&mut Core, Time)) {
         let now = self.now();
         input(&mut self.0.core.borrow_mut(), now);
         self.act(master);
     }
 
-    /// Carries out all actions of the core, and schedules the next call.
+    /// Carries out all pending actions of the core and schedules the next tick.
     fn act(&self, master: &Master) {
         loop {
             let action = self.0.core.borrow_mut().next_action();
@@ -75,7 +76,8 @@ impl Pool {
         }
         let mut core = self.0.core.borrow_mut();
         let deadline = core.next_deadline();
-        // Without a worker, nothing but a timer keeps the loop running.
+        // If no worker exists, only a timer keeps the loop running. The pool needs the loop until
+        // it is over.
         let keeps_running = core.workers().is_empty() && !core.is_over();
         drop(core);
         let wait = if self.0.notifications.borrow().is_empty() {
@@ -125,7 +127,7 @@ impl Pool {
         }
     }
 
-    /// Sets the pool's timer, in place of an earlier one.
+    /// Sets the pool's timer and clears the previous one.
     pub(super) fn schedule(&self, master: &Master, wait: Duration) {
         let pool = self.clone();
         let timer = master.set_timeout(wait, move |master| {
@@ -139,8 +141,8 @@ impl Pool {
         }
     }
 
-    /// Delivers the notifications that are pending now. If a callback panics, and the application
-    /// continues, the other notifications stay pending.
+    /// Delivers the notifications that are pending at the time of the call. If a callback panics
+    /// and the application catches the panic, the remaining notifications stay pending.
     fn deliver_notifications(&self, master: &Master) {
         let count = self.0.notifications.borrow().len();
         for _ in 0..count {
@@ -173,7 +175,8 @@ impl Pool {
             let callback = callbacks.iter().find(|(other, _)| *other == id);
             let callback = callback.map(|(_, callback)| callback.clone());
             drop(callbacks);
-            // Another callback may have removed it, or it runs already and has re-entered the loop.
+            // Skip a callback that another callback has removed. Also skip a callback that is
+            // already running and has re-entered the loop.
             let callback = callback.as_ref().map(|callback| callback.try_borrow_mut());
             if let Some(Ok(mut callback)) = callback {
                 callback(self, master, event);
@@ -201,7 +204,8 @@ impl Pool {
             None => master.settings().get_detached(),
         };
         let forked = match settings {
-            // The exit of a detached process is not an event of the master, so a stop would not end.
+            // Reject a detached process, because the master emits no `exit` event for it, and a
+            // stop would wait forever.
             _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
             Some(settings) => master
                 .fork_as(SpawnOptions::new(settings).envs(env))
@@ -240,8 +244,9 @@ impl Pool {
     }
 
     fn disconnect_all(&self, master: &Master) {
-        // The connections in the kernel's queue are served before the workers' listeners close. After an
-        // upgrade the new master, which has the same listeners, may serve them.
+        // Close the pool's listeners, so that the workers serve all connections in the kernel's
+        // queue before their listeners close. After an upgrade, keep the listeners open, because
+        // the new master shares them and serves the queue.
         if !self.0.core.borrow().is_upgraded() {
             drop(self.0.listeners.take());
         }
@@ -265,7 +270,8 @@ impl Pool {
     }
 }
 
-/// Returns the resident memory of a process in bytes, on Linux.
+/// Returns a process's resident memory in bytes. Returns `None` if it cannot be read, for example
+/// outside Linux.
 fn resident_memory(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status

@@ -7,20 +7,21 @@ use cluster::WorkerId;
 
 use super::failure::WorkerFailure;
 
-/// An event of a pool, for [`Pool::on_event`](super::Pool::on_event), which has an example.
+/// An event of a pool, for [`Pool::on_event`](super::Pool::on_event). See `on_event` for an
+/// example.
 ///
 /// Node has no counterpart.
 ///
-/// Its `Display` output is one line for a log.
+/// The `Display` output is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PoolEvent {
-    /// A worker is ready.
+    /// A worker has become ready.
     #[non_exhaustive]
     WorkerReady {
-        /// The slot of the worker.
+        /// The worker's slot.
         slot: usize,
-        /// The worker.
+        /// The worker's id.
         worker: WorkerId,
     },
     /// A worker exited although the pool had not disconnected it, or it could not be forked.
@@ -28,9 +29,9 @@ pub enum PoolEvent {
     /// A worker that the pool had disconnected has exited.
     #[non_exhaustive]
     WorkerShutDown {
-        /// The slot of the worker.
+        /// The worker's slot.
         slot: usize,
-        /// The worker.
+        /// The worker's id.
         worker: WorkerId,
         /// Whether the pool killed the worker, for instance because it took longer than
         /// [`PoolOptions::drain_timeout`](super::PoolOptions::drain_timeout).
@@ -39,11 +40,11 @@ pub enum PoolEvent {
     /// A worker has reached a limit, and its replacement is being started.
     #[non_exhaustive]
     Recycling {
-        /// The slot of the worker.
+        /// The worker's slot.
         slot: usize,
-        /// The worker that is being replaced.
+        /// The id of the worker that is being replaced.
         worker: WorkerId,
-        /// The limit.
+        /// The limit that the worker has reached.
         limit: Limit,
     },
     /// The replacement for a worker that has reached a limit has failed. The old worker stays.
@@ -52,49 +53,51 @@ pub enum PoolEvent {
     /// [`PoolOptions::max_failures`](super::PoolOptions::max_failures) allows.
     #[non_exhaustive]
     FailureLimitReached {
-        /// The slot.
+        /// The number of the slot.
         slot: usize,
     },
     /// A reload has begun.
     #[non_exhaustive]
     Reloading {
-        /// The generation of the new workers; the first generation of a pool is 0.
+        /// The new workers' generation. A pool's first generation is 0.
         generation: u64,
     },
-    /// A reload has ended: all workers belong to this generation.
+    /// A reload has succeeded.
     #[non_exhaustive]
     Reloaded {
-        /// The generation of the workers.
+        /// The generation to which all workers now belong.
         generation: u64,
     },
-    /// A reload has failed. Workers that had not been replaced stay.
+    /// A reload has failed. Old workers that had not been replaced stay.
     #[non_exhaustive]
     ReloadFailed {
         /// The generation that failed.
         generation: u64,
-        /// The number of workers that had been replaced; their replacements stay.
+        /// The number of workers that had been replaced. Their replacements stay.
         replaced: usize,
-        /// The reason.
+        /// The reason for the failure.
         reason: ReloadFailure,
     },
-    /// The pool has become ready: [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready.
+    /// The pool has become ready, because [`PoolOptions::quorum`](super::PoolOptions::quorum)
+    /// workers are ready.
     QuorumReached,
-    /// The pool is no longer ready: fewer than [`PoolOptions::quorum`](super::PoolOptions::quorum)
-    /// workers are ready, or the pool stops.
+    /// The pool is no longer ready, because fewer than
+    /// [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready or the pool is
+    /// stopping.
     QuorumLost,
-    /// This master has taken over from the old master, which stops.
+    /// This master has taken over from the old master, whose pool stops.
     TookOver,
-    /// A new master has taken over. This master stops.
+    /// A new master has taken over. This pool stops.
     Upgraded,
-    /// The new master has failed. This master stays.
+    /// An upgrade has failed. This pool continues unless it is stopping.
     #[non_exhaustive]
     UpgradeFailed {
-        /// The reason.
+        /// The reason for the failure.
         reason: UpgradeFailure,
     },
 }
 
-/// A limit of a worker.
+/// A limit at which a worker is replaced.
 ///
 /// Node has no counterpart.
 ///
@@ -118,7 +121,7 @@ pub enum Limit {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReloadFailure {
-    /// A new worker failed.
+    /// A new worker failed or was not ready in time.
     WorkerFailed(WorkerFailure),
     /// The application called [`Pool::cancel_reload`](super::Pool::cancel_reload).
     Cancelled,
@@ -132,14 +135,15 @@ pub enum ReloadFailure {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum UpgradeFailure {
-    /// The new master could not be started after a signal had requested the upgrade. The text is the
-    /// error of [`Pool::upgrade`](super::Pool::upgrade).
+    /// The new master could not be started. Only upgrades that were requested by a signal report
+    /// this failure as an event. The text is the error returned by
+    /// [`Pool::upgrade`](super::Pool::upgrade).
     NotStarted(String),
-    /// The new master exited before it had taken over.
+    /// The new master exited before taking over.
     Exited(ExitStatus),
     /// The new master did not take over in time.
     Timeout,
-    /// The pool was stopped before the new master had taken over.
+    /// The pool was stopped before the new master took over.
     PoolStopped,
 }
 

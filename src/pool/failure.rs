@@ -1,4 +1,4 @@
-//! The failure of a worker, and what the application can decide about it.
+//! The failure of a worker, and the application's decision at the failure limit.
 
 use std::fmt;
 use std::process::ExitStatus;
@@ -6,33 +6,34 @@ use std::time::Duration;
 
 use cluster::WorkerId;
 
-/// The failure of a worker: it exited although the pool had not disconnected it, or it could not be
-/// forked.
+/// The failure of a worker. Either the worker exited although the pool had not disconnected it, or
+/// it could not be forked.
 ///
 /// Node has no counterpart.
 ///
-/// It is part of [`PoolEvent::WorkerFailed`](super::PoolEvent::WorkerFailed) and of the
-/// [status](super::SlotStatus::last_failure). Its `Display` output is one line for a log.
+/// [`PoolEvent::WorkerFailed`](super::PoolEvent::WorkerFailed) and
+/// [`SlotStatus::last_failure`](super::SlotStatus::last_failure) contain a failure. The `Display`
+/// output is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerFailure {
-    /// The slot of the worker.
+    /// The worker's slot.
     pub slot: usize,
-    /// The worker; `None` if it could not be forked.
+    /// The worker's id, or `None` if the worker could not be forked.
     pub worker: Option<WorkerId>,
-    /// The process id of the worker; `None` if it could not be forked.
+    /// The worker's process id, or `None` if the worker could not be forked.
     pub pid: Option<u32>,
-    /// The generation of the worker.
+    /// The worker's generation.
     pub generation: u64,
     /// The cause of the failure.
     pub cause: FailureCause,
-    /// The reason why the worker could not be forked, if it could not.
+    /// The error of a failed fork, or `None` if the fork succeeded.
     pub error: Option<String>,
-    /// The exit status of the process; `None` if there was no process.
+    /// The exit status of the worker's process, or `None` if the fork failed.
     pub status: Option<ExitStatus>,
-    /// The time from the fork to the exit.
+    /// The time from the worker's fork to its exit.
     pub age: Duration,
-    /// The resources that the process used; `None` if the system did not report them.
+    /// The resources that the process used, or `None` if the system did not report them.
     pub usage: Option<cluster::Usage>,
 }
 
@@ -51,25 +52,26 @@ pub enum FailureCause {
     /// The worker was killed because it was not ready within
     /// [`PoolOptions::startup_timeout`](super::PoolOptions::startup_timeout).
     StartupTimeout,
-    /// The worker exited after it was ready.
+    /// The worker exited after it had become ready.
     Exited,
     /// The worker was killed because it sent no heartbeat within
     /// [`PoolOptions::heartbeat_timeout`](super::PoolOptions::heartbeat_timeout).
     HeartbeatTimeout,
 }
 
-/// A decision about a slot that has reached its failure limit, for
-/// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback), which has an example.
+/// A decision about a slot that has reached its failure limit. See
+/// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) for an example.
 ///
 /// Node has no counterpart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureAction {
-    /// The slot stays empty until the next reload, or [`Pool::retry`](super::Pool::retry).
+    /// The slot stays empty until the next reload or a call of [`Pool::retry`](super::Pool::retry).
     GiveUp,
-    /// The slot is filled again after this time, and its failures are counted anew.
+    /// The pool forks a new worker for the slot after this time, and the count of failures restarts
+    /// at 0.
     RetryAfter(Duration),
-    /// The pool stops, as with [`Pool::stop`](super::Pool::stop).
+    /// The pool stops, like after [`Pool::stop`](super::Pool::stop).
     StopPool,
 }
 

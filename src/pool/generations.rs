@@ -1,10 +1,10 @@
-//! The settings of each generation of workers.
+//! The settings of each worker generation.
 
 use std::collections::BTreeMap;
 
-/// The settings `S` of the generations in use, and of the next one.
+/// The settings `S` of the generations in use, and of the next generation.
 ///
-/// `None` stands for the settings that the master has at the time of the fork.
+/// The value `None` stands for the master's settings at the time of the fork.
 #[derive(Debug)]
 pub(super) struct Generations<S> {
     in_use: BTreeMap<u64, Option<S>>,
@@ -12,7 +12,7 @@ pub(super) struct Generations<S> {
 }
 
 impl<S: Clone> Generations<S> {
-    /// Returns the generations of a new pool: the first one has the master's settings.
+    /// Returns the generations of a new pool. The first generation has the master's settings.
     pub(super) fn new() -> Self {
         Self {
             in_use: BTreeMap::from([(0, None)]),
@@ -22,17 +22,18 @@ impl<S: Clone> Generations<S> {
 
     /// Replaces the settings of the next generation.
     ///
-    /// Returns the previous ones. Their closures may call the pool when they are dropped, so the caller
-    /// drops them without a borrow.
+    /// Returns the previous settings. The caller must drop them while nothing is borrowed, because
+    /// their closures may call the pool in `Drop`.
     #[must_use]
     pub(super) fn replace_next(&mut self, next: Option<S>) -> Option<S> {
         std::mem::replace(&mut self.next, next)
     }
 
-    /// Begins a generation. Without settings of its own it gets those of `base`.
+    /// Begins a generation. If `replace_next` has set no settings for it, the generation has the
+    /// settings of `base`.
     ///
-    /// Returns the settings of generations that are no longer in use. Their closures may call the pool
-    /// when they are dropped, so the caller drops them without a borrow.
+    /// Returns the settings of generations that are no longer in use. The caller must drop them
+    /// while nothing is borrowed, because their closures may call the pool in `Drop`.
     #[must_use]
     pub(super) fn begin(
         &mut self,
@@ -50,7 +51,7 @@ impl<S: Clone> Generations<S> {
         settings.collect()
     }
 
-    /// Returns the settings of a generation.
+    /// Returns a generation's settings, or `None` for the master's settings.
     pub(super) fn settings(&self, generation: u64) -> Option<S> {
         self.in_use.get(&generation).cloned().flatten()
     }

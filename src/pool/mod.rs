@@ -1,12 +1,12 @@
-//! A supervisor: keeps workers running, replaces them, and reports their state.
+//! A supervisor that keeps workers running, replaces them and reports their state.
 //!
-//! A [`Pool`] has slots, and forks a worker for each. It replaces workers that fail, with a back-off, and
-//! replaces all of them for a reload without losing a client. It upgrades the master itself, and reports
-//! what happens. It uses the public API of this crate alone, so an application can build another
-//! supervisor in its place.
+//! A [`Pool`] has slots and forks a worker for each slot. If a worker fails, the pool forks a
+//! replacement after a back-off. A reload replaces all workers without losing a client, and an
+//! upgrade replaces the master itself. The pool reports these changes as events. The module uses
+//! only this crate's public API, so an application can implement its own supervisor instead.
 //!
-//! Code that every application with workers needs around [`Master::fork`] belongs here. Code that needs
-//! access to the crate's internals does not.
+//! This module is for code that every application with workers would otherwise write around
+//! [`Master::fork`]. Code that needs the crate's internals belongs elsewhere.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -69,11 +69,11 @@ pub use signals::{SignalAction, ignore_pool_signals};
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
 use upgrade::{OldMaster, OwnProgram};
 
-/// The environment variable with the number of a worker's slot, from 0.
+/// The environment variable that contains the number of a worker's slot. The numbers begin at 0.
 ///
 /// Node: `NODE_APP_INSTANCE` of process managers.
 ///
-/// A replacement has the number of the worker that it replaces.
+/// A replacement has the same slot number as the worker that it replaces.
 ///
 /// ```no_run
 /// let slot = std::env::var(cluster::pool::SLOT);
@@ -81,8 +81,8 @@ use upgrade::{OldMaster, OwnProgram};
 /// ```
 pub const SLOT: &str = "CLUSTER_SLOT";
 
-/// The message by which a worker reports that it is ready, with [`Readiness::Message`]. It is also
-/// delivered as any other message.
+/// The message with which a worker reports that it is ready, for [`Readiness::Message`]. Like any
+/// other message, `READY` is also delivered to the application.
 ///
 /// Node: `process.send('ready')` of process managers.
 ///
@@ -93,13 +93,14 @@ pub const SLOT: &str = "CLUSTER_SLOT";
 /// ```
 pub const READY: &[u8] = b"\0cluster:ready";
 
-/// The message by which a worker reports that it is alive, with [`PoolOptions::heartbeat_timeout`]. It is
-/// also delivered as any other message.
+/// The message with which a worker reports that it is alive, for
+/// [`PoolOptions::heartbeat_timeout`]. Like any other message, `HEARTBEAT` is also delivered to the
+/// application.
 ///
 /// Node has no counterpart.
 ///
-/// A worker that blocks sends it while it waits for a connection, and not while it serves one. The
-/// heartbeat timeout is then the longest time that a request may take.
+/// A worker with blocking code sends heartbeats while it waits for a connection, but not while it
+/// serves one. The heartbeat timeout then limits the duration of a request.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -117,12 +118,13 @@ pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 ///
 /// Node has no counterpart.
 ///
-/// A clone is a handle to the same pool. Methods that change the pool take the master, which every
-/// callback gets as an argument, and may be called inside callbacks. After the master has been
-/// dropped they have no effect.
+/// A clone is a handle to the same pool. Methods that change the pool take the master as an
+/// argument. These methods may be called inside callbacks, which receive the master, and have no
+/// effect after the master has been dropped.
 ///
-/// The application may send messages to the workers of a pool, and may kill them: the pool replaces them.
-/// It must not disconnect them. Workers that the application itself forks do not belong to the pool.
+/// The application may send messages to a pool's workers. If the application kills a worker, the
+/// pool replaces it. The application must not disconnect a pool's workers. Workers that the
+/// application itself forks do not belong to the pool.
 ///
 /// See the [module](self) for an example.
 #[derive(Clone)]
@@ -134,27 +136,28 @@ type FailureLimitCallback = dyn FnMut(&Pool, &Master, &WorkerFailure) -> Failure
 struct Inner {
     core: RefCell<Core>,
     created_at: Instant,
-    /// Fires at the core's next deadline.
+    /// The timer for the core's next deadline or for pending notifications.
     timer: Cell<Option<TimerId>>,
-    /// Delivered in the next iteration of the loop.
+    /// The pending notifications, which the loop delivers in its next iteration.
     notifications: RefCell<VecDeque<Notification>>,
     event_callbacks: RefCell<Vec<(CallbackId, Rc<RefCell<EventCallback>>)>>,
     failure_limit_callback: RefCell<Option<Rc<RefCell<FailureLimitCallback>>>>,
     generations: RefCell<Generations<Settings>>,
     listeners: RefCell<Vec<PoolListener>>,
     program: OwnProgram,
-    /// Set in a new master until it has taken over.
+    /// The old master, until this process has taken over. `None` if no master started this one for
+    /// an upgrade.
     old_master: RefCell<Option<OldMaster>>,
-    /// New masters that have been started and have not exited.
+    /// The new masters that have not exited.
     new_masters: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
-    /// The watch for the byte by which a new master reports that it has taken over.
+    /// The watch on the channel through which the new master reports that it has taken over.
     upgrade_channel: Cell<Option<WatchId>>,
 }
 
-/// A listener that outlives the workers.
+/// A listener that stays open while workers come and go.
 struct PoolListener {
     listener: MasterListener,
-    /// The name with which it was passed to this process.
+    /// The name with which the listener was passed to this process.
     name: Option<String>,
 }
 
@@ -171,14 +174,14 @@ impl fmt::Debug for Pool {
     }
 }
 
-// Creation and stop.
+// Creating and stopping a pool.
 impl Pool {
-    /// Creates a pool. Its workers are forked in the next iteration of the loop.
+    /// Creates a pool. The pool's workers are forked in the next iteration of the loop.
     ///
     /// Node has no counterpart.
     ///
-    /// A worker that cannot be forked has failed, with [`FailureCause::ForkFailed`], and is
-    /// replaced like any other.
+    /// If a worker cannot be forked, the pool reports a failure with [`FailureCause::ForkFailed`]
+    /// and tries again after the back-off.
     ///
     /// See the [module](self) for an example.
     #[must_use]
@@ -204,17 +207,17 @@ impl Pool {
         pool
     }
 
-    /// Opens a listener that outlives all workers. While no worker listens, clients wait in the kernel's
-    /// queue. It is closed when the pool stops.
+    /// Opens a listener that stays open until the pool stops. While no worker serves the listener,
+    /// clients wait in the kernel's queue.
     ///
     /// Node has no counterpart.
     ///
-    /// Workers share the listener by listening on the same address. Call it before the loop runs,
-    /// so that no worker listens first.
+    /// Workers share the listener by listening on the same address. Call `listen` before the loop
+    /// runs, so that no worker listens on the address first.
     ///
     /// # Errors
     ///
-    /// As [`Master::listen`].
+    /// Returns the same errors as [`Master::listen`].
     ///
     /// See the [module](self) for an example.
     pub fn listen<S>(
@@ -225,7 +228,8 @@ impl Pool {
         let listener = master.listen(options)?;
         let address = listener.address();
         let mut listeners = self.0.listeners.borrow_mut();
-        // An adopted listener with this address is already in the list.
+        // Do not add a listener twice. If an adopted listener has this address, the list already
+        // contains it.
         let is_new = |other: &PoolListener| other.listener.address() != address;
         if listeners.iter().all(is_new) {
             let name = None;
@@ -234,14 +238,14 @@ impl Pool {
         Ok(address)
     }
 
-    /// Stops the pool: disconnects all workers, and lets [`Master::run`] return when they have exited.
+    /// Disconnects all workers, and lets [`Master::run`] return after the workers have exited.
     ///
-    /// Clients in the kernel's queue are served. Workers that have not exited within
-    /// [`PoolOptions::drain_timeout`] are killed.
+    /// The workers still serve the clients in the kernel's queue. A worker that has not exited
+    /// within [`PoolOptions::drain_timeout`] is killed.
     ///
     /// Node has no counterpart.
     ///
-    /// A pool cannot be started again.
+    /// A stopped pool cannot be restarted.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -252,9 +256,9 @@ impl Pool {
         self.input(master, Core::stop);
     }
 
-    /// Stops the pool and kills all workers, so that [`Master::run`] returns.
+    /// Kills all workers and lets [`Master::run`] return.
     ///
-    /// A new master that has not taken over ([`upgrade`](Self::upgrade)) is killed, too.
+    /// If an [`upgrade`](Self::upgrade) is in progress, this method also kills the new master.
     ///
     /// Node has no counterpart.
     ///
@@ -286,12 +290,12 @@ impl Pool {
 
 // Callbacks.
 impl Pool {
-    /// Adds a callback for the events of the pool.
+    /// Adds a callback for the pool's events.
     ///
     /// Node has no counterpart.
     ///
-    /// Events are delivered by the loop, never inside a method of the pool. The callback can be
-    /// removed with [`remove_callback`](Self::remove_callback).
+    /// The loop delivers events, so no method of the pool calls the callback directly. Use
+    /// [`remove_callback`](Self::remove_callback) to remove the callback.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool) {
@@ -314,8 +318,8 @@ impl Pool {
         id
     }
 
-    /// Removes a callback that [`on_event`](Self::on_event) has added. It is not called again, also not
-    /// for the event that is being delivered. Another id has no effect.
+    /// Removes a callback that [`on_event`](Self::on_event) has added. The callback is not called
+    /// again, not even for an event that is being delivered. An unknown id has no effect.
     ///
     /// Node: `removeListener`.
     ///
@@ -329,20 +333,22 @@ impl Pool {
         let mut callbacks = self.0.event_callbacks.borrow_mut();
         let index = callbacks.iter().position(|(other, _)| *other == id);
         let removed = index.map(|index| callbacks.remove(index));
-        // A value that the closure owns may call the pool in its `Drop`.
+        // Drop the closure only after the borrow has ended, because the `Drop` of a value it owns
+        // may call the pool.
         drop(callbacks);
         drop(removed);
     }
 
-    /// Sets the callback that decides about a slot at its failure limit. It replaces an earlier callback.
+    /// Sets the callback that decides what happens to a slot at its failure limit, in place of an
+    /// earlier callback.
     ///
-    /// The limit is [`PoolOptions::max_failures`]. Without a callback, the decision is
-    /// [`FailureAction::GiveUp`] while a worker of another slot is ready, and
-    /// [`FailureAction::StopPool`] otherwise.
+    /// The limit is [`PoolOptions::max_failures`]. Without a callback, the pool chooses
+    /// [`FailureAction::GiveUp`] if at least one worker is ready. If no worker is ready, the pool
+    /// chooses [`FailureAction::StopPool`].
     ///
     /// Node has no counterpart.
     ///
-    /// The callback is called by the loop, never inside a method of the pool.
+    /// The loop calls the callback, so no method of the pool calls it directly.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool) {
@@ -362,8 +368,9 @@ impl Pool {
         self.replace_failure_limit_callback(Some(Rc::new(RefCell::new(callback))));
     }
 
-    /// Removes the callback of
-    /// [`set_failure_limit_callback`](Self::set_failure_limit_callback), so that the default decides.
+    /// Removes the callback set with
+    /// [`set_failure_limit_callback`](Self::set_failure_limit_callback), so that the default
+    /// decision applies.
     ///
     /// Node has no counterpart.
     ///
@@ -377,18 +384,19 @@ impl Pool {
     }
 
     fn replace_failure_limit_callback(&self, callback: Option<Rc<RefCell<FailureLimitCallback>>>) {
-        // A value that the previous closure owns may call the pool in its `Drop`.
+        // Drop the previous closure only after the borrow has ended, because the `Drop` of a value
+        // it owns may call the pool.
         let previous = self.0.failure_limit_callback.replace(callback);
         drop(previous);
     }
 }
 
-// Workers.
+// Scaling and replacing workers.
 impl Pool {
     /// Changes the number of slots.
     ///
-    /// New slots are filled at once. If there are too many slots, the last ones are removed, and their
-    /// workers are disconnected.
+    /// The pool forks workers for new slots immediately. If the number decreases, the pool removes
+    /// the last slots and disconnects their workers.
     ///
     /// Node has no counterpart.
     ///
@@ -415,15 +423,16 @@ impl Pool {
         self.0.core.borrow().slots().len()
     }
 
-    /// Replaces all workers without losing a client. Each worker is disconnected only after its
+    /// Replaces all workers without losing a client. The pool disconnects a worker only after its
     /// replacement has been ready for [`PoolOptions::min_ready_time`].
     ///
     /// Node has no counterpart.
     ///
-    /// A reload ends in [`PoolEvent::Reloaded`]. If a new worker fails or is not ready in time, the
-    /// reload ends in [`PoolEvent::ReloadFailed`], and workers that have not been replaced stay. If
-    /// the [`surge`](PoolOptions::surge) equals the number of slots, either all workers are
-    /// replaced or none. A reload that is requested during another one begins after it.
+    /// A successful reload ends with [`PoolEvent::Reloaded`]. If a new worker fails or is not ready
+    /// in time, the reload ends with [`PoolEvent::ReloadFailed`], and old workers that have not
+    /// been replaced stay. If the [`surge`](PoolOptions::surge) equals the number of slots and
+    /// there is no canary, a reload replaces either all workers or none. A reload that is requested
+    /// during another reload begins after the first one has ended.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -434,15 +443,15 @@ impl Pool {
         self.input(master, Core::reload);
     }
 
-    /// Replaces all workers, as [`reload`](Self::reload), by workers with other settings.
+    /// Replaces all workers, like [`reload`](Self::reload), with workers that have other settings.
     ///
-    /// Workers of the old generation that fail during the reload, or after it has failed, are replaced
-    /// with the old settings.
+    /// If an old worker fails during the reload or after a failed reload, its replacement has the
+    /// old settings.
     ///
     /// Node has no counterpart.
     ///
-    /// As with [`Master::fork_as`], a setting that is not set has its default. To change one
-    /// setting alone, begin with [`Master::settings`].
+    /// Like [`Master::fork_as`], this method uses the default for each setting without a value. To
+    /// change only one setting, start from [`Master::settings`].
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -454,12 +463,12 @@ impl Pool {
         self.reload(master);
     }
 
-    /// Cancels a reload. New workers that have not replaced a worker yet are disconnected. An application
-    /// that finds its [`canary`](PoolOptions::canary) faulty calls this.
+    /// Cancels a reload, for example because the [`canary`](PoolOptions::canary) is faulty. New
+    /// workers that have not yet replaced a worker are disconnected.
     ///
     /// Node has no counterpart.
     ///
-    /// Without a reload in progress, nothing happens.
+    /// If no reload is in progress, nothing happens.
     ///
     /// ```no_run
     /// # fn looks_bad() -> bool { true }
@@ -474,7 +483,7 @@ impl Pool {
         self.input(master, Core::cancel_reload);
     }
 
-    /// Fills the slots that the pool has given up ([`FailureAction::GiveUp`]).
+    /// Forks workers for the slots that the pool has given up. See [`FailureAction::GiveUp`].
     ///
     /// Node has no counterpart.
     ///
@@ -488,9 +497,9 @@ impl Pool {
     }
 }
 
-// State.
+// Querying the pool's state.
 impl Pool {
-    /// Returns whether the pool is ready: [`PoolOptions::quorum`] workers are ready, and the pool is not
+    /// Returns whether at least [`PoolOptions::quorum`] workers are ready and the pool is not
     /// stopping.
     ///
     /// Node has no counterpart.

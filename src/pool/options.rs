@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use cluster::Signal;
 
-/// The options of a [`Pool`](super::Pool): sizes, timeouts and limits.
+/// The sizes, timeouts and limits of a [`Pool`](super::Pool).
 ///
 /// Node has no counterpart.
 ///
-/// Each method replaces the value of one option. An option that may be absent takes an [`Option`],
-/// and costs nothing while it is `None`. The methods whose names begin with `get_` return the
-/// values.
+/// Each option has a method that sets its value and a getter, whose name begins with `get_`. If an
+/// option is optional, its method takes an [`Option`], and `None` disables the feature or selects
+/// its default.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,7 +47,7 @@ pub struct PoolOptions {
     pub(super) disconnect_signal: Option<Signal>,
 }
 
-/// The proof that a worker is ready, for [`PoolOptions::readiness`].
+/// The sign that a worker is ready, for [`PoolOptions::readiness`].
 ///
 /// Node has no counterpart.
 ///
@@ -55,14 +55,14 @@ pub struct PoolOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Readiness {
-    /// The worker's event `listening`.
+    /// A worker is ready when its `listening` event occurs.
     Listening,
-    /// The worker's event `online`.
+    /// A worker is ready when its `online` event occurs.
     Online,
-    /// The message [`READY`](super::READY) from the worker.
+    /// A worker is ready when it sends the message [`READY`](super::READY).
     Message,
-    /// The worker has run for this time since its fork. This is for programs that do not use this
-    /// crate.
+    /// A worker is ready when it has run for this time since its fork. Use this variant for
+    /// programs that do not use this crate.
     Alive(Duration),
 }
 
@@ -74,14 +74,15 @@ pub enum Readiness {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Canary {
-    /// The number of new workers in the first step. 0 is treated as 1.
+    /// The number of new workers in the first step. The value 0 is treated as 1.
     pub workers: usize,
-    /// The time for which they serve beside all old workers.
+    /// The time for which the new workers serve clients together with all old workers.
     pub duration: Duration,
 }
 
 impl Canary {
-    /// Makes a first step of `workers` new workers, which serve beside all old workers for `duration`.
+    /// Creates a first step with `workers` new workers, which serve clients together with all old
+    /// workers for `duration`.
     ///
     /// Node has no counterpart.
     ///
@@ -119,7 +120,7 @@ impl Default for PoolOptions {
     }
 }
 
-/// Implements a method that sets an option, and one that returns it.
+/// Implements a setter and a getter for each option.
 macro_rules! accessors {
     ($(
         $(#[$set_doc:meta])* $set:ident,
@@ -145,13 +146,14 @@ macro_rules! accessors {
 }
 
 accessors! {
-    /// Sets the number of slots; each slot has one worker. The default is
-    /// [`available_parallelism`](cluster::available_parallelism). See [`PoolOptions`] for an example.
+    /// Sets the number of slots. Each slot has one worker. The default is
+    /// [`available_parallelism`](cluster::available_parallelism). See [`PoolOptions`] for an
+    /// example.
     workers,
     /// Returns the number of slots. See [`PoolOptions`] for an example.
     get_workers: usize;
 
-    /// Sets the proof that a worker is ready. The default is [`Readiness::Listening`].
+    /// Sets when a worker is treated as ready. The default is [`Readiness::Listening`].
     ///
     /// ```
     /// use cluster::pool::{PoolOptions, Readiness};
@@ -160,50 +162,56 @@ accessors! {
     /// assert_eq!(options.get_readiness(), Readiness::Message);
     /// ```
     readiness,
-    /// Returns the proof that a worker is ready. See [`readiness`](Self::readiness) for an example.
+    /// Returns when a worker is treated as ready. See [`readiness`](Self::readiness) for an
+    /// example.
     get_readiness: Readiness;
 
-    /// Sets the longest time from the fork of a worker until it is ready. A worker that takes longer is
-    /// killed. With [`Readiness::Alive`] the timeout begins when that time has passed. The default is
-    /// 30 s. See [`PoolOptions`] for an example.
+    /// Sets how long a worker may take to become ready after its fork. A worker that takes longer
+    /// is killed. With [`Readiness::Alive`], the timeout begins only after the time of that
+    /// variant. The default is 30 s. See [`PoolOptions`] for an example.
     startup_timeout,
-    /// Returns the longest time from the fork of a worker until it is ready. See [`PoolOptions`] for an
-    /// example.
+    /// Returns how long a worker may take to become ready after its fork. See [`PoolOptions`] for
+    /// an example.
     get_startup_timeout: Duration;
 
-    /// Sets the first pause before a failed worker is replaced. The first failure is replaced without a
-    /// pause, the second one after this time, and each further one after twice the previous pause. The
-    /// default is 100 ms. See [`PoolOptions`] for an example.
+    /// Sets the shortest pause before the pool replaces a failed worker. After a slot's first
+    /// failure, the pool forks a replacement immediately. After the second failure, the pool waits
+    /// for this time. Each further failure doubles the pause. The default is 100 ms. See
+    /// [`PoolOptions`] for an example.
     back_off,
-    /// Returns the first pause before a failed worker is replaced. See [`PoolOptions`] for an example.
+    /// Returns the shortest pause before the pool replaces a failed worker. See [`PoolOptions`] for
+    /// an example.
     get_back_off: Duration;
 
-    /// Sets the longest pause before a failed worker is replaced. The default is 30 s. See
+    /// Sets the longest pause before the pool replaces a failed worker. The default is 30 s. See
     /// [`PoolOptions`] for an example.
     back_off_cap,
-    /// Returns the longest pause before a failed worker is replaced. See [`PoolOptions`] for an example.
+    /// Returns the longest pause before the pool replaces a failed worker. See [`PoolOptions`] for
+    /// an example.
     get_back_off_cap: Duration;
 
-    /// Sets how long a worker must have been ready for its failure to count as the first one again. The
-    /// default is 10 s. See [`PoolOptions`] for an example.
+    /// Sets how long a worker must be ready to reset its slot's back-off. If the worker fails
+    /// later, the pool treats this failure as the slot's first. The default is 10 s. See
+    /// [`PoolOptions`] for an example.
     back_off_reset,
-    /// Returns how long a worker must have been ready for its failure to count as the first one again.
-    /// See [`PoolOptions`] for an example.
+    /// Returns how long a worker must be ready to reset its slot's back-off. See [`PoolOptions`]
+    /// for an example.
     get_back_off_reset: Duration;
 
-    /// Sets by how many percent times and limits are lengthened at random, so that workers that started
-    /// together are not replaced together. It applies to the pause before a replacement,
-    /// [`max_age`](Self::max_age) and [`max_connections`](Self::max_connections). Values above 100 are
-    /// treated as 100. The default is 10. See [`PoolOptions`] for an example.
+    /// Sets the maximum random increase of times and limits, in percent, so that workers that
+    /// started together are not replaced together. The increase applies to the pause before a
+    /// replacement, [`max_age`](Self::max_age) and [`max_connections`](Self::max_connections).
+    /// Values above 100 are treated as 100. The default is 10. See [`PoolOptions`] for an example.
     jitter,
-    /// Returns by how many percent times and limits are lengthened at random. See [`PoolOptions`] for an
-    /// example.
+    /// Returns the maximum random increase of times and limits, in percent. See [`PoolOptions`] for
+    /// an example.
     get_jitter: u32;
 
     /// Sets how many workers of one slot may fail within the
-    /// [`failure_window`](Self::failure_window). One more failure reaches the failure limit, and
-    /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) decides what
-    /// happens to the slot. The default is 8.
+    /// [`failure_window`](Self::failure_window). With one more failure, the slot reaches its
+    /// failure limit. The callback set with
+    /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) then decides
+    /// what happens to the slot. The default is 8.
     ///
     /// ```
     /// use std::time::Duration;
@@ -219,11 +227,11 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_max_failures: u32;
 
-    /// Sets the time within which the failures of a slot are counted. The default is 60 s. See
-    /// [`max_failures`](Self::max_failures) for an example.
+    /// Sets the length of the period in which a slot's failures are counted. The default is 60 s.
+    /// See [`max_failures`](Self::max_failures) for an example.
     failure_window,
-    /// Returns the time within which the failures of a slot are counted. See [`PoolOptions`] for an
-    /// example.
+    /// Returns the length of the period in which a slot's failures are counted. See [`PoolOptions`]
+    /// for an example.
     get_failure_window: Duration;
 
     /// Sets how long a new worker must be ready before the old worker of its slot is disconnected. The
@@ -233,15 +241,17 @@ accessors! {
     /// See [`PoolOptions`] for an example.
     get_min_ready_time: Duration;
 
-    /// Sets how many workers are replaced at the same time, and so how many workers a pool may have in
-    /// addition to its slots. 0 is treated as 1. The default is 1. See [`PoolOptions`] for an example.
+    /// Sets how many workers are replaced at the same time. In a rollout, the pool may have up to
+    /// this number of workers in addition to one per slot. The value 0 is treated as 1. The default
+    /// is 1. See [`PoolOptions`] for an example.
     surge,
     /// Returns how many workers are replaced at the same time. See [`PoolOptions`] for an example.
     get_surge: usize;
 
-    /// Sets the first step of a reload: some new workers, which serve beside all old ones for a while.
-    /// The reload then continues, unless one of them has failed or
-    /// [`Pool::cancel_reload`](super::Pool::cancel_reload) was called. The default is `None`.
+    /// Sets the canary step of a reload, in which some new workers serve clients together with all
+    /// old workers. After the canary's duration, the reload replaces the other workers. The reload
+    /// ends early if a new worker fails or [`Pool::cancel_reload`](super::Pool::cancel_reload) is
+    /// called. The default is `None`.
     ///
     /// ```
     /// use std::time::Duration;
@@ -252,7 +262,8 @@ accessors! {
     /// # let _ = options;
     /// ```
     canary,
-    /// Returns the first step of a reload. See [`PoolOptions`] for an example.
+    /// Returns the canary step of a reload, or `None` if a reload has none. See [`PoolOptions`] for
+    /// an example.
     get_canary: Option<Canary>;
 
     /// Sets how long a worker may take to exit after the pool has disconnected it. A worker that takes
@@ -262,64 +273,65 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_drain_timeout: Duration;
 
-    /// Sets the time since its fork after which a worker is replaced. The default is `None`. See
-    /// [`PoolOptions`] for an example.
+    /// Sets the age at which a worker is replaced. The age is the time since the worker's fork. The
+    /// default is `None`. See [`PoolOptions`] for an example.
     max_age,
-    /// Returns the time since its fork after which a worker is replaced. See [`PoolOptions`] for an
-    /// example.
+    /// Returns the age at which a worker is replaced. See [`PoolOptions`] for an example.
     get_max_age: Option<Duration>;
 
-    /// Sets the number of connections after which a worker is replaced. It counts the connections that
-    /// the worker received from the master, so it has an effect with round robin alone. It is checked
-    /// every [`check_interval`](Self::check_interval). The default is `None`. See [`PoolOptions`] for an
-    /// example.
+    /// Sets the number of connections after which a worker is replaced. Only connections that the
+    /// worker received from the master count, so this option needs round robin. The pool checks the
+    /// number every [`check_interval`](Self::check_interval). The default is `None`. See
+    /// [`PoolOptions`] for an example.
     max_connections,
     /// Returns the number of connections after which a worker is replaced. See [`PoolOptions`] for an
     /// example.
     get_max_connections: Option<u64>;
 
-    /// Sets the resident memory, in bytes, at which a worker is replaced. It has an effect on Linux
-    /// alone, and is checked every [`check_interval`](Self::check_interval). The default is `None`. See
-    /// [`PoolOptions`] for an example.
+    /// Sets the resident memory, in bytes, at which a worker is replaced. This option has an effect
+    /// only on Linux. The pool checks the memory every [`check_interval`](Self::check_interval).
+    /// The default is `None`. See [`PoolOptions`] for an example.
     max_memory,
     /// Returns the resident memory, in bytes, at which a worker is replaced. See [`PoolOptions`] for an
     /// example.
     get_max_memory: Option<u64>;
 
-    /// Sets how often [`max_connections`](Self::max_connections) and [`max_memory`](Self::max_memory)
-    /// are checked, if one of them is set. Less than 1 ms is treated as 1 ms. The default is 5 s. See
-    /// [`PoolOptions`] for an example.
+    /// Sets the interval at which the pool checks [`max_connections`](Self::max_connections) and
+    /// [`max_memory`](Self::max_memory). An interval below 1 ms is treated as 1 ms. The default is
+    /// 5 s. See [`PoolOptions`] for an example.
     check_interval,
-    /// Returns how often connections and memory are checked. See [`PoolOptions`] for an example.
+    /// Returns the interval at which the pool checks connections and memory. See [`PoolOptions`]
+    /// for an example.
     get_check_interval: Duration;
 
-    /// Sets the longest time between two [`HEARTBEAT`](super::HEARTBEAT) messages of a ready worker. A
-    /// worker that is silent for longer is killed. Time in which the master did not run is not counted.
-    /// The default is `None`. See [`HEARTBEAT`](super::HEARTBEAT) for an example.
+    /// Sets the longest time between two [`HEARTBEAT`](super::HEARTBEAT) messages of a ready
+    /// worker. A worker that is silent for longer is killed. If the master itself did not run for a
+    /// while, for example because it was stopped, the period starts again. The default is `None`.
+    /// See [`HEARTBEAT`](super::HEARTBEAT) for an example.
     heartbeat_timeout,
     /// Returns the longest time between two heartbeats of a ready worker. See [`PoolOptions`] for an
     /// example.
     get_heartbeat_timeout: Option<Duration>;
 
-    /// Sets how many workers must be ready for the pool to be ready. The number is at least 1, and at
-    /// most the number of slots. The default is `None`, which stands for more than half of the slots.
-    /// See [`PoolOptions`] for an example.
+    /// Sets how many workers must be ready for the pool to be ready. The value is limited to
+    /// between 1 and the number of slots. The default is `None`, which stands for more than half of
+    /// the slots. See [`PoolOptions`] for an example.
     quorum,
     /// Returns how many workers must be ready for the pool to be ready. See [`PoolOptions`] for an
     /// example.
     get_quorum: Option<usize>;
 
-    /// Sets the signal that is sent to a worker instead of a disconnect request. This is for programs
-    /// that do not use this crate. The default is `None`, which requests the disconnect over the
-    /// channel. See [`PoolOptions`] for an example.
+    /// Sets the signal that the pool sends to a worker instead of a disconnect request. Use this
+    /// option for programs that do not use this crate. With the default, `None`, the pool sends
+    /// disconnect requests over the channel. See [`PoolOptions`] for an example.
     disconnect_signal,
-    /// Returns the signal that is sent to a worker instead of a disconnect request. See
+    /// Returns the signal that the pool sends to a worker instead of a disconnect request. See
     /// [`PoolOptions`] for an example.
     get_disconnect_signal: Option<Signal>;
 }
 
 impl PoolOptions {
-    /// Returns how many ready workers make a pool with this number of slots ready.
+    /// Returns how many workers must be ready for a pool with this number of slots to be ready.
     pub(super) fn quorum_of(&self, slots: usize) -> usize {
         let quorum = self.quorum.unwrap_or(slots / 2 + 1);
         quorum.clamp(1, slots.max(1))
@@ -327,7 +339,8 @@ impl PoolOptions {
 }
 
 impl Readiness {
-    /// Returns when a worker that was forked at `forked` becomes ready, if time alone is the proof.
+    /// Returns when a worker that was forked at `forked` becomes ready. Returns `None` if readiness
+    /// does not depend on time.
     pub(super) fn ready_at(self, forked: Duration) -> Option<Duration> {
         match self {
             Self::Alive(time) => Some(forked.saturating_add(time)),

@@ -1,24 +1,24 @@
-//! The signals by which an operator controls a pool.
+//! The signals with which an operator controls a pool.
 
 use cluster::{CallbackId, Master, Result, Signal, Worker};
 
 use super::Pool;
 use super::event::{PoolEvent, UpgradeFailure};
 
-/// The effect of a signal on a pool, for [`Pool::on_signal`], which has an example.
+/// The effect of a signal on a pool. See [`Pool::on_signal`] for an example.
 ///
 /// Node has no counterpart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SignalAction {
-    /// [`Pool::stop`]; [`Pool::stop_at_once`] if the pool is already stopping.
+    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the pool is already stopping.
     Stop,
-    /// [`Pool::stop_at_once`].
+    /// Calls [`Pool::stop_at_once`].
     StopAtOnce,
-    /// [`Pool::reload`].
+    /// Calls [`Pool::reload`].
     Reload,
-    /// [`Pool::upgrade`]. If the new master cannot be started, [`PoolEvent::UpgradeFailed`] gives the
-    /// reason.
+    /// Calls [`Pool::upgrade`]. If the new master cannot be started, [`PoolEvent::UpgradeFailed`]
+    /// contains the reason.
     Upgrade,
     /// Adds a slot.
     Grow,
@@ -26,7 +26,8 @@ pub enum SignalAction {
     Shrink,
 }
 
-/// The default effects of signals. They are gunicorn's, except that the first SIGINT drains the pool.
+/// The default effects of signals. The effects match gunicorn's, except that the first SIGINT
+/// drains the pool.
 const DEFAULTS: [(Signal, SignalAction); 7] = [
     (Signal::TERM, SignalAction::Stop),
     (Signal::INT, SignalAction::Stop),
@@ -38,20 +39,25 @@ const DEFAULTS: [(Signal, SignalAction); 7] = [
 ];
 
 impl Pool {
-    /// Gives signals their default effects on the pool, which are similar to gunicorn's.
+    /// Assigns default effects to signals. The defaults resemble gunicorn's.
     ///
-    /// SIGTERM and SIGINT stop the pool; the second one stops it at once. SIGQUIT stops it at once,
-    /// SIGHUP reloads it, and SIGUSR2 upgrades it. SIGTTIN adds a slot, and SIGTTOU removes one.
+    /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool is already stopping, they call
+    ///   [`stop_at_once`](Self::stop_at_once).
+    /// - SIGQUIT calls [`stop_at_once`](Self::stop_at_once).
+    /// - SIGHUP calls [`reload`](Self::reload).
+    /// - SIGUSR2 calls [`upgrade`](Self::upgrade).
+    /// - SIGTTIN adds a slot.
+    /// - SIGTTOU removes the last slot, unless it is the only one.
     ///
     /// Node has no counterpart.
     ///
-    /// Other callbacks for the same signals are called, too. To give one of these signals another
-    /// effect, call [`on_signal`](Self::on_signal) for each signal instead. The callbacks can be
-    /// removed with [`Master::remove_callback`].
+    /// Other callbacks for these signals are still called. To change a signal's effect, call
+    /// [`on_signal`](Self::on_signal) for each signal instead of this method. Use
+    /// [`Master::remove_callback`] to remove the callbacks.
     ///
     /// # Errors
     ///
-    /// As [`Master::on_signal`].
+    /// Returns the same errors as [`Master::on_signal`].
     ///
     /// See the [module](super) for an example.
     pub fn on_default_signals(&self, master: &Master) -> Result<Vec<CallbackId>> {
@@ -60,15 +66,15 @@ impl Pool {
         ids.collect()
     }
 
-    /// Gives a signal an effect on the pool.
+    /// Assigns an effect on the pool to a signal.
     ///
     /// Node has no counterpart.
     ///
-    /// The callback can be removed with [`Master::remove_callback`].
+    /// Use [`Master::remove_callback`] to remove the callback.
     ///
     /// # Errors
     ///
-    /// As [`Master::on_signal`].
+    /// Returns the same errors as [`Master::on_signal`].
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -111,16 +117,16 @@ impl Pool {
 
 /// Makes a worker ignore the signals that control a pool.
 ///
-/// A terminal sends some of them to all processes of the foreground group. The master alone acts on
-/// them, and disconnects the workers.
+/// A terminal sends some of these signals to all processes of the foreground group. Only the master
+/// must act on the signals, because it disconnects the workers itself.
 ///
 /// Node has no counterpart.
 ///
-/// A worker calls it before it serves.
+/// Call this function in a worker before the worker serves clients.
 ///
 /// # Errors
 ///
-/// As [`Worker::on_signal`].
+/// Returns the same errors as [`Worker::on_signal`].
 ///
 /// See the [module](super) for an example.
 pub fn ignore_pool_signals(worker: &Worker) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The notifications of a pool to systemd.
+//! Notifications from a pool to systemd.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -9,21 +9,24 @@ use super::Pool;
 use super::event::PoolEvent;
 
 impl Pool {
-    /// Notifies systemd of the state of the pool, and feeds the watchdog.
+    /// Keeps systemd informed of the pool's state and feeds the watchdog.
     ///
-    /// The service is ready when the pool has a [quorum](super::PoolOptions::quorum). Reloads, the stop and
-    /// a status line are sent, too. While there is a quorum, the watchdog is fed four times in its
-    /// timeout, if it is enabled. After an [upgrade](Self::upgrade) the new master reports that it is the
-    /// main process, which systemd accepts with `NotifyAccess=all`.
+    /// The pool reports that the service is ready when it has a
+    /// [quorum](super::PoolOptions::quorum). Reloads, the pool's stop and a status line are also
+    /// reported. If systemd's watchdog is enabled, the pool feeds it four times per timeout while
+    /// it has a quorum.
+    ///
+    /// After an [upgrade](Self::upgrade), the new master reports that it is now the main process.
+    /// Set `NotifyAccess=all` in the unit file, because systemd otherwise ignores this report.
     ///
     /// Node has no counterpart.
     ///
-    /// Call it before the loop runs. If systemd has not started this process, nothing happens. A
-    /// later notification that cannot be sent is dropped.
+    /// Call this method before the loop runs. If systemd did not start this process, nothing
+    /// happens. If a later notification cannot be sent, it is dropped.
     ///
     /// # Errors
     ///
-    /// As [`systemd::watchdog`] and [`systemd::notify`].
+    /// Returns the same errors as [`systemd::watchdog`] and [`systemd::notify`].
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -43,12 +46,13 @@ impl Pool {
                     let _ = systemd::notify("WATCHDOG=1");
                 }
             });
-            // The watchdog does not keep the loop running; the pool does.
+            // Unreference the timer, because the watchdog must not keep the loop running after the
+            // pool has stopped.
             master.unreference(timer);
         }
         self.on_event(move |pool, master, event| {
             is_ready.set(pool.is_ready_service());
-            // The socket's queue may be full, and an error has no other receiver.
+            // Ignore errors, such as a full socket queue, because nothing can report them.
             let _ = pool.notify_of_event(event);
             let status = pool.status(master);
             let (ready, slots) = (status.ready_workers(), status.slots.len());
@@ -57,8 +61,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Whether this master is the service, and is ready. Until it has taken over, the old master is the
-    /// service.
+    /// Returns whether this process is the service's main process and is ready. In an upgrade, the
+    /// old master is the main process until the new one has taken over.
     fn is_ready_service(&self) -> bool {
         self.has_quorum() && self.0.old_master.borrow().is_none()
     }
@@ -73,13 +77,15 @@ impl Pool {
         );
         if begins_or_reloaded && self.is_ready_service() {
             let pid = std::process::id();
-            // This feeds the watchdog, too: the next tick of the timer may be later than its timeout.
+            // Also feed the watchdog, because the watchdog timeout may expire before the timer's
+            // next tick.
             return systemd::notify(&format!("READY=1\nMAINPID={pid}\nWATCHDOG=1"));
         }
         if matches!(event, PoolEvent::Reloading { .. }) {
             return systemd::reloading();
         }
-        // STOPPING=1 would end a service whose main process is the new master.
+        // Do not send STOPPING=1 after an upgrade, because it would end the service, whose main
+        // process is now the new master.
         let stops = self.is_stopping() && !self.0.core.borrow().is_upgraded();
         if stops && *event == PoolEvent::QuorumLost {
             return systemd::notify("STOPPING=1");

@@ -1,9 +1,11 @@
-//! Upgrades: the processes and descriptors by which a new master takes over from an old one.
+//! The processes and descriptors of an upgrade, in which a new master takes over from an old
+//! master.
 //!
-//! The old master starts the new one with copies of its listeners and one end of a channel, which it
-//! passes as systemd passes sockets. Both masters accept from the same sockets then. When the new master
-//! has had a quorum for a while, it writes a byte to the channel, and the old one stops. If the new
-//! master exits before, or is late, the old one terminates it and goes on.
+//! The old master starts the new master, and passes copies of its listeners and one end of a
+//! channel by systemd's protocol. Both masters then accept connections from the same sockets. When
+//! the new master has had a quorum for `min_ready_time`, it writes a byte to the channel, and the
+//! old master's pool stops. If the new master exits early or misses the deadline, the upgrade fails
+//! and the old master continues.
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
@@ -22,20 +24,21 @@ use super::core::Core;
 use super::event::PoolEvent;
 use super::{Pool, PoolListener};
 
-/// The name of the descriptor for the channel to the old master.
+/// The descriptor name of the channel to the old master.
 ///
-/// From the channel the new master reads one byte for each of the other descriptors. The byte is 1 if the
-/// new master inherits the socket file of the listener, and so must remove it at the end, otherwise 0.
+/// The old master writes one byte for each listener to the channel. The byte is 1 if the new master
+/// inherits the listener's socket file and must remove the file in the end. In all other cases, the
+/// byte is 0.
 const CHANNEL: &str = "cluster-predecessor";
 
-/// The name of a listener that was passed without a name.
+/// The name that is passed to the new master for a listener without a name.
 const UNNAMED_LISTENER: &str = "listener";
 
-/// The byte by which a new master reports that it has taken over.
+/// The byte with which a new master reports that it has taken over.
 const TOOK_OVER: u8 = b'S';
 
-/// The program of this process, as it was found when the pool was created. The file may have been
-/// replaced since then.
+/// The path and arguments of this process's program, from the time when the pool was created. The
+/// file at the path may have been replaced since then.
 #[derive(Debug)]
 pub(super) struct OwnProgram {
     path: io::Result<PathBuf>,
@@ -46,8 +49,8 @@ impl OwnProgram {
     pub(super) fn new() -> Self {
         let mut args = std::env::args_os();
         let name = args.next().map(PathBuf::from);
-        // The path of the command line, unresolved: its symbolic links may lead to a new release at the
-        // next start.
+        // Keep the path of the command line unresolved, because its symbolic links may lead to a
+        // new release at the time of the upgrade.
         let path = name.filter(|name| name.parent() != Some(Path::new("")));
         Self {
             path: path.map_or_else(std::env::current_exe, std::path::absolute),
@@ -56,30 +59,32 @@ impl OwnProgram {
     }
 }
 
-/// The old master, until this process has taken over from it.
+/// The channel to the old master, and this process's state until it takes over.
 #[derive(Debug)]
 pub(super) struct OldMaster {
     channel: UnixStream,
-    /// The indexes of the listeners whose socket files this process inherits.
+    /// The indexes, in `Inner::listeners`, of the listeners whose socket files this process
+    /// inherits.
     inherits_files: Vec<usize>,
-    /// Runs while there is a quorum; this process takes over when it fires.
+    /// The timer that runs while the pool has a quorum. When it fires, this process takes over.
     takeover_timer: Option<TimerId>,
 }
 
-// The new master.
+// The new master's side of an upgrade.
 impl Pool {
-    /// Adopts the listeners that systemd, or the old master of an [upgrade](Self::upgrade), has passed to
-    /// this process. They outlive all workers, as those of [`listen`](Self::listen).
+    /// Adopts the listeners that systemd, or the old master of an [upgrade](Self::upgrade), has
+    /// passed to this process. Like the listeners of [`listen`](Self::listen), adopted listeners
+    /// stay open until the pool stops.
     ///
     /// Node has no counterpart.
     ///
-    /// Workers get these listeners by listening on the same addresses. Call it before `listen`,
-    /// which uses an adopted listener instead of opening another one.
+    /// Workers share these listeners by listening on the same addresses. Call `adopt` before
+    /// `listen`, so that `listen` reuses an adopted listener instead of opening a new one.
     ///
     /// # Errors
     ///
-    /// [`Error::Descriptor`] if a descriptor is not a listener; [`Error::Io`] if the channel to the old
-    /// master is broken; and as [`Master::listen`].
+    /// Returns [`Error::Descriptor`] if a descriptor is not a listener, and [`Error::Io`] if the
+    /// channel to the old master is broken. Also returns the errors of [`Master::listen`].
     ///
     /// ```no_run
     /// # use cluster::pool::{Pool, PoolOptions};
@@ -101,7 +106,8 @@ impl Pool {
         if let Some(channel) = channel.map(|index| passed.remove(index)) {
             let mut channel = UnixStream::from(OwnedFd::from(channel));
             inherits_file.resize(passed.len(), 0);
-            // The old master wrote these bytes before it started this process.
+            // A non-blocking read is enough, because the old master wrote these bytes before it
+            // started this process.
             let read = channel.set_nonblocking(true);
             let read = read.and_then(|()| channel.read_exact(&mut inherits_file));
             read.map_err(Error::io("read from the old master"))?;
@@ -130,7 +136,8 @@ impl Pool {
         Ok(())
     }
 
-    /// The quorum was reached: this process takes over if it keeps the quorum for `min_ready_time`.
+    /// Restarts the takeover timer after the pool has reached its quorum. This process takes over
+    /// if the pool keeps its quorum for `min_ready_time`.
     pub(super) fn restart_takeover_timer(&self, master: &Master) {
         self.stop_takeover_timer(master);
         if let Some(old_master) = self.0.old_master.borrow_mut().as_mut() {
@@ -151,20 +158,21 @@ impl Pool {
     }
 
     fn take_over(&self, master: &Master) {
-        // In this iteration of the loop the pool may have lost its quorum, or have been stopped. The
-        // event, which stops the timer, is delivered later.
+        // Check the quorum, because the pool may have lost it in this iteration of the loop. The
+        // `QuorumLost` event, which stops the timer, is delivered only later.
         if !self.has_quorum() {
             return;
         }
         let Some(mut old_master) = self.0.old_master.take() else {
             return;
         };
-        // The old master may have exited; then there is no process to report to.
+        // Ignore an error, because the old master may have exited.
         let _ = old_master.channel.write_all(&[TOOK_OVER]);
         let listeners = self.0.listeners.borrow();
         let indexes = old_master.inherits_files.into_iter();
         for inherited in indexes.filter_map(|index| listeners.get(index)) {
-            // This fails if the file has been removed, so that no client can connect to it.
+            // Ignore an error, which means that the file has been removed and no client can connect
+            // through it.
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
@@ -172,39 +180,42 @@ impl Pool {
     }
 }
 
-// The old master.
+// The old master's side of an upgrade.
 impl Pool {
-    /// Starts a new master from the program's file, which may be a new release. When the new master
-    /// serves, this pool stops. No client is refused.
+    /// Starts a new master from the program's file, which may contain a new release. When the new
+    /// master has taken over, this pool stops. No client is refused in the meantime.
     ///
-    /// The new master runs the program of this process, with the same arguments. If the command line
-    /// named the program by a path, that path is used again. The new master must call
-    /// [`adopt`](Self::adopt), which gives it the listeners of this master, and forks its own workers.
+    /// The new master runs this process's program with the same arguments. If this process's
+    /// command line contained a path to the program, that path is used. The new master must call
+    /// [`adopt`](Self::adopt) to receive this master's listeners, and forks its own workers.
     ///
-    /// The upgrade ends in [`PoolEvent::Upgraded`], and this pool stops. Or it ends in
-    /// [`PoolEvent::UpgradeFailed`], and this pool goes on. It fails if the new master exits, if this pool
-    /// stops, or if the new master does not take over in time. The new master takes over when it has had a
-    /// [quorum](super::PoolOptions::quorum) for
-    /// [`min_ready_time`](super::PoolOptions::min_ready_time). Its time is
-    /// [`startup_timeout`](super::PoolOptions::startup_timeout) and twice `min_ready_time`.
+    /// The new master takes over when it has had a [quorum](super::PoolOptions::quorum) for
+    /// [`min_ready_time`](super::PoolOptions::min_ready_time). The upgrade then ends with
+    /// [`PoolEvent::Upgraded`], and this pool stops. The upgrade fails if the new master exits,
+    /// this pool stops, or the new master misses its deadline. The deadline is
+    /// [`startup_timeout`](super::PoolOptions::startup_timeout) plus twice `min_ready_time` after
+    /// the start. A failed upgrade ends with [`PoolEvent::UpgradeFailed`], and this pool continues
+    /// unless it is stopping.
     ///
-    /// A new master that has failed gets SIGTERM. It is killed if it has not exited after
-    /// [`drain_timeout`](super::PoolOptions::drain_timeout), or at once if the pool
-    /// [stops at once](Self::stop_at_once).
+    /// If the upgrade fails while the new master is running, the new master receives SIGTERM. If it
+    /// has not exited within [`drain_timeout`](super::PoolOptions::drain_timeout), it is killed.
+    /// [`stop_at_once`](Self::stop_at_once) kills the new master immediately.
     ///
     /// Node has no counterpart.
     ///
-    /// An upgrade changes the process id of the master, so process 1 cannot upgrade. A program that
-    /// upgrades has one pool. The new master is a [detached](Settings::detached()) process, so it
-    /// is not in [`Master::workers`]. As with nginx and gunicorn, it stays in the session and the
-    /// process group of this one: a signal to the process group, such as Ctrl-C in a terminal,
-    /// reaches both masters. If an upgrade is in progress, or the pool is stopping, nothing
-    /// happens.
+    /// An upgrade changes the master's process id, so a master with process id 1 cannot upgrade. An
+    /// application that upgrades must have only one pool. If an upgrade is in progress or the pool
+    /// is stopping, nothing happens.
+    ///
+    /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
+    /// not contain it. Like in nginx and gunicorn, the new master stays in this master's session
+    /// and process group. A signal to the process group, such as SIGINT for Ctrl-C in a terminal,
+    /// therefore reaches both masters.
     ///
     /// # Errors
     ///
-    /// As [`Master::fork`]; [`Error::Io`] if the process has no descriptors left, or the program of this
-    /// process is unknown.
+    /// Returns the same errors as [`Master::fork`]. Also returns [`Error::Io`] if this process has
+    /// no descriptors left or its program is unknown.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -217,7 +228,7 @@ impl Pool {
         }
         let program = self.0.program.path.as_ref();
         let program = program.map_err(|error| {
-            // An `io::Error` cannot be cloned.
+            // Create a new error from the kind, because an `io::Error` cannot be cloned.
             Error::io("find the program of this process")(error.kind().into())
         })?;
         let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
@@ -239,9 +250,11 @@ impl Pool {
             .args(self.0.program.args.clone())
             .listen_fds([channel].into_iter().chain(listeners))
             .detached(true)
-            // A signal to the process group stops both masters.
+            // Keep the new master in this process group, so that a signal to the group stops both
+            // masters.
             .setsid(false);
-        // The workers of a pool do not inherit these variables, but the new master is the service.
+        // Pass these variables explicitly. Forked processes do not inherit them, but the new master
+        // becomes the service's main process.
         let variables = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
         let variables = variables.map(|name| Some((name, std::env::var_os(name)?)));
         let new_master =
@@ -250,7 +263,7 @@ impl Pool {
             .inspect_err(|_| new_master.process().kill(Signal::KILL))
     }
 
-    /// Returns copies of the listeners, with their names.
+    /// Returns a copy of each listener's descriptor, with the listener's name.
     fn copy_listeners(&self) -> Result<Vec<(String, OwnedFd)>> {
         let mut copies = Vec::new();
         for PoolListener { listener, name } in &*self.0.listeners.borrow() {
@@ -262,7 +275,7 @@ impl Pool {
         Ok(copies)
     }
 
-    /// Reports to the core when the new master takes over or exits.
+    /// Watches the new master, and reports its takeover and exit to the core.
     fn watch_new_master(
         &self,
         master: &Master,
@@ -271,7 +284,7 @@ impl Pool {
     ) -> Result<()> {
         let pool = self.clone();
         let on_readable = move |master: &Master, mut channel: &UnixStream| {
-            // End-of-file is no failure: the exit of the process, or the deadline, ends the upgrade.
+            // Ignore end-of-file, because the new master's exit or the deadline ends the upgrade.
             if matches!(channel.read(&mut [0]), Ok(1)) {
                 pool.input(master, Core::new_master_took_over);
             }
@@ -293,15 +306,15 @@ impl Pool {
         Ok(())
     }
 
-    /// Leaves the socket files of the listeners to the new master.
+    /// Leaves the listeners' socket files to the new master.
     pub(super) fn release_socket_files(&self) {
         for PoolListener { listener, .. } in &*self.0.listeners.borrow() {
-            // Not to remove a file cannot fail.
+            // Ignore the result, because `set_removes_file(false)` cannot fail.
             let _ = listener.set_removes_file(false);
         }
     }
 
-    /// Sends SIGTERM to a new master, and keeps the loop running until it has exited.
+    /// Sends SIGTERM to a new master, and keeps the loop running until the new master has exited.
     pub(super) fn terminate_new_master(&self, new_master: WorkerId) {
         if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
             new_master.process().reference();

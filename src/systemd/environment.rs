@@ -1,4 +1,4 @@
-//! The environment variables of systemd's protocols, and which of them a worker gets.
+//! The environment variables of systemd's protocols, and the subset that workers inherit.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -11,15 +11,15 @@ use crate::types::sorted_map::SortedMap;
 
 pub(super) const LISTEN_FDS: &str = "LISTEN_FDS";
 pub(crate) const LISTEN_PID: &str = "LISTEN_PID";
-/// Identifies the process like `LISTEN_PID`, but by a number that is never reused. This crate checks
-/// `LISTEN_PID` only.
+/// A variable that identifies the process like `LISTEN_PID`, but by an inode number that is never
+/// reused. This crate checks only `LISTEN_PID`.
 const LISTEN_PIDFDID: &str = "LISTEN_PIDFDID";
 pub(super) const LISTEN_FDNAMES: &str = "LISTEN_FDNAMES";
 pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 pub(super) const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
 pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
-/// The variables that concern the master alone.
+/// The variables that concern only the master.
 const TO_MASTER: [&str; 7] = [
     LISTEN_FDS,
     LISTEN_PID,
@@ -30,14 +30,14 @@ const TO_MASTER: [&str; 7] = [
     WATCHDOG_PID,
 ];
 
-/// Maximum length in bytes of a descriptor name that systemd accepts.
+/// The maximum length of a descriptor name that systemd accepts, in bytes.
 const MAX_NAME: usize = 255;
 
-/// Returns the value of a variable of this process.
+/// Returns the value of an environment variable.
 ///
 /// # Errors
 ///
-/// The value is not UTF-8.
+/// Returns an error if the value is not valid UTF-8.
 pub(super) fn variable(variable: &'static str) -> Result<Option<String>> {
     let text = std::env::var_os(variable).map(OsString::into_string);
     text.transpose().map_err(|value| Error::Environment {
@@ -64,15 +64,16 @@ pub(super) fn is_addressed_to(own: u32, variable: &'static str, pid: String) -> 
     Ok(parse::<u32>(variable, pid, "a process id")? == own)
 }
 
-/// Removes the variables that concern the master alone, in a worker that executes no program.
+/// Removes the master's variables from the environment of a worker that executes no program.
 pub(crate) fn remove_variables() {
     for name in TO_MASTER.into_iter().chain(TO_WORKER) {
         sys::env::remove(name);
     }
 }
 
-/// Returns the environment that workers inherit. It excludes the variables that concern the master
-/// alone, and those that another master has set if this process is its worker.
+/// Returns the environment that workers inherit, without the variables that concern only the
+/// master. If this process is itself a worker of another master, the variables of that master are
+/// also left out.
 pub(crate) fn inherited_environment() -> SortedMap<OsString, OsString> {
     let own = TO_MASTER.iter().chain(&TO_WORKER);
     let is_inherited = |name: &OsStr| own.clone().all(|own| name != *own);
@@ -81,12 +82,12 @@ pub(crate) fn inherited_environment() -> SortedMap<OsString, OsString> {
         .collect()
 }
 
-/// Sets the variables that announce descriptors to a worker, except `LISTEN_PID`: the process id is not
-/// known before the fork.
+/// Sets the variables that announce passed descriptors to a worker. `LISTEN_PID` is set later,
+/// because the process id is unknown before the fork.
 ///
 /// # Errors
 ///
-/// systemd would not accept one of the names.
+/// Returns an error if systemd would reject one of the names.
 pub(crate) fn set_listen_variables(
     env: &mut SortedMap<OsString, OsString>,
     passed: &[(String, Stdio)],
@@ -104,8 +105,8 @@ pub(crate) fn set_listen_variables(
     Ok(())
 }
 
-/// Returns whether systemd accepts the name of a descriptor. An empty name is refused, because a list of
-/// one empty name looks like an empty list.
+/// Returns whether `name` may be passed as a descriptor's name. An empty name is invalid, because a
+/// list with one empty name looks like an empty list.
 fn is_descriptor_name(name: &str) -> bool {
     let is_valid = |byte: u8| (b' '..=b'~').contains(&byte) && byte != b':';
     (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(is_valid)
@@ -115,7 +116,8 @@ fn is_descriptor_name(name: &str) -> bool {
 pub(super) mod tests {
     use super::*;
 
-    /// Returns the variable that an error names.
+    /// Returns the variable that the error contains. Panics if `result` is not an error of this
+    /// kind.
     pub(in crate::systemd) fn rejected<T: std::fmt::Debug>(result: Result<T>) -> &'static str {
         let Err(Error::Environment { variable, .. }) = result else {
             panic!("{result:?}");

@@ -1,14 +1,19 @@
-//! Integration with systemd: socket activation, notifications and the watchdog.
+//! Support for systemd's socket activation, notifications and watchdog.
 //!
-//! Other programs that follow these protocols, such as `s6`, Podman and `systemfd`, work too. Node has
-//! no counterpart.
+//! This module also works with other programs that follow these protocols, such as `s6`, Podman and
+//! `systemfd`.
 //!
-//! The master is the service: it takes the sockets that systemd has opened ([`listen_fds`]), and notifies
-//! systemd of its state ([`notify`]). Workers inherit neither. Their environment is that of the master
-//! without `NOTIFY_SOCKET`, `WATCHDOG_USEC`, `WATCHDOG_PID` and `LISTEN_*`; otherwise a worker that sends
-//! `READY=1` for itself would send it for the whole service. For a worker that sends notifications, set
-//! `NOTIFY_SOCKET` with [`Master::fork_with`](crate::Master::fork_with). To pass descriptors to a worker
-//! by systemd's protocol, use [`Settings::listen_fds`](crate::Settings::listen_fds()).
+//! Node has no counterpart.
+//!
+//! The master is the service's main process. With [`listen_fds`], the master takes the sockets that
+//! systemd has opened. With [`notify`], the master notifies systemd of the service's state. Workers
+//! do not inherit `NOTIFY_SOCKET`, `WATCHDOG_USEC`, `WATCHDOG_PID` and `LISTEN_*` from the master's
+//! environment. Without this rule, a worker that sends `READY=1` for itself would report that the
+//! whole service is ready.
+//!
+//! If a worker should send notifications, set `NOTIFY_SOCKET` with
+//! [`Master::fork_with`](crate::Master::fork_with). To pass descriptors to a worker by systemd's
+//! protocol, use [`Settings::listen_fds`](crate::Settings::listen_fds()).
 //!
 //! ```no_run
 //! use std::net::TcpListener;
@@ -40,8 +45,8 @@
 //! }
 //! ```
 
-// `sockets` and `notification` are public. `environment` is internal: the variables of both, and which of
-// them a worker gets.
+// `sockets` and `notification` contain the public API. `environment` contains the variables that
+// both of them use, and decides which variables workers inherit.
 mod environment;
 mod notification;
 mod sockets;

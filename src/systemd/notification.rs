@@ -1,4 +1,4 @@
-//! Notifications to systemd: sd_notify(3), and the watchdog.
+//! Notifications to systemd, like sd_notify(3), and the watchdog.
 
 use std::ffi::OsStr;
 use std::time::Duration;
@@ -9,30 +9,31 @@ use super::environment::{
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// How long a notification waits for space in the queue of systemd.
+/// The maximum time that a notification waits for space in systemd's queue.
 ///
-/// A shorter time could lose notifications on a busy machine; a longer one would block the master's
-/// loop. The value is not measured: it is short for a person and long for a scheduler.
+/// A shorter time could lose notifications on a busy machine. A longer time would block the
+/// master's loop noticeably. The value is an estimate without a benchmark.
 const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Sends a notification to systemd. Returns `false` without `NOTIFY_SOCKET` in the environment.
+/// Sends a notification to systemd. Returns `false` if the environment does not contain
+/// `NOTIFY_SOCKET`.
 ///
-/// `state` is as in sd_notify(3): `READY=1`, `STOPPING=1`, `WATCHDOG=1`, `MAINPID=` with a number, and so
-/// on. Several assignments are separated by line breaks.
+/// The format of `state` is described in sd_notify(3). Examples are `READY=1`, `STOPPING=1` and
+/// `WATCHDOG=1`. Separate several assignments with line breaks.
 ///
-/// The master may call this at any time. A worker has no `NOTIFY_SOCKET` unless
-/// [`Master::fork_with`](crate::Master::fork_with) sets one. systemd ignores notifications of other
-/// processes than the main process unless `NotifyAccess` permits them. If the queue of systemd is full,
-/// the call waits for at most 100 ms.
+/// The master may call this function at any time. A worker has no `NOTIFY_SOCKET` unless
+/// [`Master::fork_with`](crate::Master::fork_with) sets the variable. systemd ignores notifications
+/// from processes other than the main process unless `NotifyAccess` permits them. If systemd's
+/// queue is full, the call waits at most 100 ms.
 ///
 /// Node has no counterpart.
 ///
 /// # Errors
 ///
-/// - [`Error::Environment`] if `NOTIFY_SOCKET` is neither an absolute path nor a name after `@`;
-///   `vsock:` addresses are not supported;
-/// - [`Error::Io`] if the system refuses to send: no process has this socket, the queue is still full
-///   (`WouldBlock`), or the text is too long.
+/// - Returns [`Error::Environment`] if `NOTIFY_SOCKET` is neither an absolute path nor a name after
+///   `@`. `vsock:` addresses are not supported.
+/// - Returns [`Error::Io`] if sending fails. For example, no process has this socket, the text is
+///   too long, or the queue is still full after the wait (`WouldBlock`).
 ///
 /// ```
 /// // Outside of systemd:
@@ -65,16 +66,16 @@ fn is_address(address: &OsStr) -> bool {
     }
 }
 
-/// Sends a status text to systemd: `STATUS=` of [`notify`], whose result it returns.
+/// Sends a status text (`STATUS=`) to systemd. Returns the result of [`notify`].
 ///
-/// Line breaks in `text` become spaces. Each line of a notification is an assignment, so a text from
-/// elsewhere could otherwise contain one.
+/// Line breaks in `text` become spaces. Each line of a notification is an assignment, so an
+/// untrusted text with line breaks could otherwise add assignments.
 ///
 /// Node has no counterpart.
 ///
 /// # Errors
 ///
-/// See [`notify`].
+/// Returns the same errors as [`notify`].
 ///
 /// ```
 /// # fn f(error: std::io::Error) -> cluster::Result<()> {
@@ -89,7 +90,8 @@ fn status_line(text: &str) -> String {
     format!("STATUS={}", text.replace(['\n', '\r'], " "))
 }
 
-/// Notifies systemd that the service reloads its configuration. Returns what [`notify`] returns.
+/// Notifies systemd that the service is reloading its configuration. Returns the result of
+/// [`notify`].
 ///
 /// The notification is `RELOADING=1` with the current time, which systemd requires for services of
 /// `Type=notify-reload`. Send `READY=1` with [`notify`] when the reload is complete.
@@ -98,7 +100,7 @@ fn status_line(text: &str) -> String {
 ///
 /// # Errors
 ///
-/// See [`notify`].
+/// Returns the same errors as [`notify`].
 ///
 /// ```
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -116,19 +118,19 @@ pub fn reloading() -> Result<bool> {
     notify(&format!("RELOADING=1\nMONOTONIC_USEC={now}"))
 }
 
-/// Returns the watchdog timeout: how long systemd waits for `WATCHDOG=1` of [`notify`] before it treats
-/// the service as failed.
+/// Returns the watchdog timeout, or `None` if systemd has no watchdog for this process.
 ///
-/// Returns `None` if systemd has no watchdog for this process. Half of the timeout is a good interval.
-/// Reads `WATCHDOG_USEC` and `WATCHDOG_PID`, and may be called at any time. See the [module](crate::systemd) for
-/// an example.
+/// systemd treats the service as failed if it receives no `WATCHDOG=1` from [`notify`] within the
+/// timeout. Half of the timeout is a good interval for the notifications. The function reads
+/// `WATCHDOG_USEC` and `WATCHDOG_PID`, and may be called at any time. See the
+/// [module](crate::systemd) for an example.
 ///
 /// Node has no counterpart.
 ///
 /// # Errors
 ///
-/// [`Error::Environment`] if `WATCHDOG_PID` is not a number, or if `WATCHDOG_USEC` is not a number
-/// above 0.
+/// Returns [`Error::Environment`] if `WATCHDOG_PID` is not a number or `WATCHDOG_USEC` is not a
+/// positive number.
 pub fn watchdog() -> Result<Option<Duration>> {
     let (pid, time) = (variable(WATCHDOG_PID), variable(WATCHDOG_USEC));
     parse_watchdog(std::process::id(), pid?, time?)

@@ -1,4 +1,4 @@
-//! Socket activation: the descriptors that systemd passes, sd_listen_fds(3).
+//! Socket activation, in which systemd passes open descriptors to a service. See sd_listen_fds(3).
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -13,14 +13,14 @@ use crate::sys;
 use crate::sys::fd::LISTEN_FDS_START;
 use crate::sys::listen::SocketKind;
 
-/// A descriptor that was passed to this process: a listener, a UDP socket, or another file.
+/// A descriptor that was passed to this process, such as a listener or a UDP socket.
 ///
-/// `try_from` converts it into a [`TcpListener`], [`UnixListener`] or [`UdpSocket`] of the standard
-/// library. The error is [`Error::Descriptor`] if it is not of that kind. `from` converts any descriptor
-/// into an `OwnedFd`.
+/// `try_from` converts the descriptor into the standard library's [`TcpListener`], [`UnixListener`]
+/// or [`UdpSocket`]. The conversion returns [`Error::Descriptor`] if the descriptor is of another
+/// kind. `from` converts any descriptor into an `OwnedFd`.
 ///
-/// The process that opened the descriptor decides whether it blocks. Other processes may share it: they
-/// can change this flag at any time, and `shutdown` affects them too.
+/// The process that opened the descriptor decides whether it is in blocking mode. Processes that
+/// share the descriptor can change the mode at any time. A `shutdown` affects all of them.
 ///
 /// Node has no counterpart.
 ///
@@ -42,8 +42,8 @@ pub struct ListenFd {
 }
 
 impl ListenFd {
-    /// Returns the name of the descriptor, `FileDescriptorName` in systemd; `None` if the descriptors
-    /// were passed without names.
+    /// Returns the descriptor's name, which is `FileDescriptorName` in systemd's unit file. Returns
+    /// `None` if the descriptors were passed without names.
     ///
     /// Node has no counterpart.
     ///
@@ -151,28 +151,28 @@ impl TryFrom<ListenFd> for UdpSocket {
     }
 }
 
-/// Returns the descriptors that systemd has passed to this process, in its order.
+/// Returns the descriptors that systemd has passed to this process, in systemd's order.
 ///
-/// The list is empty if systemd has passed none, or has passed them to another process, which
-/// `LISTEN_PID` names. It is also empty for each call but the first in a process: the caller owns the
-/// descriptors. They are closed on exec from now on. `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` stay
-/// in the environment.
+/// The list is empty if systemd has passed no descriptors, or if `LISTEN_PID` contains another
+/// process's id. Only the first call in a process returns descriptors, because its caller owns
+/// them. Later calls return an empty list. The function marks the descriptors as close-on-exec. The
+/// variables `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` stay in the environment.
 ///
-/// Call this early in `main`, before the application opens descriptors: those that were passed are
-/// known by their numbers alone. See [`ListenFd`] for an example.
+/// Call this function early in `main`, before the application opens descriptors, because passed
+/// descriptors are identified only by their numbers. See [`ListenFd`] for an example.
 ///
 /// Node has no counterpart.
 ///
 /// # Errors
 ///
-/// [`Error::Environment`] in these cases, in which no descriptor is taken:
+/// Returns [`Error::Environment`] and takes no descriptor in the following cases:
 ///
-/// - `LISTEN_PID` or `LISTEN_FDS` is not a number;
-/// - `LISTEN_FDNAMES` does not have one name for each descriptor;
-/// - one of the descriptors from 3 on is not open, or is closed on exec, as descriptors are that this
-///   process opened itself.
+/// - `LISTEN_PID` or `LISTEN_FDS` is not a valid number.
+/// - `LISTEN_FDNAMES` does not contain exactly one name for each descriptor.
+/// - One of the descriptors is not open, or is marked as close-on-exec. Passed descriptors never
+///   have this mark, so this process must have opened the descriptor itself.
 pub fn listen_fds() -> Result<Vec<ListenFd>> {
-    /// The caller of the first call owns the descriptors.
+    /// Whether `listen_fds` has already been called in this process.
     static CALLED: AtomicBool = AtomicBool::new(false);
     if CALLED.swap(true, Ordering::SeqCst) {
         return Ok(Vec::new());
@@ -197,14 +197,16 @@ pub fn listen_fds() -> Result<Vec<ListenFd>> {
     Ok(passed.collect())
 }
 
-/// The content of the variables. Nothing is allocated in proportion to `count`, which may be wrong.
+/// The contents of the variables. The count may be wrong, so allocate no memory in proportion to
+/// it.
 #[derive(Debug, PartialEq, Eq)]
 struct Passed {
     count: usize,
     names: Option<Vec<String>>,
 }
 
-/// Parses the variables. Returns `None` if nothing was passed to this process, whose id is `own`.
+/// Parses the variables. Returns `None` if no descriptor was passed to the process with the id
+/// `own`.
 fn parse_passed(
     own: u32,
     pid: Option<String>,
@@ -217,7 +219,7 @@ fn parse_passed(
     if !is_addressed_to(own, LISTEN_PID, pid)? {
         return Ok(None);
     }
-    // systemd passes far fewer descriptors, so a larger number is a mistake.
+    // Reject counts above 65535 as mistakes, because systemd passes far fewer descriptors.
     let count = parse::<u16>(LISTEN_FDS, count, "a number of descriptors up to 65535")?.into();
     if count == 0 {
         return Ok(None);

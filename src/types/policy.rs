@@ -9,7 +9,7 @@ use std::str::FromStr;
 /// The default is round robin. The application selects a policy with
 /// [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy). The user selects one
 /// with the environment variable `CLUSTER_SCHED_POLICY`, whose value is `rr`, `none` or `sharded`.
-/// [`FromStr`] parses these names.
+/// [`FromStr`] parses these values.
 ///
 /// ```
 /// use cluster::SchedulingPolicy;

@@ -1,4 +1,4 @@
-//! The deadlines of a pool, and the transitions that are due when time passes.
+//! The pool's deadlines, and the transitions that are due at them.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use super::worker::{Worker, WorkerState};
 use super::{Action, Core, Time};
 
 impl Core {
-    /// Returns when `tick` must be called at the latest.
+    /// Returns the time by which the driver must call `tick`, or `None` if no deadline is pending.
     pub(in super::super) fn next_deadline(&mut self) -> Option<Time> {
         let batch = self.rollout.as_ref().map(|rollout| &rollout.batch);
         let is_in_batch = |slot: usize| batch.is_some_and(|batch| batch.contains_key(&slot));
@@ -37,7 +37,8 @@ impl Core {
             WorkerState::Ready { last_heartbeat, .. } => {
                 let timeout = self.options.heartbeat_timeout;
                 let silent_at = timeout.map(|timeout| last_heartbeat.saturating_add(timeout));
-                // Only the end of the current rollout can begin another one.
+                // Ignore the maximum age during a rollout, because the next rollout begins only
+                // after the current one has ended.
                 let is_blocked =
                     self.limits_reached.contains_key(&worker.slot) || self.rollout.is_some();
                 let slot = self.slots.get(worker.slot);
@@ -57,7 +58,8 @@ impl Core {
             let worker = self.workers.get(successor);
             worker.is_some_and(Worker::has_failed)
         });
-        // The exit of a killed successor ends the observation.
+        // If a successor was killed, ignore this deadline, because the successor's exit ends the
+        // rollout.
         rollout.observed_until().filter(|_| !has_failed)
     }
 
@@ -86,10 +88,11 @@ impl Core {
         self.settle(now);
     }
 
-    /// Extends the deadlines of workers if this call is late by more than a quarter of their timeout.
+    /// Extends the workers' deadlines if this call is late by more than a quarter of the timeout.
     ///
-    /// A master that did not run, because it was stopped or the machine slept, has not read the messages
-    /// that its workers sent in that time.
+    /// If the master was stopped or the machine was asleep, the master has not yet read the
+    /// messages that its workers sent in the meantime. A deadline that has passed is then no
+    /// evidence of a stalled worker.
     fn forgive_absence(&mut self, now: Time) {
         let late = self
             .next_tick

@@ -1,9 +1,9 @@
-//! The decisions of a pool, as a pure state machine.
+//! The pool's decisions, as a pure state machine.
 //!
-//! Inputs are methods of [`Core`]: facts (`forked`, `exited`), calls of the application (`reload`,
-//! `stop`), and the time. Outputs are [`Action`]s, which the driver takes with [`Core::next_action`].
-//! Descriptors, clocks and system calls do not belong here. Neither do the settings of workers, which
-//! the driver keeps for each generation.
+//! The inputs are methods of [`Core`] for process events (`forked`, `exited`), application calls
+//! (`reload`, `stop`) and the time. The outputs are [`Action`]s, which the driver takes with
+//! [`Core::next_action`]. The core uses no descriptors, clocks or system calls. Worker settings
+//! belong to the driver, which keeps them for each generation.
 //!
 //! | file | decides |
 //! |---|---|
@@ -42,36 +42,40 @@ use super::status::WorkerPhase;
 /// The time since the pool was created.
 pub(super) type Time = Duration;
 
-/// The shortest pause before an operation is repeated that may fail at once.
+/// The shortest pause before the pool repeats an operation that may fail immediately.
 ///
-/// Without it, a back-off or a check interval of zero would make the loop spin. 1 ms allows at most
-/// 1,000 repetitions per second.
+/// Without this minimum, a back-off or check interval of zero would make the loop spin. With a
+/// pause of 1 ms, there are at most 1,000 repetitions per second. A longer minimum would override
+/// short intervals that the application has chosen.
 const MIN_PAUSE: Duration = Duration::from_millis(1);
 
 /// An action for the driver.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Fork a worker for this slot, and report `forked` or `fork_failed`.
+    /// Forks a worker for the slot. The driver reports `forked` or `fork_failed`.
     Fork { slot: usize, generation: u64 },
-    /// Keep the settings of a new generation. If it has no settings of its own, it gets those of `base`.
+    /// Stores the settings of a new generation. If the application has passed no settings, the new
+    /// generation has those of `base`.
     BeginGeneration { generation: u64, base: u64 },
-    /// Disconnect a worker.
+    /// Disconnects a worker.
     Disconnect(WorkerId),
-    /// Disconnect all workers.
+    /// Disconnects all workers.
     DisconnectAll,
-    /// Kill a worker or a new master.
+    /// Kills a worker or a new master.
     Kill(WorkerId),
-    /// Leave the socket files of the listeners to the new master.
+    /// Leaves the listeners' socket files to the new master.
     ReleaseSocketFiles,
-    /// Close the channel to the new master.
+    /// Closes the channel to the new master.
     CloseUpgradeChannel,
-    /// Send SIGTERM to a new master, and keep the loop running until it has exited.
+    /// Sends SIGTERM to a new master, and keeps the loop running until the new master has exited.
     TerminateNewMaster(WorkerId),
-    /// Report the connections and the memory of each worker with `measured`.
+    /// Measures each worker's connections and memory. The driver reports the values with
+    /// `measured`.
     MeasureWorkers,
-    /// Let the application decide about the slot of this worker, and report `failure_action_chosen`.
+    /// Lets the application decide what happens to the failed worker's slot. The driver reports the
+    /// decision with `failure_action_chosen`.
     RequestDecision(WorkerFailure),
-    /// Deliver an event to the application.
+    /// Delivers an event to the application.
     EmittedEvent(PoolEvent),
 }
 
@@ -81,22 +85,22 @@ pub(super) struct Core {
     options: PoolOptions,
     slots: Vec<Slot>,
     workers: BTreeMap<WorkerId, Worker>,
-    /// The generation of new slots: the last one that was not stopped half-way.
+    /// The generation of the last complete reload, or 0. New slots belong to this generation.
     generation: u64,
     last_generation: u64,
     reload_requested: bool,
-    /// Workers that have reached a limit and are not being replaced yet, by slot.
+    /// The workers that have reached a limit and are not yet being replaced, by slot.
     limits_reached: BTreeMap<usize, LimitReached>,
     rollout: Option<Rollout>,
     stop: StopState,
     upgrade: Upgrade,
-    /// New masters whose upgrade has failed, until they exit.
+    /// The new masters whose upgrade has failed and that have not exited.
     rejected_masters: BTreeMap<WorkerId, RejectedMaster>,
     has_quorum: bool,
     failures: u64,
-    /// When connections and memory are measured next.
+    /// The time of the next measurement of connections and memory.
     next_check: Option<Time>,
-    /// The deadline that the driver was given last.
+    /// The most recent result of `next_deadline`.
     next_tick: Option<Time>,
     random: u64,
     actions: VecDeque<Action>,
@@ -107,7 +111,8 @@ impl Core {
         options.jitter = options.jitter.min(100);
         options.surge = options.surge.max(1);
         options.check_interval = options.check_interval.max(MIN_PAUSE);
-        // If time is the proof of readiness, the worker cannot be late before that time has passed.
+        // With `Readiness::Alive`, a worker becomes ready only after that time, so the start-up
+        // timeout starts then.
         if let Some(time) = options.readiness.ready_at(Time::ZERO) {
             options.startup_timeout = options.startup_timeout.saturating_add(time);
         }
@@ -130,7 +135,7 @@ impl Core {
             failures: 0,
             next_check,
             next_tick: None,
-            // The generator never leaves zero.
+            // Set a bit, because a generator with the state 0 returns only zeros.
             random: seed | 1,
             actions: VecDeque::new(),
         };
@@ -150,7 +155,7 @@ impl Core {
         &self.slots
     }
 
-    /// The workers that have not exited.
+    /// Returns the workers that have not exited.
     pub(super) fn workers(&self) -> &BTreeMap<WorkerId, Worker> {
         &self.workers
     }
@@ -171,8 +176,8 @@ impl Core {
         self.reload_requested || self.rollout.as_ref().is_some_and(Rollout::is_reload)
     }
 
-    /// Whether workers may still be forked with the settings of this generation when another one
-    /// begins.
+    /// Returns whether workers may still be forked with this generation's settings after a newer
+    /// generation has begun.
     pub(super) fn uses(&self, generation: u64) -> bool {
         let has_generation = |slot: &Slot| slot.generation == generation;
         self.generation == generation || self.slots.iter().any(has_generation)
@@ -187,9 +192,9 @@ impl Core {
         self.actions.push_back(Action::EmittedEvent(event));
     }
 
-    /// Lengthens a value at random by up to `PoolOptions::jitter` percent.
+    /// Returns the value increased by a random amount of at most `PoolOptions::jitter` percent.
     fn jittered(&mut self, value: u64) -> u64 {
-        // Marsaglia's xorshift.
+        // The generator is Marsaglia's xorshift.
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
@@ -203,7 +208,8 @@ impl Core {
         Duration::from_nanos(self.jittered(nanos))
     }
 
-    /// Advances the rollout and reports a change of the quorum. Called after every input.
+    /// Advances the rollout and emits an event if the quorum was reached or lost. Each input must
+    /// end with this call.
     fn settle(&mut self, now: Time) {
         self.advance_rollout(now);
         let quorum = self.options.quorum_of(self.slots.len());

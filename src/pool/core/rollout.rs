@@ -1,9 +1,10 @@
-//! Rollouts: how the workers of a pool are replaced.
+//! Rollouts, which replace a pool's workers.
 //!
-//! A reload replaces all workers. A recycling replaces single workers that have reached a limit. One
-//! rollout runs at a time, and takes the slots in batches. Successors are forked beside the workers of
-//! the batch. When all of them have been ready for a while, the old workers are disconnected. The
-//! rollout ends at the first successor that fails.
+//! A rollout is either a reload, which replaces all workers, or a recycling, which replaces workers
+//! that have reached a limit. Only one rollout runs at a time. A rollout handles the slots in
+//! batches, and forks a successor for each worker of the batch. After all successors have been
+//! ready for `PoolOptions::min_ready_time`, the old workers are disconnected. If a successor fails,
+//! the rollout fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,42 +19,41 @@ use super::{Action, Core, MIN_PAUSE, Time};
 #[derive(Debug)]
 pub(super) struct Rollout {
     kind: Kind,
-    /// The successors by slot; `None` until the worker is forked. Empty in `Phase::Retiring`.
+    /// The batch's successors, by slot. A successor is `None` until it is forked. The map is empty
+    /// in `Phase::Retiring`.
     pub(super) batch: BTreeMap<usize, Option<WorkerId>>,
     phase: Phase,
-    /// Set while the first batch of a reload is the canary.
+    /// The canary step, until it has ended.
     canary: Option<Canary>,
     replaced: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Brings all slots to this generation.
+    /// A reload, which replaces the workers of all slots with workers of this generation.
     Reload { generation: u64 },
-    /// Replaces the workers in `Core::limits_reached`, within their generations.
+    /// A recycling, which replaces the workers in `Core::limits_reached` with workers of the slots'
+    /// generations.
     Recycling,
 }
 
 /// The phase of a rollout.
 ///
-/// | from | input | to |
-/// |---|---|---|
-/// | | the rollout begins | `Retiring` without workers |
-/// | `Retiring` | all replaced workers have exited, and slots are left | `Starting` with the next batch |
-/// | `Retiring` | all replaced workers have exited, and no slot is left | (ended: success) |
-/// | `Starting` | all successors of the batch are ready | `Observing` |
-/// | `Observing` | the time is over | `Retiring` |
-/// | `Starting`, `Observing` | all slots of the batch were removed | `Retiring` without workers |
-/// | `Starting`, `Observing` | a successor has failed | (ended: failure) |
-/// | any | the reload is cancelled | (ended: failure) |
-/// | any | the pool stops | (ended) |
+/// | from | input | to | |---|---|---| | | the rollout begins | `Retiring` without workers | |
+/// `Retiring` | all replaced workers have exited, and slots remain | `Starting` with the next batch
+/// | | `Retiring` | all replaced workers have exited, and no slots remain | (ended: success) | |
+/// `Starting` | all successors of the batch are ready | `Observing` | | `Observing` | the time has
+/// passed | `Retiring` | | `Starting`, `Observing` | all slots of the batch were removed |
+/// `Retiring` without workers | | `Starting`, `Observing` | a successor has failed | (ended:
+/// failure) | | any | the reload is cancelled | (ended: failure) | | any | the pool stops | (ended)
+/// |
 #[derive(Debug)]
 enum Phase {
-    /// Waits until all successors are ready.
+    /// The rollout waits until all successors are ready.
     Starting,
-    /// Waits until this time, while all successors must stay ready.
+    /// The rollout waits until this time. The successors must stay ready in the meantime.
     Observing { until: Time },
-    /// Waits until these replaced workers have exited.
+    /// The rollout waits until these replaced workers have exited.
     Retiring { workers: BTreeSet<WorkerId> },
 }
 
@@ -81,14 +81,14 @@ impl Rollout {
         matches!(self.kind, Kind::Reload { .. })
     }
 
-    /// A worker has exited.
+    /// Records that a worker has exited.
     pub(super) fn retired(&mut self, worker: WorkerId) {
         if let Phase::Retiring { workers } = &mut self.phase {
             workers.remove(&worker);
         }
     }
 
-    /// Returns when the observation of the batch ends, if it is being observed.
+    /// Returns when the batch's observation ends, or `None` if the batch is not being observed.
     pub(super) fn observed_until(&self) -> Option<Time> {
         match self.phase {
             Phase::Observing { until } => Some(until),
@@ -99,7 +99,8 @@ impl Rollout {
 
 // Inputs.
 impl Core {
-    /// Requests a reload. If a rollout is in progress, the reload begins after it.
+    /// Requests a reload. If a rollout is in progress, the reload begins after that rollout has
+    /// ended.
     pub(in super::super) fn reload(&mut self, now: Time) {
         if !self.is_stopping() {
             self.reload_requested = true;
@@ -115,7 +116,8 @@ impl Core {
         self.settle(now);
     }
 
-    /// The connections that a worker has received, and its resident memory in bytes, were measured.
+    /// Checks a worker's received connections and its resident memory, in bytes, against the
+    /// limits.
     pub(in super::super) fn measured(
         &mut self,
         id: WorkerId,
@@ -140,7 +142,7 @@ impl Core {
         self.settle(now);
     }
 
-    /// Remembers a worker for the next recycling, unless the last one of its slot has failed recently.
+    /// Schedules a worker for the next recycling, unless its slot's last recycling failed recently.
     fn limit_reached(&mut self, id: WorkerId, limit: Limit, now: Time) {
         let Some(number) = self.workers.get(&id).map(|worker| worker.slot) else {
             return;
@@ -156,8 +158,8 @@ impl Core {
 
 // Decisions.
 impl Core {
-    /// Whether a successor for this slot is being forked. The slot itself may be filled during that
-    /// fork.
+    /// Returns whether the rollout is forking a successor of this generation for the slot. The slot
+    /// may already have a worker during that fork.
     pub(super) fn is_awaited(&self, slot: usize, generation: u64) -> bool {
         self.rollout.as_ref().is_some_and(|rollout| {
             let is_of_rollout = match rollout.kind {
@@ -168,7 +170,8 @@ impl Core {
         })
     }
 
-    /// Makes all transitions of the rollout that are due, and begins the next one.
+    /// Makes all transitions of the rollout that are due. If no rollout is in progress, begins the
+    /// next one.
     pub(super) fn advance_rollout(&mut self, now: Time) {
         while !self.is_stopping() {
             let Some(rollout) = &mut self.rollout else {
@@ -179,7 +182,8 @@ impl Core {
             };
             let is_ready = |worker: &Option<WorkerId>| {
                 let worker = worker.and_then(|worker| self.workers.get(&worker));
-                // The exit of a killed successor ends the rollout.
+                // A successor that missed a deadline is not ready. The rollout ends when the killed
+                // process exits.
                 worker.is_some_and(Worker::is_ready)
             };
             let are_ready = rollout.batch.values().all(is_ready);
@@ -203,7 +207,7 @@ impl Core {
         }
     }
 
-    /// Begins a reload or a recycling. Returns whether there was a reason for one.
+    /// Begins the next reload or recycling. Returns `false` if neither is due.
     fn begin_rollout(&mut self, now: Time) -> bool {
         let is_expired = |worker: &Worker| {
             worker.is_ready() && worker.expires_at.is_some_and(|expires| expires <= now)
@@ -231,7 +235,7 @@ impl Core {
         true
     }
 
-    /// Forks the successors of the next batch, or ends the rollout if no slot is left.
+    /// Forks the next batch's successors, or ends the rollout if no slots remain.
     fn start_batch(&mut self) {
         let Some(rollout) = &mut self.rollout else {
             return;
@@ -265,14 +269,15 @@ impl Core {
         }
     }
 
-    /// Returns the next slots for a reload, with the generation of their successors.
+    /// Returns the next slots for a reload, each with its successor's generation.
     fn next_reloads(&self, generation: u64, size: usize) -> Vec<(usize, u64)> {
         let slots = self.slots.iter().enumerate();
         let old = slots.filter(|(_, slot)| slot.generation != generation);
         old.map(|(slot, _)| (slot, generation)).take(size).collect()
     }
 
-    /// Returns the next slots for a recycling, with the generation of their successors, and the events.
+    /// Returns the next slots for a recycling, each with its successor's generation, and the events
+    /// to emit.
     fn next_recyclings(&mut self, size: usize) -> (Vec<(usize, u64)>, Vec<PoolEvent>) {
         let (mut batch, mut events) = (Vec::new(), Vec::new());
         while batch.len() < size {
@@ -280,7 +285,8 @@ impl Core {
                 break;
             };
             let LimitReached { worker, limit } = reached;
-            // The worker may have failed since then, and have been replaced.
+            // Skip a worker that is no longer its slot's worker, because it has failed after it
+            // reached the limit.
             let slot = self.slots.get(number);
             if let Some(slot) = slot.filter(|slot| slot.worker() == Some(worker)) {
                 batch.push((number, slot.generation));
@@ -294,7 +300,7 @@ impl Core {
         (batch, events)
     }
 
-    /// Puts the successors in the place of the old workers, and disconnects these.
+    /// Makes the successors the workers of their slots, and disconnects the old workers.
     fn promote_batch(&mut self, now: Time) {
         let Some(rollout) = &mut self.rollout else {
             return;
@@ -320,7 +326,8 @@ impl Core {
         }
     }
 
-    /// Ends the rollout without success. Successors that have not replaced a worker are disconnected.
+    /// Ends the rollout as a failure, and disconnects the successors that have not replaced a
+    /// worker.
     pub(super) fn fail_rollout(&mut self, reason: ReloadFailure, now: Time) {
         let Some(rollout) = self.rollout.take() else {
             return;
@@ -333,7 +340,8 @@ impl Core {
             if rollout.kind == Kind::Recycling {
                 slot.recycle_from = recycle_from;
             }
-            // A successor whose old worker has failed is the slot's worker, and stays.
+            // Keep a successor that has already become the slot's worker because the old worker
+            // failed.
             if slot.successor == successor {
                 slot.successor = None;
                 if let Some(successor) = successor {

@@ -1,4 +1,4 @@
-//! The slots of a pool: which worker a slot has, and when a failed worker is replaced.
+//! The pool's slots, their workers and the replacement of failed workers.
 
 use std::collections::VecDeque;
 use std::process::ExitStatus;
@@ -12,19 +12,21 @@ use super::super::options::PoolOptions;
 use super::worker::{Worker, WorkerState};
 use super::{Action, Core, MIN_PAUSE, Time};
 
-/// A slot: the pool keeps one worker running in it.
+/// A slot, for which the pool keeps one worker running.
 #[derive(Debug)]
 pub(in super::super) struct Slot {
     pub(super) occupancy: Occupancy,
     /// The worker that a rollout has forked to replace the slot's worker.
     pub(in super::super) successor: Option<WorkerId>,
-    /// The generation of the slot's next worker, except during a rollout.
+    /// The generation of the slot's next worker. A rollout may fork a successor of another
+    /// generation.
     pub(super) generation: u64,
-    /// The failures since a worker was last ready for `PoolOptions::back_off_reset`.
+    /// The number of failures since a worker was last ready for `PoolOptions::back_off_reset`.
     consecutive_failures: u32,
     /// The times of the failures within `PoolOptions::failure_window`.
     recent_failures: VecDeque<Time>,
-    /// The earliest time for a recycling, after one of this slot has failed.
+    /// The earliest time for the slot's next recycling. After a failed recycling, the next one must
+    /// wait.
     pub(super) recycle_from: Time,
     pub(in super::super) restarts: u64,
     pub(in super::super) last_failure: Option<WorkerFailure>,
@@ -32,21 +34,19 @@ pub(in super::super) struct Slot {
 
 /// The state of a slot.
 ///
-/// | from | input | to |
-/// |---|---|---|
-/// | | the slot is added, and a worker is forked | `Vacant` |
-/// | `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` |
-/// | `Vacant`, `Occupied` | the worker failed while a successor exists | `Occupied` by the successor |
-/// | `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit |
-/// | `Waiting` | the pause is over, no rollout fills the slot, and a worker is forked | `Vacant` |
-/// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` |
-/// | any | the rollout promotes the successor | `Occupied` by the successor |
-/// | any except `GivenUp` | the pool stops | `Vacant` |
+/// | from | input | to | |---|---|---| | | the slot is added, and a worker is forked | `Vacant` | |
+/// `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` | | `Vacant`,
+/// `Occupied` | the worker failed while a successor exists | `Occupied` by the successor | |
+/// `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit | |
+/// `Waiting` | the pause has ended, no rollout fills the slot, and a worker is forked | `Vacant` |
+/// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` | | any | the rollout
+/// promotes the successor | `Occupied` by the successor | | any except `GivenUp` | the pool stops |
+/// `Vacant` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Occupancy {
     /// A worker is being forked, or the pool has stopped.
     Vacant,
-    /// A worker will be forked.
+    /// The pool waits until this time before it forks a worker.
     Waiting {
         restart_at: Time,
     },
@@ -89,13 +89,13 @@ impl Slot {
         self.occupancy == Occupancy::GivenUp
     }
 
-    /// Whether a forked worker of this generation fills the slot. A worker of a rollout that was
-    /// cancelled during the fork does not.
+    /// Returns whether a newly forked worker of this generation should fill the slot. If a rollout
+    /// was cancelled during the fork, its worker has the wrong generation.
     fn needs(&self, generation: u64) -> bool {
         self.worker().is_none() && self.generation == generation
     }
 
-    /// Makes the successor the slot's worker. Returns the worker that it replaces.
+    /// Makes the successor the slot's worker. Returns the replaced worker.
     pub(super) fn promote(&mut self, successor: WorkerId) -> Option<WorkerId> {
         let replaced = self.worker().filter(|worker| *worker != successor);
         self.occupancy = Occupancy::Occupied { worker: successor };
@@ -130,19 +130,21 @@ impl Slot {
         is_reached
     }
 
-    /// Returns the pause before the next worker is forked, without jitter; `None` for no pause.
+    /// Returns the pause before the next worker is forked, without jitter. Returns `None` after the
+    /// first failure, which needs no pause.
     fn back_off(&self, options: &PoolOptions) -> Option<Duration> {
         if self.consecutive_failures <= 1 {
             return None;
         }
-        // A shift by 32 would overflow; 2^31 times any back-off is beyond every cap.
+        // Limit the shift, because `1 << 32` would overflow. A back-off of 2^31 times the first
+        // pause is beyond any useful cap.
         let doublings = (self.consecutive_failures - 2).min(31);
         let pause = options.back_off.saturating_mul(1 << doublings);
         Some(pause.min(options.back_off_cap).max(MIN_PAUSE))
     }
 }
 
-// Calls of the application.
+// Application calls.
 impl Core {
     pub(in super::super) fn scale(&mut self, workers: usize, now: Time) {
         if self.is_stopping() {
@@ -199,7 +201,7 @@ impl Core {
     }
 }
 
-// Facts about processes.
+// Process events.
 impl Core {
     pub(in super::super) fn forked(
         &mut self,
@@ -236,7 +238,7 @@ impl Core {
             Some(slot) if slot.needs(generation) => {
                 slot.occupancy = Occupancy::Occupied { worker: id };
             }
-            // The slot was removed or filled, or the rollout was cancelled, during the fork.
+            // During the fork, the slot was removed or filled, or the rollout was cancelled.
             _ => self.disconnect(id, now),
         }
     }
@@ -267,7 +269,7 @@ impl Core {
         self.settle(now);
     }
 
-    /// The process of a worker has exited.
+    /// Removes a worker whose process has exited, and replaces the worker if the exit is a failure.
     pub(in super::super) fn exited(
         &mut self,
         id: WorkerId,
@@ -312,7 +314,9 @@ impl Core {
         self.settle(now);
     }
 
-    /// The slot has lost its worker. Its successor takes its place, if there is one.
+    /// Records a slot's failure. The slot's successor becomes its worker. If the slot has no
+    /// successor, a new worker is forked after the back-off, unless the slot has reached its
+    /// failure limit.
     fn worker_failed(&mut self, failure: WorkerFailure, ready_since: Option<Time>, now: Time) {
         self.failures += 1;
         self.emit(PoolEvent::WorkerFailed(failure.clone()));
@@ -340,8 +344,8 @@ impl Core {
         }
     }
 
-    /// Forks workers for the slots whose pause is over. A slot whose successor is being forked is
-    /// left to the rollout.
+    /// Forks workers for the slots whose pause has ended. If a slot is in the rollout's batch, its
+    /// successor fills the slot.
     pub(super) fn restart(&mut self, now: Time) {
         let batch = self.rollout.as_ref().map(|rollout| &rollout.batch);
         for (number, slot) in self.slots.iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! How a pool stops.
+//! The stop of a pool.
 
 use cluster::WorkerId;
 
@@ -8,18 +8,19 @@ use super::upgrade::RejectedMaster;
 use super::worker::WorkerState;
 use super::{Action, Core, Time};
 
-/// Whether the pool stops.
+/// The state of a pool's stop.
 ///
 /// | from | input | to |
 /// |---|---|---|
 /// | `Running` | `stop`, or a new master has taken over | `Draining` |
 /// | `Running`, `Draining` | `stop_at_once` | `Killing` |
 ///
-/// The pool is over when it is not `Running`, and all workers and rejected new masters have exited.
+/// The pool has ended when its state is not `Running` and all workers and rejected new masters have
+/// exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StopState {
     Running,
-    /// Workers that have not exited by then are killed.
+    /// The pool kills workers that have not exited by this time.
     Draining {
         exit_by: Time,
     },
@@ -31,8 +32,8 @@ impl Core {
         self.stop != StopState::Running
     }
 
-    /// Whether the pool has stopped, and every process that it has started has exited, except for a
-    /// new master that has taken over.
+    /// Returns whether the pool has stopped and all its processes have exited. A new master that
+    /// has taken over does not count.
     pub(in super::super) fn is_over(&self) -> bool {
         self.is_stopping() && self.workers.is_empty() && self.rejected_masters.is_empty()
     }
@@ -76,7 +77,8 @@ impl Core {
         }
     }
 
-    /// The pool was stopped during the fork of this worker, which gets the deadline of the stop.
+    /// Disconnects or kills a worker whose fork was in progress when the pool stopped. The worker
+    /// has the same deadline as the other workers.
     pub(super) fn forked_while_stopping(&mut self, id: WorkerId) {
         let (state, action) = match self.stop {
             StopState::Running => return,

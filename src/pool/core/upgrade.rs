@@ -18,7 +18,7 @@ use super::{Action, Core, Time};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Upgrade {
     Idle,
-    /// The new master must take over by the deadline.
+    /// The new master is running and must take over by the deadline.
     Pending {
         new_master: WorkerId,
         deadline: Time,
@@ -26,7 +26,8 @@ pub(super) enum Upgrade {
     Succeeded,
 }
 
-/// The state of a new master whose upgrade has failed. Its exit removes it.
+/// The state of a new master whose upgrade has failed. The core removes the new master when its
+/// process exits.
 ///
 /// | from | input | to |
 /// |---|---|---|
@@ -40,20 +41,21 @@ pub(super) enum RejectedMaster {
 }
 
 impl Core {
-    /// Whether an upgrade can begin.
+    /// Returns whether an upgrade can begin.
     pub(in super::super) fn can_upgrade(&self) -> bool {
         !self.is_stopping() && self.upgrade == Upgrade::Idle
     }
 
-    /// Whether a new master has taken over from this pool.
+    /// Returns whether a new master has taken over from this pool.
     pub(in super::super) fn is_upgraded(&self) -> bool {
         self.upgrade == Upgrade::Succeeded
     }
 
     pub(in super::super) fn new_master_started(&mut self, new_master: WorkerId, now: Time) {
         let options = &self.options;
-        // The workers of the new master may take the whole startup timeout, and its own
-        // `min_ready_time` begins only then. The same time again is slack for its start.
+        // The new master's workers may take the whole start-up timeout. The new master then waits
+        // for its `min_ready_time`. Add this time once more as a reserve for the start of the new
+        // master's program.
         let ready = options.min_ready_time.saturating_mul(2);
         let deadline = now.saturating_add(options.startup_timeout.saturating_add(ready));
         self.upgrade = Upgrade::Pending {
@@ -62,7 +64,7 @@ impl Core {
         };
     }
 
-    /// The new master has reported that it serves.
+    /// Records that the new master has taken over, and stops the pool.
     pub(in super::super) fn new_master_took_over(&mut self, now: Time) {
         if let Upgrade::Pending { .. } = self.upgrade {
             self.upgrade = Upgrade::Succeeded;
@@ -80,8 +82,8 @@ impl Core {
         }
     }
 
-    /// Fails the pending upgrade, if there is one. The new master may have clients already, so it is
-    /// terminated like a worker: it is killed only after the drain timeout.
+    /// Fails the pending upgrade, if there is one. The new master may already have clients, so the
+    /// pool first sends SIGTERM, and kills the process only after the drain timeout.
     pub(super) fn fail_upgrade(&mut self, reason: UpgradeFailure, now: Time) {
         if let Some(new_master) = self.pending_master() {
             self.end_upgrade(reason);
@@ -105,7 +107,7 @@ impl Core {
         }
     }
 
-    /// Returns the next deadline of the upgrade and of the rejected masters.
+    /// Returns the earliest deadline of the upgrade and the rejected masters.
     pub(super) fn upgrade_deadline(&self) -> Option<Time> {
         let pending = match self.upgrade {
             Upgrade::Pending { deadline, .. } => Some(deadline),

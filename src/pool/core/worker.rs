@@ -1,4 +1,4 @@
-//! The states of one worker, from its fork until its process exits.
+//! The states of one worker, from its fork to its exit.
 
 use cluster::WorkerId;
 
@@ -15,7 +15,7 @@ pub(in super::super) struct Worker {
     pub(in super::super) pid: u32,
     pub(in super::super) generation: u64,
     pub(in super::super) forked_at: Time,
-    /// When the worker reaches its maximum age.
+    /// The time at which the worker reaches its maximum age.
     pub(super) expires_at: Option<Time>,
     pub(super) max_connections: Option<u64>,
     pub(super) state: WorkerState,
@@ -36,9 +36,10 @@ pub(in super::super) struct Worker {
 /// | `Disconnecting` | the drain timeout has passed | `Killed` |
 /// | any | the pool is stopped at once | `Killed` |
 ///
-/// The process is killed at each transition to `Failed`, and at each transition to `Killed` except the
-/// one from `Failed` by a disconnect. The exit of the process removes the worker. From `Disconnecting`
-/// and `Killed` the exit is a shutdown, and from the other states it is a failure.
+/// Each transition to `Failed` or `Killed` kills the process, except a disconnect in `Failed`,
+/// because that process has already been killed. The exit of the process removes the worker. In
+/// `Disconnecting` and `Killed`, the exit is a shutdown. In the other states, the exit is a
+/// failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WorkerState {
     Starting {
@@ -46,10 +47,10 @@ pub(super) enum WorkerState {
     },
     Ready {
         since: Time,
-        /// When the last heartbeat arrived, or the worker became ready.
+        /// The time of the last heartbeat, or of becoming ready if there was none.
         last_heartbeat: Time,
     },
-    /// Killed because it missed a deadline.
+    /// The worker was killed because it missed a deadline.
     Failed {
         cause: FailureCause,
         ready_since: Option<Time>,
@@ -57,13 +58,13 @@ pub(super) enum WorkerState {
     Disconnecting {
         exit_by: Time,
     },
-    /// Killed, and its exit is no failure.
+    /// The worker was killed, and its exit is not a failure.
     Killed,
 }
 
 impl Worker {
-    /// Returns the phase that the status shows. A worker that was killed for its silence is shown, and
-    /// counted, as ready until its process has exited.
+    /// Returns the worker's phase for the status. A worker that was killed after a heartbeat
+    /// timeout still counts as ready until its process has exited.
     pub(in super::super) fn phase(&self) -> WorkerPhase {
         match self.state {
             WorkerState::Starting { .. }
@@ -79,17 +80,18 @@ impl Worker {
         }
     }
 
-    /// Whether the worker is ready, and was not killed.
+    /// Returns whether the worker is ready and has not been killed.
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.state, WorkerState::Ready { .. })
     }
 
-    /// Whether the worker was killed because it missed a deadline.
+    /// Returns whether the worker was killed because it missed a deadline.
     pub(super) fn has_failed(&self) -> bool {
         matches!(self.state, WorkerState::Failed { .. })
     }
 
-    /// Returns when the worker became ready, if it did.
+    /// Returns when the worker became ready. Returns `None` if the worker never became ready or is
+    /// disconnecting.
     pub(super) fn ready_since(&self) -> Option<Time> {
         match self.state {
             WorkerState::Ready { since, .. } => Some(since),
@@ -100,7 +102,8 @@ impl Worker {
         }
     }
 
-    /// Returns the cause of a failure, if the process exits now; `None` if its exit is a shutdown.
+    /// Returns the cause of the failure if the process exits in the current state. Returns `None`
+    /// if the exit is a shutdown.
     pub(super) fn failure_cause(&self) -> Option<FailureCause> {
         match self.state {
             WorkerState::Starting { .. } => Some(FailureCause::ExitedBeforeReady),
@@ -110,7 +113,8 @@ impl Worker {
         }
     }
 
-    /// Returns whether the worker was not disconnected before.
+    /// Changes the worker's state for a disconnect. Returns `false` if the worker was already
+    /// disconnecting.
     pub(super) fn disconnect(&mut self, exit_by: Time) -> bool {
         match self.state {
             WorkerState::Starting { .. } | WorkerState::Ready { .. } => {
@@ -125,8 +129,8 @@ impl Worker {
         }
     }
 
-    /// Applies the deadline of the current state. Returns whether it has passed, so that the process
-    /// must be killed.
+    /// Applies the current state's deadline. Returns whether the deadline has passed, in which case
+    /// the caller must kill the process.
     pub(super) fn expire(&mut self, options: &PoolOptions, now: Time) -> bool {
         let is_silent = |last: Time| {
             let timeout = options.heartbeat_timeout;
@@ -156,7 +160,7 @@ impl Worker {
 }
 
 impl Core {
-    /// The worker has proved that it is ready.
+    /// Records that a worker has become ready.
     pub(in super::super) fn became_ready(&mut self, id: WorkerId, now: Time) {
         let Some(worker) = self.workers.get_mut(&id) else {
             return;

@@ -20,7 +20,7 @@ trait Json {
     fn write(&self, out: &mut String);
 }
 
-/// Writes an object, member by member.
+/// A JSON object that is being written, member by member.
 struct Object<'a> {
     out: &'a mut String,
     is_empty: bool,
@@ -50,7 +50,7 @@ impl<'a> Object<'a> {
     }
 }
 
-/// Writes values whose `Display` output is JSON.
+/// Implements `Json` for types whose `Display` output is valid JSON.
 macro_rules! written_as_displayed {
     ($($type:ty),*) => {
         $(

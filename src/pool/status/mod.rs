@@ -1,4 +1,4 @@
-//! The state of a pool at one moment, as data, and as text for people and for machines.
+//! The state of a pool at one moment, as data and in several text formats.
 
 mod json;
 mod prometheus;
@@ -19,14 +19,15 @@ use super::failure::WorkerFailure;
 ///
 /// Node has no counterpart.
 ///
-/// [`Pool::status`](super::Pool::status) returns it, and has an example. Its `Display` output is a
-/// table for people. No counter is kept for the status alone.
+/// The `Display` output is a table for people. See [`Pool::status`](super::Pool::status) for an
+/// example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
-    /// The generation of the workers; during a reload, the old one.
+    /// The workers' generation. During a reload, this is the old generation.
     pub generation: u64,
-    /// Whether the pool is ready: [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready.
+    /// Whether at least [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready and
+    /// the pool is not stopping.
     pub is_ready: bool,
     /// Whether a reload is in progress.
     pub is_reloading: bool,
@@ -34,15 +35,15 @@ pub struct Status {
     pub is_stopping: bool,
     /// The time since the pool was created.
     pub age: Duration,
-    /// The number of workers that have failed.
+    /// The number of worker failures since the pool was created.
     pub failures: u64,
-    /// The slots, by number.
+    /// The slots' states, in the order of the slot numbers.
     pub slots: Vec<SlotStatus>,
-    /// The workers that have been disconnected and have not exited.
+    /// The workers that are disconnecting and have not exited.
     pub disconnecting: Vec<WorkerStatus>,
 }
 
-/// The state of a slot and its workers.
+/// The state of a slot and of its workers.
 ///
 /// Node has no counterpart.
 ///
@@ -50,19 +51,20 @@ pub struct Status {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SlotStatus {
-    /// The number of the slot, from 0.
+    /// The number of the slot. The numbers begin at 0.
     pub slot: usize,
-    /// The worker of the slot.
+    /// The slot's current worker.
     pub worker: Option<WorkerStatus>,
-    /// The worker that has been forked to replace it.
+    /// The new worker that is to replace the current worker.
     pub successor: Option<WorkerStatus>,
-    /// The number of workers that were forked to replace failed ones.
+    /// The number of workers that were forked to replace failed workers.
     pub restarts: u64,
-    /// The time until the next worker is forked, if the slot waits for that.
+    /// The time until a worker is forked for the slot, or `None` if the slot is not waiting for a
+    /// new worker.
     pub restart_in: Option<Duration>,
-    /// Whether the slot stays empty, because it has reached its failure limit.
+    /// Whether the slot stays empty because it has reached its failure limit.
     pub is_given_up: bool,
-    /// The last failure of a worker of this slot.
+    /// The most recent failure of the slot's workers.
     pub last_failure: Option<WorkerFailure>,
 }
 
@@ -74,23 +76,24 @@ pub struct SlotStatus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerStatus {
-    /// The worker.
+    /// The worker's id.
     pub worker: WorkerId,
-    /// Its process id.
+    /// The worker's process id.
     pub pid: u32,
-    /// Its generation.
+    /// The worker's generation.
     pub generation: u64,
-    /// Its phase.
+    /// The worker's phase.
     pub phase: WorkerPhase,
-    /// The time since its fork.
+    /// The time since the worker's fork.
     pub age: Duration,
-    /// The connections that it has received from the master; 0 if workers accept by themselves.
+    /// The number of connections that the worker has received from the master. The value is 0 if
+    /// workers accept connections themselves.
     pub received: u64,
-    /// Of the received connections, the ones that are open.
+    /// The number of received connections that are still open.
     pub open: u64,
 }
 
-/// The phase of a worker's life.
+/// The phase of a worker, from its start to its exit.
 ///
 /// Node has no counterpart.
 ///
@@ -102,7 +105,7 @@ pub enum WorkerPhase {
     Starting,
     /// The worker is ready.
     Ready,
-    /// The worker has been disconnected and has not exited.
+    /// The worker is disconnecting and has not exited.
     Disconnecting,
 }
 
@@ -152,7 +155,7 @@ impl Status {
         workers.filter(|worker| worker.phase == phase).count()
     }
 
-    /// Returns all workers: those of the slots, and then those that are disconnecting.
+    /// Returns the workers of all slots, followed by the disconnecting workers.
     fn workers(&self) -> impl Iterator<Item = &WorkerStatus> {
         let slots = self.slots.iter();
         let workers = slots.flat_map(|slot| slot.worker.iter().chain(&slot.successor));
@@ -212,7 +215,7 @@ impl WorkerStatus {
     }
 }
 
-/// A time in seconds, with three decimal places.
+/// A time whose `Display` output is in seconds, with three decimal places.
 struct Seconds(Duration);
 
 impl fmt::Display for Seconds {

@@ -18,11 +18,11 @@ enum Kind {
     Gauge,
 }
 
-/// The text of the metrics.
+/// The text of all metrics.
 struct Metrics(String);
 
 impl Metrics {
-    /// Writes the description of a metric, whose samples follow.
+    /// Writes a metric's description. Returns a writer for the metric's samples.
     fn metric<'a>(&'a mut self, kind: Kind, name: &'a str, help: &str) -> Samples<'a> {
         let out = &mut self.0;
         let kind = match kind {
@@ -36,15 +36,15 @@ impl Metrics {
     }
 }
 
-/// Writes the samples of one metric.
+/// A writer for one metric's samples.
 struct Samples<'a> {
     out: &'a mut String,
     name: &'a str,
 }
 
 impl Samples<'_> {
-    /// Writes a sample. The label values contain nothing that must be escaped: they are numbers, or
-    /// names of this module.
+    /// Writes a sample. The label values need no escaping, because all of them are numbers or phase
+    /// names.
     fn sample(&mut self, labels: &[(&str, &dyn Display)], value: impl Display) {
         // Writing to a string cannot fail.
         let _ = write!(self.out, "cluster_{}", self.name);

@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 
 use super::{SlotStatus, Status, WorkerStatus};
 
-/// The cells of a line, in the order of `HEAD`, and a note behind them.
+/// One line of the table. The cells are in the order of `HEAD`, and a note follows them.
 struct Row {
     cells: [String; 8],
     note: String,
@@ -55,7 +55,8 @@ impl fmt::Display for Row {
     }
 }
 
-/// Returns the restarts and the last failure of a slot, if there was one.
+/// Returns a note with the slot's restarts and last failure. The note is empty if the slot has had
+/// no failure.
 fn note(slot: &SlotStatus) -> String {
     let Some(failure) = &slot.last_failure else {
         return String::new();

@@ -1,4 +1,4 @@
-//! The core in a simulated pool, whose processes and time the tests control.
+//! Tests of the core in a simulated pool, in which the tests control the processes and the time.
 
 mod schedules;
 
@@ -19,12 +19,12 @@ fn id(number: u32) -> WorkerId {
     crate::worker_id(number)
 }
 
-/// Options without randomness.
+/// Returns the default options for `workers` slots, without jitter.
 fn options(workers: usize) -> PoolOptions {
     PoolOptions::default().workers(workers).jitter(0)
 }
 
-/// A pool with simulated processes. Time passes only in `advance`.
+/// A pool with simulated processes. Only `advance` changes the time.
 struct World {
     core: Core,
     now: Time,
@@ -38,11 +38,11 @@ struct World {
     limits_reached: Vec<usize>,
     forks_fail: bool,
     measurements: u32,
-    /// The generations of the driver; the settings are numbers.
+    /// The driver's generations, with numbers as settings.
     generations: Generations<u32>,
-    /// The settings of every generation since the beginning.
+    /// The settings of every generation since the pool was created.
     settings: BTreeMap<u64, Option<u32>>,
-    /// Called during the next fork, as closures in settings are.
+    /// A function that is called during the next fork, like a closure in the settings.
     during_fork: Option<fn(&mut Core, Time)>,
     /// The new masters that have not exited.
     new_masters: BTreeSet<u32>,
@@ -73,7 +73,8 @@ impl World {
         world
     }
 
-    /// Returns a pool whose workers are all ready, without the events and forks until then.
+    /// Returns a pool in which all workers are ready. The events and forks of the start are removed
+    /// from the record.
     fn serving(options: PoolOptions) -> Self {
         let mut world = Self::new(options);
         world.all_ready();
@@ -143,7 +144,7 @@ impl World {
         self.input(|core, now| core.exited(id(worker), status, None, now));
     }
 
-    /// Lets time pass, with a tick at each deadline.
+    /// Advances the time, with a tick at each deadline.
     fn advance(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(next) = self.core.next_deadline().filter(|next| *next <= end) {
@@ -168,7 +169,7 @@ impl World {
         self.input(Core::cancel_reload);
     }
 
-    /// Starts a new master, and returns its id.
+    /// Starts a new master. Returns the new master's id.
     fn upgrade(&mut self) -> u32 {
         assert!(self.core.can_upgrade());
         self.last_id += 1;
@@ -184,7 +185,7 @@ impl World {
         self.input(|core, _| core.new_master_exited(id(new_master), status));
     }
 
-    /// Lets all processes exit that have been killed.
+    /// Simulates the exit of all killed processes.
     fn exit_killed(&mut self) {
         for process in std::mem::take(&mut self.killed) {
             if self.new_masters.contains(&process) {
@@ -354,7 +355,7 @@ fn worker_is_killed_at_the_startup_timeout() {
     assert!(world.killed.is_empty());
     world.advance(MS);
     assert_eq!(world.killed, [1]);
-    // A proof after the kill has no effect.
+    // A report of readiness after the kill has no effect.
     world.ready(1);
     world.exit(1);
     assert!(world.events.iter().any(
@@ -443,7 +444,7 @@ fn failed_reload_leaves_the_old_workers() {
         assert!(world.disconnected.is_empty());
         assert_eq!(world.core.generation, 0);
         assert_eq!(world.core.next_deadline(), None);
-        // The replacement for a failed worker belongs to the old generation.
+        // A failed worker's replacement belongs to the old generation.
         world.exit(1);
         assert_eq!(world.forks.last(), Some(&(world.now, 0, 0)));
     }
@@ -607,7 +608,7 @@ fn silent_worker_is_killed_at_the_heartbeat_timeout() {
             .iter()
             .any(|event| matches!(event, PoolEvent::WorkerFailed(failure) if failure.cause == FailureCause::HeartbeatTimeout))
     );
-    // The master was stopped for an hour.
+    // Simulate a master that was stopped for an hour.
     world.core.next_deadline();
     world.now += 3600 * SECOND;
     world.input(Core::tick);
@@ -776,7 +777,7 @@ fn killed_successor_replaces_no_worker() {
     world.ready(2);
     world.advance(500 * MS);
     world.input(|core, now| core.heartbeat_received(id(1), now));
-    // The minimum ready time and the heartbeat timeout of the successor end at the same time.
+    // The successor's minimum ready time and heartbeat timeout expire at the same time.
     world.advance(500 * MS);
     assert_eq!(world.killed, [2]);
     assert_eq!(world.disconnected, []);

@@ -1,4 +1,4 @@
-//! Random schedules of inputs.
+//! Property tests of the core with random schedules of inputs.
 
 use proptest::prelude::*;
 
@@ -8,7 +8,7 @@ use super::*;
 #[derive(Clone, Debug)]
 enum Step {
     AllReady,
-    /// All disconnecting workers exit.
+    /// Simulates the exit of all disconnecting workers.
     AllShutDown,
     Ready(usize),
     Exits(usize),
@@ -25,7 +25,7 @@ enum Step {
     NewMasterExits(usize),
     Stop,
     StopAtOnce,
-    /// Calls `DURING_FORK` of this index during the next fork.
+    /// Calls the function at this index of `DURING_FORK` during the next fork.
     DuringFork(usize),
 }
 
@@ -37,7 +37,7 @@ const DURING_FORK: [fn(&mut Core, Time); 5] = [
     Core::stop_at_once,
 ];
 
-/// Steps that begin and end generations.
+/// Returns a strategy for steps that begin and end generations.
 fn step_of_generations() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => any::<u32>().prop_map(Step::ReloadWith),
@@ -52,7 +52,7 @@ fn step_of_generations() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Calls of the application, and events, that do not stop the pool.
+/// Returns a strategy for application calls and events that do not stop the pool.
 fn step_before_a_stop() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => any::<usize>().prop_map(Step::Ready),
@@ -124,7 +124,7 @@ impl World {
         }
     }
 
-    /// Checks the invariants. `max` is the largest number of workers that are not disconnecting.
+    /// Checks the invariants. At most `max` workers may exist that are not disconnecting.
     fn check(&self, max: usize) {
         let core = &self.core;
         let is_staying = |worker: &Worker| worker.phase() != WorkerPhase::Disconnecting;
@@ -144,7 +144,7 @@ impl World {
             assert!(!is_vacant || core.is_stopping());
             assert!(self.generations.settings(slot.generation) == self.settings[&slot.generation]);
         }
-        // New slots get the settings that the current generation began with.
+        // New slots have the settings with which the current generation began.
         let next = core.generation;
         assert_eq!(self.generations.settings(next), self.settings[&next]);
     }
@@ -153,8 +153,8 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// After any schedule each worker has a slot or is disconnecting, and the number of workers is
-    /// bounded. When no more inputs come, all slots are filled.
+    /// After any schedule, each worker has a slot or is disconnecting, and the number of workers is
+    /// bounded. All slots are filled after the inputs have ended.
     #[test]
     fn any_schedule_ends_with_all_slots_filled(
         steps in prop::collection::vec(step(), 0..60),
@@ -195,8 +195,8 @@ proptest! {
         prop_assert_eq!(world.core.next_deadline(), None);
     }
 
-    /// A worker has the settings with which its generation began, however many generations have
-    /// failed since.
+    /// Each worker has the settings with which its generation began, even if later generations have
+    /// failed.
     #[test]
     fn every_generation_keeps_its_settings(
         steps in prop::collection::vec(step_of_generations(), 0..80),
@@ -212,8 +212,8 @@ proptest! {
         }
     }
 
-    /// In any state of the pool, a stop kills every process that the pool has started by the
-    /// deadline, or at once. The pool does not wait for processes that exit before.
+    /// In any state of the pool, `stop` kills the remaining processes at the deadline, and
+    /// `stop_at_once` kills them immediately. If all processes exit earlier, the pool ends earlier.
     #[test]
     fn stop_ends_by_its_deadline(
         before in prop::collection::vec(step_before_a_stop(), 0..40),
@@ -238,7 +238,7 @@ proptest! {
         world.forks_fail = false;
         world.step(&stop);
         if let Step::DuringFork(_) = stop {
-            // Forks one more worker, in case no fork is pending.
+            // Fork one more worker, so that the function is called even if no fork is pending.
             let slots = world.core.slots.len();
             world.input(|core, now| core.scale(slots + 1, now));
         }
@@ -262,7 +262,7 @@ proptest! {
             alive.filter(|process| !killed.contains(process)).count()
         };
         prop_assert!(!at_once || alive(&world) == 0, "alive: {:?}", world.core);
-        // Half of the workers exit before the deadline.
+        // Let half of the workers exit before the deadline.
         let mut early = world.core.workers.keys().map(|worker| worker.get());
         let early: Vec<_> = early.by_ref().step_by(2).collect();
         early.into_iter().for_each(|worker| world.exit(worker));
