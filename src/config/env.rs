@@ -9,7 +9,7 @@ pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
 pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
 /// The worker's inspect port, set by the master if the worker has one.
 pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
-/// The variables that a master sets for each worker.
+/// The variables that a master sets for its workers.
 pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
 /// A mark for the programs that a wrapped master starts. A master is wrapped if a forking wrapper
 /// separates it from its own master.

@@ -25,12 +25,13 @@ const MAX_PATH: usize = 4096;
 ///
 /// The following values convert into options:
 ///
-/// - a port such as `8000`, which stands for all IPv6 and IPv4 addresses of the machine;
-/// - an address, such as `"127.0.0.1:8000"`, `("::1", 8000)` or a [`SocketAddr`], in which a host
-///   name is resolved;
-/// - a [`Path`], which stands for a Unix socket, whose connections are [`UnixStream`]s (a string
-///   stands for an address);
-/// - an open listener, which a master shares with its workers and a worker keeps for itself.
+/// - A port such as `8000` stands for all IPv6 and IPv4 addresses of the machine.
+/// - An address is a string such as `"127.0.0.1:8000"`, a pair such as `("::1", 8000)` or a
+///   [`SocketAddr`]. A host name in an address is resolved.
+/// - A [`Path`] stands for a Unix socket, whose connections are [`UnixStream`]s. Pass a `Path` and
+///   not a string, because a string stands for an address.
+/// - An open listener is used directly. A master shares it with its workers, but a worker keeps it
+///   for itself.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -67,8 +68,8 @@ pub struct ListenOptions<S = TcpStream> {
 ///
 /// Node: the options of `dgram.createSocket()` and `socket.bind()`.
 ///
-/// A port such as `53` converts into options for all IPv4 addresses of the machine. An address,
-/// such as `"[::]:53"`, `("::1", 53)` or a [`SocketAddr`], converts too. A host name in an address
+/// A port such as `53` converts into options for all IPv4 addresses of the machine. An address also
+/// converts, for example `"[::]:53"`, `("::1", 53)` or a [`SocketAddr`]. A host name in an address
 /// is resolved.
 ///
 /// ```no_run
@@ -99,7 +100,7 @@ pub(crate) struct BindRequest {
 #[derive(Debug)]
 enum Target {
     Port(u16),
-    /// A port, or a host and a port.
+    /// A port, or a host and a port, as one string.
     Name(String),
     Host(String, u16),
     Ip(SocketAddr),
@@ -125,8 +126,8 @@ impl BindRequest {
     }
 
     /// Checks that the options are valid in a master. The master opens listeners for all workers,
-    /// so options for a single worker are invalid. A descriptor number is invalid too, because it
-    /// lets workers use a descriptor of the master.
+    /// so options for a single worker are invalid. A descriptor number is also invalid, because
+    /// only workers refer to the master's descriptors by number.
     ///
     /// # Errors
     ///
@@ -286,7 +287,7 @@ impl ListenOptions<TcpStream> {
     }
 
     /// Listens on the TCP socket that has this descriptor number in the *master*. The socket
-    /// becomes non-blocking, and stays open in the master after all workers have closed their
+    /// becomes non-blocking and stays open in the master after all workers have closed their
     /// copies. With [`exclusive`](Self::exclusive), the number refers to a descriptor of the
     /// worker.
     ///

@@ -291,7 +291,7 @@ impl Settings {
     /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
-    /// All workers share the descriptors, and accept connections from a passed listener themselves.
+    /// All workers share the descriptors and accept connections from a passed listener themselves.
     /// If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
     /// workers and for the master.
     ///
@@ -331,25 +331,25 @@ impl Settings {
         self.listen_fds.get().map(Vec::as_slice)
     }
 
-    /// Sets whether the process is detached: not a worker, but a program that may outlive the
-    /// master, such as a new master. The default is `false`.
+    /// Sets whether the process is detached. A detached process is not a worker but a program that
+    /// may outlive the master, such as a new master. The default is `false`.
     ///
     /// Node: `options.detached` of `child_process`.
     ///
     /// A detached process differs from a worker as follows:
     ///
-    /// - The process has no channel. Its `init` returns a master, and
-    ///   [`Master::workers`](crate::Master::workers) does not contain it. Of the cluster's
+    /// - The process has no channel. `init` returns a master in the process, and
+    ///   [`Master::workers`](crate::Master::workers) does not contain the process. Of the cluster's
     ///   callbacks, only those for `error` are called for the process.
     /// - The master does not wait for the process. [`Master::run`](crate::Master::run) may return,
     ///   and a [`disconnect`](crate::Master::disconnect) of all workers may finish, while the
     ///   process runs. Call [`Process::reference`](crate::Process::reference) to make `run` wait.
     ///   In Node, the parent waits unless it calls `unref`.
     /// - Of this crate's methods, only [`Process::kill`](crate::Process::kill) and
-    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) end the process. Both send the signal
-    ///   immediately. The process survives a deadline of `disconnect_within`, a pool's stop and the
-    ///   master's exit. [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does
-    ///   nothing.
+    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) end the process. Both methods send the
+    ///   signal immediately. The process survives a deadline of `disconnect_within`, a pool's stop
+    ///   and the master's exit. [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect)
+    ///   does nothing.
     /// - The process leads its own session unless [`setsid`](Self::setsid) is `false`. Signals to
     ///   the master's process group and the terminal's SIGHUP therefore do not reach the process.
     ///
@@ -392,10 +392,10 @@ impl Settings {
     ///
     /// Node: a part of `options.detached` of `child_process`.
     ///
-    /// If a detached process stays in the master's session and process group, it receives the
-    /// signals that a terminal or a supervisor sends to the whole group. For example, a terminal
-    /// sends SIGINT for Ctrl-C. [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new master
-    /// with `setsid(false)`.
+    /// A detached process that stays in the master's session and process group receives signals
+    /// that a terminal or a supervisor sends to the whole group. For example, a terminal sends
+    /// SIGINT for Ctrl-C. [`Pool::upgrade`](crate::pool::Pool::upgrade) starts the new master with
+    /// `setsid(false)`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -615,7 +615,7 @@ impl Settings {
         self.main.get()
     }
 
-    /// Fills in the defaults of the settings that always have a value.
+    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`.
     pub(crate) fn complete(mut self) -> Self {
         self.exec.fill(|| {
             // If `current_exe` fails because `/proc` is missing, use the name with which the

@@ -1,4 +1,4 @@
-//! The argument of `fork_as`.
+//! The options of `fork_as`.
 
 use std::ffi::OsString;
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 ///
 /// Node: an entry of `settings.stdio`.
 ///
-/// This type is not `Send`. Build it on the thread of the master.
+/// This type is not `Send`. Build the value on the master's thread.
 ///
 /// ```
 /// use cluster::{Settings, Stdio};
@@ -67,7 +67,7 @@ impl Stdio {
 
     /// Passes a copy of a descriptor to each worker.
     ///
-    /// Node: a number, or a stream.
+    /// Node: a number or a stream.
     ///
     /// See [`Stdio`] for an example.
     #[must_use]

@@ -77,7 +77,7 @@ impl Pool {
         let mut core = self.0.core.borrow_mut();
         let deadline = core.next_deadline();
         // If no worker exists, only a timer keeps the loop running. The pool needs the loop until
-        // it is over.
+        // it has stopped and all of its processes have exited.
         let keeps_running = core.workers().is_empty() && !core.is_over();
         drop(core);
         let wait = if self.0.notifications.borrow().is_empty() {

@@ -1,4 +1,4 @@
-//! The events of a pool.
+//! The events that a pool reports.
 
 use std::fmt;
 use std::process::ExitStatus;
@@ -33,11 +33,11 @@ pub enum PoolEvent {
         slot: usize,
         /// The worker's id.
         worker: WorkerId,
-        /// Whether the pool killed the worker, for instance because it took longer than
-        /// [`PoolOptions::drain_timeout`](super::PoolOptions::drain_timeout).
+        /// Whether the pool killed the worker, for example because the worker took longer to exit
+        /// than [`PoolOptions::drain_timeout`](super::PoolOptions::drain_timeout).
         killed: bool,
     },
-    /// A worker has reached a limit, and its replacement is being started.
+    /// A worker has reached a limit. The pool is forking a replacement.
     #[non_exhaustive]
     Recycling {
         /// The worker's slot.
@@ -47,7 +47,7 @@ pub enum PoolEvent {
         /// The limit that the worker has reached.
         limit: Limit,
     },
-    /// The replacement for a worker that has reached a limit has failed. The old worker stays.
+    /// A worker has reached a limit, but its replacement has failed. The old worker stays.
     RecyclingFailed(WorkerFailure),
     /// More workers of a slot have failed than
     /// [`PoolOptions::max_failures`](super::PoolOptions::max_failures) allows.
@@ -73,7 +73,7 @@ pub enum PoolEvent {
     ReloadFailed {
         /// The generation that failed.
         generation: u64,
-        /// The number of workers that had been replaced. Their replacements stay.
+        /// The number of workers that had been replaced. The replacements stay.
         replaced: usize,
         /// The reason for the failure.
         reason: ReloadFailure,
@@ -105,11 +105,12 @@ pub enum PoolEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Limit {
-    /// [`PoolOptions::max_age`](super::PoolOptions::max_age).
+    /// The maximum age, [`PoolOptions::max_age`](super::PoolOptions::max_age).
     Age,
+    /// The maximum number of connections,
     /// [`PoolOptions::max_connections`](super::PoolOptions::max_connections).
     Connections,
-    /// [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
+    /// The maximum resident memory, [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
     Memory,
 }
 

@@ -114,13 +114,13 @@ pub const READY: &[u8] = b"\0cluster:ready";
 /// ```
 pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 
-/// A supervisor of workers.
+/// A supervisor of workers, which keeps one worker running in each slot.
 ///
 /// Node has no counterpart.
 ///
 /// A clone is a handle to the same pool. Methods that change the pool take the master as an
-/// argument. These methods may be called inside callbacks, which receive the master, and have no
-/// effect after the master has been dropped.
+/// argument. These methods may be called inside callbacks, which receive the master. After the
+/// master has been dropped, the methods have no effect.
 ///
 /// The application may send messages to a pool's workers. If the application kills a worker, the
 /// pool replaces it. The application must not disconnect a pool's workers. Workers that the
@@ -238,7 +238,7 @@ impl Pool {
         Ok(address)
     }
 
-    /// Disconnects all workers, and lets [`Master::run`] return after the workers have exited.
+    /// Disconnects all workers and lets [`Master::run`] return after the workers have exited.
     ///
     /// The workers still serve the clients in the kernel's queue. A worker that has not exited
     /// within [`PoolOptions::drain_timeout`] is killed.
@@ -288,7 +288,7 @@ impl Pool {
     }
 }
 
-// Callbacks.
+// Registering callbacks.
 impl Pool {
     /// Adds a callback for the pool's events.
     ///

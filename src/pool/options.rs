@@ -66,7 +66,7 @@ pub enum Readiness {
     Alive(Duration),
 }
 
-/// The first step of a reload, for [`PoolOptions::canary`].
+/// The canary step of a reload, for [`PoolOptions::canary`].
 ///
 /// Node has no counterpart.
 ///
@@ -74,15 +74,15 @@ pub enum Readiness {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Canary {
-    /// The number of new workers in the first step. The value 0 is treated as 1.
+    /// The number of new workers in the canary step. The value 0 is treated as 1.
     pub workers: usize,
     /// The time for which the new workers serve clients together with all old workers.
     pub duration: Duration,
 }
 
 impl Canary {
-    /// Creates a first step with `workers` new workers, which serve clients together with all old
-    /// workers for `duration`.
+    /// Creates a canary step. In this step, `workers` new workers serve clients together with all
+    /// old workers for `duration`.
     ///
     /// Node has no counterpart.
     ///
@@ -234,11 +234,11 @@ accessors! {
     /// for an example.
     get_failure_window: Duration;
 
-    /// Sets how long a new worker must be ready before the old worker of its slot is disconnected. The
-    /// default is 1 s. See [`PoolOptions`] for an example.
+    /// Sets how long a new worker must be ready before the pool disconnects the old worker of its
+    /// slot. The default is 1 s. See [`PoolOptions`] for an example.
     min_ready_time,
-    /// Returns how long a new worker must be ready before the old worker of its slot is disconnected.
-    /// See [`PoolOptions`] for an example.
+    /// Returns how long a new worker must be ready before the pool disconnects the old worker of
+    /// its slot. See [`PoolOptions`] for an example.
     get_min_ready_time: Duration;
 
     /// Sets how many workers are replaced at the same time. In a rollout, the pool may have up to

@@ -20,9 +20,9 @@ pub enum SignalAction {
     /// Calls [`Pool::upgrade`]. If the new master cannot be started, [`PoolEvent::UpgradeFailed`]
     /// contains the reason.
     Upgrade,
-    /// Adds a slot.
+    /// Adds a slot to the pool.
     Grow,
-    /// Removes the last slot, unless it is the only one.
+    /// Removes the pool's last slot, unless it is the only slot.
     Shrink,
 }
 
@@ -47,7 +47,7 @@ impl Pool {
     /// - SIGHUP calls [`reload`](Self::reload).
     /// - SIGUSR2 calls [`upgrade`](Self::upgrade).
     /// - SIGTTIN adds a slot.
-    /// - SIGTTOU removes the last slot, unless it is the only one.
+    /// - SIGTTOU removes the last slot, unless it is the only slot.
     ///
     /// Node has no counterpart.
     ///

@@ -1,11 +1,11 @@
 //! The processes and descriptors of an upgrade, in which a new master takes over from an old
 //! master.
 //!
-//! The old master starts the new master, and passes copies of its listeners and one end of a
-//! channel by systemd's protocol. Both masters then accept connections from the same sockets. When
-//! the new master has had a quorum for `min_ready_time`, it writes a byte to the channel, and the
-//! old master's pool stops. If the new master exits early or misses the deadline, the upgrade fails
-//! and the old master continues.
+//! The old master starts the new master and passes copies of its listeners and one end of a channel
+//! by systemd's protocol. Both masters then accept connections from the same sockets. When the new
+//! master has had a quorum for `min_ready_time`, it writes a byte to the channel, and the old
+//! master's pool stops. If the new master exits early or misses the deadline, the upgrade fails and
+//! the old master continues.
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
@@ -59,7 +59,8 @@ impl OwnProgram {
     }
 }
 
-/// The channel to the old master, and this process's state until it takes over.
+/// The old master's channel and this process's takeover state, in a process that has not yet taken
+/// over.
 #[derive(Debug)]
 pub(super) struct OldMaster {
     channel: UnixStream,
@@ -187,7 +188,8 @@ impl Pool {
     ///
     /// The new master runs this process's program with the same arguments. If this process's
     /// command line contained a path to the program, that path is used. The new master must call
-    /// [`adopt`](Self::adopt) to receive this master's listeners, and forks its own workers.
+    /// [`adopt`](Self::adopt) to receive this master's listeners. The new master forks its own
+    /// workers.
     ///
     /// The new master takes over when it has had a [quorum](super::PoolOptions::quorum) for
     /// [`min_ready_time`](super::PoolOptions::min_ready_time). The upgrade then ends with
@@ -275,7 +277,7 @@ impl Pool {
         Ok(copies)
     }
 
-    /// Watches the new master, and reports its takeover and exit to the core.
+    /// Watches the new master and reports its takeover and exit to the core.
     fn watch_new_master(
         &self,
         master: &Master,
@@ -314,7 +316,7 @@ impl Pool {
         }
     }
 
-    /// Sends SIGTERM to a new master, and keeps the loop running until the new master has exited.
+    /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     pub(super) fn terminate_new_master(&self, new_master: WorkerId) {
         if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
             new_master.process().reference();

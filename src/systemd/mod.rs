@@ -46,7 +46,7 @@
 //! ```
 
 // `sockets` and `notification` contain the public API. `environment` contains the variables that
-// both of them use, and decides which variables workers inherit.
+// both of them use and decides which variables workers inherit.
 mod environment;
 mod notification;
 mod sockets;

@@ -1,4 +1,5 @@
-//! Socket activation, in which systemd passes open descriptors to a service. See sd_listen_fds(3).
+//! Socket activation, with which systemd passes open descriptors to a service. See
+//! sd_listen_fds(3).
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};

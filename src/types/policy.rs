@@ -41,7 +41,7 @@ pub enum SchedulingPolicy {
     ///
     /// Node has no counterpart in a cluster.
     ///
-    /// Its servers have the option `reusePort`.
+    /// Node's servers have the option `reusePort`.
     #[doc(alias = "reusePort")]
     Sharded,
 }
@@ -56,7 +56,7 @@ impl std::fmt::Display for SchedulingPolicy {
     }
 }
 
-/// The error of parsing a [`SchedulingPolicy`] from a name other than `rr`, `none` and `sharded`.
+/// The error returned when a [`SchedulingPolicy`] is parsed from an unknown name.
 ///
 /// The error's text contains the invalid name and the valid names.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -67,7 +67,7 @@ pub(super) enum Action {
     ReleaseSocketFiles,
     /// Closes the channel to the new master.
     CloseUpgradeChannel,
-    /// Sends SIGTERM to a new master, and keeps the loop running until the new master has exited.
+    /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     TerminateNewMaster(WorkerId),
     /// Measures each worker's connections and memory. The driver reports the values with
     /// `measured`.
@@ -79,7 +79,7 @@ pub(super) enum Action {
     EmittedEvent(PoolEvent),
 }
 
-/// The state of a pool.
+/// The state of a pool, with its options.
 #[derive(Debug)]
 pub(super) struct Core {
     options: PoolOptions,

@@ -2,9 +2,9 @@
 //!
 //! A rollout is either a reload, which replaces all workers, or a recycling, which replaces workers
 //! that have reached a limit. Only one rollout runs at a time. A rollout handles the slots in
-//! batches, and forks a successor for each worker of the batch. After all successors have been
-//! ready for `PoolOptions::min_ready_time`, the old workers are disconnected. If a successor fails,
-//! the rollout fails.
+//! batches and forks a successor for each worker of the batch. After all successors have been ready
+//! for `PoolOptions::min_ready_time`, the old workers are disconnected. If a successor fails, the
+//! rollout fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,7 @@ use super::super::options::Canary;
 use super::worker::Worker;
 use super::{Action, Core, MIN_PAUSE, Time};
 
-/// A rollout that has not ended.
+/// A rollout that is in progress.
 #[derive(Debug)]
 pub(super) struct Rollout {
     kind: Kind,
@@ -97,7 +97,7 @@ impl Rollout {
     }
 }
 
-// Inputs.
+// Reload requests and measurements.
 impl Core {
     /// Requests a reload. If a rollout is in progress, the reload begins after that rollout has
     /// ended.
@@ -156,7 +156,7 @@ impl Core {
     }
 }
 
-// Decisions.
+// Transitions of the rollout.
 impl Core {
     /// Returns whether the rollout is forking a successor of this generation for the slot. The slot
     /// may already have a worker during that fork.
@@ -300,7 +300,7 @@ impl Core {
         (batch, events)
     }
 
-    /// Makes the successors the workers of their slots, and disconnects the old workers.
+    /// Makes the successors the workers of their slots and disconnects the old workers.
     fn promote_batch(&mut self, now: Time) {
         let Some(rollout) = &mut self.rollout else {
             return;
@@ -326,7 +326,7 @@ impl Core {
         }
     }
 
-    /// Ends the rollout as a failure, and disconnects the successors that have not replaced a
+    /// Ends the rollout as a failure and disconnects the successors that have not replaced a
     /// worker.
     pub(super) fn fail_rollout(&mut self, reason: ReloadFailure, now: Time) {
         let Some(rollout) = self.rollout.take() else {

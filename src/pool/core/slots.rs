@@ -44,13 +44,13 @@ pub(in super::super) struct Slot {
 /// `Vacant` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Occupancy {
-    /// A worker is being forked, or the pool has stopped.
+    /// The driver is forking a worker for the slot, or the pool has stopped.
     Vacant,
     /// The pool waits until this time before it forks a worker.
     Waiting {
         restart_at: Time,
     },
-    /// The slot has reached its failure limit.
+    /// The slot has reached its failure limit and stays empty.
     GivenUp,
     Occupied {
         worker: WorkerId,
@@ -104,7 +104,8 @@ impl Slot {
         replaced
     }
 
-    /// Counts a failure. Returns whether the slot has reached its failure limit.
+    /// Counts a failure of the slot's worker. Returns whether the slot has reached its failure
+    /// limit.
     fn count_failure(
         &mut self,
         ready_since: Option<Time>,
@@ -269,7 +270,7 @@ impl Core {
         self.settle(now);
     }
 
-    /// Removes a worker whose process has exited, and replaces the worker if the exit is a failure.
+    /// Removes a worker whose process has exited and replaces the worker if the exit is a failure.
     pub(in super::super) fn exited(
         &mut self,
         id: WorkerId,

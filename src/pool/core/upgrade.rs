@@ -1,4 +1,4 @@
-//! Upgrades: how a new master takes over.
+//! The states of an upgrade, in which a new master takes over.
 
 use std::process::ExitStatus;
 
@@ -7,7 +7,7 @@ use cluster::WorkerId;
 use super::super::event::{PoolEvent, UpgradeFailure};
 use super::{Action, Core, Time};
 
-/// The state of an upgrade.
+/// The state of an upgrade to a new master.
 ///
 /// | from | input | to |
 /// |---|---|---|
@@ -64,7 +64,7 @@ impl Core {
         };
     }
 
-    /// Records that the new master has taken over, and stops the pool.
+    /// Records that the new master has taken over and stops the pool.
     pub(in super::super) fn new_master_took_over(&mut self, now: Time) {
         if let Upgrade::Pending { .. } = self.upgrade {
             self.upgrade = Upgrade::Succeeded;
@@ -83,7 +83,7 @@ impl Core {
     }
 
     /// Fails the pending upgrade, if there is one. The new master may already have clients, so the
-    /// pool first sends SIGTERM, and kills the process only after the drain timeout.
+    /// pool first sends SIGTERM. The pool kills the process only after the drain timeout.
     pub(super) fn fail_upgrade(&mut self, reason: UpgradeFailure, now: Time) {
         if let Some(new_master) = self.pending_master() {
             self.end_upgrade(reason);

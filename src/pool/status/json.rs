@@ -1,4 +1,4 @@
-//! The status as JSON.
+//! The status as a JSON object.
 
 use std::fmt::Write as _;
 use std::os::unix::process::ExitStatusExt as _;

@@ -101,7 +101,7 @@ pub struct WorkerStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WorkerPhase {
-    /// The worker is not ready yet.
+    /// The worker has not yet become ready.
     Starting,
     /// The worker is ready.
     Ready,
@@ -140,7 +140,7 @@ impl Status {
         }
     }
 
-    /// Returns the number of workers that are ready.
+    /// Returns the number of ready workers.
     ///
     /// Node has no counterpart.
     ///
@@ -172,7 +172,7 @@ impl Status {
         json::render(self)
     }
 
-    /// Returns the status in the text format of Prometheus. The names of the metrics begin with
+    /// Returns the status in the text format of Prometheus. The metrics' names begin with
     /// `cluster_`.
     ///
     /// Node has no counterpart.
