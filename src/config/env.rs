@@ -11,8 +11,9 @@ pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
 pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
 /// The variables that a master sets for its workers.
 pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
-/// A mark for the programs that a wrapped master starts. A master is wrapped if a forking wrapper
-/// separates it from its own master.
+/// A mark that a wrapped master sets for the programs it starts. If a worker's program runs in the
+/// child of a forking wrapper, it becomes a wrapped master. `init` fails in a marked program behind
+/// another wrapper, because masters would otherwise start masters without end.
 pub(crate) const WRAPPED: &str = "CLUSTER_WRAPPED";
 /// The switch for the master's log of events on standard error. The value `1` enables the log.
 pub(crate) const DEBUG: &str = "CLUSTER_DEBUG";

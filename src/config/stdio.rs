@@ -76,7 +76,7 @@ impl Stdio {
     }
 }
 
-/// Compares two values. Two values of [`Stdio::fd`] are equal if one is a clone of the other.
+/// Two values of [`Stdio::fd`] are equal if one is a clone of the other.
 impl PartialEq for Stdio {
     fn eq(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {

@@ -41,8 +41,8 @@ const DEFAULTS: [(Signal, SignalAction); 7] = [
 impl Pool {
     /// Assigns default effects to signals. The defaults resemble gunicorn's.
     ///
-    /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool is already stopping, they call
-    ///   [`stop_at_once`](Self::stop_at_once).
+    /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool is already stopping, these
+    ///   signals call [`stop_at_once`](Self::stop_at_once).
     /// - SIGQUIT calls [`stop_at_once`](Self::stop_at_once).
     /// - SIGHUP calls [`reload`](Self::reload).
     /// - SIGUSR2 calls [`upgrade`](Self::upgrade).

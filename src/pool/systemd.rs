@@ -22,7 +22,7 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// Call this method before the loop runs. If systemd did not start this process, nothing
-    /// happens. If a later notification cannot be sent, it is dropped.
+    /// happens. A later notification is dropped if it cannot be sent.
     ///
     /// # Errors
     ///

@@ -199,9 +199,9 @@ impl Pool {
     /// the start. A failed upgrade ends with [`PoolEvent::UpgradeFailed`], and this pool continues
     /// unless it is stopping.
     ///
-    /// If the upgrade fails while the new master is running, the new master receives SIGTERM. If it
-    /// has not exited within [`drain_timeout`](super::PoolOptions::drain_timeout), it is killed.
-    /// [`stop_at_once`](Self::stop_at_once) kills the new master immediately.
+    /// If the upgrade fails while the new master is running, the new master receives SIGTERM. If
+    /// the new master has not exited within [`drain_timeout`](super::PoolOptions::drain_timeout),
+    /// the pool kills it. [`stop_at_once`](Self::stop_at_once) kills the new master immediately.
     ///
     /// Node has no counterpart.
     ///

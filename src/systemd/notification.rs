@@ -122,7 +122,7 @@ pub fn reloading() -> Result<bool> {
 ///
 /// systemd treats the service as failed if it receives no `WATCHDOG=1` from [`notify`] within the
 /// timeout. Half of the timeout is a good interval for the notifications. The function reads
-/// `WATCHDOG_USEC` and `WATCHDOG_PID`. The application may call it at any time. See the
+/// `WATCHDOG_USEC` and `WATCHDOG_PID`. The application may call this function at any time. See the
 /// [module](crate::systemd) for an example.
 ///
 /// Node has no counterpart.

@@ -21,7 +21,8 @@ use crate::sys::listen::SocketKind;
 /// kind. `from` converts any descriptor into an `OwnedFd`.
 ///
 /// The process that opened the descriptor decides whether it is in blocking mode. Processes that
-/// share the descriptor can change the mode at any time. A `shutdown` affects all of them.
+/// share the descriptor can change the mode at any time. A `shutdown` affects all of these
+/// processes.
 ///
 /// Node has no counterpart.
 ///

@@ -37,7 +37,7 @@ pub enum SchedulingPolicy {
     /// worker exits, its replacement therefore receives the connections that were waiting in that
     /// listener.
     ///
-    /// Only TCP listeners are sharded, and only on Linux. All other listeners are shared.
+    /// Only TCP listeners on Linux are sharded. All other listeners are shared.
     ///
     /// Node has no counterpart in a cluster.
     ///

@@ -2,7 +2,7 @@
 //!
 //! A rollout is either a reload, which replaces all workers, or a recycling, which replaces workers
 //! that have reached a limit. Only one rollout runs at a time. A rollout handles the slots in
-//! batches and forks a successor for each worker of the batch. After all successors have been ready
+//! batches and forks a successor for each slot of the batch. After all successors have been ready
 //! for `PoolOptions::min_ready_time`, the old workers are disconnected. If a successor fails, the
 //! rollout fails.
 
@@ -39,14 +39,17 @@ enum Kind {
 
 /// The phase of a rollout.
 ///
-/// | from | input | to | |---|---|---| | | the rollout begins | `Retiring` without workers | |
-/// `Retiring` | all replaced workers have exited, and slots remain | `Starting` with the next batch
-/// | | `Retiring` | all replaced workers have exited, and no slots remain | (ended: success) | |
-/// `Starting` | all successors of the batch are ready | `Observing` | | `Observing` | the time has
-/// passed | `Retiring` | | `Starting`, `Observing` | all slots of the batch were removed |
-/// `Retiring` without workers | | `Starting`, `Observing` | a successor has failed | (ended:
-/// failure) | | any | the reload is cancelled | (ended: failure) | | any | the pool stops | (ended)
-/// |
+/// | from | input | to |
+/// |---|---|---|
+/// | | the rollout begins | `Retiring` without workers |
+/// | `Retiring` | all replaced workers have exited, and slots remain | `Starting` with the next batch |
+/// | `Retiring` | all replaced workers have exited, and no slots remain | (ended: success) |
+/// | `Starting` | all successors of the batch are ready | `Observing` |
+/// | `Observing` | the time has passed | `Retiring` |
+/// | `Starting`, `Observing` | all slots of the batch were removed | `Retiring` without workers |
+/// | `Starting`, `Observing` | a successor has failed | (ended: failure) |
+/// | any | the reload is cancelled | (ended: failure) |
+/// | any | the pool stops | (ended) |
 #[derive(Debug)]
 enum Phase {
     /// The rollout waits until all successors are ready.

@@ -34,14 +34,16 @@ pub(in super::super) struct Slot {
 
 /// The state of a slot.
 ///
-/// | from | input | to | |---|---|---| | | the slot is added, and a worker is forked | `Vacant` | |
-/// `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` | | `Vacant`,
-/// `Occupied` | the worker failed while a successor exists | `Occupied` by the successor | |
-/// `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit | |
-/// `Waiting` | the pause has ended, no rollout fills the slot, and a worker is forked | `Vacant` |
-/// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` | | any | the rollout
-/// promotes the successor | `Occupied` by the successor | | any except `GivenUp` | the pool stops |
-/// `Vacant` |
+/// | from | input | to |
+/// |---|---|---|
+/// | | the slot is added, and a worker is forked | `Vacant` |
+/// | `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` |
+/// | `Vacant`, `Occupied` | the worker failed while a successor exists | `Occupied` by the successor |
+/// | `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit |
+/// | `Waiting` | the pause has ended, no rollout fills the slot, and a worker is forked | `Vacant` |
+/// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` |
+/// | any | the rollout promotes the successor | `Occupied` by the successor |
+/// | any except `GivenUp` | the pool stops | `Vacant` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Occupancy {
     /// The driver is forking a worker for the slot, or the pool has stopped.

@@ -24,7 +24,7 @@ use super::failure::WorkerFailure;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
-    /// The workers' generation. During a reload, this is the old generation.
+    /// The workers' generation. During a reload, the value is the old generation.
     pub generation: u64,
     /// Whether at least [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready and
     /// the pool is not stopping.
