@@ -1,6 +1,9 @@
 //! The application's requests as data: worker settings and call options.
 //!
 //! This module checks the values and fills in defaults. `master`, `worker` and `sys` act on them.
+//!
+//! `Settings::main` takes a closure whose argument is a `Worker`. Therefore this folder and `worker` import
+//! each other. No other folders do.
 
 pub(crate) mod env;
 pub(crate) mod inspect_port;

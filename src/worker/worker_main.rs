@@ -7,7 +7,6 @@ use crate::worker::Worker;
 /// The closure of [`Settings::main`](crate::Settings::main), which a worker runs instead of a
 /// program.
 ///
-/// The type belongs to this module and not to the settings, because it names [`Worker`].
 #[derive(Clone)]
 pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
 
