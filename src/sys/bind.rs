@@ -1,6 +1,7 @@
-//! Opens the socket of an endpoint, in the master or, for an exclusive endpoint, in a worker.
+//! Opens an endpoint's socket, in the master or, for an exclusive endpoint, in a worker.
 //!
-//! This module chooses among the calls of `listen` and `socket_file`; it makes none itself.
+//! This module only chooses among the functions of `listen` and `socket_file`. It makes no `libc`
+//! calls itself.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,17 +14,17 @@ use crate::sys::socket_file::{self, SocketFile};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 
-/// A socket that listens, or a UDP socket that is bound. It does not block.
+/// A listener, or a bound UDP socket. The socket is non-blocking.
 #[derive(Debug)]
 pub(crate) struct BoundSocket {
-    /// The file of a Unix socket, which is removed with the socket.
+    /// The file of a Unix socket that was bound to a path.
     pub(crate) file: Option<SocketFile>,
     pub(crate) socket: OwnedFd,
-    /// The address with its actual port; `None` for a Unix path.
+    /// The local address with the actual port, or `None` for a Unix socket.
     pub(crate) address: Option<SocketAddr>,
 }
 
-/// Opens the socket of an endpoint.
+/// Binds or duplicates the endpoint's socket, and makes a stream socket listen.
 pub(crate) fn bind(
     endpoint: &Endpoint,
     flags: &BindFlags,
@@ -62,7 +63,7 @@ pub(crate) fn bind(
     })
 }
 
-/// Duplicates a socket that the application owns, and prepares it for accepting.
+/// Duplicates a socket that the application owns, and prepares the copy for accepting.
 fn duplicate(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
     check_kind(kind, number)?;
     let socket = sys::fd::duplicate(number, 0)?;
@@ -84,11 +85,11 @@ fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Prepares a socket that the application passes to the master. Returns the endpoint by which workers
-/// request it: its address or path.
+/// Prepares a socket that the application passes to the master. Returns the endpoint, with the
+/// socket's address or path, by which workers request it.
 pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
     check_kind(kind, socket.as_raw_fd())?;
-    // Listening on an unbound socket assigns its port.
+    // Listen before reading the address, because listening on an unbound socket assigns its port.
     prepare(socket, backlog)?;
     let place = match kind {
         Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
@@ -107,10 +108,10 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
     Ok(Endpoint::new(kind, place.ok_or_else(unbound)?))
 }
 
-/// Prepares an open socket for accepting without blocking. A stream socket listens afterwards.
+/// Makes an open socket non-blocking, and makes a stream socket listen.
 ///
-/// If another master exited while it drained this listener, its SYN filter may still be attached; it is
-/// detached here.
+/// Also detaches another master's SYN filter from a TCP listener. The filter stays attached if that
+/// master exited while it drained the listener.
 pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     let found = sys::listen::socket_kind(socket.as_raw_fd())?;
     if found.is_stream && !found.listens {

@@ -1,20 +1,22 @@
 //! Environment variables of a forked child that executes no program.
 //!
-//! The environment of the master never changes: other threads may read it at any time.
+//! The master's environment never changes, because other threads may read it at any time.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 
-/// Sets a variable that `is_valid`, in a child that has just been forked.
+/// Sets a variable in a child that has just been forked. The variable must satisfy [`is_valid`].
 pub(crate) fn set(name: &OsStr, value: &OsStr) {
-    // SAFETY: this process has one thread. Its parent had one when it forked, where the system reports
-    // the number of threads (`has_other_threads`), so no other thread was changing the environment.
+    // SAFETY: this process has one thread, because `fork` copies only the calling thread. The
+    // parent also had only one, if the system reports the number of threads (`has_other_threads`).
+    // So no other thread was changing the environment at the fork.
     unsafe { std::env::set_var(name, value) };
 }
 
-/// Removes a variable, in a child that has just been forked.
+/// Removes a variable in a child that has just been forked.
 pub(crate) fn remove(name: &str) {
-    // SAFETY: see `set`.
+    // SAFETY: this process has one thread, and no other thread was changing the environment at the
+    // fork. See `set` for the details.
     unsafe { std::env::remove_var(name) };
 }
 

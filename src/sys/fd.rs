@@ -1,4 +1,4 @@
-//! Descriptors that are known by their number alone, and the flags of any descriptor.
+//! Descriptors that are known only by their number, and flags of any descriptor.
 
 use std::io::{self, Read as _};
 use std::mem::ManuallyDrop;
@@ -9,27 +9,27 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use super::owner::Owner;
 use super::{check, option};
 
-/// The number of the first descriptor after standard input, output and error, and the first that
-/// systemd passes: `SD_LISTEN_FDS_START` in sd_listen_fds(3).
+/// The first number after standard input, output and error. The descriptors that systemd passes
+/// begin at this number (`SD_LISTEN_FDS_START` in sd_listen_fds(3)).
 pub(crate) const LISTEN_FDS_START: usize = 3;
 
-/// Reads from a socket without removing the bytes.
+/// Reads bytes from a socket without removing them and without waiting.
 ///
 /// # Errors
 ///
-/// The number is not that of an open socket, or there is nothing to read.
+/// Returns an error if the number is not an open socket, or if there is nothing to read.
 pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: at most the buffer's length is written, into it.
+    // SAFETY: the pointer is valid for writes of the buffer's length.
     let read = unsafe { libc::recv(number, buffer.as_mut_ptr().cast(), buffer.len(), flags) };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
-/// Takes ownership of the channel that the master left open for this process, and reads the preamble
-/// that `peek` has found in it.
+/// Takes ownership of the channel that the master left open for this process. Reads the preamble,
+/// which `peek` has already found in the channel.
 pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<UnixStream> {
-    // SAFETY: the descriptor is open, and no other code of this process knows it: `init` runs once,
-    // and has removed the variable that named it.
+    // SAFETY: the descriptor is open. No other code of this process knows it, because `init` runs
+    // once and has removed the variable that named it.
     let mut stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
     stream.read_exact(preamble)?;
@@ -37,18 +37,19 @@ pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<Un
     Ok(stream)
 }
 
-/// Takes ownership of `count` descriptors from number `first` on, which the process that executed this
-/// program left open for it.
+/// Takes ownership of the `count` descriptors from `first` on, which the process that executed this
+/// program left open.
 ///
 /// # Errors
 ///
-/// One of them is not open, or is closed on exec. This process opened the latter itself, because no
-/// descriptor with this flag survives `execve`. No descriptor is taken then.
+/// Returns an error, and takes no descriptor, if one of them is not open or is closed on exec. This
+/// process must have opened a descriptor of the latter kind itself, because `execve` closes every
+/// descriptor with this flag.
 pub(crate) fn adopt_passed(first: usize, count: usize) -> io::Result<Vec<OwnedFd>> {
     let numbers = first..first.saturating_add(count);
     let numbers = numbers.map(|number| RawFd::try_from(number).unwrap_or(RawFd::MAX));
     for number in numbers.clone() {
-        // SAFETY: F_GETFD changes no memory, whatever the number is.
+        // SAFETY: F_GETFD changes no memory and accepts any number.
         let flags = check(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
         if flags & libc::FD_CLOEXEC != 0 {
             return Err(io::Error::from_raw_os_error(libc::EBADF));
@@ -57,7 +58,8 @@ pub(crate) fn adopt_passed(first: usize, count: usize) -> io::Result<Vec<OwnedFd
     for number in numbers.clone() {
         close_on_exec(number)?;
     }
-    // They are open, and no other code of this process knows them.
+    // Adopting the descriptors is sound, because they are open and no other code of this process
+    // knows them.
     Ok(numbers.map(adopt).collect())
 }
 
@@ -71,7 +73,7 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> io::Resu
     set_status_flag(fd.as_raw_fd(), libc::O_NONBLOCK, nonblocking)
 }
 
-/// Returns the status flags of a descriptor: fcntl(2), `F_GETFL`.
+/// Returns a descriptor's status flags (`F_GETFL` in fcntl(2)).
 pub(super) fn status_flags(number: RawFd) -> io::Result<libc::c_int> {
     // SAFETY: F_GETFL only reads the flags.
     check(unsafe { libc::fcntl(number, libc::F_GETFL) })
@@ -88,44 +90,45 @@ pub(super) fn set_status_flag(number: RawFd, flag: libc::c_int, set: bool) -> io
     Ok(())
 }
 
-/// Duplicates a descriptor that is known by its number alone. The copy is closed on exec, and its
+/// Duplicates a descriptor that is known only by its number. The copy is closed on exec, and its
 /// number is at least `at_least`.
 ///
 /// # Errors
 ///
-/// The number is not an open descriptor, or no descriptor is free.
+/// Returns an error if the number is not an open descriptor, or if no descriptor is free.
 pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: F_DUPFD_CLOEXEC changes no memory, whatever the number is.
+    // SAFETY: F_DUPFD_CLOEXEC changes no memory and accepts any number.
     let copy = check(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, at_least) })?;
     Ok(adopt(copy))
 }
 
-/// Replaces the descriptor with this number by a copy of `new`. The values that own the number own the
-/// copy from then on.
+/// Replaces the descriptor with this number by a copy of `new`. From then on, the values that own
+/// the number own the copy.
 pub(crate) fn replace(number: RawFd, new: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: dup2 changes no memory.
     check(unsafe { libc::dup2(new.as_raw_fd(), number) })?;
     close_on_exec(number)
 }
 
-/// Creates a descriptor that can neither be read nor written. A copy of it keeps a number in use while a
-/// value may still use or close that number.
+/// Creates a socket that can neither be read nor written. A copy of this socket reserves a number
+/// while another value may still use or close that number.
 pub(crate) fn inert() -> io::Result<OwnedFd> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
-    // Some systems shut down only connected sockets. Reading fails there instead of ending.
+    // Ignore errors, because some systems shut down only connected sockets. On those systems,
+    // reading fails instead of returning end-of-file.
     let _ = socket.shutdown(Shutdown::Both);
     Ok(socket.into())
 }
 
 /// Takes ownership of a descriptor that no other code of this process owns.
 pub(super) fn adopt(number: RawFd) -> OwnedFd {
-    // SAFETY: the caller got the number from the kernel, or from the process that executed this
-    // program, and keeps no copy.
+    // SAFETY: the caller received the number from the kernel, or from the process that executed
+    // this program, and keeps no copy.
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
-/// Returns the limit of descriptors of this process.
+/// Returns this process's descriptor limit, or `u64::MAX` if the limit cannot be read.
 #[allow(
     clippy::useless_conversion,
     reason = "the type is not the same on all systems"
@@ -135,23 +138,25 @@ pub(crate) fn limit() -> u64 {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: the structure is writable.
+    // SAFETY: the pointer is valid for writes of an `rlimit`.
     match check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }) {
         Ok(_) => u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX),
         Err(_) => u64::MAX,
     }
 }
 
-/// Returns whether the peer of a connection can neither send nor receive any more, and has left nothing
-/// to read: both directions are shut down, or an error such as a reset is pending. A client that only
-/// stopped sending still waits for its answer.
+/// Returns whether a connection's peer can no longer send or receive, and has left nothing to read.
+///
+/// In this state, both directions are shut down, or an error such as a reset is pending. The result
+/// is `false` for a client that only stopped sending, because the client still waits for its
+/// answer.
 pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
         fd: fd.as_raw_fd(),
         events: 0,
         revents: 0,
     };
-    // SAFETY: one valid pollfd is passed, and the call does not wait.
+    // SAFETY: the pointer is valid for reads and writes of one `pollfd`.
     let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
     if ready <= 0 || poll.revents & (libc::POLLHUP | libc::POLLERR) == 0 {
         return false;
@@ -159,11 +164,12 @@ pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
 }
 
-/// A descriptor whose last copy may be closed here, without waiting.
+/// A descriptor whose last copy can be closed here without waiting.
 ///
-/// Other processes may have copies. If they have closed theirs, closing this one closes the socket, and
-/// with SO_LINGER that waits for the peer even if the socket does not block. Dropping this value
-/// disables SO_LINGER first: otherwise a socket that is only passed on could block this process.
+/// Other processes may have copies. If they have closed theirs, closing this copy closes the
+/// socket. With SO_LINGER, `close` then waits for the peer, even if the socket is non-blocking. So
+/// dropping this value first disables SO_LINGER. A socket that is only passed on must not block
+/// this process.
 #[derive(Debug)]
 pub(crate) struct NoLingerFd {
     fd: ManuallyDrop<OwnedFd>,
@@ -171,10 +177,10 @@ pub(crate) struct NoLingerFd {
 }
 
 impl NoLingerFd {
-    /// Converts into a plain descriptor, which keeps SO_LINGER.
+    /// Converts the value into a plain descriptor, which keeps SO_LINGER.
     pub(crate) fn into_owned_fd(self) -> OwnedFd {
         let mut this = ManuallyDrop::new(self);
-        // SAFETY: neither the field nor the value that contained it is used again.
+        // SAFETY: neither `fd` nor the value that contained it is used again.
         unsafe { ManuallyDrop::take(&mut this.fd) }
     }
 }
@@ -195,24 +201,25 @@ impl AsFd for NoLingerFd {
 
 impl Drop for NoLingerFd {
     fn drop(&mut self) {
-        // A forked child shares the socket, and so its options, with the owner.
+        // Change the option only in the owner, because a forked child shares the socket and its
+        // options.
         if self.owner.is_current() {
             disable_linger(self.fd.as_fd());
         }
-        // SAFETY: the field is not used again.
+        // SAFETY: `fd` is not used again.
         unsafe { ManuallyDrop::drop(&mut self.fd) };
     }
 }
 
-/// Makes closing a socket return at once.
+/// Disables SO_LINGER if it would make `close` wait.
 fn disable_linger(fd: BorrowedFd<'_>) {
-    // SAFETY: any bytes are a valid linger.
+    // SAFETY: every bit pattern is a valid `linger`.
     let linger: io::Result<libc::linger> =
         unsafe { option::get(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER) };
     let Ok(mut linger) = linger else {
         return;
     };
-    // With a time of zero, closing does not wait: it resets the connection.
+    // Keep a linger time of zero, because `close` then resets the connection without waiting.
     if linger.l_onoff != 0 && linger.l_linger != 0 {
         linger.l_onoff = 0;
         let _ = option::set(fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger);

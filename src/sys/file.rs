@@ -1,4 +1,5 @@
-//! Files that are named relative to a directory, so that renaming the directory changes nothing.
+//! Files that are named relative to an open directory, so that renaming the directory does not
+//! affect them.
 
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -15,11 +16,11 @@ pub(super) fn c_string(text: &OsStr) -> io::Result<CString> {
     Ok(CString::new(text.as_bytes())?)
 }
 
-/// Opens a directory.
+/// Opens a directory, so that its files can be named relative to it.
 pub(crate) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let path = c_string(path.as_os_str())?;
     let flags = NAME_ONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: the path is zero-terminated.
+    // SAFETY: the path is zero-terminated and lives through the call.
     let number = check(unsafe { libc::open(path.as_ptr(), flags) })?;
     Ok(fd::adopt(number))
 }
@@ -27,7 +28,7 @@ pub(crate) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
 /// The identity and the mode of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FileStatus {
-    /// Device and inode. Their types differ between systems, and all fit into this one.
+    /// The device and inode numbers. Their types differ between systems, but all fit into `i128`.
     id: (i128, i128),
     pub(crate) mode: libc::mode_t,
 }
@@ -37,7 +38,7 @@ impl FileStatus {
         self.mode & libc::S_IFMT == libc::S_IFSOCK
     }
 
-    /// Returns whether both are statuses of one file. Its mode may have changed.
+    /// Returns whether both statuses belong to the same file. The file's mode may have changed.
     pub(crate) fn is_same_file(self, other: Self) -> bool {
         self.id == other.id
     }
@@ -52,12 +53,12 @@ impl From<libc::stat> for FileStatus {
     }
 }
 
-/// Returns the status of a file. It does not follow a symbolic link.
+/// Returns a file's status. For a symbolic link, returns the link's own status.
 pub(crate) fn status_at(directory: &OwnedFd, name: &OsStr) -> io::Result<FileStatus> {
     let name = c_string(name)?;
-    // SAFETY: stat is plain data.
+    // SAFETY: all zeroes is a valid `stat`.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: the name is zero-terminated, and the structure writable.
+    // SAFETY: the name is zero-terminated, and the pointer is valid for writes of a `stat`.
     check(unsafe {
         libc::fstatat(
             directory.as_raw_fd(),
@@ -71,7 +72,7 @@ pub(crate) fn status_at(directory: &OwnedFd, name: &OsStr) -> io::Result<FileSta
 
 pub(crate) fn remove_at(directory: &OwnedFd, name: &OsStr) -> io::Result<()> {
     let name = c_string(name)?;
-    // SAFETY: the name is zero-terminated.
+    // SAFETY: the name is zero-terminated and lives through the call.
     check(unsafe { libc::unlinkat(directory.as_raw_fd(), name.as_ptr(), 0) })?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! TCP listeners and UDP sockets: creating them, accepting connections, and reading their state.
+//! Creates TCP listeners and UDP sockets, accepts connections, and reads the state of sockets.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,13 +9,13 @@ use super::platform::socket::{self as platform, SOCK_CLOEXEC, SOCK_NONBLOCK};
 use super::{check, filter, option, retry};
 use crate::types::endpoint::BindFlags;
 
-/// Creates a socket that does not block and is closed on exec.
+/// Creates a socket that is non-blocking and closed on exec.
 fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
     let family = match address {
         SocketAddr::V4(_) => libc::AF_INET,
         SocketAddr::V6(_) => libc::AF_INET6,
     };
-    // SAFETY: socket takes three integers.
+    // SAFETY: socket accesses no memory of this process.
     let number = check(unsafe { libc::socket(family, kind | SOCK_CLOEXEC | SOCK_NONBLOCK, 0) })?;
     let socket = super::fd::adopt(number);
     if SOCK_CLOEXEC == 0 {
@@ -27,7 +27,8 @@ fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
 
 fn bind(socket: &OwnedFd, address: &SocketAddr, flags: &BindFlags) -> io::Result<()> {
     if address.is_ipv6() {
-        // Set in both cases: the system's default may differ from the application's choice.
+        // Set the option in both cases, because the system's default may differ from the
+        // application's choice.
         let only = libc::c_int::from(flags.ipv6_only);
         option::set(socket.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &only)?;
     }
@@ -37,7 +38,7 @@ fn bind(socket: &OwnedFd, address: &SocketAddr, flags: &BindFlags) -> io::Result
 fn bind_address(socket: &OwnedFd, address: &SocketAddr) -> io::Result<()> {
     match address {
         SocketAddr::V4(v4) => {
-            // SAFETY: all zeroes is a valid sockaddr_in.
+            // SAFETY: all zeroes is a valid `sockaddr_in`.
             let mut raw: libc::sockaddr_in = unsafe { std::mem::zeroed() };
             raw.sin_family = family(libc::AF_INET);
             raw.sin_port = v4.port().to_be();
@@ -45,7 +46,7 @@ fn bind_address(socket: &OwnedFd, address: &SocketAddr) -> io::Result<()> {
             bind_raw(socket, &raw)
         }
         SocketAddr::V6(v6) => {
-            // SAFETY: all zeroes is a valid sockaddr_in6.
+            // SAFETY: all zeroes is a valid `sockaddr_in6`.
             let mut raw: libc::sockaddr_in6 = unsafe { std::mem::zeroed() };
             raw.sin6_family = family(libc::AF_INET6);
             raw.sin6_port = v6.port().to_be();
@@ -61,9 +62,9 @@ fn family(number: libc::c_int) -> libc::sa_family_t {
     libc::sa_family_t::try_from(number).unwrap_or(0)
 }
 
-/// Binds a socket. `T` is one of the C types of addresses.
+/// Binds a socket. `T` is a C address type, such as `sockaddr_in`.
 fn bind_raw<T>(socket: &OwnedFd, address: &T) -> io::Result<()> {
-    // SAFETY: the address lives through the call, and its length is given.
+    // SAFETY: the pointer is valid for reads of the given length.
     check(unsafe {
         libc::bind(
             socket.as_raw_fd(),
@@ -74,19 +75,21 @@ fn bind_raw<T>(socket: &OwnedFd, address: &T) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a TCP listener shares its port with other sockets of the same user (`SO_REUSEPORT`).
+/// The way in which a TCP listener shares its port with other sockets of the same user
+/// (`SO_REUSEPORT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PortSharing {
     /// No other socket may listen on the port.
     Exclusive,
-    /// The listener joins the group of sockets on the port, or is its first member.
+    /// The listener joins the group of sockets on the port. If there is no group, the listener
+    /// starts one.
     Join,
-    /// The listener is the first member of a new group. If another socket listens on the port,
-    /// listening fails, even if that socket would share the port.
+    /// The listener starts a new group. If another socket already listens on the port, listening
+    /// fails, even if that socket shares the port.
     Create,
 }
 
-/// Creates a TCP listener.
+/// Creates a non-blocking TCP listener.
 pub(crate) fn listen_tcp(
     address: &SocketAddr,
     flags: &BindFlags,
@@ -95,8 +98,9 @@ pub(crate) fn listen_tcp(
     let socket = bind_tcp(address, flags, sharing)?;
     listen(&socket, flags.backlog)?;
     if sharing == PortSharing::Create {
-        // Listening without the option is what excludes other groups. The kernel reads the option
-        // of each listener when another one joins.
+        // Set the option only after listening, because listening without the option excludes other
+        // groups. Later sockets can still join, because the kernel reads each listener's option
+        // when they do.
         share_port(&socket)?;
     }
     Ok(socket)
@@ -104,7 +108,7 @@ pub(crate) fn listen_tcp(
 
 fn bind_tcp(address: &SocketAddr, flags: &BindFlags, sharing: PortSharing) -> io::Result<OwnedFd> {
     let socket = open(address, libc::SOCK_STREAM)?;
-    // The port may still have connections in TIME_WAIT.
+    // Allow binding while the port still has connections in TIME_WAIT.
     option::set_int(socket.as_fd(), libc::SO_REUSEADDR, 1)?;
     if sharing == PortSharing::Join {
         share_port(&socket)?;
@@ -117,12 +121,13 @@ fn share_port(socket: &OwnedFd) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_REUSEPORT, 1)
 }
 
-/// Creates a TCP listener that joins the group of sockets on its port, and selects the first of them
-/// for all connections.
+/// Creates a TCP listener that joins the group of sockets on its port. Makes the kernel select the
+/// group's first socket for all new connections.
 pub(crate) fn listen_as_selector(address: &SocketAddr, flags: &BindFlags) -> io::Result<OwnedFd> {
     let socket = bind_tcp(address, flags, PortSharing::Join)?;
-    // The kernel attaches a program to a group only through a socket that listens. Until then it may
-    // choose this one: the client sends its SYN again after a second, and is served.
+    // The kernel attaches a selection program to a group only through a socket that listens. Until
+    // then, the kernel may choose this socket, so the SYN filter drops new connections. Their
+    // clients send the SYN again after a second, and are served by the first socket.
     filter::attach_syn_filter(&socket)?;
     listen(&socket, flags.backlog)?;
     filter::select_sockets(&socket, &[0])?;
@@ -130,30 +135,31 @@ pub(crate) fn listen_as_selector(address: &SocketAddr, flags: &BindFlags) -> io:
     Ok(socket)
 }
 
-/// Makes a TCP listener that was shut down listen again.
+/// Makes a TCP listener listen again after it was shut down.
 pub(crate) fn listen_again(socket: &OwnedFd, address: &SocketAddr, backlog: u32) -> io::Result<()> {
     clear_shutdown(socket)?;
     match bind_address(socket, address) {
-        // Only a port that the kernel had chosen is unbound. Any other is still bound, which is EINVAL.
+        // `shutdown` unbinds the socket only if the kernel chose its port. Otherwise the socket is
+        // still bound, and `bind` fails with EINVAL.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
         bound => bound?,
     }
     listen(socket, backlog)
 }
 
-/// Clears the mark that `shutdown` leaves on a socket. Connections that it accepts later would
-/// inherit the mark.
+/// Clears the mark that `shutdown` leaves on a socket, because connections that the socket accepts
+/// later would inherit the mark.
 fn clear_shutdown(socket: &OwnedFd) -> io::Result<()> {
-    // SAFETY: all zeroes is a valid sockaddr.
+    // SAFETY: all zeroes is a valid `sockaddr`.
     let mut unspecified: libc::sockaddr = unsafe { std::mem::zeroed() };
     unspecified.sa_family = family(libc::AF_UNSPEC);
     let size = option::size_of_value(&unspecified);
-    // SAFETY: the address lives through the call, and its length is given.
+    // SAFETY: the pointer is valid for reads of the given size.
     check(unsafe { libc::connect(socket.as_raw_fd(), &raw const unspecified, size) })?;
     Ok(())
 }
 
-/// Creates a UDP socket.
+/// Creates a non-blocking UDP socket and binds it to `address`.
 pub(crate) fn bind_udp(
     address: &SocketAddr,
     flags: &BindFlags,
@@ -170,38 +176,38 @@ pub(crate) fn bind_udp(
     Ok(socket)
 }
 
-/// Makes a bound socket listen, or changes the limit of its backlog.
+/// Makes a bound socket listen, or changes its backlog limit.
 pub(crate) fn listen(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     let backlog = libc::c_int::try_from(backlog).unwrap_or(libc::c_int::MAX);
-    // SAFETY: listen takes two integers.
+    // SAFETY: listen accesses no memory of this process.
     check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
     Ok(())
 }
 
-/// The kind of a socket that the application names or passes.
+/// The kind and state of a socket that the application names or passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SocketKind {
-    /// A stream socket, of TCP or Unix. Otherwise a datagram socket.
+    /// Whether the socket is a stream socket (TCP or Unix) instead of a datagram socket.
     pub(crate) is_stream: bool,
     pub(crate) is_unix: bool,
     pub(crate) listens: bool,
 }
 
-/// Returns the kind of a socket.
+/// Returns a socket's kind, and whether the socket listens.
 ///
 /// # Errors
 ///
-/// The number is not that of an open stream or datagram socket.
+/// Returns an error if the number is not an open stream or datagram socket.
 pub(crate) fn socket_kind(number: RawFd) -> io::Result<SocketKind> {
     let is_stream = match option::get_int(number, libc::SO_TYPE)? {
         libc::SOCK_STREAM => true,
         libc::SOCK_DGRAM => false,
         _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
     };
-    // SAFETY: all zeroes is a valid sockaddr_storage.
+    // SAFETY: all zeroes is a valid `sockaddr_storage`.
     let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
     let mut size = option::size_of_value(&address);
-    // SAFETY: address and size are writable, and the size is that of the address.
+    // SAFETY: both pointers are valid for writes, and `size` is the address's size.
     check(unsafe { libc::getsockname(number, (&raw mut address).cast(), &raw mut size) })?;
     Ok(SocketKind {
         is_stream,
@@ -210,34 +216,37 @@ pub(crate) fn socket_kind(number: RawFd) -> io::Result<SocketKind> {
     })
 }
 
-/// Returns the address of a TCP or UDP socket; `None` for any other.
+/// Returns the local address of a TCP or UDP socket. Returns `None` for any other socket.
 pub(crate) fn local_addr(socket: &OwnedFd) -> Option<SocketAddr> {
-    // The structure is the same for TCP and UDP.
+    // Use `TcpListener` for both, because TCP and UDP sockets have the same address structure.
     TcpListener::from(socket.try_clone().ok()?)
         .local_addr()
         .ok()
 }
 
-/// Returns the address of the peer of a TCP connection; `None` for any other.
+/// Returns the address of a TCP connection's peer. Returns `None` for any other socket.
 pub(crate) fn peer_addr(connection: BorrowedFd<'_>) -> Option<SocketAddr> {
     let connection = TcpStream::from(connection.try_clone_to_owned().ok()?);
     connection.peer_addr().ok()
 }
 
-/// Returns the number of connections in the backlog; `None` if the system does not report it.
+/// Returns the number of connections in the backlog. Returns `None` if the system does not report
+/// this number.
 pub(crate) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
     platform::backlog_length(listener)
 }
 
-/// Accepts a connection, which blocks and is closed on exec.
+/// Accepts a connection, which is blocking and closed on exec.
 pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let number = listener.as_fd().as_raw_fd();
     retry(|| platform::accept(number))
 }
 
-/// Accepts from a listener whose other owners may clear `O_NONBLOCK`, which all copies of a descriptor
-/// share. The call waits only if, after its check, the flag is cleared and the connection is accepted
-/// elsewhere.
+/// Accepts a connection if the listener is ready, and otherwise fails with `WouldBlock`.
+///
+/// All copies of a descriptor share `O_NONBLOCK`, so the listener's other owners may clear the
+/// flag. This call waits only if, after its check, the flag is cleared and the connection is
+/// accepted elsewhere.
 pub(crate) fn accept_if_ready(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let [ready] = super::poll::wait_readable([listener.as_fd()], Some(Duration::ZERO))?;
     match ready {
@@ -246,19 +255,22 @@ pub(crate) fn accept_if_ready(listener: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
-/// Returns whether an error means that the machine has no addresses of the requested family.
+/// Returns whether the error means that the machine has no addresses of the requested family.
 pub(crate) fn is_family_missing(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
     matches!(errno, Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-/// Returns whether an error of `accept` means that the listener has been shut down.
+/// Returns whether an `accept` error means that the listener was shut down.
 pub(crate) fn is_shutdown_error(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
 }
 
-/// Returns whether an error of `accept` concerns only the connection that it would have returned, so
-/// that the next call may succeed. The list is that of accept(2).
+/// Returns whether an `accept` error concerns only one connection, so that the next call may
+/// succeed.
+///
+/// The match contains `ECONNABORTED`, `EINTR`, and the pending network errors that accept(2) lists
+/// for Linux, except `ENONET`, which other systems do not define.
 pub(crate) fn is_connection_error(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -276,10 +288,11 @@ pub(crate) fn is_connection_error(error: &io::Error) -> bool {
     )
 }
 
-/// Shuts down a listener in all processes that have a copy. The backlog of a Unix socket stays; that of
-/// a TCP port is lost.
+/// Shuts down a listener in all processes that have a copy. A Unix socket keeps its backlog, but a
+/// TCP listener loses it.
 pub(crate) fn shut_down(listener: &OwnedFd) {
-    // Some systems do not shut down listeners. Closing the copies has to suffice there.
-    // SAFETY: shutdown takes two integers.
+    // Ignore errors, because some systems do not shut down listeners. On those systems, closing all
+    // copies has to suffice.
+    // SAFETY: shutdown accesses no memory of this process.
     unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD) };
 }

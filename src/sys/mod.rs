@@ -1,16 +1,18 @@
-//! Every system call of the crate, and all of its `unsafe` code.
+//! All `libc` calls and all `unsafe` code of the crate.
 //!
-//! A function belongs here if it calls `libc`, or if it only prepares such a call. It returns
-//! `io::Error`; the caller adds what it attempted. Decisions, frames and callbacks belong elsewhere.
+//! A function belongs here if it calls `libc`, or if it only prepares a call to `libc`. Functions
+//! return `io::Error`, to which the caller adds what it attempted. Decisions, frames and callbacks
+//! belong elsewhere.
 //!
 //! - descriptors: `fd` by number, `file` relative to a directory, `owner` across a fork
 //! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
 //! - processes: `process`, `threads`, `env`
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
 //! - waiting: `poll`
-//! - systems: `linux` and `bsd`, which have the same items; the one for the target is `platform`
+//! - systems: `linux` and `bsd`, which have the same items
 //!
-//! Every difference between systems or architectures is in the last two.
+//! The target's system is also called `platform`. Differences between systems or architectures
+//! belong only in `linux` and `bsd`.
 
 pub(crate) mod bind;
 pub(crate) mod env;
@@ -36,7 +38,7 @@ pub(crate) use platform::{filter, interruptible_accept, parent_death_signal};
 use std::io;
 use std::time::Duration;
 
-/// Returns the result of a system call, or the error if the result is -1.
+/// Returns the result of a system call, or the last OS error if the result is -1.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result == -1 {
         Err(io::Error::last_os_error())
@@ -45,7 +47,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Repeats a call until no signal interrupts it.
+/// Repeats a call while signals interrupt it.
 fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -61,7 +63,8 @@ pub(crate) fn monotonic_time() -> Duration {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the structure is writable. Every system has this clock.
+    // Ignore the result, because every system has this clock.
+    // SAFETY: the pointer is valid for writes of a `timespec`.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))

@@ -9,21 +9,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::platform::zeroed_on_fork;
 
-/// A process. It is distinct from all its ancestors and descendants.
+/// An identifier of a process, which differs from those of all its ancestors and descendants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner(usize);
 
 impl Owner {
     /// Returns the calling process.
     pub(crate) fn current() -> Self {
-        /// The number of the youngest process among this one and its ancestors.
+        /// The highest number among this process and its ancestors.
         static LAST: AtomicUsize = AtomicUsize::new(0);
         let Some(number) = number() else {
             return Self(own_pid());
         };
         if number.load(Ordering::Relaxed) == 0 {
             let next = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-            // If another thread is faster, its number applies.
+            // Ignore a failure, because another thread has then already stored this process's
+            // number.
             let _ = number.compare_exchange(0, next, Ordering::Relaxed, Ordering::Relaxed);
         }
         Self(number.load(Ordering::Relaxed))
@@ -31,7 +32,7 @@ impl Owner {
 
     /// Returns whether this is the calling process. Async-signal-safe.
     ///
-    /// The check runs for each connection and message, so it makes no system call if the kernel can
+    /// The check runs for each connection and message. So it makes no system call if the kernel can
     /// zero a page at a fork.
     pub(crate) fn is_current(self) -> bool {
         self.0 == number().map_or_else(own_pid, |number| number.load(Ordering::Relaxed))
@@ -57,15 +58,16 @@ impl AtomicOwner {
     }
 }
 
-/// Returns the number of this process, which is 0 after a fork until `Owner::current` assigns one.
-/// `None` if the system cannot zero memory at a fork: then the process id is the number.
+/// Returns this process's number, which is 0 after a fork until `Owner::current` assigns one.
+/// Returns `None` if the system cannot zero memory at a fork. The process id is the number in this
+/// case.
 fn number() -> Option<&'static AtomicUsize> {
     static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
     *NUMBER.get_or_init(zeroed_on_fork::allocate)
 }
 
 fn own_pid() -> usize {
-    // SAFETY: always callable.
+    // SAFETY: getpid has no preconditions.
     let number = unsafe { libc::getpid() };
     usize::try_from(number).unwrap_or(0)
 }
@@ -77,11 +79,11 @@ mod tests {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, fork};
 
-    /// Forks a child that runs `child`. Returns its exit code.
+    /// Forks a child that runs `child`, and returns the child's exit code.
     fn in_child(child: impl FnOnce() -> i32) -> i32 {
         // SAFETY: the child allocates nothing and exits at once.
         match unsafe { fork() }.unwrap() {
-            // SAFETY: always callable.
+            // SAFETY: _exit has no preconditions.
             ForkResult::Child => unsafe { libc::_exit(child()) },
             ForkResult::Parent { child } => {
                 let end = waitpid(child, None).unwrap();

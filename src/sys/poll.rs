@@ -1,6 +1,6 @@
-//! The poller: waits for many descriptors, and owns the registered ones.
+//! A poller, which waits for many descriptors and owns the registered ones.
 //!
-//! The functions at the end wait for a few descriptors without a poller.
+//! The functions at the end of this file wait for a few descriptors without a poller.
 
 use std::cell::Cell;
 use std::io;
@@ -17,10 +17,10 @@ use super::fd;
 use super::owner::Owner;
 use super::platform::epoll;
 
-/// Maximum number of events of one wait; further events follow with the next wait.
+/// Maximum number of events of one wait. Further events follow with the next wait.
 ///
-/// A larger number costs stack space in each wait. A smaller one takes more waits when many descriptors
-/// are ready. 32 events are 384 bytes on x86-64.
+/// A larger number needs more stack space in each wait. A smaller number takes more waits when many
+/// descriptors are ready. On x86-64, 32 events take 384 bytes.
 pub(super) const MAX_EVENTS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
 
 /// The readiness that a watch waits for.
@@ -33,21 +33,21 @@ pub enum Interest {
     Readable,
     /// Bytes can be written, or the peer has hung up.
     Writable,
-    /// Either of the two.
+    /// The descriptor is readable or writable.
     Both,
 }
 
-/// Waits for many descriptors.
+/// A poller, which waits for many descriptors. Clones share the same poller.
 #[derive(Clone, Debug)]
 pub(crate) struct Poller(Rc<Owned>);
 
-/// A poller that only its owner drops: a forked child shares it, and deleting a descriptor in one
-/// process deletes it for both.
+/// A poller that is dropped only in its owner's process. A forked child shares the epoll instance,
+/// so deleting a descriptor in one process would delete it for both.
 #[derive(Debug)]
 struct Owned {
     poller: ManuallyDrop<polling::Poller>,
     owner: Owner,
-    /// `epoll::wait` replaces the poller's own wait.
+    /// Whether `epoll::wait` replaces the poller's own wait.
     waits_directly: bool,
 }
 
@@ -60,11 +60,11 @@ impl Drop for Owned {
     }
 }
 
-/// A descriptor that is registered with the poller while it is awaited, and deleted before it can be
-/// closed.
+/// A descriptor that is registered with the poller while an event is awaited. The registration is
+/// deleted before the descriptor can be closed.
 ///
-/// A registration costs the processes that make the descriptor ready, even one without interest: with
-/// 1,000 workers that registered one listener, each connection would notify 1,000 pollers.
+/// Even a registration without interest costs time in the processes that make the descriptor ready.
+/// If 1,000 workers registered one listener, each connection would notify 1,000 pollers.
 #[derive(Debug)]
 pub(crate) struct Registered<S: AsFd> {
     poller: Poller,
@@ -73,29 +73,30 @@ pub(crate) struct Registered<S: AsFd> {
     source: S,
 }
 
-/// The events that the poller reports of a registered descriptor.
+/// The events that the poller reports for a registered descriptor.
 #[derive(Clone, Copy, Debug)]
 enum Awaited {
     Interest(Interest),
-    /// A connection has hung up, or a listener was shut down. The system always reports this, and
-    /// no other event wakes the poller.
+    /// The hang-up of a connection, or the shutdown of a listener. The system always reports these
+    /// events, and no other event wakes the poller.
     HangUp,
 }
 
-/// A descriptor that is ready.
+/// The key and the readiness of a ready descriptor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ready {
     pub(crate) key: usize,
-    /// Readable, or the peer has hung up.
+    /// Whether the descriptor is readable, or the peer has hung up.
     pub(crate) readable: bool,
-    /// Writable, or the peer has hung up.
+    /// Whether the descriptor is writable, or the peer has hung up.
     pub(crate) writable: bool,
 }
 
-/// The result of one wait. It lives on the stack of the caller, because each message needs one.
+/// The result of one wait. Each message needs a list, so the list lives on the caller's stack and
+/// not on the heap.
 #[derive(Debug)]
 pub(crate) struct ReadyList {
-    /// The first `count` elements are initialised.
+    /// The ready descriptors, of which the first `count` are initialised.
     list: [MaybeUninit<Ready>; MAX_EVENTS.get()],
     count: usize,
 }
@@ -141,19 +142,20 @@ impl Poller {
         })))
     }
 
-    /// Closes the poller's descriptors in a forked child that executes no program. `inert` replaces
-    /// the descriptor that the application may know.
+    /// Closes the poller's descriptors in a forked child that executes no program. A copy of
+    /// `inert` takes over the descriptor number that the application may know.
     pub(crate) fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<()> {
         let number = self.0.poller.as_raw_fd();
-        // First, because dropping the poller deletes its own descriptors from the epoll instance,
-        // which the parent shares.
+        // Replace the descriptor before dropping the poller. Dropping the poller deletes its own
+        // descriptors from the epoll instance, which the parent shares.
         fd::replace(number, inert)?;
-        // SAFETY: the poller is alive. It is not used again, because `owner` is another process.
+        // SAFETY: the pointer is valid for reads. The poller is not used again, because `owner` is
+        // another process.
         drop(unsafe { std::ptr::read(&raw const *self.0.poller) });
         fd::replace(number, inert)
     }
 
-    /// Returns whether this process has created the poller.
+    /// Returns whether this process created the poller.
     pub(crate) fn is_own(&self) -> bool {
         self.0.owner.is_current()
     }
@@ -166,7 +168,8 @@ impl Poller {
         }
     }
 
-    /// Registers a descriptor, level-triggered. Its events carry `key`.
+    /// Takes ownership of a descriptor. If `interest` is not `None`, registers the descriptor in
+    /// level-triggered mode. Its events carry `key`.
     pub(crate) fn add<S: AsFd>(
         &self,
         source: S,
@@ -177,7 +180,7 @@ impl Poller {
             .map_err(|(_, error)| error)
     }
 
-    /// Adds a descriptor as [`add`](Self::add) does, but returns the source with an error.
+    /// Adds a descriptor like [`add`](Self::add), but returns the source together with an error.
     pub(crate) fn try_add<S: AsFd>(
         &self,
         source: S,
@@ -203,9 +206,9 @@ impl Poller {
     fn insert(&self, source: &impl AsFd, key: usize, new: Awaited) -> io::Result<()> {
         self.check_own()?;
         let number = source.as_fd().as_raw_fd();
-        // SAFETY: the caller is, or makes, a `Registered`. It owns the source, lends it out only as a
-        // shared reference, and deletes it from this poller in its `Drop`, before the source itself is
-        // dropped.
+        // SAFETY: the caller is, or creates, a `Registered`, which owns the source and lends it
+        // only as a shared reference. The `Drop` of `Registered` deletes the source from this
+        // poller before the source itself is dropped.
         unsafe {
             self.0
                 .poller
@@ -213,7 +216,7 @@ impl Poller {
         }
     }
 
-    /// Waits until a descriptor is ready or the timeout has passed.
+    /// Waits until a descriptor is ready, or until the timeout has passed.
     pub(crate) fn wait(&self, timeout: Option<Duration>, ready: &mut ReadyList) -> io::Result<()> {
         ready.count = 0;
         self.check_own()?;
@@ -240,16 +243,16 @@ impl AsFd for Poller {
 }
 
 impl<S: AsFd> Registered<S> {
-    /// Sets the readiness that is awaited.
+    /// Sets the awaited readiness.
     ///
     /// # Errors
     ///
-    /// The system refuses the change, or another process owns the poller.
+    /// Returns an error if the system rejects the change, or if another process owns the poller.
     pub(crate) fn set_interest(&self, interest: Option<Interest>) -> io::Result<()> {
         self.set_awaited(interest.map(Awaited::Interest))
     }
 
-    /// Awaits only that the descriptor hangs up.
+    /// Makes the poller report only that the descriptor hangs up.
     pub(crate) fn watch_hang_up(&self) -> io::Result<()> {
         self.set_awaited(Some(Awaited::HangUp))
     }
@@ -261,8 +264,9 @@ impl<S: AsFd> Registered<S> {
             (None, None) => {}
             (None, Some(new)) => {
                 let number = self.source.as_fd().as_raw_fd();
-                // SAFETY: `self` owns the source, exposes it only as a shared reference, and deletes it
-                // from this poller in its `Drop`, before the source itself is dropped.
+                // SAFETY: `self` owns the source and exposes it only as a shared reference. The
+                // `Drop` of `self` deletes the source from this poller before the source itself is
+                // dropped.
                 unsafe { poller.add_with_mode(number, event(self.key, new), PollMode::Level)? };
             }
             (Some(_), Some(new)) => {
@@ -275,12 +279,12 @@ impl<S: AsFd> Registered<S> {
         Ok(())
     }
 
-    /// Returns whether this process has registered the descriptor.
+    /// Returns whether this process registered the descriptor.
     pub(crate) fn is_own(&self) -> bool {
         self.poller.is_own()
     }
 
-    /// Returns whether the descriptor is awaited.
+    /// Returns whether any event of the descriptor is awaited.
     pub(crate) fn is_watched(&self) -> bool {
         self.awaited.get().is_some()
     }
@@ -297,14 +301,15 @@ impl<S: AsFd> Deref for Registered<S> {
 impl<S: AsFd> Drop for Registered<S> {
     fn drop(&mut self) {
         if self.is_watched() && self.is_own() {
-            // It fails only if the descriptor has been deleted already.
+            // Ignore an error, because deleting fails only if the descriptor has already been
+            // deleted.
             let _ = self.poller.0.poller.delete(self.source.as_fd());
         }
     }
 }
 
-/// Returns a timeout as the system takes it, in milliseconds and rounded up: a wait that ends too early
-/// would have to be repeated.
+/// Returns a timeout in milliseconds, in the form that the system expects. Rounds up, because a
+/// wait that ends too early would have to be repeated.
 pub(super) fn timeout_millis(timeout: Option<Duration>) -> libc::c_int {
     timeout.map_or(-1, |timeout| {
         let millis = timeout.as_nanos().div_ceil(1_000_000);
@@ -312,7 +317,7 @@ pub(super) fn timeout_millis(timeout: Option<Duration>) -> libc::c_int {
     })
 }
 
-/// Waits until one of the descriptors is readable, or the timeout has passed, or a signal has arrived.
+/// Waits until one of the descriptors is readable, the timeout has passed, or a signal has arrived.
 /// Returns for each descriptor whether it is readable.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [BorrowedFd<'_>; N],
@@ -326,7 +331,8 @@ pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     poll_fds([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
 
-/// Returns whether a listener has been shut down: in any direction for TCP, in both for a Unix socket.
+/// Returns whether a listener has been shut down. For TCP, one direction suffices. A Unix socket
+/// must be shut down in both directions.
 pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let [hung_up] = poll_fds([(fd, 0)], Some(Duration::ZERO))?;
     Ok(hung_up)
@@ -349,10 +355,11 @@ fn poll_fds<const N: usize>(
     });
     let millis = timeout_millis(timeout);
     let count = libc::nfds_t::try_from(N).unwrap_or(0);
-    // SAFETY: the array lives through the call, and its length is given.
+    // SAFETY: the pointer is valid for reads and writes of `count` elements.
     let result = unsafe { libc::poll(fds.as_mut_ptr(), count, millis) };
     match super::check(result) {
-        // The signal's handler has made the poller readable if the loop handles this signal.
+        // Report no ready descriptor. If the loop handles this signal, the signal's handler has
+        // made the poller readable.
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
         Err(error) => Err(error),
         Ok(_) => Ok(fds.map(|fd| fd.revents != 0)),
