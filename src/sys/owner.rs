@@ -1,8 +1,8 @@
-//! The process that created a handle.
+//! Identifies the process that created a handle.
 //!
-//! A child that the application forks has copies of all handles, and shares the objects behind them
-//! with its parent: the epoll instance, the channel, listeners, files. So each handle stores its owner,
-//! and does nothing in another process.
+//! A child that the application forks has copies of all handles. The objects behind the handles
+//! (the epoll instance, the channel, listeners, files) are shared with the parent. So each handle
+//! stores its owner, and does nothing in another process.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};

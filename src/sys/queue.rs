@@ -1,9 +1,9 @@
-//! The hand-off queue: connections that the master has dispatched to one worker.
+//! The hand-off queue, which holds the connections that the master has dispatched to one worker.
 //!
-//! A queue is a socketpair. The worker has one end; the master keeps both. Each message is one
-//! connection. Both processes receive from the same end, so the kernel gives each connection to exactly
-//! one of them: the master can reclaim it until the worker receives it. If the worker exits, the
-//! connections that it has not received stay in the queue.
+//! A queue is a socketpair. The worker has one end, and the master keeps both. Each message is one
+//! connection. Both processes receive from the same end, so the kernel gives each connection to
+//! exactly one of them. The master can reclaim a connection until the worker receives it. If the
+//! worker exits, the connections that it has not received stay in the queue.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -13,17 +13,17 @@ use super::fd::NoLingerFd;
 use super::platform::socket::{self as platform, QUEUE_TYPE, SOCK_CLOEXEC};
 use super::{check, filter, option, socket};
 
-/// The kernel's send buffer of a queue, in bytes of its own accounting.
+/// The kernel's send buffer of a queue, in bytes of the kernel's own accounting.
 ///
-/// An empty queue takes at least 16 connections, and fewer than 200, whatever the system charges for
-/// one. A smaller buffer could refuse connections that the dispatcher may send ahead of time. A larger
-/// one lets a worker that reports idle without receiving accumulate more descriptors.
+/// An empty queue takes at least 16 connections and fewer than 200, whatever the system charges for
+/// one. A smaller buffer could reject connections that the dispatcher may send ahead of time. With
+/// a larger buffer, a worker that reports idle without receiving accumulates more descriptors.
 const SEND_BUFFER: libc::c_int = 16 << 10;
 
-/// The length of a message: the sequence number of the connection.
+/// The length in bytes of a message, which is the connection's sequence number.
 const MESSAGE_LENGTH: usize = size_of::<u64>();
 
-/// Both ends of a queue, in the master.
+/// Both ends of a queue, which only the master has.
 #[derive(Debug)]
 pub(crate) struct Queue {
     writer: UnixDatagram,
@@ -38,14 +38,14 @@ impl Queue {
         }
         option::set_int(writer.as_fd(), libc::SO_SNDBUF, SEND_BUFFER)?;
         lock_filter(&reader)?;
-        // The worker must not send.
-        // SAFETY: shutdown takes two integers.
+        // Shut down the worker's direction, because the worker must not send.
+        // SAFETY: shutdown accesses no memory of this process.
         check(unsafe { libc::shutdown(reader.as_raw_fd(), libc::SHUT_WR) })?;
         let writer = writer.into();
         Ok(Self { writer, reader })
     }
 
-    /// Duplicates the end that the worker gets.
+    /// Duplicates the end that the worker receives.
     pub(crate) fn worker_end(&self) -> io::Result<OwnedFd> {
         self.reader.try_clone()
     }
@@ -54,29 +54,33 @@ impl Queue {
         [self.writer.as_fd(), self.reader.as_fd()]
     }
 
-    /// Appends a connection.
+    /// Appends a connection to the queue.
     ///
     /// # Errors
     ///
-    /// The queue is full, or the worker has shut down its end, or the system lacks a resource.
+    /// Returns an error if the queue is full, if the worker has shut down its end, or if the system
+    /// lacks a resource.
     pub(crate) fn send(&self, sequence: u64, connection: &NoLingerFd) -> io::Result<()> {
         let message = sequence.to_le_bytes();
         socket::send_one(&self.writer, &message, connection.as_fd()).map(drop)
     }
 
-    /// Removes the first connection, as `receive` does in the worker.
+    /// Removes the first connection from the queue, like [`receive`] in the worker.
     pub(crate) fn reclaim(&self) -> io::Result<Dequeued> {
         receive(self.reader.as_fd())
     }
 
-    /// Returns the number of connections in the queue; `None` if the system does not report it.
+    /// Returns the number of connections in the queue. Returns `None` if the system does not report
+    /// this number.
     pub(crate) fn count(&self) -> Option<u64> {
         Some(platform::readable_bytes(&self.reader)? / MESSAGE_LENGTH as u64)
     }
 }
 
-/// Forbids the worker to attach a filter that truncates or drops messages, which the master could not
-/// reclaim then. Linux has this lock since 3.9; emulators of its system calls may lack it.
+/// Prevents the worker from attaching a filter that truncates or drops messages, because the master
+/// could not reclaim their connections.
+///
+/// Linux has this lock since 3.9, but emulators of its system calls may lack it.
 fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
     match filter::lock_filter(reader) {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
@@ -95,13 +99,14 @@ pub(crate) enum Dequeued {
     Closed,
 }
 
-/// Removes the first connection of a queue, if there is one.
+/// Removes the first connection from a queue, if there is one.
 ///
 /// # Errors
 ///
-/// No descriptor is free. The connection stays in the queue.
+/// Returns an error if no descriptor is free. The connection then stays in the queue.
 pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
-    // If no descriptor is free, the kernel removes the message and drops the connection. So check first.
+    // Check first that a descriptor is free. Without one, the kernel would remove the message and
+    // drop its connection.
     drop(super::fd::duplicate(queue.as_raw_fd(), 0)?);
     let mut sequence = [0; MESSAGE_LENGTH];
     match socket::receive(queue, &mut sequence) {
@@ -122,7 +127,7 @@ pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
 fn pair() -> io::Result<[OwnedFd; 2]> {
     let mut ends = [-1; 2];
     let kind = QUEUE_TYPE | SOCK_CLOEXEC;
-    // SAFETY: the call writes two numbers.
+    // SAFETY: the pointer is valid for writes of two numbers.
     check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) })?;
     let ends = ends.map(super::fd::adopt);
     if SOCK_CLOEXEC == 0 {
@@ -177,7 +182,7 @@ mod tests {
         };
         assert_eq!(name(first), 0);
         assert_eq!(reclaimed(&queue), Some((8, 1)));
-        // The worker has exited; the last connection is still in the queue.
+        // After the worker has exited, the last connection is still in the queue.
         drop(worker);
         assert_eq!(reclaimed(&queue), Some((9, 2)));
         assert_eq!(reclaimed(&queue), None);

@@ -1,8 +1,10 @@
-//! Signals as a readable descriptor.
+//! Makes signals available through a readable descriptor.
 //!
-//! The handler marks the signal as pending, and then writes a byte to a pipe. The reader drains the pipe
-//! before it reads the marks. So a signal that arrives between the two is reported twice, never lost.
-//! The handler that was installed before still runs, after ours. It is restored when the last
+//! The handler marks the signal as pending, and then writes a byte to a pipe. The reader drains the
+//! pipe before it reads the marks. So a signal that arrives between these two steps may be reported
+//! twice, but is never lost.
+//!
+//! The previously installed handler still runs, after ours. It is restored when the last
 //! `InstalledHandler` of the signal is dropped.
 
 use std::io::{self, Read as _};
@@ -17,19 +19,21 @@ use super::platform::{MAX_SIGNAL, errno_location};
 
 pub(crate) use libc::SIGCHLD as CHLD;
 
-/// The state of each signal, by its number.
+/// The state of each signal, indexed by the signal's number.
 static SIGNALS: [SignalState; MAX_SIGNAL as usize + 1] =
     [const { SignalState::new() }; MAX_SIGNAL as usize + 1];
 
-/// The pipe is never closed: a handler may use it on another thread at any time.
+/// The pipe that wakes the reader. It is never closed, because a handler may use it on another
+/// thread at any time.
 static PIPE: OnceLock<Pipe> = OnceLock::new();
 
-/// The state of one signal, shared with the handler.
+/// The state of one signal, which the handler shares.
 ///
-/// A flag for each signal, because not every 32-bit architecture has 64-bit atomic operations.
+/// Each signal has its own flag instead of a bit, because not every 32-bit architecture has 64-bit
+/// atomic operations.
 #[derive(Debug)]
 struct SignalState {
-    /// The signal has arrived since the last read.
+    /// Whether the signal has arrived since the last read.
     is_pending: AtomicBool,
     replaced: ReplacedHandler,
 }
@@ -51,22 +55,23 @@ fn state(signal: libc::c_int) -> Option<&'static SignalState> {
 struct Pipe {
     reader: UnixStream,
     writer: UnixStream,
-    /// A child that the application forks inherits the handlers, and must not wake its parent.
+    /// The process whose reader the pipe wakes. A child that the application forks inherits the
+    /// handlers, but must not wake its parent.
     owner: AtomicOwner,
 }
 
-/// A signal handler as the system calls it with SA_SIGINFO.
+/// A signal handler in the form in which the system calls it with SA_SIGINFO.
 pub(super) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-/// Returns the address of a handler, as the system stores it.
+/// Returns a handler's address in the form in which the system stores it.
 pub(super) fn address(handler: Handler) -> libc::sighandler_t {
     handler as libc::sighandler_t
 }
 
-/// The handler of the application that a handler of this crate replaced.
+/// The application's handler that a handler of this crate replaced.
 #[derive(Debug)]
 pub(super) struct ReplacedHandler {
-    /// `sa_sigaction` if that is a function, otherwise 0.
+    /// The value of `sa_sigaction` if it is a function, otherwise 0.
     address: AtomicUsize,
 }
 
@@ -94,17 +99,17 @@ impl ReplacedHandler {
         context: *mut libc::c_void,
         body: impl FnOnce(),
     ) {
-        // SAFETY: the location of errno is valid for the thread that runs this.
+        // SAFETY: the address of errno is valid for reads on the thread that runs this function.
         let errno = unsafe { *errno_location() };
         body();
         let address = self.address.load(Ordering::SeqCst);
         if address != 0 {
-            // SAFETY: `store` got the address of a handler that the system would have called. A
-            // handler that takes only the number ignores the other two arguments.
+            // SAFETY: `store` received the address of a handler that the system would have called.
+            // A handler that takes only the number ignores the other two arguments.
             let handler = unsafe { std::mem::transmute::<usize, Handler>(address) };
             handler(signal, info, context);
         }
-        // SAFETY: see above.
+        // SAFETY: the address of errno is valid for writes on the thread that runs this function.
         unsafe { *errno_location() = errno };
     }
 }
@@ -118,8 +123,8 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
             let byte = [0u8];
             let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
-            // If the pipe is full, it wakes the reader anyway.
-            // SAFETY: one byte is read from a live buffer.
+            // Ignore a full pipe, because its bytes already wake the reader.
+            // SAFETY: the pointer is valid for reads of one byte.
             unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
         }
     });
@@ -136,7 +141,7 @@ impl SignalPipe {
             reader.set_nonblocking(true)?;
             writer.set_nonblocking(true)?;
             let owner = AtomicOwner::current();
-            // If another thread was faster, its pipe serves both.
+            // Ignore a failure, because another thread's pipe then serves both threads.
             let _ = PIPE.set(Pipe {
                 reader,
                 writer,
@@ -171,8 +176,8 @@ impl AsFd for SignalPipe {
     }
 }
 
-/// Gives a forked child that executes no program a pipe of its own; no handler is installed there. The
-/// inherited pipe wakes its parent.
+/// Gives a forked child that executes no program its own pipe, because the inherited pipe wakes the
+/// parent. Installs no handler.
 pub(super) fn replace_pipe() -> io::Result<()> {
     for state in &SIGNALS {
         state.is_pending.store(false, Ordering::SeqCst);
@@ -196,7 +201,7 @@ pub(crate) struct InstalledHandler {
     previous: Action,
 }
 
-/// The system's action for a signal.
+/// The system's action for a signal, with a `Debug` implementation.
 struct Action(libc::sigaction);
 
 impl std::fmt::Debug for Action {
@@ -207,25 +212,28 @@ impl std::fmt::Debug for Action {
 
 /// Returns the default disposition without flags and with an empty mask.
 fn empty_action() -> libc::sigaction {
-    // SAFETY: all zeroes is a valid sigaction.
+    // SAFETY: all zeroes is a valid `sigaction`.
     unsafe { std::mem::zeroed() }
 }
 
-/// Returns the action of a signal.
+/// Returns a signal's current action.
 pub(super) fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {
     let mut current = empty_action();
-    // SAFETY: without a new action the call only reads the old one.
+    // SAFETY: without a new action, the call only writes the old one, and the pointer is valid for
+    // writes.
     check(unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut current) })?;
     Ok(current)
 }
 
-/// Sets the action of a signal.
+/// Sets a signal's action.
 ///
 /// # Safety
 ///
-/// The handler of the action makes only async-signal-safe calls, or is one that was installed before.
+/// The action's handler must make only async-signal-safe calls, or must have been installed
+/// earlier.
 pub(super) unsafe fn set_action(signal: libc::c_int, action: &libc::sigaction) -> io::Result<()> {
-    // SAFETY: the caller promises that the handler may run at any time.
+    // SAFETY: the caller promises that the handler may run at any time, and the pointer is valid
+    // for reads.
     check(unsafe { libc::sigaction(signal, action, std::ptr::null_mut()) })?;
     Ok(())
 }
@@ -235,7 +243,7 @@ fn is_function(action: &libc::sigaction) -> bool {
 }
 
 /// Returns the action that runs `handler`. If the previous action is a function, it runs inside
-/// `handler`, with the mask and the flags that it had.
+/// `handler` with its own mask and flags.
 pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> libc::sigaction {
     let mut action = empty_action();
     action.sa_sigaction = address(handler);
@@ -253,17 +261,18 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
 ///
 /// # Errors
 ///
-/// The signal does not exist, or cannot be handled.
+/// Returns an error if the signal does not exist or cannot be handled.
 pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
     let previous = current_action(signal)?;
-    // If our handler is installed already, the handler that it replaced first stays.
+    // Store the replaced handler only once. If our handler is already installed, `previous` is our
+    // own.
     if previous.sa_sigaction != address(handler) {
         if let Some(state) = state(signal) {
             state.replaced.store(&previous);
         }
     }
     let mut action = chained_action(handler, &previous);
-    // The application's choice for its children stays in force.
+    // Keep the application's choice for its children.
     action.sa_flags |= previous.sa_flags & (libc::SA_NOCLDWAIT | libc::SA_NOCLDSTOP);
     if signal == libc::SIGCHLD && previous.sa_sigaction == libc::SIG_IGN {
         action.sa_flags |= libc::SA_NOCLDWAIT;
@@ -276,9 +285,9 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
 
 impl Drop for InstalledHandler {
     fn drop(&mut self) {
-        // A handler that was installed over ours stays.
+        // Keep a handler that was installed over ours.
         if is_handled(self.signal) {
-            // SAFETY: this action was in force before ours.
+            // SAFETY: this action was in force before ours, so its handler may run at any time.
             let _ = unsafe { set_action(self.signal, &self.previous.0) };
         }
     }
@@ -291,6 +300,6 @@ pub(crate) fn is_handled(signal: libc::c_int) -> bool {
 
 #[cfg(test)]
 pub(crate) fn raise(signal: libc::c_int) {
-    // SAFETY: raise takes an integer.
+    // SAFETY: raise accesses no memory of this process.
     unsafe { libc::raise(signal) };
 }

@@ -1,26 +1,26 @@
 //! Sets of signals, and the signal mask of the calling thread.
 
-/// A set of signals.
+/// A set of signal numbers.
 #[derive(Clone, Copy)]
 pub(super) struct SignalSet(libc::sigset_t);
 
 impl SignalSet {
     pub(super) fn empty() -> Self {
-        // SAFETY: sigset_t is plain data.
+        // SAFETY: all zeroes is a valid `sigset_t`.
         let mut set = unsafe { std::mem::zeroed() };
-        // SAFETY: the set is writable.
+        // SAFETY: the pointer is valid for writes of a `sigset_t`.
         unsafe { libc::sigemptyset(&raw mut set) };
         Self(set)
     }
 
     pub(super) fn all() -> Self {
         let mut set = Self::empty();
-        // SAFETY: the set is writable.
+        // SAFETY: the pointer is valid for writes of a `sigset_t`.
         unsafe { libc::sigfillset(&raw mut set.0) };
         set
     }
 
-    /// Returns the set of one signal, which exists.
+    /// Returns the set of one signal, which must exist.
     pub(super) fn only(signal: libc::c_int) -> Self {
         let mut set = Self::empty();
         // SAFETY: the set is initialised. The call fails only for a signal that does not exist.
@@ -41,7 +41,7 @@ impl SignalSet {
     /// Returns the signals that are pending for the process or the calling thread.
     pub(super) fn pending() -> Self {
         let mut set = Self::empty();
-        // SAFETY: the set is writable.
+        // SAFETY: the pointer is valid for writes of a `sigset_t`.
         unsafe { libc::sigpending(&raw mut set.0) };
         set
     }
@@ -57,7 +57,7 @@ impl SignalSet {
         self.change_mask(libc::SIG_UNBLOCK)
     }
 
-    /// Makes this set the mask of the calling thread. Returns the previous mask.
+    /// Makes this set the calling thread's mask. Returns the previous mask.
     pub(super) fn set_as_mask(&self) -> Self {
         self.change_mask(libc::SIG_SETMASK)
     }

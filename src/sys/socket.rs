@@ -15,16 +15,17 @@ use super::platform::socket::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SCM_PIDFD, abstrac
 use super::signal_mask::SignalSet;
 use super::{option, retry};
 
-/// The call never waits, and raises no SIGPIPE if the system has a flag for that.
+/// The flags of a send that never waits, and that raises no SIGPIPE if the system has a flag for
+/// that.
 pub(super) const SEND_FLAGS: libc::c_int = MSG_NOSIGNAL | libc::MSG_DONTWAIT;
 
-/// Writes bytes and descriptors without waiting, and returns how many bytes were written. If it wrote
-/// any, it sent all descriptors with them.
+/// Writes bytes and descriptors without waiting, and returns the number of written bytes. If any
+/// bytes were written, all descriptors were sent with them.
 pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     send_with_flags(socket, bytes, fds, SEND_FLAGS)
 }
 
-/// Like `send`, but waits if the socket blocks.
+/// Writes like [`send`], but waits if the socket is blocking.
 pub(crate) fn send_blocking(
     socket: &UnixStream,
     bytes: &[u8],
@@ -33,13 +34,14 @@ pub(crate) fn send_blocking(
     send_with_flags(socket, bytes, fds, SEND_FLAGS & !libc::MSG_DONTWAIT)
 }
 
-/// Maximum length in bytes of two pieces that are copied into one buffer, which saves the second vector.
+/// Maximum length in bytes of two pieces that are copied into one buffer, which saves the second
+/// vector.
 ///
-/// The value is not critical: on Linux on x86-64, both ways take about 1 µs up to 500 bytes, and differ by
-/// less than the noise. A larger one needs more stack for the buffer.
+/// The value is not critical. On Linux on x86-64, both ways take about 1 µs up to 500 bytes, and
+/// differ by less than the noise. A larger value needs more stack for the buffer.
 const MAX_COPY: usize = 256;
 
-/// Writes two pieces in order, without waiting, and returns how many bytes were written.
+/// Writes two pieces in order, without waiting, and returns the number of written bytes.
 pub(crate) fn send_two(socket: &UnixStream, pieces: [&[u8]; 2]) -> io::Result<usize> {
     let (first, length) = (pieces[0].len(), pieces[0].len() + pieces[1].len());
     if length <= MAX_COPY {
@@ -52,7 +54,7 @@ pub(crate) fn send_two(socket: &UnixStream, pieces: [&[u8]; 2]) -> io::Result<us
         iov_base: piece.as_ptr().cast_mut().cast(),
         iov_len: piece.len(),
     });
-    // SAFETY: all zeroes is a valid, empty msghdr.
+    // SAFETY: all zeroes is a valid, empty `msghdr`.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len() as _;
@@ -70,7 +72,7 @@ fn send_with_flags(
         return without_sigpipe(|| retry(|| socket.send_with_fd(bytes, &fds)));
     }
     without_sigpipe_unless_flagged(|| {
-        // SAFETY: the buffer is valid for its length through the call.
+        // SAFETY: the pointer is valid for reads of the buffer's length.
         let sent = unsafe {
             libc::send(
                 socket.as_raw_fd(),
@@ -85,24 +87,24 @@ fn send_with_flags(
 
 /// Sends a message with one descriptor, without waiting.
 ///
-/// `sendfd` has this call, but raises SIGPIPE. Blocking the signal would take two system calls more for
-/// each connection.
+/// `sendfd` also has this function, but its function raises SIGPIPE. Blocking the signal would take
+/// two more system calls for each connection.
 pub(crate) fn send_one(
     socket: &impl AsRawFd,
     bytes: &[u8],
     fd: BorrowedFd<'_>,
 ) -> io::Result<usize> {
     let size = libc::c_uint::try_from(size_of::<RawFd>()).unwrap_or(0);
-    // The type aligns the header.
+    // The element type aligns the header.
     let mut control = [0u64; 4];
-    // SAFETY: computes a length.
+    // SAFETY: CMSG_SPACE only computes a length.
     let space = unsafe { libc::CMSG_SPACE(size) };
     debug_assert!(space as usize <= size_of_val(&control));
     let mut vector = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
     };
-    // SAFETY: all zeroes is a valid, empty msghdr.
+    // SAFETY: all zeroes is a valid, empty `msghdr`.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut vector;
     message.msg_iovlen = 1;
@@ -110,23 +112,24 @@ pub(crate) fn send_one(
     message.msg_controllen = space as _;
     // SAFETY: the control buffer has space for one header and one number.
     let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-    // SAFETY: computes a length.
+    // SAFETY: CMSG_LEN only computes a length.
     let length = unsafe { libc::CMSG_LEN(size) };
-    // SAFETY: all zeroes is a valid header.
+    // SAFETY: all zeroes is a valid `cmsghdr`.
     let mut content: libc::cmsghdr = unsafe { std::mem::zeroed() };
     content.cmsg_len = length as _;
     content.cmsg_level = libc::SOL_SOCKET;
     content.cmsg_type = libc::SCM_RIGHTS;
-    // SAFETY: the header is in the buffer, and aligned.
+    // SAFETY: the pointer is aligned, and is valid for writes of a header in the buffer.
     unsafe { header.write(content) };
-    // SAFETY: the data follow the header, in the buffer.
+    // SAFETY: the buffer contains the header and the data that follow it.
     let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
-    // SAFETY: the buffer has space for one number, which may be unaligned.
+    // SAFETY: the buffer has space for one number, and the write allows an unaligned address.
     unsafe { data.write_unaligned(fd.as_raw_fd()) };
     send_message(socket, &message)
 }
 
-/// Sends a message whose pointers refer to live buffers of the given lengths, without waiting.
+/// Sends a message without waiting. The message's pointers must refer to live buffers of the given
+/// lengths.
 fn send_message(socket: &impl AsRawFd, message: &libc::msghdr) -> io::Result<usize> {
     without_sigpipe_unless_flagged(|| {
         // SAFETY: the message points to live buffers of the given lengths, which are only read.
@@ -135,8 +138,8 @@ fn send_message(socket: &impl AsRawFd, message: &libc::msghdr) -> io::Result<usi
     })
 }
 
-/// Sends a datagram to a Unix socket: a path, or on Linux an abstract name after `@`. If the receiver's
-/// queue is full, waits for at most `timeout`.
+/// Sends a datagram to a Unix socket. The address is a path or, on Linux, an abstract name after
+/// `@`. If the receiver's queue is full, waits for at most `timeout`.
 pub(crate) fn send_datagram(address: &OsStr, bytes: &[u8], timeout: Duration) -> io::Result<()> {
     let address = match address.as_bytes() {
         [b'@', name @ ..] => abstract_address(name)?,
@@ -148,7 +151,7 @@ pub(crate) fn send_datagram(address: &OsStr, bytes: &[u8], timeout: Duration) ->
     Ok(())
 }
 
-/// Repeats a call with `SEND_FLAGS` until no signal interrupts it, without raising SIGPIPE.
+/// Repeats a call with `SEND_FLAGS` while signals interrupt it, without raising SIGPIPE.
 fn without_sigpipe_unless_flagged<T>(call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     if MSG_NOSIGNAL == 0 {
         without_sigpipe(|| retry(call))
@@ -157,7 +160,7 @@ fn without_sigpipe_unless_flagged<T>(call: impl FnMut() -> io::Result<T>) -> io:
     }
 }
 
-/// Runs a call that may raise SIGPIPE: blocks the signal on this thread, and removes it if the call
+/// Runs a call that may raise SIGPIPE. Blocks the signal on this thread, and removes it if the call
 /// raised it.
 fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let pipe = SignalSet::only(libc::SIGPIPE);
@@ -167,7 +170,8 @@ fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let was_blocked = previous.contains(libc::SIGPIPE);
     if raised && !was_blocked && SignalSet::pending().contains(libc::SIGPIPE) {
         let mut signal = 0;
-        // SAFETY: SIGPIPE is blocked and pending, so this returns at once.
+        // SAFETY: both pointers are valid, and SIGPIPE is blocked. The call returns at once,
+        // because SIGPIPE is pending.
         unsafe { libc::sigwait(pipe.as_ptr(), &raw mut signal) };
     }
     previous.set_as_mask();
@@ -176,13 +180,13 @@ fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
 
 /// Maximum number of descriptors of one received message.
 ///
-/// The kernel lets a process send at most 253 (`SCM_MAX_FD`), more than the protocol allows. If there
-/// were no space for some of them, the kernel would close these within the call, and closing a socket
-/// can wait for its peer.
+/// The kernel lets a process send at most 253 (`SCM_MAX_FD`), which is more than the protocol
+/// allows. With less space, the kernel would close some descriptors within the call, and closing a
+/// socket can wait for its peer.
 const MAX_RECEIVED_FDS: usize = 256;
 
-/// Makes the socket deliver out-of-band data in order with all other data. Otherwise the kernel would
-/// skip it, and close its descriptors within the next call.
+/// Makes the socket deliver out-of-band data in order with all other data. Without this option, the
+/// kernel would skip the data, and close their descriptors within the next call.
 pub(crate) fn enable_oob_inline(socket: &UnixStream) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_OOBINLINE, 1)
 }
@@ -192,12 +196,12 @@ pub(crate) fn enable_oob_inline(socket: &UnixStream) -> io::Result<()> {
 pub(crate) struct Piece {
     pub(crate) bytes: usize,
     pub(crate) fds: Vec<NoLingerFd>,
-    /// The kernel has closed further descriptors, most likely because this process has no descriptor
-    /// free.
+    /// Whether the kernel has closed further descriptors. The most likely reason is that this
+    /// process has no descriptor free.
     pub(crate) lost_fds: bool,
 }
 
-/// Returns whether an error of a send means that the system lacks a resource at the moment.
+/// Returns whether a send's error means that the system lacks a resource at the moment.
 pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
     matches!(
@@ -206,30 +210,31 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     )
 }
 
-/// Receives the bytes that are available, up to the length of `buffer`, without waiting. Descriptors are
-/// closed on exec.
+/// Receives the available bytes, up to the length of `buffer`, without waiting. Received
+/// descriptors are closed on exec.
 ///
-/// `sendfd` has this call, but it neither reports lost descriptors nor makes the kernel set
-/// close-on-exec. A thread that forks between the call and a later flag would leak them to its child.
+/// `sendfd` also has this function, but its function neither reports lost descriptors nor makes the
+/// kernel set close-on-exec. If a thread forked before a later call set the flag, its child would
+/// inherit the descriptors.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
     receive_into(socket, &mut Vec::new(), 0, buffer)
 }
 
-/// Like `receive`, but appends the first `missing` bytes to `body`. `buffer` gets the rest. `bytes` of
-/// the result counts both.
+/// Receives like [`receive`], but appends the first `missing` bytes to `body`. `buffer` receives
+/// the rest. `bytes` of the result counts both.
 pub(crate) fn receive_into(
     socket: BorrowedFd<'_>,
     body: &mut Vec<u8>,
     missing: usize,
     buffer: &mut [u8],
 ) -> io::Result<Piece> {
-    // Another process that shares the socket may have cleared O_NONBLOCK.
+    // Set MSG_DONTWAIT, because another process that shares the socket may have cleared O_NONBLOCK.
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
-    // Space for the descriptors and a header. The type aligns the header.
+    // The space for the descriptors and a header, in elements of `u64`, which aligns the header.
     const CONTROL: usize = MAX_RECEIVED_FDS * size_of::<RawFd>() / size_of::<u64>() + 4;
     let mut control = [const { MaybeUninit::<u64>::uninit() }; CONTROL];
     let fds = MAX_RECEIVED_FDS * size_of::<RawFd>();
-    // SAFETY: computes a length.
+    // SAFETY: CMSG_SPACE only computes a length.
     let space = unsafe { libc::CMSG_SPACE(u32::try_from(fds).unwrap_or(0)) };
     debug_assert!(space as usize <= size_of_val(&control));
     body.reserve_exact(missing);
@@ -244,9 +249,9 @@ pub(crate) fn receive_into(
             iov_len: buffer.len(),
         },
     ];
-    // SAFETY: all zeroes is a valid, empty msghdr.
+    // SAFETY: all zeroes is a valid, empty `msghdr`.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    // Without a body, one vector is less work for the kernel than two.
+    // Without a body, pass only one vector, which is less work for the kernel.
     let vectors = if missing > 0 {
         &mut vectors[..]
     } else {
@@ -257,11 +262,13 @@ pub(crate) fn receive_into(
     message.msg_control = control.as_mut_ptr().cast();
     let bytes = retry(|| {
         message.msg_controllen = space as _;
-        // SAFETY: the message points to live buffers of the given lengths.
+        // SAFETY: the message points to live buffers that are valid for writes of the given
+        // lengths.
         let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, FLAGS) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     })?;
-    // SAFETY: the kernel has filled the first vector before the second.
+    // SAFETY: the kernel fills the first vector before the second, so the new bytes of `body` are
+    // initialised.
     unsafe { body.set_len(body.len() + bytes.min(missing)) };
     let fds = adopt_all(&message);
     if MSG_CMSG_CLOEXEC == 0 {
@@ -276,11 +283,11 @@ pub(crate) fn receive_into(
     })
 }
 
-/// Takes ownership of the descriptors that came with a message. Closes process descriptors, which
-/// the protocol does not use.
+/// Takes ownership of a message's descriptors. Closes process descriptors, because the protocol
+/// does not use them.
 fn adopt_all(message: &libc::msghdr) -> Vec<NoLingerFd> {
     let mut fds = Vec::new();
-    // SAFETY: the kernel has filled in the message.
+    // SAFETY: the kernel has filled in the message, whose control buffer is alive.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
         // SAFETY: the pointer is not null, so it points to a header in the message's buffer.
@@ -290,9 +297,9 @@ fn adopt_all(message: &libc::msghdr) -> Vec<NoLingerFd> {
             cmsg_type,
             ..
         } = unsafe { *header };
-        // SAFETY: computes a length.
+        // SAFETY: CMSG_LEN only computes a length.
         let empty = unsafe { libc::CMSG_LEN(0) } as usize;
-        // SAFETY: the data follow the header.
+        // SAFETY: the header is in the message's buffer, and its data follow it.
         let mut data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
         let has_fds = cmsg_type == libc::SCM_RIGHTS || cmsg_type == SCM_PIDFD;
         if cmsg_level == libc::SOL_SOCKET && has_fds {
@@ -302,16 +309,17 @@ fn adopt_all(message: &libc::msghdr) -> Vec<NoLingerFd> {
             )]
             let length = cmsg_len as usize - empty;
             for _ in 0..length / size_of::<RawFd>() {
-                // SAFETY: the header announces this number, which may be unaligned.
+                // SAFETY: the header's length includes this number, and the read allows an
+                // unaligned address.
                 let fd = super::fd::adopt(unsafe { data.read_unaligned() });
                 if cmsg_type == libc::SCM_RIGHTS {
                     fds.push(fd.into());
                 }
-                // SAFETY: this is the next number, or the end of the data.
+                // SAFETY: the result is the next number's address, or the end of the data.
                 data = unsafe { data.add(1) };
             }
         }
-        // SAFETY: message and header are as the kernel has left them.
+        // SAFETY: message and header are unchanged since the kernel filled them in.
         header = unsafe { libc::CMSG_NXTHDR(message, header) };
     }
     fds

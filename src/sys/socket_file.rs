@@ -1,7 +1,7 @@
 //! Unix listeners and their socket files.
 //!
-//! A socket file is identified by its directory, device and inode, not by its path: another process may
-//! rename directories or replace the file.
+//! A socket file is identified by its directory, device and inode instead of its path, because
+//! another process may rename directories or replace the file.
 
 use std::ffi::OsString;
 use std::io;
@@ -16,7 +16,8 @@ use crate::sys::owner::Owner;
 use crate::types::endpoint::BindFlags;
 use crate::types::errno;
 
-/// The file of a Unix listener, which is removed on drop unless another file has replaced it.
+/// The file of a Unix listener. Dropping the value removes the file, unless another file has
+/// replaced it.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     directory: OwnedFd,
@@ -24,17 +25,19 @@ pub(crate) struct SocketFile {
     status: FileStatus,
     /// The process that removes the file.
     owner: Owner,
-    /// The file stays when this is dropped.
+    /// Whether the file stays when this value is dropped.
     is_persistent: bool,
 }
 
-/// Listens on `path`, which is absolute.
+/// Listens on `path`, which must be absolute.
 ///
 /// # Errors
 ///
-/// A file with this path exists; it stays. Or the system refuses the path.
+/// Returns an error if a file with this path exists, or if the system rejects the path. An existing
+/// file stays.
 pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, SocketFile)> {
-    // The system takes about 100 bytes; the path relative to the current directory may be shorter.
+    // Use the shorter of two forms, because the system limits a path to about 100 bytes. The path
+    // relative to the current directory may be shorter.
     let current_dir = std::env::current_dir();
     let short = current_dir.map_or_else(|_| path.into(), |dir| shortest(path, &dir));
     let has_zero = path.as_os_str().as_bytes().contains(&0);
@@ -43,14 +46,15 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
     };
     let directory = file::open_directory(parent)?;
     let listener = UnixListener::bind(&short).map_err(|error| {
-        // std checks the length itself, and its error has no number.
+        // Supply the error number, because std checks the length itself and returns an error
+        // without one.
         let too_long = error.kind() == io::ErrorKind::InvalidInput;
         let errno = too_long.then_some(errno::ENAMETOOLONG);
         io::Error::from_raw_os_error(error.raw_os_error().or(errno).unwrap_or(errno::EINVAL))
     })?;
     let status = file::status_at(&directory, name)?;
     if !status.is_socket() {
-        // Another process has replaced the file already.
+        // Another process has already replaced the file.
         return Err(io::Error::from_raw_os_error(errno::EADDRINUSE));
     }
     let socket_file = SocketFile {
@@ -81,7 +85,7 @@ impl SocketFile {
     ///
     /// # Errors
     ///
-    /// There is no socket file with this path.
+    /// Returns an error if there is no socket file with this path.
     pub(crate) fn inherit(path: &Path) -> io::Result<Self> {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(io::ErrorKind::NotFound.into());
@@ -114,7 +118,7 @@ impl SocketFile {
 ///
 /// # Errors
 ///
-/// The system does not report the current directory.
+/// Returns an error if the system does not report the current directory.
 pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     if path.is_absolute() {
         return Ok(path.into());
@@ -122,7 +126,8 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     let mut absolute = std::env::current_dir()?;
     for component in path.components() {
         if component == Component::ParentDir {
-            // No parent of the current directory is a symbolic link.
+            // Removing the last component is correct, because no parent of the current directory is
+            // a symbolic link.
             absolute.pop();
         } else {
             absolute.push(component);
@@ -131,7 +136,8 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     Ok(absolute)
 }
 
-/// Returns the shorter of `path` and the same path relative to `current_dir`. Both are absolute.
+/// Returns the shorter of `path` and the same path relative to `current_dir`. Both must be
+/// absolute.
 fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
     let (mut to, mut from) = (path.components(), current_dir.components());
     let mut rest = (to.clone(), from.clone());
@@ -141,7 +147,7 @@ fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
         }
         rest = (to.clone(), from.clone());
     }
-    // `..` is unambiguous: the current directory has no symbolic links in its path.
+    // `..` is unambiguous, because the current directory has no symbolic links in its path.
     let up = rest.1.map(|_| Component::ParentDir);
     let relative: PathBuf = up.chain(rest.0).collect();
     let length = |path: &Path| path.as_os_str().as_bytes().len();
@@ -222,7 +228,7 @@ mod tests {
         let (_listener, file) = listen(&own.join("socket"), &BindFlags::default()).unwrap();
         std::fs::rename(&own, &moved).unwrap();
         std::fs::create_dir(&own).unwrap();
-        // The same file at the original path.
+        // Create another name for the same file at the original path.
         std::fs::hard_link(moved.join("socket"), own.join("socket")).unwrap();
         drop(file);
         assert!(own.join("socket").exists());

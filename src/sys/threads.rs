@@ -1,4 +1,4 @@
-//! Whether the process has more than one thread.
+//! Checks whether the process has more than one thread.
 
 use std::time::{Duration, Instant};
 
@@ -6,12 +6,14 @@ use super::platform::threads;
 
 /// How long the check is repeated while it finds several threads.
 ///
-/// `pthread_join` returns before the kernel has removed the thread. The removal takes microseconds, but
-/// on a busy machine the thread may have to wait for a processor first. A longer time only delays the
-/// error of a process that really has several threads; a shorter one could report it wrongly.
+/// `pthread_join` returns before the kernel has removed the thread. The removal takes microseconds,
+/// but on a busy machine the thread may have to wait for a processor first. A longer time only
+/// delays the error of a process that really has several threads. A shorter time could report the
+/// error wrongly.
 const REMOVAL_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Returns whether there is a thread besides the calling one; `None` if the system does not report it.
+/// Returns whether the process has a thread besides the calling one. Returns `None` if the system
+/// does not report this.
 pub(crate) fn has_other_threads() -> Option<bool> {
     let begun = Instant::now();
     loop {

@@ -1,5 +1,8 @@
-//! Packet filters, which no socket has here: every function succeeds without effect. The caller accepts
-//! the backlog while new connections still arrive, and the kernel chooses the socket of a group.
+//! Replaces Linux's packet filters by functions that succeed without effect, because sockets have
+//! no filters here.
+//!
+//! New connections still arrive while the caller accepts the backlog, and the kernel chooses the
+//! socket of a group.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,4 +1,4 @@
-//! FreeBSD: socket calls take the same flags as on Linux.
+//! Socket flags and `accept` for FreeBSD, whose socket calls take the same flags as on Linux.
 
 use std::os::fd::RawFd;
 
@@ -9,6 +9,6 @@ pub(in crate::sys) const MAX_RSS_UNIT: u64 = 1024;
 
 pub(super) fn accept(listener: RawFd) -> libc::c_int {
     let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the pointers are null, so no address is written.
+    // SAFETY: null pointers are allowed, and no address is written then.
     unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) }
 }

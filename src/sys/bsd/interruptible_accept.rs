@@ -1,4 +1,5 @@
-//! An `accept` that cannot be interrupted: it cannot be created, and the worker polls.
+//! Replaces Linux's interruptible `accept` by a type that cannot be created. The worker polls
+//! instead.
 
 use std::convert::Infallible;
 use std::io;
@@ -9,9 +10,11 @@ use std::time::Instant;
 pub(crate) struct InterruptibleAccept(Infallible);
 
 impl InterruptibleAccept {
+    /// Fails, because this system has no interruptible `accept`.
+    ///
     /// # Errors
     ///
-    /// Always (`Unsupported`).
+    /// Always returns `Unsupported`.
     pub(crate) fn new() -> io::Result<Self> {
         Err(io::ErrorKind::Unsupported.into())
     }

@@ -1,8 +1,10 @@
-//! FreeBSD and macOS: the items of `linux` by portable means, or none where only Linux has the ability.
+//! Implements the items of `linux` for FreeBSD and macOS by portable means. An item that only Linux
+//! can provide does nothing, or reports that it is unsupported.
 //!
-//! The crate is first for Linux. Here it compiles and works, with less: workers poll instead of blocking
-//! in `accept`, no filter protects a backlog, and a worker notices the end of its master only by its
-//! channel. `freebsd` and `apple` differ in the flags of sockets.
+//! The crate is made for Linux first. On other systems the crate works with fewer abilities.
+//! Workers poll instead of blocking in `accept`, and no filter protects a backlog. A worker notices
+//! its master's exit only by its channel. `freebsd` and `apple` contain the differences between the
+//! two systems.
 
 #[cfg_attr(target_vendor = "apple", path = "apple.rs")]
 #[cfg_attr(not(target_vendor = "apple"), path = "freebsd.rs")]
@@ -16,12 +18,12 @@ pub(super) mod socket;
 
 pub(super) use system::MAX_RSS_UNIT;
 
-/// The highest signal number that is handled.
+/// The highest signal number that the crate handles.
 pub(super) const MAX_SIGNAL: u8 = 64;
 
-/// Returns where the C library keeps errno of the calling thread. Async-signal-safe.
+/// Returns the address of the calling thread's errno. Async-signal-safe.
 pub(super) fn errno_location() -> *mut libc::c_int {
-    // SAFETY: always callable.
+    // SAFETY: __error has no preconditions.
     unsafe { libc::__error() }
 }
 
@@ -31,7 +33,7 @@ pub(super) mod clone {
     use crate::sys::process::Started;
     use crate::sys::process::child::Child;
 
-    /// Returns `None`: the caller forks instead.
+    /// Returns `None`, so the caller forks instead.
     pub(in crate::sys) fn clone(_child: &Child<'_>) -> Option<io::Result<Started>> {
         None
     }
@@ -45,7 +47,7 @@ pub(super) mod epoll {
 
     use crate::sys::poll::ReadyList;
 
-    /// Returns `false`: the caller waits by the poller.
+    /// Returns `false`, so the caller waits with the poller.
     pub(in crate::sys) fn reports_keys(_poller: &Poller) -> io::Result<bool> {
         Ok(false)
     }
@@ -67,13 +69,13 @@ pub(super) mod file {
     use crate::sys::check;
     use crate::sys::file::{FileStatus, c_string};
 
-    /// Opens a directory to name its files.
+    /// The flag that opens a directory to name its files.
     pub(in crate::sys) const NAME_ONLY: libc::c_int = libc::O_RDONLY;
 
-    /// Returns the status of a link itself.
+    /// The flag that selects a symbolic link's own status.
     pub(in crate::sys) const STATUS_FLAGS: libc::c_int = libc::AT_SYMLINK_NOFOLLOW;
 
-    /// Changes the mode of a file. It does not follow a symbolic link.
+    /// Changes a file's mode without following a symbolic link.
     pub(crate) fn change_mode_at(
         directory: &OwnedFd,
         name: &OsStr,
@@ -82,7 +84,7 @@ pub(super) mod file {
     ) -> io::Result<()> {
         let name = c_string(name)?;
         let flags = libc::AT_SYMLINK_NOFOLLOW;
-        // SAFETY: the name is zero-terminated.
+        // SAFETY: the name is zero-terminated and lives through the call.
         check(unsafe { libc::fchmodat(directory.as_raw_fd(), name.as_ptr(), mode, flags) })?;
         Ok(())
     }
@@ -92,17 +94,17 @@ pub(crate) mod parent_death_signal {
     use std::io;
     use std::os::fd::BorrowedFd;
 
-    /// Does nothing: the child notices end-of-file on its channel.
+    /// Does nothing, because the child notices end-of-file on its channel.
     pub(in crate::sys) fn request(_parent: u32) -> io::Result<()> {
         Ok(())
     }
 
-    /// Does nothing: the worker notices end-of-file on its channel.
+    /// Does nothing, because the worker notices end-of-file on its channel.
     pub(crate) fn renew(_channel: BorrowedFd<'_>) {}
 }
 
 pub(super) mod threads {
-    /// Returns `None`: the system does not report it.
+    /// Returns `None`, because the system does not report the number of threads.
     pub(in crate::sys) fn has_others_now() -> Option<bool> {
         None
     }
@@ -111,7 +113,7 @@ pub(super) mod threads {
 pub(super) mod zeroed_on_fork {
     use std::sync::atomic::AtomicUsize;
 
-    /// Returns `None`: the caller uses the process id.
+    /// Returns `None`, so the caller uses the process id.
     pub(in crate::sys) fn allocate() -> Option<&'static AtomicUsize> {
         None
     }

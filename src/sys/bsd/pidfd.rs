@@ -1,4 +1,5 @@
-//! Process descriptors, which the system does not have: the caller uses the process id.
+//! Replaces Linux's process descriptors by functions that return `None`. The caller uses the
+//! process id instead.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};

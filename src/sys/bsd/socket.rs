@@ -9,14 +9,14 @@ use crate::sys::{check, fd};
 
 pub(in crate::sys) use system::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
 
-/// The type of a hand-off queue. Unix datagrams are reliable and in order.
+/// The socket type of a hand-off queue. Unix datagrams are reliable and keep their order.
 pub(in crate::sys) const QUEUE_TYPE: libc::c_int = libc::SOCK_DGRAM;
 
-/// No control message has a process descriptor.
+/// A placeholder, because no control message has a process descriptor here.
 pub(in crate::sys) const SCM_PIDFD: libc::c_int = libc::SCM_RIGHTS;
 
-/// Accepts a connection, which blocks and is closed on exec. The system copies the flags of the
-/// listener.
+/// Accepts a connection, and makes it blocking and closed on exec. The flags are set explicitly,
+/// because the system copies the listener's flags.
 pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     let socket = fd::adopt(check(system::accept(listener))?);
     fd::close_on_exec(socket.as_raw_fd())?;
@@ -24,12 +24,12 @@ pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Returns `None`: the system does not report it in a portable way.
+/// Returns `None`, because the system does not report the backlog in a portable way.
 pub(in crate::sys) fn backlog_length(_listener: &OwnedFd) -> Option<u64> {
     None
 }
 
-/// Returns `None`: what the system counts for datagrams is not portable.
+/// Returns `None`, because systems count the bytes of datagrams differently.
 pub(in crate::sys) fn readable_bytes(_socket: &OwnedFd) -> Option<u64> {
     None
 }

@@ -1,7 +1,7 @@
-//! Steps of a child between `fork` and `execve`, by system calls of the kernel itself.
+//! Steps of a child between `fork` and `execve`, made by direct system calls.
 //!
-//! The C library's functions would take locks, or act on threads of which this process has only a copy.
-//! All functions here are async-signal-safe.
+//! The C library's functions would take locks, or act on threads of which this process has only a
+//! copy. All functions here are async-signal-safe.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -10,7 +10,7 @@ use super::MAX_SIGNAL;
 
 #[cfg(not(any(target_arch = "arm", target_arch = "x86")))]
 use libc::{SYS_setgroups, SYS_setresgid, SYS_setresuid};
-// The plain calls of these architectures take users and groups of 16 bits.
+// On these architectures, the calls without `32` in their names take user and group ids of 16 bits.
 #[cfg(any(target_arch = "arm", target_arch = "x86"))]
 use libc::{
     SYS_setgroups32 as SYS_setgroups, SYS_setresgid32 as SYS_setresgid,
@@ -24,61 +24,66 @@ fn check(result: libc::c_long) -> io::Result<()> {
     }
 }
 
-/// Resets a signal to its default. The C library may take a lock for this, which another thread held
-/// when this child was forked.
+/// Resets a signal to its default disposition. Bypasses the C library, which may take a lock that
+/// another thread held when this child was forked.
 pub(in crate::sys) fn reset_signal(signal: libc::c_int) {
-    /// All zeroes are the default disposition. The kernel's structure is shorter everywhere.
+    /// The kernel's structure for the default disposition, which is all zeroes. The kernel reads
+    /// fewer bytes on every architecture.
     const DEFAULT: [u64; 8] = [0; 8];
-    /// The length of the kernel's set of signals in bytes.
+    /// The length of the kernel's signal set in bytes.
     const SET_LENGTH: usize = MAX_SIGNAL as usize / 8;
     let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
-    // SAFETY: the new action lives through the call, and the old one is not requested.
+    // SAFETY: the pointer is valid for reads of the new action, and the old action is not
+    // requested.
     unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SET_LENGTH) };
 }
 
 /// Drops all supplementary groups.
 pub(in crate::sys) fn drop_groups() -> io::Result<()> {
-    // SAFETY: an empty list is not read.
+    // SAFETY: the kernel reads no element of an empty list.
     check(unsafe { libc::syscall(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) })
 }
 
 pub(in crate::sys) fn set_group(gid: libc::gid_t) -> io::Result<()> {
-    // SAFETY: setresgid takes three integers.
+    // SAFETY: setresgid accesses no memory of this process.
     check(unsafe { libc::syscall(SYS_setresgid, gid, gid, gid) })
 }
 
 pub(in crate::sys) fn set_user(uid: libc::uid_t) -> io::Result<()> {
-    // SAFETY: setresuid takes three integers.
+    // SAFETY: setresuid accesses no memory of this process.
     check(unsafe { libc::syscall(SYS_setresuid, uid, uid, uid) })
 }
 
-/// Empties the permitted, effective and inheritable sets of capabilities, and so the ambient set.
+/// Empties the permitted, effective and inheritable capability sets, which also empties the ambient
+/// set.
 ///
-/// A change of the user does not always do this (capabilities(7)): not with SECBIT_NO_SETUID_FIXUP or
-/// SECBIT_KEEP_CAPS, and not if the parent was not root. It never empties the inheritable set.
+/// A change of the user does not always empty the sets (capabilities(7)). With
+/// SECBIT_NO_SETUID_FIXUP or SECBIT_KEEP_CAPS, or if the parent was not root, capabilities stay.
+/// The inheritable set always stays.
 ///
-/// A kernel without capabilities has no other user, so `set_user` fails first.
+/// A kernel without capabilities has only one user, so `set_user` fails earlier.
 pub(in crate::sys) fn drop_capabilities() -> io::Result<()> {
     #[repr(C)]
     struct Header {
         version: u32,
         pid: libc::c_int,
     }
-    /// `_LINUX_CAPABILITY_VERSION_3`: sets of 64 bits, since Linux 2.6.26.
+    /// `_LINUX_CAPABILITY_VERSION_3`, which has sets of 64 bits and exists since Linux 2.6.26.
     const VERSION: u32 = 0x2008_0522;
-    /// Effective, permitted and inheritable: first their low halves, then their high halves.
+    /// The empty effective, permitted and inheritable sets: first their low halves, then their high
+    /// halves.
     const NONE: [u32; 6] = [0; 6];
     let mut header = Header {
         version: VERSION,
         pid: 0,
     };
-    // SAFETY: the header is writable, and the sets have the length of this version.
+    // SAFETY: the header is valid for writes, and the sets have the length of this version.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, NONE.as_ptr()) })
 }
 
-/// Closes all descriptors from `first` to `last`. Returns whether the kernel has close_range(2), since
-/// Linux 5.9.
+/// Closes all descriptors from `first` to `last`. Returns `false` if the kernel has no
+/// close_range(2), which exists since Linux 5.9.
 pub(in crate::sys) fn close_range(first: RawFd, last: RawFd) -> bool {
-    // SAFETY: this child does not use the descriptors any more.
+    // SAFETY: this child no longer uses the descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) == 0 }
 }

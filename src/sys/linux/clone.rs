@@ -1,4 +1,5 @@
-//! Makes a child by clone(2), with its process descriptor and without a copy of the memory.
+//! Creates a child and its process descriptor with clone(2), if possible without a copy of the
+//! memory.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -8,21 +9,23 @@ use crate::sys::fd::adopt;
 use crate::sys::process::child::{Child, ParentWait};
 use crate::sys::process::{Pid, Started};
 
-/// Size of the child's stack in bytes: about twice what the child needs.
+/// Size of the child's stack in bytes, which is about twice what the child needs.
 const STACK: usize = 64 << 10;
 
-/// Makes a child that executes its program. Returns `None` if a sandbox does not know the call or its
-/// flags.
+/// Creates a child that executes its program. Returns `None` if a sandbox does not know the call or
+/// its flags.
 ///
-/// The descriptor exists from the beginning. If the host ignores SIGCHLD, the number of a child that
-/// exits at once may soon belong to another process.
+/// The kernel creates the process descriptor together with the child. A later call could open
+/// another process: if the host ignores SIGCHLD, the number of a child that exits at once may soon
+/// be reused.
 ///
-/// A child that stays the same user runs while the kernel suspends the parent, until it has executed its
-/// program or reported a failure. Meanwhile it uses the memory of its parent, so that nothing is copied.
-/// Only the child, or a signal that kills the parent, ends this wait.
+/// If the child keeps its user, the kernel suspends the parent until the child has executed its
+/// program or reported a failure. In the meantime, the child uses its parent's memory, so nothing
+/// is copied. Only the child, or a signal that kills the parent, ends the suspension.
 ///
-/// A child that changes its user is not waited for here, because processes of that user may stop it. It
-/// gets its own memory, because a process that traces it could reach the parent.
+/// If the child changes its user, the parent is not suspended, because processes of that user may
+/// stop the child. The child receives its own memory, because a process that traces the child could
+/// otherwise reach the parent.
 pub(in crate::sys) fn clone(child: &Child<'_>) -> Option<io::Result<Started>> {
     match try_clone(child) {
         Err(error)
@@ -47,7 +50,8 @@ fn parent_wait(child: &Child<'_>) -> ParentWait {
 
 fn try_clone(child: &Child<'_>) -> io::Result<Started> {
     extern "C" fn exec(child: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: the frame of the parent has the value, and the parent waits, or this is a copy.
+        // SAFETY: the argument points to a `Child` in the parent's frame. Either the parent waits,
+        // or this process has a copy of the frame.
         let child = unsafe { &*child.cast::<Child<'_>>() };
         child.exec(parent_wait(child))
     }
@@ -58,19 +62,20 @@ fn try_clone(child: &Child<'_>) -> io::Result<Started> {
         ParentWait::Polling => 0,
     };
     let flags = flags | libc::CLONE_PIDFD | libc::SIGCHLD;
-    // The element type aligns the end of the stack.
+    // The element type determines the alignment of the stack's end.
     let mut stack = Vec::<u128>::with_capacity(STACK / size_of::<u128>());
     let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
     let argument = std::ptr::from_ref(child).cast_mut().cast();
     let mut process: RawFd = -1;
-    // SAFETY: while a child shares this memory, stack and argument stay valid: this thread is suspended
-    // until the child has executed its program or exited. The child writes to its own stack, and has its
-    // own table of signal handlers; the C library may note that some signals are handled. It makes only
-    // async-signal-safe calls that do not need the C library's preparations for a fork. Any other child
-    // has a copy of the memory. The kernel writes the descriptor to `process`.
+    // SAFETY: while a child shares this memory, stack and argument stay valid, because this thread
+    // is suspended until the child has executed its program or exited. The child writes to its own
+    // stack and has its own table of signal handlers, although the C library may note that some
+    // signals are handled. The child makes only async-signal-safe calls that do not need the C
+    // library's preparations for a fork. Any other child has a copy of the memory. `process` is
+    // valid for the write of the descriptor.
     let number = unsafe { libc::clone(exec, top.cast(), flags, argument, &raw mut process) };
     let pid = Pid::from_raw(check(number)?);
-    // Linux before 5.2 ignores the flag.
+    // Linux before 5.2 ignores CLONE_PIDFD and leaves `process` at -1.
     let process = (process >= 0).then(|| adopt(process));
     Ok(Started {
         pid,
@@ -79,17 +84,18 @@ fn try_clone(child: &Child<'_>) -> io::Result<Started> {
     })
 }
 
-/// Returns whether the C library's `clone` does not change memory that a child shares with its parent.
+/// Returns whether the C library's `clone` leaves the memory that a child shares with its parent
+/// unchanged.
 ///
-/// glibc before 2.25 caches the process and thread ids in the memory of the thread, and its `clone`
-/// writes -1 there in a child with CLONE_VM (bug 19957; on some architectures until 2.24). Then `raise`,
-/// `abort` and `pthread_kill` fail in the parent.
+/// glibc before 2.25 caches the process and thread ids in the thread's memory. In a child with
+/// CLONE_VM, its `clone` writes -1 there (bug 19957; on some architectures until 2.24). After this
+/// write, `raise`, `abort` and `pthread_kill` fail in the parent.
 fn can_share_memory() -> bool {
     #[cfg(target_env = "gnu")]
     {
-        // SAFETY: always callable.
+        // SAFETY: gnu_get_libc_version has no preconditions.
         let version = unsafe { libc::gnu_get_libc_version() };
-        // SAFETY: the result is a zero-terminated string that never changes.
+        // SAFETY: the result points to a zero-terminated string that never changes.
         let version = unsafe { std::ffi::CStr::from_ptr(version) };
         glibc_caches_no_ids(version.to_str().unwrap_or_default())
     }

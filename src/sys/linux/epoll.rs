@@ -1,8 +1,8 @@
-//! Waits on a `polling::Poller` by epoll_wait(2) itself.
+//! Waits on a `polling::Poller` by calling epoll_wait(2) directly.
 //!
-//! One call waits, where `Poller::wait` makes five: it also sets a timer of its own and clears a
-//! notification, which this crate never uses. The poller still registers descriptors. Its events carry
-//! the key that it was given; `reports_keys` checks that before anything relies on it.
+//! A direct wait is one system call. `Poller::wait` makes five, because it also sets its own timer
+//! and clears a notification that this crate never uses. The poller still registers descriptors,
+//! and its events carry their keys. `reports_keys` checks this before anything relies on it.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -14,12 +14,13 @@ use polling::{Event, PollMode, Poller};
 use crate::sys::poll::{MAX_EVENTS, Ready, ReadyList, timeout_millis};
 use crate::sys::{check, fd};
 
-/// Returns whether the kernel's events of this poller carry the key of a descriptor.
+/// Returns whether the kernel's events of this poller carry the descriptor's key.
 pub(in crate::sys) fn reports_keys(poller: &Poller) -> io::Result<bool> {
     const KEY: usize = 0x1234_5678;
-    // SAFETY: eventfd takes two integers. This one is readable from the beginning.
+    // Start the counter at 1, so that the descriptor is readable from the beginning.
+    // SAFETY: eventfd accesses no memory of this process.
     let readable = fd::adopt(check(unsafe { libc::eventfd(1, libc::EFD_CLOEXEC) })?);
-    // SAFETY: the descriptor is deleted below, before it is closed.
+    // SAFETY: the poller deletes the descriptor below, before the descriptor is closed.
     unsafe { poller.add_with_mode(readable.as_raw_fd(), Event::all(KEY), PollMode::Level)? };
     let mut ready = ReadyList::new();
     let waited = wait(poller, Some(Duration::ZERO), &mut ready);
@@ -40,7 +41,7 @@ pub(in crate::sys) fn wait(
     let count = loop {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
         let millis = timeout_millis(left);
-        // SAFETY: `capacity` events are writable.
+        // SAFETY: the pointer is valid for writes of `capacity` events.
         let count = check(unsafe {
             libc::epoll_wait(
                 poller.as_raw_fd(),
@@ -50,7 +51,8 @@ pub(in crate::sys) fn wait(
             )
         });
         match count {
-            // The signal's handler has made the poller readable if the loop handles this signal.
+            // Repeat the wait. If the loop handles this signal, the signal's handler has made the
+            // poller readable.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             count => break usize::try_from(count?).unwrap_or(0),
         }
@@ -59,7 +61,7 @@ pub(in crate::sys) fn wait(
     let readable = libc::EPOLLIN | libc::EPOLLRDHUP | hung_up;
     let writable = libc::EPOLLOUT | hung_up;
     for event in &events[..count] {
-        // SAFETY: the kernel has written the first `count` events.
+        // SAFETY: the kernel has initialised the first `count` events.
         let libc::epoll_event { events, u64: key } = unsafe { event.assume_init() };
         ready.push(Ready {
             key: usize::try_from(key).unwrap_or(usize::MAX),

@@ -1,4 +1,4 @@
-//! Names files without opening them, and changes the mode of exactly one file.
+//! Names files without opening them for access, and changes the mode of exactly one file.
 
 use std::ffi::OsStr;
 use std::io;
@@ -7,14 +7,15 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use crate::sys::file::{FileStatus, c_string, status_at};
 use crate::sys::{check, fd};
 
-/// Opens a file only to name it, which needs no permission on the file.
+/// The flag that opens a file only to name it, which needs no permission on the file.
 pub(in crate::sys) const NAME_ONLY: libc::c_int = libc::O_PATH;
 
-/// Returns the status of a link itself. With an empty name, the status is that of the descriptor.
+/// The flags that select a symbolic link's own status. With an empty name, they select the status
+/// of the descriptor.
 pub(in crate::sys) const STATUS_FLAGS: libc::c_int =
     libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH;
 
-/// Changes the mode of a file if it still has this status. It neither follows a symbolic link nor
+/// Changes a file's mode if the file still has this status. Neither follows a symbolic link nor
 /// touches a file that has replaced the expected one.
 pub(crate) fn change_mode_at(
     directory: &OwnedFd,
@@ -22,26 +23,27 @@ pub(crate) fn change_mode_at(
     status: FileStatus,
     mode: libc::mode_t,
 ) -> io::Result<()> {
-    /// Newer than the constant of `libc`; the same on all architectures.
+    /// The number of fchmodat2(2), which is newer than the constant in `libc`. All architectures
+    /// use this number.
     const FCHMODAT2: libc::c_long = 452;
     let name = c_string(name)?;
-    // A socket file cannot be opened for reading or writing.
+    // Open the file only to name it, because a socket file cannot be opened for reading or writing.
     let flags = NAME_ONLY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-    // SAFETY: the name is zero-terminated.
+    // SAFETY: the name is zero-terminated and lives through the call.
     let number = check(unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), flags) })?;
     let file = fd::adopt(number);
     if status_at(&file, OsStr::new(""))? != status {
         return Err(io::Error::from_raw_os_error(libc::EEXIST));
     }
     let empty = c"".as_ptr();
-    // SAFETY: the name is zero-terminated.
+    // SAFETY: the name is zero-terminated, and the descriptor is open and owned here.
     let changed = unsafe { libc::syscall(FCHMODAT2, number, empty, mode, libc::AT_EMPTY_PATH) };
     if changed == 0 {
         return Ok(());
     }
-    // Before Linux 6.6, /proc names the file that a descriptor refers to.
+    // Before Linux 6.6, use the descriptor's entry in /proc, which refers to the same file.
     let path = c_string(format!("/proc/self/fd/{number}").as_ref())?;
-    // SAFETY: the path is zero-terminated.
+    // SAFETY: the path is zero-terminated and lives through the call.
     check(unsafe { libc::chmod(path.as_ptr(), mode) })?;
     Ok(())
 }

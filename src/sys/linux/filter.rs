@@ -1,30 +1,32 @@
-//! Packet filters on sockets: BPF programs, attached by options of socket(7).
+//! Packet filters on sockets, which are BPF programs that socket options attach (socket(7)).
 //!
-//! The *SYN filter* keeps new connections out of a backlog. The *selection program* chooses the socket
-//! of a reuseport group that gets a connection.
+//! The *SYN filter* keeps new connections out of a backlog. The *selection program* chooses the
+//! socket of a reuseport group that receives a connection.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use crate::sys::{check, option};
 
-/// Attaches a filter to a TCP listener that drops new connections: packets with SYN and without ACK.
+/// Attaches a filter to a TCP listener that drops packets with SYN and without ACK, which start new
+/// connections.
 ///
-/// Handshakes in flight complete. New clients repeat their SYN after a second, and find the port closed
-/// or another listener. Without the filter, connections that arrive between the last `accept` and
-/// `close` would be reset.
+/// Handshakes in flight complete. New clients repeat their SYN after a second, and then find
+/// another listener or a closed port. Without the filter, connections that arrive between the last
+/// `accept` and `close` would be reset.
 pub(crate) fn attach_syn_filter(listener: &OwnedFd) -> io::Result<()> {
     attach(listener, libc::SO_ATTACH_FILTER, &mut syn_filter())
 }
 
 /// Detaches the SYN filter.
 pub(crate) fn detach_syn_filter(listener: &OwnedFd) -> io::Result<()> {
-    // The option ignores its value.
+    // The kernel ignores the value of this option.
     option::set_int(listener.as_fd(), libc::SO_DETACH_FILTER, 0)
 }
 
 fn syn_filter() -> [libc::sock_filter; 5] {
-    /// Offset of the flags in the TCP header, where the filter's view of a packet begins.
+    /// Offset of the flags in the TCP header. The filter's view of a packet begins with this
+    /// header.
     const FLAGS: u32 = 13;
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
@@ -37,17 +39,17 @@ fn syn_filter() -> [libc::sock_filter; 5] {
     ]
 }
 
-/// Detaches the SYN filter if another process left it on a listener. Any other filter is the
-/// application's, and stays.
+/// Detaches the SYN filter if another process left it on a listener. Keeps any other filter,
+/// because it belongs to the application.
 pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
-    // socket(7): the same number attaches a filter with setsockopt, and reads it with getsockopt. The
-    // length counts statements.
+    // Read the filter with the number that attaches one in setsockopt (socket(7)). The length
+    // counts statements, not bytes.
     const SO_GET_FILTER: libc::c_int = libc::SO_ATTACH_FILTER;
     let own = syn_filter();
     let mut found = [statement(0, 0, 0, 0); 5];
     let mut count = libc::socklen_t::try_from(found.len()).unwrap_or(0);
-    // SAFETY: `count` statements are writable. The kernel writes all of a filter, or fails if there is
-    // not enough space.
+    // SAFETY: the pointer is valid for writes of `count` statements. The kernel writes a whole
+    // filter, or fails if there is not enough space.
     let read = check(unsafe {
         libc::getsockopt(
             listener.as_raw_fd(),
@@ -61,7 +63,7 @@ pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
     let is_own = own.iter().map(parts).eq(found.iter().map(parts));
     match read {
         Ok(_) if is_own => detach_syn_filter(listener),
-        // Another filter, or none, or the kernel does not read filters.
+        // The listener has another filter or none, or the kernel does not support reading filters.
         Ok(_) | Err(_) => Ok(()),
     }
 }
@@ -72,18 +74,19 @@ pub(crate) fn lock_filter(socket: &OwnedFd) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_LOCK_FILTER, 1)
 }
 
-/// Distributes new connections evenly among some sockets of the reuseport group of `listener`. The
-/// indexes ascend; the kernel numbers the sockets in the order in which they began to listen.
+/// Distributes new connections evenly among some sockets of the listener's reuseport group. The
+/// indexes must ascend. The kernel numbers the sockets in the order in which they began to listen.
 pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Result<()> {
     let mut program = selection(indexes)?;
     attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
 }
 
-/// Returns the program that draws one of these indexes, which ascend.
+/// Returns the program that draws one of these indexes, which must ascend.
 ///
-/// Its length depends on the number of gaps between the indexes, not on their number. Before Linux 6.8
-/// the kernel refuses a program of more than 20,480 bytes (`net.core.optmem_max`) after its translation,
-/// which makes at most 5 instructions of 8 bytes for a run of consecutive indexes.
+/// The program's length depends on the number of gaps between the indexes, not on the number of
+/// indexes. Before Linux 6.8, the kernel rejects a program of more than 20,480 bytes
+/// (`net.core.optmem_max`) after its translation. The translation makes at most 5 instructions of 8
+/// bytes for a run of consecutive indexes.
 fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
     let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
@@ -95,17 +98,19 @@ fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let mut drawn = 0;
     for run in indexes.chunk_by(|one, next| one + 1 == *next) {
         let next = drawn + run.len();
-        // From here on, the drawn number is below `next`, or belongs to a later run.
+        // Skip this run if the drawn number is at least `next`, because the number then belongs to
+        // a later run.
         let is_later = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
         program.push(statement(is_later, number(next)?, 2, 0));
-        // `drawn` never exceeds the first index of the run, because the indexes ascend.
+        // `drawn` never exceeds the run's first index, because the indexes ascend.
         let shift = number(run[0].saturating_sub(drawn))?;
         let add = libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K;
         program.push(statement(add, shift, 0, 0));
         program.push(statement(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
         drawn = next;
     }
-    // Never reached: the drawn number is below `count`. The kernel wants a return at the end.
+    // The kernel requires a return at the end. The program never reaches this return, because the
+    // drawn number is below `count`.
     program.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0));
     Ok(program)
 }
@@ -158,7 +163,7 @@ mod tests {
         }
     }
 
-    /// Runs a selection program for one random number, as the kernel does.
+    /// Simulates the kernel's run of a selection program for one random number.
     fn run(program: &[libc::sock_filter], random: u32) -> usize {
         let (mut at, mut value) = (0, 0);
         loop {
@@ -194,11 +199,12 @@ mod tests {
         }
     }
 
-    /// Returns how many bytes a kernel before 6.8 counts for the translated program.
+    /// Returns the number of bytes that a kernel before 6.8 counts for the translated program.
     fn translated_size(program: &[libc::sock_filter]) -> usize {
-        // struct bpf_prog, and the prologue of each program.
+        // The bytes of `struct bpf_prog` and of each program's prologue.
         const FIXED: usize = 256;
-        // A jump or an addition is one instruction; a return of a computed value is one or two.
+        // A run's three statements become at most five instructions: one each for the jump and the
+        // addition, and at most two for the return. Round the factor up.
         FIXED + program.len() * 5 / 3 * 8
     }
 
@@ -207,17 +213,17 @@ mod tests {
         const OPTMEM_MAX: usize = 20_480;
         let all: Vec<_> = [0].into_iter().chain(2..10_000).collect();
         assert!(translated_size(&selection(&all).unwrap()) < 512);
-        // Every second index is missing.
+        // Remove every second index, which produces the most gaps.
         let gaps: Vec<_> = (0..1000).step_by(2).collect();
         assert!(translated_size(&selection(&gaps).unwrap()) <= OPTMEM_MAX);
     }
 
-    /// Runs in a network namespace of this thread's own, with the limit of old kernels.
+    /// Runs in this thread's own network namespace, with the limit of old kernels.
     #[test]
     #[ignore = "needs Linux 6.8, for a limit per network namespace, and root"]
     fn kernel_accepts_the_selection_of_a_thousand_shards_with_the_optmem_max_of_old_kernels() {
         let run = || {
-            // SAFETY: the call takes an integer, and affects this thread alone.
+            // SAFETY: unshare accesses no memory of this process, and affects only this thread.
             check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).unwrap();
             std::fs::write("/proc/sys/net/core/optmem_max", "20480").unwrap();
             let address = "0.0.0.0:0".parse().unwrap();
@@ -225,7 +231,8 @@ mod tests {
             let listener = listen_tcp(&address, &flags, PortSharing::Join).unwrap();
             let gaps: Vec<_> = (0..1000).step_by(2).collect();
             select_sockets(&listener, &gaps).unwrap();
-            // The limit applies: two statements for each shard are too many.
+            // Check that the limit applies. A program with two statements for each shard exceeds
+            // it.
             let ret = libc::BPF_RET | libc::BPF_K;
             let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
             let each = (0..1000).flat_map(|n| [statement(is, n, 0, 1), statement(ret, n, 0, 0)]);

@@ -1,7 +1,8 @@
-//! Linux: the items of `bsd` by other means, and the abilities that only Linux has.
+//! Implements the items of `bsd` for Linux by other means, and adds the abilities that only Linux
+//! has.
 //!
-//! A function that uses a system call, flag or file of Linux belongs here, and so do differences
-//! between its architectures and C libraries. `bsd` has a counterpart of each item.
+//! A function that uses a Linux system call, flag or file belongs here. Differences between Linux's
+//! architectures and C libraries also belong here. `bsd` has a counterpart of each item.
 
 pub(super) mod child;
 pub(super) mod clone;
@@ -15,7 +16,7 @@ pub(super) mod socket;
 pub(super) mod threads;
 pub(super) mod zeroed_on_fork;
 
-/// The highest signal number.
+/// The highest signal number of the architecture.
 pub(super) const MAX_SIGNAL: u8 = if cfg!(any(target_arch = "mips", target_arch = "mips64")) {
     128
 } else {
@@ -25,8 +26,8 @@ pub(super) const MAX_SIGNAL: u8 = if cfg!(any(target_arch = "mips", target_arch 
 /// The unit of `ru_maxrss` in bytes.
 pub(super) const MAX_RSS_UNIT: u64 = 1024;
 
-/// Returns where the C library keeps errno of the calling thread. Async-signal-safe.
+/// Returns the address of the calling thread's errno. Async-signal-safe.
 pub(super) fn errno_location() -> *mut libc::c_int {
-    // SAFETY: always callable.
+    // SAFETY: __errno_location has no preconditions.
     unsafe { libc::__errno_location() }
 }

@@ -1,7 +1,8 @@
-//! The signal that a process gets when its parent exits: prctl(2), `PR_SET_PDEATHSIG`.
+//! Requests the signal that a process receives when its parent exits (`PR_SET_PDEATHSIG` in
+//! prctl(2)).
 //!
-//! A child requests it between `fork` and `execve`. A worker requests it again, because `execve` drops
-//! the request if the program has file capabilities or a set-user-ID bit.
+//! A child requests it between `fork` and `execve`. A worker requests it again, because `execve`
+//! drops the request if the program has file capabilities or a set-user-ID bit.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -12,12 +13,12 @@ use crate::sys::{check, option};
 ///
 /// # Errors
 ///
-/// The parent has exited already, or a sandbox refuses the request.
+/// Returns an error if the parent has already exited, or if a sandbox rejects the request.
 pub(in crate::sys) fn request(parent: u32) -> io::Result<()> {
     request_kill()?;
     let now = parent_pid();
-    // If the parent exited before the request, no signal comes. A parent in another PID namespace has
-    // the number 0 here, which proves nothing.
+    // Check the parent, because no signal comes if the parent exited before the request. A parent
+    // in another PID namespace has the number 0 here, so no check is possible.
     if now == 0 || now.unsigned_abs() == parent {
         Ok(())
     } else {
@@ -25,12 +26,12 @@ pub(in crate::sys) fn request(parent: u32) -> io::Result<()> {
     }
 }
 
-/// Makes the kernel kill this worker when its master exits. If the master has exited already, kills
-/// this process.
+/// Makes the kernel kill this worker when its master exits. Kills this process if the master exits
+/// during the request.
 ///
-/// The signal follows the parent. So nothing is requested unless the parent is the master, whose
-/// process id the kernel stores with the channel. A process outside this PID namespace has the number
-/// 0: two zeroes are treated as the same process.
+/// The signal follows the parent. So this function requests nothing unless the parent is the
+/// master, whose process id the kernel stores with the channel. A process outside this PID
+/// namespace has the number 0, and two zeroes are treated as the same process.
 pub(crate) fn renew(channel: BorrowedFd<'_>) {
     let Some(master) = creator(channel) else {
         return;
@@ -38,29 +39,29 @@ pub(crate) fn renew(channel: BorrowedFd<'_>) {
     if parent_pid() != master {
         return;
     }
-    // If a sandbox refuses the request, the worker still exits when the channel ends.
+    // Ignore an error from a sandbox, because the worker also exits when the channel ends.
     let _ = request_kill();
     if parent_pid() != master {
-        // SAFETY: raise takes an integer.
+        // SAFETY: raise accesses no memory of this process.
         unsafe { libc::raise(libc::SIGKILL) };
     }
 }
 
 fn request_kill() -> io::Result<()> {
     let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
-    // SAFETY: PR_SET_PDEATHSIG takes a signal number.
+    // SAFETY: PR_SET_PDEATHSIG accesses no memory of this process.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) })?;
     Ok(())
 }
 
 fn parent_pid() -> libc::pid_t {
-    // SAFETY: always callable.
+    // SAFETY: getppid has no preconditions.
     unsafe { libc::getppid() }
 }
 
-/// Returns the process that created a socketpair: unix(7), `SO_PEERCRED`.
+/// Returns the id of the process that created a socketpair (`SO_PEERCRED` in unix(7)).
 fn creator(end: BorrowedFd<'_>) -> Option<libc::pid_t> {
-    // SAFETY: any bytes are a valid ucred.
+    // SAFETY: every bit pattern is a valid `ucred`.
     let peer: io::Result<libc::ucred> =
         unsafe { option::get(end.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED) };
     peer.ok().map(|peer| peer.pid)

@@ -1,4 +1,4 @@
-//! Process descriptors: pidfd_open(2), Linux 5.3.
+//! Process descriptors (pidfd_open(2), since Linux 5.3).
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -8,17 +8,18 @@ use std::process::ExitStatus;
 use crate::sys::process::pid::{Exit, Usage, cpu_time, max_rss};
 use crate::sys::{check, fd, retry};
 
-/// Opens a descriptor of a process, which becomes readable when the process exits. Returns `None` if the
-/// kernel has none.
+/// Opens a process's descriptor, which becomes readable when the process exits. Returns `None` if
+/// the call fails.
 pub(in crate::sys) fn open(number: libc::pid_t) -> Option<OwnedFd> {
-    // SAFETY: the call takes two integers. The new descriptor is closed on exec.
+    // The kernel makes the new descriptor closed on exec.
+    // SAFETY: pidfd_open accesses no memory of this process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
     let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
     Some(fd::adopt(fd))
 }
 
-/// The part of `rusage` that the kernel writes. On 32-bit systems the C library's structure may be
-/// longer.
+/// The fields of `rusage` that the kernel writes. On 32-bit systems the C library's structure may
+/// be longer.
 #[repr(C)]
 #[derive(Default)]
 struct KernelUsage {
@@ -28,22 +29,23 @@ struct KernelUsage {
     others: [libc::c_long; 13],
 }
 
-/// Waits for a process by its descriptor: if the host has waited for the child, its number may be that
-/// of another child. Returns `None` if the kernel cannot.
+/// Waits for a process by its descriptor. The number is not safe, because another child may have it
+/// after the host has waited for this child. Returns `None` if the kernel does not support this
+/// call.
 ///
-/// The C library's `waitid` does not return the usage.
+/// The system call is made directly, because the C library's `waitid` does not return the usage.
 pub(in crate::sys) fn wait(
     process: BorrowedFd<'_>,
     options: libc::c_int,
 ) -> Option<io::Result<Option<Exit>>> {
-    // SAFETY: all zeroes is a valid siginfo.
+    // SAFETY: all zeroes is a valid `siginfo_t`.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let mut used = KernelUsage::default();
     let (kind, number) = (libc::P_PIDFD, process.as_raw_fd());
     let options = libc::WEXITED | options;
     let waited = retry(|| {
         let (info, used) = (&raw mut info, &raw mut used);
-        // SAFETY: both structures are writable.
+        // SAFETY: both pointers are valid for writes of their structures.
         let waited = unsafe { libc::syscall(libc::SYS_waitid, kind, number, info, options, used) };
         check(libc::c_int::try_from(waited).unwrap_or(-1))
     });
@@ -53,7 +55,7 @@ pub(in crate::sys) fn wait(
     }
     // SAFETY: the call has filled in the structure for a child, or left it zero.
     let pid = unsafe { info.si_pid() };
-    // SAFETY: see above.
+    // SAFETY: the call has filled in the structure for a child, or left it zero.
     let status = unsafe { info.si_status() };
     let status = match info.si_code {
         libc::CLD_EXITED => status << 8,
@@ -71,9 +73,10 @@ pub(in crate::sys) fn wait(
     })))
 }
 
-/// Returns the exit status of a process that other code has waited for; `None` before Linux 6.15.
+/// Returns the exit status of a process that other code has waited for. Returns `None` before Linux
+/// 6.15.
 pub(in crate::sys) fn exit_status(process: BorrowedFd<'_>) -> Option<ExitStatus> {
-    /// `struct pidfd_info` in its first version.
+    /// The first version of `struct pidfd_info`.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -82,7 +85,8 @@ pub(in crate::sys) fn exit_status(process: BorrowedFd<'_>) -> Option<ExitStatus>
         ids: [u32; 11],
         exit_code: i32,
     }
-    /// `_IOWR(0xff, 11, Info)` on most architectures. On the others this is no valid request.
+    /// `_IOWR(0xff, 11, Info)` on most architectures. On the others this number is no valid
+    /// request, so the call fails.
     const PIDFD_GET_INFO: u32 = 0xc040_ff0b;
     const PIDFD_INFO_EXIT: u64 = 1 << 3;
     let mut info = Info {
@@ -90,20 +94,20 @@ pub(in crate::sys) fn exit_status(process: BorrowedFd<'_>) -> Option<ExitStatus>
         ..Info::default()
     };
     let number = process.as_raw_fd();
-    // SAFETY: the structure is writable, and its size is part of the request.
+    // SAFETY: the pointer is valid for writes of the structure, whose size is part of the request.
     let got = unsafe { libc::ioctl(number, PIDFD_GET_INFO as _, &raw mut info) };
     let is_known = got == 0 && info.mask & PIDFD_INFO_EXIT != 0;
     is_known.then(|| ExitStatus::from_raw(info.exit_code))
 }
 
-/// Sends a signal. Returns `None` if the kernel cannot, or a sandbox refuses the call.
+/// Sends a signal. Returns `None` if the kernel lacks the call, or if a sandbox rejects it.
 pub(in crate::sys) fn signal(
     process: BorrowedFd<'_>,
     signal: libc::c_int,
 ) -> Option<io::Result<()>> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     let number = process.as_raw_fd();
-    // SAFETY: without information about the signal, the call takes integers.
+    // SAFETY: the call accepts a null pointer, and then accesses no memory of this process.
     let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, no_info, 0) };
     if sent == 0 {
         return Some(Ok(()));

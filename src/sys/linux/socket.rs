@@ -9,34 +9,35 @@ use crate::sys::{check, fd, option};
 
 pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
 
-/// The type of a hand-off queue: it keeps messages separate and in order, and reports end-of-file.
+/// The socket type of a hand-off queue, which keeps messages separate and in order, and reports
+/// end-of-file.
 pub(in crate::sys) const QUEUE_TYPE: libc::c_int = libc::SOCK_SEQPACKET;
 
-/// The type of a control message with a process descriptor of the sender. The kernel adds one if any
-/// process that shares the socket has asked for it.
+/// The type of a control message with the sender's process descriptor. The kernel adds this message
+/// if any process that shares the socket has asked for it.
 pub(in crate::sys) const SCM_PIDFD: libc::c_int = 4;
 
-/// Accepts a connection, which blocks and is closed on exec.
+/// Accepts a connection, which is blocking and closed on exec.
 pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the pointers are null, so no address is written.
+    // SAFETY: null pointers are allowed, and no address is written then.
     let accepted = check(unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) });
     accepted.map(fd::adopt)
 }
 
-/// Returns the number of connections in the backlog of a TCP listener.
+/// Returns the number of connections in a TCP listener's backlog.
 pub(in crate::sys) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
-    // SAFETY: any bytes are a valid tcp_info.
+    // SAFETY: every bit pattern is a valid `tcp_info`.
     let info: io::Result<libc::tcp_info> =
         unsafe { option::get(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO) };
     // For a listener, this field is the length of its accept queue.
     info.ok().map(|info| info.tcpi_unacked.into())
 }
 
-/// Returns the number of bytes in a socket that can be read.
+/// Returns the number of bytes that can be read from a socket.
 pub(in crate::sys) fn readable_bytes(socket: &OwnedFd) -> Option<u64> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the call writes one integer.
+    // SAFETY: the pointer is valid for writes of a `c_int`.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }).ok()?;
     u64::try_from(bytes).ok()
 }

@@ -1,10 +1,11 @@
-//! Counts the threads of the process.
+//! Detects other threads of the process.
 
-/// Returns whether there is a thread besides the calling one, at this moment.
+/// Returns whether the process has a thread besides the calling one at this moment.
 ///
-/// unshare(2) refuses `CLONE_THREAD` in a process with several threads, and does nothing otherwise. In
-/// three cases /proc decides: a sandbox may refuse the call, an emulator may have a thread of its own,
-/// and before Linux 4.3 the call also fails while another process reads this one's entry in /proc.
+/// unshare(2) with `CLONE_THREAD` fails in a process with several threads, and otherwise does
+/// nothing. If the call fails, /proc decides, because there are other causes. A sandbox may forbid
+/// the call, or an emulator may have its own thread. Before Linux 4.3, the call also fails while
+/// another process reads this process's entry in /proc.
 pub(in crate::sys) fn has_others_now() -> Option<bool> {
     // SAFETY: with this flag, unshare changes nothing.
     if unsafe { libc::unshare(libc::CLONE_THREAD) } == 0 {
@@ -16,9 +17,10 @@ pub(in crate::sys) fn has_others_now() -> Option<bool> {
     count.map(|count| count > 1).or(refused.then_some(true))
 }
 
-/// Returns the number of threads from the text of /proc/PID/stat: field 20, the process id being 1.
+/// Returns the number of threads from the text of /proc/PID/stat. The number is field 20, if the
+/// process id is field 1.
 fn parse_thread_count(stat: &str) -> Option<u32> {
-    // Field 2 is a name in parentheses, which may contain any character.
+    // Skip field 2, a name in parentheses, because the name may contain any character.
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_ascii_whitespace().nth(17)?.parse().ok()
 }

@@ -1,9 +1,9 @@
 //! The steps of a child between `fork` and `execve`.
 //!
-//! Other threads of the parent may have held locks at the `fork`, and the child would wait for them
-//! forever. So a child that executes a program makes only async-signal-safe calls: it allocates nothing,
-//! locks nothing and does not panic. A child that executes no program is exempt, because it does all
-//! that later anyway.
+//! Other threads of the parent may have held locks at the `fork`, and the child would wait for
+//! these locks forever. So a child that executes a program makes only async-signal-safe calls. The
+//! child allocates nothing, locks nothing and does not panic. A child that executes no program is
+//! exempt, because its later code does all of this anyway.
 
 use std::cell::Cell;
 use std::io::{self, Write as _};
@@ -20,7 +20,7 @@ use crate::sys::{check, fd, parent_death_signal, retry, signal, socket};
 /// How the parent waits until the child has executed its program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::sys) enum ParentWait {
-    /// The kernel suspends the parent (`CLONE_VFORK`), which reads the report afterwards.
+    /// The kernel suspends the parent (`CLONE_VFORK`). The parent reads the report afterwards.
     #[allow(dead_code, reason = "only Linux does this")]
     Suspended,
     /// The parent polls for the report. The end of the stream means that the program was executed.
@@ -30,42 +30,43 @@ pub(in crate::sys) enum ParentWait {
 /// The exit code of a Rust program that has panicked.
 const PANICKED: i32 = 101;
 
-/// The user whose processes get all capabilities when they execute a program.
+/// The user whose processes receive all capabilities when they execute a program.
 const ROOT: libc::uid_t = 0;
 
 /// Space for an environment variable with a name of 18 bytes, a process id, and a terminating zero.
 pub(super) type PidVariable = [u8; 30];
 
-/// Returns a variable to which the child appends its process id.
+/// Returns the beginning of a variable to which the child appends its process id.
 pub(super) fn pid_variable(name: &str) -> PidVariable {
     let mut text = PidVariable::default();
     let _ = write!(&mut text[..], "{name}=");
     text
 }
 
-/// The settings of a child, as plain values.
+/// The settings of a child, as plain values that the child can use without allocating.
 pub(in crate::sys) struct Child<'a> {
     pub(super) path: *const libc::c_char,
     pub(super) args: *const *const libc::c_char,
     pub(super) env: *const *const libc::c_char,
-    /// Strings of `env` to which the child appends its process id, which the parent cannot know.
+    /// Strings of `env` to which the child appends its process id, because the parent cannot know
+    /// it.
     pub(super) pid_variables: &'a [Cell<PidVariable>],
-    /// Null if the child keeps the directory of its parent.
+    /// The child's directory, or null if the child keeps its parent's directory.
     pub(super) cwd: *const libc::c_char,
     pub(super) stdio: &'a [Option<OwnedFd>],
     pub(super) uid: Option<libc::uid_t>,
     pub(super) gid: Option<libc::gid_t>,
     pub(super) channel: RawFd,
-    /// The child is not killed with its parent, and the channel is closed on exec.
+    /// Whether the child outlives its parent and the channel is closed on exec.
     pub(super) is_detached: bool,
-    /// The child leads a session and a process group of its own, without a terminal.
+    /// Whether the child leads its own session and process group, without a terminal.
     pub(super) leads_session: bool,
     /// The descriptor to which the child writes reports.
     pub(super) reports: Cell<RawFd>,
     pub(super) parent: u32,
 }
 
-/// A step that failed, and why.
+/// A step that failed, and the system's error.
 type StepFailure = (Step, io::Error);
 
 impl Child<'_> {
@@ -81,9 +82,10 @@ impl Child<'_> {
         self.fail(step, &error)
     }
 
-    /// Runs the closure that `begin` returns, and exits with its code. If a step fails, reports it and
-    /// exits. This never returns, because the frames of the callers, and the values in them, belong to
-    /// the master.
+    /// Runs the closure that `begin` returns, and exits with its code. If a step fails, reports the
+    /// failure and exits.
+    ///
+    /// Never returns, because the callers' frames, and the values in them, belong to the master.
     pub(super) fn run<M: FnOnce() -> i32>(
         &self,
         parents_end: RawFd,
@@ -100,7 +102,7 @@ impl Child<'_> {
             Err((step, error)) => self.fail(step, &error),
         };
         let code = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
-            // Dropping the payload could panic again.
+            // Forget the payload, because dropping it could panic again.
             std::mem::forget(payload);
             PANICKED
         });
@@ -114,15 +116,15 @@ impl Child<'_> {
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<M, StepFailure> {
         let descriptors = || {
-            // First, because `abandon` may need one free descriptor.
+            // Close this end before calling `abandon`, which may need one free descriptor.
             close_all([parents_end]);
             close_all(abandon()?);
-            // Nothing is open any more at the numbers that these get.
+            // The numbers that the new descriptors receive are free now.
             self.arrange_stdio()?;
             close_all(self.stdio.iter().flatten().map(AsRawFd::as_raw_fd));
             signal::replace_pipe()
         };
-        // The runtime of each Rust program ignores SIGPIPE.
+        // Check SIGPIPE before the reset, because the runtime of each Rust program ignores it.
         let ignores_pipe = is_ignored(libc::SIGPIPE);
         self.prepare(reset_signal_by_libc, descriptors)?;
         if ignores_pipe {
@@ -132,24 +134,26 @@ impl Child<'_> {
         begin().map_err(|error| (Step::BecomeWorker, error))
     }
 
-    /// Waits until the parent has a descriptor of this process, which it confirms with one byte.
+    /// Waits until the parent has a descriptor of this process. The parent confirms this with one
+    /// byte.
     fn wait_for_parent(&self) {
         let mut byte = 0u8;
         let _ = retry(|| {
-            // SAFETY: one byte is written, into a live buffer.
+            // SAFETY: the pointer is valid for writes of one byte.
             let read = unsafe { libc::read(self.reports.get(), (&raw mut byte).cast(), 1) };
             check(libc::c_int::try_from(read).unwrap_or(0))
         });
         close_all([self.reports.get()]);
     }
 
-    /// Replaces the stream of the reports by one of which no other process has the child's end. So it
-    /// ends when the program is executed.
+    /// Replaces the report stream by a new one whose child's end no other process has. So the new
+    /// stream ends when the program is executed.
     ///
-    /// The first stream may stay open: a child that another thread of the host forked, while the parent
-    /// had this end too, has a copy. If no descriptor is free for a new stream, the first one stays.
+    /// The first stream may stay open, because another thread of the host may have forked while the
+    /// parent had this end. That thread's child has a copy. If no descriptor is free for a new
+    /// stream, the first one stays in use.
     ///
-    /// Not for a child that shares its parent's memory.
+    /// Must not be called in a child that shares its parent's memory.
     fn move_reports(&self) {
         let Ok((own, parents)) = UnixStream::pair() else {
             return;
@@ -157,25 +161,26 @@ impl Child<'_> {
         let first = UnixStream::from(fd::adopt(self.reports.get()));
         match socket::send_one(&first, &Report::Moved.encode(), parents.as_fd()) {
             Ok(_) => self.reports.set(own.into_raw_fd()),
-            // The first stream stays open.
+            // Keep the first stream open for the later reports.
             Err(_) => drop(first.into_raw_fd()),
         }
     }
 
     fn report(&self, report: Report) {
         let bytes = report.encode();
-        // SAFETY: the buffer lives through the call.
+        // SAFETY: the pointer is valid for reads of the buffer's length.
         unsafe { libc::write(self.reports.get(), bytes.as_ptr().cast(), bytes.len()) };
     }
 
     fn fail(&self, step: Step, error: &io::Error) -> ! {
         let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
         self.report(Report::Failed(step, errno));
-        // SAFETY: `_exit` runs no destructors and no handlers of the parent.
+        // SAFETY: `_exit` runs neither destructors nor exit handlers of the parent.
         unsafe { libc::_exit(127) }
     }
 
-    /// Returns only if a step failed: `Ok` for the last one, `Err` for any other.
+    /// Takes all steps up to `execve`. Returns only if a step failed: `Ok` if `execve` failed, and
+    /// `Err` for any other step.
     fn try_exec(&self, wait: ParentWait) -> Result<StepFailure, StepFailure> {
         let descriptors = || {
             self.arrange_descriptors()?;
@@ -186,13 +191,13 @@ impl Child<'_> {
         };
         self.prepare(platform::reset_signal, descriptors)?;
         self.pid_variables.iter().for_each(append_own_pid);
-        // SAFETY: path, arguments and environment were built by the parent as zero-terminated
-        // strings in arrays that end with a null pointer, and this process has a copy of them.
+        // SAFETY: the parent built path, arguments and environment as zero-terminated strings in
+        // arrays that end with a null pointer. All of them are alive in this process.
         unsafe { libc::execve(self.path, self.args, self.env) };
         Ok((Step::Execute, io::Error::last_os_error()))
     }
 
-    /// Takes the steps that are common to all children.
+    /// Takes the steps that all children have in common.
     fn prepare(
         &self,
         reset_signal: fn(libc::c_int),
@@ -201,15 +206,16 @@ impl Child<'_> {
         let at = |step| move |error| (step, error);
         reset_signals(reset_signal).map_err(at(Step::Signals))?;
         if self.leads_session {
-            // SAFETY: setsid changes no memory.
+            // SAFETY: setsid has no preconditions.
             check(unsafe { libc::setsid() }).map_err(at(Step::Session))?;
         }
         arrange_descriptors().map_err(at(Step::Descriptors))?;
         if !self.cwd.is_null() {
-            // SAFETY: the path is zero-terminated.
+            // SAFETY: the path is zero-terminated and alive in this process.
             check(unsafe { libc::chdir(self.cwd) }).map_err(at(Step::Directory))?;
         }
-        // The groups first: a process that is no longer root cannot change them.
+        // Change the groups before the user, because a process that is no longer root cannot change
+        // its groups.
         if self.changes_identity() {
             platform::drop_groups().map_err(at(Step::Groups))?;
         }
@@ -222,7 +228,8 @@ impl Child<'_> {
                 platform::drop_capabilities().map_err(at(Step::Capabilities))?;
             }
         }
-        // Last: the kernel drops this request when the user changes.
+        // Request the signal after all other steps, because the kernel drops the request when the
+        // user changes.
         if self.is_detached {
             return Ok(());
         }
@@ -232,8 +239,9 @@ impl Child<'_> {
     fn arrange_stdio(&self) -> io::Result<()> {
         for (number, source) in self.stdio.iter().enumerate() {
             if let (Some(source), Ok(number)) = (source, RawFd::try_from(number)) {
-                // The copy stays open through `execve`.
-                // SAFETY: dup2 changes no memory. No source is overwritten: their numbers are higher.
+                // The copy stays open through `execve`, because `dup2` does not set close-on-exec.
+                // SAFETY: dup2 changes no memory. No source is overwritten, because the sources'
+                // numbers are higher.
                 check(unsafe { libc::dup2(source.as_raw_fd(), number) })?;
             }
         }
@@ -243,7 +251,8 @@ impl Child<'_> {
     fn arrange_descriptors(&self) -> io::Result<()> {
         self.arrange_stdio()?;
         if !self.is_detached {
-            // Cleared here and not in the parent, where another thread may fork at this moment.
+            // Clear close-on-exec here and not in the parent, where another thread may fork at this
+            // moment.
             // SAFETY: F_SETFD changes no memory.
             check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
         }
@@ -269,10 +278,11 @@ impl Child<'_> {
     }
 }
 
-/// Closes descriptors by number. Dropping their owners would also act on what the parent shares.
+/// Closes descriptors by number. Dropping the values that own them would also change objects that
+/// the parent shares.
 fn close_all(numbers: impl IntoIterator<Item = RawFd>) {
     for number in numbers {
-        // SAFETY: this child does not use the descriptor any more.
+        // SAFETY: this child no longer uses the descriptor.
         unsafe { libc::close(number) };
     }
 }
@@ -281,21 +291,21 @@ fn is_ignored(signal: libc::c_int) -> bool {
     signal::current_action(signal).is_ok_and(|action| action.sa_sigaction == libc::SIG_IGN)
 }
 
-/// Appends the process id of this child. If the parent shares the memory, it does not read the variable
-/// again: it was made for this child.
+/// Appends this child's process id. If the child shares the parent's memory, the write is harmless,
+/// because the parent made the variable for this child and does not read it again.
 fn append_own_pid(variable: &Cell<PidVariable>) {
     let mut text = variable.get();
     if let Some(end) = text.iter().position(|byte| *byte == 0) {
-        // SAFETY: always callable.
+        // SAFETY: getpid has no preconditions.
         let own = unsafe { libc::getpid() };
-        // Writing into an array allocates nothing.
+        // Write into an array, because a child must not allocate.
         let _ = write!(&mut text[end..], "{own}");
     }
     variable.set(text);
 }
 
-/// Resets all signals to their default, and unblocks them. Otherwise ignored signals would stay ignored
-/// through `execve`. The system refuses some numbers.
+/// Resets all signals to their default and unblocks them, because ignored signals would otherwise
+/// stay ignored through `execve`. The system does not allow this for some numbers.
 fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
     for signal in 1..=libc::c_int::from(MAX_SIGNAL) {
         reset_signal(signal);
@@ -303,44 +313,48 @@ fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
     extern "C" fn do_nothing(_: libc::c_int) {}
     set_stop_handlers(do_nothing as extern "C" fn(_) as libc::sighandler_t);
     let mask = SignalSet::empty();
-    // SAFETY: the set is initialised.
+    // SAFETY: the set is initialised, and the old mask is not requested.
     check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask.as_ptr(), std::ptr::null_mut()) })?;
     Ok(())
 }
 
 /// Sets the handler of the signals by which a terminal stops a process.
 ///
-/// Ctrl-Z reaches the child with its parent. If the child stopped before `execve`, a parent that the
-/// kernel has suspended until then could neither stop nor continue, and the shell would wait for it. A
-/// handler that does nothing prevents that without a gap: `execve` resumes the parent before it resets
-/// the handlers. A child has its own table of handlers even if it shares memory.
+/// Ctrl-Z reaches both the child and its parent. If the child stopped before `execve`, a parent
+/// that the kernel has suspended until then could neither stop nor continue. The shell would wait
+/// for the parent.
+///
+/// A handler that does nothing prevents this without a gap, because `execve` resumes the parent
+/// before it resets the handlers. A child has its own table of handlers, even if it shares memory.
 fn set_stop_handlers(handler: libc::sighandler_t) {
     for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
-        // No C library takes a lock for these signals, as some do for SIGABRT.
+        // Use the C library, because it takes no lock for these signals, in contrast to SIGABRT in
+        // some C libraries.
         // SAFETY: the handler does nothing, or is the default.
         unsafe { libc::signal(signal, handler) };
     }
 }
 
-/// Resets a signal to its default by the C library, which refuses the signals that it uses itself. It
-/// would not notice the loss of its own handlers.
+/// Resets a signal to its default through the C library. The library rejects the signals that it
+/// uses itself, because it would not notice the loss of its own handlers.
 pub(in crate::sys) fn reset_signal_by_libc(signal: libc::c_int) {
     // SAFETY: SIG_DFL is always a valid disposition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
-/// Closes the descriptors from `first` to `last` where there is no close_range(2), up to the limit of
-/// this process between the two constants.
+/// Closes the descriptors from `first` to `last` on systems without close_range(2). Stops at this
+/// process's descriptor limit, which is clamped to the two constants.
 fn close_one_by_one(first: RawFd, last: RawFd) {
-    /// The limit may have been higher when the descriptors were opened, so a low limit proves little.
+    /// Lower bound of the limit that is used. The limit may have been higher when the descriptors
+    /// were opened, so a low limit does not show that higher numbers are free.
     const MIN_LIMIT: u64 = 4096;
-    /// A limit can be in the millions, and each number is a system call. Descriptors beyond this one
-    /// stay open.
+    /// Upper bound of the limit that is used, because a limit can be in the millions and each
+    /// number is a system call. Descriptors beyond this number stay open.
     const MAX_LIMIT: u64 = 65_536;
     let limit = fd::limit().clamp(MIN_LIMIT, MAX_LIMIT);
     let last = last.min(RawFd::try_from(limit).unwrap_or(RawFd::MAX));
     for number in first..=last {
-        // SAFETY: this child does not use the descriptor any more.
+        // SAFETY: this child no longer uses the descriptor.
         unsafe { libc::close(number) };
     }
 }

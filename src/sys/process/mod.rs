@@ -1,9 +1,9 @@
-//! Child processes: starting them, signalling them and waiting for them.
+//! Starts child processes, signals them and waits for them.
 //!
-//! - `program`: the program of a child, and how the parent starts it
-//! - `child`: the steps of the child between `fork` and `execve`
-//! - `report`: the reports of the child to its parent meanwhile
-//! - `pid`: the identity of a child, its signals and its exit
+//! - `program`: the child's program, and how the parent starts it
+//! - `child`: the child's steps between `fork` and `execve`
+//! - `report`: the child's reports to its parent during these steps
+//! - `pid`: the child's identity, its signals and its exit
 
 pub(super) mod child;
 pub(super) mod pid;

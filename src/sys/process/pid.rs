@@ -1,7 +1,7 @@
-//! The identity of a child: waiting for it, signalling it, and what it used.
+//! The identity of a child, by which the parent waits for the child and signals it.
 //!
-//! Where the kernel has process descriptors, they identify the child. The number alone may belong to
-//! another process if the host has waited for the child.
+//! Where the kernel has process descriptors, they identify the child. The number alone may belong
+//! to another process if the host has waited for the child.
 
 use std::cell::RefCell;
 use std::io;
@@ -13,29 +13,31 @@ use std::time::Duration;
 use crate::sys::platform::{MAX_RSS_UNIT, pidfd};
 use crate::sys::{check, retry};
 
-/// Number of attempts to reap a killed child, and the time between them: 100 ms in all.
+/// Number of attempts to reap a killed child, at intervals of [`REAP_INTERVAL`], which is 100 ms in
+/// total.
 ///
-/// A killed process exits within about a millisecond, unless it waits in the kernel for a device or for
-/// a processor. A longer time would delay the master's loop; after a shorter one, more children would
-/// wait until the next fork.
+/// A killed process exits within about a millisecond, unless it waits in the kernel for a device or
+/// for a processor. A longer time would delay the master's loop. With a shorter time, more children
+/// would wait until the next fork.
 const REAP_ATTEMPTS: u32 = 100;
 const REAP_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The resources that a process has used.
 ///
-/// Node: the fields of `process.resourceUsage()` with the same meaning, for a process that has exited.
-/// The numbers include the children that the process has waited for. See
-/// [`Process::usage`](crate::Process::usage) for an example.
+/// Node: the fields of `process.resourceUsage()` with the same meaning.
+///
+/// The values describe a process that has exited, and include the children that the process has
+/// waited for. See [`Process::usage`](crate::Process::usage) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Usage {
-    /// The CPU time that the process spent in its own code. The unit is microseconds; the precision
-    /// depends on the system.
+    /// The CPU time that the process spent in its own code. The unit is microseconds, and the
+    /// precision depends on the system.
     pub user_cpu_time: Duration,
     /// The CPU time that the system spent on behalf of the process.
     pub system_cpu_time: Duration,
-    /// The peak of resident memory, in bytes. On Linux it is at least what the master had when it forked
-    /// the worker, because a worker starts with a copy of the memory of its master.
+    /// The peak of resident memory, in bytes. On Linux, this is at least the memory that the master
+    /// had when it forked the worker, because a worker starts with a copy of its master's memory.
     pub max_rss: u64,
 }
 
@@ -68,7 +70,7 @@ pub(in crate::sys) fn max_rss(units: libc::c_long) -> u64 {
     units.saturating_mul(MAX_RSS_UNIT)
 }
 
-/// The process id of a child. It is valid until this process has waited for the child.
+/// The process id of a child, which is valid until this process has waited for the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pid(libc::pid_t);
 
@@ -77,9 +79,9 @@ impl Pid {
         Self(number)
     }
 
-    /// Returns the calling process.
+    /// Returns the id of the calling process.
     pub(crate) fn own() -> Self {
-        // SAFETY: always callable.
+        // SAFETY: getpid has no preconditions.
         Self(unsafe { libc::getpid() })
     }
 
@@ -87,22 +89,24 @@ impl Pid {
         self.0.unsigned_abs()
     }
 
-    /// Returns a descriptor that becomes readable when the child exits; `None` if the kernel has none.
+    /// Returns a descriptor that becomes readable when the child exits. Returns `None` if the
+    /// kernel has no process descriptors.
     pub(in crate::sys) fn open(self) -> Option<OwnedFd> {
         pidfd::open(self.0)
     }
 
-    /// Reaps the child if it has exited. Returns `None` if it has not.
+    /// Reaps the child if it has exited. Returns `None` if the child is still running.
     ///
     /// # Errors
     ///
-    /// Other code of this process has waited for the child, and the kernel does not report the status
-    /// again.
+    /// Returns an error if other code of this process has waited for the child and the kernel does
+    /// not report the status again.
     pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<Exit>> {
         let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));
         let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
-        // It fails if the host waits for any child, or ignores SIGCHLD.
+        // Ask for the status again, because waiting fails if the host waits for any child or
+        // ignores SIGCHLD.
         waited.or_else(|error| {
             let status = process.and_then(|process| pidfd::exit_status(process.as_fd()));
             let exit = status.map(|status| Exit {
@@ -113,10 +117,11 @@ impl Pid {
         })
     }
 
-    /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100 ms,
-    /// it goes to `unreaped`.
+    /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100
+    /// ms, adds it to `unreaped`.
     pub(crate) fn discard(self, process: Option<OwnedFd>, unreaped: &Unreaped) {
-        // If the host ignores SIGCHLD, the number of a child that has exited may be reused already.
+        // Kill only a child that is still running. If the host ignores SIGCHLD, the number of an
+        // exited child may already be reused.
         if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
             return;
         }
@@ -132,10 +137,10 @@ impl Pid {
 
     fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<Exit>> {
         let mut status = 0;
-        // SAFETY: all zeroes is a valid rusage.
+        // SAFETY: all zeroes is a valid `rusage`.
         let mut used: libc::rusage = unsafe { std::mem::zeroed() };
         let pid = retry(|| {
-            // SAFETY: status and usage are writable. The call waits for this child only.
+            // SAFETY: both pointers are valid for writes. The call waits only for this child.
             check(unsafe { libc::wait4(self.0, &raw mut status, options, &raw mut used) })
         })?;
         let usage = Usage {
@@ -149,8 +154,9 @@ impl Pid {
         }))
     }
 
-    /// Sends a signal: by the descriptor of the process, if there is one. The caller has not reaped the
-    /// child. Without a descriptor, the signal may reach another process if other code has reaped it.
+    /// Sends a signal, through the process descriptor if there is one. The caller must not have
+    /// reaped the child. Without a descriptor, the signal may reach another process if other code
+    /// has reaped the child.
     pub(crate) fn signal(
         self,
         process: Option<BorrowedFd<'_>>,
@@ -159,13 +165,13 @@ impl Pid {
         if let Some(sent) = process.and_then(|process| pidfd::signal(process, signal)) {
             return sent;
         }
-        // SAFETY: kill changes no memory.
+        // SAFETY: kill accesses no memory of this process.
         check(unsafe { libc::kill(self.0, signal) })?;
         Ok(())
     }
 }
 
-/// Children that were killed and had not exited after 100 ms. They are reaped before the next fork.
+/// Killed children that had not exited after 100 ms. They are reaped before the next fork.
 #[derive(Debug, Default)]
 pub(crate) struct Unreaped(RefCell<Vec<(Pid, Option<OwnedFd>)>>);
 
@@ -177,8 +183,8 @@ impl Unreaped {
         self.0.borrow_mut().retain(is_running);
     }
 
-    /// Removes all children in a forked child that executes no program, where they are not its own.
-    /// Returns their descriptors.
+    /// Removes all children and returns their descriptors. Called in a forked child that executes
+    /// no program, where these processes are not its own children.
     pub(crate) fn abandon(&self) -> Vec<RawFd> {
         let children = self.0.take().into_iter();
         let processes = children.filter_map(|(_, process)| process);

@@ -1,4 +1,4 @@
-//! The program of a child, and how the parent starts it.
+//! The program of a child, and how the parent starts the child.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, OsString};
@@ -18,25 +18,26 @@ use crate::sys::signal_mask::SignalSet;
 use crate::sys::socket;
 use crate::types::fork_step::ForkStep;
 
-/// How long a child of another user may take to execute its program, or to become a worker without one,
-/// before it is killed.
+/// How long a child of another user may take to execute its program, or to become a worker without
+/// one, before it is killed.
 ///
-/// Other processes of that user may stop the child, and the master's loop waits for it. Together with
-/// reaping, `fork` takes at most one second. A shorter time could kill a child on a busy machine that
-/// reads the program from a disk; a longer one would block the master for longer.
+/// The master's loop waits for the child, which other processes of that user may stop. Together
+/// with reaping, `fork` takes at most one second. On a busy machine that reads the program from a
+/// disk, a shorter time could kill a healthy child. A longer time would block the master for
+/// longer.
 pub(super) const START_TIMEOUT: Duration = Duration::from_millis(900);
 
-/// Everything that `execve` needs, prepared before the fork: the child allocates nothing. For a child
-/// that executes no program, path, arguments and environment are empty.
+/// Everything that `execve` needs, prepared before the fork because the child must not allocate.
+/// For a child that executes no program, path, arguments and environment are empty.
 #[derive(Debug, Default)]
 pub(crate) struct Program {
     path: CString,
     args: Vec<CString>,
     env: Vec<CString>,
     cwd: Option<CString>,
-    /// Descriptors 0, 1 and so on of the child; `None` for those that it inherits.
+    /// The child's descriptors 0, 1 and so on, with `None` for those that it inherits.
     stdio: Vec<Option<OwnedFd>>,
-    /// Names of variables whose value is the process id of the child.
+    /// Names of variables whose value is the child's process id.
     pid_variables: Vec<&'static str>,
     is_detached: bool,
     leads_session: bool,
@@ -55,7 +56,7 @@ pub(in crate::sys) struct Started {
 }
 
 impl Started {
-    /// Opens a descriptor of a child that `fork` has returned.
+    /// Opens a descriptor of a child that `fork` has returned, and describes the child.
     fn forked(number: libc::pid_t) -> Self {
         let pid = Pid::from_raw(number);
         Self {
@@ -70,18 +71,18 @@ fn c_string(text: OsString) -> io::Result<CString> {
     CString::new(text.into_vec()).map_err(io::Error::from)
 }
 
-/// Returns the array of pointers that `execve` takes.
+/// Returns the array of pointers that `execve` takes, which ends with a null pointer.
 fn null_terminated(strings: &[CString]) -> Vec<*const libc::c_char> {
     let pointers = strings.iter().map(|string| string.as_ptr());
     pointers.chain([std::ptr::null()]).collect()
 }
 
 impl Program {
-    /// Creates a program; `args` begins with its name.
+    /// Creates a program. `args` must begin with the program's name.
     ///
     /// # Errors
     ///
-    /// One of the strings contains a zero byte.
+    /// Returns an error if one of the strings contains a zero byte.
     pub(crate) fn new(
         path: OsString,
         args: impl IntoIterator<Item = OsString>,
@@ -100,18 +101,19 @@ impl Program {
         })
     }
 
-    /// Sets the directory of the child.
+    /// Sets the child's directory.
     pub(crate) fn cwd(&mut self, directory: OsString) -> io::Result<()> {
         self.cwd = Some(c_string(directory)?);
         Ok(())
     }
 
-    /// Sets descriptors 0, 1 and so on of the child. Their present numbers are higher than these.
+    /// Sets the child's descriptors 0, 1 and so on. The numbers of the given descriptors must be
+    /// higher than the numbers that they replace.
     pub(crate) fn stdio(&mut self, stdio: Vec<Option<OwnedFd>>) {
         self.stdio = stdio;
     }
 
-    /// Adds an environment variable whose value is the process id of the child.
+    /// Adds an environment variable whose value is the child's process id.
     pub(crate) fn pid_variable(&mut self, name: &'static str) {
         self.pid_variables.push(name);
     }
@@ -121,29 +123,28 @@ impl Program {
         self.is_detached = true;
     }
 
-    /// Makes the child lead a session and a process group of its own, without a terminal.
+    /// Makes the child lead its own session and process group, without a terminal.
     pub(crate) fn setsid(&mut self) {
         self.leads_session = true;
     }
 
-    /// Sets the user and the group of the child.
+    /// Sets the child's user and group.
     pub(crate) fn identity(&mut self, uid: Option<u32>, gid: Option<u32>) {
         (self.uid, self.gid) = (uid, gid);
     }
 
-    /// Starts the program in a child.
+    /// Starts the program in a child. Also returns a descriptor that becomes readable when the
+    /// child exits, if the system has one.
     ///
-    /// The child inherits the descriptors of `stdio` (or 0, 1 and 2 of this process), and `channel`,
-    /// whose number is higher, and no others. Its signals have their default dispositions and none is
-    /// blocked. On Linux the child is killed when the calling thread exits.
-    ///
-    /// Returns also a descriptor that becomes readable when the child exits, if the system has one.
+    /// The child inherits only the descriptors of `stdio` (or 0, 1 and 2 of this process) and
+    /// `channel`, whose number must be higher. Its signals have their default dispositions, and
+    /// none is blocked. On Linux, the child is killed when the calling thread exits.
     ///
     /// # Errors
     ///
-    /// The process cannot be forked, or the program cannot be executed, or a child of another user has
-    /// not executed it within [`START_TIMEOUT`]. A child that cannot be reaped at once goes to
-    /// `unreaped`.
+    /// Returns an error if the process cannot be forked, or if the program cannot be executed. Also
+    /// fails if a child of another user has not executed the program within [`START_TIMEOUT`]. A
+    /// child that cannot be reaped at once is added to `unreaped`.
     pub(crate) fn spawn(
         &self,
         channel: RawFd,
@@ -152,17 +153,18 @@ impl Program {
         self.start(channel, unreaped, |child, _| clone_or_fork(child))
     }
 
-    /// Forks a child that executes no program, and runs the closure that `begin` returns there.
+    /// Forks a child that executes no program, and runs the closure that `begin` returns in the
+    /// child.
     ///
-    /// The child has a copy of all memory. Its descriptors, signals, directory and user are as after
-    /// `spawn`, except that it keeps other open descriptors unless `abandon` returns them. This function
-    /// never returns in the child.
+    /// The child has a copy of all memory. Its descriptors, signals, directory and user are the
+    /// same as after `spawn`. However, the child keeps other open descriptors unless `abandon`
+    /// returns them. This function never returns in the child.
     ///
     /// # Errors
     ///
-    /// The process cannot be forked, or one of its steps fails, of which `begin` is the last, or a child
-    /// of another user has not completed them within [`START_TIMEOUT`]. A child that cannot be reaped
-    /// at once goes to `unreaped`.
+    /// Returns an error if the process cannot be forked, or if one of the child's steps fails, of
+    /// which `begin` is the last. Also fails if a child of another user has not completed the steps
+    /// within [`START_TIMEOUT`]. A child that cannot be reaped at once is added to `unreaped`.
     pub(crate) fn fork<M: FnOnce() -> i32>(
         &self,
         channel: RawFd,
@@ -171,15 +173,15 @@ impl Program {
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<(Pid, Option<OwnedFd>), Failure> {
         self.start(channel, unreaped, |child, parents_end| {
-            // The C library's `fork` makes its own locks usable in the child.
-            // SAFETY: the child continues with a copy of this thread. The application's documentation
-            // makes it responsible for locks of other threads.
+            // Use the C library's `fork`, which makes the library's own locks usable in the child.
+            // SAFETY: the child continues with a copy of this thread. The documentation makes the
+            // application responsible for locks of other threads.
             match check(unsafe { libc::fork() })? {
                 0 => child.run(parents_end.as_raw_fd(), abandon, begin),
                 number => {
                     let started = Started::forked(number);
-                    // The child waits for this byte: if the host ignores SIGCHLD, the number of a child
-                    // that has exited could belong to another process.
+                    // Send the byte for which the child waits. If the host ignores SIGCHLD, a child
+                    // that exited earlier could lose its number to another process.
                     let _ = socket::send(parents_end, &[0], &[]);
                     Ok(started)
                 }
@@ -187,7 +189,7 @@ impl Program {
         })
     }
 
-    /// Starts a child by `fork`, and waits until it has started or failed.
+    /// Starts a child by `fork`, and waits until the child has started or failed.
     fn start(
         &self,
         channel: RawFd,
@@ -201,8 +203,8 @@ impl Program {
             null_terminated(&self.args),
             self.environment(&pid_variables),
         );
-        // The child's end is closed by a successful `execve`. Its number must be beyond those that the
-        // child's other descriptors get.
+        // Move the child's end beyond the numbers that the child's other descriptors receive. A
+        // successful `execve` closes this end.
         let (reports, low) = UnixStream::pair().map_err(forking)?;
         let beyond = RawFd::try_from(self.stdio.len()).unwrap_or(RawFd::MAX);
         let childs_end = duplicate(low.as_raw_fd(), beyond).map_err(forking)?;
@@ -223,12 +225,12 @@ impl Program {
             parent: std::process::id(),
         };
 
-        // A handler of this crate or of the host that ran in the child would act on the master's
-        // descriptors. So no signal is delivered until the child has default dispositions.
+        // Deliver no signal until the child has default dispositions. A handler of this crate or of
+        // the host would otherwise act on the master's descriptors in the child.
         let mask = SignalSet::all().set_as_mask();
         let started = fork(&child, &reports);
         mask.set_as_mask();
-        // Otherwise the stream would not end.
+        // Close the parent's copy, because the stream would not end while it is open.
         drop(childs_end);
         let Started { pid, process, wait } = started.map_err(forking)?;
 
@@ -246,7 +248,8 @@ impl Program {
         Ok((pid, process))
     }
 
-    /// Returns the child's environment: the variables that it completes itself, and the others.
+    /// Returns the child's environment, which consists of the variables that the child completes
+    /// itself and the others.
     fn environment(&self, pid_variables: &[Cell<PidVariable>]) -> Vec<*const libc::c_char> {
         let own = pid_variables
             .iter()
@@ -255,7 +258,7 @@ impl Program {
     }
 }
 
-/// Makes a child that executes its program.
+/// Creates a child that executes its program, by clone(2) if possible.
 fn clone_or_fork(child: &Child<'_>) -> io::Result<Started> {
     if let Some(cloned) = clone(child) {
         return cloned;

@@ -1,7 +1,8 @@
 //! The reports of a child to its parent, until the child has started.
 //!
-//! The child writes each report with one call, so each arrives in one piece. If the child executes a
-//! program, the stream of the reports is closed on exec: its end means that the child has started.
+//! The child writes each report with one call, so each report arrives in one piece. The report
+//! stream is closed on exec. If the child executes a program, the end of the stream means that the
+//! child has started.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -13,8 +14,8 @@ use crate::sys::poll::wait_readable;
 use crate::sys::socket;
 use crate::types::fork_step::ForkStep;
 
-/// A step that a child takes before it has started, and that can fail. The value is its number in a
-/// report.
+/// A step that a child takes before it has started, and that can fail. The value is the step's
+/// number in a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(in crate::sys) enum Step {
@@ -57,25 +58,25 @@ impl Step {
     }
 }
 
-/// A report as the child writes it.
+/// A report in the form in which the child writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Report {
     /// A step has failed with an error number, and the child exits.
     Failed(Step, i32),
-    /// A child that executes no program has started: no step can fail any more.
+    /// A child that executes no program has started, and no step can fail any longer.
     Started,
-    /// A descriptor comes with this report: the stream that carries all further reports.
+    /// The descriptor that comes with this report is the stream of all further reports.
     Moved,
 }
 
-/// The length of a report in bytes: its kind or step, and an error number.
+/// The length of a report in bytes, which consists of its kind or step and an error number.
 const LENGTH: usize = 5;
-/// The first bytes of reports that are not failures.
+/// The first byte of the report `Started`. Failures begin with their step, whose number is lower.
 const STARTED: u8 = u8::MAX;
 const MOVED: u8 = u8::MAX - 1;
 
 impl Report {
-    /// Async-signal-safe.
+    /// Encodes the report. Async-signal-safe.
     pub(super) fn encode(self) -> [u8; LENGTH] {
         let (kind, errno) = match self {
             Self::Failed(step, errno) => (step as u8, errno),
@@ -98,7 +99,7 @@ impl Report {
     }
 }
 
-/// The state of the stream of reports.
+/// The result of one read from the report stream.
 enum Reading {
     /// No report has arrived since the last read.
     Pending,
@@ -110,7 +111,7 @@ enum Reading {
     Failed(Failure),
 }
 
-/// Waits until a child has started, has failed to, or has exited, but no longer than `limit`.
+/// Waits until a child has started, failed to start or exited, but no longer than `limit`.
 pub(super) fn wait_for_start(
     mut reports: UnixStream,
     process: Option<&OwnedFd>,
@@ -121,8 +122,8 @@ pub(super) fn wait_for_start(
     loop {
         let left = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
         let has_exited = match process {
-            // The stream of a child that exits may stay open, because a child that another thread of the
-            // host forked may have a copy.
+            // Also wait for the process, because the stream may stay open after the child's exit. A
+            // child that another thread of the host forked may have a copy.
             Some(process) => wait_readable([reports.as_fd(), process.as_fd()], left)
                 .map(|[_, has_exited]| has_exited),
             None => wait_readable([reports.as_fd()], left).map(|_| false),
@@ -132,7 +133,7 @@ pub(super) fn wait_for_start(
             Reading::Closed | Reading::Started => return Ok(()),
             Reading::Failed(failure) => return Err(failure),
             Reading::Moved(stream) => reports = stream,
-            // The exit of the worker reports why.
+            // Return no error, because the worker's exit reports the reason.
             Reading::Pending if has_exited => return Ok(()),
             Reading::Pending if left == Some(Duration::ZERO) => {
                 let reason = format!("it had not started after {START_TIMEOUT:?}, and was killed");
@@ -143,7 +144,7 @@ pub(super) fn wait_for_start(
     }
 }
 
-/// Returns the failure that a child has reported, if it has.
+/// Returns the failure that a child has reported, if any.
 pub(super) fn read_failure(reports: &UnixStream) -> Option<Failure> {
     match read(reports) {
         Ok(Reading::Failed(failure)) => Some(failure),
@@ -153,7 +154,7 @@ pub(super) fn read_failure(reports: &UnixStream) -> Option<Failure> {
     }
 }
 
-/// Reads one report if there is one.
+/// Reads one report without waiting. Returns `Pending` if there is none.
 fn read(reports: &UnixStream) -> io::Result<Reading> {
     let mut report = [0; LENGTH];
     let mut piece = match socket::receive(reports.as_fd(), &mut report) {
@@ -217,7 +218,8 @@ mod tests {
         let (step, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
         assert_eq!(step, ForkStep::Directory);
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
-        // The first stream is still open, as it is if another process has a copy.
+        // Keep the first stream open until now, because another process may have a copy of it in
+        // practice.
         drop(first);
     }
 }

@@ -1,4 +1,4 @@
-//! Signals for arrivals on a descriptor: fcntl(2), `O_ASYNC`.
+//! Enables signals for arrivals on a descriptor (`O_ASYNC` in fcntl(2)).
 
 use std::io;
 use std::os::fd::RawFd;
@@ -6,7 +6,8 @@ use std::os::fd::RawFd;
 use crate::sys::check;
 use crate::sys::fd::{set_status_flag, status_flags};
 
-/// Constants of fcntl(2) that `libc` lacks. They are the same on all architectures.
+/// The first of the fcntl(2) constants that `libc` lacks. Their values are the same on all
+/// architectures.
 const F_SETSIG: libc::c_int = 10;
 const F_SETOWN_EX: libc::c_int = 15;
 const F_GETOWN_EX: libc::c_int = 16;
@@ -22,19 +23,20 @@ struct OwnerEx {
 ///
 /// # Errors
 ///
-/// The descriptor is not open, or cannot signal arrivals (`Unsupported`).
+/// Returns an error if the descriptor is not open, or `Unsupported` if the descriptor cannot signal
+/// arrivals.
 pub(super) fn enable(source: RawFd, signal: libc::c_int, thread: libc::pid_t) -> io::Result<()> {
     set_signal(source, signal)?;
     set_owner(source, thread)?;
     set_status_flag(source, libc::O_ASYNC, true)?;
-    // The kernel reports no error if the descriptor cannot signal arrivals.
+    // Check the flag, because the kernel reports no error if the descriptor cannot signal arrivals.
     if status_flags(source)? & libc::O_ASYNC == 0 {
         return Err(io::ErrorKind::Unsupported.into());
     }
     Ok(())
 }
 
-/// Undoes `enable`, unless the number was closed and now belongs to another descriptor.
+/// Undoes [`enable`], unless the number was closed and now belongs to another descriptor.
 pub(super) fn disable(source: RawFd, thread: libc::pid_t) {
     if owner(source).is_ok_and(|owner| owner == thread) {
         let _ = set_status_flag(source, libc::O_ASYNC, false);
@@ -43,28 +45,28 @@ pub(super) fn disable(source: RawFd, thread: libc::pid_t) {
     }
 }
 
-/// Sets the signal of a descriptor; 0 for the default.
+/// Sets a descriptor's signal. The value 0 selects the default signal.
 fn set_signal(source: RawFd, signal: libc::c_int) -> io::Result<()> {
-    // SAFETY: F_SETSIG takes an integer.
+    // SAFETY: F_SETSIG accesses no memory of this process.
     check(unsafe { libc::fcntl(source, F_SETSIG, signal) })?;
     Ok(())
 }
 
-/// Sets the thread that gets the signals; 0 for none.
+/// Sets the thread that receives the signals. The value 0 selects no thread.
 fn set_owner(source: RawFd, thread: libc::pid_t) -> io::Result<()> {
     let owner = OwnerEx {
         kind: F_OWNER_TID,
         number: thread,
     };
-    // SAFETY: the structure lives through the call.
+    // SAFETY: the pointer is valid for reads of an `OwnerEx`.
     check(unsafe { libc::fcntl(source, F_SETOWN_EX, &raw const owner) })?;
     Ok(())
 }
 
-/// Returns the thread that gets the signals of a descriptor.
+/// Returns the thread that receives a descriptor's signals.
 pub(super) fn owner(source: RawFd) -> io::Result<libc::pid_t> {
     let mut owner = OwnerEx { kind: 0, number: 0 };
-    // SAFETY: the structure is writable.
+    // SAFETY: the pointer is valid for writes of an `OwnerEx`.
     check(unsafe { libc::fcntl(source, F_GETOWN_EX, &raw mut owner) })?;
     Ok(owner.number)
 }

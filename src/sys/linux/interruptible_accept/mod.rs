@@ -1,15 +1,15 @@
-//! A blocking `accept` that messages, signals and timers interrupt.
+//! Provides a blocking `accept` that messages, signals and timers interrupt.
 //!
-//! Linux queues processes that block in `accept` first in, first out, and wakes one for each connection.
-//! A process that polls does not take part in this queue. So a worker with a channel blocks in `accept`
-//! too, and the kernel signals each arrival on the channel to this thread: by SIGURG, which is ignored
-//! unless a handler is installed. The signal is blocked except during the call, so that it interrupts no
-//! call of the application.
+//! Linux queues processes that block in `accept` first in, first out, and wakes one for each
+//! connection. A process that polls does not take part in this queue. So a worker with a channel
+//! also blocks in `accept`. The kernel signals each arrival on the channel to this thread by
+//! SIGURG, which is ignored unless a handler is installed. The signal is blocked except during the
+//! call, so it does not interrupt the application's calls.
 //!
-//! A signal that arrives after it is unblocked, but before `accept` sleeps, must not be lost. So
+//! A signal must not be lost if it arrives after it was unblocked, but before `accept` sleeps. So
 //! `accept` is called on a reserved descriptor, the *slot*, which holds a copy of the listener. The
-//! handler replaces the slot with the *stub*, a descriptor that is no socket: `accept` fails, whether it
-//! has begun or not.
+//! handler replaces the slot with the *stub*, a descriptor that is no socket. As a result, `accept`
+//! fails, whether it has begun or not.
 
 mod async_io;
 
@@ -27,41 +27,42 @@ use crate::sys::{check, fd};
 
 const SIGNAL: libc::c_int = libc::SIGURG;
 
-/// The thread that the handler works for; 0 if none.
+/// The id of the thread that the handler works for, or 0 if there is none.
 static THREAD: AtomicI32 = AtomicI32::new(0);
-/// The descriptors that the handler works on.
+/// The number of the descriptor that the handler replaces, or -1 if there is none.
 static SLOT: AtomicI32 = AtomicI32::new(-1);
 static STUB: AtomicI32 = AtomicI32::new(-1);
-/// The handler has run since the thread last checked.
+/// Whether the handler has run since the thread last checked.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static REPLACED: ReplacedHandler = ReplacedHandler::none();
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     REPLACED.call_after(signal, info, context, || {
-        // On another thread the descriptors might be closed, and their numbers reused, at this moment.
-        // That thread is not blocked in `accept` either.
+        // Act only on this thread. While the handler runs on another thread, the descriptors might
+        // be closed and their numbers reused. The other thread is also not blocked in `accept`.
         if THREAD.load(Ordering::SeqCst) == own_thread() {
             INTERRUPTED.store(true, Ordering::SeqCst);
             let (stub, slot) = (STUB.load(Ordering::SeqCst), SLOT.load(Ordering::SeqCst));
-            // It cannot fail: both are open. dup(2) documents EBUSY for a number that another thread is
-            // about to open, but this number is never free.
-            // SAFETY: this module owns the slot.
+            // Ignore the result, because `dup3` cannot fail when both descriptors are open. dup(2)
+            // documents EBUSY for a number that another thread is about to open, but the slot's
+            // number is never free.
+            // SAFETY: this module owns the slot, so dup3 replaces no other code's descriptor.
             unsafe { libc::dup3(stub, slot, libc::O_CLOEXEC) };
         }
     });
 }
 
-/// Returns the number of the calling thread. Async-signal-safe.
+/// Returns the id of the calling thread. Async-signal-safe.
 fn own_thread() -> libc::pid_t {
-    // glibc has a function for this only since 2.30.
-    // SAFETY: always callable.
+    // Make the system call directly, because glibc has a function for it only since 2.30.
+    // SAFETY: gettid has no preconditions.
     let number = unsafe { libc::syscall(libc::SYS_gettid) };
     libc::pid_t::try_from(number).unwrap_or(-1)
 }
 
-/// Lets a thread block in `accept` and be interrupted.
+/// A blocking `accept` that can be interrupted. A process has at most one.
 ///
-/// A process has at most one. The pointer in `timer` keeps it on its thread (`!Send`).
+/// The pointer in `timer` makes the type `!Send`, which keeps the value on its thread.
 pub(crate) struct InterruptibleAccept {
     slot: OwnedFd,
     stub: OwnedFd,
@@ -69,10 +70,10 @@ pub(crate) struct InterruptibleAccept {
     was_blocked: bool,
     previous_action: libc::sigaction,
     sources: RefCell<Vec<RawFd>>,
-    /// The listener of which the slot is a copy.
+    /// The listener whose copy is in the slot, or `None` for the stub.
     listener: Cell<Option<RawFd>>,
     timer: Cell<Option<libc::timer_t>>,
-    /// The deadline that the timer is set to.
+    /// The deadline to which the timer is set.
     deadline: Cell<Option<Instant>>,
     owner: Owner,
 }
@@ -82,10 +83,10 @@ impl InterruptibleAccept {
     ///
     /// # Errors
     ///
-    /// - the process has an `InterruptibleAccept` already, on any thread (`ResourceBusy`);
-    /// - no descriptor is free.
+    /// Returns `ResourceBusy` if the process already has an `InterruptibleAccept` on any thread.
+    /// Also returns an error if no descriptor is free.
     pub(crate) fn new() -> io::Result<Self> {
-        // SAFETY: eventfd takes two integers.
+        // SAFETY: eventfd accesses no memory of this process.
         let stub = fd::adopt(check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?);
         let slot = stub.try_clone()?;
         let order = Ordering::SeqCst;
@@ -111,29 +112,34 @@ impl InterruptibleAccept {
         })
     }
 
-    /// Adds a socket that interrupts `accept` from now on: when bytes arrive, when the peer hangs up,
-    /// and when a send that would have waited becomes possible. The caller checks for earlier arrivals.
+    /// Adds a socket that interrupts `accept` from now on.
+    ///
+    /// An interruption follows when bytes arrive, when the peer hangs up, and when a send that
+    /// would have waited becomes possible. The caller must check for earlier arrivals.
     ///
     /// # Errors
     ///
-    /// The descriptor is not open, or the system cannot signal its arrivals (`Unsupported`).
+    /// Returns an error if the descriptor is not open, or `Unsupported` if the system cannot signal
+    /// its arrivals.
     pub(crate) fn add(&self, source: BorrowedFd<'_>) -> io::Result<()> {
         let source = source.as_raw_fd();
         self.sources.borrow_mut().push(source);
         async_io::enable(source, SIGNAL, own_thread())
     }
 
-    /// Waits for a connection, which blocks and is closed on exec. Returns `None` if a source may have
-    /// something to process, or if the deadline has passed.
+    /// Waits for a connection, which is blocking and closed on exec. Returns `None` if a source may
+    /// have something to process, or if the deadline has passed.
     ///
-    /// An arrival is signalled once. So the caller reads all sources until they would block: before
-    /// the first call, and after each call that returns `None`. After a send that would have waited,
-    /// the caller also polls once until the socket is not writable. The kernel may have made space just
-    /// before it recorded that this process waits for space.
+    /// The kernel signals an arrival only once. So the caller must read all sources until they
+    /// would block, before the first call and after each call that returns `None`.
+    ///
+    /// After a send that would have waited, the caller must also poll the socket, and call this
+    /// function only when the socket is not writable. The kernel may have made space just before it
+    /// recorded that this process waits for space.
     ///
     /// # Errors
     ///
-    /// Those of accept(2), among them `WouldBlock` if the listener does not block.
+    /// Returns the errors of accept(2), for example `WouldBlock` if the listener is non-blocking.
     pub(crate) fn accept(
         &self,
         listener: BorrowedFd<'_>,
@@ -147,8 +153,8 @@ impl InterruptibleAccept {
             self.fill_slot(number)?;
             self.listener.set(Some(number));
         }
-        // The signal may have arrived when the last call already had its connection. Then the slot held
-        // the stub until it was filled above.
+        // Check for a signal that arrived when the last call already had its connection. If
+        // `fill_slot` has replaced the stub in the meantime, `accept` would not fail.
         if self.take_interruption() {
             return Ok(None);
         }
@@ -165,7 +171,7 @@ impl InterruptibleAccept {
         }
     }
 
-    /// Removes the copy of a listener, so that closing the listener closes the socket.
+    /// Removes the slot's copy of a listener, so that closing the listener closes the socket.
     pub(crate) fn release(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
         if self.listener.get() == Some(listener.as_raw_fd()) {
             self.fill_slot(self.stub.as_raw_fd())?;
@@ -175,7 +181,7 @@ impl InterruptibleAccept {
     }
 
     fn fill_slot(&self, number: RawFd) -> io::Result<()> {
-        // SAFETY: this module owns the slot.
+        // SAFETY: this module owns the slot, so dup3 replaces no other code's descriptor.
         check(unsafe { libc::dup3(number, self.slot.as_raw_fd(), libc::O_CLOEXEC) })?;
         Ok(())
     }
@@ -188,7 +194,7 @@ impl InterruptibleAccept {
         interrupted
     }
 
-    /// Accepts from the slot. The signal is unblocked only here.
+    /// Accepts a connection from the slot. The signal is unblocked only during this call.
     fn accept_at_slot(&self) -> io::Result<OwnedFd> {
         let mask = self.signal.unblock();
         let accepted = socket::accept(self.slot.as_raw_fd());
@@ -208,18 +214,20 @@ impl InterruptibleAccept {
         // SAFETY: all zeroes is a valid itimerspec, which disarms the timer.
         let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
         if let Some(left) = left {
-            // Some systems count seconds with 32 bits, which lasts 68 years.
+            // Limit the seconds to 32 bits, which some systems use. The limit of 68 years does no
+            // harm.
             time.it_value.tv_sec = left.as_secs().try_into().unwrap_or(0x7fff_ffff);
             time.it_value.tv_nsec = left.subsec_nanos() as _;
         }
         let timer = self.timer()?;
-        // SAFETY: the timer exists, the time is initialised, and the old time is not requested.
+        // SAFETY: the timer exists, the pointer is valid for reads of the time, and the old time is
+        // not requested.
         check(unsafe { libc::timer_settime(timer, 0, &raw const time, std::ptr::null_mut()) })?;
         self.deadline.set(deadline);
         Ok(false)
     }
 
-    /// Returns the timer, which the first call creates.
+    /// Returns the timer, and creates it in the first call.
     fn timer(&self) -> io::Result<libc::timer_t> {
         if let Some(timer) = self.timer.get() {
             return Ok(timer);
@@ -230,7 +238,7 @@ impl InterruptibleAccept {
         event.sigev_signo = SIGNAL;
         event.sigev_notify_thread_id = own_thread();
         let mut timer = std::ptr::null_mut();
-        // SAFETY: the event is initialised, and the timer's number writable.
+        // SAFETY: the event is valid for reads, and the timer's number is valid for writes.
         check(unsafe {
             libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
         })?;
@@ -249,23 +257,23 @@ impl std::fmt::Debug for InterruptibleAccept {
 
 impl Drop for InterruptibleAccept {
     fn drop(&mut self) {
-        // In a child that the application has forked, the sources belong to the parent, and timers are
-        // not inherited.
+        // Change nothing in a child that the application has forked. The sources belong to the
+        // parent, and the child does not inherit timers.
         if self.owner.is_current() && THREAD.load(Ordering::SeqCst) == own_thread() {
             for &source in self.sources.borrow().iter() {
                 async_io::disable(source, own_thread());
             }
             if let Some(timer) = self.timer.get() {
-                // SAFETY: the timer exists, and is not used again.
+                // SAFETY: the timer exists and is not used again.
                 unsafe { libc::timer_delete(timer) };
             }
         }
         SLOT.store(-1, Ordering::SeqCst);
         STUB.store(-1, Ordering::SeqCst);
         INTERRUPTED.store(false, Ordering::SeqCst);
-        // A handler that was installed over ours stays, and may still call ours.
+        // Keep a handler that was installed over ours, which may still call ours.
         if is_handled() {
-            // SAFETY: this action was in force before ours.
+            // SAFETY: this action was in force before ours, so its handler may run at any time.
             let _ = unsafe { set_action(SIGNAL, &self.previous_action) };
         }
         if !self.was_blocked {
@@ -275,12 +283,14 @@ impl Drop for InterruptibleAccept {
     }
 }
 
-/// Installs our handler, and returns the action that it replaced. This cannot fail: the signal exists.
+/// Installs our handler, and returns the action that it replaced. The installation cannot fail,
+/// because the signal exists.
 fn install_handler() -> libc::sigaction {
     let previous = action();
     REPLACED.store(&previous);
-    // Without a replaced function, SA_RESTART is set for other threads that may get the signal. It does
-    // not repeat the interrupted `accept`, which fails because of the stub.
+    // If our handler replaces no function, `chained_action` sets SA_RESTART for other threads that
+    // may receive the signal. The flag does not repeat the interrupted `accept` successfully,
+    // because the slot then holds the stub.
     let action = chained_action(handler, &previous);
     // SAFETY: the handler makes only async-signal-safe calls.
     let _ = unsafe { set_action(SIGNAL, &action) };

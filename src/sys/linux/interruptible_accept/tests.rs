@@ -18,7 +18,7 @@ use crate::sys::signal;
 
 const ALONE: &str = "CLUSTER_TEST_ALONE";
 
-/// Runs a test in a process of its own, because handlers and their descriptors belong to the process. An
+/// Runs a test in its own process, because handlers and their descriptors belong to the process. An
 /// alarm ends the process if an interruption is lost.
 fn alone(name: &str, test: fn()) {
     if std::env::var_os(ALONE).is_some() {
@@ -37,7 +37,7 @@ fn alone(name: &str, test: fn()) {
     assert!(stdout.contains("1 passed"), "{status}\n{stdout}\n{stderr}");
 }
 
-/// A listener, and a source with its peer.
+/// A listener, and an interrupting source with its peer.
 struct Fixture {
     interruptible: InterruptibleAccept,
     listener: TcpListener,
@@ -77,7 +77,7 @@ impl Fixture {
         assert!(self.accept().unwrap().is_none());
     }
 
-    /// Asserts that nothing interrupts the next call, and that it returns a connection.
+    /// Asserts that the next call returns a connection without being interrupted.
     #[track_caller]
     fn assert_not_interrupted(&self) {
         let _client = TcpStream::connect(self.address()).unwrap();
@@ -170,7 +170,7 @@ fn bytes_that_arrived_before_the_call_interrupt_accept() {
     );
 }
 
-/// The central promise of this module. The timer fires at a random moment around the call.
+/// Checks the module's central promise with a timer that fires at a random moment around the call.
 #[test]
 fn no_timer_is_lost_at_the_start_of_accept() {
     let name = "no_timer_is_lost_at_the_start_of_accept";
@@ -188,7 +188,8 @@ fn no_timer_is_lost_at_the_start_of_accept() {
     });
 }
 
-/// A thread writes a byte at a random moment around the call, and repeats this after the byte was read.
+/// Writes a byte on another thread at a random moment around the call, after the previous byte was
+/// read.
 #[test]
 fn no_message_is_lost_at_the_start_of_accept() {
     const ROUNDS: u32 = 10_000;
@@ -305,7 +306,7 @@ fn deadline_interrupts_accept() {
         let sooner = in_a_while();
         assert!(fixture.accept_until(sooner).unwrap().is_none());
         assert!(Instant::now() >= sooner);
-        // A timer that is disarmed does nothing.
+        // A disarmed timer interrupts no later call.
         let _client = TcpStream::connect(fixture.address()).unwrap();
         assert!(fixture.accept_until(in_a_while()).unwrap().is_some());
         let address = fixture.address();
@@ -340,7 +341,7 @@ fn calls_of_the_application_are_not_interrupted() {
     });
 }
 
-/// The handler runs after a call has its connection, and the next call uses another listener.
+/// Runs the handler after a call has its connection, and uses another listener for the next call.
 #[test]
 fn no_interruption_is_lost_when_the_listener_changes() {
     alone("no_interruption_is_lost_when_the_listener_changes", || {
@@ -424,7 +425,7 @@ fn handler_of_the_application_runs_and_is_restored() {
     alone("handler_of_the_application_runs_and_is_restored", || {
         let counting = SigHandler::Handler(count);
         let action = SigAction::new(counting, SaFlags::SA_NODEFER, SigSet::empty());
-        // SAFETY: the handler only counts.
+        // SAFETY: the handler only increments an atomic counter, which is async-signal-safe.
         unsafe { sigaction(Signal::SIGURG, &action) }.unwrap();
         let fixture = Fixture::new();
         (&fixture.peer).write_all(b"a").unwrap();
@@ -447,7 +448,7 @@ fn drop_restores_the_previous_state() {
         let soon = Instant::now() + Duration::from_millis(1);
         assert!(fixture.accept_until(soon).unwrap().is_none());
         assert!(is_blocked() && is_handled() && is_async(&fixture.source));
-        // This source is closed early, and its number is reused.
+        // Close this source early, so that another descriptor reuses its number.
         let (closed, _peer) = UnixStream::pair().unwrap();
         let number = closed.as_raw_fd();
         fixture.interruptible.add(closed.as_fd()).unwrap();
@@ -478,7 +479,7 @@ struct Child(Pid);
 impl Child {
     /// Runs `act` in a child, which is killed when this thread exits.
     fn fork(act: impl FnOnce()) -> Self {
-        // SAFETY: the other threads of this process hold no locks that the child needs.
+        // SAFETY: no other thread of this process holds a lock that the child needs.
         match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => Self(child),
             ForkResult::Child => {
