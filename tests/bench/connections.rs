@@ -1,4 +1,5 @@
-//! CPU time of all processes of a server per short connection, with two workers.
+//! Measures a server's CPU time per short connection, for all processes of a server with two
+//! workers.
 
 use crate::costs::{Variant, compare, figure, ratio};
 use crate::peers;

@@ -1,4 +1,4 @@
-//! Costs of a short connection, for several servers that are measured in turn.
+//! Measures the costs of a short connection for several servers in turn.
 
 use std::net::SocketAddr;
 
@@ -12,7 +12,7 @@ use crate::usage::{cpu_time, family, sleeps};
 
 const CLIENTS: usize = 32;
 
-/// The costs per connection in one round; times are in microseconds.
+/// The costs per connection in one round. Times are in microseconds.
 #[derive(Clone, Copy)]
 pub struct Costs {
     /// User and system time of the server's processes.
@@ -29,11 +29,11 @@ pub struct Variant {
     pub goal: Option<Goal>,
 }
 
-/// One round, in the order of the variants; `None` for a variant that is missing.
+/// The costs of one round, in the order of the variants. A missing variant has `None`.
 pub type Round = Vec<Option<Costs>>;
 
-/// Measures the variants in turn. Adds a row for each: its cost as a multiple of the first
-/// variant's cost in the same round.
+/// Measures the variants in turn, and adds a row for each. The row contains the variant's cost as a
+/// multiple of the first variant's cost in the same round.
 pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     let turn = |variant: &Variant| {
         let server = variant.server.as_ref().ok()?;
@@ -67,7 +67,7 @@ pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     rounds
 }
 
-/// The cost of `one` as a multiple of the cost of `other`.
+/// Returns the cost of `one` as a multiple of the cost of `other`.
 pub fn ratio(round: &Round, one: usize, other: usize) -> f64 {
     round[one].unwrap().cpu / round[other].unwrap().cpu
 }

@@ -1,4 +1,4 @@
-//! Distribution of connections among eight workers.
+//! Measures the distribution of connections among eight workers.
 
 use crate::ROUNDS;
 use crate::load::drive;
@@ -8,10 +8,10 @@ use crate::table::{Goal, Table};
 const WORKERS: usize = 8;
 const SEQUENTIAL: usize = 1_600;
 const CONCURRENT: usize = 16_000;
-/// The kernel's hash distributes connections evenly only in the long run.
+/// Number of connections for the kernel's hash, which distributes them evenly only in the long run.
 const LONG_RUN: usize = 100_000;
 
-/// Reduces the workers' counts to one figure.
+/// A function that reduces the workers' counts to one figure.
 type Measure = fn(&[f64]) -> f64;
 const SPREAD: (Measure, &str) = (|counts| max(counts) - min(counts), "max − min");
 const TO_LEAST: (Measure, &str) = (|counts| max(counts) / min(counts), "max/min");
@@ -20,7 +20,7 @@ const TO_MEAN: (Measure, &str) = (
     "max/mean",
 );
 
-/// Title, server, number of clients, connections and rounds, measure, and goal.
+/// A case with its title, server, numbers of clients, connections and rounds, measure, and goal.
 type Case = (
     &'static str,
     &'static str,
@@ -127,7 +127,7 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// Number of connections that each worker received.
+/// Returns the number of connections that each worker received.
 fn counts(server: &Server, clients: usize, connections: usize) -> Vec<f64> {
     let mut counts = vec![0.0; WORKERS];
     let mut left = connections;

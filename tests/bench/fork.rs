@@ -1,4 +1,5 @@
-//! Time from `fork()` to `online`, compared with a plain fork and exec of the same program.
+//! Measures the time from `fork()` to `online`, compared with a plain fork and exec of the same
+//! program.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
@@ -22,11 +23,12 @@ pub const FORK: &str = "fork";
 /// The role of a process that prints one byte.
 pub const BYTE: &str = "byte";
 
-/// Measured forks per round.
+/// Number of measured forks per round.
 const TIMES: usize = 30;
-/// Forks before them that are not measured.
+/// Number of forks that precede the measured ones.
 const WARM_UP: usize = 5;
-/// A fork without exec follows every third fork only: copying the page tables of 1 GiB takes long.
+/// Number of forks after which a fork without exec follows. A smaller number would take long,
+/// because copying the page tables of 1 GiB is slow.
 const COPY_EVERY: usize = 3;
 
 pub fn measure(table: &mut Table) {
@@ -57,8 +59,8 @@ pub fn measure(table: &mut Table) {
         .note(&format!("{copy}; with 1 GiB {large}"));
 }
 
-/// Times in microseconds in a master with `mebibytes` MiB resident: fork and exec without this
-/// crate, with it, and with it for a worker without exec.
+/// Returns times in microseconds in a master with `mebibytes` MiB of resident memory. They are for
+/// fork and exec without this crate, for fork and exec with it, and for a worker without exec.
 fn forks(mebibytes: usize) -> [f64; 3] {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());
@@ -66,7 +68,7 @@ fn forks(mebibytes: usize) -> [f64; 3] {
     ["bare: ", "own: ", "copy: "].map(|prefix| group.line(prefix).parse().unwrap())
 }
 
-/// Runs in the process that forks.
+/// Measures forks in the process that forks.
 pub fn fork() {
     let Role::Master(master) = cluster::init().unwrap() else {
         return;
@@ -109,7 +111,7 @@ fn fork_exec_byte() -> f64 {
     let start = Instant::now();
     let (read, write) = pipe().unwrap();
     #[allow(unsafe_code)]
-    // SAFETY: this process has one thread.
+    // SAFETY: this process has one thread, so no other thread holds a lock at the fork.
     let forked = unsafe { nix::unistd::fork() };
     let ForkResult::Parent { child } = forked.unwrap() else {
         dup2_stdout(write).unwrap();

@@ -1,4 +1,4 @@
-//! Memory, wake-ups and system calls of an idle master and its workers.
+//! Measures memory, wake-ups and system calls of an idle master and its workers.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -47,7 +47,7 @@ pub fn memory(table: &mut Table) {
     }
 }
 
-/// Builds the example server: this benchmark maps far more memory than a server.
+/// Builds the example server, because this benchmark maps far more memory than a server.
 fn http_server() -> Result<PathBuf, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
@@ -61,8 +61,8 @@ fn serve(program: &Path) -> Server {
     Server::run(command.args(["--workers", &WORKERS.to_string()]))
 }
 
-/// The master's resident memory, each worker's private memory, and the master's anonymous memory,
-/// in KiB.
+/// Returns the master's resident memory, each worker's private memory, and the master's anonymous
+/// memory, in KiB.
 fn memory_of(server: &Server) -> (f64, Vec<f64>, f64) {
     let processes = family(server.group.pid());
     let private =

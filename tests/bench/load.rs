@@ -1,4 +1,4 @@
-//! The clients: one thread keeps many connections in flight.
+//! Simulates clients with one thread that keeps many connections in flight.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -17,19 +17,19 @@ use crate::server::{GET, now};
 /// Milliseconds without any answer after which the benchmark panics.
 const ANSWER_TIMEOUT: u16 = 10_000;
 
-/// A connection that has been answered.
+/// A connection that the server has answered.
 pub struct Answered<'a> {
     pub request: &'static [u8],
-    /// The bytes that were read until the server closed.
+    /// The bytes that were read until the server closed the connection.
     pub answer: &'a [u8],
-    /// The times when the client called `connect`, and when `connect` returned.
+    /// The time when the client called `connect`. `connected` is the time when `connect` returned.
     pub started: i64,
     pub connected: i64,
     pub ended: i64,
 }
 
 impl Answered<'_> {
-    /// The numbers in the body of the answer.
+    /// Returns the numbers in the answer's body.
     pub fn numbers(&self) -> Vec<i64> {
         let answer = std::str::from_utf8(self.answer).unwrap();
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
@@ -87,7 +87,7 @@ impl Client {
     }
 }
 
-/// Connections in flight.
+/// The connections in flight.
 struct Open {
     epoll: Epoll,
     clients: Vec<Option<Client>>,
@@ -120,7 +120,8 @@ impl Open {
         self.clients[number] = Some(client);
     }
 
-    /// Waits until a connection is readable. Returns the connections that are answered by then.
+    /// Waits until a connection is readable. Returns the connections that have been answered by
+    /// then.
     fn answered(&mut self) -> Vec<Client> {
         let mut buffer = [0; 4096];
         let ready = self.epoll.wait(&mut self.events, ANSWER_TIMEOUT).unwrap();
@@ -131,7 +132,7 @@ impl Open {
             let client = self.clients[number].as_mut().unwrap();
             let length = client.stream.read(&mut buffer).unwrap();
             client.answer.extend_from_slice(&buffer[..length]);
-            // If the server has closed already, this read has returned the whole answer.
+            // The whole answer has been read if the server has already closed the connection.
             if length == 0 || event.events().contains(EpollFlags::EPOLLRDHUP) {
                 answered.extend(self.clients[number].take());
                 self.free.push(number);
@@ -141,7 +142,8 @@ impl Open {
     }
 }
 
-/// Runs `clients` clients. Each makes one connection after another, until `next` returns `None`.
+/// Runs `clients` clients, each of which makes one connection after another until `next` returns
+/// `None`.
 pub fn drive(
     address: SocketAddr,
     clients: usize,
@@ -155,7 +157,7 @@ pub fn drive(
     while !open.is_empty() {
         for client in open.answered() {
             answered(client.answered());
-            // The answered connection closes after the next one has connected.
+            // Start the next connection first. The answered connection closes afterwards.
             if let Some(request) = next() {
                 open.add(Client::connect(address, request));
             }
@@ -164,7 +166,7 @@ pub fn drive(
 }
 
 /// Starts a client at each given time of the monotonic clock, even if earlier clients still wait. A
-/// client's wait counts from that time, not from the actual `connect`.
+/// client's wait counts from the given time, not from the actual `connect`.
 pub fn drive_on_time(
     address: SocketAddr,
     requests: impl IntoIterator<Item = (i64, &'static [u8])>,
@@ -180,7 +182,7 @@ pub fn drive_on_time(
         }
         if let Some((next, _)) = requests.peek() {
             let left = Duration::from_nanos((next - now()).max(0).unsigned_abs());
-            // `epoll_wait` has a resolution of milliseconds only.
+            // Wait with `ppoll`, because `epoll_wait` has a resolution of only milliseconds.
             let mut ready = [PollFd::new(open.epoll.0.as_fd(), PollFlags::POLLIN)];
             if ppoll(&mut ready, Some(left.into()), None).unwrap() == 0 {
                 continue;
@@ -192,15 +194,16 @@ pub fn drive_on_time(
     }
 }
 
-/// The result of a load.
+/// The work that the clients did, and their CPU time.
 pub struct Load {
     pub connections: u64,
     /// User and system time of the clients.
     pub cpu: Duration,
 }
 
-/// Makes short connections for one second, with `wrk` as the client if it is installed. It has one
-/// thread per core, so that no core goes idle: waking an idle core would dominate the measurement.
+/// Makes short connections for one second, with `wrk` as the client if it is installed. `wrk` has
+/// one thread per core, so that no core goes idle. Waking an idle core would dominate the
+/// measurement.
 pub fn short_connections(address: SocketAddr, clients: usize) -> Load {
     let threads = cluster::available_parallelism();
     if !has_wrk() {
@@ -249,7 +252,7 @@ fn own_clients(address: SocketAddr, clients: usize, threads: usize) -> u64 {
     })
 }
 
-/// User and system time of `who`.
+/// Returns the user and system time of `who`.
 fn used_by(who: UsageWho) -> Duration {
     let usage = getrusage(who).unwrap();
     let micros = |time: TimeVal| time.tv_sec() * 1_000_000 + time.tv_usec();

@@ -2,14 +2,14 @@
 //! one run on one machine.
 //!
 //! ```sh
-//! cargo bench                 # all parts, at most 15 minutes
-//! cargo bench -- NAME…        # only the named parts
+//! cargo bench                 # all benchmarks, at most 15 minutes
+//! cargo bench -- NAME…        # only the named benchmarks
 //! ```
 //!
-//! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If a
-//! peer or a tool is missing, its row says so.
+//! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If
+//! another server or a tool is missing, its row says so.
 //!
-//! Every variant runs in its own group of processes: this binary, executed again, plays the master
+//! Every variant runs in its own group of processes. This binary, executed again, plays the master
 //! and its workers, the bare loop, and the other programs. The groups run through all rounds and
 //! are measured in turn (A B C A B C …). Groups that are not being measured are blocked.
 #![allow(
@@ -51,7 +51,7 @@ use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::Signal;
 use table::Table;
 
-/// Number of measured rounds, after one round of warm-up.
+/// Number of measured rounds, which follow one round of warm-up.
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
@@ -72,7 +72,7 @@ const PARTS: [(&str, Part); 12] = [
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {
-        // When the benchmark is killed, the processes that it has started are killed, too.
+        // Make the kernel kill this process when the benchmark, which started it, is killed.
         set_pdeathsig(Signal::SIGKILL).unwrap();
         match role.as_str() {
             peers::PEER => peers::exec_peer(),
@@ -95,14 +95,14 @@ fn main() -> ExitCode {
         eprintln!("unknown part {name}; known parts: {names}");
         return ExitCode::from(2);
     }
-    // Orphans of the measured processes become children of this process.
+    // Make orphans of the measured processes children of this process.
     set_child_subreaper(true).unwrap();
     let mut table = Table::default();
     let mut code = ExitCode::SUCCESS;
     for (name, measure) in PARTS {
         if selected.is_empty() || selected.iter().any(|selected| selected == name) {
             table.begin(name);
-            // If one part fails, the others still run.
+            // Continue with the other benchmarks if one fails.
             if catch_unwind(AssertUnwindSafe(|| measure(&mut table))).is_err() {
                 table.skip("the rest", "this part failed, see the message above");
                 code = ExitCode::FAILURE;

@@ -1,4 +1,4 @@
-//! Messages: round trips, one mode, and long messages.
+//! Measures round trips, one-way messages, and long messages.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -23,12 +23,14 @@ pub const MESSAGES: &str = "messages";
 
 const SHORT: usize = 32;
 const LONG: usize = 64 << 10;
-/// Messages in this time are not counted.
+/// Time of the warm-up, in which messages are not counted.
 const WARM_UP: Duration = Duration::from_millis(300);
 const TIME: Duration = Duration::from_millis(1000);
-/// Longer than any run. Added to the start time, so that the result is printed once.
+/// A time that is longer than any run. Adding it to the start time ensures that the result is
+/// printed only once.
 const NEVER: Duration = Duration::from_secs(600);
-/// The lines that are printed when the counting starts, and when it ends.
+/// The line that is printed when the counting starts. `COUNTED` begins the line that is printed
+/// when the counting ends.
 const COUNTING: &str = "counts";
 const COUNTED: &str = "counted ";
 
@@ -96,7 +98,7 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// Messages per second of CPU time of both processes.
+/// Returns the number of messages per second of CPU time of both processes.
 fn rate(command: &mut Command) -> f64 {
     let group = Group::start(command).unwrap();
     group.line(COUNTING);
@@ -108,9 +110,11 @@ fn rate(command: &mut Command) -> f64 {
     count / used.as_secs_f64()
 }
 
-/// Restricts this process, and those that it starts, to one core until it is dropped. Two processes
-/// that wait for each other cost several times more on two cores, and the kernel's placement
-/// varies.
+/// A restriction of this process, and of those that it starts, to one core until the value is
+/// dropped.
+///
+/// Two processes that wait for each other cost several times more on two cores, and the kernel's
+/// placement varies.
 struct OneCore(CpuSet);
 
 impl OneCore {
@@ -131,7 +135,7 @@ impl Drop for OneCore {
     }
 }
 
-/// Runs in the process that counts messages.
+/// Counts messages in a process that the benchmark has started.
 pub fn count() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
@@ -156,8 +160,8 @@ pub fn count() {
     }
 }
 
-/// Counts messages for `TIME`. Prints a line when the counting starts, and the number when it ends.
-/// The process goes on afterwards, until the benchmark kills it.
+/// A counter of the messages within `TIME`, which prints a line when the counting starts, and the
+/// number when it ends. Afterwards the process continues until the benchmark kills it.
 struct Counter {
     count: u64,
     start: Instant,
@@ -175,7 +179,8 @@ impl Counter {
 
     fn add(&mut self) {
         self.count += 1;
-        // Reading the clock for each message would distort the cost of short messages.
+        // Read the clock only for every 64th message, because reading it for each one would distort
+        // the cost of short messages.
         if self.count % 64 != 0 {
             return;
         }
@@ -192,8 +197,8 @@ impl Counter {
     }
 }
 
-/// A blocking socket, or a non-blocking one with a poller, as in every program that waits for more
-/// than one descriptor.
+/// A blocking socket, or a non-blocking socket with a poller. Every program that waits for more
+/// than one descriptor needs the latter.
 struct Bare {
     socket: UnixStream,
     poller: Option<Epoll>,
@@ -249,7 +254,8 @@ impl Write for Bare {
     }
 }
 
-/// Counts messages from a peer process: this program again, with the other end of a socket pair.
+/// Counts messages from a peer process, which is this program again with the other end of a socket
+/// pair.
 fn count_from(mode: &str, peer: &str, mut message: impl FnMut(&mut Bare) -> std::io::Result<()>) {
     let (here, there) = UnixStream::pair().unwrap();
     let mut process = Command::new(std::env::current_exe().unwrap())
@@ -281,7 +287,7 @@ fn write(mut peer: Bare) {
     while peer.write_all(&message).is_ok() {}
 }
 
-/// The worker counts.
+/// Exchanges messages between the master and a worker, which counts the round trips.
 fn round_trip() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -303,7 +309,7 @@ fn round_trip() {
     }
 }
 
-/// The master counts.
+/// Sends messages from a worker to the master, which counts them.
 fn one_way(length: usize) {
     match cluster::init().unwrap() {
         Role::Master(master) => {

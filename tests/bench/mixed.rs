@@ -1,4 +1,4 @@
-//! Latency when 1 request in 100 sleeps for 50 ms.
+//! Measures the latency when 1 request in 100 sleeps for 50 ms.
 
 use std::time::{Duration, Instant};
 
@@ -11,34 +11,34 @@ use crate::usage::allow_many_descriptors;
 const WORKERS: usize = 8;
 const CLIENTS: usize = 32;
 const TIME: Duration = Duration::from_secs(3);
-/// Mean number of connections per second in the open loop; the gaps between them are random.
+/// Mean number of connections per second in the open loop. The gaps between connections are random.
 const RATE: f64 = 8_000.0;
-/// One request in this number is slow.
+/// Number of requests of which one is slow.
 const SLOW: usize = 100;
-/// The longest wait that the kernel's scheduler may cause on a busy machine, in milliseconds: half
-/// the time of a slow request.
+/// The longest wait in milliseconds that the kernel's scheduler may cause on a busy machine, which
+/// is half the time of a slow request.
 const SCHEDULING: f64 = 25.0;
 
 type Play = fn(&Server, usize) -> Outcome;
 
-/// The result of one round; times are in milliseconds.
+/// The result of one round. Times are in milliseconds.
 struct Outcome {
     connections: usize,
     latencies: [f64; 3],
     /// The longest time that a connection waited while a worker was idle.
     longest: f64,
-    /// Connections that were queued behind a slow request for longer than `SCHEDULING` while
-    /// another worker was idle.
+    /// Number of connections that were queued behind a slow request for longer than `SCHEDULING`
+    /// while another worker was idle.
     queued_behind: f64,
 }
 
-/// One connection, in nanoseconds of the monotonic clock.
+/// The times of one connection, in nanoseconds of the monotonic clock.
 struct Times {
     worker: i64,
     slow: bool,
     started: i64,
     connected: i64,
-    /// The times when the worker received the connection, and when it answered.
+    /// The time when the worker received the connection. `answered` is the time when it answered.
     accepted: i64,
     answered: i64,
     ended: i64,
@@ -105,7 +105,8 @@ fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Vec<f64> {
     outcomes.iter().map(value).collect()
 }
 
-/// Random arrivals at half of the workers' capacity, in the same sequence for all servers.
+/// Simulates random arrivals at half of the workers' capacity, in the same sequence for all
+/// servers.
 fn open_loop(server: &Server, round: usize) -> Outcome {
     let mut random = fastrand::Rng::with_seed(round as u64);
     let mut time = now() as f64;
@@ -125,8 +126,8 @@ fn open_loop(server: &Server, round: usize) -> Outcome {
     Outcome::of(&all)
 }
 
-/// Each client connects again at once, so that almost all workers are in a slow request almost
-/// always.
+/// Simulates clients that connect again at once, so that almost all workers are in a slow request
+/// almost always.
 fn closed_loop(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;
@@ -197,8 +198,8 @@ fn millis(nanos: i64) -> f64 {
     nanos as f64 / 1e6
 }
 
-/// The times at which a worker became busy or idle. Each has the total time until then during which
-/// at least one worker was idle, and whether one was idle from then on.
+/// The times at which a worker became busy or idle. Each entry also contains the total time until
+/// then during which at least one worker was idle, and whether one was idle from then on.
 struct Idle(Vec<(i64, i64, bool)>);
 
 impl Idle {
@@ -207,7 +208,7 @@ impl Idle {
         let ends = all.iter().map(|times| (times.answered, -1));
         let mut changes: Vec<_> = begins.chain(ends).collect();
         changes.sort_unstable();
-        // The monotonic clock starts at boot.
+        // Start with the time 0, because the monotonic clock starts at boot.
         let mut idle = Self(vec![(0, 0, true)]);
         let mut busy = 0;
         for (time, change) in changes {

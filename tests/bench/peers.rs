@@ -1,4 +1,4 @@
-//! Other servers that send the same answer.
+//! Starts other servers that send the same answer.
 
 use std::ffi::OsStr;
 use std::io::{Read as _, Write as _};
@@ -21,15 +21,15 @@ fn peers_dir() -> PathBuf {
 /// The role of a process that executes another program.
 pub const PEER: &str = "peer";
 
-/// A command for another program, which is terminated when this process exits.
+/// Returns a command for another program, which is terminated when this process exits.
 fn peer_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(SCENARIO, PEER).arg(program);
     command
 }
 
-/// Runs in the process that executes the peer. The signal is SIGTERM, because a peer's workers
-/// would not notice that their master was killed.
+/// Executes the other program in a process that the benchmark has started. The signal is SIGTERM,
+/// because the program's workers would not notice that their master was killed.
 pub fn exec_peer() {
     set_pdeathsig(Signal::SIGTERM).unwrap();
     let args: Vec<_> = std::env::args_os().skip(1).collect();
@@ -37,13 +37,13 @@ pub fn exec_peer() {
     panic!("{}", command.args(&args[1..]).env_remove(SCENARIO).exec());
 }
 
-/// Checks that a program is installed.
+/// Returns an error unless a program is installed.
 pub fn has(program: &str, version: &str) -> Result<(), String> {
     let output = Command::new(program).arg(version).output();
     output.map(drop).map_err(|_| format!("no {program}"))
 }
 
-/// A command for one of the programs for Node in `peers`.
+/// Returns a command for one of the Node programs in `peers`.
 pub fn node_program(name: &str, args: &[&str]) -> Result<Command, String> {
     has("node", "--version")?;
     let mut command = peer_command("node");

@@ -1,5 +1,5 @@
-//! Cost of one loop iteration with many inactive timers, watches, workers and so on. It should not
-//! depend on their number.
+//! Measures the cost of one loop iteration with many inactive timers, watches, workers and other
+//! items. The cost should not depend on the number of items.
 
 use std::cell::Cell;
 use std::io::Write as _;
@@ -33,11 +33,11 @@ const KINDS: [&str; 7] = [
     "watches of a worker",
 ];
 const COUNTS: [usize; 3] = [10, 100, 1_000];
-/// Iterations in one batch.
+/// Number of loop iterations in one batch.
 const ITERATIONS: u32 = 5_000;
-/// Longer than all rounds together.
+/// A time that is longer than all rounds together.
 const HOUR: Duration = Duration::from_secs(3600);
-/// Maximum number of connections that are dispatched to one worker; further ones wait in the
+/// Maximum number of connections that are dispatched to one worker. Further connections wait in the
 /// master.
 const QUEUE: usize = 16;
 
@@ -101,7 +101,7 @@ impl Loop {
         }
     }
 
-    /// Runs a batch. Returns the CPU time of one iteration in microseconds.
+    /// Runs a batch, and returns the CPU time of one iteration in microseconds.
     fn run_batch(&mut self) -> f64 {
         self.batches += 1;
         kill(self.process, nix::sys::signal::Signal::SIGUSR1).unwrap();
@@ -109,7 +109,7 @@ impl Loop {
         line.parse::<f64>().unwrap()
     }
 
-    /// Runs a batch. Returns the number of system calls of one iteration.
+    /// Runs a batch, and returns the number of system calls of one iteration.
     fn count_calls(&mut self) -> Result<f64, String> {
         let process = self.process;
         let calls = calls(&[process], || {
@@ -126,7 +126,7 @@ fn cpu_time() -> Duration {
         .into()
 }
 
-/// One batch of iterations. Prints the CPU time of one iteration at the end.
+/// One batch of loop iterations, which prints the CPU time of one iteration at the end.
 struct Batch {
     number: Rc<Cell<u32>>,
     start: Duration,
@@ -147,7 +147,7 @@ impl Batch {
     }
 }
 
-/// A socket that is always readable, and its peer.
+/// Returns a socket that is always readable, and its peer.
 fn readable() -> (UnixStream, UnixStream) {
     let (here, mut there) = UnixStream::pair().unwrap();
     there.write_all(b"x").unwrap();
@@ -186,7 +186,7 @@ macro_rules! measured {
             role.watch(here, Interest::Readable, next).unwrap();
         };
         role.on_signal(Signal::USR1, on_signal).unwrap();
-        // Added last, so that a search for what keeps the loop running finds it last.
+        // Add this timer last, so that a search for what keeps the loop running finds it last.
         role.set_timeout(HOUR, |_| {});
         println!("process {}", std::process::id());
         role.run().unwrap();
@@ -194,7 +194,7 @@ macro_rules! measured {
     }};
 }
 
-/// Runs in the process whose loop is measured, and in its workers.
+/// Runs the measured loop, in the process that the benchmark has started or in its workers.
 pub fn run_loop() {
     let Role::Master(master) = cluster::init().unwrap() else {
         return;
@@ -238,7 +238,7 @@ fn run_in_worker(master: &Master, main: impl Fn(Worker) + 'static) {
     master.fork_as(settings).unwrap();
 }
 
-/// Makes `count` connections wait in the master: the scheduler selects one worker for all of them,
+/// Makes `count` connections wait in the master. The scheduler selects one worker for all of them,
 /// and that worker never finishes its first connection.
 fn queue_connections(master: &Master, count: usize) {
     let workers = count.div_ceil(QUEUE) + 2;
@@ -262,7 +262,7 @@ fn queue_connections(master: &Master, count: usize) {
     while listening.get() < workers {
         master.dispatch(None).unwrap();
     }
-    // The clients are in a worker: a thread's system calls would be counted, too.
+    // Run the clients in a worker, because a thread's system calls would also be counted.
     run_in_worker(master, move |_worker| {
         let connect = |_| TcpStream::connect(&address).unwrap();
         let clients: Vec<_> = (0..all).map(connect).collect();
@@ -272,6 +272,6 @@ fn queue_connections(master: &Master, count: usize) {
     while master.ledger().accepted < all as u64 {
         master.dispatch(Some(Duration::from_millis(10))).unwrap();
     }
-    // The listener must stay open until the process exits.
+    // Leak the listener, because it must stay open until the process exits.
     std::mem::forget(listener);
 }

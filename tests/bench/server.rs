@@ -1,4 +1,4 @@
-//! The measured servers: bare loops, and the same server with this crate.
+//! The measured servers, which are bare loops and the same server with this crate.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -18,28 +18,29 @@ use sendfd::{RecvWithFd as _, SendWithFd as _};
 
 use crate::harness::{Group, SCENARIO};
 
-/// The role of a process that serves.
+/// The role of a measured server's process.
 pub const SERVER: &str = "serve";
 /// The time that a slow request takes.
 const SLOW: Duration = Duration::from_millis(50);
 
 /// The request that every server here and every peer answers.
 pub const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-/// Answered with the worker's number.
+/// A request for the worker's number.
 pub const GET_WORKER: &[u8] = b"GET /worker HTTP/1.1\r\nHost: localhost\r\n\r\n";
-/// Answered with the worker's number, and the times when it received the connection and answered.
+/// A request for the worker's number, and for the times when the worker received the connection and
+/// answered.
 pub const GET_TIMES: &[u8] = b"GET /times HTTP/1.1\r\nHost: localhost\r\n\r\n";
-/// The same after `SLOW`.
+/// A request like [`GET_TIMES`], which is answered after [`SLOW`].
 pub const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// A group of processes that serve at an address.
+/// A group of processes that serve requests at an address.
 pub struct Server {
     pub group: Group,
     pub address: SocketAddr,
 }
 
 impl Server {
-    /// Starts a server: `BARE`, `BARE_DISPATCH`, or the name of a policy of this crate.
+    /// Starts a server. The name is `BARE`, `BARE_DISPATCH`, or a policy of this crate.
     pub fn start(name: &str, workers: usize) -> Result<Self, String> {
         let known = [BARE, BARE_DISPATCH].contains(&name);
         if !known && name.parse::<SchedulingPolicy>().is_err() {
@@ -52,7 +53,7 @@ impl Server {
         Ok(Self::run(&mut command))
     }
 
-    /// Starts a program that prints its address when it listens.
+    /// Starts a program, which must print its address when it listens.
     pub fn run(command: &mut Command) -> Self {
         let group = Group::start(command).unwrap();
         let address = group.line("listening on ").parse().unwrap();
@@ -66,25 +67,26 @@ impl Drop for Server {
     }
 }
 
-/// Kills the group and waits for all its processes. Orphans are children of this process, which is
-/// a subreaper.
+/// Kills the group and waits for all its processes. This process is a subreaper, so orphans are its
+/// children.
 pub fn end(group: &Group) {
     killpg(group.pid(), Signal::SIGKILL).unwrap();
     while waitpid(Pid::from_raw(-group.pid().as_raw()), None).is_ok() {}
 }
 
-/// The server of plain `accept` loops.
+/// The name of the server with plain `accept` loops.
 pub const BARE: &str = "bare";
-/// The minimal server in which one process accepts connections and dispatches them to others.
+/// The name of the minimal server in which one process accepts connections and dispatches them to
+/// others.
 pub const BARE_DISPATCH: &str = "bare-dispatch";
 
-/// Nanoseconds of the monotonic clock, which is the same in all processes.
+/// Returns the nanoseconds of the monotonic clock, which is the same in all processes.
 pub fn now() -> i64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
     now.tv_sec() * 1_000_000_000 + now.tv_nsec()
 }
 
-/// Runs in the process that serves.
+/// Runs the measured server in a process that the benchmark has started.
 pub fn serve() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let [policy, workers] = &args[..] else {
@@ -98,14 +100,14 @@ pub fn serve() {
     }
 }
 
-/// The baseline: processes that share a listener and wait in `accept`.
+/// Runs the baseline, in which processes share a listener and wait in `accept`.
 fn bare(workers: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    // The backlog is this crate's default.
+    // Use the same backlog as this crate's default.
     listen(&listener, Backlog::new(511).unwrap()).unwrap();
     for number in 1..=workers {
         #[allow(unsafe_code)]
-        // SAFETY: this process has one thread.
+        // SAFETY: this process has one thread, so no other thread holds a lock at the fork.
         let forked = unsafe { fork() };
         if let ForkResult::Child = forked.unwrap() {
             set_pdeathsig(Signal::SIGKILL).unwrap();
@@ -119,7 +121,7 @@ fn bare(workers: usize) {
     nix::unistd::pause();
 }
 
-/// Dispatches to the processes in strict turns, even to busy ones.
+/// Dispatches connections to the processes in strict turns, even to busy ones.
 fn bare_dispatch(workers: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listen(&listener, Backlog::new(511).unwrap()).unwrap();
@@ -127,14 +129,14 @@ fn bare_dispatch(workers: usize) {
     for number in 1..=workers {
         let (master, worker) = UnixDatagram::pair().unwrap();
         #[allow(unsafe_code)]
-        // SAFETY: this process has one thread.
+        // SAFETY: this process has one thread, so no other thread holds a lock at the fork.
         let forked = unsafe { fork() };
         if let ForkResult::Child = forked.unwrap() {
             set_pdeathsig(Signal::SIGKILL).unwrap();
             let mut fds = [0];
             while worker.recv_with_fd(&mut [0], &mut fds).is_ok() {
                 #[allow(unsafe_code)]
-                // SAFETY: the descriptor was just received, and nothing else owns it.
+                // SAFETY: the descriptor was just received, and no other value owns it.
                 let connection = unsafe { TcpStream::from_raw_fd(fds[0]) };
                 let _ = answer(connection, number, now());
             }

@@ -1,14 +1,14 @@
-//! Size of static programs that are built for size.
+//! Measures the size of static programs that are built for size.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::table::{Goal, Table, number};
 
-/// The programs that were built for size: `http_server`, and a program that prints hello.
+/// The programs that were built for size, which are `http_server` and a program that prints hello.
 pub struct Small {
     pub http_server: PathBuf,
-    /// In bytes, like `hello`.
+    /// The size of `http_server` in bytes. `hello` is the other program's size.
     size: f64,
     hello: f64,
 }

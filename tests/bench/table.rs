@@ -1,11 +1,11 @@
-//! The table of results, as text and as JSON.
+//! The table of results, which is printed as text and written as JSON.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use serde::Serialize;
 
-/// Summary of the values of all rounds.
+/// A summary of the values of all rounds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
     pub median: f64,
@@ -51,7 +51,7 @@ impl From<f64> for Figure {
     }
 }
 
-/// The ratio of `own` to `other` in each round.
+/// Returns the ratio of `own` to `other` in each round.
 pub fn ratios(own: &[f64], other: &[f64]) -> Vec<f64> {
     own.iter()
         .zip(other)
@@ -67,7 +67,8 @@ pub enum Goal {
 }
 
 impl Goal {
-    /// Compares the value rounded to two decimals, as it is printed.
+    /// Returns whether the value meets the goal. The comparison uses the printed value, rounded to
+    /// two decimals.
     fn is_met(self, value: f64) -> bool {
         let value = (value * 100.0).round() / 100.0;
         match self {
@@ -191,7 +192,8 @@ impl Row {
     }
 }
 
-/// Formats a number: two decimals below 10, one below 100, and none for larger or whole numbers.
+/// Formats a number with two decimals below 10, one below 100, and none for larger or whole
+/// numbers.
 pub fn number(value: f64) -> String {
     match value.abs() {
         ..10.0 if value.fract() != 0.0 => format!("{value:.2}"),

@@ -1,4 +1,4 @@
-//! Costs with a thousand workers.
+//! Measures costs with a thousand workers.
 
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ pub fn measure(table: &mut Table) {
     let row = table.row("online", online as f64, "workers");
     row.goal(Goal::AtLeast(MANY as f64));
 
-    // Until now the master has only forked its workers and processed their frames.
+    // The CPU time is that of the start, because until now the master has only forked its workers
+    // and processed their frames.
     let start = |server: &Server| cpu_time(&[server.group.pid()]);
     let each = |time: Duration, workers: usize| time.as_secs_f64() * 1e6 / workers as f64;
     let (thousand, hundred) = (each(start(many), MANY), each(start(hundred), 100));

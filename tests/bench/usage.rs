@@ -1,4 +1,4 @@
-//! Resource usage of processes, from the kernel's accounting.
+//! Reads the resource usage of processes from the kernel's accounting.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::peers::has;
 
-/// A process and all its descendants.
+/// Returns a process and all its descendants.
 pub fn family(root: Pid) -> Vec<Pid> {
     let mut found = vec![root];
     let mut next = 0;
@@ -29,8 +29,8 @@ pub fn family(root: Pid) -> Vec<Pid> {
     found
 }
 
-/// User and system time of these processes until now, with all their threads. Reads the CPU clocks,
-/// which count nanoseconds; `/proc/PID/stat` has ticks of 10 ms.
+/// Returns the user and system time of these processes until now, with all their threads. Reads the
+/// CPU clocks, which count nanoseconds, because `/proc/PID/stat` has ticks of 10 ms.
 pub fn cpu_time(processes: &[Pid]) -> Duration {
     let time = |process: &Pid| {
         let clock = clock_getcpuclockid(*process).unwrap();
@@ -39,8 +39,8 @@ pub fn cpu_time(processes: &[Pid]) -> Duration {
     processes.iter().map(time).sum()
 }
 
-/// Voluntary context switches of these processes. Counts only the main thread of each; processes of
-/// this crate have no other.
+/// Returns the voluntary context switches of these processes. Counts only the main thread of each
+/// process, because processes of this crate have no other.
 pub fn sleeps(processes: &[Pid]) -> u64 {
     processes
         .iter()
@@ -48,7 +48,7 @@ pub fn sleeps(processes: &[Pid]) -> u64 {
         .sum()
 }
 
-/// A number in a process's status.
+/// Returns a number from a process's status.
 fn status(process: Pid, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let mut values = status.lines().filter_map(|line| line.strip_prefix(field));
@@ -56,13 +56,13 @@ fn status(process: Pid, field: &str) -> u64 {
     value.trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Voluntary and involuntary context switches of these processes.
+/// Returns the voluntary and involuntary context switches of these processes.
 pub fn switches(processes: &[Pid]) -> u64 {
     let others = |process: &Pid| status(*process, "nonvoluntary_ctxt_switches:");
     sleeps(processes) + processes.iter().map(others).sum::<u64>()
 }
 
-/// The sum of a field over all mappings of a process, in KiB.
+/// Returns the sum of a field over all mappings of a process, in KiB.
 pub fn mapped(process: Pid, field: &str) -> f64 {
     let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap();
     let mut values = rollup.lines().filter_map(|line| line.strip_prefix(field));
@@ -70,10 +70,10 @@ pub fn mapped(process: Pid, field: &str) -> f64 {
     value.strip_suffix(" kB").unwrap().parse().unwrap()
 }
 
-/// Time until a process has resumed the system call that attaching the tracer interrupted.
+/// Time within which a process resumes the system call that attaching the tracer interrupted.
 const SETTLING: Duration = Duration::from_millis(200);
 
-/// Counts the system calls that these processes start while `meanwhile` runs, by name.
+/// Counts, by name, the system calls that these processes start while `meanwhile` runs.
 pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<String, u64>, String> {
     has("strace", "-V")?;
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -100,7 +100,8 @@ pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<Str
     let trace = String::from_utf8_lossy(&trace[usize::try_from(before).unwrap()..]);
     let mut calls = BTreeMap::new();
     for line in trace.lines() {
-        // A new call is "PID accept4(3, …"; a resumed one is "PID <... accept4 resumed>…".
+        // A new call has the form "PID accept4(3, …". A resumed call has the form "PID <... accept4
+        // resumed>…".
         let name = line
             .split_once(' ')
             .and_then(|(_, call)| call.trim_start().split_once('('));
@@ -112,7 +113,7 @@ pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<Str
     Ok(calls)
 }
 
-/// Raises the limit of open descriptors for this process and those that it starts from now on.
+/// Raises the descriptor limit of this process and of those that it starts from now on.
 pub fn allow_many_descriptors() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();

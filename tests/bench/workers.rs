@@ -1,4 +1,5 @@
-//! CPU time per short connection with 8 and 64 workers, and how many workers wake for it.
+//! Measures the CPU time per short connection with 8 and 64 workers, and the number of workers that
+//! wake for it.
 
 use crate::costs::{Round, Variant, compare, figure};
 use crate::server::{BARE, Server};

@@ -1,4 +1,5 @@
-//! The clients run in their own process, so that they do not count as the master's memory.
+//! Clients of the soak test, which run in their own process so that their memory does not count as
+//! the master's.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, Read, Write as _};
@@ -15,18 +16,18 @@ use nix::sys::socket::{setsockopt, sockopt::Linger};
 use crate::long_lived::run_until;
 
 const CLIENT: &str = "CLIENT";
-/// Half of the threads use TCP, and half the Unix socket.
+/// Number of client threads. Half of the threads use TCP, and half use the Unix socket.
 const THREADS: u64 = 4;
 
 pub fn is_client() -> bool {
     std::env::var_os(CLIENT).is_some()
 }
 
-/// The process with the clients, as the master sees it.
+/// The master's handle for the process with the clients.
 pub struct Clients {
     process: Child,
     orders: UnixStream,
-    /// The result of the last order.
+    /// The result of the last command, or `None` until the result arrives.
     failures: Rc<Cell<Option<u64>>>,
 }
 
@@ -58,7 +59,7 @@ impl Clients {
         }
     }
 
-    /// Makes `times` connections, and returns the number that got no answer.
+    /// Makes `times` connections, and returns the number of connections that received no answer.
     pub fn connect(&mut self, master: &Master, to: (SocketAddr, &Path), times: u64) -> u64 {
         let (tcp, unix) = (to.0, to.1.display());
         writeln!(self.orders, "{tcp} {unix} {times}").unwrap();
@@ -72,9 +73,10 @@ impl Clients {
     }
 }
 
-/// Runs in the process with the clients.
+/// Executes the master's commands in the process with the clients.
 pub fn run_orders() {
-    // A long order must not outlive the master.
+    // Make the kernel kill this process with the master, because a long command must not outlive
+    // the master.
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::SIGKILL).unwrap();
     for order in std::io::stdin().lock().lines() {
         let order = order.unwrap();
@@ -103,8 +105,9 @@ pub fn run_orders() {
     }
 }
 
-/// Resets the connection as soon as the answer is there. After an orderly close the client's port
-/// stays in TIME_WAIT for a minute, and a minute has more connections than there are ports.
+/// Connects by TCP and waits for the answer, and then resets the connection. After an orderly
+/// close, the client's port would stay in TIME_WAIT for a minute. The test makes more connections
+/// in a minute than there are ports.
 fn by_tcp(address: SocketAddr) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address)?;
     let reset = libc::linger {

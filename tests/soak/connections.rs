@@ -1,4 +1,4 @@
-//! Short connections, with both policies, while workers exit and are replaced.
+//! Makes short connections under both policies while workers exit and are replaced.
 
 use std::cell::Cell;
 use std::io::Write;
@@ -20,7 +20,8 @@ crate::scenarios! {
 }
 
 const UNIX: &str = "unix";
-/// Set for a worker that exits after `CONNECTIONS_PER_WORKER` connections. The value says how.
+/// The environment variable of a worker that exits after `CONNECTIONS_PER_WORKER` connections. The
+/// value is the way in which the worker exits.
 const END: &str = "END";
 const CONNECTIONS_PER_WORKER: u32 = 500;
 
@@ -53,12 +54,12 @@ fn listen(worker: &Worker) -> (Listener, Listener<std::os::unix::net::UnixStream
 }
 
 fn answer(connection: &mut impl Write) {
-    // The exit of another worker may have reset the client's connection.
+    // Ignore an error, because the exit of another worker may have reset the client's connection.
     let _ = connection.write_all(b"!");
 }
 
-/// Blocks in `accept` for one listener and has a callback for the other. The worker exits between
-/// two connections, so that it answers every connection that it receives.
+/// Serves one listener with blocking `accept` and the other with a callback. The worker exits
+/// between two connections, so it answers every connection that it receives.
 fn serve_and_exit(worker: &Worker, end: &str) {
     let (tcp, unix) = listen(worker);
     let left = Rc::new(Cell::new(CONNECTIONS_PER_WORKER));
@@ -84,7 +85,7 @@ fn count_down(worker: &Worker, left: &Cell<u32>, end: &str) {
     }
 }
 
-/// The worker that exits and is replaced repeatedly.
+/// State of the worker that exits and is replaced repeatedly.
 #[derive(Default)]
 struct ShortLived {
     started: Cell<u64>,
@@ -133,7 +134,7 @@ fn play(master: &Master, name: &str) {
     master.disconnect();
 }
 
-/// Replaces the short-lived worker when it exits, and records the address of the workers.
+/// Replaces the short-lived worker when it exits, and records the workers' address.
 fn follow(master: &Master) -> (Rc<ShortLived>, Rc<Cell<Option<SocketAddr>>>) {
     let (short_lived, address) = (Rc::new(ShortLived::default()), Rc::new(Cell::new(None)));
     let replaced = Rc::clone(&short_lived);
@@ -159,7 +160,7 @@ fn start(master: &Master, short_lived: &ShortLived) {
     run_until(master, || short_lived.listening.get() == 2);
 }
 
-/// Ends a round: waits until only the long-lived worker is left and no connection is in flight.
+/// Ends a round. Waits until only the long-lived worker is left and no connection is in flight.
 fn stop(master: &Master, short_lived: &ShortLived, long_lived: &LongLived) {
     short_lived.is_replaced.set(false);
     for worker in master.workers() {

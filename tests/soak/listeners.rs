@@ -1,4 +1,4 @@
-//! Listeners and sockets that two workers open and close: shared ones, and each worker's own.
+//! Opens and closes listeners and sockets in two workers, both shared ones and each worker's own.
 
 use std::cell::Cell;
 use std::net::TcpStream;
@@ -42,7 +42,7 @@ fn open_and_close(worker: &Worker, number: u64) {
     match number % 8 {
         0 => drop(worker.listen(0).unwrap()),
         1 => drop(worker.listen("127.0.0.1:0").unwrap()),
-        // Some paths are shared with the other worker, and some are used once.
+        // Share some paths with the other worker, and use each other path only once.
         2 if number % 16 == 2 => drop(worker.listen(Path::new("unix")).unwrap()),
         2 => drop(worker.listen(Path::new(&format!("unix{number}"))).unwrap()),
         3 => drop(worker.bind(BindOptions::from("127.0.0.1:0")).unwrap()),
@@ -56,7 +56,7 @@ fn open_and_close(worker: &Worker, number: u64) {
             drop(worker.bind(options).unwrap());
         }
         6 => drop([(); 3].map(|()| worker.listen(0).unwrap())),
-        // An address reserved for documentation (RFC 5737), so binding it fails.
+        // Binding this address fails, because it is reserved for documentation (RFC 5737).
         _ => drop(worker.listen("192.0.2.1:0").unwrap_err()),
     }
     if number % 200 == 10 {
@@ -64,8 +64,8 @@ fn open_and_close(worker: &Worker, number: u64) {
     }
 }
 
-/// Connects to a listener before it is closed. Its close takes another path, because clients may be
-/// in flight.
+/// Connects to a listener before closing it. The close then takes another code path, because
+/// clients may be in flight.
 fn use_one(worker: &Worker) {
     let listener = worker.listen::<TcpStream>("127.0.0.1:0").unwrap();
     answer(&listener, "here");
@@ -89,7 +89,7 @@ fn play(master: &Master, name: &str) {
         for worker in &workers {
             worker.wait(master);
         }
-        // Listeners that had connections close a little later.
+        // Run until no timer is left, because listeners that had connections close a little later.
         while master.time_left().is_some() {
             master.dispatch(None).unwrap();
         }

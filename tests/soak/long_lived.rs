@@ -1,4 +1,4 @@
-//! The worker that runs through all rounds and executes the master's orders.
+//! The worker that runs through all rounds and executes the master's commands.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,11 +7,12 @@ use cluster::{Master, Worker, WorkerProcess};
 
 use crate::measure::{Sample, Series};
 
-/// The prefix of orders and their answers, which no other message has.
+/// The prefix of commands and their answers. No other message has this prefix.
 pub const ORDER: &str = "order ";
 const MEASURE: &str = "order measure";
 
-/// Runs in the worker: executes orders, outside of callbacks, until the worker is disconnected.
+/// Executes the master's commands in the worker, outside of callbacks, until the worker is
+/// disconnected.
 pub fn run_orders(worker: &Worker, job: impl Fn(&Worker, u64)) {
     let order = Rc::new(RefCell::new(None));
     let received = Rc::clone(&order);
@@ -34,7 +35,7 @@ pub fn run_orders(worker: &Worker, job: impl Fn(&Worker, u64)) {
     }
 }
 
-/// The long-lived worker, as the master sees it.
+/// The master's handle for the long-lived worker.
 pub struct LongLived {
     worker: WorkerProcess,
     answer: Rc<RefCell<Option<String>>>,
@@ -42,7 +43,7 @@ pub struct LongLived {
 }
 
 impl LongLived {
-    /// Adopts a worker of the scenario that calls [`run_orders`].
+    /// Adopts a worker, which must call [`run_orders`].
     pub fn new(worker: WorkerProcess, name: &str) -> Self {
         let answer = Rc::new(RefCell::new(None));
         let received = Rc::clone(&answer);
@@ -63,7 +64,7 @@ impl LongLived {
         &self.worker
     }
 
-    /// Orders the worker to do its job `count` times.
+    /// Sends the worker the command to do its job `count` times.
     pub fn order(&self, count: u64) {
         self.send(&format!("{ORDER}{count}"));
     }
@@ -79,8 +80,8 @@ impl LongLived {
         self.answer.take().unwrap()
     }
 
-    /// Measures the worker. Measure the master afterwards: a read buffer keeps the size of its last
-    /// message until the next one, and the answer to this order is short.
+    /// Measures the worker. Measure the master only afterwards, because a read buffer keeps the
+    /// size of its last message, and the answer to this command is short.
     pub fn measure(&mut self, master: &Master) {
         self.send(MEASURE);
         self.series.add(Sample::from_text(&self.wait(master)));

@@ -1,4 +1,4 @@
-//! Timers, watched descriptors, callbacks and signals that are added and removed in both roles.
+//! Adds and removes timers, watched descriptors, callbacks and signals in both roles.
 
 use std::cell::Cell;
 use std::os::unix::net::UnixStream;
@@ -20,8 +20,9 @@ crate::scenarios! {
 const LATER: Duration = Duration::from_secs(3600);
 const SOON: Duration = Duration::from_millis(1);
 
-/// Defines a function that adds one of each. Some fire, and the others are removed. A macro, because
-/// `Master` and `Worker` have the same methods but share no trait.
+/// Defines a function that adds one of each. Some of them fire, and the others are removed.
+///
+/// This is a macro, because `Master` and `Worker` have the same methods but share no trait.
 macro_rules! one_of_everything {
     ($name:ident, $role:ty, $on_message:expr, $on_error:expr) => {
         fn $name(role: &$role, number: u64) {

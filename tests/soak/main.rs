@@ -2,16 +2,17 @@
 //!
 //! A plain `cargo test` plays 500 respawns, 50,000 connections, 50,000 message round trips, 1,000
 //! listeners with each policy, and 2,000 timers and watches in each role. The following command
-//! plays 200 times as much (100,000 respawns, 10 million connections, 10 million message round
-//! trips), in about twenty minutes on one core:
+//! plays 200 times as much (for example 100,000 respawns and 10 million connections), in about
+//! twenty minutes on one core:
 //!
 //! ```sh
 //! CLUSTER_TEST_SOAK=200 cargo test --release --test soak -- --test-threads=1
 //! ```
 //!
-//! Each scenario has twenty rounds. Everything that a round starts has ended at its end. Then the
-//! master, and a worker that runs through all rounds, are measured (see `measure`). The first round
-//! is the warm-up: after the last round the processes may hold no more than after the first.
+//! Each scenario has twenty rounds. Everything that a round starts has ended when the round ends.
+//! Then the test measures the master, and a worker that runs through all rounds (see `measure`).
+//! The first round is the warm-up. After the last round, the processes may hold no more than after
+//! the first.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -46,13 +47,13 @@ static HEAP: measure::CountingHeap = measure::CountingHeap;
 /// Number of rounds, each of which ends with a measurement.
 const ROUNDS: u64 = 20;
 
-/// The factor by which the work of a plain `cargo test` is multiplied.
+/// Returns the factor by which the work of a plain `cargo test` is multiplied.
 fn times() -> u64 {
     let times = std::env::var("CLUSTER_TEST_SOAK");
     times.map_or(1, |times| times.parse().expect("a number"))
 }
 
-/// One round's share of the work of which a plain `cargo test` plays `usual` in all rounds.
+/// Returns one round's share of the work, of which a plain `cargo test` does `usual` in all rounds.
 fn share(usual: u64) -> u64 {
     usual * times() / ROUNDS
 }
@@ -76,7 +77,7 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
-    // Orphans become children of this process, which checks that there are none.
+    // Adopt orphans as children of this process, which then checks that there are none.
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let trials = scenarios.map(trial).collect();
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
@@ -84,7 +85,7 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// The output of the scenarios.
+/// The collected output of the scenarios, in which each line is a row of the table.
 static TABLE: Mutex<String> = Mutex::new(String::new());
 
 fn trial(scenario: &'static Scenario) -> Trial {
@@ -93,11 +94,11 @@ fn trial(scenario: &'static Scenario) -> Trial {
 
 fn run(name: &str) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    // Blocks in glibc's thread cache occupy more and more pages until the cache has blocks of each
-    // size: half a megabyte after tens of thousands of listeners.
+    // Disable glibc's thread cache. Its blocks would occupy more and more pages until the cache has
+    // blocks of each size, which is half a megabyte after tens of thousands of listeners.
     command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
     let group = Group::start(command.env(SCENARIO, name))?;
-    // Without a deadline: a process that does not finish a round kills itself.
+    // Wait without a deadline, because a process that does not finish a round kills itself.
     let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
     waitid(Id::Pid(group.pid()), ended)?;
     let status = group.finish()?;

@@ -1,20 +1,22 @@
-//! Samples of a process's memory, descriptors and children, and whether they grow.
+//! Measures a process's memory, descriptors and children, and checks whether they grow.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// Maximum growth of resident memory since the warm-up, in KiB. Most of the growth is the program's
-/// file: when a page is touched for the first time, the kernel maps its neighbours, too.
+/// Maximum growth of resident memory since the warm-up, in KiB. Most of the growth comes from the
+/// program's file, because the kernel also maps the neighbours of a page that is touched for the
+/// first time.
 const RESIDENT: i64 = 1024;
-/// Maximum growth of anonymous memory, in KiB: heap pages that the allocator cannot release because
-/// a few bytes in them are in use. The heap in use, below, is the stricter limit.
+/// Maximum growth of anonymous memory, in KiB. Some growth is allowed, because the allocator cannot
+/// release heap pages in which a few bytes are in use. `IN_USE` is the stricter limit.
 const ANONYMOUS: i64 = 128;
-/// Maximum growth of the heap in use, in bytes. Queues keep their largest capacity, which a later
-/// round may need.
+/// Maximum growth of the heap in use, in bytes. Some growth is allowed, because queues keep their
+/// largest capacity, which a later round may need.
 const IN_USE: i64 = 64 * 1024;
-/// Maximum growth of the number of allocations: a collection that was empty may hold something, or
-/// have one more node for the same contents. A leak for each worker, connection, message or
-/// listener exceeds it, because each round has more of them.
+/// Maximum growth of the number of allocations. Some growth is allowed, because a collection that
+/// was empty may hold something or have one more node for the same contents. A leak for each
+/// worker, connection, message or listener exceeds this limit, because each round has more than 10
+/// of them.
 const BLOCKS: i64 = 10;
 /// Deadline of a round in seconds, and the seconds that are added for each multiple of the work.
 const ROUND_DEADLINE: (u64, u64) = (60, 5);
@@ -22,7 +24,7 @@ const ROUND_DEADLINE: (u64, u64) = (60, 5);
 static BYTES: AtomicI64 = AtomicI64::new(0);
 static ALLOCATIONS: AtomicI64 = AtomicI64::new(0);
 
-/// Counts the heap in use, which the system's allocator does not report.
+/// An allocator that counts the heap in use, because the system's allocator does not report it.
 pub struct CountingHeap;
 
 fn count(bytes: usize, blocks: i64, sign: i64) {
@@ -31,7 +33,7 @@ fn count(bytes: usize, blocks: i64, sign: i64) {
     ALLOCATIONS.fetch_add(sign * blocks, Ordering::Relaxed);
 }
 
-// SAFETY: forwards every call to the system's allocator.
+// SAFETY: every call is forwarded to the system's allocator, which fulfils the contract.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for CountingHeap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -42,14 +44,16 @@ unsafe impl GlobalAlloc for CountingHeap {
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         count(layout.size(), 1, -1);
-        // SAFETY: as above; the system's allocator has allocated the block.
+        // SAFETY: the caller upholds the same contract, and the system's allocator has allocated
+        // the block.
         unsafe { System.dealloc(block, layout) }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count(layout.size(), 0, -1);
         count(size, 0, 1);
-        // SAFETY: as above.
+        // SAFETY: the caller upholds the same contract, and the system's allocator has allocated
+        // the block.
         unsafe { System.realloc(block, layout, size) }
     }
 }
@@ -57,13 +61,14 @@ unsafe impl GlobalAlloc for CountingHeap {
 /// A measurement of one process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
-    /// In KiB, from the page tables. `VmRSS` is a counter that lags by some hundred KiB.
+    /// Resident memory in KiB, from the page tables. The counter `VmRSS` would lag by some hundred
+    /// KiB.
     resident: i64,
     anonymous: i64,
     in_use: i64,
     blocks: i64,
     descriptors: i64,
-    /// Including zombies.
+    /// Number of children, including zombies.
     children: i64,
 }
 
@@ -111,7 +116,7 @@ impl Sample {
     }
 }
 
-/// Makes the allocator release unused memory, some megabytes after long messages.
+/// Makes the allocator release unused memory, which can be some megabytes after long messages.
 fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the function has no preconditions.
@@ -147,8 +152,8 @@ const COLUMNS: [(&str, Value); 6] = [
     ("children", |sample| sample.children),
 ];
 
-/// The head of the table. Each column has the value after the warm-up, the last value, and the
-/// growth per round.
+/// Returns the head of the table. Each column contains the value after the warm-up, the last value,
+/// and the growth per round.
 pub fn head() -> String {
     let titles = COLUMNS.map(|(title, _)| format!("{title:<COLUMN$}"));
     format!("{:COLUMN$}{}\n", "", titles.concat())
@@ -170,7 +175,7 @@ impl Series {
         }
     }
 
-    /// Call at the end of a round.
+    /// Adds a sample at the end of a round, and restarts the round's alarm.
     pub fn add(&mut self, sample: Sample) {
         set_round_alarm();
         self.samples.push(sample);
@@ -195,7 +200,8 @@ impl Series {
         self.assert_level(BLOCKS, |sample| sample.blocks);
     }
 
-    /// Asserts that neither the last value nor the trend of all values exceeds `slack`.
+    /// Asserts that neither the growth until the last value nor the trend of all values exceeds
+    /// `slack`.
     fn assert_level(&self, slack: i64, value: impl Fn(&Sample) -> i64) {
         let growth = value(self.samples.last().unwrap()) - value(&self.samples[0]);
         assert!(growth <= slack, "grew by {growth}: {:?}", self.samples);
@@ -204,7 +210,7 @@ impl Series {
         assert!(trend <= slack, "trend of {trend}: {:?}", self.samples);
     }
 
-    /// The growth per round, by least squares.
+    /// Returns the growth per round, by least squares.
     #[allow(clippy::cast_precision_loss)]
     fn slope(&self, value: impl Fn(&Sample) -> i64) -> f64 {
         let values = || self.samples.iter().map(|sample| value(sample) as f64);

@@ -1,4 +1,4 @@
-//! Message round trips, with and without descriptors, short and long.
+//! Sends short and long messages to a worker and back, with and without descriptors.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -35,7 +35,7 @@ fn echo(worker: &Worker, message: &Message) {
     let _ = worker.send_with(message.bytes(), options).unwrap();
 }
 
-/// The length of the message with this number, in bytes.
+/// Returns the length in bytes of the message with this number.
 fn length(number: u64) -> usize {
     match number % 500 {
         77 => LONGEST,
@@ -43,7 +43,7 @@ fn length(number: u64) -> usize {
     }
 }
 
-/// The number of descriptors of the message with this number.
+/// Returns the number of descriptors of the message with this number.
 fn descriptors(number: u64) -> u64 {
     match number % 1000 {
         1 => 16,

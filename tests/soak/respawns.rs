@@ -1,4 +1,4 @@
-//! Workers that start and exit, in every possible way.
+//! Starts workers that exit in every possible way.
 
 use std::cell::Cell;
 use std::io::Read as _;
@@ -20,9 +20,9 @@ crate::scenarios! {
     respawns_leave_memory_bounded
 }
 
-/// Number of workers at the same time.
+/// Number of workers that run at the same time.
 const AT_ONCE: usize = 4;
-/// The environment variable that tells a worker its way to exit, as an index into `WAYS`.
+/// The environment variable for a worker's way to exit. The value is an index into `WAYS`.
 const WAY: &str = "WAY";
 const UNIX: &str = "unix";
 
@@ -116,7 +116,7 @@ fn listen_on_everything(worker: &Worker, then: impl FnOnce()) {
 /// Counts of events in all rounds.
 #[derive(Default)]
 struct Tally {
-    /// Number of workers that this round has yet to start.
+    /// Number of workers that this round still has to start.
     left: Cell<u64>,
     started: Cell<usize>,
     forked: Cell<u64>,
@@ -172,8 +172,8 @@ fn count_events(master: &Master, tally: &Rc<Tally>) {
     });
 }
 
-/// Starts the next worker of this round. A program that cannot be executed yields no worker, so the
-/// next one is tried.
+/// Starts the next worker of this round. If a program cannot be executed, no worker starts, so this
+/// function tries the next program.
 fn start_one(master: &Master, tally: &Tally) {
     while let Some(left) = tally.left.get().checked_sub(1) {
         tally.left.set(left);

@@ -57,7 +57,7 @@ pub(in crate::sys) struct Child<'a> {
     pub(super) uid: Option<libc::uid_t>,
     pub(super) gid: Option<libc::gid_t>,
     pub(super) channel: RawFd,
-    /// Whether the child outlives its parent and the channel is closed on exec.
+    /// Whether the child is not killed with its parent. The channel is then closed on exec.
     pub(super) is_detached: bool,
     /// Whether the child leads its own session and process group, without a terminal.
     pub(super) leads_session: bool,

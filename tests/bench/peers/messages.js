@@ -1,8 +1,8 @@
-// Messages of 32 bytes with Node's cluster: node messages.js round-trip|one-way
+// Sends messages of 32 bytes with Node's cluster. Usage: node messages.js round-trip|one-way
 //
 // Prints a line when the counting starts, and then the number of messages that the callback
 // received within a second. The worker counts round trips, and the master counts one-way messages.
-// Runs until it is killed.
+// The program runs until it is killed.
 'use strict';
 
 const cluster = require('cluster');
@@ -40,7 +40,7 @@ if (cluster.isMaster) {
   });
   process.send(MESSAGE);
 } else {
-  // Send 100 messages at a time; the last one's callback sends the next 100.
+  // Send 100 messages at a time. The callback of the last message sends the next 100.
   const send = () => {
     for (let i = 0; i < 99; i++) {
       process.send(MESSAGE);

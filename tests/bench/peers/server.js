@@ -1,6 +1,6 @@
-// The same server with Node's cluster: node server.js rr|none WORKERS
+// Sends the same answer with Node's cluster. Usage: node server.js rr|none WORKERS
 //
-// Uses plain `net`: with `http` each connection would cost Node far more.
+// The program uses plain `net`, because each connection would cost Node far more with `http`.
 'use strict';
 
 const cluster = require('cluster');

@@ -1,13 +1,16 @@
 // Question 1: is an accepted connection lost when the worker fails during the hand-off?
 //
-// Two workers share a port: a good one, and one that fails at a given step of the first connection
-// that is dispatched to it: `sent` (the master has sent it, the worker has not read it), `read`,
-// and `acked` (the worker has acknowledged the descriptor and not accepted the connection). Two
-// clients connect, so that exactly one connection is dispatched to the failing worker. Each client
-// should be served. Other outcomes are counted when nothing has changed for SETTLE ms. When all
-// clients have closed, the descriptors that the master has not closed are counted. A second part
-// kills workers at random moments under load, and does not count clients whose connection the
-// worker's application had already received.
+// Two workers share a port. One works correctly, and the other fails at a given step of the first
+// connection that is dispatched to it. The steps are `sent` (the master has sent the connection,
+// and the worker has not read it), `read`, and `acked` (the worker has acknowledged the descriptor
+// and not accepted the connection).
+//
+// Two clients connect, so that exactly one connection is dispatched to the failing worker. Each
+// client should be served. Other outcomes are counted when nothing has changed for SETTLE ms. When
+// all clients have closed, the descriptors that the master has not closed are counted.
+//
+// A second part kills workers at random moments under load. Clients whose connection the worker's
+// application had already received are not counted.
 'use strict';
 
 const cluster = require('cluster');
@@ -55,7 +58,7 @@ async function failed(master, fault) {
   return master.line(fault === 'close' ? 'closed' : 'gone');
 }
 
-// Counts the clients of one step and fault that were not served, and the masters that died.
+// Counts the clients of one step and fault that were not served, and the masters that exited.
 async function cell(step, fault) {
   const clients = [];
   let server = null;
@@ -94,7 +97,7 @@ async function cell(step, fault) {
   return text;
 }
 
-// Each client has its own address, which identifies it in the log.
+// Returns a client's own address, which identifies the client in the log.
 function addressOf(number) {
   return `127.${1 + (number >> 16)}.${(number >> 8) & 255}.${number & 255}`;
 }

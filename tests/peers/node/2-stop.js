@@ -1,9 +1,9 @@
 // Question 2: does a stop complete within DEADLINE, whatever the workers do?
 //
-// Each case has one worker: idle, busy (a connection is open), looping, or stopped by SIGSTOP. The
-// stop is `cluster.disconnect()`, `worker.disconnect()` or `worker.kill()`. It is complete when the
-// worker has exited and, for the first, the callback has run. All cases run in parallel. Looping
-// workers have the lowest priority.
+// Each case has one worker, which is idle, busy (a connection is open), looping, or stopped by
+// SIGSTOP. The stop is `cluster.disconnect()`, `worker.disconnect()` or `worker.kill()`. The stop
+// is complete when the worker has exited. For `cluster.disconnect()`, the callback must also have
+// run. All cases run in parallel. Looping workers have the lowest priority.
 'use strict';
 
 const cluster = require('cluster');
@@ -44,7 +44,7 @@ async function stop(kind, call) {
   const [worker] = server.workers;
   const client = kind === 'busy' ? new ask.Client(port) : null;
   if (client) {
-    // The client's own handler would close the connection at the answer.
+    // Remove the client's own handler, because it would close the connection at the answer.
     client.socket.removeAllListeners('data');
     await new Promise((resolve) => client.socket.on('data', resolve));
   } else if (kind === 'looping') {

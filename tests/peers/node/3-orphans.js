@@ -1,7 +1,7 @@
 // Question 3: which workers outlive their master?
 //
 // A master with one worker of each kind exits in one of four ways. The workers that are alive 1 s
-// and 5 s later are counted. The workers listen by themselves (`exclusive`), so that no listener
+// and 5 s later are counted. Each worker opens its own listener (`exclusive`), so that no listener
 // keeps the master's loop running. Looping workers have the lowest priority.
 'use strict';
 
@@ -28,7 +28,7 @@ function loop() {
 function worker(kind) {
   const looping = kind.startsWith('looping');
   const server = ask.serve({ exclusive: true });
-  // Keeps the worker's loop running without the channel.
+  // Keep the worker's loop running even without the channel.
   setInterval(() => {}, 1000);
   server.on('listening', () => process.send(server.address().port, looping ? loop : undefined));
 }

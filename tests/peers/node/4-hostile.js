@@ -1,10 +1,12 @@
 // Question 4: can one worker end, block or bloat the master?
 //
-// A good worker serves clients one after another, each with its own connection through the master.
-// The median latency is measured before and while a second worker misbehaves. The second worker
-// does not listen, so that all clients reach the good one. The master's memory, its descriptors and
-// whether it survives are recorded, too. Each senseless message in valid JSON is sent to a new
-// master, which has survived if it still serves ENOUGH clients.
+// A well-behaved worker serves clients one after another, each with its own connection through the
+// master. The median latency is measured before and while a second worker misbehaves. The second
+// worker does not listen, so that all clients reach the first one. The test also records the
+// master's memory, its descriptors and whether it survives.
+//
+// Each senseless message in valid JSON is sent to a new master. The master has survived if it still
+// serves ENOUGH clients.
 'use strict';
 
 const cluster = require('cluster');
@@ -46,7 +48,7 @@ function send(worker, message, left) {
 
 function master() {
   cluster.on('listening', (worker, { port }) => port && console.log(`listening ${port}`));
-  // Like an application that counts its workers' messages.
+  // Count messages, like an application that counts its workers' messages.
   let messages = 0;
   cluster.on('message', () => messages++);
   cluster.on('exit', (worker) => worker.id !== 1 && console.log('gone'));

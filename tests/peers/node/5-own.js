@@ -1,8 +1,9 @@
-// Question 5: does the cluster touch only its own descriptors and signals?
+// Question 5: does the cluster affect only its own descriptors and signals?
 //
 // A host process starts the master with a file open at descriptors 7 and 40, without close-on-exec,
-// and with SIGCHLD ignored. /proc/PID/fd shows whether the file is open in a worker, both in a Node
-// worker and in another program. The second row shows whether a worker's exit code still arrives.
+// and with SIGCHLD ignored. /proc/PID/fd shows whether the file is open in a worker. The worker is
+// a Node worker in one case and another program in the other. The second row shows whether a
+// worker's exit code still arrives.
 'use strict';
 
 const cluster = require('cluster');

@@ -1,10 +1,11 @@
 // Question 6: what happens when descriptors or processes run out, and afterwards?
 //
-// RLIMIT_NOFILE of the running master, or of its worker, is lowered so that it cannot open one more
-// descriptor. CLIENTS clients connect, and CPU time is measured for MEASURE ms. Then the limit is
-// lifted, the same clients are checked again, and CLIENTS new ones connect. `cluster.fork()` is
-// called at that limit, and at RLIMIT_NPROC as a user without other processes. The master handles
-// the `error` event of its workers.
+// RLIMIT_NOFILE of the running master, or of its worker, is lowered so that the process cannot open
+// one more descriptor. CLIENTS clients connect, and CPU time is measured for MEASURE ms. Then the
+// limit is lifted, the same clients are checked again, and CLIENTS new ones connect.
+//
+// `cluster.fork()` is called at that limit, and at RLIMIT_NPROC as a user without other processes.
+// The master handles the `error` event of its workers.
 'use strict';
 
 const cluster = require('cluster');
@@ -35,12 +36,13 @@ function master() {
   ask.obey(tryFork);
 }
 
-// Runs as the same user: root without capabilities may not change another user's limits.
+// Sets a limit as the process's own user, because root without capabilities may not change another
+// user's limits.
 function limit(pid, resource, value, user = {}) {
   execFileSync('prlimit', ['--pid', pid, `--${resource}=${value}:`], user);
 }
 
-// The lowest free descriptor: as the limit, it leaves no descriptor free.
+// Returns the lowest free descriptor. As the limit, this number leaves no descriptor free.
 function exhausted(pid) {
   const open = new Set(fs.readdirSync(`/proc/${pid}/fd`).map(Number));
   let number = 0;
@@ -97,7 +99,7 @@ async function forking(resource, user, value) {
     limit(server.pid, resource, 1024, user);
     server.say('fork');
     const more = [];
-    // Further lines of the first attempt come first.
+    // Skip the remaining lines of the first attempt, which come first.
     while (more.at(-1) !== 'online') {
       const next = await server.line('fork', TIMEOUT);
       more.push(next);

@@ -1,8 +1,8 @@
 // Question 7: do the master's memory and descriptors stay constant after the warm-up?
 //
-// One master each for respawns (a worker listens and gets SIGKILL), connections through one worker,
-// and message round trips. A tenth of the work is the warm-up. Memory is read after the warm-up,
-// halfway and at the end, each time after a requested garbage collection.
+// One master each is tested for respawns (a worker listens and receives SIGKILL), for connections
+// through one worker, and for message round trips. A tenth of the work is the warm-up. Memory is
+// read after the warm-up, halfway and at the end, each time after a requested garbage collection.
 'use strict';
 
 const cluster = require('cluster');

@@ -1,9 +1,11 @@
 // Question 8: do workers drop privileges, and what happens to a process with a forged identity?
 //
 // The master has the supplementary groups GROUPS. Workers report their ids from /proc/self/status.
-// A master without privileges requests another user. Then a program that uses `cluster` is started
-// without a master, but with the environment variables that identify a worker. The row shows its
-// output and exit code, or that it hangs.
+// A master without privileges requests another user.
+//
+// Then a program that uses `cluster` is started without a master, but with the environment
+// variables that identify a worker. The row shows the program's output and exit code, or that the
+// program hangs.
 'use strict';
 
 const cluster = require('cluster');
@@ -40,7 +42,7 @@ function master([settings]) {
   }
 }
 
-// An ordinary application, which does not know that it has no master.
+// Runs an ordinary application, which does not know that it has no master.
 function foreign() {
   net.createServer().listen(0, () => console.log(`is listening, isWorker ${cluster.isWorker}`));
 }

@@ -1,4 +1,5 @@
-// Shared by the eight questions: starting masters, clients, figures from /proc, rows of the table.
+// Functions that the eight questions share: starting masters, simulating clients, reading figures
+// from /proc, and printing rows of the table.
 'use strict';
 
 const cluster = require('cluster');
@@ -46,7 +47,7 @@ function descriptors(pid) {
   return fs.readdirSync(`/proc/${pid}/fd`).length;
 }
 
-// Waits until the condition is true, at most `ms`. Returns its last value.
+// Waits until the condition is true, for at most `ms`. Returns the condition's last value.
 async function until(condition, ms) {
   const deadline = Date.now() + ms;
   for (;;) {
@@ -56,8 +57,8 @@ async function until(condition, ms) {
   }
 }
 
-// A program under test. `lines` holds the lines that it has printed. A line `worker PID` names one
-// of its workers.
+// A program under test. `lines` holds the lines that the program has printed. A line `worker PID`
+// names one of its workers.
 class Program {
   constructor(command, args, options = {}) {
     this.lines = [];
@@ -103,10 +104,11 @@ class Program {
     return rest;
   }
 
-  // The reason that a program printed before it exited: the line that names an error, or the first
-  // line.
+  // Returns the reason that a program printed before it exited, which is the line that names an
+  // error, or the first line.
   async complaint() {
-    // The last output may arrive after the `exit` event, and workers may keep the pipe open.
+    // Wait for the end of the output, because it may arrive after the `exit` event. Workers may
+    // keep the pipe open, so limit the wait.
     await until(() => this.process.stderr.destroyed, 500);
     const lines = this.stderr.split('\n').map((line) => line.trim());
     const named = lines.find((line) => /^\w*Error.*:|Assertion failed/.test(line));
@@ -120,7 +122,7 @@ class Program {
   }
 }
 
-// Runs the same file as the master.
+// Starts the same file as the master.
 function master(file, args = [], options = {}) {
   return new Program(process.execPath, [...(options.flags || []), file, 'master', ...args], options);
 }
@@ -134,8 +136,8 @@ function kill(process, signal = 'SIGKILL') {
   }
 }
 
-// A client sends a line and waits for the answer. `outcome` is served, reset, closed (end-of-file
-// without an answer), refused, or hung while nothing has happened.
+// A client that sends a line and waits for the answer. `outcome` is served, reset, closed
+// (end-of-file without an answer), refused, or hung while nothing has happened.
 class Client {
   constructor(port, options = {}) {
     this.outcome = 'hung';
@@ -143,7 +145,8 @@ class Client {
     this.done = new Promise((resolve) => {
       const over = (outcome) => {
         if (this.outcome === 'hung') this.outcome = outcome;
-        // An orderly close would leave thousands of ports in TIME_WAIT.
+        // Reset the connection, because an orderly close would leave thousands of ports in
+        // TIME_WAIT.
         this.socket.resetAndDestroy();
         resolve(this.outcome);
       };
@@ -176,13 +179,13 @@ async function settled(clients, ms) {
   }
 }
 
-// "3 hung, 1 reset", or "none".
+// Returns a summary such as "3 hung, 1 reset", or "none".
 function summary(words) {
   const parts = Object.entries(count(words)).map(([word, number]) => `${number} ${word}`);
   return parts.join(', ') || 'none';
 }
 
-// Runs in a worker: a server that answers each line.
+// Runs a server in a worker that answers each line.
 function serve(options = {}, then = () => {}) {
   const server = net.createServer((socket) => {
     then(socket);
@@ -192,11 +195,11 @@ function serve(options = {}, then = () => {}) {
   return server.listen({ host: '127.0.0.1', port: 0, ...options });
 }
 
-// Runs in a master: forks `file` with node or python3, and prints the worker's pid.
+// Forks `file` with node or python3 in a master, and prints the worker's pid.
 function fork(file, args = [], settings = {}) {
   const node = process.execPath;
   const python = file.endsWith('.py');
-  // Without site packages python starts in half the time.
+  // Start python without site packages, which takes half the time.
   cluster.setupPrimary({ exec: file, args, execArgv: python ? ['-IS'] : [], ...settings });
   // Node always starts workers with `process.execPath`, so replace it for this call.
   if (python) process.execPath = 'python3';
@@ -209,7 +212,7 @@ function fork(file, args = [], settings = {}) {
   }
 }
 
-// Runs in a master: calls `act` with the words of each line on standard input.
+// Calls `act` in a master with the words of each line on standard input.
 function obey(act) {
   readline.createInterface({ input: process.stdin }).on('line', (line) => act(...line.split(' ')));
 }
@@ -221,7 +224,8 @@ function row(question, happened, runs) {
 
 // Runs a question, and kills everything that it started, even if it fails.
 async function run(ask) {
-  // One of several parallel promises may reject before it is awaited.
+  // Handle rejections here, because one of several parallel promises may reject before it is
+  // awaited.
   process.on('unhandledRejection', (error) => {
     console.error(error);
     process.exitCode = 1;
@@ -232,7 +236,7 @@ async function run(ask) {
     console.error(error);
     process.exitCode = 1;
   }
-  // Masters come before their workers in the list: a master might fork again.
+  // Kill masters before their workers, because a master might fork again. The list has this order.
   for (const one of started) kill(one);
   const gone = await until(() => !started.some(alive), 10000);
   process.exit(gone ? process.exitCode : 1);

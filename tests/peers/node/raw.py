@@ -19,7 +19,7 @@ import time
 LISTEN = {"cmd": "NODE_CLUSTER", "act": "queryServer", "index": 0, "data": None,
           "address": "127.0.0.1", "port": 0, "addressType": 4, "flags": 0}
 FLOOD_SECONDS = 2.5
-ENDLESS_BYTES = 200 << 20  # more could exhaust the memory of the machine
+ENDLESS_BYTES = 200 << 20  # more bytes could exhaust the machine's memory
 
 
 class Channel:
@@ -84,7 +84,7 @@ def hand_over(channel, step, kind):
 
 
 def send_descriptors(channel, descriptor):
-    """Sends 250 descriptors per call; the kernel allows 253 (SCM_MAX_FD)."""
+    """Sends 250 descriptors per call, because the kernel allows at most 253 (SCM_MAX_FD)."""
     stock = [descriptor] * 250
     until = time.monotonic() + FLOOD_SECONDS
     while time.monotonic() < until:
@@ -149,7 +149,7 @@ def main():
             SENDS[rest[0]](channel)
             print("sent", flush=True)
         except (BrokenPipeError, ConnectionResetError):
-            return  # the master has ended
+            return  # the master has exited
     signal.pause()
 
 

@@ -1,4 +1,4 @@
-//! The same server with the crate `prefork`: prefork-server WORKERS
+//! Sends the same answer with the crate `prefork`. Usage: prefork-server WORKERS
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
