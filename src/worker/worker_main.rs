@@ -6,7 +6,6 @@ use crate::worker::Worker;
 
 /// The closure of [`Settings::main`](crate::Settings::main), which a worker runs instead of a
 /// program.
-///
 #[derive(Clone)]
 pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
 
