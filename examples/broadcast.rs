@@ -1,9 +1,8 @@
 //! Sends one message to all workers, and one to the worker with a given id.
 //!
 //! Type:      cargo run --example broadcast
-#![allow(clippy::print_stdout)]
 
-use cluster::{Master, Role, WorkerProcess};
+use cluster::{LogWriter, Master, Role, WorkerProcess};
 
 fn each_worker(master: &Master, call: impl Fn(&WorkerProcess)) {
     for worker in master.workers() {
@@ -27,9 +26,10 @@ fn main() -> cluster::Result<()> {
             master.run()
         }
         Role::Worker(worker) => {
-            worker.on_message(|worker, message| {
+            let log = LogWriter::stdout();
+            worker.on_message(move |worker, message| {
                 let text = String::from_utf8_lossy(message.bytes());
-                println!("worker {}: {text}", worker.id());
+                log.line(format_args!("worker {}: {text}", worker.id()));
             });
             worker.run()
         }

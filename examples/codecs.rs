@@ -2,11 +2,10 @@
 //! for frequent messages. A message is bytes; the application chooses their format.
 //!
 //! Type:      cargo run --example codecs
-#![allow(clippy::print_stdout)]
 
 use std::error::Error;
 
-use cluster::{Master, Role, Worker};
+use cluster::{LogWriter, Master, Role, Worker};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -38,10 +37,17 @@ fn decode(message: &[u8]) -> Result<Report, Box<dyn Error>> {
 }
 
 fn master(master: &Master) -> cluster::Result<()> {
-    master.on_message(|_, worker, message| match decode(message.bytes()) {
-        Ok(report) => println!("{} bytes: {report:?}", message.bytes().len()),
+    let log = LogWriter::stdout().attached_to(master);
+    master.on_message(move |_, worker, message| match decode(message.bytes()) {
+        Ok(report) => {
+            let length = message.bytes().len();
+            log.line(format_args!("{length} bytes: {report:?}"));
+        }
         // Workers parse untrusted input, so their messages need not be well-formed.
-        Err(error) => println!("worker {} sent nonsense: {error}", worker.id()),
+        Err(error) => log.line(format_args!(
+            "worker {} sent nonsense: {error}",
+            worker.id()
+        )),
     });
     master.fork()?;
     master.run()

@@ -1,17 +1,17 @@
 //! A worker that sends each message back.
 //!
 //! Type:      cargo run --example echo
-#![allow(clippy::print_stdout)]
 
-use cluster::Role;
+use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
             let worker = master.fork()?;
             let _ = worker.send(b"hi there")?;
-            worker.on_message(|_, worker, message| {
-                println!("{}", String::from_utf8_lossy(message.bytes()));
+            let log = LogWriter::stdout().attached_to(&master);
+            worker.on_message(move |_, worker, message| {
+                log.line(String::from_utf8_lossy(message.bytes()));
                 worker.disconnect();
             });
             master.run()

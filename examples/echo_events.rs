@@ -6,14 +6,13 @@
 //! and stop:  Ctrl-C
 //!
 //! Options:   --addr 127.0.0.1:8007   --workers 4
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read, Write};
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Connection, Interest, Master, Role, Signal, Worker};
+use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker};
 use lexopt::prelude::*;
 
 /// Bytes that may wait for a client that does not read. Until it reads, the worker reads nothing more
@@ -35,11 +34,13 @@ fn options() -> Result<(String, usize), lexopt::Error> {
 }
 
 fn master(master: &Master, workers: usize) -> cluster::Result<()> {
+    let log = LogWriter::stdout().attached_to(master);
+    let hints = LogWriter::stderr().attached_to(master);
     // Count requests.
     let requests = Rc::new(Cell::new(0));
-    let total = Rc::clone(&requests);
+    let (total, counts) = (Rc::clone(&requests), log.clone());
     let report = master.set_interval(Duration::from_secs(1), move |_| {
-        println!("requests = {}", total.get());
+        counts.line(format_args!("requests = {}", total.get()));
     });
     // Start workers and count their messages `notifyRequest`.
     for _ in 0..workers {
@@ -53,8 +54,9 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     let first = RefCell::new(true);
     master.on_listening(move |_, _, address| {
         if first.replace(false) {
-            println!("listening on {address}");
-            eprintln!("try: nc {}", address.to_string().replace(':', " "));
+            log.line(format_args!("listening on {address}"));
+            let address = address.to_string().replace(':', " ");
+            hints.line(format_args!("try: nc {address}"));
         }
     });
     for signal in [Signal::INT, Signal::TERM] {
@@ -136,7 +138,7 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
 fn main() -> cluster::Result<()> {
     let role = cluster::init()?;
     let (addr, workers) = options().unwrap_or_else(|usage| {
-        eprintln!("{usage}");
+        LogWriter::stderr().line(usage);
         std::process::exit(2);
     });
     match role {

@@ -7,14 +7,13 @@
 //! and stop:  Ctrl-C
 //!
 //! Options:   --addr 127.0.0.1:8008   --status 127.0.0.1:8009
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::{ErrorKind, Write};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use cluster::{Master, Role, Signal, Worker};
+use cluster::{LogWriter, Master, Role, Signal, Worker};
 use lexopt::prelude::*;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -38,10 +37,14 @@ fn host(master: &Master, status: &str) -> Outcome {
     let status = TcpListener::bind(status)?;
     status.set_nonblocking(true)?;
     let own = status.local_addr()?;
-    println!("status on {own}");
-    eprintln!("try: nc {} {}", own.ip(), own.port());
-    master.on_listening(|_, worker, address| {
-        println!("worker {} listening on {address}", worker.id());
+    let log = LogWriter::stdout().attached_to(master);
+    log.line(format_args!("status on {own}"));
+    LogWriter::stderr().line(format_args!("try: nc {} {}", own.ip(), own.port()));
+    master.on_listening(move |_, worker, address| {
+        log.line(format_args!(
+            "worker {} listening on {address}",
+            worker.id()
+        ));
     });
     for signal in [Signal::INT, Signal::TERM] {
         master.on_signal(signal, |master, _| master.disconnect())?;

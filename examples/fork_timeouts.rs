@@ -2,34 +2,38 @@
 //! listens, and worker 3 exits.
 //!
 //! Type:      cargo run --example fork_timeouts
-#![allow(clippy::print_stdout)]
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Master, Role, Worker, WorkerId};
+use cluster::{LogWriter, Master, Role, Worker, WorkerId};
 
 const TIMEOUT: Duration = Duration::from_millis(500);
 
-fn error_message(id: WorkerId) {
-    println!("worker {id}: something must be wrong with the connection ...");
+fn error_message(log: &LogWriter, id: WorkerId) {
+    log.line(format_args!(
+        "worker {id}: something must be wrong with the connection ..."
+    ));
 }
 
 fn master(master: &Master) -> cluster::Result<()> {
+    let log = LogWriter::stdout().attached_to(master);
     let timeouts = Rc::new(RefCell::new(BTreeMap::new()));
     let (set, listening, exited) = (Rc::clone(&timeouts), Rc::clone(&timeouts), timeouts);
+    let errors = log.clone();
     master.on_fork(move |master, worker| {
-        let late = worker.clone();
+        let (late, log) = (worker.clone(), errors.clone());
         let timeout = master.set_timeout(TIMEOUT, move |_| {
-            error_message(late.id());
+            error_message(&log, late.id());
             late.disconnect();
         });
         set.borrow_mut().insert(worker.id(), timeout);
     });
+    let errors = log.clone();
     master.on_listening(move |master, worker, address| {
-        println!("worker {} listens on {address}", worker.id());
+        log.line(format_args!("worker {} listens on {address}", worker.id()));
         if let Some(timeout) = listening.borrow_mut().remove(&worker.id()) {
             master.clear_timer(timeout);
         }
@@ -41,7 +45,7 @@ fn master(master: &Master) -> cluster::Result<()> {
         if let Some(timeout) = exited.borrow_mut().remove(&worker.id()) {
             master.clear_timer(timeout);
             if worker.exited_after_disconnect() != Some(true) {
-                error_message(worker.id());
+                error_message(&errors, worker.id());
             }
         }
     });

@@ -5,7 +5,6 @@
 //! and stop:  Ctrl-C
 //!
 //! Options:   --addr 127.0.0.1:8000   --workers 4   --policy rr|none|sharded
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -14,7 +13,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Connection, Master, Role, SchedulingPolicy, Signal, Worker};
+use cluster::{Connection, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker};
 use lexopt::prelude::*;
 
 /// A silent client blocks its worker for at most this time.
@@ -50,16 +49,28 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
     if let Some(policy) = options.policy {
         master.set_scheduling_policy(policy)?;
     }
+    let (output, errors) = (
+        LogWriter::stdout().attached_to(master),
+        LogWriter::stderr().attached_to(master),
+    );
     let failed = Rc::new(Cell::new(false));
     let listening = Rc::new(RefCell::new(BTreeSet::new()));
 
-    master.on_online(|_, worker| println!("worker {} {}", worker.id(), worker.process().id()));
+    let log = output.clone();
+    master.on_online(move |_, worker| {
+        log.line(format_args!(
+            "worker {} {}",
+            worker.id(),
+            worker.process().id()
+        ));
+    });
     let (seen, wanted) = (Rc::clone(&listening), options.workers);
+    let hints = errors.clone();
     master.on_listening(move |_, worker, address| {
         let mut seen = seen.borrow_mut();
         if seen.insert(worker.id()) && seen.len() == wanted {
-            println!("listening on {address}");
-            eprintln!("try: curl -i http://{address}/");
+            output.line(format_args!("listening on {address}"));
+            hints.line(format_args!("try: curl -i http://{address}/"));
         }
     });
     let failure = Rc::clone(&failed);
@@ -67,7 +78,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         if worker.exited_after_disconnect() == Some(true) {
             return;
         }
-        eprintln!("worker {} died ({status})", worker.id());
+        errors.line(format_args!("worker {} died ({status})", worker.id()));
         // A worker that exited before it listened is not replaced: its replacement would fail, too.
         let gave_up = status.code().is_some() && !listening.borrow().contains(&worker.id());
         if gave_up || master.fork().is_err() {
@@ -137,7 +148,7 @@ fn main() -> ExitCode {
     let outcome = cluster::init().map(|role| (role, options()));
     let outcome = match outcome {
         Ok((_, Err(usage))) => {
-            eprintln!("{usage}");
+            LogWriter::stderr().line(usage);
             return ExitCode::from(2);
         }
         Ok((Role::Master(role), Ok(options))) => master(&role, &options),
@@ -145,9 +156,7 @@ fn main() -> ExitCode {
         Err(error) => Err(error),
     };
     outcome.unwrap_or_else(|error| {
-        // Written in one piece, because other workers may print the same error at this moment.
-        let line = format!("{error}\n");
-        eprint!("{line}");
+        LogWriter::stderr().line(error);
         ExitCode::FAILURE
     })
 }

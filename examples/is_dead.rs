@@ -4,21 +4,28 @@
 //! then:      curl http://127.0.0.1:8000/     once for each worker
 //!
 //! Optional argument: another address, as in `-- 127.0.0.1:8001`
-#![allow(clippy::print_stdout)]
 
 mod hello;
 
-use cluster::{Master, Role, Worker};
+use cluster::{LogWriter, Master, Role, Worker};
 use nix::sys::signal::{Signal, raise};
 
 fn master(master: &Master) -> cluster::Result<()> {
-    println!("master {} is running", std::process::id());
+    let log = LogWriter::stdout().attached_to(master);
+    log.line(format_args!("master {} is running", std::process::id()));
     for _ in 0..cluster::available_parallelism() {
         master.fork()?;
     }
-    master.on_listening_once(|_, _, address| println!("listening on {address}"));
-    master.on_fork(|_, worker| println!("worker is dead: {}", worker.is_dead()));
-    master.on_exit(|_, worker, _| println!("worker is dead: {}", worker.is_dead()));
+    let (at_listening, at_fork) = (log.clone(), log.clone());
+    master.on_listening_once(move |_, _, address| {
+        at_listening.line(format_args!("listening on {address}"));
+    });
+    master.on_fork(move |_, worker| {
+        at_fork.line(format_args!("worker is dead: {}", worker.is_dead()));
+    });
+    master.on_exit(move |_, worker, _| {
+        log.line(format_args!("worker is dead: {}", worker.is_dead()));
+    });
     master.run()
 }
 

@@ -2,12 +2,11 @@
 //!
 //! Type:      cargo run --release --example pool
 //! reload:    kill -HUP, upgrade: kill -USR2, scale: kill -TTIN and -TTOU, stop: kill -TERM
-#![allow(clippy::print_stderr)]
 
 use std::io::{Read, Write};
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
-use cluster::{Connection, Role, systemd};
+use cluster::{Connection, LogWriter, Role, systemd};
 
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 6\r\n\r\nhello\n";
 
@@ -17,10 +16,12 @@ fn main() -> cluster::Result<()> {
     let address = address.as_deref().unwrap_or("127.0.0.1:8000");
     match cluster::init()? {
         Role::Master(master) => {
+            let log = LogWriter::stderr().attached_to(&master);
             let pool = Pool::new(&master, PoolOptions::default());
             pool.adopt(&master, passed)?;
-            eprintln!("listening on {}", pool.listen(&master, address)?);
-            pool.on_event(|_, _, event| eprintln!("{event}"));
+            let bound = pool.listen(&master, address)?;
+            log.line(format_args!("listening on {bound}"));
+            pool.on_event(move |_, _, event| log.line(event));
             pool.on_default_signals(&master)?;
             pool.notify_systemd(&master)?;
             master.run()

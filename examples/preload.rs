@@ -2,9 +2,8 @@
 //! execute no program.
 //!
 //! Type:      cargo run --example preload
-#![allow(clippy::print_stdout)]
 
-use cluster::{Role, Settings, Worker};
+use cluster::{LogWriter, Role, Settings, Worker};
 
 /// The numbers below this limit are tested.
 const LIMIT: usize = 10_000_000;
@@ -35,7 +34,7 @@ fn main() -> cluster::Result<()> {
     let count = move |worker: Worker| {
         let millions = worker.id().get() as usize * 1_000_000;
         let count = primes[..millions].iter().filter(|is_prime| **is_prime);
-        println!("{} primes below {millions}", count.count());
+        LogWriter::stdout().line(format_args!("{} primes below {millions}", count.count()));
         0
     };
     master.setup_master(Settings::default().main(count));

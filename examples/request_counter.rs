@@ -5,7 +5,6 @@
 //! and stop:  Ctrl-C
 //!
 //! Optional argument: another address, as in `-- 127.0.0.1:8001`
-#![allow(clippy::print_stdout)]
 
 mod hello;
 
@@ -13,16 +12,19 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Master, Role, Worker};
+use cluster::{LogWriter, Master, Role, Worker};
 
 fn master(master: &Master) -> cluster::Result<()> {
+    let log = LogWriter::stdout().attached_to(master);
     // Keep track of requests.
     let requests = Rc::new(Cell::new(0));
-    let total = Rc::clone(&requests);
+    let (total, counts) = (Rc::clone(&requests), log.clone());
     master.set_interval(Duration::from_secs(1), move |_| {
-        println!("requests = {}", total.get());
+        counts.line(format_args!("requests = {}", total.get()));
     });
-    master.on_listening_once(|_, _, address| println!("listening on {address}"));
+    master.on_listening_once(move |_, _, address| {
+        log.line(format_args!("listening on {address}"));
+    });
     // Start workers and count their messages `notifyRequest`.
     for _ in 0..cluster::available_parallelism() {
         let requests = Rc::clone(&requests);

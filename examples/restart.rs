@@ -1,20 +1,20 @@
 //! Replaces workers that exit. Each worker exits at once; the fifth is not replaced.
 //!
 //! Type:      cargo run --example restart
-#![allow(clippy::print_stdout)]
 
-use cluster::Role;
+use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
-            master.on_exit(|master, worker, status| {
+            let log = LogWriter::stdout().attached_to(&master);
+            master.on_exit(move |master, worker, status| {
                 let pid = worker.process().id();
                 if worker.id().get() < 5 {
-                    println!("worker {pid} died ({status}). restarting...");
+                    log.line(format_args!("worker {pid} died ({status}). restarting..."));
                     let _ = master.fork();
                 } else {
-                    println!("worker {pid} died ({status}). enough.");
+                    log.line(format_args!("worker {pid} died ({status}). enough."));
                 }
             });
             master.fork()?;

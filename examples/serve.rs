@@ -4,7 +4,6 @@
 //! Type:      cargo run --release --example serve -- --listen 127.0.0.1:8000 -- gunicorn app
 //! reload:    kill -HUP, scale: kill -TTIN and -TTOU, stop: Ctrl-C
 //! and read:  cargo run --release --example serve -- --help
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::cell::{Cell, RefCell};
 use std::error::Error;
@@ -20,7 +19,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::pool::{FailureAction, Pool, PoolOptions, Readiness, SignalAction, Status};
-use cluster::{Master, Role, SchedulingPolicy, Settings, Signal, systemd};
+use cluster::{LogWriter, Master, Role, SchedulingPolicy, Settings, Signal, systemd};
 use lexopt::prelude::*;
 
 const USAGE: &str = "\
@@ -72,7 +71,7 @@ fn options() -> Result<Options, lexopt::Error> {
             Long("max-age") => pool = pool.max_age(Some(time(&mut args)?)),
             Long("max-memory") => pool = pool.max_memory(Some(amount(&mut args, BYTES)?)),
             Long("help") => {
-                print!("{USAGE}");
+                LogWriter::stdout().line(USAGE.trim_end());
                 std::process::exit(0);
             }
             Value(program) => {
@@ -112,6 +111,7 @@ fn find(program: &Path) -> Option<PathBuf> {
 
 /// Prints a line for each event, and on a terminal a status line below them.
 struct Screen {
+    output: LogWriter,
     began: Instant,
     is_terminal: bool,
     status: RefCell<String>,
@@ -136,8 +136,10 @@ impl Screen {
             true => format!("\r\x1b[K{line}{}\r", self.status.borrow()),
             false => line.to_owned(),
         };
-        // A terminal that has been closed does not stop the master.
-        let _ = io::stderr().write_all(text.as_bytes());
+        let mut output = &self.output;
+        let _ = output.write_all(text.as_bytes());
+        // The status line has no line feed.
+        let _ = output.flush();
     }
 }
 
@@ -169,6 +171,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         return Err("this process is a worker of another master".into());
     };
     let screen = Rc::new(Screen {
+        output: LogWriter::stderr().attached_to(&master),
         began: Instant::now(),
         is_terminal: io::stderr().is_terminal(),
         status: RefCell::default(),
@@ -237,7 +240,7 @@ fn main() -> ExitCode {
     serve().unwrap_or_else(|error| {
         let is_usage = error.is::<lexopt::Error>();
         let hint = if is_usage { "; see --help" } else { "" };
-        eprintln!("serve: {error}{hint}");
+        LogWriter::stderr().line(format_args!("serve: {error}{hint}"));
         ExitCode::from(if is_usage { 2 } else { 1 })
     })
 }

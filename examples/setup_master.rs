@@ -2,21 +2,20 @@
 //! output of both.
 //!
 //! Type:      cargo run --example setup_master
-#![allow(clippy::print_stdout)]
 
-use std::io::Read;
+use std::io::{Read, Write};
 
-use cluster::{Interest, Master, Role, Settings};
+use cluster::{Interest, LogWriter, Master, Role, Settings};
 
 /// Forks a worker and prints its output.
-fn show(master: &Master) -> cluster::Result<()> {
+fn show(master: &Master, log: LogWriter) -> cluster::Result<()> {
     let worker = master.fork()?;
     if let Some(output) = worker.process().take_stdio(1) {
         master.watch(output, Interest::Readable, move |_, mut output| {
             let mut bytes = [0; 1024];
             let length = output.read(&mut bytes).ok().filter(|length| *length > 0)?;
             let text = String::from_utf8_lossy(&bytes[..length]);
-            print!("worker {} prints: {text}", worker.id());
+            let _ = write!(&log, "worker {} prints: {text}", worker.id());
             Some(Interest::Readable)
         })?;
     }
@@ -26,15 +25,17 @@ fn show(master: &Master) -> cluster::Result<()> {
 fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
+            let log = LogWriter::stdout().attached_to(&master);
             master.setup_master(Settings::default().args(["--use", "https"]).silent(true));
-            show(&master)?; // https worker
+            show(&master, log.clone())?; // https worker
             master.setup_master(Settings::default().args(["--use", "http"]));
-            show(&master)?; // http worker
+            show(&master, log)?; // http worker
             master.run()
         }
         Role::Worker(_) => {
             let protocol = std::env::args().nth(2);
-            println!("I use {}", protocol.as_deref().unwrap_or("nothing"));
+            let protocol = protocol.as_deref().unwrap_or("nothing");
+            LogWriter::stdout().line(format_args!("I use {protocol}"));
             Ok(())
         }
     }

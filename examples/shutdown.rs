@@ -3,31 +3,35 @@
 //!
 //! Type:      cargo run --example shutdown
 //!            cargo run --example shutdown -- polite
-#![allow(clippy::print_stdout)]
 
 use std::cell::RefCell;
 use std::net::TcpStream;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Interest, Master, Role, Signal, Worker};
+use cluster::{Interest, LogWriter, Master, Role, Signal, Worker};
 
 const TIMEOUT: Duration = Duration::from_millis(500);
 
 fn master(master: &Master) -> cluster::Result<()> {
+    let log = LogWriter::stdout().attached_to(master);
     let worker = master.fork()?;
-    worker.on_message(|master, worker, _| {
+    let at_timeout = log.clone();
+    worker.on_message(move |master, worker, _| {
         // The worker has a client now.
         let _ = worker.send(b"shutdown");
         let straggler = worker.disconnect().clone();
+        let log = at_timeout.clone();
         let timeout = master.set_timeout(TIMEOUT, move |_| {
-            println!("its time is over");
+            log.line("its time is over");
             // `straggler.kill` would wait until the worker has disconnected.
             straggler.process().kill(Signal::KILL);
         });
         worker.on_disconnect(move |master, _| master.clear_timer(timeout));
     });
-    worker.on_exit(|_, _, status| println!("the worker has ended: {status}"));
+    worker.on_exit(move |_, _, status| {
+        log.line(format_args!("the worker has ended: {status}"));
+    });
     // A client that stays connected until the worker closes the connection.
     worker.on_listening(|master, _, address| {
         if let Ok(client) = TcpStream::connect(address.to_string()) {

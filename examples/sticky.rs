@@ -6,14 +6,13 @@
 //! and stop:  Ctrl-C
 //!
 //! Optional arguments: another address and the number of workers, as in `-- 127.0.0.1:8001 4`
-#![allow(clippy::print_stdout)]
 
 mod hello;
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 
-use cluster::{Role, WorkerId};
+use cluster::{LogWriter, Role, WorkerId};
 
 /// Returns a pseudo-random score that is always the same for one worker and client. Each client gets
 /// the worker with the highest score (rendezvous hashing), so a worker that starts or exits moves no
@@ -35,11 +34,15 @@ fn main() -> cluster::Result<()> {
                 let ids = workers.iter().map(|load| load.worker);
                 ids.max_by_key(|id| score(*id, client))
             });
-            master.on_listening(|_, worker, address| {
+            let log = LogWriter::stdout().attached_to(&master);
+            let at_exit = log.clone();
+            master.on_listening(move |_, worker, address| {
                 let (id, pid) = (worker.id(), worker.process().id());
-                println!("worker {id} {pid} listening on {address}");
+                log.line(format_args!("worker {id} {pid} listening on {address}"));
             });
-            master.on_exit(|_, worker, status| println!("worker {} died ({status})", worker.id()));
+            master.on_exit(move |_, worker, status| {
+                at_exit.line(format_args!("worker {} died ({status})", worker.id()));
+            });
             for _ in 0..workers.unwrap_or_else(cluster::available_parallelism) {
                 master.fork()?;
             }

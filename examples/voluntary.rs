@@ -2,18 +2,18 @@
 //! fourth.
 //!
 //! Type:      cargo run --example voluntary
-#![allow(clippy::print_stdout)]
 
-use cluster::{Role, Signal};
+use cluster::{LogWriter, Role, Signal};
 
 fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
-            master.on_exit(|_, worker, _| {
+            let log = LogWriter::stdout().attached_to(&master);
+            master.on_exit(move |_, worker, _| {
                 let voluntary = worker.exited_after_disconnect();
-                println!("{} exited: {voluntary:?}", worker.id());
+                log.line(format_args!("{} exited: {voluntary:?}", worker.id()));
                 if voluntary == Some(true) {
-                    println!("Oh, it was just voluntary – no need to worry");
+                    log.line("Oh, it was just voluntary – no need to worry");
                 }
             });
             for _ in 0..3 {

@@ -2,27 +2,42 @@
 //! signal, and one listens and is disconnected.
 //!
 //! Type:      cargo run --example worker_events
-#![allow(clippy::print_stdout)]
 
 use std::os::unix::process::ExitStatusExt;
 
-use cluster::{Master, Role, Worker};
+use cluster::{LogWriter, Master, Role, Worker};
 
 fn master(master: &Master) -> cluster::Result<()> {
-    master.on_online(|_, worker| {
-        println!("{}: yay, it responded after it was forked", worker.id());
+    let output = LogWriter::stdout().attached_to(master);
+    let log = output.clone();
+    master.on_online(move |_, worker| {
+        log.line(format_args!(
+            "{}: yay, it responded after it was forked",
+            worker.id()
+        ));
     });
-    master.on_listening(|_, worker, address| {
-        println!("{}: is now connected to {address}", worker.id());
+    let log = output.clone();
+    master.on_listening(move |_, worker, address| {
+        log.line(format_args!(
+            "{}: is now connected to {address}",
+            worker.id()
+        ));
     });
-    master.on_disconnect(|_, worker| println!("{}: has disconnected", worker.id()));
+    let log = output.clone();
+    master.on_disconnect(move |_, worker| {
+        log.line(format_args!("{}: has disconnected", worker.id()));
+    });
     for part in ["success", "failure", "signal", "server"] {
         let worker = master.fork_with([("PART", part)])?;
         worker.on_listening(|_, worker, _| drop(worker.disconnect().clone()));
-        worker.on_exit(|_, worker, status| match (status.code(), status.signal()) {
-            (Some(0), _) => println!("{}: success!", worker.id()),
-            (Some(code), _) => println!("{}: exited with error code: {code}", worker.id()),
-            (None, signal) => println!("{}: was killed by signal: {signal:?}", worker.id()),
+        let log = output.clone();
+        worker.on_exit(move |_, worker, status| {
+            let id = worker.id();
+            match (status.code(), status.signal()) {
+                (Some(0), _) => log.line(format_args!("{id}: success!")),
+                (Some(code), _) => log.line(format_args!("{id}: exited with error code: {code}")),
+                (None, signal) => log.line(format_args!("{id}: was killed by signal: {signal:?}")),
+            }
         });
     }
     master.run()

@@ -8,7 +8,6 @@
 //! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM, at once: once more
 //!
 //! Options:   --workers 4   --release FILE   --drain-notice SECONDS
-#![allow(clippy::print_stderr)]
 
 use std::cell::Cell;
 use std::error::Error;
@@ -20,7 +19,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use cluster::pool::{Pool, PoolEvent, PoolOptions, SignalAction, ignore_pool_signals};
-use cluster::{Connection, Interest, Master, Role, Signal, Worker, systemd};
+use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker, systemd};
 use lexopt::prelude::*;
 use proxy_header::{ParseConfig, ProxyHeader};
 
@@ -85,12 +84,17 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
     pool.listen(master, address)?;
     let agent = master.listen(address)?.as_fd().try_clone_to_owned()?;
     let (mut agent, is_draining) = (Some(TcpListener::from(agent)), Rc::clone(&draining));
+    let log = LogWriter::stderr().attached_to(master);
     pool.on_event(move |pool, master, event| {
-        eprintln!("{event}");
+        log.line(event);
         // Until this event, in an upgrade, the old master answers for this host.
         if *event == PoolEvent::QuorumReached {
             let agent = agent.take().into_iter();
-            agent.for_each(|agent| answer_agent_check(master, pool, agent, &is_draining));
+            agent.for_each(|agent| {
+                if let Err(error) = answer_agent_check(master, pool, agent, &is_draining) {
+                    log.line(format_args!("cannot answer the agent-check: {error}"));
+                }
+            });
         }
     });
     let notice = Duration::from_secs(options.drain_notice);
@@ -111,7 +115,12 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
     Ok(())
 }
 
-fn answer_agent_check(master: &Master, pool: &Pool, agent: TcpListener, draining: &Rc<Cell<bool>>) {
+fn answer_agent_check(
+    master: &Master,
+    pool: &Pool,
+    agent: TcpListener,
+    draining: &Rc<Cell<bool>>,
+) -> cluster::Result<()> {
     let (pool, draining) = (pool.clone(), Rc::clone(draining));
     let watch = master.watch(agent, Interest::Readable, move |_, agent| {
         // A new master answers for this host, or none does and HAProxy keeps the last answer.
@@ -127,12 +136,10 @@ fn answer_agent_check(master: &Master, pool: &Pool, agent: TcpListener, draining
         // A few bytes always fit into the socket's buffer.
         let _ = accepted.and_then(|(mut proxy, _)| proxy.write_all(answer));
         Some(Interest::Readable)
-    });
-    match watch {
-        // The pool, not this watch, keeps the master running.
-        Ok(watch) => master.unreference(watch),
-        Err(error) => eprintln!("cannot answer the agent-check: {error}"),
-    }
+    })?;
+    // The pool, not this watch, keeps the master running.
+    master.unreference(watch);
+    Ok(())
 }
 
 fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {

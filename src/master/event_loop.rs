@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level};
 use crate::error::{Error, Result, WatchError};
+use crate::log::AttachedLogs;
 use crate::master::Master;
 use crate::master::shell::{Processed, WorkerIo};
 use crate::master::worker_process::WorkerProcess;
@@ -18,6 +19,11 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 use crate::wire::message::Message;
 use crate::wire::receipts::Receipt;
+
+/// The delay before the next write to a log whose target is reported as writable and takes nothing,
+/// such as a terminal with less space than one line feed needs. A shorter delay would be close to
+/// spinning.
+const LOG_BACK_OFF: Duration = Duration::from_millis(100);
 
 /// Maximum number of events that are delivered before the loop polls again.
 ///
@@ -258,6 +264,7 @@ impl Master {
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
                 Token::Listener(number) => self.shell.listener_ready(HandleId(number)),
                 Token::Selector(number) => self.shell.selector_ready(HandleId(number)),
+                Token::Log(number) => self.log_ready(number),
                 Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }
@@ -506,13 +513,15 @@ impl Master {
 
     /// Writes a line to standard error if `CLUSTER_DEBUG` is `1`.
     fn log(&self, event: std::fmt::Arguments<'_>) {
-        if self.logs_events {
-            use std::io::Write as _;
+        if let Some(log) = &self.debug_log {
+            log.line(format_args!("{},Master {event}", std::process::id()));
+        }
+    }
 
-            // Write the line in one call, because workers may write to standard error at the same
-            // time.
-            let line = format!("{},Master {event}\n", std::process::id());
-            let _ = std::io::stderr().write_all(line.as_bytes());
+    fn log_ready(&self, number: u32) {
+        if let Some(log) = self.logs.ready(number) {
+            let timer = self.set_timeout(LOG_BACK_OFF, move |_| AttachedLogs::try_again(&log));
+            self.unreference(timer);
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::config::listen::{BindRequest, ListenOptions};
 use crate::config::settings::Settings;
 use crate::config::spawn::SpawnOptions;
 use crate::error::{Error, Result};
+use crate::log::{AttachedLogs, LogWriter};
 use crate::master::callbacks::{MasterCallbacks, WorkerCallbacks};
 use crate::master::listener::MasterListener;
 use crate::master::shell::{MasterShell, RetainedListener};
@@ -61,7 +62,7 @@ use crate::worker::Worker;
 ///
 /// ```no_run
 /// use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
-/// use cluster::{Role, Signal};
+/// use cluster::{LogWriter, Role, Signal};
 ///
 /// # fn serve(_: cluster::Connection) {}
 /// fn main() -> cluster::Result<()> {
@@ -70,6 +71,7 @@ use crate::worker::Worker;
 ///             for _ in 0..cluster::available_parallelism() {
 ///                 master.fork()?;
 ///             }
+///             let log = LogWriter::stdout().attached_to(&master);
 ///             let serving = Rc::new(RefCell::new(BTreeSet::new()));
 ///             let listening = Rc::clone(&serving);
 ///             master.on_listening(move |_, worker, _| {
@@ -118,7 +120,9 @@ pub struct Master {
     reap: Cell<bool>,
     /// The time of the last check of the workers whose exit is not reported by the system.
     last_exit_check: Cell<Instant>,
-    logs_events: bool,
+    logs: AttachedLogs,
+    /// For the lines that `CLUSTER_DEBUG=1` requests.
+    debug_log: Option<LogWriter>,
 }
 
 /// The inputs from `init` that are needed to start a worker. `init` passes them in, so the master
@@ -146,7 +150,8 @@ impl Master {
     pub(crate) fn new(policy: SchedulingPolicy, launch: Launch) -> Result<Self> {
         let event_loop = EventLoop::new()?;
         let shell = MasterShell::new(policy, event_loop.poller().clone(), event_loop.start_time());
-        Ok(Self {
+        let debug = std::env::var_os(DEBUG).is_some_and(|value| value == "1");
+        let master = Self {
             shell: Rc::new(shell),
             event_loop,
             callbacks: MasterCallbacks::default(),
@@ -157,8 +162,18 @@ impl Master {
             child_signal: RefCell::default(),
             reap: Cell::new(false),
             last_exit_check: Cell::new(Instant::now()),
-            logs_events: std::env::var_os(DEBUG).is_some_and(|value| value == "1"),
-        })
+            logs: AttachedLogs::default(),
+            debug_log: debug.then(LogWriter::stderr),
+        };
+        if let Some(log) = &master.debug_log {
+            master.attach_log(log);
+        }
+        Ok(master)
+    }
+
+    /// Lets the loop write the lines that wait in a log.
+    pub(crate) fn attach_log(&self, log: &LogWriter) {
+        self.logs.add(log, self.event_loop.poller());
     }
 
     /// Starts a worker. The worker executes the program of [`settings`](Self::settings), or runs
@@ -611,6 +626,7 @@ impl Drop for Master {
     fn drop(&mut self) {
         // Break reference cycles through closures.
         self.event_loop.clear();
+        self.logs.detach();
         drop(self.scheduler.take());
         for callbacks in self.worker_callbacks.take().into_values() {
             callbacks.clear();

@@ -10,7 +10,7 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use cluster::Role;
+//! use cluster::{LogWriter, Role};
 //! use cluster::pool::{Pool, PoolOptions};
 //!
 //! fn main() -> cluster::Result<()> {
@@ -298,7 +298,8 @@ impl Pool {
     /// [`remove_callback`](Self::remove_callback) to remove the callback.
     ///
     /// ```no_run
-    /// # fn f(pool: &cluster::pool::Pool) {
+    /// # fn f(master: &cluster::Master, pool: &cluster::pool::Pool) {
+    /// use cluster::LogWriter;
     /// use cluster::pool::PoolEvent;
     ///
     /// pool.on_event(|_, _, event| match event {
@@ -351,7 +352,7 @@ impl Pool {
     /// The loop calls the callback, so no method of the pool calls it directly.
     ///
     /// ```no_run
-    /// # fn f(pool: &cluster::pool::Pool) {
+    /// # fn f(master: &cluster::Master, pool: &cluster::pool::Pool) {
     /// use std::time::Duration;
     /// use cluster::pool::FailureAction;
     ///

@@ -66,6 +66,8 @@ pub(crate) enum Token {
     /// The socket that selects among a listener's shards.
     Selector(u32),
     Watch(u32),
+    /// The target of a log, which was full.
+    Log(u32),
     Signals,
 }
 
@@ -81,6 +83,7 @@ impl Token {
             Self::Watch(number) => (3, number),
             Self::Signals => (4, 0),
             Self::Selector(number) => (5, number),
+            Self::Log(number) => (6, number),
         };
         // The shift loses no bit, because every number is at most `MAX_NUMBER`.
         (number as usize) << 3 | tag
@@ -95,6 +98,7 @@ impl Token {
             3 => Some(Self::Watch(number)),
             4 => Some(Self::Signals),
             5 => Some(Self::Selector(number)),
+            6 => Some(Self::Log(number)),
             _ => None,
         }
     }
@@ -530,6 +534,7 @@ mod tests {
             Token::Watch(MAX_NUMBER),
             Token::Signals,
             Token::Selector(0x1fff_ffff),
+            Token::Log(MAX_NUMBER),
         ];
         for token in all {
             assert_eq!(Token::from_key(token.key()), Some(token));

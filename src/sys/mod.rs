@@ -19,6 +19,7 @@ pub(crate) mod env;
 pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod listen;
+pub(crate) mod log;
 mod option;
 pub(crate) mod owner;
 pub(crate) mod poll;

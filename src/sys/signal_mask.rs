@@ -23,9 +23,14 @@ impl SignalSet {
     /// Returns the set of one signal, which must exist.
     pub(super) fn only(signal: libc::c_int) -> Self {
         let mut set = Self::empty();
-        // SAFETY: the set is initialised. The call fails only for a signal that does not exist.
-        unsafe { libc::sigaddset(&raw mut set.0, signal) };
+        set.add(signal);
         set
+    }
+
+    /// Adds a signal, which must exist.
+    pub(super) fn add(&mut self, signal: libc::c_int) {
+        // SAFETY: the set is initialised. The call fails only for a signal that does not exist.
+        unsafe { libc::sigaddset(&raw mut self.0, signal) };
     }
 
     pub(super) fn contains(&self, signal: libc::c_int) -> bool {

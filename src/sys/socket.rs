@@ -160,22 +160,43 @@ fn without_sigpipe_unless_flagged<T>(call: impl FnMut() -> io::Result<T>) -> io:
     }
 }
 
-/// Runs a call that may raise SIGPIPE. Blocks the signal on this thread, and removes it if the call
-/// raised it.
+/// Runs a call that may raise SIGPIPE in an application that does not ignore it.
 fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let pipe = SignalSet::only(libc::SIGPIPE);
-    let previous = pipe.block();
+    without_signals(&[(libc::SIGPIPE, libc::EPIPE)], call)
+}
+
+/// Runs a call that may raise signals for this thread.
+///
+/// Each signal has the error number with which the call fails when it raises the signal. The signals
+/// are blocked on this thread during the call, and a signal that the call has raised is consumed.
+pub(super) fn without_signals<T>(
+    signals: &[(libc::c_int, libc::c_int)],
+    call: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    let mut blocked = SignalSet::empty();
+    for (signal, _) in signals {
+        blocked.add(*signal);
+    }
+    let previous = blocked.block();
     let result = call();
-    let raised = matches!(&result, Err(error) if error.kind() == io::ErrorKind::BrokenPipe);
-    let was_blocked = previous.contains(libc::SIGPIPE);
-    if raised && !was_blocked && SignalSet::pending().contains(libc::SIGPIPE) {
-        let mut signal = 0;
-        // SAFETY: both pointers are valid, and SIGPIPE is blocked. The call returns at once,
-        // because SIGPIPE is pending.
-        unsafe { libc::sigwait(pipe.as_ptr(), &raw mut signal) };
+    let errno = result.as_ref().err().and_then(io::Error::raw_os_error);
+    let raised = signals.iter().find(|(_, error)| errno == Some(*error));
+    if let Some((signal, _)) = raised.filter(|(signal, _)| !previous.contains(*signal)) {
+        consume(*signal);
     }
     previous.set_as_mask();
     result
+}
+
+/// Consumes a signal that this thread blocks, if the signal is pending.
+fn consume(signal: libc::c_int) {
+    if SignalSet::pending().contains(signal) {
+        let awaited = SignalSet::only(signal);
+        let mut number = 0;
+        // SAFETY: both pointers are valid, and the signal is blocked. The call returns at once, because
+        // the signal is pending.
+        unsafe { libc::sigwait(awaited.as_ptr(), &raw mut number) };
+    }
 }
 
 /// Maximum number of descriptors of one received message.

@@ -1,3 +1,3 @@
 //! The error numbers that the crate itself produces.
 
-pub(crate) use libc::{EADDRINUSE, EBADF, EINVAL, EMFILE, ENAMETOOLONG};
+pub(crate) use libc::{EADDRINUSE, EBADF, EINVAL, EMFILE, EMSGSIZE, ENAMETOOLONG};

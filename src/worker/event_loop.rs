@@ -248,7 +248,7 @@ impl Worker {
                         event_loop.call_signal(self, signal);
                     }
                 }
-                Token::Process(_) | Token::Selector(_) => {}
+                Token::Process(_) | Token::Selector(_) | Token::Log(_) => {}
             }
             self.settle();
         }

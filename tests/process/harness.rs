@@ -246,14 +246,32 @@ impl Group {
     /// fails.
     pub fn start(command: &mut Command) -> std::io::Result<Self> {
         let log = tempfile::tempfile()?;
+        Self::start_in(command, log.try_clone()?, log.try_clone()?, log)
+    }
+
+    /// Starts a program whose output goes elsewhere.
+    pub fn start_with(
+        command: &mut Command,
+        stdout: impl Into<Stdio>,
+        stderr: impl Into<Stdio>,
+    ) -> std::io::Result<Self> {
+        Self::start_in(command, stdout, stderr, tempfile::tempfile()?)
+    }
+
+    fn start_in(
+        command: &mut Command,
+        stdout: impl Into<Stdio>,
+        stderr: impl Into<Stdio>,
+        log: File,
+    ) -> std::io::Result<Self> {
         let temporary = tempfile::tempdir()?;
         std::fs::set_permissions(temporary.path(), Permissions::from_mode(0o1777))?;
         let child = command
             .env("TMPDIR", temporary.path())
             .process_group(0)
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log.try_clone()?)
+            .stdout(stdout)
+            .stderr(stderr)
             .spawn()?;
         let (child, log) = (RefCell::new(child), RefCell::new(log));
         Ok(Self {

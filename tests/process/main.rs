@@ -31,6 +31,7 @@ mod life;
 mod listen;
 mod listener_owners;
 mod loads;
+mod logs;
 mod messages;
 mod old_kernels;
 mod orphans;
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         listener_owners::SCENARIOS,
         blocking::SCENARIOS,
         loads::SCENARIOS,
+        logs::SCENARIOS,
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
         pool::SCENARIOS,
@@ -113,6 +115,7 @@ fn main() -> ExitCode {
     trials.extend(examples::trials());
     trials.extend(serve::trials());
     trials.extend(fleet::trials());
+    trials.extend(logs::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,

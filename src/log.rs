@@ -1,0 +1,665 @@
+//! Log lines that never make the process wait.
+//!
+//! [`Lines`] decides what is kept, dropped and reported; it makes no system calls. [`State`] writes to
+//! the target and waits for it in the master's loop.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Write as _};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::rc::{Rc, Weak};
+
+use crate::master::Master;
+use crate::runtime::event_loop::Token;
+use crate::sys::log::{Target, Unit};
+use crate::sys::owner::Owner;
+use crate::sys::poll::{Interest, Poller, Registered};
+use crate::types::errno;
+
+/// Maximum number of bytes that wait, in complete lines and in the current one. As much as a pipe of
+/// Linux holds: less would drop lines that a reader would have caught up with, more is memory that a
+/// reader which is gone for good never frees.
+const CAPACITY: usize = 64 << 10;
+
+/// Writes log lines to standard error, a file, a pipe or a socket, and never waits for it.
+///
+/// Node has no counterpart. The master handles all workers and clients in one loop, and they wait while a
+/// callback runs. `println!` and `eprintln!` are therefore wrong in a master's callback. If the reader
+/// of the log does not keep up, they block until it does. If the reader is gone, or the disk is
+/// full, they panic. This writer does neither:
+///
+/// - A line that cannot be written now waits, and is written before the next line. A master
+///   that the writer is [attached to](Self::attached_to) writes it as soon as the target takes it. If
+///   the target has failed, for instance because a pipe has no reader, the next line tries again.
+/// - At most 64 KiB wait. Further lines are dropped, and so is a line longer than that. Once the
+///   target takes lines again, a line such as `cluster: 3 log lines dropped` stands in their place.
+/// - The writer returns no error and raises no signal, and changes no setting of the target for the other
+///   processes that have it. In a pipe, lines up to `PIPE_BUF` bytes (4096 on Linux) do not mix with those
+///   of other processes.
+/// - A line is written when it is complete, or at [`flush`](Write::flush). When the last
+///   clone is dropped, the writer tries once more. Lines that then still wait are lost.
+///
+/// A regular file is written at once, at its end if it was opened with `O_APPEND`. Only its disk can delay
+/// that. To rotate logs, open the file again and make a new writer.
+///
+/// There is one exception. If a pipe or terminal belongs to another user, if a terminal was opened as
+/// `/dev/tty` or `/dev/tty0`, without `/proc`, and outside Linux, the writer polls before it writes. It then
+/// waits if another process fills the pipe between these two calls, or if a terminal takes only a
+/// part of the line. On Linux 6.5 and newer, this does not concern pipes without a name.
+///
+/// A child that the application forks does not write the lines that wait in its parent.
+///
+/// ```no_run
+/// # fn f(master: &cluster::Master) {
+/// use cluster::LogWriter;
+///
+/// let log = LogWriter::stderr().attached_to(master);
+/// master.on_exit(move |_, worker, status| {
+///     log.line(format_args!("worker {} died ({status})", worker.id()));
+/// });
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct LogWriter(Rc<RefCell<State>>);
+
+impl LogWriter {
+    /// Creates a writer to standard output.
+    ///
+    /// Node: `process.stdout`, which waits if it is a pipe or a file. The writer keeps a duplicate of the
+    /// descriptor, so a later redirection of standard output does not affect it.
+    ///
+    /// ```
+    /// cluster::LogWriter::stdout().line("hello");
+    /// ```
+    #[must_use]
+    pub fn stdout() -> Self {
+        Self::to(Target::stdout())
+    }
+
+    /// Creates a writer to standard error.
+    ///
+    /// Node: `process.stderr`. See [`stdout`](Self::stdout) for the rest.
+    ///
+    /// ```
+    /// cluster::LogWriter::stderr().line("hello");
+    /// ```
+    #[must_use]
+    pub fn stderr() -> Self {
+        Self::to(Target::stderr())
+    }
+
+    /// Creates a writer to a file, a pipe, a socket or another descriptor.
+    ///
+    /// Node has no counterpart. If the descriptor is not open for writing, all lines are dropped. Through a
+    /// datagram socket, each line is sent as one datagram.
+    ///
+    /// ```no_run
+    /// # fn f() -> std::io::Result<()> {
+    /// use std::fs::File;
+    ///
+    /// let file = File::options().append(true).create(true).open("server.log")?;
+    /// let log = cluster::LogWriter::new(file);
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn new(target: impl Into<OwnedFd>) -> Self {
+        Self::to(Target::new(target.into()))
+    }
+
+    fn to(target: Target) -> Self {
+        Self(Rc::new(RefCell::new(State {
+            target,
+            lines: Lines::default(),
+            owner: Owner::current(),
+            event_loop: None,
+            awaited: Awaited::Nothing,
+        })))
+    }
+
+    /// Lets the master's loop write what waits, as soon as the target takes it.
+    ///
+    /// Node has no counterpart. While nothing waits, this costs nothing, and the master's
+    /// [`run`](Master::run) does not wait for it. Without it, and after the master has been dropped, what
+    /// waits is written with the next line.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn attached_to(self, master: &Master) -> Self {
+        master.attach_log(&self);
+        self
+    }
+
+    /// Writes a line; the line feed is added.
+    ///
+    /// Node: `console.log`. The same as `writeln!(&log, …)`, without a result to ignore.
+    ///
+    /// ```
+    /// let log = cluster::LogWriter::stderr();
+    /// log.line(format_args!("{} workers", 4));
+    /// ```
+    pub fn line(&self, line: impl Display) {
+        // Formatted before anything is borrowed: the formatter may log, too.
+        let mut text = String::new();
+        let _ = write!(text, "{line}");
+        text.push('\n');
+        self.0.borrow_mut().append(text.as_bytes());
+    }
+}
+
+impl Write for &LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.borrow_mut().append(bytes);
+        Ok(bytes.len())
+    }
+
+    /// Writes an incomplete line, too.
+    fn flush(&mut self) -> io::Result<()> {
+        let mut state = self.0.borrow_mut();
+        state.begin();
+        state.lines.complete();
+        state.write();
+        Ok(())
+    }
+
+    /// The default method panics if a formatter returns an error.
+    fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
+        let mut formatted = String::new();
+        let _ = formatted.write_fmt(text);
+        self.write_all(formatted.as_bytes())
+    }
+}
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (&*self).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        (&*self).flush()
+    }
+
+    fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
+        (&*self).write_fmt(text)
+    }
+}
+
+impl fmt::Debug for LogWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogWriter").finish_non_exhaustive()
+    }
+}
+
+struct State {
+    target: Target,
+    lines: Lines,
+    owner: Owner,
+    /// The poller of the master's loop, and the key of its events for this log.
+    event_loop: Option<(Poller, usize)>,
+    awaited: Awaited,
+}
+
+/// The event at which the loop writes to the target.
+enum Awaited {
+    Nothing,
+    /// The target does not take more at present.
+    Writable(Registered<Rc<File>>),
+    /// The system says that the target is writable, and it takes nothing: a timer runs.
+    BackOff,
+}
+
+enum Written {
+    All,
+    /// Whether some bytes were written before the target was full.
+    Partly(bool),
+    Failed,
+}
+
+impl State {
+    fn append(&mut self, text: &[u8]) {
+        self.begin();
+        // The target is tried once for lack of space, not once for each line.
+        let mut is_tried = false;
+        for piece in text.split_inclusive(|byte| *byte == b'\n') {
+            if !self.lines.has_space(piece.len()) && !is_tried {
+                is_tried = !matches!(self.write(), Written::All);
+            }
+            self.lines.push(piece);
+        }
+        if self.lines.is_waiting() && !is_tried {
+            self.write();
+        }
+    }
+
+    /// In a process that was forked, forgets what is the parent's.
+    fn begin(&mut self) {
+        if !self.owner.is_current() {
+            self.owner = Owner::current();
+            self.lines = Lines::default();
+            self.event_loop = None;
+            self.awaited = Awaited::Nothing;
+        }
+    }
+
+    /// Writes what waits, and has the loop wait for the target if it is full.
+    fn write(&mut self) -> Written {
+        let written = self.write_lines();
+        let is_full = matches!(written, Written::Partly(_));
+        match &self.awaited {
+            Awaited::BackOff => {}
+            Awaited::Writable(_) | Awaited::Nothing if !is_full => self.awaited = Awaited::Nothing,
+            Awaited::Writable(registered) if self.target.is(registered) => {}
+            // A pipe may have been opened again since: the descriptor to wait for is another one.
+            Awaited::Writable(_) | Awaited::Nothing => self.awaited = self.when_writable(),
+        }
+        written
+    }
+
+    fn write_lines(&mut self) -> Written {
+        let mut has_progress = false;
+        while self.lines.is_waiting() {
+            let chunk = self.lines.first(self.target.unit());
+            let error = match self.target.write(chunk) {
+                Ok(length @ 1..) => {
+                    self.lines.remove(length);
+                    has_progress = true;
+                    continue;
+                }
+                Ok(0) => return Written::Failed,
+                Err(error) => error,
+            };
+            if error.kind() == io::ErrorKind::WouldBlock {
+                return Written::Partly(has_progress);
+            }
+            // A line that is too long for a datagram would stay the first one for ever.
+            if error.raw_os_error() != Some(errno::EMSGSIZE) {
+                return Written::Failed;
+            }
+            self.lines.drop_first();
+        }
+        Written::All
+    }
+
+    fn when_writable(&self) -> Awaited {
+        let Some(((poller, key), file)) = self.event_loop.as_ref().zip(self.target.file()) else {
+            return Awaited::Nothing;
+        };
+        // If the poller does not take it, it is written with the next line.
+        match poller.add(Rc::clone(file), *key, Some(Interest::Writable)) {
+            Ok(registered) => Awaited::Writable(registered),
+            Err(_) => Awaited::Nothing,
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.owner.is_current() {
+            self.lines.complete();
+            self.write_lines();
+        }
+    }
+}
+
+/// The logs that a master's loop writes to.
+#[derive(Default)]
+pub(crate) struct AttachedLogs(RefCell<BTreeMap<u32, Weak<RefCell<State>>>>);
+
+impl AttachedLogs {
+    pub(crate) fn add(&self, log: &LogWriter, poller: &Poller) {
+        let mut logs = self.0.borrow_mut();
+        logs.retain(|_, log| log.strong_count() > 0);
+        let free = (0..).zip(logs.keys()).find(|(free, used)| free != *used);
+        let number = match free {
+            Some((free, _)) => free,
+            None => u32::try_from(logs.len()).unwrap_or(u32::MAX),
+        };
+        logs.insert(number, Rc::downgrade(&log.0));
+        let mut state = log.0.borrow_mut();
+        state.begin();
+        state.event_loop = Some((poller.clone(), Token::Log(number).key()));
+        state.write();
+    }
+
+    /// Writes the waiting lines of a log that is ready. Returns the log if its target takes nothing although
+    /// it is ready; the caller then calls [`try_again`](Self::try_again) after a while.
+    pub(crate) fn ready(&self, number: u32) -> Option<LogWriter> {
+        let log = self.0.borrow().get(&number)?.upgrade()?;
+        let mut state = log.borrow_mut();
+        let Awaited::Writable(_) = state.awaited else {
+            return None;
+        };
+        if let Written::Partly(false) = state.write() {
+            state.awaited = Awaited::BackOff;
+            drop(state);
+            return Some(LogWriter(log));
+        }
+        None
+    }
+
+    pub(crate) fn try_again(log: &LogWriter) {
+        let mut state = log.0.borrow_mut();
+        state.awaited = Awaited::Nothing;
+        state.write();
+    }
+
+    /// Leaves the logs without a loop.
+    pub(crate) fn detach(&self) {
+        let logs = self.0.take();
+        for log in logs.into_values().filter_map(|log| log.upgrade()) {
+            let mut state = log.borrow_mut();
+            state.awaited = Awaited::Nothing;
+            state.event_loop = None;
+        }
+    }
+}
+
+/// Lines that wait to be written, followed by the current, incomplete one. Pure.
+///
+/// Once a line has been dropped, all further ones are, until half of the capacity is free and the notice
+/// has been added: so the notice stands exactly where lines are missing.
+#[derive(Debug, Default)]
+struct Lines {
+    bytes: Vec<u8>,
+    /// How many bytes of `bytes` may be written; the current line follows them.
+    complete: usize,
+    line: Line,
+    /// Lines that were dropped since the last notice.
+    dropped: u64,
+}
+
+/// The current line.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Line {
+    #[default]
+    Kept,
+    /// It is counted, and what follows of it is ignored.
+    Dropped,
+}
+
+impl Lines {
+    fn is_waiting(&self) -> bool {
+        self.complete > 0
+    }
+
+    fn has_space(&self, length: usize) -> bool {
+        self.dropped == 0 && length <= CAPACITY - self.bytes.len()
+    }
+
+    /// Adds text that has no line feed before its last byte.
+    fn push(&mut self, piece: &[u8]) {
+        let is_end = piece.ends_with(b"\n");
+        if self.line == Line::Kept {
+            if self.has_space(piece.len()) {
+                self.bytes.extend_from_slice(piece);
+            } else {
+                self.bytes.truncate(self.complete);
+                self.dropped = self.dropped.saturating_add(1);
+                self.line = Line::Dropped;
+            }
+        }
+        if is_end {
+            self.line = Line::Kept;
+            self.complete();
+        }
+        self.add_notice();
+    }
+
+    /// Lets an incomplete line be written.
+    fn complete(&mut self) {
+        self.complete = self.bytes.len();
+    }
+
+    /// Returns the bytes for the next write.
+    fn first(&self, unit: Unit) -> &[u8] {
+        let complete = &self.bytes[..self.complete];
+        let end = |part: &[u8]| {
+            part.iter()
+                .rposition(|byte| *byte == b'\n')
+                .map(|at| at + 1)
+        };
+        let length = match unit {
+            Unit::Line => complete.split_inclusive(|byte| *byte == b'\n').next(),
+            Unit::Bytes(most) => {
+                let part = &complete[..most.min(complete.len())];
+                Some(&part[..end(part).unwrap_or(part.len())])
+            }
+        };
+        length.unwrap_or(complete)
+    }
+
+    /// Removes bytes that have been written.
+    fn remove(&mut self, length: usize) {
+        self.bytes.drain(..length);
+        self.complete -= length;
+        if self.bytes.is_empty() {
+            // The memory is needed only while the target does not keep up.
+            self.bytes = Vec::new();
+        }
+        self.add_notice();
+    }
+
+    /// Drops the first line, which no write takes.
+    fn drop_first(&mut self) {
+        self.dropped = self.dropped.saturating_add(1);
+        self.remove(self.first(Unit::Line).len());
+    }
+
+    fn add_notice(&mut self) {
+        if self.dropped == 0 || self.bytes.len() > CAPACITY / 2 {
+            return;
+        }
+        let lines = if self.dropped == 1 { "line" } else { "lines" };
+        let notice = format!("cluster: {} log {lines} dropped\n", self.dropped);
+        let at = self.complete;
+        self.bytes.splice(at..at, notice.bytes());
+        self.complete += notice.len();
+        self.dropped = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::io::Read as _;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    use nix::unistd::pipe;
+
+    fn take(lines: &mut Lines, length: usize) -> String {
+        let taken = String::from_utf8(lines.bytes[..length].to_vec()).unwrap();
+        lines.remove(length);
+        taken
+    }
+
+    fn whole(lines: &Lines, most: usize) -> &str {
+        std::str::from_utf8(lines.first(Unit::Bytes(most))).unwrap()
+    }
+
+    #[test]
+    fn only_complete_lines_wait() {
+        let mut lines = Lines::default();
+        lines.push(b"half");
+        assert!(!lines.is_waiting());
+        lines.push(b" a line\n");
+        lines.push(b"more");
+        assert_eq!(whole(&lines, usize::MAX), "half a line\n");
+        assert_eq!(take(&mut lines, 12), "half a line\n");
+        assert!(!lines.is_waiting());
+        lines.complete();
+        assert_eq!(whole(&lines, usize::MAX), "more");
+    }
+
+    #[test]
+    fn a_write_takes_whole_lines_if_one_fits() {
+        let mut lines = Lines::default();
+        for line in ["one\n", "two\n", "three\n"] {
+            lines.push(line.as_bytes());
+        }
+        assert_eq!(lines.first(Unit::Line), b"one\n");
+        assert_eq!(whole(&lines, 9), "one\ntwo\n");
+        assert_eq!(whole(&lines, 8), "one\ntwo\n");
+        assert_eq!(whole(&lines, 3), "one");
+        assert_eq!(take(&mut lines, 2), "on");
+        assert_eq!(whole(&lines, 9), "e\ntwo\n");
+    }
+
+    #[test]
+    fn dropped_lines_are_counted_where_they_are_missing() {
+        let mut lines = Lines::default();
+        let line = format!("{}\n", "x".repeat(CAPACITY / 4 - 1));
+        for _ in 0..6 {
+            lines.push(line.as_bytes());
+        }
+        lines.push(b"short, and dropped, too\n");
+        assert_eq!(lines.bytes.len(), CAPACITY);
+        take(&mut lines, CAPACITY / 4);
+        lines.push(b"not yet half of the space\n");
+        assert_eq!(lines.dropped, 4);
+        take(&mut lines, CAPACITY / 4);
+        lines.push(b"again\n");
+        take(&mut lines, CAPACITY / 2);
+        assert_eq!(whole(&lines, 99), "cluster: 4 log lines dropped\nagain\n");
+    }
+
+    #[test]
+    fn a_line_beyond_the_capacity_is_dropped() {
+        let mut lines = Lines::default();
+        lines.push(b"before\n");
+        for _ in 0..5 {
+            lines.push(&[b'x'; CAPACITY / 3]);
+        }
+        lines.push(b"its end\n");
+        lines.push(b"after\n");
+        let expected = "before\ncluster: 1 log line dropped\nafter\n";
+        assert_eq!(whole(&lines, CAPACITY), expected);
+    }
+
+    #[test]
+    fn no_schedule_mixes_or_loses_lines_without_a_count() {
+        let mut random = fastrand::Rng::with_seed(7);
+        for _ in 0..200 {
+            let (mut lines, mut written, mut count) = (Lines::default(), Vec::new(), 0);
+            for step in 0..2000_u32 {
+                if random.u32(..10) < 7 {
+                    let length = random.usize(..400);
+                    let line = format!("{step} {}\n", "x".repeat(length));
+                    let (one, other) = line.split_at(random.usize(..line.len()));
+                    lines.push(one.as_bytes());
+                    lines.push(other.as_bytes());
+                    count += 1;
+                } else {
+                    let first = lines.first(Unit::Bytes(random.usize(1..3000)));
+                    let length = first.len().min(random.usize(..1500));
+                    written.extend_from_slice(&first[..length]);
+                    lines.remove(length);
+                }
+                assert!(lines.bytes.len() <= CAPACITY);
+            }
+            written.extend_from_slice(&lines.bytes);
+            let text = String::from_utf8(written).unwrap();
+            let (mut seen, mut last) = (lines.dropped, None);
+            for line in text.lines() {
+                let (number, rest) = line.split_once(' ').unwrap();
+                if number == "cluster:" {
+                    seen += rest.split_once(' ').unwrap().0.parse::<u64>().unwrap();
+                    continue;
+                }
+                assert!(rest.bytes().all(|byte| byte == b'x'), "{line}");
+                let number = number.parse::<u32>().unwrap();
+                assert!(last < Some(number));
+                last = Some(number);
+                seen += 1;
+            }
+            assert_eq!(seen, count);
+        }
+    }
+
+    #[test]
+    fn a_reader_that_catches_up_gets_what_waits_and_the_count() {
+        let (reader, writer) = pipe().unwrap();
+        let log = LogWriter::new(writer);
+        for number in 0..5000 {
+            log.line(format_args!("{number:0>99}"));
+        }
+        let mut reader = File::from(reader);
+        let mut text = Vec::new();
+        let mut buffer = vec![0; 1 << 20];
+        // Each further line writes what waits.
+        for last in ["last\n", "very last\n"] {
+            let length = reader.read(&mut buffer).unwrap();
+            text.extend_from_slice(&buffer[..length]);
+            let _ = write!(&log, "{last}");
+        }
+        drop(log);
+        reader.read_to_end(&mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        let (kept, end) = lines.split_at(lines.len() - 3);
+        for (number, line) in kept.iter().enumerate() {
+            assert_eq!(*line, format!("{number:0>99}"));
+        }
+        let dropped = 5000 - kept.len();
+        assert!(kept.len() * 100 > 100_000, "{}", kept.len());
+        assert_eq!(end[0], format!("cluster: {dropped} log lines dropped"));
+        assert_eq!(end[1..], ["last", "very last"]);
+    }
+
+    #[test]
+    fn each_line_is_a_datagram_and_a_line_too_long_for_one_is_dropped() {
+        let (here, there) = UnixDatagram::pair().unwrap();
+        let log = LogWriter::new(here);
+        let size = nix::sys::socket::sockopt::SndBuf;
+        nix::sys::socket::setsockopt(&there, size, &2048).unwrap();
+        let _ = write!(&log, "one\ntwo\n");
+        let limited = LogWriter::new(there.try_clone().unwrap());
+        limited.line("x".repeat(60_000));
+        limited.line("three");
+        let mut buffer = [0; 100];
+        let mut next = |socket: &UnixDatagram| {
+            let length = socket.recv(&mut buffer).unwrap();
+            String::from_utf8(buffer[..length].to_vec()).unwrap()
+        };
+        assert_eq!(next(&there), "one\n");
+        assert_eq!(next(&there), "two\n");
+        let file = log.0.borrow().target.file().map(Rc::clone).unwrap();
+        let here = UnixDatagram::from(OwnedFd::from(file.try_clone().unwrap()));
+        assert_eq!(next(&here), "cluster: 1 log line dropped\n");
+        assert_eq!(next(&here), "three\n");
+    }
+
+    #[test]
+    fn a_formatter_that_fails_or_logs_does_not_panic() {
+        struct Failing<'a>(&'a LogWriter);
+        impl Display for Failing<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.line("nested");
+                f.write_str("begun")?;
+                Err(fmt::Error)
+            }
+        }
+        let (mut reader, writer) = UnixStream::pair().unwrap();
+        let log = LogWriter::new(writer);
+        log.line(Failing(&log));
+        let _ = writeln!(&log, "{}", Failing(&log));
+        drop(log);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "nested\nbegun\nnested\nbegun");
+    }
+
+    #[test]
+    fn a_descriptor_that_is_not_open_for_writing_takes_nothing() {
+        let log = LogWriter::new(File::open("/dev/null").unwrap());
+        log.line("lost");
+        assert!(matches!(log.0.borrow().target, Target::Closed));
+        let (reader, _writer) = pipe().unwrap();
+        LogWriter::new(reader).line("lost");
+    }
+}
