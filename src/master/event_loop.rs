@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level};
 use crate::error::{Error, Result, WatchError};
-use crate::log::AttachedLogs;
 use crate::master::Master;
 use crate::master::shell::{Processed, WorkerIo};
 use crate::master::worker_process::WorkerProcess;
 use crate::runtime::event_loop::{LoopId, Token, WatchId};
+use crate::runtime::log::{AttachedLogs, LogWriter};
 use crate::runtime::timers::TimerId;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
@@ -608,5 +608,24 @@ impl Master {
             self.event_loop.call_signal(self, signal);
             self.settle();
         }
+    }
+}
+
+impl LogWriter {
+    /// Lets the master's loop write what waits, as soon as the target takes it.
+    ///
+    /// Node has no counterpart. While nothing waits, this costs nothing, and the master's
+    /// [`run`](Master::run) does not wait for it. Without it, and after the master has been dropped, what
+    /// waits is written with the next line.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn attached_to(self, master: &Master) -> Self {
+        master.attach_log(&self);
+        self
     }
 }

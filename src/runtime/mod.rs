@@ -1,5 +1,5 @@
-//! Contains the event loop of both roles, with a poller, timers, signals, watched descriptors and
-//! lists of callbacks.
+//! Contains the event loop of both roles, with a poller, timers, signals, watched descriptors,
+//! lists of callbacks, and logs.
 //!
 //! The modules do not depend on workers, listeners or frames.
 
@@ -7,4 +7,5 @@ pub(crate) mod backoff;
 pub(crate) mod callback_methods;
 pub(crate) mod callbacks;
 pub(crate) mod event_loop;
+pub(crate) mod log;
 pub(crate) mod timers;

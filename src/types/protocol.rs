@@ -56,7 +56,7 @@ impl std::fmt::Display for FrameError {
 impl std::error::Error for FrameError {}
 
 /// A violation of the protocol by a well-formed frame, in
-/// [`FrameError::Violation`](crate::FrameError::Violation).
+/// [`FrameError::Violation`].
 ///
 /// Node has no counterpart.
 ///

@@ -11,7 +11,6 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 
-use crate::master::Master;
 use crate::runtime::event_loop::Token;
 use crate::sys::log::{Target, Unit};
 use crate::sys::owner::Owner;
@@ -116,23 +115,6 @@ impl LogWriter {
             event_loop: None,
             awaited: Awaited::Nothing,
         })))
-    }
-
-    /// Lets the master's loop write what waits, as soon as the target takes it.
-    ///
-    /// Node has no counterpart. While nothing waits, this costs nothing, and the master's
-    /// [`run`](Master::run) does not wait for it. Without it, and after the master has been dropped, what
-    /// waits is written with the next line.
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) {
-    /// let log = cluster::LogWriter::stderr().attached_to(master);
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn attached_to(self, master: &Master) -> Self {
-        master.attach_log(&self);
-        self
     }
 
     /// Writes a line; the line feed is added.
