@@ -125,11 +125,14 @@ fn attach(
     name: libc::c_int,
     program: &mut [libc::sock_filter],
 ) -> io::Result<()> {
-    let program = libc::sock_fprog {
-        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        filter: program.as_mut_ptr(),
-    };
-    option::set(socket.as_fd(), libc::SOL_SOCKET, name, &program)
+    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // The kernel copies the padding of the structure too, and memory checkers object if the padding is
+    // uninitialised.
+    // SAFETY: all zeroes is a valid `sock_fprog`.
+    let mut argument: libc::sock_fprog = unsafe { std::mem::zeroed() };
+    argument.len = length;
+    argument.filter = program.as_mut_ptr();
+    option::set(socket.as_fd(), libc::SOL_SOCKET, name, &argument)
 }
 
 #[cfg(test)]
