@@ -7,7 +7,7 @@ use crate::wire::frame::{BATCH_OFFSET, Frame, HEADER, Header, ToMaster, ToWorker
 
 /// Decodes the input in both directions. Checks that decoded frames encode to the same bytes.
 ///
-/// Also checks that the result does not depend on how the bytes are cut into pieces.
+/// Also checks that an inbox returns the same frames if the bytes arrive in several pieces.
 pub fn frame(data: &[u8]) {
     let mut input = Input(data);
     let batches = [input.byte(), input.byte()];
@@ -34,7 +34,8 @@ fn round_trip<F: Frame>(bytes: &[u8]) {
     if let Ok(frame) = F::decode(header.kind, header.fds, body) {
         let mut again = Vec::new();
         frame.encode(header.fds, &mut again);
-        // `encode` leaves the batch size at 0. The outbox sets it when it writes the descriptors.
+        // Copy the batch size, because `encode` leaves it at 0. The outbox sets the batch size when
+        // it writes the descriptors.
         again[BATCH_OFFSET] = bytes[BATCH_OFFSET];
         assert_eq!(again, bytes[..HEADER + header.length]);
     }
@@ -60,8 +61,8 @@ struct Read<F> {
     lost_fds: bool,
 }
 
-/// Reads frames until the end or an error. Two batches of descriptors arrive before the bytes, and
-/// either batch may have lost descriptors.
+/// Reads frames until the end of the pieces or the first error. Two batches of descriptors arrive
+/// before the bytes. `batches` determines their sizes, and whether they have lost descriptors.
 fn read<F: Frame>(pieces: &[&[u8]], batches: [u8; 2]) -> (Vec<Read<F>>, Option<FrameError>) {
     let mut inbox = Inbox::default();
     for batch in batches {

@@ -1,10 +1,10 @@
 //! Implements the `master_input` target. An input is a script for the master, a hostile worker and
 //! a well-behaved worker.
 //!
-//! The hostile worker is raw, so its bytes reach the master's core through a channel's inbox. The
-//! well-behaved worker runs this crate, and its application serves clients. The script also
-//! controls the clients, the master's application, the clock, and the operations that fail. After
-//! each step, the master has carried out all its actions.
+//! The hostile worker is raw: it runs no code of this crate, and the script writes its bytes into
+//! the master's inbox for the worker. The well-behaved worker runs this crate, and its application
+//! serves clients. The script also controls the clients, the master's application, the clock, and
+//! the operations that fail. After each step, the master has carried out all its actions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -39,8 +39,8 @@ pub(super) const FALSE_CLAIMS: &str = "claims of connections that were not recei
 pub(super) const DENIED: &str = "listeners denied to the hostile worker";
 pub(super) const DISCARDED: &str = "discarded channels";
 
-/// The maximum number of connections that a worker's callback receives at once. The shell uses the
-/// same number.
+/// The maximum number of connections that a worker's callback receives in one iteration of the
+/// worker's loop. The shell uses the same number.
 const ACCEPT_BATCH: u32 = 16;
 /// The maximum number of listeners of the well-behaved worker's application.
 const MAX_HONEST_LISTENERS: usize = 4;
@@ -61,7 +61,7 @@ pub(super) fn run(data: &[u8]) -> Reached {
 struct Hostile {
     id: WorkerId,
     is_online: bool,
-    /// The number of times that the worker has requested each endpoint.
+    /// For each endpoint number, the number of times that `cooperate` has requested the endpoint.
     requested: BTreeMap<u32, u32>,
     listeners: BTreeSet<HandleId>,
 }
@@ -81,9 +81,11 @@ struct Script {
     world: World,
     hostile: Hostile,
     honest: WorkerId,
-    /// Whether the master's application has disconnected the well-behaved worker.
+    /// Whether the master's application has disconnected the well-behaved worker or closed its
+    /// channel.
     honest_is_dismissed: bool,
-    /// The call that the master's application makes in its next callback, or 0 for none.
+    /// The number of the call that the master's application makes in its next callback, or 0 for
+    /// none.
     reaction: u8,
     denied: usize,
 }
@@ -120,8 +122,8 @@ impl Script {
             10 => {
                 let (length, fds) = (input.byte(), input.byte());
                 let bytes = input.bytes(length.into());
-                // Attach descriptors rarely but in large numbers, because each descriptor costs a
-                // system call.
+                // Attach up to 63 descriptors, so that a few writes exceed `MAX_EARLY_FDS`. Attach
+                // them in only a quarter of the cases, because each costs a system call.
                 let count = usize::from(fds).saturating_sub(192);
                 self.write(bytes, count, fds == 191);
             }
@@ -142,6 +144,7 @@ impl Script {
     }
 
     /// Makes the master carry out all its actions and deliver all its events to its application.
+    /// Also makes the hostile worker read all frames from the master.
     fn settle(&mut self) {
         loop {
             while self.world.carry_out_next() || self.world.flush_next() {}
@@ -204,8 +207,8 @@ impl Script {
         }
     }
 
-    /// Writes bytes and descriptors for the hostile worker. With `lost_fds`, the kernel has dropped
-    /// some of the descriptors.
+    /// Writes bytes and `fds` descriptors from the hostile worker to the master, which processes
+    /// them. `lost_fds` tells the master that the kernel has dropped further descriptors.
     fn write(&mut self, bytes: &[u8], fds: usize, lost_fds: bool) {
         let id = self.hostile.id;
         let process = self.world.process(id);
@@ -225,7 +228,7 @@ impl Script {
         assert!(!process.master_end || size.fds <= MAX_EARLY_FDS + MAX_BATCH);
     }
 
-    /// Writes a well-formed frame for the hostile worker, in one or two pieces.
+    /// Writes a well-formed frame from the hostile worker to the master, in one or two pieces.
     fn write_frame(&mut self, input: &mut Input<'_>) {
         let frame = self.invent(input);
         let (fds, lost_fds) = if matches!(frame, ToMaster::Message(_)) {
@@ -264,7 +267,8 @@ impl Script {
                 received: input.long(),
                 open: input.number(),
             },
-            // Start at the true number, so that the master may accept the sum.
+            // Add to the true number, because the master accepts a sum up to the number of
+            // dispatched connections. It rejects most arbitrary numbers.
             4 => ToMaster::Idle {
                 handle,
                 received: received.saturating_add(input.long()),
@@ -355,7 +359,7 @@ impl Script {
         }
     }
 
-    /// Forks another hostile worker if the last one has exited and its channel is closed.
+    /// Forks another hostile worker if the current one has exited and its channel is closed.
     fn replace_hostile(&mut self) {
         let process = &self.world.processes[&self.hostile.id];
         if !process.master_end && !process.is_alive() {
@@ -373,7 +377,8 @@ impl Script {
         has_read
     }
 
-    /// Runs the well-behaved worker's library, and resumes its application if `accept` can return.
+    /// Runs the well-behaved worker's library, and resumes the application that blocks in `accept`.
+    /// Repeats both as long as `accept` returns.
     fn run_honest(&mut self) {
         loop {
             self.world.run_worker(self.honest);
@@ -383,8 +388,8 @@ impl Script {
         }
     }
 
-    /// Makes the well-behaved worker's application wait for events, and its poller report ready
-    /// listeners.
+    /// Makes the well-behaved worker's application wait for events, unless it blocks in `accept`.
+    /// Then makes the worker's poller report every watched listener, whether ready or not.
     fn poll_honest(&mut self) {
         let process = self.world.process(self.honest);
         if process.accepting.is_none() {
@@ -441,7 +446,7 @@ impl Script {
         }
     }
 
-    /// Delivers all frames that are in flight between the master and the well-behaved worker.
+    /// Delivers frames between the master and the well-behaved worker until none is in flight.
     fn exchange(&mut self) {
         loop {
             self.poll_honest();
@@ -517,7 +522,7 @@ impl Script {
         self.poll();
     }
 
-    /// Makes the master's poller report watched listeners until none is ready.
+    /// Makes the master's poller report ready listeners until no listener is ready.
     fn poll(&mut self) {
         let is_ready = |(_, port): &(&HandleId, &Port)| port.is_ready();
         while let Some((handle, _)) = self.world.ports.iter().find(is_ready) {
@@ -558,8 +563,9 @@ impl Script {
         self.world.end(Ending::Stop);
     }
 
-    /// Checks that all clients are served, including one more client for each listener. The
-    /// well-behaved worker's application uses callbacks without limits for all its listeners.
+    /// Connects one more client to each open listener, and checks that all clients are served. The
+    /// well-behaved worker's application sets a callback for each of its listeners, and removes the
+    /// connection limits.
     fn serve_all(&mut self) {
         for _ in 0..2 {
             self.exchange();
@@ -580,8 +586,8 @@ impl Script {
         }
         self.poll();
         self.exchange();
-        // Run enough rounds. Each round serves a client of each listener, and only a few clients
-        // wait.
+        // Each round serves at least one client of each listener. If clients are still waiting
+        // after `ROUNDS` rounds, they are treated as lost.
         self.world.run_until(ROUNDS, |world| {
             let is_empty = |port: &Port| {
                 port.is_unbound() || port.kind() == Kind::Udp || port.backlog.is_empty()

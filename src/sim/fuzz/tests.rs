@@ -38,11 +38,12 @@ fn master_input_corpus() {
     replay("master_input", master_input);
 }
 
-/// The maximum length of an input in bytes. The limit is smaller in Miri, which runs the code about
-/// a thousand times slower.
+/// The maximum length of a random input in bytes. A script has at most a tenth as many scenes. The
+/// limit is smaller in Miri, because Miri runs the code about a thousand times slower.
 const MAX_INPUT: usize = if cfg!(miri) { 40 } else { 600 };
 
-/// Generates frames with well-formed headers and arbitrary bodies.
+/// Generates sequences of frames. The headers have correct lengths and mostly plausible kinds, and
+/// the bodies are arbitrary.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
     let kind = prop_oneof![0..10u8, 64..70u8, Just(127)];
     let body = proptest::collection::vec(prop_oneof![0..5u8, any::<u8>()], 0..40);
@@ -53,7 +54,7 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
 }
 
-/// A sequence of script bytes that belong together. `Script::step` defines their meaning.
+/// A strategy for a short part of a script. `Script::step` defines the meaning of the bytes.
 type Scene = BoxedStrategy<Vec<u8>>;
 
 fn many(scene: impl Strategy<Value = Vec<u8>> + 'static, max: usize) -> Scene {
@@ -77,14 +78,15 @@ fn handles() -> impl Strategy<Value = u8> {
     prop_oneof![8 => Just(1), 3 => 2..4u8, 1 => 0..32u8]
 }
 
-/// Generates numbers of connections, which are small, at the limit or above it.
+/// Generates numbers of connections. Most are below 4, some are up to `MAX_WINDOW`, and a few are
+/// above it.
 fn numbers() -> impl Strategy<Value = u8> {
     let max = u8::try_from(MAX_WINDOW).expect("a small number");
     prop_oneof![12 => 0..4u8, 2 => 4..=max, 1 => Just(max + 1), 1 => 0..240u8]
 }
 
-/// Returns the step in which the hostile worker writes a frame. The frame is written in two pieces
-/// unless `cut` is beyond its end.
+/// Returns the bytes of a step in which the hostile worker writes a frame. If `cut` is less than
+/// the frame's length, the worker writes the frame in two pieces, which are separated at `cut`.
 fn written(frame: &[u8], cut: u8) -> Vec<u8> {
     [&[0], frame, &[cut]].concat()
 }
@@ -93,14 +95,15 @@ fn frame_of(kind: u8, handle: u8) -> u8 {
     handle * 8 + kind
 }
 
-/// Generates steps in which the hostile worker goes online, listens and becomes idle.
+/// Generates steps in which the hostile worker goes online, listens and reports that it is idle.
 fn start() -> Scene {
     endpoints()
         .prop_map(|endpoint| vec![31, 0, 31, endpoint * 8, 31, 7])
         .boxed()
 }
 
-/// Generates a step in which the hostile worker receives a connection or writes a truthful frame.
+/// Generates a step in which the hostile worker receives a connection, writes a truthful frame or
+/// shuts its queue down.
 fn cooperation() -> Scene {
     any::<u8>().prop_map(|choice| vec![31, choice]).boxed()
 }
@@ -151,7 +154,7 @@ fn service() -> Scene {
 }
 
 /// Generates steps in which the well-behaved worker's application drops a listener and requests it
-/// again. In the meantime, the master may have no descriptor left to empty the queue.
+/// again. In half of the cases, the master's next attempt to reclaim the queue's connections fails.
 fn reopening() -> Scene {
     let lack = prop_oneof![Just(vec![]), Just(vec![30, 28])];
     let closing = (16..24u8).prop_map(|at| vec![11, at * 8 + 7, 21]);
@@ -173,8 +176,9 @@ fn event() -> Scene {
     .boxed()
 }
 
-/// Generates a call by the master's application, at once or in its next callback. The call rarely
-/// disconnects the well-behaved worker, because fewer checks apply afterwards.
+/// Generates a call by the master's application. The application makes the call immediately or in
+/// its next callback. The call rarely disconnects the well-behaved worker, because fewer checks
+/// apply afterwards.
 fn call() -> Scene {
     let choice = prop_oneof![20 => 0..22u8, 1 => 22..25u8, 15 => 25..32u8];
     let choice = (choice, 0..8u8).prop_map(|(choice, more)| choice + more * 32);
@@ -195,8 +199,8 @@ fn junk() -> Scene {
         .boxed()
 }
 
-/// Generates scripts that reach many cases. Both workers listen, connections arrive and close, and
-/// the hostile worker writes untruthful frames.
+/// Generates scripts that are likely to reach the cases in `ENOUGH`. In most scripts, both workers
+/// listen, connections arrive and close, and the hostile worker writes untruthful frames.
 fn scripts() -> impl Strategy<Value = Vec<u8>> {
     let policy = prop_oneof![5 => Just(vec![0]), 1 => Just(vec![3])];
     let beginning = prop_oneof![
@@ -219,8 +223,8 @@ fn scripts() -> impl Strategy<Value = Vec<u8>> {
     both(opened, many(middle, MAX_INPUT / 10))
 }
 
-/// The minimum numbers that `SCRIPTS` scripts must reach together, about a tenth of the usual
-/// numbers.
+/// The minimum number of times that each case must occur in `SCRIPTS` scripts together. The numbers
+/// are about a tenth of those that usually occur, so that random variation causes no failure.
 const ENOUGH: [(&str, usize); 8] = [
     (SERVED, 3000),
     (DISPATCHED, 150),
@@ -231,13 +235,15 @@ const ENOUGH: [(&str, usize); 8] = [
     (DENIED, 60),
     (DISCARDED, 50),
 ];
+/// The number of scripts from which on the test checks `ENOUGH`.
 const SCRIPTS: u32 = 1024;
 
 #[test]
 fn any_script_survives_the_master_input_target() {
     let config = ProptestConfig::default();
     let config = ProptestConfig {
-        // Run more cases than usual, because scripts are quick and many cases must be reached.
+        // Run four times as many scripts as proptest's default, because `ENOUGH` requires several
+        // occurrences of cases that few scripts reach.
         cases: config.cases.saturating_mul(4),
         failure_persistence: None,
         ..config

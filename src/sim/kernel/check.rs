@@ -34,7 +34,8 @@ impl World {
         }
     }
 
-    /// Counts the closed connections whose clients were not served.
+    /// Adds the connections that have closed since the last check, and whose clients no worker has
+    /// served, to `lost`.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
             self.lost += u64::from(!self.fates[client as usize].served);
@@ -47,20 +48,20 @@ impl World {
         let workers = sizes.processes.max(2);
         let max = MAX_LISTENERS * workers + self.retained.len() + self.unclosed.len();
         assert!(sizes.handles <= max, "{} listeners", sizes.handles);
-        // In the worst case, all queues are full, and the master also holds the reclaimed
-        // connections of one queue.
+        // In the worst case, all queues of a listener are full, and the master also holds the
+        // reclaimed connections of one more queue.
         let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles;
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         assert!(in_flight <= max, "{in_flight} connections in flight");
         for process in self.processes.values() {
-            // Allow two answers for each frame, and one frame to disconnect.
+            // Allow two answers to each of the worker's frames, and one disconnect frame.
             let counters = &process.counters;
             let is_bounded = counters.answers <= 2 * counters.frames + 1;
             assert!(is_bounded, "too many answers: {counters:?}");
         }
     }
 
-    /// Checks conditions that hold once the master has carried out its actions.
+    /// Checks conditions that hold only while the master has no action to carry out.
     fn check_at_rest(&self) {
         let waits = self.master.has_stuck_connection();
         assert!(!waits, "a connection waits in vain: {:?}", self.master);
@@ -92,7 +93,8 @@ impl World {
         self.served += 1;
     }
 
-    /// Compares the number of connections that a worker reports with the number that it received.
+    /// Checks that a worker reports no more connections than it received, unless it has forged
+    /// frames.
     pub(crate) fn check_claim(&mut self, handle: HandleId, worker: WorkerId, claimed: u64) {
         let received = self.count_received(handle, worker);
         if claimed > received {
@@ -109,7 +111,8 @@ impl World {
         assert_eq!(number, last + 1, "a message is missing");
     }
 
-    /// Checks that the ledger's number of received connections is correct.
+    /// Checks the ledger's number of received connections. The number is exact only if the system
+    /// counts the connections in queues and no worker has reported too many.
     pub(crate) fn check_received(&self) {
         if self.config.counts_queues && !self.has_false_claims {
             assert_eq!(self.master.ledger().received, self.received, "received");
@@ -194,7 +197,7 @@ impl World {
                 assert_eq!(*life, Life::Online);
                 assert_eq!(state, Some(WorkerState::Listening));
             }
-            // Skip the numbers, because a raw worker's messages have none.
+            // A raw worker's messages contain arbitrary bytes instead of numbers.
             Event::Message { .. } if process.inbox.is_some() => assert_eq!(*life, Life::Online),
             Event::Message { bytes, .. } => {
                 assert_eq!(*life, Life::Online);

@@ -7,22 +7,23 @@ use super::{Call, World};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// The number of rounds after which a run is treated as hanging. Each round takes 10 ms of virtual
-/// time.
+/// The number of rounds after which a run is treated as hanging.
 pub(crate) const ROUNDS: u32 = 3000;
+/// The virtual time that passes in each round.
 const ROUND: Time = Time::from_millis(10);
 
 /// The way in which the workers end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// All workers disconnect, and their applications serve the remaining clients.
+    /// All workers disconnect, and their applications serve the remaining clients. Workers that
+    /// have forged frames are killed.
     Stop,
     /// All workers are killed after the master has begun to disconnect them.
     Kill,
 }
 
 impl World {
-    /// Ends all processes and checks the totals.
+    /// Ends all workers as `ending` says, then all detached processes, and checks the totals.
     pub(crate) fn end(&mut self, ending: Ending) {
         self.failing.clear();
         self.run_master();

@@ -73,8 +73,8 @@ impl World {
         let after = self.master.sizes();
         let workers = before.processes.max(after.processes).max(2);
         let handles = before.handles.max(after.handles);
-        // Each worker may lose each listener, in which case the listener's connections go to
-        // another worker.
+        // Allow four actions for each pair of a listener and a worker, because one input may remove
+        // every worker from every listener.
         let max = 16 + MAX_ACCEPTED + connections + 4 * handles * workers;
         let actions = after.actions - before.actions;
         assert!(actions <= max, "{actions} actions after one fact");
@@ -127,8 +127,8 @@ impl World {
                 port.state = PortState::Open;
             }
             Action::Unbind { handle } => self.unbind(handle),
-            // Do nothing, because no simulated process shuts a listener down or blocks in the
-            // kernel.
+            // Do nothing. No simulated worker shuts a listener down, so there is no hang-up to
+            // watch, and none blocks in a system call, so there is none to unblock.
             Action::WatchHangUp { .. } | Action::Unblock { .. } => {}
             Action::BindShard { .. } | Action::SelectShards { .. } => {
                 unreachable!("no policy of this kernel has shards")
@@ -173,8 +173,8 @@ impl World {
         self.unflushed.insert(worker);
     }
 
-    /// Writes one frame to a worker. If `failing` contains `Send` or `Receive`, the frame's
-    /// descriptor cannot be sent or is lost.
+    /// Writes one frame to a worker. If the frame carries a descriptor and `failing` contains
+    /// `Send`, nothing is written. If `failing` contains `Receive`, the descriptor is lost.
     pub(crate) fn master_writes(&mut self, worker: WorkerId) {
         let now = self.now;
         let process = self.processes.get_mut(&worker).expect(KNOWN);
@@ -204,7 +204,7 @@ impl World {
         }
     }
 
-    /// Lets the master write to a worker if frames are queued and the channel has space.
+    /// Requests that the master write to a worker, if frames are queued and the channel has space.
     pub(crate) fn flush(&mut self, worker: WorkerId) {
         if self.process(worker).down.can_write() {
             self.unflushed.insert(worker);
@@ -280,8 +280,8 @@ impl World {
         self.report(|core| core.channel_closed(worker));
     }
 
-    /// Closes a worker's channel like the shell. The master first processes all frames that the
-    /// worker has written.
+    /// Closes a worker's channel, as the shell does. The master first processes the frames that the
+    /// worker has written, until it has read all of them or has disconnected the worker.
     fn close_channel(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         process.is_shut = true;
@@ -304,7 +304,7 @@ impl World {
         let process = self.process(worker);
         assert!(!process.is_reaped(), "signal to a reaped pid");
         match &mut process.state {
-            // Ignore the signal, because the driver decides when a raw worker exits.
+            // A raw worker ignores signals, because the driver decides when it exits.
             _ if process.inbox.is_some() => {}
             ProcessState::Stopped { pending } if signal != Signal::KILL => *pending = Some(signal),
             ProcessState::Running | ProcessState::Stopped { .. } => self.exit(worker, status),
@@ -408,8 +408,9 @@ impl World {
         assert!(is_within || !is_trusted, "dispatched too far ahead");
     }
 
-    /// Takes connections back from a queue. Returns the connections, and whether the queue is now
-    /// empty. If the system fails before the queue is empty, the second value is `None`.
+    /// Takes at most `at_most` connections back from a queue. Returns the connections, and whether
+    /// the queue was found empty. If `failing` contains `Reclaim`, the second value is `None`.
+    /// Returns `None` if the queue does not exist.
     fn take_back(
         &mut self,
         handle: HandleId,
@@ -448,7 +449,8 @@ impl World {
         }
     }
 
-    /// Closes a queue. If the system fails before the queue is empty, schedules another attempt.
+    /// Reclaims all connections in a queue, and closes the queue. If reclaiming fails, schedules
+    /// another attempt.
     pub(crate) fn close_queue(&mut self, handle: HandleId, worker: WorkerId) {
         match self.take_back(handle, worker, usize::MAX) {
             Some((reclaimed, None)) => {
@@ -490,7 +492,7 @@ impl World {
         queue.map_or(0, |queue| queue.received)
     }
 
-    /// Reports the length of every queue to the master's core, as the application can request.
+    /// Reports the length of every queue to the master's core.
     pub(crate) fn count_queues(&mut self) {
         let queues: Vec<_> = self.queues.keys().copied().collect();
         for (handle, worker) in queues {

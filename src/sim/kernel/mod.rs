@@ -38,13 +38,14 @@ use socket::{Client, Fate, Port, Queue};
 
 /// The back-off delay of the shells after a descriptor could not be sent or received.
 const BACKOFF: Time = Time::from_millis(100);
-/// The number of waiting connections that the shell checks in each iteration. Usually more
-/// connections wait, so that checking all of them takes several iterations.
+/// The number of waiting connections whose clients the shell checks in each tick. The number is
+/// small, so that checking all waiting connections often takes several ticks.
 const SWEEP: usize = 2;
-/// The panic message for an unknown worker. Every step names an existing worker.
+/// The message of the panic for an unknown worker. Such a panic is a bug of the driver, which must
+/// name only existing workers.
 const KNOWN: &str = "a known worker";
 
-/// An operation that fails once.
+/// An operation whose next occurrence fails. Later occurrences succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Failure {
     Accept,
@@ -55,18 +56,25 @@ pub(crate) enum Failure {
     Send,
     /// Receiving a descriptor in a worker, because the worker has none left.
     Receive,
-    /// Reclaiming more than half of the connections in a queue.
+    /// Reclaiming connections from a queue. At most half of the queue's connections are reclaimed
+    /// before the failure.
     Reclaim,
 }
 
 /// An input that is ready for the master.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fact {
+    /// Connections are in the listener's backlog.
     Readable(HandleId),
+    /// A frame of the worker can be read.
     Frame(WorkerId),
+    /// The worker's channel has ended, and all its frames have been read.
     End(WorkerId),
+    /// The process has exited and can be reaped.
     Exit(WorkerId),
+    /// The worker's channel has space for a frame that waits in the outbox.
     Writable(WorkerId),
+    /// A deadline has passed, or waiting connections can be checked again.
     Time,
 }
 
@@ -94,7 +102,8 @@ pub(crate) struct World {
     pub(crate) master: Master,
     /// The workers whose queued frames the master must try to write.
     unflushed: BTreeSet<WorkerId>,
-    /// The second event of a pair, which must be the next event.
+    /// The worker and the kind of the last event, if the event was delivered on the worker's level.
+    /// The next event must be the same event on the cluster's level.
     second: Option<(WorkerId, Discriminant<Event<Vec<NoLingerFd>>>)>,
     pub(crate) processes: BTreeMap<WorkerId, Process>,
     pub(crate) detached: BTreeMap<WorkerId, Detached>,
@@ -127,11 +136,13 @@ pub(crate) struct World {
     /// wrong.
     pub(crate) has_false_claims: bool,
     pub(crate) failing: BTreeSet<Failure>,
+    /// Whether the application waits until a `disconnect_all` has finished.
     awaited: bool,
+    /// The number of times that a `disconnect_all` has finished.
     pub(crate) disconnected: u32,
-    /// The time by which all workers must have exited.
+    /// The time by which all current workers must have exited.
     stop_by: Option<Time>,
-    /// A buffer for `ready`.
+    /// A buffer that `ready` reuses.
     facts: Vec<Fact>,
 }
 
@@ -166,13 +177,14 @@ impl World {
         self.fates.len() as u64
     }
 
-    /// Returns the `n`-th living worker.
+    /// Returns the living worker with the index `n` modulo the number of living workers.
     pub(crate) fn living(&self, n: u8) -> Option<WorkerId> {
         let alive = self.processes.iter().filter(|(_, p)| p.is_alive());
         nth(alive.map(|(id, _)| *id), n)
     }
 
-    /// Returns the `n`-th worker whose library has work to do.
+    /// Returns the worker with the index `n` modulo the number of workers whose libraries have work
+    /// to do.
     pub(crate) fn busy(&self, n: u8) -> Option<WorkerId> {
         let busy = self.processes.iter().filter(|(_, p)| p.is_busy(self.now));
         nth(busy.map(|(id, _)| *id), n)
@@ -188,7 +200,8 @@ impl World {
 
     // Clients' actions.
 
-    /// Connects a client to the `n`-th open listener.
+    /// Connects a client to the open listener with the index `n` modulo the number of open
+    /// listeners. Does nothing if no listener is open.
     pub(crate) fn connect(&mut self, n: u8) {
         let client = u32::try_from(self.fates.len()).expect("few clients");
         let ports = self.ports.iter_mut().map(|(id, port)| (Some(*id), port));
@@ -210,7 +223,7 @@ impl World {
         }
     }
 
-    /// Makes one of the last 16 clients hang up.
+    /// Makes one of the last 16 clients hang up. `n` selects the client.
     pub(crate) fn hang_up(&mut self, n: u8) {
         let ago = usize::from(n) % 16 + 1;
         if let Some(at) = self.fates.len().checked_sub(ago) {
@@ -272,7 +285,7 @@ impl World {
         }
     }
 
-    /// Makes a worker exit, regardless of its current state.
+    /// Makes a worker exit, and closes its copies of listeners.
     pub(crate) fn exit(&mut self, worker: WorkerId, status: ExitStatus) {
         let process = self.process(worker);
         let mut handles: Vec<_> = process.shared.values().copied().collect();
@@ -325,14 +338,15 @@ impl World {
         true
     }
 
-    /// Takes the next event from the master's core, and checks the event.
+    /// Takes the next event from the master's core, checks the event and returns it.
     pub(crate) fn deliver_next(&mut self) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         let emit = self.master.next_event()?;
         self.check_emit(&emit);
         Some(emit)
     }
 
-    /// Returns the `n`-th input that is ready for the master.
+    /// Returns the input with the index `n` modulo the number of inputs that are ready for the
+    /// master.
     fn ready(&mut self, n: u8) -> Option<Fact> {
         let mut facts = std::mem::take(&mut self.facts);
         facts.clear();
@@ -404,8 +418,8 @@ impl World {
     pub(crate) fn tick(&mut self) {
         self.ticked = self.now;
         if self.stop_by.is_some_and(|by| by <= self.now) {
-            // Assign the deadline only to the current workers, because the disconnect does not
-            // affect workers that are forked later.
+            // Assign the deadline only to the current workers, because `disconnect_all_within` does
+            // not affect workers that are forked later.
             let by = self.stop_by.take();
             for process in self.processes.values_mut() {
                 process.deadline = earlier(process.deadline, by);
@@ -436,7 +450,8 @@ impl World {
             if self.master_is_idle() && !has_events && self.ready(0).is_none() {
                 return;
             }
-            // Vary the number, so that each ready input gets its turn.
+            // Pass a different number to each step, because a constant number would always select
+            // the same ready input.
             self.master_step(n.to_le_bytes()[0]);
             self.check();
         }

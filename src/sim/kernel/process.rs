@@ -16,12 +16,14 @@ use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 /// small, so that channels are often full.
 const CAPACITY: usize = 6;
 
-/// A frame and the descriptor that it carries.
+/// A frame and the descriptor that it carries. The frame is an error if the writer wrote bytes that
+/// are no frame.
 #[derive(Debug)]
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
     pub(crate) with: Attachment,
-    /// Whether the kernel dropped the attached descriptor because the receiver had none left.
+    /// Whether the kernel dropped the attached descriptor, because the receiver's descriptors were
+    /// exhausted.
     pub(crate) lost_fd: bool,
 }
 
@@ -63,7 +65,8 @@ impl<F> Pipe<F> {
         }
     }
 
-    /// Stops the writer. The reader can still read frames that have been written.
+    /// Stops the writer, and drops its unwritten frames. The reader can still read frames that have
+    /// been written.
     pub(crate) fn break_off(&mut self) {
         self.is_broken = true;
         self.outbox.clear();
@@ -73,8 +76,8 @@ impl<F> Pipe<F> {
         !self.outbox.is_empty() && self.wire.len() < CAPACITY
     }
 
-    /// Writes one frame, which `inspect` may change. Returns whether there was a frame and space
-    /// for it.
+    /// Writes the first frame in the outbox if there is space. `inspect` may change the frame
+    /// before it is written. Returns whether a frame was written.
     pub(crate) fn write(&mut self, inspect: impl FnOnce(&mut Parcel<F>)) -> bool {
         let can_write = self.can_write();
         if can_write {
@@ -91,7 +94,8 @@ impl<F> Pipe<F> {
     }
 }
 
-/// The progress of a worker's events on one level.
+/// The last event in a worker's lifecycle that was delivered on one level. The variants are in the
+/// order of the events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Life {
     #[default]
@@ -105,7 +109,7 @@ pub(crate) enum Life {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detached {
     Running,
-    /// The process has exited, and the master has not reaped it.
+    /// The process has exited, but the master has not reaped it.
     Zombie(ExitStatus),
     Reaped(ExitStatus),
     /// The process's last event has been delivered.
@@ -129,7 +133,8 @@ pub(crate) enum ProcessState {
     #[default]
     Running,
     Stopped {
-        /// The signal that arrived while the process was stopped.
+        /// The last signal that arrived while the process was stopped. It kills the process when
+        /// the process continues.
         pending: Option<Signal>,
     },
     Zombie(ExitStatus),
@@ -137,7 +142,8 @@ pub(crate) enum ProcessState {
     Reaped(ExitStatus),
 }
 
-/// Counters for one worker. A test uses the counters to check that it has exercised enough cases.
+/// Counters for one worker. `frames` and `answers` bound the master's answers. With the other
+/// counters, a test checks that its scripts reach enough cases.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) dispatched: usize,
@@ -145,11 +151,13 @@ pub(crate) struct Counters {
     pub(crate) reclaimed: usize,
     /// The number of the worker's frames that the master has processed.
     pub(crate) frames: u64,
-    /// The number of frames that the master has sent to the worker, except for messages.
+    /// The number of frames that the master's core has sent to the worker, without the messages of
+    /// the application.
     pub(crate) answers: u64,
     /// The number of `Idle` frames that reported more connections than the worker had received.
     pub(crate) false_claims: usize,
-    /// The number of channels that the master discarded without reading them.
+    /// 1 if the master has discarded the worker's channel without reading the remaining frames, and
+    /// 0 otherwise.
     pub(crate) discarded: usize,
 }
 
@@ -159,28 +167,32 @@ pub(crate) struct Process {
     pub(crate) core: WorkerCore<()>,
     pub(crate) actions: VecDeque<worker_core::Action>,
     pub(crate) state: ProcessState,
-    /// The progress of the worker's events on the level of the worker and on that of the cluster.
+    /// The last delivered events on the worker's level and on the cluster's level.
     pub(crate) life: [Life; 2],
-    /// The master's end of the channel if the worker is raw. A raw worker runs no code of this
-    /// crate. The driver writes the raw worker's bytes and decides when the worker exits.
+    /// The inbox of the master's end of the channel if the worker is raw. A raw worker runs no code
+    /// of this crate: the driver writes the worker's bytes and decides when the worker exits.
     pub(crate) inbox: Option<Inbox>,
     /// Whether the worker is raw or has sent forged frames. The checks do not trust this worker's
     /// frames.
     pub(crate) is_liar: bool,
-    /// Whether the worker's application may abandon open connections.
+    /// Whether the worker's application has killed the worker, closed the channel or dropped a
+    /// listener. Only such a worker may close its channel while it holds connections.
     pub(crate) is_careless: bool,
     /// The listeners of the worker's application.
     pub(crate) listeners: Vec<ListenerId>,
-    /// The worker's copies of the master's listeners, and its ends of queues.
+    /// The master's listeners of which the worker has a copy or a queue, by the listeners' ids in
+    /// the worker.
     pub(crate) shared: BTreeMap<ListenerId, HandleId>,
     /// The worker's private listeners.
     pub(crate) private: BTreeMap<ListenerId, Port>,
     /// The listeners that the worker's poller watches for a callback.
     pub(crate) watched: BTreeSet<ListenerId>,
+    /// The open connections of the worker's application, each with its listener.
     pub(crate) held: Vec<(Client, ListenerId)>,
-    /// The connection limits that were set before the listener's first connection.
+    /// The connection limits that were set when the listeners were opened. A limit is removed when
+    /// the application changes it, because the application may then hold more connections.
     pub(crate) limits: BTreeMap<ListenerId, usize>,
-    /// Whether the process has few descriptors left.
+    /// Whether few of the process's descriptors are free.
     pub(crate) fds_are_scarce: bool,
     /// The listener on which the worker's application blocks in `accept`.
     pub(crate) accepting: Option<ListenerId>,
@@ -188,7 +200,7 @@ pub(crate) struct Process {
     pub(crate) down: Pipe<ToWorker>,
     /// Whether the worker has frames that it has not tried to write.
     pub(crate) is_unflushed: bool,
-    /// Whether the worker's end closes once all frames are written.
+    /// Whether the worker shuts the channel down once all its frames are written.
     pub(crate) is_closing: bool,
     /// Whether one side has shut the channel down, so that neither side can write.
     pub(crate) is_shut: bool,
@@ -239,8 +251,8 @@ impl Process {
         self.core = WorkerCore::new();
     }
 
-    /// Closes the worker's descriptor of the channel. The master can still read the worker's
-    /// frames.
+    /// Closes the worker's descriptor of the channel. The master can still read the frames that the
+    /// worker has written.
     pub(crate) fn close_end(&mut self) {
         self.worker_end = false;
         self.up.break_off();
@@ -281,7 +293,7 @@ impl Process {
         }
     }
 
-    /// Returns whether all events of the worker have been delivered.
+    /// Returns whether all events of the worker have been delivered on both levels.
     pub(crate) fn has_gone(&self) -> bool {
         self.life == [Life::Gone; 2]
     }

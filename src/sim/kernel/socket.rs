@@ -20,7 +20,7 @@ pub(crate) struct Connection {
     closed: Rc<RefCell<Vec<u32>>>,
 }
 
-/// A descriptor of a connection.
+/// A descriptor of a client's connection.
 pub(crate) type Client = Rc<Connection>;
 
 impl Connection {
@@ -50,6 +50,7 @@ pub(crate) struct Fate {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PortState {
+    /// Clients can connect.
     Open,
     /// No new connections arrive, because of a SYN filter or because the socket's file is gone.
     Filtered,
@@ -101,14 +102,15 @@ impl Port {
         self.state == PortState::Unbound
     }
 
-    /// Returns whether the master's poller reports the listener.
+    /// Returns whether the master's poller reports the listener: the master watches it, and
+    /// connections are in its backlog.
     pub(crate) fn is_ready(&self) -> bool {
         self.is_watched && !self.is_unbound() && !self.backlog.is_empty()
     }
 }
 
-/// The connections that are dispatched to one worker. The master has both ends of the queue, and
-/// the worker has one end.
+/// The connections of one listener that are dispatched to one worker. The master keeps both ends of
+/// the queue, and the worker has a copy of one end.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     pub(crate) connections: VecDeque<Sequenced<Client>>,

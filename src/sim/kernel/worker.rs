@@ -22,18 +22,19 @@ const MAX_LISTENERS: usize = 3;
 pub(crate) enum WorkerCall {
     Listen,
     ListenPrivately,
-    /// Blocks in `accept`, or lets the poller report a listener that has a callback.
+    /// Blocks in `accept` on a listener. If the listener has a callback, makes the poller report
+    /// the listener instead.
     Accept,
     /// Sets a callback for connections.
     UseCallback,
-    /// Handles the outcome of a `Listen`.
+    /// Confirms a listener that has been opened, or drops a listener that could not be opened.
     FinishListen,
     CloseConnection,
     DropListener,
     LimitConnections,
     /// Makes the process's descriptors scarce or plentiful.
     ChangeFds,
-    /// Waits for events, and returns from `main` when nothing is left to wait for.
+    /// Waits for events, or returns from `main` if nothing is left to wait for.
     Wait,
     Send,
     Disconnect,
@@ -44,7 +45,8 @@ pub(crate) enum WorkerCall {
 
 // A worker's event loop.
 impl World {
-    /// Makes the worker carry out an action, write a frame, deliver an event, or read a frame.
+    /// Makes the worker carry out an action, write a frame, deliver an event, or read a frame. Does
+    /// nothing if the worker is not running.
     pub(crate) fn worker_step(&mut self, worker: WorkerId, n: u8) {
         let now = self.now;
         let process = self.process(worker);
@@ -259,8 +261,8 @@ impl World {
         }
     }
 
-    /// Resumes an application that is blocked in `accept`. The call returns if there is a
-    /// connection or if the listener has ended. Returns whether the call returned.
+    /// Resumes an application that is blocked in `accept`. If there is a connection or the listener
+    /// has ended, `accept` returns. Returns whether `accept` has returned.
     pub(crate) fn try_blocking_accept(&mut self, worker: WorkerId) -> bool {
         let process = self.process(worker);
         let Some(listener) = process.accepting else {
@@ -276,8 +278,8 @@ impl World {
         returns
     }
 
-    /// Receives the next connection from a queue, or accepts it from a listener, like the shell.
-    /// Returns whether there was a connection.
+    /// Receives the next connection from the listener's queue, as the shell does. Without a queue,
+    /// accepts the connection from the listener itself. Returns whether there was a connection.
     fn accept_next(&mut self, worker: WorkerId, listener: ListenerId) -> bool {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         if process.core.is_datagram(listener) {
@@ -323,7 +325,8 @@ impl World {
         false
     }
 
-    /// Adds a connection to those that the application holds, and checks the application's limit.
+    /// Adds a connection to those that the application holds. Checks that the application does not
+    /// hold more than its limit, unless the worker is disconnecting.
     fn hold(&mut self, worker: WorkerId, client: Client, listener: ListenerId) {
         let number = client.client;
         let process = self.process(worker);
@@ -375,8 +378,8 @@ impl World {
                 process.accepting = Some(listener);
                 self.try_blocking_accept(worker);
             }
-            // Skip a pending listener, because the application receives the listener only with the
-            // reply.
+            // Skip a pending listener, because the application has no handle of the listener before
+            // the master has replied.
             (WorkerCall::UseCallback, Some(listener))
                 if process.core.listen_status(listener) != ListenStatus::Pending =>
             {
@@ -441,7 +444,7 @@ impl World {
         listener
     }
 
-    /// Makes the application drop a listener, whose connections may still be open.
+    /// Makes the application drop a listener. Connections of the listener may still be open.
     pub(crate) fn drop_listener(&mut self, worker: WorkerId, listener: ListenerId) {
         let process = self.process(worker);
         process.is_careless = true;
@@ -481,15 +484,15 @@ impl World {
         }
     }
 
-    /// Makes the process write its last frames and exit.
+    /// Makes the process write as many of its frames as the channel has space for, and exit.
     fn return_from_main(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         while !process.is_shut && process.up.write(|_| {}) {}
         self.exit(worker, ExitStatus::from_raw(0));
     }
 
-    /// Returns whether the application can run, which requires that its library has no action to
-    /// carry out and no frame to write.
+    /// Returns whether the application can run: the process is running, and its library has no
+    /// action to carry out and no frame to write.
     pub(crate) fn is_ready_for_application(&self, worker: WorkerId) -> bool {
         let process = &self.processes[&worker];
         process.state == ProcessState::Running
@@ -506,7 +509,8 @@ pub(crate) fn requested_endpoint(n: u8) -> Endpoint {
 
 // Forged frames and raw workers.
 impl World {
-    /// Writes a forged frame to the worker's channel, or invalid bytes if `frame` is an error.
+    /// Writes a forged frame to the worker's channel, or invalid bytes if `frame` is an error. The
+    /// checks no longer trust the worker afterwards.
     pub(crate) fn forge(&mut self, worker: WorkerId, frame: Result<ToMaster, FrameError>) {
         let process = self.process(worker);
         if process.worker_end && !process.is_shut {

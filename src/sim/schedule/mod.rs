@@ -31,7 +31,7 @@ const STEPS_PER_SCHEDULE: u64 = 2000;
 
 struct Schedule {
     world: World,
-    /// The next call that the master's application makes from a callback.
+    /// The call that the master's application makes in its next callback, and the call's number.
     callback: Option<(Call, u8)>,
 }
 
@@ -48,8 +48,8 @@ impl Schedule {
         }
     }
 
-    /// Makes the master do one thing. If the master delivers an event, its application may make the
-    /// next call in `callback`.
+    /// Makes the master carry out an action, write a frame, deliver an event, or handle an input.
+    /// If the master delivers an event, its application makes the call in `callback`, if any.
     fn master_step(&mut self, n: u8) {
         let Some(emit) = self.world.master_step(n) else {
             return;
@@ -101,7 +101,7 @@ impl Case {
     }
 }
 
-/// Runs a schedule that failed earlier.
+/// Runs a schedule that once failed. Panics if it fails again.
 fn replay(policy: SchedulingPolicy, ending: Ending, steps: &[Step]) {
     let steps = steps.to_vec();
     let case = Case {
@@ -112,13 +112,15 @@ fn replay(policy: SchedulingPolicy, ending: Ending, steps: &[Step]) {
     case.replay();
 }
 
-/// Returns the number in an environment variable, or `None` if the variable is not set.
+/// Returns the number in an environment variable, or `None` if the variable is not set. Panics if
+/// its value is not a number.
 fn number(variable: &str) -> Option<u64> {
     let value = std::env::var(variable).ok()?;
     Some(value.parse().expect("a number"))
 }
 
-/// Runs the schedules of all seeds. Returns the sum of their ledgers.
+/// Runs the schedules of all seeds. Returns the sums of their ended connections. If a schedule
+/// fails, prints the shrunk schedule and panics.
 #[allow(clippy::print_stdout)]
 fn run(seeds: std::ops::Range<u64>) -> Ledger {
     let mut total = Ledger::default();
@@ -146,8 +148,8 @@ fn a_million_steps() {
         Some(seed) => run(seed..seed + 1),
         None => run(0..steps.div_ceil(STEPS_PER_SCHEDULE)),
     };
-    // Check that connections ended in all possible ways, because the schedules would otherwise test
-    // too little.
+    // Fail if too few connections were received, closed by their clients, or dropped. The schedules
+    // would then no longer exercise all ways in which a connection can end.
     let is_enough = total.received > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
     assert!(single.is_some() || is_enough, "{total:?}");
 }

@@ -11,6 +11,7 @@ use crate::types::ledger::Ledger;
 use crate::types::policy::SchedulingPolicy;
 
 thread_local! {
+    /// Whether the panic hook records the location of a panic instead of printing the panic.
     static QUIET: Cell<bool> = const { Cell::new(false) };
     /// The source location of the last panic while `QUIET` was set.
     static LOCATION: RefCell<String> = const { RefCell::new(String::new()) };
@@ -33,7 +34,7 @@ fn install_hook() {
     });
 }
 
-/// Replays the case. Returns its ledger, or `None` if the case fails.
+/// Replays the case without printing a panic. Returns the ledger, or `None` if the replay panics.
 pub(super) fn outcome(case: &Case) -> Option<Ledger> {
     install_hook();
     QUIET.set(true);
@@ -68,7 +69,8 @@ pub(super) fn shrink(case: &Case) -> Case {
     }
 }
 
-/// Removes as many steps as possible, in chunks of decreasing size down to single steps.
+/// Removes chunks of steps as long as the remaining steps still fail. The chunks' size decreases
+/// from the whole list to single steps.
 fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     let mut size = steps.len().next_power_of_two();
     while size > 0 {
@@ -88,8 +90,8 @@ fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Removes forks. Decreases the steps' process numbers by one, because later workers take the
-/// removed workers' numbers.
+/// Tries to remove each fork. Without a fork, the workers that are forked later have numbers that
+/// are lower by one, so the process numbers in all steps are also decreased by one.
 fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     for at in (0..steps.len()).rev() {
         let mut fewer = steps.clone();
@@ -103,8 +105,8 @@ fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Replaces calls with steps of the master or a worker, and makes the numbers in the steps as small
-/// as possible.
+/// Replaces calls with steps of the master or a worker, and decreases the numbers in the steps, as
+/// long as the steps still fail.
 fn simplify(steps: &mut [Step], fails: &impl Fn(&[Step]) -> bool) {
     let try_step = |steps: &mut [Step], at: usize, simpler: Step| {
         let original = std::mem::replace(&mut steps[at], simpler);

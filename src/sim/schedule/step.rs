@@ -15,15 +15,17 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{HandleId, HandleKey, ToMaster};
 
-/// An action that only a broken or hostile worker takes.
+/// An action that a worker takes without the knowledge of its library, as a broken or hostile
+/// worker does. All variants except `ReceiveAndClose` write a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forgery {
+    /// Writes bytes that are no frame.
     Garbled,
     Online,
     Listen,
     Listening,
     Idle,
-    /// Receives a connection and closes it, without the knowledge of the worker's core.
+    /// Receives a connection and closes it.
     ReceiveAndClose,
     Release,
     Pause,
@@ -37,21 +39,26 @@ pub(super) enum StepKind {
     Connect,
     /// Makes a client hang up.
     HangUp,
-    /// Lets up to 255 ms pass.
+    /// Advances the clock by `choice` milliseconds.
     Pass,
-    /// Makes the master do one thing.
+    /// Makes the master carry out an action, write a frame, deliver an event, or handle an input.
     Master,
-    /// Calls the master from its application.
+    /// Calls the master from its application if the master has no action to carry out. Otherwise
+    /// does the same as `Master`.
     Call(Call),
     /// Calls the master from its application's next callback.
     CallInCallback(Call),
+    /// Makes the next operation of this kind fail.
     Fail(Failure),
-    /// Makes a worker do one thing.
+    /// Makes a worker carry out an action, write a frame, deliver an event, or read a frame.
     Worker,
     /// Calls a worker's library from its application.
     WorkerCall(WorkerCall),
+    /// Kills a worker with SIGKILL, without the knowledge of the master.
     Kill,
+    /// Suspends a worker, as SIGSTOP does.
     Stop,
+    /// Resumes a suspended worker, as SIGCONT does.
     Continue,
     /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
@@ -82,10 +89,13 @@ pub(super) const fn step(kind: StepKind, process: u8, choice: u8) -> Step {
 /// The kinds of trouble that a schedule contains. Some schedules contain none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Trouble {
-    /// Whether workers forge frames. Half of the schedules contain no forged frames, because the
-    /// checks trust a worker's frames only in a schedule without forged ones.
+    /// Whether workers forge frames. Half of the schedules contain no forged frames, because some
+    /// checks are skipped after a worker has forged a frame.
     forgeries: bool,
+    /// Whether workers are killed or suspended, clients hang up, and operations fail.
     faults: bool,
+    /// Whether the master's application makes calls other than `Fork`, and the workers'
+    /// applications disconnect.
     calls: bool,
     /// Whether the applications frequently change their connection limits.
     limits: bool,
@@ -258,7 +268,8 @@ fn each(worker: Option<WorkerId>, act: impl FnMut(WorkerId)) {
 }
 
 impl World {
-    /// Makes a worker take an action that no worker of this crate would take in its current state.
+    /// Makes a worker take an action without the knowledge of its library. By chance, it may be an
+    /// action that the library itself could take.
     fn forge_frame(&mut self, worker: WorkerId, forgery: Forgery, n: u8) {
         let number = u64::from(n / 8);
         let handle = HandleId(self.last_port.saturating_sub(u32::from(n % 8) % 4));

@@ -22,13 +22,14 @@ use crate::wire::frame::{HandleId, HandleKey, ToMaster};
 /// The handle of the first listener that a worker opens.
 const HANDLE: HandleId = HandleId(1);
 
-/// Makes the next call of a worker's application. The application serves one listener until the
-/// listener ends, and then exits.
+/// Makes a worker's application make its next call. The application opens one listener, serves the
+/// listener until it ends, and then exits.
 fn serve(world: &mut World, worker: WorkerId, n: u8) {
     let process = &world.processes[&worker];
     let has_callback = |listener| process.core.has_callback(listener);
     let (call, n) = match process.listeners.first().copied() {
-        // Choose small connection limits, because a disconnecting worker must ignore them.
+        // Listen on any port. The connection limit is 0, 1, 2 or none, depending on `n`. If a
+        // disconnecting worker respected the limit 0, it would leave clients unserved.
         None => (WorkerCall::Listen, n % 4 * 5),
         Some(_) if !process.held.is_empty() => (WorkerCall::CloseConnection, n),
         Some(listener) if process.core.has_ended(listener) => {
@@ -52,7 +53,7 @@ impl Schedule {
         }
     }
 
-    /// Takes one random step without a fault.
+    /// Takes one random step, which is never a fault.
     fn faultless_step(&mut self, rng: &mut Rng) {
         match rng.u8(0..8) {
             0..=2 => self.step(step(StepKind::Master, 0, rng.u8(..))),
@@ -66,8 +67,8 @@ impl Schedule {
     }
 }
 
-/// Disconnects all workers while clients wait. With half of the seeds, also kills random workers,
-/// but never the last one.
+/// Checks that no client is lost if all workers disconnect while clients wait. With half of the
+/// seeds, random workers are also killed, but never the last living worker.
 #[test]
 fn stopping_serves_all_clients() {
     for seed in 0..500 {
@@ -104,7 +105,7 @@ fn stopping_serves_all_clients() {
     }
 }
 
-/// Disconnects all workers, once without and once with a deadline.
+/// Checks that a detached process survives `disconnect_all` and `disconnect_all_within`.
 #[test]
 fn disconnect_all_leaves_detached_processes_alone() {
     for call in [Call::DisconnectAll, Call::DisconnectAllWithin] {
@@ -129,7 +130,8 @@ fn disconnect_all_leaves_detached_processes_alone() {
     }
 }
 
-/// Forks, kills and disconnects workers at random, so that sometimes no worker exists.
+/// Checks that all clients of a retained listener are served, although workers are forked, killed
+/// and disconnected at random. Sometimes no worker exists.
 #[test]
 fn retained_listener_loses_no_client() {
     for seed in 0..500 {
@@ -208,8 +210,8 @@ fn sequential_clients_rotate_exactly() {
     assert_eq!(served, [250; 4]);
 }
 
-/// Checks that connections go to another worker if their worker does not receive them, regardless
-/// of its frames. After the worker's channel is discarded, all clients are served.
+/// Checks that connections go to another worker if their worker does not receive them, whatever
+/// the worker reports. After the master has discarded the worker's channel, all clients are served.
 #[test]
 fn worker_that_receives_nothing_delays_no_client() {
     let (mut schedule, workers) = listening_workers(2);
