@@ -11,7 +11,7 @@ fn id(n: u32) -> WorkerId {
     WorkerId::new(n)
 }
 
-/// Returns a dispatcher with `count` idle workers, numbered from 1.
+/// Returns a dispatcher with `count` idle workers. Their ids start at 1.
 fn with_idle_workers(count: u32) -> Dispatcher<u32> {
     let mut dispatcher = Dispatcher::new();
     for n in 1..=count {
@@ -28,7 +28,8 @@ fn sequenced(sequence: u64, connection: u32) -> Sequenced<u32> {
     }
 }
 
-/// Dispatches waiting connections until no worker has capacity. Returns each worker and connection.
+/// Dispatches waiting connections until none waits or no worker has capacity. Returns the worker
+/// and the connection of each dispatch.
 fn dispatch_all(dispatcher: &mut Dispatcher<u32>) -> Vec<(u32, u32)> {
     let dispatched = std::iter::from_fn(|| dispatcher.dispatch_next(NOW));
     let dispatched = dispatched.map(|each| (each.worker.get(), each.connection.connection));
@@ -93,9 +94,9 @@ fn late_worker_gets_its_turn_back() {
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 1)]);
 }
 
-/// Dispatches 12 connections to two workers and returns the worker of each connection. The first
-/// worker is idle after each connection, which takes `duration`. The second worker stays busy with
-/// its first connection.
+/// Dispatches 12 connections to two workers, and returns the worker of each connection. The time
+/// between two connections is `duration`. The first worker is idle again before the next connection
+/// arrives. The second worker is never idle again after its first connection.
 fn uneven_turns(duration: Time) -> Vec<u32> {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(0);
@@ -111,7 +112,8 @@ fn uneven_turns(duration: Time) -> Vec<u32> {
             let received = member.dispatched;
             dispatcher.idle_reported(id(1), received, 0, now).unwrap();
         }
-        // Restore the largest window, because reports of single connections would keep it at 1.
+        // Restore the largest window, because a busy worker must have capacity for more
+        // connections. The reports of single connections would keep the window at 1.
         dispatcher.window = MAX_WINDOW;
         dispatched.worker.get()
     };
@@ -402,8 +404,8 @@ fn ended_worker_gets_no_connection() {
 }
 
 proptest! {
-    /// Checks that the sums match the queues after any order of events, and that no queue exceeds
-    /// the largest window.
+    /// Checks that the dispatcher's sums match the simulated queues after each of a random sequence
+    /// of events, and that no queue exceeds the largest window.
     #[test]
     fn sums_match_the_queues(steps in proptest::collection::vec((0..6u8, 1..4u32, 0..30u64), 0..200)) {
         let mut dispatcher = with_idle_workers(3);

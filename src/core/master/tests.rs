@@ -11,7 +11,7 @@ use crate::wire::frame::ToMaster;
 /// A core whose connections are numbers and whose messages have no descriptors.
 type Core = MasterCore<u32, ()>;
 
-/// Makes a worker listen on a port that has no listener. Returns the new listener.
+/// Makes a worker listen on a port that has no listener. Returns the new listener's handle.
 fn listen(core: &mut Core, worker: WorkerId, port: u16) -> HandleId {
     let endpoint = Endpoint::new(Kind::Tcp, Place::Port(port));
     let listen = ToMaster::Listen {
@@ -49,7 +49,7 @@ fn worker_ids_run_out_and_are_never_used_again() {
     assert_eq!(core.next_worker_id(), None);
 }
 
-/// Sets a scheduler. Returns a listener, and an idle worker that serves it.
+/// Sets a scheduler. Returns a listener's handle, and the idle worker that serves the listener.
 fn with_scheduler(core: &mut Core) -> (HandleId, WorkerId) {
     core.use_scheduler();
     let worker = online(core);
@@ -67,7 +67,8 @@ fn with_scheduler(core: &mut Core) -> (HandleId, WorkerId) {
     (handle, worker)
 }
 
-/// Carries out the actions. Returns the dispatched connections, and whether each has waited.
+/// Takes all actions from the core. Returns the dispatched connections, each with whether it has
+/// waited.
 fn dispatched(core: &mut Core) -> Vec<(u32, bool)> {
     let actions = std::iter::from_fn(|| core.next_action());
     let dispatched = actions.filter_map(|action| match action {
@@ -119,10 +120,13 @@ fn sweeps_take_turns_through_all_connections() {
             false
         });
     }
-    // Each call checks one listener, and continues where the listener's previous sweep ended.
+    // Each call checks two connections, and continues where the previous call ended. The third call
+    // checks the last connection of the first listener and then the first connection of the second
+    // listener.
     assert_eq!(checked, [0, 1, 3, 4, 2, 3, 0, 1]);
-    // In the first iteration, the sweep of each listener stops at its last connection. The second
-    // iteration starts again from the first connection.
+    // The clients 0, 2 and 4 have hung up. The first call continues behind the connections that
+    // were checked above, so it finds only clients 2 and 4. The second call starts again at each
+    // listener's first connection, and finds client 0.
     for _ in 0..2 {
         core.sweep(usize::MAX, |client| client % 2 == 0);
     }
@@ -145,14 +149,14 @@ fn ip(text: &str) -> Endpoint {
     Endpoint::new(Kind::Tcp, Place::Ip(text.parse().unwrap()))
 }
 
-/// Opens a listener for the application, and returns it.
+/// Opens a listener that the application retains. Returns the listener's handle.
 fn retain(core: &mut Core, endpoint: Endpoint) -> HandleId {
     let (handle, policy) = (core.next_handle(), core.policy_of(&endpoint));
     core.retained(handle, endpoint, None, policy);
     handle
 }
 
-/// Makes a worker listen on an endpoint. Returns the actions.
+/// Makes a worker listen on an endpoint. Returns the resulting actions.
 fn request(core: &mut Core, worker: WorkerId, endpoint: Endpoint) -> Vec<Action<u32>> {
     let listen = ToMaster::Listen {
         request: 1,
@@ -167,7 +171,7 @@ fn actions(core: &mut Core) -> Vec<Action<u32>> {
     std::iter::from_fn(|| core.next_action()).collect()
 }
 
-/// Returns the shard that a worker receives.
+/// Returns the index of the shard that these actions send to a worker.
 fn shard(actions: &[Action<u32>]) -> Option<usize> {
     actions.iter().find_map(|action| match action {
         Action::Send {
@@ -178,7 +182,8 @@ fn shard(actions: &[Action<u32>]) -> Option<usize> {
     })
 }
 
-/// Returns the shards that receive new connections after these actions.
+/// Returns the shards that receive new connections after these actions, or `None` if the actions do
+/// not change them.
 fn selected(actions: &[Action<u32>]) -> Option<&[usize]> {
     actions.iter().rev().find_map(|action| match action {
         Action::SelectShards { shards, .. } => Some(&shards[..]),
@@ -199,8 +204,8 @@ fn is_closing(actions: &[Action<u32>]) -> bool {
 fn hang_up_of_the_last_waiting_client_ends_a_drain() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
-    // A borrowed listener is returned to the application once the accepted connections have been
-    // served.
+    // Use a borrowed listener, because no SYN filter is attached to it. Its first closing action is
+    // therefore the last step of the drain.
     let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(3));
     let requested = request(&mut core, worker, borrowed);
     let is_bind = matches!(requested[..], [Action::Bind { .. }]);
@@ -274,8 +279,8 @@ fn last_worker_serves_accepted_connections_before_it_disconnects() {
         })
     };
     assert!(accepts(&actions(&mut core)));
-    // Accept the connection only after the disconnect request, so that the listener must wait for
-    // it.
+    // The accept action is still in flight when the worker disconnects, and then returns a
+    // connection. The worker's listener must not end before the worker has received the connection.
     core.disconnect(worker);
     assert!(!ends(&actions(&mut core)));
     core.accepted(handle, 7);
@@ -347,7 +352,8 @@ fn sharded_listener_opens_again_while_a_worker_empties_its_shard() {
     let filters = |action: &Action<u32>| matches!(action, Action::AttachSynFilter { .. });
     assert!(emptying.iter().any(filters), "{emptying:?}");
     assert!(core.is_bound(handle));
-    // A worker that listens now receives the same listener.
+    // A third worker that listens now joins the same listener: it receives a shard, and the SYN
+    // filter is detached.
     let third = online(&mut core);
     let joined = request(&mut core, third, port(1));
     assert_eq!(
@@ -356,7 +362,7 @@ fn sharded_listener_opens_again_while_a_worker_empties_its_shard() {
     );
     let unfilters = |action: &Action<u32>| matches!(action, Action::DetachSynFilter { .. });
     assert!(joined.iter().any(unfilters), "{joined:?}");
-    // The listener closes when its last worker exits.
+    // The listener closes when the channel of its last worker closes.
     core.channel_closed(first);
     assert!(!is_closing(&actions(&mut core)));
     core.channel_closed(third);
@@ -378,7 +384,8 @@ fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() 
         (shard(&bound), selected(&bound)),
         (Some(1), Some(&[0, 1][..]))
     );
-    // When both workers disconnect, the first one releases its shard without draining it.
+    // When both workers disconnect, shard 0 stays selected. New connections wait in shard 0 for the
+    // next worker.
     core.disconnect_all(false);
     assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
     core.frame(second, ToMaster::Release { handle });
@@ -389,7 +396,8 @@ fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() 
         (shard(&joined), selected(&joined)),
         (Some(0), Some(&[0][..]))
     );
-    // The other workers exit while a shard is being bound for the fifth worker.
+    // The third and the fourth worker exit while a shard is being bound for the fifth worker. The
+    // fifth worker then receives shard 0 instead, because connections wait in shard 0.
     let fourth = online(&mut core);
     assert_eq!(shard(&request(&mut core, fourth, port(1))), Some(1));
     let fifth = online(&mut core);

@@ -10,7 +10,7 @@ type Core = WorkerCore<()>;
 const HANDLE: HandleId = HandleId(1);
 const PAUSE: ToMaster = ToMaster::Pause { handle: HANDLE };
 
-/// Returns an open listener with a callback.
+/// Opens a listener with the master's `handle`, and sets a callback for it.
 fn listener(core: &mut Core, handle: HandleId) -> ListenerId {
     let address = SocketAddr::from(([127, 0, 0, 1], 0));
     let endpoint = Endpoint::new(Kind::Tcp, Place::Ip(address));
@@ -38,7 +38,8 @@ fn sent(core: &mut Core) -> Vec<ToMaster> {
     frames.collect()
 }
 
-/// Returns whether the listener's callback may accept, and reports the queue as empty.
+/// Delivers all events, and then reports to the core that the listener's queue is empty. Returns
+/// whether the listener was ready, so that its callback would have accepted connections.
 fn accepts(core: &mut Core, listener: ListenerId) -> bool {
     let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
     core.found_empty(listener);
