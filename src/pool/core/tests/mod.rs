@@ -24,7 +24,7 @@ fn options(workers: usize) -> PoolOptions {
     PoolOptions::default().workers(workers).jitter(0)
 }
 
-/// A pool with simulated processes. Only `advance` changes the time.
+/// A pool with simulated processes and a virtual clock.
 struct World {
     core: Core,
     now: Time,
@@ -38,11 +38,12 @@ struct World {
     limits_reached: Vec<usize>,
     forks_fail: bool,
     measurements: u32,
-    /// The driver's generations, with numbers as settings.
+    /// The settings of the generations that still exist. In these tests, settings are numbers.
     generations: Generations<u32>,
     /// The settings of every generation since the pool was created.
     settings: BTreeMap<u64, Option<u32>>,
-    /// A function that is called during the next fork, like a closure in the settings.
+    /// A function that is called during the next fork, because an application's closure may also
+    /// call the pool while the pool forks.
     during_fork: Option<fn(&mut Core, Time)>,
     /// The new masters that have not exited.
     new_masters: BTreeSet<u32>,
@@ -73,8 +74,7 @@ impl World {
         world
     }
 
-    /// Returns a pool in which all workers are ready. The events and forks of the start are removed
-    /// from the record.
+    /// Returns a pool in which all workers are ready. `events` and `forks` are empty.
     fn serving(options: PoolOptions) -> Self {
         let mut world = Self::new(options);
         world.all_ready();
@@ -169,7 +169,7 @@ impl World {
         self.input(Core::cancel_reload);
     }
 
-    /// Starts a new master. Returns the new master's id.
+    /// Simulates the start of a new master in an upgrade. Returns the new master's id.
     fn upgrade(&mut self) -> u32 {
         assert!(self.core.can_upgrade());
         self.last_id += 1;
@@ -185,7 +185,7 @@ impl World {
         self.input(|core, _| core.new_master_exited(id(new_master), status));
     }
 
-    /// Simulates the exit of all killed processes.
+    /// Simulates the exit of all processes that the pool has killed.
     fn exit_killed(&mut self) {
         for process in std::mem::take(&mut self.killed) {
             if self.new_masters.contains(&process) {
@@ -355,7 +355,8 @@ fn worker_is_killed_at_the_startup_timeout() {
     assert!(world.killed.is_empty());
     world.advance(MS);
     assert_eq!(world.killed, [1]);
-    // A report of readiness after the kill has no effect.
+    // The worker reports that it is ready after it has been killed. The failure must still be a
+    // start-up timeout.
     world.ready(1);
     world.exit(1);
     assert!(world.events.iter().any(
@@ -444,7 +445,7 @@ fn failed_reload_leaves_the_old_workers() {
         assert!(world.disconnected.is_empty());
         assert_eq!(world.core.generation, 0);
         assert_eq!(world.core.next_deadline(), None);
-        // A failed worker's replacement belongs to the old generation.
+        // After the failed reload, a worker that exits is replaced by one of the old generation.
         world.exit(1);
         assert_eq!(world.forks.last(), Some(&(world.now, 0, 0)));
     }
@@ -608,7 +609,8 @@ fn silent_worker_is_killed_at_the_heartbeat_timeout() {
             .iter()
             .any(|event| matches!(event, PoolEvent::WorkerFailed(failure) if failure.cause == FailureCause::HeartbeatTimeout))
     );
-    // Simulate a master that was stopped for an hour.
+    // Simulate a master that was stopped for an hour, so that it could not read heartbeats. It must
+    // not kill the workers before they had another timeout to send a heartbeat.
     world.core.next_deadline();
     world.now += 3600 * SECOND;
     world.input(Core::tick);
@@ -777,7 +779,8 @@ fn killed_successor_replaces_no_worker() {
     world.ready(2);
     world.advance(500 * MS);
     world.input(|core, now| core.heartbeat_received(id(1), now));
-    // The successor's minimum ready time and heartbeat timeout expire at the same time.
+    // The successor's minimum ready time and heartbeat timeout expire at the same time. The
+    // successor must be killed before it replaces the old worker.
     world.advance(500 * MS);
     assert_eq!(world.killed, [2]);
     assert_eq!(world.disconnected, []);

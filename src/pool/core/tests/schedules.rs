@@ -5,23 +5,32 @@ use proptest::prelude::*;
 use super::super::slots::Occupancy;
 use super::*;
 
+/// A call by the application or an event. An index selects a process, modulo the number of
+/// processes.
 #[derive(Clone, Debug)]
 enum Step {
+    /// Simulates that all workers become ready.
     AllReady,
     /// Simulates the exit of all disconnecting workers.
     AllShutDown,
+    /// Simulates that the worker at this index becomes ready.
     Ready(usize),
+    /// Simulates the exit of the worker at this index.
     Exits(usize),
+    /// Advances the time by this number of milliseconds.
     Advance(u16),
     Scale(usize),
     Reload,
     ReloadWith(u32),
     Cancel,
     Retry,
+    /// Sets whether later forks fail.
     ForksFail(bool),
+    /// Reports that the worker at this index has received five connections, which is the limit.
     Measured(usize),
     Upgrade,
     NewMasterTookOver,
+    /// Simulates the exit of the new master at this index.
     NewMasterExits(usize),
     Stop,
     StopAtOnce,
@@ -29,6 +38,7 @@ enum Step {
     DuringFork(usize),
 }
 
+/// The functions that `Step::DuringFork` calls. Only the last two stop the pool.
 const DURING_FORK: [fn(&mut Core, Time); 5] = [
     |core, now| core.scale(1, now),
     |core, now| core.scale(4, now),
@@ -37,7 +47,7 @@ const DURING_FORK: [fn(&mut Core, Time); 5] = [
     Core::stop_at_once,
 ];
 
-/// Returns a strategy for steps that begin and end generations.
+/// Returns a strategy for steps that often begin and end generations, and never stop the pool.
 fn step_of_generations() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => any::<u32>().prop_map(Step::ReloadWith),
@@ -71,6 +81,7 @@ fn step_before_a_stop() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Returns a strategy for all application calls and events, including those that stop the pool.
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         40 => step_before_a_stop(),
@@ -144,7 +155,7 @@ impl World {
             assert!(!is_vacant || core.is_stopping());
             assert!(self.generations.settings(slot.generation) == self.settings[&slot.generation]);
         }
-        // New slots have the settings with which the current generation began.
+        // Check the settings of the current generation, because new slots will get them.
         let next = core.generation;
         assert_eq!(self.generations.settings(next), self.settings[&next]);
     }
@@ -153,8 +164,9 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// After any schedule, each worker has a slot or is disconnecting, and the number of workers is
-    /// bounded. All slots are filled after the inputs have ended.
+    /// After each step, every worker has a slot or is disconnecting. The number of workers that are
+    /// not disconnecting is bounded. After all steps, all slots are filled, unless the pool was
+    /// stopped.
     #[test]
     fn any_schedule_ends_with_all_slots_filled(
         steps in prop::collection::vec(step(), 0..60),
@@ -195,8 +207,8 @@ proptest! {
         prop_assert_eq!(world.core.next_deadline(), None);
     }
 
-    /// Each worker has the settings with which its generation began, even if later generations have
-    /// failed.
+    /// Each worker is forked with the settings with which its generation began, even if later
+    /// generations have failed. The settings of old generations do not accumulate.
     #[test]
     fn every_generation_keeps_its_settings(
         steps in prop::collection::vec(step_of_generations(), 0..80),
@@ -213,7 +225,7 @@ proptest! {
     }
 
     /// In any state of the pool, `stop` kills the remaining processes at the deadline, and
-    /// `stop_at_once` kills them immediately. If all processes exit earlier, the pool ends earlier.
+    /// `stop_at_once` kills them immediately. The pool ends when the killed processes have exited.
     #[test]
     fn stop_ends_by_its_deadline(
         before in prop::collection::vec(step_before_a_stop(), 0..40),
@@ -238,7 +250,8 @@ proptest! {
         world.forks_fail = false;
         world.step(&stop);
         if let Step::DuringFork(_) = stop {
-            // Fork one more worker, so that the function is called even if no fork is pending.
+            // Fork one more worker, because the chosen function is called only during a fork, and
+            // possibly no other fork is pending.
             let slots = world.core.slots.len();
             world.input(|core, now| core.scale(slots + 1, now));
         }
@@ -262,7 +275,7 @@ proptest! {
             alive.filter(|process| !killed.contains(process)).count()
         };
         prop_assert!(!at_once || alive(&world) == 0, "alive: {:?}", world.core);
-        // Let half of the workers exit before the deadline.
+        // Let half of the workers exit before the deadline. Only the others remain to be killed.
         let mut early = world.core.workers.keys().map(|worker| worker.get());
         let early: Vec<_> = early.by_ref().step_by(2).collect();
         early.into_iter().for_each(|worker| world.exit(worker));
