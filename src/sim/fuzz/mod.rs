@@ -1,8 +1,8 @@
 //! Drives the frame decoder and the simulated kernel with a fuzzer's input.
 //!
-//! The fuzz targets in `tests/fuzz` call these functions. The unit tests also call them, with
-//! random inputs and with the inputs in `tests/corpus`. Each input in the corpus covers a case that
-//! the others do not cover.
+//! The fuzz targets in `tests/fuzz` call `frame` and `master_input`. The unit tests call both
+//! functions with random inputs and with the inputs in `tests/corpus`. Each input in the corpus
+//! covers a case that the others do not cover.
 
 mod decode;
 mod script;
@@ -15,8 +15,8 @@ use std::os::fd::OwnedFd;
 use crate::sys::fd::NoLingerFd;
 pub use decode::frame;
 
-/// Checks the master with one hostile worker, whose bytes are arbitrary, and one well-behaved
-/// worker.
+/// Checks the master with one hostile worker and one well-behaved worker. The hostile worker writes
+/// arbitrary bytes.
 ///
 /// The hostile worker must not stop the master, exhaust its memory or make its ledger wrong. The
 /// well-behaved worker must be able to serve its clients.
@@ -24,7 +24,7 @@ pub fn master_input(data: &[u8]) {
     script::run(data);
 }
 
-/// The unread rest of an input. After the end of the input, all bytes read as zero.
+/// The unread rest of an input. After the end of the input, `byte`, `long` and `number` return 0.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -62,7 +62,8 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Returns `count` descriptors, which stand for those that the kernel attaches to bytes.
+/// Returns `count` open descriptors. The caller uses them as descriptors that have arrived with
+/// bytes from a worker.
 fn descriptors(count: usize) -> Vec<NoLingerFd> {
     thread_local! {
         static NULL: File = File::open("/dev/null").expect("/dev/null");

@@ -547,7 +547,8 @@ impl Script {
 // The end of a script.
 impl Script {
     /// Makes the hostile worker exit and the well-behaved worker serve all clients, and then ends
-    /// all processes.
+    /// all processes. If the well-behaved worker is dismissed, kills it without the last check of
+    /// its clients.
     fn finish(&mut self) {
         self.world.failing.clear();
         self.reaction = 0;

@@ -223,8 +223,8 @@ fn scripts() -> impl Strategy<Value = Vec<u8>> {
     both(opened, many(middle, MAX_INPUT / 10))
 }
 
-/// The minimum number of times that each case must occur in `SCRIPTS` scripts together. The numbers
-/// are about a tenth of those that usually occur, so that random variation causes no failure.
+/// The minimum number of times that each case must occur in `SCRIPTS` scripts together. Each case
+/// usually occurs about ten times as often, so that random variation causes no failure.
 const ENOUGH: [(&str, usize); 8] = [
     (SERVED, 3000),
     (DISPATCHED, 150),
@@ -235,7 +235,7 @@ const ENOUGH: [(&str, usize); 8] = [
     (DENIED, 60),
     (DISCARDED, 50),
 ];
-/// The number of scripts from which on the test checks `ENOUGH`.
+/// The minimum number of scripts for which the test checks `ENOUGH`.
 const SCRIPTS: u32 = 1024;
 
 #[test]

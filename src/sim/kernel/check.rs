@@ -78,14 +78,16 @@ impl World {
         }
     }
 
-    /// Checks that the master knows of all connections in queues.
+    /// Checks that the master counts all connections in queues as in flight, unless a worker has
+    /// claimed connections that it did not receive.
     fn check_queued(&self) {
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         let is_complete = self.count_queued() <= in_flight;
         assert!(is_complete || self.has_false_claims, "forgotten in a queue");
     }
 
-    /// Records that a worker has received the client's connection.
+    /// Records that a worker has received the client's connection. Checks that no worker has
+    /// received the connection before.
     pub(crate) fn mark_served(&mut self, client: u32) {
         let fate = &mut self.fates[client as usize];
         assert!(!fate.served, "client {client} served twice");

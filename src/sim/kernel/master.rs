@@ -53,7 +53,7 @@ pub(crate) enum Call {
     Release,
 }
 
-/// Returns the listener if the attachment is a copy of one.
+/// Returns the listener's handle if the attachment is a copy of a listener.
 pub(crate) fn listener_of(attachment: Attachment) -> Option<HandleId> {
     match attachment {
         Attachment::Listener(handle) => Some(handle),
@@ -526,7 +526,7 @@ impl World {
                 self.stop_by = by(self.stop_by, self.now);
                 self.report(|core| core.disconnect_all_within(within));
             }
-            // Retain any port, a fixed port, or a path.
+            // Retain a listener on any port, on a fixed port, or at a path.
             (Call::Retain, _) => self.retain(&endpoint([0, 8, 4][usize::from(n % 3)])),
             (Call::Adopt, _) => self.adopt(endpoint([8, 4][usize::from(n % 2)])),
             (Call::Release, _) => {

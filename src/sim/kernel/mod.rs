@@ -97,7 +97,7 @@ pub(crate) type Master = MasterCore<Client, Vec<NoLingerFd>>;
 pub(crate) struct World {
     config: Config,
     now: Time,
-    /// The time at which the master last read its clock.
+    /// The time of the master's last tick.
     ticked: Time,
     pub(crate) master: Master,
     /// The workers whose queued frames the master must try to write.
@@ -235,12 +235,13 @@ impl World {
 
     pub(crate) fn fork(&mut self) -> WorkerId {
         let worker = self.add_worker(None);
-        // Queue the worker's first frame, which reports that it is online.
+        // Collect the worker's first action. It sends the frame which reports that the worker is
+        // online.
         self.gather_from_worker(worker);
         worker
     }
 
-    /// Forks a raw worker, whose bytes the driver writes.
+    /// Forks a raw worker. The driver writes the worker's bytes.
     pub(crate) fn fork_raw(&mut self) -> WorkerId {
         self.add_worker(Some(Inbox::default()))
     }

@@ -16,7 +16,7 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{HandleId, HandleKey, ToMaster};
 
 /// An action that a worker takes without the knowledge of its library, as a broken or hostile
-/// worker does. All variants except `ReceiveAndClose` write a frame.
+/// worker does. Variants without a description write the frame of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forgery {
     /// Writes bytes that are no frame.
@@ -43,8 +43,8 @@ pub(super) enum StepKind {
     Pass,
     /// Makes the master carry out an action, write a frame, deliver an event, or handle an input.
     Master,
-    /// Calls the master from its application if the master has no action to carry out. Otherwise
-    /// does the same as `Master`.
+    /// Calls the master from its application if the master has no action to carry out and no frame
+    /// to write. Otherwise does the same as `Master`.
     Call(Call),
     /// Calls the master from its application's next callback.
     CallInCallback(Call),

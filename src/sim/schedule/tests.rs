@@ -240,8 +240,8 @@ fn worker_that_receives_nothing_delays_no_client() {
         }
         assert!(world.clients() - world.served <= 1, "round {round}");
     }
-    // The hoarder now repeatedly reports that it has received all connections, although it receives
-    // none.
+    // In each round, the hoarder now reports one more received connection, although it receives
+    // none. Its queue must not exceed its capacity.
     for received in 0..1000 {
         world.connect(0);
         world.forge(hoarder, idle(received));
