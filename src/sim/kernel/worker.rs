@@ -343,8 +343,9 @@ impl World {
 
 // Calls by a worker's application.
 impl World {
-    /// Makes the worker's application make `call`. If the library has work to do, or the
-    /// application is blocked in `accept`, the worker continues with that work instead.
+    /// Makes the worker's application make `call`. If the library has work to do, the worker does
+    /// one step of this work instead. If the application is blocked in `accept`, it retries the
+    /// `accept` instead.
     pub(crate) fn call_worker(&mut self, worker: WorkerId, call: WorkerCall, n: u8) {
         if !self.is_ready_for_application(worker) {
             return self.worker_step(worker, n);
@@ -424,7 +425,7 @@ impl World {
         }
     }
 
-    /// Opens a listener, sometimes with a small connection limit.
+    /// Opens a listener. `n` selects the endpoint, and a connection limit of 0, 1, 2 or none.
     fn listen_with_limit(&mut self, worker: WorkerId, n: u8) {
         let listener = self.listen(worker, requested_endpoint(n));
         if let limit @ 0..=2 = n / 5 % 8 {
@@ -452,7 +453,8 @@ impl World {
         process.listeners.retain(|known| *known != listener);
     }
 
-    /// Makes the application close its `n`-th connection, if it has any.
+    /// Makes the application close one of its connections, if it has any. `n` selects the
+    /// connection.
     pub(crate) fn close_connection(&mut self, worker: WorkerId, n: u8) {
         let process = self.process(worker);
         if let Some(at) = usize::from(n).checked_rem(process.held.len()) {
@@ -491,8 +493,8 @@ impl World {
         self.exit(worker, ExitStatus::from_raw(0));
     }
 
-    /// Returns whether the application can run: the process is running, and its library has no
-    /// action to carry out and no frame to write.
+    /// Returns whether the application can run: the process is running, and its library has carried
+    /// out all actions and has tried to write all frames.
     pub(crate) fn is_ready_for_application(&self, worker: WorkerId) -> bool {
         let process = &self.processes[&worker];
         process.state == ProcessState::Running
@@ -501,8 +503,8 @@ impl World {
     }
 }
 
-/// Returns the endpoint that workers request for `n`. The endpoint is any port, a fixed port, a
-/// path, a descriptor of the master, or a UDP address.
+/// Returns one of the five endpoints that workers request. `n` modulo 5 selects any port, a fixed
+/// port, a path, a descriptor of the master, or a UDP address.
 pub(crate) fn requested_endpoint(n: u8) -> Endpoint {
     endpoint([0, 8, 4, 29, 7][usize::from(n % 5)])
 }
