@@ -307,7 +307,7 @@ impl Error {
     ///
     /// Node has no counterpart.
     ///
-    /// Use it in code that extends the cluster, such as a supervisor.
+    /// Use this function in code that extends the cluster, such as a supervisor.
     ///
     /// ```
     /// use cluster::Error;
@@ -319,7 +319,7 @@ impl Error {
         move |reason| Self::Io { attempt, reason }
     }
 
-    /// Returns the system's error number if a system call failed, and `None` for other errors.
+    /// Returns the system's error number, or `None` if the error contains none.
     ///
     /// Node: `error.errno`.
     ///
@@ -352,8 +352,8 @@ impl Error {
     }
 }
 
-/// The other end of a channel. Displayed as "worker 3", or as "the master" if there is no worker
-/// id.
+/// The other end of a channel: the worker with this id, or the master if there is no id. Displayed
+/// as "worker 3" or "the master".
 struct Peer(Option<WorkerId>);
 
 impl std::fmt::Display for Peer {

@@ -80,7 +80,8 @@ pub enum Role {
 /// - [`Error::Environment`] if wrappers have forked both this program and its master's program;
 /// - [`Error::Frame`] if the master was built with a version of this crate that has another
 ///   protocol;
-/// - [`Error::Io`] if the system has no descriptors left for a poller.
+/// - [`Error::Io`] if the system has no descriptors left for the event loop, or if the channel to
+///   the master cannot be set up.
 ///
 /// ```no_run
 /// use cluster::Role;
@@ -126,14 +127,14 @@ pub fn init() -> Result<Role> {
 }
 
 /// Makes this process a worker. The process is a child that its master forked and that executes no
-/// program.
+/// program. `number` is the descriptor number of its channel.
 fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
     ROLE.store(WORKER, Ordering::SeqCst);
     Worker::new(id, port, channel(id, number)?)
 }
 
-/// Returns the first bytes in a socket if they are a complete preamble, and leaves them in the
-/// socket.
+/// Returns the first bytes in a socket without removing them. Returns `None` if the socket contains
+/// fewer bytes than a preamble. The caller must check whether the bytes are a preamble.
 fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
     let mut found = [0; PREAMBLE_LENGTH];
     let read = sys::fd::peek(number, &mut found);
@@ -165,10 +166,10 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
 /// The role that the environment assigns to this process.
 enum Identity {
     Master,
-    /// A master whose wrapper was started as a worker: the process has inherited that worker's
-    /// channel.
+    /// A master that a forking wrapper has started. Another master started the wrapper as a worker,
+    /// and this process has inherited the wrapper's channel.
     WrappedMaster,
-    /// A worker, with the descriptor of its channel.
+    /// A worker. `number` is the descriptor number of its channel.
     Worker {
         id: WorkerId,
         number: RawFd,
@@ -196,16 +197,17 @@ fn identity() -> Result<Identity> {
         return Ok(Identity::Master);
     }
     let pid = number(WORKER_PID)?;
-    // A value that is too large for a descriptor becomes the number of one that is not open, so the
-    // later checks fail.
+    // A value that is too large for a descriptor number becomes `RawFd::MAX`. No descriptor has
+    // that number, so `peek_preamble` finds nothing.
     let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
     if pid == std::process::id() {
         let id = WorkerId::new(number(UNIQUE_ID)?);
         let number = descriptor(number(CHANNEL_FD)?);
         return Ok(Identity::Worker { id, number });
     }
-    // `init` in a worker reads the preamble and makes the channel close-on-exec. A program that
-    // still finds a preamble was therefore started before its wrapper called `init`.
+    // A worker that calls `init` removes the preamble from its channel and makes the channel
+    // close-on-exec. If the preamble is still there, the worker is only a wrapper, such as a shell,
+    // and has started this program without calling `init`.
     let (Ok(id), Ok(channel)) = (number(UNIQUE_ID), number(CHANNEL_FD)) else {
         return Ok(Identity::Master);
     };
@@ -250,12 +252,12 @@ fn policy() -> Result<SchedulingPolicy> {
     })
 }
 
-/// Returns whether this process is a master, which is true of every process that no master forked.
+/// Returns whether this process is a master. Every process that is not a worker is a master.
 ///
 /// Node: `cluster.isMaster`.
 ///
-/// The function can be called at any time, even before [`init`]. A child that the application forks
-/// inherits the result.
+/// The function can be called at any time, even before [`init`]. After `init`, a child that the
+/// application forks inherits the result.
 ///
 /// ```
 /// assert!(cluster::is_master());
@@ -267,12 +269,12 @@ pub fn is_master() -> bool {
     !is_worker()
 }
 
-/// Returns whether this process was forked by a master.
+/// Returns whether this process is a worker, which means that a master forked it.
 ///
 /// Node: `cluster.isWorker`.
 ///
-/// The function can be called at any time, even before [`init`]. A child that the application forks
-/// inherits the result.
+/// The function can be called at any time, even before [`init`]. After `init`, a child that the
+/// application forks inherits the result.
 ///
 /// ```
 /// assert!(!cluster::is_worker());
@@ -286,8 +288,8 @@ pub fn is_worker() -> bool {
     }
 }
 
-/// Returns the number of cores that this process may use, which is the number of workers that can
-/// run in parallel. The result is at least 1.
+/// Returns the number of cores that this process may use. The result is at least 1. More workers
+/// than cores cannot run in parallel.
 ///
 /// Node: `os.cpus().length`.
 ///

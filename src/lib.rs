@@ -1,10 +1,10 @@
 #![doc = include_str!("../README.md")]
 
-// Where to start: `core` makes the decisions, and each `mod.rs` in it describes one of them.
+// Where to start: `core` makes the decisions, and each `mod.rs` in it describes some of them.
 // `master` and `worker` are the public API and carry the decisions out. `wire` defines the protocol
 // between the processes. `sys` makes the system calls.
 
-// `pool` names the public API by the paths that an application uses (`cluster::…`).
+// Lets `pool` name the public API by the paths that an application uses (`cluster::…`).
 extern crate self as cluster;
 
 mod config;

@@ -162,8 +162,9 @@ impl Master {
         on_exit, on_exit_once(master: &Self, worker: &WorkerProcess, status: ExitStatus)
             of |this| this.callbacks.workers.exit;
 
-        /// Calls `callback` for an error that no call of the application can return. The callback
-        /// receives the worker that the error concerns, or `None` if the error concerns no worker.
+        /// Calls `callback` for each error that no call of the application can return, and for each
+        /// message that could not be sent to a worker. The callback receives the worker that the
+        /// error concerns, or `None` if the error concerns no worker.
         ///
         /// Node: the `error` events.
         ///
@@ -239,8 +240,8 @@ impl Master {
         self.event_loop.on_signal(signal, callback)
     }
 
-    /// Calls `callback` for the next signal only. Like [`on_signal`](Self::on_signal) in all else,
-    /// it takes the signal's default effect away until the master is dropped.
+    /// Calls `callback` only for the next `signal`. As with [`on_signal`](Self::on_signal), the
+    /// signal loses its default effect until the master is dropped.
     ///
     /// Node: `once`.
     ///
@@ -347,8 +348,8 @@ impl WorkerProcess {
             of |this| this.callbacks().exit;
     }
 
-    /// Calls `callback` for an error that concerns the worker and that no call of the application
-    /// can return.
+    /// Calls `callback` for each error that concerns the worker and that no call of the application
+    /// can return, and for each message that could not be sent to the worker.
     ///
     /// Node: `worker.on('error')`.
     ///
@@ -364,8 +365,8 @@ impl WorkerProcess {
         callbacks.add(Rc::new(RefCell::new(with_worker)))
     }
 
-    /// Calls `callback` for the next such error only. See [`on_error`](Self::on_error) for the
-    /// errors.
+    /// Calls `callback` only for the next error that concerns the worker. See
+    /// [`on_error`](Self::on_error) for the errors.
     ///
     /// Node: `once`.
     #[doc(alias = "once")]

@@ -25,15 +25,16 @@ use crate::wire::receipts::Receipt;
 /// spinning.
 const LOG_BACK_OFF: Duration = Duration::from_millis(100);
 
-/// Maximum number of events that are delivered before the loop polls again.
+/// Maximum number of events that one call of `settle` delivers. The remaining events wait for a
+/// later call.
 ///
 /// Without a limit, an `error` callback that causes another error each time would block the loop
 /// forever. A lower limit costs more polls in a burst of events.
 const EVENTS_PER_ITERATION: u32 = 1024;
 /// Maximum number of reads from an exited worker's channel before its exit is reported.
 ///
-/// Fewer reads than this empty a socket, so the limit is reached only if children of the worker
-/// continue to write.
+/// Fewer reads empty a socket's buffer. Therefore, the limit is reached only if the worker has left
+/// child processes that continue to write.
 const FINAL_READS_MAX: u32 = 64;
 /// Interval between two checks for exits that the system does not report.
 ///
@@ -240,7 +241,8 @@ impl Master {
         let mut ready = ReadyList::new();
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         let pending = self.shell.pending();
-        // If `limit` is `None`, no event was pending and no timer was set before the wait.
+        // A `limit` of `None` means that no event was pending and no timer was set before the wait.
+        // If `tick` reports no work either, there is nothing to settle.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }
@@ -284,8 +286,8 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// `None` means that the application may wait without a limit. Zero means that events are
-    /// pending. Call this method last before you wait, because every other method may change the
-    /// result.
+    /// pending or timers are due. Call this method last before you wait, because every other method
+    /// may change the result.
     ///
     /// ```no_run
     /// # fn wait(_: std::os::fd::BorrowedFd<'_>, _: Option<std::time::Duration>) {}
@@ -312,15 +314,16 @@ impl Master {
         earlier(check, self.event_loop.time_left(due))
     }
 
-    /// Returns whether a worker may exit without a report from the system, which is impossible if
-    /// every worker has a process descriptor.
+    /// Returns whether a worker may exit without a report from the system. If every worker has a
+    /// process descriptor, the system reports every exit.
     fn has_unwatched_exits(&self) -> bool {
         self.child_signal.borrow().is_some() && self.shell.has_unwatched_exits()
     }
 
-    /// Returns the workers without process descriptors that may have exited. After SIGCHLD, these
-    /// are all such workers. Otherwise, once per `EXIT_CHECK_INTERVAL`, these are the workers whose
-    /// exit the system does not report.
+    /// Returns the workers that may have exited and have no process descriptor that would report
+    /// it. After SIGCHLD, the list contains all workers without process descriptors. Otherwise,
+    /// once per `EXIT_CHECK_INTERVAL`, the list contains the workers whose exit the system does not
+    /// report.
     fn take_possible_exits(&self) -> Vec<WorkerId> {
         if self.reap.take() {
             return self.shell.unwatched();
@@ -370,7 +373,8 @@ impl Master {
             let peer = sys::listen::peer_addr(connection.as_fd());
             let candidates = core.candidates(handle);
             drop(core);
-            // The scheduler may re-enter the loop; skip it if it is already running.
+            // If the scheduler is already running, it cannot be called again. The connection then
+            // goes to the next worker by round robin.
             let chosen = scheduler.try_borrow_mut();
             let chosen = chosen.ok().and_then(|mut choose| choose(peer, &candidates));
             self.shell.core.borrow_mut().choose(handle, place, chosen);
@@ -532,7 +536,8 @@ impl Master {
         if ready.writable {
             self.shell.channel_writable(worker);
         }
-        // If frames are still pending, do not read more, because the frames would pile up.
+        // Read only if no frames are pending, because unprocessed frames would otherwise accumulate
+        // in memory.
         if ready.readable && !self.shell.is_pending(worker) {
             if let Some(worker_io) = self.shell.worker_io(worker) {
                 self.read(&worker_io);
@@ -571,8 +576,8 @@ impl Master {
         self.shell.try_reap(worker);
     }
 
-    /// Processes frames that have arrived, at most `left` of them. Returns whether no frame is
-    /// left. The caller must call `settle` for the last frame.
+    /// Processes frames that have arrived, at most `left` of them. Returns whether all frames that
+    /// have been read are processed. The caller must call `settle` for the last frame.
     fn process_frames(&self, worker: &WorkerIo, left: &mut u32) -> bool {
         let mut is_noted = false;
         while *left > 0 {
@@ -612,11 +617,13 @@ impl Master {
 }
 
 impl LogWriter {
-    /// Lets the master's loop write what waits, as soon as the target takes it.
+    /// Lets the master's loop write the waiting lines as soon as the log's target accepts them.
     ///
-    /// Node has no counterpart. While nothing waits, this costs nothing, and the master's
-    /// [`run`](Master::run) does not wait for it. Without it, and after the master has been dropped, what
-    /// waits is written with the next line.
+    /// Node has no counterpart.
+    ///
+    /// While no line waits, attaching costs nothing. The master's [`run`](Master::run) returns even
+    /// if lines still wait. If the log is not attached, or after the master has been dropped,
+    /// waiting lines are written together with the next line.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

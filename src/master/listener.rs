@@ -27,9 +27,9 @@ use crate::types::address::Address;
 ///
 /// Another process may have the same socket if the socket was passed to `listen`, or after the
 /// first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that the other process
-/// would notice, except that the socket is non-blocking. If no other process can have the socket,
-/// new clients of a TCP port are ignored while the last workers disconnect. Then the socket stops
-/// listening in all processes that have a copy.
+/// would notice, except that the socket is non-blocking. If no process outside the cluster can have
+/// the socket, the master drops new TCP handshakes while the last workers disconnect. Afterwards,
+/// the master shuts the socket down, which also ends any copy that a forked child still holds.
 ///
 /// With the sharded policy, each worker has its own listener. Connections that waited for an exited
 /// worker wait for its replacement, so start as many workers as before. New connections do not go
@@ -96,9 +96,9 @@ impl MasterListener {
     ///
     /// Node has no counterpart.
     ///
-    /// If a successor takes over the listener, leave it the file also; the successor then removes
-    /// the file. The call has no effect on other kinds of listeners, or after the master has been
-    /// dropped.
+    /// If a successor takes over the listener, set `removes` to false here, and let the successor
+    /// remove the file. The call has no effect on other kinds of listeners, or after the master has
+    /// been dropped.
     ///
     /// # Errors
     ///
@@ -127,7 +127,8 @@ impl MasterListener {
 ///
 /// After the first call, the master assumes that another process has a copy. With the sharded
 /// policy, this socket is only one of several. When the value is dropped and the last workers
-/// disconnect, all new connections go to this socket. No SYN filter can be attached to this socket.
+/// disconnect, all new connections go to this socket. No process can attach a SYN filter to this
+/// socket, because the master has locked its filter.
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         if let Some(master) = self.master.upgrade() {

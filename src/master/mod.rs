@@ -50,8 +50,8 @@ use crate::worker::Worker;
 /// Node: `cluster` in a process where `cluster.isMaster` is true.
 ///
 /// [`init`](crate::init()) returns the master. All methods can be called at any time, even by
-/// callbacks, unless their description says otherwise. Callbacks run only in [`run`](Self::run) and
-/// [`dispatch`](Self::dispatch), never inside another call.
+/// callbacks, unless their documentation says otherwise. Callbacks run only in [`run`](Self::run)
+/// and [`dispatch`](Self::dispatch), never inside another call.
 ///
 /// When the master is dropped, the channels to its workers close and the workers exit. A dropped
 /// master does not wait for the workers' processes, so they stay zombies until the master's process
@@ -121,7 +121,7 @@ pub struct Master {
     /// The time of the last check of the workers whose exit is not reported by the system.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
-    /// For the lines that `CLUSTER_DEBUG=1` requests.
+    /// The log for the lines that `CLUSTER_DEBUG=1` requests. `None` without that variable.
     debug_log: Option<LogWriter>,
 }
 
@@ -195,6 +195,8 @@ impl Master {
     /// - the system has no process or descriptor left;
     /// - the system denies the worker its directory, user or group;
     /// - the settings contradict each other ([`Settings::listen_fds`]);
+    /// - the closure that chooses the inspect port forks a worker itself;
+    /// - with [`main`](Settings::main), the master has other threads;
     /// - with [`uid`](Settings::uid) or [`gid`](Settings::gid), the worker has not executed its
     ///   program within one second, for instance because another process of its user has stopped
     ///   it. The master then kills the worker, and the reason's kind is
@@ -291,7 +293,8 @@ impl Master {
     }
 
     /// Installs a handler of SIGCHLD, so that the exit of any child wakes up the loop. Also
-    /// requests one check of the workers that may have exited earlier.
+    /// requests one check of all workers, because a worker may have exited before the handler was
+    /// installed.
     fn watch_children(&self) -> io::Result<()> {
         let mut installed = self.child_signal.borrow_mut();
         if installed.is_none() {
@@ -458,7 +461,8 @@ impl Master {
     /// - the options contain [`exclusive`](ListenOptions::exclusive),
     ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
     ///   workers;
-    /// - the argument is not a stream socket of this kind, or is a Unix socket without a path.
+    /// - the argument is a socket, but not a stream socket of the requested kind, or a Unix socket
+    ///   without a path.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -528,9 +532,9 @@ impl Master {
     ///
     /// Until the deadline, this method works like [`disconnect`](Self::disconnect). At the
     /// deadline, the master sends SIGKILL to every worker that still exists, which also ends
-    /// workers that loop or are stopped. The kill includes workers that were forked before the
-    /// deadline, but not later ones. If several deadlines are set, the earliest one applies. A
-    /// deadline cannot be revoked.
+    /// workers that loop or are stopped. The master also kills workers that were forked between the
+    /// call and the deadline, but no later ones. If several deadlines are set, the earliest one
+    /// applies. A deadline cannot be revoked.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -631,8 +635,8 @@ impl Drop for Master {
         for callbacks in self.worker_callbacks.take().into_values() {
             callbacks.clear();
         }
-        // Close the shell explicitly, because the application may still have workers' handles,
-        // which share the shell.
+        // Close the channels explicitly, because the application may still have workers' handles.
+        // Each handle also owns its worker's channel.
         self.shell.close();
     }
 }

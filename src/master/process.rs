@@ -22,8 +22,8 @@ impl<'a> Process<'a> {
 }
 
 impl Process<'_> {
-    /// Returns the process id. The system does not give the id to another process before the
-    /// worker's `exit` event.
+    /// Returns the process id. The system does not give the id to another process until the master
+    /// has noticed the worker's exit.
     ///
     /// Node: `worker.process.pid`.
     ///
@@ -50,7 +50,8 @@ impl Process<'_> {
         self.0.update(|core| core.signal(self.0.id(), signal));
     }
 
-    /// Closes the channel without a disconnect request, which makes the worker exit at once.
+    /// Closes the channel without a disconnect request. In the worker, `run` and `accept` then
+    /// return at once, even if connections are open.
     ///
     /// Node: `worker.process.disconnect()`.
     ///
@@ -102,7 +103,7 @@ impl Process<'_> {
     }
 
     /// Lets [`Master::run`](crate::Master::run) return although this worker exists. The worker
-    /// continues to run until the master's process exits.
+    /// continues to run until the master is dropped or its process exits.
     ///
     /// Node: `worker.process.unref()` and `worker.process.channel.unref()`.
     ///
@@ -149,7 +150,8 @@ impl Process<'_> {
 
     /// Returns the resources that the process used.
     ///
-    /// Node has no counterpart. A process can read its own usage with `process.resourceUsage()`.
+    /// Node has no counterpart: in Node, a process can read only its own usage, with
+    /// `process.resourceUsage()`.
     ///
     /// Returns `None` until the process has exited. Also returns `None` if other code in the master
     /// waited for the process.

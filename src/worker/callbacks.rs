@@ -112,8 +112,8 @@ impl Worker {
         self.inner.event_loop.on_signal(signal, callback)
     }
 
-    /// Calls `callback` for the next signal only. Like [`on_signal`](Self::on_signal) in all else,
-    /// it takes the signal's default effect away until the worker is dropped.
+    /// Calls `callback` only for the next `signal`. As with [`on_signal`](Self::on_signal), the
+    /// signal loses its default effect until the worker is dropped.
     ///
     /// Node: `once`.
     ///
