@@ -6,10 +6,11 @@
 //! `SO_LOCK_FILTER`, which cannot be undone. The group has one more member, the *selector*, which
 //! no worker receives. The master changes the selection through the selector.
 //!
-//! Despite the lock, a worker can detach the program or shut its shard down. The kernel then
-//! chooses among all members by a hash, or by indexes that have changed. The choice may therefore
-//! be the selector, which normally receives no connection. When the selector receives a connection,
-//! the master resets it and attaches the program again.
+//! Despite the lock, a worker can detach the program; the kernel then chooses among all members by
+//! a hash. A worker can also shut its shard down; the members' indexes then change, but the program
+//! still returns the old ones. In both cases, the kernel may choose the selector, which normally
+//! receives no connection. When the selector receives a connection, the master resets it and
+//! attaches the program again.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -20,9 +21,11 @@ use crate::sys::poll::{Interest, Poller, Registered};
 use crate::types::endpoint::BindFlags;
 use crate::wire::frame::HandleId;
 
+/// A socket of the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Member {
     Selector,
+    /// The shard with this index in the order in which the master opened the shards.
     Shard(usize),
 }
 
@@ -88,8 +91,8 @@ impl ShardGroup {
         chosen.collect()
     }
 
-    /// Ignores new connections until `admit`. The program selects the selector, whose SYN filter
-    /// drops them.
+    /// Ignores new connections until `admit`. The BPF program chooses the selector for all of them,
+    /// and the selector's SYN filter drops them.
     pub(crate) fn ignore(&self) -> io::Result<()> {
         sys::filter::attach_syn_filter(&self.selector)?;
         let own = |member: &Member| *member == Member::Selector;

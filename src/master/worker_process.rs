@@ -109,7 +109,7 @@ impl WorkerProcess {
         self.worker_io.id
     }
 
-    /// Returns the worker's process, whose methods bypass the orderly disconnect.
+    /// Returns the worker's process. Its methods bypass the orderly disconnect.
     ///
     /// Node: `worker.process`.
     ///

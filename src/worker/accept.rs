@@ -189,9 +189,9 @@ impl Worker {
         Ok(Attempt::Received(connection))
     }
 
-    /// Returns whether the worker can wait in accept(2), where the kernel queues the waiting workers.
-    /// If the listener is draining, or if the worker also has callbacks or watches, the method makes
-    /// the listener non-blocking in all processes that have a copy.
+    /// Returns whether the worker can wait in accept(2). The kernel then lets the waiting workers
+    /// take strict turns. If the listener is draining, or if the worker also has callbacks or
+    /// watches, the method makes the listener non-blocking in all processes that have a copy.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         if !shell.is_blocking(listener) {
@@ -252,8 +252,8 @@ impl Worker {
             inner: Rc::clone(inner),
             is_owner: false,
         };
-        // Handle everything else once per `CHECK_INTERVAL`, because a busy listener always has a
-        // connection.
+        // Handle everything else once per `CHECK_INTERVAL`. A busy listener always has a
+        // connection, so the loop below would return without ever waiting.
         if !shell.is_blocking(listener) && wait_state.last_wait.get().elapsed() >= CHECK_INTERVAL {
             worker.wait(listener, Some(Duration::ZERO))?;
         }
@@ -279,7 +279,8 @@ impl Worker {
         }
     }
 
-    /// Waits for everything except a listener, for at most `limit`.
+    /// Waits for the channel and the poller, but not for a listener, for at most `limit`. Reads
+    /// from the channel if it is ready.
     fn wait_without_listener(&self, limit: Duration) -> Result<()> {
         let limit = earlier(self.time_left(), Some(limit));
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
@@ -288,7 +289,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for the listener and everything else, and reads from the channel if it is ready.
+    /// Waits for the channel, the poller, and the listener unless it is paused, for at most
+    /// `limit`. Reads from the channel if it is ready.
     fn wait(&self, listener: ListenerId, limit: Option<Duration>) -> Result<()> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let left = shell.core.borrow().is_paused(listener);

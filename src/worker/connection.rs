@@ -104,8 +104,9 @@ impl<S: AsFd> AsFd for Connection<S> {
 
 /// Implements reading and writing for references to connections.
 ///
-/// An implementation for all `S` with `&S: Read` would refer to itself. Type inference would then
-/// overflow (E0275) even in code that does not use connections.
+/// One implementation for all `S` with `&S: Read` would apply to itself without end, because `S`
+/// may be another `Connection`. Type inference would then overflow (E0275) even in code that does
+/// not use connections.
 macro_rules! read_and_write_by_reference {
     ($($stream:ty),*) => {$(
         impl Read for &Connection<$stream> {

@@ -196,7 +196,8 @@ impl Worker {
     /// Node has no counterpart.
     ///
     /// `None` means that the application may wait without a limit. Zero means that events are
-    /// pending. See [`Master::time_left`](crate::Master::time_left) for an example.
+    /// pending or timers are due. See [`Master::time_left`](crate::Master::time_left) for an
+    /// example.
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
@@ -225,10 +226,11 @@ impl Worker {
         let event_loop = &self.inner.event_loop;
         let _running = event_loop.enter()?;
         self.inner.shell.act();
-        // Compute the limit first, because nothing wakes the poller once the last event has been
-        // delivered.
+        // Compute the limit before events are delivered. If an event is pending, the limit is zero,
+        // so the iteration ends right after the delivery. Otherwise, the poller might wait without
+        // a limit, although the caller may now have something to do.
         let limit = self.time_left();
-        // If `limit` is `None`, no event was pending.
+        // If `limit` is `None`, no event is pending, so there is nothing to settle.
         if limit.is_some() {
             self.settle();
         }
@@ -355,8 +357,9 @@ impl Worker {
                 Err(error) => return self.back_off(listener, error),
             }
         }
-        // If no connection is left, nothing makes the listener readable again. Schedule another
-        // attempt, which closes a draining listener or reports that the queue is empty.
+        // The batch may have emptied the listener or queue, which then does not become readable
+        // again. Schedule another attempt. If it finds nothing, it closes a draining listener, or
+        // reports to the master that the queue is empty.
         let mut core = shell.core.borrow_mut();
         if core.is_draining(listener) || core.has_queue(listener) {
             core.notify_ready(listener);
@@ -386,8 +389,8 @@ impl Worker {
         }
     }
 
-    /// Reports an error and stops watching the listener for `ACCEPT_RETRY`, because it stays
-    /// readable and the loop would spin.
+    /// Reports an error and stops watching the listener for `ACCEPT_RETRY`. The listener stays
+    /// readable after the error, so the loop would otherwise spin.
     fn back_off(&self, listener: ListenerId, error: Error) {
         let shell = &self.inner.shell;
         shell.report(error);

@@ -160,8 +160,8 @@ impl Listener<TcpStream> {
     ///
     /// Node: `server.address()`.
     ///
-    /// Returns `None` if the worker was already disconnecting when it requested the listener, which
-    /// was then never bound.
+    /// Returns `None` if the worker was already disconnecting when it requested the listener. Such
+    /// a listener is never bound.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {
@@ -178,8 +178,8 @@ impl Listener<TcpStream> {
 }
 
 impl<S: From<OwnedFd>> Listener<S> {
-    /// Waits for the next connection. Returns `None` if the listener has ended, because the worker
-    /// is disconnecting or has lost its master.
+    /// Waits for the next connection. Returns `None` if the listener has ended: the application has
+    /// closed it, or the worker is disconnecting or has lost its master.
     ///
     /// Node has no counterpart: in Node, connections are events.
     ///

@@ -159,7 +159,7 @@ impl Worker {
         self.inner.inspect_port
     }
 
-    /// Returns this worker's process, whose methods bypass the orderly disconnect.
+    /// Returns this worker's process. Its methods bypass the orderly disconnect.
     ///
     /// Node: `worker.process`, which is `process` in a worker.
     ///
@@ -184,8 +184,8 @@ impl Worker {
     ///
     /// Port 0 stands for any free port. All workers receive one port for their first `listen` on
     /// port 0, and another port for their second. If a name resolves to several addresses, the
-    /// first usable one is used. A path is relative to the worker's directory. The master removes
-    /// the file when it closes the socket.
+    /// first usable one is used. A path names a Unix socket and is relative to the worker's
+    /// directory. The master removes the socket's file when it closes the socket.
     ///
     /// If the worker is disconnecting or its master has exited, the returned listener has already
     /// ended, so that the application finishes.

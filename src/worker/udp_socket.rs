@@ -71,8 +71,8 @@ impl UdpSocket {
     ///
     /// Node: `socket.address()`.
     ///
-    /// Returns `None` if the worker was already disconnecting when it requested the socket, which
-    /// was then never bound.
+    /// Returns `None` if the worker was already disconnecting when it requested the socket. Such a
+    /// socket is never bound.
     ///
     /// ```no_run
     /// # fn f(socket: &cluster::UdpSocket) {
@@ -88,7 +88,8 @@ impl UdpSocket {
     }
 
     /// Waits for the next datagram, and returns its length and its sender. Returns `None` if the
-    /// socket is closed, because the worker is disconnecting or has lost its master.
+    /// socket is closed: the application has closed it, or the worker is disconnecting or has lost
+    /// its master.
     ///
     /// Node has no counterpart: in Node, datagrams are events.
     ///

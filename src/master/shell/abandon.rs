@@ -20,8 +20,8 @@ impl MasterShell {
     pub(crate) fn close(&self) {
         for worker_io in self.workers.take().into_values() {
             if let Some(channel) = worker_io.channel.take() {
-                // `discard` also shuts the channel down, because a child of the application may
-                // have a copy of its descriptor.
+                // `discard` also shuts the channel down. Otherwise, a child of the application that
+                // has a copy of the descriptor would keep the channel open.
                 channel.discard();
             }
             worker_io.process.take();
@@ -30,7 +30,8 @@ impl MasterShell {
     }
 
     /// Removes the master's values without dropping them, in a worker that executes no program.
-    /// Returns the descriptors that the caller must close, because no value owns them any longer.
+    /// Returns the numbers of the descriptors that the caller must close, because no value will
+    /// close them any longer.
     ///
     /// If the application may have another handle of a descriptor, the method replaces the
     /// descriptor by `inert` instead. If such a descriptor were closed, its number would soon
@@ -84,7 +85,7 @@ impl MasterShell {
     }
 
     /// Removes the connections and messages that wait in the master, and the message that is being
-    /// delivered.
+    /// delivered. Adds the numbers of their descriptors to `numbers`.
     fn abandon_core(&self, numbers: &mut Vec<RawFd>) {
         let policy = self.core.borrow().policy();
         let core = self.core.replace(MasterCore::new(policy));

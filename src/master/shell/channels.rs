@@ -41,8 +41,8 @@ enum FdLimit {
 }
 
 impl FdLimit {
-    /// Closes the descriptors beyond the limit. Returns whether the caller must report a loss,
-    /// because only the first loss is reported.
+    /// Closes the descriptors beyond the limit. Returns true only for the first loss, so that the
+    /// caller reports a single error.
     fn apply(&mut self, fds: &mut Vec<NoLingerFd>) -> bool {
         match *self {
             Self::Unlimited => false,
@@ -68,7 +68,7 @@ impl FdLimit {
 /// The result of processing one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Processed {
-    /// No complete frame was available.
+    /// No frame was processed: no complete one was available, or the next one was invalid.
     Nothing,
     /// A frame was processed, and more bytes have been read.
     More,
@@ -99,8 +99,8 @@ impl MasterShell {
         }
     }
 
-    /// Queues a frame with its descriptor. If a reply's listener cannot be copied, the core decides
-    /// what to send instead.
+    /// Queues a frame with the descriptor that `attachment` names. If a reply's descriptor cannot
+    /// be copied or created, the core decides what to send instead.
     pub(super) fn send_frame(&self, worker: WorkerId, frame: &ToWorker, attachment: Attachment) {
         let (handle, fd) = match attachment {
             Attachment::None => (None, Ok(None)),
@@ -285,8 +285,8 @@ impl MasterShell {
     /// Returns the workers that currently have pending frames.
     pub(crate) fn pending(&self) -> Vec<WorkerId> {
         let pending = self.pending.borrow();
-        // Each iteration calls this method, and usually no worker has pending frames, so avoid an
-        // allocation.
+        // Check for an empty set first, because each iteration of the loop calls this method and
+        // the set is usually empty.
         if pending.is_empty() {
             return Vec::new();
         }
@@ -315,8 +315,8 @@ impl MasterShell {
         worker.channel.with(Channel::shut_down);
         let (mut left, mut limit) = (FINAL_FRAMES_MAX, FdLimit::AtMost(FINAL_FDS_MAX));
         loop {
-            // Process the frames in memory first, because the last one may be incomplete until the
-            // next read.
+            // Process the frames in memory before each read. The last one may be incomplete; the
+            // next read completes it.
             while left > 0 && self.process_frame_within(worker, &mut limit) != Processed::Nothing {
                 left -= 1;
             }
@@ -332,7 +332,8 @@ impl MasterShell {
     }
 
     fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
-        // A worker that never reads its replies may ignore end-of-file also, so kill it.
+        // `OutOfMemory` means that too many replies wait in the master. A worker that never reads
+        // its replies may ignore end-of-file also, so kill it.
         let is_violation = reason.kind() == io::ErrorKind::OutOfMemory;
         let mut core = self.core_now();
         if is_violation {

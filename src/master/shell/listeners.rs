@@ -190,7 +190,7 @@ impl MasterShell {
         self.retained(handle)
     }
 
-    /// Retains a listener that is already open.
+    /// Adds a listening socket that the application passed, and retains it.
     pub(crate) fn adopt(
         &self,
         kind: Kind,
@@ -291,7 +291,7 @@ impl MasterShell {
 
     /// Makes a listener, or one of its shards, listen again after another process has shut it down.
     ///
-    /// The poller does not report the listener again until `watch_hang_up` is called. The pause
+    /// The poller does not report the listener again until `watch_hang_up` is called. This pause
     /// limits the cost of a process that shuts the listener down repeatedly.
     fn listen_again(&self, handle: HandleId, shard: usize) -> io::Result<()> {
         let mut sockets = self.sockets.borrow_mut();
@@ -317,8 +317,8 @@ impl MasterShell {
         }
     }
 
-    /// Handles connections that have reached a sharded listener's selector, which means that
-    /// another process has changed the selection.
+    /// Resets connections that have reached a sharded listener's selector, and notifies the core.
+    /// Connections reach the selector only if another process has changed the selection.
     pub(crate) fn selector_ready(&self, handle: HandleId) {
         let sockets = self.sockets.borrow();
         let group = sockets.get(&handle).and_then(|own| own.group.as_ref());
@@ -346,8 +346,8 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         let is_sole = core.is_sole(handle);
         if !is_sole {
-            // Set the flag again, because another owner may have cleared it and `accept` would then
-            // block. The call cannot fail, because the descriptor is open.
+            // Set the flag again, because another process may have cleared it and `accept` would
+            // then block. The call cannot fail, because the descriptor is open.
             let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
         }
         for _ in 0..at_most {
@@ -433,8 +433,9 @@ impl MasterShell {
         }
     }
 
-    /// Keeps new connections out of the backlog. If the system does not support SYN filters, the
-    /// backlog is emptied while connections still arrive.
+    /// Keeps new connections out of the backlog: drops the handshakes of TCP connections, and shuts
+    /// a Unix socket down. If the system does not support SYN filters, workers empty the backlog
+    /// while connections still arrive.
     pub(super) fn attach_syn_filter(&self, handle: HandleId) {
         if let Some(listener) = self.sockets.borrow().get(&handle) {
             if let Some(group) = &listener.group {

@@ -53,7 +53,7 @@ pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 ///
 /// A higher number makes an iteration slower while connections wait: with 8, an iteration takes 5
 /// µs instead of 0.8 µs (`cargo bench -- scaling`). With a lower number, connections whose clients
-/// have hung up are counted for longer.
+/// have hung up stay in the master for longer.
 const SWEEP: usize = 2;
 
 /// A worker or detached process, and the descriptors that connect the master with it.
@@ -195,7 +195,8 @@ impl MasterShell {
         self.core.borrow_mut().error(None, error);
     }
 
-    /// Runs a fault point, at which tests can make this worker fail. The first worker never fails.
+    /// Runs a fault point, at which tests can make `worker` fail. Nothing happens if `worker` is
+    /// the master's first worker, so that tests always have a worker that serves.
     fn fault(&self, name: &str, worker: WorkerId) {
         let foreign: Option<&Channel<ToMaster, ToWorker>> = None;
         let pid = || {
@@ -214,7 +215,7 @@ impl MasterShell {
     /// Carries out the retries that are due, advances the core's clock, and checks some of the
     /// waiting connections for a hang-up. Returns whether there may be new actions or events.
     ///
-    /// `due` is a result of `deadline` that is still valid.
+    /// `due` is the result of a call of `deadline` since the last change of the core.
     pub(crate) fn tick(&self, due: Option<Time>) -> bool {
         // Usually, nothing is due and no connection waits.
         if due.is_none() && !self.core.borrow().has_waiting() {
@@ -255,12 +256,12 @@ impl MasterShell {
         }
     }
 
-    /// Carries out the actions and flushes the channels. The method is separate from `act`, which
-    /// is called several times for each message and usually finds nothing to do.
+    /// Carries out the actions and flushes the channels. The method is separate from `act` and not
+    /// inlined, so that `act` stays small. `act` is called several times for each message and
+    /// usually finds nothing to do.
     #[inline(never)]
     fn carry_all_out(&self) {
-        // A forked child must not carry out actions, because they all concern the process that
-        // created the master.
+        // Stop in a forked child, because all actions concern the process that created the master.
         while self.poller.is_own() {
             let action = self.core.borrow_mut().next_action();
             match action {
@@ -324,8 +325,7 @@ impl MasterShell {
         if let Some(worker_io) = self.worker_io(worker) {
             let process = worker_io.process.borrow();
             let process = process.as_ref().map(|process| process.as_fd());
-            // The call fails only for a process that has exited. The master notices that exit by
-            // other means.
+            // Ignore the error. If the process has exited, the master notices that by other means.
             let _ = worker_io.pid.signal(process, signal.number());
         }
     }

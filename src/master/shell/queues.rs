@@ -16,7 +16,9 @@ use crate::wire::frame::HandleId;
 /// The state of a queue after connections were reclaimed from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum QueueState {
+    /// The queue contains no connection.
     Empty,
+    /// The requested number of connections was reclaimed, and the queue may contain more.
     PerhapsMore,
     /// The queue may contain connections but cannot be read, for instance because this process has
     /// no free descriptor.

@@ -1,4 +1,4 @@
-//! Reaps processes that have exited, and knows the workers whose exit the system may not report.
+//! Reaps processes that have exited, and lists the workers whose exit the system may not report.
 
 use super::{MasterShell, WorkerIo};
 use crate::error::Error;

@@ -42,7 +42,7 @@ impl Drop for Reset<'_> {
     }
 }
 
-/// Everything that is known about a process before it starts.
+/// The inputs and resources that the master prepares before it starts a process.
 struct NewProcess<'a> {
     id: WorkerId,
     settings: &'a Settings,
@@ -52,12 +52,13 @@ struct NewProcess<'a> {
     inspect_port: Option<u16>,
     stdio: StdioEnds,
     channel: Channel<ToMaster, ToWorker>,
-    /// The worker's end of the channel, whose descriptor number is higher than those of `stdio`.
+    /// The worker's end of the channel. Its descriptor number is higher than those that `stdio`
+    /// will have in the worker.
     worker_end: OwnedFd,
 }
 
-/// A process that has started, and its process descriptor, which is readable once the process has
-/// exited. `None` if the kernel has no process descriptors.
+/// The pid of a process that has started, and its process descriptor. The descriptor is readable
+/// once the process has exited. It is `None` if the kernel has no process descriptors.
 type Started = (Pid, Option<OwnedFd>);
 
 impl MasterShell {
@@ -261,8 +262,8 @@ impl MasterShell {
 
     /// Returns the next inspect port.
     fn choose_port(&self, port: &InspectPort) -> io::Result<u16> {
-        // Reject a nested call. A closure that forks would otherwise choose a port for that worker,
-        // which calls the closure again, without end.
+        // Reject a nested call. If the closure forks a worker, the choice of that worker's port
+        // would call the closure again, without end.
         if self.is_choosing_port.replace(true) {
             let reason = "the closure that chooses it forks a worker";
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
@@ -303,8 +304,8 @@ fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<(
     Ok(())
 }
 
-/// The descriptors with which a worker starts: the three standard ones and those with the following
-/// numbers.
+/// The descriptors with which a worker starts: standard input, output and error, and the additional
+/// ones from number 3.
 #[derive(Default)]
 struct StdioEnds {
     /// The worker's descriptors, by number. `None` if the worker inherits the descriptor unchanged,
@@ -312,7 +313,7 @@ struct StdioEnds {
     worker: Vec<Option<OwnedFd>>,
     /// The master's ends of the pipes, by the worker's descriptor number.
     master: SortedMap<usize, UnixStream>,
-    /// The lowest number that none of the worker's descriptors will have, and at least 3.
+    /// The lowest number above those of all descriptors in `worker`. It is at least 3.
     first_free: RawFd,
 }
 

@@ -27,13 +27,14 @@ const SPARE_FDS: u64 = 32;
 /// A connection that was accepted from a listener or received from a queue.
 pub(crate) struct Accepted {
     pub(crate) fd: OwnedFd,
-    /// Whether the connection exceeds the worker's maximum number of connections.
+    /// Whether the connection exceeds the listener's limit and must go to the drop callback.
     pub(crate) is_excess: bool,
 }
 
 impl WorkerShell {
     /// Accepts the next connection from the listener, or receives it from the queue. Returns `None`
-    /// if there is no connection; a draining listener then closes.
+    /// if there is no connection, or if no descriptor is free to receive it. A draining listener
+    /// that returns `None` is closed, unless it is paused.
     pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let Some(socket) = self.socket(listener).filter(|socket| socket.is_own()) else {
             return Ok(None);
@@ -118,8 +119,9 @@ impl WorkerShell {
         }
     }
 
-    /// Estimates the number of free descriptors from the descriptor's number, because the kernel
-    /// assigns the lowest free number.
+    /// Notifies the core if few or many descriptors are free. The kernel assigns the lowest free
+    /// number to a new descriptor, so the number of `fd` shows about how many descriptors are in
+    /// use.
     fn count_descriptors(&self, core: &mut WorkerCore<Vec<NoLingerFd>>, fd: &OwnedFd) {
         let Ok(number) = u64::try_from(fd.as_raw_fd()) else {
             return;
@@ -146,15 +148,16 @@ impl WorkerShell {
             let added = self.channel.with(|channel| interrupt.add(channel.as_fd()));
             added.unwrap_or(Ok(()))?;
             let _ = self.interrupt.set(interrupt);
-            // Write first, because the kernel reports free space only after it has rejected a
-            // write.
+            // Write the queued frames now. The kernel reports free space in the channel, and thus
+            // interrupts `accept`, only after it has rejected a write.
             self.flush_channel();
         }
         Ok(is_new)
     }
 
     /// Blocks in `accept`. Returns `None` if another event has interrupted the call, if the
-    /// deadline has passed, or if the listener turns out to be non-blocking.
+    /// deadline has passed, if the client has hung up, or if the listener turns out to be
+    /// non-blocking.
     pub(crate) fn accept_blocking(
         &self,
         listener: ListenerId,
@@ -183,7 +186,7 @@ impl WorkerShell {
     }
 
     /// Returns whether accepting failed because another process shut down one of the master's TCP
-    /// listeners, which the master makes listen again.
+    /// listeners. The master makes such a listener listen again.
     pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
         let Error::Io { reason, .. } = error else {
             return false;

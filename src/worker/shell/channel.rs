@@ -160,8 +160,9 @@ impl WorkerShell {
         match frame {
             ToWorker::Message(bytes) => core.message(bytes, fds),
             ToWorker::Reply { ref result, .. } => {
-                // A listener from which workers accept blocks, unless a worker has made it
-                // non-blocking.
+                // With every policy except round robin, the reply contains a listener, which
+                // usually blocks. If another worker has made it non-blocking, `accept_blocking`
+                // notices that.
                 let mode = match result {
                     Ok(bound) if bound.policy != SchedulingPolicy::RoundRobin => {
                         AcceptMode::Blocking
@@ -242,7 +243,8 @@ impl WorkerShell {
         }
     }
 
-    /// Waits until the channel can be read or written, and then does both.
+    /// Waits until the channel is readable, or writable if frames are queued. Then writes the
+    /// queued frames and reads once.
     fn wait_for_channel(&self) -> Result<()> {
         let waited = self.channel.with(|channel| {
             if channel.is_flushed() {
@@ -261,11 +263,12 @@ impl WorkerShell {
     }
 
     /// Writes or reads the channel if it is ready. Returns whether the channel was ready. The
-    /// caller must repeat the call while it was, because a ready channel does not interrupt
-    /// `accept_blocking`.
+    /// caller must repeat the call until it returns false, because a channel that is ready before
+    /// `accept_blocking` does not interrupt it.
     pub(crate) fn service_channel(&self) -> Result<bool> {
         let writable = self.channel.with(|channel| {
-            // Do not wait for space while the system lacks resources, because `tick` retries then.
+            // Do not check for space while the system lacks resources, because `tick` retries the
+            // write after the back-off delay.
             let can_wait = channel.is_writing() && !channel.is_exhausted();
             can_wait.then(|| is_writable(channel.as_fd()))
         });

@@ -47,7 +47,8 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     channel: ChannelDriver<ToWorker, ToMaster>,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
-    /// The process's descriptor limit when the application last set a callback.
+    /// The process's descriptor limit when the application last set a callback. `u64::MAX` before
+    /// the first callback.
     fd_limit: Cell<u64>,
     /// Whether the last attempt to receive a connection failed for lack of descriptors.
     is_out_of_fds: Cell<bool>,
@@ -150,8 +151,9 @@ impl WorkerShell {
         }
     }
 
-    /// Carries out the actions and flushes the channel. The method is separate from `act`, which is
-    /// called several times for each message and usually finds nothing to do.
+    /// Carries out the actions and flushes the channel. The method is separate from `act` and not
+    /// inlined, so that `act` stays small. `act` is called several times for each message and
+    /// usually finds nothing to do.
     #[inline(never)]
     fn carry_all_out(&self) {
         let mut must_flush = false;

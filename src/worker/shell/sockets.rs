@@ -64,7 +64,7 @@ pub(crate) enum SocketOwner {
     Master,
     /// This worker opened the socket. Only processes that this worker forked have copies.
     ThisWorker,
-    /// The application had the socket earlier, and any process may have a copy.
+    /// The application passed the socket to this crate, and any process may have a copy.
     Application,
 }
 
