@@ -226,7 +226,7 @@ impl std::fmt::Display for SendError {
 
 impl std::error::Error for SendError {}
 
-/// The error of `watch`, which contains the source that cannot be watched.
+/// The error of `watch`. It contains the source that cannot be watched.
 ///
 /// The operator `?` converts this error into an [`Error`] and drops the source.
 ///

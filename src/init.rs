@@ -51,7 +51,7 @@ pub enum Role {
 /// A program is also a master if a forking wrapper, such as `sh -c 'program; true'`, separates it
 /// from its own master. If that program starts its workers through a forking wrapper too, `init`
 /// fails in the program behind that wrapper, because masters would otherwise start masters without
-/// end. A wrapper that executes the program in its own place, such as `env`, `nice` or `sh -c 'exec
+/// end. A wrapper that replaces itself with the program, such as `env`, `nice` or `sh -c 'exec
 /// program'`, changes nothing. If a worker executes its own program once more, `init` fails,
 /// because the process has lost its channel.
 ///

@@ -356,12 +356,12 @@ impl Master {
         }
     }
 
-    /// Calls the application's scheduler, which chooses a worker for each accepted connection that
-    /// waits for one.
+    /// Lets the application's scheduler choose a worker for each accepted connection that waits for
+    /// this choice.
     fn schedule(&self) {
         loop {
-            // Clone the scheduler, because the closure may replace it by another one during the
-            // call.
+            // Clone the reference, because the scheduler may replace itself by another one during
+            // the call.
             let scheduler = self.scheduler.borrow().clone();
             let Some(scheduler) = scheduler else {
                 return;

@@ -33,8 +33,8 @@ use crate::types::address::Address;
 ///
 /// With the sharded policy, each worker has its own listener. Connections that waited for an exited
 /// worker wait for its replacement, so start as many workers as before. New connections do not go
-/// to an exited worker's listener; if no worker is left, the next worker serves them. A listener
-/// that was passed to `listen` is shared, not sharded.
+/// to an exited worker's listener. If no worker is left, new connections wait for the next worker.
+/// A listener that was passed to `listen` is shared, not sharded.
 ///
 /// Like the [`Master`](crate::Master), this type is not `Send`. To use the socket on another thread
 /// or in another process, copy the descriptor that [`AsFd`] returns.

@@ -195,7 +195,8 @@ impl Master {
     /// - the system has no process or descriptor left;
     /// - the system denies the worker its directory, user or group;
     /// - the settings contradict each other ([`Settings::listen_fds`]);
-    /// - the closure that chooses the inspect port forks a worker itself;
+    /// - the closure that chooses the inspect port makes this call, and the new worker needs an
+    ///   inspect port too;
     /// - with [`main`](Settings::main), the master has other threads;
     /// - with [`uid`](Settings::uid) or [`gid`](Settings::gid), the worker has not executed its
     ///   program within one second, for instance because another process of its user has stopped

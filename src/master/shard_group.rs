@@ -105,8 +105,8 @@ impl ShardGroup {
         sys::filter::detach_syn_filter(&self.selector)
     }
 
-    /// Resets at most `at_most` connections that have reached the selector, and returns their
-    /// number.
+    /// Resets at most `at_most` connections that have reached the selector. Returns the number of
+    /// connections that were reset or that failed while they were accepted.
     pub(crate) fn reset(&self, at_most: u64) -> u64 {
         for count in 0..at_most {
             match sys::listen::accept(&*self.selector) {

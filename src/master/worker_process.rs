@@ -80,8 +80,8 @@ impl WorkerProcess {
         self.worker_io.exit_report.set(Some(exit_report));
     }
 
-    /// Returns a value from the core, or `None` if the worker has left the table or the master has
-    /// been dropped.
+    /// Returns a value from the core, or `None` if the worker's `exit` event has been delivered or
+    /// the master has been dropped.
     fn query<T>(&self, query: impl FnOnce(&Core) -> T) -> Option<T> {
         if self.worker_io.exit_report.get().is_some() {
             return None;

@@ -200,7 +200,8 @@ impl Inner {
         self.forget_callbacks(listener);
     }
 
-    /// Sets the maximum number of a listener's connections that the application accepts at a time.
+    /// Sets the maximum number of a listener's connections that the application has at a time.
+    /// `None` means no limit.
     pub(super) fn set_connection_limit(&self, listener: ListenerId, limit: Option<u64>) {
         self.shell
             .core

@@ -77,7 +77,7 @@ pub struct Worker {
     is_owner: bool,
 }
 
-/// The state of a worker, which the worker shares with its listeners and sockets.
+/// The state of a worker. The worker shares it with its listeners and sockets.
 pub(crate) struct Inner {
     id: WorkerId,
     inspect_port: Option<u16>,

@@ -4,8 +4,8 @@ use std::rc::Rc;
 
 use crate::worker::Worker;
 
-/// The closure of [`Settings::main`](crate::Settings::main), which a worker runs instead of a
-/// program.
+/// The closure of [`Settings::main`](crate::Settings::main). A worker with such a closure runs it
+/// and executes no program.
 #[derive(Clone)]
 pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
 

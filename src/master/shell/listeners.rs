@@ -25,8 +25,8 @@ use crate::wire::frame::HandleId;
 #[derive(Debug)]
 pub(super) struct MasterSocket {
     is_path: bool,
-    /// The socket's file, which is declared first so that it is removed before the sockets close.
-    /// While the file exists, no other process can bind the path.
+    /// The socket's file. The field is declared before `sockets` so that the file is removed before
+    /// the sockets close. While the file exists, no other process can bind the path.
     pub(super) file: Option<SocketFile>,
     /// The socket, or all shards if the listener is sharded.
     pub(super) sockets: Vec<Rc<Registered<OwnedFd>>>,

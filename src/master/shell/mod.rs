@@ -61,18 +61,18 @@ const SWEEP: usize = 2;
 pub(crate) struct WorkerIo {
     pub(crate) id: WorkerId,
     pub(crate) pid: Pid,
-    /// The channel to the worker, which is closed from the start for a detached process.
+    /// The channel to the worker. For a detached process, the channel is closed from the start.
     channel: ChannelDriver<ToMaster, ToWorker>,
-    /// The process descriptor, which is readable once the process has exited. `None` if the kernel
-    /// has none, or after the process has been reaped. While the process cannot be reaped, the
-    /// descriptor is not watched.
+    /// The process descriptor. It is readable once the process has exited. `None` if the kernel has
+    /// no process descriptors, or after the process has been reaped. While the process cannot be
+    /// reaped, the descriptor is not watched.
     process: RefCell<Option<Registered<OwnedFd>>>,
     /// The master's ends of the worker's pipes, by the worker's descriptor number.
     pub(crate) stdio: RefCell<SortedMap<usize, UnixStream>>,
     /// The resources that the process used. `None` until the process has exited, or if the usage is
     /// unknown.
     pub(crate) usage: Cell<Option<Usage>>,
-    /// The worker's exit, which is set when the worker leaves the table.
+    /// The worker's exit. `None` until the master delivers the `exit` event.
     pub(crate) exit_report: Cell<Option<ExitReport>>,
 }
 

@@ -78,8 +78,8 @@ impl MasterShell {
             None => Err(io::ErrorKind::NotFound.into()),
         };
         match dispatched {
-            // The kernel has a copy of the connection in the queue, so the master's copy can be
-            // closed here.
+            // The kernel keeps a copy of the connection in the queue, so the master's copy closes
+            // at the end of this method.
             Ok(()) => self.fault("master.after_dispatch", worker),
             Err(reason) => {
                 let is_exhausted = sys::socket::is_exhaustion(&reason);
@@ -135,8 +135,8 @@ impl MasterShell {
         }
     }
 
-    /// Updates the core's counts of queued connections, because busy workers may have received
-    /// connections since their last frame.
+    /// Updates the core's counts of queued connections. A busy worker may have received connections
+    /// since its last frame, so the counts may be too high.
     pub(crate) fn count_all(&self) {
         for (handle, worker) in self.queues.borrow().keys() {
             self.count(*handle, *worker);

@@ -198,12 +198,13 @@ impl MasterShell {
             let inert = sys::fd::inert()?;
             let mut numbers = self.abandon(inert.as_fd())?;
             // Replace these descriptors and do not close them, because the application may have
-            // other handles of them.
+            // other handles of them. The handles would otherwise use or close whatever descriptor
+            // receives the freed number.
             for number in abandon_watches() {
                 sys::fd::replace(number, inert.as_fd())?;
             }
-            // Close these descriptors explicitly, because they belong to stack frames to which the
-            // child does not return and no destructor runs.
+            // Close these descriptors explicitly, because their owners are in stack frames to which
+            // the child does not return, so no destructor closes them.
             numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
             numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
             numbers.extend(settings.descriptors());

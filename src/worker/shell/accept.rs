@@ -33,8 +33,8 @@ pub(crate) struct Accepted {
 
 impl WorkerShell {
     /// Accepts the next connection from the listener, or receives it from the queue. Returns `None`
-    /// if there is no connection, or if no descriptor is free to receive it. A draining listener
-    /// that returns `None` is closed, unless it is paused.
+    /// if there is no connection, or if no descriptor is free for a connection from the queue. A
+    /// draining listener that is found empty closes, unless it is paused.
     pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let Some(socket) = self.socket(listener).filter(|socket| socket.is_own()) else {
             return Ok(None);
