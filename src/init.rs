@@ -134,7 +134,8 @@ fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worke
 }
 
 /// Returns the first bytes in a socket without removing them. Returns `None` if the socket contains
-/// fewer bytes than a preamble. The caller must check whether the bytes are a preamble.
+/// fewer bytes than a preamble, or if the descriptor is not a socket. The caller must check whether
+/// the bytes are a preamble.
 fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
     let mut found = [0; PREAMBLE_LENGTH];
     let read = sys::fd::peek(number, &mut found);

@@ -434,8 +434,8 @@ impl MasterShell {
     }
 
     /// Keeps new connections out of the backlog: drops the handshakes of TCP connections, and shuts
-    /// a Unix socket down. If the system does not support SYN filters, workers empty the backlog
-    /// while connections still arrive.
+    /// a Unix socket down. If the system does not support SYN filters, connections still arrive
+    /// while the backlog is being emptied.
     pub(super) fn attach_syn_filter(&self, handle: HandleId) {
         if let Some(listener) = self.sockets.borrow().get(&handle) {
             if let Some(group) = &listener.group {

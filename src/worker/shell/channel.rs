@@ -160,9 +160,9 @@ impl WorkerShell {
         match frame {
             ToWorker::Message(bytes) => core.message(bytes, fds),
             ToWorker::Reply { ref result, .. } => {
-                // With every policy except round robin, the reply contains a listener, which
-                // usually blocks. If another worker has made it non-blocking, `accept_blocking`
-                // notices that.
+                // With every policy except round robin, the reply's listener blocks unless another
+                // worker has made it non-blocking. `accept_blocking` detects that case. For a UDP
+                // socket, the mode has no effect.
                 let mode = match result {
                     Ok(bound) if bound.policy != SchedulingPolicy::RoundRobin => {
                         AcceptMode::Blocking

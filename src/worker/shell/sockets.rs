@@ -225,9 +225,10 @@ impl WorkerShell {
         }
     }
 
-    /// Keeps new connections out of the backlog of a listener that this worker opened. Other
-    /// listeners also belong to other processes and stay unchanged. If the system does not support
-    /// SYN filters, the backlog is emptied while connections still arrive.
+    /// Keeps new connections out of the backlog of a listener that this worker opened: drops the
+    /// handshakes of TCP connections, and shuts a Unix socket down. Other listeners also belong to
+    /// other processes and stay unchanged. If the system does not support SYN filters, connections
+    /// still arrive while the backlog is being emptied.
     pub(super) fn attach_syn_filter(&self, listener: ListenerId) {
         let mut sockets = self.sockets.borrow_mut();
         let entry = sockets.get_mut(&listener);
