@@ -129,7 +129,7 @@ fn note_exit(exit_codes: &ExitCodes, status: nix::Result<WaitStatus>) -> bool {
     true
 }
 
-/// Waits for any child, repeatedly, until `stop` is set and no child remains.
+/// Starts a thread that waits for any child, repeatedly, until `stop` is set and no child remains.
 fn wait_for_any_child(exit_codes: &ExitCodes, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
     let (exit_codes, stop) = (Arc::clone(exit_codes), Arc::clone(stop));
     std::thread::spawn(move || {
@@ -183,7 +183,7 @@ fn host_that_waits_for_any_child_gets_its_own_children() {
     assert_eq!(*waited_for, expected);
 }
 
-/// Number of calls of each signal's handler.
+/// Number of calls of the host's handlers, indexed by signal number.
 static RUNS: [AtomicU32; 32] = [const { AtomicU32::new(0) }; 32];
 /// Whether SIGUSR2 was unblocked during the last call of SIGUSR1's handler.
 static INTERRUPTIBLE: AtomicBool = AtomicBool::new(false);
@@ -227,7 +227,7 @@ fn handle(number: Number, handler: SigHandler, flags: SaFlags, mask: SigSet) {
     unsafe { sigaction(number, &action) }.unwrap();
 }
 
-/// Installs one signal handler of each kind.
+/// Installs handlers with and without `SA_SIGINFO`, an ignored signal, and a default disposition.
 fn install_handlers_of_the_host() {
     let (simple, full) = (
         SigHandler::Handler(count),
@@ -335,7 +335,8 @@ fn signal_handlers_of_the_host_run_and_are_restored() {
     assert_handlers_run_and_are_restored();
 }
 
-/// Checks an old kernel, on which SIGCHLD also reports a worker's exit.
+/// Repeats the check without process descriptors. SIGCHLD then also reports a worker's exit, so the
+/// host's handler runs at least twice.
 fn signal_handlers_of_the_host_run_and_are_restored_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -397,7 +398,8 @@ fn signal_handler_installed_later_is_kept() {
     assert_eq!(runs(Number::SIGTERM), 2, "the host's handler is kept");
 }
 
-/// Installs a handler in the host that does not call the handler that it replaces.
+/// Installs a SIGCHLD handler in the host that does not call the master's handler. The master must
+/// notice its workers' exits nevertheless.
 fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -433,7 +435,8 @@ fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     assert!(runs(Number::SIGCHLD) >= 1, "the host's handler runs");
 }
 
-/// Makes the kernel reap children itself, so that their process IDs can be reused immediately.
+/// Makes the kernel reap children as soon as they exit, so that their process IDs are free
+/// immediately.
 fn ignore_children(how: &str) {
     let none = SigSet::empty();
     let reap = SaFlags::SA_NOCLDWAIT;
@@ -482,8 +485,8 @@ fn exits_are_reported_though_the_host_ignores_its_children() {
     }
 }
 
-/// Checks an old kernel, which also reaps the workers, so that the master cannot get their exit
-/// status.
+/// Checks an old kernel that reaps the workers itself. The master cannot get their exit status, so
+/// it reports an error and the status 255.
 fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
     const HOW: &str = "HOW";
     let Ok(how) = std::env::var(HOW) else {
@@ -529,7 +532,7 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
 /// Checks that Ctrl-Z at a terminal does not stop a child before `execve`, although the child also
 /// receives SIGTSTP.
 ///
-/// The master would otherwise wait in `fork`, neither stopped nor running.
+/// If the child stopped, the master would block in `fork` until the child continues.
 fn terminal_stop_does_not_stop_a_child_before_execve() {
     let program = Arc::new(LeasedProgram::new());
     let log = Log::default();
@@ -543,8 +546,8 @@ fn terminal_stop_does_not_stop_a_child_before_execve() {
                 let child = leased.wait_for_child();
                 nix::sys::signal::kill(child, Number::SIGTSTP).unwrap();
                 let stat = format!("/proc/{child}/stat");
-                // The signal wakes the child. When the child sleeps once more, it has handled the
-                // signal.
+                // `kill` wakes the child. The child has handled the signal when it sleeps again or
+                // is stopped.
                 let state = wait_until("a state", || {
                     let stat = std::fs::read_to_string(&stat).unwrap();
                     [") S ", ") T "]
@@ -611,7 +614,8 @@ fn is_process_1() -> bool {
     std::env::var_os(PROCESS_1).is_some()
 }
 
-/// Signals a worker that has exited and whose process ID a child of the host reuses.
+/// Signals a worker that has exited and whose process ID a child of the host reuses. The signal
+/// must not reach that child.
 ///
 /// The master has not processed the worker's exit yet.
 fn reused_process_id_is_not_signalled() {
@@ -678,7 +682,7 @@ fn has_ended(pid: Pid) -> bool {
     nix::sys::signal::kill(pid, None) == Err(nix::Error::ESRCH)
 }
 
-/// Returns the open descriptors' numbers.
+/// Returns the numbers of the open descriptors, except those of files in `/proc`.
 fn fd_numbers() -> BTreeSet<RawFd> {
     let entries = std::fs::read_dir("/proc/self/fd")
         .unwrap()
@@ -690,9 +694,8 @@ fn fd_numbers() -> BTreeSet<RawFd> {
     numbers.collect()
 }
 
-/// Returns the unexpected descriptors of a worker before `init`.
-///
-/// The worker should have its channel and the descriptors below `standard`.
+/// Compares the descriptors of a worker before `init` with the expected ones, which are its channel
+/// and all numbers below `standard`. Returns the additional and the missing ones.
 fn unexpected_fds(standard: RawFd) -> Vec<RawFd> {
     let channel = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
     let mut expected: BTreeSet<_> = (0..standard).collect();
@@ -709,8 +712,8 @@ fn list_in_a_child() -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Executes programs repeatedly until `stop` is set, and asserts that all have the same
-/// descriptors. Returns the number of programs.
+/// Starts a thread that executes programs repeatedly until `stop` is set, and asserts that all of
+/// them have the same descriptors. The thread returns the number of programs.
 fn execute_until(stop: &Arc<AtomicBool>) -> JoinHandle<u32> {
     let stop = Arc::clone(stop);
     let before = list_in_a_child();
@@ -804,7 +807,8 @@ fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     forked_child_of_the_host_delays_no_fork();
 }
 
-/// Forks children of the host while the master forks workers.
+/// Forks children of the host while the master forks workers. These children inherit the master's
+/// descriptors, but `fork` must not wait until they exit.
 fn forked_child_of_the_host_delays_no_fork() {
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
@@ -856,7 +860,8 @@ fn forked_child_of_the_host_delays_no_fork() {
     assert_eq!(in_time, [true, true]);
 }
 
-/// Forks a child of the host, which has copies of the master's ends of all channels.
+/// Forks a child of the host that has copies of the master's ends of all channels. The workers must
+/// exit although these copies stay open.
 fn forked_child_of_the_host_keeps_no_worker_alive() {
     let log = Log::default();
     let entries = log.clone();
@@ -1000,9 +1005,10 @@ fn output_of(process: &mut Child) -> BufReader<ChildStdout> {
     BufReader::new(process.stdout.take().unwrap())
 }
 
-/// Kills a worker, whose orphan becomes the host's child because the host is process 1.
+/// Kills a worker that has a child of its own. This orphan becomes the host's child, because the
+/// host is process 1.
 ///
-/// The host then receives SIGTERM, as from an init system, and the other worker disconnects.
+/// The host then receives SIGTERM, as from a container runtime, and the other worker disconnects.
 #[expect(clippy::zombie_processes, reason = "it is left behind")]
 fn process_1_can_be_a_master() {
     if !is_process_1() {
@@ -1051,7 +1057,8 @@ fn process_1_can_be_a_master() {
     );
 }
 
-/// Kills the orphan's parent, and checks that the orphan's exit is left to the host.
+/// Kills the orphan's parent, and checks that the master does not reap the orphan, which the host
+/// must do.
 ///
 /// The orphan exits at end-of-file on its input.
 fn kill_parent_of_orphan(parent: &WorkerProcess, orphan: &[u8]) {
@@ -1060,8 +1067,8 @@ fn kill_parent_of_orphan(parent: &WorkerProcess, orphan: &[u8]) {
     parent.process().kill(Signal::KILL);
     let end = Ok(WaitStatus::Exited(orphan, 7));
     parent.on_exit(move |master, _, _| {
-        // Leave the orphan a zombie, because the master might mistake its exit for the other
-        // worker's.
+        // Do not reap the orphan yet. A faulty master would mistake this zombie for the other
+        // worker's exit.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         assert_eq!(waitid(Id::Pid(orphan), flags), end);
         let other = master.fork_with([("PART", "other")]).unwrap();
@@ -1111,8 +1118,8 @@ fn workers_exit_with_a_master_that_is_process_1() {
     }
 }
 
-/// Forks a child that returns from `main`, like the host, and therefore drops its copy of the
-/// master.
+/// Forks a child that drops its copy of the master, as a child that returns from `main` does. The
+/// worker and its socket's path must remain.
 fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
     let path = std::env::temp_dir().join(format!("cluster-test-{}", std::process::id()));
     match cluster::init().unwrap() {

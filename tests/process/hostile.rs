@@ -93,22 +93,24 @@ const FDS_PER_WORKER: usize = 2;
 const SLACK_BYTES: usize = 4 << 20;
 const SLACK_FDS: usize = 8;
 /// Maximum factor by which an attack may increase the master's median CPU time between a client's
-/// arrival and its acceptance. An iteration processes at most 64 frames of the attacker. The most
-/// expensive ones, which report idle and pause, measured up to 21. Without the limit on frames per
-/// iteration, the factor is 100.
+/// arrival and its acceptance. The largest measured factor is 21, with Idle and Pause frames, of
+/// which the master processes at most 64 per iteration. Without the limit of 64 frames, the factor
+/// is 100.
 const WORK_FACTOR_MAX: u32 = 50;
-/// Lower bound for the quiet median, because caches have more effect on less work.
+/// Minimum that replaces a smaller median without an attack. If the median were smaller, cache
+/// misses alone could exceed the factor.
 const WORK_MIN: Duration = Duration::from_micros(20);
-/// Maximum number of loop iterations until the master has accepted a client. The limit exceeds 2,
-/// because the master may first notice the client in its second iteration.
+/// Maximum number of loop iterations until the test sees that the master has accepted a client. The
+/// master may notice the client only in its second iteration, after that iteration's call of the
+/// measuring watch.
 const ITERATIONS_MAX: u32 = 3;
 /// Maximum number of messages from one worker between two calls of the measuring watch.
 ///
 /// The value is twice the master's limit per iteration, because an iteration may begin between the
 /// two calls.
 const MESSAGES_MAX: u32 = 2 * 64;
-/// Maximum duration of an iteration that is not blocked. Calls in these tests that block in `close`
-/// take longer.
+/// Maximum duration of one iteration. An iteration that is blocked by `close` of one of these
+/// tests' descriptors takes longer.
 const ITERATION_MAX: Duration = Duration::from_secs(5);
 /// Maximum time until the exit of an attacker that the master should have killed.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -143,8 +145,8 @@ const OTHER_INDEX: u32 = 2;
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
-    // The header's last byte is the batch size. This frame's descriptors are the only ones in the
-    // batch.
+    // The header's last byte is the number of descriptors that are sent together. This frame is
+    // sent alone, so the number is `fds` again.
     frame.extend([1, kind, fds, fds]);
     frame.extend(body);
     frame
@@ -231,7 +233,7 @@ impl Attacker {
         }
     }
 
-    /// Makes the test start clients, which connect to the well-behaved worker.
+    /// Sends the message at which the test starts clients of the well-behaved worker.
     fn start_clients(&self) {
         self.send(&message(b"begin"));
     }
@@ -325,8 +327,8 @@ struct Listener<'a> {
 }
 
 impl Listener<'_> {
-    /// Reports idle with the total number of connections received, which requests the next
-    /// connection.
+    /// Reports that the worker is idle and has received `received` connections in total. The report
+    /// requests the next connection.
     fn idle(&self, received: u64) {
         self.attacker.send(&idle(self.handle, received));
     }
@@ -391,7 +393,9 @@ enum Outcome {
 struct Case {
     attack: fn(&Attacker),
     outcome: Outcome,
+    /// Maximum additional memory of the master, without [`SLACK_BYTES`].
     bytes: usize,
+    /// Maximum number of additional descriptors of the master, without [`SLACK_FDS`].
     fds: usize,
     /// Whether the attack continues until the test kills the attacker.
     is_continuous: bool,
@@ -468,10 +472,11 @@ struct PendingClient {
     is_accepted: bool,
 }
 
-/// Connects clients to the well-behaved worker from inside the master's loop, and measures each of
-/// them.
+/// Connects clients to the well-behaved worker from inside the master's loop, and measures the
+/// master's work for each client.
 struct ClientDriver {
     address: SocketAddr,
+    /// Process ID of the well-behaved worker.
     honest: u32,
     iteration: u32,
     last_iteration: Instant,
@@ -617,7 +622,7 @@ fn count_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// The master's peak use of memory and descriptors since the value was created.
+/// The master's peak use of memory and descriptors since [`Peak::from_now`].
 struct Peak {
     bytes: usize,
     fds: usize,

@@ -131,7 +131,7 @@ fn copy_runs_from_fork_to_exit() {
     assert_eq!(entries.len(), 14, "{entries:?}");
 }
 
-/// Sends requests until both workers have answered. No other worker may answer.
+/// Sends requests until both workers have answered, and asserts that no other worker answers.
 fn ask_until_all_answer(address: SocketAddr, workers: [&str; 2]) {
     let mut missing = workers.to_vec();
     while !missing.is_empty() {
@@ -189,7 +189,8 @@ fn open_descriptors() -> BTreeMap<RawFd, PathBuf> {
     open.collect()
 }
 
-/// Returns the sorted kinds of the descriptors that were not open at the beginning.
+/// Returns the sorted kinds of the descriptors that were not open at the beginning. The kind is
+/// "socket" for sockets, and the link target for other descriptors.
 fn kinds_since(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
     let mut open = open_descriptors();
     open.retain(|number, link| beginning.get(number) != Some(link));
@@ -281,7 +282,8 @@ fn copy_has_only_descriptors_that_the_application_opened() {
                 listening += 1;
                 if listening == 2 {
                     master.setup_master(check_descriptors.clone());
-                    // Fork before the worker's own message callbacks are called.
+                    // Fork in the first callback that receives the message, while the message's
+                    // descriptor is open. The copy must not have that descriptor.
                     master.fork().unwrap();
                 }
                 return;
@@ -302,7 +304,8 @@ fn copy_has_only_descriptors_that_the_application_opened() {
             worker.on_message(move |master, _, _| {
                 listening.set(listening.get() + 1);
                 if listening.get() == 2 {
-                    // Fork in the last callback that receives the message.
+                    // Fork again in the last callback that receives the message. This copy must not
+                    // have the message's descriptor either.
                     master.fork().unwrap();
                 }
             });
@@ -314,7 +317,8 @@ fn copy_has_only_descriptors_that_the_application_opened() {
     });
 }
 
-/// Forks inside the scheduler, while a connection waits for the scheduler's choice.
+/// Forks inside the scheduler, while a connection waits for the scheduler's choice, and checks that
+/// the copy does not have the connection.
 fn copy_has_no_connection_that_waits_in_the_master() {
     let beginning = Rc::new(open_descriptors());
     let Role::Master(master) = cluster::init().unwrap() else {
@@ -359,7 +363,8 @@ fn copy_has_no_connection_that_waits_in_the_master() {
 /// Checks that a copy does not reuse the numbers of descriptors that the crate has closed in the
 /// copy.
 ///
-/// The application may still use or drop handles with these numbers.
+/// The application still has handles with these descriptor numbers. If it uses or drops such a
+/// handle, this must not affect a new descriptor.
 fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
     use std::os::fd::{AsFd as _, BorrowedFd};
 
@@ -413,7 +418,8 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
             assert!(status.success(), "{status}");
             master.unwatch(first.as_ref().copied().unwrap());
             master.unwatch(second.as_ref().copied().unwrap());
-            // Drop the peers only now, because a closed peer makes the watched descriptor readable.
+            // This line only makes the closure own the values, so that they stay open until the
+            // worker exits. A closed peer would make the watched descriptor readable.
             let _ = (&listener, &one, &another);
         });
     });
@@ -439,8 +445,8 @@ fn expect_one_thread(master: &Master) {
     assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
     drop(stop);
     thread.join().unwrap().unwrap_err();
-    // Repeat this, because the kernel may still be releasing an exited thread when `fork` is
-    // called.
+    // Repeat the test, because the kernel may still be releasing an exited thread when `fork` is
+    // called. The exited thread must not make `fork` fail.
     for _ in 0..20 {
         std::thread::spawn(|| {}).join().unwrap();
         master.fork().unwrap();
@@ -538,8 +544,7 @@ fn signals(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let mut sets = status.lines().filter_map(|line| line.strip_prefix(field));
     let set = u64::from_str_radix(sets.next().unwrap().trim(), 16).unwrap();
-    // Ignore the higher numbers, because they are real-time signals, some of which the C library
-    // uses.
+    // Ignore signals above 31. They are real-time signals, and the C library uses some of them.
     set & ((1 << 31) - 1)
 }
 
@@ -562,8 +567,8 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
         // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
         unsafe { signal(Number::SIGHUP, SigHandler::SigIgn) }.unwrap();
         master.on_signal(Signal::USR1, |_, _| {}).unwrap();
-        // Raise a signal that is still unprocessed at the fork, because the loop does not run after
-        // the handler has recorded it.
+        // Raise a signal that is still pending in the crate at the fork: the handler has recorded
+        // it, but the loop does not run before the fork. The copy must not report it.
         raise(Number::SIGUSR1).unwrap();
         set_main(master, |worker| {
             // Like every Rust program, the copy ignores SIGPIPE, so that a client that disconnects
