@@ -33,16 +33,17 @@ use wait_timeout::ChildExt as _;
 /// Environment variable that names the scenario of a process.
 pub const SCENARIO: &str = "SCENARIO";
 
-/// Time after which a test is treated as hanging. No test takes nearly as much time.
+/// Time for one round of a test, after which the test is treated as hanging. No test takes nearly
+/// as long.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// Returns how many times a repeatable test runs, which is the value of `CLUSTER_TEST_ROUNDS`, or
-/// 1.
+/// Returns how many times a repeatable test runs: the value of `CLUSTER_TEST_ROUNDS`, or 1 if the
+/// variable is not set.
 pub fn rounds() -> u32 {
     let wanted = std::env::var("CLUSTER_TEST_ROUNDS").ok();
     wanted.map_or(1, |wanted| wanted.parse().expect("a number"))
 }
 
-/// Maximum time that a process may outlive its master.
+/// Maximum time that a descendant may outlive the process that the test started.
 const GRACE: Duration = Duration::from_secs(1);
 
 pub struct Scenario {
@@ -124,8 +125,8 @@ pub const FAULT_POINTS: Need = Need {
     name: "debug assertions",
     is_met: || cfg!(debug_assertions),
 };
-/// Kernel that still reports how a child exited after another thread or a signal handler has reaped
-/// the child.
+/// Kernel that lets the master read a child's exit status even if another thread, a signal handler
+/// or the kernel itself has already reaped the child.
 pub const EXIT_OF_REAPED_CHILDREN: Need = Need {
     name: "Linux 6.15",
     is_met: reports_exit_of_reaped_children,
@@ -214,7 +215,7 @@ fn reports_exit_of_reaped_children() -> bool {
 /// User and group id of `nobody`, which owns no files.
 pub const NOBODY: u32 = 65534;
 
-/// Path to this test binary that every user can execute.
+/// Path through which every user can execute this test binary.
 pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
 fn run(name: &str) -> Result<(), Failed> {
@@ -249,7 +250,7 @@ impl Group {
         Self::start_in(command, log.try_clone()?, log.try_clone()?, log)
     }
 
-    /// Starts a program whose output goes elsewhere.
+    /// Starts a program whose output goes to `stdout` and `stderr`, and is not recorded.
     pub fn start_with(
         command: &mut Command,
         stdout: impl Into<Stdio>,
@@ -294,7 +295,7 @@ impl Group {
     }
 
     /// Waits until a complete line of the output begins with `prefix`, and returns the rest of the
-    /// line.
+    /// line. Panics if the program exits without such a line.
     pub fn line(&self, prefix: &str) -> String {
         let find = || {
             let output = self.output();
@@ -315,7 +316,7 @@ impl Group {
         })
     }
 
-    /// Waits for the program and all its descendants, and prints the output if the program failed.
+    /// Does the same as [`Group::end`], and prints the output if the program failed.
     pub fn finish(&self) -> Result<ExitStatus, Failed> {
         let status = self.end()?;
         if !status.success() {
@@ -325,7 +326,8 @@ impl Group {
         Ok(status)
     }
 
-    /// Waits for the program and all its descendants, and checks that no process or file remains.
+    /// Waits for the program, and checks that its descendants exit within [`GRACE`] and that no
+    /// temporary file remains.
     pub fn end(&self) -> Result<ExitStatus, Failed> {
         let ended = self.child.borrow_mut().wait_timeout(DEADLINE * rounds())?;
         let Some(status) = ended else {
@@ -374,7 +376,10 @@ impl Drop for Group {
     }
 }
 
-/// Polls until `ask` returns a value, for conditions that the system reports with no event.
+/// Calls `ask` every millisecond until it returns a value, and returns the value.
+///
+/// Use it for conditions whose change causes no event. Panics if the wait takes longer than half of
+/// [`DEADLINE`].
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + DEADLINE / 2;
@@ -389,8 +394,8 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 
 /// Runs a scenario as the master or as a worker, and returns only in the master.
 ///
-/// The master runs until no work remains. The function then checks that the master has closed all
-/// its descriptors and that no connection is in flight.
+/// The master runs until no work remains. Its process then asserts that no worker and no connection
+/// in flight remain, and that the master has closed its descriptors.
 pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
     let before = open_fds();
     match cluster::init().expect("init") {
@@ -409,17 +414,18 @@ pub fn cluster(master: impl FnOnce(&Master), worker: impl FnOnce(Worker)) {
         }
         Role::Worker(role) => {
             worker(role);
-            // Exit here, because the rest of the scenario checks the events that the master has
-            // recorded.
+            // Exit here, because the scenario's code after this call checks events that only the
+            // master has recorded.
             std::process::exit(0);
         }
     }
 }
 
-/// Whether the scenario handles signals. Scenarios set this flag themselves.
+/// Whether the master handles signals in this scenario, so that [`cluster`] expects the signal
+/// socketpair to stay open. Scenarios set this flag themselves.
 pub static SIGNALS: AtomicBool = AtomicBool::new(false);
 
-/// Returns the sorted link targets of all open descriptors.
+/// Returns the sorted link targets of the open descriptors, except those of files in `/proc`.
 pub fn open_fds() -> Vec<PathBuf> {
     let fds = std::fs::read_dir("/proc/self/fd").expect("/proc");
     let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
@@ -428,7 +434,8 @@ pub fn open_fds() -> Vec<PathBuf> {
     links
 }
 
-/// Runs blocking work on a thread while the master's loop continues, and then calls `then`.
+/// Runs blocking work on a thread while the master's loop continues, and then calls `then` with the
+/// result.
 pub fn in_background<T: Send + 'static>(
     master: &Master,
     work: impl FnOnce() -> T + Send + 'static,
@@ -449,7 +456,7 @@ pub fn in_background<T: Send + 'static>(
     master.watch(done, Interest::Readable, finish).unwrap();
 }
 
-/// Calls `then` with the listener's address once `workers` workers listen.
+/// Calls `then` with the listener's address once `workers` workers have reported that they listen.
 pub fn when_listening(
     master: &Master,
     workers: usize,
@@ -500,7 +507,7 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
-/// Answers each of the listener's connections with `text`, from a callback.
+/// Sets a callback of the listener that answers each connection with `text`.
 pub fn answer(listener: &Listener, text: impl ToString) {
     let text = text.to_string();
     listener.set_connection_callback(move |_, mut connection| {
@@ -533,17 +540,17 @@ pub fn wait_until_asleep(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") S ");
 }
 
-/// Stops a worker once it sleeps, and waits until it has stopped.
+/// Waits until a worker sleeps, stops it with SIGSTOP, and waits until it has stopped.
 pub fn stop(worker: &WorkerProcess) {
     wait_until_asleep(worker);
     worker.process().kill(cluster::Signal::STOP);
     wait_for_state(worker.process().id(), ") T ");
 }
 
-/// Serves events, and then waits for a signal that kills the process.
+/// Runs the worker's loop, and then waits for a signal that kills the process.
 ///
-/// After `worker.kill` in the master, the worker's exit status is certain. The signal ends the
-/// worker, because the worker never returns from `main`.
+/// Use it for workers that the master kills. They never return from `main`, so the signal is
+/// certain to be their exit status.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
     loop {
@@ -604,8 +611,8 @@ impl Log {
     }
 }
 
-/// Logs every worker's events in the master, except messages, for example "1 online" or "2 exit
-/// Some(true) exit status: 0".
+/// Logs all events in the master except messages, for example "1 online" or "2 exit Some(true) exit
+/// status: 0". Errors are logged without a worker's id.
 pub fn note_events(master: &Master, log: &Log) {
     let note = |event: &'static str| {
         let log = log.clone();
@@ -663,8 +670,8 @@ pub fn share_listeners(master: &Master) {
     master.set_scheduling_policy(policy).unwrap();
 }
 
-/// Returns a non-blocking listener, which the application in the master opens on a free port, and
-/// its address.
+/// Opens a non-blocking listener on a free port without the crate, and returns the listener and its
+/// address.
 pub fn idle_server() -> (TcpListener, SocketAddr) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     server.set_nonblocking(true).unwrap();
@@ -693,10 +700,11 @@ pub fn expect_listen_error<S: std::fmt::Debug>(
     error
 }
 
-/// Runs `play` in a child process with one additional environment variable, which the workers
-/// inherit.
+/// Starts this program again with one additional environment variable, and runs `play` in that
+/// child. The child's workers inherit the variable.
 ///
-/// Use it for behaviour that is decided before `main` begins.
+/// The child makes the same call, which finds the variable set and runs `play`. Use it for
+/// behaviour that is decided before `main` begins.
 pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     if std::env::var_os(name).is_some_and(|own| own == value) {
         return play();
@@ -710,7 +718,7 @@ pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
 /// processes (`tests/checks/valgrind`).
 const WRAPPER: &str = "CLUSTER_TEST_WRAPPER";
 
-/// Returns the command for an example that `cargo test` has built.
+/// Returns the command for an example that `cargo test` has built, run by [`WRAPPER`] if it is set.
 pub fn example(name: &str) -> Command {
     let own = std::env::current_exe().expect("own path");
     let built = own.parent().and_then(|deps| deps.parent()).expect("target");
@@ -769,8 +777,8 @@ pub fn reserve(address: SocketAddr) -> nix::Result<(OwnedFd, SocketAddr)> {
     Ok((socket, SocketAddr::new(address.ip(), port.unwrap())))
 }
 
-/// Runs `play` once for each scheduling policy. The second run is in a child, because a process has
-/// one cluster.
+/// Runs `play` with the default scheduling policy and with the policy `none`. The second run is in
+/// a child process, because a process has one cluster.
 pub fn for_both_policies(play: impl Fn()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     if std::env::var_os(POLICY).is_none() {
@@ -805,10 +813,10 @@ pub struct LeasedProgram {
 }
 
 impl LeasedProgram {
-    /// Creates the program, and blocks SIGIO.
+    /// Creates the program, and blocks SIGIO, which reports that a child tries to open the program.
     ///
-    /// Call this function before other threads start, because they must inherit the blocked SIGIO,
-    /// which one of the threads waits for later.
+    /// Call this function before other threads start. They must inherit the blocked signal, so that
+    /// [`Self::wait_for_child`] can wait for it in any thread.
     pub fn new() -> Self {
         SigSet::from(Signal::SIGIO).thread_block().unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -826,7 +834,7 @@ impl LeasedProgram {
         self.directory.path().join("program")
     }
 
-    /// Waits until a child sleeps in `execve` of the program, and returns the child.
+    /// Waits until a child sleeps in `execve` of the program, and returns the child's pid.
     pub fn wait_for_child(&self) -> Pid {
         SigSet::from(Signal::SIGIO).wait().unwrap();
         let child = children().into_iter().rfind(|child| is_alive(*child));
@@ -846,8 +854,8 @@ fn set_lease(file: &File, kind: i32) -> nix::Result<i32> {
     nix::Error::result(unsafe { nix::libc::fcntl(file.as_raw_fd(), nix::libc::F_SETLEASE, kind) })
 }
 
-/// Makes the listed system calls fail with `errno` from now on, in this process and its
-/// descendants.
+/// Makes the listed system calls fail with `errno` from now on, in this thread and in all threads
+/// and processes that it starts.
 #[allow(clippy::useless_conversion, reason = "not one type everywhere")]
 pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
     use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
@@ -856,8 +864,8 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
         .iter()
         .map(|call| ((*call).into(), Vec::new()))
         .collect();
-    // If `clone3` fails, reject `CLONE_PIDFD` for `clone` also, because a kernel or sandbox without
-    // `clone3` supports neither.
+    // If the test refuses `clone3`, also refuse `clone` with `CLONE_PIDFD`, so that no call returns
+    // a process descriptor. This is not necessary if the test refuses `clone` completely.
     let knows = |call: libc::c_long| !rules.iter().any(|(refused, _)| *refused == i64::from(call));
     if !knows(libc::SYS_clone3) && knows(libc::SYS_clone) {
         let pidfd = u64::from(libc::CLONE_PIDFD.unsigned_abs());
@@ -870,7 +878,7 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
 }
 
 /// Makes each listed system call fail with `errno` from now on if one of its argument rules
-/// matches.
+/// matches. A call without rules always fails.
 pub fn refuse_calls_if(
     calls: impl IntoIterator<Item = (impl Into<i64>, Vec<seccompiler::SeccompRule>)>,
     errno: i32,
