@@ -1,5 +1,5 @@
-//! Tests detached processes (`Settings::detached`), which are not workers. The master does not wait
-//! for detached processes, and only the application ends them.
+//! Tests of detached processes (`Settings::detached`), which are not workers. The master does not
+//! wait for them unless they are referenced, and only the application ends them.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
@@ -81,8 +81,8 @@ fn run_waits_for_a_referenced_detached_process() {
     );
 }
 
-/// Starts a detached process and a worker. Calls `disconnect` with a callback that asserts that the
-/// worker has exited and that the process still runs.
+/// Starts a detached process and a worker, and calls `disconnect`. The callback passed to it
+/// asserts that the worker has exited and that the detached process still runs.
 fn assert_disconnect_spares(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Master)>)) {
     let called = Rc::new(Cell::new(false));
     let set = Rc::clone(&called);
@@ -212,7 +212,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
                 count.set(count.get() + 1);
             });
             drop(life);
-            // Dispatch events here, because `run` would return at once.
+            // Dispatch events here, because `run` does not wait for an unreferenced process.
             while !process.is_dead() {
                 master.dispatch(None).unwrap();
             }

@@ -141,7 +141,7 @@ fn accepting_without_descriptors_waits_and_goes_on() {
     assert_eq!(entries.take(), [format!("{:?}", ["served"; 10])]);
 }
 
-/// Returns this process's listening socket with the given port, as a descriptor number.
+/// Returns the descriptor number of this process's listening socket on the given port.
 fn listener_on(port: u16) -> u64 {
     use nix::sys::socket::{SockaddrIn, getsockname, getsockopt, sockopt};
     let is_listener = |number: &i32| {
@@ -540,8 +540,8 @@ fn note_text(worker: &WorkerProcess, log: &Log) {
     });
 }
 
-/// Stops a worker, so that writes of descriptors fail with EAGAIN. The master continues once the
-/// poller reports that the channel is writable.
+/// Stops a worker, so that writes of descriptors fail with EAGAIN. The master must continue once
+/// the poller reports that the channel is writable.
 fn descriptors_wait_for_a_stopped_worker() {
     let log = Log::default();
     let entries = log.clone();

@@ -23,10 +23,11 @@ use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, wit
 /// Environment variable that selects a fault from `src/fault.rs`.
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
-/// Number of writes that a worker makes until it has served a connection. A worker fails at each of
-/// these writes.
+/// Number of writes that a worker makes until it has served a connection. For each of these writes,
+/// the test starts a worker that fails there.
 const WRITE_PASSES: u32 = 8;
-/// Number of passes at every other fault point. A worker fails at each of these passes.
+/// Number of passes that are tested at every other fault point. For each pass, the test starts a
+/// worker that fails there.
 const OTHER_PASSES: u32 = 3;
 /// Environment variable that makes a worker serve with a callback.
 const BY_CALLBACK: &str = "BY_CALLBACK";
@@ -227,16 +228,16 @@ impl Play {
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // Count a worker that exited without a request, and also a worker that was stopped and
-            // continued.
+            // Count a worker that exited although no disconnect was requested, and also a worker
+            // that was stopped and continued.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);
             play.faults.set(play.faults.get() + u64::from(failed.get()));
             end_worker(&play, master);
         });
-        // Send messages, so that the worker also receives frames. Connections arrive in its queue
-        // and not as frames.
+        // Send messages, so that the worker also passes the fault points for frames. Connections
+        // alone would not do this, because they arrive in the worker's queue.
         failing.on_listening(|master, worker, _| {
             let listener = worker.clone();
             let send = move |_: &Master| drop(listener.send(b"a message"));
@@ -285,16 +286,17 @@ impl Play {
         self.healthy.on_exit(move |master, _, _| {
             let ledger = master.ledger();
             assert_eq!(ledger.accepted, connected);
-            // Expect every connection as received, because a client can lack an answer only after a
-            // worker received its connection.
+            // Expect that workers have received every accepted connection. This includes the
+            // connections of clients without an answer, because only a worker that has received a
+            // connection can lose it.
             assert_eq!(ledger.received, connected, "{ledger:?}");
             assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
         });
     }
 }
 
-/// Connects clients until the worker has failed and one more client has been served. Kills or
-/// continues a stopped worker.
+/// Connects clients until the worker has failed and one more client has been served. If the worker
+/// is stopped, kills it if `kills` is set, and continues it otherwise.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
     let is_over = AtomicBool::new(false);
     let stopped = AtomicBool::new(false);

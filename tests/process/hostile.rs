@@ -731,9 +731,8 @@ fn measure_baseline(
     });
 }
 
-/// Returns whether this test binary is built with a sanitizer, which changes memory use and speed.
-///
-/// The check uses the variable that holds the sanitizer's options.
+/// Returns whether `ASAN_OPTIONS` is set, as it is in runs with the address sanitizer, which
+/// changes memory use and speed.
 fn is_instrumented() -> bool {
     std::env::var_os("ASAN_OPTIONS").is_some()
 }
@@ -873,8 +872,9 @@ fn idle_report_without_a_queue_disconnects_the_worker_sharded() {
     report_idle_without_a_queue(SchedulingPolicy::Sharded);
 }
 
-/// The worker reports that it is idle for a retained listener from which workers accept. If the master
-/// believed the report, it would accept from a blocking listener.
+/// Lets the worker report that it is idle for a retained listener that has no queue, because
+/// workers accept from it themselves. A faulty master would believe the report and block in
+/// `accept` on this listener.
 fn report_idle_without_a_queue(policy: SchedulingPolicy) {
     const FIRST_HANDLE: u32 = 1;
     if let Some(attacker) = Attacker::of_this_process() {
@@ -890,7 +890,8 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
             let at_error = log.clone();
             master.on_error(move |_, _, error| at_error.add(error.to_string()));
             master.on_exit(move |_, worker, status| {
-                // The listener is retained until here.
+                // This line only makes the closure own the listener, so that it stays open until
+                // the worker exits.
                 let _ = &listener;
                 let flag = worker.exited_after_disconnect();
                 log.add(format!("{:?} {flag:?}", status.signal()));
@@ -950,7 +951,8 @@ fn flood_of_messages_does_not_delay_other_workers() {
     }));
 }
 
-/// Floods with messages that fill each read before their number reaches the limit per iteration.
+/// Floods with messages of such a length that one read returns fewer of them than the master's
+/// limit per iteration.
 fn flood_of_longer_messages_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -978,8 +980,8 @@ fn flood_of_listen_frames_does_not_delay_other_workers() {
 /// Opens and releases listeners repeatedly, and therefore never exceeds the limit on listeners.
 fn flood_of_binds_does_not_delay_other_workers() {
     let case = Case::flood(|attacker| {
-        // Derive later handles from the first one, because the master assigns handles in sequence
-        // and no other worker opens listeners now.
+        // Calculate the handles of later listeners: the master assigns handles in sequence, and no
+        // other worker opens listeners now.
         let first = attacker.listen(OWN_INDEX).handle;
         attacker.start_clients();
         flood_and_read(attacker, |n| {
@@ -1022,7 +1024,7 @@ fn worker_that_returns_every_connection_does_not_delay_other_workers() {
     }));
 }
 
-/// Sends a frame's last 64 KiB one byte at a time, except for the final byte.
+/// Sends the last 64 KiB of a frame one byte at a time, but stops one byte before the frame's end.
 fn unfinished_frame_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -1087,7 +1089,8 @@ fn descriptors_that_the_application_ignores_are_closed() {
     });
 }
 
-/// Makes the socket's last `close` block for `time` in any process, because its peer does not read.
+/// Makes the last `close` of the socket block for `time`, in whichever process it happens. The
+/// socket has unsent data, because its peer does not read.
 fn make_close_block(mut socket: &TcpStream, time: Duration) {
     let linger = nix::libc::linger {
         l_onoff: 1,
@@ -1123,8 +1126,9 @@ fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
         attacker.start_clients();
-        // Wait for a reply, which shows that the master has processed the start message. The master
-        // ignores all bytes of a read that has too many descriptors.
+        // Wait for a reply, which shows that the master has processed the start message. Otherwise
+        // one read could return this message together with the descriptors, and the master ignores
+        // all bytes of a read that has too many descriptors.
         attacker.listen(OWN_INDEX);
         let null = File::open("/dev/null").unwrap();
         let mut fds = [null.as_raw_fd(); 250];
@@ -1453,7 +1457,8 @@ fn pause_repeatedly(own: &Listener<'_>) -> ! {
     own.attacker.wait_to_be_killed();
 }
 
-/// Attaches a socket filter that truncates each message to one byte.
+/// Attaches a socket filter that truncates each message to one byte. The master also reads from
+/// this queue, to reclaim connections.
 fn queue_with_a_socket_filter_does_not_confuse_the_master() {
     let case = Case::tolerated(|attacker| {
         let own = attacker.listen(OWN_INDEX);
@@ -1475,7 +1480,8 @@ fn queue_with_a_socket_filter_does_not_confuse_the_master() {
     attack_beside_honest_worker(Case { fds, ..case });
 }
 
-/// Makes the kernel add the sender's pidfd to each message (`SO_PASSPIDFD`).
+/// Makes the kernel add the sender's pidfd to each message (`SO_PASSPIDFD`). The master also
+/// receives the pidfds when it reclaims connections, and must close them.
 fn queue_that_adds_pidfds_leaks_none_in_the_master() {
     const SO_PASSPIDFD: nix::libc::c_int = 76;
     let case = Case::tolerated(|attacker| {

@@ -1,4 +1,5 @@
-//! A log that cannot be written holds up no master.
+//! Tests of `LogWriter` and of servers whose log cannot be written. Such a log must not block the
+//! master.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -51,10 +52,11 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// A log that takes nothing.
+/// A log to which nothing can be written.
 struct Unwritable {
     name: &'static str,
-    /// Returns the log, and what keeps it as it is.
+    /// Opens the log. The second descriptor, if any, must stay open, because the log would
+    /// otherwise fail with an error instead of blocking.
     open: fn() -> (OwnedFd, Option<OwnedFd>),
 }
 
@@ -100,7 +102,8 @@ const UNWRITABLE: &[Unwritable] = &[
     },
 ];
 
-/// Writes until nothing fits any more, and leaves the description blocking.
+/// Writes until the log is full, and then restores the file status flags, so that a further write
+/// would block.
 fn fill(log: impl AsFd) {
     let log = log.as_fd().try_clone_to_owned().unwrap();
     let flags = OFlag::from_bits_retain(fcntl(&log, FcntlArg::F_GETFL).unwrap());
@@ -117,7 +120,7 @@ fn fill(log: impl AsFd) {
     fcntl(&file, FcntlArg::F_SETFL(flags)).unwrap();
 }
 
-/// An example that serves, and logs to both of its outputs.
+/// An example server, which logs to its standard output and standard error.
 struct Server {
     example: &'static str,
     args: fn(&mut Command, SocketAddr),
@@ -146,7 +149,9 @@ const SERVERS: &[Server] = &[
 ];
 
 impl Server {
-    /// The master serves, replaces a worker that is killed, reloads, and stops.
+    /// Checks that the server works although its log cannot be written. The server must answer
+    /// clients, stop at SIGTERM, and, if the example supports it, replace a killed worker and
+    /// reload.
     fn serves(&self, unwritable: &Unwritable) -> Result<(), Failed> {
         let (_reserved, address) = reserve_port();
         let mut command = example(self.example);
@@ -192,7 +197,7 @@ impl Server {
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Returns the children of a master.
+/// Returns the process IDs of a master's children.
 fn workers(master: Pid) -> BTreeSet<i32> {
     let path = format!("/proc/{master}/task/{master}/children");
     let numbers = std::fs::read_to_string(path).unwrap_or_default();
@@ -205,7 +210,7 @@ fn is_nonblocking(fd: impl AsFd) -> bool {
     OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK)
 }
 
-/// Reads until a line ends with `end`.
+/// Reads until a line ends with `end`, and returns the text. Panics at end-of-file.
 fn read_until(mut source: impl std::io::Read, end: &str) -> String {
     let mut text = Vec::new();
     let mut buffer = [0; 4096];
@@ -221,7 +226,7 @@ fn read_until(mut source: impl std::io::Read, end: &str) -> String {
     }
 }
 
-/// Reads all that a log writes, without its loop.
+/// Reads all lines of a log whose loop does not run. Flushes the log whenever the reader is empty.
 fn read_all(reader: &OwnedFd, log: &LogWriter) -> String {
     let flags = OFlag::from_bits_retain(fcntl(reader, FcntlArg::F_GETFL).unwrap());
     fcntl(reader, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).unwrap();
@@ -251,7 +256,7 @@ fn log_is_written_by_the_loop_when_its_reader_catches_up() {
                 let log = LogWriter::new(log).attached_to(master);
                 log.line("first");
                 log.line("last");
-                // The loop still has the log when the last line has been read.
+                // Keep the log open until the other thread has read the last line.
                 master.set_timeout(Duration::from_secs(60), move |_| drop(log));
             }
             let read = move || {
@@ -261,7 +266,7 @@ fn log_is_written_by_the_loop_when_its_reader_catches_up() {
                     + &read_until(terminal, "first\r\nlast")
                     + &read_until(socket_reader, "first\nlast")
             };
-            // The timers would keep the master running.
+            // Exit here, because the timers would keep the master running.
             in_background(master, read, |_, _| std::process::exit(0));
         },
         |_| {},
@@ -286,7 +291,7 @@ fn waiting_log_wakes_nothing() {
             assert_eq!(master.time_left(), None);
             let mut wait = [PollFd::new(master.as_fd(), PollFlags::POLLIN)];
             assert_eq!(poll(&mut wait, PollTimeout::from(50_u8)), Ok(0));
-            // Waiting lines do not keep the master running.
+            // `run` must return although lines wait.
             master.run().unwrap();
             drop(reader);
             master.dispatch(Some(Duration::ZERO)).unwrap();
@@ -317,7 +322,8 @@ fn log_leaves_shared_descriptions_blocking() {
     drop((peer, reader, terminal.master));
 }
 
-/// A pipe that root created cannot be opened by its path after the process has changed its user.
+/// Writes to pipes that the log cannot reopen by their path, because root created them and the
+/// process has changed its user. The log must not block.
 fn log_of_another_users_pipe_does_not_wait() {
     let pipes = [pipe().unwrap(), pipe().unwrap()];
     let nobody = Uid::from_raw(NOBODY);
@@ -353,7 +359,7 @@ fn log_reports_dropped_lines_to_a_reader_that_returns() {
     };
     let reader = open(&path);
     let writer = File::options().write(true).open(&path).unwrap();
-    // One writer has written to the first reader, the other has had no reader yet.
+    // Test a log that has written to the first reader, and a log that has written nothing so far.
     let before = LogWriter::new(writer.try_clone().unwrap());
     before.line("before");
     read_until(&reader, "before");
@@ -437,7 +443,8 @@ fn log_file_at_its_size_limit_raises_no_signal() {
     assert_eq!(text, "one\ntw\no\ntwo\ntwo\nthree\n");
 }
 
-/// Environment variable with the part of a process in `background_job_is_not_stopped_by_its_log`.
+/// Environment variable that selects a process's role in
+/// `background_job_is_not_stopped_by_its_log`.
 const PART: &str = "PART";
 
 fn background_job_is_not_stopped_by_its_log() {
@@ -447,7 +454,8 @@ fn background_job_is_not_stopped_by_its_log() {
         command
     };
     match std::env::var(PART).as_deref() {
-        // The leader of a session, whose terminal stops background jobs that write.
+        // Run as the leader of a session. `TOSTOP` makes its terminal stop background jobs that
+        // write.
         Ok("leader") => {
             setsid().unwrap();
             let terminal = File::open(ttyname(std::io::stderr()).unwrap()).unwrap();

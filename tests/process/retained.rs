@@ -311,7 +311,7 @@ fn listen_rejects_listeners_that_cannot_be_retained() {
             assert_eq!(errno, Some(EADDRINUSE));
             assert!(text.contains(&address.to_string()), "{text}");
             drop(own);
-            // Drop one of two handles, which must leave the listener open until the second is
+            // Drop one of two handles. The listener must stay open until the second handle is
             // dropped.
             let retained = master.listen(address).unwrap();
             let again = master.listen(address).unwrap();
@@ -603,8 +603,8 @@ fn waiting_clients_of_a_released_existing_listener_are_served_at_a_stop() {
     });
 }
 
-/// Closes the retained listener, disconnects all workers, and checks that waiting clients are still
-/// served.
+/// Releases the retained listener, disconnects all workers, and checks that waiting clients are
+/// still served.
 ///
 /// `listen` returns the retained listener and the address that the workers request.
 fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, String)) {
@@ -620,8 +620,8 @@ fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, 
                 worker.on_listening(move |master, _, _| {
                     let (retained, log) = rest.take().unwrap();
                     let clients = connect(address);
-                    // The worker may have received one of the clients, which have sent nothing yet.
-                    // The other clients wait.
+                    // The clients have sent nothing, so the worker can have received at most one of
+                    // them. The others wait.
                     drop(retained);
                     master.on_all_disconnected_once(move |_| {
                         let error = TcpStream::connect(address).unwrap_err();
@@ -653,7 +653,8 @@ fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, 
     });
 }
 
-/// Retains a listener that a worker has opened, while this worker is disconnecting.
+/// Retains a listener that a worker has opened, while this worker is disconnecting. The listener
+/// must stay open for the next worker.
 fn listener_opened_by_a_worker_can_be_retained() {
     crate::harness::for_both_policies(|| {
         let log = Log::default();
@@ -680,8 +681,8 @@ fn listener_opened_by_a_worker_can_be_retained() {
     });
 }
 
-/// Lets a callback of `on_setup` own the listener, which therefore stays open until the master is
-/// dropped.
+/// Checks that neither `disconnect` nor `run` waits for a retained listener. A callback of
+/// `on_setup` owns the listener, which therefore stays open until the master is dropped.
 fn retained_listener_delays_neither_disconnect_nor_run() {
     let log = Log::default();
     let entries = log.clone();
@@ -743,7 +744,7 @@ fn ask_all(clients: Vec<TcpStream>) -> String {
 }
 
 /// Kills the only worker, so that its queued connections wait in the master until the next worker
-/// starts.
+/// starts. The scheduler must not run in the meantime.
 fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
     let log = Log::default();
     let entries = log.clone();

@@ -436,8 +436,8 @@ const QUEUED: usize = 5;
 /// Stops the only worker, and calls `then` once `QUEUED` connections are in its queue. The clients
 /// have not sent a request yet.
 ///
-/// The master dispatches so far ahead only to a worker that answers quickly. Repeat the setup until
-/// the worker does.
+/// The master dispatches so many connections ahead of time only to a worker that answers quickly.
+/// The function repeats these steps until the worker does.
 fn with_a_queue(
     master: &Master,
     address: SocketAddr,
@@ -483,9 +483,10 @@ fn fork_second(master: &Master, then: impl FnOnce(&Master, &WorkerProcess) + 'st
     second.on_listening(move |master, worker, _| then.take().unwrap()(master, worker));
 }
 
-/// Answers each request `x` in a connection callback, and calls `first` for any other request.
+/// Serves connections in a callback, in a way that depends on the worker.
 ///
-/// The second worker answers all requests, but only once it has received a message.
+/// The first worker answers each request `x`, and calls `first` for any other request. The second
+/// worker answers all requests, but only once it has received a message.
 fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Connection) + 'static) {
     answer_pings(worker);
     let listener = Rc::new(worker.listen("127.0.0.1:0").unwrap());
@@ -742,9 +743,9 @@ fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     );
 }
 
-/// Disconnects the worker in a callback for its message.
-///
-/// The worker's report that it has received connections arrives with this message or later.
+/// Disconnects the worker in a callback for its message, which arrives before or together with the
+/// worker's report that it has received connections. A faulty master would dispatch these
+/// connections to the second worker too.
 fn received_connection_is_not_dispatched_again() {
     let log = Log::default();
     let entries = log.clone();

@@ -310,7 +310,7 @@ fn serve_after_one_byte(worker: &Worker) {
     }
 }
 
-/// Returns the number of connections that wait in the kernel's backlogs.
+/// Returns the number of connections that wait in the kernel's backlogs of all shards.
 fn queued(master: &Master) -> u64 {
     let listeners = master.loads().listeners;
     listeners.iter().map(|load| load.queued.unwrap()).sum()
@@ -470,8 +470,8 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
                 second.process().kill(Signal::CONT);
                 master.disconnect();
                 let read = || {
-                    // Let all clients send before the first one reads, because the resets follow
-                    // only after the other clients are served.
+                    // Let all clients send before the first one reads. The killed worker's clients
+                    // are reset only after the other clients are served.
                     let send = |mut client: &TcpStream| drop(client.write_all(b"x"));
                     clients.iter().for_each(send);
                     clients.into_iter().map(read_answer).collect::<Vec<_>>()
@@ -720,8 +720,8 @@ fn sharded_port_serves_again_while_an_old_worker_disconnects() {
             {
                 let mut connection = connection.unwrap();
                 let id = worker.id().to_string();
-                // Do not read in the third worker, because it inherits silent clients from the
-                // killed worker's shard.
+                // Do not read in the third worker. It inherits silent clients from the killed
+                // worker's shard, and would wait for them.
                 if id != "3" {
                     let _ = connection.read(&mut [0]);
                 }

@@ -181,7 +181,7 @@ fn assert_close_on_exec(fd: &impl std::os::fd::AsFd) {
 /// Environment variable that names a file, which the process opens before it calls `listen_fds`.
 const FILE: &str = "OWN_FILE";
 
-/// Prints the result of `listen_fds`, which the parent process reads.
+/// Calls `listen_fds`, and prints the result for the parent process.
 fn print_passed() {
     let own = std::env::var_os(FILE).map(|file| File::open(file).unwrap());
     let names: Vec<_> = [
@@ -232,7 +232,7 @@ fn listen_fds_rejects_descriptors_that_were_not_passed() {
         ("LISTEN_FDS=two", "LISTEN_FDS"),
         ("LISTEN_FDS=-1", "LISTEN_FDS"),
         ("LISTEN_FDS=$(printf '\\377')", "LISTEN_FDS"),
-        // `LISTEN_FDS` exceeds the number of open descriptors.
+        // `LISTEN_FDS` includes a descriptor that is not open.
         ("LISTEN_FDS=1000000", "LISTEN_FDS"),
         ("LISTEN_FDS=65535", "LISTEN_FDS"),
         ("LISTEN_FDS=3", "LISTEN_FDS"),

@@ -600,8 +600,8 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
     );
 }
 
-/// Sends a signal only to the worker, which then waits until the master would have processed the
-/// signal.
+/// Raises a signal in the worker. The worker then waits until a faulty master that also received
+/// the signal would have processed it.
 fn signal_to_a_copy_does_not_reach_the_master() {
     use nix::sys::signal::{Signal as Number, raise};
 
