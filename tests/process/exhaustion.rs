@@ -566,14 +566,15 @@ fn descriptors_wait_for_a_stopped_worker() {
     assert_eq!(entries.take(), ["all 2"]);
 }
 
-/// Limit on the user's descriptors in flight, and on the master's open descriptors.
+/// Soft limit `RLIMIT_NOFILE` in the master. It limits the user's descriptors in flight and the
+/// master's open descriptors.
 const USER_FDS_MAX: u64 = 64;
 
-/// Exceeds the user's limit on descriptors in flight (see `RLIMIT_NOFILE` in unix(7)), which
-/// includes descriptors that a worker has not received.
+/// Exceeds the user's limit on descriptors in flight (see `RLIMIT_NOFILE` in unix(7)). Descriptors
+/// that a stopped worker has not received count towards this limit.
 ///
-/// The channel must back off, and continue once the worker reads. Channels to other workers also
-/// wait, and must lose nothing.
+/// The channel must back off, and continue once the worker reads. The channel to the other worker
+/// must also wait, and must lose nothing.
 fn descriptors_beyond_the_users_limit_wait() {
     let program = cluster::is_master().then(|| program_for(unique_user()));
     let log = Log::default();

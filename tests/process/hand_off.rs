@@ -78,8 +78,8 @@ fn hand_off_survives_a_kill_after_dispatch() {
     );
 }
 
-/// Kills each worker after the reply to its bind request, which is the only frame that the master
-/// writes to it.
+/// Kills each worker after the master has written the reply to its bind request. The master writes
+/// no other frame to the worker.
 ///
 /// The master has not dispatched a connection to the worker by then.
 fn hand_off_survives_a_kill_after_writing() {
@@ -136,6 +136,7 @@ impl Outcome {
 #[derive(Clone, Copy)]
 struct Round {
     fault: &'static str,
+    /// Pass of the fault point at which the worker fails, from 1.
     pass: u32,
     by_callback: bool,
 }

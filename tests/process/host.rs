@@ -62,7 +62,7 @@ pub fn without_process_descriptors() {
     SIGNALS.store(true, Ordering::SeqCst);
 }
 
-/// Starts a child of the host, which exits with `code`.
+/// Starts a child of the host that exits with `code`.
 fn child(code: i32) -> Child {
     let exit = format!("exit {code}");
     Command::new("sh").args(["-c", &exit]).spawn().unwrap()
@@ -799,7 +799,8 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-/// Checks an old kernel, on which the master polls for each child's report without a time limit.
+/// Repeats the test without process descriptors. The master then waits without a time limit for
+/// each worker's report, and the host's children may hold the report's pipe open.
 fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -1057,8 +1058,8 @@ fn process_1_can_be_a_master() {
     );
 }
 
-/// Kills the orphan's parent, and checks that the master does not reap the orphan, which the host
-/// must do.
+/// Kills the orphan's parent, and checks that the host can reap the orphan, because the master has
+/// not done so.
 ///
 /// The orphan exits at end-of-file on its input.
 fn kill_parent_of_orphan(parent: &WorkerProcess, orphan: &[u8]) {
@@ -1090,8 +1091,8 @@ fn workers_exit_with_a_master_that_is_process_1() {
         assert_eq!(first.wait().unwrap().signal(), Some(libc::SIGKILL));
         let killed_at = Instant::now();
         let mut rest = String::new();
-        // Read to end-of-file, which arrives when the last process has exited, because all
-        // processes have the pipe as standard output.
+        // Read to end-of-file. All processes have the pipe as standard output, so end-of-file
+        // arrives when the last of them has exited.
         output.read_to_string(&mut rest).unwrap();
         assert!(killed_at.elapsed() < Duration::from_secs(1));
         assert_eq!(rest, "");

@@ -71,7 +71,8 @@ crate::scenarios! {
 
 // Limits on the resources that one worker may cost the master.
 
-/// Maximum memory for received bytes, which are an incomplete frame and the bytes read after it.
+/// Maximum memory for received bytes: one incomplete frame of up to 1 MiB, and the 64 KiB of one
+/// read.
 const BYTES_IN: usize = (1 << 20) + (64 << 10);
 /// Maximum memory for bytes that wait for a worker that does not read.
 const BYTES_OUT: usize = 9 << 20;
@@ -379,8 +380,8 @@ impl Listener<'_> {
 enum Outcome {
     /// The master disconnects and kills the attacker, and reports why.
     Disconnected(&'static str),
-    /// Like `Disconnected`, but the master also reports a second frame, which was pending when the
-    /// master disconnected the attacker.
+    /// Like `Disconnected`, but the master also reports an error about a second frame. This frame
+    /// was pending when the master disconnected the attacker.
     DisconnectedTwice(&'static str, &'static str),
     /// The attacker breaks no rule. The test kills it after the clients have been served.
     Tolerated,
@@ -807,7 +808,8 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
     });
 }
 
-/// Logs the attacker's events, except messages.
+/// Logs the attacker's errors, disconnect and exit. Leaves out errors that `send` has already
+/// returned, and prefixes that name the worker.
 fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     let (at_error, at_end, at_exit) = (log.clone(), log.clone(), log.clone());
     let prefix = [
@@ -829,8 +831,8 @@ fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     });
 }
 
-/// Runs a shell as a worker, which writes `bytes` to its channel and waits to be killed. Returns
-/// the events.
+/// Runs a shell as a worker, and returns the worker's events. The shell writes `bytes` to its
+/// channel and waits to be killed.
 ///
 /// `bytes` is in printf(1)'s notation.
 fn worker_that_writes(bytes: &str) -> Vec<String> {
@@ -1166,10 +1168,10 @@ fn out_of_band_descriptors_do_not_block_the_master() {
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
-/// Tests a connection that blocks in `close` after the worker has closed its copy.
+/// Tests a connection whose last `close` blocks. The worker closes its copy first.
 ///
-/// The master also has a copy, which it closes once the worker has received the connection. The
-/// master's `close` is then the last.
+/// The master closes its own copy once the worker has reported that it has received the connection.
+/// This `close` is the last one, and must not block the master.
 fn connection_that_blocks_in_close_does_not_block_the_master() {
     const LINGER: Duration = Duration::from_secs(10);
     let log = Log::default();
@@ -1785,7 +1787,7 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
 /// Checks that a worker that sends random frames exits normally, or is disconnected for an invalid
 /// frame.
 ///
-/// `CLUSTER_TEST_SEEDS` is the number of seeds, and `SEED` is the first one.
+/// `CLUSTER_TEST_SEEDS` is the number of seeds, and `SEED` is the first seed.
 fn random_frames_are_tolerated_or_disconnect_the_worker() {
     let log = Log::default();
     let play = |attacker: &Attacker, which: usize| {

@@ -124,6 +124,7 @@ fn fill(log: impl AsFd) {
 struct Server {
     example: &'static str,
     args: fn(&mut Command, SocketAddr),
+    /// Whether the example reloads at SIGHUP.
     reloads: bool,
 }
 

@@ -114,8 +114,8 @@ fn read(mut client: impl std::io::Read) -> String {
     answer
 }
 
-/// Connects clients while no worker is running, and then starts one worker, which must serve them
-/// all.
+/// Connects clients while no worker is running, and then starts one worker. This worker must serve
+/// all of them.
 fn next_worker_serves_all(
     master: &Master,
     address: SocketAddr,
@@ -744,7 +744,8 @@ fn ask_all(clients: Vec<TcpStream>) -> String {
 }
 
 /// Kills the only worker, so that its queued connections wait in the master until the next worker
-/// starts. The scheduler must not run in the meantime.
+/// starts. In the meantime the scheduler must not run. It would panic, because the list of workers
+/// is empty.
 fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
     let log = Log::default();
     let entries = log.clone();

@@ -168,7 +168,7 @@ fn count_sockets(worker: &WorkerProcess) -> usize {
 
 /// Kills a worker while its application has no connection.
 ///
-/// At that time, the worker has as many sockets as an idle worker, which is `idle_sockets`.
+/// This is the case while the worker has exactly `idle_sockets` sockets, as an idle worker does.
 fn kill_between_connections(worker: &WorkerProcess, idle_sockets: usize) {
     let pid = worker.process().id();
     wait_until("a worker without a connection", || {

@@ -636,8 +636,8 @@ fn foreign_workers_share_a_port() {
     share_a_port(Settings::default());
 }
 
-/// Starts foreign workers as another user. The crate starts these workers without sharing memory
-/// before `execve`.
+/// Starts foreign workers as another user. Such a worker has a copy of the master's memory until
+/// `execve`, while other workers share the memory, so the crate takes another code path.
 fn foreign_workers_of_another_user_share_a_port() {
     if std::env::var_os(FOREIGN).is_some() {
         run_foreign_worker();
