@@ -485,8 +485,8 @@ fn exits_are_reported_though_the_host_ignores_its_children() {
     }
 }
 
-/// Checks an old kernel that reaps the workers itself. The master cannot get their exit status, so
-/// it reports an error and the status 255.
+/// Checks an old kernel, which reaps the workers itself because the host ignores its children. The
+/// master cannot get their exit status, so it reports an error and the status 255.
 fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
     const HOW: &str = "HOW";
     let Ok(how) = std::env::var(HOW) else {

@@ -122,7 +122,7 @@ const CLIENTS: usize = 100;
 /// Environment variable that is set only in the attacker's process. [`run_attackers`] stores the
 /// attacker's index in it.
 const ATTACKER: &str = "ATTACKER";
-/// Environment variable that is set for the well-behaved worker in the baseline measurement.
+/// Environment variable that is set only in the process of the neighbour in [`measure_baseline`].
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
 const ONLINE: u8 = 1;
@@ -442,7 +442,7 @@ struct Measurements {
     /// Time from each client's connection until the end of its answer.
     waits: Vec<Duration>,
     longest_iteration: Duration,
-    /// Maximum number of messages in one iteration.
+    /// Maximum number of messages between two calls of [`ClientDriver::on_iteration`].
     max_messages: u32,
 }
 
@@ -485,7 +485,7 @@ struct ClientDriver {
     /// client. `None` until then.
     idle_since: Option<u32>,
     client: Option<PendingClient>,
-    /// Number of messages since the previous iteration.
+    /// Number of messages since the previous call of `on_iteration`.
     messages: Rc<Cell<u32>>,
     measurements: Measurements,
 }
