@@ -222,7 +222,8 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
     assert_eq!(exits.get(), 1);
 }
 
-/// Checks that errors stop although each call of the error callback causes the next error.
+/// Checks that the error callback, which causes another error in each call, is not called
+/// endlessly.
 fn messages_to_a_detached_process_fail_without_endless_errors() {
     let errors = Rc::new(Cell::new(0));
     let count = Rc::clone(&errors);

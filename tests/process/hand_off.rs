@@ -1,10 +1,10 @@
-//! Tests of workers that fail at each step of the hand-off, in each way.
+//! Tests of workers that fail at each step of the hand-off, in each of several ways (`FAULTS`).
 //!
 //! Every client must be served exactly once, except a client whose connection a failing worker had
 //! already received. The ledger must agree.
 //!
 //! `CLUSTER_TEST_ROUNDS=N cargo test --test process hand_off` plays every combination N times. The
-//! faults are compiled only with debug assertions, and without them the tests are ignored.
+//! faults are compiled only with debug assertions. Without debug assertions, the tests are ignored.
 
 use std::cell::{Cell, RefCell};
 use std::io::Write as _;

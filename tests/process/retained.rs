@@ -1,5 +1,5 @@
-//! Tests of retained listeners, which the master keeps open. No connection may be lost while
-//! workers are killed, disconnected and replaced.
+//! Tests of retained listeners, which the master keeps open. While workers are killed, disconnected
+//! and replaced, no connection may be lost except those that a killed worker is serving.
 
 use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -188,7 +188,7 @@ const ROUNDS: u32 = 6;
 /// Minimum number of clients that each generation of workers serves.
 const SERVED: u64 = 20;
 
-/// Replaces all workers `rounds` times under load.
+/// Starts workers, and replaces all of them `rounds` times under load.
 ///
 /// In each round all workers end, and new workers start after the last one has exited. A round
 /// begins once at least `SERVED` more clients have their answers.
@@ -293,8 +293,8 @@ fn replacing_all_workers_loses_no_client_sharded() {
     replacing_all_workers_loses_no_client(SHARDED);
 }
 
-/// Asserts that `listen` fails, and returns the error's errno, if the system reported one, and the
-/// error's text.
+/// Asserts that `listen` fails, and returns the errno and the text of the error. The errno is
+/// `None` if the error does not come from the system.
 #[track_caller]
 fn refused<S>(master: &Master, options: impl Into<ListenOptions<S>>) -> (Option<i32>, String) {
     let error = master.listen(options).unwrap_err();
