@@ -54,8 +54,8 @@ fn sequential_connections_rotate_exactly() {
     assert_eq!((entries.len(), distinct.len()), (100, 4));
 }
 
-/// Connects 100 clients one after the other, each once all workers wait in `accept`, and logs the
-/// answering workers.
+/// Connects 100 clients one after the other, and logs which worker answers each of them. Each
+/// client connects only when all workers wait in `accept`.
 fn next(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {
         let work = move || talk(address, b"").unwrap();
@@ -210,9 +210,9 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["402"; 5]);
 }
 
-/// Sends many quick requests and two slow ones, which keep both workers busy.
+/// Sends many quick requests and two slow ones. The slow requests usually keep both workers busy.
 ///
-/// Repeats this until connections were queued behind a slow request in `times` rounds.
+/// The function repeats this until connections were queued behind a slow request in `times` rounds.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect();
@@ -228,8 +228,8 @@ fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32
         master.set_timeout(Duration::from_millis(50), move |master| {
             let ledger = master.ledger();
             assert!(ledger.in_flight() <= 2 * WINDOW, "{ledger:?}");
-            // The two slow requests may have reached one worker. The other worker has then served
-            // the rest, and the round does not count.
+            // Both slow requests may have reached the same worker. The other worker has then served
+            // all quick requests, and the round does not count.
             let has_queued = ledger.accepted < before + 402 && ledger.in_flight() > 0;
             let end = move || {
                 ask(&mut slow, b"x");

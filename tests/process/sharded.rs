@@ -1,7 +1,8 @@
 //! Tests of sharded listeners. Each worker has its own listener, and all listeners have the same
 //! port.
 //!
-//! No client may be lost while workers are killed, disconnected and replaced.
+//! No client may be lost while workers are killed, disconnected and replaced. Only if no worker
+//! replaces a killed one, its waiting clients are reset.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
