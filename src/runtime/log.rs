@@ -1,7 +1,8 @@
-//! Log lines that never make the process wait.
+//! Writes log lines without blocking the process.
 //!
-//! [`Lines`] decides what is kept, dropped and reported; it makes no system calls. [`State`] writes to
-//! the target and waits for it in the master's loop.
+//! [`Lines`] decides which lines are kept and which are dropped, and makes no system calls. [`State`]
+//! writes the lines to the target. While the target is full, the master's event loop reports when the
+//! target is writable again.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -17,38 +18,54 @@ use crate::sys::owner::Owner;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::types::errno;
 
-/// Maximum number of bytes that wait, in complete lines and in the current one. As much as a pipe of
-/// Linux holds: less would drop lines that a reader would have caught up with, more is memory that a
-/// reader which is gone for good never frees.
+/// The maximum number of bytes that wait to be written, including those of the incomplete line.
+///
+/// The value is the capacity of a pipe on Linux (pipe(7)). With a smaller value, a short pause of the
+/// log's reader drops lines. With a larger value, more memory stays allocated if the reader never
+/// continues. No benchmark chose the value.
 const CAPACITY: usize = 64 << 10;
 
-/// Writes log lines to standard error, a file, a pipe or a socket, and never waits for it.
+/// Writes log lines to standard error, a file, a pipe or a socket without blocking the process.
 ///
-/// Node has no counterpart. The master handles all workers and clients in one loop, and they wait while a
-/// callback runs. `println!` and `eprintln!` are therefore wrong in a master's callback. If the reader
-/// of the log does not keep up, they block until it does. If the reader is gone, or the disk is
-/// full, they panic. This writer does neither:
+/// Node has no counterpart.
 ///
-/// - A line that cannot be written now waits, and is written before the next line. A master
-///   that the writer is [attached to](Self::attached_to) writes it as soon as the target takes it. If
-///   the target has failed, for instance because a pipe has no reader, the next line tries again.
-/// - At most 64 KiB wait. Further lines are dropped, and so is a line longer than that. Once the
-///   target takes lines again, a line such as `cluster: 3 log lines dropped` stands in their place.
-/// - The writer returns no error and raises no signal, and changes no setting of the target for the other
-///   processes that have it. In a pipe, lines up to `PIPE_BUF` bytes (4096 on Linux) do not mix with those
-///   of other processes.
-/// - A line is written when it is complete, or at [`flush`](Write::flush). When the last
-///   clone is dropped, the writer tries once more. Lines that then still wait are lost.
+/// The master serves all workers and clients in one event loop, which stops while a callback runs.
+/// `println!` and `eprintln!` are therefore unsuitable for a master's callbacks. Both block while the
+/// log's reader does not keep up, and both panic if the reader is gone or the disk is full. `LogWriter`
+/// neither blocks nor panics:
 ///
-/// A regular file is written at once, at its end if it was opened with `O_APPEND`. Only its disk can delay
-/// that. To rotate logs, open the file again and make a new writer.
+/// - If the target is full, the line waits in memory. The writer writes it before the next line. If the
+///   writer is [attached to a master](Self::attached_to), the master's event loop writes the line as
+///   soon as the target is writable.
+/// - If a write fails, for instance because a pipe has no reader, the line also waits, and the next
+///   line triggers another attempt.
+/// - At most 64 KiB wait. The writer drops further lines, and also any longer line. Once there is space
+///   again, the writer adds a notice in their place, such as `cluster: 3 log lines dropped`.
+/// - The writer returns no error and raises no signal. It changes no setting that the target's other
+///   processes share.
+/// - A line is written when it is complete, or at [`flush`](Write::flush). When the last clone of the
+///   writer is dropped, the writer makes a last attempt to write the waiting lines, and then discards
+///   the rest.
 ///
-/// There is one exception. If a pipe or terminal belongs to another user, if a terminal was opened as
-/// `/dev/tty` or `/dev/tty0`, without `/proc`, and outside Linux, the writer polls before it writes. It then
-/// waits if another process fills the pipe between these two calls, or if a terminal takes only a
-/// part of the line. On Linux 6.5 and newer, this does not concern pipes without a name.
+/// In a pipe, lines of at most `PIPE_BUF` bytes (4096 on Linux) do not mix with lines of other
+/// processes.
+///
+/// A write to a regular file waits only for the disk. To rotate logs, open the new file with `O_APPEND`
+/// and create a new writer.
 ///
 /// A child that the application forks does not write the lines that wait in its parent.
+///
+/// # Limitations
+///
+/// The writer can block in the following cases, because it can only poll the target and then write:
+///
+/// - The system is not Linux, or `/proc` is not mounted, and the target is a pipe or terminal.
+/// - The pipe or terminal belongs to another user.
+/// - The terminal was opened as `/dev/tty` or `/dev/tty0`.
+///
+/// In these cases, the write blocks if another process fills the pipe after the poll, or if the
+/// terminal has less space than the line needs. On Linux 6.5 and newer, writes to unnamed pipes never
+/// block.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
@@ -66,8 +83,10 @@ pub struct LogWriter(Rc<RefCell<State>>);
 impl LogWriter {
     /// Creates a writer to standard output.
     ///
-    /// Node: `process.stdout`, which waits if it is a pipe or a file. The writer keeps a duplicate of the
-    /// descriptor, so a later redirection of standard output does not affect it.
+    /// Node: `process.stdout`, which blocks if it is a pipe or a file.
+    ///
+    /// The writer duplicates the descriptor, so a later redirection of standard output does not affect
+    /// the writer.
     ///
     /// ```
     /// cluster::LogWriter::stdout().line("hello");
@@ -79,7 +98,10 @@ impl LogWriter {
 
     /// Creates a writer to standard error.
     ///
-    /// Node: `process.stderr`. See [`stdout`](Self::stdout) for the rest.
+    /// Node: `process.stderr`.
+    ///
+    /// The writer duplicates the descriptor, so a later redirection of standard error does not affect
+    /// the writer.
     ///
     /// ```
     /// cluster::LogWriter::stderr().line("hello");
@@ -91,8 +113,10 @@ impl LogWriter {
 
     /// Creates a writer to a file, a pipe, a socket or another descriptor.
     ///
-    /// Node has no counterpart. If the descriptor is not open for writing, all lines are dropped. Through a
-    /// datagram socket, each line is sent as one datagram.
+    /// Node has no counterpart.
+    ///
+    /// If the descriptor is not open for writing, no line is ever written. On a datagram socket, the
+    /// writer sends each line as one datagram.
     ///
     /// ```no_run
     /// # fn f() -> std::io::Result<()> {
@@ -117,16 +141,19 @@ impl LogWriter {
         })))
     }
 
-    /// Writes a line; the line feed is added.
+    /// Writes `line` and a line feed.
     ///
-    /// Node: `console.log`. The same as `writeln!(&log, …)`, without a result to ignore.
+    /// Node: `console.log`.
+    ///
+    /// The method does the same as `writeln!(&log, …)`, but returns no result that the caller must
+    /// ignore.
     ///
     /// ```
     /// let log = cluster::LogWriter::stderr();
     /// log.line(format_args!("{} workers", 4));
     /// ```
     pub fn line(&self, line: impl Display) {
-        // Formatted before anything is borrowed: the formatter may log, too.
+        // Format the line before the borrow, because the formatter may write to this log.
         let mut text = String::new();
         let _ = write!(text, "{line}");
         text.push('\n');
@@ -140,7 +167,7 @@ impl Write for &LogWriter {
         Ok(bytes.len())
     }
 
-    /// Writes an incomplete line, too.
+    /// Writes all waiting lines and the incomplete line, as far as the target accepts them.
     fn flush(&mut self) -> io::Result<()> {
         let mut state = self.0.borrow_mut();
         state.begin();
@@ -149,7 +176,8 @@ impl Write for &LogWriter {
         Ok(())
     }
 
-    /// The default method panics if a formatter returns an error.
+    /// Formats the text and writes it. Replaces the default method, which panics if a formatter returns
+    /// an error.
     fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
         let mut formatted = String::new();
         let _ = formatted.write_fmt(text);
@@ -181,31 +209,37 @@ struct State {
     target: Target,
     lines: Lines,
     owner: Owner,
-    /// The poller of the master's loop, and the key of its events for this log.
+    /// The poller of the master's event loop, and this log's key in it. `None` if the writer is not
+    /// attached to a master.
     event_loop: Option<(Poller, usize)>,
     awaited: Awaited,
 }
 
-/// The event at which the loop writes to the target.
+/// The event after which the event loop writes the waiting lines.
 enum Awaited {
+    /// No event. The application's next line triggers the next write.
     Nothing,
-    /// The target does not take more at present.
+    /// The target is full. The poller reports when it is writable.
     Writable(Registered<Rc<File>>),
-    /// The system says that the target is writable, and it takes nothing: a timer runs.
+    /// The poller has reported that the target is writable, but the target accepted nothing. The master
+    /// calls `try_again` after a delay.
     BackOff,
 }
 
+/// The result of writing the waiting lines.
 enum Written {
     All,
-    /// Whether some bytes were written before the target was full.
+    /// The target is full. The value says whether it accepted some bytes before.
     Partly(bool),
+    /// A write failed with an error that no poller event ends.
     Failed,
 }
 
 impl State {
     fn append(&mut self, text: &[u8]) {
         self.begin();
-        // The target is tried once for lack of space, not once for each line.
+        // Whether this call has already found that the target does not accept all lines. One attempt is
+        // enough, because an attempt for each line would only cost system calls.
         let mut is_tried = false;
         for piece in text.split_inclusive(|byte| *byte == b'\n') {
             if !self.lines.has_space(piece.len()) && !is_tried {
@@ -218,7 +252,7 @@ impl State {
         }
     }
 
-    /// In a process that was forked, forgets what is the parent's.
+    /// Prepares for writing. In a forked child, discards the parent's lines and event loop.
     fn begin(&mut self) {
         if !self.owner.is_current() {
             self.owner = Owner::current();
@@ -228,7 +262,8 @@ impl State {
         }
     }
 
-    /// Writes what waits, and has the loop wait for the target if it is full.
+    /// Writes the waiting lines. If the target is full, makes the event loop wait until the target is
+    /// writable.
     fn write(&mut self) -> Written {
         let written = self.write_lines();
         let is_full = matches!(written, Written::Partly(_));
@@ -236,7 +271,8 @@ impl State {
             Awaited::BackOff => {}
             Awaited::Writable(_) | Awaited::Nothing if !is_full => self.awaited = Awaited::Nothing,
             Awaited::Writable(registered) if self.target.is(registered) => {}
-            // A pipe may have been opened again since: the descriptor to wait for is another one.
+            // Register the target, because it is not registered yet or has been reopened and has a new
+            // descriptor.
             Awaited::Writable(_) | Awaited::Nothing => self.awaited = self.when_writable(),
         }
         written
@@ -258,7 +294,8 @@ impl State {
             if error.kind() == io::ErrorKind::WouldBlock {
                 return Written::Partly(has_progress);
             }
-            // A line that is too long for a datagram would stay the first one for ever.
+            // Drop a line that is too long for a datagram. No later attempt could send it, and it would
+            // block all further lines.
             if error.raw_os_error() != Some(errno::EMSGSIZE) {
                 return Written::Failed;
             }
@@ -271,7 +308,7 @@ impl State {
         let Some(((poller, key), file)) = self.event_loop.as_ref().zip(self.target.file()) else {
             return Awaited::Nothing;
         };
-        // If the poller does not take it, it is written with the next line.
+        // If the poller returns an error, the application's next line triggers the next write.
         match poller.add(Rc::clone(file), *key, Some(Interest::Writable)) {
             Ok(registered) => Awaited::Writable(registered),
             Err(_) => Awaited::Nothing,
@@ -288,7 +325,7 @@ impl Drop for State {
     }
 }
 
-/// The logs that a master's loop writes to.
+/// The logs that are attached to one master.
 #[derive(Default)]
 pub(crate) struct AttachedLogs(RefCell<BTreeMap<u32, Weak<RefCell<State>>>>);
 
@@ -308,8 +345,10 @@ impl AttachedLogs {
         state.write();
     }
 
-    /// Writes the waiting lines of a log that is ready. Returns the log if its target takes nothing although
-    /// it is ready; the caller then calls [`try_again`](Self::try_again) after a while.
+    /// Writes the waiting lines of a log whose target the poller has reported as writable.
+    ///
+    /// Returns the log if its target accepts nothing all the same. The caller then calls
+    /// [`try_again`](Self::try_again) after a delay.
     pub(crate) fn ready(&self, number: u32) -> Option<LogWriter> {
         let log = self.0.borrow().get(&number)?.upgrade()?;
         let mut state = log.borrow_mut();
@@ -330,7 +369,8 @@ impl AttachedLogs {
         state.write();
     }
 
-    /// Leaves the logs without a loop.
+    /// Detaches all logs from the master. Their lines are then written only when the application writes
+    /// further lines.
     pub(crate) fn detach(&self) {
         let logs = self.0.take();
         for log in logs.into_values().filter_map(|log| log.upgrade()) {
@@ -341,26 +381,28 @@ impl AttachedLogs {
     }
 }
 
-/// Lines that wait to be written, followed by the current, incomplete one. Pure.
+/// The lines that wait to be written, followed by the incomplete line.
 ///
-/// Once a line has been dropped, all further ones are, until half of the capacity is free and the notice
-/// has been added: so the notice stands exactly where lines are missing.
+/// After a line has been dropped, all further lines are dropped until half of the capacity is free. A
+/// notice with the number of dropped lines is then added, so that it stands exactly where the lines are
+/// missing.
 #[derive(Debug, Default)]
 struct Lines {
     bytes: Vec<u8>,
-    /// How many bytes of `bytes` may be written; the current line follows them.
+    /// The number of bytes at the start of `bytes` that may be written. The other bytes are the
+    /// incomplete line.
     complete: usize,
     line: Line,
-    /// Lines that were dropped since the last notice.
+    /// The number of lines that were dropped since the last notice.
     dropped: u64,
 }
 
-/// The current line.
+/// The handling of the incomplete line.
 #[derive(Debug, Default, PartialEq, Eq)]
 enum Line {
     #[default]
     Kept,
-    /// It is counted, and what follows of it is ignored.
+    /// The line has been counted as dropped. Its remaining pieces are ignored.
     Dropped,
 }
 
@@ -373,7 +415,7 @@ impl Lines {
         self.dropped == 0 && length <= CAPACITY - self.bytes.len()
     }
 
-    /// Adds text that has no line feed before its last byte.
+    /// Adds a line or a piece of one. Only the last byte of `piece` may be a line feed.
     fn push(&mut self, piece: &[u8]) {
         let is_end = piece.ends_with(b"\n");
         if self.line == Line::Kept {
@@ -392,12 +434,13 @@ impl Lines {
         self.add_notice();
     }
 
-    /// Lets an incomplete line be written.
+    /// Allows the incomplete line to be written.
     fn complete(&mut self) {
         self.complete = self.bytes.len();
     }
 
-    /// Returns the bytes for the next write.
+    /// Returns the bytes for the next write: one line, or as many whole lines as fit into the unit. If
+    /// the first line does not fit, returns the part of it that does.
     fn first(&self, unit: Unit) -> &[u8] {
         let complete = &self.bytes[..self.complete];
         let end = |part: &[u8]| {
@@ -415,23 +458,25 @@ impl Lines {
         length.unwrap_or(complete)
     }
 
-    /// Removes bytes that have been written.
+    /// Removes the first `length` bytes, which have been written or belong to a dropped line.
     fn remove(&mut self, length: usize) {
         self.bytes.drain(..length);
         self.complete -= length;
         if self.bytes.is_empty() {
-            // The memory is needed only while the target does not keep up.
+            // Release the memory, which is needed only while the target does not keep up.
             self.bytes = Vec::new();
         }
         self.add_notice();
     }
 
-    /// Drops the first line, which no write takes.
+    /// Drops the first line, because the target can never accept it.
     fn drop_first(&mut self) {
         self.dropped = self.dropped.saturating_add(1);
         self.remove(self.first(Unit::Line).len());
     }
 
+    /// Adds a notice after the complete lines if lines have been dropped and half of the capacity is
+    /// free.
     fn add_notice(&mut self) {
         if self.dropped == 0 || self.bytes.len() > CAPACITY / 2 {
             return;
@@ -573,7 +618,8 @@ mod tests {
         let mut reader = File::from(reader);
         let mut text = Vec::new();
         let mut buffer = vec![0; 1 << 20];
-        // Each further line writes what waits.
+        // Each further line first writes the lines that wait. The reader must then get all kept lines,
+        // the notice, and these two lines, in this order.
         for last in ["last\n", "very last\n"] {
             let length = reader.read(&mut buffer).unwrap();
             text.extend_from_slice(&buffer[..length]);
