@@ -11,7 +11,8 @@ use crate::types::endpoint::{Endpoint, Kind, Place};
 /// Node: the argument `address` of the `listening` event, and its `addressType`.
 ///
 /// An address prints as `127.0.0.1:8000` or `[::1]:8000`. If the worker gave no host, the address
-/// prints as `*:8000`, and a Unix socket prints as its path.
+/// prints as `*:8000`. A Unix socket prints as its path, or as `descriptor 3` if the worker requested
+/// it by its descriptor.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
@@ -56,8 +57,8 @@ pub enum Address {
 }
 
 impl Address {
-    /// Creates the address from the worker's request and the address that the system reports as
-    /// `bound`, which is `None` for a Unix socket.
+    /// Creates the address from the endpoint that the worker requested and the address to which the
+    /// system bound the socket. `bound` is `None` for a Unix socket.
     pub(crate) fn new(requested: &Endpoint, bound: Option<SocketAddr>) -> Self {
         let is_udp = requested.kind == Kind::Udp;
         match &requested.place {
@@ -122,8 +123,8 @@ impl Address {
         }
     }
 
-    /// Returns the path of a Unix socket, or `None` if the worker requested the socket by its
-    /// descriptor.
+    /// Returns the path of a Unix socket. Returns `None` for all other sockets, and if the worker
+    /// requested the Unix socket by its descriptor.
     ///
     /// Node: `address.address` of a path.
     ///

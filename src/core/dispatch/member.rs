@@ -21,10 +21,10 @@ use crate::types::worker_id::WorkerId;
 enum State {
     /// The initial state, in which nothing is dispatched to the worker.
     Paused,
-    /// The worker is idle if it has received and served all its connections, and busy otherwise.
+    /// Connections may be dispatched to the worker, whether it is idle or busy.
     Ready,
-    /// The worker is busy with a request that turned out to be slow. Nothing is dispatched to the
-    /// worker until the request is served.
+    /// The worker is busy with a request that turned out to be slow. Until the worker is idle, it
+    /// receives only connections that the scheduler has assigned to it.
     Slow,
     /// Nothing more is dispatched to the worker. The worker may still receive the connections in
     /// its queue.
@@ -204,15 +204,15 @@ impl Member {
         }
     }
 
-    /// Ends the worker for good. Returns the sequence numbers of the connections that were assigned
-    /// to it.
+    /// Ends the listener for the worker. Returns the sequence numbers of the connections that were
+    /// assigned to the worker.
     pub(super) fn end(&mut self) -> SortedMap<u64, ()> {
         self.state = State::Ended;
         std::mem::take(&mut self.assigned)
     }
 
-    /// Records that a connection is put into the worker's queue. `load_min` is the lowest recent
-    /// load that counts.
+    /// Records that a connection is put into the worker's queue. The worker's recent load is first
+    /// raised to at least `load_min`.
     pub(super) fn dispatch(&mut self, turn: u64, load_min: u64, now: Time) {
         if self.load() == 0 {
             self.busy_since = now;
@@ -235,7 +235,7 @@ impl Member {
     }
 
     /// Records that `count` connections were reclaimed. If the queue is now empty, `queued` is the
-    /// number of connections that are still on their way to it.
+    /// number of connections that are still on their way to the queue.
     ///
     /// Returns the end of the penalty if the worker has stalled.
     pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) -> Option<Time> {
@@ -295,7 +295,8 @@ impl Member {
     }
 }
 
-/// The sort key of an idle worker. Stalled workers come last.
+/// The sort key of an idle worker. Stalled workers come last. Otherwise, the worker whose last dispatch
+/// is the oldest comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct IdleRank {
     pub(super) is_stalled: bool,
@@ -303,15 +304,15 @@ pub(super) struct IdleRank {
     pub(super) worker: WorkerId,
 }
 
-/// The sort key of a busy worker.
+/// The sort key of a busy worker. The worker with the lowest recent load comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct BusyRank {
     pub(super) recent_load: u64,
     pub(super) worker: WorkerId,
 }
 
-/// The worker's keys in the dispatcher's ordered sets. `None` for each set that does not contain
-/// the worker.
+/// The sort keys of one worker in the dispatcher's ordered sets. A key is `None` if its set does not
+/// contain the worker.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ranks {
     pub(super) idle: Option<IdleRank>,

@@ -12,9 +12,9 @@
 //! | state | meaning | dispatched connections |
 //! |---|---|---|
 //! | paused | the worker has not reported that it is idle, has asked for a pause, or had a full queue | none |
-//! | idle | the worker has received and served all its connections | yes |
-//! | busy | the worker may still have connections to serve | ahead of time, up to the window |
-//! | slow | connections queued behind the worker's current request were reclaimed | none until the worker reports that it is idle |
+//! | idle | no connection has been dispatched to the worker since it reported an empty queue | yes |
+//! | busy | connections have been dispatched to the worker since it reported an empty queue | ahead of time, up to the window |
+//! | slow | the worker is busy, and connections queued behind its current request were reclaimed | only those that the scheduler has assigned, until the worker is idle |
 //! | ended | the listener has ended for the worker | none |
 //!
 //! An idle worker can also be *stalled*. A stalled worker received none of the connections that
@@ -44,16 +44,16 @@
 //!
 //! - Without a scheduler, the capacity is the number of idle workers times the window, minus the
 //!   waiting connections. If no worker is idle, new connections stay in the kernel's backlog.
-//! - With a scheduler, the capacity is the number of ready workers times `MAX_WINDOW`, minus the
-//!   connections that no worker has received.
+//! - With a scheduler, the capacity is the number of idle, busy and slow workers times `MAX_WINDOW`,
+//!   minus the accepted connections that are not known to have been received.
 //!
 //! # The window
 //!
 //! The window is the maximum number of connections that a worker may have before it reports again
 //! that it is idle. All workers share one window, which starts at 1.
 //!
-//! An idle report is quick if the worker needed at most `QUICK` for each connection since its last
-//! report. Each report changes the window:
+//! An idle report is quick if the connections since the worker's last report took at most `QUICK` each
+//! on average. Each report changes the window:
 //!
 //! - If the report is quick and the worker served a full window, the window doubles, up to
 //!   `MAX_WINDOW`.
@@ -218,11 +218,11 @@ pub(crate) struct Dispatcher<C> {
     idle: BTreeSet<IdleRank>,
     /// The busy workers that are not stalled, the one with the lowest recent load first.
     busy: BTreeSet<BusyRank>,
-    /// The workers with connections queued behind another one, with the time since which each is
-    /// busy.
+    /// The workers with connections queued behind another one, sorted by the time at which each worker
+    /// became busy.
     queued_behind: BTreeSet<(Time, WorkerId)>,
-    /// The workers that may have received nothing since they were last idle, with the time at which
-    /// they were idle.
+    /// The busy workers that are not known to have received a connection since their last idle report,
+    /// sorted by the time at which each worker became busy.
     unresponsive: BTreeSet<(Time, WorkerId)>,
     /// The end times of penalties, including those of workers that are no longer stalled.
     penalties: BTreeSet<(Time, WorkerId)>,
@@ -239,7 +239,9 @@ pub(crate) struct Dispatcher<C> {
     has_scheduler: bool,
     /// The workers that have capacity for a connection that the scheduler has assigned to them.
     assignable: BTreeSet<WorkerId>,
+    /// The number of workers that have reported that they are idle and have not paused or ended since.
     ready_count: usize,
+    /// The number of workers that have not ended.
     candidate_count: usize,
     /// The sequence number of the connection that a sweep checked last.
     last_swept: u64,
@@ -247,7 +249,10 @@ pub(crate) struct Dispatcher<C> {
     last_delayed: u64,
     /// The number of connections that have been dispatched and are not known to have been received.
     queued_total: u64,
+    /// The number of connections that have been accepted.
     accepted: u64,
+    /// The number of turns that have been taken. A worker takes a turn when it is added, and at each
+    /// dispatch.
     turns: u64,
     /// The highest recent load that any worker has had.
     recent_load_max: u64,
@@ -486,7 +491,7 @@ impl<C> Dispatcher<C> {
     }
 
     /// Stops dispatching to `worker` for good. The worker may still receive the connections in its
-    /// queue.
+    /// queue. The scheduler is called again for waiting connections that it had assigned to the worker.
     pub(crate) fn end(&mut self, worker: WorkerId) {
         let ended = self.update(worker, Member::end);
         for (sequence, ()) in ended.into_iter().flat_map(|(assigned, _)| assigned) {
@@ -507,7 +512,7 @@ impl<C> Dispatcher<C> {
     }
 
     /// Takes back connections that were reclaimed from the worker's queue. If the queue is now
-    /// empty, `queued` is the number of connections that are still on their way to it.
+    /// empty, `queued` is the number of connections that are still on their way to the queue.
     ///
     /// Returns how many more connections are now known to have been received. The number is
     /// negative if the worker had reported receiving connections that were in fact reclaimed.

@@ -9,7 +9,7 @@
 //!   Open           all workers that serve it disconnect                         Draining
 //!   Open, Draining the last worker that serves it exits or releases it          Unbound
 //!   Draining       another worker listens on the address                        Open
-//!   Draining       the backlog is empty (round robin)                           Unbound
+//!   Draining       the backlog and the queues are empty (round robin)           Unbound
 //!   Draining       the grace period ends (shared, sharded)                      Emptying
 //!   Emptying       another worker listens on the address                        Open
 //!   Emptying       the last worker has released it                              Unbound
@@ -20,8 +20,9 @@
 //!   also enters this stage if its last serving worker exits while others are disconnecting. A UDP
 //!   socket enters this stage immediately, because no client waits for an answer to a queued
 //!   datagram.
-//! - The next worker receives a new listener in two cases. A Unix path cannot open again, because
-//!   its file is removed. A borrowed listener continues without this master.
+//! - Two kinds of draining listeners never return to `Open`, so the next worker receives a new
+//!   listener. The file of a Unix path has been removed. A borrowed listener has been returned to the
+//!   application.
 //!
 //! A retained listener stays open without workers, and new connections wait in its backlog.
 //!
@@ -50,15 +51,19 @@ use crate::wire::frame::HandleKey;
 /// The stage of a listener. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// The listener receives new connections.
     Open,
-    /// New connections are kept out. The value is the end of the grace period for handshakes, or
-    /// `None` after it. The backlog is not treated as empty before that time.
+    /// New connections are kept out. The value is the end of the grace period for handshakes. Until
+    /// then, an empty backlog does not close the listener. The value is `None` if the period has ended
+    /// or none is needed.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,
     /// All serving workers are disconnecting. The master accepts nothing more, and the workers
     /// receive the connections that it has accepted.
     Pausing,
+    /// The listener is closed for new connections. Its entry stays until the last worker has released
+    /// it.
     Unbound,
 }
 
@@ -71,6 +76,7 @@ pub(super) enum Stage {
 /// Ready         the dispatcher has capacity                     Accepting
 /// Accepting     the backlog is empty, or the batch is complete  Watched, or Ready without capacity
 /// Accepting     accepting failed                                BackingOff
+/// any           another process shuts the listener down         BackingOff
 /// BackingOff    the back-off delay ends                         Ready
 /// any           a borrowed listener is returned                 Closed
 /// ```
@@ -83,7 +89,8 @@ pub(super) enum AcceptState {
     Ready,
     /// The shell is accepting connections.
     Accepting,
-    /// Accepting failed. The value is the time of the next attempt.
+    /// Accepting failed, or another process shut the listener down. The value is the time of the next
+    /// attempt.
     BackingOff(Time),
     /// The master accepts nothing more, and leaves further connections to the socket's other
     /// owners.
@@ -103,8 +110,8 @@ pub(super) enum AcceptState {
 /// the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ownership {
-    /// Only the master has a copy, and workers that close their copies when they exit. Any other
-    /// copy is unintended, and is shut down with the listener.
+    /// Only the master and its workers have copies. A copy in any other process is unintended, so the
+    /// master shuts it down together with the listener.
     Sole,
     /// The application may have passed a copy to any process.
     Borrowed,
@@ -115,7 +122,7 @@ pub(super) enum Ownership {
 #[derive(Debug)]
 pub(super) struct Listener<C> {
     pub(super) key: HandleKey,
-    /// The bound address, with the real port. `None` for a Unix path.
+    /// The bound address, with the real port. `None` for a Unix socket.
     pub(super) address: Option<SocketAddr>,
     pub(super) policy: SchedulingPolicy,
     pub(super) ownership: Ownership,
@@ -129,19 +136,19 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
-    /// The earliest time at which another shutdown of the listener is reported, after one has been
-    /// reported.
+    /// The time at which the master begins to watch for the next shutdown of the listener, after it has
+    /// reported one. Only for listeners whose workers accept.
     pub(super) hang_up_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
-    /// The worker of each shard. When a worker exits, its shard keeps the backlog for the next
-    /// worker.
+    /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps the
+    /// backlog for the next worker.
     pub(super) shards: Vec<Option<WorkerId>>,
-    /// The workers whose shards receive no new connections, with the time at which each must drain
-    /// its shard.
+    /// The workers whose shards receive no new connections, with the time at which the master tells
+    /// each worker to start draining its shard.
     pub(super) departing: BTreeSet<(Time, WorkerId)>,
-    /// The shard that receives new connections while no worker serves. The next worker receives
-    /// this shard.
+    /// The shard that receives new connections while no worker serves a retained listener. The next
+    /// worker receives this shard.
     pub(super) spare_shard: Option<usize>,
 }
 

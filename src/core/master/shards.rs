@@ -57,16 +57,17 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Counts `count` connections that reached no shard and were reset.
+    /// Counts connections that reached no shard and were reset, and reports them as an error if the
+    /// listener is open.
     pub(crate) fn misdirected(&mut self, handle: HandleId, count: u64) {
         self.ledger.accepted += count;
         self.ledger.dropped += count;
         let Some(listener) = self.listeners.get(&handle) else {
             return;
         };
-        // Report this only for an open listener. A draining listener directs connections to the
-        // selector on purpose, and a connection that arrives there completes its handshake by a SYN
-        // cookie.
+        // Report the resets only for an open listener. A draining listener directs new connections to
+        // the selector on purpose. Some still arrive there, because a SYN cookie completes their
+        // handshake. Their reset is no error.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });
@@ -74,8 +75,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Sends new connections to the shards of the workers that serve. If no worker serves, the
-    /// spare shard receives them.
+    /// Directs new connections to the shards of the workers that serve the listener, and to the spare
+    /// shard if there is one.
     pub(super) fn select_shards(&mut self, handle: HandleId) {
         self.choose_spare_shard(handle);
         let Some(listener) = self.listeners.get(&handle) else {

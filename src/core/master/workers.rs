@@ -19,7 +19,7 @@ use crate::wire::frame::ToWorker;
 ///
 /// An error callback may cause the next error, for example by sending to the process. Without a
 /// limit, the exit, which is the process's last event, would never be delivered. Errors beyond the
-/// limit are dropped, but the callback still has the result of its own call.
+/// limit are dropped, but the calls that caused them still return them.
 const LATE_ERRORS_MAX: u32 = 16;
 
 /// The state of a worker's channel and process.
@@ -33,7 +33,8 @@ const LATE_ERRORS_MAX: u32 = 16;
 /// Closing               the worker sends `Online`           Closing, with `is_online`
 /// Closing               the process exits                   Closing, with its status
 /// Closing, with status  the channel is closed               Exited
-/// any with a channel    the channel is closed               Disconnected
+/// Starting, Online,     the channel is closed               Disconnected
+///   Closing, no status
 /// Disconnected          the process exits                   Exited
 /// Exited                the application is notified         (removed)
 /// ```
@@ -260,7 +261,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Requests by the application.
+// Requests from the application.
 impl<C, F> MasterCore<C, F> {
     pub(crate) fn disconnect(&mut self, worker: WorkerId) {
         self.begin_disconnect(&[worker]);
@@ -333,7 +334,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the channel without a `Disconnect` frame, which makes the worker exit immediately.
+    /// Closes the channel without a `Disconnect` frame. The worker treats this as unexpected and exits
+    /// immediately.
     pub(crate) fn close_channel(&mut self, worker: WorkerId) {
         let entry = self.workers.get(&worker);
         if entry.is_some_and(WorkerEntry::is_writable) {
@@ -450,10 +452,10 @@ impl<C, F> MasterCore<C, F> {
         self.workers.contains_key(&process)
     }
 
-    /// Returns the state of a worker or detached process, as the application was notified of it.
+    /// Returns the state that the application was last notified of. The state of a detached process is
+    /// always `Disconnected`, because it has no channel.
     ///
-    /// Returns `None` if the worker has left the table, or if the application has been notified
-    /// that the detached process exited.
+    /// Returns `None` after the application has been notified that the process exited.
     pub(crate) fn state(&self, process: WorkerId) -> Option<WorkerState> {
         let worker = self.workers.get(&process).map(|entry| entry.reported);
         let detached = || self.detached.get(&process);

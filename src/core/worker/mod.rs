@@ -181,8 +181,8 @@ impl<F> WorkerCore<F> {
         !self.is_connected() && (self.disconnect != Disconnect::Received || self.killed)
     }
 
-    /// Returns whether neither the channel, a listener nor a connection keeps the application
-    /// running.
+    /// Returns whether the application may stop running: the worker must exit, or neither the channel, a
+    /// listener nor a connection keeps the application running.
     pub(crate) fn is_finished(&self) -> bool {
         let channel = match self.channel {
             ChannelState::Open => self.referenced,
@@ -205,9 +205,10 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Requests by the application.
+// Requests from the application.
 impl<F> WorkerCore<F> {
-    /// Sets whether the given listener, or the channel for `None`, keeps the application running.
+    /// Sets whether `listener` keeps the application running. If `listener` is `None`, sets this for the
+    /// channel.
     pub(crate) fn reference(&mut self, listener: Option<ListenerId>, referenced: bool) {
         match listener {
             None => self.referenced = referenced,
@@ -219,10 +220,11 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes the channel of a drained worker, when the application waits for events in general.
+    /// Closes the listeners without a callback, and then the channel if the worker is drained. The shell
+    /// calls this when the application runs the event loop.
     ///
-    /// The channel must not close earlier, because a blocking application may still send something
-    /// after its last connection.
+    /// The channel must not close before this call, because an application that accepts with blocking
+    /// calls may still send something after its last connection.
     pub(crate) fn waiting_for_events(&mut self) {
         self.close_unused_listeners();
         if self.is_drained() {
