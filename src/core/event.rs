@@ -10,23 +10,31 @@ use crate::types::worker_id::WorkerId;
 /// The group of callbacks that receives an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
+    /// The callbacks of one worker or detached process.
     Worker,
+    /// The callbacks of the master, which receive the events of all workers.
     Cluster,
 }
 
 /// An event. `F` is the type of the descriptors that arrive with a message.
 #[derive(Debug)]
 pub(crate) enum Event<F> {
+    /// The settings have changed.
     Setup,
+    /// A worker has been forked.
     Fork,
+    /// A worker has called `init`.
     Online,
+    /// A worker listens on the address.
     Listening(Rc<Address>),
     /// A message for the callbacks of both levels. The cluster's callbacks run first, as in Node.
     Message {
         bytes: Vec<u8>,
         fds: F,
     },
+    /// The channel to a worker is closed.
     Disconnect,
+    /// A worker's process has exited.
     Exit(ExitReport),
     /// The exit of a detached process, for the callbacks of that process only.
     DetachedExit(ExitStatus),
@@ -39,6 +47,7 @@ pub(crate) enum Event<F> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ExitReport {
     pub(crate) status: ExitStatus,
+    /// Whether a disconnect was requested before the exit.
     pub(crate) exited_after_disconnect: bool,
 }
 

@@ -13,7 +13,8 @@ use crate::types::time::Time;
 /// benchmark chose the value.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
-/// The time of the next attempt. Failures until this time share the attempt.
+/// The time of the next attempt, if one is scheduled. Further failures before that time schedule no
+/// additional attempt.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Backoff {
     deadline: Option<Time>,

@@ -11,8 +11,8 @@ use std::rc::Rc;
 pub struct CallbackId(u64);
 
 impl CallbackId {
-    /// Returns an id that no other callback in this process has. Use it in a library that has its
-    /// own list of callbacks.
+    /// Returns an id that no other callback of this thread has. A library that has its own lists of
+    /// callbacks can use such ids.
     ///
     /// Node has no counterpart.
     ///
@@ -61,7 +61,7 @@ impl<F: ?Sized> Callbacks<F> {
 
     pub(crate) fn remove(&self, id: CallbackId) {
         // Drop the closures only after the borrow has ended, because the `Drop` of a captured value
-        // may call this type.
+        // may change this list.
         let removed: Vec<_> = {
             let mut list = self.0.borrow_mut();
             let (removed, others) = list.drain(..).partition(|entry| entry.id == id);

@@ -66,7 +66,7 @@ pub(crate) enum Token {
     /// The socket that selects among a listener's shards.
     Selector(u32),
     Watch(u32),
-    /// The target of a log, which was full.
+    /// The target of a log that waits until the target is writable.
     Log(u32),
     Signals,
 }
@@ -220,6 +220,11 @@ impl<R> EventLoop<R> {
     }
 
     /// Marks the event loop as running until the returned guard is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Returns `Error::ForeignProcess` if this process did not create the event loop, and
+    /// `Error::AlreadyRunning` if the event loop is running.
     pub(crate) fn enter(&self) -> Result<Running<'_>> {
         self.check_own()?;
         if self.running.replace(true) {
@@ -282,8 +287,8 @@ impl<R> EventLoop<R> {
         self.referenced_watches.set(count);
     }
 
-    /// Drops all closures, which breaks reference cycles. A cycle exists if a closure owns the
-    /// event loop's owner.
+    /// Drops all closures. This breaks the reference cycle that exists if a closure owns the owner of
+    /// the event loop.
     pub(crate) fn clear(&self) {
         let timers = self.timers.replace(Timers::new());
         let watches = self.watches.take();
@@ -337,7 +342,7 @@ impl<R> EventLoop<R> {
 
     pub(crate) fn clear_timer(&self, id: TimerId) {
         // Drop the closure only after the borrow has ended, because the `Drop` of a captured value
-        // may call this type.
+        // may call the event loop.
         let cleared = self.timers.borrow_mut().clear(id);
         drop(cleared);
     }

@@ -37,10 +37,14 @@ pub(crate) struct Endpoint {
 /// first worker apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
+    /// The length of the backlog, in connections.
     pub(crate) backlog: u32,
+    /// Whether an IPv6 socket receives no IPv4 traffic (`IPV6_V6ONLY`).
     pub(crate) ipv6_only: bool,
     pub(crate) reuse_addr: bool,
+    /// Whether all users may read the file of a Unix socket.
     pub(crate) readable_all: bool,
+    /// Whether all users may write the file of a Unix socket, and therefore connect to it.
     pub(crate) writable_all: bool,
 }
 
@@ -61,7 +65,8 @@ impl Endpoint {
         Self { kind, place }
     }
 
-    /// Returns the IP address and port that are requested, or `None` for a path or a descriptor.
+    /// Returns the requested IP address and port, or `None` for a path or a descriptor. If only a port
+    /// was requested, the IP address is `::`.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         match self.place {
             Place::Ip(address) => Some(address),
@@ -75,8 +80,8 @@ impl Endpoint {
         self.address().is_some_and(|address| address.port() == 0)
     }
 
-    /// Returns whether the endpoint is a descriptor of the master's application, which keeps the
-    /// socket afterwards.
+    /// Returns whether the endpoint is a descriptor of the master's application. The application keeps
+    /// the socket when the listener closes.
     pub(crate) fn is_borrowed(&self) -> bool {
         matches!(self.place, Place::Fd(_))
     }

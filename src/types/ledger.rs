@@ -6,7 +6,9 @@
 /// `accepted == received + closed_by_peer + dropped + in_flight()` holds at all times.
 ///
 /// The master accepts connections only with round robin. With [`SchedulingPolicy::Shared`] and
-/// [`SchedulingPolicy::Sharded`] the workers accept them, and these counters stay at 0.
+/// [`SchedulingPolicy::Sharded`], the workers accept connections, which the counters do not include. If
+/// a connection to a sharded listener reaches no worker and is reset, it counts as accepted and as
+/// dropped.
 ///
 /// Node has no counterpart. See [`Master::ledger`] for an example.
 ///
@@ -22,7 +24,7 @@ pub struct Ledger {
     pub received: u64,
     /// Connections whose client hung up before a worker received the connection.
     pub closed_by_peer: u64,
-    /// Connections that the master closed because no worker was left to serve them.
+    /// Connections that were closed because no worker could serve them.
     pub dropped: u64,
 }
 

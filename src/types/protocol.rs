@@ -17,15 +17,15 @@ pub(crate) const MAX_FDS: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameError {
-    /// The frame has another version of the format. The two programs were probably built with
-    /// different versions of this crate.
+    /// The frame has another version of the format. The value is that version. The two programs were
+    /// probably built with different versions of this crate.
     Version(u8),
     /// The header announces a body that is longer than the limit. The value is the announced length
     /// in bytes.
     TooLong(u32),
-    /// The frame has a kind that does not exist in its direction.
+    /// The frame has a kind that does not exist in its direction. The value is the kind.
     Kind(u8),
-    /// The body is malformed for the frame's kind.
+    /// The body is malformed for the frame's kind. The value is the kind.
     Body(u8),
     /// The number of descriptors exceeds a limit or does not match the frames.
     Descriptors,
@@ -79,15 +79,17 @@ pub enum Violation {
     UnknownListening,
     /// A worker reported twice that it listens on the same listener.
     RepeatedListening,
-    /// A worker reported that it is idle for a listener that it does not have.
+    /// A worker reported that it is idle for a listener through which it receives no connections from the
+    /// master.
     UnknownIdle,
-    /// A worker reported more connections than the master dispatched to it.
+    /// A worker reported that it received more connections than the master dispatched to it.
     UndispatchedConnection,
     /// A worker released a listener that it does not have.
     UnknownRelease,
-    /// A worker paused a listener that it does not have.
+    /// A worker paused a listener that does not exist, or whose connections the master does not
+    /// dispatch.
     UnknownPause,
-    /// A worker paused a listener through which it receives no connections.
+    /// A worker paused a listener of other workers.
     UnknownQueue,
     /// A worker's channel closed with more unread frames than the master processes.
     TooManyFinalFrames,

@@ -68,7 +68,7 @@
 //! 2. For a frame to the master, send it in `core/worker` and process it in
 //!    `core/master/frames`. For a frame to a worker, send it in `core/master` and process it in
 //!    `core/worker`. If the frame has a descriptor, add an `Attachment`.
-//! 3. In `types/violation`, add the ways in which a peer can misuse the frame.
+//! 3. In `types/protocol`, add the ways in which a peer can misuse the frame to `Violation`.
 //! 4. Add tests: forged frames in `sim/schedule/step` and `sim/fuzz/script`, attacks in
 //!    `tests/process/hostile`, and inputs in `tests/corpus/frame`.
 
@@ -132,7 +132,7 @@ pub(crate) struct HandleKey {
 pub(crate) struct Bound {
     pub(crate) handle: HandleId,
     pub(crate) policy: SchedulingPolicy,
-    /// The address with its actual port, or `None` for a Unix path.
+    /// The address with its actual port, or `None` for a Unix socket.
     pub(crate) address: Option<SocketAddr>,
 }
 
@@ -222,9 +222,12 @@ pub(crate) trait Frame: Sized {
 /// unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
+    /// The length of the body in bytes.
     pub(crate) length: usize,
     pub(crate) kind: u8,
+    /// The number of the frame's descriptors.
     pub(crate) fds: usize,
+    /// The number of descriptors in the batch that begins with this frame, or 0 if none begins.
     pub(crate) batch: usize,
 }
 

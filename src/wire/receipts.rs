@@ -11,7 +11,7 @@ use crate::types::worker_id::WorkerId;
 pub(crate) struct ReceiptId(u64);
 
 impl ReceiptId {
-    /// Returns an id that this process has not used yet.
+    /// Returns an id that this thread has not used yet. Receipts never leave their thread.
     pub(crate) fn next() -> Self {
         thread_local! {
             static LAST: Cell<u64> = const { Cell::new(0) };

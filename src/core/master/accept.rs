@@ -77,8 +77,8 @@ impl<C, F> MasterCore<C, F> {
                 true => AcceptState::Watched,
                 false => AcceptState::Ready,
             };
-            // Do not watch a listener that was shut down, because the poller would report it
-            // endlessly.
+            // Do not watch a Unix listener that the master has shut down for a drain, because the
+            // poller would report it endlessly.
             let is_closed_for_good = listener.is_closed_for_good();
             self.watch(handle, has_capacity && !is_closed_for_good);
             self.rebalance(handle);

@@ -40,7 +40,8 @@ pub(crate) enum Action<C> {
     /// Empties a worker's queue and closes both ends. The shell answers with `queue_closed`, and
     /// passes the connections that were in the queue.
     ///
-    /// While the shell lacks descriptors to empty the queue, it answers with `reclaimed`.
+    /// If the shell lacks descriptors to empty the queue at once, it first answers with `reclaimed` for
+    /// the connections that it has taken out, and with `queue_closed` once the queue is empty.
     CloseQueue {
         handle: HandleId,
         worker: WorkerId,
@@ -59,7 +60,7 @@ pub(crate) enum Action<C> {
         worker: WorkerId,
         request: u32,
     },
-    /// Sends all new connections to these shards.
+    /// Makes the kernel direct all new connections to these shards.
     SelectShards {
         handle: HandleId,
         shards: Vec<usize>,

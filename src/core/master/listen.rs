@@ -20,7 +20,7 @@ const LISTENERS_PER_WORKER_MAX: usize = 64;
 /// systems.
 pub(super) const HANDLE_MAX: u32 = (1 << 29) - 1;
 
-/// A request to listen that waits for `bound`.
+/// A request to listen whose `Bind` action the shell has not answered with `bound`.
 #[derive(Debug)]
 pub(super) struct PendingBind {
     key: HandleKey,
@@ -71,8 +71,8 @@ impl<C, F> MasterCore<C, F> {
     ) -> Result<(), FrameError> {
         let listener = &self.listeners[&handle];
         if listener.members.is_closing(worker) {
-            // Reject the request, because the worker's previous queue is not closed yet. The master
-            // lacked descriptors for reclaiming its connections.
+            // Reject the request, because the worker's previous queue is not closed yet. `EMFILE` names
+            // the reason: the master lacked descriptors for reclaiming the queue's connections.
             self.reject(worker, request, errno::EMFILE);
         } else if listener.members.contains(worker) {
             if listener.ownership != Ownership::Adopted {

@@ -314,8 +314,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Ends a listener that receives no new connections. A datagram socket closes immediately.
-    /// Other listeners close once their backlog or queue is empty.
+    /// Starts draining a listener, because it receives no new connections. Its backlog or queue is
+    /// still served, and the listener closes once that is empty. A datagram socket closes immediately.
     pub(super) fn drain(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;

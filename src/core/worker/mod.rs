@@ -69,6 +69,7 @@ pub(crate) enum ListenStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ChannelState {
     Open,
+    /// The shell still writes the queued frames, and closes the channel afterwards.
     Closing,
     Closed,
 }
@@ -294,7 +295,8 @@ impl<F> WorkerCore<F> {
 
     /// Processes a frame from the master. Messages with descriptors go to `message` instead.
     ///
-    /// Returns the listener to which the frame's descriptor belongs, if it has one.
+    /// Returns the listener to which the frame's descriptor belongs, or `None` if the frame has no
+    /// descriptor.
     ///
     /// # Errors
     ///

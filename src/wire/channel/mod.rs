@@ -47,11 +47,11 @@ use crate::wire::receipts::{Receipt, ReceiptId};
 use inbox::{Arrival, EXTRA_READ, Inbox};
 use outbox::{Batch, Outbox};
 
-/// The number of unwritten bytes above which `send` advises the application to pause. The number
-/// includes one more message of the last message's length.
+/// The number of bytes above which `has_capacity` advises the application to pause. The unwritten bytes
+/// count, and one more message of the last message's length.
 ///
-/// The next message counts, because the channel must copy it if other bytes are queued. A long
-/// message that the socket accepts at once is not copied.
+/// The next message counts, because the channel must copy it to the queue if other bytes are already
+/// queued.
 ///
 /// A larger value delays the advice and uses more memory. If the value were below the usual message
 /// length, the application would pause after each message. The public API documents the value.
@@ -245,6 +245,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// Sends the application's message. If no frame is queued, the channel writes immediately, and
     /// queues only the remainder. After the call, `has_capacity` returns whether the application
     /// should continue.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the channel is closed for writing, if the message exceeds a limit, or if the
+    /// queue is full. No part of the message is then sent.
     pub(crate) fn send(
         &mut self,
         message: &[u8],
@@ -399,8 +404,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Returns whether writing waits for memory or descriptors. No poller reports that they are
-    /// available.
+    /// Returns whether writing waits for memory or descriptors. The poller does not report when they are
+    /// available, so the caller must retry.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.capacity == Capacity::Exhausted
     }
