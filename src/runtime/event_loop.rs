@@ -287,8 +287,8 @@ impl<R> EventLoop<R> {
         self.referenced_watches.set(count);
     }
 
-    /// Drops all closures. This breaks the reference cycle that exists if a closure owns the owner of
-    /// the event loop.
+    /// Drops all closures. This breaks the reference cycle that exists if a closure owns the owner
+    /// of the event loop.
     pub(crate) fn clear(&self) {
         let timers = self.timers.replace(Timers::new());
         let watches = self.watches.take();

@@ -1,8 +1,8 @@
 //! Writes log lines without blocking the process.
 //!
-//! [`Lines`] decides which lines are kept and which are dropped, and makes no system calls. [`State`]
-//! writes the lines to the target. While the target is full, the master's event loop reports when the
-//! target is writable again.
+//! [`Lines`] decides which lines are kept and which are dropped, and makes no system calls.
+//! [`State`] writes the lines to the target. While the target is full, the master's event loop
+//! reports when the target is writable again.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -20,9 +20,9 @@ use crate::types::errno;
 
 /// The maximum number of bytes that wait to be written, including those of the incomplete line.
 ///
-/// The value is the capacity of a pipe on Linux (pipe(7)). With a smaller value, a short pause of the
-/// log's reader drops lines. With a larger value, more memory stays allocated if the reader never
-/// continues. No benchmark chose the value.
+/// The value is the capacity of a pipe on Linux (pipe(7)). With a smaller value, a short pause of
+/// the log's reader drops lines. With a larger value, more memory stays allocated if the reader
+/// never continues. No benchmark chose the value.
 const CAPACITY: usize = 64 << 10;
 
 /// Writes log lines to standard error, a file, a pipe or a socket without blocking the process.
@@ -30,28 +30,28 @@ const CAPACITY: usize = 64 << 10;
 /// Node has no counterpart.
 ///
 /// The master serves all workers and clients in one event loop, which stops while a callback runs.
-/// `println!` and `eprintln!` are therefore unsuitable for a master's callbacks. Both block while the
-/// log's reader does not keep up, and both panic if the reader is gone or the disk is full. `LogWriter`
-/// neither blocks nor panics:
+/// `println!` and `eprintln!` are therefore unsuitable for a master's callbacks. Both block while
+/// the log's reader does not keep up, and both panic if the reader is gone or the disk is full.
+/// `LogWriter` neither blocks nor panics:
 ///
-/// - If the target is full, the line waits in memory. The writer writes it before the next line. If the
-///   writer is [attached to a master](Self::attached_to), the master's event loop writes the line as
-///   soon as the target is writable.
+/// - If the target is full, the line waits in memory. The writer writes it before the next line. If
+///   the writer is [attached to a master](Self::attached_to), the master's event loop writes the
+///   line as soon as the target is writable.
 /// - If a write fails, for instance because a pipe has no reader, the line also waits, and the next
 ///   line triggers another attempt.
-/// - At most 64 KiB wait. The writer drops further lines, and also any longer line. Once there is space
-///   again, the writer adds a notice in their place, such as `cluster: 3 log lines dropped`.
-/// - The writer returns no error and raises no signal. It changes no setting that the target's other
-///   processes share.
-/// - A line is written when it is complete, or at [`flush`](Write::flush). When the last clone of the
-///   writer is dropped, the writer makes a last attempt to write the waiting lines, and then discards
-///   the rest.
+/// - At most 64 KiB wait. The writer drops further lines, and also any longer line. Once there is
+///   space again, the writer adds a notice in their place, such as `cluster: 3 log lines dropped`.
+/// - The writer returns no error and raises no signal. It changes no setting that the target's
+///   other processes share.
+/// - A line is written when it is complete, or at [`flush`](Write::flush). When the last clone of
+///   the writer is dropped, the writer makes a last attempt to write the waiting lines, and then
+///   discards the rest.
 ///
 /// In a pipe, lines of at most `PIPE_BUF` bytes (4096 on Linux) do not mix with lines of other
 /// processes.
 ///
-/// A write to a regular file waits only for the disk. To rotate logs, open the new file with `O_APPEND`
-/// and create a new writer.
+/// A write to a regular file waits only for the disk. To rotate logs, open the new file with
+/// `O_APPEND` and create a new writer.
 ///
 /// A child that the application forks does not write the lines that wait in its parent.
 ///
@@ -64,8 +64,8 @@ const CAPACITY: usize = 64 << 10;
 /// - The terminal was opened as `/dev/tty` or `/dev/tty0`.
 ///
 /// In these cases, the write blocks if another process fills the pipe after the poll, or if the
-/// terminal has less space than the line needs. On Linux 6.5 and newer, writes to unnamed pipes never
-/// block.
+/// terminal has less space than the line needs. On Linux 6.5 and newer, writes to unnamed pipes
+/// never block.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
@@ -85,8 +85,8 @@ impl LogWriter {
     ///
     /// Node: `process.stdout`, which blocks if it is a pipe or a file.
     ///
-    /// The writer duplicates the descriptor, so a later redirection of standard output does not affect
-    /// the writer.
+    /// The writer duplicates the descriptor, so a later redirection of standard output does not
+    /// affect the writer.
     ///
     /// ```
     /// cluster::LogWriter::stdout().line("hello");
@@ -100,8 +100,8 @@ impl LogWriter {
     ///
     /// Node: `process.stderr`.
     ///
-    /// The writer duplicates the descriptor, so a later redirection of standard error does not affect
-    /// the writer.
+    /// The writer duplicates the descriptor, so a later redirection of standard error does not
+    /// affect the writer.
     ///
     /// ```
     /// cluster::LogWriter::stderr().line("hello");
@@ -115,8 +115,8 @@ impl LogWriter {
     ///
     /// Node has no counterpart.
     ///
-    /// If the descriptor is not open for writing, no line is ever written. On a datagram socket, the
-    /// writer sends each line as one datagram.
+    /// If the descriptor is not open for writing, no line is ever written. On a datagram socket,
+    /// the writer sends each line as one datagram.
     ///
     /// ```no_run
     /// # fn f() -> std::io::Result<()> {
@@ -176,8 +176,8 @@ impl Write for &LogWriter {
         Ok(())
     }
 
-    /// Formats the text and writes it. Replaces the default method, which panics if a formatter returns
-    /// an error.
+    /// Formats the text and writes it. Replaces the default method, which panics if a formatter
+    /// returns an error.
     fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
         let mut formatted = String::new();
         let _ = formatted.write_fmt(text);
@@ -221,8 +221,8 @@ enum Awaited {
     Nothing,
     /// The target is full. The poller reports when it is writable.
     Writable(Registered<Rc<File>>),
-    /// The poller has reported that the target is writable, but the target accepted nothing. The master
-    /// calls `try_again` after a delay.
+    /// The poller has reported that the target is writable, but the target accepted nothing. The
+    /// master calls `try_again` after a delay.
     BackOff,
 }
 
@@ -238,8 +238,8 @@ enum Written {
 impl State {
     fn append(&mut self, text: &[u8]) {
         self.begin();
-        // Whether this call has already found that the target does not accept all lines. One attempt is
-        // enough, because an attempt for each line would only cost system calls.
+        // Whether this call has already found that the target does not accept all lines. One
+        // attempt is enough, because an attempt for each line would only cost system calls.
         let mut is_tried = false;
         for piece in text.split_inclusive(|byte| *byte == b'\n') {
             if !self.lines.has_space(piece.len()) && !is_tried {
@@ -262,8 +262,8 @@ impl State {
         }
     }
 
-    /// Writes the waiting lines. If the target is full, makes the event loop wait until the target is
-    /// writable.
+    /// Writes the waiting lines. If the target is full, makes the event loop wait until the target
+    /// is writable.
     fn write(&mut self) -> Written {
         let written = self.write_lines();
         let is_full = matches!(written, Written::Partly(_));
@@ -271,8 +271,8 @@ impl State {
             Awaited::BackOff => {}
             Awaited::Writable(_) | Awaited::Nothing if !is_full => self.awaited = Awaited::Nothing,
             Awaited::Writable(registered) if self.target.is(registered) => {}
-            // Register the target, because it is not registered yet or has been reopened and has a new
-            // descriptor.
+            // Register the target, because it is not registered yet or has been reopened and has a
+            // new descriptor.
             Awaited::Writable(_) | Awaited::Nothing => self.awaited = self.when_writable(),
         }
         written
@@ -294,8 +294,8 @@ impl State {
             if error.kind() == io::ErrorKind::WouldBlock {
                 return Written::Partly(has_progress);
             }
-            // Drop a line that is too long for a datagram. No later attempt could send it, and it would
-            // block all further lines.
+            // Drop a line that is too long for a datagram. No later attempt could send it, and it
+            // would block all further lines.
             if error.raw_os_error() != Some(errno::EMSGSIZE) {
                 return Written::Failed;
             }
@@ -369,8 +369,8 @@ impl AttachedLogs {
         state.write();
     }
 
-    /// Detaches all logs from the master. Their lines are then written only when the application writes
-    /// further lines.
+    /// Detaches all logs from the master. Their lines are then written only when the application
+    /// writes further lines.
     pub(crate) fn detach(&self) {
         let logs = self.0.take();
         for log in logs.into_values().filter_map(|log| log.upgrade()) {
@@ -383,9 +383,9 @@ impl AttachedLogs {
 
 /// The lines that wait to be written, followed by the incomplete line.
 ///
-/// After a line has been dropped, all further lines are dropped until half of the capacity is free. A
-/// notice with the number of dropped lines is then added, so that it stands exactly where the lines are
-/// missing.
+/// After a line has been dropped, all further lines are dropped until half of the capacity is free.
+/// A notice with the number of dropped lines is then added, so that it stands exactly where the
+/// lines are missing.
 #[derive(Debug, Default)]
 struct Lines {
     bytes: Vec<u8>,
@@ -439,8 +439,8 @@ impl Lines {
         self.complete = self.bytes.len();
     }
 
-    /// Returns the bytes for the next write: one line, or as many whole lines as fit into the unit. If
-    /// the first line does not fit, returns the part of it that does.
+    /// Returns the bytes for the next write: one line, or as many whole lines as fit into the unit.
+    /// If the first line does not fit, returns the part of it that does.
     fn first(&self, unit: Unit) -> &[u8] {
         let complete = &self.bytes[..self.complete];
         let end = |part: &[u8]| {
@@ -475,8 +475,8 @@ impl Lines {
         self.remove(self.first(Unit::Line).len());
     }
 
-    /// Adds a notice after the complete lines if lines have been dropped and half of the capacity is
-    /// free.
+    /// Adds a notice after the complete lines if lines have been dropped and half of the capacity
+    /// is free.
     fn add_notice(&mut self) {
         if self.dropped == 0 || self.bytes.len() > CAPACITY / 2 {
             return;
@@ -618,8 +618,8 @@ mod tests {
         let mut reader = File::from(reader);
         let mut text = Vec::new();
         let mut buffer = vec![0; 1 << 20];
-        // Each further line first writes the lines that wait. The reader must then get all kept lines,
-        // the notice, and these two lines, in this order.
+        // Each further line first writes the lines that wait. The reader must then get all kept
+        // lines, the notice, and these two lines, in this order.
         for last in ["last\n", "very last\n"] {
             let length = reader.read(&mut buffer).unwrap();
             text.extend_from_slice(&buffer[..length]);

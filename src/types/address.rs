@@ -11,8 +11,8 @@ use crate::types::endpoint::{Endpoint, Kind, Place};
 /// Node: the argument `address` of the `listening` event, and its `addressType`.
 ///
 /// An address prints as `127.0.0.1:8000` or `[::1]:8000`. If the worker gave no host, the address
-/// prints as `*:8000`. A Unix socket prints as its path, or as `descriptor 3` if the worker requested
-/// it by its descriptor.
+/// prints as `*:8000`. A Unix socket prints as its path, or as `descriptor 3` if the worker
+/// requested it by its descriptor.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {

@@ -65,8 +65,8 @@ impl Endpoint {
         Self { kind, place }
     }
 
-    /// Returns the requested IP address and port, or `None` for a path or a descriptor. If only a port
-    /// was requested, the IP address is `::`.
+    /// Returns the requested IP address and port, or `None` for a path or a descriptor. If only a
+    /// port was requested, the IP address is `::`.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         match self.place {
             Place::Ip(address) => Some(address),
@@ -80,8 +80,8 @@ impl Endpoint {
         self.address().is_some_and(|address| address.port() == 0)
     }
 
-    /// Returns whether the endpoint is a descriptor of the master's application. The application keeps
-    /// the socket when the listener closes.
+    /// Returns whether the endpoint is a descriptor of the master's application. The application
+    /// keeps the socket when the listener closes.
     pub(crate) fn is_borrowed(&self) -> bool {
         matches!(self.place, Place::Fd(_))
     }

@@ -37,8 +37,8 @@ pub struct WorkerLoad {
     /// The connections in `received` that the worker's application has not closed. Connections from
     /// listeners that the worker has released do not count.
     ///
-    /// The number is approximate, because the worker reports it only from time to time. A worker that
-    /// receives no further connections reports it when half of them have been closed.
+    /// The number is approximate, because the worker reports it only from time to time. A worker
+    /// that receives no further connections reports it when half of them have been closed.
     pub open: u64,
     /// The connections in `dispatched` that returned to the master because the worker had not
     /// received them.
@@ -88,7 +88,7 @@ pub struct ListenerLoad {
     pub address: Address,
     /// The connections that the master has accepted, or 0 if the workers accept them.
     pub accepted: u64,
-    /// The connections that wait in the kernel's backlog. Only Linux reports their number, and only for
-    /// TCP ports. In all other cases, the value is `None`.
+    /// The connections that wait in the kernel's backlog. Only Linux reports their number, and only
+    /// for TCP ports. In all other cases, the value is `None`.
     pub queued: Option<u64>,
 }

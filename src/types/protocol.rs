@@ -17,8 +17,8 @@ pub(crate) const MAX_FDS: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameError {
-    /// The frame has another version of the format. The value is that version. The two programs were
-    /// probably built with different versions of this crate.
+    /// The frame has another version of the format. The value is that version. The two programs
+    /// were probably built with different versions of this crate.
     Version(u8),
     /// The header announces a body that is longer than the limit. The value is the announced length
     /// in bytes.
@@ -79,8 +79,8 @@ pub enum Violation {
     UnknownListening,
     /// A worker reported twice that it listens on the same listener.
     RepeatedListening,
-    /// A worker reported that it is idle for a listener through which it receives no connections from the
-    /// master.
+    /// A worker reported that it is idle for a listener through which it receives no connections
+    /// from the master.
     UnknownIdle,
     /// A worker reported that it received more connections than the master dispatched to it.
     UndispatchedConnection,

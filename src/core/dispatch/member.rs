@@ -295,8 +295,8 @@ impl Member {
     }
 }
 
-/// The sort key of an idle worker. Stalled workers come last. Otherwise, the worker whose last dispatch
-/// is the oldest comes first.
+/// The sort key of an idle worker. Stalled workers come last. Otherwise, the worker whose last
+/// dispatch is the oldest comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct IdleRank {
     pub(super) is_stalled: bool,
@@ -311,8 +311,8 @@ pub(super) struct BusyRank {
     pub(super) worker: WorkerId,
 }
 
-/// The sort keys of one worker in the dispatcher's ordered sets. A key is `None` if its set does not
-/// contain the worker.
+/// The sort keys of one worker in the dispatcher's ordered sets. A key is `None` if its set does
+/// not contain the worker.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ranks {
     pub(super) idle: Option<IdleRank>,

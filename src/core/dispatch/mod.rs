@@ -44,16 +44,16 @@
 //!
 //! - Without a scheduler, the capacity is the number of idle workers times the window, minus the
 //!   waiting connections. If no worker is idle, new connections stay in the kernel's backlog.
-//! - With a scheduler, the capacity is the number of idle, busy and slow workers times `MAX_WINDOW`,
-//!   minus the accepted connections that are not known to have been received.
+//! - With a scheduler, the capacity is the number of idle, busy and slow workers times
+//!   `MAX_WINDOW`, minus the accepted connections that are not known to have been received.
 //!
 //! # The window
 //!
 //! The window is the maximum number of connections that a worker may have before it reports again
 //! that it is idle. All workers share one window, which starts at 1.
 //!
-//! An idle report is quick if the connections since the worker's last report took at most `QUICK` each
-//! on average. Each report changes the window:
+//! An idle report is quick if the connections since the worker's last report took at most `QUICK`
+//! each on average. Each report changes the window:
 //!
 //! - If the report is quick and the worker served a full window, the window doubles, up to
 //!   `MAX_WINDOW`.
@@ -218,11 +218,11 @@ pub(crate) struct Dispatcher<C> {
     idle: BTreeSet<IdleRank>,
     /// The busy workers that are not stalled, the one with the lowest recent load first.
     busy: BTreeSet<BusyRank>,
-    /// The workers with connections queued behind another one, sorted by the time at which each worker
-    /// became busy.
+    /// The workers with connections queued behind another one, sorted by the time at which each
+    /// worker became busy.
     queued_behind: BTreeSet<(Time, WorkerId)>,
-    /// The busy workers that are not known to have received a connection since their last idle report,
-    /// sorted by the time at which each worker became busy.
+    /// The busy workers that are not known to have received a connection since their last idle
+    /// report, sorted by the time at which each worker became busy.
     unresponsive: BTreeSet<(Time, WorkerId)>,
     /// The end times of penalties, including those of workers that are no longer stalled.
     penalties: BTreeSet<(Time, WorkerId)>,
@@ -239,7 +239,8 @@ pub(crate) struct Dispatcher<C> {
     has_scheduler: bool,
     /// The workers that have capacity for a connection that the scheduler has assigned to them.
     assignable: BTreeSet<WorkerId>,
-    /// The number of workers that have reported that they are idle and have not paused or ended since.
+    /// The number of workers that have reported that they are idle and have not paused or ended
+    /// since.
     ready_count: usize,
     /// The number of workers that have not ended.
     candidate_count: usize,
@@ -251,8 +252,8 @@ pub(crate) struct Dispatcher<C> {
     queued_total: u64,
     /// The number of connections that have been accepted.
     accepted: u64,
-    /// The number of turns that have been taken. A worker takes a turn when it is added, and at each
-    /// dispatch.
+    /// The number of turns that have been taken. A worker takes a turn when it is added, and at
+    /// each dispatch.
     turns: u64,
     /// The highest recent load that any worker has had.
     recent_load_max: u64,
@@ -491,7 +492,8 @@ impl<C> Dispatcher<C> {
     }
 
     /// Stops dispatching to `worker` for good. The worker may still receive the connections in its
-    /// queue. The scheduler is called again for waiting connections that it had assigned to the worker.
+    /// queue. The scheduler is called again for waiting connections that it had assigned to the
+    /// worker.
     pub(crate) fn end(&mut self, worker: WorkerId) {
         let ended = self.update(worker, Member::end);
         for (sequence, ()) in ended.into_iter().flat_map(|(assigned, _)| assigned) {

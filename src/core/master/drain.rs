@@ -8,9 +8,9 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// The time between keeping new connections out of a backlog and treating the empty backlog as final.
-/// It applies to draining listeners that may have served connections, and to the shards of departing
-/// workers.
+/// The time between keeping new connections out of a backlog and treating the empty backlog as
+/// final. It applies to draining listeners that may have served connections, and to the shards of
+/// departing workers.
 ///
 /// Handshakes that are in flight over a network complete in that time. If it is shorter, the
 /// clients of slow handshakes are reset. If it is longer, the disconnects take longer.
@@ -152,8 +152,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes a draining listener whose backlog has just been found empty, or from which the master no
-    /// longer accepts.
+    /// Closes a draining listener whose backlog has just been found empty, or from which the master
+    /// no longer accepts.
     ///
     /// The listener stays open while a connection is in a worker's queue, because the connection
     /// may be reclaimed for another worker.

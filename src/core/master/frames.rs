@@ -114,8 +114,8 @@ impl<C, F: Default> MasterCore<C, F> {
         Ok(())
     }
 
-    /// Returns the dispatcher of a listener whose workers have queues. The workers of other listeners
-    /// accept connections themselves, and cannot make the master accept.
+    /// Returns the dispatcher of a listener whose workers have queues. The workers of other
+    /// listeners accept connections themselves, and cannot make the master accept.
     fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<C>> {
         let listener = self.listeners.get_mut(&handle)?;
         listener

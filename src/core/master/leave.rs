@@ -19,8 +19,8 @@ impl<C, F> MasterCore<C, F> {
         let policy = listener.policy;
         if !listener.members.is_served() {
             match (listener.is_retained(), listener.stage) {
-                // End the pause, because no worker is left that could receive the accepted connections.
-                // They wait for the next worker.
+                // End the pause, because no worker is left that could receive the accepted
+                // connections. They wait for the next worker.
                 (true, Stage::Pausing) => listener.stage = Stage::Open,
                 (true, _) => {}
                 (false, _) => self.close_unserved(handle, Some(worker)),

@@ -71,8 +71,9 @@ impl<C, F> MasterCore<C, F> {
     ) -> Result<(), FrameError> {
         let listener = &self.listeners[&handle];
         if listener.members.is_closing(worker) {
-            // Reject the request, because the worker's previous queue is not closed yet. `EMFILE` names
-            // the reason: the master lacked descriptors for reclaiming the queue's connections.
+            // Reject the request, because the worker's previous queue is not closed yet. `EMFILE`
+            // names the reason: the master lacked descriptors for reclaiming the queue's
+            // connections.
             self.reject(worker, request, errno::EMFILE);
         } else if listener.members.contains(worker) {
             if listener.ownership != Ownership::Adopted {

@@ -21,8 +21,8 @@
 //!   socket enters this stage immediately, because no client waits for an answer to a queued
 //!   datagram.
 //! - Two kinds of draining listeners never return to `Open`, so the next worker receives a new
-//!   listener. The file of a Unix path has been removed. A borrowed listener has been returned to the
-//!   application.
+//!   listener. The file of a Unix path has been removed. A borrowed listener has been returned to
+//!   the application.
 //!
 //! A retained listener stays open without workers, and new connections wait in its backlog.
 //!
@@ -54,16 +54,16 @@ pub(super) enum Stage {
     /// The listener receives new connections.
     Open,
     /// New connections are kept out. The value is the end of the grace period for handshakes. Until
-    /// then, an empty backlog does not close the listener. The value is `None` if the period has ended
-    /// or none is needed.
+    /// then, an empty backlog does not close the listener. The value is `None` if the period has
+    /// ended or none is needed.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,
     /// All serving workers are disconnecting. The master accepts nothing more, and the workers
     /// receive the connections that it has accepted.
     Pausing,
-    /// The listener is closed for new connections. Its entry stays until the last worker has released
-    /// it.
+    /// The listener is closed for new connections. Its entry stays until the last worker has
+    /// released it.
     Unbound,
 }
 
@@ -89,8 +89,8 @@ pub(super) enum AcceptState {
     Ready,
     /// The shell is accepting connections.
     Accepting,
-    /// Accepting failed, or another process shut the listener down. The value is the time of the next
-    /// attempt.
+    /// Accepting failed, or another process shut the listener down. The value is the time of the
+    /// next attempt.
     BackingOff(Time),
     /// The master accepts nothing more, and leaves further connections to the socket's other
     /// owners.
@@ -110,8 +110,8 @@ pub(super) enum AcceptState {
 /// the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ownership {
-    /// Only the master and its workers have copies. A copy in any other process is unintended, so the
-    /// master shuts it down together with the listener.
+    /// Only the master and its workers have copies. A copy in any other process is unintended, so
+    /// the master shuts it down together with the listener.
     Sole,
     /// The application may have passed a copy to any process.
     Borrowed,
@@ -136,13 +136,13 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
-    /// The time at which the master begins to watch for the next shutdown of the listener, after it has
-    /// reported one. Only for listeners whose workers accept.
+    /// The time at which the master begins to watch for the next shutdown of the listener, after it
+    /// has reported one. Only for listeners whose workers accept.
     pub(super) hang_up_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
-    /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps the
-    /// backlog for the next worker.
+    /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps
+    /// the backlog for the next worker.
     pub(super) shards: Vec<Option<WorkerId>>,
     /// The workers whose shards receive no new connections, with the time at which the master tells
     /// each worker to start draining its shard.

@@ -65,8 +65,8 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
         };
-        // Report the resets only for an open listener. A draining listener directs new connections to
-        // the selector on purpose. Some still arrive there, because a SYN cookie completes their
+        // Report the resets only for an open listener. A draining listener directs new connections
+        // to the selector on purpose. Some still arrive there, because a SYN cookie completes their
         // handshake. Their reset is no error.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
@@ -75,8 +75,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Directs new connections to the shards of the workers that serve the listener, and to the spare
-    /// shard if there is one.
+    /// Directs new connections to the shards of the workers that serve the listener, and to the
+    /// spare shard if there is one.
     pub(super) fn select_shards(&mut self, handle: HandleId) {
         self.choose_spare_shard(handle);
         let Some(listener) = self.listeners.get(&handle) else {

@@ -334,8 +334,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the channel without a `Disconnect` frame. The worker treats this as unexpected and exits
-    /// immediately.
+    /// Closes the channel without a `Disconnect` frame. The worker treats this as unexpected and
+    /// exits immediately.
     pub(crate) fn close_channel(&mut self, worker: WorkerId) {
         let entry = self.workers.get(&worker);
         if entry.is_some_and(WorkerEntry::is_writable) {
@@ -452,8 +452,8 @@ impl<C, F> MasterCore<C, F> {
         self.workers.contains_key(&process)
     }
 
-    /// Returns the state that the application was last notified of. The state of a detached process is
-    /// always `Disconnected`, because it has no channel.
+    /// Returns the state that the application was last notified of. The state of a detached process
+    /// is always `Disconnected`, because it has no channel.
     ///
     /// Returns `None` after the application has been notified that the process exited.
     pub(crate) fn state(&self, process: WorkerId) -> Option<WorkerState> {

@@ -33,8 +33,9 @@ pub(super) enum QueueReport {
 
 // Reports and notifications.
 impl<F> WorkerCore<F> {
-    /// Records that the listener's queue was found empty while the application waits for a connection.
-    /// Reports this to the master, unless the master already knows or the listener is paused.
+    /// Records that the listener's queue was found empty while the application waits for a
+    /// connection. Reports this to the master, unless the master already knows or the listener is
+    /// paused.
     pub(crate) fn found_empty(&mut self, listener: ListenerId) {
         let is_paused = self.is_paused(listener);
         let Some(entry) = self.listeners.get_mut(&listener) else {

@@ -315,7 +315,8 @@ impl<F> WorkerCore<F> {
     }
 
     /// Starts draining a listener, because it receives no new connections. Its backlog or queue is
-    /// still served, and the listener closes once that is empty. A datagram socket closes immediately.
+    /// still served, and the listener closes once that is empty. A datagram socket closes
+    /// immediately.
     pub(super) fn drain(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;

@@ -182,8 +182,8 @@ impl<F> WorkerCore<F> {
         !self.is_connected() && (self.disconnect != Disconnect::Received || self.killed)
     }
 
-    /// Returns whether the application may stop running: the worker must exit, or neither the channel, a
-    /// listener nor a connection keeps the application running.
+    /// Returns whether the application may stop running: the worker must exit, or neither the
+    /// channel, a listener nor a connection keeps the application running.
     pub(crate) fn is_finished(&self) -> bool {
         let channel = match self.channel {
             ChannelState::Open => self.referenced,
@@ -208,8 +208,8 @@ impl<F> WorkerCore<F> {
 
 // Requests from the application.
 impl<F> WorkerCore<F> {
-    /// Sets whether `listener` keeps the application running. If `listener` is `None`, sets this for the
-    /// channel.
+    /// Sets whether `listener` keeps the application running. If `listener` is `None`, sets this
+    /// for the channel.
     pub(crate) fn reference(&mut self, listener: Option<ListenerId>, referenced: bool) {
         match listener {
             None => self.referenced = referenced,
@@ -221,11 +221,11 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes the listeners without a callback, and then the channel if the worker is drained. The shell
-    /// calls this when the application runs the event loop.
+    /// Closes the listeners without a callback, and then the channel if the worker is drained. The
+    /// shell calls this when the application runs the event loop.
     ///
-    /// The channel must not close before this call, because an application that accepts with blocking
-    /// calls may still send something after its last connection.
+    /// The channel must not close before this call, because an application that accepts with
+    /// blocking calls may still send something after its last connection.
     pub(crate) fn waiting_for_events(&mut self) {
         self.close_unused_listeners();
         if self.is_drained() {

@@ -82,8 +82,8 @@ pub(crate) struct Inbox {
     last_was_large: bool,
     /// The batches of descriptors whose first frame has not been decoded, in the order of arrival.
     early: VecDeque<EarlyBatch>,
-    /// The remaining descriptors of the current batch, whose first frame has been decoded. `None` stands
-    /// for a descriptor that the kernel dropped.
+    /// The remaining descriptors of the current batch, whose first frame has been decoded. `None`
+    /// stands for a descriptor that the kernel dropped.
     fds: VecDeque<Option<NoLingerFd>>,
 }
 
@@ -199,20 +199,21 @@ impl Inbox {
         self.bytes.shrink_to(READ_SIZE);
     }
 
-    /// Returns whether the descriptors in `early` exceed the limit. A batch of which the kernel dropped
-    /// all descriptors counts as one descriptor, so that the number of batches is limited too.
+    /// Returns whether the descriptors in `early` exceed the limit. A batch of which the kernel
+    /// dropped all descriptors counts as one descriptor, so that the number of batches is limited
+    /// too.
     fn has_too_many_early_fds(&self) -> bool {
         let early = self.early.iter().map(|batch| batch.fds.len().max(1));
         early.sum::<usize>() > MAX_EARLY_FDS
     }
 
-    /// Moves the descriptors of the oldest batch from `early` to `fds`, from which the next frames take
-    /// them. `count` is the batch's size as stated by its first frame.
+    /// Moves the descriptors of the oldest batch from `early` to `fds`, from which the next frames
+    /// take them. `count` is the batch's size as stated by its first frame.
     ///
     /// # Errors
     ///
-    /// Returns an error if no batch has arrived, if its size differs from `count` although the kernel
-    /// dropped nothing, or if the previous batch has descriptors left.
+    /// Returns an error if no batch has arrived, if its size differs from `count` although the
+    /// kernel dropped nothing, or if the previous batch has descriptors left.
     fn open_batch(&mut self, count: usize) -> Result<(), FrameError> {
         let Some(EarlyBatch { fds, lost_fds }) = self.early.pop_front() else {
             return Err(FrameError::Descriptors);

@@ -47,11 +47,11 @@ use crate::wire::receipts::{Receipt, ReceiptId};
 use inbox::{Arrival, EXTRA_READ, Inbox};
 use outbox::{Batch, Outbox};
 
-/// The number of bytes above which `has_capacity` advises the application to pause. The unwritten bytes
-/// count, and one more message of the last message's length.
+/// The number of bytes above which `has_capacity` advises the application to pause. The unwritten
+/// bytes count, and one more message of the last message's length.
 ///
-/// The next message counts, because the channel must copy it to the queue if other bytes are already
-/// queued.
+/// The next message counts, because the channel must copy it to the queue if other bytes are
+/// already queued.
 ///
 /// A larger value delays the advice and uses more memory. If the value were below the usual message
 /// length, the application would pause after each message. The public API documents the value.
@@ -248,8 +248,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     ///
     /// # Errors
     ///
-    /// Returns an error if the channel is closed for writing, if the message exceeds a limit, or if the
-    /// queue is full. No part of the message is then sent.
+    /// Returns an error if the channel is closed for writing, if the message exceeds a limit, or if
+    /// the queue is full. No part of the message is then sent.
     pub(crate) fn send(
         &mut self,
         message: &[u8],
@@ -404,8 +404,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    /// Returns whether writing waits for memory or descriptors. The poller does not report when they are
-    /// available, so the caller must retry.
+    /// Returns whether writing waits for memory or descriptors. The poller does not report when
+    /// they are available, so the caller must retry.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.capacity == Capacity::Exhausted
     }

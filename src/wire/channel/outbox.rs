@@ -148,8 +148,9 @@ impl Outbox {
             return BatchSize { bytes, fds: 0 };
         }
         if let Some(beyond) = self.fds.get(MAX_BATCH) {
-            // A frame whose descriptors do not fit into this batch waits for the next batch. This batch
-            // still has bytes, because the first frame has fewer than `MAX_BATCH` descriptors.
+            // A frame whose descriptors do not fit into this batch waits for the next batch. This
+            // batch still has bytes, because the first frame has fewer than `MAX_BATCH`
+            // descriptors.
             let before = usize::try_from(beyond.frame_start - self.written).unwrap_or(bytes);
             bytes = bytes.min(before);
         }
@@ -232,8 +233,8 @@ mod tests {
             ToMaster::Message(vec![0; 30]).encode(MAX_FDS, &mut bytes);
             outbox.push([&bytes[..]], std::iter::repeat_n(Rc::clone(&null), MAX_FDS));
         }
-        // The kernel sends all descriptors of a batch with the first byte. The next calls must send no
-        // further descriptors until all bytes of the first batch are written.
+        // The kernel sends all descriptors of a batch with the first byte. The next calls must send
+        // no further descriptors until all bytes of the first batch are written.
         for expected in [MAX_BATCH, 0, 0] {
             assert_eq!(outbox.next_batch().fds.len(), expected);
             outbox.advance(1);
