@@ -347,8 +347,8 @@ impl<R> EventLoop<R> {
         drop(cleared);
     }
 
-    /// Calls the timers that are due now, but none that become due in the meantime. Calls `settle`
-    /// after each timer.
+    /// Calls the callbacks of the timers that are due now, but of none that become due during these
+    /// calls. Calls `settle` after each callback.
     pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
         if self.deadline(None).is_none() {
             return;
@@ -423,6 +423,8 @@ impl<R> EventLoop<R> {
         drop(removed);
     }
 
+    /// Calls the callback of a watched descriptor that is ready. Stops watching the descriptor if
+    /// the callback returns `None`.
     pub(crate) fn watch_ready(&self, role: &R, number: u32) {
         let id = WatchId(number);
         let watches = self.watches.borrow();

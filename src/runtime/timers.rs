@@ -73,8 +73,8 @@ impl<T: Clone> Timers<T> {
         Some(timer)
     }
 
-    /// Removes a timer and returns its payload. The caller must release its borrows before it drops
-    /// the payload, because the payload's `Drop` may call the event loop.
+    /// Removes a timer and returns its payload. The caller must end its borrow of the timers before
+    /// it drops the payload, because the payload's `Drop` may call the event loop.
     pub(crate) fn clear(&mut self, id: TimerId) -> Option<T> {
         self.remove(id).map(|timer| timer.payload)
     }
@@ -99,8 +99,8 @@ impl<T: Clone> Timers<T> {
 
     /// Returns the payload of the first timer that is due, or `None` if no timer is due.
     ///
-    /// A timeout is removed. An interval is scheduled again. If the event loop is late, the
-    /// interval skips the calls that it missed.
+    /// Removes the timer if it is a timeout, and schedules it again if it is an interval. If the
+    /// event loop is late, an interval skips the calls that it missed.
     pub(crate) fn next_due(&mut self, now: Time) -> Option<T> {
         let &(due, id) = self.order.first().filter(|(due, _)| *due <= now)?;
         let timer = self.timers.get_mut(&id)?;

@@ -78,7 +78,8 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         self.channel.take()
     }
 
-    /// Queues a protocol frame, which the crate itself sends, if the channel is open.
+    /// Queues a frame that the crate itself sends, as opposed to a message of the application. Does
+    /// nothing if the channel is closed.
     pub(crate) fn queue(&self, frame: &Out, fd: Option<OwnedFd>) {
         let fd = fd.map(|fd| Rc::new(fd.into()));
         self.with(|channel| channel.queue(frame, fd));

@@ -73,8 +73,8 @@ pub(super) struct Member {
     busy_since: Time,
     /// The turn of the last dispatch to the worker. The idle worker with the lowest turn is next.
     last_turn: u64,
-    /// The number of dispatched connections that count for fairness. The busy worker with the
-    /// lowest load is next.
+    /// The number of dispatched connections that count for fairness. Among busy workers, the one
+    /// with the lowest number is next.
     pub(super) recent_load: u64,
     /// The sequence numbers of the waiting connections that the scheduler has assigned to this
     /// worker.
@@ -117,7 +117,8 @@ impl Member {
         self.received
     }
 
-    /// Returns whether the worker can be chosen, provided that it is idle or its window has space.
+    /// Returns whether the dispatcher's rules may choose the worker, provided that the worker is
+    /// idle or its window has space.
     fn is_available(&self) -> bool {
         match self.state {
             State::Ready => true,

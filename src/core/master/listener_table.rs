@@ -5,8 +5,9 @@
 //!
 //! Changing a listener makes its index entry stale until `index_changed` is called. In the
 //! meantime, each query also reads the stale listeners themselves, so its answer is always correct.
-//! Each connection causes several changes to its listener. Most changes do not alter the index
-//! entry and need no search in the index.
+//!
+//! The index is updated late, because each connection causes several changes to its listener, and
+//! most of them do not alter the index entry.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;

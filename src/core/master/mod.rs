@@ -77,6 +77,8 @@ use workers::WorkerEntry;
 #[derive(Debug)]
 pub(crate) struct MasterCore<C, F> {
     policy: SchedulingPolicy,
+    /// Whether the policy can no longer be changed, because a worker was forked or a listener
+    /// retained.
     is_policy_frozen: bool,
     /// Whether the application's scheduler chooses the worker of each connection.
     has_scheduler: bool,
@@ -90,6 +92,7 @@ pub(crate) struct MasterCore<C, F> {
     listeners: ListenerTable<C>,
     /// The listener whose waiting connections were swept last.
     last_swept: HandleId,
+    /// The listeners that the next worker with an equal key receives.
     keys: SortedMap<HandleKey, HandleId>,
     /// The requests whose `Bind` action has not been answered.
     binding: SortedMap<HandleId, PendingBind>,
@@ -211,9 +214,9 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns the next event.
     ///
-    /// The worker's state is updated only here, and the worker leaves the table only after its last
-    /// event. Therefore both agree with the event that is being delivered, even if more events are
-    /// pending.
+    /// Only this method updates the state that the application sees, and removes a worker from the
+    /// table at its last event. Therefore the state and the table agree with the event that is
+    /// being delivered, even if more events are pending.
     pub(crate) fn next_event(&mut self) -> Option<EmittedEvent<F>> {
         self.listeners.index_changed();
         let Some(emitted) = self.events.pop_front() else {

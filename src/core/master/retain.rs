@@ -11,7 +11,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::{HandleId, HandleKey};
 
 impl<C, F> MasterCore<C, F> {
-    /// Retains a listener that is open on this endpoint.
+    /// Retains a listener that is open on this endpoint, and returns it.
     ///
     /// The first choice is a listener that is not retained. If all listeners are already retained
     /// and the system does not choose the port, the first listener is retained one more time.
@@ -79,6 +79,8 @@ impl<C, F> MasterCore<C, F> {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             listener.ownership = Ownership::Adopted;
         }
+        // Add a second key for a listener on all addresses, because a worker that gives no host
+        // requests only the port.
         if let Some(address) = address.filter(|address| address.ip().is_unspecified()) {
             let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
             let key = HandleKey { endpoint, index: 0 };
@@ -110,7 +112,8 @@ impl<C, F> MasterCore<C, F> {
         Some(listener.public_address())
     }
 
-    /// Releases a listener for the application. The listener closes if no worker serves it.
+    /// Releases a listener that the application has retained. If the application has now released
+    /// it as often as it has retained it, the listener closes unless a worker serves it.
     pub(crate) fn release(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -95,7 +95,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Notifies the callbacks of those listeners that are no longer paused.
+    /// Notifies the callbacks of those listeners in `were_paused` that are no longer paused.
     pub(super) fn resume(&mut self, were_paused: Vec<ListenerId>) {
         for listener in were_paused {
             self.notify_ready(listener);
@@ -220,6 +220,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Leaves connections beyond the limit to other workers from now on, instead of dropping them.
+    /// In a disconnecting worker, lifts the limit.
     pub(crate) fn keep_excess(&mut self, listener: ListenerId) {
         let serves_all = self.disconnect == Disconnect::Received;
         if let Some(entry) = self.listeners.get_mut(&listener) {

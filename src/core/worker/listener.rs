@@ -12,7 +12,8 @@ use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::wire::frame::{Bound, HandleKey, ToMaster};
 
-/// The application's name for a listener. A number is not reused while its listener is known.
+/// Identifies a listener of this worker. The number is reused only after the application has
+/// dropped the listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
 
@@ -122,7 +123,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Returns whether the listener is known, because the application has not dropped it.
+    /// Returns whether the worker has an entry for the listener. The entry stays until the
+    /// application drops the listener.
     pub(crate) fn is_known(&self, listener: ListenerId) -> bool {
         self.listeners.contains_key(&listener)
     }

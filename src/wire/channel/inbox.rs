@@ -7,10 +7,11 @@ use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::FrameError;
 use crate::wire::frame::{Frame, HEADER, Header, MAX_BATCH};
 
-/// The maximum number of bytes that a single read returns, in addition to the rest of a large body.
+/// The length in bytes of the buffer for reading. The rest of a large body is not read into this
+/// buffer.
 ///
-/// With a smaller value, a burst of frames takes more system calls. Each process allocates the
-/// buffer only once.
+/// With a smaller value, a burst of frames takes more system calls. A larger value costs little
+/// memory, because each process allocates the buffer only once.
 pub(crate) const READ_SIZE: usize = 64 << 10;
 /// The maximum number of descriptors that may arrive before their frames.
 ///
@@ -88,6 +89,7 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
+    /// Adds received bytes, of which the first complete the large body, if there is one.
     pub(crate) fn push(&mut self, mut piece: &[u8]) {
         if let Some(large) = &mut self.large {
             let (first, rest) = piece.split_at(large.missing().min(piece.len()));
@@ -127,6 +129,7 @@ impl Inbox {
         early.chain(self.fds.iter().flatten())
     }
 
+    /// Adds the descriptors of one system call. `lost_fds` says whether the kernel dropped some.
     pub(crate) fn push_fds(&mut self, fds: Vec<NoLingerFd>, lost_fds: bool) {
         if lost_fds || !fds.is_empty() {
             self.early.push_back(EarlyBatch { fds, lost_fds });

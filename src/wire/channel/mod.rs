@@ -97,7 +97,8 @@ pub(crate) enum Received {
     EndOfFile,
 }
 
-/// The state of the sending direction.
+/// The state of the sending direction. A write that fails for lack of memory or descriptors does
+/// not change the state.
 ///
 /// | state | event | next state |
 /// |---|---|---|
