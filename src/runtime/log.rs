@@ -32,7 +32,7 @@ const CAPACITY: usize = 64 << 10;
 /// The master serves all workers and clients in one event loop, which stops while a callback runs.
 /// `println!` and `eprintln!` are therefore unsuitable for a master's callbacks. Both block while
 /// the log's reader does not keep up, and both panic if the reader is gone or the disk is full.
-/// `LogWriter` neither blocks nor panics:
+/// `LogWriter` never panics, and blocks only in the cases under *Limitations*:
 ///
 /// - If the target is full, the line waits in memory. The writer writes it before the next line. If
 ///   the writer is [attached to a master](Self::attached_to), the master's event loop writes the
@@ -66,6 +66,8 @@ const CAPACITY: usize = 64 << 10;
 /// In these cases, the write blocks if another process fills the pipe after the poll, or if the
 /// terminal has less space than the line needs. On Linux 6.5 and newer, writes to unnamed pipes
 /// never block.
+///
+/// # Examples
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {

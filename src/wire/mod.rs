@@ -1,7 +1,7 @@
 //! Exchanges bytes and descriptors between two processes. The modules define the frames, the
 //! channel that carries frames, and the channel code that the shells of both roles share.
 //!
-//! The modules do not depend on what a frame means to the master or to a worker.
+//! The modules do not decide how the master or a worker reacts to a frame.
 
 pub(crate) mod channel;
 pub(crate) mod driver;

@@ -46,7 +46,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Records that a batch of accepts is complete. The backlog may contain more connections.
+    /// Records that the shell has accepted as many connections as the `Accept` action allowed. The
+    /// backlog may contain more.
     pub(crate) fn accept_done(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -122,6 +123,7 @@ impl<C, F> MasterCore<C, F> {
         self.resume_if_served(handle);
     }
 
+    /// Watches for the next shutdown once the delay after the last shutdown has passed.
     pub(super) fn watch_hang_up_if_due(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -1,8 +1,8 @@
 //! The decisions of the master.
 //!
-//! The shell reports facts by method calls. `MasterCore` produces [`Action`]s, which the shell
-//! carries out at once without calling the application. `MasterCore` also produces events, which
-//! the application's callbacks receive in a later step of the event loop.
+//! The shell reports facts by method calls. `MasterCore` produces actions and events. The shell
+//! carries out each [`Action`] at once, without calling the application. The application's
+//! callbacks receive the events in a later step of the event loop.
 //!
 //! The core uses no descriptors, clocks or system calls. A connection is any type `C`, and the
 //! descriptors of a message are any type `F`.
@@ -92,7 +92,7 @@ pub(crate) struct MasterCore<C, F> {
     listeners: ListenerTable<C>,
     /// The listener whose waiting connections were swept last.
     last_swept: HandleId,
-    /// The listeners that the next worker with an equal key receives.
+    /// The listener of each key. A worker that requests a key joins its listener.
     keys: SortedMap<HandleKey, HandleId>,
     /// The requests whose `Bind` action has not been answered.
     binding: SortedMap<HandleId, PendingBind>,
@@ -301,7 +301,7 @@ impl<C, F> MasterCore<C, F> {
 
 // Time and deadlines.
 impl<C, F> MasterCore<C, F> {
-    /// Returns the latest time at which `tick` must be called.
+    /// Returns the latest time at which `tick` must be called, or `None` if nothing is due by time.
     pub(crate) fn deadline(&self) -> Option<Time> {
         let worker = self.deadlines.first().map(|(time, _)| *time);
         let due = earlier(worker, self.stop_deadline);

@@ -9,7 +9,8 @@ use super::listener::{Entry, Stage};
 use super::{Disconnect, Event, ListenerId, WorkerCore};
 use crate::wire::frame::ToMaster;
 
-/// The last report about a queue that the worker sent to the master.
+/// The last report about a queue that the worker sent to the master. The table lists the events at
+/// which the worker sends the next report.
 ///
 /// | report | event | next |
 /// |---|---|---|
