@@ -8,7 +8,8 @@ use crate::table::{Goal, Table};
 const WORKERS: usize = 8;
 const SEQUENTIAL: usize = 1_600;
 const CONCURRENT: usize = 16_000;
-/// Number of connections for the kernel's hash, which distributes them evenly only in the long run.
+/// Number of connections in the rows named `long`. With the policy `sharded`, the kernel's hash
+/// distributes connections evenly only over many connections.
 const LONG_RUN: usize = 100_000;
 
 /// A function that reduces the workers' counts to one figure.
@@ -20,7 +21,8 @@ const TO_MEAN: (Measure, &str) = (
     "max/mean",
 );
 
-/// A case with its title, server, numbers of clients, connections and rounds, measure, and goal.
+/// One row of the table: its title, the server's name, the numbers of clients, connections and
+/// rounds, the measure with its name, and the goal.
 type Case = (
     &'static str,
     &'static str,

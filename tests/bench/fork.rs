@@ -27,8 +27,8 @@ pub const BYTE: &str = "byte";
 const TIMES: usize = 30;
 /// Number of forks that precede the measured ones.
 const WARM_UP: usize = 5;
-/// Number of forks after which a fork without exec follows. A smaller number would take long,
-/// because copying the page tables of 1 GiB is slow.
+/// One fork without exec follows after this number of forks with exec. With a smaller number, the
+/// benchmark would take long, because copying the page tables of 1 GiB is slow.
 const COPY_EVERY: usize = 3;
 
 pub fn measure(table: &mut Table) {
@@ -59,8 +59,9 @@ pub fn measure(table: &mut Table) {
         .note(&format!("{copy}; with 1 GiB {large}"));
 }
 
-/// Returns times in microseconds in a master with `mebibytes` MiB of resident memory. They are for
-/// fork and exec without this crate, for fork and exec with it, and for a worker without exec.
+/// Returns three times in microseconds, measured in a master with `mebibytes` MiB of resident
+/// memory: fork and exec without this crate, fork and exec with it, and the start of a worker
+/// without exec.
 fn forks(mebibytes: usize) -> [f64; 3] {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());

@@ -22,8 +22,9 @@ pub struct Answered<'a> {
     pub request: &'static [u8],
     /// The bytes that were read until the server closed the connection.
     pub answer: &'a [u8],
-    /// The time when the client called `connect`. `connected` is the time when `connect` returned.
+    /// The time when the client called `connect`.
     pub started: i64,
+    /// The time when `connect` returned.
     pub connected: i64,
     pub ended: i64,
 }

@@ -26,12 +26,13 @@ const LONG: usize = 64 << 10;
 /// Time of the warm-up, in which messages are not counted.
 const WARM_UP: Duration = Duration::from_millis(300);
 const TIME: Duration = Duration::from_millis(1000);
-/// A time that is longer than any run. Adding it to the start time ensures that the result is
-/// printed only once.
+/// A time that is longer than any run. After the result has been printed, the start time moves into
+/// the future by this time, so that the result is not printed again.
 const NEVER: Duration = Duration::from_secs(600);
-/// The line that is printed when the counting starts. `COUNTED` begins the line that is printed
-/// when the counting ends.
+/// The line that the counting process prints at the end of the warm-up.
 const COUNTING: &str = "counts";
+/// The prefix of the line that the counting process prints at the end of `TIME`. The number of
+/// messages follows.
 const COUNTED: &str = "counted ";
 
 pub fn measure(table: &mut Table) {
@@ -110,11 +111,11 @@ fn rate(command: &mut Command) -> f64 {
     count / used.as_secs_f64()
 }
 
-/// A restriction of this process, and of those that it starts, to one core until the value is
+/// Restricts this process, and the processes that it starts, to one core until this value is
 /// dropped.
 ///
-/// Two processes that wait for each other cost several times more on two cores, and the kernel's
-/// placement varies.
+/// Two processes that wait for each other cost several times more on two cores than on one. Without
+/// the restriction, the result would depend on the kernel's placement.
 struct OneCore(CpuSet);
 
 impl OneCore {
@@ -160,8 +161,9 @@ pub fn count() {
     }
 }
 
-/// A counter of the messages within `TIME`, which prints a line when the counting starts, and the
-/// number when it ends. Afterwards the process continues until the benchmark kills it.
+/// Counts the messages within `TIME` after the warm-up. Prints `COUNTING` when it starts to count,
+/// and `COUNTED` with the number at the end. The process then continues until the benchmark kills
+/// it.
 struct Counter {
     count: u64,
     start: Instant,
@@ -197,8 +199,8 @@ impl Counter {
     }
 }
 
-/// A blocking socket, or a non-blocking socket with a poller. Every program that waits for more
-/// than one descriptor needs the latter.
+/// A blocking socket, or a non-blocking socket with a poller. A program that waits for more than
+/// one descriptor needs a poller.
 struct Bare {
     socket: UnixStream,
     poller: Option<Epoll>,
@@ -287,7 +289,7 @@ fn write(mut peer: Bare) {
     while peer.write_all(&message).is_ok() {}
 }
 
-/// Exchanges messages between the master and a worker, which counts the round trips.
+/// Exchanges messages between the master and a worker. The worker counts the round trips.
 fn round_trip() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -309,7 +311,7 @@ fn round_trip() {
     }
 }
 
-/// Sends messages from a worker to the master, which counts them.
+/// Sends messages from a worker to the master. The master counts the messages.
 fn one_way(length: usize) {
     match cluster::init().unwrap() {
         Role::Master(master) => {

@@ -15,8 +15,8 @@ const TIME: Duration = Duration::from_secs(3);
 const RATE: f64 = 8_000.0;
 /// Number of requests of which one is slow.
 const SLOW: usize = 100;
-/// The longest wait in milliseconds that the kernel's scheduler may cause on a busy machine, which
-/// is half the time of a slow request.
+/// Limit in milliseconds above which a wait is attributed to a slow request. On a busy machine, the
+/// kernel's scheduler may cause shorter waits. The limit is half the time of a slow request.
 const SCHEDULING: f64 = 25.0;
 
 type Play = fn(&Server, usize) -> Outcome;
@@ -24,6 +24,7 @@ type Play = fn(&Server, usize) -> Outcome;
 /// The result of one round. Times are in milliseconds.
 struct Outcome {
     connections: usize,
+    /// The 50th, 99th and 99.9th percentile of the latency.
     latencies: [f64; 3],
     /// The longest time that a connection waited while a worker was idle.
     longest: f64,
@@ -38,8 +39,9 @@ struct Times {
     slow: bool,
     started: i64,
     connected: i64,
-    /// The time when the worker received the connection. `answered` is the time when it answered.
+    /// The time when the worker received the connection.
     accepted: i64,
+    /// The time when the worker answered.
     answered: i64,
     ended: i64,
 }
@@ -126,8 +128,8 @@ fn open_loop(server: &Server, round: usize) -> Outcome {
     Outcome::of(&all)
 }
 
-/// Simulates clients that connect again at once, so that almost all workers are in a slow request
-/// almost always.
+/// Simulates clients that connect again at once. Almost all workers are then busy with a slow
+/// request almost always.
 fn closed_loop(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;
@@ -198,8 +200,9 @@ fn millis(nanos: i64) -> f64 {
     nanos as f64 / 1e6
 }
 
-/// The times at which a worker became busy or idle. Each entry also contains the total time until
-/// then during which at least one worker was idle, and whether one was idle from then on.
+/// The times at which a worker became busy or idle. Each entry contains the time of a change, the
+/// total time before the change during which at least one worker was idle, and whether a worker is
+/// idle after the change.
 struct Idle(Vec<(i64, i64, bool)>);
 
 impl Idle {
@@ -208,7 +211,8 @@ impl Idle {
         let ends = all.iter().map(|times| (times.answered, -1));
         let mut changes: Vec<_> = begins.chain(ends).collect();
         changes.sort_unstable();
-        // Start with the time 0, because the monotonic clock starts at boot.
+        // All workers are idle before the first change. The first entry has the time 0, which is
+        // earlier than any change, because the monotonic clock starts at boot.
         let mut idle = Self(vec![(0, 0, true)]);
         let mut busy = 0;
         for (time, change) in changes {

@@ -21,15 +21,16 @@ fn peers_dir() -> PathBuf {
 /// The role of a process that executes another program.
 pub const PEER: &str = "peer";
 
-/// Returns a command for another program, which is terminated when this process exits.
+/// Returns a command that runs another program. The program is terminated when this process exits.
 fn peer_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(SCENARIO, PEER).arg(program);
     command
 }
 
-/// Executes the other program in a process that the benchmark has started. The signal is SIGTERM,
-/// because the program's workers would not notice that their master was killed.
+/// Executes the other program in a process that the benchmark has started. The kernel sends the
+/// program SIGTERM when the benchmark exits. SIGKILL would leave the program's workers running,
+/// because they would not notice that their master was killed.
 pub fn exec_peer() {
     set_pdeathsig(Signal::SIGTERM).unwrap();
     let args: Vec<_> = std::env::args_os().skip(1).collect();
@@ -63,7 +64,8 @@ pub fn prefork(workers: usize) -> Result<Server, String> {
     Ok(Server::run(command.arg(workers.to_string())))
 }
 
-/// Compiles a program that is not part of the benchmark.
+/// Compiles the package with this manifest in release mode. The package is not part of the
+/// benchmark.
 pub fn build(manifest: &Path, target: &Path, args: &[&str]) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO"));
     command.args([

@@ -35,10 +35,12 @@ const KINDS: [&str; 7] = [
 const COUNTS: [usize; 3] = [10, 100, 1_000];
 /// Number of loop iterations in one batch.
 const ITERATIONS: u32 = 5_000;
-/// A time that is longer than all rounds together.
+/// Time of the inactive timers and of other waits that must not end. It is longer than all rounds
+/// together.
 const HOUR: Duration = Duration::from_secs(3600);
-/// Maximum number of connections that are dispatched to one worker. Further connections wait in the
-/// master.
+/// Maximum number of connections that the master dispatches to one worker (`MAX_WINDOW` in
+/// `src/core/dispatch`). To make `count` connections wait in the master, the benchmark makes
+/// `QUEUE` more, because the chosen worker's queue holds the first ones.
 const QUEUE: usize = 16;
 
 pub fn measure(table: &mut Table) {
@@ -126,7 +128,8 @@ fn cpu_time() -> Duration {
         .into()
 }
 
-/// One batch of loop iterations, which prints the CPU time of one iteration at the end.
+/// Counts the iterations of one batch, and prints the CPU time of one iteration at the end of the
+/// batch.
 struct Batch {
     number: Rc<Cell<u32>>,
     start: Duration,
@@ -186,7 +189,8 @@ macro_rules! measured {
             role.watch(here, Interest::Readable, next).unwrap();
         };
         role.on_signal(Signal::USR1, on_signal).unwrap();
-        // Add this timer last, so that a search for what keeps the loop running finds it last.
+        // Add the only referenced timer last. If the loop searched all items for one that keeps it
+        // running, the search would take longest with this order.
         role.set_timeout(HOUR, |_| {});
         println!("process {}", std::process::id());
         role.run().unwrap();

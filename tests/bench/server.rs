@@ -1,4 +1,4 @@
-//! The measured servers, which are bare loops and the same server with this crate.
+//! The measured servers: bare loops without this crate, and the same server with this crate.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -30,7 +30,7 @@ pub const GET_WORKER: &[u8] = b"GET /worker HTTP/1.1\r\nHost: localhost\r\n\r\n"
 /// A request for the worker's number, and for the times when the worker received the connection and
 /// answered.
 pub const GET_TIMES: &[u8] = b"GET /times HTTP/1.1\r\nHost: localhost\r\n\r\n";
-/// A request like [`GET_TIMES`], which is answered after [`SLOW`].
+/// A request like [`GET_TIMES`] that the worker answers after [`SLOW`].
 pub const GET_SLOW: &[u8] = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// A group of processes that serve requests at an address.
@@ -80,7 +80,7 @@ pub const BARE: &str = "bare";
 /// others.
 pub const BARE_DISPATCH: &str = "bare-dispatch";
 
-/// Returns the nanoseconds of the monotonic clock, which is the same in all processes.
+/// Returns the time of the monotonic clock in nanoseconds. All processes share this clock.
 pub fn now() -> i64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
     now.tv_sec() * 1_000_000_000 + now.tv_nsec()
@@ -121,7 +121,8 @@ fn bare(workers: usize) {
     nix::unistd::pause();
 }
 
-/// Dispatches connections to the processes in strict turns, even to busy ones.
+/// Runs a minimal server in which one process accepts connections and dispatches them to the
+/// others. The other processes receive connections in strict turns, even if they are busy.
 fn bare_dispatch(workers: usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listen(&listener, Backlog::new(511).unwrap()).unwrap();

@@ -5,11 +5,12 @@ use std::process::Command;
 
 use crate::table::{Goal, Table, number};
 
-/// The programs that were built for size, which are `http_server` and a program that prints hello.
+/// Two programs that were built for size: `http_server`, and a program that prints hello.
 pub struct Small {
     pub http_server: PathBuf,
-    /// The size of `http_server` in bytes. `hello` is the other program's size.
+    /// Size of `http_server` in bytes.
     size: f64,
+    /// Size of the program that prints hello, in bytes.
     hello: f64,
 }
 

@@ -20,8 +20,8 @@ pub fn measure(table: &mut Table) {
     let row = table.row("online", online as f64, "workers");
     row.goal(Goal::AtLeast(MANY as f64));
 
-    // The CPU time is that of the start, because until now the master has only forked its workers
-    // and processed their frames.
+    // Up to this point, the master has only forked its workers and processed their frames, so its
+    // CPU time is the cost of their start.
     let start = |server: &Server| cpu_time(&[server.group.pid()]);
     let each = |time: Duration, workers: usize| time.as_secs_f64() * 1e6 / workers as f64;
     let (thousand, hundred) = (each(start(many), MANY), each(start(hundred), 100));

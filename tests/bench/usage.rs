@@ -70,7 +70,8 @@ pub fn mapped(process: Pid, field: &str) -> f64 {
     value.strip_suffix(" kB").unwrap().parse().unwrap()
 }
 
-/// Time within which a process resumes the system call that attaching the tracer interrupted.
+/// Delay between attaching the tracer and counting. Attaching interrupts the system call in which a
+/// process waits, and the trace of the resumed call must not be counted.
 const SETTLING: Duration = Duration::from_millis(200);
 
 /// Counts, by name, the system calls that these processes start while `meanwhile` runs.
@@ -113,7 +114,7 @@ pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<Str
     Ok(calls)
 }
 
-/// Raises the descriptor limit of this process and of those that it starts from now on.
+/// Raises the descriptor limit of this process and of the processes that it starts afterwards.
 pub fn allow_many_descriptors() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();

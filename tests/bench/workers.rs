@@ -5,8 +5,8 @@ use crate::costs::{Round, Variant, compare, figure};
 use crate::server::{BARE, Server};
 use crate::table::{Goal, Table};
 
-/// Maximum number of sleeps per connection beyond those of the bare loop, in which the kernel wakes
-/// one worker per connection.
+/// Maximum number of sleeps per connection beyond the bare loop's sleeps. In the bare loop, the
+/// kernel wakes one worker per connection.
 const EXTRA_SLEEPS: f64 = 0.5;
 
 pub fn measure(table: &mut Table) {

@@ -80,8 +80,9 @@ impl LongLived {
         self.answer.take().unwrap()
     }
 
-    /// Measures the worker. Measure the master only afterwards, because a read buffer keeps the
-    /// size of its last message, and the answer to this command is short.
+    /// Measures the worker. The master must be measured after this call, because a read buffer
+    /// keeps the size of its last message. The answer to this command is short, so the master's
+    /// buffer then has the same size in every round.
     pub fn measure(&mut self, master: &Master) {
         self.send(MEASURE);
         self.series.add(Sample::from_text(&self.wait(master)));

@@ -20,7 +20,8 @@ crate::scenarios! {
 const LATER: Duration = Duration::from_secs(3600);
 const SOON: Duration = Duration::from_millis(1);
 
-/// Defines a function that adds one of each. Some of them fire, and the others are removed.
+/// Defines a function that adds timers, watches, callbacks and signal callbacks. Some of them fire,
+/// and the function removes the others.
 ///
 /// This is a macro, because `Master` and `Worker` have the same methods but share no trait.
 macro_rules! one_of_everything {

@@ -53,7 +53,8 @@ fn times() -> u64 {
     times.map_or(1, |times| times.parse().expect("a number"))
 }
 
-/// Returns one round's share of the work, of which a plain `cargo test` does `usual` in all rounds.
+/// Returns the amount of work for one round. `usual` is the amount for all rounds of a plain `cargo
+/// test`.
 fn share(usual: u64) -> u64 {
     usual * times() / ROUNDS
 }
@@ -85,7 +86,7 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// The collected output of the scenarios, in which each line is a row of the table.
+/// The output of all scenarios. Each line is a row of the table.
 static TABLE: Mutex<String> = Mutex::new(String::new());
 
 fn trial(scenario: &'static Scenario) -> Trial {

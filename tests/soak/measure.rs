@@ -13,12 +13,11 @@ const ANONYMOUS: i64 = 128;
 /// Maximum growth of the heap in use, in bytes. Some growth is allowed, because queues keep their
 /// largest capacity, which a later round may need.
 const IN_USE: i64 = 64 * 1024;
-/// Maximum growth of the number of allocations. Some growth is allowed, because a collection that
-/// was empty may hold something or have one more node for the same contents. A leak for each
-/// worker, connection, message or listener exceeds this limit, because each round has more than 10
-/// of them.
+/// Maximum growth of the number of allocations. Some growth is allowed, because a collection may
+/// allocate its first block, or use one more node for the same contents. A leak for each worker,
+/// connection, message or listener exceeds this limit, because each round has more than 10 of them.
 const BLOCKS: i64 = 10;
-/// Deadline of a round in seconds, and the seconds that are added for each multiple of the work.
+/// Deadline of a round in seconds: a constant part, and a part that is multiplied by `times()`.
 const ROUND_DEADLINE: (u64, u64) = (60, 5);
 
 static BYTES: AtomicI64 = AtomicI64::new(0);
