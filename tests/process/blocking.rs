@@ -176,8 +176,8 @@ fn connect_next(master: &Master, address: SocketAddr, log: Log) {
 }
 
 /// Runs `worker` in one worker process on a busy machine. Calls `next` when the worker listens, and
-/// after each message from the worker, which must arrive promptly. Disconnects the worker at the
-/// end.
+/// after each message from the worker. Asserts that each message arrives promptly, and disconnects
+/// the worker at the end.
 fn repeatedly(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
@@ -283,8 +283,9 @@ fn signals_are_delivered_in_accept() {
     );
 }
 
-/// Checks a signal that arrives between the last timer and `accept`. The due timer raises the
-/// signal before the worker blocks for the first time, and no later step checks for signals.
+/// Checks that a signal is delivered if it arrives between the last timer and `accept`. A due timer
+/// raises the signal before the worker blocks for the first time. A worker that checked for signals
+/// only before its timers would miss it.
 fn signal_just_before_the_first_accept_is_delivered() {
     let log = Log::default();
     let entries = log.clone();
@@ -557,8 +558,8 @@ fn callbacks_and_accept_share_a_listener() {
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
 
-/// Number of SIGURG signals that `kill` has sent. The kernel sends the library's own signals, so
-/// these signals do not count.
+/// Number of received SIGURG signals that were sent with `kill`. The kernel itself sends the SIGURG
+/// signals that the crate uses, so these signals do not count.
 static SENT: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count_sent(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {

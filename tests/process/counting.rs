@@ -46,7 +46,7 @@ impl Counts {
     }
 }
 
-/// Clients each of which sends one request after the other.
+/// Clients that send one request after the other.
 pub struct Load {
     stop: Arc<AtomicBool>,
     ended: Arc<AtomicU64>,
@@ -99,8 +99,9 @@ impl Load {
     }
 }
 
-/// Sends a request and returns the answer. Resets the connection afterwards, because a closed one
-/// would occupy the client's port in TIME_WAIT for a minute. The clients would run out of ports.
+/// Sends a request and returns the answer. Resets the connection afterwards. After an orderly
+/// close, the client's port would stay in TIME_WAIT for a minute, and the clients would run out of
+/// ports.
 fn ask(address: SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;

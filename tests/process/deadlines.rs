@@ -31,8 +31,8 @@ crate::scenarios! {
     next_stop_has_its_own_deadline
 }
 
-/// Deadline of stops that end in kills. The period is long enough to notice a kill before the
-/// deadline.
+/// Deadline of the stops in which workers are killed. It is so late that an earlier kill is clearly
+/// too early.
 const SOON: Duration = Duration::from_millis(400);
 /// Maximum delay between a stop's deadline and its end on a machine with other load.
 const TOLERANCE: Duration = Duration::from_secs(5);
@@ -206,7 +206,9 @@ const ALL: &[&str] = &[
     "lingering",
 ];
 
-/// Starts a stop of one worker of each kind with `begin`, and checks how the workers exit.
+/// Forks one worker of each kind, stops all of them with `begin`, and checks how they exit. The
+/// closure `begin` may set its `Cell` in a callback. `expect_call` says whether the `Cell` must be
+/// set in the end.
 fn stop_all_kinds(
     begin: impl FnOnce(&Master, &[WorkerProcess], Rc<Cell<bool>>) + 'static,
     expect_call: bool,
@@ -287,8 +289,8 @@ fn workers_are_killed_at_their_own_deadlines() {
     });
 }
 
-/// Starts a stop of workers with these roles. Returns the events, the exit times and the stop's
-/// start time.
+/// Forks workers with these roles and stops them with `begin`. Returns the events, the exit times
+/// and the start time of the stop.
 fn stopped_by(
     parts: &'static [&'static str],
     begin: impl FnOnce(&Master, &[WorkerProcess]) + 'static,
@@ -450,13 +452,15 @@ fn deadline_after_a_disconnect_applies() {
     assert_at(later.get().unwrap() + SOON, exits.of(2));
 }
 
-/// Sets a deadline in a callback that then runs past the deadline.
+/// Checks that a deadline starts when it is set. Each callback runs for longer than the deadline
+/// before it sets the deadline, so the workers would be killed too early if the period started with
+/// the callback.
 fn deadline_starts_at_the_call() {
     let (own, all) = (Began::default(), Began::default());
     let (at, at_later) = (Rc::clone(&own), Rc::clone(&all));
     let parts = &["looping", "looping"];
     let (entries, exits, _) = stopped_by(parts, move |master, workers| {
-        // Also delay the callback that sets the second deadline.
+        // Delay the callback that sets the second deadline, too.
         master.on_exit(|_, _, _| spin_past_the_deadline());
         stop_after_exits(master, 1, SOON, &at_later);
         spin_past_the_deadline();
@@ -514,7 +518,8 @@ fn deadline_for_exited_workers_does_nothing() {
 
 /// Sets a deadline for workers on which `kill` has been called.
 ///
-/// `kill` first disconnects the worker and then sends its signal, which one of the workers ignores.
+/// `kill` first disconnects the worker and then sends its signal. One of these workers ignores the
+/// signal.
 fn deadline_kills_a_worker_with_a_pending_signal() {
     let later = Began::default();
     let at = Rc::clone(&later);

@@ -135,7 +135,8 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
         let worker = worker.split(' ').next_back().unwrap().parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        // The other worker answers until the new worker has its turn.
+        // The other worker answers until the new worker has its turn. At most one request fails,
+        // because the killed worker may have received it.
         assert!(await_answer(address, new) <= 1);
     }
     stop(&server, Signal::SIGTERM)
@@ -143,8 +144,8 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
 
 /// Sends requests until the given worker answers. Returns the number of requests without an answer.
 ///
-/// Until then, the other workers answer, but a killed worker may have received a connection shortly
-/// before its exit.
+/// The other workers answer the requests before that. A request may fail, because the killed worker
+/// may have received its connection shortly before the kill.
 fn await_answer(address: SocketAddr, worker: usize) -> usize {
     let mut failed = 0;
     wait_until("an answer from the new worker", || {
@@ -161,11 +162,13 @@ fn await_answer(address: SocketAddr, worker: usize) -> usize {
     failed
 }
 
-/// The outcome of one request. A refused connection was never established.
+/// The outcome of one request.
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
     Answered,
+    /// The connection was refused, so no worker received it.
     Refused,
+    /// The request failed in another way, which the text describes.
     Failed(String),
 }
 
@@ -327,8 +330,8 @@ fn echo_events() -> Result<(), Failed> {
         assert_eq!(&text, b"hello");
     }
     server.line("requests = 50");
-    // Send more than the socket buffers hold from a client that writes on another thread while it
-    // reads here.
+    // Send more than the socket buffers hold. The client writes on a second thread, because the
+    // server stops reading until the client reads.
     let client = &mut clients[0];
     let mut writer = client.try_clone()?;
     let sender = std::thread::spawn(move || {
@@ -350,7 +353,7 @@ fn embedded() -> Result<(), Failed> {
     let status: SocketAddr = host.line("status on ").parse()?;
     let first = host.line("worker 1 listening on ");
     assert_eq!(first, host.line("worker 2 listening on "));
-    // Each worker receives its turn once it waits for a connection.
+    // Retry, because a worker has its turn only once it waits for a connection.
     let mut answers = BTreeSet::new();
     wait_until("answers from both workers", || {
         answers.insert(talk(first.parse().unwrap(), b"").unwrap());

@@ -1,6 +1,6 @@
 //! Tests two hosts behind HAProxy: the example `fleet` with its own HAProxy configuration.
 //!
-//! Each host is a network namespace, and so are the proxy and the clients. A bridge connects the
+//! The hosts, the proxy and the clients run in separate network namespaces. A bridge connects the
 //! namespaces. HAProxy neither retries nor redispatches, so it hides no failure.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -293,7 +293,8 @@ fn disconnect_callback_can_fork_workers_on_the_same_port() {
             master.fork().unwrap();
         },
         |worker| {
-            // The first listener is closed completely, so the next round can bind the same port.
+            // The second worker listens on the first worker's port. This succeeds only if the
+            // master has closed the first listener before it calls the callback.
             let address = std::env::var("ADDRESS");
             serve_id(&worker, address.as_deref().unwrap_or("127.0.0.1:0"));
         },
@@ -438,7 +439,9 @@ fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
                 wait_until("the backlog", || {
                     (backlog(address) == CLIENTS).then_some(())
                 });
-                // Sleep for longer than the time allowed for handshakes.
+                // Provoke a late disconnect: the callback takes longer than the time that the
+                // master allows for pending handshakes. The master must nevertheless serve the
+                // whole backlog.
                 std::thread::sleep(Duration::from_millis(200));
                 master.disconnect();
                 let work = move || {

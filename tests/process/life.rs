@@ -339,8 +339,8 @@ fn wrappers_cannot_start_the_program_recursively() {
     assert_eq!(statuses.take(), [format!("{:?}", Some(expected))]);
 }
 
-/// Checks the master's program behind three wrappers: a shell that executes it, a shell that forks
-/// it, and `env` with `nice`.
+/// Starts the master's program through three wrappers: a shell that executes it, a shell that forks
+/// it, and `env` with `nice`. The forked program is a master, and the other two are workers.
 fn worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same() {
     let kind = std::env::var(CHILD);
     if kind.as_deref() == Ok("forked") {
@@ -450,7 +450,7 @@ fn children_start_with_default_signals() {
     for field in ["SigBlk:", "SigIgn:"] {
         let value = text.lines().find_map(|line| line.strip_prefix(field));
         let bits = u64::from_str_radix(value.unwrap().trim(), 16).unwrap();
-        // The C library uses the signals 32 and 33 itself.
+        // Ignore the signals 32 and 33, which the C library uses itself.
         assert_eq!(bits & !(0b11 << 31), 0, "{field} in {text}");
     }
 }

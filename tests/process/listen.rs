@@ -190,7 +190,7 @@ fn closing_a_listener_does_not_affect_other_workers() {
     let [answers] = &entries[..] else {
         panic!("{entries:?}")
     };
-    // Worker IDs follow the order of the forks, but either worker may be the first to listen.
+    // Worker 1 has closed its listener, so only worker 2 may answer.
     assert!(answers == "2222", "worker 1 has closed: {answers}");
 }
 

@@ -44,7 +44,8 @@ const RR: SchedulingPolicy = SchedulingPolicy::RoundRobin;
 const NONE: SchedulingPolicy = SchedulingPolicy::Shared;
 const SHARDED: SchedulingPolicy = SchedulingPolicy::Sharded;
 
-/// Timeout of `connect`. A second must not pass, because the kernel would then retransmit the SYN.
+/// Timeout of `connect`. It is shorter than a second, because the kernel retransmits the SYN after
+/// one second, and the retransmission would hide a dropped SYN.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(800);
 
 const ANY_PORT: &str = "127.0.0.1:0";
@@ -317,8 +318,8 @@ fn shares(address: SocketAddr) -> BTreeMap<String, u32> {
     shares
 }
 
-/// Asserts that each of three workers has answered at least 30 of 200 clients. A worker expects 67
-/// and rarely receives fewer than 30.
+/// Asserts that each of three workers has answered at least 30 of 200 clients. The mean is 67, and
+/// fewer than 30 are very unlikely.
 fn assert_even(shares: &BTreeMap<String, u32>) {
     let is_even = shares.len() == 3 && shares.values().all(|part| *part >= 30);
     assert!(is_even, "{shares:?}");

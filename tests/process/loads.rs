@@ -148,8 +148,8 @@ fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     });
 }
 
-/// Holds the connections that the worker receives. A message contains the number of oldest
-/// connections that the worker closes.
+/// Holds the connections that the worker receives. A message `ping` is answered. Any other message
+/// contains a number, and the worker closes that number of its oldest connections.
 fn hold(worker: &Worker) {
     let held = Rc::new(RefCell::new(Vec::<Connection>::new()));
     let own = Rc::clone(&held);
@@ -271,8 +271,9 @@ fn loads_count_connections_waiting_for_a_worker() {
             when_listening(master, 1, move |master, address| {
                 when_all_wait(master, move |master| {
                     stop(&only);
-                    // The master dispatches one connection to an idle worker, and the other
-                    // connections stay in the backlog.
+                    // The stopped worker still counts as idle, so the master dispatches one
+                    // connection to it. The worker then counts as busy, and the other connections
+                    // stay in the backlog.
                     let clients = connect(address, 3);
                     let stopped = only.clone();
                     when_accepted(master, 1, move |master| {

@@ -140,7 +140,8 @@ pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
             .map(move |scenario| play(system, scenario))
     };
     let mut trials: Vec<_> = SYSTEMS.iter().flat_map(each).collect();
-    // Without `clone3`, `fork` waits for the child to report a failed step.
+    // Also play this scenario, because without `clone3` `fork` waits for the child to report a
+    // failed step.
     trials.push(play(&SYSTEMS[0], "missing_program_is_an_error_of_fork"));
     let without_proc =
         |system| play(system, "workers_serve_and_exit").with_ignored_flag(!is_root());

@@ -368,8 +368,8 @@ fn orphans_with_a_set_user_id_bit_exit_within_a_second() {
     play_orphans_with_privileges(ROOT_BY_BIT, set_user_id);
 }
 
-/// Checks a worker that kills its master before it calls `init`, so that no parent-death signal
-/// reports the exit.
+/// Checks that a worker exits if its master was killed before the worker called `init`. At that
+/// time, no parent-death signal reports the master's exit. The worker itself kills its master.
 fn worker_with_file_capabilities_exits_if_its_master_exited_before_init() {
     if std::env::var_os(PRIVILEGES).is_none() {
         // Become a subreaper, so that the worker is reparented to this process, which can then wait

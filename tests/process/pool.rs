@@ -1106,8 +1106,8 @@ fn broken_upgrades_change_nothing() {
     std::fs::remove_file(&server.release).unwrap();
 }
 
-/// Checks stops while a new master blocks SIGTERM and does not serve. The drain time is longer than
-/// the test.
+/// Checks that a stop at once kills a new master that blocks SIGTERM and does not serve. The drain
+/// time is longer than the test, so the kill cannot come from the drain deadline.
 fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     if is_watched() {
         let long = Duration::from_secs(1000);
@@ -1130,7 +1130,8 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     }
 }
 
-/// Stops a new master in the loop iteration in which its minimum ready time ends.
+/// Stops a new master in the loop iteration in which its minimum ready time ends. The new master
+/// must not take over.
 fn new_master_that_stops_does_not_take_over() {
     const PREDECESSOR: &str = "cluster-predecessor";
     if !is_watched() {

@@ -344,7 +344,7 @@ fn all_disconnected_is_emitted_once_for_each_finished_disconnect() {
                 assert!(master.workers().is_empty());
             });
             master.fork().unwrap();
-            // Start the second round of disconnecting when the second worker is online.
+            // Disconnect all workers a second time when the second worker is online.
             master.on_online(|master, worker| {
                 if worker.id().get() == 2 {
                     master.disconnect();

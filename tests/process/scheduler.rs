@@ -213,8 +213,8 @@ fn no_choice_means_round_robin() {
     assert_round_robin(|_| None);
 }
 
-/// Checks the choice of a worker that has been forked but does not listen, so it is not a
-/// candidate.
+/// Checks that the master uses round robin if the scheduler chooses a worker that is no candidate.
+/// The chosen worker has been forked but does not listen.
 fn choice_of_a_worker_that_is_no_candidate_means_round_robin() {
     assert_round_robin(Some);
 }
@@ -417,8 +417,8 @@ fn master_accepts_at_most_sixteen_connections_per_worker() {
                         (0..CLIENTS).map(connect).collect::<Vec<_>>()
                     };
                     in_background(master, clients, move |master, clients| {
-                        // All clients are connected, and in 100 ms the master could accept more of
-                        // them.
+                        // All clients are connected. A master without a limit would accept more
+                        // than 32 of them within 100 ms.
                         master.set_timeout(Duration::from_millis(100), move |master| {
                             assert_eq!(master.ledger().accepted, 2 * 16);
                             chosen.process().kill(Signal::CONT);

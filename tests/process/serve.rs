@@ -21,7 +21,7 @@ use crate::harness::{
     Group, PYTHON, SCENARIO, SYSTEMD, example, is_alive, reserve_port, talk, wait_until,
 };
 
-/// The scenario that `serve` runs as its program, which does not use this crate.
+/// The scenario that `serve` runs as its program. The program does not use this crate.
 pub const PROGRAMS: &[crate::harness::Scenario] = &[crate::harness::Scenario {
     name: PROGRAM,
     play: program,

@@ -89,8 +89,9 @@ fn child_index_dgram() {
         let closed = Rc::new(Cell::new(0));
         for socket in first {
             let closed = Rc::clone(&closed);
-            // Closing the first socket frees its index while the second socket is open. When the
-            // second socket closes, the socket that replaced the first is open.
+            // Provoke the reuse of an index. Closing the first socket frees its index while the
+            // second socket is open. When the second socket closes, the socket that replaced the
+            // first is open.
             worker.set_timeout(Duration::ZERO, move |worker| {
                 socket.close();
                 assert_unbound(&socket);
@@ -339,7 +340,8 @@ fn identity(socket: &UdpSocket) -> std::path::PathBuf {
     std::fs::read_link(format!("/proc/self/fd/{}", copy.as_raw_fd())).unwrap()
 }
 
-/// Binds two sockets to one port, with `option` on both.
+/// Binds two sockets with `option` to one port. Asserts that a socket without `option` cannot be
+/// bound to this port.
 fn two_on_one_port(worker: &Worker, option: fn(BindOptions) -> BindOptions) {
     let first = worker.bind(option(BindOptions::from(0))).unwrap();
     let port = first.local_addr().unwrap().port();
@@ -478,10 +480,11 @@ fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     entries.take()
 }
 
-/// Checks that a socket is closed if a disconnect precedes the bind request. `bind` waits for the
-/// answer, so the application cannot close the socket earlier.
+/// Checks that a socket is closed if a disconnect precedes the bind request. The master processes
+/// the disconnect first and does not answer the bind request.
 ///
-/// The master processes the disconnect first and does not answer the bind request.
+/// Node's test closes the socket before the answer arrives. Here `bind` waits for the answer, so
+/// the application cannot close the socket earlier.
 fn dgram_bind_socket_close_before_cluster_reply() {
     let events = with_port_in_use(|worker, port| {
         worker.disconnect();

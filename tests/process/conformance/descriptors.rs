@@ -25,8 +25,8 @@ fn link_of(fd: &impl AsFd) -> PathBuf {
     std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap()
 }
 
-/// Two socket pairs of which one end each is sent. `kept` stays open in the sender, and `moved`
-/// does not.
+/// Two socket pairs. One end of each pair is sent. The sender keeps its copy of `kept` open, and
+/// closes its copy of `moved`.
 struct Ends {
     kept: UnixStream,
     kept_peer: UnixStream,

@@ -353,8 +353,8 @@ fn listen_on_used_port(worker: &Worker, message: &Message) -> Error {
     expect_listen_error(worker, address, nix::libc::EADDRINUSE)
 }
 
-/// Checks that a worker continues after a panic, which replaces Node's exception. The panic unwinds
-/// through `run`.
+/// Checks that a worker continues after a panic that unwinds through `run`. The panic stands in for
+/// Node's uncaught exception.
 fn ipc_throw() {
     let log = Log::default();
     let entries = log.clone();

@@ -432,8 +432,8 @@ fn worker_events() {
             events.log(master, &worker);
             assert_eq!(worker.state(), WorkerState::None);
             assert_eq!(worker.send(b"a text").unwrap(), Sent::Continue);
-            // Send another message, because a duplicate of the first message would arrive before
-            // it.
+            // The worker waits for this message. If the master sent the first message twice, the
+            // duplicate would arrive before this message.
             assert_eq!(worker.send(b"end").unwrap(), Sent::Continue);
         },
         |worker| {
@@ -654,8 +654,8 @@ fn uncaught_exception() {
 /// Whether `accept4` fails with `ECONNABORTED` and closes the connection.
 static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
 
-/// Replaces the C library's `accept4`, which the standard library calls. The linker prefers this
-/// function. A test cannot make the kernel return `ECONNABORTED`.
+/// Replaces the C library's `accept4`, because a test cannot make the kernel return `ECONNABORTED`.
+/// The linker prefers this function, so the standard library calls it.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 unsafe extern "C" fn accept4(

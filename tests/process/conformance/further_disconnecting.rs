@@ -96,8 +96,9 @@ fn concurrent_disconnect() {
     for worker in 1..=WORKERS {
         assert_eq!(of(worker, &entries), ["disconnect", "exit exit status: 0"]);
     }
-    // Sending to a worker fails in the worker's own `disconnect` event. A failure after the
-    // worker's `exit` event emits no `error` event.
+    // Sending to a worker fails in the worker's own `disconnect` event, so at least one send fails
+    // for each worker. There may be fewer `error` events than failures, because a failure after the
+    // worker's `exit` event emits none.
     assert!(failed.get() >= WORKERS, "{failed:?}");
     assert!(
         (WORKERS..=failed.get()).contains(&reported.get()),

@@ -316,8 +316,7 @@ fn backlogs() -> Vec<u32> {
     numbers.into_iter().filter(listens).map(backlog).collect()
 }
 
-/// Returns the listener's backlog, which is the argument of `listen` or the system's limit,
-/// whichever is lower.
+/// Returns the listener's backlog: the argument of `listen`, but at most the system's limit.
 fn backlog(listener: RawFd) -> u32 {
     #[allow(unsafe_code)]
     // SAFETY: `tcp_info` contains only integers, so all-zero bytes are a valid value.
@@ -339,11 +338,12 @@ fn backlog(listener: RawFd) -> u32 {
     info.tcpi_sacked
 }
 
-/// Forks one worker after the other, each of which listens with the next backlog. The value 0
-/// stands for the default.
+/// Forks one worker after the other. Each worker listens with the next backlog in `requested`,
+/// where 0 stands for the default backlog.
 ///
-/// Returns the backlogs of the master's listeners at each `listening` event, and the backlogs of
-/// each worker's listeners.
+/// Returns, in the order in which they were logged, the backlogs of the master's listeners at each
+/// `listening` event, the backlogs that each worker reports for its own listeners, and the exit
+/// statuses.
 fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();

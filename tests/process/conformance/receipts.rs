@@ -29,7 +29,7 @@ pub(super) fn is_refused(outcome: cluster::Result<Sent>, expected: SendError) {
     }
 }
 
-/// A record of each message's outcome, which panics if `on_written` runs inside `send_with`.
+/// Records each message's outcome. Panics if `on_written` runs inside `send_with`.
 #[derive(Clone, Default)]
 struct Receipts {
     inside: Rc<Cell<bool>>,
@@ -290,7 +290,8 @@ fn failed_send_never_calls_on_written() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Returns the content of a message: its number and a filler, whose length changes with the number.
+/// Returns the content of a message: its number and a filler. The length of the filler depends on
+/// the number.
 fn numbered(number: u32) -> Vec<u8> {
     let length = [0, 3, 70_000, 10, 200_000][number as usize % 5];
     let mut bytes = number.to_le_bytes().to_vec();

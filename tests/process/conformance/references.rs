@@ -342,8 +342,8 @@ fn workers_receive_connections_up_to_a_late_limit_none() {
 }
 
 /// Lets three workers with the limits 0, 1 and 9 serve ten clients that stay connected. Each worker
-/// sets its limit after the connection callback. Unless `late`, the worker also sets its limit
-/// earlier.
+/// sets its limit after it has set the connection callback. Unless `late`, the worker sets its
+/// limit before that, too.
 fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();

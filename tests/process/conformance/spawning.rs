@@ -103,7 +103,8 @@ fn relative_program_path_is_resolved_in_the_masters_directory() {
     assert_eq!(entries.take(), ["1 /"]);
 }
 
-/// Checks that a silent worker and its master exit successfully. Unix has no windows to hide.
+/// Checks that a silent worker and its master exit successfully. Node's test also passes an option
+/// that hides windows, which Unix does not have.
 ///
 /// As in Node's test, the master has its own process group, which the driver of all scenarios
 /// ensures.
