@@ -15,8 +15,8 @@ use std::time::Duration;
 use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker};
 use lexopt::prelude::*;
 
-/// Bytes that may wait for a client that does not read. Until it reads, the worker reads nothing more
-/// from it.
+/// If at least this number of bytes waits to be written to a client, the worker stops reading from
+/// that client.
 const MAX_PENDING: usize = 64 << 10;
 
 fn options() -> Result<(String, usize), lexopt::Error> {
@@ -42,7 +42,7 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     let report = master.set_interval(Duration::from_secs(1), move |_| {
         counts.line(format_args!("requests = {}", total.get()));
     });
-    // Start workers and count their messages `notifyRequest`.
+    // Start the workers. Each message `notifyRequest` counts as one request.
     for _ in 0..workers {
         let requests = Rc::clone(&requests);
         master.fork()?.on_message(move |_, _, message| {
@@ -61,7 +61,8 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     });
     for signal in [Signal::INT, Signal::TERM] {
         master.on_signal(signal, move |master, _| {
-            // A connection that never ends would keep its worker running.
+            // Make the workers exit at once, because a connection that never ends would keep its
+            // worker running.
             for worker in master.workers() {
                 let _ = worker.send(b"shutdown");
             }
@@ -90,7 +91,8 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
                 echo(worker, connection, &mut pending)
             };
             if watched {
-                // If no descriptor is left, the connection is dropped, which closes it.
+                // If no descriptor is left, `watch` fails and drops the connection, which closes
+                // it.
                 let _ = worker.watch(connection, Interest::Readable, echo);
             }
         });
@@ -110,7 +112,7 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
             }
             Ok(length) => {
                 pending.extend_from_slice(&buffer[..length]);
-                // If the master does not keep up, one message is lost: it is only a count.
+                // Ignore an error. It makes the master's count too low, but the client is served.
                 let _ = worker.send(b"notifyRequest");
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -127,9 +129,9 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
     match pending.len() {
         0 if ended => None,
         0 => Some(Interest::Readable),
-        // Too much is pending to read more. After end-of-file the socket stays readable, so do not wait
-        // for that either.
+        // Too much is pending to read more.
         MAX_PENDING.. => Some(Interest::Writable),
+        // After end-of-file the socket stays readable, so wait only until it is writable.
         _ if ended => Some(Interest::Writable),
         _ => Some(Interest::Both),
     }

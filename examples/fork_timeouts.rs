@@ -41,7 +41,8 @@ fn master(master: &Master) -> cluster::Result<()> {
     });
     master.on_exit(move |master, worker, _| {
         // A worker that has listened has no entry any more. A worker whose timeout has fired was
-        // disconnected, so `exited_after_disconnect` is `Some(true)`.
+        // disconnected, so `exited_after_disconnect` is `Some(true)`, and its error has already
+        // been printed.
         if let Some(timeout) = exited.borrow_mut().remove(&worker.id()) {
             master.clear_timer(timeout);
             if worker.exited_after_disconnect() != Some(true) {

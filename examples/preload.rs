@@ -26,7 +26,7 @@ fn load() -> Vec<bool> {
 }
 
 fn main() -> cluster::Result<()> {
-    // Workers start in the closure below, and never call `main`.
+    // Workers start in the closure below and never call `main`, so this process is the master.
     let Role::Master(master) = cluster::init()? else {
         return Ok(());
     };

@@ -25,7 +25,7 @@ fn master(master: &Master) -> cluster::Result<()> {
     master.on_listening_once(move |_, _, address| {
         log.line(format_args!("listening on {address}"));
     });
-    // Start workers and count their messages `notifyRequest`.
+    // Start the workers. Each message `notifyRequest` counts as one request.
     for _ in 0..cluster::available_parallelism() {
         let requests = Rc::clone(&requests);
         master.fork()?.on_message(move |_, _, message| {

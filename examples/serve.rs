@@ -57,8 +57,10 @@ fn options() -> Result<Options, lexopt::Error> {
     let mut options = Options::default();
     let mut pool = PoolOptions::default()
         .disconnect_signal(Some(Signal::TERM))
+        // Any program can show that it is ready by running for this time. `serve` cannot rely on
+        // anything else.
         .readiness(Readiness::Alive(Duration::from_secs(1)))
-        // Running for this time is the only proof of readiness that any program can give.
+        // A process must not run even longer after it is ready, so the minimum ready time is zero.
         .min_ready_time(Duration::ZERO);
     let mut args = lexopt::Parser::from_env();
     let time = |args: &mut lexopt::Parser| amount(args, MILLISECONDS).map(Duration::from_millis);
@@ -130,7 +132,8 @@ impl Screen {
         }
     }
 
-    /// Leaves the cursor at the start of the status, so that output of the programs overwrites it.
+    /// Prints the line, and on a terminal the status below it. Leaves the cursor at the start of
+    /// the status, so that output of the programs overwrites the status.
     fn print(&self, line: &str) {
         let text = match self.is_terminal {
             true => format!("\r\x1b[K{line}{}\r", self.status.borrow()),
@@ -138,7 +141,7 @@ impl Screen {
         };
         let mut output = &self.output;
         let _ = output.write_all(text.as_bytes());
-        // The status line has no line feed.
+        // Flush, because the status does not end with a line feed.
         let _ = output.flush();
     }
 }
@@ -183,7 +186,8 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     for fd in passed {
         fds.push((fd.name().unwrap_or("passed").to_owned(), fd.into()));
     }
-    // While no process runs, clients wait in these listeners for the next one.
+    // Keep these listeners open. While no process runs, clients wait in the backlogs for the next
+    // process.
     let mut retained = Vec::new();
     for address in &options.listen {
         let listener = match address.contains('/') {

@@ -18,7 +18,7 @@ fn master(master: &Master) -> cluster::Result<()> {
     let worker = master.fork()?;
     let at_timeout = log.clone();
     worker.on_message(move |master, worker, _| {
-        // The worker has a client now.
+        // The worker sends this message when it has a client.
         let _ = worker.send(b"shutdown");
         let straggler = worker.disconnect().clone();
         let log = at_timeout.clone();

@@ -23,9 +23,10 @@ use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker, sys
 use lexopt::prelude::*;
 use proxy_header::{ParseConfig, ProxyHeader};
 
-/// For the requests that HAProxy forwards. Any other client that reaches this port can claim any address.
+/// The port for requests that HAProxy forwards. Protect it from other clients, because any client
+/// that reaches it can claim any address.
 const PORT: u16 = 8000;
-/// For HAProxy's agent-check.
+/// The port for HAProxy's agent-check.
 const AGENT_PORT: u16 = 8001;
 
 struct Options {
@@ -104,7 +105,8 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
             if draining.replace(true) {
                 return pool.stop_at_once(master);
             }
-            // HAProxy asks in this time, so it sends no more requests when the port closes.
+            // HAProxy receives the answer `drain` during this time. When the port closes, HAProxy
+            // no longer sends requests.
             let pool = pool.clone();
             let stop = master.set_timeout(notice, move |master| pool.stop(master));
             master.unreference(stop);
@@ -123,7 +125,8 @@ fn answer_agent_check(
 ) -> cluster::Result<()> {
     let (pool, draining) = (pool.clone(), Rc::clone(draining));
     let watch = master.watch(agent, Interest::Readable, move |_, agent| {
-        // A new master answers for this host, or none does and HAProxy keeps the last answer.
+        // Stop answering. After an upgrade, the new master answers for this host. After a stop, no
+        // process answers, and HAProxy keeps the last answer.
         if pool.is_stopping() {
             return None;
         }
@@ -174,7 +177,7 @@ fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
     connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())
 }
 
-/// Returns the client's address if the request is complete.
+/// Returns the client's address, or `None` if the request is incomplete.
 fn parse_client(input: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
     let (header, length) = match ProxyHeader::parse(input, ParseConfig::default()) {
         Err(proxy_header::Error::BufferTooShort) => return Ok(None),
