@@ -16,9 +16,9 @@ use std::time::Duration;
 use cluster::{Connection, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker};
 use lexopt::prelude::*;
 
-/// A silent client blocks its worker for at most this time.
+/// The longest time for which a silent client blocks its worker.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// A worker that has not exited this long after it was disconnected is killed.
+/// The time after a disconnect at which a worker that has not exited is killed.
 const GRACE: Duration = Duration::from_secs(10);
 
 struct Options {

@@ -57,10 +57,10 @@ fn options() -> Result<Options, lexopt::Error> {
     let mut options = Options::default();
     let mut pool = PoolOptions::default()
         .disconnect_signal(Some(Signal::TERM))
-        // Any program can show that it is ready by running for this time. `serve` cannot rely on
-        // anything else.
+        // A process is ready when it has run for this time. `serve` has no other way to learn
+        // whether a program is ready.
         .readiness(Readiness::Alive(Duration::from_secs(1)))
-        // A process must not run even longer after it is ready, so the minimum ready time is zero.
+        // The old process ends at once when its replacement is ready.
         .min_ready_time(Duration::ZERO);
     let mut args = lexopt::Parser::from_env();
     let time = |args: &mut lexopt::Parser| amount(args, MILLISECONDS).map(Duration::from_millis);
@@ -98,7 +98,7 @@ fn amount(args: &mut lexopt::Parser, units: &[(&str, u64)]) -> Result<u64, lexop
     })
 }
 
-/// Finds the program in `PATH`, which `execve` does not search.
+/// Finds the program in `PATH`, because `execve` does not search `PATH`.
 fn find(program: &Path) -> Option<PathBuf> {
     let has_slash = program.as_os_str().as_encoded_bytes().contains(&b'/');
     let path = std::env::var_os("PATH").filter(|_| !has_slash);

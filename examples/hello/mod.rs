@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use cluster::Connection;
 
-/// A silent client blocks its worker for at most this time.
+/// The longest time for which a silent client blocks its worker.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Answers one request with `body`, and closes the connection.

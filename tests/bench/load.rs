@@ -143,7 +143,7 @@ impl Open {
     }
 }
 
-/// Runs `clients` clients, each of which makes one connection after another until `next` returns
+/// Runs `clients` clients. Each client makes one connection after the other until `next` returns
 /// `None`.
 pub fn drive(
     address: SocketAddr,
@@ -158,7 +158,7 @@ pub fn drive(
     while !open.is_empty() {
         for client in open.answered() {
             answered(client.answered());
-            // Start the next connection first. The answered connection closes afterwards.
+            // Start the next connection before the answered connection is closed.
             if let Some(request) = next() {
                 open.add(Client::connect(address, request));
             }
@@ -166,8 +166,8 @@ pub fn drive(
     }
 }
 
-/// Starts a client at each given time of the monotonic clock, even if earlier clients still wait. A
-/// client's wait counts from the given time, not from the actual `connect`.
+/// Starts a client at each given time of the monotonic clock, even if other clients still wait for
+/// their answers. A client's wait counts from the given time, not from the actual `connect`.
 pub fn drive_on_time(
     address: SocketAddr,
     requests: impl IntoIterator<Item = (i64, &'static [u8])>,

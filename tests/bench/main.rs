@@ -51,7 +51,7 @@ use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::Signal;
 use table::Table;
 
-/// Number of measured rounds, which follow one round of warm-up.
+/// Number of measured rounds. One round of warm-up precedes them.
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
@@ -72,7 +72,7 @@ const PARTS: [(&str, Part); 12] = [
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {
-        // Make the kernel kill this process when the benchmark, which started it, is killed.
+        // Make the kernel kill this process when its parent, the benchmark, is killed.
         set_pdeathsig(Signal::SIGKILL).unwrap();
         match role.as_str() {
             peers::PEER => peers::exec_peer(),

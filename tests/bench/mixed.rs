@@ -13,7 +13,7 @@ const CLIENTS: usize = 32;
 const TIME: Duration = Duration::from_secs(3);
 /// Mean number of connections per second in the open loop. The gaps between connections are random.
 const RATE: f64 = 8_000.0;
-/// Number of requests of which one is slow.
+/// One of this number of requests is slow.
 const SLOW: usize = 100;
 /// Limit in milliseconds above which a wait is attributed to a slow request. On a busy machine, the
 /// kernel's scheduler may cause shorter waits. The limit is half the time of a slow request.

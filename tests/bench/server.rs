@@ -53,7 +53,7 @@ impl Server {
         Ok(Self::run(&mut command))
     }
 
-    /// Starts a program, which must print its address when it listens.
+    /// Starts a program that prints its address when it listens, and waits for the address.
     pub fn run(command: &mut Command) -> Self {
         let group = Group::start(command).unwrap();
         let address = group.line("listening on ").parse().unwrap();

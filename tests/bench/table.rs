@@ -1,4 +1,4 @@
-//! The table of results, which is printed as text and written as JSON.
+//! The table of results. It is printed as text and written as JSON.
 
 use std::fmt::Write as _;
 use std::path::Path;

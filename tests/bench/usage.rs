@@ -29,8 +29,8 @@ pub fn family(root: Pid) -> Vec<Pid> {
     found
 }
 
-/// Returns the user and system time of these processes until now, with all their threads. Reads the
-/// CPU clocks, which count nanoseconds, because `/proc/PID/stat` has ticks of 10 ms.
+/// Returns the user and system time that all threads of these processes have used. Reads the CPU
+/// clocks, which count nanoseconds, because `/proc/PID/stat` has ticks of 10 ms.
 pub fn cpu_time(processes: &[Pid]) -> Duration {
     let time = |process: &Pid| {
         let clock = clock_getcpuclockid(*process).unwrap();

@@ -1,5 +1,5 @@
-//! Tests workers that block in `accept`, which only a signal interrupts. The worker must still
-//! process messages, timers, signals and end-of-file each time.
+//! Tests workers that block in `accept`. Only a signal interrupts this call, and the worker must
+//! nevertheless process messages, timers, signals and end-of-file while it blocks.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;

@@ -126,7 +126,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
         let _ = listener.set_removes_file(false);
         let _ = listener.as_fd();
         c.listener.replace(Some(listener));
-        // Replace the handle, which releases the previous listener.
+        // Replacing the handle releases the previous listener, which tests its destructor.
         let other = c.master.listen("127.0.0.1:0").unwrap();
         c.listener.replace(Some(other));
     }),
@@ -492,7 +492,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     }),
 ];
 
-/// A source with an additional destructor, which runs after the source is dropped.
+/// A source with an additional destructor. The destructor runs after the source is dropped.
 struct Holder(Source, #[allow(dead_code)] OnDrop);
 
 impl AsFd for Holder {

@@ -111,8 +111,8 @@ fn connection_limit_is_kept_while_clients_wait() {
                 let _ = worker.send(b"served").unwrap();
             });
             listener.set_max_connections(Some(1));
-            // When the master reads this message, it has processed all frames that the worker sent
-            // earlier.
+            // When the master reads this message, it has already processed all frames that the
+            // worker sent before.
             let address = listener.local_addr().unwrap().to_string();
             let _ = worker.send(address.as_bytes()).unwrap();
             worker.on_message(move |worker, _| {
@@ -197,7 +197,8 @@ fn loop_backs_off_from_a_listener_that_was_shut_down() {
         let times = seen.take();
         assert!(times.len() >= 3);
         // Two back-offs of 100 ms separate these times. The callback for the first error may run up
-        // to 50 ms late, which shortens the measured time. A loop that spins would take far less.
+        // to 50 ms late, so the measured time may be shorter by 50 ms. A loop that spins would take
+        // far less.
         assert!(times[2] - times[0] >= Duration::from_millis(150));
     });
 }

@@ -168,7 +168,7 @@ enum Outcome {
     Answered,
     /// The connection was refused, so no worker received it.
     Refused,
-    /// The request failed in another way, which the text describes.
+    /// The request failed in another way. The text is the reason.
     Failed(String),
 }
 

@@ -147,8 +147,8 @@ fn expect_success(group: &Group) -> Result<(), Failed> {
     success.ok_or_else(|| status.to_string().into())
 }
 
-/// A network namespace without a name, which exists while this descriptor is open or a process is
-/// inside. Therefore the kernel removes the namespace however the test ends.
+/// A network namespace without a name. It exists while this descriptor is open or a process is
+/// inside, so the kernel removes the namespace however the test ends.
 struct Network(File);
 
 impl Network {

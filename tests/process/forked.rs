@@ -44,8 +44,8 @@ fn fork() -> ForkResult {
     unsafe { nix::unistd::fork() }.unwrap()
 }
 
-/// Runs `play` in a child, which then calls `exit`, so that exit handlers run. Asserts that the
-/// child succeeds.
+/// Runs `play` in a child and asserts that the child succeeds. The child calls `exit`, so that exit
+/// handlers run.
 fn in_child(play: impl FnOnce()) {
     match fork() {
         ForkResult::Child => {
@@ -676,7 +676,7 @@ fn pool_is_inert_in_a_forked_child() {
     );
 }
 
-/// Checks that a child that a callback forks leaves the loop with an error. No further event is
+/// Checks that the loop returns an error in a child that a callback forks. No further event is
 /// delivered in the child.
 fn loop_ends_in_a_child_forked_by_a_callback() {
     cluster(

@@ -279,8 +279,8 @@ fn worker_child_is_no_worker() {
     }
     let log = Log::default();
     let entries = log.clone();
-    // Record the environment, which `init` must not change, because other threads may read it at
-    // any time.
+    // Record the environment. `init` must not change it, because other threads may read it at any
+    // time.
     let environment: Vec<_> = std::env::vars_os().collect();
     assert_eq!(
         cluster::is_worker(),
@@ -504,7 +504,8 @@ fn callbacks_may_change_callbacks_and_fork() {
     );
 }
 
-/// Checks exits without `pidfd_open`, which kernels before Linux 5.3 do not have.
+/// Checks that the master notices exits without `pidfd_open`. Kernels before Linux 5.3 do not have
+/// this system call.
 fn exits_are_noticed_without_process_descriptors() {
     let calls = [nix::libc::SYS_clone3, nix::libc::SYS_pidfd_open];
     refuse_calls(&calls, nix::libc::ENOSYS);

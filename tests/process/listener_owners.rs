@@ -159,8 +159,8 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
                     other.set_nonblocking(true).unwrap();
-                    // The accepted connection may belong to an earlier client that no worker has
-                    // accepted.
+                    // The accepted connection may also belong to one of the previous clients that
+                    // no worker has accepted.
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
                 master.disconnect();
@@ -263,8 +263,8 @@ fn adopting_keeps_a_filter_of_the_application() {
     );
 }
 
-/// Checks that a stopped port refuses clients although a child process still has a copy of the
-/// listener. A worker has started this child, which the master does not know.
+/// Checks that a stopped port refuses clients although a child of a worker still has a copy of the
+/// listener. The master does not know this child.
 fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();

@@ -35,8 +35,8 @@ struct System {
     has_proc: bool,
 }
 
-/// The number of the system call `fchmodat2`, which is the same on all architectures. Some versions
-/// of the C library do not declare this number.
+/// The number of the system call `fchmodat2`. It is the same on all architectures, but some
+/// versions of the C library do not declare it.
 const FCHMODAT2: libc::c_long = 452;
 
 /// System calls that were added after 2016 and that this crate, the standard library or `polling`
@@ -83,7 +83,7 @@ const SYSTEMS: &[System] = &[
     },
 ];
 
-/// Systems without /proc, which only root can hide.
+/// Systems without /proc. Only root can hide it, so other users skip these systems.
 const WITHOUT_PROC: &[System] = &[
     System {
         has_proc: false,

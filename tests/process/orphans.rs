@@ -73,7 +73,7 @@ fn read_for_ever(mut stream: &TcpStream) {
     let _ = stream.read(&mut [0]);
 }
 
-/// Simulates an application's long start-up, which precedes `init`.
+/// Simulates a long start-up of the application before it calls `init`.
 fn start_up() {
     match kind().as_str() {
         "starting slowly" => {
@@ -372,8 +372,8 @@ fn orphans_with_a_set_user_id_bit_exit_within_a_second() {
 /// time, no parent-death signal reports the master's exit. The worker itself kills its master.
 fn worker_with_file_capabilities_exits_if_its_master_exited_before_init() {
     if std::env::var_os(PRIVILEGES).is_none() {
-        // Become a subreaper, so that the worker is reparented to this process, which can then wait
-        // for it.
+        // Become a subreaper. The worker is then reparented to this process, so that this process
+        // can wait for it.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let (_directory, mut command) = program_with_privileges(CAPABILITY, grant_capability);
         let mut master = command.stdout(Stdio::piped()).spawn().unwrap();

@@ -418,7 +418,7 @@ fn send_release_and_serve(worker: &Worker) {
     }
 }
 
-/// Runs three reloads, of which only the first succeeds.
+/// Checks the settings after three reloads. Only the first reload succeeds.
 ///
 /// The second reload replaces the worker in slot 0 and fails in slot 1. The third reload fails when
 /// slot 0 is the only slot.
@@ -648,14 +648,15 @@ fn on_give_up_chooses_retry_hold_or_stop() {
     assert_eq!(calls.get(), 3);
 }
 
-/// Environment variable with the path to a file, which selects how [`server`] behaves.
+/// Environment variable with the path to a file. The content of the file selects how [`server`]
+/// behaves.
 const RELEASE: &str = "RELEASE";
 /// Request that keeps a worker busy until the client closes the connection.
 const HOLD: &[u8] = b"hold";
 /// Environment variable with the address on which [`server`] listens.
 const ADDRESS: &str = "ADDRESS";
 
-/// Runs a pool's master, which prints the pool's events, or one of the pool's workers.
+/// Runs a pool's master or one of the pool's workers. The master prints the pool's events.
 fn server(options: PoolOptions) {
     let address = std::env::var(ADDRESS).unwrap();
     let release = std::env::var(RELEASE).map(|path| std::fs::read_to_string(path).unwrap());
@@ -721,7 +722,7 @@ fn is_served(answer: &str) -> bool {
     answer == "served\n"
 }
 
-/// The scenario's server, which runs in another process group.
+/// The scenario's server. It runs in another process group.
 struct Server {
     group: Group,
     address: SocketAddr,
@@ -923,7 +924,8 @@ fn unix_socket_passes_from_master_to_master() {
         }
         return;
     }
-    // Change the directory to use a shorter path, which the kernel records as the socket's address.
+    // Change the directory to use a shorter path. The kernel records this path as the socket's
+    // address, and the length of an address is limited.
     std::env::set_current_dir(std::env::temp_dir()).unwrap();
     let server = Server::start("rr");
     let path = std::env::temp_dir().join(PATH);
@@ -953,7 +955,7 @@ fn unix_socket_passes_from_master_to_master() {
     assert!(!path.exists());
 }
 
-/// Acts as the service manager, which receives the pool's notifications.
+/// Checks the pool's notifications. This process acts as the service manager and receives them.
 fn pool_notifies_systemd() {
     const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
     if is_watched() {
@@ -1209,8 +1211,8 @@ fn new_master_stays_in_the_session_and_process_group() {
     }
 }
 
-/// Returns the duration of long tests, which is `CLUSTER_TEST_FIRE` seconds, or 4 seconds by
-/// default.
+/// Returns the duration of long tests: `CLUSTER_TEST_FIRE` seconds if the variable is set,
+/// otherwise 4 seconds.
 fn test_duration() -> Duration {
     let wanted = std::env::var("CLUSTER_TEST_FIRE").ok();
     Duration::from_secs(wanted.map_or(4, |wanted| wanted.parse().expect("a number")))

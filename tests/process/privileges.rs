@@ -176,8 +176,8 @@ fn capabilities_that_survive_setuid_are_dropped() {
     assert_all_refused(settings, attempts);
 }
 
-/// Checks two settings that keep the worker's capabilities: user 0, which is root, and a change of
-/// only the group.
+/// Checks two settings with which the worker keeps its capabilities: the user 0 (root), and a
+/// change of only the group.
 fn root_worker_keeps_its_capabilities() {
     const SETTINGS: &str = "SETTINGS";
     let Ok(how) = std::env::var(SETTINGS) else {
@@ -229,8 +229,8 @@ fn assert_fork_gives_up(master: &Master) {
     assert!(master.workers().is_empty());
 }
 
-/// Waits for the killed child's exit, which may be late on a busy machine, and asserts that the
-/// next `fork` leaves no zombie.
+/// Waits until the killed child has exited. This may take long on a busy machine. Then asserts that
+/// the next `fork` leaves no zombie.
 fn assert_next_fork_leaves_no_zombie(master: &Master) {
     wait_until("the exit of the child", || {
         (!children().into_iter().any(is_alive)).then_some(())
@@ -328,8 +328,9 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
             master.on_fork(|_, _| panic!("no worker was forked"));
             master.on_exit(|_, _, _| panic!("no worker was forked"));
             master.setup_master(settings_of_nobody());
-            // Seccomp filters accumulate. Refuse the child's last step first, because each further
-            // filter makes an earlier step fail.
+            // Seccomp filters accumulate and cannot be removed, so the child fails at the first
+            // refused step. Refuse the child's last step first. Each further filter then makes a
+            // step before it fail.
             let steps = [
                 (libc::SYS_capset, libc::EPERM, "give up its capabilities"),
                 (libc::SYS_setresuid, libc::EACCES, "change its user"),

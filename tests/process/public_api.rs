@@ -27,7 +27,7 @@ crate::scenarios! {
     worker_is_found_by_its_plain_number
 }
 
-/// The number of simultaneous clients, each of which receives one byte.
+/// The number of simultaneous clients. Each client receives one byte.
 const CLIENTS: usize = 4;
 
 /// Connects all clients before any of them is served and adds their answers to the log.

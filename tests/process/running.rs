@@ -166,8 +166,8 @@ fn wait_in_every_way(worker: &Worker, duration: Duration) {
     worker.run().unwrap();
 }
 
-/// Checks that the loop backs off if the worker cannot be reaped. A tracer such as a debugger keeps
-/// the killed worker a zombie until the tracer has detached or exited.
+/// Checks that the loop backs off if a killed worker cannot be reaped. A tracer such as a debugger
+/// keeps the worker a zombie until the tracer has detached or exited.
 fn loop_backs_off_from_a_killed_worker_that_is_traced() {
     const TRACEE: &str = "TRACEE";
     if let Ok(tracee) = std::env::var(TRACEE) {

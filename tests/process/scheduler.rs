@@ -65,7 +65,7 @@ fn fork_two(master: &Master) {
     (0..2).for_each(|_| drop(master.fork().unwrap()));
 }
 
-/// Calls `then` when the condition is true, which it checks every millisecond.
+/// Checks the condition every millisecond, and calls `then` when it is true.
 fn when(
     master: &Master,
     condition: impl Fn(&Master) -> bool + 'static,

@@ -119,8 +119,8 @@ while True:
     server.process_request(*server.get_request())
 ";
 
-/// A Python program for any address family, which is necessary because Python's HTTP server cannot
-/// print all addresses.
+/// A Python program for any address family. Python's HTTP server cannot print all addresses, so
+/// this program uses the socket directly.
 const PYTHON_PROGRAM_FOR_ANY_FAMILY: &str = "
 import os, socket
 listener = socket.socket(fileno=3)
@@ -131,8 +131,7 @@ while True:
     connection.close()
 ";
 
-/// Returns a command for `serve` with this number of workers, which are treated as ready after 50
-/// ms.
+/// Returns a command for `serve` with this number of workers. A worker counts as ready after 50 ms.
 fn command(workers: usize, address: &str) -> Command {
     let mut command = example("serve");
     command.args(["--listen", address, "--readiness", "50ms"]);

@@ -1,4 +1,4 @@
-//! Clients of the soak test, which run in their own process so that their memory does not count as
+//! Clients of the soak test. They run in their own process, so that their memory does not count as
 //! the master's.
 
 use std::cell::Cell;

@@ -43,7 +43,7 @@ pub struct LongLived {
 }
 
 impl LongLived {
-    /// Adopts a worker, which must call [`run_orders`].
+    /// Takes over a worker's handle. The worker must call [`run_orders`].
     pub fn new(worker: WorkerProcess, name: &str) -> Self {
         let answer = Rc::new(RefCell::new(None));
         let received = Rc::clone(&answer);

@@ -44,7 +44,7 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 #[global_allocator]
 static HEAP: measure::CountingHeap = measure::CountingHeap;
 
-/// Number of rounds, each of which ends with a measurement.
+/// Number of rounds. Each round ends with a measurement.
 const ROUNDS: u64 = 20;
 
 /// Returns the factor by which the work of a plain `cargo test` is multiplied.
@@ -95,8 +95,9 @@ fn trial(scenario: &'static Scenario) -> Trial {
 
 fn run(name: &str) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    // Disable glibc's thread cache. Its blocks would occupy more and more pages until the cache has
-    // blocks of each size, which is half a megabyte after tens of thousands of listeners.
+    // Disable glibc's thread cache. Until the cache has blocks of each size, it occupies more and
+    // more pages. After tens of thousands of listeners, these pages are half a megabyte, which
+    // looks like a leak.
     command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
     let group = Group::start(command.env(SCENARIO, name))?;
     // Wait without a deadline, because a process that does not finish a round kills itself.

@@ -115,7 +115,7 @@ impl Sample {
     }
 }
 
-/// Makes the allocator release unused memory, which can be some megabytes after long messages.
+/// Makes the allocator release unused memory. After long messages, this can be some megabytes.
 fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the function has no preconditions.

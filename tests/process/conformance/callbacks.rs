@@ -123,7 +123,8 @@ fn once_callbacks_of_a_worker_run_once() {
             worker.disconnect().run().unwrap();
         },
     );
-    // The message callback registers a second callback, which receives the second message.
+    // The first message callback runs once and registers the second one. The second callback
+    // receives the second message.
     let events = ["listening", "message", "message", "error"];
     assert_eq!(entries.take(), events.map(|event| format!("1 {event}")));
 }

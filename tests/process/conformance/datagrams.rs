@@ -285,8 +285,8 @@ fn dgram_2() {
     assert_eq!(received.get(), 40);
     let mut entries = entries.take();
     assert_eq!(entries.pop().unwrap(), "all exited");
-    // A worker may be disconnected before it has bound its socket, because the other workers may
-    // have sent all 40 datagrams by then.
+    // The worker may be disconnected before it has bound its socket, because the other workers may
+    // already have sent all 40 datagrams.
     entries.retain(|entry| !entry.ends_with(" listening"));
     let expected = [
         "fork",
@@ -333,7 +333,7 @@ fn dgram_ipv6only() {
     assert_eq!(events, bind_and_disconnect_events(2));
 }
 
-/// Returns the socket's link in `/proc/self/fd`, which contains the inode that identifies the
+/// Returns the socket's link in `/proc/self/fd`. The link contains the inode, which identifies the
 /// socket.
 fn identity(socket: &UdpSocket) -> std::path::PathBuf {
     let copy = socket.try_clone().unwrap();

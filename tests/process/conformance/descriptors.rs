@@ -1,4 +1,5 @@
-//! Tests messages with descriptors of every kind, which the sender either keeps open or moves.
+//! Tests messages with descriptors of every kind. The sender either keeps a descriptor open or
+//! moves it.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;

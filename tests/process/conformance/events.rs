@@ -102,7 +102,7 @@ impl Events {
     }
 
     /// Returns the events that follow `fork` and `online`. Asserts that both levels have logged the
-    /// same events, except `fork`, which only the cluster level emits.
+    /// same events. Only the cluster level emits `fork`.
     #[track_caller]
     fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
@@ -112,7 +112,7 @@ impl Events {
     }
 }
 
-/// Exits with a code that contains the worker's ID, which is known as soon as `init` returns.
+/// Exits with a code that contains the worker's ID. `init` returns only when the ID is known.
 fn exit_with_own_id(worker: Worker) {
     assert!(cluster::is_worker());
     std::process::exit(42 + i32::try_from(worker.id().get()).unwrap());

@@ -27,8 +27,8 @@ crate::scenarios! {
     setup_primary_cumulative
 }
 
-/// Checks that a second cluster cannot listen on the first cluster's address. The second cluster is
-/// in a child process, which receives the address in its environment.
+/// Checks that a second cluster cannot listen on the first cluster's address. The second cluster
+/// runs in a child process and receives the address in its environment.
 fn bind_twice() {
     const ADDRESS: &str = "ADDRESS";
     if std::env::var_os(ADDRESS).is_some() {
@@ -96,8 +96,9 @@ fn second_cluster(address: &str) {
     assert_eq!(entries.take(), expected);
 }
 
-/// Checks sockets that are closed right after `bind`, and `bind` after a disconnect. `bind` waits
-/// for the answer, so no callback can close the socket earlier.
+/// Checks sockets that are closed right after `bind`, and `bind` after a disconnect. Node's test
+/// closes a socket during `bind`. Here `bind` waits for the answer, so no callback can close the
+/// socket before.
 fn dgram_cluster_close_during_bind() {
     let log = Log::default();
     let entries = log.clone();

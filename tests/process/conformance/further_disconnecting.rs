@@ -35,8 +35,8 @@ const DISCONNECTED: [&str; 4] = [
     "exit Some(true) exit status: 0",
 ];
 
-/// Lets six workers disconnect themselves at the same time. At each `disconnect` event, the master
-/// sends a message to all workers, some of which have exited by then.
+/// Checks that six workers can disconnect themselves at the same time. At each `disconnect` event,
+/// the master sends a message to all workers. Some of these workers have already exited.
 fn concurrent_disconnect() {
     const WORKERS: u32 = 6;
     let log = Log::default();
@@ -118,8 +118,8 @@ fn note_completion(master: &Master, log: &Log) {
     });
 }
 
-/// Disconnects the second worker while the first worker, which has the listener, is also
-/// disconnecting. The second worker may have requested the listener shortly before.
+/// Disconnects the second worker while the first worker is also disconnecting. The first worker has
+/// the listener, and the second worker may have requested it shortly before.
 fn disconnect_race() {
     for_both_policies(|| {
         let log = Log::default();

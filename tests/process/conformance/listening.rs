@@ -41,7 +41,7 @@ fn report_refusal(worker: &Worker, address: &str, errno: i32) {
     let _ = worker.send(b"refused").unwrap();
 }
 
-/// Closes the channel without a disconnect request, which makes `run` return.
+/// Closes the channel without a disconnect request. The closed channel makes `run` return.
 fn close_channel(worker: &Worker) {
     worker.process().disconnect();
     worker.run().unwrap();
@@ -124,8 +124,8 @@ fn shared_handle_bind_error() {
 /// Runs `play` in a process that may not listen on port 42, even if root runs the tests.
 fn unprivileged(play: impl FnOnce()) {
     const CAP_NET_BIND_SERVICE: nix::libc::c_ulong = 10;
-    // Remove the capability from all programs that root executes from now on. Other users may not
-    // change the bounding set, but do not have the capability.
+    // Remove the capability from all programs that root executes afterwards. For other users this
+    // call fails, but they do not have the capability.
     #[allow(unsafe_code)]
     // SAFETY: PR_CAPBSET_DROP takes its arguments by value and has no memory-safety preconditions.
     unsafe {
@@ -392,7 +392,8 @@ fn shared_listener_has_the_requested_backlog() {
 }
 
 fn first_listen_call_sets_the_backlog() {
-    // 511 is the default backlog, which the first worker uses.
+    // 511 is the default backlog. The first worker uses it, and the second worker's value has no
+    // effect.
     let mut seen = listen_with_backlogs(&[0, 127], |_| {});
     let exits = seen.split_off(4);
     let expected = ["master [511]", "1 []", "master [511]", "2 []"];

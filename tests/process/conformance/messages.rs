@@ -98,8 +98,8 @@ fn send_deadlock() {
                 (accepted < 2).then_some(Interest::Readable)
             };
             master.watch(server, Interest::Readable, pass_on).unwrap();
-            // Take only the first returned socket, which shows that sockets come back. The second
-            // socket must be closed even though no callback takes it.
+            // Take only the first socket that comes back. The second socket must be closed although
+            // no callback takes it.
             let mut first = true;
             worker.on_message(move |_, _, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));
@@ -159,7 +159,7 @@ fn connect_and_end_both(worker: &Worker, port: u16) {
 
 fn send_handle_large_payload() {
     const LENGTH: u32 = 800_004;
-    // The text repeats every 251 bytes, which divides no usual buffer size. Therefore the
+    // The text repeats every 251 bytes. No usual buffer size is a multiple of 251, so the
     // comparison detects a lost or repeated buffer.
     let text = || (0..LENGTH).flat_map(|n| (n % 251).to_le_bytes().into_iter().take(1));
     let log = Log::default();
@@ -175,7 +175,7 @@ fn send_handle_large_payload() {
             let _ = worker.send_with_fds(&text, vec![client.into()]).unwrap();
             worker.on_message(move |_, _, message| {
                 assert!(message.bytes() == text, "the same text");
-                // Write to the descriptor, which must still be the same connection.
+                // Write to the descriptor to check that it still is the same connection.
                 let mut client = socket(message);
                 client.write_all(b"x").unwrap();
                 drop(client);

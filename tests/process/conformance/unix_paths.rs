@@ -30,7 +30,7 @@ crate::scenarios! {
 /// Returns a temporary directory that exists until the master is dropped.
 fn directory(master: &Master) -> PathBuf {
     let directory = tempfile::tempdir().unwrap();
-    // Use the canonical path, which equals the current directory that the kernel reports.
+    // Use the canonical path, because the kernel reports the current directory in this form.
     let path = directory.path().canonicalize().unwrap();
     master.on_exit(move |_, _, _| assert!(directory.path().exists()));
     path
