@@ -80,7 +80,7 @@ fn connection_limit_is_kept_while_clients_wait() {
             master.on_message(move |master, worker, message| match message.bytes() {
                 b"served" => {
                     count.set(count.get() + 1);
-                    // No other connection has been received, because the limit is 1.
+                    // The worker must not have received another connection, because its limit is 1.
                     let ledger = master.ledger();
                     assert_eq!(ledger.received, count.get());
                     // After one quick answer, the master may already have dispatched the next
@@ -239,7 +239,8 @@ fn dropping_the_master_disconnects_its_workers() {
                 master.dispatch(None).unwrap();
             }
             drop(master);
-            // The application still owns the worker's handle, but the channel is closed.
+            // The application still owns the worker's handle, but dropping the master must have
+            // closed the channel.
             assert!(!worker.is_connected());
             let pid = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
             assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 0));

@@ -82,7 +82,7 @@ fn worker_exits_after_disconnect_by_the_master() {
     let seen = flags_and_status(
         |worker| assert_eq!(worker.disconnect(), worker),
         |worker| {
-            // An idle listener without a callback does not delay the exit.
+            // Check that an idle listener without a callback does not delay the exit.
             let _listener = worker.listen("127.0.0.1:0").unwrap();
             ready_then_run(&worker);
             assert_eq!(worker.exited_after_disconnect(), Some(true));
@@ -117,7 +117,7 @@ fn worker_exits_after_its_own_kill() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
             let client = std::thread::spawn(move || TcpStream::connect(address).unwrap());
-            // An open connection does not delay the exit after `kill`.
+            // Check that an open connection does not delay the exit after `kill`.
             let connection = listener.accept().unwrap().unwrap();
             worker.kill();
             worker.run().unwrap();
@@ -570,7 +570,8 @@ fn listener_requested_before_the_channel_closed_is_not_leaked() {
             let address = std::env::var("ADDRESS").unwrap();
             let listener = worker.listen(address.as_str()).unwrap();
             listener.set_connection_callback(|_, _| panic!("unexpected connection"));
-            // The worker has already read end-of-file, so nothing else wakes the loop.
+            // The worker has already read end-of-file, so nothing wakes the loop later. If the
+            // listener kept the loop running, `run` would never return.
             worker.run().unwrap();
         },
     );

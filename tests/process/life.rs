@@ -143,7 +143,8 @@ fn exit_reports_code_or_signal() {
             master.on_exit(move |_, worker, status| {
                 let end = (status.code(), status.signal());
                 exits.borrow_mut().insert(worker.id().get(), end);
-                // Methods of an exited worker still return, but have no effect.
+                // Check that the methods of an exited worker still return. They must have no
+                // effect.
                 assert_eq!(worker.disconnect(), worker);
                 worker.kill(Signal::KILL);
                 worker.process().kill(Signal::KILL);

@@ -276,7 +276,7 @@ fn callbacks_can_add_and_remove_callbacks() {
                     worker.disconnect();
                 }
             });
-            // A callback that removes itself keeps its captured values until it returns.
+            // Check that a callback that removes itself keeps its captured values until it returns.
             let dropped = OnDrop(log.clone());
             let own = OwnId::default();
             let itself = Rc::clone(&own);
@@ -409,7 +409,8 @@ fn unref_lets_run_return_in_the_master() {
     let entries = log.clone();
     cluster(
         |master| {
-            // If all sources are unreferenced, `run` returns at once and calls no callback.
+            // Check that `run` returns at once and calls no callback if all sources are
+            // unreferenced.
             let interval = master.set_interval(Duration::from_millis(1), |_| panic!("an interval"));
             let timeout = master.set_timeout(Duration::from_secs(3600), |_| panic!("a timer"));
             let (watched, _peer) = UnixStream::pair().unwrap();
@@ -422,8 +423,8 @@ fn unref_lets_run_return_in_the_master() {
             master.run().unwrap();
             master.clear_timer(interval);
 
-            // Unreferenced timers and watches still fire while something else keeps the loop
-            // running.
+            // Check that unreferenced timers and watches still fire while something else keeps the
+            // loop running.
             let (ticks, ready) = (log.clone(), log.clone());
             let count = Cell::new(0);
             let other = Rc::new(RefCell::new(None));
@@ -480,7 +481,7 @@ fn unref_and_ref_can_be_repeated() {
             master.reference(watch);
             drop(peer);
             master.run().unwrap();
-            // The timer and the watch no longer exist, so these calls have no effect.
+            // The timer and the watch no longer exist, so these calls must have no effect.
             for _ in 0..2 {
                 master.unreference(timer);
                 master.reference(timer);
@@ -513,13 +514,13 @@ fn unref_lets_run_return_in_the_worker() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             listener.set_connection_callback(|_, _| {});
             if worker.id().get() == 1 {
-                // After the worker has disconnected, the unreferenced timer and watch do not keep
+                // After the worker has disconnected, the unreferenced timer and watch must not keep
                 // it running.
                 worker.run().unwrap();
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
             } else {
-                // With the channel and the listener unreferenced, `run` returns although the worker
-                // is still connected.
+                // With the channel and the listener unreferenced, `run` must return although the
+                // worker is still connected.
                 worker.process().unreference();
                 listener.unreference();
                 worker.run().unwrap();
@@ -558,13 +559,14 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
             let worker = master.fork().unwrap();
             worker.process().unreference();
             worker.process().unreference();
-            // Only the unreferenced worker is left, so `run` emits the pending events and returns.
+            // Only the unreferenced worker is left, so `run` must emit the pending events and
+            // return.
             master.run().unwrap();
             assert_eq!(master.workers(), std::slice::from_ref(&worker));
             assert!(!worker.is_dead());
             log.add("run returned");
-            // An unreferenced worker still receives and answers messages while another worker keeps
-            // the loop running.
+            // Check that an unreferenced worker still receives and answers messages while another
+            // worker keeps the loop running.
             let other = master.fork().unwrap();
             let pinged = worker.clone();
             other.on_message(move |_, other, _| {

@@ -437,7 +437,8 @@ fn calls_in_the_worker_are_idempotent() {
             listener.unreference();
             listener.reference();
             listener.set_max_connections(Some(0));
-            // A listener or socket that a disconnected worker opens is closed from the start.
+            // Check that a listener or socket that a disconnected worker opens is closed from the
+            // start.
             let late = worker.listen("127.0.0.1:0").unwrap();
             assert!(late.accept().unwrap().is_none());
             let socket = worker.bind("127.0.0.1:0").unwrap();

@@ -203,7 +203,8 @@ fn datagrams_to_a_borrowed_socket_are_distributed() {
             distribute_datagrams(master, &log, addresses, &env);
             master.on_exit(move |master, _, _| {
                 if master.workers().is_empty() {
-                    // The master's socket is still open, and no datagram is left in its buffer.
+                    // Check that the master's socket is still open and that no datagram is left in
+                    // its buffer.
                     let address = socket.local_addr().unwrap();
                     assert_eq!(socket.send_to(b"own", address).unwrap(), 3);
                     let mut buffer = [0; 16];

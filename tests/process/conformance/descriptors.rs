@@ -62,8 +62,8 @@ impl Ends {
             !open_fds().contains(&self.moved_link),
             "still open in the sender"
         );
-        // The receiver has closed its copies. Only the sender's `kept` is open now, and `moved` is
-        // closed everywhere.
+        // The receiver must have closed its copies. Then `moved` is closed everywhere, and only the
+        // sender's copy of `kept` is open.
         assert_eq!(self.moved_peer.read(&mut [0]).unwrap(), 0);
         self.kept.write_all(b"open").unwrap();
         drop(self.kept);

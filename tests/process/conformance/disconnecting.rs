@@ -70,7 +70,7 @@ fn disconnect_before_exit() {
             worker.on_online(|_, worker| drop(worker.disconnect().clone()));
             worker.on_disconnect(move |master, worker| {
                 log.add("worker disconnect");
-                // The worker stays in the table until its exit.
+                // The worker must stay in the table until its exit.
                 assert_eq!(master.workers(), std::slice::from_ref(worker));
                 let log = log.clone();
                 master.on_all_disconnected_once(move |_| log.add("all exited"));
@@ -378,7 +378,8 @@ fn ipc_throw() {
             let thrown = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
             let error = thrown.downcast::<Error>().unwrap();
             assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
-            // The channel still works after the panic, and the requested disconnect completes.
+            // Check that the channel still works after the panic, and that the requested disconnect
+            // completes.
             let _ = worker.send(b"uncaught").unwrap();
             let count = Rc::new(Cell::new(0));
             let at_disconnect = Rc::clone(&count);

@@ -147,7 +147,7 @@ fn cluster_preload_test() {
 
 fn cluster_preload() {
     let events = Events::default();
-    // The role is known even before `init`.
+    // Check the role before `init`, because an application may ask for it at any time.
     let is_worker = cluster::is_worker();
     cluster(
         |master| {

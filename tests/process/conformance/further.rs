@@ -109,7 +109,7 @@ fn dgram_cluster_close_during_bind() {
         },
         |worker| {
             let before = open_fds();
-            // A socket that is closed at once releases its descriptor and its index.
+            // Check that a socket that is closed at once releases its descriptor and its index.
             for _ in 0..2 {
                 let socket = worker.bind("127.0.0.1:0").unwrap();
                 socket.set_message_callback(|_, _, _, _| panic!("the socket is closed"));

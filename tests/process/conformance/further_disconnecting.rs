@@ -287,7 +287,7 @@ fn worker_destroy() {
             if worker.id().get() == 1 {
                 let count = Rc::new(Cell::new(0));
                 let destroyed = Rc::clone(&count);
-                // `destroy` after the disconnect has no effect.
+                // `destroy` after the disconnect must have no effect.
                 worker.on_disconnect(move |worker| {
                     worker.destroy();
                     count.set(count.get() + 1);

@@ -63,7 +63,7 @@ fn net_reuseport() {
             assert_eq!(read_answer(&worker, address), "1");
             second.close();
             drop(stopped);
-            // The port is free because both listeners are closed.
+            // Check that the port is free after both listeners have been closed.
             drop(TcpListener::bind(address).unwrap());
             worker.disconnect().run().unwrap();
         },
@@ -272,7 +272,7 @@ fn borrowed_listener_stays_with_the_master() {
                 if rounds.get() < ROUNDS {
                     drop(master.fork_with(env.clone()).unwrap());
                 } else {
-                    // The listener still listens, and the master can accept from it.
+                    // Check that the listener still listens and that the master can accept from it.
                     let server = server.take().unwrap();
                     let _client = std::net::TcpStream::connect(address).unwrap();
                     server.accept().unwrap();

@@ -248,7 +248,7 @@ fn worker_handle_close() {
             poll(&mut fds, PollTimeout::NONE).unwrap();
             listener.close();
             worker.dispatch(Some(Duration::ZERO)).unwrap();
-            // The master reclaims the connection and drops it, because no other worker listens.
+            // The master must reclaim the connection and drop it, because no other worker listens.
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
             drop(client);
             assert_eq!(open_fds(), before);
@@ -470,7 +470,7 @@ fn net_listen_ipv6only_false() {
         |address| ListenOptions::from(address),
         |_| {},
         |_, port| {
-            // The listener uses the port in both address families.
+            // Check that the listener uses the port in both address families.
             let error = TcpListener::bind(("0.0.0.0", port)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::AddrInUse);
             drop(TcpStream::connect(("0.0.0.0", port)).unwrap());

@@ -192,7 +192,7 @@ fn send_handle_large_payload() {
                 assert!(message.bytes().iter().copied().eq(text()), "the text");
                 let socket = socket(message).into();
                 let _ = worker.send_with_fds(message.bytes(), vec![socket]).unwrap();
-                // From now on, only unwritten messages keep the worker's loop running.
+                // After this call, only unwritten messages keep the worker's loop running.
                 worker.process().unreference();
             });
             worker.run().unwrap();

@@ -185,7 +185,7 @@ fn on_written_reports_an_error_when_the_worker_is_killed() {
                 receipts.fill(|bytes, options| worker.send_with(bytes, options));
                 worker.process().kill(Signal::KILL);
                 let receipts = receipts.clone();
-                // All outcomes precede the `exit` event.
+                // All outcomes must precede the `exit` event.
                 worker.on_exit(move |_, _, _| {
                     assert_eq!(receipts.outcomes.borrow().len(), receipts.sent.get());
                 });

@@ -155,7 +155,8 @@ fn rr_ref() {
                 count.set(count.get() + 1);
                 own.close();
             });
-            // Only the listener keeps the loop running, until the connection callback closes it.
+            // Only the listener keeps the loop running now. `run` must return after the connection
+            // callback has closed it.
             worker.process().unreference();
             listener.unreference();
             listener.reference();
@@ -167,7 +168,7 @@ fn rr_ref() {
                 "the listener is closed"
             );
             drop(client);
-            // From now on, the channel keeps the loop running.
+            // Now the channel keeps the loop running, so the last `run` must not return.
             worker.process().reference();
             let _ = worker.send(b"done").unwrap();
             worker.run().unwrap();

@@ -100,7 +100,7 @@ fn eaccess() {
             let error = expect_listen_error(&worker, socket(), nix::libc::EADDRINUSE);
             let text = error.to_string();
             assert!(text.contains(socket().to_str().unwrap()), "{text}");
-            // The file still exists and still leads to the other process.
+            // Check that the file still exists and still leads to the other process.
             drop(UnixStream::connect(socket()).unwrap());
             drop(other.stdin.take());
             assert!(other.wait().unwrap().success());
@@ -115,7 +115,7 @@ fn eaccess() {
         format!("1 error {}", nix::libc::EADDRINUSE),
         "1 disconnect Some(true)".to_owned(),
         "1 exit Some(true) exit status: 0".to_owned(),
-        // The master does not remove another process's file.
+        // The master must not remove another process's file.
         "1 file true".to_owned(),
     ];
     assert_eq!(entries.take(), expected);
