@@ -28,7 +28,7 @@ fn peer_command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Executes the other program in a process that the benchmark has started. The kernel sends the
+/// Executes another program in a process that the benchmark has started. The kernel sends the
 /// program SIGTERM when the benchmark exits. SIGKILL would leave the program's workers running,
 /// because they would not notice that their master was killed.
 pub fn exec_peer() {

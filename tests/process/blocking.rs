@@ -156,7 +156,8 @@ fn polled(pid: u32) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
-/// Connects one client after the other, each when all workers wait in `accept`.
+/// Connects one client after the other. Before each client, waits until all workers block in
+/// `accept`.
 ///
 /// The master checks the process states and sends no messages, because a message would interrupt
 /// `accept`. The worker would then lose its position in the kernel's queue.

@@ -547,7 +547,7 @@ fn for_each<C>(callbacks: &[Register<C>], play: impl Fn(&Register<C>)) {
 
 /// Runs `play` in a child process with the callback's name in the environment.
 ///
-/// A process for one callback does not run `play` for the others.
+/// A process that tests another callback does nothing.
 fn with_env_once(name: &str, play: impl FnOnce()) {
     match std::env::var_os(CALLBACK) {
         Some(own) if own == name => play(),

@@ -68,8 +68,8 @@ fn spin_forever() -> ! {
     }
 }
 
-/// Runs the worker in its role, and reports ready in the state in which the deadline should find
-/// the worker.
+/// Runs the worker in its role. Sends `ready` shortly before the worker enters the state in which
+/// the deadline should find it.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
         let _ = worker.send(b"ready").unwrap();

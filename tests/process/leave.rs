@@ -440,9 +440,9 @@ fn disconnect_loses_no_client_of_a_backlog_of_several_batches() {
                 wait_until("the backlog", || {
                     (backlog(address) == CLIENTS).then_some(())
                 });
-                // Provoke a late disconnect: the callback takes longer than the time that the
-                // master allows for pending handshakes. The master must nevertheless serve the
-                // whole backlog.
+                // Provoke a late disconnect: this callback takes longer than the time that the
+                // master allows for handshakes in flight. The master must serve the whole backlog
+                // nevertheless.
                 std::thread::sleep(Duration::from_millis(200));
                 master.disconnect();
                 let work = move || {

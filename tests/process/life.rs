@@ -451,7 +451,8 @@ fn children_start_with_default_signals() {
     for field in ["SigBlk:", "SigIgn:"] {
         let value = text.lines().find_map(|line| line.strip_prefix(field));
         let bits = u64::from_str_radix(value.unwrap().trim(), 16).unwrap();
-        // Ignore the signals 32 and 33, which the C library uses itself.
+        // Leave the signals 32 and 33 out of the comparison, because the C library uses them
+        // itself.
         assert_eq!(bits & !(0b11 << 31), 0, "{field} in {text}");
     }
 }

@@ -145,7 +145,8 @@ fn syn_filter() -> [libc::sock_filter; 5] {
     ]
 }
 
-/// Checks that clients reach the other owner while the listener drains and afterwards.
+/// Checks that clients can connect to the other owner's copy while the master drains the listener,
+/// and after the master has closed it.
 fn released_listener_has_no_filter(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();

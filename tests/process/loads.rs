@@ -124,8 +124,8 @@ fn loads_count_dispatched_and_received_connections() {
     assert_eq!(entries.take(), ["20"]);
 }
 
-/// Checks the loads after `served` connections and connects the next client when each worker waits
-/// for a connection.
+/// Checks the loads after `served` connections and connects the next client. Before that, waits
+/// until each worker waits for a connection.
 fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     when_all_wait(master, move |master| {
         let mut figures: Vec<_> = master.loads().workers.iter().map(figures).collect();

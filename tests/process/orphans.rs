@@ -224,7 +224,7 @@ fn end_from_outside(master: &mut Child, how: &str) -> ExitStatus {
     master.wait().unwrap()
 }
 
-/// Ends a master in this way and returns how long its last worker outlived it.
+/// Ends a master by the method `how` and returns how long its last worker outlived it.
 fn end_and_measure(command: &mut Command, how: &str) -> Duration {
     let (mut master, pids) = start_master(command, how);
     let status = end_from_outside(&mut master, how);

@@ -910,7 +910,8 @@ fn unix_socket_passes_from_master_to_master() {
                 pool.on_event(move |_, _, event| println!("{own}: {event}"));
                 pool.on_default_signals(&master).unwrap();
                 if is_broken {
-                    // Stop the new master normally before it serves a listener.
+                    // Stop the new master before it serves a listener. It exits normally, but the
+                    // upgrade fails.
                     pool.stop(&master);
                 }
                 master.run().unwrap();

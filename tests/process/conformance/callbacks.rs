@@ -25,7 +25,7 @@ crate::scenarios! {
     unreferenced_worker_does_not_keep_the_loop_running
 }
 
-/// The cell through which a callback learns its own ID.
+/// The cell from which a callback reads its own ID.
 type OwnId = Rc<Cell<Option<CallbackId>>>;
 
 fn once_callbacks_of_the_cluster_run_once() {

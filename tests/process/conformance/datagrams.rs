@@ -554,7 +554,7 @@ fn dgram_unref_in_cluster() {
         worker.process().unreference();
         worker.run().unwrap();
         assert!(worker.is_connected());
-        // The socket is still open, and a referenced socket keeps the loop running.
+        // The socket must still be open. A referenced socket keeps the loop running.
         socket.reference();
         socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
         worker.run().unwrap();

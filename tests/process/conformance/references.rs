@@ -71,8 +71,8 @@ fn rr_handle_close() {
     assert_eq!(events, LISTENED_AND_EXITED);
 }
 
-/// Checks that a listener keeps the worker's loop running. The worker answers several messages and
-/// sleeps in between, so its loop has continued each time.
+/// Checks that a listener keeps the worker's loop running. The worker sleeps between its answers to
+/// several messages, so the loop must keep running while nothing happens.
 ///
 /// Node's test waits for three seconds instead.
 fn rr_handle_keep_loop_alive() {
