@@ -317,7 +317,7 @@ fn disconnect_request_is_handled_in_accept() {
     cluster(
         |master| {
             share_listeners(master);
-            // The first worker keeps the listener open.
+            // The first worker keeps the listener open while the second worker disconnects.
             master.fork().unwrap();
             let requested = Rc::new(Cell::new(None));
             let at = Rc::clone(&requested);

@@ -162,7 +162,7 @@ fn crash_loop_ends_when_the_pool_gives_up() {
     }
 }
 
-/// Records the forks in a crash loop for [`test_duration`].
+/// Checks the times and the number of forks in a crash loop that runs for [`test_duration`].
 ///
 /// The pool uses the default options, except that it never gives up.
 fn crash_loop_forks_at_the_configured_times() {

@@ -127,9 +127,9 @@ fn worker_of_another_user_keeps_no_privileges_of_root() {
     });
 }
 
-/// Checks capabilities that the kernel keeps when a process changes its user. The master has
-/// ambient capabilities with `SECBIT_NO_SETUID_FIXUP`, and in one case it also sets
-/// `PR_SET_KEEPCAPS`.
+/// Checks that a worker also loses the capabilities that the kernel keeps when a process changes
+/// its user. The master has ambient capabilities with `SECBIT_NO_SETUID_FIXUP`, and in one case it
+/// also sets `PR_SET_KEEPCAPS`.
 fn capabilities_that_survive_setuid_are_dropped() {
     const RAISED: &str = "RAISED";
     let Ok(how) = std::env::var(RAISED) else {
@@ -210,8 +210,7 @@ fn root_worker_keeps_its_capabilities() {
     assert_eq!(entries.take(), [format!("1 {}", effective())]);
 }
 
-/// Asserts that `fork` fails with a timeout, because a child of another user does not start in
-/// time.
+/// Asserts that `fork` fails with a timeout. The child of another user does not start in time.
 fn assert_fork_gives_up(master: &Master) {
     let begun = Instant::now();
     let error = master.fork().unwrap_err();
