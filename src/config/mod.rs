@@ -2,8 +2,8 @@
 //!
 //! This module checks the values and fills in defaults. `master`, `worker` and `sys` act on them.
 //!
-//! `Settings::main` takes a closure whose argument is a `Worker`. Therefore this folder and `worker` import
-//! each other. No other folders do.
+//! `Settings::main` takes a closure whose argument is a `Worker`. So `config` and `worker` import
+//! each other.
 
 pub(crate) mod env;
 pub(crate) mod inspect_port;

@@ -458,7 +458,8 @@ impl Settings {
     /// Node: `settings.gid`.
     ///
     /// The worker has no supplementary groups. Without [`uid`](Self::uid), the worker keeps the
-    /// master's user and capabilities. See `uid` for an example.
+    /// master's user and capabilities. With this setting, `fork` waits at most one second for the
+    /// worker to start. See `uid` for an example.
     #[must_use]
     pub fn gid(mut self, gid: u32) -> Self {
         self.gid = Choice::Value(gid);

@@ -76,8 +76,8 @@ impl Pool {
         }
         let mut core = self.0.core.borrow_mut();
         let deadline = core.next_deadline();
-        // If no worker exists, only a timer keeps the loop running. The pool needs the loop until
-        // it has stopped and all of its processes have exited.
+        // Without workers, the loop would end unless a timer is set. So set a timer even without a
+        // deadline, until the pool has stopped and all of its processes have exited.
         let keeps_running = core.workers().is_empty() && !core.is_over();
         drop(core);
         let wait = if self.0.notifications.borrow().is_empty() {
@@ -127,7 +127,7 @@ impl Pool {
         }
     }
 
-    /// Sets the pool's timer and clears the previous one.
+    /// Sets the pool's timer and clears its previous timer.
     pub(super) fn schedule(&self, master: &Master, wait: Duration) {
         let pool = self.clone();
         let timer = master.set_timeout(wait, move |master| {

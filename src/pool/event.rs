@@ -24,7 +24,8 @@ pub enum PoolEvent {
         /// The worker's id.
         worker: WorkerId,
     },
-    /// A worker exited although the pool had not disconnected it, or it could not be forked.
+    /// A worker exited although the pool had not disconnected it, was killed because it missed a
+    /// deadline, or could not be forked.
     WorkerFailed(WorkerFailure),
     /// A worker that the pool had disconnected has exited.
     #[non_exhaustive]

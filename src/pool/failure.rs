@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use cluster::WorkerId;
 
-/// The failure of a worker. Either the worker exited although the pool had not disconnected it, or
-/// it could not be forked.
+/// The failure of a worker. The worker exited although the pool had not disconnected it, was killed
+/// because it missed a deadline, or could not be forked.
 ///
 /// Node has no counterpart.
 ///

@@ -136,7 +136,8 @@ type FailureLimitCallback = dyn FnMut(&Pool, &Master, &WorkerFailure) -> Failure
 struct Inner {
     core: RefCell<Core>,
     created_at: Instant,
-    /// The timer for the core's next deadline or for pending notifications.
+    /// The timer for the core's next deadline or for pending notifications. Without either, the
+    /// timer only keeps the loop running while the pool has no worker.
     timer: Cell<Option<TimerId>>,
     /// The pending notifications, which the loop delivers in its next iteration.
     notifications: RefCell<VecDeque<Notification>>,
@@ -145,10 +146,11 @@ struct Inner {
     generations: RefCell<Generations<Settings>>,
     listeners: RefCell<Vec<PoolListener>>,
     program: OwnProgram,
-    /// The old master, until this process has taken over. `None` if no master started this one for
-    /// an upgrade.
+    /// The old master, until this process has taken over. Always `None` if no old master started
+    /// this process for an upgrade.
     old_master: RefCell<Option<OldMaster>>,
-    /// The new masters that have not exited.
+    /// The new masters that this process has started and that have not exited, including those
+    /// whose upgrade has failed.
     new_masters: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
     /// The watch on the channel through which the new master reports that it has taken over.
     upgrade_channel: Cell<Option<WatchId>>,
@@ -157,7 +159,8 @@ struct Inner {
 /// A listener that stays open while workers come and go.
 struct PoolListener {
     listener: MasterListener,
-    /// The name with which the listener was passed to this process.
+    /// The name with which the listener was passed to this process. `None` if the pool opened the
+    /// listener itself or the listener was passed without a name.
     name: Option<String>,
 }
 
@@ -431,9 +434,9 @@ impl Pool {
     ///
     /// A successful reload ends with [`PoolEvent::Reloaded`]. If a new worker fails or is not ready
     /// in time, the reload ends with [`PoolEvent::ReloadFailed`], and old workers that have not
-    /// been replaced stay. If the [`surge`](PoolOptions::surge) equals the number of slots and
-    /// there is no canary, a reload replaces either all workers or none. A reload that is requested
-    /// during another reload begins after the first one has ended.
+    /// been replaced stay. If the [`surge`](PoolOptions::surge) is at least the number of slots and
+    /// there is no canary, a reload replaces either all workers or none. If this method is called
+    /// during a reload, one more reload begins after that reload has ended.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
@@ -446,8 +449,8 @@ impl Pool {
 
     /// Replaces all workers, like [`reload`](Self::reload), with workers that have other settings.
     ///
-    /// If an old worker fails during the reload or after a failed reload, its replacement has the
-    /// old settings.
+    /// A worker that the reload has not replaced keeps its settings. If the worker fails, its
+    /// replacement also has the old settings.
     ///
     /// Node has no counterpart.
     ///
@@ -469,7 +472,8 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
-    /// If no reload is in progress, nothing happens.
+    /// A reload that has been requested but has not begun is also cancelled. If there is no such
+    /// reload and none is in progress, nothing happens.
     ///
     /// ```no_run
     /// # fn looks_bad() -> bool { true }

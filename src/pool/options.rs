@@ -8,9 +8,8 @@ use cluster::Signal;
 ///
 /// Node has no counterpart.
 ///
-/// Each option has a method that sets its value and a getter, whose name begins with `get_`. If an
-/// option is optional, its method takes an [`Option`], and `None` disables the feature or selects
-/// its default.
+/// Each option has a method that sets its value and a getter, whose name begins with `get_`. Some
+/// methods take an [`Option`]. The value `None` then disables the feature or selects its default.
 ///
 /// ```
 /// use std::time::Duration;
@@ -174,28 +173,28 @@ accessors! {
     /// an example.
     get_startup_timeout: Duration;
 
-    /// Sets the shortest pause before the pool replaces a failed worker. After a slot's first
-    /// failure, the pool forks a replacement immediately. After the second failure, the pool waits
-    /// for this time. Each further failure doubles the pause. The default is 100 ms. See
+    /// Sets the pause between the second consecutive failure of a slot and its next fork. After the
+    /// first failure, the pool forks a replacement immediately. Each failure after the second
+    /// doubles the pause, up to [`back_off_cap`](Self::back_off_cap). The default is 100 ms. See
     /// [`PoolOptions`] for an example.
     back_off,
-    /// Returns the shortest pause before the pool replaces a failed worker. See [`PoolOptions`] for
-    /// an example.
+    /// Returns the pause between the second consecutive failure of a slot and its next fork. See
+    /// [`PoolOptions`] for an example.
     get_back_off: Duration;
 
-    /// Sets the longest pause before the pool replaces a failed worker. The default is 30 s. See
-    /// [`PoolOptions`] for an example.
+    /// Sets the longest pause before the pool replaces a failed worker, without
+    /// [`jitter`](Self::jitter). The default is 30 s. See [`PoolOptions`] for an example.
     back_off_cap,
-    /// Returns the longest pause before the pool replaces a failed worker. See [`PoolOptions`] for
-    /// an example.
+    /// Returns the longest pause before the pool replaces a failed worker, without jitter. See
+    /// [`PoolOptions`] for an example.
     get_back_off_cap: Duration;
 
-    /// Sets how long a worker must be ready to reset its slot's back-off. If the worker fails
-    /// later, the pool treats this failure as the slot's first. The default is 10 s. See
-    /// [`PoolOptions`] for an example.
+    /// Sets how long a worker must stay ready before its slot's back-off is reset. If the worker
+    /// fails after that time, the pool treats the failure as the slot's first. The default is 10 s.
+    /// See [`PoolOptions`] for an example.
     back_off_reset,
-    /// Returns how long a worker must be ready to reset its slot's back-off. See [`PoolOptions`]
-    /// for an example.
+    /// Returns how long a worker must stay ready before its slot's back-off is reset. See
+    /// [`PoolOptions`] for an example.
     get_back_off_reset: Duration;
 
     /// Sets the maximum random increase of times and limits, in percent, so that workers that
@@ -234,16 +233,16 @@ accessors! {
     /// for an example.
     get_failure_window: Duration;
 
-    /// Sets how long a new worker must be ready before the pool disconnects the old worker of its
+    /// Sets how long a new worker must stay ready before the pool disconnects the old worker of its
     /// slot. The default is 1 s. See [`PoolOptions`] for an example.
     min_ready_time,
-    /// Returns how long a new worker must be ready before the pool disconnects the old worker of
+    /// Returns how long a new worker must stay ready before the pool disconnects the old worker of
     /// its slot. See [`PoolOptions`] for an example.
     get_min_ready_time: Duration;
 
-    /// Sets how many workers are replaced at the same time. In a rollout, the pool may have up to
-    /// this number of workers in addition to one per slot. The value 0 is treated as 1. The default
-    /// is 1. See [`PoolOptions`] for an example.
+    /// Sets how many workers are replaced at the same time. During the replacement, the pool may
+    /// have up to this number of workers in addition to one per slot. The value 0 is treated as 1.
+    /// The default is 1. See [`PoolOptions`] for an example.
     surge,
     /// Returns how many workers are replaced at the same time. See [`PoolOptions`] for an example.
     get_surge: usize;
@@ -251,7 +250,7 @@ accessors! {
     /// Sets the canary step of a reload, in which some new workers serve clients together with all
     /// old workers. After the canary's duration, the reload replaces the other workers. The reload
     /// ends early if a new worker fails or [`Pool::cancel_reload`](super::Pool::cancel_reload) is
-    /// called. The default is `None`.
+    /// called. With the default, `None`, a reload has no canary step.
     ///
     /// ```
     /// use std::time::Duration;
@@ -274,15 +273,15 @@ accessors! {
     get_drain_timeout: Duration;
 
     /// Sets the age at which a worker is replaced. The age is the time since the worker's fork. The
-    /// default is `None`. See [`PoolOptions`] for an example.
+    /// default, `None`, sets no limit. See [`PoolOptions`] for an example.
     max_age,
     /// Returns the age at which a worker is replaced. See [`PoolOptions`] for an example.
     get_max_age: Option<Duration>;
 
     /// Sets the number of connections after which a worker is replaced. Only connections that the
     /// worker received from the master count, so this option needs round robin. The pool checks the
-    /// number every [`check_interval`](Self::check_interval). The default is `None`. See
-    /// [`PoolOptions`] for an example.
+    /// number every [`check_interval`](Self::check_interval). The default, `None`, sets no limit.
+    /// See [`PoolOptions`] for an example.
     max_connections,
     /// Returns the number of connections after which a worker is replaced. See [`PoolOptions`] for an
     /// example.
@@ -290,7 +289,7 @@ accessors! {
 
     /// Sets the resident memory, in bytes, at which a worker is replaced. This option has an effect
     /// only on Linux. The pool checks the memory every [`check_interval`](Self::check_interval).
-    /// The default is `None`. See [`PoolOptions`] for an example.
+    /// The default, `None`, sets no limit. See [`PoolOptions`] for an example.
     max_memory,
     /// Returns the resident memory, in bytes, at which a worker is replaced. See [`PoolOptions`] for an
     /// example.
@@ -306,16 +305,16 @@ accessors! {
 
     /// Sets the longest time between two [`HEARTBEAT`](super::HEARTBEAT) messages of a ready
     /// worker. A worker that is silent for longer is killed. If the master itself did not run for a
-    /// while, for example because it was stopped, the period starts again. The default is `None`.
-    /// See [`HEARTBEAT`](super::HEARTBEAT) for an example.
+    /// while, for example because it was stopped, the period starts again. The default, `None`,
+    /// disables the check. See [`HEARTBEAT`](super::HEARTBEAT) for an example.
     heartbeat_timeout,
     /// Returns the longest time between two heartbeats of a ready worker. See [`PoolOptions`] for an
     /// example.
     get_heartbeat_timeout: Option<Duration>;
 
-    /// Sets how many workers must be ready for the pool to be ready. The value is limited to
-    /// between 1 and the number of slots. The default is `None`, which stands for more than half of
-    /// the slots. See [`PoolOptions`] for an example.
+    /// Sets how many workers must be ready for the pool to be ready. A value outside the range from
+    /// 1 to the number of slots is replaced by the nearer bound. The default is `None`, which
+    /// stands for more than half of the slots. See [`PoolOptions`] for an example.
     quorum,
     /// Returns how many workers must be ready for the pool to be ready. See [`PoolOptions`] for an
     /// example.

@@ -21,8 +21,8 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
-    /// Call this method before the loop runs. If systemd did not start this process, nothing
-    /// happens. A later notification is dropped if it cannot be sent.
+    /// Call this method before the loop runs. If `NOTIFY_SOCKET` is not set, nothing happens. A
+    /// later notification is dropped if it cannot be sent.
     ///
     /// # Errors
     ///

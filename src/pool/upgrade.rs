@@ -172,8 +172,8 @@ impl Pool {
         let listeners = self.0.listeners.borrow();
         let indexes = old_master.inherits_files.into_iter();
         for inherited in indexes.filter_map(|index| listeners.get(index)) {
-            // Ignore an error, which means that the file has been removed and no client can connect
-            // through it.
+            // Ignore an error, because it means that the file has already been removed. No client
+            // can then connect through the file.
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
@@ -255,8 +255,8 @@ impl Pool {
             // Keep the new master in this process group, so that a signal to the group stops both
             // masters.
             .setsid(false);
-        // Pass these variables explicitly. Forked processes do not inherit them, but the new master
-        // becomes the service's main process.
+        // Pass these variables explicitly, because forked processes do not inherit them. The new
+        // master needs them when it becomes the service's main process.
         let variables = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
         let variables = variables.map(|name| Some((name, std::env::var_os(name)?)));
         let new_master =

@@ -1,4 +1,5 @@
-//! Descriptors that are known only by their number, and flags of any descriptor.
+//! Functions for descriptors that are known only by their numbers, and for the flags of any
+//! descriptor.
 
 use std::io::{self, Read as _};
 use std::mem::ManuallyDrop;
@@ -17,7 +18,8 @@ pub(crate) const LISTEN_FDS_START: usize = 3;
 ///
 /// # Errors
 ///
-/// Returns an error if the number is not an open socket, or if there is nothing to read.
+/// Returns an error if the number is not an open socket, and `WouldBlock` if there is nothing to
+/// read yet.
 pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
     // SAFETY: the pointer is valid for writes of the buffer's length.
@@ -42,9 +44,9 @@ pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<Un
 ///
 /// # Errors
 ///
-/// Returns an error, and takes no descriptor, if one of them is not open or is closed on exec. This
-/// process must have opened a descriptor of the latter kind itself, because `execve` closes every
-/// descriptor with this flag.
+/// Returns an error, and takes no descriptor, if one of them is not open or is marked as
+/// close-on-exec. This process must have opened a marked descriptor itself, because `execve` closes
+/// every marked descriptor.
 pub(crate) fn adopt_passed(first: usize, count: usize) -> io::Result<Vec<OwnedFd>> {
     let numbers = first..first.saturating_add(count);
     let numbers = numbers.map(|number| RawFd::try_from(number).unwrap_or(RawFd::MAX));
@@ -102,16 +104,17 @@ pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     Ok(adopt(copy))
 }
 
-/// Replaces the descriptor with this number by a copy of `new`. From then on, the values that own
-/// the number own the copy.
+/// Closes the descriptor with this number, and gives the number to a copy of `new` that is closed
+/// on exec. A value that owned the old descriptor now owns the copy.
 pub(crate) fn replace(number: RawFd, new: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: dup2 changes no memory.
     check(unsafe { libc::dup2(new.as_raw_fd(), number) })?;
     close_on_exec(number)
 }
 
-/// Creates a socket that can neither be read nor written. A copy of this socket reserves a number
-/// while another value may still use or close that number.
+/// Creates a socket that carries no data. After a descriptor is closed while some value still owns
+/// its number, [`replace`] gives the number to a copy of this socket. The value can then use or
+/// close the number without affecting another descriptor.
 pub(crate) fn inert() -> io::Result<OwnedFd> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
@@ -166,10 +169,9 @@ pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
 
 /// A descriptor whose last copy can be closed here without waiting.
 ///
-/// Other processes may have copies. If they have closed theirs, closing this copy closes the
-/// socket. With SO_LINGER, `close` then waits for the peer, even if the socket is non-blocking. So
-/// dropping this value first disables SO_LINGER. A socket that is only passed on must not block
-/// this process.
+/// Closing the last copy of a socket with SO_LINGER waits for the peer, even if the socket is
+/// non-blocking. Other processes may already have closed their copies, so any copy may be the last.
+/// To avoid the wait, dropping this value first disables SO_LINGER.
 #[derive(Debug)]
 pub(crate) struct NoLingerFd {
     fd: ManuallyDrop<OwnedFd>,

@@ -1,14 +1,15 @@
 //! Writing to a descriptor that is shared with other processes, without waiting and without signals.
 //!
-//! `O_NONBLOCK` belongs to the open file description, which other processes share, so it is never set
-//! there. The ways to write without it, best first:
+//! The flag `O_NONBLOCK` belongs to the open file description. Other processes may share the open
+//! file description, so this module never sets the flag on it. The kind of file decides how this
+//! module writes without blocking:
 //!
 //! | target | way | may wait |
 //! |---|---|---|
 //! | socket | `send` with `MSG_DONTWAIT` | never |
 //! | file | `write` | for the disk only |
-//! | pipe, terminal | a nonblocking description of its own, opened through `/proc/self/fd` (Linux) | never |
-//! | pipe that may not be opened | `pwritev2` with `RWF_NOWAIT` (Linux 6.5, and not for a FIFO) | never |
+//! | pipe, terminal | `write` to an own, non-blocking open file description (Linux) | never |
+//! | pipe that cannot be opened | `pwritev2`, `RWF_NOWAIT` (Linux 6.5, not for a FIFO) | never |
 //! | all others | `poll`, then `write` of at most `PIPE_BUF` bytes | see `write_if_ready` |
 
 use std::fs::{File, Metadata};
@@ -22,42 +23,56 @@ use super::poll;
 use super::retry;
 use super::socket::{SEND_FLAGS, without_signals};
 
-/// Where log lines go.
+/// The destination of log lines, which decides how they are written.
 #[derive(Debug)]
 pub(crate) enum Target {
-    /// A standard descriptor that could not be duplicated for lack of descriptors.
+    /// A standard descriptor, by its number, that could not be duplicated because the system lacked
+    /// descriptors or memory. The next write tries to duplicate it again.
     NotDuplicated(RawFd),
-    /// Closed, or not open for writing.
+    /// A descriptor that is closed or not open for writing. Each write fails with EBADF.
     Closed,
-    /// A socket for a stream of bytes.
+    /// A stream socket.
     Stream(Rc<File>),
-    /// A socket for messages: each line is one.
+    /// A socket that keeps messages separate. Each line is one message.
     Datagrams(Rc<File>),
-    /// A regular file, which takes everything or has no space.
+    /// A regular file. A write waits only for the disk.
     File(Rc<File>),
-    /// A pipe or terminal, by a description of this process that does not block.
+    /// A pipe or terminal that this process has opened again, so that only this process uses the
+    /// non-blocking open file description.
     Own(Rc<File>),
-    /// A pipe, terminal or other device, by a description that other processes share.
+    /// A pipe, terminal or other device whose open file description other processes may share.
     Shared(Rc<File>, Way),
 }
 
-/// How to write to a shared description.
+/// How to write without blocking to an open file description that other processes may share.
+///
+/// The variants are in the order in which they are tried. On Linux, a pipe begins with `Reopen`,
+/// and so does a terminal whose device opens the same terminal again. Any other file begins with
+/// `Poll`. A way that turns out to be unsupported is replaced by the next one for all later writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
+    /// Open the file again through `/proc/self/fd`, with a non-blocking open file description. If
+    /// this succeeds, the target becomes `Target::Own`.
     Reopen,
+    /// Call pwritev2(2) with `RWF_NOWAIT`.
     NoWait,
+    /// Write only if `poll` reports that the file is writable. See `write_if_ready` for the cases
+    /// in which the write still waits.
     Poll,
 }
 
-/// The most that one write takes.
+/// The most bytes that one write may contain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
+    /// One line of any length.
     Line,
+    /// This number of bytes.
     Bytes(usize),
 }
 
-/// Signals that a write raises for this thread, each with its error. SIGTTOU has none: a terminal with
-/// `tostop` takes output of a background process while the process blocks the signal (tty(4)).
+/// The signals that a write can raise for this thread, each with the error with which the write
+/// then fails. SIGTTOU has the error 0, which never occurs. While a background process blocks this
+/// signal, a terminal with `tostop` accepts the output (tty(4)).
 const RAISED_BY_WRITE: [(libc::c_int, libc::c_int); 3] = [
     (libc::SIGPIPE, libc::EPIPE),
     (libc::SIGXFSZ, libc::EFBIG),
@@ -73,7 +88,7 @@ impl Target {
         Self::standard(libc::STDERR_FILENO)
     }
 
-    /// Duplicates a standard descriptor.
+    /// Returns the target for a copy of a standard descriptor.
     fn standard(number: RawFd) -> Self {
         match fd::duplicate(number, libc::STDERR_FILENO + 1) {
             Ok(fd) => Self::new(fd),
@@ -82,6 +97,7 @@ impl Target {
         }
     }
 
+    /// Returns the target that fits the kind of file of `fd`. Writes nothing.
     pub(crate) fn new(fd: OwnedFd) -> Self {
         let is_writable = is_open_for_writing(fd.as_fd());
         let file = File::from(fd);
@@ -108,7 +124,7 @@ impl Target {
         Self::Shared(Rc::new(file), way)
     }
 
-    /// The descriptor to wait for when a write would block.
+    /// Returns the file to wait for when a write would block. Returns `None` if no file is open.
     pub(crate) fn file(&self) -> Option<&Rc<File>> {
         match self {
             Self::NotDuplicated(_) | Self::Closed => None,
@@ -120,22 +136,33 @@ impl Target {
         }
     }
 
-    /// Whether this is the descriptor that is written to.
+    /// Returns whether this target writes to `file`. A copy of the same descriptor is a different
+    /// file.
     pub(crate) fn is(&self, file: &Rc<File>) -> bool {
         self.file().is_some_and(|own| Rc::ptr_eq(own, file))
     }
 
+    /// Returns the most bytes that one call of [`write`](Self::write) may pass.
     pub(crate) fn unit(&self) -> Unit {
         match self {
-            // One of them may turn out to be the other.
+            // Treat a descriptor that is not duplicated yet as a message socket, because it may be
+            // one.
             Self::Datagrams(_) | Self::NotDuplicated(_) => Unit::Line,
             Self::Closed | Self::Stream(_) | Self::File(_) => Unit::Bytes(usize::MAX),
-            // The lines of several processes do not mix in a pipe up to this length (pipe(7)).
+            // The kernel writes up to this length to a pipe in one piece, so the lines of several
+            // processes do not mix (pipe(7)).
             Self::Own(_) | Self::Shared(..) => Unit::Bytes(libc::PIPE_BUF),
         }
     }
 
-    /// Writes what fits of `bytes`, which is no more than [`unit`](Self::unit).
+    /// Writes as many of `bytes` as the file takes without blocking, and returns their number. The
+    /// caller passes at most one [`unit`](Self::unit). Raises no signal.
+    ///
+    /// # Errors
+    ///
+    /// Returns `WouldBlock` if the file takes no bytes at present. Returns ENXIO if a pipe has no
+    /// reader at present, and EMFILE if a standard descriptor still cannot be duplicated. Also
+    /// returns the system's other errors.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         without_signals(&RAISED_BY_WRITE, || retry(|| self.write_once(bytes)))
     }
@@ -162,7 +189,8 @@ impl Target {
                     *self = Self::Own(Rc::new(own));
                     written
                 }
-                // A pipe has no reader at present.
+                // The pipe has no reader at present. Keep this way, because a reader may open the
+                // pipe later.
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Err(error),
                 Err(error) if is_lack(&error) => write_shared(file, bytes),
                 Err(_) => {
@@ -182,7 +210,8 @@ impl Target {
     }
 }
 
-/// Whether the system has no descriptor or memory left, which may pass.
+/// Returns whether an error means that the system lacks descriptors or memory. A later attempt may
+/// succeed.
 fn is_lack(error: &io::Error) -> bool {
     let number = error.raw_os_error();
     [libc::EMFILE, libc::ENFILE, libc::ENOMEM]
@@ -199,7 +228,7 @@ fn is_open_for_writing(fd: BorrowedFd<'_>) -> bool {
 fn is_stream(socket: &File) -> bool {
     let mut kind: libc::c_int = 0;
     let mut size = libc::socklen_t::try_from(size_of_val(&kind)).unwrap_or(0);
-    // SAFETY: value and size are writable, and the size is that of the value.
+    // SAFETY: both pointers are valid for writes, and `size` is the size of `kind`.
     let got = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -212,8 +241,8 @@ fn is_stream(socket: &File) -> bool {
     got == 0 && kind == libc::SOCK_STREAM
 }
 
-/// Whether opening a terminal's device again leads to the same terminal. The devices `/dev/tty`,
-/// `/dev/ptmx` and `/dev/tty0` stand for a terminal that depends on who opens them, or create one.
+/// Returns whether opening a terminal's device again opens the same terminal. `/dev/tty` and
+/// `/dev/tty0` can open another terminal, and `/dev/ptmx` creates one.
 #[cfg(target_os = "linux")]
 fn is_own_device(metadata: &Metadata) -> bool {
     let device = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
@@ -225,12 +254,14 @@ fn is_own_device(_metadata: &Metadata) -> bool {
     false
 }
 
-/// Opens a pipe or terminal once more, with a description that this process alone has.
+/// Opens a pipe or terminal again, with a non-blocking open file description that only this process
+/// has.
 ///
 /// # Errors
 ///
-/// Among others: ENXIO if it is a pipe without a reader; EACCES if it belongs to another user, as a
-/// pipe does that was created before the process changed its user; ENOENT without `/proc`.
+/// Returns ENXIO if a pipe has no reader, and ENOENT or `NotFound` if `/proc` is not available.
+/// Returns EACCES if the process has no permission, for example for a pipe that was created before
+/// the process changed its user. Also returns the system's other errors.
 fn reopen(file: &File) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt as _;
 
@@ -239,7 +270,7 @@ fn reopen(file: &File) -> io::Result<File> {
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let (shared, opened) = (file.metadata()?, own.metadata()?);
-    // Something else may be mounted at `/proc`.
+    // Check that both are the same file, because another file system may be mounted at `/proc`.
     if (shared.dev(), shared.ino()) != (opened.dev(), opened.ino()) {
         return Err(io::ErrorKind::NotFound.into());
     }
@@ -247,7 +278,7 @@ fn reopen(file: &File) -> io::Result<File> {
 }
 
 fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
-    // SAFETY: the buffer is valid for its length through the call.
+    // SAFETY: the pointer is valid for reads of the buffer's length.
     let sent = unsafe {
         libc::send(
             socket.as_raw_fd(),
@@ -259,7 +290,8 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Writes to a shared description, in the best way that needs no new descriptor.
+/// Writes without a new descriptor to an open file description that other processes may share. Uses
+/// `pwritev2`, or `poll` and `write` if `pwritev2` is not supported.
 fn write_shared(file: &File, bytes: &[u8]) -> io::Result<usize> {
     match no_wait::write(file.as_fd(), bytes) {
         Err(error) if no_wait::is_missing(&error) => write_if_ready(file, bytes),
@@ -267,12 +299,11 @@ fn write_shared(file: &File, bytes: &[u8]) -> io::Result<usize> {
     }
 }
 
-/// Writes if the descriptor is ready to take at least something.
+/// Writes if `poll` reports that the file is writable. Returns `WouldBlock` if it is not.
 ///
-/// A pipe that is ready has space for `PIPE_BUF` bytes (poll(2), pipe(7)). One race remains: if another
-/// process takes this space between the two calls, the write waits until the reader has read as much. A
-/// terminal that is ready may have less space than the line, or be stopped between the two calls; the
-/// write waits then, too.
+/// A writable pipe has space for `PIPE_BUF` bytes (poll(2), pipe(7)). The write still waits in two
+/// cases. Another process may fill this space between `poll` and `write`. A writable terminal may
+/// have less space than the line needs, or may be stopped between the two calls.
 fn write_if_ready(mut file: &File, bytes: &[u8]) -> io::Result<usize> {
     if poll::is_writable(file.as_fd())? {
         file.write(bytes)
@@ -287,15 +318,15 @@ mod no_wait {
 
     use super::{BorrowedFd, io};
 
-    /// Writes without waiting, whatever the description's flags are.
+    /// Writes without waiting, even if the open file description is blocking.
     pub(super) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
-        /// Both halves of the offset -1, which stands for the current one (pwritev2(2)).
+        /// One half of the offset -1, which selects the file's current offset (pwritev2(2)).
         const CURRENT: libc::c_long = -1;
         let vector = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
         };
-        // SAFETY: the vector describes a live buffer, which is only read.
+        // SAFETY: the vector points to a live buffer of the given length, which is only read.
         let written = unsafe {
             libc::syscall(
                 libc::SYS_pwritev2,
@@ -310,7 +341,8 @@ mod no_wait {
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Whether the kernel, the kind of file or a sandbox does not support this.
+    /// Returns whether an error of `write` means that the kernel, the kind of file or a sandbox
+    /// does not support `RWF_NOWAIT`.
     pub(super) fn is_missing(error: &io::Error) -> bool {
         let number = error.raw_os_error();
         [

@@ -1,9 +1,9 @@
 //! The hand-off queue, which holds the connections that the master has dispatched to one worker.
 //!
-//! A queue is a socketpair. The worker has one end, and the master keeps both. Each message is one
-//! connection. Both processes receive from the same end, so the kernel gives each connection to
-//! exactly one of them. The master can reclaim a connection until the worker receives it. If the
-//! worker exits, the connections that it has not received stay in the queue.
+//! A queue is a socketpair. The worker has a copy of the reader, and the master keeps both ends.
+//! Each message is one connection. Both processes receive from the reader, so the kernel gives each
+//! connection to exactly one of them. The master can reclaim a connection until the worker receives
+//! it. If the worker exits, the connections that it has not received stay in the queue.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -15,15 +15,16 @@ use super::{check, filter, option, socket};
 
 /// The kernel's send buffer of a queue, in bytes of the kernel's own accounting.
 ///
-/// An empty queue takes at least 16 connections and fewer than 200, whatever the system charges for
-/// one. A smaller buffer could reject connections that the dispatcher may send ahead of time. With
-/// a larger buffer, a worker that reports idle without receiving accumulates more descriptors.
+/// With this value, an empty queue takes at least 16 and fewer than 200 connections on every
+/// supported system. A smaller buffer could reject connections that the dispatcher may send ahead
+/// of time. With a larger buffer, a worker that reports idle without receiving accumulates more
+/// descriptors.
 const SEND_BUFFER: libc::c_int = 16 << 10;
 
 /// The length in bytes of a message, which is the connection's sequence number.
 const MESSAGE_LENGTH: usize = size_of::<u64>();
 
-/// Both ends of a queue, which only the master has.
+/// Both ends of a queue. Only the master holds both. The worker gets a copy of the reader.
 #[derive(Debug)]
 pub(crate) struct Queue {
     writer: UnixDatagram,
@@ -45,7 +46,7 @@ impl Queue {
         Ok(Self { writer, reader })
     }
 
-    /// Duplicates the end that the worker receives.
+    /// Returns a copy of the reader for the worker.
     pub(crate) fn worker_end(&self) -> io::Result<OwnedFd> {
         self.reader.try_clone()
     }
@@ -103,7 +104,9 @@ pub(crate) enum Dequeued {
 ///
 /// # Errors
 ///
-/// Returns an error if no descriptor is free. The connection then stays in the queue.
+/// Returns EMFILE if no descriptor is free. The connection stays in the queue, unless another
+/// thread took the last descriptor after the check. In that case, the connection is lost. Also
+/// returns the system's other errors.
 pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
     // Check first that a descriptor is free. Without one, the kernel would remove the message and
     // drop its connection.
@@ -116,7 +119,8 @@ pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
                 Ok(Dequeued::Connection(sequence, connection))
             }
             None if piece.bytes == 0 => Ok(Dequeued::Closed),
-            // Another thread has used the last descriptor since the check.
+            // Another thread has used the last descriptor since the check, so the kernel has
+            // dropped the connection.
             None => Err(io::Error::from_raw_os_error(libc::EMFILE)),
         },
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Dequeued::Empty),

@@ -64,7 +64,8 @@ pub(super) fn is_addressed_to(own: u32, variable: &'static str, pid: String) -> 
     Ok(parse::<u32>(variable, pid, "a process id")? == own)
 }
 
-/// Removes the master's variables from the environment of a worker that executes no program.
+/// Removes the variables of systemd, and those that this crate sets for workers, from the
+/// environment of a worker that executes no program.
 pub(crate) fn remove_variables() {
     for name in TO_MASTER.into_iter().chain(TO_WORKER) {
         sys::env::remove(name);

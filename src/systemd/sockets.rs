@@ -55,7 +55,7 @@ impl ListenFd {
         self.name.as_deref()
     }
 
-    /// Returns whether the descriptor is a Unix socket.
+    /// Returns whether the descriptor is a Unix stream or datagram socket.
     ///
     /// Node has no counterpart.
     ///

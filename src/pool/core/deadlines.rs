@@ -88,7 +88,8 @@ impl Core {
         self.settle(now);
     }
 
-    /// Extends the workers' deadlines if this call is late by more than a quarter of the timeout.
+    /// Restarts the workers' start-up or heartbeat timeouts if the tick is late by more than a
+    /// quarter of the timeout in question.
     ///
     /// If the master was stopped or the machine was asleep, the master has not yet read the
     /// messages that its workers sent in the meantime. A deadline that has passed is then no

@@ -208,8 +208,9 @@ impl Core {
         Duration::from_nanos(self.jittered(nanos))
     }
 
-    /// Advances the rollout and emits an event if the quorum was reached or lost. Each input must
-    /// end with this call.
+    /// Advances the rollout and emits an event if the quorum was reached or lost. Each input that
+    /// changes the slots, the ready workers or the workers for which a rollout waits must end with
+    /// this call.
     fn settle(&mut self, now: Time) {
         self.advance_rollout(now);
         let quorum = self.options.quorum_of(self.slots.len());

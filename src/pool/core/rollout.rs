@@ -84,7 +84,7 @@ impl Rollout {
         matches!(self.kind, Kind::Reload { .. })
     }
 
-    /// Records that a worker has exited.
+    /// Records that a worker has exited, in case the rollout is waiting for its exit.
     pub(super) fn retired(&mut self, worker: WorkerId) {
         if let Phase::Retiring { workers } = &mut self.phase {
             workers.remove(&worker);

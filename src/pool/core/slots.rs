@@ -21,9 +21,11 @@ pub(in super::super) struct Slot {
     /// The generation of the slot's next worker. A rollout may fork a successor of another
     /// generation.
     pub(super) generation: u64,
-    /// The number of failures since a worker was last ready for `PoolOptions::back_off_reset`.
+    /// The number of failures since the back-off was last reset. A worker that stays ready for
+    /// `PoolOptions::back_off_reset`, a promotion and the failure limit reset the back-off.
     consecutive_failures: u32,
-    /// The times of the failures within `PoolOptions::failure_window`.
+    /// The times of the failures within `PoolOptions::failure_window` that count towards the
+    /// failure limit.
     recent_failures: VecDeque<Time>,
     /// The earliest time for the slot's next recycling. After a failed recycling, the next one must
     /// wait.
@@ -52,7 +54,8 @@ pub(super) enum Occupancy {
     Waiting {
         restart_at: Time,
     },
-    /// The slot has reached its failure limit and stays empty.
+    /// The slot has reached its failure limit. It stays empty until a reload, `retry` or the
+    /// application's decision fills it.
     GivenUp,
     Occupied {
         worker: WorkerId,
@@ -91,8 +94,9 @@ impl Slot {
         self.occupancy == Occupancy::GivenUp
     }
 
-    /// Returns whether a newly forked worker of this generation should fill the slot. If a rollout
-    /// was cancelled during the fork, its worker has the wrong generation.
+    /// Returns whether a newly forked worker of this generation should fill the slot. If a reload
+    /// was cancelled during the fork, the new worker has the reload's generation, which the slot
+    /// does not need.
     fn needs(&self, generation: u64) -> bool {
         self.worker().is_none() && self.generation == generation
     }
@@ -241,7 +245,8 @@ impl Core {
             Some(slot) if slot.needs(generation) => {
                 slot.occupancy = Occupancy::Occupied { worker: id };
             }
-            // During the fork, the slot was removed or filled, or the rollout was cancelled.
+            // During the fork, the slot was removed or filled, or the rollout was cancelled. So the
+            // worker is not needed.
             _ => self.disconnect(id, now),
         }
     }

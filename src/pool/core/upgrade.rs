@@ -54,8 +54,8 @@ impl Core {
     pub(in super::super) fn new_master_started(&mut self, new_master: WorkerId, now: Time) {
         let options = &self.options;
         // The new master's workers may take the whole start-up timeout. The new master then waits
-        // for its `min_ready_time`. Add this time once more as a reserve for the start of the new
-        // master's program.
+        // for its `min_ready_time`. Add `min_ready_time` a second time as a reserve for the start
+        // of the new master's program.
         let ready = options.min_ready_time.saturating_mul(2);
         let deadline = now.saturating_add(options.startup_timeout.saturating_add(ready));
         self.upgrade = Upgrade::Pending {

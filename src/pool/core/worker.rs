@@ -43,6 +43,7 @@ pub(in super::super) struct Worker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WorkerState {
     Starting {
+        /// The time at which the worker is killed if it has not become ready.
         ready_by: Time,
     },
     Ready {
@@ -56,9 +57,11 @@ pub(super) enum WorkerState {
         ready_since: Option<Time>,
     },
     Disconnecting {
+        /// The time at which the worker is killed if it has not exited.
         exit_by: Time,
     },
-    /// The worker was killed, and its exit is not a failure.
+    /// The worker was killed while it was disconnecting, or because the pool was stopped at once.
+    /// Its exit is not a failure.
     Killed,
 }
 
@@ -90,8 +93,8 @@ impl Worker {
         matches!(self.state, WorkerState::Failed { .. })
     }
 
-    /// Returns when the worker became ready. Returns `None` if the worker never became ready or is
-    /// disconnecting.
+    /// Returns when the worker became ready. Returns `None` if the worker never became ready, and
+    /// also in the states `Disconnecting` and `Killed`.
     pub(super) fn ready_since(&self) -> Option<Time> {
         match self.state {
             WorkerState::Ready { since, .. } => Some(since),
@@ -113,8 +116,8 @@ impl Worker {
         }
     }
 
-    /// Changes the worker's state for a disconnect. Returns `false` if the worker was already
-    /// disconnecting.
+    /// Changes the worker's state for a disconnect. Returns `false`, and changes nothing, if the
+    /// worker is already disconnecting or killed.
     pub(super) fn disconnect(&mut self, exit_by: Time) -> bool {
         match self.state {
             WorkerState::Starting { .. } | WorkerState::Ready { .. } => {
@@ -183,7 +186,7 @@ impl Core {
         }
     }
 
-    /// Disconnects a worker, unless it is already disconnecting.
+    /// Disconnects a worker, unless it is already disconnecting or killed.
     pub(super) fn disconnect(&mut self, id: WorkerId, now: Time) {
         let exit_by = now.saturating_add(self.options.drain_timeout);
         let worker = self.workers.get_mut(&id);

@@ -56,7 +56,7 @@ macro_rules! written_as_displayed {
         $(
             impl Json for $type {
                 fn write(&self, out: &mut String) {
-                    // Writing to a string cannot fail.
+                    // Ignore the result, because writing to a `String` cannot fail.
                     let _ = write!(out, "{self}");
                 }
             }
@@ -79,7 +79,7 @@ impl Json for str {
             match char {
                 '"' | '\\' => out.extend(['\\', char]),
                 control if control.is_control() => {
-                    // Writing to a string cannot fail.
+                    // Ignore the result, because writing to a `String` cannot fail.
                     let _ = write!(out, "\\u{:04x}", u32::from(control));
                 }
                 char => out.push(char),

@@ -24,18 +24,19 @@ use super::failure::WorkerFailure;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
-    /// The workers' generation. During a reload, the value is the old generation.
+    /// The generation of the last complete reload, or 0 before the first one. During a reload, the
+    /// value is the old generation.
     pub generation: u64,
     /// Whether at least [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready and
     /// the pool is not stopping.
     pub is_ready: bool,
-    /// Whether a reload is in progress.
+    /// Whether a reload has been requested or is in progress.
     pub is_reloading: bool,
     /// Whether the pool is stopping or has stopped.
     pub is_stopping: bool,
     /// The time since the pool was created.
     pub age: Duration,
-    /// The number of worker failures since the pool was created.
+    /// The number of worker failures since the pool was created, including failed forks.
     pub failures: u64,
     /// The slots' states, in the order of the slot numbers.
     pub slots: Vec<SlotStatus>,
@@ -53,9 +54,10 @@ pub struct Status {
 pub struct SlotStatus {
     /// The number of the slot. The numbers begin at 0.
     pub slot: usize,
-    /// The slot's current worker.
+    /// The slot's current worker, or `None` if the slot is empty.
     pub worker: Option<WorkerStatus>,
-    /// The new worker that is to replace the current worker.
+    /// The new worker that is to replace the current worker, or `None` if no replacement has been
+    /// forked.
     pub successor: Option<WorkerStatus>,
     /// The number of workers that were forked to replace failed workers.
     pub restarts: u64,
@@ -64,7 +66,7 @@ pub struct SlotStatus {
     pub restart_in: Option<Duration>,
     /// Whether the slot stays empty because it has reached its failure limit.
     pub is_given_up: bool,
-    /// The most recent failure of the slot's workers.
+    /// The most recent failure of the slot's workers, or `None` if none has failed.
     pub last_failure: Option<WorkerFailure>,
 }
 

@@ -22,14 +22,14 @@ enum Kind {
 struct Metrics(String);
 
 impl Metrics {
-    /// Writes a metric's description. Returns a writer for the metric's samples.
+    /// Writes a metric's `HELP` and `TYPE` lines. Returns a writer for the metric's samples.
     fn metric<'a>(&'a mut self, kind: Kind, name: &'a str, help: &str) -> Samples<'a> {
         let out = &mut self.0;
         let kind = match kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
         };
-        // Writing to a string cannot fail.
+        // Ignore the results, because writing to a `String` cannot fail.
         let _ = writeln!(out, "# HELP cluster_{name} {help}");
         let _ = writeln!(out, "# TYPE cluster_{name} {kind}");
         Samples { out, name }
@@ -46,7 +46,7 @@ impl Samples<'_> {
     /// Writes a sample. The label values need no escaping, because all of them are numbers or phase
     /// names.
     fn sample(&mut self, labels: &[(&str, &dyn Display)], value: impl Display) {
-        // Writing to a string cannot fail.
+        // Ignore the results, because writing to a `String` cannot fail.
         let _ = write!(self.out, "cluster_{}", self.name);
         for (index, (label, value)) in labels.iter().enumerate() {
             self.out.push(if index == 0 { '{' } else { ',' });

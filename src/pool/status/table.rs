@@ -63,7 +63,7 @@ fn note(slot: &SlotStatus) -> String {
     };
     let mut note = format!("{} restarts, last: {}", slot.restarts, failure.cause);
     if let Some(status) = failure.status {
-        // Writing to a string cannot fail.
+        // Ignore the result, because writing to a `String` cannot fail.
         let _ = write!(note, " ({status})");
     }
     note

@@ -1,4 +1,4 @@
-//! Names files without opening them for access, and changes the mode of exactly one file.
+//! The flags for naming files without access to their contents, and a safe change of a file's mode.
 
 use std::ffi::OsStr;
 use std::io;
@@ -7,7 +7,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use crate::sys::file::{FileStatus, c_string, status_at};
 use crate::sys::{check, fd};
 
-/// The flag that opens a file only to name it, which needs no permission on the file.
+/// The flag that opens a file without access to its contents. Opening with this flag needs no
+/// permission on the file.
 pub(in crate::sys) const NAME_ONLY: libc::c_int = libc::O_PATH;
 
 /// The flags that select a symbolic link's own status. With an empty name, they select the status
@@ -23,11 +24,11 @@ pub(crate) fn change_mode_at(
     status: FileStatus,
     mode: libc::mode_t,
 ) -> io::Result<()> {
-    /// The number of fchmodat2(2), which is newer than the constant in `libc`. All architectures
-    /// use this number.
+    /// The system call number of fchmodat2(2), for which `libc` has no constant. The number is the
+    /// same on all architectures.
     const FCHMODAT2: libc::c_long = 452;
     let name = c_string(name)?;
-    // Open the file only to name it, because a socket file cannot be opened for reading or writing.
+    // Open with `O_PATH`, because open(2) fails for a socket file with any other access mode.
     let flags = NAME_ONLY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     // SAFETY: the name is zero-terminated and lives through the call.
     let number = check(unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), flags) })?;

@@ -56,7 +56,8 @@ pub(in crate::sys) struct Started {
 }
 
 impl Started {
-    /// Opens a descriptor of a child that `fork` has returned, and describes the child.
+    /// Returns the child with the process id that `fork` has returned, and opens its process
+    /// descriptor if possible.
     fn forked(number: libc::pid_t) -> Self {
         let pid = Pid::from_raw(number);
         Self {
@@ -118,7 +119,7 @@ impl Program {
         self.pid_variables.push(name);
     }
 
-    /// Lets the child outlive this process, without a channel.
+    /// Lets the child outlive this process. The child then has no channel.
     pub(crate) fn detach(&mut self) {
         self.is_detached = true;
     }
@@ -137,8 +138,9 @@ impl Program {
     /// child exits, if the system has one.
     ///
     /// The child inherits only the descriptors of `stdio` (or 0, 1 and 2 of this process) and
-    /// `channel`, whose number must be higher. Its signals have their default dispositions, and
-    /// none is blocked. On Linux, the child is killed when the calling thread exits.
+    /// `channel`, whose number must be higher. A detached child does not inherit `channel`. The
+    /// child's signals have their default dispositions, and none is blocked. On Linux, a child that
+    /// is not detached is killed when the calling thread exits.
     ///
     /// # Errors
     ///
@@ -162,9 +164,10 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// Returns an error if the process cannot be forked, or if one of the child's steps fails, of
-    /// which `begin` is the last. Also fails if a child of another user has not completed the steps
-    /// within [`START_TIMEOUT`]. A child that cannot be reaped at once is added to `unreaped`.
+    /// Returns an error if the process cannot be forked, or if one of the child's steps fails. The
+    /// last step is the call of `begin`. Also fails if a child of another user has not completed
+    /// the steps within [`START_TIMEOUT`]. A child that cannot be reaped at once is added to
+    /// `unreaped`.
     pub(crate) fn fork<M: FnOnce() -> i32>(
         &self,
         channel: RawFd,
@@ -180,8 +183,9 @@ impl Program {
                 0 => child.run(parents_end.as_raw_fd(), abandon, begin),
                 number => {
                     let started = Started::forked(number);
-                    // Send the byte for which the child waits. If the host ignores SIGCHLD, a child
-                    // that exited earlier could lose its number to another process.
+                    // Let the child continue only now that its process descriptor is open. If the
+                    // host ignores SIGCHLD, the process id of a child that has exited may already
+                    // belong to another process.
                     let _ = socket::send(parents_end, &[0], &[]);
                     Ok(started)
                 }
@@ -189,7 +193,8 @@ impl Program {
         })
     }
 
-    /// Starts a child by `fork`, and waits until the child has started or failed.
+    /// Starts a child with the closure `fork`, and waits until the child has started or failed to
+    /// start.
     fn start(
         &self,
         channel: RawFd,

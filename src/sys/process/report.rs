@@ -14,8 +14,8 @@ use crate::sys::poll::wait_readable;
 use crate::sys::socket;
 use crate::types::fork_step::ForkStep;
 
-/// A step that a child takes before it has started, and that can fail. The value is the step's
-/// number in a report.
+/// A step of a child that can fail before the child has started. A report of a failure begins with
+/// the discriminant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(in crate::sys) enum Step {
@@ -69,10 +69,12 @@ pub(super) enum Report {
     Moved,
 }
 
-/// The length of a report in bytes, which consists of its kind or step and an error number.
+/// The length of a report in bytes. The first byte is the kind of report or the failed step. The
+/// other four are an error number.
 const LENGTH: usize = 5;
-/// The first byte of the report `Started`. Failures begin with their step, whose number is lower.
+/// The first byte of the report `Started`. No step has this discriminant.
 const STARTED: u8 = u8::MAX;
+/// The first byte of the report `Moved`. No step has this discriminant.
 const MOVED: u8 = u8::MAX - 1;
 
 impl Report {
@@ -105,13 +107,20 @@ enum Reading {
     Pending,
     /// The child has executed its program, or has exited.
     Closed,
+    /// The child, which executes no program, has started.
     Started,
     /// Further reports come from this stream.
     Moved(UnixStream),
     Failed(Failure),
 }
 
-/// Waits until a child has started, failed to start or exited, but no longer than `limit`.
+/// Waits until a child has started, failed to start or exited, but no longer than `limit`. Returns
+/// `Ok` for a child that exited without a report.
+///
+/// # Errors
+///
+/// Returns the failure that the child reports, or `ForkStep::WaitForStart` if the limit has passed
+/// or the wait itself fails.
 pub(super) fn wait_for_start(
     mut reports: UnixStream,
     process: Option<&OwnedFd>,
@@ -218,8 +227,9 @@ mod tests {
         let (step, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
         assert_eq!(step, ForkStep::Directory);
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
-        // Keep the first stream open until now, because another process may have a copy of it in
-        // practice.
+        // Keep the first stream open until here, so that the test also fails if the parent waits
+        // for the end of the first stream. In practice, a copy in another process can keep that
+        // stream open.
         drop(first);
     }
 }
