@@ -112,8 +112,8 @@ pub(crate) fn replace(number: RawFd, new: BorrowedFd<'_>) -> io::Result<()> {
     close_on_exec(number)
 }
 
-/// Creates a socket that carries no data. After a descriptor is closed while some value still owns
-/// its number, [`replace`] gives the number to a copy of this socket. The value can then use or
+/// Creates a socket that carries no data. If a value still owns a descriptor that must be closed,
+/// [`replace`] gives the descriptor's number to a copy of this socket. The value can then use or
 /// close the number without affecting another descriptor.
 pub(crate) fn inert() -> io::Result<OwnedFd> {
     let socket = UnixDatagram::unbound()?;

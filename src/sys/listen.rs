@@ -244,9 +244,9 @@ pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
 
 /// Accepts a connection if the listener is ready, and otherwise fails with `WouldBlock`.
 ///
-/// All copies of a descriptor share `O_NONBLOCK`, so the listener's other owners may clear the
-/// flag. This call waits only if, after its check, the flag is cleared and the connection is
-/// accepted elsewhere.
+/// All copies of a descriptor share `O_NONBLOCK`, so another owner of the listener may have cleared
+/// the flag. Therefore this function checks for a connection first. The call still waits if the
+/// flag is cleared and another process accepts the connection after the check.
 pub(crate) fn accept_if_ready(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let [ready] = super::poll::wait_readable([listener.as_fd()], Some(Duration::ZERO))?;
     match ready {

@@ -32,8 +32,8 @@ impl Owner {
 
     /// Returns whether this is the calling process. Async-signal-safe.
     ///
-    /// The check runs for each connection and message. So it makes no system call if the kernel can
-    /// zero a page at a fork.
+    /// The check runs for each connection and message, so it must be fast. The check makes no
+    /// system call if the kernel can zero a page at a fork.
     pub(crate) fn is_current(self) -> bool {
         self.0 == number().map_or_else(own_pid, |number| number.load(Ordering::Relaxed))
     }
@@ -59,8 +59,7 @@ impl AtomicOwner {
 }
 
 /// Returns this process's number, which is 0 after a fork until `Owner::current` assigns one.
-/// Returns `None` if the system cannot zero memory at a fork. The process id is the number in this
-/// case.
+/// Returns `None` if the system cannot zero memory at a fork. The callers then use the process id.
 fn number() -> Option<&'static AtomicUsize> {
     static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
     *NUMBER.get_or_init(zeroed_on_fork::allocate)

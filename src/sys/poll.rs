@@ -92,8 +92,8 @@ pub(crate) struct Ready {
     pub(crate) writable: bool,
 }
 
-/// The result of one wait. Each message needs a list, so the list lives on the caller's stack and
-/// not on the heap.
+/// The result of one wait. Each wait needs a list, so the list lives on the caller's stack to save
+/// an allocation.
 #[derive(Debug)]
 pub(crate) struct ReadyList {
     /// The ready descriptors, of which the first `count` are initialised.
@@ -243,7 +243,7 @@ impl AsFd for Poller {
 }
 
 impl<S: AsFd> Registered<S> {
-    /// Sets the awaited readiness.
+    /// Sets the awaited readiness. With `None`, the poller no longer reports the descriptor.
     ///
     /// # Errors
     ///
@@ -318,7 +318,7 @@ pub(super) fn timeout_millis(timeout: Option<Duration>) -> libc::c_int {
 }
 
 /// Waits until one of the descriptors is readable, the timeout has passed, or a signal has arrived.
-/// Returns for each descriptor whether it is readable.
+/// Returns for each descriptor whether it is readable, including an error or a hang-up.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [BorrowedFd<'_>; N],
     timeout: Option<Duration>,
@@ -326,7 +326,7 @@ pub(crate) fn wait_readable<const N: usize>(
     poll_fds(fds.map(|fd| (fd, libc::POLLIN)), timeout)
 }
 
-/// Waits until the descriptor is readable or writable.
+/// Waits until the descriptor is readable or writable, or a signal has arrived.
 pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     poll_fds([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
@@ -338,7 +338,8 @@ pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(hung_up)
 }
 
-/// Returns whether the descriptor is writable at this moment.
+/// Returns whether the descriptor is writable at this moment. An error or a hang-up also counts,
+/// because a write then fails immediately.
 pub(crate) fn is_writable(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let [writable] = poll_fds([(fd, libc::POLLOUT)], Some(Duration::ZERO))?;
     Ok(writable)
@@ -358,8 +359,9 @@ fn poll_fds<const N: usize>(
     // SAFETY: the pointer is valid for reads and writes of `count` elements.
     let result = unsafe { libc::poll(fds.as_mut_ptr(), count, millis) };
     match super::check(result) {
-        // Report no ready descriptor. If the loop handles this signal, the signal's handler has
-        // made the poller readable.
+        // Report no ready descriptor, because a signal has ended the wait. If the loop handles this
+        // signal, its handler has made the signal pipe readable, so the loop's next wait returns at
+        // once.
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
         Err(error) => Err(error),
         Ok(_) => Ok(fds.map(|fd| fd.revents != 0)),

@@ -1,8 +1,8 @@
 //! Makes signals available through a readable descriptor.
 //!
 //! The handler marks the signal as pending, and then writes a byte to a pipe. The reader drains the
-//! pipe before it reads the marks. So a signal that arrives between these two steps may be reported
-//! twice, but is never lost.
+//! pipe before it reads the marks. If a signal arrives between these two steps, the reader may be
+//! woken once more without a pending signal, but the signal is never lost.
 //!
 //! The previously installed handler still runs, after ours. It is restored when the last
 //! `InstalledHandler` of the signal is dropped.
@@ -264,8 +264,8 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
 /// Returns an error if the signal does not exist or cannot be handled.
 pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
     let previous = current_action(signal)?;
-    // Store the replaced handler only once. If our handler is already installed, `previous` is our
-    // own.
+    // Do not store our own handler as the replaced handler, because our handler would then call
+    // itself forever.
     if previous.sa_sigaction != address(handler) {
         if let Some(state) = state(signal) {
             state.replaced.store(&previous);
@@ -285,7 +285,7 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
 
 impl Drop for InstalledHandler {
     fn drop(&mut self) {
-        // Keep a handler that was installed over ours.
+        // Keep a handler that the application has installed over ours.
         if is_handled(self.signal) {
             // SAFETY: this action was in force before ours, so its handler may run at any time.
             let _ = unsafe { set_action(self.signal, &self.previous.0) };

@@ -19,8 +19,9 @@ use super::{option, retry};
 /// that.
 pub(super) const SEND_FLAGS: libc::c_int = MSG_NOSIGNAL | libc::MSG_DONTWAIT;
 
-/// Writes bytes and descriptors without waiting, and returns the number of written bytes. If any
-/// bytes were written, all descriptors were sent with them.
+/// Writes bytes and descriptors, and returns the number of written bytes. If any bytes were
+/// written, all descriptors were sent with them. Without descriptors, the call never waits. With
+/// descriptors, the call waits if the socket is blocking, because `sendfd` takes no flags.
 pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     send_with_flags(socket, bytes, fds, SEND_FLAGS)
 }
@@ -87,8 +88,8 @@ fn send_with_flags(
 
 /// Sends a message with one descriptor, without waiting.
 ///
-/// `sendfd` also has this function, but its function raises SIGPIPE. Blocking the signal would take
-/// two more system calls for each connection.
+/// The crate `sendfd` can also send a descriptor, but its function raises SIGPIPE. Blocking the
+/// signal would take two more system calls for each connection.
 pub(crate) fn send_one(
     socket: &impl AsRawFd,
     bytes: &[u8],
@@ -167,8 +168,9 @@ fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
 
 /// Runs a call that may raise signals for this thread.
 ///
-/// Each signal has the error number with which the call fails when it raises the signal. The signals
-/// are blocked on this thread during the call, and a signal that the call has raised is consumed.
+/// Each signal has the error number with which the call fails when it raises the signal. The
+/// signals are blocked on this thread during the call. If the call fails with a signal's error
+/// number, the pending signal is consumed, unless the caller had already blocked it.
 pub(super) fn without_signals<T>(
     signals: &[(libc::c_int, libc::c_int)],
     call: impl FnOnce() -> io::Result<T>,
@@ -201,9 +203,9 @@ fn consume(signal: libc::c_int) {
 
 /// Maximum number of descriptors of one received message.
 ///
-/// The kernel lets a process send at most 253 (`SCM_MAX_FD`), which is more than the protocol
-/// allows. With less space, the kernel would close some descriptors within the call, and closing a
-/// socket can wait for its peer.
+/// A faulty peer can send more descriptors than the protocol allows, up to the kernel's limit of
+/// 253 (`SCM_MAX_FD`). With space for fewer, the kernel would close the others within the call, and
+/// closing a socket can wait for its peer.
 const MAX_RECEIVED_FDS: usize = 256;
 
 /// Makes the socket deliver out-of-band data in order with all other data. Without this option, the
@@ -234,9 +236,9 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 /// Receives the available bytes, up to the length of `buffer`, without waiting. Received
 /// descriptors are closed on exec.
 ///
-/// `sendfd` also has this function, but its function neither reports lost descriptors nor makes the
-/// kernel set close-on-exec. If a thread forked before a later call set the flag, its child would
-/// inherit the descriptors.
+/// The crate `sendfd` can also receive descriptors, but its function neither reports lost
+/// descriptors nor makes the kernel set close-on-exec. If a thread forked before a later call set
+/// the flag, its child would inherit the descriptors.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
     receive_into(socket, &mut Vec::new(), 0, buffer)
 }
@@ -272,7 +274,7 @@ pub(crate) fn receive_into(
     ];
     // SAFETY: all zeroes is a valid, empty `msghdr`.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    // Without a body, pass only one vector, which is less work for the kernel.
+    // If no bytes of a body are missing, pass only one vector to save work in the kernel.
     let vectors = if missing > 0 {
         &mut vectors[..]
     } else {

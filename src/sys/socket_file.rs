@@ -228,7 +228,8 @@ mod tests {
         let (_listener, file) = listen(&own.join("socket"), &BindFlags::default()).unwrap();
         std::fs::rename(&own, &moved).unwrap();
         std::fs::create_dir(&own).unwrap();
-        // Create another name for the same file at the original path.
+        // Create another name for the same file at the original path. A `drop` that used the path
+        // instead of the directory would remove this name.
         std::fs::hard_link(moved.join("socket"), own.join("socket")).unwrap();
         drop(file);
         assert!(own.join("socket").exists());

@@ -1,8 +1,8 @@
 //! Replaces Linux's packet filters by functions that succeed without effect, because sockets have
 //! no filters here.
 //!
-//! New connections still arrive while the caller accepts the backlog, and the kernel chooses the
-//! socket of a group.
+//! As a result, new connections still arrive while the caller accepts the backlog. The kernel
+//! chooses the socket of a group itself.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -12,8 +12,8 @@ use crate::sys::process::{Pid, Started};
 /// Size of the child's stack in bytes, which is about twice what the child needs.
 const STACK: usize = 64 << 10;
 
-/// Creates a child that executes its program. Returns `None` if a sandbox does not know the call or
-/// its flags.
+/// Creates a child that executes its program. Returns `None` if the kernel or a sandbox rejects the
+/// call or its flags.
 ///
 /// The kernel creates the process descriptor together with the child. A later call could open
 /// another process: if the host ignores SIGCHLD, the number of a child that exits at once may soon

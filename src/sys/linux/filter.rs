@@ -206,8 +206,8 @@ mod tests {
     fn translated_size(program: &[libc::sock_filter]) -> usize {
         // The bytes of `struct bpf_prog` and of each program's prologue.
         const FIXED: usize = 256;
-        // A run's three statements become at most five instructions: one each for the jump and the
-        // addition, and at most two for the return. Round the factor up.
+        // A run's three statements become at most four instructions. The jump and the addition take
+        // one each, and the return takes at most two. Calculate with five as a margin.
         FIXED + program.len() * 5 / 3 * 8
     }
 
@@ -221,7 +221,8 @@ mod tests {
         assert!(translated_size(&selection(&gaps).unwrap()) <= OPTMEM_MAX);
     }
 
-    /// Runs in this thread's own network namespace, with the limit of old kernels.
+    /// Checks the claim about the program's length with the real kernel. The test sets the limit of
+    /// old kernels in its thread's own network namespace.
     #[test]
     #[ignore = "needs Linux 6.8, for a limit per network namespace, and root"]
     fn kernel_accepts_the_selection_of_a_thousand_shards_with_the_optmem_max_of_old_kernels() {
@@ -234,8 +235,8 @@ mod tests {
             let listener = listen_tcp(&address, &flags, PortSharing::Join).unwrap();
             let gaps: Vec<_> = (0..1000).step_by(2).collect();
             select_sockets(&listener, &gaps).unwrap();
-            // Check that the limit applies. A program with two statements for each shard exceeds
-            // it.
+            // Check that the limit applies in this namespace, because the test would otherwise
+            // prove nothing. A program with two statements for each shard exceeds the limit.
             let ret = libc::BPF_RET | libc::BPF_K;
             let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
             let each = (0..1000).flat_map(|n| [statement(is, n, 0, 1), statement(ret, n, 0, 0)]);

@@ -1,8 +1,8 @@
 //! Requests the signal that a process receives when its parent exits (`PR_SET_PDEATHSIG` in
 //! prctl(2)).
 //!
-//! A child requests it between `fork` and `execve`. A worker requests it again, because `execve`
-//! drops the request if the program has file capabilities or a set-user-ID bit.
+//! A child requests the signal between `fork` and `execve`. A worker repeats the request, because
+//! `execve` drops the request if the program has file capabilities or a set-user-ID bit.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -17,8 +17,8 @@ use crate::sys::{check, option};
 pub(in crate::sys) fn request(parent: u32) -> io::Result<()> {
     request_kill()?;
     let now = parent_pid();
-    // Check the parent, because no signal comes if the parent exited before the request. A parent
-    // in another PID namespace has the number 0 here, so no check is possible.
+    // Check the parent, because no signal comes if the parent exited before the request. For a
+    // parent in another PID namespace, getppid(2) returns 0, so no check is possible.
     if now == 0 || now.unsigned_abs() == parent {
         Ok(())
     } else {
@@ -30,8 +30,9 @@ pub(in crate::sys) fn request(parent: u32) -> io::Result<()> {
 /// during the request.
 ///
 /// The signal follows the parent. So this function requests nothing unless the parent is the
-/// master, whose process id the kernel stores with the channel. A process outside this PID
-/// namespace has the number 0, and two zeroes are treated as the same process.
+/// master, whose process id the kernel stores with the channel. The kernel reports a process
+/// outside this PID namespace as 0. If both ids are 0, this function treats the parent as the
+/// master.
 pub(crate) fn renew(channel: BorrowedFd<'_>) {
     let Some(master) = creator(channel) else {
         return;

@@ -29,9 +29,9 @@ struct KernelUsage {
     others: [libc::c_long; 13],
 }
 
-/// Waits for a process by its descriptor. The number is not safe, because another child may have it
-/// after the host has waited for this child. Returns `None` if the kernel does not support this
-/// call.
+/// Waits for a process by its descriptor. Waiting by process id is not safe, because another child
+/// may have the same id after the host has waited for this child. Returns `None` if the kernel does
+/// not support this call.
 ///
 /// The system call is made directly, because the C library's `waitid` does not return the usage.
 pub(in crate::sys) fn wait(

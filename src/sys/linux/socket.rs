@@ -25,7 +25,8 @@ pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     accepted.map(fd::adopt)
 }
 
-/// Returns the number of connections in a TCP listener's backlog.
+/// Returns the number of connections in a TCP listener's backlog. Returns `None` for any other
+/// socket.
 pub(in crate::sys) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
     // SAFETY: every bit pattern is a valid `tcp_info`.
     let info: io::Result<libc::tcp_info> =

@@ -27,13 +27,15 @@ pub(in crate::sys) enum ParentWait {
     Polling,
 }
 
-/// The exit code of a Rust program that has panicked.
+/// The exit code of a child whose closure panics, which is also the exit code of a Rust program
+/// that panics.
 const PANICKED: i32 = 101;
 
 /// The user whose processes receive all capabilities when they execute a program.
 const ROOT: libc::uid_t = 0;
 
-/// Space for an environment variable with a name of 18 bytes, a process id, and a terminating zero.
+/// Space for an environment variable, which consists of a name of up to 18 bytes, an equals sign, a
+/// process id of up to 10 digits, and a terminating zero.
 pub(super) type PidVariable = [u8; 30];
 
 /// Returns the beginning of a variable to which the child appends its process id.
@@ -66,7 +68,7 @@ pub(in crate::sys) struct Child<'a> {
     pub(super) parent: u32,
 }
 
-/// A step that failed, and the system's error.
+/// The step that failed, and the system's error.
 type StepFailure = (Step, io::Error);
 
 impl Child<'_> {
@@ -119,12 +121,14 @@ impl Child<'_> {
             // Close this end before calling `abandon`, which may need one free descriptor.
             close_all([parents_end]);
             close_all(abandon()?);
-            // The numbers that the new descriptors receive are free now.
+            // Arrange the new descriptors only now, because the descriptors closed here may have
+            // used the numbers that the new ones receive.
             self.arrange_stdio()?;
             close_all(self.stdio.iter().flatten().map(AsRawFd::as_raw_fd));
             signal::replace_pipe()
         };
-        // Check SIGPIPE before the reset, because the runtime of each Rust program ignores it.
+        // Check SIGPIPE before the reset, because this child must continue to ignore SIGPIPE if its
+        // parent does. The runtime of a Rust program ignores SIGPIPE by default.
         let ignores_pipe = is_ignored(libc::SIGPIPE);
         self.prepare(reset_signal_by_libc, descriptors)?;
         if ignores_pipe {
@@ -134,7 +138,7 @@ impl Child<'_> {
         begin().map_err(|error| (Step::BecomeWorker, error))
     }
 
-    /// Waits until the parent has a descriptor of this process. The parent confirms this with one
+    /// Waits until the parent has opened this child's process descriptor. The parent then sends one
     /// byte.
     fn wait_for_parent(&self) {
         let mut byte = 0u8;
@@ -197,7 +201,7 @@ impl Child<'_> {
         Ok((Step::Execute, io::Error::last_os_error()))
     }
 
-    /// Takes the steps that all children have in common.
+    /// Takes the steps that children with and without a program have in common.
     fn prepare(
         &self,
         reset_signal: fn(libc::c_int),
@@ -305,7 +309,8 @@ fn append_own_pid(variable: &Cell<PidVariable>) {
 }
 
 /// Resets all signals to their default and unblocks them, because ignored signals would otherwise
-/// stay ignored through `execve`. The system does not allow this for some numbers.
+/// stay ignored through `execve`. The system rejects the reset of some signals, such as SIGKILL.
+/// These errors are ignored.
 fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
     for signal in 1..=libc::c_int::from(MAX_SIGNAL) {
         reset_signal(signal);

@@ -1,7 +1,7 @@
 //! The identity of a child, by which the parent waits for the child and signals it.
 //!
-//! Where the kernel has process descriptors, they identify the child. The number alone may belong
-//! to another process if the host has waited for the child.
+//! Where the kernel has process descriptors, they identify the child. The process id may belong to
+//! another process if the host has waited for the child.
 
 use std::cell::RefCell;
 use std::io;
@@ -31,8 +31,8 @@ const REAP_INTERVAL: Duration = Duration::from_millis(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Usage {
-    /// The CPU time that the process spent in its own code. The unit is microseconds, and the
-    /// precision depends on the system.
+    /// The CPU time that the process spent in its own code. The value is a whole number of
+    /// microseconds. Its precision depends on the system.
     pub user_cpu_time: Duration,
     /// The CPU time that the system spent on behalf of the process.
     pub system_cpu_time: Duration,
@@ -64,7 +64,7 @@ pub(in crate::sys) fn cpu_time(seconds: impl TryInto<u64>, micros: impl TryInto<
     seconds + Duration::from_micros(micros.try_into().unwrap_or(0))
 }
 
-/// Returns `ru_maxrss` in bytes.
+/// Converts `ru_maxrss`, whose unit depends on the system, to bytes.
 pub(in crate::sys) fn max_rss(units: libc::c_long) -> u64 {
     let units = u64::try_from(units).unwrap_or(0);
     units.saturating_mul(MAX_RSS_UNIT)
@@ -90,7 +90,7 @@ impl Pid {
     }
 
     /// Returns a descriptor that becomes readable when the child exits. Returns `None` if the
-    /// kernel has no process descriptors.
+    /// kernel has no process descriptors, or if opening one fails.
     pub(in crate::sys) fn open(self) -> Option<OwnedFd> {
         pidfd::open(self.0)
     }
@@ -105,8 +105,8 @@ impl Pid {
         let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));
         let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
-        // Ask for the status again, because waiting fails if the host waits for any child or
-        // ignores SIGCHLD.
+        // Read the status from the process descriptor. Waiting fails if the host ignores SIGCHLD or
+        // has already waited for this child, but newer kernels keep the status.
         waited.or_else(|error| {
             let status = process.and_then(|process| pidfd::exit_status(process.as_fd()));
             let exit = status.map(|status| Exit {

@@ -6,13 +6,13 @@ use std::os::fd::RawFd;
 use crate::sys::check;
 use crate::sys::fd::{set_status_flag, status_flags};
 
-/// The first of the fcntl(2) constants that `libc` lacks. Their values are the same on all
-/// architectures.
+// `libc` lacks these constants of fcntl(2). Their values are the same on all architectures.
 const F_SETSIG: libc::c_int = 10;
 const F_SETOWN_EX: libc::c_int = 15;
 const F_GETOWN_EX: libc::c_int = 16;
 const F_OWNER_TID: libc::c_int = 0;
 
+/// `struct f_owner_ex` of fcntl(2). With `F_OWNER_TID`, `number` is a thread id.
 #[repr(C)]
 struct OwnerEx {
     kind: libc::c_int,

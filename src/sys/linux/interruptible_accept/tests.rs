@@ -18,8 +18,9 @@ use crate::sys::signal;
 
 const ALONE: &str = "CLUSTER_TEST_ALONE";
 
-/// Runs a test in its own process, because handlers and their descriptors belong to the process. An
-/// alarm ends the process if an interruption is lost.
+/// Runs a test in its own process, because handlers and their descriptors belong to the process. If
+/// an interruption is lost, `accept` blocks forever. An alarm then ends the process, and the test
+/// fails.
 fn alone(name: &str, test: fn()) {
     if std::env::var_os(ALONE).is_some() {
         alarm::set(60);
@@ -170,7 +171,8 @@ fn bytes_that_arrived_before_the_call_interrupt_accept() {
     );
 }
 
-/// Checks the module's central promise with a timer that fires at a random moment around the call.
+/// Asserts that a signal shortly before `accept` sleeps is not lost. A timer fires at a random
+/// moment around the call. If its signal were lost, `accept` would block until the alarm.
 #[test]
 fn no_timer_is_lost_at_the_start_of_accept() {
     let name = "no_timer_is_lost_at_the_start_of_accept";
@@ -188,8 +190,9 @@ fn no_timer_is_lost_at_the_start_of_accept() {
     });
 }
 
-/// Writes a byte on another thread at a random moment around the call, after the previous byte was
-/// read.
+/// Asserts that a message shortly before `accept` sleeps is not lost. After each byte was read,
+/// another thread writes the next one at a random moment around the call. If its signal were lost,
+/// `accept` would block until the alarm.
 #[test]
 fn no_message_is_lost_at_the_start_of_accept() {
     const ROUNDS: u32 = 10_000;
@@ -306,7 +309,8 @@ fn deadline_interrupts_accept() {
         let sooner = in_a_while();
         assert!(fixture.accept_until(sooner).unwrap().is_none());
         assert!(Instant::now() >= sooner);
-        // A disarmed timer interrupts no later call.
+        // A call without a deadline must disarm the timer. If the timer stayed armed, the previous
+        // deadline would interrupt the last call.
         let _client = TcpStream::connect(fixture.address()).unwrap();
         assert!(fixture.accept_until(in_a_while()).unwrap().is_some());
         let address = fixture.address();
@@ -341,7 +345,9 @@ fn calls_of_the_application_are_not_interrupted() {
     });
 }
 
-/// Runs the handler after a call has its connection, and uses another listener for the next call.
+/// Asserts that filling the slot with another listener does not lose an interruption. The handler
+/// runs between two calls with different listeners. A faulty second call would block, because its
+/// listener replaces the stub.
 #[test]
 fn no_interruption_is_lost_when_the_listener_changes() {
     alone("no_interruption_is_lost_when_the_listener_changes", || {
@@ -448,7 +454,8 @@ fn drop_restores_the_previous_state() {
         let soon = Instant::now() + Duration::from_millis(1);
         assert!(fixture.accept_until(soon).unwrap().is_none());
         assert!(is_blocked() && is_handled() && is_async(&fixture.source));
-        // Close this source early, so that another descriptor reuses its number.
+        // Close this source early, so that another descriptor reuses its number. A faulty `drop`
+        // would clear `O_ASYNC` on that other descriptor.
         let (closed, _peer) = UnixStream::pair().unwrap();
         let number = closed.as_raw_fd();
         fixture.interruptible.add(closed.as_fd()).unwrap();
