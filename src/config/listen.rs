@@ -14,8 +14,8 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 
 /// The longest path that the application may pass, in bytes. The value is Linux's `PATH_MAX`. A
-/// relative path is prefixed with a directory of up to the same length, and the result must still
-/// fit into a frame.
+/// relative path becomes absolute before it is sent, so it can double in length. The result must
+/// still fit into a frame.
 const MAX_PATH: usize = 4096;
 
 /// An address to listen on and its options, for [`Worker::listen`](crate::Worker::listen) and

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::error::{Error, Result};
 
-/// The result of a successful `send`, which says whether the sender should pause.
+/// The result of a successful `send`. The variants say whether the sender should pause.
 ///
 /// Node: the Boolean result of `worker.send()`.
 ///
@@ -44,7 +44,7 @@ impl Sent {
     }
 }
 
-/// A callback for the moment when a message has been written or can no longer be written.
+/// A callback that is called when a message has been written or can no longer be written.
 pub(crate) type Written<R> = Box<dyn FnOnce(&R, Result<()>)>;
 
 /// A message's descriptors and callback. The master passes them to
@@ -90,7 +90,7 @@ impl<R> SendOptions<R> {
         }
     }
 
-    /// Adds a descriptor, which is closed in this process once it has been sent. A message can
+    /// Adds a descriptor. This process closes the descriptor once it has been sent. A message can
     /// carry at most 16 descriptors.
     ///
     /// Node: `sendHandle`, without `keepOpen`.
@@ -118,7 +118,7 @@ impl<R> SendOptions<R> {
         self
     }
 
-    /// Sets the callback for the moment when the message has been written or can no longer be
+    /// Sets a callback that is called when the message has been written or can no longer be
     /// written. The callback is not called if `send_with` itself fails, or if the sending `Master`
     /// or `Worker` is dropped first.
     ///

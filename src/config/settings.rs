@@ -52,7 +52,7 @@ pub struct Settings {
 /// The choice that one [`Settings`] value makes for one setting.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Choice<T> {
-    /// No choice, so `update` keeps the earlier one.
+    /// No choice, so `update` keeps the previous choice.
     #[default]
     Unmentioned,
     /// The default, which replaces any earlier choice.
@@ -82,7 +82,8 @@ impl<T> Choice<T> {
         }
     }
 
-    /// Removes the mark that `unset` has left, because the default is now in effect.
+    /// Removes the mark that `unset` has left. `complete` calls this function after it has filled
+    /// in the defaults.
     fn settle(&mut self) {
         if matches!(self, Self::Default) {
             *self = Self::Unmentioned;
@@ -254,8 +255,8 @@ impl Settings {
     /// [`silent`](Self::silent).
     ///
     /// If the list has fewer than three entries, the worker inherits the rest of descriptors 0 to 2
-    /// from the master. The list has no entry for the channel, whose descriptor number is higher
-    /// than those in the list.
+    /// from the master. The list has no entry for the channel. The channel's descriptor number is
+    /// higher than those in the list.
     ///
     /// Node: `settings.stdio`.
     ///
@@ -285,8 +286,8 @@ impl Settings {
     /// program that supports systemd's socket activation can therefore be a worker, even if it does
     /// not use this crate. A worker without this crate causes only the events `fork`, `disconnect`
     /// and `exit`, and cannot receive a disconnect request. To end the worker, send a signal with
-    /// [`Process::kill`](crate::Process::kill), or call `disconnect_within`, whose deadline kills
-    /// it.
+    /// [`Process::kill`](crate::Process::kill), or call `disconnect_within`, which kills the worker
+    /// at its deadline.
     ///
     /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
@@ -644,8 +645,8 @@ impl Settings {
 
     /// Replaces the settings that `later` mentions. The other settings keep their values.
     pub(crate) fn update(&mut self, later: Self) {
-        // A later `exec` cancels an earlier `main`. If `later` has a `main` of its own, the update
-        // at the end of this function sets it.
+        // A later `exec` cancels an earlier `main`. If `later` has its own `main`, the last line of
+        // this function sets it.
         if later.exec.get().is_some() {
             self.main = Choice::Unmentioned;
         }

@@ -52,7 +52,7 @@ impl Stdio {
         Self(StdioKind::Null)
     }
 
-    /// Connects the descriptor to the master, which takes its end with
+    /// Connects the descriptor to the master. The master takes its end of the connection with
     /// [`Process::take_stdio`](crate::Process::take_stdio). Both ends can be read and written.
     ///
     /// The connection is a socket, so the worker cannot open it by a name such as `/dev/stdout`.

@@ -86,7 +86,7 @@ pub enum PoolEvent {
     /// [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready or the pool is
     /// stopping.
     QuorumLost,
-    /// This master has taken over from the old master, whose pool stops.
+    /// This master has taken over from the old master. The old master's pool stops.
     TookOver,
     /// A new master has taken over. This pool stops.
     Upgraded,

@@ -68,8 +68,8 @@ pub enum FailureCause {
 pub enum FailureAction {
     /// The slot stays empty until the next reload or a call of [`Pool::retry`](super::Pool::retry).
     GiveUp,
-    /// The pool forks a new worker for the slot after this time, and the count of failures restarts
-    /// at 0.
+    /// The pool forks a new worker for the slot after this time, and counts the slot's failures
+    /// from 0 again.
     RetryAfter(Duration),
     /// The pool stops, like after [`Pool::stop`](super::Pool::stop).
     StopPool,

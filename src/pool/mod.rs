@@ -5,7 +5,7 @@
 //! upgrade replaces the master itself. The pool reports these changes as events. The module uses
 //! only this crate's public API, so an application can implement its own supervisor instead.
 //!
-//! This module is for code that every application with workers would otherwise write around
+//! This module contains code that every application with workers would otherwise write around
 //! [`Master::fork`]. Code that needs the crate's internals belongs elsewhere.
 //!
 //! ```no_run
@@ -119,8 +119,7 @@ pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 /// Node has no counterpart.
 ///
 /// A clone is a handle to the same pool. Methods that change the pool take the master as an
-/// argument. These methods may be called inside callbacks, which receive the master. After the
-/// master has been dropped, the methods have no effect.
+/// argument. Callbacks also receive the master, so they may call these methods.
 ///
 /// The application may send messages to a pool's workers. If the application kills a worker, the
 /// pool replaces it. The application must not disconnect a pool's workers. Workers that the
@@ -343,8 +342,8 @@ impl Pool {
         drop(removed);
     }
 
-    /// Sets the callback that decides what happens to a slot at its failure limit, in place of an
-    /// earlier callback.
+    /// Sets the callback that decides what happens to a slot at its failure limit. The callback
+    /// replaces the previous one.
     ///
     /// The limit is [`PoolOptions::max_failures`]. Without a callback, the pool chooses
     /// [`FailureAction::GiveUp`] if at least one worker is ready. If no worker is ready, the pool

@@ -27,8 +27,9 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
-/// Takes ownership of the channel that the master left open for this process. Reads the preamble,
-/// which `peek` has already found in the channel.
+/// Takes ownership of the channel that the master left open for this process, and removes the
+/// preamble from it. The caller has already found the preamble with [`peek`], so this read does not
+/// wait.
 pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<UnixStream> {
     // SAFETY: the descriptor is open. No other code of this process knows it, because `init` runs
     // once and has removed the variable that named it.
@@ -39,8 +40,8 @@ pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<Un
     Ok(stream)
 }
 
-/// Takes ownership of the `count` descriptors from `first` on, which the process that executed this
-/// program left open.
+/// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed
+/// this program left them open.
 ///
 /// # Errors
 ///
@@ -150,8 +151,8 @@ pub(crate) fn limit() -> u64 {
 
 /// Returns whether a connection's peer can no longer send or receive, and has left nothing to read.
 ///
-/// In this state, both directions are shut down, or an error such as a reset is pending. The result
-/// is `false` for a client that only stopped sending, because the client still waits for its
+/// Either both directions are shut down, or an error such as a reset is pending. The result is
+/// `false` for a client that has only stopped sending, because the client still waits for its
 /// answer.
 pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
@@ -179,7 +180,7 @@ pub(crate) struct NoLingerFd {
 }
 
 impl NoLingerFd {
-    /// Converts the value into a plain descriptor, which keeps SO_LINGER.
+    /// Converts the value into a plain descriptor. SO_LINGER stays enabled.
     pub(crate) fn into_owned_fd(self) -> OwnedFd {
         let mut this = ManuallyDrop::new(self);
         // SAFETY: neither `fd` nor the value that contained it is used again.

@@ -236,7 +236,7 @@ pub(crate) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
     platform::backlog_length(listener)
 }
 
-/// Accepts a connection, which is blocking and closed on exec.
+/// Accepts a connection, and makes it blocking and closed on exec.
 pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let number = listener.as_fd().as_raw_fd();
     retry(|| platform::accept(number))

@@ -58,7 +58,7 @@ impl AtomicOwner {
     }
 }
 
-/// Returns this process's number, which is 0 after a fork until `Owner::current` assigns one.
+/// Returns this process's number. After a fork, the number is 0 until `Owner::current` assigns one.
 /// Returns `None` if the system cannot zero memory at a fork. The callers then use the process id.
 fn number() -> Option<&'static AtomicUsize> {
     static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();

@@ -1,4 +1,4 @@
-//! A poller, which waits for many descriptors and owns the registered ones.
+//! A poller that waits for many descriptors and owns the registered ones.
 //!
 //! The functions at the end of this file wait for a few descriptors without a poller.
 
@@ -37,7 +37,7 @@ pub enum Interest {
     Both,
 }
 
-/// A poller, which waits for many descriptors. Clones share the same poller.
+/// A handle to a poller that waits for many descriptors. Clones share the same poller.
 #[derive(Clone, Debug)]
 pub(crate) struct Poller(Rc<Owned>);
 
@@ -96,7 +96,7 @@ pub(crate) struct Ready {
 /// an allocation.
 #[derive(Debug)]
 pub(crate) struct ReadyList {
-    /// The ready descriptors, of which the first `count` are initialised.
+    /// The ready descriptors. The first `count` elements are initialised.
     list: [MaybeUninit<Ready>; MAX_EVENTS.get()],
     count: usize,
 }
@@ -146,8 +146,8 @@ impl Poller {
     /// `inert` takes over the descriptor number that the application may know.
     pub(crate) fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<()> {
         let number = self.0.poller.as_raw_fd();
-        // Replace the descriptor before dropping the poller. Dropping the poller deletes its own
-        // descriptors from the epoll instance, which the parent shares.
+        // Replace the descriptor before dropping the poller. Dropping the poller would otherwise
+        // delete the poller's own descriptors from the epoll instance that the parent also uses.
         fd::replace(number, inert)?;
         // SAFETY: the pointer is valid for reads. The poller is not used again, because `owner` is
         // another process.

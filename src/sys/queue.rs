@@ -21,7 +21,7 @@ use super::{check, filter, option, socket};
 /// descriptors.
 const SEND_BUFFER: libc::c_int = 16 << 10;
 
-/// The length in bytes of a message, which is the connection's sequence number.
+/// The length of a message in bytes. A message contains only the connection's sequence number.
 const MESSAGE_LENGTH: usize = size_of::<u64>();
 
 /// Both ends of a queue. Only the master holds both. The worker gets a copy of the reader.

@@ -27,7 +27,7 @@ static SIGNALS: [SignalState; MAX_SIGNAL as usize + 1] =
 /// thread at any time.
 static PIPE: OnceLock<Pipe> = OnceLock::new();
 
-/// The state of one signal, which the handler shares.
+/// The state of one signal, shared with the signal's handler.
 ///
 /// Each signal has its own flag instead of a bit, because not every 32-bit architecture has 64-bit
 /// atomic operations.
@@ -272,7 +272,8 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
         }
     }
     let mut action = chained_action(handler, &previous);
-    // Keep the application's choice for its children.
+    // Keep the application's choice whether its exited children become zombies and whether stopped
+    // children raise SIGCHLD.
     action.sa_flags |= previous.sa_flags & (libc::SA_NOCLDWAIT | libc::SA_NOCLDSTOP);
     if signal == libc::SIGCHLD && previous.sa_sigaction == libc::SIG_IGN {
         action.sa_flags |= libc::SA_NOCLDWAIT;

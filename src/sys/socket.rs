@@ -35,8 +35,8 @@ pub(crate) fn send_blocking(
     send_with_flags(socket, bytes, fds, SEND_FLAGS & !libc::MSG_DONTWAIT)
 }
 
-/// Maximum length in bytes of two pieces that are copied into one buffer, which saves the second
-/// vector.
+/// Maximum total length in bytes of two pieces that are copied into one buffer and sent with
+/// send(2). Longer pieces are sent with sendmsg(2) and two vectors.
 ///
 /// The value is not critical. On Linux on x86-64, both ways take about 1 µs up to 500 bytes, and
 /// differ by less than the noise. A larger value needs more stack for the buffer.
@@ -253,7 +253,8 @@ pub(crate) fn receive_into(
 ) -> io::Result<Piece> {
     // Set MSG_DONTWAIT, because another process that shares the socket may have cleared O_NONBLOCK.
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
-    // The space for the descriptors and a header, in elements of `u64`, which aligns the header.
+    // The space for the descriptors and a header, in elements of `u64`. This element type aligns
+    // the header.
     const CONTROL: usize = MAX_RECEIVED_FDS * size_of::<RawFd>() / size_of::<u64>() + 4;
     let mut control = [const { MaybeUninit::<u64>::uninit() }; CONTROL];
     let fds = MAX_RECEIVED_FDS * size_of::<RawFd>();

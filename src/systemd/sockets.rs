@@ -199,8 +199,8 @@ pub fn listen_fds() -> Result<Vec<ListenFd>> {
     Ok(passed.collect())
 }
 
-/// The contents of the variables. The count may be wrong, so allocate no memory in proportion to
-/// it.
+/// The contents of the variables. The count comes from the environment and may be too large, so
+/// allocate no memory in proportion to it.
 #[derive(Debug, PartialEq, Eq)]
 struct Passed {
     count: usize,

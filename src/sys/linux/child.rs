@@ -24,8 +24,8 @@ fn check(result: libc::c_long) -> io::Result<()> {
     }
 }
 
-/// Resets a signal to its default disposition. Bypasses the C library, which may take a lock that
-/// another thread held when this child was forked.
+/// Resets a signal to its default disposition. Bypasses the C library, because its function may
+/// wait for a lock that another thread held when this child was forked.
 pub(in crate::sys) fn reset_signal(signal: libc::c_int) {
     /// The kernel's structure for the default disposition, which is all zeroes. The kernel reads
     /// fewer bytes on every architecture.
@@ -54,8 +54,8 @@ pub(in crate::sys) fn set_user(uid: libc::uid_t) -> io::Result<()> {
     check(unsafe { libc::syscall(SYS_setresuid, uid, uid, uid) })
 }
 
-/// Empties the permitted, effective and inheritable capability sets, which also empties the ambient
-/// set.
+/// Empties the permitted, effective and inheritable capability sets. The kernel then also empties
+/// the ambient set.
 ///
 /// A change of the user does not always empty the sets (capabilities(7)). With
 /// SECBIT_NO_SETUID_FIXUP or SECBIT_KEEP_CAPS, or if the parent was not root, capabilities stay.

@@ -16,8 +16,8 @@ const STACK: usize = 64 << 10;
 /// call or its flags.
 ///
 /// The kernel creates the process descriptor together with the child. A later call could open
-/// another process: if the host ignores SIGCHLD, the number of a child that exits at once may soon
-/// be reused.
+/// another process's descriptor. If the host ignores SIGCHLD, the process id of a child that exits
+/// at once may soon be reused.
 ///
 /// If the child keeps its user, the kernel suspends the parent until the child has executed its
 /// program or reported a failure. In the meantime, the child uses its parent's memory, so nothing

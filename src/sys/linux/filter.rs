@@ -1,4 +1,5 @@
-//! Packet filters on sockets, which are BPF programs that socket options attach (socket(7)).
+//! Packet filters on sockets. The filters are BPF programs, and socket options attach them
+//! (socket(7)).
 //!
 //! The *SYN filter* keeps new connections out of a backlog. The *selection program* chooses the
 //! socket of a reuseport group that receives a connection.
@@ -8,8 +9,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use crate::sys::{check, option};
 
-/// Attaches a filter to a TCP listener that drops packets with SYN and without ACK, which start new
-/// connections.
+/// Attaches the SYN filter to a TCP listener. The filter drops the packets that start new
+/// connections, which have the flag SYN without ACK.
 ///
 /// Handshakes in flight complete. New clients repeat their SYN after a second, and then find
 /// another listener or a closed port. Without the filter, connections that arrive between the last

@@ -9,15 +9,15 @@ use crate::sys::{check, fd, option};
 
 pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
 
-/// The socket type of a hand-off queue, which keeps messages separate and in order, and reports
-/// end-of-file.
+/// The socket type of a hand-off queue. Sockets of this type keep messages separate and in order,
+/// and report end-of-file.
 pub(in crate::sys) const QUEUE_TYPE: libc::c_int = libc::SOCK_SEQPACKET;
 
 /// The type of a control message with the sender's process descriptor. The kernel adds this message
 /// if any process that shares the socket has asked for it.
 pub(in crate::sys) const SCM_PIDFD: libc::c_int = 4;
 
-/// Accepts a connection, which is blocking and closed on exec.
+/// Accepts a connection, and makes it blocking and closed on exec.
 pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: null pointers are allowed, and no address is written then.

@@ -118,7 +118,8 @@ impl Child<'_> {
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<M, StepFailure> {
         let descriptors = || {
-            // Close this end before calling `abandon`, which may need one free descriptor.
+            // Close this end before calling `abandon`, because `abandon` may need one free
+            // descriptor.
             close_all([parents_end]);
             close_all(abandon()?);
             // Arrange the new descriptors only now, because the descriptors closed here may have
@@ -153,9 +154,9 @@ impl Child<'_> {
     /// Replaces the report stream by a new one whose child's end no other process has. So the new
     /// stream ends when the program is executed.
     ///
-    /// The first stream may stay open, because another thread of the host may have forked while the
-    /// parent had this end. That thread's child has a copy. If no descriptor is free for a new
-    /// stream, the first one stays in use.
+    /// The first stream may stay open after the program is executed. If another thread of the host
+    /// forked while the parent had the child's end, that thread's child has a copy. If no
+    /// descriptor is free for a new stream, the first stream stays in use.
     ///
     /// Must not be called in a child that shares its parent's memory.
     fn move_reports(&self) {
@@ -348,13 +349,13 @@ pub(in crate::sys) fn reset_signal_by_libc(signal: libc::c_int) {
 }
 
 /// Closes the descriptors from `first` to `last` on systems without close_range(2). Stops at this
-/// process's descriptor limit, which is clamped to the two constants.
+/// process's descriptor limit, clamped to the two constants.
 fn close_one_by_one(first: RawFd, last: RawFd) {
-    /// Lower bound of the limit that is used. The limit may have been higher when the descriptors
-    /// were opened, so a low limit does not show that higher numbers are free.
+    /// The lowest limit that is used. The process's limit may have been lowered after higher
+    /// descriptors were opened, so numbers above a low limit may still be in use.
     const MIN_LIMIT: u64 = 4096;
-    /// Upper bound of the limit that is used, because a limit can be in the millions and each
-    /// number is a system call. Descriptors beyond this number stay open.
+    /// The highest limit that is used. The process's limit can be in the millions, and each number
+    /// costs a system call. Descriptors beyond this number stay open.
     const MAX_LIMIT: u64 = 65_536;
     let limit = fd::limit().clamp(MIN_LIMIT, MAX_LIMIT);
     let last = last.min(RawFd::try_from(limit).unwrap_or(RawFd::MAX));

@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::sys::platform::{MAX_RSS_UNIT, pidfd};
 use crate::sys::{check, retry};
 
-/// Number of attempts to reap a killed child, at intervals of [`REAP_INTERVAL`], which is 100 ms in
+/// Number of attempts to reap a killed child. With [`REAP_INTERVAL`], the attempts take 100 ms in
 /// total.
 ///
 /// A killed process exits within about a millisecond, unless it waits in the kernel for a device or
@@ -70,7 +70,7 @@ pub(in crate::sys) fn max_rss(units: libc::c_long) -> u64 {
     units.saturating_mul(MAX_RSS_UNIT)
 }
 
-/// The process id of a child, which is valid until this process has waited for the child.
+/// The process id of a child. The id is valid until this process has waited for the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pid(libc::pid_t);
 
@@ -183,8 +183,8 @@ impl Unreaped {
         self.0.borrow_mut().retain(is_running);
     }
 
-    /// Removes all children and returns their descriptors. Called in a forked child that executes
-    /// no program, where these processes are not its own children.
+    /// Removes all children and returns their descriptors. A forked child that executes no program
+    /// must call this function, because these processes are its parent's children.
     pub(crate) fn abandon(&self) -> Vec<RawFd> {
         let children = self.0.take().into_iter();
         let processes = children.filter_map(|(_, process)| process);

@@ -21,10 +21,10 @@ use crate::types::fork_step::ForkStep;
 /// How long a child of another user may take to execute its program, or to become a worker without
 /// one, before it is killed.
 ///
-/// The master's loop waits for the child, which other processes of that user may stop. Together
-/// with reaping, `fork` takes at most one second. On a busy machine that reads the program from a
-/// disk, a shorter time could kill a healthy child. A longer time would block the master for
-/// longer.
+/// The master's loop waits for the child. Without a limit, another process of that user could block
+/// the master by stopping the child. With this limit and the time for reaping, `fork` takes at most
+/// one second. With a shorter limit, a busy machine that reads the program from a disk could kill a
+/// healthy child. A longer limit would block the master for longer.
 pub(super) const START_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// Everything that `execve` needs, prepared before the fork because the child must not allocate.
@@ -72,7 +72,8 @@ fn c_string(text: OsString) -> io::Result<CString> {
     CString::new(text.into_vec()).map_err(io::Error::from)
 }
 
-/// Returns the array of pointers that `execve` takes, which ends with a null pointer.
+/// Returns an array of pointers to the strings, with a null pointer at the end, as `execve`
+/// requires.
 fn null_terminated(strings: &[CString]) -> Vec<*const libc::c_char> {
     let pointers = strings.iter().map(|string| string.as_ptr());
     pointers.chain([std::ptr::null()]).collect()
@@ -138,9 +139,9 @@ impl Program {
     /// child exits, if the system has one.
     ///
     /// The child inherits only the descriptors of `stdio` (or 0, 1 and 2 of this process) and
-    /// `channel`, whose number must be higher. A detached child does not inherit `channel`. The
-    /// child's signals have their default dispositions, and none is blocked. On Linux, a child that
-    /// is not detached is killed when the calling thread exits.
+    /// `channel`. The number of `channel` must be higher than the others. A detached child does not
+    /// inherit `channel`. The child's signals have their default dispositions, and none is blocked.
+    /// On Linux, a child that is not detached is killed when the calling thread exits.
     ///
     /// # Errors
     ///
@@ -176,9 +177,9 @@ impl Program {
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<(Pid, Option<OwnedFd>), Failure> {
         self.start(channel, unreaped, |child, parents_end| {
-            // Use the C library's `fork`, which makes the library's own locks usable in the child.
-            // SAFETY: the child continues with a copy of this thread. The documentation makes the
-            // application responsible for locks of other threads.
+            // Use the C library's `fork`, because it makes the library's own locks usable in the
+            // child. SAFETY: the child continues with a copy of this thread. The documentation
+            // makes the application responsible for locks of other threads.
             match check(unsafe { libc::fork() })? {
                 0 => child.run(parents_end.as_raw_fd(), abandon, begin),
                 number => {
@@ -253,8 +254,8 @@ impl Program {
         Ok((pid, process))
     }
 
-    /// Returns the child's environment, which consists of the variables that the child completes
-    /// itself and the others.
+    /// Returns the child's environment as a null-terminated array. The array begins with the
+    /// variables to which the child appends its process id.
     fn environment(&self, pid_variables: &[Cell<PidVariable>]) -> Vec<*const libc::c_char> {
         let own = pid_variables
             .iter()

@@ -127,8 +127,8 @@ impl InterruptibleAccept {
         async_io::enable(source, SIGNAL, own_thread())
     }
 
-    /// Waits for a connection, which is blocking and closed on exec. Returns `None` if a source may
-    /// have something to process, or if the deadline has passed.
+    /// Waits for a connection and returns it, blocking and closed on exec. Returns `None` if a
+    /// source may have something to process, or if the deadline has passed.
     ///
     /// The kernel signals an arrival only once. So the caller must read all sources until they
     /// would block, before the first call and after each call that returns `None`.
@@ -214,8 +214,8 @@ impl InterruptibleAccept {
         // SAFETY: all zeroes is a valid itimerspec, which disarms the timer.
         let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
         if let Some(left) = left {
-            // Limit the seconds to 32 bits, which some systems use. The limit of 68 years does no
-            // harm.
+            // Limit the seconds to 32 bits, because `time_t` has only 32 bits on some systems. The
+            // limit of 68 years does no harm.
             time.it_value.tv_sec = left.as_secs().try_into().unwrap_or(0x7fff_ffff);
             time.it_value.tv_nsec = left.subsec_nanos() as _;
         }
@@ -271,7 +271,8 @@ impl Drop for InterruptibleAccept {
         SLOT.store(-1, Ordering::SeqCst);
         STUB.store(-1, Ordering::SeqCst);
         INTERRUPTED.store(false, Ordering::SeqCst);
-        // Keep a handler that was installed over ours, which may still call ours.
+        // Keep a handler that the application has installed over ours. The application's handler
+        // may still call ours.
         if is_handled() {
             // SAFETY: this action was in force before ours, so its handler may run at any time.
             let _ = unsafe { set_action(SIGNAL, &self.previous_action) };
