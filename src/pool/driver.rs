@@ -1,4 +1,4 @@
-//! The driver of the core, which passes inputs to the core, carries out the core's actions and
+//! The driver of the core. The driver passes inputs to the core, carries out the core's actions and
 //! delivers events.
 
 use std::time::Duration;
@@ -42,6 +42,8 @@ impl Pool {
         });
     }
 
+    /// Reports to the core that the worker is ready, if `proof` is the sign of readiness that the
+    /// options select.
     fn readiness_proved(&self, master: &Master, worker: &WorkerProcess, proof: Readiness) {
         let id = worker.id();
         if self.0.core.borrow().options().readiness == proof {

@@ -58,7 +58,7 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// Returns the time of `CLOCK_MONOTONIC`, which all processes of the system share.
+/// Returns the time of `CLOCK_MONOTONIC`. All processes of the system share this clock.
 pub(crate) fn monotonic_time() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,

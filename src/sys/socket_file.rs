@@ -126,8 +126,8 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     let mut absolute = std::env::current_dir()?;
     for component in path.components() {
         if component == Component::ParentDir {
-            // Removing the last component is correct, because no parent of the current directory is
-            // a symbolic link.
+            // Remove the last component. The result is the parent directory, because the system
+            // reports the current directory without symbolic links.
             absolute.pop();
         } else {
             absolute.push(component);
@@ -147,7 +147,8 @@ fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
         }
         rest = (to.clone(), from.clone());
     }
-    // `..` is unambiguous, because the current directory has no symbolic links in its path.
+    // Each `..` leads to the parent in the path, because the system reports the current directory
+    // without symbolic links.
     let up = rest.1.map(|_| Component::ParentDir);
     let relative: PathBuf = up.chain(rest.0).collect();
     let length = |path: &Path| path.as_os_str().as_bytes().len();

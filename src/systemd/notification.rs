@@ -32,8 +32,8 @@ const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 ///
 /// - Returns [`Error::Environment`] if `NOTIFY_SOCKET` is neither an absolute path nor a name after
 ///   `@`. `vsock:` addresses are not supported.
-/// - Returns [`Error::Io`] if sending fails. For example, no process has this socket, the text is
-///   too long, or the queue is still full after the wait (`WouldBlock`).
+/// - Returns [`Error::Io`] if sending fails. For example, no process receives from this socket, the
+///   text is too long, or the queue is still full after the wait (`WouldBlock`).
 ///
 /// ```
 /// // Outside of systemd:
@@ -93,8 +93,8 @@ fn status_line(text: &str) -> String {
 /// Notifies systemd that the service is reloading its configuration. Returns the result of
 /// [`notify`].
 ///
-/// The notification is `RELOADING=1` with the current time, which systemd requires for services of
-/// `Type=notify-reload`. Send `READY=1` with [`notify`] when the reload is complete.
+/// The notification is `RELOADING=1` with the current time. systemd requires the time for services
+/// of `Type=notify-reload`. Send `READY=1` with [`notify`] when the reload is complete.
 ///
 /// Node has no counterpart.
 ///

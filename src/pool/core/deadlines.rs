@@ -58,8 +58,8 @@ impl Core {
             let worker = self.workers.get(successor);
             worker.is_some_and(Worker::has_failed)
         });
-        // If a successor was killed, ignore this deadline, because the successor's exit ends the
-        // rollout.
+        // If a successor was killed because it missed a deadline, ignore the rollout's deadline,
+        // because the successor's exit ends the rollout.
         rollout.observed_until().filter(|_| !has_failed)
     }
 

@@ -100,7 +100,7 @@ pub(super) struct Core {
     failures: u64,
     /// The time of the next measurement of connections and memory.
     next_check: Option<Time>,
-    /// The most recent result of `next_deadline`.
+    /// The most recent result of `next_deadline`, from which `tick` computes how late it is.
     next_tick: Option<Time>,
     random: u64,
     actions: VecDeque<Action>,
@@ -192,7 +192,7 @@ impl Core {
         self.actions.push_back(Action::EmittedEvent(event));
     }
 
-    /// Returns the value increased by a random amount of at most `PoolOptions::jitter` percent.
+    /// Returns `value` increased by a random amount of at most `PoolOptions::jitter` percent.
     fn jittered(&mut self, value: u64) -> u64 {
         // The generator is Marsaglia's xorshift.
         self.random ^= self.random << 13;

@@ -1,4 +1,4 @@
-//! Rollouts, which replace a pool's workers.
+//! The replacement of a pool's workers by rollouts.
 //!
 //! A rollout is either a reload, which replaces all workers, or a recycling, which replaces workers
 //! that have reached a limit. Only one rollout runs at a time. A rollout handles the slots in
@@ -30,9 +30,9 @@ pub(super) struct Rollout {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// A reload, which replaces the workers of all slots with workers of this generation.
+    /// A reload. It replaces the workers of all slots with workers of this generation.
     Reload { generation: u64 },
-    /// A recycling, which replaces the workers in `Core::limits_reached` with workers of the slots'
+    /// A recycling. It replaces the workers in `Core::limits_reached` with workers of the slots'
     /// generations.
     Recycling,
 }
@@ -288,8 +288,8 @@ impl Core {
                 break;
             };
             let LimitReached { worker, limit } = reached;
-            // Skip a worker that is no longer its slot's worker, because it has failed after it
-            // reached the limit.
+            // Skip a worker that is no longer its slot's worker, because the worker has failed
+            // after it reached the limit.
             let slot = self.slots.get(number);
             if let Some(slot) = slot.filter(|slot| slot.worker() == Some(worker)) {
                 batch.push((number, slot.generation));

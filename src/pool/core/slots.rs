@@ -12,7 +12,7 @@ use super::super::options::PoolOptions;
 use super::worker::{Worker, WorkerState};
 use super::{Action, Core, MIN_PAUSE, Time};
 
-/// A slot, for which the pool keeps one worker running.
+/// A slot. The pool keeps one worker running for each slot.
 #[derive(Debug)]
 pub(in super::super) struct Slot {
     pub(super) occupancy: Occupancy,
