@@ -152,7 +152,8 @@ accessors! {
     /// Returns the number of slots. See [`PoolOptions`] for an example.
     get_workers: usize;
 
-    /// Sets when a worker is treated as ready. The default is [`Readiness::Listening`].
+    /// Sets the sign by which the pool recognizes that a worker is ready. The default is
+    /// [`Readiness::Listening`].
     ///
     /// ```
     /// use cluster::pool::{PoolOptions, Readiness};
@@ -161,8 +162,8 @@ accessors! {
     /// assert_eq!(options.get_readiness(), Readiness::Message);
     /// ```
     readiness,
-    /// Returns when a worker is treated as ready. See [`readiness`](Self::readiness) for an
-    /// example.
+    /// Returns the sign by which the pool recognizes that a worker is ready. See
+    /// [`readiness`](Self::readiness) for an example.
     get_readiness: Readiness;
 
     /// Sets how long a worker may take to become ready after its fork. A worker that takes longer
@@ -197,10 +198,11 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_back_off_reset: Duration;
 
-    /// Sets the maximum random increase of times and limits, in percent, so that workers that
-    /// started together are not replaced together. The increase applies to the pause before a
-    /// replacement, [`max_age`](Self::max_age) and [`max_connections`](Self::max_connections).
-    /// Values above 100 are treated as 100. The default is 10. See [`PoolOptions`] for an example.
+    /// Sets the maximum random increase of times and limits, in percent, so that the pool does not
+    /// replace all workers that started together at the same time. The increase applies to the
+    /// pause before a replacement, [`max_age`](Self::max_age) and
+    /// [`max_connections`](Self::max_connections). Values above 100 are treated as 100. The default
+    /// is 10. See [`PoolOptions`] for an example.
     jitter,
     /// Returns the maximum random increase of times and limits, in percent. See [`PoolOptions`] for
     /// an example.
@@ -265,8 +267,8 @@ accessors! {
     /// an example.
     get_canary: Option<Canary>;
 
-    /// Sets how long a worker may take to exit after the pool has disconnected it. A worker that takes
-    /// longer is killed. The default is 30 s. See [`PoolOptions`] for an example.
+    /// Sets how long a worker may take to exit after the pool has disconnected the worker. A worker
+    /// that takes longer is killed. The default is 30 s. See [`PoolOptions`] for an example.
     drain_timeout,
     /// Returns how long a worker may take to exit after the pool has disconnected it. See
     /// [`PoolOptions`] for an example.
@@ -283,16 +285,16 @@ accessors! {
     /// number every [`check_interval`](Self::check_interval). The default, `None`, sets no limit.
     /// See [`PoolOptions`] for an example.
     max_connections,
-    /// Returns the number of connections after which a worker is replaced. See [`PoolOptions`] for an
-    /// example.
+    /// Returns the number of connections from the master after which a worker is replaced. See
+    /// [`PoolOptions`] for an example.
     get_max_connections: Option<u64>;
 
     /// Sets the resident memory, in bytes, at which a worker is replaced. This option has an effect
     /// only on Linux. The pool checks the memory every [`check_interval`](Self::check_interval).
     /// The default, `None`, sets no limit. See [`PoolOptions`] for an example.
     max_memory,
-    /// Returns the resident memory, in bytes, at which a worker is replaced. See [`PoolOptions`] for an
-    /// example.
+    /// Returns the resident memory, in bytes, at which the pool replaces a worker. See
+    /// [`PoolOptions`] for an example.
     get_max_memory: Option<u64>;
 
     /// Sets the interval at which the pool checks [`max_connections`](Self::max_connections) and
@@ -308,8 +310,8 @@ accessors! {
     /// while, for example because it was stopped, the period starts again. The default, `None`,
     /// disables the check. See [`HEARTBEAT`](super::HEARTBEAT) for an example.
     heartbeat_timeout,
-    /// Returns the longest time between two heartbeats of a ready worker. See [`PoolOptions`] for an
-    /// example.
+    /// Returns the longest time between two heartbeats that a ready worker sends. See
+    /// [`PoolOptions`] for an example.
     get_heartbeat_timeout: Option<Duration>;
 
     /// Sets how many workers must be ready for the pool to be ready. A value outside the range from

@@ -16,7 +16,7 @@ pub(crate) fn set(name: &OsStr, value: &OsStr) {
 /// Removes a variable in a child that has just been forked.
 pub(crate) fn remove(name: &str) {
     // SAFETY: this process has one thread, and no other thread was changing the environment at the
-    // fork. See `set` for the details.
+    // fork. See `set` for the reasons.
     unsafe { std::env::remove_var(name) };
 }
 

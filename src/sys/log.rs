@@ -1,8 +1,8 @@
-//! Writing to a descriptor that is shared with other processes, without waiting and without signals.
+//! Writes to a descriptor that other processes share, without blocking and without raising signals.
 //!
-//! The flag `O_NONBLOCK` belongs to the open file description. Other processes may share the open
-//! file description, so this module never sets the flag on it. The kind of file decides how this
-//! module writes without blocking:
+//! The flag `O_NONBLOCK` belongs to the open file description. This module never sets the flag on a
+//! shared open file description, because the writes of the other processes would then fail with
+//! EAGAIN. The kind of file decides how this module writes without blocking:
 //!
 //! | target | way | may wait |
 //! |---|---|---|
@@ -71,8 +71,9 @@ pub(crate) enum Unit {
 }
 
 /// The signals that a write can raise for this thread, each with the error with which the write
-/// then fails. SIGTTOU has the error 0, which never occurs. While a background process blocks this
-/// signal, a terminal with `tostop` accepts the output (tty(4)).
+/// then fails. The signals are blocked during the write. A background process that blocks SIGTTOU
+/// may write to a terminal with `tostop` (tty(4)). The write then succeeds without a signal, so
+/// SIGTTOU has no error number but 0.
 const RAISED_BY_WRITE: [(libc::c_int, libc::c_int); 3] = [
     (libc::SIGPIPE, libc::EPIPE),
     (libc::SIGXFSZ, libc::EFBIG),

@@ -39,7 +39,7 @@ pub(super) fn set_int(
     set(socket, libc::SOL_SOCKET, name, &value)
 }
 
-/// Reads an option. Bytes that the kernel does not write stay zero.
+/// Reads an option. If the kernel writes fewer bytes than `T` has, the other bytes are zero.
 ///
 /// # Safety
 ///

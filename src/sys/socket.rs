@@ -195,8 +195,8 @@ fn consume(signal: libc::c_int) {
     if SignalSet::pending().contains(signal) {
         let awaited = SignalSet::only(signal);
         let mut number = 0;
-        // SAFETY: both pointers are valid, and the signal is blocked. The call returns at once, because
-        // the signal is pending.
+        // SAFETY: both pointers are valid, and the signal is blocked. The call returns immediately,
+        // because the signal is pending.
         unsafe { libc::sigwait(awaited.as_ptr(), &raw mut number) };
     }
 }

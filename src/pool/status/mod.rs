@@ -95,7 +95,8 @@ pub struct WorkerStatus {
     pub open: u64,
 }
 
-/// The phase of a worker, from its start to its exit.
+/// The phase of a worker between its fork and its exit. A worker passes through the phases in the
+/// order of the variants, and may skip `Ready`.
 ///
 /// Node has no counterpart.
 ///
@@ -103,11 +104,13 @@ pub struct WorkerStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WorkerPhase {
-    /// The worker has not yet become ready.
+    /// The worker has not yet become ready, as defined by
+    /// [`PoolOptions::readiness`](super::PoolOptions::readiness).
     Starting,
-    /// The worker is ready.
+    /// The worker has become ready. A worker that missed a heartbeat deadline stays in this phase
+    /// until its killed process exits.
     Ready,
-    /// The worker is disconnecting and has not exited.
+    /// The pool has disconnected the worker, and the worker has not exited.
     Disconnecting,
 }
 
