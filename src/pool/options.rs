@@ -340,7 +340,8 @@ impl PoolOptions {
 }
 
 impl Readiness {
-    /// Returns when a worker that was forked at `forked` becomes ready. Returns `None` if readiness
+    /// Returns the time at which a worker that was forked at time `forked` becomes ready. Returns
+    /// `None` if readiness
     /// does not depend on time.
     pub(super) fn ready_at(self, forked: Duration) -> Option<Duration> {
         match self {

@@ -4,7 +4,8 @@
 //! return `io::Error`, to which the caller adds what it attempted. Decisions, frames and callbacks
 //! belong elsewhere.
 //!
-//! - descriptors: `fd` by number, `file` relative to a directory, `owner` across a fork
+//! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a handle
+//!   after a fork)
 //! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
 //! - processes: `process`, `threads`, `env`
 //! - signals: `signal` (as a readable descriptor), `signal_mask`

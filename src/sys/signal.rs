@@ -242,8 +242,8 @@ fn is_function(action: &libc::sigaction) -> bool {
     action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN
 }
 
-/// Returns the action that runs `handler`. If the previous action is a function, it runs inside
-/// `handler` with its own mask and flags.
+/// Returns an action that runs `handler`. If the previous action is a function, which `handler`
+/// calls, the new action takes over its mask and its `SA_RESTART` and `SA_NODEFER` flags.
 pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> libc::sigaction {
     let mut action = empty_action();
     action.sa_sigaction = address(handler);

@@ -540,8 +540,8 @@ fn callbacks_and_accept_share_a_listener() {
                     let (first, second) = (by("1"), by("2"));
                     assert!(first > 0 && second > 0, "{first} and {second}");
                     log.add((first + second).to_string());
-                    // Neither worker may still be in `accept` for a connection that the other
-                    // worker has received.
+                    // Ping both workers before the disconnect. A worker that answers no longer
+                    // waits in an `accept` call that lost its connection to the other worker.
                     when_all_wait(master, |master| master.disconnect());
                 });
             });

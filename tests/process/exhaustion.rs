@@ -68,7 +68,8 @@ fn after_shortage(master: &Master, then: impl FnOnce(&Master) + 'static) {
 /// limit.
 fn leave_free(more: usize) -> impl Fn() + Copy {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    // Fill the gaps below the limit first, because the kernel assigns the lowest free number.
+    // The kernel assigns the lowest free number. Open `more` files, so that the next file's number
+    // is the limit that leaves exactly `more` numbers free once these files are closed on return.
     let mut free = Vec::new();
     while free.len() < more {
         free.push(std::fs::File::open("/dev/null").unwrap());

@@ -98,8 +98,8 @@ const SLACK_FDS: usize = 8;
 /// which the master processes at most 64 per iteration. Without the limit of 64 frames, the factor
 /// is 100.
 const WORK_FACTOR_MAX: u32 = 50;
-/// Minimum that replaces a smaller median without an attack. If the median were smaller, cache
-/// misses alone could exceed the factor.
+/// Lower bound for the median without an attack. With a smaller median, cache misses alone could
+/// exceed `WORK_FACTOR_MAX`.
 const WORK_MIN: Duration = Duration::from_micros(20);
 /// Maximum number of loop iterations until the test sees that the master has accepted a client. The
 /// master may notice the client only in its second iteration, after that iteration's call of the

@@ -65,8 +65,8 @@ const SYSTEMS: &[System] = &[
         signals: true,
         ..without("calls_newer_than_2016", NEW_CALLS)
     },
-    // In this sandbox, `clone3` fails with ENOSYS, because the C library creates threads without
-    // `clone3` only after this error.
+    // `clone3` must fail with ENOSYS here, and not with EPERM like the calls below. Only ENOSYS
+    // makes the C library fall back to creating threads with `clone`.
     System {
         signals: true,
         forbidden: &[

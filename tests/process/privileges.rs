@@ -269,8 +269,8 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
-/// Checks that the next `fork` reaps a child that exits slowly. A tracer delays the reaping like a
-/// wait for a device.
+/// Checks that the next `fork` reaps a child that exits slowly. The test attaches a tracer, which
+/// delays the reaping just as a child that waits for a device would.
 fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(

@@ -89,7 +89,8 @@ fn play(master: &Master, name: &str) {
         for worker in &workers {
             worker.wait(master);
         }
-        // Run until no timer is left, because listeners that had connections close a little later.
+        // Run until no timer is left, because a listener that has had connections is closed only
+        // after a short delay.
         while master.time_left().is_some() {
             master.dispatch(None).unwrap();
         }

@@ -196,7 +196,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Ends the listener for one worker that serves it. With `drain`, the worker serves its
-    /// remaining connections itself, because no other worker is left.
+    /// remaining connections itself, because no other worker will go on serving the listener.
     pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -199,8 +199,8 @@ impl<C> ListenerTable<C> {
             || self.changed().any(|(_, facts)| facts.has_waiting)
     }
 
-    /// Returns at most `limit` listeners that have waiting connections. The rotation starts after
-    /// `last`.
+    /// Returns at most `limit` listeners that have waiting connections. The listeners are in the
+    /// order of their handles, starting after `last` and wrapping around.
     pub(super) fn waiting_after(&mut self, last: HandleId, limit: usize) -> Vec<HandleId> {
         self.index_changed();
         let after = (Bound::Excluded(last), Bound::Unbounded);

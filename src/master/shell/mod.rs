@@ -77,7 +77,8 @@ pub(crate) struct WorkerIo {
 }
 
 impl WorkerIo {
-    /// Returns whether the last read filled its buffer, so that the channel may hold more.
+    /// Returns whether the last read filled its buffer. In that case the channel may hold more
+    /// data.
     pub(crate) fn has_more(&self) -> bool {
         self.channel.with(|channel| channel.has_more()) == Some(true)
     }

@@ -91,7 +91,8 @@ impl Rollout {
         }
     }
 
-    /// Returns when the batch's observation ends, or `None` if the batch is not being observed.
+    /// Returns the time at which the batch's observation ends, or `None` if the batch is not being
+    /// observed.
     pub(super) fn observed_until(&self) -> Option<Time> {
         match self.phase {
             Phase::Observing { until } => Some(until),
@@ -343,8 +344,8 @@ impl Core {
             if rollout.kind == Kind::Recycling {
                 slot.recycle_from = recycle_from;
             }
-            // Keep a successor that has already become the slot's worker because the old worker
-            // failed.
+            // Disconnect the successor only if it still waits to take over. If the old worker
+            // failed, the successor is already the slot's worker and stays.
             if slot.successor == successor {
                 slot.successor = None;
                 if let Some(successor) = successor {

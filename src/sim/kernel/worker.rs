@@ -509,7 +509,7 @@ pub(crate) fn requested_endpoint(n: u8) -> Endpoint {
     endpoint([0, 8, 4, 29, 7][usize::from(n % 5)])
 }
 
-// Forged frames and raw workers.
+// Forged frames, and raw workers, which run no code of the library.
 impl World {
     /// Writes a forged frame to the worker's channel, or invalid bytes if `frame` is an error. The
     /// checks no longer trust the worker afterwards.

@@ -190,8 +190,9 @@ fn no_timer_is_lost_at_the_start_of_accept() {
     });
 }
 
-/// Asserts that a message shortly before `accept` sleeps is not lost. After each byte was read,
-/// another thread writes the next one at a random moment around the call. If its signal were lost,
+/// Asserts that a message that arrives just before `accept` goes to sleep is not lost. Once each
+/// byte has been read, another thread writes the next one at a random moment around the call. If
+/// its signal were lost,
 /// `accept` would block until the alarm.
 #[test]
 fn no_message_is_lost_at_the_start_of_accept() {
