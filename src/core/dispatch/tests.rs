@@ -164,6 +164,7 @@ fn connection_left_unassigned_by_the_scheduler_waits_for_an_idle_worker() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "dispatches 3,000 connections; slow")]
 fn recent_load_forgets_old_connections() {
     let mut dispatcher = with_idle_workers(2);
     let mut received = 0;
