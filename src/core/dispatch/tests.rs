@@ -278,6 +278,7 @@ fn connections_of_a_stalled_worker_go_to_others() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "simulates four seconds in steps of 1 ms; slow")]
 fn stalled_worker_is_retried_after_penalties_that_double() {
     let mut dispatcher = with_idle_workers(2);
     let (mut received, mut times) = (0, Vec::new());
