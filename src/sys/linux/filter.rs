@@ -121,18 +121,30 @@ fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     libc::sock_filter { code, jt, jf, k }
 }
 
+/// The number of 16-bit words between the fields of `sock_fprog`.
+const PADDING: usize = size_of::<usize>() / 2 - 1;
+
+/// A `sock_fprog` whose padding is initialised. The kernel copies the padding too, and memory checkers
+/// object to uninitialised bytes.
+#[repr(C)]
+struct FilterProgram {
+    length: u16,
+    padding: [u16; PADDING],
+    filter: *mut libc::sock_filter,
+}
+
+const _: () = assert!(size_of::<FilterProgram>() == size_of::<libc::sock_fprog>());
+
 fn attach(
     socket: &OwnedFd,
     name: libc::c_int,
     program: &mut [libc::sock_filter],
 ) -> io::Result<()> {
-    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // The kernel copies the padding of the structure too, and memory checkers object if the padding is
-    // uninitialised.
-    // SAFETY: all zeroes is a valid `sock_fprog`.
-    let mut argument: libc::sock_fprog = unsafe { std::mem::zeroed() };
-    argument.len = length;
-    argument.filter = program.as_mut_ptr();
+    let argument = FilterProgram {
+        length: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        padding: [0; PADDING],
+        filter: program.as_mut_ptr(),
+    };
     option::set(socket.as_fd(), libc::SOL_SOCKET, name, &argument)
 }
 
