@@ -349,7 +349,7 @@ impl AttachedLogs {
 
     /// Writes the waiting lines of a log whose target the poller has reported as writable.
     ///
-    /// Returns the log if its target accepts nothing all the same. The caller then calls
+    /// Returns the log if its target still accepts nothing. The caller then calls
     /// [`try_again`](Self::try_again) after a delay.
     pub(crate) fn ready(&self, number: u32) -> Option<LogWriter> {
         let log = self.0.borrow().get(&number)?.upgrade()?;

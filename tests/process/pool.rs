@@ -39,8 +39,8 @@ crate::scenarios! {
     reload_before_the_first_fork_uses_its_own_settings
     detached_workers_are_not_forked
     pool_without_limits_sets_no_timers
-    status_reports_workers_and_deaths
-    on_give_up_chooses_retry_hold_or_stop
+    status_reports_workers_and_failures
+    failure_limit_callback_chooses_retry_give_up_or_stop
     reloads_scalings_and_upgrades_lose_no_client_rr
     reloads_scalings_and_upgrades_lose_no_client_none
     unix_socket_passes_from_master_to_master
@@ -86,16 +86,16 @@ fn dead_worker_is_replaced_in_its_slot() {
         |master| {
             let pool = Pool::new(master, quick().workers(3));
             note(&pool, &log);
-            let deaths = Cell::new(0);
+            let failures = Cell::new(0);
             pool.on_event(move |pool, master, event| {
                 if let PoolEvent::WorkerReady { slot: 1, .. } = event {
                     let status = pool.status(master);
                     let worker = status.slots[1].worker.as_ref().unwrap();
-                    assert_eq!(status.slots[1].restarts, deaths.get());
-                    if deaths.get() == 2 {
+                    assert_eq!(status.slots[1].restarts, failures.get());
+                    if failures.get() == 2 {
                         return pool.stop(master);
                     }
-                    deaths.set(deaths.get() + 1);
+                    failures.set(failures.get() + 1);
                     let worker = master.worker(worker.worker).unwrap();
                     worker.process().kill(cluster::Signal::KILL);
                 }
@@ -206,16 +206,16 @@ fn failed_fork_is_treated_as_a_death() {
                     .max_failures(2)
                     .failure_window(Duration::from_secs(60)),
             );
-            let deaths = Cell::new(0);
+            let failures = Cell::new(0);
             pool.on_event(move |pool, _, event| match event {
                 PoolEvent::WorkerFailed(death) => {
                     assert_eq!(death.cause, FailureCause::ForkFailed);
                     let error = death.error.as_deref().unwrap();
                     assert!(error.contains("/nowhere/at/all"), "{error}");
-                    deaths.set(deaths.get() + 1);
+                    failures.set(failures.get() + 1);
                 }
                 // By default, a pool that gives up and has no workers stops.
-                PoolEvent::FailureLimitReached { .. } => assert!(deaths.get() >= 3),
+                PoolEvent::FailureLimitReached { .. } => assert!(failures.get() >= 3),
                 event => assert!(pool.is_stopping(), "{event}"),
             });
         },
@@ -540,7 +540,7 @@ fn pool_without_limits_sets_no_timers() {
     );
 }
 
-fn status_reports_workers_and_deaths() {
+fn status_reports_workers_and_failures() {
     cluster(
         |master| {
             let pool = Pool::new(master, quick().workers(2));
@@ -612,7 +612,7 @@ fn check_status(status: &cluster::pool::Status) {
     );
 }
 
-fn on_give_up_chooses_retry_hold_or_stop() {
+fn failure_limit_callback_chooses_retry_give_up_or_stop() {
     let calls = Rc::new(Cell::new(0));
     let count = Rc::clone(&calls);
     cluster(

@@ -436,7 +436,7 @@ const QUEUED: usize = 5;
 /// Stops the only worker, and calls `then` once `QUEUED` connections are in its queue. The clients
 /// have not sent a request yet.
 ///
-/// The master dispatches so many connections ahead of time only to a worker that answers quickly.
+/// The master dispatches this number of connections ahead of time only to a worker that answers quickly.
 /// The function repeats these steps until the worker does.
 fn with_a_queue(
     master: &Master,

@@ -63,8 +63,7 @@ impl<C, F: Default> MasterCore<C, F> {
                 let has_it = members
                     .is_some_and(|members| members.contains(worker) && !members.is_closing(worker));
                 if !has_it {
-                    let error = Violation::UnknownRelease;
-                    return Err(FrameError::Violation(error));
+                    return Err(FrameError::Violation(Violation::UnknownRelease));
                 }
                 self.leave_listener(handle, worker);
                 Ok(())
@@ -74,9 +73,9 @@ impl<C, F: Default> MasterCore<C, F> {
                 Ok(())
             }
             ToMaster::Pause { handle } => {
-                let error = Violation::UnknownPause;
                 let dispatcher = self.dispatcher(handle);
-                let dispatcher = dispatcher.ok_or(FrameError::Violation(error))?;
+                let dispatcher =
+                    dispatcher.ok_or(FrameError::Violation(Violation::UnknownPause))?;
                 dispatcher.pause(worker)?;
                 self.reclaim_all(handle, worker);
                 Ok(())
@@ -93,8 +92,7 @@ impl<C, F: Default> MasterCore<C, F> {
             return Ok(());
         };
         if entry.is_online() {
-            let error = Violation::RepeatedOnline;
-            return Err(FrameError::Violation(error));
+            return Err(FrameError::Violation(Violation::RepeatedOnline));
         }
         entry.online();
         self.emit_both(worker, || Event::Online);
@@ -102,12 +100,10 @@ impl<C, F: Default> MasterCore<C, F> {
     }
 
     fn listening(&mut self, worker: WorkerId, handle: HandleId) -> Result<(), FrameError> {
-        let not_held = Violation::UnknownListening;
-        let not_held = FrameError::Violation(not_held);
+        let not_held = FrameError::Violation(Violation::UnknownListening);
         let listener = self.listeners.get_mut(&handle).ok_or(not_held)?;
         if listener.members.listening(worker).ok_or(not_held)? {
-            let error = Violation::RepeatedListening;
-            return Err(FrameError::Violation(error));
+            return Err(FrameError::Violation(Violation::RepeatedListening));
         }
         let address = Rc::new(listener.public_address());
         self.emit_both(worker, || Event::Listening(Rc::clone(&address)));
@@ -131,9 +127,8 @@ impl<C, F: Default> MasterCore<C, F> {
         open: u32,
     ) -> Result<(), FrameError> {
         let now = self.now;
-        let error = Violation::UnknownIdle;
         let dispatcher = self.dispatcher(handle);
-        let dispatcher = dispatcher.ok_or(FrameError::Violation(error))?;
+        let dispatcher = dispatcher.ok_or(FrameError::Violation(Violation::UnknownIdle))?;
         let received = dispatcher.idle_reported(worker, received, open, now)?;
         self.count_received(received);
         self.dispatch_waiting(handle);

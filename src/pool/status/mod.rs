@@ -56,7 +56,7 @@ pub struct SlotStatus {
     pub slot: usize,
     /// The slot's current worker, or `None` if the slot is empty.
     pub worker: Option<WorkerStatus>,
-    /// The new worker that is to replace the current worker, or `None` if no replacement has been
+    /// The new worker that will replace the current worker, or `None` if no replacement has been
     /// forked.
     pub successor: Option<WorkerStatus>,
     /// The number of workers that were forked to replace failed workers.
