@@ -1,4 +1,4 @@
-//! The error type of this crate, and the reasons why a message was not sent.
+//! The error types of this crate.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -20,8 +20,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 ///
 /// An error's text contains its reason. Therefore [`source`](std::error::Error::source) is `None`,
 /// and programs that print the chain of sources print the reason once.
-/// [`raw_os_error`](Self::raw_os_error) returns the system's error number. An event of a cluster's
-/// normal life, such as the exit of a worker, is not an error.
+/// [`raw_os_error`](Self::raw_os_error) returns the system's error number. An event such as the
+/// exit of a worker is not an error.
 ///
 /// ```no_run
 /// use cluster::Error;
@@ -66,11 +66,11 @@ pub enum Error {
     AlreadyInitialized,
     /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
     PolicyFrozen,
-    /// A callback called `run`, `dispatch` or `accept` while one of these methods was running that
-    /// callback.
+    /// A callback called `run`, `dispatch`, `accept` or `recv_from`. One of these methods was
+    /// already running, because it had called the callback.
     AlreadyRunning,
-    /// The process used a handle that another process created. The process is a child that the
-    /// application forked, or a worker that executes no program
+    /// This process called a method of a handle that another process created. This process is a
+    /// child that the application forked, or a worker that executes no program
     /// ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
     /// A worker could not be started.
@@ -80,7 +80,7 @@ pub enum Error {
         program: PathBuf,
         /// The step that failed.
         step: ForkStep,
-        /// The system's reason.
+        /// The reason why the step failed.
         reason: io::Error,
     },
     /// A worker or the master could not listen.
@@ -88,7 +88,7 @@ pub enum Error {
     Listen {
         /// The address as the application gave it.
         address: String,
-        /// The system's reason, for instance that the address is in use.
+        /// The reason, for instance that the address is in use.
         reason: io::Error,
     },
     /// A worker could not bind a UDP socket.
@@ -107,12 +107,13 @@ pub enum Error {
         /// The system's reason, for instance too many open files.
         reason: io::Error,
     },
-    /// Another process shut a listener down. The process is a worker with the shared or sharded
-    /// policy, or an owner outside the cluster; the system does not tell which one.
+    /// Another process shut a listener down. That process is a worker with the shared or sharded
+    /// policy, or a process outside the cluster that shares the listener. The system does not tell
+    /// which process it was.
     ///
     /// Connections in the listener's backlog are lost. The master makes a TCP listener listen again
-    /// at once, and tries again after 100 ms if that fails. A Unix listener cannot listen again. A
-    /// listener that the application passed by its descriptor stays shut down, because the
+    /// at once. If that fails, the master tries again after 100 ms. A Unix listener cannot listen
+    /// again. A listener that the application passed by its descriptor stays shut down, because the
     /// application may have shut it down itself.
     #[non_exhaustive]
     ShutDown {
@@ -139,8 +140,9 @@ pub enum Error {
         /// The reason why the message was not sent.
         reason: SendError,
     },
-    /// The peer sent bytes that the protocol does not allow. This process closed the channel; a
-    /// master also killed the worker.
+    /// The peer sent bytes that the protocol does not allow. This process closed the channel. If
+    /// this process is the master, it also killed the worker. [`init`](crate::init()) returns this
+    /// error if the master uses another version of the protocol.
     #[non_exhaustive]
     Frame {
         /// The sender. `None` in a worker, where the sender is the master.
@@ -168,8 +170,8 @@ pub enum Error {
         /// The system's reason, for instance too many open files or too many descriptors in flight.
         reason: io::Error,
     },
-    /// The worker's exit status is unknown, because other code in this process waited for it. The
-    /// worker's `exit` event reports code 255.
+    /// The worker's exit status is unknown, because other code in this process has already called
+    /// waitpid(2) for the worker. The worker's `exit` event reports code 255.
     #[non_exhaustive]
     ExitStatus {
         /// The worker.
@@ -255,7 +257,7 @@ impl<S> WatchError<S> {
     ///
     /// Node has no counterpart.
     ///
-    /// See [`WatchError`] for an example, which prints the reason.
+    /// See [`WatchError`] for an example.
     #[must_use]
     pub fn error(&self) -> &Error {
         &self.error

@@ -44,16 +44,16 @@ pub enum Role {
 /// Call `init` once, early in `main`, before any code that a worker must not run. In a worker, the
 /// call makes the master emit the `online` event.
 ///
-/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. `init` leaves the variables
-/// in the environment. Programs that a worker starts inherit the variables, but have other process
-/// ids and are therefore masters.
+/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. `init` does not remove the
+/// variables that a master sets from the worker's environment. Programs that a worker starts
+/// inherit the variables, but have other process ids and are therefore masters.
 ///
-/// A program is also a master if a forking wrapper, such as `sh -c 'program; true'`, separates it
-/// from its own master. If that program starts its workers through a forking wrapper too, `init`
-/// fails in the program behind that wrapper, because masters would otherwise start masters without
-/// end. A wrapper that replaces itself with the program, such as `env`, `nice` or `sh -c 'exec
-/// program'`, changes nothing. If a worker executes its own program once more, `init` fails,
-/// because the process has lost its channel.
+/// If a master starts a program through a forking wrapper, such as `sh -c 'program; true'`, the
+/// wrapper is the master's child, and `init` makes the program a master. If that program starts its
+/// own workers through a forking wrapper too, `init` fails in their programs. Otherwise, masters
+/// would start masters without end. A wrapper that replaces itself with the program, such as `env`,
+/// `nice` or `sh -c 'exec program'`, changes nothing. If a worker executes its own program once
+/// more, `init` fails, because the process has lost its channel.
 ///
 /// On Linux, the kernel kills a worker when its master exits. For a program with file capabilities
 /// or a set-user-ID bit, `execve` clears the request for that signal, so `init` repeats the request
@@ -72,12 +72,13 @@ pub enum Role {
 /// Returns:
 ///
 /// - [`Error::AlreadyInitialized`] if `init` has already been called in this process;
-/// - [`Error::Environment`] if `CLUSTER_SCHED_POLICY` is not a [`SchedulingPolicy`], or if
-///   `CLUSTER_WORKER_PID` is not a value that a master sets;
+/// - [`Error::Environment`] if `CLUSTER_WORKER_PID` is not a value that a master sets;
+/// - [`Error::Environment`] in a master if `CLUSTER_SCHED_POLICY` is not a [`SchedulingPolicy`];
 /// - [`Error::Environment`] in a worker if `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
 ///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. A descriptor that is not a channel
 ///   to a master stays unchanged;
-/// - [`Error::Environment`] if wrappers have forked both this program and its master's program;
+/// - [`Error::Environment`] if both this program and its master's program were started through
+///   forking wrappers;
 /// - [`Error::Frame`] if the master was built with a version of this crate that has another
 ///   protocol;
 /// - [`Error::Io`] if the system has no descriptors left for the event loop, or if the channel to
@@ -179,7 +180,7 @@ enum Identity {
 
 /// Reads the variables that a master sets, and returns the role of this process.
 ///
-/// The variables apply only to the process that `CLUSTER_WORKER_PID` names. Programs that this
+/// The variables apply only to the process that `CLUSTER_WORKER_PID` names. Programs that the named
 /// process starts inherit the variables and must not act on them.
 fn identity() -> Result<Identity> {
     let number = |variable| {

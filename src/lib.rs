@@ -1,8 +1,8 @@
 #![doc = include_str!("../README.md")]
 
-// Where to start: `core` makes the decisions, and each `mod.rs` in it describes some of them.
-// `master` and `worker` are the public API and carry the decisions out. `wire` defines the protocol
-// between the processes. `sys` makes the system calls.
+// Where to start: `core` makes the decisions, and each `mod.rs` in `core` describes those of its
+// module. `master` and `worker` are the public API and carry the decisions out. `wire` defines the
+// protocol between the processes. `sys` makes the system calls.
 
 // Lets `pool` name the public API by the paths that an application uses (`cluster::…`).
 extern crate self as cluster;
@@ -58,8 +58,8 @@ pub use worker::listener::{Incoming, Listener};
 pub use worker::own_process::OwnProcess;
 pub use worker::udp_socket::UdpSocket;
 
-/// Returns a worker id for the unit tests of the pool, which cannot construct one by the public
-/// API.
+/// Returns the worker id `number`, for the unit tests of the pool. The pool uses only the public
+/// API, which has no constructor for worker ids.
 #[cfg(test)]
 fn worker_id(number: u32) -> WorkerId {
     WorkerId::new(number)

@@ -1,7 +1,7 @@
 //! The names of the environment variables that the crate reads and sets.
 
-/// The worker's process id, set by the master. The other variables are valid only in the process
-/// with this id, because programs that the worker starts inherit them.
+/// The worker's process id, set by the master. The other variables in `TO_WORKER` are valid only in
+/// the process with this id, because programs that the worker starts inherit them.
 pub(crate) const WORKER_PID: &str = "CLUSTER_WORKER_PID";
 /// The worker's id, set by the master.
 pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";

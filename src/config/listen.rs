@@ -179,8 +179,8 @@ impl BindRequest {
             .collect())
     }
 
-    /// Takes the open socket out of the request. Returns `None` if the application passed an
-    /// address.
+    /// Takes the open socket out of the request. Returns `None` if the application passed no open
+    /// socket, or if the socket has already been taken.
     pub(crate) fn take_socket(&mut self) -> Option<OwnedFd> {
         match &mut self.target {
             Target::Socket(socket) => socket.take(),
@@ -194,7 +194,7 @@ impl BindRequest {
     }
 }
 
-/// Prints the target in the application's own notation, for error messages.
+/// Prints the requested address, for error messages.
 impl std::fmt::Display for BindRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let endpoint = |place| Endpoint::new(self.kind, place);
@@ -220,7 +220,7 @@ impl<S> ListenOptions<S> {
     }
 
     /// Sets how many connections may wait in the kernel's queue. The default is 511. The system may
-    /// impose a lower limit, on Linux `net.core.somaxconn`. If several workers listen on an
+    /// impose a lower limit, such as `net.core.somaxconn` on Linux. If several workers listen on an
     /// address, the first worker's options apply to all of them.
     ///
     /// Node: `backlog`.
@@ -286,8 +286,8 @@ impl ListenOptions<TcpStream> {
         self
     }
 
-    /// Listens on the TCP socket that has this descriptor number in the *master*. The socket
-    /// becomes non-blocking and stays open in the master after all workers have closed their
+    /// Returns options for the TCP socket that has this descriptor number in the *master*. The
+    /// socket becomes non-blocking and stays open in the master after all workers have closed their
     /// copies. With [`exclusive`](Self::exclusive), the number refers to a descriptor of the
     /// worker.
     ///
@@ -343,7 +343,7 @@ impl ListenOptions<UnixStream> {
         self
     }
 
-    /// Listens on the Unix socket that has this descriptor number in the *master*. See
+    /// Returns options for the Unix socket that has this descriptor number in the *master*. See
     /// [`ListenOptions::fd`] for an example with TCP.
     ///
     /// Node: `fd`.
@@ -352,7 +352,7 @@ impl ListenOptions<UnixStream> {
     }
 }
 
-/// Listens on any free port (port 0) of all of the machine's addresses.
+/// The default is any free port (port 0) on all IPv6 and IPv4 addresses of the machine.
 impl Default for ListenOptions<TcpStream> {
     fn default() -> Self {
         Self::new(Target::Port(0))
@@ -450,8 +450,8 @@ impl BindOptions {
         self
     }
 
-    /// Uses the bound UDP socket that has this descriptor number in the *master*. The socket stays
-    /// open in the master after all workers have closed their copies.
+    /// Returns options for the bound UDP socket that has this descriptor number in the *master*.
+    /// The socket stays open in the master after all workers have closed their copies.
     ///
     /// Node: `fd`.
     ///
@@ -461,7 +461,7 @@ impl BindOptions {
     }
 }
 
-/// Binds any free port (port 0) on all IPv4 addresses.
+/// The default is any free port (port 0) on all IPv4 addresses of the machine.
 impl Default for BindOptions {
     fn default() -> Self {
         Self::new(Target::Port(0))

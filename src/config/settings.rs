@@ -19,9 +19,9 @@ use crate::worker::worker_main::WorkerMain;
 /// `setup_master` keeps the earlier value of each setting that its argument does not mention. For a
 /// setting that the argument has [`unset`](Self::unset), `setup_master` restores the default.
 ///
-/// Each setting has a method that sets its value and a getter, whose name begins with `get_`. A
-/// getter returns `None` if the setting has no value. [`Master::settings`](crate::Master::settings)
-/// returns settings with the defaults filled in.
+/// Each setting has a method that sets its value. Each setting except [`main`](Self::main) also has
+/// a getter, whose name begins with `get_`. A getter returns `None` if the setting has no value.
+/// [`Master::settings`](crate::Master::settings) returns settings with the defaults filled in.
 ///
 /// This type is not `Send`, because settings may contain closures. Build them on the master's
 /// thread.
@@ -82,8 +82,8 @@ impl<T> Choice<T> {
         }
     }
 
-    /// Removes the mark that `unset` has left. `complete` calls this function after it has filled
-    /// in the defaults.
+    /// Removes the mark that `unset` has left. `complete` calls this method for the settings that
+    /// may stay without a value.
     fn settle(&mut self) {
         if matches!(self, Self::Default) {
             *self = Self::Unmentioned;
@@ -674,8 +674,9 @@ impl Settings {
         })
     }
 
-    /// Returns the worker's complete list of descriptors. The list begins with `stdio`, or with the
-    /// effect of `silent`. The descriptors of `listen_fds` follow from descriptor 3 on.
+    /// Returns the worker's complete list of descriptors. The list begins with the entries of
+    /// `stdio`. Without `stdio`, the list begins with three pipes if the worker is `silent`. The
+    /// descriptors of `listen_fds` follow from descriptor 3 on.
     ///
     /// # Errors
     ///

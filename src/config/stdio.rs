@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-/// The setting of one worker descriptor, for [`Settings::stdio`](crate::Settings::stdio).
+/// The setting of one of a worker's descriptors, for [`Settings::stdio`](crate::Settings::stdio).
 ///
 /// Node: an entry of `settings.stdio`.
 ///

@@ -1,4 +1,4 @@
-//! The environment variables of systemd's protocols, and the subset that workers inherit.
+//! The environment variables of systemd's protocols, and the environment that workers inherit.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -11,8 +11,8 @@ use crate::types::sorted_map::SortedMap;
 
 pub(super) const LISTEN_FDS: &str = "LISTEN_FDS";
 pub(crate) const LISTEN_PID: &str = "LISTEN_PID";
-/// A variable that identifies the process like `LISTEN_PID`, but by an inode number that is never
-/// reused. This crate checks only `LISTEN_PID`.
+/// A variable that identifies the process like `LISTEN_PID`, but by the inode number of its pidfd.
+/// Unlike a process id, this number is never reused. This crate checks only `LISTEN_PID`.
 const LISTEN_PIDFDID: &str = "LISTEN_PIDFDID";
 pub(super) const LISTEN_FDNAMES: &str = "LISTEN_FDNAMES";
 pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
@@ -33,7 +33,7 @@ const TO_MASTER: [&str; 7] = [
 /// The maximum length of a descriptor name that systemd accepts, in bytes.
 const MAX_NAME: usize = 255;
 
-/// Returns the value of an environment variable.
+/// Returns the value of an environment variable, or `None` if the variable is not set.
 ///
 /// # Errors
 ///

@@ -30,8 +30,8 @@ const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 ///
-/// - Returns [`Error::Environment`] if `NOTIFY_SOCKET` is neither an absolute path nor a name after
-///   `@`. `vsock:` addresses are not supported.
+/// - Returns [`Error::Environment`] if `NOTIFY_SOCKET` is neither an absolute path nor an abstract
+///   name, written as `@` and the name. `vsock:` addresses are not supported.
 /// - Returns [`Error::Io`] if sending fails. For example, no process receives from this socket, the
 ///   text is too long, or the queue is still full after the wait (`WouldBlock`).
 ///

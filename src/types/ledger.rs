@@ -6,9 +6,9 @@
 /// `accepted == received + closed_by_peer + dropped + in_flight()` holds at all times.
 ///
 /// The master accepts connections only with round robin. With [`SchedulingPolicy::Shared`] and
-/// [`SchedulingPolicy::Sharded`], the workers accept connections, which the counters do not
-/// include. If a connection to a sharded listener reaches no worker and is reset, it counts as
-/// accepted and as dropped.
+/// [`SchedulingPolicy::Sharded`], the workers accept connections, and the counters do not include
+/// these connections. If a connection to a sharded listener reaches no worker and is reset, the
+/// connection counts as accepted and as dropped.
 ///
 /// Node has no counterpart. See [`Master::ledger`] for an example.
 ///

@@ -5,8 +5,8 @@ use crate::types::worker_id::WorkerId;
 
 /// The current load of all workers and listeners.
 ///
-/// A snapshot adds no cost to each connection, because it uses only counters that the master keeps
-/// anyway.
+/// Reporting the load adds no cost per connection, because the values come from counters that the
+/// master and the kernel keep anyway.
 ///
 /// Node has no counterpart. See [`Master::loads`](crate::Master::loads) for an example.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,8 +37,9 @@ pub struct WorkerLoad {
     /// The connections in `received` that the worker's application has not closed. Connections from
     /// listeners that the worker has released do not count.
     ///
-    /// The number is approximate, because the worker reports it only from time to time. A worker
-    /// that receives no further connections reports it when half of them have been closed.
+    /// The number is approximate, because the worker reports its open connections only from time to
+    /// time. A worker that receives no further connections sends its next report when half of the
+    /// open connections have been closed.
     pub open: u64,
     /// The connections in `dispatched` that returned to the master because the worker had not
     /// received them.

@@ -34,14 +34,12 @@ pub enum SchedulingPolicy {
     Shared,
     /// Each worker has its own listener on the same port (`SO_REUSEPORT`), and the kernel selects a
     /// listener at random for each connection. The master keeps a copy of each listener. If a
-    /// worker exits, its replacement therefore receives the connections that were waiting in that
-    /// listener.
+    /// worker exits, its replacement therefore receives the connections that were waiting in the
+    /// worker's listener.
     ///
     /// Only TCP listeners on Linux are sharded. All other listeners are shared.
     ///
-    /// Node has no counterpart in a cluster.
-    ///
-    /// Node's servers have the option `reusePort`.
+    /// Node has no counterpart in a cluster, but its servers have the option `reusePort`.
     #[doc(alias = "reusePort")]
     Sharded,
 }

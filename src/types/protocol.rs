@@ -1,6 +1,6 @@
 //! The limits of the protocol between the master and its workers, and the ways to break it.
 
-/// The format's version. A frame with any other version is an error.
+/// The version of the frame format. A frame with any other version is an error.
 pub(crate) const VERSION: u8 = 1;
 /// The maximum length of a body, and therefore of a message, in bytes.
 ///
@@ -89,7 +89,7 @@ pub enum Violation {
     /// A worker paused a listener that does not exist, or whose connections the master does not
     /// dispatch.
     UnknownPause,
-    /// A worker paused a listener of other workers.
+    /// A worker paused a listener that only other workers have.
     UnknownQueue,
     /// A worker's channel closed with more unread frames than the master processes.
     TooManyFinalFrames,

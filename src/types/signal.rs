@@ -4,7 +4,8 @@
 ///
 /// Node: strings such as `'SIGTERM'`.
 ///
-/// The default is `TERM`. A signal prints as its name in Node.
+/// The default is `TERM`. A signal that has a constant here prints as its name in Node. Any other
+/// signal prints as its number, for instance `signal 13`.
 ///
 /// ```
 /// use cluster::Signal;

@@ -1,4 +1,4 @@
-//! Wraps a channel for the shells of both roles.
+//! Wraps a channel for the shells of the master and the worker. See `wire` for the term.
 
 use std::cell::RefCell;
 use std::io;

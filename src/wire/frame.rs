@@ -1,5 +1,5 @@
-//! Encodes and decodes the frames that a master and its workers exchange. The module is pure,
-//! because it uses neither a socket nor a clock.
+//! Encodes and decodes the frames that a master and its workers exchange. The module is pure: it
+//! uses neither a socket nor a clock.
 //!
 //! ```text
 //!    0       1       2       3       4       5       6       7
@@ -22,8 +22,8 @@
 //! before the worker's program starts, so that a process can check whether an inherited descriptor
 //! is a channel.
 //!
-//! A successful `Reply` carries one descriptor. Depending on the policy, the descriptor is a
-//! listener or the worker's end of a queue (`sys/queue`).
+//! A successful `Reply` carries one descriptor. Depending on the request and the policy, the
+//! descriptor is a listener, a UDP socket or the worker's end of a queue (`sys/queue`).
 //!
 //! The tables list all kinds of frames. The module `kind` has a constant for each kind.
 //!
@@ -91,8 +91,8 @@ pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
 /// Linux accepts at most 253 descriptors in one call (`SCM_MAX_FD`, unix(7)). If the value were
 /// below `MAX_FDS`, some frames would not fit into a batch.
 pub(crate) const MAX_BATCH: usize = 64;
-/// The offset of the batch size in the header. The batch size is known only when the frame is
-/// written.
+/// The offset of the batch size in the header. The outbox sets the batch size when it writes the
+/// frame, because the size is unknown before.
 pub(crate) const BATCH_OFFSET: usize = 7;
 
 /// The values of the header's `kind` byte.
@@ -114,7 +114,7 @@ mod kind {
     pub(super) const MESSAGE: u8 = 127;
 }
 
-/// Identifies one of the master's bound listeners in frames.
+/// Identifies one of the master's bound listeners or UDP sockets in frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleId(pub(crate) u32);
 
@@ -192,7 +192,7 @@ pub(crate) enum ToWorker {
     Message(Vec<u8>),
 }
 
-/// Returns the preamble, which the master writes first to the channel of `worker`.
+/// Returns the preamble that the master writes to the channel of `worker` before any other frame.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
     let mut bytes = [0; PREAMBLE_LENGTH];
     bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, kind::PREAMBLE, 0, 0]);
@@ -359,8 +359,8 @@ fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
     });
 }
 
-/// The unread rest of a body. Each method reads a value from the front, and returns `None` if the
-/// body is malformed.
+/// The unread rest of a body. Each method except `finish` reads a value from the front, and returns
+/// `None` if the body is malformed.
 struct Body<'a>(&'a [u8]);
 
 impl Body<'_> {
@@ -595,7 +595,7 @@ impl Frame for ToWorker {
 }
 
 impl ToWorker {
-    /// Returns whether the frame must carry a listener or a queue.
+    /// Returns whether the frame must carry the descriptor of a listener, a UDP socket or a queue.
     fn carries_listener(&self) -> bool {
         matches!(self, Self::Reply { result: Ok(_), .. })
     }

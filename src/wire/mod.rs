@@ -1,7 +1,8 @@
 //! Exchanges bytes and descriptors between two processes. The modules define the frames, the
-//! channel that carries frames, and the channel code that the shells of both roles share.
+//! channel that carries frames, and the channel code that the shells share. A shell is the code of
+//! the master or a worker that carries out the decisions of `core`.
 //!
-//! The modules do not decide how the master or a worker reacts to a frame.
+//! These modules do not decide how the master or a worker reacts to a frame. `core` decides that.
 
 pub(crate) mod channel;
 pub(crate) mod driver;

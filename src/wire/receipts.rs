@@ -41,7 +41,7 @@ impl Receipt {
     }
 }
 
-/// The callbacks that wait for receipts, by receipt.
+/// The callbacks that wait for receipts, by the id of their receipt.
 pub(crate) struct ReceiptCallbacks<F>(RefCell<SortedMap<ReceiptId, F>>);
 
 impl<F> ReceiptCallbacks<F> {

@@ -7,8 +7,8 @@ use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::FrameError;
 use crate::wire::frame::{Frame, HEADER, Header, MAX_BATCH};
 
-/// The length in bytes of the buffer for reading. The rest of a large body is not read into this
-/// buffer.
+/// The length in bytes of the buffer for reading. The rest of a large body (`LARGE_BODY`) is not
+/// read into this buffer.
 ///
 /// With a smaller value, a burst of frames takes more system calls. A larger value costs little
 /// memory, because each process allocates the buffer only once.
@@ -25,7 +25,8 @@ pub(crate) const MAX_EARLY_FDS: usize = 2 * MAX_BATCH;
 /// With a smaller value, short messages take an allocation and a second system call. With a larger
 /// value, longer messages are copied.
 pub(super) const LARGE_BODY: usize = 8 << 10;
-/// The number of bytes beyond a large body's end that the same read may return.
+/// The number of bytes beyond a large body's end that the same read may return. Also the length of
+/// a read that begins a frame when a large body is likely.
 ///
 /// The value leaves space for the next frame's header and for short frames. With a larger value,
 /// more of the next large body is copied. With a smaller value, short frames after a large body
@@ -89,7 +90,7 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// Adds received bytes, of which the first complete the large body, if there is one.
+    /// Adds received bytes. If a large body is incomplete, the first bytes belong to that body.
     pub(crate) fn push(&mut self, mut piece: &[u8]) {
         if let Some(large) = &mut self.large {
             let (first, rest) = piece.split_at(large.missing().min(piece.len()));

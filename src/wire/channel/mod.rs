@@ -10,15 +10,18 @@
 //! - Descriptors arrive in order, and no later than their frame's first byte. The reader queues the
 //!   descriptors, and each frame takes the number of descriptors that its header states.
 //!
-//! Each batch's first frame states how many descriptors the batch had. If the kernel drops some
-//! descriptors, the reader can therefore determine which frames they belonged to.
+//! The descriptors of one system call are a *batch*. The first frame of a batch states the batch's
+//! number of descriptors. If the kernel drops some descriptors, the reader can therefore determine
+//! which frames they belonged to.
 //!
 //! # Limits
 //!
 //! | quantity | limit | consequence |
 //! |---|---|---|
-//! | application messages that the peer has not read, in bytes | `HARD_LIMIT`; `HIGH_WATER` advises a pause | `send` fails |
-//! | application messages and protocol frames that the peer has not read | `UNREAD_MAX`, `UNREAD_FDS_MAX` | the peer is disconnected |
+//! | bytes that wait in this process, with the new message in `send` | `HIGH_WATER` | `has_capacity` advises a pause |
+//! | the same bytes | `HARD_LIMIT` | `send` fails |
+//! | the same bytes, after protocol frames were queued | `UNREAD_MAX` | the peer is disconnected |
+//! | protocol frames with a descriptor that wait in this process | `UNREAD_FDS_MAX` | the peer is disconnected |
 //! | bytes from the peer in one frame | `MAX_BODY` | the peer is disconnected |
 //! | descriptors that arrived before their frames | `inbox::MAX_EARLY_FDS` | the peer is disconnected |
 //!
@@ -47,11 +50,11 @@ use crate::wire::receipts::{Receipt, ReceiptId};
 use inbox::{Arrival, EXTRA_READ, Inbox};
 use outbox::{Batch, Outbox};
 
-/// The number of bytes above which `has_capacity` advises the application to pause. The unwritten
-/// bytes count, and one more message of the last message's length.
+/// The number of bytes above which `has_capacity` advises the application to pause. The channel
+/// compares this number with the sum of the unwritten bytes and the last message's length.
 ///
-/// The next message counts, because the channel must copy it to the queue if other bytes are
-/// already queued.
+/// The last message's length stands for the next message. The channel must copy the next message to
+/// the queue if other bytes are already queued.
 ///
 /// A larger value delays the advice and uses more memory. If the value were below the usual message
 /// length, the application would pause after each message. The public API documents the value.
@@ -71,7 +74,8 @@ const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
 /// Each of these frames keeps a descriptor open. A well-behaved peer causes a few of them for each
 /// of the 64 listeners that it may have.
 const UNREAD_FDS_MAX: usize = 256;
-/// The number of bytes that must be queued for a full socket before the next attempt to write.
+/// The number of bytes that must be added to the queue of a full socket before the next attempt to
+/// write.
 ///
 /// The poller reports new capacity, but an application that only sends does not run the event loop.
 /// With a smaller value, this application makes more useless system calls. With a larger value,
@@ -81,7 +85,8 @@ const RETRY: usize = 4 << 10;
 /// The result of one attempt to write.
 #[derive(Debug)]
 pub(crate) enum Flushed {
-    /// The channel has written all bytes that the socket accepts. The poller reports new capacity.
+    /// The channel has written all bytes that the socket accepts, or the peer has closed its end. If
+    /// bytes are still queued, the poller reports new capacity.
     Done,
     /// The system lacks memory or descriptors. Retry after the back-off delay. The error is `Some`
     /// for the first failure of a series only.
@@ -115,7 +120,7 @@ enum WriteState {
     Closed,
 }
 
-/// The outcome of the last attempt to write, which predicts the next one's.
+/// The outcome of the last attempt to write. The channel expects the same of the next attempt.
 ///
 /// | state | event | next state |
 /// |---|---|---|
@@ -123,6 +128,7 @@ enum WriteState {
 /// | any | a write takes fewer bytes or would block | `Full` |
 /// | any | a write fails for lack of memory or descriptors | `Exhausted` |
 /// | `Full` | `retry_write` | `Available` |
+/// | any | the write state becomes `Closed` | `Available` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Capacity {
     Available,
@@ -243,14 +249,15 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.push_own(&bytes, fd);
     }
 
-    /// Sends the application's message. If no frame is queued, the channel writes immediately, and
-    /// queues only the remainder. After the call, `has_capacity` returns whether the application
-    /// should continue.
+    /// Sends the application's message. If no frame is queued and the message has no descriptors,
+    /// the channel writes immediately, and queues only the remainder. Otherwise, the channel queues
+    /// the whole message. After the call, `has_capacity` returns whether the application should
+    /// continue.
     ///
     /// # Errors
     ///
-    /// Returns an error if the channel is closed for writing, if the message exceeds a limit, or if
-    /// the queue is full. No part of the message is then sent.
+    /// Returns an error if the channel is closed for writing or belongs to another process, if the
+    /// message exceeds a limit, or if the queue is full. No part of the message is then sent.
     pub(crate) fn send(
         &mut self,
         message: &[u8],
@@ -350,8 +357,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.shut_down();
         }
         let is_queued = !self.outbox.is_empty();
-        // A socket that was full is likely to fill up soon. Keep watching for capacity until the
-        // poller has once reported it while nothing was queued.
+        // A socket that was full is likely to fill up again soon. Therefore, keep watching it for
+        // capacity until a call of `flush` begins with an empty queue.
         if is_queued || had_nothing_queued {
             self.watch_writable(is_queued)?;
         }
@@ -436,8 +443,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.socket.set_interest(interest)
     }
 
-    /// Writes all queued frames, and blocks while the peer does not read. Stops when `limit` has
-    /// passed.
+    /// Writes all queued frames, and blocks while the peer does not read. Stops when a write fails
+    /// or `limit` has passed.
     pub(crate) fn flush_blocking(&mut self, limit: Duration) {
         if !self.socket.is_own() {
             return;
@@ -522,8 +529,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.inbox.next()
     }
 
-    /// Closes the channel once all queued frames are written. The peer reads these frames before
-    /// end-of-file.
+    /// Makes `flush` close the channel once all queued frames are written. The peer reads these
+    /// frames before end-of-file.
     pub(crate) fn close(&mut self) {
         if self.write_state == WriteState::Open {
             self.write_state = WriteState::Closing;

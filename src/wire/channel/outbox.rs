@@ -58,9 +58,9 @@ pub(super) struct Outbox {
     fds: VecDeque<QueuedFd>,
     /// The offsets of the protocol frames that have a descriptor.
     own_frames: VecDeque<u64>,
-    /// The offset of the end of the last batch that had descriptors. The next batch waits until all
-    /// bytes up to this offset are written, so that the reader never holds descriptors of more than
-    /// two batches.
+    /// The offset of the end of the last batch that had descriptors. Further descriptors wait until
+    /// all bytes up to this offset are written, so that the reader never holds descriptors of more
+    /// than two batches.
     batch_end: u64,
     receipts: VecDeque<PendingReceipt>,
 }
@@ -124,7 +124,8 @@ impl Outbox {
         self.bytes.extend(&pieces[1][written - skipped..]);
     }
 
-    /// Returns the bytes and descriptors that the next system call should write.
+    /// Returns the bytes and descriptors that the next system call should write. Stores the number
+    /// of descriptors in the first of their frames.
     pub(super) fn next_batch(&mut self) -> Batch<'_> {
         let BatchSize { bytes, fds } = self.batch_size();
         if let (Some(first), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(fds)) {

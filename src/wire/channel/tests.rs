@@ -226,8 +226,7 @@ fn successive_large_messages_are_read_into_their_final_buffers() {
             }
         }
     };
-    // The expected lengths exclude a large message's header once the message's body has its own
-    // buffer.
+    // The lengths of a message's reads add up to the length of its header and body.
     let (long, short) = (READ_SIZE, 100);
     assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
     let (first, rest) = (EXTRA_READ, HEADER + long - EXTRA_READ);
@@ -426,8 +425,8 @@ fn peer_cannot_write_after_shut_down() {
 }
 
 proptest! {
-    /// Each call writes only a part of its batch, and the kernel drops the last descriptors of some
-    /// batches.
+    /// Simulates system calls that write only a part of their batch, and a kernel that drops the
+    /// last descriptors of some batches.
     #[test]
     fn lost_descriptors_are_attributed_to_their_frames(
         counts in proptest::collection::vec(0..=MAX_FDS, 1..40),
