@@ -96,7 +96,7 @@ pub enum Error {
     Bind {
         /// The address as the application gave it.
         address: String,
-        /// The system's reason, for instance that the address is in use.
+        /// The reason, for instance that the address is in use.
         reason: io::Error,
     },
     /// The master could not accept a connection. The master tries again after 100 ms.
@@ -228,7 +228,7 @@ impl std::fmt::Display for SendError {
 
 impl std::error::Error for SendError {}
 
-/// The error of `watch`. It contains the source that cannot be watched.
+/// The error of `watch`. The error contains the source that cannot be watched.
 ///
 /// The operator `?` converts this error into an [`Error`] and drops the source.
 ///

@@ -1,6 +1,6 @@
 //! The application's requests as data: worker settings and call options.
 //!
-//! This module checks the values and fills in defaults. `master`, `worker` and `sys` act on them.
+//! This module checks the values and fills in defaults. `master`, `worker` and `sys` use them.
 //!
 //! `Settings::main` takes a closure whose argument is a `Worker`. So `config` and `worker` import
 //! each other.

@@ -515,10 +515,10 @@ impl Settings {
     ///
     /// *Descriptors.* In the worker, the crate closes the master's internal descriptors and those
     /// that the master [`watch`](crate::Master::watch)es. If the closure needs a watched
-    /// descriptor, give it a copy made with `try_clone`. If the application may hold another handle
-    /// for a closed descriptor, an unconnected socket takes over the descriptor's number. The
-    /// handle can then be dropped safely. The application's other descriptors stay open unless
-    /// [`stdio`](Self::stdio) replaces them.
+    /// descriptor, give the closure a copy made with `try_clone`. If the application may hold
+    /// another handle for a closed descriptor, an unconnected socket takes over the descriptor's
+    /// number, so that the handle can be dropped safely. The application's other descriptors stay
+    /// open unless [`stdio`](Self::stdio) replaces them.
     ///
     /// *Output.* The master flushes [`std::io::stdout`] before each fork, so that its buffered
     /// contents are printed only once. Other buffers, such as the application's own

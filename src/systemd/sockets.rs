@@ -20,9 +20,8 @@ use crate::sys::listen::SocketKind;
 /// or [`UdpSocket`]. The conversion returns [`Error::Descriptor`] if the descriptor is of another
 /// kind. `from` converts any descriptor into an `OwnedFd`.
 ///
-/// The process that opened the descriptor decides whether it is in blocking mode. Processes that
-/// share the descriptor can change the mode at any time. A `shutdown` affects all of these
-/// processes.
+/// The process that opened the descriptor has chosen its blocking mode. Processes that share the
+/// descriptor can change the mode at any time. A `shutdown` affects all of these processes.
 ///
 /// Node has no counterpart.
 ///

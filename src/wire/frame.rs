@@ -809,8 +809,8 @@ mod tests {
                 let mut changed = bytes.clone();
                 changed[at] = value;
                 if let Ok(frame) = decode::<ToMaster>(&changed) {
-                    // Remove the batch size before the comparison, because `encode` leaves it at 0.
-                    // The outbox sets it when it writes the frame.
+                    // Set the batch size to 0 before the comparison, because `encode` leaves the
+                    // batch size to the outbox.
                     let batch = std::mem::take(&mut changed[BATCH_OFFSET]);
                     assert!(batch == 0 || changed[6] > 0);
                     assert_eq!(super::tests::bytes(&frame, changed[6].into()), changed);

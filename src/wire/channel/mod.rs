@@ -10,17 +10,17 @@
 //! - Descriptors arrive in order, and no later than their frame's first byte. The reader queues the
 //!   descriptors, and each frame takes the number of descriptors that its header states.
 //!
-//! The descriptors of one system call are a *batch*. The first frame of a batch states the batch's
-//! number of descriptors. If the kernel drops some descriptors, the reader can therefore determine
-//! which frames they belonged to.
+//! The descriptors of one system call are a *batch*. The first frame with descriptors in a batch
+//! states how many descriptors the batch has. If the kernel drops some of them, the reader can
+//! therefore determine which frames the lost descriptors belonged to.
 //!
 //! # Limits
 //!
 //! | quantity | limit | consequence |
 //! |---|---|---|
-//! | bytes that wait in this process, with the new message in `send` | `HIGH_WATER` | `has_capacity` advises a pause |
-//! | the same bytes | `HARD_LIMIT` | `send` fails |
-//! | the same bytes, after protocol frames were queued | `UNREAD_MAX` | the peer is disconnected |
+//! | bytes that wait in this process, plus one more message | `HIGH_WATER` | `has_capacity` advises a pause |
+//! | bytes that wait in this process, plus the message to send | `HARD_LIMIT` | `send` fails |
+//! | bytes that wait in this process | `UNREAD_MAX` | the peer is disconnected |
 //! | protocol frames with a descriptor that wait in this process | `UNREAD_FDS_MAX` | the peer is disconnected |
 //! | bytes from the peer in one frame | `MAX_BODY` | the peer is disconnected |
 //! | descriptors that arrived before their frames | `inbox::MAX_EARLY_FDS` | the peer is disconnected |
@@ -85,8 +85,8 @@ const RETRY: usize = 4 << 10;
 /// The result of one attempt to write.
 #[derive(Debug)]
 pub(crate) enum Flushed {
-    /// The channel has written all bytes that the socket accepts, or the peer has closed its end. If
-    /// bytes are still queued, the poller reports new capacity.
+    /// The channel has written all bytes that the socket accepts, or the peer has closed its end.
+    /// If bytes are still queued, the poller reports new capacity.
     Done,
     /// The system lacks memory or descriptors. Retry after the back-off delay. The error is `Some`
     /// for the first failure of a series only.
