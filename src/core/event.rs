@@ -39,7 +39,8 @@ pub(crate) enum Event<F> {
     /// The exit of a detached process, for the callbacks of that process only.
     DetachedExit(ExitStatus),
     Error(Rc<Error>),
-    /// The end of `disconnect_all`: all workers have exited and all listeners are closed.
+    /// The end of `disconnect_all`: all workers have exited, and all listeners are closed except
+    /// those that the application retains.
     Disconnected,
 }
 

@@ -3,8 +3,8 @@
 //! The inputs are facts: a frame has arrived, a process has exited, or the time has changed. The
 //! outputs are actions and events. The `core` folder uses no descriptors, clocks or system calls.
 //!
-//! The `master` and `worker` folders carry out the actions. `sim` runs these state machines through
-//! random schedules.
+//! The *shells*, in `src/master/shell` and `src/worker/shell`, report the facts and carry out the
+//! actions. `sim` runs these state machines through random schedules.
 
 pub(crate) mod dispatch;
 pub(crate) mod event;

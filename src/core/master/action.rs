@@ -20,12 +20,12 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         worker: WorkerId,
         connection: Sequenced<C>,
-        /// Whether the connection has waited in the master. If its client has hung up in the
-        /// meantime, the shell answers with `hung_up`.
+        /// Whether the connection has waited for a worker or has been reclaimed. If its client has
+        /// hung up in the meantime, the shell does not dispatch it and answers with `hung_up`.
         has_waited: bool,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
-    /// `reclaimed`.
+    /// `reclaimed`, and first with `cannot_reclaim` if it lacks descriptors.
     Reclaim {
         handle: HandleId,
         worker: WorkerId,
@@ -65,8 +65,8 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         shards: Vec<usize>,
     },
-    /// Makes the listener, or one of its shards, non-blocking, so that no worker blocks in
-    /// `accept`.
+    /// Makes one shard of the listener non-blocking, or all of its sockets if `shard` is `None`, so
+    /// that no worker blocks in `accept`.
     Unblock {
         handle: HandleId,
         shard: Option<usize>,

@@ -18,7 +18,8 @@ pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
 // Starting and continuing a drain.
 impl<C, F> MasterCore<C, F> {
-    /// Starts draining the listener when all workers that serve it are disconnecting.
+    /// Starts draining the listener when all workers that serve it are disconnecting. A retained
+    /// listener pauses instead, and a borrowed one is returned to the application.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
         let now = self.now;
         let Some(listener) = self.listeners.get_mut(&handle) else {
@@ -65,8 +66,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Keeps new connections out, or directs them to the shard from which another owner of the
-    /// socket may accept them.
+    /// Keeps new connections out if no other process can have a copy of the socket. Otherwise, a
+    /// sharded listener directs them to its first shard, of which the other process has the copy.
     fn keep_new_connections_out(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
@@ -74,7 +75,7 @@ impl<C, F> MasterCore<C, F> {
         if listener.is_sole() {
             self.actions.push_back(Action::AttachSynFilter { handle });
         } else if listener.policy == SchedulingPolicy::Sharded {
-            // Select the first shard, because `MasterListener::as_fd` refers to it.
+            // Select the first shard, because it is the one that `MasterListener::as_fd` returns.
             let shards = vec![0];
             self.actions
                 .push_back(Action::SelectShards { handle, shards });
@@ -141,7 +142,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Continues a drain or a pause that may have been waiting for the latest change.
+    /// Continues a drain, or ends a pause, after a change that may have completed it.
     pub(super) fn check_backlog_if_draining(&mut self, handle: HandleId) {
         let stage = self.listeners.get(&handle).map(|listener| listener.stage);
         match stage {
@@ -246,8 +247,8 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if listener.is_sole() && listener.key.endpoint.kind != Kind::Udp {
-            // Shut the socket down, because a process that a worker has forked may have a copy.
-            // Clients would wait forever in its backlog.
+            // Shut the socket down, because a process that a worker has forked may have a copy. The
+            // copy would keep the backlog open, and clients would wait in it forever.
             self.actions.push_back(Action::StopListening { handle });
         }
         self.actions.push_back(Action::Unbind { handle });

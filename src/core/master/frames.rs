@@ -110,8 +110,10 @@ impl<C, F: Default> MasterCore<C, F> {
         Ok(())
     }
 
-    /// Returns the dispatcher of a listener whose workers have queues. The workers of other
-    /// listeners accept connections themselves, and cannot make the master accept.
+    /// Returns the dispatcher of a listener whose workers have queues.
+    ///
+    /// Returns `None` for any other listener. Its workers accept connections themselves, so their
+    /// frames must not make the master accept.
     fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<C>> {
         let listener = self.listeners.get_mut(&handle)?;
         listener

@@ -20,7 +20,7 @@ impl<C, F> MasterCore<C, F> {
         if !listener.members.is_served() {
             match (listener.is_retained(), listener.stage) {
                 // End the pause, because no worker is left that could receive the accepted
-                // connections. They wait for the next worker.
+                // connections. These connections wait for the next worker.
                 (true, Stage::Pausing) => listener.stage = Stage::Open,
                 (true, _) => {}
                 (false, _) => self.close_unserved(handle, Some(worker)),

@@ -136,16 +136,16 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
-    /// The time at which the master begins to watch for the next shutdown of the listener, after it
-    /// has reported one. Only for listeners whose workers accept.
+    /// The time at which the master begins to watch for the next shutdown of the listener, or
+    /// `None` unless it has just reported a shutdown. Only for listeners whose workers accept.
     pub(super) hang_up_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
     /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps
     /// the backlog for the next worker.
     pub(super) shards: Vec<Option<WorkerId>>,
-    /// The workers whose shards receive no new connections, with the time at which the master tells
-    /// each worker to start draining its shard.
+    /// The workers whose shards receive no new connections, each with the time at which the master
+    /// sends it `ListenerClosed`, so that the worker drains its shard.
     pub(super) departing: BTreeSet<(Time, WorkerId)>,
     /// The shard that receives new connections while no worker serves a retained listener. The next
     /// worker receives this shard.

@@ -1,8 +1,8 @@
 //! The decisions of the master.
 //!
-//! The shell reports facts by method calls. `MasterCore` produces actions and events. The shell
-//! carries out each [`Action`] at once, without calling the application. The application's
-//! callbacks receive the events in a later step of the event loop.
+//! The shell (`src/master/shell`) reports facts by method calls. `MasterCore` produces actions and
+//! events. The shell carries out each [`Action`] at once, without calling the application. The
+//! application's callbacks receive the events in a later step of the event loop.
 //!
 //! The core uses no descriptors, clocks or system calls. A connection is any type `C`, and the
 //! descriptors of a message are any type `F`.
@@ -92,7 +92,7 @@ pub(crate) struct MasterCore<C, F> {
     listeners: ListenerTable<C>,
     /// The listener whose waiting connections were swept last.
     last_swept: HandleId,
-    /// The listener of each key. A worker that requests a key joins its listener.
+    /// The listener of each key. A worker that requests a key joins the key's listener.
     keys: SortedMap<HandleKey, HandleId>,
     /// The requests whose `Bind` action has not been answered.
     binding: SortedMap<HandleId, PendingBind>,
@@ -514,7 +514,8 @@ impl<C, F> MasterCore<C, F> {
         listeners.map(|each| each.dispatcher.in_flight()).sum()
     }
 
-    /// Returns whether a connection waits although a worker has capacity for it.
+    /// Returns whether a worker has capacity for a connection, but the connection waits in the
+    /// master, is reclaimable, or may be in a backlog that the master has not checked.
     pub(crate) fn has_stuck_connection(&self) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;

@@ -53,7 +53,8 @@ impl<C, F> MasterCore<C, F> {
     /// not carried out their `Dispatch` actions.
     ///
     /// The dispatches that result from an `Accept` come after the actions that are already pending.
-    /// A pending `Reclaim` or `CountQueued` is therefore carried out before them.
+    /// A pending `Reclaim` or `CountQueued` is therefore carried out before them, and does not see
+    /// their connections in the queue.
     fn count_undelivered(&self, handle: HandleId, worker: WorkerId) -> u64 {
         let undelivered = self.actions.iter().filter(|action| {
             matches!(action, Action::Dispatch { handle: to, worker: of, .. } if (*to, *of) == (handle, worker))
@@ -119,7 +120,8 @@ impl<C, F> MasterCore<C, F> {
 
 // Dispatching and reclaiming.
 impl<C, F> MasterCore<C, F> {
-    /// Adds `more` connections to those that are known to have been received.
+    /// Adds `more` to the number of connections that are known to have been received. A negative
+    /// number corrects an earlier count.
     pub(super) fn count_received(&mut self, more: i64) {
         self.ledger.received = self.ledger.received.saturating_add_signed(more);
     }

@@ -54,7 +54,8 @@ impl<C, F> MasterCore<C, F> {
         let listener = self.add_listener(handle, key, address, policy);
         listener.retained_by = 1;
         if listener.master_accepts() {
-            // The poller does not watch the listener until a worker has it.
+            // Start in `Ready`, because the poller does not watch the listener, and its backlog may
+            // have connections before a worker joins.
             listener.accept_state = AcceptState::Ready;
         }
         if policy == SchedulingPolicy::Sharded {

@@ -124,7 +124,7 @@ fn sweeps_take_turns_through_all_connections() {
     // behind the connection that was checked last in the listener. The third call checks the last
     // connection of the first listener and then the first connection of the second listener.
     assert_eq!(checked, [0, 1, 3, 4, 2, 3, 0, 1]);
-    // The clients 0, 2 and 4 have hung up. The first call continues behind the connections that
+    // Now clients 0, 2 and 4 have hung up. The first call continues behind the connections that
     // were checked above, so it finds only clients 2 and 4. The second call starts again at each
     // listener's first connection, and finds client 0.
     for _ in 0..2 {

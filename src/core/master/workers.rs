@@ -284,7 +284,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Disconnects all workers. If the end is `awaited`, `Disconnected` is emitted once all workers
-    /// have exited and all listeners are closed.
+    /// have exited, and all listeners are closed except those that the application retains.
     pub(crate) fn disconnect_all(&mut self, awaited: bool) {
         self.is_end_awaited |= awaited;
         let workers: Vec<_> = self.worker_ids().collect();
@@ -301,7 +301,8 @@ impl<C, F> MasterCore<C, F> {
         self.disconnect_all(true);
     }
 
-    /// Disconnects the worker, and sends the signal once its channel is closed.
+    /// Disconnects the worker, and sends the signal once its channel is closed. If the channel is
+    /// already closed, sends the signal immediately.
     pub(crate) fn kill(&mut self, worker: WorkerId, signal: Signal) {
         match self.workers.get_mut(&worker) {
             Some(entry) if entry.is_connected() => {
@@ -343,7 +344,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Reports an error to the callbacks of the worker and of the cluster.
+    /// Reports an error to the callbacks of the cluster, and of the worker if there is one.
     pub(crate) fn error(&mut self, worker: Option<WorkerId>, error: Error) {
         let error = Rc::new(error);
         if worker.is_some_and(|worker| !self.count_late_error(worker)) {
@@ -395,8 +396,9 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Sends `Disconnect` to the workers, and ends their listeners.
     ///
-    /// A listener that other workers serve ends for these workers immediately. A listener that no
-    /// other worker serves drains first, so that the connections in its backlog are served.
+    /// If other workers serve a listener, it ends for the disconnecting workers without a drain,
+    /// except that they empty the backlogs of their shards. If no other worker serves a listener,
+    /// it drains, so that the connections in its backlog are served. A retained listener stays open.
     pub(super) fn begin_disconnect(&mut self, workers: &[WorkerId]) {
         let mut disconnecting = BTreeSet::new();
         for &worker in workers {
