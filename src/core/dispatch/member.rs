@@ -37,7 +37,7 @@ enum State {
 /// from       event                                                 to
 /// ---------  ----------------------------------------------------  ----------------------------
 /// Prompt     all connections dispatched while the worker was       Stalled, for `PENALTY_MIN`
-///            idle were reclaimed after `STALL_TIMEOUT`
+///            idle were reclaimed
 /// Stalled    the penalty ends                                      Retried, with that penalty
 /// Retried    all connections dispatched while the worker was       Stalled, for twice as long
 ///            idle were reclaimed
@@ -46,11 +46,11 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Response {
     Prompt,
-    /// The worker is chosen only if no other worker is idle. The value is the length of the
-    /// penalty.
+    /// The worker is chosen only if no prompt worker is idle. The value is the length of the
+    /// penalty, which began with the first dispatch that the worker did not receive.
     Stalled(Time),
-    /// The worker takes turns again, but has received nothing since its last penalty. The value is
-    /// the length of that penalty.
+    /// The worker takes turns again, but has not reported any received connection since its last
+    /// penalty. The value is the length of that penalty.
     Retried(Time),
 }
 
@@ -98,8 +98,8 @@ impl Member {
         }
     }
 
-    /// Returns how many connections the worker may still be serving, namely those dispatched since
-    /// its last idle report.
+    /// Returns how many connections the worker may have in its queue or still be serving: those that
+    /// it had not received by its last idle report.
     pub(super) fn load(&self) -> u32 {
         u32::try_from(self.dispatched - self.received_at_idle).unwrap_or(u32::MAX)
     }
@@ -183,8 +183,8 @@ impl Member {
         if served > 0 {
             self.response = Response::Prompt;
         }
-        // Keep the higher count, because counting the queue may already have shown more receipts
-        // than this older report.
+        // Keep the higher count, because counting the queue may already have shown that the worker
+        // has received more connections than this older report says.
         self.received = self.received.max(received);
         self.received_at_idle = self.received_at_idle.max(received);
         self.open_at_idle = open.into();
@@ -238,7 +238,7 @@ impl Member {
     /// Records that `count` connections were reclaimed. If the queue is now empty, `queued` is the
     /// number of connections that are still on their way to the queue.
     ///
-    /// Returns the end of the penalty if the worker has stalled.
+    /// Returns the end of the penalty if this makes the worker stalled.
     pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) -> Option<Time> {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
@@ -257,8 +257,8 @@ impl Member {
             }
             return None;
         }
-        // The worker reported idle and has received nothing since, so treat it as stalled. A
-        // responsive worker would have received the connections.
+        // The worker reported that it was idle and has received nothing since, so treat it as
+        // stalled. A responsive worker would usually have received a connection.
         let penalty = match self.response {
             Response::Prompt => PENALTY_MIN,
             Response::Retried(previous) => (previous * 2).clamp(PENALTY_MIN, PENALTY_MAX),

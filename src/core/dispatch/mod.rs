@@ -17,14 +17,17 @@
 //! | slow | the worker is busy, and connections queued behind its current request were reclaimed | only those that the scheduler has assigned, until the worker is idle |
 //! | ended | the listener has ended for the worker | none |
 //!
-//! An idle worker can also be *stalled*. A stalled worker received none of the connections that
-//! were dispatched while it was idle, probably because its process is stopped. Until its penalty
-//! ends, a stalled worker comes after all other idle workers.
+//! In this table, a connection that was reclaimed counts as not dispatched.
+//!
+//! An idle worker can also be *stalled*: all connections that were dispatched while it was idle had
+//! to be reclaimed, probably because its process is stopped. Until its penalty ends, a stalled
+//! worker comes after all *prompt* workers, which are the other idle workers.
 //!
 //! # The next connection
 //!
-//! The dispatcher applies these rules in order. Within one rule, the connection that was accepted
-//! first is next. A reclaimed connection keeps its position.
+//! The dispatcher applies these rules in order. Among the connections that are assigned to one
+//! worker, and among those that are assigned to none, the connection that was accepted first is
+//! next. A reclaimed connection keeps its position.
 //!
 //! 1. A connection that the scheduler has assigned to a worker waits for that worker. The worker
 //!    must be idle, busy or slow, and have fewer than `MAX_WINDOW` connections in its queue.
@@ -68,9 +71,10 @@
 //!
 //! 1. If a worker has been busy for `QUICK`, everything queued behind its current request is
 //!    reclaimed, and the worker becomes slow. The worker that became busy first is checked first.
-//! 2. If a worker was idle and has received nothing for `STALL_TIMEOUT`, its connections are
-//!    reclaimed. If the worker has none left, it becomes stalled. The first penalty lasts
-//!    `PENALTY_MIN`. Each further penalty is twice as long, up to `PENALTY_MAX`.
+//! 2. If a worker was idle and has received none of its connections `STALL_TIMEOUT` after the first
+//!    of them was dispatched, they are reclaimed. If the worker has none left, it becomes stalled.
+//!    The first penalty lasts `PENALTY_MIN`. Each further penalty is twice as long, up to
+//!    `PENALTY_MAX`, until the worker receives a connection.
 //!
 //! # Fairness
 //!
@@ -202,7 +206,7 @@ enum Target {
     Assigned(WorkerId),
 }
 
-/// The result of one sweep.
+/// The result of one call of [`sweep`](Dispatcher::sweep).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Swept {
     /// The number of connections that were checked.
@@ -218,8 +222,8 @@ pub(crate) struct Dispatcher<C> {
     idle: BTreeSet<IdleRank>,
     /// The busy workers that are not stalled, the one with the lowest recent load first.
     busy: BTreeSet<BusyRank>,
-    /// The workers with connections queued behind another one, sorted by the time at which each
-    /// worker became busy.
+    /// The workers that may have connections queued behind their current request, sorted by the time
+    /// at which each worker became busy.
     queued_behind: BTreeSet<(Time, WorkerId)>,
     /// The busy workers that are not known to have received a connection since their last idle
     /// report, sorted by the time at which each worker became busy.
@@ -504,8 +508,8 @@ impl<C> Dispatcher<C> {
         }
     }
 
-    /// Records that `queued` connections are in the worker's queue, whatever the worker has
-    /// reported.
+    /// Records that `queued` connections are in the worker's queue or on their way to it, whatever
+    /// the worker has reported.
     ///
     /// Returns how many more connections are now known to have been received.
     pub(crate) fn counted(&mut self, worker: WorkerId, queued: u64) -> i64 {
@@ -569,7 +573,8 @@ impl<C> Dispatcher<C> {
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
         let received = self.reclaimed(worker, connections, Some(queued));
-        // The worker has ended and its queue is empty, so no ordered set contains it.
+        // The worker has ended and its queue is empty, so no ordered set except `penalties` can
+        // contain it.
         let member = self.members.remove(&worker);
         let load = member.map(|member| WorkerLoad {
             open: 0,
@@ -681,8 +686,8 @@ impl<C> Dispatcher<C> {
         self.end_penalties(now);
         let assigned = self.next_assigned();
         let Some((worker, connection)) = assigned.or_else(|| self.next_unassigned(now)) else {
-            // While the scheduler is still to be called, connections have not really waited for a
-            // worker.
+            // Do not mark connections as having waited while the scheduler has not been called for
+            // all of them, because they have not waited for a worker yet.
             if self.unscheduled.is_empty() {
                 self.last_delayed = self.accepted;
             }
@@ -718,16 +723,16 @@ impl<C> Dispatcher<C> {
         Some((worker, member.queued_behind().max(1) as usize))
     }
 
-    /// Returns the time at which the result of `reclaimable` can change although nothing has
-    /// happened.
+    /// Returns the earliest time at which `reclaimable` returns a worker if no event changes the
+    /// dispatcher before. Returns `None` if that takes an event.
     pub(crate) fn rebalance_deadline(&self) -> Option<Time> {
         let times = self.reclaim_times().into_iter().flatten();
         times.map(|(time, _)| time).min()
     }
 
     /// Returns when connections can be reclaimed, and from which worker. The first entry is for
-    /// connections queued behind another one. The second entry is for those of an unresponsive
-    /// worker.
+    /// connections queued behind a worker's current request. The second entry is for those of an
+    /// unresponsive worker.
     fn reclaim_times(&self) -> [Option<(Time, WorkerId)>; 2] {
         if self.has_scheduler || !self.is_prompt_worker_idle() {
             return [None, None];

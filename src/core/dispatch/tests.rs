@@ -94,9 +94,10 @@ fn late_worker_gets_its_turn_back() {
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 1)]);
 }
 
-/// Dispatches 12 connections to two workers, and returns the worker of each connection. The time
-/// between two connections is `duration`. The first worker is idle again before the next connection
-/// arrives. The second worker is never idle again after its first connection.
+/// Dispatches one connection to the first of two workers and then 12 to either worker. Returns the
+/// worker of each of the 12. The time between two connections is `duration`. The first worker is
+/// always idle again before the next connection arrives. The second worker is never idle again
+/// after its first connection.
 fn uneven_turns(duration: Time) -> Vec<u32> {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(0);

@@ -113,8 +113,8 @@ pub(crate) enum Action<C> {
     Unbind {
         handle: HandleId,
     },
-    /// Stops the worker's writing to the channel, and processes the final frames that the worker
-    /// has written. The shell answers with `channel_closed`.
+    /// Prevents the worker from writing further frames, processes the final frames that it has
+    /// already written, and closes the channel. The shell answers with `channel_closed`.
     CloseChannel {
         worker: WorkerId,
     },

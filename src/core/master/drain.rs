@@ -66,8 +66,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Keeps new connections out if no other process can have a copy of the socket. Otherwise, a
-    /// sharded listener directs them to its first shard, of which the other process has the copy.
+    /// Keeps new connections out if no foreign process can have a copy of the socket. Otherwise, a
+    /// sharded listener directs new connections to its first shard, where the foreign process can
+    /// accept them.
     fn keep_new_connections_out(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;

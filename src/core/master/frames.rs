@@ -13,7 +13,8 @@ use crate::wire::frame::{HandleId, ToMaster};
 const NOT_ONLINE: FrameError = FrameError::Violation(Violation::NotOnline);
 
 impl<C, F> MasterCore<C, F> {
-    /// Emits a message that has arrived with its descriptors.
+    /// Emits a message from the worker, with the descriptors that arrived with it. A worker that
+    /// has not sent `Online` is killed instead.
     pub(crate) fn message(&mut self, worker: WorkerId, bytes: Vec<u8>, fds: F) {
         match self.workers.get(&worker) {
             Some(entry) if entry.is_online() => {

@@ -136,8 +136,8 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
-    /// The time at which the master begins to watch for the next shutdown of the listener, or
-    /// `None` unless it has just reported a shutdown. Only for listeners whose workers accept.
+    /// The time at which the master watches for shutdowns of the listener again, after it has
+    /// reported one. `None` if it already watches. Only for listeners whose workers accept.
     pub(super) hang_up_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,

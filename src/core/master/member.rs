@@ -1,4 +1,4 @@
-//! The workers that have one listener.
+//! The workers of one listener.
 
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;

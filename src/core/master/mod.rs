@@ -228,7 +228,7 @@ impl<C, F> MasterCore<C, F> {
         Some(emitted)
     }
 
-    /// Returns the event for the end of `disconnect_all`, if it has been reached.
+    /// Returns the event for the end of `disconnect_all`, if the end has been reached.
     fn next_end(&mut self) -> Option<EmittedEvent<F>> {
         if !self.is_over() {
             return None;
@@ -267,8 +267,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns whether an awaited `disconnect_all` has ended. Retained listeners do not delay its
-    /// end.
+    /// Returns whether an awaited `disconnect_all` has ended. A retained listener delays the end only
+    /// while it has members.
     fn is_over(&self) -> bool {
         self.is_end_awaited && self.workers.is_empty() && !self.listeners.any_delays_end()
     }
@@ -308,7 +308,8 @@ impl<C, F> MasterCore<C, F> {
         earlier(due, self.listeners.deadline())
     }
 
-    /// Sets the time, which never goes back. Call `tick` to process deadlines.
+    /// Sets the time, unless `now` is earlier than the present setting. Does not process deadlines,
+    /// as `tick` does.
     pub(crate) fn set_time(&mut self, now: Time) {
         self.now = self.now.max(now);
     }
@@ -463,7 +464,7 @@ impl<C, F> MasterCore<C, F> {
 
 // Listener queries.
 impl<C, F> MasterCore<C, F> {
-    /// Returns whether only this master and its workers are known to have the listener.
+    /// Returns whether only this master and its workers are meant to have copies of the listener.
     pub(crate) fn is_sole(&self, handle: HandleId) -> bool {
         self.listeners.get(&handle).is_some_and(Listener::is_sole)
     }

@@ -121,7 +121,7 @@ fn sweeps_take_turns_through_all_connections() {
         });
     }
     // Each call checks two connections. The calls start at each listener in turn, and continue
-    // behind the connection that was checked last in the listener. The third call checks the last
+    // behind the connection that was checked last in that listener. The third call checks the last
     // connection of the first listener and then the first connection of the second listener.
     assert_eq!(checked, [0, 1, 3, 4, 2, 3, 0, 1]);
     // Now clients 0, 2 and 4 have hung up. The first call continues behind the connections that

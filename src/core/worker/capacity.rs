@@ -3,7 +3,8 @@
 //! A listener is *paused* while the worker should leave its connections to other workers. The
 //! reason is either that the application holds as many connections as it wants, or that descriptors
 //! are scarce. The worker sends `Pause` when a pause begins. After the pause, the worker sends
-//! `Idle` once the listener's queue is found empty.
+//! `Idle` once the listener's queue is found empty. The worker also sends `Pause` when the
+//! application removes the listener's callback.
 
 use super::listener::{Entry, Stage};
 use super::{Disconnect, Event, ListenerId, WorkerCore};
@@ -17,7 +18,7 @@ use crate::wire::frame::ToMaster;
 /// | `Paused` | the queue is found empty while the listener is not paused | `Idle` |
 /// | `Idle` | the queue is found empty after more connections were received | `Idle` |
 /// | `Idle` | half of the reported open connections are closed, and none was received | `Idle` |
-/// | `Idle` | the listener is paused | `Paused` |
+/// | `Idle` | the listener is paused, or its callback is removed | `Paused` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueReport {
     /// The worker wants no connections. A new listener is `Paused` too, because the master assumes
@@ -123,8 +124,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Records that the application has received a connection. Returns whether the connection
-    /// exceeds the limit, so that the application must drop it.
+    /// Records that the application has received a connection. Returns whether the connection must
+    /// be dropped, because it exceeds the limit of a listener that drops the excess.
     pub(crate) fn connection_opened(&mut self, listener: ListenerId) -> bool {
         self.open_connections += 1;
         let Some(entry) = self.listeners.get_mut(&listener) else {
@@ -178,8 +179,7 @@ impl<F> WorkerCore<F> {
         let lacks_fds = entry.has_queue() && (self.backing_off || is_scarce);
         match entry.stage {
             Stage::Open(_) => is_full || lacks_fds,
-            // Pause, because connections in the queue are not lost while they wait for a
-            // descriptor.
+            // A pause loses no connection: they wait in the queue until a descriptor is available.
             Stage::Draining(_) => entry.has_queue() && self.backing_off,
             Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => false,
         }
@@ -197,8 +197,8 @@ impl<F> WorkerCore<F> {
 
     /// Sets the maximum number of this listener's connections that the application wants to hold.
     ///
-    /// A disconnecting worker ignores the limit and serves all remaining connections, unless it
-    /// drops the excess.
+    /// A disconnecting worker ignores the limit and serves all remaining connections, unless the
+    /// listener drops the excess.
     pub(crate) fn set_connection_limit(&mut self, listener: ListenerId, limit: Option<u64>) {
         let serves_all = self.disconnect == Disconnect::Received;
         let Some(entry) = self.listeners.get_mut(&listener) else {

@@ -12,8 +12,8 @@ use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::wire::frame::{Bound, HandleKey, ToMaster};
 
-/// Identifies a listener of this worker. The number is reused only after the application has
-/// dropped the listener.
+/// Identifies a listener of this worker. The number is reused only after the listener's entry has
+/// been removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
 
@@ -27,12 +27,12 @@ pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 /// |---|---|---|
 /// | (none) | `listen` | `Requested` |
 /// | (none) | `listen_privately` | `Open(None)` |
-/// | (none) | either, while the worker is disconnecting | `Closed` |
+/// | (none) | `listen` or `listen_privately`, while the worker is disconnecting | `Closed` |
 /// | `Requested` | reply | `Open(Some(_))` or `Failed` |
 /// | `Requested` | `close`, `forget`, or the worker disconnects | `Abandoned` |
 /// | `Abandoned` | reply | removed and released, or `Failed` |
 /// | `Open` | the master ends and drains it, or the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
-/// | `Open`, `Draining` | `close`, `forget` | `Closed` |
+/// | `Open`, `Draining` | `close`, `forget`, or the master ends it without a drain | `Closed` |
 /// | all but `Failed` | the channel closes | `Closed` |
 ///
 /// The payload of `Open` and `Draining` is the master's handle of the listener. Private listeners
@@ -124,7 +124,8 @@ impl<F> WorkerCore<F> {
     }
 
     /// Returns whether the worker has an entry for the listener. The entry stays until the
-    /// application drops the listener.
+    /// application drops the listener. If the listener was abandoned, the entry is removed when the
+    /// master replies that it is bound.
     pub(crate) fn is_known(&self, listener: ListenerId) -> bool {
         self.listeners.contains_key(&listener)
     }
@@ -196,7 +197,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Adds a listener, which is already closed if the worker is disconnecting.
+    /// Adds a listener in the given stage, or in `Closed` if the worker is disconnecting.
     fn add(
         &mut self,
         kind: Kind,
@@ -225,7 +226,7 @@ impl<F> WorkerCore<F> {
         listener
     }
 
-    /// Sends `Listening` when the application has received its listener.
+    /// Sends `Listening` once, after the application has received the listener.
     pub(crate) fn listening(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;
@@ -238,6 +239,10 @@ impl<F> WorkerCore<F> {
 
     /// Processes the master's reply to a `Listen` frame. Returns the listener if the reply carries
     /// a descriptor for it.
+    ///
+    /// # Errors
+    ///
+    /// Returns a violation if the worker does not wait for this reply.
     pub(super) fn replied(
         &mut self,
         listener: ListenerId,
@@ -307,7 +312,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Closes a listener that the application has dropped, and removes it. If the master has not
-    /// replied, the listener is removed when the reply arrives.
+    /// replied, the listener is removed when the master replies that it is bound.
     pub(crate) fn forget(&mut self, listener: ListenerId) {
         self.close(listener);
         let is_settled = |entry: &Entry| entry.stage != Stage::Abandoned;
@@ -316,9 +321,9 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Starts draining a listener, because it receives no new connections. Its backlog or queue is
-    /// still served, and the listener closes once that is empty. A datagram socket closes
-    /// immediately.
+    /// Starts draining a listener, because it receives no new connections. The application still
+    /// serves the backlog or queue, and the listener closes once the backlog or queue is empty. A
+    /// datagram socket closes immediately.
     pub(super) fn drain(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;

@@ -38,8 +38,7 @@ pub(crate) enum Action {
 /// message.
 #[derive(Debug)]
 pub(crate) enum Event<F> {
-    /// The notification that a listener's callback may accept from its backlog or queue, which may
-    /// be empty.
+    /// A listener's callback may accept connections. The backlog or queue may be empty.
     ListenerReady(ListenerId),
     Message {
         bytes: Vec<u8>,
@@ -53,8 +52,8 @@ pub(crate) enum Event<F> {
 pub(crate) enum ListenStatus {
     /// The master has not replied.
     Pending,
-    /// The listener is open, or already closed because the worker is disconnecting. The value is
-    /// its address, if any.
+    /// The listener is open, or has been closed, for example because the worker is disconnecting.
+    /// The value is its address, if known.
     Done(Option<SocketAddr>),
     /// The listener could not be opened. The value is the errno.
     Failed(i32),
@@ -101,15 +100,16 @@ pub(crate) struct WorkerCore<F> {
     killed: bool,
     /// Whether the channel keeps the application running.
     referenced: bool,
-    /// The maximum number of connections that the application may hold, set once descriptors have
-    /// become scarce. The limit applies to callbacks only.
+    /// The maximum number of connections that the application may hold while descriptors are
+    /// scarce. Otherwise `None`. The limit applies only to listeners with a callback and a queue.
     connection_limit: Option<u64>,
     /// Whether the queues are paused until `backoff_elapsed`, because no descriptor was left for a
     /// connection.
     backing_off: bool,
     last_listener: u32,
     listeners: SortedMap<ListenerId, Entry>,
-    /// The indices in use, for each endpoint as it was requested.
+    /// The indices in use for each requested endpoint. An index distinguishes this worker's
+    /// listeners on the same endpoint.
     indices: SortedMap<Endpoint, BTreeSet<u32>>,
     /// The number of connections that the application holds, from any source.
     open_connections: u64,
@@ -168,8 +168,8 @@ impl<F> WorkerCore<F> {
         (!self.is_connected()).then_some(self.disconnect == Disconnect::Received)
     }
 
-    /// Returns whether new listeners are closed from the start, because the worker is
-    /// disconnecting.
+    /// Returns whether new listeners are closed from the start, because the worker is disconnecting
+    /// or its channel is no longer open.
     pub(crate) fn is_disconnecting(&self) -> bool {
         self.disconnect == Disconnect::Received || self.channel != ChannelState::Open
     }
@@ -187,7 +187,7 @@ impl<F> WorkerCore<F> {
     pub(crate) fn is_finished(&self) -> bool {
         let channel = match self.channel {
             ChannelState::Open => self.referenced,
-            // Keep running until the `disconnect` event has been delivered.
+            // Keep running until the channel is closed, so that the `disconnect` event is emitted.
             ChannelState::Closing => true,
             ChannelState::Closed => false,
         };
@@ -251,8 +251,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Disconnects without waiting for connections. The master still receives the request, so that
-    /// it expects the exit.
+    /// Disconnects without waiting for connections. The master still receives the disconnect
+    /// request, and therefore expects the exit.
     pub(crate) fn kill(&mut self) {
         self.killed = true;
         self.disconnect();
@@ -288,7 +288,7 @@ impl<F> WorkerCore<F> {
         self.events.push_back(Event::Disconnect);
     }
 
-    /// Emits a message that has arrived with its descriptors.
+    /// Emits a message from the master, with the descriptors that arrived with it.
     pub(crate) fn message(&mut self, bytes: Vec<u8>, fds: F) {
         self.events.push_back(Event::Message { bytes, fds });
     }
@@ -330,8 +330,8 @@ impl<F> WorkerCore<F> {
         let mut private = Vec::new();
         for (listener, entry) in self.listeners.iter_mut() {
             if !entry.drops_excess {
-                // Lift the limit, because the last worker must receive all remaining connections,
-                // however many there are.
+                // Lift the limit, because the last worker of a draining listener must receive all
+                // its remaining connections, however many there are.
                 entry.connection_limit = None;
             }
             match entry.stage {
