@@ -47,7 +47,7 @@ enum State {
 enum Response {
     Prompt,
     /// The worker is chosen only if no prompt worker is idle. The value is the length of the
-    /// penalty, which began with the first dispatch that the worker did not receive.
+    /// penalty. The penalty began when the first of the reclaimed connections was dispatched.
     Stalled(Time),
     /// The worker takes turns again, but has not reported any received connection since its last
     /// penalty. The value is the length of that penalty.
@@ -98,8 +98,8 @@ impl Member {
         }
     }
 
-    /// Returns how many connections the worker may have in its queue or still be serving: those that
-    /// it had not received by its last idle report.
+    /// Returns how many connections the worker may have in its queue or still be serving, namely
+    /// those that it had not received by its last idle report.
     pub(super) fn load(&self) -> u32 {
         u32::try_from(self.dispatched - self.received_at_idle).unwrap_or(u32::MAX)
     }

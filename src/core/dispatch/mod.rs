@@ -20,8 +20,8 @@
 //! In this table, a connection that was reclaimed counts as not dispatched.
 //!
 //! An idle worker can also be *stalled*: all connections that were dispatched while it was idle had
-//! to be reclaimed, probably because its process is stopped. Until its penalty ends, a stalled
-//! worker comes after all *prompt* workers, which are the other idle workers.
+//! to be reclaimed, probably because its process is stopped. All other idle workers are *prompt*.
+//! Until its penalty ends, a stalled worker comes after all prompt workers.
 //!
 //! # The next connection
 //!
@@ -723,8 +723,10 @@ impl<C> Dispatcher<C> {
         Some((worker, member.queued_behind().max(1) as usize))
     }
 
-    /// Returns the earliest time at which `reclaimable` returns a worker if no event changes the
-    /// dispatcher before. Returns `None` if that takes an event.
+    /// Returns the earliest time at which `reclaimable` can return a worker, provided that no event
+    /// changes the dispatcher before.
+    ///
+    /// Returns `None` if only an event can make connections reclaimable.
     pub(crate) fn rebalance_deadline(&self) -> Option<Time> {
         let times = self.reclaim_times().into_iter().flatten();
         times.map(|(time, _)| time).min()

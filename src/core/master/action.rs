@@ -25,7 +25,7 @@ pub(crate) enum Action<C> {
         has_waited: bool,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
-    /// `reclaimed`, and first with `cannot_reclaim` if it lacks descriptors.
+    /// `reclaimed`. If the shell lacks descriptors, it first answers with `cannot_reclaim`.
     Reclaim {
         handle: HandleId,
         worker: WorkerId,

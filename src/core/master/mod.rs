@@ -267,8 +267,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns whether an awaited `disconnect_all` has ended. A retained listener delays the end only
-    /// while it has members.
+    /// Returns whether an awaited `disconnect_all` has ended. A retained listener delays the end
+    /// only while it has members.
     fn is_over(&self) -> bool {
         self.is_end_awaited && self.workers.is_empty() && !self.listeners.any_delays_end()
     }
@@ -308,8 +308,8 @@ impl<C, F> MasterCore<C, F> {
         earlier(due, self.listeners.deadline())
     }
 
-    /// Sets the time, unless `now` is earlier than the present setting. Does not process deadlines,
-    /// as `tick` does.
+    /// Sets the time, unless `now` is earlier than the present setting. Only `tick` processes
+    /// deadlines.
     pub(crate) fn set_time(&mut self, now: Time) {
         self.now = self.now.max(now);
     }

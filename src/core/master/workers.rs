@@ -398,7 +398,8 @@ impl<C, F> MasterCore<C, F> {
     ///
     /// If other workers serve a listener, it ends for the disconnecting workers without a drain,
     /// except that they empty the backlogs of their shards. If no other worker serves a listener,
-    /// it drains, so that the connections in its backlog are served. A retained listener stays open.
+    /// it drains, so that the connections in its backlog are served. A retained listener stays open
+    /// for the next worker.
     pub(super) fn begin_disconnect(&mut self, workers: &[WorkerId]) {
         let mut disconnecting = BTreeSet::new();
         for &worker in workers {

@@ -179,7 +179,8 @@ impl<F> WorkerCore<F> {
         let lacks_fds = entry.has_queue() && (self.backing_off || is_scarce);
         match entry.stage {
             Stage::Open(_) => is_full || lacks_fds,
-            // A pause loses no connection: they wait in the queue until a descriptor is available.
+            // A pause loses no connections, because those in the queue wait there until a
+            // descriptor is available.
             Stage::Draining(_) => entry.has_queue() && self.backing_off,
             Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => false,
         }

@@ -331,7 +331,7 @@ impl<F> WorkerCore<F> {
         for (listener, entry) in self.listeners.iter_mut() {
             if !entry.drops_excess {
                 // Lift the limit, because the last worker of a draining listener must receive all
-                // its remaining connections, however many there are.
+                // the remaining connections, however many there are.
                 entry.connection_limit = None;
             }
             match entry.stage {
