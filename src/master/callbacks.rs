@@ -65,8 +65,8 @@ pub(super) struct MasterCallbacks {
     pub(super) fork: Callbacks<OnEvent>,
     pub(super) setup: Callbacks<OnSetup>,
     pub(super) all_disconnected: Callbacks<OnAllDisconnected>,
-    /// The callbacks of a finished disconnect that have not been called yet. The list lives here so
-    /// that a panic in one callback does not lose the others, if the application continues.
+    /// The callbacks of a finished disconnect that have not been called yet. The list is a field,
+    /// so that the other callbacks are still called if one panics and the application continues.
     pub(super) all_disconnected_pending: RefCell<VecDeque<CallbackId>>,
     /// The cluster's callbacks for the events of all workers.
     pub(super) workers: WorkerCallbacks,
@@ -90,7 +90,8 @@ impl Master {
         /// ```
         on_fork, on_fork_once(master: &Self, worker: &WorkerProcess) of |this| this.callbacks.fork;
 
-        /// Calls `callback` when a worker's program has called [`init`](crate::init()).
+        /// Calls `callback` when a worker is online: its program has called
+        /// [`init`](crate::init()), or it is about to run the closure of [`Settings::main`].
         ///
         /// Node: `cluster.on('online')`.
         ///
@@ -240,8 +241,9 @@ impl Master {
         self.event_loop.on_signal(signal, callback)
     }
 
-    /// Calls `callback` only for the next `signal`. As with [`on_signal`](Self::on_signal), the
-    /// signal loses its default effect until the master is dropped.
+    /// Calls `callback` once, when the process next receives `signal`. As with
+    /// [`on_signal`](Self::on_signal), the signal loses its default effect until the master is
+    /// dropped.
     ///
     /// Node: `once`.
     ///
@@ -298,7 +300,8 @@ impl Master {
 /// `exit` event.
 impl WorkerProcess {
     callback_methods! {
-        /// Calls `callback` when the worker's program has called [`init`](crate::init()).
+        /// Calls `callback` when the worker is online: its program has called
+        /// [`init`](crate::init()), or it is about to run the closure of [`Settings::main`].
         ///
         /// Node: `worker.on('online')`.
         ///
@@ -365,7 +368,7 @@ impl WorkerProcess {
         callbacks.add(Rc::new(RefCell::new(with_worker)))
     }
 
-    /// Calls `callback` only for the next error that concerns the worker. See
+    /// Calls `callback` once, for the next error that concerns the worker. See
     /// [`on_error`](Self::on_error) for the errors.
     ///
     /// Node: `once`.

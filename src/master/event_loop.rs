@@ -20,9 +20,11 @@ use crate::wire::frame::HandleId;
 use crate::wire::message::Message;
 use crate::wire::receipts::Receipt;
 
-/// The delay before the next write to a log whose target is reported as writable and takes nothing,
-/// such as a terminal with less space than one line feed needs. A shorter delay would be close to
-/// spinning.
+/// Delay before the next write to a log whose target was reported as writable but accepted no
+/// bytes, such as a terminal with less space than one line feed needs.
+///
+/// With a much shorter delay, the loop would nearly spin. A longer delay holds the lines back
+/// longer.
 const LOG_BACK_OFF: Duration = Duration::from_millis(100);
 
 /// Maximum number of events that one call of `settle` delivers. The remaining events wait for a
@@ -31,10 +33,10 @@ const LOG_BACK_OFF: Duration = Duration::from_millis(100);
 /// Without a limit, an `error` callback that causes another error each time would block the loop
 /// forever. A lower limit costs more polls in a burst of events.
 const EVENTS_PER_ITERATION: u32 = 1024;
-/// Maximum number of reads from an exited worker's channel before its exit is reported.
+/// Maximum number of reads from an exited worker's channel before the worker is reaped.
 ///
-/// Fewer reads empty a socket's buffer. Therefore, the limit is reached only if the worker has left
-/// child processes that continue to write.
+/// A full socket buffer needs fewer reads. Therefore, the limit is reached only if the worker has
+/// left child processes that continue to write.
 const FINAL_READS_MAX: u32 = 64;
 /// Interval between two checks for exits that the system does not report.
 ///
@@ -305,7 +307,7 @@ impl Master {
         self.time_until(self.shell.deadline())
     }
 
-    /// Returns how long the loop may wait, if the shell's own deadline is `due`.
+    /// Returns how long the loop may wait. `due` is the shell's own deadline.
     fn time_until(&self, due: Option<Time>) -> Option<Duration> {
         if self.has_notifications() || self.reap.get() || self.shell.has_pending() {
             return Some(Duration::ZERO);
@@ -320,9 +322,9 @@ impl Master {
         self.child_signal.borrow().is_some() && self.shell.has_unwatched_exits()
     }
 
-    /// Returns the workers that may have exited and have no process descriptor that would report
-    /// it. After SIGCHLD, the list contains all workers without process descriptors. Otherwise,
-    /// once per `EXIT_CHECK_INTERVAL`, the list contains the workers whose exit the system does not
+    /// Returns the workers that may have exited and have no process descriptor to report the exit.
+    /// After SIGCHLD, the list contains all workers without process descriptors. Otherwise, once
+    /// per `EXIT_CHECK_INTERVAL`, the list contains the workers whose exit the system does not
     /// report.
     fn take_possible_exits(&self) -> Vec<WorkerId> {
         if self.reap.take() {
@@ -560,7 +562,8 @@ impl Master {
         }
     }
 
-    /// Processes the final frames of a worker that may have exited, and then its exit.
+    /// Processes the remaining frames of a worker that may have exited, and then reaps its process
+    /// if it has.
     fn process_ready(&self, worker: WorkerId) {
         let Some(worker_io) = self.shell.worker_io(worker) else {
             return;

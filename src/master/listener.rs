@@ -14,9 +14,10 @@ use crate::types::address::Address;
 /// [`Master::listen`](crate::Master::listen) returns this value. While the value exists and no
 /// worker has the listener, connections wait in the kernel's backlog, and the next worker that
 /// listens serves them. No client is refused or reset when all workers exit or are replaced. A
-/// worker that disconnects closes its copy. The last workers then serve only those connections that
-/// the master has already accepted. [`Master::run`](crate::Master::run) and a
-/// [`disconnect`](crate::Master::disconnect) of all workers do not wait for a retained listener.
+/// worker that disconnects closes its copy. Even the last worker serves only the connections that
+/// the master has already accepted; the others stay in the backlog.
+/// [`Master::run`](crate::Master::run) and a [`disconnect`](crate::Master::disconnect) of all
+/// workers do not wait for a retained listener.
 ///
 /// When the value is dropped, the listener closes with its last worker, which first serves the
 /// backlog. If no worker has the listener, it closes at once, and the kernel resets the waiting
@@ -29,7 +30,7 @@ use crate::types::address::Address;
 /// first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that the other process
 /// would notice, except that the socket is non-blocking. If no process outside the cluster can have
 /// the socket, the master drops new TCP handshakes while the last workers disconnect. Afterwards,
-/// the master shuts the socket down, which also ends any copy that a forked child still holds.
+/// the master shuts the socket down, so that copies in forked children stop listening too.
 ///
 /// With the sharded policy, each worker has its own listener. Connections that waited for an exited
 /// worker wait for its replacement, so start as many workers as before. New connections do not go
@@ -125,10 +126,11 @@ impl MasterListener {
 
 /// Gives access to the listening socket, which can be passed to another process.
 ///
-/// After the first call, the master assumes that another process has a copy. With the sharded
-/// policy, this socket is only one of several. When the value is dropped and the last workers
-/// disconnect, all new connections go to this socket. No process can attach a SYN filter to this
-/// socket, because the master has locked its filter.
+/// After the first call, the master assumes that another process has a copy.
+///
+/// With the sharded policy, this socket is only the first of several shards. When the value is
+/// dropped and the last workers disconnect, all new connections go to this shard. No process can
+/// attach a SYN filter to the shard, because the master has locked its filter.
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         if let Some(master) = self.master.upgrade() {

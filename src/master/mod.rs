@@ -112,13 +112,12 @@ pub struct Master {
     worker_callbacks: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     launch: Launch,
-    /// The handler of SIGCHLD. `None` if every worker has a process descriptor, or if there is no
-    /// worker yet.
+    /// The handler of SIGCHLD. `None` until the first worker without a process descriptor starts.
     child_signal: RefCell<Option<InstalledHandler>>,
-    /// Whether a worker may have exited since the last check, for instance before the handler of
-    /// SIGCHLD was installed.
+    /// Whether all workers without a process descriptor must be checked for their exit, because
+    /// SIGCHLD has arrived or its handler has just been installed.
     reap: Cell<bool>,
-    /// The time of the last check of the workers whose exit is not reported by the system.
+    /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
     /// The log for the lines that `CLUSTER_DEBUG=1` requests. `None` without that variable.
@@ -129,10 +128,11 @@ pub struct Master {
 /// does not depend on `init`.
 #[derive(Clone, Copy)]
 pub(crate) struct Launch {
-    /// Makes the calling process, which is a copy of the master, a worker. The arguments are the
+    /// Turns the calling process, a forked copy of the master, into a worker. The arguments are the
     /// worker's id, its inspect port, and its channel's descriptor.
     pub(crate) become_worker: fn(WorkerId, Option<u16>, RawFd) -> Result<Worker>,
-    /// Whether workers' programs are marked with `CLUSTER_WRAPPED`.
+    /// Whether the master sets `CLUSTER_WRAPPED` for its workers' programs, because the master is a
+    /// wrapped program itself (see `WRAPPED`).
     pub(crate) marks_wrapped: bool,
 }
 
@@ -184,8 +184,8 @@ impl Master {
     /// The worker inherits the master's environment, except the variables that
     /// [`systemd`](crate::systemd) sets for the master only. When the call returns,
     /// [`workers`](Self::workers) contains the worker. The events `setup` and `fork` are emitted in
-    /// the next iteration of the loop. The calling thread waits until the program has been
-    /// executed, or until `main` is about to be called.
+    /// the next iteration of the loop. The calling thread waits until the program has started, or
+    /// until `main` is about to be called.
     ///
     /// # Errors
     ///
@@ -362,7 +362,7 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`] after the first `fork` or [`listen`](Self::listen).
+    /// Returns [`Error::PolicyFrozen`] after the first `fork` or `listen`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -444,12 +444,12 @@ impl Master {
     /// Workers that request the same address receive this listener. For example, `worker.listen(0)`
     /// receives the port that the kernel chose for `master.listen(0)`. If workers already have a
     /// listener on the address, the master retains that listener. If the master already retains it,
-    /// the listener stays open until both values are dropped.
+    /// the listener stays open until every `MasterListener` for it is dropped.
     ///
     /// The argument can also be a listening socket, for instance from systemd or from another
-    /// process that served it until now. Workers receive that socket if they request its address.
+    /// process that has served it so far. Workers receive that socket if they request its address.
     /// The address of a Unix socket is its path. A TCP listener on all addresses also matches
-    /// requests that name only its port. The call sets the descriptor to non-blocking mode.
+    /// requests that name only its port. The call makes the socket non-blocking.
     ///
     /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
     /// retained listener behaves.
@@ -534,8 +534,9 @@ impl Master {
     /// Until the deadline, this method works like [`disconnect`](Self::disconnect). At the
     /// deadline, the master sends SIGKILL to every worker that still exists, which also ends
     /// workers that loop or are stopped. The master also kills workers that were forked between the
-    /// call and the deadline, but no later ones. If several deadlines are set, the earliest one
-    /// applies. A deadline cannot be revoked.
+    /// call and the deadline, but no later ones. The deadline no longer applies once the disconnect
+    /// has finished. If several deadlines are set, the earliest one applies. A deadline cannot be
+    /// revoked.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

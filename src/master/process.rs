@@ -77,8 +77,8 @@ impl Process<'_> {
     /// [`Settings::silent`](crate::Settings::silent) and
     /// [`Settings::stdio`](crate::Settings::stdio) create the pipes. As in Node, each pipe is a
     /// socket, so the end can be read, written and [`watch`](crate::Master::watch)ed. Like any new
-    /// stream, the end blocks. A worker whose pipe is full waits until the master reads. The master
-    /// closes an end that was not taken after the worker's `exit` event.
+    /// stream, the end blocks. A worker whose pipe is full waits until the master reads. After the
+    /// worker's `exit` event, the master closes the ends that were not taken.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -103,7 +103,7 @@ impl Process<'_> {
     }
 
     /// Lets [`Master::run`](crate::Master::run) return although this worker exists. The worker
-    /// continues to run until the master is dropped or its process exits.
+    /// continues to run until the master is dropped or the master's process exits.
     ///
     /// Node: `worker.process.unref()` and `worker.process.channel.unref()`.
     ///

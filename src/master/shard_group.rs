@@ -114,8 +114,8 @@ impl ShardGroup {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return count,
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(_) => {
-                    // No descriptor is free. Stop watching the selector, because it stays readable
-                    // and would keep the loop busy.
+                    // Accepting failed, for instance because no descriptor is free. Stop watching
+                    // the selector, because it stays readable and would keep the loop busy.
                     let _ = self.selector.set_interest(None);
                     return count;
                 }

@@ -80,8 +80,8 @@ impl WorkerProcess {
         self.worker_io.exit_report.set(Some(exit_report));
     }
 
-    /// Returns a value from the core, or `None` if the worker's `exit` event has been delivered or
-    /// the master has been dropped.
+    /// Returns the result of `query` on the core, or `None` if the worker's `exit` event has been
+    /// delivered or the master has been dropped.
     fn query<T>(&self, query: impl FnOnce(&Core) -> T) -> Option<T> {
         if self.worker_io.exit_report.get().is_some() {
             return None;
@@ -91,7 +91,8 @@ impl WorkerProcess {
         Some(query(&core))
     }
 
-    /// Passes a request to the core and carries out the core's decisions.
+    /// Calls `update` with the core and carries out the core's decisions. Does nothing after the
+    /// master has been dropped.
     pub(super) fn update(&self, update: impl FnOnce(&mut Core)) {
         if let Some(master) = self.master.upgrade() {
             update(&mut master.core_now());
@@ -193,10 +194,10 @@ impl WorkerProcess {
     ///
     /// Node: `worker.exitedAfterDisconnect`, formerly `worker.suicide`.
     ///
-    /// Returns `Some(true)` after [`disconnect`](Self::disconnect) or [`kill`](Self::kill), whether
-    /// the master or the worker called it. Returns `Some(false)` after any other exit, and `None`
-    /// until the worker has disconnected or exited. The value is set before the callbacks for
-    /// `disconnect` and `exit` are called.
+    /// Returns `None` until the worker has disconnected or exited. Afterwards, returns `Some(true)`
+    /// if the master or the worker called [`disconnect`](Self::disconnect) or [`kill`](Self::kill)
+    /// before the channel closed, and `Some(false)` otherwise. The value is set before the
+    /// callbacks for `disconnect` and `exit` are called.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -307,7 +308,7 @@ impl WorkerProcess {
     /// - [`SendError::QueueFull`] if more than 8 MiB would be waiting.
     ///
     /// The master also emits the error as an `error` event until the worker's `exit` event. After
-    /// the channel has closed, it emits at most 16 of these events.
+    /// the channel has closed, the master emits at most 16 of these events.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -301,9 +301,9 @@ impl MasterShell {
 
 // Closing channels.
 impl MasterShell {
-    /// Closes a channel after processing the frames that the worker has already written. The worker
-    /// can write no more frames. The resulting events are delivered later, because the caller may
-    /// be the application.
+    /// Closes a channel after processing the frames that the worker has already written. The
+    /// channel is shut down first, so that the worker can write no more frames. The resulting
+    /// events are delivered later, because the caller may be the application.
     pub(super) fn close_channel(&self, worker: WorkerId) {
         if let Some(worker_io) = self.worker_io(worker) {
             self.process_final_frames(&worker_io);

@@ -26,7 +26,7 @@ use crate::wire::frame::HandleId;
 pub(super) struct MasterSocket {
     is_path: bool,
     /// The socket's file. The field is declared before `sockets` so that the file is removed before
-    /// the sockets close. While the file exists, no other process can bind the path.
+    /// the sockets close. Another process that notices the close can then bind the path at once.
     pub(super) file: Option<SocketFile>,
     /// The socket, or all shards if the listener is sharded.
     pub(super) sockets: Vec<Rc<Registered<OwnedFd>>>,
@@ -165,7 +165,8 @@ impl MasterShell {
         Ok(())
     }
 
-    /// Opens a listener, or uses the open one, and retains it until it is released.
+    /// Retains the listener on `endpoint` until `release`. If no listener on it is open, opens one
+    /// first.
     pub(crate) fn listen(
         &self,
         endpoint: &Endpoint,
@@ -318,7 +319,8 @@ impl MasterShell {
     }
 
     /// Resets connections that have reached a sharded listener's selector, and notifies the core.
-    /// Connections reach the selector only if another process has changed the selection.
+    /// Connections reach the selector if another process has detached the BPF program or shut a
+    /// shard down, or if their handshakes complete while the listener is draining.
     pub(crate) fn selector_ready(&self, handle: HandleId) {
         let sockets = self.sockets.borrow();
         let group = sockets.get(&handle).and_then(|own| own.group.as_ref());
@@ -346,8 +348,9 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         let is_sole = core.is_sole(handle);
         if !is_sole {
-            // Set the flag again, because another process may have cleared it and `accept` would
-            // then block. The call cannot fail, because the descriptor is open.
+            // Make the listener non-blocking again, because another process may have made it
+            // blocking, and `accept` would wait. The call cannot fail, because the descriptor is
+            // open.
             let _ = sys::fd::set_nonblocking(socket.as_fd(), true);
         }
         for _ in 0..at_most {

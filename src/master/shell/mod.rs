@@ -127,8 +127,8 @@ struct Retries {
     /// The queues that must be closed and may still contain connections.
     queues: Vec<(HandleId, WorkerId)>,
     /// The workers that have exited and cannot be reaped because another process, such as a
-    /// debugger, traces them. Until the retry, their process descriptors are not watched, because
-    /// they stay readable.
+    /// debugger, traces them. Until the retry, the process descriptors of these workers are not
+    /// watched, because the descriptors stay readable.
     processes: Vec<WorkerId>,
     backoff: Backoff,
 }
@@ -216,9 +216,9 @@ impl MasterShell {
     /// Carries out the retries that are due, advances the core's clock, and checks some of the
     /// waiting connections for a hang-up. Returns whether there may be new actions or events.
     ///
-    /// `due` is the result of a call of `deadline` since the last change of the core.
+    /// `due` is the result of `deadline`. The core must not have changed since that call.
     pub(crate) fn tick(&self, due: Option<Time>) -> bool {
-        // Usually, nothing is due and no connection waits.
+        // Return early, because usually no deadline is set and no connection waits.
         if due.is_none() && !self.core.borrow().has_waiting() {
             return false;
         }

@@ -135,8 +135,8 @@ impl MasterShell {
         }
     }
 
-    /// Updates the core's counts of queued connections. A busy worker may have received connections
-    /// since its last frame, so the counts may be too high.
+    /// Updates the core's counts of queued connections. Without this call, the counts may be too
+    /// high, because a busy worker may have received connections since its last frame.
     pub(crate) fn count_all(&self) {
         for (handle, worker) in self.queues.borrow().keys() {
             self.count(*handle, *worker);

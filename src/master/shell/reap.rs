@@ -74,8 +74,8 @@ impl MasterShell {
     }
 
     /// Returns whether a worker may exit without a report from the system. The result is true if
-    /// the worker's channel is closed, only SIGCHLD would report its exit, and another handler has
-    /// replaced this crate's handler.
+    /// the channel of any worker is closed, only SIGCHLD would report that worker's exit, and
+    /// another handler has replaced this crate's handler.
     pub(crate) fn has_unwatched_exits(&self) -> bool {
         !self.unwatched_exits.borrow().is_empty() && !sys::signal::is_handled(sys::signal::CHLD)
     }
