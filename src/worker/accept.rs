@@ -24,17 +24,18 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// During the pause, the master makes the listener listen again, which takes microseconds. The
 /// pause doubles with each attempt.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// The pause at which the worker gives up and `accept` fails, because the master cannot repair the
-/// listener.
+/// Limit of the pauses. When the pause has doubled to this value, `accept` fails instead of
+/// pausing, because the master cannot repair the listener.
 ///
 /// The shorter pauses add up to about one second.
 const LAST_PAUSE: Duration = Duration::from_millis(1024);
 
 /// The sources, besides the listener itself, that may have unhandled input.
 ///
-/// Input on the channel and signals interrupt a worker that waits in accept(2); the poller reports
-/// the signals. Input that arrived earlier does not interrupt the wait. Therefore, both sources
-/// must have been checked since the last wait.
+/// The sources are the channel and the poller, which reports signals. Input on the channel and
+/// signals interrupt a worker that waits in accept(2). Input that arrived before the interrupts
+/// were set up does not interrupt it, and one interrupt may stand for several inputs. In both
+/// cases, the worker checks both sources before it waits in accept(2).
 ///
 /// | state | event | next state |
 /// |---|---|---|
@@ -42,8 +43,10 @@ const LAST_PAUSE: Duration = Duration::from_millis(1024);
 /// | `Both` | the poller was checked | `Channel` |
 /// | `Poller` | the poller was checked | `Nothing` |
 /// | `Channel` | the channel was read and found empty | `Nothing` |
-/// | `Both`, `Channel` | poll(2) reported that the poller is ready, or not | `Both`, or `Channel` |
-/// | `Poller`, `Nothing` | poll(2) reported that the poller is ready, or not | `Poller`, or `Nothing` |
+/// | `Both`, `Channel` | poll(2) reported that the poller is ready | `Both` |
+/// | `Both`, `Channel` | poll(2) reported that the poller is not ready | `Channel` |
+/// | `Poller`, `Nothing` | poll(2) reported that the poller is ready | `Poller` |
+/// | `Poller`, `Nothing` | poll(2) reported that the poller is not ready | `Nothing` |
 ///
 /// The poller is always checked before the channel. A worker calls accept(2) only in the state
 /// `Nothing`.
@@ -121,9 +124,10 @@ impl WaitState {
 /// The result of one attempt to receive a connection or datagram.
 enum Attempt<T> {
     Received(T),
-    /// Nothing was available, and the attempt did not wait.
+    /// Nothing was available for the application, and the attempt did not wait.
     Nothing,
-    /// Nothing was available, but the attempt waited or handled something else, so try again.
+    /// Nothing was available for the application, but the attempt waited or handled other input, so
+    /// try again.
     Retry,
 }
 
@@ -207,7 +211,8 @@ impl Worker {
         Ok(alone)
     }
 
-    /// Waits for a connection in accept(2), after pending input has been handled.
+    /// Handles pending input on the channel. If there was none, waits for a connection in
+    /// accept(2).
     fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
@@ -239,7 +244,8 @@ impl Worker {
         })
     }
 
-    /// Runs the loop until an attempt succeeds or the listener has ended.
+    /// Repeats `attempt`, and runs the loop in between, until the attempt receives something or the
+    /// listener has ended.
     fn wait_for<T>(
         inner: &Rc<Inner>,
         listener: ListenerId,

@@ -88,7 +88,7 @@ impl Worker {
         Ok(Opened { id, address })
     }
 
-    /// Uses a socket that the application passed.
+    /// Opens a listener on a socket that the application passed, without the master.
     fn open_socket(&self, socket: OwnedFd, bind_request: &BindRequest) -> io::Result<Opened> {
         bind::prepare(&socket, bind_request.flags.backlog)?;
         let address = sys::listen::local_addr(&socket);

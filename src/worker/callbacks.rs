@@ -68,8 +68,8 @@ impl Worker {
         ///
         /// Node: `process.on('disconnect')` or `worker.on('disconnect')`.
         ///
-        /// The callback runs in [`run`](Self::run), `dispatch` or `accept`. An application that
-        /// returns from `main` earlier does not receive the event. See
+        /// The callback runs in [`run`](Self::run), `dispatch`, `accept` or `recv_from`. An
+        /// application that returns from `main` earlier does not receive the event. See
         /// [`is_connected`](Self::is_connected) for an example.
         on_disconnect, on_disconnect_once(worker: &Self) of |this| this.inner.callbacks.disconnect;
 
@@ -112,8 +112,9 @@ impl Worker {
         self.inner.event_loop.on_signal(signal, callback)
     }
 
-    /// Calls `callback` only for the next `signal`. As with [`on_signal`](Self::on_signal), the
-    /// signal loses its default effect until the worker is dropped.
+    /// Calls `callback` once, when the process next receives `signal`. As with
+    /// [`on_signal`](Self::on_signal), the signal loses its default effect until the worker is
+    /// dropped.
     ///
     /// Node: `once`.
     ///
@@ -129,7 +130,7 @@ impl Worker {
         self.inner.event_loop.on_signal_once(signal, callback)
     }
 
-    /// Removes a callback of the worker or for a signal.
+    /// Removes a callback that was added for an event of the worker or for a signal.
     ///
     /// Node: `worker.removeListener()`.
     ///

@@ -104,9 +104,9 @@ impl<S: AsFd> AsFd for Connection<S> {
 
 /// Implements reading and writing for references to connections.
 ///
-/// One implementation for all `S` with `&S: Read` would apply to itself without end, because `S`
-/// may be another `Connection`. Type inference would then overflow (E0275) even in code that does
-/// not use connections.
+/// One implementation for all `S` with `&S: Read` would be recursive without end, because `S` may
+/// be another `Connection`. Type inference would overflow (E0275) even in code that does not use
+/// connections.
 macro_rules! read_and_write_by_reference {
     ($($stream:ty),*) => {$(
         impl Read for &Connection<$stream> {
@@ -162,8 +162,8 @@ mod tests {
     where
         for<'a> &'a R: Read + Write,
     {
-        // With an implementation of `Read` for all `&Connection<S>`, the compiler could not infer
-        // the type of this argument (E0275).
+        // Guards against one implementation of `Read` for all `&Connection<S>`: the compiler could
+        // then not infer the type of this argument (E0275).
         let byte = read_byte(source)?;
         (&mut { source }).write_all(&[byte])
     }

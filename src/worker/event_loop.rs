@@ -184,8 +184,8 @@ impl Worker {
         self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().waiting_for_events();
         self.iterate(timeout)?;
-        // Close unused listeners now, because a disconnect request may have arrived and nothing
-        // else may wake the loop.
+        // Close the listeners without a callback now if a disconnect request has arrived, because
+        // nothing else may wake the loop.
         self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
         Ok(())
@@ -228,8 +228,8 @@ impl Worker {
         let _running = event_loop.enter()?;
         self.inner.shell.act();
         // Compute the limit before events are delivered. If an event is pending, the limit is zero,
-        // so the iteration ends right after the delivery. Otherwise, the poller might wait without
-        // a limit, although the caller may now have something to do.
+        // so the iteration does not wait after the delivery. A limit from after the delivery could
+        // be `None`, and the poller would wait although the caller may now have something to do.
         let limit = self.time_left();
         // If `limit` is `None`, no event is pending, so there is nothing to settle.
         if limit.is_some() {
@@ -290,8 +290,8 @@ impl Worker {
     }
 
     /// Delivers the errors and receipts that are currently pending, but not those that arise in the
-    /// meantime. The method removes them one by one, so that the remaining ones stay pending if a
-    /// callback panics.
+    /// meantime. The method removes these notifications one by one, so that the remaining ones stay
+    /// pending if a callback panics.
     fn deliver_notifications(&self) {
         let shell = &self.inner.shell;
         let (errors, receipts) = (shell.count_errors(), shell.count_receipts());

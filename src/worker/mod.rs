@@ -178,9 +178,9 @@ impl Worker {
     /// Node: `server.listen()`.
     ///
     /// The call waits for the master's reply. The master binds the address when the first worker
-    /// requests it. The master closes the address when the last worker has closed it, unless the
-    /// master retains it ([`Master::listen`](crate::Master::listen)). See [`ListenOptions`] for the
-    /// addresses and options.
+    /// requests it. The master closes the listener when the last worker has closed it, unless the
+    /// master retains the listener ([`Master::listen`](crate::Master::listen)). See
+    /// [`ListenOptions`] for the addresses and options.
     ///
     /// Port 0 stands for any free port. All workers receive one port for their first `listen` on
     /// port 0, and another port for their second. If a name resolves to several addresses, the
@@ -193,8 +193,8 @@ impl Worker {
     /// # Errors
     ///
     /// Returns [`Error::Listen`] if the address is in use, is not allowed, or cannot be resolved,
-    /// or if the worker already has 64 listeners and sockets. A failed call has no effect and can
-    /// be repeated.
+    /// or if the worker already has 64 listeners and sockets. Returns [`Error::Io`] if the wait for
+    /// the master's reply fails. A failed call has no effect and can be repeated.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -213,19 +213,19 @@ impl Worker {
         }
     }
 
-    /// Binds a UDP socket together with all workers that request the same address. The workers
-    /// share one socket, and each datagram goes to one of them.
+    /// Binds a UDP socket together with all workers that request the same address. With every
+    /// scheduling policy, the workers share one socket, and each datagram goes to one of them.
     ///
     /// Node: `dgram.createSocket()` and `socket.bind()`.
     ///
-    /// Apart from the datagrams, this method works like [`listen`](Self::listen), with every
-    /// scheduling policy. See [`BindOptions`] for the addresses and options.
+    /// In all other respects, this method works like [`listen`](Self::listen). See [`BindOptions`]
+    /// for the addresses and options.
     ///
     /// # Errors
     ///
     /// Returns [`Error::Bind`] if the address is in use, is not allowed, or cannot be resolved, or
-    /// if the worker already has 64 listeners and sockets. A failed call has no effect and can be
-    /// repeated.
+    /// if the worker already has 64 listeners and sockets. Returns [`Error::Io`] if the wait for
+    /// the master's reply fails. A failed call has no effect and can be repeated.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

@@ -35,8 +35,8 @@ use crate::worker::{Inner, Worker};
 /// ```
 #[derive(Debug)]
 pub struct UdpSocket {
-    /// The socket's handle, shared with the values that are passed to a callback. The socket closes
-    /// when the last of these values is dropped.
+    /// The socket's handle, shared with the values that are passed to a callback. When the last of
+    /// these values is dropped, the socket closes, unless it has a callback.
     handle: Rc<Handle>,
 }
 
@@ -95,7 +95,7 @@ impl UdpSocket {
     ///
     /// While the call waits, the worker handles messages, timers, signals and watches. If the
     /// datagram is longer than `buffer`, the excess bytes are lost. After the socket has closed,
-    /// the application can still send messages.
+    /// the application can still send messages to the master.
     ///
     /// # Errors
     ///
@@ -121,8 +121,8 @@ impl UdpSocket {
         &self,
         mut callback: impl FnMut(&Worker, &Self, &[u8], SocketAddr) + 'static,
     ) {
-        // Store only a weak reference, because the callback would otherwise keep the socket open
-        // forever.
+        // Store only a weak reference, because the socket owns the callback. A strong reference
+        // would keep the socket open forever.
         let weak = Rc::downgrade(&self.handle);
         let (id, address) = (self.handle.id, self.handle.address);
         let with_socket = move |worker: &Worker, datagram: &[u8], from: SocketAddr| {

@@ -76,8 +76,9 @@ impl WorkerShell {
 
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
-            // Set the flag again, because any process with a copy may have cleared it and `accept`
-            // would then block. The call cannot fail, because the descriptor is open.
+            // Make the listener non-blocking again, because any process with a copy may have made
+            // it blocking, and `accept` would wait. The call cannot fail, because the descriptor is
+            // open.
             let _ = sys::fd::set_nonblocking(shared.as_fd(), true);
             match sys::listen::accept(shared) {
                 Ok(fd) => return Ok(Some(fd)),
@@ -137,9 +138,9 @@ impl WorkerShell {
 
 // Blocking in `accept`.
 impl WorkerShell {
-    /// Makes input on the channel and `signals` interrupt this process when it blocks in `accept`.
-    /// Returns whether the interrupts are new. If they are, the caller must check both sources for
-    /// input that arrived earlier.
+    /// Makes input on the channel and on `signals` interrupt this process when it blocks in
+    /// `accept`. Returns whether the interrupts are new. If they are, the caller must check both
+    /// sources for input that arrived earlier.
     pub(crate) fn prepare_to_block(&self, signals: BorrowedFd<'_>) -> io::Result<bool> {
         let is_new = self.interrupt.get().is_none();
         if is_new {

@@ -195,7 +195,8 @@ impl WorkerShell {
 // Waiting for the master.
 impl WorkerShell {
     /// Sets whether the poller reports the channel when it is readable. `accept` waits for the
-    /// channel separately, so the poller must not be ready whenever the channel is.
+    /// channel separately, and passes `false` so that the channel alone does not make the poller
+    /// ready.
     pub(crate) fn watch_channel(&self, watch: bool) -> Result<()> {
         let watched = self.channel.with(|channel| channel.watch_readable(watch));
         let watched = watched.unwrap_or(Ok(()));
@@ -262,9 +263,9 @@ impl WorkerShell {
         Ok(())
     }
 
-    /// Writes or reads the channel if it is ready. Returns whether the channel was ready. The
-    /// caller must repeat the call until it returns false, because a channel that is ready before
-    /// `accept_blocking` does not interrupt it.
+    /// Writes to the channel or reads from it if it is ready. Returns whether the channel was
+    /// ready. The caller must repeat the call until it returns false, because a channel that is
+    /// ready before `accept_blocking` does not interrupt it.
     pub(crate) fn service_channel(&self) -> Result<bool> {
         let writable = self.channel.with(|channel| {
             // Do not check for space while the system lacks resources, because `tick` retries the

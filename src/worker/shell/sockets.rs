@@ -72,8 +72,8 @@ pub(crate) enum SocketOwner {
 #[derive(Debug)]
 pub(super) struct SocketEntry {
     /// The file of a Unix socket that only this worker listens on. The field is declared first so
-    /// that the file is removed before the socket closes. While the file exists, no other process
-    /// can bind the path.
+    /// that the file is removed before the socket closes. Another process that notices the close
+    /// can then bind the path at once.
     file: Option<SocketFile>,
     pub(super) socket: Rc<Registered<Socket>>,
     pub(super) owner: SocketOwner,
@@ -165,7 +165,8 @@ impl WorkerShell {
         }
     }
 
-    /// Watches a socket while it has a callback and the application accepts more connections.
+    /// Watches a socket if it has a callback and is not paused at the connection limit, and stops
+    /// watching it otherwise.
     pub(crate) fn update_watch(&self, listener: ListenerId) {
         let core = self.core.borrow();
         let is_wanted = core.has_callback(listener) && !core.is_paused(listener);
