@@ -447,9 +447,9 @@ impl Master {
     /// the listener stays open until every `MasterListener` for it is dropped.
     ///
     /// The argument can also be a listening socket, for instance from systemd or from another
-    /// process that has served it so far. Workers receive that socket if they request its address.
-    /// The address of a Unix socket is its path. A TCP listener on all addresses also matches
-    /// requests that name only its port. The call makes the socket non-blocking.
+    /// process that served it before. Workers receive that socket if they request its address. The
+    /// address of a Unix socket is its path. A TCP listener on all addresses also matches requests
+    /// that name only its port. The call makes the socket non-blocking.
     ///
     /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
     /// retained listener behaves.
@@ -509,11 +509,12 @@ impl Master {
     ///
     /// Node: `cluster.disconnect()`.
     ///
-    /// The workers still serve connections that have been accepted or wait in the kernel's backlog.
-    /// Serving them may take any time; [`disconnect_within`](Self::disconnect_within) sets a limit.
-    /// If a worker is forked in the meantime, the disconnect also waits for that worker, but does
-    /// not request it to disconnect. Therefore, an application that replaces exited workers stops
-    /// doing so first, like the example of [`Master`]. Callbacks are never called inside this call.
+    /// The workers still serve connections that have been accepted. They also serve the kernel's
+    /// backlog of every listener that is not retained. Serving them may take any time;
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in the
+    /// meantime, the disconnect also waits for that worker, but does not request it to disconnect.
+    /// Therefore, an application that replaces exited workers stops doing so first, like the
+    /// example of [`Master`]. Callbacks are never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

@@ -175,8 +175,8 @@ impl Worker {
         })
     }
 
-    /// Returns the connection to the application, or passes it to the drop callback if it exceeds
-    /// the application's limit.
+    /// Returns the connection for the application. If it exceeds the application's limit, passes it
+    /// to the drop callback instead.
     fn accepted(
         &self,
         listener: ListenerId,
@@ -259,7 +259,8 @@ impl Worker {
             is_owner: false,
         };
         // Handle everything else once per `CHECK_INTERVAL`. A busy listener always has a
-        // connection, so the loop below would return without ever waiting.
+        // connection, so the loop below would otherwise return each time without handling anything
+        // else.
         if !shell.is_blocking(listener) && wait_state.last_wait.get().elapsed() >= CHECK_INTERVAL {
             worker.wait(listener, Some(Duration::ZERO))?;
         }

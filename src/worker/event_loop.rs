@@ -328,8 +328,8 @@ impl Worker {
     }
 
     fn listener_ready(&self, listener: ListenerId) {
-        // Check the watch, because an earlier callback may have ended it after the poller reported
-        // the listener.
+        // Check the watch, because a callback of this iteration may have ended it after the poller
+        // reported the listener.
         let socket = self.inner.shell.socket(listener);
         if socket.is_some_and(|socket| !socket.is_watched()) {
             return;

@@ -165,8 +165,8 @@ impl WorkerShell {
         }
     }
 
-    /// Watches a socket if it has a callback and is not paused at the connection limit, and stops
-    /// watching it otherwise.
+    /// Watches a socket if it has a callback and is not paused for a limit of connections or
+    /// descriptors. Stops watching it otherwise.
     pub(crate) fn update_watch(&self, listener: ListenerId) {
         let core = self.core.borrow();
         let is_wanted = core.has_callback(listener) && !core.is_paused(listener);
