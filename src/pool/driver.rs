@@ -1,5 +1,5 @@
-//! The driver of the core. The driver passes inputs to the core, carries out the core's actions and
-//! delivers events.
+//! Drives the core: passes inputs to the core, carries out the core's actions and delivers the
+//! pool's events.
 
 use std::time::Duration;
 
@@ -206,8 +206,8 @@ impl Pool {
             None => master.settings().get_detached(),
         };
         let forked = match settings {
-            // Reject a detached process, because the master emits no `exit` event for it, and a
-            // stop would wait forever.
+            // Reject a detached process, because the master emits no `exit` event for it. A
+            // pool that is stopping would wait forever for the exit.
             _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
             Some(settings) => master
                 .fork_as(SpawnOptions::new(settings).envs(env))

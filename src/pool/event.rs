@@ -24,8 +24,9 @@ pub enum PoolEvent {
         /// The worker's id.
         worker: WorkerId,
     },
-    /// A worker exited although the pool had not disconnected it, was killed because it missed a
-    /// deadline, or could not be forked.
+    /// A worker exited although the pool had not disconnected it, was killed because it missed its
+    /// start-up or heartbeat deadline, or could not be forked. If the worker was to replace another
+    /// worker, the pool emits `ReloadFailed` or `RecyclingFailed` instead.
     WorkerFailed(WorkerFailure),
     /// A worker that the pool had disconnected has exited.
     #[non_exhaustive]

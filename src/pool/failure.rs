@@ -7,13 +7,13 @@ use std::time::Duration;
 use cluster::WorkerId;
 
 /// The failure of a worker. The worker exited although the pool had not disconnected it, was killed
-/// because it missed a deadline, or could not be forked.
+/// because it missed its start-up or heartbeat deadline, or could not be forked.
 ///
 /// Node has no counterpart.
 ///
-/// [`PoolEvent::WorkerFailed`](super::PoolEvent::WorkerFailed) and
-/// [`SlotStatus::last_failure`](super::SlotStatus::last_failure) contain a failure. The `Display`
-/// output is one line for a log.
+/// Events such as [`PoolEvent::WorkerFailed`](super::PoolEvent::WorkerFailed), and
+/// [`SlotStatus::last_failure`](super::SlotStatus::last_failure), contain a `WorkerFailure`. The
+/// `Display` output is one line for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WorkerFailure {
@@ -31,9 +31,10 @@ pub struct WorkerFailure {
     pub error: Option<String>,
     /// The exit status of the worker's process, or `None` if the fork failed.
     pub status: Option<ExitStatus>,
-    /// The time from the worker's fork to its exit.
+    /// The time from the worker's fork to its exit, or zero if the fork failed.
     pub age: Duration,
-    /// The resources that the process used, or `None` if the system did not report them.
+    /// The resources that the process used, or `None` if the fork failed or the system did not
+    /// report them.
     pub usage: Option<cluster::Usage>,
 }
 
@@ -71,7 +72,7 @@ pub enum FailureAction {
     /// The pool forks a new worker for the slot after this time, and counts the slot's failures
     /// from 0 again.
     RetryAfter(Duration),
-    /// The pool stops, like after [`Pool::stop`](super::Pool::stop).
+    /// The pool stops, as if the application had called [`Pool::stop`](super::Pool::stop).
     StopPool,
 }
 

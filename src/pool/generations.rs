@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 /// The settings `S` of the generations in use, and of the next generation.
 ///
-/// The value `None` stands for the master's settings at the time of the fork.
+/// In `in_use`, the value `None` stands for the master's settings at the time of the fork.
 #[derive(Debug)]
 pub(super) struct Generations<S> {
     in_use: BTreeMap<u64, Option<S>>,
+    /// The settings of the next generation, or `None` if the application has passed none.
     next: Option<S>,
 }
 

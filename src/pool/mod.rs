@@ -71,7 +71,7 @@ use upgrade::{OldMaster, OwnProgram};
 
 /// The environment variable that contains the number of a worker's slot. The numbers begin at 0.
 ///
-/// Node: `NODE_APP_INSTANCE` of process managers.
+/// Node: `NODE_APP_INSTANCE`, which the process manager PM2 sets.
 ///
 /// A replacement has the same slot number as the worker that it replaces.
 ///
@@ -84,7 +84,7 @@ pub const SLOT: &str = "CLUSTER_SLOT";
 /// The message with which a worker reports that it is ready, for [`Readiness::Message`]. Like any
 /// other message, `READY` is also delivered to the application.
 ///
-/// Node: `process.send('ready')` of process managers.
+/// Node: `process.send('ready')` under the process manager PM2.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -99,8 +99,9 @@ pub const READY: &[u8] = b"\0cluster:ready";
 ///
 /// Node has no counterpart.
 ///
-/// A worker with blocking code sends heartbeats while it waits for a connection, but not while it
-/// serves one. The heartbeat timeout then limits the duration of a request.
+/// If a timer sends the heartbeats, as in the example, a worker with blocking code sends them while
+/// it waits for a connection, but not while it serves a connection. The heartbeat timeout then
+/// limits the duration of a request.
 ///
 /// ```no_run
 /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -135,8 +136,9 @@ type FailureLimitCallback = dyn FnMut(&Pool, &Master, &WorkerFailure) -> Failure
 struct Inner {
     core: RefCell<Core>,
     created_at: Instant,
-    /// The timer for the core's next deadline or for pending notifications. Without either, the
-    /// timer only keeps the loop running while the pool has no worker.
+    /// The timer for the core's next deadline or for pending notifications. If there is neither a
+    /// deadline nor a notification, the timer only keeps the loop running while the pool has no
+    /// worker.
     timer: Cell<Option<TimerId>>,
     /// The pending notifications, which the loop delivers in its next iteration.
     notifications: RefCell<VecDeque<Notification>>,

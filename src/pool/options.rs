@@ -198,9 +198,9 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_back_off_reset: Duration;
 
-    /// Sets the maximum random increase of times and limits, in percent, so that the pool does not
-    /// replace all workers that started together at the same time. The increase applies to the
-    /// pause before a replacement, [`max_age`](Self::max_age) and
+    /// Sets the maximum random increase of times and limits, in percent. Without the increase,
+    /// workers that were forked together would also be replaced together. The increase applies to
+    /// the pause before a replacement, [`max_age`](Self::max_age) and
     /// [`max_connections`](Self::max_connections). Values above 100 are treated as 100. The default
     /// is 10. See [`PoolOptions`] for an example.
     jitter,
@@ -341,8 +341,7 @@ impl PoolOptions {
 
 impl Readiness {
     /// Returns the time at which a worker that was forked at time `forked` becomes ready. Returns
-    /// `None` if readiness
-    /// does not depend on time.
+    /// `None` if readiness does not depend on time.
     pub(super) fn ready_at(self, forked: Duration) -> Option<Duration> {
         match self {
             Self::Alive(time) => Some(forked.saturating_add(time)),

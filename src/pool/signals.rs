@@ -115,10 +115,10 @@ impl Pool {
     }
 }
 
-/// Makes a worker ignore the signals that control a pool.
+/// Makes a worker ignore the signals of [`Pool::on_default_signals`].
 ///
 /// A terminal sends some of these signals to all processes of the foreground group. Only the master
-/// must act on the signals, because it disconnects the workers itself.
+/// may act on these signals, because the master itself disconnects the workers.
 ///
 /// Node has no counterpart.
 ///

@@ -13,8 +13,8 @@ impl Pool {
     ///
     /// The pool reports that the service is ready when it has a
     /// [quorum](super::PoolOptions::quorum). Reloads, the pool's stop and a status line are also
-    /// reported. If systemd's watchdog is enabled, the pool feeds it four times per timeout while
-    /// it has a quorum.
+    /// reported. If systemd's watchdog is enabled, the pool feeds the watchdog four times per
+    /// timeout while the pool has a quorum.
     ///
     /// After an [upgrade](Self::upgrade), the new master reports that it is now the main process.
     /// Set `NotifyAccess=all` in the unit file, because systemd otherwise ignores this report.

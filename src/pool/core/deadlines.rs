@@ -58,8 +58,8 @@ impl Core {
             let worker = self.workers.get(successor);
             worker.is_some_and(Worker::has_failed)
         });
-        // If a successor was killed because it missed a deadline, ignore the rollout's deadline,
-        // because the successor's exit ends the rollout.
+        // After a successor was killed because it missed a deadline, the rollout has no deadline. It
+        // ends when the killed successor exits.
         rollout.observed_until().filter(|_| !has_failed)
     }
 
@@ -92,8 +92,8 @@ impl Core {
     /// quarter of the timeout in question.
     ///
     /// If the master was stopped or the machine was asleep, the master has not yet read the
-    /// messages that its workers sent in the meantime. A deadline that has passed is then no
-    /// evidence of a stalled worker.
+    /// messages that its workers sent in the meantime. A missed deadline is then no evidence that a
+    /// worker hangs.
     fn forgive_absence(&mut self, now: Time) {
         let late = self
             .next_tick

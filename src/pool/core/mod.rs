@@ -85,7 +85,8 @@ pub(super) struct Core {
     options: PoolOptions,
     slots: Vec<Slot>,
     workers: BTreeMap<WorkerId, Worker>,
-    /// The generation of the last complete reload, or 0. New slots belong to this generation.
+    /// The generation of the last complete reload, or 0 before the first one. New slots belong to
+    /// this generation.
     generation: u64,
     last_generation: u64,
     reload_requested: bool,
@@ -100,7 +101,8 @@ pub(super) struct Core {
     failures: u64,
     /// The time of the next measurement of connections and memory.
     next_check: Option<Time>,
-    /// The most recent result of `next_deadline`, from which `tick` computes how late it is.
+    /// The most recent result of `next_deadline`, from which `tick` computes how late the call of
+    /// `tick` is.
     next_tick: Option<Time>,
     random: u64,
     actions: VecDeque<Action>,

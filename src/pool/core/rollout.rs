@@ -162,8 +162,8 @@ impl Core {
 
 // Transitions of the rollout.
 impl Core {
-    /// Returns whether the rollout is forking a successor of this generation for the slot. The slot
-    /// may already have a worker during that fork.
+    /// Returns whether the rollout is forking a successor for the slot. In a reload, the successor
+    /// must also be of this generation.
     pub(super) fn is_awaited(&self, slot: usize, generation: u64) -> bool {
         self.rollout.as_ref().is_some_and(|rollout| {
             let is_of_rollout = match rollout.kind {

@@ -48,7 +48,7 @@ pub(in super::super) struct Slot {
 /// | any except `GivenUp` | the pool stops | `Vacant` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Occupancy {
-    /// The driver is forking a worker for the slot, or the pool has stopped.
+    /// The driver is forking a worker for the slot, or the pool is stopping or has stopped.
     Vacant,
     /// The pool waits until this time before it forks a worker.
     Waiting {
@@ -245,8 +245,8 @@ impl Core {
             Some(slot) if slot.needs(generation) => {
                 slot.occupancy = Occupancy::Occupied { worker: id };
             }
-            // During the fork, the slot was removed or filled, or the rollout was cancelled. So the
-            // worker is not needed.
+            // The worker is not needed, because the slot was removed or filled, or the rollout was
+            // cancelled, during the fork.
             _ => self.disconnect(id, now),
         }
     }
@@ -277,7 +277,8 @@ impl Core {
         self.settle(now);
     }
 
-    /// Removes a worker whose process has exited and replaces the worker if the exit is a failure.
+    /// Removes a worker whose process has exited. If the exit is a failure, also handles the failure
+    /// of the worker's slot or rollout.
     pub(in super::super) fn exited(
         &mut self,
         id: WorkerId,

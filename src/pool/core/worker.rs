@@ -29,7 +29,7 @@ pub(in super::super) struct Worker {
 /// | | forked while the pool drains | `Disconnecting` |
 /// | | forked after the pool was stopped at once | `Killed` |
 /// | `Starting` | ready | `Ready` |
-/// | `Starting` | the startup timeout has passed | `Failed` |
+/// | `Starting` | the start-up timeout has passed | `Failed` |
 /// | `Ready` | the heartbeat timeout has passed | `Failed` |
 /// | `Starting`, `Ready` | disconnected | `Disconnecting` |
 /// | `Failed` | disconnected | `Killed` |

@@ -36,7 +36,8 @@ pub struct Status {
     pub is_stopping: bool,
     /// The time since the pool was created.
     pub age: Duration,
-    /// The number of worker failures since the pool was created, including failed forks.
+    /// The number of worker failures since the pool was created, including failed forks. If a
+    /// worker that was to replace another worker fails, the failure is not counted.
     pub failures: u64,
     /// The slots' states, in the order of the slot numbers.
     pub slots: Vec<SlotStatus>,
@@ -59,14 +60,16 @@ pub struct SlotStatus {
     /// The new worker that will replace the current worker, or `None` if no replacement has been
     /// forked.
     pub successor: Option<WorkerStatus>,
-    /// The number of workers that were forked to replace failed workers.
+    /// The number of times that the pool has forked, or tried to fork, a worker for the slot after
+    /// a failure.
     pub restarts: u64,
     /// The time until a worker is forked for the slot, or `None` if the slot is not waiting for a
     /// new worker.
     pub restart_in: Option<Duration>,
     /// Whether the slot stays empty because it has reached its failure limit.
     pub is_given_up: bool,
-    /// The most recent failure of the slot's workers, or `None` if none has failed.
+    /// The most recent failure of the slot's current worker or its predecessors, or `None` if none
+    /// has failed.
     pub last_failure: Option<WorkerFailure>,
 }
 

@@ -445,7 +445,8 @@ fn failed_reload_leaves_the_old_workers() {
         assert!(world.disconnected.is_empty());
         assert_eq!(world.core.generation, 0);
         assert_eq!(world.core.next_deadline(), None);
-        // After the failed reload, a worker that exits is replaced by one of the old generation.
+        // After the failed reload, a worker that exits must be replaced by a worker of the old
+        // generation.
         world.exit(1);
         assert_eq!(world.forks.last(), Some(&(world.now, 0, 0)));
     }
@@ -609,8 +610,8 @@ fn silent_worker_is_killed_at_the_heartbeat_timeout() {
             .iter()
             .any(|event| matches!(event, PoolEvent::WorkerFailed(failure) if failure.cause == FailureCause::HeartbeatTimeout))
     );
-    // Simulate a master that was stopped for an hour, so that it could not read heartbeats. It must
-    // not kill the workers before they had another timeout to send a heartbeat.
+    // Simulate a master that was stopped for an hour and could not read heartbeats in that time. The
+    // master must give each worker another full timeout before it kills the worker.
     world.core.next_deadline();
     world.now += 3600 * SECOND;
     world.input(Core::tick);
@@ -780,7 +781,7 @@ fn killed_successor_replaces_no_worker() {
     world.advance(500 * MS);
     world.input(|core, now| core.heartbeat_received(id(1), now));
     // The successor's minimum ready time and heartbeat timeout expire at the same time. The
-    // successor must be killed before it replaces the old worker.
+    // successor must be killed, and must not replace the old worker.
     world.advance(500 * MS);
     assert_eq!(world.killed, [2]);
     assert_eq!(world.disconnected, []);

@@ -164,9 +164,9 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// After each step, every worker has a slot or is disconnecting. The number of workers that are
-    /// not disconnecting is bounded. After all steps, all slots are filled, unless the pool was
-    /// stopped.
+    /// Checks that each worker has a slot or is disconnecting after each step, and that the number
+    /// of workers that are not disconnecting is bounded. Also checks that all slots are filled in
+    /// the end, unless the pool was stopped.
     #[test]
     fn any_schedule_ends_with_all_slots_filled(
         steps in prop::collection::vec(step(), 0..60),
@@ -207,8 +207,8 @@ proptest! {
         prop_assert_eq!(world.core.next_deadline(), None);
     }
 
-    /// Each worker is forked with the settings with which its generation began, even if later
-    /// generations have failed. The settings of old generations do not accumulate.
+    /// Checks that each worker is forked with the settings with which its generation began, even if
+    /// later generations have failed, and that the settings of old generations do not accumulate.
     #[test]
     fn every_generation_keeps_its_settings(
         steps in prop::collection::vec(step_of_generations(), 0..80),
@@ -224,8 +224,9 @@ proptest! {
         }
     }
 
-    /// In any state of the pool, `stop` kills the remaining processes at the deadline, and
-    /// `stop_at_once` kills them immediately. The pool ends when the killed processes have exited.
+    /// Checks that, in any state of the pool, `stop` kills the remaining processes at the deadline,
+    /// and `stop_at_once` kills them immediately. Also checks that the pool ends when the killed
+    /// processes have exited.
     #[test]
     fn stop_ends_by_its_deadline(
         before in prop::collection::vec(step_before_a_stop(), 0..40),
