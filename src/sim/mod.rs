@@ -4,8 +4,8 @@
 //! guarantees after each step. `schedule` drives the kernel with random schedules, and shrinks a
 //! schedule that fails. `fuzz` drives the kernel with a fuzzer's input.
 //!
-//! The folder is compiled only for tests and for the fuzzer. It must not contain any decision of
-//! the crate, because the library would then lack the decision.
+//! The folder is compiled only for tests and for the fuzzer, so it must not contain any logic that
+//! the library needs.
 
 pub mod fuzz;
 // The fuzzer uses only a part of `kernel`, so a build without tests contains dead code.

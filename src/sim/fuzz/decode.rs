@@ -5,7 +5,8 @@ use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS};
 use crate::wire::channel::inbox::{Arrival, Inbox};
 use crate::wire::frame::{BATCH_OFFSET, Frame, HEADER, Header, ToMaster, ToWorker};
 
-/// Decodes the input in both directions. Checks that decoded frames encode to the same bytes.
+/// Decodes the input both as frames to the master and as frames to a worker. Checks that decoded
+/// frames encode to the same bytes.
 ///
 /// Also checks that an inbox returns the same frames if the bytes arrive in several pieces.
 pub fn frame(data: &[u8]) {

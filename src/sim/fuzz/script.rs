@@ -1,5 +1,5 @@
 //! Implements the `master_input` target. An input is a script for the master, a hostile worker and
-//! a well-behaved worker.
+//! a well-behaved worker (`honest` in the code).
 //!
 //! The hostile worker is raw: it runs no code of this crate, and the script writes its bytes into
 //! the master's inbox for the worker. The well-behaved worker runs this crate, and its application
@@ -267,8 +267,8 @@ impl Script {
                 received: input.long(),
                 open: input.number(),
             },
-            // Add to the true number, because the master accepts a sum up to the number of
-            // dispatched connections. It rejects most arbitrary numbers.
+            // Add the input's number to the true number, because the master accepts any sum up to
+            // the number of dispatched connections. The master rejects most arbitrary numbers.
             4 => ToMaster::Idle {
                 handle,
                 received: received.saturating_add(input.long()),

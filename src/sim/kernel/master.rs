@@ -128,7 +128,7 @@ impl World {
             }
             Action::Unbind { handle } => self.unbind(handle),
             // Do nothing. No simulated worker shuts a listener down, so there is no hang-up to
-            // watch, and none blocks in a system call, so there is none to unblock.
+            // watch. No simulated worker blocks in a system call, so there is no call to unblock.
             Action::WatchHangUp { .. } | Action::Unblock { .. } => {}
             Action::BindShard { .. } | Action::SelectShards { .. } => {
                 unreachable!("no policy of this kernel has shards")
@@ -408,8 +408,8 @@ impl World {
         assert!(is_within || !is_trusted, "dispatched too far ahead");
     }
 
-    /// Takes at most `at_most` connections back from a queue. Returns the connections, and whether
-    /// the queue was found empty. If `failing` contains `Reclaim`, the second value is `None`.
+    /// Reclaims at most `at_most` connections from a queue. Returns the connections, and whether the
+    /// queue was found empty. If `failing` contains `Reclaim`, the second value is `None`.
     /// Returns `None` if the queue does not exist.
     fn take_back(
         &mut self,

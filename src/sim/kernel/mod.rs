@@ -50,7 +50,7 @@ const KNOWN: &str = "a known worker";
 pub(crate) enum Failure {
     Accept,
     Bind,
-    /// Copying a listener for a worker.
+    /// Copying a listener, or one end of a queue, for a worker.
     Share,
     /// Sending a descriptor.
     Send,
@@ -140,7 +140,7 @@ pub(crate) struct World {
     awaited: bool,
     /// The number of times that a `disconnect_all` has finished.
     pub(crate) disconnected: u32,
-    /// The time by which all current workers must have exited.
+    /// The time by which all workers must have exited, after `disconnect_all_within`.
     stop_by: Option<Time>,
     /// A buffer that `ready` reuses.
     facts: Vec<Fact>,
@@ -235,8 +235,7 @@ impl World {
 
     pub(crate) fn fork(&mut self) -> WorkerId {
         let worker = self.add_worker(None);
-        // Collect the worker's first action. It sends the frame which reports that the worker is
-        // online.
+        // Collect the worker's first action, which is to send an `Online` frame.
         self.gather_from_worker(worker);
         worker
     }
@@ -329,8 +328,8 @@ impl World {
         true
     }
 
-    /// Writes one frame to the first worker that has unwritten frames. Returns whether there was
-    /// such a worker.
+    /// Tries to write one frame to the first worker in `unflushed`. Returns whether there was such a
+    /// worker.
     pub(crate) fn flush_next(&mut self) -> bool {
         let Some(worker) = self.unflushed.pop_first() else {
             return false;
@@ -419,8 +418,8 @@ impl World {
     pub(crate) fn tick(&mut self) {
         self.ticked = self.now;
         if self.stop_by.is_some_and(|by| by <= self.now) {
-            // Assign the deadline only to the current workers, because `disconnect_all_within` does
-            // not affect workers that are forked later.
+            // Move the deadline to the workers that exist now. The deadline does not apply to
+            // workers that are forked after it has passed.
             let by = self.stop_by.take();
             for process in self.processes.values_mut() {
                 process.deadline = earlier(process.deadline, by);

@@ -142,8 +142,8 @@ pub(crate) enum ProcessState {
     Reaped(ExitStatus),
 }
 
-/// Counters for one worker. `frames` and `answers` bound the master's answers. With the other
-/// counters, a test checks that its scripts reach enough cases.
+/// Counters for one worker. `check` compares `answers` with `frames`, because each frame may cause
+/// only a few answers. With the other counters, a test checks that its scripts reach enough cases.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) dispatched: usize,
@@ -183,7 +183,7 @@ pub(crate) struct Process {
     /// The master's listeners of which the worker has a copy or a queue, by the listeners' ids in
     /// the worker.
     pub(crate) shared: BTreeMap<ListenerId, HandleId>,
-    /// The worker's private listeners.
+    /// The listeners that the worker has opened itself and shares with no other process.
     pub(crate) private: BTreeMap<ListenerId, Port>,
     /// The listeners that the worker's poller watches for a callback.
     pub(crate) watched: BTreeSet<ListenerId>,
@@ -208,11 +208,11 @@ pub(crate) struct Process {
     pub(crate) master_end: bool,
     /// Whether the descriptor of the worker's end is open.
     pub(crate) worker_end: bool,
-    /// The time by which the process must have exited.
+    /// The time by which the process must have exited, or `None` if it may run forever.
     pub(crate) deadline: Option<Time>,
     /// The time before which the master writes nothing to the worker.
     pub(crate) master_backoff: Time,
-    /// The time before which the worker does not receive from its queues.
+    /// The time at which the worker's back-off ends, or `None` if the worker does not back off.
     pub(crate) worker_backoff: Option<Time>,
     /// The numbers of the last messages sent to the master and to the worker.
     pub(crate) sent: [u32; 2],

@@ -52,7 +52,8 @@ pub(crate) struct Fate {
 pub(crate) enum PortState {
     /// Clients can connect.
     Open,
-    /// No new connections arrive, because of a SYN filter or because the socket's file is gone.
+    /// No new connections arrive, because the socket has a SYN filter, its file is gone or it was
+    /// shut down.
     Filtered,
     /// The master has closed its descriptor. A shared listener stays open while a worker has a
     /// copy.

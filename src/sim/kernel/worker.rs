@@ -379,8 +379,8 @@ impl World {
                 process.accepting = Some(listener);
                 self.try_blocking_accept(worker);
             }
-            // Skip a pending listener, because the application has no handle of the listener before
-            // the master has replied.
+            // Skip a pending listener, because the application gets its `Listener` only after the
+            // master has replied.
             (WorkerCall::UseCallback, Some(listener))
                 if process.core.listen_status(listener) != ListenStatus::Pending =>
             {

@@ -119,7 +119,7 @@ fn number(variable: &str) -> Option<u64> {
     Some(value.parse().expect("a number"))
 }
 
-/// Runs the schedules of all seeds. Returns the sums of their ended connections. If a schedule
+/// Runs the schedules of all `seeds`. Returns the sums of their ledgers' outcomes. If a schedule
 /// fails, prints the shrunk schedule and panics.
 #[allow(clippy::print_stdout)]
 fn run(seeds: std::ops::Range<u64>) -> Ledger {

@@ -268,8 +268,8 @@ fn each(worker: Option<WorkerId>, act: impl FnMut(WorkerId)) {
 }
 
 impl World {
-    /// Makes a worker take an action without the knowledge of its library. By chance, it may be an
-    /// action that the library itself could take.
+    /// Makes a worker take an action without the knowledge of its library. By chance, the forged
+    /// action may be one that the library could take itself.
     fn forge_frame(&mut self, worker: WorkerId, forgery: Forgery, n: u8) {
         let number = u64::from(n / 8);
         let handle = HandleId(self.last_port.saturating_sub(u32::from(n % 8) % 4));

@@ -28,8 +28,8 @@ fn serve(world: &mut World, worker: WorkerId, n: u8) {
     let process = &world.processes[&worker];
     let has_callback = |listener| process.core.has_callback(listener);
     let (call, n) = match process.listeners.first().copied() {
-        // Listen on any port. The connection limit is 0, 1, 2 or none, depending on `n`. If a
-        // disconnecting worker respected the limit 0, it would leave clients unserved.
+        // Listen on any port. The connection limit is 0, 1, 2 or none, depending on `n`. The limit 0
+        // tests that a disconnecting worker ignores its limit: otherwise, no client would be served.
         None => (WorkerCall::Listen, n % 4 * 5),
         Some(_) if !process.held.is_empty() => (WorkerCall::CloseConnection, n),
         Some(listener) if process.core.has_ended(listener) => {
