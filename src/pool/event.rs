@@ -25,8 +25,8 @@ pub enum PoolEvent {
         worker: WorkerId,
     },
     /// A worker exited although the pool had not disconnected it, was killed because it missed its
-    /// start-up or heartbeat deadline, or could not be forked. If the worker was to replace another
-    /// worker, the pool emits `ReloadFailed` or `RecyclingFailed` instead.
+    /// start-up or heartbeat deadline, or could not be forked. If the worker had not yet taken its
+    /// predecessor's place in the slot, `ReloadFailed` or `RecyclingFailed` is emitted instead.
     WorkerFailed(WorkerFailure),
     /// A worker that the pool had disconnected has exited.
     #[non_exhaustive]

@@ -2,10 +2,10 @@
 //! master.
 //!
 //! The old master starts the new master and passes copies of its listeners and one end of a channel
-//! by the protocol with which systemd passes sockets. Both masters then accept connections from the same sockets. When the new
-//! master has had a quorum for `min_ready_time`, it writes a byte to the channel, and the old
-//! master's pool stops. If the new master exits early or misses the deadline, the upgrade fails and
-//! the old master continues.
+//! by the protocol with which systemd passes sockets. Both masters then accept connections from the
+//! same sockets. When the new master has had a quorum for `min_ready_time`, it writes a byte to the
+//! channel, and the old master's pool stops. If the new master exits early or misses the deadline,
+//! the upgrade fails and the old master continues.
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};

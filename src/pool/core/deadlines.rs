@@ -58,8 +58,8 @@ impl Core {
             let worker = self.workers.get(successor);
             worker.is_some_and(Worker::has_failed)
         });
-        // After a successor was killed because it missed a deadline, the rollout has no deadline. It
-        // ends when the killed successor exits.
+        // If a successor was killed because it missed a deadline, the rollout needs no deadline,
+        // because it ends when the killed successor exits.
         rollout.observed_until().filter(|_| !has_failed)
     }
 

@@ -277,8 +277,8 @@ impl Core {
         self.settle(now);
     }
 
-    /// Removes a worker whose process has exited. If the exit is a failure, also handles the failure
-    /// of the worker's slot or rollout.
+    /// Removes a worker whose process has exited. If the exit is a failure, also handles the
+    /// failure of the worker's slot or rollout.
     pub(in super::super) fn exited(
         &mut self,
         id: WorkerId,

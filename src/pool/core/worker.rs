@@ -60,8 +60,8 @@ pub(super) enum WorkerState {
         /// The time at which the worker is killed if it has not exited.
         exit_by: Time,
     },
-    /// The worker was killed while it was disconnecting, or because the pool was stopped at once.
-    /// Its exit is not a failure.
+    /// The worker was killed and its exit is not a failure, because the worker was also
+    /// disconnected or the pool was stopped at once.
     Killed,
 }
 

@@ -36,8 +36,8 @@ pub struct Status {
     pub is_stopping: bool,
     /// The time since the pool was created.
     pub age: Duration,
-    /// The number of worker failures since the pool was created, including failed forks. If a
-    /// worker that was to replace another worker fails, the failure is not counted.
+    /// The number of worker failures since the pool was created, including failed forks. Failures
+    /// of a [`successor`](SlotStatus::successor) are not counted.
     pub failures: u64,
     /// The slots' states, in the order of the slot numbers.
     pub slots: Vec<SlotStatus>,

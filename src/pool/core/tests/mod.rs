@@ -610,8 +610,8 @@ fn silent_worker_is_killed_at_the_heartbeat_timeout() {
             .iter()
             .any(|event| matches!(event, PoolEvent::WorkerFailed(failure) if failure.cause == FailureCause::HeartbeatTimeout))
     );
-    // Simulate a master that was stopped for an hour and could not read heartbeats in that time. The
-    // master must give each worker another full timeout before it kills the worker.
+    // Simulate a master that was stopped for an hour and could not read heartbeats in that time.
+    // The master must give each worker another full timeout before it kills the worker.
     world.core.next_deadline();
     world.now += 3600 * SECOND;
     world.input(Core::tick);
