@@ -62,8 +62,8 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Returns `count` open descriptors. The caller uses them as descriptors that have arrived with
-/// bytes from a worker.
+/// Returns `count` open descriptors. The caller passes them to an inbox as if they had arrived
+/// through a channel.
 fn descriptors(count: usize) -> Vec<NoLingerFd> {
     thread_local! {
         static NULL: File = File::open("/dev/null").expect("/dev/null");

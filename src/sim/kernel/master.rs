@@ -408,8 +408,8 @@ impl World {
         assert!(is_within || !is_trusted, "dispatched too far ahead");
     }
 
-    /// Reclaims at most `at_most` connections from a queue. Returns the connections, and whether the
-    /// queue was found empty. If `failing` contains `Reclaim`, the second value is `None`.
+    /// Reclaims at most `at_most` connections from a queue. Returns the connections, and whether
+    /// the queue was found empty. If `failing` contains `Reclaim`, the second value is `None`.
     /// Returns `None` if the queue does not exist.
     fn take_back(
         &mut self,
@@ -504,7 +504,8 @@ impl World {
 // Calls by the master's application.
 impl World {
     /// Calls the master on behalf of its application. `process` is the worker or detached process
-    /// that the call concerns, if any.
+    /// that the call concerns, if any. `n` selects the endpoint, the listener or the time limit of
+    /// the call.
     pub(crate) fn call(&mut self, call: Call, process: Option<WorkerId>, n: u8) {
         self.master.set_time(self.now);
         let within = Time::from_millis(u64::from(n) * 4);

@@ -300,7 +300,8 @@ impl World {
     // The master's event loop.
 
     /// Makes the master carry out an action, write a frame, deliver an event, or handle an input.
-    /// Returns the event if the master delivers one.
+    /// Returns the event if the master delivers one. `n` chooses between an event and an input, and
+    /// among the inputs.
     pub(crate) fn master_step(&mut self, n: u8) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         if self.carry_out_next() || self.flush_next() {
             return None;
@@ -328,8 +329,8 @@ impl World {
         true
     }
 
-    /// Tries to write one frame to the first worker in `unflushed`. Returns whether there was such a
-    /// worker.
+    /// Tries to write one frame to the first worker in `unflushed`. Returns whether there was such
+    /// a worker.
     pub(crate) fn flush_next(&mut self) -> bool {
         let Some(worker) = self.unflushed.pop_first() else {
             return false;

@@ -45,8 +45,9 @@ pub(crate) enum WorkerCall {
 
 // A worker's event loop.
 impl World {
-    /// Makes the worker carry out an action, write a frame, deliver an event, or read a frame. Does
-    /// nothing if the worker is not running.
+    /// Makes the worker carry out an action, write a frame, deliver an event, or read a frame. `n`
+    /// may make the worker read although an event or a frame to write is pending. Does nothing if
+    /// the worker is not running.
     pub(crate) fn worker_step(&mut self, worker: WorkerId, n: u8) {
         let now = self.now;
         let process = self.process(worker);

@@ -28,8 +28,9 @@ fn serve(world: &mut World, worker: WorkerId, n: u8) {
     let process = &world.processes[&worker];
     let has_callback = |listener| process.core.has_callback(listener);
     let (call, n) = match process.listeners.first().copied() {
-        // Listen on any port. The connection limit is 0, 1, 2 or none, depending on `n`. The limit 0
-        // tests that a disconnecting worker ignores its limit: otherwise, no client would be served.
+        // Listen on any port. The connection limit is 0, 1, 2 or none, depending on `n`. The limit
+        // 0 tests that a disconnecting worker ignores its limit. If it did not, clients would stay
+        // unserved.
         None => (WorkerCall::Listen, n % 4 * 5),
         Some(_) if !process.held.is_empty() => (WorkerCall::CloseConnection, n),
         Some(listener) if process.core.has_ended(listener) => {
@@ -241,7 +242,7 @@ fn worker_that_receives_nothing_delays_no_client() {
         assert!(world.clients() - world.served <= 1, "round {round}");
     }
     // In each round, the hoarder now reports one more received connection, although it receives
-    // none. Its queue must not exceed its capacity.
+    // none. The number of connections in the hoarder's queue must not exceed the queue's capacity.
     for received in 0..1000 {
         world.connect(0);
         world.forge(hoarder, idle(received));
