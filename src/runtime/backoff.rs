@@ -1,11 +1,11 @@
-//! Schedules a new attempt after the system has run out of a resource. The module is pure, because
-//! the time is an argument.
+//! Schedules a new attempt after the system has run out of a resource. The module makes no system
+//! calls, because the time is an argument.
 
 use std::time::Duration;
 
 use crate::types::time::Time;
 
-/// The time between two attempts after a failure for lack of memory or descriptors.
+/// The time between a failure for lack of memory or descriptors and the next attempt.
 ///
 /// No event reports that the resource is available again. A longer time delays frames and
 /// connections that could continue. A shorter time costs CPU time while the system is short of
@@ -13,8 +13,8 @@ use crate::types::time::Time;
 /// benchmark chose the value.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
-/// The time of the next attempt, if one is scheduled. Further failures before that time schedule no
-/// additional attempt.
+/// The time of the next attempt, if one is scheduled. Further failures do not change this time. The
+/// default value has no scheduled attempt.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Backoff {
     deadline: Option<Time>,

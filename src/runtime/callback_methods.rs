@@ -1,9 +1,10 @@
 //! Defines the macro that generates the methods for adding callbacks.
 
-/// Defines two methods for each event. The first method adds a callback for every event, and the
-/// second adds a callback for the next event only.
+/// Defines two methods for each kind of event. The callback of the first method is called for every
+/// event of this kind, and the callback of the second method only for the next one.
 ///
-/// `$list` is the list of callbacks for the event in `$this`.
+/// `$list` is an expression for the list that holds the callbacks of this kind of event. In the
+/// expression, `$this` stands for `self`.
 macro_rules! callback_methods {
     ($(
         $(#[$doc:meta])*

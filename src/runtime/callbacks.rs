@@ -1,4 +1,4 @@
-//! Stores lists of closures that may change while the closures are called.
+//! Stores lists of closures. A list may change while its closures are called.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -99,7 +99,8 @@ impl<F: ?Sized> Callbacks<F> {
     /// Calls all closures in order. Closures that are added or removed in the meantime are not
     /// called.
     ///
-    /// Skips a closure that is already running, because that closure has caused this call.
+    /// Skips a closure that is already running, because an `FnMut` closure cannot be called by
+    /// itself.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
         let Some(last) = self.0.borrow().last().map(|entry| entry.id) else {
             return;

@@ -38,9 +38,9 @@ pub struct WatchId(u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LoopId {
-    /// A timer, which `set_timeout` or `set_interval` returned.
+    /// The id of a timer, as returned by `set_timeout` or `set_interval`.
     Timer(TimerId),
-    /// A watched descriptor, which `watch` returned.
+    /// The id of a watched descriptor, as returned by `watch`.
     Watch(WatchId),
 }
 
@@ -71,7 +71,7 @@ pub(crate) enum Token {
     Signals,
 }
 
-/// The highest number in a token, which is the highest worker id.
+/// The highest number that a token can have. The highest worker id sets this limit.
 const MAX_NUMBER: u32 = WorkerId::MAX;
 
 impl Token {
@@ -146,7 +146,7 @@ type OnSignal<R> = dyn FnMut(&R, Signal);
 
 struct SignalInterest<R> {
     callbacks: Callbacks<OnSignal<R>>,
-    /// The guard that restores the previous handler when it is dropped.
+    /// The guard whose `Drop` restores the previous handler.
     _installed: InstalledHandler,
 }
 
@@ -157,7 +157,7 @@ pub(crate) struct EventLoop<R> {
     watches: RefCell<BTreeMap<WatchId, WatchEntry<R>>>,
     /// The watches that a forked child has inherited from its parent. The watches are never
     /// dropped, because a drop would close descriptors or run the application's code. The watches
-    /// stay reachable, because LeakSanitizer would otherwise report them.
+    /// stay reachable, because LeakSanitizer would otherwise report them as leaks.
     abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, WatchEntry<R>>>>,
     last_watch: Cell<u32>,
     /// The number of referenced entries in `watches`.
@@ -233,13 +233,15 @@ impl<R> EventLoop<R> {
         Ok(Running(&self.running))
     }
 
-    /// Returns the time left until the first timer is due, or until `other` if `other` is earlier.
+    /// Returns the time left until the first timer is due or until `other`, whichever is earlier.
+    /// Returns `None` if there is neither.
     pub(crate) fn time_left(&self, other: Option<Time>) -> Option<Duration> {
         let first = self.deadline(other)?;
         Some(first.saturating_sub(self.now()))
     }
 
-    /// Returns the time at which the first timer is due, or `other` if `other` is earlier.
+    /// Returns the time at which the first timer is due or `other`, whichever is earlier. Returns
+    /// `None` if there is neither.
     pub(crate) fn deadline(&self, other: Option<Time>) -> Option<Time> {
         earlier(self.timers.borrow().deadline(), other)
     }
@@ -298,7 +300,8 @@ impl<R> EventLoop<R> {
     }
 
     /// Moves all watches to `abandoned` in a forked child that executes no other program. Returns
-    /// the watched descriptors, except standard input, output and error, which the child owns.
+    /// the numbers of the watched descriptors, so that the caller can close them. Omits 0, 1 and 2,
+    /// because the child still needs its standard input, output and error.
     pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
         let watches = self.watches.take();
         self.referenced_watches.set(0);
@@ -439,7 +442,8 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Makes signals wake the event loop. Returns a pipe that becomes readable after a signal.
+    /// Makes the event loop wait for the signal pipe. Returns the pipe, which becomes readable
+    /// after any signal that [`install`](Self::install) has been called for.
     pub(crate) fn open_signal_pipe(&self) -> io::Result<SignalPipe> {
         let mut pipe = self.signal_pipe.borrow_mut();
         if pipe.is_none() {
@@ -450,7 +454,8 @@ impl<R> EventLoop<R> {
         SignalPipe::new()
     }
 
-    /// Makes `signal` wake the event loop. After the signal, `take_signals` returns it.
+    /// Makes `signal` wake the event loop until the returned guard is dropped. Once the signal has
+    /// arrived, `take_signals` returns it.
     pub(crate) fn install(&self, signal: Signal) -> io::Result<InstalledHandler> {
         self.open_signal_pipe()?;
         signal::install(signal.number())

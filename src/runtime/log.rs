@@ -20,9 +20,9 @@ use crate::types::errno;
 
 /// The maximum number of bytes that wait to be written, including those of the incomplete line.
 ///
-/// The value is the capacity of a pipe on Linux (pipe(7)). With a smaller value, a short pause of
-/// the log's reader drops lines. With a larger value, more memory stays allocated if the reader
-/// never continues. No benchmark chose the value.
+/// The value is the capacity of a pipe on Linux (pipe(7)). With a smaller value, lines would be
+/// dropped even if the log's reader pauses only briefly. With a larger value, more memory would
+/// stay allocated if the reader never continues. No benchmark chose the value.
 const CAPACITY: usize = 64 << 10;
 
 /// Writes log lines to standard error, a file, a pipe or a socket without blocking the process.
@@ -39,13 +39,14 @@ const CAPACITY: usize = 64 << 10;
 ///   line as soon as the target is writable.
 /// - If a write fails, for instance because a pipe has no reader, the line also waits, and the next
 ///   line triggers another attempt.
-/// - At most 64 KiB wait. The writer drops further lines, and also any longer line. Once there is
-///   space again, the writer adds a notice in their place, such as `cluster: 3 log lines dropped`.
-/// - The writer returns no error and raises no signal. It changes no setting that the target's
-///   other processes share.
+/// - At most 64 KiB wait. The writer drops further lines, and any single line that is longer. Once
+///   half of the space is free again, the writer adds a notice in place of the dropped lines, such
+///   as `cluster: 3 log lines dropped`.
+/// - The writer returns no error and raises no signal. It changes no setting that the target shares
+///   with other processes.
 /// - A line is written when it is complete, or at [`flush`](Write::flush). When the last clone of
-///   the writer is dropped, the writer makes a last attempt to write the waiting lines, and then
-///   discards the rest.
+///   the writer is dropped, the writer makes a last attempt to write the waiting lines and the
+///   incomplete line. The rest is lost.
 ///
 /// In a pipe, lines of at most `PIPE_BUF` bytes (4096 on Linux) do not mix with lines of other
 /// processes.
@@ -59,7 +60,7 @@ const CAPACITY: usize = 64 << 10;
 ///
 /// The writer can block in the following cases, because it can only poll the target and then write:
 ///
-/// - The system is not Linux, or `/proc` is not mounted, and the target is a pipe or terminal.
+/// - The target is a pipe or terminal, and the system is not Linux or `/proc` is not mounted.
 /// - The pipe or terminal belongs to another user.
 /// - The terminal was opened as `/dev/tty` or `/dev/tty0`.
 ///
@@ -147,8 +148,8 @@ impl LogWriter {
     ///
     /// Node: `console.log`.
     ///
-    /// The method does the same as `writeln!(&log, …)`, but returns no result that the caller must
-    /// ignore.
+    /// The method does the same as `writeln!(&log, …)`, but returns no `Result` that the caller
+    /// would have to ignore.
     ///
     /// ```
     /// let log = cluster::LogWriter::stderr();
@@ -221,7 +222,7 @@ struct State {
 enum Awaited {
     /// No event. The application's next line triggers the next write.
     Nothing,
-    /// The target is full. The poller reports when it is writable.
+    /// The target is full. The poller reports when the target is writable.
     Writable(Registered<Rc<File>>),
     /// The poller has reported that the target is writable, but the target accepted nothing. The
     /// master calls `try_again` after a delay.
@@ -231,9 +232,9 @@ enum Awaited {
 /// The result of writing the waiting lines.
 enum Written {
     All,
-    /// The target is full. The value says whether it accepted some bytes before.
+    /// The target is full. The value says whether the target accepted some bytes before.
     Partly(bool),
-    /// A write failed with an error that no poller event ends.
+    /// A write failed for another reason, so the poller cannot report when an attempt may succeed.
     Failed,
 }
 
@@ -386,8 +387,8 @@ impl AttachedLogs {
 /// The lines that wait to be written, followed by the incomplete line.
 ///
 /// After a line has been dropped, all further lines are dropped until half of the capacity is free.
-/// A notice with the number of dropped lines is then added, so that it stands exactly where the
-/// lines are missing.
+/// A notice with the number of dropped lines is then added. Because no line was kept in between,
+/// the notice stands exactly where the lines are missing.
 #[derive(Debug, Default)]
 struct Lines {
     bytes: Vec<u8>,
@@ -399,7 +400,7 @@ struct Lines {
     dropped: u64,
 }
 
-/// The handling of the incomplete line.
+/// Whether the pieces of the incomplete line are kept.
 #[derive(Debug, Default, PartialEq, Eq)]
 enum Line {
     #[default]

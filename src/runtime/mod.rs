@@ -1,7 +1,8 @@
 //! Contains the event loop of both roles, with a poller, timers, signals, watched descriptors,
 //! lists of callbacks, and logs.
 //!
-//! The modules do not depend on workers, listeners or frames.
+//! The modules contain no logic for workers, listeners or frames. `event_loop::Token` only says
+//! which of them a ready descriptor belongs to.
 
 pub(crate) mod backoff;
 pub(crate) mod callback_methods;

@@ -1,12 +1,13 @@
-//! Stores timers and finds those that are due. The module is pure, because the time is an argument.
+//! Stores timers and finds those that are due. The module makes no system calls, because the time
+//! is an argument.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::types::time::Time;
 
-/// The shortest interval, which is also Node's. With an interval of zero, the event loop would call
-/// only this timer.
+/// The shortest interval, which is also Node's. A timer with an interval of zero would always be
+/// due again at once, so the event loop would call only this timer.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Identifies a timer, so that [`Master::clear_timer`](crate::Master::clear_timer) can remove it.
