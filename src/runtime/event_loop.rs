@@ -57,7 +57,8 @@ impl From<WatchId> for LoopId {
 }
 
 /// Identifies the owner of a ready descriptor. The poller carries a token as an integer key. If the
-/// descriptor's owner has been removed, its token matches no owner.
+/// owner has been removed since the poller reported the descriptor, the token matches no owner and
+/// has no effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
     Channel(u32),

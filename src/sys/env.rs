@@ -7,9 +7,10 @@ use std::os::unix::ffi::OsStrExt as _;
 
 /// Sets a variable in a child that has just been forked. The variable must satisfy [`is_valid`].
 pub(crate) fn set(name: &OsStr, value: &OsStr) {
-    // SAFETY: this process has one thread, because `fork` copies only the calling thread. The
-    // parent also had only one, if the system reports the number of threads (`has_other_threads`).
-    // So no other thread was changing the environment at the fork.
+    // SAFETY: this process has one thread, because `fork` copies only the calling thread. No other
+    // thread was changing the environment at the fork either: the master does not fork such a child
+    // if `has_other_threads` reports another thread. If the system does not report the number of
+    // threads, the application must ensure this.
     unsafe { std::env::set_var(name, value) };
 }
 

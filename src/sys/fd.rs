@@ -46,8 +46,8 @@ pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<Un
 /// # Errors
 ///
 /// Returns an error, and takes no descriptor, if one of them is not open or is marked as
-/// close-on-exec. This process must have opened a marked descriptor itself, because `execve` closes
-/// every marked descriptor.
+/// close-on-exec. A marked descriptor cannot have been passed, because `execve` would have closed
+/// it.
 pub(crate) fn adopt_passed(first: usize, count: usize) -> io::Result<Vec<OwnedFd>> {
     let numbers = first..first.saturating_add(count);
     let numbers = numbers.map(|number| RawFd::try_from(number).unwrap_or(RawFd::MAX));
@@ -151,9 +151,9 @@ pub(crate) fn limit() -> u64 {
 
 /// Returns whether a connection's peer can no longer send or receive, and has left nothing to read.
 ///
-/// Either both directions are shut down, or an error such as a reset is pending. The result is
-/// `false` for a client that has only stopped sending, because the client still waits for its
-/// answer.
+/// This is so if both directions are shut down, or if an error such as a reset is pending. The
+/// result is `false` for a client that has only stopped sending, because the client still waits for
+/// its answer.
 pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
         fd: fd.as_raw_fd(),
@@ -168,7 +168,7 @@ pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
 }
 
-/// A descriptor whose last copy can be closed here without waiting.
+/// A descriptor that its owner can close without waiting, even if no other copy is left.
 ///
 /// Closing the last copy of a socket with SO_LINGER waits for the peer, even if the socket is
 /// non-blocking. Other processes may already have closed their copies, so any copy may be the last.

@@ -27,8 +27,8 @@ fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
 
 fn bind(socket: &OwnedFd, address: &SocketAddr, flags: &BindFlags) -> io::Result<()> {
     if address.is_ipv6() {
-        // Set the option in both cases, because the system's default may differ from the
-        // application's choice.
+        // Set the option even if the flag is false, because the system's default may differ from
+        // the application's choice.
         let only = libc::c_int::from(flags.ipv6_only);
         option::set(socket.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &only)?;
     }

@@ -71,9 +71,9 @@ pub(crate) enum Unit {
 }
 
 /// The signals that a write can raise for this thread, each with the error with which the write
-/// then fails. The signals are blocked during the write. A background process that blocks SIGTTOU
-/// may write to a terminal with `tostop` (tty(4)). The write then succeeds without a signal, so
-/// SIGTTOU has no error number but 0.
+/// then fails. The signals are blocked during the write. SIGTTOU has 0 instead of an error number,
+/// because the write then does not fail: a background process that blocks SIGTTOU may write to a
+/// terminal even if `tostop` is set (termios(3)).
 const RAISED_BY_WRITE: [(libc::c_int, libc::c_int); 3] = [
     (libc::SIGPIPE, libc::EPIPE),
     (libc::SIGXFSZ, libc::EFBIG),

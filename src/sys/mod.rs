@@ -1,8 +1,8 @@
 //! All `libc` calls and all `unsafe` code of the crate.
 //!
 //! A function belongs here if it calls `libc`, or if it only prepares a call to `libc`. Functions
-//! return `io::Error`, to which the caller adds what it attempted. Decisions, frames and callbacks
-//! belong elsewhere.
+//! return a plain `io::Error`, and the caller adds the operation that failed. Decisions, frames and
+//! callbacks belong elsewhere.
 //!
 //! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a handle
 //!   after a fork)
@@ -10,10 +10,11 @@
 //! - processes: `process`, `threads`, `env`
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
 //! - waiting: `poll`
+//! - logs: `log` (writes to descriptors that other processes share)
 //! - systems: `linux` and `bsd`, which have the same items
 //!
-//! The target's system is also called `platform`. Differences between systems or architectures
-//! belong only in `linux` and `bsd`.
+//! The module of the system for which the crate is compiled is called `platform`. Differences
+//! between systems or architectures belong only in `linux` and `bsd`.
 
 pub(crate) mod bind;
 pub(crate) mod env;

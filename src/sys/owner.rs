@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::platform::zeroed_on_fork;
 
-/// An identifier of a process, which differs from those of all its ancestors and descendants.
+/// Identifies a process. Its ancestors and descendants all have different identifiers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner(usize);
 
 impl Owner {
-    /// Returns the calling process.
+    /// Returns the identifier of the calling process.
     pub(crate) fn current() -> Self {
         /// The highest number among this process and its ancestors.
         static LAST: AtomicUsize = AtomicUsize::new(0);

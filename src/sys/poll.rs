@@ -1,4 +1,5 @@
-//! A poller that waits for many descriptors and owns the registered ones.
+//! Waits for descriptors. A [`Poller`] waits for many descriptors, each of which is owned by a
+//! [`Registered`].
 //!
 //! The functions at the end of this file wait for a few descriptors without a poller.
 
@@ -63,8 +64,9 @@ impl Drop for Owned {
 /// A descriptor that is registered with the poller while an event is awaited. The registration is
 /// deleted before the descriptor can be closed.
 ///
-/// Even a registration without interest costs time in the processes that make the descriptor ready.
-/// If 1,000 workers registered one listener, each connection would notify 1,000 pollers.
+/// A descriptor is not registered while no event is awaited, because each registration costs time
+/// in the processes that make the descriptor ready. If 1,000 workers registered one listener, each
+/// connection would notify 1,000 pollers, even those without interest.
 #[derive(Debug)]
 pub(crate) struct Registered<S: AsFd> {
     poller: Poller,
@@ -206,9 +208,9 @@ impl Poller {
     fn insert(&self, source: &impl AsFd, key: usize, new: Awaited) -> io::Result<()> {
         self.check_own()?;
         let number = source.as_fd().as_raw_fd();
-        // SAFETY: the caller is, or creates, a `Registered`, which owns the source and lends it
-        // only as a shared reference. The `Drop` of `Registered` deletes the source from this
-        // poller before the source itself is dropped.
+        // SAFETY: the caller moves the source into a `Registered`, which exposes it only as a
+        // shared reference. The `Drop` of `Registered` deletes the source from this poller before
+        // the source itself is dropped.
         unsafe {
             self.0
                 .poller
@@ -216,7 +218,8 @@ impl Poller {
         }
     }
 
-    /// Waits until a descriptor is ready, or until the timeout has passed.
+    /// Waits until a descriptor is ready, or until the timeout has passed. A signal does not end
+    /// the wait.
     pub(crate) fn wait(&self, timeout: Option<Duration>, ready: &mut ReadyList) -> io::Result<()> {
         ready.count = 0;
         self.check_own()?;
@@ -331,8 +334,8 @@ pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     poll_fds([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
 
-/// Returns whether a listener has been shut down. For TCP, one direction suffices. A Unix socket
-/// must be shut down in both directions.
+/// Returns whether a listener has been shut down. A TCP listener need only be shut down in one
+/// direction, but a Unix listener in both.
 pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let [hung_up] = poll_fds([(fd, 0)], Some(Duration::ZERO))?;
     Ok(hung_up)

@@ -13,12 +13,13 @@ use super::fd::NoLingerFd;
 use super::platform::socket::{self as platform, QUEUE_TYPE, SOCK_CLOEXEC};
 use super::{check, filter, option, socket};
 
-/// The kernel's send buffer of a queue, in bytes of the kernel's own accounting.
+/// The size of a queue's send buffer, in bytes as the kernel counts them (`SO_SNDBUF` in
+/// socket(7)).
 ///
 /// With this value, an empty queue takes at least 16 and fewer than 200 connections on every
 /// supported system. A smaller buffer could reject connections that the dispatcher may send ahead
-/// of time. With a larger buffer, a worker that reports idle without receiving accumulates more
-/// descriptors.
+/// of time. With a larger buffer, more connections pile up in the queue of a worker that reports
+/// idle without receiving.
 const SEND_BUFFER: libc::c_int = 16 << 10;
 
 /// The length of a message in bytes. A message contains only the connection's sequence number.

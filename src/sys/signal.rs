@@ -4,8 +4,8 @@
 //! pipe before it reads the marks. If a signal arrives between these two steps, the reader may be
 //! woken once more without a pending signal, but the signal is never lost.
 //!
-//! The previously installed handler still runs, after ours. It is restored when the last
-//! `InstalledHandler` of the signal is dropped.
+//! The previously installed handler still runs, after ours. The previous handler is restored when
+//! the last `InstalledHandler` of the signal is dropped.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
@@ -177,7 +177,7 @@ impl AsFd for SignalPipe {
 }
 
 /// Gives a forked child that executes no program its own pipe, because the inherited pipe wakes the
-/// parent. Installs no handler.
+/// parent. Clears all pending signals, and installs no handler.
 pub(super) fn replace_pipe() -> io::Result<()> {
     for state in &SIGNALS {
         state.is_pending.store(false, Ordering::SeqCst);
@@ -242,8 +242,9 @@ fn is_function(action: &libc::sigaction) -> bool {
     action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN
 }
 
-/// Returns an action that runs `handler`. If the previous action is a function, which `handler`
-/// calls, the new action takes over its mask and its `SA_RESTART` and `SA_NODEFER` flags.
+/// Returns an action that runs `handler`. If the previous action is a function, `handler` calls
+/// this function, so the new action takes over the mask and the `SA_RESTART` and `SA_NODEFER`
+/// flags. Otherwise, the new action has `SA_RESTART`.
 pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> libc::sigaction {
     let mut action = empty_action();
     action.sa_sigaction = address(handler);
@@ -257,7 +258,8 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
     action
 }
 
-/// Makes the system write to the pipe when `signal` arrives.
+/// Installs the handler that marks `signal` as pending and writes to the pipe. Dropping the result
+/// restores the previous action.
 ///
 /// # Errors
 ///

@@ -26,7 +26,7 @@ pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) ->
     send_with_flags(socket, bytes, fds, SEND_FLAGS)
 }
 
-/// Writes like [`send`], but waits if the socket is blocking.
+/// Writes like [`send`], but waits if the socket is blocking, even without descriptors.
 pub(crate) fn send_blocking(
     socket: &UnixStream,
     bytes: &[u8],
@@ -152,7 +152,8 @@ pub(crate) fn send_datagram(address: &OsStr, bytes: &[u8], timeout: Duration) ->
     Ok(())
 }
 
-/// Repeats a call with `SEND_FLAGS` while signals interrupt it, without raising SIGPIPE.
+/// Repeats a call while signals interrupt it, without raising SIGPIPE. The call must pass
+/// `MSG_NOSIGNAL`.
 fn without_sigpipe_unless_flagged<T>(call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     if MSG_NOSIGNAL == 0 {
         without_sigpipe(|| retry(call))
@@ -161,16 +162,17 @@ fn without_sigpipe_unless_flagged<T>(call: impl FnMut() -> io::Result<T>) -> io:
     }
 }
 
-/// Runs a call that may raise SIGPIPE in an application that does not ignore it.
+/// Runs a call, and suppresses the SIGPIPE that the call may raise for this thread.
 fn without_sigpipe<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     without_signals(&[(libc::SIGPIPE, libc::EPIPE)], call)
 }
 
-/// Runs a call that may raise signals for this thread.
+/// Runs a call, and suppresses signals that the call may raise for this thread.
 ///
-/// Each signal has the error number with which the call fails when it raises the signal. The
-/// signals are blocked on this thread during the call. If the call fails with a signal's error
-/// number, the pending signal is consumed, unless the caller had already blocked it.
+/// Each element of `signals` is a signal, and the error number with which the call fails when it
+/// raises this signal. The signals are blocked on this thread during the call. If the call fails
+/// with a signal's error number, the pending signal is consumed, unless the caller had already
+/// blocked it.
 pub(super) fn without_signals<T>(
     signals: &[(libc::c_int, libc::c_int)],
     call: impl FnOnce() -> io::Result<T>,
@@ -209,12 +211,13 @@ fn consume(signal: libc::c_int) {
 const MAX_RECEIVED_FDS: usize = 256;
 
 /// Makes the socket deliver out-of-band data in order with all other data. Without this option, the
-/// kernel would skip the data, and close their descriptors within the next call.
+/// kernel would skip the out-of-band data, and close the descriptors that came with it within the
+/// next call.
 pub(crate) fn enable_oob_inline(socket: &UnixStream) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_OOBINLINE, 1)
 }
 
-/// The bytes and descriptors of one received message.
+/// The number of bytes, and the descriptors, of one received message.
 #[derive(Debug, Default)]
 pub(crate) struct Piece {
     pub(crate) bytes: usize,

@@ -1,7 +1,7 @@
 //! Steps of a child between `fork` and `execve`, made by direct system calls.
 //!
-//! The C library's functions would take locks, or act on threads of which this process has only a
-//! copy. All functions here are async-signal-safe.
+//! The C library's functions would take locks, or act on threads that exist only in the parent. All
+//! functions here are async-signal-safe.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -81,8 +81,8 @@ pub(in crate::sys) fn drop_capabilities() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, NONE.as_ptr()) })
 }
 
-/// Closes all descriptors from `first` to `last`. Returns `false` if the kernel has no
-/// close_range(2), which exists since Linux 5.9.
+/// Closes all descriptors from `first` to `last`. Returns `false` if the call fails, for instance
+/// because the kernel has no close_range(2) (before Linux 5.9).
 pub(in crate::sys) fn close_range(first: RawFd, last: RawFd) -> bool {
     // SAFETY: this child no longer uses the descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) == 0 }

@@ -68,11 +68,12 @@ fn try_clone(child: &Child<'_>) -> io::Result<Started> {
     let argument = std::ptr::from_ref(child).cast_mut().cast();
     let mut process: RawFd = -1;
     // SAFETY: while a child shares this memory, stack and argument stay valid, because this thread
-    // is suspended until the child has executed its program or exited. The child writes to its own
-    // stack and has its own table of signal handlers, although the C library may note that some
-    // signals are handled. The child makes only async-signal-safe calls that do not need the C
-    // library's preparations for a fork. Any other child has a copy of the memory. `process` is
-    // valid for the write of the descriptor.
+    // is suspended until the child has executed its program or exited. The child has its own stack
+    // and its own table of signal handlers. Its other writes are harmless: it writes its process id
+    // into variables that were made for it, and the C library may note that some signals are
+    // handled. The child makes only async-signal-safe calls that do not need the C library's
+    // preparations for a fork. Any other child has a copy of the memory. `process` is valid for the
+    // write of the descriptor.
     let number = unsafe { libc::clone(exec, top.cast(), flags, argument, &raw mut process) };
     let pid = Pid::from_raw(check(number)?);
     // Linux before 5.2 ignores CLONE_PIDFD and leaves `process` at -1.

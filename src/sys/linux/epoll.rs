@@ -17,8 +17,8 @@ use crate::sys::{check, fd};
 /// Returns whether the kernel's events of this poller carry the descriptor's key.
 pub(in crate::sys) fn reports_keys(poller: &Poller) -> io::Result<bool> {
     const KEY: usize = 0x1234_5678;
-    // Start the counter at 1, so that the descriptor is readable immediately. SAFETY: eventfd
-    // accesses no memory of this process.
+    // Start the counter at 1, so that the descriptor is readable immediately.
+    // SAFETY: eventfd accesses no memory of this process.
     let readable = fd::adopt(check(unsafe { libc::eventfd(1, libc::EFD_CLOEXEC) })?);
     // SAFETY: the poller deletes the descriptor below, before the descriptor is closed.
     unsafe { poller.add_with_mode(readable.as_raw_fd(), Event::all(KEY), PollMode::Level)? };

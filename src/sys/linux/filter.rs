@@ -43,7 +43,7 @@ fn syn_filter() -> [libc::sock_filter; 5] {
 /// Detaches the SYN filter if another process left it on a listener. Keeps any other filter,
 /// because it belongs to the application.
 pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
-    // Read the filter with the number that attaches one in setsockopt (socket(7)). The length
+    // `getsockopt` reads the filter under the number by which `setsockopt` attaches one. The length
     // counts statements, not bytes.
     const SO_GET_FILTER: libc::c_int = libc::SO_ATTACH_FILTER;
     let own = syn_filter();
@@ -75,8 +75,9 @@ pub(crate) fn lock_filter(socket: &OwnedFd) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_LOCK_FILTER, 1)
 }
 
-/// Distributes new connections evenly among some sockets of the listener's reuseport group. The
-/// indexes must ascend. The kernel numbers the sockets in the order in which they began to listen.
+/// Distributes new connections evenly among the sockets with these indexes in the listener's
+/// reuseport group. The indexes must ascend. The kernel numbers the sockets in the order in which
+/// they began to listen.
 pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Result<()> {
     let mut program = selection(indexes)?;
     attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
@@ -86,7 +87,7 @@ pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Resul
 ///
 /// The program's length depends on the number of gaps between the indexes, not on the number of
 /// indexes. Before Linux 6.8, the kernel rejects a program of more than 20,480 bytes
-/// (`net.core.optmem_max`) after its translation. The translation makes at most 5 instructions of 8
+/// (`net.core.optmem_max`) after its translation. The translation makes at most 4 instructions of 8
 /// bytes for a run of consecutive indexes.
 fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
@@ -234,8 +235,8 @@ mod tests {
         assert!(translated_size(&selection(&gaps).unwrap()) <= OPTMEM_MAX);
     }
 
-    /// Checks the claim about the program's length with the real kernel. The test sets the limit of
-    /// old kernels in its thread's own network namespace.
+    /// Asserts that a real kernel accepts the longest program that `selection` makes for 1,000
+    /// shards. The test sets the limit of old kernels in its thread's own network namespace.
     #[test]
     #[ignore = "needs Linux 6.8, for a limit per network namespace, and root"]
     fn kernel_accepts_the_selection_of_a_thousand_shards_with_the_optmem_max_of_old_kernels() {

@@ -1,5 +1,4 @@
-//! Implements the items of `bsd` for Linux by other means, and adds the abilities that only Linux
-//! has.
+//! Implements for Linux what differs between systems, including the abilities that only Linux has.
 //!
 //! A function that uses a Linux system call, flag or file belongs here. Differences between Linux's
 //! architectures and C libraries also belong here. `bsd` has a counterpart of each item.

@@ -29,10 +29,10 @@ pub(in crate::sys) fn request(parent: u32) -> io::Result<()> {
 /// Makes the kernel kill this worker when its master exits. Kills this process if the master exits
 /// during the request.
 ///
-/// The signal follows the parent. So this function requests nothing unless the parent is the
-/// master, whose process id the kernel stores with the channel. The kernel reports a process
-/// outside this PID namespace as 0. If both ids are 0, this function treats the parent as the
-/// master.
+/// The kernel sends the signal when the parent exits, whichever process that is. So this function
+/// requests nothing unless the parent is the master. The kernel stores the master's process id with
+/// the channel. Both that id and the parent's id are 0 for a process outside this PID namespace. If
+/// both are 0, this function treats the parent as the master.
 pub(crate) fn renew(channel: BorrowedFd<'_>) {
     let Some(master) = creator(channel) else {
         return;

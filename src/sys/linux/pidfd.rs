@@ -73,8 +73,8 @@ pub(in crate::sys) fn wait(
     })))
 }
 
-/// Returns the exit status of a process that other code has waited for. Returns `None` before Linux
-/// 6.15.
+/// Returns the exit status of a process that other code has waited for. Returns `None` if the
+/// kernel does not report the status, as before Linux 6.15.
 pub(in crate::sys) fn exit_status(process: BorrowedFd<'_>) -> Option<ExitStatus> {
     /// The first version of `struct pidfd_info`.
     #[repr(C)]

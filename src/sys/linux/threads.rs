@@ -3,9 +3,9 @@
 /// Returns whether the process has a thread besides the calling one at this moment.
 ///
 /// unshare(2) with `CLONE_THREAD` fails in a process with several threads, and otherwise does
-/// nothing. If the call fails, /proc decides, because there are other causes. A sandbox may forbid
-/// the call, or an emulator may have its own thread. Before Linux 4.3, the call also fails while
-/// another process reads this process's entry in /proc.
+/// nothing. If the call fails, the count in /proc decides, because the call can also fail for other
+/// reasons. A sandbox may forbid the call, or an emulator may have its own thread. Before Linux
+/// 4.3, the call also fails while another process reads this process's entry in /proc.
 pub(in crate::sys) fn has_others_now() -> Option<bool> {
     // SAFETY: with this flag, unshare changes nothing.
     if unsafe { libc::unshare(libc::CLONE_THREAD) } == 0 {

@@ -27,8 +27,8 @@ pub(in crate::sys) enum ParentWait {
     Polling,
 }
 
-/// The exit code of a child whose closure panics, which is also the exit code of a Rust program
-/// that panics.
+/// The exit code of a child whose closure panics. A Rust program that panics has the same exit
+/// code.
 const PANICKED: i32 = 101;
 
 /// The user whose processes receive all capabilities when they execute a program.
@@ -50,8 +50,8 @@ pub(in crate::sys) struct Child<'a> {
     pub(super) path: *const libc::c_char,
     pub(super) args: *const *const libc::c_char,
     pub(super) env: *const *const libc::c_char,
-    /// Strings of `env` to which the child appends its process id, because the parent cannot know
-    /// it.
+    /// The strings in `env` to which the child appends its process id, because the parent cannot
+    /// know it.
     pub(super) pid_variables: &'a [Cell<PidVariable>],
     /// The child's directory, or null if the child keeps its parent's directory.
     pub(super) cwd: *const libc::c_char,
@@ -59,7 +59,8 @@ pub(in crate::sys) struct Child<'a> {
     pub(super) uid: Option<libc::uid_t>,
     pub(super) gid: Option<libc::gid_t>,
     pub(super) channel: RawFd,
-    /// Whether the child is not killed with its parent. The channel is then closed on exec.
+    /// Whether the child may outlive its parent. A detached child is not killed with its parent,
+    /// and its channel is closed on exec.
     pub(super) is_detached: bool,
     /// Whether the child leads its own session and process group, without a terminal.
     pub(super) leads_session: bool,
@@ -72,8 +73,8 @@ pub(in crate::sys) struct Child<'a> {
 type StepFailure = (Step, io::Error);
 
 impl Child<'_> {
-    /// Returns whether processes of another user may signal this child before it has executed its
-    /// program.
+    /// Returns whether the child changes its user or group. If so, processes of another user may
+    /// signal the child before it has executed its program.
     pub(in crate::sys) fn changes_identity(&self) -> bool {
         self.uid.is_some() || self.gid.is_some()
     }
@@ -118,12 +119,12 @@ impl Child<'_> {
         begin: impl FnOnce() -> io::Result<M>,
     ) -> Result<M, StepFailure> {
         let descriptors = || {
-            // Close this end before calling `abandon`, because `abandon` may need one free
+            // Close the parent's end before calling `abandon`, because `abandon` may need one free
             // descriptor.
             close_all([parents_end]);
             close_all(abandon()?);
-            // Arrange the new descriptors only now, because the descriptors closed here may have
-            // used the numbers that the new ones receive.
+            // Arrange the new descriptors only now, because the descriptors that were just closed
+            // may have used the numbers that the new ones receive.
             self.arrange_stdio()?;
             close_all(self.stdio.iter().flatten().map(AsRawFd::as_raw_fd));
             signal::replace_pipe()
@@ -151,8 +152,8 @@ impl Child<'_> {
         close_all([self.reports.get()]);
     }
 
-    /// Replaces the report stream by a new one whose child's end no other process has. So the new
-    /// stream ends when the program is executed.
+    /// Replaces the report stream by a new one. No other process has the child's end of the new
+    /// stream, so the new stream ends when the program is executed.
     ///
     /// The first stream may stay open after the program is executed. If another thread of the host
     /// forked while the parent had the child's end, that thread's child has a copy. If no
@@ -233,8 +234,8 @@ impl Child<'_> {
                 platform::drop_capabilities().map_err(at(Step::Capabilities))?;
             }
         }
-        // Request the signal after all other steps, because the kernel drops the request when the
-        // user changes.
+        // Request the parent-death signal after all other steps, because the kernel drops the
+        // request when the user changes.
         if self.is_detached {
             return Ok(());
         }
@@ -265,7 +266,8 @@ impl Child<'_> {
         Ok(())
     }
 
-    /// Closes the descriptors that the host leaves open for other programs that it executes.
+    /// Closes all descriptors except the standard ones, the channel and the report stream. The host
+    /// may have left others open for programs that it executes itself.
     fn close_others(&self) {
         let standard = self.stdio.len().max(LISTEN_FDS_START);
         let standard = RawFd::try_from(standard).unwrap_or(RawFd::MAX);
@@ -311,7 +313,8 @@ fn append_own_pid(variable: &Cell<PidVariable>) {
 
 /// Resets all signals to their default and unblocks them, because ignored signals would otherwise
 /// stay ignored through `execve`. The system rejects the reset of some signals, such as SIGKILL.
-/// These errors are ignored.
+/// These errors are ignored. The signals by which a terminal stops a process receive a handler that
+/// does nothing (see [`set_stop_handlers`]).
 fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
     for signal in 1..=libc::c_int::from(MAX_SIGNAL) {
         reset_signal(signal);

@@ -18,7 +18,7 @@ use crate::sys::{check, retry};
 ///
 /// A killed process exits within about a millisecond, unless it waits in the kernel for a device or
 /// for a processor. A longer time would delay the master's loop. With a shorter time, more children
-/// would wait until the next fork.
+/// would stay unreaped until the next fork.
 const REAP_ATTEMPTS: u32 = 100;
 const REAP_INTERVAL: Duration = Duration::from_millis(1);
 

@@ -23,8 +23,8 @@ use crate::types::fork_step::ForkStep;
 ///
 /// The master's loop waits for the child. Without a limit, another process of that user could block
 /// the master by stopping the child. With this limit and the time for reaping, `fork` takes at most
-/// one second. With a shorter limit, a busy machine that reads the program from a disk could kill a
-/// healthy child. A longer limit would block the master for longer.
+/// one second. With a shorter limit, a healthy child could be killed while a busy machine reads the
+/// program from a disk. A longer limit would block the master for longer.
 pub(super) const START_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// Everything that `execve` needs, prepared before the fork because the child must not allocate.
@@ -178,8 +178,9 @@ impl Program {
     ) -> Result<(Pid, Option<OwnedFd>), Failure> {
         self.start(channel, unreaped, |child, parents_end| {
             // Use the C library's `fork`, because it makes the library's own locks usable in the
-            // child. SAFETY: the child continues with a copy of this thread. The documentation
-            // makes the application responsible for locks of other threads.
+            // child.
+            // SAFETY: the child continues with a copy of this thread. The public documentation
+            // makes the application responsible for locks that other threads hold.
             match check(unsafe { libc::fork() })? {
                 0 => child.run(parents_end.as_raw_fd(), abandon, begin),
                 number => {

@@ -227,9 +227,8 @@ mod tests {
         let (step, error) = wait_for_start(reports, NO_PROCESS, None).unwrap_err();
         assert_eq!(step, ForkStep::Directory);
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
-        // Keep the first stream open until here, so that the test also fails if the parent waits
-        // for the end of the first stream. In practice, a copy in another process can keep that
-        // stream open.
+        // Keep the first stream open until here, as another process with a copy would.
+        // `wait_for_start` would block if it waited for the end of the first stream.
         drop(first);
     }
 }

@@ -1,10 +1,10 @@
 //! Provides a blocking `accept` that messages, signals and timers interrupt.
 //!
 //! Linux queues processes that block in `accept` first in, first out, and wakes one for each
-//! connection. A process that polls does not take part in this queue. So a worker with a channel
-//! also blocks in `accept`. The kernel signals each arrival on the channel to this thread by
-//! SIGURG, which is ignored unless a handler is installed. The signal is blocked except during the
-//! call, so it does not interrupt the application's calls.
+//! connection. A process that polls does not take part in this queue. So a worker blocks in
+//! `accept` although it also has to wait for its channel. The kernel signals each arrival on the
+//! channel to this thread by SIGURG, which is ignored unless a handler is installed. The signal is
+//! blocked except during the call, so it does not interrupt the application's calls.
 //!
 //! A signal must not be lost if it arrives after it was unblocked, but before `accept` sleeps. So
 //! `accept` is called on a reserved descriptor, the *slot*, which holds a copy of the listener. The
@@ -38,8 +38,9 @@ static REPLACED: ReplacedHandler = ReplacedHandler::none();
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     REPLACED.call_after(signal, info, context, || {
-        // Act only on this thread. While the handler runs on another thread, the descriptors might
-        // be closed and their numbers reused. The other thread is also not blocked in `accept`.
+        // Act only on the thread that owns the `InterruptibleAccept`. If the handler ran `dup3` on
+        // another thread, the owner could close the descriptors at the same time, and their numbers
+        // could be reused. That other thread is also not blocked in `accept`.
         if THREAD.load(Ordering::SeqCst) == own_thread() {
             INTERRUPTED.store(true, Ordering::SeqCst);
             let (stub, slot) = (STUB.load(Ordering::SeqCst), SLOT.load(Ordering::SeqCst));
@@ -214,8 +215,8 @@ impl InterruptibleAccept {
         // SAFETY: all zeroes is a valid itimerspec, which disarms the timer.
         let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
         if let Some(left) = left {
-            // Limit the seconds to 32 bits, because `time_t` has only 32 bits on some systems. The
-            // limit of 68 years does no harm.
+            // If the seconds do not fit into `time_t`, which has only 32 bits on some systems, wait
+            // for 68 years instead.
             time.it_value.tv_sec = left.as_secs().try_into().unwrap_or(0x7fff_ffff);
             time.it_value.tv_nsec = left.subsec_nanos() as _;
         }
@@ -257,8 +258,8 @@ impl std::fmt::Debug for InterruptibleAccept {
 
 impl Drop for InterruptibleAccept {
     fn drop(&mut self) {
-        // Change nothing in a child that the application has forked. The sources belong to the
-        // parent, and the child does not inherit timers.
+        // Leave sources and timer alone in a child that the application has forked. The child
+        // shares the sources with its parent, and does not inherit timers.
         if self.owner.is_current() && THREAD.load(Ordering::SeqCst) == own_thread() {
             for &source in self.sources.borrow().iter() {
                 async_io::disable(source, own_thread());
@@ -290,8 +291,8 @@ fn install_handler() -> libc::sigaction {
     let previous = action();
     REPLACED.store(&previous);
     // If our handler replaces no function, `chained_action` sets SA_RESTART for other threads that
-    // may receive the signal. The flag does not repeat the interrupted `accept` successfully,
-    // because the slot then holds the stub.
+    // may receive the signal. With this flag, the kernel repeats an interrupted `accept`, but the
+    // repeated call fails, because the slot then holds the stub.
     let action = chained_action(handler, &previous);
     // SAFETY: the handler makes only async-signal-safe calls.
     let _ = unsafe { set_action(SIGNAL, &action) };

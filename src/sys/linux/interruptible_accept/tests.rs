@@ -190,10 +190,9 @@ fn no_timer_is_lost_at_the_start_of_accept() {
     });
 }
 
-/// Asserts that a message that arrives just before `accept` goes to sleep is not lost. Once each
-/// byte has been read, another thread writes the next one at a random moment around the call. If
-/// its signal were lost,
-/// `accept` would block until the alarm.
+/// Asserts that a message that arrives just before `accept` goes to sleep is not lost. As soon as a
+/// byte has been read, another thread writes the next one, at a random moment around the call. If
+/// its signal were lost, `accept` would block until the alarm.
 #[test]
 fn no_message_is_lost_at_the_start_of_accept() {
     const ROUNDS: u32 = 10_000;
