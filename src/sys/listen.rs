@@ -216,7 +216,8 @@ pub(crate) fn socket_kind(number: RawFd) -> io::Result<SocketKind> {
     })
 }
 
-/// Returns the local address of a TCP or UDP socket. Returns `None` for any other socket.
+/// Returns the local address of a TCP or UDP socket. Returns `None` for any other socket, or if no
+/// descriptor is free for a temporary copy.
 pub(crate) fn local_addr(socket: &OwnedFd) -> Option<SocketAddr> {
     // Use `TcpListener` for both, because TCP and UDP sockets have the same address structure.
     TcpListener::from(socket.try_clone().ok()?)
@@ -224,7 +225,8 @@ pub(crate) fn local_addr(socket: &OwnedFd) -> Option<SocketAddr> {
         .ok()
 }
 
-/// Returns the address of a TCP connection's peer. Returns `None` for any other socket.
+/// Returns the address of a TCP connection's peer. Returns `None` for any other socket, for a
+/// connection that has been reset, or if no descriptor is free for a temporary copy.
 pub(crate) fn peer_addr(connection: BorrowedFd<'_>) -> Option<SocketAddr> {
     let connection = TcpStream::from(connection.try_clone_to_owned().ok()?);
     connection.peer_addr().ok()

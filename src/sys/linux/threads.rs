@@ -1,6 +1,7 @@
 //! Detects other threads of the process.
 
-/// Returns whether the process has a thread besides the calling one at this moment.
+/// Returns whether the process has a thread besides the calling one at this moment. Returns `None`
+/// if neither the system call nor /proc answers this.
 ///
 /// unshare(2) with `CLONE_THREAD` fails in a process with several threads, and otherwise does
 /// nothing. If the call fails, the count in /proc decides, because the call can also fail for other
