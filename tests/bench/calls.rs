@@ -1,4 +1,4 @@
-//! Counts the system calls of a short connection.
+//! Counts the server's system calls for a short connection.
 
 use crate::load::drive;
 use crate::server::{BARE, GET, Server};
@@ -32,7 +32,8 @@ pub fn measure(table: &mut Table) {
     }
 }
 
-/// Returns the system calls per connection, with the most frequent first.
+/// Returns the name and the number per connection of each system call, with the most frequent call
+/// first.
 fn count(server: &Server) -> Result<Vec<(String, f64)>, String> {
     let calls = calls(&family(server.group.pid()), || {
         let mut left = CONNECTIONS;
@@ -45,7 +46,8 @@ fn count(server: &Server) -> Result<Vec<(String, f64)>, String> {
     let each = calls
         .into_iter()
         .map(|(name, count)| (name, count as f64 / CONNECTIONS as f64));
-    // Leave out calls that were made only a few times, because they do not belong to connections.
+    // Leave out calls that were made only a few times in all, because they are not part of serving
+    // a connection.
     let mut each: Vec<_> = each.filter(|call| call.1 > 0.001).collect();
     each.sort_by(|one, other| other.1.total_cmp(&one.1));
     Ok(each)

@@ -1,5 +1,5 @@
-//! Measures a server's CPU time per short connection, for all processes of a server with two
-//! workers.
+//! Measures the CPU time per short connection of servers with two workers. The time includes all
+//! processes of a server.
 
 use crate::costs::{Variant, compare, figure, ratio};
 use crate::peers;

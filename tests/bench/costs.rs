@@ -32,8 +32,8 @@ pub struct Variant {
 /// The costs of one round, in the order of the variants. A missing variant has `None`.
 pub type Round = Vec<Option<Costs>>;
 
-/// Measures the variants in turn, and adds a row for each. The row contains the variant's cost as a
-/// multiple of the first variant's cost in the same round.
+/// Measures the variants in turn, adds a row for each, and returns the rounds. The row contains the
+/// variant's CPU time per connection as a multiple of the first variant's in the same round.
 pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     let turn = |variant: &Variant| {
         let server = variant.server.as_ref().ok()?;
@@ -67,7 +67,7 @@ pub fn compare(table: &mut Table, variants: &[Variant]) -> Vec<Round> {
     rounds
 }
 
-/// Returns the cost of `one` as a multiple of the cost of `other`.
+/// Returns the CPU time per connection of variant `one` as a multiple of that of variant `other`.
 pub fn ratio(round: &Round, one: usize, other: usize) -> f64 {
     round[one].unwrap().cpu / round[other].unwrap().cpu
 }
@@ -76,7 +76,8 @@ pub fn figure(rounds: &[Round], value: impl Fn(&Round) -> f64) -> Figure {
     rounds.iter().map(value).collect::<Vec<_>>().into()
 }
 
-/// Measures the costs of these processes for a second of short connections.
+/// Makes short connections to `address` for one second, and returns the costs of `processes` per
+/// connection.
 pub fn measure(address: SocketAddr, processes: &[Pid]) -> Costs {
     let before = (cpu_time(processes), sleeps(processes));
     let load = short_connections(address, CLIENTS);

@@ -27,8 +27,8 @@ pub const BYTE: &str = "byte";
 const TIMES: usize = 30;
 /// Number of forks that precede the measured ones.
 const WARM_UP: usize = 5;
-/// One fork without exec follows after this number of forks with exec. With a smaller number, the
-/// benchmark would take long, because copying the page tables of 1 GiB is slow.
+/// Number of forks with exec for each fork without exec. With a smaller number, the benchmark would
+/// take long, because a fork without exec copies the page tables, and those of 1 GiB are large.
 const COPY_EVERY: usize = 3;
 
 pub fn measure(table: &mut Table) {
@@ -59,9 +59,9 @@ pub fn measure(table: &mut Table) {
         .note(&format!("{copy}; with 1 GiB {large}"));
 }
 
-/// Returns three times in microseconds, measured in a master with `mebibytes` MiB of resident
-/// memory: fork and exec without this crate, fork and exec with it, and the start of a worker
-/// without exec.
+/// Returns three median times in microseconds, measured in a master with `mebibytes` MiB of
+/// resident memory: from a plain fork and exec to the program's first byte, from `fork()` to
+/// `online` of a worker with exec, and the same of a worker without exec.
 fn forks(mebibytes: usize) -> [f64; 3] {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());
@@ -69,7 +69,7 @@ fn forks(mebibytes: usize) -> [f64; 3] {
     ["bare: ", "own: ", "copy: "].map(|prefix| group.line(prefix).parse().unwrap())
 }
 
-/// Measures forks in the process that forks.
+/// Runs the master that forks, and prints the three median times.
 pub fn fork() {
     let Role::Master(master) = cluster::init().unwrap() else {
         return;

@@ -1,4 +1,4 @@
-//! Simulates clients with one thread that keeps many connections in flight.
+//! Simulates clients. Each client thread keeps many connections in flight.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -22,7 +22,8 @@ pub struct Answered<'a> {
     pub request: &'static [u8],
     /// The bytes that were read until the server closed the connection.
     pub answer: &'a [u8],
-    /// The time when the client called `connect`.
+    /// The time when the client called `connect`. In [`drive_on_time`], the time when it should
+    /// have called `connect`.
     pub started: i64,
     /// The time when `connect` returned.
     pub connected: i64,
@@ -121,8 +122,8 @@ impl Open {
         self.clients[number] = Some(client);
     }
 
-    /// Waits until a connection is readable. Returns the connections that have been answered by
-    /// then.
+    /// Waits until a connection is readable, and returns the connections that have been answered
+    /// completely by then.
     fn answered(&mut self) -> Vec<Client> {
         let mut buffer = [0; 4096];
         let ready = self.epoll.wait(&mut self.events, ANSWER_TIMEOUT).unwrap();
@@ -202,9 +203,9 @@ pub struct Load {
     pub cpu: Duration,
 }
 
-/// Makes short connections for one second, with `wrk` as the client if it is installed. `wrk` has
-/// one thread per core, so that no core goes idle. Waking an idle core would dominate the
-/// measurement.
+/// Makes short connections for one second, with `wrk` as the client if it is installed and with
+/// [`drive`] otherwise. The clients have one thread per core, so that no core goes idle. Waking an
+/// idle core would dominate the measurement.
 pub fn short_connections(address: SocketAddr, clients: usize) -> Load {
     let threads = cluster::available_parallelism();
     if !has_wrk() {

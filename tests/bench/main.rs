@@ -9,9 +9,10 @@
 //! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If
 //! another server or a tool is missing, its row says so.
 //!
-//! Every variant runs in its own group of processes. This binary, executed again, plays the master
-//! and its workers, the bare loop, and the other programs. The groups run through all rounds and
-//! are measured in turn (A B C A B C …). Groups that are not being measured are blocked.
+//! Every variant runs in its own group of processes. To start a group, this binary executes itself
+//! in another role: as the master and its workers, as the bare loop, or as a process that executes
+//! another program. Variants that are compared with each other are measured in turn (A B C A B C
+//! …). A group that is not being measured has nothing to do, and its processes block.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::print_stdout,
@@ -51,7 +52,7 @@ use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::Signal;
 use table::Table;
 
-/// Number of measured rounds. One round of warm-up precedes them.
+/// Number of measured rounds. In most benchmarks, one round of warm-up precedes them.
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
@@ -95,7 +96,8 @@ fn main() -> ExitCode {
         eprintln!("unknown part {name}; known parts: {names}");
         return ExitCode::from(2);
     }
-    // Make orphans of the measured processes children of this process.
+    // Make orphans of the measured processes children of this process, so that `server::end` can
+    // wait for them.
     set_child_subreaper(true).unwrap();
     let mut table = Table::default();
     let mut code = ExitCode::SUCCESS;

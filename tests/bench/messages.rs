@@ -1,4 +1,4 @@
-//! Measures round trips, one-way messages, and long messages.
+//! Measures round trips, one-way messages, and long messages between two processes.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,7 +18,7 @@ use crate::server::end;
 use crate::table::{Figure, Goal, Table, ratios};
 use crate::usage::{cpu_time, family};
 
-/// The role of a process that counts messages.
+/// The role of a process that exchanges and counts messages.
 pub const MESSAGES: &str = "messages";
 
 const SHORT: usize = 32;
@@ -136,7 +136,8 @@ impl Drop for OneCore {
     }
 }
 
-/// Counts messages in a process that the benchmark has started.
+/// Exchanges messages in a process that the benchmark has started. The process's arguments select
+/// the program and the kind of messages.
 pub fn count() {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
@@ -199,8 +200,8 @@ impl Counter {
     }
 }
 
-/// A blocking socket, or a non-blocking socket with a poller. A program that waits for more than
-/// one descriptor needs a poller.
+/// A blocking socket, or a non-blocking socket with a poller. The socket with a poller is the
+/// fairer comparison, because a program that waits for more than one descriptor needs a poller.
 struct Bare {
     socket: UnixStream,
     poller: Option<Epoll>,

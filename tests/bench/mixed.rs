@@ -13,7 +13,7 @@ const CLIENTS: usize = 32;
 const TIME: Duration = Duration::from_secs(3);
 /// Mean number of connections per second in the open loop. The gaps between connections are random.
 const RATE: f64 = 8_000.0;
-/// One of this number of requests is slow.
+/// One request in `SLOW` is slow.
 const SLOW: usize = 100;
 /// Limit in milliseconds above which a wait is attributed to a slow request. On a busy machine, the
 /// kernel's scheduler may cause shorter waits. The limit is half the time of a slow request.
@@ -128,8 +128,8 @@ fn open_loop(server: &Server, round: usize) -> Outcome {
     Outcome::of(&all)
 }
 
-/// Simulates clients that connect again at once. Almost all workers are then busy with a slow
-/// request almost always.
+/// Simulates clients that connect again as soon as they have an answer. Almost all workers are
+/// therefore busy with a slow request at almost any time.
 fn closed_loop(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;

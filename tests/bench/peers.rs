@@ -1,4 +1,4 @@
-//! Starts other servers that send the same answer.
+//! Starts other servers, which send the same answer as the servers in `server.rs`.
 
 use std::ffi::OsStr;
 use std::io::{Read as _, Write as _};
@@ -38,7 +38,8 @@ pub fn exec_peer() {
     panic!("{}", command.args(&args[1..]).env_remove(SCENARIO).exec());
 }
 
-/// Returns an error unless a program is installed.
+/// Returns an error if `program` is not installed. With the argument `version`, the program prints
+/// its version and exits.
 pub fn has(program: &str, version: &str) -> Result<(), String> {
     let output = Command::new(program).arg(version).output();
     output.map(drop).map_err(|_| format!("no {program}"))
@@ -64,8 +65,8 @@ pub fn prefork(workers: usize) -> Result<Server, String> {
     Ok(Server::run(command.arg(workers.to_string())))
 }
 
-/// Compiles the package with this manifest in release mode. The package is not part of the
-/// benchmark.
+/// Compiles the package with this manifest in release mode. `args` are further arguments of `cargo
+/// build`.
 pub fn build(manifest: &Path, target: &Path, args: &[&str]) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO"));
     command.args([
@@ -122,7 +123,8 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-/// Starts a server that does not report when it is ready, and waits until it answers.
+/// Starts a server that does not report when it is ready, and waits until it answers and all its
+/// workers exist.
 fn start(command: &mut Command, port: u16, workers: usize) -> Result<Server, String> {
     let address = ([127, 0, 0, 1], port).into();
     let group = Group::start(command).map_err(|error| error.to_string())?;

@@ -39,8 +39,8 @@ const ITERATIONS: u32 = 5_000;
 /// together.
 const HOUR: Duration = Duration::from_secs(3600);
 /// Maximum number of connections that the master dispatches to one worker (`MAX_WINDOW` in
-/// `src/core/dispatch`). To make `count` connections wait in the master, the benchmark makes
-/// `QUEUE` more, because the chosen worker's queue holds the first ones.
+/// `src/core/dispatch`). These connections are in the worker's queue. To make `count` connections
+/// wait in the master, the benchmark therefore makes `count + QUEUE`.
 const QUEUE: usize = 16;
 
 pub fn measure(table: &mut Table) {
@@ -137,7 +137,8 @@ struct Batch {
 }
 
 impl Batch {
-    /// Counts one iteration. Returns `None` after the last one.
+    /// Counts one iteration, and returns the interest for the next one. Returns `None` in the
+    /// batch's last iteration, which ends the watch.
     fn next(&mut self) -> Option<Interest> {
         self.left -= 1;
         if self.left > 0 {
@@ -198,7 +199,8 @@ macro_rules! measured {
     }};
 }
 
-/// Runs the measured loop, in the process that the benchmark has started or in its workers.
+/// Runs the measured loop in the process that the benchmark has started. If the kind is about a
+/// worker, runs the loop in a worker of this process.
 pub fn run_loop() {
     let Role::Master(master) = cluster::init().unwrap() else {
         return;
@@ -266,7 +268,8 @@ fn queue_connections(master: &Master, count: usize) {
     while listening.get() < workers {
         master.dispatch(None).unwrap();
     }
-    // Run the clients in a worker, because a thread's system calls would also be counted.
+    // Run the clients in a worker, because the system calls of a thread in this process would be
+    // counted.
     run_in_worker(master, move |_worker| {
         let connect = |_| TcpStream::connect(&address).unwrap();
         let clients: Vec<_> = (0..all).map(connect).collect();

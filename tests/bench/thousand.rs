@@ -1,4 +1,4 @@
-//! Measures costs with a thousand workers.
+//! Measures the master's CPU time with a thousand workers.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! Reads the resource usage of processes from the kernel's accounting.
+//! Reads the resource usage of processes from the kernel's accounting, and counts their system
+//! calls with `strace`.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
@@ -40,7 +41,7 @@ pub fn cpu_time(processes: &[Pid]) -> Duration {
 }
 
 /// Returns the voluntary context switches of these processes. Counts only the main thread of each
-/// process, because processes of this crate have no other.
+/// process. Processes of this crate have no other thread.
 pub fn sleeps(processes: &[Pid]) -> u64 {
     processes
         .iter()
@@ -48,7 +49,7 @@ pub fn sleeps(processes: &[Pid]) -> u64 {
         .sum()
 }
 
-/// Returns a number from a process's status.
+/// Returns the number in a field of `/proc/PID/status`.
 fn status(process: Pid, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let mut values = status.lines().filter_map(|line| line.strip_prefix(field));
