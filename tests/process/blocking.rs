@@ -42,7 +42,7 @@ crate::scenarios! {
     connection_wakes_no_poller_of_a_worker
 }
 
-/// Number of repetitions in each test.
+/// Number of repetitions in the tests that repeat their event.
 const ROUNDS: u32 = 200;
 /// Maximum delay of a reaction. A longer delay means that a later, unrelated event woke the worker.
 const PROMPT: Duration = Duration::from_secs(5);
@@ -159,8 +159,9 @@ fn polled(pid: u32) -> Vec<String> {
 /// Connects one client after the other. Before each client, waits until all workers block in
 /// `accept`.
 ///
-/// The master checks the process states and sends no messages, because a message would interrupt
-/// `accept`. The worker would then lose its position in the kernel's queue.
+/// To see that a worker blocks, the master checks the process's state. It sends no message, because
+/// a message would interrupt `accept`, and the worker would lose its position in the kernel's queue
+/// of waiting processes.
 fn connect_next(master: &Master, address: SocketAddr, log: Log) {
     master.workers().iter().for_each(wait_until_asleep);
     in_background(
@@ -232,7 +233,8 @@ fn messages_are_delivered_in_accept_under_load() {
     repeatedly(
         |worker| assert_eq!(worker.send(b"notice").unwrap(), Sent::Continue),
         move |worker| {
-            // Connect from a thread of this worker, so that the clients keep `accept` busy.
+            // Connect from a thread of this worker, so that connections arrive whenever the worker
+            // waits in `accept`.
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
             let thread = std::thread::spawn(move || {
@@ -286,7 +288,7 @@ fn signals_are_delivered_in_accept() {
 
 /// Checks that a signal is delivered if it arrives between the last timer and `accept`. A due timer
 /// raises the signal before the worker blocks for the first time. A worker that checked for signals
-/// only before its timers would miss it.
+/// only before its timers would miss the signal.
 fn signal_just_before_the_first_accept_is_delivered() {
     let log = Log::default();
     let entries = log.clone();
@@ -317,7 +319,8 @@ fn disconnect_request_is_handled_in_accept() {
     cluster(
         |master| {
             share_listeners(master);
-            // The first worker keeps the listener open while the second worker disconnects.
+            // The first worker only keeps the listener open. The later workers are disconnected one
+            // after the other, each as soon as it listens.
             master.fork().unwrap();
             let requested = Rc::new(Cell::new(None));
             let at = Rc::clone(&requested);
@@ -348,8 +351,9 @@ fn disconnect_request_is_handled_in_accept() {
     assert_eq!(entries.len(), ROUNDS as usize);
 }
 
-/// Checks that workers in `accept` notice end-of-file from the master. The workers clear the
-/// parent-death signal, so the kernel does not kill them.
+/// Checks that a worker in `accept` notices that its master was killed, by the end-of-file on its
+/// channel. The worker clears its parent-death signal, because the kernel would otherwise kill it
+/// with the master.
 fn exit_of_the_master_is_noticed_in_accept() {
     if is_watched() {
         return cluster(
@@ -382,8 +386,8 @@ fn exit_of_the_master_is_noticed_in_accept() {
 const MESSAGES: usize = 200;
 const LENGTH: usize = 20_000;
 
-/// Sends more than the socket buffer holds while the master is stopped. The master continues while
-/// this worker is in `accept` or about to call it.
+/// Stops the master, and sends more than the socket buffer holds. The master continues 5 ms later,
+/// when this worker is in `accept` or about to call it.
 fn send_beyond_the_buffer(worker: &Worker) {
     let master = StoppedMaster::new();
     let mut is_queued = false;
@@ -419,9 +423,9 @@ fn messages_queued_in_accept_are_sent_in_accept() {
     });
 }
 
-/// Checks that the master receives all messages in order. If `requested`, a message from the master
-/// makes the worker send. Otherwise the master sends no message, because a message would wake the
-/// worker.
+/// Checks that the master receives all messages in order. If `requested` is set, the master sends
+/// the worker a message, at which the worker sends its own. Otherwise the master sends no message,
+/// because a message would wake the worker.
 fn assert_all_is_sent(requested: bool, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();
@@ -518,8 +522,9 @@ fn callbacks_and_accept_share_a_listener() {
     cluster(
         |master| {
             share_listeners(master);
-            // Fork the worker with callbacks only when the other worker sleeps in `accept`, because
-            // the callbacks make the shared listener non-blocking.
+            // Fork the worker with callbacks only when the other worker already sleeps in `accept`.
+            // The callbacks make the shared listener non-blocking, so a later `accept` call would
+            // not block.
             let blocking = master.fork().unwrap();
             blocking.on_listening(|master, worker, _| {
                 wait_until_asleep(worker);
@@ -540,8 +545,9 @@ fn callbacks_and_accept_share_a_listener() {
                     let (first, second) = (by("1"), by("2"));
                     assert!(first > 0 && second > 0, "{first} and {second}");
                     log.add((first + second).to_string());
-                    // Ping both workers before the disconnect. A worker that answers no longer
-                    // waits in an `accept` call that lost its connection to the other worker.
+                    // Ping both workers before the disconnect. A worker may still be in an `accept`
+                    // call for a connection that the other worker accepted first, and its answer
+                    // shows that this call has ended.
                     when_all_wait(master, |master| master.disconnect());
                 });
             });
@@ -559,8 +565,8 @@ fn callbacks_and_accept_share_a_listener() {
     assert_eq!(entries.take(), [CLIENTS.to_string()]);
 }
 
-/// Number of received SIGURG signals that were sent with `kill`. The kernel itself sends the SIGURG
-/// signals that the crate uses, so these signals do not count.
+/// Number of received SIGURG signals that were sent with `kill`. The SIGURG signals that the crate
+/// uses are sent by the kernel itself and are not counted.
 static SENT: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count_sent(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {

@@ -1,5 +1,5 @@
-//! Tests that any callback may call any method. Each kind of callback calls all methods, one after
-//! the other.
+//! Tests that any callback may call any method. For each kind of callback, one process runs a
+//! callback that calls all methods, one after the other.
 //!
 //! A callback is any of the application's code that the crate runs. Examples are closures,
 //! iterators, descriptors that are passed to the crate, and their destructors.
@@ -46,7 +46,7 @@ impl Drop for OnDrop {
     }
 }
 
-/// A descriptor whose `as_fd` runs the application's code.
+/// A source of a watch whose `as_fd` runs the application's code.
 struct Source {
     stream: UnixStream,
     calls: Calls,
@@ -126,7 +126,7 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
         let _ = listener.set_removes_file(false);
         let _ = listener.as_fd();
         c.listener.replace(Some(listener));
-        // Replacing the handle releases the previous listener, which tests its destructor.
+        // Replace the handle, so that the previous handle's destructor also runs.
         let other = c.master.listen("127.0.0.1:0").unwrap();
         c.listener.replace(Some(other));
     }),
@@ -492,7 +492,7 @@ const MASTER_CALLBACKS: &[Register<Rc<Cluster>>] = &[
     }),
 ];
 
-/// A source with an additional destructor. The destructor runs after the source is dropped.
+/// A source of a watch with an additional destructor, which runs after the `Source` is dropped.
 struct Holder(Source, #[allow(dead_code)] OnDrop);
 
 impl AsFd for Holder {
@@ -569,8 +569,8 @@ fn play_the_worker(worker: Worker) -> i32 {
     0
 }
 
-/// Causes every event that has a callback until the tested callback has run, and then disconnects
-/// the workers.
+/// Forks a worker that causes the events of a worker's life, and runs the master. Once the tested
+/// callback has run, disconnects all workers.
 fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     let master = &cluster.master;
     master.on_listening(|_, worker, address| {
@@ -584,7 +584,8 @@ fn run_until(cluster: &Cluster, has_run: &Rc<Cell<bool>>) {
     let id = Rc::clone(&own);
     own.set(Some(master.set_interval(MS, move |master| {
         if has_run.get() {
-            // Repeat the call, because it does not affect workers that are forked later.
+            // Repeat the call, because one call does not disconnect workers that are forked after
+            // it.
             master.disconnect_within(Duration::from_secs(1));
             if master.workers().is_empty() {
                 master.clear_timer(id.get().unwrap());
@@ -621,7 +622,7 @@ struct Pooled {
 
 const POOL_CALLS: &[Call<Pooled>] = &[
     ("the master's", |p| {
-        // Call all methods except those that end the pool's workers.
+        // Leave out the methods that end the pool's workers, because the pool's methods follow.
         let calls = MASTER_CALLS.iter();
         let ending = ["end the workers", "disconnect", "disconnect_within"];
         for (name, call) in calls.filter(|(name, _)| !ending.contains(name)) {
@@ -1026,8 +1027,8 @@ fn every_callback_of_a_worker_may_call_every_method() {
     );
 }
 
-/// Checks that `fork` fails inside the closure. If it succeeded, `fork` would call the closure for
-/// the new worker, and recurse forever.
+/// Checks that `fork` fails inside the closure that chooses the inspect port. If `fork` succeeded
+/// there, it would call the closure for the new worker, and recurse forever.
 fn inspect_port_closure_cannot_fork() {
     match cluster::init().unwrap() {
         Role::Master(master) => {

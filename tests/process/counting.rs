@@ -1,4 +1,4 @@
-//! Provides clients at full load that count each kind of failure separately.
+//! Provides clients that send requests without a pause and count each kind of failure separately.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};

@@ -1,4 +1,5 @@
-//! Tests of stops that end at their deadline, whether or not the workers react.
+//! Tests of stops with a deadline (`disconnect_within`), which end at the deadline even if the
+//! workers do not react.
 
 use std::cell::{Cell, RefCell};
 use std::io::Read as _;
@@ -31,8 +32,8 @@ crate::scenarios! {
     next_stop_has_its_own_deadline
 }
 
-/// Deadline of the stops in which workers are killed. It is so late that an earlier kill is clearly
-/// too early.
+/// Deadline of the stops in which workers are killed. It is so long that the test can distinguish a
+/// kill at the deadline from a kill at once.
 const SOON: Duration = Duration::from_millis(400);
 /// Maximum delay between a stop's deadline and its end on a machine with other load.
 const TOLERANCE: Duration = Duration::from_secs(5);
@@ -135,7 +136,8 @@ fn work(worker: Worker) {
     }
 }
 
-/// Waits until a worker that has reported ready is in its role's final state.
+/// Waits until a worker that has sent `ready` is in its role's final state. Stops the worker if its
+/// role is `stopped`.
 fn settle(worker: &WorkerProcess, part: &str) {
     match part {
         "stopped" => stop(worker),
@@ -313,7 +315,7 @@ fn stopped_by(
     (entries.take(), exits, began.get().unwrap())
 }
 
-/// A time that is recorded while the workers run.
+/// The time at which a stop began. `None` until then.
 type Began = Rc<Cell<Option<Instant>>>;
 
 /// Sets a deadline for all workers once `exits` workers have exited, and asserts that the other
@@ -339,7 +341,8 @@ fn assert_ends(entries: &[String], ends: &[&str]) {
     }
 }
 
-/// Sets a deadline that is so late that the test passes only if the workers exit by themselves.
+/// Checks that workers exit by themselves before the deadline. The deadline is so late that the
+/// test would fail if a stop waited for it.
 fn workers_that_exit_in_time_are_not_killed() {
     for_both_policies(|| {
         let parts = &["accepting", "running", "running"];
@@ -407,7 +410,8 @@ fn zero_deadline_kills_at_once() {
     (3..=4).for_each(|worker| assert_at(later.get().unwrap(), exits.of(worker)));
 }
 
-/// Checks workers whose channel has closed but whose process does not exit.
+/// Checks two workers whose channel has closed but whose process does not exit. One has closed its
+/// channel by itself, and the master has disconnected the other.
 fn worker_without_channel_is_killed_at_the_deadline() {
     let log = Log::default();
     let entries = log.clone();
@@ -432,8 +436,8 @@ fn worker_without_channel_is_killed_at_the_deadline() {
         work,
     );
     let entries = entries.take();
-    // Expect `Some(false)`, because the worker closed its channel before the master requested a
-    // disconnect.
+    // Expect `Some(false)` for the first worker, because it closed its channel before the master
+    // requested a disconnect.
     let by_itself = "exit Some(false) signal: 9 (SIGKILL)";
     assert_ends(&entries, &[by_itself, KILLED]);
 }
@@ -452,15 +456,16 @@ fn deadline_after_a_disconnect_applies() {
     assert_at(later.get().unwrap() + SOON, exits.of(2));
 }
 
-/// Checks that a deadline starts when it is set. Each callback runs for longer than the deadline
-/// before it sets the deadline, so the workers would be killed too early if the period started with
-/// the callback.
+/// Checks that the time to a deadline counts from the call that sets the deadline. The callbacks
+/// that set a deadline first spin for longer than this time. If the time counted from the
+/// callback's start, the workers would be killed too early.
 fn deadline_starts_at_the_call() {
     let (own, all) = (Began::default(), Began::default());
     let (at, at_later) = (Rc::clone(&own), Rc::clone(&all));
     let parts = &["looping", "looping"];
     let (entries, exits, _) = stopped_by(parts, move |master, workers| {
-        // Delay the callback that sets the second deadline, too.
+        // Also delay the second deadline: this callback runs before the one that sets the deadline
+        // at the same exit.
         master.on_exit(|_, _, _| spin_past_the_deadline());
         stop_after_exits(master, 1, SOON, &at_later);
         spin_past_the_deadline();
@@ -516,10 +521,11 @@ fn deadline_for_exited_workers_does_nothing() {
     assert_eq!(of(1, &entries.take()), ends);
 }
 
-/// Sets a deadline for workers on which `kill` has been called.
+/// Checks that a deadline also kills workers for which `kill` has been called, and a worker that
+/// ignores the signal.
 ///
-/// `kill` first disconnects the worker and then sends its signal. One of these workers ignores the
-/// signal.
+/// `kill` first disconnects the worker and then sends its signal, so the signal of a worker that
+/// does not disconnect stays pending. The last worker is sent the signal directly.
 fn deadline_kills_a_worker_with_a_pending_signal() {
     let later = Began::default();
     let at = Rc::clone(&later);
@@ -537,7 +543,8 @@ fn deadline_kills_a_worker_with_a_pending_signal() {
     assert_at(later.get().unwrap() + SOON, exits.of(4));
 }
 
-/// Sets a deadline for workers whose program never calls `init`.
+/// Checks that a deadline kills workers whose program never calls `init` and therefore does not
+/// react to the disconnect.
 fn deadline_kills_a_worker_that_never_called_init() {
     let (log, times) = (Log::default(), Times::default());
     let (entries, exits) = (log.clone(), times.clone());
@@ -600,8 +607,8 @@ fn next_stop_has_its_own_deadline() {
             first.on_message(|master, _, _| {
                 master.on_all_disconnected_once(|master| {
                     let second = fork(master, "running");
-                    // Disconnect the second worker only after the first deadline, at which it must
-                    // still be alive.
+                    // Disconnect the second worker only after the first stop's deadline, so that
+                    // the test fails if that deadline kills it.
                     second.on_message(|master, worker, _| {
                         let worker = worker.clone();
                         master.set_timeout(SOON * 2, move |_| {

@@ -46,7 +46,7 @@ fn is_running(process: &WorkerProcess) -> bool {
     !process.is_dead() && is_alive(process.process().id())
 }
 
-/// Makes `run` wait for the process and ends the process.
+/// Makes `run` wait for the process, and closes the stream at whose end the process exits.
 fn end(process: &WorkerProcess, life: &RefCell<Option<UnixStream>>) {
     process.process().reference();
     life.take();
@@ -81,7 +81,7 @@ fn run_waits_for_a_referenced_detached_process() {
     );
 }
 
-/// Starts a detached process and a worker, and calls `disconnect`. The callback passed to it
+/// Starts a detached process and a worker, and calls `disconnect` with a callback. The callback
 /// asserts that the worker has exited and that the detached process still runs.
 fn assert_disconnect_spares(disconnect: impl FnOnce(&Master, Box<dyn FnOnce(&Master)>)) {
     let called = Rc::new(Cell::new(false));
@@ -128,7 +128,8 @@ fn worker_disconnect_within_spares_a_detached_process() {
             process.process().disconnect();
             let life = RefCell::new(Some(life));
             let handle = process.clone();
-            // The deadline of zero has passed when this timer fires.
+            // Let the process exit only after the deadline of zero has passed. The exit status 0
+            // then shows that the deadline has not killed the process.
             master.set_timeout(Duration::from_millis(1), move |_| end(&handle, &life));
             master.run().unwrap();
             assert_eq!(process.process().exit_status().unwrap().code(), Some(0));
@@ -222,8 +223,8 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
     assert_eq!(exits.get(), 1);
 }
 
-/// Checks that the error callback, which causes another error in each call, is not called
-/// endlessly.
+/// Checks that the error callback is called at most 16 times (`LATE_ERRORS_MAX` in
+/// `src/core/master/workers.rs`), although each call causes another error.
 fn messages_to_a_detached_process_fail_without_endless_errors() {
     let errors = Rc::new(Cell::new(0));
     let count = Rc::clone(&errors);

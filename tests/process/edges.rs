@@ -68,8 +68,8 @@ fn worker_at_its_connection_limit_disconnects() {
     });
 }
 
-/// Checks that a worker never receives more connections than its limit. The master may dispatch
-/// more connections to a quick worker, but the worker returns the excess.
+/// Checks that a worker never holds more connections than its limit. The master may dispatch more
+/// connections to a quick worker, but the worker returns the excess.
 fn connection_limit_is_kept_while_clients_wait() {
     const CLIENTS: u64 = 40;
     let served = Rc::new(Cell::new(0));
@@ -111,8 +111,8 @@ fn connection_limit_is_kept_while_clients_wait() {
                 let _ = worker.send(b"served").unwrap();
             });
             listener.set_max_connections(Some(1));
-            // When the master reads this message, it has already processed all frames that the
-            // worker sent before.
+            // Send the address last. When the master reads it and connects clients, it has already
+            // processed all frames that the worker sent before.
             let address = listener.local_addr().unwrap().to_string();
             let _ = worker.send(address.as_bytes()).unwrap();
             worker.on_message(move |worker, _| {
@@ -196,9 +196,8 @@ fn loop_backs_off_from_a_listener_that_was_shut_down() {
         );
         let times = seen.take();
         assert!(times.len() >= 3);
-        // Two back-offs of 100 ms separate these times. The callback for the first error may run up
-        // to 50 ms late, so the measured time may be shorter by 50 ms. A loop that spins would take
-        // far less.
+        // Two back-offs of 100 ms separate the first and the third error. Allow 50 ms less, because
+        // the callback for the first error may run late. A loop that spins would take far less.
         assert!(times[2] - times[0] >= Duration::from_millis(150));
     });
 }
@@ -356,7 +355,7 @@ fn disconnecting_worker_leaves_a_shared_listener_open() {
                         connection.write_all(b"hello").unwrap();
                     });
                 } else {
-                    // Keep the listener open without accepting from it.
+                    // Keep the listener open until the abort, without accepting from it.
                     std::mem::forget(listener);
                 }
                 let _ = worker.send(b"ready").unwrap();
@@ -458,8 +457,8 @@ fn panic_in_on_message_keeps_other_messages() {
             let received = Rc::new(Cell::new(0));
             let count = Rc::clone(&received);
             master.on_message(move |_, worker, message| match message.bytes() {
-                // Block until all other messages are in the socket, so that the next read receives
-                // them together.
+                // Block until the worker has sent all other messages, so that the master's next
+                // read receives them together.
                 b"wait" => {
                     let mut sent = UnixStream::from(message.take_fds().remove(0));
                     sent.read_exact(&mut [0]).unwrap();

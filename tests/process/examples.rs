@@ -101,8 +101,8 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     let pids: Vec<_> = pids.collect();
     let mut count = [0; 5];
     for _ in 0..200 {
-        // Connect only when all workers sleep, because a worker that still handles its last
-        // connection would lose its turn.
+        // Connect only when all workers sleep. A worker that still handles its last connection
+        // would lose its turn, and the counts below would differ.
         wait_until("idle workers", || {
             pids.iter().all(|pid| sleeps(pid)).then_some(())
         });
@@ -135,8 +135,8 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
         let worker = worker.split(' ').next_back().unwrap().parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        // The other worker answers until the new worker has its turn. At most one request fails,
-        // because the killed worker may have received it.
+        // The other worker answers until the new worker has its turn. At most one request may fail,
+        // namely one that the killed worker had received.
         assert!(await_answer(address, new) <= 1);
     }
     stop(&server, Signal::SIGTERM)
@@ -144,8 +144,8 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
 
 /// Sends requests until the given worker answers. Returns the number of requests without an answer.
 ///
-/// The other workers answer the requests before that. A request may fail, because the killed worker
-/// may have received its connection shortly before the kill.
+/// Until then, the other workers answer. A request may fail, because a worker that was killed may
+/// have received the request's connection shortly before the kill.
 fn await_answer(address: SocketAddr, worker: usize) -> usize {
     let mut failed = 0;
     wait_until("an answer from the new worker", || {
@@ -213,8 +213,8 @@ fn stops_under_load(policy: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Kills workers under load, one after the other. A blocking worker holds one connection, so each
-/// kill may cost at most one answer.
+/// Kills workers under load, one after the other. A blocking worker holds at most one connection,
+/// so each kill may make at most one request fail.
 fn killed_workers(policy: &str) -> Result<(), Failed> {
     const KILLS: usize = 20;
     let (server, address) = start_server(policy, "4");
@@ -235,7 +235,7 @@ fn killed_workers(policy: &str) -> Result<(), Failed> {
     for id in 1..=KILLS {
         let worker = server.line(&format!("worker {id} ")).parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
-        // Wait until this worker has been replaced, so that some worker always listens.
+        // Wait until the killed worker's replacement answers, so that some worker always listens.
         failed += await_answer(address, id + 4);
     }
     is_over.store(true, Ordering::SeqCst);
@@ -308,7 +308,8 @@ fn silent_client() -> Result<(), Failed> {
     let (server, address) = start_server("rr", "1");
     let silent = TcpStream::connect(address)?;
     silent.set_read_timeout(Some(Duration::from_secs(30)))?;
-    // The silent client may occupy the only worker until the example's read timeout.
+    // This request may have to wait, because the silent client occupies the only worker until the
+    // example's read timeout. It must be answered after that.
     assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
     drop(silent);
     stop(&server, Signal::SIGTERM)
@@ -342,7 +343,7 @@ fn echo_events() -> Result<(), Failed> {
     client.read_to_end(&mut echoed)?;
     sender.join().unwrap()?;
     assert!(echoed.len() == 5_000_000 && echoed.iter().all(|byte| *byte == b'x'));
-    // The exit must not wait for the open connections.
+    // The server must exit although clients are still connected.
     stop(&server, Signal::SIGTERM)
 }
 
@@ -402,7 +403,8 @@ fn is_dead() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Returns the workers that answer the clients 127.0.0.2, 127.0.0.3 and so on.
+/// Connects clients from 127.0.0.2 to 127.0.0.201, and returns the worker that answered each of
+/// them.
 fn sticky_owners(address: SocketAddr) -> Vec<String> {
     let owner = |client| {
         let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, client), address).unwrap();
@@ -449,7 +451,7 @@ fn pool_by_socket() -> Result<(), Failed> {
     let program = example("pool");
     command.arg(program.get_program()).args(program.get_args());
     let server = Group::start(command.arg(address.to_string()))?;
-    // The first connection starts the example.
+    // Wait until systemd-socket-activate listens. The first connection then starts the example.
     server.line("Listening on ");
     assert!(talk(address, REQUEST)?.ends_with("\r\n\r\nhello\n"));
     server.line("ready");

@@ -36,7 +36,7 @@ crate::scenarios! {
     descriptors_beyond_the_users_limit_wait: ROOT
 }
 
-/// Duration of a resource shortage.
+/// Time for which a test keeps a resource exhausted.
 const SHORTAGE: Duration = Duration::from_secs(1);
 /// Maximum CPU time that the master may use during `SHORTAGE`. The limit is a tenth of that period.
 const CPU_TIME_MAX: Duration = Duration::from_millis(100);
@@ -68,8 +68,9 @@ fn after_shortage(master: &Master, then: impl FnOnce(&Master) + 'static) {
 /// limit.
 fn leave_free(more: usize) -> impl Fn() + Copy {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    // The kernel assigns the lowest free number. Open `more` files, so that the next file's number
-    // is the limit that leaves exactly `more` numbers free once these files are closed on return.
+    // The kernel assigns the lowest free number. Open `more` files. The number of the next file is
+    // then the limit to set, because exactly `more` numbers below it become free when these files
+    // are closed on return.
     let mut free = Vec::new();
     while free.len() < more {
         free.push(std::fs::File::open("/dev/null").unwrap());
@@ -166,9 +167,11 @@ fn for_descriptor(fd: u64) -> SeccompRule {
 
 const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
 
-/// Connects one client to each of three listeners on which `accept` fails.
+/// Makes `accept` fail on three of four listeners, each with another error, and connects one client
+/// to each of these three.
 ///
-/// Ten clients of a fourth listener must still be accepted.
+/// The master must report each error with the listener's address, and must still accept ten clients
+/// of the fourth listener.
 fn accepting_fails_for_one_listener_and_goes_on_for_others() {
     let log = Log::default();
     let entries = log.clone();
@@ -240,7 +243,8 @@ fn refused_fork(master: &Master, errno: i32) -> String {
     }
 }
 
-/// Repeats the fork, each time with one more available descriptor, until the fork succeeds.
+/// Repeats the fork, each time with one more available descriptor, until the fork succeeds. Each
+/// failed fork must leave no descriptor open.
 fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
     let log = Log::default();
     let entries = log.clone();
@@ -271,7 +275,8 @@ fn fork_without_descriptors_leaks_nothing_and_names_the_failed_step() {
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             let expected = ["make a channel", "make a process"].map(str::to_owned);
             assert_eq!(attempts, BTreeSet::from(expected));
-            // Fork another worker, because the first one has inherited the low limit.
+            // Kill this worker, because it has inherited the low limit, and check that another
+            // worker exits normally.
             let first = master.workers().remove(0);
             first.process().kill(Signal::KILL);
             first.on_exit(move |master, _, _| {
@@ -305,10 +310,11 @@ fn adding_to_a_poller() -> SeccompRule {
     SeccompRule::new(vec![condition]).unwrap()
 }
 
-/// Makes each step of a fork fail, from the last step to the first.
+/// Makes each step of a fork fail, from the last step to the first, and checks the step that the
+/// error names.
 ///
-/// Seccomp filters accumulate. In the opposite order, the first rejected step would hide all later
-/// ones.
+/// Seccomp filters accumulate. In the opposite order, the filter for the first step would make all
+/// further forks fail at that step.
 fn refused_fork_names_the_failed_step() {
     let log = Log::default();
     let entries = log.clone();
@@ -341,7 +347,7 @@ fn refused_fork_names_the_failed_step() {
     assert_eq!(entries.take(), ["served"]);
 }
 
-/// Makes this process run as another user, which may still read the process's `/proc` entries.
+/// Makes this process run as another user. The process can still read its own entries in `/proc`.
 fn become_user(user: u32) {
     setgroups(&[]).unwrap();
     setgid(Gid::from_raw(user)).unwrap();
@@ -421,8 +427,8 @@ fn descriptors_lost_on_the_way_to_the_master_are_reported() {
     assert_eq!(seen, expected);
 }
 
-/// Leaves the first worker without free descriptors for a while. The second worker serves in the
-/// meantime.
+/// Leaves the first worker without free descriptors for a while. The second worker must serve all
+/// clients in the meantime, and both workers must serve afterwards.
 fn connections_lost_on_the_way_to_a_worker_go_to_another() {
     let log = Log::default();
     let entries = log.clone();
@@ -449,8 +455,8 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
                     }
                     _ => {
                         let log = log.clone();
-                        // Keep trying, because it can take a while until the first worker receives
-                        // a connection after the shortage.
+                        // Repeat the requests, because it can take a while until the first worker
+                        // receives connections again after the shortage.
                         let work = move || wait_until("both workers", || both(address));
                         in_background(master, work, move |master, ()| {
                             log.add("both workers");
@@ -541,8 +547,9 @@ fn note_text(worker: &WorkerProcess, log: &Log) {
     });
 }
 
-/// Stops a worker, so that writes of descriptors fail with EAGAIN. The master must continue once
-/// the poller reports that the channel is writable.
+/// Stops a worker, so that the master's writes of descriptors to it fail with EAGAIN. When the
+/// worker continues, the poller reports that the channel is writable, and the master must write the
+/// rest.
 fn descriptors_wait_for_a_stopped_worker() {
     let log = Log::default();
     let entries = log.clone();

@@ -1,7 +1,8 @@
 //! Tests two hosts behind HAProxy: the example `fleet` with its own HAProxy configuration.
 //!
 //! The hosts, the proxy and the clients run in separate network namespaces. A bridge connects the
-//! namespaces. HAProxy neither retries nor redispatches, so it hides no failure.
+//! namespaces. The test turns off HAProxy's retries and redispatching, so that HAProxy hides no
+//! failure of a host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -47,7 +48,8 @@ const HOSTS: [(&str, Ipv4Addr); 2] = [
 
 /// Timeout of a client, which is longer than any answer takes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Number of further answers after which a host is considered to receive its share again.
+/// Number of further answers of a host after which the test assumes that the host receives its
+/// share of requests.
 const SHARE: u64 = 200;
 
 fn hosts() -> Result<(), Failed> {
@@ -297,8 +299,8 @@ impl Drop for Load {
     }
 }
 
-/// Sends a request to HAProxy from one of the client's addresses. Returns `None` if the answer is
-/// not from a host.
+/// Sends a request to HAProxy from one of the clients' addresses. Returns `None` if the answer is
+/// not from a host, for example if HAProxy itself reports an error.
 fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;

@@ -61,7 +61,8 @@ fn expect_success(child: Pid) {
     assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
 }
 
-/// Returns whether no event is ready that would wake the loop with this poller.
+/// Returns whether the loop has nothing to process, that is, whether its poller reports no ready
+/// descriptor.
 fn is_idle(poller: &impl AsFd) -> bool {
     let mut fds = [PollFd::new(poller.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap() == 0
@@ -77,7 +78,7 @@ fn expect_foreign<T, E: Into<Error>>(result: std::result::Result<T, E>) {
 }
 
 /// Connects clients one after the other. The worker forks a child for each client, and the child
-/// returns from `main`.
+/// answers the client and returns from `main`.
 fn child_per_connection(policy: SchedulingPolicy) {
     const CLIENTS: usize = 5;
     let served = Rc::new(Cell::new(0));
@@ -127,7 +128,7 @@ fn child_per_connection_leaves_its_worker_alone_sharded() {
     child_per_connection(SchedulingPolicy::Sharded);
 }
 
-/// The handles that a worker can have, one of each kind.
+/// A worker's handles, at least one of each kind.
 struct WorkerHandles {
     connection: Connection,
     listener: Listener,
@@ -359,8 +360,8 @@ fn use_all_handles(worker: Worker) {
         }
         handles.check(&seen, &path, &other);
     }
-    // Check that the client receives the child's byte but no end-of-file, because the parent has
-    // the connection.
+    // Check that the client receives the byte that a child has written, but no end-of-file, because
+    // the parent still has the connection open.
     client.read_exact(&mut [0]).unwrap();
     client.set_nonblocking(true).unwrap();
     assert!(client.read(&mut [0]).is_err());
@@ -569,14 +570,15 @@ fn handles_of_a_master_are_inert_in_a_forked_child() {
         dispatch_until("a signal", master, || {
             (signals.get() > before).then_some(())
         });
-        // Wait until the worker has reported that it is idle.
+        // Process the remaining events, such as the worker's report that it is idle, so that the
+        // next check finds only events that a child has caused.
         wait_until("an idle loop", || {
             master.dispatch(Some(Duration::from_millis(10))).unwrap();
             is_idle(master).then_some(())
         });
     };
-    // Connect once before the first check, because the first connection also waits for the worker's
-    // start-up.
+    // Connect once to each listener and wait until the loop is idle. The first check expects an
+    // idle loop, and the worker's start-up causes events.
     assert_eq!(answer_at(address, &handles.master), "tcp");
     let client = UnixStream::connect(&path).unwrap();
     client.set_nonblocking(true).unwrap();
@@ -676,8 +678,8 @@ fn pool_is_inert_in_a_forked_child() {
     );
 }
 
-/// Checks that the loop returns an error in a child that a callback forks. No further event is
-/// delivered in the child.
+/// Checks that the worker's `run` returns an error in a child that a callback forks, and delivers
+/// no further event there.
 fn loop_ends_in_a_child_forked_by_a_callback() {
     cluster(
         |master| {

@@ -20,18 +20,19 @@ use nix::unistd::Pid;
 
 use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
 
-/// Environment variable that selects a fault from `src/fault.rs`.
+/// Environment variable that selects a fault point, a fault and a pass (see `src/wire/fault.rs`).
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
 /// Number of writes that a worker makes until it has served a connection. For each of these writes,
 /// the test starts a worker that fails there.
 const WRITE_PASSES: u32 = 8;
-/// Number of passes that are tested at every other fault point. For each pass, the test starts a
-/// worker that fails there.
+/// Number of passes that are tested at the fault points that do not concern writes. For each of
+/// these passes, the test starts a worker that fails there.
 const OTHER_PASSES: u32 = 3;
 /// Environment variable that makes a worker serve with a callback.
 const BY_CALLBACK: &str = "BY_CALLBACK";
-/// Maximum time for which clients connect until a fault has happened. A fault takes far less time.
+/// Maximum time for which clients connect until the worker has failed. Usually the worker fails far
+/// earlier.
 const FAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 crate::scenarios! {
@@ -78,10 +79,10 @@ fn hand_off_survives_a_kill_after_dispatch() {
     );
 }
 
-/// Kills each worker after the master has written the reply to its bind request. The master writes
-/// no other frame to the worker.
+/// Kills each worker after the master has first written to its channel, that is, after the reply to
+/// its bind request.
 ///
-/// The master has not dispatched a connection to the worker by then.
+/// The master has not dispatched a connection to the worker by then, so no client may be lost.
 fn hand_off_survives_a_kill_after_writing() {
     play_kills("master.after_write", &[1], MayLose::Nothing);
 }
@@ -110,7 +111,7 @@ enum MayLose {
     ReceivedConnection,
 }
 
-/// Results of one round's clients.
+/// What became of the clients of one round, or of one run of kills.
 struct Outcome {
     connected: u64,
     unanswered: u64,
@@ -136,7 +137,7 @@ impl Outcome {
 #[derive(Clone, Copy)]
 struct Round {
     fault: &'static str,
-    /// Pass of the fault point at which the worker fails, from 1.
+    /// Number of the pass of the fault point at which the worker fails, counted from 1.
     pass: u32,
     by_callback: bool,
 }
@@ -203,7 +204,7 @@ struct Play {
     connected: Cell<u64>,
     unanswered: Cell<u64>,
     rounds: Cell<u64>,
-    /// Number of rounds in which the failing worker failed.
+    /// Number of rounds in which the worker has failed as planned.
     faults: Cell<u64>,
     healthy: WorkerProcess,
 }
@@ -229,8 +230,8 @@ impl Play {
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // Count a worker that exited although no disconnect was requested, and also a worker
-            // that was stopped and continued.
+            // Count a worker as failed if it exited although no disconnect was requested, or if it
+            // was stopped and continued.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);
@@ -296,8 +297,8 @@ impl Play {
     }
 }
 
-/// Connects clients until the worker has failed and one more client has been served. If the worker
-/// is stopped, kills it if `kills` is set, and continues it otherwise.
+/// Connects clients, one after the other, until the worker has failed, and then one more client. If
+/// the worker is stopped, kills the worker if `kills` is set, and continues it otherwise.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
     let is_over = AtomicBool::new(false);
     let stopped = AtomicBool::new(false);

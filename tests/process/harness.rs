@@ -53,7 +53,8 @@ pub struct Scenario {
     pub need: Option<&'static Need>,
 }
 
-/// Requirement of a scenario. A machine that does not meet the requirement ignores the scenario.
+/// Requirement of a scenario. On a machine that does not meet the requirement, the scenario is
+/// ignored.
 pub struct Need {
     name: &'static str,
     is_met: fn() -> bool,
@@ -316,7 +317,7 @@ impl Group {
         })
     }
 
-    /// Does the same as [`Group::end`], and prints the output if the program failed.
+    /// Does the same as [`Group::end`], and also prints the output if the program failed.
     pub fn finish(&self) -> Result<ExitStatus, Failed> {
         let status = self.end()?;
         if !status.success() {
@@ -326,8 +327,8 @@ impl Group {
         Ok(status)
     }
 
-    /// Waits for the program, and checks that its descendants exit within [`GRACE`] and that no
-    /// temporary file remains.
+    /// Waits for the program, and returns its exit status. Returns an error if the program hangs,
+    /// if a descendant does not exit within [`GRACE`], or if a temporary file remains.
     pub fn end(&self) -> Result<ExitStatus, Failed> {
         let ended = self.child.borrow_mut().wait_timeout(DEADLINE * rounds())?;
         let Some(status) = ended else {
@@ -338,10 +339,11 @@ impl Group {
         Ok(status)
     }
 
-    /// Checks that every process in the group exits within [`GRACE`].
+    /// Waits until every process in the group has exited. Returns an error if a process still
+    /// exists after [`GRACE`].
     ///
-    /// Processes that outlive their parents become children of this process, because it is a
-    /// subreaper.
+    /// This process is a subreaper, so processes that outlive their parents become its children and
+    /// `waitpid` finds them.
     fn assert_no_process_left(&self) -> Result<(), Failed> {
         let group = Pid::from_raw(-self.pid().as_raw());
         let end = Instant::now() + GRACE;
@@ -376,7 +378,7 @@ impl Drop for Group {
     }
 }
 
-/// Calls `ask` every millisecond until it returns a value, and returns the value.
+/// Calls `ask` every millisecond until `ask` returns a value, and returns this value.
 ///
 /// Use it for conditions whose change causes no event. Panics if the wait takes longer than half of
 /// [`DEADLINE`].
@@ -473,9 +475,11 @@ pub fn when_listening(
     });
 }
 
-/// Calls `then` once every worker waits in `accept`. Workers must call `answer_pings`.
+/// Calls `then` once every worker has answered a ping in `accept`. Workers must call
+/// `answer_pings`.
 ///
-/// A worker that answers a ping in `accept` has already reported to the master that it is idle.
+/// Before a worker answers a ping in `accept`, it has reported to the master that it is idle. The
+/// master therefore knows that all workers are idle when it calls `then`.
 pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
     let mut missing = master.workers().len();
     let mut then = Some(then);
@@ -549,8 +553,8 @@ pub fn stop(worker: &WorkerProcess) {
 
 /// Runs the worker's loop, and then waits for a signal that kills the process.
 ///
-/// Use it for workers that the master kills. They never return from `main`, so the signal is
-/// certain to be their exit status.
+/// Use it for workers that the master kills. Such a worker never returns from `main`, so its exit
+/// status is certainly the signal.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
     loop {
@@ -700,11 +704,11 @@ pub fn expect_listen_error<S: std::fmt::Debug>(
     error
 }
 
-/// Starts this program again with one additional environment variable, and runs `play` in that
-/// child. The child's workers inherit the variable.
+/// Starts this program again as a child with one additional environment variable, and runs `play`
+/// in that child. The child's workers inherit the variable.
 ///
-/// The child makes the same call, which finds the variable set and runs `play`. Use it for
-/// behaviour that is decided before `main` begins.
+/// The child runs the same scenario and calls this function again. That call finds the variable
+/// set, and runs `play`. Use this function for behaviour that is decided before `main` begins.
 pub fn with_env(name: &str, value: &str, play: impl FnOnce()) {
     if std::env::var_os(name).is_some_and(|own| own == value) {
         return play();
@@ -864,8 +868,9 @@ pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
         .iter()
         .map(|call| ((*call).into(), Vec::new()))
         .collect();
-    // If the test refuses `clone3`, also refuse `clone` with `CLONE_PIDFD`, so that no call returns
-    // a process descriptor. This is not necessary if the test refuses `clone` completely.
+    // If the test refuses `clone3`, also refuse `clone` with `CLONE_PIDFD`. Otherwise a fallback to
+    // `clone` could still return a process descriptor. This rule is not necessary if the test
+    // refuses every `clone`.
     let knows = |call: libc::c_long| !rules.iter().any(|(refused, _)| *refused == i64::from(call));
     if !knows(libc::SYS_clone3) && knows(libc::SYS_clone) {
         let pidfd = u64::from(libc::CLONE_PIDFD.unsigned_abs());

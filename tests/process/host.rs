@@ -1,4 +1,4 @@
-//! Tests of the host, which is the application that contains the master.
+//! Tests of the host, which is the application whose process the master runs in.
 //!
 //! The crate must not affect the host's own children, signal handlers and descriptors.
 
@@ -129,7 +129,8 @@ fn note_exit(exit_codes: &ExitCodes, status: nix::Result<WaitStatus>) -> bool {
     true
 }
 
-/// Starts a thread that waits for any child, repeatedly, until `stop` is set and no child remains.
+/// Starts a thread that waits for any child, as a host may do, and notes the exit codes. The thread
+/// ends when `stop` is set and no child remains.
 fn wait_for_any_child(exit_codes: &ExitCodes, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
     let (exit_codes, stop) = (Arc::clone(exit_codes), Arc::clone(stop));
     std::thread::spawn(move || {
@@ -175,8 +176,8 @@ fn host_that_waits_for_any_child_gets_its_own_children() {
     stop.store(true, Ordering::SeqCst);
     waiting.unwrap().join().unwrap();
     assert_eq!(seen.get(), ROUNDS);
-    // Ignore workers in the host's results. The host may have reaped them before the master did,
-    // but no exit event is missing.
+    // Leave out the workers that the host has reaped before the master could. Their exit events
+    // were not lost: the master reported all rounds.
     let mut waited_for = exit_codes.lock().unwrap();
     let expected = started_by_host.take();
     waited_for.retain(|pid, _| expected.contains_key(pid));
@@ -335,8 +336,8 @@ fn signal_handlers_of_the_host_run_and_are_restored() {
     assert_handlers_run_and_are_restored();
 }
 
-/// Repeats the check without process descriptors. SIGCHLD then also reports a worker's exit, so the
-/// host's handler runs at least twice.
+/// Repeats the test without process descriptors. SIGCHLD then arrives for the worker's exit and for
+/// `raise`, so the host's handler runs at least twice.
 fn signal_handlers_of_the_host_run_and_are_restored_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();
@@ -435,8 +436,8 @@ fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     assert!(runs(Number::SIGCHLD) >= 1, "the host's handler runs");
 }
 
-/// Makes the kernel reap children as soon as they exit, so that their process IDs are free
-/// immediately.
+/// Makes the kernel reap children as soon as they exit. `how` is the disposition of SIGCHLD:
+/// ignored, or with SA_NOCLDWAIT and the default action or a handler.
 fn ignore_children(how: &str) {
     let none = SigSet::empty();
     let reap = SaFlags::SA_NOCLDWAIT;
@@ -485,8 +486,8 @@ fn exits_are_reported_though_the_host_ignores_its_children() {
     }
 }
 
-/// Checks an old kernel, which reaps the workers itself because the host ignores its children. The
-/// master cannot get their exit status, so it reports an error and the status 255.
+/// Simulates an old kernel with a host that ignores its children, so that the kernel reaps the
+/// workers. The master cannot get their exit status, and must report an error and the status 255.
 fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
     const HOW: &str = "HOW";
     let Ok(how) = std::env::var(HOW) else {
@@ -514,7 +515,7 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
         },
         |worker| run_to_completion(&worker),
     );
-    // Get the error's text from the system, because the text depends on the C library.
+    // Get the error's text from the C library, because libraries differ in the text.
     let no_child = std::io::Error::from(nix::errno::Errno::ECHILD);
     let expected = [
         "1 fork".to_owned(),
@@ -596,7 +597,8 @@ fn handler_with_nocldstop_is_not_called_for_stops_on_old_kernels() {
 /// Environment variable that is set only for process 1 of a new PID namespace.
 const PROCESS_1: &str = "FIRST";
 
-/// Starts this scenario as process 1 of a new PID namespace.
+/// Starts this scenario again as process 1 of a new PID namespace, with `how` as the value of
+/// [`PROCESS_1`].
 fn start_as_process_1(how: &str) -> Child {
     use nix::sched::{CloneFlags, setns, unshare};
 
@@ -813,8 +815,8 @@ fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
 fn forked_child_of_the_host_delays_no_fork() {
     const CHILDREN: usize = 100;
     let stop = Arc::new(AtomicBool::new(false));
-    // Start the threads together with the master's forks. The master forks workers until no thread
-    // forks a child.
+    // The threads start to fork children at the master's first fork. The master forks workers until
+    // both threads have forked their children.
     let (begin, forking_threads) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicU32::new(2)),
@@ -830,8 +832,8 @@ fn forked_child_of_the_host_delays_no_fork() {
                 children.push(forked_child());
             }
             forking_threads.fetch_sub(1, Ordering::SeqCst);
-            // Keep the children alive for up to 20 s. If `fork` does not wait for them, the last
-            // fork returns long before that time.
+            // Keep the children alive for up to 20 s. The master must set `stop` before that time.
+            // It would be late if `fork` waited for these children.
             let end = Instant::now() + Duration::from_secs(20);
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
                 std::thread::park_timeout(Duration::from_millis(100));
@@ -1068,8 +1070,8 @@ fn kill_parent_of_orphan(parent: &WorkerProcess, orphan: &[u8]) {
     parent.process().kill(Signal::KILL);
     let end = Ok(WaitStatus::Exited(orphan, 7));
     parent.on_exit(move |master, _, _| {
-        // Do not reap the orphan yet. A faulty master would mistake this zombie for the other
-        // worker's exit.
+        // Check that the orphan is a zombie, but do not reap it before the other worker has exited.
+        // The master must not mistake the zombie for that worker's exit.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         assert_eq!(waitid(Id::Pid(orphan), flags), end);
         let other = master.fork_with([("PART", "other")]).unwrap();
@@ -1120,7 +1122,7 @@ fn workers_exit_with_a_master_that_is_process_1() {
 }
 
 /// Forks a child that drops its copy of the master, as a child that returns from `main` does. The
-/// worker and its socket's path must remain.
+/// parent's worker and the path of its Unix socket must remain.
 fn dropping_the_master_in_a_child_does_not_affect_the_parent() {
     let path = std::env::temp_dir().join(format!("cluster-test-{}", std::process::id()));
     match cluster::init().unwrap() {

@@ -94,26 +94,26 @@ const FDS_PER_WORKER: usize = 2;
 const SLACK_BYTES: usize = 4 << 20;
 const SLACK_FDS: usize = 8;
 /// Maximum factor by which an attack may increase the master's median CPU time between a client's
-/// arrival and its acceptance. The largest measured factor is 21, with Idle and Pause frames, of
-/// which the master processes at most 64 per iteration. Without the limit of 64 frames, the factor
-/// is 100.
+/// arrival and its acceptance. The largest measured factor is 21, in the flood of Idle and Pause
+/// frames. The master processes at most 64 of these frames per iteration. Without this limit, the
+/// factor is 100.
 const WORK_FACTOR_MAX: u32 = 50;
-/// Lower bound for the median without an attack. With a smaller median, cache misses alone could
-/// exceed `WORK_FACTOR_MAX`.
+/// Minimum that the test uses for the median without an attack. If the measured median were
+/// smaller, cache misses alone could exceed `WORK_FACTOR_MAX`.
 const WORK_MIN: Duration = Duration::from_micros(20);
-/// Maximum number of loop iterations until the test sees that the master has accepted a client. The
-/// master may notice the client only in its second iteration, after that iteration's call of the
-/// measuring watch.
+/// Maximum number of loop iterations from a client's arrival until the test sees that the master
+/// has accepted the client. The master may accept the client only in the second iteration, after
+/// the measuring watch was called. The watch then sees this in the third iteration.
 const ITERATIONS_MAX: u32 = 3;
 /// Maximum number of messages from one worker between two calls of the measuring watch.
 ///
-/// The value is twice the master's limit per iteration, because an iteration may begin between the
-/// two calls.
+/// The value is twice the master's limit of 64 messages per iteration, because parts of two
+/// iterations lie between two calls.
 const MESSAGES_MAX: u32 = 2 * 64;
-/// Maximum duration of one iteration. An iteration that is blocked by `close` of one of these
-/// tests' descriptors takes longer.
+/// Maximum duration of one iteration. An iteration takes longer if `close` blocks on one of the
+/// descriptors from `connection_that_blocks_in_close`.
 const ITERATION_MAX: Duration = Duration::from_secs(5);
-/// Maximum time until the exit of an attacker that the master should have killed.
+/// Maximum time until the exit of an attacker that the master or the test has to kill.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Number of clients that the well-behaved worker serves, one after the other.
@@ -153,7 +153,7 @@ fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Encodes a body of 32-bit numbers.
+/// Encodes 32-bit numbers as a frame's body.
 fn numbers(parts: &[u32]) -> Vec<u8> {
     parts.iter().flat_map(|part| part.to_le_bytes()).collect()
 }
@@ -380,13 +380,13 @@ impl Listener<'_> {
 enum Outcome {
     /// The master disconnects and kills the attacker, and reports why.
     Disconnected(&'static str),
-    /// Like `Disconnected`, but the master also reports an error about a second frame. This frame
-    /// was pending when the master disconnected the attacker.
+    /// Like `Disconnected`, but the master also reports an error about another frame, which was
+    /// pending when the master disconnected the attacker.
     DisconnectedTwice(&'static str, &'static str),
     /// The attacker breaks no rule. The test kills it after the clients have been served.
     Tolerated,
-    /// Like `Tolerated`, but the master may report once that the attacker's final messages exceed a
-    /// limit.
+    /// Like `Tolerated`, but the master may first report an error that begins with this text,
+    /// because the attacker's final messages exceed a limit.
     ToleratedWithLoss(&'static str),
 }
 
@@ -732,8 +732,8 @@ fn measure_baseline(
     });
 }
 
-/// Returns whether `ASAN_OPTIONS` is set, as it is in runs with the address sanitizer, which
-/// changes memory use and speed.
+/// Returns whether the address sanitizer is in use, which changes memory use and speed.
+/// `ASAN_OPTIONS` is set in these runs.
 fn is_instrumented() -> bool {
     std::env::var_os("ASAN_OPTIONS").is_some()
 }
@@ -874,8 +874,8 @@ fn idle_report_without_a_queue_disconnects_the_worker_sharded() {
     report_idle_without_a_queue(SchedulingPolicy::Sharded);
 }
 
-/// Lets the worker report that it is idle for a retained listener that has no queue, because
-/// workers accept from it themselves. A faulty master would believe the report and block in
+/// Lets the worker report that it is idle for a retained listener. The listener has no queue,
+/// because workers accept from it themselves. A master that believed the report would block in
 /// `accept` on this listener.
 fn report_idle_without_a_queue(policy: SchedulingPolicy) {
     const FIRST_HANDLE: u32 = 1;
@@ -1046,7 +1046,7 @@ fn unfinished_header_does_not_delay_other_workers() {
     }));
 }
 
-/// Descriptors for one message, at the maximum number that the master receives with one call.
+/// Descriptors to send with one message: as many as the master can receive with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
 const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
@@ -1091,8 +1091,8 @@ fn descriptors_that_the_application_ignores_are_closed() {
     });
 }
 
-/// Makes the last `close` of the socket block for `time`, in whichever process it happens. The
-/// socket has unsent data, because its peer does not read.
+/// Makes the last `close` of the socket block for `time`, no matter which process calls it. The
+/// kernel waits for unsent data, and the peer does not read.
 fn make_close_block(mut socket: &TcpStream, time: Duration) {
     let linger = nix::libc::linger {
         l_onoff: 1,
@@ -1123,7 +1123,7 @@ fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
 }
 
 /// Sends more descriptors than the master's buffer holds. The kernel closes the excess descriptors
-/// while the master reads.
+/// while the master reads, and this `close` must not block the master.
 fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
@@ -1144,8 +1144,8 @@ fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     attack_beside_honest_worker(Case { fds: 256, ..case });
 }
 
-/// Sends descriptors with out-of-band data. The kernel skips the data and closes its descriptors
-/// while the master reads.
+/// Sends a descriptor with out-of-band data. The kernel skips the data and closes the descriptor
+/// while the master reads, and this `close` must not block the master.
 fn out_of_band_descriptors_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
@@ -1446,7 +1446,7 @@ fn set_option<T>(own: &Listener<'_>, option: nix::libc::c_int, value: &T) {
     println!("option {option}: {set}");
 }
 
-/// Requests connections and returns them, repeatedly.
+/// Requests a connection and returns it, 100 times. Then starts the clients and waits to be killed.
 fn pause_repeatedly(own: &Listener<'_>) -> ! {
     for _ in 0..100 {
         own.idle(0);
@@ -1693,8 +1693,8 @@ fn malformed_frames() -> Vec<Violation> {
     ]
 }
 
-/// Runs the attackers one after the other, and checks after each that the well-behaved worker still
-/// answers.
+/// Runs `count` attackers one after the other, and checks after each that the well-behaved worker
+/// still answers. `play` receives the attacker's index.
 fn run_attackers(count: usize, play: fn(&Attacker, usize), log: &Log) {
     if let Some(attacker) = Attacker::of_this_process() {
         let which = std::env::var(ATTACKER).unwrap();
@@ -1749,7 +1749,7 @@ fn frames_in_the_wrong_state_disconnect_the_worker() {
     assert_eq!(seen, expected);
 }
 
-/// Environment variable with the number of seeds. A separate worker uses each seed.
+/// Environment variable with the number of seeds. For each seed, one worker sends random frames.
 const SEEDS: &str = "CLUSTER_TEST_SEEDS";
 
 fn seeds() -> usize {

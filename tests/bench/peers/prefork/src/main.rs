@@ -1,4 +1,5 @@
-//! Sends the same answer with the crate `prefork`. Usage: prefork-server WORKERS
+//! Serves the same answer as the other measured servers, with the crate `prefork`. Usage:
+//! prefork-server WORKERS
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
