@@ -622,7 +622,8 @@ struct Pooled {
 
 const POOL_CALLS: &[Call<Pooled>] = &[
     ("the master's", |p| {
-        // Leave out the methods that end the pool's workers, because the pool's methods follow.
+        // Leave out the methods that end the pool's workers, because the pool's own methods are
+        // called afterwards.
         let calls = MASTER_CALLS.iter();
         let ending = ["end the workers", "disconnect", "disconnect_within"];
         for (name, call) in calls.filter(|(name, _)| !ending.contains(name)) {

@@ -107,7 +107,8 @@ fn hand_off_survives_a_kill_after_processing_a_frame() {
 #[derive(Clone, Copy)]
 enum MayLose {
     Nothing,
-    /// At most one client for each failed worker, whose connection this worker had received.
+    /// For each failed worker, at most one client, namely one whose connection the worker had
+    /// received.
     ReceivedConnection,
 }
 
