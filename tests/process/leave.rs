@@ -37,9 +37,9 @@ crate::scenarios! {
     final_message_is_delivered_though_a_callback_owns_the_listener
 }
 
-/// Forks one worker that sends a message. Then `end_worker` ends the worker, or the worker ends by
-/// itself. Returns `exited_after_disconnect` at the `disconnect` and `exit` events, and the exit
-/// status.
+/// Forks one worker that runs `worker`. When the worker's first message arrives, the master calls
+/// `end_worker`. Returns `exited_after_disconnect` at the `disconnect` event, and at the `exit`
+/// event together with the exit status.
 fn flags_and_status(
     end_worker: impl FnOnce(&cluster::WorkerProcess) + 'static,
     worker: impl FnOnce(Worker),

@@ -255,7 +255,8 @@ fn assert_is_master() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             assert!(master.workers().is_empty());
-            // Other programs must not inherit the variables that the master sets for a worker.
+            // Check that a detached process, which is not a worker, gets none of the variables that
+            // the master sets for a worker.
             let settings = Settings::default().exec("/usr/bin/env").args::<&str>([]);
             let settings = settings.detached(true).silent(true);
             let program = master.fork_as(settings).unwrap();
@@ -311,8 +312,9 @@ fn worker_child_is_no_worker() {
     assert_eq!(entries.take(), ["master\n"]);
 }
 
-/// Checks that the program which the first wrapper forks is a master. When this master starts the
-/// same wrapper again, `init` fails in the innermost program.
+/// Checks that a program behind wrappers cannot start itself without end. Each wrapper is a shell
+/// that forks this program. Behind the first wrapper, the program is a master. Behind the second,
+/// `init` fails.
 fn wrappers_cannot_start_the_program_recursively() {
     const REFUSED: i32 = 42;
     let depth = std::env::var(CHILD).map_or(0, |depth| depth.parse().unwrap());
@@ -420,8 +422,8 @@ fn policy_is_frozen_by_the_first_fork() {
     );
 }
 
-/// Runs a shell as a worker that writes the output of `command` to a file. Returns the file's
-/// content.
+/// Runs `command` in a shell, which the master forks as a worker, and returns the command's output.
+/// Calls `before` in the master before the fork.
 fn output_of_shell(command: &str, before: impl FnOnce(&Master)) -> String {
     let file = tempfile::NamedTempFile::new().unwrap();
     let script = format!("{{ {command}; }} > {}", file.path().display());

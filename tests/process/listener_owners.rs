@@ -115,7 +115,7 @@ fn statement(code: u16, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code, jt: 0, jf, k }
 }
 
-/// Attaches a BPF program with a socket option.
+/// Attaches a BPF program to the socket. `option` is the socket option that attaches it.
 fn attach(
     socket: &impl AsFd,
     option: libc::c_int,
@@ -160,8 +160,8 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
                     other.set_nonblocking(true).unwrap();
-                    // The accepted connection may also belong to one of the previous clients that
-                    // no worker has accepted.
+                    // Accept any connection. It need not be the one of `client`, because no worker
+                    // may have accepted an earlier client.
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
                 master.disconnect();
@@ -288,7 +288,8 @@ fn stopped_port_refuses_clients(policy: SchedulingPolicy) {
         |worker| {
             serve(&worker, ANY_PORT, |_| {
                 let copies = listening_sockets();
-                // Use `dup`, which returns descriptors without close-on-exec.
+                // Use `dup`, because its descriptors are not close-on-exec, so the child inherits
+                // them.
                 let inherited = |copy: &OwnedFd| nix::unistd::dup(copy).unwrap();
                 let inherited: Vec<_> = copies.iter().map(inherited).collect();
                 let mut child = Command::new("sleep");
@@ -329,7 +330,8 @@ fn assert_even(shares: &BTreeMap<String, u32>) {
 /// The socket option's number, because some versions of the C library do not declare it.
 const SO_DETACH_REUSEPORT_BPF: libc::c_int = 68;
 
-/// Tries to change the distribution of connections among all shards and returns the result.
+/// Tries to change how the kernel distributes connections among the shards, by the means that `how`
+/// names. Returns the result as text.
 fn interfere(how: &[u8]) -> String {
     let [shard] = &listening_sockets()[..1] else {
         unreachable!("one socket")
@@ -418,7 +420,8 @@ fn shut_down(_: &[u8]) -> String {
     "done".to_owned()
 }
 
-/// Checks that the port stays the same after a shutdown, and that each worker serves again.
+/// Checks that after a worker has shut the listener down, the port stays the same and each worker
+/// serves again.
 fn listener_listens_again(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -504,8 +507,8 @@ fn listener_listens_again_when_another_owner_shuts_it_down_rr() {
     assert_eq!(entries.take(), ["1"]);
 }
 
-/// Checks that exactly one error is reported, because a Unix socket that was shut down cannot
-/// listen again.
+/// Checks that the master reports the shutdown as exactly one error. Unlike a TCP socket, a Unix
+/// socket that was shut down cannot listen again.
 fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
     let directory = cluster::is_master().then(|| tempfile::tempdir().unwrap());
     let log = Log::default();
@@ -520,7 +523,7 @@ fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
                 let path = listener.take().unwrap().address().to_string();
                 assert!(error.to_string().contains(&path), "{error}");
                 log.add("error");
-                // Wait for further errors, none of which may occur.
+                // Wait, to check that no further error is reported.
                 master.set_timeout(Duration::from_millis(300), |master| master.disconnect());
             });
             master.on_listening(|master, _, _| ask(master, 0, "", |_, _| {}));

@@ -124,8 +124,8 @@ fn loads_count_dispatched_and_received_connections() {
     assert_eq!(entries.take(), ["20"]);
 }
 
-/// Checks the loads after `served` connections and connects the next client. Before that, waits
-/// until each worker waits for a connection.
+/// Waits until each worker waits for a connection, checks the loads after `served` connections, and
+/// connects the next client.
 fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     when_all_wait(master, move |master| {
         let mut figures: Vec<_> = master.loads().workers.iter().map(figures).collect();
@@ -165,8 +165,8 @@ fn hold(worker: &Worker) {
     worker.run().unwrap();
 }
 
-/// Checks the number of open connections. A worker that has nothing to receive reports closed
-/// connections when half of its connections have been closed.
+/// Checks the number of open connections. It may be too high for a while, because a worker that has
+/// nothing to receive reports closed connections only when it has closed half of its connections.
 fn loads_count_open_connections() {
     let log = Log::default();
     let entries = log.clone();
@@ -224,7 +224,8 @@ fn when_received(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     });
 }
 
-/// Checks that a connection goes to another worker if a stopped idle worker does not receive it.
+/// Checks the loads when a stopped idle worker does not receive its connections: they are counted
+/// as returned, and go to another worker.
 fn loads_count_returned_connections() {
     let log = Log::default();
     let entries = log.clone();
@@ -271,9 +272,9 @@ fn loads_count_connections_waiting_for_a_worker() {
             when_listening(master, 1, move |master, address| {
                 when_all_wait(master, move |master| {
                     stop(&only);
-                    // The stopped worker still counts as idle, so the master dispatches one
-                    // connection to it. The worker then counts as busy, and the other connections
-                    // stay in the backlog.
+                    // The master still treats the stopped worker as idle, and dispatches one
+                    // connection to it. From then on, the master treats it as busy, so the other
+                    // connections stay in the backlog.
                     let clients = connect(address, 3);
                     let stopped = only.clone();
                     when_accepted(master, 1, move |master| {

@@ -227,7 +227,8 @@ fn read_until(mut source: impl std::io::Read, end: &str) -> String {
     }
 }
 
-/// Reads all lines of a log whose loop does not run. Flushes the log whenever the reader is empty.
+/// Reads all lines of a log that no running loop writes. Flushes the log each time the reader is
+/// empty, until a flush brings nothing more.
 fn read_all(reader: &OwnedFd, log: &LogWriter) -> String {
     let flags = OFlag::from_bits_retain(fcntl(reader, FcntlArg::F_GETFL).unwrap());
     fcntl(reader, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).unwrap();
@@ -323,8 +324,8 @@ fn log_leaves_shared_descriptions_blocking() {
     drop((peer, reader, terminal.master));
 }
 
-/// Writes to pipes that the log cannot reopen by their path, because root created them and the
-/// process has changed its user. The log must not block.
+/// Checks that a log does not block on a full pipe, with and without `pwritev2`. The log cannot
+/// reopen the pipes by their path, because root created them and the process has changed its user.
 fn log_of_another_users_pipe_does_not_wait() {
     let pipes = [pipe().unwrap(), pipe().unwrap()];
     let nobody = Uid::from_raw(NOBODY);

@@ -35,7 +35,7 @@ struct System {
     has_proc: bool,
 }
 
-/// The number of the system call `fchmodat2`. It is the same on all architectures, but some
+/// The number of the system call `fchmodat2`. It is the same on x86-64, AArch64 and RISC-V. Some
 /// versions of the C library do not declare it.
 const FCHMODAT2: libc::c_long = 452;
 
@@ -140,8 +140,8 @@ pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
             .map(move |scenario| play(system, scenario))
     };
     let mut trials: Vec<_> = SYSTEMS.iter().flat_map(each).collect();
-    // Also play this scenario, because without `clone3` `fork` waits for the child to report a
-    // failed step.
+    // Also play this scenario without `clone3`: `fork` then waits until the child reports whether a
+    // step has failed.
     trials.push(play(&SYSTEMS[0], "missing_program_is_an_error_of_fork"));
     let without_proc =
         |system| play(system, "workers_serve_and_exit").with_ignored_flag(!is_root());

@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Environment variable that tells a master in which way to end.
 const END: &str = "MASTERS_END";
 
-/// The activities of workers when their master ends, and each worker's process state.
+/// What each worker does when its master ends, and its process state as `/proc/PID/stat` shows it.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", ") S "),
     ("running", ") S "),
@@ -52,7 +52,7 @@ const BEFORE_INIT: usize = 2;
 fn print_ready() {
     let mut output = std::io::stdout().lock();
     let line = format!("{} {}\n", std::process::id(), kind());
-    // Write the line at once, because all workers share this output.
+    // Write the line by one call, so that the lines of workers that share this output do not mix.
     output.write_all(line.as_bytes()).unwrap();
     output.flush().unwrap();
 }
@@ -368,8 +368,9 @@ fn orphans_with_a_set_user_id_bit_exit_within_a_second() {
     play_orphans_with_privileges(ROOT_BY_BIT, set_user_id);
 }
 
-/// Checks that a worker exits if its master was killed before the worker called `init`. At that
-/// time, no parent-death signal reports the master's exit. The worker itself kills its master.
+/// Checks that a worker exits if its master was killed before the worker called `init`. Before
+/// `init`, no parent-death signal reports the master's exit, because `execve` of a program with
+/// file capabilities has cleared it. The worker itself kills its master.
 fn worker_with_file_capabilities_exits_if_its_master_exited_before_init() {
     if std::env::var_os(PRIVILEGES).is_none() {
         // Become a subreaper. The worker is then reparented to this process, so that this process

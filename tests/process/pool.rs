@@ -164,7 +164,8 @@ fn crash_loop_ends_when_the_pool_gives_up() {
 
 /// Checks the times and the number of forks in a crash loop that runs for [`test_duration`].
 ///
-/// The pool uses the default options, except that it never gives up.
+/// The pool has one worker, adds no jitter and never gives up. All other options have their
+/// defaults.
 fn crash_loop_forks_at_the_configured_times() {
     let forks = Rc::new(RefCell::new(Vec::new()));
     let noted_forks = Rc::clone(&forks);
@@ -326,8 +327,8 @@ fn large_workers_are_replaced_without_a_gap() {
     });
 }
 
-/// Checks that a pool of one worker has a ready worker at any moment while it replaces the worker
-/// at `limit`.
+/// Checks that a pool of one worker has a ready worker at every moment while it replaces a worker
+/// that has reached `limit`.
 fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit: fn(SocketAddr)) {
     let recycled = Rc::new(Cell::new(0));
     let seen = Rc::clone(&recycled);
@@ -420,8 +421,8 @@ fn send_release_and_serve(worker: &Worker) {
 
 /// Checks the settings after three reloads. Only the first reload succeeds.
 ///
-/// The second reload replaces the worker in slot 0 and fails in slot 1. The third reload fails when
-/// slot 0 is the only slot.
+/// The second reload replaces the worker in slot 0 and fails in slot 1. Then the pool is scaled
+/// down to slot 0 alone, and the third reload fails there.
 fn failed_reloads_keep_the_settings_of_the_serving_generation() {
     let log = Log::default();
     let entries = log.clone();
@@ -973,7 +974,7 @@ fn pool_notifies_systemd() {
         String::from_utf8(buffer[..length].to_vec()).unwrap()
     };
     let ready_of = |master: Pid| format!("READY=1\nMAINPID={master}\nWATCHDOG=1");
-    // Skip status texts and watchdog notifications, whose number is not certain.
+    // Skip status texts and watchdog notifications, because their number varies.
     let next_notification = || loop {
         let notification = receive();
         if !notification.starts_with("STATUS=") && notification != "WATCHDOG=1" {
@@ -1109,8 +1110,9 @@ fn broken_upgrades_change_nothing() {
     std::fs::remove_file(&server.release).unwrap();
 }
 
-/// Checks that a stop at once kills a new master that blocks SIGTERM and does not serve. The drain
-/// time is longer than the test, so the kill cannot come from the drain deadline.
+/// Checks that an immediate stop (by a second signal or SIGQUIT) also kills a new master that
+/// blocks SIGTERM and does not serve. The drain time is longer than the test, so the kill cannot
+/// come from the drain deadline.
 fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     if is_watched() {
         let long = Duration::from_secs(1000);
@@ -1133,8 +1135,8 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     }
 }
 
-/// Stops a new master in the loop iteration in which its minimum ready time ends. The new master
-/// must not take over.
+/// Checks that a new master does not take over if it stops in the same loop iteration in which its
+/// minimum ready time ends.
 fn new_master_that_stops_does_not_take_over() {
     const PREDECESSOR: &str = "cluster-predecessor";
     if !is_watched() {
@@ -1174,8 +1176,8 @@ fn new_master_that_stops_does_not_take_over() {
     }
 }
 
-/// Checks that a signal to the process group stops both masters during an upgrade, and stops the
-/// new master after it.
+/// Checks that a signal to the process group stops both masters if it arrives during an upgrade,
+/// and the new master if it arrives after the upgrade.
 fn new_master_stays_in_the_session_and_process_group() {
     if is_watched() {
         return server(quick());
@@ -1274,7 +1276,7 @@ fn killed_workers_lose_only_received_connections() {
         server.workers(),
         server.group.output()
     );
-    // Allow fewer descriptors than at first, because connections may have been in flight then.
+    // Allow fewer descriptors than in `before`, which may include connections in flight.
     assert!(fds <= before.0, "{}", server.group.output());
     assert!(kib <= before.1 + 1024, "the master's memory has grown");
     server.stop();

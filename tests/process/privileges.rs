@@ -210,7 +210,8 @@ fn root_worker_keeps_its_capabilities() {
     assert_eq!(entries.take(), [format!("1 {}", effective())]);
 }
 
-/// Asserts that `fork` fails with a timeout. The child of another user does not start in time.
+/// Asserts that `fork` fails with a timeout, because the child, which runs as another user, does
+/// not start in time.
 fn assert_fork_gives_up(master: &Master) {
     let begun = Instant::now();
     let error = master.fork().unwrap_err();
@@ -269,8 +270,9 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
-/// Checks that the next `fork` reaps a child that exits slowly. The test attaches a tracer, which
-/// delays the reaping just as a child that waits for a device would.
+/// Checks that the next `fork` reaps a child that exits slowly. The test attaches a tracer to the
+/// child, because a child that is traced stays a zombie until the tracer exits. A child that waits
+/// for a device would exit as slowly.
 fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(
@@ -363,7 +365,7 @@ fn file_names(path: String) -> nix::Result<usize> {
     names.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap()))
 }
 
-/// Opens a process descriptor of another process.
+/// Opens a process descriptor of another process, and returns its number.
 fn process_descriptor(pid: Pid) -> libc::c_long {
     #[allow(unsafe_code)]
     // SAFETY: `pidfd_open` receives its arguments by value and accesses no memory of this process.
@@ -474,8 +476,8 @@ impl HostSockets {
     }
 }
 
-/// Requests every descriptor number that the master may have. Returns the sockets that the worker
-/// receives.
+/// Requests the master's descriptors 0 to 63 by their numbers, each as every kind of socket.
+/// Returns the kinds and numbers of the sockets that the worker receives.
 fn request_all_numbers(worker: &Worker) -> String {
     let mut opened = BTreeSet::new();
     for number in 0..64 {
@@ -632,8 +634,8 @@ fn assert_refused_as_a_channel(kind: &str, descriptor: impl Into<OwnedFd>) {
     assert_eq!(before, after, "{kind}: the flags are unchanged");
 }
 
-/// Asserts that reading from the peer would block, so nothing was written and the peer is still
-/// open.
+/// Asserts that a read has failed because it would block. This shows that the peer is still open
+/// and has written nothing.
 fn assert_silence(error: std::io::Error) {
     assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
 }

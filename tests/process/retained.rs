@@ -389,7 +389,8 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
     assert_eq!(entries.take(), ["the same"]);
 }
 
-/// Retains a listener that is already open, and of which the application keeps a duplicate.
+/// Checks that two workers share a listener that the application opened before the master retained
+/// it. The application keeps a duplicate of the listener.
 ///
 /// The first worker requests the listener's address, and the second worker requests only its port.
 fn existing_listener_is_shared(policy: SchedulingPolicy) {
@@ -744,8 +745,8 @@ fn ask_all(clients: Vec<TcpStream>) -> String {
 }
 
 /// Kills the only worker, so that its queued connections wait in the master until the next worker
-/// starts. In the meantime the scheduler must not run. It would panic, because the list of workers
-/// is empty.
+/// starts. Checks that the scheduler does not run in the meantime: it would panic, because the list
+/// of workers is empty.
 fn scheduler_runs_only_when_there_is_a_worker_to_choose() {
     let log = Log::default();
     let entries = log.clone();

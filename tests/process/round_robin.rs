@@ -210,9 +210,11 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
     assert_eq!(entries.take(), ["402"; 5]);
 }
 
-/// Sends many quick requests and two slow ones. The slow requests usually keep both workers busy.
+/// Plays rounds of many quick requests and two slow ones. The slow requests usually keep both
+/// workers busy.
 ///
-/// The function repeats this until connections were queued behind a slow request in `times` rounds.
+/// The last round is the one in which connections are queued behind a slow request for the
+/// `times`th time.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect();
@@ -268,7 +270,7 @@ fn make_worker_slow(
 
 /// Stops the next worker in the rotation while both workers wait in `accept`, and calls `then`.
 ///
-/// The workers are slow at that time, so the master dispatches no connection ahead of time.
+/// By then, the master treats both workers as slow, so it dispatches no connection ahead of time.
 fn with_a_stopped_worker(
     master: &Master,
     then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,
@@ -436,8 +438,9 @@ const QUEUED: usize = 5;
 /// Stops the only worker, and calls `then` once `QUEUED` connections are in its queue. The clients
 /// have not sent a request yet.
 ///
-/// The master dispatches this number of connections ahead of time only to a worker that answers quickly.
-/// The function repeats these steps until the worker does.
+/// The master dispatches so many connections ahead of time only to a worker that answers quickly.
+/// Therefore a burst of quick requests comes first, and everything is repeated if fewer than
+/// `QUEUED` connections were dispatched.
 fn with_a_queue(
     master: &Master,
     address: SocketAddr,
@@ -580,8 +583,8 @@ fn callback_workers_hold_many_connections() {
     assert_eq!(entries.take(), ["300"]);
 }
 
-/// Closes or aborts a worker's listener in the callback for the first of several queued
-/// connections.
+/// Checks that queued connections go to another worker if the callback for the first of them closes
+/// the listener or aborts the process.
 fn connections_that_a_callback_has_not_received_go_to_others() {
     if let Ok(how) = std::env::var("HOW") {
         return run_callback_that_ends(how);
@@ -666,7 +669,8 @@ fn queue_survives_a_killed_worker() {
     assert_eq!(entries.take(), ["2 2 2 2 2"]);
 }
 
-/// Lowers the limit on connections while several of them are in the worker's queue.
+/// Checks that connections in a worker's queue go to another worker if the callback for the first
+/// of them lowers the limit on open connections to 1.
 fn lowered_limit_returns_the_rest_to_others() {
     let log = Log::default();
     let entries = log.clone();
@@ -743,9 +747,10 @@ fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     );
 }
 
-/// Disconnects the worker in a callback for its message, which arrives before or together with the
-/// worker's report that it has received connections. A faulty master would dispatch these
-/// connections to the second worker too.
+/// Checks that the master dispatches no connection again that a worker has received. The master
+/// disconnects the first worker in a callback for a message. This message arrives before, or
+/// together with, the report that the worker has received the connections. A faulty master would
+/// dispatch them to the second worker too.
 fn received_connection_is_not_dispatched_again() {
     let log = Log::default();
     let entries = log.clone();
@@ -789,7 +794,8 @@ fn received_connection_is_not_dispatched_again() {
     assert_eq!(entries.take(), ["1 1 1 1 1"]);
 }
 
-/// Makes a connection and a signal arrive together. The signal's callback closes the listener.
+/// Checks that a connection is served although a signal arrives together with it, and the signal's
+/// callback closes the listener.
 fn callback_inside_accept_cannot_lose_the_connection() {
     let log = Log::default();
     let entries = log.clone();

@@ -134,7 +134,7 @@ fn durations_of_any_length_are_accepted() {
     }
 }
 
-/// Plays with this policy, unless the process was started for another policy.
+/// Calls `play` under the policy. Does nothing if this process was started for another policy.
 fn with_policy(policy: &str, play: impl FnOnce()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";
     match std::env::var(POLICY) {

@@ -155,8 +155,8 @@ fn scheduler_sees_no_peer_address_of_a_unix_socket() {
     assert_eq!(entries.take(), ["None", "served"]);
 }
 
-/// Checks that the scheduler receives the loads before the connection for which it chooses a
-/// worker.
+/// Checks that the loads that the scheduler receives do not yet include the connection for which it
+/// chooses a worker.
 fn scheduler_sees_the_loads() {
     let log = Log::default();
     let entries = log.clone();
@@ -305,8 +305,8 @@ fn busy_worker_receives_chosen_connections_later() {
     assert_eq!(entries.take(), ["called", "called", "called", "1 1 1"]);
 }
 
-/// Stops the first worker and connects three clients. The scheduler chooses this worker while it is
-/// a candidate.
+/// Stops the first worker, connects three clients, and calls `then` once the master has accepted
+/// them. The scheduler chooses the first worker as long as that worker is a candidate.
 fn with_clients_of_a_stopped_worker(
     master: &Master,
     log: &Log,

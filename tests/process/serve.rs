@@ -131,7 +131,8 @@ while True:
     connection.close()
 ";
 
-/// Returns a command for `serve` with this number of workers. A worker counts as ready after 50 ms.
+/// Returns a command for `serve` with this number of workers. `serve` treats a worker as ready
+/// after 50 ms.
 fn command(workers: usize, address: &str) -> Command {
     let mut command = example("serve");
     command.args(["--listen", address, "--readiness", "50ms"]);

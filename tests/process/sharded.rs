@@ -1,8 +1,8 @@
 //! Tests of sharded listeners. Each worker has its own listener, and all listeners have the same
 //! port.
 //!
-//! No client may be lost while workers are killed, disconnected and replaced. Only if no worker
-//! replaces a killed one, its waiting clients are reset.
+//! No client may be lost while workers are killed, disconnected and replaced. The waiting clients
+//! of a killed worker are reset only if no other worker replaces it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -169,7 +169,8 @@ fn count_sockets(worker: &WorkerProcess) -> usize {
 
 /// Kills a worker while its application has no connection.
 ///
-/// This is the case while the worker has exactly `idle_sockets` sockets, as an idle worker does.
+/// The application has none while the worker has exactly `idle_sockets` sockets open, as an idle
+/// worker does. The worker is stopped for each count.
 fn kill_between_connections(worker: &WorkerProcess, idle_sockets: usize) {
     let pid = worker.process().id();
     wait_until("a worker without a connection", || {

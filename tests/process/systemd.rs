@@ -154,8 +154,8 @@ fn variables(command: &Command) -> impl Iterator<Item = (&OsStr, &OsStr)> {
     variables.filter_map(|(name, value)| Some((name, value?)))
 }
 
-/// Returns a command that runs this scenario in a shell. The shell first sets up descriptors and
-/// variables as in `arrange`.
+/// Returns a command that runs this scenario in a shell. Before that, the shell runs the commands
+/// in `arrange`, which set up descriptors and variables.
 fn passing(arrange: &str) -> Command {
     let script = format!(
         "unset LISTEN_FDS LISTEN_FDNAMES LISTEN_PIDFDID
@@ -178,7 +178,8 @@ fn assert_close_on_exec(fd: &impl std::os::fd::AsFd) {
     assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
 }
 
-/// Environment variable that names a file, which the process opens before it calls `listen_fds`.
+/// Environment variable with the path of a file that the process opens before it calls
+/// `listen_fds`.
 const FILE: &str = "OWN_FILE";
 
 /// Calls `listen_fds`, and prints the result for the parent process.
@@ -563,8 +564,8 @@ fn workers_do_not_inherit_systemd_variables() {
     assert_eq!(own(3, "NOTIFY_SOCKET"), None);
 }
 
-/// Lets a worker notify its readiness with `systemd-notify`. The master receives the notification,
-/// as systemd would.
+/// Checks that a worker can notify its readiness with `systemd-notify`. The master receives the
+/// notification, as systemd would.
 fn worker_notifies_readiness_itself() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("notify");

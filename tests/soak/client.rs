@@ -1,5 +1,5 @@
-//! Clients of the soak test. They run in their own process, so that their memory does not count as
-//! the master's.
+//! Clients of the soak test. They run in their own process, so that a measurement of the master
+//! does not include their memory.
 
 use std::cell::Cell;
 use std::io::{BufRead as _, Read, Write as _};

@@ -1,4 +1,5 @@
-//! Makes short connections under both policies while workers exit and are replaced.
+//! Makes short connections under the round-robin and the shared policy, while workers exit and are
+//! replaced.
 
 use std::cell::Cell;
 use std::io::Write;

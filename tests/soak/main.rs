@@ -12,7 +12,7 @@
 //! Each scenario has twenty rounds. Everything that a round starts has ended when the round ends.
 //! Then the test measures the master, and a worker that runs through all rounds (see `measure`).
 //! The first round is the warm-up. After the last round, the processes may hold no more than after
-//! the first.
+//! the first round, apart from the small growth that the constants in `measure` allow.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,

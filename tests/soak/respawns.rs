@@ -172,8 +172,8 @@ fn count_events(master: &Master, tally: &Rc<Tally>) {
     });
 }
 
-/// Starts the next worker of this round. If a program cannot be executed, no worker starts, so this
-/// function tries the next program.
+/// Starts the next worker of this round. If its program cannot be executed, no worker starts, and
+/// the next one in turn is tried.
 fn start_one(master: &Master, tally: &Tally) {
     while let Some(left) = tally.left.get().checked_sub(1) {
         tally.left.set(left);
